@@ -1,0 +1,58 @@
+/** One validated shape for a worker: what flags, environment, config file and vLLM's JSON become. Plain data: it crosses threads. */
+import type { HostPort } from '../net/address.ts';
+import type { LogOptions, SendType, TransferLimits, TransferTimeouts } from '../transfer/types.ts';
+
+export type WorkerRole = 'producer' | 'consumer' | 'both';
+export type LoadFailurePolicy = 'recompute' | 'fail';
+
+export interface WorkerConfig {
+  /** `both` is an undivided worker: no transfer engine, no ping. */
+  readonly role: WorkerRole;
+  /** Directory of the checkpoint. */
+  readonly modelDir: string;
+  /** Ids that /v1/models lists and requests may name; the first is echoed. Never empty. */
+  readonly servedModelNames: readonly string[];
+  /** `host` or `cuda:N`: where KV and received KV live. */
+  readonly device: string;
+  /** What computes. `host` with a cuda device moves KV through GPU memory. */
+  readonly executor: 'host' | 'cuda';
+  readonly http: HostPort;
+  readonly kv: { readonly bind: HostPort; readonly announceHost: string; readonly rank: number };
+  /** Absent: no ping. */
+  readonly proxy?: HostPort;
+  /** `ip:port` told to the proxy, where it differs from what is bound. */
+  readonly httpAnnounceHost: string;
+  readonly sendType: SendType;
+  readonly kvBufferSize: number;
+  readonly memPoolSize: number;
+  readonly ncclNumChannels: number;
+  readonly loadFailure: LoadFailurePolicy;
+  readonly maxNumSeqs: number;
+  readonly maxNumBatchedTokens: number;
+  /** Most tokens of one sequence, prompt and output. Absent: the model's own. */
+  readonly maxModelLen?: number;
+  readonly blockSize: number;
+  /** Absent: chosen from maxNumSeqs and maxModelLen (host) or free memory (cuda). */
+  readonly numBlocks?: number;
+  readonly enablePrefixCaching: boolean;
+  /** Random suffix on engine request ids, as vLLM from 0.14. */
+  readonly randomizeRequestIds: boolean;
+  readonly timeouts: TransferTimeouts;
+  readonly limits: TransferLimits;
+  readonly drainTimeoutMs: number;
+  readonly pingIntervalMs: number;
+  readonly log: LogOptions;
+}
+
+export interface ProxyConfig {
+  readonly http: HostPort;
+  readonly discovery: HostPort;
+  /** An instance whose last ping is older than this is removed. */
+  readonly instanceTimeoutMs: number;
+  /** For the prefill request, headers to end of body. */
+  readonly prefillTimeoutMs: number;
+  /** Between two chunks of the decode instance's answer. */
+  readonly decodeIdleTimeoutMs: number;
+  readonly drainTimeoutMs: number;
+  readonly log: LogOptions;
+}

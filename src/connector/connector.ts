@@ -1,0 +1,79 @@
+/** The two halves of a KV connector. The scheduler half is pure; the worker half talks to the transfer engine. */
+import type { EventRef, PagedLayer } from '../device/device.ts';
+import type { ErrorData } from '../errors.ts';
+import type { EngineRequestId } from '../wire/ids.ts';
+import type { ConnectorMetadata } from './metadata.ts';
+
+/** What a connector needs to know of a request; any runtime's request fits it. */
+export interface ConnectorRequest {
+  readonly requestId: EngineRequestId;
+  readonly numPromptTokens: number;
+  /** False where the request needs logits of its whole prompt, so that loaded KV would not do. */
+  readonly mayLoad: boolean;
+}
+
+/** One step's work, as far as a connector looks at it. */
+export interface ScheduledRequest {
+  readonly requestId: EngineRequestId;
+  readonly numPromptTokens: number;
+  /** Tokens whose KV was there before this step: cached, loaded or computed. */
+  readonly numComputedTokens: number;
+  /** Tokens computed in this step. */
+  readonly numScheduledTokens: number;
+  /** All blocks of the request, in order; in chunked prefill too. */
+  readonly blockIds: readonly number[];
+}
+
+/** Scheduler side. Called in this order for each new request; pure, no I/O. */
+export interface SchedulerConnector {
+  /** Tokens beyond `numLocalTokens` (prefix-cache hits) whose KV will come from the peer; the request then waits outside the batch. */
+  getNumNewMatchedTokens(request: ConnectorRequest, numLocalTokens: number): number;
+  /** Blocks for the whole prompt are allocated; `numExternalTokens` as answered above (0 where nothing is loaded). */
+  updateStateAfterAlloc(
+    request: ConnectorRequest,
+    blockIds: readonly number[],
+    numLocalTokens: number,
+    numExternalTokens: number,
+  ): void;
+  /** Metadata of this step, once; what it carries is not repeated in the next. */
+  buildConnectorMeta(scheduled: readonly ScheduledRequest[]): ConnectorMetadata;
+  /** A load ended without KV and the request will compute its prompt itself (or end). */
+  loadFailed(requestId: EngineRequestId): void;
+  /** Preempted: its blocks are gone; a save not yet emitted will be emitted when its prompt is complete again. */
+  requestPreempted(requestId: EngineRequestId): void;
+  /** Finished or aborted, in any state. */
+  requestFinished(requestId: EngineRequestId): void;
+}
+
+export type LoadOutcome =
+  | {
+      readonly requestId: EngineRequestId;
+      readonly ok: true;
+      readonly bytes: number;
+      readonly milliseconds: number;
+    }
+  | { readonly requestId: EngineRequestId; readonly ok: false; readonly error: ErrorData };
+
+/** Worker side, on the core thread. One step: startLoadKv, (waitForLayerLoad, saveKvLayer) per layer, waitForSave, getFinished. */
+export interface WorkerConnector {
+  /** Starts the loads of this step in the background and remembers its saves. */
+  startLoadKv(metadata: ConnectorMetadata): void;
+  /**
+   * For a runtime that loads within the step instead of outside the batch: resolves when `layerName` of every load started by the
+   * last `startLoadKv` is in place (or has failed: `getFinished` says which).
+   */
+  waitForLayerLoad(layerName: string): Promise<void>;
+  /** The layer's KV of this step is written (or will be when `ready` fires): sends it for every save of the step. Never blocks. */
+  saveKvLayer(layerName: string, layer: PagedLayer, ready?: EventRef): void;
+  /**
+   * PUT: all is sent. PUT_ASYNC and GET: all is gathered, so blocks may be reused. Bounded by the transfer's deadlines; a failed send
+   * is logged and counted, never thrown: the consumer's policy decides. Returns the requests whose KV did not make it.
+   */
+  waitForSave(): Promise<readonly { readonly requestId: EngineRequestId; readonly error: ErrorData }[]>;
+  /** Loads that ended since the last call. */
+  getFinished(): LoadOutcome[];
+  /** Resolves when a load has ended that `getFinished` has not told yet: an idle core waits here. */
+  readonly loadEnded: Promise<void>;
+  /** The request is over: frees what the engine holds for it. */
+  requestFinished(requestId: EngineRequestId): void;
+}

@@ -1,0 +1,175 @@
+/**
+ * Every failure the product can report, in one table: a stable code, the HTTP status it becomes where a client sees it,
+ * and what to do about it. `docs/errors.md` is generated from the same table (`scripts/errors-doc.ts`).
+ */
+export const ERROR_TABLE = {
+  // configuration
+  CONFIG_INVALID: {
+    status: 500,
+    hint: 'Correct the value that the message names; `--help` lists what is allowed.',
+  },
+  PORT_IN_USE: { status: 500, hint: 'Choose another port, or stop the process that holds it.' },
+  ADDRESS_INVALID: {
+    status: 500,
+    hint: 'Write HOST:PORT, with brackets round an IPv6 address: [::1]:14579.',
+  },
+  // requests
+  REQUEST_INVALID: { status: 400, hint: 'Correct the field that the message names.' },
+  MODEL_NOT_FOUND: { status: 404, hint: 'GET /v1/models lists the ids that are served.' },
+  CONTEXT_EXCEEDED: {
+    status: 400,
+    hint: 'Shorten the prompt or max_tokens, or start the worker with a larger --max-model-len.',
+  },
+  REQUEST_ABORTED: { status: 499, hint: 'The client went away or the request was cancelled; nothing to do.' },
+  SERVER_DRAINING: { status: 503, hint: 'The worker is stopping; send the request to another one.' },
+  // wire
+  MESSAGE_INVALID: {
+    status: 502,
+    hint: 'The peer sent what the protocol does not allow; see docs/protocol.md.',
+  },
+  LIMIT_EXCEEDED: {
+    status: 502,
+    hint: 'The peer announced more than this end allows; compare both configurations.',
+  },
+  DTYPE_UNKNOWN: { status: 502, hint: 'The peer named an element type that this version does not know.' },
+  // transfer
+  PEER_UNREACHABLE: {
+    status: 502,
+    hint: 'Check that the peer runs, that its KV port is open, and that the address in the request id is the one it binds.',
+  },
+  PEER_LOST: {
+    status: 502,
+    hint: 'The peer died or closed the connection; the next transfer opens a new pair.',
+  },
+  PEER_ANSWER_TIMEOUT: {
+    status: 504,
+    hint: 'The peer is connected but does not answer: it may hang or be overloaded. Look at its log and /debug/state.',
+  },
+  PAIR_INIT_TIMEOUT: {
+    status: 504,
+    hint: 'Check rank, firewall, NCCL version and NCCL_* settings on both ends; pd-doctor --peer tries the address.',
+  },
+  TRANSFER_TIMEOUT: {
+    status: 504,
+    hint: 'The pair was opened but the data did not arrive in time; look at the log of the peer for the same tensor.',
+  },
+  FINGERPRINT_MISMATCH: {
+    status: 502,
+    hint: "Both ends must serve the same checkpoint, KV dtype and block size; restart one of them with the other one's settings.",
+  },
+  SEND_TYPE_MISMATCH: { status: 502, hint: 'Start both ends with the same --send-type.' },
+  KV_BUFFER_FULL: {
+    status: 503,
+    hint: 'Raise --kv-buffer-size or --mem-pool-size-gb on the receiver, or lower the load.',
+  },
+  KV_SHAPE_MISMATCH: {
+    status: 502,
+    hint: 'Both ends must hold the same layers, KV heads, head size and element type.',
+  },
+  KV_LOAD_TIMEOUT: {
+    status: 504,
+    hint: 'The KV of this request never came: compare the ids on both ends and look at the log of the producer.',
+  },
+  KV_LOAD_FAILED: {
+    status: 502,
+    hint: 'See the cause; with --kv-load-failure recompute the consumer computes the prompt itself.',
+  },
+  KV_SEND_FAILED: {
+    status: 502,
+    hint: 'See the cause; the consumer recomputes or fails as its --kv-load-failure says.',
+  },
+  PAIR_CLOSED: {
+    status: 502,
+    hint: 'The pair was closed while work was queued on it; the next transfer opens a new one.',
+  },
+  ENGINE_CLOSED: { status: 503, hint: 'The transfer engine has been disposed; create a new one.' },
+  // model
+  CHECKPOINT_INVALID: {
+    status: 500,
+    hint: 'Download the checkpoint again, or name another directory with --model.',
+  },
+  MODEL_UNSUPPORTED: { status: 500, hint: 'Choose a checkpoint of a supported architecture.' },
+  // device
+  DEVICE_UNAVAILABLE: { status: 500, hint: 'Run pd-doctor; it names what is missing.' },
+  LIBRARY_NOT_FOUND: {
+    status: 500,
+    hint: 'Install the library, or say where it is by flag or environment; pd-doctor lists what was tried.',
+  },
+  LIBRARY_TOO_OLD: { status: 500, hint: 'Install the version that the message names.' },
+  OUT_OF_DEVICE_MEMORY: {
+    status: 500,
+    hint: 'Lower --num-blocks, --kv-buffer-size or --gpu-memory-utilization.',
+  },
+  CUDA_ERROR: { status: 500, hint: "The CUDA call failed; the message has the library's own text." },
+  NCCL_ERROR: { status: 500, hint: 'The NCCL call failed; run with NCCL_DEBUG=INFO for its own account.' },
+  // proxy
+  NO_INSTANCE: {
+    status: 503,
+    hint: 'No instance of that role pings this proxy; GET /health lists those that do.',
+  },
+  UPSTREAM_FAILED: {
+    status: 502,
+    hint: 'The instance named in the message refused or broke the connection.',
+  },
+  // ours
+  INTERNAL: { status: 500, hint: 'This is a defect; please report it with the log around it.' },
+} as const satisfies Record<string, { status: number; hint: string }>;
+
+export type ErrorCode = keyof typeof ERROR_TABLE;
+
+/** What was being done, with whom and with what: rendered into the message, and kept for logs and `/debug/state`. */
+export interface ErrorContext {
+  readonly requestId?: string;
+  readonly transferId?: string;
+  readonly tensorId?: string;
+  readonly peer?: string;
+  readonly [key: string]: string | number | boolean | undefined;
+}
+
+/** An error as it crosses threads: structured clone drops classes, so it travels as data. */
+export interface ErrorData {
+  readonly code: ErrorCode;
+  readonly message: string;
+  readonly context: ErrorContext;
+}
+
+/** The one error class of the product. `message` says what was being done and what went wrong; `hint` what to do. */
+export class PdError extends Error {
+  readonly code: ErrorCode;
+  readonly context: ErrorContext;
+
+  constructor(code: ErrorCode, message: string, context: ErrorContext = {}, options?: { cause?: unknown }) {
+    super(message, options);
+    this.name = 'PdError';
+    this.code = code;
+    this.context = context;
+  }
+
+  get hint(): string {
+    return ERROR_TABLE[this.code].hint;
+  }
+
+  get status(): number {
+    return ERROR_TABLE[this.code].status;
+  }
+
+  toData(): ErrorData {
+    return { code: this.code, message: this.message, context: this.context };
+  }
+
+  static fromData(data: ErrorData): PdError {
+    return new PdError(data.code, data.message, data.context);
+  }
+
+  /** Any thrown value as a PdError; what is not one already becomes `INTERNAL` (or `code`) with the original as cause. */
+  static from(error: unknown, code: ErrorCode = 'INTERNAL', context: ErrorContext = {}): PdError {
+    if (error instanceof PdError) return error;
+    const message = error instanceof Error ? error.message : String(error);
+    return new PdError(code, message, context, { cause: error });
+  }
+}
+
+/** For the default branch of an exhaustive switch. */
+export function unreachable(value: never, what: string): never {
+  throw new PdError('INTERNAL', `unknown ${what}: ${JSON.stringify(value)}`);
+}

@@ -1,0 +1,20 @@
+/** Computes steps on a device: the one interface between scheduler and model. Nothing above it knows which device it is. */
+import type { EventRef, PagedLayer } from '../device/device.ts';
+import type { ForwardBatch, ForwardResult } from '../scheduler/types.ts';
+
+export interface LayerHooks {
+  /** Before layer `index` reads its cache. Absent where loads happen outside the batch. */
+  readonly beforeLayer?: (index: number) => Promise<void>;
+  /** Layer `index` has written its KV of this step, or will have when `ready` fires (absent: it has). */
+  readonly afterLayer?: (index: number, ready?: EventRef) => void;
+}
+
+export interface Executor {
+  /** One paged cache per layer, and its name on the wire: `model.layers.0.self_attn.attn`. */
+  readonly layers: readonly { readonly name: string; readonly cache: PagedLayer }[];
+  readonly vocabSize: number;
+  forward(batch: ForwardBatch, hooks: LayerHooks): Promise<ForwardResult>;
+  /** Logits of the last token of each sequence, [sequences, vocab], float32: for tests and the debug flag. */
+  logits(batch: ForwardBatch): Promise<Float32Array>;
+  dispose(): void;
+}

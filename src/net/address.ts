@@ -1,0 +1,40 @@
+import { isIP, isIPv6 } from 'node:net';
+import { PdError } from '../errors.ts';
+
+/** A host (name or IP literal, without brackets) and a port. */
+export interface HostPort {
+  readonly host: string;
+  readonly port: number;
+}
+
+/** `10.0.0.1:80`, `[::1]:80`: brackets wherever a port follows an IPv6 address. */
+export function formatHostPort({ host, port }: HostPort): string {
+  return `${isIPv6(host) ? `[${host}]` : host}:${port}`;
+}
+
+/** Reads `host:port` or `[v6]:port`. Throws ADDRESS_INVALID that names `what`. */
+export function parseHostPort(text: string, what = 'address'): HostPort {
+  const match = /^(?:\[([^\]]+)\]|([^:[\]]+)):(\d{1,5})$/.exec(text);
+  const host = match?.[1] ?? match?.[2];
+  const port = Number(match?.[3]);
+  if (!host || port > 65535 || (match?.[1] !== undefined && !isIPv6(match[1]))) {
+    throw new PdError('ADDRESS_INVALID', `${what} ${JSON.stringify(text)} is not HOST:PORT`);
+  }
+  return { host, port };
+}
+
+/** A ZeroMQ endpoint for TCP. */
+export function zmqEndpoint(address: HostPort): string {
+  return `tcp://${formatHostPort(address)}`;
+}
+
+/** Addresses that mean "every interface" when bound; as a destination they mean this host. */
+export function isUnspecified(host: string): boolean {
+  return host === '0.0.0.0' || host === '::' || (isIP(host) === 6 && /^[0:]+$/.test(host));
+}
+
+/** The destination that an unspecified address stands for: `0.0.0.0` and `::` become loopback of their family. */
+export function asDestination(address: HostPort): HostPort {
+  if (!isUnspecified(address.host)) return address;
+  return { host: isIPv6(address.host) ? '::1' : '127.0.0.1', port: address.port };
+}

@@ -1,0 +1,52 @@
+/** Loggers: pino, written synchronously to stdout by whichever thread logs, so that the last line before a crash is there. */
+import pino from 'pino';
+import pretty from 'pino-pretty';
+import type { LogOptions } from '../transfer/types.ts';
+
+export type Logger = pino.Logger;
+
+/** `name` is the part of the process that speaks: main, core, transfer, proxy. */
+export function createLogger(options: LogOptions, name: string): Logger {
+  const format = options.format === 'auto' ? (process.stdout.isTTY ? 'pretty' : 'json') : options.format;
+  const settings: pino.LoggerOptions = {
+    level: options.level,
+    base: { name },
+    timestamp: pino.stdTimeFunctions.isoTime,
+    formatters: { level: (label) => ({ level: label }) },
+  };
+  if (format === 'json') return pino(settings, pino.destination({ dest: 1, sync: true }));
+  const stream = pretty({
+    destination: 1,
+    sync: true,
+    colorize: process.stdout.isTTY === true,
+    translateTime: 'SYS:HH:MM:ss.l',
+    ignore: 'pid,hostname,name',
+    messageFormat: '[{name}] {msg}',
+  });
+  return pino(settings, stream);
+}
+
+/** Logs a repeated event at most once per `intervalMs` and key, with the number left out since. */
+export class RateLimitedLog {
+  readonly #last = new Map<string, { at: number; suppressed: number }>();
+  readonly #intervalMs: number;
+  readonly #now: () => number;
+
+  constructor(intervalMs = 10_000, now: () => number = () => performance.now()) {
+    this.#intervalMs = intervalMs;
+    this.#now = now;
+  }
+
+  /** Calls `write` with the number of events suppressed before, or counts this one. */
+  log(key: string, write: (suppressed: number) => void): void {
+    const now = this.#now();
+    const seen = this.#last.get(key);
+    if (seen && now - seen.at < this.#intervalMs) {
+      seen.suppressed++;
+      return;
+    }
+    if (this.#last.size >= 1_000) this.#last.clear(); // keys may come from peers: bounded
+    this.#last.set(key, { at: now, suppressed: 0 });
+    write(seen?.suppressed ?? 0);
+  }
+}

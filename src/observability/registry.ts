@@ -1,0 +1,81 @@
+/** A prom-client registry over metrics pages: each scrape reads the shared memory anew. */
+import { Counter, Gauge, Histogram, Registry } from 'prom-client';
+import { METRICS, type MetricName, type MetricsPage, readHistogram, readMetric } from './metrics.ts';
+
+type Labels = Record<string, string>;
+
+/** A histogram whose buckets live in the pages, not in prom-client. */
+class PageHistogram extends Histogram {
+  readonly #read: () => ReturnType<typeof readHistogram>;
+
+  constructor(name: string, help: string, read: () => ReturnType<typeof readHistogram>) {
+    super({ name, help, registers: [] });
+    this.#read = read;
+  }
+
+  override async get(): ReturnType<Histogram['get']> {
+    const own = await super.get();
+    const { cumulative, sum } = this.#read();
+    const count = cumulative.at(-1)?.count ?? 0;
+    const values = [
+      ...cumulative.map(({ le, count: value }) => ({
+        metricName: `${own.name}_bucket`,
+        labels: { le },
+        value,
+      })),
+      { metricName: `${own.name}_sum`, labels: {}, value: sum },
+      { metricName: `${own.name}_count`, labels: {}, value: count },
+    ];
+    return { ...own, values };
+  }
+}
+
+/** Every metric of `METRICS`, every series also at zero. `constant` labels (model_name) go on each. */
+export function createRegistry(pages: readonly MetricsPage[], constant: Labels): Registry {
+  const registry = new Registry();
+  registry.setDefaultLabels(constant);
+  for (const name of Object.keys(METRICS) as MetricName[]) {
+    const spec = METRICS[name];
+    if (spec.type === 'histogram') {
+      // The table's type says which names are histograms; the narrowing does not follow `spec` back to `name`.
+      const histogram = name as Parameters<typeof readHistogram>[1];
+      registry.registerMetric(new PageHistogram(name, spec.help, () => readHistogram(pages, histogram)));
+      continue;
+    }
+    const label = 'label' in spec ? spec.label : undefined;
+    const values: readonly string[] = 'values' in spec ? spec.values : [''];
+    const labelNames = label ? [label] : [];
+    const read = (value: string) =>
+      (readMetric as (pages: readonly MetricsPage[], name: MetricName, label?: string) => number)(
+        pages,
+        name,
+        label ? value : undefined,
+      );
+    const labelsOf = (value: string): Labels => (label ? { [label]: value } : {});
+    if (spec.type === 'counter') {
+      const counter = new Counter({
+        name,
+        help: spec.help,
+        labelNames,
+        registers: [registry],
+        collect() {
+          this.reset();
+          for (const value of values) this.inc(labelsOf(value), read(value));
+        },
+      });
+      void counter;
+    } else {
+      const gauge = new Gauge({
+        name,
+        help: spec.help,
+        labelNames,
+        registers: [registry],
+        collect() {
+          for (const value of values) this.set(labelsOf(value), read(value));
+        },
+      });
+      void gauge;
+    }
+  }
+  return registry;
+}

@@ -1,0 +1,98 @@
+/** Requests as the scheduler sees them, and what one step is. Plain data, no I/O. */
+import type { ErrorData } from '../errors.ts';
+import type { EngineRequestId } from '../wire/ids.ts';
+
+export interface SamplingParams {
+  /** 0 is greedy. */
+  readonly temperature: number;
+  readonly topP: number;
+  /** 0: all. */
+  readonly topK: number;
+  /** With a seed, the same prompt gives the same text on any instance; random numbers hang on (seed, output position) alone. */
+  readonly seed: number;
+  readonly maxTokens: number;
+  /** Before this many tokens no stop token is sampled. */
+  readonly minTokens: number;
+  /** End-of-sequence tokens of the model, and `stop_token_ids`. Empty under `ignore_eos`. */
+  readonly stopTokenIds: readonly number[];
+  /** Alternatives to report per token, or undefined for none; 0 reports the sampled token's logprob alone. */
+  readonly logprobs?: number;
+  /** As `logprobs`, for the prompt (echo). The prompt is then computed here, never loaded or taken from the prefix cache. */
+  readonly promptLogprobs?: number;
+}
+
+export interface CoreRequest {
+  readonly requestId: EngineRequestId;
+  readonly promptTokens: Int32Array;
+  readonly sampling: SamplingParams;
+  /** Completions of this prompt. The first computes (or loads) the prompt, the others fork its blocks. */
+  readonly n: number;
+}
+
+export type FinishReason = 'stop' | 'length' | 'abort' | 'error';
+
+export interface TokenLogprob {
+  readonly token: number;
+  readonly logprob: number;
+  /** The most likely first, the sampled one not necessarily among them. */
+  readonly top: readonly { readonly token: number; readonly logprob: number }[];
+}
+
+/** New tokens of one completion, once a step. */
+export interface RequestOutput {
+  readonly requestId: EngineRequestId;
+  /** Which of the `n` completions. */
+  readonly index: number;
+  readonly tokens: readonly number[];
+  /** Same length as `tokens` where asked for. */
+  readonly logprobs?: readonly TokenLogprob[];
+  /** With the first output of index 0: one entry per prompt token from the second on. */
+  readonly promptLogprobs?: readonly TokenLogprob[];
+  readonly finishReason?: FinishReason;
+  readonly error?: ErrorData;
+  /** With the first output: prompt tokens that were not computed here, by where they came from. */
+  readonly promptSource?: { readonly computed: number; readonly loaded: number; readonly cached: number };
+}
+
+/** How one completion's token is to be sampled in this step. */
+export interface SampleSpec {
+  readonly params: SamplingParams;
+  /** 0 for the first generated token: the position that seeds the random number, and that `minTokens` counts. */
+  readonly outputPosition: number;
+  /** Which of n: its random numbers differ. */
+  readonly index: number;
+}
+
+/** One sequence's share of a step. */
+export interface ScheduledSequence {
+  /** Unique per sequence: the request id, and the index where n > 1. */
+  readonly sequenceId: string;
+  readonly requestId: EngineRequestId;
+  /** Tokens computed in this step; their positions are `start`, `start + 1`, ... */
+  readonly tokens: Int32Array;
+  readonly start: number;
+  readonly blockTable: Int32Array;
+  /** Present where this step reaches the end of what is known, so that a token is sampled. */
+  readonly sample?: SampleSpec;
+  /** Log-probabilities of the prompt tokens after each of `tokens` (within the prompt), this many alternatives each. */
+  readonly promptLogprobs?: { readonly count: number; readonly targets: Int32Array };
+}
+
+/** What an executor runs. Copies happen before the forward pass. */
+export interface ForwardBatch {
+  readonly sequences: readonly ScheduledSequence[];
+  readonly blockCopies: readonly { readonly source: number; readonly target: number }[];
+}
+
+export interface SampledToken {
+  readonly sequenceId: string;
+  readonly token: number;
+  readonly logprob?: TokenLogprob;
+}
+
+export interface ForwardResult {
+  /** One per sequence that had a `sample`, in batch order. */
+  readonly sampled: readonly SampledToken[];
+  /** By sequence, for those that asked. */
+  readonly promptLogprobs: ReadonlyMap<string, readonly TokenLogprob[]>;
+}
