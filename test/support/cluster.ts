@@ -1,0 +1,92 @@
+/** A proxy, producers and consumers as real processes on free ports, and what a check asks of them. */
+import { Program } from './process.ts';
+
+export interface WorkerHandle {
+  readonly role: 'producer' | 'consumer' | 'both';
+  readonly program: Program;
+  /** `http://127.0.0.1:port`. */
+  readonly url: string;
+  /** `ip:port` of the ROUTER; empty for role `both`. */
+  readonly kvAddress: string;
+}
+
+export interface ProxyHandle {
+  readonly program: Program;
+  readonly url: string;
+  /** `ip:port` that pings go to. */
+  readonly discovery: string;
+}
+
+const QUIET = ['--log-format', 'json', '--log-level', 'info'];
+
+export async function startProxy(args: readonly string[] = []): Promise<ProxyHandle> {
+  const program = new Program('pd-proxy', [
+    '--host',
+    '127.0.0.1',
+    ...(args.includes('--port') ? [] : ['--port', '0', '--discovery-port', '0']),
+    ...QUIET,
+    ...args,
+  ]);
+  const [, url] = await program.line(/Running on (http:\/\/\S+)/);
+  const [, discovery] = await program.line(/[Dd]iscovery on (\S+)/);
+  return { program, url: url!, discovery: discovery!.replace(/^tcp:\/\//, '') };
+}
+
+export async function startWorker(
+  role: WorkerHandle['role'],
+  proxy: ProxyHandle | undefined,
+  args: readonly string[] = [],
+): Promise<WorkerHandle> {
+  const has = (flag: string) => args.includes(flag);
+  const program = new Program('pd-worker', [
+    '--role',
+    role,
+    '--host',
+    '127.0.0.1',
+    ...(has('--port') ? [] : ['--port', '0']),
+    ...(role === 'both' ? [] : ['--kv-host', '127.0.0.1', ...(has('--kv-port') ? [] : ['--kv-port', '0'])]),
+    ...(proxy && role !== 'both' ? ['--proxy', proxy.discovery] : []),
+    ...QUIET,
+    ...args,
+  ]);
+  const [, url] = await program.line(/Running on (http:\/\/\S+)/);
+  const kvAddress = role === 'both' ? '' : (await program.line(/zmq_address:([^,]+),/))[1]!;
+  return { role, program, url: url!, kvAddress };
+}
+
+/** Resolves once the proxy lists so many of each role. */
+export async function untilListed(
+  proxy: ProxyHandle,
+  producers: number,
+  consumers: number,
+  timeoutMs = 20_000,
+): Promise<void> {
+  const deadline = performance.now() + timeoutMs;
+  for (;;) {
+    const health = (await (await fetch(`${proxy.url}/health`)).json()) as {
+      instances: { role: string }[];
+    };
+    const count = (role: string) => health.instances.filter((instance) => instance.role === role).length;
+    if (count('producer') === producers && count('consumer') === consumers) return;
+    if (performance.now() > deadline) {
+      throw new Error(`the proxy lists ${JSON.stringify(health)}, not ${producers} + ${consumers}`);
+    }
+    await new Promise((resolve) => setTimeout(resolve, 100)); // discovery has no event to await from outside
+  }
+}
+
+/** One /metrics page as name{labels} -> value, the constant label model_name left out. */
+export async function metricsOf(worker: WorkerHandle): Promise<Map<string, number>> {
+  const text = await (await fetch(`${worker.url}/metrics`)).text();
+  const metrics = new Map<string, number>();
+  for (const line of text.split('\n')) {
+    const match = /^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)$/.exec(line);
+    if (!match) continue;
+    const labels = (match[2] ?? '')
+      .split(',')
+      .filter((label) => label && !label.startsWith('model_name='))
+      .join(',');
+    metrics.set(labels ? `${match[1]}{${labels}}` : match[1]!, Number(match[3]));
+  }
+  return metrics;
+}
