@@ -1,0 +1,149 @@
+/**
+ * Kinds of option values: how each is written on a command line, in the environment and in a JSON file, and what is allowed. A kind
+ * takes text or JSON values alike, so that `"8082"` and `8082` mean the same everywhere.
+ */
+import { z } from 'zod';
+import { type HostPort, parseHostPort } from '../net/address.ts';
+
+export interface Kind<T> {
+  /** Text, number, boolean or list in; the validated value out. */
+  readonly schema: z.ZodType<T>;
+  /** Completes "expected ...". */
+  readonly allowed: string;
+  /** Placeholder in --help; absent for a switch, which takes no argument. */
+  readonly argument?: string;
+  /** May be given more than once, and takes several values; separated by commas in the environment. */
+  readonly list?: true;
+  /** As --help writes a default. */
+  render(value: T): string;
+}
+
+const scalar = z.union([z.string(), z.number(), z.boolean()]).transform((value) => String(value).trim());
+
+/** A kind read from text by `parse`, which returns undefined for what is not allowed. */
+function parsed<T>(
+  argument: string,
+  allowed: string,
+  parse: (text: string) => T | undefined,
+  render: (value: T) => string = String,
+): Kind<T> {
+  const schema = scalar.transform((text, context): T => {
+    const value = parse(text);
+    if (value !== undefined) return value;
+    context.addIssue({ code: 'custom', message: `expected ${allowed}` });
+    return z.NEVER;
+  });
+  return { schema, allowed, argument, render };
+}
+
+const numberOf = (text: string): number => (text === '' ? Number.NaN : Number(text));
+
+export function text(argument = 'text', allowed = 'some text'): Kind<string> {
+  return parsed(argument, allowed, (value) => (value === '' ? undefined : value));
+}
+
+/** Text, or JSON as a config file may hold it in place: rendered back to text. */
+export function json(): Kind<string> {
+  const schema = z.union([z.string(), z.record(z.string(), z.unknown()).transform((o) => JSON.stringify(o))]);
+  return { schema, allowed: 'a JSON object', argument: 'json', render: String };
+}
+
+export function integer(min: number, max: number, argument = 'n'): Kind<number> {
+  const allowed = `a whole number from ${min} to ${max}`;
+  return parsed(argument, allowed, (value) => {
+    const number = numberOf(value);
+    return Number.isInteger(number) && number >= min && number <= max ? number : undefined;
+  });
+}
+
+export function real(min: number, max: number, argument = 'x'): Kind<number> {
+  return parsed(argument, `a number from ${min} to ${max}`, (value) => {
+    const number = numberOf(value);
+    return number >= min && number <= max ? number : undefined;
+  });
+}
+
+/** 0 lets the system choose. */
+export function port(): Kind<number> {
+  return { ...integer(0, 65_535, 'port'), allowed: 'a port from 0 to 65535 (0: any free one)' };
+}
+
+export function hostPort(): Kind<HostPort> {
+  return parsed(
+    'host:port',
+    'HOST:PORT, with brackets round an IPv6 address',
+    (value) => {
+      try {
+        return parseHostPort(value);
+      } catch {
+        return undefined;
+      }
+    },
+    (value) => `${value.host}:${value.port}`,
+  );
+}
+
+export function oneOf<const T extends readonly string[]>(values: T): Kind<T[number]> {
+  return parsed(values.join('|'), `one of ${values.join(', ')}`, (value) => values.find((v) => v === value));
+}
+
+/** A switch: `--name` and `--no-name`; true/false, 1/0, yes/no, on/off elsewhere. */
+export function toggle(): Kind<boolean> {
+  const { schema, allowed, render } = parsed('', 'true or false', (value) => {
+    if (/^(true|1|yes|on)$/i.test(value)) return true;
+    return /^(false|0|no|off)$/i.test(value) ? false : undefined;
+  });
+  return { schema, allowed, render };
+}
+
+const BYTE_UNITS: Record<string, number> = {
+  '': 1,
+  B: 1,
+  KB: 1e3,
+  MB: 1e6,
+  GB: 1e9,
+  TB: 1e12,
+  KIB: 2 ** 10,
+  MIB: 2 ** 20,
+  GIB: 2 ** 30,
+  TIB: 2 ** 40,
+};
+
+/** Bytes: `1e9`, `512MiB`, `2GB`. */
+export function bytes(min = 0): Kind<number> {
+  return parsed('bytes', `bytes, such as 1e9, 512MiB or 2GB, at least ${min}`, (value) => {
+    const match = /^(\d+(?:\.\d+)?(?:e\+?\d+)?)\s*([kmgt]?i?b?)$/i.exec(value);
+    const unit = BYTE_UNITS[(match?.[2] ?? '?').toUpperCase()];
+    const size = Math.round(Number(match?.[1]) * (unit ?? Number.NaN));
+    return size >= min && Number.isSafeInteger(size) ? size : undefined;
+  });
+}
+
+const TIME_UNITS: Record<string, number> = { '': 1_000, ms: 1, s: 1_000, m: 60_000, h: 3_600_000 };
+
+/** Milliseconds. Written in seconds: `60`, `60s`, `500ms`, `2m`, `1h`. */
+export function duration(minMs = 0): Kind<number> {
+  return parsed(
+    'time',
+    `seconds, such as 60, 60s, 500ms or 2m, at least ${minMs / 1000}`,
+    (value) => {
+      const match = /^(\d+(?:\.\d+)?)\s*(ms|s|m|h|)$/i.exec(value);
+      const ms = Number(match?.[1]) * (TIME_UNITS[(match?.[2] ?? '?').toLowerCase()] ?? Number.NaN);
+      // A longer timer than this fires at once in Node.
+      return ms >= minMs && ms < 2 ** 31 ? ms : undefined;
+    },
+    (ms) => (ms % 1_000 === 0 ? `${ms / 1_000}s` : `${ms}ms`),
+  );
+}
+
+/** Several of a kind. */
+export function listOf<T>(kind: Kind<T>): Kind<readonly T[]> {
+  const items = z.union([z.array(kind.schema), kind.schema.transform((value) => [value])]);
+  return {
+    schema: items,
+    allowed: kind.allowed,
+    ...(kind.argument === undefined ? {} : { argument: kind.argument }),
+    list: true,
+    render: (values) => values.map((value) => kind.render(value)).join(', '),
+  };
+}

@@ -1,0 +1,194 @@
+/**
+ * One table of options per program, read from four places: flags win over the environment, that over the config file, that over
+ * layers of the program's own (vLLM's JSON), those over defaults.
+ *
+ *   kvPort: option({ kind: port(), help: 'base port of the KV listener', group: 'KV transfer', default: 14579 })
+ *     --kv-port 8082      PD_KV_PORT=8082      { "kv-port": 8082 }
+ *
+ *   const command = addOptions(new Command('pd-worker'), table).parse();
+ *   const { values, sources } = resolveOptions(table, command, process.env);
+ */
+import { readFileSync } from 'node:fs';
+import { type Command, Option } from 'commander';
+import { z } from 'zod';
+import { PdError } from '../errors.ts';
+import type { Kind } from './kinds.ts';
+
+export interface OptionSpec<T> {
+  readonly kind: Kind<T>;
+  readonly help: string;
+  /** Heading in --help. */
+  readonly group?: string;
+  readonly default?: T;
+  /** For --help, where the default is computed later. */
+  readonly defaultText?: string;
+  /** Flag, without dashes, where it is not the name in kebab case. */
+  readonly flag?: string;
+  readonly hidden?: boolean;
+}
+
+export type OptionTable = Readonly<Record<string, OptionSpec<unknown>>>;
+
+type ValueOf<S> = S extends { readonly kind: Kind<infer T> }
+  ? S extends { readonly default: unknown }
+    ? T
+    : T | undefined
+  : never;
+
+/** What a table resolves to: options without a default may be undefined. */
+export type ValuesOf<T extends OptionTable> = { readonly [K in keyof T]: ValueOf<T[K]> };
+
+/** Where a value came from. */
+export type OptionSource = 'flag' | 'environment' | 'file' | 'layer' | 'default';
+
+/** Values of a program's own, below the config file: by option name, with how a message should call each. */
+export interface OptionLayer {
+  readonly values: Readonly<Record<string, { readonly value: unknown; readonly label: string }>>;
+}
+
+export interface Resolved<T extends OptionTable> {
+  readonly values: ValuesOf<T>;
+  readonly sources: { readonly [K in keyof T]: OptionSource };
+}
+
+/** Keeps the type of one spec, so that a table knows its value. */
+export function option<T, const S extends OptionSpec<T>>(spec: S & { readonly kind: Kind<T> }): S {
+  return spec;
+}
+
+/** Keeps the type of a table. A program that reads a config file has an option named `config`. */
+export function defineOptions<const T extends OptionTable>(table: T): T {
+  return table;
+}
+
+/** `kvPort` -> `kv-port`; also takes names already in kebab or snake case. */
+export function kebab(name: string): string {
+  return name
+    .replace(/([a-z0-9])([A-Z])/g, '$1-$2')
+    .replaceAll('_', '-')
+    .toLowerCase();
+}
+
+const flagOf = (name: string, spec: OptionSpec<unknown>): string => `--${spec.flag ?? kebab(name)}`;
+const envOf = (name: string): string => `PD_${kebab(name).replaceAll('-', '_').toUpperCase()}`;
+
+/** Adds every option of the table to a command, grouped, with defaults in the help text. Values stay text until `resolveOptions`. */
+export function addOptions(command: Command, table: OptionTable): Command {
+  for (const [name, spec] of Object.entries(table)) {
+    const flag = flagOf(name, spec);
+    const fallback =
+      spec.defaultText ?? (spec.default === undefined ? undefined : spec.kind.render(spec.default));
+    const help = fallback === undefined ? spec.help : `${spec.help} (default: ${fallback})`;
+    const group = `${spec.group ?? 'Options'}:`;
+    if (spec.kind.argument === undefined) {
+      // Both forms, so that a flag can overrule environment and file either way; --help shows the one that changes something.
+      const no = flag.replace('--', '--no-');
+      command.addOption(
+        new Option(flag, help).helpGroup(group).hideHelp(spec.hidden || spec.default === true),
+      );
+      command.addOption(new Option(no, help).helpGroup(group).hideHelp(spec.hidden || spec.default !== true));
+      continue;
+    }
+    const argument = spec.kind.list ? `<${spec.kind.argument}...>` : `<${spec.kind.argument}>`;
+    command.addOption(
+      new Option(`${flag} ${argument}`, help).helpGroup(group).hideHelp(spec.hidden ?? false),
+    );
+  }
+  return command.addHelpText(
+    'after',
+    `\nEvery flag can be set in the environment (--kv-port as PD_KV_PORT)${
+      'config' in table ? ' and in the JSON file of --config ({"kv-port": 8082})' : ''
+    };\nflags win over the environment, the environment over the file.`,
+  );
+}
+
+/**
+ * The validated values. Throws CONFIG_INVALID naming the flag, variable or file key of a value that is not allowed, and what is.
+ * `layers` is asked, once flags, environment and file are known, for values that rank between the file and the defaults.
+ */
+export function resolveOptions<T extends OptionTable>(
+  table: T,
+  command: Command,
+  env: Readonly<Record<string, string | undefined>>,
+  layers: (given: Partial<ValuesOf<T>>) => readonly OptionLayer[] = () => [],
+): Resolved<T> {
+  const values: Record<string, unknown> = {};
+  const sources: Record<string, OptionSource> = {};
+  const take = (name: string, raw: unknown, label: string, source: OptionSource): void => {
+    if (name in values) return;
+    values[name] = parseValue(table[name]!, raw, label);
+    sources[name] = source;
+  };
+
+  for (const [name, spec] of Object.entries(table)) {
+    const flag = flagOf(name, spec);
+    // Commander names values after the flag, which need not be the option's name here.
+    const attribute = new Option(flag).attributeName();
+    if (command.getOptionValueSource(attribute) === 'cli') {
+      const raw: unknown = command.getOptionValue(attribute);
+      take(name, raw, raw === false ? flag.replace('--', '--no-') : flag, 'flag');
+    }
+  }
+  for (const [name, spec] of Object.entries(table)) {
+    const raw = env[envOf(name)];
+    if (raw === undefined || raw === '') continue;
+    take(name, spec.kind.list ? raw.split(',') : raw, `${envOf(name)} (environment)`, 'environment');
+  }
+  if (typeof values['config'] === 'string') {
+    const path = values['config'];
+    for (const [key, raw] of Object.entries(readConfigFile(path))) {
+      const name = Object.keys(table).find(
+        (n) => kebab(n) === kebab(key) || flagOf(n, table[n]!) === `--${key}`,
+      );
+      if (name === undefined || name === 'config') {
+        const known = Object.keys(table).map(kebab).join(', ');
+        throw new PdError(
+          'CONFIG_INVALID',
+          `${JSON.stringify(key)} in ${path} is not an option; known are ${known}`,
+        );
+      }
+      take(name, raw, `${JSON.stringify(key)} in ${path}`, 'file');
+    }
+  }
+  for (const layer of layers(values as Partial<ValuesOf<T>>)) {
+    for (const [name, { value, label }] of Object.entries(layer.values)) take(name, value, label, 'layer');
+  }
+  for (const [name, spec] of Object.entries(table)) {
+    if (name in values) continue;
+    values[name] = spec.default;
+    sources[name] = 'default';
+  }
+  return { values, sources } as unknown as Resolved<T>;
+}
+
+function parseValue(spec: OptionSpec<unknown>, raw: unknown, label: string): unknown {
+  const result = spec.kind.schema.safeParse(raw);
+  if (result.success) return result.data;
+  throw new PdError(
+    'CONFIG_INVALID',
+    `${label}: ${JSON.stringify(raw)} is not allowed; expected ${spec.kind.allowed}`,
+  );
+}
+
+function readConfigFile(path: string): Record<string, unknown> {
+  let text: string;
+  try {
+    text = readFileSync(path, 'utf8');
+  } catch (error) {
+    throw new PdError('CONFIG_INVALID', `cannot read the config file ${path}: ${(error as Error).message}`, {
+      path,
+    });
+  }
+  let parsed: unknown;
+  try {
+    parsed = JSON.parse(text);
+  } catch (error) {
+    throw new PdError('CONFIG_INVALID', `the config file ${path} is not JSON: ${(error as Error).message}`);
+  }
+  const object = z.record(z.string(), z.unknown()).safeParse(parsed);
+  if (object.success) return object.data;
+  throw new PdError(
+    'CONFIG_INVALID',
+    `the config file ${path} must hold one JSON object: {"kv-port": 8082, ...}`,
+  );
+}
