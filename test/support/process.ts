@@ -1,8 +1,8 @@
 /** One of our programs as a child process: its JSON log is read line by line, so tests wait for lines, never for time. */
 import { type ChildProcess, spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { fileURLToPath } from 'node:url';
 import { createInterface } from 'node:readline';
+import { fileURLToPath } from 'node:url';
 
 const root = fileURLToPath(new URL('../../', import.meta.url));
 
@@ -13,7 +13,7 @@ export interface LogLine {
   readonly [key: string]: unknown;
 }
 
-export class Program implements AsyncDisposable {
+export class Program {
   readonly child: ChildProcess;
   readonly lines: LogLine[] = [];
   readonly #name: string;
@@ -94,9 +94,5 @@ export class Program implements AsyncDisposable {
     await ended;
     clearTimeout(timer);
     return this.child.exitCode;
-  }
-
-  async [Symbol.asyncDispose](): Promise<void> {
-    await this.stop('SIGKILL');
   }
 }
