@@ -1,0 +1,270 @@
+/**
+ * Messages to bytes and back. Without `ours` the bytes are exactly those of vLLM's engine: a msgpack map, keys in a fixed order, ints in
+ * their smallest form, `unique_id` as bin; answers to PUT are one raw character. Pure; decoding throws PdError and nothing else, with
+ * `context.kind` = the label of pd_protocol_errors_total.
+ */
+import { Decoder, Encoder } from '@msgpack/msgpack';
+import { ERROR_TABLE, type ErrorCode, PdError, unreachable } from '../errors.ts';
+import { type Fingerprint, SEND_TYPES } from '../transfer/types.ts';
+import { UNIQUE_ID_BYTES, type UniqueId } from '../transport/transport.ts';
+import {
+  checkDtype,
+  checkShape,
+  checkTensorId,
+  countField,
+  type Fields,
+  field,
+  isFields,
+  optionalMap,
+  show,
+  textField,
+} from './fields.ts';
+import { checkMsgpack, DECODER_LIMITS, MAX_BODY_BYTES, protocolError, type WireLimits } from './limits.ts';
+import type { Answer, PeerHello, PingHello, PingMessage, WireMessage } from './messages.ts';
+
+const encoder = new Encoder();
+const decoder = new Decoder(DECODER_LIMITS);
+
+const MAX_TEXT = 1024;
+const MAX_FEATURES = 32;
+
+const RAW_ANSWERS = { send: 0x30, 'no-room': 0x31, 'no-pair': 0x32 } as const;
+
+/** Throws what the other end would: a message that breaks the limits does not leave. */
+export function encodeMessage(message: WireMessage): Uint8Array {
+  switch (message.cmd) {
+    case 'NEW': {
+      const { cmd, ours } = message;
+      const unique_id = checkUniqueId(message.unique_id);
+      return encode(ours ? { cmd, unique_id, pd: helloFields(ours) } : { cmd, unique_id });
+    }
+    case 'PUT': {
+      const { cmd, shape, dtype } = message;
+      const tensor_id = checkTensorId(message.tensor_id, cmd);
+      checkShape(shape, dtype, { maxTensorBytes: Number.MAX_SAFE_INTEGER }, `${cmd} ${show(tensor_id)}`);
+      return encode(
+        message.ours ? { cmd, tensor_id, shape, dtype, pd: {} } : { cmd, tensor_id, shape, dtype },
+      );
+    }
+    case 'GET': {
+      const { cmd, ours } = message;
+      const tensor_id = checkTensorId(message.tensor_id, cmd);
+      return encode(ours ? { cmd, tensor_id, pd: seqFields(ours.seq) } : { cmd, tensor_id });
+    }
+    default:
+      return unreachable(message, 'message');
+  }
+}
+
+export function decodeMessage(body: Uint8Array, limits: WireLimits): WireMessage {
+  const fields = decodeMap(body, 'message');
+  const cmd = field(fields, 'cmd');
+  switch (cmd) {
+    case 'NEW': {
+      const unique_id = checkUniqueId(field(fields, 'unique_id'));
+      const pd = optionalMap(fields, 'pd', cmd);
+      return pd ? { cmd, unique_id, ours: readHello(pd, cmd) } : { cmd, unique_id };
+    }
+    case 'PUT': {
+      const tensor_id = checkTensorId(field(fields, 'tensor_id'), cmd);
+      const what = `${cmd} ${show(tensor_id)}`;
+      const dtype = checkDtype(field(fields, 'dtype'), what);
+      const shape = checkShape(field(fields, 'shape'), dtype, limits, what);
+      const put = { cmd, tensor_id, shape, dtype } as const;
+      return optionalMap(fields, 'pd', what) ? { ...put, ours: true } : put;
+    }
+    case 'GET': {
+      const tensor_id = checkTensorId(field(fields, 'tensor_id'), cmd);
+      const pd = optionalMap(fields, 'pd', `${cmd} ${show(tensor_id)}`);
+      return pd ? { cmd, tensor_id, ours: readSeq(pd, cmd) } : { cmd, tensor_id };
+    }
+    default:
+      throw typeof cmd === 'string'
+        ? protocolError('unknown_command', `unknown command ${show(cmd)}`)
+        : protocolError('bad_field', `message: cmd is ${show(cmd)}, not a string`);
+  }
+}
+
+export function encodeAnswer(answer: Answer): Uint8Array {
+  switch (answer.kind) {
+    case 'send':
+    case 'no-room':
+    case 'no-pair':
+      return Uint8Array.of(RAW_ANSWERS[answer.kind]);
+    case 'get': {
+      const { ret, seq } = answer;
+      const fields = ret === 0 ? { ret, shape: answer.shape, dtype: answer.dtype } : { ret };
+      return encode(seq === undefined ? fields : { ...fields, pd: seqFields(seq) });
+    }
+    case 'hello': {
+      const { refused } = answer;
+      const pd = helloFields(answer.hello);
+      if (!refused) return encode({ pd });
+      // Both values of a mismatch stand in the message, so it may be long.
+      return encode({ pd: { ...pd, refused: { ...refused, message: refused.message.slice(0, MAX_TEXT) } } });
+    }
+    default:
+      return unreachable(answer, 'answer');
+  }
+}
+
+export function decodeAnswer(body: Uint8Array, limits: WireLimits): Answer {
+  if (body.length === 1) {
+    switch (body[0]) {
+      case RAW_ANSWERS.send:
+        return { kind: 'send' };
+      case RAW_ANSWERS['no-room']:
+        return { kind: 'no-room' };
+      case RAW_ANSWERS['no-pair']:
+        return { kind: 'no-pair' };
+    }
+  }
+  const fields = decodeMap(body, 'answer');
+  const ret = field(fields, 'ret');
+  const pd = optionalMap(fields, 'pd', 'answer');
+  if (ret === undefined && pd) {
+    const hello = readHello(pd, 'answer to NEW');
+    const refused = readRefusal(pd);
+    return refused ? { kind: 'hello', hello, refused } : { kind: 'hello', hello };
+  }
+  const seq = pd ? readSeq(pd, 'answer to GET') : {};
+  switch (ret) {
+    case 0: {
+      const dtype = checkDtype(field(fields, 'dtype'), 'answer to GET');
+      const shape = checkShape(field(fields, 'shape'), dtype, limits, 'answer to GET');
+      return { kind: 'get', ret, shape, dtype, ...seq };
+    }
+    case 1:
+      return { kind: 'get', ret, ...seq };
+    default:
+      throw protocolError('bad_field', `answer: ret is ${show(ret)}, not 0 or 1`);
+  }
+}
+
+export function encodePing(ping: PingMessage): Uint8Array {
+  const { type, http_address, zmq_address, ours } = ping;
+  if (!ours) return encode({ type, http_address, zmq_address });
+  const { version, digest, model } = ours;
+  return encode({ type, http_address, zmq_address, pd: { version, digest, model } });
+}
+
+/** The addresses are strings here; the reader parses them (`net/address.ts`). */
+export function decodePing(body: Uint8Array): PingMessage {
+  const fields = decodeMap(body, 'ping');
+  const type = field(fields, 'type');
+  if (type !== 'P' && type !== 'D') {
+    throw protocolError('bad_field', `ping: type is ${show(type)}, not "P" or "D"`);
+  }
+  const http_address = textField(fields, 'http_address', MAX_TEXT, 'ping');
+  const zmq_address = textField(fields, 'zmq_address', MAX_TEXT, 'ping');
+  const pd = optionalMap(fields, 'pd', 'ping');
+  const ping = { type, http_address, zmq_address } as const;
+  return pd ? { ...ping, ours: readPingHello(pd) } : ping;
+}
+
+function encode(fields: Fields): Uint8Array {
+  const bytes = encoder.encode(fields);
+  if (bytes.length > MAX_BODY_BYTES) {
+    throw protocolError('limit', `message of ${bytes.length} bytes, ${MAX_BODY_BYTES} are allowed`);
+  }
+  return bytes;
+}
+
+function decodeMap(body: Uint8Array, what: string): Fields {
+  checkMsgpack(body);
+  let value: unknown;
+  try {
+    value = decoder.decode(body);
+  } catch (cause) {
+    throw protocolError('malformed', `${what}: ${PdError.from(cause).message}`, { cause });
+  }
+  if (!isFields(value)) throw protocolError('malformed', `${what}: ${show(value)} is not a map`);
+  return value;
+}
+
+/** A copy, so that the socket's buffer may go. */
+function checkUniqueId(value: unknown): UniqueId {
+  if (!(value instanceof Uint8Array) || value.length !== UNIQUE_ID_BYTES) {
+    throw protocolError('bad_field', `NEW: unique_id is ${show(value)}, not ${UNIQUE_ID_BYTES} bytes`);
+  }
+  return new Uint8Array(value) as UniqueId;
+}
+
+function seqFields(seq: number | undefined): Fields {
+  return seq === undefined ? {} : { seq };
+}
+
+function readSeq(pd: Fields, what: string): { seq?: number } {
+  return field(pd, 'seq') === undefined ? {} : { seq: countField(pd, 'seq', 0, what) };
+}
+
+function helloFields({ version, features, sendType, fingerprint }: PeerHello): Fields {
+  const hello = { version, features, send_type: sendType };
+  if (!fingerprint) return hello;
+  const { digest, model, weights, dtype, blockSize, layers, heads, headDim } = fingerprint;
+  return {
+    ...hello,
+    fingerprint: {
+      digest,
+      model,
+      weights,
+      dtype,
+      block_size: blockSize,
+      layers,
+      heads,
+      head_dim: headDim,
+    },
+  };
+}
+
+function readHello(pd: Fields, what: string): PeerHello {
+  const version = countField(pd, 'version', 1, what);
+  const features = field(pd, 'features');
+  if (!Array.isArray(features) || !features.every((name) => typeof name === 'string')) {
+    throw protocolError('bad_field', `${what}: features are ${show(features)}, not a list of strings`);
+  }
+  if (features.length > MAX_FEATURES || features.some((name: string) => name.length > 64)) {
+    throw protocolError('limit', `${what}: more than ${MAX_FEATURES} features, or one longer than 64`);
+  }
+  const sendTypeName = field(pd, 'send_type');
+  const sendType = SEND_TYPES.find((name) => name === sendTypeName);
+  if (!sendType) {
+    throw protocolError(
+      'bad_field',
+      `${what}: send_type is ${show(sendTypeName)}, not ${SEND_TYPES.join(', ')}`,
+    );
+  }
+  const hello = { version, features: features as string[], sendType };
+  const fingerprint = optionalMap(pd, 'fingerprint', what);
+  return fingerprint ? { ...hello, fingerprint: readFingerprint(fingerprint, what) } : hello;
+}
+
+function readFingerprint(fields: Fields, what: string): Fingerprint {
+  return {
+    digest: textField(fields, 'digest', MAX_TEXT, what),
+    model: textField(fields, 'model', MAX_TEXT, what),
+    weights: textField(fields, 'weights', MAX_TEXT, what),
+    dtype: checkDtype(field(fields, 'dtype'), what),
+    blockSize: countField(fields, 'block_size', 1, what),
+    layers: countField(fields, 'layers', 1, what),
+    heads: countField(fields, 'heads', 1, what),
+    headDim: countField(fields, 'head_dim', 1, what),
+  };
+}
+
+function readRefusal(pd: Fields): { code: ErrorCode; message: string } | undefined {
+  const fields = optionalMap(pd, 'refused', 'answer to NEW');
+  if (!fields) return undefined;
+  const code = textField(fields, 'code', 64, 'answer to NEW');
+  // A later version may know codes that this one does not; its message says more anyway.
+  const known = Object.hasOwn(ERROR_TABLE, code) ? (code as ErrorCode) : 'MESSAGE_INVALID';
+  return { code: known, message: textField(fields, 'message', MAX_TEXT, 'answer to NEW') };
+}
+
+function readPingHello(pd: Fields): PingHello {
+  return {
+    version: countField(pd, 'version', 1, 'ping'),
+    digest: textField(pd, 'digest', MAX_TEXT, 'ping'),
+    model: textField(pd, 'model', MAX_TEXT, 'ping'),
+  };
+}

@@ -1,0 +1,90 @@
+/**
+ * The messages of the control plane as the rest of the program sees them; `codec.ts` turns them into bytes and back. `ours` is what
+ * travels in the field `pd`, which only peers that are pd-worker send and read.
+ */
+import type { ErrorCode } from '../errors.ts';
+import type { Fingerprint, SendType } from '../transfer/types.ts';
+import type { UniqueId } from '../transport/transport.ts';
+import type { Dtype } from './dtype.ts';
+import type { TensorId } from './ids.ts';
+
+/** Version of everything that travels in `pd`. A peer of a higher one still understands this one. */
+export const PD_VERSION = 1;
+
+/** What two ends of ours tell each other at NEW. */
+export interface PeerHello {
+  readonly version: number;
+  /** Names that this end does not know are kept, and mean nothing. */
+  readonly features: readonly string[];
+  readonly sendType: SendType;
+  /** Absent for an engine that exchanges tensors of any model. */
+  readonly fingerprint?: Fingerprint;
+}
+
+/** "Join a communicator with me; I am rank 0." */
+export interface NewMessage {
+  readonly cmd: 'NEW';
+  readonly unique_id: UniqueId;
+  readonly ours?: PeerHello;
+}
+
+/** "I want to send you this tensor." */
+export interface PutMessage {
+  readonly cmd: 'PUT';
+  readonly tensor_id: TensorId;
+  readonly shape: readonly number[];
+  readonly dtype: Dtype;
+  /** Only towards a peer that is known to be ours: it may then answer `2`. */
+  readonly ours?: true;
+}
+
+/** "Send me this tensor." */
+export interface GetMessage {
+  readonly cmd: 'GET';
+  readonly tensor_id: TensorId;
+  /** Only towards a peer that is known to be ours: it may then answer out of order, and repeats `seq`. */
+  readonly ours?: { readonly seq?: number };
+}
+
+export type WireMessage = NewMessage | PutMessage | GetMessage;
+
+/** Rank 0 of an instance tells the proxy that it lives. `P` is prefill, `D` decode. */
+export interface PingMessage {
+  readonly type: 'P' | 'D';
+  readonly http_address: string;
+  readonly zmq_address: string;
+  readonly ours?: PingHello;
+}
+
+export interface PingHello {
+  readonly version: number;
+  /** `Fingerprint.digest`: the proxy pairs only what is equal. */
+  readonly digest: string;
+  /** `Fingerprint.model`, for people. */
+  readonly model: string;
+}
+
+/** What a listener answers. */
+export type Answer =
+  /** PUT: send now. */
+  | { readonly kind: 'send' }
+  /** PUT: no memory for it. */
+  | { readonly kind: 'no-room' }
+  /** PUT, between ours: there is no pair, send NEW first. */
+  | { readonly kind: 'no-pair' }
+  /** GET: the data follows on the pair, in the order of these answers. */
+  | {
+      readonly kind: 'get';
+      readonly ret: 0;
+      readonly shape: readonly number[];
+      readonly dtype: Dtype;
+      readonly seq?: number;
+    }
+  /** GET: not here (or, between ours, not in time). */
+  | { readonly kind: 'get'; readonly ret: 1; readonly seq?: number }
+  /** NEW, between ours. With `refused` no pair is opened. */
+  | {
+      readonly kind: 'hello';
+      readonly hello: PeerHello;
+      readonly refused?: { readonly code: ErrorCode; readonly message: string };
+    };
