@@ -1,0 +1,35 @@
+import { PdError } from '../errors.ts';
+import type { Device } from './device.ts';
+import { HostDevice } from './host.ts';
+
+/** What `./cuda.ts` offers; it is loaded only where a GPU is asked for, so that a machine without one needs none of its libraries. */
+interface CudaModule {
+  createCudaDevice(index: number): Promise<Device>;
+}
+
+/** `host`, or `cuda:N`. Throws CONFIG_INVALID for another name and DEVICE_UNAVAILABLE where there is no such GPU. */
+export async function createDevice(name: string): Promise<Device> {
+  if (name === 'host') return new HostDevice();
+  const index = /^cuda:(\d{1,3})$/.exec(name)?.[1];
+  if (index === undefined) {
+    throw new PdError('CONFIG_INVALID', `device ${JSON.stringify(name)} is neither host nor cuda:N`);
+  }
+  const cuda = await loadCuda(name);
+  return cuda.createCudaDevice(Number(index));
+}
+
+async function loadCuda(name: string): Promise<CudaModule> {
+  // Not a literal, so that a build without the CUDA part still compiles and runs on the host.
+  const path: string = './cuda.ts';
+  try {
+    return (await import(path)) as CudaModule;
+  } catch (cause) {
+    if (cause instanceof PdError) throw cause;
+    throw new PdError(
+      'DEVICE_UNAVAILABLE',
+      `device ${name}: the CUDA part could not be loaded: ${PdError.from(cause).message}`,
+      {},
+      { cause },
+    );
+  }
+}

@@ -1,0 +1,41 @@
+/** Making and cutting MemoryRefs. */
+import { PdError } from '../errors.ts';
+import type { DevicePointer, MemoryRef, PinnedPointer, Slice } from './device.ts';
+
+/** Zeroed memory of this process that any thread reaches. The system commits pages as they are touched. */
+export function hostMemory(bytes: number): MemoryRef & { readonly kind: 'host' } {
+  return { kind: 'host', buffer: new SharedArrayBuffer(bytes), offset: 0, bytes };
+}
+
+export const sliceMemory: Slice = (memory, offset, length) => {
+  const fits =
+    Number.isSafeInteger(offset) &&
+    Number.isSafeInteger(length) &&
+    offset >= 0 &&
+    length >= 0 &&
+    offset + length <= memory.bytes;
+  if (!fits) {
+    throw new PdError('INTERNAL', `bytes ${offset}+${length} are outside of memory of ${memory.bytes} bytes`);
+  }
+  switch (memory.kind) {
+    case 'host':
+      return { ...memory, offset: memory.offset + offset, bytes: length };
+    case 'pinned':
+      return { ...memory, pointer: (memory.pointer + BigInt(offset)) as PinnedPointer, bytes: length };
+    case 'cuda':
+      return { ...memory, pointer: (memory.pointer + BigInt(offset)) as DevicePointer, bytes: length };
+  }
+};
+
+/** Bytes of all regions together. */
+export function totalBytes(regions: readonly MemoryRef[]): number {
+  return regions.reduce((sum, region) => sum + region.bytes, 0);
+}
+
+/** A view of host memory, without a copy. Throws INTERNAL for other kinds. */
+export function hostView(memory: MemoryRef): Uint8Array {
+  if (memory.kind !== 'host') {
+    throw new PdError('INTERNAL', `${memory.kind} memory cannot be read as host memory`);
+  }
+  return new Uint8Array(memory.buffer, memory.offset, memory.bytes);
+}

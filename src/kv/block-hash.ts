@@ -1,0 +1,24 @@
+/**
+ * The key of a full block in the prefix cache: SHA-256 over the key of the block before it and the block's own tokens, so equal keys mean
+ * equal tokens from the start of the sequence on. A strong hash, so that no crafted prompt can read another's KV.
+ */
+import { createHash } from 'node:crypto';
+
+declare const brand: unique symbol;
+export type BlockHash = string & { readonly [brand]: 'BlockHash' };
+
+export function hashBlock(parent: BlockHash | undefined, tokens: Int32Array): BlockHash {
+  const bytes = new Uint8Array(tokens.buffer, tokens.byteOffset, tokens.byteLength);
+  return createHash('sha256')
+    .update(parent ?? '')
+    .update('/')
+    .update(bytes)
+    .digest('base64') as BlockHash;
+}
+
+/** Extends `hashes` in place to every full block of `tokens`. */
+export function extendHashes(hashes: BlockHash[], tokens: Int32Array, blockSize: number): void {
+  for (let block = hashes.length; (block + 1) * blockSize <= tokens.length; block++) {
+    hashes.push(hashBlock(hashes.at(-1), tokens.subarray(block * blockSize, (block + 1) * blockSize)));
+  }
+}

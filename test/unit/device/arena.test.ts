@@ -1,0 +1,80 @@
+import fc from 'fast-check';
+import { describe, expect, test } from 'vitest';
+import { ARENA_ALIGNMENT, Arena, type Block } from '../../../src/device/arena.ts';
+
+describe('arena', () => {
+  test('hands out aligned blocks and takes all of them back', () => {
+    const arena = new Arena(1000); // 768 usable
+    const a = arena.allocate(1)!;
+    const b = arena.allocate(257)!;
+    expect([a.offset, a.size, b.offset, b.size]).toEqual([0, 256, 256, 512]);
+    expect(arena.allocate(1)).toBeUndefined();
+    expect(arena.usedBytes).toBe(768);
+    arena.free(a);
+    arena.free(b);
+    expect([arena.usedBytes, arena.blocks, arena.largestFree]).toEqual([0, 0, 768]);
+  });
+
+  test('takes the smallest hole that fits', () => {
+    const arena = new Arena(256 * 10);
+    const blocks = [4, 1, 2, 1].map((units) => arena.allocate(units * 256)!);
+    arena.free(blocks[0]!);
+    arena.free(blocks[2]!);
+    expect(arena.allocate(2 * 256)!.offset).toBe(blocks[2]!.offset);
+  });
+
+  test('a block freed twice, or of another arena, is an error and changes nothing', () => {
+    const arena = new Arena(1024);
+    const other = new Arena(1024);
+    const block = arena.allocate(10)!;
+    expect(() => other.free(block)).toThrow(/not held/);
+    arena.free(block);
+    expect(() => arena.free(block)).toThrow(/not held/);
+    expect([arena.usedBytes, other.usedBytes, arena.checkIntegrity()]).toEqual([0, 0, []]);
+  });
+
+  test('sizes that are no sizes', () => {
+    expect(() => new Arena(1024).allocate(-1)).toThrow(/no number/);
+    expect(() => new Arena(1024).allocate(1.5)).toThrow(/no number/);
+    expect(new Arena(0).allocate(1)).toBeUndefined();
+    expect(new Arena(1024).allocate(2 ** 50)).toBeUndefined();
+  });
+
+  test('property: blocks never overlap, counts are exact, and what fits is given', () => {
+    const step = fc.oneof(
+      { weight: 3, arbitrary: fc.record({ op: fc.constant('allocate' as const), bytes: fc.nat(4000) }) },
+      { weight: 2, arbitrary: fc.record({ op: fc.constant('free' as const), pick: fc.nat() }) },
+    );
+    fc.assert(
+      fc.property(fc.integer({ min: 0, max: 60_000 }), fc.array(step, { maxLength: 200 }), (total, steps) => {
+        const arena = new Arena(total);
+        const held: Block[] = [];
+        for (const step of steps) {
+          if (step.op === 'free') {
+            const block = held.splice(step.pick % Math.max(held.length, 1), 1)[0];
+            if (block) arena.free(block);
+          } else {
+            const room = arena.largestFree;
+            const block = arena.allocate(step.bytes);
+            const size = Math.max(Math.ceil(step.bytes / ARENA_ALIGNMENT), 1) * ARENA_ALIGNMENT;
+            expect(block !== undefined).toBe(size <= room);
+            if (block) held.push(block);
+          }
+          expect(arena.usedBytes).toBe(held.reduce((sum, block) => sum + block.size, 0));
+        }
+        expect(arena.checkIntegrity()).toEqual([]);
+        const ordered = held.toSorted((a, b) => a.offset - b.offset);
+        for (const [i, block] of ordered.entries()) {
+          expect(block.offset % ARENA_ALIGNMENT).toBe(0);
+          expect(block.offset + block.size).toBeLessThanOrEqual(ordered[i + 1]?.offset ?? arena.totalBytes);
+        }
+        for (const block of held) arena.free(block);
+        expect([arena.usedBytes, arena.largestFree, arena.checkIntegrity()]).toEqual([
+          0,
+          arena.totalBytes,
+          [],
+        ]);
+      }),
+    );
+  });
+});
