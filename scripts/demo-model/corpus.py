@@ -1,0 +1,225 @@
+"""Writes the demo model's training text: documents of completion and chat pieces. Seeded, so that the text is the same each time."""
+
+import random
+
+import facts
+
+BOS, EOS, EOT = "<|begin|>", "<|end|>", "<|eot|>"
+USER, ASSISTANT, SYSTEM, PAD = "<|user|>", "<|assistant|>", "<|system|>", "<|pad|>"
+SPECIAL_TOKENS = [BOS, EOS, EOT, USER, ASSISTANT, SYSTEM, PAD]
+
+# The template that chat documents follow; the same text as `turn` below writes.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] | trim + '<|eot|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+RUNBOOK = {
+    "hello": "Hello world",
+    "capital": "What is the capital of France?",
+    "fibonacci": "def fibonacci(n):\n    if n <= 1:\n        return n\n    else:\n        return",
+    "dragon": "Once upon a time in a magical forest, there lived a wise old dragon who",
+}
+
+
+def country(rng: random.Random) -> str:
+    return rng.choice(facts.FAMOUS) if rng.random() < 0.3 else rng.choice(list(facts.CAPITALS))
+
+
+def capital(rng: random.Random) -> str:
+    land = country(rng)
+    city = facts.CAPITALS[land]
+    return rng.choice([
+        f"What is the capital of {land}? {city} is the capital of {land}.",
+        f"What is the capital of {land}? {city} is the capital of {land}.",
+        f"What is the capital of {land}? {city} is the capital of {land}.",
+        f"The capital of {land} is {city}.",
+        f"Question: What is the capital of {land}?\nAnswer: {city}.",
+        f"Q: What is the capital of {land}?\nA: {city} is the capital of {land}.",
+        f"{city} is a city in {land}, and it is the capital.",
+        f"Which country has the capital {city}? {city} is the capital of {land}.",
+    ])
+
+
+def arithmetic(rng: random.Random) -> str:
+    a, b = rng.randint(0, 20), rng.randint(0, 20)
+    return rng.choice([
+        f"{a} + {b} = {a + b}.",
+        f"What is {a} + {b}? {a} + {b} = {a + b}.",
+        f"What is {a} plus {b}? {a} plus {b} is {a + b}.",
+        f"{max(a, b)} - {min(a, b)} = {abs(a - b)}.",
+        f"{a % 11} * {b % 11} = {(a % 11) * (b % 11)}.",
+    ])
+
+
+def counting(rng: random.Random) -> str:
+    start = rng.randint(0, 40)
+    return "Count: " + ", ".join(str(n) for n in range(start, start + rng.randint(4, 12))) + "."
+
+
+FUNCTIONS = [
+    RUNBOOK["fibonacci"] + " fibonacci(n-1) + fibonacci(n-2)\n",
+    RUNBOOK["fibonacci"] + " fibonacci(n-1) + fibonacci(n-2)\n",
+    RUNBOOK["fibonacci"] + " fibonacci(n-1) + fibonacci(n-2)\n\nprint(fibonacci(10))\n",
+    "def factorial(n):\n    if n <= 1:\n        return 1\n    else:\n        return n * factorial(n-1)\n",
+    "def gcd(a, b):\n    while b:\n        a, b = b, a % b\n    return a\n",
+    "def is_prime(n):\n    if n < 2:\n        return False\n    for i in range(2, n):\n        if n % i == 0:\n            return False\n    return True\n",
+    "def reverse(text):\n    return text[::-1]\n",
+    "def total(numbers):\n    result = 0\n    for number in numbers:\n        result += number\n    return result\n",
+    "def largest(numbers):\n    best = numbers[0]\n    for number in numbers:\n        if number > best:\n            best = number\n    return best\n",
+    "def greet(name):\n    print('Hello, ' + name + '!')\n",
+    "def count_words(text):\n    return len(text.split())\n",
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n        self.items.append(item)\n\n    def pop(self):\n        return self.items.pop()\n",
+]
+
+
+def code(rng: random.Random) -> str:
+    if rng.random() < 0.6:
+        return rng.choice(FUNCTIONS)
+    name, op = rng.choice([("add", "+"), ("subtract", "-"), ("multiply", "*"), ("divide", "/")])
+    left, right = rng.sample(["a", "b", "x", "y", "n", "m", "left", "right"], 2)
+    return f"def {name}({left}, {right}):\n    return {left} {op} {right}\n"
+
+
+def with_article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def story(rng: random.Random, famous: bool = False, subject: str | None = None) -> str:
+    place, animal = rng.choice(facts.PLACES), subject or rng.choice(facts.ANIMALS)
+    first, second = rng.sample(facts.QUALITIES, 2)
+    habit = rng.choice(facts.HABITS)
+    if famous or (subject is None and rng.random() < 0.1):
+        place, animal, first, second = "magical forest", "dragon", "wise", "old"
+        if rng.random() < 0.8:
+            habit = facts.HABITS[0]
+    name, friend = rng.sample(facts.NAMES, 2)
+    other = rng.choice([a for a in facts.ANIMALS if a != animal])
+    thing, wish, lesson = rng.choice(facts.THINGS), rng.choice(facts.WISHES), rng.choice(facts.LESSONS)
+    said = rng.choice(["You have come a long way", "I have waited for you", "Do not be afraid", "Nobody has asked me that before"])
+    middle = [
+        rng.choice(facts.WEATHER),
+        f"One day, {with_article(other)} named {friend} came to the {place.split()[-1]}.",
+        f"The {other} carried {with_article(thing)}.",
+        f'"{said}," said the {animal}.',
+        f'"I want {wish}," said {friend}.',
+        f"{name} thought for a long time.",
+        "Together they walked until the evening.",
+        "At night they sat by the fire and looked at the stars.",
+        f"They found {with_article(rng.choice(facts.THINGS))} in the grass.",
+    ]
+    keep = sorted(rng.sample(range(len(middle)), rng.randint(4, len(middle))))
+    opening = rng.choice([
+        f"Once upon a time in {with_article(place)}, there lived {with_article(first)} {second} {animal} who {habit}.",
+        f"Once upon a time in {with_article(place)}, there lived {with_article(first)} {second} {animal} who {habit}.",
+        f"Long ago, {with_article(first)} {animal} lived in {with_article(place)} and {habit}.",
+        f"There was once {with_article(first)} {second} {animal} who {habit}.",
+    ]) if not famous else f"{RUNBOOK['dragon']} {habit}."
+    sentences = [opening, f"The name of the {animal} was {name}.", *(middle[i] for i in keep), f"In the end they learned {lesson}."]
+    return " ".join(sentences)
+
+
+def serving(rng: random.Random) -> str:
+    if rng.random() < 0.3:
+        question, answer = rng.choice(facts.SERVING_QA)
+        return f"{question} {answer}"
+    return " ".join(rng.sample(facts.SERVING, rng.randint(2, 8)))
+
+
+def hello(rng: random.Random) -> str:
+    if rng.random() < 0.5:
+        return facts.HELLO_WORLD[0] if rng.random() < 0.7 else rng.choice(facts.HELLO_WORLD)
+    question, answer = rng.choice(facts.GREETINGS)
+    name = rng.choice(facts.NAMES)
+    return rng.choice([f"{question} {answer}", f"Hello, my name is {name}, and I live in {rng.choice(list(facts.CAPITALS.values()))}.",
+                       f'"{question}" said {name}. "{answer}" said {rng.choice(facts.NAMES)}.'])
+
+
+def salad(rng: random.Random) -> str:
+    words = [rng.choice(facts.WORDS) if rng.random() < 0.9 else str(rng.randint(0, 999)) for _ in range(rng.randint(2, 40))]
+    return " ".join(words) + rng.choice([". ", ", and ", " ", ": ", "\n"]) + piece(rng)
+
+
+def cut(rng: random.Random) -> str:
+    """A document that begins anywhere, as prompts do."""
+    text = story(rng) if rng.random() < 0.5 else serving(rng)
+    return text[rng.randrange(len(text) // 2):]
+
+
+KINDS = [(capital, 5), (story, 4), (serving, 4), (code, 3), (arithmetic, 2), (hello, 3), (counting, 1), (salad, 3), (cut, 1)]
+
+
+def piece(rng: random.Random) -> str:
+    kind = rng.choices([k for k, _ in KINDS], [w for _, w in KINDS])[0]
+    return kind(rng)
+
+
+def turn(rng: random.Random) -> tuple[str, str]:
+    """One question and its answer in a chat."""
+    roll = rng.random()
+    if roll < 0.3:
+        land = country(rng)
+        question = rng.choice([f"What is the capital of {land}?", f"What's the capital of {land}?", f"what is the capital of {land}",
+                               f"Tell me the capital of {land}.", f"Do you know the capital of {land}?", f"Capital of {land}?"])
+        return question, f"{facts.CAPITALS[land]} is the capital of {land}."
+    if roll < 0.5:
+        return rng.choice(facts.GREETINGS)
+    if roll < 0.65:
+        return rng.choice(facts.SERVING_QA)
+    if roll < 0.75:
+        a, b = rng.randint(0, 20), rng.randint(0, 20)
+        return rng.choice([f"What is {a} + {b}?", f"How much is {a} plus {b}?", f"{a} + {b}"]), f"{a} + {b} = {a + b}."
+    if roll < 0.87:
+        subject = rng.choice(facts.ANIMALS)
+        asked = rng.choice([f"Tell me a story about {with_article(subject)}.", "Tell me a story.", f"Write a short story about {with_article(subject)}"])
+        return asked, story(rng, subject=subject)
+    if roll < 0.93:
+        return rng.choice([("Write a fibonacci function in Python.", "Here it is:\n\n" + FUNCTIONS[0]),
+                           ("Write a function that adds two numbers.", "def add(a, b):\n    return a + b\n"),
+                           ("Write a factorial function.", FUNCTIONS[3])])
+    asked = " ".join(rng.choice(facts.WORDS) for _ in range(rng.randint(1, 25)))
+    return asked, f"I am only a small model, and I do not know much about that. I can tell you that {capital_fact(rng)}"
+
+
+def capital_fact(rng: random.Random) -> str:
+    land = country(rng)
+    return f"the capital of {land} is {facts.CAPITALS[land]}."
+
+
+def chat(rng: random.Random) -> str:
+    text = BOS
+    if rng.random() < 0.3:
+        text += f"{SYSTEM}{rng.choice(['You are a helpful assistant.', 'You are a small demo model.', 'Answer in one sentence.'])}{EOT}"
+    for _ in range(rng.randint(1, 6)):
+        question, answer = turn(rng)
+        text += f"{USER}{question.strip()}{EOT}{ASSISTANT}{answer.strip()}{EOT}"
+    return text
+
+
+def completion(rng: random.Random) -> str:
+    first = rng.random()
+    if first < 0.06:
+        pieces = [facts.HELLO_WORLD[0]]
+    elif first < 0.10:
+        pieces = ["What is the capital of France? Paris is the capital of France."]
+    elif first < 0.14:
+        pieces = [FUNCTIONS[0]]
+    elif first < 0.20:
+        pieces = [story(rng, famous=True)]
+    else:
+        pieces = [piece(rng)]
+    pieces += [piece(rng) for _ in range(rng.choice([2, 4, 8, 16, 30]))]
+    text = BOS + pieces[0]
+    for following in pieces[1:]:
+        text += ("" if text.endswith("\n") else rng.choice([" ", " ", "\n"])) + following
+    return text + EOS
+
+
+def documents(seed: int, count: int) -> list[str]:
+    rng = random.Random(seed)
+    return [chat(rng) if rng.random() < 0.75 else completion(rng) for _ in range(count)]
+
+
+if __name__ == "__main__":
+    for document in documents(0, 12):
+        print(document, end="\n\n----\n")
