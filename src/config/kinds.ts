@@ -83,6 +83,15 @@ export function hostPort(): Kind<HostPort> {
   );
 }
 
+/** `host`, or `cuda:N`; `cuda` alone is the first. */
+export function device(): Kind<string> {
+  return parsed('device', 'host, cuda or cuda:N', (value) => {
+    if (value === 'host') return value;
+    const match = /^cuda(?::(\d{1,3}))?$/.exec(value);
+    return match ? `cuda:${Number(match[1] ?? 0)}` : undefined;
+  });
+}
+
 export function oneOf<const T extends readonly string[]>(values: T): Kind<T[number]> {
   return parsed(values.join('|'), `one of ${values.join(', ')}`, (value) => values.find((v) => v === value));
 }

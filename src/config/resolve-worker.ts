@@ -1,0 +1,117 @@
+/** How the options of `pd-worker` become a WorkerConfig. */
+import { existsSync } from 'node:fs';
+import { join, resolve } from 'node:path';
+import type { Command } from 'commander';
+import { PdError } from '../errors.ts';
+import type { HostPort } from '../net/address.ts';
+import { DEFAULT_LIMITS } from '../transfer/types.ts';
+import { announcedHost, type HostNames } from './announce.ts';
+import { addOptions, type OptionLayer, resolveOptions } from './options.ts';
+import { checkKvRank, parseVllmKvConfig, type VllmKvConfig } from './vllm-json.ts';
+import type { WorkerConfig, WorkerRole } from './worker-config.ts';
+import { WORKER_OPTIONS, type WorkerOptions } from './worker-options.ts';
+
+/** HTTP ports of the runbook. */
+const HTTP_PORTS: Readonly<Record<WorkerRole, number>> = { producer: 8081, consumer: 8083, both: 8080 };
+
+/** What the config needs from outside: kept out so that resolving stays testable. */
+export interface WorkerEnvironment extends HostNames {
+  readonly env: Readonly<Record<string, string | undefined>>;
+  /** Directory of the bundled model. */
+  readonly demoModelDir: () => string;
+}
+
+export interface ResolvedWorker {
+  readonly config: WorkerConfig;
+  /** To be logged at start. */
+  readonly warnings: readonly string[];
+}
+
+export function addWorkerOptions(command: Command): Command {
+  return addOptions(command, WORKER_OPTIONS);
+}
+
+/** Flags, environment, file and vLLM's JSON into one validated shape. Throws CONFIG_INVALID, ADDRESS_INVALID. */
+export function resolveWorkerConfig(command: Command, outside: WorkerEnvironment): ResolvedWorker {
+  let vllm: VllmKvConfig | undefined;
+  const { values } = resolveOptions(WORKER_OPTIONS, command, outside.env, (given) => {
+    const layers: OptionLayer[] = [];
+    if (given.kvTransferConfig !== undefined) {
+      vllm = parseVllmKvConfig(given.kvTransferConfig);
+      layers.push(vllm.layer);
+    }
+    if (outside.env['VLLM_DISABLE_REQUEST_ID_RANDOMIZATION'] === '1') {
+      const label = 'VLLM_DISABLE_REQUEST_ID_RANDOMIZATION (environment)';
+      layers.push({ values: { randomizeRequestIds: { value: false, label } } });
+    }
+    return layers;
+  });
+  if (vllm !== undefined) {
+    if (values.role === 'both') {
+      throw new PdError(
+        'CONFIG_INVALID',
+        '--kv-transfer-config without kv_role, or with --role both, moves no KV; give kv_role or --role producer|consumer',
+      );
+    }
+    checkKvRank(vllm, values.role);
+  }
+  return { config: toWorkerConfig(values, outside), warnings: vllm?.warnings ?? [] };
+}
+
+/** The second half of `resolveWorkerConfig`: validated options into the config. */
+export function toWorkerConfig(options: WorkerOptions, outside: WorkerEnvironment): WorkerConfig {
+  const { device } = options;
+  const onCuda = device !== 'host';
+  const executor = options.executor ?? (onCuda ? 'cuda' : 'host');
+  if (executor === 'cuda' && !onCuda) {
+    throw new PdError('CONFIG_INVALID', '--executor: "cuda" needs --device cuda:N');
+  }
+  const http: HostPort = { host: options.host, port: options.port ?? HTTP_PORTS[options.role] };
+  // Not every interface: the address told to peers is the one bound, so a firewall rule or a second network shows at once.
+  const kvHost = options.kvHost ?? announcedHost(outside);
+  const kvAnnounceHost = options.kvAnnounceHost ?? announcedHost(outside, kvHost);
+  const httpAnnounceHost = options.httpAnnounceHost ?? announcedHost(outside, http.host);
+  const modelDir = options.model === undefined ? outside.demoModelDir() : resolve(options.model);
+  if (!existsSync(join(modelDir, 'config.json'))) {
+    const named = options.model === undefined ? 'the bundled demo model' : `--model ${options.model}`;
+    throw new PdError(
+      'CONFIG_INVALID',
+      `${named}: ${modelDir} is not a checkpoint directory (no config.json)`,
+    );
+  }
+  return {
+    role: options.role,
+    modelDir,
+    servedModelNames: options.servedModelName ?? [options.model ?? 'demo'],
+    device,
+    executor,
+    http,
+    kv: { bind: { host: kvHost, port: options.kvPort }, announceHost: kvAnnounceHost, rank: 0 },
+    ...(options.proxy === undefined ? {} : { proxy: options.proxy }),
+    httpAnnounceHost,
+    sendType: options.sendType,
+    kvBufferSize: options.kvBufferSize,
+    memPoolSize: Math.round(options.memPoolSizeGb * 2 ** 30),
+    ncclNumChannels: options.ncclNumChannels,
+    loadFailure: options.kvLoadFailure,
+    maxNumSeqs: options.maxNumSeqs ?? (executor === 'cuda' ? 256 : 32),
+    maxNumBatchedTokens: options.maxNumBatchedTokens ?? (executor === 'cuda' ? 8_192 : 512),
+    ...(options.maxModelLen === undefined ? {} : { maxModelLen: options.maxModelLen }),
+    blockSize: options.blockSize,
+    ...(options.numBlocks === undefined ? {} : { numBlocks: options.numBlocks }),
+    enablePrefixCaching: options.enablePrefixCaching,
+    randomizeRequestIds: options.randomizeRequestIds,
+    timeouts: {
+      connect: options.connectTimeout,
+      answer: options.answerTimeout,
+      pairInit: options.pairInitTimeout,
+      transfer: options.kvTransferTimeout,
+      load: options.kvLoadTimeout,
+      orphan: options.kvOrphanTimeout,
+    },
+    limits: DEFAULT_LIMITS,
+    drainTimeoutMs: options.drainTimeout,
+    pingIntervalMs: options.pingInterval,
+    log: { level: options.logLevel, format: options.logFormat },
+  };
+}

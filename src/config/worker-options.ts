@@ -1,0 +1,238 @@
+/** The options of `pd-worker`: one table for flags, environment and config file. */
+import { DEFAULT_TIMEOUTS, type LogLevel, SEND_TYPES, type SendType } from '../transfer/types.ts';
+import {
+  bytes,
+  device,
+  duration,
+  hostPort,
+  integer,
+  json,
+  listOf,
+  oneOf,
+  port,
+  real,
+  text,
+  toggle,
+} from './kinds.ts';
+import { defineOptions, option, type ValuesOf } from './options.ts';
+import type { LoadFailurePolicy, WorkerRole } from './worker-config.ts';
+
+export const LOG_LEVELS = ['trace', 'debug', 'info', 'warn', 'error', 'silent'] as const satisfies LogLevel[];
+const ROLES = ['producer', 'consumer', 'both'] as const satisfies WorkerRole[];
+const LOAD_FAILURE = ['recompute', 'fail'] as const satisfies LoadFailurePolicy[];
+
+const MODEL = 'Model';
+const SERVER = 'HTTP server';
+const KV = 'KV transfer';
+const BATCH = 'Scheduler and KV cache';
+const DEADLINES = 'Deadlines (seconds, or 500ms, 2m)';
+const LOG = 'Log';
+
+export const WORKER_OPTIONS = defineOptions({
+  role: option({
+    kind: oneOf(ROLES),
+    help: 'compute prompts, generate, or both undivided',
+    default: 'both' as WorkerRole,
+  }),
+  config: option({ kind: text('file'), help: 'JSON file of options' }),
+
+  model: option({
+    kind: text('dir'),
+    group: MODEL,
+    help: 'directory of a Hugging Face checkpoint',
+    defaultText: 'the bundled demo model',
+  }),
+  servedModelName: option({
+    kind: listOf(text('name')),
+    group: MODEL,
+    help: 'ids that requests may name; the first is echoed',
+    defaultText: '--model as given, or demo',
+  }),
+  device: option({
+    kind: device(),
+    group: MODEL,
+    help: 'where KV lives: host, cuda:N',
+    default: 'host',
+  }),
+  executor: option({
+    kind: oneOf(['host', 'cuda']),
+    group: MODEL,
+    help: 'what computes; host with a cuda device moves KV through GPU memory',
+    defaultText: 'as --device',
+  }),
+  maxModelLen: option({
+    kind: integer(2, 2 ** 24, 'tokens'),
+    group: MODEL,
+    help: 'most tokens of one sequence, prompt and output',
+    defaultText: "the model's own",
+  }),
+
+  host: option({ kind: text('host'), group: SERVER, help: 'address to bind', default: '0.0.0.0' }),
+  port: option({
+    kind: port(),
+    group: SERVER,
+    help: 'port to bind, 0 for any free one',
+    defaultText: '8081 producer, 8083 consumer, 8080 both',
+  }),
+  httpAnnounceHost: option({
+    kind: text('host'),
+    group: SERVER,
+    help: 'host told to the proxy',
+    defaultText: "PD_HOST_IP, or the one bound, or this machine's address",
+  }),
+
+  kvHost: option({
+    kind: text('host'),
+    group: KV,
+    help: 'address that the KV listener binds',
+    defaultText: "this machine's address",
+  }),
+  kvPort: option({ kind: port(), group: KV, help: 'base port of the KV listener', default: 14_579 }),
+  kvAnnounceHost: option({
+    kind: text('host'),
+    group: KV,
+    help: 'KV host told to others',
+    defaultText: 'PD_HOST_IP, or the one bound',
+  }),
+  proxy: option({
+    kind: hostPort(),
+    group: KV,
+    help: 'discovery address of the proxy, such as 127.0.0.1:30002',
+    defaultText: 'no ping',
+  }),
+  sendType: option({
+    kind: oneOf(SEND_TYPES),
+    group: KV,
+    help: 'how KV moves; the same on both ends',
+    default: 'PUT_ASYNC' as SendType,
+  }),
+  kvBufferSize: option({
+    kind: bytes(),
+    group: KV,
+    help: 'device memory for received KV',
+    default: 1e9,
+  }),
+  memPoolSizeGb: option({
+    kind: real(0, 65_536, 'GB'),
+    group: KV,
+    help: 'host memory (2^30 bytes each) for KV past --kv-buffer-size, taken on demand',
+    default: 32,
+  }),
+  ncclNumChannels: option({
+    kind: integer(1, 64),
+    group: KV,
+    help: 'channels per pair: 16 or 32 on NVLink, 8 on PCIe',
+    default: 8,
+  }),
+  kvLoadFailure: option({
+    kind: oneOf(LOAD_FAILURE),
+    group: KV,
+    help: 'what a consumer does when KV does not come',
+    default: 'recompute' as LoadFailurePolicy,
+  }),
+  randomizeRequestIds: option({
+    kind: toggle(),
+    group: KV,
+    help: 'leave the random suffix off engine request ids',
+    default: true,
+    defaultText: 'suffix on, as vLLM from 0.14',
+  }),
+  kvTransferConfig: option({ kind: json(), group: KV, help: "vLLM's JSON, as it is" }),
+
+  maxNumSeqs: option({
+    kind: integer(1, 65_536),
+    group: BATCH,
+    help: 'most sequences in a batch',
+    defaultText: '32 on host, 256 on cuda',
+  }),
+  maxNumBatchedTokens: option({
+    kind: integer(1, 2 ** 24, 'tokens'),
+    group: BATCH,
+    help: 'most tokens in a step; longer prompts go in chunks',
+    defaultText: '512 on host, 8192 on cuda',
+  }),
+  blockSize: option({
+    kind: integer(1, 1_024, 'tokens'),
+    group: BATCH,
+    help: 'tokens per KV block',
+    default: 16,
+  }),
+  numBlocks: option({
+    kind: integer(2, 2 ** 31 - 1),
+    group: BATCH,
+    help: 'KV blocks',
+    defaultText: 'by what the batch needs, or free GPU memory',
+  }),
+  enablePrefixCaching: option({
+    kind: toggle(),
+    group: BATCH,
+    help: 'compute equal prompt prefixes anew each time',
+    default: true,
+    defaultText: 'they are kept',
+  }),
+
+  connectTimeout: option({
+    kind: duration(1),
+    group: DEADLINES,
+    help: 'reaching a peer',
+    default: DEFAULT_TIMEOUTS.connect,
+  }),
+  answerTimeout: option({
+    kind: duration(1),
+    group: DEADLINES,
+    help: "a peer's answer to an announcement",
+    default: DEFAULT_TIMEOUTS.answer,
+  }),
+  pairInitTimeout: option({
+    kind: duration(1),
+    group: DEADLINES,
+    help: 'opening a pair (communicator init)',
+    default: DEFAULT_TIMEOUTS.pairInit,
+  }),
+  kvTransferTimeout: option({
+    kind: duration(1),
+    group: DEADLINES,
+    help: 'one tensor on the wire',
+    default: DEFAULT_TIMEOUTS.transfer,
+  }),
+  kvLoadTimeout: option({
+    kind: duration(1),
+    group: DEADLINES,
+    help: 'all KV of a request',
+    default: DEFAULT_TIMEOUTS.load,
+  }),
+  kvOrphanTimeout: option({
+    kind: duration(1),
+    group: DEADLINES,
+    help: 'KV that no request claims is freed after this',
+    default: DEFAULT_TIMEOUTS.orphan,
+  }),
+  drainTimeout: option({
+    kind: duration(),
+    group: DEADLINES,
+    help: 'requests under way when SIGTERM comes',
+    default: 30_000,
+  }),
+  pingInterval: option({
+    kind: duration(10),
+    group: DEADLINES,
+    help: 'between pings to the proxy',
+    default: 3_000,
+    hidden: true,
+  }),
+
+  logLevel: option({
+    kind: oneOf(LOG_LEVELS),
+    group: LOG,
+    help: 'least level logged',
+    default: 'info' as LogLevel,
+  }),
+  logFormat: option({
+    kind: oneOf(['auto', 'pretty', 'json']),
+    group: LOG,
+    help: 'pretty for people, json for collectors, auto by whether stdout is a terminal',
+    default: 'auto',
+  }),
+});
+
+export type WorkerOptions = ValuesOf<typeof WORKER_OPTIONS>;

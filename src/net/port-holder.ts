@@ -1,0 +1,74 @@
+/** Who holds a TCP port that we wanted: from /proc where there is one, and nothing where it does not tell. */
+import { readdir, readFile, readlink } from 'node:fs/promises';
+import { createServer } from 'node:net';
+import { PdError } from '../errors.ts';
+import { formatHostPort, type HostPort } from './address.ts';
+
+const LISTEN = '0A';
+
+/** `node (pid 4711)`, or undefined where that cannot be known (no /proc, another user's process). */
+export async function portHolder(port: number): Promise<string | undefined> {
+  const inodes = new Set<string>();
+  for (const table of ['/proc/net/tcp', '/proc/net/tcp6']) {
+    const text = await readFile(table, 'utf8').catch(() => '');
+    for (const inode of listeningInodes(text, port)) inodes.add(inode);
+  }
+  if (inodes.size === 0) return undefined;
+  for (const pid of (await readdir('/proc').catch(() => [])).filter((name) => /^\d+$/.test(name))) {
+    for (const fd of await readdir(`/proc/${pid}/fd`).catch(() => [])) {
+      const target = await readlink(`/proc/${pid}/fd/${fd}`).catch(() => '');
+      const inode = /^socket:\[(\d+)\]$/.exec(target)?.[1];
+      if (inode === undefined || !inodes.has(inode)) continue;
+      const name = await readFile(`/proc/${pid}/comm`, 'utf8').catch(() => 'process');
+      return `${name.trim()} (pid ${pid})`;
+    }
+  }
+  return undefined;
+}
+
+/** Inodes of sockets that listen on `port`, in a table as /proc/net/tcp has it. */
+export function listeningInodes(table: string, port: number): string[] {
+  const inodes: string[] = [];
+  for (const line of table.split('\n').slice(1)) {
+    // sl local_address rem_address st tx:rx tr:when retrnsmt uid timeout inode
+    const [, local, , state, , , , , , inode] = line.trim().split(/\s+/);
+    if (state !== LISTEN || local === undefined || inode === undefined) continue;
+    if (Number.parseInt(local.split(':')[1] ?? '', 16) === port) inodes.push(inode);
+  }
+  return inodes;
+}
+
+/** PORT_IN_USE (or ADDRESS_INVALID) for a failed listen, naming `what`, the port and who holds it. */
+export async function listenError(error: unknown, address: HostPort, what: string): Promise<PdError> {
+  const code = (error as NodeJS.ErrnoException).code;
+  const where = formatHostPort(address);
+  if (code === 'EADDRINUSE') {
+    const holder = await portHolder(address.port);
+    const by = holder === undefined ? 'another process' : holder;
+    return new PdError('PORT_IN_USE', `${what}: port ${address.port} on ${address.host} is held by ${by}`, {
+      port: address.port,
+    });
+  }
+  if (code === 'EADDRNOTAVAIL' || code === 'ENOTFOUND' || code === 'EAI_AGAIN') {
+    return new PdError('ADDRESS_INVALID', `${what}: ${where} is no address of this machine (${code})`);
+  }
+  if (code === 'EACCES') {
+    return new PdError('PORT_IN_USE', `${what}: this user may not listen on ${where} (EACCES)`);
+  }
+  return PdError.from(error, 'INTERNAL');
+}
+
+/** Throws PORT_IN_USE at once, before a model is loaded, where `address` cannot be bound. Port 0 always can. */
+export async function assertBindable(address: HostPort, what: string): Promise<void> {
+  const server = createServer();
+  try {
+    await new Promise<void>((resolve, reject) => {
+      server
+        .once('error', reject)
+        .listen({ host: address.host, port: address.port, exclusive: true }, resolve);
+    });
+  } catch (error) {
+    throw await listenError(error, address, what);
+  }
+  await new Promise<void>((resolve) => server.close(() => resolve()));
+}

@@ -1,0 +1,272 @@
+/** The main thread's side of the core thread: requests in, outputs to whoever asked, and one place where the core's death is heard. */
+import { Worker } from 'node:worker_threads';
+import { PdError, unreachable } from '../errors.ts';
+import type { CoreRequest, RequestOutput } from '../scheduler/types.ts';
+import { threadEntry } from '../thread-entry.ts';
+import type { EngineRequestId } from '../wire/ids.ts';
+import { AsyncQueue } from './async-queue.ts';
+import type { CoreInfo, CoreInit, CoreState, FromCore, ToCore } from './messages.ts';
+
+/** What a core thread is to its client: tests put a scripted one here. */
+export interface CorePort {
+  post(message: ToCore): void;
+  onMessage(listener: (message: FromCore) => void): void;
+  /** The thread is over: asked for or not. */
+  onExit(listener: (error: Error | undefined) => void): void;
+  /** Ends the thread by force. */
+  terminate(): Promise<void>;
+}
+
+/** The outputs of one request, in order; throws where the request failed or was aborted by its signal. Leaving the loop aborts it. */
+export interface Generation extends AsyncIterable<RequestOutput> {
+  /** Gives up one of the n completions, for instance at a stop string: no more outputs of it come. */
+  abort(index: number): void;
+}
+
+interface Pending {
+  readonly queue: AsyncQueue<RequestOutput>;
+  readonly open: Set<number>;
+  readonly unlisten: () => void;
+}
+
+export interface CoreClientOptions {
+  /** From thread start to a loaded model. */
+  readonly startTimeoutMs?: number;
+  /** From `shutdown` to the end of the thread, before it is ended by force. */
+  readonly shutdownTimeoutMs?: number;
+}
+
+export class CoreClient {
+  /** Resolves when the core has ended: with the error where it was not asked to. Never rejects. */
+  readonly ended: Promise<PdError | undefined>;
+  readonly #port: CorePort;
+  readonly #shutdownTimeoutMs: number;
+  readonly #pending = new Map<EngineRequestId, Pending>();
+  readonly #states = new Map<number, (answer: CoreState | PdError) => void>();
+  #info: CoreInfo | undefined;
+  #onReady: (info: CoreInfo) => void = () => {};
+  #onEnded: (error: PdError | undefined) => void = () => {};
+  #stateSeq = 0;
+  /** Set once the core takes nothing any more. */
+  #over: PdError | undefined;
+  #closing: Promise<void> | undefined;
+
+  private constructor(port: CorePort, shutdownTimeoutMs: number) {
+    this.#port = port;
+    this.#shutdownTimeoutMs = shutdownTimeoutMs;
+    this.ended = new Promise((resolve) => {
+      this.#onEnded = resolve;
+    });
+    port.onMessage((message) => this.#receive(message));
+    port.onExit((error) => this.#exited(error));
+  }
+
+  /** Starts the core thread and waits until its model is loaded. */
+  static start(init: CoreInit, options: CoreClientOptions = {}): Promise<CoreClient> {
+    return CoreClient.connect(threadPort(init), options);
+  }
+
+  /** Waits for `ready` on a port. Throws what the core died of, or INTERNAL at the deadline; the thread is over then. */
+  static async connect(port: CorePort, options: CoreClientOptions = {}): Promise<CoreClient> {
+    const { startTimeoutMs = 600_000, shutdownTimeoutMs = 10_000 } = options;
+    const client = new CoreClient(port, shutdownTimeoutMs);
+    const ready = new Promise<CoreInfo>((resolve) => {
+      client.#onReady = resolve;
+    });
+    const first = await withDeadline(Promise.race([ready, client.ended]), startTimeoutMs);
+    if (first !== undefined && !(first instanceof PdError)) {
+      client.#info = first;
+      return client;
+    }
+    await port.terminate();
+    throw (
+      first ??
+      new PdError('INTERNAL', `the core thread was not ready after ${startTimeoutMs / 1000} s: gave up`)
+    );
+  }
+
+  get info(): CoreInfo {
+    if (this.#info === undefined) throw new PdError('INTERNAL', 'the core thread is not ready yet');
+    return this.#info;
+  }
+
+  /** Requests whose last output has not come. */
+  get pending(): number {
+    return this.#pending.size;
+  }
+
+  /** Hands a request to the core at once. Throws ENGINE_CLOSED where there is no core, REQUEST_INVALID where the id is in use. */
+  generate(request: CoreRequest, signal?: AbortSignal): Generation {
+    const { requestId, n } = request;
+    if (this.#over) throw this.#over;
+    if (this.#pending.has(requestId)) {
+      throw new PdError('REQUEST_INVALID', `a request with id ${requestId} is under way`, { requestId });
+    }
+    const queue = new AsyncQueue<RequestOutput>(() => this.#abort(requestId));
+    const onAbort = () => {
+      this.#abort(requestId);
+      queue.fail(new PdError('REQUEST_ABORTED', `request ${requestId} was aborted`, { requestId }));
+    };
+    this.#pending.set(requestId, {
+      queue,
+      open: new Set(Array.from({ length: n }, (_, index) => index)),
+      unlisten: () => signal?.removeEventListener('abort', onAbort),
+    });
+    this.#port.post({ type: 'add', request });
+    if (signal?.aborted) onAbort();
+    else signal?.addEventListener('abort', onAbort, { once: true });
+    return {
+      [Symbol.asyncIterator]: () => queue,
+      abort: (index) => this.#abortIndex(requestId, index),
+    };
+  }
+
+  /** What the core says of itself. Throws INTERNAL where it does not answer in time. */
+  async state(timeoutMs = 2_000): Promise<CoreState> {
+    if (this.#over) throw this.#over;
+    const seq = ++this.#stateSeq;
+    const answer = new Promise<CoreState | PdError>((resolve) => this.#states.set(seq, resolve));
+    this.#port.post({ type: 'state', seq });
+    const state = await withDeadline(answer, timeoutMs);
+    this.#states.delete(seq);
+    if (state === undefined) {
+      throw new PdError('INTERNAL', `the core thread did not answer a state request within ${timeoutMs} ms`);
+    }
+    if (state instanceof PdError) throw state;
+    return state;
+  }
+
+  /** HTTP is up: the core may ping the proxy. */
+  serve(httpAddress: string): void {
+    if (!this.#over) this.#port.post({ type: 'serve', httpAddress });
+  }
+
+  /** No more pings. */
+  drain(): void {
+    if (!this.#over) this.#port.post({ type: 'drain' });
+  }
+
+  /** Ends the thread, by force at the deadline; what is still pending fails. Idempotent. */
+  close(): Promise<void> {
+    this.#closing ??= this.#close();
+    return this.#closing;
+  }
+
+  async #close(): Promise<void> {
+    if (!this.#over) {
+      this.#fail(new PdError('ENGINE_CLOSED', 'the worker has ended'));
+      this.#port.post({ type: 'shutdown' });
+      await withDeadline(this.ended, this.#shutdownTimeoutMs);
+    }
+    await this.#port.terminate();
+    this.#onEnded(undefined);
+  }
+
+  #receive(message: FromCore): void {
+    switch (message.type) {
+      case 'ready':
+        this.#onReady(message.info);
+        return;
+      case 'outputs':
+        for (const output of message.outputs) this.#deliver(output);
+        return;
+      case 'state':
+        this.#states.get(message.seq)?.(message.state);
+        return;
+      case 'fatal':
+        this.#die(PdError.fromData(message.error));
+        return;
+      case 'closed':
+        this.#exited(undefined);
+        return;
+      default:
+        unreachable(message, 'message from the core thread');
+    }
+  }
+
+  #deliver(output: RequestOutput): void {
+    const pending = this.#pending.get(output.requestId);
+    // Aborted a moment ago: the core could not know.
+    if (!pending?.open.has(output.index)) return;
+    pending.queue.push(output);
+    if (output.finishReason === undefined && output.error === undefined) return;
+    this.#closeIndex(output.requestId, pending, output.index);
+  }
+
+  #closeIndex(requestId: EngineRequestId, pending: Pending, index: number): void {
+    pending.open.delete(index);
+    if (pending.open.size > 0) return;
+    this.#forget(requestId, pending);
+    pending.queue.end();
+  }
+
+  #abortIndex(requestId: EngineRequestId, index: number): void {
+    const pending = this.#pending.get(requestId);
+    if (!pending?.open.has(index)) return;
+    if (!this.#over) this.#port.post({ type: 'abort', requestId, index });
+    this.#closeIndex(requestId, pending, index);
+  }
+
+  #abort(requestId: EngineRequestId): void {
+    const pending = this.#pending.get(requestId);
+    if (!pending) return;
+    this.#forget(requestId, pending);
+    if (!this.#over) this.#port.post({ type: 'abort', requestId });
+  }
+
+  #forget(requestId: EngineRequestId, pending: Pending): void {
+    this.#pending.delete(requestId);
+    pending.unlisten();
+  }
+
+  #exited(error: Error | undefined): void {
+    if (this.#closing) this.#onEnded(undefined);
+    else this.#die(PdError.from(error ?? new Error('the core thread ended unasked')));
+  }
+
+  #die(error: PdError): void {
+    this.#fail(error);
+    this.#onEnded(this.#closing ? undefined : error);
+  }
+
+  #fail(error: PdError): void {
+    this.#over ??= error;
+    for (const [requestId, pending] of this.#pending) {
+      this.#forget(requestId, pending);
+      pending.queue.fail(error);
+    }
+    for (const answer of this.#states.values()) answer(error);
+  }
+}
+
+/** Undefined at the deadline. */
+async function withDeadline<T>(promise: Promise<T>, ms: number): Promise<T | undefined> {
+  let timer: NodeJS.Timeout | undefined;
+  const deadline = new Promise<undefined>((resolve) => {
+    timer = setTimeout(() => resolve(undefined), ms);
+  });
+  try {
+    return await Promise.race([promise, deadline]);
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+function threadPort(init: CoreInit): CorePort {
+  const worker = new Worker(threadEntry(import.meta.url, './core-thread.js'), {
+    workerData: init,
+    name: 'core',
+  });
+  let thrown: Error | undefined;
+  worker.on('error', (error) => {
+    thrown = error instanceof Error ? error : new Error(String(error));
+  });
+  return {
+    post: (message) => worker.postMessage(message),
+    onMessage: (listener) => worker.on('message', listener),
+    onExit: (listener) => worker.on('exit', () => listener(thrown)),
+    terminate: async () => {
+      await worker.terminate();
+    },
+  };
+}

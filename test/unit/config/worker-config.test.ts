@@ -1,0 +1,208 @@
+import { mkdtempSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { Command } from 'commander';
+import { describe, expect, it } from 'vitest';
+import { nativeEnvironment, prepareNativeEnvironment } from '../../../src/config/native-env.ts';
+import { addWorkerOptions, resolveWorkerConfig } from '../../../src/config/resolve-worker.ts';
+
+const modelDir = mkdtempSync(join(tmpdir(), 'pd-model-'));
+writeFileSync(join(modelDir, 'config.json'), '{}');
+
+function resolve(args: string[], env: Record<string, string> = {}) {
+  const command = addWorkerOptions(new Command('pd-worker').exitOverride());
+  command.parse(args, { from: 'user' });
+  return resolveWorkerConfig(command, {
+    env,
+    hostIp: env['PD_HOST_IP'],
+    localAddress: (family) => (family === 6 ? '2001:db8::7' : '10.0.0.7'),
+    demoModelDir: () => modelDir,
+  });
+}
+
+const config = (args: string[], env?: Record<string, string>) => resolve(args, env).config;
+
+/** What people start vLLM with. */
+const RUNBOOK = {
+  kv_connector: 'P2pNcclConnector',
+  kv_role: 'kv_producer',
+  kv_buffer_size: '1e9',
+  kv_port: '8082',
+  kv_connector_extra_config: {
+    proxy_ip: '0.0.0.0',
+    proxy_port: '30002',
+    http_port: '8081',
+    send_type: 'PUT_ASYNC',
+    nccl_num_channels: '16',
+  },
+};
+const vllm = (json: object, ...args: string[]) => ['--kv-transfer-config', JSON.stringify(json), ...args];
+
+describe('worker configuration', () => {
+  it('serves the demo model undivided by default', () => {
+    expect(config([])).toMatchObject({
+      role: 'both',
+      modelDir,
+      servedModelNames: ['demo'],
+      device: 'host',
+      executor: 'host',
+      http: { host: '0.0.0.0', port: 8080 },
+      httpAnnounceHost: '10.0.0.7',
+      sendType: 'PUT_ASYNC',
+      kvBufferSize: 1e9,
+      memPoolSize: 32 * 2 ** 30,
+      loadFailure: 'recompute',
+      blockSize: 16,
+      enablePrefixCaching: true,
+      randomizeRequestIds: true,
+      drainTimeoutMs: 30_000,
+      pingIntervalMs: 3_000,
+      timeouts: { connect: 5_000, load: 60_000, orphan: 60_000 },
+    });
+    expect(config([])).not.toHaveProperty('proxy');
+  });
+
+  it('has the ports of the runbook per role', () => {
+    expect(config(['--role', 'producer']).http.port).toBe(8081);
+    expect(config(['--role', 'consumer']).http.port).toBe(8083);
+    expect(config(['--role', 'consumer', '--port', '0']).http.port).toBe(0);
+  });
+
+  it('names the model as given', () => {
+    expect(config(['--model', modelDir]).servedModelNames).toEqual([modelDir]);
+    expect(config(['--model', modelDir, '--served-model-name', 'a', 'b']).servedModelNames).toEqual([
+      'a',
+      'b',
+    ]);
+  });
+
+  it('tells others what is bound, another address where that says nothing, and PD_HOST_IP above both', () => {
+    const bound = config(['--host', '127.0.0.1', '--kv-host', '::1']);
+    expect([bound.httpAnnounceHost, bound.kv.announceHost]).toEqual(['127.0.0.1', '::1']);
+    const any = config(['--host', '::', '--kv-host', '0.0.0.0']);
+    expect([any.httpAnnounceHost, any.kv.announceHost]).toEqual(['2001:db8::7', '10.0.0.7']);
+    const told = config(['--host', '127.0.0.1'], { PD_HOST_IP: '192.0.2.1' });
+    expect([told.httpAnnounceHost, told.kv.announceHost]).toEqual(['192.0.2.1', '192.0.2.1']);
+    const explicit = config(['--kv-announce-host', '198.51.100.1'], { PD_HOST_IP: '192.0.2.1' });
+    expect(explicit.kv.announceHost).toBe('198.51.100.1');
+  });
+
+  it('computes where the device is, unless told otherwise', () => {
+    expect(config(['--device', 'cuda'])).toMatchObject({
+      device: 'cuda:0',
+      executor: 'cuda',
+      maxNumSeqs: 256,
+    });
+    expect(config(['--device', 'cuda:1', '--executor', 'host'])).toMatchObject({
+      device: 'cuda:1',
+      executor: 'host',
+      maxNumSeqs: 32,
+    });
+  });
+
+  it.each([
+    [['--executor', 'cuda'], /--executor/],
+    [['--device', 'tpu'], /^--device: "tpu" is not allowed; expected host, cuda or cuda:N/],
+    [['--model', '/nonexistent'], /--model \/nonexistent: .*no config.json/],
+    [['--kv-buffer-size', 'big'], /^--kv-buffer-size/],
+    [['--kv-orphan-timeout', '-1'], /^--kv-orphan-timeout/],
+  ])('refuses %j', (args, message) => {
+    expect(() => config(args)).toThrow(
+      expect.objectContaining({ code: 'CONFIG_INVALID', message: expect.stringMatching(message) }),
+    );
+  });
+});
+
+describe("vLLM's kv-transfer-config", () => {
+  it('is accepted as it is', () => {
+    const { config: worker, warnings } = resolve(vllm(RUNBOOK));
+    expect(warnings).toEqual([]);
+    expect(worker).toMatchObject({
+      role: 'producer',
+      http: { port: 8081 },
+      kv: { bind: { port: 8082 } },
+      proxy: { host: '0.0.0.0', port: 30_002 },
+      sendType: 'PUT_ASYNC',
+      kvBufferSize: 1e9,
+      ncclNumChannels: 16,
+    });
+  });
+
+  it('ranks below flags, environment and file', () => {
+    expect(config(vllm(RUNBOOK, '--kv-port', '9'))).toMatchObject({ kv: { bind: { port: 9 } } });
+    expect(config(vllm(RUNBOOK), { PD_SEND_TYPE: 'GET' }).sendType).toBe('GET');
+    const file = join(modelDir, 'options.json');
+    writeFileSync(file, JSON.stringify({ 'nccl-num-channels': 32, 'kv-transfer-config': RUNBOOK }));
+    expect(config(['--config', file])).toMatchObject({ role: 'producer', ncclNumChannels: 32 });
+  });
+
+  it('reads an IPv6 proxy, and an empty one as none', () => {
+    const extra = (values: object) => config(vllm({ ...RUNBOOK, kv_connector_extra_config: values }));
+    expect(extra({ proxy_ip: '::1', proxy_port: 30_002 }).proxy).toEqual({ host: '::1', port: 30_002 });
+    expect(extra({ proxy_ip: '', proxy_port: '' })).not.toHaveProperty('proxy');
+  });
+
+  it('warns of unknown keys by name', () => {
+    const { warnings } = resolve(
+      vllm({ ...RUNBOOK, kv_colour: 1, kv_connector_extra_config: { mood: 'good' } }),
+    );
+    expect(warnings).toHaveLength(2);
+    expect(warnings[0]).toContain('kv_colour');
+    expect(warnings[1]).toContain('kv_connector_extra_config.mood');
+  });
+
+  it.each([
+    [{ kv_rank: '0', kv_parallel_size: '2' }, undefined],
+    [{ kv_rank: 0 }, undefined],
+    [{ kv_rank: 5, kv_parallel_size: 1 }, undefined],
+    [{ kv_parallel_size: 2 }, undefined],
+    [{ kv_rank: 1, kv_parallel_size: 2 }, /kv_rank.*: 1 is not allowed; expected 0 for a producer/],
+    [{ kv_role: 'kv_consumer', kv_rank: '0', kv_parallel_size: '2' }, /expected 1 for a consumer/],
+    [{ kv_rank: 0, kv_parallel_size: 3 }, /kv_parallel_size.*expected 1 or 2/],
+    [{ kv_rank: 'first' }, /kv_rank/],
+    [{ kv_connector: 'NixlConnector' }, /kv_connector in.*P2pNcclConnector/],
+    [{ kv_role: 'kv_both' }, /kv_role/],
+    [{ kv_port: 'abc' }, /^kv_port in --kv-transfer-config: "abc"/],
+    [{ kv_connector_extra_config: { proxy_ip: '10.0.0.1' } }, /proxy_port/],
+    [{ kv_connector_extra_config: 7 }, /kv_connector_extra_config.*JSON object/],
+    [{ kv_connector_extra_config: { send_type: 'POST' } }, /^send_type in .*one of PUT, PUT_ASYNC, GET/],
+  ])('checks %j', (change, message) => {
+    const act = () => config(vllm({ ...RUNBOOK, ...change }));
+    if (message === undefined) expect(act).not.toThrow();
+    else {
+      expect(act).toThrow(
+        expect.objectContaining({ code: 'CONFIG_INVALID', message: expect.stringMatching(message) }),
+      );
+    }
+  });
+
+  it('must be JSON, and needs a role', () => {
+    expect(() => config(['--kv-transfer-config', '{'])).toThrow(/--kv-transfer-config is not JSON/);
+    expect(() => config(vllm({ kv_port: 1 }))).toThrow(/kv_role/);
+    expect(config(vllm({ kv_port: 1 }, '--role', 'consumer')).kv.bind.port).toBe(1);
+  });
+
+  it('knows the switch that turns random suffixes off', () => {
+    expect(config([], { VLLM_DISABLE_REQUEST_ID_RANDOMIZATION: '1' }).randomizeRequestIds).toBe(false);
+    expect(config(['--no-randomize-request-ids']).randomizeRequestIds).toBe(false);
+  });
+});
+
+describe('native environment', () => {
+  const lan = [{ address: '10.0.0.7' }, { address: '2001:db8::7' }] as never;
+  const kv = (host: string) => ({ bind: { host, port: 1 }, announceHost: host, rank: 0 });
+
+  it("follows the KV address, and never overrules the user's own", () => {
+    expect(nativeEnvironment({ device: 'host', kv: kv('10.0.0.7') }, { eth1: lan })).toEqual({});
+    const env: Record<string, string> = { NCCL_CUMEM_ENABLE: '0' };
+    prepareNativeEnvironment({ device: 'cuda:0', kv: kv('2001:db8::7') }, env, { eth1: lan });
+    expect(env).toEqual({
+      NCCL_CUMEM_ENABLE: '0',
+      CUDA_MODULE_LOADING: 'EAGER',
+      NCCL_SOCKET_IFNAME: '=eth1',
+      NCCL_SOCKET_FAMILY: 'AF_INET6',
+    });
+    const any = nativeEnvironment({ device: 'cuda:0', kv: kv('0.0.0.0') }, { eth1: lan });
+    expect(any).not.toHaveProperty('NCCL_SOCKET_IFNAME');
+  });
+});
