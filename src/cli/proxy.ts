@@ -1,0 +1,84 @@
+/** pd-proxy: options, signals, exit. */
+import { Command } from 'commander';
+import { duration, oneOf, port, text } from '../config/kinds.ts';
+import { addOptions, defineOptions, option, resolveOptions } from '../config/options.ts';
+import type { ProxyConfig } from '../config/worker-config.ts';
+import { PdProxy } from '../proxy/proxy.ts';
+import { packageVersion } from './run.ts';
+
+export const PROXY_OPTIONS = defineOptions({
+  host: option({ kind: text('address'), help: 'address to listen on', default: '0.0.0.0' }),
+  port: option({ kind: port(), help: 'HTTP port for clients', default: 10_002 }),
+  discoveryHost: option({
+    kind: text('address'),
+    help: 'address to listen on for pings',
+    defaultText: 'that of --host',
+  }),
+  discoveryPort: option({ kind: port(), help: 'port that instances ping (ZeroMQ)', default: 30_002 }),
+  instanceTimeout: option({
+    kind: duration(10),
+    help: 'an instance whose last ping is older is removed',
+    default: 10_000,
+  }),
+  prefillTimeout: option({
+    kind: duration(1),
+    help: "for the producer's whole answer",
+    default: 600_000,
+  }),
+  decodeIdleTimeout: option({
+    kind: duration(1),
+    help: "to the first part of the consumer's answer, and from one part to the next",
+    default: 600_000,
+  }),
+  drainTimeout: option({
+    kind: duration(0),
+    help: 'after SIGTERM, for requests under way',
+    default: 30_000,
+  }),
+  logLevel: option({
+    kind: oneOf(['trace', 'debug', 'info', 'warn', 'error', 'silent']),
+    help: 'least severe level that is logged',
+    group: 'Log',
+    default: 'info',
+  }),
+  logFormat: option({
+    kind: oneOf(['auto', 'pretty', 'json']),
+    help: 'pretty for people, json for collectors, auto by whether stdout is a terminal',
+    group: 'Log',
+    default: 'auto',
+  }),
+  config: option({ kind: text('file'), help: 'JSON file with any of these options' }),
+});
+
+export function proxyConfig(argv: readonly string[], env: NodeJS.ProcessEnv): ProxyConfig {
+  const command = addOptions(new Command('pd-proxy'), PROXY_OPTIONS)
+    .description(
+      'Sends each request to a prefill instance, then to a decode instance. Instances of pd-worker and vLLM find it by ping.',
+    )
+    .version(packageVersion())
+    .allowExcessArguments(false)
+    .showHelpAfterError('(--help lists the options)')
+    .parse(argv, { from: 'user' });
+  const { values } = resolveOptions(PROXY_OPTIONS, command, env);
+  return {
+    http: { host: values.host, port: values.port },
+    discovery: { host: values.discoveryHost ?? values.host, port: values.discoveryPort },
+    instanceTimeoutMs: values.instanceTimeout,
+    prefillTimeoutMs: values.prefillTimeout,
+    decodeIdleTimeoutMs: values.decodeIdleTimeout,
+    drainTimeoutMs: values.drainTimeout,
+    log: { level: values.logLevel, format: values.logFormat },
+  };
+}
+
+/** Runs until SIGTERM or SIGINT; a second signal ends at once. */
+export async function main(argv: readonly string[] = process.argv.slice(2)): Promise<void> {
+  const proxy = await PdProxy.start(proxyConfig(argv, process.env));
+  let signals = 0;
+  await new Promise<void>((resolve, reject) => {
+    const stop = () => proxy.close(++signals === 1 ? undefined : 0).then(resolve, reject);
+    process.on('SIGTERM', stop);
+    process.on('SIGINT', stop);
+  });
+  process.exit(0);
+}

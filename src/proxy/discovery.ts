@@ -1,0 +1,143 @@
+/** Listens for pings and keeps the registry: one ZeroMQ ROUTER that never answers. */
+import { Router } from 'zeromq';
+import { PdError } from '../errors.ts';
+import { type HostPort, isUnspecified, parseHostPort, zmqEndpoint } from '../net/address.ts';
+import { listenError } from '../net/port-holder.ts';
+import { type Logger, RateLimitedLog } from '../observability/log.ts';
+import { decodePing } from '../wire/codec.ts';
+import { MAX_BODY_BYTES } from '../wire/limits.ts';
+import { type InstanceRegistry, instanceLabel, type RegistryChange } from './registry.ts';
+
+export interface DiscoveryOptions {
+  readonly bind: HostPort;
+  readonly registry: InstanceRegistry;
+  readonly log: Logger;
+  /** Between two looks for instances whose pings have stopped. */
+  readonly sweepMs: number;
+  readonly onChange?: (change: RegistryChange) => void;
+  /** Called for each ping that could not be used. */
+  readonly onBadPing?: () => void;
+  /** Called for each good ping, with the HTTP address. */
+  readonly onPing?: (httpAddress: string) => void;
+}
+
+/** Why an instance that is gone went, for its log line. */
+const REASONS = {
+  expired: 'its pings have stopped',
+  replaced: 'its address announces something else now',
+} as const;
+
+export class Discovery {
+  /** What it is bound to, the port chosen where 0 was asked for. */
+  readonly address: HostPort;
+  readonly #router: Router;
+  readonly #options: DiscoveryOptions;
+  readonly #bad = new RateLimitedLog();
+  readonly #sweep: NodeJS.Timeout;
+  readonly #listening: Promise<void>;
+  #closed = false;
+
+  private constructor(router: Router, address: HostPort, options: DiscoveryOptions) {
+    this.#router = router;
+    this.address = address;
+    this.#options = options;
+    this.#sweep = setInterval(() => this.#apply(options.registry.expire()), options.sweepMs).unref();
+    this.#listening = this.#listen();
+  }
+
+  /** Binds. Throws PORT_IN_USE, or ADDRESS_INVALID where the address is not of this machine. */
+  static async start(options: DiscoveryOptions): Promise<Discovery> {
+    const { bind } = options;
+    // handover: a restarted instance has the routing id of its predecessor, whose connection may still look alive.
+    const router = new Router({
+      handover: true,
+      maxMessageSize: MAX_BODY_BYTES,
+      linger: 0,
+      ipv6: bind.host.includes(':'),
+    });
+    try {
+      // 0 is `*` to ZeroMQ.
+      await router.bind(zmqEndpoint(bind).replace(/:0$/, ':*'));
+      const { port } = parseHostPort(router.lastEndpoint!.replace('tcp://', ''), 'bound endpoint');
+      return new Discovery(router, { host: bind.host, port }, options);
+    } catch (cause) {
+      router.close();
+      throw await listenError(cause, bind, 'listening for pings');
+    }
+  }
+
+  async close(): Promise<void> {
+    if (!this.#closed) {
+      this.#closed = true;
+      clearInterval(this.#sweep);
+      this.#router.close();
+    }
+    await this.#listening;
+  }
+
+  async #listen(): Promise<void> {
+    try {
+      for await (const frames of this.#router) this.#receive(frames);
+    } catch (error) {
+      if (!this.#closed) this.#options.log.error({ err: error }, 'discovery has stopped');
+    }
+  }
+
+  #receive(frames: readonly Buffer[]): void {
+    const { registry, log, onPing, onBadPing } = this.#options;
+    try {
+      const body = frames[1];
+      if (frames.length !== 2 || !body) {
+        throw new PdError('MESSAGE_INVALID', `ping: ${frames.length} frames, not routing id and body`);
+      }
+      const ping = decodePing(body);
+      for (const address of [ping.http_address, ping.zmq_address]) {
+        if (isUnspecified(parseHostPort(address, 'address of a ping').host)) {
+          this.#warnOnce(address);
+        }
+      }
+      const changes = registry.announce({
+        role: ping.type === 'P' ? 'producer' : 'consumer',
+        httpAddress: ping.http_address,
+        zmqAddress: ping.zmq_address,
+        ...(ping.ours ? { fingerprint: { digest: ping.ours.digest, model: ping.ours.model } } : {}),
+      });
+      if (!changes) throw new PdError('LIMIT_EXCEEDED', 'ping: too many instances');
+      this.#apply(changes);
+      onPing?.(ping.http_address);
+    } catch (error) {
+      onBadPing?.();
+      this.#bad.log('ping', (suppressed) =>
+        log.warn(
+          { suppressed, routingId: frames[0]?.toString('latin1').slice(0, 64) },
+          `ignored a ping that is not one: ${PdError.from(error).message}`,
+        ),
+      );
+    }
+  }
+
+  #warnOnce(address: string): void {
+    this.#bad.log(`unspecified ${address}`, () =>
+      this.#options.log.warn(`an instance announces ${address}: taken as this host; announce a real address`),
+    );
+  }
+
+  #apply(changes: readonly RegistryChange[]): void {
+    for (const change of changes) {
+      const { kind, instance } = change;
+      if (kind === 'added') {
+        const model = instance.fingerprint ? `, model ${instance.fingerprint.model}` : '';
+        this.#options.log.info(
+          { role: instance.role, fingerprint: instance.fingerprint?.digest },
+          `🔵Add ${instanceLabel(instance)} (${instance.role}${model})`,
+        );
+      } else {
+        this.#options.log.warn(
+          { role: instance.role },
+          `🔴Remove ${instanceLabel(instance)} (${instance.role}): ${REASONS[change.reason]}`,
+        );
+      }
+      this.#options.onChange?.(change);
+    }
+  }
+}

@@ -1,0 +1,57 @@
+/** What the proxy counts. */
+import { Counter, Gauge, Histogram, Registry } from 'prom-client';
+import type { InstanceRegistry } from './registry.ts';
+
+const SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60];
+
+export type ProxyMetrics = ReturnType<typeof createProxyMetrics>;
+
+export function createProxyMetrics(instances: InstanceRegistry) {
+  const registry = new Registry();
+  const registers = [registry];
+  new Gauge({
+    name: 'pd_proxy_instances',
+    help: 'Instances whose pings arrive, by role',
+    labelNames: ['role'],
+    registers,
+    collect() {
+      for (const role of ['producer', 'consumer'] as const) this.set({ role }, instances.list(role).length);
+    },
+  });
+  return {
+    registry,
+    requests: new Counter({
+      name: 'pd_proxy_requests_total',
+      help: 'Requests by route and by the status that the client got; 499: it went away',
+      labelNames: ['route', 'status'],
+      registers,
+    }),
+    inFlight: new Gauge({
+      name: 'pd_proxy_requests_in_flight',
+      help: 'Requests under way',
+      registers,
+    }),
+    prefillSeconds: new Histogram({
+      name: 'pd_proxy_prefill_seconds',
+      help: 'From asking the producer to the end of its answer, successful ones',
+      buckets: SECONDS,
+      registers,
+    }),
+    firstEventSeconds: new Histogram({
+      name: 'pd_proxy_time_to_first_token_seconds',
+      help: 'Streamed requests: from arrival to the first event passed on',
+      buckets: SECONDS,
+      registers,
+    }),
+    replaced: new Counter({
+      name: 'pd_proxy_pairs_replaced_total',
+      help: 'Requests that went to a second pair because an instance did not take them',
+      registers,
+    }),
+    badPings: new Counter({
+      name: 'pd_proxy_bad_pings_total',
+      help: 'Pings that could not be used',
+      registers,
+    }),
+  };
+}

@@ -1,0 +1,238 @@
+/**
+ * Which instances are there, and which two serve the next request. Pure: time comes from an injected monotonic clock, announcements
+ * from whoever decodes pings.
+ *
+ * Fit of a producer and a consumer, best first:
+ *   same      both announce one fingerprint, or neither announces any (two vLLM workers)
+ *   unknown   one announces a fingerprint, the other none (ours beside vLLM's): taken only where no `same` pair is left
+ *   never     two fingerprints that differ: different weights would give silently wrong text
+ * Two instances whose served model names are known and have none in common never fit either.
+ */
+import { asDestination, formatHostPort, type HostPort, parseHostPort } from '../net/address.ts';
+
+export type InstanceRole = 'producer' | 'consumer';
+
+/** What one ping says. Addresses are `ip:port`. */
+export interface Announcement {
+  readonly role: InstanceRole;
+  readonly httpAddress: string;
+  readonly zmqAddress: string;
+  /** Absent for a vLLM worker. */
+  readonly fingerprint?: { readonly digest: string; readonly model: string };
+}
+
+export interface Instance extends Announcement {
+  /** Where requests go; an unspecified address in the ping stands for this host. */
+  readonly http: HostPort;
+  readonly zmq: HostPort;
+  readonly firstSeenMs: number;
+  readonly lastSeenMs: number;
+  /** It refused a connection: others are preferred until then. */
+  readonly quarantinedUntilMs: number;
+  /** Ids that its /v1/models lists; absent until known. */
+  readonly models?: readonly string[];
+}
+
+export interface Pair {
+  readonly producer: Instance;
+  readonly consumer: Instance;
+}
+
+/** Why there is no pair: a role without an instance, or instances of both roles of which no two fit. */
+export type Missing = InstanceRole | 'match';
+
+export type RegistryChange =
+  | { readonly kind: 'added'; readonly instance: Instance }
+  | {
+      readonly kind: 'removed';
+      readonly instance: Instance;
+      readonly reason: 'expired' | 'replaced';
+    };
+
+export interface PairWish {
+  /** The request's `model`. Pairs that are known to serve another are left aside while there are better ones. */
+  readonly model?: string | undefined;
+  /** HTTP addresses not to be taken. */
+  readonly exclude?: ReadonlySet<string>;
+}
+
+interface Entry {
+  instance: Instance;
+  /** Number of the pick it was last taken in: the smallest is next. */
+  picked: number;
+}
+
+/** Pings are not authenticated, so what they can fill is bounded. */
+const MAX_INSTANCES = 1_024;
+
+export class InstanceRegistry {
+  readonly #entries = new Map<string, Entry>();
+  readonly #timeoutMs: number;
+  readonly #now: () => number;
+  #picks = 0;
+
+  /** `now` is monotonic, in milliseconds. */
+  constructor(timeoutMs: number, now: () => number = () => performance.now()) {
+    this.#timeoutMs = timeoutMs;
+    this.#now = now;
+  }
+
+  /**
+   * Takes a ping. An address that comes back as something else (another role, KV port or fingerprint) replaces what it was. Throws
+   * ADDRESS_INVALID; returns undefined where the registry is full.
+   */
+  announce(announcement: Announcement): readonly RegistryChange[] | undefined {
+    const http = asDestination(parseHostPort(announcement.httpAddress, 'HTTP address of a ping'));
+    const zmq = asDestination(parseHostPort(announcement.zmqAddress, 'ZMQ address of a ping'));
+    const now = this.#now();
+    const known = this.#entries.get(announcement.httpAddress);
+    if (known && sameAnnouncement(known.instance, announcement) && !this.#expired(known.instance, now)) {
+      known.instance = { ...known.instance, lastSeenMs: now };
+      return [];
+    }
+    const changes: RegistryChange[] = [];
+    for (const { instance } of [...this.#entries.values()]) {
+      // One process owns an address, so an earlier owner of either address is gone.
+      if (
+        instance.httpAddress !== announcement.httpAddress &&
+        instance.zmqAddress !== announcement.zmqAddress
+      )
+        continue;
+      this.#entries.delete(instance.httpAddress);
+      changes.push({ kind: 'removed', instance, reason: 'replaced' });
+    }
+    if (this.#entries.size >= MAX_INSTANCES) return changes.length > 0 ? changes : undefined;
+    const instance: Instance = {
+      ...announcement,
+      http,
+      zmq,
+      firstSeenMs: now,
+      lastSeenMs: now,
+      quarantinedUntilMs: 0,
+    };
+    this.#entries.set(announcement.httpAddress, { instance, picked: 0 });
+    changes.push({ kind: 'added', instance });
+    return changes;
+  }
+
+  /** Removes every instance whose last ping is too old, wherever it stands. */
+  expire(): readonly RegistryChange[] {
+    const now = this.#now();
+    const changes: RegistryChange[] = [];
+    for (const { instance } of [...this.#entries.values()]) {
+      if (!this.#expired(instance, now)) continue;
+      this.#entries.delete(instance.httpAddress);
+      changes.push({ kind: 'removed', instance, reason: 'expired' });
+    }
+    return changes;
+  }
+
+  /** Prefers others for `ms`, after a refused connection. */
+  quarantine(httpAddress: string, ms: number): void {
+    const entry = this.#entries.get(httpAddress);
+    if (entry) entry.instance = { ...entry.instance, quarantinedUntilMs: this.#now() + ms };
+  }
+
+  setModels(httpAddress: string, models: readonly string[]): void {
+    const entry = this.#entries.get(httpAddress);
+    if (entry) entry.instance = { ...entry.instance, models };
+  }
+
+  /** Live instances, those that are overdue left out even before `expire` runs. */
+  list(role?: InstanceRole): readonly Instance[] {
+    return this.#live(role).map((entry) => entry.instance);
+  }
+
+  /** Milliseconds since the last ping. */
+  age(instance: Instance): number {
+    return this.#now() - instance.lastSeenMs;
+  }
+
+  quarantined(instance: Instance): boolean {
+    return this.#now() < instance.quarantinedUntilMs;
+  }
+
+  /**
+   * The next pair: among the best fits the producer that has waited longest, then likewise its consumer, which is round robin per role.
+   * A pair with a quarantined instance is taken only where there is no other.
+   */
+  pair(wish: PairWish = {}): Pair | Missing {
+    const allowed = (entry: Entry) => !wish.exclude?.has(entry.instance.httpAddress);
+    const producers = this.#live('producer').filter(allowed);
+    const consumers = this.#live('consumer').filter(allowed);
+    if (producers.length === 0) return 'producer';
+    if (consumers.length === 0) return 'consumer';
+
+    let best: { penalty: number; producer: Entry; consumer: Entry } | undefined;
+    for (const producer of producers) {
+      for (const consumer of consumers) {
+        const penalty = this.#penalty(producer.instance, consumer.instance, wish.model);
+        if (penalty === undefined) continue;
+        const better =
+          !best ||
+          penalty < best.penalty ||
+          (penalty === best.penalty &&
+            (producer.picked < best.producer.picked ||
+              (producer === best.producer && consumer.picked < best.consumer.picked)));
+        if (better) best = { penalty, producer, consumer };
+      }
+    }
+    if (!best) return 'match';
+    best.producer.picked = best.consumer.picked = ++this.#picks;
+    return { producer: best.producer.instance, consumer: best.consumer.instance };
+  }
+
+  /** Undefined: never. Otherwise the smaller the better; a wrong model weighs most, then quarantine, then an unknown fit. */
+  #penalty(producer: Instance, consumer: Instance, model: string | undefined): number | undefined {
+    const fit = fitOf(producer, consumer);
+    if (fit === 'never') return undefined;
+    const serves = (instance: Instance) =>
+      model === undefined || instance.models === undefined || instance.models.includes(model);
+    return (
+      (serves(producer) && serves(consumer) ? 0 : 4) +
+      (this.quarantined(producer) || this.quarantined(consumer) ? 2 : 0) +
+      (fit === 'same' ? 0 : 1)
+    );
+  }
+
+  #live(role?: InstanceRole): Entry[] {
+    const now = this.#now();
+    return [...this.#entries.values()].filter(
+      ({ instance }) => (!role || instance.role === role) && !this.#expired(instance, now),
+    );
+  }
+
+  #expired(instance: Instance, now: number): boolean {
+    return now - instance.lastSeenMs > this.#timeoutMs;
+  }
+}
+
+export function fitOf(producer: Instance, consumer: Instance): 'same' | 'unknown' | 'never' {
+  const a = producer.fingerprint?.digest;
+  const b = consumer.fingerprint?.digest;
+  if (a !== undefined && b !== undefined) return a === b ? 'same' : 'never';
+  if (producer.models && consumer.models) {
+    const names = new Set(producer.models);
+    if (!consumer.models.some((name) => names.has(name))) return 'never';
+  }
+  return a === b ? 'same' : 'unknown';
+}
+
+/** `[HTTP:h, ZMQ:z]`, as readers of the log search for it. */
+export function instanceLabel(instance: Pick<Instance, 'httpAddress' | 'zmqAddress'>): string {
+  return `[HTTP:${instance.httpAddress}, ZMQ:${instance.zmqAddress}]`;
+}
+
+/** Base URL of an instance's HTTP server. */
+export function instanceUrl(instance: Instance): string {
+  return `http://${formatHostPort(instance.http)}`;
+}
+
+function sameAnnouncement(a: Announcement, b: Announcement): boolean {
+  return (
+    a.role === b.role &&
+    a.httpAddress === b.httpAddress &&
+    a.zmqAddress === b.zmqAddress &&
+    a.fingerprint?.digest === b.fingerprint?.digest
+  );
+}

@@ -1,0 +1,121 @@
+import { once } from 'node:events';
+import { PassThrough } from 'node:stream';
+import pino from 'pino';
+import { afterEach, describe, expect, test } from 'vitest';
+import type { HostPort } from '../../../src/net/address.ts';
+import { Discovery } from '../../../src/proxy/discovery.ts';
+import { InstanceRegistry, type RegistryChange } from '../../../src/proxy/registry.ts';
+import { sendPing, sendRaw } from '../../support/fake-upstream.ts';
+
+/** A discovery whose changes and log lines can be awaited one by one. */
+async function setUp(host = '127.0.0.1', now?: () => number) {
+  const registry = new InstanceRegistry(10_000, now);
+  const changes = new PassThrough({ objectMode: true });
+  const lines: string[] = [];
+  const log = pino({ level: 'info' }, { write: (line: string) => void lines.push(JSON.parse(line).msg) });
+  let bad = 0;
+  const discovery = await Discovery.start({
+    bind: { host, port: 0 },
+    registry,
+    log,
+    sweepMs: 10,
+    onChange: (change) => changes.write(change),
+    onBadPing: () => bad++,
+  });
+  open.push(discovery);
+  const next = async (): Promise<RegistryChange> => {
+    const waiting = changes.read() as RegistryChange | null;
+    if (waiting) return waiting;
+    await once(changes, 'readable');
+    return changes.read() as RegistryChange;
+  };
+  return { registry, discovery, lines, next, bad: () => bad, address: discovery.address };
+}
+
+const open: Discovery[] = [];
+afterEach(async () => {
+  for (const discovery of open.splice(0)) await discovery.close();
+});
+
+const producer = (to: HostPort, port = 8081) =>
+  sendPing(to, { type: 'P', http_address: `127.0.0.1:${port}`, zmq_address: `127.0.0.1:${port + 1}` });
+
+describe('pings', () => {
+  test.each(['127.0.0.1', '::1'])(
+    'over %s add an instance, with the line that people search for',
+    async (host) => {
+      const { registry, lines, next, address } = await setUp(host);
+      const literal = host.includes(':') ? `[${host}]` : host;
+      await sendPing(address, { type: 'P', http_address: `${literal}:8081`, zmq_address: `${literal}:8082` });
+      await next();
+      await sendPing(address, {
+        type: 'D',
+        http_address: `${literal}:8083`,
+        zmq_address: `${literal}:8084`,
+        ours: { version: 1, digest: 'abc', model: 'demo' },
+      });
+      await next();
+      expect(registry.list().map(({ role, http, fingerprint }) => ({ role, http, fingerprint }))).toEqual([
+        { role: 'producer', http: { host, port: 8081 }, fingerprint: undefined },
+        { role: 'consumer', http: { host, port: 8083 }, fingerprint: { digest: 'abc', model: 'demo' } },
+      ]);
+      expect(lines[0]).toContain(`🔵Add [HTTP:${literal}:8081, ZMQ:${literal}:8082]`);
+      expect(lines[1]).toContain(`🔵Add [HTTP:${literal}:8083, ZMQ:${literal}:8084]`);
+    },
+  );
+
+  test('that are none are counted and do not end discovery', async () => {
+    const { lines, next, bad, address } = await setUp();
+    const junk = [
+      Buffer.from('not msgpack at all'),
+      Buffer.alloc(250, 0xdd), // nested array headers
+      Buffer.alloc(0),
+      Buffer.from([0x81, 0xa4, 0x74, 0x79, 0x70, 0x65, 0xa1, 0x58]), // {type: "X"}
+    ];
+    for (const [i, body] of junk.entries()) await sendRaw(address, body, `10.0.0.1:${i}`);
+    await sendPing(address, { type: 'P', http_address: 'no address', zmq_address: '127.0.0.1:1' });
+    while (bad() < junk.length + 1) await new Promise((resolve) => setImmediate(resolve));
+    await producer(address);
+    expect((await next()).kind).toBe('added');
+    expect(lines.filter((line) => line.startsWith('ignored a ping'))).toHaveLength(1); // the rest are suppressed
+  });
+
+  test('that stop remove the instance; one that comes back is added again', async () => {
+    let now = 0;
+    const { lines, next, address, registry } = await setUp('127.0.0.1', () => now);
+    await producer(address);
+    await next();
+    now += 10_001;
+    expect(await next()).toMatchObject({ kind: 'removed', reason: 'expired' });
+    expect(registry.list()).toEqual([]);
+    expect(lines.at(-1)).toContain('Remove [HTTP:127.0.0.1:8081, ZMQ:127.0.0.1:8082]');
+    await producer(address);
+    expect((await next()).kind).toBe('added');
+  });
+
+  test('of a restarted process, with the same routing id over a new connection, are heard', async () => {
+    const { next, address, registry } = await setUp();
+    await producer(address);
+    await next();
+    await sendPing(address, {
+      type: 'D',
+      http_address: '127.0.0.1:8081',
+      zmq_address: '127.0.0.1:8082',
+    });
+    expect((await next()).kind).toBe('removed');
+    expect((await next()).kind).toBe('added');
+    expect(registry.list('consumer')).toHaveLength(1);
+  });
+
+  test('a port that is taken is named', async () => {
+    const { address } = await setUp();
+    await expect(
+      Discovery.start({
+        bind: address,
+        registry: new InstanceRegistry(1_000),
+        log: pino({ level: 'silent' }),
+        sweepMs: 1_000,
+      }),
+    ).rejects.toMatchObject({ code: 'PORT_IN_USE', message: expect.stringContaining(String(address.port)) });
+  });
+});

@@ -1,0 +1,509 @@
+import { once } from 'node:events';
+import type { ServerResponse } from 'node:http';
+import { afterEach, describe, expect, test } from 'vitest';
+import { formatHostPort } from '../../../src/net/address.ts';
+import { PdProxy } from '../../../src/proxy/proxy.ts';
+import { type Answer, type Asked, answerJson, FakeUpstream, sendPing } from '../../support/fake-upstream.ts';
+
+const closing: (() => Promise<unknown>)[] = [];
+afterEach(async () => {
+  for (const close of closing.splice(0).reverse()) await close();
+});
+
+interface Settings {
+  readonly prefillTimeoutMs?: number;
+  readonly decodeIdleTimeoutMs?: number;
+  readonly host?: string;
+}
+
+async function startProxy({ host = '127.0.0.1', ...times }: Settings = {}): Promise<PdProxy> {
+  const proxy = await PdProxy.start({
+    http: { host, port: 0 },
+    discovery: { host, port: 0 },
+    instanceTimeoutMs: 60_000,
+    prefillTimeoutMs: 10_000,
+    decodeIdleTimeoutMs: 10_000,
+    drainTimeoutMs: 5_000,
+    log: { level: 'silent', format: 'json' },
+    ...times,
+  });
+  closing.push(() => proxy.close(0));
+  return proxy;
+}
+
+async function startUpstream(
+  proxy: PdProxy,
+  role: 'producer' | 'consumer',
+  answer: Answer = answerJson(),
+  options: { host?: string; models?: readonly string[]; digest?: string } = {},
+): Promise<FakeUpstream> {
+  const upstream = await FakeUpstream.start(role, answer, options);
+  closing.push(() => upstream.kill());
+  await upstream.ping(proxy.discoveryAddress, options.digest);
+  await until(() => proxy.instances.some((known) => known.httpAddress === upstream.httpAddress));
+  return upstream;
+}
+
+/** For what announces itself by no event here. */
+async function until(condition: () => boolean | Promise<boolean>): Promise<void> {
+  while (!(await condition())) await new Promise((resolve) => setImmediate(resolve));
+}
+
+const url = (proxy: PdProxy, path = '/v1/completions') =>
+  `http://${formatHostPort(proxy.httpAddress)}${path}`;
+
+function post(proxy: PdProxy, body: unknown, init: RequestInit & { path?: string } = {}): Promise<Response> {
+  return fetch(url(proxy, init.path), {
+    method: 'POST',
+    headers: { 'content-type': 'application/json', authorization: 'Bearer key' },
+    body: typeof body === 'string' ? body : JSON.stringify(body),
+    ...init,
+  });
+}
+
+const metric = async (proxy: PdProxy, line: string) =>
+  (await (await fetch(url(proxy, '/metrics'))).text()).split('\n').some((l) => l === line);
+
+const REQUEST = { model: 'm', prompt: 'Hello world', max_tokens: 10 };
+
+describe('a request', () => {
+  test.each([
+    [
+      '/v1/completions',
+      { ...REQUEST, n: 2, logprobs: 3 },
+      { model: 'm', prompt: 'Hello world', n: 1, max_tokens: 1 },
+    ],
+    [
+      '/v1/chat/completions',
+      { model: 'm', messages: [], max_completion_tokens: 9, stream: true, stream_options: {}, min_tokens: 2 },
+      { model: 'm', messages: [], max_completion_tokens: 1, stream: false, max_tokens: 1 },
+    ],
+  ])(
+    '%s: prefill copy to the producer, then the original to the consumer, with one id',
+    async (path, body, copy) => {
+      const proxy = await startProxy();
+      const order: string[] = [];
+      const say =
+        (role: string): Answer =>
+        (asked, out) => {
+          order.push(role);
+          return answerJson()(asked, out);
+        };
+      const producer = await startUpstream(proxy, 'producer', say('producer'));
+      const consumer = await startUpstream(proxy, 'consumer', say('consumer'));
+      const raw = ` ${JSON.stringify(body)}\n`;
+      const response = await post(proxy, raw, { path });
+      const answer = (await response.json()) as { id: string };
+
+      expect(order).toEqual(['producer', 'consumer']);
+      expect(producer.asked[0]).toMatchObject({ path, json: copy });
+      expect(consumer.asked[0]).toMatchObject({ path, raw });
+      const id = new RegExp(
+        `^___prefill_addr_${producer.zmqAddress}___decode_addr_${consumer.zmqAddress}_[0-9a-f]{32}$`.replaceAll(
+          '.',
+          '\\.',
+        ),
+      );
+      for (const { asked } of [producer, consumer]) {
+        expect(asked[0]!.headers['x-request-id']).toMatch(id);
+        expect(asked[0]!.headers['authorization']).toBe('Bearer key');
+      }
+      expect(consumer.asked[0]!.headers['x-request-id']).toBe(producer.asked[0]!.headers['x-request-id']);
+      expect(response.headers.get('x-request-id')).toBe(producer.asked[0]!.headers['x-request-id']);
+      expect(answer.id.slice('cmpl-'.length)).toMatch(id);
+      expect(Object.keys(producer.asked[0]!.json).sort()).toEqual(Object.keys(copy).sort());
+    },
+  );
+
+  test('over IPv6 carries bracketed addresses', async () => {
+    const proxy = await startProxy({ host: '::1' });
+    await startUpstream(proxy, 'producer', answerJson(), { host: '::1' });
+    const consumer = await startUpstream(proxy, 'consumer', answerJson(), { host: '::1' });
+    expect((await post(proxy, REQUEST)).status).toBe(200);
+    expect(consumer.asked[0]!.headers['x-request-id']).toMatch(
+      /^___prefill_addr_\[::1\]:\d+___decode_addr_\[::1\]:\d+_[0-9a-f]{32}$/,
+    );
+  });
+
+  test('reaches the consumer only once the whole answer of the producer is there', async () => {
+    const proxy = await startProxy();
+    let finish!: () => void;
+    const producer = await startUpstream(proxy, 'producer', (_asked, out) => {
+      out.writeHead(200, { 'content-type': 'application/json' });
+      out.write('{"id":');
+      finish = () => out.end('"x"}');
+    });
+    const consumer = await startUpstream(proxy, 'consumer');
+    const response = post(proxy, REQUEST);
+    await once(producer.events, 'asked');
+    await fetch(url(proxy, '/health')); // a whole round trip later
+    expect(consumer.asked).toHaveLength(0);
+    finish();
+    expect((await response).status).toBe(200);
+    expect(consumer.asked).toHaveLength(1);
+  });
+});
+
+describe('errors', () => {
+  test('of prefill reach the client with status and body, and the consumer is never asked', async () => {
+    const proxy = await startProxy();
+    const error = {
+      error: {
+        message: 'too long',
+        type: 'invalid_request_error',
+        param: 'prompt',
+        code: 'CONTEXT_EXCEEDED',
+      },
+    };
+    await startUpstream(proxy, 'producer', answerJson(422, error));
+    const consumer = await startUpstream(proxy, 'consumer');
+    const response = await post(proxy, { ...REQUEST, stream: true });
+    expect(response.status).toBe(422);
+    expect(response.headers.get('content-type')).toBe('application/json');
+    expect(await response.json()).toMatchObject(error);
+    expect(consumer.asked).toHaveLength(0);
+  });
+
+  test('of decode reach the client with status and body', async () => {
+    const proxy = await startProxy();
+    await startUpstream(proxy, 'producer');
+    const consumer = await startUpstream(
+      proxy,
+      'consumer',
+      answerJson(504, { error: { code: 'KV_LOAD_TIMEOUT' } }),
+    );
+    const response = await post(proxy, REQUEST);
+    expect(response.status).toBe(504);
+    expect(await response.json()).toMatchObject({ error: { code: 'KV_LOAD_TIMEOUT' } });
+    expect(consumer.asked).toHaveLength(1); // an answer, if a bad one: not asked again
+  });
+
+  test('no instance of a role: 503 naming the role', async () => {
+    const proxy = await startProxy();
+    const nobody = await post(proxy, REQUEST);
+    expect(nobody.status).toBe(503);
+    expect(await nobody.json()).toMatchObject({
+      error: { code: 'NO_INSTANCE', type: 'server_error', message: expect.stringContaining('no producer') },
+    });
+    await startUpstream(proxy, 'producer', answerJson(), { digest: 'a' });
+    expect(await (await post(proxy, REQUEST)).json()).toMatchObject({
+      error: { message: expect.stringContaining('no consumer') },
+    });
+    await startUpstream(proxy, 'consumer', answerJson(), { digest: 'b' });
+    expect(await (await post(proxy, REQUEST)).json()).toMatchObject({
+      error: { code: 'NO_INSTANCE', message: expect.stringContaining('fingerprints') },
+    });
+  });
+
+  test.each(['{broken', '[1]', '"text"', ''])('a body that is no JSON object (%j): 400', async (body) => {
+    const proxy = await startProxy();
+    const response = await post(proxy, body);
+    expect(response.status).toBe(400);
+    expect(await response.json()).toMatchObject({
+      error: { code: 'REQUEST_INVALID', type: 'invalid_request_error' },
+    });
+  });
+
+  test('an unknown route is 404 in the same form', async () => {
+    const proxy = await startProxy();
+    const response = await fetch(url(proxy, '/v1/nothing'));
+    expect(response.status).toBe(404);
+    expect(await response.json()).toMatchObject({
+      error: { message: expect.stringContaining('/v1/nothing') },
+    });
+  });
+
+  test('a producer that does not answer in time: 504 naming it and the option', async () => {
+    const proxy = await startProxy({ prefillTimeoutMs: 50 });
+    const producer = await startUpstream(proxy, 'producer', () => {});
+    const aborted = once(producer.events, 'aborted');
+    await startUpstream(proxy, 'consumer');
+    const response = await post(proxy, REQUEST);
+    expect(response.status).toBe(504);
+    const { error } = (await response.json()) as { error: { message: string; code: string } };
+    expect(error.code).toBe('UPSTREAM_TIMEOUT');
+    expect(error.message).toContain(producer.label);
+    expect(error.message).toContain('--prefill-timeout');
+    await aborted;
+  });
+});
+
+describe('an instance that does not take the request', () => {
+  test.each(['producer', 'consumer'] as const)(
+    '%s: a new pair, a new id, prefill again, once',
+    async (dead) => {
+      const proxy = await startProxy();
+      const victim = await startUpstream(proxy, dead);
+      const others = [await startUpstream(proxy, 'producer'), await startUpstream(proxy, 'consumer')];
+      await victim.kill();
+      const response = await post(proxy, REQUEST);
+      expect(response.status).toBe(200);
+      const { id } = (await response.json()) as { id: string };
+      for (const other of others) expect(id).toContain(other.zmqAddress);
+      const [producer, consumer] = others as [FakeUpstream, FakeUpstream];
+      // With a dead consumer the producer ran twice, each time under another id.
+      const ids = producer.asked.map((asked) => asked.headers['x-request-id']);
+      expect(new Set(ids).size).toBe(dead === 'consumer' ? 2 : 1);
+      expect(consumer.asked[0]!.headers['x-request-id']).toBe(ids.at(-1));
+      expect(await metric(proxy, 'pd_proxy_pairs_replaced_total 1')).toBe(true);
+      // It is left aside from now on.
+      expect((await post(proxy, REQUEST)).status).toBe(200);
+      expect(await metric(proxy, 'pd_proxy_pairs_replaced_total 1')).toBe(true);
+    },
+  );
+
+  test('and has no substitute: 502 naming it', async () => {
+    const proxy = await startProxy();
+    await startUpstream(proxy, 'producer');
+    const consumer = await startUpstream(proxy, 'consumer');
+    await consumer.kill();
+    const response = await post(proxy, REQUEST);
+    expect(response.status).toBe(502);
+    expect(response.headers.get('x-request-id')).toContain(consumer.zmqAddress);
+    expect(await response.json()).toMatchObject({
+      error: { code: 'UPSTREAM_FAILED', message: expect.stringContaining(consumer.label) },
+    });
+  });
+
+  test('and whose substitute refuses too: 502, no third try', async () => {
+    const proxy = await startProxy();
+    const producer = await startUpstream(proxy, 'producer');
+    const dead = [
+      await startUpstream(proxy, 'consumer'),
+      await startUpstream(proxy, 'consumer'),
+      await startUpstream(proxy, 'consumer'),
+    ];
+    for (const consumer of dead) await consumer.kill();
+    expect((await post(proxy, REQUEST)).status).toBe(502);
+    expect(producer.asked).toHaveLength(2);
+  });
+
+  test('because it is stopping counts as refused', async () => {
+    const proxy = await startProxy();
+    const draining = answerJson(503, { error: { code: 'SERVER_DRAINING', message: 'stopping' } });
+    const leaving = await startUpstream(proxy, 'consumer', draining);
+    await startUpstream(proxy, 'producer');
+    const staying = await startUpstream(proxy, 'consumer');
+    for (let i = 0; i < 3; i++) expect((await post(proxy, REQUEST)).status).toBe(200);
+    expect(leaving.asked).toHaveLength(1);
+    expect(staying.asked).toHaveLength(3);
+  });
+});
+
+const EVENT = (text: string) => `data: {"choices":[{"text":${JSON.stringify(text)}}]}\n\n`;
+
+/** A consumer whose stream the test writes. */
+function streaming(): { answer: Answer; stream: Promise<ServerResponse> } {
+  let resolve!: (out: ServerResponse) => void;
+  const stream = new Promise<ServerResponse>((r) => {
+    resolve = r;
+  });
+  const answer = (_asked: Asked, out: ServerResponse) => {
+    out.writeHead(200, { 'content-type': 'text/event-stream; charset=utf-8', 'x-own': 'kept' });
+    out.flushHeaders();
+    resolve(out);
+  };
+  return { answer, stream };
+}
+
+describe('a stream', () => {
+  test('passes at once, chunk by chunk, with the head before the first', async () => {
+    const proxy = await startProxy();
+    await startUpstream(proxy, 'producer');
+    const { answer, stream } = streaming();
+    await startUpstream(proxy, 'consumer', answer);
+    const response = await post(proxy, { ...REQUEST, stream: true }); // the head is here while nothing has been written
+    expect(response.headers.get('content-type')).toContain('text/event-stream');
+    expect(response.headers.get('x-own')).toBe('kept');
+    const reader = response.body!.getReader();
+    const out = await stream;
+    for (const text of ['one', 'two', '🐉']) {
+      out.write(EVENT(text));
+      expect(Buffer.from((await reader.read()).value!).toString()).toBe(EVENT(text)); // before the next is written
+    }
+    out.end('data: [DONE]\n\n');
+    expect(Buffer.from((await reader.read()).value!).toString()).toBe('data: [DONE]\n\n');
+    expect((await reader.read()).done).toBe(true);
+    await until(() => metric(proxy, 'pd_proxy_time_to_first_token_seconds_count 1'));
+  });
+
+  test('whose consumer dies ends with an error event, whole events before it', async () => {
+    const proxy = await startProxy();
+    await startUpstream(proxy, 'producer');
+    const { answer, stream } = streaming();
+    const consumer = await startUpstream(proxy, 'consumer', answer);
+    const response = await post(proxy, { ...REQUEST, stream: true });
+    const out = await stream;
+    out.write(EVENT('one'));
+    out.write('data: {"choices":[{"te'); // half an event
+    const reader = response.body!.getReader();
+    let text = Buffer.from((await reader.read()).value!).toString();
+    await consumer.kill();
+    for (let part = await reader.read(); !part.done; part = await reader.read()) {
+      text += Buffer.from(part.value).toString();
+    }
+    const events = text.split('\n\n').filter(Boolean);
+    expect(events[0]).toBe(EVENT('one').trim());
+    expect(JSON.parse(events[1]!.slice('data: '.length))).toMatchObject({
+      error: { code: 'UPSTREAM_FAILED', message: expect.stringContaining(consumer.label) },
+    });
+    expect(events[2]).toBe('data: [DONE]');
+  });
+
+  test('that stalls ends with an error event at the deadline', async () => {
+    const proxy = await startProxy({ decodeIdleTimeoutMs: 60 });
+    await startUpstream(proxy, 'producer');
+    const { answer, stream } = streaming();
+    const consumer = await startUpstream(proxy, 'consumer', answer);
+    const aborted = once(consumer.events, 'aborted');
+    const response = await post(proxy, { ...REQUEST, stream: true });
+    (await stream).write(EVENT('one'));
+    expect(await response.text()).toContain('--decode-idle-timeout');
+    await aborted;
+  });
+
+  test('that the client leaves is aborted at the consumer', async () => {
+    const proxy = await startProxy();
+    await startUpstream(proxy, 'producer');
+    const { answer, stream } = streaming();
+    const consumer = await startUpstream(proxy, 'consumer', answer);
+    const aborted = once(consumer.events, 'aborted');
+    const client = new AbortController();
+    const response = await post(proxy, { ...REQUEST, stream: true }, { signal: client.signal });
+    (await stream).write(EVENT('one'));
+    await response.body!.getReader().read();
+    client.abort();
+    await aborted;
+    await until(() => metric(proxy, 'pd_proxy_requests_total{route="/v1/completions",status="499"} 1'));
+    await until(() => metric(proxy, 'pd_proxy_requests_in_flight 0'));
+  });
+
+  test('of a client that reads slowly holds the consumer back', async () => {
+    const proxy = await startProxy();
+    await startUpstream(proxy, 'producer');
+    const { answer, stream } = streaming();
+    await startUpstream(proxy, 'consumer', answer);
+    const response = await post(proxy, { ...REQUEST, stream: true });
+    const out = await stream;
+    const event = EVENT('x'.repeat(60_000));
+    let written = 0;
+    while (out.write(event) || (await drained(out))) written++; // nobody reads: it must stop by itself
+    expect(written * event.length).toBeLessThan(64 * 1024 * 1024);
+    out.end();
+    expect((await response.text()).length).toBe((written + 1) * event.length);
+  });
+});
+
+/** False where it stays full for a while. */
+async function drained(out: ServerResponse): Promise<boolean> {
+  const timer = AbortSignal.timeout(300);
+  return await once(out, 'drain', { signal: timer }).then(
+    () => true,
+    () => false,
+  );
+}
+
+test('a client that leaves during prefill: the producer is aborted and the consumer never asked', async () => {
+  const proxy = await startProxy();
+  const producer = await startUpstream(proxy, 'producer', () => {});
+  const consumer = await startUpstream(proxy, 'consumer');
+  const client = new AbortController();
+  const response = post(proxy, REQUEST, { signal: client.signal });
+  const aborted = once(producer.events, 'aborted');
+  await once(producer.events, 'asked');
+  client.abort();
+  await expect(response).rejects.toThrow();
+  await aborted;
+  await until(() => metric(proxy, 'pd_proxy_requests_in_flight 0'));
+  expect(consumer.asked).toHaveLength(0);
+});
+
+test('a consumer that dies in the middle of a plain answer: 502', async () => {
+  const proxy = await startProxy();
+  await startUpstream(proxy, 'producer');
+  const consumer = await startUpstream(proxy, 'consumer', (_asked, out) => {
+    out.writeHead(200, { 'content-type': 'application/json' });
+    out.write('{"id":"cmpl-');
+    setImmediate(() => out.destroy());
+  });
+  const response = await post(proxy, REQUEST);
+  expect(response.status).toBe(502);
+  expect(await response.json()).toMatchObject({
+    error: { code: 'UPSTREAM_FAILED', message: expect.stringContaining(consumer.label) },
+  });
+});
+
+describe('what the proxy says about itself', () => {
+  test('/health lists instances; /v1/models is the union over consumers', async () => {
+    const proxy = await startProxy();
+    const producer = await startUpstream(proxy, 'producer', answerJson(), { models: ['a'], digest: 'abc' });
+    const consumer = await startUpstream(proxy, 'consumer', answerJson(), { models: ['a', 'b'] });
+    await startUpstream(proxy, 'consumer', answerJson(), { models: ['b', 'c'] });
+    const models = (await (await fetch(url(proxy, '/v1/models'))).json()) as { data: { id: string }[] };
+    expect(models).toMatchObject({ object: 'list' });
+    expect(models.data.map((model) => model.id)).toEqual(['a', 'b', 'c']);
+    const health = await (await fetch(url(proxy, '/health'))).json();
+    expect(health).toMatchObject({
+      status: 'ok',
+      counts: { producer: 1, consumer: 2 },
+      instances: [
+        {
+          role: 'producer',
+          http_address: producer.httpAddress,
+          zmq_address: producer.zmqAddress,
+          fingerprint: 'abc',
+          model: 'model-abc',
+          age_seconds: expect.any(Number),
+        },
+        { role: 'consumer', http_address: consumer.httpAddress, fingerprint: null },
+        { role: 'consumer' },
+      ],
+    });
+  });
+
+  test('/v1/models does not wait for an instance that hangs', async () => {
+    const proxy = await startProxy();
+    await startUpstream(proxy, 'consumer', answerJson(), { models: ['a'] });
+    await sendPing(proxy.discoveryAddress, {
+      type: 'D',
+      http_address: '127.0.0.1:1', // nobody
+      zmq_address: '127.0.0.1:2',
+    });
+    await until(() => proxy.instances.length === 2);
+    const models = (await (await fetch(url(proxy, '/v1/models'))).json()) as { data: unknown[] };
+    expect(models.data).toHaveLength(1);
+  });
+
+  test('bad pings are counted', async () => {
+    const proxy = await startProxy();
+    await sendPing(proxy.discoveryAddress, { type: 'P', http_address: 'x', zmq_address: 'y' });
+    await until(() => metric(proxy, 'pd_proxy_bad_pings_total 1'));
+  });
+});
+
+test('close lets requests under way end, and takes no new ones', async () => {
+  const proxy = await startProxy();
+  await startUpstream(proxy, 'producer');
+  const { answer, stream } = streaming();
+  await startUpstream(proxy, 'consumer', answer);
+  const response = await post(proxy, { ...REQUEST, stream: true });
+  const out = await stream;
+  const closed = proxy.close(10_000);
+  await expect(post(proxy, REQUEST).then((r) => r.status)).resolves.toBe(503);
+  out.end(EVENT('late'));
+  expect(await response.text()).toBe(EVENT('late'));
+  await closed;
+  await expect(post(proxy, REQUEST)).rejects.toThrow();
+});
+
+test('close breaks what does not end in time', async () => {
+  const proxy = await startProxy();
+  await startUpstream(proxy, 'producer');
+  const { answer, stream } = streaming();
+  const consumer = await startUpstream(proxy, 'consumer', answer);
+  const aborted = once(consumer.events, 'aborted');
+  const response = await post(proxy, { ...REQUEST, stream: true });
+  (await stream).write(EVENT('one'));
+  const [text] = await Promise.all([response.text(), proxy.close(50), aborted]);
+  expect(text).toContain('SERVER_DRAINING');
+});

@@ -1,0 +1,119 @@
+/** An instance as the proxy sees it: an HTTP server that records what it is asked and answers as the test says, and its pings. */
+import { EventEmitter, once } from 'node:events';
+import { createServer, type IncomingHttpHeaders, type Server, type ServerResponse } from 'node:http';
+import type { AddressInfo } from 'node:net';
+import { Dealer } from 'zeromq';
+import { formatHostPort, type HostPort, zmqEndpoint } from '../../src/net/address.ts';
+import { encodePing } from '../../src/wire/codec.ts';
+
+export interface Asked {
+  readonly path: string;
+  readonly headers: IncomingHttpHeaders;
+  readonly raw: string;
+  readonly json: Record<string, unknown>;
+}
+
+export type Answer = (asked: Asked, out: ServerResponse) => void | Promise<void>;
+
+let nextKvPort = 20_000; // only a name here: nothing listens
+
+export class FakeUpstream {
+  readonly asked: Asked[] = [];
+  /** `asked` after each request, `aborted` when a client breaks off. */
+  readonly events = new EventEmitter();
+  readonly role: 'producer' | 'consumer';
+  readonly zmqAddress: string;
+  readonly #server: Server;
+  #http: HostPort = { host: '', port: 0 };
+
+  private constructor(
+    role: 'producer' | 'consumer',
+    host: string,
+    answer: Answer,
+    models: readonly string[],
+  ) {
+    this.role = role;
+    this.zmqAddress = formatHostPort({ host, port: nextKvPort++ });
+    this.#server = createServer(async (request, out) => {
+      if (request.url === '/v1/models') {
+        out.setHeader('content-type', 'application/json');
+        out.end(JSON.stringify({ object: 'list', data: models.map((id) => ({ id, object: 'model' })) }));
+        return;
+      }
+      out.once('close', () => {
+        if (!out.writableFinished) this.events.emit('aborted');
+      });
+      const chunks: Buffer[] = [];
+      for await (const chunk of request) chunks.push(chunk as Buffer);
+      const raw = Buffer.concat(chunks).toString();
+      const asked = {
+        path: request.url ?? '',
+        headers: request.headers,
+        raw,
+        json: JSON.parse(raw) as Record<string, unknown>,
+      };
+      this.asked.push(asked);
+      this.events.emit('asked', asked);
+      await answer(asked, out);
+    });
+  }
+
+  static async start(
+    role: 'producer' | 'consumer',
+    answer: Answer,
+    { host = '127.0.0.1', models = ['m'] }: { host?: string; models?: readonly string[] } = {},
+  ): Promise<FakeUpstream> {
+    const upstream = new FakeUpstream(role, host, answer, models);
+    upstream.#server.listen(0, host);
+    await once(upstream.#server, 'listening');
+    upstream.#http = { host, port: (upstream.#server.address() as AddressInfo).port };
+    return upstream;
+  }
+
+  get httpAddress(): string {
+    return formatHostPort(this.#http);
+  }
+
+  get label(): string {
+    return `[HTTP:${this.httpAddress}, ZMQ:${this.zmqAddress}]`;
+  }
+
+  /** Pings once. Without a digest, as vLLM does. */
+  async ping(discovery: HostPort, digest?: string): Promise<void> {
+    await sendPing(discovery, {
+      type: this.role === 'producer' ? 'P' : 'D',
+      http_address: this.httpAddress,
+      zmq_address: this.zmqAddress,
+      ...(digest === undefined ? {} : { ours: { version: 1, digest, model: `model-${digest}` } }),
+    });
+  }
+
+  /** Breaks every connection and refuses new ones, as a killed process does. */
+  async kill(): Promise<void> {
+    if (!this.#server.listening) return;
+    const closed = once(this.#server, 'close');
+    this.#server.close();
+    this.#server.closeAllConnections();
+    await closed;
+  }
+}
+
+export async function sendPing(discovery: HostPort, ping: Parameters<typeof encodePing>[0]): Promise<void> {
+  await sendRaw(discovery, encodePing(ping), ping.zmq_address);
+}
+
+/** One message from a socket of its own, as a process that has just started sends. */
+export async function sendRaw(discovery: HostPort, body: Uint8Array, routingId: string): Promise<void> {
+  const dealer = new Dealer({ routingId, linger: 1_000, ipv6: discovery.host.includes(':') });
+  dealer.connect(zmqEndpoint(discovery));
+  await dealer.send(body);
+  dealer.close();
+}
+
+/** A JSON answer with the request's id in it, as a worker builds it. */
+export function answerJson(status = 200, extra: Record<string, unknown> = {}): Answer {
+  return (asked, out) => {
+    out.writeHead(status, { 'content-type': 'application/json' });
+    out.end(JSON.stringify({ id: `cmpl-${asked.headers['x-request-id']}`, ...extra }));
+  };
+}
