@@ -111,6 +111,10 @@ export const ERROR_TABLE = {
     status: 502,
     hint: 'The instance named in the message refused or broke the connection.',
   },
+  UPSTREAM_TIMEOUT: {
+    status: 504,
+    hint: 'The instance named in the message is connected but too slow: look at its log, or raise the deadline that the message names.',
+  },
   // ours
   INTERNAL: { status: 500, hint: 'This is a defect; please report it with the log around it.' },
 } as const satisfies Record<string, { status: number; hint: string }>;
