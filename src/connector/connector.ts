@@ -74,6 +74,6 @@ export interface WorkerConnector {
   getFinished(): LoadOutcome[];
   /** Resolves when a load has ended that `getFinished` has not told yet: an idle core waits here. */
   readonly loadEnded: Promise<void>;
-  /** The request is over: frees what the engine holds for it. */
-  requestFinished(requestId: EngineRequestId): void;
+  /** The request is over: frees what the engine holds for it; a producer's sends stay to be asked for, unless it was aborted. */
+  requestFinished(requestId: EngineRequestId, aborted?: boolean): void;
 }

@@ -1,0 +1,238 @@
+/** The worker half of the P2P connector: what the metadata of a step asks for, done by the transfer engine in the background. */
+import { deferred } from '../deferred.ts';
+import type { EventRef, PagedLayer } from '../device/device.ts';
+import { type ErrorData, PdError } from '../errors.ts';
+import { wireShape } from '../kv/layout.ts';
+import { formatHostPort, type HostPort } from '../net/address.ts';
+import type { Logger } from '../observability/log.ts';
+import type { MetricsPage } from '../observability/metrics.ts';
+import type { TransferEngineApi } from '../transfer/engine-api.ts';
+import type { SendType } from '../transfer/types.ts';
+import { type EngineRequestId, tensorIdOf, transferIdOf } from '../wire/ids.ts';
+import type { LoadOutcome, WorkerConnector } from './connector.ts';
+import type { ConnectorMetadata, LoadMeta, SaveMeta } from './metadata.ts';
+import type { KvRole } from './scheduler-connector.ts';
+
+/** One moment of one layer of one save, in milliseconds since the epoch, as this thread learned of it. */
+export interface SaveTrace {
+  readonly requestId: EngineRequestId;
+  readonly layer: string;
+  readonly moment: 'computed' | 'gathered' | 'sent';
+  readonly at: number;
+}
+
+export interface P2pWorkerConnectorOptions {
+  readonly engine: TransferEngineApi;
+  readonly role: KvRole;
+  readonly sendType: SendType;
+  /** Own rank: peers are reached at the port in the request id + rank. */
+  readonly rank: number;
+  /** Every layer of the model: what a load fills. */
+  readonly layers: readonly { readonly name: string; readonly cache: PagedLayer }[];
+  readonly log: Logger;
+  readonly metrics?: MetricsPage;
+  readonly trace?: (event: SaveTrace) => void;
+}
+
+type FailedSave = { readonly requestId: EngineRequestId; readonly error: ErrorData };
+
+export class P2pWorkerConnector implements WorkerConnector {
+  readonly #options: P2pWorkerConnectorOptions;
+  readonly #log: Logger;
+  #saves: readonly SaveMeta[] = [];
+  /** Moments that `waitForSave` waits for. None rejects. */
+  #pending: Promise<void>[] = [];
+  #failed: FailedSave[] = [];
+  /** A request's layers tend to fail together; it is told once. */
+  readonly #told = new WeakSet<SaveMeta>();
+  /** Loads under way; none rejects. */
+  readonly #loads = new Map<EngineRequestId, Promise<void>>();
+  #stepLoads: Promise<void>[] = [];
+  #outcomes: LoadOutcome[] = [];
+  #ended = deferred<void>();
+
+  constructor(options: P2pWorkerConnectorOptions) {
+    this.#options = options;
+    this.#log = options.log;
+  }
+
+  get loadEnded(): Promise<void> {
+    return this.#ended.promise;
+  }
+
+  startLoadKv(metadata: ConnectorMetadata): void {
+    const { saves, loads, cancels } = metadata;
+    if (saves.length + loads.length + cancels.length > 0) {
+      this.#log.debug(
+        {
+          saves: saves.map(({ requestId }) => requestId),
+          loads: loads.map(({ requestId }) => requestId),
+          cancels,
+        },
+        'connector metadata built',
+      );
+    }
+    this.#saves = saves;
+    this.#stepLoads = loads.map((load) => this.#startLoad(load));
+    for (const requestId of cancels) {
+      if (this.#loads.has(requestId)) this.#options.engine.cancelLoad(requestId);
+    }
+  }
+
+  async waitForLayerLoad(layerName: string): Promise<void> {
+    if (!this.#options.layers.some(({ name }) => name === layerName)) {
+      throw new PdError('INTERNAL', `there is no layer ${layerName} to wait for`);
+    }
+    // The engine puts all layers of a request in place as one load, so each layer is there when all are.
+    await Promise.all(this.#stepLoads);
+  }
+
+  saveKvLayer(layerName: string, layer: PagedLayer, ready?: EventRef): void {
+    for (const save of this.#saves) this.#saveLayer(save, layerName, layer, ready);
+  }
+
+  async waitForSave(): Promise<readonly FailedSave[]> {
+    const pending = this.#pending;
+    this.#pending = [];
+    this.#saves = [];
+    await Promise.all(pending);
+    const failed = this.#failed;
+    this.#failed = [];
+    return failed;
+  }
+
+  getFinished(): LoadOutcome[] {
+    if (this.#outcomes.length === 0) return [];
+    const outcomes = this.#outcomes;
+    this.#outcomes = [];
+    this.#ended = deferred<void>();
+    return outcomes;
+  }
+
+  requestFinished(requestId: EngineRequestId, aborted = false): void {
+    // A producer is through when its part is kept or on its way; the consumer comes for it later. After an abort nobody comes.
+    const keepSends = this.#options.role === 'producer' && !aborted;
+    this.#options.engine.finish(transferIdOf(requestId), { keepSends });
+  }
+
+  #startLoad(load: LoadMeta): Promise<void> {
+    const { engine, layers } = this.#options;
+    const { requestId, transferId, blockIds, skipBlocks, numTokens } = load;
+    const peer = this.#ownRankOf(load.peer);
+    const [first] = layers;
+    this.#log.debug(
+      {
+        requestId,
+        transferId,
+        tensorId: first && tensorIdOf(transferId, first.name),
+        layers: layers.length,
+        shape: first && wireShape(first.cache.layout, blockIds.length),
+        dtype: first?.cache.layout.dtype,
+        numTokens,
+        skipBlocks,
+        peer: formatHostPort(peer),
+      },
+      'load started',
+    );
+    const ended = engine
+      .load({
+        requestId,
+        transferId,
+        peer,
+        layers: layers.map(({ name, cache }) => ({ name, target: cache })),
+        blockIds: Int32Array.from(blockIds),
+        skipBlocks,
+      })
+      .then(
+        ({ bytes, milliseconds }) => this.#loadEnded({ requestId, ok: true, bytes, milliseconds }),
+        (error: unknown) => {
+          const data = PdError.from(error, 'KV_LOAD_FAILED', { requestId, transferId }).toData();
+          this.#loadEnded({ requestId, ok: false, error: data });
+        },
+      );
+    this.#loads.set(requestId, ended);
+    return ended;
+  }
+
+  #loadEnded(outcome: LoadOutcome): void {
+    this.#loads.delete(outcome.requestId);
+    this.#outcomes.push(outcome);
+    this.#ended.resolve();
+  }
+
+  #saveLayer(save: SaveMeta, layerName: string, layer: PagedLayer, ready?: EventRef): void {
+    const { engine, sendType, trace } = this.#options;
+    const { requestId, transferId } = save;
+    const tensorId = tensorIdOf(transferId, layerName);
+    const shape = wireShape(layer.layout, save.blockIds.length);
+    const peer = sendType === 'GET' ? undefined : this.#ownRankOf(save.peer);
+    const moment = (name: SaveTrace['moment']) =>
+      trace?.({ requestId, layer: layerName, moment: name, at: now() });
+    moment('computed');
+    const handle = engine.send({
+      tensorId,
+      shape,
+      dtype: layer.layout.dtype,
+      source: { kind: 'blocks', layer, blockIds: Int32Array.from(save.blockIds) },
+      ...(ready && { ready }),
+      ...(peer && { peer }),
+    });
+    this.#log.debug(
+      {
+        requestId,
+        transferId,
+        tensorId,
+        shape,
+        dtype: layer.layout.dtype,
+        peer: peer && formatHostPort(peer),
+      },
+      'layer saved',
+    );
+    const gathered = handle.gathered.then(
+      () => moment('gathered'),
+      (error: unknown) => this.#saveFailed(save, error),
+    );
+    const sent = handle.sent.then(
+      () => moment('sent'),
+      (error: unknown) => this.#saveFailed(save, error),
+    );
+    this.#pending.push(this.#isSaved(gathered, sent));
+  }
+
+  /**
+   * PUT_ASYNC: the blocks may be reused; the sending goes on. PUT: the peer has it. GET: it is kept, so that whoever asks after the HTTP
+   * answer finds it. Always gathered too: a failed send may not have let go of the blocks.
+   */
+  #isSaved(gathered: Promise<void>, sent: Promise<void>): Promise<void> {
+    switch (this.#options.sendType) {
+      case 'PUT_ASYNC':
+        return gathered;
+      case 'PUT':
+      case 'GET':
+        return Promise.all([gathered, sent]).then(() => undefined);
+    }
+  }
+
+  /** Once per request: the consumer's policy decides what becomes of it. */
+  #saveFailed(save: SaveMeta, cause: unknown): void {
+    const { requestId, transferId } = save;
+    if (this.#told.has(save)) return;
+    this.#told.add(save);
+    const error = PdError.from(cause, 'KV_SEND_FAILED', { requestId, transferId });
+    this.#failed.push({ requestId, error: error.toData() });
+    this.#options.metrics?.inc('pd_kv_saves_failed_total', 1);
+    this.#log.warn(
+      { requestId, transferId, peer: formatHostPort(save.peer), code: error.code },
+      `KV of request ${requestId} could not be sent: ${error.message}`,
+    );
+  }
+
+  #ownRankOf(rank0: HostPort): HostPort {
+    return { host: rank0.host, port: rank0.port + this.#options.rank };
+  }
+}
+
+/** Comparable between threads: `performance.now()` alone counts from the start of its own. */
+function now(): number {
+  return performance.timeOrigin + performance.now();
+}

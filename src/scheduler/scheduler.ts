@@ -1,0 +1,306 @@
+/**
+ * Continuous batching over paged KV: which tokens of which sequences each step computes. Pure: no I/O, no clock.
+ *
+ *   schedule() -> (executor runs step.batch) -> update(step, result) | failStep(step, error)
+ *
+ * First come, first served. A sequence that needs a block when none is free takes it from the last to come, which computes its prompt
+ * again later. A request whose KV is on its way from a peer stands outside the batch and holds up nobody.
+ * Between `schedule` and `update` the blocks belong to the executor: `abort` and `loadEnded` wait until the step is over.
+ */
+
+import type { LoadFailurePolicy } from '../config/worker-config.ts';
+import type { ConnectorRequest, LoadOutcome, SchedulerConnector } from '../connector/connector.ts';
+import { type ErrorData, PdError } from '../errors.ts';
+import { BlockManager } from '../kv/block-manager.ts';
+import type { EngineRequestId } from '../wire/ids.ts';
+import { outputOf } from './output.ts';
+import { endOutput, type FinishedRequest, type SchedulerStats, SequencePool } from './pool.ts';
+import type { Sequence } from './sequence.ts';
+import { type SchedulerStep, StepBuilder } from './step.ts';
+import type { CoreRequest, ForwardResult, RequestOutput } from './types.ts';
+import { maxSequenceLength, type SequenceLimits, validateRequest } from './validate.ts';
+
+export interface SchedulerOptions extends SequenceLimits {
+  /** Most sequences of one step. */
+  readonly maxNumSeqs: number;
+  /** Most tokens of one step, over all sequences. */
+  readonly maxNumBatchedTokens: number;
+  readonly enablePrefixCaching: boolean;
+}
+
+export class Scheduler {
+  readonly #options: SchedulerOptions;
+  readonly #connector: SchedulerConnector | undefined;
+  readonly #pool: SequencePool;
+  readonly #maxLength: number;
+  #step: SchedulerStep | undefined;
+
+  constructor(options: SchedulerOptions, connector?: SchedulerConnector) {
+    this.#options = options;
+    this.#connector = connector;
+    this.#pool = new SequencePool(new BlockManager(options.numBlocks, options.blockSize), connector);
+    this.#maxLength = maxSequenceLength(options);
+  }
+
+  get numRunning(): number {
+    return this.#pool.running.length;
+  }
+
+  get numWaiting(): number {
+    return this.#pool.waiting.length + this.#pool.ready.length;
+  }
+
+  get numLoading(): number {
+    return this.#pool.loading.size;
+  }
+
+  /** Requests not over yet. */
+  get numRequests(): number {
+    return this.#pool.size;
+  }
+
+  get blocks(): { readonly used: number; readonly cached: number; readonly total: number } {
+    const { numUsed, numCached, numBlocks } = this.#pool.blocks;
+    return { used: numUsed, cached: numCached, total: numBlocks };
+  }
+
+  /** Totals since the start. */
+  get stats(): Readonly<SchedulerStats> {
+    return this.#pool.stats;
+  }
+
+  /** Throws REQUEST_INVALID, or CONTEXT_EXCEEDED where the prompt and one token can never fit. */
+  add(request: CoreRequest): void {
+    const { requestId } = request;
+    if (this.#pool.get(requestId)) {
+      throw new PdError('REQUEST_INVALID', `request ${requestId} is here already`, { requestId });
+    }
+    validateRequest(request, this.#options);
+    this.#pool.add(request);
+  }
+
+  /** Ends one completion, or all of a request. Unknown ones are over already. */
+  abort(requestId: EngineRequestId, index?: number): RequestOutput[] {
+    this.#assertNoStep('abort');
+    const group = this.#pool.get(requestId);
+    if (!group) return [];
+    if (index === undefined) {
+      group.aborted = true;
+      return this.#pool.endGroup(group, 'abort');
+    }
+    const sequence = group.sequences[index];
+    if (!sequence || sequence.state === 'finished' || sequence.silent) return [];
+    if (group.live === 1) group.aborted = true;
+    const output = endOutput(sequence, 'abort');
+    const loading = sequence.state === 'loading';
+    this.#pool.end(sequence);
+    // While a load goes on, those that follow wait for it; else one of them takes the lead.
+    if (sequence.isLeader && !loading) this.#pool.promoteFollower(group);
+    return [output];
+  }
+
+  /** Decides the next step. An empty batch means that nothing can run before a request comes or a load ends. */
+  schedule(): SchedulerStep {
+    this.#assertNoStep('schedule');
+    const builder = new StepBuilder(this.#options.maxNumBatchedTokens);
+    this.#scheduleRunning(builder);
+    if (builder.preempted.length === 0) {
+      this.#admitReady(builder);
+    }
+    if (builder.preempted.length === 0) this.#admitWaiting(builder);
+    const step = builder.build(this.#connector?.buildConnectorMeta(builder.scheduled));
+    if (step.entries.length > 0) this.#step = step;
+    return step;
+  }
+
+  /** The step has run: takes its tokens in. Throws INTERNAL, the step still under way, where `result` lacks one. */
+  update(step: SchedulerStep, result: ForwardResult): RequestOutput[] {
+    const sampled = new Map(result.sampled.map((token) => [token.sequenceId, token]));
+    for (const { sequence, sampled: expected } of step.entries) {
+      if (expected && !sampled.has(sequence.id)) {
+        throw new PdError('INTERNAL', `the executor sampled no token for ${sequence.id}`);
+      }
+    }
+    this.#closeStep(step);
+    const outputs: RequestOutput[] = [];
+    for (const { sequence, numTokens, sampled: expected } of step.entries) {
+      this.#advance(sequence, sequence.numComputed + numTokens);
+      if (sequence.needsPromptLogprobs) {
+        sequence.promptLogprobs.push(...(result.promptLogprobs.get(sequence.id) ?? []));
+      }
+      const token = expected ? sampled.get(sequence.id) : undefined;
+      if (!token) continue;
+      const output = outputOf(sequence, token, this.#maxLength);
+      // Before the leader may end: its blocks are what the others share.
+      if (sequence.isLeader) this.#pool.forkFollowers(sequence);
+      outputs.push(output);
+      if (output.finishReason) this.#pool.end(sequence);
+    }
+    return outputs;
+  }
+
+  /** The step could not be run: its requests end with `error`, all others go on. */
+  failStep(step: SchedulerStep, error: ErrorData): RequestOutput[] {
+    this.#closeStep(step);
+    return step.entries.flatMap(({ sequence }) => this.#pool.endGroup(sequence.group, 'error', error));
+  }
+
+  /** A load that metadata had asked for is over, one way or the other; no write into its blocks can come any more. */
+  loadEnded(outcome: LoadOutcome, policy: LoadFailurePolicy): RequestOutput[] {
+    this.#assertNoStep('loadEnded');
+    const sequence = this.#pool.loading.get(outcome.requestId);
+    if (!sequence) return [];
+    const { group } = sequence;
+    group.loading = false;
+    const wanted = group.live > 0;
+    if (outcome.ok) {
+      this.#advance(sequence, sequence.numCached + sequence.numLoaded);
+    } else {
+      sequence.numLoaded = 0;
+      if (wanted) this.#connector?.loadFailed(outcome.requestId);
+    }
+    const fails = !outcome.ok && wanted && policy === 'fail';
+    if (sequence.silent) {
+      if (outcome.ok) this.#pool.forkFollowers(sequence);
+      this.#pool.endSilently(sequence);
+      if (!fails) this.#pool.promoteFollower(group);
+    } else {
+      this.#pool.move(sequence, 'ready');
+      if (outcome.ok) this.#pool.forkFollowers(sequence);
+    }
+    return fails ? this.#pool.endGroup(group, 'error', outcome.error) : [];
+  }
+
+  /** Requests that are over since the last call: what the transfer engine holds for them may go. */
+  takeFinished(): FinishedRequest[] {
+    return this.#pool.takeFinished();
+  }
+
+  /** Ends every request, each completion with `error`. */
+  endAll(error: ErrorData): RequestOutput[] {
+    if (this.#step) this.#closeStep(this.#step);
+    return this.#pool.groups().flatMap((group) => this.#pool.endGroup(group, 'error', error));
+  }
+
+  /** What is wrong, in words; empty when all is well. Holds between steps. */
+  checkIntegrity(): string[] {
+    return this.#pool.checkIntegrity();
+  }
+
+  #scheduleRunning(builder: StepBuilder): void {
+    const { running, blocks } = this.#pool;
+    for (let i = 0; i < running.length && builder.budget > 0; i++) {
+      const sequence = running.at(i)!;
+      const numTokens = Math.min(sequence.numRemaining, builder.budget);
+      const needed = sequence.numComputed + numTokens;
+      while (sequence.state === 'running' && !blocks.canAppend(sequence.id, needed)) {
+        this.#preempt(this.#pool.victim() ?? sequence, builder);
+      }
+      // Only the last to come is preempted, so whoever comes after a preempted one is gone from the queue too.
+      if (sequence.state !== 'running') return;
+      this.#addToStep(sequence, builder);
+    }
+  }
+
+  #admitReady(builder: StepBuilder): void {
+    const { ready, blocks } = this.#pool;
+    while (this.#hasPlace(builder)) {
+      const sequence = ready.at(0);
+      if (!sequence) return;
+      const needed = sequence.numComputed + Math.min(sequence.numRemaining, builder.budget);
+      while (!blocks.canAppend(sequence.id, needed)) {
+        const victim = ready.last;
+        if (!victim || victim === sequence) return;
+        this.#preempt(victim, builder);
+      }
+      this.#pool.move(sequence, 'running');
+      this.#addToStep(sequence, builder);
+    }
+  }
+
+  #admitWaiting(builder: StepBuilder): void {
+    const { waiting, running, blocks } = this.#pool;
+    for (let i = 0; i < waiting.length; ) {
+      const hasPlace = this.#hasPlace(builder);
+      if (!hasPlace && !this.#connector) return;
+      const sequence = waiting.at(i)!;
+      const cached = this.#lookup(sequence);
+      const numLocal = cached.length * blocks.blockSize;
+      const request = connectorRequest(sequence);
+      const connector = sequence.isLeader ? this.#connector : undefined;
+      const numExternal = connector?.getNumNewMatchedTokens(request, numLocal) ?? 0;
+      if (numExternal === 0 && !hasPlace) {
+        i++; // no place in the batch, but loads of those behind may start
+        continue;
+      }
+      // One block for each running sequence to grow into: admitting up to the last block would preempt at once.
+      if (!blocks.canAllocate(sequence.length, cached, running.length)) return;
+      const table = blocks.allocate(sequence.id, sequence.length, cached);
+      connector?.updateStateAfterAlloc(request, table, numLocal, numExternal);
+      if (this.#mayUseCache(sequence)) this.#pool.countLookup(sequence, numLocal);
+      sequence.numComputed = numLocal;
+      sequence.numCached = Math.min(numLocal, sequence.promptLength);
+      sequence.numLoaded = numExternal;
+      sequence.group.loading ||= numExternal > 0;
+      this.#pool.move(sequence, numExternal > 0 ? 'loading' : 'running');
+      if (numExternal === 0) this.#addToStep(sequence, builder);
+    }
+  }
+
+  #hasPlace(builder: StepBuilder): boolean {
+    return this.#pool.running.length < this.#options.maxNumSeqs && builder.budget > 0;
+  }
+
+  /** Cached blocks of a sequence; its last known token is always computed, for its logits. */
+  #lookup(sequence: Sequence): readonly number[] {
+    if (!this.#mayUseCache(sequence)) return [];
+    return this.#pool.blocks.lookup(sequence.hashes(this.#options.blockSize), sequence.length - 1);
+  }
+
+  #mayUseCache(sequence: Sequence): boolean {
+    return this.#options.enablePrefixCaching && !sequence.needsPromptLogprobs;
+  }
+
+  /** `sequence` is running and its blocks suffice or can be had. */
+  #addToStep(sequence: Sequence, builder: StepBuilder): void {
+    const { blocks } = this.#pool;
+    const numTokens = Math.min(sequence.numRemaining, builder.budget);
+    blocks.append(sequence.id, sequence.numComputed + numTokens);
+    builder.add(sequence, numTokens, blocks.tableOf(sequence.id));
+  }
+
+  #preempt(sequence: Sequence, builder: StepBuilder): void {
+    builder.preempted.push(sequence.group.request.requestId);
+    this.#pool.preempt(sequence);
+  }
+
+  /** The KV of the first `numComputed` tokens is there. */
+  #advance(sequence: Sequence, numComputed: number): void {
+    sequence.numComputed = numComputed;
+    if (!this.#options.enablePrefixCaching) return;
+    const { blocks } = this.#pool;
+    blocks.commit(sequence.id, sequence.hashes(blocks.blockSize), numComputed);
+  }
+
+  #closeStep(step: SchedulerStep): void {
+    if (this.#step !== step) throw new PdError('INTERNAL', 'this step is not under way');
+    this.#step = undefined;
+    for (const { sequence } of step.entries) {
+      if (sequence.copy) this.#pool.blocks.releaseCopy(sequence.copy);
+      sequence.copy = undefined;
+    }
+  }
+
+  #assertNoStep(what: string): void {
+    if (this.#step) throw new PdError('INTERNAL', `${what} while a step is under way`);
+  }
+}
+
+function connectorRequest(sequence: Sequence): ConnectorRequest {
+  const { request } = sequence.group;
+  return {
+    requestId: request.requestId,
+    numPromptTokens: sequence.promptLength,
+    mayLoad: request.sampling.promptLogprobs === undefined && sequence.numOutput === 0,
+  };
+}

@@ -1,0 +1,153 @@
+/** One completion on its way, and the request it belongs to. State of the scheduler; no decisions here. */
+import { type BlockHash, extendHashes } from '../kv/block-hash.ts';
+import type { BlockCopy } from '../kv/block-manager.ts';
+import type { CoreRequest, TokenLogprob } from './types.ts';
+
+/**
+ *   following --(leader's prompt there: fork, or no block free)--> ready | waiting
+ *   waiting ----(blocks)----> running | loading         loading --(KV there, or to be computed)--> ready
+ *   ready ------(slot)------> running                   ready, running --(preempted)--> waiting
+ *
+ * Blocks are held in `loading`, `ready` and `running`.
+ */
+export type SequenceState = 'following' | 'waiting' | 'loading' | 'ready' | 'running' | 'finished';
+
+export interface RequestGroup {
+  readonly request: CoreRequest;
+  /** Rank in order of arrival. */
+  readonly arrival: number;
+  readonly sequences: Sequence[];
+  /** Computes or loads the prompt; the others fork after it. */
+  leader: Sequence;
+  /** Sequences that have not ended. */
+  live: number;
+  /** The leader's load is under way: its blocks may be written at any moment. */
+  loading: boolean;
+  aborted: boolean;
+}
+
+export class Sequence {
+  readonly id: string;
+  readonly index: number;
+  readonly group: RequestGroup;
+  readonly promptLength: number;
+  state: SequenceState = 'waiting';
+  /** Tokens whose KV is in this sequence's blocks. */
+  numComputed = 0;
+  /** Of those, prompt tokens that came from the prefix cache, and from the peer, at the last admission. */
+  numCached = 0;
+  numLoaded = 0;
+  /** First output token has been told. */
+  answered = false;
+  /** Ended for its client while its load goes on, for the sake of those that follow. */
+  silent = false;
+  /** The partial block of a fork, to be copied before its first step. */
+  copy: BlockCopy | undefined;
+  promptLogprobs: TokenLogprob[] = [];
+  #tokens: Int32Array;
+  #length: number;
+  readonly #hashes: BlockHash[] = [];
+
+  constructor(group: RequestGroup, index: number) {
+    const { request } = group;
+    this.group = group;
+    this.index = index;
+    this.id = request.n === 1 ? request.requestId : `${request.requestId}/${index}`;
+    this.promptLength = request.promptTokens.length;
+    this.#tokens = request.promptTokens;
+    this.#length = this.promptLength;
+  }
+
+  /** Known tokens: prompt and output. */
+  get length(): number {
+    return this.#length;
+  }
+
+  get numOutput(): number {
+    return this.#length - this.promptLength;
+  }
+
+  /** Tokens that are known and not computed. */
+  get numRemaining(): number {
+    return this.#length - this.numComputed;
+  }
+
+  get isLeader(): boolean {
+    return this.group.leader === this;
+  }
+
+  /** The prompt's own log-probabilities are asked for and not told yet: every prompt token must be computed. */
+  get needsPromptLogprobs(): boolean {
+    return this.isLeader && !this.answered && this.group.request.sampling.promptLogprobs !== undefined;
+  }
+
+  tokens(start: number, end: number): Int32Array {
+    return this.#tokens.slice(start, end);
+  }
+
+  append(token: number): void {
+    if (this.#length === this.#tokens.length) {
+      const grown = new Int32Array(Math.max(16, this.#length * 2));
+      grown.set(this.#tokens.subarray(0, this.#length));
+      this.#tokens = grown;
+    }
+    this.#tokens[this.#length++] = token;
+  }
+
+  /** Keys of all full blocks of the known tokens. */
+  hashes(blockSize: number): readonly BlockHash[] {
+    extendHashes(this.#hashes, this.#tokens.subarray(0, this.#length), blockSize);
+    return this.#hashes;
+  }
+
+  /** Its blocks are gone: all is to be computed anew. */
+  resetProgress(): void {
+    this.numComputed = 0;
+    this.numCached = 0;
+    this.numLoaded = 0;
+    this.promptLogprobs = [];
+  }
+}
+
+/** Earlier arrivals first; within a request, lower indexes. */
+export function byArrival(a: Sequence, b: Sequence): number {
+  return a.group.arrival - b.group.arrival || a.index - b.index;
+}
+
+/** Sequences in order of arrival. */
+export class SequenceQueue implements Iterable<Sequence> {
+  readonly #items: Sequence[] = [];
+
+  get length(): number {
+    return this.#items.length;
+  }
+
+  at(index: number): Sequence | undefined {
+    return this.#items[index];
+  }
+
+  get last(): Sequence | undefined {
+    return this.#items.at(-1);
+  }
+
+  [Symbol.iterator](): Iterator<Sequence> {
+    return this.#items[Symbol.iterator]();
+  }
+
+  insert(sequence: Sequence): void {
+    let low = 0;
+    let high = this.#items.length;
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (byArrival(this.#items[middle]!, sequence) < 0) low = middle + 1;
+      else high = middle;
+    }
+    this.#items.splice(low, 0, sequence);
+  }
+
+  /** Does nothing where it is not in the queue. */
+  remove(sequence: Sequence): void {
+    const index = this.#items.indexOf(sequence);
+    if (index >= 0) this.#items.splice(index, 1);
+  }
+}

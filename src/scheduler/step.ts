@@ -1,0 +1,85 @@
+/** One step: what runs, and what its connector is told. */
+import type { ScheduledRequest } from '../connector/connector.ts';
+import type { ConnectorMetadata } from '../connector/metadata.ts';
+import type { BlockCopy } from '../kv/block-manager.ts';
+import type { EngineRequestId } from '../wire/ids.ts';
+import type { Sequence } from './sequence.ts';
+import type { ForwardBatch, ScheduledSequence } from './types.ts';
+
+export interface StepEntry {
+  readonly sequence: Sequence;
+  readonly numTokens: number;
+  readonly sampled: boolean;
+}
+
+export interface SchedulerStep {
+  readonly batch: ForwardBatch;
+  /** Absent without a connector. */
+  readonly metadata?: ConnectorMetadata;
+  /** Leaders alone: those whose prompt KV a connector may save. */
+  readonly scheduled: readonly ScheduledRequest[];
+  readonly preempted: readonly EngineRequestId[];
+  readonly entries: readonly StepEntry[];
+  readonly numTokens: number;
+}
+
+/** Collects a step under its token budget. */
+export class StepBuilder {
+  budget: number;
+  readonly preempted: EngineRequestId[] = [];
+  readonly entries: StepEntry[] = [];
+  readonly scheduled: ScheduledRequest[] = [];
+  readonly #sequences: ScheduledSequence[] = [];
+  readonly #copies: BlockCopy[] = [];
+  readonly #fullBudget: number;
+
+  constructor(budget: number) {
+    this.budget = budget;
+    this.#fullBudget = budget;
+  }
+
+  /** `blocks` covers `numComputed + numTokens` tokens. */
+  add(sequence: Sequence, numTokens: number, blocks: readonly number[]): void {
+    const start = sequence.numComputed;
+    const end = start + numTokens;
+    const { request } = sequence.group;
+    const sampled = end === sequence.length;
+    const targets = sequence.needsPromptLogprobs
+      ? sequence.tokens(start + 1, Math.max(start + 1, Math.min(end + 1, sequence.promptLength)))
+      : undefined;
+    this.#sequences.push({
+      sequenceId: sequence.id,
+      requestId: request.requestId,
+      tokens: sequence.tokens(start, end),
+      start,
+      blockTable: Int32Array.from(blocks),
+      ...(sampled && {
+        sample: { params: request.sampling, outputPosition: sequence.numOutput, index: sequence.index },
+      }),
+      ...(targets && { promptLogprobs: { count: request.sampling.promptLogprobs ?? 0, targets } }),
+    });
+    if (sequence.copy) this.#copies.push(sequence.copy);
+    if (sequence.isLeader) {
+      this.scheduled.push({
+        requestId: request.requestId,
+        numPromptTokens: sequence.promptLength,
+        numComputedTokens: start,
+        numScheduledTokens: numTokens,
+        blockIds: [...blocks],
+      });
+    }
+    this.entries.push({ sequence, numTokens, sampled });
+    this.budget -= numTokens;
+  }
+
+  build(metadata: ConnectorMetadata | undefined): SchedulerStep {
+    return {
+      batch: { sequences: this.#sequences, blockCopies: this.#copies },
+      ...(metadata && { metadata }),
+      scheduled: this.scheduled,
+      preempted: this.preempted,
+      entries: this.entries,
+      numTokens: this.#fullBudget - this.budget,
+    };
+  }
+}

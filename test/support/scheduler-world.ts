@@ -1,0 +1,254 @@
+/**
+ * A scheduler driven without a model. The executor writes, for every token it computes, a digest of the whole sequence up to it into the
+ * token's slot, and checks that each slot of the context it reads holds the digest it should: a block that was reused too early, shared
+ * wrongly or loaded badly shows at once. The "model" is a hash of the context, so what every request must generate is known beforehand.
+ */
+import type { LoadOutcome } from '../../src/connector/connector.ts';
+import type { ConnectorMetadata, LoadMeta, SaveMeta } from '../../src/connector/metadata.ts';
+import { type KvRole, P2pSchedulerConnector } from '../../src/connector/scheduler-connector.ts';
+import { Scheduler, type SchedulerOptions } from '../../src/scheduler/scheduler.ts';
+import type { SchedulerStep } from '../../src/scheduler/step.ts';
+import type {
+  CoreRequest,
+  ForwardResult,
+  RequestOutput,
+  SampledToken,
+  SamplingParams,
+  TokenLogprob,
+} from '../../src/scheduler/types.ts';
+import { type EngineRequestId, engineRequestId } from '../../src/wire/ids.ts';
+
+export const VOCAB = 50;
+
+export const GREEDY: SamplingParams = {
+  temperature: 0,
+  topP: 1,
+  topK: 0,
+  seed: 0,
+  maxTokens: 8,
+  minTokens: 0,
+  stopTokenIds: [],
+};
+
+const SEED = 0x811c9dc5;
+
+function mix(digest: number, token: number): number {
+  return Math.imul(digest ^ (token + 0x9e3779b9), 0x01000193) >>> 0;
+}
+
+function sampleFrom(digest: number, index: number): number {
+  return mix(mix(digest, index), 7) % VOCAB;
+}
+
+/** What completion `index` of a request must say, stop rules applied. */
+export function expectedTokens(request: CoreRequest, index: number, maxModelLen: number): number[] {
+  const { maxTokens, minTokens, stopTokenIds } = request.sampling;
+  let digest = request.promptTokens.reduce(mix, SEED);
+  const tokens: number[] = [];
+  while (tokens.length < maxTokens && request.promptTokens.length + tokens.length < maxModelLen) {
+    const token = sampleFrom(digest, index);
+    tokens.push(token);
+    digest = mix(digest, token);
+    if (tokens.length > minTokens && stopTokenIds.includes(token)) break;
+  }
+  return tokens;
+}
+
+export function requestId(name: string | number, remote: boolean): EngineRequestId {
+  const uuid = String(name).padStart(32, '0');
+  return engineRequestId(
+    remote ? `cmpl-___prefill_addr_10.0.0.1:8082___decode_addr_10.0.0.2:8084_${uuid}-0` : `cmpl-${uuid}-0`,
+    'deadbeef',
+  );
+}
+
+export interface Told {
+  readonly request: CoreRequest;
+  readonly tokens: number[];
+  last?: RequestOutput;
+  ends: number;
+  first?: RequestOutput;
+}
+
+export class SchedulerWorld {
+  readonly scheduler: Scheduler;
+  readonly options: SchedulerOptions;
+  readonly blockSize: number;
+  readonly slots: Uint32Array;
+  /** By `requestId/index`. */
+  readonly told = new Map<string, Told>();
+  readonly loads = new Map<EngineRequestId, LoadMeta>();
+  readonly saves: { readonly meta: SaveMeta; readonly step: number }[] = [];
+  readonly finished: { readonly requestId: EngineRequestId; readonly aborted: boolean }[] = [];
+  readonly steps: SchedulerStep[] = [];
+  readonly canceled: EngineRequestId[] = [];
+  preempted = 0;
+
+  constructor(options: SchedulerOptions, role?: KvRole) {
+    this.options = options;
+    this.blockSize = options.blockSize;
+    const connector = role && new P2pSchedulerConnector({ role, blockSize: options.blockSize });
+    this.scheduler = new Scheduler(options, connector);
+    this.slots = new Uint32Array(options.numBlocks * options.blockSize);
+  }
+
+  add(request: CoreRequest): void {
+    this.scheduler.add(request);
+    for (let index = 0; index < request.n; index++) {
+      this.told.set(`${request.requestId}/${index}`, { request, tokens: [], ends: 0 });
+    }
+  }
+
+  abort(id: EngineRequestId, index?: number): void {
+    this.hear(this.scheduler.abort(id, index));
+    this.check();
+  }
+
+  /** One whole step, or undefined where there was nothing to run. `fail`: the executor throws after it wrote its KV. */
+  step(fail = false): SchedulerStep | undefined {
+    const step = this.scheduler.schedule();
+    this.check();
+    this.preempted += step.preempted.length;
+    if (step.metadata) this.#takeMetadata(step.metadata);
+    if (step.entries.length === 0) return step.preempted.length > 0 ? this.step(fail) : undefined;
+    this.steps.push(step);
+    const result = this.#forward(step);
+    const error = { code: 'INTERNAL', message: 'the executor broke', context: {} } as const;
+    this.hear(fail ? this.scheduler.failStep(step, error) : this.scheduler.update(step, result));
+    this.check();
+    return step;
+  }
+
+  /** Ends a load: its blocks are written (all of them, junk after the last token), or half of them with rubbish. */
+  endLoad(id: EngineRequestId, ok: boolean, policy: 'recompute' | 'fail' = 'recompute'): void {
+    const load = this.loads.get(id);
+    if (!load) throw new Error(`no load of ${id}`);
+    this.loads.delete(id);
+    const request = [...this.told.values()].find((told) => told.request.requestId === id)!.request;
+    this.#fill(load, request.promptTokens, ok);
+    const error = { code: 'KV_LOAD_TIMEOUT', message: 'never came', context: {} } as const;
+    const outcome: LoadOutcome = ok
+      ? { requestId: id, ok, bytes: 1, milliseconds: 1 }
+      : { requestId: id, ok, error };
+    this.hear(this.scheduler.loadEnded(outcome, policy));
+    this.check();
+  }
+
+  /** Steps, and ends loads, until nothing is left. */
+  drain(): void {
+    for (let round = 0; this.scheduler.numRequests > 0; round++) {
+      if (round > 20_000) throw new Error(`stuck: ${JSON.stringify(this.counts())}`);
+      const ran = this.step();
+      if (ran) continue;
+      const [id] = this.loads.keys();
+      if (id) this.endLoad(id, true);
+      else if (this.scheduler.numRequests > 0) throw new Error(`stalled: ${JSON.stringify(this.counts())}`);
+    }
+    this.finished.push(...this.scheduler.takeFinished());
+  }
+
+  counts(): object {
+    const { numRunning, numWaiting, numLoading, numRequests, blocks } = this.scheduler;
+    return { numRunning, numWaiting, numLoading, numRequests, blocks };
+  }
+
+  hear(outputs: readonly RequestOutput[]): void {
+    for (const output of outputs) {
+      const told = this.told.get(`${output.requestId}/${output.index}`);
+      if (!told) throw new Error(`output for ${output.requestId}/${output.index}, which nobody asked for`);
+      if (told.ends > 0) throw new Error(`${output.requestId}/${output.index} spoke after its end`);
+      told.tokens.push(...output.tokens);
+      told.first ??= output;
+      if (output.finishReason) {
+        told.ends++;
+        told.last = output;
+      }
+    }
+    this.finished.push(...this.scheduler.takeFinished());
+  }
+
+  check(): void {
+    const problems = this.scheduler.checkIntegrity();
+    if (problems.length > 0) throw new Error(problems.join('; '));
+  }
+
+  #takeMetadata(metadata: ConnectorMetadata): void {
+    for (const load of metadata.loads) {
+      if (this.loads.has(load.requestId)) throw new Error(`${load.requestId} is loaded twice`);
+      this.loads.set(load.requestId, load);
+    }
+    this.canceled.push(...metadata.cancels);
+    for (const meta of metadata.saves) this.saves.push({ meta, step: this.steps.length });
+  }
+
+  #fill(load: LoadMeta, prompt: Int32Array, ok: boolean): void {
+    let digest = SEED;
+    for (let position = 0; position < load.blockIds.length * this.blockSize; position++) {
+      digest = mix(digest, prompt[position] ?? 0);
+      const block = Math.floor(position / this.blockSize);
+      if (block < load.skipBlocks) continue;
+      const slot = load.blockIds[block]! * this.blockSize + (position % this.blockSize);
+      if (ok) this.slots[slot] = position < prompt.length ? digest : 0xdead;
+      else if (position % 2 === 0) this.slots[slot] = 0xbad;
+    }
+  }
+
+  #forward(step: SchedulerStep): ForwardResult {
+    const { blockSize, slots } = this;
+    const sampled: SampledToken[] = [];
+    const promptLogprobs = new Map<string, TokenLogprob[]>();
+    let tokens = 0;
+    for (const { source, target } of step.batch.blockCopies) {
+      slots.copyWithin(target * blockSize, source * blockSize, (source + 1) * blockSize);
+    }
+    const seen = new Set<string>();
+    // All writes of the step first: a sequence that reads what another of the same step overwrites must be caught.
+    for (const { sequenceId, tokens: input, start, blockTable } of step.batch.sequences) {
+      if (seen.has(sequenceId)) throw new Error(`${sequenceId} is in the step twice`);
+      seen.add(sequenceId);
+      tokens += input.length;
+      let digest = start === 0 ? SEED : slots[slotOf(blockTable, start - 1, blockSize)]!;
+      input.forEach((token, i) => {
+        digest = mix(digest, token);
+        slots[slotOf(blockTable, start + i, blockSize)] = digest;
+      });
+    }
+    for (const sequence of step.batch.sequences) {
+      const { sequenceId, requestId: id, start, blockTable, sample } = sequence;
+      const index = sequenceId === id ? 0 : Number(sequenceId.slice(id.length + 1));
+      const told = this.told.get(`${id}/${index}`)!;
+      const known = [...told.request.promptTokens, ...told.tokens];
+      const end = start + sequence.tokens.length;
+      let digest = SEED;
+      for (let position = 0; position < end; position++) {
+        digest = mix(digest, known[position]!);
+        if (slots[slotOf(blockTable, position, blockSize)] !== digest) {
+          throw new Error(`${sequenceId} reads wrong KV at position ${position} of ${end}`);
+        }
+      }
+      if ((sample !== undefined) !== (end === known.length)) throw new Error(`${sequenceId} samples midway`);
+      if (sample && sample.outputPosition !== told.tokens.length) throw new Error(`${sequenceId} lost count`);
+      if (sample) sampled.push({ sequenceId, token: sampleFrom(digest, index) });
+      const { promptLogprobs: wanted } = sequence;
+      if (wanted) {
+        wanted.targets.forEach((token, i) => {
+          if (known[start + i + 1] !== token) throw new Error(`${sequenceId} has a wrong logprob target`);
+        });
+        promptLogprobs.set(
+          sequenceId,
+          Array.from(wanted.targets, (token) => ({ token, logprob: -1, top: [] })),
+        );
+      }
+    }
+    const { maxNumBatchedTokens, maxNumSeqs } = this.options;
+    if (tokens > maxNumBatchedTokens) throw new Error(`${tokens} tokens in one step`);
+    if (seen.size > maxNumSeqs) throw new Error(`${seen.size} sequences in one step`);
+    return { sampled, promptLogprobs };
+  }
+}
+
+function slotOf(blockTable: Int32Array, position: number, blockSize: number): number {
+  const block = blockTable[Math.floor(position / blockSize)];
+  if (block === undefined) throw new Error(`position ${position} is outside of the block table`);
+  return block * blockSize + (position % blockSize);
+}
