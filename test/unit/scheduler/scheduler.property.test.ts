@@ -6,7 +6,7 @@ import { expectedTokens, GREEDY, requestId, SchedulerWorld } from '../../support
 const addition = fc.record({
   kind: fc.constant('add' as const),
   family: fc.nat(2),
-  length: fc.integer({ min: 1, max: 40 }),
+  length: fc.integer({ min: 1, max: 24 }),
   maxTokens: fc.integer({ min: 1, max: 20 }),
   minTokens: fc.nat(4),
   stops: fc.array(fc.nat(49), { maxLength: 6 }),
@@ -33,11 +33,11 @@ const event = fc.oneof(
   },
 );
 const settings = fc.record({
-  numBlocks: fc.integer({ min: 4, max: 24 }),
-  blockSize: fc.constantFrom(1, 3, 4),
+  numBlocks: fc.integer({ min: 6, max: 24 }),
+  blockSize: fc.constantFrom(2, 3, 4),
   maxNumSeqs: fc.integer({ min: 1, max: 6 }),
-  maxNumBatchedTokens: fc.integer({ min: 1, max: 48 }),
-  maxModelLen: fc.integer({ min: 8, max: 64 }),
+  maxNumBatchedTokens: fc.integer({ min: 2, max: 48 }),
+  maxModelLen: fc.integer({ min: 16, max: 64 }),
   enablePrefixCaching: fc.boolean(),
 });
 
@@ -47,7 +47,7 @@ it('loses no block, ends every completion once, and reads and says only what is 
     fc.property(
       settings,
       fc.constantFrom('consumer' as const, 'producer' as const, undefined),
-      fc.array(event, { minLength: 10, maxLength: 80 }),
+      fc.array(event, { minLength: 20, maxLength: 120, size: 'max' }),
       (options, role, events) => {
         const world = new SchedulerWorld(options, role);
         const excused = new Set<string>();
