@@ -1,22 +1,7 @@
 /** How every program of ours starts, and how it fails: one readable line with the code and what to do, never a stack unasked. */
-import { readFileSync } from 'node:fs';
 import { PdError } from '../errors.ts';
 
-/** Version of this package, for --version and /version. */
-export function packageVersion(): string {
-  // The same file from src/ and from dist/src/.
-  for (const path of ['../../package.json', '../../../package.json']) {
-    try {
-      const { version } = JSON.parse(readFileSync(new URL(path, import.meta.url), 'utf8')) as {
-        version?: unknown;
-      };
-      if (typeof version === 'string') return version;
-    } catch {
-      // not at this depth
-    }
-  }
-  return 'unknown';
-}
+export { packageVersion } from '../version.ts';
 
 /** `pd-worker: CONFIG_INVALID: --kv-port: ... Hint: ...` */
 export function startErrorLine(program: string, error: PdError): string {

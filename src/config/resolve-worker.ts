@@ -4,8 +4,8 @@ import { join, resolve } from 'node:path';
 import type { Command } from 'commander';
 import { PdError } from '../errors.ts';
 import type { HostPort } from '../net/address.ts';
+import { announceHost, type LocalOptions, localAddress } from '../net/local.ts';
 import { DEFAULT_LIMITS } from '../transfer/types.ts';
-import { announcedHost, type HostNames } from './announce.ts';
 import { addOptions, type OptionLayer, resolveOptions } from './options.ts';
 import { checkKvRank, parseVllmKvConfig, type VllmKvConfig } from './vllm-json.ts';
 import type { WorkerConfig, WorkerRole } from './worker-config.ts';
@@ -15,8 +15,9 @@ import { WORKER_OPTIONS, type WorkerOptions } from './worker-options.ts';
 const HTTP_PORTS: Readonly<Record<WorkerRole, number>> = { producer: 8081, consumer: 8083, both: 8080 };
 
 /** What the config needs from outside: kept out so that resolving stays testable. */
-export interface WorkerEnvironment extends HostNames {
+export interface WorkerEnvironment {
   readonly env: Readonly<Record<string, string | undefined>>;
+  readonly interfaces?: NonNullable<LocalOptions['interfaces']>;
   /** Directory of the bundled model. */
   readonly demoModelDir: () => string;
 }
@@ -68,9 +69,10 @@ export function toWorkerConfig(options: WorkerOptions, outside: WorkerEnvironmen
   }
   const http: HostPort = { host: options.host, port: options.port ?? HTTP_PORTS[options.role] };
   // Not every interface: the address told to peers is the one bound, so a firewall rule or a second network shows at once.
-  const kvHost = options.kvHost ?? announcedHost(outside);
-  const kvAnnounceHost = options.kvAnnounceHost ?? announcedHost(outside, kvHost);
-  const httpAnnounceHost = options.httpAnnounceHost ?? announcedHost(outside, http.host);
+  // PD_HOST_IP is an address for others: the machine itself may not have it, so it is never bound.
+  const kvHost = options.kvHost ?? localAddress(4, { ...outside, env: {} });
+  const kvAnnounceHost = options.kvAnnounceHost ?? announceHost(kvHost, outside);
+  const httpAnnounceHost = options.httpAnnounceHost ?? announceHost(http.host, outside);
   const modelDir = options.model === undefined ? outside.demoModelDir() : resolve(options.model);
   if (!existsSync(join(modelDir, 'config.json'))) {
     const named = options.model === undefined ? 'the bundled demo model' : `--model ${options.model}`;

@@ -9,13 +9,16 @@ import { addWorkerOptions, resolveWorkerConfig } from '../../../src/config/resol
 const modelDir = mkdtempSync(join(tmpdir(), 'pd-model-'));
 writeFileSync(join(modelDir, 'config.json'), '{}');
 
+const address = { netmask: '', mac: '', internal: false, cidr: null };
+const lan = [{ ...address, address: '10.0.0.7', family: 'IPv4' as const }];
+const lan6 = [{ ...address, address: '2001:db8::7', family: 'IPv6' as const, scopeid: 0 }];
+
 function resolve(args: string[], env: Record<string, string> = {}) {
   const command = addWorkerOptions(new Command('pd-worker').exitOverride());
   command.parse(args, { from: 'user' });
   return resolveWorkerConfig(command, {
     env,
-    hostIp: env['PD_HOST_IP'],
-    localAddress: (family) => (family === 6 ? '2001:db8::7' : '10.0.0.7'),
+    interfaces: { eth0: [...lan, ...lan6] },
     demoModelDir: () => modelDir,
   });
 }
@@ -85,6 +88,11 @@ describe('worker configuration', () => {
     expect([told.httpAnnounceHost, told.kv.announceHost]).toEqual(['192.0.2.1', '192.0.2.1']);
     const explicit = config(['--kv-announce-host', '198.51.100.1'], { PD_HOST_IP: '192.0.2.1' });
     expect(explicit.kv.announceHost).toBe('198.51.100.1');
+    // A translated address is not this machine's own: told, never bound.
+    expect(config([], { PD_HOST_IP: '192.0.2.1' }).kv).toMatchObject({
+      bind: { host: '10.0.0.7' },
+      announceHost: '192.0.2.1',
+    });
   });
 
   it('computes where the device is, unless told otherwise', () => {
@@ -189,20 +197,20 @@ describe("vLLM's kv-transfer-config", () => {
 });
 
 describe('native environment', () => {
-  const lan = [{ address: '10.0.0.7' }, { address: '2001:db8::7' }] as never;
+  const eth1 = [...lan, ...lan6];
   const kv = (host: string) => ({ bind: { host, port: 1 }, announceHost: host, rank: 0 });
 
   it("follows the KV address, and never overrules the user's own", () => {
-    expect(nativeEnvironment({ device: 'host', kv: kv('10.0.0.7') }, { eth1: lan })).toEqual({});
+    expect(nativeEnvironment({ device: 'host', kv: kv('10.0.0.7') }, { eth1 })).toEqual({});
     const env: Record<string, string> = { NCCL_CUMEM_ENABLE: '0' };
-    prepareNativeEnvironment({ device: 'cuda:0', kv: kv('2001:db8::7') }, env, { eth1: lan });
+    prepareNativeEnvironment({ device: 'cuda:0', kv: kv('2001:db8::7') }, env, { eth1 });
     expect(env).toEqual({
       NCCL_CUMEM_ENABLE: '0',
       CUDA_MODULE_LOADING: 'EAGER',
       NCCL_SOCKET_IFNAME: '=eth1',
       NCCL_SOCKET_FAMILY: 'AF_INET6',
     });
-    const any = nativeEnvironment({ device: 'cuda:0', kv: kv('0.0.0.0') }, { eth1: lan });
+    const any = nativeEnvironment({ device: 'cuda:0', kv: kv('0.0.0.0') }, { eth1 });
     expect(any).not.toHaveProperty('NCCL_SOCKET_IFNAME');
   });
 });

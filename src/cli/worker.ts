@@ -1,0 +1,61 @@
+/** pd-worker: options, signals, exit. */
+import { Command } from 'commander';
+import { addOptions } from '../config/options.ts';
+import { resolveWorkerConfig } from '../config/resolve-worker.ts';
+import { WORKER_OPTIONS } from '../config/worker-options.ts';
+import { demoModelDir } from '../model/demo.ts';
+import { createLogger } from '../observability/log.ts';
+import { packageVersion } from '../version.ts';
+import { PdWorker } from '../worker/worker.ts';
+import { startErrorLine } from './run.ts';
+
+const EXAMPLES = `
+Examples:
+  pd-worker                                            the demo model, undivided, on port 8080
+  pd-worker --role producer --proxy 127.0.0.1:30002 --kv-port 8082
+  pd-worker --role consumer --proxy 127.0.0.1:30002 --kv-port 8084
+  pd-worker --model /models/llama --device cuda:0 --kv-transfer-config '{"kv_connector":"P2pNcclConnector",...}'
+`;
+
+export function workerCommand(): Command {
+  const command = new Command('pd-worker')
+    .description(
+      "Serves a model over OpenAI's API: whole, or its prefill or decode half, KV moving from GPU to GPU.",
+    )
+    .version(packageVersion())
+    .allowExcessArguments(false)
+    .showHelpAfterError('(--help lists the options)');
+  return addOptions(command, WORKER_OPTIONS).addHelpText('after', EXAMPLES);
+}
+
+/** Runs until SIGTERM or SIGINT; a second signal ends at once. Exit status 1 where the worker could not start or go on. */
+export async function main(argv: readonly string[] = process.argv.slice(2)): Promise<void> {
+  const command = workerCommand().parse(argv, { from: 'user' });
+  const { config, warnings } = resolveWorkerConfig(command, {
+    env: process.env,
+    demoModelDir,
+  });
+  const log = createLogger(config.log, 'main');
+  for (const warning of warnings) log.warn(warning);
+
+  // A signal that comes while the model loads ends at once: nothing is being served.
+  const early = () => process.exit(0);
+  process.on('SIGTERM', early).on('SIGINT', early);
+  const worker = await PdWorker.start(config);
+  process.off('SIGTERM', early).off('SIGINT', early);
+
+  let signals = 0;
+  const stop = (signal: NodeJS.Signals) => {
+    if (++signals === 1) log.info(`${signal}: draining, at most ${config.drainTimeoutMs / 1_000} s`);
+    void worker.close(signals === 1 ? config.drainTimeoutMs : 0);
+  };
+  process.on('SIGTERM', stop).on('SIGINT', stop);
+
+  const error = await worker.ended;
+  await worker.close(0);
+  if (error) {
+    console.error(startErrorLine('pd-worker', error));
+    process.exit(1);
+  }
+  process.exit(0);
+}

@@ -1,0 +1,84 @@
+/** Log-probabilities in the two forms of OpenAI's API. */
+import type { TokenLogprob } from '../../scheduler/types.ts';
+import type { ChoiceLogprob } from './choice.ts';
+import type { TextModel } from './text.ts';
+
+/** JSON knows no -Infinity, and clients take exp() of it. */
+const LEAST = -9999;
+const finite = (logprob: number): number => Math.max(logprob, LEAST);
+
+/** A token on its own as text; one that is part of a character as `bytes:\xe2\x80`, as OpenAI writes it. */
+export function tokenText(model: TextModel, token: number): string {
+  const text = model.decode([token], { skipSpecialTokens: false });
+  if (!text.includes('\ufffd')) return text;
+  const bytes = model.tokenBytes(token);
+  if (!bytes) return text;
+  return `bytes:${Array.from(bytes, (byte) => `\\x${byte.toString(16).padStart(2, '0')}`).join('')}`;
+}
+
+export interface CompletionLogprobs {
+  tokens: string[];
+  /** Null for the first prompt token, which nothing predicts. */
+  token_logprobs: (number | null)[];
+  top_logprobs: (Record<string, number> | null)[];
+  text_offset: number[];
+}
+
+/** For /v1/completions. `first`: a prompt token before the entries that has no log-probability of its own. */
+export function completionLogprobs(
+  model: TextModel,
+  entries: readonly ChoiceLogprob[],
+  top: number,
+  first?: { readonly token: number },
+): CompletionLogprobs {
+  const result: CompletionLogprobs = { tokens: [], token_logprobs: [], top_logprobs: [], text_offset: [] };
+  if (first) {
+    result.tokens.push(tokenText(model, first.token));
+    result.token_logprobs.push(null);
+    result.top_logprobs.push(null);
+    result.text_offset.push(0);
+  }
+  for (const { logprob, offset } of entries) {
+    const text = tokenText(model, logprob.token);
+    result.tokens.push(text);
+    result.token_logprobs.push(finite(logprob.logprob));
+    result.top_logprobs.push(top === 0 ? null : topOf(model, logprob, text, top));
+    result.text_offset.push(offset);
+  }
+  return result;
+}
+
+/** The `top` most likely and the sampled one, by text; of two tokens with one text the likelier stands. */
+function topOf(model: TextModel, entry: TokenLogprob, text: string, top: number): Record<string, number> {
+  const byText: Record<string, number> = {};
+  for (const { token, logprob } of entry.top.slice(0, top)) {
+    byText[tokenText(model, token)] ??= finite(logprob);
+  }
+  byText[text] ??= finite(entry.logprob);
+  return byText;
+}
+
+interface ChatToken {
+  readonly token: string;
+  readonly logprob: number;
+  readonly bytes: readonly number[];
+}
+
+export interface ChatLogprobs {
+  readonly content: readonly (ChatToken & { readonly top_logprobs: readonly ChatToken[] })[];
+}
+
+/** For /v1/chat/completions. */
+export function chatLogprobs(model: TextModel, entries: readonly ChoiceLogprob[], top: number): ChatLogprobs {
+  const chatToken = (token: number, logprob: number): ChatToken => {
+    const text = model.decode([token], { skipSpecialTokens: false });
+    const bytes = model.tokenBytes(token) ?? new TextEncoder().encode(text);
+    return { token: text, logprob: finite(logprob), bytes: [...bytes] };
+  };
+  return {
+    content: entries.map(({ logprob }) => ({
+      ...chatToken(logprob.token, logprob.logprob),
+      top_logprobs: logprob.top.slice(0, top).map((entry) => chatToken(entry.token, entry.logprob)),
+    })),
+  };
+}

@@ -1,0 +1,82 @@
+/** The HTTP server of a worker: OpenAI's API, and what operators look at. */
+import fastify, { type FastifyError, type FastifyInstance } from 'fastify';
+import { PdError } from '../../errors.ts';
+import { createRegistry } from '../../observability/registry.ts';
+import { openAiError } from '../../proxy/errors.ts';
+import { postChatCompletions } from './chat.ts';
+import { postCompletions } from './completions.ts';
+import type { ServerContext } from './context.ts';
+import { postDetokenize, postTokenize } from './tokenize.ts';
+
+/** Bytes; a prompt of a million token ids fits. */
+const BODY_LIMIT = 16 * 2 ** 20;
+
+/** For the whole of a request to come in. */
+const REQUEST_TIMEOUT_MS = 60_000;
+
+export function createServer(context: ServerContext): FastifyInstance {
+  const { config, core, log } = context;
+  const server = fastify({
+    bodyLimit: BODY_LIMIT,
+    requestTimeout: REQUEST_TIMEOUT_MS,
+    // The worker drains first; whatever connection is left then is cut.
+    forceCloseConnections: true,
+    // A worker that drains answers 503 itself, with the code that says so.
+    return503OnClosing: false,
+    exposeHeadRoutes: false,
+  });
+  const registry = createRegistry(context.pages, { model_name: config.servedModelNames[0] ?? '' });
+  const created = Math.floor(Date.now() / 1_000);
+
+  server.setErrorHandler((cause: FastifyError | PdError, request, reply) => {
+    const { status, error } = asHttpError(cause);
+    if (status >= 500) log.error({ code: error.code, url: request.url, err: error }, error.message);
+    else log.debug({ code: error.code, url: request.url }, error.message);
+    return reply.status(status).send(openAiError(error));
+  });
+  server.setNotFoundHandler((request, reply) => {
+    const error = new PdError('REQUEST_INVALID', `there is no ${request.method} ${request.url} here`);
+    return reply.status(404).send(openAiError(error));
+  });
+
+  server.post('/v1/completions', (request, reply) => postCompletions(context, request, reply));
+  server.post('/v1/chat/completions', (request, reply) => postChatCompletions(context, request, reply));
+  server.post('/tokenize', async (request) => postTokenize(context, request));
+  server.post('/detokenize', async (request) => postDetokenize(context, request));
+  server.get('/v1/models', async () => ({
+    object: 'list',
+    data: config.servedModelNames.map((id) => ({
+      id,
+      object: 'model',
+      created,
+      owned_by: 'pd-worker',
+      root: id,
+      parent: null,
+      max_model_len: core.info.maxModelLen,
+    })),
+  }));
+  server.get('/health', async (_request, reply) => {
+    // A core that hangs must not look healthy.
+    await core.state();
+    if (context.inFlight.draining) reply.status(503);
+    return { status: context.inFlight.draining ? 'draining' : 'ok', role: config.role };
+  });
+  server.get('/debug/state', async () => ({ requests: context.inFlight.size, core: await core.state() }));
+  server.get('/version', async () => ({ version: context.version }));
+  server.get('/metrics', async (_request, reply) => {
+    reply.header('content-type', registry.contentType);
+    return await registry.metrics();
+  });
+  return server;
+}
+
+/** Fastify's own refusals (body too large, broken JSON, media type) keep their status; the code is ours. */
+function asHttpError(cause: FastifyError | PdError): { readonly status: number; readonly error: PdError } {
+  if (cause instanceof PdError) return { status: cause.status, error: cause };
+  const status = cause.statusCode;
+  if (status !== undefined && status >= 400 && status < 500) {
+    const error = new PdError('REQUEST_INVALID', `the request cannot be read: ${cause.message}`);
+    return { status, error };
+  }
+  return { status: 500, error: PdError.from(cause) };
+}

@@ -1,0 +1,150 @@
+/**
+ * A worker: one process (or part of one) that serves a model. Main thread here, core thread behind `CoreClient`.
+ *
+ *   start: environment, port, core + tokenizer, HTTP, then the first ping
+ *   close: no pings, 503 for what is new, what runs may end, HTTP, core
+ */
+import type { FastifyInstance } from 'fastify';
+import { prepareNativeEnvironment } from '../config/native-env.ts';
+import type { WorkerConfig } from '../config/worker-config.ts';
+import type { PdError } from '../errors.ts';
+import { formatHostPort, type HostPort } from '../net/address.ts';
+import { assertBindable, listenError } from '../net/port-holder.ts';
+import { createLogger, type Logger } from '../observability/log.ts';
+import { MetricsPage } from '../observability/metrics.ts';
+import { packageVersion } from '../version.ts';
+import { CoreClient } from './core-client.ts';
+import type { CoreInfo, CoreState } from './messages.ts';
+import { InFlight } from './server/in-flight.ts';
+import { loadTextModel } from './server/model-text.ts';
+import { createServer } from './server/server.ts';
+
+/** What starting needs of the rest: a test puts its own in place. */
+export interface WorkerParts {
+  readonly startCore: typeof CoreClient.start;
+  readonly loadTextModel: typeof loadTextModel;
+}
+
+const LAST_ANSWERS_MS = 1_000;
+
+const PARTS: WorkerParts = { startCore: (init) => CoreClient.start(init), loadTextModel };
+
+export class PdWorker {
+  readonly config: WorkerConfig;
+  /** `host:port` that HTTP is reached at, as told to others. */
+  readonly httpAddress: HostPort;
+  readonly info: CoreInfo;
+  /** Resolves when the worker can serve no more: with the error where nobody closed it. Never rejects. */
+  readonly ended: Promise<PdError | undefined>;
+  readonly #core: CoreClient;
+  readonly #server: FastifyInstance;
+  readonly #inFlight: InFlight;
+  readonly #log: Logger;
+  #closing: Promise<void> | undefined;
+  /** Ends a drain that is under way. */
+  #hurry: () => void = () => {};
+
+  private constructor(
+    config: WorkerConfig,
+    core: CoreClient,
+    server: FastifyInstance,
+    inFlight: InFlight,
+    httpAddress: HostPort,
+    log: Logger,
+  ) {
+    this.config = config;
+    this.httpAddress = httpAddress;
+    this.info = core.info;
+    this.#core = core;
+    this.#server = server;
+    this.#inFlight = inFlight;
+    this.#log = log;
+    this.ended = core.ended.then((error) => {
+      if (error) log.fatal({ code: error.code }, `the worker cannot go on: ${error.message}`);
+      return error;
+    });
+  }
+
+  /** Resolves once HTTP answers. Throws PORT_IN_USE before a model is loaded, CHECKPOINT_INVALID and others while it is. */
+  static async start(config: WorkerConfig, parts: WorkerParts = PARTS): Promise<PdWorker> {
+    prepareNativeEnvironment(config);
+    const log = createLogger(config.log, 'main');
+    await assertBindable(config.http, 'HTTP server');
+    const metrics = new MetricsPage();
+    const pages = { core: new MetricsPage(), transfer: new MetricsPage() };
+    const [started, text] = await Promise.allSettled([
+      parts.startCore({ config, metrics: { core: pages.core.buffer, transfer: pages.transfer.buffer } }),
+      parts.loadTextModel(config.modelDir),
+    ]);
+    if (started.status === 'rejected') throw started.reason;
+    const core = started.value;
+    try {
+      if (text.status === 'rejected') throw text.reason;
+      const inFlight = new InFlight();
+      const server = createServer({
+        config,
+        core,
+        model: text.value,
+        inFlight,
+        metrics,
+        pages: [metrics, pages.core, pages.transfer],
+        version: packageVersion(),
+        log,
+      });
+      const port = await listen(server, config.http);
+      const httpAddress = { host: config.httpAnnounceHost, port };
+      const worker = new PdWorker(config, core, server, inFlight, httpAddress, log);
+      log.info(`Running on http://${formatHostPort(httpAddress)}`);
+      core.serve(formatHostPort(httpAddress));
+      return worker;
+    } catch (error) {
+      await core.close();
+      throw error;
+    }
+  }
+
+  /** What the core says of itself: queues, blocks, the transfer engine. */
+  state(): Promise<CoreState> {
+    return this.#core.state();
+  }
+
+  /**
+   * Drains and ends: at once no pings and 503 for new requests; those under way have `drainTimeoutMs`; then everything is closed.
+   * Idempotent; a later call with a shorter time shortens the wait.
+   */
+  close(drainTimeoutMs: number = this.config.drainTimeoutMs): Promise<void> {
+    this.#closing ??= this.#close(drainTimeoutMs);
+    if (drainTimeoutMs === 0) this.#hurry();
+    return this.#closing;
+  }
+
+  async #close(drainTimeoutMs: number): Promise<void> {
+    this.#core.drain();
+    const running = this.#inFlight.size;
+    if (running > 0) this.#log.info({ running }, `Draining: ${running} requests under way`);
+    const hurried = new Promise<boolean>((resolve) => {
+      this.#hurry = () => resolve(false);
+    });
+    const core = this.#core.ended.then(() => false);
+    const done = await Promise.race([this.#inFlight.drain(drainTimeoutMs), hurried, core]);
+    if (!done && this.#inFlight.size > 0) {
+      this.#log.warn(`Gave up ${this.#inFlight.size} requests under way`);
+    }
+    await this.#core.close();
+    // What the core's end has failed still gets its answer.
+    await this.#inFlight.drain(LAST_ANSWERS_MS);
+    await this.#server.close();
+    this.#log.info('Stopped');
+  }
+}
+
+/** Listens; `::` takes IPv4 too. Returns the port, which the system chooses for 0. */
+async function listen(server: FastifyInstance, address: HostPort): Promise<number> {
+  try {
+    await server.listen({ host: address.host, port: address.port, ipv6Only: false });
+  } catch (error) {
+    throw await listenError(error, address, 'HTTP server');
+  }
+  const bound = server.server.address();
+  return typeof bound === 'object' && bound !== null ? bound.port : address.port;
+}
