@@ -1,0 +1,132 @@
+/** What pd-launch starts: names, ports, devices and arguments of each program. */
+import { createServer } from 'node:net';
+import { fileURLToPath } from 'node:url';
+import { asDestination, formatHostPort } from '../net/address.ts';
+import { assertBindable } from '../net/port-holder.ts';
+import type { ChildSpec } from './launch-child.ts';
+
+export interface LaunchSettings {
+  readonly prefill: number;
+  readonly decode: number;
+  /** `host`, `cuda` (each worker its own GPU, producers first) or `cuda:N` (all on that one). */
+  readonly device: string;
+  readonly host: string;
+  /** The proxy's HTTP port. */
+  readonly port: number;
+  readonly discoveryPort: number;
+  /** The first worker's HTTP port; its KV port is the next, and so on upward. */
+  readonly basePort: number;
+  /** Any free ports instead of those three. */
+  readonly freePorts: boolean;
+  readonly drainTimeoutMs: number;
+  readonly logLevel: string;
+  readonly logFormat: 'pretty' | 'json';
+  /** For every worker, as given: `--model DIR --send-type GET`. */
+  readonly workerFlags: readonly string[];
+}
+
+export interface WorkerPlan {
+  readonly spec: ChildSpec;
+  readonly role: 'producer' | 'consumer';
+  readonly httpPort: number;
+  readonly kvPort: number;
+  readonly device: string;
+}
+
+export interface LaunchPlan {
+  readonly proxy: { readonly spec: ChildSpec; readonly httpPort: number; readonly discoveryPort: number };
+  readonly workers: readonly WorkerPlan[];
+}
+
+/** Throws PORT_IN_USE, naming the first port that is taken and who holds it. */
+export async function planLaunch(settings: LaunchSettings): Promise<LaunchPlan> {
+  const { host, prefill, decode } = settings;
+  const count = 2 + 2 * (prefill + decode);
+  const ports = settings.freePorts ? await takeFreePorts(count, host) : fixedPorts(settings);
+  if (!settings.freePorts) {
+    for (const { port, what } of ports) await assertBindable({ host, port }, what);
+  }
+  const [http, discovery, ...rest] = ports.map(({ port }) => port);
+  const drain = String(settings.drainTimeoutMs / 1_000);
+  const common = [
+    '--drain-timeout',
+    drain,
+    '--log-level',
+    settings.logLevel,
+    '--log-format',
+    settings.logFormat,
+  ];
+  const proxyArgs = [
+    '--host',
+    host,
+    '--port',
+    String(http),
+    '--discovery-port',
+    String(discovery),
+    ...common,
+  ];
+  const pings = formatHostPort(asDestination({ host, port: discovery! }));
+
+  const workers = Array.from({ length: prefill + decode }, (_, i): WorkerPlan => {
+    const role = i < prefill ? 'producer' : 'consumer';
+    const name = `${role}-${role === 'producer' ? i : i - prefill}`;
+    const device = settings.device === 'cuda' ? `cuda:${i}` : settings.device;
+    const httpPort = rest[2 * i]!;
+    const kvPort = rest[2 * i + 1]!;
+    const args = [
+      ...['--role', role, '--device', device, '--proxy', pings],
+      ...['--host', host, '--port', String(httpPort), '--kv-host', host, '--kv-port', String(kvPort)],
+      ...common,
+      ...settings.workerFlags,
+    ];
+    return { spec: program(name, 'pd-worker', args), role, httpPort, kvPort, device };
+  });
+  return {
+    proxy: { spec: program('proxy', 'pd-proxy', proxyArgs), httpPort: http!, discoveryPort: discovery! },
+    workers,
+  };
+}
+
+/** The runbook's ports: 10002 and 30002, then 8081/8082 for the first worker, 8083/8084 for the second. */
+function fixedPorts(settings: LaunchSettings): { port: number; what: string }[] {
+  const { prefill, decode, basePort } = settings;
+  const workers = Array.from({ length: prefill + decode }, (_, i) => {
+    const name = i < prefill ? `producer-${i}` : `consumer-${i - prefill}`;
+    return [
+      { port: basePort + 2 * i, what: `HTTP of ${name} (--base-port or --free-ports)` },
+      { port: basePort + 2 * i + 1, what: `KV of ${name} (--base-port or --free-ports)` },
+    ];
+  });
+  return [
+    { port: settings.port, what: 'HTTP of the proxy (--port or --free-ports)' },
+    { port: settings.discoveryPort, what: 'discovery of the proxy (--discovery-port or --free-ports)' },
+    ...workers.flat(),
+  ];
+}
+
+/** All held at once before any is given back, so that they differ. */
+async function takeFreePorts(count: number, host: string): Promise<{ port: number; what: string }[]> {
+  const servers = await Promise.all(
+    Array.from({ length: count }, async () => {
+      const server = createServer();
+      await new Promise<void>((resolve, reject) => {
+        server.once('error', reject).listen({ host, port: 0 }, resolve);
+      });
+      return server;
+    }),
+  );
+  const ports = servers.map((server) => {
+    const address = server.address();
+    return typeof address === 'object' && address !== null ? address.port : 0;
+  });
+  await Promise.all(servers.map((server) => new Promise((resolve) => server.close(resolve))));
+  return ports.map((port) => ({ port, what: 'a free port' }));
+}
+
+/** A program of ours from `bin/`, which lies at the same place from src/cli and from dist/src/cli. */
+function program(name: string, script: string, args: readonly string[]): ChildSpec {
+  const root = import.meta.url.includes('/dist/src/') ? '../../../' : '../../';
+  const path = fileURLToPath(new URL(`${root}bin/${script}`, import.meta.url));
+  // The launcher's own settings are not the children's: what concerns them goes by flag.
+  return { name, args: [path, ...args], env: { PD_CONFIG: undefined } };
+}

@@ -1,0 +1,122 @@
+/** Everything that pd-launch has started, as one thing: starts, waits until it serves, stops in order, gives up. */
+import { PdError } from '../errors.ts';
+import {
+  type ChildSpec,
+  DEFAULT_RESTART,
+  type Death,
+  type RestartPolicy,
+  SupervisedChild,
+} from './launch-child.ts';
+
+/** Children that can stand in for one another; the first group stops first. */
+export type Group = readonly ChildSpec[];
+
+export interface SupervisorOptions {
+  readonly groups: readonly Group[];
+  readonly restart?: RestartPolicy;
+  /** After SIGTERM, before SIGKILL. */
+  readonly killAfterMs: number;
+  readonly onLine: (name: string, line: string) => void;
+  /** The supervisor's own words. */
+  readonly say: (text: string) => void;
+}
+
+export class Supervisor {
+  /** Resolves with the reason once the whole cannot go on: the last child of a group was given up. */
+  readonly failed: Promise<PdError>;
+  readonly #options: SupervisorOptions;
+  readonly #groups: readonly (readonly SupervisedChild[])[];
+  #fail!: (error: PdError) => void;
+  /** Until then a child that ends by itself with an error status ends the start: the cause will not go away. */
+  #starting = true;
+  #stopping: Promise<void> | undefined;
+
+  constructor(options: SupervisorOptions) {
+    this.#options = options;
+    this.failed = new Promise((resolve) => {
+      this.#fail = resolve;
+    });
+    const restart = options.restart ?? DEFAULT_RESTART;
+    this.#groups = options.groups.map((group) =>
+      group.map(
+        (spec) =>
+          new SupervisedChild(spec, restart, {
+            line: (child, line) => options.onLine(child.name, line),
+            started: (child) => options.say(`${child.name} started, pid ${child.pid}`),
+            died: (child, death, pauseMs) => this.#died(child, death, pauseMs),
+          }),
+      ),
+    );
+  }
+
+  get children(): readonly SupervisedChild[] {
+    return this.#groups.flat();
+  }
+
+  start(): void {
+    for (const child of this.children) child.start();
+  }
+
+  /** Polls until `ready` says so. Throws when a child ends meanwhile, and at the deadline. Stopping makes it return. */
+  async untilReady(ready: () => Promise<boolean>, timeoutMs: number): Promise<void> {
+    const deadline = performance.now() + timeoutMs;
+    let failure: PdError | undefined;
+    void this.failed.then((error) => {
+      failure = error;
+    });
+    while (!this.#stopping) {
+      if (await ready()) {
+        this.#starting = false;
+        return;
+      }
+      if (failure) throw failure;
+      if (performance.now() > deadline) {
+        const tails = this.children.map((child) => tailOf(child)).join('\n');
+        throw new PdError('INTERNAL', `not ready after ${timeoutMs / 1_000} s (--start-timeout)\n${tails}`);
+      }
+      await new Promise((resolve) => setTimeout(resolve, 100)); // other processes: nothing to await here
+    }
+  }
+
+  /** Group by group, so that the proxy can finish what workers are still computing. Idempotent. */
+  stop(): Promise<void> {
+    this.#stopping ??= (async () => {
+      for (const group of this.#groups) {
+        await Promise.all(group.map((child) => child.stop(this.#options.killAfterMs)));
+      }
+    })();
+    return this.#stopping;
+  }
+
+  /** Now. */
+  kill(): void {
+    for (const child of this.children) {
+      void child.stop(0);
+      child.kill();
+    }
+  }
+
+  #died(child: SupervisedChild, { how, code, count }: Death, pauseMs: number | undefined): void {
+    const { say } = this.#options;
+    if (this.#stopping) return;
+    if (this.#starting && code !== null && code !== 0) {
+      this.#fail(new PdError('INTERNAL', `${child.name} did not start: ${how}\n${tailOf(child)}`));
+      return;
+    }
+    if (pauseMs !== undefined) {
+      say(`${child.name} ended: ${how}; starting it again in ${pauseMs} ms`);
+      return;
+    }
+    say(`${child.name} ended: ${how}; ${count} times in a minute: giving it up\n${tailOf(child)}`);
+    const group = this.#groups.find((children) => children.includes(child)) ?? [];
+    if (!group.every((other) => other.givenUp)) return;
+    this.#fail(
+      new PdError('INTERNAL', `${child.name} keeps ending (${how}); nothing is left to take its place`),
+    );
+  }
+}
+
+function tailOf(child: SupervisedChild): string {
+  const lines = child.tail.map((line) => `  ${child.name} | ${line}`);
+  return lines.length === 0 ? `  ${child.name} said nothing` : lines.join('\n');
+}

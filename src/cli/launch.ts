@@ -1,0 +1,238 @@
+/** pd-launch: a proxy and its workers on one machine, started, supervised and stopped together. */
+import { Command } from 'commander';
+import { duration, integer, oneOf, port, text, toggle } from '../config/kinds.ts';
+import { addOptions, defineOptions, option, resolveOptions } from '../config/options.ts';
+import { PdError } from '../errors.ts';
+import { asDestination, formatHostPort } from '../net/address.ts';
+import { SEND_TYPES } from '../transfer/types.ts';
+import { LaunchOutput } from './launch-output.ts';
+import { type LaunchPlan, type LaunchSettings, planLaunch } from './launch-plan.ts';
+import { Supervisor } from './launch-supervisor.ts';
+import { packageVersion } from './run.ts';
+
+const WORKERS = 'Workers';
+const PORTS = 'Ports';
+const LOG = 'Log';
+
+export const LAUNCH_OPTIONS = defineOptions({
+  prefill: option({ kind: integer(1, 64), help: 'producers (prefill instances)', default: 1 }),
+  decode: option({ kind: integer(1, 64), help: 'consumers (decode instances)', default: 1 }),
+  device: option({
+    kind: text('host|cuda|cuda:N'),
+    help: 'cuda gives each worker a GPU of its own, producers first',
+    default: 'host',
+  }),
+  json: option({
+    kind: toggle(),
+    help: 'one line of JSON with all addresses on stdout once ready; logs go to stderr',
+    default: false,
+  }),
+  startTimeout: option({ kind: duration(1), help: 'until all serve', default: 600_000 }),
+  drainTimeout: option({ kind: duration(0), help: 'when stopping, for requests under way', default: 30_000 }),
+  config: option({ kind: text('file'), help: 'JSON file with any of these options' }),
+  model: option({
+    kind: text('dir'),
+    group: WORKERS,
+    help: 'checkpoint directory',
+    defaultText: 'the bundled demo model',
+  }),
+  sendType: option({
+    kind: oneOf(SEND_TYPES),
+    group: WORKERS,
+    help: 'how KV moves',
+    defaultText: 'PUT_ASYNC',
+  }),
+  executor: option({
+    kind: oneOf(['host', 'cuda']),
+    group: WORKERS,
+    help: 'what computes',
+    defaultText: 'by device',
+  }),
+  kvLoadFailure: option({
+    kind: oneOf(['recompute', 'fail']),
+    group: WORKERS,
+    help: 'what a consumer does where KV does not come',
+    defaultText: 'recompute',
+  }),
+  host: option({ kind: text('address'), group: PORTS, help: 'address all listen on', default: '127.0.0.1' }),
+  port: option({ kind: port(), group: PORTS, help: "the proxy's HTTP port", default: 10_002 }),
+  discoveryPort: option({ kind: port(), group: PORTS, help: "the proxy's discovery port", default: 30_002 }),
+  basePort: option({
+    kind: integer(1, 65_000, 'port'),
+    group: PORTS,
+    help: "the first worker's HTTP port; its KV port is the next, further workers go upward",
+    default: 8_081,
+  }),
+  freePorts: option({
+    kind: toggle(),
+    group: PORTS,
+    help: 'any free ports instead of those',
+    default: false,
+  }),
+  logLevel: option({
+    kind: oneOf(['trace', 'debug', 'info', 'warn', 'error', 'silent']),
+    group: LOG,
+    help: 'least severe level that is logged',
+    default: 'info',
+  }),
+  logFormat: option({
+    kind: oneOf(['pretty', 'json']),
+    group: LOG,
+    help: 'of every program',
+    default: 'pretty',
+  }),
+});
+
+/** Flags of pd-launch that go to the workers as they are. */
+const PASSED_ON = {
+  model: '--model',
+  sendType: '--send-type',
+  executor: '--executor',
+  kvLoadFailure: '--kv-load-failure',
+} as const;
+
+export interface LaunchOptions {
+  readonly settings: LaunchSettings;
+  readonly json: boolean;
+  readonly startTimeoutMs: number;
+}
+
+export function launchOptions(argv: readonly string[], env: NodeJS.ProcessEnv): LaunchOptions {
+  const end = argv.indexOf('--');
+  const own = end < 0 ? argv : argv.slice(0, end);
+  const extra = end < 0 ? [] : argv.slice(end + 1);
+  const command = addOptions(new Command('pd-launch'), LAUNCH_OPTIONS)
+    .description('Starts a proxy, producers and consumers on this machine, and keeps them running.')
+    .usage('[options] [-- flags for every pd-worker]')
+    .version(packageVersion())
+    .allowExcessArguments(false)
+    .showHelpAfterError('(--help lists the options; flags for the workers go after --)')
+    .parse(own, { from: 'user' });
+  const { values } = resolveOptions(LAUNCH_OPTIONS, command, env);
+  if (!/^(host|cuda(:\d+)?)$/.test(values.device)) {
+    throw new PdError(
+      'CONFIG_INVALID',
+      `--device: ${JSON.stringify(values.device)} is not allowed; expected host, cuda or cuda:N`,
+    );
+  }
+  const passed = Object.entries(PASSED_ON).flatMap(([name, flag]) => {
+    const value = values[name as keyof typeof PASSED_ON];
+    return value === undefined ? [] : [flag, value];
+  });
+  return {
+    settings: {
+      prefill: values.prefill,
+      decode: values.decode,
+      device: values.device,
+      host: values.host,
+      port: values.port,
+      discoveryPort: values.discoveryPort,
+      basePort: values.basePort,
+      freePorts: values.freePorts,
+      drainTimeoutMs: values.drainTimeout,
+      logLevel: values.logLevel,
+      logFormat: values.logFormat,
+      workerFlags: [...passed, ...extra],
+    },
+    json: values.json,
+    startTimeoutMs: values.startTimeout,
+  };
+}
+
+/** After SIGTERM a program has its drain timeout, and this much more to end. */
+const KILL_GRACE_MS = 5_000;
+
+/** Runs until a signal, or until something cannot be kept running: then it throws. A second signal kills. */
+export async function main(argv: readonly string[] = process.argv.slice(2)): Promise<void> {
+  const { settings, json, startTimeoutMs } = launchOptions(argv, process.env);
+  const plan = await planLaunch(settings);
+  const stream = json ? process.stderr : process.stdout;
+  for (const out of [process.stdout, process.stderr]) out.on('error', () => {}); // its reader has gone; serving goes on
+  const specs = [plan.proxy.spec, ...plan.workers.map((worker) => worker.spec)];
+  const output = new LaunchOutput({
+    format: settings.logFormat,
+    colour: stream.isTTY === true && !process.env['NO_COLOR'],
+    width: Math.max('launch'.length, ...specs.map((spec) => spec.name.length)),
+    write: (line) => void stream.write(line),
+  });
+  const say = (words: string) => {
+    for (const line of words.split('\n')) output.line('launch', line);
+  };
+  const specsOf = (role: string) =>
+    plan.workers.filter((worker) => worker.role === role).map(({ spec }) => spec);
+  const supervisor = new Supervisor({
+    groups: [[plan.proxy.spec], specsOf('producer'), specsOf('consumer')],
+    killAfterMs: settings.drainTimeoutMs + KILL_GRACE_MS,
+    onLine: (name, line) => output.line(name, line),
+    say,
+  });
+
+  let signals = 0;
+  const signalled = new Promise<void>((resolve) => {
+    for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) {
+      process.on(signal, () => {
+        if (++signals > 1) return supervisor.kill();
+        say(`${signal}: stopping all; once more to kill`);
+        void supervisor.stop();
+        resolve();
+      });
+    }
+  });
+  try {
+    supervisor.start();
+    await supervisor.untilReady(() => allListed(plan, settings), startTimeoutMs);
+    if (signals === 0) announce(plan, settings, json, say);
+    const failure = await Promise.race([signalled, supervisor.failed]);
+    if (failure) throw failure;
+  } finally {
+    await supervisor.stop();
+  }
+  process.exit(0);
+}
+
+const HEALTH_TIMEOUT_MS = 2_000;
+
+/** Does the proxy list as many instances of each role as were started? */
+async function allListed(plan: LaunchPlan, settings: LaunchSettings): Promise<boolean> {
+  try {
+    const response = await fetch(`${urlOf(settings, plan.proxy.httpPort)}/health`, {
+      signal: AbortSignal.timeout(HEALTH_TIMEOUT_MS),
+    });
+    const { counts } = (await response.json()) as { counts?: { producer?: number; consumer?: number } };
+    return counts?.producer === settings.prefill && counts.consumer === settings.decode;
+  } catch {
+    return false; // not there yet
+  }
+}
+
+function announce(
+  plan: LaunchPlan,
+  settings: LaunchSettings,
+  json: boolean,
+  say: (text: string) => void,
+): void {
+  const of = (role: string) =>
+    plan.workers
+      .filter((worker) => worker.role === role)
+      .map(({ spec, httpPort, kvPort, device }) => ({
+        name: spec.name,
+        url: urlOf(settings, httpPort),
+        kv: addressOf(settings, kvPort),
+        device,
+      }));
+  const addresses = {
+    proxy: {
+      url: urlOf(settings, plan.proxy.httpPort),
+      discovery: addressOf(settings, plan.proxy.discoveryPort),
+    },
+    producers: of('producer'),
+    consumers: of('consumer'),
+  };
+  if (json) process.stdout.write(`${JSON.stringify(addresses)}\n`);
+  say(
+    `ready: ${addresses.proxy.url} serves with ${settings.prefill} prefill and ${settings.decode} decode on ${settings.device}; Ctrl-C stops all`,
+  );
+}
+
+const addressOf = ({ host }: LaunchSettings, port: number) => formatHostPort(asDestination({ host, port }));
+const urlOf = (settings: LaunchSettings, port: number) => `http://${addressOf(settings, port)}`;

@@ -1,0 +1,103 @@
+import { createServer } from 'node:net';
+import { describe, expect, test } from 'vitest';
+import { launchOptions } from '../../../src/cli/launch.ts';
+import { LaunchOutput } from '../../../src/cli/launch-output.ts';
+import { planLaunch } from '../../../src/cli/launch-plan.ts';
+
+const flag = (args: readonly string[], name: string) => args[args.indexOf(name) + 1];
+const plan = (...argv: string[]) => planLaunch(launchOptions(argv, {}).settings);
+
+describe('pd-launch', () => {
+  test('gives the first producer and consumer the ports of the runbook, further workers the next', () => {
+    const { settings } = launchOptions(['--prefill', '1'], {});
+    expect([settings.port, settings.discoveryPort, settings.basePort]).toEqual([10_002, 30_002, 8_081]);
+  });
+
+  test('takes ports upward from --base-port', async () => {
+    const free = await plan('--free-ports');
+    const base = free.workers[0]!.httpPort; // free a moment ago; those above it most likely too
+    const { workers } = await plan(
+      ...['--decode', '2', '--base-port', String(base)],
+      ...['--port', String(free.proxy.httpPort), '--discovery-port', String(free.proxy.discoveryPort)],
+    ).catch(() => ({ workers: [] }));
+    const ports = workers.flatMap(({ httpPort, kvPort }) => [httpPort, kvPort]);
+    if (workers.length > 0) expect(ports).toEqual([0, 1, 2, 3, 4, 5].map((i) => base + i));
+  });
+
+  test('with --free-ports all differ, and workers ping the proxy that is started with them', async () => {
+    const { proxy, workers } = await plan('--free-ports', '--prefill', '2', '--decode', '3');
+    const ports = [proxy.httpPort, proxy.discoveryPort, ...workers.flatMap((w) => [w.httpPort, w.kvPort])];
+    expect(new Set(ports).size).toBe(12);
+    expect(workers.map(({ spec }) => spec.name)).toEqual([
+      'producer-0',
+      'producer-1',
+      'consumer-0',
+      'consumer-1',
+      'consumer-2',
+    ]);
+    for (const { spec, role, httpPort, kvPort } of workers) {
+      expect(flag(spec.args, '--proxy')).toBe(`127.0.0.1:${proxy.discoveryPort}`);
+      expect(flag(spec.args, '--role')).toBe(role);
+      expect(flag(spec.args, '--port')).toBe(String(httpPort));
+      expect(flag(spec.args, '--kv-port')).toBe(String(kvPort));
+    }
+    expect(flag(proxy.spec.args, '--discovery-port')).toBe(String(proxy.discoveryPort));
+  });
+
+  test('--device cuda gives each worker a GPU of its own', async () => {
+    const { workers } = await plan('--free-ports', '--device', 'cuda', '--decode', '2');
+    expect(workers.map(({ spec }) => flag(spec.args, '--device'))).toEqual(['cuda:0', 'cuda:1', 'cuda:2']);
+  });
+
+  test('passes its own worker options on, then whatever stands after --', async () => {
+    const argv = ['--free-ports', '--send-type', 'GET', '--model', 'some/dir', '--', '--max-num-seqs', '4'];
+    for (const { spec } of (await plan(...argv)).workers) {
+      expect(flag(spec.args, '--send-type')).toBe('GET');
+      expect(flag(spec.args, '--model')).toBe('some/dir');
+      expect(spec.args.slice(-2)).toEqual(['--max-num-seqs', '4']);
+    }
+  });
+
+  test('names a port that is taken, and what it was for, before anything starts', async () => {
+    const server = createServer();
+    await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve));
+    const { port } = server.address() as { port: number };
+    await expect(plan('--port', String(port))).rejects.toMatchObject({
+      code: 'PORT_IN_USE',
+      message: expect.stringMatching(new RegExp(`HTTP of the proxy.*${port}.*pid ${process.pid}`)),
+    });
+    server.close();
+  });
+
+  test.each([
+    [['--prefill', '0'], '--prefill'],
+    [['--send-type', 'PUSH'], 'PUT, PUT_ASYNC, GET'],
+    [['--device', 'tpu'], '--device'],
+  ])('refuses %j by name', (argv, named) => {
+    expect(() => launchOptions(argv, {})).toThrow(named);
+  });
+});
+
+describe('lines of several programs', () => {
+  const lines = (format: 'pretty' | 'json', colour: boolean) => {
+    const written: string[] = [];
+    const output = new LaunchOutput({ format, colour, width: 10, write: (line) => written.push(line) });
+    return { output, written };
+  };
+
+  test('carry the name of who wrote them', () => {
+    const { output, written } = lines('pretty', false);
+    output.line('proxy', 'Running on http://x');
+    expect(written).toEqual(['proxy      | Running on http://x\n']);
+  });
+
+  test('stay JSON where JSON is asked for, also those that were none', () => {
+    const { output, written } = lines('json', false);
+    output.line('proxy', '{"level":"info","msg":"hi"}');
+    output.line('proxy', 'Error: "crash"');
+    expect(written.map((line) => JSON.parse(line))).toEqual([
+      { instance: 'proxy', level: 'info', msg: 'hi' },
+      { instance: 'proxy', level: 'info', msg: 'Error: "crash"' },
+    ]);
+  });
+});
