@@ -1,0 +1,40 @@
+import type { Device } from '../device/device.ts';
+import { PdError } from '../errors.ts';
+import { HostTransport } from './host/transport.ts';
+import type { Transport } from './transport.ts';
+
+export interface CreateTransportOptions {
+  /** Host transport: where data connections are taken. */
+  readonly bindHost: string;
+  /** Host transport: the host that peers connect to. */
+  readonly announceHost: string;
+  /** NCCL: channels per communicator. */
+  readonly ncclNumChannels: number;
+}
+
+/** What `./nccl/transport.ts` offers; loaded only for a cuda device. */
+interface NcclModule {
+  createNcclTransport(device: Device, options: CreateTransportOptions): Promise<Transport>;
+}
+
+/** The transport that reaches the memory of `device`. */
+export async function createTransport(device: Device, options: CreateTransportOptions): Promise<Transport> {
+  switch (device.kind) {
+    case 'host':
+      return HostTransport.create(options);
+    case 'cuda': {
+      const nccl = await loadNccl(device.name);
+      return nccl.createNcclTransport(device, options);
+    }
+  }
+}
+
+async function loadNccl(device: string): Promise<NcclModule> {
+  // Not a literal, so that a build without the NCCL part still compiles and runs on the host.
+  const path: string = './nccl/transport.ts';
+  try {
+    return (await import(path)) as NcclModule;
+  } catch (cause) {
+    throw PdError.from(cause, 'DEVICE_UNAVAILABLE', { device });
+  }
+}
