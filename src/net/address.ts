@@ -12,9 +12,12 @@ export function formatHostPort({ host, port }: HostPort): string {
   return `${isIPv6(host) ? `[${host}]` : host}:${port}`;
 }
 
-/** Reads `host:port` or `[v6]:port`. Throws ADDRESS_INVALID that names `what`. */
+/**
+ * Reads `host:port` or `[v6]:port`, a zone id included. Throws ADDRESS_INVALID that names `what`. Hosts come from request ids too, so
+ * nothing but the characters of names and addresses passes: ZeroMQ gives `*`, `;` and `/` in an endpoint a meaning.
+ */
 export function parseHostPort(text: string, what = 'address'): HostPort {
-  const match = /^(?:\[([^\]]+)\]|([^:[\]]+)):(\d{1,5})$/.exec(text);
+  const match = /^(?:\[([^\]]+)\]|([A-Za-z0-9._-]{1,253})):(\d{1,5})$/.exec(text);
   const host = match?.[1] ?? match?.[2];
   const port = Number(match?.[3]);
   if (!host || port > 65535 || (match?.[1] !== undefined && !isIPv6(match[1]))) {
