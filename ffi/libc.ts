@@ -1,0 +1,43 @@
+/** The few calls of the C library that Node has no equal for. */
+import { type Bound, bind, dlopen, row } from './native.ts';
+
+const LIBC = {
+  // char *getenv(const char *name)
+  getenv: row<[name: string], string | null>('const char *', ['const char *']),
+  // int setenv(const char *name, const char *value, int overwrite)
+  setenv: row<[name: string, value: string, overwrite: number]>('int', [
+    'const char *',
+    'const char *',
+    'int',
+  ]),
+  // unsigned int alarm(unsigned int seconds)
+  alarm: row<[seconds: number]>('unsigned int', ['unsigned int']),
+} as const;
+
+let bound: Bound<typeof LIBC> | undefined;
+
+function libc(): Bound<typeof LIBC> {
+  bound ??= bind(dlopen('libc.so.6'), LIBC);
+  return bound;
+}
+
+/**
+ * Sets a variable where native libraries look for it, unless the user has set it. `process.env` in a worker thread is a copy that the
+ * C library never sees, so this goes to the C library itself; call it before the library that reads it loads.
+ */
+export function setNativeDefault(name: string, value: string): void {
+  if (libc().getenv(name) === null) libc().setenv(name, value, 0);
+  process.env[name] ??= value;
+}
+
+export function nativeEnvironment(name: string): string | undefined {
+  return libc().getenv(name) ?? undefined;
+}
+
+/**
+ * Lets the kernel end this process (SIGALRM) after `seconds`, whatever its threads do: a thread inside a blocking native call, such as
+ * an abort that never returns, holds up `process.exit()` for ever. 0 takes it back.
+ */
+export function killAfter(seconds: number): void {
+  libc().alarm(seconds);
+}

@@ -1,0 +1,146 @@
+/** The CUDA driver: its version, modules and launches. Needs a current context: `Cudart.setDevice` makes one. */
+import { loadLibrary } from './load.ts';
+import { type Bound, bind, type NativeLibrary, row } from './native.ts';
+import type { CudaStreamHandle, CuFunctionHandle, CuModuleHandle } from './pointers.ts';
+import { type CallContext, statusError } from './status.ts';
+
+type Out = BigUint64Array | Int32Array;
+
+const CUDA = {
+  // CUresult cuInit(unsigned int Flags)
+  cuInit: row<[flags: number]>('int', ['unsigned int']),
+  // CUresult cuDriverGetVersion(int *driverVersion)
+  cuDriverGetVersion: row<[version: Out]>('int', ['void *']),
+  // CUresult cuDeviceGet(CUdevice *device, int ordinal)
+  cuDeviceGet: row<[device: Out, ordinal: number]>('int', ['void *', 'int']),
+  // CUresult cuDeviceGetName(char *name, int len, CUdevice dev)
+  cuDeviceGetName: row<[name: Uint8Array, length: number, device: number]>('int', ['void *', 'int', 'int']),
+  // CUresult cuModuleLoadData(CUmodule *module, const void *image)
+  cuModuleLoadData: row<[module: Out, image: Uint8Array]>('int', ['void *', 'void *']),
+  // CUresult cuModuleUnload(CUmodule hmod)
+  cuModuleUnload: row<[module: CuModuleHandle]>('int', ['void *']),
+  // CUresult cuModuleGetFunction(CUfunction *hfunc, CUmodule hmod, const char *name)
+  cuModuleGetFunction: row<[fn: Out, module: CuModuleHandle, name: string]>('int', [
+    'void *',
+    'void *',
+    'const char *',
+  ]),
+  // CUresult cuLaunchKernel(CUfunction f, unsigned int gridDimX, gridDimY, gridDimZ, blockDimX, blockDimY, blockDimZ,
+  //                         unsigned int sharedMemBytes, CUstream hStream, void **kernelParams, void **extra)
+  cuLaunchKernel: row<
+    [
+      fn: CuFunctionHandle,
+      gridX: number,
+      gridY: number,
+      gridZ: number,
+      blockX: number,
+      blockY: number,
+      blockZ: number,
+      sharedBytes: number,
+      stream: CudaStreamHandle,
+      params: BigUint64Array,
+      extra: null,
+    ]
+  >('int', ['void *', ...Array<string>(7).fill('unsigned int'), 'void *', 'void *', 'void *']),
+  // CUresult cuGetErrorName(CUresult error, const char **pStr)
+  cuGetErrorName: row<[error: number, text: [string | null]]>('int', ['int', '_Out_ const char **']),
+  // CUresult cuGetErrorString(CUresult error, const char **pStr)
+  cuGetErrorString: row<[error: number, text: [string | null]]>('int', ['int', '_Out_ const char **']),
+} as const;
+
+const SUCCESS = 0;
+
+/** Threads and blocks of a launch in one dimension, which is all that our kernels use. */
+export interface LaunchShape {
+  readonly blocks: number;
+  readonly threads: number;
+  /** Dynamic shared memory, bytes. */
+  readonly sharedBytes?: number;
+}
+
+export class Libcuda {
+  readonly library: NativeLibrary;
+  readonly #call: Bound<typeof CUDA>;
+  readonly #out = new BigUint64Array(1);
+  readonly #int = new Int32Array(1);
+
+  constructor(library: NativeLibrary) {
+    this.library = library;
+    this.#call = bind(library, CUDA);
+  }
+
+  /** The newest CUDA the driver runs: 13000 for 13.0. */
+  driverVersion(): number {
+    this.#check(this.#call.cuDriverGetVersion(this.#int), 'cuDriverGetVersion');
+    return this.#int[0]!;
+  }
+
+  /** Throws CUDA_ERROR where there is no driver or no GPU. */
+  init(): void {
+    this.#check(this.#call.cuInit(0), 'cuInit', { what: 'starting the CUDA driver' });
+  }
+
+  deviceName(index: number): string {
+    this.#check(this.#call.cuDeviceGet(this.#int, index), 'cuDeviceGet', { what: `GPU ${index}` });
+    const name = new Uint8Array(128);
+    this.#check(this.#call.cuDeviceGetName(name, name.length, this.#int[0]!), 'cuDeviceGetName');
+    return Buffer.from(name.subarray(0, name.indexOf(0))).toString('utf8');
+  }
+
+  /** cubin, or PTX with a final 0. Waits while any receive waits for its sender: before the first pair opens. */
+  moduleLoad(image: Uint8Array, what: string): CuModuleHandle {
+    this.#check(this.#call.cuModuleLoadData(this.#out, image), 'cuModuleLoadData', { what });
+    return this.#out[0]! as CuModuleHandle;
+  }
+
+  moduleUnload(module: CuModuleHandle): void {
+    this.#check(this.#call.cuModuleUnload(module), 'cuModuleUnload');
+  }
+
+  moduleFunction(module: CuModuleHandle, name: string): CuFunctionHandle {
+    this.#check(this.#call.cuModuleGetFunction(this.#out, module, name), 'cuModuleGetFunction', {
+      what: name,
+    });
+    return this.#out[0]! as CuFunctionHandle;
+  }
+
+  /** `params`: addresses of the kernel's arguments; they are read before the call returns. */
+  launch(fn: CuFunctionHandle, shape: LaunchShape, stream: CudaStreamHandle, params: BigUint64Array): void {
+    const { blocks, threads, sharedBytes = 0 } = shape;
+    const status = this.#call.cuLaunchKernel(
+      fn,
+      blocks,
+      1,
+      1,
+      threads,
+      1,
+      1,
+      sharedBytes,
+      stream,
+      params,
+      null,
+    );
+    this.#check(status, 'cuLaunchKernel');
+  }
+
+  #check(status: number, call: string, context: CallContext = {}): void {
+    if (status === SUCCESS) return;
+    const name: [string | null] = [null];
+    const text: [string | null] = [null];
+    this.#call.cuGetErrorName(status, name);
+    this.#call.cuGetErrorString(status, text);
+    const code = status === 2 ? 'OUT_OF_DEVICE_MEMORY' : 'CUDA_ERROR';
+    throw statusError(code, call, status, `${name[0] ?? 'unknown'}, ${text[0] ?? 'no text'}`, context);
+  }
+}
+
+let driver: Libcuda | undefined;
+
+/** This thread's CUDA driver, initialised. Throws LIBRARY_NOT_FOUND or CUDA_ERROR. */
+export function loadLibcuda(): Libcuda {
+  if (driver) return driver;
+  const found = new Libcuda(loadLibrary('cuda'));
+  found.init();
+  driver = found;
+  return driver;
+}

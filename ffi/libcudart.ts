@@ -1,0 +1,250 @@
+/** The CUDA runtime, 12 or 13: memory, streams, events. Every method throws CUDA_ERROR with the library's text unless it says otherwise. */
+import type { DevicePointer, PinnedPointer } from '../src/device/device.ts';
+import { PdError } from '../src/errors.ts';
+import { loadLibcuda } from './libcuda.ts';
+import { loadLibrary } from './load.ts';
+import { type Bound, bind, type NativeLibrary, row } from './native.ts';
+import type { CudaEventHandle, CudaStreamHandle } from './pointers.ts';
+import { type CallContext, statusError } from './status.ts';
+
+type Out = BigUint64Array | Int32Array;
+/** Memory on either side of a copy: an address, or the bytes of a JavaScript buffer. */
+export type Address = DevicePointer | PinnedPointer | Uint8Array;
+
+const CUDART = {
+  // cudaError_t cudaRuntimeGetVersion(int *runtimeVersion)
+  cudaRuntimeGetVersion: row<[version: Out]>('int', ['void *']),
+  // cudaError_t cudaGetDeviceCount(int *count)
+  cudaGetDeviceCount: row<[count: Out]>('int', ['void *']),
+  // cudaError_t cudaSetDevice(int device)
+  cudaSetDevice: row<[device: number]>('int', ['int']),
+  // cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attr, int device)
+  cudaDeviceGetAttribute: row<[value: Out, attribute: number, device: number]>('int', [
+    'void *',
+    'int',
+    'int',
+  ]),
+  // cudaError_t cudaDeviceGetPCIBusId(char *pciBusId, int len, int device)
+  cudaDeviceGetPCIBusId: row<[id: Uint8Array, length: number, device: number]>('int', [
+    'void *',
+    'int',
+    'int',
+  ]),
+  // cudaError_t cudaDeviceCanAccessPeer(int *canAccessPeer, int device, int peerDevice)
+  cudaDeviceCanAccessPeer: row<[can: Out, device: number, peer: number]>('int', ['void *', 'int', 'int']),
+  // cudaError_t cudaMemGetInfo(size_t *free, size_t *total)
+  cudaMemGetInfo: row<[free: Out, total: Out]>('int', ['void *', 'void *']),
+  // cudaError_t cudaMalloc(void **devPtr, size_t size)
+  cudaMalloc: row<[pointer: Out, bytes: number]>('int', ['void *', 'size_t']),
+  // cudaError_t cudaFree(void *devPtr)
+  cudaFree: row<[pointer: bigint]>('int', ['void *']),
+  // cudaError_t cudaHostAlloc(void **pHost, size_t size, unsigned int flags)
+  cudaHostAlloc: row<[pointer: Out, bytes: number, flags: number]>('int', [
+    'void *',
+    'size_t',
+    'unsigned int',
+  ]),
+  // cudaError_t cudaFreeHost(void *ptr)
+  cudaFreeHost: row<[pointer: bigint]>('int', ['void *']),
+  // cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t count, enum cudaMemcpyKind kind, cudaStream_t stream)
+  cudaMemcpyAsync: row<
+    [target: Address, source: Address, bytes: number, kind: number, stream: CudaStreamHandle]
+  >('int', ['void *', 'void *', 'size_t', 'int', 'void *']),
+  // cudaError_t cudaStreamCreateWithFlags(cudaStream_t *pStream, unsigned int flags)
+  cudaStreamCreateWithFlags: row<[stream: Out, flags: number]>('int', ['void *', 'unsigned int']),
+  // cudaError_t cudaStreamDestroy(cudaStream_t stream)
+  cudaStreamDestroy: row<[stream: CudaStreamHandle]>('int', ['void *']),
+  // cudaError_t cudaStreamQuery(cudaStream_t stream)
+  cudaStreamQuery: row<[stream: CudaStreamHandle]>('int', ['void *']),
+  // cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned int flags)
+  cudaStreamWaitEvent: row<[stream: CudaStreamHandle, event: CudaEventHandle, flags: number]>('int', [
+    'void *',
+    'void *',
+    'unsigned int',
+  ]),
+  // cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned int flags)
+  cudaEventCreateWithFlags: row<[event: Out, flags: number]>('int', ['void *', 'unsigned int']),
+  // cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
+  cudaEventRecord: row<[event: CudaEventHandle, stream: CudaStreamHandle]>('int', ['void *', 'void *']),
+  // cudaError_t cudaEventQuery(cudaEvent_t event)
+  cudaEventQuery: row<[event: CudaEventHandle]>('int', ['void *']),
+  // cudaError_t cudaEventDestroy(cudaEvent_t event)
+  cudaEventDestroy: row<[event: CudaEventHandle]>('int', ['void *']),
+  // const char *cudaGetErrorName(cudaError_t error)
+  cudaGetErrorName: row<[error: number], string | null>('const char *', ['int']),
+  // const char *cudaGetErrorString(cudaError_t error)
+  cudaGetErrorString: row<[error: number], string | null>('const char *', ['int']),
+} as const;
+
+const SUCCESS = 0;
+const OUT_OF_MEMORY = 2;
+const NOT_READY = 600;
+const STREAM_NON_BLOCKING = 1;
+const EVENT_DISABLE_TIMING = 2;
+/** Usable by every context, and mapped into the GPU's address space. */
+const HOST_ALLOC_PORTABLE_MAPPED = 3;
+/** The runtime tells the direction from the addresses. */
+const MEMCPY_DEFAULT = 4;
+/** cudaDeviceAttr numbers. */
+const ATTRIBUTES = { multiProcessors: 16, computeMajor: 75, computeMinor: 76 } as const;
+
+export class Cudart {
+  readonly library: NativeLibrary;
+  readonly #call: Bound<typeof CUDART>;
+  readonly #out = new BigUint64Array(1);
+  readonly #out2 = new BigUint64Array(1);
+  readonly #int = new Int32Array(1);
+  /** CUDA keeps a current device per thread, and so does this object: there is one per thread. */
+  #device = -1;
+
+  constructor(library: NativeLibrary) {
+    this.library = library;
+    this.#call = bind(library, CUDART);
+  }
+
+  /** For instance 13000 for 13.0. */
+  version(): number {
+    this.#check(this.#call.cudaRuntimeGetVersion(this.#int), 'cudaRuntimeGetVersion');
+    return this.#int[0]!;
+  }
+
+  deviceCount(): number {
+    this.#check(this.#call.cudaGetDeviceCount(this.#int), 'cudaGetDeviceCount', { what: 'counting GPUs' });
+    return this.#int[0]!;
+  }
+
+  /** Makes `device` current in this thread; costs nothing where it is already. */
+  setDevice(device: number): void {
+    if (device === this.#device) return;
+    this.#check(this.#call.cudaSetDevice(device), 'cudaSetDevice', { what: `choosing GPU ${device}` });
+    this.#device = device;
+  }
+
+  attribute(device: number, name: keyof typeof ATTRIBUTES): number {
+    const status = this.#call.cudaDeviceGetAttribute(this.#int, ATTRIBUTES[name], device);
+    this.#check(status, 'cudaDeviceGetAttribute');
+    return this.#int[0]!;
+  }
+
+  /** For instance `0000:18:00.0`. */
+  pciBusId(device: number): string {
+    const id = new Uint8Array(32);
+    this.#check(this.#call.cudaDeviceGetPCIBusId(id, id.length, device), 'cudaDeviceGetPCIBusId');
+    return Buffer.from(id.subarray(0, id.indexOf(0))).toString('latin1');
+  }
+
+  canAccessPeer(device: number, peer: number): boolean {
+    this.#check(this.#call.cudaDeviceCanAccessPeer(this.#int, device, peer), 'cudaDeviceCanAccessPeer');
+    return this.#int[0] !== 0;
+  }
+
+  /** Bytes of the current device. */
+  memoryInfo(): { readonly free: number; readonly total: number } {
+    this.#check(this.#call.cudaMemGetInfo(this.#out, this.#out2), 'cudaMemGetInfo');
+    return { free: Number(this.#out[0]), total: Number(this.#out2[0]) };
+  }
+
+  /** Throws OUT_OF_DEVICE_MEMORY. */
+  malloc(bytes: number, what: string): DevicePointer {
+    this.#check(this.#call.cudaMalloc(this.#out, bytes), 'cudaMalloc', { what, bytes });
+    return this.#out[0]! as DevicePointer;
+  }
+
+  /** Waits for the whole device: never while serving. */
+  free(pointer: DevicePointer): void {
+    this.#check(this.#call.cudaFree(pointer), 'cudaFree');
+  }
+
+  /** Takes about 0.5 ms per MiB in the calling thread. Throws OUT_OF_DEVICE_MEMORY. */
+  hostAlloc(bytes: number, what: string): PinnedPointer {
+    const status = this.#call.cudaHostAlloc(this.#out, bytes, HOST_ALLOC_PORTABLE_MAPPED);
+    this.#check(status, 'cudaHostAlloc', { what, bytes });
+    return this.#out[0]! as PinnedPointer;
+  }
+
+  /** Waits for the whole device: never while serving. */
+  freeHost(pointer: PinnedPointer): void {
+    this.#check(this.#call.cudaFreeHost(pointer), 'cudaFreeHost');
+  }
+
+  memcpyAsync(target: Address, source: Address, bytes: number, stream: CudaStreamHandle): void {
+    const status = this.#call.cudaMemcpyAsync(target, source, bytes, MEMCPY_DEFAULT, stream);
+    this.#check(status, 'cudaMemcpyAsync', { what: `copying ${bytes} bytes` });
+  }
+
+  /** A stream that does not wait for the default stream. */
+  streamCreate(): CudaStreamHandle {
+    const status = this.#call.cudaStreamCreateWithFlags(this.#out, STREAM_NON_BLOCKING);
+    this.#check(status, 'cudaStreamCreateWithFlags');
+    return this.#out[0]! as CudaStreamHandle;
+  }
+
+  streamDestroy(stream: CudaStreamHandle): void {
+    this.#check(this.#call.cudaStreamDestroy(stream), 'cudaStreamDestroy');
+  }
+
+  /** True once everything enqueued has been done. */
+  streamDrained(stream: CudaStreamHandle): boolean {
+    return this.#query(this.#call.cudaStreamQuery(stream), 'cudaStreamQuery');
+  }
+
+  streamWait(stream: CudaStreamHandle, event: CudaEventHandle): void {
+    this.#check(this.#call.cudaStreamWaitEvent(stream, event, 0), 'cudaStreamWaitEvent');
+  }
+
+  /** An event without timestamps, the cheaper kind. */
+  eventCreate(): CudaEventHandle {
+    const status = this.#call.cudaEventCreateWithFlags(this.#out, EVENT_DISABLE_TIMING);
+    this.#check(status, 'cudaEventCreateWithFlags');
+    return this.#out[0]! as CudaEventHandle;
+  }
+
+  eventRecord(event: CudaEventHandle, stream: CudaStreamHandle): void {
+    this.#check(this.#call.cudaEventRecord(event, stream), 'cudaEventRecord');
+  }
+
+  eventDone(event: CudaEventHandle): boolean {
+    return this.#query(this.#call.cudaEventQuery(event), 'cudaEventQuery');
+  }
+
+  eventDestroy(event: CudaEventHandle): void {
+    this.#check(this.#call.cudaEventDestroy(event), 'cudaEventDestroy');
+  }
+
+  #query(status: number, call: string): boolean {
+    if (status === NOT_READY) return false;
+    this.#check(status, call, { what: 'work enqueued before' });
+    return true;
+  }
+
+  #check(status: number, call: string, context: CallContext = {}): void {
+    if (status === SUCCESS) return;
+    const name = this.#call.cudaGetErrorName(status) ?? 'unknown';
+    const text = `${name}, ${this.#call.cudaGetErrorString(status) ?? 'no text'}`;
+    throw statusError(
+      status === OUT_OF_MEMORY ? 'OUT_OF_DEVICE_MEMORY' : 'CUDA_ERROR',
+      call,
+      status,
+      text,
+      context,
+    );
+  }
+}
+
+let runtime: Cudart | undefined;
+
+/** This thread's CUDA runtime. Throws LIBRARY_NOT_FOUND, or LIBRARY_TOO_OLD where the driver is older than CUDA 12. */
+export function loadCudart(): Cudart {
+  if (runtime) return runtime;
+  const driver = loadLibcuda().driverVersion();
+  const major = Math.trunc(driver / 1000);
+  if (major < 12) {
+    throw new PdError(
+      'LIBRARY_TOO_OLD',
+      `the NVIDIA driver runs CUDA ${major}.${Math.trunc((driver % 1000) / 10)}; CUDA 12 or later is needed: install driver 525 or later`,
+      { driver },
+    );
+  }
+  runtime = new Cudart(loadLibrary('cudart', major));
+  return runtime;
+}

@@ -1,0 +1,59 @@
+/** Loading a native library once per thread, with an account of what was tried. */
+import { readFileSync } from 'node:fs';
+import { PdError } from '../src/errors.ts';
+import { candidates, explicitCandidate, LIBRARIES, type LibraryName } from './find.ts';
+import { dlopen, type NativeLibrary } from './native.ts';
+
+/** Names for messages. */
+const TITLES: Readonly<Record<LibraryName, string>> = {
+  cuda: 'the CUDA driver library (libcuda)',
+  cudart: 'the CUDA runtime (libcudart)',
+  nccl: 'NCCL (libnccl)',
+  nvrtc: 'the CUDA runtime compiler (libnvrtc)',
+  cublas: 'cuBLAS (libcublas)',
+  cublasLt: 'cuBLASLt (libcublasLt)',
+};
+
+const loaded = new Map<LibraryName, NativeLibrary>();
+
+/**
+ * The library, loaded into this process. `major` leaves out what the driver cannot run. Throws LIBRARY_NOT_FOUND with everything that
+ * was tried and what to install; a file that a flag or variable names is tried alone, since falling back would hide the mistake.
+ */
+export function loadLibrary(name: LibraryName, major?: number): NativeLibrary {
+  const known = loaded.get(name);
+  if (known) return known;
+  const explicit = explicitCandidate(name);
+  const tried: string[] = [];
+  for (const { path, source } of explicit ? [explicit] : candidates(name, major)) {
+    try {
+      const library = dlopen(path);
+      loaded.set(name, library);
+      return library;
+    } catch (error) {
+      const reason =
+        error instanceof Error ? error.message.replace(/^Failed to load shared library: /, '') : '';
+      tried.push(`${path} (${source}): ${reason}`);
+    }
+  }
+  throw new PdError(
+    'LIBRARY_NOT_FOUND',
+    `cannot load ${TITLES[name]}; tried ${tried.join('; ')}. To mend it: ${LIBRARIES[name].install}, or name the file in ${LIBRARIES[name].env[0]}`,
+    { library: name },
+  );
+}
+
+/** The file behind a loaded library, as the kernel maps it; the name given to the loader where that cannot be told. */
+export function libraryFile(library: NativeLibrary): string {
+  if (library.path.includes('/')) return library.path;
+  try {
+    const stem = library.path.replace(/\.so.*$/, '.so');
+    for (const line of readFileSync('/proc/self/maps', 'utf8').split('\n')) {
+      const file = line.slice(line.indexOf('/'));
+      if (line.includes('/') && (file.split('/').at(-1) ?? '').startsWith(stem)) return file;
+    }
+  } catch {
+    // no /proc: the name has to do
+  }
+  return library.path;
+}

@@ -1,0 +1,91 @@
+/** koffi, set up once per thread, and tables of functions bound with their TypeScript types. */
+import koffi, { type LibraryHandle, type TypeObject } from 'koffi';
+import { PdError } from '../src/errors.ts';
+import type { NativePointer } from './pointers.ts';
+
+type TypeSpec = string | TypeObject;
+
+/** koffi runs calls on stacks of its own, 2 MiB by default; CUDA and NCCL overflow that (SIGSEGV). Bytes. */
+const CALL_STACK = 16 * 2 ** 20;
+let configured = false;
+
+/** A dlopen'ed library. */
+export interface NativeLibrary {
+  /** What was given to the loader. */
+  readonly path: string;
+  readonly handle: LibraryHandle;
+}
+
+/** Opens one library; throws koffi's own error. Every thread has its own koffi, so the stack size is set in each. */
+export function dlopen(path: string | null): NativeLibrary {
+  if (!configured) {
+    koffi.config({ sync_stack_size: CALL_STACK });
+    configured = true;
+  }
+  return { path: path ?? 'this process', handle: koffi.load(path) };
+}
+
+/** One row of a table: C result and argument types for koffi, TypeScript ones for the caller. */
+export interface Row<Args extends readonly unknown[], Result> {
+  readonly result: TypeSpec;
+  readonly args: readonly TypeSpec[];
+  readonly optional: boolean;
+  /** Carries the types; never set. */
+  readonly signature?: (...args: Args) => Result;
+}
+
+/** A row for `result name(args)`. */
+export function row<Args extends readonly unknown[], Result = number>(
+  result: TypeSpec,
+  args: readonly TypeSpec[],
+): Row<Args, Result> {
+  return { result, args, optional: false };
+}
+
+export type Bound<Table> = {
+  readonly [Name in keyof Table]: Table[Name] extends Row<infer Args, infer Result>
+    ? (...args: Args) => Result
+    : never;
+};
+
+/** Binds every row of `table`. Throws LIBRARY_TOO_OLD where a symbol is missing. */
+export function bind<Table extends Record<string, Row<never, unknown>>>(
+  library: NativeLibrary,
+  table: Table,
+): Bound<Table> {
+  const functions: Record<string, unknown> = {};
+  for (const [name, { result, args }] of Object.entries(table)) {
+    try {
+      functions[name] = library.handle.func(name, result, [...args]);
+    } catch (error) {
+      throw new PdError(
+        'LIBRARY_TOO_OLD',
+        `${library.path} has no function ${name}`,
+        { library: library.path, symbol: name },
+        { cause: error },
+      );
+    }
+  }
+  return functions as Bound<Table>;
+}
+
+/** Zeroed memory with a fixed address, for the life of the process unless freed. */
+export function allocateNative(bytes: number): NativePointer {
+  const pointer = koffi.alloc('uint8_t', bytes) as NativePointer;
+  nativeView(pointer, bytes).fill(0);
+  return pointer;
+}
+
+export function freeNative(pointer: NativePointer): void {
+  koffi.free(pointer);
+}
+
+/** Zero-copy view of memory at an address; it does not keep that memory alive. */
+export function nativeView(pointer: bigint, bytes: number): Uint8Array {
+  return new Uint8Array(koffi.view(pointer, bytes));
+}
+
+/** `ncclUniqueId` and the like: a struct of one byte array that is passed by value. Names are global per thread. */
+export function byteArrayStruct(name: string, bytes: number): TypeObject {
+  return koffi.struct(name, { internal: koffi.array('uint8_t', bytes, 'Typed') });
+}

@@ -1,0 +1,11 @@
+/** Handles of the native libraries. koffi takes any BigInt for any `void *`, so only these brands keep a stream from being passed as an event. */
+declare const brand: unique symbol;
+type Handle<B extends string> = bigint & { readonly [brand]: B };
+
+export type CudaStreamHandle = Handle<'cudaStream_t'>;
+export type CudaEventHandle = Handle<'cudaEvent_t'>;
+export type CuModuleHandle = Handle<'CUmodule'>;
+export type CuFunctionHandle = Handle<'CUfunction'>;
+export type NcclCommHandle = Handle<'ncclComm_t'>;
+/** Memory that koffi allocated outside V8's heap: its address does not move, so a library may write to it after the call. */
+export type NativePointer = Handle<'malloc'>;
