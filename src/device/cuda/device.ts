@@ -1,0 +1,243 @@
+/** One GPU as this thread uses it. Several threads may each have their own CudaDevice of one GPU: addresses and events are common to all. */
+
+import { type Libcuda, loadLibcuda } from '../../../ffi/libcuda.ts';
+import { type Cudart, loadCudart } from '../../../ffi/libcudart.ts';
+import { allocateNative, freeNative, nativeView } from '../../../ffi/native.ts';
+import type { NativePointer } from '../../../ffi/pointers.ts';
+import { PdError } from '../../errors.ts';
+import type { Device, DevicePointer, MemoryRef, PagedLayer, PinnedPointer, Stream } from '../device.ts';
+import { hostView } from '../memory.ts';
+import { type KernelModule, type KernelTarget, loadKernels } from './kernels.ts';
+import {
+  checkCopy,
+  copyShape,
+  elementBytes,
+  MAX_BLOCKS_PER_LAUNCH,
+  PARAMETER_BYTES,
+  tilesPerRun,
+  writeParameters,
+} from './paged-copy.ts';
+import { allocatePinnedOnThread } from './pinned.ts';
+import { type CudaContext, CudaStream, EventPool } from './stream.ts';
+
+const COPY_KERNELS = ['gather_16', 'gather_1', 'scatter_16', 'scatter_1'] as const;
+const THREADS = 256;
+/** Thread blocks per multiprocessor: enough loads in flight to fill the memory bus, few enough to leave room beside NCCL. */
+const BLOCKS_PER_MULTIPROCESSOR = 8;
+
+interface PinnedBuffer {
+  readonly pointer: PinnedPointer;
+  readonly view: Uint8Array;
+}
+
+export class CudaDevice implements Device, CudaContext {
+  readonly kind = 'cuda';
+  readonly name: string;
+  readonly index: number;
+  readonly runtime: Cudart;
+  readonly driver: Libcuda;
+  readonly target: KernelTarget;
+  readonly multiProcessors: number;
+  readonly #copyKernels: KernelModule<(typeof COPY_KERNELS)[number]>;
+  readonly #events: EventPool;
+  readonly #streams = new Set<CudaStream>();
+  readonly #allocations: DevicePointer[] = [];
+  readonly #pinned: PinnedBuffer[] = [];
+  readonly #parameters: NativePointer;
+  readonly #parameterView: DataView;
+  readonly #parameterList: BigUint64Array;
+  #disposed = false;
+
+  private constructor(index: number, runtime: Cudart, driver: Libcuda) {
+    this.index = index;
+    this.name = `cuda:${index}`;
+    this.runtime = runtime;
+    this.driver = driver;
+    this.enter();
+    this.#events = new EventPool(this);
+    // The first stream makes the primary context, without which the driver loads no module.
+    new CudaStream(this, this.#events, () => {}).dispose();
+    this.multiProcessors = runtime.attribute(index, 'multiProcessors');
+    this.target = {
+      driver,
+      major: runtime.attribute(index, 'computeMajor'),
+      minor: runtime.attribute(index, 'computeMinor'),
+    };
+    this.#copyKernels = loadKernels('gather_scatter', COPY_KERNELS, this.target);
+    this.#parameters = allocateNative(PARAMETER_BYTES);
+    const view = nativeView(this.#parameters, PARAMETER_BYTES);
+    this.#parameterView = new DataView(view.buffer, view.byteOffset, view.byteLength);
+    this.#parameterList = BigUint64Array.of(this.#parameters);
+  }
+
+  /** Loads libraries and kernels, which takes about a second. Throws LIBRARY_NOT_FOUND, LIBRARY_TOO_OLD, DEVICE_UNAVAILABLE or CUDA_ERROR. */
+  static create(index: number): CudaDevice {
+    const runtime = loadCudart();
+    const count = runtime.deviceCount();
+    if (index >= count) {
+      throw new PdError(
+        'DEVICE_UNAVAILABLE',
+        `cuda:${index} is not there: this process sees ${count} ${count === 1 ? 'GPU' : 'GPUs'}${visible()}`,
+        { device: index, count },
+      );
+    }
+    return new CudaDevice(index, runtime, loadLibcuda());
+  }
+
+  /** Which image of the copy kernels is in use. */
+  get kernelImage(): string {
+    return this.#copyKernels.image;
+  }
+
+  enter(): void {
+    this.runtime.setDevice(this.index);
+  }
+
+  allocate(bytes: number, what: string): MemoryRef & { readonly kind: 'cuda' } {
+    this.#open(what);
+    this.enter();
+    let pointer: DevicePointer;
+    try {
+      pointer = this.runtime.malloc(bytes, what);
+    } catch (error) {
+      throw this.#withFree(error, bytes, what);
+    }
+    this.#allocations.push(pointer);
+    return { kind: 'cuda', device: this.index, pointer, bytes };
+  }
+
+  async allocatePinned(bytes: number, what: string): Promise<MemoryRef & { readonly kind: 'pinned' }> {
+    this.#open(what);
+    const keep = (pointer: PinnedPointer) => {
+      this.#pinned.push({ pointer, view: nativeView(pointer, bytes) });
+    };
+    const pointer = await allocatePinnedOnThread({ device: this.index, bytes, what }, keep);
+    keep(pointer);
+    return { kind: 'pinned', pointer, bytes };
+  }
+
+  createStream(): CudaStream {
+    const stream = new CudaStream(this, this.#events, (gone) => this.#streams.delete(gone));
+    this.#streams.add(stream);
+    return stream;
+  }
+
+  /**
+   * Memory of kind `host` is pageable: a copy from or to it waits, in this call, for all work before it in the stream. Only for
+   * streams on which nothing waits for a peer.
+   */
+  copy(target: MemoryRef, source: MemoryRef, stream: Stream): void {
+    if (target.bytes !== source.bytes) {
+      throw new PdError('INTERNAL', `copy of ${source.bytes} bytes into ${target.bytes}`);
+    }
+    if (target.bytes === 0) return;
+    this.enter();
+    this.runtime.memcpyAsync(addressOf(target), addressOf(source), target.bytes, cudaStream(stream).handle);
+  }
+
+  gather(target: MemoryRef, layer: PagedLayer, blockIds: Int32Array, stream: Stream): void {
+    checkCopy('gather', layer.layout, layer.memory.bytes, target.bytes, blockIds);
+    this.#pagedCopy('gather', layer, blockIds, target, stream, 0);
+  }
+
+  scatter(layer: PagedLayer, blockIds: Int32Array, source: MemoryRef, stream: Stream, skip = 0): void {
+    checkCopy('scatter', layer.layout, layer.memory.bytes, source.bytes, blockIds);
+    this.#pagedCopy('scatter', layer, blockIds, source, stream, skip);
+  }
+
+  view(memory: MemoryRef): Uint8Array {
+    switch (memory.kind) {
+      case 'host':
+        return hostView(memory);
+      case 'cuda':
+        throw new PdError('INTERNAL', `memory of ${this.name} cannot be read by the CPU`);
+      case 'pinned': {
+        for (const { pointer, view } of this.#pinned) {
+          const offset = Number(memory.pointer - pointer);
+          if (offset >= 0 && offset + memory.bytes <= view.byteLength) {
+            return view.subarray(offset, offset + memory.bytes);
+          }
+        }
+        // taken by another thread of this process
+        return nativeView(memory.pointer, memory.bytes);
+      }
+    }
+  }
+
+  dispose(): void {
+    if (this.#disposed) return;
+    this.#disposed = true;
+    this.enter();
+    // Freeing waits for the whole device. Where a stream of ours is stuck that would be for ever; the end of the process frees all.
+    if (![...this.#streams].every((stream) => stream.drained())) return;
+    for (const stream of [...this.#streams]) stream.dispose();
+    this.#events.dispose();
+    for (const pointer of this.#allocations.splice(0)) this.runtime.free(pointer);
+    for (const { pointer } of this.#pinned.splice(0)) this.runtime.freeHost(pointer);
+    freeNative(this.#parameters);
+  }
+
+  #pagedCopy(
+    direction: 'gather' | 'scatter',
+    layer: PagedLayer,
+    blockIds: Int32Array,
+    tensor: MemoryRef,
+    stream: Stream,
+    skip: number,
+  ): void {
+    this.enter();
+    const cache = kernelAddress(layer.memory, direction);
+    const flat = kernelAddress(tensor, direction);
+    const shape = copyShape(layer.layout, blockIds.length);
+    const { handle } = cudaStream(stream);
+    for (let first = skip; first < blockIds.length; first += MAX_BLOCKS_PER_LAUNCH) {
+      const ids = blockIds.subarray(first, first + MAX_BLOCKS_PER_LAUNCH);
+      const at = flat + BigInt(first * shape.flatBlock);
+      const element = elementBytes(shape, cache, at);
+      writeParameters(this.#parameterView, shape, cache, at, ids, element);
+      const tiles = ids.length * shape.runs * tilesPerRun(shape, element);
+      const blocks = Math.min(tiles, this.multiProcessors * BLOCKS_PER_MULTIPROCESSOR);
+      const kernel = this.#copyKernels.functions[`${direction}_${element}`];
+      this.driver.launch(kernel, { blocks, threads: THREADS }, handle, this.#parameterList);
+    }
+  }
+
+  #open(what: string): void {
+    if (this.#disposed)
+      throw new PdError('DEVICE_UNAVAILABLE', `${what}: device ${this.name} has been disposed`);
+  }
+
+  /** Says how much there was, which is what one needs to know to choose another size. */
+  #withFree(error: unknown, bytes: number, what: string): PdError {
+    const failed = PdError.from(error, 'CUDA_ERROR');
+    if (failed.code !== 'OUT_OF_DEVICE_MEMORY') return failed;
+    const { free, total } = this.runtime.memoryInfo();
+    return new PdError(
+      'OUT_OF_DEVICE_MEMORY',
+      `${what}: ${bytes} bytes are wanted on ${this.name}, which has ${free} of ${total} free`,
+      { ...failed.context, free, total },
+      { cause: error },
+    );
+  }
+}
+
+/** Throws INTERNAL for a stream of another device kind. */
+export function cudaStream(stream: Stream): CudaStream {
+  if (stream instanceof CudaStream) return stream;
+  throw new PdError('INTERNAL', 'a stream of another kind of device was given to a CUDA device');
+}
+
+function addressOf(memory: MemoryRef): DevicePointer | PinnedPointer | Uint8Array {
+  return memory.kind === 'host' ? hostView(memory) : memory.pointer;
+}
+
+/** An address that a kernel reaches. */
+function kernelAddress(memory: MemoryRef, what: string): bigint {
+  if (memory.kind !== 'host') return memory.pointer;
+  throw new PdError('INTERNAL', `${what}: a GPU does not reach pageable host memory`);
+}
+
+function visible(): string {
+  const chosen = process.env['CUDA_VISIBLE_DEVICES'];
+  return chosen === undefined ? '' : ` (CUDA_VISIBLE_DEVICES=${chosen})`;
+}
