@@ -1,0 +1,38 @@
+/** Ending communicators off the transfer thread. Each abort has a thread of its own: one can return only after another has begun. */
+import { Worker } from 'node:worker_threads';
+import type { NcclCommHandle } from '../../../ffi/pointers.ts';
+import { type ErrorData, PdError } from '../../errors.ts';
+import { threadEntry } from '../../thread-entry.ts';
+
+export interface AbortJob {
+  readonly device: number;
+  readonly comm: NcclCommHandle;
+}
+
+export type AbortAnswer = { readonly ok: true } | { readonly ok: false; readonly error: ErrorData };
+
+/**
+ * Resolves when the abort has returned, with the error where it failed. That may take as long as the longest kernel on the GPU, or for
+ * ever: nobody may wait for it without a deadline. It does not keep the process alive, but `process.exit` cannot cut it short either
+ * (`killAfter` in ffi/libc.ts can).
+ */
+export function abortOnThread(job: AbortJob): Promise<PdError | undefined> {
+  return new Promise((resolve) => {
+    let worker: Worker;
+    try {
+      worker = new Worker(threadEntry(import.meta.url, './abort-thread.js'), {
+        workerData: job,
+        name: 'pd-abort',
+      });
+    } catch (error) {
+      resolve(PdError.from(error, 'NCCL_ERROR'));
+      return;
+    }
+    worker.unref();
+    worker.on('message', (answer: AbortAnswer) => {
+      resolve(answer.ok ? undefined : PdError.fromData(answer.error));
+    });
+    worker.on('error', (error) => resolve(PdError.from(error, 'NCCL_ERROR')));
+    worker.on('exit', (code) => resolve(new PdError('NCCL_ERROR', `the abort's thread ended with ${code}`)));
+  });
+}
