@@ -1,0 +1,333 @@
+// libcudart: memory, streams with a thread each, events. Real queues: a copy at enqueue would hide every deadlock. cudaFree and
+// cudaFreeHost wait for the whole device, as the real ones do while a receive waits for its sender.
+#include <stdlib.h>
+#include <string.h>
+#include <stdio.h>
+#include <time.h>
+#include "standin.h"
+
+enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_DEVICE = 101, INVALID_HANDLE = 400, NOT_READY = 600 };
+
+typedef struct work { void (*run)(void *); void *arg; struct work *next; } work;
+struct stream {
+  int device;
+  work *head, *tail;
+  bool busy, gone;
+  pthread_t thread;
+  struct stream *next;
+};
+struct event { uint64_t recorded, done; };
+typedef struct block { char *at; size_t bytes; int device; /* -1: page-locked */ struct block *next; } block;
+
+__thread int current_device = 0;
+pthread_mutex_t big = PTHREAD_MUTEX_INITIALIZER;
+pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
+static stream *streams;
+static block *blocks;
+static size_t used[MAX_DEVICES];
+static int errors[MAX_DEVICES];
+static int nccl_running[MAX_DEVICES];
+
+#define CHECK(name) do { int code_ = fault(name); if (code_ == HANG) for (;;) sleep_us(100000); if (code_) return code_; } while (0)
+
+void sleep_us(long us) {
+  struct timespec pause = {us / 1000000, us % 1000000 * 1000};
+  nanosleep(&pause, NULL);
+}
+
+static size_t capacity(void) { return (size_t)setting("PD_STANDIN_MEMORY_MB", 1024) << 20; }
+static int device_count(void) { return setting("PD_STANDIN_DEVICES", 2); }
+
+// ---- streams
+
+static void *stream_main(void *arg) {
+  stream *s = arg;
+  pthread_mutex_lock(&big);
+  for (;;) {
+    while (!s->head && !s->gone) pthread_cond_wait(&changed, &big);
+    if (!s->head) break;
+    work *w = s->head;
+    s->head = w->next;
+    if (!s->head) s->tail = NULL;
+    s->busy = true;
+    pthread_mutex_unlock(&big);
+    w->run(w->arg);
+    free(w);
+    pthread_mutex_lock(&big);
+    s->busy = false;
+    pthread_cond_broadcast(&changed);
+  }
+  for (stream **at = &streams; *at; at = &(*at)->next) {
+    if (*at == s) { *at = s->next; break; }
+  }
+  pthread_mutex_unlock(&big);
+  return NULL;  // the struct stays: a late query must not crash
+}
+
+void stream_push(stream *s, void (*run)(void *), void *arg) {
+  work *w = malloc(sizeof *w);
+  *w = (work){run, arg, NULL};
+  pthread_mutex_lock(&big);
+  if (s->tail) s->tail->next = w; else s->head = w;
+  s->tail = w;
+  pthread_cond_broadcast(&changed);
+  pthread_mutex_unlock(&big);
+}
+
+int stream_device(stream *s) { return s->device; }
+static bool idle(stream *s) { return !s->head && !s->busy; }
+
+void device_wait_idle(int device, stream *except) {
+  pthread_mutex_lock(&big);
+  for (bool waiting = true; waiting;) {
+    waiting = false;
+    for (stream *s = streams; s; s = s->next) waiting |= s != except && s->device == device && !idle(s);
+    if (waiting) pthread_cond_wait(&changed, &big);
+  }
+  pthread_mutex_unlock(&big);
+}
+
+void device_wait_nccl(int device) {
+  pthread_mutex_lock(&big);
+  while (nccl_running[device]) pthread_cond_wait(&changed, &big);
+  pthread_mutex_unlock(&big);
+}
+
+void device_nccl(int device, int delta) {
+  pthread_mutex_lock(&big);
+  nccl_running[device] += delta;
+  pthread_cond_broadcast(&changed);
+  pthread_mutex_unlock(&big);
+}
+
+void device_fail(int device, int code) { errors[device] = code; }
+int device_error(int device) { return errors[device]; }
+
+EXPORT int cudaStreamCreateWithFlags(stream **out, unsigned flags) {
+  CHECK("cudaStreamCreateWithFlags");
+  if (flags != 1) return INVALID_VALUE;  // ours never wait for the default stream
+  stream *s = calloc(1, sizeof *s);
+  s->device = current_device;
+  pthread_mutex_lock(&big);
+  s->next = streams;
+  streams = s;
+  pthread_mutex_unlock(&big);
+  pthread_create(&s->thread, NULL, stream_main, s);
+  pthread_detach(s->thread);
+  *out = s;
+  return SUCCESS;
+}
+
+EXPORT int cudaStreamDestroy(stream *s) {
+  CHECK("cudaStreamDestroy");
+  pthread_mutex_lock(&big);
+  s->gone = true;
+  pthread_cond_broadcast(&changed);
+  pthread_mutex_unlock(&big);
+  return SUCCESS;
+}
+
+EXPORT int cudaStreamQuery(stream *s) {
+  CHECK("cudaStreamQuery");
+  if (errors[s->device]) return errors[s->device];
+  pthread_mutex_lock(&big);
+  bool drained = idle(s);
+  pthread_mutex_unlock(&big);
+  return drained ? SUCCESS : NOT_READY;
+}
+
+// ---- events
+
+typedef struct { event *e; uint64_t generation; } mark;
+
+static void run_record(void *arg) {
+  mark *m = arg;
+  pthread_mutex_lock(&big);
+  if (m->e->done < m->generation) m->e->done = m->generation;
+  pthread_cond_broadcast(&changed);
+  pthread_mutex_unlock(&big);
+  free(m);
+}
+
+static void run_wait(void *arg) {
+  mark *m = arg;
+  pthread_mutex_lock(&big);
+  while (m->e->done < m->generation) pthread_cond_wait(&changed, &big);
+  pthread_mutex_unlock(&big);
+  free(m);
+}
+
+static mark *marking(event *e, bool next) {
+  mark *m = malloc(sizeof *m);
+  pthread_mutex_lock(&big);
+  *m = (mark){e, next ? ++e->recorded : e->recorded};
+  pthread_mutex_unlock(&big);
+  return m;
+}
+
+EXPORT int cudaEventCreateWithFlags(event **out, unsigned flags) {
+  (void)flags;
+  CHECK("cudaEventCreateWithFlags");
+  *out = calloc(1, sizeof(event));
+  return SUCCESS;
+}
+EXPORT int cudaEventDestroy(event *e) { (void)e; CHECK("cudaEventDestroy"); return SUCCESS; }
+EXPORT int cudaEventRecord(event *e, stream *s) {
+  CHECK("cudaEventRecord");
+  stream_push(s, run_record, marking(e, true));
+  return SUCCESS;
+}
+EXPORT int cudaStreamWaitEvent(stream *s, event *e, unsigned flags) {
+  (void)flags;
+  CHECK("cudaStreamWaitEvent");
+  stream_push(s, run_wait, marking(e, false));
+  return SUCCESS;
+}
+EXPORT int cudaEventQuery(event *e) {
+  CHECK("cudaEventQuery");
+  if (errors[current_device]) return errors[current_device];
+  pthread_mutex_lock(&big);
+  bool done = e->done >= e->recorded;
+  pthread_mutex_unlock(&big);
+  return done ? SUCCESS : NOT_READY;
+}
+
+// ---- memory
+
+static int take(void **out, size_t bytes, int device) {
+  char *at = NULL;
+  if (posix_memalign((void **)&at, 4096, bytes ? bytes : 1)) return OUT_OF_MEMORY;
+  memset(at, 0xA5, bytes);  // never zeros: those hide what was not written
+  block *b = malloc(sizeof *b);
+  pthread_mutex_lock(&big);
+  *b = (block){at, bytes, device, blocks};
+  blocks = b;
+  pthread_mutex_unlock(&big);
+  *out = at;
+  return SUCCESS;
+}
+
+static int give(void *at, bool device_memory) {
+  pthread_mutex_lock(&big);
+  for (block **b = &blocks; *b; b = &(*b)->next) {
+    if ((*b)->at != at || ((*b)->device >= 0) != device_memory) continue;
+    block *found = *b;
+    *b = found->next;
+    if (found->device >= 0) used[found->device] -= found->bytes;
+    pthread_mutex_unlock(&big);
+    free(found->at);
+    free(found);
+    return SUCCESS;
+  }
+  pthread_mutex_unlock(&big);
+  return INVALID_VALUE;
+}
+
+bool memory_known(const void *at, size_t bytes) {
+  bool known = false;
+  pthread_mutex_lock(&big);
+  for (block *b = blocks; b && !known; b = b->next) {
+    known = (const char *)at >= b->at && (const char *)at + bytes <= b->at + b->bytes;
+  }
+  pthread_mutex_unlock(&big);
+  return known;
+}
+
+EXPORT int cudaMalloc(void **out, size_t bytes) {
+  CHECK("cudaMalloc");
+  pthread_mutex_lock(&big);
+  bool fits = used[current_device] + bytes <= capacity();
+  if (fits) used[current_device] += bytes;
+  pthread_mutex_unlock(&big);
+  return fits ? take(out, bytes, current_device) : OUT_OF_MEMORY;
+}
+EXPORT int cudaFree(void *at) {
+  CHECK("cudaFree");
+  device_wait_idle(current_device, NULL);
+  return at ? give(at, true) : SUCCESS;
+}
+EXPORT int cudaHostAlloc(void **out, size_t bytes, unsigned flags) {
+  (void)flags;
+  CHECK("cudaHostAlloc");
+  return take(out, bytes, -1);
+}
+EXPORT int cudaFreeHost(void *at) {
+  CHECK("cudaFreeHost");
+  device_wait_idle(current_device, NULL);
+  return give(at, false);
+}
+EXPORT int cudaMemGetInfo(size_t *available, size_t *total) {
+  CHECK("cudaMemGetInfo");
+  *total = capacity();
+  *available = capacity() - used[current_device];
+  return SUCCESS;
+}
+
+typedef struct { void *target; const void *source; size_t bytes; } copy;
+static void run_copy(void *arg) {
+  copy *c = arg;
+  memcpy(c->target, c->source, c->bytes);
+  free(c);
+}
+
+EXPORT int cudaMemcpyAsync(void *target, const void *source, size_t bytes, int kind, stream *s) {
+  CHECK("cudaMemcpyAsync");
+  if (kind != 4) return INVALID_VALUE;
+  bool pageable = !memory_known(target, bytes) || !memory_known(source, bytes);
+  copy *c = malloc(sizeof *c);
+  *c = (copy){target, source, bytes};
+  stream_push(s, run_copy, c);
+  // pageable memory makes the call wait for the stream
+  if (pageable) {
+    pthread_mutex_lock(&big);
+    while (!idle(s)) pthread_cond_wait(&changed, &big);
+    pthread_mutex_unlock(&big);
+  }
+  return SUCCESS;
+}
+
+// ---- devices
+
+EXPORT int cudaGetDeviceCount(int *count) { CHECK("cudaGetDeviceCount"); *count = device_count(); return *count ? SUCCESS : 100; }
+EXPORT int cudaSetDevice(int device) {
+  CHECK("cudaSetDevice");
+  if (device < 0 || device >= device_count()) return INVALID_DEVICE;
+  current_device = device;
+  return SUCCESS;
+}
+EXPORT int cudaRuntimeGetVersion(int *version) { CHECK("cudaRuntimeGetVersion"); *version = setting("PD_STANDIN_CUDA", 13000); return SUCCESS; }
+EXPORT int cudaDeviceGetAttribute(int *value, int attribute, int device) {
+  (void)device;
+  CHECK("cudaDeviceGetAttribute");
+  int compute = setting("PD_STANDIN_COMPUTE", 90);
+  *value = attribute == 16 ? 4 : attribute == 75 ? compute / 10 : attribute == 76 ? compute % 10 : 0;
+  return SUCCESS;
+}
+EXPORT int cudaDeviceGetPCIBusId(char *id, int length, int device) {
+  CHECK("cudaDeviceGetPCIBusId");
+  snprintf(id, length, "0000:%02x:00.0", 16 + device);
+  return SUCCESS;
+}
+EXPORT int cudaDeviceCanAccessPeer(int *can, int device, int peer) {
+  CHECK("cudaDeviceCanAccessPeer");
+  *can = device != peer;
+  return SUCCESS;
+}
+
+static const struct { int code; const char *name, *text; } names[] = {
+    {0, "cudaSuccess", "no error"},
+    {2, "cudaErrorMemoryAllocation", "out of memory"},
+    {100, "cudaErrorNoDevice", "no CUDA-capable device is detected"},
+    {101, "cudaErrorInvalidDevice", "invalid device ordinal"},
+    {600, "cudaErrorNotReady", "device not ready"},
+    {700, "cudaErrorIllegalAddress", "an illegal memory access was encountered"},
+    {716, "cudaErrorMisalignedAddress", "misaligned address"},
+};
+EXPORT const char *cudaGetErrorName(int code) {
+  for (size_t i = 0; i < sizeof names / sizeof *names; i++) if (names[i].code == code) return names[i].name;
+  return "cudaErrorUnknown";
+}
+EXPORT const char *cudaGetErrorString(int code) {
+  for (size_t i = 0; i < sizeof names / sizeof *names; i++) if (names[i].code == code) return names[i].text;
+  return "unknown error";
+}

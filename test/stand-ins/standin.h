@@ -1,0 +1,34 @@
+// Stand-ins for libcuda, libcudart, libnccl and libnvrtc on a machine without a GPU: the same symbols, and the behaviour that hangs
+// programs (docs of each file). "GPU memory" is the process's own; streams are threads; NCCL moves bytes over loopback sockets.
+#ifndef PD_STANDIN_H
+#define PD_STANDIN_H
+#include <pthread.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define EXPORT __attribute__((visibility("default")))
+#define MAX_DEVICES 8
+
+// ---- faults.c: PD_STANDIN_FAULTS="cudaMalloc=2,ncclCommAbort=hang,cudaEventQuery=700@3"
+// `name=code` fails every call, `name=code@n` from the nth on; `hang` is HANG.
+#define HANG (-1)
+int fault(const char *name);
+int setting(const char *name, int otherwise);
+
+// ---- gpu.c
+typedef struct stream stream;
+typedef struct event event;
+extern __thread int current_device;
+extern pthread_mutex_t big;      // guards everything in gpu.c; held for moments only
+extern pthread_cond_t changed;   // anything has changed
+void stream_push(stream *s, void (*run)(void *), void *arg);
+int stream_device(stream *s);
+void device_wait_idle(int device, stream *except);  // every stream of it
+void device_wait_nccl(int device);                  // until no NCCL operation runs on it
+void device_nccl(int device, int delta);
+void device_fail(int device, int code);             // sticky, as a kernel fault is
+int device_error(int device);
+bool memory_known(const void *at, size_t bytes);    // inside of one live GPU or page-locked allocation
+void sleep_us(long us);
+#endif
