@@ -1,0 +1,192 @@
+/** What a checkpoint's config.json says, as one validated shape. What a model needs and we do not compute is refused by name, never ignored. */
+import { basename, join, resolve } from 'node:path';
+import { z } from 'zod';
+import { PdError } from '../errors.ts';
+import { readJson } from './json-file.ts';
+import { type RopeConfig, readRope } from './rope-config.ts';
+
+/** Architectures with an executor, as `architectures[0]` names them. A new one gets a reader in READERS. */
+export const ARCHITECTURES = ['LlamaForCausalLM'] as const;
+export type Architecture = (typeof ARCHITECTURES)[number];
+
+export interface ModelConfig {
+  readonly architecture: Architecture;
+  /** Name for people: the checkpoint's directory. */
+  readonly name: string;
+  readonly layers: number;
+  /** Width of the residual stream. */
+  readonly hidden: number;
+  /** Query heads, a multiple of `kvHeads`. */
+  readonly heads: number;
+  readonly kvHeads: number;
+  /** Not always hidden / heads. Even: RoPE rotates halves. */
+  readonly headDim: number;
+  /** Width inside the feed-forward block. */
+  readonly intermediate: number;
+  readonly vocab: number;
+  readonly rope: RopeConfig;
+  readonly rmsNormEps: number;
+  /** The output head is the embedding matrix. */
+  readonly tieWordEmbeddings: boolean;
+  readonly maxPositionEmbeddings: number;
+  readonly eosTokenIds: readonly number[];
+  readonly bosTokenId?: number;
+}
+
+const positive = z.number().int().positive();
+const tokenIds = z.union([z.number().int().nonnegative(), z.array(z.number().int().nonnegative())]).nullish();
+
+const llamaSchema = z.looseObject({
+  num_hidden_layers: positive,
+  hidden_size: positive,
+  num_attention_heads: positive,
+  num_key_value_heads: positive.nullish(),
+  head_dim: positive.nullish(),
+  intermediate_size: positive,
+  vocab_size: positive,
+  max_position_embeddings: positive,
+  rms_norm_eps: z.number().positive().default(1e-6),
+  rope_theta: z.number().positive().nullish(),
+  rope_scaling: z.record(z.string(), z.unknown()).nullish(),
+  rope_parameters: z.record(z.string(), z.unknown()).nullish(),
+  tie_word_embeddings: z.boolean().default(false),
+  eos_token_id: tokenIds,
+  bos_token_id: z.number().int().nonnegative().nullish(),
+});
+type LlamaJson = z.infer<typeof llamaSchema>;
+
+/** Fields that change what a model computes, and the values under which it is what we compute. Absent and null count as the first. */
+const REQUIRED: readonly { readonly field: string; readonly allowed: readonly unknown[] }[] = [
+  { field: 'hidden_act', allowed: ['silu'] },
+  { field: 'attention_bias', allowed: [false] },
+  { field: 'mlp_bias', allowed: [false] },
+  { field: 'sliding_window', allowed: [null] },
+  { field: 'quantization_config', allowed: [null] },
+  { field: 'compression_config', allowed: [null] },
+  { field: 'partial_rotary_factor', allowed: [1] },
+  { field: 'pretraining_tp', allowed: [1, 0] },
+  { field: 'num_local_experts', allowed: [null] },
+  { field: 'num_experts', allowed: [null] },
+  { field: 'is_encoder_decoder', allowed: [false] },
+];
+
+const READERS: {
+  readonly [A in Architecture]: (
+    json: LlamaJson,
+    where: string,
+  ) => Omit<ModelConfig, 'architecture' | 'name' | 'eosTokenIds'>;
+} = {
+  LlamaForCausalLM: readLlama,
+};
+
+/**
+ * Reads `config.json`, and the stop tokens of `generation_config.json` where there is one. Throws CHECKPOINT_INVALID where a file is
+ * missing or broken, MODEL_UNSUPPORTED where the model needs what no executor computes.
+ */
+export async function readModelConfig(dir: string): Promise<ModelConfig> {
+  const config = await readJson(join(dir, 'config.json'));
+  if (config === undefined) {
+    throw new PdError(
+      'CHECKPOINT_INVALID',
+      `${dir} holds no config.json: it is not a Hugging Face checkpoint`,
+    );
+  }
+  const generation = await readJson(join(dir, 'generation_config.json'));
+  return parseModelConfig(config, generation, dir);
+}
+
+/** As `readModelConfig`, from the parsed files. */
+export function parseModelConfig(config: unknown, generation: unknown, dir: string): ModelConfig {
+  const where = join(dir, 'config.json');
+  const architecture = architectureOf(config, where);
+  refuseUnsupported(config as Record<string, unknown>, where);
+  const parsed = llamaSchema.safeParse(config);
+  if (!parsed.success) {
+    throw new PdError('CHECKPOINT_INVALID', `${where}: ${z.prettifyError(parsed.error)}`);
+  }
+  const stops = z.looseObject({ eos_token_id: tokenIds }).safeParse(generation ?? {});
+  if (!stops.success) {
+    throw new PdError(
+      'CHECKPOINT_INVALID',
+      `${join(dir, 'generation_config.json')}: ${z.prettifyError(stops.error)}`,
+    );
+  }
+  const shape = READERS[architecture](parsed.data, where);
+  const eosTokenIds = [...new Set([parsed.data.eos_token_id ?? [], stops.data.eos_token_id ?? []].flat())];
+  const outside = eosTokenIds.find((id) => id >= shape.vocab);
+  if (outside !== undefined) {
+    throw new PdError(
+      'CHECKPOINT_INVALID',
+      `${where}: eos_token_id ${outside} is outside of a vocabulary of ${shape.vocab}`,
+    );
+  }
+  return { architecture, name: basename(resolve(dir)), ...shape, eosTokenIds };
+}
+
+function readLlama(
+  json: LlamaJson,
+  where: string,
+): Omit<ModelConfig, 'architecture' | 'name' | 'eosTokenIds'> {
+  const heads = json.num_attention_heads;
+  const kvHeads = json.num_key_value_heads ?? heads;
+  const headDim = json.head_dim ?? json.hidden_size / heads;
+  if (heads % kvHeads !== 0) {
+    throw new PdError(
+      'CHECKPOINT_INVALID',
+      `${where}: ${heads} query heads cannot share ${kvHeads} KV heads evenly`,
+    );
+  }
+  if (!Number.isInteger(headDim) || headDim % 2 !== 0) {
+    throw new PdError('CHECKPOINT_INVALID', `${where}: head size ${headDim} is not an even number`);
+  }
+  return {
+    layers: json.num_hidden_layers,
+    hidden: json.hidden_size,
+    heads,
+    kvHeads,
+    headDim,
+    intermediate: json.intermediate_size,
+    vocab: json.vocab_size,
+    rope: readRope(json, where),
+    rmsNormEps: json.rms_norm_eps,
+    tieWordEmbeddings: json.tie_word_embeddings,
+    maxPositionEmbeddings: json.max_position_embeddings,
+    ...(json.bos_token_id != null && { bosTokenId: json.bos_token_id }),
+  };
+}
+
+function architectureOf(config: unknown, where: string): Architecture {
+  const parsed = z.looseObject({ architectures: z.array(z.string()).min(1) }).safeParse(config);
+  if (!parsed.success) {
+    throw new PdError('CHECKPOINT_INVALID', `${where} names no architecture ("architectures": [...])`);
+  }
+  const name = parsed.data.architectures[0]!;
+  const known = ARCHITECTURES.find((architecture) => architecture === name);
+  if (known === undefined) {
+    throw new PdError(
+      'MODEL_UNSUPPORTED',
+      `${where}: architecture ${name} is not known; known: ${ARCHITECTURES.join(', ')}`,
+    );
+  }
+  return known;
+}
+
+function refuseUnsupported(config: Record<string, unknown>, where: string): void {
+  for (const { field, allowed } of REQUIRED) {
+    const value = config[field] ?? allowed[0];
+    if (!allowed.includes(value)) {
+      throw new PdError(
+        'MODEL_UNSUPPORTED',
+        `${where}: "${field}": ${JSON.stringify(value)} is not supported (only ${allowed.map((v) => JSON.stringify(v)).join(', ')})`,
+      );
+    }
+  }
+  const layerTypes = config['layer_types'];
+  const other = Array.isArray(layerTypes) ? layerTypes.find((type) => type !== 'full_attention') : undefined;
+  if (other !== undefined) {
+    throw new PdError(
+      'MODEL_UNSUPPORTED',
+      `${where}: layer type ${JSON.stringify(other)} is not supported (only "full_attention")`,
+    );
+  }
+}

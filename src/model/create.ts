@@ -1,0 +1,85 @@
+/** From a worker's configuration to something that computes: reads the checkpoint, sizes the KV cache, makes the executor. */
+import type { WorkerConfig } from '../config/worker-config.ts';
+import type { Device } from '../device/device.ts';
+import { PdError, unreachable } from '../errors.ts';
+import { blockBytes } from '../kv/layout.ts';
+import type { Fingerprint } from '../transfer/types.ts';
+import { type ModelConfig, readModelConfig } from './config.ts';
+import type { Executor } from './executor.ts';
+import { fingerprintOf } from './fingerprint.ts';
+import { HostExecutor } from './host/executor.ts';
+
+/** What the default size of the KV cache on the host stays under, all layers together. */
+const HOST_KV_BYTES = 2 ** 30;
+/** The default cache holds so many sequences of full length at most. */
+const FULL_SEQUENCES = 64;
+
+export interface CreatedExecutor {
+  readonly executor: Executor;
+  readonly fingerprint: Fingerprint;
+  /** Most tokens of one sequence, prompt and output. */
+  readonly maxModelLen: number;
+  readonly numBlocks: number;
+}
+
+export interface CreateExecutorOptions {
+  readonly config: WorkerConfig;
+  readonly device: Device;
+}
+
+/**
+ * Throws CHECKPOINT_INVALID or MODEL_UNSUPPORTED for what cannot be read or computed, CONFIG_INVALID for lengths the model does not
+ * have, OUT_OF_DEVICE_MEMORY for a cache that does not fit. The caller disposes the executor.
+ */
+export async function createExecutor({ config, device }: CreateExecutorOptions): Promise<CreatedExecutor> {
+  const model = await readModelConfig(config.modelDir);
+  const maxModelLen = modelLength(config, model);
+  switch (config.executor) {
+    case 'host': {
+      const numBlocks = config.numBlocks ?? defaultHostBlocks(config, model, maxModelLen);
+      const { blockSize } = config;
+      const fingerprint = await fingerprintOf(config.modelDir, model, { dtype: 'float32', blockSize });
+      const executor = await HostExecutor.create({
+        dir: config.modelDir,
+        config: model,
+        device,
+        blockSize,
+        numBlocks,
+      });
+      return { executor, fingerprint, maxModelLen, numBlocks };
+    }
+    case 'cuda':
+      throw new PdError(
+        'CONFIG_INVALID',
+        '--executor cuda: this version computes on the host only (--executor host)',
+      );
+    default:
+      return unreachable(config.executor, 'executor');
+  }
+}
+
+function modelLength(config: WorkerConfig, model: ModelConfig): number {
+  const { maxModelLen = model.maxPositionEmbeddings } = config;
+  if (maxModelLen > model.maxPositionEmbeddings) {
+    throw new PdError(
+      'CONFIG_INVALID',
+      `--max-model-len ${maxModelLen}: ${model.name} knows ${model.maxPositionEmbeddings} positions (1 to ${model.maxPositionEmbeddings} are allowed)`,
+    );
+  }
+  return maxModelLen;
+}
+
+/** Room for min(maxNumSeqs, 64) full sequences within 1 GiB, and for one in any case. */
+function defaultHostBlocks(config: WorkerConfig, model: ModelConfig, maxModelLen: number): number {
+  const perSequence = Math.ceil(maxModelLen / config.blockSize);
+  const layout = {
+    family: 'kv-first',
+    numBlocks: 1,
+    blockSize: config.blockSize,
+    heads: model.kvHeads,
+    headDim: model.headDim,
+    dtype: 'float32',
+  } as const;
+  const within = Math.floor(HOST_KV_BYTES / (blockBytes(layout) * model.layers));
+  return Math.max(perSequence, Math.min(perSequence * Math.min(config.maxNumSeqs, FULL_SEQUENCES), within));
+}

@@ -1,0 +1,128 @@
+/**
+ * A host-side copy of a KV cache that lies in GPU memory, for `--executor host` on a cuda device: the host computes here, and transfers
+ * move the device's copy.
+ *
+ *   computed block   mirror --upload after each layer-->  device --transfer--> peer
+ *   loaded block     peer --transfer--> device --download before its sequence first computes--> mirror
+ */
+import type { Device, MemoryRef, Stream } from '../../device/device.ts';
+import { sliceMemory } from '../../device/memory.ts';
+import { EventPoller } from '../../device/poller.ts';
+import { layerBytes, type PagedLayout, runBytes, runOffset } from '../../kv/layout.ts';
+import type { NamedLayer } from '../../kv/paged-cache.ts';
+import type { ForwardBatch, ScheduledSequence } from '../../scheduler/types.ts';
+import type { HostCaches } from './caches.ts';
+import { asFloats, copyBlocks, type HostLayerCache } from './layer-cache.ts';
+
+const COPY_TIMEOUT_MS = 30_000;
+/** Sequences whose blocks are known to be here. Forgetting one costs a download, no more. */
+const MAX_KNOWN_SEQUENCES = 4096;
+
+interface MirroredLayer {
+  readonly device: MemoryRef;
+  readonly host: MemoryRef;
+  readonly layout: PagedLayout;
+}
+
+export class MirroredCaches implements HostCaches {
+  readonly layers: readonly HostLayerCache[];
+  readonly #device: Device;
+  readonly #mirrored: readonly MirroredLayer[];
+  readonly #stream: Stream;
+  readonly #poller = new EventPoller();
+  /** By sequence: the position up to which its KV is here. A step that starts elsewhere stands on KV that came another way. */
+  readonly #known = new Map<string, number>();
+
+  private constructor(device: Device, mirrored: readonly MirroredLayer[]) {
+    this.#device = device;
+    this.#mirrored = mirrored;
+    this.#stream = device.createStream();
+    this.layers = mirrored.map(({ host, layout }) => ({ values: asFloats(device.view(host)), layout }));
+  }
+
+  static async create(device: Device, layers: readonly NamedLayer[]): Promise<MirroredCaches> {
+    const mirrored: MirroredLayer[] = [];
+    for (const { name, cache } of layers) {
+      const host = await device.allocatePinned(
+        layerBytes(cache.layout),
+        `host mirror of the KV cache of ${name}`,
+      );
+      mirrored.push({ device: cache.memory, host, layout: cache.layout });
+    }
+    return new MirroredCaches(device, mirrored);
+  }
+
+  async prepare(batch: ForwardBatch): Promise<void> {
+    const needed = new Set(batch.blockCopies.map((copy) => copy.source));
+    for (const sequence of batch.sequences) {
+      if (sequence.start > 0 && this.#known.get(sequence.sequenceId) !== sequence.start) {
+        for (const block of this.#blocks(sequence, 0, sequence.start)) needed.add(block);
+      }
+      this.#remember(sequence);
+    }
+    // A block that this step's copies fill is not downloaded: the copy is what counts.
+    for (const { target } of batch.blockCopies) needed.delete(target);
+    if (needed.size > 0) {
+      for (const layer of this.#mirrored) this.#copy(layer, needed, 'download');
+      await this.#settled('download of loaded KV');
+    }
+    if (batch.blockCopies.length === 0) return;
+    copyBlocks(this.layers, batch);
+    const targets = new Set(batch.blockCopies.map((copy) => copy.target));
+    for (const layer of this.#mirrored) this.#copy(layer, targets, 'upload');
+    await this.#settled('upload of copied KV blocks');
+  }
+
+  async written(layer: number, batch: ForwardBatch): Promise<void> {
+    const blocks = new Set<number>();
+    for (const sequence of batch.sequences) {
+      const end = sequence.start + sequence.tokens.length;
+      for (const block of this.#blocks(sequence, sequence.start, end)) blocks.add(block);
+    }
+    this.#copy(this.#mirrored[layer]!, blocks, 'upload');
+    await this.#settled(`upload of the KV of layer ${layer}`);
+  }
+
+  /** Idempotent. The memory is the device's. */
+  dispose(): void {
+    this.#poller.dispose();
+    this.#stream.dispose();
+  }
+
+  #remember(sequence: ScheduledSequence): void {
+    this.#known.delete(sequence.sequenceId);
+    this.#known.set(sequence.sequenceId, sequence.start + sequence.tokens.length);
+    if (this.#known.size > MAX_KNOWN_SEQUENCES) {
+      const oldest = this.#known.keys().next();
+      if (!oldest.done) this.#known.delete(oldest.value);
+    }
+  }
+
+  #copy(layer: MirroredLayer, blocks: ReadonlySet<number>, direction: 'upload' | 'download'): void {
+    const { layout } = layer;
+    for (const block of blocks) {
+      for (const run of [0, 1]) {
+        const at = runOffset(layout, layout.numBlocks, block, run);
+        const onDevice = sliceMemory(layer.device, at, runBytes(layout));
+        const onHost = sliceMemory(layer.host, at, runBytes(layout));
+        if (direction === 'upload') this.#device.copy(onDevice, onHost, this.#stream);
+        else this.#device.copy(onHost, onDevice, this.#stream);
+      }
+    }
+  }
+
+  /** Blocks that hold positions `start` to `end`, exclusive. */
+  #blocks(sequence: ScheduledSequence, start: number, end: number): Int32Array {
+    const { blockSize } = this.#mirrored[0]!.layout;
+    return sequence.blockTable.subarray(Math.floor(start / blockSize), Math.ceil(end / blockSize));
+  }
+
+  async #settled(what: string): Promise<void> {
+    const event = this.#stream.record();
+    try {
+      await this.#poller.wait(event, COPY_TIMEOUT_MS, what);
+    } finally {
+      event.dispose();
+    }
+  }
+}

@@ -1,0 +1,148 @@
+/** Runs steps on the host: float32 arithmetic over a paged KV cache that lies in host memory, or in GPU memory behind a mirror. */
+import type { Device } from '../../device/device.ts';
+import { allocatePagedCache, attentionLayerName, type NamedLayer } from '../../kv/paged-cache.ts';
+import type {
+  ForwardBatch,
+  ForwardResult,
+  SampledToken,
+  ScheduledSequence,
+  TokenLogprob,
+} from '../../scheduler/types.ts';
+import type { ModelConfig } from '../config.ts';
+import type { Executor, LayerHooks } from '../executor.ts';
+import { logprobOf, sample } from '../sampler.ts';
+import { type HostCaches, openHostCaches } from './caches.ts';
+import { HostLlama } from './llama.ts';
+import { type LlamaWeights, loadLlamaWeights } from './weights.ts';
+
+/** Logits of so many rows at a time: a long prompt's log-probabilities must not take [tokens, vocab] of memory. */
+const LOGIT_ROWS = 32;
+
+export interface HostExecutorOptions {
+  readonly dir: string;
+  readonly config: ModelConfig;
+  readonly device: Device;
+  readonly blockSize: number;
+  readonly numBlocks: number;
+}
+
+export class HostExecutor implements Executor {
+  readonly layers: readonly NamedLayer[];
+  readonly vocabSize: number;
+  readonly #caches: HostCaches;
+  readonly #model: HostLlama;
+
+  private constructor(
+    config: ModelConfig,
+    weights: LlamaWeights,
+    layers: readonly NamedLayer[],
+    caches: HostCaches,
+  ) {
+    this.layers = layers;
+    this.vocabSize = config.vocab;
+    this.#caches = caches;
+    this.#model = new HostLlama(config, weights, caches.layers);
+  }
+
+  /** Throws CHECKPOINT_INVALID for weights that do not fit the configuration, OUT_OF_DEVICE_MEMORY for a cache that is too large. */
+  static async create({
+    dir,
+    config,
+    device,
+    blockSize,
+    numBlocks,
+  }: HostExecutorOptions): Promise<HostExecutor> {
+    const weights = await loadLlamaWeights(dir, config);
+    const layout = {
+      family: 'kv-first',
+      numBlocks,
+      blockSize,
+      heads: config.kvHeads,
+      headDim: config.headDim,
+      dtype: 'float32',
+    } as const;
+    const names = Array.from({ length: config.layers }, (_, i) => attentionLayerName(i));
+    const layers = allocatePagedCache(device, layout, names);
+    return new HostExecutor(config, weights, layers, await openHostCaches(device, layers));
+  }
+
+  async forward(batch: ForwardBatch, hooks: LayerHooks): Promise<ForwardResult> {
+    const hidden = await this.#run(batch, hooks);
+    const sampled: SampledToken[] = [];
+    const promptLogprobs = new Map<string, readonly TokenLogprob[]>();
+    let first = 0;
+    for (const sequence of batch.sequences) {
+      if (sequence.promptLogprobs) {
+        promptLogprobs.set(sequence.sequenceId, this.#promptLogprobs(hidden, first, sequence.promptLogprobs));
+      }
+      first += sequence.tokens.length;
+    }
+    const ends = sampledRows(batch.sequences);
+    const { vocabSize } = this;
+    for (let i = 0; i < ends.length; i += LOGIT_ROWS) {
+      const chunk = ends.slice(i, i + LOGIT_ROWS);
+      const logits = this.#model.logits(
+        hidden,
+        chunk.map(({ row }) => row),
+      );
+      chunk.forEach(({ sequenceId, spec }, k) => {
+        sampled.push({ sequenceId, ...sample(logits.subarray(k * vocabSize, (k + 1) * vocabSize), spec) });
+      });
+    }
+    return { sampled, promptLogprobs };
+  }
+
+  async logits(batch: ForwardBatch): Promise<Float32Array> {
+    const hidden = await this.#run(batch, {});
+    let row = -1;
+    const ends = batch.sequences.map((sequence) => {
+      row += sequence.tokens.length;
+      return row;
+    });
+    return this.#model.logits(hidden, ends);
+  }
+
+  /** Idempotent. The cache is the device's. */
+  dispose(): void {
+    this.#caches.dispose();
+  }
+
+  async #run(batch: ForwardBatch, hooks: LayerHooks): Promise<Float32Array> {
+    await this.#caches.prepare(batch);
+    return this.#model.hidden(batch.sequences, {
+      ...(hooks.beforeLayer && { before: hooks.beforeLayer }),
+      written: (layer) => {
+        const uploaded = this.#caches.written(layer, batch);
+        if (uploaded) return uploaded.then(() => hooks.afterLayer?.(layer));
+        return hooks.afterLayer?.(layer);
+      },
+    });
+  }
+
+  #promptLogprobs(
+    hidden: Float32Array,
+    first: number,
+    { count, targets }: NonNullable<ScheduledSequence['promptLogprobs']>,
+  ): readonly TokenLogprob[] {
+    const entries: TokenLogprob[] = [];
+    for (let i = 0; i < targets.length; i += LOGIT_ROWS) {
+      const rows = Array.from({ length: Math.min(LOGIT_ROWS, targets.length - i) }, (_, k) => first + i + k);
+      const logits = this.#model.logits(hidden, rows);
+      rows.forEach((_, k) => {
+        entries.push(
+          logprobOf(logits.subarray(k * this.vocabSize, (k + 1) * this.vocabSize), targets[i + k]!, count),
+        );
+      });
+    }
+    return entries;
+  }
+}
+
+/** Where the sampled rows stand in the step, in batch order. */
+function sampledRows(sequences: readonly ScheduledSequence[]) {
+  let row = -1;
+  return sequences.flatMap(({ tokens, sample: spec, sequenceId }) => {
+    row += tokens.length;
+    return spec ? [{ row, sequenceId, spec }] : [];
+  });
+}

@@ -1,0 +1,209 @@
+/**
+ * A Llama on the host, float32, over a paged KV cache. Readable before fast: it is also the reference for GPU kernels.
+ *
+ *   rows = all tokens of all sequences of a step, one after another
+ *   per layer: norm -> q, k, v -> RoPE -> KV into the cache -> attention over the cache -> output -> + residual
+ *              norm -> gate, up -> SwiGLU -> down -> + residual
+ *
+ * What a row becomes hangs on its own sequence alone (see kernels.ts), so chunks and batches never change a bit.
+ */
+import { PdError } from '../../errors.ts';
+import type { ScheduledSequence } from '../../scheduler/types.ts';
+import type { ModelConfig } from '../config.ts';
+import { ropeFrequencies } from '../rope-config.ts';
+import { AttentionScratch, attend } from './attention.ts';
+import { addInto, applyRope, matmul, type RopeAngles, rmsNorm, swiglu } from './kernels.ts';
+import { type HostLayerCache, slotOf, writeKv } from './layer-cache.ts';
+import type { LlamaLayerWeights, LlamaWeights } from './weights.ts';
+
+export interface LayerSteps {
+  before?(layer: number): Promise<void>;
+  /** The step's KV of `layer` is in the cache. */
+  written?(layer: number): Promise<void> | void;
+}
+
+export class HostLlama {
+  readonly config: ModelConfig;
+  readonly #weights: LlamaWeights;
+  readonly #caches: readonly HostLayerCache[];
+  readonly #frequencies: Float64Array;
+  readonly #attention: AttentionScratch;
+  #scratch: Scratch;
+
+  constructor(config: ModelConfig, weights: LlamaWeights, caches: readonly HostLayerCache[]) {
+    this.config = config;
+    this.#weights = weights;
+    this.#caches = caches;
+    this.#frequencies = ropeFrequencies(config.rope, config.headDim);
+    this.#attention = new AttentionScratch(config.headDim);
+    this.#scratch = new Scratch(config, 16);
+  }
+
+  /** Runs the step and writes its KV. The residual stream of all rows, [rows, hidden], valid until the next call. */
+  async hidden(sequences: readonly ScheduledSequence[], steps: LayerSteps): Promise<Float32Array> {
+    const rows = this.#rowsOf(sequences);
+    const count = rows.tokens.length;
+    if (count > this.#scratch.rows) this.#scratch = new Scratch(this.config, count);
+    const { x } = this.#scratch;
+    this.#embed(x, rows.tokens);
+    const angles = this.#angles(rows.positions);
+    for (let layer = 0; layer < this.config.layers; layer++) {
+      if (steps.before) await steps.before(layer);
+      const weights = this.#weights.layers[layer]!;
+      this.#project(weights, count, angles, layer, rows.slots);
+      const written = steps.written?.(layer);
+      if (written) await written;
+      this.#attend(weights, layer, sequences, count);
+      this.#feedForward(weights, count);
+    }
+    return x;
+  }
+
+  /** Logits of the chosen rows of the residual stream, [rows.length, vocab]. */
+  logits(hidden: Float32Array, rows: readonly number[]): Float32Array {
+    const { hidden: width, vocab, rmsNormEps } = this.config;
+    const chosen = new Float32Array(rows.length * width);
+    rows.forEach((row, i) => {
+      chosen.set(hidden.subarray(row * width, (row + 1) * width), i * width);
+    });
+    rmsNorm(chosen, chosen, this.#weights.finalNorm, rows.length, rmsNormEps);
+    const logits = new Float32Array(rows.length * vocab);
+    matmul(logits, chosen, this.#weights.head, rows.length, width, vocab);
+    return logits;
+  }
+
+  #rowsOf(sequences: readonly ScheduledSequence[]): Rows {
+    const count = sequences.reduce((sum, sequence) => sum + sequence.tokens.length, 0);
+    const rows: Rows = {
+      tokens: new Int32Array(count),
+      positions: new Int32Array(count),
+      slots: new Int32Array(count),
+    };
+    const { blockSize, numBlocks } = this.#caches[0]!.layout;
+    let row = 0;
+    for (const { tokens, start, blockTable, sequenceId } of sequences) {
+      for (let i = 0; i < tokens.length; i++, row++) {
+        const token = tokens[i]!;
+        const slot = slotOf(blockTable, blockSize, start + i);
+        if (!(token >= 0 && token < this.config.vocab)) {
+          throw new PdError(
+            'INTERNAL',
+            `sequence ${sequenceId}: token ${token} at position ${start + i} is outside of the vocabulary`,
+          );
+        }
+        if (!(slot >= 0 && slot < numBlocks * blockSize)) {
+          throw new PdError(
+            'INTERNAL',
+            `sequence ${sequenceId}: position ${start + i} has no block in its table of ${blockTable.length}`,
+          );
+        }
+        rows.tokens[row] = token;
+        rows.positions[row] = start + i;
+        rows.slots[row] = slot;
+      }
+    }
+    return rows;
+  }
+
+  #embed(x: Float32Array, tokens: Int32Array): void {
+    const { hidden } = this.config;
+    tokens.forEach((token, row) => {
+      x.set(this.#weights.embedding.subarray(token * hidden, (token + 1) * hidden), row * hidden);
+    });
+  }
+
+  #angles(positions: Int32Array): RopeAngles {
+    const half = this.#frequencies.length;
+    const cos = new Float32Array(positions.length * half);
+    const sin = new Float32Array(positions.length * half);
+    positions.forEach((position, row) => {
+      for (let i = 0; i < half; i++) {
+        const angle = position * this.#frequencies[i]!;
+        cos[row * half + i] = Math.cos(angle);
+        sin[row * half + i] = Math.sin(angle);
+      }
+    });
+    return { cos, sin };
+  }
+
+  #project(
+    weights: LlamaLayerWeights,
+    rows: number,
+    angles: RopeAngles,
+    layer: number,
+    slots: Int32Array,
+  ): void {
+    const { hidden, heads, kvHeads, headDim, rmsNormEps } = this.config;
+    const { x, normed, q, k, v } = this.#scratch;
+    rmsNorm(normed, x, weights.inputNorm, rows, rmsNormEps);
+    matmul(q, normed, weights.query, rows, hidden, heads * headDim);
+    matmul(k, normed, weights.key, rows, hidden, kvHeads * headDim);
+    matmul(v, normed, weights.value, rows, hidden, kvHeads * headDim);
+    applyRope(q, angles, rows, heads, headDim);
+    applyRope(k, angles, rows, kvHeads, headDim);
+    for (let row = 0; row < rows; row++) writeKv(this.#caches[layer]!, slots[row]!, k, v, row);
+  }
+
+  #attend(
+    weights: LlamaLayerWeights,
+    layer: number,
+    sequences: readonly ScheduledSequence[],
+    rows: number,
+  ): void {
+    const { hidden, heads, headDim } = this.config;
+    const { x, q, attended, projected } = this.#scratch;
+    let row = 0;
+    for (const { tokens, start, blockTable } of sequences) {
+      for (let i = 0; i < tokens.length; i++, row++) {
+        attend(attended, q, row, heads, this.#caches[layer]!, blockTable, start + i, this.#attention);
+      }
+    }
+    matmul(projected, attended, weights.output, rows, heads * headDim, hidden);
+    addInto(x, projected, rows * hidden);
+  }
+
+  #feedForward(weights: LlamaLayerWeights, rows: number): void {
+    const { hidden, intermediate, rmsNormEps } = this.config;
+    const { x, normed, gate, up, projected } = this.#scratch;
+    rmsNorm(normed, x, weights.postNorm, rows, rmsNormEps);
+    matmul(gate, normed, weights.gate, rows, hidden, intermediate);
+    matmul(up, normed, weights.up, rows, hidden, intermediate);
+    swiglu(gate, up, rows * intermediate);
+    matmul(projected, gate, weights.down, rows, intermediate, hidden);
+    addInto(x, projected, rows * hidden);
+  }
+}
+
+interface Rows {
+  readonly tokens: Int32Array;
+  readonly positions: Int32Array;
+  readonly slots: Int32Array;
+}
+
+/** Activations of one step, reused by all layers. */
+class Scratch {
+  readonly rows: number;
+  readonly x: Float32Array;
+  readonly normed: Float32Array;
+  readonly q: Float32Array;
+  readonly k: Float32Array;
+  readonly v: Float32Array;
+  readonly attended: Float32Array;
+  readonly projected: Float32Array;
+  readonly gate: Float32Array;
+  readonly up: Float32Array;
+
+  constructor(config: ModelConfig, rows: number) {
+    const { hidden, heads, kvHeads, headDim, intermediate } = config;
+    this.rows = rows;
+    this.x = new Float32Array(rows * hidden);
+    this.normed = new Float32Array(rows * hidden);
+    this.q = new Float32Array(rows * heads * headDim);
+    this.k = new Float32Array(rows * kvHeads * headDim);
+    this.v = new Float32Array(rows * kvHeads * headDim);
+    this.attended = new Float32Array(rows * heads * headDim);
+    this.projected = new Float32Array(rows * hidden);
+    this.gate = new Float32Array(rows * intermediate);
+    this.up = new Float32Array(rows * intermediate);
+  }
+}

@@ -1,0 +1,169 @@
+/** A checkpoint's tokenizer: text to token ids and back, and chat messages to text. */
+import { join } from 'node:path';
+import { Tokenizer as HuggingFaceTokenizer } from '@huggingface/tokenizers';
+import { z } from 'zod';
+import { PdError } from '../errors.ts';
+import { type ChatMessage, ChatTemplate, readChatTemplate } from './chat-template.ts';
+import { readModelConfig } from './config.ts';
+import { IncrementalDecoder, type PieceSource } from './incremental-decoder.ts';
+import { readJson } from './json-file.ts';
+import { readPieces, type TokenPiece } from './token-pieces.ts';
+
+export type { ChatMessage } from './chat-template.ts';
+export { IncrementalDecoder } from './incremental-decoder.ts';
+
+const addedTokenSchema = z.looseObject({
+  id: z.number().int().nonnegative(),
+  content: z.string(),
+  special: z.boolean().default(false),
+});
+const tokenizerSchema = z.looseObject({
+  added_tokens: z.array(addedTokenSchema).default([]),
+  decoder: z.unknown(),
+  model: z.looseObject({ type: z.string().nullish() }),
+});
+type AddedToken = z.infer<typeof addedTokenSchema>;
+
+/** A special token in tokenizer_config.json: its text, or an object that holds it. */
+const namedTokenSchema = z.union([
+  z.string(),
+  z.looseObject({ content: z.string() }).transform(({ content }) => content),
+]);
+
+export class Tokenizer implements PieceSource {
+  readonly leadingSpaces: number;
+  /** Ids are below this. */
+  readonly vocabSize: number;
+  /** Tokens that end a text, from config.json and generation_config.json. */
+  readonly eosTokenIds: readonly number[];
+  readonly bosTokenId: number | undefined;
+  readonly #library: HuggingFaceTokenizer;
+  readonly #pieces: readonly (TokenPiece | undefined)[];
+  readonly #special: ReadonlySet<number>;
+  readonly #chat: ChatTemplate | undefined;
+
+  private constructor(parts: {
+    readonly library: HuggingFaceTokenizer;
+    readonly pieces: readonly (TokenPiece | undefined)[];
+    readonly leadingSpaces: number;
+    readonly special: ReadonlySet<number>;
+    readonly chat: ChatTemplate | undefined;
+    readonly eosTokenIds: readonly number[];
+    readonly bosTokenId: number | undefined;
+  }) {
+    this.#library = parts.library;
+    this.#pieces = parts.pieces;
+    this.#special = parts.special;
+    this.#chat = parts.chat;
+    this.leadingSpaces = parts.leadingSpaces;
+    this.vocabSize = parts.pieces.length;
+    this.eosTokenIds = parts.eosTokenIds;
+    this.bosTokenId = parts.bosTokenId;
+  }
+
+  /** Reads tokenizer.json and what stands beside it. Throws CHECKPOINT_INVALID or MODEL_UNSUPPORTED. */
+  static async load(dir: string): Promise<Tokenizer> {
+    const path = join(dir, 'tokenizer.json');
+    const json = await readJson(path);
+    if (json === undefined) throw new PdError('CHECKPOINT_INVALID', `${dir} holds no tokenizer.json`);
+    const parsed = tokenizerSchema.safeParse(json);
+    if (!parsed.success) throw new PdError('CHECKPOINT_INVALID', `${path}: ${z.prettifyError(parsed.error)}`);
+    const settings = ((await readJson(join(dir, 'tokenizer_config.json'))) ?? {}) as Record<string, unknown>;
+    const library = openLibrary(json, settings, path);
+    const reader = readPieces(parsed.data.decoder, path);
+    const model = await readModelConfig(dir);
+    const template = await readChatTemplate(dir, settings);
+    return new Tokenizer({
+      library,
+      pieces: piecesOf(library, parsed.data.added_tokens, reader.piece),
+      leadingSpaces: reader.leadingSpaces,
+      special: new Set(parsed.data.added_tokens.filter(({ special }) => special).map(({ id }) => id)),
+      chat: template === undefined ? undefined : new ChatTemplate(template, namedTokens(settings), dir),
+      eosTokenIds: model.eosTokenIds,
+      bosTokenId: model.bosTokenId,
+    });
+  }
+
+  /** Token ids of `text`. Special tokens (a beginning-of-text) are added unless told otherwise, as for a prompt of a completion. */
+  encode(text: string, { addSpecialTokens = true }: { readonly addSpecialTokens?: boolean } = {}): number[] {
+    return this.#library.encode(text, { add_special_tokens: addSpecialTokens }).ids;
+  }
+
+  /** Text of `ids`. Bytes that are no UTF-8 become U+FFFD; ids outside of the vocabulary have no text. */
+  decode(ids: Iterable<number>, options: { readonly skipSpecialTokens?: boolean } = {}): string {
+    const decoder = new IncrementalDecoder(this, options);
+    let text = '';
+    for (const id of ids) text += decoder.push(id);
+    return text + decoder.flush();
+  }
+
+  get hasChatTemplate(): boolean {
+    return this.#chat !== undefined;
+  }
+
+  /** The prompt of a chat; encode it without special tokens, the template writes them. Throws REQUEST_INVALID. */
+  applyChatTemplate(
+    messages: readonly ChatMessage[],
+    { addGenerationPrompt = true }: { readonly addGenerationPrompt?: boolean } = {},
+  ): string {
+    if (!this.#chat) {
+      throw new PdError('REQUEST_INVALID', 'the served model has no chat template; use /v1/completions');
+    }
+    return this.#chat.render(messages, addGenerationPrompt);
+  }
+
+  /** Text of one token by itself, special ones too: what log-probabilities show. */
+  tokenString(id: number): string {
+    return this.decode([id], { skipSpecialTokens: false });
+  }
+
+  /** Bytes of one token; undefined for an id outside of the vocabulary. */
+  tokenBytes(id: number): Uint8Array | undefined {
+    const piece = this.#pieces[id];
+    if (piece === undefined) return undefined;
+    return piece.kind === 'bytes' ? piece.bytes : new TextEncoder().encode(piece.text);
+  }
+
+  isSpecial(id: number): boolean {
+    return this.#special.has(id);
+  }
+
+  piece(id: number, skipSpecialTokens: boolean): TokenPiece | undefined {
+    return skipSpecialTokens && this.#special.has(id) ? undefined : this.#pieces[id];
+  }
+}
+
+function openLibrary(json: unknown, settings: Record<string, unknown>, path: string): HuggingFaceTokenizer {
+  try {
+    return new HuggingFaceTokenizer(json as object, settings);
+  } catch (cause) {
+    throw new PdError(
+      'CHECKPOINT_INVALID',
+      `${path} cannot be used: ${PdError.from(cause).message}`,
+      {},
+      { cause },
+    );
+  }
+}
+
+function piecesOf(
+  library: HuggingFaceTokenizer,
+  added: readonly AddedToken[],
+  read: (token: string) => TokenPiece,
+): readonly (TokenPiece | undefined)[] {
+  const pieces: (TokenPiece | undefined)[] = [];
+  for (const [token, id] of library.get_vocab(false)) pieces[id] = read(token);
+  for (const { id, content } of added) pieces[id] = { kind: 'text', text: content };
+  return pieces;
+}
+
+/** `bos_token` and the like, as templates name them. */
+function namedTokens(settings: Record<string, unknown>): Record<string, string> {
+  const names = ['bos_token', 'eos_token', 'unk_token', 'pad_token', 'sep_token', 'cls_token', 'mask_token'];
+  const tokens: Record<string, string> = {};
+  for (const name of names) {
+    const parsed = namedTokenSchema.safeParse(settings[name]);
+    if (parsed.success) tokens[name] = parsed.data;
+  }
+  return tokens;
+}
