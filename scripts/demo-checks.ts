@@ -1,0 +1,159 @@
+/** One prompt of the demo: through the proxy and through an undivided worker, and what the consumer's metrics say of it. */
+
+export interface Prompt {
+  readonly prompt: string;
+  readonly maxTokens: number;
+}
+
+/** The runbook's. */
+export const PROMPTS: readonly Prompt[] = [
+  { prompt: 'Hello world', maxTokens: 10 },
+  { prompt: 'What is the capital of France?', maxTokens: 8 },
+  {
+    prompt: 'def fibonacci(n):\n    if n <= 1:\n        return n\n    else:\n        return',
+    maxTokens: 12,
+  },
+  {
+    prompt: 'Once upon a time in a magical forest, there lived a wise old dragon who',
+    maxTokens: 20,
+  },
+];
+
+/** What KV bytes hang on. */
+export interface KvShape {
+  readonly layers: number;
+  readonly kvHeads: number;
+  readonly headDim: number;
+  readonly elementBytes: number;
+  readonly blockSize: number;
+}
+
+export interface Addresses {
+  readonly proxy: { readonly url: string; readonly discovery: string };
+  readonly producers: readonly { readonly name: string; readonly url: string; readonly kv: string }[];
+  readonly consumers: readonly { readonly name: string; readonly url: string; readonly kv: string }[];
+}
+
+export interface PromptResult {
+  readonly text: string;
+  readonly firstTokenMs: number;
+  readonly bytesMoved: number;
+  readonly moveMs: number;
+  /** Empty: passed. */
+  readonly problems: readonly string[];
+}
+
+const DEADLINE_MS = 60_000;
+
+export async function runPrompt(
+  { prompt, maxTokens }: Prompt,
+  model: string,
+  system: Addresses,
+  undividedUrl: string,
+  shape: KvShape,
+): Promise<PromptResult> {
+  const consumer = system.consumers[0]!;
+  const producer = system.producers[0]!;
+  const request = { model, prompt, max_tokens: maxTokens, temperature: 0 };
+  const before = await metricsOf(consumer.url);
+  const answer = await complete(system.proxy.url, request);
+  const after = await metricsOf(consumer.url);
+  const undivided = await complete(undividedUrl, request);
+  const rise = (name: string) => (after.get(name) ?? Number.NaN) - (before.get(name) ?? Number.NaN);
+
+  const { layers, kvHeads, headDim, elementBytes, blockSize } = shape;
+  const tokens = Math.ceil(answer.promptTokens / blockSize) * blockSize;
+  const expected: readonly (readonly [string, number])[] = [
+    ['pd_kv_loads_total{result="ok"}', 1],
+    ['pd_kv_loads_total{result="recomputed"}', 0],
+    ['pd_kv_loads_total{result="failed"}', 0],
+    ['pd_kv_received_bytes_total', layers * 2 * tokens * kvHeads * headDim * elementBytes],
+    ['pd_prompt_tokens_total{source="computed"}', 1],
+    ['pd_prompt_tokens_total{source="loaded"}', answer.promptTokens - 1],
+  ];
+  const problems = expected
+    .filter(([name, value]) => rise(name) !== value)
+    .map(([name, value]) => `${name} of ${consumer.name} rose by ${rise(name)}, not ${value}`);
+  if (answer.text === '') problems.push('the completion is empty');
+  if (answer.text !== undivided.text) {
+    problems.push(`the undivided worker says ${JSON.stringify(undivided.text)}`);
+  }
+  for (const address of [producer.kv, consumer.kv]) {
+    if (!answer.id.includes(address)) problems.push(`the response id ${answer.id} does not carry ${address}`);
+  }
+  return {
+    text: answer.text,
+    firstTokenMs: answer.firstTokenMs,
+    bytesMoved: rise('pd_kv_received_bytes_total'),
+    moveMs: rise('pd_transfer_seconds_sum') * 1_000,
+    problems,
+  };
+}
+
+interface Streamed {
+  readonly id: string;
+  readonly text: string;
+  readonly promptTokens: number;
+  readonly firstTokenMs: number;
+}
+
+interface Chunk {
+  readonly id?: string;
+  readonly choices?: readonly { readonly text: string }[];
+  readonly usage?: { readonly prompt_tokens: number } | null;
+  readonly error?: { readonly message: string };
+}
+
+/** One streamed completion. Throws what the server says instead. */
+async function complete(url: string, request: object): Promise<Streamed> {
+  const started = performance.now();
+  const response = await fetch(`${url}/v1/completions`, {
+    method: 'POST',
+    headers: { 'content-type': 'application/json' },
+    body: JSON.stringify({ ...request, stream: true, stream_options: { include_usage: true } }),
+    signal: AbortSignal.timeout(DEADLINE_MS),
+  });
+  if (!response.ok || !response.body) {
+    throw new Error(`${url} answers ${response.status}: ${await response.text()}`);
+  }
+  let id = '';
+  let text = '';
+  let promptTokens = 0;
+  let firstTokenMs = Number.NaN;
+  for await (const event of events(response.body)) {
+    if (event.error) throw new Error(`${url}: ${event.error.message}`);
+    id = event.id ?? id;
+    promptTokens = event.usage?.prompt_tokens ?? promptTokens;
+    for (const choice of event.choices ?? []) {
+      if (Number.isNaN(firstTokenMs)) firstTokenMs = performance.now() - started;
+      text += choice.text;
+    }
+  }
+  return { id, text, promptTokens, firstTokenMs };
+}
+
+async function* events(body: ReadableStream<Uint8Array>): AsyncGenerator<Chunk> {
+  let held = '';
+  const decoder = new TextDecoder();
+  for await (const bytes of body) {
+    const parts = (held + decoder.decode(bytes, { stream: true })).split('\n\n');
+    held = parts.pop() ?? '';
+    for (const part of parts) {
+      const data = part.replace(/^data: /, '');
+      if (data !== '[DONE]') yield JSON.parse(data) as Chunk;
+    }
+  }
+}
+
+/** `name{labels}` -> value; the label model_name, the same on all, is left out. */
+export async function metricsOf(url: string): Promise<ReadonlyMap<string, number>> {
+  const response = await fetch(`${url}/metrics`, { signal: AbortSignal.timeout(DEADLINE_MS) });
+  const metrics = new Map<string, number>();
+  for (const line of (await response.text()).split('\n')) {
+    const match = /^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)$/.exec(line);
+    if (!match) continue;
+    const labels = (match[2] ?? '').replace(/model_name="[^"]*",?/, '').replace(/,$/, '');
+    metrics.set(labels ? `${match[1]}{${labels}}` : match[1]!, Number(match[3]));
+  }
+  return metrics;
+}
