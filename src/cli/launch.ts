@@ -8,7 +8,7 @@ import { SEND_TYPES } from '../transfer/types.ts';
 import { LaunchOutput } from './launch-output.ts';
 import { type LaunchPlan, type LaunchSettings, planLaunch } from './launch-plan.ts';
 import { Supervisor } from './launch-supervisor.ts';
-import { packageVersion } from './run.ts';
+import { packageVersion } from '../version.ts';
 
 const WORKERS = 'Workers';
 const PORTS = 'Ports';

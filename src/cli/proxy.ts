@@ -4,7 +4,7 @@ import { duration, oneOf, port, text } from '../config/kinds.ts';
 import { addOptions, defineOptions, option, resolveOptions } from '../config/options.ts';
 import type { ProxyConfig } from '../config/worker-config.ts';
 import { PdProxy } from '../proxy/proxy.ts';
-import { packageVersion } from './run.ts';
+import { packageVersion } from '../version.ts';
 
 export const PROXY_OPTIONS = defineOptions({
   host: option({ kind: text('address'), help: 'address to listen on', default: '0.0.0.0' }),
