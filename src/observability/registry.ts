@@ -6,27 +6,33 @@ type Labels = Record<string, string>;
 
 /** A histogram whose buckets live in the pages, not in prom-client. */
 class PageHistogram extends Histogram {
+  readonly #name: string;
+  readonly #help: string;
   readonly #read: () => ReturnType<typeof readHistogram>;
 
   constructor(name: string, help: string, read: () => ReturnType<typeof readHistogram>) {
     super({ name, help, registers: [] });
+    this.#name = name;
+    this.#help = help;
     this.#read = read;
   }
 
-  override async get(): ReturnType<Histogram['get']> {
-    const own = await super.get();
+  /** What prom-client makes both the text page and `get()` from; its own would show buckets that nothing fills. */
+  async getForPromString(): Promise<object> {
     const { cumulative, sum } = this.#read();
-    const count = cumulative.at(-1)?.count ?? 0;
+    const name = this.#name;
+    const value = (suffix: string, labels: object, amount: number) => ({
+      metricName: `${name}${suffix}`,
+      labels,
+      sharedLabels: {},
+      value: amount,
+    });
     const values = [
-      ...cumulative.map(({ le, count: value }) => ({
-        metricName: `${own.name}_bucket`,
-        labels: { le },
-        value,
-      })),
-      { metricName: `${own.name}_sum`, labels: {}, value: sum },
-      { metricName: `${own.name}_count`, labels: {}, value: count },
+      ...cumulative.map(({ le, count }) => value('_bucket', { le }, count)),
+      value('_sum', {}, sum),
+      value('_count', {}, cumulative.at(-1)?.count ?? 0),
     ];
-    return { ...own, values };
+    return { name, help: this.#help, type: 'histogram', aggregator: 'sum', values };
   }
 }
 

@@ -1,0 +1,128 @@
+import fc from 'fast-check';
+import { describe, expect, it } from 'vitest';
+import { engineRequestId } from '../../../src/wire/ids.ts';
+import { Choice } from '../../../src/worker/server/choice.ts';
+import { StopMatcher } from '../../../src/worker/server/stop-matcher.ts';
+import { BYTE_MODEL, bytesOf, EOS } from '../../support/fake-core.ts';
+
+const requestId = engineRequestId('cmpl-1-0');
+const piece = fc.constantFrom('a', 'b', 'ab', 'END', 'EN', 'é', '🐉', '👩‍👩‍👧', '\n', ' ');
+const texts = fc.array(piece, { maxLength: 20 }).map((pieces) => pieces.join(''));
+const stops = fc.array(fc.constantFrom('END', 'ENE', 'ab', '🐉', 'bb', '\n\n'), { maxLength: 3 });
+const cuts = fc.array(fc.integer({ min: 1, max: 5 }), { minLength: 1 });
+
+/** `items` in runs of the given lengths. */
+function split<T>(items: readonly T[], lengths: readonly number[]): T[][] {
+  const runs: T[][] = [];
+  for (let at = 0, i = 0; at < items.length; i++) {
+    const length = lengths[i % lengths.length]!;
+    runs.push(items.slice(at, at + length));
+    at += length;
+  }
+  return runs;
+}
+
+/** What the text is up to the first stop string. */
+function expected(text: string, stopStrings: readonly string[]): { text: string; stopped: boolean } {
+  const ends = stopStrings.map((stop) => text.indexOf(stop)).filter((at) => at >= 0);
+  return ends.length === 0
+    ? { text, stopped: false }
+    : { text: text.slice(0, Math.min(...ends)), stopped: true };
+}
+
+describe('StopMatcher', () => {
+  it('lets out the text before the earliest stop string, however it is cut', () => {
+    fc.assert(
+      fc.property(texts, stops, cuts, (text, stopStrings, lengths) => {
+        const matcher = new StopMatcher(stopStrings);
+        let out = '';
+        for (const run of split([...text], lengths)) {
+          out += matcher.push(run.join(''));
+          if (matcher.matched !== undefined) break;
+        }
+        if (matcher.matched === undefined) out += matcher.flush();
+        const cut = expected(text, stopStrings);
+        // Cut early, a stop string may be found before one that begins earlier but ends later: only shorter ones can win.
+        expect(matcher.matched !== undefined).toBe(cut.stopped);
+        for (const stop of stopStrings) expect(out).not.toContain(stop);
+        expect(text.startsWith(out)).toBe(true);
+        if (!cut.stopped) expect(out).toBe(text);
+      }),
+    );
+  });
+
+  it('holds back no more than what may become a stop string', () => {
+    const matcher = new StopMatcher(['END', 'STOP']);
+    expect(matcher.push('the E')).toBe('the ');
+    expect(matcher.push('N')).toBe('');
+    expect(matcher.push('ough')).toBe('ENough');
+    expect(matcher.push('S')).toBe('');
+    expect(matcher.flush()).toBe('S');
+  });
+});
+
+describe('Choice', () => {
+  it('streams the same text as it gives whole, with characters and stop strings split over tokens', () => {
+    fc.assert(
+      fc.property(texts, stops, cuts, (text, stopStrings, lengths) => {
+        const run = (lengthsOfOutputs: readonly number[]) => {
+          const choice = new Choice(BYTE_MODEL, stopStrings, 0);
+          const deltas: string[] = [];
+          let reason: string | undefined;
+          for (const tokens of split([...bytesOf(text), EOS], lengthsOfOutputs)) {
+            const last = tokens.at(-1) === EOS;
+            const delta = choice.push({
+              requestId,
+              index: 0,
+              tokens,
+              ...(last ? { finishReason: 'stop' as const } : {}),
+            });
+            deltas.push(delta.text);
+            reason = delta.finishReason ?? reason;
+            if (choice.stopped) break;
+          }
+          return { deltas, reason, tokens: choice.tokens };
+        };
+        const streamed = run(lengths);
+        const whole = run([1e9]);
+        expect(streamed.deltas.join('')).toBe(whole.deltas.join(''));
+        expect(streamed.reason).toBe('stop');
+        expect(streamed.tokens).toBe(whole.tokens);
+        for (const delta of streamed.deltas) expect(delta).not.toContain('\ufffd');
+        if (!expected(text, stopStrings).stopped) expect(whole.deltas.join('')).toBe(text);
+      }),
+    );
+  });
+
+  it('leaves the token that ended it out of the text, and counts it', () => {
+    const choice = new Choice(BYTE_MODEL, [], 0);
+    const delta = choice.push({ requestId, index: 0, tokens: [...bytesOf('hi'), 46], finishReason: 'stop' });
+    expect(delta).toEqual({ text: 'hi', logprobs: [], finishReason: 'stop' });
+    expect(choice.tokens).toBe(3);
+  });
+
+  it('minds no stop string before min_tokens', () => {
+    const choice = new Choice(BYTE_MODEL, ['a'], 2);
+    const delta = choice.push({ requestId, index: 0, tokens: bytesOf('aaba') });
+    expect(delta).toMatchObject({ text: 'aab', finishReason: 'stop' });
+    expect(choice.tokens).toBe(4);
+  });
+
+  it('flushes an unfinished character only at the end', () => {
+    const choice = new Choice(BYTE_MODEL, [], 0);
+    expect(choice.push({ requestId, index: 0, tokens: [0xf0, 0x9f] }).text).toBe('');
+    const delta = choice.push({ requestId, index: 0, tokens: [0x90], finishReason: 'length' });
+    expect(delta).toMatchObject({ text: '\ufffd', finishReason: 'length' });
+  });
+
+  it('throws the error of an output', () => {
+    const choice = new Choice(BYTE_MODEL, [], 0);
+    const error = { code: 'KV_LOAD_TIMEOUT', message: 'never came', context: {} } as const;
+    expect(() => choice.push({ requestId, index: 0, tokens: [], finishReason: 'error', error })).toThrow(
+      expect.objectContaining({ code: 'KV_LOAD_TIMEOUT', message: 'never came' }),
+    );
+    expect(() => choice.push({ requestId, index: 0, tokens: [], finishReason: 'abort' })).toThrow(
+      expect.objectContaining({ code: 'REQUEST_ABORTED' }),
+    );
+  });
+});
