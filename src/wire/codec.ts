@@ -4,8 +4,7 @@
  * `context.kind` = the label of pd_protocol_errors_total.
  */
 import { Decoder, Encoder } from '@msgpack/msgpack';
-import { ERROR_TABLE, type ErrorCode, PdError, unreachable } from '../errors.ts';
-import { type Fingerprint, SEND_TYPES } from '../transfer/types.ts';
+import { PdError, unreachable } from '../errors.ts';
 import { UNIQUE_ID_BYTES, type UniqueId } from '../transport/transport.ts';
 import {
   checkDtype,
@@ -19,14 +18,19 @@ import {
   show,
   textField,
 } from './fields.ts';
-import { checkMsgpack, DECODER_LIMITS, MAX_BODY_BYTES, protocolError, type WireLimits } from './limits.ts';
-import type { Answer, PeerHello, PingHello, PingMessage, WireMessage } from './messages.ts';
+import { helloFields, readHello, readRefusal } from './hello.ts';
+import {
+  checkMsgpack,
+  DECODER_LIMITS,
+  MAX_BODY_BYTES,
+  MAX_TEXT,
+  protocolError,
+  type WireLimits,
+} from './limits.ts';
+import type { Answer, PingHello, PingMessage, WireMessage } from './messages.ts';
 
 const encoder = new Encoder();
 const decoder = new Decoder(DECODER_LIMITS);
-
-const MAX_TEXT = 1024;
-const MAX_FEATURES = 32;
 
 const RAW_ANSWERS = { send: 0x30, 'no-room': 0x31, 'no-pair': 0x32 } as const;
 
@@ -56,6 +60,7 @@ export function encodeMessage(message: WireMessage): Uint8Array {
   }
 }
 
+/** Errors of a PUT or GET carry what `answerToInvalid` needs. */
 export function decodeMessage(body: Uint8Array, limits: WireLimits): WireMessage {
   const fields = decodeMap(body, 'message');
   const cmd = field(fields, 'cmd');
@@ -65,24 +70,31 @@ export function decodeMessage(body: Uint8Array, limits: WireLimits): WireMessage
       const pd = optionalMap(fields, 'pd', cmd);
       return pd ? { cmd, unique_id, ours: readHello(pd, cmd) } : { cmd, unique_id };
     }
-    case 'PUT': {
-      const tensor_id = checkTensorId(field(fields, 'tensor_id'), cmd);
-      const what = `${cmd} ${show(tensor_id)}`;
-      const dtype = checkDtype(field(fields, 'dtype'), what);
-      const shape = checkShape(field(fields, 'shape'), dtype, limits, what);
-      const put = { cmd, tensor_id, shape, dtype } as const;
-      return optionalMap(fields, 'pd', what) ? { ...put, ours: true } : put;
-    }
-    case 'GET': {
-      const tensor_id = checkTensorId(field(fields, 'tensor_id'), cmd);
-      const pd = optionalMap(fields, 'pd', `${cmd} ${show(tensor_id)}`);
-      return pd ? { cmd, tensor_id, ours: readSeq(pd, cmd) } : { cmd, tensor_id };
-    }
+    case 'PUT':
+    case 'GET':
+      try {
+        return cmd === 'PUT' ? readPut(fields, limits) : readGet(fields);
+      } catch (error) {
+        const { code, message, context } = PdError.from(error);
+        throw new PdError(code, message, { ...context, cmd, ...seqInVain(fields) });
+      }
     default:
       throw typeof cmd === 'string'
         ? protocolError('unknown_command', `unknown command ${show(cmd)}`)
         : protocolError('bad_field', `message: cmd is ${show(cmd)}, not a string`);
   }
+}
+
+/**
+ * What to answer to a message that `decodeMessage` refused with `error`: answers are matched by their order, so a PUT or GET that is
+ * plainly one must not go without. Undefined for anything else.
+ */
+export function answerToInvalid(error: unknown): Answer | undefined {
+  if (!(error instanceof PdError)) return undefined;
+  const { cmd, seq } = error.context;
+  if (cmd === 'PUT') return { kind: 'no-room' };
+  if (cmd !== 'GET') return undefined;
+  return typeof seq === 'number' ? { kind: 'get', ret: 1, seq } : { kind: 'get', ret: 1 };
 }
 
 export function encodeAnswer(answer: Answer): Uint8Array {
@@ -190,75 +202,36 @@ function checkUniqueId(value: unknown): UniqueId {
   return new Uint8Array(value) as UniqueId;
 }
 
+function readPut(fields: Fields, limits: WireLimits): WireMessage {
+  const cmd = 'PUT';
+  const tensor_id = checkTensorId(field(fields, 'tensor_id'), cmd);
+  const what = `${cmd} ${show(tensor_id)}`;
+  const dtype = checkDtype(field(fields, 'dtype'), what);
+  const shape = checkShape(field(fields, 'shape'), dtype, limits, what);
+  const put = { cmd, tensor_id, shape, dtype } as const;
+  return optionalMap(fields, 'pd', what) ? { ...put, ours: true } : put;
+}
+
+function readGet(fields: Fields): WireMessage {
+  const cmd = 'GET';
+  const tensor_id = checkTensorId(field(fields, 'tensor_id'), cmd);
+  const pd = optionalMap(fields, 'pd', `${cmd} ${show(tensor_id)}`);
+  return pd ? { cmd, tensor_id, ours: readSeq(pd, cmd) } : { cmd, tensor_id };
+}
+
+/** The `seq` of a GET that is wrong elsewhere, where that can be read. */
+function seqInVain(fields: Fields): { seq?: number } {
+  const pd = field(fields, 'pd');
+  const seq = isFields(pd) ? field(pd, 'seq') : undefined;
+  return typeof seq === 'number' && Number.isSafeInteger(seq) && seq >= 0 ? { seq } : {};
+}
+
 function seqFields(seq: number | undefined): Fields {
   return seq === undefined ? {} : { seq };
 }
 
 function readSeq(pd: Fields, what: string): { seq?: number } {
   return field(pd, 'seq') === undefined ? {} : { seq: countField(pd, 'seq', 0, what) };
-}
-
-function helloFields({ version, features, sendType, fingerprint }: PeerHello): Fields {
-  const hello = { version, features, send_type: sendType };
-  if (!fingerprint) return hello;
-  const { digest, model, weights, dtype, blockSize, layers, heads, headDim } = fingerprint;
-  return {
-    ...hello,
-    fingerprint: {
-      digest,
-      model,
-      weights,
-      dtype,
-      block_size: blockSize,
-      layers,
-      heads,
-      head_dim: headDim,
-    },
-  };
-}
-
-function readHello(pd: Fields, what: string): PeerHello {
-  const version = countField(pd, 'version', 1, what);
-  const features = field(pd, 'features');
-  if (!Array.isArray(features) || !features.every((name) => typeof name === 'string')) {
-    throw protocolError('bad_field', `${what}: features are ${show(features)}, not a list of strings`);
-  }
-  if (features.length > MAX_FEATURES || features.some((name: string) => name.length > 64)) {
-    throw protocolError('limit', `${what}: more than ${MAX_FEATURES} features, or one longer than 64`);
-  }
-  const sendTypeName = field(pd, 'send_type');
-  const sendType = SEND_TYPES.find((name) => name === sendTypeName);
-  if (!sendType) {
-    throw protocolError(
-      'bad_field',
-      `${what}: send_type is ${show(sendTypeName)}, not ${SEND_TYPES.join(', ')}`,
-    );
-  }
-  const hello = { version, features: features as string[], sendType };
-  const fingerprint = optionalMap(pd, 'fingerprint', what);
-  return fingerprint ? { ...hello, fingerprint: readFingerprint(fingerprint, what) } : hello;
-}
-
-function readFingerprint(fields: Fields, what: string): Fingerprint {
-  return {
-    digest: textField(fields, 'digest', MAX_TEXT, what),
-    model: textField(fields, 'model', MAX_TEXT, what),
-    weights: textField(fields, 'weights', MAX_TEXT, what),
-    dtype: checkDtype(field(fields, 'dtype'), what),
-    blockSize: countField(fields, 'block_size', 1, what),
-    layers: countField(fields, 'layers', 1, what),
-    heads: countField(fields, 'heads', 1, what),
-    headDim: countField(fields, 'head_dim', 1, what),
-  };
-}
-
-function readRefusal(pd: Fields): { code: ErrorCode; message: string } | undefined {
-  const fields = optionalMap(pd, 'refused', 'answer to NEW');
-  if (!fields) return undefined;
-  const code = textField(fields, 'code', 64, 'answer to NEW');
-  // A later version may know codes that this one does not; its message says more anyway.
-  const known = Object.hasOwn(ERROR_TABLE, code) ? (code as ErrorCode) : 'MESSAGE_INVALID';
-  return { code: known, message: textField(fields, 'message', MAX_TEXT, 'answer to NEW') };
 }
 
 function readPingHello(pd: Fields): PingHello {

@@ -2,17 +2,19 @@ import { createHash, randomBytes } from 'node:crypto';
 import { connect, createServer, type Socket } from 'node:net';
 import fc from 'fast-check';
 import { afterEach, describe, expect, test } from 'vitest';
+import { createDevice } from '../../src/device/create.ts';
 import type { MemoryRef } from '../../src/device/device.ts';
 import { hostMemory, hostView, sliceMemory } from '../../src/device/memory.ts';
 import { PdError } from '../../src/errors.ts';
+import { createTransport } from '../../src/transport/create.ts';
 import { HostTransport } from '../../src/transport/host/transport.ts';
 import { decodeUniqueId, encodeUniqueId } from '../../src/transport/host/unique-id.ts';
-import type { Pair, UniqueId } from '../../src/transport/transport.ts';
+import type { Pair, Transport, UniqueId } from '../../src/transport/transport.ts';
 
 const MB = 2 ** 20;
 const options = (tensorId = 'r#layer.0', timeoutMs = 20_000) => ({ tensorId, timeoutMs });
 
-const owned: HostTransport[] = [];
+const owned: Transport[] = [];
 async function transport(host = '127.0.0.1', acceptor = { handshake: 5_000, parked: 5_000 }) {
   const made = await HostTransport.create({ bindHost: host, announceHost: host, acceptor });
   owned.push(made);
@@ -319,8 +321,12 @@ describe('opening', () => {
     expect(() => a.createUniqueId()).toThrow(/disposed/);
   });
 
-  test('a transport that pairs with itself', async () => {
-    const a = await transport();
+  test('the transport of the host device pairs with itself', async () => {
+    const device = await createDevice('host');
+    const hosts = { bindHost: '0.0.0.0', announceHost: '127.0.0.1', ncclNumChannels: 8 };
+    const a = await createTransport(device, hosts);
+    expect(a.kind).toBe('host');
+    owned.push(a);
     const uniqueId = a.createUniqueId();
     const [zero, one] = await Promise.all(
       ([0, 1] as const).map((rank) => a.open({ uniqueId, rank, peer: 'a', timeoutMs: 5_000 })),
