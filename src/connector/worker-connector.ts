@@ -134,22 +134,22 @@ export class P2pWorkerConnector implements WorkerConnector {
       },
       'load started',
     );
-    const ended = engine
-      .load({
-        requestId,
-        transferId,
-        peer,
-        layers: layers.map(({ name, cache }) => ({ name, target: cache })),
-        blockIds: Int32Array.from(blockIds),
-        skipBlocks,
-      })
-      .then(
-        ({ bytes, milliseconds }) => this.#loadEnded({ requestId, ok: true, bytes, milliseconds }),
-        (error: unknown) => {
-          const data = PdError.from(error, 'KV_LOAD_FAILED', { requestId, transferId }).toData();
-          this.#loadEnded({ requestId, ok: false, error: data });
-        },
-      );
+    const request = {
+      requestId,
+      transferId,
+      peer,
+      layers: layers.map(({ name, cache }) => ({ name, target: cache })),
+      blockIds: Int32Array.from(blockIds),
+      skipBlocks,
+    };
+    // In an async function, so that what `load` throws ends this load like what it rejects with.
+    const ended = (async () => engine.load(request))().then(
+      ({ bytes, milliseconds }) => this.#loadEnded({ requestId, ok: true, bytes, milliseconds }),
+      (error: unknown) => {
+        const data = PdError.from(error, 'KV_LOAD_FAILED', { requestId, transferId }).toData();
+        this.#loadEnded({ requestId, ok: false, error: data });
+      },
+    );
     this.#loads.set(requestId, ended);
     return ended;
   }

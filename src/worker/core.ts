@@ -1,0 +1,274 @@
+/**
+ * The core's loop. One turn: hear what came, schedule, run, update, collect.
+ *
+ *   add, abort --+                      +--> executor.forward --(after each layer)--> connector.saveKvLayer
+ *                +--> schedule() step --+                                                  |
+ *   load ended --+                      +--> connector.startLoadKv        waitForSave <----+ --> update --> post
+ *
+ * Outputs of a step are posted after `waitForSave`: a producer answers only once its KV is sent, or kept where the consumer finds it.
+ * Between turns the event loop runs once, so that messages, aborts and ended loads are heard; with nothing to do it sleeps.
+ */
+import { setImmediate } from 'node:timers/promises';
+import type { LoadFailurePolicy } from '../config/worker-config.ts';
+import type { WorkerConnector } from '../connector/connector.ts';
+import { type Deferred, deferred } from '../deferred.ts';
+import { PdError } from '../errors.ts';
+import type { Executor, LayerHooks } from '../model/executor.ts';
+import type { Logger } from '../observability/log.ts';
+import type { MetricsPage } from '../observability/metrics.ts';
+import type { Scheduler } from '../scheduler/scheduler.ts';
+import type { SchedulerStep } from '../scheduler/step.ts';
+import type { CoreRequest, ForwardResult, RequestOutput } from '../scheduler/types.ts';
+import type { EngineRequestId } from '../wire/ids.ts';
+import { CoreMetrics } from './core-metrics.ts';
+import type { CoreState } from './messages.ts';
+
+/** After this many failing steps in a row the executor is taken for broken. */
+const MAX_FAILED_STEPS = 3;
+
+export interface CoreLoopOptions {
+  readonly executor: Executor;
+  readonly scheduler: Scheduler;
+  /** Absent in an undivided worker. */
+  readonly connector?: WorkerConnector;
+  readonly loadFailure: LoadFailurePolicy;
+  readonly metrics: MetricsPage;
+  readonly log: Logger;
+  readonly post: (outputs: readonly RequestOutput[]) => void;
+}
+
+type Command =
+  | { readonly kind: 'add'; readonly request: CoreRequest }
+  | { readonly kind: 'abort'; readonly requestId: EngineRequestId; readonly index: number | undefined };
+
+export class CoreLoop {
+  readonly #options: CoreLoopOptions;
+  readonly #scheduler: Scheduler;
+  readonly #connector: WorkerConnector | undefined;
+  readonly #log: Logger;
+  readonly #metrics: CoreMetrics;
+  readonly #hooks: LayerHooks;
+  #commands: Command[] = [];
+  /** Set while the loop sleeps. */
+  #sleep: Deferred<void> | undefined;
+  #watchedLoads: Promise<void> | undefined;
+  #loadsEnded = false;
+  #failedSteps = 0;
+  #closing = false;
+
+  constructor(options: CoreLoopOptions) {
+    this.#options = options;
+    this.#scheduler = options.scheduler;
+    this.#connector = options.connector;
+    this.#log = options.log;
+    this.#metrics = new CoreMetrics(options.metrics);
+    this.#hooks = saveHooks(options.executor, options.connector);
+  }
+
+  add(request: CoreRequest): void {
+    this.#hear({ kind: 'add', request });
+  }
+
+  /** One completion, or all of the request. */
+  abort(requestId: EngineRequestId, index?: number): void {
+    this.#hear({ kind: 'abort', requestId, index });
+  }
+
+  /** Ends the loop after the step under way; `run` resolves then, and every request left has ended with SERVER_DRAINING. Idempotent. */
+  close(): void {
+    this.#closing = true;
+    this.#sleep?.resolve();
+  }
+
+  state(): CoreState {
+    const { numRunning, numWaiting, numLoading, blocks } = this.#scheduler;
+    return {
+      running: numRunning,
+      waiting: numWaiting,
+      loading: numLoading,
+      blocks,
+      integrity: this.#scheduler.checkIntegrity(),
+    };
+  }
+
+  /** Serves until `close`. Rejects where the core cannot go on; every request has then ended with that error. */
+  async run(): Promise<void> {
+    let reason = new PdError('SERVER_DRAINING', 'the worker stopped before the request was done');
+    try {
+      while (!this.#closing) await this.#turn();
+    } catch (error) {
+      reason = PdError.from(error);
+      throw reason;
+    } finally {
+      // What came with the last messages has not been begun; it ends like the rest.
+      this.#takeCommands();
+      this.#emit(this.#scheduler.endAll(reason.toData()));
+      this.#metrics.scheduler(this.#scheduler);
+    }
+  }
+
+  async #turn(): Promise<void> {
+    this.#takeCommands();
+    this.#takeLoads();
+    const step = this.#scheduler.schedule();
+    if (step.metadata) this.#connector?.startLoadKv(step.metadata);
+    if (step.entries.length > 0) await this.#run(step);
+    this.#collect();
+    if (step.entries.length > 0 || step.preempted.length > 0) await setImmediate();
+    else await this.#rest();
+  }
+
+  async #run(step: SchedulerStep): Promise<void> {
+    const result = await this.#forward(step);
+    // Also after a failure: what was saved is still being gathered from the step's blocks.
+    const unsaved = (await this.#connector?.waitForSave()) ?? [];
+    if (unsaved.length > 0)
+      this.#log.debug({ requests: unsaved.length }, 'step ran with KV that could not be sent');
+    if (!(result instanceof PdError)) {
+      try {
+        this.#emit(this.#scheduler.update(step, result));
+        this.#failedSteps = 0;
+        return;
+      } catch (error) {
+        this.#fail(step, PdError.from(error));
+        return;
+      }
+    }
+    this.#fail(step, result);
+  }
+
+  async #forward(step: SchedulerStep): Promise<ForwardResult | PdError> {
+    try {
+      return await this.#options.executor.forward(step.batch, this.#hooks);
+    } catch (error) {
+      return PdError.from(error);
+    }
+  }
+
+  #fail(step: SchedulerStep, error: PdError): void {
+    this.#failedSteps++;
+    const requests = step.batch.sequences.map(({ requestId }) => requestId);
+    this.#log.error(
+      { requests, code: error.code, err: error.cause ?? error },
+      `a step of ${step.numTokens} tokens failed, its ${requests.length} sequences end: ${error.message}`,
+    );
+    this.#emit(this.#scheduler.failStep(step, error.toData()));
+    if (this.#failedSteps < MAX_FAILED_STEPS) return;
+    throw new PdError(
+      error.code,
+      `${MAX_FAILED_STEPS} steps in a row failed, the last: ${error.message}`,
+      error.context,
+      {
+        cause: error,
+      },
+    );
+  }
+
+  #hear(command: Command): void {
+    this.#commands.push(command);
+    this.#sleep?.resolve();
+  }
+
+  #takeCommands(): void {
+    const commands = this.#commands;
+    this.#commands = [];
+    for (const command of commands) {
+      if (command.kind === 'add') this.#add(command.request);
+      else this.#abort(command.requestId, command.index);
+    }
+  }
+
+  #add(request: CoreRequest): void {
+    try {
+      this.#scheduler.add(request);
+    } catch (error) {
+      const { requestId, n } = request;
+      const refused = {
+        requestId,
+        tokens: [],
+        finishReason: 'error',
+        error: PdError.from(error).toData(),
+      } as const;
+      this.#emit(Array.from({ length: Math.max(1, n) }, (_, index) => ({ ...refused, index })));
+    }
+  }
+
+  #abort(requestId: EngineRequestId, index: number | undefined): void {
+    const outputs = this.#scheduler.abort(requestId, index);
+    // A single completion is given up at a stop string, a whole request when its client goes away.
+    for (const _ of outputs) this.#metrics.finished(index === undefined ? 'abort' : 'stop');
+    if (outputs.length > 0) this.#options.post(outputs);
+  }
+
+  #takeLoads(): void {
+    this.#loadsEnded = false;
+    const { loadFailure } = this.#options;
+    for (const outcome of this.#connector?.getFinished() ?? []) {
+      const { requestId } = outcome;
+      this.#metrics.load(outcome, loadFailure);
+      if (outcome.ok) {
+        const { bytes, milliseconds } = outcome;
+        this.#log.debug({ requestId, bytes, milliseconds }, 'load done');
+      } else if (outcome.error.code === 'REQUEST_ABORTED') {
+        this.#log.debug({ requestId }, 'load given up');
+      } else {
+        const then = loadFailure === 'fail' ? 'the request fails' : 'the prompt is computed here';
+        const { code, message } = outcome.error;
+        this.#log.warn({ requestId, code }, `KV of request ${requestId} did not come, ${then}: ${message}`);
+      }
+      this.#emit(this.#scheduler.loadEnded(outcome, loadFailure));
+    }
+  }
+
+  #emit(outputs: readonly RequestOutput[]): void {
+    if (outputs.length === 0) return;
+    this.#metrics.outputs(outputs);
+    this.#options.post(outputs);
+  }
+
+  #collect(): void {
+    for (const { requestId, aborted } of this.#scheduler.takeFinished()) {
+      this.#connector?.requestFinished(requestId, aborted);
+    }
+    this.#metrics.scheduler(this.#scheduler);
+  }
+
+  /** Sleeps until a message comes or a load ends. */
+  async #rest(): Promise<void> {
+    const { numRunning, numWaiting, numLoading } = this.#scheduler;
+    if (numRunning + numWaiting > 0 && numLoading === 0) {
+      throw new PdError(
+        'INTERNAL',
+        `nothing can run, with ${numRunning} running and ${numWaiting} waiting requests`,
+      );
+    }
+    this.#watchLoads();
+    if (this.#commands.length > 0 || this.#loadsEnded || this.#closing) return;
+    this.#sleep = deferred<void>();
+    await this.#sleep.promise;
+    this.#sleep = undefined;
+  }
+
+  /** One reaction per promise: racing the same one every turn would pile them up. */
+  #watchLoads(): void {
+    const promise = this.#connector?.loadEnded;
+    if (!promise || promise === this.#watchedLoads) return;
+    this.#watchedLoads = promise;
+    void promise.then(() => {
+      this.#loadsEnded = true;
+      this.#sleep?.resolve();
+    });
+  }
+}
+
+function saveHooks(executor: Executor, connector: WorkerConnector | undefined): LayerHooks {
+  if (!connector) return {};
+  return {
+    afterLayer: (index, ready) => {
+      const layer = executor.layers[index];
+      if (!layer)
+        throw new PdError('INTERNAL', `the executor finished layer ${index} of ${executor.layers.length}`);
+      connector.saveKvLayer(layer.name, layer.cache, ready);
+    },
+  };
+}

@@ -1,0 +1,121 @@
+import { describe, expect, it } from 'vitest';
+import { P2pSchedulerConnector } from '../../../src/connector/scheduler-connector.ts';
+import { engineRequestId } from '../../../src/wire/ids.ts';
+
+const PATTERN = '___prefill_addr_[::1]:8082___decode_addr_10.0.0.2:8084_0123456789abcdef0123456789abcdef';
+const requestId = engineRequestId(`cmpl-${PATTERN}-1`, 'deadbeef');
+const request = { requestId, numPromptTokens: 10, mayLoad: true };
+const NOTHING = { saves: [], loads: [], cancels: [] };
+
+function scheduled(numComputedTokens: number, numScheduledTokens: number, blockIds = [5, 3, 9]) {
+  return [{ requestId, numPromptTokens: 10, numComputedTokens, numScheduledTokens, blockIds }];
+}
+
+describe('consumer', () => {
+  const consumer = () => new P2pSchedulerConnector({ role: 'consumer', blockSize: 4 });
+
+  it('claims the prompt but its last token, less the local hits', () => {
+    expect(consumer().getNumNewMatchedTokens(request, 0)).toBe(9);
+    expect(consumer().getNumNewMatchedTokens(request, 8)).toBe(1);
+    expect(consumer().getNumNewMatchedTokens({ ...request, numPromptTokens: 9 }, 8)).toBe(0);
+    expect(consumer().getNumNewMatchedTokens({ ...request, numPromptTokens: 1 }, 0)).toBe(0);
+  });
+
+  it('claims nothing for what must be computed here, or whose id names no peer', () => {
+    expect(consumer().getNumNewMatchedTokens({ ...request, mayLoad: false }, 0)).toBe(0);
+    const local = engineRequestId('cmpl-0123-0', 'deadbeef');
+    expect(consumer().getNumNewMatchedTokens({ ...request, requestId: local }, 0)).toBe(0);
+  });
+
+  it('describes a load once, with blocks, skipped blocks and slots', () => {
+    const connector = consumer();
+    connector.updateStateAfterAlloc(request, [5, 3, 9], 4, 5);
+    expect(connector.buildConnectorMeta([])).toEqual({
+      ...NOTHING,
+      loads: [
+        {
+          requestId,
+          transferId: `cmpl-${PATTERN}-1`,
+          peer: { host: '::1', port: 8082 },
+          numTokens: 5,
+          blockIds: [5, 3, 9],
+          skipBlocks: 1,
+          slotMapping: [12, 13, 14, 15, 36],
+        },
+      ],
+    });
+    expect(connector.buildConnectorMeta([])).toEqual(NOTHING);
+  });
+
+  it('loads a request once: not again after a failure, nor when it resumes', () => {
+    const connector = consumer();
+    connector.updateStateAfterAlloc(request, [5, 3, 9], 0, 9);
+    connector.buildConnectorMeta([]);
+    connector.requestPreempted(requestId);
+    expect(connector.getNumNewMatchedTokens(request, 0)).toBe(0);
+    connector.loadFailed(requestId);
+    expect(connector.getNumNewMatchedTokens(request, 0)).toBe(0);
+    connector.updateStateAfterAlloc(request, [1, 2, 3], 0, 0);
+    expect(connector.buildConnectorMeta(scheduled(0, 10))).toEqual(NOTHING);
+  });
+
+  it('cancels a load under way when its request is over, also one that no metadata has carried', () => {
+    const connector = consumer();
+    connector.updateStateAfterAlloc(request, [5, 3, 9], 0, 9);
+    connector.requestFinished(requestId);
+    const { loads, cancels } = connector.buildConnectorMeta([]);
+    expect(loads).toHaveLength(1);
+    expect(cancels).toEqual([requestId]);
+    expect(connector.buildConnectorMeta([])).toEqual(NOTHING);
+  });
+});
+
+describe('producer', () => {
+  const producer = () => new P2pSchedulerConnector({ role: 'producer', blockSize: 4 });
+
+  it('claims nothing', () => {
+    expect(producer().getNumNewMatchedTokens(request, 0)).toBe(0);
+  });
+
+  it('saves with the last chunk of the prompt, all its blocks, to the decode instance', () => {
+    const connector = producer();
+    connector.updateStateAfterAlloc(request, [5, 3, 9], 0, 0);
+    expect(connector.buildConnectorMeta(scheduled(0, 6))).toEqual(NOTHING);
+    expect(connector.buildConnectorMeta(scheduled(6, 4))).toEqual({
+      ...NOTHING,
+      saves: [
+        {
+          requestId,
+          transferId: `cmpl-${PATTERN}-1`,
+          peer: { host: '10.0.0.2', port: 8084 },
+          numTokens: 10,
+          blockIds: [5, 3, 9],
+          slotMapping: [20, 21, 22, 23, 12, 13, 14, 15, 36, 37],
+        },
+      ],
+    });
+  });
+
+  it('saves once, in the blocks of the step that completes the prompt, whatever came between', () => {
+    const connector = producer();
+    connector.updateStateAfterAlloc(request, [5, 3, 9], 0, 0);
+    connector.buildConnectorMeta(scheduled(0, 6));
+    connector.requestPreempted(requestId);
+    connector.updateStateAfterAlloc(request, [1, 2, 4], 4, 0);
+    const { saves } = connector.buildConnectorMeta(scheduled(4, 6, [1, 2, 4, 7]));
+    expect(saves).toMatchObject([{ blockIds: [1, 2, 4] }]);
+    connector.requestPreempted(requestId);
+    connector.updateStateAfterAlloc(request, [8, 9, 10], 0, 0);
+    expect(connector.buildConnectorMeta(scheduled(0, 11, [8, 9, 10]))).toEqual(NOTHING);
+    connector.requestFinished(requestId);
+    expect(connector.buildConnectorMeta([])).toEqual(NOTHING);
+  });
+
+  it('saves nothing for a request whose id names no peer', () => {
+    const local = engineRequestId('cmpl-0123-0');
+    const metadata = producer().buildConnectorMeta(
+      scheduled(0, 10).map((each) => ({ ...each, requestId: local })),
+    );
+    expect(metadata).toEqual(NOTHING);
+  });
+});
