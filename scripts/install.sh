@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs dependencies, once per package-lock.json. Offline from then on.
+# Installs dependencies where package-lock.json asks for others than are there. Offline once installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,13 +16,13 @@ if ! node -e '
   exit 1
 fi
 
-hash="$(node -p 'require("node:crypto").createHash("sha256").update(require("node:fs").readFileSync("package-lock.json")).digest("hex")')"
-stamp=node_modules/.pd-installed
-if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$hash" ]; then exit 0; fi
-
-# Installed by hand, with everything the lock file asks for: nothing to do either.
-if [ ! -f "$stamp" ] && [ -d node_modules ] && npm ls --all >/dev/null 2>&1; then
-  echo "$hash" >"$stamp" 2>/dev/null || true
+# npm keeps a list of what it has put there: nothing to do where it holds every version that the lock file asks for.
+if node -e '
+  const read = (path) => JSON.parse(require("node:fs").readFileSync(path, "utf8")).packages;
+  const [wanted, there] = [read("package-lock.json"), read("node_modules/.package-lock.json")];
+  const right = ([path, { version, optional }]) =>
+    path === "" || (there[path] ? there[path].version === version : optional === true);
+  process.exit(Object.entries(wanted).every(right) ? 0 : 1);' 2>/dev/null; then
   exit 0
 fi
 
@@ -31,4 +31,3 @@ if ! npm ci --no-audit --no-fund --loglevel=error; then
   echo "install: npm ci failed; a first installation needs the package registry" >&2
   exit 1
 fi
-echo "$hash" >"$stamp"

@@ -5,10 +5,10 @@ import { addOptions, defineOptions, option, resolveOptions } from '../config/opt
 import { PdError } from '../errors.ts';
 import { asDestination, formatHostPort } from '../net/address.ts';
 import { SEND_TYPES } from '../transfer/types.ts';
+import { packageVersion } from '../version.ts';
 import { LaunchOutput } from './launch-output.ts';
 import { type LaunchPlan, type LaunchSettings, planLaunch } from './launch-plan.ts';
 import { Supervisor } from './launch-supervisor.ts';
-import { packageVersion } from '../version.ts';
 
 const WORKERS = 'Workers';
 const PORTS = 'Ports';
