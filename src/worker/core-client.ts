@@ -154,7 +154,7 @@ export class CoreClient {
 
   async #close(): Promise<void> {
     if (!this.#over) {
-      this.#fail(new PdError('ENGINE_CLOSED', 'the worker has ended'));
+      this.#fail(new PdError('SERVER_DRAINING', 'the worker stopped before the request was done'));
       this.#port.post({ type: 'shutdown' });
       await withDeadline(this.ended, this.#shutdownTimeoutMs);
     }

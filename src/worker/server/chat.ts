@@ -48,12 +48,8 @@ export function renderChat(
   try {
     return context.model.applyChatTemplate(messages, { addGenerationPrompt });
   } catch (error) {
-    throw new PdError(
-      'REQUEST_INVALID',
-      `messages: the chat template refuses them: ${(error as Error).message}`,
-      { param: 'messages' },
-      { cause: error },
-    );
+    const { message } = PdError.from(error);
+    throw new PdError('REQUEST_INVALID', `messages: ${message}`, { param: 'messages' }, { cause: error });
   }
 }
 

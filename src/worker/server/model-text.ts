@@ -1,13 +1,12 @@
 /** The server's view of a checkpoint's tokenizer. */
-import { readModelConfig } from '../../model/config.ts';
 import { IncrementalDecoder, Tokenizer } from '../../model/tokenizer.ts';
 import type { TextModel } from './text.ts';
 
 /** Reads tokenizer, chat template and end-of-sequence tokens of a checkpoint. Throws CHECKPOINT_INVALID. */
 export async function loadTextModel(modelDir: string): Promise<TextModel> {
-  const [tokenizer, config] = await Promise.all([Tokenizer.load(modelDir), readModelConfig(modelDir)]);
+  const tokenizer = await Tokenizer.load(modelDir);
   return {
-    eosTokenIds: [...new Set([...config.eosTokenIds, ...tokenizer.eosTokenIds])],
+    eosTokenIds: tokenizer.eosTokenIds,
     hasChatTemplate: tokenizer.hasChatTemplate,
     encode: (text, options) => tokenizer.encode(text, options),
     decode: (tokens, options) => tokenizer.decode(tokens, options),

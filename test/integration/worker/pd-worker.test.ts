@@ -1,0 +1,134 @@
+import { once } from 'node:events';
+import { mkdtempSync, writeFileSync } from 'node:fs';
+import { createServer } from 'node:http';
+import type { AddressInfo } from 'node:net';
+import { networkInterfaces, tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { Command } from 'commander';
+import { afterEach, expect, it } from 'vitest';
+import { addWorkerOptions, resolveWorkerConfig } from '../../../src/config/resolve-worker.ts';
+import { formatHostPort } from '../../../src/net/address.ts';
+import { PdWorker } from '../../../src/worker/worker.ts';
+import { BYTE_MODEL, bytesOf, FakeCore, type Script, saying } from '../../support/fake-core.ts';
+
+const modelDir = mkdtempSync(join(tmpdir(), 'pd-model-'));
+writeFileSync(join(modelDir, 'config.json'), '{}');
+const workers: PdWorker[] = [];
+afterEach(async () => {
+  await Promise.all(workers.splice(0).map((worker) => worker.close(0)));
+});
+
+function configOf(args: readonly string[]) {
+  const command = addWorkerOptions(new Command('pd-worker'));
+  command.parse(['--port', '0', '--host', '127.0.0.1', '--log-level', 'silent', ...args], { from: 'user' });
+  return resolveWorkerConfig(command, { env: {}, demoModelDir: () => modelDir }).config;
+}
+
+async function start(script: Script = saying('hello'), args: readonly string[] = []) {
+  const core = new FakeCore(script);
+  const worker = await PdWorker.start(configOf(args), {
+    startCore: () => core.connect(),
+    loadTextModel: async () => BYTE_MODEL,
+  });
+  workers.push(worker);
+  return { core, worker, url: `http://${formatHostPort(worker.httpAddress)}` };
+}
+
+const post = (url: string, body: object) =>
+  fetch(`${url}/v1/completions`, {
+    method: 'POST',
+    headers: { 'content-type': 'application/json' },
+    body: JSON.stringify(body),
+  });
+
+it('serves on the port it was given, and lets the core ping only then', async () => {
+  const { core, worker, url } = await start();
+  expect(worker.httpAddress.port).toBeGreaterThan(0);
+  expect(core.received).toEqual([{ type: 'serve', httpAddress: formatHostPort(worker.httpAddress) }]);
+  const answer = (await (await post(url, { prompt: 'a' })).json()) as { choices: { text: string }[] };
+  expect(answer.choices[0]!.text).toBe('hello');
+  await worker.close();
+  await worker.close();
+  expect(core.received.map(({ type }) => type)).toEqual(['serve', 'add', 'drain', 'shutdown']);
+  await expect(post(url, { prompt: 'a' })).rejects.toThrow();
+  expect(await worker.ended).toBeUndefined();
+});
+
+it('drains: what runs may end, what is new is refused, pings stop', async () => {
+  let finish = () => {};
+  const { core, worker, url } = await start((_, emit) => {
+    emit({ index: 0, tokens: bytesOf('so ') });
+    finish = () => emit({ index: 0, tokens: bytesOf('far'), finishReason: 'length' });
+  });
+  const running = post(url, { prompt: 'a' });
+  await core.until((message) => message.type === 'add');
+  const closed = worker.close(60_000);
+  await core.until((message) => message.type === 'drain');
+  const refused = await post(url, { prompt: 'b' });
+  expect([refused.status, await refused.json()]).toMatchObject([503, { error: { code: 'SERVER_DRAINING' } }]);
+  finish();
+  expect(await (await running).json()).toMatchObject({ choices: [{ text: 'so far' }] });
+  await closed;
+});
+
+it('gives up what runs when the time is over, or when told a second time, and says so to the client', async () => {
+  for (const hurry of [false, true]) {
+    const { core, worker, url } = await start(() => {});
+    const running = post(url, { prompt: 'a' });
+    await core.until((message) => message.type === 'add');
+    const closed = worker.close(hurry ? 60_000 : 1);
+    if (hurry) void worker.close(0);
+    const answer = await running;
+    expect([answer.status, await answer.json()]).toMatchObject([503, { error: { code: 'SERVER_DRAINING' } }]);
+    await closed;
+  }
+});
+
+it('ends with the error of the core', async () => {
+  const { core, worker, url } = await start(() => {});
+  const running = post(url, { prompt: 'a' });
+  await core.until((message) => message.type === 'add');
+  core.emit({ type: 'fatal', error: { code: 'CUDA_ERROR', message: 'the bus fell off', context: {} } });
+  expect(await worker.ended).toMatchObject({ code: 'CUDA_ERROR', message: 'the bus fell off' });
+  expect((await running).status).toBe(500);
+});
+
+it('refuses a port that is taken before anything is loaded', async () => {
+  const holder = createServer().listen(0, '127.0.0.1');
+  await once(holder, 'listening');
+  try {
+    const { port } = holder.address() as AddressInfo;
+    const started = PdWorker.start(configOf(['--port', String(port)]), {
+      startCore: () => Promise.reject(new Error('loaded a model')),
+      loadTextModel: async () => BYTE_MODEL,
+    });
+    await expect(started).rejects.toMatchObject({
+      code: 'PORT_IN_USE',
+      message: expect.stringContaining(`${port}`),
+    });
+  } finally {
+    holder.close();
+  }
+});
+
+it('closes the core when the tokenizer cannot be read', async () => {
+  const core = new FakeCore();
+  const started = PdWorker.start(configOf([]), {
+    startCore: () => core.connect(),
+    loadTextModel: () => Promise.reject(new Error('no tokenizer.json')),
+  });
+  await expect(started).rejects.toThrow('no tokenizer.json');
+  expect(core.terminated).toBe(true);
+});
+
+const hasIpv6 = Object.values(networkInterfaces()).some((list) =>
+  list?.some(({ address }) => address === '::1'),
+);
+
+it.skipIf(!hasIpv6)('listens on both families for ::', async () => {
+  const { worker } = await start(saying('x'), ['--host', '::', '--http-announce-host', '::1']);
+  expect(formatHostPort(worker.httpAddress)).toMatch(/^\[::1\]:\d+$/);
+  for (const host of ['127.0.0.1', '[::1]']) {
+    expect((await fetch(`http://${host}:${worker.httpAddress.port}/health`)).status).toBe(200);
+  }
+});
