@@ -37,11 +37,11 @@ export function announceHost(bindHost: string, options: LocalOptions = {}): stri
   return localAddress(isIPv6(bindHost) ? 6 : 4, options);
 }
 
-/** The IP address of a host name, asked for once; an address stays as it is. Throws ADDRESS_INVALID. */
-export async function hostAddress(host: string): Promise<string> {
+/** The IP address of a host name, of `family` where given, asked for once; an address stays as it is. Throws ADDRESS_INVALID. */
+export async function hostAddress(host: string, family: Family | 0 = 0): Promise<string> {
   if (isIP(host) !== 0) return host;
   try {
-    return (await lookup(host)).address;
+    return (await lookup(host, { family })).address;
   } catch (cause) {
     const { message } = PdError.from(cause);
     throw new PdError(

@@ -1,4 +1,5 @@
 /** The transport for a machine without a GPU: each pair is a TCP connection between memory of two processes, or of one. */
+import { isIPv4 } from 'node:net';
 import { hostMemory, hostView } from '../../device/memory.ts';
 import { PdError } from '../../errors.ts';
 import { formatHostPort } from '../../net/address.ts';
@@ -36,7 +37,9 @@ export class HostTransport implements Transport {
   }
 
   static async create(options: HostTransportOptions): Promise<HostTransport> {
-    const announceHost = await hostAddress(options.announceHost);
+    // `localhost` may mean ::1 as well; what is told has to be what is bound. A bound `::` takes both families.
+    const family = isIPv4(options.bindHost) ? 4 : 0;
+    const announceHost = await hostAddress(options.announceHost, family);
     const acceptor = await Acceptor.listen(options.bindHost, options.acceptor ?? ACCEPTOR_TIMEOUTS);
     return new HostTransport(acceptor, announceHost);
   }
