@@ -9,7 +9,7 @@
  */
 
 import type { LoadFailurePolicy } from '../config/worker-config.ts';
-import type { ConnectorRequest, LoadOutcome, SchedulerConnector } from '../connector/connector.ts';
+import type { LoadOutcome, SchedulerConnector } from '../connector/connector.ts';
 import { type ErrorData, PdError } from '../errors.ts';
 import { BlockManager } from '../kv/block-manager.ts';
 import type { EngineRequestId } from '../wire/ids.ts';
@@ -226,7 +226,7 @@ export class Scheduler {
       const sequence = waiting.at(i)!;
       const cached = this.#lookup(sequence);
       const numLocal = cached.length * blocks.blockSize;
-      const request = connectorRequest(sequence);
+      const request = sequence.connectorRequest();
       const connector = sequence.isLeader ? this.#connector : undefined;
       const numExternal = connector?.getNumNewMatchedTokens(request, numLocal) ?? 0;
       if (numExternal === 0 && !hasPlace) {
@@ -294,13 +294,4 @@ export class Scheduler {
   #assertNoStep(what: string): void {
     if (this.#step) throw new PdError('INTERNAL', `${what} while a step is under way`);
   }
-}
-
-function connectorRequest(sequence: Sequence): ConnectorRequest {
-  const { request } = sequence.group;
-  return {
-    requestId: request.requestId,
-    numPromptTokens: sequence.promptLength,
-    mayLoad: request.sampling.promptLogprobs === undefined && sequence.numOutput === 0,
-  };
 }

@@ -1,4 +1,5 @@
 /** One completion on its way, and the request it belongs to. State of the scheduler; no decisions here. */
+import type { ConnectorRequest } from '../connector/connector.ts';
 import { type BlockHash, extendHashes } from '../kv/block-hash.ts';
 import type { BlockCopy } from '../kv/block-manager.ts';
 import type { CoreRequest, TokenLogprob } from './types.ts';
@@ -98,6 +99,16 @@ export class Sequence {
   hashes(blockSize: number): readonly BlockHash[] {
     extendHashes(this.#hashes, this.#tokens.subarray(0, this.#length), blockSize);
     return this.#hashes;
+  }
+
+  /** Its request as a connector sees it. */
+  connectorRequest(): ConnectorRequest {
+    const { requestId, sampling } = this.group.request;
+    return {
+      requestId,
+      numPromptTokens: this.promptLength,
+      mayLoad: sampling.promptLogprobs === undefined && this.numOutput === 0,
+    };
   }
 
   /** Its blocks are gone: all is to be computed anew. */

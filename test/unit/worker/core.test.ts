@@ -1,0 +1,386 @@
+import pino from 'pino';
+import { afterEach, describe, expect, it } from 'vitest';
+import type { LoadFailurePolicy } from '../../../src/config/worker-config.ts';
+import { type KvRole, P2pSchedulerConnector } from '../../../src/connector/scheduler-connector.ts';
+import { P2pWorkerConnector } from '../../../src/connector/worker-connector.ts';
+import type { PagedLayer } from '../../../src/device/device.ts';
+import { PdError } from '../../../src/errors.ts';
+import type { Executor, LayerHooks } from '../../../src/model/executor.ts';
+import { MetricsPage, readMetric } from '../../../src/observability/metrics.ts';
+import { Scheduler } from '../../../src/scheduler/scheduler.ts';
+import type {
+  CoreRequest,
+  ForwardBatch,
+  ForwardResult,
+  RequestOutput,
+} from '../../../src/scheduler/types.ts';
+import type { SendType } from '../../../src/transfer/types.ts';
+import { CoreLoop } from '../../../src/worker/core.ts';
+import { FakeEngine } from '../../support/fake-engine.ts';
+import { GREEDY, requestId } from '../../support/scheduler-world.ts';
+
+const cache: PagedLayer = {
+  memory: { kind: 'host', buffer: new SharedArrayBuffer(0), offset: 0, bytes: 0 },
+  layout: { family: 'kv-first', numBlocks: 32, blockSize: 4, heads: 1, headDim: 4, dtype: 'float32' },
+};
+
+/** Says 100 + output position; breaks as often as it is told to. */
+class FakeExecutor implements Executor {
+  readonly layers = [0, 1, 2].map((index) => ({ name: `model.layers.${index}.self_attn.attn`, cache }));
+  readonly vocabSize = 200;
+  readonly batches: ForwardBatch[] = [];
+  failures = 0;
+
+  async forward(batch: ForwardBatch, hooks: LayerHooks): Promise<ForwardResult> {
+    this.batches.push(batch);
+    for (let index = 0; index < this.layers.length; index++) {
+      hooks.afterLayer?.(index);
+      if (index === 0 && this.failures > 0) {
+        this.failures--;
+        throw new Error('layer 0 broke');
+      }
+    }
+    const sampled = batch.sequences.flatMap(({ sequenceId, sample }) =>
+      sample ? [{ sequenceId, token: 100 + sample.outputPosition }] : [],
+    );
+    return { sampled, promptLogprobs: new Map() };
+  }
+
+  logits(): never {
+    throw new PdError('INTERNAL', 'not part of this fake');
+  }
+
+  dispose(): void {}
+}
+
+interface Settings {
+  readonly role?: KvRole;
+  readonly sendType?: SendType;
+  readonly loadFailure?: LoadFailurePolicy;
+}
+
+class Harness {
+  readonly engine = new FakeEngine();
+  readonly executor = new FakeExecutor();
+  readonly page = new MetricsPage();
+  readonly outputs: RequestOutput[] = [];
+  readonly lines: Record<string, unknown>[] = [];
+  readonly loop: CoreLoop;
+  readonly ended: Promise<PdError | undefined>;
+  #waiters: {
+    readonly done: (outputs: readonly RequestOutput[]) => boolean;
+    readonly resolve: () => void;
+  }[] = [];
+
+  constructor({ role, sendType = 'PUT_ASYNC', loadFailure = 'recompute' }: Settings = {}) {
+    const { engine, executor, page } = this;
+    const log = pino({ level: 'debug' }, { write: (line: string) => this.lines.push(JSON.parse(line)) });
+    const connector =
+      role &&
+      new P2pWorkerConnector({
+        engine,
+        role,
+        sendType,
+        rank: 0,
+        layers: executor.layers,
+        log,
+        metrics: page,
+      });
+    this.loop = new CoreLoop({
+      executor,
+      scheduler: new Scheduler(
+        {
+          numBlocks: 32,
+          blockSize: 4,
+          maxModelLen: 64,
+          maxNumSeqs: 4,
+          maxNumBatchedTokens: 32,
+          enablePrefixCaching: true,
+        },
+        role && new P2pSchedulerConnector({ role, blockSize: 4 }),
+      ),
+      ...(connector && { connector }),
+      loadFailure,
+      metrics: page,
+      log,
+      post: (outputs) => this.#hear(outputs),
+    });
+    this.ended = this.loop.run().then(
+      () => undefined,
+      (error: unknown) => PdError.from(error),
+    );
+  }
+
+  until(done: (outputs: readonly RequestOutput[]) => boolean): Promise<void> {
+    if (done(this.outputs)) return Promise.resolve();
+    return new Promise((resolve) => this.#waiters.push({ done, resolve }));
+  }
+
+  /** All outputs of a request, once as many completions as it asked for have ended. */
+  async generate(request: CoreRequest): Promise<RequestOutput[]> {
+    this.loop.add(request);
+    return this.outcome(request);
+  }
+
+  async outcome({ requestId: id, n }: CoreRequest): Promise<RequestOutput[]> {
+    const mine = () => this.outputs.filter((output) => output.requestId === id);
+    await this.until(() => mine().filter(({ finishReason }) => finishReason).length === n);
+    return mine();
+  }
+
+  #hear(outputs: readonly RequestOutput[]): void {
+    this.outputs.push(...outputs);
+    const due = this.#waiters.filter(({ done }) => done(this.outputs));
+    this.#waiters = this.#waiters.filter((waiter) => !due.includes(waiter));
+    for (const { resolve } of due) resolve();
+  }
+}
+
+let serial = 1_000;
+function request(
+  length: number,
+  more: { remote?: boolean; n?: number; maxTokens?: number } = {},
+): CoreRequest {
+  const { remote = false, n = 1, maxTokens = 3 } = more;
+  const id = requestId(serial++, remote);
+  const promptTokens = Int32Array.from({ length }, (_, i) => serial * 50 + i);
+  return { requestId: id, promptTokens, sampling: { ...GREEDY, maxTokens }, n };
+}
+
+const tokensOf = (outputs: readonly RequestOutput[]) => outputs.flatMap(({ tokens }) => tokens);
+const turn = () => new Promise((resolve) => setImmediate(resolve));
+
+describe('CoreLoop', () => {
+  const open: Harness[] = [];
+  function start(settings?: Settings): Harness {
+    const harness = new Harness(settings);
+    open.push(harness);
+    return harness;
+  }
+  afterEach(async () => {
+    for (const { loop, ended } of open.splice(0)) {
+      loop.close();
+      await ended;
+    }
+  });
+
+  it('serves, counts and comes to rest', async () => {
+    const { loop, page, executor, generate } = bind(start());
+    const [one, two] = await Promise.all([generate(request(5)), generate(request(6, { n: 2 }))]);
+    expect(tokensOf(one)).toEqual([100, 101, 102]);
+    expect(tokensOf(two)).toHaveLength(6);
+    await turn();
+    const batches = executor.batches.length;
+    await turn();
+    expect(executor.batches.length).toBe(batches);
+    expect(loop.state()).toMatchObject({
+      running: 0,
+      waiting: 0,
+      loading: 0,
+      blocks: { used: 0 },
+      integrity: [],
+    });
+    expect(readMetric([page], 'vllm:generation_tokens_total')).toBe(9);
+    expect(readMetric([page], 'vllm:prompt_tokens_total')).toBe(11);
+    expect(readMetric([page], 'pd_prompt_tokens_total', 'computed')).toBe(11);
+    expect(readMetric([page], 'vllm:request_success_total', 'length')).toBe(3);
+    expect(readMetric([page], 'pd_kv_blocks_total')).toBe(32);
+    expect(readMetric([page], 'pd_kv_blocks_used')).toBe(0);
+  });
+
+  it('answers a request that can never fit with its error, and goes on', async () => {
+    const { generate } = bind(start());
+    const refused = await generate(request(64, { n: 2 }));
+    expect(refused).toMatchObject([
+      { index: 0, finishReason: 'error', error: { code: 'CONTEXT_EXCEEDED' } },
+      { index: 1, finishReason: 'error', error: { code: 'CONTEXT_EXCEEDED' } },
+    ]);
+    expect(tokensOf(await generate(request(5)))).toHaveLength(3);
+  });
+
+  it('frees the blocks of an aborted request, and tells a stop string from a client that left', async () => {
+    const harness = start();
+    const { loop, page } = harness;
+    const long = request(5, { maxTokens: 50, n: 2 });
+    loop.add(long);
+    await harness.until((outputs) => outputs.length >= 4);
+    loop.abort(long.requestId, 1);
+    loop.abort(long.requestId);
+    const outputs = await harness.outcome(long);
+    expect(outputs.filter(({ finishReason }) => finishReason === 'abort')).toHaveLength(2);
+    await turn();
+    expect(loop.state().blocks.used).toBe(0);
+    expect(readMetric([page], 'vllm:request_success_total', 'stop')).toBe(1);
+    expect(readMetric([page], 'vllm:request_success_total', 'abort')).toBe(1);
+  });
+
+  it('ends the requests of a failing step and serves the next', async () => {
+    const { executor, generate, lines } = bind(start());
+    executor.failures = 1;
+    expect(await generate(request(5))).toMatchObject([
+      { finishReason: 'error', error: { code: 'INTERNAL', message: 'layer 0 broke' } },
+    ]);
+    expect(lines.some(({ level, msg }) => level === 50 && String(msg).includes('layer 0 broke'))).toBe(true);
+    expect(tokensOf(await generate(request(5)))).toHaveLength(3);
+  });
+
+  it('gives up after three failing steps in a row', async () => {
+    const { executor, ended, generate } = bind(start());
+    executor.failures = 3;
+    for (let i = 0; i < 3; i++) expect(await generate(request(5))).toMatchObject([{ finishReason: 'error' }]);
+    expect((await ended)?.message).toMatch(/3 steps in a row failed, the last: layer 0 broke/);
+  });
+
+  it('ends what is left with SERVER_DRAINING when closed', async () => {
+    const { loop, ended, engine, outputs } = start({ role: 'consumer' });
+    const [loading, late] = [request(9, { remote: true }), request(5)];
+    const begun = new Promise<void>((resolve) => {
+      engine.onLoad = () => resolve();
+    });
+    loop.add(loading);
+    await begun;
+    loop.close();
+    loop.add(late);
+    expect(await ended).toBeUndefined();
+    expect(outputs.map(({ requestId: id, error }) => [id, error?.code])).toEqual([
+      [loading.requestId, 'SERVER_DRAINING'],
+      [late.requestId, 'SERVER_DRAINING'],
+    ]);
+  });
+
+  describe('producer', () => {
+    it('answers only after every layer has gone', async () => {
+      const harness = start({ role: 'producer', sendType: 'PUT' });
+      const { engine, loop, outputs } = harness;
+      const remote = request(5, { remote: true, maxTokens: 1 });
+      const allSent = new Promise<void>((resolve) => {
+        engine.onSend = () => engine.sends.length === 3 && resolve();
+      });
+      loop.add(remote);
+      await allSent;
+      await turn();
+      expect(outputs).toEqual([]);
+      for (const { gathered, sent } of engine.sends) {
+        gathered.resolve();
+        sent.resolve(1);
+      }
+      expect(tokensOf(await harness.outcome(remote))).toEqual([100]);
+      await turn();
+      expect(engine.finished).toMatchObject([{ keepSends: true }]);
+    });
+
+    it('answers although its KV could not be sent, and counts it', async () => {
+      const { engine, page, generate } = bind(start({ role: 'producer' }));
+      engine.onSend = ({ gathered, sent }) => {
+        gathered.reject(new PdError('PEER_UNREACHABLE', 'nobody there'));
+        sent.reject(new PdError('PEER_UNREACHABLE', 'nobody there'));
+      };
+      expect(tokensOf(await generate(request(5, { remote: true, maxTokens: 1 })))).toEqual([100]);
+      expect(readMetric([page], 'pd_kv_saves_failed_total')).toBe(1);
+    });
+
+    it('lets go of blocks only when the layers saved before a failure are gathered', async () => {
+      const harness = start({ role: 'producer' });
+      const { engine, executor, loop } = harness;
+      executor.failures = 1;
+      const remote = request(5, { remote: true });
+      const saved = new Promise<void>((resolve) => {
+        engine.onSend = () => resolve();
+      });
+      loop.add(remote);
+      await saved;
+      await turn();
+      expect(loop.state().blocks.used).toBe(2);
+      for (const { gathered } of engine.sends) gathered.resolve();
+      expect(await harness.outcome(remote)).toMatchObject([{ finishReason: 'error' }]);
+      expect(loop.state().blocks.used).toBe(0);
+    });
+  });
+
+  describe('consumer', () => {
+    it('serves others while KV is on its way, then computes one prompt token', async () => {
+      const harness = start({ role: 'consumer' });
+      const { engine, loop, page, executor } = harness;
+      const remote = request(9, { remote: true });
+      loop.add(remote);
+      expect(tokensOf(await harness.generate(request(5)))).toHaveLength(3);
+      expect(loop.state().loading).toBe(1);
+      engine.loaded(remote.requestId);
+      const [first] = await harness.outcome(remote);
+      expect(first?.promptSource).toEqual({ computed: 1, loaded: 8, cached: 0 });
+      const mine = executor.batches
+        .flatMap(({ sequences }) => sequences)
+        .filter((s) => s.requestId === remote.requestId);
+      expect(mine[0]).toMatchObject({ start: 8, tokens: { length: 1 } });
+      await turn();
+      expect(readMetric([page], 'pd_kv_loads_total', 'ok')).toBe(1);
+      expect(readMetric([page], 'pd_prompt_tokens_total', 'loaded')).toBe(8);
+      expect(engine.finished.some(({ id, keepSends }) => remote.requestId.startsWith(id) && !keepSends)).toBe(
+        true,
+      );
+    });
+
+    it('computes the prompt when its KV does not come', async () => {
+      const harness = start({ role: 'consumer' });
+      const { engine, page, lines } = harness;
+      engine.onLoad = ({ request: load }) =>
+        engine.loadFailed(load.requestId, new PdError('KV_LOAD_TIMEOUT', 'not within 60 s'));
+      const remote = request(9, { remote: true });
+      const [first] = await harness.generate(remote);
+      expect(first?.promptSource).toEqual({ computed: 9, loaded: 0, cached: 0 });
+      expect(readMetric([page], 'pd_kv_loads_total', 'recomputed')).toBe(1);
+      const warned = lines.find(({ level }) => level === 40);
+      expect(warned).toMatchObject({ requestId: remote.requestId, code: 'KV_LOAD_TIMEOUT' });
+      expect(warned?.['msg']).toMatch(/computed here: not within 60 s/);
+    });
+
+    it('fails the request instead under the policy `fail`', async () => {
+      const harness = start({ role: 'consumer', loadFailure: 'fail' });
+      const { engine, page } = harness;
+      engine.onLoad = ({ request: load }) =>
+        engine.loadFailed(load.requestId, new PdError('KV_LOAD_TIMEOUT', 'not within 60 s'));
+      expect(await harness.generate(request(9, { remote: true }))).toMatchObject([
+        { tokens: [], finishReason: 'error', error: { code: 'KV_LOAD_TIMEOUT' } },
+      ]);
+      expect(readMetric([page], 'pd_kv_loads_total', 'failed')).toBe(1);
+      await turn();
+      expect(engine.finished).toHaveLength(1);
+    });
+
+    it('gives a load up with its request, and frees its blocks once it has ended', async () => {
+      const harness = start({ role: 'consumer' });
+      const { engine, loop, page } = harness;
+      let settle = () => {};
+      const canceled = new Promise<void>((resolve) => {
+        engine.cancelLoad = (id) => {
+          settle = () => engine.loadFailed(id, new PdError('REQUEST_ABORTED', 'given up'));
+          resolve();
+        };
+      });
+      const remote = request(9, { remote: true });
+      const begun = new Promise<void>((resolve) => {
+        engine.onLoad = () => resolve();
+      });
+      loop.add(remote);
+      await begun;
+      loop.abort(remote.requestId);
+      expect(await harness.outcome(remote)).toMatchObject([{ finishReason: 'abort' }]);
+      await canceled;
+      expect(loop.state().blocks.used).toBe(3);
+      expect(engine.finished).toEqual([]);
+      settle();
+      await turn();
+      await turn();
+      expect(loop.state().blocks.used).toBe(0);
+      expect(engine.finished).toHaveLength(1);
+      expect(readMetric([page], 'pd_kv_loads_total', 'failed')).toBe(0);
+      expect(readMetric([page], 'pd_kv_loads_total', 'recomputed')).toBe(0);
+    });
+  });
+});
+
+/** A harness whose methods may be taken apart. */
+function bind(harness: Harness) {
+  const { loop, page, executor, engine, lines, ended } = harness;
+  return { loop, page, executor, engine, lines, ended, generate: harness.generate.bind(harness) };
+}
