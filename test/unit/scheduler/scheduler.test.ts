@@ -176,10 +176,9 @@ describe('prefix cache', () => {
   });
 
   it('tells prompt log-probabilities once although the prompt was preempted midway', () => {
-    const world = new SchedulerWorld({ ...OPTIONS, numBlocks: 8, maxNumBatchedTokens: 4, maxModelLen: 32 });
+    const world = new SchedulerWorld({ ...OPTIONS, numBlocks: 9, maxNumBatchedTokens: 3, maxModelLen: 32 });
     world.add(request(8, { maxTokens: 20 }));
-    world.step();
-    world.step();
+    for (let i = 0; i < 3; i++) world.step();
     const echo = request(20, { promptLogprobs: 0, maxTokens: 2 });
     world.add(echo);
     world.drain();
