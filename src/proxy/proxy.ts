@@ -17,6 +17,8 @@ import { Upstream } from './upstream.ts';
 const ROUTES = ['/v1/completions', '/v1/chat/completions'] as const;
 /** A prompt of a million token ids fits. */
 const BODY_LIMIT = 32 * 1024 * 1024;
+/** For a client to send its whole request. */
+const REQUEST_TIMEOUT_MS = 120_000;
 /** For the last bytes of answers to leave. */
 const CLOSE_MS = 2_000;
 
@@ -51,7 +53,12 @@ export class PdProxy {
       prefillTimeoutMs: config.prefillTimeoutMs,
       decodeIdleTimeoutMs: config.decodeIdleTimeoutMs,
     });
-    this.#server = fastify({ bodyLimit: BODY_LIMIT, forceCloseConnections: 'idle', logger: false });
+    this.#server = fastify({
+      bodyLimit: BODY_LIMIT,
+      requestTimeout: REQUEST_TIMEOUT_MS,
+      forceCloseConnections: 'idle',
+      logger: false,
+    });
     this.#routes();
   }
 

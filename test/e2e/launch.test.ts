@@ -1,0 +1,118 @@
+import { type ChildProcess, spawn } from 'node:child_process';
+import { EventEmitter, once } from 'node:events';
+import { createInterface } from 'node:readline';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { fileURLToPath } from 'node:url';
+import { afterEach, expect, test } from 'vitest';
+import { complete } from '../support/requests.ts';
+
+interface Started {
+  readonly child: ChildProcess;
+  readonly addresses: {
+    readonly proxy: { readonly url: string };
+    readonly producers: readonly { readonly name: string; readonly url: string; readonly kv: string }[];
+    readonly consumers: readonly { readonly name: string; readonly url: string; readonly kv: string }[];
+  };
+  /** Of all it has ever started, by name, the latest last. */
+  readonly pids: Map<string, number[]>;
+  /** Resolves once `name` has been started so many times. */
+  untilStarted(name: string, times: number): Promise<number>;
+}
+
+const launched: ChildProcess[] = [];
+afterEach(async () => {
+  for (const child of launched.splice(0)) {
+    if (child.exitCode === null && child.signalCode === null) {
+      child.kill('SIGKILL');
+      await once(child, 'exit');
+    }
+  }
+});
+
+async function launch(...args: string[]): Promise<Started> {
+  const bin = fileURLToPath(new URL('../../bin/pd-launch', import.meta.url));
+  const child = spawn(process.execPath, [bin, '--json', '--free-ports', ...args], {
+    stdio: ['ignore', 'pipe', 'pipe'],
+  });
+  launched.push(child);
+  const pids = new Map<string, number[]>();
+  const events = new EventEmitter();
+  const log: string[] = [];
+  createInterface({ input: child.stderr }).on('line', (line) => {
+    log.push(line);
+    const match = /launch +\| (\S+) started, pid (\d+)/.exec(line);
+    if (!match) return;
+    pids.set(match[1]!, [...(pids.get(match[1]!) ?? []), Number(match[2])]);
+    events.emit('started');
+  });
+  const output = createInterface({ input: child.stdout });
+  const first = await Promise.race([once(output, 'line'), once(child, 'exit').then(() => undefined)]);
+  if (!first) throw new Error(`pd-launch ended\n${log.join('\n')}`);
+  return {
+    child,
+    addresses: JSON.parse(first[0] as string) as Started['addresses'],
+    pids,
+    async untilStarted(name, times) {
+      while ((pids.get(name)?.length ?? 0) < times) await once(events, 'started');
+      return pids.get(name)!.at(-1)!;
+    },
+  };
+}
+
+function alive(pid: number): boolean {
+  try {
+    process.kill(pid, 0);
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+const REQUEST = {
+  prompt: 'What is the capital of France?',
+  max_tokens: 8,
+  stream: true,
+  seed: 1,
+  temperature: 0,
+};
+
+test('pd-launch serves, starts again what is killed, and leaves nothing behind', async () => {
+  const { child, addresses, pids, untilStarted } = await launch();
+  const { proxy, producers, consumers } = addresses;
+  const first = await complete(proxy.url, REQUEST);
+  expect(first).toMatchObject({ status: 200, error: undefined });
+  for (const { kv } of [producers[0]!, consumers[0]!]) expect(first.id).toContain(kv);
+
+  process.kill(pids.get('consumer-0')![0]!, 'SIGKILL');
+  await untilStarted('consumer-0', 2);
+  for (const deadline = performance.now() + 30_000; ; await sleep(100)) {
+    const again = await complete(proxy.url, REQUEST);
+    if (again.status === 200 && !again.error) {
+      expect(again.text).toBe(first.text);
+      expect(again.id).toContain(consumers[0]!.kv); // the same ports
+      break;
+    }
+    expect(performance.now(), again.error?.message).toBeLessThan(deadline);
+  }
+
+  child.kill('SIGTERM');
+  expect(await once(child, 'exit')).toEqual([0, null]);
+  expect([...pids.values()].flat().filter(alive)).toEqual([]);
+}, 90_000);
+
+test('no program outlives a pd-launch that is killed outright', async () => {
+  const { child, pids } = await launch();
+  const all = [...pids.values()].flat();
+  expect(all).toHaveLength(3);
+  child.kill('SIGKILL');
+  await once(child, 'exit');
+  for (const deadline = performance.now() + 20_000; all.some(alive); await sleep(50)) {
+    expect(performance.now()).toBeLessThan(deadline);
+  }
+}, 60_000);
+
+test('a worker that cannot start ends pd-launch with its words', async () => {
+  await expect(launch('--', '--block-size', 'many')).rejects.toThrow(
+    /CONFIG_INVALID: --block-size[\s\S]*did not start/,
+  );
+}, 30_000);
