@@ -120,12 +120,21 @@ const BYTE_UNITS: Record<string, number> = {
 
 /** Bytes: `1e9`, `512MiB`, `2GB`. */
 export function bytes(min = 0): Kind<number> {
-  return parsed('bytes', `bytes, such as 1e9, 512MiB or 2GB, at least ${min}`, (value) => {
-    const match = /^(\d+(?:\.\d+)?(?:e\+?\d+)?)\s*([kmgt]?i?b?)$/i.exec(value);
-    const unit = BYTE_UNITS[(match?.[2] ?? '?').toUpperCase()];
-    const size = Math.round(Number(match?.[1]) * (unit ?? Number.NaN));
-    return size >= min && Number.isSafeInteger(size) ? size : undefined;
-  });
+  return parsed(
+    'bytes',
+    `bytes, such as 1e9, 512MiB or 2GB, at least ${min}`,
+    (value) => {
+      const match = /^(\d+(?:\.\d+)?(?:e\+?\d+)?)\s*([kmgt]?i?b?)$/i.exec(value);
+      const unit = BYTE_UNITS[(match?.[2] ?? '?').toUpperCase()];
+      const size = Math.round(Number(match?.[1]) * (unit ?? Number.NaN));
+      return size >= min && Number.isSafeInteger(size) ? size : undefined;
+    },
+    (size) => {
+      const whole = Object.entries(BYTE_UNITS).filter(([, unit]) => unit > 1 && size % unit === 0);
+      const [name, unit] = whole.sort(([, a], [, b]) => b - a)[0] ?? ['B', 1];
+      return size === 0 ? '0' : `${size / unit}${name.replace('I', 'i')}`;
+    },
+  );
 }
 
 const TIME_UNITS: Record<string, number> = { '': 1_000, ms: 1, s: 1_000, m: 60_000, h: 3_600_000 };

@@ -164,6 +164,8 @@ export class GenerationRun {
       },
       signal,
     );
+    const { log } = this.#context;
+    log.debug({ requestId, promptTokens: prompt.tokens.length, n, maxTokens }, 'request handed to the core');
     const began = performance.now();
     const last: (number | undefined)[] = [];
     const started = new Set<number>();
@@ -183,7 +185,10 @@ export class GenerationRun {
         ...(first ? { start: { prompt, ...(promptLogprobs ? { promptLogprobs } : {}) } } : {}),
       });
     }
-    metrics.observe('vllm:e2e_request_latency_seconds', (performance.now() - began) / 1_000);
+    const seconds = (performance.now() - began) / 1_000;
+    metrics.observe('vllm:e2e_request_latency_seconds', seconds);
+    const tokens = choices.reduce((sum, choice) => sum + choice.tokens, 0);
+    log.debug({ requestId, tokens, seconds }, 'request done');
   }
 
   #observe(output: RequestOutput, began: number, last: (number | undefined)[]): void {

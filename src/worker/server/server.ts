@@ -23,7 +23,6 @@ export function createServer(context: ServerContext): FastifyInstance {
     forceCloseConnections: true,
     // A worker that drains answers 503 itself, with the code that says so.
     return503OnClosing: false,
-    exposeHeadRoutes: false,
   });
   const registry = createRegistry(context.pages, { model_name: config.servedModelNames[0] ?? '' });
   const created = Math.floor(Date.now() / 1_000);

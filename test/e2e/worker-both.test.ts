@@ -1,0 +1,161 @@
+import { once } from 'node:events';
+import { createServer } from 'node:net';
+import { Command } from 'commander';
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { addWorkerOptions, resolveWorkerConfig } from '../../src/config/resolve-worker.ts';
+import { demoModelDir } from '../../src/model/demo.ts';
+import { formatHostPort } from '../../src/net/address.ts';
+import { PdWorker } from '../../src/worker/worker.ts';
+import { Program } from '../support/process.ts';
+
+interface Choice {
+  readonly index: number;
+  readonly text: string;
+  readonly message: { readonly content: string };
+  readonly finish_reason: string;
+  readonly logprobs: {
+    readonly tokens: readonly string[];
+    readonly token_logprobs: readonly (number | null)[];
+    readonly text_offset: readonly number[];
+  };
+}
+interface Answer {
+  readonly choices: readonly Choice[];
+  readonly usage: { readonly prompt_tokens: number; readonly completion_tokens: number };
+  readonly error: { readonly message: string };
+  readonly tokens: readonly number[];
+}
+
+/** The runbook's. */
+const PROMPTS: readonly (readonly [prompt: string, maxTokens: number])[] = [
+  ['Hello world', 10],
+  ['What is the capital of France?', 8],
+  ['def fibonacci(n):\n    if n <= 1:\n        return n\n    else:\n        return', 12],
+  ['Once upon a time in a magical forest, there lived a wise old dragon who', 20],
+];
+
+describe('an undivided worker with the demo model', () => {
+  let worker: PdWorker;
+  let url: string;
+  beforeAll(async () => {
+    const command = addWorkerOptions(new Command('pd-worker'));
+    command.parse(['--port', '0', '--host', '127.0.0.1', '--log-level', 'silent'], { from: 'user' });
+    worker = await PdWorker.start(resolveWorkerConfig(command, { env: {}, demoModelDir }).config);
+    url = `http://${formatHostPort(worker.httpAddress)}`;
+  });
+  afterAll(() => worker.close(0));
+
+  const ask = async (path: string, body: object): Promise<Answer> => {
+    const response = await fetch(`${url}${path}`, {
+      method: 'POST',
+      headers: { 'content-type': 'application/json' },
+      body: JSON.stringify(body),
+    });
+    return (await response.json()) as Answer;
+  };
+  const complete = (body: object) => ask('/v1/completions', { model: 'demo', temperature: 0, ...body });
+
+  it('completes the four prompts of the runbook, alone and together', async () => {
+    const alone = [];
+    for (const [prompt, max_tokens] of PROMPTS) {
+      const { choices, usage } = await complete({ prompt, max_tokens });
+      expect(choices[0]!.text.length).toBeGreaterThan(0);
+      expect(usage.completion_tokens).toBeLessThanOrEqual(max_tokens);
+      alone.push(choices[0]!.text);
+    }
+    expect(alone[1]).toContain('Paris');
+    const together = await complete({ prompt: PROMPTS.map(([prompt]) => prompt), max_tokens: 8 });
+    for (const [i, { text }] of together.choices.entries()) {
+      expect(text.startsWith(alone[i]!) || alone[i]!.startsWith(text)).toBe(true);
+    }
+  });
+
+  it('takes token ids for text', async () => {
+    const [prompt] = PROMPTS[1]!;
+    const { tokens } = await ask('/tokenize', { prompt });
+    const text = await complete({ prompt, max_tokens: 8 });
+    const ids = await complete({ prompt: tokens, max_tokens: 8 });
+    const lists = await complete({ prompt: [tokens, tokens], max_tokens: 8 });
+    expect(ids.choices[0]!.text).toBe(text.choices[0]!.text);
+    expect(lists.choices.map((choice) => choice.text)).toEqual([
+      text.choices[0]!.text,
+      text.choices[0]!.text,
+    ]);
+    expect(lists.usage.prompt_tokens).toBe(2 * tokens.length);
+  });
+
+  it('chats', async () => {
+    const messages = [{ role: 'user', content: 'What is the capital of France?' }];
+    const answer = await ask('/v1/chat/completions', { messages, temperature: 0, max_tokens: 30 });
+    expect(answer.choices[0]!.message.content).toContain('Paris');
+    expect(answer.choices[0]!.finish_reason).toBe('stop');
+  });
+
+  it('gives n completions of one prompt, the same again with the same seed', async () => {
+    const body = { prompt: 'Once upon a time', n: 3, temperature: 1, seed: 7, max_tokens: 12 };
+    const first = await complete(body);
+    const again = await complete(body);
+    const texts = first.choices.map((choice) => choice.text);
+    expect(first.choices.map((choice) => choice.index)).toEqual([0, 1, 2]);
+    expect(new Set(texts).size).toBeGreaterThan(1);
+    expect(again.choices.map((choice) => choice.text)).toEqual(texts);
+  });
+
+  it('echoes with log-probabilities whose offsets lie in the text', async () => {
+    const body = { prompt: 'What is the capital of France?', echo: true, logprobs: 1, max_tokens: 4 };
+    const { choices, usage } = await complete(body);
+    const { text, logprobs } = choices[0]!;
+    expect(logprobs.tokens).toHaveLength(usage.prompt_tokens + usage.completion_tokens);
+    expect(logprobs.token_logprobs.slice(1).every((logprob) => logprob !== null && logprob <= 0)).toBe(true);
+    for (const [i, offset] of logprobs.text_offset.entries()) {
+      if (i > 0) expect(text.startsWith(logprobs.tokens[i]!, offset)).toBe(true);
+    }
+  });
+
+  it('ends at a stop string, and gives every block back', async () => {
+    const { choices } = await complete({
+      prompt: 'What is the capital of France?',
+      max_tokens: 8,
+      stop: ' capital',
+    });
+    expect(choices[0]).toMatchObject({ text: ' Paris is the', finish_reason: 'stop' });
+    expect(await worker.state()).toMatchObject({
+      running: 0,
+      waiting: 0,
+      blocks: { used: 0 },
+      integrity: [],
+    });
+  });
+});
+
+describe('pd-worker', () => {
+  it('says what is wrong in one line, and exits 1', async () => {
+    const program = new Program('pd-worker', ['--send-type', 'POST']);
+    if (!program.exited) await once(program.child, 'close');
+    expect(program.child.exitCode).toBe(1);
+    expect(program.tail()).toMatch(
+      /^\n?pd-worker: CONFIG_INVALID: --send-type: "POST" is not allowed; expected one of PUT, PUT_ASYNC, GET\n/,
+    );
+    expect(program.tail()).not.toContain('    at ');
+  });
+
+  it('names the port that is taken', async () => {
+    const holder = createServer().listen(0, '127.0.0.1');
+    await once(holder, 'listening');
+    const address = holder.address();
+    const port = typeof address === 'object' && address ? address.port : 0;
+    const program = new Program('pd-worker', ['--host', '127.0.0.1', '--port', `${port}`]);
+    if (!program.exited) await once(program.child, 'close');
+    holder.close();
+    expect(program.child.exitCode).toBe(1);
+    expect(program.tail()).toContain(`PORT_IN_USE: HTTP server: port ${port} on 127.0.0.1 is held by`);
+  });
+
+  it('serves until SIGTERM, then exits 0', async () => {
+    const program = new Program('pd-worker', ['--host', '127.0.0.1', '--port', '0', '--log-format', 'json']);
+    const [, url] = await program.line(/Running on (http:\/\/\S+)/);
+    expect((await fetch(`${url}/health`)).status).toBe(200);
+    expect(await program.stop('SIGTERM')).toBe(0);
+    expect(program.lines.at(-1)!.msg).toBe('Stopped');
+  });
+});
