@@ -3,7 +3,7 @@ import { existsSync } from 'node:fs';
 import { join, resolve } from 'node:path';
 import type { Command } from 'commander';
 import { PdError } from '../errors.ts';
-import type { HostPort } from '../net/address.ts';
+import { asDestination, type HostPort } from '../net/address.ts';
 import { announceHost, type LocalOptions, localAddress } from '../net/local.ts';
 import { DEFAULT_LIMITS } from '../transfer/types.ts';
 import { addOptions, type OptionLayer, resolveOptions } from './options.ts';
@@ -89,7 +89,7 @@ export function toWorkerConfig(options: WorkerOptions, outside: WorkerEnvironmen
     executor,
     http,
     kv: { bind: { host: kvHost, port: options.kvPort }, announceHost: kvAnnounceHost, rank: 0 },
-    ...(options.proxy === undefined ? {} : { proxy: options.proxy }),
+    ...(options.proxy === undefined ? {} : { proxy: asDestination(options.proxy) }),
     httpAnnounceHost,
     sendType: options.sendType,
     kvBufferSize: options.kvBufferSize,

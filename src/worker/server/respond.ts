@@ -41,6 +41,7 @@ export async function respond(
     gone.abort();
   };
   reply.raw.once('close', onClose);
+  if (reply.raw.destroyed) gone.abort(); // gone before anyone listened
   try {
     const events = run.events(gone.signal);
     if (options.stream) return await stream(context, reply, events, run, format, options, gone.signal);

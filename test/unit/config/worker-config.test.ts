@@ -129,7 +129,7 @@ describe("vLLM's kv-transfer-config", () => {
       role: 'producer',
       http: { port: 8081 },
       kv: { bind: { port: 8082 } },
-      proxy: { host: '0.0.0.0', port: 30_002 },
+      proxy: { host: '127.0.0.1', port: 30_002 },
       sendType: 'PUT_ASYNC',
       kvBufferSize: 1e9,
       ncclNumChannels: 16,
