@@ -41,7 +41,10 @@ function maximum(logits: Float32Array): number {
   let highest = Number.NEGATIVE_INFINITY;
   for (let i = 0; i < logits.length; i++) {
     const logit = logits[i]!;
-    if (!(logit <= highest)) highest = logit;
+    if (logit <= highest) continue;
+    highest = logit;
+    // NaN is neither below nor above, and would be lost under the next number.
+    if (Number.isNaN(logit)) break;
   }
   if (!Number.isFinite(highest)) {
     throw new PdError(
