@@ -38,7 +38,7 @@ export class StepBuilder {
     this.#fullBudget = budget;
   }
 
-  /** `blocks` covers `numComputed + numTokens` tokens. */
+  /** `blocks` covers `numComputed + numTokens` tokens; it is passed on as it is, so it must not change before the step has run. */
   add(sequence: Sequence, numTokens: number, blocks: readonly number[]): void {
     const start = sequence.numComputed;
     const end = start + numTokens;
@@ -65,7 +65,7 @@ export class StepBuilder {
         numPromptTokens: sequence.promptLength,
         numComputedTokens: start,
         numScheduledTokens: numTokens,
-        blockIds: [...blocks],
+        blockIds: blocks,
       });
     }
     this.entries.push({ sequence, numTokens, sampled });
