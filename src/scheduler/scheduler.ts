@@ -79,7 +79,7 @@ export class Scheduler {
     this.#pool.add(request);
   }
 
-  /** Ends one completion, or all of a request. Unknown ones are over already. */
+  /** Gives up one completion (a stop string), or all of a request (its client has left). Unknown ones are over already. */
   abort(requestId: EngineRequestId, index?: number): RequestOutput[] {
     this.#assertNoStep('abort');
     const group = this.#pool.get(requestId);
@@ -90,7 +90,6 @@ export class Scheduler {
     }
     const sequence = group.sequences[index];
     if (!sequence || sequence.state === 'finished' || sequence.silent) return [];
-    if (group.live === 1) group.aborted = true;
     const output = endOutput(sequence, 'abort');
     const loading = sequence.state === 'loading';
     this.#pool.end(sequence);

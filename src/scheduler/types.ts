@@ -43,6 +43,7 @@ export interface RequestOutput {
   readonly requestId: EngineRequestId;
   /** Which of the `n` completions. */
   readonly index: number;
+  /** A stop token that ended the completion comes last. */
   readonly tokens: readonly number[];
   /** Same length as `tokens` where asked for. */
   readonly logprobs?: readonly TokenLogprob[];
