@@ -6,6 +6,7 @@
  * (`EventPoller`). A MemoryRef, an EventRef and a PagedLayer are plain data, so they cross threads by structured clone.
  */
 import type { PagedLayout } from '../kv/layout.ts';
+import type { CopyPlan } from '../kv/reblock.ts';
 
 declare const brand: unique symbol;
 /** Address in a GPU's memory. */
@@ -74,6 +75,18 @@ export interface Device {
   gather(target: MemoryRef, layer: PagedLayer, blockIds: Int32Array, stream: Stream): void;
   /** The reverse. The first `skip` blocks of the tensor are left out (the consumer has them already, shared). */
   scatter(layer: PagedLayer, blockIds: Int32Array, source: MemoryRef, stream: Stream, skip?: number): void;
+
+  /**
+   * Between a layer's memory and the dense tensor of another family or block size, as planned by kv/reblock.ts: `gather` fills the
+   * tensor, `scatter` the cache. Throws INTERNAL where the plan does not fit them.
+   */
+  reblock(
+    direction: 'gather' | 'scatter',
+    cache: MemoryRef,
+    tensor: MemoryRef,
+    plan: CopyPlan,
+    stream: Stream,
+  ): void;
 
   /** A zero-copy view where the CPU can read the memory (`host`, `pinned`); throws INTERNAL for `cuda`. */
   view(memory: MemoryRef): Uint8Array;

@@ -2,6 +2,7 @@
 import { PdError } from '../errors.ts';
 import { forEachCopyRun } from '../kv/copy-runs.ts';
 import { blockBytes, layerBytes } from '../kv/layout.ts';
+import { type CopyPlan, checkPlan, forEachPlannedRun } from '../kv/reblock.ts';
 import type { Device, DeviceEvent, EventRef, MemoryRef, PagedLayer, Stream } from './device.ts';
 import { hostMemory, hostView } from './memory.ts';
 
@@ -70,6 +71,24 @@ export class HostDevice implements Device {
     const cache = hostView(layer.memory);
     forEachCopyRun(layer.layout, blockIds, skip, (cacheOffset, tensorOffset, bytes) => {
       cache.set(tensor.subarray(tensorOffset, tensorOffset + bytes), cacheOffset);
+    });
+  }
+
+  reblock(
+    direction: 'gather' | 'scatter',
+    cache: MemoryRef,
+    tensor: MemoryRef,
+    plan: CopyPlan,
+    _stream: Stream,
+  ): void {
+    checkPlan(plan, cache.bytes, tensor.bytes);
+    const [paged, dense] = [hostView(cache), hostView(tensor)];
+    forEachPlannedRun(plan, (cacheOffset, tensorOffset, bytes) => {
+      if (direction === 'gather') {
+        dense.set(paged.subarray(cacheOffset, cacheOffset + bytes), tensorOffset);
+      } else {
+        paged.set(dense.subarray(tensorOffset, tensorOffset + bytes), cacheOffset);
+      }
     });
   }
 

@@ -52,6 +52,10 @@ export class OpaqueDevice implements Device {
     throw new PdError('INTERNAL', 'not needed here');
   }
 
+  reblock(): void {
+    throw new PdError('INTERNAL', 'not needed here');
+  }
+
   view(memory: MemoryRef): Uint8Array {
     if (memory.kind === 'cuda') throw new PdError('INTERNAL', 'the CPU cannot read this');
     return this.bytesOf(memory);

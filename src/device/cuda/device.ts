@@ -5,10 +5,12 @@ import { type Cudart, loadCudart } from '../../../ffi/libcudart.ts';
 import { allocateNative, freeNative, nativeView } from '../../../ffi/native.ts';
 import type { NativePointer } from '../../../ffi/pointers.ts';
 import { PdError } from '../../errors.ts';
+import { type CopyPlan, checkPlan } from '../../kv/reblock.ts';
 import type { Device, DevicePointer, MemoryRef, PagedLayer, PinnedPointer, Stream } from '../device.ts';
 import { hostView } from '../memory.ts';
 import { type KernelModule, type KernelTarget, loadKernels } from './kernels.ts';
 import {
+  type CopyShape,
   checkCopy,
   copyShape,
   elementBytes,
@@ -145,6 +147,30 @@ export class CudaDevice implements Device, CudaContext {
     this.#pagedCopy('scatter', layer, blockIds, source, stream, skip);
   }
 
+  reblock(
+    direction: 'gather' | 'scatter',
+    cache: MemoryRef,
+    tensor: MemoryRef,
+    plan: CopyPlan,
+    stream: Stream,
+  ): void {
+    checkPlan(plan, cache.bytes, tensor.bytes);
+    this.enter();
+    const flat = kernelAddress(tensor, direction);
+    for (const part of plan) {
+      const { ids, flatOffset } = part;
+      this.#launchCopies(
+        direction,
+        part,
+        kernelAddress(cache, direction),
+        flat + BigInt(flatOffset),
+        ids,
+        0,
+        stream,
+      );
+    }
+  }
+
   view(memory: MemoryRef): Uint8Array {
     switch (memory.kind) {
       case 'host':
@@ -189,6 +215,19 @@ export class CudaDevice implements Device, CudaContext {
     const cache = kernelAddress(layer.memory, direction);
     const flat = kernelAddress(tensor, direction);
     const shape = copyShape(layer.layout, blockIds.length);
+    this.#launchCopies(direction, shape, cache, flat, blockIds, skip, stream);
+  }
+
+  /** `flat` is the address of block 0 of `blockIds`, skipped or not. */
+  #launchCopies(
+    direction: 'gather' | 'scatter',
+    shape: CopyShape,
+    cache: bigint,
+    flat: bigint,
+    blockIds: Int32Array,
+    skip: number,
+    stream: Stream,
+  ): void {
     const { handle } = cudaStream(stream);
     for (let first = skip; first < blockIds.length; first += MAX_BLOCKS_PER_LAUNCH) {
       const ids = blockIds.subarray(first, first + MAX_BLOCKS_PER_LAUNCH);
