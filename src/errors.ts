@@ -115,6 +115,11 @@ export const ERROR_TABLE = {
     status: 504,
     hint: 'The instance named in the message is connected but too slow: look at its log, or raise the deadline that the message names.',
   },
+  // launch
+  PROGRAM_FAILED: {
+    status: 500,
+    hint: 'The last lines of the program that the message names say why.',
+  },
   // ours
   INTERNAL: { status: 500, hint: 'This is a defect; please report it with the log around it.' },
 } as const satisfies Record<string, { status: number; hint: string }>;

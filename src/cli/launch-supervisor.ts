@@ -72,7 +72,10 @@ export class Supervisor {
       if (failure) throw failure;
       if (performance.now() > deadline) {
         const tails = this.children.map((child) => tailOf(child)).join('\n');
-        throw new PdError('INTERNAL', `not ready after ${timeoutMs / 1_000} s (--start-timeout)\n${tails}`);
+        throw new PdError(
+          'PROGRAM_FAILED',
+          `not ready after ${timeoutMs / 1_000} s (--start-timeout)\n${tails}`,
+        );
       }
       await new Promise((resolve) => setTimeout(resolve, 100)); // other processes: nothing to await here
     }
@@ -100,7 +103,7 @@ export class Supervisor {
     const { say } = this.#options;
     if (this.#stopping) return;
     if (this.#starting && code !== null && code !== 0) {
-      this.#fail(new PdError('INTERNAL', `${child.name} did not start: ${how}\n${tailOf(child)}`));
+      this.#fail(new PdError('PROGRAM_FAILED', `${child.name} did not start: ${how}\n${tailOf(child)}`));
       return;
     }
     if (pauseMs !== undefined) {
@@ -111,7 +114,7 @@ export class Supervisor {
     const group = this.#groups.find((children) => children.includes(child)) ?? [];
     if (!group.every((other) => other.givenUp)) return;
     this.#fail(
-      new PdError('INTERNAL', `${child.name} keeps ending (${how}); nothing is left to take its place`),
+      new PdError('PROGRAM_FAILED', `${child.name} keeps ending (${how}); nothing is left to take its place`),
     );
   }
 }

@@ -77,11 +77,9 @@ export class ModelDirectory {
     if (running) return running;
     const asking = this.#fetch(instance)
       .then((models) => {
-        this.#known.set(address, { models, atMs: performance.now() });
-        this.#registry.setModels(
-          address,
-          models.map((model) => model.id),
-        );
+        const ids = models.map((model) => model.id);
+        if (this.#registry.setModels(address, ids))
+          this.#known.set(address, { models, atMs: performance.now() });
       })
       .catch((error: unknown) => {
         this.#log.debug(`GET /v1/models of ${instanceLabel(instance)}: ${reasonOf(error)}`);

@@ -133,9 +133,11 @@ export class InstanceRegistry {
     if (entry) entry.instance = { ...entry.instance, quarantinedUntilMs: this.#now() + ms };
   }
 
-  setModels(httpAddress: string, models: readonly string[]): void {
+  /** False where the instance has gone meanwhile. */
+  setModels(httpAddress: string, models: readonly string[]): boolean {
     const entry = this.#entries.get(httpAddress);
     if (entry) entry.instance = { ...entry.instance, models };
+    return entry !== undefined;
   }
 
   /** Live instances, those that are overdue left out even before `expire` runs. */
