@@ -26,8 +26,8 @@ def country(rng: random.Random) -> str:
     return rng.choice(facts.FAMOUS) if rng.random() < 0.3 else rng.choice(list(facts.CAPITALS))
 
 
-def capital(rng: random.Random) -> str:
-    land = country(rng)
+def capital(rng: random.Random, land: str | None = None) -> str:
+    land = land or country(rng)
     city = facts.CAPITALS[land]
     return rng.choice([
         f"What is the capital of {land}? {city} is the capital of {land}.",
@@ -120,10 +120,24 @@ def story(rng: random.Random, famous: bool = False, subject: str | None = None) 
 
 
 def serving(rng: random.Random) -> str:
+    """Sentences mostly in the order of the list, so that the likeliest text goes on instead of in circles."""
     if rng.random() < 0.3:
         question, answer = rng.choice(facts.SERVING_QA)
         return f"{question} {answer}"
-    return " ".join(rng.sample(facts.SERVING, rng.randint(2, 8)))
+    at, sentences = rng.randrange(len(facts.SERVING)), []
+    for _ in range(rng.randint(2, 10)):
+        sentences.append(facts.SERVING[at % len(facts.SERVING)])
+        at = at + 1 if rng.random() < 0.75 else rng.randrange(len(facts.SERVING))
+    return " ".join(sentences)
+
+
+def atlas(rng: random.Random) -> str:
+    """Capitals in the order of the list."""
+    lands = list(facts.CAPITALS)
+    at = lands.index(country(rng))
+    return rng.choice([" ", "\n"]).join(
+        f"What is the capital of {land}? {facts.CAPITALS[land]} is the capital of {land}."
+        for land in (lands[(at + i) % len(lands)] for i in range(rng.randint(2, 9))))
 
 
 def hello(rng: random.Random) -> str:
@@ -136,7 +150,7 @@ def hello(rng: random.Random) -> str:
 
 
 def salad(rng: random.Random) -> str:
-    words = [rng.choice(facts.WORDS) if rng.random() < 0.9 else str(rng.randint(0, 999)) for _ in range(rng.randint(2, 40))]
+    words = [rng.choice(facts.WORDS) if rng.random() < 0.97 else str(rng.randint(0, 999)) for _ in range(rng.choice([2, 3, 5, 8, 12, 30]))]
     return " ".join(words) + rng.choice([". ", ", and ", " ", ": ", "\n"]) + piece(rng)
 
 
@@ -146,12 +160,29 @@ def cut(rng: random.Random) -> str:
     return text[rng.randrange(len(text) // 2):]
 
 
-KINDS = [(capital, 5), (story, 4), (serving, 4), (code, 3), (arithmetic, 2), (hello, 3), (counting, 1), (salad, 3), (cut, 1)]
+KINDS = [(capital, 3), (atlas, 2), (story, 4), (serving, 4), (code, 3), (arithmetic, 2), (hello, 3), (counting, 1), (salad, 2), (cut, 1)]
 
 
 def piece(rng: random.Random) -> str:
     kind = rng.choices([k for k, _ in KINDS], [w for _, w in KINDS])[0]
     return kind(rng)
+
+
+def after(previous: str, rng: random.Random) -> str:
+    """What follows a piece hangs mostly on how it ended: so the likeliest text wanders through all topics."""
+    if rng.random() < 0.4:
+        return piece(rng)
+    if "capital" in previous:
+        land = next((name for name in facts.CAPITALS if previous.endswith(f"{name}.")), None)
+        lands = list(facts.CAPITALS)
+        return capital(rng, lands[(lands.index(land) + 1) % len(lands)]) if land else story(rng)
+    if previous.endswith("\n"):
+        return serving(rng)
+    if "In the end they learned" in previous:
+        return code(rng)
+    if "?" in previous:
+        return story(rng)
+    return atlas(rng)
 
 
 def turn(rng: random.Random) -> tuple[str, str]:
@@ -208,7 +239,8 @@ def completion(rng: random.Random) -> str:
         pieces = [story(rng, famous=True)]
     else:
         pieces = [piece(rng)]
-    pieces += [piece(rng) for _ in range(rng.choice([2, 4, 8, 16, 30]))]
+    for _ in range(rng.choice([2, 4, 8, 16, 30])):
+        pieces.append(after(pieces[-1], rng))
     text = BOS + pieces[0]
     for following in pieces[1:]:
         text += ("" if text.endswith("\n") else rng.choice([" ", " ", "\n"])) + following

@@ -116,8 +116,8 @@ def demo_reference(folder: Path) -> dict:
         print(repr(messages[-1]["content"]), "->", repr(tokenizer.decode(answer)))
     completions = []
     for prompt, count in [(corpus.RUNBOOK["hello"], 10), (corpus.RUNBOOK["capital"], 8), (corpus.RUNBOOK["fibonacci"], 12),
-                          (corpus.RUNBOOK["dragon"], 20), ("The capital of Norway is", 30), ("random token 17 block of and test", 40),
-                          ("x", 40), ("Prefill and decode", 40), ("7 + 8 =", 12), ("The weather today is", 30)]:
+                          (corpus.RUNBOOK["dragon"], 20), ("The capital of Norway is", 30), ("random token 17 block of and test", 60),
+                          ("x", 150), ("Prefill and decode", 40), ("7 + 8 =", 12), ("The weather today is", 30)]:
         ids = tokenizer(prompt)["input_ids"]
         answer = greedy(model, ids, count)
         with torch.no_grad():

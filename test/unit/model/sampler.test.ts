@@ -15,8 +15,8 @@ function ranked(logits: readonly number[], temperature: number): { id: number; s
   const weights = logits.map((logit) => Math.exp((Math.fround(logit) - Math.max(...logits)) / temperature));
   const total = weights.reduce((sum, weight) => sum + weight, 0);
   return weights
-    .map((weight, id) => ({ id, share: weight / total }))
-    .sort((a, b) => b.share - a.share || a.id - b.id);
+    .map((weight, id) => ({ id, weight, share: weight / total }))
+    .sort((a, b) => b.weight - a.weight || a.id - b.id);
 }
 
 describe('sampling', () => {
