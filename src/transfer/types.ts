@@ -14,7 +14,7 @@ export type SendType = (typeof SEND_TYPES)[number];
 
 /** What identifies the model and its KV to a peer. Unequal digests never exchange KV; the fields say why. */
 export interface Fingerprint {
-  /** Hex SHA-256 over all fields. */
+  /** Hex SHA-256 over all fields but `model`: one checkpoint may lie under two names. */
   readonly digest: string;
   /** Checkpoint name for people. */
   readonly model: string;
