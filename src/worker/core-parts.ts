@@ -1,0 +1,133 @@
+/** Puts the core together: device, model, transfer engine, connectors, scheduler, loop; and takes it apart again. */
+import type { WorkerConfig } from '../config/worker-config.ts';
+import { P2pSchedulerConnector } from '../connector/scheduler-connector.ts';
+import { P2pWorkerConnector } from '../connector/worker-connector.ts';
+import { createDevice } from '../device/create.ts';
+import type { Device } from '../device/device.ts';
+import { createExecutor } from '../model/create.ts';
+import type { Executor } from '../model/executor.ts';
+import { formatHostPort } from '../net/address.ts';
+import type { Logger } from '../observability/log.ts';
+import { MetricsPage } from '../observability/metrics.ts';
+import { Scheduler } from '../scheduler/scheduler.ts';
+import type { RequestOutput } from '../scheduler/types.ts';
+import { maxSequenceLength } from '../scheduler/validate.ts';
+import type { TransferEngineApi } from '../transfer/engine-api.ts';
+import type { Fingerprint } from '../transfer/types.ts';
+import { CoreLoop } from './core.ts';
+import type { CoreInfo, CoreInit } from './messages.ts';
+
+export interface CoreParts {
+  readonly loop: CoreLoop;
+  readonly info: CoreInfo;
+  /** Absent for role `both`. */
+  readonly engine?: TransferEngineApi;
+  /** Once the loop has ended. Idempotent. The engine goes first: it writes into what the device holds. */
+  dispose(): Promise<void>;
+}
+
+/** Throws what any part throws; whatever had been made is given back then. */
+export async function createCore(
+  init: CoreInit,
+  log: Logger,
+  post: (outputs: readonly RequestOutput[]) => void,
+): Promise<CoreParts> {
+  const { config } = init;
+  const undo: (() => void | Promise<void>)[] = [];
+  const dispose = async () => {
+    for (let last = undo.pop(); last; last = undo.pop()) await last();
+  };
+  try {
+    const device = await createDevice(config.device);
+    undo.push(() => device.dispose());
+    const { executor, fingerprint, maxModelLen, numBlocks } = await createExecutor({ config, device });
+    undo.push(() => executor.dispose());
+    const engine = await createEngine(config, fingerprint, init.metrics.transfer);
+    if (engine) undo.push(() => engine.dispose());
+    const limits = { numBlocks, blockSize: config.blockSize, maxModelLen };
+    return {
+      loop: createLoop(init, { device, executor, engine, limits, log, post }),
+      info: {
+        ...(engine && { kvAddress: formatHostPort(engine.address) }),
+        maxModelLen: maxSequenceLength(limits),
+        numBlocks,
+        blockSize: config.blockSize,
+        vocabSize: executor.vocabSize,
+        fingerprint,
+      },
+      ...(engine && { engine }),
+      dispose,
+    };
+  } catch (error) {
+    await dispose();
+    throw error;
+  }
+}
+
+interface LoopParts {
+  readonly device: Device;
+  readonly executor: Executor;
+  readonly engine: TransferEngineApi | undefined;
+  readonly limits: { readonly numBlocks: number; readonly blockSize: number; readonly maxModelLen: number };
+  readonly log: Logger;
+  readonly post: (outputs: readonly RequestOutput[]) => void;
+}
+
+function createLoop(init: CoreInit, parts: LoopParts): CoreLoop {
+  const { config } = init;
+  const { executor, engine, limits, log, post } = parts;
+  const { role, blockSize, maxNumSeqs, maxNumBatchedTokens, enablePrefixCaching } = config;
+  const metrics = new MetricsPage(init.metrics.core);
+  const split = role !== 'both' && engine ? { role, engine } : undefined;
+  const connector =
+    split &&
+    new P2pWorkerConnector({
+      ...split,
+      sendType: config.sendType,
+      rank: config.kv.rank,
+      layers: executor.layers,
+      log,
+      metrics,
+    });
+  const scheduler = new Scheduler(
+    { ...limits, maxNumSeqs, maxNumBatchedTokens, enablePrefixCaching },
+    split && new P2pSchedulerConnector({ role: split.role, blockSize }),
+  );
+  return new CoreLoop({
+    executor,
+    scheduler,
+    ...(connector && { connector }),
+    loadFailure: config.loadFailure,
+    metrics,
+    log,
+    post,
+  });
+}
+
+async function createEngine(
+  config: WorkerConfig,
+  fingerprint: Fingerprint,
+  metrics: SharedArrayBuffer,
+): Promise<TransferEngineApi | undefined> {
+  if (config.role === 'both') return undefined;
+  // An undivided worker needs neither ZeroMQ nor a transport.
+  const { TransferEngine } = await import('../transfer/engine.ts');
+  const { device, kv, sendType, kvBufferSize, memPoolSize, ncclNumChannels, timeouts, limits, log } = config;
+  return TransferEngine.create(
+    {
+      device,
+      bind: kv.bind,
+      announceHost: kv.announceHost,
+      rank: kv.rank,
+      sendType,
+      kvBufferSize,
+      memPoolSize,
+      ncclNumChannels,
+      timeouts,
+      limits,
+      fingerprint,
+      log,
+    },
+    { metrics },
+  );
+}

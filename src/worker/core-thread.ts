@@ -1,0 +1,94 @@
+/** The core thread's entry: `CoreInit` in, messages of `messages.ts` both ways. It ends by itself once its port is closed. */
+import { parentPort, workerData } from 'node:worker_threads';
+import { PdError, unreachable } from '../errors.ts';
+import { createLogger } from '../observability/log.ts';
+import { type CoreParts, createCore } from './core-parts.ts';
+import type { CoreInit, FromCore, ToCore } from './messages.ts';
+
+if (!parentPort) throw new PdError('INTERNAL', 'the core thread was started as a program');
+const port = parentPort;
+const init = workerData as CoreInit;
+const { config } = init;
+const log = createLogger(config.log, 'core');
+
+await main().catch(fatal);
+post({ type: 'closed' });
+port.close();
+
+function post(message: FromCore): void {
+  port.postMessage(message);
+}
+
+function fatal(error: unknown): void {
+  post({ type: 'fatal', error: PdError.from(error).toData() });
+}
+
+async function main(): Promise<void> {
+  // Until the core is there, messages wait in the port.
+  const core = await createCore(init, log, (outputs) => post({ type: 'outputs', outputs }));
+  try {
+    post({ type: 'ready', info: core.info });
+    const ended = core.loop.run().catch((error: unknown) => fatal(error));
+    const shutdown = new Promise<void>((resolve) => {
+      port.on('message', (message: ToCore) => {
+        if (message.type === 'shutdown') resolve();
+        else receive(core, message);
+      });
+    });
+    await Promise.race([ended, shutdown]);
+    core.loop.close();
+    // Disposing the engine settles whatever the step under way waits for.
+    await core.engine?.dispose();
+    await ended;
+  } finally {
+    await core.dispose();
+  }
+}
+
+function receive(core: CoreParts, message: Exclude<ToCore, { readonly type: 'shutdown' }>): void {
+  switch (message.type) {
+    case 'add':
+      core.loop.add(message.request);
+      return;
+    case 'abort':
+      core.loop.abort(message.requestId, message.index);
+      return;
+    case 'state':
+      void answerState(core, message.seq);
+      return;
+    case 'serve':
+      startPing(core, message.httpAddress);
+      return;
+    case 'drain':
+      core.engine?.stopPing();
+      return;
+    default:
+      unreachable(message, 'message to the core thread');
+  }
+}
+
+async function answerState(core: CoreParts, seq: number): Promise<void> {
+  const state = core.loop.state();
+  try {
+    const transfer = await core.engine?.state();
+    post({ type: 'state', seq, state: { ...state, ...(transfer && { transfer }) } });
+  } catch (error) {
+    log.warn(
+      { code: PdError.from(error).code },
+      `the transfer engine did not tell its state: ${PdError.from(error).message}`,
+    );
+    post({ type: 'state', seq, state });
+  }
+}
+
+/** Rank 0 speaks for its instance. */
+function startPing(core: CoreParts, httpAddress: string): void {
+  const { proxy, role, kv, pingIntervalMs } = config;
+  if (!proxy || role === 'both' || kv.rank !== 0) return;
+  core.engine?.startPing({
+    proxy,
+    type: role === 'producer' ? 'P' : 'D',
+    httpAddress,
+    intervalMs: pingIntervalMs,
+  });
+}
