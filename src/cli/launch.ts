@@ -6,6 +6,7 @@ import { PdError } from '../errors.ts';
 import { asDestination, formatHostPort } from '../net/address.ts';
 import { SEND_TYPES } from '../transfer/types.ts';
 import { packageVersion } from '../version.ts';
+import { assertGpus } from './launch-gpus.ts';
 import { LaunchOutput } from './launch-output.ts';
 import { type LaunchPlan, type LaunchSettings, planLaunch } from './launch-plan.ts';
 import { Supervisor } from './launch-supervisor.ts';
@@ -145,6 +146,7 @@ const KILL_GRACE_MS = 5_000;
 /** Runs until a signal, or until something cannot be kept running: then it throws. A second signal kills. */
 export async function main(argv: readonly string[] = process.argv.slice(2)): Promise<void> {
   const { settings, json, startTimeoutMs } = launchOptions(argv, process.env);
+  await assertGpus(settings);
   const plan = await planLaunch(settings);
   const stream = json ? process.stderr : process.stdout;
   for (const out of [process.stdout, process.stderr]) out.on('error', () => {}); // its reader has gone; serving goes on
@@ -161,7 +163,8 @@ export async function main(argv: readonly string[] = process.argv.slice(2)): Pro
   const specsOf = (role: string) =>
     plan.workers.filter((worker) => worker.role === role).map(({ spec }) => spec);
   const supervisor = new Supervisor({
-    groups: [[plan.proxy.spec], specsOf('producer'), specsOf('consumer')],
+    // Stopped in this order: what the proxy has under way needs both, and what a consumer still loads needs its producer.
+    groups: [[plan.proxy.spec], specsOf('consumer'), specsOf('producer')],
     killAfterMs: settings.drainTimeoutMs + KILL_GRACE_MS,
     onLine: (name, line) => output.line(name, line),
     say,
