@@ -1,0 +1,124 @@
+/** Two core threads, a producer and a consumer, over the real transfer engine: their text must be that of an undivided one. */
+import { randomBytes } from 'node:crypto';
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { requestKvBytes } from '../../src/kv/layout.ts';
+import { parseHostPort } from '../../src/net/address.ts';
+import { readMetric } from '../../src/observability/metrics.ts';
+import type { CoreRequest, RequestOutput } from '../../src/scheduler/types.ts';
+import { DEFAULT_TIMEOUTS, SEND_TYPES, type SendType } from '../../src/transfer/types.ts';
+import { engineRequestId, proxyRequestId } from '../../src/wire/ids.ts';
+import type { CoreInfo } from '../../src/worker/messages.ts';
+import { CoreHarness, greedy, textOf } from '../support/core-harness.ts';
+
+const suffix = () => randomBytes(4).toString('hex');
+let serial = 0;
+/** No two begin alike, so that no prefix cache has any part of them. */
+const prompt = (length: number) => {
+  const first = serial++;
+  return Array.from({ length }, (_, i) => 10 + ((first * 131 + i * 17) % 700));
+};
+
+describe.each(SEND_TYPES)('%s', (sendType: SendType) => {
+  let reference: CoreHarness;
+  let producer: { core: CoreHarness; info: CoreInfo };
+  let consumer: { core: CoreHarness; info: CoreInfo };
+  const timeouts = { ...DEFAULT_TIMEOUTS, connect: 2_000, answer: 2_000, load: 3_000 };
+
+  beforeAll(async () => {
+    [{ core: reference }, producer, consumer] = await Promise.all([
+      CoreHarness.start(),
+      CoreHarness.start({ role: 'producer', sendType, timeouts }),
+      CoreHarness.start({ role: 'consumer', sendType, timeouts }),
+    ]);
+  });
+  afterAll(async () => {
+    const codes = await Promise.all([reference, producer.core, consumer.core].map((core) => core.shutdown()));
+    expect(codes).toEqual([0, 0, 0]);
+  });
+
+  const serverId = () => {
+    const addresses = [producer, consumer].map(({ info }) => parseHostPort(info.kvAddress!)) as [
+      { host: string; port: number },
+      { host: string; port: number },
+    ];
+    return `cmpl-${proxyRequestId(...addresses, randomBytes(16).toString('hex'))}-0`;
+  };
+  const prefill = (id: string, tokens: readonly number[]) =>
+    producer.core.generate(greedy(engineRequestId(id, suffix()), tokens, { maxTokens: 1 }));
+  const decode = (id: string, tokens: readonly number[], more: { n?: number } = {}): CoreRequest =>
+    greedy(engineRequestId(id, suffix()), tokens, more);
+
+  async function split(tokens: readonly number[], more: { n?: number } = {}): Promise<RequestOutput[]> {
+    const id = serverId();
+    await prefill(id, tokens);
+    return consumer.core.generate(decode(id, tokens, more));
+  }
+
+  const loads = (result: 'ok' | 'recomputed' | 'failed') =>
+    readMetric([consumer.core.pages.core], 'pd_kv_loads_total', result);
+
+  it('says what an undivided worker says, from KV that truly moved', async () => {
+    const lengths = [2, 15, 16, 17, 33, 70, 100, 64];
+    const prompts = lengths.map(prompt);
+    const received = readMetric([consumer.core.pages.transfer], 'pd_kv_received_bytes_total');
+    const before = loads('ok');
+    const texts = await Promise.all(prompts.map(async (tokens) => textOf(await split(tokens))));
+    const expected = await Promise.all(
+      prompts.map(async (tokens) => textOf(await reference.generate(decode('ref', tokens)))),
+    );
+    expect(texts).toEqual(expected);
+    expect(loads('ok') - before).toBe(prompts.length);
+    const { fingerprint, blockSize } = consumer.info;
+    const layout = { ...fingerprint, family: 'kv-first', numBlocks: 1, blockSize } as const;
+    const bytes = lengths.reduce(
+      (sum, tokens) => sum + requestKvBytes(layout, fingerprint.layers, tokens),
+      0,
+    );
+    expect(readMetric([consumer.core.pages.transfer], 'pd_kv_received_bytes_total') - received).toBe(bytes);
+    const computed = readMetric([consumer.core.pages.core], 'pd_prompt_tokens_total', 'computed');
+    expect(computed).toBe(prompts.length);
+  });
+
+  it('forks n completions of loaded KV', async () => {
+    const tokens = prompt(40);
+    const outputs = await split(tokens, { n: 3 });
+    const expected = textOf(await reference.generate(decode('ref', tokens)));
+    for (const index of [0, 1, 2]) expect(textOf(outputs, index)).toEqual(expected);
+  });
+
+  it('frees everything of a request whose client leaves while its KV is on its way', async () => {
+    const request = decode(serverId(), prompt(30)); // never prefilled
+    const ended = consumer.core.generate(request);
+    while ((await consumer.core.state()).loading === 0);
+    consumer.core.post({ type: 'abort', requestId: request.requestId });
+    expect((await ended).at(-1)?.finishReason).toBe('abort');
+    while ((await consumer.core.state()).loading > 0);
+    expect(await consumer.core.state()).toMatchObject({ blocks: { used: 0 }, integrity: [] });
+  });
+
+  it('fails a request whose KV never comes at its deadline, and only that one', async () => {
+    const lost = consumer.core.generate(decode(serverId(), prompt(30)));
+    const tokens = prompt(20);
+    const good = textOf(await split(tokens));
+    expect(good).toEqual(textOf(await reference.generate(decode('ref', tokens))));
+    const [output] = await lost;
+    expect(output).toMatchObject({
+      finishReason: 'error',
+      error: { code: expect.stringMatching(/^KV_LOAD_/) },
+    });
+    expect(loads('failed')).toBe(1);
+  });
+
+  it('holds nothing when all is done', async () => {
+    // A GET given up is forgotten once the producer has answered it, at the latest at its own deadline.
+    const until = performance.now() + 10_000;
+    let state = await consumer.core.state();
+    while (state.transfer?.buffer.usedBytes !== 0 && performance.now() < until) {
+      state = await consumer.core.state();
+    }
+    expect(state).toMatchObject({ running: 0, waiting: 0, loading: 0, blocks: { used: 0 }, integrity: [] });
+    expect(state.transfer).toMatchObject({ buffer: { usedBytes: 0 }, pool: { usedBytes: 0 }, waiting: [] });
+    const { integrity, blocks } = await producer.core.state();
+    expect({ integrity, used: blocks.used }).toEqual({ integrity: [], used: 0 });
+  });
+});
