@@ -100,6 +100,9 @@ export interface TransferOptions {
   /** Absent for an engine that exchanges tensors of any model (embedding): no fingerprint is compared. */
   readonly fingerprint?: Fingerprint;
   readonly log: LogOptions;
+  /** Told in the log line at start, where they are known by then. */
+  readonly httpAddress?: string;
+  readonly proxyAddress?: string;
 }
 
 /** What `send` sends: bytes where they lie, or blocks of a paged cache, which are gathered first. */

@@ -1,0 +1,82 @@
+/** What every part of one transfer engine shares, and the log lines and errors they have in common. */
+import type { Device, Stream } from '../device/device.ts';
+import type { EventPoller } from '../device/poller.ts';
+import type { ErrorCode, PdError } from '../errors.ts';
+import type { Logger, RateLimitedLog } from '../observability/log.ts';
+import type { MetricsPage } from '../observability/metrics.ts';
+import type { Transport } from '../transport/transport.ts';
+import { splitTensorId, type TensorId, transferIdOf } from '../wire/ids.ts';
+import type { PeerHello } from '../wire/messages.ts';
+import type { Deadlines } from './deadlines.ts';
+import type { KvMemory } from './kv-memory.ts';
+import type { SendType, TransferOptions } from './types.ts';
+
+export interface TransferContext {
+  readonly options: TransferOptions;
+  /** This engine's routing id: its ROUTER's `host:port` as told to others. */
+  readonly self: string;
+  /** What this end says of itself at NEW. */
+  readonly hello: PeerHello;
+  readonly device: Device;
+  readonly transport: Transport;
+  /** Copies into and out of transfer memory. Each pair has a stream of its own inside the transport. */
+  readonly stream: Stream;
+  readonly poller: EventPoller;
+  readonly memory: KvMemory;
+  readonly deadlines: Deadlines;
+  readonly metrics: MetricsPage;
+  readonly log: Logger;
+  readonly limited: RateLimitedLog;
+}
+
+/** PUT and PUT_ASYNC differ only in what the connector waits for: on the wire they are one. */
+export function sameDirection(a: SendType, b: SendType): boolean {
+  return (a === 'GET') === (b === 'GET');
+}
+
+export interface TensorFields {
+  readonly requestId: string;
+  readonly transferId: string;
+  readonly tensorId: string;
+  readonly peer?: string;
+  readonly shape?: readonly number[];
+  readonly dtype?: string;
+  readonly bufferUsed: number;
+  readonly poolUsed: number;
+}
+
+/** The fields that every debug line about a tensor carries. */
+export function tensorFields(
+  context: TransferContext,
+  tensor: { readonly tensorId: TensorId; readonly shape?: readonly number[]; readonly dtype?: string },
+  peer?: string,
+): TensorFields {
+  const { requestId } = splitTensorId(tensor.tensorId);
+  return {
+    requestId,
+    transferId: transferIdOf(requestId),
+    tensorId: tensor.tensorId,
+    ...(peer === undefined ? {} : { peer }),
+    ...(tensor.shape === undefined ? {} : { shape: tensor.shape }),
+    ...(tensor.dtype === undefined ? {} : { dtype: tensor.dtype }),
+    bufferUsed: context.memory.bufferUsed,
+    poolUsed: context.memory.poolUsed,
+  };
+}
+
+/** Failures of peers that pd_protocol_errors_total counts, and under which kind. */
+const COUNTED = {
+  PEER_ANSWER_TIMEOUT: 'timeout',
+  PAIR_INIT_TIMEOUT: 'timeout',
+  TRANSFER_TIMEOUT: 'timeout',
+  PEER_UNREACHABLE: 'timeout',
+  PEER_LOST: 'peer_lost',
+  FINGERPRINT_MISMATCH: 'fingerprint',
+  SEND_TYPE_MISMATCH: 'send_type',
+} as const satisfies Partial<Record<ErrorCode, string>>;
+
+/** Counts a failure of a peer, where it is one. */
+export function countFailure(context: TransferContext, { code }: PdError): void {
+  const kind = Object.hasOwn(COUNTED, code) ? COUNTED[code as keyof typeof COUNTED] : undefined;
+  if (kind) context.metrics.inc('pd_protocol_errors_total', 1, kind);
+}

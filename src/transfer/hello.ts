@@ -1,0 +1,44 @@
+/** What two ends of ours must agree on before they exchange KV. Pure. */
+import type { ErrorCode } from '../errors.ts';
+import { PD_VERSION, type PeerHello } from '../wire/messages.ts';
+import { sameDirection } from './context.ts';
+import type { Fingerprint, TransferOptions } from './types.ts';
+
+export function helloOf(options: TransferOptions): PeerHello {
+  const hello = { version: PD_VERSION, features: ['seq'], sendType: options.sendType };
+  return options.fingerprint ? { ...hello, fingerprint: options.fingerprint } : hello;
+}
+
+export interface Mismatch {
+  readonly code: ErrorCode;
+  readonly message: string;
+}
+
+/** Why `mine` and `theirs` cannot exchange KV, with both values, or undefined. An end without a fingerprint takes any model. */
+export function mismatchOf(
+  mine: PeerHello,
+  theirs: PeerHello,
+  self: string,
+  peer: string,
+): Mismatch | undefined {
+  if (!sameDirection(mine.sendType, theirs.sendType)) {
+    return {
+      code: 'SEND_TYPE_MISMATCH',
+      message: `send_type differs: ${self} has ${mine.sendType}, ${peer} has ${theirs.sendType}`,
+    };
+  }
+  const [a, b] = [mine.fingerprint, theirs.fingerprint];
+  if (!a || !b || a.digest === b.digest) return undefined;
+  return {
+    code: 'FINGERPRINT_MISMATCH',
+    message: `fingerprints differ: ${self} has ${describe(a, b)}, ${peer} has ${describe(b, a)}`,
+  };
+}
+
+/** The fields of `one` that differ from `other`; the digest where none does. */
+function describe(one: Fingerprint, other: Fingerprint): string {
+  const fields = (Object.keys(one) as (keyof Fingerprint)[])
+    .filter((key) => key !== 'digest' && one[key] !== other[key])
+    .map((key) => `${key} ${String(one[key]).slice(0, 80)}`);
+  return `${one.digest.slice(0, 12)} (${fields.join(', ') || 'same fields'})`;
+}

@@ -1,0 +1,196 @@
+/**
+ * KV that comes in, whatever brought it: taken in if there is room, received, given to who waits for it, and freed when nobody does.
+ * Memory is taken before an announcement is answered; what was answered `0` is received even if its request is over by then.
+ */
+import { PdError } from '../errors.ts';
+import type { Pair } from '../transport/transport.ts';
+import { tensorBytes } from '../wire/dtype.ts';
+import { splitTensorId, transferIdOf } from '../wire/ids.ts';
+import type { PutMessage } from '../wire/messages.ts';
+import { type Claimant, ClaimBook } from './claims.ts';
+import { type TransferContext, tensorFields } from './context.ts';
+import { FinishedRequests, LostRequests } from './memories.ts';
+import { type Held, ReceiveStore, type StoreEntry, type TensorInfo } from './store.ts';
+
+export class Intake {
+  readonly store = new ReceiveStore();
+  readonly claims: ClaimBook;
+  readonly #finished = new FinishedRequests();
+  readonly #lost = new LostRequests();
+  readonly #context: TransferContext;
+  #sweeping = false;
+
+  constructor(context: TransferContext) {
+    this.#context = context;
+    this.claims = new ClaimBook((transferId, requestIds) => {
+      context.limited.log(`collision ${transferId}`, (suppressed) =>
+        context.log.warn(
+          { transferId, requestIds, suppressed },
+          `requests ${requestIds.join(' and ')} share the transfer id ${transferId}: each gets only KV of its full id`,
+        ),
+      );
+    });
+  }
+
+  /** Memory for an announced tensor, or undefined: answer `1`. */
+  async admit(put: PutMessage, peer: string): Promise<StoreEntry | undefined> {
+    const { memory, options, metrics, log } = this.#context;
+    const tensor: TensorInfo = { tensorId: put.tensor_id, shape: put.shape, dtype: put.dtype, peer };
+    const fields = tensorFields(this.#context, tensor, peer);
+    if (this.#isDuplicate(tensor)) return undefined;
+    const held =
+      this.store.size < options.limits.maxTensors
+        ? await memory.allocate(tensorBytes(put.shape, put.dtype))
+        : undefined;
+    if (!held) {
+      metrics.inc('pd_kv_refused_total', 1);
+      const reason = new PdError(
+        'KV_BUFFER_FULL',
+        `no room for ${put.tensor_id} of ${tensorBytes(put.shape, put.dtype)} bytes from ${peer}: ` +
+          `${memory.bufferUsed} of ${memory.thresholdBytes} bytes of the buffer and ${memory.poolUsed} of ` +
+          `${memory.limitBytes} bytes of the host pool are used, ${this.store.size} tensors held`,
+        { tensorId: put.tensor_id, peer },
+      );
+      this.#context.limited.log('no room', (suppressed) =>
+        log.warn({ ...fields, suppressed }, reason.message),
+      );
+      this.#lose(put.tensor_id, reason);
+      return undefined;
+    }
+    // Room may have taken its time: the same tensor may have come from elsewhere, its request may have ended.
+    if (this.#isDuplicate(tensor)) {
+      held.free();
+      return undefined;
+    }
+    return this.#enter(tensor, held);
+  }
+
+  /** Posts the receive of an admitted tensor. The answer leaves after this, in the same turn. */
+  post(entry: StoreEntry, pair: Pair): void {
+    const { options, log } = this.#context;
+    const { tensorId } = entry;
+    log.debug(tensorFields(this.#context, entry, entry.peer), `receive ${tensorId}`);
+    pair.receive([entry.held.memory], { tensorId, timeoutMs: options.timeouts.transfer }).then(
+      () => this.#arrived(entry),
+      async (error: unknown) => {
+        this.#lose(tensorId, PdError.from(error, 'PEER_LOST'));
+        await pair.over;
+        this.store.release(entry);
+      },
+    );
+  }
+
+  /** Enters a tensor that a GET has been answered with; it belongs to who asked. */
+  adopt(tensor: TensorInfo, held: Held, as: 'claimed' | 'dropped'): StoreEntry {
+    return this.store.open(tensor, held, this.#context.deadlines.now(), as);
+  }
+
+  /** Starts waiting. What is known to be lost fails at once, what is there is taken at once. */
+  claim(claimant: Claimant): void {
+    const { requestId, transferId } = claimant;
+    this.#finished.revive(requestId, transferId);
+    const ready = [...new Set([...this.store.find(requestId), ...this.store.find(transferId)])];
+    this.claims.register(
+      claimant,
+      ready.filter((entry) => entry.state === 'ready' || entry.state === 'receiving'),
+    );
+    const lost = this.#lost.get(requestId, transferId);
+    if (lost) claimant.fail(lost);
+  }
+
+  /** A pair that brought tensors of `peer` died: what is not complete will not be. */
+  peerLost(peer: string, reason: PdError): void {
+    for (const claimant of this.claims.all()) if (claimant.peer === peer) claimant.fail(reason);
+  }
+
+  /** The tensor belongs to a caller until its request is finished; if it is finished already, it goes now. */
+  own(entry: StoreEntry): boolean {
+    if (this.#finished.has(entry.requestId)) {
+      this.store.release(entry);
+      return false;
+    }
+    this.store.claim(entry, 'owned');
+    return true;
+  }
+
+  finish(id: string): void {
+    const { log, deadlines } = this.#context;
+    const sources = this.claims.takeSources(id);
+    const { freed, dropped } = this.store.finish(id, sources);
+    this.#lost.delete(id, ...sources);
+    this.#finished.add(id, sources, deadlines.now());
+    log.debug({ transferId: id, freed, dropped }, 'request finished');
+    this.#armSweep();
+  }
+
+  #enter(tensor: TensorInfo, held: Held): StoreEntry {
+    const { requestId } = splitTensorId(tensor.tensorId);
+    const late = this.#finished.has(requestId);
+    this.#armSweep();
+    return this.store.open(tensor, held, this.#context.deadlines.now(), late ? 'dropped' : 'receiving');
+  }
+
+  #isDuplicate(tensor: TensorInfo): boolean {
+    if (!this.store.has(tensor.tensorId)) return false;
+    const { metrics, limited, log } = this.#context;
+    metrics.inc('pd_protocol_errors_total', 1, 'duplicate');
+    limited.log(`duplicate ${tensor.peer}`, (suppressed) =>
+      log.warn(
+        { ...tensorFields(this.#context, tensor, tensor.peer), suppressed },
+        `${tensor.peer} announces ${tensor.tensorId}, which is held already: refused`,
+      ),
+    );
+    return true;
+  }
+
+  #arrived(entry: StoreEntry): void {
+    const { metrics, log } = this.#context;
+    metrics.inc('pd_kv_received_bytes_total', entry.held.bytes);
+    const fields = tensorFields(this.#context, entry, entry.peer);
+    if (!this.store.arrived(entry)) {
+      metrics.inc('pd_kv_late_dropped_total', 1);
+      log.debug(fields, `${entry.tensorId} came after its request was over: dropped`);
+      return;
+    }
+    log.debug(fields, `received ${entry.tensorId}`);
+    this.claims.arrived(entry);
+  }
+
+  /** The tensor will not come: whoever waits for it knows now, and who comes later too. */
+  #lose(tensorId: StoreEntry['tensorId'], reason: PdError): void {
+    const { requestId } = splitTensorId(tensorId);
+    if (this.#finished.has(requestId)) return;
+    this.#lost.add(requestId, reason, this.#context.deadlines.now());
+    this.#armSweep();
+    for (const claimant of this.claims.claimantsOf(requestId)) claimant.fail(reason);
+  }
+
+  /** Orphans and memories age together; with nothing to age, no timer runs. */
+  #armSweep(): void {
+    if (this.#sweeping) return;
+    this.#sweeping = true;
+    const { deadlines, options } = this.#context;
+    deadlines.after(options.timeouts.orphan / 4, () => {
+      this.#sweeping = false;
+      this.#sweep(deadlines.now() - options.timeouts.orphan);
+      if (this.store.size + this.#finished.size + this.#lost.size > 0) this.#armSweep();
+    });
+  }
+
+  #sweep(before: number): void {
+    const { metrics, log } = this.#context;
+    const orphans = this.store.freeOrphans(before);
+    this.#finished.sweep(before);
+    this.#lost.sweep(before);
+    if (orphans.length === 0) return;
+    metrics.inc('pd_kv_orphans_freed_total', orphans.length);
+    const requests = [...new Set(orphans.map((entry) => entry.requestId))];
+    const suffixed = requests.some((id) => transferIdOf(id) !== id);
+    log.warn(
+      { tensors: orphans.length, requests: requests.slice(0, 5) },
+      `freed ${orphans.length} tensors that no request claimed in time, of ${requests[0]}` +
+        (requests.length > 1 ? ` and ${requests.length - 1} more requests` : '') +
+        (suffixed ? ' (a vLLM worker here: VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1 makes ids match)' : ''),
+    );
+  }
+}

@@ -1,0 +1,214 @@
+/**
+ * Memory for KV in transfer: a device arena of `kv_buffer_size`, and past it a host pool that grows to its limit, 64 MiB a step.
+ *
+ *   buffer (device)            pool (host), taken ahead of need
+ *   [ used | free          ]   [ 64 MiB ][ 64 MiB ] . . . up to memPoolSize
+ *
+ * Both are taken once and handed out; nothing goes back to the system while the engine lives, because that waits for the device.
+ */
+import { Arena, type Block } from '../device/arena.ts';
+import type { Device, MemoryRef } from '../device/device.ts';
+import { sliceMemory } from '../device/memory.ts';
+import { PdError } from '../errors.ts';
+import type { Logger } from '../observability/log.ts';
+import type { MetricsPage } from '../observability/metrics.ts';
+import type { Deadlines } from './deadlines.ts';
+
+export const POOL_STEP_BYTES = 64 * 2 ** 20;
+
+/** Bytes handed out. They leave the count when `free` is called, and not before. */
+export interface Allocation {
+  readonly memory: MemoryRef;
+  readonly bytes: number;
+  readonly place: 'buffer' | 'pool';
+  /** Idempotent. */
+  free(): void;
+}
+
+interface Region {
+  readonly arena: Arena;
+  readonly memory: MemoryRef;
+  readonly place: Allocation['place'];
+}
+
+interface Waiter {
+  readonly bytes: number;
+  readonly settle: (allocation: Allocation | undefined) => void;
+}
+
+export interface KvMemoryOptions {
+  readonly device: Device;
+  readonly bufferBytes: number;
+  readonly poolLimitBytes: number;
+  readonly deadlines: Deadlines;
+  readonly metrics: MetricsPage;
+  readonly log: Logger;
+}
+
+export class KvMemory {
+  readonly thresholdBytes: number;
+  readonly limitBytes: number;
+  readonly #options: KvMemoryOptions;
+  readonly #buffer: Region;
+  readonly #pool: Region[] = [];
+  #bufferUsed = 0;
+  #poolUsed = 0;
+  #reserved = 0;
+  #growing: Promise<boolean> | undefined;
+  #waiters: Waiter[] = [];
+  #closed = false;
+
+  constructor(options: KvMemoryOptions) {
+    this.#options = options;
+    this.thresholdBytes = options.bufferBytes;
+    this.limitBytes = options.poolLimitBytes;
+    const memory = options.device.allocate(options.bufferBytes, 'KV buffer (--kv-buffer-size)');
+    this.#buffer = { arena: new Arena(options.bufferBytes), memory, place: 'buffer' };
+  }
+
+  /** Bytes of tensors in the device buffer, without rounding. */
+  get bufferUsed(): number {
+    return this.#bufferUsed;
+  }
+
+  get poolUsed(): number {
+    return this.#poolUsed;
+  }
+
+  /** Bytes of host memory taken from the system so far. */
+  get poolReserved(): number {
+    return this.#reserved;
+  }
+
+  get usedBytes(): number {
+    return this.#bufferUsed + this.#poolUsed;
+  }
+
+  /** From what is there now. */
+  tryAllocate(bytes: number): Allocation | undefined {
+    for (const region of [this.#buffer, ...this.#pool]) {
+      const block = region.arena.allocate(bytes);
+      if (block) return this.#hand(region, block);
+    }
+    return undefined;
+  }
+
+  /** Grows the pool where it must; undefined where there is no room and none can be made. */
+  async allocate(bytes: number): Promise<Allocation | undefined> {
+    for (;;) {
+      if (this.#closed) return undefined;
+      const allocation = this.tryAllocate(bytes);
+      if (allocation) return allocation;
+      if (!(await this.#grow(bytes))) return this.#closed ? undefined : this.tryAllocate(bytes);
+    }
+  }
+
+  /**
+   * As `allocate`, but waits for others to free. First come, first served: otherwise small sends behind a large one of the same peer
+   * would take what it waits for, and none of them could leave.
+   */
+  async waitFor(bytes: number, timeoutMs: number): Promise<Allocation | undefined> {
+    if (this.#waiters.length === 0) {
+      const now = this.tryAllocate(bytes);
+      if (now) return now;
+    }
+    return new Promise((resolve) => {
+      const settle = (allocation: Allocation | undefined) => {
+        deadline.cancel();
+        this.#waiters = this.#waiters.filter((other) => other !== waiter);
+        resolve(allocation);
+        this.#serve();
+      };
+      const waiter: Waiter = { bytes, settle };
+      const deadline = this.#options.deadlines.after(timeoutMs, () => settle(undefined));
+      this.#waiters.push(waiter);
+      if (this.#closed) settle(undefined);
+      else void this.#grow(bytes).then(() => this.#serve());
+    });
+  }
+
+  /** What is wrong, in words. */
+  checkIntegrity(): string[] {
+    const wrong = [this.#buffer, ...this.#pool].flatMap(({ arena }) => arena.checkIntegrity());
+    const blocks = this.#buffer.arena.blocks + this.#pool.reduce((sum, { arena }) => sum + arena.blocks, 0);
+    if (blocks === 0 && this.usedBytes !== 0) wrong.push(`${this.usedBytes} bytes counted, none held`);
+    if (this.#reserved > this.limitBytes) wrong.push(`pool of ${this.#reserved} bytes is over its limit`);
+    return wrong;
+  }
+
+  /** Waiters get nothing. The device frees the memory itself. */
+  dispose(): void {
+    this.#closed = true;
+    for (const waiter of [...this.#waiters]) waiter.settle(undefined);
+  }
+
+  #serve(): void {
+    const first = this.#waiters[0];
+    if (!first) return;
+    const allocation = this.tryAllocate(first.bytes);
+    if (allocation) first.settle(allocation);
+  }
+
+  #hand(region: Region, block: Block): Allocation {
+    const { bytes } = block;
+    this.#count(region.place, bytes);
+    let held = true;
+    const free = () => {
+      if (!held) return;
+      held = false;
+      region.arena.free(block);
+      this.#count(region.place, -bytes);
+      this.#serve();
+    };
+    this.#growAhead();
+    return { memory: sliceMemory(region.memory, block.offset, bytes), bytes, place: region.place, free };
+  }
+
+  #count(place: Allocation['place'], bytes: number): void {
+    if (place === 'buffer') this.#bufferUsed += bytes;
+    else this.#poolUsed += bytes;
+    this.#options.metrics.set('pd_kv_buffer_used_bytes', this.#bufferUsed);
+    this.#options.metrics.set('pd_kv_pool_used_bytes', this.#poolUsed);
+  }
+
+  /** Page-locking 64 MiB takes 30 ms: once the buffer is three quarters full, the next step is already under way. */
+  #growAhead(): void {
+    const full = this.#bufferUsed * 4 >= this.thresholdBytes * 3;
+    if (!full || this.#growing || this.#closed || this.#reserved >= this.limitBytes) return;
+    if (this.#reserved - this.#poolUsed < POOL_STEP_BYTES / 2) void this.#grow(1);
+  }
+
+  /** True where the pool is larger than before, so that trying again makes sense. One step at a time. */
+  async #grow(bytes: number): Promise<boolean> {
+    if (this.#growing) return this.#growing;
+    const size = Math.min(
+      Math.ceil(bytes / POOL_STEP_BYTES) * POOL_STEP_BYTES,
+      this.limitBytes - this.#reserved,
+    );
+    if (size < bytes || size <= 0 || this.#closed) return false;
+    this.#growing = this.#take(size);
+    try {
+      return await this.#growing;
+    } finally {
+      this.#growing = undefined;
+    }
+  }
+
+  async #take(size: number): Promise<boolean> {
+    const { device, log } = this.#options;
+    this.#reserved += size;
+    try {
+      const memory = await device.allocatePinned(size, 'KV host pool (--mem-pool-size-gb)');
+      this.#pool.push({ arena: new Arena(size), memory, place: 'pool' });
+      log.debug({ poolBytes: this.#reserved, poolLimit: this.limitBytes }, 'KV host pool grown');
+      return true;
+    } catch (error) {
+      this.#reserved -= size;
+      log.error(
+        { err: PdError.from(error) },
+        `KV host pool: ${size} bytes more could not be had; announcements past the buffer are refused`,
+      );
+      return false;
+    }
+  }
+}

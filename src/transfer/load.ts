@@ -1,0 +1,190 @@
+/**
+ * One load: the KV of one request, tensor by tensor as they come, into paged blocks. Its promise settles only when no write into the
+ * blocks can happen any more.
+ */
+import { PdError } from '../errors.ts';
+import { wireShape } from '../kv/layout.ts';
+import { formatHostPort } from '../net/address.ts';
+import { type TensorId, type TransferId, tensorIdOf } from '../wire/ids.ts';
+import type { Claimant } from './claims.ts';
+import { type TransferContext, tensorFields } from './context.ts';
+import type { Intake } from './intake.ts';
+import { passed } from './staging.ts';
+import type { StoreEntry } from './store.ts';
+import type { LoadRequest, LoadResult } from './types.ts';
+
+type Layer = LoadRequest['layers'][number];
+
+export class Load implements Claimant {
+  readonly request: LoadRequest;
+  readonly peer: string;
+  readonly startedAt: number;
+  readonly #context: TransferContext;
+  readonly #intake: Intake;
+  readonly #missing: Map<string, Layer>;
+  readonly #settle: { resolve(result: LoadResult): void; reject(error: PdError): void };
+  #writes = 0;
+  #bytes = 0;
+  #failure: PdError | undefined;
+  #settled = false;
+
+  constructor(
+    context: TransferContext,
+    intake: Intake,
+    request: LoadRequest,
+    settle: { resolve(result: LoadResult): void; reject(error: PdError): void },
+  ) {
+    this.#context = context;
+    this.#intake = intake;
+    this.request = request;
+    this.peer = formatHostPort(request.peer);
+    this.startedAt = context.deadlines.now();
+    this.#missing = new Map(request.layers.map((layer) => [layer.name, layer]));
+    this.#settle = settle;
+  }
+
+  get requestId(): string {
+    return this.request.requestId;
+  }
+
+  get transferId(): TransferId {
+    return this.request.transferId;
+  }
+
+  get missing(): readonly string[] {
+    return [...this.#missing.keys()];
+  }
+
+  /** Failed, or everything has come. */
+  get decided(): boolean {
+    return this.#failure !== undefined || this.#missing.size === 0;
+  }
+
+  get settled(): boolean {
+    return this.#settled;
+  }
+
+  /** Under which the tensor of a layer is asked for, and looked for in messages. */
+  tensorId(layerName: string): TensorId {
+    return tensorIdOf(this.transferId, layerName);
+  }
+
+  wants(layerName: string): boolean {
+    return !this.#failure && this.#missing.has(layerName);
+  }
+
+  take(entry: StoreEntry): void {
+    const layer = this.#missing.get(entry.layerName);
+    if (!layer || this.#failure) {
+      this.#intake.store.release(entry);
+      return;
+    }
+    this.#intake.store.claim(entry, 'claimed');
+    const wanted = wireShape(layer.target.layout, this.request.blockIds.length);
+    const { dtype } = layer.target.layout;
+    if (entry.dtype !== dtype || !sameShape(entry.shape, wanted)) {
+      this.#intake.store.release(entry);
+      this.fail(
+        new PdError(
+          'KV_SHAPE_MISMATCH',
+          `${entry.tensorId} from ${entry.peer} has shape [${entry.shape}] of ${entry.dtype}, ` +
+            `${layer.name} here takes [${wanted}] of ${dtype}`,
+          { requestId: this.requestId, tensorId: entry.tensorId, peer: entry.peer },
+        ),
+      );
+      return;
+    }
+    this.#missing.delete(entry.layerName);
+    void this.#scatter(entry, layer);
+  }
+
+  /** No more tensors are taken. Ignored once everything has come. */
+  fail(reason: PdError): void {
+    if (this.decided) return;
+    this.#failure = this.#asLoadError(reason);
+    this.#finishIfQuiet();
+  }
+
+  /** Given up, even where only the last copies are under way. */
+  cancel(reason: PdError): void {
+    if (this.#settled) return;
+    this.#failure ??= this.#asLoadError(reason);
+    this.#finishIfQuiet();
+  }
+
+  /** To be called once it is entered: a load of nothing is done. */
+  begin(): void {
+    this.#finishIfQuiet();
+  }
+
+  /** The deadline has passed: says what is missing, from whom, and what is there instead. */
+  timeOut(timeoutMs: number): void {
+    const [first] = this.#missing.keys();
+    if (first === undefined) return;
+    const near = this.#intake.store.nearMisses(this.requestId);
+    const total = this.request.layers.length;
+    this.fail(
+      new PdError(
+        'KV_LOAD_TIMEOUT',
+        `KV of ${this.requestId} from ${this.peer} did not come within ${timeoutMs} ms: waited for ` +
+          `${this.tensorId(first)}, ${total - this.#missing.size} of ${total} layers are here; ` +
+          (near.length > 0 ? `held instead: ${near.join(', ')}` : 'nothing of a similar id is held'),
+        { requestId: this.requestId, transferId: this.transferId, peer: this.peer },
+      ),
+    );
+  }
+
+  #asLoadError(reason: PdError): PdError {
+    const { requestId, transferId, peer } = this;
+    switch (reason.code) {
+      case 'KV_LOAD_TIMEOUT':
+      case 'KV_LOAD_FAILED':
+      case 'KV_SHAPE_MISMATCH':
+      case 'REQUEST_ABORTED':
+      case 'ENGINE_CLOSED':
+        return reason;
+      default: {
+        const total = this.request.layers.length;
+        return new PdError(
+          'KV_LOAD_FAILED',
+          `KV of ${requestId} from ${peer} (${total - this.#missing.size} of ${total} layers here): ` +
+            `${reason.code}: ${reason.message}`,
+          { requestId, transferId, peer, cause: reason.code },
+          { cause: reason },
+        );
+      }
+    }
+  }
+
+  async #scatter(entry: StoreEntry, layer: Layer): Promise<void> {
+    const { device, stream, log } = this.#context;
+    const { blockIds, skipBlocks } = this.request;
+    this.#writes++;
+    try {
+      log.debug(tensorFields(this.#context, entry, entry.peer), `scatter ${entry.tensorId}`);
+      device.scatter(layer.target, blockIds, entry.held.memory, stream, skipBlocks);
+      await passed(this.#context, `scatter of ${entry.tensorId}`);
+      this.#bytes += entry.held.bytes;
+    } catch (error) {
+      this.#failure ??= this.#asLoadError(PdError.from(error));
+    }
+    this.#writes--;
+    this.#intake.store.release(entry);
+    this.#finishIfQuiet();
+  }
+
+  #finishIfQuiet(): void {
+    if (this.#settled || this.#writes > 0 || !this.decided) return;
+    this.#settled = true;
+    if (this.#failure) {
+      this.#settle.reject(this.#failure);
+      return;
+    }
+    const milliseconds = this.#context.deadlines.now() - this.startedAt;
+    this.#settle.resolve({ requestId: this.requestId, bytes: this.#bytes, milliseconds });
+  }
+}
+
+function sameShape(a: readonly number[], b: readonly number[]): boolean {
+  return a.length === b.length && a.every((dim, at) => dim === b[at]);
+}

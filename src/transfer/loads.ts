@@ -1,0 +1,234 @@
+/** Loads and receives under way: their deadlines, and in GET the asking. */
+import { deferred } from '../deferred.ts';
+import { PdError } from '../errors.ts';
+import { blockBytes } from '../kv/layout.ts';
+import { formatHostPort } from '../net/address.ts';
+import { splitTensorId, type TensorId, transferIdOf } from '../wire/ids.ts';
+import type { Claimant } from './claims.ts';
+import type { TransferContext } from './context.ts';
+import { GetAnnouncement } from './get.ts';
+import type { Intake } from './intake.ts';
+import { Load } from './load.ts';
+import type { OutgoingPeer } from './peer.ts';
+import type { StoreEntry } from './store.ts';
+import type { LoadRequest, LoadResult, StoredTensor, TransferState } from './types.ts';
+
+/** Between a GET that was answered `{ret: 1}` and the next: doubled each time. */
+const FIRST_PAUSE_MS = 5;
+const LONGEST_PAUSE_MS = 1_000;
+
+export interface LoadPeers {
+  outgoing(peer: string): OutgoingPeer;
+  /** Why the last pair that this peer had with us is over, if it is and it has not sent NEW since. */
+  lostPair(peer: string): PdError | undefined;
+}
+
+interface Asking {
+  readonly tensorId: TensorId;
+  readonly peer: string;
+  readonly bytes?: number;
+  readonly deadlineAt: number;
+  /** False once nobody wants it any more. */
+  wanted(): boolean;
+  arrived(entry: StoreEntry): void;
+  failed(error: PdError): void;
+}
+
+export class Loads {
+  readonly #context: TransferContext;
+  readonly #intake: Intake;
+  readonly #peers: LoadPeers;
+  readonly #loads = new Set<Load>();
+  readonly #receives = new Set<{ fail(error: PdError): void }>();
+  /** GETs that have not been answered, by who wants them. */
+  readonly #asked = new Map<Load, Set<GetAnnouncement>>();
+
+  constructor(context: TransferContext, intake: Intake, peers: LoadPeers) {
+    this.#context = context;
+    this.#intake = intake;
+    this.#peers = peers;
+  }
+
+  /** Loads and receives that have not settled. */
+  get size(): number {
+    return this.#loads.size + this.#receives.size;
+  }
+
+  load(request: LoadRequest): Promise<LoadResult> {
+    const { options, deadlines, log, metrics } = this.#context;
+    const timeoutMs = request.timeoutMs ?? options.timeouts.load;
+    const { requestId, transferId } = request;
+    const { promise, resolve, reject } = deferred<LoadResult>();
+    const load = new Load(this.#context, this.#intake, request, { resolve, reject });
+    this.#loads.add(load);
+    const peer = load.peer;
+    log.debug({ requestId, transferId, peer, layers: request.layers.length }, `load ${requestId}`);
+    const half = deadlines.after(timeoutMs / 2, () => this.#warn(load, timeoutMs));
+    const end = deadlines.after(timeoutMs, () => load.timeOut(timeoutMs));
+    const early = deadlines.after(Math.min(options.timeouts.connect, timeoutMs), () => {
+      const lost = this.#peers.lostPair(peer);
+      if (lost) load.fail(lost);
+    });
+    if (options.sendType === 'GET')
+      for (const layer of request.layers) this.#askLayer(load, layer, timeoutMs);
+    else this.#intake.claim(load);
+    load.begin();
+    return promise
+      .then((result) => {
+        metrics.observe('pd_transfer_seconds', result.milliseconds / 1_000);
+        log.debug({ requestId, transferId, peer, bytes: result.bytes }, `loaded ${requestId}`);
+        return result;
+      })
+      .finally(() => {
+        for (const deadline of [half, end, early]) deadline.cancel();
+        this.#loads.delete(load);
+        this.#intake.claims.unregister(load);
+        for (const get of this.#asked.get(load) ?? []) get.cancel();
+        this.#asked.delete(load);
+      });
+  }
+
+  /** Waits for one tensor of any size, or asks for it. */
+  receive(tensorId: TensorId, peerAddress: LoadRequest['peer'], timeoutMs?: number): Promise<StoredTensor> {
+    const { options, deadlines } = this.#context;
+    const ms = timeoutMs ?? options.timeouts.load;
+    const peer = formatHostPort(peerAddress);
+    const { requestId, layerName } = splitTensorId(tensorId);
+    const { promise, resolve, reject } = deferred<StoredTensor>();
+    let open = true;
+    const take = (entry: StoreEntry) => {
+      if (!open) return this.#intake.store.release(entry);
+      if (!this.#intake.own(entry)) return fail(new PdError('REQUEST_ABORTED', `${tensorId}: finished`));
+      open = false;
+      const { shape, dtype, held } = entry;
+      resolve({ tensorId: entry.tensorId, shape, dtype, memory: held.memory });
+    };
+    const fail = (error: PdError) => {
+      if (!open) return;
+      open = false;
+      reject(error);
+    };
+    const waiting: Claimant = {
+      requestId,
+      transferId: transferIdOf(requestId),
+      peer,
+      wants: (layer) => open && layer === layerName,
+      take,
+      fail,
+    };
+    this.#receives.add(waiting);
+    const deadline = deadlines.after(ms, () => {
+      const near = this.#intake.store.nearMisses(requestId);
+      const held = near.length > 0 ? `held instead: ${near.join(', ')}` : 'nothing of a similar id is held';
+      fail(
+        new PdError('KV_LOAD_TIMEOUT', `${tensorId} from ${peer} did not come within ${ms} ms; ${held}`, {
+          tensorId,
+          peer,
+        }),
+      );
+    });
+    if (options.sendType === 'GET') {
+      const deadlineAt = deadlines.now() + ms;
+      this.#ask({ tensorId, peer, deadlineAt, wanted: () => open, arrived: take, failed: fail });
+    } else {
+      this.#intake.claim(waiting);
+    }
+    return promise.finally(() => {
+      deadline.cancel();
+      this.#receives.delete(waiting);
+      this.#intake.claims.unregister(waiting);
+    });
+  }
+
+  cancel(requestId: string): void {
+    const reason = new PdError('REQUEST_ABORTED', `load of ${requestId} was given up`, { requestId });
+    for (const load of [...this.#loads]) if (load.requestId === requestId) load.cancel(reason);
+  }
+
+  waiting(): TransferState['waiting'] {
+    const now = this.#context.deadlines.now();
+    return [...this.#loads]
+      .filter((load) => !load.decided)
+      .map((load) => ({
+        requestId: load.requestId,
+        tensorId: load.tensorId(load.missing[0] ?? ''),
+        peer: load.peer,
+        sinceMs: Math.round(now - load.startedAt),
+        deadlineMs: load.request.timeoutMs ?? this.#context.options.timeouts.load,
+        nearMisses: this.#intake.store.nearMisses(load.requestId),
+      }));
+  }
+
+  /** Fails all of them. */
+  dispose(reason: PdError): void {
+    for (const load of [...this.#loads]) load.cancel(reason);
+    for (const receive of [...this.#receives]) receive.fail(reason);
+  }
+
+  #askLayer(load: Load, layer: LoadRequest['layers'][number], timeoutMs: number): void {
+    this.#ask(
+      {
+        tensorId: load.tensorId(layer.name),
+        peer: load.peer,
+        bytes: blockBytes(layer.target.layout) * load.request.blockIds.length,
+        deadlineAt: load.startedAt + timeoutMs,
+        wanted: () => load.wants(layer.name),
+        arrived: (entry) => load.take(entry),
+        failed: (error) => load.fail(error),
+      },
+      load,
+    );
+  }
+
+  /** Asks, and asks again after `{ret: 1}`, until the deadline of who wants it. */
+  #ask(asking: Asking, load?: Load, pauseMs = FIRST_PAUSE_MS): void {
+    const { deadlines } = this.#context;
+    const left = asking.deadlineAt - deadlines.now();
+    if (!asking.wanted() || left <= 0) return;
+    const asked = load ? (this.#asked.get(load) ?? new Set()) : undefined;
+    if (load && asked) this.#asked.set(load, asked);
+    const get: GetAnnouncement = new GetAnnouncement(this.#context, this.#intake, {
+      tensorId: asking.tensorId,
+      peer: asking.peer,
+      ...(asking.bytes === undefined ? {} : { bytes: asking.bytes }),
+      arrived: (entry) => {
+        asked?.delete(get);
+        asking.arrived(entry);
+      },
+      failed: (error) => {
+        asked?.delete(get);
+        asking.failed(error);
+      },
+      missed: () => {
+        asked?.delete(get);
+        deadlines.after(pauseMs, () => this.#ask(asking, load, Math.min(pauseMs * 2, LONGEST_PAUSE_MS)));
+      },
+    });
+    asked?.add(get);
+    this.#peers.outgoing(asking.peer).submit(get);
+    void get.reserve(left);
+  }
+
+  /** Once, at half the deadline: whoever reads the log now can still look at the other end. */
+  #warn(load: Load, timeoutMs: number): void {
+    if (load.decided) return;
+    const { memory, log } = this.#context;
+    const { requestId, transferId, peer, missing } = load;
+    log.warn(
+      {
+        requestId,
+        transferId,
+        peer,
+        missing: missing.length,
+        layers: load.request.layers.length,
+        nearMisses: this.#intake.store.nearMisses(requestId),
+        lostPair: this.#peers.lostPair(peer)?.message,
+        held: this.#intake.store.size,
+        bufferUsed: memory.bufferUsed,
+        poolUsed: memory.poolUsed,
+      },
+      `KV of ${requestId} from ${peer} is not here after half of its ${timeoutMs} ms: waiting for ` +
+        load.tensorId(missing[0] ?? ''),
+    );
+  }
+}

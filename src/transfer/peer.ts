@@ -1,0 +1,179 @@
+/** A peer that we send to (PUT) or ask (GET): the queue towards it, and the link that is alive now. */
+import { PdError } from '../errors.ts';
+import type { Pair } from '../transport/transport.ts';
+import type { Announcement } from './announcement.ts';
+import { countFailure, type TransferContext } from './context.ts';
+import { Link, type LinkEnd } from './link.ts';
+import type { PairState } from './types.ts';
+
+/** A peer that is dead or does not fit fails what comes meanwhile at once, instead of costing each request a deadline. */
+const REMEMBER_FAILURE_MS = 1_000;
+/** Links that one announcement is tried on; ends that do not name it (the pair died before its turn) count too. */
+const MOST_TRIES = 2;
+
+export class OutgoingPeer {
+  readonly peer: string;
+  readonly #context: TransferContext;
+  readonly #onOpen: (peer: OutgoingPeer) => void;
+  #queue: Announcement[] = [];
+  #link: Link | undefined;
+  #failure: { readonly error: PdError; readonly until: number } | undefined;
+  #reopened = 0;
+  #closed: PdError | undefined;
+
+  constructor(context: TransferContext, peer: string, onOpen: (peer: OutgoingPeer) => void) {
+    this.#context = context;
+    this.peer = peer;
+    this.#onOpen = onOpen;
+  }
+
+  /** Nothing is queued, alive or remembered: the peer may be forgotten. */
+  get idle(): boolean {
+    return !this.#link && this.#queue.length === 0 && !this.#recentFailure();
+  }
+
+  /** The pair of a link to a peer that is not ours. */
+  get foreignPair(): Pair | undefined {
+    return this.#link && !this.#link.ours ? this.#link.pair : undefined;
+  }
+
+  get queued(): number {
+    return this.#queue.length + (this.#link?.outstanding ?? 0);
+  }
+
+  /** Queues an announcement. It leaves in its turn, once it is ready. */
+  submit(announcement: Announcement): void {
+    const { limits } = this.#context.options;
+    const refusal = this.#closed ?? this.#recentFailure();
+    if (refusal) {
+      announcement.fail(refusal);
+      return;
+    }
+    if (this.queued >= limits.maxQueuePerPeer) {
+      announcement.fail(
+        new PdError('KV_BUFFER_FULL', `${this.queued} announcements to ${this.peer} are waiting already`, {
+          peer: this.peer,
+          tensorId: announcement.tensorId,
+        }),
+      );
+      return;
+    }
+    this.#queue.push(announcement);
+    announcement.onReady(() => this.#pump());
+    this.#pump();
+  }
+
+  /** An announcement that failed or was cancelled before its turn. */
+  withdraw(announcement: Announcement): void {
+    this.#queue = this.#queue.filter((other) => other !== announcement);
+    this.#pump();
+  }
+
+  /** Opens a link where there is none: to a peer whose listener must replace its pair. */
+  connect(): void {
+    if (this.#link || this.#closed || this.#recentFailure()) return;
+    this.#open();
+  }
+
+  state(): PairState {
+    const link = this.#link;
+    return {
+      peer: this.peer,
+      direction: 'outgoing',
+      state: link?.state ?? 'over',
+      ours: link?.ours ?? false,
+      queued: this.#queue.length,
+      outstanding: link?.outstanding ?? 0,
+      sinceMs: link ? Math.round(this.#context.deadlines.now() - link.since) : 0,
+    };
+  }
+
+  /** Fails everything. */
+  close(reason: PdError): void {
+    this.#closed = reason;
+    this.#link?.end(reason);
+    this.#failQueue(reason);
+  }
+
+  #recentFailure(): PdError | undefined {
+    if (this.#failure && this.#failure.until <= this.#context.deadlines.now()) this.#failure = undefined;
+    return this.#failure?.error;
+  }
+
+  #open(): void {
+    let opened = false;
+    try {
+      this.#link = new Link(this.#context, this.peer, {
+        onOpen: () => {
+          opened = true;
+          this.#onOpen(this);
+          this.#pump();
+        },
+        onSpace: () => {
+          this.#reopened = 0;
+          this.#pump();
+        },
+        onEnd: (end) => this.#ended(end, opened),
+      });
+    } catch (error) {
+      this.#failQueue(PdError.from(error, 'INTERNAL', { peer: this.peer }));
+    }
+  }
+
+  #pump(): void {
+    if (this.#closed || this.#queue.length === 0) return;
+    if (!this.#link) {
+      this.#open();
+      return;
+    }
+    while (this.#link?.mayAnnounce && this.#queue[0]?.ready) {
+      const announcement = this.#queue.shift()!;
+      if (announcement.cancelled) announcement.fail(new PdError('REQUEST_ABORTED', 'given up'));
+      else this.#link.announce(announcement);
+    }
+  }
+
+  #ended({ error, unanswered, noPair }: LinkEnd, opened: boolean): void {
+    this.#link = undefined;
+    const { log, deadlines, limited } = this.#context;
+    if (!this.#closed) {
+      countFailure(this.#context, error);
+      limited.log(`link ${this.peer} ${error.code}`, (suppressed) =>
+        log.warn(
+          {
+            peer: this.peer,
+            code: error.code,
+            unanswered: unanswered.length,
+            queued: this.#queue.length,
+            suppressed,
+          },
+          `link to ${this.peer} ended: ${error.message}`,
+        ),
+      );
+    }
+    const again: Announcement[] = [];
+    for (const announcement of unanswered) {
+      if (noPair && !announcement.renewed && !announcement.cancelled) {
+        announcement.renewed = true;
+        again.push(announcement);
+      } else {
+        announcement.fail(error);
+      }
+    }
+    this.#queue = [...again, ...this.#queue];
+    // What was not announced is tried on a new link, unless this one never came to be, or dies again and again.
+    if (opened && ++this.#reopened <= MOST_TRIES) {
+      this.#pump();
+      return;
+    }
+    this.#reopened = 0;
+    if (!this.#closed) this.#failure = { error, until: deadlines.now() + REMEMBER_FAILURE_MS };
+    this.#failQueue(error);
+  }
+
+  #failQueue(error: PdError): void {
+    const queue = this.#queue;
+    this.#queue = [];
+    for (const announcement of queue) announcement.fail(error);
+  }
+}

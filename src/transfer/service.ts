@@ -1,0 +1,286 @@
+/**
+ * The transfer engine proper: it runs on the transfer thread, and tests run it in-process. It owns the ROUTER, every pair, the device's
+ * transfer memory and the books of what is in it.
+ *
+ *   send --> staging --> OutgoingPeer --> Link (DEALER + pair) --> peer
+ *   load <-- Intake  <-- Incoming (ROUTER + pairs)             <-- peer        PUT
+ *   load --> GET     --> OutgoingPeer --> Link                 <-- Keeper      GET
+ */
+import { createDevice } from '../device/create.ts';
+import type { Device } from '../device/device.ts';
+import { EventPoller } from '../device/poller.ts';
+import { PdError } from '../errors.ts';
+import { formatHostPort, type HostPort } from '../net/address.ts';
+import { createLogger, RateLimitedLog } from '../observability/log.ts';
+import { MetricsPage } from '../observability/metrics.ts';
+import { createTransport } from '../transport/create.ts';
+import type { Transport } from '../transport/transport.ts';
+import type { TensorId, TransferId } from '../wire/ids.ts';
+import { type TransferContext, tensorFields } from './context.ts';
+import { Deadlines } from './deadlines.ts';
+import { helloOf } from './hello.ts';
+import { Incoming } from './incoming.ts';
+import { Intake } from './intake.ts';
+import { Keeper } from './keeper.ts';
+import { KvMemory } from './kv-memory.ts';
+import { Loads } from './loads.ts';
+import { OutgoingPeer } from './peer.ts';
+import { Pinger } from './ping.ts';
+import { PutAnnouncement, type SendReply } from './put.ts';
+import { Router } from './router.ts';
+import type {
+  LoadRequest,
+  LoadResult,
+  ProxyPing,
+  SendRequest,
+  StoredTensor,
+  TransferOptions,
+  TransferState,
+} from './types.ts';
+
+/** How often peers that are of no more use are forgotten, while there are any. */
+const FORGET_PEERS_MS = 10_000;
+
+export interface ServiceParts {
+  readonly metrics?: MetricsPage;
+  /** For tests: another device or transport than the options name; the service disposes them. */
+  readonly device?: Device;
+  readonly wrapTransport?: (transport: Transport) => Transport;
+}
+
+export class TransferService {
+  readonly address: HostPort;
+  readonly #context: TransferContext;
+  readonly #router: Router;
+  readonly #intake: Intake;
+  readonly #keeper: Keeper;
+  readonly #incoming: Incoming;
+  readonly #loads: Loads;
+  readonly #outgoing = new Map<string, OutgoingPeer>();
+  #forgetting = false;
+  #pinger: Pinger | undefined;
+  #disposed: Promise<void> | undefined;
+
+  private constructor(context: TransferContext, router: Router, address: HostPort) {
+    this.#context = context;
+    this.#router = router;
+    this.address = address;
+    this.#intake = new Intake(context);
+    this.#keeper = new Keeper(context);
+    const peers = {
+      outgoing: (peer: string) => this.#peer(peer),
+      known: (peer: string) => this.#outgoing.get(peer),
+      pairsChanged: () => this.#countPairs(),
+      lostPair: (peer: string) => this.#incoming.lostPair(peer),
+    };
+    this.#loads = new Loads(context, this.#intake, peers);
+    this.#incoming = new Incoming(context, router, { intake: this.#intake, keeper: this.#keeper, peers });
+  }
+
+  static async create(options: TransferOptions, parts: ServiceParts = {}): Promise<TransferService> {
+    const log = createLogger(options.log, 'transfer');
+    const metrics = parts.metrics ?? new MetricsPage();
+    const port = options.bind.port === 0 ? 0 : options.bind.port + options.rank;
+    const undo: (() => unknown)[] = [];
+    try {
+      const router = await Router.bind({ host: options.bind.host, port }, log);
+      undo.push(() => router.close());
+      const device = parts.device ?? (await createDevice(options.device));
+      undo.push(() => device.dispose());
+      const { announceHost, ncclNumChannels } = options;
+      const made = await createTransport(device, {
+        bindHost: options.bind.host,
+        announceHost,
+        ncclNumChannels,
+      });
+      const transport = parts.wrapTransport?.(made) ?? made;
+      undo.push(() => transport.dispose());
+      const deadlines = new Deadlines();
+      const memory = new KvMemory({
+        device,
+        bufferBytes: options.kvBufferSize,
+        poolLimitBytes: options.memPoolSize,
+        deadlines,
+        metrics,
+        log,
+      });
+      const address = { host: announceHost, port: router.port };
+      const self = formatHostPort(address);
+      const context: TransferContext = {
+        options,
+        self,
+        hello: helloOf(options),
+        device,
+        transport,
+        stream: device.createStream(),
+        poller: new EventPoller(),
+        memory,
+        deadlines,
+        metrics,
+        log,
+        limited: new RateLimitedLog(),
+      };
+      const service = new TransferService(context, router, address);
+      service.#incoming.start();
+      const localRank = /^cuda:(\d+)$/.exec(options.device)?.[1] ?? String(options.rank);
+      log.info(
+        { sendType: options.sendType, device: options.device },
+        `💯P2pNcclEngine init, rank:${options.rank}, local_rank:${localRank}, ` +
+          `http_address:${options.httpAddress ?? ''}, zmq_address:${self}, ` +
+          `proxy_address:${options.proxyAddress ?? ''}, send_type:${options.sendType}, ` +
+          `buffer_size_threshold:${options.kvBufferSize.toFixed(2)}, nccl_num_channels:${ncclNumChannels}`,
+      );
+      return service;
+    } catch (error) {
+      for (const step of undo.reverse()) await Promise.resolve(step()).catch(() => undefined);
+      throw error;
+    }
+  }
+
+  /** The metrics page that this engine writes. */
+  get metrics(): MetricsPage {
+    return this.#context.metrics;
+  }
+
+  send(request: SendRequest, reply: SendReply): void {
+    const { options, log } = this.#context;
+    const peer = request.peer && formatHostPort(request.peer);
+    const { tensorId } = request;
+    log.debug(tensorFields(this.#context, request, peer), `to send ${tensorId}`);
+    if (this.#disposed) {
+      reply.failed(closed());
+      return;
+    }
+    if (options.sendType === 'GET') {
+      void this.#keeper.keep(request, reply);
+      return;
+    }
+    if (peer === undefined) {
+      const message = `${tensorId}: send_type ${options.sendType} needs the peer to send to`;
+      reply.failed(new PdError('KV_SEND_FAILED', message, { tensorId }));
+      return;
+    }
+    const outgoing = this.#peer(peer);
+    const put = new PutAnnouncement(this.#context, request, peer, {
+      gathered: () => reply.gathered(),
+      sent: (bytes) => reply.sent(bytes),
+      failed: (error) => {
+        reply.failed(error);
+        outgoing.withdraw(put);
+      },
+    });
+    outgoing.submit(put);
+    if (!put.cancelled) void put.prepare();
+  }
+
+  receive(tensorId: TensorId, peer: HostPort, timeoutMs?: number): Promise<StoredTensor> {
+    if (this.#disposed) return Promise.reject(closed());
+    return this.#loads.receive(tensorId, peer, timeoutMs);
+  }
+
+  load(request: LoadRequest): Promise<LoadResult> {
+    if (this.#disposed) return Promise.reject(closed());
+    return this.#loads.load(request);
+  }
+
+  cancelLoad(requestId: string): void {
+    this.#loads.cancel(requestId);
+  }
+
+  finish(id: TransferId, keepSends = false): void {
+    this.#intake.finish(id);
+    this.#keeper.finish(id, keepSends);
+  }
+
+  startPing(ping: ProxyPing): void {
+    if (this.#disposed) return;
+    this.stopPing();
+    this.#pinger = new Pinger(this.#context, ping);
+  }
+
+  stopPing(): void {
+    this.#pinger?.close();
+    this.#pinger = undefined;
+  }
+
+  state(): TransferState {
+    const { memory, self, options } = this.#context;
+    const outgoing = [...this.#outgoing.values()].map((peer) => peer.state());
+    return {
+      address: self,
+      sendType: options.sendType,
+      pairs: [
+        ...outgoing.filter(({ state, queued }) => state !== 'over' || queued > 0),
+        ...this.#incoming.states(),
+      ],
+      buffer: { usedBytes: memory.bufferUsed, thresholdBytes: memory.thresholdBytes },
+      pool: {
+        usedBytes: memory.poolUsed,
+        reservedBytes: memory.poolReserved,
+        limitBytes: memory.limitBytes,
+      },
+      tensors: this.#intake.store.size + this.#keeper.store.size,
+      waiting: this.#loads.waiting(),
+    };
+  }
+
+  /** What is wrong with the books, in words. */
+  checkIntegrity(): string[] {
+    return [
+      ...this.#context.memory.checkIntegrity(),
+      ...this.#intake.store.checkIntegrity(),
+      ...this.#keeper.store.checkIntegrity(),
+    ];
+  }
+
+  /** Ends every pair and everything that waits. Idempotent. */
+  dispose(): Promise<void> {
+    this.#disposed ??= this.#close();
+    return this.#disposed;
+  }
+
+  async #close(): Promise<void> {
+    const { transport, poller, memory, stream, device, deadlines } = this.#context;
+    const reason = closed();
+    this.stopPing();
+    await this.#router.close();
+    this.#loads.dispose(reason);
+    for (const peer of this.#outgoing.values()) peer.close(reason);
+    this.#incoming.close(reason);
+    this.#keeper.dispose();
+    memory.dispose();
+    await transport.dispose();
+    poller.dispose(reason);
+    deadlines.clear();
+    stream.dispose();
+    device.dispose();
+  }
+
+  #peer(peer: string): OutgoingPeer {
+    const known = this.#outgoing.get(peer);
+    if (known) return known;
+    const made = new OutgoingPeer(this.#context, peer, () => this.#countPairs());
+    this.#outgoing.set(peer, made);
+    this.#forgetPeers();
+    return made;
+  }
+
+  #countPairs(): void {
+    const outgoing = [...this.#outgoing.values()].filter((peer) => peer.state().state === 'open').length;
+    this.#context.metrics.set('pd_pairs_open', outgoing + this.#incoming.openPairs);
+  }
+
+  /** Peers that never answered, or are gone, leave the map in time. */
+  #forgetPeers(): void {
+    if (this.#forgetting || this.#outgoing.size < 64) return;
+    this.#forgetting = true;
+    this.#context.deadlines.after(FORGET_PEERS_MS, () => {
+      this.#forgetting = false;
+      for (const [key, peer] of this.#outgoing) if (peer.idle) this.#outgoing.delete(key);
+    });
+  }
+}
+
+function closed(): PdError {
+  return new PdError('ENGINE_CLOSED', 'the transfer engine has been disposed');
+}

@@ -1,0 +1,221 @@
+/**
+ * The books of received KV: which tensors are held, for whom, and in how many bytes. Pure; the memory itself is behind `Held`.
+ *
+ *   announced --> receiving --> ready --> claimed --> (freed)
+ *                    |            |          by a load until it is in the cache, by a caller until `finish`
+ *                    |            +--> freed at finish, or as an orphan
+ *                    +--> dropped: its request is over, but what was answered `0` is received all the same, then freed
+ */
+import type { MemoryRef } from '../device/device.ts';
+import type { Dtype } from '../wire/dtype.ts';
+import { splitTensorId, type TensorId, type TransferId, transferIdOf } from '../wire/ids.ts';
+
+/** Memory that the books count; `free` gives it back. */
+export interface Held {
+  readonly memory: MemoryRef;
+  readonly bytes: number;
+  free(): void;
+}
+
+export interface TensorInfo {
+  readonly tensorId: TensorId;
+  readonly shape: readonly number[];
+  readonly dtype: Dtype;
+  /** Routing id of the sender. */
+  readonly peer: string;
+}
+
+export type EntryState = 'receiving' | 'ready' | 'claimed' | 'owned' | 'dropped' | 'freed';
+
+export interface StoreEntry extends TensorInfo {
+  readonly requestId: string;
+  readonly layerName: string;
+  /** Under which others may look for it. */
+  readonly transferId: TransferId;
+  readonly held: Held;
+  /** When it was announced; the clock of the engine. */
+  readonly since: number;
+  readonly state: EntryState;
+  /** In the index: others may find it by its ids. */
+  readonly visible: boolean;
+}
+
+type Mutable = { -readonly [K in keyof StoreEntry]: StoreEntry[K] };
+
+/** Whether a tensor of `requestId` is meant by `id`, a full id or a transfer id; `sources` narrows a transfer id to what it stood for. */
+export function belongsTo(requestId: string, id: string, sources?: ReadonlySet<string>): boolean {
+  if (requestId === id) return true;
+  if (transferIdOf(requestId) !== id) return false;
+  return !sources || sources.size === 0 || sources.has(requestId);
+}
+
+export class ReceiveStore {
+  readonly #byTensor = new Map<TensorId, Mutable>();
+  /** Full and transfer id to entries, in order of announcement. */
+  readonly #byId = new Map<string, Set<Mutable>>();
+  /** Every entry that holds memory, dropped ones too, oldest first. */
+  readonly #all = new Set<Mutable>();
+  #heldBytes = 0;
+
+  /** Bytes of every entry that is not freed. */
+  get heldBytes(): number {
+    return this.#heldBytes;
+  }
+
+  get size(): number {
+    return this.#all.size;
+  }
+
+  has(tensorId: TensorId): boolean {
+    return this.#byTensor.has(tensorId);
+  }
+
+  /**
+   * Enters an announced tensor. `dropped`: its request is over, it is only received. `claimed`: it is somebody's already (a GET's), and
+   * nobody else may find it.
+   */
+  open(
+    tensor: TensorInfo,
+    held: Held,
+    since: number,
+    state: 'receiving' | 'dropped' | 'claimed' = 'receiving',
+  ): StoreEntry {
+    const { requestId, layerName } = splitTensorId(tensor.tensorId);
+    const entry: Mutable = {
+      ...tensor,
+      requestId,
+      layerName,
+      transferId: transferIdOf(requestId),
+      held,
+      since,
+      state,
+      visible: false,
+    };
+    this.#all.add(entry);
+    this.#heldBytes += held.bytes;
+    if (state === 'receiving') this.#index(entry);
+    return entry;
+  }
+
+  /** Its bytes have come. False where it has been dropped meanwhile: it is freed now. */
+  arrived(entry: StoreEntry): boolean {
+    if (entry.state === 'dropped') {
+      this.release(entry);
+      return false;
+    }
+    mutable(entry).state = 'ready';
+    return true;
+  }
+
+  /** For a load: it will be released when it is in the cache. For a caller (`owned`): at finish. */
+  claim(entry: StoreEntry, as: 'claimed' | 'owned'): void {
+    mutable(entry).state = as;
+    // What a caller owns must be found when its request finishes.
+    if (as === 'owned' && !entry.visible) this.#index(mutable(entry));
+  }
+
+  /** Frees it. Idempotent. */
+  release(entry: StoreEntry): void {
+    if (entry.state === 'freed') return;
+    mutable(entry).state = 'freed';
+    this.#unindex(mutable(entry));
+    this.#all.delete(mutable(entry));
+    this.#heldBytes -= entry.held.bytes;
+    entry.held.free();
+  }
+
+  /** Entries under a full or a transfer id. */
+  find(id: string): StoreEntry[] {
+    return [...(this.#byId.get(id) ?? [])];
+  }
+
+  /** What a request that is over leaves: freed at once, or dropped when it has come. Tensors claimed by a load are the load's to free. */
+  finish(id: string, sources?: ReadonlySet<string>): { freed: number; dropped: number } {
+    let freed = 0;
+    let dropped = 0;
+    for (const entry of this.find(id)) {
+      if (!belongsTo(entry.requestId, id, sources)) continue;
+      if (entry.state === 'ready' || entry.state === 'owned') {
+        this.release(entry);
+        freed++;
+      } else if (entry.state === 'receiving') {
+        this.#drop(mutable(entry));
+        dropped++;
+      }
+    }
+    return { freed, dropped };
+  }
+
+  /** Frees tensors that came before `before` and that nobody has claimed. */
+  freeOrphans(before: number): StoreEntry[] {
+    const orphans: StoreEntry[] = [];
+    for (const entry of this.#all) {
+      if (entry.since >= before) break;
+      if (entry.state !== 'ready') continue;
+      this.release(entry);
+      orphans.push(entry);
+    }
+    return orphans;
+  }
+
+  /** Ids that look like `id`: the same request under another suffix or layer. For messages; at most `most`. */
+  nearMisses(id: string, most = 5): string[] {
+    const stem = transferIdOf(id);
+    const found: string[] = [];
+    for (const entry of this.#all) {
+      if (found.length >= most) break;
+      if (entry.state === 'dropped' || entry.state === 'freed') continue;
+      const near = entry.requestId.startsWith(stem) || stem.startsWith(entry.transferId);
+      if (near) found.push(`${entry.tensorId} (${entry.state})`);
+    }
+    return found;
+  }
+
+  /** What is wrong, in words. */
+  checkIntegrity(): string[] {
+    const wrong: string[] = [];
+    let bytes = 0;
+    for (const entry of this.#all) {
+      bytes += entry.held.bytes;
+      if (entry.state === 'freed') wrong.push(`${entry.tensorId} is freed and still counted`);
+      const indexed = this.#byId.get(entry.requestId)?.has(entry) ?? false;
+      if (indexed !== entry.visible) wrong.push(`${entry.tensorId} (${entry.state}) is wrongly indexed`);
+    }
+    if (bytes !== this.#heldBytes) wrong.push(`${bytes} bytes are held, ${this.#heldBytes} counted`);
+    for (const [id, entries] of this.#byId) {
+      if (entries.size === 0) wrong.push(`empty set under ${id}`);
+      for (const entry of entries) if (!this.#all.has(entry)) wrong.push(`${id} names a tensor that is gone`);
+    }
+    return wrong;
+  }
+
+  #drop(entry: Mutable): void {
+    this.#unindex(entry);
+    entry.state = 'dropped';
+    entry.visible = false;
+  }
+
+  #index(entry: Mutable): void {
+    entry.visible = true;
+    this.#byTensor.set(entry.tensorId, entry);
+    for (const id of new Set([entry.requestId, entry.transferId])) {
+      const set = this.#byId.get(id);
+      if (set) set.add(entry);
+      else this.#byId.set(id, new Set([entry]));
+    }
+  }
+
+  #unindex(entry: Mutable): void {
+    if (this.#byTensor.get(entry.tensorId) === entry) this.#byTensor.delete(entry.tensorId);
+    for (const id of [entry.requestId, entry.transferId]) {
+      const set = this.#byId.get(id);
+      set?.delete(entry);
+      if (set?.size === 0) this.#byId.delete(id);
+    }
+  }
+}
+
+/** Only the store changes entries; to everyone else they are read-only. */
+function mutable(entry: StoreEntry): Mutable {
+  return entry as Mutable;
+}

@@ -1,0 +1,91 @@
+/** Entry of the transfer thread: the service behind a message port. It ends by itself once everything is closed, never by force. */
+import { parentPort, workerData } from 'node:worker_threads';
+import { PdError, unreachable } from '../errors.ts';
+import { MetricsPage } from '../observability/metrics.ts';
+import type { FromTransfer, ToTransfer, TransferInit } from './messages.ts';
+import { TransferService } from './service.ts';
+
+const port = parentPort;
+if (!port) throw new PdError('INTERNAL', 'transfer/thread.ts runs as a worker thread only');
+
+const say = (message: FromTransfer): void => port.postMessage(message);
+const { options, metrics } = workerData as TransferInit;
+
+try {
+  const page = metrics && { metrics: new MetricsPage(metrics) };
+  serve(await TransferService.create(options, page ?? {}));
+} catch (error) {
+  say({ type: 'not-ready', error: PdError.from(error).toData() });
+  port.close();
+}
+
+function serve(service: TransferService): void {
+  port?.on('message', (message: ToTransfer) => {
+    try {
+      handle(service, message);
+    } catch (error) {
+      if (!('seq' in message)) throw error;
+      say({ type: 'failed', seq: message.seq, error: PdError.from(error).toData() });
+    }
+  });
+  say({ type: 'ready', address: service.address });
+}
+
+function handle(service: TransferService, message: ToTransfer): void {
+  switch (message.type) {
+    case 'send': {
+      const { seq } = message;
+      service.send(message.request, {
+        gathered: () => say({ type: 'gathered', seq }),
+        sent: (bytes) => say({ type: 'sent', seq, bytes }),
+        failed: (error) => say({ type: 'failed', seq, error: error.toData() }),
+      });
+      return;
+    }
+    case 'receive': {
+      const { seq, tensorId, peer, timeoutMs } = message;
+      answer(seq, service.receive(tensorId, peer, timeoutMs), (tensor) => ({
+        type: 'received',
+        seq,
+        tensor,
+      }));
+      return;
+    }
+    case 'load': {
+      const { seq } = message;
+      answer(seq, service.load(message.request), (result) => ({ type: 'loaded', seq, result }));
+      return;
+    }
+    case 'cancel-load':
+      service.cancelLoad(message.requestId);
+      return;
+    case 'finish':
+      service.finish(message.id, message.keepSends);
+      return;
+    case 'start-ping':
+      service.startPing(message.ping);
+      return;
+    case 'stop-ping':
+      service.stopPing();
+      return;
+    case 'state':
+      say({ type: 'state', seq: message.seq, state: service.state() });
+      return;
+    case 'shutdown':
+      void service.dispose().finally(() => {
+        say({ type: 'closed' });
+        port?.close();
+      });
+      return;
+    default:
+      unreachable(message, 'message to the transfer thread');
+      return;
+  }
+}
+
+function answer<T>(seq: number, promise: Promise<T>, told: (value: T) => FromTransfer): void {
+  promise.then(
+    (value) => say(told(value)),
+    (error: unknown) => say({ type: 'failed', seq, error: PdError.from(error).toData() }),
+  );
+}

@@ -1,0 +1,110 @@
+/** Two engines exchange KV in all modes, in-process. */
+import { afterEach, describe, expect, it } from 'vitest';
+import { hostView } from '../../src/device/memory.ts';
+import { SEND_TYPES } from '../../src/transfer/types.ts';
+import type { TensorId, TransferId } from '../../src/wire/ids.ts';
+import {
+  blockOf,
+  count,
+  flat,
+  leftovers,
+  loadRequest,
+  pagedCache,
+  Services,
+  send,
+  sendCache,
+  until,
+} from '../support/transfer.ts';
+
+const services = new Services();
+afterEach(() => services.dispose());
+
+describe.each(SEND_TYPES)('%s', (sendType) => {
+  it('moves flat tensors', async () => {
+    const producer = await services.make({ sendType });
+    const consumer = await services.make({ sendType });
+    const tensors = Array.from({ length: 20 }, (_, i) =>
+      flat(`cmpl-a-0#layer${i}`, 1_000 + i, consumer.address),
+    );
+    const received = tensors.map((tensor) => consumer.receive(tensor.tensorId, producer.address));
+    const sent = tensors.map((tensor) => send(producer, tensor));
+    for (const [i, tensor] of tensors.entries()) {
+      const got = await received[i]!;
+      expect(got).toMatchObject({ tensorId: tensor.tensorId, shape: tensor.shape, dtype: 'uint8' });
+      expect(Buffer.compare(hostView(got.memory), hostView(tensor.data))).toBe(0);
+      expect(await sent[i]!.sent).toBe(1_000 + i);
+    }
+    const bytes = tensors.reduce((sum, tensor) => sum + tensor.data.bytes, 0);
+    expect(consumer.state().buffer.usedBytes).toBe(bytes);
+    expect(count(consumer, 'pd_kv_received_bytes_total')).toBe(bytes);
+    consumer.finish('cmpl-a-0' as TransferId);
+    await until('all free', () => leftovers(consumer).length + leftovers(producer).length === 0);
+  });
+
+  it('takes KV of a request into other blocks, and leaves alone those the consumer has', async () => {
+    const producer = await services.make({ sendType });
+    const consumer = await services.make({ sendType });
+    const source = pagedCache(4, true);
+    const target = pagedCache(4, false);
+    const loading = consumer.load(
+      loadRequest('cmpl-r-0', target, [9, 3, 4], producer.address, { skipBlocks: 1 }),
+    );
+    const sends = sendCache(producer, 'cmpl-r-0', source, [1, 2, 7], consumer.address);
+    const { bytes } = await loading;
+    await Promise.all(sends.map(({ gathered }) => gathered));
+    expect(bytes).toBe(4 * 3 * 2 * 4 * 2 * 8 * 4);
+    for (const [i, { target: layer }] of target.entries()) {
+      const from = source[i]!.target;
+      expect(blockOf(layer, 3).equals(blockOf(from, 2))).toBe(true);
+      expect(blockOf(layer, 4).equals(blockOf(from, 7))).toBe(true);
+      expect(blockOf(layer, 9).every((byte) => byte === 0)).toBe(true);
+      expect(blockOf(layer, 5).every((byte) => byte === 0)).toBe(true);
+    }
+    consumer.finish('cmpl-r-0' as TransferId);
+    producer.finish('cmpl-r-0' as TransferId, true);
+    await until('all free', () => leftovers(consumer).length + leftovers(producer).length === 0);
+  });
+
+  it('finds KV by its transfer id when either end has a random suffix', async () => {
+    const producer = await services.make({ sendType });
+    const consumer = await services.make({ sendType });
+    const source = pagedCache(2, true);
+    for (const [sent, wanted] of [
+      ['cmpl-s-0', 'cmpl-s-0-0123abcd'],
+      ['cmpl-t-0-89abcdef', 'cmpl-t-0-0123abcd'],
+      ['cmpl-u-0-89abcdef', 'cmpl-u-0'],
+    ] as const) {
+      const target = pagedCache(2, false);
+      sendCache(producer, sent, source, [5, 6], consumer.address);
+      await consumer.load(loadRequest(wanted, target, [0, 1], producer.address, { timeoutMs: 5_000 }));
+      for (const i of [0, 1])
+        expect(blockOf(target[i]!.target, 1).equals(blockOf(source[i]!.target, 6))).toBe(true);
+    }
+  });
+
+  it('works over IPv6', async () => {
+    const producer = await services.make({ sendType, host: '::1' });
+    const consumer = await services.make({ sendType, host: '::1' });
+    const tensor = flat('a#l' as TensorId, 5_000, consumer.address);
+    send(producer, tensor);
+    const got = await consumer.receive(tensor.tensorId, producer.address, 5_000);
+    expect(Buffer.compare(hostView(got.memory), hostView(tensor.data))).toBe(0);
+  });
+
+  it('goes both ways at once', async () => {
+    const ends = [await services.make({ sendType }), await services.make({ sendType })];
+    const work = ends.flatMap((from, side) => {
+      const to = ends[1 - side]!;
+      return Array.from({ length: 200 }, (_, i) => {
+        const tensor = flat(`r${side}-${i}#l`, 2_000, to.address);
+        return { tensor, sent: send(from, tensor), got: to.receive(tensor.tensorId, from.address), to };
+      });
+    });
+    for (const { tensor, sent, got, to } of work) {
+      expect(Buffer.compare(hostView((await got).memory), hostView(tensor.data))).toBe(0);
+      await sent.sent;
+      to.finish(tensor.tensorId.split('#')[0] as TransferId);
+    }
+    for (const end of ends) await until('all free', () => leftovers(end).length === 0);
+  });
+});

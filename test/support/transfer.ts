@@ -1,0 +1,211 @@
+/** Transfer services and engines for tests: on the host, on loopback, with short deadlines. */
+import { randomFillSync } from 'node:crypto';
+import { deferred } from '../../src/deferred.ts';
+import type { MemoryRef, PagedLayer } from '../../src/device/device.ts';
+import { hostMemory, hostView } from '../../src/device/memory.ts';
+import { PdError } from '../../src/errors.ts';
+import { layerBytes, type PagedLayout } from '../../src/kv/layout.ts';
+import type { HostPort } from '../../src/net/address.ts';
+import { type MetricsPage, readMetric } from '../../src/observability/metrics.ts';
+import { type ServiceParts, TransferService } from '../../src/transfer/service.ts';
+import {
+  DEFAULT_LIMITS,
+  DEFAULT_TIMEOUTS,
+  type SendRequest,
+  type TransferOptions,
+  type TransferTimeouts,
+} from '../../src/transfer/types.ts';
+import { type TensorId, type TransferId, tensorIdOf, transferIdOf } from '../../src/wire/ids.ts';
+
+export interface TestOptions extends Partial<Omit<TransferOptions, 'timeouts' | 'limits'>> {
+  readonly timeouts?: Partial<TransferTimeouts>;
+  readonly limits?: Partial<TransferOptions['limits']>;
+  readonly host?: string;
+  readonly port?: number;
+}
+
+export function transferOptions(overrides: TestOptions = {}): TransferOptions {
+  const { host = '127.0.0.1', port = 0, timeouts, limits, ...rest } = overrides;
+  return {
+    device: 'host',
+    bind: { host, port },
+    announceHost: host,
+    rank: 0,
+    sendType: 'PUT_ASYNC',
+    kvBufferSize: 2 ** 20,
+    memPoolSize: 2 ** 20,
+    ncclNumChannels: 8,
+    log: { level: (process.env['PD_TEST_LOG'] as 'debug') ?? 'silent', format: 'json' },
+    ...rest,
+    timeouts: { ...DEFAULT_TIMEOUTS, ...timeouts },
+    limits: { ...DEFAULT_LIMITS, ...limits },
+  };
+}
+
+/** Services made by a test, disposed together. */
+export class Services {
+  readonly #made: { dispose(): Promise<void> }[] = [];
+
+  async make(overrides: TestOptions = {}, parts: ServiceParts = {}): Promise<TransferService> {
+    const service = await TransferService.create(transferOptions(overrides), parts);
+    this.#made.push(service);
+    return service;
+  }
+
+  add<T extends { dispose(): Promise<void> }>(one: T): T {
+    this.#made.push(one);
+    return one;
+  }
+
+  async dispose(): Promise<void> {
+    await Promise.all(this.#made.splice(0).map((one) => one.dispose()));
+  }
+}
+
+export interface Sent {
+  readonly gathered: Promise<void>;
+  readonly sent: Promise<number>;
+}
+
+/** `service.send` as promises; neither rejects unhandled. */
+export function send(service: TransferService, request: SendRequest): Sent {
+  const gathered = deferred<void>();
+  const sent = deferred<number>();
+  gathered.promise.catch(() => undefined);
+  sent.promise.catch(() => undefined);
+  service.send(request, {
+    gathered: () => gathered.resolve(),
+    sent: (bytes) => {
+      gathered.resolve();
+      sent.resolve(bytes);
+    },
+    failed: (error) => {
+      gathered.reject(error);
+      sent.reject(error);
+    },
+  });
+  return { gathered: gathered.promise, sent: sent.promise };
+}
+
+/** A flat uint8 tensor of random bytes. */
+export function flat(id: string, bytes: number, peer?: HostPort): SendRequest & { readonly data: MemoryRef } {
+  const data = hostMemory(bytes);
+  randomFillSync(hostView(data));
+  return {
+    tensorId: id as TensorId,
+    shape: [bytes],
+    dtype: 'uint8',
+    source: { kind: 'flat', memory: data },
+    data,
+    ...(peer && { peer }),
+  };
+}
+
+export const LAYOUT: PagedLayout = {
+  family: 'kv-first',
+  numBlocks: 16,
+  blockSize: 4,
+  heads: 2,
+  headDim: 8,
+  dtype: 'float32',
+};
+
+/** A paged cache of `layers` layers with random (or zero) contents. */
+export function pagedCache(
+  layers: number,
+  random: boolean,
+  layout = LAYOUT,
+): { name: string; target: PagedLayer }[] {
+  return Array.from({ length: layers }, (_, index) => {
+    const memory = hostMemory(layerBytes(layout));
+    if (random) randomFillSync(hostView(memory));
+    return { name: `model.layers.${index}.self_attn.attn`, target: { memory, layout } };
+  });
+}
+
+/** Bytes of one block of one layer, K then V. */
+export function blockOf(layer: PagedLayer, block: number): Buffer {
+  const run = layer.layout.blockSize * layer.layout.heads * layer.layout.headDim * 4;
+  const cache = hostView(layer.memory);
+  const parts = [0, 1].map((kv) =>
+    cache.slice((kv * layer.layout.numBlocks + block) * run, (kv * layer.layout.numBlocks + block + 1) * run),
+  );
+  return Buffer.concat(parts);
+}
+
+/** Sends of all layers of one request from a paged cache. */
+export function sendCache(
+  service: TransferService,
+  id: string,
+  cache: readonly { name: string; target: PagedLayer }[],
+  blocks: readonly number[],
+  peer?: HostPort,
+): Sent[] {
+  return cache.map(({ name, target }) =>
+    send(service, {
+      tensorId: tensorIdOf(id as TransferId, name),
+      shape: [2, blocks.length, target.layout.blockSize, target.layout.heads, target.layout.headDim],
+      dtype: target.layout.dtype,
+      source: { kind: 'blocks', layer: target, blockIds: Int32Array.from(blocks) },
+      ...(peer && { peer }),
+    }),
+  );
+}
+
+export function loadRequest(
+  requestId: string,
+  cache: readonly { name: string; target: PagedLayer }[],
+  blocks: readonly number[],
+  peer: HostPort,
+  extra: { readonly skipBlocks?: number; readonly timeoutMs?: number } = {},
+) {
+  return {
+    requestId,
+    transferId: transferIdOf(requestId),
+    peer,
+    layers: cache,
+    blockIds: Int32Array.from(blocks),
+    skipBlocks: extra.skipBlocks ?? 0,
+    ...(extra.timeoutMs === undefined ? {} : { timeoutMs: extra.timeoutMs }),
+  };
+}
+
+export function count(
+  service: { readonly metrics: MetricsPage },
+  ...args: Parameters<typeof readMetric> extends [unknown, ...infer R] ? R : never
+): number {
+  return (readMetric as (pages: readonly MetricsPage[], ...rest: unknown[]) => number)(
+    [service.metrics],
+    ...args,
+  );
+}
+
+/** Awaits a condition that nothing announces, event turn by event turn. */
+export async function until(what: string, holds: () => boolean, timeoutMs = 5_000): Promise<void> {
+  const end = performance.now() + timeoutMs;
+  while (!holds()) {
+    if (performance.now() > end) throw new Error(`${what} did not come true`);
+    await new Promise((resolve) => setTimeout(resolve, 5));
+  }
+}
+
+/** The PdError that a promise rejects with. */
+export async function failure(promise: Promise<unknown>): Promise<PdError> {
+  try {
+    await promise;
+  } catch (error) {
+    if (error instanceof PdError) return error;
+    throw error;
+  }
+  throw new Error('did not reject');
+}
+
+/** Nothing is held and the books are right. */
+export function leftovers(service: TransferService): string[] {
+  const { buffer, pool, tensors } = service.state();
+  const wrong = service.checkIntegrity();
+  if (buffer.usedBytes !== 0) wrong.push(`${buffer.usedBytes} bytes of the buffer are used`);
+  if (pool.usedBytes !== 0) wrong.push(`${pool.usedBytes} bytes of the pool are used`);
+  if (tensors !== 0) wrong.push(`${tensors} tensors are held`);
+  return wrong;
+}
