@@ -12,7 +12,7 @@ import { setImmediate } from 'node:timers/promises';
 import type { LoadFailurePolicy } from '../config/worker-config.ts';
 import type { WorkerConnector } from '../connector/connector.ts';
 import { type Deferred, deferred } from '../deferred.ts';
-import { PdError } from '../errors.ts';
+import { type ErrorData, PdError } from '../errors.ts';
 import type { Executor, LayerHooks } from '../model/executor.ts';
 import type { Logger } from '../observability/log.ts';
 import type { MetricsPage } from '../observability/metrics.ts';
@@ -122,19 +122,23 @@ export class CoreLoop {
     const result = await this.#forward(step);
     // Also after a failure: what was saved is still being gathered from the step's blocks.
     const unsaved = (await this.#connector?.waitForSave()) ?? [];
-    if (unsaved.length > 0)
-      this.#log.debug({ requests: unsaved.length }, 'step ran with KV that could not be sent');
-    if (!(result instanceof PdError)) {
-      try {
-        this.#emit(this.#scheduler.update(step, result));
-        this.#failedSteps = 0;
-        return;
-      } catch (error) {
-        this.#fail(step, PdError.from(error));
-        return;
-      }
+    if (result instanceof PdError) this.#fail(step, result);
+    else this.#update(step, result);
+    for (const { error } of unsaved) this.#needEngine(error);
+  }
+
+  #update(step: SchedulerStep, result: ForwardResult): void {
+    try {
+      this.#emit(this.#scheduler.update(step, result));
+      this.#failedSteps = 0;
+    } catch (error) {
+      this.#fail(step, PdError.from(error));
     }
-    this.#fail(step, result);
+  }
+
+  /** Without its transfer engine this instance is no half of a pair any more; it would only look like one. */
+  #needEngine(error: ErrorData): void {
+    if (error.code === 'ENGINE_CLOSED' && !this.#closing) throw PdError.fromData(error);
   }
 
   async #forward(step: SchedulerStep): Promise<ForwardResult | PdError> {
@@ -217,6 +221,7 @@ export class CoreLoop {
         this.#log.warn({ requestId, code }, `KV of request ${requestId} did not come, ${then}: ${message}`);
       }
       this.#emit(this.#scheduler.loadEnded(outcome, loadFailure));
+      if (!outcome.ok) this.#needEngine(outcome.error);
     }
   }
 

@@ -51,6 +51,7 @@ export class CoreHarness {
   private constructor(config: WorkerConfig) {
     const metrics = { core: this.pages.core.buffer, transfer: this.pages.transfer.buffer };
     this.#worker = new Worker(ENTRY, { workerData: { config, metrics }, name: 'core' });
+    this.#worker.setMaxListeners(0);
     this.#worker.on('message', (message: FromCore) => {
       if (message.type === 'outputs') this.outputs.push(...message.outputs);
       for (const listener of [...this.#listeners]) listener(message);

@@ -231,6 +231,17 @@ describe('CoreLoop', () => {
     expect((await ended)?.message).toMatch(/3 steps in a row failed, the last: layer 0 broke/);
   });
 
+  it('cannot go on without its transfer engine', async () => {
+    const { engine, ended, generate } = bind(start({ role: 'consumer' }));
+    engine.onLoad = () => {
+      throw new PdError('ENGINE_CLOSED', 'the transfer thread crashed');
+    };
+    expect((await generate(request(9, { remote: true }))).at(-1)).toMatchObject({
+      error: { code: 'ENGINE_CLOSED' },
+    });
+    expect((await ended)?.message).toBe('the transfer thread crashed');
+  });
+
   it('ends what is left with SERVER_DRAINING when closed', async () => {
     const { loop, ended, engine, outputs } = start({ role: 'consumer' });
     const [loading, late] = [request(9, { remote: true }), request(5)];
