@@ -1,5 +1,5 @@
 /** Variables that CUDA and NCCL read once per process. Ours are defaults: what the user has set stays. */
-import { isIPv6 } from 'node:net';
+import { isIP } from 'node:net';
 import { networkInterfaces } from 'node:os';
 import { setNativeDefault } from './libc.ts';
 
@@ -18,7 +18,8 @@ export function prepareNcclEnvironment(kvHost: string): void {
   const name = interfaceOf(address);
   // `=` asks for exactly this name; otherwise it is a prefix
   if (name !== undefined) setNativeDefault('NCCL_SOCKET_IFNAME', `=${name}`);
-  setNativeDefault('NCCL_SOCKET_FAMILY', isIPv6(address) ? 'AF_INET6' : 'AF_INET');
+  const family = isIP(address);
+  if (family !== 0) setNativeDefault('NCCL_SOCKET_FAMILY', family === 6 ? 'AF_INET6' : 'AF_INET');
 }
 
 /** The interface that has an address; undefined for a host name or an address that is not of this machine. */

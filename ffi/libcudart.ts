@@ -32,6 +32,26 @@ const CUDART = {
   ]),
   // cudaError_t cudaDeviceCanAccessPeer(int *canAccessPeer, int device, int peerDevice)
   cudaDeviceCanAccessPeer: row<[can: Out, device: number, peer: number]>('int', ['void *', 'int', 'int']),
+  // cudaError_t cudaDeviceGetP2PAttribute(int *value, enum cudaDeviceP2PAttr attr, int srcDevice, int dstDevice)
+  cudaDeviceGetP2PAttribute: row<[value: Out, attribute: number, source: number, target: number]>('int', [
+    'void *',
+    'int',
+    'int',
+    'int',
+  ]),
+  // cudaError_t cudaDeviceEnablePeerAccess(int peerDevice, unsigned int flags)
+  cudaDeviceEnablePeerAccess: row<[peer: number, flags: number]>('int', ['int', 'unsigned int']),
+  // cudaError_t cudaMemcpyPeerAsync(void *dst, int dstDevice, const void *src, int srcDevice, size_t count, cudaStream_t stream)
+  cudaMemcpyPeerAsync: row<
+    [
+      target: DevicePointer,
+      targetDevice: number,
+      source: DevicePointer,
+      sourceDevice: number,
+      bytes: number,
+      stream: CudaStreamHandle,
+    ]
+  >('int', ['void *', 'int', 'void *', 'int', 'size_t', 'void *']),
   // cudaError_t cudaMemGetInfo(size_t *free, size_t *total)
   cudaMemGetInfo: row<[free: Out, total: Out]>('int', ['void *', 'void *']),
   // cudaError_t cudaMalloc(void **devPtr, size_t size)
@@ -85,6 +105,9 @@ const EVENT_DISABLE_TIMING = 2;
 const HOST_ALLOC_PORTABLE_MAPPED = 3;
 /** The runtime tells the direction from the addresses. */
 const MEMCPY_DEFAULT = 4;
+const PEER_ACCESS_ALREADY_ENABLED = 704;
+/** cudaDevP2PAttrNativeAtomicSupported: atomics cross NVLink, not PCIe. */
+const P2P_NATIVE_ATOMICS = 3;
 /** cudaDeviceAttr numbers. */
 const ATTRIBUTES = { multiProcessors: 16, computeMajor: 75, computeMinor: 76 } as const;
 
@@ -136,6 +159,39 @@ export class Cudart {
   canAccessPeer(device: number, peer: number): boolean {
     this.#check(this.#call.cudaDeviceCanAccessPeer(this.#int, device, peer), 'cudaDeviceCanAccessPeer');
     return this.#int[0] !== 0;
+  }
+
+  /** How `device` reaches the memory of `peer`. */
+  peerLink(device: number, peer: number): 'nvlink' | 'pcie' | 'none' {
+    if (!this.canAccessPeer(device, peer)) return 'none';
+    const status = this.#call.cudaDeviceGetP2PAttribute(this.#int, P2P_NATIVE_ATOMICS, device, peer);
+    this.#check(status, 'cudaDeviceGetP2PAttribute');
+    return this.#int[0] === 0 ? 'pcie' : 'nvlink';
+  }
+
+  /** Lets the current device reach `peer` directly; without it a peer copy goes through the host. */
+  enablePeerAccess(peer: number): void {
+    const status = this.#call.cudaDeviceEnablePeerAccess(peer, 0);
+    if (status !== PEER_ACCESS_ALREADY_ENABLED) this.#check(status, 'cudaDeviceEnablePeerAccess');
+  }
+
+  /** From one GPU of this process to another, by the copy engines. */
+  memcpyPeerAsync(
+    target: { readonly device: number; readonly pointer: DevicePointer },
+    source: { readonly device: number; readonly pointer: DevicePointer },
+    bytes: number,
+    stream: CudaStreamHandle,
+  ): void {
+    const { device, pointer } = target;
+    const status = this.#call.cudaMemcpyPeerAsync(
+      pointer,
+      device,
+      source.pointer,
+      source.device,
+      bytes,
+      stream,
+    );
+    this.#check(status, 'cudaMemcpyPeerAsync', { what: `copying ${bytes} bytes to cuda:${device}` });
   }
 
   /** Bytes of the current device. */

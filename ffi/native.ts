@@ -89,3 +89,8 @@ export function nativeView(pointer: bigint, bytes: number): Uint8Array {
 export function byteArrayStruct(name: string, bytes: number): TypeObject {
   return koffi.struct(name, { internal: koffi.array('uint8_t', bytes, 'Typed') });
 }
+
+/** Of koffi itself. */
+export function koffiVersion(): string {
+  return koffi.version;
+}

@@ -31,10 +31,16 @@ export class Peer {
   #next = 0;
   readonly #waiting = new Map<number, (answer: Answer) => void>();
 
-  /** Starts the child with GPU `index` and `channels` per communicator. */
-  constructor(index: number, channels: number) {
-    const entry = fileURLToPath(new URL('./peer.js', import.meta.url));
-    this.process = fork(entry, [String(index), String(channels)], { serialization: 'advanced' });
+  /** Starts the child with GPU `index` and `channels` per communicator; `env` on top of this process's. */
+  constructor(index: number, channels: number, env: Readonly<Record<string, string>> = {}) {
+    // from the build, or from the sources where this runs from them
+    const source = import.meta.url.endsWith('.ts');
+    const entry = fileURLToPath(new URL(source ? './peer.ts' : './peer.js', import.meta.url));
+    this.process = fork(entry, [String(index), String(channels)], {
+      serialization: 'advanced',
+      execArgv: source ? ['--import', 'tsx'] : [],
+      env: { ...process.env, ...env },
+    });
     this.ready = new Promise((resolve) => this.process.once('message', () => resolve()));
     this.process.on('message', (answer: Answer) => this.#waiting.get(answer.id)?.(answer));
   }
@@ -47,9 +53,15 @@ export class Peer {
     });
   }
 
+  /** kill -9; resolves when it is gone. */
   kill(): Promise<void> {
-    const gone = new Promise<void>((resolve) => this.process.once('exit', () => resolve()));
+    const gone = this.exit;
     this.process.kill('SIGKILL');
     return gone;
+  }
+
+  get exit(): Promise<void> {
+    if (this.process.exitCode !== null || this.process.signalCode !== null) return Promise.resolve();
+    return new Promise((resolve) => this.process.once('exit', () => resolve()));
   }
 }

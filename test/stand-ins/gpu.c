@@ -314,6 +314,22 @@ EXPORT int cudaDeviceCanAccessPeer(int *can, int device, int peer) {
   return SUCCESS;
 }
 
+EXPORT int cudaDeviceGetP2PAttribute(int *value, int attribute, int device, int peer) {
+  CHECK("cudaDeviceGetP2PAttribute");
+  *value = attribute == 3 && device != peer;
+  return SUCCESS;
+}
+EXPORT int cudaDeviceEnablePeerAccess(int peer, unsigned flags) {
+  CHECK("cudaDeviceEnablePeerAccess");
+  return flags || peer == current_device ? INVALID_VALUE : SUCCESS;
+}
+EXPORT int cudaMemcpyPeerAsync(void *target, int target_device, const void *source, int source_device, size_t bytes, stream *s) {
+  (void)target_device;
+  (void)source_device;
+  CHECK("cudaMemcpyPeerAsync");
+  return cudaMemcpyAsync(target, source, bytes, 4, s);
+}
+
 static const struct { int code; const char *name, *text; } names[] = {
     {0, "cudaSuccess", "no error"},
     {2, "cudaErrorMemoryAllocation", "out of memory"},

@@ -1,6 +1,6 @@
 /** Kernels compiled here, kept on disk: compiling takes a second, and a worker restarts often. */
 import { createHash, randomBytes } from 'node:crypto';
-import { mkdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdirSync, readFileSync, renameSync, unlinkSync, writeFileSync } from 'node:fs';
 import { homedir } from 'node:os';
 import { join } from 'node:path';
 
@@ -41,7 +41,15 @@ export function cachedKernel(folder: string, key: KernelKey, compile: () => Uint
     writeFileSync(aside, image);
     renameSync(aside, file);
   } catch {
-    rmSync(aside, { force: true });
+    discard(aside);
   }
   return image;
+}
+
+function discard(file: string): void {
+  try {
+    unlinkSync(file);
+  } catch {
+    // it was never written
+  }
 }

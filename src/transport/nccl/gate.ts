@@ -28,3 +28,11 @@ export class ProgressGate {
     if (at >= 0) this.#waiting.splice(at, 1);
   }
 }
+
+let threadGate: ProgressGate | undefined;
+
+/** The slot is the thread's, so all transports of a thread share one gate. */
+export function progressGate(concurrent: boolean): ProgressGate {
+  threadGate ??= new ProgressGate(concurrent);
+  return threadGate;
+}

@@ -5,7 +5,7 @@ import { CudaDevice } from '../../device/cuda/device.ts';
 import type { Device } from '../../device/device.ts';
 import { PdError } from '../../errors.ts';
 import type { OpenOptions, Pair, Transport, UniqueId } from '../transport.ts';
-import { ProgressGate } from './gate.ts';
+import { type ProgressGate, progressGate } from './gate.ts';
 import { Opening } from './opening.ts';
 import { NcclPair } from './pair.ts';
 import { PollLoop } from './poll-loop.ts';
@@ -35,7 +35,7 @@ export class NcclTransport implements Transport {
     this.#device = device;
     this.nccl = nccl;
     this.#channels = channels;
-    this.#gate = new ProgressGate(nccl.concurrent);
+    this.#gate = progressGate(nccl.concurrent);
   }
 
   createUniqueId(): UniqueId {

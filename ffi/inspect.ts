@@ -1,0 +1,97 @@
+/** What this machine has, for pd-doctor and bug reports: every library and GPU, found or not, with what is wrong. Throws nothing. */
+import { PdError } from '../src/errors.ts';
+import { explicitCandidate, LIBRARIES, type LibraryName } from './find.ts';
+import { loadLibcuda } from './libcuda.ts';
+import { loadCudart } from './libcudart.ts';
+import { loadLibnccl } from './libnccl.ts';
+import { libraryFile } from './load.ts';
+import type { NativeLibrary } from './native.ts';
+import { loadNvrtc } from './nvrtc.ts';
+
+export type LibraryReport = {
+  readonly name: LibraryName;
+  /** The variable that names the file, where one does. */
+  readonly named?: string;
+} & (
+  | { readonly ok: true; readonly file: string; readonly version: string }
+  | { readonly ok: false; readonly error: string; readonly install: string }
+);
+
+export interface GpuReport {
+  readonly index: number;
+  readonly name: string;
+  readonly computeCapability: string;
+  readonly busId: string;
+  readonly freeBytes: number;
+  readonly totalBytes: number;
+  /** To each GPU by index; undefined for itself. */
+  readonly links: readonly ('nvlink' | 'pcie' | 'none' | undefined)[];
+}
+
+/** Loads what it reports on: in a process of its own where that matters, since a broken library can end the process. */
+export function inspectLibraries(): LibraryReport[] {
+  return [
+    report('cuda', () => {
+      const driver = loadLibcuda();
+      return { library: driver.library, version: `runs CUDA ${cudaVersion(driver.driverVersion())}` };
+    }),
+    report('cudart', () => {
+      const runtime = loadCudart();
+      return { library: runtime.library, version: cudaVersion(runtime.version()) };
+    }),
+    report('nccl', () => {
+      const nccl = loadLibnccl();
+      return { library: nccl.library, version: nccl.versionText };
+    }),
+    report('nvrtc', () => {
+      const nvrtc = loadNvrtc(Math.trunc(loadLibcuda().driverVersion() / 1000));
+      return { library: nvrtc.library, version: nvrtc.version() };
+    }),
+  ];
+}
+
+/** Every GPU this process sees. Takes a context on each, about 0.3 s and some 500 MiB of its memory, until the process ends. */
+export function inspectGpus(): { readonly gpus: readonly GpuReport[]; readonly error?: string } {
+  const gpus: GpuReport[] = [];
+  try {
+    const runtime = loadCudart();
+    const driver = loadLibcuda();
+    const count = runtime.deviceCount();
+    const all = Array.from({ length: count }, (_, index) => index);
+    for (const index of all) {
+      runtime.setDevice(index);
+      const { free, total } = runtime.memoryInfo();
+      gpus.push({
+        index,
+        name: driver.deviceName(index),
+        computeCapability: `${runtime.attribute(index, 'computeMajor')}.${runtime.attribute(index, 'computeMinor')}`,
+        busId: runtime.pciBusId(index),
+        freeBytes: free,
+        totalBytes: total,
+        links: all.map((peer) => (peer === index ? undefined : runtime.peerLink(index, peer))),
+      });
+    }
+    return { gpus };
+  } catch (error) {
+    return { gpus, error: PdError.from(error, 'CUDA_ERROR').message };
+  }
+}
+
+function report(
+  name: LibraryName,
+  load: () => { readonly library: NativeLibrary; readonly version: string },
+): LibraryReport {
+  const source = explicitCandidate(name)?.source;
+  const named = source === undefined ? {} : { named: source };
+  try {
+    const { library, version } = load();
+    return { name, ...named, ok: true, file: libraryFile(library), version };
+  } catch (error) {
+    const { message } = PdError.from(error, 'CUDA_ERROR');
+    return { name, ...named, ok: false, error: message, install: LIBRARIES[name].install };
+  }
+}
+
+function cudaVersion(version: number): string {
+  return `${Math.trunc(version / 1000)}.${Math.trunc((version % 1000) / 10)}`;
+}

@@ -1,0 +1,19 @@
+/** Started by processes.test.ts: a process whose abort hangs, and which wants to end. */
+import { killAfter } from '../../../ffi/libc.ts';
+import { createCudaDevice } from '../../../src/device/cuda.ts';
+import { createNcclTransport } from '../../../src/transport/nccl/transport.ts';
+
+const device = await createCudaDevice(0);
+const transport = await createNcclTransport(device, { announceHost: '127.0.0.1', ncclNumChannels: 8 });
+const opening = transport.open({
+  uniqueId: transport.createUniqueId(),
+  rank: 0,
+  peer: 'nobody',
+  timeoutMs: 10,
+});
+await opening.catch(() => {});
+// long enough for the abort's thread to be inside the call
+setTimeout(() => {
+  killAfter(1);
+  process.exit(0);
+}, 500);
