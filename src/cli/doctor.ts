@@ -1,0 +1,128 @@
+/** pd-doctor: what this machine has and lacks for a worker, and whether a peer or a running system does what it should. */
+import { Command, Option } from 'commander';
+import { duration, hostPort, type Kind } from '../config/kinds.ts';
+import { addOptions, kebab } from '../config/options.ts';
+import { resolveWorkerConfig } from '../config/resolve-worker.ts';
+import { WORKER_OPTIONS } from '../config/worker-options.ts';
+import { type DoctorOptions, examine } from '../doctor/doctor.ts';
+import { renderReport } from '../doctor/render.ts';
+import { PdError } from '../errors.ts';
+import { demoModelDir } from '../model/demo.ts';
+import { packageVersion } from '../version.ts';
+
+/** Of pd-worker, taken here too; all others go after `--`. */
+const WORKER_FLAGS = [
+  'role',
+  'device',
+  'executor',
+  'model',
+  'host',
+  'port',
+  'kvHost',
+  'kvPort',
+  'kvTransferConfig',
+] as const satisfies (keyof typeof WORKER_OPTIONS)[];
+
+const EXAMPLES = `
+Examples:
+  pd-doctor                                      this machine
+  pd-doctor --device cuda:0 --role producer      would a producer start on that GPU, with its default ports?
+  pd-doctor --kv-transfer-config "$JSON"         vLLM's JSON: roles, ranks, ports
+  pd-doctor --peer 10.0.0.2:8084                 the KV listener of another instance
+  pd-doctor --proxy http://127.0.0.1:10002       a running system: the runbook's checklist, with one short completion
+
+Exit status 1 where something would stop a worker, or the system that was asked about.`;
+
+export interface DoctorCommand {
+  readonly options: DoctorOptions;
+  readonly json: boolean;
+}
+
+export function doctorCommand(argv: readonly string[], env: NodeJS.ProcessEnv): DoctorCommand {
+  const end = argv.indexOf('--');
+  const own = end < 0 ? argv : argv.slice(0, end);
+  const extra = end < 0 ? [] : argv.slice(end + 1);
+  const command = new Command('pd-doctor')
+    .description(
+      'Looks at Node, libraries, GPUs, variables, ports and addresses, and says how to mend what is wrong.',
+    )
+    .usage('[options] [-- more flags of the pd-worker that is meant]')
+    .version(packageVersion())
+    .addOption(new Option('--peer <host:port>', 'try the KV listener of another instance, both ways'))
+    .addOption(new Option('--proxy <url>', "walk the runbook's checklist on the system behind this proxy"))
+    .addOption(new Option('--timeout <time>', 'for each thing that is waited for').default('5s'))
+    .addOption(new Option('--json', 'the findings as JSON'))
+    .allowExcessArguments(false)
+    .showHelpAfterError('(--help lists the options; flags of the worker go after --)')
+    .addHelpText('after', EXAMPLES);
+  for (const name of WORKER_FLAGS) {
+    const { kind, help } = WORKER_OPTIONS[name];
+    command.addOption(
+      new Option(`--${kebab(name)} <${kind.argument ?? name}>`, help).helpGroup('The worker:'),
+    );
+  }
+  const given = command.parse(own, { from: 'user' }).opts<Record<string, string | undefined>>();
+  const { peer, proxy, timeout } = given;
+  const flags = WORKER_FLAGS.flatMap((name) => {
+    const value = given[name];
+    return value === undefined ? [] : [`--${kebab(name)}`, value];
+  });
+  const argvOfWorker = [...flags, ...extra];
+  return {
+    options: {
+      worker: resolveWorker(argvOfWorker, env),
+      inParticular: argvOfWorker.length > 0 || Object.keys(WORKER_OPTIONS).some((name) => envOf(name) in env),
+      ...(peer === undefined ? {} : { peer: parse('--peer', hostPort(), peer) }),
+      ...(proxy === undefined ? {} : { proxy: proxyUrl(proxy) }),
+      timeoutMs: parse('--timeout', duration(1), timeout ?? '5s'),
+    },
+    json: given['json'] !== undefined,
+  };
+}
+
+function resolveWorker(argv: readonly string[], env: NodeJS.ProcessEnv): DoctorOptions['worker'] {
+  try {
+    // Not the command of cli/worker.ts: that brings the whole worker, of which something may not load here.
+    const command = addOptions(new Command('pd-worker'), WORKER_OPTIONS)
+      .allowExcessArguments(false)
+      .exitOverride()
+      .configureOutput({ writeErr: () => {} });
+    return resolveWorkerConfig(command.parse(argv, { from: 'user' }), { env, demoModelDir });
+  } catch (cause) {
+    // commander's own words for a flag that does not exist
+    return PdError.from(cause, 'CONFIG_INVALID');
+  }
+}
+
+const envOf = (name: string) => `PD_${kebab(name).replaceAll('-', '_').toUpperCase()}`;
+
+function parse<T>(flag: string, kind: Kind<T>, text: string): T {
+  const result = kind.schema.safeParse(text);
+  if (result.success) return result.data;
+  throw new PdError(
+    'CONFIG_INVALID',
+    `${flag}: ${JSON.stringify(text)} is not allowed; expected ${kind.allowed}`,
+  );
+}
+
+/** `HOST:PORT` is taken too. */
+function proxyUrl(text: string): string {
+  const url = /^https?:\/\//.test(text) ? text : `http://${text}`;
+  if (URL.canParse(url)) return url;
+  throw new PdError(
+    'CONFIG_INVALID',
+    `--proxy: ${JSON.stringify(text)} is not a URL such as http://127.0.0.1:10002`,
+  );
+}
+
+export async function main(argv: readonly string[] = process.argv.slice(2)): Promise<void> {
+  const { options, json } = doctorCommand(argv, process.env);
+  const report = await examine(options);
+  const colour = process.stdout.isTTY === true && !process.env['NO_COLOR'];
+  const text = json
+    ? `${JSON.stringify(report, undefined, 2)}\n`
+    : renderReport(report, { colour, width: Math.max(60, Math.min(process.stdout.columns ?? 120, 160)) });
+  // Pipes take only so much at once, and exit does not wait for them.
+  await new Promise<void>((resolve) => process.stdout.write(text, () => resolve()));
+  process.exit(report.sound ? 0 : 1);
+}

@@ -1,0 +1,130 @@
+/** What a worker would bind and tell others: ports free or held, addresses that peers must be able to reach. */
+import { isIP } from 'node:net';
+import { networkInterfaces } from 'node:os';
+import type { WorkerConfig } from '../config/worker-config.ts';
+import { PdError } from '../errors.ts';
+import { formatHostPort, type HostPort, isUnspecified } from '../net/address.ts';
+import { localAddress } from '../net/local.ts';
+import { assertBindable } from '../net/port-holder.ts';
+import { type Finding, fail, info, ok, type Section, warn } from './finding.ts';
+
+/** The runbook's, for people who ask about no worker in particular. */
+const RUNBOOK: readonly { readonly port: number; readonly what: string }[] = [
+  { port: 10_002, what: 'HTTP of the proxy' },
+  { port: 30_002, what: 'discovery of the proxy' },
+  { port: 8_081, what: 'HTTP of the producer' },
+  { port: 8_082, what: 'KV of the producer' },
+  { port: 8_083, what: 'HTTP of the consumer' },
+  { port: 8_084, what: 'KV of the consumer' },
+];
+
+/** Of the worker that was asked about. A port that is taken would stop it. */
+export async function workerPorts(config: WorkerConfig): Promise<Section> {
+  const { http, kv, role } = config;
+  const findings = [await portFinding(http, 'HTTP', '--port')];
+  if (role !== 'both') {
+    const bind = { host: kv.bind.host, port: kv.bind.port + (kv.bind.port === 0 ? 0 : kv.rank) };
+    findings.push(await portFinding(bind, 'KV', '--kv-port'), DATA_PORTS);
+  }
+  return { title: 'Ports', findings };
+}
+
+/** Nobody has said that a worker will take them, so one that is held is worth a warning; `running`: the system itself holds them. */
+export async function runbookPorts(running: boolean): Promise<Section> {
+  const findings = await Promise.all(
+    RUNBOOK.map(async ({ port, what }): Promise<Finding> => {
+      const finding = await portFinding({ host: '0.0.0.0', port }, what, '--port');
+      if (finding.level !== 'fail') return finding;
+      return running ? info(finding.what) : warn(finding.what, finding.mend);
+    }),
+  );
+  const free = findings.filter(({ level }) => level === 'ok').length;
+  const shown = findings.filter(({ level }) => level !== 'ok');
+  const ports = RUNBOOK.map(({ port }) => port).join(' ');
+  return {
+    title: 'Ports',
+    findings: [
+      ...(free > 0 ? [ok(`${free} of the runbook's ${RUNBOOK.length} ports are free (${ports})`)] : []),
+      ...shown,
+      DATA_PORTS,
+    ],
+  };
+}
+
+const DATA_PORTS = info(
+  'KV itself goes over ports that the system chooses: a firewall between two workers must let all TCP pass',
+);
+
+async function portFinding(address: HostPort, what: string, flag: string): Promise<Finding> {
+  if (address.port === 0) return ok(`${what}: any free port`);
+  try {
+    await assertBindable(address, what);
+    return ok(`${what}: ${formatHostPort(address)} is free`);
+  } catch (cause) {
+    const error = PdError.from(cause);
+    const mend =
+      error.code === 'PORT_IN_USE'
+        ? `stop what holds it, or choose another with ${flag}`
+        : `name an address of this machine with ${flag.replace('port', 'host')}`;
+    return fail(error.message, mend);
+  }
+}
+
+export function addressSection(config: WorkerConfig): Section {
+  const findings: Finding[] = [];
+  const own = Object.values(networkInterfaces()).flatMap((list) => list ?? []);
+  const others = own.filter(({ internal }) => !internal).map(({ address }) => address);
+  const kv = formatHostPort({ host: config.kv.announceHost, port: config.kv.bind.port });
+  const http = formatHostPort({ host: config.httpAnnounceHost, port: config.http.port });
+  const told: readonly (readonly [string, string, string])[] = [
+    ...(config.role === 'both' && config.proxy === undefined
+      ? []
+      : ([['KV', config.kv.announceHost, '--kv-announce-host']] as const)),
+    ['HTTP', config.httpAnnounceHost, '--http-announce-host'],
+  ];
+  findings.push(info(`addresses of this machine: ${others.join(', ') || 'loopback only'}`));
+  for (const [what, host, flag] of told) {
+    const text = `${what} address told to others: ${what === 'KV' ? kv : http}`;
+    if (isUnspecified(host)) {
+      findings.push(fail(`${text}, which nobody else can reach`, `name this machine's address with ${flag}`));
+    } else if (isLoopback(host)) {
+      findings.push(
+        warn(
+          `${text}: only this machine reaches it`,
+          others.length > 0
+            ? `for peers elsewhere: --${what === 'KV' ? 'kv-' : ''}host ${others[0]}`
+            : 'for peers elsewhere this machine needs a network',
+        ),
+      );
+    } else if (isIP(host) !== 0 && !own.some(({ address }) => address === host)) {
+      findings.push(
+        warn(
+          `${text}, which is not of this machine`,
+          'right behind a translated address; otherwise correct PD_HOST_IP',
+        ),
+      );
+    } else findings.push(ok(text));
+  }
+  return { title: 'Addresses', findings };
+}
+
+/** Without a worker in particular: what one would tell by default. */
+export function defaultAddresses(): Section {
+  try {
+    const host = localAddress(4);
+    const text = `workers here tell others ${host}, unless --kv-host or PD_HOST_IP says otherwise`;
+    return {
+      title: 'Addresses',
+      findings: [isLoopback(host) ? warn(`${text}: only this machine reaches it`) : ok(text)],
+    };
+  } catch (cause) {
+    return {
+      title: 'Addresses',
+      findings: [fail(PdError.from(cause).message, 'correct or unset PD_HOST_IP')],
+    };
+  }
+}
+
+export function isLoopback(host: string): boolean {
+  return host === 'localhost' || host === '::1' || /^127\./.test(host);
+}

@@ -1,0 +1,78 @@
+/** The whole examination: sections in the order of the page. Nothing here throws for what it finds; it becomes a finding. */
+import type { WorkerConfig } from '../config/worker-config.ts';
+import type { PdError } from '../errors.ts';
+import type { HostPort } from '../net/address.ts';
+import { packageVersion } from '../version.ts';
+import { addressSection, defaultAddresses, runbookPorts, workerPorts } from './addresses.ts';
+import { type DoctorReport, fail, ok, reportOf, type Section, warn } from './finding.ts';
+import { type Gpus, gpuSections, runtimeSection } from './machine.ts';
+import { peerSection } from './peer.ts';
+import { proxySection } from './proxy-check.ts';
+import { variablesSection } from './variables.ts';
+
+export interface DoctorOptions {
+  /** The worker that is meant to run here: its configuration, or what is wrong with it. */
+  readonly worker: { readonly config: WorkerConfig; readonly warnings: readonly string[] } | PdError;
+  /** Whether flags or environment say anything of that worker; otherwise the runbook's ports are looked at. */
+  readonly inParticular: boolean;
+  readonly peer?: HostPort;
+  /** HTTP address of a proxy. */
+  readonly proxy?: string;
+  /** For each thing that is waited for. */
+  readonly timeoutMs: number;
+}
+
+/** Loading CUDA on a machine with many GPUs takes its time. */
+const PROBE_TIMEOUT_MS = 60_000;
+
+export async function examine(options: DoctorOptions): Promise<DoctorReport> {
+  const { worker, inParticular, timeoutMs } = options;
+  const config = 'config' in worker ? worker.config : undefined;
+  const device = config?.device ?? 'host';
+  const [[runtime, gpu], ports, ...asked] = await Promise.all([
+    machine(device),
+    config && inParticular ? workerPorts(config) : runbookPorts(options.proxy !== undefined),
+    ...(options.peer
+      ? [
+          peerSection({
+            peer: options.peer,
+            timeoutMs,
+            ...(config && inParticular ? { announced: config.kv.announceHost } : {}),
+          }),
+        ]
+      : []),
+    ...(options.proxy === undefined ? [] : [proxySection(options.proxy, timeoutMs)]),
+  ]);
+  const onGpu = gpu.gpus.length > 0 || device !== 'host';
+  return reportOf(packageVersion(), [
+    runtime,
+    ...gpu.sections,
+    variablesSection(config, onGpu),
+    ...(inParticular || !config ? [configSection(worker)] : []),
+    config && inParticular ? addressSection(config) : defaultAddresses(),
+    ports,
+    ...asked,
+  ]);
+}
+
+/** Without koffi nothing can be said of GPUs. */
+async function machine(device: string): Promise<[Section, Gpus]> {
+  const runtime = await runtimeSection(PROBE_TIMEOUT_MS);
+  const broken = runtime.findings.some(({ level, what }) => level === 'fail' && what.startsWith('koffi'));
+  return [runtime, broken ? { sections: [], gpus: [] } : await gpuSections(device, PROBE_TIMEOUT_MS)];
+}
+
+function configSection(worker: DoctorOptions['worker']): Section {
+  const title = 'Worker';
+  if (!('config' in worker)) {
+    return { title, findings: [fail(`${worker.code}: ${worker.message}`, worker.hint)] };
+  }
+  const { role, modelDir, device, executor, sendType } = worker.config;
+  return {
+    title,
+    findings: [
+      ok(`${role} of ${modelDir}, device ${device}, executor ${executor}, ${sendType}`),
+      ...worker.warnings.map((text) => warn(text)),
+    ],
+  };
+}

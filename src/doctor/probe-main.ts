@@ -1,0 +1,19 @@
+/** Runs in a child of pd-doctor or pd-launch: loads native libraries, which may crash, and prints what it found as one line of JSON. */
+import { writeSync } from 'node:fs';
+import { PdError } from '../errors.ts';
+
+/** Loaded by question, so that a broken koffi does not answer for zeromq. */
+async function answer(question: string): Promise<unknown> {
+  if (question === 'zeromq') return { version: (await import('zeromq')).version };
+  return (await import('./probe-native.ts')).answerNative(question);
+}
+
+let line: unknown;
+try {
+  line = { answer: await answer(process.argv[2] ?? '') };
+} catch (error) {
+  line = { error: PdError.from(error, 'LIBRARY_NOT_FOUND').toData() };
+}
+// Written before any library's own clean-up can crash or hang at exit.
+writeSync(1, `${JSON.stringify(line)}\n`);
+process.exit(0);

@@ -1,0 +1,44 @@
+/** The questions of a probe that need koffi. */
+import { LIBRARIES, type LibraryName } from '../../ffi/find.ts';
+import { inspectGpus, inspectLibraries } from '../../ffi/inspect.ts';
+import { loadLibcuda } from '../../ffi/libcuda.ts';
+import { loadCudart } from '../../ffi/libcudart.ts';
+import { loadLibrary } from '../../ffi/load.ts';
+import { koffiVersion } from '../../ffi/native.ts';
+import { shippedArch } from '../device/cuda/kernels.ts';
+import { PdError } from '../errors.ts';
+
+export function answerNative(question: string): unknown {
+  switch (question) {
+    case 'koffi':
+      return { version: koffiVersion() };
+    case 'libraries':
+      return { libraries: inspectLibraries() };
+    case 'gpus': {
+      const { gpus, ...rest } = inspectGpus();
+      return {
+        ...rest,
+        gpus: gpus.map((gpu) => ({ ...gpu, machineCode: machineCode(gpu.computeCapability) })),
+      };
+    }
+    // Without a context on any GPU: cheap, and takes no memory from who works there.
+    case 'gpu-names': {
+      const count = loadCudart().deviceCount();
+      return { names: Array.from({ length: count }, (_, index) => loadLibcuda().deviceName(index)) };
+    }
+    default:
+      loadLibrary(libraryName(question));
+      return { loads: true };
+  }
+}
+
+function machineCode(computeCapability: string): string | null {
+  const [major = 0, minor = 0] = computeCapability.split('.').map(Number);
+  return shippedArch(major, minor) ?? null;
+}
+
+function libraryName(text: string): LibraryName {
+  const name = (Object.keys(LIBRARIES) as LibraryName[]).find((known) => `load-${known}` === text);
+  if (name === undefined) throw new PdError('INTERNAL', `no such question: ${text}`);
+  return name;
+}

@@ -1,0 +1,68 @@
+/** Questions about native libraries, each asked of a child process: a library that crashes or hangs takes nobody with it. */
+import { spawn } from 'node:child_process';
+import { once } from 'node:events';
+import { fileURLToPath } from 'node:url';
+import type { LibraryName } from '../../ffi/find.ts';
+import type { GpuReport, LibraryReport } from '../../ffi/inspect.ts';
+import { type ErrorData, PdError } from '../errors.ts';
+import { threadEntry } from '../thread-entry.ts';
+
+export interface ProbedGpu extends GpuReport {
+  /** Which shipped machine code runs on it; null where kernels come from PTX or the compiler. */
+  readonly machineCode: string | null;
+}
+
+export interface Answers {
+  readonly koffi: { readonly version: string };
+  readonly zeromq: { readonly version: string };
+  readonly libraries: { readonly libraries: readonly LibraryReport[] };
+  readonly gpus: { readonly gpus: readonly ProbedGpu[]; readonly error?: string };
+  readonly 'gpu-names': { readonly names: readonly string[] };
+}
+export type LoadQuestion = `load-${LibraryName}`;
+
+/** Whether the child died or hung, rather than reporting an error in words. */
+export function hasCrashed(error: PdError): boolean {
+  return error.context['crashed'] === true;
+}
+
+/**
+ * Throws what the child reported (LIBRARY_NOT_FOUND and others); LIBRARY_NOT_FOUND with `hasCrashed` where it died or took longer
+ * than `timeoutMs`. CUDA takes about a second per GPU to start.
+ */
+export async function probe<Q extends keyof Answers>(question: Q, timeoutMs: number): Promise<Answers[Q]>;
+export async function probe(question: LoadQuestion, timeoutMs: number): Promise<{ readonly loads: true }>;
+export async function probe(question: string, timeoutMs: number): Promise<unknown> {
+  const entry = fileURLToPath(threadEntry(import.meta.url, './probe-main.js'));
+  const child = spawn(process.execPath, [entry, question], { stdio: ['ignore', 'pipe', 'pipe'] });
+  let out = '';
+  let err = '';
+  child.stdout.on('data', (chunk: Buffer) => {
+    out += chunk;
+  });
+  child.stderr.on('data', (chunk: Buffer) => {
+    err = (err + chunk).slice(-2_000);
+  });
+  let late = false;
+  const timer = setTimeout(() => {
+    late = true;
+    child.kill('SIGKILL');
+  }, timeoutMs);
+  const [code, signal] = (await once(child, 'close')) as [number | null, NodeJS.Signals | null];
+  clearTimeout(timer);
+  const parsed = parseLine(out);
+  if (parsed?.error) throw PdError.fromData(parsed.error);
+  if (parsed && 'answer' in parsed) return parsed.answer;
+  const how = late ? `gave no answer in ${timeoutMs / 1_000} s` : `ended with ${signal ?? `status ${code}`}`;
+  const lines = err.trim().split('\n');
+  const words = lines.find((text) => /error|fatal|assert/i.test(text)) ?? lines.at(-1);
+  throw new PdError('LIBRARY_NOT_FOUND', `${how}${words ? `: ${words}` : ''}`, { question, crashed: true });
+}
+
+function parseLine(out: string): { readonly answer?: unknown; readonly error?: ErrorData } | undefined {
+  try {
+    return JSON.parse(out) as { answer?: unknown; error?: ErrorData };
+  } catch {
+    return undefined;
+  }
+}

@@ -1,0 +1,55 @@
+/** The report as one page of text. */
+import type { DoctorReport, Finding, Level } from './finding.ts';
+
+const MARKS: Readonly<Record<Level, string>> = { ok: 'ok  ', info: '    ', warn: 'warn', fail: 'FAIL' };
+const COLOURS: Readonly<Record<Level, number>> = { ok: 32, info: 90, warn: 33, fail: 31 };
+const INDENT = ' '.repeat(7);
+
+export interface RenderOptions {
+  readonly colour: boolean;
+  /** Characters per line. */
+  readonly width: number;
+}
+
+export function renderReport(report: DoctorReport, options: RenderOptions): string {
+  const lines = [`pd-doctor ${report.version}`];
+  for (const { title, findings } of report.sections) {
+    lines.push('', title, ...findings.flatMap((finding) => renderFinding(finding, options)));
+  }
+  const all = report.sections.flatMap(({ findings }) => findings);
+  const count = (level: Level) => all.filter((finding) => finding.level === level).length;
+  const warnings = count('warn') === 0 ? '' : `, ${plural(count('warn'), 'warning')}`;
+  lines.push('');
+  lines.push(
+    report.sound ? `nothing stands in the way${warnings}` : `${plural(count('fail'), 'failure')}${warnings}`,
+  );
+  return `${lines.join('\n')}\n`;
+}
+
+function renderFinding({ level, what, mend }: Finding, { colour, width }: RenderOptions): string[] {
+  const mark = colour ? `\u001b[${COLOURS[level]}m${MARKS[level]}\u001b[0m` : MARKS[level];
+  const [first, ...rest] = wrap(what, width - INDENT.length);
+  const lines = [`  ${mark} ${first ?? ''}`, ...rest.map((line) => `${INDENT}${line}`)];
+  if (mend !== undefined) {
+    lines.push(...wrap(`-> ${mend}`, width - INDENT.length).map((line) => `${INDENT}${line}`));
+  }
+  return lines;
+}
+
+function wrap(text: string, width: number): string[] {
+  return text.split('\n').flatMap((paragraph) => {
+    const lines: string[] = [];
+    let line = '';
+    for (const word of paragraph.split(' ')) {
+      if (line !== '' && line.length + 1 + word.length > width) {
+        lines.push(line);
+        line = word;
+      } else line = line === '' ? word : `${line} ${word}`;
+    }
+    return [...lines, line];
+  });
+}
+
+function plural(count: number, noun: string): string {
+  return `${count} ${noun}${count === 1 ? '' : 's'}`;
+}

@@ -1,0 +1,142 @@
+/** Variables that native libraries and workers read: what is set, what each does, and which of them would stop a worker. */
+import { networkInterfaces } from 'node:os';
+import { nativeEnvironment } from '../config/native-env.ts';
+import type { WorkerConfig } from '../config/worker-config.ts';
+import { type Finding, fail, info, type Section, warn } from './finding.ts';
+
+type Verdict = Omit<Finding, 'what'> & { readonly what: string };
+type Judge = (value: string, context: VariableContext) => Verdict;
+
+export interface VariableContext {
+  /** False: GPU variables have no effect. */
+  readonly onGpu: boolean;
+  readonly interfaces: readonly string[];
+}
+
+const says =
+  (meaning: string): Judge =>
+  () =>
+    info(meaning);
+/** A switch that is harmless unless it has `bad`. */
+const unless =
+  (bad: string, meaning: string, wrong: string, level: 'warn' | 'fail' = 'warn'): Judge =>
+  (value) =>
+    value === bad ? { level, what: wrong, mend: 'unset it' } : info(meaning);
+
+/** In the order of the page. */
+const KNOWN: Readonly<Record<string, Judge>> = {
+  CUDA_VISIBLE_DEVICES: (value, { onGpu }) =>
+    onGpu && (value === '' || value.startsWith('-'))
+      ? fail('hides every GPU from CUDA', 'unset it, or list the GPUs: CUDA_VISIBLE_DEVICES=0,1')
+      : info('the GPUs that are seen; cuda:0 is the first of them'),
+  CUDA_DEVICE_ORDER: says('how GPUs are numbered; PCI_BUS_ID is as nvidia-smi does'),
+  CUDA_MODULE_LOADING: unless(
+    'LAZY',
+    'EAGER: kernels load at start',
+    'kernels load at their first launch, which waits while any receive waits for its sender',
+  ),
+  CUDA_LAUNCH_BLOCKING: unless(
+    '1',
+    'launches do not wait',
+    'every launch waits: transfers stop overlapping compute',
+  ),
+  CUDA_DEVICE_MAX_CONNECTIONS: unless(
+    '1',
+    'hardware queues of a GPU',
+    'one hardware queue: a transfer that waits for its peer may hold up compute',
+  ),
+  CUDA_HOME: says('looked through for libraries'),
+  CUDA_PATH: says('looked through for libraries'),
+  NCCL_SOCKET_IFNAME: (value, { interfaces }) => interfaceVerdict(value, interfaces),
+  NCCL_SOCKET_FAMILY: says('IP version of its bootstrap; the same on both ends'),
+  NCCL_COMM_BLOCKING: unless(
+    '1',
+    'communicators do not block',
+    'makes communicators block: one peer that does not come stops the whole worker',
+    'fail',
+  ),
+  NCCL_COMM_ID: () => warn('ties every communicator to one address', 'unset it'),
+  NCCL_P2P_DISABLE: unless(
+    '1',
+    'GPUs write to each other',
+    'GPUs do not reach each other: KV goes through host memory',
+  ),
+  NCCL_P2P_LEVEL: says('how far apart GPUs may be to reach each other directly'),
+  NCCL_SHM_DISABLE: unless('1', 'shared memory is used', 'processes of one host talk over the network'),
+  NCCL_CUMEM_ENABLE: unless(
+    '0',
+    'GPU memory that processes can share',
+    'an older way of sharing GPU memory; the same on both ends',
+  ),
+  NCCL_IB_DISABLE: unless(
+    '1',
+    'InfiniBand is used',
+    'no InfiniBand or RoCE: between machines KV goes over TCP',
+  ),
+  NCCL_IB_HCA: says('network cards that NCCL uses'),
+  NCCL_NET: says('the network that NCCL must use, or fail'),
+  NCCL_MIN_CTAS: says('overrules --nccl-num-channels for the whole process'),
+  NCCL_MAX_CTAS: says('overrules --nccl-num-channels for the whole process'),
+  NCCL_MIN_NCHANNELS: says('overrules --nccl-num-channels for the whole process'),
+  NCCL_MAX_NCHANNELS: says('overrules --nccl-num-channels for the whole process'),
+  NCCL_BUFFSIZE: says('bytes of a channel buffer; the same on both ends'),
+  NCCL_PROTO: says('wire protocol; the same on both ends'),
+  NCCL_DEBUG: says("NCCL's own log on stdout"),
+  VLLM_NCCL_SO_PATH: says('the NCCL library, unless PD_NCCL_LIB is set'),
+  VLLM_DISABLE_REQUEST_ID_RANDOMIZATION: says('1: request ids get no random suffix; vLLM consumers need it'),
+  PD_HOST_IP: says('the address told to others'),
+  LD_LIBRARY_PATH: says('folders that the loader looks through first'),
+};
+
+/** Ours, read elsewhere than in the option table. */
+const NOT_VARIABLES = /^(CUDA_VERSION|NCCL_VERSION|CUDA_VERSION_\w+)$/;
+
+function interfaceVerdict(value: string, interfaces: readonly string[]): Verdict {
+  const exclude = value.startsWith('^');
+  const exact = /^\^?=/.test(value);
+  const names = value
+    .replace(/^[\^=]+/, '')
+    .split(',')
+    .map((name) => name.replace(/:.*$/, ''));
+  const found = names.some((name) => interfaces.some((i) => (exact ? i === name : i.startsWith(name))));
+  return exclude || found
+    ? info("the interface of NCCL's bootstrap; peers must reach its address")
+    : fail(
+        `names no interface of this machine (${interfaces.join(', ')}): every communicator would fail`,
+        'unset it: workers choose the interface of their KV address',
+      );
+}
+
+export function variablesSection(
+  config: Pick<WorkerConfig, 'device' | 'kv'> | undefined,
+  onGpu: boolean,
+  env: Readonly<Record<string, string | undefined>> = process.env,
+): Section {
+  const all = networkInterfaces();
+  const context = { onGpu, interfaces: Object.keys(all) };
+  const findings: Finding[] = [];
+  for (const [name, judge] of Object.entries(KNOWN)) {
+    const value = env[name];
+    if (value === undefined) continue;
+    const { what, ...rest } = judge(value, context);
+    findings.push({ ...rest, what: `${name}=${value}  ${what}` });
+  }
+  for (const [name, value] of Object.entries(env)) {
+    if (!/^(NCCL|CUDA)_/.test(name) || name in KNOWN || NOT_VARIABLES.test(name)) continue;
+    findings.push(info(`${name}=${value}  goes to the library as it is`));
+  }
+  if (config !== undefined && onGpu) {
+    const device = config.device === 'host' ? 'cuda:0' : config.device;
+    const ours = Object.entries(nativeEnvironment({ ...config, device }, all)).filter(
+      ([name]) => env[name] === undefined,
+    );
+    if (ours.length > 0) {
+      findings.push(
+        info(
+          `set by workers, since you have not: ${ours.map(([name, value]) => `${name}=${value}`).join(' ')}`,
+        ),
+      );
+    }
+  }
+  return { title: 'Variables', findings };
+}
