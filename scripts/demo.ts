@@ -21,6 +21,7 @@ interface DemoOptions {
   readonly executor?: string;
   readonly model?: string;
   readonly freePorts?: true;
+  readonly runbookPorts?: true;
   readonly verbose?: true;
 }
 
@@ -30,6 +31,7 @@ const options = new Command('demo.sh')
   )
   .option('--keep', "leave it serving on the runbook's ports until Ctrl-C")
   .option('--free-ports', 'with --keep: any free ports instead')
+  .option('--runbook-ports', "without --keep too: the runbook's ports")
   .addOption(
     new Option('--send-type <type>', 'how KV moves')
       .choices(['PUT', 'PUT_ASYNC', 'GET'])
@@ -60,9 +62,11 @@ function kvShape(modelDir: string): KvShape {
   };
 }
 
-const bin = (name: string) => fileURLToPath(new URL(`../bin/${name}`, import.meta.url));
+/** `scripts/` of the sources, `dist/scripts/` in the bundle. */
+const root = import.meta.url.includes('/dist/scripts/') ? '../../' : '../';
+const bin = (name: string) => fileURLToPath(new URL(`${root}bin/${name}`, import.meta.url));
 const given = (flag: string, value: string | undefined) => (value === undefined ? [] : [flag, value]);
-const onRunbookPorts = options.keep === true && options.freePorts !== true;
+const onRunbookPorts = (options.keep === true || options.runbookPorts === true) && options.freePorts !== true;
 const launchArgs = [
   ...['--json', '--device', options.device, '--send-type', options.sendType, '--kv-load-failure', 'fail'],
   ...given('--executor', options.executor),

@@ -1,0 +1,221 @@
+/**
+ * One archive for Linux x64 hosts that have GPUs and neither Node nor a package registry: this Node, the build, production
+ * dependencies, the demo model, kernels and start scripts. Made from what is installed here: it needs no network.
+ *
+ *   npm run bundle [-- --out DIR --level 0..9]
+ */
+import { execFileSync } from 'node:child_process';
+import {
+  chmodSync,
+  copyFileSync,
+  cpSync,
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from 'node:fs';
+import { basename, dirname, join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { Command, Option } from 'commander';
+
+const ROOT = fileURLToPath(new URL('..', import.meta.url));
+const PLATFORM = 'linux-x64';
+
+interface LockedPackage {
+  readonly dev?: true;
+  readonly version: string;
+  /** Optional ones are there only where they fit the machine. */
+  readonly optional?: true;
+}
+
+const options = new Command('bundle')
+  .description(`Packs pd-worker for ${PLATFORM} hosts without Node.`)
+  .addOption(new Option('--out <dir>', 'where the archive goes').default(join(ROOT, 'dist-bundle')))
+  .addOption(
+    new Option('--level <level>', "xz's: 0 is quick, 9 is small")
+      .choices([...Array(10).keys()].map(String))
+      .default('6'),
+  )
+  .allowExcessArguments(false)
+  .parse()
+  .opts<{ out: string; level: string }>();
+
+const { version } = readJson<{ version: string }>('package.json');
+const name = `pd-worker-${version}-${PLATFORM}`;
+
+/** Throws where what is installed is not what the lock file says: a bundle of unknown content helps nobody. */
+function copyDependencies(to: string): void {
+  const { packages } = readJson<{ packages: Record<string, LockedPackage> }>('package-lock.json');
+  for (const [path, { dev, version: wanted, optional }] of Object.entries(packages)) {
+    if (path === '' || dev) continue;
+    const from = join(ROOT, path);
+    if (!existsSync(from)) {
+      if (optional) continue;
+      throw new Error(`${path} is not installed: run npm ci first`);
+    }
+    const { version: found } = readJson<{ version: string }>(join(path, 'package.json'));
+    if (found !== wanted) throw new Error(`${path} is ${found}, not ${wanted}: run npm ci first`);
+    // Packages inside of a package have a line of their own in the lock file.
+    cpSync(from, join(to, path), { recursive: true, filter: (file) => !unused(file, from) });
+  }
+  pruneZeromq(join(to, 'node_modules/zeromq/build'));
+}
+
+/** Types, maps and sources of native modules: a third of the size. */
+function unused(file: string, folder: string): boolean {
+  const inside = file.slice(folder.length + 1);
+  if (/^node_modules(\/|$)/.test(inside)) return true;
+  if (/\.(map|d\.[cm]?ts|[cm]?ts|md|markdown|flow|cc|cpp|hh)$/.test(inside) && !/licen[cs]e/i.test(inside))
+    return true;
+  const native = /\/(koffi|zeromq)$/.exec(folder)?.[1];
+  if (native === 'koffi') return /^(vendor|doc)(\/|$)|\.(c|h|inc|asm|S|def)$/.test(inside);
+  if (native === 'zeromq') return /^(src|script|vcpkg\.json|CMakeLists\.txt)(\/|$)/.test(inside);
+  return /^(test|tests|benchmarks?|examples?|\.github)(\/|$)/.test(inside);
+}
+
+/**
+ * Leaves the addons for Linux x64 and glibc: they differ in the glibc that they need, not in the Node, and zeromq tries one after the
+ * other. It reads which there are from its manifest, so that is cut down too.
+ */
+function pruneZeromq(build: string): void {
+  const manifest = JSON.parse(readFileSync(join(build, 'manifest.json'), 'utf8')) as Record<string, string>;
+  const kept = Object.entries(manifest).filter(([, addon]) => addon.startsWith('linux/x64/node/glibc-'));
+  if (kept.length === 0) throw new Error('zeromq has no addon for linux x64 with glibc');
+  const addons = kept.map(([, path]) => [path, readFileSync(join(build, path))] as const);
+  rmSync(build, { recursive: true });
+  for (const [path, bytes] of addons) {
+    mkdirSync(dirname(join(build, path)), { recursive: true });
+    writeFileSync(join(build, path), bytes);
+  }
+  writeFileSync(join(build, 'manifest.json'), JSON.stringify(Object.fromEntries(kept)));
+}
+
+/**
+ * Programs of bin/ with the bundled Node: the shell runs the second line, and Node, which pd-launch starts with the same file, sees a
+ * string and a comment there.
+ */
+function writePrograms(to: string): void {
+  mkdirSync(join(to, 'bin'));
+  for (const program of readdirSync(join(ROOT, 'bin'))) {
+    const [shebang, ...rest] = readFileSync(join(ROOT, 'bin', program), 'utf8').split('\n');
+    if (shebang !== '#!/usr/bin/env node')
+      throw new Error(`bin/${program} does not start with node's shebang`);
+    const start = `':' //; exec "$(dirname -- "$(readlink -f -- "$0")")/../node" "$0" "$@"`;
+    writeFileSync(join(to, 'bin', program), ['#!/bin/sh', start, ...rest].join('\n'));
+    chmodSync(join(to, 'bin', program), 0o755);
+  }
+}
+
+function readme(glibc: string): string {
+  return `# pd-worker ${version} for ${PLATFORM}
+
+Node ${process.versions.node}, pd-worker, its dependencies and a small demo model in one folder: nothing to install but the NVIDIA driver, the
+CUDA runtime (12 or 13) and NCCL (2.27 or later) on hosts with GPUs. Needs glibc ${glibc} or later.
+
+    bin/pd-doctor                       what this machine has, and what it lacks
+    scripts/two-gpu.sh                  proxy, producer and consumer on two GPUs, checked with four prompts (--keep leaves them serving)
+    bin/pd-launch                       the same on the host: proxy on port 10002
+    bin/pd-launch --prefill 1 --decode 1 --device cuda --executor host
+    bin/pd-worker --help                one worker; bin/pd-proxy --help: the proxy
+
+docs/ has the architecture, the wire protocol and every error code.
+`;
+}
+
+/** The least glibc that everything here runs on: symbol versions are plain text in a binary. */
+function leastGlibc(to: string): string {
+  const zeromq = join(to, 'node_modules/zeromq/build/linux/x64/node');
+  const koffi = join(to, 'node_modules/@koromix/koffi-linux-x64/linux_x64/koffi.node');
+  const needed = [
+    glibcOf(join(to, 'node')),
+    glibcOf(koffi),
+    // one of them is enough
+    Math.min(...readdirSync(zeromq).map((folder) => glibcOf(join(zeromq, folder, 'addon.node')))),
+  ];
+  return `2.${Math.max(...needed)}`;
+}
+
+/** The minor version: 36 for 2.36. */
+function glibcOf(binary: string): number {
+  const versions = readFileSync(binary, 'latin1').matchAll(/GLIBC_2\.(\d+)/g);
+  return Math.max(...[...versions].map(([, minor]) => Number(minor)));
+}
+
+function readJson<T>(path: string): T {
+  return JSON.parse(readFileSync(join(ROOT, path), 'utf8')) as T;
+}
+
+function tsc(outDir: string): void {
+  // The demo's checks are TypeScript that a checkout runs through tsx; here they are compiled like the rest.
+  const project = join(ROOT, 'tsconfig.bundle.json');
+  execFileSync(join(ROOT, 'node_modules/.bin/tsc'), ['-p', project, '--outDir', outDir], {
+    stdio: ['ignore', 'inherit', 'inherit'],
+  });
+}
+
+function main(): void {
+  if (`${process.platform}-${process.arch}` !== PLATFORM) {
+    throw new Error(
+      `the bundle is for ${PLATFORM}; build it there, not on ${process.platform}-${process.arch}`,
+    );
+  }
+  const { node_shared: shared } = process.config.variables as { node_shared?: boolean };
+  if (shared) throw new Error(`${process.execPath} needs a shared libnode: use Node from nodejs.org`);
+  mkdirSync(options.out, { recursive: true });
+  const aside = mkdtempSync(join(options.out, '.staging-'));
+  try {
+    const to = join(aside, name);
+    mkdirSync(to);
+    console.log('bundle: compiling');
+    tsc(join(to, 'dist'));
+    console.log('bundle: copying');
+    copyDependencies(to);
+    writePrograms(to);
+    copyFileSync(process.execPath, join(to, 'node'));
+    chmodSync(join(to, 'node'), 0o755);
+    for (const path of ['package.json', 'models', 'kernels', 'docs', 'scripts/two-gpu.sh', 'LICENSE']) {
+      const from = join(ROOT, path);
+      if (existsSync(from)) cpSync(from, join(to, path), { recursive: true });
+    }
+    writeFileSync(join(to, 'README.md'), readme(leastGlibc(to)));
+    const archive = join(options.out, `${name}.tar.xz`);
+    console.log(`bundle: packing (xz -${options.level}, which takes its time)`);
+    execFileSync(
+      'tar',
+      [
+        '-C',
+        aside,
+        '--owner=0',
+        '--group=0',
+        '-cf',
+        `${archive}.part`,
+        '-I',
+        `xz -T0 -${options.level}`,
+        name,
+      ],
+      {
+        stdio: 'inherit',
+      },
+    );
+    execFileSync('mv', [`${archive}.part`, archive]);
+    const mib = (statSync(archive).size / 2 ** 20).toFixed(1);
+    console.log(`bundle: ${archive}, ${mib} MiB
+Start it on a ${PLATFORM} host:
+  tar -xf ${basename(archive)} && cd ${name}
+  bin/pd-doctor
+  scripts/two-gpu.sh`);
+  } finally {
+    rmSync(aside, { recursive: true, force: true });
+  }
+}
+
+try {
+  main();
+} catch (error) {
+  console.error(`bundle: ${(error as Error).message}`);
+  process.exitCode = 1;
+}

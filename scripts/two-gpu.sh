@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# The runbook's set-up on two GPUs, on its ports: proxy 10002 (discovery 30002), producer 8081 (KV 8082) on cuda:0, consumer 8083
+# (KV 8084) on cuda:1. The four prompts go through, KV moves from GPU to GPU, each text is compared with an undivided worker's.
+#
+#   ./scripts/two-gpu.sh                    checks, then stops all; exit status 0 where all four pass
+#   ./scripts/two-gpu.sh --keep             checks, then serves until Ctrl-C
+#   ./scripts/two-gpu.sh --model DIR --send-type GET --executor cuda      further options: --help
+#
+# In a checkout it installs and builds first; in the archive of `npm run bundle` it needs neither npm nor Node.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+defaults=(--device cuda --executor host --runbook-ports)
+
+if [ -x ./node ]; then
+  exec ./node dist/scripts/demo.js "${defaults[@]}" "$@"
+fi
+./scripts/install.sh
+./scripts/build.sh
+exec node --import tsx scripts/demo.ts "${defaults[@]}" "$@"
