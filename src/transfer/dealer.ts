@@ -7,6 +7,9 @@ import { PdError } from '../errors.ts';
 import { asDestination, parseHostPort, zmqEndpoint } from '../net/address.ts';
 import { MAX_BODY_BYTES } from '../wire/limits.ts';
 
+/** Whom nobody listens for is told from who is slow: a port that refuses this long is dead, and need not cost the whole deadline. */
+const REFUSED_MS = 1_000;
+
 export interface DealerOptions {
   /** Our routing id. */
   readonly self: string;
@@ -40,6 +43,13 @@ export class Dealer {
     });
     this.#socket.events.on('disconnect', () => {
       if (this.#connected) this.#lost('PEER_LOST', 'the peer closed the control connection');
+    });
+    const begun = performance.now();
+    this.#socket.events.on('connect:retry', () => {
+      const ms = Math.round(performance.now() - begun);
+      if (!this.#connected && ms >= REFUSED_MS) {
+        this.#lost('PEER_UNREACHABLE', `its port has refused connections for ${ms} ms`);
+      }
     });
     this.#socket.connect(zmqEndpoint(address));
     void this.#receive();

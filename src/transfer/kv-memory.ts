@@ -123,7 +123,7 @@ export class KvMemory {
       const deadline = this.#options.deadlines.after(timeoutMs, () => settle(undefined));
       this.#waiters.push(waiter);
       if (this.#closed) settle(undefined);
-      else void this.#grow(bytes).then(() => this.#serve());
+      else void this.#growFor(waiter);
     });
   }
 
@@ -140,6 +140,10 @@ export class KvMemory {
   dispose(): void {
     this.#closed = true;
     for (const waiter of [...this.#waiters]) waiter.settle(undefined);
+  }
+
+  async #growFor(waiter: Waiter): Promise<void> {
+    while (this.#waiters.includes(waiter) && (await this.#grow(waiter.bytes))) this.#serve();
   }
 
   #serve(): void {

@@ -152,8 +152,10 @@ export class OutgoingPeer {
       );
     }
     const again: Announcement[] = [];
+    // Unanswered means not accepted, or accepted on a pair that is gone: once, it is worth a new pair.
+    const worthAnother = noPair || (opened && error.code === 'PEER_LOST');
     for (const announcement of unanswered) {
-      if (noPair && !announcement.renewed && !announcement.cancelled) {
+      if (worthAnother && !announcement.renewed && !announcement.cancelled) {
         announcement.renewed = true;
         again.push(announcement);
       } else {

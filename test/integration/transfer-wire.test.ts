@@ -1,0 +1,231 @@
+/** What a listener of ours answers to peers that are not ours, to broken messages, and to none at all. */
+import { encode } from '@msgpack/msgpack';
+import { afterEach, describe, expect, it } from 'vitest';
+import { hostMemory, hostView } from '../../src/device/memory.ts';
+import { parseHostPort } from '../../src/net/address.ts';
+import { decodeMessage, encodeMessage } from '../../src/wire/codec.ts';
+import type { TensorId, TransferId } from '../../src/wire/ids.ts';
+import { RawListener, RawPeer } from '../support/raw-peer.ts';
+import { count, failure, flat, leftovers, Services, send, until } from '../support/transfer.ts';
+
+const services = new Services();
+afterEach(() => services.dispose());
+
+const put = (id: string, bytes: number, more: object = {}) => ({
+  cmd: 'PUT',
+  tensor_id: id,
+  shape: [bytes],
+  dtype: 'uint8',
+  ...more,
+});
+
+describe('a peer that speaks only vLLM', () => {
+  it('is answered 0 and 1 and nothing else', async () => {
+    const consumer = await services.make({ kvBufferSize: 4_096, memPoolSize: 0 });
+    const peer = services.add(new RawPeer(consumer.address));
+    const pair = await peer.pair();
+    const data = hostMemory(4_000);
+    hostView(data).fill(7);
+    await peer.say(put('cmpl-v-0-0123abcd#l', 4_000));
+    await peer.say(put('cmpl-w-0-0123abcd#l', 4_000));
+    expect([await peer.answer(1), await peer.answer(2)]).toEqual(['0', '1']);
+    await pair.send([data], { tensorId: 'x', timeoutMs: 5_000 });
+    const got = await consumer.receive('cmpl-v-0-89abcdef#l' as TensorId, parseHostPort(peer.self), 5_000);
+    expect(hostView(got.memory).every((byte) => byte === 7)).toBe(true);
+    consumer.finish('cmpl-v-0' as TransferId);
+    expect(leftovers(consumer)).toEqual([]);
+    expect(peer.answers).toHaveLength(2);
+    expect(count(consumer, 'pd_kv_refused_total')).toBe(1);
+  });
+
+  it('without a pair is answered 1, and NEW is sent to it; its data then comes on our pair', async () => {
+    const consumer = await services.make();
+    const news: Promise<import('../../src/transport/transport.ts').Pair>[] = [];
+    const listener = services.add(
+      await RawListener.listen((body, _, self) => {
+        const message = decodeMessage(body, { maxTensorBytes: 1 });
+        if (message.cmd === 'NEW') news.push(self.join(message.unique_id));
+      }),
+    );
+    const peer = services.add(new RawPeer(consumer.address, `127.0.0.1:${listener.address.port}`));
+    await peer.say(put('lost#l', 100));
+    expect(await peer.answer(1)).toBe('1');
+    await until('our NEW', () => news.length === 1);
+    const pair = await news[0]!;
+    await until('open on both ends', () => consumer.state().pairs.some(({ state }) => state === 'open'));
+    await peer.say(put('again#l', 100));
+    expect(await peer.answer(2)).toBe('0');
+    await pair.send([hostMemory(100)], { tensorId: 'x', timeoutMs: 5_000 });
+    await consumer.receive('again#l' as TensorId, listener.address, 5_000);
+    expect(count(consumer, 'pd_protocol_errors_total', 'no_pair')).toBe(1);
+  });
+
+  it('asks with GET and gets what is there, and ret 1 for what is not, in order', async () => {
+    const producer = await services.make({ sendType: 'GET', timeouts: { answer: 100 } });
+    const tensor = flat('cmpl-g-0#l', 300);
+    await send(producer, tensor).sent;
+    const peer = services.add(new RawPeer(producer.address));
+    const pair = await peer.pair();
+    await peer.say({ cmd: 'GET', tensor_id: 'nowhere#l' });
+    await peer.say({ cmd: 'GET', tensor_id: 'cmpl-g-0-0123abcd#l' });
+    expect(await peer.answer(1)).toBe(Buffer.from(encode({ ret: 1 })).toString('latin1'));
+    expect(await peer.answer(2)).toBe(
+      Buffer.from(encode({ ret: 0, shape: [300], dtype: 'uint8' })).toString('latin1'),
+    );
+    const target = hostMemory(300);
+    await pair.receive([target], { tensorId: 'x', timeoutMs: 5_000 });
+    expect(Buffer.compare(hostView(target), hostView(tensor.data))).toBe(0);
+    // Not ours: it may ask again.
+    expect(producer.state().tensors).toBe(1);
+  });
+});
+
+describe('broken messages', () => {
+  it('are counted, answered where they can be, and hurt nobody', async () => {
+    const consumer = await services.make({ limits: { maxTensorBytes: 1_000 } });
+    const peer = services.add(new RawPeer(consumer.address));
+    const pair = await peer.pair();
+    await peer.say(Buffer.from('not msgpack'));
+    await peer.say(Buffer.alloc(10_000, 0x91));
+    await peer.say(Buffer.alloc(0));
+    await peer.say({ cmd: 'DANCE' });
+    await peer.say({ cmd: 7 });
+    await peer.say({ cmd: 'NEW', unique_id: new Uint8Array(5) });
+    await peer.socket.send(['two', 'frames']);
+    const bad = [
+      put('a#l', -1),
+      put('a#l', 1.5),
+      put('a#l', 1_001),
+      put('a#l', 2 ** 53),
+      put('a#l', 4, { dtype: 'float13' }),
+      put('a#l', 4, { shape: 'wide' }),
+      put('', 4),
+      put('noHash', 4),
+    ];
+    for (const message of bad) await peer.say(message);
+    expect(await peer.answer(bad.length)).toBe('1');
+    expect(peer.answers.map(String)).toEqual(bad.map(() => '1'));
+    expect(leftovers(consumer)).toEqual([]);
+    await peer.say(put('good#l', 10));
+    expect(await peer.answer(bad.length + 1)).toBe('0');
+    await pair.send([hostMemory(10)], { tensorId: 'x', timeoutMs: 5_000 });
+    await consumer.receive('good#l' as TensorId, parseHostPort(peer.self), 5_000);
+    for (const kind of ['malformed', 'unknown_command', 'bad_field', 'limit', 'unknown_dtype'] as const) {
+      expect([kind, count(consumer, 'pd_protocol_errors_total', kind)]).not.toEqual([kind, 0]);
+    }
+  });
+
+  it('a duplicate tensor is refused and takes no memory', async () => {
+    const consumer = await services.make();
+    const peer = services.add(new RawPeer(consumer.address));
+    const pair = await peer.pair();
+    await peer.say(put('d#l', 10));
+    await peer.say(put('d#l', 10));
+    expect([await peer.answer(1), await peer.answer(2)]).toEqual(['0', '1']);
+    await pair.send([hostMemory(10)], { tensorId: 'x', timeoutMs: 5_000 });
+    await consumer.receive('d#l' as TensorId, parseHostPort(peer.self), 5_000);
+    expect(consumer.state().buffer.usedBytes).toBe(10);
+    expect(count(consumer, 'pd_protocol_errors_total', 'duplicate')).toBe(1);
+  });
+
+  it('a second NEW ends the pair of before and opens a new one', async () => {
+    const consumer = await services.make();
+    const peer = services.add(new RawPeer(consumer.address));
+    const first = await peer.pair();
+    await peer.say(put('one#l', 10));
+    expect(await peer.answer(1)).toBe('0');
+    const second = await peer.pair();
+    expect((await first.over).code).toBe('PEER_LOST');
+    await until('the memory of the first', () => leftovers(consumer).length === 0);
+    await peer.say(put('two#l', 10));
+    expect(await peer.answer(2)).toBe('0');
+    await second.send([hostMemory(10)], { tensorId: 'x', timeoutMs: 5_000 });
+    await consumer.receive('two#l' as TensorId, parseHostPort(peer.self), 5_000);
+  });
+
+  it('a PUT to an engine of send_type GET is refused, and a GET to one of PUT', async () => {
+    const getter = await services.make({ sendType: 'GET' });
+    const putter = await services.make();
+    const toGetter = services.add(new RawPeer(getter.address));
+    const toPutter = services.add(new RawPeer(putter.address));
+    await Promise.all([toGetter.pair(), toPutter.pair()]);
+    await toGetter.say(put('a#l', 10));
+    await toPutter.say({ cmd: 'GET', tensor_id: 'a#l' });
+    expect(await toGetter.answer(1)).toBe('1');
+    expect(await toPutter.answer(1)).toBe(Buffer.from(encode({ ret: 1 })).toString('latin1'));
+    for (const one of [getter, putter]) expect(count(one, 'pd_protocol_errors_total', 'send_type')).toBe(1);
+  });
+});
+
+describe('between ours', () => {
+  it('a PUT without a pair is answered 2, never 0', async () => {
+    const consumer = await services.make();
+    const peer = services.add(new RawPeer(consumer.address));
+    await peer.say(
+      encodeMessage({ cmd: 'PUT', tensor_id: 'a#l' as TensorId, shape: [4], dtype: 'uint8', ours: true }),
+    );
+    expect(await peer.answer(1)).toBe('2');
+    expect(leftovers(consumer)).toEqual([]);
+  });
+});
+
+describe('a listener that', () => {
+  it('never joins the pair costs a deadline once, and then fails fast', async () => {
+    const silent = services.add(await RawListener.listen(() => {}));
+    const producer = await services.make({ timeouts: { pairInit: 100 } });
+    const error = await failure(send(producer, flat('a#l', 10, silent.address)).sent);
+    expect(error.code).toBe('PAIR_INIT_TIMEOUT');
+    const again = await failure(send(producer, flat('b#l', 10, silent.address)).sent);
+    expect(again.code).toBe('PAIR_INIT_TIMEOUT');
+    expect(silent.messages).toHaveLength(1);
+  });
+
+  it('joins and never answers fails with PEER_ANSWER_TIMEOUT', async () => {
+    const silent = services.add(
+      await RawListener.listen((body, _, self) => {
+        const message = decodeMessage(body, { maxTensorBytes: 1_000 });
+        if (message.cmd === 'NEW') void self.join(message.unique_id).catch(() => undefined);
+      }),
+    );
+    const producer = await services.make({ timeouts: { answer: 100 } });
+    const error = await failure(send(producer, flat('a#l', 10, silent.address)).sent);
+    expect(error.code).toBe('PEER_ANSWER_TIMEOUT');
+    expect(error.message).toContain('a#l');
+    expect(count(producer, 'pd_protocol_errors_total', 'timeout')).toBe(1);
+  });
+
+  it('answers with garbage fails, and so does one that answers out of place', async () => {
+    for (const answer of ['\xff\xff', Buffer.from(encode({ ret: 1 }))]) {
+      const odd = services.add(
+        await RawListener.listen((body, reply, self) => {
+          const message = decodeMessage(body, { maxTensorBytes: 1_000 });
+          if (message.cmd === 'NEW') void self.join(message.unique_id).catch(() => undefined);
+          else reply(answer);
+        }),
+      );
+      const producer = await services.make();
+      const error = await failure(send(producer, flat('a#l', 10, odd.address)).sent);
+      expect(error.code).toBe('MESSAGE_INVALID');
+      expect(leftovers(producer)).toEqual([]);
+    }
+  });
+
+  it('is not there fails with PEER_UNREACHABLE within the connect deadline', async () => {
+    const gone = await services.make();
+    const { address } = gone;
+    await gone.dispose();
+    const producer = await services.make({ timeouts: { connect: 150 } });
+    const error = await failure(send(producer, flat('a#l', 10, address)).sent);
+    expect(error.code).toBe('PEER_UNREACHABLE');
+    expect(error.message).toContain(String(address.port));
+  });
+
+  it('answers 1 fails that send at once and no other', async () => {
+    const consumer = await services.make({ kvBufferSize: 1_024, memPoolSize: 0 });
+    const producer = await services.make();
+    const [large, small] = [flat('big#l', 2_000, consumer.address), flat('small#l', 500, consumer.address)];
+    const sends = [large, small].map((tensor) => send(producer, tensor).sent);
+    expect((await failure(sends[0]!)).code).toBe('KV_BUFFER_FULL');
+    expect(await sends[1]).toBe(500);
+  });
+});
