@@ -9,7 +9,8 @@ import {
 } from '../support/cluster.ts';
 import { type Completion, complete, eventually, inParallel, mixedRequests } from '../support/requests.ts';
 
-const ARGS = ['--kv-load-timeout', '5s'];
+// KV whose request died with the proxy or the client is nobody's: it goes at the orphan deadline.
+const ARGS = ['--kv-load-timeout', '5s', '--kv-orphan-timeout', '5s'];
 /** No answer may take longer than this: load deadline, answer deadline and one computed prompt, with room. */
 const CLIENT_DEADLINE_MS = 30_000;
 
