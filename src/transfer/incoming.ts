@@ -2,6 +2,7 @@
 import { PdError, unreachable } from '../errors.ts';
 import type { Pair } from '../transport/transport.ts';
 import { decodeMessage, encodeAnswer } from '../wire/codec.ts';
+import { PROBE_TENSOR } from '../wire/ids.ts';
 import { protocolErrorKind } from '../wire/limits.ts';
 import type { Answer, GetMessage, NewMessage, PutMessage, WireMessage } from '../wire/messages.ts';
 import { countFailure, type TransferContext, tensorFields } from './context.ts';
@@ -158,13 +159,20 @@ export class Incoming {
   #pairOver(session: Session, reason: PdError): void {
     const { peer } = session;
     const known = session.ended !== undefined;
+    const receiving = this.#intake.store.receivingFrom(peer);
     session.end(reason);
     this.#peers.pairsChanged();
     if (known || this.#closed) return;
-    countFailure(this.#context, reason);
     this.#lost.set(peer, reason);
     if (this.#lost.size > MOST_SESSIONS) this.#lost.delete(this.#lost.keys().next().value!);
-    this.#context.log.warn({ peer, code: reason.code }, `pair with ${peer} is over: ${reason.message}`);
+    const fields = { peer, code: reason.code, receiving };
+    const text = `pair with ${peer} is over: ${reason.message}`;
+    // A peer that leaves when nothing is under way has ended, not failed.
+    if (reason.code === 'PEER_LOST' && receiving === 0) this.#context.log.info(fields, text);
+    else {
+      countFailure(this.#context, reason);
+      this.#context.log.warn(fields, text);
+    }
     this.#intake.peerLost(peer, reason);
   }
 
@@ -233,6 +241,8 @@ export class Incoming {
   async #get(session: Session, get: GetMessage): Promise<void> {
     const { peer } = session;
     const { options, log } = this.#context;
+    // pd-doctor asks for it to see whether anybody answers: no peer's mistake, nothing to log or count.
+    if (get.tensor_id === PROBE_TENSOR) return this.#reply(session, missing(get));
     if (options.sendType !== 'GET') {
       this.#wrongSendType(session, 'GET');
       return this.#reply(session, missing(get));

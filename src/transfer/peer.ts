@@ -137,19 +137,21 @@ export class OutgoingPeer {
     this.#link = undefined;
     const { log, deadlines, limited } = this.#context;
     if (!this.#closed) {
-      countFailure(this.#context, error);
-      limited.log(`link ${this.peer} ${error.code}`, (suppressed) =>
-        log.warn(
-          {
-            peer: this.peer,
-            code: error.code,
-            unanswered: unanswered.length,
-            queued: this.#queue.length,
-            suppressed,
-          },
-          `link to ${this.peer} ended: ${error.message}`,
-        ),
-      );
+      const fields = {
+        peer: this.peer,
+        code: error.code,
+        unanswered: unanswered.length,
+        queued: this.#queue.length,
+      };
+      const text = `link to ${this.peer} ended: ${error.message}`;
+      // A peer that leaves while nothing is asked of it has ended, not failed.
+      if (error.code === 'PEER_LOST' && fields.unanswered + fields.queued === 0) log.info(fields, text);
+      else {
+        countFailure(this.#context, error);
+        limited.log(`link ${this.peer} ${error.code}`, (suppressed) =>
+          log.warn({ ...fields, suppressed }, text),
+        );
+      }
     }
     const again: Announcement[] = [];
     // Unanswered means not accepted, or accepted on a pair that is gone: once, it is worth a new pair.

@@ -12,6 +12,9 @@ import { MAX_BODY_BYTES } from '../wire/limits.ts';
 /** Messages waiting per peer, either way; beyond it zeromq stops reading the peer's connection. */
 const HIGH_WATER_MARK = 16_384;
 
+/** For zeromq to give the port back. */
+const CLOSE_MS = 1_000;
+
 export interface RouterEvents {
   /** One message of the right number of frames. Must not throw. */
   onMessage(identity: Buffer, body: Buffer): void;
@@ -33,6 +36,7 @@ export class Router {
   #outgoing: Outgoing[] = [];
   #sending = false;
   #closed = false;
+  #closing: Promise<void> | undefined;
   #ended: Promise<void> = Promise.resolve();
 
   private constructor(socket: zmq.Router, port: number, log: Logger) {
@@ -75,14 +79,24 @@ export class Router {
     if (!this.#sending) void this.#drain();
   }
 
-  /** Idempotent. Answers that have not left are dropped. */
-  async close(): Promise<void> {
-    if (!this.#closed) {
-      this.#closed = true;
-      this.#outgoing = [];
-      this.#socket.close();
-    }
-    await this.#ended;
+  /** Idempotent. Answers that have not left are dropped. Resolves when the port is free again. */
+  close(): Promise<void> {
+    this.#closing ??= this.#close();
+    return this.#closing;
+  }
+
+  async #close(): Promise<void> {
+    this.#closed = true;
+    this.#outgoing = [];
+    // zeromq gives the port back on a thread of its own, some time after `close` has returned.
+    let timer: NodeJS.Timeout | undefined;
+    const freed = new Promise<void>((resolve) => {
+      timer = setTimeout(resolve, CLOSE_MS);
+      this.#socket.events.on('end', () => resolve());
+    });
+    this.#socket.close();
+    await Promise.all([freed, this.#ended]);
+    clearTimeout(timer);
   }
 
   /** zeromq sends one message at a time. */

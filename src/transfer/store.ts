@@ -124,6 +124,16 @@ export class ReceiveStore {
     entry.held.free();
   }
 
+  /** Tensors whose bytes are on their way from a peer. */
+  receivingFrom(peer: string): number {
+    let count = 0;
+    for (const entry of this.#all) {
+      const under = entry.state === 'receiving' || entry.state === 'dropped';
+      if (under && entry.peer === peer) count++;
+    }
+    return count;
+  }
+
   /** Entries under a full or a transfer id. */
   find(id: string): StoreEntry[] {
     return [...(this.#byId.get(id) ?? [])];

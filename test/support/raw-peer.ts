@@ -17,10 +17,11 @@ export class RawPeer {
 
   constructor(to: HostPort, self = '127.0.0.1:1') {
     this.self = self;
-    this.socket = new zmq.Dealer({ routingId: self, linger: 0, ipv6: true });
-    this.socket.connect(zmqEndpoint(to));
+    const socket = new zmq.Dealer({ routingId: self, linger: 0, ipv6: true });
+    this.socket = socket;
+    socket.connect(zmqEndpoint(to));
     void (async () => {
-      for await (const [body] of this.socket) {
+      for await (const [body] of socket) {
         this.answers.push(body!);
         for (const wake of this.#waiting.splice(0)) wake();
       }

@@ -6,7 +6,7 @@ import { hostMemory, hostView } from '../../src/device/memory.ts';
 import { PdError } from '../../src/errors.ts';
 import { layerBytes, type PagedLayout } from '../../src/kv/layout.ts';
 import type { HostPort } from '../../src/net/address.ts';
-import { type MetricsPage, readMetric } from '../../src/observability/metrics.ts';
+import { type MetricName, type MetricsPage, readMetric } from '../../src/observability/metrics.ts';
 import { type ServiceParts, TransferService } from '../../src/transfer/service.ts';
 import {
   DEFAULT_LIMITS,
@@ -170,14 +170,10 @@ export function loadRequest(
   };
 }
 
-export function count(
-  service: { readonly metrics: MetricsPage },
-  ...args: Parameters<typeof readMetric> extends [unknown, ...infer R] ? R : never
-): number {
-  return (readMetric as (pages: readonly MetricsPage[], ...rest: unknown[]) => number)(
-    [service.metrics],
-    ...args,
-  );
+/** One counter or gauge of a service. */
+export function count(service: { readonly metrics: MetricsPage }, name: MetricName, label?: string): number {
+  const read = readMetric as (pages: readonly MetricsPage[], name: MetricName, label?: string) => number;
+  return read([service.metrics], name, label);
 }
 
 /** Awaits a condition that nothing announces, event turn by event turn. */
