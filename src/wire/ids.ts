@@ -18,6 +18,9 @@ export type TransferId = Branded<string, 'TransferId'>;
 /** `<engine or transfer id>#<layer name>`. */
 export type TensorId = Branded<string, 'TensorId'>;
 
+/** What pd-doctor asks a listener for, without a pair: nobody has it, and a listener of ours answers so without a word in its log. */
+export const PROBE_TENSOR = 'pd-doctor#probe' as TensorId;
+
 const RANDOM_SUFFIX = /-[0-9a-f]{8}$/;
 
 /** Cuts a trailing `-[0-9a-f]{8}`, once, and only where something is left in front of it. */
