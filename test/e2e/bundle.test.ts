@@ -1,0 +1,88 @@
+/** The archive for hosts without Node: made, unpacked elsewhere, and run with nothing but a few tools in PATH. */
+import { type ChildProcess, execFileSync, spawn } from 'node:child_process';
+import { once } from 'node:events';
+import { existsSync, mkdirSync, mkdtempSync, readdirSync, rmSync, symlinkSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { createInterface } from 'node:readline';
+import { fileURLToPath } from 'node:url';
+import { afterAll, beforeAll, expect, test } from 'vitest';
+import { standInEnvironment } from '../stand-ins/build.ts';
+
+const ROOT = fileURLToPath(new URL('../../', import.meta.url));
+/** What a host without Node has; the start scripts may use no more. */
+const TOOLS = ['sh', 'bash', 'dirname', 'readlink'];
+
+let folder: string;
+let bundle: string;
+let env: Record<string, string>;
+let worker: ChildProcess | undefined;
+
+beforeAll(() => {
+  folder = mkdtempSync(join(tmpdir(), 'pd-bundle-'));
+  const tsx = join(ROOT, 'node_modules/.bin/tsx');
+  // quick rather than small
+  execFileSync(tsx, [join(ROOT, 'scripts/bundle.ts'), '--level', '0', '--out', folder], { cwd: folder });
+  const archive = readdirSync(folder).find((name) => name.endsWith('.tar.xz'))!;
+  execFileSync('tar', ['-C', folder, '-xf', join(folder, archive)]);
+  bundle = join(folder, archive.replace('.tar.xz', ''));
+  const tools = join(folder, 'tools');
+  mkdirSync(tools);
+  for (const tool of TOOLS) {
+    const path = ['/bin', '/usr/bin'].map((at) => join(at, tool)).find((at) => existsSync(at));
+    symlinkSync(path!, join(tools, tool));
+  }
+  env = { PATH: tools, HOME: folder };
+}, 120_000);
+afterAll(() => {
+  worker?.kill('SIGKILL');
+  rmSync(folder, { recursive: true, force: true });
+});
+
+const run = (program: string, ...args: string[]) =>
+  execFileSync(join(bundle, program), args, { env, encoding: 'utf8', stdio: ['ignore', 'pipe', 'pipe'] });
+
+test('its programs run by the Node inside, from a link too', () => {
+  const { version } = JSON.parse(
+    execFileSync('cat', [join(bundle, 'package.json')], { encoding: 'utf8' }),
+  ) as { version: string };
+  expect(run('bin/pd-worker', '--version').trim()).toBe(version);
+  const link = join(folder, 'tools', 'pd-proxy');
+  symlinkSync(join(bundle, 'bin/pd-proxy'), link);
+  expect(execFileSync('pd-proxy', ['--help'], { env, encoding: 'utf8' })).toContain('--discovery-port');
+  // native modules load, as far as their glibc allows
+  expect(run('bin/pd-doctor')).toMatch(/Node .*\/node\)[\s\S]*koffi .* loads[\s\S]*zeromq: .* loads/);
+});
+
+test('a worker in it answers a completion with the bundled model', async () => {
+  worker = spawn(join(bundle, 'bin/pd-worker'), ['--role', 'both', '--host', '127.0.0.1', '--port', '0'], {
+    env,
+    stdio: ['ignore', 'pipe', 'inherit'],
+  });
+  let url: string | undefined;
+  for await (const line of createInterface({ input: worker.stdout! })) {
+    url = /Running on (http:[^"\s]+)/.exec(line)?.[1];
+    if (url) break;
+  }
+  const response = await fetch(`${url}/v1/completions`, {
+    method: 'POST',
+    headers: { 'content-type': 'application/json' },
+    body: JSON.stringify({
+      model: 'demo',
+      prompt: 'What is the capital of France?',
+      max_tokens: 8,
+      temperature: 0,
+    }),
+  });
+  const { choices } = (await response.json()) as { choices: readonly { text: string }[] };
+  expect(choices[0]?.text).toContain('Paris');
+  worker.kill('SIGTERM');
+  expect(await once(worker, 'exit')).toEqual([0, null]);
+}, 60_000);
+
+test('the set-up on two GPUs passes its own checks, all processes from the archive', () => {
+  Object.assign(env, standInEnvironment(), { PD_STANDIN_MEMORY_MB: '4096' });
+  const script = 'scripts/two-gpu.sh';
+  const text = execFileSync(join(bundle, script), ['--free-ports'], { env, encoding: 'utf8' });
+  expect(text).toMatch(/producer +http.*\n[\s\S]*\n4 passed, 0 failed\n$/);
+}, 120_000);

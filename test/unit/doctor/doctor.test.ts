@@ -1,0 +1,114 @@
+import { describe, expect, test } from 'vitest';
+import { doctorCommand } from '../../../src/cli/doctor.ts';
+import { fail, info, ok, reportOf, warn } from '../../../src/doctor/finding.ts';
+import { renderReport } from '../../../src/doctor/render.ts';
+import { diagnose } from '../../../src/doctor/scenarios.ts';
+import { variablesSection } from '../../../src/doctor/variables.ts';
+
+describe('variables', () => {
+  const config = {
+    device: 'cuda:0',
+    kv: { bind: { host: '127.0.0.1', port: 8082 }, announceHost: '', rank: 0 },
+  };
+  const findings = (env: Record<string, string>, onGpu = true) =>
+    variablesSection(config, onGpu, env).findings;
+  const about = (env: Record<string, string>, name: string) =>
+    findings(env).find(({ what }) => what.startsWith(`${name}=`));
+
+  test.each([
+    ['NCCL_COMM_BLOCKING', '1', 'fail'],
+    ['NCCL_SOCKET_IFNAME', 'no-such-interface', 'fail'],
+    ['NCCL_SOCKET_IFNAME', '=lo', 'info'],
+    ['NCCL_SOCKET_IFNAME', '^docker', 'info'],
+    ['CUDA_VISIBLE_DEVICES', '', 'fail'],
+    ['CUDA_VISIBLE_DEVICES', '1,0', 'info'],
+    ['CUDA_MODULE_LOADING', 'LAZY', 'warn'],
+    ['NCCL_P2P_DISABLE', '1', 'warn'],
+    ['NCCL_P2P_DISABLE', '0', 'info'],
+    ['NCCL_SOMETHING_NEW', '1', 'info'],
+  ])('%s=%s is %s', (name, value, level) => {
+    expect(about({ [name]: value }, name)).toMatchObject({ level });
+  });
+
+  test('what workers would set is told, less what is set already', () => {
+    const set = findings({ NCCL_CUMEM_ENABLE: '1' }).at(-1)?.what ?? '';
+    expect(set).toContain('NCCL_SOCKET_IFNAME==lo');
+    expect(set).toContain('CUDA_MODULE_LOADING=EAGER');
+    expect(set).not.toContain('CUMEM');
+  });
+
+  test('without a GPU a hidden GPU stops nobody', () => {
+    expect(findings({ CUDA_VISIBLE_DEVICES: '' }, false)).toMatchObject([{ level: 'info' }]);
+  });
+});
+
+describe('the four hang scenarios', () => {
+  const failed = (code: string) => diagnose(504, JSON.stringify({ error: { code, message: 'words' } })).mend;
+  test.each([
+    ['PAIR_INIT_TIMEOUT', /scenario 1.*communicator init/],
+    ['PEER_UNREACHABLE', /scenario 2.*ZeroMQ/],
+    ['KV_BUFFER_FULL', /scenario 3.*transfer/],
+    ['KV_LOAD_TIMEOUT', /scenario 4.*ids/],
+  ])('%s', (code, pattern) => {
+    expect(failed(code)).toMatch(pattern);
+  });
+
+  test('another code brings its own hint, and a body that is no JSON its words', () => {
+    expect(failed('NO_INSTANCE')).toMatch(/GET \/health lists/);
+    expect(diagnose(502, '<html>bad gateway').what).toContain('bad gateway');
+  });
+});
+
+describe('the page', () => {
+  const report = reportOf('1.2.3', [
+    { title: 'Ports', findings: [ok('free'), warn('busy', 'wait'), info('by the way')] },
+    { title: 'Nothing', findings: [] },
+  ]);
+
+  test('is sound with warnings, and leaves empty sections out', () => {
+    expect(report.sound).toBe(true);
+    const page = renderReport(report, { colour: false, width: 80 });
+    expect(page).toContain('  warn busy\n       -> wait\n');
+    expect(page).not.toContain('Nothing');
+    expect(page).toMatch(/nothing stands in the way, 1 warning\n$/);
+  });
+
+  test('keeps within its width, and counts failures', () => {
+    const long = reportOf('1.2.3', [{ title: 'T', findings: [fail('word '.repeat(60).trim(), 'mend it')] }]);
+    const page = renderReport(long, { colour: false, width: 60 });
+    expect(long.sound).toBe(false);
+    expect(Math.max(...page.split('\n').map((line) => line.length))).toBeLessThanOrEqual(60);
+    expect(page).toMatch(/1 failure\n$/);
+  });
+});
+
+describe('flags', () => {
+  const worker = (...argv: string[]) => doctorCommand(argv, {}).options.worker;
+  const JSON_OF = (rank: number) =>
+    JSON.stringify({
+      kv_connector: 'P2pNcclConnector',
+      kv_role: 'kv_consumer',
+      kv_rank: rank,
+      kv_parallel_size: 2,
+    });
+
+  test('a worker is resolved as pd-worker would, more flags after --', () => {
+    expect(worker('--role', 'producer', '--device', 'cuda:1', '--', '--send-type', 'GET')).toMatchObject({
+      config: { role: 'producer', device: 'cuda:1', sendType: 'GET', http: { port: 8081 } },
+    });
+  });
+
+  test('a wrong kv_rank is told with the one that it should be', () => {
+    expect(worker('--kv-transfer-config', JSON_OF(0))).toMatchObject({
+      code: 'CONFIG_INVALID',
+      message: expect.stringMatching(/kv_rank.*expected 1 for a consumer/),
+    });
+    expect(worker('--kv-transfer-config', JSON_OF(1))).toMatchObject({ config: { role: 'consumer' } });
+  });
+
+  test('a flag that pd-worker does not have is a finding, and its own bad values are refused', () => {
+    expect(worker('--', '--no-such-flag')).toMatchObject({ code: 'CONFIG_INVALID' });
+    expect(() => worker('--peer', 'nowhere')).toThrow(/--peer.*HOST:PORT/);
+    expect(() => worker('--timeout', 'soon')).toThrow(/--timeout/);
+  });
+});
