@@ -21,9 +21,16 @@ export class Program {
   #stderr = '';
   exited = false;
 
-  constructor(name: string, args: readonly string[], env: NodeJS.ProcessEnv = {}) {
+  /** `prefix` goes before the command line: in which namespace it runs. */
+  constructor(
+    name: string,
+    args: readonly string[],
+    env: NodeJS.ProcessEnv = {},
+    prefix: readonly string[] = [],
+  ) {
     this.#name = name;
-    this.child = spawn(process.execPath, [`${root}bin/${name}`, ...args], {
+    const [command, ...rest] = [...prefix, process.execPath, `${root}bin/${name}`, ...args];
+    this.child = spawn(command!, rest, {
       stdio: ['ignore', 'pipe', 'pipe'],
       env: { ...process.env, ...env },
     });

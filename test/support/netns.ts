@@ -1,0 +1,99 @@
+/**
+ * A network of a test's own: a namespace with loopback and one interface, of one address family or both. Nothing to clean up: it ends
+ * with the process that holds it. Made by `unshare` in a user namespace, so not only by root; where that is not allowed, `available`
+ * says why.
+ */
+import { type ChildProcess, execFile, execFileSync, spawn } from 'node:child_process';
+import { once } from 'node:events';
+import { createInterface } from 'node:readline';
+import { promisify } from 'node:util';
+
+export type Families = 'ipv4' | 'ipv6' | 'dual';
+
+export const NETNS_IPV4 = '10.99.0.1';
+export const NETNS_IPV6 = 'fd99::1';
+
+/** A cable with both ends here: kernels without dummy interfaces have these. */
+const BOTH = [
+  'ip link set lo up',
+  'ip link add pd0 type veth peer name pd1',
+  'ip link set pd0 up',
+  'ip link set pd1 up',
+];
+const ADD4 = `ip addr add ${NETNS_IPV4}/24 dev pd0`;
+/** nodad: at once, not after the second that looking for the same address elsewhere takes. */
+const ADD6 = `ip addr add ${NETNS_IPV6}/64 dev pd0 nodad`;
+const SETUP: Readonly<Record<Families, readonly string[]>> = {
+  ipv4: ['echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6', ...BOTH, ADD4],
+  ipv6: [...BOTH, 'ip -4 addr flush dev lo', ADD6],
+  dual: [...BOTH, ADD4, ADD6],
+};
+
+/** Why namespaces cannot be made here, or undefined where they can. */
+export function netnsUnavailable(): string | undefined {
+  try {
+    execFileSync('unshare', ['-rn', 'sh', '-ec', SETUP.ipv6.join('\n')], { stdio: 'pipe' });
+    execFileSync('nsenter', ['--version'], { stdio: 'ignore' });
+    return undefined;
+  } catch (error) {
+    const { stderr, message } = error as Error & { stderr?: Buffer };
+    return `no network namespaces here: ${String(stderr ?? '').trim() || message}`;
+  }
+}
+
+export class NetworkNamespace {
+  readonly #holder: ChildProcess;
+  /** Before a command line: runs it in the namespace, as the same process. */
+  readonly prefix: readonly string[];
+
+  private constructor(holder: ChildProcess) {
+    this.#holder = holder;
+    const target = ['--target', String(holder.pid), '--user', '--preserve-credentials', '--net'];
+    this.prefix = ['nsenter', ...target];
+  }
+
+  static async create(families: Families): Promise<NetworkNamespace> {
+    const script = [...SETUP[families], 'echo ready', 'exec cat'].join('\n');
+    const holder = spawn('unshare', ['-rn', 'sh', '-ec', script], { stdio: ['pipe', 'pipe', 'inherit'] });
+    const [line] = (await once(createInterface({ input: holder.stdout! }), 'line')) as [string];
+    if (line !== 'ready') throw new Error(`namespace: ${line}`);
+    return new NetworkNamespace(holder);
+  }
+
+  /** stdout of a command that runs inside. */
+  async run(command: string, ...args: string[]): Promise<string> {
+    const [nsenter, ...rest] = this.prefix;
+    const { stdout } = await promisify(execFile)(nsenter!, [...rest, command, ...args]);
+    return stdout;
+  }
+
+  /** `fetch` from inside: the status, and the body as JSON. */
+  async fetchJson(url: string, body?: object): Promise<{ readonly status: number; readonly body: unknown }> {
+    const program = `
+      const [url, body] = process.argv.slice(1);
+      const headers = { 'content-type': 'application/json' };
+      const answer = await fetch(url, body ? { method: 'POST', headers, body } : {});
+      const text = await answer.text();
+      console.log(JSON.stringify({ status: answer.status, text }));`;
+    const args = ['--input-type=module', '-e', program, url, ...(body ? [JSON.stringify(body)] : [])];
+    const { status, text } = JSON.parse(await this.run(process.execPath, ...args)) as {
+      status: number;
+      text: string;
+    };
+    let parsed: unknown = text;
+    try {
+      parsed = JSON.parse(text);
+    } catch {
+      // plain text, such as /metrics
+    }
+    return { status, body: parsed };
+  }
+
+  /** Idempotent. Processes that were started inside are their starters'. */
+  async close(): Promise<void> {
+    if (this.#holder.exitCode !== null || this.#holder.signalCode !== null) return;
+    const ended = once(this.#holder, 'exit');
+    this.#holder.stdin!.end();
+    await ended;
+  }
+}
