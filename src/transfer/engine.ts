@@ -1,5 +1,7 @@
 /** The transfer engine as its users hold it: starts the transfer thread, and turns calls into messages and messages into promises. */
 import { Worker } from 'node:worker_threads';
+import { prepareNativeEnvironment } from '../config/native-env.ts';
+import { type TransferOptionsInput, transferOptions } from '../config/transfer-options.ts';
 import { deferred } from '../deferred.ts';
 import { createDevice } from '../device/create.ts';
 import type { Device, MemoryRef } from '../device/device.ts';
@@ -16,7 +18,6 @@ import type {
   ProxyPing,
   SendRequest,
   StoredTensor,
-  TransferOptions,
   TransferState,
 } from './types.ts';
 
@@ -31,10 +32,11 @@ type Pending =
   | { readonly kind: 'state'; resolve(state: TransferState): void; reject(error: PdError): void };
 
 export interface TransferEngineExtras {
-  /** Metrics page (observability/metrics.ts) that the transfer thread writes. */
+  /** `buffer` of the MetricsPage that the transfer thread writes. */
   readonly metrics?: SharedArrayBuffer;
 }
 
+/** Moves tensors and paged KV between peers. Dispose it: its thread keeps the process alive. */
 export class TransferEngine implements TransferEngineApi {
   readonly address: HostPort;
   readonly #worker: Worker;
@@ -56,8 +58,18 @@ export class TransferEngine implements TransferEngineApi {
     void this.#exited.then(() => this.#fail('the transfer thread has ended'));
   }
 
-  /** Binds the KV port and starts the thread. Throws PORT_IN_USE, ADDRESS_INVALID, DEVICE_UNAVAILABLE and the like. */
-  static async create(options: TransferOptions, extras: TransferEngineExtras = {}): Promise<TransferEngine> {
+  /**
+   * Binds the KV port and starts the thread; `transferOptions` says what fields left out become. Throws CONFIG_INVALID, PORT_IN_USE,
+   * ADDRESS_INVALID, DEVICE_UNAVAILABLE and the like. On a GPU, create the first engine on the main thread: the environment that NCCL
+   * reads can be set from there alone.
+   */
+  static async create(
+    input: TransferOptionsInput = {},
+    extras: TransferEngineExtras = {},
+  ): Promise<TransferEngine> {
+    const options = transferOptions(input);
+    const { bind, announceHost, rank } = options;
+    prepareNativeEnvironment({ device: options.device, kv: { bind, announceHost, rank } });
     const device = options.device === 'host' ? undefined : await createDevice(options.device);
     const init: TransferInit = { options, ...extras };
     const worker = new Worker(threadEntry(import.meta.url, './thread.js'), {

@@ -10,12 +10,11 @@ import { mismatchOf } from './hello.ts';
 import type { Intake } from './intake.ts';
 import type { Keeper } from './keeper.ts';
 import type { OutgoingPeer } from './peer.ts';
+import { missing, refusalOf, refuseSendType } from './refusals.ts';
 import type { Router } from './router.ts';
 import { Session } from './session.ts';
+import { Sessions } from './sessions.ts';
 import type { PairState } from './types.ts';
-
-/** Routing ids known at one time: a peer costs little, but anyone can make them up. */
-const MOST_SESSIONS = 4_096;
 
 export interface IncomingPeers {
   outgoing(peer: string): OutgoingPeer;
@@ -30,9 +29,7 @@ export class Incoming {
   readonly #intake: Intake;
   readonly #keeper: Keeper;
   readonly #peers: IncomingPeers;
-  readonly #sessions = new Map<string, Session>();
-  /** Peers whose last pair died, until they send NEW again. */
-  readonly #lost = new Map<string, PdError>();
+  readonly #sessions: Sessions;
   #closed = false;
 
   constructor(
@@ -41,6 +38,7 @@ export class Incoming {
     parts: { readonly intake: Intake; readonly keeper: Keeper; readonly peers: IncomingPeers },
   ) {
     this.#context = context;
+    this.#sessions = new Sessions(context.deadlines);
     this.#router = router;
     this.#intake = parts.intake;
     this.#keeper = parts.keeper;
@@ -57,16 +55,17 @@ export class Incoming {
   }
 
   lostPair(peer: string): PdError | undefined {
-    return this.#lost.get(peer);
+    return this.#sessions.lostPair(peer);
   }
 
   get openPairs(): number {
-    return [...this.#sessions.values()].filter((session) => session.open).length;
+    return this.#sessions.all().filter((session) => session.open).length;
   }
 
   states(): PairState[] {
     const now = this.#context.deadlines.now();
-    return [...this.#sessions.values()]
+    return this.#sessions
+      .all()
       .filter((session) => session.paired && !session.ended)
       .map((session) => session.state(now));
   }
@@ -74,12 +73,11 @@ export class Incoming {
   /** Ends every pair that peers have opened. */
   close(reason: PdError): void {
     this.#closed = true;
-    for (const session of this.#sessions.values()) session.replace(reason);
+    for (const session of this.#sessions.all()) session.replace(reason);
   }
 
   #message(identity: Buffer, body: Buffer): void {
     if (this.#closed) return;
-    const key = identity.toString('latin1');
     const peer = identity.toString();
     let message: WireMessage;
     try {
@@ -89,17 +87,17 @@ export class Incoming {
       this.#bad(kind, peer, PdError.from(error));
       // A PUT or GET that cannot be taken is answered, so that its sender does not wait for its deadline.
       const answer = refusalOf(body);
-      if (answer) this.#session(key, identity, peer).enqueue(() => this.#answer(identity, answer));
+      if (answer) this.#sessions.of(identity).enqueue(() => this.#answer(identity, answer));
       return;
     }
     this.#context.log.debug({ peer, cmd: message.cmd }, `${message.cmd} from ${peer}`);
     switch (message.cmd) {
       case 'NEW':
-        this.#new(key, identity, peer, message);
+        this.#new(identity, peer, message);
         return;
       case 'PUT':
       case 'GET':
-        this.#announced(this.#session(key, identity, peer), message);
+        this.#announced(this.#sessions.of(identity), message);
         return;
       default:
         unreachable(message, 'message');
@@ -107,19 +105,16 @@ export class Incoming {
     }
   }
 
-  #new(key: string, identity: Buffer, peer: string, message: NewMessage): void {
+  #new(identity: Buffer, peer: string, message: NewMessage): void {
     const { hello, self, deadlines, log, metrics } = this.#context;
-    const before = this.#sessions.get(key);
     const replaced = new PdError('PAIR_CLOSED', `peer ${peer} sent NEW: its pair of before is over`, {
       peer,
     });
-    before?.replace(replaced);
-    this.#lost.delete(peer);
+    this.#sessions.get(identity)?.replace(replaced);
     const theirs = message.ours;
     const bad = theirs ? mismatchOf(hello, theirs, self, peer) : undefined;
     const session = new Session({ identity, peer, since: deadlines.now(), hello: theirs, paired: !bad });
-    this.#sessions.delete(key);
-    this.#sessions.set(key, session);
+    this.#sessions.enter(session);
     if (theirs) {
       this.#answer(identity, bad ? { kind: 'hello', hello, refused: bad } : { kind: 'hello', hello });
     }
@@ -163,8 +158,7 @@ export class Incoming {
     session.end(reason);
     this.#peers.pairsChanged();
     if (known || this.#closed) return;
-    this.#lost.set(peer, reason);
-    if (this.#lost.size > MOST_SESSIONS) this.#lost.delete(this.#lost.keys().next().value!);
+    this.#sessions.lose(peer, reason);
     const fields = { peer, code: reason.code, receiving };
     const text = `pair with ${peer} is over: ${reason.message}`;
     // A peer that leaves when nothing is under way has ended, not failed.
@@ -174,19 +168,6 @@ export class Incoming {
       this.#context.log.warn(fields, text);
     }
     this.#intake.peerLost(peer, reason);
-  }
-
-  /** The session of a peer; one that never sent NEW gets one without a pair. */
-  #session(key: string, identity: Buffer, peer: string): Session {
-    const known = this.#sessions.get(key);
-    if (known) return known;
-    for (const [other, session] of this.#sessions) {
-      if (this.#sessions.size < MOST_SESSIONS) break;
-      if ((session.ended || !session.paired) && session.queued === 0) this.#sessions.delete(other);
-    }
-    const session = new Session({ identity, peer, since: this.#context.deadlines.now(), paired: false });
-    this.#sessions.set(key, session);
-    return session;
   }
 
   #announced(session: Session, message: PutMessage | GetMessage): void {
@@ -221,7 +202,7 @@ export class Incoming {
   async #put(session: Session, put: PutMessage): Promise<void> {
     const { peer } = session;
     if (this.#context.options.sendType === 'GET') {
-      this.#wrongSendType(session, 'PUT');
+      refuseSendType(this.#context, peer, 'PUT');
       return this.#reply(session, { kind: 'no-room' });
     }
     const pair = await this.#pairFor(session);
@@ -244,7 +225,7 @@ export class Incoming {
     // pd-doctor asks for it to see whether anybody answers: no peer's mistake, nothing to log or count.
     if (get.tensor_id === PROBE_TENSOR) return this.#reply(session, missing(get));
     if (options.sendType !== 'GET') {
-      this.#wrongSendType(session, 'GET');
+      refuseSendType(this.#context, peer, 'GET');
       return this.#reply(session, missing(get));
     }
     if (!(await this.#pairFor(session))) return this.#noPair(session, get);
@@ -292,18 +273,6 @@ export class Incoming {
     }
   }
 
-  #wrongSendType({ peer }: Session, cmd: 'PUT' | 'GET'): void {
-    const { metrics, limited, log, options } = this.#context;
-    metrics.inc('pd_protocol_errors_total', 1, 'send_type');
-    const theirs = cmd === 'GET' ? 'GET' : 'PUT or PUT_ASYNC';
-    limited.log(`send_type ${peer}`, (suppressed) =>
-      log.error(
-        { peer, suppressed },
-        `send_type differs: ${peer} has ${theirs}, this engine has ${options.sendType}; its ${cmd} is refused`,
-      ),
-    );
-  }
-
   #reply(session: Session, answer: Answer): void {
     if (!session.replaced) this.#answer(session.identity, answer);
   }
@@ -314,7 +283,7 @@ export class Incoming {
   }
 
   #undelivered(identity: Buffer, error: PdError): void {
-    const session = this.#sessions.get(identity.toString('latin1'));
+    const session = this.#sessions.get(identity);
     this.#bad('peer_lost', identity.toString(), error);
     if (session?.paired) this.#pairOver(session, error);
   }
@@ -329,17 +298,4 @@ export class Incoming {
       ),
     );
   }
-}
-
-function missing(get: GetMessage): Answer {
-  const seq = get.ours?.seq;
-  return { kind: 'get', ret: 1, ...(seq === undefined ? {} : { seq }) };
-}
-
-/** What a message that cannot be decoded would be answered, where it can be told that it was a PUT or a GET. */
-function refusalOf(body: Uint8Array): Answer | undefined {
-  const head = Buffer.from(body.subarray(0, 64)).toString('latin1');
-  if (head.includes('\xa3cmd\xa3PUT')) return { kind: 'no-room' };
-  if (head.includes('\xa3cmd\xa3GET')) return { kind: 'get', ret: 1 };
-  return undefined;
 }

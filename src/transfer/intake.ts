@@ -85,10 +85,15 @@ export class Intake {
     return this.store.open(tensor, held, this.#context.deadlines.now(), as);
   }
 
+  /** Somebody wants KV of this request, so it is not over, whatever was said before. */
+  expect(requestId: string, transferId: string): void {
+    this.#finished.revive(requestId, transferId);
+  }
+
   /** Starts waiting. What is known to be lost fails at once, what is there is taken at once. */
   claim(claimant: Claimant): void {
     const { requestId, transferId } = claimant;
-    this.#finished.revive(requestId, transferId);
+    this.expect(requestId, transferId);
     const ready = [...new Set([...this.store.find(requestId), ...this.store.find(transferId)])];
     this.claims.register(
       claimant,

@@ -4,11 +4,10 @@ import type { Pair } from '../transport/transport.ts';
 import { splitTensorId, type TensorId } from '../wire/ids.ts';
 import { type TransferContext, tensorFields } from './context.ts';
 import type { Deadline } from './deadlines.ts';
-import { FinishedRequests } from './memories.ts';
 import type { SendReply } from './put.ts';
 import { type KeptTensor, SendStore } from './send-store.ts';
 import { checkSource, stage } from './staging.ts';
-import type { Held } from './store.ts';
+import { belongsTo, type Held } from './store.ts';
 import type { SendRequest } from './types.ts';
 
 interface Parked {
@@ -23,7 +22,8 @@ const MOST_PARKED = 16_384;
 export class Keeper {
   readonly store = new SendStore();
   readonly #context: TransferContext;
-  readonly #finished = new FinishedRequests();
+  /** Requests being gathered; one that ends meanwhile is not kept. */
+  readonly #gathering = new Set<{ readonly requestId: string; over: boolean }>();
   readonly #parked = new Map<string, Set<Parked>>();
   #parkedCount = 0;
   #sweeping = false;
@@ -36,6 +36,8 @@ export class Keeper {
   async keep(request: SendRequest, reply: SendReply): Promise<void> {
     const { log, deadlines } = this.#context;
     const { tensorId } = request;
+    const gathering = { requestId: splitTensorId(tensorId).requestId, over: false };
+    this.#gathering.add(gathering);
     try {
       const bytes = checkSource(request);
       const held = await this.#room(request, bytes);
@@ -45,7 +47,7 @@ export class Keeper {
         if (this.#context.device.kind === 'host') held.free();
         throw error;
       }
-      if (this.#finished.has(splitTensorId(tensorId).requestId)) held.free();
+      if (gathering.over) held.free();
       else {
         const kept = this.store.keep(request, held, deadlines.now());
         log.debug(tensorFields(this.#context, request), `kept ${tensorId}`);
@@ -56,6 +58,8 @@ export class Keeper {
       reply.sent(bytes);
     } catch (error) {
       reply.failed(PdError.from(error, 'KV_SEND_FAILED', { tensorId }));
+    } finally {
+      this.#gathering.delete(gathering);
     }
   }
 
@@ -105,8 +109,7 @@ export class Keeper {
   finish(id: string, keepSends: boolean): void {
     if (keepSends) return;
     this.store.finish(id);
-    this.#finished.add(id, new Set(), this.#context.deadlines.now());
-    this.#armSweep();
+    for (const one of this.#gathering) if (belongsTo(one.requestId, id)) one.over = true;
   }
 
   /** Answers everybody who waits: there is nothing. */
@@ -161,7 +164,6 @@ export class Keeper {
     deadlines.after(options.timeouts.orphan / 4, () => {
       this.#sweeping = false;
       const before = deadlines.now() - options.timeouts.orphan;
-      this.#finished.sweep(before);
       const orphans = this.store.freeOrphans(before);
       if (orphans.length > 0) {
         metrics.inc('pd_kv_orphans_freed_total', orphans.length);
@@ -170,7 +172,7 @@ export class Keeper {
           `freed ${orphans.length} tensors that nobody has asked for in time`,
         );
       }
-      if (this.store.size + this.#finished.size > 0) this.#armSweep();
+      if (this.store.size > 0) this.#armSweep();
     });
   }
 }

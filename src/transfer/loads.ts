@@ -129,6 +129,7 @@ export class Loads {
     });
     if (options.sendType === 'GET') {
       const deadlineAt = deadlines.now() + ms;
+      this.#intake.expect(requestId, waiting.transferId);
       this.#ask({ tensorId, peer, deadlineAt, wanted: () => open, arrived: take, failed: fail });
     } else {
       this.#intake.claim(waiting);

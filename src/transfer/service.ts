@@ -195,7 +195,11 @@ export class TransferService {
   startPing(ping: ProxyPing): void {
     if (this.#disposed) return;
     this.stopPing();
-    this.#pinger = new Pinger(this.#context, ping);
+    try {
+      this.#pinger = new Pinger(this.#context, ping);
+    } catch (error) {
+      this.#context.log.error({ err: PdError.from(error) }, 'pings to the proxy cannot be started');
+    }
   }
 
   stopPing(): void {

@@ -324,6 +324,19 @@ describe('GET', () => {
     expect(Buffer.compare(hostView((await got).memory), hostView(tensor.data))).toBe(0);
   });
 
+  it('works for an id that was used and finished before', async () => {
+    const producer = await services.make({ sendType: 'GET' });
+    const consumer = await services.make({ sendType: 'GET' });
+    for (const round of [1, 2]) {
+      const tensor = flat('again#l', 100 * round);
+      await send(producer, tensor).sent;
+      const got = await consumer.receive(tensor.tensorId, producer.address, 5_000);
+      expect(Buffer.compare(hostView(got.memory), hostView(tensor.data))).toBe(0);
+      for (const end of [producer, consumer]) end.finish('again' as TransferId);
+    }
+    for (const end of [producer, consumer]) await until('all free', () => leftovers(end).length === 0);
+  });
+
   it('whose producer dies fails the load', async () => {
     const producer = await services.make({ sendType: 'GET' });
     const consumer = await services.make({ sendType: 'GET' });
