@@ -386,6 +386,52 @@ async function faults(
   );
 }
 
+/** The copy engines, GPU 0 to GPU 1 in one process: a ceiling for any transport. */
+async function peerCopy(device: CudaDevice): Promise<void> {
+  const other = await createCudaDevice(1);
+  const bytes = Math.min(1_024 * MIB, ARENA);
+  const target = other.allocate(bytes, 'peer copy');
+  const source = device.allocate(bytes, 'peer copy');
+  const link = device.runtime.peerLink(0, 1);
+  device.enter();
+  if (link !== 'none') device.runtime.enablePeerAccess(1);
+  const stream = device.createStream();
+  let start = performance.now();
+  for (let i = 0; i < 12; i++) {
+    if (i === 2) {
+      await drained(device, stream);
+      start = performance.now();
+    }
+    device.runtime.memcpyPeerAsync(target, source, bytes, stream.handle);
+  }
+  await drained(device, stream);
+  const each = (performance.now() - start) / 10;
+  row(`peer copy of ${bytes / MIB} MiB (${link})`, `${ms(each)} ${(bytes / each / 1e6).toFixed(0)} GB/s`);
+  other.dispose();
+}
+
+/** Four pairs opened at once, transfers of 256 MiB in crossing order. */
+async function crossing(transport: NcclTransport, peer: Peer, arena: MemoryRef): Promise<void> {
+  let start = performance.now();
+  const numbers = [20, 21, 22, 23];
+  const opened = await Promise.all(numbers.map((number) => open(transport, peer, number)));
+  row('4 pairs opened at once', ms(performance.now() - start));
+  start = performance.now();
+  const bytes = Math.min(256 * MIB, ARENA);
+  const source = sliceMemory(arena, 0, bytes);
+  const sends = opened.map(({ pair }) => pair.send([source], { tensorId: 'crossing', timeoutMs: 10_000 }));
+  const receives = numbers
+    .toReversed()
+    .map((pair) => peer.ask({ do: 'receive', pair, regions: [bytes], count: 1, timeoutMs: 10_000 }));
+  const errors = (await Promise.all(receives)).map(({ error }) => error ?? '').join('');
+  await Promise.all(sends);
+  row(
+    'one send on each, received in reverse order',
+    `${ms(performance.now() - start)} ${errors}`,
+    errors === '',
+  );
+}
+
 const device = await createCudaDevice(0);
 const transport = await createNcclTransport(device, { announceHost: '127.0.0.1', ncclNumChannels: 16 });
 row(
@@ -398,12 +444,18 @@ row('NCCL', `${formatNcclVersion(transport.nccl.version)} ${libraryFile(transpor
 if (wants('kernels')) {
   await kernels(device);
 }
-if (wants('speed')) await kernelSpeed(device);
+if (wants('speed')) {
+  await kernelSpeed(device);
+  await peerCopy(device);
+}
 if (wants('pair') || wants('faults') || wants('speed')) {
   const arena = device.allocate(ARENA, 'check');
   const peer = new Peer(1, 16);
   await peer.ready;
-  if (wants('pair')) await exchange(device, transport, peer, arena);
+  if (wants('pair')) {
+    await exchange(device, transport, peer, arena);
+    await crossing(transport, peer, arena);
+  }
   if (wants('speed')) {
     await speed(transport, peer, arena, 16);
     const wide = new Peer(1, 32);

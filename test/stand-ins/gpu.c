@@ -28,7 +28,7 @@ static size_t used[MAX_DEVICES];
 static int errors[MAX_DEVICES];
 static int nccl_running[MAX_DEVICES];
 
-#define CHECK(name) do { int code_ = fault(name); if (code_ == HANG) for (;;) sleep_us(100000); if (code_) return code_; } while (0)
+#define CHECK(name) do { int code_; while ((code_ = fault(name)) == HANG) sleep_us(20000); if (code_) return code_; } while (0)
 
 void sleep_us(long us) {
   struct timespec pause = {us / 1000000, us % 1000000 * 1000};

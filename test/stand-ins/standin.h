@@ -11,7 +11,7 @@
 #define MAX_DEVICES 8
 
 // ---- faults.c: PD_STANDIN_FAULTS="cudaMalloc=2,ncclCommAbort=hang,cudaEventQuery=700@3"
-// `name=code` fails every call, `name=code@n` from the nth on; `hang` is HANG.
+// `name=code` fails every call, `name=code@n` from the nth on; `hang` is HANG: the call returns only once the fault is taken back.
 #define HANG (-1)
 int fault(const char *name);
 int setting(const char *name, int otherwise);

@@ -49,6 +49,7 @@ export class CudaDevice implements Device, CudaContext {
   readonly #parameterView: DataView;
   readonly #parameterList: BigUint64Array;
   #disposed = false;
+  #abandoned = false;
 
   private constructor(index: number, runtime: Cudart, driver: Libcuda) {
     this.index = index;
@@ -190,12 +191,17 @@ export class CudaDevice implements Device, CudaContext {
     }
   }
 
+  /** `dispose` will free nothing: something on this GPU may never end, and freeing would wait for it. */
+  abandonMemory(): void {
+    this.#abandoned = true;
+  }
+
   dispose(): void {
     if (this.#disposed) return;
     this.#disposed = true;
     this.enter();
     // Freeing waits for the whole device. Where a stream of ours is stuck that would be for ever; the end of the process frees all.
-    if (![...this.#streams].every((stream) => stream.drained())) return;
+    if (this.#abandoned || ![...this.#streams].every((stream) => stream.drained())) return;
     for (const stream of [...this.#streams]) stream.dispose();
     this.#events.dispose();
     for (const pointer of this.#allocations.splice(0)) this.runtime.free(pointer);

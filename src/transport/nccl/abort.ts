@@ -11,12 +11,31 @@ export interface AbortJob {
 
 export type AbortAnswer = { readonly ok: true } | { readonly ok: false; readonly error: ErrorData };
 
+/** Aborts of this thread that have not returned. */
+const underWay = new Set<Promise<unknown>>();
+
+export function abortsUnderWay(): number {
+  return underWay.size;
+}
+
+/** Resolves when those that are under way now have returned, which may be never. */
+export async function abortsReturned(): Promise<void> {
+  await Promise.all(underWay);
+}
+
 /**
  * Resolves when the abort has returned, with the error where it failed. That may take as long as the longest kernel on the GPU, or for
  * ever: nobody may wait for it without a deadline. It does not keep the process alive, but `process.exit` cannot cut it short either
  * (`killAfter` in ffi/libc.ts can).
  */
 export function abortOnThread(job: AbortJob): Promise<PdError | undefined> {
+  const done = run(job);
+  underWay.add(done);
+  void done.then(() => underWay.delete(done));
+  return done;
+}
+
+function run(job: AbortJob): Promise<PdError | undefined> {
   return new Promise((resolve) => {
     let worker: Worker;
     try {

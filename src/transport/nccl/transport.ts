@@ -5,6 +5,7 @@ import { CudaDevice } from '../../device/cuda/device.ts';
 import type { Device } from '../../device/device.ts';
 import { PdError } from '../../errors.ts';
 import type { OpenOptions, Pair, Transport, UniqueId } from '../transport.ts';
+import { abortsReturned, abortsUnderWay } from './abort.ts';
 import { type ProgressGate, progressGate } from './gate.ts';
 import { Opening } from './opening.ts';
 import { NcclPair } from './pair.ts';
@@ -69,9 +70,9 @@ export class NcclTransport implements Transport {
     }
   }
 
-  /** Communicators whose abort has not returned. At the end of a process they hold it up: see `killAfter`. */
+  /** Aborts of this thread that have not returned. At the end of a process they hold it up: see `killAfter`. */
   get ending(): number {
-    return this.#pairs.size;
+    return abortsUnderWay();
   }
 
   /** Aborts every pair and waits for them, for 3 s at most. Idempotent. */
@@ -85,13 +86,15 @@ export class NcclTransport implements Transport {
     for (const pair of this.#pairs) {
       pair.abort(new PdError('ENGINE_CLOSED', `the pair with ${pair.peer} ends with its transport`));
     }
-    const all = Promise.all([...this.#pairs].map((pair) => pair.released));
+    const all = Promise.all([...this.#pairs].map((pair) => pair.released)).then(abortsReturned);
     let timer: NodeJS.Timeout | undefined;
     const deadline = new Promise<void>((resolve) => {
       timer = setTimeout(resolve, DISPOSE_DEADLINE);
     });
     await Promise.race([all, deadline]);
     clearTimeout(timer);
+    // An abort that still runs blocks the whole device, and so would the call that frees its memory.
+    if (this.#pairs.size > 0 || abortsUnderWay() > 0) this.#device.abandonMemory();
   }
 }
 

@@ -150,6 +150,13 @@ describe('an operation that its peer does not meet', () => {
     await expect(receive).rejects.toMatchObject({ code: 'TRANSFER_TIMEOUT' });
     expect((await a.over).code).toBe('TRANSFER_TIMEOUT');
     expect(left.ending).toBe(1);
+    // what the end of the device must not do now is to wait for that abort
+    standIns.faults('ncclCommAbort=hang,cudaFree=hang');
+    const device = await createCudaDevice(0);
+    device.allocate(64, 'test');
+    const transport = await createNcclTransport(device, { announceHost: '127.0.0.1', ncclNumChannels: 8 });
+    await transport.dispose();
+    device.dispose();
   });
 });
 
