@@ -14,7 +14,7 @@ class UniqueId(ctypes.Structure):
 
 
 def load_nccl():
-    named = os.environ.get("PD_NCCL_LIBRARY")
+    named = os.environ.get("PD_NCCL_LIB") or os.environ.get("VLLM_NCCL_SO_PATH")
     beside_torch = os.path.join(os.path.dirname(torch.__file__), "..", "nvidia", "nccl", "lib", "libnccl.so.2")
     for path in [named, *glob.glob(beside_torch), "libnccl.so.2"]:
         if path:
@@ -22,7 +22,7 @@ def load_nccl():
                 return ctypes.CDLL(path)
             except OSError:
                 continue
-    raise RuntimeError("libnccl.so.2 was not found: name it by PD_NCCL_LIBRARY")
+    raise RuntimeError("libnccl.so.2 was not found: name it by PD_NCCL_LIB")
 
 
 class NcclTransport:

@@ -49,6 +49,10 @@ export interface PythonPeerOptions {
   readonly port?: number;
   readonly sockets?: 'zmtp' | 'pyzmq';
   readonly transport?: 'host' | 'nccl';
+  /** With `nccl`. */
+  readonly device?: string;
+  /** Path of peer.py, for callers that were built into another folder. */
+  readonly script?: string;
   readonly env?: NodeJS.ProcessEnv;
 }
 
@@ -66,9 +70,9 @@ export class PythonPeer {
 
   static async start(options: PythonPeerOptions): Promise<PythonPeer> {
     const { python, host = '127.0.0.1', port = 0, sockets = 'zmtp', transport = 'host', env = {} } = options;
-    const settings = { host, port, sockets, transport };
+    const settings = { host, port, sockets, transport, device: options.device ?? 'cuda:0' };
     const args = Object.entries(settings).flatMap(([name, value]) => [`--${name}`, String(value)]);
-    const child = spawn(python, ['-B', SCRIPT, ...args], {
+    const child = spawn(python, ['-B', options.script ?? SCRIPT, ...args], {
       stdio: ['pipe', 'pipe', 'pipe'],
       env: { ...process.env, ...env },
     });
