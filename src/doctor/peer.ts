@@ -95,7 +95,7 @@ function unreachable(where: string, error: NodeJS.ErrnoException, timeoutMs: num
 }
 
 async function ask(peer: HostPort, timeoutMs: number): Promise<Finding> {
-  let answer: Answer | undefined;
+  let answer: Answer | 'refused' | 'silent';
   try {
     answer = await getNothing(peer, timeoutMs);
   } catch (cause) {
@@ -104,7 +104,13 @@ async function ask(peer: HostPort, timeoutMs: number): Promise<Finding> {
       'is this the KV port of a pd-worker or of vLLM?',
     );
   }
-  if (answer === undefined) {
+  if (answer === 'refused') {
+    return fail(
+      'it speaks ZeroMQ and takes no connection from this machine',
+      "is this machine's address in its --allow-peers? Is it a KV port (a ROUTER), and no other socket of ZeroMQ?",
+    );
+  }
+  if (answer === 'silent') {
     return fail(
       `it accepts messages and does not answer a GET within ${timeoutMs / 1_000} s`,
       'a discovery port of a proxy never answers: name the KV port; a worker that hangs is seen in its log, a vLLM listener answers only when its transfer is over',
@@ -121,8 +127,8 @@ async function ask(peer: HostPort, timeoutMs: number): Promise<Finding> {
   return warn(`its KV listener answers a GET for nothing with ${JSON.stringify(answer)}`);
 }
 
-/** Undefined: no answer in time. */
-async function getNothing(peer: HostPort, timeoutMs: number): Promise<Answer | undefined> {
+/** `refused`: the handshake never ends; `silent`: no answer. Both within `timeoutMs`. */
+async function getNothing(peer: HostPort, timeoutMs: number): Promise<Answer | 'refused' | 'silent'> {
   const { Dealer } = await import('zeromq');
   const dealer = new Dealer({
     routingId: `pd-doctor-${process.pid}`,
@@ -132,13 +138,17 @@ async function getNothing(peer: HostPort, timeoutMs: number): Promise<Answer | u
     sendTimeout: timeoutMs,
     receiveTimeout: timeoutMs,
   });
+  let late: 'refused' | 'silent' = 'refused';
+  dealer.events.on('handshake', () => {
+    late = 'silent';
+  });
   try {
     dealer.connect(zmqEndpoint(peer));
     await dealer.send(encodeMessage({ cmd: 'GET', tensor_id: PROBE_TENSOR, ours: { seq: 0 } }));
     const [body] = await dealer.receive();
-    return body && decodeAnswer(body, DEFAULT_LIMITS);
+    return decodeAnswer(body!, DEFAULT_LIMITS);
   } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === 'EAGAIN') return undefined;
+    if ((error as NodeJS.ErrnoException).code === 'EAGAIN') return late;
     throw error;
   } finally {
     dealer.close();

@@ -6,6 +6,9 @@ import { Router } from 'zeromq';
 import { peerSection } from '../../../src/doctor/peer.ts';
 import { proxySection } from '../../../src/doctor/proxy-check.ts';
 import { parseHostPort } from '../../../src/net/address.ts';
+import { AllowList } from '../../../src/net/allow-list.ts';
+import { ZapGate } from '../../../src/net/zap.ts';
+import { createLogger } from '../../../src/observability/log.ts';
 import { DEFAULT_LIMITS } from '../../../src/transfer/types.ts';
 import { decodeMessage, encodeAnswer } from '../../../src/wire/codec.ts';
 import {
@@ -161,6 +164,21 @@ describe('a peer', () => {
     ]);
     // one GET for nothing, and not a NEW or PUT, which would change something there
     expect(vllm!.asked).toEqual([{ cmd: 'GET', tensor_id: 'pd-doctor#probe', ours: { seq: 0 } }]);
+  });
+
+  test('one whose allow list leaves this machine out, on IPv6 too', async () => {
+    const gate = await ZapGate.open({
+      allow: AllowList.parse(['192.0.2.77']),
+      what: 'test',
+      log: createLogger({ level: 'silent', format: 'json' }, 'test'),
+    });
+    const router = new Router({ linger: 0, ipv6: true, ...gate.socketOptions });
+    await router.bind('tcp://[::1]:*');
+    const { findings } = await peer(router.lastEndpoint!.replace('tcp://', ''), undefined, 500);
+    router.close();
+    await gate.close();
+    expect(gate.refused).toBeGreaterThan(0);
+    expect(findings[1]).toMatchObject({ level: 'fail', mend: expect.stringContaining('--allow-peers') });
   });
 
   test('the way back is tried at the address that would be told', async () => {
