@@ -87,12 +87,16 @@ export class GetAnnouncement extends Announcement {
     if (this.#over) return;
     this.#over = true;
     this.#request.failed(error);
+    // It may stand at the head of the queue, still waiting for memory: nobody else would take it out.
+    if (!this.#announced) this.markReady();
   }
 
   /** The owner wants it no more. An answer 0 that is under way is still received, then dropped. */
   cancel(): void {
     this.#over = true;
-    if (!this.#announced) this.#unreserve();
+    if (this.#announced) return;
+    this.#unreserve();
+    this.markReady();
   }
 
   #receive(shape: readonly number[], dtype: Dtype, pair: Pair): void {

@@ -126,10 +126,13 @@ export class OutgoingPeer {
       this.#open();
       return;
     }
-    while (this.#link?.mayAnnounce && this.#queue[0]?.ready) {
-      const announcement = this.#queue.shift()!;
-      if (announcement.cancelled) announcement.fail(new PdError('REQUEST_ABORTED', 'given up'));
-      else this.#link.announce(announcement);
+    while (this.#link?.mayAnnounce) {
+      const [first] = this.#queue;
+      // One that was given up never gets ready, and must not hold up what stands behind it.
+      if (!first || !(first.ready || first.cancelled)) return;
+      this.#queue.shift();
+      if (first.cancelled) first.fail(new PdError('REQUEST_ABORTED', 'given up'));
+      else this.#link.announce(first);
     }
   }
 

@@ -347,6 +347,31 @@ describe('GET', () => {
     await until('all free', () => leftovers(consumer).length === 0);
   });
 
+  it('that is given up while it waits for memory holds up nothing behind it', async () => {
+    const sendType = 'GET';
+    const producer = await services.make({ sendType });
+    const cache = pagedCache(2, true);
+    const consumer = await services.make({ sendType, kvBufferSize: 2_048, memPoolSize: 0 });
+    const blocker = flat('b#l', 2_000);
+    await send(producer, blocker).sent;
+    for (const id of ['c', 'd']) {
+      await Promise.all(sendCache(producer, id, cache, [1, 2]).map(({ sent }) => sent));
+    }
+    await consumer.receive(blocker.tensorId, producer.address);
+    const givenUp = consumer.load(loadRequest('c', pagedCache(2, false), [1, 2], producer.address));
+    const [refused] = [failure(givenUp), consumer.cancelLoad('c')];
+    expect((await refused).code).toBe('REQUEST_ABORTED');
+    const outOfTime = { timeoutMs: 50 };
+    const late = consumer.load(loadRequest('c', pagedCache(2, false), [1, 2], producer.address, outOfTime));
+    expect((await failure(late)).code).toMatch(/^KV_LOAD_/);
+    consumer.finish('b' as TransferId);
+    await consumer.load(
+      loadRequest('d', pagedCache(2, false), [1, 2], producer.address, { timeoutMs: 5_000 }),
+    );
+    expect(consumer.state().pairs[0]?.queued).toBe(0);
+    await until('all free', () => leftovers(consumer).length === 0);
+  });
+
   it('that is cancelled leaves nothing behind', async () => {
     const producer = await services.make({ sendType: 'GET' });
     const consumer = await services.make({ sendType: 'GET' });
