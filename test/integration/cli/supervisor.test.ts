@@ -8,10 +8,10 @@ import { Supervisor } from '../../../src/cli/launch-supervisor.ts';
 
 const QUICK: RestartPolicy = { firstPauseMs: 1, maxPauseMs: 4, deaths: 5, windowMs: 60_000 };
 
-/** Says its pid, then does as told. */
+/** Does as told, then says its pid: whoever has read that knows that the script's handlers are in place. */
 const child = (name: string, script: string) => ({
   name,
-  args: ['-e', `console.log('pid ' + process.pid); ${script}`],
+  args: ['-e', `${script}; console.log('pid ' + process.pid);`],
 });
 const SERVE = `process.on('SIGTERM', () => process.exit(0)); setInterval(() => {}, 1e6);`;
 const STUBBORN = `process.on('SIGTERM', () => console.log('no')); setInterval(() => {}, 1e6);`;
@@ -133,7 +133,7 @@ describe('stopping', () => {
     const { supervisor, events, pids, started } = setUp(
       [[bye('proxy')], [bye('worker'), child('deaf', STUBBORN)]],
       QUICK,
-      200,
+      1_000,
     );
     events.on('line', (name, line) => line === 'bye' && order.push(name));
     supervisor.start();
