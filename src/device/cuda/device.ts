@@ -20,7 +20,7 @@ import {
   writeParameters,
 } from './paged-copy.ts';
 import { allocatePinnedOnThread } from './pinned.ts';
-import { type CudaContext, CudaStream, EventPool } from './stream.ts';
+import { type CudaContext, CudaStream, EventPool, hasDrained, released } from './stream.ts';
 
 const COPY_KERNELS = ['gather_16', 'gather_1', 'scatter_16', 'scatter_1'] as const;
 const THREADS = 256;
@@ -199,13 +199,13 @@ export class CudaDevice implements Device, CudaContext {
   dispose(): void {
     if (this.#disposed) return;
     this.#disposed = true;
-    this.enter();
+    released(() => this.enter());
     // Freeing waits for the whole device. Where a stream of ours is stuck that would be for ever; the end of the process frees all.
-    if (this.#abandoned || ![...this.#streams].every((stream) => stream.drained())) return;
+    if (this.#abandoned || ![...this.#streams].every(hasDrained)) return;
     for (const stream of [...this.#streams]) stream.dispose();
     this.#events.dispose();
-    for (const pointer of this.#allocations.splice(0)) this.runtime.free(pointer);
-    for (const { pointer } of this.#pinned.splice(0)) this.runtime.freeHost(pointer);
+    for (const pointer of this.#allocations.splice(0)) released(() => this.runtime.free(pointer));
+    for (const { pointer } of this.#pinned.splice(0)) released(() => this.runtime.freeHost(pointer));
     freeNative(this.#parameters);
   }
 

@@ -12,6 +12,18 @@ export interface CudaContext {
   enter(): void;
 }
 
+/**
+ * Gives something back to CUDA. On a GPU whose context is broken each of these calls fails with the error of the work that broke it, which
+ * has been reported where that work was waited for; an end must go on to the next thing.
+ */
+export function released(give: () => void): void {
+  try {
+    give();
+  } catch {
+    // see above
+  }
+}
+
 export class EventPool {
   readonly #context: CudaContext;
   readonly #free: CudaEventHandle[] = [];
@@ -34,10 +46,14 @@ export class EventPool {
     this.#free.push(event);
   }
 
-  /** After this the pool must not be used. */
+  /** After this the pool must not be used. Never throws. */
   dispose(): void {
-    this.#context.enter();
-    for (const event of this.#all.splice(0)) this.#context.runtime.eventDestroy(event);
+    for (const event of this.#all.splice(0)) {
+      released(() => {
+        this.#context.enter();
+        this.#context.runtime.eventDestroy(event);
+      });
+    }
     this.#free.length = 0;
   }
 }
@@ -110,12 +126,23 @@ export class CudaStream implements Stream {
     return this.#context.runtime.streamDrained(this.handle);
   }
 
-  /** CUDA keeps a busy stream alive until it has drained. */
+  /** CUDA keeps a busy stream alive until it has drained. Never throws. */
   dispose(): void {
     if (this.#disposed) return;
     this.#disposed = true;
-    this.#context.enter();
-    this.#context.runtime.streamDestroy(this.handle);
     this.#onDispose(this);
+    released(() => {
+      this.#context.enter();
+      this.#context.runtime.streamDestroy(this.handle);
+    });
+  }
+}
+
+/** A stream whose work failed has drained as well: nothing of it runs any more. */
+export function hasDrained(stream: CudaStream): boolean {
+  try {
+    return stream.drained();
+  } catch {
+    return true;
   }
 }

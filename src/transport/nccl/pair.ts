@@ -8,7 +8,7 @@
  */
 import type { Libnccl } from '../../../ffi/libnccl.ts';
 import type { NcclCommHandle } from '../../../ffi/pointers.ts';
-import type { CudaStream } from '../../device/cuda/stream.ts';
+import { type CudaStream, hasDrained } from '../../device/cuda/stream.ts';
 import type { MemoryRef } from '../../device/device.ts';
 import { PdError } from '../../errors.ts';
 import type { Pair, TransferOptions } from '../transport.ts';
@@ -224,7 +224,7 @@ export class NcclPair implements Pair {
     let over = false;
     const look = () => {
       const safe = !launching || returned || performance.now() - began >= LAUNCH_GRACE;
-      if (!over && safe && drained(stream)) {
+      if (!over && safe && hasDrained(stream)) {
         over = true;
         this.#setOver(reason);
       }
@@ -265,14 +265,5 @@ export class NcclPair implements Pair {
         cause: error,
       },
     );
-  }
-}
-
-/** A stream that failed is drained as well: nothing of it runs any more. */
-function drained(stream: CudaStream): boolean {
-  try {
-    return stream.drained();
-  } catch {
-    return true;
   }
 }
