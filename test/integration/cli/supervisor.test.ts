@@ -112,7 +112,8 @@ describe('a supervised program', () => {
     await expect(supervisor.untilReady(async () => false, 20_000)).rejects.toThrow(
       /worker did not start: exit status 1\n[\s\S]*CONFIG_INVALID: --port/,
     );
-    expect(pids).toHaveLength(1);
+    // Never started again. (Its pid may come after its end: the two take different pipes.)
+    expect(pids.length).toBeLessThanOrEqual(1);
   });
 
   test('that never gets ready fails the start at the deadline', async () => {
