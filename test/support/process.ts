@@ -13,6 +13,12 @@ export interface LogLine {
   readonly [key: string]: unknown;
 }
 
+const running = new Set<ChildProcess>();
+// A test run that is cut short must not leave programs behind.
+process.on('exit', () => {
+  for (const child of running) child.kill('SIGKILL');
+});
+
 export class Program {
   readonly child: ChildProcess;
   readonly lines: LogLine[] = [];
@@ -45,7 +51,9 @@ export class Program {
     this.child.stderr!.on('data', (chunk: Buffer) => {
       this.#stderr = (this.#stderr + chunk).slice(-4_000);
     });
+    running.add(this.child);
     this.child.once('exit', () => {
+      running.delete(this.child);
       this.exited = true;
       this.#wake();
     });
