@@ -76,7 +76,8 @@ export class GetAnnouncement extends Announcement {
       this.#unreserve();
       if (!this.#over) {
         this.#over = true;
-        this.#request.missed();
+        if (answer.gone) this.#request.failed(this.#goneError());
+        else this.#request.missed();
       }
     }
     return 'settled';
@@ -137,6 +138,15 @@ export class GetAnnouncement extends Announcement {
         await pair.over;
         this.#intake.store.release(entry);
       },
+    );
+  }
+
+  #goneError(): PdError {
+    const { peer, tensorId } = this.#request;
+    return new PdError(
+      'KV_LOAD_FAILED',
+      `${peer} does not have ${tensorId} any more: it had to make room for others (pd_kv_evicted_total), or nobody asked in time`,
+      { tensorId, peer },
     );
   }
 

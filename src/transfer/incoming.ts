@@ -239,7 +239,7 @@ export class Incoming {
         tensorFields(this.#context, { tensorId: get.tensor_id }, peer),
         `${get.tensor_id} is not here`,
       );
-      return this.#reply(session, missing(get));
+      return this.#reply(session, missing(get, this.#keeper.gaveUp(get.tensor_id)));
     }
     const seq = get.ours?.seq;
     const { shape, dtype } = kept;

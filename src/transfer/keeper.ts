@@ -4,6 +4,7 @@ import type { Pair } from '../transport/transport.ts';
 import { splitTensorId, type TensorId } from '../wire/ids.ts';
 import { type TransferContext, tensorFields } from './context.ts';
 import type { Deadline } from './deadlines.ts';
+import { GivenUpTensors } from './memories.ts';
 import type { SendReply } from './put.ts';
 import { type KeptTensor, SendStore } from './send-store.ts';
 import { checkSource, stage } from './staging.ts';
@@ -24,6 +25,7 @@ export class Keeper {
   readonly #context: TransferContext;
   /** Requests being gathered; one that ends meanwhile is not kept. */
   readonly #gathering = new Set<{ readonly requestId: string; over: boolean }>();
+  readonly #givenUp = new GivenUpTensors();
   readonly #parked = new Map<string, Set<Parked>>();
   #parkedCount = 0;
   #sweeping = false;
@@ -50,6 +52,7 @@ export class Keeper {
       if (gathering.over) held.free();
       else {
         const kept = this.store.keep(request, held, deadlines.now());
+        this.#givenUp.delete(tensorId);
         log.debug(tensorFields(this.#context, request), `kept ${tensorId}`);
         this.#wake(kept);
         this.#armSweep();
@@ -57,6 +60,7 @@ export class Keeper {
       reply.gathered();
       reply.sent(bytes);
     } catch (error) {
+      this.#giveUp(tensorId);
       reply.failed(PdError.from(error, 'KV_SEND_FAILED', { tensorId }));
     } finally {
       this.#gathering.delete(gathering);
@@ -66,7 +70,7 @@ export class Keeper {
   /** The tensor, when it is there; undefined after `waitMs`. */
   async find(tensorId: TensorId, waitMs: number): Promise<KeptTensor | undefined> {
     const kept = this.#lookup(tensorId);
-    if (kept || waitMs <= 0 || this.#parkedCount >= MOST_PARKED) return kept;
+    if (kept || waitMs <= 0 || this.gaveUp(tensorId) || this.#parkedCount >= MOST_PARKED) return kept;
     const { layerName } = splitTensorId(tensorId);
     return new Promise((resolve) => {
       const deadline = this.#context.deadlines.after(waitMs, () => settle(undefined));
@@ -84,6 +88,11 @@ export class Keeper {
       else this.#parked.set(layerName, new Set([parked]));
       this.#parkedCount++;
     });
+  }
+
+  /** It was kept, or was to be, and has had to go: it will not be here again. */
+  gaveUp(tensorId: TensorId): boolean {
+    return this.#givenUp.has(tensorId) && !this.#lookup(tensorId);
   }
 
   /** Posts the send of a kept tensor. `leave`: it is fetched once and goes. The answer leaves after this, in the same turn. */
@@ -140,10 +149,11 @@ export class Keeper {
   async #room(request: SendRequest, bytes: number): Promise<Held> {
     const { memory, metrics, options, log } = this.#context;
     let held: Held | undefined = await memory.allocate(bytes);
-    while (!held) {
+    while (!held && memory.canEverHold(bytes)) {
       const evicted = this.store.evict();
       if (!evicted) break;
       metrics.inc('pd_kv_evicted_total', 1);
+      this.#giveUp(evicted.tensorId);
       log.debug(tensorFields(this.#context, evicted), `evicted ${evicted.tensorId} for ${request.tensorId}`);
       held = memory.tryAllocate(bytes);
     }
@@ -157,6 +167,11 @@ export class Keeper {
     );
   }
 
+  #giveUp(tensorId: TensorId): void {
+    this.#givenUp.add(tensorId, this.#context.deadlines.now());
+    this.#armSweep();
+  }
+
   #armSweep(): void {
     if (this.#sweeping) return;
     this.#sweeping = true;
@@ -165,6 +180,8 @@ export class Keeper {
       this.#sweeping = false;
       const before = deadlines.now() - options.timeouts.orphan;
       const orphans = this.store.freeOrphans(before);
+      this.#givenUp.sweep(before);
+      for (const { tensorId } of orphans) this.#giveUp(tensorId);
       if (orphans.length > 0) {
         metrics.inc('pd_kv_orphans_freed_total', orphans.length);
         log.warn(
@@ -172,7 +189,7 @@ export class Keeper {
           `freed ${orphans.length} tensors that nobody has asked for in time`,
         );
       }
-      if (this.store.size > 0) this.#armSweep();
+      if (this.store.size + this.#givenUp.size > 0) this.#armSweep();
     });
   }
 }

@@ -84,6 +84,11 @@ export class KvMemory {
     return this.#bufferUsed + this.#poolUsed;
   }
 
+  /** False where so much does not fit even when nothing else is held. */
+  canEverHold(bytes: number): boolean {
+    return bytes <= Math.max(this.thresholdBytes, this.limitBytes);
+  }
+
   /** From what is there now. */
   tryAllocate(bytes: number): Allocation | undefined {
     for (const region of [this.#buffer, ...this.#pool]) {
@@ -104,10 +109,11 @@ export class KvMemory {
   }
 
   /**
-   * As `allocate`, but waits for others to free. First come, first served: otherwise small sends behind a large one of the same peer
+   * As `allocate`, but waits for others to free; not for what never fits. First come, first served: otherwise small sends behind a large one of the same peer
    * would take what it waits for, and none of them could leave.
    */
   async waitFor(bytes: number, timeoutMs: number): Promise<Allocation | undefined> {
+    if (!this.canEverHold(bytes)) return undefined;
     if (this.#waiters.length === 0) {
       const now = this.tryAllocate(bytes);
       if (now) return now;

@@ -1,6 +1,6 @@
 /** What must be remembered of requests that hold no tensor: those that are over, and those that lost one. Pure, and bounded. */
 import type { PdError } from '../errors.ts';
-import { transferIdOf } from '../wire/ids.ts';
+import { splitTensorId, type TensorId, tensorIdOf, transferIdOf } from '../wire/ids.ts';
 import { belongsTo } from './store.ts';
 
 const MOST = 65_536;
@@ -63,6 +63,37 @@ export class FinishedRequests {
   sweep(before: number): void {
     this.#finished.sweep(before);
   }
+}
+
+/** Tensors that gave way to others before anybody asked: who asks now need not ask again. By transfer id and layer. */
+export class GivenUpTensors {
+  readonly #tensors = new Aging<true>();
+
+  add(tensorId: TensorId, now: number): void {
+    this.#tensors.set(stem(tensorId), true, now);
+  }
+
+  has(tensorId: TensorId): boolean {
+    return this.#tensors.get(stem(tensorId)) ?? false;
+  }
+
+  /** It is there again. */
+  delete(tensorId: TensorId): void {
+    this.#tensors.delete(stem(tensorId));
+  }
+
+  get size(): number {
+    return this.#tensors.size;
+  }
+
+  sweep(before: number): void {
+    this.#tensors.sweep(before);
+  }
+}
+
+function stem(tensorId: TensorId): TensorId {
+  const { requestId, layerName } = splitTensorId(tensorId);
+  return tensorIdOf(transferIdOf(requestId), layerName);
 }
 
 /** Requests of which a tensor was refused or lost: a load of one need not wait for its deadline. */

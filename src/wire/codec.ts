@@ -106,7 +106,8 @@ export function encodeAnswer(answer: Answer): Uint8Array {
     case 'get': {
       const { ret, seq } = answer;
       const fields = ret === 0 ? { ret, shape: answer.shape, dtype: answer.dtype } : { ret };
-      return encode(seq === undefined ? fields : { ...fields, pd: seqFields(seq) });
+      const gone = ret === 1 && answer.gone ? { gone: true } : {};
+      return encode(seq === undefined ? fields : { ...fields, pd: { ...seqFields(seq), ...gone } });
     }
     case 'hello': {
       const { refused } = answer;
@@ -147,7 +148,7 @@ export function decodeAnswer(body: Uint8Array, limits: WireLimits): Answer {
       return { kind: 'get', ret, shape, dtype, ...seq };
     }
     case 1:
-      return { kind: 'get', ret, ...seq };
+      return { kind: 'get', ret, ...seq, ...(pd && field(pd, 'gone') === true ? { gone: true } : {}) };
     default:
       throw protocolError('bad_field', `answer: ret is ${show(ret)}, not 0 or 1`);
   }

@@ -81,7 +81,13 @@ export type Answer =
       readonly seq?: number;
     }
   /** GET: not here (or, between ours, not in time). */
-  | { readonly kind: 'get'; readonly ret: 1; readonly seq?: number }
+  | {
+      readonly kind: 'get';
+      readonly ret: 1;
+      readonly seq?: number;
+      /** Between ours: it was here and has been given up, so asking again is in vain. */
+      readonly gone?: true;
+    }
   /** NEW, between ours. With `refused` no pair is opened. */
   | {
       readonly kind: 'hello';

@@ -213,11 +213,29 @@ describe('room', () => {
     const tensors = [0, 1, 2].map((i) => flat(`e-${i}#l`, 1_000));
     for (const tensor of tensors) await send(producer, tensor).sent;
     expect(count(producer, 'pd_kv_evicted_total')).toBe(1);
-    expect((await failure(consumer.receive(tensors[0]!.tensorId, producer.address, 100))).code).toBe(
-      'KV_LOAD_TIMEOUT',
-    );
+    // Told at once: who asks can compute the prompt instead of waiting.
+    const evicted = await failure(consumer.receive(tensors[0]!.tensorId, producer.address));
+    expect(evicted.code).toBe('KV_LOAD_FAILED');
+    expect(evicted.message).toContain('make room');
     for (const tensor of tensors.slice(1)) await consumer.receive(tensor.tensorId, producer.address, 5_000);
     await until('fetched and gone', () => leftovers(producer).length === 0);
+    await send(producer, tensors[0]!).sent;
+    await consumer.receive(tensors[0]!.tensorId, producer.address, 5_000);
+  });
+
+  it('for what never fits is refused at once, and costs nobody else anything', async () => {
+    for (const sendType of ['PUT_ASYNC', 'GET'] as const) {
+      const producer = await services.make({ sendType, kvBufferSize: 2_048, memPoolSize: 1_024 });
+      const consumer = await services.make({ sendType });
+      const small = flat(`s-${sendType}#l`, 1_000, consumer.address);
+      if (sendType === 'GET') await send(producer, small).sent;
+      const blocks = Array.from({ length: 16 }, (_, i) => i);
+      const huge = sendCache(producer, `h-${sendType}`, pagedCache(1, true), blocks, consumer.address);
+      expect((await failure(huge[0]!.sent)).code).toBe('KV_BUFFER_FULL');
+      expect(count(producer, 'pd_kv_evicted_total')).toBe(0);
+      if (sendType !== 'GET') send(producer, small);
+      await consumer.receive(small.tensorId, producer.address, 5_000);
+    }
   });
 
   it('for gathering is waited for: many sends through a buffer of one', async () => {

@@ -67,6 +67,7 @@ describe('bytes on the wire are those of python-msgpack', () => {
     'ret0 ours': { ...ret0, seq: 300 },
     ret1: { kind: 'get', ret: 1 },
     'ret1 ours': { kind: 'get', ret: 1, seq: 0 },
+    'ret1 gone': { kind: 'get', ret: 1, seq: 7, gone: true },
     hello: { kind: 'hello', hello },
     'hello refused': { kind: 'hello', hello: { version: 1, features: [], sendType: 'GET' }, refused },
   };
