@@ -19,10 +19,8 @@ export async function createDevice(name: string): Promise<Device> {
 }
 
 async function loadCuda(name: string): Promise<CudaModule> {
-  // Not a literal, so that a build without the CUDA part still compiles and runs on the host.
-  const path: string = './cuda.ts';
   try {
-    return (await import(path)) as CudaModule;
+    return await import('./cuda.ts');
   } catch (cause) {
     if (cause instanceof PdError) throw cause;
     throw new PdError(

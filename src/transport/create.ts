@@ -30,10 +30,8 @@ export async function createTransport(device: Device, options: CreateTransportOp
 }
 
 async function loadNccl(device: string): Promise<NcclModule> {
-  // Not a literal, so that a build without the NCCL part still compiles and runs on the host.
-  const path: string = './nccl/transport.ts';
   try {
-    return (await import(path)) as NcclModule;
+    return await import('./nccl/transport.ts');
   } catch (cause) {
     throw PdError.from(cause, 'DEVICE_UNAVAILABLE', { device });
   }

@@ -6,7 +6,6 @@
 #include "standin.h"
 
 enum { SUCCESS = 0, INVALID_VALUE = 1, NO_BINARY = 209, NOT_FOUND = 500 };
-#define CHECK(name) do { int code_; while ((code_ = fault(name)) == HANG) sleep_us(20000); if (code_) return code_; } while (0)
 
 // The same bytes as PagedCopy in kernels/gather_scatter.cu.
 typedef struct {

@@ -1,12 +1,11 @@
-// libcudart: memory, streams with a thread each, events. Real queues: a copy at enqueue would hide every deadlock. cudaFree and
-// cudaFreeHost wait for the whole device, as the real ones do while a receive waits for its sender.
+// libcudart: streams with a thread each, events, devices. Real queues: a copy at enqueue would hide every deadlock.
 #include <stdlib.h>
 #include <string.h>
 #include <stdio.h>
 #include <time.h>
 #include "standin.h"
 
-enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_DEVICE = 101, INVALID_HANDLE = 400, NOT_READY = 600 };
+enum { SUCCESS = 0, INVALID_VALUE = 1, INVALID_DEVICE = 101, NOT_READY = 600 };
 
 typedef struct work { void (*run)(void *); void *arg; struct work *next; } work;
 struct stream {
@@ -17,25 +16,20 @@ struct stream {
   struct stream *next;
 };
 struct event { uint64_t recorded, done; };
-typedef struct block { char *at; size_t bytes; int device; /* -1: page-locked */ struct block *next; } block;
 
 __thread int current_device = 0;
 pthread_mutex_t big = PTHREAD_MUTEX_INITIALIZER;
 pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 static stream *streams;
-static block *blocks;
-static size_t used[MAX_DEVICES];
 static int errors[MAX_DEVICES];
 static int nccl_running[MAX_DEVICES];
 
-#define CHECK(name) do { int code_; while ((code_ = fault(name)) == HANG) sleep_us(20000); if (code_) return code_; } while (0)
 
 void sleep_us(long us) {
   struct timespec pause = {us / 1000000, us % 1000000 * 1000};
   nanosleep(&pause, NULL);
 }
 
-static size_t capacity(void) { return (size_t)setting("PD_STANDIN_MEMORY_MB", 1024) << 20; }
 static int device_count(void) { return setting("PD_STANDIN_DEVICES", 2); }
 
 // ---- streams
@@ -77,6 +71,12 @@ void stream_push(stream *s, void (*run)(void *), void *arg) {
 int stream_device(stream *s) { return s->device; }
 static bool idle(stream *s) { return !s->head && !s->busy; }
 
+void stream_wait_idle(stream *s) {
+  pthread_mutex_lock(&big);
+  while (!idle(s)) pthread_cond_wait(&changed, &big);
+  pthread_mutex_unlock(&big);
+}
+
 void device_wait_idle(int device, stream *except) {
   pthread_mutex_lock(&big);
   for (bool waiting = true; waiting;) {
@@ -101,7 +101,6 @@ void device_nccl(int device, int delta) {
 }
 
 void device_fail(int device, int code) { errors[device] = code; }
-int device_error(int device) { return errors[device]; }
 
 EXPORT int cudaStreamCreateWithFlags(stream **out, unsigned flags) {
   CHECK("cudaStreamCreateWithFlags");
@@ -192,100 +191,6 @@ EXPORT int cudaEventQuery(event *e) {
   return done ? SUCCESS : NOT_READY;
 }
 
-// ---- memory
-
-static int take(void **out, size_t bytes, int device) {
-  char *at = NULL;
-  if (posix_memalign((void **)&at, 4096, bytes ? bytes : 1)) return OUT_OF_MEMORY;
-  memset(at, 0xA5, bytes);  // never zeros: those hide what was not written
-  block *b = malloc(sizeof *b);
-  pthread_mutex_lock(&big);
-  *b = (block){at, bytes, device, blocks};
-  blocks = b;
-  pthread_mutex_unlock(&big);
-  *out = at;
-  return SUCCESS;
-}
-
-static int give(void *at, bool device_memory) {
-  pthread_mutex_lock(&big);
-  for (block **b = &blocks; *b; b = &(*b)->next) {
-    if ((*b)->at != at || ((*b)->device >= 0) != device_memory) continue;
-    block *found = *b;
-    *b = found->next;
-    if (found->device >= 0) used[found->device] -= found->bytes;
-    pthread_mutex_unlock(&big);
-    free(found->at);
-    free(found);
-    return SUCCESS;
-  }
-  pthread_mutex_unlock(&big);
-  return INVALID_VALUE;
-}
-
-bool memory_known(const void *at, size_t bytes) {
-  bool known = false;
-  pthread_mutex_lock(&big);
-  for (block *b = blocks; b && !known; b = b->next) {
-    known = (const char *)at >= b->at && (const char *)at + bytes <= b->at + b->bytes;
-  }
-  pthread_mutex_unlock(&big);
-  return known;
-}
-
-EXPORT int cudaMalloc(void **out, size_t bytes) {
-  CHECK("cudaMalloc");
-  pthread_mutex_lock(&big);
-  bool fits = used[current_device] + bytes <= capacity();
-  if (fits) used[current_device] += bytes;
-  pthread_mutex_unlock(&big);
-  return fits ? take(out, bytes, current_device) : OUT_OF_MEMORY;
-}
-EXPORT int cudaFree(void *at) {
-  CHECK("cudaFree");
-  device_wait_idle(current_device, NULL);
-  return at ? give(at, true) : SUCCESS;
-}
-EXPORT int cudaHostAlloc(void **out, size_t bytes, unsigned flags) {
-  (void)flags;
-  CHECK("cudaHostAlloc");
-  return take(out, bytes, -1);
-}
-EXPORT int cudaFreeHost(void *at) {
-  CHECK("cudaFreeHost");
-  device_wait_idle(current_device, NULL);
-  return give(at, false);
-}
-EXPORT int cudaMemGetInfo(size_t *available, size_t *total) {
-  CHECK("cudaMemGetInfo");
-  *total = capacity();
-  *available = capacity() - used[current_device];
-  return SUCCESS;
-}
-
-typedef struct { void *target; const void *source; size_t bytes; } copy;
-static void run_copy(void *arg) {
-  copy *c = arg;
-  memcpy(c->target, c->source, c->bytes);
-  free(c);
-}
-
-EXPORT int cudaMemcpyAsync(void *target, const void *source, size_t bytes, int kind, stream *s) {
-  CHECK("cudaMemcpyAsync");
-  if (kind != 4) return INVALID_VALUE;
-  bool pageable = !memory_known(target, bytes) || !memory_known(source, bytes);
-  copy *c = malloc(sizeof *c);
-  *c = (copy){target, source, bytes};
-  stream_push(s, run_copy, c);
-  // pageable memory makes the call wait for the stream
-  if (pageable) {
-    pthread_mutex_lock(&big);
-    while (!idle(s)) pthread_cond_wait(&changed, &big);
-    pthread_mutex_unlock(&big);
-  }
-  return SUCCESS;
-}
-
 // ---- devices
 
 EXPORT int cudaGetDeviceCount(int *count) { CHECK("cudaGetDeviceCount"); *count = device_count(); return *count ? SUCCESS : 100; }
@@ -322,12 +227,6 @@ EXPORT int cudaDeviceGetP2PAttribute(int *value, int attribute, int device, int 
 EXPORT int cudaDeviceEnablePeerAccess(int peer, unsigned flags) {
   CHECK("cudaDeviceEnablePeerAccess");
   return flags || peer == current_device ? INVALID_VALUE : SUCCESS;
-}
-EXPORT int cudaMemcpyPeerAsync(void *target, int target_device, const void *source, int source_device, size_t bytes, stream *s) {
-  (void)target_device;
-  (void)source_device;
-  CHECK("cudaMemcpyPeerAsync");
-  return cudaMemcpyAsync(target, source, bytes, 4, s);
 }
 
 static const struct { int code; const char *name, *text; } names[] = {

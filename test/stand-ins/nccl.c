@@ -18,7 +18,6 @@
 
 enum { SUCCESS = 0, SYSTEM = 2, INVALID_ARGUMENT = 4, INVALID_USAGE = 5, IN_PROGRESS = 7 };
 enum { LINES = 3, CONTROL = 2 };  // sockets: data of rank 0, data of rank 1, control
-#define CHECK(name) do { int code_; while ((code_ = fault(name)) == HANG) sleep_us(20000); if (code_) return code_; } while (0)
 
 typedef struct { char internal[128]; } unique_id;
 typedef struct { char magic[4]; uint32_t port; uint64_t token; } address;  // the first bytes of a unique id

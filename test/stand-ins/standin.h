@@ -15,6 +15,8 @@
 #define HANG (-1)
 int fault(const char *name);
 int setting(const char *name, int otherwise);
+// At the head of every call.
+#define CHECK(name) do { int code_; while ((code_ = fault(name)) == HANG) sleep_us(20000); if (code_) return code_; } while (0)
 
 // ---- gpu.c
 typedef struct stream stream;
@@ -24,11 +26,13 @@ extern pthread_mutex_t big;      // guards everything in gpu.c; held for moments
 extern pthread_cond_t changed;   // anything has changed
 void stream_push(stream *s, void (*run)(void *), void *arg);
 int stream_device(stream *s);
+void stream_wait_idle(stream *s);
 void device_wait_idle(int device, stream *except);  // every stream of it
 void device_wait_nccl(int device);                  // until no NCCL operation runs on it
 void device_nccl(int device, int delta);
 void device_fail(int device, int code);             // sticky, as a kernel fault is
-int device_error(int device);
-bool memory_known(const void *at, size_t bytes);    // inside of one live GPU or page-locked allocation
 void sleep_us(long us);
+
+// ---- memory.c
+bool memory_known(const void *at, size_t bytes);    // inside of one live GPU or page-locked allocation
 #endif
