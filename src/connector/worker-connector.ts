@@ -4,7 +4,7 @@ import type { EventRef, PagedLayer } from '../device/device.ts';
 import { type ErrorData, PdError } from '../errors.ts';
 import { wireShape } from '../kv/layout.ts';
 import { formatHostPort, type HostPort } from '../net/address.ts';
-import type { Logger } from '../observability/log.ts';
+import { createLogger, type Logger } from '../observability/log.ts';
 import type { MetricsPage } from '../observability/metrics.ts';
 import type { TransferEngineApi } from '../transfer/engine-api.ts';
 import type { SendType } from '../transfer/types.ts';
@@ -29,7 +29,8 @@ export interface P2pWorkerConnectorOptions {
   readonly rank: number;
   /** Every layer of the model: what a load fills. */
   readonly layers: readonly { readonly name: string; readonly cache: PagedLayer }[];
-  readonly log: Logger;
+  /** Absent: warnings to stdout. */
+  readonly log?: Logger;
   readonly metrics?: MetricsPage;
   readonly trace?: (event: SaveTrace) => void;
 }
@@ -53,7 +54,7 @@ export class P2pWorkerConnector implements WorkerConnector {
 
   constructor(options: P2pWorkerConnectorOptions) {
     this.#options = options;
-    this.#log = options.log;
+    this.#log = options.log ?? createLogger({ level: 'warn', format: 'auto' }, 'connector');
   }
 
   get loadEnded(): Promise<void> {

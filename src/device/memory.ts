@@ -1,12 +1,32 @@
 /** Making and cutting MemoryRefs. */
 import { PdError } from '../errors.ts';
-import type { DevicePointer, MemoryRef, PinnedPointer, Slice } from './device.ts';
+import type { DevicePointer, EventRef, MemoryRef, PinnedPointer, Slice } from './device.ts';
 
 /** Zeroed memory of this process that any thread reaches. The system commits pages as they are touched. */
 export function hostMemory(bytes: number): MemoryRef & { readonly kind: 'host' } {
   return { kind: 'host', buffer: new SharedArrayBuffer(bytes), offset: 0, bytes };
 }
 
+/** Memory of GPU `device` at an address of your own CUDA code. It stays yours: free it only once nothing here uses it any more. */
+export function cudaMemory(
+  device: number,
+  pointer: bigint,
+  bytes: number,
+): MemoryRef & { readonly kind: 'cuda' } {
+  return { kind: 'cuda', device, pointer: pointer as DevicePointer, bytes };
+}
+
+/** Page-locked host memory (cudaHostAlloc, cudaHostRegister) at an address of your own. It stays yours. */
+export function pinnedMemory(pointer: bigint, bytes: number): MemoryRef & { readonly kind: 'pinned' } {
+  return { kind: 'pinned', pointer: pointer as PinnedPointer, bytes };
+}
+
+/** A `cudaEvent_t` of your own, recorded behind the work that writes the source. It stays yours, until the send is gathered. */
+export function cudaEvent(handle: bigint): EventRef {
+  return { kind: 'cuda', handle };
+}
+
+/** `length` bytes of `memory` from `offset`. Throws INTERNAL where that is outside. */
 export const sliceMemory: Slice = (memory, offset, length) => {
   const fits =
     Number.isSafeInteger(offset) &&

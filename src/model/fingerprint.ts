@@ -1,5 +1,6 @@
 /** What tells two models apart on the wire: peers whose fingerprints differ never exchange KV. */
 import { createHash } from 'node:crypto';
+import { fingerprint } from '../transfer/fingerprint.ts';
 import type { Fingerprint } from '../transfer/types.ts';
 import type { Dtype } from '../wire/dtype.ts';
 import type { ModelConfig } from './config.ts';
@@ -33,14 +34,13 @@ export async function fingerprintOf(
   } finally {
     await checkpoint.dispose();
   }
-  const fields = {
+  return fingerprint({
+    model: config.name,
     weights: weights.digest('hex'),
     dtype: kv.dtype,
     blockSize: kv.blockSize,
     layers: config.layers,
     heads: config.kvHeads,
     headDim: config.headDim,
-  };
-  const digest = createHash('sha256').update(JSON.stringify(fields)).digest('hex');
-  return { digest, model: config.name, ...fields };
+  });
 }

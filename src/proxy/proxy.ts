@@ -22,6 +22,10 @@ const REQUEST_TIMEOUT_MS = 120_000;
 /** For the last bytes of answers to leave. */
 const CLOSE_MS = 2_000;
 
+/** How long `untilPaired` waits unless told. */
+const PAIR_TIMEOUT_MS = 60_000;
+
+/** A proxy that serves: close it, its sockets keep the process alive. */
 export class PdProxy {
   readonly #config: ProxyConfig;
   readonly #log: Logger;
@@ -36,6 +40,7 @@ export class PdProxy {
   #http: HostPort | undefined;
   #running = 0;
   #idle: (() => void) | undefined;
+  readonly #waiting = new Set<() => void>();
   #draining = false;
   #closing: Promise<void> | undefined;
 
@@ -89,12 +94,44 @@ export class PdProxy {
     return this.#registry.list();
   }
 
+  /** Resolves once a producer and a consumer that fit each other ping. Throws NO_INSTANCE at the deadline, or SERVER_DRAINING. */
+  async untilPaired(timeoutMs: number = PAIR_TIMEOUT_MS): Promise<void> {
+    const { signal } = this.#stop;
+    let look = () => {};
+    let timer: NodeJS.Timeout | undefined;
+    try {
+      await new Promise<void>((resolve, reject) => {
+        look = () => {
+          if (signal.aborted) reject(PdError.from(signal.reason));
+          else if (this.#registry.paired) resolve();
+        };
+        const late = () => {
+          const seen = this.instances.map(({ role, httpAddress }) => `${role} ${httpAddress}`).join(', ');
+          const why = `no producer and consumer that fit pinged within ${timeoutMs} ms`;
+          reject(new PdError('NO_INSTANCE', `${why}; live instances: ${seen || 'none'}`));
+        };
+        timer = setTimeout(late, timeoutMs);
+        this.#waiting.add(look);
+        signal.addEventListener('abort', look);
+        look();
+      });
+    } finally {
+      clearTimeout(timer);
+      this.#waiting.delete(look);
+      signal.removeEventListener('abort', look);
+    }
+  }
+
   /** Takes no new requests, lets those under way end within `drainMs`, breaks the rest. Idempotent; a shorter wait wins. */
   close(drainMs: number = this.#config.drainTimeoutMs): Promise<void> {
     this.#draining = true;
     if (drainMs === 0) this.#break();
     this.#closing ??= this.#drain(drainMs);
     return this.#closing;
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close();
   }
 
   async #listen(): Promise<void> {
@@ -106,7 +143,10 @@ export class PdProxy {
       sweepMs: Math.min(1_000, Math.max(10, instanceTimeoutMs / 4)),
       onPing: (address) => this.#models.onPing(address),
       onBadPing: () => this.#metrics.badPings.inc(),
-      onChange: ({ instance }) => this.#models.forget(instance.httpAddress),
+      onChange: ({ instance }) => {
+        this.#models.forget(instance.httpAddress);
+        for (const look of this.#waiting) look();
+      },
     });
     try {
       await this.#server.listen({ host: http.host, port: http.port });

@@ -154,6 +154,12 @@ export class InstanceRegistry {
     return this.#now() < instance.quarantinedUntilMs;
   }
 
+  /** There are a producer and a consumer that fit. */
+  get paired(): boolean {
+    const consumers = this.list('consumer');
+    return this.list('producer').some((one) => consumers.some((other) => fitOf(one, other) !== 'never'));
+  }
+
   /**
    * The next pair: among the best fits the producer that has waited longest, then likewise its consumer, which is round robin per role.
    * A pair with a quarantined instance is taken only where there is no other.

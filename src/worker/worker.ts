@@ -29,11 +29,14 @@ const LAST_ANSWERS_MS = 1_000;
 
 const PARTS: WorkerParts = { startCore: (init) => CoreClient.start(init), loadTextModel };
 
+/** A worker that serves: close it, its threads and its server keep the process alive. */
 export class PdWorker {
   readonly config: WorkerConfig;
   /** `host:port` that HTTP is reached at, as told to others. */
   readonly httpAddress: HostPort;
   readonly info: CoreInfo;
+  /** What its threads count: for `readMetric` and `readHistogram`. GET /metrics shows the same. */
+  readonly metrics: readonly MetricsPage[];
   /** Resolves when the worker can serve no more: with the error where nobody closed it. Never rejects. */
   readonly ended: Promise<PdError | undefined>;
   readonly #core: CoreClient;
@@ -50,11 +53,13 @@ export class PdWorker {
     server: FastifyInstance,
     inFlight: InFlight,
     httpAddress: HostPort,
+    metrics: readonly MetricsPage[],
     log: Logger,
   ) {
     this.config = config;
     this.httpAddress = httpAddress;
     this.info = core.info;
+    this.metrics = metrics;
     this.#core = core;
     this.#server = server;
     this.#inFlight = inFlight;
@@ -81,19 +86,20 @@ export class PdWorker {
     try {
       if (text.status === 'rejected') throw text.reason;
       const inFlight = new InFlight();
+      const all = [metrics, pages.core, pages.transfer];
       const server = createServer({
         config,
         core,
         model: text.value,
         inFlight,
         metrics,
-        pages: [metrics, pages.core, pages.transfer],
+        pages: all,
         version: packageVersion(),
         log,
       });
       const port = await listen(server, config.http);
       const httpAddress = { host: config.httpAnnounceHost, port };
-      const worker = new PdWorker(config, core, server, inFlight, httpAddress, log);
+      const worker = new PdWorker(config, core, server, inFlight, httpAddress, all, log);
       log.info(`Running on http://${formatHostPort(httpAddress)}`);
       core.serve(formatHostPort(httpAddress));
       return worker;
@@ -116,6 +122,10 @@ export class PdWorker {
     this.#closing ??= this.#close(drainTimeoutMs);
     if (drainTimeoutMs === 0) this.#hurry();
     return this.#closing;
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close();
   }
 
   async #close(drainTimeoutMs: number): Promise<void> {

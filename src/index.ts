@@ -1,0 +1,119 @@
+/**
+ * The public API: the transfer engine, the KV connector, and whole workers and proxies inside of your own program. What is not
+ * exported here may change without notice. docs/embedding.md and examples/ show how it is used.
+ */
+
+// The transfer engine: tensors and paged KV between two peers.
+
+export { type TransferOptionsInput, transferOptions } from './config/transfer-options.ts';
+export { TransferEngine, type TransferEngineExtras } from './transfer/engine.ts';
+export type { SendHandle, TransferEngineApi } from './transfer/engine-api.ts';
+export { fingerprint } from './transfer/fingerprint.ts';
+export {
+  DEFAULT_LIMITS,
+  DEFAULT_TIMEOUTS,
+  type Fingerprint,
+  type LoadRequest,
+  type LoadResult,
+  type LogLevel,
+  type LogOptions,
+  type PairState,
+  type ProxyPing,
+  SEND_TYPES,
+  type SendRequest,
+  type SendSource,
+  type SendType,
+  type StoredTensor,
+  type TransferLimits,
+  type TransferOptions,
+  type TransferState,
+  type TransferTimeouts,
+} from './transfer/types.ts';
+
+// The connector: both halves, for a runtime with a scheduler and a paged cache of its own.
+
+export type {
+  ConnectorRequest,
+  LoadOutcome,
+  ScheduledRequest,
+  SchedulerConnector,
+  WorkerConnector,
+} from './connector/connector.ts';
+export type { ConnectorMetadata, LoadMeta, SaveMeta } from './connector/metadata.ts';
+export {
+  type KvRole,
+  P2pSchedulerConnector,
+  type P2pSchedulerConnectorOptions,
+} from './connector/scheduler-connector.ts';
+export {
+  P2pWorkerConnector,
+  type P2pWorkerConnectorOptions,
+  type SaveTrace,
+} from './connector/worker-connector.ts';
+
+// Memory, and how KV lies in it.
+
+export { createDevice } from './device/create.ts';
+export type {
+  Device,
+  DeviceEvent,
+  DevicePointer,
+  EventRef,
+  MemoryRef,
+  PagedLayer,
+  PinnedPointer,
+  Stream,
+} from './device/device.ts';
+export { cudaEvent, cudaMemory, hostMemory, hostView, pinnedMemory, sliceMemory } from './device/memory.ts';
+export {
+  blockBytes,
+  type LayoutFamily,
+  layerBytes,
+  type PagedLayout,
+  requestKvBytes,
+  runBytes,
+  runOffset,
+  wireShape,
+} from './kv/layout.ts';
+export { allocatePagedCache, attentionLayerName, type NamedLayer } from './kv/paged-cache.ts';
+export { slotMapping } from './kv/slots.ts';
+export { type Dtype, tensorBytes } from './wire/dtype.ts';
+
+// Ids and addresses.
+
+export type { Address } from './config/input.ts';
+export { formatHostPort, type HostPort, parseHostPort } from './net/address.ts';
+export {
+  type EngineRequestId,
+  engineRequestId,
+  type PeerRole,
+  peerAddressOf,
+  proxyRequestId,
+  splitTensorId,
+  type TensorId,
+  type TransferId,
+  tensorIdOf,
+  transferIdOf,
+} from './wire/ids.ts';
+
+// A whole worker and a whole proxy.
+
+export { type ProxyConfigInput, proxyConfig } from './config/embedded-proxy.ts';
+export { type WorkerConfigInput, workerConfig } from './config/embedded-worker.ts';
+export type { LoadFailurePolicy, ProxyConfig, WorkerConfig, WorkerRole } from './config/worker-config.ts';
+export { PdProxy } from './proxy/proxy.ts';
+export type { Instance, InstanceRole } from './proxy/registry.ts';
+export type { CoreInfo, CoreState } from './worker/messages.ts';
+export { PdWorker } from './worker/worker.ts';
+
+// Errors and metrics.
+
+export { type ErrorCode, type ErrorContext, type ErrorData, PdError } from './errors.ts';
+export {
+  METRICS,
+  type MetricName,
+  MetricsPage,
+  readHistogram,
+  readMetric,
+} from './observability/metrics.ts';
+export { createRegistry } from './observability/registry.ts';
