@@ -30,6 +30,7 @@ function valve() {
   const gate = deferred<void>();
   const pairs: Pair[] = [];
   let closed = true;
+  let held = 0;
   const wrapTransport = (transport: Transport): Transport => ({
     kind: transport.kind,
     createUniqueId: () => transport.createUniqueId(),
@@ -41,6 +42,7 @@ function valve() {
         get(target, key) {
           if (key === 'send') {
             return async (...args: Parameters<Pair['send']>) => {
+              held++;
               if (closed) await Promise.race([gate.promise, target.over]);
               return target.send(...args);
             };
@@ -53,6 +55,10 @@ function valve() {
   });
   return {
     wrapTransport,
+    /** Sends that have been asked for so far: each has been announced and answered. */
+    get sends() {
+      return held;
+    },
     open() {
       closed = false;
       gate.resolve();
@@ -136,7 +142,7 @@ describe('a load', () => {
     const cache = pagedCache(3, true);
     const load = failure(consumer.load(loadRequest('k', cache, [0], producer.address)));
     const sends = sendCache(producer, 'k', cache, [0], consumer.address);
-    await until('answers', () => consumer.state().tensors === 3);
+    await until('answers', () => held.sends === 3);
     held.kill();
     const error = await load;
     expect(error.code).toBe('KV_LOAD_FAILED');
