@@ -15,8 +15,6 @@ import type { HostCaches } from './caches.ts';
 import { asFloats, copyBlocks, type HostLayerCache } from './layer-cache.ts';
 
 const COPY_TIMEOUT_MS = 30_000;
-/** Sequences whose blocks are known to be here. Forgetting one costs a download, no more. */
-const MAX_KNOWN_SEQUENCES = 4096;
 
 interface MirroredLayer {
   readonly device: MemoryRef;
@@ -30,8 +28,11 @@ export class MirroredCaches implements HostCaches {
   readonly #mirrored: readonly MirroredLayer[];
   readonly #stream: Stream;
   readonly #poller = new EventPoller();
-  /** By sequence: the position up to which its KV is here. A step that starts elsewhere stands on KV that came another way. */
-  readonly #known = new Map<string, number>();
+  /**
+   * By sequence of the last step: the position up to which its KV is here. Any other stands on KV that may have come another way, or on
+   * other blocks since it was preempted: it is downloaded.
+   */
+  #known = new Map<string, number>();
 
   private constructor(device: Device, mirrored: readonly MirroredLayer[]) {
     this.#device = device;
@@ -58,8 +59,10 @@ export class MirroredCaches implements HostCaches {
       if (sequence.start > 0 && this.#known.get(sequence.sequenceId) !== sequence.start) {
         for (const block of this.#blocks(sequence, 0, sequence.start)) needed.add(block);
       }
-      this.#remember(sequence);
     }
+    this.#known = new Map(
+      batch.sequences.map(({ sequenceId, start, tokens }) => [sequenceId, start + tokens.length]),
+    );
     // A block that this step's copies fill is not downloaded: the copy is what counts.
     for (const { target } of batch.blockCopies) needed.delete(target);
     if (needed.size > 0) {
@@ -87,15 +90,6 @@ export class MirroredCaches implements HostCaches {
   dispose(): void {
     this.#poller.dispose();
     this.#stream.dispose();
-  }
-
-  #remember(sequence: ScheduledSequence): void {
-    this.#known.delete(sequence.sequenceId);
-    this.#known.set(sequence.sequenceId, sequence.start + sequence.tokens.length);
-    if (this.#known.size > MAX_KNOWN_SEQUENCES) {
-      const oldest = this.#known.keys().next();
-      if (!oldest.done) this.#known.delete(oldest.value);
-    }
   }
 
   #copy(layer: MirroredLayer, blocks: ReadonlySet<number>, direction: 'upload' | 'download'): void {
