@@ -113,6 +113,7 @@ async function createEngine(
   // An undivided worker needs neither ZeroMQ nor a transport.
   const { TransferEngine } = await import('../transfer/engine.ts');
   const { device, kv, sendType, kvBufferSize, memPoolSize, ncclNumChannels, timeouts, limits, log } = config;
+  const { http, httpAnnounceHost, proxy } = config;
   return TransferEngine.create(
     {
       device,
@@ -127,6 +128,11 @@ async function createEngine(
       limits,
       fingerprint,
       log,
+      // A port that the system chooses is not known yet: HTTP listens once there is something to serve.
+      ...(http.port === 0
+        ? {}
+        : { httpAddress: formatHostPort({ host: httpAnnounceHost, port: http.port }) }),
+      ...(proxy && { proxyAddress: formatHostPort(proxy) }),
     },
     { metrics },
   );

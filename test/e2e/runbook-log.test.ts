@@ -1,0 +1,107 @@
+/** What readers of the runbook grep for, word for word, in the logs of real processes; and what a debug log lets them follow. */
+import { once } from 'node:events';
+import { type AddressInfo, createServer } from 'node:net';
+import { afterAll, beforeAll, expect, it } from 'vitest';
+import {
+  type ProxyHandle,
+  startProxy,
+  startWorker,
+  untilListed,
+  type WorkerHandle,
+} from '../support/cluster.ts';
+import type { LogLine } from '../support/process.ts';
+
+let proxy: ProxyHandle;
+let producer: WorkerHandle;
+let consumer: WorkerHandle;
+const ports = { producer: 0, consumer: 0 };
+let requestId = '';
+
+/** A port that is free now: the line under test tells the one that was asked for. */
+async function freePort(): Promise<number> {
+  const server = createServer().listen(0, '127.0.0.1');
+  await once(server, 'listening');
+  const { port } = server.address() as AddressInfo;
+  server.close();
+  await once(server, 'close');
+  return port;
+}
+
+beforeAll(async () => {
+  proxy = await startProxy();
+  ports.producer = await freePort();
+  ports.consumer = await freePort();
+  const args = ['--kv-load-failure', 'fail', '--nccl-num-channels', '16', '--log-level', 'debug', '--port'];
+  [producer, consumer] = await Promise.all([
+    startWorker('producer', proxy, [...args, String(ports.producer)]),
+    startWorker('consumer', proxy, [...args, String(ports.consumer)]),
+  ]);
+  await untilListed(proxy, 1, 1);
+  const response = await fetch(`${proxy.url}/v1/completions`, {
+    method: 'POST',
+    headers: { 'content-type': 'application/json' },
+    body: JSON.stringify({ prompt: 'Hello world', max_tokens: 3, temperature: 0 }),
+  });
+  expect(response.status).toBe(200);
+  const { id } = (await response.json()) as { id: string };
+  requestId = id.replace('cmpl-', '');
+  await consumer.program.line(/request done/);
+}, 60_000);
+
+afterAll(async () => {
+  for (const worker of [consumer, producer]) expect(await worker?.program.stop()).toBe(0);
+  expect(await proxy?.program.stop()).toBe(0);
+});
+
+it('the engine says what it is', () => {
+  for (const [worker, port] of [
+    [producer, ports.producer],
+    [consumer, ports.consumer],
+  ] as const) {
+    expect(worker.program.lines.map(({ msg }) => msg)).toContain(
+      `💯P2pNcclEngine init, rank:0, local_rank:0, http_address:127.0.0.1:${port}, zmq_address:${worker.kvAddress}, ` +
+        `proxy_address:${proxy.discovery}, send_type:PUT_ASYNC, buffer_size_threshold:1000000000.00, nccl_num_channels:16`,
+    );
+  }
+});
+
+it('both ends tell the pair, each from its side', async () => {
+  const [a, b] = [producer.kvAddress, consumer.kvAddress];
+  const messages = (worker: WorkerHandle) => worker.program.lines.map(({ msg }) => msg);
+  expect(messages(producer)).toContain(`🤝ncclCommInitRank Success, ${a}👉${b}, MyRank:0`);
+  expect(messages(consumer)).toContain(`🤝ncclCommInitRank Success, ${b}👈${a}, MyRank:1`);
+});
+
+it('the proxy tells whom it knows and which way a request goes', () => {
+  const messages = proxy.program.lines.map(({ msg }) => msg);
+  const p = `[HTTP:127.0.0.1:${ports.producer}, ZMQ:${producer.kvAddress}]`;
+  const c = `[HTTP:127.0.0.1:${ports.consumer}, ZMQ:${consumer.kvAddress}]`;
+  for (const instance of [p, c])
+    expect(messages.some((msg) => msg.startsWith(`🔵Add ${instance}`))).toBe(true);
+  expect(messages).toContain(`handle_request count: 1, ${p} 👉 ${c}`);
+  expect(messages).toContain(`Running on ${proxy.url}`);
+});
+
+it('a debug log follows each tensor on both ends', () => {
+  const transferId = `cmpl-${requestId}-0`;
+  const tensorId = `${transferId}#model.layers.0.self_attn.attn`;
+  const tensorLine = ({ tensorId: id, peer, shape, dtype, bufferUsed }: LogLine) =>
+    id === tensorId && peer && Array.isArray(shape) && dtype === 'float32' && typeof bufferUsed === 'number';
+  for (const [worker, words] of [
+    [producer, ['to send', 'gather', 'send', 'sent']],
+    [consumer, ['receive', 'received', 'scatter']],
+  ] as const) {
+    const { lines } = worker.program;
+    const full = lines.filter(tensorLine).map(({ msg }) => msg);
+    for (const word of words) expect(full).toContain(`${word} ${tensorId}`);
+    expect(lines.some(({ msg }) => msg === 'connector metadata built')).toBe(true);
+    expect(
+      lines.some(
+        (line) => line['transferId'] === transferId && `${line['requestId']}`.startsWith(transferId),
+      ),
+    );
+  }
+  const messages = (worker: WorkerHandle) => worker.program.lines.map(({ msg }) => msg);
+  expect(messages(producer)).toContain('layer saved');
+  expect(messages(consumer)).toContain('load started');
+});
