@@ -82,7 +82,10 @@ export class P2pWorkerConnector implements WorkerConnector {
 
   async waitForLayerLoad(layerName: string): Promise<void> {
     if (!this.#options.layers.some(({ name }) => name === layerName)) {
-      throw new PdError('INTERNAL', `there is no layer ${layerName} to wait for`);
+      throw new PdError(
+        'REQUEST_INVALID',
+        `there is no layer ${JSON.stringify(layerName)} to wait for; there are ${this.#options.layers.map(({ name }) => name).join(', ') || 'none'}`,
+      );
     }
     // The engine puts all layers of a request in place as one load, so each layer is there when all are.
     await Promise.all(this.#stepLoads);

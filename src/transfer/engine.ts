@@ -10,6 +10,7 @@ import { PdError, unreachable } from '../errors.ts';
 import type { HostPort } from '../net/address.ts';
 import { threadEntry } from '../thread-entry.ts';
 import type { TensorId, TransferId } from '../wire/ids.ts';
+import { checkLoad, checkSend } from './check-request.ts';
 import type { SendHandle, TransferEngineApi } from './engine-api.ts';
 import type { FromTransfer, ToTransfer, TransferInit } from './messages.ts';
 import type {
@@ -39,6 +40,8 @@ export interface TransferEngineExtras {
 /** Moves tensors and paged KV between peers. Dispose it: its thread keeps the process alive. */
 export class TransferEngine implements TransferEngineApi {
   readonly address: HostPort;
+  /** `host` or `cuda:N`. */
+  readonly #deviceName: string;
   readonly #worker: Worker;
   /** For views of pinned memory; host memory needs none. */
   readonly #device: Device | undefined;
@@ -49,6 +52,7 @@ export class TransferEngine implements TransferEngineApi {
   #disposed: Promise<void> | undefined;
 
   private constructor(worker: Worker, address: HostPort, device: Device | undefined) {
+    this.#deviceName = device?.name ?? 'host';
     this.#worker = worker;
     this.address = address;
     this.#device = device;
@@ -90,7 +94,11 @@ export class TransferEngine implements TransferEngineApi {
     // A caller may look at one of the two and leave the other.
     gathered.promise.catch(() => undefined);
     sent.promise.catch(() => undefined);
-    this.#ask((seq) => ({ type: 'send', seq, request }), {
+    const message = (seq: number): ToTransfer => {
+      checkSend(request, this.#deviceName);
+      return { type: 'send', seq, request };
+    };
+    this.#ask(message, {
       kind: 'send',
       gathered: () => gathered.resolve(),
       sent: (bytes) => {
@@ -116,9 +124,11 @@ export class TransferEngine implements TransferEngineApi {
   }
 
   load(request: LoadRequest): Promise<LoadResult> {
-    return new Promise((resolve, reject) =>
-      this.#ask((seq) => ({ type: 'load', seq, request }), { kind: 'load', resolve, reject }),
-    );
+    const message = (seq: number): ToTransfer => {
+      checkLoad(request, this.#deviceName);
+      return { type: 'load', seq, request };
+    };
+    return new Promise((resolve, reject) => this.#ask(message, { kind: 'load', resolve, reject }));
   }
 
   cancelLoad(requestId: string): void {
@@ -179,9 +189,9 @@ export class TransferEngine implements TransferEngineApi {
     try {
       this.#worker.postMessage(message(seq));
     } catch (error) {
-      // What cannot be cloned is the caller's mistake, and its alone.
+      // What is wrong with it, or cannot be cloned, is the caller's mistake, and its alone.
       this.#pending.delete(seq);
-      pending.reject(PdError.from(error));
+      pending.reject(PdError.from(error, 'REQUEST_INVALID'));
     }
   }
 
