@@ -157,7 +157,7 @@ for (const sendType of SEND_TYPES) {
   const options = {
     sendType,
     fingerprint: FINGERPRINT,
-    timeouts: { load: 1_000 },
+    timeouts: { load: 2_000 },
     log: { level: 'error' },
   } as const;
   await using sending = await TransferEngine.create(options);

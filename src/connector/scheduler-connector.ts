@@ -30,6 +30,7 @@ interface Transfer {
   stage: TransferStage;
 }
 
+/** One per scheduler. It keeps what it must know of a request until `requestFinished`, which must come for every request. */
 export class P2pSchedulerConnector implements SchedulerConnector {
   readonly #role: KvRole;
   readonly #blockSize: number;
