@@ -1,6 +1,6 @@
 /** pd-proxy: options, signals, exit. */
 import { Command } from 'commander';
-import { duration, oneOf, port, text } from '../config/kinds.ts';
+import { addressRange, duration, listOf, oneOf, port, text } from '../config/kinds.ts';
 import { addOptions, defineOptions, option, resolveOptions } from '../config/options.ts';
 import type { ProxyConfig } from '../config/worker-config.ts';
 import { PdProxy } from '../proxy/proxy.ts';
@@ -15,6 +15,11 @@ export const PROXY_OPTIONS = defineOptions({
     defaultText: 'that of --host',
   }),
   discoveryPort: option({ kind: port(), help: 'port that instances ping (ZeroMQ)', default: 30_002 }),
+  allowInstances: option({
+    kind: listOf(addressRange()),
+    help: 'whose pings are taken: addresses, or ranges such as 10.0.0.0/8',
+    defaultText: "everyone's",
+  }),
   instanceTimeout: option({
     kind: duration(10),
     help: 'an instance whose last ping is older is removed',
@@ -63,6 +68,7 @@ export function proxyConfig(argv: readonly string[], env: NodeJS.ProcessEnv): Pr
   return {
     http: { host: values.host, port: values.port },
     discovery: { host: values.discoveryHost ?? values.host, port: values.discoveryPort },
+    ...(values.allowInstances === undefined ? {} : { allowInstances: values.allowInstances }),
     instanceTimeoutMs: values.instanceTimeout,
     prefillTimeoutMs: values.prefillTimeout,
     decodeIdleTimeoutMs: values.decodeIdleTimeout,

@@ -1,6 +1,7 @@
 /** pd-worker: options, signals, exit. */
 import { Command } from 'commander';
 import { addOptions } from '../config/options.ts';
+import { resolveHosts } from '../config/resolve-hosts.ts';
 import { resolveWorkerConfig } from '../config/resolve-worker.ts';
 import { WORKER_OPTIONS } from '../config/worker-options.ts';
 import { demoModelDir } from '../model/demo.ts';
@@ -31,12 +32,14 @@ export function workerCommand(): Command {
 /** Runs until SIGTERM or SIGINT; a second signal ends at once. Exit status 1 where the worker could not start or go on. */
 export async function main(argv: readonly string[] = process.argv.slice(2)): Promise<void> {
   const command = workerCommand().parse(argv, { from: 'user' });
-  const { config, warnings } = resolveWorkerConfig(command, {
+  const { config: given, warnings } = resolveWorkerConfig(command, {
     env: process.env,
     demoModelDir,
   });
-  const log = createLogger(config.log, 'main');
+  const log = createLogger(given.log, 'main');
   for (const warning of warnings) log.warn(warning);
+  const { config, lines } = await resolveHosts(given);
+  for (const line of lines) log.info(line);
 
   // A signal that comes while the model loads ends at once: nothing is being served.
   const early = () => process.exit(0);

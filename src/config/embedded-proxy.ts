@@ -8,6 +8,7 @@ import {
   logOptions,
   milliseconds,
   QUIET_LOG,
+  ranges,
   withoutUndefined,
 } from './input.ts';
 import type { ProxyConfig } from './worker-config.ts';
@@ -26,12 +27,13 @@ const LOOPBACK = { host: '127.0.0.1', port: 0 };
 const INPUT = z.strictObject({
   http: address.default(LOOPBACK),
   discovery: address.default(LOOPBACK),
+  allowInstances: ranges.optional(),
   instanceTimeoutMs: milliseconds.min(10).default(10_000),
   prefillTimeoutMs: milliseconds.min(1).default(600_000),
   decodeIdleTimeoutMs: milliseconds.min(1).default(600_000),
   drainTimeoutMs: milliseconds.default(30_000),
   log: logOptions.optional(),
-});
+} satisfies Record<keyof ProxyConfigInput, z.ZodType>);
 
 /**
  * A complete proxy configuration from a few fields. Defaults are those of `pd-proxy --help`, but for what it binds (loopback, any free

@@ -1,9 +1,10 @@
 /** Configuration of a worker that another program starts: what `pd-worker` takes from its flags, with defaults that need nothing. */
 import { z } from 'zod';
+import { WIRE_LAYOUTS } from '../kv/families.ts';
 import { demoModelDir } from '../model/demo.ts';
 import { asDestination } from '../net/address.ts';
 import type { LogOptions, TransferLimits, TransferTimeouts } from '../transfer/types.ts';
-import { SEND_TYPES } from '../transfer/types.ts';
+import { KV_KEYS, SEND_TYPES } from '../transfer/types.ts';
 import {
   type Address,
   address,
@@ -16,6 +17,7 @@ import {
   milliseconds,
   name,
   QUIET_LOG,
+  ranges,
   transferLimits,
   transferTimeouts,
   withoutUndefined,
@@ -64,6 +66,10 @@ const INPUT = z.strictObject({
   kvBufferSize: bytes.optional(),
   memPoolSize: bytes.optional(),
   ncclNumChannels: z.int().min(1).max(64).optional(),
+  wireLayout: z.enum(WIRE_LAYOUTS).optional(),
+  kvKey: z.enum(KV_KEYS).optional(),
+  allowPeers: ranges.optional(),
+  debugState: z.enum(['loopback', 'anyone']).optional(),
   loadFailure: z.enum(['recompute', 'fail']).optional(),
   maxNumSeqs: count.optional(),
   maxNumBatchedTokens: count.optional(),
@@ -77,7 +83,7 @@ const INPUT = z.strictObject({
   drainTimeoutMs: milliseconds.optional(),
   pingIntervalMs: milliseconds.min(10).optional(),
   log: logOptions.optional(),
-});
+} satisfies Record<keyof WorkerConfigInput, z.ZodType>);
 
 /**
  * A complete worker configuration from a few fields. Defaults are those of `pd-worker --help` (role `both`, the bundled demo model as

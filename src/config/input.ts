@@ -2,6 +2,7 @@
 import { z } from 'zod';
 import { PdError } from '../errors.ts';
 import { type HostPort, isUnspecified, parseHostPort } from '../net/address.ts';
+import { AllowList } from '../net/allow-list.ts';
 import { localAddress } from '../net/local.ts';
 import type { LogOptions, TransferLimits, TransferTimeouts } from '../transfer/types.ts';
 
@@ -32,6 +33,13 @@ export const device = z
   .string()
   .regex(/^(host|cuda(:\d{1,3})?)$/, 'expected host or cuda:N')
   .transform((name) => (name === 'cuda' ? 'cuda:0' : name));
+
+/** IP addresses and CIDR ranges. */
+export const ranges = z.array(
+  z
+    .string()
+    .refine((text) => isRange(text), { error: 'expected an IP address or a range such as 10.0.0.0/8' }),
+);
 
 export const name = z.string().min(1);
 export const bytes = z.int().min(0);
@@ -69,6 +77,15 @@ export const QUIET_LOG: LogOptions = { level: 'warn', format: 'auto' };
 /** What others are told for a host that is bound: for every interface this machine's address, or PD_HOST_IP; else what is bound. */
 export function hostForOthers(bound: string): string {
   return isUnspecified(bound) ? localAddress(bound.includes(':') ? 6 : 4) : bound;
+}
+
+function isRange(text: string): boolean {
+  try {
+    AllowList.parse([text]);
+    return text.trim() !== '';
+  } catch {
+    return false;
+  }
 }
 
 /** The checked fields, those left out or undefined not among them. Throws CONFIG_INVALID that names `what` and the field. */

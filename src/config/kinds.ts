@@ -4,6 +4,7 @@
  */
 import { z } from 'zod';
 import { type HostPort, parseHostPort } from '../net/address.ts';
+import { AllowList } from '../net/allow-list.ts';
 
 export interface Kind<T> {
   /** Text, number, boolean or list in; the validated value out. */
@@ -81,6 +82,18 @@ export function hostPort(): Kind<HostPort> {
     },
     (value) => `${value.host}:${value.port}`,
   );
+}
+
+/** An IP address or CIDR range, kept as text. */
+export function addressRange(): Kind<string> {
+  return parsed('cidr', 'an IP address or a range such as 10.0.0.0/8 or fd00::/8', (value) => {
+    try {
+      AllowList.parse([value]);
+      return value === '' ? undefined : value;
+    } catch {
+      return undefined;
+    }
+  });
 }
 
 /** `host`, or `cuda:N`; `cuda` alone is the first. */

@@ -4,8 +4,9 @@ import { join, resolve } from 'node:path';
 import type { Command } from 'commander';
 import { PdError } from '../errors.ts';
 import { asDestination, type HostPort } from '../net/address.ts';
-import { announceHost, type LocalOptions, localAddress } from '../net/local.ts';
+import { announceHost, defaultAddress, type LocalOptions } from '../net/local.ts';
 import { DEFAULT_LIMITS } from '../transfer/types.ts';
+import { checkAnnounced } from './announced.ts';
 import { addOptions, type OptionLayer, resolveOptions } from './options.ts';
 import { checkKvRank, parseVllmKvConfig, type VllmKvConfig } from './vllm-json.ts';
 import type { WorkerConfig, WorkerRole } from './worker-config.ts';
@@ -56,7 +57,8 @@ export function resolveWorkerConfig(command: Command, outside: WorkerEnvironment
     }
     checkKvRank(vllm, values.role);
   }
-  return { config: toWorkerConfig(values, outside), warnings: vllm?.warnings ?? [] };
+  const config = toWorkerConfig(values, outside);
+  return { config, warnings: [...(vllm?.warnings ?? []), ...checkAnnounced(config, outside)] };
 }
 
 /** The second half of `resolveWorkerConfig`: validated options into the config. */
@@ -70,7 +72,7 @@ export function toWorkerConfig(options: WorkerOptions, outside: WorkerEnvironmen
   const http: HostPort = { host: options.host, port: options.port ?? HTTP_PORTS[options.role] };
   // Not every interface: the address told to peers is the one bound, so a firewall rule or a second network shows at once.
   // PD_HOST_IP is an address for others: the machine itself may not have it, so it is never bound.
-  const kvHost = options.kvHost ?? localAddress(4, { ...outside, env: {} });
+  const kvHost = options.kvHost ?? defaultAddress(outside);
   const kvAnnounceHost = options.kvAnnounceHost ?? announceHost(kvHost, outside);
   const httpAnnounceHost = options.httpAnnounceHost ?? announceHost(http.host, outside);
   const modelDir = options.model === undefined ? outside.demoModelDir() : resolve(options.model);
@@ -95,6 +97,14 @@ export function toWorkerConfig(options: WorkerOptions, outside: WorkerEnvironmen
     kvBufferSize: options.kvBufferSize,
     memPoolSize: Math.round(options.memPoolSizeGb * 2 ** 30),
     ncclNumChannels: options.ncclNumChannels,
+    wireLayout: options.wireLayout,
+    kvKey: options.kvKey,
+    ...(options.allowPeers === undefined ? {} : { allowPeers: options.allowPeers }),
+    ...(options.debugStateRemote
+      ? { debugState: 'anyone' as const }
+      : options.debugState
+        ? { debugState: 'loopback' as const }
+        : {}),
     loadFailure: options.kvLoadFailure,
     maxNumSeqs: options.maxNumSeqs ?? (executor === 'cuda' ? 256 : 32),
     maxNumBatchedTokens: options.maxNumBatchedTokens ?? (executor === 'cuda' ? 8_192 : 512),

@@ -1,9 +1,11 @@
 /** Options of a transfer engine that is embedded: what a worker takes from its flags, with defaults that need nothing. */
 import { z } from 'zod';
+import { WIRE_LAYOUTS } from '../kv/families.ts';
 import {
   DEFAULT_LIMITS,
   DEFAULT_TIMEOUTS,
   type Fingerprint,
+  KV_KEYS,
   type LogOptions,
   SEND_TYPES,
   type TransferLimits,
@@ -20,6 +22,7 @@ import {
   logOptions,
   name,
   QUIET_LOG,
+  ranges,
   transferLimits,
   transferTimeouts,
   withoutUndefined,
@@ -44,13 +47,16 @@ const INPUT = z.strictObject({
   kvBufferSize: bytes.default(1e9),
   memPoolSize: bytes.default(32 * 2 ** 30),
   ncclNumChannels: z.int().min(1).max(64).default(8),
+  wireLayout: z.enum(WIRE_LAYOUTS).optional(),
+  kvKey: z.enum(KV_KEYS).optional(),
+  allowPeers: ranges.optional(),
   timeouts: transferTimeouts.optional(),
   limits: transferLimits.optional(),
   fingerprint: z.custom<Fingerprint>(isFingerprint, 'expected what fingerprint() makes').optional(),
   log: logOptions.optional(),
   httpAddress: name.optional(),
   proxyAddress: name.optional(),
-});
+} satisfies Record<keyof TransferOptionsInput, z.ZodType>);
 
 /**
  * Complete options from a few. Defaults: host memory, loopback and any free port, PUT_ASYNC, 1e9 bytes of device memory for KV and up to

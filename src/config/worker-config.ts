@@ -1,9 +1,13 @@
 /** One validated shape for a worker: what flags, environment, config file and vLLM's JSON become. Plain data: it crosses threads. */
+import type { WireLayout } from '../kv/families.ts';
 import type { HostPort } from '../net/address.ts';
-import type { LogOptions, SendType, TransferLimits, TransferTimeouts } from '../transfer/types.ts';
+import type { KvKey, LogOptions, SendType, TransferLimits, TransferTimeouts } from '../transfer/types.ts';
 
 export type WorkerRole = 'producer' | 'consumer' | 'both';
 export type LoadFailurePolicy = 'recompute' | 'fail';
+
+/** `loopback`: clients on this machine. */
+export type DebugAudience = 'loopback' | 'anyone';
 
 export interface WorkerConfig {
   /** `both` is an undivided worker: no transfer engine, no ping. */
@@ -26,6 +30,14 @@ export interface WorkerConfig {
   readonly kvBufferSize: number;
   readonly memPoolSize: number;
   readonly ncclNumChannels: number;
+  /** Family of tensors towards peers that are not ours. Absent: `kv-first`. */
+  readonly wireLayout?: WireLayout;
+  /** What KV is known by. Absent: `transfer`. */
+  readonly kvKey?: KvKey;
+  /** Addresses and CIDR ranges that may talk to the KV listener. Absent: everyone. */
+  readonly allowPeers?: readonly string[];
+  /** Who may read GET /debug/state. Absent: nobody. */
+  readonly debugState?: DebugAudience;
   readonly loadFailure: LoadFailurePolicy;
   readonly maxNumSeqs: number;
   readonly maxNumBatchedTokens: number;
@@ -47,6 +59,8 @@ export interface WorkerConfig {
 export interface ProxyConfig {
   readonly http: HostPort;
   readonly discovery: HostPort;
+  /** Addresses and CIDR ranges whose pings are taken. Absent: everyone's. */
+  readonly allowInstances?: readonly string[];
   /** An instance whose last ping is older than this is removed. */
   readonly instanceTimeoutMs: number;
   /** For the prefill request, headers to end of body. */

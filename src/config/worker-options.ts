@@ -1,6 +1,15 @@
 /** The options of `pd-worker`: one table for flags, environment and config file. */
-import { DEFAULT_TIMEOUTS, type LogLevel, SEND_TYPES, type SendType } from '../transfer/types.ts';
+import { WIRE_LAYOUTS, type WireLayout } from '../kv/families.ts';
 import {
+  DEFAULT_TIMEOUTS,
+  KV_KEYS,
+  type KvKey,
+  type LogLevel,
+  SEND_TYPES,
+  type SendType,
+} from '../transfer/types.ts';
+import {
+  addressRange,
   bytes,
   device,
   duration,
@@ -81,6 +90,19 @@ export const WORKER_OPTIONS = defineOptions({
     defaultText: "PD_HOST_IP, or the one bound, or this machine's address",
   }),
 
+  debugState: option({
+    kind: toggle(),
+    group: SERVER,
+    help: 'answer GET /debug/state to clients on this machine',
+    default: false,
+  }),
+  debugStateRemote: option({
+    kind: toggle(),
+    group: SERVER,
+    help: 'and to any client',
+    default: false,
+  }),
+
   kvHost: option({
     kind: text('host'),
     group: KV,
@@ -136,6 +158,24 @@ export const WORKER_OPTIONS = defineOptions({
     help: 'leave the random suffix off engine request ids',
     default: true,
     defaultText: 'suffix on, as vLLM from 0.14',
+  }),
+  kvKey: option({
+    kind: oneOf(KV_KEYS),
+    group: KV,
+    help: 'what KV is known by: the id that both ends share, or the full engine id as in vLLM',
+    default: 'transfer' as KvKey,
+  }),
+  wireLayout: option({
+    kind: oneOf(WIRE_LAYOUTS),
+    group: KV,
+    help: 'family of tensors that vLLM peers get, and take two blocks for',
+    default: 'kv-first' as WireLayout,
+  }),
+  allowPeers: option({
+    kind: listOf(addressRange()),
+    group: KV,
+    help: 'who may talk to the KV listener: addresses, or ranges such as 10.0.0.0/8',
+    defaultText: 'everyone',
   }),
   kvTransferConfig: option({ kind: json(), group: KV, help: "vLLM's JSON, as it is" }),
 

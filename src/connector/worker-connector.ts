@@ -7,8 +7,8 @@ import { formatHostPort, type HostPort } from '../net/address.ts';
 import { createLogger, type Logger } from '../observability/log.ts';
 import type { MetricsPage } from '../observability/metrics.ts';
 import type { TransferEngineApi } from '../transfer/engine-api.ts';
-import type { SendType } from '../transfer/types.ts';
-import { type EngineRequestId, tensorIdOf, transferIdOf } from '../wire/ids.ts';
+import type { KvKey, SendType } from '../transfer/types.ts';
+import { type EngineRequestId, keyOf, type TransferId, tensorIdOf } from '../wire/ids.ts';
 import type { LoadOutcome, WorkerConnector } from './connector.ts';
 import type { ConnectorMetadata, LoadMeta, SaveMeta } from './metadata.ts';
 import type { KvRole } from './scheduler-connector.ts';
@@ -25,6 +25,8 @@ export interface P2pWorkerConnectorOptions {
   readonly engine: TransferEngineApi;
   readonly role: KvRole;
   readonly sendType: SendType;
+  /** What KV is known by; the engine must have the same. Absent: `transfer`. */
+  readonly kvKey?: KvKey;
   /** Own rank: peers are reached at the port in the request id + rank. */
   readonly rank: number;
   /** Every layer of the model: what a load fills. */
@@ -37,6 +39,7 @@ export interface P2pWorkerConnectorOptions {
 
 type FailedSave = { readonly requestId: EngineRequestId; readonly error: ErrorData };
 
+/** One per paged cache, beside the model that writes it. It does not own the engine: dispose that yourself, after the last step. */
 export class P2pWorkerConnector implements WorkerConnector {
   readonly #options: P2pWorkerConnectorOptions;
   readonly #log: Logger;
@@ -116,14 +119,16 @@ export class P2pWorkerConnector implements WorkerConnector {
   requestFinished(requestId: EngineRequestId, aborted = false): void {
     // A producer is through when its part is kept or on its way; the consumer comes for it later. After an abort nobody comes.
     const keepSends = this.#options.role === 'producer' && !aborted;
-    this.#options.engine.finish(transferIdOf(requestId), { keepSends });
+    this.#options.engine.finish(this.#key(requestId), { keepSends });
   }
 
   #startLoad(load: LoadMeta): Promise<void> {
     const { engine, layers } = this.#options;
-    const { requestId, transferId, blockIds, skipBlocks, numTokens } = load;
+    const { requestId, blockIds, skipBlocks, numTokens } = load;
+    const transferId = this.#key(requestId);
     const peer = this.#ownRankOf(load.peer);
     const [first] = layers;
+    const blockSize = first?.cache.layout.blockSize ?? 0;
     this.#log.debug(
       {
         requestId,
@@ -145,6 +150,8 @@ export class P2pWorkerConnector implements WorkerConnector {
       layers: layers.map(({ name, cache }) => ({ name, target: cache })),
       blockIds: Int32Array.from(blockIds),
       skipBlocks,
+      // What the local cache has is whole blocks.
+      numTokens: skipBlocks * blockSize + numTokens,
     };
     // In an async function, so that what `load` throws ends this load like what it rejects with.
     const ended = (async () => engine.load(request))().then(
@@ -166,7 +173,8 @@ export class P2pWorkerConnector implements WorkerConnector {
 
   #saveLayer(save: SaveMeta, layerName: string, layer: PagedLayer, ready?: EventRef): void {
     const { engine, sendType, trace } = this.#options;
-    const { requestId, transferId } = save;
+    const { requestId } = save;
+    const transferId = this.#key(requestId);
     const tensorId = tensorIdOf(transferId, layerName);
     const shape = wireShape(layer.layout, save.blockIds.length);
     const peer = sendType === 'GET' ? undefined : this.#ownRankOf(save.peer);
@@ -178,6 +186,7 @@ export class P2pWorkerConnector implements WorkerConnector {
       shape,
       dtype: layer.layout.dtype,
       source: { kind: 'blocks', layer, blockIds: Int32Array.from(save.blockIds) },
+      numTokens: save.numTokens,
       ...(ready && { ready }),
       ...(peer && { peer }),
     });
@@ -229,6 +238,10 @@ export class P2pWorkerConnector implements WorkerConnector {
       { requestId, transferId, peer: formatHostPort(save.peer), code: error.code },
       `KV of request ${requestId} could not be sent: ${error.message}`,
     );
+  }
+
+  #key(requestId: EngineRequestId): TransferId {
+    return keyOf(requestId, this.#options.kvKey);
   }
 
   #ownRankOf(rank0: HostPort): HostPort {

@@ -36,6 +36,12 @@ export function isUnspecified(host: string): boolean {
   return host === '0.0.0.0' || host === '::' || (isIP(host) === 6 && /^[0:]+$/.test(host));
 }
 
+/** `127.0.0.0/8` and `::1`, also as v4-mapped. */
+export function isLoopback(host: string): boolean {
+  const plain = host.replace(/^::ffff:(?=\d+\.)/i, '');
+  return isIP(plain) === 4 ? plain.startsWith('127.') : /^(0*:)*0*1$/.test(plain) && isIPv6(plain);
+}
+
 /** The destination that an unspecified address stands for: `0.0.0.0` and `::` become loopback of their family. */
 export function asDestination(address: HostPort): HostPort {
   if (!isUnspecified(address.host)) return address;

@@ -1,9 +1,10 @@
 /** Which address of this machine to tell others. */
 import { lookup } from 'node:dns/promises';
-import { isIP, isIPv6 } from 'node:net';
+import { isIP, isIPv4, isIPv6 } from 'node:net';
 import { networkInterfaces } from 'node:os';
 import { PdError } from '../errors.ts';
-import { isUnspecified } from './address.ts';
+import { isLoopback, isUnspecified } from './address.ts';
+import { plainAddress } from './allow-list.ts';
 
 export type Family = 4 | 6;
 
@@ -30,10 +31,35 @@ export function localAddress(family: Family, options: LocalOptions = {}): string
   return found?.address ?? (family === 6 ? '::1' : '127.0.0.1');
 }
 
+/**
+ * What to bind where nothing was said: this machine's IPv4 address that others may reach; where it has none its IPv6 address; where it
+ * has neither, loopback of a family that is there.
+ */
+export function defaultAddress(options: LocalOptions = {}): string {
+  const plain = { ...options, env: {} };
+  const found = [localAddress(4, plain), localAddress(6, plain)].find((address) => !isLoopback(address));
+  if (found !== undefined) return found;
+  const own = ownAddresses(options);
+  return own.length > 0 && !own.some((address) => isIPv4(address)) ? '::1' : '127.0.0.1';
+}
+
+/** Every address of this machine; those of IPv6 links with their zone. */
+export function ownAddresses(options: LocalOptions = {}): string[] {
+  return Object.entries(options.interfaces ?? networkInterfaces()).flatMap(([name, list]) =>
+    (list ?? []).map(({ address }) => (/^fe[89ab]/i.test(address) ? `${address}%${name}` : address)),
+  );
+}
+
+/** Whether a destination is this machine: loopback, unspecified, or an address of its own. */
+export function isThisHost(host: string, options: LocalOptions = {}): boolean {
+  return isLoopback(host) || isUnspecified(host) || ownAddresses(options).includes(plainAddress(host));
+}
+
 /** The host to tell others for one that is bound: itself, or for `0.0.0.0` and `::` the machine's own address of that family. */
 export function announceHost(bindHost: string, options: LocalOptions = {}): string {
   const told = (options.env ?? process.env)['PD_HOST_IP'];
-  if (!told && !isUnspecified(bindHost)) return bindHost;
+  // A v4-mapped address is the IPv4 address that it is: ids and URLs carry that.
+  if (!told && !isUnspecified(bindHost)) return plainAddress(bindHost);
   return localAddress(isIPv6(bindHost) ? 6 : 4, options);
 }
 

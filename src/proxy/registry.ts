@@ -231,9 +231,10 @@ export function instanceLabel(instance: Pick<Instance, 'httpAddress' | 'zmqAddre
   return `[HTTP:${instance.httpAddress}, ZMQ:${instance.zmqAddress}]`;
 }
 
-/** Base URL of an instance's HTTP server. */
+/** Base URL of an instance's HTTP server, without a zone id, which URLs have no place for (see Upstream). */
 export function instanceUrl(instance: Instance): string {
-  return `http://${formatHostPort(instance.http)}`;
+  const { host, port } = instance.http;
+  return `http://${formatHostPort({ host: host.replace(/%.*$/, ''), port })}`;
 }
 
 function sameAnnouncement(a: Announcement, b: Announcement): boolean {

@@ -1,6 +1,6 @@
 /** HTTP towards the instances: a connection pool each, and one way to read how a connection failed. */
 import type { IncomingHttpHeaders } from 'node:http';
-import { Agent, type Dispatcher } from 'undici';
+import { Agent, buildConnector, type Dispatcher } from 'undici';
 import { PdError } from '../errors.ts';
 import { type Instance, instanceLabel, instanceUrl } from './registry.ts';
 
@@ -62,15 +62,9 @@ export interface Ask {
 }
 
 export class Upstream {
-  readonly #agent = new Agent({
-    connect: { timeout: CONNECT_TIMEOUT_MS },
-    pipelining: 1,
-    // Idle time between two chunks is bounded where the body is read: undici's own bound counts from another moment.
-    bodyTimeout: 0,
-    // Shorter than the 5 s after which vLLM's server closes an idle connection.
-    keepAliveTimeout: 3_000,
-    keepAliveMaxTimeout: 30_000,
-  });
+  readonly #agent = agentTo();
+  /** By host: URLs carry no zone id, so that instances on an IPv6 link are connected to by an agent of their own. */
+  readonly #zoned = new Map<string, Agent>();
 
   /**
    * Resolves with status, headers and an unread body. Throws InstanceRefused, UPSTREAM_TIMEOUT, or the signal's reason once that is
@@ -79,7 +73,7 @@ export class Upstream {
   async ask(ask: Ask): Promise<UpstreamResponse> {
     const { instance, what, headersTimeoutMs, signal } = ask;
     try {
-      return await this.#agent.request({
+      return await this.#agentOf(instance).request({
         origin: instanceUrl(instance),
         path: ask.path,
         method: ask.body === undefined ? 'GET' : 'POST',
@@ -107,8 +101,32 @@ export class Upstream {
 
   /** Breaks what is still under way. */
   async close(): Promise<void> {
-    await this.#agent.destroy();
+    await Promise.all([this.#agent, ...this.#zoned.values()].map((agent) => agent.destroy()));
   }
+
+  #agentOf({ http: { host } }: Instance): Agent {
+    if (!host.includes('%')) return this.#agent;
+    const known = this.#zoned.get(host);
+    if (known) return known;
+    const agent = agentTo(host);
+    this.#zoned.set(host, agent);
+    return agent;
+  }
+}
+
+/** `host`: where to connect to, whatever the URL says. */
+function agentTo(host?: string): Agent {
+  const connector = buildConnector({ timeout: CONNECT_TIMEOUT_MS });
+  return new Agent({
+    connect: (options, done) =>
+      connector(host === undefined ? options : { ...options, hostname: host }, done),
+    pipelining: 1,
+    // Idle time between two chunks is bounded where the body is read: undici's own bound counts from another moment.
+    bodyTimeout: 0,
+    // Shorter than the 5 s after which vLLM's server closes an idle connection.
+    keepAliveTimeout: 3_000,
+    keepAliveMaxTimeout: 30_000,
+  });
 }
 
 export function timeoutError(instance: Instance, what: string, ms: number, name: string): PdError {

@@ -1,6 +1,7 @@
 /** What the transfer engine is told and what it answers. Plain data: all of it crosses between threads. */
 import type { EventRef, MemoryRef, PagedLayer } from '../device/device.ts';
 import type { ErrorData } from '../errors.ts';
+import type { WireLayout } from '../kv/families.ts';
 import type { HostPort } from '../net/address.ts';
 import type { Dtype } from '../wire/dtype.ts';
 import type { TensorId, TransferId } from '../wire/ids.ts';
@@ -11,6 +12,13 @@ export const SEND_TYPES = ['PUT', 'PUT_ASYNC', 'GET'] as const;
  * keeps, the consumer asks. Both ends must agree.
  */
 export type SendType = (typeof SEND_TYPES)[number];
+
+export const KV_KEYS = ['transfer', 'engine'] as const;
+/**
+ * What KV is known by. `transfer`: the request id without its random suffix, the same on both ends. `engine`: the full id, as vLLM does;
+ * it matches only where neither end randomizes.
+ */
+export type KvKey = (typeof KV_KEYS)[number];
 
 /** What identifies the model and its KV to a peer. Unequal digests never exchange KV; the fields say why. */
 export interface Fingerprint {
@@ -95,6 +103,15 @@ export interface TransferOptions {
   /** Most bytes of host memory past the threshold; grows on demand. */
   readonly memPoolSize: number;
   readonly ncclNumChannels: number;
+  /**
+   * The family in which blocks are sent to peers that are not ours, and that a tensor of two blocks from such a peer is taken for.
+   * Absent: `kv-first`. Between ours it is always `kv-first` (or `mla`).
+   */
+  readonly wireLayout?: WireLayout;
+  /** Absent: `transfer`. */
+  readonly kvKey?: KvKey;
+  /** Addresses and CIDR ranges that may talk to this engine. Absent: everyone. */
+  readonly allowPeers?: readonly string[];
   readonly timeouts: TransferTimeouts;
   readonly limits: TransferLimits;
   /** Absent for an engine that exchanges tensors of any model (embedding): no fingerprint is compared. */
@@ -117,6 +134,8 @@ export interface SendRequest {
   readonly source: SendSource;
   /** The work that produces the source; the gather waits for it. */
   readonly ready?: EventRef;
+  /** Tokens that the blocks hold, for families without blocks. Absent: all that fit. */
+  readonly numTokens?: number;
   /** ZMQ address of the peer's same rank. Absent in GET: whoever asks gets it. */
   readonly peer?: HostPort;
 }
@@ -141,6 +160,8 @@ export interface LoadRequest {
   readonly blockIds: Int32Array;
   /** Leading blocks that the consumer already has. */
   readonly skipBlocks: number;
+  /** Tokens from the first that the KV must cover: a tensor with room for fewer does not fit. Absent: all that fit into the blocks. */
+  readonly numTokens?: number;
   /** Overrides `timeouts.load`. */
   readonly timeoutMs?: number;
 }

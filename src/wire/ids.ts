@@ -29,6 +29,14 @@ export function transferIdOf(engineId: string): TransferId {
   return (match && match.index > 0 ? engineId.slice(0, match.index) : engineId) as TransferId;
 }
 
+/**
+ * What the KV of a request is known by: its transfer id, or, where everything is keyed as vLLM does, the full id. The brand is the same:
+ * to the transfer engine it is the key.
+ */
+export function keyOf(requestId: EngineRequestId, kvKey: 'transfer' | 'engine' = 'transfer'): TransferId {
+  return kvKey === 'engine' ? (requestId as string as TransferId) : transferIdOf(requestId);
+}
+
 export function engineRequestId(serverId: string, suffix?: string): EngineRequestId {
   return (suffix === undefined ? serverId : `${serverId}-${suffix}`) as EngineRequestId;
 }

@@ -84,6 +84,7 @@ function createLoop(init: CoreInit, parts: LoopParts): CoreLoop {
     new P2pWorkerConnector({
       ...split,
       sendType: config.sendType,
+      ...(config.kvKey && { kvKey: config.kvKey }),
       rank: config.kv.rank,
       layers: executor.layers,
       log,
@@ -113,7 +114,7 @@ async function createEngine(
   // An undivided worker needs neither ZeroMQ nor a transport.
   const { TransferEngine } = await import('../transfer/engine.ts');
   const { device, kv, sendType, kvBufferSize, memPoolSize, ncclNumChannels, timeouts, limits, log } = config;
-  const { http, httpAnnounceHost, proxy } = config;
+  const { http, httpAnnounceHost, proxy, wireLayout, kvKey, allowPeers } = config;
   return TransferEngine.create(
     {
       device,
@@ -124,6 +125,9 @@ async function createEngine(
       kvBufferSize,
       memPoolSize,
       ncclNumChannels,
+      ...(wireLayout && { wireLayout }),
+      ...(kvKey && { kvKey }),
+      ...(allowPeers && { allowPeers }),
       timeouts,
       limits,
       fingerprint,

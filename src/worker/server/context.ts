@@ -8,7 +8,10 @@ import type { InFlight } from './in-flight.ts';
 import type { TextModel } from './text.ts';
 
 export interface ServerContext {
-  readonly config: Pick<WorkerConfig, 'servedModelNames' | 'randomizeRequestIds' | 'role' | 'maxNumSeqs'>;
+  readonly config: Pick<
+    WorkerConfig,
+    'servedModelNames' | 'randomizeRequestIds' | 'role' | 'maxNumSeqs' | 'debugState'
+  >;
   readonly core: Pick<CoreClient, 'generate' | 'info' | 'state'>;
   readonly model: TextModel;
   readonly inFlight: InFlight;

@@ -1,6 +1,7 @@
 /** The HTTP server of a worker: OpenAI's API, and what operators look at. */
 import fastify, { type FastifyError, type FastifyInstance } from 'fastify';
 import { PdError } from '../../errors.ts';
+import { isLoopback } from '../../net/address.ts';
 import { createRegistry } from '../../observability/registry.ts';
 import { openAiError } from '../../proxy/errors.ts';
 import { postChatCompletions } from './chat.ts';
@@ -60,7 +61,16 @@ export function createServer(context: ServerContext): FastifyInstance {
     if (context.inFlight.draining) reply.status(503);
     return { status: context.inFlight.draining ? 'draining' : 'ok', role: config.role };
   });
-  server.get('/debug/state', async () => ({ requests: context.inFlight.size, core: await core.state() }));
+  if (config.debugState !== undefined) {
+    server.get('/debug/state', async (request, reply) => {
+      // It tells ids and addresses of other people's requests.
+      if (config.debugState === 'loopback' && !isLoopback(request.socket.remoteAddress ?? '')) {
+        const text = '/debug/state is for clients on this machine (--debug-state-remote: for all)';
+        return reply.status(403).send(openAiError(new PdError('REQUEST_INVALID', text)));
+      }
+      return { role: config.role, requests: context.inFlight.size, core: await core.state() };
+    });
+  }
   server.get('/version', async () => ({ version: context.version }));
   server.get('/metrics', async (_request, reply) => {
     reply.header('content-type', registry.contentType);

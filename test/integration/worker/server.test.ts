@@ -3,6 +3,7 @@ import { request as httpRequest } from 'node:http';
 import type { AddressInfo } from 'node:net';
 import fc from 'fast-check';
 import { afterEach, describe, expect, it } from 'vitest';
+import type { DebugAudience } from '../../../src/config/worker-config.ts';
 import { createLogger } from '../../../src/observability/log.ts';
 import { MetricsPage, readHistogram } from '../../../src/observability/metrics.ts';
 import type { TokenLogprob } from '../../../src/scheduler/types.ts';
@@ -29,13 +30,23 @@ afterEach(async () => {
   await Promise.all(closers.splice(0).map((close) => close()));
 });
 
-async function start(script: Script = saying('hello'), randomizeRequestIds = true) {
+async function start(
+  script: Script = saying('hello'),
+  randomizeRequestIds = true,
+  debugState?: DebugAudience,
+) {
   const core = new FakeCore(script);
   const client = await core.connect();
   const metrics = new MetricsPage();
   const inFlight = new InFlight();
   const server = createServer({
-    config: { servedModelNames: ['demo', 'alias'], randomizeRequestIds, role: 'both', maxNumSeqs: 8 },
+    config: {
+      servedModelNames: ['demo', 'alias'],
+      randomizeRequestIds,
+      role: 'both',
+      maxNumSeqs: 8,
+      ...(debugState && { debugState }),
+    },
     core: client,
     model: BYTE_MODEL,
     inFlight,
@@ -538,7 +549,24 @@ describe('errors', () => {
 });
 
 describe('the rest', () => {
-  it('lists models, version, health and state', async () => {
+  it('tells its state only where that was asked for, and by default to this machine alone', async () => {
+    const ask = async (audience: DebugAudience | undefined, remoteAddress: string) => {
+      const { server } = await start(saying('hello'), true, audience);
+      const response = await server.inject({ url: '/debug/state', remoteAddress });
+      return [response.statusCode, response.json() as Answer] as const;
+    };
+    expect((await ask(undefined, '127.0.0.1'))[0]).toBe(404);
+    for (const local of ['127.0.0.1', '::1', '::ffff:127.0.0.1']) {
+      const state = { role: 'both', requests: 0, core: { blocks: { total: 64 } } };
+      expect(await ask('loopback', local)).toMatchObject([200, state]);
+    }
+    for (const remote of ['10.0.0.7', '::ffff:10.0.0.7', 'fd00::1']) {
+      expect((await ask('loopback', remote))[0]).toBe(403);
+      expect((await ask('anyone', remote))[0]).toBe(200);
+    }
+  });
+
+  it('lists models, version and health', async () => {
     const { server, inFlight, core, json } = await start();
     const get = async (url: string) => {
       const response = await server.inject({ url });
@@ -549,7 +577,6 @@ describe('the rest', () => {
     expect(models.data[0]).toMatchObject({ object: 'model', max_model_len: 256 });
     expect(await get('/version')).toEqual([200, { version: '1.2.3' }]);
     expect(await get('/health')).toEqual([200, { status: 'ok', role: 'both' }]);
-    expect(await get('/debug/state')).toMatchObject([200, { core: { blocks: { total: 64 } } }]);
     await inFlight.drain(0);
     expect(await get('/health')).toMatchObject([503, { status: 'draining' }]);
     expect(await json(COMPLETIONS, { prompt: 'a' })).toMatchObject({

@@ -4,7 +4,12 @@ import { join } from 'node:path';
 import { Command } from 'commander';
 import { describe, expect, it } from 'vitest';
 import { nativeEnvironment, prepareNativeEnvironment } from '../../../src/config/native-env.ts';
-import { addWorkerOptions, resolveWorkerConfig } from '../../../src/config/resolve-worker.ts';
+import { resolveHosts } from '../../../src/config/resolve-hosts.ts';
+import {
+  addWorkerOptions,
+  resolveWorkerConfig,
+  type WorkerEnvironment,
+} from '../../../src/config/resolve-worker.ts';
 
 const modelDir = mkdtempSync(join(tmpdir(), 'pd-model-'));
 writeFileSync(join(modelDir, 'config.json'), '{}');
@@ -13,12 +18,16 @@ const address = { netmask: '', mac: '', internal: false, cidr: null };
 const lan = [{ ...address, address: '10.0.0.7', family: 'IPv4' as const }];
 const lan6 = [{ ...address, address: '2001:db8::7', family: 'IPv6' as const, scopeid: 0 }];
 
-function resolve(args: string[], env: Record<string, string> = {}) {
+function resolve(
+  args: string[],
+  env: Record<string, string> = {},
+  interfaces: NonNullable<WorkerEnvironment['interfaces']> = { eth0: [...lan, ...lan6] },
+) {
   const command = addWorkerOptions(new Command('pd-worker').exitOverride());
   command.parse(args, { from: 'user' });
   return resolveWorkerConfig(command, {
     env,
-    interfaces: { eth0: [...lan, ...lan6] },
+    interfaces,
     demoModelDir: () => modelDir,
   });
 }
@@ -95,6 +104,76 @@ describe('worker configuration', () => {
     });
   });
 
+  it('binds IPv6 on a machine without IPv4, and says whom 127.0.0.1 will do for', () => {
+    const lo6 = { ...address, address: '::1', family: 'IPv6' as const, scopeid: 0, internal: true };
+    const lo4 = { ...address, address: '127.0.0.1', family: 'IPv4' as const, internal: true };
+    const only6 = { lo: [lo4, lo6], eth0: lan6 };
+    const proxy = ['--role', 'producer', '--proxy', '[2001:db8::9]:30002'];
+    const { config: worker, warnings } = resolve(proxy, {}, only6);
+    expect(worker.kv).toMatchObject({ bind: { host: '2001:db8::7' }, announceHost: '2001:db8::7' });
+    expect(worker.httpAnnounceHost).toBe('127.0.0.1');
+    expect(warnings).toEqual([
+      expect.stringMatching(
+        /^HTTP is bound to 0\.0\.0\.0.*127\.0\.0\.1 is told, so the proxy must be on this host.*--host ::/,
+      ),
+    ]);
+    expect(resolve([...proxy, '--host', '::'], {}, only6).warnings).toEqual([]);
+    expect(resolve([], {}, { lo: [lo6] }).config.kv.bind.host).toBe('::1');
+    expect(resolve([], {}, { lo: [lo4] }).config.kv.bind.host).toBe('127.0.0.1');
+  });
+
+  it('tells an address with a zone id to nobody outside of this machine', () => {
+    const link = { ...address, address: 'fe80::7', family: 'IPv6' as const, scopeid: 2 };
+    const here = { eth0: [link, ...lan6] };
+    const args = ['--role', 'consumer', '--host', '::', '--kv-host', 'fe80::7%eth0', '--proxy'];
+    expect(() => resolve([...args, '[2001:db8::9]:30002'], {}, here)).toThrow(
+      /KV address fe80::7%eth0 carries a zone id.*--kv-announce-host/,
+    );
+    const { config: worker, warnings } = resolve([...args, '[2001:db8::7]:30002'], {}, here);
+    expect(worker.kv.announceHost).toBe('fe80::7%eth0');
+    expect(warnings).toEqual([expect.stringContaining('proxy and peers must run here')]);
+    expect(
+      resolve([...args, '[2001:db8::9]:30002', '--kv-announce-host', '2001:db8::7'], {}, here).warnings,
+    ).toEqual([]);
+  });
+
+  it('tells a v4-mapped address as what it is', () => {
+    expect(config(['--kv-host', '::ffff:10.0.0.7']).kv).toMatchObject({
+      bind: { host: '::ffff:10.0.0.7' },
+      announceHost: '10.0.0.7',
+    });
+  });
+
+  it('looks host names up once, and says what they are', async () => {
+    const named = config(['--kv-host', 'localhost', '--host', 'localhost', '--proxy', 'localhost:30002']);
+    const { config: found, lines } = await resolveHosts(named);
+    expect(found).toMatchObject({
+      http: { host: '127.0.0.1' },
+      httpAnnounceHost: '127.0.0.1',
+      kv: { bind: { host: '127.0.0.1' }, announceHost: '127.0.0.1' },
+      proxy: { host: '127.0.0.1', port: 30_002 },
+    });
+    expect(lines).toContain('KV host localhost is 127.0.0.1 (IPv4)');
+    await expect(resolveHosts(config(['--kv-host', 'no.such.host.invalid']))).rejects.toThrow(/no.such.host/);
+  });
+
+  it('takes who may talk to it, who may look at it, and how it speaks to vLLM', () => {
+    expect(config([])).toMatchObject({ wireLayout: 'kv-first', kvKey: 'transfer' });
+    expect(config([])).not.toHaveProperty('allowPeers');
+    expect(config([])).not.toHaveProperty('debugState');
+    expect(config(['--debug-state']).debugState).toBe('loopback');
+    expect(config(['--debug-state-remote']).debugState).toBe('anyone');
+    expect(config(['--allow-peers', '10.0.0.0/8', 'fd00::/8']).allowPeers).toEqual([
+      '10.0.0.0/8',
+      'fd00::/8',
+    ]);
+    expect(config([], { PD_ALLOW_PEERS: '10.0.0.1,::1' }).allowPeers).toEqual(['10.0.0.1', '::1']);
+    expect(config(['--wire-layout', 'blocks-first', '--kv-key', 'engine'])).toMatchObject({
+      wireLayout: 'blocks-first',
+      kvKey: 'engine',
+    });
+  });
+
   it('computes where the device is, unless told otherwise', () => {
     expect(config(['--device', 'cuda'])).toMatchObject({
       device: 'cuda:0',
@@ -114,6 +193,8 @@ describe('worker configuration', () => {
     [['--model', '/nonexistent'], /--model \/nonexistent: .*no config.json/],
     [['--kv-buffer-size', 'big'], /^--kv-buffer-size/],
     [['--kv-orphan-timeout', '-1'], /^--kv-orphan-timeout/],
+    [['--allow-peers', '10.0.0.0/99'], /^--allow-peers.*expected an IP address or a range/],
+    [['--wire-layout', 'mla'], /^--wire-layout.*tokens, kv-first, blocks-first/],
   ])('refuses %j', (args, message) => {
     expect(() => config(args)).toThrow(
       expect.objectContaining({ code: 'CONFIG_INVALID', message: expect.stringMatching(message) }),

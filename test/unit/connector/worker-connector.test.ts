@@ -5,7 +5,7 @@ import { P2pWorkerConnector, type SaveTrace } from '../../../src/connector/worke
 import type { PagedLayer } from '../../../src/device/device.ts';
 import { PdError } from '../../../src/errors.ts';
 import { MetricsPage, readMetric } from '../../../src/observability/metrics.ts';
-import type { SendType } from '../../../src/transfer/types.ts';
+import type { KvKey, SendType } from '../../../src/transfer/types.ts';
 import { engineRequestId } from '../../../src/wire/ids.ts';
 import { FakeEngine } from '../../support/fake-engine.ts';
 
@@ -20,7 +20,7 @@ const cache: PagedLayer = {
 };
 const layers = [0, 1].map((index) => ({ name: `model.layers.${index}.self_attn.attn`, cache }));
 
-function connect(role: KvRole, sendType: SendType = 'PUT_ASYNC', rank = 0) {
+function connect(role: KvRole, sendType: SendType = 'PUT_ASYNC', rank = 0, kvKey: KvKey = 'transfer') {
   const engine = new FakeEngine();
   const scheduler = new P2pSchedulerConnector({ role, blockSize: 4 });
   const metrics = new MetricsPage();
@@ -28,7 +28,7 @@ function connect(role: KvRole, sendType: SendType = 'PUT_ASYNC', rank = 0) {
   const log = pino({ level: 'debug' }, { write: (line: string) => lines.push(JSON.parse(line)) });
   const events: SaveTrace[] = [];
   const trace = (event: SaveTrace) => events.push(event);
-  const worker = new P2pWorkerConnector({ engine, role, sendType, rank, layers, log, metrics, trace });
+  const worker = new P2pWorkerConnector({ engine, role, sendType, kvKey, rank, layers, log, metrics, trace });
   return { engine, scheduler, worker, metrics, lines, events };
 }
 
@@ -65,6 +65,7 @@ describe('saving', () => {
         shape: [2, 3, 4, 2, 8],
         dtype: 'float32',
         source: { kind: 'blocks', layer: cache, blockIds: Int32Array.of(5, 3, 9) },
+        numTokens: 10,
         peer: { host: '10.0.0.2', port: 8087 },
       })),
     );
@@ -144,6 +145,19 @@ describe('saving', () => {
   });
 });
 
+describe('keyed by the full id, as vLLM does', () => {
+  it('sends, loads and finishes under it', () => {
+    const producer = connect('producer', 'PUT', 0, 'engine');
+    startSave(producer);
+    expect(producer.engine.sends[0]?.request.tensorId).toBe(`${requestId}#${layers[0]!.name}`);
+    const consumer = connect('consumer', 'PUT', 0, 'engine');
+    startLoad(consumer);
+    expect(consumer.engine.loads[0]?.request).toMatchObject({ requestId, transferId: requestId });
+    consumer.worker.requestFinished(requestId);
+    expect(consumer.engine.finished).toEqual([{ id: requestId, keepSends: false }]);
+  });
+});
+
 describe('loading', () => {
   it('loads all layers of a request in the background and tells once', async () => {
     const all = connect('consumer', 'PUT_ASYNC', 1);
@@ -156,6 +170,7 @@ describe('loading', () => {
         layers: layers.map(({ name }) => ({ name, target: cache })),
         blockIds: Int32Array.of(5, 3, 9),
         skipBlocks: 1,
+        numTokens: 9,
       },
     ]);
     expect(all.lines.find(({ msg }) => msg === 'load started')).toMatchObject({

@@ -1,0 +1,47 @@
+/** Host names become addresses once, at start: what is bound, told to others and connected to is then one and the same everywhere. */
+import { isIP, isIPv6 } from 'node:net';
+import { isUnspecified } from '../net/address.ts';
+import { type Family, hostAddress } from '../net/local.ts';
+import type { WorkerConfig } from './worker-config.ts';
+
+export interface ResolvedHosts {
+  readonly config: WorkerConfig;
+  /** One line per name, with the address and its family. */
+  readonly lines: readonly string[];
+}
+
+/** Throws ADDRESS_INVALID for a name without an address. A name of both families is its IPv4 address, which is what is bound by default. */
+export async function resolveHosts(config: WorkerConfig): Promise<ResolvedHosts> {
+  const lines = new Set<string>();
+  const resolve = async (what: string, host: string, family?: Family): Promise<string> => {
+    if (isIP(host) !== 0) return host;
+    const address = family
+      ? await hostAddress(host, family)
+      : await hostAddress(host, 4).catch(() => hostAddress(host));
+    lines.add(`${what} ${host} is ${address} (IPv${isIPv6(address) ? 6 : 4})`);
+    return address;
+  };
+  const { http, httpAnnounceHost, kv, proxy } = config;
+  const kvHost = await resolve('KV host', kv.bind.host);
+  const httpHost = await resolve('HTTP host', http.host);
+  return {
+    config: {
+      ...config,
+      http: { ...http, host: httpHost },
+      httpAnnounceHost: await resolve('HTTP host', httpAnnounceHost, reachedBy(httpHost)),
+      kv: {
+        ...kv,
+        bind: { ...kv.bind, host: kvHost },
+        announceHost: await resolve('KV host', kv.announceHost, reachedBy(kvHost)),
+      },
+      ...(proxy && { proxy: { ...proxy, host: await resolve('proxy', proxy.host) } }),
+    },
+    lines: [...lines],
+  };
+}
+
+/** The family that what is bound listens to; undefined for `::`, which takes both. */
+function reachedBy(bound: string): Family | undefined {
+  if (!isIPv6(bound)) return 4;
+  return isUnspecified(bound) ? undefined : 6;
+}
