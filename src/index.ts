@@ -13,6 +13,7 @@ export {
   DEFAULT_LIMITS,
   DEFAULT_TIMEOUTS,
   type Fingerprint,
+  type KvKey,
   type LoadRequest,
   type LoadResult,
   type LogLevel,
@@ -65,6 +66,7 @@ export type {
   Stream,
 } from './device/device.ts';
 export { cudaEvent, cudaMemory, hostMemory, hostView, pinnedMemory, sliceMemory } from './device/memory.ts';
+export type { WireLayout } from './kv/families.ts';
 export {
   blockBytes,
   type LayoutFamily,
@@ -100,7 +102,13 @@ export {
 
 export { type ProxyConfigInput, proxyConfig } from './config/embedded-proxy.ts';
 export { type WorkerConfigInput, workerConfig } from './config/embedded-worker.ts';
-export type { LoadFailurePolicy, ProxyConfig, WorkerConfig, WorkerRole } from './config/worker-config.ts';
+export type {
+  DebugAudience,
+  LoadFailurePolicy,
+  ProxyConfig,
+  WorkerConfig,
+  WorkerRole,
+} from './config/worker-config.ts';
 export { PdProxy } from './proxy/proxy.ts';
 export type { Instance, InstanceRole } from './proxy/registry.ts';
 export type { CoreInfo, CoreState } from './worker/messages.ts';
