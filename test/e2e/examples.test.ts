@@ -86,11 +86,11 @@ it('the packed package holds what it needs to run', async () => {
     'bin/pd-proxy',
     'bin/pd-launch',
     'bin/pd-doctor',
+    'bin/pd-bench',
     'models/demo/config.json',
     'models/demo/tokenizer.json',
     'docs/embedding.md',
     'examples/two-engines.ts',
-    'README.md',
   ];
   expect(needed.filter((path) => !paths.has(path))).toEqual([]);
   expect([...paths].filter((path) => path.startsWith('kernels/')).length).toBeGreaterThan(0);
