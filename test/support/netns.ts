@@ -12,6 +12,8 @@ export type Families = 'ipv4' | 'ipv6' | 'dual';
 
 export const NETNS_IPV4 = '10.99.0.1';
 export const NETNS_IPV6 = 'fd99::1';
+/** Means something only with its zone: `fe80::99%pd0`. */
+export const NETNS_LINK = 'fe80::99';
 
 /** A cable with both ends here: kernels without dummy interfaces have these. */
 const BOTH = [
@@ -22,7 +24,7 @@ const BOTH = [
 ];
 const ADD4 = `ip addr add ${NETNS_IPV4}/24 dev pd0`;
 /** nodad: at once, not after the second that looking for the same address elsewhere takes. */
-const ADD6 = `ip addr add ${NETNS_IPV6}/64 dev pd0 nodad`;
+const ADD6 = `ip addr add ${NETNS_IPV6}/64 dev pd0 nodad; ip addr add ${NETNS_LINK}/64 dev pd0 nodad`;
 const SETUP: Readonly<Record<Families, readonly string[]>> = {
   ipv4: ['echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6', ...BOTH, ADD4],
   ipv6: [...BOTH, 'ip -4 addr flush dev lo', ADD6],
@@ -67,14 +69,17 @@ export class NetworkNamespace {
     return stdout;
   }
 
-  /** `fetch` from inside: the status, and the body as JSON. */
+  /** HTTP from inside: the status, and the body as JSON. Not `fetch`, whose URLs have no place for a zone id. */
   async fetchJson(url: string, body?: object): Promise<{ readonly status: number; readonly body: unknown }> {
     const program = `
+      import { request } from 'node:http';
       const [url, body] = process.argv.slice(1);
-      const headers = { 'content-type': 'application/json' };
-      const answer = await fetch(url, body ? { method: 'POST', headers, body } : {});
-      const text = await answer.text();
-      console.log(JSON.stringify({ status: answer.status, text }));`;
+      const [, hostname, port, path] = /^http:\\/\\/\\[?([^/\\]]+?)\\]?:(\\d+)(\\/.*|)$/.exec(url);
+      const headers = { 'content-type': 'application/json', host: 'test' };
+      request({ hostname, port, path, method: body ? 'POST' : 'GET', headers }, async (answer) => {
+        const text = (await answer.toArray()).join('');
+        console.log(JSON.stringify({ status: answer.statusCode, text }));
+      }).end(body);`;
     const args = ['--input-type=module', '-e', program, url, ...(body ? [JSON.stringify(body)] : [])];
     const { status, text } = JSON.parse(await this.run(process.execPath, ...args)) as {
       status: number;
