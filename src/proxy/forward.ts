@@ -11,20 +11,15 @@ import type { IncomingHttpHeaders, ServerResponse } from 'node:http';
 import { PdError } from '../errors.ts';
 import type { Logger } from '../observability/log.ts';
 import { proxyRequestId } from '../wire/ids.ts';
+import { deadlineWithin } from './deadline.ts';
 import { openAiError } from './errors.ts';
 import type { ProxyMetrics } from './metrics.ts';
 import { type JsonObject, prefillCopy } from './prefill-copy.ts';
 import { type InstanceRegistry, instanceLabel, type Missing, type Pair } from './registry.ts';
 import { isEventStream, relay } from './relay.ts';
-import {
-  answerHeaders,
-  InstanceRefused,
-  reasonOf,
-  requestHeaders,
-  timeoutError,
-  type Upstream,
-  type UpstreamResponse,
-} from './upstream.ts';
+import { releaseKv } from './release.ts';
+import { InstanceRefused, reasonOf, requestHeaders, timeoutError, type Upstream } from './upstream.ts';
+import { answerWith, isDraining, type WholeAnswer, wholeAnswer } from './whole-answer.ts';
 
 export interface ForwarderOptions {
   readonly registry: InstanceRegistry;
@@ -133,10 +128,18 @@ export class Forwarder {
   }
 
   async #through(pair: Pair, exchange: Exchange, requestId: string): Promise<void> {
+    const { upstream, log } = this.#options;
     const headers = requestHeaders(exchange.headers, requestId);
-    const refusal = await this.#prefill(pair, exchange, headers);
-    if (refusal) return answerWith(refusal, exchange.out, requestId);
-    await this.#decode(pair, exchange, headers, requestId);
+    const given = { ...exchange, pair, requestId };
+    try {
+      const refusal = await this.#prefill(pair, exchange, headers);
+      if (refusal) return answerWith(refusal, exchange.out, requestId);
+      const decoded = await this.#decode(pair, exchange, headers, requestId);
+      if (!decoded) releaseKv(upstream, log, given);
+    } catch (error) {
+      releaseKv(upstream, log, given, error instanceof InstanceRefused ? error.instance : undefined);
+      throw error;
+    }
   }
 
   /** Resolves once the producer is done; with its answer where that is an error, which is the client's then. */
@@ -182,12 +185,13 @@ export class Forwarder {
     }
   }
 
+  /** False where the consumer answered with an error. */
   async #decode(
     { consumer }: Pair,
     exchange: Exchange,
     headers: Readonly<Record<string, string>>,
     requestId: string,
-  ): Promise<void> {
+  ): Promise<boolean> {
     const { upstream, metrics, decodeIdleTimeoutMs } = this.#options;
     const what = `decode of ${exchange.route}`;
     const timeoutName = '--decode-idle-timeout';
@@ -206,7 +210,8 @@ export class Forwarder {
       const timer = setTimeout(() => response.body.destroy(tooLong), decodeIdleTimeoutMs);
       const answer = await wholeAnswer(response, MAX_ERROR_BODY).finally(() => clearTimeout(timer));
       if (isDraining(answer)) throw new InstanceRefused(consumer, what, 'it is stopping');
-      return answerWith(answer, exchange.out, requestId);
+      answerWith(answer, exchange.out, requestId);
+      return false;
     }
     await relay(response, exchange.out, {
       instance: consumer,
@@ -217,6 +222,7 @@ export class Forwarder {
       signal: exchange.signal,
       onFirstEvent: () => metrics.firstEventSeconds.observe((performance.now() - exchange.arrivedMs) / 1_000),
     });
+    return response.statusCode < 400;
   }
 }
 
@@ -245,43 +251,6 @@ function noInstance(missing: Missing, registry: InstanceRegistry): PdError {
   return new PdError('NO_INSTANCE', `no ${missing} (${phase} instance) pings this proxy (${counts})`);
 }
 
-interface WholeAnswer {
-  readonly response: UpstreamResponse;
-  readonly body: Buffer;
-}
-
-/** Reads to the end, keeping at most so many bytes. */
-async function wholeAnswer(response: UpstreamResponse, keepBytes: number): Promise<WholeAnswer> {
-  const chunks: Buffer[] = [];
-  let kept = 0;
-  for await (const chunk of response.body as AsyncIterable<Buffer>) {
-    const part = chunk.subarray(0, keepBytes - kept);
-    kept += part.length;
-    if (part.length > 0) chunks.push(part);
-  }
-  return { response, body: Buffer.concat(chunks) };
-}
-
-/** A worker of ours that got SIGTERM: as good as a refused connection. */
-function isDraining({ response, body }: WholeAnswer): boolean {
-  if (response.statusCode !== 503) return false;
-  try {
-    const { error } = JSON.parse(body.toString('utf8')) as { error?: { code?: unknown } };
-    return error?.code === 'SERVER_DRAINING';
-  } catch {
-    return false;
-  }
-}
-
-function answerWith({ response, body }: WholeAnswer, out: ServerResponse, requestId: string): void {
-  out.writeHead(response.statusCode, {
-    ...answerHeaders(response),
-    'content-length': body.length,
-    'x-request-id': requestId,
-  });
-  out.end(body);
-}
-
 /** In OpenAI's form, where nothing has been sent yet. */
 export function answerError(out: ServerResponse, error: PdError, requestId?: string): void {
   if (out.headersSent || out.destroyed) return;
@@ -293,24 +262,4 @@ export function answerError(out: ServerResponse, error: PdError, requestId?: str
     ...(error.status === 503 ? { 'retry-after': '3' } : {}),
   });
   out.end(body);
-}
-
-/** A signal that also ends after `ms`, with that reason. `clear` lets go of both. */
-function deadlineWithin(
-  parent: AbortSignal,
-  ms: number,
-  reason: () => PdError,
-): { readonly signal: AbortSignal; clear(): void } {
-  const controller = new AbortController();
-  const onParent = () => controller.abort(parent.reason);
-  if (parent.aborted) onParent();
-  parent.addEventListener('abort', onParent, { once: true });
-  const timer = setTimeout(() => controller.abort(reason()), ms);
-  return {
-    signal: controller.signal,
-    clear() {
-      clearTimeout(timer);
-      parent.removeEventListener('abort', onParent);
-    },
-  };
 }

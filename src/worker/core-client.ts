@@ -3,7 +3,7 @@ import { Worker } from 'node:worker_threads';
 import { PdError, unreachable } from '../errors.ts';
 import type { CoreRequest, RequestOutput } from '../scheduler/types.ts';
 import { threadEntry } from '../thread-entry.ts';
-import type { EngineRequestId } from '../wire/ids.ts';
+import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 import { AsyncQueue } from './async-queue.ts';
 import type { CoreInfo, CoreInit, CoreState, FromCore, ToCore } from './messages.ts';
 
@@ -134,6 +134,11 @@ export class CoreClient {
     }
     if (state instanceof PdError) throw state;
     return state;
+  }
+
+  /** Frees KV that is held for requests which will not come here any more. */
+  release(transferIds: readonly TransferId[]): void {
+    if (!this.#over) this.#port.post({ type: 'release', transferIds });
   }
 
   /** HTTP is up: the core may ping the proxy. */

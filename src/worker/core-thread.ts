@@ -56,6 +56,9 @@ function receive(core: CoreParts, message: Exclude<ToCore, { readonly type: 'shu
     case 'state':
       void answerState(core, message.seq);
       return;
+    case 'release':
+      for (const id of message.transferIds) core.engine?.finish(id);
+      return;
     case 'serve':
       startPing(core, message.httpAddress);
       return;

@@ -3,7 +3,7 @@ import type { WorkerConfig } from '../config/worker-config.ts';
 import type { ErrorData } from '../errors.ts';
 import type { CoreRequest, RequestOutput } from '../scheduler/types.ts';
 import type { Fingerprint, TransferState } from '../transfer/types.ts';
-import type { EngineRequestId } from '../wire/ids.ts';
+import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 
 /** `workerData` of the core thread. */
 export interface CoreInit {
@@ -36,6 +36,8 @@ export type ToCore =
   | { readonly type: 'add'; readonly request: CoreRequest }
   | { readonly type: 'abort'; readonly requestId: EngineRequestId; readonly index?: number }
   | { readonly type: 'state'; readonly seq: number }
+  /** KV of these requests is of no use any more: nobody will come for it, or with it. */
+  | { readonly type: 'release'; readonly transferIds: readonly TransferId[] }
   /** HTTP is up: start the pings. */
   | { readonly type: 'serve'; readonly httpAddress: string }
   /** No more pings; requests under way go on. */

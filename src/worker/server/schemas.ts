@@ -5,7 +5,7 @@ import { PdError } from '../../errors.ts';
 /** Most alternatives per token. */
 export const MAX_LOGPROBS = 20;
 const MAX_N = 128;
-const MAX_PROMPTS = 1_024;
+export const MAX_PROMPTS = 1_024;
 
 const tokenIds = z.array(z.int().min(0));
 const optional = <T extends z.ZodType>(schema: T) =>

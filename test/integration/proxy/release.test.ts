@@ -1,0 +1,91 @@
+/** KV of a request that no consumer will decode is released on both ends, at once. */
+import { once } from 'node:events';
+import { afterEach, expect, test } from 'vitest';
+import { formatHostPort } from '../../../src/net/address.ts';
+import { PdProxy } from '../../../src/proxy/proxy.ts';
+import { type Answer, type Asked, answerJson, FakeUpstream } from '../../support/fake-upstream.ts';
+
+const closing: (() => Promise<unknown>)[] = [];
+afterEach(async () => {
+  for (const close of closing.splice(0).reverse()) await close();
+});
+
+async function pair(answers: { producer?: Answer; consumer?: Answer }, digest: string | null = 'd') {
+  const host = '127.0.0.1';
+  const proxy = await PdProxy.start({
+    http: { host, port: 0 },
+    discovery: { host, port: 0 },
+    instanceTimeoutMs: 60_000,
+    prefillTimeoutMs: 10_000,
+    decodeIdleTimeoutMs: 10_000,
+    drainTimeoutMs: 5_000,
+    log: { level: 'silent', format: 'json' },
+  });
+  closing.push(() => proxy.close(0));
+  const start = async (role: 'producer' | 'consumer') => {
+    const upstream = await FakeUpstream.start(role, answers[role] ?? answerJson());
+    closing.push(() => upstream.kill());
+    await upstream.ping(proxy.discoveryAddress, digest ?? undefined);
+    while (!proxy.instances.some((known) => known.httpAddress === upstream.httpAddress)) {
+      await new Promise((resolve) => setImmediate(resolve));
+    }
+    return upstream;
+  };
+  const [producer, consumer] = [await start('producer'), await start('consumer')];
+  const ask = (body: object, signal?: AbortSignal) =>
+    fetch(`http://${formatHostPort(proxy.httpAddress)}/v1/completions`, {
+      method: 'POST',
+      headers: { 'content-type': 'application/json' },
+      body: JSON.stringify(body),
+      ...(signal && { signal }),
+    });
+  return { producer, consumer, ask };
+}
+
+/** The first release that an instance is asked for. */
+async function released(upstream: FakeUpstream): Promise<Asked> {
+  for (;;) {
+    const found = upstream.asked.find(({ path }) => path === '/kv/release');
+    if (found) return found;
+    await once(upstream.events, 'asked', { signal: AbortSignal.timeout(5_000) });
+  }
+}
+
+test('when the consumer refuses the request', async () => {
+  const { producer, consumer, ask } = await pair({ consumer: answerJson(400) });
+  const response = await ask({ prompt: ['a', 'b', 'c'], max_tokens: 9 });
+  expect(response.status).toBe(400);
+  for (const end of [producer, consumer]) {
+    expect((await released(end)).json).toEqual({
+      request_id: response.headers.get('x-request-id'),
+      route: '/v1/completions',
+      prompts: 3,
+    });
+  }
+});
+
+test('when the client goes away while the prompt is computed', async () => {
+  const client = new AbortController();
+  const { producer, consumer, ask } = await pair({
+    producer: ({ path }, out) => (path === '/kv/release' ? void out.end('{}') : client.abort()),
+  });
+  await expect(ask({ prompt: [1, 2, 3] }, client.signal)).rejects.toThrow();
+  expect((await released(consumer)).json).toMatchObject({ prompts: 1 });
+  await released(producer);
+  expect(consumer.asked).toHaveLength(1);
+});
+
+test('not when the consumer has decoded it, and never asked of a worker of vLLM', async () => {
+  const served = await pair({});
+  expect((await served.ask({ prompt: 'a' })).status).toBe(200);
+  const vllm = await pair({ consumer: answerJson(400) }, null);
+  expect((await vllm.ask({ prompt: 'a' })).status).toBe(400);
+  // What comes after it has passed the same way: had there been a release, it would be here.
+  await served.ask({ prompt: 'b' });
+  await vllm.ask({ prompt: 'b' });
+  for (const { producer, consumer } of [served, vllm]) {
+    for (const end of [producer, consumer]) {
+      expect(end.asked.map(({ path }) => path)).toEqual(['/v1/completions', '/v1/completions']);
+    }
+  }
+});
