@@ -1,6 +1,6 @@
 /** Server-sent events, as far as a relay must know them. */
 import type { PdError } from '../errors.ts';
-import { openAiError } from './errors.ts';
+import { openAiError } from '../openai-error.ts';
 
 /** An unfinished event longer than this is passed on in parts. Bytes. */
 const MAX_HELD = 64 * 1024;

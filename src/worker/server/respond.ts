@@ -2,7 +2,7 @@
 import { once } from 'node:events';
 import type { FastifyReply } from 'fastify';
 import { PdError } from '../../errors.ts';
-import { openAiError } from '../../proxy/errors.ts';
+import { openAiError } from '../../openai-error.ts';
 import type { ServerContext } from './context.ts';
 import type { ChoiceEvent, GenerationRun, Usage } from './generation.ts';
 

@@ -3,7 +3,7 @@ import fastify, { type FastifyError, type FastifyInstance } from 'fastify';
 import { PdError } from '../../errors.ts';
 import { isLoopback } from '../../net/address.ts';
 import { createRegistry } from '../../observability/registry.ts';
-import { openAiError } from '../../proxy/errors.ts';
+import { openAiError } from '../../openai-error.ts';
 import { postChatCompletions } from './chat.ts';
 import { postCompletions } from './completions.ts';
 import type { ServerContext } from './context.ts';

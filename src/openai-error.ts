@@ -1,5 +1,5 @@
 /** Errors as clients of an OpenAI server read them. */
-import type { PdError } from '../errors.ts';
+import type { PdError } from './errors.ts';
 
 export interface OpenAiError {
   readonly error: {
