@@ -30,6 +30,7 @@ Examples:
   pd-doctor --kv-transfer-config "$JSON"         vLLM's JSON: roles, ranks, ports
   pd-doctor --peer 10.0.0.2:8084                 the KV listener of another instance
   pd-doctor --proxy http://127.0.0.1:10002       a running system: the runbook's checklist, with one short completion
+  pd-doctor --worker http://127.0.0.1:8083       a worker that waits: what for, and the mend
 
 Exit status 1 where something would stop a worker, or the system that was asked about.`;
 
@@ -50,6 +51,12 @@ export function doctorCommand(argv: readonly string[], env: NodeJS.ProcessEnv): 
     .version(packageVersion())
     .addOption(new Option('--peer <host:port>', 'try the KV listener of another instance, both ways'))
     .addOption(new Option('--proxy <url>', "walk the runbook's checklist on the system behind this proxy"))
+    .addOption(
+      new Option(
+        '--worker <url>',
+        'read /debug/state of a worker: which hang scenario is it? (--debug-state)',
+      ),
+    )
     .addOption(new Option('--timeout <time>', 'for each thing that is waited for').default('5s'))
     .addOption(new Option('--json', 'the findings as JSON'))
     .allowExcessArguments(false)
@@ -62,7 +69,7 @@ export function doctorCommand(argv: readonly string[], env: NodeJS.ProcessEnv): 
     );
   }
   const given = command.parse(own, { from: 'user' }).opts<Record<string, string | undefined>>();
-  const { peer, proxy, timeout } = given;
+  const { peer, proxy, worker, timeout } = given;
   const flags = WORKER_FLAGS.flatMap((name) => {
     const value = given[name];
     return value === undefined ? [] : [`--${kebab(name)}`, value];
@@ -73,7 +80,8 @@ export function doctorCommand(argv: readonly string[], env: NodeJS.ProcessEnv): 
       worker: resolveWorker(argvOfWorker, env),
       inParticular: argvOfWorker.length > 0 || Object.keys(WORKER_OPTIONS).some((name) => envOf(name) in env),
       ...(peer === undefined ? {} : { peer: parse('--peer', hostPort(), peer) }),
-      ...(proxy === undefined ? {} : { proxy: proxyUrl(proxy) }),
+      ...(proxy === undefined ? {} : { proxy: urlOf('--proxy', proxy, 10_002) }),
+      ...(worker === undefined ? {} : { workerUrl: urlOf('--worker', worker, 8_083) }),
       timeoutMs: parse('--timeout', duration(1), timeout ?? '5s'),
     },
     json: given['json'] !== undefined,
@@ -106,12 +114,12 @@ function parse<T>(flag: string, kind: Kind<T>, text: string): T {
 }
 
 /** `HOST:PORT` is taken too. */
-function proxyUrl(text: string): string {
+function urlOf(flag: string, text: string, port: number): string {
   const url = /^https?:\/\//.test(text) ? text : `http://${text}`;
   if (URL.canParse(url)) return url;
   throw new PdError(
     'CONFIG_INVALID',
-    `--proxy: ${JSON.stringify(text)} is not a URL such as http://127.0.0.1:10002`,
+    `${flag}: ${JSON.stringify(text)} is not a URL such as http://127.0.0.1:${port}`,
   );
 }
 

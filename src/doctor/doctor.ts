@@ -9,6 +9,7 @@ import { type Gpus, gpuSections, runtimeSection } from './machine.ts';
 import { peerSection } from './peer.ts';
 import { proxySection } from './proxy-check.ts';
 import { variablesSection } from './variables.ts';
+import { workerSection } from './worker-state.ts';
 
 export interface DoctorOptions {
   /** The worker that is meant to run here: its configuration, or what is wrong with it. */
@@ -18,6 +19,8 @@ export interface DoctorOptions {
   readonly peer?: HostPort;
   /** HTTP address of a proxy. */
   readonly proxy?: string;
+  /** HTTP address of a worker. */
+  readonly workerUrl?: string;
   /** For each thing that is waited for. */
   readonly timeoutMs: number;
 }
@@ -31,7 +34,9 @@ export async function examine(options: DoctorOptions): Promise<DoctorReport> {
   const device = config?.device ?? 'host';
   const [[runtime, gpu], ports, ...asked] = await Promise.all([
     machine(device),
-    config && inParticular ? workerPorts(config) : runbookPorts(options.proxy !== undefined),
+    config && inParticular
+      ? workerPorts(config)
+      : runbookPorts(options.proxy !== undefined || options.workerUrl !== undefined),
     ...(options.peer
       ? [
           peerSection({
@@ -42,6 +47,7 @@ export async function examine(options: DoctorOptions): Promise<DoctorReport> {
         ]
       : []),
     ...(options.proxy === undefined ? [] : [proxySection(options.proxy, timeoutMs)]),
+    ...(options.workerUrl === undefined ? [] : [workerSection(options.workerUrl, timeoutMs)]),
   ]);
   const onGpu = gpu.gpus.length > 0 || device !== 'host';
   return reportOf(packageVersion(), [

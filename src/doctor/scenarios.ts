@@ -2,7 +2,8 @@
 import { ERROR_TABLE, type ErrorCode } from '../errors.ts';
 import { type Finding, fail } from './finding.ts';
 
-const SCENARIOS: readonly { readonly codes: readonly ErrorCode[]; readonly text: string }[] = [
+/** In the order of the runbook. */
+export const SCENARIOS: readonly { readonly codes: readonly ErrorCode[]; readonly text: string }[] = [
   {
     codes: ['PAIR_INIT_TIMEOUT', 'NCCL_ERROR'],
     text: 'communicator init: compare rank, NCCL version (both logs) and NCCL_* on both ends; let all TCP pass between them',

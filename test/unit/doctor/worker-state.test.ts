@@ -1,0 +1,109 @@
+import { describe, expect, test } from 'vitest';
+import { doctorCommand } from '../../../src/cli/doctor.ts';
+import { workerFindings } from '../../../src/doctor/worker-state.ts';
+import type { PairState, TransferState } from '../../../src/transfer/types.ts';
+
+const PEER = '10.0.0.1:8082';
+const pair = (state: PairState['state'], more: Partial<PairState> = {}): PairState => ({
+  peer: PEER,
+  direction: 'incoming',
+  state,
+  ours: true,
+  queued: 0,
+  outstanding: 0,
+  sinceMs: 20_000,
+  ...more,
+});
+const wait = (nearMisses: string[] = [], sinceMs = 20_000) => ({
+  requestId: 'cmpl-a-0-89abcdef',
+  tensorId: 'cmpl-a-0#layer.0',
+  peer: PEER,
+  sinceMs,
+  deadlineMs: 60_000,
+  nearMisses,
+});
+
+function examine(transfer: Partial<TransferState>, metrics: Record<string, number> = {}) {
+  const findings = workerFindings(
+    {
+      role: 'consumer',
+      requests: 1,
+      core: {
+        running: 0,
+        waiting: 0,
+        loading: 1,
+        blocks: { used: 4, cached: 0, total: 64 },
+        integrity: [],
+        transfer: {
+          address: '10.0.0.2:8084',
+          sendType: 'PUT_ASYNC',
+          pairs: [],
+          buffer: { usedBytes: 0, thresholdBytes: 1_000 },
+          pool: { usedBytes: 0, reservedBytes: 0, limitBytes: 1_000 },
+          tensors: 0,
+          waiting: [],
+          ...transfer,
+        },
+      },
+    },
+    new Map(Object.entries(metrics)),
+  );
+  return findings.filter(({ level }) => level === 'fail');
+}
+
+describe('a worker that waits is in scenario', () => {
+  test.each<[string, Partial<TransferState>, RegExp]>([
+    [
+      '1: the pair is being opened',
+      { waiting: [wait()], pairs: [pair('opening')] },
+      /scenario 1.*communicator init/,
+    ],
+    ['1: also where nobody waits', { pairs: [pair('opening')] }, /scenario 1/],
+    ['2: no pair', { waiting: [wait()] }, /scenario 2.*ZeroMQ/],
+    ['2: the peer is not reached', { waiting: [wait()], pairs: [pair('connecting')] }, /scenario 2/],
+    ['2: work for a peer that is gone', { pairs: [pair('over', { queued: 3 })] }, /scenario 2/],
+    [
+      '3: the pair is open and stuck',
+      { waiting: [wait()], pairs: [pair('open', { outstanding: 2 })] },
+      /scenario 3/,
+    ],
+    [
+      '3: no room',
+      {
+        tensors: 4,
+        buffer: { usedBytes: 1_000, thresholdBytes: 1_000 },
+        pool: { usedBytes: 990, reservedBytes: 1_000, limitBytes: 1_000 },
+      },
+      /scenario 3.*buffer/,
+    ],
+    [
+      '4: the same request under another suffix',
+      { waiting: [wait(['cmpl-a-0-01234567#layer.0 (ready)'])], pairs: [pair('open')] },
+      /scenario 4.*VLLM_DISABLE_REQUEST_ID_RANDOMIZATION/,
+    ],
+  ])('%s', (_, transfer, mend) => {
+    const found = examine(transfer);
+    expect(found).toHaveLength(1);
+    expect(found[0]?.mend).toMatch(mend);
+  });
+
+  test('4: the wait names the key, and what came instead', () => {
+    const [found] = examine({ waiting: [wait(['cmpl-a-0-01234567#layer.0 (ready)'])] });
+    expect(found?.what).toBe(
+      'cmpl-a-0-89abcdef waits for cmpl-a-0#layer.0 from 10.0.0.1:8082 since 20.0 s of 60.0 s; ' +
+        'here is instead: cmpl-a-0-01234567#layer.0 (ready)',
+    );
+  });
+
+  test('none: a wait that has just begun, a pair that is open', () => {
+    expect(examine({ waiting: [wait([], 100)], pairs: [pair('open')] })).toEqual([]);
+    expect(examine({ pairs: [pair('open'), pair('opening', { sinceMs: 50 })] })).toEqual([]);
+  });
+});
+
+test('--worker takes a URL or an address', () => {
+  const url = (text: string) => doctorCommand(['--worker', text], {}).options.workerUrl;
+  expect(url('10.0.0.2:8083')).toBe('http://10.0.0.2:8083');
+  expect(url('http://[::1]:8083')).toBe('http://[::1]:8083');
+  expect(() => url('http://')).toThrow(/--worker: "http:\/\/" is not a URL/);
+});
