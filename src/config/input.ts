@@ -63,6 +63,7 @@ const limits: Record<keyof TransferLimits, z.ZodOptional<typeof count>> = {
   maxTensorBytes: count.optional(),
   maxTensors: count.optional(),
   maxQueuePerPeer: count.optional(),
+  maxPeers: count.optional(),
 };
 export const transferLimits = z.strictObject(limits);
 

@@ -121,7 +121,7 @@ export function toWorkerConfig(options: WorkerOptions, outside: WorkerEnvironmen
       load: options.kvLoadTimeout,
       orphan: options.kvOrphanTimeout,
     },
-    limits: DEFAULT_LIMITS,
+    limits: { ...DEFAULT_LIMITS, maxPeers: options.maxPeers },
     drainTimeoutMs: options.drainTimeout,
     pingIntervalMs: options.pingInterval,
     log: { level: options.logLevel, format: options.logFormat },

@@ -1,6 +1,7 @@
 /** The options of `pd-worker`: one table for flags, environment and config file. */
 import { WIRE_LAYOUTS, type WireLayout } from '../kv/families.ts';
 import {
+  DEFAULT_LIMITS,
   DEFAULT_TIMEOUTS,
   KV_KEYS,
   type KvKey,
@@ -145,6 +146,12 @@ export const WORKER_OPTIONS = defineOptions({
     group: KV,
     help: 'channels per pair: 16 or 32 on NVLink, 8 on PCIe',
     default: 8,
+  }),
+  maxPeers: option({
+    kind: integer(1, 65_536),
+    group: KV,
+    help: 'pairs that stay open; beyond it idle ones are closed, on both ends, and opened again when needed',
+    default: DEFAULT_LIMITS.maxPeers,
   }),
   kvLoadFailure: option({
     kind: oneOf(LOAD_FAILURE),

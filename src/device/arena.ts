@@ -61,11 +61,7 @@ export class Arena {
 
   /** Undefined where no free run is long enough; the arena is then as before. */
   allocate(bytes: number): Block | undefined {
-    if (!Number.isSafeInteger(bytes) || bytes < 0) {
-      throw new PdError('INTERNAL', `arena: ${bytes} is no number of bytes`);
-    }
-    // At least one unit, so that no two blocks share an offset.
-    const size = Math.max(Math.ceil(bytes / ARENA_ALIGNMENT), 1) * ARENA_ALIGNMENT;
+    const size = sizeOf(bytes);
     const segment = this.#free.bestFit(size);
     if (!segment) return undefined;
     this.#free.remove(segment);
@@ -75,6 +71,30 @@ export class Arena {
     this.#held.set(block, segment);
     this.#usedBytes += size;
     return block;
+  }
+
+  /**
+   * Blocks of these sizes one after the other, each freed by itself: where every size is a multiple of the alignment they touch, and are
+   * one run of bytes for who holds all of them. Undefined where no free run is long enough.
+   */
+  allocateRun(bytes: readonly number[]): Block[] | undefined {
+    const sizes = bytes.map(sizeOf);
+    const total = sizes.reduce((sum, size) => sum + size, 0);
+    let segment = this.#free.bestFit(total);
+    if (!segment || total === 0) return undefined;
+    this.#free.remove(segment);
+    if (segment.size > total) this.#free.insert(cut(segment, total));
+    const blocks: Block[] = [];
+    for (const [index, size] of sizes.entries()) {
+      const rest: Segment | undefined = segment.size > size ? cut(segment, size) : undefined;
+      segment.free = false;
+      const block = { offset: segment.offset, bytes: bytes[index]!, size };
+      this.#held.set(block, segment);
+      blocks.push(block);
+      if (rest) segment = rest;
+    }
+    this.#usedBytes += total;
+    return blocks;
   }
 
   /** Throws INTERNAL for a block that this arena does not hold: freed before, or another's. */
@@ -125,6 +145,15 @@ export class Arena {
     if (largest !== this.largestFree) wrong.push(`largest free is ${largest}, listed ${this.largestFree}`);
     return wrong;
   }
+}
+
+/** Bytes as taken from an arena. */
+function sizeOf(bytes: number): number {
+  if (!Number.isSafeInteger(bytes) || bytes < 0) {
+    throw new PdError('INTERNAL', `arena: ${bytes} is no number of bytes`);
+  }
+  // At least one unit, so that no two blocks share an offset.
+  return Math.max(Math.ceil(bytes / ARENA_ALIGNMENT), 1) * ARENA_ALIGNMENT;
 }
 
 /** Cuts `segment` to `size`; returns the rest. */

@@ -39,6 +39,12 @@ export interface PagedLayer {
   readonly layout: PagedLayout;
 }
 
+/** One layer of a paged cache and the dense tensor of some of its blocks. */
+export interface LayerTensor {
+  readonly layer: PagedLayer;
+  readonly tensor: MemoryRef;
+}
+
 export interface DeviceEvent {
   readonly ref: EventRef;
   /** True once the stream has passed the point. Throws CUDA_ERROR where the work before it failed. */
@@ -75,6 +81,10 @@ export interface Device {
   gather(target: MemoryRef, layer: PagedLayer, blockIds: Int32Array, stream: Stream): void;
   /** The reverse. The first `skip` blocks of the tensor are left out (the consumer has them already, shared). */
   scatter(layer: PagedLayer, blockIds: Int32Array, source: MemoryRef, stream: Stream, skip?: number): void;
+
+  /** `gather` of the same blocks of many layers: what is equal among them is prepared once. */
+  gatherLayers(parts: readonly LayerTensor[], blockIds: Int32Array, stream: Stream): void;
+  scatterLayers(parts: readonly LayerTensor[], blockIds: Int32Array, stream: Stream, skip?: number): void;
 
   /**
    * Between a layer's memory and the dense tensor of another family or block size, as planned by kv/reblock.ts: `gather` fills the

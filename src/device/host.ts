@@ -3,7 +3,7 @@ import { PdError } from '../errors.ts';
 import { forEachCopyRun } from '../kv/copy-runs.ts';
 import { blockBytes, layerBytes } from '../kv/layout.ts';
 import { type CopyPlan, checkPlan, forEachPlannedRun } from '../kv/reblock.ts';
-import type { Device, DeviceEvent, EventRef, MemoryRef, PagedLayer, Stream } from './device.ts';
+import type { Device, DeviceEvent, EventRef, LayerTensor, MemoryRef, PagedLayer, Stream } from './device.ts';
 import { hostMemory, hostView } from './memory.ts';
 
 /** All work before it is done already, so one event serves every point. */
@@ -72,6 +72,14 @@ export class HostDevice implements Device {
     forEachCopyRun(layer.layout, blockIds, skip, (cacheOffset, tensorOffset, bytes) => {
       cache.set(tensor.subarray(tensorOffset, tensorOffset + bytes), cacheOffset);
     });
+  }
+
+  gatherLayers(parts: readonly LayerTensor[], blockIds: Int32Array, stream: Stream): void {
+    for (const { layer, tensor } of parts) this.gather(tensor, layer, blockIds, stream);
+  }
+
+  scatterLayers(parts: readonly LayerTensor[], blockIds: Int32Array, stream: Stream, skip = 0): void {
+    for (const { layer, tensor } of parts) this.scatter(layer, blockIds, tensor, stream, skip);
   }
 
   reblock(

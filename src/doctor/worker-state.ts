@@ -115,6 +115,7 @@ function pairFindings({ peer, direction, state, queued, outstanding, sinceMs }: 
     case 'over':
       return [queued > 0 ? fail(what, scenario(2)) : info(what)];
     case 'open':
+    case 'closing':
       return [info(what)];
   }
 }

@@ -1,22 +1,47 @@
-/** What is announced to a peer on a pair of ours, and answered by it: a PUT or a GET. */
+/** What is announced to a peer on a pair of ours, and answered by it: a PUT or a GET, by itself or in a bundle. */
 import type { PdError } from '../errors.ts';
 import type { Pair } from '../transport/transport.ts';
 import type { TensorId } from '../wire/ids.ts';
-import type { Answer, GetMessage, PutMessage } from '../wire/messages.ts';
+import type { Answer, WireMessage } from '../wire/messages.ts';
 
 /** What an answer means to the announcement it answers. */
-export type Verdict =
-  /** Dealt with (a transfer may be under way on the pair). */
-  | 'settled'
-  /** The answer belongs to the other kind of announcement. */
-  | 'unexpected';
+export type Reaction =
+  /** The answer belongs to another kind of announcement. */
+  | 'unexpected'
+  | {
+      /** Data is under way on the pair until this resolves. It never rejects. */
+      readonly moved?: Promise<void>;
+      /** To be announced anew. */
+      readonly again?: readonly Announcement[];
+    };
 
-export abstract class Announcement {
+/** One message and its answer. */
+export interface Unit {
+  readonly parts: readonly Announcement[];
+  /** `ours`: the peer is known to be ours, so that our fields may go along. */
+  message(ours: boolean, seq: number): WireMessage;
+  /** Starts the transfer that the answer calls for. Operations on `pair` are posted before this returns, in the order of the answers. */
+  answered(answer: Answer, pair: Pair): Reaction;
+}
+
+/** Which way its data goes: out with PUT, in with GET. */
+export type Direction = 'put' | 'get';
+
+export abstract class Announcement implements Unit {
   abstract readonly tensorId: TensorId;
+  abstract readonly direction: Direction;
+  /** Bytes of the tensor; undefined where only the answer will say, and then it travels in no bundle. */
+  abstract readonly bytes: number | undefined;
   /** It has been answered `2` once: the second time is the last. */
   renewed = false;
+  /** Its bundle was refused as a whole: it travels in none any more. */
+  alone = false;
   #ready = false;
   #whenReady: (() => void) | undefined;
+
+  get parts(): readonly Announcement[] {
+    return [this];
+  }
 
   /** False while its memory is not there yet. What stands behind it in the queue waits, so that order is kept. */
   get ready(): boolean {
@@ -34,10 +59,8 @@ export abstract class Announcement {
 
   /** Given up by its owner: nothing more is done for it, except what the wire demands. */
   abstract readonly cancelled: boolean;
-  /** `ours`: the peer is known to be ours, so that our fields may go along. */
-  abstract message(ours: boolean, seq: number): PutMessage | GetMessage;
-  /** Starts the transfer that the answer calls for. Operations on `pair` are posted before this returns, in the order of the answers. */
-  abstract answered(answer: Answer, pair: Pair): Verdict;
+  abstract message(ours: boolean, seq: number): WireMessage;
+  abstract answered(answer: Answer, pair: Pair): Reaction;
   /** It will not be tried again. Idempotent. */
   abstract fail(error: PdError): void;
 }

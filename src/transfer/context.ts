@@ -64,6 +64,17 @@ export function tensorFields(
   };
 }
 
+/** A debug line about a tensor; costs nothing where debug is off. */
+export function logTensor(
+  context: TransferContext,
+  what: string,
+  tensor: { readonly tensorId: TensorId; readonly shape?: readonly number[]; readonly dtype?: string },
+  peer?: string,
+): void {
+  if (!context.log.isLevelEnabled('debug')) return;
+  context.log.debug(tensorFields(context, tensor, peer), `${what} ${tensor.tensorId}`);
+}
+
 /** Failures of peers that pd_protocol_errors_total counts, and under which kind. */
 const COUNTED = {
   PEER_ANSWER_TIMEOUT: 'timeout',

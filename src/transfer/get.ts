@@ -1,11 +1,12 @@
 /** A GET of ours: asked of a producer, answered, and its data received. */
+import type { MemoryRef } from '../device/device.ts';
 import { PdError } from '../errors.ts';
 import type { Pair } from '../transport/transport.ts';
-import { type Dtype, tensorBytes } from '../wire/dtype.ts';
+import { tensorBytes } from '../wire/dtype.ts';
 import type { TensorId } from '../wire/ids.ts';
-import type { Answer, GetMessage } from '../wire/messages.ts';
-import { Announcement, type Verdict } from './announcement.ts';
-import { type TransferContext, tensorFields } from './context.ts';
+import type { Answer, GetMessage, TensorForm } from '../wire/messages.ts';
+import { Announcement, type Reaction } from './announcement.ts';
+import { logTensor, type TransferContext } from './context.ts';
 import type { Intake } from './intake.ts';
 import type { Held, StoreEntry } from './store.ts';
 
@@ -21,7 +22,16 @@ export interface GetRequest {
   failed(error: PdError): void;
 }
 
+/** A tensor that was answered 0, in the books, and its bytes to come. */
+export interface Incoming {
+  readonly entry: StoreEntry;
+  arrived(): void;
+  /** It will not come: its asker knows at once, its memory is free once the pair is over. */
+  broke(error: PdError, over: Promise<unknown>): Promise<void>;
+}
+
 export class GetAnnouncement extends Announcement {
+  readonly direction = 'get';
   readonly #context: TransferContext;
   readonly #intake: Intake;
   readonly #request: GetRequest;
@@ -41,46 +51,109 @@ export class GetAnnouncement extends Announcement {
     return this.#request.tensorId;
   }
 
+  get bytes(): number | undefined {
+    return this.#request.bytes;
+  }
+
   get cancelled(): boolean {
     return this.#over;
+  }
+
+  get reserved(): MemoryRef | undefined {
+    return this.#reserved?.memory;
+  }
+
+  /** Memory that was reserved for it together with others'; the announcement is ready then. */
+  give(held: Held): void {
+    if (this.#over) {
+      held.free();
+      return;
+    }
+    this.#reserved = held;
+    this.markReady();
   }
 
   /** Reserves memory, waiting for others to free some for at most `timeoutMs`; the announcement is ready then. */
   async reserve(timeoutMs: number): Promise<void> {
     const { bytes } = this.#request;
-    if (bytes !== undefined) {
-      const held = await this.#context.memory.waitFor(bytes, timeoutMs);
-      if (!held) {
-        return this.fail(
-          new PdError('KV_BUFFER_FULL', `no room for ${this.tensorId} of ${bytes} bytes to be asked for`, {
-            tensorId: this.tensorId,
-          }),
-        );
-      }
-      if (this.#over) return held.free();
-      this.#reserved = held;
-    }
-    this.markReady();
+    if (bytes === undefined) return this.markReady();
+    const held = await this.#context.memory.waitFor(bytes, timeoutMs);
+    if (held) return this.give(held);
+    const message = `no room for ${this.tensorId} of ${bytes} bytes to be asked for`;
+    this.fail(new PdError('KV_BUFFER_FULL', message, { tensorId: this.tensorId }));
+  }
+
+  /** It leaves: from now on it may be answered 0. */
+  announce(): void {
+    this.#announced = true;
   }
 
   message(ours: boolean, seq: number): GetMessage {
     const { tensorId } = this;
-    this.#announced = true;
+    this.announce();
     return ours ? { cmd: 'GET', tensor_id: tensorId, ours: { seq } } : { cmd: 'GET', tensor_id: tensorId };
   }
 
-  answered(answer: Answer, pair: Pair): Verdict {
+  answered(answer: Answer, pair: Pair): Reaction {
     if (answer.kind !== 'get') return 'unexpected';
-    if (answer.ret === 0) this.#receive(answer.shape, answer.dtype, pair);
-    else {
-      this.#unreserve();
-      if (!this.#over) {
-        this.#over = true;
-        if (answer.gone) this.#request.failed(this.#goneError());
-        else this.#request.missed();
-      }
+    if (answer.ret === 1) {
+      this.miss(answer.gone ?? false);
+      return {};
     }
-    return 'settled';
+    const incoming = this.accept(answer, pair);
+    return incoming ? { moved: this.#receive(incoming, pair) } : {};
+  }
+
+  /** The producer does not have it (yet); `gone`: not any more, so that asking again is in vain. */
+  miss(gone: boolean): void {
+    this.#unreserve();
+    if (this.#over) return;
+    this.#over = true;
+    if (gone) this.#request.failed(this.#goneError());
+    else this.#request.missed();
+  }
+
+  /** Enters what is to come. Without room for it the pair ends: it would be sent all the same. */
+  accept({ shape, dtype }: TensorForm, pair: Pair): Incoming | undefined {
+    const { memory, metrics } = this.#context;
+    const { peer } = this.#request;
+    const { tensorId } = this;
+    const bytes = tensorBytes(shape, dtype);
+    if (this.#reserved?.bytes !== bytes) {
+      this.#unreserve();
+      this.#reserved = memory.tryAllocate(bytes);
+    }
+    const held = this.#reserved;
+    this.#reserved = undefined;
+    if (!held) {
+      const error = new PdError(
+        'KV_BUFFER_FULL',
+        `${peer} sends ${tensorId} of ${bytes} bytes, for which there is no room: the pair must end`,
+        { tensorId, peer },
+      );
+      this.fail(error);
+      pair.abort(error);
+      return undefined;
+    }
+    const dropped = this.#over;
+    this.#over = true;
+    const tensor = { tensorId, shape, dtype, peer };
+    const entry = this.#intake.adopt(tensor, held, dropped ? 'dropped' : 'claimed');
+    logTensor(this.#context, 'receive', tensor, peer);
+    return {
+      entry,
+      arrived: () => {
+        metrics.inc('pd_kv_received_bytes_total', bytes);
+        if (!dropped) return this.#request.arrived(entry);
+        metrics.inc('pd_kv_late_dropped_total', 1);
+        this.#intake.store.release(entry);
+      },
+      broke: async (error, over) => {
+        if (!dropped) this.#request.failed(error);
+        await over;
+        this.#intake.store.release(entry);
+      },
+    };
   }
 
   fail(error: PdError): void {
@@ -100,45 +173,15 @@ export class GetAnnouncement extends Announcement {
     this.markReady();
   }
 
-  #receive(shape: readonly number[], dtype: Dtype, pair: Pair): void {
-    const { memory, options, metrics, log } = this.#context;
-    const { peer } = this.#request;
+  async #receive(incoming: Incoming, pair: Pair): Promise<void> {
     const { tensorId } = this;
-    const bytes = tensorBytes(shape, dtype);
-    if (this.#reserved?.bytes !== bytes) {
-      this.#unreserve();
-      this.#reserved = memory.tryAllocate(bytes);
+    const { timeouts } = this.#context.options;
+    try {
+      await pair.receive([incoming.entry.held.memory], { tensorId, timeoutMs: timeouts.transfer });
+    } catch (error) {
+      return incoming.broke(PdError.from(error, 'PEER_LOST'), pair.over);
     }
-    const held = this.#reserved;
-    this.#reserved = undefined;
-    if (!held) {
-      const error = new PdError(
-        'KV_BUFFER_FULL',
-        `${peer} sends ${tensorId} of ${bytes} bytes, for which there is no room: the pair must end`,
-        { tensorId, peer },
-      );
-      this.fail(error);
-      pair.abort(error);
-      return;
-    }
-    const dropped = this.#over;
-    this.#over = true;
-    const tensor = { tensorId, shape, dtype, peer };
-    const entry = this.#intake.adopt(tensor, held, dropped ? 'dropped' : 'claimed');
-    log.debug(tensorFields(this.#context, tensor, peer), `receive ${tensorId}`);
-    pair.receive([held.memory], { tensorId, timeoutMs: options.timeouts.transfer }).then(
-      () => {
-        metrics.inc('pd_kv_received_bytes_total', bytes);
-        if (!dropped) return this.#request.arrived(entry);
-        metrics.inc('pd_kv_late_dropped_total', 1);
-        this.#intake.store.release(entry);
-      },
-      async (error: unknown) => {
-        if (!dropped) this.#request.failed(PdError.from(error, 'PEER_LOST'));
-        await pair.over;
-        this.#intake.store.release(entry);
-      },
-    );
+    incoming.arrived();
   }
 
   #goneError(): PdError {

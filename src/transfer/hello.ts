@@ -1,11 +1,13 @@
 /** What two ends of ours must agree on before they exchange KV. Pure. */
 import type { ErrorCode } from '../errors.ts';
-import { PD_VERSION, type PeerHello } from '../wire/messages.ts';
+import { BUNDLE_FEATURE, CLOSE_FEATURE, PD_VERSION, type PeerHello } from '../wire/messages.ts';
 import { sameDirection } from './context.ts';
 import type { Fingerprint, TransferOptions } from './types.ts';
 
-export function helloOf(options: TransferOptions): PeerHello {
-  const hello = { version: PD_VERSION, features: ['seq'], sendType: options.sendType };
+const FEATURES = ['seq', BUNDLE_FEATURE, CLOSE_FEATURE];
+
+export function helloOf(options: TransferOptions, features: readonly string[] = FEATURES): PeerHello {
+  const hello = { version: PD_VERSION, features, sendType: options.sendType };
   return options.fingerprint ? { ...hello, fingerprint: options.fingerprint } : hello;
 }
 

@@ -2,19 +2,23 @@
 import { PdError, unreachable } from '../errors.ts';
 import type { Pair } from '../transport/transport.ts';
 import { decodeMessage, encodeAnswer } from '../wire/codec.ts';
-import { PROBE_TENSOR } from '../wire/ids.ts';
 import { protocolErrorKind } from '../wire/limits.ts';
-import type { Answer, GetMessage, NewMessage, PutMessage, WireMessage } from '../wire/messages.ts';
-import { countFailure, type TransferContext, tensorFields } from './context.ts';
+import type { Answer, NewMessage, WireMessage } from '../wire/messages.ts';
+import { Answering, type Asked } from './answering.ts';
+import { countFailure, type TransferContext } from './context.ts';
 import { mismatchOf } from './hello.ts';
 import type { Intake } from './intake.ts';
 import type { Keeper } from './keeper.ts';
+import type { OpenPair } from './pair-limit.ts';
 import type { OutgoingPeer } from './peer.ts';
-import { missing, refusalOf, refuseSendType } from './refusals.ts';
+import { refusalOf } from './refusals.ts';
 import type { Router } from './router.ts';
 import { Session } from './session.ts';
 import { Sessions } from './sessions.ts';
 import type { PairState } from './types.ts';
+
+/** A peer that was asked to close its pair, and went on using it. */
+const ASK_AGAIN_MS = 1_000;
 
 export interface IncomingPeers {
   outgoing(peer: string): OutgoingPeer;
@@ -27,7 +31,7 @@ export class Incoming {
   readonly #context: TransferContext;
   readonly #router: Router;
   readonly #intake: Intake;
-  readonly #keeper: Keeper;
+  readonly #answering: Answering;
   readonly #peers: IncomingPeers;
   readonly #sessions: Sessions;
   #closed = false;
@@ -41,8 +45,9 @@ export class Incoming {
     this.#sessions = new Sessions(context.deadlines);
     this.#router = router;
     this.#intake = parts.intake;
-    this.#keeper = parts.keeper;
     this.#peers = parts.peers;
+    const reply = (session: Session, answer: Answer) => this.#reply(session, answer);
+    this.#answering = new Answering(context, { ...parts, reply });
   }
 
   start(): void {
@@ -60,6 +65,22 @@ export class Incoming {
 
   get openPairs(): number {
     return this.#sessions.all().filter((session) => session.open).length;
+  }
+
+  /** Pairs that peers have opened, for closing those that are idle: their side must do it, being the one that announces. */
+  closable(): OpenPair[] {
+    const { deadlines } = this.#context;
+    return this.#sessions
+      .all()
+      .filter(({ open }) => open)
+      .map((session) => ({
+        lastUsedAt: session.lastUsedAt,
+        closable: session.closable,
+        close: () => {
+          if (!session.mayAskToClose(deadlines.now(), ASK_AGAIN_MS)) return;
+          this.#reply(session, { kind: 'close', stage: 'ask' });
+        },
+      }));
   }
 
   states(): PairState[] {
@@ -97,7 +118,12 @@ export class Incoming {
         return;
       case 'PUT':
       case 'GET':
+      case 'PUTS':
+      case 'GETS':
         this.#announced(this.#sessions.of(identity), message);
+        return;
+      case 'CLOSE':
+        this.#closePair(this.#sessions.of(identity));
         return;
       default:
         unreachable(message, 'message');
@@ -170,8 +196,9 @@ export class Incoming {
     this.#intake.peerLost(peer, reason);
   }
 
-  #announced(session: Session, message: PutMessage | GetMessage): void {
-    const { options } = this.#context;
+  #announced(session: Session, message: Asked): void {
+    const { options, deadlines } = this.#context;
+    session.used(deadlines.now());
     if (session.queued >= options.limits.maxQueuePerPeer) {
       // Out of turn, but a peer that has this many waiting does not count answers any more.
       const reason = new PdError('LIMIT_EXCEEDED', `${session.peer} has ${session.queued} messages waiting`, {
@@ -181,96 +208,22 @@ export class Incoming {
       this.#pairOver(session, reason);
       return;
     }
-    const run = async () => {
-      try {
-        if (message.cmd === 'PUT') await this.#put(session, message);
-        else await this.#get(session, message);
-      } catch (error) {
-        const { log } = this.#context;
-        log.error(
-          { peer: session.peer, err: PdError.from(error) },
-          `${message.cmd} ${message.tensor_id} failed`,
-        );
-        this.#reply(session, message.cmd === 'PUT' ? { kind: 'no-room' } : missing(message));
-      }
-    };
+    const run = () => this.#answering.answer(session, message);
     // Answers to these find their GET by `seq`, so that one that waits holds up no other.
-    if (message.cmd === 'GET' && message.ours?.seq !== undefined) void run();
+    if (message.cmd === 'GETS' || (message.cmd === 'GET' && message.ours?.seq !== undefined)) void run();
     else session.enqueue(run);
   }
 
-  async #put(session: Session, put: PutMessage): Promise<void> {
-    const { peer } = session;
-    if (this.#context.options.sendType === 'GET') {
-      refuseSendType(this.#context, peer, 'PUT');
-      return this.#reply(session, { kind: 'no-room' });
-    }
-    const pair = await this.#pairFor(session);
-    if (!pair) return this.#noPair(session, put);
-    const entry = await this.#intake.admit(put, peer);
-    if (!entry) return this.#reply(session, { kind: 'no-room' });
-    if (session.replaced) return this.#intake.store.release(entry);
-    if ((await this.#pairFor(session)) !== pair) {
-      // The pair died while memory was found: nobody would send.
-      this.#intake.store.release(entry);
-      return this.#noPair(session, put);
-    }
-    this.#intake.post(entry, pair);
-    this.#reply(session, { kind: 'send' });
-  }
-
-  async #get(session: Session, get: GetMessage): Promise<void> {
-    const { peer } = session;
-    const { options, log } = this.#context;
-    // pd-doctor asks for it to see whether anybody answers: no peer's mistake, nothing to log or count.
-    if (get.tensor_id === PROBE_TENSOR) return this.#reply(session, missing(get));
-    if (options.sendType !== 'GET') {
-      refuseSendType(this.#context, peer, 'GET');
-      return this.#reply(session, missing(get));
-    }
-    if (!(await this.#pairFor(session))) return this.#noPair(session, get);
-    // Half of what the asker waits for an answer, so that its deadline means that we are dead.
-    const kept = await this.#keeper.find(get.tensor_id, options.timeouts.answer / 2);
-    const pair = await this.#pairFor(session);
-    if (session.replaced) return;
-    if (!pair) return this.#noPair(session, get);
-    if (!kept || kept.gone) {
-      log.debug(
-        tensorFields(this.#context, { tensorId: get.tensor_id }, peer),
-        `${get.tensor_id} is not here`,
-      );
-      return this.#reply(session, missing(get, this.#keeper.gaveUp(get.tensor_id)));
-    }
-    const seq = get.ours?.seq;
-    const { shape, dtype } = kept;
-    this.#keeper.send(kept, pair, peer, session.hello !== undefined);
-    this.#reply(session, { kind: 'get', ret: 0, shape, dtype, ...(seq === undefined ? {} : { seq }) });
-  }
-
-  /** The peer's own pair, or, where it is not ours, the one that we opened to it: vLLM uses one for both ways. */
-  async #pairFor(session: Session): Promise<Pair | undefined> {
-    return (await session.pair()) ?? this.#peers.known(session.peer)?.foreignPair;
-  }
-
-  #noPair(session: Session, message: PutMessage | GetMessage): void {
-    const { peer } = session;
-    const { metrics, limited, log } = this.#context;
-    metrics.inc('pd_protocol_errors_total', 1, 'no_pair');
-    limited.log(`no pair ${peer}`, (suppressed) =>
-      log.warn({ peer, suppressed }, `${peer} announces ${message.tensor_id} and has no pair with us`),
-    );
-    const ours = session.hello !== undefined || message.ours !== undefined;
-    if (ours) {
-      this.#reply(session, { kind: 'no-pair' });
-      return;
-    }
-    this.#reply(session, message.cmd === 'PUT' ? { kind: 'no-room' } : missing(message));
-    // vLLM never opens a pair anew by itself, but its listener takes ours in place of the one it has.
-    try {
-      this.#peers.outgoing(peer).connect();
-    } catch (error) {
-      log.debug({ peer, err: PdError.from(error) }, 'no address to send NEW to');
-    }
+  /** The peer closes its pair, having nothing under way; what it has sent may still be on its way here. */
+  #closePair(session: Session): void {
+    session.enqueue(async () => {
+      await session.quiet();
+      const reason = new PdError('PAIR_CLOSED', 'the peer closed it', { peer: session.peer });
+      if (session.open) this.#context.log.info({ peer: session.peer }, `pair with ${session.peer} closed`);
+      session.end(reason);
+      this.#peers.pairsChanged();
+      this.#reply(session, { kind: 'close', stage: 'done' });
+    });
   }
 
   #reply(session: Session, answer: Answer): void {

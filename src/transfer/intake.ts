@@ -2,13 +2,14 @@
  * KV that comes in, whatever brought it: taken in if there is room, received, given to who waits for it, and freed when nobody does.
  * Memory is taken before an announcement is answered; what was answered `0` is received even if its request is over by then.
  */
+import type { MemoryRef } from '../device/device.ts';
 import { PdError } from '../errors.ts';
 import type { Pair } from '../transport/transport.ts';
 import { tensorBytes } from '../wire/dtype.ts';
 import { splitTensorId, transferIdOf } from '../wire/ids.ts';
-import type { PutMessage } from '../wire/messages.ts';
+import type { PutMessage, PutsMessage } from '../wire/messages.ts';
 import { type Claimant, ClaimBook } from './claims.ts';
-import { type TransferContext, tensorFields } from './context.ts';
+import { logTensor, type TransferContext, tensorFields } from './context.ts';
 import { FinishedRequests, LostRequests } from './memories.ts';
 import { type Held, ReceiveStore, type StoreEntry, type TensorInfo } from './store.ts';
 
@@ -32,52 +33,56 @@ export class Intake {
     });
   }
 
-  /** Memory for an announced tensor, or undefined: answer `1`. */
+  /** Memory for an announced tensor, or undefined: answer `1`. What comes for a request that is over is received all the same. */
   async admit(put: PutMessage, peer: string): Promise<StoreEntry | undefined> {
-    const { memory, options, metrics, log } = this.#context;
-    const tensor: TensorInfo = { tensorId: put.tensor_id, shape: put.shape, dtype: put.dtype, peer };
-    const fields = tensorFields(this.#context, tensor, peer);
+    const tensor = tensorOf(put, peer);
     if (this.#isDuplicate(tensor)) return undefined;
-    const held =
-      this.store.size < options.limits.maxTensors
-        ? await memory.allocate(tensorBytes(put.shape, put.dtype))
-        : undefined;
-    if (!held) {
-      metrics.inc('pd_kv_refused_total', 1);
-      const reason = new PdError(
-        'KV_BUFFER_FULL',
-        `no room for ${put.tensor_id} of ${tensorBytes(put.shape, put.dtype)} bytes from ${peer}: ` +
-          `${memory.bufferUsed} of ${memory.thresholdBytes} bytes of the buffer and ${memory.poolUsed} of ` +
-          `${memory.limitBytes} bytes of the host pool are used, ${this.store.size} tensors held`,
-        { tensorId: put.tensor_id, peer },
-      );
-      this.#context.limited.log('no room', (suppressed) =>
-        log.warn({ ...fields, suppressed }, reason.message),
-      );
-      this.#lose(put.tensor_id, reason);
-      return undefined;
-    }
-    // Room may have taken its time: the same tensor may have come from elsewhere, its request may have ended.
-    if (this.#isDuplicate(tensor)) {
-      held.free();
-      return undefined;
-    }
-    return this.#enter(tensor, held);
+    const bytes = tensorBytes(put.shape, put.dtype);
+    return this.#enter(tensor, this.#mayHold(1) ? await this.#context.memory.allocate(bytes) : undefined);
   }
 
-  /** Posts the receive of an admitted tensor. The answer leaves after this, in the same turn. */
-  post(entry: StoreEntry, pair: Pair): void {
-    const { options, log } = this.#context;
-    const { tensorId } = entry;
-    log.debug(tensorFields(this.#context, entry, entry.peer), `receive ${tensorId}`);
-    pair.receive([entry.held.memory], { tensorId, timeoutMs: options.timeouts.transfer }).then(
-      () => this.#arrived(entry),
-      async (error: unknown) => {
-        this.#lose(tensorId, PdError.from(error, 'PEER_LOST'));
-        await pair.over;
-        this.store.release(entry);
-      },
-    );
+  /** As `admit` for the tensors of a bundle, in neighbouring memory where that can be had. What nobody wants any more is not sent. */
+  async admitAll(
+    tensors: PutsMessage['tensors'],
+    peer: string,
+  ): Promise<(StoreEntry | 'no-room' | 'unwanted')[]> {
+    const { memory, metrics } = this.#context;
+    const result = tensors.map((): StoreEntry | 'no-room' | 'unwanted' => 'no-room');
+    const wanted = new Map<string, { readonly index: number; readonly tensor: TensorInfo }>();
+    for (const [index, put] of tensors.entries()) {
+      const tensor = tensorOf(put, peer);
+      if (this.#finished.has(splitTensorId(tensor.tensorId).requestId)) {
+        metrics.inc('pd_kv_late_dropped_total', 1);
+        result[index] = 'unwanted';
+      } else if (!this.#isDuplicate(tensor, wanted.has(tensor.tensorId))) {
+        wanted.set(tensor.tensorId, { index, tensor });
+      }
+    }
+    const list = [...wanted.values()];
+    const sizes = list.map(({ tensor }) => tensorBytes(tensor.shape, tensor.dtype));
+    const run = this.#mayHold(list.length) ? memory.tryAllocateRun(sizes) : undefined;
+    for (const [at, { index, tensor }] of list.entries()) {
+      const held = run ? run[at] : this.#mayHold(1) ? await memory.allocate(sizes[at]!) : undefined;
+      result[index] = this.#enter(tensor, held) ?? 'no-room';
+    }
+    return result;
+  }
+
+  /** Posts the receive of admitted tensors as one operation. The answer leaves after this, in the same turn. Never rejects. */
+  async post(entries: readonly StoreEntry[], regions: readonly MemoryRef[], pair: Pair): Promise<void> {
+    const { timeouts } = this.#context.options;
+    for (const entry of entries) logTensor(this.#context, 'receive', entry, entry.peer);
+    const [first] = entries;
+    const more = entries.length > 1 ? ` and ${entries.length - 1} more` : '';
+    try {
+      await pair.receive(regions, { tensorId: `${first?.tensorId}${more}`, timeoutMs: timeouts.transfer });
+    } catch (error) {
+      for (const { tensorId } of entries) this.#lose(tensorId, PdError.from(error, 'PEER_LOST'));
+      await pair.over;
+      for (const entry of entries) this.store.release(entry);
+      return;
+    }
+    for (const entry of entries) this.#arrived(entry);
   }
 
   /** Enters a tensor that a GET has been answered with; it belongs to who asked. */
@@ -128,15 +133,45 @@ export class Intake {
     this.#armSweep();
   }
 
-  #enter(tensor: TensorInfo, held: Held): StoreEntry {
-    const { requestId } = splitTensorId(tensor.tensorId);
-    const late = this.#finished.has(requestId);
+  #mayHold(tensors: number): boolean {
+    return this.store.size + tensors <= this.#context.options.limits.maxTensors;
+  }
+
+  /** Into the books; undefined where there is no memory, or no use for it any more. */
+  #enter(tensor: TensorInfo, held: Held | undefined): StoreEntry | undefined {
+    if (!held) {
+      this.#refuse(tensor);
+      return undefined;
+    }
+    // Room may have taken its time: the same tensor may have come from elsewhere, its request may have ended.
+    if (this.#isDuplicate(tensor)) {
+      held.free();
+      return undefined;
+    }
+    const late = this.#finished.has(splitTensorId(tensor.tensorId).requestId);
     this.#armSweep();
     return this.store.open(tensor, held, this.#context.deadlines.now(), late ? 'dropped' : 'receiving');
   }
 
-  #isDuplicate(tensor: TensorInfo): boolean {
-    if (!this.store.has(tensor.tensorId)) return false;
+  #refuse(tensor: TensorInfo): void {
+    const { memory, metrics, limited, log } = this.#context;
+    const { tensorId, peer, shape, dtype } = tensor;
+    metrics.inc('pd_kv_refused_total', 1);
+    const reason = new PdError(
+      'KV_BUFFER_FULL',
+      `no room for ${tensorId} of ${tensorBytes(shape, dtype)} bytes from ${peer}: ` +
+        `${memory.bufferUsed} of ${memory.thresholdBytes} bytes of the buffer and ${memory.poolUsed} of ` +
+        `${memory.limitBytes} bytes of the host pool are used, ${this.store.size} tensors held`,
+      { tensorId, peer },
+    );
+    limited.log('no room', (suppressed) =>
+      log.warn({ ...tensorFields(this.#context, tensor, peer), suppressed }, reason.message),
+    );
+    this.#lose(tensorId, reason);
+  }
+
+  #isDuplicate(tensor: TensorInfo, twice = false): boolean {
+    if (!twice && !this.store.has(tensor.tensorId)) return false;
     const { metrics, limited, log } = this.#context;
     metrics.inc('pd_protocol_errors_total', 1, 'duplicate');
     limited.log(`duplicate ${tensor.peer}`, (suppressed) =>
@@ -149,15 +184,14 @@ export class Intake {
   }
 
   #arrived(entry: StoreEntry): void {
-    const { metrics, log } = this.#context;
+    const { metrics } = this.#context;
     metrics.inc('pd_kv_received_bytes_total', entry.held.bytes);
-    const fields = tensorFields(this.#context, entry, entry.peer);
     if (!this.store.arrived(entry)) {
       metrics.inc('pd_kv_late_dropped_total', 1);
-      log.debug(fields, `${entry.tensorId} came after its request was over: dropped`);
+      logTensor(this.#context, 'dropped, its request being over:', entry, entry.peer);
       return;
     }
-    log.debug(fields, `received ${entry.tensorId}`);
+    logTensor(this.#context, 'received', entry, entry.peer);
     this.claims.arrived(entry);
   }
 
@@ -198,4 +232,8 @@ export class Intake {
         (suffixed ? ' (a vLLM worker here: VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1 makes ids match)' : ''),
     );
   }
+}
+
+function tensorOf(put: Pick<PutMessage, 'tensor_id' | 'shape' | 'dtype'>, peer: string): TensorInfo {
+  return { tensorId: put.tensor_id, shape: put.shape, dtype: put.dtype, peer };
 }

@@ -1,13 +1,15 @@
 /** The producer's side of GET: keeps what is sent until it is asked for, and lets who asks too early wait. */
+import type { MemoryRef } from '../device/device.ts';
 import { PdError } from '../errors.ts';
 import type { Pair } from '../transport/transport.ts';
 import { splitTensorId, type TensorId } from '../wire/ids.ts';
-import { type TransferContext, tensorFields } from './context.ts';
+import { logTensor, type TransferContext, tensorFields } from './context.ts';
 import type { Deadline } from './deadlines.ts';
 import { GivenUpTensors } from './memories.ts';
 import type { SendReply } from './put.ts';
 import { type KeptTensor, SendStore } from './send-store.ts';
-import { checkSource, stage } from './staging.ts';
+import type { Stager } from './stager.ts';
+import { checkSource } from './staging.ts';
 import { belongsTo, type Held } from './store.ts';
 import type { SendRequest } from './types.ts';
 
@@ -23,6 +25,7 @@ const MOST_PARKED = 16_384;
 export class Keeper {
   readonly store = new SendStore();
   readonly #context: TransferContext;
+  readonly #stager: Stager;
   /** Requests being gathered; one that ends meanwhile is not kept. */
   readonly #gathering = new Set<{ readonly requestId: string; over: boolean }>();
   readonly #givenUp = new GivenUpTensors();
@@ -30,41 +33,50 @@ export class Keeper {
   #parkedCount = 0;
   #sweeping = false;
 
-  constructor(context: TransferContext) {
+  constructor(context: TransferContext, stager: Stager) {
     this.#context = context;
+    this.#stager = stager;
   }
 
   /** Gathers and keeps one tensor. */
-  async keep(request: SendRequest, reply: SendReply): Promise<void> {
-    const { log, deadlines } = this.#context;
+  keep(request: SendRequest, reply: SendReply): void {
+    const { deadlines } = this.#context;
     const { tensorId } = request;
     const gathering = { requestId: splitTensorId(tensorId).requestId, over: false };
-    this.#gathering.add(gathering);
-    try {
-      const bytes = checkSource(request);
-      const held = await this.#room(request, bytes);
-      try {
-        await stage(this.#context, request, held.memory);
-      } catch (error) {
-        if (this.#context.device.kind === 'host') held.free();
-        throw error;
-      }
-      if (gathering.over) held.free();
-      else {
-        const kept = this.store.keep(request, held, deadlines.now());
-        this.#givenUp.delete(tensorId);
-        log.debug(tensorFields(this.#context, request), `kept ${tensorId}`);
-        this.#wake(kept);
-        this.#armSweep();
-      }
-      reply.gathered();
-      reply.sent(bytes);
-    } catch (error) {
+    const failed = (error: unknown) => {
+      this.#gathering.delete(gathering);
       this.#giveUp(tensorId);
       reply.failed(PdError.from(error, 'KV_SEND_FAILED', { tensorId }));
-    } finally {
-      this.#gathering.delete(gathering);
+    };
+    let bytes: number;
+    try {
+      bytes = checkSource(request);
+    } catch (error) {
+      failed(error);
+      return;
     }
+    this.#gathering.add(gathering);
+    this.#stager.add({
+      request,
+      bytes,
+      mayLieInPlace: false,
+      room: () => this.#room(request, bytes),
+      staged: (held) => {
+        this.#gathering.delete(gathering);
+        if (!held) return failed(new PdError('INTERNAL', `${tensorId} was not copied`));
+        if (gathering.over) held.free();
+        else {
+          const kept = this.store.keep(request, held, deadlines.now());
+          this.#givenUp.delete(tensorId);
+          logTensor(this.#context, 'kept', request);
+          this.#wake(kept);
+          this.#armSweep();
+        }
+        reply.gathered();
+        reply.sent(bytes);
+      },
+      failed,
+    });
   }
 
   /** The tensor, when it is there; undefined after `waitMs`. */
@@ -95,24 +107,37 @@ export class Keeper {
     return this.#givenUp.has(tensorId) && !this.#lookup(tensorId);
   }
 
-  /** Posts the send of a kept tensor. `leave`: it is fetched once and goes. The answer leaves after this, in the same turn. */
-  send(kept: KeptTensor, pair: Pair, peer: string, leave: boolean): void {
+  /**
+   * Posts the send of kept tensors as one operation. `leave`: they are fetched once and go. The answer leaves after this, in the same
+   * turn. Never rejects.
+   */
+  async send(
+    kept: readonly KeptTensor[],
+    regions: readonly MemoryRef[],
+    pair: Pair,
+    leave: boolean,
+  ): Promise<void> {
     const { log, options, metrics } = this.#context;
-    const { tensorId, held } = kept;
-    this.store.beginSend(kept);
-    log.debug(tensorFields(this.#context, kept, peer), `send ${tensorId}`);
-    pair.send([held.memory], { tensorId, timeoutMs: options.timeouts.transfer }).then(
-      () => {
-        metrics.inc('pd_kv_sent_bytes_total', held.bytes);
-        log.debug(tensorFields(this.#context, kept, peer), `sent ${tensorId}`);
-        this.store.endSend(kept, leave);
-      },
-      async (error: unknown) => {
-        log.warn(tensorFields(this.#context, kept, peer), PdError.from(error).message);
-        await pair.over;
-        this.store.endSend(kept, false);
-      },
-    );
+    const { peer } = pair;
+    for (const one of kept) {
+      this.store.beginSend(one);
+      logTensor(this.#context, 'send', one, peer);
+    }
+    const more = kept.length > 1 ? ` and ${kept.length - 1} more` : '';
+    const tensorId = `${kept[0]?.tensorId}${more}`;
+    try {
+      await pair.send(regions, { tensorId, timeoutMs: options.timeouts.transfer });
+    } catch (error) {
+      log.warn({ peer, tensors: kept.length }, PdError.from(error).message);
+      await pair.over;
+      for (const one of kept) this.store.endSend(one, false);
+      return;
+    }
+    for (const one of kept) {
+      metrics.inc('pd_kv_sent_bytes_total', one.held.bytes);
+      logTensor(this.#context, 'sent', one, peer);
+      this.store.endSend(one, leave);
+    }
   }
 
   finish(id: string, keepSends: boolean): void {

@@ -98,6 +98,16 @@ export class KvMemory {
     return undefined;
   }
 
+  /**
+   * Memory of the buffer for tensors that travel together: neighbours where their sizes allow it, and each freed by itself. Undefined
+   * where it is not to be had now in one piece. Never before those that wait.
+   */
+  tryAllocateRun(bytes: readonly number[]): Allocation[] | undefined {
+    if (this.#waiters.length > 0) return undefined;
+    const blocks = this.#buffer.arena.allocateRun(bytes);
+    return blocks?.map((block) => this.#hand(this.#buffer, block));
+  }
+
   /** Grows the pool where it must; undefined where there is no room and none can be made. */
   async allocate(bytes: number): Promise<Allocation | undefined> {
     for (;;) {

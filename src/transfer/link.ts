@@ -8,15 +8,23 @@ import { PdError, unreachable } from '../errors.ts';
 import type { Pair } from '../transport/transport.ts';
 import { decodeAnswer, encodeMessage } from '../wire/codec.ts';
 import { protocolErrorKind } from '../wire/limits.ts';
-import type { Answer, PeerHello } from '../wire/messages.ts';
-import type { Announcement } from './announcement.ts';
+import { type Answer, BUNDLE_FEATURE, CLOSE_FEATURE, type PeerHello } from '../wire/messages.ts';
+import type { Announcement, Direction, Unit } from './announcement.ts';
 import type { TransferContext } from './context.ts';
 import type { Deadline } from './deadlines.ts';
 import { Dealer } from './dealer.ts';
 import { mismatchOf } from './hello.ts';
+import { lateError, Outstanding } from './outstanding.ts';
 
-/** Announcements without an answer at one time. */
+/** Messages without an answer at one time. */
 const WINDOW = 64;
+/**
+ * Of PUTs in bundles, those unanswered and those whose data is under way: one on the wire, one to follow it without a gap, one being
+ * announced. What comes meanwhile gathers for the next bundle.
+ */
+const PUTS_UNDER_WAY = 3;
+
+type LinkState = 'connecting' | 'opening' | 'open' | 'closing' | 'over';
 
 export interface LinkEnd {
   readonly error: PdError;
@@ -24,12 +32,16 @@ export interface LinkEnd {
   readonly unanswered: readonly Announcement[];
   /** The peer has answered `2`: it knows no pair. */
   readonly noPair: boolean;
+  /** It was closed because nothing used it. */
+  readonly idle: boolean;
 }
 
-interface Outstanding {
-  readonly announcement: Announcement;
-  readonly seq: number;
-  readonly since: number;
+export interface LinkEvents {
+  onOpen(): void;
+  /** More may be announced; `again`: to be announced anew, first of all. */
+  onSpace(again: readonly Announcement[]): void;
+  /** Once. */
+  onEnd(end: LinkEnd): void;
 }
 
 export class Link {
@@ -37,29 +49,31 @@ export class Link {
   readonly since: number;
   readonly #context: TransferContext;
   readonly #dealer: Dealer;
-  readonly #onOpen: () => void;
-  readonly #onSpace: () => void;
-  readonly #onEnd: (end: LinkEnd) => void;
-  #state: 'connecting' | 'opening' | 'open' | 'over' = 'connecting';
+  readonly #events: LinkEvents;
+  #state: LinkState = 'connecting';
+  #lastUsedAt: number;
+  /** Units whose data is under way. */
+  #moving = 0;
+  #closing: PdError | undefined;
   #pair: Pair | undefined;
   #hello: PeerHello | undefined;
-  #outstanding: Outstanding[] = [];
+  readonly #outstanding: Outstanding;
   #seq = 0;
   #answers = 0;
-  #progressAt = 0;
-  #answerDeadline: Deadline | undefined;
+  #closeDeadline: Deadline | undefined;
 
-  constructor(
-    context: TransferContext,
-    peer: string,
-    events: { onOpen(): void; onSpace(): void; onEnd(end: LinkEnd): void },
-  ) {
+  constructor(context: TransferContext, peer: string, events: LinkEvents) {
     this.#context = context;
     this.peer = peer;
     this.since = context.deadlines.now();
-    this.#onOpen = events.onOpen;
-    this.#onSpace = events.onSpace;
-    this.#onEnd = events.onEnd;
+    this.#lastUsedAt = this.since;
+    this.#events = events;
+    this.#outstanding = new Outstanding({
+      deadlines: context.deadlines,
+      answerTimeoutMs: context.options.timeouts.answer,
+      moving: () => (this.#pair?.pending ?? 0) > 0,
+      onLate: (unit, progress) => this.end(lateError(peer, unit, progress, context.options.timeouts.answer)),
+    });
     this.#dealer = new Dealer({
       self: context.self,
       peer,
@@ -70,8 +84,12 @@ export class Link {
     void this.#open();
   }
 
-  get state(): 'connecting' | 'opening' | 'open' | 'over' {
+  get state(): LinkState {
     return this.#state;
+  }
+
+  get lastUsedAt(): number {
+    return this.#lastUsedAt;
   }
 
   /** True once the peer has answered our NEW. */
@@ -84,36 +102,70 @@ export class Link {
     return this.#state === 'open' ? this.#pair : undefined;
   }
 
+  /** Tensors that are announced and not answered. */
   get outstanding(): number {
-    return this.#outstanding.length;
+    return this.#outstanding.tensors;
   }
 
-  get mayAnnounce(): boolean {
-    return this.#state === 'open' && this.#outstanding.length < WINDOW;
+  /** Many tensors may travel as one. */
+  get bundles(): boolean {
+    return this.#both(BUNDLE_FEATURE);
   }
 
-  announce(announcement: Announcement): void {
+  mayAnnounce(direction: Direction): boolean {
+    if (this.#state !== 'open') return false;
+    const waiting = this.#outstanding.length;
+    // A GET may wait at the producer for what is not there yet, and must hold up no other.
+    if (direction === 'get' || !this.bundles) return waiting < WINDOW;
+    return waiting + this.#moving < PUTS_UNDER_WAY;
+  }
+
+  announce(unit: Unit): void {
     const seq = this.#seq++;
-    this.#outstanding.push({ announcement, seq, since: this.#context.deadlines.now() });
-    if (this.#outstanding.length === 1) this.#armAnswer();
-    const message = announcement.message(this.ours, seq);
+    this.#lastUsedAt = this.#context.deadlines.now();
+    this.#outstanding.add(unit, seq);
+    const message = unit.message(this.ours, seq);
     this.#context.log.debug(
-      { tensorId: announcement.tensorId, peer: this.peer, seq },
+      { tensorId: unit.parts[0]?.tensorId, tensors: unit.parts.length, peer: this.peer, seq },
       `${message.cmd} to ${this.peer}`,
     );
     void this.#dealer.send(encodeMessage(message));
+  }
+
+  /** Nothing is under way, and the peer knows how to close. */
+  get closable(): boolean {
+    const quiet = this.#outstanding.length === 0 && this.#moving === 0 && this.#pair?.pending === 0;
+    return this.#state === 'open' && quiet && this.#both(CLOSE_FEATURE);
+  }
+
+  /** Ends the pair on both ends, where it is `closable`. What is queued meanwhile opens another. */
+  close(why: string): void {
+    if (!this.closable) return;
+    this.#state = 'closing';
+    const { deadlines, options } = this.#context;
+    const closing = new PdError('PAIR_CLOSED', why, { peer: this.peer });
+    this.#closing = closing;
+    this.#closeDeadline = deadlines.after(options.timeouts.answer, () => this.end(closing));
+    void this.#dealer.send(encodeMessage({ cmd: 'CLOSE' }));
   }
 
   /** Ends DEALER and pair. Idempotent. */
   end(error: PdError, noPair = false): void {
     if (this.#state === 'over') return;
     this.#state = 'over';
-    this.#answerDeadline?.cancel();
+    // A pair that both ends close may be seen to end before the peer has said so.
+    const reason = this.#closing ?? error;
+    this.#closeDeadline?.cancel();
     this.#dealer.close();
-    this.#pair?.abort(error);
-    const unanswered = this.#outstanding.map(({ announcement }) => announcement);
-    this.#outstanding = [];
-    this.#onEnd({ error, unanswered, noPair });
+    this.#pair?.abort(reason);
+    const unanswered = this.#outstanding.clear();
+    this.#events.onEnd({ error: reason, unanswered, noPair, idle: this.#closing !== undefined });
+  }
+
+  #both(feature: string): boolean {
+    return (
+      (this.#hello?.features.includes(feature) && this.#context.hello.features.includes(feature)) ?? false
+    );
   }
 
   async #open(): Promise<void> {
@@ -139,7 +191,7 @@ export class Link {
       this.#state = 'open';
       log.info({ peer }, `🤝ncclCommInitRank Success, ${self}👉${peer}, MyRank:0`);
       void pair.over.then((reason) => this.end(reason));
-      this.#onOpen();
+      this.#events.onOpen();
     } catch (error) {
       this.end(PdError.from(error, 'INTERNAL', { peer }));
     }
@@ -172,47 +224,59 @@ export class Link {
     const first = this.#answers++ === 0;
     switch (answer.kind) {
       case 'hello':
-        if (!first) {
-          this.#unexpected('a second hello');
-          return;
-        }
-        this.#greeted(answer.hello, answer.refused);
+        if (first) this.#greeted(answer.hello, answer.refused);
+        else this.#unexpected('a second hello');
         return;
-      case 'no-pair': {
-        const { peer } = this;
-        this.end(new PdError('PAIR_CLOSED', `peer ${peer} knows no pair with us`, { peer }), true);
+      case 'no-pair':
+        this.end(
+          new PdError('PAIR_CLOSED', `peer ${this.peer} knows no pair with us`, { peer: this.peer }),
+          true,
+        );
         return;
-      }
+      case 'close':
+        if (answer.stage === 'ask') this.close('the peer closes idle pairs');
+        else this.end(new PdError('PAIR_CLOSED', 'closed on both ends', { peer: this.peer }));
+        return;
       case 'send':
       case 'no-room':
-      case 'get': {
-        const seq = answer.kind === 'get' ? answer.seq : undefined;
-        const at = seq === undefined ? 0 : this.#outstanding.findIndex((one) => one.seq === seq);
-        const one = this.#outstanding[at];
-        if (!one || !this.#pair) {
-          this.#unexpected('an answer to nothing');
-          return;
-        }
-        this.#outstanding.splice(at, 1);
-        this.#progressAt = this.#context.deadlines.now();
-        this.#armAnswer();
-        const { announcement } = one;
-        this.#context.log.debug(
-          { tensorId: announcement.tensorId, peer: this.peer, answer: answer.kind },
-          `answer from ${this.peer}`,
-        );
-        if (announcement.answered(answer, this.#pair) === 'unexpected') {
-          announcement.fail(this.#unexpectedError(`${answer.kind} for ${announcement.tensorId}`));
-          this.#unexpected(`${answer.kind} for ${announcement.tensorId}`);
-          return;
-        }
-        this.#onSpace();
+      case 'get':
+      case 'puts':
+      case 'gets':
+        this.#answered(answer, 'seq' in answer ? answer.seq : undefined);
         return;
-      }
       default:
         unreachable(answer, 'answer');
         return;
     }
+  }
+
+  #answered(answer: Answer, seq: number | undefined): void {
+    const unit = this.#outstanding.take(seq);
+    if (!unit || !this.#pair) {
+      this.#unexpected('an answer to nothing', unit);
+      return;
+    }
+    this.#lastUsedAt = this.#context.deadlines.now();
+    const first = unit.parts[0]?.tensorId;
+    this.#context.log.debug(
+      { tensorId: first, tensors: unit.parts.length, peer: this.peer, answer: answer.kind },
+      `answer from ${this.peer}`,
+    );
+    const reaction = unit.answered(answer, this.#pair);
+    if (reaction === 'unexpected') {
+      this.#unexpected(`${answer.kind} for ${first}`, unit);
+      return;
+    }
+    if (reaction.moved) void this.#move(reaction.moved);
+    this.#events.onSpace(reaction.again ?? []);
+  }
+
+  async #move(moved: Promise<void>): Promise<void> {
+    this.#moving++;
+    await moved;
+    this.#moving--;
+    this.#lastUsedAt = this.#context.deadlines.now();
+    if (!this.#over) this.#events.onSpace([]);
   }
 
   #greeted(
@@ -225,39 +289,14 @@ export class Link {
     if (bad) this.end(new PdError(bad.code, `peer ${this.peer}: ${bad.message}`, { peer: this.peer }));
   }
 
-  #unexpectedError(what: string): PdError {
-    return new PdError('MESSAGE_INVALID', `peer ${this.peer} sent an answer out of place: ${what}`, {
-      peer: this.peer,
-    });
-  }
-
-  #unexpected(what: string): void {
+  /** `unit`: what was answered so, and is answered by nothing any more. */
+  #unexpected(what: string, unit?: Unit): void {
+    const { peer } = this;
     this.#context.metrics.inc('pd_protocol_errors_total', 1, 'unexpected_answer');
-    this.end(this.#unexpectedError(what));
-  }
-
-  /** Watches the oldest announcement. While data moves, the pair's own deadlines watch: a serial listener answers after it. */
-  #armAnswer(): void {
-    this.#answerDeadline?.cancel();
-    this.#answerDeadline = undefined;
-    const oldest = this.#outstanding[0];
-    if (!oldest) return;
-    const { deadlines, options } = this.#context;
-    const due = Math.max(oldest.since, this.#progressAt) + options.timeouts.answer;
-    this.#answerDeadline = deadlines.after(due - deadlines.now(), () => {
-      if (this.#pair && this.#pair.pending > 0) {
-        this.#progressAt = deadlines.now();
-        return this.#armAnswer();
-      }
-      const { tensorId } = oldest.announcement;
-      this.end(
-        new PdError(
-          'PEER_ANSWER_TIMEOUT',
-          `peer ${this.peer} did not answer the announcement of ${tensorId} within ${options.timeouts.answer} ms` +
-            ` (${this.#outstanding.length} outstanding, ${this.#answers} answers so far)`,
-          { peer: this.peer, tensorId },
-        ),
-      );
+    const error = new PdError('MESSAGE_INVALID', `peer ${peer} sent an answer out of place: ${what}`, {
+      peer,
     });
+    for (const part of unit?.parts ?? []) part.fail(error);
+    this.end(error);
   }
 }

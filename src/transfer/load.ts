@@ -7,13 +7,19 @@ import { wireShape } from '../kv/layout.ts';
 import { formatHostPort } from '../net/address.ts';
 import { type TensorId, type TransferId, tensorIdOf } from '../wire/ids.ts';
 import type { Claimant } from './claims.ts';
-import { type TransferContext, tensorFields } from './context.ts';
+import { logTensor, type TransferContext } from './context.ts';
 import type { Intake } from './intake.ts';
 import { passed } from './staging.ts';
 import type { StoreEntry } from './store.ts';
 import type { LoadRequest, LoadResult } from './types.ts';
 
 type Layer = LoadRequest['layers'][number];
+
+/** A tensor that has come, and the layer that it goes to. */
+interface Taken {
+  readonly entry: StoreEntry;
+  readonly layer: Layer;
+}
 
 export class Load implements Claimant {
   readonly request: LoadRequest;
@@ -23,6 +29,7 @@ export class Load implements Claimant {
   readonly #intake: Intake;
   readonly #missing: Map<string, Layer>;
   readonly #settle: { resolve(result: LoadResult): void; reject(error: PdError): void };
+  #taken: Taken[] = [];
   #writes = 0;
   #bytes = 0;
   #failure: PdError | undefined;
@@ -95,7 +102,9 @@ export class Load implements Claimant {
       return;
     }
     this.#missing.delete(entry.layerName);
-    void this.#scatter(entry, layer);
+    this.#taken.push({ entry, layer });
+    // Tensors of one bundle come one after the other, and go into the cache together.
+    if (this.#taken.length === 1) queueMicrotask(() => void this.#scatter());
   }
 
   /** No more tensors are taken. Ignored once everything has come. */
@@ -156,25 +165,31 @@ export class Load implements Claimant {
     }
   }
 
-  async #scatter(entry: StoreEntry, layer: Layer): Promise<void> {
-    const { device, stream, log } = this.#context;
+  async #scatter(): Promise<void> {
+    const { device, stream } = this.#context;
     const { blockIds, skipBlocks } = this.request;
+    const taken = this.#taken;
+    this.#taken = [];
     this.#writes++;
     try {
-      log.debug(tensorFields(this.#context, entry, entry.peer), `scatter ${entry.tensorId}`);
-      device.scatter(layer.target, blockIds, entry.held.memory, stream, skipBlocks);
-      await passed(this.#context, `scatter of ${entry.tensorId}`);
-      this.#bytes += entry.held.bytes;
+      // A load that was given up meanwhile writes no more.
+      if (!this.#failure) {
+        for (const { entry } of taken) logTensor(this.#context, 'scatter', entry, entry.peer);
+        const parts = taken.map(({ entry, layer }) => ({ layer: layer.target, tensor: entry.held.memory }));
+        device.scatterLayers(parts, blockIds, stream, skipBlocks);
+        await passed(this.#context, `scatter of ${taken[0]?.entry.tensorId} and ${taken.length - 1} more`);
+        for (const { entry } of taken) this.#bytes += entry.held.bytes;
+      }
     } catch (error) {
       this.#failure ??= this.#asLoadError(PdError.from(error));
     }
     this.#writes--;
-    this.#intake.store.release(entry);
+    for (const { entry } of taken) this.#intake.store.release(entry);
     this.#finishIfQuiet();
   }
 
   #finishIfQuiet(): void {
-    if (this.#settled || this.#writes > 0 || !this.decided) return;
+    if (this.#settled || this.#writes > 0 || this.#taken.length > 0 || !this.decided) return;
     this.#settled = true;
     if (this.#failure) {
       this.#settle.reject(this.#failure);

@@ -10,7 +10,7 @@ import { GetAnnouncement } from './get.ts';
 import type { Intake } from './intake.ts';
 import { Load } from './load.ts';
 import type { OutgoingPeer } from './peer.ts';
-import type { StoreEntry } from './store.ts';
+import type { Held, StoreEntry } from './store.ts';
 import type { LoadRequest, LoadResult, StoredTensor, TransferState } from './types.ts';
 
 /** Between a GET that was answered `{ret: 1}` and the next: doubled each time. */
@@ -69,8 +69,7 @@ export class Loads {
       const lost = this.#peers.lostPair(peer);
       if (lost) load.fail(lost);
     });
-    if (options.sendType === 'GET')
-      for (const layer of request.layers) this.#askLayer(load, layer, timeoutMs);
+    if (options.sendType === 'GET') this.#askLayers(load, timeoutMs);
     else this.#intake.claim(load);
     load.begin();
     return promise
@@ -166,26 +165,39 @@ export class Loads {
     for (const receive of [...this.#receives]) receive.fail(reason);
   }
 
-  #askLayer(load: Load, layer: LoadRequest['layers'][number], timeoutMs: number): void {
-    this.#ask(
-      {
-        tensorId: load.tensorId(layer.name),
-        peer: load.peer,
-        bytes: blockBytes(layer.target.layout) * load.request.blockIds.length,
-        deadlineAt: load.startedAt + timeoutMs,
-        wanted: () => load.wants(layer.name),
-        arrived: (entry) => load.take(entry),
-        failed: (error) => load.fail(error),
-      },
-      load,
-    );
+  /** All layers at once, into neighbouring memory where that can be had. */
+  #askLayers(load: Load, timeoutMs: number): void {
+    const { layers, blockIds } = load.request;
+    const sizes = layers.map(({ target }) => blockBytes(target.layout) * blockIds.length);
+    const run = this.#context.memory.tryAllocateRun(sizes);
+    for (const [index, { name }] of layers.entries()) {
+      this.#ask(
+        {
+          tensorId: load.tensorId(name),
+          peer: load.peer,
+          bytes: sizes[index]!,
+          deadlineAt: load.startedAt + timeoutMs,
+          wanted: () => load.wants(name),
+          arrived: (entry) => load.take(entry),
+          failed: (error) => load.fail(error),
+        },
+        { load, held: run?.[index] },
+      );
+    }
   }
 
-  /** Asks, and asks again after `{ret: 1}`, until the deadline of who wants it. */
-  #ask(asking: Asking, load?: Load, pauseMs = FIRST_PAUSE_MS): void {
+  /** Asks, and asks again after `{ret: 1}`, until the deadline of who wants it. `held`: memory for the first time. */
+  #ask(
+    asking: Asking,
+    { load, held }: { readonly load?: Load; readonly held?: Held | undefined } = {},
+    pauseMs = FIRST_PAUSE_MS,
+  ): void {
     const { deadlines } = this.#context;
     const left = asking.deadlineAt - deadlines.now();
-    if (!asking.wanted() || left <= 0) return;
+    if (!asking.wanted() || left <= 0) {
+      held?.free();
+      return;
+    }
     const asked = load ? (this.#asked.get(load) ?? new Set()) : undefined;
     if (load && asked) this.#asked.set(load, asked);
     const get: GetAnnouncement = new GetAnnouncement(this.#context, this.#intake, {
@@ -202,12 +214,14 @@ export class Loads {
       },
       missed: () => {
         asked?.delete(get);
-        deadlines.after(pauseMs, () => this.#ask(asking, load, Math.min(pauseMs * 2, LONGEST_PAUSE_MS)));
+        const again = Math.min(pauseMs * 2, LONGEST_PAUSE_MS);
+        deadlines.after(pauseMs, () => this.#ask(asking, load ? { load } : {}, again));
       },
     });
     asked?.add(get);
     this.#peers.outgoing(asking.peer).submit(get);
-    void get.reserve(left);
+    if (held) get.give(held);
+    else void get.reserve(left);
   }
 
   /** Once, at half the deadline: whoever reads the log now can still look at the other end. */

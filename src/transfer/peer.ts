@@ -2,6 +2,7 @@
 import { PdError } from '../errors.ts';
 import type { Pair } from '../transport/transport.ts';
 import type { Announcement } from './announcement.ts';
+import { takeUnit } from './bundling.ts';
 import { countFailure, type TransferContext } from './context.ts';
 import { Link, type LinkEnd } from './link.ts';
 import type { PairState } from './types.ts';
@@ -14,17 +15,20 @@ const MOST_TRIES = 2;
 export class OutgoingPeer {
   readonly peer: string;
   readonly #context: TransferContext;
-  readonly #onOpen: (peer: OutgoingPeer) => void;
+  readonly #onOpen: () => void;
+  readonly #onEnd: () => void;
   #queue: Announcement[] = [];
   #link: Link | undefined;
   #failure: { readonly error: PdError; readonly until: number } | undefined;
   #reopened = 0;
+  #pumping = false;
   #closed: PdError | undefined;
 
-  constructor(context: TransferContext, peer: string, onOpen: (peer: OutgoingPeer) => void) {
+  constructor(context: TransferContext, peer: string, events: { onOpen(): void; onEnd(): void }) {
     this.#context = context;
     this.peer = peer;
-    this.#onOpen = onOpen;
+    this.#onOpen = events.onOpen;
+    this.#onEnd = events.onEnd;
   }
 
   /** Nothing is queued, alive or remembered: the peer may be forgotten. */
@@ -59,20 +63,27 @@ export class OutgoingPeer {
       return;
     }
     this.#queue.push(announcement);
-    announcement.onReady(() => this.#pump());
-    this.#pump();
+    announcement.onReady(() => this.#schedule());
+    this.#schedule();
   }
 
   /** An announcement that failed or was cancelled before its turn. */
   withdraw(announcement: Announcement): void {
-    this.#queue = this.#queue.filter((other) => other !== announcement);
-    this.#pump();
+    const at = this.#queue.indexOf(announcement);
+    if (at < 0) return;
+    this.#queue.splice(at, 1);
+    this.#schedule();
   }
 
   /** Opens a link where there is none: to a peer whose listener must replace its pair. */
   connect(): void {
     if (this.#link || this.#closed || this.#recentFailure()) return;
     this.#open();
+  }
+
+  /** The link, where its pair is open: what may be closed when there are too many. */
+  get openLink(): Link | undefined {
+    return this.#link?.state === 'open' ? this.#link : undefined;
   }
 
   state(): PairState {
@@ -106,12 +117,13 @@ export class OutgoingPeer {
       this.#link = new Link(this.#context, this.peer, {
         onOpen: () => {
           opened = true;
-          this.#onOpen(this);
-          this.#pump();
+          this.#onOpen();
+          this.#schedule();
         },
-        onSpace: () => {
+        onSpace: (again) => {
           this.#reopened = 0;
-          this.#pump();
+          this.#queue.unshift(...again);
+          this.#schedule();
         },
         onEnd: (end) => this.#ended(end, opened),
       });
@@ -120,26 +132,41 @@ export class OutgoingPeer {
     }
   }
 
+  /** Announces after this turn of the event loop: what gets ready in one turn travels together. */
+  #schedule(): void {
+    if (this.#pumping) return;
+    this.#pumping = true;
+    setImmediate(() => {
+      this.#pumping = false;
+      this.#pump();
+    });
+  }
+
   #pump(): void {
     if (this.#closed || this.#queue.length === 0) return;
     if (!this.#link) {
       this.#open();
       return;
     }
-    while (this.#link?.mayAnnounce) {
+    for (;;) {
       const [first] = this.#queue;
       // One that was given up never gets ready, and must not hold up what stands behind it.
-      if (!first || !(first.ready || first.cancelled)) return;
-      this.#queue.shift();
-      if (first.cancelled) first.fail(new PdError('REQUEST_ABORTED', 'given up'));
-      else this.#link.announce(first);
+      if (!this.#link || !first || !(first.ready || first.cancelled)) return;
+      if (first.cancelled) {
+        this.#queue.shift();
+        first.fail(new PdError('REQUEST_ABORTED', 'given up'));
+      } else if (this.#link.mayAnnounce(first.direction)) {
+        this.#link.announce(takeUnit(this.#context, this.#queue, this.#link.bundles));
+      } else return;
     }
   }
 
-  #ended({ error, unanswered, noPair }: LinkEnd, opened: boolean): void {
+  #ended({ error, unanswered, noPair, idle }: LinkEnd, opened: boolean): void {
     this.#link = undefined;
+    this.#onEnd();
     const { log, deadlines, limited } = this.#context;
-    if (!this.#closed) {
+    if (idle) log.info({ peer: this.peer }, `link to ${this.peer} closed: ${error.message}`);
+    else if (!this.#closed) {
       const fields = {
         peer: this.peer,
         code: error.code,
@@ -169,8 +196,8 @@ export class OutgoingPeer {
     }
     this.#queue = [...again, ...this.#queue];
     // What was not announced is tried on a new link, unless this one never came to be, or dies again and again.
-    if (opened && ++this.#reopened <= MOST_TRIES) {
-      this.#pump();
+    if (opened && (idle || ++this.#reopened <= MOST_TRIES)) {
+      this.#schedule();
       return;
     }
     this.#reopened = 0;

@@ -1,11 +1,13 @@
 /** A PUT of ours: gathered, announced, and sent when the peer has said `0`. */
+import type { MemoryRef } from '../device/device.ts';
 import { PdError } from '../errors.ts';
 import type { Pair } from '../transport/transport.ts';
 import type { TensorId } from '../wire/ids.ts';
-import type { Answer, PutMessage } from '../wire/messages.ts';
-import { Announcement, type Verdict } from './announcement.ts';
-import { type TransferContext, tensorFields } from './context.ts';
-import { checkSource, sendsInPlace, stage, stagingMemory, whenProduced } from './staging.ts';
+import type { Answer, PutMessage, TensorForm } from '../wire/messages.ts';
+import { Announcement, type Reaction } from './announcement.ts';
+import { logTensor, type TransferContext } from './context.ts';
+import type { Stager } from './stager.ts';
+import { checkSource, stagingMemory } from './staging.ts';
 import type { Held } from './store.ts';
 import type { SendRequest } from './types.ts';
 
@@ -17,10 +19,12 @@ export interface SendReply {
 }
 
 export class PutAnnouncement extends Announcement {
+  readonly direction = 'put';
   readonly #context: TransferContext;
   readonly #request: SendRequest;
   readonly #peer: string;
   readonly #reply: SendReply;
+  #bytes = 0;
   #staged: Held | undefined;
   #over = false;
 
@@ -36,95 +40,110 @@ export class PutAnnouncement extends Announcement {
     return this.#request.tensorId;
   }
 
+  get bytes(): number {
+    return this.#bytes;
+  }
+
+  get form(): TensorForm & { readonly tensor_id: TensorId } {
+    const { tensorId, shape, dtype } = this.#request;
+    return { tensor_id: tensorId, shape, dtype };
+  }
+
   get cancelled(): boolean {
     return this.#over;
   }
 
+  /** Where its bytes lie once it is ready; undefined where it is over. */
+  get memory(): MemoryRef | undefined {
+    const { source } = this.#request;
+    if (this.#over) return undefined;
+    return this.#staged?.memory ?? (source.kind === 'flat' ? source.memory : undefined);
+  }
+
   /** Makes it ready, or fails it. */
-  async prepare(): Promise<void> {
-    try {
-      const bytes = checkSource(this.#request);
-      if (sendsInPlace(this.#context, this.#request)) {
-        await whenProduced(this.#context, this.#request);
-      } else {
-        const held = await stagingMemory(this.#context, this.#request, bytes);
-        try {
-          await stage(this.#context, this.#request, held.memory);
-        } catch (error) {
-          // The gather may still write: its memory is given up rather than given to somebody else.
-          if (this.#context.device.kind === 'host') held.free();
-          throw error;
-        }
-        if (this.#over) return held.free();
-        this.#staged = held;
-        this.#reply.gathered();
-      }
-      this.markReady();
-    } catch (error) {
+  prepare(stager: Stager): void {
+    const request = this.#request;
+    const fail = (error: unknown) =>
       this.fail(PdError.from(error, 'KV_SEND_FAILED', { tensorId: this.tensorId, peer: this.#peer }));
+    try {
+      this.#bytes = checkSource(request);
+    } catch (error) {
+      fail(error);
+      return;
     }
+    stager.add({
+      request,
+      bytes: this.#bytes,
+      mayLieInPlace: true,
+      room: () => stagingMemory(this.#context, request, this.#bytes),
+      staged: (held) => {
+        if (this.#over) return held?.free();
+        this.#staged = held;
+        if (held) this.#reply.gathered();
+        this.markReady();
+      },
+      failed: fail,
+    });
   }
 
   message(ours: boolean): PutMessage {
-    const { shape, dtype } = this.#request;
-    const put = { cmd: 'PUT', tensor_id: this.tensorId, shape, dtype } as const;
+    const put = { cmd: 'PUT', ...this.form } as const;
     return ours ? { ...put, ours: true } : put;
   }
 
-  answered(answer: Answer, pair: Pair): Verdict {
+  answered(answer: Answer, pair: Pair): Reaction {
     switch (answer.kind) {
       case 'send':
-        this.#send(pair);
-        return 'settled';
+        return { moved: this.#send(pair) };
       case 'no-room':
-        this.fail(
-          new PdError('KV_BUFFER_FULL', `${this.#peer} has no room for ${this.tensorId} (answered 1)`, {
-            tensorId: this.tensorId,
-            peer: this.#peer,
-          }),
-        );
-        return 'settled';
+        this.refuse();
+        return {};
       default:
         return 'unexpected';
     }
+  }
+
+  /** The peer has no room for it. */
+  refuse(): void {
+    const { tensorId } = this;
+    const message = `${this.#peer} has no room for ${tensorId} (answered 1)`;
+    this.fail(new PdError('KV_BUFFER_FULL', message, { tensorId, peer: this.#peer }));
+  }
+
+  /** Its bytes have left, or the peer does not want them any more. */
+  finish(bytesSent: number): void {
+    if (this.#over) return;
+    this.#over = true;
+    this.#staged?.free();
+    this.#context.metrics.inc('pd_kv_sent_bytes_total', bytesSent);
+    logTensor(this.#context, 'sent', this.#request, this.#peer);
+    this.#reply.sent(this.#bytes);
   }
 
   fail(error: PdError): void {
     if (this.#over) return;
     this.#over = true;
     this.#staged?.free();
-    this.#context.log.debug(
-      { ...tensorFields(this.#context, this.#request, this.#peer), code: error.code },
-      `send of ${this.tensorId} to ${this.#peer} failed: ${error.message}`,
-    );
+    logTensor(this.#context, `${error.code}: not sent`, this.#request, this.#peer);
     this.#reply.failed(error);
   }
 
-  #send(pair: Pair): void {
-    const { source } = this.#request;
-    const memory = this.#staged?.memory ?? (source.kind === 'flat' ? source.memory : undefined);
-    const { tensorId } = this;
-    const { log, metrics, options } = this.#context;
-    if (!memory || this.#over) {
+  async #send(pair: Pair): Promise<void> {
+    const { tensorId, memory } = this;
+    if (!memory) {
       const error = new PdError('INTERNAL', `${tensorId} was answered 0 and cannot be sent`, { tensorId });
       this.fail(error);
       pair.abort(error);
       return;
     }
-    log.debug(tensorFields(this.#context, this.#request, this.#peer), `send ${tensorId}`);
-    pair.send([memory], { tensorId, timeoutMs: options.timeouts.transfer }).then(
-      () => {
-        metrics.inc('pd_kv_sent_bytes_total', memory.bytes);
-        log.debug(tensorFields(this.#context, this.#request, this.#peer), `sent ${tensorId}`);
-        this.#over = true;
-        this.#staged?.free();
-        this.#reply.sent(memory.bytes);
-      },
-      async (error: unknown) => {
-        // The transport may read the memory until the pair is over; only then is it anybody else's.
-        await pair.over;
-        this.fail(PdError.from(error, 'KV_SEND_FAILED', { tensorId, peer: this.#peer }));
-      },
-    );
+    logTensor(this.#context, 'send', this.#request, this.#peer);
+    try {
+      await pair.send([memory], { tensorId, timeoutMs: this.#context.options.timeouts.transfer });
+      this.finish(memory.bytes);
+    } catch (error) {
+      // The transport may read the memory until the pair is over; only then is it anybody else's.
+      await pair.over;
+      this.fail(PdError.from(error, 'KV_SEND_FAILED', { tensorId, peer: this.#peer }));
+    }
   }
 }

@@ -12,7 +12,8 @@ export function missing(get: GetMessage, gone = false): Answer {
 /** What a message that cannot be decoded would be answered, where it can be told that it was a PUT or a GET. */
 export function refusalOf(body: Uint8Array): Answer | undefined {
   const head = Buffer.from(body.subarray(0, 64)).toString('latin1');
-  if (head.includes('\xa3cmd\xa3PUT')) return { kind: 'no-room' };
+  // Of a bundle it means all of it: its sender then tries its tensors one by one.
+  if (head.includes('\xa3cmd\xa3PUT') || head.includes('\xa3cmd\xa4PUTS')) return { kind: 'no-room' };
   if (head.includes('\xa3cmd\xa3GET')) return { kind: 'get', ret: 1 };
   return undefined;
 }

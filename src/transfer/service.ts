@@ -24,10 +24,12 @@ import { Intake } from './intake.ts';
 import { Keeper } from './keeper.ts';
 import { KvMemory } from './kv-memory.ts';
 import { Loads } from './loads.ts';
-import { OutgoingPeer } from './peer.ts';
+import { PairLimit } from './pair-limit.ts';
+import { OutgoingPeers } from './peers.ts';
 import { Pinger } from './ping.ts';
 import { PutAnnouncement, type SendReply } from './put.ts';
 import { Router } from './router.ts';
+import { Stager } from './stager.ts';
 import type {
   LoadRequest,
   LoadResult,
@@ -38,14 +40,13 @@ import type {
   TransferState,
 } from './types.ts';
 
-/** How often peers that are of no more use are forgotten, while there are any. */
-const FORGET_PEERS_MS = 10_000;
-
 export interface ServiceParts {
   readonly metrics?: MetricsPage;
   /** For tests: another device or transport than the options name; the service disposes them. */
   readonly device?: Device;
   readonly wrapTransport?: (transport: Transport) => Transport;
+  /** For tests: what the hello lists; fewer than this version has, as an older one would. */
+  readonly features?: readonly string[];
 }
 
 export class TransferService {
@@ -53,11 +54,12 @@ export class TransferService {
   readonly #context: TransferContext;
   readonly #router: Router;
   readonly #intake: Intake;
+  readonly #stager: Stager;
   readonly #keeper: Keeper;
+  readonly #limit: PairLimit;
   readonly #incoming: Incoming;
   readonly #loads: Loads;
-  readonly #outgoing = new Map<string, OutgoingPeer>();
-  #forgetting = false;
+  readonly #outgoing: OutgoingPeers;
   #pinger: Pinger | undefined;
   #disposed: Promise<void> | undefined;
 
@@ -66,11 +68,17 @@ export class TransferService {
     this.#router = router;
     this.address = address;
     this.#intake = new Intake(context);
-    this.#keeper = new Keeper(context);
+    this.#outgoing = new OutgoingPeers(context, () => this.#pairsChanged());
+    this.#stager = new Stager(context);
+    this.#keeper = new Keeper(context, this.#stager);
+    this.#limit = new PairLimit(context.options.limits.maxPeers, context.deadlines, () => [
+      ...this.#outgoing.open(),
+      ...this.#incoming.closable(),
+    ]);
     const peers = {
-      outgoing: (peer: string) => this.#peer(peer),
-      known: (peer: string) => this.#outgoing.get(peer),
-      pairsChanged: () => this.#countPairs(),
+      outgoing: (peer: string) => this.#outgoing.of(peer),
+      known: (peer: string) => this.#outgoing.known(peer),
+      pairsChanged: () => this.#pairsChanged(),
       lostPair: (peer: string) => this.#incoming.lostPair(peer),
     };
     this.#loads = new Loads(context, this.#intake, peers);
@@ -109,7 +117,7 @@ export class TransferService {
       const context: TransferContext = {
         options,
         self,
-        hello: helloOf(options),
+        hello: helloOf(options, parts.features),
         device,
         transport,
         stream: device.createStream(),
@@ -152,7 +160,7 @@ export class TransferService {
       return;
     }
     if (options.sendType === 'GET') {
-      void this.#keeper.keep(request, reply);
+      this.#keeper.keep(request, reply);
       return;
     }
     if (peer === undefined) {
@@ -160,7 +168,7 @@ export class TransferService {
       reply.failed(new PdError('KV_SEND_FAILED', message, { tensorId }));
       return;
     }
-    const outgoing = this.#peer(peer);
+    const outgoing = this.#outgoing.of(peer);
     const put = new PutAnnouncement(this.#context, request, peer, {
       gathered: () => reply.gathered(),
       sent: (bytes) => reply.sent(bytes),
@@ -170,7 +178,7 @@ export class TransferService {
       },
     });
     outgoing.submit(put);
-    if (!put.cancelled) void put.prepare();
+    if (!put.cancelled) put.prepare(this.#stager);
   }
 
   receive(tensorId: TensorId, peer: HostPort, timeoutMs?: number): Promise<StoredTensor> {
@@ -209,14 +217,10 @@ export class TransferService {
 
   state(): TransferState {
     const { memory, self, options } = this.#context;
-    const outgoing = [...this.#outgoing.values()].map((peer) => peer.state());
     return {
       address: self,
       sendType: options.sendType,
-      pairs: [
-        ...outgoing.filter(({ state, queued }) => state !== 'over' || queued > 0),
-        ...this.#incoming.states(),
-      ],
+      pairs: [...this.#outgoing.states(), ...this.#incoming.states()],
       buffer: { usedBytes: memory.bufferUsed, thresholdBytes: memory.thresholdBytes },
       pool: {
         usedBytes: memory.poolUsed,
@@ -249,7 +253,7 @@ export class TransferService {
     this.stopPing();
     await this.#router.close();
     this.#loads.dispose(reason);
-    for (const peer of this.#outgoing.values()) peer.close(reason);
+    for (const peer of this.#outgoing.all()) peer.close(reason);
     this.#incoming.close(reason);
     this.#keeper.dispose();
     memory.dispose();
@@ -260,28 +264,10 @@ export class TransferService {
     device.dispose();
   }
 
-  #peer(peer: string): OutgoingPeer {
-    const known = this.#outgoing.get(peer);
-    if (known) return known;
-    const made = new OutgoingPeer(this.#context, peer, () => this.#countPairs());
-    this.#outgoing.set(peer, made);
-    this.#forgetPeers();
-    return made;
-  }
-
-  #countPairs(): void {
-    const outgoing = [...this.#outgoing.values()].filter((peer) => peer.state().state === 'open').length;
-    this.#context.metrics.set('pd_pairs_open', outgoing + this.#incoming.openPairs);
-  }
-
-  /** Peers that never answered, or are gone, leave the map in time. */
-  #forgetPeers(): void {
-    if (this.#forgetting || this.#outgoing.size < 64) return;
-    this.#forgetting = true;
-    this.#context.deadlines.after(FORGET_PEERS_MS, () => {
-      this.#forgetting = false;
-      for (const [key, peer] of this.#outgoing) if (peer.idle) this.#outgoing.delete(key);
-    });
+  #pairsChanged(): void {
+    if (this.#disposed) return;
+    this.#limit.check();
+    this.#context.metrics.set('pd_pairs_open', this.#outgoing.open().length + this.#incoming.openPairs);
   }
 }
 

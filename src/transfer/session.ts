@@ -5,7 +5,7 @@
  */
 import type { PdError } from '../errors.ts';
 import type { Pair } from '../transport/transport.ts';
-import type { PeerHello } from '../wire/messages.ts';
+import { CLOSE_FEATURE, type PeerHello } from '../wire/messages.ts';
 import type { PairState } from './types.ts';
 
 export class Session {
@@ -23,6 +23,10 @@ export class Session {
   #queued = 0;
   #ended: PdError | undefined;
   #replaced = false;
+  #receiving = 0;
+  #quiet: (() => void)[] = [];
+  #lastUsedAt: number;
+  #askedAt = Number.NEGATIVE_INFINITY;
 
   constructor(fields: {
     readonly identity: Buffer;
@@ -34,8 +38,45 @@ export class Session {
     this.identity = fields.identity;
     this.peer = fields.peer;
     this.since = fields.since;
+    this.#lastUsedAt = fields.since;
     this.hello = fields.hello;
     this.paired = fields.paired;
+  }
+
+  get lastUsedAt(): number {
+    return this.#lastUsedAt;
+  }
+
+  /** A message of it has come. */
+  used(now: number): void {
+    this.#lastUsedAt = now;
+  }
+
+  /** Open, of a peer that knows how to close, and nothing is under way. */
+  get closable(): boolean {
+    const knows = this.hello?.features.includes(CLOSE_FEATURE) ?? false;
+    return this.open && knows && this.#queued === 0 && this.#receiving === 0 && this.#pair?.pending === 0;
+  }
+
+  /** False where it has been asked to close less than `pauseMs` ago. */
+  mayAskToClose(now: number, pauseMs: number): boolean {
+    if (now - this.#askedAt < pauseMs) return false;
+    this.#askedAt = now;
+    return true;
+  }
+
+  /** Data is under way on the pair until `moved` settles. */
+  async busy(moved: Promise<void>): Promise<void> {
+    this.#receiving++;
+    await moved;
+    if (--this.#receiving > 0) return;
+    for (const resolve of this.#quiet.splice(0)) resolve();
+  }
+
+  /** Resolves when no data is under way. Each operation has a deadline, so this has one too. */
+  quiet(): Promise<void> {
+    if (this.#receiving === 0) return Promise.resolve();
+    return new Promise((resolve) => this.#quiet.push(resolve));
   }
 
   /** Why it is over, once it is. */

@@ -1,9 +1,8 @@
 /** Bringing what is to be sent into memory that the transport can send from, once the work that produces it is done. */
-import type { MemoryRef } from '../device/device.ts';
 import { PdError } from '../errors.ts';
 import { blockBytes } from '../kv/layout.ts';
 import { tensorBytes } from '../wire/dtype.ts';
-import { type TransferContext, tensorFields } from './context.ts';
+import type { TransferContext } from './context.ts';
 import type { Held } from './store.ts';
 import type { SendRequest } from './types.ts';
 
@@ -27,27 +26,6 @@ export function checkSource(request: SendRequest): number {
 export function sendsInPlace(context: TransferContext, request: SendRequest): boolean {
   const { source } = request;
   return source.kind === 'flat' && (context.device.kind === 'host' || source.memory.kind !== 'host');
-}
-
-/** Resolves when the work before `request.ready` is done. */
-export function whenProduced(context: TransferContext, request: SendRequest): Promise<void> {
-  if (request.ready) context.stream.wait(request.ready);
-  return passed(context, `waiting for the source of ${request.tensorId}`);
-}
-
-/** Copies or gathers the source into `target`; resolves when it may be overwritten. */
-export async function stage(
-  context: TransferContext,
-  request: SendRequest,
-  target: MemoryRef,
-): Promise<void> {
-  const { device, stream, log } = context;
-  const { source, ready, tensorId } = request;
-  log.debug(tensorFields(context, request), `gather ${tensorId}`);
-  if (ready) stream.wait(ready);
-  if (source.kind === 'flat') device.copy(target, source.memory, stream);
-  else device.gather(target, source.layer, source.blockIds, stream);
-  await passed(context, `gather of ${tensorId}`);
 }
 
 /** Resolves when the stream has done all that is enqueued on it now. */

@@ -43,6 +43,8 @@ export interface TransferLimits {
   readonly maxTensors: number;
   /** Announcements queued or outstanding towards one peer. */
   readonly maxQueuePerPeer: number;
+  /** Pairs that stay open at a time: beyond it those that are idle are closed, least recently used first. Peers that are not ours never are. */
+  readonly maxPeers: number;
 }
 
 /** All in milliseconds. */
@@ -71,6 +73,7 @@ export const DEFAULT_LIMITS: TransferLimits = {
   maxTensorBytes: 4 * 2 ** 30,
   maxTensors: 65_536,
   maxQueuePerPeer: 16_384,
+  maxPeers: 64,
 };
 
 export type LogLevel = 'trace' | 'debug' | 'info' | 'warn' | 'error' | 'silent';
@@ -184,7 +187,7 @@ export type SendProgress =
 export interface PairState {
   readonly peer: string;
   readonly direction: 'outgoing' | 'incoming';
-  readonly state: 'connecting' | 'opening' | 'open' | 'over';
+  readonly state: 'connecting' | 'opening' | 'open' | 'closing' | 'over';
   readonly ours: boolean;
   readonly queued: number;
   readonly outstanding: number;

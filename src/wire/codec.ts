@@ -7,6 +7,16 @@ import { Decoder, Encoder } from '@msgpack/msgpack';
 import { PdError, unreachable } from '../errors.ts';
 import { UNIQUE_ID_BYTES, type UniqueId } from '../transport/transport.ts';
 import {
+  getsAnswerFields,
+  getsFields,
+  putsAnswerFields,
+  putsFields,
+  readGets,
+  readGetsAnswer,
+  readPuts,
+  readPutsAnswer,
+} from './bundle.ts';
+import {
   checkDtype,
   checkShape,
   checkTensorId,
@@ -55,6 +65,12 @@ export function encodeMessage(message: WireMessage): Uint8Array {
       const tensor_id = checkTensorId(message.tensor_id, cmd);
       return encode(ours ? { cmd, tensor_id, pd: seqFields(ours.seq) } : { cmd, tensor_id });
     }
+    case 'PUTS':
+      return encode(putsFields(message));
+    case 'GETS':
+      return encode(getsFields(message));
+    case 'CLOSE':
+      return encode({ cmd: message.cmd });
     default:
       return unreachable(message, 'message');
   }
@@ -70,6 +86,12 @@ export function decodeMessage(body: Uint8Array, limits: WireLimits): WireMessage
       const pd = optionalMap(fields, 'pd', cmd);
       return pd ? { cmd, unique_id, ours: readHello(pd, cmd) } : { cmd, unique_id };
     }
+    case 'PUTS':
+      return readPuts(fields, limits);
+    case 'GETS':
+      return readGets(fields);
+    case 'CLOSE':
+      return { cmd };
     case 'PUT':
     case 'GET':
       try {
@@ -109,6 +131,12 @@ export function encodeAnswer(answer: Answer): Uint8Array {
       const gone = ret === 1 && answer.gone ? { gone: true } : {};
       return encode(seq === undefined ? fields : { ...fields, pd: { ...seqFields(seq), ...gone } });
     }
+    case 'puts':
+      return encode(putsAnswerFields(answer));
+    case 'gets':
+      return encode(getsAnswerFields(answer));
+    case 'close':
+      return encode({ close: answer.stage });
     case 'hello': {
       const { refused } = answer;
       const pd = helloFields(answer.hello);
@@ -133,6 +161,10 @@ export function decodeAnswer(body: Uint8Array, limits: WireLimits): Answer {
     }
   }
   const fields = decodeMap(body, 'answer');
+  if (field(fields, 'puts') !== undefined) return readPutsAnswer(fields);
+  if (field(fields, 'gets') !== undefined) return readGetsAnswer(fields, limits);
+  const close = field(fields, 'close');
+  if (close === 'ask' || close === 'done') return { kind: 'close', stage: close };
   const ret = field(fields, 'ret');
   const pd = optionalMap(fields, 'pd', 'answer');
   if (ret === undefined && pd) {

@@ -5,6 +5,7 @@
 import type { ErrorCode } from '../errors.ts';
 import type { Fingerprint, SendType } from '../transfer/types.ts';
 import type { UniqueId } from '../transport/transport.ts';
+import type { GetVerdict, PutVerdict } from './bundle.ts';
 import type { Dtype } from './dtype.ts';
 import type { TensorId } from './ids.ts';
 
@@ -46,7 +47,40 @@ export interface GetMessage {
   readonly ours?: { readonly seq?: number };
 }
 
-export type WireMessage = NewMessage | PutMessage | GetMessage;
+/** What a tensor on the wire is made of. */
+export interface TensorForm {
+  readonly shape: readonly number[];
+  readonly dtype: Dtype;
+}
+
+/** "I want to send you these tensors, in one operation." `runs`: how many of them lie one after the other in the sender's memory. */
+export interface PutsMessage {
+  readonly cmd: 'PUTS';
+  readonly seq: number;
+  readonly tensors: readonly (TensorForm & { readonly tensor_id: TensorId })[];
+  readonly runs: readonly number[];
+}
+
+/** "Send me these tensors, in one operation." `bytes`: for which the asker has memory, in `runs` of neighbours. */
+export interface GetsMessage {
+  readonly cmd: 'GETS';
+  readonly seq: number;
+  readonly tensors: readonly { readonly tensor_id: TensorId; readonly bytes: number }[];
+  readonly runs: readonly number[];
+}
+
+/** "Our pair is idle: end it with me." Of the side that sent NEW. */
+export interface CloseMessage {
+  readonly cmd: 'CLOSE';
+}
+
+/** Everything but NEW, PUT and GET goes only to a peer whose hello lists the feature. */
+export type WireMessage = NewMessage | PutMessage | GetMessage | PutsMessage | GetsMessage | CloseMessage;
+
+/** PUTS, GETS and their answers. */
+export const BUNDLE_FEATURE = 'bundle';
+/** CLOSE and its answers. */
+export const CLOSE_FEATURE = 'close';
 
 /** Rank 0 of an instance tells the proxy that it lives. `P` is prefill, `D` decode. */
 export interface PingMessage {
@@ -88,6 +122,22 @@ export type Answer =
       /** Between ours: it was here and has been given up, so asking again is in vain. */
       readonly gone?: true;
     }
+  /** PUTS: per tensor; the data of those to `send` follows as one operation. `runs`: of those, in the receiver's memory. */
+  | {
+      readonly kind: 'puts';
+      readonly seq: number;
+      readonly verdicts: readonly PutVerdict[];
+      readonly runs: readonly number[];
+    }
+  /** GETS: what is here follows as one operation. `missing` may come yet, `gone` not (as with GET). `runs`: of those here, in the sender's memory. */
+  | {
+      readonly kind: 'gets';
+      readonly seq: number;
+      readonly tensors: readonly GetVerdict[];
+      readonly runs: readonly number[];
+    }
+  /** Between ours, of the listener: `ask` that the other side closes the pair if it is idle; `done`: this end has closed it. */
+  | { readonly kind: 'close'; readonly stage: 'ask' | 'done' }
   /** NEW, between ours. With `refused` no pair is opened. */
   | {
       readonly kind: 'hello';

@@ -52,6 +52,14 @@ export class OpaqueDevice implements Device {
     throw new PdError('INTERNAL', 'not needed here');
   }
 
+  gatherLayers(): void {
+    throw new PdError('INTERNAL', 'not needed here');
+  }
+
+  scatterLayers(): void {
+    throw new PdError('INTERNAL', 'not needed here');
+  }
+
   reblock(): void {
     throw new PdError('INTERNAL', 'not needed here');
   }

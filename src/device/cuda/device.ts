@@ -6,8 +6,17 @@ import { allocateNative, freeNative, nativeView } from '../../../ffi/native.ts';
 import type { NativePointer } from '../../../ffi/pointers.ts';
 import { PdError } from '../../errors.ts';
 import { type CopyPlan, checkPlan } from '../../kv/reblock.ts';
-import type { Device, DevicePointer, MemoryRef, PagedLayer, PinnedPointer, Stream } from '../device.ts';
+import type {
+  Device,
+  DevicePointer,
+  LayerTensor,
+  MemoryRef,
+  PagedLayer,
+  PinnedPointer,
+  Stream,
+} from '../device.ts';
 import { hostView } from '../memory.ts';
+import { addressOf, kernelAddress, visible } from './addresses.ts';
 import { type KernelModule, type KernelTarget, loadKernels } from './kernels.ts';
 import {
   type CopyShape,
@@ -16,7 +25,9 @@ import {
   elementBytes,
   MAX_BLOCKS_PER_LAUNCH,
   PARAMETER_BYTES,
+  sameLayout,
   tilesPerRun,
+  writeAddresses,
   writeParameters,
 } from './paged-copy.ts';
 import { allocatePinnedOnThread } from './pinned.ts';
@@ -139,13 +150,19 @@ export class CudaDevice implements Device, CudaContext {
   }
 
   gather(target: MemoryRef, layer: PagedLayer, blockIds: Int32Array, stream: Stream): void {
-    checkCopy('gather', layer.layout, layer.memory.bytes, target.bytes, blockIds);
-    this.#pagedCopy('gather', layer, blockIds, target, stream, 0);
+    this.gatherLayers([{ layer, tensor: target }], blockIds, stream);
   }
 
   scatter(layer: PagedLayer, blockIds: Int32Array, source: MemoryRef, stream: Stream, skip = 0): void {
-    checkCopy('scatter', layer.layout, layer.memory.bytes, source.bytes, blockIds);
-    this.#pagedCopy('scatter', layer, blockIds, source, stream, skip);
+    this.scatterLayers([{ layer, tensor: source }], blockIds, stream, skip);
+  }
+
+  gatherLayers(parts: readonly LayerTensor[], blockIds: Int32Array, stream: Stream): void {
+    this.#layerCopies('gather', parts, blockIds, stream, 0);
+  }
+
+  scatterLayers(parts: readonly LayerTensor[], blockIds: Int32Array, stream: Stream, skip = 0): void {
+    this.#layerCopies('scatter', parts, blockIds, stream, skip);
   }
 
   reblock(
@@ -160,15 +177,8 @@ export class CudaDevice implements Device, CudaContext {
     const flat = kernelAddress(tensor, direction);
     for (const part of plan) {
       const { ids, flatOffset } = part;
-      this.#launchCopies(
-        direction,
-        part,
-        kernelAddress(cache, direction),
-        flat + BigInt(flatOffset),
-        ids,
-        0,
-        stream,
-      );
+      const pointers = [{ cache: kernelAddress(cache, direction), flat: flat + BigInt(flatOffset) }];
+      this.#launchCopies(direction, part, pointers, ids, 0, stream);
     }
   }
 
@@ -209,27 +219,37 @@ export class CudaDevice implements Device, CudaContext {
     freeNative(this.#parameters);
   }
 
-  #pagedCopy(
+  #layerCopies(
     direction: 'gather' | 'scatter',
-    layer: PagedLayer,
+    parts: readonly LayerTensor[],
     blockIds: Int32Array,
-    tensor: MemoryRef,
     stream: Stream,
     skip: number,
   ): void {
+    // All are checked before the first is launched.
+    for (const { layer, tensor } of parts) {
+      checkCopy(direction, layer.layout, layer.memory.bytes, tensor.bytes, blockIds);
+    }
     this.enter();
-    const cache = kernelAddress(layer.memory, direction);
-    const flat = kernelAddress(tensor, direction);
-    const shape = copyShape(layer.layout, blockIds.length);
-    this.#launchCopies(direction, shape, cache, flat, blockIds, skip, stream);
+    let first = 0;
+    while (first < parts.length) {
+      const { layout } = parts[first]!.layer;
+      let end = first + 1;
+      while (end < parts.length && sameLayout(parts[end]!.layer.layout, layout)) end++;
+      const pointers = parts.slice(first, end).map(({ layer, tensor }) => ({
+        cache: kernelAddress(layer.memory, direction),
+        flat: kernelAddress(tensor, direction),
+      }));
+      this.#launchCopies(direction, copyShape(layout, blockIds.length), pointers, blockIds, skip, stream);
+      first = end;
+    }
   }
 
-  /** `flat` is the address of block 0 of `blockIds`, skipped or not. */
+  /** For each of `pointers` the same copy. `flat` is the address of block 0 of `blockIds`, skipped or not. */
   #launchCopies(
     direction: 'gather' | 'scatter',
     shape: CopyShape,
-    cache: bigint,
-    flat: bigint,
+    pointers: readonly { readonly cache: bigint; readonly flat: bigint }[],
     blockIds: Int32Array,
     skip: number,
     stream: Stream,
@@ -237,13 +257,19 @@ export class CudaDevice implements Device, CudaContext {
     const { handle } = cudaStream(stream);
     for (let first = skip; first < blockIds.length; first += MAX_BLOCKS_PER_LAUNCH) {
       const ids = blockIds.subarray(first, first + MAX_BLOCKS_PER_LAUNCH);
-      const at = flat + BigInt(first * shape.flatBlock);
-      const element = elementBytes(shape, cache, at);
-      writeParameters(this.#parameterView, shape, cache, at, ids, element);
-      const tiles = ids.length * shape.runs * tilesPerRun(shape, element);
-      const blocks = Math.min(tiles, this.multiProcessors * BLOCKS_PER_MULTIPROCESSOR);
-      const kernel = this.#copyKernels.functions[`${direction}_${element}`];
-      this.driver.launch(kernel, { blocks, threads: THREADS }, handle, this.#parameterList);
+      let written: 16 | 1 | undefined;
+      for (const { cache, flat } of pointers) {
+        const at = flat + BigInt(first * shape.flatBlock);
+        const element = elementBytes(shape, cache, at);
+        // The launch copies the parameters, so from one layer to the next only the addresses are written anew.
+        if (written === element) writeAddresses(this.#parameterView, cache, at);
+        else writeParameters(this.#parameterView, shape, cache, at, ids, element);
+        written = element;
+        const tiles = ids.length * shape.runs * tilesPerRun(shape, element);
+        const blocks = Math.min(tiles, this.multiProcessors * BLOCKS_PER_MULTIPROCESSOR);
+        const kernel = this.#copyKernels.functions[`${direction}_${element}`];
+        this.driver.launch(kernel, { blocks, threads: THREADS }, handle, this.#parameterList);
+      }
     }
   }
 
@@ -270,19 +296,4 @@ export class CudaDevice implements Device, CudaContext {
 export function cudaStream(stream: Stream): CudaStream {
   if (stream instanceof CudaStream) return stream;
   throw new PdError('INTERNAL', 'a stream of another kind of device was given to a CUDA device');
-}
-
-function addressOf(memory: MemoryRef): DevicePointer | PinnedPointer | Uint8Array {
-  return memory.kind === 'host' ? hostView(memory) : memory.pointer;
-}
-
-/** An address that a kernel reaches. */
-function kernelAddress(memory: MemoryRef, what: string): bigint {
-  if (memory.kind !== 'host') return memory.pointer;
-  throw new PdError('INTERNAL', `${what}: a GPU does not reach pageable host memory`);
-}
-
-function visible(): string {
-  const chosen = process.env['CUDA_VISIBLE_DEVICES'];
-  return chosen === undefined ? '' : ` (CUDA_VISIBLE_DEVICES=${chosen})`;
 }

@@ -62,6 +62,24 @@ export function tilesPerRun(shape: CopyShape, element: 16 | 1): number {
   return Math.ceil(shape.runBytes / (TILE * element));
 }
 
+export function sameLayout(a: PagedLayout, b: PagedLayout): boolean {
+  return (
+    a === b ||
+    (a.family === b.family &&
+      a.numBlocks === b.numBlocks &&
+      a.blockSize === b.blockSize &&
+      a.heads === b.heads &&
+      a.headDim === b.headDim &&
+      a.dtype === b.dtype)
+  );
+}
+
+/** The same blocks of another layer: what `writeParameters` has written stays, but for the two addresses. */
+export function writeAddresses(target: DataView, cache: bigint, flat: bigint): void {
+  target.setBigUint64(0, cache, true);
+  target.setBigUint64(8, flat, true);
+}
+
 /** Fills the kernel's parameter block. `flat` is the address of the first of these blocks in the tensor. */
 export function writeParameters(
   target: DataView,
@@ -71,8 +89,7 @@ export function writeParameters(
   ids: Int32Array,
   element: 16 | 1,
 ): void {
-  target.setBigUint64(0, cache, true);
-  target.setBigUint64(8, flat, true);
+  writeAddresses(target, cache, flat);
   target.setBigUint64(16, BigInt(shape.cacheBlock), true);
   target.setBigUint64(24, BigInt(shape.cacheRun), true);
   target.setBigUint64(32, BigInt(shape.flatBlock), true);
