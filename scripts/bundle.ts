@@ -177,7 +177,15 @@ function main(): void {
     writePrograms(to);
     copyFileSync(process.execPath, join(to, 'node'));
     chmodSync(join(to, 'node'), 0o755);
-    for (const path of ['package.json', 'models', 'kernels', 'docs', 'scripts/two-gpu.sh', 'LICENSE']) {
+    for (const path of [
+      'package.json',
+      'models',
+      'kernels',
+      'docs',
+      'scripts/two-gpu.sh',
+      'scripts/gpu-results.sh',
+      'LICENSE',
+    ]) {
       const from = join(ROOT, path);
       if (existsSync(from)) cpSync(from, join(to, path), { recursive: true });
     }

@@ -86,12 +86,8 @@ export class Compute {
     this.#argumentList = BigUint64Array.of(native, native + 8n);
   }
 
-  /** `scale` shrinks the paged copies, for stand-ins. */
-  static create(device: CudaDevice, poller: EventPoller, scale = 1): Compute {
-    return new Compute(device, poller, {
-      ...LAYOUT,
-      numBlocks: Math.max(1, Math.round(LAYOUT.numBlocks * scale)),
-    });
+  static create(device: CudaDevice, poller: EventPoller): Compute {
+    return new Compute(device, poller, LAYOUT);
   }
 
   /** Iterations in about `ms`, and how long they really took. Throws CUDA_ERROR where the loop's kernel could not be compiled. */
@@ -121,24 +117,29 @@ export class Compute {
     return { iterations, ms: took };
   }
 
-  /** One kernel that runs for about `ms`; without the compiler, paged copies. Returns once they are enqueued. */
+  /** One kernel that runs for about `ms`; without the compiler, a row of paged copies. Returns once they are enqueued. */
   async occupy(ms: number): Promise<void> {
     if (this.#products instanceof PdError) {
-      for (let i = 0; i < 200; i++) this.#iterate('memory');
+      const one = () => this.#iterate('memory');
+      const each = await this.#timed(one);
+      for (let i = 0; i < ms / each; i++) one();
       return;
     }
     const rounds = 200_000;
-    const timed = async () => {
-      const start = monotonicMs();
-      this.#launch(rounds, this.#device.multiProcessors);
-      const event = this.#stream.record();
-      await this.#poller.wait(event, ITERATION_TIMEOUT_MS, 'a long kernel');
-      event.dispose();
-      return monotonicMs() - start;
-    };
-    await timed();
-    const each = (await timed()) / rounds;
-    this.#launch(Math.min(Math.round(ms / each), 2 ** 32 - 1), this.#device.multiProcessors);
+    const blocks = this.#device.multiProcessors;
+    // the first one may still be loading
+    await this.#timed(() => this.#launch(rounds, blocks));
+    const each = (await this.#timed(() => this.#launch(rounds, blocks))) / rounds;
+    this.#launch(Math.min(Math.round(ms / each), 2 ** 32 - 1), blocks);
+  }
+
+  async #timed(enqueue: () => void): Promise<number> {
+    const start = monotonicMs();
+    enqueue();
+    const event = this.#stream.record();
+    await this.#poller.wait(event, ITERATION_TIMEOUT_MS, 'a long kernel');
+    event.dispose();
+    return monotonicMs() - start;
   }
 
   #iterate(loop: ComputeLoop): void {

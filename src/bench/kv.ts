@@ -37,6 +37,7 @@ export class BenchKv {
   readonly #pattern: Pattern;
   readonly #scratch: MemoryRef;
   readonly #view: Buffer;
+  #checking: Promise<unknown> = Promise.resolve();
 
   private constructor(
     device: Device,
@@ -119,7 +120,23 @@ export class BenchKv {
   }
 
   /** The caches of the target: blocks of the request hold the source's, all others what they held before. */
-  async checkPaged(job: PagedJob): Promise<CheckResult> {
+  checkPaged(job: PagedJob): Promise<CheckResult> {
+    return this.#alone(() => this.#checkPaged(job));
+  }
+
+  /** Tensors of a flat job, in order, wherever the engine has put them. */
+  checkFlat(job: FlatJob, tensors: readonly MemoryRef[]): Promise<CheckResult> {
+    return this.#alone(() => this.#checkFlat(job, tensors));
+  }
+
+  /** One check after the other: they read back into the same memory. */
+  #alone(check: () => Promise<CheckResult>): Promise<CheckResult> {
+    const result = this.#checking.then(check);
+    this.#checking = result.catch(() => undefined);
+    return result;
+  }
+
+  async #checkPaged(job: PagedJob): Promise<CheckResult> {
     const { layout, source, target } = planOf(this.#shape, job);
     const bytes = layerBytes(layout);
     const length = runBytes(layout);
@@ -146,8 +163,7 @@ export class BenchKv {
     return { bytes: bytes * this.#shape.layers };
   }
 
-  /** Tensors of a flat job, in order, wherever the engine has put them. */
-  async checkFlat(job: FlatJob, tensors: readonly MemoryRef[]): Promise<CheckResult> {
+  async #checkFlat(job: FlatJob, tensors: readonly MemoryRef[]): Promise<CheckResult> {
     if (tensors.length !== job.count) {
       return { bytes: 0, wrong: `${job.id}: ${tensors.length} tensors have come, not ${job.count}` };
     }

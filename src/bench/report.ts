@@ -31,6 +31,7 @@ export interface Report {
 }
 
 const TAIL_LINES = 12;
+const SUMMARY_WIDTH = 240;
 /** `timeout` says so. */
 const TIMED_OUT = 124;
 
@@ -105,8 +106,8 @@ export function renderSummary(report: Report): string {
       }
     }
     for (const row of part.rows ?? [])
-      lines.push(`${row.ok ? 'ok    ' : 'FAILED'} ${row.name}: ${row.value}`);
-    if (part.error) lines.push(`FAILED ${part.part}: ${part.error}`);
+      lines.push(shortened(`${row.ok ? 'ok    ' : 'FAILED'} ${row.name}: ${row.value}`));
+    if (part.error) lines.push(shortened(`FAILED ${part.part}: ${part.error}`));
   }
   for (const step of report.steps) {
     if (step.status !== 0) lines.push(`FAILED ${step.step}: ${outcome(step)} after ${step.seconds} s`);
@@ -167,10 +168,14 @@ function renderSteps(steps: readonly StepResult[]): string[] {
   return [
     '## Steps',
     '',
-    markdownTable({ head: ['step', 'outcome', 'time'], rows }),
+    markdownTable({ head: ['step', 'outcome', 'time'], rows, prose: true }),
     '',
     ...failed.flatMap((step) => [`${step.step}:`, '', '```', step.tail, '```', '']),
   ];
+}
+
+function shortened(text: string): string {
+  return text.length <= SUMMARY_WIDTH ? text : `${text.slice(0, SUMMARY_WIDTH - 3)}...`;
 }
 
 function outcome({ status }: StepResult): string {

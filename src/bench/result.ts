@@ -1,4 +1,5 @@
 /** What a part of the benchmark leaves: one JSON document with the numbers and with what they were measured on. */
+import { PdError } from '../errors.ts';
 import type { BenchOptions, CheckRow } from './bench.ts';
 import { JobMaker, messageOf, startPeer } from './bench.ts';
 import { monotonicMs } from './clock.ts';
@@ -47,7 +48,9 @@ export async function runPart(
 ): Promise<PartResult> {
   const startedAt = new Date().toISOString();
   const start = monotonicMs();
-  const { environment, clock } = await surroundings(options);
+  const { environment, clock } = await surroundings(options).catch((error: unknown) => {
+    throw withWayOut(PdError.from(error));
+  });
   const { progress: _, ...plain } = options;
   const common = {
     part,
@@ -68,6 +71,12 @@ export async function runPart(
   } finally {
     options.progress.end();
   }
+}
+
+function withWayOut(error: PdError): PdError {
+  if (error.code !== 'LIBRARY_NOT_FOUND' && error.code !== 'DEVICE_UNAVAILABLE') return error;
+  const message = `${error.message}. Without two GPUs: --device host`;
+  return new PdError(error.code, message, error.context, { cause: error });
 }
 
 function isRight(done: Awaited<ReturnType<PartWork>>): boolean {

@@ -9,6 +9,8 @@ import type { TransferResult, TransferRow } from './transfer.ts';
 export interface Table {
   readonly head: readonly string[];
   readonly rows: readonly (readonly string[])[];
+  /** Sentences rather than numbers: Markdown keeps them left-aligned. */
+  readonly prose?: true;
 }
 
 /** All columns but the first right-aligned. */
@@ -22,12 +24,12 @@ export function plainTable({ head, rows }: Table): string {
   return [line(head), ...rows.map(line)].join('\n');
 }
 
-export function markdownTable({ head, rows }: Table): string {
+export function markdownTable({ head, rows, prose }: Table): string {
   const line = (cells: readonly string[]) => `| ${cells.join(' | ')} |`;
   const escaped = rows.map((row) => row.map((cell) => cell.replaceAll('|', '\\|').replaceAll('\n', ' ')));
   return [
     line(head),
-    line(head.map((_, i) => (i === 0 ? '---' : '--:'))),
+    line(head.map((_, i) => (i === 0 || prose ? '---' : '--:'))),
     ...escaped.map((row) => line(row)),
   ].join('\n');
 }
@@ -45,9 +47,9 @@ export function transferTable(result: PartResult, transfer: TransferResult): Tab
           ? [
               ms(row.bestMs),
               ms(row.medianMs),
-              row.bestGbps.toFixed(1),
+              rate(row.bestGbps),
               grouped ? `${((100 * row.bestGbps) / grouped.bestGbps).toFixed(0)} %` : '',
-              `${(row.checkedBytes / 1e9).toFixed(2)} GB`,
+              megabytes(row.checkedBytes),
             ]
           : ['FAILED', '', '', '', ''];
       const key = [row.sendType, row.source, String(row.tokens), megabytes(row.bytes)];
@@ -71,7 +73,7 @@ export function ceilingTable({ ceilings }: TransferResult, onHost: boolean): Tab
       titles[kind],
       ...tokens.map((count) => {
         const ceiling = ceilingOf(ceilings, kind, count);
-        return ceiling ? `${ms(ceiling.bestMs)}, ${ceiling.bestGbps.toFixed(1)} GB/s` : '';
+        return ceiling ? `${ms(ceiling.bestMs)}, ${rate(ceiling.bestGbps)} GB/s` : '';
       }),
     ]),
   };
@@ -80,6 +82,7 @@ export function ceilingTable({ ceilings }: TransferResult, onHost: boolean): Tab
 export function checkTable(rows: readonly CheckRow[]): Table {
   return {
     head: ['', 'check', 'result'],
+    prose: true,
     rows: rows.map((row) => [row.ok ? 'ok' : 'FAILED', row.name, row.value]),
   };
 }
@@ -117,6 +120,12 @@ export function ms(value: number): string {
   return `${value.toFixed(value < 10 ? 2 : 1)} ms`;
 }
 
+/** 10^9 bytes per second, three digits. */
+function rate(gbps: number): string {
+  return gbps >= 100 ? gbps.toFixed(0) : gbps.toPrecision(3);
+}
+
 function megabytes(bytes: number): string {
-  return bytes < 1e6 ? sizeOf(bytes) : `${(bytes / 1e6).toFixed(1)} MB`;
+  if (bytes < 1e6) return sizeOf(bytes);
+  return bytes < 1e10 ? `${(bytes / 1e6).toFixed(1)} MB` : `${(bytes / 1e9).toFixed(1)} GB`;
 }

@@ -125,7 +125,8 @@ function part<T extends OptionTable>(
     const common = values as unknown as CommonValues;
     const progress = common.json ? NO_PROGRESS : terminalProgress();
     const options = benchOptions(common, progress);
-    const line = `pd-bench ${process.argv.slice(2).join(' ')}`;
+    // where the numbers went says nothing about them
+    const line = `pd-bench ${process.argv.slice(2).join(' ')}`.replace(/ --output[ =]\S+/, '');
     const result = await runPart(name, line, options, work(options, values));
     const json = `${JSON.stringify(result, undefined, 1)}\n`;
     if (common.output !== undefined) writeFileSync(common.output, json);
