@@ -27,8 +27,8 @@ export interface Instance extends Announcement {
   readonly zmq: HostPort;
   readonly firstSeenMs: number;
   readonly lastSeenMs: number;
-  /** It refused a connection: others are preferred until then. */
-  readonly quarantinedUntilMs: number;
+  /** It refused a connection then: others are preferred until it pings again, and for as long as `quarantine` was told. */
+  readonly refused?: { readonly atMs: number; readonly untilMs: number };
   /** Ids that its /v1/models lists; absent until known. */
   readonly models?: readonly string[];
 }
@@ -108,7 +108,6 @@ export class InstanceRegistry {
       zmq,
       firstSeenMs: now,
       lastSeenMs: now,
-      quarantinedUntilMs: 0,
     };
     this.#entries.set(announcement.httpAddress, { instance, picked: 0 });
     changes.push({ kind: 'added', instance });
@@ -127,10 +126,11 @@ export class InstanceRegistry {
     return changes;
   }
 
-  /** Prefers others for `ms`, after a refused connection. */
+  /** Prefers others for `ms` after a refused connection, and on until it pings: one that is dead or leaving does not. */
   quarantine(httpAddress: string, ms: number): void {
     const entry = this.#entries.get(httpAddress);
-    if (entry) entry.instance = { ...entry.instance, quarantinedUntilMs: this.#now() + ms };
+    const atMs = this.#now();
+    if (entry) entry.instance = { ...entry.instance, refused: { atMs, untilMs: atMs + ms } };
   }
 
   /** False where the instance has gone meanwhile. */
@@ -151,7 +151,8 @@ export class InstanceRegistry {
   }
 
   quarantined(instance: Instance): boolean {
-    return this.#now() < instance.quarantinedUntilMs;
+    const { refused, lastSeenMs } = instance;
+    return refused !== undefined && (this.#now() < refused.untilMs || lastSeenMs <= refused.atMs);
   }
 
   /** There are a producer and a consumer that fit. */

@@ -195,7 +195,7 @@ describe('pairing', () => {
     expect(picked(registry, { model: 'other' })).toEqual([1, 3]);
   });
 
-  test('an instance that refused a connection comes last for a while, and serves when it is the only one', () => {
+  test('an instance that refused a connection comes last until it pings, and serves when it is the only one', () => {
     const { clock, registry } = setUp();
     registry.announce(ping('producer', 1));
     registry.announce(ping('consumer', 3));
@@ -208,6 +208,13 @@ describe('pairing', () => {
     registry.quarantine('10.0.0.1:5', 3_000);
     expect(picked(registry)).toEqual([1, 3]);
     clock.now += 3_001;
+    // A dead or leaving instance pings no more: nobody is sent to it again before it expires.
+    registry.announce(ping('consumer', 5));
+    expect([picked(registry), picked(registry)]).toEqual([
+      [1, 5],
+      [1, 5],
+    ]);
+    registry.announce(ping('consumer', 3));
     expect(new Set([picked(registry), picked(registry)].map(String))).toEqual(new Set(['1,3', '1,5']));
   });
 });
