@@ -4,6 +4,7 @@
  *   start: environment, port, core + tokenizer, HTTP, then the first ping
  *   close: no pings, 503 for what is new, what runs may end, HTTP, core
  */
+import { setTimeout } from 'node:timers/promises';
 import type { FastifyInstance } from 'fastify';
 import { prepareNativeEnvironment } from '../config/native-env.ts';
 import type { WorkerConfig } from '../config/worker-config.ts';
@@ -26,6 +27,8 @@ export interface WorkerParts {
 }
 
 const LAST_ANSWERS_MS = 1_000;
+/** Between two looks at what a draining producer still holds. */
+const HAND_OVER_POLL_MS = 25;
 
 const PARTS: WorkerParts = { startCore: (init) => CoreClient.start(init), loadTextModel };
 
@@ -140,11 +143,34 @@ export class PdWorker {
     if (!done && this.#inFlight.size > 0) {
       this.#log.warn(`Gave up ${this.#inFlight.size} requests under way`);
     }
+    if (done) await this.#handOver(performance.now() + drainTimeoutMs, Promise.race([hurried, core]));
     await this.#core.close();
     // What the core's end has failed still gets its answer.
     await this.#inFlight.drain(LAST_ANSWERS_MS);
     await this.#server.close();
     this.#log.info('Stopped');
+  }
+
+  /** A producer has answered its requests before their KV is fetched (GET) or has left (PUT_ASYNC): that belongs to them too. */
+  async #handOver(deadline: number, cut: Promise<unknown>): Promise<void> {
+    if (this.config.role !== 'producer') return;
+    let told = false;
+    let over = false;
+    void cut.then(() => {
+      over = true;
+    });
+    while (!over) {
+      const { transfer } = await this.#core.state().catch(() => ({ transfer: undefined }));
+      const bytes = transfer ? transfer.buffer.usedBytes + transfer.pool.usedBytes : 0;
+      if (bytes === 0) return;
+      if (performance.now() >= deadline) {
+        this.#log.warn({ bytes }, `Gave up ${bytes} bytes of KV that no consumer has fetched`);
+        return;
+      }
+      if (!told) this.#log.info({ bytes }, `Draining: ${bytes} bytes of KV are still to leave`);
+      told = true;
+      await Promise.race([setTimeout(HAND_OVER_POLL_MS), cut]);
+    }
   }
 }
 
