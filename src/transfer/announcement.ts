@@ -34,8 +34,10 @@ export abstract class Announcement implements Unit {
   abstract readonly bytes: number | undefined;
   /** It has been answered `2` once: the second time is the last. */
   renewed = false;
-  /** Its bundle was refused as a whole: it travels in none any more. */
+  /** It travels in no bundle (any more): its bundle was refused as a whole, or it does not lie as the cache does. */
   alone = false;
+  /** Known by its answer: the peer is ours. */
+  peerIsOurs = false;
   #ready = false;
   #whenReady: (() => void) | undefined;
 

@@ -4,6 +4,7 @@ import type { Pair } from '../transport/transport.ts';
 import { PROBE_TENSOR } from '../wire/ids.ts';
 import type { Answer, GetMessage, GetsMessage, PutMessage, PutsMessage } from '../wire/messages.ts';
 import { logTensor, type TransferContext } from './context.ts';
+import { sentAs } from './form.ts';
 import type { Intake } from './intake.ts';
 import type { Keeper } from './keeper.ts';
 import type { OutgoingPeer } from './peer.ts';
@@ -57,7 +58,8 @@ export class Answering {
     const { intake, reply } = this.#parts;
     const pair = await this.#mayTransfer(session, put);
     if (!pair) return;
-    const entry = await intake.admit(put, session.peer);
+    const twoBlocks = sentAs(this.#context.options, session.hello, put.ours !== undefined);
+    const entry = await intake.admit(put, session.peer, twoBlocks);
     if (!entry) return reply(session, { kind: 'no-room' });
     if (!(await this.#stillOn(session, pair, put, [entry]))) return;
     void session.busy(intake.post([entry], [entry.held.memory], pair));
@@ -97,6 +99,14 @@ export class Answering {
     }
     const seq = get.ours?.seq;
     const { shape, dtype } = kept;
+    if (session.hello === undefined) {
+      const copy = await keeper.foreignCopy(kept);
+      if (copy) {
+        if (session.replaced || (await this.#pairFor(session)) !== pair) return copy.held.free();
+        void session.busy(keeper.sendCopy(kept, copy, pair));
+        return reply(session, { kind: 'get', ret: 0, shape: copy.shape, dtype });
+      }
+    }
     void session.busy(keeper.send([kept], [kept.held.memory], pair, session.hello !== undefined));
     reply(session, { kind: 'get', ret: 0, shape, dtype, ...(seq === undefined ? {} : { seq }) });
   }

@@ -7,6 +7,7 @@ import type { TensorId } from '../wire/ids.ts';
 import type { Answer, GetMessage, TensorForm } from '../wire/messages.ts';
 import { Announcement, type Reaction } from './announcement.ts';
 import { logTensor, type TransferContext } from './context.ts';
+import { sentAs } from './form.ts';
 import type { Intake } from './intake.ts';
 import type { Held, StoreEntry } from './store.ts';
 
@@ -137,7 +138,8 @@ export class GetAnnouncement extends Announcement {
     }
     const dropped = this.#over;
     this.#over = true;
-    const tensor = { tensorId, shape, dtype, peer };
+    const twoBlocks = sentAs(this.#context.options, undefined, this.peerIsOurs);
+    const tensor = { tensorId, shape, dtype, peer, twoBlocks };
     const entry = this.#intake.adopt(tensor, held, dropped ? 'dropped' : 'claimed');
     logTensor(this.#context, 'receive', tensor, peer);
     return {

@@ -2,12 +2,14 @@
 import type { ErrorCode } from '../errors.ts';
 import { BUNDLE_FEATURE, CLOSE_FEATURE, PD_VERSION, type PeerHello } from '../wire/messages.ts';
 import { sameDirection } from './context.ts';
+import { layoutFeature } from './form.ts';
 import type { Fingerprint, TransferOptions } from './types.ts';
 
 const FEATURES = ['seq', BUNDLE_FEATURE, CLOSE_FEATURE];
 
 export function helloOf(options: TransferOptions, features: readonly string[] = FEATURES): PeerHello {
-  const hello = { version: PD_VERSION, features, sendType: options.sendType };
+  const all = [...features, ...layoutFeature(options.wireLayout)];
+  const hello = { version: PD_VERSION, features: all, sendType: options.sendType };
   return options.fingerprint ? { ...hello, fingerprint: options.fingerprint } : hello;
 }
 

@@ -34,8 +34,12 @@ export class Intake {
   }
 
   /** Memory for an announced tensor, or undefined: answer `1`. What comes for a request that is over is received all the same. */
-  async admit(put: PutMessage, peer: string): Promise<StoreEntry | undefined> {
-    const tensor = tensorOf(put, peer);
+  async admit(
+    put: PutMessage,
+    peer: string,
+    twoBlocks?: TensorInfo['twoBlocks'],
+  ): Promise<StoreEntry | undefined> {
+    const tensor = { ...tensorOf(put, peer), twoBlocks };
     if (this.#isDuplicate(tensor)) return undefined;
     const bytes = tensorBytes(put.shape, put.dtype);
     return this.#enter(tensor, this.#mayHold(1) ? await this.#context.memory.allocate(bytes) : undefined);

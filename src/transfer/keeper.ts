@@ -1,17 +1,25 @@
 /** The producer's side of GET: keeps what is sent until it is asked for, and lets who asks too early wait. */
 import type { MemoryRef } from '../device/device.ts';
 import { PdError } from '../errors.ts';
+import { formShape } from '../kv/families.ts';
 import type { Pair } from '../transport/transport.ts';
+import { tensorBytes } from '../wire/dtype.ts';
 import { splitTensorId, type TensorId } from '../wire/ids.ts';
 import { logTensor, type TransferContext, tensorFields } from './context.ts';
 import type { Deadline } from './deadlines.ts';
+import { denseBlocks, foreignForm, reform } from './form.ts';
 import { GivenUpTensors } from './memories.ts';
 import type { SendReply } from './put.ts';
 import { type KeptTensor, SendStore } from './send-store.ts';
 import type { Stager } from './stager.ts';
-import { checkSource } from './staging.ts';
+import { checkSource, passed } from './staging.ts';
 import { belongsTo, type Held } from './store.ts';
 import type { SendRequest } from './types.ts';
+
+export interface ForeignCopy {
+  readonly shape: readonly number[];
+  readonly held: Held;
+}
 
 interface Parked {
   readonly tensorId: TensorId;
@@ -23,7 +31,7 @@ interface Parked {
 const MOST_PARKED = 16_384;
 
 export class Keeper {
-  readonly store = new SendStore();
+  readonly store: SendStore;
   readonly #context: TransferContext;
   readonly #stager: Stager;
   /** Requests being gathered; one that ends meanwhile is not kept. */
@@ -35,6 +43,7 @@ export class Keeper {
 
   constructor(context: TransferContext, stager: Stager) {
     this.#context = context;
+    this.store = new SendStore({ exactOnly: context.options.kvKey === 'engine' });
     this.#stager = stager;
   }
 
@@ -66,7 +75,7 @@ export class Keeper {
         if (!held) return failed(new PdError('INTERNAL', `${tensorId} was not copied`));
         if (gathering.over) held.free();
         else {
-          const kept = this.store.keep(request, held, deadlines.now());
+          const kept = this.store.keep({ ...request, dense: denseBlocks(request) }, held, deadlines.now());
           this.#givenUp.delete(tensorId);
           logTensor(this.#context, 'kept', request);
           this.#wake(kept);
@@ -138,6 +147,44 @@ export class Keeper {
       logTensor(this.#context, 'sent', one, peer);
       this.store.endSend(one, leave);
     }
+  }
+
+  /**
+   * A copy of a kept tensor in the form that peers get which are not ours; undefined where that is its own. Throws KV_BUFFER_FULL. Whoever
+   * asks frees it.
+   */
+  async foreignCopy(kept: KeptTensor): Promise<ForeignCopy | undefined> {
+    const { options, memory, device, stream } = this.#context;
+    const { dense, tensorId, dtype } = kept;
+    const form = dense && foreignForm(dense, options.wireLayout);
+    if (!form) return undefined;
+    const shape = formShape(form, dense.layout);
+    this.store.beginSend(kept);
+    try {
+      const held = await memory.waitFor(tensorBytes(shape, dtype), options.timeouts.transfer);
+      if (!held)
+        throw new PdError('KV_BUFFER_FULL', `no memory to bring ${tensorId} into the form [${shape}]`, {
+          tensorId,
+        });
+      reform(device, dense, kept.held.memory, held.memory, form, stream);
+      await passed(this.#context, `another form of ${tensorId}`);
+      return { shape, held };
+    } finally {
+      this.store.endSend(kept, false);
+    }
+  }
+
+  /** Posts the send of a copy, and frees it. The answer leaves after this, in the same turn. Never rejects. */
+  async sendCopy({ tensorId }: KeptTensor, { held }: ForeignCopy, pair: Pair): Promise<void> {
+    const { log, metrics, options } = this.#context;
+    try {
+      await pair.send([held.memory], { tensorId, timeoutMs: options.timeouts.transfer });
+      metrics.inc('pd_kv_sent_bytes_total', held.bytes);
+    } catch (error) {
+      log.warn({ peer: pair.peer, tensorId }, PdError.from(error).message);
+      await pair.over;
+    }
+    held.free();
   }
 
   finish(id: string, keepSends: boolean): void {

@@ -262,6 +262,7 @@ export class Link {
       { tensorId: first, tensors: unit.parts.length, peer: this.peer, answer: answer.kind },
       `answer from ${this.peer}`,
     );
+    for (const part of unit.parts) part.peerIsOurs = this.ours;
     const reaction = unit.answered(answer, this.#pair);
     if (reaction === 'unexpected') {
       this.#unexpected(`${answer.kind} for ${first}`, unit);

@@ -3,7 +3,9 @@
  * blocks can happen any more.
  */
 import { PdError } from '../errors.ts';
+import { formOf, isAmbiguous, type WireForm } from '../kv/families.ts';
 import { wireShape } from '../kv/layout.ts';
+import { type CopyPlan, planCopy } from '../kv/reblock.ts';
 import { formatHostPort } from '../net/address.ts';
 import { type TensorId, type TransferId, tensorIdOf } from '../wire/ids.ts';
 import type { Claimant } from './claims.ts';
@@ -19,6 +21,8 @@ type Layer = LoadRequest['layers'][number];
 interface Taken {
   readonly entry: StoreEntry;
   readonly layer: Layer;
+  /** Where it does not lie as the cache does. */
+  readonly plan: CopyPlan | undefined;
 }
 
 export class Load implements Claimant {
@@ -87,22 +91,24 @@ export class Load implements Claimant {
       return;
     }
     this.#intake.store.claim(entry, 'claimed');
-    const wanted = wireShape(layer.target.layout, this.request.blockIds.length);
-    const { dtype } = layer.target.layout;
-    if (entry.dtype !== dtype || !sameShape(entry.shape, wanted)) {
+    let plan: CopyPlan | undefined;
+    try {
+      plan = planOf(entry, layer, this.request);
+    } catch (error) {
+      const { tensorId, peer } = entry;
+      const { code, message } = PdError.from(error);
       this.#intake.store.release(entry);
       this.fail(
-        new PdError(
-          'KV_SHAPE_MISMATCH',
-          `${entry.tensorId} from ${entry.peer} has shape [${entry.shape}] of ${entry.dtype}, ` +
-            `${layer.name} here takes [${wanted}] of ${dtype}`,
-          { requestId: this.requestId, tensorId: entry.tensorId, peer: entry.peer },
-        ),
+        new PdError(code, `${tensorId} from ${peer}: ${message}`, {
+          requestId: this.requestId,
+          tensorId,
+          peer,
+        }),
       );
       return;
     }
     this.#missing.delete(entry.layerName);
-    this.#taken.push({ entry, layer });
+    this.#taken.push({ entry, layer, plan });
     // Tensors of one bundle come one after the other, and go into the cache together.
     if (this.#taken.length === 1) queueMicrotask(() => void this.#scatter());
   }
@@ -175,8 +181,13 @@ export class Load implements Claimant {
       // A load that was given up meanwhile writes no more.
       if (!this.#failure) {
         for (const { entry } of taken) logTensor(this.#context, 'scatter', entry, entry.peer);
-        const parts = taken.map(({ entry, layer }) => ({ layer: layer.target, tensor: entry.held.memory }));
-        device.scatterLayers(parts, blockIds, stream, skipBlocks);
+        const parts = taken
+          .filter(({ plan }) => !plan)
+          .map(({ entry, layer }) => ({ layer: layer.target, tensor: entry.held.memory }));
+        if (parts.length > 0) device.scatterLayers(parts, blockIds, stream, skipBlocks);
+        for (const { entry, layer, plan } of taken) {
+          if (plan) device.reblock('scatter', layer.target.memory, entry.held.memory, plan, stream);
+        }
         await passed(this.#context, `scatter of ${taken[0]?.entry.tensorId} and ${taken.length - 1} more`);
         for (const { entry } of taken) this.#bytes += entry.held.bytes;
       }
@@ -198,6 +209,32 @@ export class Load implements Claimant {
     const milliseconds = this.#context.deadlines.now() - this.startedAt;
     this.#settle.resolve({ requestId: this.requestId, bytes: this.#bytes, milliseconds });
   }
+}
+
+/** How a tensor goes into the blocks of a layer; undefined where it lies as they do. Throws KV_SHAPE_MISMATCH, naming both shapes. */
+function planOf(entry: StoreEntry, { target }: Layer, request: LoadRequest): CopyPlan | undefined {
+  const { layout } = target;
+  const { blockIds, skipBlocks } = request;
+  const asOurs =
+    entry.twoBlocks === undefined || entry.twoBlocks === layout.family || !isAmbiguous(entry.shape);
+  const exact = entry.dtype === layout.dtype && sameShape(entry.shape, wireShape(layout, blockIds.length));
+  if (exact && asOurs) return undefined;
+  const tokens = request.numTokens ?? blockIds.length * layout.blockSize;
+  const own = layout.family === 'blocks-first' ? 'blocks-first' : 'kv-first';
+  const takes = `this request takes [${wireShape(layout, blockIds.length).join(', ')}] ${layout.dtype}`;
+  let form: WireForm;
+  try {
+    form = formOf(entry, { layout, tokens, twoBlocks: entry.twoBlocks ?? own });
+  } catch (error) {
+    const { code, message, context } = PdError.from(error);
+    throw new PdError(code, `${message}; ${takes}`, context);
+  }
+  // Between ours another number of blocks is another prompt.
+  const likeOurs = entry.twoBlocks === undefined && form.family === layout.family;
+  if (likeOurs && form.blockSize === layout.blockSize && form.blocks !== blockIds.length) {
+    throw new PdError('KV_SHAPE_MISMATCH', `tensor [${entry.shape.join(', ')}] ${entry.dtype}; ${takes}`);
+  }
+  return planCopy(layout, blockIds, form, { tokens, skipBlocks });
 }
 
 function sameShape(a: readonly number[], b: readonly number[]): boolean {

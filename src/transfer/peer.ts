@@ -36,6 +36,11 @@ export class OutgoingPeer {
     return !this.#link && this.#queue.length === 0 && !this.#recentFailure();
   }
 
+  /** Known to be ours: its last link has said so. */
+  get ours(): boolean {
+    return this.#link?.ours ?? false;
+  }
+
   /** The pair of a link to a peer that is not ours. */
   get foreignPair(): Pair | undefined {
     return this.#link && !this.#link.ours ? this.#link.pair : undefined;

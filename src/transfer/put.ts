@@ -6,10 +6,10 @@ import type { TensorId } from '../wire/ids.ts';
 import type { Answer, PutMessage, TensorForm } from '../wire/messages.ts';
 import { Announcement, type Reaction } from './announcement.ts';
 import { logTensor, type TransferContext } from './context.ts';
+import type { FormedRequest } from './form.ts';
 import type { Stager } from './stager.ts';
 import { checkSource, stagingMemory } from './staging.ts';
 import type { Held } from './store.ts';
-import type { SendRequest } from './types.ts';
 
 /** How a send goes on; each is called at most once. */
 export interface SendReply {
@@ -21,19 +21,21 @@ export interface SendReply {
 export class PutAnnouncement extends Announcement {
   readonly direction = 'put';
   readonly #context: TransferContext;
-  readonly #request: SendRequest;
+  readonly #request: FormedRequest;
   readonly #peer: string;
   readonly #reply: SendReply;
   #bytes = 0;
   #staged: Held | undefined;
   #over = false;
 
-  constructor(context: TransferContext, request: SendRequest, peer: string, reply: SendReply) {
+  constructor(context: TransferContext, request: FormedRequest, peer: string, reply: SendReply) {
     super();
     this.#context = context;
     this.#request = request;
     this.#peer = peer;
     this.#reply = reply;
+    // In a bundle, and with our fields, a tensor is taken for one that lies as the cache does.
+    this.alone = request.plan !== undefined;
   }
 
   get tensorId(): TensorId {
@@ -88,7 +90,7 @@ export class PutAnnouncement extends Announcement {
 
   message(ours: boolean): PutMessage {
     const put = { cmd: 'PUT', ...this.form } as const;
-    return ours ? { ...put, ours: true } : put;
+    return ours && !this.#request.plan ? { ...put, ours: true } : put;
   }
 
   answered(answer: Answer, pair: Pair): Reaction {

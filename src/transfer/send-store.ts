@@ -4,6 +4,7 @@
  */
 import type { Dtype } from '../wire/dtype.ts';
 import { splitTensorId, type TensorId, transferIdOf } from '../wire/ids.ts';
+import type { DenseBlocks } from './form.ts';
 import { belongsTo, type Held } from './store.ts';
 
 export interface KeptTensor {
@@ -12,6 +13,8 @@ export interface KeptTensor {
   readonly layerName: string;
   readonly shape: readonly number[];
   readonly dtype: Dtype;
+  /** Where it was gathered from blocks: how its tokens lie. */
+  readonly dense?: DenseBlocks | undefined;
   readonly held: Held;
   readonly since: number;
   /** Sends under way. */
@@ -29,11 +32,17 @@ export type Lookup =
   | { readonly kind: 'ambiguous'; readonly requestIds: readonly string[] };
 
 export class SendStore {
+  readonly #exactOnly: boolean;
   /** Oldest first. */
   readonly #byTensor = new Map<TensorId, Mutable>();
   readonly #byStem = new Map<string, Set<Mutable>>();
   #heldBytes = 0;
   #count = 0;
+
+  /** `exactOnly`: a tensor is found by its full id alone, as in vLLM. */
+  constructor({ exactOnly = false }: { readonly exactOnly?: boolean } = {}) {
+    this.#exactOnly = exactOnly;
+  }
 
   /** Bytes of all that is kept or still being sent. */
   get heldBytes(): number {
@@ -46,12 +55,19 @@ export class SendStore {
   }
 
   /** A tensor of the same id takes the place of the one before. */
-  keep(tensor: Pick<KeptTensor, 'tensorId' | 'shape' | 'dtype'>, held: Held, since: number): KeptTensor {
-    const before = this.#byTensor.get(tensor.tensorId);
+  keep(
+    { tensorId, shape, dtype, dense }: Pick<KeptTensor, 'tensorId' | 'shape' | 'dtype' | 'dense'>,
+    held: Held,
+    since: number,
+  ): KeptTensor {
+    const before = this.#byTensor.get(tensorId);
     if (before) this.#remove(before);
     const kept: Mutable = {
-      ...tensor,
-      ...splitTensorId(tensor.tensorId),
+      tensorId,
+      shape,
+      dtype,
+      dense,
+      ...splitTensorId(tensorId),
       held,
       since,
       sending: 0,
@@ -70,6 +86,7 @@ export class SendStore {
   lookup(tensorId: TensorId): Lookup {
     const exact = this.#byTensor.get(tensorId);
     if (exact) return { kind: 'found', tensor: exact };
+    if (this.#exactOnly) return { kind: 'absent' };
     const { requestId, layerName } = splitTensorId(tensorId);
     // Who asks may have a suffix, who keeps may have one, or both; or the name asked for is a transfer id that itself looks suffixed.
     const candidates = this.#near(requestId).filter(
@@ -81,6 +98,15 @@ export class SendStore {
     if (!first) return { kind: 'absent' };
     if (others.length === 0) return { kind: 'found', tensor: first };
     return { kind: 'ambiguous', requestIds: candidates.map((kept) => kept.requestId) };
+  }
+
+  /** Tensors of the same layer under another id of the same request: what came instead. At most `most`. */
+  nearMisses(tensorId: TensorId, most = 3): TensorId[] {
+    const { requestId, layerName } = splitTensorId(tensorId);
+    const near = this.#near(requestId).filter(
+      (kept) => kept.layerName === layerName && kept.tensorId !== tensorId,
+    );
+    return near.slice(0, most).map((kept) => kept.tensorId);
   }
 
   beginSend(tensor: KeptTensor): void {

@@ -18,6 +18,7 @@ import type { Transport } from '../transport/transport.ts';
 import type { TensorId, TransferId } from '../wire/ids.ts';
 import { type TransferContext, tensorFields } from './context.ts';
 import { Deadlines } from './deadlines.ts';
+import { formed } from './form.ts';
 import { helloOf } from './hello.ts';
 import { Incoming } from './incoming.ts';
 import { Intake } from './intake.ts';
@@ -169,7 +170,8 @@ export class TransferService {
       return;
     }
     const outgoing = this.#outgoing.of(peer);
-    const put = new PutAnnouncement(this.#context, request, peer, {
+    const leaving = outgoing.ours ? request : formed(request, options);
+    const put = new PutAnnouncement(this.#context, leaving, peer, {
       gathered: () => reply.gathered(),
       sent: (bytes) => reply.sent(bytes),
       failed: (error) => {

@@ -6,12 +6,12 @@ import type { EventRef, LayerTensor } from '../device/device.ts';
 import { PdError } from '../errors.ts';
 import { MAX_BUNDLE_BYTES } from './bundling.ts';
 import { logTensor, type TransferContext } from './context.ts';
+import type { FormedRequest } from './form.ts';
 import { passed, sendsInPlace } from './staging.ts';
 import type { Held } from './store.ts';
-import type { SendRequest } from './types.ts';
 
 export interface StageJob {
-  readonly request: SendRequest;
+  readonly request: FormedRequest;
   readonly bytes: number;
   /** False: it is copied even where the transport could send from the source. */
   readonly mayLieInPlace: boolean;
@@ -135,6 +135,10 @@ export class Stager {
       logTensor(this.#context, 'gather', request);
       if (source.kind === 'flat') {
         device.copy(held.memory, source.memory, stream);
+        continue;
+      }
+      if (request.plan) {
+        device.reblock('gather', source.layer.memory, held.memory, request.plan, stream);
         continue;
       }
       if (!blocks || !sameBlocks(blocks, source.blockIds)) {

@@ -3,13 +3,15 @@ import { PdError } from '../errors.ts';
 import { blockBytes } from '../kv/layout.ts';
 import { tensorBytes } from '../wire/dtype.ts';
 import type { TransferContext } from './context.ts';
+import type { FormedRequest } from './form.ts';
 import type { Held } from './store.ts';
 import type { SendRequest } from './types.ts';
 
 /** Throws KV_SHAPE_MISMATCH where shape and source have different sizes. Returns the bytes. */
-export function checkSource(request: SendRequest): number {
-  const { tensorId, shape, dtype, source } = request;
+export function checkSource(request: FormedRequest): number {
+  const { tensorId, shape, dtype, source, plan } = request;
   const announced = tensorBytes(shape, dtype);
+  if (plan) return announced;
   const there =
     source.kind === 'flat' ? source.memory.bytes : blockBytes(source.layer.layout) * source.blockIds.length;
   if (announced !== there) {

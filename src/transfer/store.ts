@@ -23,6 +23,8 @@ export interface TensorInfo {
   readonly dtype: Dtype;
   /** Routing id of the sender. */
   readonly peer: string;
+  /** What two blocks of either family are; undefined: as in our own cache. */
+  readonly twoBlocks?: 'kv-first' | 'blocks-first' | undefined;
 }
 
 export type EntryState = 'receiving' | 'ready' | 'claimed' | 'owned' | 'dropped' | 'freed';

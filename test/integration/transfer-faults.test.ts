@@ -96,8 +96,8 @@ describe('a load', () => {
     sendCache(producer, 'r', source, [1], consumer.address);
     const error = await wrong;
     expect(error.code).toBe('KV_SHAPE_MISMATCH');
-    expect(error.message).toContain('[2,1,4,2,8]');
-    expect(error.message).toContain('[2,2,4,2,8]');
+    expect(error.message).toContain('[2, 1, 4, 2, 8]');
+    expect(error.message).toContain('[2, 2, 4, 2, 8]');
     await right;
     consumer.finish('w' as TransferId);
     await until('all free', () => leftovers(consumer).length === 0);
