@@ -158,7 +158,7 @@ export class PeerJobs {
   /** As after a model's step, each gather waits for an event: that of the work which wrote the blocks. */
   async #sendAll(requests: readonly SendRequest[]): Promise<number> {
     const ready = this.#stream.record();
-    const handles = requests.map((request) => this.#engine.send({ ...request, ready: ready.ref }));
+    const handles = this.#engine.sendAll(requests.map((request) => ({ ...request, ready: ready.ref })));
     try {
       const sent = await Promise.all(handles.map((handle) => handle.sent));
       return sent.reduce((sum, bytes) => sum + bytes, 0);

@@ -30,7 +30,7 @@ export type Direction = 'put' | 'get';
 export abstract class Announcement implements Unit {
   abstract readonly tensorId: TensorId;
   abstract readonly direction: Direction;
-  /** Bytes of the tensor; undefined where only the answer will say, and then it travels in no bundle. */
+  /** Bytes of the tensor; undefined where only the answer will say. */
   abstract readonly bytes: number | undefined;
   /** It has been answered `2` once: the second time is the last. */
   renewed = false;

@@ -34,9 +34,9 @@ function bundleLength(queue: readonly Announcement[]): number {
   let body = HEAD_BYTES;
   let count = 0;
   for (const part of queue) {
-    if (part.alone || part.bytes === undefined || part.direction !== direction) break;
+    if (part.alone || part.direction !== direction) break;
     if (!part.ready || part.cancelled || count === MAX_BUNDLE) break;
-    bytes += part.bytes;
+    bytes += part.bytes ?? 0;
     // Of an id in UTF-8, before anything in common is taken out.
     body += 3 * part.tensorId.length + FORM_BYTES;
     if (count > 0 && (bytes > MAX_BUNDLE_BYTES || body > MAX_BODY_BYTES)) break;

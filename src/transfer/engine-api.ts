@@ -27,6 +27,11 @@ export interface TransferEngineApi {
   readonly address: HostPort;
   /** Never throws: failures come by the handle's promises. Order per peer is kept. */
   send(request: SendRequest): SendHandle;
+  /**
+   * As `send` for each. In one message to the transfer thread, so that tensors of one request (its layers) are gathered and sent
+   * together. Where the model computes layer by layer, `send` each as it is there instead.
+   */
+  sendAll(requests: readonly SendRequest[]): SendHandle[];
   /** Waits for one tensor (PUT) or asks `peer` for it (GET). It belongs to the caller until `finish` names its request. */
   receive(tensorId: TensorId, peer: HostPort, timeoutMs?: number): Promise<StoredTensor>;
   /** Takes the KV of one request into paged blocks. Rejects with KV_LOAD_TIMEOUT or KV_LOAD_FAILED (cause inside the message). */

@@ -13,6 +13,7 @@ import type { TensorId, TransferId } from '../wire/ids.ts';
 import { checkLoad, checkSend } from './check-request.ts';
 import type { SendHandle, TransferEngineApi } from './engine-api.ts';
 import type { FromTransfer, ToTransfer, TransferInit } from './messages.ts';
+import { started } from './started.ts';
 import type {
   LoadRequest,
   LoadResult,
@@ -48,6 +49,8 @@ export class TransferEngine implements TransferEngineApi {
   readonly #exited: Promise<void>;
   readonly #pending = new Map<number, Pending>();
   #seq = 0;
+  /** Messages that are being collected to cross as one. */
+  #together: ToTransfer[] | undefined;
   #closed: PdError | undefined;
   #disposed: Promise<void> | undefined;
 
@@ -57,7 +60,9 @@ export class TransferEngine implements TransferEngineApi {
     this.address = address;
     this.#device = device;
     this.#exited = new Promise((resolve) => worker.once('exit', () => resolve()));
-    worker.on('message', (message: FromTransfer) => this.#hear(message));
+    worker.on('message', (messages: readonly FromTransfer[]) => {
+      for (const message of messages) this.#hear(message);
+    });
     worker.on('error', (error) => this.#fail(`the transfer thread crashed: ${PdError.from(error).message}`));
     void this.#exited.then(() => this.#fail('the transfer thread has ended'));
   }
@@ -111,6 +116,21 @@ export class TransferEngine implements TransferEngineApi {
       },
     });
     return { gathered: gathered.promise, sent: sent.promise };
+  }
+
+  sendAll(requests: readonly SendRequest[]): SendHandle[] {
+    const together: ToTransfer[] = [];
+    this.#together = together;
+    const handles = requests.map((request) => this.send(request));
+    this.#together = undefined;
+    try {
+      // What the requests share (block ids, shapes, layouts) is copied once.
+      if (together.length > 0) this.#worker.postMessage(together);
+    } catch (error) {
+      const failed = PdError.from(error, 'REQUEST_INVALID');
+      for (const message of together) if ('seq' in message) this.#take(message.seq)?.reject(failed);
+    }
+    return handles;
   }
 
   receive(tensorId: TensorId, peer: HostPort, timeoutMs?: number): Promise<StoredTensor> {
@@ -187,7 +207,7 @@ export class TransferEngine implements TransferEngineApi {
     const seq = this.#seq++;
     this.#pending.set(seq, pending);
     try {
-      this.#worker.postMessage(message(seq));
+      this.#post(message(seq));
     } catch (error) {
       // What is wrong with it, or cannot be cloned, is the caller's mistake, and its alone.
       this.#pending.delete(seq);
@@ -196,7 +216,13 @@ export class TransferEngine implements TransferEngineApi {
   }
 
   #tell(message: ToTransfer): void {
-    if (!this.#closed) this.#worker.postMessage(message);
+    if (!this.#closed) this.#post(message);
+  }
+
+  /** At once, since the caller may be about to compute: what it has said is done meanwhile. */
+  #post(message: ToTransfer): void {
+    if (this.#together) this.#together.push(message);
+    else this.#worker.postMessage([message]);
   }
 
   /** The thread is gone: everything that waits for it fails. */
@@ -252,30 +278,4 @@ export class TransferEngine implements TransferEngineApi {
     this.#pending.delete(seq);
     return pending;
   }
-}
-
-/** The address, once the thread is ready; what it says instead where it cannot be. */
-function started(worker: Worker): Promise<HostPort> {
-  return new Promise((resolve, reject) => {
-    const end = () => {
-      worker.off('message', onMessage);
-      worker.off('error', onError);
-      worker.off('exit', onExit);
-    };
-    const onMessage = (message: FromTransfer) => {
-      end();
-      if (message.type === 'ready') resolve(message.address);
-      else if (message.type === 'not-ready') reject(PdError.fromData(message.error));
-      else reject(new PdError('INTERNAL', `the transfer thread began with ${message.type}`));
-    };
-    const onError = (error: unknown) => {
-      end();
-      reject(PdError.from(error));
-    };
-    const onExit = (code: number) => {
-      end();
-      reject(new PdError('INTERNAL', `the transfer thread ended at its start with code ${code}`));
-    };
-    worker.on('message', onMessage).on('error', onError).on('exit', onExit);
-  });
 }

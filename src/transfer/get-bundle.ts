@@ -24,7 +24,7 @@ export class GetBundle implements Unit {
       part.announce();
       return { tensor_id: part.tensorId, bytes: part.bytes ?? 0 };
     });
-    this.#runs = runsOf(this.parts.map((part) => part.reserved!));
+    this.#runs = runsOf(this.parts.map((part) => part.reserved));
     return { cmd: 'GETS', seq, tensors, runs: this.#runs };
   }
 
@@ -40,7 +40,7 @@ export class GetBundle implements Unit {
         part.miss(form === 'gone');
         continue;
       }
-      // Both ends know that its size is not the one asked for, and let it travel as a region of its own.
+      // Both ends know that its size is not the one asked for (0: any), and let it travel as a region of its own.
       alone.push(tensorBytes(form.shape, form.dtype) !== part.bytes);
       const incoming = part.accept(form, pair);
       if (incoming) coming.push(incoming);

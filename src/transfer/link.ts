@@ -143,7 +143,7 @@ export class Link {
     if (!this.closable) return;
     this.#state = 'closing';
     const { deadlines, options } = this.#context;
-    const closing = new PdError('PAIR_CLOSED', why, { peer: this.peer });
+    const closing = this.#closed(why);
     this.#closing = closing;
     this.#closeDeadline = deadlines.after(options.timeouts.answer, () => this.end(closing));
     void this.#dealer.send(encodeMessage({ cmd: 'CLOSE' }));
@@ -182,9 +182,7 @@ export class Link {
       this.#state = 'opening';
       const pair = await transport.open({ uniqueId, rank: 0, peer, timeoutMs: options.timeouts.pairInit });
       if (this.#over) {
-        pair.abort(
-          new PdError('PAIR_CLOSED', `the link to ${peer} ended while its pair was opened`, { peer }),
-        );
+        pair.abort(this.#closed('its link ended while it was opened'));
         return;
       }
       this.#pair = pair;
@@ -197,7 +195,6 @@ export class Link {
     }
   }
 
-  /** The state changes while `#open` waits, which the compiler does not see. */
   get #over(): boolean {
     return this.#state === 'over';
   }
@@ -228,14 +225,11 @@ export class Link {
         else this.#unexpected('a second hello');
         return;
       case 'no-pair':
-        this.end(
-          new PdError('PAIR_CLOSED', `peer ${this.peer} knows no pair with us`, { peer: this.peer }),
-          true,
-        );
+        this.end(this.#closed('the peer knows no pair with us'), true);
         return;
       case 'close':
         if (answer.stage === 'ask') this.close('the peer closes idle pairs');
-        else this.end(new PdError('PAIR_CLOSED', 'closed on both ends', { peer: this.peer }));
+        else this.end(this.#closed('closed on both ends'));
         return;
       case 'send':
       case 'no-room':
@@ -270,6 +264,10 @@ export class Link {
     }
     if (reaction.moved) void this.#move(reaction.moved);
     this.#events.onSpace(reaction.again ?? []);
+  }
+
+  #closed(why: string): PdError {
+    return new PdError('PAIR_CLOSED', `pair with ${this.peer}: ${why}`, { peer: this.peer });
   }
 
   async #move(moved: Promise<void>): Promise<void> {

@@ -1,4 +1,4 @@
-/** What the façade and the transfer thread say to each other. Plain data: structured clone. `seq` joins an answer to its question. */
+/** What the façade and the transfer thread say to each other, in lists. Plain data: structured clone. `seq` joins an answer to its question. */
 import type { ErrorData } from '../errors.ts';
 import type { HostPort } from '../net/address.ts';
 import type { TensorId, TransferId } from '../wire/ids.ts';

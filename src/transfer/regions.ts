@@ -9,12 +9,12 @@
 import type { MemoryRef } from '../device/device.ts';
 import { PdError } from '../errors.ts';
 
-/** Lengths of the runs of neighbours, in tensors. */
-export function runsOf(memory: readonly MemoryRef[]): number[] {
+/** Lengths of the runs of neighbours, in tensors. One without memory is a run of its own. */
+export function runsOf(memory: readonly (MemoryRef | undefined)[]): number[] {
   const runs: number[] = [];
   memory.forEach((ref, index) => {
     const before = memory[index - 1];
-    if (before && touches(before, ref)) runs[runs.length - 1]!++;
+    if (before && ref && touches(before, ref)) runs[runs.length - 1]!++;
     else runs.push(1);
   });
   return runs;

@@ -8,7 +8,17 @@ import { TransferService } from './service.ts';
 const port = parentPort;
 if (!port) throw new PdError('INTERNAL', 'transfer/thread.ts runs as a worker thread only');
 
-const say = (message: FromTransfer): void => port.postMessage(message);
+let said: FromTransfer[] = [];
+/** What is said in one turn (the layers of a bundle) crosses as one message. */
+const say = (message: FromTransfer): void => {
+  said.push(message);
+  if (said.length === 1) queueMicrotask(flush);
+};
+function flush(): void {
+  const messages = said;
+  said = [];
+  if (messages.length > 0) port?.postMessage(messages);
+}
 const { options, metrics } = workerData as TransferInit;
 
 try {
@@ -16,16 +26,19 @@ try {
   serve(await TransferService.create(options, page ?? {}));
 } catch (error) {
   say({ type: 'not-ready', error: PdError.from(error).toData() });
+  flush();
   port.close();
 }
 
 function serve(service: TransferService): void {
-  port?.on('message', (message: ToTransfer) => {
-    try {
-      handle(service, message);
-    } catch (error) {
-      if (!('seq' in message)) throw error;
-      say({ type: 'failed', seq: message.seq, error: PdError.from(error).toData() });
+  port?.on('message', (messages: readonly ToTransfer[]) => {
+    for (const message of messages) {
+      try {
+        handle(service, message);
+      } catch (error) {
+        if (!('seq' in message)) throw error;
+        say({ type: 'failed', seq: message.seq, error: PdError.from(error).toData() });
+      }
     }
   });
   say({ type: 'ready', address: service.address });
@@ -74,6 +87,7 @@ function handle(service: TransferService, message: ToTransfer): void {
     case 'shutdown':
       void service.dispose().finally(() => {
         say({ type: 'closed' });
+        flush();
         port?.close();
       });
       return;

@@ -158,7 +158,7 @@ function lengthRuns(lengths: readonly number[]): [number, number][] {
 
 function readLengths(value: unknown, count: number, what: string): number[] {
   const runs = asRuns(value, what).map(([times, bytes]) => {
-    if (isCount(bytes)) return { times, of: bytes };
+    if (bytes === 0 || isCount(bytes)) return { times, of: bytes };
     throw protocolError('bad_field', `${what}: a tensor of ${show(bytes)} bytes`);
   });
   return expand(runs, count, what);

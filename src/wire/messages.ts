@@ -61,7 +61,7 @@ export interface PutsMessage {
   readonly runs: readonly number[];
 }
 
-/** "Send me these tensors, in one operation." `bytes`: for which the asker has memory, in `runs` of neighbours. */
+/** "Send me these tensors, in one operation." `bytes`: for which the asker has memory, in `runs` of neighbours; 0: it has none yet. */
 export interface GetsMessage {
   readonly cmd: 'GETS';
   readonly seq: number;

@@ -48,6 +48,10 @@ export class FakeEngine implements TransferEngineApi {
     return { gathered: send.gathered.promise, sent: send.sent.promise };
   }
 
+  sendAll(requests: readonly SendRequest[]): SendHandle[] {
+    return requests.map((request) => this.send(request));
+  }
+
   load(request: LoadRequest): Promise<LoadResult> {
     const load: FakeLoad = { request, done: deferred<LoadResult>() };
     this.loads.push(load);
