@@ -14,6 +14,8 @@ export interface Claimant {
   wants(layerName: string): boolean;
   /** The tensor is the claimant's now. */
   take(entry: StoreEntry): void;
+  /** A tensor of its request has come that nobody takes: its layer may be none of this end's. */
+  stray?(entry: StoreEntry): void;
   /** The KV will not come. */
   fail(reason: PdError): void;
 }
@@ -64,7 +66,9 @@ export class ClaimBook {
         return;
       }
     }
-    for (const entry of entries) if (entry.state === 'ready') this.#offer(registration, entry);
+    for (const entry of entries) {
+      if (entry.state === 'ready' && !this.#offer(registration, entry)) this.#stray(registration, entry);
+    }
   }
 
   unregister(claimant: Claimant): void {
@@ -79,7 +83,9 @@ export class ClaimBook {
   arrived(entry: StoreEntry): boolean {
     const candidates = this.#of(entry.requestId);
     const exact = candidates.filter((r) => r.claimant.requestId === entry.requestId);
-    return [...exact, ...candidates].some((registration) => this.#offer(registration, entry));
+    const taken = [...exact, ...candidates].some((registration) => this.#offer(registration, entry));
+    if (!taken) for (const registration of candidates) this.#stray(registration, entry);
+    return taken;
   }
 
   /** Claimants that a tensor of `requestId` may concern. */
@@ -115,6 +121,10 @@ export class ClaimBook {
     }
     claimant.take(entry);
     return true;
+  }
+
+  #stray(registration: Registration, entry: StoreEntry): void {
+    if (this.#matches(registration, entry.requestId)) registration.claimant.stray?.(entry);
   }
 
   #matches(registration: Registration, requestId: string): boolean {

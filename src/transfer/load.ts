@@ -113,6 +113,17 @@ export class Load implements Claimant {
     if (this.#taken.length === 1) queueMicrotask(() => void this.#scatter());
   }
 
+  /** A layer that this end does not have: the other runs another model. Twice the same layer is told elsewhere. */
+  stray({ tensorId, layerName, peer, shape, dtype }: StoreEntry): void {
+    const { layers } = this.request;
+    if (layers.length === 0 || layers.some(({ name }) => name === layerName)) return;
+    const [first, last] = [layers[0], layers.at(-1)].map((layer) => layer?.name);
+    const message =
+      `${tensorId} from ${peer}, [${shape.join(', ')}] ${dtype}: there is no layer of that name here, ` +
+      `the ${layers.length} are ${first} to ${last}`;
+    this.fail(new PdError('KV_SHAPE_MISMATCH', message, { requestId: this.requestId, tensorId, peer }));
+  }
+
   /** No more tensors are taken. Ignored once everything has come. */
   fail(reason: PdError): void {
     if (this.decided) return;

@@ -158,7 +158,7 @@ export interface LoadRequest {
   readonly transferId: TransferId;
   /** In GET, whom to ask; in PUT, for messages and for failing early when that peer's pair ends. */
   readonly peer: HostPort;
-  /** Layer name and where it goes. */
+  /** Layer name and where it goes. A tensor of the request that names another layer fails the load, unless a `receive` waits for it. */
   readonly layers: readonly { readonly name: string; readonly target: PagedLayer }[];
   readonly blockIds: Int32Array;
   /** Leading blocks that the consumer already has. */
