@@ -82,18 +82,19 @@ it('the proxy tells whom it knows and which way a request goes', () => {
   expect(messages).toContain(`Running on ${proxy.url}`);
 });
 
-it('a debug log follows each tensor on both ends', () => {
+it('a debug log follows each tensor on both ends', async () => {
   const transferId = `cmpl-${requestId}-0`;
   const tensorId = `${transferId}#model.layers.0.self_attn.attn`;
   const tensorLine = ({ tensorId: id, peer, shape, dtype, bufferUsed }: LogLine) =>
     id === tensorId && peer && Array.isArray(shape) && dtype === 'float32' && typeof bufferUsed === 'number';
-  for (const [worker, words] of [
-    [producer, ['send']],
-    [consumer, ['receive']],
+  for (const [worker, word] of [
+    [producer, 'sent'],
+    [consumer, 'received'],
   ] as const) {
+    await worker.program.line(new RegExp(`^${word} .*#model.layers.0.self_attn.attn$`));
     const { lines } = worker.program;
     const full = lines.filter(tensorLine).map(({ msg }) => msg);
-    for (const word of words) expect(full).toContain(`${word} ${tensorId}`);
+    expect(full).toContain(`${word} ${tensorId}`);
     expect(lines.some(({ msg }) => msg === 'connector metadata built')).toBe(true);
     const ours = lines.filter((line) => line['transferId'] === transferId);
     expect(ours.some(({ requestId: id }) => String(id).startsWith(transferId))).toBe(true);
