@@ -22,6 +22,7 @@ const limits = { maxTensorBytes: 2 ** 32 };
 const huge = { maxTensorBytes: Number.MAX_SAFE_INTEGER };
 const uniqueId = Uint8Array.from({ length: 128 }, (_, i) => i) as UniqueId;
 const tensor_id = 'cmpl-x-0#model.layers.0.self_attn.attn' as TensorId;
+const layerId = (layer: number) => tensor_id.replace('.0.', `.${layer}.`) as TensorId;
 const longId =
   'cmpl-___prefill_addr_10.0.0.1:8082___decode_addr_10.0.0.2:8084_0123456789abcdef0123456789abcdef-0-89abcdef#model.layers.31.self_attn.attn' as TensorId;
 const hello: PeerHello = {
@@ -39,6 +40,15 @@ const hello: PeerHello = {
     headDim: 64,
   },
 };
+const PUTS = {
+  cmd: 'PUTS',
+  seq: 0,
+  head: 'r#',
+  tail: '',
+  names: ['a', 'b'],
+  forms: [[2, 'uint8', 4]],
+  runs: [2],
+};
 const put = { cmd: 'PUT', tensor_id, shape: [2, 3, 16, 8, 128], dtype: 'bfloat16' } as const;
 const ret0 = { kind: 'get', ret: 0, shape: [4, 65535, 64], dtype: 'float16' } as const;
 const refused = { code: 'SEND_TYPE_MISMATCH', message: 'GET here, PUT there' } as const;
@@ -55,6 +65,23 @@ describe('bytes on the wire are those of python-msgpack', () => {
     'PUT ours': { ...put, ours: true },
     GET: { cmd: 'GET', tensor_id },
     'GET ours': { cmd: 'GET', tensor_id, ours: { seq: 300 } },
+    PUTS: {
+      cmd: 'PUTS',
+      seq: 300,
+      tensors: [
+        { tensor_id: layerId(0), shape: put.shape, dtype: 'bfloat16' },
+        { tensor_id: layerId(1), shape: put.shape, dtype: 'bfloat16' },
+        { tensor_id: layerId(2), shape: [5], dtype: 'uint8' },
+      ],
+      runs: [2, 1],
+    },
+    GETS: {
+      cmd: 'GETS',
+      seq: 7,
+      tensors: [0, 1, 2].map((layer) => ({ tensor_id: layerId(layer), bytes: layer < 2 ? 196_608 : 0 })),
+      runs: [2, 1],
+    },
+    CLOSE: { cmd: 'CLOSE' },
   };
   test.each(Object.entries(messages))('%s', (name, message) => {
     const golden = GOLDEN[name as keyof typeof GOLDEN];
@@ -68,6 +95,15 @@ describe('bytes on the wire are those of python-msgpack', () => {
     ret1: { kind: 'get', ret: 1 },
     'ret1 ours': { kind: 'get', ret: 1, seq: 0 },
     'ret1 gone': { kind: 'get', ret: 1, seq: 7, gone: true },
+    'puts answer': { kind: 'puts', seq: 300, verdicts: ['send', 'no-room', 'unwanted'], runs: [1] },
+    'gets answer': {
+      kind: 'gets',
+      seq: 7,
+      tensors: [{ shape: put.shape, dtype: 'bfloat16' }, 'missing', 'gone'],
+      runs: [1],
+    },
+    'close ask': { kind: 'close', stage: 'ask' },
+    'close done': { kind: 'close', stage: 'done' },
     hello: { kind: 'hello', hello },
     'hello refused': { kind: 'hello', hello: { version: 1, features: [], sendType: 'GET' }, refused },
   };
@@ -183,6 +219,23 @@ describe('what a peer must not send', () => {
       'DTYPE_UNKNOWN unknown_dtype',
     ],
     ['dtype that is a number', encode({ ...put, dtype: 2 }), BAD_FIELD],
+    ['PUTS of nothing', encode({ ...PUTS, names: [], forms: [], runs: [] }), BAD_FIELD],
+    ['PUTS of 1,025', encode({ ...PUTS, names: Array(1_025).fill('x') }), LIMIT],
+    ['PUTS without #', encode({ ...PUTS, head: 'a' }), BAD_FIELD],
+    [
+      'PUTS with an id of 5,000',
+      encode({ ...PUTS, head: `${'x'.repeat(4_000)}#`, tail: 'y'.repeat(1_000) }),
+      LIMIT,
+    ],
+    ['PUTS with fewer forms than names', encode({ ...PUTS, forms: [[1, 'uint8', 4]] }), BAD_FIELD],
+    ['PUTS with a run of 2^40 forms', encode({ ...PUTS, forms: [[2 ** 40, 'uint8', 4]] }), BAD_FIELD],
+    ['PUTS with a form of no shape', encode({ ...PUTS, forms: [[2, 'uint8']] }), BAD_FIELD],
+    ['PUTS with a tensor beyond the limit', encode({ ...PUTS, forms: [[2, 'uint8', 2 ** 33]] }), LIMIT],
+    ['PUTS with runs of more than it has', encode({ ...PUTS, runs: [3] }), BAD_FIELD],
+    ['PUTS with runs of nothing', encode({ ...PUTS, runs: [2, 0] }), BAD_FIELD],
+    ['PUTS without seq', encode({ ...PUTS, seq: null }), BAD_FIELD],
+    ['GETS of negative bytes', encode({ ...PUTS, cmd: 'GETS', bytes: [[2, -1]] }), BAD_FIELD],
+    ['GETS of bytes that are no runs', encode({ ...PUTS, cmd: 'GETS', bytes: [4, 4] }), BAD_FIELD],
   ])('%s', (_name, body, expected) => {
     expect(kindOf(() => decodeMessage(body, limits))).toBe(expected);
   });
@@ -220,6 +273,17 @@ describe('what a peer must not send', () => {
     expect(kindOf(() => decodeAnswer(encode({ ret: 2 }), limits))).toBe(BAD_FIELD);
     expect(kindOf(() => decodeAnswer(encode({ ret: 0, shape: [2] }), limits))).toBe(BAD_FIELD);
     expect(kindOf(() => decodeAnswer(encode({ pd: { version: 1 } }), limits))).toBe(BAD_FIELD);
+    expect(kindOf(() => decodeAnswer(encode({ puts: 0, verdicts: '02', runs: [1] }), limits))).toBe(
+      BAD_FIELD,
+    );
+    expect(kindOf(() => decodeAnswer(encode({ puts: 0, verdicts: '', runs: [] }), limits))).toBe(BAD_FIELD);
+    expect(kindOf(() => decodeAnswer(encode({ puts: 0, verdicts: '01', runs: [2] }), limits))).toBe(
+      BAD_FIELD,
+    );
+    expect(kindOf(() => decodeAnswer(encode({ gets: 0, verdicts: '0', forms: [], runs: [1] }), limits))).toBe(
+      BAD_FIELD,
+    );
+    expect(kindOf(() => decodeAnswer(encode({ close: 'now' }), limits))).toBe(BAD_FIELD);
     expect(kindOf(() => decodePing(encode({ type: 'X', http_address: 'a:1', zmq_address: 'a:2' })))).toBe(
       BAD_FIELD,
     );
@@ -267,7 +331,7 @@ const helloArb: fc.Arbitrary<PeerHello> = fc
     sendType: fc.constantFrom('PUT', 'PUT_ASYNC', 'GET'),
   })
   .chain((base) => fc.constantFrom(base, { ...base, fingerprint: hello.fingerprint! }));
-const messageArb: fc.Arbitrary<WireMessage> = fc.oneof(
+const singleArb: fc.Arbitrary<WireMessage> = fc.oneof(
   fc.record(
     {
       cmd: fc.constant('NEW' as const),
@@ -289,11 +353,68 @@ const messageArb: fc.Arbitrary<WireMessage> = fc.oneof(
     { requiredKeys: ['cmd', 'tensor_id'], noNullPrototype: true },
   ),
 );
+/** Lengths of runs that make up `total`. */
+const runsArb = (total: number): fc.Arbitrary<number[]> =>
+  fc.array(fc.boolean(), { minLength: total, maxLength: total }).map((joins) => {
+    const runs: number[] = [];
+    for (const joined of joins) {
+      if (joined && runs.length > 0) runs[runs.length - 1]!++;
+      else runs.push(1);
+    }
+    return runs;
+  });
+const form = fc.record({ shape, dtype }, { noNullPrototype: true });
+const bundleArb: fc.Arbitrary<WireMessage> = fc
+  .array(fc.tuple(tensorId, form, fc.nat()), { minLength: 1, maxLength: 12 })
+  .chain((tensors) =>
+    fc
+      .tuple(seq, runsArb(tensors.length), fc.boolean())
+      .map(
+        ([number, runs, put]): WireMessage =>
+          put
+            ? {
+                cmd: 'PUTS',
+                seq: number,
+                tensors: tensors.map(([tensor_id, of]) => ({ tensor_id, ...of })),
+                runs,
+              }
+            : {
+                cmd: 'GETS',
+                seq: number,
+                tensors: tensors.map(([tensor_id, , bytes]) => ({ tensor_id, bytes })),
+                runs,
+              },
+      ),
+  );
+const messageArb = fc.oneof(singleArb, bundleArb);
+const bundleAnswerArb: fc.Arbitrary<Answer> = fc.oneof(
+  fc
+    .array(fc.constantFrom('send' as const, 'no-room' as const, 'unwanted' as const), {
+      minLength: 1,
+      maxLength: 20,
+    })
+    .chain((verdicts) =>
+      fc
+        .tuple(seq, runsArb(verdicts.filter((one) => one === 'send').length))
+        .map(([number, runs]): Answer => ({ kind: 'puts', seq: number, verdicts, runs })),
+    ),
+  fc
+    .array(fc.oneof(form, fc.constantFrom('missing' as const, 'gone' as const)), {
+      minLength: 1,
+      maxLength: 20,
+    })
+    .chain((tensors) =>
+      fc
+        .tuple(seq, runsArb(tensors.filter((one) => typeof one === 'object').length))
+        .map(([number, runs]): Answer => ({ kind: 'gets', seq: number, tensors, runs })),
+    ),
+);
 const answerArb: fc.Arbitrary<Answer> = fc.oneof(
   fc.constantFrom({ kind: 'send' as const }, { kind: 'no-room' as const }, { kind: 'no-pair' as const }),
   fc.record({ kind: fc.constant('get' as const), ret: fc.constant(0 as const), shape, dtype, seq }),
   fc.record({ kind: fc.constant('get' as const), ret: fc.constant(1 as const) }),
   fc.record({ kind: fc.constant('hello' as const), hello: helloArb }),
+  bundleAnswerArb,
 );
 
 describe('properties', () => {
