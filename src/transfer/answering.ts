@@ -95,7 +95,8 @@ export class Answering {
     if (!pair) return this.#noPair(session, get);
     if (!kept || kept.gone) {
       logTensor(this.#context, 'not here:', { tensorId: get.tensor_id }, session.peer);
-      return reply(session, missing(get, keeper.gaveUp(get.tensor_id)));
+      const near = keeper.store.nearMisses(get.tensor_id);
+      return reply(session, missing(get, keeper.gaveUp(get.tensor_id), near));
     }
     const seq = get.ours?.seq;
     const { shape, dtype } = kept;
@@ -137,7 +138,11 @@ export class Answering {
       const regions = regionsOf(memory, [runs, runsOfTaken(gets.runs, taken)], alone);
       void session.busy(keeper.send(kept, regions, pair, true));
     }
-    reply(session, { kind: 'gets', seq: gets.seq, tensors, runs });
+    const near = gets.tensors
+      .filter((_, index) => tensors[index] === 'missing')
+      .slice(0, 1)
+      .flatMap((one) => keeper.store.nearMisses(one.tensor_id));
+    reply(session, { kind: 'gets', seq: gets.seq, tensors, runs, ...(near.length > 0 ? { near } : {}) });
   }
 
   /** Half of what the asker waits for an answer, so that its deadline means that we are dead. */

@@ -37,7 +37,7 @@ export class GetBundle implements Unit {
       const part = this.parts[index]!;
       taken.push(typeof form === 'object');
       if (typeof form === 'string') {
-        part.miss(form === 'gone');
+        part.miss(form === 'gone', answer.near);
         continue;
       }
       // Both ends know that its size is not the one asked for (0: any), and let it travel as a region of its own.

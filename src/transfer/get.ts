@@ -18,8 +18,8 @@ export interface GetRequest {
   readonly bytes?: number;
   /** The bytes are there; the entry is the asker's, to release or to own. */
   arrived(entry: StoreEntry): void;
-  /** The producer does not have it (yet). */
-  missed(): void;
+  /** The producer does not have it (yet); `near`: what it has of the same request under another id. */
+  missed(near: readonly string[]): void;
   failed(error: PdError): void;
 }
 
@@ -98,7 +98,7 @@ export class GetAnnouncement extends Announcement {
   answered(answer: Answer, pair: Pair): Reaction {
     if (answer.kind !== 'get') return 'unexpected';
     if (answer.ret === 1) {
-      this.miss(answer.gone ?? false);
+      this.miss(answer.gone ?? false, answer.near);
       return {};
     }
     const incoming = this.accept(answer, pair);
@@ -106,12 +106,12 @@ export class GetAnnouncement extends Announcement {
   }
 
   /** The producer does not have it (yet); `gone`: not any more, so that asking again is in vain. */
-  miss(gone: boolean): void {
+  miss(gone: boolean, near: readonly string[] = []): void {
     this.#unreserve();
     if (this.#over) return;
     this.#over = true;
     if (gone) this.#request.failed(this.#goneError());
-    else this.#request.missed();
+    else this.#request.missed(near);
   }
 
   /** Enters what is to come. Without room for it the pair ends: it would be sent all the same. */

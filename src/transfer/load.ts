@@ -34,6 +34,7 @@ export class Load implements Claimant {
   readonly #missing: Map<string, Layer>;
   readonly #settle: { resolve(result: LoadResult): void; reject(error: PdError): void };
   #taken: Taken[] = [];
+  #atPeer: readonly string[] = [];
   #writes = 0;
   #bytes = 0;
   #failure: PdError | undefined;
@@ -113,6 +114,17 @@ export class Load implements Claimant {
     if (this.#taken.length === 1) queueMicrotask(() => void this.#scatter());
   }
 
+  /** GET: what the producer keeps of this request under another id. */
+  seenAtPeer(tensorIds: readonly string[]): void {
+    this.#atPeer = tensorIds;
+  }
+
+  /** The same request under another id, here or at the producer. */
+  nearMisses(): string[] {
+    const there = this.#atPeer.map((id) => `${id} (at ${this.peer})`);
+    return [...this.#intake.store.nearMisses(this.requestId), ...there];
+  }
+
   /** A layer that this end does not have: the other runs another model. Twice the same layer is told elsewhere. */
   stray({ tensorId, layerName, peer, shape, dtype }: StoreEntry): void {
     const { layers } = this.request;
@@ -147,14 +159,13 @@ export class Load implements Claimant {
   timeOut(timeoutMs: number): void {
     const [first] = this.#missing.keys();
     if (first === undefined) return;
-    const near = this.#intake.store.nearMisses(this.requestId);
     const total = this.request.layers.length;
     this.fail(
       new PdError(
         'KV_LOAD_TIMEOUT',
         `KV of ${this.requestId} from ${this.peer} did not come within ${timeoutMs} ms: waited for ` +
           `${this.tensorId(first)}, ${total - this.#missing.size} of ${total} layers are here; ` +
-          (near.length > 0 ? `held instead: ${near.join(', ')}` : 'nothing of a similar id is held'),
+          heldInstead(this.#intake.store.nearMisses(this.requestId), this.#atPeer, this.peer),
         { requestId: this.requestId, transferId: this.transferId, peer: this.peer },
       ),
     );
@@ -246,6 +257,13 @@ function planOf(entry: StoreEntry, { target }: Layer, request: LoadRequest): Cop
     throw new PdError('KV_SHAPE_MISMATCH', `tensor [${entry.shape.join(', ')}] ${entry.dtype}; ${takes}`);
   }
   return planCopy(layout, blockIds, form, { tokens, skipBlocks });
+}
+
+/** For messages of what never came. */
+export function heldInstead(here: readonly string[], atPeer: readonly string[], peer: string): string {
+  if (here.length > 0) return `held instead: ${here.join(', ')}`;
+  if (atPeer.length > 0) return `held instead: ${atPeer.join(', ')} (at ${peer})`;
+  return 'nothing of a similar id is held';
 }
 
 function sameShape(a: readonly number[], b: readonly number[]): boolean {

@@ -8,7 +8,7 @@ import type { Claimant } from './claims.ts';
 import type { TransferContext } from './context.ts';
 import { GetAnnouncement } from './get.ts';
 import type { Intake } from './intake.ts';
-import { Load } from './load.ts';
+import { heldInstead, Load } from './load.ts';
 import type { OutgoingPeer } from './peer.ts';
 import type { Held, StoreEntry } from './store.ts';
 import type { LoadRequest, LoadResult, StoredTensor, TransferState } from './types.ts';
@@ -32,6 +32,8 @@ interface Asking {
   wanted(): boolean;
   arrived(entry: StoreEntry): void;
   failed(error: PdError): void;
+  /** What the producer has of the same request under another id. */
+  near(tensorIds: readonly string[]): void;
 }
 
 export class Loads {
@@ -95,6 +97,7 @@ export class Loads {
     const { requestId, layerName } = splitTensorId(tensorId);
     const { promise, resolve, reject } = deferred<StoredTensor>();
     let open = true;
+    let atPeer: readonly string[] = [];
     const take = (entry: StoreEntry) => {
       if (!open) return this.#intake.store.release(entry);
       if (!this.#intake.own(entry)) return fail(new PdError('REQUEST_ABORTED', `${tensorId}: finished`));
@@ -117,8 +120,7 @@ export class Loads {
     };
     this.#receives.add(waiting);
     const deadline = deadlines.after(ms, () => {
-      const near = this.#intake.store.nearMisses(requestId);
-      const held = near.length > 0 ? `held instead: ${near.join(', ')}` : 'nothing of a similar id is held';
+      const held = heldInstead(this.#intake.store.nearMisses(requestId), atPeer, peer);
       fail(
         new PdError('KV_LOAD_TIMEOUT', `${tensorId} from ${peer} did not come within ${ms} ms; ${held}`, {
           tensorId,
@@ -129,7 +131,10 @@ export class Loads {
     if (options.sendType === 'GET') {
       const deadlineAt = deadlines.now() + ms;
       this.#intake.expect(requestId, waiting.transferId);
-      this.#ask({ tensorId, peer, deadlineAt, wanted: () => open, arrived: take, failed: fail });
+      const near = (tensorIds: readonly string[]) => {
+        atPeer = tensorIds;
+      };
+      this.#ask({ tensorId, peer, deadlineAt, wanted: () => open, arrived: take, failed: fail, near });
     } else {
       this.#intake.claim(waiting);
     }
@@ -155,7 +160,7 @@ export class Loads {
         peer: load.peer,
         sinceMs: Math.round(now - load.startedAt),
         deadlineMs: load.request.timeoutMs ?? this.#context.options.timeouts.load,
-        nearMisses: this.#intake.store.nearMisses(load.requestId),
+        nearMisses: load.nearMisses(),
       }));
   }
 
@@ -180,6 +185,7 @@ export class Loads {
           wanted: () => load.wants(name),
           arrived: (entry) => load.take(entry),
           failed: (error) => load.fail(error),
+          near: (tensorIds) => load.seenAtPeer(tensorIds),
         },
         { load, held: run?.[index] },
       );
@@ -212,8 +218,9 @@ export class Loads {
         asked?.delete(get);
         asking.failed(error);
       },
-      missed: () => {
+      missed: (near) => {
         asked?.delete(get);
+        asking.near(near);
         const again = Math.min(pauseMs * 2, LONGEST_PAUSE_MS);
         deadlines.after(pauseMs, () => this.#ask(asking, load ? { load } : {}, again));
       },
@@ -236,7 +243,7 @@ export class Loads {
         peer,
         missing: missing.length,
         layers: load.request.layers.length,
-        nearMisses: this.#intake.store.nearMisses(requestId),
+        nearMisses: load.nearMisses(),
         lostPair: this.#peers.lostPair(peer)?.message,
         held: this.#intake.store.size,
         bufferUsed: memory.bufferUsed,

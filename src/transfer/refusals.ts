@@ -3,10 +3,10 @@ import type { Answer, GetMessage } from '../wire/messages.ts';
 import type { TransferContext } from './context.ts';
 
 /** A GET for what is not here. */
-export function missing(get: GetMessage, gone = false): Answer {
+export function missing(get: GetMessage, gone = false, near: readonly string[] = []): Answer {
   const seq = get.ours?.seq;
   if (seq === undefined) return { kind: 'get', ret: 1 };
-  return { kind: 'get', ret: 1, seq, ...(gone ? { gone } : {}) };
+  return { kind: 'get', ret: 1, seq, ...(gone ? { gone } : {}), ...(near.length > 0 ? { near } : {}) };
 }
 
 /** What a message that cannot be decoded would be answered, where it can be told that it was a PUT or a GET. */

@@ -170,17 +170,23 @@ export class ReceiveStore {
     return orphans;
   }
 
-  /** Ids that look like `id`: the same request under another suffix or layer. For messages; at most `most`. */
+  /** What looks like `id`: the same request under another suffix. One tensor of each, for messages; at most `most`. */
   nearMisses(id: string, most = 5): string[] {
     const stem = transferIdOf(id);
-    const found: string[] = [];
+    const found = new Map<string, { readonly first: StoreEntry; count: number }>();
     for (const entry of this.#all) {
-      if (found.length >= most) break;
-      if (entry.state === 'dropped' || entry.state === 'freed') continue;
-      const near = entry.requestId.startsWith(stem) || stem.startsWith(entry.transferId);
-      if (near) found.push(`${entry.tensorId} (${entry.state})`);
+      // What a load has taken is not what came instead.
+      if (entry.state !== 'ready' && entry.state !== 'receiving') continue;
+      const known = found.get(entry.requestId);
+      if (known) known.count++;
+      else if (found.size < most && (entry.requestId.startsWith(stem) || stem.startsWith(entry.transferId))) {
+        found.set(entry.requestId, { first: entry, count: 1 });
+      }
     }
-    return found;
+    return [...found.values()].map(({ first, count }) => {
+      const more = count > 1 ? ` and ${count - 1} more layers of it` : '';
+      return `${first.tensorId} (${first.state})${more}`;
+    });
   }
 
   /** What is wrong, in words. */

@@ -3,7 +3,17 @@
  * a bundle have in common is written once: ids as a common head and tail around a part each, shapes as runs of equal ones.
  */
 import type { Dtype } from './dtype.ts';
-import { checkDtype, checkShape, checkTensorId, countField, type Fields, field, show } from './fields.ts';
+import {
+  checkDtype,
+  checkShape,
+  checkTensorId,
+  countField,
+  type Fields,
+  field,
+  nearFields,
+  readNear,
+  show,
+} from './fields.ts';
 import type { TensorId } from './ids.ts';
 import { MAX_BUNDLE, MAX_TENSOR_ID, protocolError, type WireLimits } from './limits.ts';
 import type { GetsMessage, PutsMessage, TensorForm } from './messages.ts';
@@ -56,10 +66,11 @@ export function getsAnswerFields(answer: {
   readonly seq: number;
   readonly tensors: readonly GetVerdict[];
   readonly runs: readonly number[];
+  readonly near?: readonly string[];
 }): Fields {
-  const { seq, tensors, runs } = answer;
+  const { seq, tensors, runs, near } = answer;
   const verdicts = tensors.map((one) => (one === 'missing' ? '1' : one === 'gone' ? '4' : '0')).join('');
-  return { gets: seq, verdicts, forms: formRuns(tensors.filter(isForm)), runs };
+  return { gets: seq, verdicts, forms: formRuns(tensors.filter(isForm)), runs, ...nearFields(near) };
 }
 
 export function readPutsAnswer(fields: Fields) {
@@ -78,7 +89,8 @@ export function readGetsAnswer(fields: Fields, limits: WireLimits) {
   const forms = readForms(field(fields, 'forms'), found, limits, what);
   let next = 0;
   const tensors = verdicts.map((verdict): GetVerdict => (verdict === 'here' ? forms[next++]! : verdict));
-  return { kind: 'gets', seq, tensors, runs: readRuns(fields, found, what) } as const;
+  const runs = readRuns(fields, found, what);
+  return { kind: 'gets', seq, tensors, runs, ...readNear(fields, what) } as const;
 }
 
 function isForm(verdict: GetVerdict): verdict is TensorForm {

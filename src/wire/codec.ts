@@ -24,7 +24,9 @@ import {
   type Fields,
   field,
   isFields,
+  nearFields,
   optionalMap,
+  readNear,
   show,
   textField,
 } from './fields.ts';
@@ -129,7 +131,8 @@ export function encodeAnswer(answer: Answer): Uint8Array {
       const { ret, seq } = answer;
       const fields = ret === 0 ? { ret, shape: answer.shape, dtype: answer.dtype } : { ret };
       const gone = ret === 1 && answer.gone ? { gone: true } : {};
-      return encode(seq === undefined ? fields : { ...fields, pd: { ...seqFields(seq), ...gone } });
+      const near = ret === 1 ? nearFields(answer.near) : {};
+      return encode(seq === undefined ? fields : { ...fields, pd: { ...seqFields(seq), ...gone, ...near } });
     }
     case 'puts':
       return encode(putsAnswerFields(answer));
@@ -180,7 +183,13 @@ export function decodeAnswer(body: Uint8Array, limits: WireLimits): Answer {
       return { kind: 'get', ret, shape, dtype, ...seq };
     }
     case 1:
-      return { kind: 'get', ret, ...seq, ...(pd && field(pd, 'gone') === true ? { gone: true } : {}) };
+      return {
+        kind: 'get',
+        ret,
+        ...seq,
+        ...(pd && field(pd, 'gone') === true ? { gone: true } : {}),
+        ...(pd ? readNear(pd, 'answer to GET') : {}),
+      };
     default:
       throw protocolError('bad_field', `answer: ret is ${show(ret)}, not 0 or 1`);
   }

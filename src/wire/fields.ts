@@ -49,6 +49,24 @@ export function optionalMap(fields: Fields, key: string, what: string): Fields |
   return value;
 }
 
+const MAX_NEAR = 8;
+const MAX_NEAR_ID = 512;
+
+/** `near` where there are any, for people to read: at most so many, cut where they are long. */
+export function nearFields(near: readonly string[] | undefined): { readonly near?: readonly string[] } {
+  if (!near || near.length === 0) return {};
+  return { near: near.slice(0, MAX_NEAR).map((id) => id.slice(0, MAX_NEAR_ID)) };
+}
+
+export function readNear(fields: Fields, what: string): { readonly near?: readonly string[] } {
+  const near = field(fields, 'near');
+  if (near === undefined) return {};
+  if (!Array.isArray(near) || near.length > MAX_NEAR || !near.every((id) => typeof id === 'string')) {
+    throw protocolError('bad_field', `${what}: near is ${show(near)}, not a short list of strings`);
+  }
+  return nearFields(near as string[]);
+}
+
 export function checkTensorId(value: unknown, what: string): TensorId {
   if (typeof value !== 'string' || !value.includes('#')) {
     throw protocolError('bad_field', `${what}: tensor_id is ${show(value)}, not <request>#<layer>`);

@@ -121,6 +121,8 @@ export type Answer =
       readonly seq?: number;
       /** Between ours: it was here and has been given up, so asking again is in vain. */
       readonly gone?: true;
+      /** Between ours: tensors that are kept under another id of the same request. */
+      readonly near?: readonly string[];
     }
   /** PUTS: per tensor; the data of those to `send` follows as one operation. `runs`: of those, in the receiver's memory. */
   | {
@@ -135,6 +137,8 @@ export type Answer =
       readonly seq: number;
       readonly tensors: readonly GetVerdict[];
       readonly runs: readonly number[];
+      /** As with GET. */
+      readonly near?: readonly string[];
     }
   /** Between ours, of the listener: `ask` that the other side closes the pair if it is idle; `done`: this end has closed it. */
   | { readonly kind: 'close'; readonly stage: 'ask' | 'done' }

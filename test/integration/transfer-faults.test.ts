@@ -75,14 +75,14 @@ describe('a load', () => {
     const consumer = await services.make();
     const cache = pagedCache(2, true);
     await Promise.all(sendCache(producer, 'cmpl-x-1', cache, [0], consumer.address).map(({ sent }) => sent));
-    await send(producer, flat('cmpl-x-0#model.layers.0.self_attn.attn-odd', 8, consumer.address)).sent;
+    await send(producer, flat('cmpl-x-00#model.layers.0.self_attn.attn', 8, consumer.address)).sent;
     const error = await failure(
       consumer.load(loadRequest('cmpl-x-0-0123abcd', cache, [0], producer.address, { timeoutMs: 100 })),
     );
     expect(error.code).toBe('KV_LOAD_TIMEOUT');
     expect(error.message).toContain('cmpl-x-0#model.layers.0.self_attn.attn');
     expect(error.message).toContain('0 of 2 layers');
-    expect(error.message).toContain('attn-odd');
+    expect(error.message).toContain('held instead: cmpl-x-00#model.layers.0.self_attn.attn (ready)');
     expect(error.message).toContain(String(producer.address.port));
   });
 
