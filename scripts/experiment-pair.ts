@@ -1,0 +1,151 @@
+/** One producer and one consumer of the experiment: real cores on threads, the bundled model, one prompt at a time. */
+import { randomBytes } from 'node:crypto';
+import { workerConfig } from '../src/config/embedded-worker.ts';
+import { PdError } from '../src/errors.ts';
+import { parseHostPort } from '../src/net/address.ts';
+import { MetricsPage, readMetric } from '../src/observability/metrics.ts';
+import type { CoreRequest } from '../src/scheduler/types.ts';
+import type { KvKey, SendType } from '../src/transfer/types.ts';
+import { type EngineRequestId, engineRequestId, proxyRequestId } from '../src/wire/ids.ts';
+import { CoreClient } from '../src/worker/core-client.ts';
+
+export interface MatrixSettings {
+  readonly device: 'host' | 'cuda';
+  readonly executor: 'host' | 'cuda';
+  readonly sendType: SendType;
+  readonly kvKey: KvKey;
+  /** For the KV of one request. */
+  readonly deadlineMs: number;
+}
+
+export interface MatrixRequest {
+  readonly randomized: boolean;
+  /** Of the producer's and the consumer's engine id; undefined: none. */
+  readonly suffixes: readonly [string | undefined, string | undefined];
+}
+
+export interface MatrixCell {
+  readonly sendType: SendType;
+  readonly kvKey: KvKey;
+  readonly randomized: boolean;
+  readonly producerId: string;
+  readonly consumerId: string;
+  readonly result: 'passes' | 'stops';
+  /** KV bytes that the consumer received, and prompt tokens that it computed. */
+  readonly bytes: number;
+  readonly computed: number;
+  readonly code: string;
+  readonly message: string;
+  readonly milliseconds: number;
+}
+
+/** Longer than one block, so that more than padding moves. */
+const PROMPT_TOKENS = 40;
+
+export interface MatrixPair {
+  request(request: MatrixRequest): Promise<MatrixCell>;
+  close(): Promise<void>;
+}
+
+interface Side {
+  readonly client: CoreClient;
+  readonly pages: { readonly core: MetricsPage; readonly transfer: MetricsPage };
+}
+
+export async function createMatrixPair(settings: MatrixSettings): Promise<MatrixPair> {
+  const started = await Promise.allSettled([start(settings, 'producer'), start(settings, 'consumer')]);
+  const close = async () => {
+    // The consumer first: it would wait for the other.
+    for (const side of [...started].reverse())
+      if (side.status === 'fulfilled') await side.value.client.close();
+  };
+  const [producer, consumer] = started;
+  if (producer.status === 'fulfilled' && consumer.status === 'fulfilled') {
+    return { request: (request) => cellOf(settings, producer.value, consumer.value, request), close };
+  }
+  await close();
+  throw PdError.from(
+    producer.status === 'rejected' ? producer.reason : (consumer as PromiseRejectedResult).reason,
+  );
+}
+
+async function start(settings: MatrixSettings, role: 'producer' | 'consumer'): Promise<Side> {
+  const { device, executor, sendType, kvKey, deadlineMs } = settings;
+  const config = workerConfig({
+    role,
+    device: device === 'host' ? 'host' : `cuda:${role === 'producer' ? 0 : 1}`,
+    executor,
+    sendType,
+    kvKey,
+    loadFailure: 'fail',
+    kvBufferSize: 64e6,
+    memPoolSize: 64 * 2 ** 20,
+    numBlocks: 64,
+    timeouts: { load: deadlineMs, answer: Math.max(100, deadlineMs / 2), connect: 5_000 },
+    log: { level: 'error' },
+  });
+  const pages = { core: new MetricsPage(), transfer: new MetricsPage() };
+  const metrics = { core: pages.core.buffer, transfer: pages.transfer.buffer };
+  return { client: await CoreClient.start({ config, metrics }), pages };
+}
+
+async function cellOf(
+  { sendType, kvKey }: MatrixSettings,
+  producer: Side,
+  consumer: Side,
+  { randomized, suffixes }: MatrixRequest,
+): Promise<MatrixCell> {
+  const [prefill, decode] = [producer, consumer].map(({ client }) =>
+    parseHostPort(client.info.kvAddress ?? ''),
+  );
+  const serverId = `cmpl-${proxyRequestId(prefill!, decode!, randomBytes(16).toString('hex'))}-0`;
+  const [producerId, consumerId] = suffixes.map((suffix) => engineRequestId(serverId, suffix)) as [
+    EngineRequestId,
+    EngineRequestId,
+  ];
+  // Different each time, so that no prefix cache has it.
+  const promptTokens = Int32Array.from(randomBytes(PROMPT_TOKENS), (byte) => 10 + byte);
+  const before = counters(consumer);
+  await generate(producer, producerId, promptTokens, 1);
+  const began = performance.now();
+  const error = await generate(consumer, consumerId, promptTokens, 4).then(
+    () => undefined,
+    (cause: unknown) => PdError.from(cause),
+  );
+  const after = counters(consumer);
+  const passes = error === undefined && after.loads > before.loads;
+  return {
+    sendType,
+    kvKey,
+    randomized,
+    producerId,
+    consumerId,
+    result: passes ? 'passes' : 'stops',
+    bytes: after.bytes - before.bytes,
+    computed: after.computed - before.computed,
+    code: error?.code ?? (passes ? '' : 'NOTHING_LOADED'),
+    message: error?.message ?? '',
+    milliseconds: performance.now() - began,
+  };
+}
+
+function counters({ pages }: Side) {
+  return {
+    loads: readMetric([pages.core], 'pd_kv_loads_total', 'ok'),
+    computed: readMetric([pages.core], 'pd_prompt_tokens_total', 'computed'),
+    bytes: readMetric([pages.transfer], 'pd_kv_received_bytes_total'),
+  };
+}
+
+async function generate(
+  side: Side,
+  requestId: EngineRequestId,
+  promptTokens: Int32Array,
+  maxTokens: number,
+): Promise<void> {
+  const sampling = { temperature: 0, topP: 1, topK: 0, seed: 0, maxTokens, minTokens: 0, stopTokenIds: [] };
+  const request: CoreRequest = { requestId, promptTokens, sampling, n: 1 };
+  for await (const output of side.client.generate(request)) {
+    if (output.error) throw PdError.fromData(output.error);
+  }
+}

@@ -1,0 +1,45 @@
+/** The experiment as people run it: every cell is as expected, and what stops says why. */
+import { execFile } from 'node:child_process';
+import { fileURLToPath } from 'node:url';
+import { promisify } from 'node:util';
+import { expect, test } from 'vitest';
+
+const script = fileURLToPath(new URL('../../scripts/experiment-matrix.sh', import.meta.url));
+
+interface Row {
+  readonly sendType: string;
+  readonly kvKey: string;
+  readonly randomized: boolean;
+  readonly result: string;
+  readonly asExpected: boolean;
+  readonly bytes: number;
+  readonly computed: number;
+  readonly message: string;
+  readonly producerId: string;
+  readonly consumerId: string;
+}
+
+test('the experiment matrix: full ids meet only where nobody randomizes, transfer ids always', {
+  timeout: 120_000,
+}, async () => {
+  // The build is there: all tests share it.
+  const env = { ...process.env, PD_SKIP_BUILD: '1' };
+  const { stdout } = await promisify(execFile)(script, ['--json', '--deadline', '800ms'], { env });
+  const rows = JSON.parse(stdout) as Row[];
+  expect(rows).toHaveLength(12);
+  expect(
+    new Set(rows.map(({ sendType, kvKey, randomized }) => `${sendType} ${kvKey} ${randomized}`)).size,
+  ).toBe(12);
+  for (const row of rows) {
+    const { kvKey, randomized, result, message } = row;
+    expect(row.asExpected, message).toBe(true);
+    if (kvKey === 'engine' && randomized) {
+      expect(result).toBe('stops');
+      expect(message).toContain(`waited for ${row.consumerId}#model.layers.0.self_attn.attn`);
+      expect(message).toContain(`held instead: ${row.producerId}#`);
+    } else {
+      expect(row).toMatchObject({ result: 'passes', computed: 1 });
+      expect(row.bytes).toBeGreaterThan(0);
+    }
+  }
+});
