@@ -2,7 +2,7 @@
 import { createServer } from 'node:net';
 import { fileURLToPath } from 'node:url';
 import { asDestination, formatHostPort } from '../net/address.ts';
-import { assertBindable } from '../net/port-holder.ts';
+import { assertBindable, assertReachable } from '../net/port-holder.ts';
 import type { ChildSpec } from './launch-child.ts';
 
 export interface LaunchSettings {
@@ -38,10 +38,11 @@ export interface LaunchPlan {
   readonly workers: readonly WorkerPlan[];
 }
 
-/** Throws PORT_IN_USE, naming the first port that is taken and who holds it. */
+/** Throws PORT_IN_USE, naming the first port that is taken and who holds it, and ADDRESS_INVALID for a host that is of no use. */
 export async function planLaunch(settings: LaunchSettings): Promise<LaunchPlan> {
   const { host, prefill, decode } = settings;
   const count = 2 + 2 * (prefill + decode);
+  await assertReachable(host, '--host');
   const ports = settings.freePorts ? await takeFreePorts(count, host) : fixedPorts(settings);
   if (!settings.freePorts) {
     for (const { port, what } of ports) await assertBindable({ host, port }, what);

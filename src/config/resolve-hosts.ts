@@ -16,8 +16,8 @@ export async function resolveHosts(config: WorkerConfig): Promise<ResolvedHosts>
   const resolve = async (what: string, host: string, family?: Family): Promise<string> => {
     if (isIP(host) !== 0) return host;
     const address = family
-      ? await hostAddress(host, family)
-      : await hostAddress(host, 4).catch(() => hostAddress(host));
+      ? await hostAddress(host, family, what)
+      : await hostAddress(host, 4).catch(() => hostAddress(host, 0, what));
     lines.add(`${what} ${host} is ${address} (IPv${isIPv6(address) ? 6 : 4})`);
     return address;
   };
@@ -28,11 +28,11 @@ export async function resolveHosts(config: WorkerConfig): Promise<ResolvedHosts>
     config: {
       ...config,
       http: { ...http, host: httpHost },
-      httpAnnounceHost: await resolve('HTTP host', httpAnnounceHost, reachedBy(httpHost)),
+      httpAnnounceHost: await resolve('announced HTTP host', httpAnnounceHost, reachedBy(httpHost)),
       kv: {
         ...kv,
         bind: { ...kv.bind, host: kvHost },
-        announceHost: await resolve('KV host', kv.announceHost, reachedBy(kvHost)),
+        announceHost: await resolve('announced KV host', kv.announceHost, reachedBy(kvHost)),
       },
       ...(proxy && { proxy: { ...proxy, host: await resolve('proxy', proxy.host) } }),
     },

@@ -63,8 +63,8 @@ export function announceHost(bindHost: string, options: LocalOptions = {}): stri
   return localAddress(isIPv6(bindHost) ? 6 : 4, options);
 }
 
-/** The IP address of a host name, of `family` where given, asked for once; an address stays as it is. Throws ADDRESS_INVALID. */
-export async function hostAddress(host: string, family: Family | 0 = 0): Promise<string> {
+/** The IP address of a host name, of `family` where given, asked for once; an address stays as it is. Throws ADDRESS_INVALID that names `what`. */
+export async function hostAddress(host: string, family: Family | 0 = 0, what = 'host'): Promise<string> {
   if (isIP(host) !== 0) return host;
   try {
     return (await lookup(host, { family })).address;
@@ -72,7 +72,7 @@ export async function hostAddress(host: string, family: Family | 0 = 0): Promise
     const { message } = PdError.from(cause);
     throw new PdError(
       'ADDRESS_INVALID',
-      `host ${JSON.stringify(host)} has no address: ${message}`,
+      `${what} ${JSON.stringify(host)} has no address: ${message}`,
       {},
       { cause },
     );

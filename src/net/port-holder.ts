@@ -1,10 +1,11 @@
 /** Who holds a TCP port that we wanted: from /proc where there is one, and nothing where it does not tell. */
 import { readdir, readFile, readlink } from 'node:fs/promises';
-import { createServer } from 'node:net';
+import { type AddressInfo, connect, createServer } from 'node:net';
 import { PdError } from '../errors.ts';
-import { formatHostPort, type HostPort } from './address.ts';
+import { asDestination, formatHostPort, type HostPort, isLoopback } from './address.ts';
 
 const LISTEN = '0A';
+const REACH_TIMEOUT_MS = 2_000;
 
 /** `node (pid 4711)`, or undefined where that cannot be known (no /proc, another user's process). */
 export async function portHolder(port: number): Promise<string | undefined> {
@@ -49,13 +50,43 @@ export async function listenError(error: unknown, address: HostPort, what: strin
       port: address.port,
     });
   }
-  if (code === 'EADDRNOTAVAIL' || code === 'ENOTFOUND' || code === 'EAI_AGAIN') {
+  // ENODEV: what ZeroMQ says of a name that it cannot resolve, having tried it as an interface's.
+  if (code !== undefined && ['EADDRNOTAVAIL', 'ENOTFOUND', 'EAI_AGAIN', 'ENODEV'].includes(code)) {
     return new PdError('ADDRESS_INVALID', `${what}: ${where} is no address of this machine (${code})`);
   }
   if (code === 'EACCES') {
     return new PdError('PORT_IN_USE', `${what}: this user may not listen on ${where} (EACCES)`);
   }
   return PdError.from(error, 'INTERNAL');
+}
+
+/** Throws ADDRESS_INVALID where what is bound to `host` cannot be connected to from here: a loopback that is down, say. */
+export async function assertReachable(host: string, what: string): Promise<void> {
+  const server = createServer((socket) => socket.destroy());
+  try {
+    await new Promise<void>((resolve, reject) => {
+      server.once('error', reject).listen({ host, port: 0 }, resolve);
+    });
+    const { port } = server.address() as AddressInfo;
+    const socket = connect({ ...asDestination({ host, port }), timeout: REACH_TIMEOUT_MS });
+    await new Promise<void>((resolve, reject) => {
+      socket.once('connect', resolve).once('error', reject);
+      socket.once('timeout', () => reject(new Error(`no connection in ${REACH_TIMEOUT_MS} ms`)));
+    }).finally(() => socket.destroy());
+  } catch (cause) {
+    if ((cause as NodeJS.ErrnoException).syscall === 'listen')
+      throw await listenError(cause, { host, port: 0 }, what);
+    const { message } = PdError.from(cause);
+    const mend = isLoopback(host) ? ': is the loopback interface up? (ip link set lo up)' : '';
+    throw new PdError(
+      'ADDRESS_INVALID',
+      `${what}: ${host} cannot be reached from here (${message})${mend}`,
+      {},
+      { cause },
+    );
+  } finally {
+    server.close();
+  }
 }
 
 /** Throws PORT_IN_USE at once, before a model is loaded, where `address` cannot be bound. Port 0 always can. */

@@ -107,6 +107,13 @@ describe('pings', () => {
     expect(registry.list('consumer')).toHaveLength(1);
   });
 
+  test('cannot be listened for at a name without an address', async () => {
+    await expect(setUp('no-such-host.invalid')).rejects.toMatchObject({
+      code: 'ADDRESS_INVALID',
+      message: expect.stringContaining('no-such-host.invalid'),
+    });
+  });
+
   test('a port that is taken is named', async () => {
     const { address } = await setUp();
     await expect(

@@ -1,8 +1,8 @@
 import { once } from 'node:events';
-import { mkdtempSync, writeFileSync } from 'node:fs';
+import { writeFileSync } from 'node:fs';
 import { createServer } from 'node:http';
 import type { AddressInfo } from 'node:net';
-import { networkInterfaces, tmpdir } from 'node:os';
+import { networkInterfaces } from 'node:os';
 import { join } from 'node:path';
 import { Command } from 'commander';
 import { afterEach, expect, it } from 'vitest';
@@ -10,8 +10,9 @@ import { addWorkerOptions, resolveWorkerConfig } from '../../../src/config/resol
 import { formatHostPort } from '../../../src/net/address.ts';
 import { PdWorker } from '../../../src/worker/worker.ts';
 import { BYTE_MODEL, bytesOf, FakeCore, type Script, saying } from '../../support/fake-core.ts';
+import { sharedTempDir } from '../../support/temp-dir.ts';
 
-const modelDir = mkdtempSync(join(tmpdir(), 'pd-model-'));
+const modelDir = sharedTempDir();
 writeFileSync(join(modelDir, 'config.json'), '{}');
 const workers: PdWorker[] = [];
 afterEach(async () => {

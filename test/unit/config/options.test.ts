@@ -1,5 +1,4 @@
-import { mkdtempSync, writeFileSync } from 'node:fs';
-import { tmpdir } from 'node:os';
+import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { Command } from 'commander';
 import { describe, expect, it } from 'vitest';
@@ -22,6 +21,7 @@ import {
   option,
   resolveOptions,
 } from '../../../src/config/options.ts';
+import { sharedTempDir } from '../../support/temp-dir.ts';
 
 const TABLE = defineOptions({
   config: option({ kind: text('file'), help: 'config file' }),
@@ -39,8 +39,11 @@ function resolve(args: string[], env: Record<string, string> = {}, layers: Optio
   return resolveOptions(TABLE, command, env, () => layers);
 }
 
+const folder = sharedTempDir();
+let files = 0;
+
 function file(content: unknown): string {
-  const path = join(mkdtempSync(join(tmpdir(), 'pd-options-')), 'config.json');
+  const path = join(folder, `${++files}.json`);
   writeFileSync(path, typeof content === 'string' ? content : JSON.stringify(content));
   return path;
 }
@@ -91,10 +94,7 @@ describe('options', () => {
   it.each([
     [() => resolve(['--kv-port', '70000']), /^--kv-port: "70000" is not allowed; expected a port from 0/],
     [() => resolve([], { PD_SEND_TYPE: 'POST' }), /^PD_SEND_TYPE.*"POST".*one of PUT, GET/],
-    [
-      () => resolve(['--config', file({ 'max-num-seqs': 0 })]),
-      /^"max-num-seqs" in .*config.json: 0 .*1 to 1024/,
-    ],
+    [() => resolve(['--config', file({ 'max-num-seqs': 0 })]), /^"max-num-seqs" in .*json: 0 .*1 to 1024/],
     [
       () => resolve(['--config', file({ sendtyp: 'PUT' })]),
       /^"sendtyp" in .* is not an option; known are .*send-type/,

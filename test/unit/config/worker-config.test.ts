@@ -1,5 +1,4 @@
-import { mkdtempSync, writeFileSync } from 'node:fs';
-import { tmpdir } from 'node:os';
+import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { Command } from 'commander';
 import { describe, expect, it } from 'vitest';
@@ -10,8 +9,9 @@ import {
   resolveWorkerConfig,
   type WorkerEnvironment,
 } from '../../../src/config/resolve-worker.ts';
+import { sharedTempDir } from '../../support/temp-dir.ts';
 
-const modelDir = mkdtempSync(join(tmpdir(), 'pd-model-'));
+const modelDir = sharedTempDir();
 writeFileSync(join(modelDir, 'config.json'), '{}');
 
 const address = { netmask: '', mac: '', internal: false, cidr: null };
@@ -154,7 +154,9 @@ describe('worker configuration', () => {
       proxy: { host: '127.0.0.1', port: 30_002 },
     });
     expect(lines).toContain('KV host localhost is 127.0.0.1 (IPv4)');
-    await expect(resolveHosts(config(['--kv-host', 'no.such.host.invalid']))).rejects.toThrow(/no.such.host/);
+    await expect(resolveHosts(config(['--kv-host', 'no.such.host.invalid']))).rejects.toThrow(
+      /^KV host "no.such.host.invalid"/,
+    );
   });
 
   it('takes who may talk to it, who may look at it, and how it speaks to vLLM', () => {

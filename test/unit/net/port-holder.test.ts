@@ -1,6 +1,6 @@
 import { createServer } from 'node:net';
 import { afterEach, expect, it } from 'vitest';
-import { assertBindable, listeningInodes } from '../../../src/net/port-holder.ts';
+import { assertBindable, assertReachable, listeningInodes } from '../../../src/net/port-holder.ts';
 
 const closers: (() => void)[] = [];
 afterEach(() => {
@@ -47,4 +47,15 @@ it('says of an address that is not of this machine', async () => {
     code: 'ADDRESS_INVALID',
     message: expect.stringContaining('192.0.2.1'),
   });
+});
+
+it('finds out beforehand that a host is of no use', async () => {
+  await assertReachable('127.0.0.1', '--host');
+  await assertReachable('0.0.0.0', '--host');
+  for (const host of ['192.0.2.1', 'does-not-exist.invalid']) {
+    await expect(assertReachable(host, '--host')).rejects.toMatchObject({
+      code: 'ADDRESS_INVALID',
+      message: expect.stringMatching(`^--host: ${host}`),
+    });
+  }
 });
