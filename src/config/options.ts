@@ -94,10 +94,12 @@ export function addOptions(command: Command, table: OptionTable): Command {
       new Option(`${flag} ${argument}`, help).helpGroup(group).hideHelp(spec.hidden ?? false),
     );
   }
+  const example = Object.keys(table).findLast((name) => name.endsWith('Port')) ?? Object.keys(table)[0] ?? '';
+  const file = `{"${kebab(example)}": ${JSON.stringify(table[example]?.default ?? '...')}}`;
   return command.addHelpText(
     'after',
-    `\nEvery flag can be set in the environment (--kv-port as PD_KV_PORT)${
-      'config' in table ? ' and in the JSON file of --config ({"kv-port": 8082})' : ''
+    `\nEvery flag can be set in the environment (--${kebab(example)} as ${envOf(example)})${
+      'config' in table ? ` and in the JSON file of --config (${file})` : ''
     };\nflags win over the environment, the environment over the file.`,
   );
 }
