@@ -161,8 +161,10 @@ export class PdProxy {
   }
 
   async #drain(drainMs: number): Promise<void> {
+    const started = this.#http !== undefined;
+    if (started)
+      this.#log.info(`draining, at most ${drainMs / 1_000} s: ${this.#running} requests under way`);
     if (this.#running > 0) {
-      this.#log.info(`stopping: ${this.#running} requests under way, ${drainMs} ms for them to end`);
       const timer = setTimeout(() => this.#break(), drainMs);
       await new Promise<void>((resolve) => {
         this.#idle = resolve;
@@ -176,6 +178,7 @@ export class PdProxy {
     clearTimeout(timer);
     await this.#discovery?.close();
     await this.#upstream.close();
+    if (started) this.#log.info('Stopped');
   }
 
   #break(): void {
