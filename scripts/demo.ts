@@ -13,6 +13,8 @@ import { type Addresses, type KvShape, PROMPTS, runPrompt } from './demo-checks.
 const BLOCK_SIZE = 16;
 const START_TIMEOUT_MS = 300_000;
 const STOP_TIMEOUT_MS = 20_000;
+/** As wide as pd-launch's labels. */
+const LABEL_WIDTH = 'consumer-0'.length;
 
 interface DemoOptions {
   readonly keep?: true;
@@ -96,7 +98,7 @@ const supervisor = new Supervisor({
   killAfterMs: STOP_TIMEOUT_MS,
   onLine: (name, line) => {
     if (name === 'launch' && line.startsWith('{"proxy"')) system = JSON.parse(line) as Addresses;
-    else if (printing) console.log(name === 'launch' ? line : `${name} | ${line}`);
+    else if (printing) console.log(name === 'launch' ? line : `${name.padEnd(LABEL_WIDTH)} | ${line}`);
     if (name === 'undivided') undividedUrl ??= /Running on (http:\/\/\S+)/.exec(line)?.[1];
   },
   say: () => {},

@@ -27,7 +27,7 @@ if node -e '
 fi
 
 echo "install: npm ci"
-if ! npm ci --no-audit --no-fund --loglevel=error; then
+if ! npm ci --no-audit --no-fund --no-update-notifier --loglevel=error; then
   echo "install: npm ci failed; a first installation needs the package registry" >&2
   exit 1
 fi
