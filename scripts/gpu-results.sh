@@ -6,7 +6,7 @@
 #
 #   ./scripts/gpu-results.sh                      two GPUs; from a checkout, or from the archive of `npm run bundle`
 #   ./scripts/gpu-results.sh --out DIR            where the results go
-#   ./scripts/gpu-results.sh --only transfer,soak
+#   ./scripts/gpu-results.sh --only transfer,soak --seconds 120
 #   ./scripts/gpu-results.sh --device host --small      a few seconds without a GPU: is everything in place?
 set -uo pipefail
 line="./scripts/gpu-results.sh"
@@ -16,11 +16,14 @@ out=bench/results
 device=cuda
 only=""
 small=""
+# For all of it; a part gets its own bound or what is left.
+seconds=450
 while [ $# -gt 0 ]; do
   case "$1" in
     --out) out="${2:?--out needs a folder}"; shift 2 ;;
     --device) device="${2:?--device needs cuda or host}"; line+=" $1 $2"; shift 2 ;;
     --only) only=",${2:?--only needs names of parts},"; line+=" $1 $2"; shift 2 ;;
+    --seconds) seconds="${2:?--seconds needs a number}"; line+=" $1 $2"; shift 2 ;;
     --small) small=1; line+=" $1"; shift ;;
     *) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2 ;;
   esac
@@ -30,8 +33,7 @@ if [ ! -x ./node ] && ! { [ -f dist/src/cli/bench.js ] && [ -d node_modules ]; }
   ./scripts/install.sh && ./scripts/build.sh || exit 1
 fi
 
-# Seconds for all of it; a part gets its own bound or what is left.
-deadline=$((SECONDS + 450))
+deadline=$((SECONDS + seconds))
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 
@@ -70,13 +72,14 @@ else
   part transfer 200
   part exchange 60
   part faults 90
-  part interference 60
-  part soak 120
+  [ "$device" = host ] || part interference 60
 fi
-if [ "$device" = host ]; then
-  [ -n "$small" ] || run demo 120 ./scripts/demo.sh
-else
+if [ "$device" != host ]; then
   run two-gpu 90 ./scripts/two-gpu.sh
+elif [ -z "$small" ]; then
+  run demo 120 ./scripts/demo.sh
 fi
+# last, as it takes what time there is
+[ -n "$small" ] || part soak 150
 
 ./bin/pd-bench report "$work" --out "$out" --command "$line"

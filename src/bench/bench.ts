@@ -1,5 +1,4 @@
 /** What every part of the benchmark shares: options, peers on their devices, and one checked move from one peer to another. */
-import type { ErrorCode } from '../errors.ts';
 import { PdError } from '../errors.ts';
 import type { LogLevel, SendType, TransferTimeouts } from '../transfer/types.ts';
 import { BenchKv } from './kv.ts';
@@ -87,41 +86,64 @@ export interface Moved {
   /** From the first send until the producer knows that all has left. */
   readonly sentMs: number;
   readonly movedBytes: number;
+}
+
+export interface Checked extends Moved {
   readonly checkedBytes: number;
 }
 
 /** One job from one peer to another, every byte checked. Throws KV_SHAPE_MISMATCH where bytes differ, else what the engines fail with. */
-export async function move(from: Peer, to: Peer, job: Job, timeoutMs?: number): Promise<Moved> {
-  await Promise.all([
-    from.ask({ do: 'fill', job, side: 'source' }),
-    to.ask({ do: 'fill', job, side: 'target' }),
-  ]);
+export async function move(from: Peer, to: Peer, job: Job, timeoutMs?: number): Promise<Checked> {
+  const [moved] = await moveRow(from, to, [job], timeoutMs);
+  return moved!;
+}
+
+/** Jobs of one content, one after the other without a pause; then every byte of each is checked. Throws as `move`. */
+export async function moveRow(
+  from: Peer,
+  to: Peer,
+  jobs: readonly Job[],
+  timeoutMs?: number,
+): Promise<Checked[]> {
+  const [first] = jobs;
+  if (!first) return [];
+  const filling = jobs.map((job) => to.ask({ do: 'fill', job, side: 'target' }));
+  await Promise.all([from.ask({ do: 'fill', job: first, side: 'source' }), ...filling]);
+  try {
+    const moved: Moved[] = [];
+    for (const job of jobs) moved.push(await moveOnce(from, to, job, timeoutMs));
+    const checked: Checked[] = [];
+    for (const [i, job] of jobs.entries()) {
+      const { bytes = 0, wrong } = await to.ask({ do: 'check', job });
+      if (wrong !== undefined)
+        throw new PdError('KV_SHAPE_MISMATCH', `bytes are not what was sent: ${wrong}`);
+      checked.push({ ...moved[i]!, checkedBytes: bytes });
+    }
+    return checked;
+  } finally {
+    for (const { id } of jobs) {
+      for (const peer of [from, to]) {
+        if (peer.alive) await peer.ask({ do: 'finish', id }).catch(() => undefined);
+      }
+    }
+  }
+}
+
+/** Neither filled nor checked. */
+async function moveOnce(from: Peer, to: Peer, job: Job, timeoutMs?: number): Promise<Moved> {
   await to.ask({ do: 'arm', job, peer: from.address, ...(timeoutMs === undefined ? {} : { timeoutMs }) });
   const [sent, came] = await Promise.allSettled([
     from.ask({ do: 'send', job, peer: to.address }),
     to.ask({ do: 'wait', id: job.id }),
   ]);
-  try {
-    if (sent.status === 'rejected') throw sent.reason;
-    if (came.status === 'rejected') throw came.reason;
-    const { bytes, wrong } = await to.ask({ do: 'check', job });
-    if (wrong !== undefined) throw new PdError('KV_SHAPE_MISMATCH', `bytes are not what was sent: ${wrong}`);
-    const { firstSendAt = 0, sentAt = 0 } = sent.value;
-    return {
-      milliseconds: (came.value.usableAt ?? 0) - firstSendAt,
-      sentMs: sentAt - firstSendAt,
-      movedBytes: sent.value.bytes ?? 0,
-      checkedBytes: bytes ?? 0,
-    };
-  } finally {
-    for (const peer of [from, to]) {
-      if (peer.alive) await peer.ask({ do: 'finish', id: job.id }).catch(() => undefined);
-    }
-  }
-}
-
-export function codeOf(error: unknown): ErrorCode {
-  return PdError.from(error).code;
+  if (sent.status === 'rejected') throw sent.reason;
+  if (came.status === 'rejected') throw came.reason;
+  const { firstSendAt = 0, sentAt = 0, bytes = 0 } = sent.value;
+  return {
+    milliseconds: (came.value.usableAt ?? 0) - firstSendAt,
+    sentMs: sentAt - firstSendAt,
+    movedBytes: bytes,
+  };
 }
 
 export function messageOf(error: unknown): string {
@@ -143,12 +165,20 @@ export class JobMaker {
   paged(tokens: number): PagedJob {
     // layers of the source, and as many of what the target holds before
     const stream = this.#take(2 * this.#layers);
-    return { kind: 'paged', id: `${this.#prefix}.${stream}`, tokens, stream };
+    return { kind: 'paged', id: `${this.#prefix}.${stream}`, tokens, stream, seed: stream, slot: 0 };
   }
 
   flat(count: number, bytes: number, order?: 'reverse'): FlatJob {
     const stream = this.#take(count);
     return { kind: 'flat', id: `${this.#prefix}.${stream}`, count, bytes, stream, ...(order && { order }) };
+  }
+
+  /** So many jobs that send what `first` sends, from and to other blocks, one behind the other: each can be looked at when all are done. */
+  row<T extends Job>(first: T, count: number): T[] {
+    return Array.from({ length: count }, (_, n) => {
+      const id = `${first.id}.${n}`;
+      return first.kind === 'flat' ? { ...first, id } : { ...first, id, slot: n, seed: first.seed + n };
+    });
   }
 
   #take(streams: number): number {

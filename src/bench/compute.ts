@@ -10,7 +10,7 @@ import type { CudaStream } from '../device/cuda/stream.ts';
 import type { DeviceEvent, MemoryRef, PagedLayer } from '../device/device.ts';
 import type { EventPoller } from '../device/poller.ts';
 import { PdError } from '../errors.ts';
-import { layerBytes, type PagedLayout } from '../kv/layout.ts';
+import { blockBytes, layerBytes, type PagedLayout } from '../kv/layout.ts';
 import { monotonicMs } from './clock.ts';
 import type { ComputeLoop } from './messages.ts';
 
@@ -45,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(${THREADS}) products(float *out, un
   out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
 }`;
 
-/** 256 MiB of blocks, which no cache holds. */
+/** 256 MiB of blocks, which no cache holds; on a small GPU, a 32nd of its memory. */
 const LAYOUT: PagedLayout = {
   family: 'mla',
   numBlocks: 4_096,
@@ -87,7 +87,9 @@ export class Compute {
   }
 
   static create(device: CudaDevice, poller: EventPoller): Compute {
-    return new Compute(device, poller, LAYOUT);
+    device.enter();
+    const fitting = Math.trunc(device.runtime.memoryInfo().total / 32 / blockBytes(LAYOUT));
+    return new Compute(device, poller, { ...LAYOUT, numBlocks: Math.min(LAYOUT.numBlocks, fitting) });
   }
 
   /** Iterations in about `ms`, and how long they really took. Throws CUDA_ERROR where the loop's kernel could not be compiled. */

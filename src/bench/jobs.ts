@@ -128,7 +128,7 @@ export class PeerJobs {
         requestId: job.id,
         transferId: job.id as TransferId,
         peer,
-        layers: this.#kv.layers(job),
+        layers: this.#kv.layers(job, 'target'),
         blockIds: this.#kv.blockIds(job, 'target'),
         skipBlocks: 0,
         ...timeout,
@@ -146,7 +146,7 @@ export class PeerJobs {
       });
     }
     const blockIds = this.#kv.blockIds(job, 'source');
-    return this.#kv.layers(job).map(({ name, target }) => ({
+    return this.#kv.layers(job, 'source').map(({ name, target }) => ({
       tensorId: tensorIdOf(job.id as TransferId, name),
       shape: wireShape(target.layout, blockIds.length),
       dtype: target.layout.dtype,

@@ -78,7 +78,7 @@ export class BenchKv {
   static areaBytes(shape: KvShape, job: Job): number {
     switch (job.kind) {
       case 'paged':
-        return shape.layers * aligned(layerBytes(planOf(shape, job).layout));
+        return (job.slot + 1) * shape.layers * aligned(layerBytes(planOf(shape, job).layout));
       case 'flat':
         return job.count * aligned(job.bytes);
     }
@@ -89,11 +89,13 @@ export class BenchKv {
     return job.kind === 'flat' ? job.bytes : layerBytes(planOf(shape, job).layout);
   }
 
-  layers(job: PagedJob): { readonly name: string; readonly target: PagedLayer }[] {
+  /** The source is one for all slots. */
+  layers(job: PagedJob, side: 'source' | 'target'): { readonly name: string; readonly target: PagedLayer }[] {
     const { layout } = planOf(this.#shape, job);
+    const first = this.#firstPart(job, side);
     return Array.from({ length: this.#shape.layers }, (_, layer) => ({
       name: layerName(layer),
-      target: { memory: this.#part(layer, layerBytes(layout)), layout },
+      target: { memory: this.#part(first + layer, layerBytes(layout)), layout },
     }));
   }
 
@@ -114,7 +116,8 @@ export class BenchKv {
     } else {
       const bytes = layerBytes(planOf(this.#shape, job).layout);
       const stream = side === 'source' ? job.stream : behind(job, this.#shape);
-      for (let i = 0; i < this.#shape.layers; i++) this.#write(this.#part(i, bytes), stream + i);
+      const first = this.#firstPart(job, side);
+      for (let i = 0; i < this.#shape.layers; i++) this.#write(this.#part(first + i, bytes), stream + i);
     }
     await this.#settled('filling');
   }
@@ -141,8 +144,9 @@ export class BenchKv {
     const bytes = layerBytes(layout);
     const length = runBytes(layout);
     const cameFrom = new Map([...target].map((block, at) => [block, source[at]!]));
+    const first = this.#firstPart(job, 'target');
     for (let layer = 0; layer < this.#shape.layers; layer++) {
-      await this.#read(this.#part(layer, bytes));
+      await this.#read(this.#part(first + layer, bytes));
       for (let block = 0; block < layout.numBlocks; block++) {
         const from = cameFrom.get(block);
         const stream = (from === undefined ? behind(job, this.#shape) : job.stream) + layer;
@@ -182,6 +186,10 @@ export class BenchKv {
     return { bytes: job.count * job.bytes };
   }
 
+  #firstPart(job: PagedJob, side: 'source' | 'target'): number {
+    return side === 'source' ? 0 : job.slot * this.#shape.layers;
+  }
+
   #part(index: number, bytes: number): MemoryRef {
     const at = index * aligned(bytes);
     if (at + bytes > this.area.bytes) {
@@ -216,7 +224,7 @@ function planOf(shape: KvShape, job: PagedJob): Plan {
   const blocks = blocksOf(shape, job.tokens);
   const layout = layoutOf(shape, cacheBlocks(blocks));
   const table = (seed: number) => blockTable(seed, blocks, layout.numBlocks);
-  return { layout, source: table(2 * job.stream), target: table(2 * job.stream + 1) };
+  return { layout, source: table(2 * job.seed), target: table(2 * job.seed + 1) };
 }
 
 /** The first of the streams that a target holds before the request comes. */

@@ -36,6 +36,10 @@ export interface PagedJob {
   readonly tokens: number;
   /** Pattern stream `stream + i` fills layer `i`; streams behind them hold what the target has before. */
   readonly stream: number;
+  /** Chooses the block tables. */
+  readonly seed: number;
+  /** Which of several caches of the target it goes to, so that a row of requests can be looked at afterwards. */
+  readonly slot: number;
 }
 
 /** `count` dense tensors, as they lie; no gather, no scatter. */

@@ -47,7 +47,8 @@ export class Peer {
       [JSON.stringify(setup)],
       {
         serialization: 'advanced',
-        execArgv: [],
+        // young generations of their final size from the start: growing, they would look like memory that is lost
+        execArgv: ['--min-semi-space-size=16'],
         stdio: ['ignore', 2, 2, 'ipc'],
       },
     );

@@ -110,7 +110,7 @@ export function renderSummary(report: Report): string {
     if (part.error) lines.push(shortened(`FAILED ${part.part}: ${part.error}`));
   }
   for (const step of report.steps) {
-    if (step.status !== 0) lines.push(`FAILED ${step.step}: ${outcome(step)} after ${step.seconds} s`);
+    if (step.status !== 0) lines.push(`${step.step}: ${outcome(step)} after ${step.seconds} s`);
   }
   const bad =
     report.parts.filter((part) => !part.ok).length + report.steps.filter((step) => step.status !== 0).length;
@@ -143,7 +143,7 @@ function renderPart(part: PartResult): string[] {
   if (part.transfer) {
     const { rounds, warmUp } = part.transfer.settings;
     lines.push(
-      `From the first send on the producer to the last tensor usable on the consumer; best and median of ${rounds} rounds after ${warmUp} to warm up.`,
+      `From the first send on the producer to the last tensor usable on the consumer; best and median of ${rounds} rounds, one after the other, after ${2 * warmUp + rounds} to warm up.`,
       '`paged`: random blocks gathered and scattered; `flat`: dense tensors as they lie. GB/s and its part of the grouped raw send are of the best round.',
       'Every byte of every round was compared.',
       '',
@@ -180,7 +180,7 @@ function shortened(text: string): string {
 
 function outcome({ status }: StepResult): string {
   if (status === 0) return 'ok';
-  return status === TIMED_OUT ? 'FAILED: it did not end within its time' : `FAILED with status ${status}`;
+  return status === TIMED_OUT ? 'FAILED: not done within its time' : `FAILED, status ${status}`;
 }
 
 function stepOf(folder: string, step: string): StepResult {

@@ -41,8 +41,8 @@ async function moved() {
   const [source, target] = [await holder(), await holder()];
   await source.fill(job, 'source');
   await target.fill(job, 'target');
-  const layers = source.layers(job).map(({ target: from }, i) => {
-    const to = target.layers(job)[i]!.target;
+  const layers = source.layers(job, 'source').map(({ target: from }, i) => {
+    const to = target.layers(job, 'target')[i]!.target;
     const ids = source.blockIds(job, 'source');
     const tensor = hostMemory(blockBytes(from.layout) * ids.length);
     device.gather(tensor, from, ids, stream);
@@ -102,6 +102,21 @@ test('blocks, K and V, layers and rounds in the wrong place are seen', async () 
   expect(await exchanged(run(0, ids[0]!, 0), run(0, ids[0]!, 1))).toContain(job.id);
   expect(await exchanged(run(0, ids[0]!, 0), run(2, ids[0]!, 0))).toContain(job.id);
   expect((await target.checkPaged(jobs.paged(TOKENS))).wrong).toContain('layer 0');
+});
+
+test('requests of a row go to caches of their own, from and to other blocks', async () => {
+  const row = jobs.row(jobs.paged(TOKENS), 3);
+  const kv = await BenchKv.create(device, SHAPE, new EventPoller(), {
+    areaBytes: Math.max(...row.map((job) => BenchKv.areaBytes(SHAPE, job))),
+    largestBytes: 4_000,
+  });
+  const places = row.map((job) => kv.layers(job, 'target').map(({ target }) => target.memory));
+  const offsets = places.flat().map((memory) => (memory.kind === 'host' ? memory.offset : -1));
+  expect(new Set(offsets).size).toBe(3 * SHAPE.layers);
+  expect(row.map((job) => kv.layers(job, 'source')[0]!.target.memory)).toEqual(Array(3).fill(places[0]![0]));
+  for (const side of ['source', 'target'] as const) {
+    expect(new Set(row.map((job) => kv.blockIds(job, side).join())).size).toBe(3);
+  }
 });
 
 test('flat tensors: order, number and size are seen', async () => {

@@ -81,8 +81,8 @@ test('a part that failed, one that was cut off and one that never ended are resu
   const report = readReport(folder, 'run');
   expect(isSound(report)).toBe(false);
   const summary = renderSummary(report);
-  expect(summary).toContain('FAILED soak: FAILED: it did not end within its time after 60 s');
-  expect(summary).toContain('FAILED faults');
+  expect(summary).toContain('soak: FAILED: not done within its time after 60 s');
+  expect(summary).toContain('faults: FAILED, status 1');
   const text = readFileSync(`${writeReport(report, folder)}.md`, 'utf8');
   expect(text).toContain('last words');
   expect(text).toContain('PEER_LOST: gone');
