@@ -1,4 +1,4 @@
-/** pd-bench: what transfers cost and what they survive, measured on this machine, every byte checked. */
+/** pd-bench: what transfers cost and what they survive, every byte checked, and what clients of a server see. */
 import { readFileSync, writeFileSync } from 'node:fs';
 import { Command, Option } from 'commander';
 import type { BenchOptions } from '../bench/bench.ts';
@@ -22,12 +22,14 @@ import {
   TRANSFER_OPTIONS,
   tokensOf,
 } from './bench-options.ts';
+import { serveCommand } from './bench-serve.ts';
 
 const EXAMPLES = `
 Examples:
   pd-bench transfer                                  two GPUs, all send types, 16 to 16,384 tokens of Llama-3-8B KV
   pd-bench transfer --device host --tokens 16,1024   two processes without a GPU
   pd-bench transfer --send-type PUT_ASYNC --source paged --json
+  pd-bench serve --url http://localhost:10002 --concurrency 8
   scripts/gpu-results.sh                             every part, into bench/results/
 
 Exit status 1 where a byte was wrong, something did not move, or a limit was not kept.`;
@@ -37,7 +39,7 @@ type CommonValues = Parameters<typeof benchOptions>[0];
 export function benchCommand(): Command {
   const program = new Command('pd-bench')
     .description(
-      'Measures the transfer engine between two processes, and tries its faults. Every byte is checked.',
+      'Measures the transfer engine between two processes, every byte checked, tries its faults, and puts servers under load.',
     )
     .version(packageVersion())
     .showHelpAfterError('(--help lists the options)')
@@ -90,6 +92,7 @@ export function benchCommand(): Command {
       }),
   );
 
+  program.addCommand(serveCommand());
   program
     .command('report')
     .description('puts the results in a folder together: JSON, Markdown and a short table')
