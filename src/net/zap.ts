@@ -17,6 +17,8 @@ export interface ZapGateOptions {
   readonly allow: AllowList;
   /** What is guarded, for the log: `KV listener 10.0.0.1:14579`. */
   readonly what: string;
+  /** The flag that the list was given by. Absent: `--allow-peers`. */
+  readonly list?: string;
   readonly log: Logger;
   /** Between two log lines for one address. Milliseconds. */
   readonly logIntervalMs?: number;
@@ -49,6 +51,10 @@ export class ZapGate {
     return new ZapGate(options, context, handler);
   }
 
+  get #list(): string {
+    return this.#options.list ?? '--allow-peers';
+  }
+
   /** Connections refused so far. A libzmq peer that is turned away does not try again with the same socket. */
   get refused(): number {
     return this.#refused;
@@ -76,7 +82,7 @@ export class ZapGate {
     } catch (error) {
       if (this.#closed) return;
       const { log, what } = this.#options;
-      log.error({ err: PdError.from(error) }, `${what}: the gate of --allow-peers has failed`);
+      log.error({ err: PdError.from(error) }, `${what}: the gate of ${this.#list} has failed`);
     }
   }
 
@@ -89,7 +95,7 @@ export class ZapGate {
       const { refused } = this;
       log.warn(
         { address, refused, suppressed },
-        `${what}: connection from ${address} refused, it is not in --allow-peers (${allow})`,
+        `${what}: connection from ${address} refused, it is not in ${this.#list} (${allow})`,
       );
     });
     return false;

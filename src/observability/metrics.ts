@@ -72,6 +72,7 @@ export const METRICS = {
       'peer_lost',
     ],
   },
+  pd_peers_refused_total: { type: 'counter', help: 'Connections from addresses outside of --allow-peers' },
   pd_pairs_open: { type: 'gauge', help: 'Open pairs, both directions' },
   'vllm:num_requests_running': { type: 'gauge', help: 'Requests in the batch' },
   'vllm:num_requests_waiting': { type: 'gauge', help: 'Requests waiting for the batch' },

@@ -2,7 +2,9 @@
 import { Router } from 'zeromq';
 import { PdError } from '../errors.ts';
 import { type HostPort, isUnspecified, parseHostPort, zmqEndpoint } from '../net/address.ts';
+import { AllowList } from '../net/allow-list.ts';
 import { listenError } from '../net/port-holder.ts';
+import { ZapGate } from '../net/zap.ts';
 import { type Logger, RateLimitedLog } from '../observability/log.ts';
 import { decodePing } from '../wire/codec.ts';
 import { MAX_BODY_BYTES } from '../wire/limits.ts';
@@ -14,6 +16,8 @@ export interface DiscoveryOptions {
   readonly log: Logger;
   /** Between two looks for instances whose pings have stopped. */
   readonly sweepMs: number;
+  /** Addresses and ranges whose pings are taken; absent: everyone's. */
+  readonly allow?: readonly string[];
   readonly onChange?: (change: RegistryChange) => void;
   /** Called for each ping that could not be used. */
   readonly onBadPing?: () => void;
@@ -31,14 +35,22 @@ export class Discovery {
   /** What it is bound to, the port chosen where 0 was asked for. */
   readonly address: HostPort;
   readonly #router: Router;
+  /** Closed after the router. */
+  readonly #gate: ZapGate | undefined;
   readonly #options: DiscoveryOptions;
   readonly #bad = new RateLimitedLog();
   readonly #sweep: NodeJS.Timeout;
   readonly #listening: Promise<void>;
   #closed = false;
 
-  private constructor(router: Router, address: HostPort, options: DiscoveryOptions) {
+  private constructor(
+    router: Router,
+    gate: ZapGate | undefined,
+    address: HostPort,
+    options: DiscoveryOptions,
+  ) {
     this.#router = router;
+    this.#gate = gate;
     this.address = address;
     this.#options = options;
     this.#sweep = setInterval(() => this.#apply(options.registry.expire()), options.sweepMs).unref();
@@ -47,9 +59,19 @@ export class Discovery {
 
   /** Binds. Throws PORT_IN_USE, or ADDRESS_INVALID where the address is not of this machine. */
   static async start(options: DiscoveryOptions): Promise<Discovery> {
-    const { bind } = options;
+    const { bind, allow, log, onBadPing } = options;
+    const gate =
+      allow &&
+      (await ZapGate.open({
+        allow: AllowList.parse(allow, '--allow-instances'),
+        what: 'discovery',
+        list: '--allow-instances',
+        log,
+        ...(onBadPing && { onRefused: onBadPing }),
+      }));
     // handover: a restarted instance has the routing id of its predecessor, whose connection may still look alive.
     const router = new Router({
+      ...gate?.socketOptions,
       handover: true,
       maxMessageSize: MAX_BODY_BYTES,
       linger: 0,
@@ -59,9 +81,10 @@ export class Discovery {
       // 0 is `*` to ZeroMQ.
       await router.bind(zmqEndpoint(bind).replace(/:0$/, ':*'));
       const { port } = parseHostPort(router.lastEndpoint!.replace('tcp://', ''), 'bound endpoint');
-      return new Discovery(router, { host: bind.host, port }, options);
+      return new Discovery(router, gate, { host: bind.host, port }, options);
     } catch (cause) {
       router.close();
+      await gate?.close();
       throw await listenError(cause, bind, 'listening for pings');
     }
   }
@@ -73,6 +96,7 @@ export class Discovery {
       this.#router.close();
     }
     await this.#listening;
+    await this.#gate?.close();
   }
 
   async #listen(): Promise<void> {

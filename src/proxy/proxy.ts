@@ -135,9 +135,10 @@ export class PdProxy {
   }
 
   async #listen(): Promise<void> {
-    const { http, discovery, instanceTimeoutMs } = this.#config;
+    const { http, discovery, instanceTimeoutMs, allowInstances } = this.#config;
     this.#discovery = await Discovery.start({
       bind: discovery,
+      ...(allowInstances && { allow: allowInstances }),
       registry: this.#registry,
       log: this.#log,
       sweepMs: Math.min(1_000, Math.max(10, instanceTimeoutMs / 4)),

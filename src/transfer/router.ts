@@ -6,6 +6,7 @@ import * as zmq from 'zeromq';
 import { PdError } from '../errors.ts';
 import { formatHostPort, type HostPort, zmqEndpoint } from '../net/address.ts';
 import { listenError } from '../net/port-holder.ts';
+import type { ZapGate } from '../net/zap.ts';
 import type { Logger } from '../observability/log.ts';
 import { MAX_BODY_BYTES } from '../wire/limits.ts';
 
@@ -45,9 +46,10 @@ export class Router {
     this.#log = log;
   }
 
-  /** Throws PORT_IN_USE with the holder where that can be known. Port 0 lets the system choose. */
-  static async bind(address: HostPort, log: Logger): Promise<Router> {
+  /** Throws PORT_IN_USE with the holder where that can be known. Port 0 lets the system choose. `gate` is the caller's to close, later. */
+  static async bind(address: HostPort, log: Logger, gate?: ZapGate): Promise<Router> {
     const socket = new zmq.Router({
+      ...gate?.socketOptions,
       handover: true,
       mandatory: true,
       linger: 0,

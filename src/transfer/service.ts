@@ -11,6 +11,8 @@ import type { Device } from '../device/device.ts';
 import { EventPoller } from '../device/poller.ts';
 import { PdError } from '../errors.ts';
 import { formatHostPort, type HostPort } from '../net/address.ts';
+import { AllowList } from '../net/allow-list.ts';
+import { ZapGate } from '../net/zap.ts';
 import { createLogger, RateLimitedLog } from '../observability/log.ts';
 import { MetricsPage } from '../observability/metrics.ts';
 import { createTransport } from '../transport/create.ts';
@@ -54,6 +56,8 @@ export class TransferService {
   readonly address: HostPort;
   readonly #context: TransferContext;
   readonly #router: Router;
+  /** Closed after the router. */
+  readonly #gate: ZapGate | undefined;
   readonly #intake: Intake;
   readonly #stager: Stager;
   readonly #keeper: Keeper;
@@ -64,7 +68,13 @@ export class TransferService {
   #pinger: Pinger | undefined;
   #disposed: Promise<void> | undefined;
 
-  private constructor(context: TransferContext, router: Router, address: HostPort) {
+  private constructor(
+    context: TransferContext,
+    router: Router,
+    address: HostPort,
+    gate: ZapGate | undefined,
+  ) {
+    this.#gate = gate;
     this.#context = context;
     this.#router = router;
     this.address = address;
@@ -92,7 +102,14 @@ export class TransferService {
     const port = options.bind.port === 0 ? 0 : options.bind.port + options.rank;
     const undo: (() => unknown)[] = [];
     try {
-      const router = await Router.bind({ host: options.bind.host, port }, log);
+      const bound = { host: options.bind.host, port };
+      const allow = options.allowPeers && AllowList.parse(options.allowPeers);
+      const onRefused = () => metrics.inc('pd_peers_refused_total', 1);
+      const gate =
+        allow &&
+        (await ZapGate.open({ allow, what: `KV listener ${formatHostPort(bound)}`, log, onRefused }));
+      if (gate) undo.push(() => gate.close());
+      const router = await Router.bind(bound, log, gate);
       undo.push(() => router.close());
       const device = parts.device ?? (await createDevice(options.device));
       undo.push(() => device.dispose());
@@ -101,6 +118,7 @@ export class TransferService {
         bindHost: options.bind.host,
         announceHost,
         ncclNumChannels,
+        ...(allow && { guard: { allow, log, onRefused } }),
       });
       const transport = parts.wrapTransport?.(made) ?? made;
       undo.push(() => transport.dispose());
@@ -129,7 +147,7 @@ export class TransferService {
         log,
         limited: new RateLimitedLog(),
       };
-      const service = new TransferService(context, router, address);
+      const service = new TransferService(context, router, address, gate);
       service.#incoming.start();
       const localRank = /^cuda:(\d+)$/.exec(options.device)?.[1] ?? String(options.rank);
       log.info(
@@ -254,6 +272,7 @@ export class TransferService {
     const reason = closed();
     this.stopPing();
     await this.#router.close();
+    await this.#gate?.close();
     this.#loads.dispose(reason);
     for (const peer of this.#outgoing.all()) peer.close(reason);
     this.#incoming.close(reason);

@@ -1,5 +1,6 @@
 import type { Device } from '../device/device.ts';
 import { PdError } from '../errors.ts';
+import type { Guard } from './host/acceptor.ts';
 import { HostTransport } from './host/transport.ts';
 import type { Transport } from './transport.ts';
 
@@ -8,6 +9,8 @@ export interface CreateTransportOptions {
   readonly bindHost: string;
   /** Host transport: the host that peers connect to. */
   readonly announceHost: string;
+  /** Host transport: who may connect. NCCL's own connections are not seen here. */
+  readonly guard?: Guard;
   /** NCCL: channels per communicator. */
   readonly ncclNumChannels: number;
 }

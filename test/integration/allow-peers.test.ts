@@ -1,10 +1,21 @@
 /** Real sockets against the gate of `--allow-peers`: who is let in, who is not, and what the operator gets to see. */
+import { connect } from 'node:net';
 import { networkInterfaces } from 'node:os';
 import { afterEach, describe, expect, test } from 'vitest';
 import * as zmq from 'zeromq';
+import { deferred } from '../../src/deferred.ts';
+import { formatHostPort } from '../../src/net/address.ts';
 import { AllowList } from '../../src/net/allow-list.ts';
 import { ZapGate } from '../../src/net/zap.ts';
-import type { Logger } from '../../src/observability/log.ts';
+import { createLogger, type Logger } from '../../src/observability/log.ts';
+import { Discovery } from '../../src/proxy/discovery.ts';
+import { InstanceRegistry } from '../../src/proxy/registry.ts';
+import { HostTransport } from '../../src/transport/host/transport.ts';
+import { decodeUniqueId } from '../../src/transport/host/unique-id.ts';
+import { encodePing } from '../../src/wire/codec.ts';
+import { count, flat, Services, send, until } from '../support/transfer.ts';
+
+const silent = createLogger({ level: 'silent', format: 'json' }, 'test');
 
 const hasIpv6 = Object.values(networkInterfaces()).some((list) =>
   list?.some(({ address }) => address === '::1'),
@@ -115,5 +126,61 @@ describe('--allow-peers', () => {
     await shut.refusals(1);
     expect(await roundTrip(dealer(open.endpoint))).toBe('ping');
     expect(open.gate.refused).toBe(0);
+  });
+});
+
+describe('an engine with --allow-peers', () => {
+  const services = new Services();
+  afterEach(() => services.dispose());
+
+  test('serves who is listed; others reach neither its listener nor its data port, and are counted', async () => {
+    const consumer = await services.make({ allowPeers: ['127.0.0.1'] });
+    const producer = await services.make({ allowPeers: ['127.0.0.0/8'] });
+    await send(producer, flat('cmpl-a-0#l', 1_000, consumer.address)).sent;
+    expect(count(consumer, 'pd_peers_refused_total')).toBe(0);
+
+    const stranger = dealer(`tcp://${formatHostPort(consumer.address)}`, '127.0.0.2');
+    void stranger.send('anything').catch(() => {});
+    await until('the refusal', () => count(consumer, 'pd_peers_refused_total') === 1);
+    expect(count(consumer, 'pd_protocol_errors_total', 'malformed')).toBe(0);
+    expect(consumer.state().tensors).toBe(1);
+
+    const transport = await HostTransport.create({
+      bindHost: '0.0.0.0',
+      announceHost: '127.0.0.1',
+      guard: { allow: AllowList.parse(['127.0.0.1']), log: silent, onRefused: () => refused.push('data') },
+    });
+    services.add(transport);
+    const refused: string[] = [];
+    const { address } = decodeUniqueId(transport.createUniqueId(), 'test');
+    const socket = connect({ host: '127.0.0.1', port: address.port, localAddress: '127.0.0.2' });
+    await new Promise((resolve) => socket.once('close', resolve));
+    expect(refused).toEqual(['data']);
+    expect(socket.bytesRead).toBe(0);
+  });
+
+  test('a proxy with --allow-instances takes pings of those alone', async () => {
+    const registry = new InstanceRegistry(10_000);
+    let bad = 0;
+    const added = deferred<void>();
+    const discovery = await Discovery.start({
+      bind: { host: '0.0.0.0', port: 0 },
+      registry,
+      log: silent,
+      sweepMs: 1_000,
+      allow: ['127.0.0.1'],
+      onBadPing: () => bad++,
+      onChange: () => added.resolve(),
+    });
+    services.add({ dispose: () => discovery.close() });
+    const endpoint = `tcp://127.0.0.1:${discovery.address.port}`;
+    const ping = (port: number) =>
+      encodePing({ type: 'P', http_address: `127.0.0.1:${port}`, zmq_address: `127.0.0.1:${port + 1}` });
+    const stranger = dealer(endpoint, '127.0.0.2');
+    void stranger.send(ping(1)).catch(() => {});
+    await until('the refusal', () => bad === 1);
+    await dealer(endpoint).send(ping(11));
+    await added.promise;
+    expect(registry.list().map(({ httpAddress }) => httpAddress)).toEqual(['127.0.0.1:11']);
   });
 });

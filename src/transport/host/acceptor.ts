@@ -6,6 +6,8 @@ import { createServer, type Server, type Socket } from 'node:net';
 import { hostMemory, hostView } from '../../device/memory.ts';
 import { PdError } from '../../errors.ts';
 import { formatHostPort } from '../../net/address.ts';
+import { type AllowList, plainAddress } from '../../net/allow-list.ts';
+import { type Logger, RateLimitedLog } from '../../observability/log.ts';
 import { DataSocket } from './data-socket.ts';
 import { decodeHandshake, encodeHandshake, HANDSHAKE_BYTES, tokenKey } from './handshake.ts';
 import { RegionCursor } from './region-cursor.ts';
@@ -23,6 +25,13 @@ export interface AcceptorTimeouts {
   readonly parked: number;
 }
 
+/** Who may connect; others are closed before a byte of theirs is read. */
+export interface Guard {
+  readonly allow: AllowList;
+  readonly log: Logger;
+  readonly onRefused: () => void;
+}
+
 interface Expected {
   readonly token: Uint8Array;
   /** Came before its `open`. */
@@ -33,11 +42,14 @@ interface Expected {
 export class Acceptor {
   readonly #server: Server;
   readonly #timeouts: AcceptorTimeouts;
+  readonly #guard: Guard | undefined;
+  readonly #limited = new RateLimitedLog();
   readonly #expected = new Map<string, Expected>();
   readonly #strangers = new Set<DataSocket>();
 
-  private constructor(server: Server, timeouts: AcceptorTimeouts) {
+  private constructor(server: Server, timeouts: AcceptorTimeouts, guard: Guard | undefined) {
     this.#server = server;
+    this.#guard = guard;
     this.#timeouts = timeouts;
     server.on('connection', (socket) => this.#accept(socket));
     // Failures of accept (no file descriptors left) concern one connection; its peer sees its own deadline.
@@ -45,7 +57,7 @@ export class Acceptor {
   }
 
   /** On a port of `host` that the system chooses. */
-  static listen(host: string, timeouts: AcceptorTimeouts): Promise<Acceptor> {
+  static listen(host: string, timeouts: AcceptorTimeouts, guard?: Guard): Promise<Acceptor> {
     const server = createServer({ pauseOnConnect: true });
     return new Promise((resolve, reject) => {
       const fail = (cause: Error) => {
@@ -55,7 +67,7 @@ export class Acceptor {
       server.once('error', fail);
       server.listen({ host, port: 0 }, () => {
         server.off('error', fail);
-        resolve(new Acceptor(server, timeouts));
+        resolve(new Acceptor(server, timeouts, guard));
       });
     });
   }
@@ -99,6 +111,10 @@ export class Acceptor {
   }
 
   #accept(accepted: Socket): void {
+    if (!this.#admits(accepted.remoteAddress ?? '')) {
+      accepted.destroy();
+      return;
+    }
     if (this.#strangers.size >= MAX_STRANGERS) {
       accepted.destroy();
       return;
@@ -127,6 +143,20 @@ export class Acceptor {
         timer: setTimeout(() => this.forget(expected.token), this.#timeouts.parked),
       };
     });
+  }
+
+  #admits(address: string): boolean {
+    const guard = this.#guard;
+    if (!guard || guard.allow.allows(address)) return true;
+    guard.onRefused();
+    const plain = plainAddress(address);
+    this.#limited.log(plain, (suppressed) =>
+      guard.log.warn(
+        { address: plain, suppressed },
+        `data connection from ${plain} refused, it is not in --allow-peers (${guard.allow})`,
+      ),
+    );
+    return false;
   }
 
   #handOver(expected: Expected, socket: DataSocket): void {

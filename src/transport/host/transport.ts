@@ -5,7 +5,7 @@ import { PdError } from '../../errors.ts';
 import { formatHostPort } from '../../net/address.ts';
 import { hostAddress } from '../../net/local.ts';
 import type { OpenOptions, Pair, Transport, UniqueId } from '../transport.ts';
-import { Acceptor, type AcceptorTimeouts } from './acceptor.ts';
+import { Acceptor, type AcceptorTimeouts, type Guard } from './acceptor.ts';
 import { DataSocket } from './data-socket.ts';
 import { decodeHandshake, encodeHandshake, HANDSHAKE_BYTES, tokenKey } from './handshake.ts';
 import { HostPair } from './pair.ts';
@@ -18,6 +18,7 @@ export interface HostTransportOptions {
   /** The host that peers connect to; a name is resolved once, here. */
   readonly announceHost: string;
   readonly acceptor?: AcceptorTimeouts;
+  readonly guard?: Guard;
 }
 
 const ACCEPTOR_TIMEOUTS: AcceptorTimeouts = { handshake: 5_000, parked: 30_000 };
@@ -40,7 +41,11 @@ export class HostTransport implements Transport {
     // `localhost` may mean ::1 as well; what is told has to be what is bound. A bound `::` takes both families.
     const family = isIPv4(options.bindHost) ? 4 : 0;
     const announceHost = await hostAddress(options.announceHost, family);
-    const acceptor = await Acceptor.listen(options.bindHost, options.acceptor ?? ACCEPTOR_TIMEOUTS);
+    const acceptor = await Acceptor.listen(
+      options.bindHost,
+      options.acceptor ?? ACCEPTOR_TIMEOUTS,
+      options.guard,
+    );
     return new HostTransport(acceptor, announceHost);
   }
 
