@@ -7,7 +7,8 @@ export default defineConfig({
     globalSetup: ['test/build.ts'],
     pool: 'forks',
     maxWorkers: 2,
-    testTimeout: 30_000,
-    hookTimeout: 60_000,
+    // Only to end what hangs: whole systems start in some tests, several at a time, on machines of any speed.
+    testTimeout: 120_000,
+    hookTimeout: 120_000,
   },
 });
