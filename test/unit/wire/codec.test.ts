@@ -367,24 +367,22 @@ const form = fc.record({ shape, dtype }, { noNullPrototype: true });
 const bundleArb: fc.Arbitrary<WireMessage> = fc
   .array(fc.tuple(tensorId, form, fc.nat()), { minLength: 1, maxLength: 12 })
   .chain((tensors) =>
-    fc
-      .tuple(seq, runsArb(tensors.length), fc.boolean())
-      .map(
-        ([number, runs, put]): WireMessage =>
-          put
-            ? {
-                cmd: 'PUTS',
-                seq: number,
-                tensors: tensors.map(([tensor_id, of]) => ({ tensor_id, ...of })),
-                runs,
-              }
-            : {
-                cmd: 'GETS',
-                seq: number,
-                tensors: tensors.map(([tensor_id, , bytes]) => ({ tensor_id, bytes })),
-                runs,
-              },
-      ),
+    fc.tuple(seq, runsArb(tensors.length), fc.boolean()).map(
+      ([number, runs, put]): WireMessage =>
+        put
+          ? {
+              cmd: 'PUTS',
+              seq: number,
+              tensors: tensors.map(([tensor_id, of]) => ({ tensor_id, ...of })),
+              runs,
+            }
+          : {
+              cmd: 'GETS',
+              seq: number,
+              tensors: tensors.map(([tensor_id, , bytes]) => ({ tensor_id, bytes })),
+              runs,
+            },
+    ),
   );
 const messageArb = fc.oneof(singleArb, bundleArb);
 const bundleAnswerArb: fc.Arbitrary<Answer> = fc.oneof(
