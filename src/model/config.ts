@@ -6,7 +6,12 @@ import { readJson } from './json-file.ts';
 import { type RopeConfig, readRope } from './rope-config.ts';
 
 /** Architectures with an executor, as `architectures[0]` names them. A new one gets a reader in READERS. */
-export const ARCHITECTURES = ['LlamaForCausalLM'] as const;
+export const ARCHITECTURES = [
+  'LlamaForCausalLM',
+  'MistralForCausalLM',
+  'Qwen2ForCausalLM',
+  'Qwen3ForCausalLM',
+] as const;
 export type Architecture = (typeof ARCHITECTURES)[number];
 
 export interface ModelConfig {
@@ -28,6 +33,10 @@ export interface ModelConfig {
   readonly rmsNormEps: number;
   /** The output head is the embedding matrix. */
   readonly tieWordEmbeddings: boolean;
+  /** The projections to q, k and v have a bias (Qwen2). */
+  readonly attentionBias: boolean;
+  /** RMSNorm over each head of q and k before RoPE (Qwen3). */
+  readonly qkNorm: boolean;
   readonly maxPositionEmbeddings: number;
   readonly eosTokenIds: readonly number[];
   readonly bosTokenId?: number;
@@ -45,6 +54,8 @@ const llamaSchema = z.looseObject({
   intermediate_size: positive,
   vocab_size: positive,
   max_position_embeddings: positive,
+  sliding_window: positive.nullish(),
+  use_sliding_window: z.boolean().nullish(),
   rms_norm_eps: z.number().positive().default(1e-6),
   rope_theta: z.number().positive().nullish(),
   rope_scaling: z.record(z.string(), z.unknown()).nullish(),
@@ -60,7 +71,6 @@ const REQUIRED: readonly { readonly field: string; readonly allowed: readonly un
   { field: 'hidden_act', allowed: ['silu'] },
   { field: 'attention_bias', allowed: [false] },
   { field: 'mlp_bias', allowed: [false] },
-  { field: 'sliding_window', allowed: [null] },
   { field: 'quantization_config', allowed: [null] },
   { field: 'compression_config', allowed: [null] },
   { field: 'partial_rotary_factor', allowed: [1] },
@@ -70,13 +80,26 @@ const REQUIRED: readonly { readonly field: string; readonly allowed: readonly un
   { field: 'is_encoder_decoder', allowed: [false] },
 ];
 
-const READERS: {
-  readonly [A in Architecture]: (
-    json: LlamaJson,
-    where: string,
-  ) => Omit<ModelConfig, 'architecture' | 'name' | 'eosTokenIds'>;
-} = {
-  LlamaForCausalLM: readLlama,
+type Shape = Omit<ModelConfig, 'architecture' | 'name' | 'eosTokenIds'>;
+
+/** All four are a Llama with small differences. Defaults that a config.json may leave out are those of transformers. */
+const READERS: { readonly [A in Architecture]: (json: LlamaJson, where: string) => Shape } = {
+  LlamaForCausalLM: (json, where) => {
+    refuseWindow(json.sliding_window, json, where);
+    return readLlama(json, where);
+  },
+  MistralForCausalLM: (json, where) => {
+    refuseWindow(json.sliding_window === undefined ? 4096 : json.sliding_window, json, where);
+    return readLlama(json, where);
+  },
+  Qwen2ForCausalLM: (json, where) => {
+    refuseWindow(json.use_sliding_window ? json.sliding_window : undefined, json, where);
+    return { ...readLlama(json, where), attentionBias: true };
+  },
+  Qwen3ForCausalLM: (json, where) => {
+    refuseWindow(json.use_sliding_window ? json.sliding_window : undefined, json, where);
+    return { ...readLlama({ ...json, head_dim: json.head_dim ?? 128 }, where), qkNorm: true };
+  },
 };
 
 /**
@@ -123,10 +146,16 @@ export function parseModelConfig(config: unknown, generation: unknown, dir: stri
   return { architecture, name: basename(resolve(dir)), ...shape, eosTokenIds };
 }
 
-function readLlama(
-  json: LlamaJson,
-  where: string,
-): Omit<ModelConfig, 'architecture' | 'name' | 'eosTokenIds'> {
+/** A window as long as the longest context never hides anything. */
+function refuseWindow(tokens: number | null | undefined, json: LlamaJson, where: string): void {
+  if (tokens == null || tokens >= json.max_position_embeddings) return;
+  throw new PdError(
+    'MODEL_UNSUPPORTED',
+    `${where}: "sliding_window": ${tokens} is not supported (only null, or at least the ${json.max_position_embeddings} positions of the model)`,
+  );
+}
+
+function readLlama(json: LlamaJson, where: string): Shape {
   const heads = json.num_attention_heads;
   const kvHeads = json.num_key_value_heads ?? heads;
   const headDim = json.head_dim ?? json.hidden_size / heads;
@@ -150,6 +179,8 @@ function readLlama(
     rope: readRope(json, where),
     rmsNormEps: json.rms_norm_eps,
     tieWordEmbeddings: json.tie_word_embeddings,
+    attentionBias: false,
+    qkNorm: false,
     maxPositionEmbeddings: json.max_position_embeddings,
     ...(json.bos_token_id != null && { bosTokenId: json.bos_token_id }),
   };

@@ -179,3 +179,8 @@ export function swiglu(gate: Float32Array, up: Float32Array, count: number): voi
 export function addInto(target: Float32Array, source: Float32Array, count: number): void {
   for (let i = 0; i < count; i++) target[i] = target[i]! + source[i]!;
 }
+
+/** Adds `bias` [width] to each row of x [rows, width]. */
+export function addBias(x: Float32Array, bias: Float32Array, rows: number): void {
+  for (let r = 0; r < rows; r++) addInto(x.subarray(r * bias.length), bias, bias.length);
+}

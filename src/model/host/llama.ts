@@ -12,7 +12,7 @@ import type { ScheduledSequence } from '../../scheduler/types.ts';
 import type { ModelConfig } from '../config.ts';
 import { ropeFrequencies } from '../rope-config.ts';
 import { AttentionScratch, attend } from './attention.ts';
-import { addInto, applyRope, matmul, type RopeAngles, rmsNorm, swiglu } from './kernels.ts';
+import { addBias, addInto, applyRope, matmul, type RopeAngles, rmsNorm, swiglu } from './kernels.ts';
 import { type HostLayerCache, slotOf, writeKv } from './layer-cache.ts';
 import type { LlamaLayerWeights, LlamaWeights } from './weights.ts';
 
@@ -139,6 +139,16 @@ export class HostLlama {
     matmul(q, normed, weights.query, rows, hidden, heads * headDim);
     matmul(k, normed, weights.key, rows, hidden, kvHeads * headDim);
     matmul(v, normed, weights.value, rows, hidden, kvHeads * headDim);
+    const { bias, headNorm } = weights;
+    if (bias) {
+      addBias(q, bias.query, rows);
+      addBias(k, bias.key, rows);
+      addBias(v, bias.value, rows);
+    }
+    if (headNorm) {
+      rmsNorm(q, q, headNorm.query, rows * heads, rmsNormEps);
+      rmsNorm(k, k, headNorm.key, rows * kvHeads, rmsNormEps);
+    }
     applyRope(q, angles, rows, heads, headDim);
     applyRope(k, angles, rows, kvHeads, headDim);
     for (let row = 0; row < rows; row++) writeKv(this.#caches[layer]!, slots[row]!, k, v, row);

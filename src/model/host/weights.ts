@@ -11,6 +11,10 @@ export interface LlamaLayerWeights {
   readonly key: Float32Array;
   /** [kvHeads * headDim, hidden] */
   readonly value: Float32Array;
+  /** Absent without attention bias: [heads * headDim], [kvHeads * headDim] twice. */
+  readonly bias?: { readonly query: Float32Array; readonly key: Float32Array; readonly value: Float32Array };
+  /** Absent without q/k norm; each [headDim]. */
+  readonly headNorm?: { readonly query: Float32Array; readonly key: Float32Array };
   /** [hidden, heads * headDim] */
   readonly output: Float32Array;
   /** [hidden] */
@@ -66,6 +70,19 @@ async function loadLayer(
     query: await load('self_attn.q_proj', [queries, hidden]),
     key: await load('self_attn.k_proj', [keys, hidden]),
     value: await load('self_attn.v_proj', [keys, hidden]),
+    ...(config.attentionBias && {
+      bias: {
+        query: await checkpoint.tensor(`${prefix}.self_attn.q_proj.bias`, [queries]),
+        key: await checkpoint.tensor(`${prefix}.self_attn.k_proj.bias`, [keys]),
+        value: await checkpoint.tensor(`${prefix}.self_attn.v_proj.bias`, [keys]),
+      },
+    }),
+    ...(config.qkNorm && {
+      headNorm: {
+        query: await load('self_attn.q_norm', [config.headDim]),
+        key: await load('self_attn.k_norm', [config.headDim]),
+      },
+    }),
     output: await load('self_attn.o_proj', [hidden, queries]),
     postNorm: await load('post_attention_layernorm', [hidden]),
     gate: await load('mlp.gate_proj', [intermediate, hidden]),

@@ -88,13 +88,37 @@ describe('model configuration', () => {
     expect(ratios.every((ratio, i) => i === 0 || ratio >= ratios[i - 1]!)).toBe(true);
   });
 
+  it('tells the four architectures apart, and windows that hide nothing or are not in use', () => {
+    const features = (name: string, fields: object = {}) => {
+      const { attentionBias, qkNorm, headDim } = parse({ architectures: [`${name}ForCausalLM`], ...fields });
+      return { attentionBias, qkNorm, headDim };
+    };
+    expect(features('Llama')).toEqual({ attentionBias: false, qkNorm: false, headDim: 8 });
+    expect(features('Mistral', { sliding_window: null })).toEqual(features('Llama'));
+    expect(features('Mistral', { sliding_window: 256 })).toEqual(features('Llama'));
+    const unused = { use_sliding_window: false, sliding_window: 64 };
+    expect(features('Qwen2', unused)).toEqual({ attentionBias: true, qkNorm: false, headDim: 8 });
+    const absent = { head_dim: undefined, ...unused };
+    expect(features('Qwen3', absent)).toEqual({ attentionBias: false, qkNorm: true, headDim: 128 });
+  });
+
   it.each([
     [
       'architecture',
       { architectures: ['GPT2LMHeadModel'] },
-      /GPT2LMHeadModel is not known; known: LlamaForCausalLM/,
+      /GPT2LMHeadModel is not known; known: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM/,
     ],
-    ['sliding window', { sliding_window: 4096 }, /"sliding_window": 4096/],
+    ['sliding window', { sliding_window: 100 }, /"sliding_window": 100 is not supported.*256 positions/],
+    [
+      "Mistral's own sliding window",
+      { architectures: ['MistralForCausalLM'], max_position_embeddings: 8192 },
+      /"sliding_window": 4096/,
+    ],
+    [
+      'sliding window in use',
+      { architectures: ['Qwen2ForCausalLM'], use_sliding_window: true, sliding_window: 64 },
+      /"sliding_window": 64/,
+    ],
     ['quantization', { quantization_config: { quant_method: 'awq' } }, /quantization_config.*awq/],
     ['attention bias', { attention_bias: true }, /"attention_bias": true/],
     ['activation', { hidden_act: 'gelu' }, /"hidden_act": "gelu"/],
