@@ -15,27 +15,34 @@ NVCC=${NVCC:-$(command -v nvcc || true)}
 hash_of() { sha256sum "$1" | cut -d' ' -f1; }
 nvcc_version() { "$NVCC" --version | sed -n 's/.*release \([0-9.]*\),.*/\1/p'; }
 
-compile() { # source, folder
-  name=$(basename "$1" .cu)
+# Names of the sources under kernels/, without .cu; what they include counts as source too.
+names() { for source in kernels/*.cu kernels/model/*.cu; do source=${source#kernels/}; echo "${source%.cu}"; done; }
+included() { ls kernels/model/*.cuh; }
+
+compile() { # name, folder
+  mkdir -p "$(dirname "$2/$1")"
   for arch in $ARCHS; do
-    "$NVCC" -O3 -std=c++17 -cubin -gencode "arch=compute_$arch,code=sm_$arch" -o "$2/$name.sm_$arch.cubin" "$1"
+    "$NVCC" -O3 -std=c++17 -cubin -gencode "arch=compute_$arch,code=sm_$arch" -o "$2/$1.sm_$arch.cubin" "kernels/$1.cu"
   done
-  "$NVCC" -O3 -std=c++17 -ptx -arch "compute_$PTX_ARCH" -o "$2/$name.ptx" "$1"
+  compile_ptx "$1" "$2"
+}
+compile_ptx() {
+  mkdir -p "$(dirname "$2/$1")"
+  "$NVCC" -O3 -std=c++17 -ptx -arch "compute_$PTX_ARCH" -o "$2/$1.ptx" "kernels/$1.cu"
 }
 
 if [ "${1:-}" = --check ]; then
-  for source in kernels/*.cu; do
-    for file in "$source" "$OUT/$(basename "$source" .cu)".*; do
-      grep -q "\"$(hash_of "$file")\"" kernels/manifest.json || {
-        echo "$file is not what kernels/manifest.json says: run scripts/build-kernels.sh" >&2
-        exit 1
-      }
-    done
+  for file in $(included) $(for name in $(names); do echo "kernels/$name.cu" "$OUT/$name".*; done); do
+    grep -q "\"$(hash_of "$file")\"" kernels/manifest.json || {
+      echo "$file is not what kernels/manifest.json says: run scripts/build-kernels.sh" >&2
+      exit 1
+    }
   done
   if [ -n "$NVCC" ]; then
     aside=$(mktemp -d)
     trap 'rm -rf "$aside"' EXIT
-    for source in kernels/*.cu; do compile "$source" "$aside"; done
+    # as far as PTX: machine code takes a minute
+    for name in $(names); do compile_ptx "$name" "$aside"; done
     echo "kernels: hashes fit, sources compile with nvcc $(nvcc_version)"
   else
     echo "kernels: hashes fit (no nvcc here, nothing compiled)"
@@ -44,17 +51,21 @@ if [ "${1:-}" = --check ]; then
 fi
 
 [ -n "$NVCC" ] || { echo "nvcc not found: set NVCC" >&2; exit 1; }
-mkdir -p "$OUT"
-for source in kernels/*.cu; do compile "$source" "$OUT"; done
+for name in $(names); do compile "$name" "$OUT"; done
 {
-  printf '{\n  "nvcc": "%s",\n  "ptx": "compute_%s",\n  "kernels": {' "$(nvcc_version)" "$PTX_ARCH"
+  printf '{\n  "nvcc": "%s",\n  "ptx": "compute_%s",\n  "included": {' "$(nvcc_version)" "$PTX_ARCH"
+  comma=
+  for file in $(included); do
+    printf '%s\n    "%s": "%s"' "$comma" "${file#kernels/}" "$(hash_of "$file")"
+    comma=,
+  done
+  printf '\n  },\n  "kernels": {'
   between=
-  for source in kernels/*.cu; do
-    name=$(basename "$source" .cu)
-    printf '%s\n    "%s": {\n      "source": "%s",\n      "files": {' "$between" "$name" "$(hash_of "$source")"
+  for name in $(names); do
+    printf '%s\n    "%s": {\n      "source": "%s",\n      "files": {' "$between" "$name" "$(hash_of "kernels/$name.cu")"
     comma=
     for file in "$OUT/$name".*; do
-      printf '%s\n        "%s": "%s"' "$comma" "$(basename "$file")" "$(hash_of "$file")"
+      printf '%s\n        "%s": "%s"' "$comma" "${file#"$OUT"/}" "$(hash_of "$file")"
       comma=,
     done
     printf '\n      }\n    }'

@@ -85,7 +85,7 @@ function* images(source: string, target: KernelTarget): Generator<Image> {
   if (wants('nvrtc')) {
     yield {
       label: `${source}.cu by NVRTC`,
-      bytes: () => compileKernels(readFileSync(join(folder, `${source}.cu`), 'utf8'), source, target),
+      bytes: () => compileKernels(withIncludes(join(folder, `${source}.cu`)), source, target),
     };
   }
 }
@@ -96,6 +96,13 @@ export function shippedArch(major: number, minor: number): string | undefined {
     ([shippedMajor, shippedMinor]) => shippedMajor === major && shippedMinor <= minor,
   );
   return found && `sm_${found[0]}${found[1]}`;
+}
+
+/** NVRTC is given one text: what a source includes from its own folder is put in place. */
+function withIncludes(file: string): string {
+  return readFileSync(file, 'utf8').replace(/^#include "([^"]+)"$/gm, (_, name: string) =>
+    readFileSync(join(dirname(file), name), 'utf8').replace('#pragma once', ''),
+  );
 }
 
 function compileKernels(text: string, name: string, target: KernelTarget): Uint8Array {
