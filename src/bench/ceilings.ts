@@ -40,42 +40,30 @@ export async function measureCeilings(
     });
     const [sender, receiver] = peers as [Peer, Peer];
     await openRaw(sender, receiver);
-    const layerBytes = (count: number) => tensorBytesOf(shape, count);
-    for (const count of tokens) {
-      const bytes = shape.layers * layerBytes(count);
-      const add = (kind: CeilingKind, times: readonly number[]) => {
-        const warm = times.slice(WARM_UP);
-        const bestMs = best(warm);
-        ceilings.push({
-          kind,
-          tokens: count,
-          bytes,
-          bestMs,
-          medianMs: median(warm),
-          bestGbps: bytes / bestMs / 1e6,
-        });
-      };
-      add('raw-flat', await rawTimes(sender, receiver, [bytes], rounds));
-      const regions = Array<number>(shape.layers).fill(layerBytes(count));
-      add('raw-grouped', await rawTimes(sender, receiver, regions, rounds));
-    }
-    for (const count of tokens) {
-      const bytes = shape.layers * layerBytes(count);
-      const reply = await sender.ask({
-        do: 'device-copy',
-        target: options.devices[1],
-        bytes,
-        rounds: rounds + WARM_UP,
-      });
-      const warm = (reply.times ?? []).slice(WARM_UP);
+    const add = (kind: CeilingKind, count: number, times: readonly number[]) => {
+      const warm = times.slice(WARM_UP);
+      const bytes = shape.layers * tensorBytesOf(shape, count);
+      const bestMs = best(warm);
       ceilings.push({
-        kind: 'device-copy',
+        kind,
         tokens: count,
         bytes,
-        bestMs: best(warm),
+        bestMs,
         medianMs: median(warm),
-        bestGbps: bytes / best(warm) / 1e6,
+        bestGbps: bytes / bestMs / 1e6,
       });
+    };
+    for (const count of tokens) {
+      const regions = Array<number>(shape.layers).fill(tensorBytesOf(shape, count));
+      const whole = [shape.layers * tensorBytesOf(shape, count)];
+      add('raw-flat', count, await rawTimes(sender, receiver, whole, rounds));
+      add('raw-grouped', count, await rawTimes(sender, receiver, regions, rounds));
+    }
+    const copied = { target: options.devices[1], rounds: rounds + WARM_UP };
+    for (const count of tokens) {
+      const bytes = shape.layers * tensorBytesOf(shape, count);
+      const { times = [] } = await sender.ask({ do: 'device-copy', bytes, ...copied });
+      add('device-copy', count, times);
     }
   } catch (error) {
     errors.push(messageOf(error));
