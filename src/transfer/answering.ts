@@ -177,9 +177,12 @@ export class Answering {
     return false;
   }
 
-  /** The peer's own pair, or, where it is not ours, the one that we opened to it: vLLM uses one for both ways. */
+  /** The peer's own pair. One that is not ours knows one per address, for both ways: the newest, whoever sent NEW. */
   async #pairFor(session: Session): Promise<Pair | undefined> {
-    return (await session.pair()) ?? this.#parts.peers.known(session.peer)?.foreignPair;
+    const own = await session.pair();
+    if (session.hello) return own;
+    const known = this.#parts.peers.known(session.peer);
+    return own ? ((await known?.newerPair(session.since)) ?? own) : known?.foreignPair;
   }
 
   #noPair(session: Session, message: Asked): void {

@@ -63,6 +63,12 @@ export class Incoming {
     return this.#sessions.lostPair(peer);
   }
 
+  /** The pair that a peer which is not ours has opened after `since`. */
+  newerPair(peer: string, since: number): Pair | undefined {
+    const session = this.#sessions.get(Buffer.from(peer));
+    return session && !session.hello && session.since > since ? session.openPair : undefined;
+  }
+
   get openPairs(): number {
     return this.#sessions.all().filter((session) => session.open).length;
   }

@@ -4,6 +4,7 @@
  *
  *   connecting (NEW on its way) --> opening (both ends join the pair) --> open (announcements, answers, data) --> over
  */
+import { deferred } from '../deferred.ts';
 import { PdError, unreachable } from '../errors.ts';
 import type { Pair } from '../transport/transport.ts';
 import { decodeAnswer, encodeMessage } from '../wire/codec.ts';
@@ -14,6 +15,7 @@ import type { TransferContext } from './context.ts';
 import type { Deadline } from './deadlines.ts';
 import { Dealer } from './dealer.ts';
 import { mismatchOf } from './hello.ts';
+import type { LinkEvents } from './link-events.ts';
 import { lateError, Outstanding } from './outstanding.ts';
 
 /** Messages without an answer at one time. */
@@ -25,24 +27,6 @@ const WINDOW = 64;
 const PUTS_UNDER_WAY = 3;
 
 type LinkState = 'connecting' | 'opening' | 'open' | 'closing' | 'over';
-
-export interface LinkEnd {
-  readonly error: PdError;
-  /** Announced and not answered, oldest first. */
-  readonly unanswered: readonly Announcement[];
-  /** The peer has answered `2`: it knows no pair. */
-  readonly noPair: boolean;
-  /** It was closed because nothing used it. */
-  readonly idle: boolean;
-}
-
-export interface LinkEvents {
-  onOpen(): void;
-  /** More may be announced; `again`: to be announced anew, first of all. */
-  onSpace(again: readonly Announcement[]): void;
-  /** Once. */
-  onEnd(end: LinkEnd): void;
-}
 
 export class Link {
   readonly peer: string;
@@ -58,6 +42,7 @@ export class Link {
   #pair: Pair | undefined;
   #hello: PeerHello | undefined;
   readonly #outstanding: Outstanding;
+  readonly #opened = deferred<Pair | undefined>();
   #seq = 0;
   #answers = 0;
   #closeDeadline: Deadline | undefined;
@@ -100,6 +85,11 @@ export class Link {
   /** Where the peer is not ours, data of what it announces comes on our pair, if it has none of its own. */
   get pair(): Pair | undefined {
     return this.#state === 'open' ? this.#pair : undefined;
+  }
+
+  /** Its pair once that is open; undefined where it never will be. */
+  get opened(): Promise<Pair | undefined> {
+    return this.#opened.promise;
   }
 
   /** Tensors that are announced and not answered. */
@@ -153,6 +143,7 @@ export class Link {
   end(error: PdError, noPair = false): void {
     if (this.#state === 'over') return;
     this.#state = 'over';
+    this.#opened.resolve(undefined);
     // A pair that both ends close may be seen to end before the peer has said so.
     const reason = this.#closing ?? error;
     this.#closeDeadline?.cancel();
@@ -187,6 +178,7 @@ export class Link {
       }
       this.#pair = pair;
       this.#state = 'open';
+      this.#opened.resolve(pair);
       log.info({ peer }, `🤝ncclCommInitRank Success, ${self}👉${peer}, MyRank:0`);
       void pair.over.then((reason) => this.end(reason));
       this.#events.onOpen();
@@ -257,7 +249,9 @@ export class Link {
       `answer from ${this.peer}`,
     );
     for (const part of unit.parts) part.peerIsOurs = this.ours;
-    const reaction = unit.answered(answer, this.#pair);
+    if (answer.kind === 'send' && !this.ours) this.#events.onForeignPut();
+    const pair = (this.ours ? undefined : this.#events.newerPair(this.since)) ?? this.#pair;
+    const reaction = unit.answered(answer, pair);
     if (reaction === 'unexpected') {
       this.#unexpected(`${answer.kind} for ${first}`, unit);
       return;

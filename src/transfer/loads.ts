@@ -11,7 +11,7 @@ import type { Intake } from './intake.ts';
 import { heldInstead, Load } from './load.ts';
 import type { OutgoingPeer } from './peer.ts';
 import type { Held, StoreEntry } from './store.ts';
-import type { LoadRequest, LoadResult, StoredTensor, TransferState } from './types.ts';
+import type { LoadRequest, LoadResult, PairState, StoredTensor, TransferState } from './types.ts';
 
 /** Between a GET that was answered `{ret: 1}` and the next: doubled each time. */
 const FIRST_PAUSE_MS = 5;
@@ -21,6 +21,8 @@ export interface LoadPeers {
   outgoing(peer: string): OutgoingPeer;
   /** Why the last pair that this peer had with us is over, if it is and it has not sent NEW since. */
   lostPair(peer: string): PdError | undefined;
+  /** Pairs with it, both directions. */
+  pairs(peer: string): PairState[];
 }
 
 interface Asking {
@@ -236,6 +238,7 @@ export class Loads {
     if (load.decided) return;
     const { memory, log } = this.#context;
     const { requestId, transferId, peer, missing } = load;
+    const near = load.nearMisses();
     log.warn(
       {
         requestId,
@@ -243,14 +246,29 @@ export class Loads {
         peer,
         missing: missing.length,
         layers: load.request.layers.length,
-        nearMisses: load.nearMisses(),
+        nearMisses: near,
         lostPair: this.#peers.lostPair(peer)?.message,
         held: this.#intake.store.size,
+        pairs: this.#peers.pairs(peer),
         bufferUsed: memory.bufferUsed,
+        bufferThreshold: memory.thresholdBytes,
         poolUsed: memory.poolUsed,
+        poolLimit: memory.limitBytes,
       },
       `KV of ${requestId} from ${peer} is not here after half of its ${timeoutMs} ms: waiting for ` +
-        load.tensorId(missing[0] ?? ''),
+        `${load.tensorId(missing[0] ?? '')}; ${this.#pairWords(peer)}; ` +
+        (near.length > 0 ? `held instead: ${near.join(', ')}` : 'nothing of a similar id is held'),
     );
+  }
+
+  #pairWords(peer: string): string {
+    const pairs = this.#peers.pairs(peer);
+    if (pairs.length === 0) return 'there is no pair with it';
+    return pairs
+      .map(
+        ({ direction, state, sinceMs, queued, outstanding }) =>
+          `${direction} pair ${state} since ${sinceMs} ms, ${queued} queued, ${outstanding} outstanding`,
+      )
+      .join(', ');
   }
 }

@@ -4,7 +4,8 @@ import type { Pair } from '../transport/transport.ts';
 import type { Announcement } from './announcement.ts';
 import { takeUnit } from './bundling.ts';
 import { countFailure, type TransferContext } from './context.ts';
-import { Link, type LinkEnd } from './link.ts';
+import { Link } from './link.ts';
+import type { LinkEnd } from './link-events.ts';
 import type { PairState } from './types.ts';
 
 /** A peer that is dead or does not fit fails what comes meanwhile at once, instead of costing each request a deadline. */
@@ -12,23 +13,29 @@ const REMEMBER_FAILURE_MS = 1_000;
 /** Links that one announcement is tried on; ends that do not name it (the pair died before its turn) count too. */
 const MOST_TRIES = 2;
 
+export interface OutgoingPeerEvents {
+  onOpen(): void;
+  onEnd(): void;
+  /** The pair that a peer which is not ours has opened to us after `since`, if it is open. */
+  newerPair(peer: string, since: number): Pair | undefined;
+}
+
 export class OutgoingPeer {
   readonly peer: string;
   readonly #context: TransferContext;
-  readonly #onOpen: () => void;
-  readonly #onEnd: () => void;
+  readonly #events: OutgoingPeerEvents;
   #queue: Announcement[] = [];
   #link: Link | undefined;
   #failure: { readonly error: PdError; readonly until: number } | undefined;
   #reopened = 0;
+  #warned = false;
   #pumping = false;
   #closed: PdError | undefined;
 
-  constructor(context: TransferContext, peer: string, events: { onOpen(): void; onEnd(): void }) {
+  constructor(context: TransferContext, peer: string, events: OutgoingPeerEvents) {
     this.#context = context;
     this.peer = peer;
-    this.#onOpen = events.onOpen;
-    this.#onEnd = events.onEnd;
+    this.#events = events;
   }
 
   /** Nothing is queued, alive or remembered: the peer may be forgotten. */
@@ -44,6 +51,14 @@ export class OutgoingPeer {
   /** The pair of a link to a peer that is not ours. */
   get foreignPair(): Pair | undefined {
     return this.#link && !this.#link.ours ? this.#link.pair : undefined;
+  }
+
+  /** As `foreignPair`, of a link that was begun after `since`, once it is open. */
+  async newerPair(since: number): Promise<Pair | undefined> {
+    const link = this.#link;
+    if (!link || link.ours || link.state === 'connecting' || link.since <= since) return undefined;
+    const pair = await link.opened;
+    return link.ours ? undefined : pair;
   }
 
   get queued(): number {
@@ -111,6 +126,17 @@ export class OutgoingPeer {
     this.#failQueue(reason);
   }
 
+  /** Nobody can tell from here whether its requests will find what they are sent. */
+  #warnOfIds(): void {
+    if (this.#warned) return;
+    this.#warned = true;
+    this.#context.log.warn(
+      { peer: this.peer },
+      `${this.peer} is no worker of ours: if it is vLLM 0.14 or later, its requests find KV that is sent to them only where it runs ` +
+        'with VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1 (told once)',
+    );
+  }
+
   #recentFailure(): PdError | undefined {
     if (this.#failure && this.#failure.until <= this.#context.deadlines.now()) this.#failure = undefined;
     return this.#failure?.error;
@@ -122,9 +148,11 @@ export class OutgoingPeer {
       this.#link = new Link(this.#context, this.peer, {
         onOpen: () => {
           opened = true;
-          this.#onOpen();
+          this.#events.onOpen();
           this.#schedule();
         },
+        newerPair: (since) => this.#events.newerPair(this.peer, since),
+        onForeignPut: () => this.#warnOfIds(),
         onSpace: (again) => {
           this.#reopened = 0;
           this.#queue.unshift(...again);
@@ -168,7 +196,7 @@ export class OutgoingPeer {
 
   #ended({ error, unanswered, noPair, idle }: LinkEnd, opened: boolean): void {
     this.#link = undefined;
-    this.#onEnd();
+    this.#events.onEnd();
     const { log, deadlines, limited } = this.#context;
     if (idle) log.info({ peer: this.peer }, `link to ${this.peer} closed: ${error.message}`);
     else if (!this.#closed) {

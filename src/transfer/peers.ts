@@ -1,7 +1,7 @@
 /** Every peer that we announce to, by its address; those of no more use are forgotten in time. */
 import type { TransferContext } from './context.ts';
 import type { OpenPair } from './pair-limit.ts';
-import { OutgoingPeer } from './peer.ts';
+import { OutgoingPeer, type OutgoingPeerEvents } from './peer.ts';
 import type { PairState } from './types.ts';
 
 /** Fewer than this cost nothing worth a timer. */
@@ -10,21 +10,20 @@ const FORGET_EVERY_MS = 10_000;
 
 export class OutgoingPeers {
   readonly #context: TransferContext;
-  readonly #onChange: () => void;
+  readonly #events: OutgoingPeerEvents;
   readonly #peers = new Map<string, OutgoingPeer>();
   #forgetting = false;
 
-  /** `onChange`: a pair was opened or is over. */
-  constructor(context: TransferContext, onChange: () => void) {
+  constructor(context: TransferContext, events: OutgoingPeerEvents) {
     this.#context = context;
-    this.#onChange = onChange;
+    this.#events = events;
   }
 
   /** Throws ADDRESS_INVALID where `peer` is none, once something is sent to it. */
   of(peer: string): OutgoingPeer {
     const known = this.#peers.get(peer);
     if (known) return known;
-    const made = new OutgoingPeer(this.#context, peer, { onOpen: this.#onChange, onEnd: this.#onChange });
+    const made = new OutgoingPeer(this.#context, peer, this.#events);
     this.#peers.set(peer, made);
     this.#forget();
     return made;

@@ -11,8 +11,7 @@ import type { Device } from '../device/device.ts';
 import { EventPoller } from '../device/poller.ts';
 import { PdError } from '../errors.ts';
 import { formatHostPort, type HostPort } from '../net/address.ts';
-import { AllowList } from '../net/allow-list.ts';
-import { ZapGate } from '../net/zap.ts';
+import type { ZapGate } from '../net/zap.ts';
 import { createLogger, RateLimitedLog } from '../observability/log.ts';
 import { MetricsPage } from '../observability/metrics.ts';
 import { createTransport } from '../transport/create.ts';
@@ -20,6 +19,7 @@ import type { Transport } from '../transport/transport.ts';
 import type { TensorId, TransferId } from '../wire/ids.ts';
 import { type TransferContext, tensorFields } from './context.ts';
 import { Deadlines } from './deadlines.ts';
+import { openDoors } from './doors.ts';
 import { formed } from './form.ts';
 import { helloOf } from './hello.ts';
 import { Incoming } from './incoming.ts';
@@ -36,6 +36,7 @@ import { Stager } from './stager.ts';
 import type {
   LoadRequest,
   LoadResult,
+  PairState,
   ProxyPing,
   SendRequest,
   StoredTensor,
@@ -79,7 +80,9 @@ export class TransferService {
     this.#router = router;
     this.address = address;
     this.#intake = new Intake(context);
-    this.#outgoing = new OutgoingPeers(context, () => this.#pairsChanged());
+    const onOpen = () => this.#pairsChanged();
+    const newerPair = (peer: string, since: number) => this.#incoming.newerPair(peer, since);
+    this.#outgoing = new OutgoingPeers(context, { onOpen, onEnd: onOpen, newerPair });
     this.#stager = new Stager(context);
     this.#keeper = new Keeper(context, this.#stager);
     this.#limit = new PairLimit(context.options.limits.maxPeers, context.deadlines, () => [
@@ -91,6 +94,7 @@ export class TransferService {
       known: (peer: string) => this.#outgoing.known(peer),
       pairsChanged: () => this.#pairsChanged(),
       lostPair: (peer: string) => this.#incoming.lostPair(peer),
+      pairs: (peer: string) => this.#pairs().filter((pair) => pair.peer === peer),
     };
     this.#loads = new Loads(context, this.#intake, peers);
     this.#incoming = new Incoming(context, router, { intake: this.#intake, keeper: this.#keeper, peers });
@@ -103,13 +107,9 @@ export class TransferService {
     const undo: (() => unknown)[] = [];
     try {
       const bound = { host: options.bind.host, port };
-      const allow = options.allowPeers && AllowList.parse(options.allowPeers);
-      const onRefused = () => metrics.inc('pd_peers_refused_total', 1);
-      const gate =
-        allow &&
-        (await ZapGate.open({ allow, what: `KV listener ${formatHostPort(bound)}`, log, onRefused }));
-      if (gate) undo.push(() => gate.close());
-      const router = await Router.bind(bound, log, gate);
+      const doors = await openDoors(options, bound, metrics, log);
+      if (doors) undo.push(() => doors.gate.close());
+      const router = await Router.bind(bound, log, doors?.gate);
       undo.push(() => router.close());
       const device = parts.device ?? (await createDevice(options.device));
       undo.push(() => device.dispose());
@@ -118,7 +118,7 @@ export class TransferService {
         bindHost: options.bind.host,
         announceHost,
         ncclNumChannels,
-        ...(allow && { guard: { allow, log, onRefused } }),
+        ...(doors && { guard: doors.guard }),
       });
       const transport = parts.wrapTransport?.(made) ?? made;
       undo.push(() => transport.dispose());
@@ -147,7 +147,7 @@ export class TransferService {
         log,
         limited: new RateLimitedLog(),
       };
-      const service = new TransferService(context, router, address, gate);
+      const service = new TransferService(context, router, address, doors?.gate);
       service.#incoming.start();
       const localRank = /^cuda:(\d+)$/.exec(options.device)?.[1] ?? String(options.rank);
       log.info(
@@ -240,7 +240,7 @@ export class TransferService {
     return {
       address: self,
       sendType: options.sendType,
-      pairs: [...this.#outgoing.states(), ...this.#incoming.states()],
+      pairs: this.#pairs(),
       buffer: { usedBytes: memory.bufferUsed, thresholdBytes: memory.thresholdBytes },
       pool: {
         usedBytes: memory.poolUsed,
@@ -250,6 +250,10 @@ export class TransferService {
       tensors: this.#intake.store.size + this.#keeper.store.size,
       waiting: this.#loads.waiting(),
     };
+  }
+
+  #pairs(): PairState[] {
+    return [...this.#outgoing.states(), ...this.#incoming.states()];
   }
 
   /** What is wrong with the books, in words. */

@@ -93,6 +93,10 @@ export class Session {
     return this.#pair !== undefined && this.#ended === undefined;
   }
 
+  get openPair(): Pair | undefined {
+    return this.#ended ? undefined : this.#pair;
+  }
+
   /** Messages that wait for their turn. */
   get queued(): number {
     return this.#queued;

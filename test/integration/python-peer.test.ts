@@ -249,6 +249,34 @@ for (const ends of ENDS) {
       await peer.quit();
     });
 
+    test('the newest pair carries both directions, whoever sent NEW, and in whichever order', async () => {
+      const engine = await services.make({ ...ROOM, sendType: 'PUT', host: ends.host });
+      const peer = await peerOf(ends);
+      const to = formatHostPort(engine.address);
+      const both = async (round: string) => {
+        const fields = { shape: [100_000], dtype: 'uint8', seed: 70 };
+        const theirs = `cmpl-${round}-0#theirs`;
+        const waiting = engine.receive(theirs as TensorId, peer.address, 5_000);
+        const put = await peer.ask('put', { peer: to, tensor_id: theirs, ...fields });
+        expect([round, put['answer']]).toEqual([round, '0']);
+        expect(sha256(hostView((await waiting).memory))).toBe(put['sha256']);
+        const ours = `cmpl-${round}-0#ours`;
+        await send(engine, seeded(ours, [100_000], 'uint8', 7, peer.address)).sent;
+        expect((await peer.ask('received', { tensor_id: ours }))['sha256']).toBe(
+          sha256(seededBytes([100_000], 'uint8', 7)),
+        );
+      };
+      await both('they-then-we'); // its NEW, then ours, which takes the place of its own
+      await both('ours-is-newest');
+      await peer.ask('new', { peer: to }); // and now its own again
+      await both('theirs-is-newest');
+      await both('and-stays');
+      expect(leftovers(engine).filter((text) => !text.includes('held') && !text.includes('used'))).toEqual(
+        [],
+      );
+      await peer.quit();
+    });
+
     test('the other direction goes over the pair that is there, as it knows but one per address', async () => {
       const engine = await services.make({ ...ROOM, sendType: 'PUT', host: ends.host });
       const peer = await peerOf(ends);

@@ -11,6 +11,7 @@ we listen, our own fields in a PUT or a GET.
     get       peer, tensor_id                        consumer: NEW where there is no pair, GET, the data     -> ret, shape, dtype, sha256
     keep      tensor_id, shape, dtype, seed          producer: kept, to be asked for by GET                  -> sha256
     received  tensor_id, timeout                     consumer: waits until it has come by PUT                -> shape, dtype, sha256, from
+    new       peer                                   NEW although there is a pair
     refuse    count                                  consumer: answers the next PUTs with 1
     ping      proxy, type, http_address              discovery, one ping
     pinged    timeout                                proxy: waits for a ping                                 -> its fields
@@ -87,6 +88,7 @@ class Peer:
         bracketed = "[%s]" % args.host if ":" in args.host else args.host
         self.address = "%s:%d" % (bracketed, self.router.port)
         self.dealers, self.pairs = {}, {}
+        self.replaced = []  # communicators that a newer one took the place of: vLLM never closes them
         self.kept, self.arrived, self.seen = {}, {}, []
         self.refusals = 0
         self.joins, self.pings = {}, []
@@ -102,8 +104,13 @@ class Peer:
             if peer not in self.pairs:
                 unique_id = self.transport.unique_id()
                 self.dealers[peer].send(msgpack.packb({"cmd": "NEW", "unique_id": unique_id}))
-                self.pairs[peer] = self.transport.open(unique_id, 0)
+                self.keep_pair(peer, self.transport.open(unique_id, 0))
         return self.dealers[peer]
+
+    def keep_pair(self, peer, pair):
+        if peer in self.pairs:
+            self.replaced.append(self.pairs[peer])
+        self.pairs[peer] = pair
 
     def ask(self, peer, message):
         """One announcement at a time: the next message on the socket is its answer."""
@@ -182,7 +189,7 @@ class Peer:
                 violation("a unique_id of %d bytes" % len(fields["unique_id"]))
             pair = self.transport.open(fields["unique_id"], 1)
             with self.changed:
-                self.pairs[peer] = pair
+                self.keep_pair(peer, pair)
                 self.joins[peer] = self.joins.get(peer, 0) + 1
                 self.changed.notify_all()
         elif cmd == "PUT":
@@ -223,6 +230,15 @@ class Peer:
         self.pairs[peer].send(data)
 
     # the rest
+
+    def new(self, command):
+        """NEW although there is a pair, as when both ends begin at once."""
+        peer = command["peer"]
+        self.connect(peer)
+        unique_id = self.transport.unique_id()
+        self.dealers[peer].send(msgpack.packb({"cmd": "NEW", "unique_id": unique_id}))
+        self.keep_pair(peer, self.transport.open(unique_id, 0))
+        return {}
 
     def keep(self, command):
         data = content(command["shape"], command["dtype"], command["seed"])
@@ -265,7 +281,7 @@ class Peer:
                 violation("%s sent %r without being asked" % (peer, stray))
 
 
-OPS = ("put", "get", "keep", "received", "refuse", "ping", "disconnected", "joined", "pinged", "messages")
+OPS = ("put", "get", "new", "keep", "received", "refuse", "ping", "disconnected", "joined", "pinged", "messages")
 
 
 def main():
