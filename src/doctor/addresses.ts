@@ -3,7 +3,12 @@ import { isIP } from 'node:net';
 import { networkInterfaces } from 'node:os';
 import type { WorkerConfig } from '../config/worker-config.ts';
 import { PdError } from '../errors.ts';
-import { formatHostPort, type HostPort, isUnspecified } from '../net/address.ts';
+import {
+  formatHostPort,
+  type HostPort,
+  isLoopback as isLoopbackAddress,
+  isUnspecified,
+} from '../net/address.ts';
 import { localAddress } from '../net/local.ts';
 import { assertBindable } from '../net/port-holder.ts';
 import { type Finding, fail, info, ok, type Section, warn } from './finding.ts';
@@ -125,6 +130,7 @@ export function defaultAddresses(): Section {
   }
 }
 
+/** Only this machine reaches it, by name or by address. */
 export function isLoopback(host: string): boolean {
-  return host === 'localhost' || host === '::1' || /^127\./.test(host);
+  return host === 'localhost' || isLoopbackAddress(host);
 }
