@@ -25,6 +25,12 @@ const CUDA = {
     'void *',
     'const char *',
   ]),
+  // CUresult cuFuncSetAttribute(CUfunction hfunc, CUfunction_attribute attrib, int value)
+  cuFuncSetAttribute: row<[fn: CuFunctionHandle, attribute: number, value: number]>('int', [
+    'void *',
+    'int',
+    'int',
+  ]),
   // CUresult cuLaunchKernel(CUfunction f, unsigned int gridDimX, gridDimY, gridDimZ, blockDimX, blockDimY, blockDimZ,
   //                         unsigned int sharedMemBytes, CUstream hStream, void **kernelParams, void **extra)
   cuLaunchKernel: row<
@@ -49,6 +55,8 @@ const CUDA = {
 } as const;
 
 const SUCCESS = 0;
+/** CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES. */
+const MAX_DYNAMIC_SHARED_BYTES = 8;
 
 /** Threads and blocks of a launch in one dimension, which is all that our kernels use. */
 export interface LaunchShape {
@@ -102,6 +110,12 @@ export class Libcuda {
       what: name,
     });
     return this.#out[0]! as CuFunctionHandle;
+  }
+
+  /** Lets launches of `fn` take that much dynamic shared memory; above 48 KiB they may not without this. */
+  allowSharedBytes(fn: CuFunctionHandle, bytes: number, what: string): void {
+    const status = this.#call.cuFuncSetAttribute(fn, MAX_DYNAMIC_SHARED_BYTES, bytes);
+    this.#check(status, 'cuFuncSetAttribute', { what, bytes });
   }
 
   /** `params`: addresses of the kernel's arguments; they are read before the call returns. */

@@ -6,6 +6,9 @@ export type CudaStreamHandle = Handle<'cudaStream_t'>;
 export type CudaEventHandle = Handle<'cudaEvent_t'>;
 export type CuModuleHandle = Handle<'CUmodule'>;
 export type CuFunctionHandle = Handle<'CUfunction'>;
+export type CudaGraphHandle = Handle<'cudaGraph_t'>;
+export type CudaGraphExecHandle = Handle<'cudaGraphExec_t'>;
+export type CublasHandle = Handle<'cublasHandle_t'>;
 export type NcclCommHandle = Handle<'ncclComm_t'>;
 /** Memory that koffi allocated outside V8's heap: its address does not move, so a library may write to it after the call. */
 export type NativePointer = Handle<'malloc'>;

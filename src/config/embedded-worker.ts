@@ -76,6 +76,8 @@ const INPUT = z.strictObject({
   maxModelLen: z.int().min(2).optional(),
   blockSize: z.int().min(1).max(1_024).optional(),
   numBlocks: z.int().min(2).optional(),
+  gpuMemoryUtilization: z.number().min(0.01).max(1).optional(),
+  batchInvariant: z.boolean().optional(),
   enablePrefixCaching: z.boolean().optional(),
   randomizeRequestIds: z.boolean().optional(),
   timeouts: transferTimeouts.optional(),

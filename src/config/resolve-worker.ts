@@ -111,6 +111,8 @@ export function toWorkerConfig(options: WorkerOptions, outside: WorkerEnvironmen
     ...(options.maxModelLen === undefined ? {} : { maxModelLen: options.maxModelLen }),
     blockSize: options.blockSize,
     ...(options.numBlocks === undefined ? {} : { numBlocks: options.numBlocks }),
+    gpuMemoryUtilization: options.gpuMemoryUtilization,
+    batchInvariant: options.batchInvariant,
     enablePrefixCaching: options.enablePrefixCaching,
     randomizeRequestIds: options.randomizeRequestIds,
     timeouts: {

@@ -210,6 +210,18 @@ export const WORKER_OPTIONS = defineOptions({
     help: 'KV blocks',
     defaultText: 'by what the batch needs, or free GPU memory',
   }),
+  gpuMemoryUtilization: option({
+    kind: real(0.01, 1),
+    group: BATCH,
+    help: "share of the GPU's memory that weights, KV and buffers may fill",
+    default: 0.9,
+  }),
+  batchInvariant: option({
+    kind: toggle(),
+    group: BATCH,
+    help: 'on cuda, the same bits for a sequence in any batch; slower',
+    default: false,
+  }),
   enablePrefixCaching: option({
     kind: toggle(),
     group: BATCH,

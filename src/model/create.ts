@@ -3,6 +3,7 @@ import type { WorkerConfig } from '../config/worker-config.ts';
 import type { Device } from '../device/device.ts';
 import { PdError, unreachable } from '../errors.ts';
 import { blockBytes } from '../kv/layout.ts';
+import type { Logger } from '../observability/log.ts';
 import type { Fingerprint } from '../transfer/types.ts';
 import { type ModelConfig, readModelConfig } from './config.ts';
 import type { Executor } from './executor.ts';
@@ -11,6 +12,8 @@ import { HostExecutor } from './host/executor.ts';
 
 /** What the default size of the KV cache on the host stays under, all layers together. */
 const HOST_KV_BYTES = 2 ** 30;
+/** Share of the GPU's memory that a worker fills where --gpu-memory-utilization does not say. */
+export const DEFAULT_GPU_MEMORY_UTILIZATION = 0.9;
 /** The default cache holds so many sequences of full length at most. */
 const FULL_SEQUENCES = 64;
 
@@ -25,13 +28,19 @@ export interface CreatedExecutor {
 export interface CreateExecutorOptions {
   readonly config: WorkerConfig;
   readonly device: Device;
+  /** Told how loading goes. */
+  readonly log?: Logger;
 }
 
 /**
  * Throws CHECKPOINT_INVALID or MODEL_UNSUPPORTED for what cannot be read or computed, CONFIG_INVALID for lengths the model does not
  * have, OUT_OF_DEVICE_MEMORY for a cache that does not fit. The caller disposes the executor.
  */
-export async function createExecutor({ config, device }: CreateExecutorOptions): Promise<CreatedExecutor> {
+export async function createExecutor({
+  config,
+  device,
+  log,
+}: CreateExecutorOptions): Promise<CreatedExecutor> {
   const model = await readModelConfig(config.modelDir);
   const maxModelLen = modelLength(config, model);
   switch (config.executor) {
@@ -48,11 +57,31 @@ export async function createExecutor({ config, device }: CreateExecutorOptions):
       });
       return { executor, fingerprint, maxModelLen, numBlocks };
     }
-    case 'cuda':
-      throw new PdError(
-        'CONFIG_INVALID',
-        '--executor cuda: this version computes on the host only (--executor host)',
-      );
+    case 'cuda': {
+      // Loaded where it is asked for: a machine without a GPU needs none of its libraries.
+      const { createCudaExecutor } = await import('./cuda/create.ts');
+      const { elementTypeOf } = await import('./cuda/weights.ts');
+      const { PAIR_BYTES } = await import('./cuda/sizes.ts');
+      const { blockSize, maxNumSeqs, maxNumBatchedTokens, role, kvBufferSize } = config;
+      const type = await elementTypeOf(config.modelDir, model);
+      const fingerprint = await fingerprintOf(config.modelDir, model, { dtype: type, blockSize });
+      const { executor, numBlocks } = await createCudaExecutor({
+        dir: config.modelDir,
+        config: model,
+        device,
+        type,
+        blockSize,
+        numBlocks: config.numBlocks,
+        maxModelLen,
+        maxNumSeqs,
+        maxNumBatchedTokens,
+        utilization: config.gpuMemoryUtilization ?? DEFAULT_GPU_MEMORY_UTILIZATION,
+        reserved: role === 'both' ? 0 : kvBufferSize + PAIR_BYTES,
+        batchInvariant: config.batchInvariant ?? false,
+        ...(log && { log }),
+      });
+      return { executor, fingerprint, maxModelLen, numBlocks };
+    }
     default:
       return unreachable(config.executor, 'executor');
   }

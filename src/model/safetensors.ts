@@ -87,6 +87,21 @@ export class Checkpoint {
     }
   }
 
+  /** How a tensor of that shape is stored. Throws as `tensor` does. */
+  stored(name: string, shape: readonly number[]): { readonly dtype: string; readonly bytes: number } {
+    const { entry } = this.#entry(name, shape);
+    return { dtype: entry.dtype, bytes: entry.end - entry.begin };
+  }
+
+  /** Fills `target` with the tensor's bytes from byte `from` on, as they are stored: a tensor in pieces. */
+  async readPiece(name: string, shape: readonly number[], from: number, target: Uint8Array): Promise<void> {
+    const { file, entry } = this.#entry(name, shape);
+    if (from < 0 || from + target.length > entry.end - entry.begin) {
+      throw new PdError('INTERNAL', `tensor ${name}: bytes ${from}+${target.length} are outside of it`);
+    }
+    await this.#read(file, name, { ...entry, begin: entry.begin + from }, target);
+  }
+
   /** The tensor's bytes as they are, and its safetensors type, for executors that keep the checkpoint's own type. */
   async raw(
     name: string,

@@ -40,7 +40,11 @@ export async function createCore(
   try {
     const device = await createDevice(config.device);
     undo.push(() => device.dispose());
-    const { executor, fingerprint, maxModelLen, numBlocks } = await createExecutor({ config, device });
+    const { executor, fingerprint, maxModelLen, numBlocks } = await createExecutor({
+      config,
+      device,
+      log,
+    });
     undo.push(() => executor.dispose());
     const engine = await createEngine(config, fingerprint, init.metrics.transfer);
     if (engine) undo.push(() => engine.dispose());

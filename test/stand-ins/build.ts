@@ -33,7 +33,7 @@ export function buildStandIns(): string {
     '-fPIC',
     '-fvisibility=hidden',
   ];
-  execFileSync('gcc', [...flags, '-pthread', '-o', aside, ...files], {
+  execFileSync('gcc', [...flags, '-pthread', '-o', aside, ...files, '-lm'], {
     stdio: ['ignore', 'ignore', 'inherit'],
   });
   renameSync(aside, library);
@@ -42,7 +42,13 @@ export function buildStandIns(): string {
 
 /** Environment with which a process takes the stand-ins for CUDA and NCCL. */
 export function standInEnvironment(library = buildStandIns()): Record<string, string> {
-  return { PD_CUDA_LIB: library, PD_CUDART_LIB: library, PD_NCCL_LIB: library, PD_NVRTC_LIB: library };
+  return {
+    PD_CUDA_LIB: library,
+    PD_CUDART_LIB: library,
+    PD_NCCL_LIB: library,
+    PD_NVRTC_LIB: library,
+    PD_CUBLAS_LIB: library,
+  };
 }
 
 export interface StandIns {

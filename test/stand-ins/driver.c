@@ -36,8 +36,10 @@ static void gather_1(int device, const paged_copy *p) { move(device, p, 1, true)
 static void scatter_16(int device, const paged_copy *p) { move(device, p, 16, false); }
 static void scatter_1(int device, const paged_copy *p) { move(device, p, 1, false); }
 
-typedef struct { const char *name; void (*twin)(int, const paged_copy *); } kernel;
-static const kernel kernels[] = {{"gather_16", gather_16}, {"gather_1", gather_1}, {"scatter_16", scatter_16}, {"scatter_1", scatter_1}};
+// `of_model`: a kernel of model.c, and nothing else is set.
+typedef struct { const char *name; void (*twin)(int, const paged_copy *); void *of_model; } kernel;
+static const kernel kernels[] = {
+    {"gather_16", gather_16, NULL}, {"gather_1", gather_1, NULL}, {"scatter_16", scatter_16, NULL}, {"scatter_1", scatter_1, NULL}};
 
 static void run_launch(void *arg) {
   launch *l = arg;
@@ -79,13 +81,20 @@ EXPORT int cuModuleGetFunction(const kernel **out, void *module, const char *nam
     *out = &kernels[i];
     return SUCCESS;
   }
-  return NOT_FOUND;
+  void *of_model = model_function(name);
+  if (!of_model) return NOT_FOUND;
+  kernel *k = calloc(1, sizeof *k);
+  k->of_model = of_model;
+  *out = k;
+  return SUCCESS;
 }
 EXPORT int cuLaunchKernel(const kernel *k, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                           unsigned shared, stream *s, void **params, void **extra) {
   (void)shared;
   CHECK("cuLaunchKernel");
-  if (!gx || gy != 1 || gz != 1 || bx != 256 || by != 1 || bz != 1 || extra) return INVALID_VALUE;
+  if (!gx || gy != 1 || gz != 1 || by != 1 || bz != 1 || extra) return INVALID_VALUE;
+  if (k->of_model) return model_launch(k->of_model, gx, bx, s, params);
+  if (bx != 256) return INVALID_VALUE;
   launch *l = malloc(sizeof *l);
   l->device = stream_device(s);
   l->twin = k->twin;

@@ -59,6 +59,10 @@ static void *stream_main(void *arg) {
 }
 
 void stream_push(stream *s, void (*run)(void *), void *arg) {
+  if (stream_is_captured(s)) {
+    fprintf(stderr, "stand-in: work that no graph can hold was enqueued during a capture\n");
+    abort();
+  }
   work *w = malloc(sizeof *w);
   *w = (work){run, arg, NULL};
   pthread_mutex_lock(&big);

@@ -33,6 +33,15 @@ void device_nccl(int device, int delta);
 void device_fail(int device, int code);             // sticky, as a kernel fault is
 void sleep_us(long us);
 
+// ---- graph.c
+// As stream_push, with a copy of `blob` for each run: what may be captured into a graph.
+void stream_record(stream *s, void (*run)(void *), const void *blob, size_t bytes);
+bool stream_is_captured(const stream *s);  // by this thread
+
+// ---- model.c
+void *model_function(const char *name);  // NULL: no kernel of a model
+int model_launch(const void *function, unsigned blocks, unsigned threads, stream *s, void **params);
+
 // ---- memory.c
 bool memory_known(const void *at, size_t bytes);    // inside of one live GPU or page-locked allocation
 #endif

@@ -11,12 +11,12 @@ interface DemoConfig {
 const BLOCK = 16;
 const FLOAT32 = 4;
 
-/** Bytes on the wire for one prompt of the demo model: layers x K and V x tokens (blocks rounded up) x heads x dim x 4. */
-export function demoKvBytes(promptTokens: number): number {
+/** Bytes on the wire for one prompt of the demo model: layers x K and V x tokens (blocks rounded up) x heads x dim x element. */
+export function demoKvBytes(promptTokens: number, elementBytes = FLOAT32): number {
   const path = fileURLToPath(new URL('../../models/demo/config.json', import.meta.url));
   const config = JSON.parse(readFileSync(path, 'utf8')) as DemoConfig;
   const tokens = Math.ceil(promptTokens / BLOCK) * BLOCK;
-  return config.num_hidden_layers * 2 * tokens * config.num_key_value_heads * config.head_dim * FLOAT32;
+  return config.num_hidden_layers * 2 * tokens * config.num_key_value_heads * config.head_dim * elementBytes;
 }
 
 /** What the consumers' metrics must show for requests of these prompt lengths; each mismatch is a line. Empty: it moved. */
@@ -24,6 +24,7 @@ export function kvMovedProblems(
   before: readonly ReadonlyMap<string, number>[],
   after: readonly ReadonlyMap<string, number>[],
   promptTokens: readonly number[],
+  elementBytes = FLOAT32,
 ): string[] {
   const delta = (name: string) => {
     const sum = (pages: readonly ReadonlyMap<string, number>[]) =>
@@ -35,7 +36,10 @@ export function kvMovedProblems(
     ['pd_kv_loads_total{result="ok"}', requests],
     ['pd_kv_loads_total{result="recomputed"}', 0],
     ['pd_kv_loads_total{result="failed"}', 0],
-    ['pd_kv_received_bytes_total', promptTokens.reduce((sum, tokens) => sum + demoKvBytes(tokens), 0)],
+    [
+      'pd_kv_received_bytes_total',
+      promptTokens.reduce((sum, tokens) => sum + demoKvBytes(tokens, elementBytes), 0),
+    ],
     ['pd_prompt_tokens_total{source="computed"}', requests],
   ];
   return expected

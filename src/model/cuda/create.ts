@@ -1,0 +1,189 @@
+/** Makes a CudaExecutor: weights, activations, KV cache from what memory is left, graphs. In the order in which memory is spoken for. */
+import { loadCudaGraphs } from '../../../ffi/cuda-graph.ts';
+import { Cublas } from '../../../ffi/libcublas.ts';
+import { CudaDevice } from '../../device/cuda/device.ts';
+import type { Device, DevicePointer } from '../../device/device.ts';
+import { PdError } from '../../errors.ts';
+import { blockBytes, type PagedLayout, runBytes } from '../../kv/layout.ts';
+import { allocatePagedCache, attentionLayerName, type NamedLayer } from '../../kv/paged-cache.ts';
+import type { Logger } from '../../observability/log.ts';
+import type { ModelConfig } from '../config.ts';
+import { uploadAngles } from './angles.ts';
+import { CudaExecutor, HOST_LOGIT_ROWS } from './executor.ts';
+import { DecodeGraphs, graphSizes } from './graphs.ts';
+import { type CachePointers, type ElementType, ModelKernels } from './kernels.ts';
+import { Launcher } from './launcher.ts';
+import { CudaLlama } from './llama.ts';
+import { Products } from './products.ts';
+import { blocksThatFit, GRAPH_BYTES } from './sizes.ts';
+import { type PlanLimits, planCapacity } from './step-plan.ts';
+import { gib, loadCudaWeights } from './weights.ts';
+
+export interface CudaExecutorOptions {
+  readonly dir: string;
+  readonly config: ModelConfig;
+  readonly device: Device;
+  readonly type: ElementType;
+  readonly blockSize: number;
+  /** Absent: as many as fit. */
+  readonly numBlocks: number | undefined;
+  readonly maxModelLen: number;
+  readonly maxNumSeqs: number;
+  readonly maxNumBatchedTokens: number;
+  readonly utilization: number;
+  /** Bytes that others take on this GPU later: received KV, communicators. */
+  readonly reserved: number;
+  readonly batchInvariant: boolean;
+  readonly log?: Logger;
+}
+
+/** What NVIDIA advises for Hopper; split sums of small products go there. */
+const WORKSPACE_BYTES = 32 * 2 ** 20;
+/** Most rows of logits on the GPU at a time. */
+const LOGIT_ROWS = 256;
+
+/**
+ * Throws MODEL_UNSUPPORTED for shapes without a kernel, OUT_OF_DEVICE_MEMORY where weights or one full sequence do not fit, saying by
+ * how much, and what loading libraries, kernels and the checkpoint throws. The caller disposes the executor, then the device.
+ */
+export async function createCudaExecutor(
+  options: CudaExecutorOptions,
+): Promise<{ readonly executor: CudaExecutor; readonly numBlocks: number }> {
+  const { config, type, blockSize, maxNumSeqs, maxModelLen, log, batchInvariant } = options;
+  const device = cudaDevice(options.device);
+  checkShape(config);
+  device.enter();
+  const stream = device.createStream();
+  const undo: (() => void)[] = [() => stream.dispose()];
+  const dispose = () => {
+    for (let last = undo.pop(); last; last = undo.pop()) last();
+  };
+  try {
+    const launcher = new Launcher(device.driver, stream.handle);
+    undo.push(() => launcher.dispose());
+    const angles = uploadAngles(device, config, maxModelLen);
+    const { heads, kvHeads, headDim, rmsNormEps: eps } = config;
+    const shape = { type, heads, kvHeads, headDim, blockSize, eps };
+    const kernels = new ModelKernels(device.target, launcher, shape, angles);
+    let cublas: Cublas | undefined;
+    if (!batchInvariant) {
+      const made = Cublas.create(stream.handle, device.allocate(WORKSPACE_BYTES, 'workspace of cuBLAS'));
+      undo.push(() => made.dispose());
+      cublas = made;
+    }
+    const weights = await loadCudaWeights(options.dir, config, type, device, log);
+    const rows = Math.max(options.maxNumBatchedTokens, maxNumSeqs);
+    const logitRows = Math.min(maxNumSeqs, LOGIT_ROWS);
+    const products = new Products(kernels, cublas);
+    const limits = { rows, sequences: maxNumSeqs, logitRows };
+    const model = new CudaLlama(device, config, weights, kernels, products, limits);
+    const buffers = await takeBuffers(device, options, logitRows, rows);
+    const { numBlocks, layers } = takeCache(device, options);
+    model.useCaches(layers.map(pointersOf));
+    const graphs = new DecodeGraphs(loadCudaGraphs(), stream.handle);
+    undo.push(() => graphs.dispose());
+    const executor = new CudaExecutor({
+      device,
+      stream,
+      model,
+      layers,
+      limits: { ...buffers.limits, numBlocks },
+      batchInvariant,
+      logitRows,
+      ...buffers.memory,
+      graphs,
+      dispose,
+    });
+    // what loads at first use (cuBLAS's kernels) loads before the first pair opens
+    for (const count of new Set([rows, Math.min(rows, 512), Math.min(rows, 64)]))
+      await executor.warmUp(count);
+    await executor.capture(graphSizes(logitRows));
+    log?.info(
+      { model: config.name, device: device.name, type, numBlocks, kernels: kernels.image },
+      `${config.name} on ${device.name}: ${type}, ${gib(weights.bytes)} of weights, ${numBlocks} KV blocks of ${blockSize} tokens`,
+    );
+    return { executor, numBlocks };
+  } catch (error) {
+    dispose();
+    throw error;
+  }
+}
+
+function cudaDevice(device: Device): CudaDevice {
+  if (device instanceof CudaDevice) return device;
+  throw new PdError('CONFIG_INVALID', `--executor cuda needs --device cuda:N, not ${device.name}`);
+}
+
+/** Rows are read 16 bytes at a time. */
+function checkShape(config: ModelConfig): void {
+  const { hidden, intermediate, vocab } = config;
+  for (const [name, width] of Object.entries({ hidden_size: hidden, intermediate_size: intermediate })) {
+    if (width % 8 !== 0) {
+      throw new PdError(
+        'MODEL_UNSUPPORTED',
+        `${config.name}: ${name} ${width} is no multiple of 8, which the kernels on cuda need; --executor host computes it`,
+      );
+    }
+  }
+  if (vocab < 1) throw new PdError('MODEL_UNSUPPORTED', `${config.name} has no vocabulary`);
+}
+
+async function takeBuffers(
+  device: CudaDevice,
+  { config, maxModelLen, maxNumSeqs, blockSize }: CudaExecutorOptions,
+  logitRows: number,
+  maxRows: number,
+) {
+  const limits: Omit<PlanLimits, 'numBlocks'> = {
+    maxRows,
+    maxSequences: maxNumSeqs,
+    maxBlocks: Math.ceil(maxModelLen / blockSize),
+    blockSize,
+    vocab: config.vocab,
+  };
+  const planBytes = 4 * planCapacity({ ...limits, numBlocks: 0 });
+  return {
+    limits,
+    memory: {
+      planHost: await device.allocatePinned(planBytes, 'plan of a step'),
+      planDevice: device.allocate(planBytes, 'plan of a step'),
+      tokensHost: await device.allocatePinned(4 * logitRows, 'sampled tokens'),
+      logitsHost: await device.allocatePinned(4 * HOST_LOGIT_ROWS * config.vocab, 'logits'),
+    },
+  };
+}
+
+function takeCache(
+  device: CudaDevice,
+  options: CudaExecutorOptions,
+): { readonly numBlocks: number; readonly layers: readonly NamedLayer[] } {
+  const { config, type, blockSize, maxModelLen, utilization, reserved } = options;
+  const layout: PagedLayout = {
+    family: 'kv-first',
+    numBlocks: 1,
+    blockSize,
+    heads: config.kvHeads,
+    headDim: config.headDim,
+    dtype: type,
+  };
+  const numBlocks =
+    options.numBlocks ??
+    blocksThatFit({
+      ...device.runtime.memoryInfo(),
+      utilization,
+      reserved: reserved + GRAPH_BYTES,
+      blockBytes: blockBytes(layout) * config.layers,
+      perSequence: Math.ceil(maxModelLen / blockSize),
+      model: config.name,
+      device: device.name,
+    });
+  const names = Array.from({ length: config.layers }, (_, i) => attentionLayerName(i));
+  return { numBlocks, layers: allocatePagedCache(device, { ...layout, numBlocks }, names) };
+}
+
+/** `kv-first`: all of K, then all of V. */
+function pointersOf({ cache: { memory, layout } }: NamedLayer): CachePointers {
+  if (memory.kind !== 'cuda') throw new PdError('INTERNAL', `a cache in ${memory.kind} memory`);
+  const values = memory.pointer + BigInt(runBytes(layout) * layout.numBlocks);
+  return { keys: memory.pointer, values: values as DevicePointer };
+}

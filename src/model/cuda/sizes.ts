@@ -1,0 +1,40 @@
+/** How many KV blocks fit: what is left of --gpu-memory-utilization once everything else has its memory. Pure. */
+import { PdError } from '../../errors.ts';
+import { gib } from './weights.ts';
+
+export interface MemoryBudget {
+  /** Bytes of the GPU, and those free now, with weights and activations in place. */
+  readonly total: number;
+  readonly free: number;
+  /** Share of `total` that this worker may fill, other programs' part included. */
+  readonly utilization: number;
+  /** Taken later: received KV, communicators, graphs. */
+  readonly reserved: number;
+  /** Of one block in all layers. */
+  readonly blockBytes: number;
+  /** Blocks of one sequence of full length. */
+  readonly perSequence: number;
+  readonly model: string;
+  readonly device: string;
+}
+
+/** NCCL's buffers and channels of a few pairs, and copies of kernels. Measured at 32 channels: 0.3 to 0.5 GiB. */
+export const PAIR_BYTES = 768 * 2 ** 20;
+/** Graphs of decode steps, about 2 MiB each, and what cuBLAS loads at its first use. */
+export const GRAPH_BYTES = 256 * 2 ** 20;
+
+/** Throws OUT_OF_DEVICE_MEMORY where not even one sequence fits, saying by how much. */
+export function blocksThatFit(budget: MemoryBudget): number {
+  const { total, free, utilization, reserved, blockBytes, perSequence } = budget;
+  const left = Math.floor(total * utilization) - (total - free) - reserved;
+  const blocks = Math.floor(left / blockBytes);
+  if (blocks >= perSequence) return blocks;
+  const wanted = perSequence * blockBytes;
+  throw new PdError(
+    'OUT_OF_DEVICE_MEMORY',
+    `${budget.model} does not fit: one sequence of full length takes ${gib(wanted)} of KV, ${gib(Math.max(0, left))} of ${budget.device} are left ` +
+      `(${gib(total)}, ${gib(free)} free beside weights and activations, ${gib(reserved)} kept for received KV and communication, ` +
+      `--gpu-memory-utilization ${utilization}): ${gib(wanted - left)} too little. Lower --max-model-len, --max-num-batched-tokens or --kv-buffer-size, or raise --gpu-memory-utilization`,
+    { wanted, left, total, free },
+  );
+}

@@ -1,0 +1,176 @@
+/** Weights from a checkpoint's files into GPU memory, through page-locked buffers: several reads and copies are under way at a time. */
+import type { CudaDevice } from '../../device/cuda/device.ts';
+import type { CudaStream } from '../../device/cuda/stream.ts';
+import type { DeviceEvent, MemoryRef } from '../../device/device.ts';
+import { sliceMemory } from '../../device/memory.ts';
+import { EventPoller } from '../../device/poller.ts';
+import { PdError } from '../../errors.ts';
+import { bfloat16ToFloat32, float16ToFloat32 } from '../float-convert.ts';
+import type { Checkpoint } from '../safetensors.ts';
+import type { ElementType } from './kernels.ts';
+import { float32ToBfloat16, float32ToFloat16 } from './to-half.ts';
+
+/** Bytes of one buffer, and how many there are: reads of a page cache keep up with PCIe from four on. */
+const PIECE = 8 * 2 ** 20;
+const BUFFERS = 6;
+/** One piece on the GPU; it takes about a millisecond. */
+const COPY_TIMEOUT = 60_000;
+const STORED: Readonly<Record<string, ElementType | 'float32'>> = {
+  BF16: 'bfloat16',
+  F16: 'float16',
+  F32: 'float32',
+};
+
+interface Buffer {
+  readonly memory: MemoryRef;
+  readonly view: Uint8Array;
+}
+
+/** The caller disposes it after `finish`, or after a failure. */
+export class WeightUpload {
+  readonly #checkpoint: Checkpoint;
+  readonly #device: CudaDevice;
+  readonly #stream: CudaStream;
+  readonly #type: ElementType;
+  readonly #progress: (bytes: number) => void;
+  readonly #poller = new EventPoller();
+  readonly #free: Buffer[];
+  readonly #waiting: ((buffer: Buffer) => void)[] = [];
+  readonly #pieces = new Set<Promise<void>>();
+  #failure: PdError | undefined;
+
+  private constructor(
+    checkpoint: Checkpoint,
+    device: CudaDevice,
+    type: ElementType,
+    buffers: Buffer[],
+    progress: (bytes: number) => void,
+  ) {
+    this.#checkpoint = checkpoint;
+    this.#device = device;
+    this.#stream = device.createStream();
+    this.#type = type;
+    this.#free = buffers;
+    this.#progress = progress;
+  }
+
+  /** `progress` is told the bytes of each piece that has arrived. */
+  static async create(
+    checkpoint: Checkpoint,
+    device: CudaDevice,
+    type: ElementType,
+    progress: (bytes: number) => void,
+  ): Promise<WeightUpload> {
+    const pinned = await device.allocatePinned(PIECE * BUFFERS, 'buffers for loading weights');
+    const buffers = Array.from({ length: BUFFERS }, (_, i) => {
+      const memory = sliceMemory(pinned, i * PIECE, PIECE);
+      return { memory, view: device.view(memory) };
+    });
+    return new WeightUpload(checkpoint, device, type, buffers, progress);
+  }
+
+  /**
+   * Starts tensor `name` on its way to `target`, converted where the checkpoint stores another float type. Resolves when the last piece
+   * has a buffer, not when it has arrived: that is `finish`. Throws CHECKPOINT_INVALID.
+   */
+  async put(target: MemoryRef, name: string, shape: readonly number[]): Promise<void> {
+    const { dtype, bytes } = this.#checkpoint.stored(name, shape);
+    const stored = STORED[dtype];
+    if (stored === undefined) {
+      throw new PdError(
+        'CHECKPOINT_INVALID',
+        `${this.#checkpoint.dir}: tensor ${name} is ${dtype}; weights are F32, F16 or BF16`,
+      );
+    }
+    const elementBytes = stored === 'float32' ? 4 : 2;
+    const count = bytes / elementBytes;
+    if (target.bytes !== 2 * count) {
+      throw new PdError('INTERNAL', `${count} elements of ${name} into ${target.bytes} bytes`);
+    }
+    const step = PIECE / 2;
+    for (let first = 0; first < count; first += step) {
+      const length = Math.min(step, count - first);
+      const buffer = await this.#take();
+      const to = sliceMemory(target, 2 * first, 2 * length);
+      const piece = this.#move(buffer, to, name, shape, stored, first, length)
+        .catch((error: unknown) => {
+          this.#failure ??= PdError.from(error);
+        })
+        .finally(() => {
+          this.#pieces.delete(piece);
+          this.#give(buffer);
+        });
+      this.#pieces.add(piece);
+      if (this.#failure) throw this.#failure;
+    }
+  }
+
+  /** Resolves when everything is on the GPU. */
+  async finish(): Promise<void> {
+    await Promise.all(this.#pieces);
+    if (this.#failure) throw this.#failure;
+  }
+
+  /** Also after a failure: waits for what is under way, which still writes into the buffers. */
+  async dispose(): Promise<void> {
+    await Promise.all(this.#pieces);
+    this.#poller.dispose();
+    this.#stream.dispose();
+  }
+
+  async #move(
+    buffer: Buffer,
+    target: MemoryRef,
+    name: string,
+    shape: readonly number[],
+    stored: ElementType | 'float32',
+    first: number,
+    length: number,
+  ): Promise<void> {
+    const source = sliceMemory(buffer.memory, 0, 2 * length);
+    if (stored === this.#type) {
+      await this.#checkpoint.readPiece(name, shape, 2 * first, buffer.view.subarray(0, 2 * length));
+    } else {
+      const size = stored === 'float32' ? 4 : 2;
+      const raw = new Uint8Array(size * length);
+      await this.#checkpoint.readPiece(name, shape, size * first, raw);
+      const view = buffer.view.subarray(0, 2 * length);
+      convert(raw, stored, new Uint16Array(view.buffer, view.byteOffset, length), this.#type);
+    }
+    this.#device.copy(target, source, this.#stream);
+    const copied: DeviceEvent = this.#stream.record();
+    try {
+      await this.#poller.wait(copied, COPY_TIMEOUT, `copying ${name} to ${this.#device.name}`);
+    } finally {
+      copied.dispose();
+    }
+    this.#progress(2 * length);
+  }
+
+  #take(): Promise<Buffer> {
+    const buffer = this.#free.pop();
+    return buffer ? Promise.resolve(buffer) : new Promise((resolve) => this.#waiting.push(resolve));
+  }
+
+  #give(buffer: Buffer): void {
+    const next = this.#waiting.shift();
+    if (next) next(buffer);
+    else this.#free.push(buffer);
+  }
+}
+
+function convert(
+  raw: Uint8Array,
+  stored: ElementType | 'float32',
+  target: Uint16Array,
+  type: ElementType,
+): void {
+  let floats: Float32Array;
+  if (stored === 'float32') {
+    floats = new Float32Array(raw.buffer);
+  } else {
+    floats = new Float32Array(target.length);
+    (stored === 'float16' ? float16ToFloat32 : bfloat16ToFloat32)(new Uint16Array(raw.buffer), floats);
+  }
+  (type === 'float16' ? float32ToFloat16 : float32ToBfloat16)(floats, target);
+}

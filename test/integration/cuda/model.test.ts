@@ -1,0 +1,243 @@
+import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest';
+import type { CudaDevice } from '../../../src/device/cuda/device.ts';
+import { createCudaDevice } from '../../../src/device/cuda.ts';
+import { HostDevice } from '../../../src/device/host.ts';
+import { ARCHITECTURES, readModelConfig } from '../../../src/model/config.ts';
+import { createCudaExecutor } from '../../../src/model/cuda/create.ts';
+import type { CudaExecutor } from '../../../src/model/cuda/executor.ts';
+import { elementTypeOf } from '../../../src/model/cuda/weights.ts';
+import { demoModelDir } from '../../../src/model/demo.ts';
+import { HostExecutor } from '../../../src/model/host/executor.ts';
+import { uniform } from '../../../src/model/random.ts';
+import { type StandIns, useStandIns } from '../../stand-ins/build.ts';
+import { batchOf, GREEDY, generate, sequenceOf } from '../../support/batches.ts';
+import { type RandomModel, writeRandomModel } from '../../support/random-model.ts';
+import { tempDir } from '../../support/temp-dir.ts';
+
+let standIns: StandIns;
+let device: CudaDevice;
+const executors: CudaExecutor[] = [];
+
+beforeAll(async () => {
+  standIns = useStandIns();
+  device = await createCudaDevice(0);
+});
+afterEach(() => standIns.faults(''));
+afterAll(() => {
+  for (const executor of executors) executor.dispose();
+  device.dispose();
+});
+
+interface Options {
+  readonly batchInvariant?: boolean;
+  readonly blockSize?: number;
+  readonly maxNumSeqs?: number;
+  readonly numBlocks?: number | undefined;
+}
+
+async function onCuda(
+  dir: string,
+  { batchInvariant = false, blockSize = 16, maxNumSeqs = 6, ...given }: Options = {},
+) {
+  const config = await readModelConfig(dir);
+  const { executor, numBlocks } = await createCudaExecutor({
+    dir,
+    config,
+    device,
+    type: await elementTypeOf(dir, config),
+    blockSize,
+    numBlocks: 'numBlocks' in given ? given.numBlocks : 64,
+    maxModelLen: Math.min(512, config.maxPositionEmbeddings),
+    maxNumSeqs,
+    maxNumBatchedTokens: 256,
+    utilization: 0.9,
+    reserved: 0,
+    batchInvariant,
+  });
+  executors.push(executor);
+  return { executor, numBlocks };
+}
+
+async function onHost(dir: string, blockSize = 16) {
+  const config = await readModelConfig(dir);
+  return HostExecutor.create({ dir, config, device: new HostDevice(), blockSize, numBlocks: 64 });
+}
+
+async function randomModel(model: RandomModel): Promise<string> {
+  const dir = await tempDir();
+  await writeRandomModel(dir, model);
+  return dir;
+}
+
+const tokensOf = (count: number, seed: number, vocab = 80) =>
+  Array.from({ length: count }, (_, i) => Math.floor(uniform(seed, 0, i) * vocab));
+
+/** L2 norm of the difference over that of the reference. */
+function error(got: Float32Array, wanted: Float32Array): number {
+  let difference = 0;
+  let norm = 0;
+  for (let i = 0; i < wanted.length; i++) {
+    difference += (got[i]! - wanted[i]!) ** 2;
+    norm += wanted[i]! ** 2;
+  }
+  return Math.sqrt(difference / norm);
+}
+
+/** bfloat16 has 8 bits: two layers of it stay well below this, and a wrong index or a forgotten bias is far above. */
+const TOLERANCE = 0.04;
+
+const MODELS: readonly [string, RandomModel, number][] = [
+  ...ARCHITECTURES.map(
+    (architecture) => [architecture, { architecture }, 16] as [string, RandomModel, number],
+  ),
+  ['float16', { architecture: 'Qwen3ForCausalLM', type: 'F16' }, 16],
+  ['float32, kept as bfloat16', { architecture: 'LlamaForCausalLM', type: 'F32' }, 16],
+  ['a tied head, heads of 64', { architecture: 'Qwen2ForCausalLM', tied: true, headDim: 64 }, 16],
+  [
+    'seven query heads to one, heads of 128',
+    { architecture: 'LlamaForCausalLM', heads: 7, kvHeads: 1, headDim: 128 },
+    16,
+  ],
+  ['twelve query heads to one', { architecture: 'LlamaForCausalLM', heads: 12, kvHeads: 1 }, 8],
+  ['no shared heads, blocks of 12', { architecture: 'MistralForCausalLM', heads: 3, kvHeads: 3 }, 12],
+];
+
+describe.each(MODELS)('%s', (_, model, blockSize) => {
+  test.each([false, true])('logits equal the host (batch-invariant %s)', async (batchInvariant) => {
+    const dir = await randomModel(model);
+    const host = await onHost(dir, blockSize);
+    const { executor } = await onCuda(dir, { batchInvariant, blockSize });
+    const [a, b] = [tokensOf(150, 1), tokensOf(9, 2)];
+    const blocks = [...Array(20).keys()].map((i) => (i * 7 + 3) % 40);
+    const [blocksOfA, blocksOfB] = [blocks, [50, 41, 47]];
+    const steps = [
+      // a prompt whose last tile is not full; then its next chunk of one token beside another prompt; then both one by one
+      batchOf(sequenceOf({ id: 'a', tokens: a.slice(0, 140), blocks: blocksOfA })),
+      batchOf(
+        sequenceOf({ id: 'a', tokens: a.slice(140, 141), start: 140, blocks: blocksOfA }),
+        sequenceOf({ id: 'b', tokens: b.slice(0, 6), blocks: blocksOfB }),
+      ),
+      batchOf(
+        sequenceOf({ id: 'b', tokens: b.slice(6, 7), start: 6, blocks: blocksOfB }),
+        sequenceOf({ id: 'a', tokens: a.slice(141, 142), start: 141, blocks: blocksOfA }),
+      ),
+    ];
+    // five in a graph for six: padding must touch nobody's row
+    const five = [30, 31, 32, 33, 34].map((block, i) =>
+      sequenceOf({ id: `${i}`, tokens: [i], blocks: [block] }),
+    );
+    for (const step of [...steps, batchOf(...five)]) {
+      expect(error(await executor.logits(step), await host.logits(step))).toBeLessThan(TOLERANCE);
+    }
+  });
+});
+
+test('the demo model says what it says on the host, prompts in chunks, many at a time', async () => {
+  const host = await onHost(demoModelDir());
+  const { executor } = await onCuda(demoModelDir());
+  for (const [seed, chunk] of [
+    [1, 100],
+    [2, 7],
+    [3, 1],
+  ] as const) {
+    const prompt = [0, ...tokensOf(12, seed, 1_000)];
+    const options = { blocks: [seed, seed + 10, seed + 20], chunk };
+    expect(await generate(executor, prompt, 12, options)).toEqual(await generate(host, prompt, 12, options));
+  }
+});
+
+test('batch-invariant: the same bits alone, in chunks and in any batch', async () => {
+  const dir = await randomModel({ architecture: 'LlamaForCausalLM' });
+  const { executor } = await onCuda(dir, { batchInvariant: true });
+  const tokens = tokensOf(90, 5);
+  const whole = batchOf(sequenceOf({ tokens, blocks: [1, 2, 3, 4, 5, 6] }));
+  const wanted = await executor.logits(whole);
+  await executor.logits(batchOf(sequenceOf({ tokens: tokens.slice(0, 89), blocks: [7, 8, 9, 10, 11, 12] })));
+  const others = [1, 2, 3].map((i) => sequenceOf({ id: `${i}`, tokens: [i], blocks: [20 + i] }));
+  const last = sequenceOf({ tokens: tokens.slice(89), start: 89, blocks: [7, 8, 9, 10, 11, 12] });
+  const logits = await executor.logits(batchOf(...others, last));
+  expect(Buffer.compare(Buffer.from(logits.buffer, 3 * 320, 320), Buffer.from(wanted.buffer))).toBe(0);
+});
+
+test('samples as the host does from equal logits: temperature, log-probabilities, banned stop tokens, prompts', async () => {
+  const dir = await randomModel({ architecture: 'LlamaForCausalLM' });
+  const { executor } = await onCuda(dir);
+  const prompt = tokensOf(20, 8);
+  const probe = batchOf(sequenceOf({ tokens: prompt, blocks: [1, 2] }));
+  const logits = await executor.logits(probe);
+  const { sample } = await import('../../../src/model/sampler.ts');
+  const likeliest = logits.indexOf(Math.max(...logits));
+  const variants = [
+    { ...GREEDY, temperature: 0.8, seed: 3 },
+    { ...GREEDY, logprobs: 3 },
+    { ...GREEDY, minTokens: 4, stopTokenIds: [likeliest] },
+    GREEDY,
+  ];
+  const sequences = variants.map((params, i) =>
+    sequenceOf({ id: `${i}`, tokens: prompt, blocks: [2 * i + 3, 2 * i + 4], position: 0, params }),
+  );
+  const { sampled } = await executor.forward(batchOf(...sequences), {});
+  sampled.forEach(({ token }, i) => {
+    expect(token).toBe(sample(logits, { params: variants[i]!, outputPosition: 0, index: 0 }).token);
+  });
+  expect(sampled[1]?.logprob?.top).toHaveLength(3);
+  expect(sampled[2]?.token).not.toBe(likeliest);
+  // the next step is a graph, and one of its sequences wants more than the likeliest token
+  const next = sequences.map((sequence, i) => ({
+    ...sequence,
+    tokens: Int32Array.of(5),
+    start: 20,
+    blockTable: Int32Array.of(2 * i + 3, 2 * i + 4),
+  }));
+  const second = await executor.forward(batchOf(...next), {});
+  expect(new Set([1, 3].map((i) => second.sampled[i]!.token)).size).toBe(1);
+  const echo = { ...sequences[3]!, promptLogprobs: { count: 2, targets: Int32Array.from(prompt.slice(1)) } };
+  const { promptLogprobs } = await executor.forward(batchOf(echo), {});
+  expect(promptLogprobs.get('3')?.map(({ token }) => token)).toEqual(prompt.slice(1));
+});
+
+test('tells each layer in order with an event, in a prompt and in a graph, and copies blocks first', async () => {
+  const dir = await randomModel({ architecture: 'LlamaForCausalLM' });
+  const { executor } = await onCuda(dir);
+  const prompt = tokensOf(16, 9);
+  const wanted = await executor.logits(batchOf(sequenceOf({ tokens: [...prompt, 7], blocks: [1, 2] })));
+  for (const [tokens, start] of [
+    [prompt, 0],
+    [[7], 16],
+  ] as const) {
+    const told: [number, string | undefined][] = [];
+    const step = batchOf(sequenceOf({ tokens, start, blocks: [5, 6], position: 0 }));
+    await executor.forward(step, { afterLayer: (layer, ready) => told.push([layer, ready?.kind]) });
+    expect(told).toEqual([
+      [0, 'cuda'],
+      [1, 'cuda'],
+    ]);
+  }
+  const copied = {
+    ...batchOf(sequenceOf({ tokens: [7], start: 16, blocks: [9, 10] })),
+    blockCopies: [{ source: 5, target: 9 }],
+  };
+  expect(error(await executor.logits(copied), wanted)).toBeLessThan(TOLERANCE);
+});
+
+describe('memory', () => {
+  test('blocks from what is free, and by how much it is too little', async () => {
+    const dir = await randomModel({ architecture: 'LlamaForCausalLM' });
+    const { numBlocks } = await onCuda(dir, { numBlocks: undefined });
+    // a block of two layers: 2 * 2 * 16 tokens * 2 heads * 32 * 2 bytes
+    expect(numBlocks).toBeGreaterThan(10_000);
+    expect(numBlocks * 2 * 2 * 16 * 2 * 32 * 2).toBeLessThan(0.9 * 2 ** 30);
+    await expect(onCuda(dir, { numBlocks: undefined })).rejects.toMatchObject({
+      code: 'OUT_OF_DEVICE_MEMORY',
+      message: expect.stringMatching(/one sequence of full length.*too little.*--max-model-len/s),
+    });
+  });
+
+  test('refuses by name what has no kernel', async () => {
+    const dir = await randomModel({ architecture: 'LlamaForCausalLM', headDim: 16 });
+    await expect(onCuda(dir)).rejects.toMatchObject({
+      code: 'MODEL_UNSUPPORTED',
+      message: expect.stringContaining('heads of 16'),
+    });
+  });
+});
