@@ -1,0 +1,19 @@
+#!/bin/sh
+# Every check and number of the model on one GPU: random shapes against the host, kernels alone, logits and times against transformers.
+#
+#   bench/gpu/model.sh RESULTS        a folder; NODE and MODELS (a folder for 20 GB of checkpoints) may be set
+#
+# From a build: npx tsc -p bench/tsconfig.json. Each part is a process of its own: a kernel that fails takes its process along.
+set -u
+cd "$(dirname "$0")/../.."
+RESULTS=$1
+NODE=${NODE:-node}
+MODELS=${MODELS:-$(mktemp -d)}
+mkdir -p "$RESULTS"
+run() { PD_RESULTS="$RESULTS/$1.json" timeout "$2" "$NODE" dist/bench/gpu/model.js "$MODELS" "$1" 2>&1 | tee "$RESULTS/$1.txt"; }
+run random 120
+run kernels 60
+PYTHONUNBUFFERED=1 timeout 240 python3 scripts/model-reference/reference.py --out "$MODELS" --large 2>&1 |
+  grep -v -i -e warn -e 'it/s' | tee "$RESULTS/reference.txt"
+run logits 150
+run times 150
