@@ -12,10 +12,11 @@ import { startErrorLine } from './run.ts';
 
 const EXAMPLES = `
 Examples:
-  pd-worker                                            the demo model, undivided, on port 8080
+  pd-worker                         the demo model, undivided, on port 8080
   pd-worker --role producer --proxy 127.0.0.1:30002 --kv-port 8082
   pd-worker --role consumer --proxy 127.0.0.1:30002 --kv-port 8084
-  pd-worker --model /models/llama --device cuda:0 --kv-transfer-config '{"kv_connector":"P2pNcclConnector",...}'
+  pd-worker --model /models/llama --device cuda:0 \\
+            --kv-transfer-config '{"kv_connector":"P2pNcclConnector",...}'
 `;
 
 export function workerCommand(): Command {

@@ -69,6 +69,11 @@ export function kebab(name: string): string {
     .toLowerCase();
 }
 
+/** Columns of a flag with its argument in --help. Longer lists of choices go into the text beside it, which 80 columns leave room for. */
+const MAX_TERM = 37;
+/** Fewer columns than this are left unwrapped. */
+const MIN_TEXT = 20;
+
 const flagOf = (name: string, spec: OptionSpec<unknown>): string => `--${spec.flag ?? kebab(name)}`;
 const envOf = (name: string): string => `PD_${kebab(name).replaceAll('-', '_').toUpperCase()}`;
 
@@ -90,18 +95,26 @@ export function addOptions(command: Command, table: OptionTable): Command {
       continue;
     }
     const argument = spec.kind.list ? `<${spec.kind.argument}...>` : `<${spec.kind.argument}>`;
+    const wide = argument.includes('|') && `${flag} ${argument}`.length > MAX_TERM;
     command.addOption(
-      new Option(`${flag} ${argument}`, help).helpGroup(group).hideHelp(spec.hidden ?? false),
+      new Option(
+        wide ? `${flag} <name>` : `${flag} ${argument}`,
+        wide ? `${spec.kind.argument?.replaceAll('|', ', ')}: ${help}` : help,
+      )
+        .helpGroup(group)
+        .hideHelp(spec.hidden ?? false),
     );
   }
   const example = Object.keys(table).findLast((name) => name.endsWith('Port')) ?? Object.keys(table)[0] ?? '';
   const file = `{"${kebab(example)}": ${JSON.stringify(table[example]?.default ?? '...')}}`;
-  return command.addHelpText(
-    'after',
-    `\nEvery flag can be set in the environment (--${kebab(example)} as ${envOf(example)})${
-      'config' in table ? ` and in the JSON file of --config (${file})` : ''
-    };\nflags win over the environment, the environment over the file.`,
-  );
+  return command
+    .configureHelp({ minWidthToWrap: MIN_TEXT })
+    .addHelpText(
+      'after',
+      `\nEvery flag can be set in the environment (--${kebab(example)} as ${envOf(example)})${
+        'config' in table ? `\nand in the JSON file of --config (${file})` : ''
+      };\nflags win over the environment, the environment over the file.`,
+    );
 }
 
 /**
