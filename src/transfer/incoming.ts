@@ -17,6 +17,8 @@ import { Session } from './session.ts';
 import { Sessions } from './sessions.ts';
 import type { PairState } from './types.ts';
 
+/** Pairs that are being opened at one time: each is a connection to where its NEW says. Beyond it a NEW is in vain. */
+const MOST_OPENING = 256;
 /** A peer that was asked to close its pair, and went on using it. */
 const ASK_AGAIN_MS = 1_000;
 
@@ -35,6 +37,7 @@ export class Incoming {
   readonly #peers: IncomingPeers;
   readonly #sessions: Sessions;
   #closed = false;
+  #opening = 0;
 
   constructor(
     context: TransferContext,
@@ -167,6 +170,15 @@ export class Incoming {
   async #open(session: Session, { unique_id }: NewMessage): Promise<Pair | undefined> {
     const { transport, options, log, self } = this.#context;
     const { peer } = session;
+    if (this.#opening >= MOST_OPENING) {
+      const reason = new PdError('LIMIT_EXCEEDED', `${MOST_OPENING} pairs are being opened already`, {
+        peer,
+      });
+      this.#bad('limit', peer, reason);
+      this.#pairOver(session, reason);
+      return undefined;
+    }
+    this.#opening++;
     try {
       const timeoutMs = options.timeouts.pairInit;
       const pair = await transport.open({ uniqueId: unique_id, rank: 1, peer, timeoutMs });
@@ -180,6 +192,8 @@ export class Incoming {
     } catch (error) {
       this.#pairOver(session, PdError.from(error, 'INTERNAL', { peer }));
       return undefined;
+    } finally {
+      this.#opening--;
     }
   }
 

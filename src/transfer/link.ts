@@ -10,7 +10,7 @@ import type { Pair } from '../transport/transport.ts';
 import { decodeAnswer, encodeMessage } from '../wire/codec.ts';
 import { protocolErrorKind } from '../wire/limits.ts';
 import { type Answer, BUNDLE_FEATURE, CLOSE_FEATURE, type PeerHello } from '../wire/messages.ts';
-import type { Announcement, Direction, Unit } from './announcement.ts';
+import type { Direction, Unit } from './announcement.ts';
 import type { TransferContext } from './context.ts';
 import type { Deadline } from './deadlines.ts';
 import { Dealer } from './dealer.ts';

@@ -80,9 +80,9 @@ export class TransferService {
     this.#router = router;
     this.address = address;
     this.#intake = new Intake(context);
-    const onOpen = () => this.#pairsChanged();
+    const changed = () => this.#pairsChanged();
     const newerPair = (peer: string, since: number) => this.#incoming.newerPair(peer, since);
-    this.#outgoing = new OutgoingPeers(context, { onOpen, onEnd: onOpen, newerPair });
+    this.#outgoing = new OutgoingPeers(context, { onOpen: changed, onEnd: changed, newerPair });
     this.#stager = new Stager(context);
     this.#keeper = new Keeper(context, this.#stager);
     this.#limit = new PairLimit(context.options.limits.maxPeers, context.deadlines, () => [

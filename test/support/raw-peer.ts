@@ -25,7 +25,8 @@ export class RawPeer {
         this.answers.push(body!);
         for (const wake of this.#waiting.splice(0)) wake();
       }
-    })();
+      // A socket that is closed while it is read ends so.
+    })().catch(() => {});
   }
 
   async say(fields: object | Uint8Array): Promise<void> {
