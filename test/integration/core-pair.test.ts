@@ -79,6 +79,22 @@ describe.each(SEND_TYPES)('%s', (sendType: SendType) => {
     expect(computed).toBe(prompts.length);
   });
 
+  it.each([
+    ['neither end', false, false],
+    ['the producer', true, false],
+    ['the consumer', false, true],
+    ['both ends', true, true],
+  ])('finds KV where %s randomizes ids', async (_, producerDoes, consumerDoes) => {
+    const before = loads('ok');
+    const tokens = prompt(35);
+    const id = serverId();
+    const engineId = (randomizes: boolean) => engineRequestId(id, randomizes ? suffix() : undefined);
+    await producer.core.generate(greedy(engineId(producerDoes), tokens, { maxTokens: 1 }));
+    const text = textOf(await consumer.core.generate(greedy(engineId(consumerDoes), tokens)));
+    expect(text).toEqual(textOf(await reference.generate(decode('ref', tokens))));
+    expect(loads('ok') - before).toBe(1);
+  });
+
   it('forks n completions of loaded KV', async () => {
     const tokens = prompt(40);
     const outputs = await split(tokens, { n: 3 });

@@ -249,6 +249,59 @@ for (const ends of ENDS) {
       await peer.quit();
     });
 
+    test('ids: ours finds what it sends under any suffix or none, and is told by what it asks for', async () => {
+      const [putter, getter, producer] = await Promise.all(
+        (['PUT', 'GET', 'GET'] as const).map((sendType) =>
+          services.make({ ...ROOM, sendType, host: ends.host }),
+        ),
+      );
+      const peer = await peerOf(ends);
+      const fields = { shape: [64], dtype: 'uint8', seed: 5 };
+      // producer's id, consumer's id: randomizing or not on either end
+      for (const [at, [theirs, ours]] of [
+        ['', ''],
+        ['-01234567', ''],
+        ['', '-89abcdef'],
+        ['-01234567', '-89abcdef'],
+      ].entries()) {
+        const base = `cmpl-q${at}-0`;
+        const put = { ...fields, peer: formatHostPort(putter!.address), tensor_id: `${base}${theirs}#l` };
+        const waiting = putter!.receive(`${base}${ours}#l` as TensorId, peer.address, 5_000);
+        expect((await peer.ask('put', put))['answer']).toBe('0');
+        expect((await waiting).tensorId).toBe(`${base}${theirs}#l`);
+        // Ours asks a producer that cannot know suffixes: by the transfer id, which is what such a one keys by.
+        await peer.ask('keep', { ...fields, tensor_id: `${base}#l` });
+        const asked = await getter!.receive(`${base}#l` as TensorId, peer.address, 5_000);
+        expect(asked.shape).toEqual([64]);
+        // It asks ours, under its own suffix.
+        await send(producer!, seeded(`${base}${ours}#l`, [64], 'uint8', 5)).sent;
+        const got = await peer.ask('get', {
+          peer: formatHostPort(producer!.address),
+          tensor_id: `${base}${theirs}#l`,
+        });
+        expect(got).toMatchObject({ ret: 0 });
+      }
+      await peer.quit();
+    });
+
+    test('two requests that share a transfer id are not mixed up: neither gets the KV of the other', async () => {
+      const producer = await services.make({
+        ...ROOM,
+        sendType: 'GET',
+        host: ends.host,
+        timeouts: { answer: 200 },
+      });
+      const peer = await peerOf(ends);
+      const to = formatHostPort(producer.address);
+      for (const [seed, suffix] of ['-01234567', '-89abcdef'].entries()) {
+        await send(producer, seeded(`cmpl-s-0${suffix}#l`, [64], 'uint8', seed)).sent;
+      }
+      const exact = await peer.ask('get', { peer: to, tensor_id: 'cmpl-s-0-89abcdef#l' });
+      expect(exact).toMatchObject({ ret: 0, sha256: sha256(seededBytes([64], 'uint8', 1)) });
+      expect(await peer.ask('get', { peer: to, tensor_id: 'cmpl-s-0-76543210#l' })).toMatchObject({ ret: 1 });
+      await peer.quit();
+    });
+
     test('the newest pair carries both directions, whoever sent NEW, and in whichever order', async () => {
       const engine = await services.make({ ...ROOM, sendType: 'PUT', host: ends.host });
       const peer = await peerOf(ends);

@@ -169,6 +169,28 @@ describe('between ours', () => {
   });
 });
 
+describe('a routing id', () => {
+  it('that a newcomer announces is the newcomer’s: who had it before loses its pair, and is served again after a NEW', async () => {
+    const consumer = await services.make();
+    const first = services.add(new RawPeer(consumer.address, '127.0.0.1:2'));
+    const before = await first.pair();
+    await first.say(put('a#l', 10));
+    expect(await first.answer(1)).toBe('0');
+    const second = services.add(new RawPeer(consumer.address, '127.0.0.1:2'));
+    const pair = await second.pair();
+    expect((await before.over).code).toBe('PEER_LOST');
+    await second.say(put('b#l', 10));
+    expect(await second.answer(1)).toBe('0');
+    await pair.send([hostMemory(10)], { tensorId: 'b#l', timeoutMs: 5_000 });
+    await consumer.receive('b#l' as TensorId, parseHostPort(second.self), 5_000);
+    // No answer of the first was given to the second.
+    expect(first.answers).toHaveLength(1);
+    expect(second.answers).toHaveLength(1);
+    consumer.finish('b' as TransferId);
+    await until('nothing is held', () => leftovers(consumer).length === 0);
+  });
+});
+
 describe('a listener that', () => {
   it('never joins the pair costs a deadline once, and then fails fast', async () => {
     const silent = services.add(await RawListener.listen(() => {}));
