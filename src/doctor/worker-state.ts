@@ -95,12 +95,14 @@ function waitFinding(wait: Wait, transfer: TransferState, explained: Set<PairSta
     return told(`${what}; ${none}`, scenario(2));
   }
   explained.add(open);
-  if (open.outstanding + open.queued > 0) {
+  // In GET what is asked for and not there yet is outstanding too.
+  const asked = transfer.sendType === 'GET' && open.queued === 0;
+  if (open.outstanding + open.queued > 0 && !asked) {
     const amount = `${open.outstanding} operations under way and ${open.queued} queued`;
     return told(`${what}; the pair is open with ${amount}`, scenario(3));
   }
   return told(
-    `${what}; the pair is open and idle, nothing of a similar id is here`,
+    `${what}; the pair is open${asked ? '' : ' and idle'}, nothing of a similar id is ${asked ? 'there' : 'here'}`,
     `the producer has not sent it: pd-doctor --worker with its HTTP address; else ${scenario(4)}`,
   );
 }
