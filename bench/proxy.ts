@@ -1,0 +1,184 @@
+/**
+ * The proxy alone: a producer and a consumer that answer at once, and so many connections that each send the next request when they have
+ * the answer to the last. What it costs beside the same load on one instance without a proxy is the proxy's own.
+ *
+ *   npx tsc -p bench/tsconfig.json && node dist/bench/proxy.js [--connections 32] [--seconds 10] [--stream] [--json]
+ *   taskset -c 0,1 node dist/bench/proxy.js         proxy, instances and load on two cores
+ */
+import { type ChildProcess, spawn } from 'node:child_process';
+import { once } from 'node:events';
+import { availableParallelism } from 'node:os';
+import { createInterface } from 'node:readline';
+import { fileURLToPath } from 'node:url';
+import { Command } from 'commander';
+import { Pool } from 'undici';
+import { monotonicMs } from '../src/bench/clock.ts';
+import { readMachine } from '../src/bench/environment.ts';
+import { type Spread, spreadOf } from '../src/bench/serve/statistics.ts';
+import { plainTable } from '../src/bench/tables.ts';
+
+const WARM_UP_SECONDS = 2;
+const START_MS = 20_000;
+const STOP_MS = 5_000;
+/** Of one request; none should come near. */
+const REQUEST_MS = 10_000;
+
+interface Options {
+  readonly connections: string;
+  readonly seconds: string;
+  readonly rounds: string;
+  readonly stream?: true;
+  readonly events: string;
+  readonly json?: true;
+}
+
+const options = new Command('proxy')
+  .description('requests a second through pd-proxy with instances that answer at once')
+  .option('--connections <n>', 'requests under way', '32')
+  .option('--seconds <n>', 'each round', '10')
+  .option('--rounds <n>', 'rounds; the fastest is told', '3')
+  .option('--stream', 'streamed answers')
+  .option('--events <n>', 'events of a streamed answer', '16')
+  .option('--json', 'JSON on stdout')
+  .allowExcessArguments(false)
+  .parse()
+  .opts<Options>();
+
+interface Round {
+  readonly requestsPerSecond: number;
+  readonly latencyMs: Spread;
+  readonly failed: number;
+}
+
+const children: ChildProcess[] = [];
+process.on('exit', () => {
+  for (const child of children) child.kill('SIGKILL');
+});
+
+/** The first match on the program's stdout. It runs until its stdin ends, or is told by SIGTERM. */
+async function start(args: readonly string[], pattern: RegExp): Promise<string[]> {
+  const child = spawn(process.execPath, args, { stdio: ['pipe', 'pipe', 'inherit'] });
+  children.push(child);
+  const timer = setTimeout(() => child.kill('SIGKILL'), START_MS);
+  try {
+    const found: string[] = [];
+    for await (const line of createInterface({ input: child.stdout! })) {
+      const match = new RegExp(pattern).exec(line);
+      if (match) found.push(match[1]!);
+      if (found.length === (pattern.global ? 2 : 1)) {
+        child.stdout!.resume();
+        return found;
+      }
+    }
+    throw new Error(`${args[0]} ended before it was ready`);
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+async function untilPaired(url: string): Promise<void> {
+  const deadline = monotonicMs() + START_MS;
+  for (;;) {
+    const { counts } = (await (await fetch(`${url}/health`)).json()) as { counts: Record<string, number> };
+    if (counts['producer'] === 1 && counts['consumer'] === 1) return;
+    if (monotonicMs() > deadline) throw new Error('the instances do not show up at the proxy');
+    await new Promise((resolve) => setTimeout(resolve, 50));
+  }
+}
+
+async function round(url: string, seconds: number): Promise<Round> {
+  const connections = Number(options.connections);
+  const pool = new Pool(url, {
+    connections,
+    pipelining: 1,
+    headersTimeout: REQUEST_MS,
+    bodyTimeout: REQUEST_MS,
+  });
+  const body = JSON.stringify({
+    ...{ model: 'm', prompt: 'What is the capital of France?', max_tokens: 16, temperature: 0 },
+    ...(options.stream && { stream: true }),
+  });
+  const headers = { 'content-type': 'application/json' };
+  const latencies: number[] = [];
+  let failed = 0;
+  const begin = monotonicMs();
+  const lane = async (until: number, counts: boolean) => {
+    while (monotonicMs() < until) {
+      const sentAt = monotonicMs();
+      const answer = await pool.request({ method: 'POST', path: '/v1/completions', headers, body });
+      const text = await answer.body.text();
+      if (!counts) continue;
+      if (answer.statusCode === 200 && text.includes('"length"')) latencies.push(monotonicMs() - sentAt);
+      else failed++;
+    }
+  };
+  const lanes = (until: number, counts: boolean) =>
+    Promise.all(Array.from({ length: connections }, () => lane(until, counts)));
+  await lanes(begin + WARM_UP_SECONDS * 1_000, false);
+  const from = monotonicMs();
+  await lanes(from + seconds * 1_000, true);
+  const took = monotonicMs() - from;
+  await pool.close();
+  return { requestsPerSecond: (latencies.length * 1_000) / took, latencyMs: spreadOf(latencies)!, failed };
+}
+
+async function fastest(url: string): Promise<Round> {
+  const rounds: Round[] = [];
+  for (let i = 0; i < Number(options.rounds); i++) rounds.push(await round(url, Number(options.seconds)));
+  return rounds.reduce((best, one) => (one.requestsPerSecond > best.requestsPerSecond ? one : best));
+}
+
+async function stopAll(): Promise<void> {
+  const ended = children.filter((child) => child.exitCode === null).map((child) => once(child, 'exit'));
+  for (const child of children) {
+    child.stdin!.end();
+    child.kill('SIGTERM');
+  }
+  const timer = setTimeout(() => process.exit(1), STOP_MS);
+  await Promise.all(ended);
+  clearTimeout(timer);
+}
+
+const path = (name: string) => fileURLToPath(new URL(name, import.meta.url));
+const proxyArgs = ['--host', '127.0.0.1', '--port', '0', '--discovery-port', '0', '--log-format', 'json'];
+const [discovery, url] = await start(
+  [path('../../bin/pd-proxy'), ...proxyArgs],
+  /(?:Discovery on tcp:\/\/|Running on )([^"\s]+)/g,
+);
+const backend = (role: string) =>
+  start([path('./proxy-backend.js'), role, discovery!, options.events], /^(\d+)$/);
+const [, [consumer]] = await Promise.all([backend('producer'), backend('consumer')]);
+await untilPaired(url!);
+
+const machine = await readMachine();
+const results = {
+  'no proxy': await fastest(`http://127.0.0.1:${consumer}`),
+  'pd-proxy': await fastest(url!),
+};
+await stopAll();
+
+const answers = options.stream ? `streamed answers of ${options.events} events` : 'whole answers';
+if (options.json) {
+  const cores = availableParallelism();
+  console.log(
+    JSON.stringify({ benchmark: 'proxy', machine, usableCores: cores, options, results }, undefined, 1),
+  );
+} else {
+  const { program, node, cpu } = machine;
+  console.log(`${program}, Node ${node}, ${availableParallelism()} cores to run on, ${cpu}`);
+  console.log(
+    `${options.connections} connections, ${answers}, the fastest of ${options.rounds} x ${options.seconds} s\n`,
+  );
+  const ms = (value: number) => value.toFixed(2);
+  console.log(
+    plainTable({
+      head: ['', 'requests/s', 'mean ms', 'p50', 'p90', 'p99', 'failed'],
+      rows: Object.entries(results).map(([name, { requestsPerSecond, latencyMs, failed }]) => [
+        ...[name, requestsPerSecond.toFixed(0)],
+        ...[latencyMs.mean, latencyMs.p50, latencyMs.p90, latencyMs.p99].map(ms),
+        String(failed),
+      ]),
+    }),
+  );
+}
+process.exitCode = Object.values(results).some(({ failed }) => failed > 0) ? 1 : 0;
