@@ -27,7 +27,7 @@ export const SCENARIOS: readonly { readonly codes: readonly ErrorCode[]; readonl
   },
   {
     codes: ['KV_LOAD_TIMEOUT', 'KV_LOAD_FAILED'],
-    text: 'the KV never came under this id: compare the ids in both logs; where a vLLM consumer is involved: VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1',
+    text: 'the KV never came under this id: compare the ids in both logs; where a vLLM worker is involved that randomizes ids: VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1',
   },
 ];
 
