@@ -13,11 +13,8 @@ export interface LogLine {
   readonly [key: string]: unknown;
 }
 
-const running = new Set<ChildProcess>();
-// A test run that is cut short must not leave programs behind.
-process.on('exit', () => {
-  for (const child of running) child.kill('SIGKILL');
-});
+/** A test run that is cut short, by whatever signal, leaves no programs behind: they end when their stdin does. */
+const guard = `${root}dist/src/cli/launch-guard.js`;
 
 export class Program {
   readonly child: ChildProcess;
@@ -35,11 +32,15 @@ export class Program {
     prefix: readonly string[] = [],
   ) {
     this.#name = name;
-    const [command, ...rest] = [...prefix, process.execPath, `${root}bin/${name}`, ...args];
+    const [command, ...rest] = [
+      ...[...prefix, process.execPath, '--import', guard],
+      ...[`${root}bin/${name}`, ...args],
+    ];
     this.child = spawn(command!, rest, {
-      stdio: ['ignore', 'pipe', 'pipe'],
+      stdio: ['pipe', 'pipe', 'pipe'],
       env: { ...process.env, ...env },
     });
+    this.child.stdin!.on('error', () => {}); // never written to
     createInterface({ input: this.child.stdout! }).on('line', (line) => {
       try {
         this.lines.push(JSON.parse(line) as LogLine);
@@ -51,9 +52,7 @@ export class Program {
     this.child.stderr!.on('data', (chunk: Buffer) => {
       this.#stderr = (this.#stderr + chunk).slice(-4_000);
     });
-    running.add(this.child);
     this.child.once('exit', () => {
-      running.delete(this.child);
       this.exited = true;
       this.#wake();
     });
