@@ -117,6 +117,7 @@ Node ${process.versions.node}, pd-worker, its dependencies and a small demo mode
 CUDA runtime (12 or 13) and NCCL (2.27 or later) on hosts with GPUs. Needs glibc ${glibc} or later.
 
     bin/pd-doctor                       what this machine has, and what it lacks
+    scripts/experiment-matrix.sh        which ids, ways of sending and keys find their KV (--device cuda: on two GPUs)
     scripts/two-gpu.sh                  proxy, producer and consumer on two GPUs, checked with four prompts (--keep leaves them serving)
     bin/pd-launch                       the same on the host: proxy on port 10002
     bin/pd-launch --prefill 1 --decode 1 --device cuda --executor host
@@ -183,6 +184,7 @@ function main(): void {
       'kernels',
       'docs',
       'scripts/two-gpu.sh',
+      'scripts/experiment-matrix.sh',
       'scripts/gpu-results.sh',
       'LICENSE',
     ]) {

@@ -95,6 +95,8 @@ describe('bytes on the wire are those of python-msgpack', () => {
     ret1: { kind: 'get', ret: 1 },
     'ret1 ours': { kind: 'get', ret: 1, seq: 0 },
     'ret1 gone': { kind: 'get', ret: 1, seq: 7, gone: true },
+    'ret1 near': { kind: 'get', ret: 1, seq: 7, near: ['a-0-01234567#l'] },
+    'gets answer near': { kind: 'gets', seq: 7, tensors: ['missing'], runs: [], near: ['a-0-01234567#l'] },
     'puts answer': { kind: 'puts', seq: 300, verdicts: ['send', 'no-room', 'unwanted'], runs: [1] },
     'gets answer': {
       kind: 'gets',
@@ -280,6 +282,11 @@ describe('what a peer must not send', () => {
     expect(kindOf(() => decodeAnswer(encode({ puts: 0, verdicts: '01', runs: [2] }), limits))).toBe(
       BAD_FIELD,
     );
+    for (const near of ['text', [1], Array.from({ length: 9 }, () => 'a')]) {
+      expect(kindOf(() => decodeAnswer(encode({ ret: 1, pd: { seq: 1, near } }), limits))).toBe(
+        'MESSAGE_INVALID bad_field',
+      );
+    }
     expect(kindOf(() => decodeAnswer(encode({ gets: 0, verdicts: '0', forms: [], runs: [1] }), limits))).toBe(
       BAD_FIELD,
     );
