@@ -1,6 +1,7 @@
 /** One producer and one consumer of the experiment: real cores on threads, the bundled model, one prompt at a time. */
 import { randomBytes } from 'node:crypto';
 import { workerConfig } from '../src/config/embedded-worker.ts';
+import { prepareNativeEnvironment } from '../src/config/native-env.ts';
 import { PdError } from '../src/errors.ts';
 import { parseHostPort } from '../src/net/address.ts';
 import { MetricsPage, readMetric } from '../src/observability/metrics.ts';
@@ -84,6 +85,7 @@ async function start(settings: MatrixSettings, role: 'producer' | 'consumer'): P
     timeouts: { load: deadlineMs, answer: Math.max(100, deadlineMs / 2), connect: 5_000 },
     log: { level: 'error' },
   });
+  prepareNativeEnvironment(config);
   const pages = { core: new MetricsPage(), transfer: new MetricsPage() };
   const metrics = { core: pages.core.buffer, transfer: pages.transfer.buffer };
   return { client: await CoreClient.start({ config, metrics }), pages };

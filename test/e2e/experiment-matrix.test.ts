@@ -3,6 +3,7 @@ import { execFile } from 'node:child_process';
 import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
 import { expect, test } from 'vitest';
+import { standInEnvironment } from '../stand-ins/build.ts';
 
 const script = fileURLToPath(new URL('../../scripts/experiment-matrix.sh', import.meta.url));
 
@@ -19,27 +20,35 @@ interface Row {
   readonly consumerId: string;
 }
 
-test('the experiment matrix: full ids meet only where nobody randomizes, transfer ids always', {
-  timeout: 120_000,
-}, async () => {
-  // The build is there: all tests share it.
-  const env = { ...process.env, PD_SKIP_BUILD: '1' };
-  const { stdout } = await promisify(execFile)(script, ['--json', '--deadline', '800ms'], { env });
-  const rows = JSON.parse(stdout) as Row[];
-  expect(rows).toHaveLength(12);
-  expect(
-    new Set(rows.map(({ sendType, kvKey, randomized }) => `${sendType} ${kvKey} ${randomized}`)).size,
-  ).toBe(12);
-  for (const row of rows) {
-    const { kvKey, randomized, result, message } = row;
-    expect(row.asExpected, message).toBe(true);
-    if (kvKey === 'engine' && randomized) {
-      expect(result).toBe('stops');
-      expect(message).toContain(`waited for ${row.consumerId}#model.layers.0.self_attn.attn`);
-      expect(message).toContain(`held instead: ${row.producerId}#`);
-    } else {
-      expect(row).toMatchObject({ result: 'passes', computed: 1 });
-      expect(row.bytes).toBeGreaterThan(0);
+test.each([
+  ['host', {}],
+  ['cuda', standInEnvironment()],
+])(
+  'the experiment matrix on %s: full ids meet only where nobody randomizes, transfer ids always',
+  {
+    timeout: 120_000,
+  },
+  async (device, more) => {
+    // The build is there: all tests share it.
+    const env = { ...process.env, ...more, PD_SKIP_BUILD: '1' };
+    const args = ['--json', '--deadline', '800ms', '--device', device];
+    const { stdout } = await promisify(execFile)(script, args, { env });
+    const rows = JSON.parse(stdout) as Row[];
+    expect(rows).toHaveLength(12);
+    expect(
+      new Set(rows.map(({ sendType, kvKey, randomized }) => `${sendType} ${kvKey} ${randomized}`)).size,
+    ).toBe(12);
+    for (const row of rows) {
+      const { kvKey, randomized, result, message } = row;
+      expect(row.asExpected, message).toBe(true);
+      if (kvKey === 'engine' && randomized) {
+        expect(result).toBe('stops');
+        expect(message).toContain(`waited for ${row.consumerId}#model.layers.0.self_attn.attn`);
+        expect(message).toContain(`held instead: ${row.producerId}#`);
+      } else {
+        expect(row).toMatchObject({ result: 'passes', computed: 1 });
+        expect(row.bytes).toBeGreaterThan(0);
+      }
     }
-  }
-});
+  },
+);

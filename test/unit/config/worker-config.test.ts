@@ -219,6 +219,36 @@ describe("vLLM's kv-transfer-config", () => {
     });
   });
 
+  it('means the same with numbers as with strings, and has the defaults of vLLM', () => {
+    const numbers = {
+      ...RUNBOOK,
+      kv_buffer_size: 1e9,
+      kv_port: 8082,
+      kv_connector_extra_config: {
+        ...RUNBOOK.kv_connector_extra_config,
+        proxy_port: 30_002,
+        http_port: 8081,
+        nccl_num_channels: 16,
+        mem_pool_size_gb: 4,
+      },
+    };
+    const { memPoolSize, ...same } = config(vllm(numbers));
+    expect(memPoolSize).toBe(4 * 2 ** 30);
+    expect({ ...same, memPoolSize: 32 * 2 ** 30 }).toEqual(config(vllm(RUNBOOK)));
+    const bare = { kv_connector: 'P2pNcclConnector', kv_role: 'kv_consumer' };
+    expect(config(vllm(bare))).toMatchObject({
+      role: 'consumer',
+      sendType: 'PUT_ASYNC',
+      ncclNumChannels: 8,
+      memPoolSize: 32 * 2 ** 30,
+      kvBufferSize: 1e9,
+      kv: { bind: { port: 14_579 } },
+    });
+    // What vLLM writes into it by itself.
+    const full = { ...RUNBOOK, kv_ip: '127.0.0.1', kv_buffer_device: 'cuda', engine_id: 'x', kv_rank: null };
+    expect(resolve(vllm(full)).warnings).toEqual([]);
+  });
+
   it('ranks below flags, environment and file', () => {
     expect(config(vllm(RUNBOOK, '--kv-port', '9'))).toMatchObject({ kv: { bind: { port: 9 } } });
     expect(config(vllm(RUNBOOK), { PD_SEND_TYPE: 'GET' }).sendType).toBe('GET');
@@ -230,6 +260,7 @@ describe("vLLM's kv-transfer-config", () => {
   it('reads an IPv6 proxy, and an empty one as none', () => {
     const extra = (values: object) => config(vllm({ ...RUNBOOK, kv_connector_extra_config: values }));
     expect(extra({ proxy_ip: '::1', proxy_port: 30_002 }).proxy).toEqual({ host: '::1', port: 30_002 });
+    expect(extra({ proxy_ip: '::', proxy_port: '30002' }).proxy).toEqual({ host: '::1', port: 30_002 });
     expect(extra({ proxy_ip: '', proxy_port: '' })).not.toHaveProperty('proxy');
   });
 
