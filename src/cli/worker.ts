@@ -3,6 +3,7 @@ import { Command } from 'commander';
 import { addOptions } from '../config/options.ts';
 import { resolveHosts } from '../config/resolve-hosts.ts';
 import { resolveWorkerConfig } from '../config/resolve-worker.ts';
+import type { WorkerConfig } from '../config/worker-config.ts';
 import { WORKER_OPTIONS } from '../config/worker-options.ts';
 import { demoModelDir } from '../model/demo.ts';
 import { createLogger } from '../observability/log.ts';
@@ -30,6 +31,19 @@ export function workerCommand(): Command {
   return addOptions(command, WORKER_OPTIONS).addHelpText('after', EXAMPLES);
 }
 
+/** From having nothing left to serve, or being told to end at once, to being gone. */
+const EXIT_SECONDS = 4;
+
+/**
+ * On a GPU a thread may sit in a native call that never returns (an abort behind a long kernel, a broken driver), and then neither
+ * `terminate()` nor `process.exit()` ends the process: the kernel does, by SIGALRM, so many seconds after the last call.
+ */
+async function lastResort(config: WorkerConfig): Promise<(seconds: number) => void> {
+  if (config.device === 'host') return () => undefined;
+  const { killAfter } = await import('../../ffi/libc.ts');
+  return (seconds) => killAfter(Math.ceil(seconds));
+}
+
 /** Runs until SIGTERM or SIGINT; a second signal ends at once. Exit status 1 where the worker could not start or go on. */
 export async function main(argv: readonly string[] = process.argv.slice(2)): Promise<void> {
   const command = workerCommand().parse(argv, { from: 'user' });
@@ -46,16 +60,20 @@ export async function main(argv: readonly string[] = process.argv.slice(2)): Pro
   const early = () => process.exit(0);
   process.on('SIGTERM', early).on('SIGINT', early);
   const worker = await PdWorker.start(config);
+  const endWithin = await lastResort(config);
   process.off('SIGTERM', early).off('SIGINT', early);
 
   let signals = 0;
   const stop = (signal: NodeJS.Signals) => {
     if (++signals === 1) log.info(`${signal}: draining, at most ${config.drainTimeoutMs / 1_000} s`);
+    if (signals > 1) endWithin(EXIT_SECONDS);
     void worker.close(signals === 1 ? config.drainTimeoutMs : 0);
   };
   process.on('SIGTERM', stop).on('SIGINT', stop);
 
+  void worker.drained.then(() => endWithin(EXIT_SECONDS));
   const error = await worker.ended;
+  endWithin(EXIT_SECONDS);
   await worker.close(0);
   if (error) {
     console.error(startErrorLine('pd-worker', error));

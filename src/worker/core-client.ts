@@ -36,6 +36,9 @@ export interface CoreClientOptions {
   readonly shutdownTimeoutMs?: number;
 }
 
+/** A thread inside a native call that never returns cannot be ended; whoever ends the process knows how to (cli/worker.ts). */
+const TERMINATE_MS = 2_000;
+
 export class CoreClient {
   /** Resolves when the core has ended: with the error where it was not asked to. Never rejects. */
   readonly ended: Promise<PdError | undefined>;
@@ -78,7 +81,7 @@ export class CoreClient {
       client.#info = first;
       return client;
     }
-    await port.terminate();
+    await withDeadline(port.terminate(), TERMINATE_MS);
     throw (
       first ??
       new PdError('INTERNAL', `the core thread was not ready after ${startTimeoutMs / 1000} s: gave up`)
@@ -163,7 +166,7 @@ export class CoreClient {
       this.#port.post({ type: 'shutdown' });
       await withDeadline(this.ended, this.#shutdownTimeoutMs);
     }
-    await this.#port.terminate();
+    await withDeadline(this.#port.terminate(), TERMINATE_MS);
     this.#onEnded(undefined);
   }
 

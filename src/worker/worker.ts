@@ -8,6 +8,7 @@ import { setTimeout } from 'node:timers/promises';
 import type { FastifyInstance } from 'fastify';
 import { prepareNativeEnvironment } from '../config/native-env.ts';
 import type { WorkerConfig } from '../config/worker-config.ts';
+import { deferred } from '../deferred.ts';
 import type { PdError } from '../errors.ts';
 import { formatHostPort, type HostPort } from '../net/address.ts';
 import { assertBindable, listenError } from '../net/port-holder.ts';
@@ -42,6 +43,8 @@ export class PdWorker {
   readonly metrics: readonly MetricsPage[];
   /** Resolves when the worker can serve no more: with the error where nobody closed it. Never rejects. */
   readonly ended: Promise<PdError | undefined>;
+  /** Resolves once `close` has let go of every request: nothing but ending threads and pairs is left. */
+  readonly drained: Promise<void>;
   readonly #core: CoreClient;
   readonly #server: FastifyInstance;
   readonly #inFlight: InFlight;
@@ -49,6 +52,7 @@ export class PdWorker {
   #closing: Promise<void> | undefined;
   /** Ends a drain that is under way. */
   #hurry: () => void = () => {};
+  readonly #drained = deferred<void>();
 
   private constructor(
     config: WorkerConfig,
@@ -67,6 +71,7 @@ export class PdWorker {
     this.#server = server;
     this.#inFlight = inFlight;
     this.#log = log;
+    this.drained = this.#drained.promise;
     this.ended = core.ended.then((error) => {
       if (error) log.fatal({ code: error.code }, `the worker cannot go on: ${error.message}`);
       return error;
@@ -144,6 +149,7 @@ export class PdWorker {
       this.#log.warn(`Gave up ${this.#inFlight.size} requests under way`);
     }
     if (done) await this.#handOver(performance.now() + drainTimeoutMs, Promise.race([hurried, core]));
+    this.#drained.resolve();
     await this.#core.close();
     // What the core's end has failed still gets its answer.
     await this.#inFlight.drain(LAST_ANSWERS_MS);

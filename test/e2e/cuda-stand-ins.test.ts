@@ -37,4 +37,23 @@ describe('producer on cuda:0, consumer on cuda:1', () => {
       }
     },
   );
+
+  test('a worker whose NCCL never lets go of a pair still ends when told, by itself', async () => {
+    const proxy = await startProxy();
+    const producer = await startWorker('producer', proxy, [...ON_GPU, '--device', 'cuda:0']);
+    Object.assign(process.env, { PD_STANDIN_FAULTS: 'ncclCommAbort=hang' });
+    const consumer = await startWorker('consumer', proxy, [...ON_GPU, '--device', 'cuda:1']);
+    delete process.env['PD_STANDIN_FAULTS'];
+    try {
+      await untilListed(proxy, 1, 1);
+      const [request] = mixedRequests(1, 3);
+      expect((await complete(proxy.url, request!)).status).toBe(200);
+      await producer.program.stop('SIGKILL'); // its pair has to be aborted now
+      await consumer.program.stop('SIGTERM', 60_000);
+      // By itself, or by the alarm that it set: never by the SIGKILL of a reader who lost patience.
+      expect(consumer.program.child.signalCode).not.toBe('SIGKILL');
+    } finally {
+      await Promise.all([producer, consumer, proxy].map(({ program }) => program.stop('SIGKILL')));
+    }
+  });
 });
