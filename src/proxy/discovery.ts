@@ -125,6 +125,7 @@ export class Discovery {
         httpAddress: ping.http_address,
         zmqAddress: ping.zmq_address,
         ...(ping.ours ? { fingerprint: { digest: ping.ours.digest, model: ping.ours.model } } : {}),
+        ...(ping.ours?.sendType ? { sendType: ping.ours.sendType } : {}),
       });
       if (!changes) throw new PdError('LIMIT_EXCEEDED', 'ping: too many instances');
       this.#apply(changes);

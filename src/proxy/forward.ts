@@ -244,7 +244,7 @@ function noInstance(missing: Missing, registry: InstanceRegistry): PdError {
   if (missing === 'match') {
     return new PdError(
       'NO_INSTANCE',
-      `no producer and consumer serve the same model: their fingerprints or model names differ (${counts}); GET /health lists them`,
+      `no producer fits a consumer: their fingerprints, model names or send types differ (${counts}); GET /health lists them`,
     );
   }
   const phase = missing === 'producer' ? 'prefill' : 'decode';

@@ -242,6 +242,7 @@ export class PdProxy {
         zmq_address: instance.zmqAddress,
         model: instance.fingerprint?.model ?? null,
         fingerprint: instance.fingerprint?.digest ?? null,
+        send_type: instance.sendType ?? null,
         models: instance.models ?? null,
         /** Since its last ping. */
         age_seconds: Math.round(this.#registry.age(instance)) / 1_000,

@@ -5,10 +5,11 @@
  * Fit of a producer and a consumer, best first:
  *   same      both announce one fingerprint, or neither announces any (two vLLM workers)
  *   unknown   one announces a fingerprint, the other none (ours beside vLLM's): taken only where no `same` pair is left
- *   never     two fingerprints that differ: different weights would give silently wrong text
+ *   never     two fingerprints that differ: different weights would give silently wrong text; or GET beside PUT: KV would never move
  * Two instances whose served model names are known and have none in common never fit either.
  */
 import { asDestination, formatHostPort, type HostPort, parseHostPort } from '../net/address.ts';
+import type { SendType } from '../transfer/types.ts';
 
 export type InstanceRole = 'producer' | 'consumer';
 
@@ -19,6 +20,8 @@ export interface Announcement {
   readonly zmqAddress: string;
   /** Absent for a vLLM worker. */
   readonly fingerprint?: { readonly digest: string; readonly model: string };
+  /** Absent for a vLLM worker. */
+  readonly sendType?: SendType;
 }
 
 export interface Instance extends Announcement {
@@ -219,12 +222,18 @@ export class InstanceRegistry {
 export function fitOf(producer: Instance, consumer: Instance): 'same' | 'unknown' | 'never' {
   const a = producer.fingerprint?.digest;
   const b = consumer.fingerprint?.digest;
+  if (!sendTypesMeet(producer.sendType, consumer.sendType)) return 'never';
   if (a !== undefined && b !== undefined) return a === b ? 'same' : 'never';
   if (producer.models && consumer.models) {
     const names = new Set(producer.models);
     if (!consumer.models.some((name) => names.has(name))) return 'never';
   }
   return a === b ? 'same' : 'unknown';
+}
+
+/** PUT and PUT_ASYNC are one to the receiving end. */
+function sendTypesMeet(a: SendType | undefined, b: SendType | undefined): boolean {
+  return a === undefined || b === undefined || (a === 'GET') === (b === 'GET');
 }
 
 /** `[HTTP:h, ZMQ:z]`, as readers of the log search for it. */
@@ -243,6 +252,7 @@ function sameAnnouncement(a: Announcement, b: Announcement): boolean {
     a.role === b.role &&
     a.httpAddress === b.httpAddress &&
     a.zmqAddress === b.zmqAddress &&
-    a.fingerprint?.digest === b.fingerprint?.digest
+    a.fingerprint?.digest === b.fingerprint?.digest &&
+    a.sendType === b.sendType
   );
 }

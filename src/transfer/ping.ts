@@ -25,7 +25,12 @@ export class Pinger {
     const proxy = asDestination(ping.proxy);
     this.#proxy = formatHostPort(proxy);
     const { fingerprint } = options;
-    const ours = fingerprint && { version: PD_VERSION, digest: fingerprint.digest, model: fingerprint.model };
+    const ours = fingerprint && {
+      version: PD_VERSION,
+      digest: fingerprint.digest,
+      model: fingerprint.model,
+      sendType: options.sendType,
+    };
     const message = { type: ping.type, http_address: ping.httpAddress, zmq_address: self } as const;
     this.#body = encodePing(ours ? { ...message, ours } : message);
     // One ping waits at most, and none for a proxy that is away: it would read stale ones when it returns.

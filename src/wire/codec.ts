@@ -30,7 +30,7 @@ import {
   show,
   textField,
 } from './fields.ts';
-import { helloFields, readHello, readRefusal } from './hello.ts';
+import { helloFields, readHello, readRefusal, readSendType } from './hello.ts';
 import {
   checkMsgpack,
   DECODER_LIMITS,
@@ -198,8 +198,9 @@ export function decodeAnswer(body: Uint8Array, limits: WireLimits): Answer {
 export function encodePing(ping: PingMessage): Uint8Array {
   const { type, http_address, zmq_address, ours } = ping;
   if (!ours) return encode({ type, http_address, zmq_address });
-  const { version, digest, model } = ours;
-  return encode({ type, http_address, zmq_address, pd: { version, digest, model } });
+  const { version, digest, model, sendType } = ours;
+  const told = sendType === undefined ? {} : { send_type: sendType };
+  return encode({ type, http_address, zmq_address, pd: { version, digest, model, ...told } });
 }
 
 /** The addresses are strings here; the reader parses them (`net/address.ts`). */
@@ -281,5 +282,6 @@ function readPingHello(pd: Fields): PingHello {
     version: countField(pd, 'version', 1, 'ping'),
     digest: textField(pd, 'digest', MAX_TEXT, 'ping'),
     model: textField(pd, 'model', MAX_TEXT, 'ping'),
+    ...(field(pd, 'send_type') === undefined ? {} : { sendType: readSendType(pd, 'ping') }),
   };
 }

@@ -1,6 +1,6 @@
 /** What stands in `pd` of a NEW and of its answer. */
 import { ERROR_TABLE, type ErrorCode } from '../errors.ts';
-import { type Fingerprint, SEND_TYPES } from '../transfer/types.ts';
+import { type Fingerprint, SEND_TYPES, type SendType } from '../transfer/types.ts';
 import { checkDtype, countField, type Fields, field, optionalMap, show, textField } from './fields.ts';
 import { MAX_TEXT, protocolError } from './limits.ts';
 import type { PeerHello } from './messages.ts';
@@ -35,17 +35,17 @@ export function readHello(pd: Fields, what: string): PeerHello {
   if (features.length > MAX_FEATURES || features.some((name: string) => name.length > 64)) {
     throw protocolError('limit', `${what}: more than ${MAX_FEATURES} features, or one longer than 64`);
   }
-  const sendTypeName = field(pd, 'send_type');
-  const sendType = SEND_TYPES.find((name) => name === sendTypeName);
-  if (!sendType) {
-    throw protocolError(
-      'bad_field',
-      `${what}: send_type is ${show(sendTypeName)}, not ${SEND_TYPES.join(', ')}`,
-    );
-  }
+  const sendType = readSendType(pd, what);
   const hello = { version, features: features as string[], sendType };
   const fingerprint = optionalMap(pd, 'fingerprint', what);
   return fingerprint ? { ...hello, fingerprint: readFingerprint(fingerprint, what) } : hello;
+}
+
+export function readSendType(pd: Fields, what: string): SendType {
+  const name = field(pd, 'send_type');
+  const sendType = SEND_TYPES.find((known) => known === name);
+  if (sendType) return sendType;
+  throw protocolError('bad_field', `${what}: send_type is ${show(name)}, not ${SEND_TYPES.join(', ')}`);
 }
 
 function readFingerprint(fields: Fields, what: string): Fingerprint {

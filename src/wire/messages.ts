@@ -96,6 +96,8 @@ export interface PingHello {
   readonly digest: string;
   /** `Fingerprint.model`, for people. */
   readonly model: string;
+  /** How it sends or asks: GET and PUT do not meet. Absent in pings of before it was told. */
+  readonly sendType?: SendType;
 }
 
 /** What a listener answers. */

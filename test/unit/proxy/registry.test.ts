@@ -1,6 +1,7 @@
 import fc from 'fast-check';
 import { describe, expect, test } from 'vitest';
 import { type Announcement, InstanceRegistry, type InstanceRole } from '../../../src/proxy/registry.ts';
+import type { SendType } from '../../../src/transfer/types.ts';
 
 const TIMEOUT = 10_000;
 
@@ -152,6 +153,19 @@ describe('pairing', () => {
         }
       }),
     );
+  });
+
+  test('never pairs GET with PUT; a worker that does not tell fits both', () => {
+    const { registry } = setUp();
+    const telling = (role: InstanceRole, port: number, sendType: SendType) =>
+      registry.announce({ ...ping(role, port, 'a'), sendType });
+    telling('producer', 1, 'GET');
+    telling('consumer', 3, 'PUT');
+    expect(registry.pair()).toBe('match');
+    telling('producer', 5, 'PUT_ASYNC');
+    for (let i = 0; i < 3; i++) expect(picked(registry)).toEqual([5, 3]);
+    registry.announce(ping('consumer', 7, 'a'));
+    expect(new Set([0, 1, 2, 3].map(() => String(picked(registry))))).toContain('1,7');
   });
 
   test('says which role is missing, or that nothing fits', () => {

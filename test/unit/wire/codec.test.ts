@@ -134,12 +134,14 @@ describe('bytes on the wire are those of python-msgpack', () => {
       type: 'D',
       http_address: '10.0.0.2:8083',
       zmq_address: '10.0.0.2:8084',
-      ours: { version: 1, digest: 'd1', model: 'demo' },
+      ours: { version: 1, digest: 'd1', model: 'demo', sendType: 'PUT_ASYNC' },
     };
     expect(hex(encodePing(ping))).toBe(GOLDEN.ping);
     expect(decodePing(bytes(GOLDEN.ping))).toEqual(ping);
     expect(hex(encodePing(ours))).toBe(GOLDEN['ping ours']);
     expect(decodePing(bytes(GOLDEN['ping ours']))).toEqual(ours);
+    const untold: PingMessage = { ...ping, ours: { version: 1, digest: 'd1', model: 'demo' } };
+    expect(decodePing(encodePing(untold))).toEqual(untold);
   });
 
   test('dimensions beyond 32 bits', () => {
