@@ -58,7 +58,13 @@ export function resolveWorkerConfig(command: Command, outside: WorkerEnvironment
     checkKvRank(vllm, values.role);
   }
   const config = toWorkerConfig(values, outside);
-  return { config, warnings: [...(vllm?.warnings ?? []), ...checkAnnounced(config, outside)] };
+  const named = vllm?.layer.values['role']?.value;
+  const overruled =
+    named !== undefined && named !== values.role
+      ? [`kv_role of --kv-transfer-config says ${named}; --role ${values.role} wins`]
+      : [];
+  const warnings = [...(vllm?.warnings ?? []), ...overruled, ...checkAnnounced(config, outside)];
+  return { config, warnings };
 }
 
 /** The second half of `resolveWorkerConfig`: validated options into the config. */

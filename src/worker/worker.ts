@@ -108,6 +108,11 @@ export class PdWorker {
       const port = await listen(server, config.http);
       const httpAddress = { host: config.httpAnnounceHost, port };
       const worker = new PdWorker(config, core, server, inFlight, httpAddress, all, log);
+      const { numBlocks, blockSize, maxModelLen } = core.info;
+      log.info(
+        `Serving ${config.servedModelNames.join(', ')} as ${config.role} on ${config.device}` +
+          `: ${numBlocks} KV blocks of ${blockSize} tokens, up to ${maxModelLen} tokens a sequence`,
+      );
       log.info(`Running on http://${formatHostPort(httpAddress)}`);
       core.serve(formatHostPort(httpAddress));
       return worker;

@@ -236,6 +236,9 @@ describe("vLLM's kv-transfer-config", () => {
     expect(memPoolSize).toBe(4 * 2 ** 30);
     expect({ ...same, memPoolSize: 32 * 2 ** 30 }).toEqual(config(vllm(RUNBOOK)));
     const bare = { kv_connector: 'P2pNcclConnector', kv_role: 'kv_consumer' };
+    const overruled = resolve([...vllm(bare), '--role', 'producer']);
+    expect(overruled.config.role).toBe('producer');
+    expect(overruled.warnings).toEqual([expect.stringContaining('says consumer; --role producer wins')]);
     expect(config(vllm(bare))).toMatchObject({
       role: 'consumer',
       sendType: 'PUT_ASYNC',
