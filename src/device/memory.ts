@@ -39,11 +39,16 @@ export const sliceMemory: Slice = (memory, offset, length) => {
   }
   switch (memory.kind) {
     case 'host':
-      return { ...memory, offset: memory.offset + offset, bytes: length };
+      return { kind: 'host', buffer: memory.buffer, offset: memory.offset + offset, bytes: length };
     case 'pinned':
-      return { ...memory, pointer: (memory.pointer + BigInt(offset)) as PinnedPointer, bytes: length };
+      return { kind: 'pinned', pointer: (memory.pointer + BigInt(offset)) as PinnedPointer, bytes: length };
     case 'cuda':
-      return { ...memory, pointer: (memory.pointer + BigInt(offset)) as DevicePointer, bytes: length };
+      return {
+        kind: 'cuda',
+        device: memory.device,
+        pointer: (memory.pointer + BigInt(offset)) as DevicePointer,
+        bytes: length,
+      };
   }
 };
 

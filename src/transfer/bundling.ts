@@ -8,7 +8,7 @@ import { PutAnnouncement } from './put.ts';
 import { PutBundle } from './put-bundle.ts';
 
 /** While one bundle is on the wire the next is gathered, and the one before it scattered: so several, where there is much to send. */
-export const MAX_BUNDLE_BYTES = 128 * 2 ** 20;
+export const MAX_BUNDLE_BYTES = 256 * 2 ** 20;
 
 /** What one tensor takes in a message besides its id: at most a form of its own, of 8 dimensions. */
 const FORM_BYTES = 100;

@@ -57,9 +57,12 @@ function checkLayer(
     const needed = `${layout.numBlocks} blocks take ${layerBytes(layout)} bytes`;
     throw invalid(`${what}: ${needed}, the memory of the layer has ${memory.bytes}`, context);
   }
-  const outside = blockIds.find((id) => id < 0 || id >= layout.numBlocks);
-  if (outside !== undefined) {
-    throw invalid(`${what}: block ${outside} is outside of a cache of ${layout.numBlocks} blocks`, context);
+  const { numBlocks } = layout;
+  // A plain loop: this list is looked through for each layer of each request.
+  for (let index = 0; index < blockIds.length; index++) {
+    const id = blockIds[index]!;
+    if (id >= 0 && id < numBlocks) continue;
+    throw invalid(`${what}: block ${id} is outside of a cache of ${numBlocks} blocks`, context);
   }
 }
 

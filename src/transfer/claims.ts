@@ -82,6 +82,8 @@ export class ClaimBook {
   /** A tensor has come. True where somebody took it. */
   arrived(entry: StoreEntry): boolean {
     const candidates = this.#of(entry.requestId);
+    const [only, ...others] = candidates;
+    if (only && others.length === 0 && this.#offer(only, entry)) return true;
     const exact = candidates.filter((r) => r.claimant.requestId === entry.requestId);
     const taken = [...exact, ...candidates].some((registration) => this.#offer(registration, entry));
     if (!taken) for (const registration of candidates) this.#stray(registration, entry);
@@ -108,8 +110,11 @@ export class ClaimBook {
   }
 
   #of(requestId: string): Registration[] {
-    const ids = new Set([requestId, transferIdOf(requestId)]);
-    return [...new Set([...ids].flatMap((id) => [...(this.#byId.get(id) ?? [])]))];
+    const exact = this.#byId.get(requestId);
+    const transferId = transferIdOf(requestId);
+    const named = transferId === requestId ? undefined : this.#byId.get(transferId);
+    if (!exact || !named) return [...(exact ?? named ?? [])];
+    return [...new Set([...exact, ...named])];
   }
 
   #offer(registration: Registration, entry: StoreEntry): boolean {

@@ -59,21 +59,29 @@ export function regionsOf(
     if (is) cuts.add(index).add(index + 1);
   });
   const regions: MemoryRef[] = [];
+  let first = 0;
   memory.forEach((ref, index) => {
-    const last = regions[regions.length - 1];
-    if (!last || cuts.has(index)) regions.push(ref);
-    else regions[regions.length - 1] = join(last, ref);
+    const before = memory[index - 1];
+    if (index > first && before && !cuts.has(index)) {
+      if (!touches(before, ref))
+        throw new PdError('INTERNAL', 'tensors that do not touch cannot be one region');
+      return;
+    }
+    if (index > 0) regions.push(joined(memory, first, index));
+    first = index;
   });
+  if (memory.length > 0) regions.push(joined(memory, first, memory.length));
   return regions;
+}
+
+function joined(memory: readonly MemoryRef[], from: number, to: number): MemoryRef {
+  let bytes = 0;
+  for (let index = from; index < to; index++) bytes += memory[index]!.bytes;
+  return { ...memory[from]!, bytes };
 }
 
 function touches(a: MemoryRef, b: MemoryRef): boolean {
   if (a.kind === 'host') return b.kind === 'host' && a.buffer === b.buffer && a.offset + a.bytes === b.offset;
   if (a.kind === 'cuda' && (b.kind !== 'cuda' || b.device !== a.device)) return false;
   return b.kind === a.kind && (a.pointer as bigint) + BigInt(a.bytes) === b.pointer;
-}
-
-function join(a: MemoryRef, b: MemoryRef): MemoryRef {
-  if (!touches(a, b)) throw new PdError('INTERNAL', 'tensors that do not touch cannot be one region');
-  return { ...a, bytes: a.bytes + b.bytes };
 }

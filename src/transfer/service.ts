@@ -17,7 +17,7 @@ import { MetricsPage } from '../observability/metrics.ts';
 import { createTransport } from '../transport/create.ts';
 import type { Transport } from '../transport/transport.ts';
 import type { TensorId, TransferId } from '../wire/ids.ts';
-import { type TransferContext, tensorFields } from './context.ts';
+import { logTensor, type TransferContext } from './context.ts';
 import { Deadlines } from './deadlines.ts';
 import { openDoors } from './doors.ts';
 import { formed } from './form.ts';
@@ -170,10 +170,9 @@ export class TransferService {
   }
 
   send(request: SendRequest, reply: SendReply): void {
-    const { options, log } = this.#context;
+    const { options } = this.#context;
     const peer = request.peer && formatHostPort(request.peer);
-    const { tensorId } = request;
-    log.debug(tensorFields(this.#context, request, peer), `to send ${tensorId}`);
+    logTensor(this.#context, 'to send', request, peer);
     if (this.#disposed) {
       reply.failed(closed());
       return;
@@ -183,6 +182,7 @@ export class TransferService {
       return;
     }
     if (peer === undefined) {
+      const { tensorId } = request;
       const message = `${tensorId}: send_type ${options.sendType} needs the peer to send to`;
       reply.failed(new PdError('KV_SEND_FAILED', message, { tensorId }));
       return;
@@ -273,8 +273,8 @@ export class TransferService {
 
   async #close(): Promise<void> {
     const { transport, poller, memory, stream, device, deadlines } = this.#context;
-    const reason = closed();
     this.stopPing();
+    const reason = closed();
     await this.#router.close();
     await this.#gate?.close();
     this.#loads.dispose(reason);

@@ -21,12 +21,20 @@ export type TensorId = Branded<string, 'TensorId'>;
 /** What pd-doctor asks a listener for, without a pair: nobody has it, and a listener of ours answers so without a word in its log. */
 export const PROBE_TENSOR = 'pd-doctor#probe' as TensorId;
 
-const RANDOM_SUFFIX = /-[0-9a-f]{8}$/;
+const SUFFIX = '-'.length + 8;
 
 /** Cuts a trailing `-[0-9a-f]{8}`, once, and only where something is left in front of it. */
 export function transferIdOf(engineId: string): TransferId {
-  const match = RANDOM_SUFFIX.exec(engineId);
-  return (match && match.index > 0 ? engineId.slice(0, match.index) : engineId) as TransferId;
+  const at = engineId.length - SUFFIX;
+  // By hand: this runs for every tensor several times, and a regular expression would look at every `-` of the id.
+  if (at <= 0 || engineId.charCodeAt(at) !== 0x2d) return engineId as TransferId;
+  for (let i = at + 1; i < engineId.length; i++)
+    if (!isHexDigit(engineId.charCodeAt(i))) return engineId as TransferId;
+  return engineId.slice(0, at) as TransferId;
+}
+
+function isHexDigit(code: number): boolean {
+  return (code >= 0x30 && code <= 0x39) || (code >= 0x61 && code <= 0x66);
 }
 
 /**

@@ -9,10 +9,9 @@ enum { SUCCESS = 0, INVALID_VALUE = 1, NO_BINARY = 209, NOT_FOUND = 500 };
 
 // The same bytes as PagedCopy in kernels/gather_scatter.cu.
 typedef struct {
-  unsigned char *cache, *flat;
   uint64_t cache_block, cache_run, flat_block, flat_run, run_bytes;
-  uint32_t blocks, runs, tiles;
-  int32_t ids[960];
+  uint32_t layers, blocks, runs, tiles;
+  uint64_t table[482];
 } paged_copy;
 _Static_assert(sizeof(paged_copy) == 3912, "src/device/cuda/paged-copy.ts writes 3912 bytes");
 
@@ -20,14 +19,18 @@ typedef struct { int device; void (*twin)(int, const paged_copy *); paged_copy p
 
 static void move(int device, const paged_copy *p, unsigned element, bool gather) {
   uint64_t tile = 1024ull * element;
+  const int32_t *ids = (const int32_t *)(p->table + 2 * p->layers);
   if (p->tiles != (p->run_bytes + tile - 1) / tile) return device_fail(device, 700);
-  for (uint32_t block = 0; block < p->blocks; block++) {
-    for (uint32_t run = 0; run < p->runs; run++) {
-      unsigned char *cache = p->cache + p->ids[block] * p->cache_block + run * p->cache_run;
-      unsigned char *flat = p->flat + block * p->flat_block + run * p->flat_run;
-      if ((uintptr_t)cache % element || (uintptr_t)flat % element || p->run_bytes % element) return device_fail(device, 716);
-      if (!memory_known(cache, p->run_bytes) || !memory_known(flat, p->run_bytes)) return device_fail(device, 700);
-      if (gather) memcpy(flat, cache, p->run_bytes); else memcpy(cache, flat, p->run_bytes);
+  if (16 * p->layers + 4 * p->blocks > sizeof p->table) return device_fail(device, 700);
+  for (uint32_t layer = 0; layer < p->layers; layer++) {
+    for (uint32_t block = 0; block < p->blocks; block++) {
+      for (uint32_t run = 0; run < p->runs; run++) {
+        unsigned char *cache = (unsigned char *)p->table[2 * layer] + ids[block] * p->cache_block + run * p->cache_run;
+        unsigned char *flat = (unsigned char *)p->table[2 * layer + 1] + block * p->flat_block + run * p->flat_run;
+        if ((uintptr_t)cache % element || (uintptr_t)flat % element || p->run_bytes % element) return device_fail(device, 716);
+        if (!memory_known(cache, p->run_bytes) || !memory_known(flat, p->run_bytes)) return device_fail(device, 700);
+        if (gather) memcpy(flat, cache, p->run_bytes); else memcpy(cache, flat, p->run_bytes);
+      }
     }
   }
 }

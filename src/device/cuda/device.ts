@@ -19,15 +19,16 @@ import { hostView } from '../memory.ts';
 import { addressOf, kernelAddress, visible } from './addresses.ts';
 import { type KernelModule, type KernelTarget, loadKernels } from './kernels.ts';
 import {
+  blocksPerLaunch,
   type CopyShape,
-  checkCopy,
+  checkCopies,
   copyShape,
   elementBytes,
-  MAX_BLOCKS_PER_LAUNCH,
+  type LayerAddresses,
+  launches,
   PARAMETER_BYTES,
-  sameLayout,
+  sameLayouts,
   tilesPerRun,
-  writeAddresses,
   writeParameters,
 } from './paged-copy.ts';
 import { allocatePinnedOnThread } from './pinned.ts';
@@ -227,47 +228,39 @@ export class CudaDevice implements Device, CudaContext {
     skip: number,
   ): void {
     // All are checked before the first is launched.
-    for (const { layer, tensor } of parts) {
-      checkCopy(direction, layer.layout, layer.memory.bytes, tensor.bytes, blockIds);
-    }
+    checkCopies(direction, parts, blockIds);
     this.enter();
-    let first = 0;
-    while (first < parts.length) {
-      const { layout } = parts[first]!.layer;
-      let end = first + 1;
-      while (end < parts.length && sameLayout(parts[end]!.layer.layout, layout)) end++;
-      const pointers = parts.slice(first, end).map(({ layer, tensor }) => ({
+    for (const group of sameLayouts(parts)) {
+      const layers = group.map(({ layer, tensor }) => ({
         cache: kernelAddress(layer.memory, direction),
         flat: kernelAddress(tensor, direction),
       }));
-      this.#launchCopies(direction, copyShape(layout, blockIds.length), pointers, blockIds, skip, stream);
-      first = end;
+      const shape = copyShape(group[0]!.layer.layout, blockIds.length);
+      this.#launchCopies(direction, shape, layers, blockIds, skip, stream);
     }
   }
 
-  /** For each of `pointers` the same copy. `flat` is the address of block 0 of `blockIds`, skipped or not. */
+  /** For each of `layers` the same copy. `flat` is the address of block 0 of `blockIds`, skipped or not. */
   #launchCopies(
     direction: 'gather' | 'scatter',
     shape: CopyShape,
-    pointers: readonly { readonly cache: bigint; readonly flat: bigint }[],
+    layers: readonly LayerAddresses[],
     blockIds: Int32Array,
     skip: number,
     stream: Stream,
   ): void {
     const { handle } = cudaStream(stream);
-    for (let first = skip; first < blockIds.length; first += MAX_BLOCKS_PER_LAUNCH) {
-      const ids = blockIds.subarray(first, first + MAX_BLOCKS_PER_LAUNCH);
-      let written: 16 | 1 | undefined;
-      for (const { cache, flat } of pointers) {
-        const at = flat + BigInt(first * shape.flatBlock);
-        const element = elementBytes(shape, cache, at);
-        // The launch copies the parameters, so from one layer to the next only the addresses are written anew.
-        if (written === element) writeAddresses(this.#parameterView, cache, at);
-        else writeParameters(this.#parameterView, shape, cache, at, ids, element);
-        written = element;
-        const tiles = ids.length * shape.runs * tilesPerRun(shape, element);
+    for (const group of launches(layers, ({ cache, flat }) => elementBytes(shape, cache, flat))) {
+      const { element } = group;
+      const most = blocksPerLaunch(group.layers.length, shape, element);
+      const kernel = this.#copyKernels.functions[`${direction}_${element}`];
+      for (let first = skip; first < blockIds.length; first += most) {
+        const ids = blockIds.subarray(first, first + most);
+        const offset = BigInt(first * shape.flatBlock);
+        const at = group.layers.map(({ cache, flat }) => ({ cache, flat: flat + offset }));
+        writeParameters(this.#parameterView, shape, at, ids, element);
+        const tiles = at.length * ids.length * shape.runs * tilesPerRun(shape, element);
         const blocks = Math.min(tiles, this.multiProcessors * BLOCKS_PER_MULTIPROCESSOR);
-        const kernel = this.#copyKernels.functions[`${direction}_${element}`];
         this.driver.launch(kernel, { blocks, threads: THREADS }, handle, this.#parameterList);
       }
     }

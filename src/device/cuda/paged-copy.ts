@@ -13,14 +13,21 @@ import {
   runOffset,
   runsPerBlock,
 } from '../../kv/layout.ts';
+import type { LayerTensor } from '../device.ts';
 
-/** sizeof(PagedCopy): 56 bytes of pointers and strides, 12 of counts, the ids, padded to 8. */
+/** sizeof(PagedCopy): 40 bytes of strides, 16 of counts, and the table. */
 export const PARAMETER_BYTES = 3_912;
-/** Block ids in one launch. */
-export const MAX_BLOCKS_PER_LAUNCH = 960;
+const TABLE_OFFSET = 56;
+const TABLE_BYTES = PARAMETER_BYTES - TABLE_OFFSET;
+/** Two addresses of 8 bytes. */
+const LAYER_BYTES = 16;
+const ID_BYTES = 4;
+/** Layers of one launch, which leave room for 708 ids. */
+export const MAX_LAYERS_PER_LAUNCH = 64;
+/** The kernel counts tiles in 32 bits. */
+const MAX_TILES = 2 ** 31;
 /** Elements of one tile: 256 threads, 4 loads each. */
 const TILE = 1_024;
-const IDS_OFFSET = 68;
 
 /** How one layer's blocks and the dense tensor lie, in bytes. */
 export interface CopyShape {
@@ -62,7 +69,7 @@ export function tilesPerRun(shape: CopyShape, element: 16 | 1): number {
   return Math.ceil(shape.runBytes / (TILE * element));
 }
 
-export function sameLayout(a: PagedLayout, b: PagedLayout): boolean {
+function sameLayout(a: PagedLayout, b: PagedLayout): boolean {
   return (
     a === b ||
     (a.family === b.family &&
@@ -74,60 +81,105 @@ export function sameLayout(a: PagedLayout, b: PagedLayout): boolean {
   );
 }
 
-/** The same blocks of another layer: what `writeParameters` has written stays, but for the two addresses. */
-export function writeAddresses(target: DataView, cache: bigint, flat: bigint): void {
-  target.setBigUint64(0, cache, true);
-  target.setBigUint64(8, flat, true);
+/** Addresses of one layer: its cache, and its tensor. */
+export interface LayerAddresses {
+  readonly cache: bigint;
+  readonly flat: bigint;
 }
 
-/** Fills the kernel's parameter block. `flat` is the address of the first of these blocks in the tensor. */
+/** Block ids that one launch of so many layers takes. */
+export function blocksPerLaunch(layers: number, shape: CopyShape, element: 16 | 1): number {
+  const fit = Math.floor((TABLE_BYTES - layers * LAYER_BYTES) / ID_BYTES);
+  return Math.max(
+    1,
+    Math.min(fit, Math.floor(MAX_TILES / (layers * shape.runs * tilesPerRun(shape, element)))),
+  );
+}
+
+/** Fills the kernel's parameter block. `flat` of each layer is the address of the first of these blocks in its tensor. */
 export function writeParameters(
   target: DataView,
   shape: CopyShape,
-  cache: bigint,
-  flat: bigint,
+  layers: readonly LayerAddresses[],
   ids: Int32Array,
   element: 16 | 1,
 ): void {
-  writeAddresses(target, cache, flat);
-  target.setBigUint64(16, BigInt(shape.cacheBlock), true);
-  target.setBigUint64(24, BigInt(shape.cacheRun), true);
-  target.setBigUint64(32, BigInt(shape.flatBlock), true);
-  target.setBigUint64(40, BigInt(shape.flatRun), true);
-  target.setBigUint64(48, BigInt(shape.runBytes), true);
-  target.setUint32(56, ids.length, true);
-  target.setUint32(60, shape.runs, true);
-  target.setUint32(64, tilesPerRun(shape, element), true);
-  for (let index = 0; index < ids.length; index++) target.setInt32(IDS_OFFSET + 4 * index, ids[index]!, true);
+  target.setBigUint64(0, BigInt(shape.cacheBlock), true);
+  target.setBigUint64(8, BigInt(shape.cacheRun), true);
+  target.setBigUint64(16, BigInt(shape.flatBlock), true);
+  target.setBigUint64(24, BigInt(shape.flatRun), true);
+  target.setBigUint64(32, BigInt(shape.runBytes), true);
+  target.setUint32(40, layers.length, true);
+  target.setUint32(44, ids.length, true);
+  target.setUint32(48, shape.runs, true);
+  target.setUint32(52, tilesPerRun(shape, element), true);
+  let at = TABLE_OFFSET;
+  for (const { cache, flat } of layers) {
+    target.setBigUint64(at, cache, true);
+    target.setBigUint64(at + 8, flat, true);
+    at += LAYER_BYTES;
+  }
+  new Int32Array(target.buffer, target.byteOffset + at, ids.length).set(ids);
+}
+
+/** Runs of neighbours that one launch can do: at most so many, all copied by the same element. */
+export function launches<A extends LayerAddresses>(
+  layers: readonly A[],
+  elementOf: (layer: A) => 16 | 1,
+): { readonly layers: readonly A[]; readonly element: 16 | 1 }[] {
+  const groups: { layers: A[]; element: 16 | 1 }[] = [];
+  for (const layer of layers) {
+    const element = elementOf(layer);
+    const last = groups[groups.length - 1];
+    if (last?.element === element && last.layers.length < MAX_LAYERS_PER_LAUNCH) last.layers.push(layer);
+    else groups.push({ layers: [layer], element });
+  }
+  return groups;
+}
+
+/** Neighbours of one layout: what differs between them is where they lie. */
+export function sameLayouts(parts: readonly LayerTensor[]): LayerTensor[][] {
+  const groups: LayerTensor[][] = [];
+  for (const part of parts) {
+    const last = groups[groups.length - 1];
+    if (last && sameLayout(last[0]!.layer.layout, part.layer.layout)) last.push(part);
+    else groups.push([part]);
+  }
+  return groups;
 }
 
 /** A wrong size or id would let the kernel write anywhere in the GPU, so this is checked on every call. Throws INTERNAL. */
-export function checkCopy(
+export function checkCopies(
   what: 'gather' | 'scatter',
-  layout: PagedLayout,
-  cacheBytes: number,
-  flatBytes: number,
+  parts: readonly LayerTensor[],
   blockIds: Int32Array,
 ): void {
-  const wanted = blockBytes(layout) * blockIds.length;
-  if (flatBytes !== wanted) {
-    throw new PdError(
-      'INTERNAL',
-      `${what}: ${blockIds.length} blocks take ${wanted} bytes, the tensor has ${flatBytes}`,
-    );
-  }
-  if (cacheBytes < layerBytes(layout)) {
-    throw new PdError(
-      'INTERNAL',
-      `${what}: the layer takes ${layerBytes(layout)} bytes, its memory has ${cacheBytes}`,
-    );
-  }
-  for (const id of blockIds) {
-    if (id < 0 || id >= layout.numBlocks) {
+  let numBlocks: number | undefined;
+  for (const { layer, tensor } of parts) {
+    const { layout, memory } = layer;
+    const wanted = blockBytes(layout) * blockIds.length;
+    if (tensor.bytes !== wanted) {
       throw new PdError(
         'INTERNAL',
-        `${what}: block ${id} is outside of the cache of ${layout.numBlocks} blocks`,
+        `${what}: ${blockIds.length} blocks take ${wanted} bytes, the tensor has ${tensor.bytes}`,
       );
     }
+    if (memory.bytes < layerBytes(layout)) {
+      throw new PdError(
+        'INTERNAL',
+        `${what}: the layer takes ${layerBytes(layout)} bytes, its memory has ${memory.bytes}`,
+      );
+    }
+    // Layers of one size share the list, which is looked through once.
+    if (layout.numBlocks !== numBlocks) checkBlockIds(what, layout.numBlocks, blockIds);
+    numBlocks = layout.numBlocks;
+  }
+}
+
+function checkBlockIds(what: string, numBlocks: number, blockIds: Int32Array): void {
+  for (let index = 0; index < blockIds.length; index++) {
+    const id = blockIds[index]!;
+    if (id >= 0 && id < numBlocks) continue;
+    throw new PdError('INTERNAL', `${what}: block ${id} is outside of the cache of ${numBlocks} blocks`);
   }
 }

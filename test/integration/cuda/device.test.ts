@@ -124,6 +124,55 @@ describe('gather and scatter', () => {
     expect(Buffer.compare(device.view(pinned), hostView(expected))).toBe(0);
   });
 
+  test.each([
+    ['of a short request', 70, 3, 0],
+    ['of a long one', 3, 1_500, 1],
+    ['skipping all', 2, 4, 4],
+  ])('many layers %s, of two layouts and alignments, in one call', async (_, layers, blocks, skip) => {
+    const host = new HostDevice();
+    const hostStream = host.createStream();
+    const layoutOf = (i: number): PagedLayout => ({
+      family: i < layers - 1 ? 'kv-first' : 'blocks-first',
+      numBlocks: blocks + 5,
+      blockSize: 2,
+      heads: 1,
+      headDim: 8,
+      dtype: 'uint8',
+    });
+    const blockIds = Int32Array.from({ length: blocks }, (_, i) => (i * 7 + 2) % (blocks + 5));
+    const sets = Array.from({ length: layers }, (_, i) => {
+      const layout = layoutOf(i);
+      const content = Uint8Array.from({ length: layerBytes(layout) }, (_, at) => (at * 3 + i) & 255);
+      const hostLayer = { memory: hostMemory(content.length), layout };
+      hostView(hostLayer.memory).set(content);
+      const bytes = blockBytes(layout) * blocks;
+      // One of them cannot be copied 16 bytes at a time.
+      const layer = { memory: upload(content, i === 1 ? 1 : 0), layout };
+      return { layer, hostLayer, tensor: upload(new Uint8Array(bytes)), hostTensor: hostMemory(bytes) };
+    });
+    device.gatherLayers(sets, blockIds, stream);
+    host.gatherLayers(
+      sets.map(({ hostLayer, hostTensor }) => ({ layer: hostLayer, tensor: hostTensor })),
+      blockIds,
+      hostStream,
+    );
+    for (const { tensor, hostTensor } of sets) {
+      expect(Buffer.compare(download(tensor), hostView(hostTensor))).toBe(0);
+    }
+    const reversed = blockIds.slice().reverse();
+    device.scatterLayers(sets, reversed, stream, skip);
+    host.scatterLayers(
+      sets.map(({ hostLayer, hostTensor }) => ({ layer: hostLayer, tensor: hostTensor })),
+      reversed,
+      hostStream,
+      skip,
+    );
+    for (const { layer, hostLayer } of sets) {
+      expect(Buffer.compare(download(layer.memory), hostView(hostLayer.memory))).toBe(0);
+    }
+    await drained();
+  });
+
   test('refuse ids and sizes that would write elsewhere in the GPU', () => {
     const layout: PagedLayout = {
       family: 'mla',
