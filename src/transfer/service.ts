@@ -182,9 +182,8 @@ export class TransferService {
       return;
     }
     if (peer === undefined) {
-      const { tensorId } = request;
-      const message = `${tensorId}: send_type ${options.sendType} needs the peer to send to`;
-      reply.failed(new PdError('KV_SEND_FAILED', message, { tensorId }));
+      const message = `${request.tensorId}: send_type ${options.sendType} needs the peer to send to`;
+      reply.failed(new PdError('KV_SEND_FAILED', message, { tensorId: request.tensorId }));
       return;
     }
     const outgoing = this.#outgoing.of(peer);
