@@ -3,10 +3,9 @@ import { afterEach, describe, expect, test } from 'vitest';
 import type { PagedLayer } from '../../src/device/device.ts';
 import { hostView } from '../../src/device/memory.ts';
 import { formShape, type WireForm, type WireLayout } from '../../src/kv/families.ts';
-import { type PagedLayout, runOffset, runsPerBlock, wireShape } from '../../src/kv/layout.ts';
+import { type PagedLayout, wireShape } from '../../src/kv/layout.ts';
 import { formatHostPort } from '../../src/net/address.ts';
 import type { TransferService } from '../../src/transfer/service.ts';
-import { DTYPE_BYTES } from '../../src/wire/dtype.ts';
 import type { TensorId, TransferId } from '../../src/wire/ids.ts';
 import { PythonPeer, pythonWith, seededBytes, sha256 } from '../support/python-peer.ts';
 import {
@@ -19,7 +18,7 @@ import {
   send,
   until,
 } from '../support/transfer.ts';
-import { offsetOf } from '../support/wire-kv.ts';
+import { type CachedKv, kvDifferences, tensorOfCache, tokenInCache } from '../support/wire-kv.ts';
 
 const python = pythonWith('msgpack');
 const services = new Services();
@@ -43,63 +42,12 @@ const TOKENS = 11;
 /** So that nothing is left of the last block. */
 const WHOLE = 12;
 
-function tokenSize({ heads, headDim, dtype }: PagedLayout): number {
-  return heads * headDim * DTYPE_BYTES[dtype];
-}
-
-/** K (0) or V (1) of one token in the cache. */
-function inCache(
-  { memory, layout }: PagedLayer,
-  blocks: readonly number[],
-  half: number,
-  token: number,
-): Uint8Array {
-  const block = blocks[Math.floor(token / layout.blockSize)]!;
-  const size = tokenSize(layout);
-  const at = runOffset(layout, layout.numBlocks, block, half) + (token % layout.blockSize) * size;
-  return hostView(memory).subarray(at, at + size);
-}
-
-function inTensor(
-  tensor: Uint8Array,
-  form: WireForm,
-  layout: PagedLayout,
-  half: number,
-  token: number,
-): Uint8Array {
-  const at = offsetOf(form, half, token, layout);
-  return tensor.subarray(at, at + tokenSize(layout));
-}
-
-/** Tokens `from` to `to` of which cache and tensor differ. */
-function differences(
-  layer: PagedLayer,
-  tensor: Uint8Array,
-  form: WireForm,
-  from: number,
-  to: number,
-): string[] {
-  const wrong: string[] = [];
-  for (let half = 0; half < runsPerBlock(layer.layout); half++) {
-    for (let token = from; token < to; token++) {
-      const [a, b] = [inCache(layer, BLOCKS, half, token), inTensor(tensor, form, layer.layout, half, token)];
-      if (Buffer.compare(a, b) !== 0) wrong.push(`${half === 0 ? 'K' : 'V'} of token ${token}`);
-    }
-  }
-  return wrong;
-}
-
-/** What the cache becomes in a form; all its tokens are there. */
-function tensorOf(layer: PagedLayer, form: WireForm, tokens: number): Uint8Array {
-  const size = formShape(form, layer.layout).reduce((a, b) => a * b, 1) * DTYPE_BYTES[layer.layout.dtype];
-  const tensor = new Uint8Array(size);
-  for (let half = 0; half < runsPerBlock(layer.layout); half++) {
-    for (let token = 0; token < tokens; token++) {
-      tensor.set(inCache(layer, BLOCKS, half, token), offsetOf(form, half, token, layer.layout));
-    }
-  }
-  return tensor;
-}
+/** One request's KV in a layer. */
+const cached = (layer: PagedLayer, blocks: readonly number[] = BLOCKS): CachedKv => ({
+  bytes: hostView(layer.memory),
+  layout: layer.layout,
+  blocks,
+});
 
 const form = (family: WireForm['family'], blocks: number, blockSize: number): WireForm => ({
   family,
@@ -144,13 +92,11 @@ describe.skipIf(python === undefined)('a tensor of a peer that is not ours', () 
     };
     await consumer.load(request);
     for (const [seed, { target }] of cache.entries()) {
-      expect(differences(target, seededBytes(shape, dtype, seed), wire, layout.blockSize, TOKENS)).toEqual(
-        [],
-      );
+      const tensor = seededBytes(shape, dtype, seed);
+      expect(kvDifferences(cached(target), tensor, wire, layout.blockSize, TOKENS)).toEqual([]);
       // What the local cache had stays.
-      const had = { memory: target.memory, layout };
       for (let token = 0; token < layout.blockSize; token++) {
-        const now = inCache(had, BLOCKS, 0, token);
+        const now = tokenInCache(cached(target), 0, token);
         const at = now.byteOffset - hostView(target.memory).byteOffset;
         expect(Buffer.compare(now, before[seed]!.subarray(at, at + now.length))).toBe(0);
       }
@@ -172,7 +118,8 @@ describe.skipIf(python === undefined)('a tensor of a peer that is not ours', () 
         ...loadRequest('cmpl-a-0', cache, BLOCKS.slice(0, 2), peer.address),
         numTokens: 7,
       });
-      expect(differences(cache[0]!.target, seededBytes(shape, LAYOUT.dtype, 5), wire, 0, 7)).toEqual([]);
+      const tensor = seededBytes(shape, LAYOUT.dtype, 5);
+      expect(kvDifferences(cached(cache[0]!.target), tensor, wire, 0, 7)).toEqual([]);
       await peer.quit();
     }
   });
@@ -307,7 +254,7 @@ describe.skipIf(python === undefined)('--wire-layout', () => {
       const expected = {
         shape: formShape(wire, layout),
         dtype: layout.dtype,
-        sha256: sha256(tensorOf(target!, wire, tokens)),
+        sha256: sha256(tensorOfCache(cached(target!), wire, tokens)),
       };
       // Twice: also once it is known that the peer is not ours.
       for (const id of ['cmpl-a-0#l', 'cmpl-b-0#l']) {
@@ -359,7 +306,9 @@ describe('between ours', () => {
           for (const [layer, { target }] of to.entries()) {
             for (let token = 0; token < blocks.length * 4 - 2; token++) {
               for (const half of [0, 1]) {
-                const [a, b] = [target, from[layer]!.target].map((one) => inCache(one, blocks, half, token));
+                const [a, b] = [target, from[layer]!.target].map((one) =>
+                  tokenInCache(cached(one, blocks), half, token),
+                );
                 expect(Buffer.compare(a!, b!)).toBe(0);
               }
             }

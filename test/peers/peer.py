@@ -24,10 +24,12 @@ Content is made from its seed, by SHAKE-128, so that both ends can tell it.
 """
 
 import argparse
+import faulthandler
 import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -81,7 +83,7 @@ class Peer:
         if args.transport == "nccl":
             from nccl_transport import NcclTransport
 
-            self.transport = NcclTransport(args.device)
+            self.transport = NcclTransport(args.device, args.timeout)
         else:
             self.transport = HostTransport(args.host, args.timeout)
         self.router = sockets.Router(args.host, args.port)
@@ -292,8 +294,9 @@ def main():
     parser.add_argument("--sockets", choices=("zmtp", "pyzmq"), default="zmtp")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--timeout", type=float, default=10.0)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     peer = Peer(parser.parse_args())
-    print(json.dumps({"ready": peer.address}), flush=True)
+    print(json.dumps({"ready": peer.address, "about": peer.transport.about()}), flush=True)
     for line in sys.stdin:
         command = json.loads(line)
         if command["op"] == "quit":

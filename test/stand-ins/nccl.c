@@ -1,4 +1,4 @@
-// libnccl, non-blocking communicators of two ranks. As the real one:
+// libnccl, communicators of two ranks, non-blocking (ours) or blocking (vLLM's). As the real one:
 //  - init, groups and finalize return "in progress" and settle later; a call on a communicator that has not settled fails;
 //  - work enters the stream only when the call settles; a send waits in its stream for the receive, and the other way round;
 //  - without a peer init never settles; a peer that dies leaves the stream busy for ever and no error;
@@ -27,7 +27,7 @@ typedef struct config { size_t size; unsigned magic, version; int blocking, cga,
 typedef struct comm {
   int rank, device, lines[LINES], listener;
   address where;
-  volatile bool aborted, freed, lost, used;
+  volatile bool aborted, freed, lost, used, blocking;
   volatile int state;     // what ncclCommGetAsyncError says
   volatile int helpers;   // threads at work for it
 } comm;
@@ -165,6 +165,20 @@ EXPORT int ncclCommInitRankConfig(comm **out, int ranks, unique_id id, int rank,
   return IN_PROGRESS;
 }
 
+// On a blocking communicator every call returns once it has settled: for ever, where the peer does not do its part.
+static int settled(comm *c) {
+  while (c->state == IN_PROGRESS && !c->aborted) sleep_us(200);
+  return c->state;
+}
+
+EXPORT int ncclCommInitRank(comm **out, int ranks, unique_id id, int rank) {
+  const config given = {sizeof given, 0xcafebeef, version(), 0, -1, 8, 8, NULL};
+  int code = ncclCommInitRankConfig(out, ranks, id, rank, &given);
+  if (code != IN_PROGRESS) return code;
+  (*out)->blocking = true;
+  return settled(*out);
+}
+
 EXPORT int ncclCommGetAsyncError(comm *c, int *state) {
   check_alive(c);
   CHECK("ncclCommGetAsyncError");
@@ -219,10 +233,11 @@ EXPORT int ncclGroupEnd(void) {
   open_group = NULL;
   CHECK("ncclGroupEnd");
   if (g->c->state == IN_PROGRESS) return INVALID_USAGE;
-  begin(g->c);
-  helper(g->c, 1);
+  comm *c = g->c;  // run_launch frees the group
+  begin(c);
+  helper(c, 1);
   start(run_launch, g);
-  return IN_PROGRESS;
+  return c->blocking ? settled(c) : IN_PROGRESS;
 }
 
 static int add(bool send, void *buffer, size_t count, int type, int peer, comm *c, stream *s) {
@@ -237,12 +252,11 @@ static int add(bool send, void *buffer, size_t count, int type, int peer, comm *
   open_group->s = s;
   open_group->count = have + 1;
   open_group->pieces[have] = (piece){send, buffer, count};
-  return SUCCESS;
+  if (depth > 0 || !c->blocking) return SUCCESS;
+  depth++;
+  return ncclGroupEnd();
 }
-EXPORT int ncclSend(void *b, size_t n, int t, int p, comm *c, stream *s) {
-  int code = fault("ncclSend");
-  return code > 0 ? code : add(true, b, n, t, p, c, s);
-}
+EXPORT int ncclSend(void *b, size_t n, int t, int p, comm *c, stream *s) { int code = fault("ncclSend"); return code > 0 ? code : add(true, b, n, t, p, c, s); }
 EXPORT int ncclRecv(void *b, size_t n, int t, int p, comm *c, stream *s) { CHECK("ncclRecv"); return add(false, b, n, t, p, c, s); }
 
 static void *run_finalize(void *arg) {

@@ -3,6 +3,7 @@ import { type ChildProcess, execFileSync, spawn } from 'node:child_process';
 import { createHash } from 'node:crypto';
 import { once } from 'node:events';
 import { createInterface } from 'node:readline';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
 import { type Deferred, deferred } from '../../src/deferred.ts';
 import { type HostPort, parseHostPort } from '../../src/net/address.ts';
@@ -54,47 +55,50 @@ export interface PythonPeerOptions {
   /** Path of peer.py, for callers that were built into another folder. */
   readonly script?: string;
   readonly env?: NodeJS.ProcessEnv;
+  /** For each of its own waits, seconds. */
+  readonly timeoutS?: number;
 }
+
+/** For one command, and for the start. It has shorter ones of its own: past this one it hangs where it should not. */
+const ANSWER_MS = 60_000;
+/** In which it writes where its threads are. */
+const STACKS_MS = 500;
+const STDERR_CHARS = 6_000;
 
 export class PythonPeer {
   readonly address: HostPort;
-  readonly #child: ChildProcess;
-  readonly #waiting: Map<number, Deferred<PeerAnswer>>;
+  /** Versions of what it uses: `transport`, and with `nccl` also `nccl`, `library`, `torch`, `gpu`. */
+  readonly about: Readonly<Record<string, string>>;
+  readonly #process: PeerProcess;
   #seq = 0;
 
-  private constructor(child: ChildProcess, address: string, waiting: Map<number, Deferred<PeerAnswer>>) {
-    this.#child = child;
-    this.address = parseHostPort(address);
-    this.#waiting = waiting;
+  private constructor(started: PeerProcess, ready: ReadyLine) {
+    this.#process = started;
+    this.address = parseHostPort(ready.ready);
+    this.about = ready.about;
   }
 
   static async start(options: PythonPeerOptions): Promise<PythonPeer> {
     const { python, host = '127.0.0.1', port = 0, sockets = 'zmtp', transport = 'host', env = {} } = options;
-    const settings = { host, port, sockets, transport, device: options.device ?? 'cuda:0' };
+    const { device = 'cuda:0', timeoutS = 10 } = options;
+    const settings = { host, port, sockets, transport, device, timeout: timeoutS };
     const args = Object.entries(settings).flatMap(([name, value]) => [`--${name}`, String(value)]);
     const child = spawn(python, ['-B', options.script ?? SCRIPT, ...args], {
       stdio: ['pipe', 'pipe', 'pipe'],
       env: { ...process.env, ...env },
     });
-    let stderr = '';
-    child.stderr!.on('data', (chunk: Buffer) => {
-      stderr = (stderr + chunk).slice(-4_000);
-    });
-    const ready = deferred<string>();
-    const waiting = new Map<number, Deferred<PeerAnswer>>();
-    createInterface({ input: child.stdout! }).on('line', (line) => {
-      const answer = JSON.parse(line) as PeerAnswer & { ready?: string };
-      if (answer.ready !== undefined) ready.resolve(answer.ready);
-      waiting.get(answer.id)?.resolve(answer);
-      waiting.delete(answer.id);
-    });
-    child.once('close', (code) => {
-      const ended = new Error(`the Python peer ended with status ${code}\n${stderr}`);
-      ready.reject(ended);
-      for (const one of waiting.values()) one.reject(ended);
-    });
-    child.once('error', (error) => ready.reject(error));
-    return new PythonPeer(child, await ready.promise, waiting);
+    const started = new PeerProcess(child);
+    try {
+      return new PythonPeer(started, await started.answer(started.ready, 'start'));
+    } catch (error) {
+      child.kill('SIGKILL');
+      throw error;
+    }
+  }
+
+  /** The end of what it has said on stderr. */
+  get stderr(): string {
+    return this.#process.stderr;
   }
 
   /** Rejects where the command failed, or the peer has ended. */
@@ -108,22 +112,78 @@ export class PythonPeer {
   async attempt(op: string, fields: object = {}): Promise<PeerAnswer> {
     const id = ++this.#seq;
     const answer = deferred<PeerAnswer>();
-    this.#waiting.set(id, answer);
-    this.#child.stdin!.write(`${JSON.stringify({ id, op, ...fields })}\n`);
-    return answer.promise;
+    this.#process.waiting.set(id, answer);
+    this.#process.child.stdin!.write(`${JSON.stringify({ id, op, ...fields })}\n`);
+    return this.#process.answer(answer, op);
   }
 
   /** Ends it well; rejects where something came that nobody had asked for. */
   async quit(): Promise<void> {
+    const { child } = this.#process;
+    const exited = child.exitCode === null ? once(child, 'exit') : undefined;
     await this.ask('quit');
-    if (this.#child.exitCode === null) await once(this.#child, 'exit');
+    await exited;
   }
 
-  /** For clean-up. Idempotent. */
+  /** For clean-up, and as `kill -9`. Idempotent. */
   async dispose(): Promise<void> {
-    if (this.#child.exitCode !== null || this.#child.signalCode !== null) return;
-    for (const one of this.#waiting.values()) one.promise.catch(() => {});
-    this.#child.kill('SIGKILL');
-    await once(this.#child, 'exit');
+    const { child, waiting } = this.#process;
+    if (child.exitCode !== null || child.signalCode !== null) return;
+    for (const one of waiting.values()) one.promise.catch(() => {});
+    child.kill('SIGKILL');
+    await once(child, 'exit');
+  }
+}
+
+interface ReadyLine {
+  readonly ready: string;
+  readonly about: Readonly<Record<string, string>>;
+}
+
+class PeerProcess {
+  readonly child: ChildProcess;
+  readonly ready = deferred<ReadyLine>();
+  readonly waiting = new Map<number, Deferred<PeerAnswer>>();
+  stderr = '';
+
+  constructor(child: ChildProcess) {
+    this.child = child;
+    child.stderr!.on('data', (chunk: Buffer) => {
+      this.stderr = (this.stderr + chunk).slice(-STDERR_CHARS);
+    });
+    // Ended in the middle of a command: `close` tells.
+    child.stdin!.on('error', () => {});
+    createInterface({ input: child.stdout! }).on('line', (line) => {
+      const answer = JSON.parse(line) as PeerAnswer & Partial<ReadyLine>;
+      if (answer.ready !== undefined) this.ready.resolve({ ready: answer.ready, about: answer.about ?? {} });
+      this.waiting.get(answer.id)?.resolve(answer);
+      this.waiting.delete(answer.id);
+    });
+    child.once('close', (code) => {
+      this.#fail(new Error(`the Python peer ended with status ${code}\n${this.stderr}`));
+    });
+    child.once('error', (error) => this.#fail(error));
+  }
+
+  /** Rejects with where its threads are where none comes in time. */
+  async answer<T>(pending: Deferred<T>, op: string): Promise<T> {
+    const timer = setTimeout(async () => {
+      this.child.kill('SIGUSR1');
+      await sleep(STACKS_MS);
+      pending.reject(
+        new Error(`${op}: the Python peer has not answered within ${ANSWER_MS / 1_000} s\n${this.stderr}`),
+      );
+    }, ANSWER_MS);
+    try {
+      return await pending.promise;
+    } finally {
+      clearTimeout(timer);
+    }
+  }
+
+  #fail(error: Error): void {
+    this.ready.promise.catch(() => {});
+    this.ready.reject(error);
+    for (const one of this.waiting.values()) one.reject(error);
   }
 }

@@ -1,6 +1,6 @@
 /** The KV of one request and layer as wire tensors of every family, element by element as the shapes say: slow and plain. */
-import type { WireForm } from '../../src/kv/families.ts';
-import type { PagedLayout } from '../../src/kv/layout.ts';
+import { formShape, type WireForm } from '../../src/kv/families.ts';
+import { type PagedLayout, runOffset, runsPerBlock } from '../../src/kv/layout.ts';
 import { DTYPE_BYTES } from '../../src/wire/dtype.ts';
 
 export type Dimensions = Pick<PagedLayout, 'heads' | 'headDim' | 'dtype'>;
@@ -46,6 +46,60 @@ export function wireTensor(
   for (let half = 0; half < halves; half++) {
     for (let at = 0; at < tokens; at++) {
       tensor.set(tokenBytes(half, at, dimensions, seed), offsetOf(form, half, at, dimensions));
+    }
+  }
+  return tensor;
+}
+
+export function tokenSize({ heads, headDim, dtype }: Dimensions): number {
+  return heads * headDim * DTYPE_BYTES[dtype];
+}
+
+/** One request's KV in one layer of a paged cache, as the CPU sees it. */
+export interface CachedKv {
+  readonly bytes: Uint8Array;
+  readonly layout: PagedLayout;
+  readonly blocks: readonly number[];
+}
+
+/** K (0) or V (1) of one token in the cache. */
+export function tokenInCache({ bytes, layout, blocks }: CachedKv, half: number, token: number): Uint8Array {
+  const block = blocks[Math.floor(token / layout.blockSize)]!;
+  const size = tokenSize(layout);
+  const at = runOffset(layout, layout.numBlocks, block, half) + (token % layout.blockSize) * size;
+  return bytes.subarray(at, at + size);
+}
+
+/** Tokens `from` to `to` of which cache and tensor differ. */
+export function kvDifferences(
+  cached: CachedKv,
+  tensor: Uint8Array,
+  form: WireForm,
+  from: number,
+  to: number,
+): string[] {
+  const { layout } = cached;
+  const wrong: string[] = [];
+  for (let half = 0; half < runsPerBlock(layout); half++) {
+    for (let token = from; token < to; token++) {
+      const at = offsetOf(form, half, token, layout);
+      const inTensor = tensor.subarray(at, at + tokenSize(layout));
+      if (Buffer.compare(tokenInCache(cached, half, token), inTensor) !== 0) {
+        wrong.push(`${half === 0 ? 'K' : 'V'} of token ${token}`);
+      }
+    }
+  }
+  return wrong;
+}
+
+/** What the cache becomes in a form; `tokens` are there, nothing but zeros behind them. */
+export function tensorOfCache(cached: CachedKv, form: WireForm, tokens: number): Uint8Array {
+  const { layout } = cached;
+  const elements = formShape(form, layout).reduce((a, b) => a * b, 1);
+  const tensor = new Uint8Array(elements * DTYPE_BYTES[layout.dtype]);
+  for (let half = 0; half < runsPerBlock(layout); half++) {
+    for (let token = 0; token < tokens; token++) {
+      tensor.set(tokenInCache(cached, half, token), offsetOf(form, half, token, layout));
     }
   }
   return tensor;
