@@ -83,7 +83,9 @@ async function compare(dir: string, blockSize: number, batchInvariant: boolean) 
       const relative = distance(of(got), of(wanted)) / distance(of(wanted), new Float32Array(vocab));
       worst = Math.max(worst, Number.isNaN(relative) ? Number.POSITIVE_INFINITY : relative);
       tokens++;
-      if (of(got).indexOf(Math.max(...of(got))) === sampled[i]!.token) agreed++;
+      // not the very same token: the step was computed anew, and other products round two near ones otherwise
+      const highest = Math.max(...of(got));
+      if (highest - of(got)[sampled[i]!.token]! < 0.02 * Math.abs(highest)) agreed++;
     }
   }
   dispose();

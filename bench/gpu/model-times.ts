@@ -41,6 +41,26 @@ async function decode(executor: CudaExecutor, size: number): Promise<number> {
   return median(times.slice(4));
 }
 
+/** Batches 1 and 16 alone, for comparing builds. */
+export async function decodeTimes(dir: string): Promise<Record<string, number>> {
+  const result: Record<string, number> = {};
+  for (const batchInvariant of [false, true]) {
+    const { executor, dispose } = await makeExecutor(dir, {
+      batchInvariant,
+      numBlocks: 1_024,
+      maxNumBatchedTokens: 512,
+      maxModelLen: 2_048,
+    });
+    for (const size of [1, 16]) {
+      const name = `decode batch ${size}${batchInvariant ? ', invariant' : ''}`;
+      result[name] = await decode(executor, size);
+      row(name, `${result[name].toFixed(2)} ms`);
+    }
+    dispose();
+  }
+  return result;
+}
+
 export async function modelTimes(dir: string, theirs: Times): Promise<unknown> {
   const result: Record<string, unknown> = {};
   for (const batchInvariant of [false, true]) {

@@ -17,3 +17,8 @@ PYTHONUNBUFFERED=1 timeout 240 python3 scripts/model-reference/reference.py --ou
   grep -v -i -e warn -e 'it/s' | tee "$RESULTS/reference.txt"
 run logits 150
 run times 150
+# memory errors, where the tool is: slow, so one random model of each kind
+if command -v compute-sanitizer > /dev/null; then
+  PD_RANDOM_MODELS=2 timeout 100 compute-sanitizer --tool memcheck --print-limit 5 "$NODE" dist/bench/gpu/model.js "$MODELS" random 2>&1 |
+    tee "$RESULTS/sanitizer.txt" | tail -15
+fi

@@ -10,7 +10,7 @@ import { kernelTimes } from './model-kernels.ts';
 import { logitErrors } from './model-logits.ts';
 import { randomModels } from './model-random.ts';
 import { failed, row } from './model-rig.ts';
-import { modelTimes } from './model-times.ts';
+import { decodeTimes, modelTimes } from './model-times.ts';
 
 const [dir = '', ...names] = process.argv.slice(2);
 const wants = (name: string) => names.length === 0 || names.includes(name);
@@ -31,13 +31,14 @@ async function part(name: string, run: () => Promise<unknown>): Promise<void> {
 const models = existsSync(dir)
   ? readdirSync(dir).filter((name) => existsSync(join(dir, name, 'reference.json')))
   : [];
-await part('random', () => randomModels(8));
+await part('random', () => randomModels(Number(process.env['PD_RANDOM_MODELS'] ?? 8)));
 await part('logits', async () => {
   const errors: Record<string, unknown> = {};
   for (const name of models) errors[name] = await logitErrors(join(dir, name));
   return errors;
 });
 await part('kernels', () => kernelTimes(device));
+if (names.includes('decode')) await part('decode', () => decodeTimes(join(dir, 'llama-8b')));
 await part('times', async () => {
   const large = join(dir, 'llama-8b');
   const theirs = JSON.parse(readFileSync(join(large, 'times.json'), 'utf8'));

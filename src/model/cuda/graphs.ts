@@ -2,8 +2,8 @@
 import type { CudaGraphs } from '../../../ffi/cuda-graph.ts';
 import type { CudaGraphExecHandle, CudaStreamHandle } from '../../../ffi/pointers.ts';
 
-/** Batch sizes with a graph of their own; others are padded to the next. Four and fewer have kernels of their own (gemv). */
-const SIZES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256];
+/** Batch sizes with a graph of their own; others are padded to the next. One and two have kernels of their own (gemv). */
+const SIZES = [1, 2, 4, 6, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256];
 
 /** Sizes for at most `most` sequences, the last of them `most` itself where it is within the table. */
 export function graphSizes(most: number): readonly number[] {

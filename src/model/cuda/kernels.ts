@@ -14,7 +14,7 @@ export const HEAD_DIMS = [32, 64, 128] as const;
 /** Query heads that one thread block of the decode kernel takes together. */
 const GROUPS = [1, 2, 4, 8] as const;
 /** Rows up to which the gemv kernels go. */
-export const GEMV_ROWS = 4;
+export const GEMV_ROWS = 2;
 /** Query rows of one item of the prefill kernel. */
 export const PREFILL_ROWS = 128;
 
