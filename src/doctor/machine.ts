@@ -206,7 +206,7 @@ function linkFindings(gpus: Answers['gpus']['gpus']): Finding[] {
 function driverVersion(): string | undefined {
   try {
     const text = readFileSync('/proc/driver/nvidia/version', 'utf8');
-    return /Kernel Module\D*?(\d+\.\d+(?:\.\d+)?)/.exec(text)?.[1] ?? 'of unknown version';
+    return /Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s/.exec(text)?.[1] ?? 'of unknown version';
   } catch {
     return undefined;
   }
