@@ -114,6 +114,13 @@ export async function kernelTimes(device: CudaDevice): Promise<Record<string, nu
     'argmax x 1',
     `${(await measure('argmax x 1', 50, () => kernels.argmax(out, at(1_024), 1, VOCAB))).toFixed(4)} ms`,
   );
+  const draws = Float32Array.from({ length: 64 }, (_, i) => [1, 0, 0.9, 0.7][i % 4]!);
+  upload(device, stream, at(300), new Int32Array(draws.buffer));
+  upload(device, stream, out, new Int32Array(16));
+  const drawing = await measure('draw x 16, top-p', 20, () =>
+    kernels.draw(out, at(1_024), at(300), 16, VOCAB),
+  );
+  row('draw x 16, top-p', `${drawing.toFixed(3)} ms`);
   cublas.dispose();
   launcher.dispose();
   poller.dispose();

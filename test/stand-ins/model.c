@@ -94,6 +94,33 @@ static void argmax(call *c) {
     P(1, int)[r] = nan || !isfinite(row[best]) ? -1 : best;
   }
 }
+// Plainly: the least weight that stays is found by trying each token's.
+static void draw(call *c) {
+  int vocab = I(3);
+  for (unsigned r = 0; r < c->blocks; r++) {
+    const struct { float inverse; int top_k; float top_p, uniform; } *d = (void *)(P(2, float) + 4 * r);
+    const float *row = P(0, float) + (size_t)r * vocab;
+    int *token = P(1, int) + r;
+    if (d->inverse == 0 || *token < 0) continue;
+    float *w = malloc(vocab * sizeof(float)), least = 0, mass = 0;
+    for (int i = 0; i < vocab; i++) w[i] = expf((row[i] - row[*token]) * d->inverse);
+    for (int cut = 0; cut < 2; cut++) {
+      float kept = 0, best = least;
+      for (int i = 0; i < vocab; i++) kept += w[i] >= least ? w[i] : 0;
+      for (int t = 0; t < vocab; t++) {
+        int count = 0;
+        float sum = 0;
+        for (int i = 0; i < vocab; i++) if (w[i] >= w[t]) { count++; sum += w[i]; }
+        if (w[t] > best && (cut == 0 ? d->top_k > 0 && count >= d->top_k : d->top_p < 1 && sum >= d->top_p * kept)) best = w[t];
+      }
+      least = best;
+    }
+    for (int i = 0; i < vocab; i++) mass += w[i] >= least ? w[i] : 0;
+    float passed = 0;
+    for (int i = 0; i < vocab && passed <= d->uniform * mass; i++) if (w[i] >= least && w[i] > 0) { passed += w[i]; *token = i; }
+    free(w);
+  }
+}
 static size_t slot_of(const int *table, int t, int block_size) { return (size_t)table[t / block_size] * block_size + t % block_size; }
 // Over tokens [begin, end): the highest score, the sum of exp2(score - highest), and those times the values.
 static void attend(call *c, const uint16_t *q, const int *table, int begin, int end, int kv_head, int kv, int dim, int block_size,
@@ -190,6 +217,7 @@ static const struct { const char *name, *signature; void (*twin)(call *); } twin
     {"rope_cache_", "p???pppppppiiiif", rope_cache},
     {"swiglu_", "ppii", swiglu},
     {"argmax", "ppi", argmax},
+    {"draw", "pppi", draw},
     {"attention_prefill_", "ppppppiiiif", attention_prefill},
     {"attention_decode_", "pppppppppiiiiif", attention_decode},
     {"attention_combine_", "pppppiii", attention_combine},

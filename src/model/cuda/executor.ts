@@ -21,7 +21,14 @@ import { logprobOf, sample } from '../sampler.ts';
 import { copyCacheBlocks } from './block-copies.ts';
 import type { DecodeGraphs } from './graphs.ts';
 import { type CudaLlama, word } from './llama.ts';
-import { isDecodeStep, type PlanLimits, planStep, planWarmUp, type StepPlan } from './step-plan.ts';
+import {
+  DRAW_WORDS,
+  isDecodeStep,
+  type PlanLimits,
+  planStep,
+  planWarmUp,
+  type StepPlan,
+} from './step-plan.ts';
 
 /** One step; the longest prompts in one step take a few seconds. */
 const STEP_TIMEOUT = 120_000;
@@ -209,7 +216,7 @@ export class CudaExecutor implements Executor {
       model.project(layer, plan, step);
       model.finish(layer, plan, step);
     }
-    model.score(plan.counts.rows, {});
+    model.score(plan.counts.rows, { draws: word(step, plan.at.draws) });
   }
 
   #launchGraph(size: number, sequences: readonly ScheduledSequence[], hooks: LayerHooks): void {
@@ -236,7 +243,11 @@ export class CudaExecutor implements Executor {
     const sampled: SampledToken[] = [];
     for (let i = 0; i < wanted.length; i += logitRows) {
       const part = wanted.slice(i, i + logitRows);
-      model.score(part.length, { chosen: word(planDevice.pointer, plan.at.chosen + i) });
+      const drawn = part.some(({ sample: { params } }) => params.temperature > 0);
+      model.score(part.length, {
+        chosen: word(planDevice.pointer, plan.at.chosen + i),
+        ...(drawn && { draws: word(planDevice.pointer, plan.at.draws + DRAW_WORDS * i) }),
+      });
       const rows = part.map((entry, row) => ({ ...entry, row }));
       sampled.push(...(await this.#sampleRows(rows, part.length)));
     }
@@ -245,7 +256,7 @@ export class CudaExecutor implements Executor {
     return sampled;
   }
 
-  /** Greedy tokens come from the GPU; what asks for more than the likeliest token is sampled here, from its logits. */
+  /** Tokens come from the GPU; what asks for log-probabilities or bans tokens is sampled here, from its logits. */
   async #sampleRows(
     rows: readonly (Wanted & { readonly row: number })[],
     scored: number,
@@ -256,7 +267,7 @@ export class CudaExecutor implements Executor {
     device.copy(sliceMemory(tokensHost, 0, bytes), tokens, stream);
     await this.#drained(`a step of ${scored} sequences`);
     const drawn = new Map<number, SampledToken>();
-    const onHost = rows.filter(({ sample: spec }) => !isGreedy(spec));
+    const onHost = rows.filter(({ sample: spec }) => !isTokenAlone(spec));
     await this.#readLogits(
       onHost.map(({ row }) => row),
       (logits, i) => {
@@ -264,10 +275,10 @@ export class CudaExecutor implements Executor {
         drawn.set(row, { sequenceId: sequence.sequenceId, ...sample(logits, spec) });
       },
     );
-    return rows.map(({ row, sequence }) => drawn.get(row) ?? this.#greedy(row, sequence));
+    return rows.map(({ row, sequence }) => drawn.get(row) ?? this.#token(row, sequence));
   }
 
-  #greedy(row: number, { sequenceId }: ScheduledSequence): SampledToken {
+  #token(row: number, { sequenceId }: ScheduledSequence): SampledToken {
     const token = this.#tokens[row]!;
     if (token >= 0) return { sequenceId, token };
     throw new PdError(
@@ -338,10 +349,10 @@ export class CudaExecutor implements Executor {
   }
 }
 
-/** The likeliest token and nothing else about it. */
-function isGreedy({ params, outputPosition }: NonNullable<ScheduledSequence['sample']>): boolean {
+/** A token and nothing about it, of all that there are. */
+function isTokenAlone({ params, outputPosition }: NonNullable<ScheduledSequence['sample']>): boolean {
   const banned = outputPosition < params.minTokens && params.stopTokenIds.length > 0;
-  return params.temperature === 0 && params.logprobs === undefined && !banned;
+  return params.logprobs === undefined && !banned;
 }
 
 function wantedOf(sequences: readonly ScheduledSequence[]): Wanted[] {

@@ -1,4 +1,4 @@
-/** Decode steps recorded once per batch size and launched as a whole: 300 launches cost the CPU a millisecond, one graph 10 us. */
+/** Decode steps recorded once per batch size and launched as a whole: some 300 launches of a few microseconds each become one. */
 import type { CudaGraphs } from '../../../ffi/cuda-graph.ts';
 import type { CudaGraphExecHandle, CudaStreamHandle } from '../../../ffi/pointers.ts';
 

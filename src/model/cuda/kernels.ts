@@ -205,6 +205,18 @@ export class ModelKernels {
     this.#launcher.launch(this.#functions['argmax']!, rows, 1_024);
   }
 
+  /** tokens[i], from `argmax`, drawn anew as `draws` says: see kernels/model/sample.cu. */
+  draw(
+    tokens: DevicePointer,
+    logits: DevicePointer,
+    draws: DevicePointer,
+    rows: number,
+    vocab: number,
+  ): void {
+    this.#launcher.pointer(logits).pointer(tokens).pointer(draws).int(vocab);
+    this.#launcher.launch(this.#functions['draw']!, rows, 1_024);
+  }
+
   /** Of at most GEMV_ROWS rows. `swiglu`: `weight` is [2 * outputs, inputs], out is silu(gate) * up. */
   gemv(
     mode: ProductMode | 'swiglu',
@@ -275,7 +287,7 @@ function load(target: KernelTarget, suffix: string, headDim: number, group: numb
   const modes = ['store', 'add', 'logits'];
   const modules: Readonly<Record<string, readonly string[]>> = {
     elementwise: ['embed', 'rms_norm', 'rope_cache', 'swiglu'].map((name) => `${name}_${suffix}`),
-    sample: ['argmax'],
+    sample: ['argmax', 'draw'],
     attention_prefill: [`attention_prefill_${suffix}_${headDim}`],
     attention_decode: [`attention_decode_${suffix}_${headDim}_${group}`, `attention_combine_${suffix}`],
     gemv: [...modes, 'swiglu'].flatMap((mode) => rows.map((count) => `gemv_${suffix}_${mode}_${count}`)),

@@ -26,6 +26,12 @@ export interface LlamaLimits {
 const BLOCKS_PER_MULTIPROCESSOR = 4;
 const MAX_SPLITS = 64;
 
+export interface ScoredRows {
+  readonly chosen?: DevicePointer;
+  readonly first?: number;
+  readonly draws?: DevicePointer;
+}
+
 interface Activations {
   readonly x: DevicePointer;
   readonly normed: DevicePointer;
@@ -75,7 +81,7 @@ export class CudaLlama {
     return this.#at.logits;
   }
 
-  /** The most likely token of each row of the logits, int32. */
+  /** The token of each row of the logits, int32; -1 where the logits hold no usable distribution. */
   get tokens(): DevicePointer {
     return this.#at.tokens;
   }
@@ -117,17 +123,18 @@ export class CudaLlama {
     this.#products.product('add', x, gated, weights.down, rows);
   }
 
-  /** Logits and most likely tokens of `count` rows: those listed at `chosen`, or `count` rows from `first` on. */
-  score(
-    count: number,
-    { chosen, first = 0 }: { readonly chosen?: DevicePointer; readonly first?: number },
-  ): void {
+  /**
+   * Logits and tokens of `count` rows: those listed at `chosen`, or `count` rows from `first` on. Tokens are drawn as the rows at `draws`
+   * say; without them they are the most likely ones.
+   */
+  score(count: number, { chosen, first = 0, draws }: ScoredRows): void {
     const { hidden, vocab } = this.#config;
     const { x, chosen: normed, logits, tokens } = this.#at;
     const from = (x + BigInt(first * hidden * 4)) as DevicePointer;
     this.#kernels.rmsNorm(normed, from, this.#weights.finalNorm, hidden, count, chosen);
     this.#products.product('logits', logits, normed, this.#weights.head, count);
     this.#kernels.argmax(tokens, logits, count, vocab);
+    if (draws !== undefined) this.#kernels.draw(tokens, logits, draws, count, vocab);
   }
 
   #attend(layer: number, plan: StepPlan, step: DevicePointer): void {

@@ -18,9 +18,9 @@ export interface MemoryBudget {
   readonly device: string;
 }
 
-/** NCCL's buffers and channels of a few pairs, and copies of kernels. Measured at 32 channels: 0.3 to 0.5 GiB. */
+/** An allowance for NCCL's buffers of a few pairs, not a measurement. */
 export const PAIR_BYTES = 768 * 2 ** 20;
-/** Graphs of decode steps, about 2 MiB each, and what cuBLAS loads at its first use. */
+/** An allowance for graphs of decode steps and what cuBLAS loads at its first use, not a measurement. */
 export const GRAPH_BYTES = 256 * 2 ** 20;
 
 /** Throws OUT_OF_DEVICE_MEMORY where not even one sequence fits, saying by how much. */

@@ -1,14 +1,16 @@
 /**
  * A step as the kernels read it: one block of int32 that goes to the GPU in one copy. Pure.
  *
- *   tokens[rows] positions[rows] slots[rows] | queryRows[d] contexts[d] tableStarts[d] | items[p][4] | chosen[s] | tables...
+ *   tokens[rows] positions[rows] slots[rows] | queryRows[d] contexts[d] tableStarts[d] | items[p][4] | draws[s][4] | chosen[s] | tables...
  *
  * Sequences with one new token go to the decode kernel (d of them), the others in items of at most 128 rows to the prefill kernel (p),
- * the longest first. `chosen` are the rows whose logits are wanted. Where each part begins hangs on the four counts alone, so a graph
+ * the longest first. `chosen` are the rows whose logits are wanted, `draws` how their tokens are drawn. Where each part begins hangs on
+ * the counts alone, so a graph
  * that was captured for n padded sequences finds them again in every step of n.
  */
 import { PdError } from '../../errors.ts';
-import type { ScheduledSequence } from '../../scheduler/types.ts';
+import type { SampleSpec, ScheduledSequence } from '../../scheduler/types.ts';
+import { uniform } from '../random.ts';
 import { PREFILL_ROWS } from './kernels.ts';
 
 export interface StepCounts {
@@ -17,8 +19,10 @@ export interface StepCounts {
   readonly decodes: number;
   /** Items of the prefill kernel. */
   readonly items: number;
-  /** Rows whose logits are wanted. */
+  /** Rows whose logits are wanted; 0 where all rows are, in order. */
   readonly chosen: number;
+  /** Rows of logits. */
+  readonly draws: number;
 }
 
 /** Offsets in int32 words. */
@@ -30,6 +34,7 @@ export interface StepOffsets {
   readonly contexts: number;
   readonly tableStarts: number;
   readonly items: number;
+  readonly draws: number;
   readonly chosen: number;
   readonly tables: number;
 }
@@ -59,13 +64,16 @@ export interface PlanOptions {
 }
 
 const ITEM_WORDS = 4;
+/** Inverse temperature, top-k, top-p, random number: struct Draw of kernels/model/sample.cu. */
+export const DRAW_WORDS = 4;
 /** Items are read 16 bytes at a time. */
 const align = (words: number) => Math.ceil(words / ITEM_WORDS) * ITEM_WORDS;
 
-export function stepOffsets({ rows, decodes, items, chosen }: StepCounts): StepOffsets {
+export function stepOffsets({ rows, decodes, items, chosen, draws }: StepCounts): StepOffsets {
   const queryRows = 3 * rows;
   const itemsAt = align(queryRows + 3 * decodes);
-  const chosenAt = itemsAt + ITEM_WORDS * items;
+  const drawsAt = itemsAt + ITEM_WORDS * items;
+  const chosenAt = drawsAt + DRAW_WORDS * draws;
   return {
     tokens: 0,
     positions: rows,
@@ -74,6 +82,7 @@ export function stepOffsets({ rows, decodes, items, chosen }: StepCounts): StepO
     contexts: queryRows + decodes,
     tableStarts: queryRows + 2 * decodes,
     items: itemsAt,
+    draws: drawsAt,
     chosen: chosenAt,
     tables: chosenAt + chosen,
   };
@@ -87,6 +96,7 @@ export function planCapacity({ maxRows, maxSequences, maxBlocks }: PlanLimits): 
     decodes: maxSequences,
     items,
     chosen: maxSequences,
+    draws: maxSequences,
   });
   return tables + maxSequences * maxBlocks;
 }
@@ -113,12 +123,13 @@ export function planStep(
   const sampled = sequences.filter(({ sample }) => sample).length;
   const counts: StepCounts =
     padTo === undefined
-      ? { rows, decodes, items: items.length, chosen: sampled }
+      ? { rows, decodes, items: items.length, chosen: sampled, draws: sampled }
       : {
           rows: padTo,
           decodes: batchInvariant ? 0 : padTo,
           items: batchInvariant ? padTo : 0,
           chosen: 0,
+          draws: padTo,
         };
   const at = stepOffsets(counts);
   target.fill(0, 0, at.tables);
@@ -128,7 +139,8 @@ export function planStep(
   let table = 0;
   let decode = 0;
   let chosen = 0;
-  for (const sequence of sequences) {
+  const floats = new Float32Array(target.buffer, target.byteOffset, target.length);
+  for (const [index, sequence] of sequences.entries()) {
     const { tokens, start, blockTable } = sequence;
     writeRows(target, at, row, sequence, limits);
     if (single(sequence)) {
@@ -138,7 +150,11 @@ export function planStep(
       decode++;
     }
     row += tokens.length;
-    if (sequence.sample && padTo === undefined) target[at.chosen + chosen++] = row - 1;
+    if (sequence.sample) {
+      const drawn = padTo === undefined ? chosen : index;
+      writeDraw(target, floats, at.draws + DRAW_WORDS * drawn, sequence.sample);
+      if (padTo === undefined) target[at.chosen + chosen++] = row - 1;
+    }
     const blocks = blocksOf(sequence, limits.blockSize);
     target.set(blockTable.subarray(0, blocks), at.tables + table);
     table += blocks;
@@ -153,7 +169,7 @@ export function planStep(
 
 /** A step of `rows` tokens that writes no KV and has no attention: for what is to happen once before anything is served. */
 export function planWarmUp(target: Int32Array, rows: number): StepPlan {
-  const counts = { rows, decodes: 0, items: 0, chosen: 0 };
+  const counts = { rows, decodes: 0, items: 0, chosen: 0, draws: 0 };
   const at = stepOffsets(counts);
   target.fill(0, 0, at.tables);
   target.fill(-1, at.slots, at.slots + rows);
@@ -163,6 +179,20 @@ export function planWarmUp(target: Int32Array, rows: number): StepPlan {
 /** True where every sequence has one new token: what graphs are captured for. */
 export function isDecodeStep(sequences: readonly ScheduledSequence[]): boolean {
   return sequences.every(({ tokens, promptLogprobs }) => tokens.length === 1 && !promptLogprobs);
+}
+
+/** At temperature 0 the row stays zero, and the most likely token is it. `floats` views the same memory as `target`. */
+function writeDraw(
+  target: Int32Array,
+  floats: Float32Array,
+  at: number,
+  { params, ...spec }: SampleSpec,
+): void {
+  if (params.temperature === 0) return;
+  floats[at] = 1 / params.temperature;
+  target[at + 1] = params.topK;
+  floats[at + 2] = params.topP;
+  floats[at + 3] = uniform(params.seed, spec.index, spec.outputPosition);
 }
 
 function writeRows(

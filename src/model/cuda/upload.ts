@@ -10,10 +10,10 @@ import type { Checkpoint } from '../safetensors.ts';
 import type { ElementType } from './kernels.ts';
 import { float32ToBfloat16, float32ToFloat16 } from './to-half.ts';
 
-/** Bytes of one buffer, and how many there are: reads of a page cache keep up with PCIe from four on. */
+/** Bytes of one buffer, and how many there are: Node reads files on four threads, and copies go on meanwhile. */
 const PIECE = 8 * 2 ** 20;
 const BUFFERS = 6;
-/** One piece on the GPU; it takes about a millisecond. */
+/** For one piece, milliseconds: far past what it takes. */
 const COPY_TIMEOUT = 60_000;
 const STORED: Readonly<Record<string, ElementType | 'float32'>> = {
   BF16: 'bfloat16',

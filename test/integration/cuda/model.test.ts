@@ -169,6 +169,8 @@ test('samples as the host does from equal logits: temperature, log-probabilities
   const likeliest = logits.indexOf(Math.max(...logits));
   const variants = [
     { ...GREEDY, temperature: 0.8, seed: 3 },
+    { ...GREEDY, temperature: 1.5, seed: 4, topK: 1 },
+    { ...GREEDY, temperature: 1.5, seed: 5, topP: 0.01 },
     { ...GREEDY, logprobs: 3 },
     { ...GREEDY, minTokens: 4, stopTokenIds: [likeliest] },
     GREEDY,
@@ -180,8 +182,8 @@ test('samples as the host does from equal logits: temperature, log-probabilities
   sampled.forEach(({ token }, i) => {
     expect(token).toBe(sample(logits, { params: variants[i]!, outputPosition: 0, index: 0 }).token);
   });
-  expect(sampled[1]?.logprob?.top).toHaveLength(3);
-  expect(sampled[2]?.token).not.toBe(likeliest);
+  expect(sampled[3]?.logprob?.top).toHaveLength(3);
+  expect(sampled[4]?.token).not.toBe(likeliest);
   // the next step is a graph, and one of its sequences wants more than the likeliest token
   const next = sequences.map((sequence, i) => ({
     ...sequence,
@@ -190,10 +192,56 @@ test('samples as the host does from equal logits: temperature, log-probabilities
     blockTable: Int32Array.of(2 * i + 3, 2 * i + 4),
   }));
   const second = await executor.forward(batchOf(...next), {});
-  expect(new Set([1, 3].map((i) => second.sampled[i]!.token)).size).toBe(1);
-  const echo = { ...sequences[3]!, promptLogprobs: { count: 2, targets: Int32Array.from(prompt.slice(1)) } };
+  expect(new Set([1, 2, 3, 5].map((i) => second.sampled[i]!.token)).size).toBe(1);
+  const echo = { ...sequences[5]!, promptLogprobs: { count: 2, targets: Int32Array.from(prompt.slice(1)) } };
   const { promptLogprobs } = await executor.forward(batchOf(echo), {});
-  expect(promptLogprobs.get('3')?.map(({ token }) => token)).toEqual(prompt.slice(1));
+  expect(promptLogprobs.get('5')?.map(({ token }) => token)).toEqual(prompt.slice(1));
+});
+
+test('a step that fails ends with its error, and the next one runs', async () => {
+  const dir = await randomModel({ architecture: 'LlamaForCausalLM' });
+  const { executor } = await onCuda(dir);
+  const step = batchOf(sequenceOf({ tokens: tokensOf(20, 3), blocks: [1, 2], position: 0 }));
+  const wanted = await executor.forward(step, {});
+  standIns.faults('cublasGemmEx=13@3');
+  await expect(executor.forward(step, {})).rejects.toMatchObject({
+    code: 'CUDA_ERROR',
+    message: expect.stringContaining('cublasGemmEx failed with 13'),
+  });
+  standIns.faults('');
+  expect(await executor.forward(step, {})).toEqual(wanted);
+});
+
+test('draws among the likeliest alone, as often as they are likely', async () => {
+  const dir = await randomModel({ architecture: 'LlamaForCausalLM' });
+  const { executor } = await onCuda(dir);
+  const tokens = tokensOf(10, 4);
+  const logits = await executor.logits(batchOf(sequenceOf({ tokens, blocks: [1] })));
+  const order = [...logits.keys()].sort((a, b) => logits[b]! - logits[a]!);
+  const counts = new Map<number, number>();
+  const params = { ...GREEDY, temperature: 2, topK: 3, topP: 0.999 };
+  for (let seed = 0; seed < 80; seed++) {
+    const sequences = [0, 1, 2, 3, 4, 5].map((i) =>
+      sequenceOf({
+        id: `${i}`,
+        tokens: tokens.slice(-1),
+        start: 9,
+        blocks: [1],
+        position: i,
+        params: { ...params, seed },
+      }),
+    );
+    for (const { token } of (await executor.forward(batchOf(...sequences), {})).sampled) {
+      counts.set(token, (counts.get(token) ?? 0) + 1);
+    }
+  }
+  expect(new Set(counts.keys())).toEqual(new Set(order.slice(0, 3)));
+  const weights = order.slice(0, 3).map((id) => Math.exp((logits[id]! - logits[order[0]!]!) / 2));
+  const total = weights.reduce((sum, weight) => sum + weight, 0);
+  // 480 draws: five standard deviations are 0.11
+  weights.forEach((weight, i) => {
+    expect(Math.abs(counts.get(order[i]!)! / 480 - weight / total)).toBeLessThan(0.11);
+  });
 });
 
 test('tells each layer in order with an event, in a prompt and in a graph, and copies blocks first', async () => {
