@@ -9,12 +9,13 @@ import { allocatePagedCache, attentionLayerName, type NamedLayer } from '../../k
 import type { Logger } from '../../observability/log.ts';
 import type { ModelConfig } from '../config.ts';
 import { uploadAngles } from './angles.ts';
-import { CudaExecutor, HOST_LOGIT_ROWS } from './executor.ts';
+import { CudaExecutor } from './executor.ts';
 import { DecodeGraphs, graphSizes } from './graphs.ts';
 import { type CachePointers, type ElementType, ModelKernels } from './kernels.ts';
 import { Launcher } from './launcher.ts';
 import { CudaLlama } from './llama.ts';
 import { Products } from './products.ts';
+import { HOST_LOGIT_ROWS } from './sampling.ts';
 import { blocksThatFit, GRAPH_BYTES } from './sizes.ts';
 import { type PlanLimits, planCapacity } from './step-plan.ts';
 import { gib, loadCudaWeights } from './weights.ts';

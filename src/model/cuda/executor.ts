@@ -7,7 +7,6 @@ import type { CudaStream } from '../../device/cuda/stream.ts';
 import type { DeviceEvent, DevicePointer, MemoryRef } from '../../device/device.ts';
 import { sliceMemory } from '../../device/memory.ts';
 import { EventPoller } from '../../device/poller.ts';
-import { PdError } from '../../errors.ts';
 import type { NamedLayer } from '../../kv/paged-cache.ts';
 import type {
   ForwardBatch,
@@ -17,10 +16,10 @@ import type {
   TokenLogprob,
 } from '../../scheduler/types.ts';
 import type { Executor, LayerHooks } from '../executor.ts';
-import { logprobOf, sample } from '../sampler.ts';
 import { copyCacheBlocks } from './block-copies.ts';
 import type { DecodeGraphs } from './graphs.ts';
 import { type CudaLlama, word } from './llama.ts';
+import { CudaSampler, type WantedToken } from './sampling.ts';
 import {
   DRAW_WORDS,
   isDecodeStep,
@@ -32,8 +31,6 @@ import {
 
 /** One step; the longest prompts in one step take a few seconds. */
 const STEP_TIMEOUT = 120_000;
-/** Rows of logits that the host reads at a time. */
-export const HOST_LOGIT_ROWS = 16;
 
 /** What `create.ts` has put together; the executor owns and disposes it. */
 export interface CudaExecutorParts {
@@ -54,19 +51,13 @@ export interface CudaExecutorParts {
   readonly dispose: () => void;
 }
 
-interface Wanted {
-  readonly sequence: ScheduledSequence;
-  readonly sample: NonNullable<ScheduledSequence['sample']>;
-}
-
 export class CudaExecutor implements Executor {
   readonly layers: readonly NamedLayer[];
   readonly vocabSize: number;
   readonly #parts: CudaExecutorParts;
   readonly #poller = new EventPoller();
   readonly #plan: Int32Array;
-  readonly #tokens: Int32Array;
-  readonly #logits: Float32Array;
+  readonly #sampler: CudaSampler;
   /** Marks of the last step's layers. They may be recorded anew once the connector has gathered what came before them. */
   #events: DeviceEvent[] = [];
   #disposed = false;
@@ -77,9 +68,7 @@ export class CudaExecutor implements Executor {
     this.vocabSize = parts.limits.vocab;
     const { device } = parts;
     this.#plan = int32(device.view(parts.planHost));
-    this.#tokens = int32(device.view(parts.tokensHost));
-    const logits = device.view(parts.logitsHost);
-    this.#logits = new Float32Array(logits.buffer, logits.byteOffset, logits.byteLength / 4);
+    this.#sampler = new CudaSampler(parts, (what) => this.#drained(what));
   }
 
   async forward(batch: ForwardBatch, hooks: LayerHooks): Promise<ForwardResult> {
@@ -102,7 +91,7 @@ export class CudaExecutor implements Executor {
     let first = 0;
     for (const sequence of sequences) {
       if (sequence.promptLogprobs) {
-        const entries = await this.#promptLogprobs(first, sequence.promptLogprobs);
+        const entries = await this.#sampler.promptLogprobs(first, sequence.promptLogprobs);
         promptLogprobs.set(sequence.sequenceId, entries);
       }
       first += sequence.tokens.length;
@@ -121,7 +110,7 @@ export class CudaExecutor implements Executor {
     const size = this.#graphSize(sequences);
     if (size !== undefined) {
       this.#launchGraph(size, sequences, {});
-      await this.#readLogits(
+      await this.#sampler.readLogits(
         sequences.map((_, i) => i),
         (logits, i) => all.set(logits, i * this.vocabSize),
       );
@@ -132,7 +121,7 @@ export class CudaExecutor implements Executor {
     for (const [i, { tokens }] of sequences.entries()) {
       row += tokens.length;
       this.#parts.model.score(1, { first: row - 1 });
-      await this.#readLogits([0], (logits) => all.set(logits, i * this.vocabSize));
+      await this.#sampler.readLogits([0], (logits) => all.set(logits, i * this.vocabSize));
     }
     return all;
   }
@@ -235,10 +224,10 @@ export class CudaExecutor implements Executor {
     const rows = sequences.flatMap((sequence, row) =>
       sequence.sample ? [{ row, sequence, sample: sequence.sample }] : [],
     );
-    return this.#sampleRows(rows, sequences.length);
+    return this.#sampler.sampleRows(rows, sequences.length);
   }
 
-  async #sampleChosen(plan: StepPlan, wanted: readonly Wanted[]): Promise<SampledToken[]> {
+  async #sampleChosen(plan: StepPlan, wanted: readonly WantedToken[]): Promise<SampledToken[]> {
     const { model, logitRows, planDevice } = this.#parts;
     const sampled: SampledToken[] = [];
     for (let i = 0; i < wanted.length; i += logitRows) {
@@ -249,79 +238,11 @@ export class CudaExecutor implements Executor {
         ...(drawn && { draws: word(planDevice.pointer, plan.at.draws + DRAW_WORDS * i) }),
       });
       const rows = part.map((entry, row) => ({ ...entry, row }));
-      sampled.push(...(await this.#sampleRows(rows, part.length)));
+      sampled.push(...(await this.#sampler.sampleRows(rows, part.length)));
     }
     // also where nothing was sampled: the plan's memory is the next step's
     if (wanted.length === 0) await this.#drained('a step');
     return sampled;
-  }
-
-  /** Tokens come from the GPU; what asks for log-probabilities or bans tokens is sampled here, from its logits. */
-  async #sampleRows(
-    rows: readonly (Wanted & { readonly row: number })[],
-    scored: number,
-  ): Promise<SampledToken[]> {
-    const { device, stream, model, tokensHost } = this.#parts;
-    const bytes = 4 * scored;
-    const tokens = cudaMemory(device, model.tokens, bytes);
-    device.copy(sliceMemory(tokensHost, 0, bytes), tokens, stream);
-    await this.#drained(`a step of ${scored} sequences`);
-    const drawn = new Map<number, SampledToken>();
-    const onHost = rows.filter(({ sample: spec }) => !isTokenAlone(spec));
-    await this.#readLogits(
-      onHost.map(({ row }) => row),
-      (logits, i) => {
-        const { row, sequence, sample: spec } = onHost[i]!;
-        drawn.set(row, { sequenceId: sequence.sequenceId, ...sample(logits, spec) });
-      },
-    );
-    return rows.map(({ row, sequence }) => drawn.get(row) ?? this.#token(row, sequence));
-  }
-
-  #token(row: number, { sequenceId }: ScheduledSequence): SampledToken {
-    const token = this.#tokens[row]!;
-    if (token >= 0) return { sequenceId, token };
-    throw new PdError(
-      'INTERNAL',
-      `sequence ${sequenceId}: the highest of ${this.vocabSize} logits is no finite number: the model computed no usable distribution`,
-    );
-  }
-
-  /** Calls `take` with each of these rows of the logits and its place in `rows`. */
-  async #readLogits(
-    rows: readonly number[],
-    take: (logits: Float32Array, index: number) => void,
-  ): Promise<void> {
-    const { device, stream, model, logitsHost } = this.#parts;
-    const bytes = 4 * this.vocabSize;
-    for (let first = 0; first < rows.length; first += HOST_LOGIT_ROWS) {
-      const part = rows.slice(first, first + HOST_LOGIT_ROWS);
-      part.forEach((row, i) => {
-        const source = cudaMemory(device, (model.logits + BigInt(row * bytes)) as DevicePointer, bytes);
-        device.copy(sliceMemory(logitsHost, i * bytes, bytes), source, stream);
-      });
-      await this.#drained('reading logits');
-      part.forEach((_, i) => {
-        take(this.#logits.subarray(i * this.vocabSize, (i + 1) * this.vocabSize), first + i);
-      });
-    }
-  }
-
-  async #promptLogprobs(
-    first: number,
-    { count, targets }: NonNullable<ScheduledSequence['promptLogprobs']>,
-  ): Promise<readonly TokenLogprob[]> {
-    const entries: TokenLogprob[] = [];
-    const most = Math.min(HOST_LOGIT_ROWS, this.#parts.logitRows);
-    for (let i = 0; i < targets.length; i += most) {
-      const rows = Math.min(most, targets.length - i);
-      this.#parts.model.score(rows, { first: first + i });
-      const indices = Array.from({ length: rows }, (_, row) => row);
-      await this.#readLogits(indices, (logits, row) => {
-        entries.push(logprobOf(logits, targets[i + row]!, count));
-      });
-    }
-    return entries;
   }
 
   /** A step that failed half-way goes on writing into its blocks, which will be others'; so it is waited for all the same. */
@@ -349,18 +270,8 @@ export class CudaExecutor implements Executor {
   }
 }
 
-/** A token and nothing about it, of all that there are. */
-function isTokenAlone({ params, outputPosition }: NonNullable<ScheduledSequence['sample']>): boolean {
-  const banned = outputPosition < params.minTokens && params.stopTokenIds.length > 0;
-  return params.logprobs === undefined && !banned;
-}
-
-function wantedOf(sequences: readonly ScheduledSequence[]): Wanted[] {
+function wantedOf(sequences: readonly ScheduledSequence[]): WantedToken[] {
   return sequences.flatMap((sequence) => (sequence.sample ? [{ sequence, sample: sequence.sample }] : []));
-}
-
-function cudaMemory(device: CudaDevice, pointer: DevicePointer, bytes: number): MemoryRef {
-  return { kind: 'cuda', device: device.index, pointer, bytes };
 }
 
 function int32(bytes: Uint8Array): Int32Array {
