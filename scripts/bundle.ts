@@ -118,6 +118,7 @@ CUDA runtime (12 or 13) and NCCL (2.27 or later) on hosts with GPUs. Needs glibc
 
     bin/pd-doctor                       what this machine has, and what it lacks
     scripts/experiment-matrix.sh        which ids, ways of sending and keys find their KV (--device cuda: on two GPUs)
+    scripts/wire-results.sh             on two GPUs, beside a worker of another make: python3 with torch and msgpack
     scripts/two-gpu.sh                  proxy, producer and consumer on two GPUs, checked with four prompts (--keep leaves them serving)
     bin/pd-launch                       the same on the host: proxy on port 10002
     bin/pd-launch --prefill 1 --decode 1 --device cuda --executor host
@@ -186,6 +187,8 @@ function main(): void {
       'scripts/two-gpu.sh',
       'scripts/experiment-matrix.sh',
       'scripts/gpu-results.sh',
+      'scripts/wire-results.sh',
+      'test/peers',
       'LICENSE',
     ]) {
       const from = join(ROOT, path);

@@ -197,9 +197,12 @@ function stepOf(folder: string, step: string): StepResult {
   return { step, status: Number(status), seconds: Number(seconds), tail };
 }
 
-/** `2x-nvidia-h200`, or `host`: part of a file's name. */
 function hardwareOf(parts: readonly PartResult[]): string {
-  const gpus = parts.find((part) => part.environment.gpus.length > 0)?.environment.gpus ?? [];
+  return hardwareName(parts.find((part) => part.environment.gpus.length > 0)?.environment.gpus ?? []);
+}
+
+/** `2x-nvidia-h200`, or `host`: part of a file's name. `gpus` as `Environment` has them. */
+export function hardwareName(gpus: readonly string[]): string {
   const name = /^cuda:\d+ (.*), \d+ GB$/.exec(gpus[0] ?? '')?.[1];
   if (name === undefined) return 'host';
   return `${gpus.length}x-${name.toLowerCase().replace(/[^a-z0-9]+/g, '-')}`;

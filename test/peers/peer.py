@@ -16,7 +16,8 @@ we listen, our own fields in a PUT or a GET.
     ping      proxy, type, http_address              discovery, one ping
     pinged    timeout                                proxy: waits for a ping                                 -> its fields
     disconnected  peer, timeout                      waits until the connection to that ROUTER is lost
-    joined    peer, timeout                          waits until a pair that the other side asked for is there
+    joined    peer, timeout, times                   waits until the other side has asked for so many pairs (1), and the last is there
+    joins_of  peer                                   how many that are so far                              -> times
     messages                                         commands seen by the listener so far, with their keys
     quit
 
@@ -255,6 +256,9 @@ class Peer:
         self.wait(lambda: self.joins.get(command["peer"], 0) >= command.get("times", 1), command, "pair")
         return {"times": self.joins[command["peer"]]}
 
+    def joins_of(self, command):
+        return {"times": self.joins.get(command["peer"], 0)}
+
     def pinged(self, command):
         self.wait(lambda: self.pings, command, "ping")
         return self.pings[0]
@@ -283,7 +287,7 @@ class Peer:
                 violation("%s sent %r without being asked" % (peer, stray))
 
 
-OPS = ("put", "get", "new", "keep", "received", "refuse", "ping", "disconnected", "joined", "pinged", "messages")
+OPS = """put get new keep received refuse ping disconnected joined joins_of pinged messages""".split()
 
 
 def main():

@@ -154,6 +154,10 @@ class PeerProcess {
     // Ended in the middle of a command: `close` tells.
     child.stdin!.on('error', () => {});
     createInterface({ input: child.stdout! }).on('line', (line) => {
+      if (!line.startsWith('{')) {
+        this.stderr = `${this.stderr}${line}\n`.slice(-STDERR_CHARS); // NCCL_DEBUG
+        return;
+      }
       const answer = JSON.parse(line) as PeerAnswer & Partial<ReadyLine>;
       if (answer.ready !== undefined) this.ready.resolve({ ready: answer.ready, about: answer.about ?? {} });
       this.waiting.get(answer.id)?.resolve(answer);

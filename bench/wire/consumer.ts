@@ -1,0 +1,42 @@
+/** A consumer of ours in a process of its own: `consumer DEVICE PORT`. Told over the process channel what to wait for. */
+import { createDevice } from '../../src/device/create.ts';
+import { hostMemory, hostView } from '../../src/device/memory.ts';
+import type { HostPort } from '../../src/net/address.ts';
+import { TransferEngine } from '../../src/transfer/engine.ts';
+import type { TensorId } from '../../src/wire/ids.ts';
+import { sha256 } from '../../test/support/python-peer.ts';
+import { engineOptions } from './rig.ts';
+
+/** The first names its address; each further one answers a request. */
+export interface ConsumerMessage {
+  readonly address?: HostPort;
+  readonly sha256?: string;
+  readonly error?: string;
+}
+
+export interface ConsumerRequest {
+  readonly tensorId: TensorId;
+  readonly peer: HostPort;
+}
+
+const RECEIVE_MS = 20_000;
+const [deviceName = 'host', port = '0'] = process.argv.slice(2);
+
+const tell = (message: ConsumerMessage) => process.send?.(message);
+// Whoever started it is gone: so is its reason.
+process.once('disconnect', () => process.kill(process.pid, 'SIGKILL'));
+
+const device = await createDevice(deviceName);
+const stream = device.createStream();
+const engine = await TransferEngine.create({ ...engineOptions(deviceName, Number(port)), sendType: 'PUT' });
+process.on('message', ({ tensorId, peer }: ConsumerRequest) => {
+  engine.receive(tensorId, peer, RECEIVE_MS).then(
+    ({ memory }) => {
+      const host = hostMemory(memory.bytes);
+      device.copy(host, memory, stream);
+      tell({ sha256: sha256(hostView(host)) });
+    },
+    (error: Error) => tell({ error: error.message }),
+  );
+});
+tell({ address: engine.address });

@@ -1,0 +1,117 @@
+/**
+ * The programs behind scripts/wire-results.sh: `main check` runs our engines beside a worker of another make (test/peers, Python; with
+ * GPUs by torch and blocking NCCL, on the other GPU), and `main report` puts results together. From the root of the repository.
+ */
+import { execFileSync } from 'node:child_process';
+import { writeFileSync } from 'node:fs';
+import { Command, Option } from 'commander';
+import { readEnvironment, readMachine } from '../../src/bench/environment.ts';
+import { prepareNativeEnvironment } from '../../src/config/native-env.ts';
+import { checkFamilies } from './families.ts';
+import { checkModes } from './modes.ts';
+import { checkRestarts } from './restarts.ts';
+import { PARTS, type PeerResult, readWireResult, summarize, writeWireResult } from './result.ts';
+import { Rig } from './rig.ts';
+import { observeSettings } from './settings.ts';
+
+interface CheckOptions {
+  readonly device: 'host' | 'cuda';
+  readonly output: string;
+  readonly small?: true;
+}
+
+interface ReportOptions {
+  readonly out: string;
+  readonly command: string;
+  readonly only?: string;
+}
+
+const LOOK_MS = 30_000;
+
+const program = new Command('wire-results');
+program
+  .command('check')
+  .addOption(new Option('--device <device>').choices(['host', 'cuda']).default('cuda'))
+  .requiredOption('--output <file>')
+  .option('--small')
+  .action(check);
+program
+  .command('report')
+  .argument('<folder>')
+  .requiredOption('--out <folder>')
+  .requiredOption('--command <line>')
+  .addOption(new Option('--only <part>').choices(PARTS))
+  .action((folder: string, { out, command, only }: ReportOptions) => {
+    const result = readWireResult(folder, command, only ? [only] : PARTS);
+    const base = writeWireResult(result, out);
+    console.log(summarize(result));
+    console.log(`${base}.md`);
+    process.exitCode = result.problems.length === 0 ? 0 : 1;
+  });
+await program.parseAsync();
+
+async function check({ device, output, small = undefined }: CheckOptions): Promise<void> {
+  const start = performance.now();
+  const startedAt = new Date().toISOString();
+  const [ours, theirs] = device === 'host' ? (['host', 'host'] as const) : (['cuda:0', 'cuda:1'] as const);
+  const python = pythonFor(device);
+  const bind = { host: '127.0.0.1', port: 0 };
+  prepareNativeEnvironment({ device: ours, kv: { bind, announceHost: bind.host, rank: 0 } });
+  const rig = await Rig.create({ ours, theirs, python, small: small ?? false, verbose: true });
+  let about: Readonly<Record<string, string>> = {};
+  let error: string | undefined;
+  try {
+    const peer = await rig.peer();
+    about = peer.about;
+    // The one that torch brings: both ends need the same.
+    if (about['library']) process.env['PD_NCCL_LIB'] ??= about['library'];
+    await checkModes(rig, peer);
+    await checkFamilies(rig, peer);
+    await checkRestarts(rig, peer);
+    if (peer.stderr) console.error(`What the Python peer said:\n${peer.stderr}`);
+    await rig.row('the whole', 'nothing came that vLLM would not understand', async () => {
+      await peer.quit();
+      return 'the peer ends at the first such message';
+    });
+    if (device === 'cuda') await observeSettings(rig);
+  } catch (cause) {
+    error = cause instanceof Error ? cause.message : String(cause);
+    console.error(error);
+  }
+  const result: PeerResult = {
+    startedAt,
+    seconds: Math.round((performance.now() - start) / 100) / 10,
+    devices: [ours, theirs],
+    machine: await readMachine(),
+    environment: await readEnvironment(device),
+    peer: about,
+    rows: rig.rows,
+    ...(error !== undefined && { error }),
+  };
+  // First of all: what follows may take its time.
+  writeFileSync(output, JSON.stringify(result, undefined, 1));
+  await rig.clear();
+  const bad = rig.rows.filter(({ ok, observed }) => !ok && !observed).length;
+  process.exitCode = bad === 0 && error === undefined ? 0 : 1;
+}
+
+/** PD_TEST_PYTHON, else the first in PATH or Debian's that has the modules. Looks for torch without the seconds that importing it takes. */
+function pythonFor(device: 'host' | 'cuda'): string {
+  const modules = device === 'host' ? ['msgpack'] : ['msgpack', 'torch'];
+  const code = `import importlib.util as u, sys; sys.exit(not all(u.find_spec(m) for m in ${JSON.stringify(modules)}))`;
+  const named = process.env['PD_TEST_PYTHON'];
+  const pythons = named ? [named] : ['python3', '/usr/bin/python3'];
+  const python = pythons.find((one) => {
+    try {
+      execFileSync(one, ['-c', code], { stdio: 'ignore', timeout: LOOK_MS });
+      return true;
+    } catch {
+      return false;
+    }
+  });
+  if (!python)
+    throw new Error(
+      `no Python with ${modules.join(' and ')}: looked for ${pythons.join(', ')} (PD_TEST_PYTHON)`,
+    );
+  return python;
+}

@@ -1,0 +1,212 @@
+/** What the checks of the wire share: our device and engines, workers of the other make, and the rows that come out. */
+import { setTimeout as sleep } from 'node:timers/promises';
+import { createDevice } from '../../src/device/create.ts';
+import type { Device, MemoryRef, Stream } from '../../src/device/device.ts';
+import { hostMemory, hostView } from '../../src/device/memory.ts';
+import { PdError } from '../../src/errors.ts';
+import type { HostPort } from '../../src/net/address.ts';
+import { TransferEngine } from '../../src/transfer/engine.ts';
+import {
+  DEFAULT_LIMITS,
+  DEFAULT_TIMEOUTS,
+  type SendRequest,
+  type TransferOptions,
+} from '../../src/transfer/types.ts';
+import { type Dtype, tensorBytes } from '../../src/wire/dtype.ts';
+import type { TensorId } from '../../src/wire/ids.ts';
+import { PythonPeer, seededBytes, sha256 } from '../../test/support/python-peer.ts';
+
+export interface WireRow {
+  readonly group: string;
+  readonly name: string;
+  readonly ok: boolean;
+  /** No requirement: what was seen is the result, whatever it was. */
+  readonly observed?: true;
+  readonly milliseconds: number;
+  readonly value: string;
+}
+
+export interface RigOptions {
+  readonly ours: string;
+  readonly theirs: string;
+  readonly python: string;
+  readonly small: boolean;
+  readonly verbose: boolean;
+}
+
+export interface TensorForm {
+  readonly shape: readonly number[];
+  readonly dtype: Dtype;
+}
+
+/** Past it a row has failed, and the next one begins. All that it waits for has shorter deadlines. */
+const ROW_MS = 50_000;
+/** Of each wait in the Python peer, seconds: longer than opening a pair and any transfer take. `small` has nothing large to wait for. */
+const PEER_S = { full: 15, small: 8 };
+const PORT_MS = 5_000;
+/** Each may take its whole deadline: after so many the rest would tell no more. */
+const MOST_FAILURES = 3;
+
+/** What vLLM's engine sets around its communicators, for 16 channels; else what the user has set, and nothing of what ours sets. */
+const VLLM_ENVIRONMENT: NodeJS.ProcessEnv = {
+  NCCL_CUMEM_ENABLE: '1',
+  NCCL_MIN_NCHANNELS: '16',
+  NCCL_MAX_NCHANNELS: '16',
+  // undefined takes a variable away; read before ours are set
+  NCCL_SOCKET_IFNAME: process.env['NCCL_SOCKET_IFNAME'],
+  NCCL_SOCKET_FAMILY: process.env['NCCL_SOCKET_FAMILY'],
+  CUDA_MODULE_LOADING: process.env['CUDA_MODULE_LOADING'],
+};
+
+export class Rig {
+  readonly options: RigOptions;
+  readonly rows: WireRow[] = [];
+  readonly #device: Device;
+  readonly #stream: Stream;
+  readonly #held: { dispose(): Promise<void> }[] = [];
+
+  private constructor(options: RigOptions, device: Device) {
+    this.options = options;
+    this.#device = device;
+    this.#stream = device.createStream();
+  }
+
+  static async create(options: RigOptions): Promise<Rig> {
+    return new Rig(options, await createDevice(options.ours));
+  }
+
+  peer(port = 0, env: NodeJS.ProcessEnv = {}): Promise<PythonPeer> {
+    return startPeer(this.options, port, env).then((peer) => this.#hold(peer));
+  }
+
+  /** Waits for the port where an engine before it has just let go of it. */
+  async engine(overrides: Partial<TransferOptions> & { readonly port?: number }): Promise<TransferEngine> {
+    const { port = 0, ...rest } = overrides;
+    const end = performance.now() + PORT_MS;
+    for (;;) {
+      try {
+        return this.#hold(
+          await TransferEngine.create({ ...engineOptions(this.options.ours, port), ...rest }),
+        );
+      } catch (error) {
+        if (PdError.from(error).code !== 'PORT_IN_USE' || performance.now() > end) throw error;
+        await sleep(20);
+      }
+    }
+  }
+
+  /** Device memory with these bytes, for the life of the rig. */
+  upload(bytes: Uint8Array, what: string): MemoryRef {
+    const host = hostMemory(bytes.length);
+    hostView(host).set(bytes);
+    const memory = this.#device.allocate(bytes.length, what);
+    this.#device.copy(memory, host, this.#stream);
+    return memory;
+  }
+
+  download(memory: MemoryRef): Uint8Array {
+    const host = hostMemory(memory.bytes);
+    this.#device.copy(host, memory, this.#stream);
+    return hostView(host);
+  }
+
+  /** A tensor of `seededBytes`, as it lies in device memory. */
+  tensor(id: string, { shape, dtype }: TensorForm, seed: number, peer?: HostPort): SendRequest {
+    const memory = this.upload(seededBytes(shape, dtype, seed), id);
+    return {
+      tensorId: id as TensorId,
+      shape,
+      dtype,
+      source: { kind: 'flat', memory },
+      ready: this.#stream.record().ref,
+      ...(peer && { peer }),
+    };
+  }
+
+  /** One check. What it returns goes into the result; what it throws is its failure, and throws here only at one too many. */
+  async row(group: string, name: string, check: () => Promise<string>, observed?: 'observed'): Promise<void> {
+    const start = performance.now();
+    let ok = true;
+    const value = await deadline(check(), name).catch((error: unknown) => {
+      ok = false;
+      return error instanceof Error ? error.message : String(error);
+    });
+    const milliseconds = Math.round((performance.now() - start) * 10) / 10;
+    this.rows.push({ group, name, ok, ...(observed && { observed: true }), milliseconds, value });
+    if (this.options.verbose)
+      console.error(`${ok ? 'ok    ' : 'FAILED'} ${group}: ${name}: ${value} (${milliseconds} ms)`);
+    const failures = this.rows.filter((row) => !row.ok && !row.observed).length;
+    if (failures >= MOST_FAILURES)
+      throw new Error(`${failures} checks have failed: the rest was not tried. The last: ${name}: ${value}`);
+  }
+
+  /** Ends peers and engines of the checks so far. */
+  async clear(): Promise<void> {
+    await Promise.all(this.#held.splice(0).map((one) => deadline(one.dispose(), 'dispose').catch(() => {})));
+  }
+
+  #hold<T extends { dispose(): Promise<void> }>(one: T): T {
+    this.#held.push(one);
+    return one;
+  }
+}
+
+export function startPeer(
+  { theirs, python, small }: RigOptions,
+  port = 0,
+  env: NodeJS.ProcessEnv = {},
+): Promise<PythonPeer> {
+  return PythonPeer.start({
+    python,
+    port,
+    script: 'test/peers/peer.py',
+    transport: theirs === 'host' ? 'host' : 'nccl',
+    device: theirs,
+    timeoutS: small ? PEER_S.small : PEER_S.full,
+    env: { ...VLLM_ENVIRONMENT, ...env },
+  });
+}
+
+export function engineOptions(device: string, port: number): TransferOptions {
+  return {
+    device,
+    bind: { host: '127.0.0.1', port },
+    announceHost: '127.0.0.1',
+    rank: 0,
+    sendType: 'PUT_ASYNC',
+    kvBufferSize: 512 * 2 ** 20,
+    memPoolSize: 512 * 2 ** 20,
+    ncclNumChannels: 16,
+    timeouts: { ...DEFAULT_TIMEOUTS, pairInit: 15_000, transfer: 15_000, load: 20_000 },
+    limits: DEFAULT_LIMITS,
+    log: { level: 'error', format: 'json' },
+  };
+}
+
+export function must(condition: boolean, message: string): void {
+  if (!condition) throw new Error(message);
+}
+
+/** Compares what came with what was made from the seed. */
+export function mustBe(got: unknown, { shape, dtype }: TensorForm, seed: number): void {
+  must(got === sha256(seededBytes(shape, dtype, seed)), 'other bytes came than were sent');
+}
+
+export function bytesOf({ shape, dtype }: TensorForm): string {
+  return `${tensorBytes(shape, dtype).toLocaleString('en')} bytes`;
+}
+
+export function nameOf({ shape, dtype }: TensorForm): string {
+  return `${dtype} [${shape.join(', ')}]`;
+}
+
+function deadline<T>(work: Promise<T>, what: string): Promise<T> {
+  let timer: NodeJS.Timeout | undefined;
+  const late = new Promise<never>((_, reject) => {
+    timer = setTimeout(
+      () => reject(new Error(`${what}: not over after ${ROW_MS / 1_000} s; it goes on without`)),
+      ROW_MS,
+    );
+  });
+  return Promise.race([work, late]).finally(() => clearTimeout(timer));
+}
