@@ -35,11 +35,16 @@ const SLACK_MS = 3_000;
 export async function faults(options: BenchOptions, settings: FaultSettings): Promise<CheckRow[]> {
   const before = await freeMemory(options);
   const rows: CheckRow[] = [];
-  for (const part of [killConsumer, killProducer, killTwo]) {
+  const parts = {
+    'kill -9 of the consumer': () => killEnd(options, settings, 'consumer'),
+    'kill -9 of the producer': () => killEnd(options, settings, 'producer'),
+    'kill -9 of two consumers': () => killTwo(options, settings),
+  };
+  for (const [name, part] of Object.entries(parts)) {
     try {
-      rows.push(...(await part(options, settings)));
+      rows.push(...(await part()));
     } catch (error) {
-      rows.push({ name: part.name, ok: false, value: messageOf(error) });
+      rows.push({ name, ok: false, value: messageOf(error) });
     }
   }
   rows.push(...(await memoryLeft(options, before)));
@@ -75,44 +80,30 @@ function wants(options: BenchOptions, settings: FaultSettings, device: 0 | 1, po
   };
 }
 
-async function killConsumer(options: BenchOptions, settings: FaultSettings): Promise<CheckRow[]> {
-  options.progress.say('kill -9 of the consumer');
-  const jobs = new JobMaker('kc', options.shape);
-  const peers = await startPeers(options, {
-    producer: wants(options, settings, 0),
-    consumer: wants(options, settings, 1),
-  });
-  try {
-    const [producer, consumer] = peers as [Peer, Peer];
-    await move(producer, consumer, jobs.paged(settings.tokens));
-    const { pumping } = start(producer, consumer, jobs.paged(settings.tokens));
-    await sleep(RUN_UP_MS);
-    const killed = monotonicMs();
-    await consumer.kill();
-    const noticed = await noticing(
-      'kill -9 of the consumer in mid-transfer: the producer',
-      pumping,
-      killed,
-      settings,
-    );
-    const next = await startPeer(
-      options,
-      'consumer, restarted',
-      wants(options, settings, 1, consumer.address.port),
-    );
-    peers.push(next);
-    return [
-      noticed,
-      await served('the producer serves the restarted consumer', producer, next, jobs, settings),
-    ];
-  } finally {
-    await Promise.all(peers.map((peer) => (peer.alive ? peer.quit() : undefined)));
-  }
-}
+const END = {
+  consumer: {
+    name: 'kc',
+    device: 1,
+    survivor: 'the producer',
+    served: 'the producer serves the restarted consumer',
+  },
+  producer: {
+    name: 'kp',
+    device: 0,
+    survivor: 'the consumer',
+    served: 'the consumer is served by the restarted producer',
+  },
+} as const;
 
-async function killProducer(options: BenchOptions, settings: FaultSettings): Promise<CheckRow[]> {
-  options.progress.say('kill -9 of the producer');
-  const jobs = new JobMaker('kp', options.shape);
+/** kill -9 of one end in mid-transfer: the other knows, and works with the one that comes after on the same address. */
+async function killEnd(
+  options: BenchOptions,
+  settings: FaultSettings,
+  end: keyof typeof END,
+): Promise<CheckRow[]> {
+  options.progress.say(`kill -9 of the ${end}`);
+  const { name, device, survivor, served: text } = END[end];
+  const jobs = new JobMaker(name, options.shape);
   const peers = await startPeers(options, {
     producer: wants(options, settings, 0),
     consumer: wants(options, settings, 1),
@@ -120,26 +111,18 @@ async function killProducer(options: BenchOptions, settings: FaultSettings): Pro
   try {
     const [producer, consumer] = peers as [Peer, Peer];
     await move(producer, consumer, jobs.paged(settings.tokens));
-    const { draining } = start(producer, consumer, jobs.paged(settings.tokens));
+    const { pumping, draining } = start(producer, consumer, jobs.paged(settings.tokens));
     await sleep(RUN_UP_MS);
+    const victim = end === 'consumer' ? consumer : producer;
     const killed = monotonicMs();
-    await producer.kill();
-    const noticed = await noticing(
-      'kill -9 of the producer in mid-transfer: the consumer',
-      draining,
-      killed,
-      settings,
-    );
-    const next = await startPeer(
-      options,
-      'producer, restarted',
-      wants(options, settings, 0, producer.address.port),
-    );
+    await victim.kill();
+    const what = `kill -9 of the ${end} in mid-transfer: ${survivor}`;
+    const noticed = await noticing(what, end === 'consumer' ? pumping : draining, killed, settings);
+    const again = wants(options, settings, device, victim.address.port);
+    const next = await startPeer(options, `${end}, restarted`, again);
     peers.push(next);
-    return [
-      noticed,
-      await served('the consumer is served by the restarted producer', next, consumer, jobs, settings),
-    ];
+    const [from, to] = end === 'consumer' ? [producer, next] : [next, consumer];
+    return [noticed, await served(text, from, to, jobs, settings)];
   } finally {
     await Promise.all(peers.map((peer) => (peer.alive ? peer.quit() : undefined)));
   }
