@@ -1,6 +1,7 @@
 /** What this machine has, for pd-doctor and bug reports: every library and GPU, found or not, with what is wrong. Throws nothing. */
 import { PdError } from '../src/errors.ts';
 import { explicitCandidate, LIBRARIES, type LibraryName } from './find.ts';
+import { inspectCublas } from './libcublas.ts';
 import { loadLibcuda } from './libcuda.ts';
 import { loadCudart } from './libcudart.ts';
 import { loadLibnccl } from './libnccl.ts';
@@ -47,6 +48,7 @@ export function inspectLibraries(): LibraryReport[] {
       const nvrtc = loadNvrtc(Math.trunc(loadLibcuda().driverVersion() / 1000));
       return { library: nvrtc.library, version: nvrtc.version() };
     }),
+    report('cublas', inspectCublas),
   ];
 }
 

@@ -9,6 +9,8 @@ import { statusError } from './status.ts';
 const CUBLAS = {
   // cublasStatus_t cublasCreate_v2(cublasHandle_t *handle)
   cublasCreate_v2: row<[handle: BigUint64Array]>('int', ['void *']),
+  // cublasStatus_t cublasGetProperty(libraryPropertyType type, int *value)
+  cublasGetProperty: row<[type: number, value: Int32Array]>('int', ['int', 'void *']),
   // cublasStatus_t cublasDestroy_v2(cublasHandle_t handle)
   cublasDestroy_v2: row<[handle: CublasHandle]>('int', ['void *']),
   // cublasStatus_t cublasSetStream_v2(cublasHandle_t handle, cudaStream_t streamId)
@@ -75,6 +77,9 @@ const OP_T = 1;
 /** Sums of parts (split-K) stay float32 too. */
 const DISALLOW_REDUCED_PRECISION_REDUCTION = 16;
 const DEFAULT_ALGORITHM = -1;
+// libraryPropertyType
+const MAJOR_VERSION = 0;
+const MINOR_VERSION = 1;
 
 const ONE = Float32Array.of(1);
 const ZERO = Float32Array.of(0);
@@ -92,6 +97,18 @@ export interface RowProduct {
   readonly outType: 'float16' | 'bfloat16' | 'float32';
   /** Add to what is in `out`. */
   readonly accumulate: boolean;
+}
+
+/** The library and its version, `13.1`, without a handle: for pd-doctor. */
+export function inspectCublas(): { readonly library: NativeLibrary; readonly version: string } {
+  const library = loadLibrary('cublas', Math.trunc(loadLibcuda().driverVersion() / 1000));
+  const { cublasGetProperty } = bind(library, CUBLAS);
+  const parts = [MAJOR_VERSION, MINOR_VERSION].map((property) => {
+    const value = new Int32Array(1);
+    const status = cublasGetProperty(property, value);
+    return status === 0 ? value[0] : '?';
+  });
+  return { library, version: parts.join('.') };
 }
 
 export class Cublas {

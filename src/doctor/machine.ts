@@ -97,6 +97,10 @@ function libraryFinding(library: LibraryReport, needed: boolean): Finding {
       `nvrtc: not found${by}; wanted only where no shipped kernel fits the GPU (${library.install})`,
     );
   }
+  if (name === 'cublas') {
+    const text = `cublas: not found${by}; workers on a GPU compute there only with it (${library.install}), else with --executor host`;
+    return needed ? warn(text) : info(text);
+  }
   if (name === 'cudart' && library.error.includes('(libcuda)')) return info(`${name}: waits for cuda`);
   const text = `${name}${by}: ${compact(library.error)}`;
   return needed
@@ -108,7 +112,7 @@ function libraryFinding(library: LibraryReport, needed: boolean): Finding {
 async function crashFindings(crash: PdError, timeoutMs: number): Promise<Finding[]> {
   if (!hasCrashed(crash)) return [fail(crash.message, 'run npm ci again')];
   return Promise.all(
-    NEEDED.concat('nvrtc').map(async (name): Promise<Finding> => {
+    NEEDED.concat('nvrtc', 'cublas').map(async (name): Promise<Finding> => {
       const variable = LIBRARIES[name].env[0] ?? '';
       try {
         const question: LoadQuestion = `load-${name}`;

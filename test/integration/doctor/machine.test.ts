@@ -81,6 +81,7 @@ describe('with two GPUs', () => {
       expect.stringMatching(/^cudart 13\.0/),
       expect.stringMatching(/^nccl 2\.28\.9/),
       expect.stringMatching(/^nvrtc 13\.0/),
+      expect.stringMatching(/^cublas 13\.0/),
     ]);
     expect(of('GPUs').map(({ what }) => what)).toEqual([
       expect.stringMatching(/cuda:0 {2}Stand-in GPU 0, 1\.0 GiB.*compute 9\.0, kernels sm_90/),
