@@ -10,6 +10,7 @@ import { GetAnnouncement } from './get.ts';
 import type { Intake } from './intake.ts';
 import { heldInstead, Load } from './load.ts';
 import type { OutgoingPeer } from './peer.ts';
+import { PeerWatch } from './peer-watch.ts';
 import type { Held, StoreEntry } from './store.ts';
 import type { LoadRequest, LoadResult, PairState, StoredTensor, TransferState } from './types.ts';
 
@@ -69,10 +70,10 @@ export class Loads {
     log.debug({ requestId, transferId, peer, layers: request.layers.length }, `load ${requestId}`);
     const half = deadlines.after(timeoutMs / 2, () => this.#warn(load, timeoutMs));
     const end = deadlines.after(timeoutMs, () => load.timeOut(timeoutMs));
-    const early = deadlines.after(Math.min(options.timeouts.connect, timeoutMs), () => {
-      const lost = this.#peers.lostPair(peer);
-      if (lost) load.fail(lost);
-    });
+    // In GET our own link to the peer knows.
+    const lostPair = () => this.#peers.lostPair(peer);
+    const watch =
+      options.sendType === 'GET' ? undefined : new PeerWatch(this.#context, load, request.peer, lostPair);
     if (options.sendType === 'GET') this.#askLayers(load, timeoutMs);
     else this.#intake.claim(load);
     load.begin();
@@ -83,7 +84,8 @@ export class Loads {
         return result;
       })
       .finally(() => {
-        for (const deadline of [half, end, early]) deadline.cancel();
+        for (const deadline of [half, end]) deadline.cancel();
+        watch?.stop();
         this.#loads.delete(load);
         this.#intake.claims.unregister(load);
         for (const get of this.#asked.get(load) ?? []) get.cancel();

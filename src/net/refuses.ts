@@ -1,0 +1,19 @@
+import { connect } from 'node:net';
+import { asDestination, type HostPort } from './address.ts';
+
+/**
+ * Whether nothing listens at `address`: its host refuses the connection. False where somebody listens, and where nobody answers at all
+ * within `timeoutMs`, which may be a silent firewall.
+ */
+export function refusesConnections(address: HostPort, timeoutMs: number): Promise<boolean> {
+  return new Promise((resolve) => {
+    const socket = connect({ ...asDestination(address), timeout: timeoutMs });
+    const end = (refused: boolean) => {
+      socket.destroy();
+      resolve(refused);
+    };
+    socket.once('connect', () => end(false));
+    socket.once('timeout', () => end(false));
+    socket.once('error', (error: NodeJS.ErrnoException) => end(error.code === 'ECONNREFUSED'));
+  });
+}

@@ -1,0 +1,67 @@
+/**
+ * Looks after the producer that a load waits for. One that dies over the host transport takes its pair along, and the load knows at once.
+ * One that dies over NCCL, which tells nobody, or before it ever had a pair with us, is known by its KV port: it refuses connections.
+ */
+import { PdError } from '../errors.ts';
+import type { HostPort } from '../net/address.ts';
+import { refusesConnections } from '../net/refuses.ts';
+import type { TransferContext } from './context.ts';
+import type { Deadline } from './deadlines.ts';
+
+export interface Watched {
+  readonly requestId: string;
+  /** `ip:port` of the producer. */
+  readonly peer: string;
+  /** Nothing is waited for any more. */
+  readonly decided: boolean;
+  fail(reason: PdError): void;
+}
+
+export class PeerWatch {
+  readonly #context: TransferContext;
+  readonly #watched: Watched;
+  readonly #address: HostPort;
+  readonly #lostPair: () => PdError | undefined;
+  #next: Deadline | undefined;
+  #stopped = false;
+
+  /** Looks once every `timeouts.connect`: KV that is on its way is there long before the first time. */
+  constructor(
+    context: TransferContext,
+    watched: Watched,
+    address: HostPort,
+    lostPair: () => PdError | undefined,
+  ) {
+    this.#context = context;
+    this.#watched = watched;
+    this.#address = address;
+    this.#lostPair = lostPair;
+    this.#arm();
+  }
+
+  /** Idempotent. */
+  stop(): void {
+    this.#stopped = true;
+    this.#next?.cancel();
+  }
+
+  #arm(): void {
+    const { deadlines, options } = this.#context;
+    this.#next = deadlines.after(options.timeouts.connect, () => void this.#look());
+  }
+
+  async #look(): Promise<void> {
+    const { requestId, peer } = this.#watched;
+    const lost = this.#lostPair();
+    if (lost) return this.#watched.fail(lost);
+    const gone = await refusesConnections(this.#address, this.#context.options.timeouts.connect);
+    if (this.#stopped || this.#watched.decided) return;
+    if (!gone) return this.#arm();
+    this.#watched.fail(
+      new PdError('PEER_UNREACHABLE', `${peer}, whose KV ${requestId} waits for, refuses connections`, {
+        requestId,
+        peer,
+      }),
+    );
+  }
+}
