@@ -24,7 +24,7 @@ const options = new Command('experiment-matrix.sh')
     new Option('--device <device>', 'host, or cuda for a GPU each').choices(['host', 'cuda']).default('host'),
   )
   .addOption(new Option('--executor <executor>', 'what computes').choices(['host', 'cuda']).default('host'))
-  .option('--deadline <time>', 'for the KV of one request', '1s')
+  .option('--deadline <time>', 'for the KV of one request', '2s')
   .option('--json', 'the cells as JSON')
   .allowExcessArguments(false)
   .parse()
