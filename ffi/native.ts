@@ -22,7 +22,24 @@ export function dlopen(path: string | null): NativeLibrary {
     koffi.config({ sync_stack_size: CALL_STACK });
     configured = true;
   }
-  return { path: path ?? 'this process', handle: koffi.load(path) };
+  const handle = koffi.load(path);
+  if (path !== null) keepLoaded(path);
+  return { path: path ?? 'this process', handle };
+}
+
+// <dlfcn.h> of Linux: RTLD_NOW, RTLD_NOLOAD (only if it is there already), RTLD_NODELETE
+const KEEP = 0x2 | 0x4 | 0x1000;
+let pin: ReturnType<LibraryHandle['func']> | undefined;
+
+/**
+ * koffi closes its libraries when its thread ends, and the last to close one unmaps it under the threads that the library itself has
+ * started (NCCL's, the driver's): a SIGSEGV some time later. So what has been loaded stays, for the life of the process.
+ */
+function keepLoaded(path: string): void {
+  if (process.platform !== 'linux') return;
+  // void *dlopen(const char *path, int flags)
+  pin ??= koffi.load(null).func('dlopen', 'void *', ['const char *', 'int']);
+  pin(path, KEEP);
 }
 
 /** One row of a table: C result and argument types for koffi, TypeScript ones for the caller. */
