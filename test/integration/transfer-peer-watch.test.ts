@@ -41,3 +41,11 @@ test('a producer that is there and slow keeps its load', async () => {
   expect((await load).code).toBe('REQUEST_ABORTED');
   slow.close();
 });
+
+test('an address that cannot be one fails the load, not the engine', async () => {
+  const consumer = await services.make({ timeouts });
+  const peer = { host: '127.0.0.1', port: 70_000 };
+  const { code } = await failure(consumer.load(loadRequest('r', pagedCache(2, false), [0], peer)));
+  expect(code).toBe('KV_LOAD_FAILED');
+  expect(leftovers(consumer)).toEqual([]);
+});
