@@ -62,9 +62,10 @@ async function check({ device, output, small = undefined }: CheckOptions): Promi
   let error: string | undefined;
   try {
     const peer = await rig.peer();
-    about = peer.about;
+    const { library, ...shown } = peer.about;
+    about = shown; // a path says nothing beyond the machine that it lies on
     // The one that torch brings: both ends need the same.
-    if (about['library']) process.env['PD_NCCL_LIB'] ??= about['library'];
+    if (library) process.env['PD_NCCL_LIB'] ??= library;
     await checkModes(rig, peer);
     await checkFamilies(rig, peer);
     await checkRestarts(rig, peer);
