@@ -5,8 +5,6 @@
 #
 # From a build: npx tsc -p bench/tsconfig.json. Each part is a process of its own: a kernel that fails takes its process along.
 set -u
-# the kernel that workers do not use before a GPU has shown it right: here it is to be shown
-export PD_GPU_DRAW=1
 cd "$(dirname "$0")/../.."
 RESULTS=$1
 NODE=${NODE:-node}

@@ -19,7 +19,7 @@ import type { Executor, LayerHooks } from '../executor.ts';
 import { copyCacheBlocks } from './block-copies.ts';
 import type { DecodeGraphs } from './graphs.ts';
 import { type CudaLlama, word } from './llama.ts';
-import { CudaSampler, drawsOnGpu, type WantedToken } from './sampling.ts';
+import { CudaSampler, type WantedToken } from './sampling.ts';
 import {
   DRAW_WORDS,
   isDecodeStep,
@@ -205,7 +205,7 @@ export class CudaExecutor implements Executor {
       model.project(layer, plan, step);
       model.finish(layer, plan, step);
     }
-    model.score(plan.counts.rows, drawsOnGpu() ? { draws: word(step, plan.at.draws) } : {});
+    model.score(plan.counts.rows, { draws: word(step, plan.at.draws) });
   }
 
   #launchGraph(size: number, sequences: readonly ScheduledSequence[], hooks: LayerHooks): void {
@@ -232,7 +232,7 @@ export class CudaExecutor implements Executor {
     const sampled: SampledToken[] = [];
     for (let i = 0; i < wanted.length; i += logitRows) {
       const part = wanted.slice(i, i + logitRows);
-      const drawn = drawsOnGpu() && part.some(({ sample: { params } }) => params.temperature > 0);
+      const drawn = part.some(({ sample: { params } }) => params.temperature > 0);
       model.score(part.length, {
         chosen: word(planDevice.pointer, plan.at.chosen + i),
         ...(drawn && { draws: word(planDevice.pointer, plan.at.draws + DRAW_WORDS * i) }),

@@ -115,18 +115,10 @@ export class CudaSampler {
   }
 }
 
-/**
- * Whether the `draw` kernel may choose tokens. It equals the host's counting on its C twin, but no GPU has run it yet; until one has, it
- * is asked for by PD_GPU_DRAW=1, and the host draws, which takes 10 to 50 ms of a large vocabulary.
- */
-export function drawsOnGpu(): boolean {
-  return process.env['PD_GPU_DRAW'] === '1';
-}
-
 /** A token and nothing about it, of all that there are. */
 function isTokenAlone({ params, outputPosition }: NonNullable<ScheduledSequence['sample']>): boolean {
   const banned = outputPosition < params.minTokens && params.stopTokenIds.length > 0;
-  return params.logprobs === undefined && !banned && (params.temperature === 0 || drawsOnGpu());
+  return params.logprobs === undefined && !banned;
 }
 
 function cudaMemory(device: CudaDevice, pointer: DevicePointer, bytes: number): MemoryRef {
