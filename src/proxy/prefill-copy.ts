@@ -3,7 +3,14 @@
 export type JsonObject = Readonly<Record<string, unknown>>;
 
 /** Only the answer needs them, and with `max_tokens` 1 or without streaming servers reject some of them. */
-const DROPPED = ['min_tokens', 'logprobs', 'top_logprobs', 'prompt_logprobs', 'stream_options'] as const;
+const DROPPED = [
+  'min_tokens',
+  'logprobs',
+  'top_logprobs',
+  'prompt_logprobs',
+  'return_token_ids',
+  'stream_options',
+] as const;
 
 /** Set where present: what is absent has this value already, and unknown fields could be refused. */
 const REPLACED = { max_completion_tokens: 1, stream: false, n: 1, best_of: 1, echo: false } as const;

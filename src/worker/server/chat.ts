@@ -8,7 +8,9 @@ import {
   encodePrompt,
   GenerationRun,
   type Plan,
+  promptTokenIdsOf,
   samplingOf,
+  tokenIdsOf,
 } from './generation.ts';
 import { chatLogprobs } from './logprobs.ts';
 import { requestIdOf } from './request-id.ts';
@@ -89,27 +91,43 @@ function format(context: ServerContext, body: ChatBody, id: string, model: strin
           body.top_logprobs ?? 0,
         )
       : null;
-  const chunkOf = (index: number, delta: object, logprobs: object | null, finish: string | null) => ({
+  const chunkOf = (choice: object, aboutPrompt: object = {}) => ({
     ...chunk,
-    choices: [{ index, delta, logprobs, finish_reason: finish }],
+    ...aboutPrompt,
+    choices: [choice],
     ...withUsage,
   });
   return {
     chunks(event) {
+      const { index, start } = event;
       const { text, finishReason } = event.delta;
-      const role = event.start ? [chunkOf(event.index, { role: 'assistant', content: '' }, null, null)] : [];
+      const opening = {
+        index,
+        delta: { role: 'assistant', content: '' },
+        logprobs: null,
+        finish_reason: null,
+      };
+      const role = start ? [chunkOf(opening, promptTokenIdsOf(body, event))] : [];
       if (text === '' && finishReason === undefined) return role;
-      const delta = text === '' ? {} : { content: text };
-      return [...role, chunkOf(event.index, delta, logprobsOf([event]), finishReason ?? null)];
+      const choice = {
+        index,
+        delta: text === '' ? {} : { content: text },
+        logprobs: logprobsOf([event]),
+        finish_reason: finishReason ?? null,
+        ...tokenIdsOf(body, [event]),
+      };
+      return [...role, chunkOf(choice)];
     },
     usageChunk: (usage) => ({ ...chunk, choices: [], usage }),
     whole: (events, usage) => ({
       ...whole,
+      ...promptTokenIdsOf(body, events[0]?.[0]),
       choices: events.map((list, index) => ({
         index,
         message: { role: 'assistant', content: list.map(({ delta }) => delta.text).join('') },
         logprobs: logprobsOf(list),
         finish_reason: list.at(-1)?.delta.finishReason ?? null,
+        ...tokenIdsOf(body, list),
       })),
       usage,
     }),

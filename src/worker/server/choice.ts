@@ -13,6 +13,8 @@ export interface ChoiceLogprob {
 /** What has become certain since the last delta. Joined, deltas are the whole completion. */
 export interface ChoiceDelta {
   readonly text: string;
+  /** Generated since the last delta that had text, the token that ended the completion included. */
+  readonly tokens: readonly number[];
   readonly logprobs: readonly ChoiceLogprob[];
   readonly finishReason?: 'stop' | 'length';
 }
@@ -24,6 +26,7 @@ export class Choice {
   #tokens = 0;
   /** Characters decoded so far, those held back included. */
   #decoded: number;
+  #pendingTokens: number[] = [];
   #pending: ChoiceLogprob[] = [];
   #finished = false;
 
@@ -63,6 +66,7 @@ export class Choice {
       const ending = finishReason === 'stop' && i === output.tokens.length - 1;
       const logprob = output.logprobs?.[i];
       if (logprob) this.#pending.push({ logprob, offset: this.#decoded });
+      this.#pendingTokens.push(token);
       this.#tokens++;
       if (!ending) text += this.#emit(this.#decoder.push(token));
       if (this.stopped) return this.#delta(text, 'stop');
@@ -81,10 +85,14 @@ export class Choice {
 
   #delta(text: string, finishReason?: 'stop' | 'length'): ChoiceDelta {
     if (finishReason !== undefined) this.#finished = true;
-    // Log-probabilities go out with text, so that none is ahead of what a client can see.
+    // Tokens and log-probabilities go out with text, so that none is ahead of what a client can see.
     const take = text !== '' || finishReason !== undefined;
+    const tokens = take ? this.#pendingTokens : [];
     const logprobs = take ? this.#pending : [];
-    if (take) this.#pending = [];
-    return { text, logprobs, ...(finishReason === undefined ? {} : { finishReason }) };
+    if (take) {
+      this.#pendingTokens = [];
+      this.#pending = [];
+    }
+    return { text, tokens, logprobs, ...(finishReason === undefined ? {} : { finishReason }) };
   }
 }

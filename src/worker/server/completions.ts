@@ -9,7 +9,9 @@ import {
   GenerationRun,
   type Plan,
   type Prompt,
+  promptTokenIdsOf,
   samplingOf,
+  tokenIdsOf,
 } from './generation.ts';
 import { completionLogprobs } from './logprobs.ts';
 import { requestIdOf } from './request-id.ts';
@@ -86,12 +88,15 @@ function format(context: ServerContext, body: CompletionBody, id: string, model:
               echo && start ? { token: start.prompt.tokens[0]! } : undefined,
             ),
       finish_reason: events.at(-1)?.delta.finishReason ?? null,
+      ...promptTokenIdsOf(body, events[0]),
+      ...tokenIdsOf(body, events),
     };
   };
   return {
     chunks(event) {
       const { text, finishReason } = event.delta;
-      if (text === '' && finishReason === undefined && !(echo && event.start)) return [];
+      const aboutPrompt = (echo || body.return_token_ids) && event.start !== undefined;
+      if (text === '' && finishReason === undefined && !aboutPrompt) return [];
       return [{ ...base, choices: [choiceOf(event.index, [event])], ...withUsage }];
     },
     usageChunk: (usage) => ({ ...base, choices: [], usage }),

@@ -34,6 +34,16 @@ export interface ChoiceEvent {
   readonly start?: { readonly prompt: Prompt; readonly promptLogprobs?: readonly TokenLogprob[] };
 }
 
+/** The fields that `return_token_ids` adds to a choice, as vLLM names them. */
+export function tokenIdsOf(body: SamplingBody, events: readonly ChoiceEvent[]): object {
+  return body.return_token_ids ? { token_ids: events.flatMap(({ delta }) => delta.tokens) } : {};
+}
+
+/** The same for the prompt. Nothing where `event` is not the first of its choice. */
+export function promptTokenIdsOf(body: SamplingBody, event: ChoiceEvent | undefined): object {
+  return body.return_token_ids && event?.start ? { prompt_token_ids: [...event.start.prompt.tokens] } : {};
+}
+
 export interface Usage {
   readonly prompt_tokens: number;
   readonly total_tokens: number;
@@ -208,5 +218,5 @@ export class GenerationRun {
 
 /** With `max_tokens: 0` one token is generated for want of a request without any, and left out. */
 function withoutScored(delta: ChoiceDelta, maxTokens: number | undefined): ChoiceDelta {
-  return maxTokens === 0 ? { text: '', logprobs: [], finishReason: 'length' } : delta;
+  return maxTokens === 0 ? { text: '', tokens: [], logprobs: [], finishReason: 'length' } : delta;
 }

@@ -326,6 +326,64 @@ describe('/v1/chat/completions', () => {
   });
 });
 
+describe('return_token_ids', () => {
+  const ids = bytesOf('hé');
+  const prompt = bytesOf('ab');
+
+  it('adds the ids of prompt and completion to each choice of /v1/completions', async () => {
+    const { json, events } = await start(saying('hé'));
+    const body = { prompt: 'ab', n: 2, return_token_ids: true };
+    const whole = await json(COMPLETIONS, body);
+    const said = { text: 'hé', prompt_token_ids: prompt, token_ids: [...ids, EOS] };
+    expect(whole.body.choices).toMatchObject([said, said]);
+    const scored = await json(COMPLETIONS, { ...body, n: 1, echo: true, max_tokens: 0 });
+    expect(scored.body.choices[0]).toMatchObject({ prompt_token_ids: prompt, token_ids: [] });
+    const streamed = await events(COMPLETIONS, body);
+    for (const index of [0, 1]) {
+      const chunks = streamed.events.flatMap(({ choices }) =>
+        choices.filter((choice) => choice.index === index),
+      );
+      expect(chunks).toMatchObject([
+        { text: 'h', prompt_token_ids: prompt, token_ids: ids.slice(0, 1) },
+        { text: 'é', token_ids: ids.slice(1) },
+        { text: '', token_ids: [EOS], finish_reason: 'stop' },
+      ]);
+      expect(chunks.filter((chunk) => 'prompt_token_ids' in chunk)).toHaveLength(1);
+    }
+  });
+
+  it('tells the prompt at once and all tokens in the end where text is held back', async () => {
+    const { events } = await start(saying('STO'));
+    const body = { prompt: 'ab', stop: 'STOP', return_token_ids: true };
+    expect((await events(COMPLETIONS, body)).events.map(({ choices }) => choices[0])).toMatchObject([
+      { text: '', prompt_token_ids: prompt, token_ids: [], finish_reason: null },
+      { text: 'STO', token_ids: [...bytesOf('STO'), EOS], finish_reason: 'stop' },
+    ]);
+  });
+
+  it('puts the prompt of /v1/chat/completions beside the choices', async () => {
+    const { json, events } = await start(saying('hé'));
+    const body = { messages: user('hi'), return_token_ids: true };
+    const rendered = bytesOf('user:hi;assistant:');
+    expect((await json(CHAT, body)).body).toMatchObject({
+      prompt_token_ids: rendered,
+      choices: [{ message: { content: 'hé' }, token_ids: [...ids, EOS] }],
+    });
+    const streamed = (await events(CHAT, body)).events;
+    expect(streamed.map((event) => event['prompt_token_ids'])).toEqual([
+      rendered,
+      undefined,
+      undefined,
+      undefined,
+    ]);
+    expect(streamed.slice(1).map(({ choices }) => choices[0])).toMatchObject([
+      { delta: { content: 'h' }, token_ids: ids.slice(0, 1) },
+      { delta: { content: 'é' }, token_ids: ids.slice(1) },
+      { delta: {}, token_ids: [EOS], finish_reason: 'stop' },
+    ]);
+  });
+});
+
 describe('streams', () => {
   it('joined are the whole text, with usage and one finish per choice', async () => {
     const texts = fc.array(fc.constantFrom('a', 'bc', 'EN', 'END', 'é', '🐉', ' '), { maxLength: 8 });

@@ -15,6 +15,7 @@ test('one token, not streamed, one choice, and nothing that only the answer need
     min_tokens: 5,
     logprobs: true,
     top_logprobs: 4,
+    return_token_ids: true,
     temperature: 0.5,
     seed: 7,
     stop: ['x'],

@@ -68,6 +68,7 @@ describe('Choice', () => {
         const run = (lengthsOfOutputs: readonly number[]) => {
           const choice = new Choice(BYTE_MODEL, stopStrings, 0);
           const deltas: string[] = [];
+          const ids: number[] = [];
           let reason: string | undefined;
           for (const tokens of split([...bytesOf(text), EOS], lengthsOfOutputs)) {
             const last = tokens.at(-1) === EOS;
@@ -78,16 +79,19 @@ describe('Choice', () => {
               ...(last ? { finishReason: 'stop' as const } : {}),
             });
             deltas.push(delta.text);
+            ids.push(...delta.tokens);
             reason = delta.finishReason ?? reason;
             if (choice.stopped) break;
           }
-          return { deltas, reason, tokens: choice.tokens };
+          expect(ids).toHaveLength(choice.tokens);
+          return { deltas, reason, ids };
         };
         const streamed = run(lengths);
         const whole = run([1e9]);
         expect(streamed.deltas.join('')).toBe(whole.deltas.join(''));
         expect(streamed.reason).toBe('stop');
-        expect(streamed.tokens).toBe(whole.tokens);
+        expect(streamed.ids).toEqual(whole.ids);
+        expect([...bytesOf(text), EOS].slice(0, whole.ids.length)).toEqual(whole.ids);
         for (const delta of streamed.deltas) expect(delta).not.toContain('\ufffd');
         if (!expected(text, stopStrings).stopped) expect(whole.deltas.join('')).toBe(text);
       }),
@@ -97,7 +101,8 @@ describe('Choice', () => {
   it('leaves the token that ended it out of the text, and counts it', () => {
     const choice = new Choice(BYTE_MODEL, [], 0);
     const delta = choice.push({ requestId, index: 0, tokens: [...bytesOf('hi'), 46], finishReason: 'stop' });
-    expect(delta).toEqual({ text: 'hi', logprobs: [], finishReason: 'stop' });
+    const tokens = [...bytesOf('hi'), 46];
+    expect(delta).toEqual({ text: 'hi', tokens, logprobs: [], finishReason: 'stop' });
     expect(choice.tokens).toBe(3);
   });
 
