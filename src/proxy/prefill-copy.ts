@@ -9,6 +9,7 @@ const DROPPED = [
   'top_logprobs',
   'prompt_logprobs',
   'return_token_ids',
+  'return_tokens_as_token_ids',
   'stream_options',
 ] as const;
 

@@ -89,6 +89,7 @@ function format(context: ServerContext, body: ChatBody, id: string, model: strin
           context.model,
           events.flatMap(({ delta }) => delta.logprobs),
           body.top_logprobs ?? 0,
+          body.return_tokens_as_token_ids,
         )
       : null;
   const chunkOf = (choice: object, aboutPrompt: object = {}) => ({

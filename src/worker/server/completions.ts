@@ -86,6 +86,7 @@ function format(context: ServerContext, body: CompletionBody, id: string, model:
               ],
               body.logprobs,
               echo && start ? { token: start.prompt.tokens[0]! } : undefined,
+              body.return_tokens_as_token_ids,
             ),
       finish_reason: events.at(-1)?.delta.finishReason ?? null,
       ...promptTokenIdsOf(body, events[0]),

@@ -16,6 +16,11 @@ export function tokenText(model: TextModel, token: number): string {
   return `bytes:${Array.from(bytes, (byte) => `\\x${byte.toString(16).padStart(2, '0')}`).join('')}`;
 }
 
+/** Under `return_tokens_as_token_ids`, as vLLM writes it: no two tokens share it. */
+function idText(_model: TextModel, token: number): string {
+  return `token_id:${token}`;
+}
+
 export interface CompletionLogprobs {
   tokens: string[];
   /** Null for the first prompt token, which nothing predicts. */
@@ -30,29 +35,37 @@ export function completionLogprobs(
   entries: readonly ChoiceLogprob[],
   top: number,
   first?: { readonly token: number },
+  asIds = false,
 ): CompletionLogprobs {
+  const nameOf = asIds ? idText : tokenText;
   const result: CompletionLogprobs = { tokens: [], token_logprobs: [], top_logprobs: [], text_offset: [] };
   if (first) {
-    result.tokens.push(tokenText(model, first.token));
+    result.tokens.push(nameOf(model, first.token));
     result.token_logprobs.push(null);
     result.top_logprobs.push(null);
     result.text_offset.push(0);
   }
   for (const { logprob, offset } of entries) {
-    const text = tokenText(model, logprob.token);
+    const text = nameOf(model, logprob.token);
     result.tokens.push(text);
     result.token_logprobs.push(finite(logprob.logprob));
-    result.top_logprobs.push(top === 0 ? null : topOf(model, logprob, text, top));
+    result.top_logprobs.push(top === 0 ? null : topOf(model, logprob, text, top, nameOf));
     result.text_offset.push(offset);
   }
   return result;
 }
 
 /** The `top` most likely and the sampled one, by text; of two tokens with one text the likelier stands. */
-function topOf(model: TextModel, entry: TokenLogprob, text: string, top: number): Record<string, number> {
+function topOf(
+  model: TextModel,
+  entry: TokenLogprob,
+  text: string,
+  top: number,
+  nameOf: typeof tokenText,
+): Record<string, number> {
   const byText: Record<string, number> = {};
   for (const { token, logprob } of entry.top.slice(0, top)) {
-    byText[tokenText(model, token)] ??= finite(logprob);
+    byText[nameOf(model, token)] ??= finite(logprob);
   }
   byText[text] ??= finite(entry.logprob);
   return byText;
@@ -69,11 +82,16 @@ export interface ChatLogprobs {
 }
 
 /** For /v1/chat/completions. */
-export function chatLogprobs(model: TextModel, entries: readonly ChoiceLogprob[], top: number): ChatLogprobs {
+export function chatLogprobs(
+  model: TextModel,
+  entries: readonly ChoiceLogprob[],
+  top: number,
+  asIds = false,
+): ChatLogprobs {
   const chatToken = (token: number, logprob: number): ChatToken => {
     const text = model.decode([token], { skipSpecialTokens: false });
     const bytes = model.tokenBytes(token) ?? new TextEncoder().encode(text);
-    return { token: text, logprob: finite(logprob), bytes: [...bytes] };
+    return { token: asIds ? idText(model, token) : text, logprob: finite(logprob), bytes: [...bytes] };
   };
   return {
     content: entries.map(({ logprob }) => ({

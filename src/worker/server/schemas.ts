@@ -61,6 +61,7 @@ const sampling = {
   stop_token_ids: optional(tokenIds),
   ignore_eos: optional(z.boolean()),
   return_token_ids: optional(z.boolean()),
+  return_tokens_as_token_ids: optional(z.boolean()),
 };
 
 const prompts = z

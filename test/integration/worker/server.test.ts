@@ -242,6 +242,15 @@ describe('/v1/completions', () => {
       top_logprobs: [null, null, null, null, null],
       text_offset: [0, 1, 2, 2, 3],
     });
+    const byId = { prompt: 'ab', logprobs: 2, return_tokens_as_token_ids: true };
+    expect((await json(COMPLETIONS, byId)).body.choices[0]!.logprobs).toMatchObject({
+      tokens: [`token_id:${0xc3}`, `token_id:${0xa9}`, `token_id:${EOS}`],
+      top_logprobs: [
+        { 'token_id:120': -0.1, 'token_id:121': -9999, [`token_id:${0xc3}`]: -1 },
+        { [`token_id:${0xa9}`]: -2 },
+        { [`token_id:${EOS}`]: -4 },
+      ],
+    });
     const streamed = await events(COMPLETIONS, { prompt: 'ab', logprobs: 2 });
     const joined = streamed.events.flatMap((event) => event.choices[0]!.logprobs.token_logprobs);
     expect(joined).toEqual([-1, -2, -4]);
@@ -322,6 +331,10 @@ describe('/v1/chat/completions', () => {
           top_logprobs: [{ token: 'a', logprob: -0.5, bytes: [97] }],
         },
       ],
+    });
+    const byId = { messages: user('hi'), logprobs: true, top_logprobs: 1, return_tokens_as_token_ids: true };
+    expect((await json(CHAT, byId)).body.choices[0]!.logprobs).toMatchObject({
+      content: [{ token: `token_id:${0xc3}`, top_logprobs: [{ token: 'token_id:97' }] }],
     });
   });
 });

@@ -16,6 +16,7 @@ test('one token, not streamed, one choice, and nothing that only the answer need
     logprobs: true,
     top_logprobs: 4,
     return_token_ids: true,
+    return_tokens_as_token_ids: true,
     temperature: 0.5,
     seed: 7,
     stop: ['x'],
