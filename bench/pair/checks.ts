@@ -1,0 +1,152 @@
+/** One load through a pair: the tokens of the undivided worker, and metrics that say whose KV they stand on. */
+import { metricsOf } from '../../scripts/demo-checks.ts';
+import { type Client, inParallel } from './client.ts';
+import { gapChanges, gapOf, type Parting, partingOf } from './compare.ts';
+import { BLOCK_SIZE, type Effect, type Load, type LoadRequest } from './loads.ts';
+import type { Pair, Undivided } from './systems.ts';
+
+export interface LoadCheck {
+  readonly load: string;
+  readonly requests: number;
+  readonly promptTokens: number;
+  readonly outputTokens: number;
+  readonly kvBytes: number;
+  /** Answers that are the undivided worker's to the last token. */
+  readonly same: number;
+  /** Of the others: the undivided worker's own gap between the two tokens at which they part (in log-probability). */
+  readonly gaps: readonly number[];
+  /** Preempted sequences or tokens found in prefix caches, where the load is there for that. */
+  readonly effect?: string;
+  /** Empty: right. */
+  readonly problems: readonly string[];
+}
+
+export interface CheckOptions {
+  readonly load: Load;
+  readonly expected: readonly (readonly number[])[];
+  readonly undivided: Undivided;
+  readonly pair: Pair;
+  /** Bytes of KV of one block in all layers. */
+  readonly blockBytes: number;
+  /** The least gap that makes a difference wrong; undefined: any difference is. */
+  readonly noise: number | undefined;
+}
+
+type Metrics = ReadonlyMap<string, number>;
+
+export function answersOf(client: Client, { requests, width }: Load): Promise<(readonly number[])[]> {
+  return inParallel(requests, width, (request) => client.tokens(request));
+}
+
+export async function checkLoad(options: CheckOptions): Promise<LoadCheck> {
+  const { load, expected, undivided, pair, noise } = options;
+  const before = [await metricsOf(pair.producerUrl), await metricsOf(pair.consumerUrl)] as const;
+  const answers = await answersOf(pair.client, load);
+  const after = [await metricsOf(pair.producerUrl), await metricsOf(pair.consumerUrl)] as const;
+  const producer = riseOf(before[0], after[0]);
+  const consumer = riseOf(before[1], after[1]);
+
+  const problems = movedProblems(options, consumer);
+  const effect = load.effect && effectOf(load.effect, producer, consumer);
+  if (effect && !effect.seen) problems.push(`the load did not bring about what it is for: ${effect.text}`);
+  const partings = load.requests.flatMap((request, i) => partingOf(request, expected[i]!, answers[i]!) ?? []);
+  const gaps: number[] = [];
+  for (const parting of partings) {
+    const gap = noise === undefined ? undefined : await gapAt(undivided.client, parting);
+    if (gap !== undefined) gaps.push(gap);
+    if (gap === undefined || noise === undefined || !(gap < noise)) problems.push(describe(parting, gap));
+  }
+  return {
+    load: load.name,
+    requests: load.requests.length,
+    promptTokens: sum(load.requests.map(({ prompt }) => prompt.length)),
+    outputTokens: sum(answers.map(({ length }) => length)),
+    kvBytes: consumer('pd_kv_received_bytes_total'),
+    same: load.requests.length - partings.length,
+    gaps,
+    ...(effect && { effect: effect.text }),
+    problems,
+  };
+}
+
+/**
+ * The noise that a difference is measured by: how much the gap between the two likeliest tokens changes when the same requests run one at
+ * a time, four at a time and `widest` at a time. The largest change, and how many were seen.
+ */
+export async function measureNoise(
+  client: Client,
+  requests: readonly LoadRequest[],
+  widest: number,
+): Promise<{ readonly noise: number; readonly positions: number }> {
+  const run = (width: number) => inParallel(requests, width, (request) => client.generate(request));
+  const alone = await run(1);
+  const changes = [await run(4), await run(widest)].flatMap((others) =>
+    others.flatMap((other, i) => gapChanges(alone[i]!, other)),
+  );
+  return { noise: Math.max(0, ...changes), positions: changes.length };
+}
+
+/** Teacher-forced on what both said before: the distance of the two tokens, undefined where one is not even among the likeliest. */
+async function gapAt(
+  client: Client,
+  { request, before, undivided, pair }: Parting,
+): Promise<number | undefined> {
+  const prompt = [...request.prompt, ...before];
+  const { top } = await client.generate({ ...request, prompt, maxTokens: 1 });
+  const gap = top[0] && gapOf(top[0], undivided, pair);
+  return gap === undefined ? undefined : Math.abs(gap);
+}
+
+function movedProblems({ load, blockBytes }: CheckOptions, rise: (name: string) => number): string[] {
+  const { requests, effect } = load;
+  const expected: [string, number][] = [
+    ['pd_kv_loads_total{result="ok"}', requests.length],
+    ['pd_kv_loads_total{result="recomputed"}', 0],
+    ['pd_kv_loads_total{result="failed"}', 0],
+  ];
+  // A preempted sequence computes its prompt again.
+  if (effect !== 'preemption') {
+    expected.push(['pd_prompt_tokens_total{source="computed"}', requests.length]);
+  }
+  const blocks = sum(requests.map(({ prompt }) => Math.ceil(prompt.length / BLOCK_SIZE)));
+  if (effect !== 'prefix hits') expected.push(['pd_kv_received_bytes_total', blocks * blockBytes]);
+  return expected
+    .filter(([name, value]) => rise(name) !== value)
+    .map(([name, value]) => `the consumer's ${name} rose by ${rise(name)}, not ${value}`);
+}
+
+function effectOf(
+  effect: Effect,
+  producer: (name: string) => number,
+  consumer: (name: string) => number,
+): { readonly seen: boolean; readonly text: string } | undefined {
+  switch (effect) {
+    case 'chunks': // longer than a step by construction
+      return undefined;
+    case 'prefix hits': {
+      const [at, there] = [producer, consumer].map((rise) => rise('vllm:prefix_cache_hits_total')) as [
+        number,
+        number,
+      ];
+      const text = `${at.toLocaleString('en')} tokens cached at the producer, ${there.toLocaleString('en')} at the consumer`;
+      return { seen: at > 0 && there > 0, text };
+    }
+    case 'preemption': {
+      const count = consumer('vllm:num_preemptions_total');
+      return { seen: count > 0, text: `${count} preempted at the consumer` };
+    }
+  }
+}
+
+function describe({ request, before, undivided, pair }: Parting, gap: number | undefined): string {
+  const worth = gap === undefined ? '' : `, ${gap.toFixed(4)} apart`;
+  return `prompt of ${request.prompt.length} tokens, seed ${request.seed}: token ${before.length} is ${pair}, the undivided worker's ${undivided}${worth}`;
+}
+
+function riseOf(before: Metrics, after: Metrics): (name: string) => number {
+  return (name) => (after.get(name) ?? Number.NaN) - (before.get(name) ?? Number.NaN);
+}
+
+function sum(values: readonly number[]): number {
+  return values.reduce((total, value) => total + value, 0);
+}

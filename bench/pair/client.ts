@@ -1,0 +1,129 @@
+/** What the checks ask of a server: completions by token ids, times of streamed ones, metrics. */
+import type { Generated, TopLogprobs } from './compare.ts';
+import type { LoadRequest } from './loads.ts';
+
+/** For one answer. Past what a loaded worker takes, and past `--kv-load-timeout`, whose error tells more. */
+const ANSWER_MS = 90_000;
+/** As many as the API gives. */
+const TOP = 20;
+
+interface Choice {
+  readonly token_ids: readonly number[];
+  readonly text: string;
+  readonly logprobs?: { readonly top_logprobs: readonly Readonly<Record<string, number>>[] } | null;
+}
+
+export class Client {
+  readonly url: string;
+  readonly #model: string;
+
+  private constructor(url: string, model: string) {
+    this.url = url;
+    this.#model = model;
+  }
+
+  static async connect(url: string): Promise<Client> {
+    const response = await fetch(`${url}/v1/models`, { signal: AbortSignal.timeout(ANSWER_MS) });
+    const { data } = (await response.json()) as { data: readonly { readonly id: string }[] };
+    return new Client(url, data[0]!.id);
+  }
+
+  /** The tokens of the answer. Throws what the server says instead. */
+  async tokens(request: LoadRequest): Promise<readonly number[]> {
+    return (await this.#complete(request, {})).token_ids;
+  }
+
+  /** With log-probabilities of the likeliest tokens, most likely first. */
+  async generate(request: LoadRequest): Promise<Generated> {
+    const choice = await this.#complete(request, { logprobs: TOP, return_tokens_as_token_ids: true });
+    const top = (choice.logprobs?.top_logprobs ?? []).map(
+      (byName): TopLogprobs =>
+        new Map(Object.entries(byName).map(([name, logprob]) => [tokenOf(name), logprob] as const)),
+    );
+    return { tokens: choice.token_ids, top };
+  }
+
+  /** Milliseconds to the first event with text, and per token from there to the last (events may come several at a time). */
+  async timed(
+    prompt: readonly number[],
+    maxTokens: number,
+  ): Promise<{ readonly firstMs: number; readonly stepMs: number }> {
+    const body = this.#body({ prompt, maxTokens, temperature: 0, seed: 0 }, { stream: true });
+    const started = performance.now();
+    const response = await this.#post(body);
+    const times: number[] = [];
+    const decoder = new TextDecoder();
+    let held = '';
+    for await (const bytes of response.body!) {
+      const now = performance.now();
+      const events = (held + decoder.decode(bytes, { stream: true })).split('\n\n');
+      held = events.pop() ?? '';
+      for (const event of events) {
+        if (event.includes('"error"')) throw new Error(`${this.url}: ${event}`);
+        if (event.includes('"choices":[{') && !event.includes('"text":""')) times.push(now - started);
+      }
+    }
+    const [firstMs, lastMs] = [times[0], times.at(-1)];
+    if (firstMs === undefined || lastMs === undefined) throw new Error(`${this.url}: an answer without text`);
+    return { firstMs, stepMs: (lastMs - firstMs) / (maxTokens - 1) };
+  }
+
+  #body(request: LoadRequest, further: object): object {
+    const { prompt, maxTokens, temperature, seed } = request;
+    return {
+      model: this.#model,
+      prompt,
+      max_tokens: maxTokens,
+      ignore_eos: true,
+      temperature,
+      seed,
+      ...further,
+    };
+  }
+
+  async #complete(request: LoadRequest, further: object): Promise<Choice> {
+    const response = await this.#post(this.#body(request, { return_token_ids: true, ...further }));
+    const answer = (await response.json()) as { readonly choices: readonly Choice[] };
+    return answer.choices[0]!;
+  }
+
+  async #post(body: object): Promise<Response> {
+    const response = await fetch(`${this.url}/v1/completions`, {
+      method: 'POST',
+      headers: { 'content-type': 'application/json' },
+      body: JSON.stringify(body),
+      signal: AbortSignal.timeout(ANSWER_MS),
+    });
+    if (response.ok) return response;
+    throw new Error(`${this.url} answers ${response.status}: ${(await response.text()).slice(0, 400)}`);
+  }
+}
+
+/** `token_id:17` */
+function tokenOf(name: string): number {
+  return Number(name.slice(name.indexOf(':') + 1));
+}
+
+/** Runs `work` over the items, so many at a time; results in the items' order. The first failure is thrown once none is under way. */
+export async function inParallel<T, R>(
+  items: readonly T[],
+  width: number,
+  work: (item: T) => Promise<R>,
+): Promise<R[]> {
+  const results: R[] = new Array(items.length);
+  let next = 0;
+  let failure: { readonly cause: unknown } | undefined;
+  const lane = async () => {
+    while (next < items.length && !failure) {
+      const at = next++;
+      try {
+        results[at] = await work(items[at]!);
+      } catch (cause) {
+        failure ??= { cause };
+      }
+    }
+  };
+  await Promise.all(Array.from({ length: width }, lane));
+  if (failure) throw failure.cause;
+  return results;
+}

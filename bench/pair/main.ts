@@ -1,0 +1,70 @@
+/**
+ * Is a pair's answer the undivided worker's, and how much later does it come? On two GPUs (or the host), with a real checkpoint.
+ *
+ *   check --model DIR --output FILE                 one model: all loads in all send types, then times to first token
+ *   report DIR --out DIR --command LINE             a page from the *.pair.json that `check` left in DIR
+ */
+import { readdirSync, writeFileSync } from 'node:fs';
+import { basename } from 'node:path';
+import { Command, Option } from 'commander';
+import { type Mode, problemsOf, writeReport } from './result.ts';
+import { PairRun } from './run.ts';
+
+interface CheckCommand {
+  readonly model: string;
+  readonly name?: string;
+  readonly device: 'host' | 'cuda';
+  readonly output: string;
+  readonly sendTypes: readonly string[];
+  readonly modes?: readonly Mode[];
+  readonly times: boolean;
+  readonly small?: true;
+  readonly verbose?: true;
+}
+
+const list = (text: string) => text.split(',');
+const program = new Command('pair');
+program
+  .command('check')
+  .requiredOption('--model <dir>')
+  .option('--name <name>', 'what to call it (default: the name of its folder)')
+  .addOption(new Option('--device <device>').choices(['host', 'cuda']).default('cuda'))
+  .requiredOption('--output <file>')
+  .option('--send-types <list>', 'separated by commas', list, ['PUT', 'PUT_ASYNC', 'GET'])
+  .option(
+    '--modes <list>',
+    'batch-invariant, usual (default: both; on the host, where they are one, usual)',
+    list,
+  )
+  .option('--no-times')
+  .option('--small', 'few and short requests: is everything in place?')
+  .option('--verbose', 'every line of the workers')
+  .action(check);
+program
+  .command('report <dir>')
+  .requiredOption('--out <dir>')
+  .requiredOption('--command <line>')
+  .action((folder: string, { out, command }: { readonly out: string; readonly command: string }) => {
+    const names = readdirSync(folder).filter((name) => name.endsWith('.pair.json'));
+    if (names.length === 0) throw new Error(`there is no result in ${folder}`);
+    console.log(`${writeReport(folder, names, out, command)}.md`);
+  });
+await program.parseAsync();
+
+async function check({ output, modes, ...options }: CheckCommand): Promise<void> {
+  const run = new PairRun({
+    ...options,
+    name: options.name ?? basename(options.model),
+    modes: modes ?? (options.device === 'cuda' ? ['batch-invariant', 'usual'] : ['usual']),
+    small: options.small ?? false,
+    say: (text) => console.log(text),
+    ...(options.verbose && { onLine: (line: string) => console.error(line) }),
+  });
+  const result = await run.run();
+  writeFileSync(output, JSON.stringify(result, undefined, 1));
+  const problems = problemsOf(result);
+  console.log(
+    `${result.model}: ${problems.length === 0 ? 'all as it should be' : `${problems.length} FAILED`}`,
+  );
+  process.exitCode = problems.length === 0 ? 0 : 1;
+}

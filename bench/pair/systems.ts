@@ -1,0 +1,92 @@
+/** The two that are compared, as processes of their own: one undivided worker; a proxy, a producer and a consumer. */
+import { fileURLToPath } from 'node:url';
+import type { Addresses } from '../../scripts/demo-checks.ts';
+import { Supervisor } from '../../src/cli/launch-supervisor.ts';
+import { Client } from './client.ts';
+
+export interface SystemOptions {
+  readonly device: 'host' | 'cuda';
+  readonly model: string;
+  /** Of every worker. */
+  readonly flags: readonly string[];
+  readonly onLine?: (line: string) => void;
+}
+
+export interface Undivided {
+  readonly client: Client;
+  readonly url: string;
+  stop(): Promise<void>;
+}
+
+export interface Pair {
+  readonly client: Client;
+  readonly producerUrl: string;
+  readonly consumerUrl: string;
+  stop(): Promise<void>;
+}
+
+const START_MS = 120_000;
+/** After SIGTERM, before SIGKILL. */
+const STOP_MS = 15_000;
+/** `bench/pair` of the sources, `dist/bench/pair` of a build. */
+const root = import.meta.url.includes('/dist/') ? '../../../' : '../../';
+const bin = (name: string) => fileURLToPath(new URL(`${root}bin/${name}`, import.meta.url));
+
+export async function startUndivided(options: SystemOptions): Promise<Undivided> {
+  const device = options.device === 'cuda' ? 'cuda:0' : 'host';
+  const args = ['--role', 'both', '--host', '127.0.0.1', '--port', '0', '--device', device];
+  const { found, stop } = await start(
+    'undivided',
+    [bin('pd-worker'), ...args, '--model', options.model, ...options.flags],
+    (line) => /Running on (http:\/\/[^\s"]+)/.exec(line)?.[1],
+    options.onLine,
+  );
+  return { client: await Client.connect(found), url: found, stop };
+}
+
+/** KV that does not come fails its request, so that every answer stands for KV that moved. */
+export async function startPair(options: SystemOptions, sendType: string): Promise<Pair> {
+  const args = ['--json', '--free-ports', '--device', options.device, '--send-type', sendType];
+  const { found, stop } = await start(
+    'pair',
+    [
+      ...[bin('pd-launch'), ...args, '--model', options.model, '--kv-load-failure', 'fail'],
+      ...['--', ...options.flags],
+    ],
+    (line) => (line.startsWith('{"proxy"') ? (JSON.parse(line) as Addresses) : undefined),
+    options.onLine,
+  );
+  return {
+    client: await Client.connect(found.proxy.url),
+    producerUrl: found.producers[0]!.url,
+    consumerUrl: found.consumers[0]!.url,
+    stop,
+  };
+}
+
+async function start<T>(
+  name: string,
+  args: readonly string[],
+  find: (line: string) => T | undefined,
+  onLine?: (line: string) => void,
+): Promise<{ readonly found: T; stop(): Promise<void> }> {
+  let found: T | undefined;
+  const supervisor = new Supervisor({
+    groups: [[{ name, args }]],
+    restart: { firstPauseMs: 0, maxPauseMs: 0, deaths: 1, windowMs: 1 }, // whatever ends is a failure
+    killAfterMs: STOP_MS,
+    onLine: (_, line) => {
+      found ??= find(line);
+      onLine?.(`${name} | ${line}`);
+    },
+    say: () => {},
+  });
+  supervisor.start();
+  try {
+    await supervisor.untilReady(async () => found !== undefined, START_MS);
+  } catch (error) {
+    await supervisor.stop();
+    throw error;
+  }
+  return { found: found!, stop: () => supervisor.stop() };
+}

@@ -1,0 +1,65 @@
+/** Time to first token of an undivided worker and of a pair, in turn, with the same prompts. */
+import { median } from '../../src/bench/statistics.ts';
+import type { Client } from './client.ts';
+import { timedPrompt } from './loads.ts';
+
+export interface FirstTokenTimes {
+  readonly sendType: string;
+  readonly promptTokens: number;
+  readonly rounds: number;
+  /** Medians, milliseconds. */
+  readonly undividedMs: number;
+  readonly pairMs: number;
+  /** From one token of the undivided worker to the next, alone: one decode step as a client sees it. */
+  readonly stepMs: number;
+  readonly pairStepMs: number;
+}
+
+export interface TimesOptions {
+  readonly sendType: string;
+  readonly vocab: number;
+  readonly promptTokens: number;
+  readonly rounds: number;
+  /** Index of the first of `WARM_UP + rounds` prompts that the undivided worker must not have seen. */
+  readonly firstPrompt: number;
+  readonly undivided: Client;
+  readonly pair: Client;
+}
+
+/** The first rounds open pairs and compile what runs often. */
+export const WARM_UP = 3;
+const OUTPUT_TOKENS = 24;
+
+export async function timeFirstTokens(options: TimesOptions): Promise<FirstTokenTimes> {
+  const { sendType, vocab, promptTokens, rounds, firstPrompt, undivided, pair } = options;
+  const first: Record<'undivided' | 'pair', number[]> = { undivided: [], pair: [] };
+  const steps: Record<'undivided' | 'pair', number[]> = { undivided: [], pair: [] };
+  for (let round = -WARM_UP; round < rounds; round++) {
+    const prompt = timedPrompt(vocab, promptTokens, firstPrompt + WARM_UP + round);
+    for (const [name, client] of [
+      ['undivided', undivided],
+      ['pair', pair],
+    ] as const) {
+      const { firstMs, stepMs } = await client.timed(prompt, OUTPUT_TOKENS);
+      if (round < 0) continue;
+      first[name].push(firstMs);
+      steps[name].push(stepMs);
+    }
+  }
+  return {
+    sendType,
+    promptTokens,
+    rounds,
+    undividedMs: median(first.undivided),
+    pairMs: median(first.pair),
+    stepMs: median(steps.undivided),
+    pairStepMs: median(steps.pair),
+  };
+}
+
+/** What a pair may take longer at 2,048 tokens, beside one decode step. */
+export const EXTRA_MS = 10;
+
+export function extraMs({ undividedMs, pairMs, stepMs }: FirstTokenTimes): number {
+  return pairMs - undividedMs - stepMs;
+}
