@@ -74,6 +74,7 @@ const INPUT = z.strictObject({
   maxNumSeqs: count.optional(),
   maxNumBatchedTokens: count.optional(),
   maxModelLen: z.int().min(2).optional(),
+  debugLogits: name.optional(),
   blockSize: z.int().min(1).max(1_024).optional(),
   numBlocks: z.int().min(2).optional(),
   gpuMemoryUtilization: z.number().min(0.01).max(1).optional(),

@@ -115,6 +115,7 @@ export function toWorkerConfig(options: WorkerOptions, outside: WorkerEnvironmen
     maxNumSeqs: options.maxNumSeqs ?? (executor === 'cuda' ? 256 : 32),
     maxNumBatchedTokens: options.maxNumBatchedTokens ?? (executor === 'cuda' ? 8_192 : 512),
     ...(options.maxModelLen === undefined ? {} : { maxModelLen: options.maxModelLen }),
+    ...(options.debugLogits === undefined ? {} : { debugLogits: resolve(options.debugLogits) }),
     blockSize: options.blockSize,
     ...(options.numBlocks === undefined ? {} : { numBlocks: options.numBlocks }),
     gpuMemoryUtilization: options.gpuMemoryUtilization,

@@ -43,6 +43,8 @@ export interface WorkerConfig {
   readonly maxNumBatchedTokens: number;
   /** Most tokens of one sequence, prompt and output. Absent: the model's own. */
   readonly maxModelLen?: number;
+  /** Directory for the logits of every sampled token. Absent: none are written. */
+  readonly debugLogits?: string;
   readonly blockSize: number;
   /** Absent: chosen from maxNumSeqs and maxModelLen (host) or free memory (cuda). */
   readonly numBlocks?: number;

@@ -76,6 +76,11 @@ export const WORKER_OPTIONS = defineOptions({
     help: 'most tokens of one sequence, prompt and output',
     defaultText: "the model's own",
   }),
+  debugLogits: option({
+    kind: text('dir'),
+    group: MODEL,
+    help: 'logits of every sampled token go here: slow',
+  }),
 
   host: option({ kind: text('host'), group: SERVER, help: 'address to bind', default: '0.0.0.0' }),
   port: option({
@@ -97,12 +102,7 @@ export const WORKER_OPTIONS = defineOptions({
     help: 'answer GET /debug/state to clients on this machine',
     default: false,
   }),
-  debugStateRemote: option({
-    kind: toggle(),
-    group: SERVER,
-    help: 'and to any client',
-    default: false,
-  }),
+  debugStateRemote: option({ kind: toggle(), group: SERVER, help: 'and to any client', default: false }),
 
   kvHost: option({
     kind: text('host'),

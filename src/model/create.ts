@@ -6,9 +6,11 @@ import { blockBytes } from '../kv/layout.ts';
 import type { Logger } from '../observability/log.ts';
 import type { Fingerprint } from '../transfer/types.ts';
 import { type ModelConfig, readModelConfig } from './config.ts';
+import { DebugLogits } from './debug-logits.ts';
 import type { Executor } from './executor.ts';
 import { fingerprintOf } from './fingerprint.ts';
 import { HostExecutor } from './host/executor.ts';
+import { LogitsFiles } from './logits-files.ts';
 
 /** What the default size of the KV cache on the host stays under, all layers together. */
 const HOST_KV_BYTES = 2 ** 30;
@@ -34,13 +36,23 @@ export interface CreateExecutorOptions {
 
 /**
  * Throws CHECKPOINT_INVALID or MODEL_UNSUPPORTED for what cannot be read or computed, CONFIG_INVALID for lengths the model does not
- * have, OUT_OF_DEVICE_MEMORY for a cache that does not fit. The caller disposes the executor.
+ * have or a --debug-logits that cannot be written, OUT_OF_DEVICE_MEMORY for a cache that does not fit. The caller disposes the executor.
  */
-export async function createExecutor({
-  config,
-  device,
-  log,
-}: CreateExecutorOptions): Promise<CreatedExecutor> {
+export async function createExecutor(options: CreateExecutorOptions): Promise<CreatedExecutor> {
+  const { config, log } = options;
+  if (config.debugLogits === undefined) return createModel(options);
+  // before the model loads: that may take minutes
+  const files = LogitsFiles.open({ dir: config.debugLogits, role: config.role, ...(log && { log }) });
+  const created = await createModel(options);
+  const bytes = 4 * created.executor.vocabSize;
+  log?.warn(
+    { dir: config.debugLogits, bytes },
+    `--debug-logits: each sampled token writes ${bytes} bytes to ${config.debugLogits}, for which every request waits; nothing bounds how much that becomes`,
+  );
+  return { ...created, executor: new DebugLogits(created.executor, files) };
+}
+
+async function createModel({ config, device, log }: CreateExecutorOptions): Promise<CreatedExecutor> {
   const model = await readModelConfig(config.modelDir);
   const maxModelLen = modelLength(config, model);
   switch (config.executor) {

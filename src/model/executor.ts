@@ -1,6 +1,6 @@
 /** Computes steps on a device: the one interface between scheduler and model. Nothing above it knows which device it is. */
 import type { EventRef, PagedLayer } from '../device/device.ts';
-import type { ForwardBatch, ForwardResult } from '../scheduler/types.ts';
+import type { ForwardBatch, ForwardResult, ScheduledSequence } from '../scheduler/types.ts';
 
 export interface LayerHooks {
   /** Before layer `index` reads its cache. Absent where loads happen outside the batch. */
@@ -9,12 +9,17 @@ export interface LayerHooks {
   readonly afterLayer?: (index: number, ready?: EventRef) => void;
 }
 
+export interface StepHooks extends LayerHooks {
+  /** The logits that this sequence's token is sampled from, before bans and temperature. Overwritten after the call; costs a copy on a GPU. */
+  readonly sampling?: (sequence: ScheduledSequence, logits: Float32Array) => void;
+}
+
 export interface Executor {
   /** One paged cache per layer, and its name on the wire: `model.layers.0.self_attn.attn`. */
   readonly layers: readonly { readonly name: string; readonly cache: PagedLayer }[];
   readonly vocabSize: number;
-  forward(batch: ForwardBatch, hooks: LayerHooks): Promise<ForwardResult>;
-  /** Logits of the last token of each sequence, [sequences, vocab], float32: for tests and the debug flag. */
+  forward(batch: ForwardBatch, hooks: StepHooks): Promise<ForwardResult>;
+  /** Logits of the last token of each sequence, [sequences, vocab], float32: for tests. */
   logits(batch: ForwardBatch): Promise<Float32Array>;
   dispose(): void;
 }

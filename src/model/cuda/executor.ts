@@ -15,7 +15,7 @@ import type {
   ScheduledSequence,
   TokenLogprob,
 } from '../../scheduler/types.ts';
-import type { Executor, LayerHooks } from '../executor.ts';
+import type { Executor, LayerHooks, StepHooks } from '../executor.ts';
 import { copyCacheBlocks } from './block-copies.ts';
 import type { DecodeGraphs } from './graphs.ts';
 import { type CudaLlama, word } from './llama.ts';
@@ -71,11 +71,11 @@ export class CudaExecutor implements Executor {
     this.#sampler = new CudaSampler(parts, (what) => this.#drained(what));
   }
 
-  async forward(batch: ForwardBatch, hooks: LayerHooks): Promise<ForwardResult> {
+  async forward(batch: ForwardBatch, hooks: StepHooks): Promise<ForwardResult> {
     return this.#settled(() => this.#forward(batch, hooks));
   }
 
-  async #forward(batch: ForwardBatch, hooks: LayerHooks): Promise<ForwardResult> {
+  async #forward(batch: ForwardBatch, hooks: StepHooks): Promise<ForwardResult> {
     this.#begin(batch);
     const { sequences } = batch;
     const wanted = wantedOf(sequences);
@@ -83,11 +83,11 @@ export class CudaExecutor implements Executor {
     const size = hooks.beforeLayer ? undefined : this.#graphSize(sequences);
     if (size !== undefined) {
       this.#launchGraph(size, sequences, hooks);
-      return { sampled: await this.#sampleDecoded(sequences), promptLogprobs };
+      return { sampled: await this.#sampleDecoded(sequences, hooks), promptLogprobs };
     }
     const plan = this.#upload(sequences);
     await this.#enqueue(plan, hooks);
-    const sampled = await this.#sampleChosen(plan, wanted);
+    const sampled = await this.#sampleChosen(plan, wanted, hooks);
     let first = 0;
     for (const sequence of sequences) {
       if (sequence.promptLogprobs) {
@@ -220,14 +220,21 @@ export class CudaExecutor implements Executor {
   }
 
   /** After a graph: row i of the logits is sequence i's. */
-  async #sampleDecoded(sequences: readonly ScheduledSequence[]): Promise<SampledToken[]> {
+  async #sampleDecoded(
+    sequences: readonly ScheduledSequence[],
+    { sampling }: StepHooks,
+  ): Promise<SampledToken[]> {
     const rows = sequences.flatMap((sequence, row) =>
       sequence.sample ? [{ row, sequence, sample: sequence.sample }] : [],
     );
-    return this.#sampler.sampleRows(rows, sequences.length);
+    return this.#sampler.sampleRows(rows, sequences.length, sampling);
   }
 
-  async #sampleChosen(plan: StepPlan, wanted: readonly WantedToken[]): Promise<SampledToken[]> {
+  async #sampleChosen(
+    plan: StepPlan,
+    wanted: readonly WantedToken[],
+    { sampling }: StepHooks,
+  ): Promise<SampledToken[]> {
     const { model, logitRows, planDevice } = this.#parts;
     const sampled: SampledToken[] = [];
     for (let i = 0; i < wanted.length; i += logitRows) {
@@ -238,7 +245,7 @@ export class CudaExecutor implements Executor {
         ...(drawn && { draws: word(planDevice.pointer, plan.at.draws + DRAW_WORDS * i) }),
       });
       const rows = part.map((entry, row) => ({ ...entry, row }));
-      sampled.push(...(await this.#sampler.sampleRows(rows, part.length)));
+      sampled.push(...(await this.#sampler.sampleRows(rows, part.length, sampling)));
     }
     // also where nothing was sampled: the plan's memory is the next step's
     if (wanted.length === 0) await this.#drained('a step');

@@ -5,6 +5,7 @@ import type { DevicePointer, MemoryRef } from '../../device/device.ts';
 import { sliceMemory } from '../../device/memory.ts';
 import { PdError } from '../../errors.ts';
 import type { SampledToken, ScheduledSequence, TokenLogprob } from '../../scheduler/types.ts';
+import type { StepHooks } from '../executor.ts';
 import { logprobOf, sample } from '../sampler.ts';
 import type { CudaLlama } from './llama.ts';
 
@@ -49,6 +50,7 @@ export class CudaSampler {
   async sampleRows(
     rows: readonly (WantedToken & { readonly row: number })[],
     scored: number,
+    sampling?: StepHooks['sampling'],
   ): Promise<SampledToken[]> {
     const { device, stream, model, tokensHost } = this.#parts;
     const bytes = 4 * scored;
@@ -56,11 +58,13 @@ export class CudaSampler {
     device.copy(sliceMemory(tokensHost, 0, bytes), tokens, stream);
     await this.#drained(`a step of ${scored} sequences`);
     const drawn = new Map<number, SampledToken>();
-    const onHost = rows.filter(({ sample: spec }) => !isTokenAlone(spec));
+    const read = sampling ? rows : rows.filter(({ sample: spec }) => !isTokenAlone(spec));
     await this.readLogits(
-      onHost.map(({ row }) => row),
+      read.map(({ row }) => row),
       (logits, i) => {
-        const { row, sequence, sample: spec } = onHost[i]!;
+        const { row, sequence, sample: spec } = read[i]!;
+        sampling?.(sequence, logits);
+        if (isTokenAlone(spec)) return;
         drawn.set(row, { sequenceId: sequence.sequenceId, ...sample(logits, spec) });
       },
     );

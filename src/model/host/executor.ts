@@ -9,7 +9,7 @@ import type {
   TokenLogprob,
 } from '../../scheduler/types.ts';
 import type { ModelConfig } from '../config.ts';
-import type { Executor, LayerHooks } from '../executor.ts';
+import type { Executor, LayerHooks, StepHooks } from '../executor.ts';
 import { logprobOf, sample } from '../sampler.ts';
 import { type HostCaches, openHostCaches } from './caches.ts';
 import { HostLlama } from './llama.ts';
@@ -66,7 +66,7 @@ export class HostExecutor implements Executor {
     return new HostExecutor(config, weights, layers, await openHostCaches(device, layers));
   }
 
-  async forward(batch: ForwardBatch, hooks: LayerHooks): Promise<ForwardResult> {
+  async forward(batch: ForwardBatch, hooks: StepHooks): Promise<ForwardResult> {
     const hidden = await this.#run(batch, hooks);
     const sampled: SampledToken[] = [];
     const promptLogprobs = new Map<string, readonly TokenLogprob[]>();
@@ -85,8 +85,10 @@ export class HostExecutor implements Executor {
         hidden,
         chunk.map(({ row }) => row),
       );
-      chunk.forEach(({ sequenceId, spec }, k) => {
-        sampled.push({ sequenceId, ...sample(logits.subarray(k * vocabSize, (k + 1) * vocabSize), spec) });
+      chunk.forEach(({ sequence, spec }, k) => {
+        const row = logits.subarray(k * vocabSize, (k + 1) * vocabSize);
+        hooks.sampling?.(sequence, row);
+        sampled.push({ sequenceId: sequence.sequenceId, ...sample(row, spec) });
       });
     }
     return { sampled, promptLogprobs };
@@ -141,8 +143,9 @@ export class HostExecutor implements Executor {
 /** Where the sampled rows stand in the step, in batch order. */
 function sampledRows(sequences: readonly ScheduledSequence[]) {
   let row = -1;
-  return sequences.flatMap(({ tokens, sample: spec, sequenceId }) => {
+  return sequences.flatMap((sequence) => {
+    const { tokens, sample: spec } = sequence;
     row += tokens.length;
-    return spec ? [{ row, sequenceId, spec }] : [];
+    return spec ? [{ row, sequence, spec }] : [];
   });
 }

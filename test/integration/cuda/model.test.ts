@@ -198,6 +198,38 @@ test('samples as the host does from equal logits: temperature, log-probabilities
   expect(promptLogprobs.get('5')?.map(({ token }) => token)).toEqual(prompt.slice(1));
 });
 
+test('tells the logits that each token is sampled from, of prompts and of a graph, and samples the same', async () => {
+  const dir = await randomModel({ architecture: 'LlamaForCausalLM' });
+  const { executor } = await onCuda(dir, { maxNumSeqs: 20 });
+  const steps = [tokensOf(10, 8), [5]].map((tokens, step) =>
+    batchOf(
+      // more than are read at a time, one of them sampled on the host
+      ...Array.from({ length: 18 }, (_, i) =>
+        sequenceOf({
+          id: `${i}`,
+          tokens: tokens.map((token) => (token + i) % 80),
+          start: 10 * step,
+          blocks: [i],
+          position: step,
+          params: i === 3 ? { ...GREEDY, logprobs: 2 } : GREEDY,
+        }),
+      ),
+      sequenceOf({ id: 'chunk', tokens, start: 10 * step, blocks: [20] }),
+    ),
+  );
+  for (const step of steps) {
+    const { sampled } = await executor.forward(step, {});
+    const rows = new Map<string, Float32Array>();
+    const told = await executor.forward(step, {
+      sampling: ({ sequenceId }, logits) => rows.set(sequenceId, logits.slice()),
+    });
+    expect(told.sampled).toEqual(sampled);
+    expect([...rows].map(([id, row]) => [id, row.indexOf(Math.max(...row))])).toEqual(
+      sampled.map(({ sequenceId, token }) => [sequenceId, token]),
+    );
+  }
+});
+
 test('a step that fails ends with its error, and the next one runs', async () => {
   const dir = await randomModel({ architecture: 'LlamaForCausalLM' });
   const { executor } = await onCuda(dir);

@@ -165,6 +165,8 @@ describe('worker configuration', () => {
     expect(config([])).not.toHaveProperty('debugState');
     expect(config(['--debug-state']).debugState).toBe('loopback');
     expect(config(['--debug-state-remote']).debugState).toBe('anyone');
+    expect(config([])).not.toHaveProperty('debugLogits');
+    expect(config([], { PD_DEBUG_LOGITS: '/tmp/logits' }).debugLogits).toBe('/tmp/logits');
     expect(config(['--allow-peers', '10.0.0.0/8', 'fd00::/8']).allowPeers).toEqual([
       '10.0.0.0/8',
       'fd00::/8',
