@@ -15,58 +15,11 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from checkpoint import LARGE, SMALL, write_checkpoint
+from transformers import AutoModelForCausalLM
 
 DECODE_STEPS = 32
 PREFIXES = 8
-
-SHAPE = dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=4, vocab_size=2048, max_position_embeddings=2048, rms_norm_eps=1e-5)
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 256}
-SMALL = {
-    "llama": (LlamaConfig(**SHAPE, num_attention_heads=8, num_key_value_heads=2, head_dim=64, rope_parameters=LLAMA3), torch.bfloat16),
-    "llama-f16": (LlamaConfig(**SHAPE, num_attention_heads=4, num_key_value_heads=4, head_dim=128), torch.float16),
-    "mistral": (MistralConfig(**SHAPE, num_attention_heads=8, num_key_value_heads=1, head_dim=128, sliding_window=None), torch.bfloat16),
-    "qwen2": (Qwen2Config(**SHAPE, num_attention_heads=14, num_key_value_heads=2, head_dim=64, tie_word_embeddings=True), torch.bfloat16),
-    "qwen3": (Qwen3Config(**SHAPE, num_attention_heads=10, num_key_value_heads=2, head_dim=128), torch.bfloat16),
-}
-LARGE = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-                    vocab_size=128256, max_position_embeddings=16384, rms_norm_eps=1e-5,
-                    rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
-
-
-def write_checkpoint(config, dtype: torch.dtype, path: Path) -> None:
-    """Normal weights of variance 1 / inputs, so that activations keep their size; norms about 1, biases that matter."""
-    path.mkdir(parents=True, exist_ok=True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    config.architectures = [type(model).__name__]
-    config.dtype = dtype
-    config.save_pretrained(path)
-    generator = torch.Generator("cuda").manual_seed(1)
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    weight_map = {}
-    size = 0
-    for name, parameter in model.named_parameters():
-        value = torch.randn(parameter.shape, generator=generator, device="cuda", dtype=torch.float32)
-        if parameter.ndim > 1:
-            value *= parameter.shape[-1] ** -0.5
-        elif "norm" in name:
-            value = 1 + 0.2 * value
-        else:
-            value *= 0.2
-        if size > 4e9:
-            shards.append({})
-            size = 0
-        shards[-1][name] = value.to(dtype).cpu()
-        size += value.numel() * 2
-        weight_map[name] = len(shards)
-    names = {i + 1: f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))}
-    for i, shard in enumerate(shards):
-        save_file(shard, path / names[i + 1], metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": {name: names[i] for name, i in weight_map.items()}}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def load(path: Path, dtype: torch.dtype):
