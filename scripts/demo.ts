@@ -11,6 +11,11 @@ import { demoModelDir } from '../src/model/demo.ts';
 import { type Addresses, type KvShape, PROMPTS, runPrompt } from './demo-checks.ts';
 
 const BLOCK_SIZE = 16;
+/**
+ * Where the GPU computes. Two workers share the first one, of which each would take all for KV blocks: so many are far more than the
+ * prompts need, and 4 GiB of an 8B model. Texts are compared to the letter, and the pair computes the last token in another batch.
+ */
+const SHARING_A_GPU = ['--num-blocks', '2048', '--batch-invariant'];
 const START_TIMEOUT_MS = 300_000;
 const STOP_TIMEOUT_MS = 20_000;
 /** As wide as pd-launch's labels. */
@@ -53,31 +58,31 @@ function kvShape(modelDir: string): KvShape {
   const config = JSON.parse(readFileSync(join(modelDir, 'config.json'), 'utf8')) as Record<string, unknown>;
   const number = (name: string) => (typeof config[name] === 'number' ? config[name] : undefined);
   const heads = number('num_attention_heads') ?? 1;
-  const onHost = options.device === 'host' || options.executor === 'host';
-  const stored = config['dtype'] ?? config['torch_dtype'];
   return {
     layers: number('num_hidden_layers') ?? 0,
     kvHeads: number('num_key_value_heads') ?? heads,
     headDim: number('head_dim') ?? (number('hidden_size') ?? 0) / heads,
-    elementBytes: onHost || stored === 'float32' ? 4 : 2, // the host computes in float32
+    elementBytes: onGpu ? 2 : 4, // the host computes in float32
     blockSize: BLOCK_SIZE,
   };
 }
 
+const onGpu = (options.executor ?? options.device) === 'cuda';
 /** `scripts/` of the sources, `dist/scripts/` in the bundle. */
 const root = import.meta.url.includes('/dist/scripts/') ? '../../' : '../';
 const bin = (name: string) => fileURLToPath(new URL(`${root}bin/${name}`, import.meta.url));
 const given = (flag: string, value: string | undefined) => (value === undefined ? [] : [flag, value]);
 const onRunbookPorts = (options.keep === true || options.runbookPorts === true) && options.freePorts !== true;
+const workerArgs = ['--block-size', String(BLOCK_SIZE), ...(onGpu ? SHARING_A_GPU : [])];
 const launchArgs = [
   ...['--json', '--device', options.device, '--send-type', options.sendType, '--kv-load-failure', 'fail'],
   ...given('--executor', options.executor),
   ...given('--model', options.model),
   ...(onRunbookPorts ? [] : ['--free-ports']),
-  ...['--', '--block-size', String(BLOCK_SIZE)],
+  ...['--', ...workerArgs],
 ];
 const undividedArgs = [
-  ...['--role', 'both', '--host', '127.0.0.1', '--port', '0', '--block-size', String(BLOCK_SIZE)],
+  ...['--role', 'both', '--host', '127.0.0.1', '--port', '0', ...workerArgs],
   ...['--device', options.device === 'cuda' ? 'cuda:0' : options.device],
   ...given('--executor', options.executor),
   ...given('--model', options.model),

@@ -4,7 +4,8 @@
 #
 #   ./scripts/two-gpu.sh                    checks, then stops all; exit status 0 where all four pass
 #   ./scripts/two-gpu.sh --keep             checks, then serves until Ctrl-C
-#   ./scripts/two-gpu.sh --model DIR --send-type GET --executor cuda      further options: --help
+#   ./scripts/two-gpu.sh --model DIR --send-type GET      further options: --help
+#   ./scripts/two-gpu.sh --executor cuda    the GPUs compute too, with 2,048 KV blocks each and --batch-invariant
 #
 # In a checkout it installs and builds first; in the archive of `npm run bundle` it needs neither npm nor Node.
 set -euo pipefail
