@@ -120,7 +120,10 @@ CUDA runtime (12 or 13) and NCCL (2.27 or later) on hosts with GPUs. Needs glibc
     scripts/experiment-matrix.sh        which ids, ways of sending and keys find their KV (--device cuda: on two GPUs)
     scripts/wire-results.sh             on two GPUs, beside a worker of another make: python3 with torch and msgpack
     scripts/two-gpu.sh                  proxy, producer and consumer on two GPUs, checked with four prompts (--keep leaves them serving)
-    bin/pd-launch                       the same on the host: proxy on port 10002
+    scripts/serve-results.sh            what clients see of a pair beside one undivided worker (--device cuda: on two GPUs)
+    python3 scripts/model-reference/checkpoint.py --out DIR --tokenizer models/demo
+                                        a Llama of 8B with random weights, for --model DIR/llama-8b: torch, transformers and a GPU
+    bin/pd-launch                       proxy, producer and consumer on the host: proxy on port 10002
     bin/pd-launch --prefill 1 --decode 1 --device cuda --executor host
     bin/pd-worker --help                one worker; bin/pd-proxy --help: the proxy
 
@@ -188,11 +191,14 @@ function main(): void {
       'scripts/experiment-matrix.sh',
       'scripts/gpu-results.sh',
       'scripts/wire-results.sh',
+      'scripts/serve-results.sh',
+      'scripts/model-reference',
       'test/peers',
       'LICENSE',
     ]) {
       const from = join(ROOT, path);
-      if (existsSync(from)) cpSync(from, join(to, path), { recursive: true });
+      if (!existsSync(from)) continue;
+      cpSync(from, join(to, path), { recursive: true, filter: (file) => basename(file) !== '__pycache__' });
     }
     writeFileSync(join(to, 'README.md'), readme(leastGlibc(to)));
     const archive = join(options.out, `${name}.tar.xz`);

@@ -80,9 +80,14 @@ test('a worker in it answers a completion with the bundled model', async () => {
   expect(await once(worker, 'exit')).toEqual([0, null]);
 }, 60_000);
 
-test('the set-up on two GPUs passes its own checks, all processes from the archive', () => {
-  Object.assign(env, standInEnvironment(), { PD_STANDIN_MEMORY_MB: '4096' });
-  const script = 'scripts/two-gpu.sh';
-  const text = execFileSync(join(bundle, script), ['--free-ports'], { env, encoding: 'utf8' });
-  expect(text).toMatch(/producer +http.*\n[\s\S]*\n4 passed, 0 failed\n$/);
-}, 120_000);
+test.each(['host', 'cuda'])(
+  'the set-up on two GPUs, where %s computes, passes its own checks, all processes from the archive',
+  (executor) => {
+    Object.assign(env, standInEnvironment(), { PD_STANDIN_MEMORY_MB: '4096' });
+    const script = 'scripts/two-gpu.sh';
+    const args = ['--free-ports', '--executor', executor];
+    const text = execFileSync(join(bundle, script), args, { env, encoding: 'utf8' });
+    expect(text).toMatch(/producer +http.*\n[\s\S]*\n4 passed, 0 failed\n$/);
+  },
+  120_000,
+);
