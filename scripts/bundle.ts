@@ -121,6 +121,8 @@ CUDA runtime (12 or 13) and NCCL (2.27 or later) on hosts with GPUs. Needs glibc
     scripts/wire-results.sh             on two GPUs, beside a worker of another make: python3 with torch and msgpack
     scripts/two-gpu.sh                  proxy, producer and consumer on two GPUs, checked with four prompts (--keep leaves them serving)
     scripts/serve-results.sh            what clients see of a pair beside one undivided worker (--device cuda: on two GPUs)
+    scripts/pair-results.sh             on two GPUs, whether a pair says what an undivided worker says, and how much later
+    bench/gpu/model.sh DIR              on one GPU, logits and times beside transformers
     python3 scripts/model-reference/checkpoint.py --out DIR --tokenizer models/demo
                                         a Llama of 8B with random weights, for --model DIR/llama-8b: torch, transformers and a GPU
     bin/pd-launch                       proxy, producer and consumer on the host: proxy on port 10002
@@ -192,6 +194,8 @@ function main(): void {
       'scripts/gpu-results.sh',
       'scripts/wire-results.sh',
       'scripts/serve-results.sh',
+      'scripts/pair-results.sh',
+      'bench/gpu/model.sh',
       'scripts/model-reference',
       'test/peers',
       'LICENSE',

@@ -3,10 +3,12 @@
 #
 #   bench/gpu/model.sh RESULTS        a folder; NODE and MODELS (a folder for 20 GB of checkpoints) may be set
 #
-# From a build: npx tsc -p bench/tsconfig.json. Each part is a process of its own: a kernel that fails takes its process along.
+# From the archive of `npm run bundle`, or from a build: npx tsc -p bench/tsconfig.json. Each part is a process of its own: a kernel that
+# fails takes its process along.
 set -u
 cd "$(dirname "$0")/../.."
 RESULTS=$1
+[ -x ./node ] && NODE=${NODE:-./node}
 NODE=${NODE:-node}
 MODELS=${MODELS:-$(mktemp -d)}
 mkdir -p "$RESULTS"
