@@ -12,6 +12,8 @@ const LIBC = {
   ]),
   // unsigned int alarm(unsigned int seconds)
   alarm: row<[seconds: number]>('unsigned int', ['unsigned int']),
+  // void _exit(int status)
+  _exit: row<[status: number], void>('void', ['int']),
 } as const;
 
 let bound: Bound<typeof LIBC> | undefined;
@@ -40,4 +42,12 @@ export function nativeEnvironment(name: string): string | undefined {
  */
 export function killAfter(seconds: number): void {
   libc().alarm(seconds);
+}
+
+/**
+ * Ends the process here and now. `process.exit()` takes the other threads apart first, and a native library in one of them can crash
+ * under that.
+ */
+export function exitNow(status: number): void {
+  libc()._exit(status);
 }

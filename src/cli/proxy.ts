@@ -79,12 +79,16 @@ export function proxyConfig(argv: readonly string[], env: NodeJS.ProcessEnv): Pr
 
 /** Runs until SIGTERM or SIGINT; a second signal ends at once. */
 export async function main(argv: readonly string[] = process.argv.slice(2)): Promise<void> {
-  const proxy = await PdProxy.start(proxyConfig(argv, process.env));
+  const started = PdProxy.start(proxyConfig(argv, process.env));
   let signals = 0;
   await new Promise<void>((resolve, reject) => {
-    const stop = () => proxy.close(++signals === 1 ? undefined : 0).then(resolve, reject);
-    process.on('SIGTERM', stop);
-    process.on('SIGINT', stop);
+    const stop = () => {
+      const drainMs = ++signals === 1 ? undefined : 0;
+      started.then((proxy) => proxy.close(drainMs)).then(resolve, reject);
+    };
+    // Heard before the start is over: who reads that it listens may stop it at once.
+    process.on('SIGTERM', stop).on('SIGINT', stop);
+    started.catch(reject);
   });
   process.exit(0);
 }

@@ -5,6 +5,7 @@ import { resolveHosts } from '../config/resolve-hosts.ts';
 import { resolveWorkerConfig } from '../config/resolve-worker.ts';
 import type { WorkerConfig } from '../config/worker-config.ts';
 import { WORKER_OPTIONS } from '../config/worker-options.ts';
+import { PdError } from '../errors.ts';
 import { demoModelDir } from '../model/demo.ts';
 import { createLogger } from '../observability/log.ts';
 import { packageVersion } from '../version.ts';
@@ -31,6 +32,9 @@ export function workerCommand(): Command {
   return addOptions(command, WORKER_OPTIONS).addHelpText('after', EXAMPLES);
 }
 
+/** A start that was told to stop has so long to end and to be taken apart in order. */
+const EARLY_STOP_MS = 2_000;
+
 /** From having nothing left to serve, or being told to end at once, to being gone. */
 const EXIT_SECONDS = 4;
 
@@ -42,6 +46,26 @@ async function lastResort(config: WorkerConfig): Promise<(seconds: number) => vo
   if (config.device === 'host') return () => undefined;
   const { killAfter } = await import('../../ffi/libc.ts');
   return (seconds) => killAfter(Math.ceil(seconds));
+}
+
+/** Without a word to the other threads: whoever calls this has given up waiting for them. */
+async function endNow(): Promise<void> {
+  try {
+    const { exitNow } = await import('../../ffi/libc.ts');
+    exitNow(0);
+  } finally {
+    process.exit(0);
+  }
+}
+
+/** Undefined where `stop` came first. */
+async function startUnless(stop: AbortSignal, config: WorkerConfig): Promise<PdWorker | undefined> {
+  try {
+    return await PdWorker.start(config, undefined, stop);
+  } catch (error) {
+    if (stop.aborted && error === stop.reason) return undefined;
+    throw error;
+  }
 }
 
 /** Runs until SIGTERM or SIGINT; a second signal ends at once. Exit status 1 where the worker could not start or go on. */
@@ -56,20 +80,33 @@ export async function main(argv: readonly string[] = process.argv.slice(2)): Pro
   const { config, lines } = await resolveHosts(given);
   for (const line of lines) log.info(line);
 
-  // A signal that comes while the model loads ends at once: nothing is being served.
-  const early = () => process.exit(0);
-  process.on('SIGTERM', early).on('SIGINT', early);
-  const worker = await PdWorker.start(config);
-  const endWithin = await lastResort(config);
-  process.off('SIGTERM', early).off('SIGINT', early);
-
   let signals = 0;
-  const stop = (signal: NodeJS.Signals) => {
-    if (++signals === 1) log.info(`${signal}: draining, at most ${config.drainTimeoutMs / 1_000} s`);
-    if (signals > 1) endWithin(EXIT_SECONDS);
+  const stopped = new AbortController();
+  const whileStarting = (signal: NodeJS.Signals) => {
+    if (signals > 1) return void endNow();
+    log.info(`${signal}: giving up the start, within ${EARLY_STOP_MS / 1_000} s; once more: at once`);
+    setTimeout(() => void endNow(), EARLY_STOP_MS);
+    stopped.abort(new PdError('SERVER_DRAINING', `${signal} came while the worker started`));
+  };
+  // One listener for good: a signal that arrives while a listener is taken off and another put on is lost.
+  let onSignal = whileStarting;
+  const heard = (signal: NodeJS.Signals) => {
+    signals++;
+    onSignal(signal);
+  };
+  process.on('SIGTERM', heard).on('SIGINT', heard);
+
+  const worker = await startUnless(stopped.signal, config);
+  const endWithin = await lastResort(config);
+  if (!worker || stopped.signal.aborted) {
+    await worker?.close(0);
+    return process.exit(0);
+  }
+  onSignal = (signal) => {
+    if (signals === 1) log.info(`${signal}: draining, at most ${config.drainTimeoutMs / 1_000} s`);
+    else endWithin(EXIT_SECONDS);
     void worker.close(signals === 1 ? config.drainTimeoutMs : 0);
   };
-  process.on('SIGTERM', stop).on('SIGINT', stop);
 
   void worker.drained.then(() => endWithin(EXIT_SECONDS));
   const error = await worker.ended;

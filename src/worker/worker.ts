@@ -78,11 +78,19 @@ export class PdWorker {
     });
   }
 
-  /** Resolves once HTTP answers. Throws PORT_IN_USE before a model is loaded, CHECKPOINT_INVALID and others while it is. */
-  static async start(config: WorkerConfig, parts: WorkerParts = PARTS): Promise<PdWorker> {
+  /**
+   * Resolves once HTTP answers. Throws PORT_IN_USE before a model is loaded, CHECKPOINT_INVALID and others while it is. Where `signal`
+   * fires, what has been made is closed and its reason thrown, before anyone is told of the worker.
+   */
+  static async start(
+    config: WorkerConfig,
+    parts: WorkerParts = PARTS,
+    signal?: AbortSignal,
+  ): Promise<PdWorker> {
     prepareNativeEnvironment(config);
     const log = createLogger(config.log, 'main');
     await assertBindable(config.http, 'HTTP server');
+    signal?.throwIfAborted();
     const metrics = new MetricsPage();
     const pages = { core: new MetricsPage(), transfer: new MetricsPage() };
     const [started, text] = await Promise.allSettled([
@@ -93,6 +101,7 @@ export class PdWorker {
     const core = started.value;
     try {
       if (text.status === 'rejected') throw text.reason;
+      signal?.throwIfAborted();
       const inFlight = new InFlight();
       const all = [metrics, pages.core, pages.transfer];
       const server = createServer({

@@ -122,6 +122,22 @@ it('closes the core when the tokenizer cannot be read', async () => {
   expect(core.terminated).toBe(true);
 });
 
+it('gives up its start where told to while the core starts, and closes the core unannounced', async () => {
+  const stop = new AbortController();
+  const core = new FakeCore();
+  const parts = {
+    startCore: async () => {
+      const client = await core.connect();
+      stop.abort(new Error('told to'));
+      return client;
+    },
+    loadTextModel: async () => BYTE_MODEL,
+  };
+  await expect(PdWorker.start(configOf([]), parts, stop.signal)).rejects.toThrow('told to');
+  expect(core.received.map(({ type }) => type)).toEqual(['shutdown']);
+  expect(core.terminated).toBe(true);
+});
+
 const hasIpv6 = Object.values(networkInterfaces()).some((list) =>
   list?.some(({ address }) => address === '::1'),
 );
