@@ -111,10 +111,7 @@ export async function main(argv: readonly string[] = process.argv.slice(2)): Pro
   void worker.drained.then(() => endWithin(EXIT_SECONDS));
   const error = await worker.ended;
   endWithin(EXIT_SECONDS);
+  if (error) console.error(startErrorLine('pd-worker', error));
   await worker.close(0);
-  if (error) {
-    console.error(startErrorLine('pd-worker', error));
-    process.exit(1);
-  }
-  process.exit(0);
+  process.exit(error ? 1 : 0);
 }

@@ -1,5 +1,6 @@
 /** The main thread's side of the core thread: requests in, outputs to whoever asked, and one place where the core's death is heard. */
 import { Worker } from 'node:worker_threads';
+import { deferred } from '../deferred.ts';
 import { PdError, unreachable } from '../errors.ts';
 import type { CoreRequest, RequestOutput } from '../scheduler/types.ts';
 import { threadEntry } from '../thread-entry.ts';
@@ -36,6 +37,9 @@ export interface CoreClientOptions {
   readonly shutdownTimeoutMs?: number;
 }
 
+/** A core that has failed takes itself apart, and has so long for it. */
+const FAILED_END_MS = 2_000;
+
 /** A thread inside a native call that never returns cannot be ended; whoever ends the process knows how to (cli/worker.ts). */
 const TERMINATE_MS = 2_000;
 
@@ -49,6 +53,8 @@ export class CoreClient {
   #info: CoreInfo | undefined;
   #onReady: (info: CoreInfo) => void = () => {};
   #onEnded: (error: PdError | undefined) => void = () => {};
+  /** Resolves once the core has closed what it held, or its thread is over. */
+  readonly #gone = deferred<void>();
   #stateSeq = 0;
   /** Set once the core takes nothing any more. */
   #over: PdError | undefined;
@@ -161,11 +167,10 @@ export class CoreClient {
   }
 
   async #close(): Promise<void> {
-    if (!this.#over) {
-      this.#fail(new PdError('SERVER_DRAINING', 'the worker stopped before the request was done'));
-      this.#port.post({ type: 'shutdown' });
-      await withDeadline(this.ended, this.#shutdownTimeoutMs);
-    }
+    const failed = this.#over !== undefined;
+    this.#fail(new PdError('SERVER_DRAINING', 'the worker stopped before the request was done'));
+    this.#port.post({ type: 'shutdown' });
+    await withDeadline(this.#gone.promise, failed ? FAILED_END_MS : this.#shutdownTimeoutMs);
     await withDeadline(this.#port.terminate(), TERMINATE_MS);
     this.#onEnded(undefined);
   }
@@ -228,6 +233,7 @@ export class CoreClient {
   }
 
   #exited(error: Error | undefined): void {
+    this.#gone.resolve();
     if (this.#closing) this.#onEnded(undefined);
     else this.#die(PdError.from(error ?? new Error('the core thread ended unasked')));
   }

@@ -11,6 +11,13 @@ const init = workerData as CoreInit;
 const { config } = init;
 const log = createLogger(config.log, 'core');
 
+/** Resolves at what nobody caught. Left to Node it would cut off the transfer thread, whose sockets crash the process under that. */
+const broken = new Promise<void>((resolve) => {
+  process.on('uncaughtException', (error) => {
+    fatal(error);
+    resolve();
+  });
+});
 await main().catch(fatal);
 post({ type: 'closed' });
 port.close();
@@ -35,7 +42,7 @@ async function main(): Promise<void> {
         else receive(core, message);
       });
     });
-    await Promise.race([ended, shutdown]);
+    await Promise.race([ended, shutdown, broken]);
     core.loop.close();
     // Disposing the engine settles whatever the step under way waits for.
     await core.engine?.dispose();

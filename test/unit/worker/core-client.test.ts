@@ -98,6 +98,19 @@ describe('CoreClient', () => {
     await client.close();
   });
 
+  it('lets a core that failed take itself apart before its thread is ended', async () => {
+    const core = new FakeCore(silent);
+    const client = await core.connect();
+    core.post = silent;
+    core.emit({ type: 'fatal', error: { code: 'CUDA_ERROR', message: 'the bus fell off', context: {} } });
+    const closed = client.close();
+    await new Promise((resolve) => setImmediate(resolve));
+    expect(core.terminated).toBe(false);
+    core.emit({ type: 'closed' });
+    await closed;
+    expect(core.terminated).toBe(true);
+  });
+
   it('takes a thread that ends unasked for dead', async () => {
     const core = new FakeCore(silent);
     const client = await core.connect();
