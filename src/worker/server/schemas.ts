@@ -64,7 +64,7 @@ const sampling = {
   return_tokens_as_token_ids: optional(z.boolean()),
 };
 
-const prompts = z
+const promptForms = z
   .union([z.string(), z.array(z.string()).min(1), tokenIds.min(1), z.array(tokenIds.min(1)).min(1)], {
     error: 'expected a string, a list of strings, a list of token ids, or a list of lists of token ids',
   })
@@ -73,6 +73,21 @@ const prompts = z
     return typeof prompt[0] === 'number' ? [prompt as number[]] : (prompt as string[] | number[][]);
   })
   .refine((list) => list.length <= MAX_PROMPTS, `more than ${MAX_PROMPTS} prompts`);
+
+/** One list of ids comes often and long, and a union of schemas tries each form on every id. */
+const prompts = z.unknown().transform((prompt, context): readonly (string | readonly number[])[] => {
+  if (isIds(prompt)) return [prompt];
+  const { success, data, error } = promptForms.safeParse(prompt);
+  if (success) return data;
+  for (const { message, path } of error.issues) {
+    context.addIssue({ code: 'custom', message, path: path as (string | number)[] });
+  }
+  return z.NEVER;
+});
+
+function isIds(value: unknown): value is readonly number[] {
+  return Array.isArray(value) && value.length > 0 && value.every((id) => Number.isSafeInteger(id) && id >= 0);
+}
 
 export const completionSchema = z.object({
   ...sampling,
