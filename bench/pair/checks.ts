@@ -71,7 +71,8 @@ export async function checkLoad(options: CheckOptions): Promise<LoadCheck> {
 
 /**
  * The noise that a difference is measured by: how much the gap between the two likeliest tokens changes when the same requests run one at
- * a time, four at a time and `widest` at a time. The largest change, and how many were seen.
+ * a time, four at a time and `widest` at a time, and when some of their positions are computed as the end of a prompt, as `gapAt` does.
+ * The largest change, and how many were seen.
  */
 export async function measureNoise(
   client: Client,
@@ -83,6 +84,19 @@ export async function measureNoise(
   const changes = [await run(4), await run(widest)].flatMap((others) =>
     others.flatMap((other, i) => gapChanges(alone[i]!, other)),
   );
+  const forced = requests.flatMap((request, i) => {
+    const { tokens, top } = alone[i]!;
+    return [1, 2, 3].map((third) => {
+      const at = Math.ceil((tokens.length * third) / 3) - 1;
+      const prompt = [...request.prompt, ...tokens.slice(0, at)];
+      const before = { tokens: tokens.slice(at, at + 1), top: top.slice(at, at + 1) };
+      return { before, request: { ...request, prompt, maxTokens: 1 } };
+    });
+  });
+  const found = await inParallel(forced, 4, async ({ before, request }) =>
+    gapChanges(before, await client.generate(request)),
+  );
+  changes.push(...found.flat());
   return { noise: Math.max(0, ...changes), positions: changes.length };
 }
 

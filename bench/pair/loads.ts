@@ -26,6 +26,8 @@ export interface LoadOptions {
   /** Without: greedy alone, which other sums in another order change only where two tokens are equally likely. */
   readonly sampled: boolean;
   readonly small: boolean;
+  /** Tokens that answers grow to where blocks are to run out. A small model must talk longer, or each is through before the next begins. */
+  readonly growTo: number;
 }
 
 /** What workers get for these loads: blocks for 32 short sequences at once, and too few for what those grow to. */
@@ -48,7 +50,7 @@ export function limitsOf(small: boolean): LoadLimits {
 /** The least and the most, both included. */
 type Range = readonly [number, number];
 
-export function makeLoads({ vocab, sampled, small }: LoadOptions): readonly Load[] {
+export function makeLoads({ vocab, sampled, small, growTo }: LoadOptions): readonly Load[] {
   const { maxNumSeqs: batch, maxNumBatchedTokens } = limitsOf(small);
   let made = 0;
   const ids = (count: number): number[] => {
@@ -101,7 +103,7 @@ export function makeLoads({ vocab, sampled, small }: LoadOptions): readonly Load
     {
       name: 'too few blocks',
       width: batch,
-      requests: requests(batch, [short - 4, short], small ? [160, 192] : [128, 160]),
+      requests: requests(batch, [short - 4, short], [growTo - 32, growTo]),
       effect: 'preemption',
     },
   ];

@@ -97,7 +97,7 @@ function modelLines(result: PairResult): string[] {
             '',
             'Greedy. Where two answers part, the undivided worker, teacher-forced, must hold the two tokens closer together (in log-probability)',
             `than noise: ${noise.noise.toFixed(4)}, the largest change of the gap between the two likeliest tokens at ${noise.positions.toLocaleString('en')}`,
-            'positions of its own answers, computed one, four and many at a time.',
+            'positions of its own answers, computed one, four and 32 at a time, or as the end of a prompt.',
           ]
         : []),
       '',

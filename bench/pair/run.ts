@@ -5,7 +5,7 @@ import { answersOf, checkLoad, measureNoise } from './checks.ts';
 import { BLOCK_SIZE, type Load, type LoadLimits, limitsOf, makeLoads } from './loads.ts';
 import type { Mode, PairCheck, PairResult } from './result.ts';
 import { type SystemOptions, startPair, startUndivided, type Undivided } from './systems.ts';
-import { type FirstTokenTimes, timeFirstTokens, WARM_UP } from './times.ts';
+import { type FirstTokenTimes, timeFirstTokens } from './times.ts';
 
 export interface RunOptions {
   /** Checkpoint directory, and what to call it. */
@@ -23,13 +23,14 @@ export interface RunOptions {
 interface Sizes {
   readonly kvBuffer: string;
   readonly timedTokens: number;
+  readonly warmUp: number;
   readonly rounds: number;
-  /** Requests whose answers tell the noise: log-probabilities of a large vocabulary take the host its time. */
+  /** Requests of each of two loads whose answers tell the noise: log-probabilities take the host 2 ms a token. */
   readonly noiseRequests: number;
 }
 
-const FULL: Sizes = { kvBuffer: '4e9', timedTokens: 2_048, rounds: 15, noiseRequests: 32 };
-const SMALL: Sizes = { kvBuffer: '64e6', timedTokens: 64, rounds: 2, noiseRequests: 4 };
+const FULL: Sizes = { kvBuffer: '4e9', timedTokens: 2_048, warmUp: 20, rounds: 20, noiseRequests: 64 };
+const SMALL: Sizes = { kvBuffer: '64e6', timedTokens: 64, warmUp: 2, rounds: 2, noiseRequests: 2 };
 /** Positions of a checkpoint that a timed prompt leaves for its answer. */
 const TIMED_OUTPUT = 32;
 
@@ -75,14 +76,18 @@ export class PairRun {
   async #checkMode(mode: Mode): Promise<void> {
     const { small, sendTypes, say } = this.#options;
     const exact = this.#isExact(mode);
-    const loads = makeLoads({ vocab: this.#shape.vocab, sampled: exact, small });
+    const { vocab, blockBytes } = this.#shape;
+    const growTo = small ? 192 : blockBytes < 2 ** 20 ? 640 : 160;
+    const loads = makeLoads({ vocab, sampled: exact, small, growTo });
     const system = this.#system(this.#flags(mode));
     const undivided = await startUndivided(system);
     try {
       const expected: (readonly (readonly number[])[])[] = [];
       for (const load of loads) expected.push(await answersOf(undivided.client, load));
       if (!exact) {
-        const requests = loads[0]!.requests.slice(0, this.#sizes.noiseRequests);
+        const requests = loads
+          .slice(0, 2)
+          .flatMap((load) => load.requests.slice(0, this.#sizes.noiseRequests));
         this.#noise = await measureNoise(undivided.client, requests, this.#limits.maxNumSeqs);
         say(`${mode}: noise ${this.#noise.noise.toFixed(4)} at ${this.#noise.positions} positions`);
       }
@@ -125,11 +130,11 @@ export class PairRun {
 
   async #measureTimes(): Promise<void> {
     const { vocab, positions } = this.#shape;
-    const { timedTokens, rounds } = this.#sizes;
+    const { timedTokens, warmUp, rounds } = this.#sizes;
     const promptTokens = Math.min(timedTokens, positions - TIMED_OUTPUT);
     const length = promptTokens + TIMED_OUTPUT;
     // Room for all of them: what a worker does about caches that are full is not what is timed.
-    const blocks = Math.ceil(length / BLOCK_SIZE) * (rounds + 8); // of prompts that are cached
+    const blocks = Math.ceil(length / BLOCK_SIZE) * (warmUp + rounds + 4);
     const system = this.#system(['--max-model-len', String(length), '--num-blocks', String(blocks)]);
     const undivided = await startUndivided(system);
     try {
@@ -137,9 +142,9 @@ export class PairRun {
         const pair = await startPair(system, sendType);
         try {
           const clients = { undivided: undivided.client, pair: pair.client };
-          const firstPrompt = i * (WARM_UP + rounds);
+          const firstPrompt = i * (warmUp + rounds);
           const found = await timeFirstTokens({
-            ...{ sendType, vocab, promptTokens, rounds, firstPrompt },
+            ...{ sendType, vocab, promptTokens, warmUp, rounds, firstPrompt },
             ...clients,
           });
           this.#times.push(found);

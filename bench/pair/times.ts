@@ -19,23 +19,23 @@ export interface TimesOptions {
   readonly sendType: string;
   readonly vocab: number;
   readonly promptTokens: number;
+  /** Rounds before those that count: they open pairs, and let Node compile what a worker that serves has long compiled. */
+  readonly warmUp: number;
   readonly rounds: number;
-  /** Index of the first of `WARM_UP + rounds` prompts that the undivided worker must not have seen. */
+  /** Index of the first of `warmUp + rounds` prompts that the undivided worker must not have seen. */
   readonly firstPrompt: number;
   readonly undivided: Client;
   readonly pair: Client;
 }
 
-/** The first rounds open pairs and compile what runs often. */
-export const WARM_UP = 3;
 const OUTPUT_TOKENS = 24;
 
 export async function timeFirstTokens(options: TimesOptions): Promise<FirstTokenTimes> {
-  const { sendType, vocab, promptTokens, rounds, firstPrompt, undivided, pair } = options;
+  const { sendType, vocab, promptTokens, warmUp, rounds, firstPrompt, undivided, pair } = options;
   const first: Record<'undivided' | 'pair', number[]> = { undivided: [], pair: [] };
   const steps: Record<'undivided' | 'pair', number[]> = { undivided: [], pair: [] };
-  for (let round = -WARM_UP; round < rounds; round++) {
-    const prompt = timedPrompt(vocab, promptTokens, firstPrompt + WARM_UP + round);
+  for (let round = -warmUp; round < rounds; round++) {
+    const prompt = timedPrompt(vocab, promptTokens, firstPrompt + warmUp + round);
     for (const [name, client] of [
       ['undivided', undivided],
       ['pair', pair],

@@ -36,7 +36,7 @@ test.each([false, true])(
   'loads fit the workers they are for, and are what they are called; small %s',
   (small) => {
     const { maxModelLen, maxNumBatchedTokens, numBlocks, maxNumSeqs } = limitsOf(small);
-    const loads = makeLoads({ vocab: 100, sampled: true, small });
+    const loads = makeLoads({ vocab: 100, sampled: true, small, growTo: 160 });
     for (const { prompt, maxTokens } of loads.flatMap(({ requests }) => requests)) {
       expect(prompt.length + maxTokens).toBeLessThanOrEqual(maxModelLen);
       expect(prompt.every((id) => id >= 0 && id < 100)).toBe(true);
