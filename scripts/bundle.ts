@@ -126,7 +126,7 @@ CUDA runtime (12 or 13) and NCCL (2.27 or later) on hosts with GPUs. Needs glibc
     python3 scripts/model-reference/checkpoint.py --out DIR --tokenizer models/demo
                                         a Llama of 8B with random weights, for --model DIR/llama-8b: torch, transformers and a GPU
     bin/pd-launch                       proxy, producer and consumer on the host: proxy on port 10002
-    bin/pd-launch --prefill 1 --decode 1 --device cuda --executor host
+    bin/pd-launch --prefill 1 --decode 1 --device cuda --model DIR
     bin/pd-worker --help                one worker; bin/pd-proxy --help: the proxy
 
 docs/ has the architecture, the wire protocol and every error code.

@@ -58,7 +58,7 @@ for name in "${names[@]}"; do
   fi
   if [ "$device" = cuda ] && [ ${#small[@]} = 0 ]; then
     echo "pair-results: four prompts, $name" >&2
-    timeout --kill-after=10 120 ./scripts/two-gpu.sh --executor cuda --model "$model" >"$work/$name.four.txt" 2>&1 </dev/null || status=1
+    timeout --kill-after=10 120 ./scripts/two-gpu.sh --model "$model" >"$work/$name.four.txt" 2>&1 </dev/null || status=1
     tail -1 "$work/$name.four.txt" >&2
   fi
   echo "pair-results: $name" >&2

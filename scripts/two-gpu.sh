@@ -5,12 +5,14 @@
 #   ./scripts/two-gpu.sh                    checks, then stops all; exit status 0 where all four pass
 #   ./scripts/two-gpu.sh --keep             checks, then serves until Ctrl-C
 #   ./scripts/two-gpu.sh --model DIR --send-type GET      further options: --help
-#   ./scripts/two-gpu.sh --executor cuda    the GPUs compute too, with 2,048 KV blocks each and --batch-invariant
+#   ./scripts/two-gpu.sh --executor host    the host computes, and KV still moves from GPU to GPU
+#
+# The GPUs compute with 2,048 KV blocks each and --batch-invariant, so that two workers fit on cuda:0 and texts are equal to the letter.
 #
 # In a checkout it installs and builds first; in the archive of `npm run bundle` it needs neither npm nor Node.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-defaults=(--device cuda --executor host --runbook-ports)
+defaults=(--device cuda --runbook-ports)
 
 if [ -x ./node ]; then
   exec ./node dist/scripts/demo.js "${defaults[@]}" "$@"
