@@ -1,4 +1,6 @@
 /** One line on a terminal's stderr that says what is being measured; nothing where stderr is no terminal. */
+import { bar } from '../observability/progress-line.ts';
+
 export interface Progress {
   /** `done` of `total` steps. */
   say(what: string, done?: number, total?: number): void;
@@ -8,22 +10,15 @@ export interface Progress {
 
 export const NO_PROGRESS: Progress = { say: () => undefined, end: () => undefined };
 
-const WIDTH = 24;
-
 export function terminalProgress(out: NodeJS.WriteStream = process.stderr): Progress {
   if (!out.isTTY) return NO_PROGRESS;
   return {
     say: (what, done, total) => {
-      const bar = done === undefined || !total ? '' : `${barOf(done / total)} ${done}/${total} `;
-      out.write(`\r\x1b[K${`${bar}${what}`.slice(0, Math.max(20, (out.columns ?? 80) - 1))}`);
+      const steps = done === undefined || !total ? '' : `${bar(done / total)} ${done}/${total} `;
+      out.write(`\r\x1b[K${`${steps}${what}`.slice(0, Math.max(20, (out.columns ?? 80) - 1))}`);
     },
     end: () => {
       out.write('\r\x1b[K');
     },
   };
-}
-
-function barOf(part: number): string {
-  const full = Math.round(Math.min(1, part) * WIDTH);
-  return `[${'#'.repeat(full)}${'.'.repeat(WIDTH - full)}]`;
 }

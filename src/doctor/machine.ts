@@ -3,6 +3,7 @@ import { readFileSync } from 'node:fs';
 import { LIBRARIES, type LibraryName } from '../../ffi/find.ts';
 import type { LibraryReport } from '../../ffi/inspect.ts';
 import { PdError } from '../errors.ts';
+import { binarySize } from '../observability/bytes.ts';
 import { type Finding, fail, info, ok, type Section, warn } from './finding.ts';
 import { type Answers, hasCrashed, type LoadQuestion, probe } from './probe.ts';
 
@@ -148,7 +149,7 @@ function gpuFindings(
     const { index, name, computeCapability, freeBytes, totalBytes, busId } = gpu;
     const [major = 0] = computeCapability.split('.').map(Number);
     const kernels = gpu.machineCode === null ? 'kernels from PTX or NVRTC' : `kernels ${gpu.machineCode}`;
-    const text = `cuda:${index}  ${name}, ${gib(totalBytes)} (${gib(freeBytes)} free), compute ${computeCapability}, ${kernels}, PCI ${busId}`;
+    const text = `cuda:${index}  ${name}, ${binarySize(totalBytes)} (${binarySize(freeBytes)} free), compute ${computeCapability}, ${kernels}, PCI ${busId}`;
     findings.push(
       major < 7
         ? warn(`${text}: NCCL and the kernels are not tested below 7.0`)
@@ -232,5 +233,3 @@ function compact(error: string): string {
     .replaceAll(/: cannot open shared object file: No such file or directory/g, '')
     .replace(/\. To mend it: .*$/, '');
 }
-
-const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(1)} GiB`;

@@ -6,6 +6,7 @@ import type { Device, DevicePointer } from '../../device/device.ts';
 import { PdError } from '../../errors.ts';
 import { blockBytes, type PagedLayout, runBytes } from '../../kv/layout.ts';
 import { allocatePagedCache, attentionLayerName, type NamedLayer } from '../../kv/paged-cache.ts';
+import { binarySize } from '../../observability/bytes.ts';
 import type { Logger } from '../../observability/log.ts';
 import type { ModelConfig } from '../config.ts';
 import { uploadAngles } from './angles.ts';
@@ -18,7 +19,7 @@ import { Products } from './products.ts';
 import { HOST_LOGIT_ROWS } from './sampling.ts';
 import { blocksThatFit, GRAPH_BYTES } from './sizes.ts';
 import { type PlanLimits, planCapacity } from './step-plan.ts';
-import { gib, loadCudaWeights } from './weights.ts';
+import { loadCudaWeights } from './weights.ts';
 
 export interface CudaExecutorOptions {
   readonly dir: string;
@@ -101,7 +102,7 @@ export async function createCudaExecutor(
     await executor.capture(graphSizes(logitRows));
     log?.info(
       { model: config.name, device: device.name, type, numBlocks, kernels: kernels.image },
-      `${config.name} on ${device.name}: ${type}, ${gib(weights.bytes)} of weights, ${numBlocks} KV blocks of ${blockSize} tokens`,
+      `${config.name} on ${device.name}: ${type}, ${binarySize(weights.bytes)} of weights, ${numBlocks} KV blocks of ${blockSize} tokens`,
     );
     return { executor, numBlocks };
   } catch (error) {

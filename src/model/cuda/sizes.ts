@@ -1,6 +1,6 @@
 /** How many KV blocks fit: what is left of --gpu-memory-utilization once everything else has its memory. Pure. */
 import { PdError } from '../../errors.ts';
-import { gib } from './weights.ts';
+import { binarySize } from '../../observability/bytes.ts';
 
 export interface MemoryBudget {
   /** Bytes of the GPU, and those free now, with weights and activations in place. */
@@ -32,9 +32,9 @@ export function blocksThatFit(budget: MemoryBudget): number {
   const wanted = perSequence * blockBytes;
   throw new PdError(
     'OUT_OF_DEVICE_MEMORY',
-    `${budget.model} does not fit: one sequence of full length takes ${gib(wanted)} of KV, ${gib(Math.max(0, left))} of ${budget.device} are left ` +
-      `(${gib(total)}, ${gib(free)} free beside weights and activations, ${gib(reserved)} kept for received KV and communication, ` +
-      `--gpu-memory-utilization ${utilization}): ${gib(wanted - left)} too little. Lower --max-model-len, --max-num-batched-tokens or --kv-buffer-size, or raise --gpu-memory-utilization`,
+    `${budget.model} does not fit: one sequence of full length takes ${binarySize(wanted)} of KV, ${binarySize(Math.max(0, left))} of ${budget.device} are left ` +
+      `(${binarySize(total)}, ${binarySize(free)} free beside weights and activations, ${binarySize(reserved)} kept for received KV and communication, ` +
+      `--gpu-memory-utilization ${utilization}): ${binarySize(wanted - left)} too little. Lower --max-model-len, --max-num-batched-tokens or --kv-buffer-size, or raise --gpu-memory-utilization`,
     { wanted, left, total, free },
   );
 }

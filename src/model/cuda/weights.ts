@@ -3,10 +3,12 @@ import type { CudaDevice } from '../../device/cuda/device.ts';
 import type { DevicePointer, MemoryRef } from '../../device/device.ts';
 import { sliceMemory } from '../../device/memory.ts';
 import { PdError } from '../../errors.ts';
+import { binarySize } from '../../observability/bytes.ts';
 import type { Logger } from '../../observability/log.ts';
 import type { ModelConfig } from '../config.ts';
 import { Checkpoint } from '../safetensors.ts';
 import type { ElementType, Matrix } from './kernels.ts';
+import { LoadProgress } from './load-progress.ts';
 import { WeightUpload } from './upload.ts';
 
 export interface CudaLayerWeights {
@@ -71,18 +73,20 @@ export async function loadCudaWeights(
   if (bytes > free) {
     throw new PdError(
       'OUT_OF_DEVICE_MEMORY',
-      `the weights of ${config.name} take ${gib(bytes)}, ${device.name} has ${gib(free)} of ${gib(total)} free: ${gib(bytes - free)} too little`,
+      `the weights of ${config.name} take ${binarySize(bytes)}, ${device.name} has ${binarySize(free)} of ${binarySize(total)} free: ${binarySize(bytes - free)} too little`,
       { wanted: bytes, free, total },
     );
   }
   const checkpoint = await Checkpoint.open(dir);
+  const progress = log?.isLevelEnabled('info') ? new LoadProgress(config.name, bytes, log) : undefined;
   let upload: WeightUpload | undefined;
   try {
-    upload = await WeightUpload.create(checkpoint, device, type, progressLog(config.name, bytes, log));
+    upload = await WeightUpload.create(checkpoint, device, type, (arrived) => progress?.add(arrived));
     const weights = await new Loader(device, upload, config).load(type, bytes);
     await upload.finish();
     return weights;
   } finally {
+    progress?.end();
     await upload?.dispose();
     await checkpoint.dispose();
   }
@@ -189,27 +193,4 @@ class Loader {
       at += bytes;
     }
   }
-}
-
-export function gib(bytes: number): string {
-  return `${(bytes / 2 ** 30).toFixed(2)} GiB`;
-}
-
-/** A line about every five seconds, and one at the end. */
-function progressLog(model: string, total: number, log: Logger | undefined): (bytes: number) => void {
-  const began = performance.now();
-  let done = 0;
-  let told = began;
-  return (bytes) => {
-    done += bytes;
-    const now = performance.now();
-    if (!log || (done < total && now - told < 5_000)) return;
-    told = now;
-    const rate = done / 1e6 / Math.max(1, now - began);
-    const percent = Math.floor((100 * done) / total);
-    log.info(
-      { model, bytes: done, total },
-      `weights of ${model}: ${percent} % (${gib(done)} of ${gib(total)}, ${rate.toFixed(1)} GB/s)`,
-    );
-  };
 }

@@ -84,7 +84,7 @@ describe('with two GPUs', () => {
       expect.stringMatching(/^cublas 13\.0/),
     ]);
     expect(of('GPUs').map(({ what }) => what)).toEqual([
-      expect.stringMatching(/cuda:0 {2}Stand-in GPU 0, 1\.0 GiB.*compute 9\.0, kernels sm_90/),
+      expect.stringMatching(/cuda:0 {2}Stand-in GPU 0, 1\.00 GiB.*compute 9\.0, kernels sm_90/),
       expect.stringMatching(/cuda:1 {2}Stand-in GPU 1/),
       expect.stringMatching(/pairs 0-1 .*NVLink/),
     ]);

@@ -72,7 +72,7 @@ describe('memory', () => {
 
   it('says by how much one sequence is too long', () => {
     expect(() => blocksThatFit({ ...budget, perSequence: 26_000 })).toThrow(
-      /llama does not fit.*48\.43 GiB of KV, 46\.57 GiB of cuda:0 are left.*1\.86 GiB too little/s,
+      /llama does not fit.*48\.4 GiB of KV, 46\.6 GiB of cuda:0 are left.*1\.86 GiB too little/s,
     );
   });
 });

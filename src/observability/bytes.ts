@@ -1,0 +1,28 @@
+/** Bytes as people read them, to about three digits: `10.7 GiB`, `340 MiB`. Pure. */
+
+const BINARY = ['KiB', 'MiB', 'GiB', 'TiB'] as const;
+const DECIMAL = ['kB', 'MB', 'GB', 'TB'] as const;
+
+/** Of memory and files. */
+export function binarySize(bytes: number): string {
+  return scaled(bytes, 1_024, BINARY) ?? `${Math.round(bytes)} bytes`;
+}
+
+/** Of what moves, as links are sold. */
+export function byteRate(bytesPerSecond: number): string {
+  return `${scaled(bytesPerSecond, 1_000, DECIMAL) ?? `${Math.round(bytesPerSecond)} B`}/s`;
+}
+
+/** Undefined below the first unit. */
+function scaled(amount: number, step: number, units: readonly string[]): string | undefined {
+  let value = amount;
+  let unit: string | undefined;
+  // What would round up to a whole step is one of the next unit.
+  for (let i = 0; i < units.length && value >= (i === 0 ? step : step - 0.5); i++) {
+    value /= step;
+    unit = units[i];
+  }
+  if (unit === undefined) return undefined;
+  const decimals = value >= 99.95 ? 0 : value >= 9.995 ? 1 : 2;
+  return `${value.toFixed(decimals)} ${unit}`;
+}
