@@ -1,4 +1,5 @@
 /** Loggers: pino, written synchronously to stdout by whichever thread logs, so that the last line before a crash is there. */
+import { isatty } from 'node:tty';
 import pino from 'pino';
 import pretty from 'pino-pretty';
 import type { LogOptions } from '../transfer/types.ts';
@@ -7,7 +8,9 @@ export type Logger = pino.Logger;
 
 /** `name` is the part of the process that speaks: main, core, transfer, proxy. */
 export function createLogger(options: LogOptions, name: string): Logger {
-  const format = options.format === 'auto' ? (process.stdout.isTTY ? 'pretty' : 'json') : options.format;
+  // By file number: in a thread `process.stdout` is a pipe to the main thread, which does not know of terminals.
+  const terminal = isatty(1);
+  const format = options.format === 'auto' ? (terminal ? 'pretty' : 'json') : options.format;
   const settings: pino.LoggerOptions = {
     level: options.level,
     base: { name },
@@ -18,7 +21,7 @@ export function createLogger(options: LogOptions, name: string): Logger {
   const stream = pretty({
     destination: 1,
     sync: true,
-    colorize: process.stdout.isTTY === true,
+    colorize: terminal,
     translateTime: 'SYS:HH:MM:ss.l',
     ignore: 'pid,hostname,name',
     messageFormat: '[{name}] {msg}',
