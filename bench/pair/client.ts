@@ -103,27 +103,3 @@ export class Client {
 function tokenOf(name: string): number {
   return Number(name.slice(name.indexOf(':') + 1));
 }
-
-/** Runs `work` over the items, so many at a time; results in the items' order. The first failure is thrown once none is under way. */
-export async function inParallel<T, R>(
-  items: readonly T[],
-  width: number,
-  work: (item: T) => Promise<R>,
-): Promise<R[]> {
-  const results: R[] = new Array(items.length);
-  let next = 0;
-  let failure: { readonly cause: unknown } | undefined;
-  const lane = async () => {
-    while (next < items.length && !failure) {
-      const at = next++;
-      try {
-        results[at] = await work(items[at]!);
-      } catch (cause) {
-        failure ??= { cause };
-      }
-    }
-  };
-  await Promise.all(Array.from({ length: width }, lane));
-  if (failure) throw failure.cause;
-  return results;
-}
