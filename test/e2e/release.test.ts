@@ -19,9 +19,14 @@ afterEach(async () => {
 
 const HELD = ['pd_kv_buffer_used_bytes', 'pd_kv_pool_used_bytes', 'pd_kv_blocks_used'];
 
-it.each(SEND_TYPES)(
-  '%s: a request that the consumer refuses leaves nothing',
-  async (sendType) => {
+// Several prompts are computed before the consumer is asked, one while it is.
+const CASES = SEND_TYPES.flatMap((sendType) =>
+  [['Hello world', 'Once upon a time'], 'Hello world'].map((prompt) => ({ sendType, prompt })),
+);
+
+it.each(CASES)(
+  '$sendType: a request that the consumer refuses leaves nothing of $prompt',
+  async ({ sendType, prompt }) => {
     const started = await startProxy();
     proxy = started;
     const args = ['--send-type', sendType, '--log-level', 'debug'];
@@ -34,7 +39,7 @@ it.each(SEND_TYPES)(
     const response = await fetch(`${started.url}/v1/completions`, {
       method: 'POST',
       headers: { 'content-type': 'application/json' },
-      body: JSON.stringify({ prompt: ['Hello world', 'Once upon a time'], max_tokens: 10_000 }),
+      body: JSON.stringify({ prompt, max_tokens: 10_000 }),
     });
     expect(response.status).toBe(400);
     for (const { program } of workers) await program.line(/KV of a request released/);
