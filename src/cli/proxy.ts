@@ -1,6 +1,6 @@
 /** pd-proxy: options, signals, exit. */
 import { Command } from 'commander';
-import { addressRange, duration, listOf, oneOf, port, text } from '../config/kinds.ts';
+import { addressRange, duration, integer, listOf, oneOf, port, text } from '../config/kinds.ts';
 import { addOptions, defineOptions, option, resolveOptions } from '../config/options.ts';
 import type { ProxyConfig } from '../config/worker-config.ts';
 import { PdProxy } from '../proxy/proxy.ts';
@@ -34,6 +34,11 @@ export const PROXY_OPTIONS = defineOptions({
     kind: duration(1),
     help: "to the first part of the consumer's answer, and from one part to the next",
     default: 600_000,
+  }),
+  overlap: option({
+    kind: integer(0, 1_024),
+    help: 'the consumer is asked at once while the producer has at most so many requests of this proxy; 0: always in turn',
+    default: 4,
   }),
   drainTimeout: option({
     kind: duration(0),
@@ -72,6 +77,7 @@ export function proxyConfig(argv: readonly string[], env: NodeJS.ProcessEnv): Pr
     instanceTimeoutMs: values.instanceTimeout,
     prefillTimeoutMs: values.prefillTimeout,
     decodeIdleTimeoutMs: values.decodeIdleTimeout,
+    overlap: values.overlap,
     drainTimeoutMs: values.drainTimeout,
     log: { level: values.logLevel, format: values.logFormat },
   };

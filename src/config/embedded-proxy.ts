@@ -31,6 +31,7 @@ const INPUT = z.strictObject({
   instanceTimeoutMs: milliseconds.min(10).default(10_000),
   prefillTimeoutMs: milliseconds.min(1).default(600_000),
   decodeIdleTimeoutMs: milliseconds.min(1).default(600_000),
+  overlap: z.int().min(0).max(1_024).default(4),
   drainTimeoutMs: milliseconds.default(30_000),
   log: logOptions.optional(),
 } satisfies Record<keyof ProxyConfigInput, z.ZodType>);

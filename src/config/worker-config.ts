@@ -73,6 +73,8 @@ export interface ProxyConfig {
   readonly prefillTimeoutMs: number;
   /** Between two chunks of the decode instance's answer. */
   readonly decodeIdleTimeoutMs: number;
+  /** Most requests in prefill at a producer for which the consumer is asked at the same time; 0: always in turn. */
+  readonly overlap: number;
   readonly drainTimeoutMs: number;
   readonly log: LogOptions;
 }

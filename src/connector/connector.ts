@@ -10,6 +10,8 @@ export interface ConnectorRequest {
   readonly numPromptTokens: number;
   /** False where the request needs logits of its whole prompt, so that loaded KV would not do. */
   readonly mayLoad: boolean;
+  /** The other end may still compute the prompt for so many milliseconds. */
+  readonly prefillWithinMs?: number;
 }
 
 /** One step's work, as far as a connector looks at it. */

@@ -29,6 +29,8 @@ export interface LoadMeta {
   readonly skipBlocks: number;
   /** Cache slot of each loaded token. */
   readonly slotMapping: readonly number[];
+  /** The producer may still compute the prompt for so many milliseconds. */
+  readonly prefillWithinMs?: number;
 }
 
 export interface ConnectorMetadata {

@@ -69,6 +69,7 @@ export class P2pSchedulerConnector implements SchedulerConnector {
       blockIds: blockIds.slice(0, numBlocks),
       skipBlocks: Math.floor(numLocalTokens / this.#blockSize),
       slotMapping: slotMapping(blockIds, this.#blockSize, numLocalTokens, numLocalTokens + numExternalTokens),
+      ...(request.prefillWithinMs !== undefined && { prefillWithinMs: request.prefillWithinMs }),
     });
   }
 

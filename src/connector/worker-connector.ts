@@ -124,7 +124,7 @@ export class P2pWorkerConnector implements WorkerConnector {
 
   #startLoad(load: LoadMeta): Promise<void> {
     const { engine, layers } = this.#options;
-    const { requestId, blockIds, skipBlocks, numTokens } = load;
+    const { requestId, blockIds, skipBlocks, numTokens, prefillWithinMs } = load;
     const transferId = this.#key(requestId);
     const peer = this.#ownRankOf(load.peer);
     const [first] = layers;
@@ -152,6 +152,7 @@ export class P2pWorkerConnector implements WorkerConnector {
       skipBlocks,
       // What the local cache has is whole blocks.
       numTokens: skipBlocks * blockSize + numTokens,
+      ...(prefillWithinMs !== undefined && { prefillWithinMs }),
     };
     // In an async function, so that what `load` throws ends this load like what it rejects with.
     const ended = (async () => engine.load(request))().then(

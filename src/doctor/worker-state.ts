@@ -72,12 +72,13 @@ export function workerFindings({ role, requests, core }: WorkerState, metrics: M
 type Wait = TransferState['waiting'][number];
 
 function waitFinding(wait: Wait, transfer: TransferState, explained: Set<PairState>): Finding {
-  const { requestId, tensorId, peer, sinceMs, deadlineMs, nearMisses } = wait;
+  const { requestId, tensorId, peer, sinceMs, deadlineMs, nearMisses, prefilling } = wait;
   const told = (text: string, mend: string) =>
     // KV takes its time on a busy system
     sinceMs > Math.min(SLOW_MS, deadlineMs / 2) ? fail(text, mend) : info(text);
   const what = `${requestId} waits for ${tensorId} from ${peer} since ${seconds(sinceMs)} of ${seconds(deadlineMs)}`;
   const pairs = transfer.pairs.filter((pair) => pair.peer === peer);
+  if (prefilling) return info(`${what}; its prompt may still be computed there`);
   const stuck = pairs.find((pair) => pair.state === 'opening' || pair.state === 'connecting');
   if (nearMisses.length > 0) {
     return told(`${what}; here is instead: ${nearMisses.join(', ')}`, scenario(4));

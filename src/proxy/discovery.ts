@@ -8,6 +8,7 @@ import { ZapGate } from '../net/zap.ts';
 import { type Logger, RateLimitedLog } from '../observability/log.ts';
 import { decodePing } from '../wire/codec.ts';
 import { MAX_BODY_BYTES } from '../wire/limits.ts';
+import { OVERLAP_FEATURE } from '../wire/overlap.ts';
 import { type InstanceRegistry, instanceLabel, type RegistryChange } from './registry.ts';
 
 export interface DiscoveryOptions {
@@ -126,6 +127,7 @@ export class Discovery {
         zmqAddress: ping.zmq_address,
         ...(ping.ours ? { fingerprint: { digest: ping.ours.digest, model: ping.ours.model } } : {}),
         ...(ping.ours?.sendType ? { sendType: ping.ours.sendType } : {}),
+        ...(ping.ours?.features?.includes(OVERLAP_FEATURE) ? { overlaps: true } : {}),
       });
       if (!changes) throw new PdError('LIMIT_EXCEEDED', 'ping: too many instances');
       this.#apply(changes);

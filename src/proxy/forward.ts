@@ -4,61 +4,39 @@
  *   client -> prefill copy -> producer, to the end of its answer   (its KV is on its way or kept by then)
  *          -> the original -> consumer -> its answer -> client
  *
- * Both get the id that carries both KV addresses. An instance that does not take the connection is replaced once.
+ * Where both are ours, and the producer has little to do, both are asked at once (overlap.ts) and the consumer waits for the KV. Both get
+ * the id that carries both KV addresses. An instance that does not take the request is replaced once.
  */
 import { randomBytes } from 'node:crypto';
-import type { IncomingHttpHeaders, ServerResponse } from 'node:http';
+import type { ServerResponse } from 'node:http';
 import { PdError } from '../errors.ts';
-import type { Logger } from '../observability/log.ts';
 import { openAiError } from '../openai-error.ts';
 import { proxyRequestId } from '../wire/ids.ts';
-import { deadlineWithin } from './deadline.ts';
-import type { ProxyMetrics } from './metrics.ts';
-import { type JsonObject, prefillCopy } from './prefill-copy.ts';
+import { askConsumer, passOn } from './decode.ts';
+import type { Attempt, ClientRequest, Exchange, ForwardParts } from './exchange.ts';
+import { mayOverlap, overlapped } from './overlap.ts';
+import { prefill } from './prefill.ts';
+import type { JsonObject } from './prefill-copy.ts';
+import { Prefills } from './prefills.ts';
 import { type InstanceRegistry, instanceLabel, type Missing, type Pair } from './registry.ts';
-import { isEventStream, relay } from './relay.ts';
 import { releaseKv } from './release.ts';
-import { InstanceRefused, reasonOf, requestHeaders, timeoutError, type Upstream } from './upstream.ts';
-import { answerWith, isDraining, type WholeAnswer, wholeAnswer } from './whole-answer.ts';
+import { InstanceRefused, requestHeaders } from './upstream.ts';
+import { answerWith } from './whole-answer.ts';
 
-export interface ForwarderOptions {
+export interface ForwarderOptions extends Omit<ForwardParts, 'prefills'> {
   readonly registry: InstanceRegistry;
-  readonly upstream: Upstream;
-  readonly metrics: ProxyMetrics;
-  readonly log: Logger;
-  readonly prefillTimeoutMs: number;
-  readonly decodeIdleTimeoutMs: number;
-}
-
-/** A client's request as it came. */
-export interface ClientRequest {
-  readonly route: string;
-  readonly headers: IncomingHttpHeaders;
-  readonly body: Buffer;
-  readonly out: ServerResponse;
-  /** Aborted when the proxy stops. */
-  readonly stop: AbortSignal;
-}
-
-/** A request under way. */
-interface Exchange extends ClientRequest {
-  readonly json: JsonObject;
-  readonly arrivedMs: number;
-  /** Aborted once the client has gone or the proxy stops. */
-  readonly signal: AbortSignal;
-  /** Of the last pair tried. */
-  requestId: string | undefined;
+  /** Most requests in prefill at a producer for which the consumer is asked at once; 0: always in turn. */
+  readonly overlap: number;
 }
 
 /** How long others are preferred to an instance that refused a connection. */
 const QUARANTINE_MS = 3_000;
-/** Of an error answer, bytes. */
-const MAX_ERROR_BODY = 1024 * 1024;
 /** nginx's number for a client that went away; only in logs and metrics. */
 const CLIENT_GONE = 499;
 
 export class Forwarder {
   readonly #options: ForwarderOptions;
+  readonly #prefills = new Prefills();
   #count = 0;
 
   constructor(options: ForwarderOptions) {
@@ -128,102 +106,34 @@ export class Forwarder {
   }
 
   async #through(pair: Pair, exchange: Exchange, requestId: string): Promise<void> {
-    const { upstream, log } = this.#options;
+    const { upstream, metrics, log, overlap } = this.#options;
+    const parts = { ...this.#options, prefills: this.#prefills };
     const headers = requestHeaders(exchange.headers, requestId);
-    const given = { ...exchange, pair, requestId };
+    const attempt = { exchange, pair, requestId, headers };
+    const { route, json } = exchange;
+    const given = { pair, requestId, route, json };
     try {
-      const refusal = await this.#prefill(pair, exchange, headers);
-      if (refusal) return answerWith(refusal, exchange.out, requestId);
-      const decoded = await this.#decode(pair, exchange, headers, requestId);
+      const atOnce = mayOverlap(pair, exchange) && this.#prefills.at(pair.producer) < overlap;
+      if (atOnce) metrics.overlapped.inc();
+      const decoded = await (atOnce ? overlapped(parts, attempt) : inTurn(parts, attempt));
       if (!decoded) releaseKv(upstream, log, given);
     } catch (error) {
       releaseKv(upstream, log, given, error instanceof InstanceRefused ? error.instance : undefined);
       throw error;
     }
   }
+}
 
-  /** Resolves once the producer is done; with its answer where that is an error, which is the client's then. */
-  async #prefill(
-    { producer }: Pair,
-    exchange: Exchange,
-    headers: Readonly<Record<string, string>>,
-  ): Promise<WholeAnswer | undefined> {
-    const { upstream, metrics, prefillTimeoutMs } = this.#options;
-    const what = `prefill of ${exchange.route}`;
-    const started = performance.now();
-    const deadline = deadlineWithin(exchange.signal, prefillTimeoutMs, () =>
-      timeoutError(producer, what, prefillTimeoutMs, '--prefill-timeout'),
-    );
-    try {
-      const response = await upstream.ask({
-        instance: producer,
-        path: exchange.route,
-        what,
-        headers,
-        body: JSON.stringify(prefillCopy(exchange.json)),
-        // The deadline above counts to the end of the body.
-        headersTimeoutMs: 0,
-        timeoutName: '--prefill-timeout',
-        signal: deadline.signal,
-      });
-      const ok = response.statusCode >= 200 && response.statusCode < 300;
-      let answer: WholeAnswer;
-      try {
-        answer = await wholeAnswer(response, ok ? 0 : MAX_ERROR_BODY);
-      } catch (error) {
-        if (deadline.signal.aborted) throw deadline.signal.reason;
-        throw new InstanceRefused(producer, what, `its answer broke off: ${reasonOf(error)}`, error);
-      }
-      if (!ok) {
-        if (isDraining(answer)) throw new InstanceRefused(producer, what, 'it is stopping');
-        return answer;
-      }
-      metrics.prefillSeconds.observe((performance.now() - started) / 1_000);
-      return undefined;
-    } finally {
-      deadline.clear();
-    }
+/** False where KV is left that nobody decodes. */
+async function inTurn(parts: ForwardParts, attempt: Attempt): Promise<boolean> {
+  const { exchange, requestId } = attempt;
+  const refusal = await prefill(parts, attempt, exchange.signal);
+  if (refusal) {
+    answerWith(refusal, exchange.out, requestId);
+    return true;
   }
-
-  /** False where the consumer answered with an error. */
-  async #decode(
-    { consumer }: Pair,
-    exchange: Exchange,
-    headers: Readonly<Record<string, string>>,
-    requestId: string,
-  ): Promise<boolean> {
-    const { upstream, metrics, decodeIdleTimeoutMs } = this.#options;
-    const what = `decode of ${exchange.route}`;
-    const timeoutName = '--decode-idle-timeout';
-    const response = await upstream.ask({
-      instance: consumer,
-      path: exchange.route,
-      what,
-      headers,
-      body: exchange.body,
-      headersTimeoutMs: decodeIdleTimeoutMs,
-      timeoutName,
-      signal: exchange.signal,
-    });
-    if (response.statusCode === 503 && !isEventStream(response)) {
-      const tooLong = timeoutError(consumer, what, decodeIdleTimeoutMs, timeoutName);
-      const timer = setTimeout(() => response.body.destroy(tooLong), decodeIdleTimeoutMs);
-      const answer = await wholeAnswer(response, MAX_ERROR_BODY).finally(() => clearTimeout(timer));
-      if (isDraining(answer)) throw new InstanceRefused(consumer, what, 'it is stopping');
-      answerWith(answer, exchange.out, requestId);
-      return false;
-    }
-    await relay(response, exchange.out, {
-      instance: consumer,
-      what,
-      requestId,
-      idleMs: decodeIdleTimeoutMs,
-      timeoutName,
-      signal: exchange.signal,
-      onFirstEvent: () => metrics.firstEventSeconds.observe((performance.now() - exchange.arrivedMs) / 1_000),
-    });
-    return response.statusCode < 400;
-  }
+  const response = await askConsumer(parts, attempt, parts.decodeIdleTimeoutMs, exchange.signal);
+  return await passOn(parts, attempt, response);
 }
 
 function parseBody(body: Buffer): JsonObject {

@@ -48,6 +48,11 @@ export function createProxyMetrics(instances: InstanceRegistry) {
       help: 'Requests that went to a second pair because an instance did not take them',
       registers,
     }),
+    overlapped: new Counter({
+      name: 'pd_proxy_overlapped_total',
+      help: 'Pairs whose consumer was asked while the producer was at work',
+      registers,
+    }),
     badPings: new Counter({
       name: 'pd_proxy_bad_pings_total',
       help: 'Pings that could not be used',

@@ -57,6 +57,7 @@ export class PdProxy {
       metrics: this.#metrics,
       prefillTimeoutMs: config.prefillTimeoutMs,
       decodeIdleTimeoutMs: config.decodeIdleTimeoutMs,
+      overlap: config.overlap,
     });
     this.#server = fastify({
       bodyLimit: BODY_LIMIT,

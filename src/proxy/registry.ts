@@ -22,6 +22,8 @@ export interface Announcement {
   readonly fingerprint?: { readonly digest: string; readonly model: string };
   /** Absent for a vLLM worker. */
   readonly sendType?: SendType;
+  /** It may be asked while the other end of its pair is at work. Absent for a vLLM worker, and for older ones of ours. */
+  readonly overlaps?: boolean;
 }
 
 export interface Instance extends Announcement {
@@ -253,6 +255,7 @@ function sameAnnouncement(a: Announcement, b: Announcement): boolean {
     a.httpAddress === b.httpAddress &&
     a.zmqAddress === b.zmqAddress &&
     a.fingerprint?.digest === b.fingerprint?.digest &&
-    a.sendType === b.sendType
+    a.sendType === b.sendType &&
+    a.overlaps === b.overlaps
   );
 }

@@ -1,6 +1,6 @@
 /**
- * Tells both ends of a pair that a request will not be decoded there, so that its KV is freed at once and not as an orphan (60 s by
- * default). A kindness, not a duty: it is asked once, briefly, and only of instances of ours; what it misses the workers free in time.
+ * What a pair is told of a request's KV, beside the request itself. A kindness, not a duty: it is said once, with a short deadline, and
+ * only to instances of ours; what it misses the workers' own deadlines mend.
  */
 import { PdError } from '../errors.ts';
 import type { Logger } from '../observability/log.ts';
@@ -17,30 +17,40 @@ export interface Given {
   readonly json: JsonObject;
 }
 
-/** Returns at once. `except`: an instance that has just refused a connection. */
+/**
+ * The request will not be decoded there: its KV is freed at once and not as an orphan (60 s by default). Returns at once. `except`: an
+ * instance that has just refused a connection.
+ */
 export function releaseKv(upstream: Upstream, log: Logger, given: Given, except?: Instance): void {
-  const { pair, requestId, route, json } = given;
-  const body = JSON.stringify({ request_id: requestId, route, prompts: countPrompts(json['prompt']) });
-  for (const instance of [pair.producer, pair.consumer]) {
+  for (const instance of [given.pair.producer, given.pair.consumer]) {
     // vLLM's workers have no such route.
-    if (!instance.fingerprint || instance === except) continue;
-    upstream
-      .ask({
-        instance,
-        path: '/kv/release',
-        what: 'release of KV',
-        headers: { 'content-type': 'application/json', 'x-request-id': requestId },
-        body,
-        headersTimeoutMs: TIMEOUT_MS,
-        timeoutName: 'release',
-        signal: AbortSignal.timeout(TIMEOUT_MS),
-      })
-      .then((response) => response.body.dump())
-      .catch((error: unknown) => log.debug({ requestId }, PdError.from(error).message));
+    if (instance.fingerprint && instance !== except) tell(upstream, log, given, instance, '/kv/release');
   }
 }
 
-function countPrompts(prompt: unknown): number {
+/** Its prompt is computed: the consumer waits no longer than for KV that is on its way. Returns at once. */
+export function tellPrefilled(upstream: Upstream, log: Logger, given: Given): void {
+  tell(upstream, log, given, given.pair.consumer, '/kv/prefilled');
+}
+
+export function countPrompts(prompt: unknown): number {
   const many = Array.isArray(prompt) && typeof prompt[0] !== 'number';
   return many ? Math.max(1, prompt.length) : 1;
+}
+
+function tell(upstream: Upstream, log: Logger, given: Given, instance: Instance, path: string): void {
+  const { requestId, route, json } = given;
+  upstream
+    .ask({
+      instance,
+      path,
+      what: path,
+      headers: { 'content-type': 'application/json', 'x-request-id': requestId },
+      body: JSON.stringify({ request_id: requestId, route, prompts: countPrompts(json['prompt']) }),
+      headersTimeoutMs: TIMEOUT_MS,
+      timeoutName: 'fixed',
+      signal: AbortSignal.timeout(TIMEOUT_MS),
+    })
+    .then((response) => response.body.dump())
+    .catch((error: unknown) => log.debug({ requestId }, PdError.from(error).message));
 }

@@ -2,7 +2,7 @@
 import type { SchedulerConnector } from '../connector/connector.ts';
 import { type ErrorData, PdError } from '../errors.ts';
 import type { BlockManager } from '../kv/block-manager.ts';
-import type { EngineRequestId } from '../wire/ids.ts';
+import { type EngineRequestId, type TransferId, transferIdOf } from '../wire/ids.ts';
 import { byArrival, type RequestGroup, Sequence, SequenceQueue } from './sequence.ts';
 import type { CoreRequest, FinishReason, RequestOutput } from './types.ts';
 
@@ -60,6 +60,7 @@ export class SequencePool {
       live: request.n,
       loading: false,
       aborted: false,
+      prefilled: false,
     };
     for (let index = 0; index < request.n; index++) {
       const sequence = new Sequence(group as RequestGroup, index);
@@ -71,6 +72,13 @@ export class SequencePool {
     group.leader = leader;
     this.#groups.set(request.requestId, group as RequestGroup);
     this.waiting.insert(leader);
+  }
+
+  /** The producer is done with the prompt. */
+  prefilled(transferId: TransferId): void {
+    for (const group of this.#groups.values()) {
+      if (transferIdOf(group.request.requestId) === transferId) group.prefilled = true;
+    }
   }
 
   /** Moves a sequence to the queue of `state`; blocks are the caller's business. */

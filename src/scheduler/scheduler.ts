@@ -12,7 +12,7 @@ import type { LoadFailurePolicy } from '../config/worker-config.ts';
 import type { LoadOutcome, SchedulerConnector } from '../connector/connector.ts';
 import { type ErrorData, PdError } from '../errors.ts';
 import { BlockManager } from '../kv/block-manager.ts';
-import type { EngineRequestId } from '../wire/ids.ts';
+import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 import { outputOf } from './output.ts';
 import { endOutput, type FinishedRequest, type SchedulerStats, SequencePool } from './pool.ts';
 import type { Sequence } from './sequence.ts';
@@ -98,14 +98,17 @@ export class Scheduler {
     return [output];
   }
 
+  /** The producer is done with the prompt: a load that begins later waits for no prefill. */
+  prefilled(transferId: TransferId): void {
+    this.#pool.prefilled(transferId);
+  }
+
   /** Decides the next step. An empty batch means that nothing can run before a request comes or a load ends. */
   schedule(): SchedulerStep {
     this.#assertNoStep('schedule');
     const builder = new StepBuilder(this.#options.maxNumBatchedTokens);
     this.#scheduleRunning(builder);
-    if (builder.preempted.length === 0) {
-      this.#admitReady(builder);
-    }
+    if (builder.preempted.length === 0) this.#admitReady(builder);
     if (builder.preempted.length === 0) this.#admitWaiting(builder);
     const step = builder.build(this.#connector?.buildConnectorMeta(builder.scheduled));
     if (step.entries.length > 0) this.#step = step;

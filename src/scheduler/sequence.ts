@@ -25,6 +25,8 @@ export interface RequestGroup {
   /** The leader's load is under way: its blocks may be written at any moment. */
   loading: boolean;
   aborted: boolean;
+  /** The producer is known to be done with the prompt. */
+  prefilled: boolean;
 }
 
 export class Sequence {
@@ -103,11 +105,12 @@ export class Sequence {
 
   /** Its request as a connector sees it. */
   connectorRequest(): ConnectorRequest {
-    const { requestId, sampling } = this.group.request;
+    const { requestId, sampling, prefillWithinMs } = this.group.request;
     return {
       requestId,
       numPromptTokens: this.promptLength,
       mayLoad: sampling.promptLogprobs === undefined && this.numOutput === 0,
+      ...(prefillWithinMs !== undefined && !this.group.prefilled && { prefillWithinMs }),
     };
   }
 

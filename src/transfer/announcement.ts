@@ -36,6 +36,8 @@ export abstract class Announcement implements Unit {
   renewed = false;
   /** It travels in no bundle (any more): its bundle was refused as a whole, or it does not lie as the cache does. */
   alone = false;
+  /** It travels only with others of the same group, where it has one. */
+  readonly group: string | undefined = undefined;
   /** Known by its answer: the peer is ours. */
   peerIsOurs = false;
   #ready = false;

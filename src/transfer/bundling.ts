@@ -29,12 +29,12 @@ export function takeUnit(context: TransferContext, queue: Announcement[], bundle
 }
 
 function bundleLength(queue: readonly Announcement[]): number {
-  const { direction } = queue[0]!;
+  const { direction, group } = queue[0]!;
   let bytes = 0;
   let body = HEAD_BYTES;
   let count = 0;
   for (const part of queue) {
-    if (part.alone || part.direction !== direction) break;
+    if (part.alone || part.direction !== direction || part.group !== group) break;
     if (!part.ready || part.cancelled || count === MAX_BUNDLE) break;
     bytes += part.bytes ?? 0;
     // Of an id in UTF-8, before anything in common is taken out.

@@ -38,6 +38,8 @@ export interface TransferEngineApi {
   load(request: LoadRequest): Promise<LoadResult>;
   /** Gives up a load under way; its promise rejects with REQUEST_ABORTED once no write into the blocks can happen any more. */
   cancelLoad(requestId: string): void;
+  /** The producer is done with the prompt: loads of it that were told `prefillWithinMs` have `timeouts.load` from now. */
+  prefilled(id: TransferId): void;
   /** The request is over: frees what is held for it, and drops and frees what still comes. `keep`: its sends in GET stay to be asked for. */
   finish(id: TransferId, options?: { readonly keepSends?: boolean }): void;
   /** Starts the pings to a proxy: only once the instance can serve. */

@@ -151,6 +151,10 @@ export class TransferEngine implements TransferEngineApi {
     return new Promise((resolve, reject) => this.#ask(message, { kind: 'load', resolve, reject }));
   }
 
+  prefilled(id: TransferId): void {
+    this.#tell({ type: 'prefilled', id });
+  }
+
   cancelLoad(requestId: string): void {
     this.#tell({ type: 'cancel-load', requestId });
   }

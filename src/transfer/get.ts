@@ -16,6 +16,8 @@ export interface GetRequest {
   readonly peer: string;
   /** Bytes expected; without it memory is taken when the answer says how much. */
   readonly bytes?: number;
+  /** A request whose KV may be long in coming: the answer to a bundle waits for all of it, so that no other's goes along. */
+  readonly early?: string | undefined;
   /** The bytes are there; the entry is the asker's, to release or to own. */
   arrived(entry: StoreEntry): void;
   /** The producer does not have it (yet); `near`: what it has of the same request under another id. */
@@ -33,6 +35,7 @@ export interface Incoming {
 
 export class GetAnnouncement extends Announcement {
   readonly direction = 'get';
+  override readonly group: string | undefined;
   readonly #context: TransferContext;
   readonly #intake: Intake;
   readonly #request: GetRequest;
@@ -43,6 +46,7 @@ export class GetAnnouncement extends Announcement {
 
   constructor(context: TransferContext, intake: Intake, request: GetRequest) {
     super();
+    this.group = request.early;
     this.#context = context;
     this.#intake = intake;
     this.#request = request;

@@ -241,6 +241,10 @@ export class Keeper {
 
   #giveUp(tensorId: TensorId): void {
     this.#givenUp.add(tensorId, this.#context.deadlines.now());
+    // Whoever waits for it waits in vain.
+    for (const parked of [...(this.#parked.get(splitTensorId(tensorId).layerName) ?? [])]) {
+      if (this.gaveUp(parked.tensorId)) parked.resolve(undefined);
+    }
     this.#armSweep();
   }
 

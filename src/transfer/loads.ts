@@ -8,22 +8,30 @@ import type { Claimant } from './claims.ts';
 import type { TransferContext } from './context.ts';
 import { GetAnnouncement } from './get.ts';
 import type { Intake } from './intake.ts';
+import { type PairsOfPeer, warnLate } from './late-load.ts';
 import { heldInstead, Load } from './load.ts';
 import type { OutgoingPeer } from './peer.ts';
 import { PeerWatch } from './peer-watch.ts';
 import type { Held, StoreEntry } from './store.ts';
-import type { LoadRequest, LoadResult, PairState, StoredTensor, TransferState } from './types.ts';
+import type { LoadRequest, LoadResult, StoredTensor, TransferState } from './types.ts';
 
 /** Between a GET that was answered `{ret: 1}` and the next: doubled each time. */
 const FIRST_PAUSE_MS = 5;
 const LONGEST_PAUSE_MS = 1_000;
+/** Of the answer deadline: a producer that took this long has held its answer back (for half of it, see Answering). */
+const HELD_SHARE = 0.25;
 
-export interface LoadPeers {
+/** How long a load may take, and what watches that. */
+interface Limit {
+  /** On the engine's clock. */
+  readonly at: number;
+  /** The producer may still be computing the prompt. */
+  readonly prefilling: boolean;
+  cancel(): void;
+}
+
+export interface LoadPeers extends PairsOfPeer {
   outgoing(peer: string): OutgoingPeer;
-  /** Why the last pair that this peer had with us is over, if it is and it has not sent NEW since. */
-  lostPair(peer: string): PdError | undefined;
-  /** Pairs with it, both directions. */
-  pairs(peer: string): PairState[];
 }
 
 interface Asking {
@@ -43,7 +51,7 @@ export class Loads {
   readonly #context: TransferContext;
   readonly #intake: Intake;
   readonly #peers: LoadPeers;
-  readonly #loads = new Set<Load>();
+  readonly #loads = new Map<Load, Limit>();
   readonly #receives = new Set<{ fail(error: PdError): void }>();
   /** GETs that have not been answered, by who wants them. */
   readonly #asked = new Map<Load, Set<GetAnnouncement>>();
@@ -60,21 +68,24 @@ export class Loads {
   }
 
   load(request: LoadRequest): Promise<LoadResult> {
-    const { options, deadlines, log, metrics } = this.#context;
-    const timeoutMs = request.timeoutMs ?? options.timeouts.load;
-    const { requestId, transferId } = request;
+    const { options, log, metrics } = this.#context;
+    const { requestId, transferId, prefillWithinMs } = request;
+    const timeoutMs = this.#timeoutOf(request) + (prefillWithinMs ?? 0);
     const { promise, resolve, reject } = deferred<LoadResult>();
     const load = new Load(this.#context, this.#intake, request, { resolve, reject });
-    this.#loads.add(load);
     const peer = load.peer;
     log.debug({ requestId, transferId, peer, layers: request.layers.length }, `load ${requestId}`);
-    const half = deadlines.after(timeoutMs / 2, () => this.#warn(load, timeoutMs));
-    const end = deadlines.after(timeoutMs, () => load.timeOut(timeoutMs));
+    this.#limit(load, timeoutMs, prefillWithinMs !== undefined);
+    // A pair that was lost before the producer had anything to send is opened anew when it has.
+    const before = prefillWithinMs === undefined ? undefined : this.#peers.lostPair(peer);
+    const lostPair = () => {
+      const lost = this.#peers.lostPair(peer);
+      return lost === before ? undefined : lost;
+    };
     // In GET our own link to the peer knows.
-    const lostPair = () => this.#peers.lostPair(peer);
     const watch =
       options.sendType === 'GET' ? undefined : new PeerWatch(this.#context, load, request.peer, lostPair);
-    if (options.sendType === 'GET') this.#askLayers(load, timeoutMs);
+    if (options.sendType === 'GET') this.#askLayers(load);
     else this.#intake.claim(load);
     load.begin();
     return promise
@@ -84,7 +95,7 @@ export class Loads {
         return result;
       })
       .finally(() => {
-        for (const deadline of [half, end]) deadline.cancel();
+        this.#loads.get(load)?.cancel();
         watch?.stop();
         this.#loads.delete(load);
         this.#intake.claims.unregister(load);
@@ -151,31 +162,63 @@ export class Loads {
 
   cancel(requestId: string): void {
     const reason = new PdError('REQUEST_ABORTED', `load of ${requestId} was given up`, { requestId });
-    for (const load of [...this.#loads]) if (load.requestId === requestId) load.cancel(reason);
+    for (const load of [...this.#loads.keys()]) if (load.requestId === requestId) load.cancel(reason);
+  }
+
+  /** The prompt of these is computed: from now on they wait no longer than for KV that is on its way. */
+  prefilled(transferId: string): void {
+    for (const load of [...this.#loads.keys()]) {
+      const { request, requestId } = load;
+      if (request.prefillWithinMs === undefined || transferIdOf(requestId) !== transferId) continue;
+      if (!load.decided) this.#limit(load, this.#timeoutOf(request), false);
+    }
   }
 
   waiting(): TransferState['waiting'] {
     const now = this.#context.deadlines.now();
     return [...this.#loads]
-      .filter((load) => !load.decided)
-      .map((load) => ({
+      .filter(([load]) => !load.decided)
+      .map(([load, { at, prefilling }]) => ({
         requestId: load.requestId,
         tensorId: load.tensorId(load.missing[0] ?? ''),
         peer: load.peer,
         sinceMs: Math.round(now - load.startedAt),
-        deadlineMs: load.request.timeoutMs ?? this.#context.options.timeouts.load,
+        deadlineMs: Math.round(at - load.startedAt),
         nearMisses: load.nearMisses(),
+        ...(prefilling && { prefilling }),
       }));
   }
 
   /** Fails all of them. */
   dispose(reason: PdError): void {
-    for (const load of [...this.#loads]) load.cancel(reason);
+    for (const load of [...this.#loads.keys()]) load.cancel(reason);
     for (const receive of [...this.#receives]) receive.fail(reason);
   }
 
+  #timeoutOf(request: LoadRequest): number {
+    return request.timeoutMs ?? this.#context.options.timeouts.load;
+  }
+
+  /** Gives it so long from now, in place of what it had; longer than that it never gets. */
+  #limit(load: Load, timeoutMs: number, prefilling: boolean): void {
+    const { deadlines } = this.#context;
+    const known = this.#loads.get(load);
+    const at = deadlines.now() + timeoutMs;
+    if (known && known.at <= at) return;
+    known?.cancel();
+    const half = deadlines.after(timeoutMs / 2, () =>
+      warnLate(this.#context, this.#intake, this.#peers, load, timeoutMs),
+    );
+    const end = deadlines.after(timeoutMs, () => load.timeOut(timeoutMs));
+    const cancel = () => {
+      half.cancel();
+      end.cancel();
+    };
+    this.#loads.set(load, { at, prefilling, cancel });
+  }
+
   /** All layers at once, into neighbouring memory where that can be had. */
-  #askLayers(load: Load, timeoutMs: number): void {
+  #askLayers(load: Load): void {
     const { layers, blockIds } = load.request;
     const sizes = layers.map(({ target }) => blockBytes(target.layout) * blockIds.length);
     const run = this.#context.memory.tryAllocateRun(sizes);
@@ -185,7 +228,7 @@ export class Loads {
           tensorId: load.tensorId(name),
           peer: load.peer,
           bytes: sizes[index]!,
-          deadlineAt: load.startedAt + timeoutMs,
+          deadlineAt: this.#loads.get(load)?.at ?? load.startedAt,
           wanted: () => load.wants(name),
           arrived: (entry) => load.take(entry),
           failed: (error) => load.fail(error),
@@ -196,23 +239,28 @@ export class Loads {
     }
   }
 
-  /** Asks, and asks again after `{ret: 1}`, until the deadline of who wants it. `held`: memory for the first time. */
+  /**
+   * Asks, and asks again after `{ret: 1}`, until the deadline of who wants it. A producer of ours holds back that answer for a while, and
+   * is asked again at once then: the KV may come at any moment. `held`: memory for the first time.
+   */
   #ask(
     asking: Asking,
     { load, held }: { readonly load?: Load; readonly held?: Held | undefined } = {},
     pauseMs = FIRST_PAUSE_MS,
   ): void {
-    const { deadlines } = this.#context;
+    const { deadlines, options } = this.#context;
     const left = asking.deadlineAt - deadlines.now();
     if (!asking.wanted() || left <= 0) {
       held?.free();
       return;
     }
+    const askedAt = deadlines.now();
     const asked = load ? (this.#asked.get(load) ?? new Set()) : undefined;
     if (load && asked) this.#asked.set(load, asked);
     const get: GetAnnouncement = new GetAnnouncement(this.#context, this.#intake, {
       tensorId: asking.tensorId,
       peer: asking.peer,
+      early: load?.request.prefillWithinMs === undefined ? undefined : load.requestId,
       ...(asking.bytes === undefined ? {} : { bytes: asking.bytes }),
       arrived: (entry) => {
         asked?.delete(get);
@@ -226,51 +274,14 @@ export class Loads {
         asked?.delete(get);
         asking.near(near);
         const again = Math.min(pauseMs * 2, LONGEST_PAUSE_MS);
-        deadlines.after(pauseMs, () => this.#ask(asking, load ? { load } : {}, again));
+        const passedMs = deadlines.now() - askedAt;
+        const held = passedMs >= options.timeouts.answer * HELD_SHARE;
+        deadlines.after(held ? 0 : pauseMs, () => this.#ask(asking, load ? { load } : {}, again));
       },
     });
     asked?.add(get);
     this.#peers.outgoing(asking.peer).submit(get);
     if (held) get.give(held);
     else void get.reserve(left);
-  }
-
-  /** Once, at half the deadline: whoever reads the log now can still look at the other end. */
-  #warn(load: Load, timeoutMs: number): void {
-    if (load.decided) return;
-    const { memory, log } = this.#context;
-    const { requestId, transferId, peer, missing } = load;
-    const near = load.nearMisses();
-    log.warn(
-      {
-        requestId,
-        transferId,
-        peer,
-        missing: missing.length,
-        layers: load.request.layers.length,
-        nearMisses: near,
-        lostPair: this.#peers.lostPair(peer)?.message,
-        held: this.#intake.store.size,
-        pairs: this.#peers.pairs(peer),
-        bufferUsed: memory.bufferUsed,
-        bufferThreshold: memory.thresholdBytes,
-        poolUsed: memory.poolUsed,
-        poolLimit: memory.limitBytes,
-      },
-      `KV of ${requestId} from ${peer} is not here after half of its ${timeoutMs} ms: waiting for ` +
-        `${load.tensorId(missing[0] ?? '')}; ${this.#pairWords(peer)}; ` +
-        (near.length > 0 ? `held instead: ${near.join(', ')}` : 'nothing of a similar id is held'),
-    );
-  }
-
-  #pairWords(peer: string): string {
-    const pairs = this.#peers.pairs(peer);
-    if (pairs.length === 0) return 'there is no pair with it';
-    return pairs
-      .map(
-        ({ direction, state, sinceMs, queued, outstanding }) =>
-          `${direction} pair ${state} since ${sinceMs} ms, ${queued} queued, ${outstanding} outstanding`,
-      )
-      .join(', ');
   }
 }

@@ -30,6 +30,7 @@ export type ToTransfer =
     }
   | { readonly type: 'load'; readonly seq: number; readonly request: LoadRequest }
   | { readonly type: 'cancel-load'; readonly requestId: string }
+  | { readonly type: 'prefilled'; readonly id: TransferId }
   | { readonly type: 'finish'; readonly id: TransferId; readonly keepSends: boolean }
   | { readonly type: 'start-ping'; readonly ping: ProxyPing }
   | { readonly type: 'stop-ping' }

@@ -30,6 +30,7 @@ export class Pinger {
       digest: fingerprint.digest,
       model: fingerprint.model,
       sendType: options.sendType,
+      ...(ping.features && { features: ping.features }),
     };
     const message = { type: ping.type, http_address: ping.httpAddress, zmq_address: self } as const;
     this.#body = encodePing(ours ? { ...message, ours } : message);

@@ -214,6 +214,10 @@ export class TransferService {
     this.#loads.cancel(requestId);
   }
 
+  prefilled(id: TransferId): void {
+    this.#loads.prefilled(id);
+  }
+
   finish(id: TransferId, keepSends = false): void {
     this.#intake.finish(id);
     this.#keeper.finish(id, keepSends);

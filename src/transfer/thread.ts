@@ -72,6 +72,9 @@ function handle(service: TransferService, message: ToTransfer): void {
     case 'cancel-load':
       service.cancelLoad(message.requestId);
       return;
+    case 'prefilled':
+      service.prefilled(message.id);
+      return;
     case 'finish':
       service.finish(message.id, message.keepSends);
       return;

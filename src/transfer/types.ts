@@ -89,6 +89,8 @@ export interface ProxyPing {
   readonly type: 'P' | 'D';
   readonly httpAddress: string;
   readonly intervalMs: number;
+  /** What the HTTP server behind it can do, for the proxy. */
+  readonly features?: readonly string[];
 }
 
 /** How to make a transfer engine. Everything has been validated before (`config/`). */
@@ -167,6 +169,8 @@ export interface LoadRequest {
   readonly numTokens?: number;
   /** Overrides `timeouts.load`. */
   readonly timeoutMs?: number;
+  /** The producer may still compute the prompt for so long: added to the deadline, until `prefilled` says that it has ended. */
+  readonly prefillWithinMs?: number;
 }
 
 export interface LoadResult {
@@ -210,5 +214,7 @@ export interface TransferState {
     readonly deadlineMs: number;
     /** Tensors with the same transfer id under another suffix. */
     readonly nearMisses: readonly string[];
+    /** The producer may still be computing the prompt: then this wait is as it should be. */
+    readonly prefilling?: true;
   }[];
 }

@@ -30,7 +30,7 @@ import {
   show,
   textField,
 } from './fields.ts';
-import { helloFields, readHello, readRefusal, readSendType } from './hello.ts';
+import { helloFields, readFeatures, readHello, readRefusal, readSendType } from './hello.ts';
 import {
   checkMsgpack,
   DECODER_LIMITS,
@@ -198,8 +198,11 @@ export function decodeAnswer(body: Uint8Array, limits: WireLimits): Answer {
 export function encodePing(ping: PingMessage): Uint8Array {
   const { type, http_address, zmq_address, ours } = ping;
   if (!ours) return encode({ type, http_address, zmq_address });
-  const { version, digest, model, sendType } = ours;
-  const told = sendType === undefined ? {} : { send_type: sendType };
+  const { version, digest, model, sendType, features } = ours;
+  const told = {
+    ...(sendType === undefined ? {} : { send_type: sendType }),
+    ...(features === undefined ? {} : { features }),
+  };
   return encode({ type, http_address, zmq_address, pd: { version, digest, model, ...told } });
 }
 
@@ -283,5 +286,6 @@ function readPingHello(pd: Fields): PingHello {
     digest: textField(pd, 'digest', MAX_TEXT, 'ping'),
     model: textField(pd, 'model', MAX_TEXT, 'ping'),
     ...(field(pd, 'send_type') === undefined ? {} : { sendType: readSendType(pd, 'ping') }),
+    ...(field(pd, 'features') === undefined ? {} : { features: readFeatures(pd, 'ping') }),
   };
 }

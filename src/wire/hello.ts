@@ -28,6 +28,14 @@ export function helloFields({ version, features, sendType, fingerprint }: PeerHe
 
 export function readHello(pd: Fields, what: string): PeerHello {
   const version = countField(pd, 'version', 1, what);
+  const features = readFeatures(pd, what);
+  const sendType = readSendType(pd, what);
+  const hello = { version, features, sendType };
+  const fingerprint = optionalMap(pd, 'fingerprint', what);
+  return fingerprint ? { ...hello, fingerprint: readFingerprint(fingerprint, what) } : hello;
+}
+
+export function readFeatures(pd: Fields, what: string): readonly string[] {
   const features = field(pd, 'features');
   if (!Array.isArray(features) || !features.every((name) => typeof name === 'string')) {
     throw protocolError('bad_field', `${what}: features are ${show(features)}, not a list of strings`);
@@ -35,10 +43,7 @@ export function readHello(pd: Fields, what: string): PeerHello {
   if (features.length > MAX_FEATURES || features.some((name: string) => name.length > 64)) {
     throw protocolError('limit', `${what}: more than ${MAX_FEATURES} features, or one longer than 64`);
   }
-  const sendType = readSendType(pd, what);
-  const hello = { version, features: features as string[], sendType };
-  const fingerprint = optionalMap(pd, 'fingerprint', what);
-  return fingerprint ? { ...hello, fingerprint: readFingerprint(fingerprint, what) } : hello;
+  return features as string[];
 }
 
 export function readSendType(pd: Fields, what: string): SendType {

@@ -98,6 +98,8 @@ export interface PingHello {
   readonly model: string;
   /** How it sends or asks: GET and PUT do not meet. Absent in pings of before it was told. */
   readonly sendType?: SendType;
+  /** Names that the reader does not know mean nothing. Absent in pings of before there were any. */
+  readonly features?: readonly string[];
 }
 
 /** What a listener answers. */

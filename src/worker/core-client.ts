@@ -150,6 +150,11 @@ export class CoreClient {
     if (!this.#over) this.#port.post({ type: 'release', transferIds });
   }
 
+  /** The producer is done with the prompts of these requests: KV that is not here now is on its way, or lost. */
+  prefilled(transferIds: readonly TransferId[]): void {
+    if (!this.#over) this.#port.post({ type: 'prefilled', transferIds });
+  }
+
   /** HTTP is up: the core may ping the proxy. */
   serve(httpAddress: string): void {
     if (!this.#over) this.#port.post({ type: 'serve', httpAddress });

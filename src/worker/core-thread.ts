@@ -2,6 +2,7 @@
 import { parentPort, workerData } from 'node:worker_threads';
 import { PdError, unreachable } from '../errors.ts';
 import { createLogger } from '../observability/log.ts';
+import { OVERLAP_FEATURE } from '../wire/overlap.ts';
 import { type CoreParts, createCore } from './core-parts.ts';
 import type { CoreInit, FromCore, ToCore } from './messages.ts';
 
@@ -66,6 +67,12 @@ function receive(core: CoreParts, message: Exclude<ToCore, { readonly type: 'shu
     case 'release':
       for (const id of message.transferIds) core.engine?.finish(id);
       return;
+    case 'prefilled':
+      for (const id of message.transferIds) {
+        core.loop.prefilled(id);
+        core.engine?.prefilled(id);
+      }
+      return;
     case 'serve':
       startPing(core, message.httpAddress);
       return;
@@ -100,5 +107,6 @@ function startPing(core: CoreParts, httpAddress: string): void {
     type: role === 'producer' ? 'P' : 'D',
     httpAddress,
     intervalMs: pingIntervalMs,
+    features: [OVERLAP_FEATURE],
   });
 }

@@ -19,7 +19,7 @@ import type { MetricsPage } from '../observability/metrics.ts';
 import type { Scheduler } from '../scheduler/scheduler.ts';
 import type { SchedulerStep } from '../scheduler/step.ts';
 import type { CoreRequest, ForwardResult, RequestOutput } from '../scheduler/types.ts';
-import type { EngineRequestId } from '../wire/ids.ts';
+import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 import { CoreMetrics } from './core-metrics.ts';
 import type { CoreState } from './messages.ts';
 
@@ -39,7 +39,8 @@ export interface CoreLoopOptions {
 
 type Command =
   | { readonly kind: 'add'; readonly request: CoreRequest }
-  | { readonly kind: 'abort'; readonly requestId: EngineRequestId; readonly index: number | undefined };
+  | { readonly kind: 'abort'; readonly requestId: EngineRequestId; readonly index: number | undefined }
+  | { readonly kind: 'prefilled'; readonly transferId: TransferId };
 
 export class CoreLoop {
   readonly #options: CoreLoopOptions;
@@ -72,6 +73,11 @@ export class CoreLoop {
   /** One completion, or all of the request. */
   abort(requestId: EngineRequestId, index?: number): void {
     this.#hear({ kind: 'abort', requestId, index });
+  }
+
+  /** The producer is done with the prompt; it matters to a request whose load has not begun. */
+  prefilled(transferId: TransferId): void {
+    this.#hear({ kind: 'prefilled', transferId });
   }
 
   /** Ends the loop after the step under way; `run` resolves then, and every request left has ended with SERVER_DRAINING. Idempotent. */
@@ -177,8 +183,16 @@ export class CoreLoop {
     const commands = this.#commands;
     this.#commands = [];
     for (const command of commands) {
-      if (command.kind === 'add') this.#add(command.request);
-      else this.#abort(command.requestId, command.index);
+      switch (command.kind) {
+        case 'add':
+          this.#add(command.request);
+          break;
+        case 'abort':
+          this.#abort(command.requestId, command.index);
+          break;
+        case 'prefilled':
+          this.#scheduler.prefilled(command.transferId);
+      }
     }
   }
 

@@ -38,6 +38,8 @@ export type ToCore =
   | { readonly type: 'state'; readonly seq: number }
   /** KV of these requests is of no use any more: nobody will come for it, or with it. */
   | { readonly type: 'release'; readonly transferIds: readonly TransferId[] }
+  /** The producer is done with the prompts of these requests. */
+  | { readonly type: 'prefilled'; readonly transferIds: readonly TransferId[] }
   /** HTTP is up: start the pings. */
   | { readonly type: 'serve'; readonly httpAddress: string }
   /** No more pings; requests under way go on. */

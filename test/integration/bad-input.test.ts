@@ -136,6 +136,7 @@ describe('a thousand mutated messages of each kind', () => {
       instanceTimeoutMs: 10_000,
       prefillTimeoutMs: 1_000,
       decodeIdleTimeoutMs: 1_000,
+      overlap: 4,
       drainTimeoutMs: 0,
       log,
     });

@@ -119,6 +119,8 @@ export class FakeCore implements CorePort {
         setImmediate(() => this.emit({ type: 'closed' }));
         return;
       case 'abort':
+      case 'prefilled':
+      case 'release':
       case 'serve':
       case 'drain':
         return;

@@ -68,6 +68,8 @@ export class FakeEngine implements TransferEngineApi {
     this.#loadOf(requestId).done.reject(error);
   }
 
+  prefilled(): void {}
+
   cancelLoad(requestId: string): void {
     this.canceled.push(requestId);
     this.loadFailed(requestId, new PdError('REQUEST_ABORTED', 'given up'));

@@ -79,12 +79,14 @@ export class FakeUpstream {
   }
 
   /** Pings once. Without a digest, as vLLM does. */
-  async ping(discovery: HostPort, digest?: string): Promise<void> {
+  async ping(discovery: HostPort, digest?: string, features?: readonly string[]): Promise<void> {
     await sendPing(discovery, {
       type: this.role === 'producer' ? 'P' : 'D',
       http_address: this.httpAddress,
       zmq_address: this.zmqAddress,
-      ...(digest === undefined ? {} : { ours: { version: 1, digest, model: `model-${digest}` } }),
+      ...(digest !== undefined && {
+        ours: { version: 1, digest, model: `model-${digest}`, ...(features && { features }) },
+      }),
     });
   }
 

@@ -157,7 +157,11 @@ export function loadRequest(
   cache: readonly { name: string; target: PagedLayer }[],
   blocks: readonly number[],
   peer: HostPort,
-  extra: { readonly skipBlocks?: number; readonly timeoutMs?: number } = {},
+  extra: {
+    readonly skipBlocks?: number;
+    readonly timeoutMs?: number;
+    readonly prefillWithinMs?: number;
+  } = {},
 ) {
   return {
     requestId,
@@ -167,6 +171,7 @@ export function loadRequest(
     blockIds: Int32Array.from(blocks),
     skipBlocks: extra.skipBlocks ?? 0,
     ...(extra.timeoutMs === undefined ? {} : { timeoutMs: extra.timeoutMs }),
+    ...(extra.prefillWithinMs === undefined ? {} : { prefillWithinMs: extra.prefillWithinMs }),
   };
 }
 

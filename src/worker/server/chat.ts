@@ -8,6 +8,7 @@ import {
   encodePrompt,
   GenerationRun,
   type Plan,
+  prefillOf,
   promptTokenIdsOf,
   samplingOf,
   tokenIdsOf,
@@ -28,7 +29,7 @@ export async function postChatCompletions(
   try {
     const body = parseBody(chatSchema, request.body);
     const model = servedModel(context, body.model);
-    const plan = planOf(context, body, id);
+    const plan = { ...planOf(context, body, id), ...prefillOf(context, request) };
     return await respond(context, reply, new GenerationRun(context, plan), format(context, body, id, model), {
       stream: body.stream ?? false,
       includeUsage: body.stream_options?.include_usage ?? false,

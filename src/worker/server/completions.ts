@@ -9,6 +9,7 @@ import {
   GenerationRun,
   type Plan,
   type Prompt,
+  prefillOf,
   promptTokenIdsOf,
   samplingOf,
   tokenIdsOf,
@@ -30,7 +31,7 @@ export async function postCompletions(
   try {
     const body = parseBody(completionSchema, request.body);
     const model = servedModel(context, body.model);
-    const plan = planOf(context, body, id);
+    const plan = { ...planOf(context, body, id), ...prefillOf(context, request) };
     return await respond(context, reply, new GenerationRun(context, plan), format(context, body, id, model), {
       stream: body.stream ?? false,
       includeUsage: body.stream_options?.include_usage ?? false,

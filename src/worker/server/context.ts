@@ -12,7 +12,7 @@ export interface ServerContext {
     WorkerConfig,
     'servedModelNames' | 'randomizeRequestIds' | 'role' | 'maxNumSeqs' | 'debugState'
   >;
-  readonly core: Pick<CoreClient, 'generate' | 'info' | 'release' | 'state'>;
+  readonly core: Pick<CoreClient, 'generate' | 'info' | 'prefilled' | 'release' | 'state'>;
   readonly model: TextModel;
   readonly inFlight: InFlight;
   /** The main thread's own page. */

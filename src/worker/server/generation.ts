@@ -1,8 +1,10 @@
 /** Prompts of one HTTP request through the core: n completions of each, merged into one stream of events. */
 import { randomBytes, randomInt } from 'node:crypto';
+import type { FastifyRequest } from 'fastify';
 import { PdError } from '../../errors.ts';
 import type { RequestOutput, SamplingParams, TokenLogprob } from '../../scheduler/types.ts';
 import { engineRequestId } from '../../wire/ids.ts';
+import { PREFILL_WITHIN_HEADER, readPrefillWithin } from '../../wire/overlap.ts';
 import { AsyncQueue } from '../async-queue.ts';
 import { Choice, type ChoiceDelta } from './choice.ts';
 import type { ServerContext } from './context.ts';
@@ -24,6 +26,8 @@ export interface Plan {
   readonly maxTokens: number | undefined;
   readonly stops: readonly string[];
   readonly echo: boolean;
+  /** On a consumer: its producer may still compute the prompts for so long. */
+  readonly prefillWithinMs?: number;
 }
 
 /** Something new about choice `index` = prompt x n + completion. */
@@ -48,6 +52,13 @@ export interface Usage {
   readonly prompt_tokens: number;
   readonly total_tokens: number;
   readonly completion_tokens: number;
+}
+
+/** What the proxy says of a prefill that goes on. Only a consumer waits for one. */
+export function prefillOf({ config }: ServerContext, request: FastifyRequest): Pick<Plan, 'prefillWithinMs'> {
+  const ms =
+    config.role === 'consumer' ? readPrefillWithin(request.headers[PREFILL_WITHIN_HEADER]) : undefined;
+  return ms === undefined ? {} : { prefillWithinMs: ms };
 }
 
 /** Sampling parameters of a checked body. `logprobs`: alternatives per token. */
@@ -156,7 +167,7 @@ export class GenerationRun {
 
   async #pump(prompt: Prompt, at: number, out: AsyncQueue<ChoiceEvent>, signal: AbortSignal): Promise<void> {
     const { core, metrics, config, model } = this.#context;
-    const { n, sampling, stops, echo, maxTokens } = this.#plan;
+    const { n, sampling, stops, echo, maxTokens, prefillWithinMs } = this.#plan;
     const offset = echo ? prompt.text.length : 0;
     const choices = Array.from({ length: n }, () => new Choice(model, stops, sampling.minTokens, offset));
     this.#choices.push(...choices);
@@ -171,6 +182,7 @@ export class GenerationRun {
         promptTokens: prompt.tokens,
         sampling: { ...sampling, maxTokens: Math.max(Math.min(maxTokens ?? room, room), 1) },
         n,
+        ...(prefillWithinMs !== undefined && { prefillWithinMs }),
       },
       signal,
     );

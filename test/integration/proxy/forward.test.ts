@@ -23,6 +23,7 @@ async function startProxy({ host = '127.0.0.1', ...times }: Settings = {}): Prom
     instanceTimeoutMs: 60_000,
     prefillTimeoutMs: 10_000,
     decodeIdleTimeoutMs: 10_000,
+    overlap: 4,
     drainTimeoutMs: 5_000,
     log: { level: 'silent', format: 'json' },
     ...times,

@@ -18,6 +18,7 @@ async function pair(answers: { producer?: Answer; consumer?: Answer }, digest: s
     instanceTimeoutMs: 60_000,
     prefillTimeoutMs: 10_000,
     decodeIdleTimeoutMs: 10_000,
+    overlap: 4,
     drainTimeoutMs: 5_000,
     log: { level: 'silent', format: 'json' },
   });

@@ -3,7 +3,7 @@ import { request as httpRequest } from 'node:http';
 import type { AddressInfo } from 'node:net';
 import fc from 'fast-check';
 import { afterEach, describe, expect, it } from 'vitest';
-import type { DebugAudience } from '../../../src/config/worker-config.ts';
+import type { DebugAudience, WorkerConfig } from '../../../src/config/worker-config.ts';
 import { createLogger } from '../../../src/observability/log.ts';
 import { MetricsPage, readHistogram } from '../../../src/observability/metrics.ts';
 import type { TokenLogprob } from '../../../src/scheduler/types.ts';
@@ -34,6 +34,7 @@ async function start(
   script: Script = saying('hello'),
   randomizeRequestIds = true,
   debugState?: DebugAudience,
+  role: WorkerConfig['role'] = 'both',
 ) {
   const core = new FakeCore(script);
   const client = await core.connect();
@@ -43,7 +44,7 @@ async function start(
     config: {
       servedModelNames: ['demo', 'alias'],
       randomizeRequestIds,
-      role: 'both',
+      role,
       maxNumSeqs: 8,
       ...(debugState && { debugState }),
     },
@@ -672,5 +673,42 @@ describe('the rest', () => {
     expect((await json('/detokenize', { tokens: [999] })).status).toBe(400);
     expect((await json('/tokenize', {})).status).toBe(400);
     expect((await json('/tokenize', { prompt: 'a', model: 'gpt' })).status).toBe(404);
+  });
+});
+
+describe('a request whose prompt is still being computed elsewhere', () => {
+  const within = async (role: WorkerConfig['role'], header?: string) => {
+    const { core, json } = await start(saying('x'), true, undefined, role);
+    const headers = header === undefined ? {} : { 'x-pd-prefill-within': header };
+    expect((await json(COMPLETIONS, { prompt: 'Hi' }, headers)).status).toBe(200);
+    expect((await json(CHAT, { messages: user('Hi') }, headers)).status).toBe(200);
+    const [completion, chat] = core.added.map(({ prefillWithinMs }) => prefillWithinMs);
+    expect(chat).toBe(completion);
+    return completion;
+  };
+
+  it.each([
+    ['600000', 600_000],
+    ['99999999999', 86_400_000],
+    ['0', undefined],
+    ['-1', undefined],
+    ['1e3', undefined],
+    ['soon', undefined],
+    [undefined, undefined],
+  ] as const)('x-pd-prefill-within: %s lets a consumer wait %s ms longer', async (header, ms) => {
+    expect(await within('consumer', header)).toBe(ms);
+  });
+
+  it('means nothing to other workers', async () => {
+    expect(await within('producer', '600000')).toBeUndefined();
+    expect(await within('both', '600000')).toBeUndefined();
+  });
+
+  it('is told by /kv/prefilled that it waits no more', async () => {
+    const { core, json } = await start();
+    const notice = { request_id: 'r', route: '/v1/completions', prompts: 2 };
+    expect(await json('/kv/prefilled', notice)).toEqual({ status: 200, body: { prefilled: 2 } });
+    expect(core.received.at(-1)).toEqual({ type: 'prefilled', transferIds: ['cmpl-r-0', 'cmpl-r-1'] });
+    expect((await json('/kv/prefilled', { ...notice, prompts: 0 })).status).toBe(400);
   });
 });

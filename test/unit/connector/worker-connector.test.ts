@@ -186,6 +186,13 @@ describe('loading', () => {
     expect(await isSettled(all.worker.loadEnded)).toBe(false);
   });
 
+  it('tells the engine how long the prompt may still be computed', () => {
+    const all = connect('consumer');
+    all.scheduler.updateStateAfterAlloc({ ...request, prefillWithinMs: 700 }, [5, 3, 9], 4, 5);
+    all.worker.startLoadKv(all.scheduler.buildConnectorMeta([]));
+    expect(all.engine.loads[0]?.request.prefillWithinMs).toBe(700);
+  });
+
   it('waits for a layer of the loads of this step, failed ones too', async () => {
     const all = connect('consumer');
     startLoad(all);

@@ -51,6 +51,10 @@ function examine(transfer: Partial<TransferState>, metrics: Record<string, numbe
   return findings.filter(({ level }) => level === 'fail');
 }
 
+test('a wait for a prompt that is still being computed is no finding', () => {
+  expect(examine({ waiting: [{ ...wait(), prefilling: true }], pairs: [pair('open')] })).toEqual([]);
+});
+
 describe('a worker that waits is in scenario', () => {
   test.each<[string, Partial<TransferState>, RegExp]>([
     [

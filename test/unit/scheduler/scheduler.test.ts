@@ -1,5 +1,6 @@
 import { describe, expect, it } from 'vitest';
 import type { CoreRequest, SamplingParams } from '../../../src/scheduler/types.ts';
+import { transferIdOf } from '../../../src/wire/ids.ts';
 import { expectedTokens, GREEDY, requestId, SchedulerWorld } from '../../support/scheduler-world.ts';
 
 const OPTIONS = {
@@ -259,6 +260,22 @@ describe('KV from a peer', () => {
     for (const each of [request(6), request(6), request(14, {}, { remote: true })]) world.add(each);
     world.step();
     expect(world.loads.size).toBe(1);
+    world.drain();
+    expectAllTold(world);
+  });
+
+  it('loads KV that is being computed with that time, unless it is known to be over by then', () => {
+    const world = new SchedulerWorld(OPTIONS, 'consumer');
+    const [early, over] = [14, 14].map((length) => ({
+      ...request(length, {}, { remote: true }),
+      prefillWithinMs: 700,
+    })) as [CoreRequest, CoreRequest];
+    world.add(early);
+    world.add(over);
+    world.scheduler.prefilled(transferIdOf(over.requestId));
+    world.step();
+    expect(world.loads.get(early.requestId)?.prefillWithinMs).toBe(700);
+    expect(world.loads.get(over.requestId)?.prefillWithinMs).toBeUndefined();
     world.drain();
     expectAllTold(world);
   });

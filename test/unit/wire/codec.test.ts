@@ -142,6 +142,10 @@ describe('bytes on the wire are those of python-msgpack', () => {
     expect(decodePing(bytes(GOLDEN['ping ours']))).toEqual(ours);
     const untold: PingMessage = { ...ping, ours: { version: 1, digest: 'd1', model: 'demo' } };
     expect(decodePing(encodePing(untold))).toEqual(untold);
+    const able: PingMessage = { ...ours, ours: { ...ours.ours!, features: ['overlap', 'later'] } };
+    expect(decodePing(encodePing(able))).toEqual(able);
+    const wrong = { ...ours, ours: { ...ours.ours!, features: 'overlap' as unknown as string[] } };
+    expect(() => decodePing(encodePing(wrong))).toThrow(/features are "overlap", not a list/);
   });
 
   test('dimensions beyond 32 bits', () => {

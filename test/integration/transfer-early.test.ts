@@ -1,0 +1,141 @@
+/** Loads that begin while the producer still computes the prompt. */
+import { afterEach, describe, expect, it } from 'vitest';
+import { SEND_TYPES } from '../../src/transfer/types.ts';
+import { decodeMessage, encodeAnswer } from '../../src/wire/codec.ts';
+import type { TransferId } from '../../src/wire/ids.ts';
+import { RawListener } from '../support/raw-peer.ts';
+import {
+  failure,
+  leftovers,
+  loadRequest,
+  pagedCache,
+  Services,
+  sendCache,
+  transferOptions,
+  until,
+} from '../support/transfer.ts';
+
+const services = new Services();
+afterEach(() => services.dispose());
+
+describe.each(SEND_TYPES)('%s', (sendType) => {
+  it('a load outlives its deadline by the time that prefill may take', async () => {
+    const producer = await services.make({ sendType, timeouts: { answer: 1_000 } });
+    const consumer = await services.make({ sendType, timeouts: { load: 30 } });
+    const target = pagedCache(3, false);
+    // The first shows that its deadline has passed for the second too.
+    const told = failure(consumer.load(loadRequest('cmpl-a-0', target, [1], producer.address)));
+    const early = consumer.load(
+      loadRequest('cmpl-b-0', target, [2, 3], producer.address, { prefillWithinMs: 20_000 }),
+    );
+    expect((await told).code).toBe('KV_LOAD_TIMEOUT');
+    expect(consumer.state().waiting).toMatchObject([
+      { requestId: 'cmpl-b-0', deadlineMs: 20_030, prefilling: true },
+    ]);
+    sendCache(producer, 'cmpl-b-0', pagedCache(3, true), [4, 5], consumer.address);
+    expect((await early).bytes).toBeGreaterThan(0);
+    for (const id of ['cmpl-a-0', 'cmpl-b-0'] as TransferId[]) {
+      for (const one of [consumer, producer]) one.finish(id);
+    }
+    await until('all free', () => leftovers(consumer).length + leftovers(producer).length === 0);
+  });
+
+  it('and no longer once prefill is known to be over', async () => {
+    const producer = await services.make({ sendType });
+    const consumer = await services.make({ sendType, timeouts: { load: 30 } });
+    const target = pagedCache(1, false);
+    const early = failure(
+      consumer.load(
+        loadRequest('cmpl-c-0-0123abcd', target, [2], producer.address, { prefillWithinMs: 600_000 }),
+      ),
+    );
+    consumer.prefilled('cmpl-other-0' as TransferId);
+    consumer.prefilled('cmpl-c-0' as TransferId);
+    const { code, message } = await early;
+    expect(code).toBe('KV_LOAD_TIMEOUT');
+    expect(message).toContain('within 30 ms');
+  });
+});
+
+it('GET: a producer that holds its answers back is asked again at once, however often', async () => {
+  const often = 40; // with pauses that grow to a second this would take half a minute
+  let asked = 0;
+  let enough = () => {};
+  const askedOften = new Promise<void>((resolve) => {
+    enough = resolve;
+  });
+  const { limits } = transferOptions();
+  const producer = services.add(
+    await RawListener.listen((body, answer, listener) => {
+      const message = decodeMessage(body, limits);
+      if (message.cmd === 'NEW') {
+        const { version } = message.ours!;
+        answer(encodeAnswer({ kind: 'hello', hello: { version, features: ['seq'], sendType: 'GET' } }));
+        void listener.join(message.unique_id);
+      } else if (message.cmd === 'GET') {
+        if (++asked === often) enough();
+        const { seq } = message.ours!;
+        const missing = encodeAnswer({ kind: 'get', ret: 1, ...(seq !== undefined && { seq }) });
+        setTimeout(() => asked < often && answer(missing), 12);
+      }
+    }),
+  );
+  const consumer = await services.make({ sendType: 'GET', timeouts: { answer: 40 } }); // 12 ms are long
+  const load = failure(consumer.load(loadRequest('cmpl-d-0', pagedCache(1, false), [0], producer.address)));
+  await askedOften;
+  consumer.cancelLoad('cmpl-d-0');
+  expect((await load).code).toBe('REQUEST_ABORTED');
+});
+
+describe('GET: of what is asked for early', () => {
+  // Held answers come long after the test.
+  const patient = { sendType: 'GET', timeouts: { answer: 120_000 } } as const;
+
+  it('what is there first comes first', async () => {
+    const producer = await services.make(patient);
+    const consumer = await services.make(patient);
+    const target = pagedCache(2, false);
+    const [slow, quick] = ['cmpl-h-0', 'cmpl-i-0'].map((id, at) =>
+      consumer.load(loadRequest(id, target, [at], producer.address, { prefillWithinMs: 60_000 })),
+    ) as [Promise<unknown>, Promise<unknown>];
+    const failed = failure(slow);
+    sendCache(producer, 'cmpl-i-0', pagedCache(2, true), [5], consumer.address);
+    await quick;
+    consumer.cancelLoad('cmpl-h-0');
+    expect((await failed).code).toBe('REQUEST_ABORTED');
+  });
+
+  it('what cannot be kept is told to who waits', async () => {
+    const producer = await services.make({ ...patient, kvBufferSize: 64, memPoolSize: 0 });
+    const consumer = await services.make(patient);
+    const load = failure(
+      consumer.load(
+        loadRequest('cmpl-j-0', pagedCache(1, false), [1], producer.address, { prefillWithinMs: 60_000 }),
+      ),
+    );
+    await until('the pair is open', () => producer.state().pairs.some(({ state }) => state === 'open'));
+    const [sent] = sendCache(producer, 'cmpl-j-0', pagedCache(1, true), [5], consumer.address);
+    expect((await failure(sent!.sent)).code).toBe('KV_BUFFER_FULL');
+    expect((await load).message).toContain('does not have cmpl-j-0#model.layers.0.self_attn.attn any more');
+  });
+});
+
+it('a pair that was lost before the load began is no reason to give it up', async () => {
+  const timeouts = { connect: 20 };
+  const consumer = await services.make({ timeouts });
+  const first = await services.make();
+  const { address } = first;
+  await Promise.all(
+    sendCache(first, 'cmpl-e-0', pagedCache(1, true), [1], consumer.address).map(({ sent }) => sent),
+  );
+  consumer.finish('cmpl-e-0' as TransferId);
+  await first.dispose();
+  await until('the pair is over', () => consumer.state().pairs.every(({ state }) => state === 'over'));
+  const producer = await services.make({ port: address.port });
+  const target = pagedCache(1, false);
+  const late = failure(consumer.load(loadRequest('cmpl-f-0', target, [2], address)));
+  const early = consumer.load(loadRequest('cmpl-g-0', target, [3], address, { prefillWithinMs: 60_000 }));
+  expect((await late).code).toBe('KV_LOAD_FAILED');
+  sendCache(producer, 'cmpl-g-0', pagedCache(1, true), [3], consumer.address);
+  expect((await early).bytes).toBeGreaterThan(0);
+});
