@@ -19,7 +19,10 @@ import { countPrompts, tellPrefilled } from './release.ts';
 import type { UpstreamResponse } from './upstream.ts';
 import { answerWith } from './whole-answer.ts';
 
-/** KV that is on its way comes sooner; a consumer that still has none is told then that the prompt is computed. */
+/**
+ * KV that is on its way comes sooner; a consumer that still has none is told then that the prompt is computed. It is told again after twice
+ * the time, and so on: one that missed it would wait for as long as prefill may take.
+ */
 const NOTICE_MS = 250;
 /** For the producer's answer, once the client has all of the consumer's. */
 const GRACE_MS = 2_000;
@@ -79,7 +82,13 @@ async function headOf(
   const { upstream, log, decodeIdleTimeoutMs } = parts;
   const { exchange, pair, requestId } = attempt;
   const { route, json } = exchange;
-  const notice = setTimeout(() => tellPrefilled(upstream, log, { pair, requestId, route, json }), NOTICE_MS);
+  let pauseMs = NOTICE_MS;
+  const tell = () => {
+    tellPrefilled(upstream, log, { pair, requestId, route, json });
+    pauseMs *= 2;
+    notice = setTimeout(tell, pauseMs);
+  };
+  let notice = setTimeout(tell, pauseMs);
   const late = setTimeout(() => giveUp.abort(decodeTimeout(parts, attempt)), decodeIdleTimeoutMs);
   try {
     return valueIn(await asking);

@@ -1,6 +1,6 @@
 /**
- * What a pair is told of a request's KV, beside the request itself. A kindness, not a duty: it is said once, with a short deadline, and
- * only to instances of ours; what it misses the workers' own deadlines mend.
+ * What a pair is told of a request's KV, beside the request itself. A kindness, not a duty: it is said with a short deadline, and only to
+ * instances of ours; what it misses the workers' own deadlines mend.
  */
 import { PdError } from '../errors.ts';
 import type { Logger } from '../observability/log.ts';

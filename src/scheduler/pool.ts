@@ -81,6 +81,13 @@ export class SequencePool {
     }
   }
 
+  /** Nobody will come for KV of it, however it ends. */
+  released(transferId: TransferId): void {
+    for (const group of this.#groups.values()) {
+      if (transferIdOf(group.request.requestId) === transferId) group.aborted = true;
+    }
+  }
+
   /** Moves a sequence to the queue of `state`; blocks are the caller's business. */
   move(sequence: Sequence, state: 'waiting' | 'ready' | 'running' | 'loading'): void {
     this.#leaveQueue(sequence);

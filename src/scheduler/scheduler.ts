@@ -103,6 +103,11 @@ export class Scheduler {
     this.#pool.prefilled(transferId);
   }
 
+  /** The other end of the pair will not decode it: however it ends, its KV is not kept. Also while a step is under way. */
+  released(transferId: TransferId): void {
+    this.#pool.released(transferId);
+  }
+
   /** Decides the next step. An empty batch means that nothing can run before a request comes or a load ends. */
   schedule(): SchedulerStep {
     this.#assertNoStep('schedule');

@@ -76,11 +76,13 @@ export class Loads {
     const peer = load.peer;
     log.debug({ requestId, transferId, peer, layers: request.layers.length }, `load ${requestId}`);
     this.#limit(load, timeoutMs, prefillWithinMs !== undefined);
-    // A pair that was lost before the producer had anything to send is opened anew when it has.
-    const before = prefillWithinMs === undefined ? undefined : this.#peers.lostPair(peer);
+    // A pair that was lost before the producer had anything to send is opened anew when it has, which is by the look after the notice.
+    let forgiven = prefillWithinMs === undefined ? undefined : this.#peers.lostPair(peer);
     const lostPair = () => {
       const lost = this.#peers.lostPair(peer);
-      return lost === before ? undefined : lost;
+      if (lost !== forgiven) return lost;
+      if (!this.#loads.get(load)?.prefilling) forgiven = undefined;
+      return undefined;
     };
     // In GET our own link to the peer knows.
     const watch =

@@ -65,7 +65,10 @@ function receive(core: CoreParts, message: Exclude<ToCore, { readonly type: 'shu
       void answerState(core, message.seq);
       return;
     case 'release':
-      for (const id of message.transferIds) core.engine?.finish(id);
+      for (const id of message.transferIds) {
+        core.loop.released(id);
+        core.engine?.finish(id);
+      }
       return;
     case 'prefilled':
       for (const id of message.transferIds) {

@@ -40,7 +40,7 @@ export interface CoreLoopOptions {
 type Command =
   | { readonly kind: 'add'; readonly request: CoreRequest }
   | { readonly kind: 'abort'; readonly requestId: EngineRequestId; readonly index: number | undefined }
-  | { readonly kind: 'prefilled'; readonly transferId: TransferId };
+  | { readonly kind: 'prefilled' | 'released'; readonly transferId: TransferId };
 
 export class CoreLoop {
   readonly #options: CoreLoopOptions;
@@ -78,6 +78,12 @@ export class CoreLoop {
   /** The producer is done with the prompt; it matters to a request whose load has not begun. */
   prefilled(transferId: TransferId): void {
     this.#hear({ kind: 'prefilled', transferId });
+  }
+
+  /** Nobody will come for its KV, and the step under way may end it: at once for what is known, in its turn for what has just come. */
+  released(transferId: TransferId): void {
+    this.#scheduler.released(transferId);
+    this.#hear({ kind: 'released', transferId });
   }
 
   /** Ends the loop after the step under way; `run` resolves then, and every request left has ended with SERVER_DRAINING. Idempotent. */
@@ -192,6 +198,9 @@ export class CoreLoop {
           break;
         case 'prefilled':
           this.#scheduler.prefilled(command.transferId);
+          break;
+        case 'released':
+          this.#scheduler.released(command.transferId);
       }
     }
   }

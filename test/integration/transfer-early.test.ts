@@ -139,3 +139,23 @@ it('a pair that was lost before the load began is no reason to give it up', asyn
   sendCache(producer, 'cmpl-g-0', pagedCache(1, true), [3], consumer.address);
   expect((await early).bytes).toBeGreaterThan(0);
 });
+
+it('nor is it one after prefill is over, unless the producer has not opened it anew by then', async () => {
+  const consumer = await services.make({ timeouts: { connect: 20 } });
+  const first = await services.make();
+  const { address } = first;
+  await Promise.all(
+    sendCache(first, 'cmpl-k-0', pagedCache(1, true), [1], consumer.address).map(({ sent }) => sent),
+  );
+  consumer.finish('cmpl-k-0' as TransferId);
+  await first.dispose();
+  await until('the pair is over', () => consumer.state().pairs.every(({ state }) => state === 'over'));
+  await services.make({ port: address.port }); // alive, with nothing to send
+  const early = consumer.load(
+    loadRequest('cmpl-l-0', pagedCache(1, false), [2], address, { prefillWithinMs: 60_000 }),
+  );
+  consumer.prefilled('cmpl-l-0' as TransferId);
+  const { code, message } = await failure(early);
+  expect(code).toBe('KV_LOAD_FAILED');
+  expect(message).toContain('pair with');
+});

@@ -88,10 +88,10 @@ class Scripted {
     await answerJson(status, extra)(this.requests[0]!, out);
   }
 
-  /** Resolves once it has been told so. */
-  async untilTold(path: string): Promise<Asked> {
+  /** Resolves once it has been told so, for the nth time. */
+  async untilTold(path: string, times = 1): Promise<Asked> {
     for (;;) {
-      const found = this.told(path)[0];
+      const found = this.told(path)[times - 1];
       if (found) return found;
       await this.#event();
     }
@@ -184,6 +184,18 @@ describe('where both know how', () => {
       route: '/v1/completions',
       prompts: 1,
     });
+    await consumer.answer();
+    expect((await response).status).toBe(200);
+  });
+
+  test('and told again while it waits, for it may have missed it', async () => {
+    const { proxy, producer, consumer } = await pair();
+    const response = post(proxy);
+    await consumer.asked();
+    await producer.answer();
+    await consumer.untilTold('/kv/prefilled', 2);
+    const [first, second] = consumer.told('/kv/prefilled');
+    expect(second!.json).toEqual(first!.json);
     await consumer.answer();
     expect((await response).status).toBe(200);
   });

@@ -15,6 +15,7 @@ import type {
   RequestOutput,
 } from '../../../src/scheduler/types.ts';
 import type { SendType } from '../../../src/transfer/types.ts';
+import { transferIdOf } from '../../../src/wire/ids.ts';
 import { CoreLoop } from '../../../src/worker/core.ts';
 import { FakeEngine } from '../../support/fake-engine.ts';
 import { GREEDY, requestId } from '../../support/scheduler-world.ts';
@@ -278,6 +279,32 @@ describe('CoreLoop', () => {
       expect(tokensOf(await harness.outcome(remote))).toEqual([100]);
       await turn();
       expect(engine.finished).toMatchObject([{ keepSends: true }]);
+    });
+
+    it('keeps no KV of what was released while a step was under way, in the step or come during it', async () => {
+      const harness = start({ role: 'producer', sendType: 'PUT' });
+      const { engine, loop } = harness;
+      const [first, second] = [1, 2].map(() => request(5, { remote: true, maxTokens: 1 })) as [
+        CoreRequest,
+        CoreRequest,
+      ];
+      const saved = new Promise<void>((resolve) => {
+        engine.onSend = () => engine.sends.length === 3 && resolve();
+      });
+      loop.add(first);
+      await saved;
+      loop.add(second);
+      for (const { requestId: id } of [first, second]) loop.released(transferIdOf(id));
+      engine.autoSend = true;
+      for (const { gathered, sent } of engine.sends) {
+        gathered.resolve();
+        sent.resolve(1);
+      }
+      await Promise.all([harness.outcome(first), harness.outcome(second)]);
+      await turn();
+      expect(engine.finished).toEqual(
+        [first, second].map(({ requestId: id }) => ({ id: transferIdOf(id), keepSends: false })),
+      );
     });
 
     it('answers although its KV could not be sent, and counts it', async () => {
