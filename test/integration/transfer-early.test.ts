@@ -1,9 +1,7 @@
 /** Loads that begin while the producer still computes the prompt. */
 import { afterEach, describe, expect, it } from 'vitest';
 import { SEND_TYPES } from '../../src/transfer/types.ts';
-import { decodeMessage, encodeAnswer } from '../../src/wire/codec.ts';
 import type { TransferId } from '../../src/wire/ids.ts';
-import { RawListener } from '../support/raw-peer.ts';
 import {
   failure,
   leftovers,
@@ -11,7 +9,6 @@ import {
   pagedCache,
   Services,
   sendCache,
-  transferOptions,
   until,
 } from '../support/transfer.ts';
 
@@ -55,36 +52,6 @@ describe.each(SEND_TYPES)('%s', (sendType) => {
     expect(code).toBe('KV_LOAD_TIMEOUT');
     expect(message).toContain('within 30 ms');
   });
-});
-
-it('GET: a producer that holds its answers back is asked again at once, however often', async () => {
-  const often = 40; // with pauses that grow to a second this would take half a minute
-  let asked = 0;
-  let enough = () => {};
-  const askedOften = new Promise<void>((resolve) => {
-    enough = resolve;
-  });
-  const { limits } = transferOptions();
-  const producer = services.add(
-    await RawListener.listen((body, answer, listener) => {
-      const message = decodeMessage(body, limits);
-      if (message.cmd === 'NEW') {
-        const { version } = message.ours!;
-        answer(encodeAnswer({ kind: 'hello', hello: { version, features: ['seq'], sendType: 'GET' } }));
-        void listener.join(message.unique_id);
-      } else if (message.cmd === 'GET') {
-        if (++asked === often) enough();
-        const { seq } = message.ours!;
-        const missing = encodeAnswer({ kind: 'get', ret: 1, ...(seq !== undefined && { seq }) });
-        setTimeout(() => asked < often && answer(missing), 12);
-      }
-    }),
-  );
-  const consumer = await services.make({ sendType: 'GET', timeouts: { answer: 40 } }); // 12 ms are long
-  const load = failure(consumer.load(loadRequest('cmpl-d-0', pagedCache(1, false), [0], producer.address)));
-  await askedOften;
-  consumer.cancelLoad('cmpl-d-0');
-  expect((await load).code).toBe('REQUEST_ABORTED');
 });
 
 describe('GET: of what is asked for early', () => {
