@@ -89,7 +89,9 @@ export class Answering {
     // pd-doctor asks for it to see whether anybody answers: no peer's mistake, nothing to log or count.
     if (get.tensor_id === PROBE_TENSOR) return reply(session, missing(get));
     if (!(await this.#mayTransfer(session, get))) return;
-    const kept = await keeper.find(get.tensor_id, this.#parkMs);
+    // One of ours that has not heard our hello yet asks without a number, and what it asks next would wait behind this: it asks again at once.
+    const inOrder = session.hello !== undefined && get.ours?.seq === undefined;
+    const kept = await keeper.find(get.tensor_id, inOrder ? 0 : this.#parkMs);
     const pair = await this.#pairFor(session);
     if (session.replaced) return;
     if (!pair) return this.#noPair(session, get);
