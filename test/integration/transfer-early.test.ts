@@ -1,7 +1,9 @@
 /** Loads that begin while the producer still computes the prompt. */
 import { afterEach, describe, expect, it } from 'vitest';
 import { SEND_TYPES } from '../../src/transfer/types.ts';
+import { encodeMessage } from '../../src/wire/codec.ts';
 import type { TransferId } from '../../src/wire/ids.ts';
+import { RawPeer } from '../support/raw-peer.ts';
 import {
   failure,
   leftovers,
@@ -70,6 +72,19 @@ describe('GET: of what is asked for early', () => {
     await quick;
     consumer.cancelLoad('cmpl-h-0');
     expect((await failed).code).toBe('REQUEST_ABORTED');
+  });
+
+  it('one of ours that has not heard our hello, and so asks in order, holds up nothing behind it', async () => {
+    const producer = await services.make({ sendType: 'GET', timeouts: { answer: 600_000 } });
+    const peer = services.add(new RawPeer(producer.address));
+    const transport = await peer.transport();
+    const uniqueId = transport.createUniqueId();
+    const ours = { version: 1, features: [], sendType: 'GET' } as const;
+    await peer.say(encodeMessage({ cmd: 'NEW', unique_id: uniqueId, ours }));
+    await transport.open({ uniqueId, rank: 0, peer: 'engine', timeoutMs: 5_000 });
+    await peer.answer(1);
+    await peer.say({ cmd: 'GET', tensor_id: 'nowhere#l' });
+    expect(await peer.answer(2)).toContain('ret');
   });
 
   it('what cannot be kept is told to who waits', async () => {
