@@ -1,5 +1,7 @@
 /** One prompt of the demo: through the proxy and through an undivided worker, and what the consumer's metrics say of it. */
 
+import { type KvShape, kvBlockBytes } from './kv-shape.ts';
+
 export interface Prompt {
   readonly prompt: string;
   readonly maxTokens: number;
@@ -18,15 +20,6 @@ export const PROMPTS: readonly Prompt[] = [
     maxTokens: 20,
   },
 ];
-
-/** What KV bytes hang on. */
-export interface KvShape {
-  readonly layers: number;
-  readonly kvHeads: number;
-  readonly headDim: number;
-  readonly elementBytes: number;
-  readonly blockSize: number;
-}
 
 export interface Addresses {
   readonly proxy: { readonly url: string; readonly discovery: string };
@@ -61,13 +54,12 @@ export async function runPrompt(
   const undivided = await complete(undividedUrl, request);
   const rise = (name: string) => (after.get(name) ?? Number.NaN) - (before.get(name) ?? Number.NaN);
 
-  const { layers, kvHeads, headDim, elementBytes, blockSize } = shape;
-  const tokens = Math.ceil(answer.promptTokens / blockSize) * blockSize;
+  const blocks = Math.ceil(answer.promptTokens / shape.blockSize);
   const expected: readonly (readonly [string, number])[] = [
     ['pd_kv_loads_total{result="ok"}', 1],
     ['pd_kv_loads_total{result="recomputed"}', 0],
     ['pd_kv_loads_total{result="failed"}', 0],
-    ['pd_kv_received_bytes_total', layers * 2 * tokens * kvHeads * headDim * elementBytes],
+    ['pd_kv_received_bytes_total', blocks * kvBlockBytes(shape)],
     ['pd_prompt_tokens_total{source="computed"}', 1],
     ['pd_prompt_tokens_total{source="loaded"}', answer.promptTokens - 1],
   ];

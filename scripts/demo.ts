@@ -2,13 +2,14 @@
  * The demonstration that KV truly moves: one proxy, one producer and one consumer, beside them one undivided worker, and four prompts.
  * Each must give the undivided worker's text, and the consumer's metrics must show that it loaded the prompt's KV and computed one token.
  */
-import { existsSync, readFileSync } from 'node:fs';
+import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { Command, Option } from 'commander';
 import { Supervisor } from '../src/cli/launch-supervisor.ts';
 import { demoModelDir } from '../src/model/demo.ts';
-import { type Addresses, type KvShape, PROMPTS, runPrompt } from './demo-checks.ts';
+import { type Addresses, PROMPTS, runPrompt } from './demo-checks.ts';
+import { readKvShape } from './kv-shape.ts';
 
 const BLOCK_SIZE = 16;
 /**
@@ -53,19 +54,6 @@ const options = new Command('demo.sh')
   .allowExcessArguments(false)
   .parse()
   .opts<DemoOptions>();
-
-function kvShape(modelDir: string): KvShape {
-  const config = JSON.parse(readFileSync(join(modelDir, 'config.json'), 'utf8')) as Record<string, unknown>;
-  const number = (name: string) => (typeof config[name] === 'number' ? config[name] : undefined);
-  const heads = number('num_attention_heads') ?? 1;
-  return {
-    layers: number('num_hidden_layers') ?? 0,
-    kvHeads: number('num_key_value_heads') ?? heads,
-    headDim: number('head_dim') ?? (number('hidden_size') ?? 0) / heads,
-    elementBytes: onGpu ? 2 : 4, // the host computes in float32
-    blockSize: BLOCK_SIZE,
-  };
-}
 
 const onGpu = (options.executor ?? options.device) === 'cuda';
 /** `scripts/` of the sources, `dist/scripts/` in the bundle. */
@@ -125,7 +113,7 @@ async function runAll(addresses: Addresses, undivided: string): Promise<{ passed
   const response = await fetch(`${addresses.proxy.url}/v1/models`);
   const models = (await response.json()) as { data: { id: string }[] };
   const model = models.data[0]?.id ?? 'demo';
-  const shape = kvShape(options.model ?? demoModelDir());
+  const shape = readKvShape(options.model ?? demoModelDir(), onGpu ? 2 : 4, BLOCK_SIZE);
   let passed = 0;
   for (const [i, prompt] of PROMPTS.entries()) {
     console.log(`\n${i + 1}. ${JSON.stringify(prompt.prompt)}, ${prompt.maxTokens} tokens`);

@@ -1,6 +1,5 @@
 /** What the checks need to know of a checkpoint. */
-import { readFileSync } from 'node:fs';
-import { join } from 'node:path';
+import { kvBlockBytes, readConfig, readKvShape } from '../../scripts/kv-shape.ts';
 import { BLOCK_SIZE } from './loads.ts';
 
 export interface CheckpointShape {
@@ -11,15 +10,12 @@ export interface CheckpointShape {
   readonly blockBytes: number;
 }
 
-/** `elementBytes`: of the cache, 4 where the host computes. */
+/** `elementBytes`: of the cache. */
 export function readShape(dir: string, elementBytes: number): CheckpointShape {
-  const config = JSON.parse(readFileSync(join(dir, 'config.json'), 'utf8')) as Record<string, number>;
-  const heads = config['num_attention_heads']!;
-  const kvHeads = config['num_key_value_heads'] ?? heads;
-  const headDim = config['head_dim'] ?? config['hidden_size']! / heads;
+  const config = readConfig(dir);
   return {
-    vocab: config['vocab_size']!,
-    positions: config['max_position_embeddings']!,
-    blockBytes: config['num_hidden_layers']! * 2 * BLOCK_SIZE * kvHeads * headDim * elementBytes,
+    vocab: config['vocab_size'] ?? 0,
+    positions: config['max_position_embeddings'] ?? 0,
+    blockBytes: kvBlockBytes(readKvShape(dir, elementBytes, BLOCK_SIZE)),
   };
 }

@@ -2,32 +2,17 @@ import { once } from 'node:events';
 import type { ServerResponse } from 'node:http';
 import { afterEach, describe, expect, test } from 'vitest';
 import { formatHostPort } from '../../../src/net/address.ts';
-import { PdProxy } from '../../../src/proxy/proxy.ts';
+import type { PdProxy } from '../../../src/proxy/proxy.ts';
 import { type Answer, type Asked, answerJson, FakeUpstream, sendPing } from '../../support/fake-upstream.ts';
+import { startQuietProxy } from '../../support/quiet-proxy.ts';
 
 const closing: (() => Promise<unknown>)[] = [];
 afterEach(async () => {
   for (const close of closing.splice(0).reverse()) await close();
 });
 
-interface Settings {
-  readonly prefillTimeoutMs?: number;
-  readonly decodeIdleTimeoutMs?: number;
-  readonly host?: string;
-}
-
-async function startProxy({ host = '127.0.0.1', ...times }: Settings = {}): Promise<PdProxy> {
-  const proxy = await PdProxy.start({
-    http: { host, port: 0 },
-    discovery: { host, port: 0 },
-    instanceTimeoutMs: 60_000,
-    prefillTimeoutMs: 10_000,
-    decodeIdleTimeoutMs: 10_000,
-    overlap: 4,
-    drainTimeoutMs: 5_000,
-    log: { level: 'silent', format: 'json' },
-    ...times,
-  });
+async function startProxy(settings?: Parameters<typeof startQuietProxy>[0]): Promise<PdProxy> {
+  const proxy = await startQuietProxy(settings);
   closing.push(() => proxy.close(0));
   return proxy;
 }

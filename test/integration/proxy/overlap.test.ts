@@ -3,9 +3,10 @@ import { once } from 'node:events';
 import type { ServerResponse } from 'node:http';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { formatHostPort } from '../../../src/net/address.ts';
-import { PdProxy } from '../../../src/proxy/proxy.ts';
+import type { PdProxy } from '../../../src/proxy/proxy.ts';
 import { OVERLAP_FEATURE } from '../../../src/wire/overlap.ts';
 import { type Answer, type Asked, answerJson, FakeUpstream } from '../../support/fake-upstream.ts';
+import { startQuietProxy } from '../../support/quiet-proxy.ts';
 
 const closing: (() => Promise<unknown>)[] = [];
 const unhandled: unknown[] = [];
@@ -17,24 +18,11 @@ afterEach(async () => {
   expect(unhandled.splice(0)).toEqual([]);
 });
 
-const host = '127.0.0.1';
 const REQUEST = { model: 'm', prompt: 'Hello world', max_tokens: 10 };
 const DRAINING = answerJson(503, { error: { code: 'SERVER_DRAINING', message: 'stopping' } });
 
-async function startProxy(
-  settings: { overlap?: number; prefillTimeoutMs?: number; decodeIdleTimeoutMs?: number } = {},
-): Promise<PdProxy> {
-  const proxy = await PdProxy.start({
-    http: { host, port: 0 },
-    discovery: { host, port: 0 },
-    instanceTimeoutMs: 60_000,
-    prefillTimeoutMs: 10_000,
-    decodeIdleTimeoutMs: 10_000,
-    overlap: 4,
-    drainTimeoutMs: 5_000,
-    log: { level: 'silent', format: 'json' },
-    ...settings,
-  });
+async function startProxy(settings?: Parameters<typeof startQuietProxy>[0]): Promise<PdProxy> {
+  const proxy = await startQuietProxy(settings);
   closing.push(() => proxy.close(0));
   return proxy;
 }

@@ -2,8 +2,8 @@
 import { once } from 'node:events';
 import { afterEach, expect, test } from 'vitest';
 import { formatHostPort } from '../../../src/net/address.ts';
-import { PdProxy } from '../../../src/proxy/proxy.ts';
 import { type Answer, type Asked, answerJson, FakeUpstream } from '../../support/fake-upstream.ts';
+import { startQuietProxy } from '../../support/quiet-proxy.ts';
 
 const closing: (() => Promise<unknown>)[] = [];
 afterEach(async () => {
@@ -11,17 +11,7 @@ afterEach(async () => {
 });
 
 async function pair(answers: { producer?: Answer; consumer?: Answer }, digest: string | null = 'd') {
-  const host = '127.0.0.1';
-  const proxy = await PdProxy.start({
-    http: { host, port: 0 },
-    discovery: { host, port: 0 },
-    instanceTimeoutMs: 60_000,
-    prefillTimeoutMs: 10_000,
-    decodeIdleTimeoutMs: 10_000,
-    overlap: 4,
-    drainTimeoutMs: 5_000,
-    log: { level: 'silent', format: 'json' },
-  });
+  const proxy = await startQuietProxy();
   closing.push(() => proxy.close(0));
   const start = async (role: 'producer' | 'consumer') => {
     const upstream = await FakeUpstream.start(role, answers[role] ?? answerJson());

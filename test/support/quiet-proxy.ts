@@ -1,0 +1,24 @@
+/** A proxy in this process, on free ports, that says nothing and forgets no instance; with fake-upstream.ts on either side of it. */
+import { PdProxy } from '../../src/proxy/proxy.ts';
+
+interface QuietSettings {
+  readonly host?: string;
+  readonly overlap?: number;
+  readonly prefillTimeoutMs?: number;
+  readonly decodeIdleTimeoutMs?: number;
+}
+
+/** The caller closes it. */
+export function startQuietProxy({ host = '127.0.0.1', ...settings }: QuietSettings = {}): Promise<PdProxy> {
+  return PdProxy.start({
+    http: { host, port: 0 },
+    discovery: { host, port: 0 },
+    instanceTimeoutMs: 60_000,
+    prefillTimeoutMs: 10_000,
+    decodeIdleTimeoutMs: 10_000,
+    overlap: 4,
+    drainTimeoutMs: 5_000,
+    log: { level: 'silent', format: 'json' },
+    ...settings,
+  });
+}
