@@ -7,7 +7,7 @@
 import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
 import {
-  type EngineRequestId,
+  type ConnectorRequest,
   engineRequestId,
   fingerprint,
   hostMemory,
@@ -25,6 +25,7 @@ import {
   type SendType,
   slotMapping,
   TransferEngine,
+  transferIdOf,
 } from 'pd-worker';
 
 const LAYERS = 3;
@@ -66,6 +67,8 @@ function toyLayer(cache: Int32Array, slots: readonly number[], position: number,
   return attention;
 }
 
+type Ids = Pick<ConnectorRequest, 'requestId' | 'transferId'>;
+
 interface Generated {
   readonly token: number;
   /** Prompt tokens computed here; the others were loaded. */
@@ -95,8 +98,9 @@ class ToyRuntime {
   }
 
   /** Computes (or loads) the prompt and makes one token. A real runtime has many requests in each step; the calls are the same. */
-  async generate(requestId: EngineRequestId, prompt: readonly number[]): Promise<Generated> {
-    const request = { requestId, numPromptTokens: prompt.length, mayLoad: true };
+  async generate({ requestId, transferId }: Ids, prompt: readonly number[]): Promise<Generated> {
+    const promptTokens = Int32Array.from(prompt);
+    const request = { requestId, transferId, numPromptTokens: prompt.length, promptTokens, mayLoad: true };
     const external = this.#scheduler.getNumNewMatchedTokens(request, 0);
     const blockIds = this.#freeBlocks.splice(0, Math.ceil(prompt.length / LAYOUT.blockSize));
     this.#scheduler.updateStateAfterAlloc(request, blockIds, 0, external);
@@ -116,8 +120,11 @@ class ToyRuntime {
         states = states.map((state, j) => toyLayer(this.#caches[i]!, slots, done + j, state));
         this.#worker.saveKvLayer(name, cache); // on a GPU, with an event of the stream that writes it
       }
-      const failed = await this.#worker.waitForSave(); // only now may blocks be overwritten
-      assert.deepEqual(failed, []);
+      const unsaved = await this.#worker.waitForSave(); // only now may blocks be overwritten
+      assert.deepEqual(
+        unsaved.filter(({ state }) => state === 'failed'),
+        [],
+      );
       token = states.at(-1)!;
       computed += count;
       done += count;
@@ -125,7 +132,7 @@ class ToyRuntime {
 
     const kv = this.#caches.map((cache) => slots.flatMap((slot) => kvOf(cache, slot)));
     this.#scheduler.requestFinished(requestId);
-    this.#worker.requestFinished(requestId);
+    this.#worker.requestFinished({ requestId, transferId, aborted: false });
     this.#freeBlocks.push(...blockIds);
     return { token, computed, kv };
   }
@@ -165,11 +172,15 @@ for (const sendType of SEND_TYPES) {
   const producer = new ToyRuntime('producer', sending, sendType);
   const consumer = new ToyRuntime('consumer', receiving, sendType);
 
-  // The id tells each side where the other one is. Each engine adds a random suffix of its own; KV is keyed by what they share.
+  // The transfer id tells each side where the other one is, and KV is keyed by it. Each engine adds a random suffix for itself.
   const idOf = (index: number) => {
     const header = proxyRequestId(sending.address, receiving.address, randomBytes(16).toString('hex'));
-    const suffixed = () => engineRequestId(`cmpl-${header}-${index}`, randomBytes(4).toString('hex'));
-    return { there: suffixed(), here: suffixed() };
+    const transferId = transferIdOf(`cmpl-${header}-${index}`);
+    const ids = () => ({
+      transferId,
+      requestId: engineRequestId(transferId, randomBytes(4).toString('hex')),
+    });
+    return { there: ids(), here: ids() };
   };
 
   for (const length of [2, 4, 13]) {
@@ -194,6 +205,10 @@ for (const sendType of SEND_TYPES) {
   // KV that no producer sends: after the deadline the consumer computes the prompt itself.
   const prompt = [7, 8, 9];
   const local = await consumer.generate(idOf(1).here, prompt);
+  const alone = {
+    requestId: engineRequestId('no-peer-in-this-id'),
+    transferId: transferIdOf('no-peer-in-this-id'),
+  };
   assert.equal(local.computed, prompt.length);
-  assert.equal(local.token, (await producer.generate(engineRequestId('no-peer-in-this-id'), prompt)).token);
+  assert.equal(local.token, (await producer.generate(alone, prompt)).token);
 }

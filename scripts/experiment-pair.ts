@@ -7,7 +7,7 @@ import { parseHostPort } from '../src/net/address.ts';
 import { MetricsPage, readMetric } from '../src/observability/metrics.ts';
 import type { CoreRequest } from '../src/scheduler/types.ts';
 import type { KvKey, SendType } from '../src/transfer/types.ts';
-import { type EngineRequestId, engineRequestId, proxyRequestId } from '../src/wire/ids.ts';
+import { type EngineRequestId, engineRequestId, kvKeyOf, proxyRequestId } from '../src/wire/ids.ts';
 import { CoreClient } from '../src/worker/core-client.ts';
 
 export interface MatrixSettings {
@@ -108,9 +108,13 @@ async function cellOf(
   // Different each time, so that no prefix cache has it.
   const promptTokens = Int32Array.from(randomBytes(PROMPT_TOKENS), (byte) => 10 + byte);
   const before = counters(consumer);
-  await generate(producer, producerId, promptTokens, 1);
+  const keyed = (requestId: EngineRequestId) => ({
+    requestId,
+    transferId: kvKeyOf({ serverId, requestId }, kvKey),
+  });
+  await generate(producer, keyed(producerId), promptTokens, 1);
   const began = performance.now();
-  const error = await generate(consumer, consumerId, promptTokens, 4).then(
+  const error = await generate(consumer, keyed(consumerId), promptTokens, 4).then(
     () => undefined,
     (cause: unknown) => PdError.from(cause),
   );
@@ -141,12 +145,12 @@ function counters({ pages }: Side) {
 
 async function generate(
   side: Side,
-  requestId: EngineRequestId,
+  ids: Pick<CoreRequest, 'requestId' | 'transferId'>,
   promptTokens: Int32Array,
   maxTokens: number,
 ): Promise<void> {
   const sampling = { temperature: 0, topP: 1, topK: 0, seed: 0, maxTokens, minTokens: 0, stopTokenIds: [] };
-  const request: CoreRequest = { requestId, promptTokens, sampling, n: 1 };
+  const request: CoreRequest = { ...ids, promptTokens, sampling, n: 1 };
   for await (const output of side.client.generate(request)) {
     if (output.error) throw PdError.fromData(output.error);
   }

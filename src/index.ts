@@ -35,7 +35,9 @@ export {
 
 export type {
   ConnectorRequest,
+  FinishedRequest,
   LoadOutcome,
+  SaveOutcome,
   ScheduledRequest,
   SchedulerConnector,
   WorkerConnector,
@@ -91,6 +93,7 @@ export {
   type PeerRole,
   peerAddressOf,
   proxyRequestId,
+  type SuffixedIds,
   splitTensorId,
   type TensorId,
   type TransferId,

@@ -6,7 +6,7 @@ import { createCudaExecutor } from '../../src/model/cuda/create.ts';
 import type { CudaExecutor } from '../../src/model/cuda/executor.ts';
 import { elementTypeOf } from '../../src/model/cuda/weights.ts';
 import type { ForwardBatch, SamplingParams, ScheduledSequence } from '../../src/scheduler/types.ts';
-import { engineRequestId } from '../../src/wire/ids.ts';
+import { engineRequestId, transferIdOf } from '../../src/wire/ids.ts';
 
 export interface RigOptions {
   readonly batchInvariant?: boolean;
@@ -69,6 +69,7 @@ export function sequence(
   return {
     sequenceId: id,
     requestId: engineRequestId(id),
+    transferId: transferIdOf(id),
     tokens: Int32Array.from(tokens),
     start,
     blockTable: Int32Array.from(blocks),

@@ -10,7 +10,8 @@ import {
 } from '../../src/kv/layout.ts';
 import { formatHostPort } from '../../src/net/address.ts';
 import type { TransferEngine } from '../../src/transfer/engine.ts';
-import { type TensorId, type TransferId, transferIdOf } from '../../src/wire/ids.ts';
+import type { TensorId, TransferId } from '../../src/wire/ids.ts';
+import { proxiedId } from '../../test/support/ids.ts';
 import { type PythonPeer, seededBytes, sha256 } from '../../test/support/python-peer.ts';
 import { type CachedKv, kvDifferences, tensorOfCache } from '../../test/support/wire-kv.ts';
 import { bytesOf, must, nameOf, type Rig } from './rig.ts';
@@ -112,7 +113,7 @@ async function intoCache(
     const target = { memory: rig.upload(before, `cache of layer ${layer}`), layout };
     return { name: `layer.${layer}`, before, target };
   });
-  const id = `cmpl-${sendType}-${form.family}-${form.blockSize}-0`;
+  const id = proxiedId(`${sendType}-${form.family}-${form.blockSize}`);
   for (const [seed, { name }] of layers.entries()) {
     const fields = { shape, dtype: layout.dtype, seed };
     if (sendType === 'GET') await peer.ask('keep', { tensor_id: `${id}#${name}`, ...fields });
@@ -123,7 +124,7 @@ async function intoCache(
     }
   }
   const blockIds = Int32Array.from(blocks);
-  const request = { requestId: `${id}-89abcdef`, transferId: transferIdOf(`${id}-89abcdef`), blockIds };
+  const request = { requestId: `${id}-89abcdef`, transferId: id, blockIds };
   await consumer.load({ ...request, peer: peer.address, layers, skipBlocks: 1, numTokens: tokens });
   for (const [seed, { before, target }] of layers.entries()) {
     const after: CachedKv = { bytes: rig.download(target.memory), layout, blocks };

@@ -1,7 +1,8 @@
 /** Every way of sending in both directions, dense tensors of several families and element types, every byte compared. */
 import { formatHostPort } from '../../src/net/address.ts';
 import type { TransferEngine } from '../../src/transfer/engine.ts';
-import type { TensorId } from '../../src/wire/ids.ts';
+import { type TensorId, tensorIdOf } from '../../src/wire/ids.ts';
+import { proxiedId } from '../../test/support/ids.ts';
 import { type PythonPeer, sha256 } from '../../test/support/python-peer.ts';
 import { bytesOf, must, mustBe, nameOf, type Rig, type TensorForm } from './rig.ts';
 
@@ -50,8 +51,9 @@ export async function checkModes(rig: Rig, peer: PythonPeer): Promise<void> {
   const to = formatHostPort(producer.address);
   for (const [seed, form] of tensors.entries()) {
     await rig.row('GET, Python from ours', nameOf(form), async () => {
-      await producer.send(rig.tensor(`cmpl-get-0#layer.${seed}`, form, seed)).sent;
-      const got = await peer.ask('get', { peer: to, tensor_id: `cmpl-get-0-89abcdef#layer.${seed}` });
+      const id = proxiedId('get');
+      await producer.send(rig.tensor(`${id}#layer.${seed}`, form, seed)).sent;
+      const got = await peer.ask('get', { peer: to, tensor_id: `${id}-89abcdef#layer.${seed}` });
       mustBe(got['sha256'], form, seed);
       return bytesOf(form);
     });
@@ -77,11 +79,12 @@ export async function putToOurs(
   rig: Rig,
   consumer: TransferEngine,
   peer: PythonPeer,
-  id: string,
+  name: string,
   form: TensorForm,
   seed: number,
 ): Promise<string> {
-  const waiting = consumer.receive(`${id}#layer.${seed}` as TensorId, peer.address, 20_000);
+  const id = proxiedId(name);
+  const waiting = consumer.receive(tensorIdOf(id, `layer.${seed}`), peer.address, 20_000);
   waiting.catch(() => {}); // told below, unless the peer's own error comes first
   const to = formatHostPort(consumer.address);
   const put = await peer.ask('put', { peer: to, tensor_id: `${id}-0123abcd#layer.${seed}`, ...form, seed });

@@ -5,6 +5,7 @@ import { demoModelDir } from '../model/demo.ts';
 import { asDestination } from '../net/address.ts';
 import type { LogOptions, TransferLimits, TransferTimeouts } from '../transfer/types.ts';
 import { KV_KEYS, SEND_TYPES } from '../transfer/types.ts';
+import { SUFFIXED_IDS } from '../wire/ids.ts';
 import {
   type Address,
   address,
@@ -68,6 +69,7 @@ const INPUT = z.strictObject({
   ncclNumChannels: z.int().min(1).max(64).optional(),
   wireLayout: z.enum(WIRE_LAYOUTS).optional(),
   kvKey: z.enum(KV_KEYS).optional(),
+  suffixedIds: z.enum(SUFFIXED_IDS).optional(),
   allowPeers: ranges.optional(),
   debugState: z.enum(['loopback', 'anyone']).optional(),
   loadFailure: z.enum(['recompute', 'fail']).optional(),

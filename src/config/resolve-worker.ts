@@ -105,6 +105,7 @@ export function toWorkerConfig(options: WorkerOptions, outside: WorkerEnvironmen
     ncclNumChannels: options.ncclNumChannels,
     wireLayout: options.wireLayout,
     kvKey: options.kvKey,
+    suffixedIds: options.suffixedIds,
     ...(options.allowPeers === undefined ? {} : { allowPeers: options.allowPeers }),
     ...(options.debugStateRemote
       ? { debugState: 'anyone' as const }

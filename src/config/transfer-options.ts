@@ -12,6 +12,7 @@ import {
   type TransferOptions,
   type TransferTimeouts,
 } from '../transfer/types.ts';
+import { SUFFIXED_IDS } from '../wire/ids.ts';
 import {
   type Address,
   address,
@@ -49,6 +50,7 @@ const INPUT = z.strictObject({
   ncclNumChannels: z.int().min(1).max(64).default(8),
   wireLayout: z.enum(WIRE_LAYOUTS).optional(),
   kvKey: z.enum(KV_KEYS).optional(),
+  suffixedIds: z.enum(SUFFIXED_IDS).optional(),
   allowPeers: ranges.optional(),
   timeouts: transferTimeouts.optional(),
   limits: transferLimits.optional(),

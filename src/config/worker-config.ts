@@ -2,6 +2,7 @@
 import type { WireLayout } from '../kv/families.ts';
 import type { HostPort } from '../net/address.ts';
 import type { KvKey, LogOptions, SendType, TransferLimits, TransferTimeouts } from '../transfer/types.ts';
+import type { SuffixedIds } from '../wire/ids.ts';
 
 export type WorkerRole = 'producer' | 'consumer' | 'both';
 export type LoadFailurePolicy = 'recompute' | 'fail';
@@ -34,6 +35,8 @@ export interface WorkerConfig {
   readonly wireLayout?: WireLayout;
   /** What KV is known by. Absent: `transfer`. */
   readonly kvKey?: KvKey;
+  /** For which ids of peers that are not ours a random suffix is looked for. Absent: `proxy`. */
+  readonly suffixedIds?: SuffixedIds;
   /** Addresses and CIDR ranges that may talk to the KV listener. Absent: everyone. */
   readonly allowPeers?: readonly string[];
   /** Who may read GET /debug/state. Absent: nobody. */

@@ -9,6 +9,7 @@ import {
   SEND_TYPES,
   type SendType,
 } from '../transfer/types.ts';
+import { SUFFIXED_IDS, type SuffixedIds } from '../wire/ids.ts';
 import {
   addressRange,
   bytes,
@@ -171,6 +172,12 @@ export const WORKER_OPTIONS = defineOptions({
     group: KV,
     help: 'what KV is known by: the id that both ends share, or the full engine id as in vLLM',
     default: 'transfer' as KvKey,
+  }),
+  suffixedIds: option({
+    kind: oneOf(SUFFIXED_IDS),
+    group: KV,
+    help: 'for which request ids of vLLM peers a random suffix is looked for: those that a proxy has made, or any',
+    default: 'proxy' as SuffixedIds,
   }),
   wireLayout: option({
     kind: oneOf(WIRE_LAYOUTS),

@@ -1,13 +1,17 @@
 /** The two halves of a KV connector. The scheduler half is pure; the worker half talks to the transfer engine. */
 import type { EventRef, PagedLayer } from '../device/device.ts';
 import type { ErrorData } from '../errors.ts';
-import type { EngineRequestId } from '../wire/ids.ts';
+import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 import type { ConnectorMetadata } from './metadata.ts';
 
 /** What a connector needs to know of a request; any runtime's request fits it. */
 export interface ConnectorRequest {
   readonly requestId: EngineRequestId;
+  /** What its KV is known by at both ends: of no other request that is under way. */
+  readonly transferId: TransferId;
   readonly numPromptTokens: number;
+  /** The prompt. Where both ends give it, KV of another prompt is never taken for this one's. */
+  readonly promptTokens?: Int32Array;
   /** False where the request needs logits of its whole prompt, so that loaded KV would not do. */
   readonly mayLoad: boolean;
   /** The other end may still compute the prompt for so many milliseconds. */
@@ -17,7 +21,10 @@ export interface ConnectorRequest {
 /** One step's work, as far as a connector looks at it. */
 export interface ScheduledRequest {
   readonly requestId: EngineRequestId;
+  readonly transferId: TransferId;
   readonly numPromptTokens: number;
+  /** As in ConnectorRequest. */
+  readonly promptTokens?: Int32Array;
   /** Tokens whose KV was there before this step: cached, loaded or computed. */
   readonly numComputedTokens: number;
   /** Tokens computed in this step. */
@@ -28,6 +35,8 @@ export interface ScheduledRequest {
 
 /** Scheduler side. Called in this order for each new request; pure, no I/O. */
 export interface SchedulerConnector {
+  /** KV of this request goes to or comes from a peer, so that its transfer id must be no other's while it is under way. */
+  transfersKv(transferId: TransferId): boolean;
   /** Tokens beyond `numLocalTokens` (prefix-cache hits) whose KV will come from the peer; the request then waits outside the batch. */
   getNumNewMatchedTokens(request: ConnectorRequest, numLocalTokens: number): number;
   /** Blocks for the whole prompt are allocated; `numExternalTokens` as answered above (0 where nothing is loaded). */
@@ -56,6 +65,16 @@ export type LoadOutcome =
     }
   | { readonly requestId: EngineRequestId; readonly ok: false; readonly error: ErrorData };
 
+/** How a save stands at the end of its step, where that is not yet well. */
+export type SaveOutcome =
+  | { readonly requestId: EngineRequestId; readonly state: 'failed'; readonly error: ErrorData }
+  /** PUT_ASYNC: a pair with the peer is still being opened. `settled` never rejects; it resolves with the error where there will be none. */
+  | {
+      readonly requestId: EngineRequestId;
+      readonly state: 'opening';
+      readonly settled: Promise<ErrorData | undefined>;
+    };
+
 /** Worker side, on the core thread. One step: startLoadKv, (waitForLayerLoad, saveKvLayer) per layer, waitForSave, getFinished. */
 export interface WorkerConnector {
   /** Starts the loads of this step in the background and remembers its saves. */
@@ -69,13 +88,21 @@ export interface WorkerConnector {
   saveKvLayer(layerName: string, layer: PagedLayer, ready?: EventRef): void;
   /**
    * PUT: all is sent. PUT_ASYNC and GET: all is gathered, so blocks may be reused. Bounded by the transfer's deadlines; a failed send
-   * is logged and counted, never thrown: the consumer's policy decides. Returns the requests whose KV did not make it.
+   * is logged and counted, never thrown: the consumer's policy decides. Returns what its consumer must be told of.
    */
-  waitForSave(): Promise<readonly { readonly requestId: EngineRequestId; readonly error: ErrorData }[]>;
+  waitForSave(): Promise<readonly SaveOutcome[]>;
   /** Loads that ended since the last call. */
   getFinished(): LoadOutcome[];
   /** Resolves when a load has ended that `getFinished` has not told yet: an idle core waits here. */
   readonly loadEnded: Promise<void>;
   /** The request is over: frees what the engine holds for it; a producer's sends stay to be asked for, unless it was aborted. */
-  requestFinished(requestId: EngineRequestId, aborted?: boolean): void;
+  requestFinished(request: FinishedRequest): void;
+}
+
+/** A request that is over in every respect: no sequence lives, no load writes. */
+export interface FinishedRequest {
+  readonly requestId: EngineRequestId;
+  readonly transferId: TransferId;
+  /** Its client went away, or nobody will decode it. */
+  readonly aborted: boolean;
 }

@@ -7,9 +7,9 @@
  *   consumer   claims all prompt tokens but the last, which it computes itself, less what the local prefix cache has; once per request.
  */
 
-import { slotMapping } from '../kv/slots.ts';
+import { promptDigest } from '../kv/block-hash.ts';
 import type { HostPort } from '../net/address.ts';
-import { type EngineRequestId, peerAddressOf, transferIdOf } from '../wire/ids.ts';
+import { type EngineRequestId, peerAddressOf, type TransferId } from '../wire/ids.ts';
 import type { ConnectorRequest, ScheduledRequest, SchedulerConnector } from './connector.ts';
 import type { ConnectorMetadata, LoadMeta, SaveMeta } from './metadata.ts';
 
@@ -43,9 +43,13 @@ export class P2pSchedulerConnector implements SchedulerConnector {
     this.#blockSize = options.blockSize;
   }
 
+  transfersKv(transferId: TransferId): boolean {
+    return this.#peerOf(transferId) !== undefined;
+  }
+
   getNumNewMatchedTokens(request: ConnectorRequest, numLocalTokens: number): number {
     if (this.#role === 'producer') return 0;
-    if (!request.mayLoad || this.#transferOf(request.requestId).stage !== 'unloaded') return 0;
+    if (!request.mayLoad || this.#transferOf(request).stage !== 'unloaded') return 0;
     return Math.max(0, request.numPromptTokens - 1 - numLocalTokens);
   }
 
@@ -55,7 +59,7 @@ export class P2pSchedulerConnector implements SchedulerConnector {
     numLocalTokens: number,
     numExternalTokens: number,
   ): void {
-    const transfer = this.#transferOf(request.requestId);
+    const transfer = this.#transferOf(request);
     if (transfer.stage !== 'unloaded') return;
     // Once it has begun otherwise it stays so: its KV here may be freed, and the peer's is sent only once.
     transfer.stage = numExternalTokens > 0 ? 'loading' : 'local';
@@ -63,12 +67,12 @@ export class P2pSchedulerConnector implements SchedulerConnector {
     const numBlocks = Math.ceil(request.numPromptTokens / this.#blockSize);
     this.#loads.push({
       requestId: request.requestId,
-      transferId: transferIdOf(request.requestId),
+      transferId: request.transferId,
+      ...digestOf(request),
       peer: transfer.peer,
       numTokens: numExternalTokens,
       blockIds: blockIds.slice(0, numBlocks),
       skipBlocks: Math.floor(numLocalTokens / this.#blockSize),
-      slotMapping: slotMapping(blockIds, this.#blockSize, numLocalTokens, numLocalTokens + numExternalTokens),
       ...(request.prefillWithinMs !== undefined && { prefillWithinMs: request.prefillWithinMs }),
     });
   }
@@ -85,7 +89,8 @@ export class P2pSchedulerConnector implements SchedulerConnector {
   }
 
   loadFailed(requestId: EngineRequestId): void {
-    this.#transferOf(requestId).stage = 'local';
+    const transfer = this.#transfers.get(requestId);
+    if (transfer) transfer.stage = 'local';
   }
 
   requestPreempted(_requestId: EngineRequestId): void {
@@ -102,29 +107,39 @@ export class P2pSchedulerConnector implements SchedulerConnector {
   }
 
   #saveOf(request: ScheduledRequest): SaveMeta | undefined {
-    const { requestId, numPromptTokens } = request;
+    const { requestId, transferId, numPromptTokens } = request;
     if (request.numComputedTokens + request.numScheduledTokens < numPromptTokens) return undefined;
-    const transfer = this.#transferOf(requestId);
+    const transfer = this.#transferOf(request);
     if (transfer.stage !== 'unsaved' || !transfer.peer) return undefined;
     transfer.stage = 'local';
     const blockIds = request.blockIds.slice(0, Math.ceil(numPromptTokens / this.#blockSize));
     return {
       requestId,
-      transferId: transferIdOf(requestId),
+      transferId,
+      ...digestOf(request),
       peer: transfer.peer,
       numTokens: numPromptTokens,
       blockIds,
-      slotMapping: slotMapping(blockIds, this.#blockSize, 0, numPromptTokens),
     };
   }
 
-  #transferOf(requestId: EngineRequestId): Transfer {
+  #peerOf(transferId: TransferId): HostPort | undefined {
+    return peerAddressOf(transferId, this.#role === 'producer' ? 'decode' : 'prefill');
+  }
+
+  #transferOf({ requestId, transferId }: Pick<ConnectorRequest, 'requestId' | 'transferId'>): Transfer {
     const known = this.#transfers.get(requestId);
     if (known) return known;
-    const peer = peerAddressOf(requestId, this.#role === 'producer' ? 'decode' : 'prefill');
+    const peer = this.#peerOf(transferId);
     const first = this.#role === 'producer' ? 'unsaved' : 'unloaded';
     const transfer: Transfer = { peer, stage: peer ? first : 'local' };
     this.#transfers.set(requestId, transfer);
     return transfer;
   }
+}
+
+function digestOf({ promptTokens }: Pick<ConnectorRequest, 'promptTokens'>): {
+  readonly promptDigest?: string;
+} {
+  return promptTokens === undefined ? {} : { promptDigest: promptDigest(promptTokens) };
 }

@@ -1,5 +1,5 @@
 /** The worker half of the P2P connector: what the metadata of a step asks for, done by the transfer engine in the background. */
-import { deferred } from '../deferred.ts';
+import { type Deferred, deferred } from '../deferred.ts';
 import type { EventRef, PagedLayer } from '../device/device.ts';
 import { type ErrorData, PdError } from '../errors.ts';
 import { wireShape } from '../kv/layout.ts';
@@ -7,9 +7,9 @@ import { formatHostPort, type HostPort } from '../net/address.ts';
 import { createLogger, type Logger } from '../observability/log.ts';
 import type { MetricsPage } from '../observability/metrics.ts';
 import type { TransferEngineApi } from '../transfer/engine-api.ts';
-import type { KvKey, SendType } from '../transfer/types.ts';
-import { type EngineRequestId, keyOf, type TransferId, tensorIdOf } from '../wire/ids.ts';
-import type { LoadOutcome, WorkerConnector } from './connector.ts';
+import type { SendType } from '../transfer/types.ts';
+import { type EngineRequestId, tensorIdOf } from '../wire/ids.ts';
+import type { FinishedRequest, LoadOutcome, SaveOutcome, WorkerConnector } from './connector.ts';
 import type { ConnectorMetadata, LoadMeta, SaveMeta } from './metadata.ts';
 import type { KvRole } from './scheduler-connector.ts';
 
@@ -25,8 +25,6 @@ export interface P2pWorkerConnectorOptions {
   readonly engine: TransferEngineApi;
   readonly role: KvRole;
   readonly sendType: SendType;
-  /** What KV is known by; the engine must have the same. Absent: `transfer`. */
-  readonly kvKey?: KvKey;
   /** Own rank: peers are reached at the port in the request id + rank. */
   readonly rank: number;
   /** Every layer of the model: what a load fills. */
@@ -37,7 +35,14 @@ export interface P2pWorkerConnectorOptions {
   readonly trace?: (event: SaveTrace) => void;
 }
 
-type FailedSave = { readonly requestId: EngineRequestId; readonly error: ErrorData };
+/** A save that has begun: what its consumer must be told of. */
+interface SaveProgress {
+  /** Layers for which there is no pair with the peer yet. */
+  opening: number;
+  failure: ErrorData | undefined;
+  /** Resolves once none is opening any more, or it has failed. */
+  readonly settled: Deferred<ErrorData | undefined>;
+}
 
 /** One per paged cache, beside the model that writes it. It does not own the engine: dispose that yourself, after the last step. */
 export class P2pWorkerConnector implements WorkerConnector {
@@ -46,9 +51,7 @@ export class P2pWorkerConnector implements WorkerConnector {
   #saves: readonly SaveMeta[] = [];
   /** Moments that `waitForSave` waits for. None rejects. */
   #pending: Promise<void>[] = [];
-  #failed: FailedSave[] = [];
-  /** A request's layers tend to fail together; it is told once. */
-  readonly #told = new WeakSet<SaveMeta>();
+  readonly #progress = new Map<SaveMeta, SaveProgress>();
   /** Loads under way; none rejects. */
   readonly #loads = new Map<EngineRequestId, Promise<void>>();
   #stepLoads: Promise<void>[] = [];
@@ -98,14 +101,18 @@ export class P2pWorkerConnector implements WorkerConnector {
     for (const save of this.#saves) this.#saveLayer(save, layerName, layer, ready);
   }
 
-  async waitForSave(): Promise<readonly FailedSave[]> {
+  async waitForSave(): Promise<readonly SaveOutcome[]> {
     const pending = this.#pending;
     this.#pending = [];
     this.#saves = [];
     await Promise.all(pending);
-    const failed = this.#failed;
-    this.#failed = [];
-    return failed;
+    const outcomes = [...this.#progress].flatMap(([{ requestId }, progress]): SaveOutcome | [] => {
+      const { failure: error, opening, settled } = progress;
+      if (error) return { requestId, state: 'failed', error };
+      return opening === 0 ? [] : { requestId, state: 'opening', settled: settled.promise };
+    });
+    this.#progress.clear();
+    return outcomes;
   }
 
   getFinished(): LoadOutcome[] {
@@ -116,16 +123,15 @@ export class P2pWorkerConnector implements WorkerConnector {
     return outcomes;
   }
 
-  requestFinished(requestId: EngineRequestId, aborted = false): void {
+  requestFinished({ transferId, aborted }: FinishedRequest): void {
     // A producer is through when its part is kept or on its way; the consumer comes for it later. After an abort nobody comes.
     const keepSends = this.#options.role === 'producer' && !aborted;
-    this.#options.engine.finish(this.#key(requestId), { keepSends });
+    this.#options.engine.finish(transferId, { keepSends });
   }
 
   #startLoad(load: LoadMeta): Promise<void> {
     const { engine, layers } = this.#options;
-    const { requestId, blockIds, skipBlocks, numTokens, prefillWithinMs } = load;
-    const transferId = this.#key(requestId);
+    const { requestId, transferId, promptDigest, blockIds, skipBlocks, numTokens, prefillWithinMs } = load;
     const peer = this.#ownRankOf(load.peer);
     const [first] = layers;
     const blockSize = first?.cache.layout.blockSize ?? 0;
@@ -146,6 +152,7 @@ export class P2pWorkerConnector implements WorkerConnector {
     const request = {
       requestId,
       transferId,
+      ...(promptDigest !== undefined && { promptDigest }),
       peer,
       layers: layers.map(({ name, cache }) => ({ name, target: cache })),
       blockIds: Int32Array.from(blockIds),
@@ -174,8 +181,7 @@ export class P2pWorkerConnector implements WorkerConnector {
 
   #saveLayer(save: SaveMeta, layerName: string, layer: PagedLayer, ready?: EventRef): void {
     const { engine, sendType, trace } = this.#options;
-    const { requestId } = save;
-    const transferId = this.#key(requestId);
+    const { requestId, transferId, promptDigest } = save;
     const tensorId = tensorIdOf(transferId, layerName);
     const shape = wireShape(layer.layout, save.blockIds.length);
     const peer = sendType === 'GET' ? undefined : this.#ownRankOf(save.peer);
@@ -188,6 +194,7 @@ export class P2pWorkerConnector implements WorkerConnector {
       dtype: layer.layout.dtype,
       source: { kind: 'blocks', layer, blockIds: Int32Array.from(save.blockIds) },
       numTokens: save.numTokens,
+      ...(promptDigest !== undefined && { promptDigest }),
       ...(ready && { ready }),
       ...(peer && { peer }),
     });
@@ -202,14 +209,14 @@ export class P2pWorkerConnector implements WorkerConnector {
       },
       'layer saved',
     );
-    const gathered = handle.gathered.then(
-      () => moment('gathered'),
-      (error: unknown) => this.#saveFailed(save, error),
-    );
-    const sent = handle.sent.then(
-      () => moment('sent'),
-      (error: unknown) => this.#saveFailed(save, error),
-    );
+    const progress = this.#progressOf(save);
+    const failed = (error: unknown) => this.#saveFailed(save, progress, error);
+    progress.opening++;
+    handle.underWay.then(() => {
+      if (--progress.opening === 0) progress.settled.resolve(undefined);
+    }, failed);
+    const gathered = handle.gathered.then(() => moment('gathered'), failed);
+    const sent = handle.sent.then(() => moment('sent'), failed);
     this.#pending.push(this.#isSaved(gathered, sent));
   }
 
@@ -227,22 +234,26 @@ export class P2pWorkerConnector implements WorkerConnector {
     }
   }
 
-  /** Once per request: the consumer's policy decides what becomes of it. */
-  #saveFailed(save: SaveMeta, cause: unknown): void {
+  #progressOf(save: SaveMeta): SaveProgress {
+    const known = this.#progress.get(save);
+    if (known) return known;
+    const made = { opening: 0, failure: undefined, settled: deferred<ErrorData | undefined>() };
+    this.#progress.set(save, made);
+    return made;
+  }
+
+  /** Once per request, whose layers tend to fail together: the consumer's policy decides what becomes of it. */
+  #saveFailed(save: SaveMeta, progress: SaveProgress, cause: unknown): void {
     const { requestId, transferId } = save;
-    if (this.#told.has(save)) return;
-    this.#told.add(save);
+    if (progress.failure) return;
     const error = PdError.from(cause, 'KV_SEND_FAILED', { requestId, transferId });
-    this.#failed.push({ requestId, error: error.toData() });
+    progress.failure = error.toData();
+    progress.settled.resolve(progress.failure);
     this.#options.metrics?.inc('pd_kv_saves_failed_total', 1);
     this.#log.warn(
       { requestId, transferId, peer: formatHostPort(save.peer), code: error.code },
       `KV of request ${requestId} could not be sent: ${error.message}`,
     );
-  }
-
-  #key(requestId: EngineRequestId): TransferId {
-    return keyOf(requestId, this.#options.kvKey);
   }
 
   #ownRankOf(rank0: HostPort): HostPort {

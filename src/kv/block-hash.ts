@@ -22,3 +22,11 @@ export function extendHashes(hashes: BlockHash[], tokens: Int32Array, blockSize:
     hashes.push(hashBlock(hashes.at(-1), tokens.subarray(block * blockSize, (block + 1) * blockSize)));
   }
 }
+
+/** Tells one prompt from another, at any block size: 128 bits of SHA-256 over its token ids (int32, little-endian), in hex. */
+export function promptDigest(tokens: Int32Array): string {
+  return hash('sha256', new Uint8Array(tokens.buffer, tokens.byteOffset, tokens.byteLength), 'hex').slice(
+    0,
+    32,
+  );
+}

@@ -8,7 +8,6 @@ import type { WorkerRole } from '../config/worker-config.ts';
 import { PdError } from '../errors.ts';
 import type { Logger } from '../observability/log.ts';
 import type { ScheduledSequence } from '../scheduler/types.ts';
-import { transferIdOf } from '../wire/ids.ts';
 
 /** File systems take 255 bytes. The end of an id is what tells it from others. */
 const MOST_NAME = 200;
@@ -54,9 +53,9 @@ export class LogitsFiles {
 
   /** What the last row of this sequence is; without `sampled`, one of a step that failed. */
   writeLine(sequence: ScheduledSequence, sampled: number | undefined): void {
-    const { requestId, sequenceId, sample, start, tokens } = sequence;
+    const { transferId, sequenceId, sample, start, tokens } = sequence;
     const line = {
-      request: transferIdOf(requestId),
+      request: transferId,
       sequence: sequenceId,
       index: sample?.index ?? 0,
       position: start + tokens.length - 1,

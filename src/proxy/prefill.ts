@@ -1,17 +1,20 @@
 /** The producer's part of a request: the copy of it, to the end of the answer. */
+import { KV_FAILED_HEADER, readKvFailed } from '../wire/overlap.ts';
 import { deadlineWithin } from './deadline.ts';
 import { type Attempt, type ForwardParts, MAX_ERROR_BODY } from './exchange.ts';
 import { prefillCopy } from './prefill-copy.ts';
+import { tellFailed } from './release.ts';
 import { InstanceRefused, reasonOf, timeoutError } from './upstream.ts';
 import { isDraining, type WholeAnswer, wholeAnswer } from './whole-answer.ts';
 
 /** Resolves once the producer is done; with its answer where that is an error, which is the client's then. Throws the signal's reason. */
 export async function prefill(
   parts: ForwardParts,
-  { exchange, pair: { producer }, headers }: Attempt,
+  { exchange, pair, requestId, headers }: Attempt,
   signal: AbortSignal,
 ): Promise<WholeAnswer | undefined> {
-  const { upstream, metrics, prefills, prefillTimeoutMs } = parts;
+  const { upstream, metrics, log, prefills, prefillTimeoutMs } = parts;
+  const { producer } = pair;
   const what = `prefill of ${exchange.route}`;
   const started = performance.now();
   const leave = prefills.enter(producer);
@@ -43,6 +46,12 @@ export async function prefill(
       return answer;
     }
     metrics.prefillSeconds.observe((performance.now() - started) / 1_000);
+    const failure = readKvFailed(response.headers[KV_FAILED_HEADER]);
+    if (failure) {
+      const { route, json } = exchange;
+      log.warn({ requestId, code: failure.code }, `${what}: its KV could not be sent: ${failure.message}`);
+      tellFailed(upstream, log, { pair, requestId, route, json }, failure);
+    }
     return undefined;
   } finally {
     deadline.clear();

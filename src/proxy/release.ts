@@ -2,7 +2,7 @@
  * What a pair is told of a request's KV, beside the request itself. A kindness, not a duty: it is said with a short deadline, and only to
  * instances of ours; what it misses the workers' own deadlines mend.
  */
-import { PdError } from '../errors.ts';
+import { type ErrorData, PdError } from '../errors.ts';
 import type { Logger } from '../observability/log.ts';
 import type { JsonObject } from './prefill-copy.ts';
 import type { Instance, Pair } from './registry.ts';
@@ -33,12 +33,30 @@ export function tellPrefilled(upstream: Upstream, log: Logger, given: Given): vo
   tell(upstream, log, given, given.pair.consumer, '/kv/prefilled');
 }
 
+/** The producer could not send its KV: the consumer computes the prompt, or fails, at once. Returns at once. */
+export function tellFailed(
+  upstream: Upstream,
+  log: Logger,
+  given: Given,
+  failure: Pick<ErrorData, 'code' | 'message'>,
+): void {
+  const { consumer } = given.pair;
+  if (consumer.fingerprint) tell(upstream, log, given, consumer, '/kv/failed', failure);
+}
+
 export function countPrompts(prompt: unknown): number {
   const many = Array.isArray(prompt) && typeof prompt[0] !== 'number';
   return many ? Math.max(1, prompt.length) : 1;
 }
 
-function tell(upstream: Upstream, log: Logger, given: Given, instance: Instance, path: string): void {
+function tell(
+  upstream: Upstream,
+  log: Logger,
+  given: Given,
+  instance: Instance,
+  path: string,
+  more: object = {},
+): void {
   const { requestId, route, json } = given;
   upstream
     .ask({
@@ -46,7 +64,7 @@ function tell(upstream: Upstream, log: Logger, given: Given, instance: Instance,
       path,
       what: path,
       headers: { 'content-type': 'application/json', 'x-request-id': requestId },
-      body: JSON.stringify({ request_id: requestId, route, prompts: countPrompts(json['prompt']) }),
+      body: JSON.stringify({ request_id: requestId, route, prompts: countPrompts(json['prompt']), ...more }),
       headersTimeoutMs: TIMEOUT_MS,
       timeoutName: 'fixed',
       signal: AbortSignal.timeout(TIMEOUT_MS),

@@ -1,16 +1,10 @@
 /** Every sequence of the scheduler, the queue it stands in and the blocks it holds. The scheduler decides; this keeps the books. */
-import type { SchedulerConnector } from '../connector/connector.ts';
+import type { FinishedRequest, SchedulerConnector } from '../connector/connector.ts';
 import { type ErrorData, PdError } from '../errors.ts';
 import type { BlockManager } from '../kv/block-manager.ts';
-import { type EngineRequestId, type TransferId, transferIdOf } from '../wire/ids.ts';
+import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 import { byArrival, type RequestGroup, Sequence, SequenceQueue } from './sequence.ts';
 import type { CoreRequest, FinishReason, RequestOutput } from './types.ts';
-
-/** A request that is over in every respect: no sequence lives, no load writes. */
-export interface FinishedRequest {
-  readonly requestId: EngineRequestId;
-  readonly aborted: boolean;
-}
 
 export interface SchedulerStats {
   preemptions: number;
@@ -47,6 +41,12 @@ export class SequencePool {
     return this.#groups.get(requestId);
   }
 
+  /** Another request under way is known by the same transfer id. */
+  hasTransfer(transferId: TransferId): boolean {
+    for (const { request } of this.#groups.values()) if (request.transferId === transferId) return true;
+    return false;
+  }
+
   groups(): RequestGroup[] {
     return [...this.#groups.values()];
   }
@@ -77,14 +77,14 @@ export class SequencePool {
   /** The producer is done with the prompt. */
   prefilled(transferId: TransferId): void {
     for (const group of this.#groups.values()) {
-      if (transferIdOf(group.request.requestId) === transferId) group.prefilled = true;
+      if (group.request.transferId === transferId) group.prefilled = true;
     }
   }
 
   /** Nobody will come for KV of it, however it ends. */
   released(transferId: TransferId): void {
     for (const group of this.#groups.values()) {
-      if (transferIdOf(group.request.requestId) === transferId) group.aborted = true;
+      if (group.request.transferId === transferId) group.aborted = true;
     }
   }
 
@@ -236,8 +236,9 @@ export class SequencePool {
 
   #retire(group: RequestGroup): void {
     if (group.live > 0 || group.loading) return;
-    const { requestId } = group.request;
-    if (this.#groups.delete(requestId)) this.#finished.push({ requestId, aborted: group.aborted });
+    const { requestId, transferId } = group.request;
+    if (this.#groups.delete(requestId))
+      this.#finished.push({ requestId, transferId, aborted: group.aborted });
   }
 }
 

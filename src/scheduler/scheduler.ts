@@ -9,12 +9,12 @@
  */
 
 import type { LoadFailurePolicy } from '../config/worker-config.ts';
-import type { LoadOutcome, SchedulerConnector } from '../connector/connector.ts';
+import type { FinishedRequest, LoadOutcome, SchedulerConnector } from '../connector/connector.ts';
 import { type ErrorData, PdError } from '../errors.ts';
 import { BlockManager } from '../kv/block-manager.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 import { outputOf } from './output.ts';
-import { endOutput, type FinishedRequest, type SchedulerStats, SequencePool } from './pool.ts';
+import { endOutput, type SchedulerStats, SequencePool } from './pool.ts';
 import type { Sequence } from './sequence.ts';
 import { type SchedulerStep, StepBuilder } from './step.ts';
 import type { CoreRequest, ForwardResult, RequestOutput } from './types.ts';
@@ -71,9 +71,14 @@ export class Scheduler {
 
   /** Throws REQUEST_INVALID, or CONTEXT_EXCEEDED where the prompt and one token can never fit. */
   add(request: CoreRequest): void {
-    const { requestId } = request;
+    const { requestId, transferId } = request;
     if (this.#pool.get(requestId)) {
       throw new PdError('REQUEST_INVALID', `request ${requestId} is here already`, { requestId });
+    }
+    // KV that comes for one of the two could be the other's.
+    if (this.#connector?.transfersKv(transferId) && this.#pool.hasTransfer(transferId)) {
+      const message = `request ${requestId}: another request of the id ${transferId} is under way`;
+      throw new PdError('REQUEST_INVALID', message, { requestId, transferId });
     }
     validateRequest(request, this.#options);
     this.#pool.add(request);

@@ -106,10 +106,12 @@ export class Sequence {
 
   /** Its request as a connector sees it. */
   connectorRequest(): ConnectorRequest {
-    const { requestId, sampling, prefillWithinMs } = this.group.request;
+    const { requestId, transferId, promptTokens, sampling, prefillWithinMs } = this.group.request;
     return {
       requestId,
+      transferId,
       numPromptTokens: this.promptLength,
+      promptTokens,
       mayLoad: sampling.promptLogprobs === undefined && this.numOutput === 0,
       ...(prefillWithinMs !== undefined && !this.group.prefilled && { prefillWithinMs }),
     };

@@ -50,6 +50,7 @@ export class StepBuilder {
     this.#sequences.push({
       sequenceId: sequence.id,
       requestId: request.requestId,
+      transferId: request.transferId,
       tokens: sequence.tokens(start, end),
       start,
       blockTable: Int32Array.from(blocks),
@@ -62,7 +63,9 @@ export class StepBuilder {
     if (sequence.isLeader) {
       this.scheduled.push({
         requestId: request.requestId,
+        transferId: request.transferId,
         numPromptTokens: sequence.promptLength,
+        promptTokens: request.promptTokens,
         numComputedTokens: start,
         numScheduledTokens: numTokens,
         blockIds: blocks,

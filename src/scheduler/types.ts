@@ -1,6 +1,6 @@
 /** Requests as the scheduler sees them, and what one step is. Plain data, no I/O. */
 import type { ErrorData } from '../errors.ts';
-import type { EngineRequestId } from '../wire/ids.ts';
+import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 
 export interface SamplingParams {
   /** 0 is greedy. */
@@ -23,6 +23,8 @@ export interface SamplingParams {
 
 export interface CoreRequest {
   readonly requestId: EngineRequestId;
+  /** What its KV is known by at both ends of a pair. */
+  readonly transferId: TransferId;
   readonly promptTokens: Int32Array;
   readonly sampling: SamplingParams;
   /** Completions of this prompt. The first computes (or loads) the prompt, the others fork its blocks. */
@@ -53,6 +55,11 @@ export interface RequestOutput {
   readonly promptLogprobs?: readonly TokenLogprob[];
   readonly finishReason?: FinishReason;
   readonly error?: ErrorData;
+  /** On a producer, with the output of the step that ended the prompt: KV that has not got under way to its consumer. */
+  readonly kvSave?:
+    | { readonly state: 'failed'; readonly error: ErrorData }
+    /** It will be told (worker/messages.ts, `kv-saved`). */
+    | { readonly state: 'opening' };
   /** With the first output: prompt tokens that were not computed here, by where they came from. */
   readonly promptSource?: { readonly computed: number; readonly loaded: number; readonly cached: number };
 }
@@ -71,6 +78,7 @@ export interface ScheduledSequence {
   /** Unique per sequence: the request id, and the index where n > 1. */
   readonly sequenceId: string;
   readonly requestId: EngineRequestId;
+  readonly transferId: TransferId;
   /** Tokens computed in this step; their positions are `start`, `start + 1`, ... */
   readonly tokens: Int32Array;
   readonly start: number;

@@ -61,6 +61,9 @@ export abstract class Announcement implements Unit {
     this.#whenReady = run;
   }
 
+  /** There is a pair with the peer while it waits for its turn. Called again where the pair has been opened anew. */
+  pairOpened(): void {}
+
   /** Given up by its owner: nothing more is done for it, except what the wire demands. */
   abstract readonly cancelled: boolean;
   abstract message(ours: boolean, seq: number): WireMessage;

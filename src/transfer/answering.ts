@@ -1,9 +1,9 @@
 /** What PUT and GET of peers, alone or in bundles, are answered. Data operations are posted in the order of the answers. */
 import { PdError } from '../errors.ts';
 import type { Pair } from '../transport/transport.ts';
-import { PROBE_TENSOR } from '../wire/ids.ts';
+import { PROBE_TENSOR, type TransferId } from '../wire/ids.ts';
 import type { Answer, GetMessage, GetsMessage, PutMessage, PutsMessage } from '../wire/messages.ts';
-import { logTensor, type TransferContext } from './context.ts';
+import { logTensor, standsFor, type TransferContext } from './context.ts';
 import { sentAs } from './form.ts';
 import type { Intake } from './intake.ts';
 import type { Keeper } from './keeper.ts';
@@ -59,7 +59,8 @@ export class Answering {
     const pair = await this.#mayTransfer(session, put);
     if (!pair) return;
     const twoBlocks = sentAs(this.#context.options, session.hello, put.ours !== undefined);
-    const entry = await intake.admit(put, session.peer, twoBlocks);
+    const meant = this.#meantBy(session, put);
+    const entry = await intake.admit(put, session.peer, { twoBlocks, standsFor: meant });
     if (!entry) return reply(session, { kind: 'no-room' });
     if (!(await this.#stillOn(session, pair, put, [entry]))) return;
     void session.busy(intake.post([entry], [entry.held.memory], pair));
@@ -91,17 +92,18 @@ export class Answering {
     if (!(await this.#mayTransfer(session, get))) return;
     // One of ours that has not heard our hello yet asks without a number, and what it asks next would wait behind this: it asks again at once.
     const inOrder = session.hello !== undefined && get.ours?.seq === undefined;
-    const kept = await keeper.find(get.tensor_id, inOrder ? 0 : this.#parkMs);
+    const meant = this.#meantBy(session, get);
+    const kept = await keeper.find(get.tensor_id, inOrder ? 0 : this.#parkMs, meant);
     const pair = await this.#pairFor(session);
     if (session.replaced) return;
     if (!pair) return this.#noPair(session, get);
     if (!kept || kept.gone) {
       logTensor(this.#context, 'not here:', { tensorId: get.tensor_id }, session.peer);
       const near = keeper.store.nearMisses(get.tensor_id);
-      return reply(session, missing(get, keeper.gaveUp(get.tensor_id), near));
+      return reply(session, missing(get, keeper.gaveUp(get.tensor_id, meant), near));
     }
     const seq = get.ours?.seq;
-    const { shape, dtype } = kept;
+    const { shape, dtype, promptDigest } = kept;
     if (session.hello === undefined) {
       const copy = await keeper.foreignCopy(kept);
       if (copy) {
@@ -111,7 +113,8 @@ export class Answering {
       }
     }
     void session.busy(keeper.send([kept], [kept.held.memory], pair, session.hello !== undefined));
-    reply(session, { kind: 'get', ret: 0, shape, dtype, ...(seq === undefined ? {} : { seq }) });
+    const told = seq === undefined ? {} : { seq, promptDigest };
+    reply(session, { kind: 'get', ret: 0, shape, dtype, ...told });
   }
 
   /** Waits until all are there, or for as long as it may: what is there then goes, and the rest is asked for again. */
@@ -131,7 +134,7 @@ export class Answering {
       }
       kept.push(one);
       alone.push(one.held.bytes !== gets.tensors[index]!.bytes);
-      return { shape: one.shape, dtype: one.dtype };
+      return { shape: one.shape, dtype: one.dtype, promptDigest: one.promptDigest };
     });
     const memory = kept.map(({ held }) => held.memory);
     const runs = runsOf(memory);
@@ -145,6 +148,12 @@ export class Answering {
       .slice(0, 1)
       .flatMap((one) => keeper.store.nearMisses(one.tensor_id));
     reply(session, { kind: 'gets', seq: gets.seq, tensors, runs, ...(near.length > 0 ? { near } : {}) });
+  }
+
+  /** Only a peer that is not ours shows its engine's ids, with random suffixes. */
+  #meantBy(session: Session, message: PutMessage | GetMessage): TransferId | undefined {
+    const ours = session.hello !== undefined || message.ours !== undefined;
+    return ours ? undefined : standsFor(this.#context, message.tensor_id);
   }
 
   /** Half of what the asker waits for an answer, so that its deadline means that we are dead. */

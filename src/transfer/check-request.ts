@@ -6,6 +6,7 @@ import type { MemoryRef, PagedLayer } from '../device/device.ts';
 import { PdError } from '../errors.ts';
 import { layerBytes } from '../kv/layout.ts';
 import { isDtype } from '../wire/dtype.ts';
+import { MAX_DIGEST } from '../wire/limits.ts';
 import type { LoadRequest, SendRequest } from './types.ts';
 
 /** Throws REQUEST_INVALID. `device` as in the options: `host` or `cuda:N`. */
@@ -13,6 +14,7 @@ export function checkSend(request: SendRequest, device: string): void {
   const { tensorId, shape, dtype, source } = request;
   const context = { tensorId };
   if (!isDtype(dtype)) throw invalid(`${tensorId}: dtype ${JSON.stringify(dtype)} is not known`, context);
+  checkDigest(request, tensorId, context);
   if (!shape.every((dim) => Number.isSafeInteger(dim) && dim >= 0)) {
     throw invalid(`${tensorId}: shape [${shape.join(', ')}] is not of whole numbers`, context);
   }
@@ -30,6 +32,7 @@ export function checkSend(request: SendRequest, device: string): void {
 export function checkLoad(request: LoadRequest, device: string): void {
   const { requestId, layers, blockIds, skipBlocks } = request;
   const context = { requestId };
+  checkDigest(request, `load of ${requestId}`, context);
   if (layers.length === 0) throw invalid(`load of ${requestId}: no layers to load`, context);
   if (!Number.isInteger(skipBlocks) || skipBlocks < 0 || skipBlocks > blockIds.length) {
     throw invalid(
@@ -43,6 +46,14 @@ export function checkLoad(request: LoadRequest, device: string): void {
 }
 
 type Context = ConstructorParameters<typeof PdError>[2];
+
+function checkDigest({ promptDigest }: SendRequest | LoadRequest, what: string, context: Context): void {
+  if (promptDigest === undefined || (promptDigest.length > 0 && promptDigest.length <= MAX_DIGEST)) return;
+  throw invalid(
+    `${what}: promptDigest has ${promptDigest.length} characters, 1 to ${MAX_DIGEST} are allowed`,
+    context,
+  );
+}
 
 function checkLayer(
   layer: PagedLayer,

@@ -1,16 +1,18 @@
 /**
- * Who waits for which tensor. A tensor goes to the claimant of its full id, else to the one of its transfer id. A claimant found by
- * transfer id is bound to the sender's request it first met, so that two requests that share a transfer id are never mixed up. Pure.
+ * Who waits for which tensor. A tensor goes to the claimants of exactly its id; one of a peer that is not ours may also stand for the
+ * request whose id it has but for a random suffix (`standsFor`). All tensors of a request come from one source, the id under which its
+ * sender knows it, so that two requests are never mixed up. Pure.
  */
 import { PdError } from '../errors.ts';
-import { type TransferId, transferIdOf } from '../wire/ids.ts';
+import type { TransferId } from '../wire/ids.ts';
 import type { StoreEntry } from './store.ts';
 
 export interface Claimant {
-  readonly requestId: string;
   readonly transferId: TransferId;
   /** Routing id of the peer that it comes from. */
   readonly peer: string;
+  /** Of the prompt whose KV it wants, where it knows it. */
+  readonly promptDigest?: string | undefined;
   wants(layerName: string): boolean;
   /** The tensor is the claimant's now. */
   take(entry: StoreEntry): void;
@@ -20,138 +22,146 @@ export interface Claimant {
   fail(reason: PdError): void;
 }
 
-/** Two requests share a transfer id: told once per pair, for the log. */
-export type CollisionHandler = (transferId: string, requestIds: readonly string[]) => void;
+/** Tensors under several ids could be meant by one transfer id: for the log. */
+export type CollisionHandler = (transferId: TransferId, sources: readonly string[]) => void;
 
-interface Registration {
-  readonly claimant: Claimant;
-  /** Another claimant was there first: only tensors of the full id go here. */
-  readonly exactOnly: boolean;
-  /** Full id, as the sender has it, that this claimant's transfer id stands for. */
+interface Claim {
+  readonly transferId: TransferId;
+  readonly claimants: Set<Claimant>;
+  /** The id under which the sender knows the request; kept until the request is finished. */
   source: string | undefined;
 }
 
+/** Requests that a caller never finishes must not make the book grow for ever. */
+const MOST = 65_536;
+
 export class ClaimBook {
-  readonly #byId = new Map<string, Set<Registration>>();
-  /** Transfer id to the full ids it has stood for, until the request is finished. */
-  readonly #sources = new Map<string, Set<string>>();
+  readonly #claims = new Map<string, Claim>();
   readonly #onCollision: CollisionHandler;
 
   constructor(onCollision: CollisionHandler) {
     this.#onCollision = onCollision;
   }
 
-  /** Enters a claimant and gives it what is there already (`entries`: ready ones under its ids). */
+  /** Enters a claimant and gives it what is there already: `entries`, ready or on their way, that its id may mean. */
   register(claimant: Claimant, entries: readonly StoreEntry[]): void {
-    const { requestId, transferId } = claimant;
-    const rivals = [...(this.#byId.get(transferId) ?? [])].filter((r) => r.claimant.requestId !== requestId);
-    const exactOnly = rivals.some((r) => r.claimant.transferId === transferId);
-    if (exactOnly) this.#onCollision(transferId, [...rivals.map((r) => r.claimant.requestId), requestId]);
-    const registration: Registration = { claimant, exactOnly, source: undefined };
-    for (const id of new Set([requestId, transferId])) {
-      const set = this.#byId.get(id);
-      if (set) set.add(registration);
-      else this.#byId.set(id, new Set([registration]));
-    }
-    const exact = entries.filter((entry) => entry.requestId === requestId);
-    if (exact.length > 0) registration.source = requestId;
-    else if (!exactOnly) {
-      const free = entries.filter((entry) => !this.#boundElsewhere(entry.requestId, registration));
-      const sources = [...new Set(free.map((entry) => entry.requestId))];
-      if (sources.length > 1) {
-        this.#onCollision(transferId, sources);
-        this.unregister(claimant);
-        const message = `${sources.join(' and ')} share the transfer id ${transferId}, and neither is ${requestId}`;
-        claimant.fail(new PdError('KV_LOAD_FAILED', message, { requestId, transferId }));
+    const claim = this.#open(claimant.transferId);
+    claim.claimants.add(claimant);
+    if (claim.source === undefined) {
+      const sources = [...new Set(entries.map(({ requestId }) => requestId))];
+      const exact = sources.find((source) => source === claim.transferId);
+      if (exact === undefined && sources.length > 1) {
+        this.#collide(claim, sources);
         return;
       }
+      claim.source = exact ?? sources[0];
     }
     for (const entry of entries) {
-      if (entry.state === 'ready' && !this.#offer(registration, entry)) this.#stray(registration, entry);
+      if (entry.state === 'ready' && entry.requestId === claim.source) this.#offer(claim, entry);
     }
   }
 
   unregister(claimant: Claimant): void {
-    for (const id of [claimant.requestId, claimant.transferId]) {
-      const set = this.#byId.get(id);
-      for (const registration of set ?? []) if (registration.claimant === claimant) set?.delete(registration);
-      if (set?.size === 0) this.#byId.delete(id);
-    }
+    const claim = this.#claims.get(claimant.transferId);
+    claim?.claimants.delete(claimant);
+    if (claim && claim.claimants.size === 0 && claim.source === undefined)
+      this.#claims.delete(claim.transferId);
   }
 
   /** A tensor has come. True where somebody took it. */
   arrived(entry: StoreEntry): boolean {
-    const candidates = this.#of(entry.requestId);
-    const [only, ...others] = candidates;
-    if (only && others.length === 0 && this.#offer(only, entry)) return true;
-    const exact = candidates.filter((r) => r.claimant.requestId === entry.requestId);
-    const taken = [...exact, ...candidates].some((registration) => this.#offer(registration, entry));
-    if (!taken) for (const registration of candidates) this.#stray(registration, entry);
-    return taken;
+    return this.#meant(entry).some((claim) => this.#arrivedFor(claim, entry));
   }
 
-  /** Claimants that a tensor of `requestId` may concern. */
-  claimantsOf(requestId: string): Claimant[] {
-    return this.#of(requestId)
-      .filter((r) => this.#matches(r, requestId))
-      .map((r) => r.claimant);
+  /** It has come for a claimant that waits for KV of another prompt. */
+  contradicted(entry: StoreEntry): boolean {
+    return this.#meant(entry).some((claim) => [...claim.claimants].some((one) => contradicts(one, entry)));
   }
 
-  /** Full ids that `transferId` has stood for; forgets them. */
-  takeSources(transferId: string): ReadonlySet<string> {
-    const sources = this.#sources.get(transferId) ?? new Set<string>();
-    this.#sources.delete(transferId);
-    return sources;
+  /** Claimants that a tensor may concern. */
+  claimantsOf(tensor: Pick<StoreEntry, 'requestId' | 'standsFor'>): Claimant[] {
+    return this.#meant(tensor)
+      .filter(({ source }) => source === undefined || source === tensor.requestId)
+      .flatMap(({ claimants }) => [...claimants]);
+  }
+
+  /** Somebody waits for KV of exactly this id. */
+  waits(transferId: string): boolean {
+    return (this.#claims.get(transferId)?.claimants.size ?? 0) > 0;
+  }
+
+  /** The request is over: what it has been sent as is forgotten. */
+  finish(transferId: TransferId): void {
+    const claim = this.#claims.get(transferId);
+    if (!claim) return;
+    claim.source = undefined;
+    if (claim.claimants.size === 0) this.#claims.delete(transferId);
   }
 
   /** Every claimant. */
   all(): Claimant[] {
-    return [...new Set([...this.#byId.values()].flatMap((set) => [...set]))].map((r) => r.claimant);
+    return [...this.#claims.values()].flatMap(({ claimants }) => [...claimants]);
   }
 
-  #of(requestId: string): Registration[] {
-    const exact = this.#byId.get(requestId);
-    const transferId = transferIdOf(requestId);
-    const named = transferId === requestId ? undefined : this.#byId.get(transferId);
-    if (!exact || !named) return [...(exact ?? named ?? [])];
-    return [...new Set([...exact, ...named])];
-  }
-
-  #offer(registration: Registration, entry: StoreEntry): boolean {
-    const { claimant } = registration;
-    if (!this.#matches(registration, entry.requestId) || !claimant.wants(entry.layerName)) return false;
-    if (registration.source === undefined) {
-      registration.source = entry.requestId;
-      this.#remember(claimant.transferId, entry.requestId);
+  #open(transferId: TransferId): Claim {
+    const known = this.#claims.get(transferId);
+    if (known) return known;
+    const claim: Claim = { transferId, claimants: new Set(), source: undefined };
+    this.#claims.set(transferId, claim);
+    if (this.#claims.size > MOST) {
+      for (const [id, { claimants }] of this.#claims) {
+        if (claimants.size > 0) continue;
+        this.#claims.delete(id);
+        break;
+      }
     }
-    claimant.take(entry);
-    return true;
+    return claim;
   }
 
-  #stray(registration: Registration, entry: StoreEntry): void {
-    if (this.#matches(registration, entry.requestId)) registration.claimant.stray?.(entry);
+  /** The request of exactly its id first. */
+  #meant({ requestId, standsFor }: Pick<StoreEntry, 'requestId' | 'standsFor'>): Claim[] {
+    const exact = this.#claims.get(requestId);
+    const suffixed = standsFor === undefined ? undefined : this.#claims.get(standsFor);
+    if (!exact) return suffixed ? [suffixed] : [];
+    return suffixed ? [exact, suffixed] : [exact];
   }
 
-  #matches(registration: Registration, requestId: string): boolean {
-    const { claimant, exactOnly, source } = registration;
-    if (claimant.requestId === requestId) return source === undefined || source === requestId;
-    if (exactOnly || (source !== undefined && source !== requestId)) return false;
-    const named = requestId === claimant.transferId || transferIdOf(requestId) === claimant.transferId;
-    return named && !this.#boundElsewhere(requestId, registration);
+  #arrivedFor(claim: Claim, entry: StoreEntry): boolean {
+    claim.source ??= entry.requestId;
+    if (claim.source !== entry.requestId) {
+      this.#collide(claim, [claim.source, entry.requestId]);
+      return false;
+    }
+    return this.#offer(claim, entry);
   }
 
-  /** Bound to a claimant of another request. */
-  #boundElsewhere(source: string, except: Registration): boolean {
-    return this.#of(source).some(
-      (r) => r.source === source && r.claimant.requestId !== except.claimant.requestId,
-    );
+  #offer({ claimants }: Claim, entry: StoreEntry): boolean {
+    for (const claimant of claimants) {
+      if (!claimant.wants(entry.layerName)) continue;
+      claimant.take(entry);
+      return true;
+    }
+    for (const claimant of claimants) claimant.stray?.(entry);
+    return false;
   }
 
-  #remember(transferId: string, source: string): void {
-    const set = this.#sources.get(transferId);
-    if (set) set.add(source);
-    else this.#sources.set(transferId, new Set([source]));
-    // A caller that never finishes its requests must not make this grow for ever.
-    if (this.#sources.size > 65_536) this.#sources.delete(this.#sources.keys().next().value!);
+  /** Nobody can say which of them is meant, so none is, unless one has exactly the id. */
+  #collide(claim: Claim, sources: readonly string[]): void {
+    const { transferId, claimants } = claim;
+    this.#onCollision(transferId, sources);
+    if (claim.source === transferId) return;
+    const message =
+      `${sources.join(' and ')} could both be ${transferId}: each is that id with another random suffix, ` +
+      'and nothing tells which is meant';
+    for (const claimant of [...claimants])
+      claimant.fail(new PdError('KV_LOAD_FAILED', message, { transferId }));
   }
+}
+
+/** Both know of which prompt they are, and it is not the same one. */
+export function contradicts(
+  a: { readonly promptDigest?: string | undefined },
+  b: { readonly promptDigest?: string | undefined },
+): boolean {
+  return a.promptDigest !== undefined && b.promptDigest !== undefined && a.promptDigest !== b.promptDigest;
 }

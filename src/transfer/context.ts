@@ -5,7 +5,7 @@ import type { ErrorCode, PdError } from '../errors.ts';
 import type { Logger, RateLimitedLog } from '../observability/log.ts';
 import type { MetricsPage } from '../observability/metrics.ts';
 import type { Transport } from '../transport/transport.ts';
-import { splitTensorId, type TensorId, transferIdOf } from '../wire/ids.ts';
+import { splitTensorId, suffixedFor, type TensorId, type TransferId } from '../wire/ids.ts';
 import type { PeerHello } from '../wire/messages.ts';
 import type { Deadlines } from './deadlines.ts';
 import type { KvMemory } from './kv-memory.ts';
@@ -34,9 +34,15 @@ export function sameDirection(a: SendType, b: SendType): boolean {
   return (a === 'GET') === (b === 'GET');
 }
 
+/** The request of ours that a tensor of a peer which is not ours may mean beside that of exactly its id (wire/ids.ts). */
+export function standsFor({ options }: TransferContext, tensorId: TensorId): TransferId | undefined {
+  const which = options.kvKey === 'engine' ? 'none' : (options.suffixedIds ?? 'proxy');
+  return suffixedFor(splitTensorId(tensorId).requestId, which);
+}
+
 export interface TensorFields {
+  /** As its sender calls it; between ours the transfer id. */
   readonly requestId: string;
-  readonly transferId: string;
   readonly tensorId: string;
   readonly peer?: string;
   readonly shape?: readonly number[];
@@ -54,7 +60,6 @@ export function tensorFields(
   const { requestId } = splitTensorId(tensor.tensorId);
   return {
     requestId,
-    transferId: transferIdOf(requestId),
     tensorId: tensor.tensorId,
     ...(peer === undefined ? {} : { peer }),
     ...(tensor.shape === undefined ? {} : { shape: tensor.shape }),

@@ -3,6 +3,7 @@
  * an embedder hold the same thing.
  */
 import type { MemoryRef } from '../device/device.ts';
+import type { ErrorData } from '../errors.ts';
 import type { HostPort } from '../net/address.ts';
 import type { TensorId, TransferId } from '../wire/ids.ts';
 import type {
@@ -14,10 +15,15 @@ import type {
   TransferState,
 } from './types.ts';
 
-/** The two moments of a send. Neither rejects unhandled: a caller may look at one and ignore the other. */
+/** The moments of a send. None rejects unhandled: a caller may look at one and ignore the others. */
 export interface SendHandle {
   /** The source may be overwritten. */
   readonly gathered: Promise<void>;
+  /**
+   * PUT, PUT_ASYNC: there is a pair with the peer, so that the peer knows by itself of whatever goes wrong from now on. GET: as `sent`.
+   * Never later than `sent`.
+   */
+  readonly underWay: Promise<void>;
   /** PUT, PUT_ASYNC: the peer has it. GET: kept, to be asked for. Resolves with the bytes. */
   readonly sent: Promise<number>;
 }
@@ -40,6 +46,8 @@ export interface TransferEngineApi {
   cancelLoad(requestId: string): void;
   /** The producer is done with the prompt: loads of it that were told `prefillWithinMs` have `timeouts.load` from now. */
   prefilled(id: TransferId): void;
+  /** The producer has told that it could not send this KV: a load of it, under way or to come, fails at once, with `reason` inside. */
+  sendFailed(id: TransferId, reason: ErrorData): void;
   /** The request is over: frees what is held for it, and drops and frees what still comes. `keep`: its sends in GET stay to be asked for. */
   finish(id: TransferId, options?: { readonly keepSends?: boolean }): void;
   /** Starts the pings to a proxy: only once the instance can serve. */

@@ -6,7 +6,7 @@ import { deferred } from '../deferred.ts';
 import { createDevice } from '../device/create.ts';
 import type { Device, MemoryRef } from '../device/device.ts';
 import { hostView } from '../device/memory.ts';
-import { PdError, unreachable } from '../errors.ts';
+import { type ErrorData, PdError, unreachable } from '../errors.ts';
 import type { HostPort } from '../net/address.ts';
 import { threadEntry } from '../thread-entry.ts';
 import type { TensorId, TransferId } from '../wire/ids.ts';
@@ -28,7 +28,13 @@ const CLOSE_TIMEOUT_MS = 5_000;
 
 /** What waits for a message of the thread. Each kind of question is answered by its own kinds of message. */
 type Pending =
-  | { readonly kind: 'send'; gathered(): void; sent(bytes: number): void; reject(error: PdError): void }
+  | {
+      readonly kind: 'send';
+      gathered(): void;
+      underWay(): void;
+      sent(bytes: number): void;
+      reject(error: PdError): void;
+    }
   | { readonly kind: 'receive'; resolve(tensor: StoredTensor): void; reject(error: PdError): void }
   | { readonly kind: 'load'; resolve(result: LoadResult): void; reject(error: PdError): void }
   | { readonly kind: 'state'; resolve(state: TransferState): void; reject(error: PdError): void };
@@ -95,9 +101,11 @@ export class TransferEngine implements TransferEngineApi {
 
   send(request: SendRequest): SendHandle {
     const gathered = deferred<void>();
+    const underWay = deferred<void>();
     const sent = deferred<number>();
-    // A caller may look at one of the two and leave the other.
+    // A caller may look at one of them and leave the others.
     gathered.promise.catch(() => undefined);
+    underWay.promise.catch(() => undefined);
     sent.promise.catch(() => undefined);
     const message = (seq: number): ToTransfer => {
       checkSend(request, this.#deviceName);
@@ -106,16 +114,19 @@ export class TransferEngine implements TransferEngineApi {
     this.#ask(message, {
       kind: 'send',
       gathered: () => gathered.resolve(),
+      underWay: () => underWay.resolve(),
       sent: (bytes) => {
+        underWay.resolve();
         gathered.resolve();
         sent.resolve(bytes);
       },
       reject: (error) => {
+        underWay.reject(error);
         gathered.reject(error);
         sent.reject(error);
       },
     });
-    return { gathered: gathered.promise, sent: sent.promise };
+    return { gathered: gathered.promise, underWay: underWay.promise, sent: sent.promise };
   }
 
   sendAll(requests: readonly SendRequest[]): SendHandle[] {
@@ -153,6 +164,10 @@ export class TransferEngine implements TransferEngineApi {
 
   prefilled(id: TransferId): void {
     this.#tell({ type: 'prefilled', id });
+  }
+
+  sendFailed(id: TransferId, reason: ErrorData): void {
+    this.#tell({ type: 'send-failed', id, reason });
   }
 
   cancelLoad(requestId: string): void {
@@ -245,7 +260,15 @@ export class TransferEngine implements TransferEngineApi {
         return;
       case 'gathered': {
         const pending = this.#pending.get(message.seq);
-        if (pending?.kind === 'send') pending.gathered();
+        if (pending?.kind !== 'send') return;
+        // In this order, so that who waits for the second knows of the first.
+        if (message.underWay) pending.underWay();
+        pending.gathered();
+        return;
+      }
+      case 'under-way': {
+        const pending = this.#pending.get(message.seq);
+        if (pending?.kind === 'send') pending.underWay();
         return;
       }
       case 'failed':

@@ -119,7 +119,7 @@ export class GetAnnouncement extends Announcement {
   }
 
   /** Enters what is to come. Without room for it the pair ends: it would be sent all the same. */
-  accept({ shape, dtype }: TensorForm, pair: Pair): Incoming | undefined {
+  accept({ shape, dtype, promptDigest }: TensorForm, pair: Pair): Incoming | undefined {
     const { memory, metrics } = this.#context;
     const { peer } = this.#request;
     const { tensorId } = this;
@@ -143,7 +143,7 @@ export class GetAnnouncement extends Announcement {
     const dropped = this.#over;
     this.#over = true;
     const twoBlocks = sentAs(this.#context.options, undefined, this.peerIsOurs);
-    const tensor = { tensorId, shape, dtype, peer, twoBlocks };
+    const tensor = { tensorId, shape, dtype, peer, twoBlocks, promptDigest };
     const entry = this.#intake.adopt(tensor, held, dropped ? 'dropped' : 'claimed');
     logTensor(this.#context, 'receive', tensor, peer);
     return {
@@ -194,7 +194,7 @@ export class GetAnnouncement extends Announcement {
     const { peer, tensorId } = this.#request;
     return new PdError(
       'KV_LOAD_FAILED',
-      `${peer} does not have ${tensorId} any more: it had to make room for others (pd_kv_evicted_total), or nobody asked in time`,
+      `${peer} does not have ${tensorId}: it had no room to keep it, had to make room for others (pd_kv_evicted_total), or nobody asked in time`,
       { tensorId, peer },
     );
   }

@@ -6,9 +6,9 @@ import type { MemoryRef } from '../device/device.ts';
 import { PdError } from '../errors.ts';
 import type { Pair } from '../transport/transport.ts';
 import { tensorBytes } from '../wire/dtype.ts';
-import { splitTensorId, transferIdOf } from '../wire/ids.ts';
-import type { PutMessage, PutsMessage } from '../wire/messages.ts';
-import { type Claimant, ClaimBook } from './claims.ts';
+import { splitTensorId, type TensorId, type TransferId, withoutSuffix } from '../wire/ids.ts';
+import type { PutMessage, PutsMessage, TensorForm } from '../wire/messages.ts';
+import { type Claimant, ClaimBook, contradicts } from './claims.ts';
 import { logTensor, type TransferContext, tensorFields } from './context.ts';
 import { FinishedRequests, LostRequests } from './memories.ts';
 import { type Held, ReceiveStore, type StoreEntry, type TensorInfo } from './store.ts';
@@ -27,7 +27,7 @@ export class Intake {
       context.limited.log(`collision ${transferId}`, (suppressed) =>
         context.log.warn(
           { transferId, requestIds, suppressed },
-          `requests ${requestIds.join(' and ')} share the transfer id ${transferId}: each gets only KV of its full id`,
+          `KV of ${requestIds.join(' and of ')} could both be meant for ${transferId}: only that of exactly its id is taken`,
         ),
       );
     });
@@ -37,9 +37,9 @@ export class Intake {
   async admit(
     put: PutMessage,
     peer: string,
-    twoBlocks?: TensorInfo['twoBlocks'],
+    told: Pick<TensorInfo, 'twoBlocks' | 'standsFor'>,
   ): Promise<StoreEntry | undefined> {
-    const tensor = { ...tensorOf(put, peer), twoBlocks };
+    const tensor = { ...tensorOf({ ...put, promptDigest: put.ours?.promptDigest }, peer), ...told };
     if (this.#isDuplicate(tensor)) return undefined;
     const bytes = tensorBytes(put.shape, put.dtype);
     return this.#enter(tensor, this.#mayHold(1) ? await this.#context.memory.allocate(bytes) : undefined);
@@ -55,8 +55,10 @@ export class Intake {
     const wanted = new Map<string, { readonly index: number; readonly tensor: TensorInfo }>();
     for (const [index, put] of tensors.entries()) {
       const tensor = tensorOf(put, peer);
-      if (this.#finished.has(splitTensorId(tensor.tensorId).requestId)) {
+      const named = namesOf(tensor);
+      if (this.#finished.has(named)) {
         metrics.inc('pd_kv_late_dropped_total', 1);
+        this.#lost.add(named, overError(tensor), this.#context.deadlines.now());
         result[index] = 'unwanted';
       } else if (!this.#isDuplicate(tensor, wanted.has(tensor.tensorId))) {
         wanted.set(tensor.tensorId, { index, tensor });
@@ -81,7 +83,7 @@ export class Intake {
     try {
       await pair.receive(regions, { tensorId: `${first?.tensorId}${more}`, timeoutMs: timeouts.transfer });
     } catch (error) {
-      for (const { tensorId } of entries) this.#lose(tensorId, PdError.from(error, 'PEER_LOST'));
+      for (const entry of entries) this.#lose(entry, PdError.from(error, 'PEER_LOST'));
       await pair.over;
       for (const entry of entries) this.store.release(entry);
       return;
@@ -95,21 +97,31 @@ export class Intake {
   }
 
   /** Somebody wants KV of this request, so it is not over, whatever was said before. */
-  expect(requestId: string, transferId: string): void {
-    this.#finished.revive(requestId, transferId);
+  expect(transferId: TransferId): void {
+    this.#finished.revive(transferId);
   }
 
   /** Starts waiting. What is known to be lost fails at once, what is there is taken at once. */
   claim(claimant: Claimant): void {
-    const { requestId, transferId } = claimant;
-    this.expect(requestId, transferId);
-    const ready = [...new Set([...this.store.find(requestId), ...this.store.find(transferId)])];
-    this.claims.register(
-      claimant,
-      ready.filter((entry) => entry.state === 'ready' || entry.state === 'receiving'),
-    );
-    const lost = this.#lost.get(requestId, transferId);
+    const { transferId } = claimant;
+    this.expect(transferId);
+    const here = this.store.find(transferId).filter((entry) => {
+      if (entry.state === 'ready' && contradicts(claimant, entry)) this.#dropOther(entry);
+      return (entry.state === 'ready' || entry.state === 'receiving') && !contradicts(claimant, entry);
+    });
+    this.claims.register(claimant, here);
+    const lost = this.lostReason(transferId);
     if (lost) claimant.fail(lost);
+  }
+
+  /** Its sender could not send it: whoever waits for it knows now, and who comes later too. */
+  lost(transferId: TransferId, reason: PdError): void {
+    this.#lose({ requestId: transferId }, reason);
+  }
+
+  /** Why KV of this request will not come, where that is known. */
+  lostReason(transferId: TransferId): PdError | undefined {
+    return this.#lost.get(transferId);
   }
 
   /** A pair that brought tensors of `peer` died: what is not complete will not be. */
@@ -119,7 +131,7 @@ export class Intake {
 
   /** The tensor belongs to a caller until its request is finished; if it is finished already, it goes now. */
   own(entry: StoreEntry): boolean {
-    if (this.#finished.has(entry.requestId)) {
+    if (this.#finished.has(entry)) {
       this.store.release(entry);
       return false;
     }
@@ -127,12 +139,12 @@ export class Intake {
     return true;
   }
 
-  finish(id: string): void {
+  finish(id: TransferId): void {
     const { log, deadlines } = this.#context;
-    const sources = this.claims.takeSources(id);
-    const { freed, dropped } = this.store.finish(id, sources);
-    this.#lost.delete(id, ...sources);
-    this.#finished.add(id, sources, deadlines.now());
+    this.claims.finish(id);
+    const { freed, dropped } = this.store.finish(id);
+    this.#lost.delete(id);
+    this.#finished.add(id, deadlines.now());
     log.debug({ transferId: id, freed, dropped }, 'request finished');
     this.#armSweep();
   }
@@ -152,7 +164,9 @@ export class Intake {
       held.free();
       return undefined;
     }
-    const late = this.#finished.has(splitTensorId(tensor.tensorId).requestId);
+    const named = namesOf(tensor);
+    const late = this.#finished.has(named);
+    if (late) this.#lost.add(named, overError(tensor), this.#context.deadlines.now());
     this.#armSweep();
     return this.store.open(tensor, held, this.#context.deadlines.now(), late ? 'dropped' : 'receiving');
   }
@@ -171,11 +185,19 @@ export class Intake {
     limited.log('no room', (suppressed) =>
       log.warn({ ...tensorFields(this.#context, tensor, peer), suppressed }, reason.message),
     );
-    this.#lose(tensorId, reason);
+    this.#lose(namesOf(tensor), reason);
   }
 
   #isDuplicate(tensor: TensorInfo, twice = false): boolean {
-    if (!twice && !this.store.has(tensor.tensorId)) return false;
+    const known = this.store.get(tensor.tensorId);
+    if (!twice && !known) return false;
+    if (known?.state === 'ready' && contradicts(known, tensor)) {
+      // The id has been given to another prompt, and nobody has come for the KV of the one before.
+      for (const entry of this.store.find(known.requestId)) {
+        if (entry.state === 'ready' && contradicts(entry, tensor)) this.#dropOther(entry);
+      }
+      return false;
+    }
     const { metrics, limited, log } = this.#context;
     metrics.inc('pd_protocol_errors_total', 1, 'duplicate');
     limited.log(`duplicate ${tensor.peer}`, (suppressed) =>
@@ -196,16 +218,47 @@ export class Intake {
       return;
     }
     logTensor(this.#context, 'received', entry, entry.peer);
-    this.claims.arrived(entry);
+    if (this.claims.contradicted(entry)) this.#dropOther(entry);
+    else if (!this.claims.arrived(entry)) this.#warnOfSuffix(entry);
   }
 
-  /** The tensor will not come: whoever waits for it knows now, and who comes later too. */
-  #lose(tensorId: StoreEntry['tensorId'], reason: PdError): void {
-    const { requestId } = splitTensorId(tensorId);
-    if (this.#finished.has(requestId)) return;
-    this.#lost.add(requestId, reason, this.#context.deadlines.now());
+  /** KV of another prompt than the one that its id stands for now. */
+  #dropOther(entry: StoreEntry): void {
+    const { metrics, limited, log } = this.#context;
+    const { tensorId, peer } = entry;
+    this.store.release(entry);
+    metrics.inc('pd_kv_late_dropped_total', 1);
+    limited.log(`other prompt ${entry.requestId}`, (suppressed) =>
+      log.warn(
+        { tensorId, peer, suppressed },
+        `${tensorId} from ${peer} is KV of another prompt than the request of that id here has: dropped. ` +
+          'Two requests were given one id',
+      ),
+    );
+  }
+
+  /** Somebody waits for this but for what looks like a random suffix, and is not given it. */
+  #warnOfSuffix({ tensorId, requestId, standsFor: meant, peer }: StoreEntry): void {
+    const { limited, log, options } = this.#context;
+    const stem = withoutSuffix(requestId);
+    if (meant !== undefined || stem === undefined) return;
+    if (options.kvKey === 'engine' || !this.claims.waits(stem)) return;
+    limited.log(`suffix ${stem}`, (suppressed) =>
+      log.warn(
+        { tensorId, peer, transferId: stem, suppressed },
+        `${tensorId} from ${peer} is nobody's: request ${stem} waits for KV, and this may be its own under a random suffix, ` +
+          'but no proxy has made that id, so it may as well be another request. VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1 ' +
+          'at the peer leaves the suffix off; --suffixed-ids any takes every such id for a suffixed one',
+      ),
+    );
+  }
+
+  /** It will not come: whoever waits for it knows now, and who comes later too. */
+  #lose(tensor: Pick<StoreEntry, 'requestId' | 'standsFor'>, reason: PdError): void {
+    if (this.#finished.has(tensor)) return;
+    this.#lost.add(tensor, reason, this.#context.deadlines.now());
     this.#armSweep();
-    for (const claimant of this.claims.claimantsOf(requestId)) claimant.fail(reason);
+    for (const claimant of this.claims.claimantsOf(tensor)) claimant.fail(reason);
   }
 
   /** Orphans and memories age together; with nothing to age, no timer runs. */
@@ -228,7 +281,7 @@ export class Intake {
     if (orphans.length === 0) return;
     metrics.inc('pd_kv_orphans_freed_total', orphans.length);
     const requests = [...new Set(orphans.map((entry) => entry.requestId))];
-    const suffixed = requests.some((id) => transferIdOf(id) !== id);
+    const suffixed = requests.some((id) => withoutSuffix(id) !== undefined);
     log.warn(
       { tensors: orphans.length, requests: requests.slice(0, 5) },
       `freed ${orphans.length} tensors that no request claimed in time, of ${requests[0]}` +
@@ -238,6 +291,25 @@ export class Intake {
   }
 }
 
-function tensorOf(put: Pick<PutMessage, 'tensor_id' | 'shape' | 'dtype'>, peer: string): TensorInfo {
-  return { tensorId: put.tensor_id, shape: put.shape, dtype: put.dtype, peer };
+function tensorOf(put: TensorForm & { readonly tensor_id: TensorId }, peer: string): TensorInfo {
+  return {
+    tensorId: put.tensor_id,
+    shape: put.shape,
+    dtype: put.dtype,
+    peer,
+    promptDigest: put.promptDigest,
+  };
+}
+
+function namesOf({ tensorId, standsFor: meant }: TensorInfo): Pick<StoreEntry, 'requestId' | 'standsFor'> {
+  return { requestId: splitTensorId(tensorId).requestId, standsFor: meant };
+}
+
+/** For a request that is given the id of one that is over, and whose KV was taken for that one's. */
+function overError({ tensorId, peer }: TensorInfo): PdError {
+  return new PdError(
+    'KV_LOAD_FAILED',
+    `${tensorId} from ${peer} came when the request of that id was over, and was dropped: an id can be used again only after --kv-orphan-timeout`,
+    { tensorId, peer },
+  );
 }

@@ -4,7 +4,7 @@ import { PdError } from '../errors.ts';
 import { formShape } from '../kv/families.ts';
 import type { Pair } from '../transport/transport.ts';
 import { tensorBytes } from '../wire/dtype.ts';
-import { splitTensorId, type TensorId } from '../wire/ids.ts';
+import { splitTensorId, type TensorId, type TransferId, tensorIdOf } from '../wire/ids.ts';
 import { logTensor, type TransferContext, tensorFields } from './context.ts';
 import type { Deadline } from './deadlines.ts';
 import { denseBlocks, foreignForm, reform } from './form.ts';
@@ -13,7 +13,7 @@ import type { SendReply } from './put.ts';
 import { type KeptTensor, SendStore } from './send-store.ts';
 import type { Stager } from './stager.ts';
 import { checkSource, passed } from './staging.ts';
-import { belongsTo, type Held } from './store.ts';
+import type { Held } from './store.ts';
 import type { SendRequest } from './types.ts';
 
 export interface ForeignCopy {
@@ -23,6 +23,8 @@ export interface ForeignCopy {
 
 interface Parked {
   readonly tensorId: TensorId;
+  /** Which of our requests a peer that is not ours may mean besides. */
+  readonly meant: TransferId | undefined;
   readonly deadline: Deadline;
   readonly resolve: (kept: KeptTensor | undefined) => void;
 }
@@ -31,7 +33,7 @@ interface Parked {
 const MOST_PARKED = 16_384;
 
 export class Keeper {
-  readonly store: SendStore;
+  readonly store = new SendStore();
   readonly #context: TransferContext;
   readonly #stager: Stager;
   /** Requests being gathered; one that ends meanwhile is not kept. */
@@ -43,7 +45,6 @@ export class Keeper {
 
   constructor(context: TransferContext, stager: Stager) {
     this.#context = context;
-    this.store = new SendStore({ exactOnly: context.options.kvKey === 'engine' });
     this.#stager = stager;
   }
 
@@ -81,7 +82,7 @@ export class Keeper {
           this.#wake(kept);
           this.#armSweep();
         }
-        reply.gathered();
+        reply.gathered(true);
         reply.sent(bytes);
       },
       failed,
@@ -89,9 +90,9 @@ export class Keeper {
   }
 
   /** The tensor, when it is there; undefined after `waitMs`. */
-  async find(tensorId: TensorId, waitMs: number): Promise<KeptTensor | undefined> {
-    const kept = this.#lookup(tensorId);
-    if (kept || waitMs <= 0 || this.gaveUp(tensorId) || this.#parkedCount >= MOST_PARKED) return kept;
+  async find(tensorId: TensorId, waitMs: number, meant?: TransferId): Promise<KeptTensor | undefined> {
+    const kept = this.#lookup(tensorId, meant);
+    if (kept || waitMs <= 0 || this.gaveUp(tensorId, meant) || this.#parkedCount >= MOST_PARKED) return kept;
     const { layerName } = splitTensorId(tensorId);
     return new Promise((resolve) => {
       const deadline = this.#context.deadlines.after(waitMs, () => settle(undefined));
@@ -103,7 +104,7 @@ export class Keeper {
         if (set.size === 0) this.#parked.delete(layerName);
         resolve(found);
       };
-      const parked: Parked = { tensorId, deadline, resolve: settle };
+      const parked: Parked = { tensorId, meant, deadline, resolve: settle };
       const set = this.#parked.get(layerName);
       if (set) set.add(parked);
       else this.#parked.set(layerName, new Set([parked]));
@@ -112,8 +113,11 @@ export class Keeper {
   }
 
   /** It was kept, or was to be, and has had to go: it will not be here again. */
-  gaveUp(tensorId: TensorId): boolean {
-    return this.#givenUp.has(tensorId) && !this.#lookup(tensorId);
+  gaveUp(tensorId: TensorId, meant?: TransferId): boolean {
+    const { layerName } = splitTensorId(tensorId);
+    const given =
+      this.#givenUp.has(tensorId) || (meant !== undefined && this.#givenUp.has(tensorIdOf(meant, layerName)));
+    return given && !this.#lookup(tensorId, meant);
   }
 
   /**
@@ -190,7 +194,7 @@ export class Keeper {
   finish(id: string, keepSends: boolean): void {
     if (keepSends) return;
     this.store.finish(id);
-    for (const one of this.#gathering) if (belongsTo(one.requestId, id)) one.over = true;
+    for (const one of this.#gathering) if (one.requestId === id) one.over = true;
   }
 
   /** Answers everybody who waits: there is nothing. */
@@ -198,14 +202,14 @@ export class Keeper {
     for (const set of [...this.#parked.values()]) for (const parked of [...set]) parked.resolve(undefined);
   }
 
-  #lookup(tensorId: TensorId): KeptTensor | undefined {
-    const found = this.store.lookup(tensorId);
+  #lookup(tensorId: TensorId, meant: TransferId | undefined): KeptTensor | undefined {
+    const found = this.store.lookup(tensorId, meant);
     if (found.kind !== 'ambiguous') return found.kind === 'found' ? found.tensor : undefined;
     const { requestIds } = found;
     this.#context.limited.log(`collision ${requestIds.join()}`, (suppressed) =>
       this.#context.log.warn(
         { tensorId, requestIds, suppressed },
-        `GET ${tensorId} could mean ${requestIds.join(' or ')}: they share a transfer id, so neither is sent`,
+        `GET ${tensorId}: its request has been asked for as ${requestIds[0]} before, and nothing tells which of the two is meant: not sent`,
       ),
     );
     return undefined;
@@ -213,7 +217,7 @@ export class Keeper {
 
   #wake(kept: KeptTensor): void {
     for (const parked of [...(this.#parked.get(kept.layerName) ?? [])]) {
-      if (this.#lookup(parked.tensorId) === kept) parked.resolve(kept);
+      if (this.#lookup(parked.tensorId, parked.meant) === kept) parked.resolve(kept);
     }
   }
 
@@ -243,7 +247,7 @@ export class Keeper {
     this.#givenUp.add(tensorId, this.#context.deadlines.now());
     // Whoever waits for it waits in vain.
     for (const parked of [...(this.#parked.get(splitTensorId(tensorId).layerName) ?? [])]) {
-      if (this.gaveUp(parked.tensorId)) parked.resolve(undefined);
+      if (this.gaveUp(parked.tensorId, parked.meant)) parked.resolve(undefined);
     }
     this.#armSweep();
   }

@@ -8,7 +8,7 @@ import { wireShape } from '../kv/layout.ts';
 import { type CopyPlan, planCopy } from '../kv/reblock.ts';
 import { formatHostPort } from '../net/address.ts';
 import { type TensorId, type TransferId, tensorIdOf } from '../wire/ids.ts';
-import type { Claimant } from './claims.ts';
+import { type Claimant, contradicts } from './claims.ts';
 import { logTensor, type TransferContext } from './context.ts';
 import type { Intake } from './intake.ts';
 import { passed } from './staging.ts';
@@ -63,6 +63,10 @@ export class Load implements Claimant {
     return this.request.transferId;
   }
 
+  get promptDigest(): string | undefined {
+    return this.request.promptDigest;
+  }
+
   get missing(): readonly string[] {
     return [...this.#missing.keys()];
   }
@@ -94,6 +98,10 @@ export class Load implements Claimant {
     this.#intake.store.claim(entry, 'claimed');
     let plan: CopyPlan | undefined;
     try {
+      if (contradicts(this, entry)) {
+        const message = 'it is KV of another prompt than this request has: two requests were given one id';
+        throw new PdError('KV_LOAD_FAILED', message);
+      }
       plan = planOf(entry, layer, this.request);
     } catch (error) {
       const { tensorId, peer } = entry;
@@ -122,7 +130,7 @@ export class Load implements Claimant {
   /** The same request under another id, here or at the producer. */
   nearMisses(): string[] {
     const there = this.#atPeer.map((id) => `${id} (at ${this.peer})`);
-    return [...this.#intake.store.nearMisses(this.requestId), ...there];
+    return [...this.#intake.store.nearMisses(this.transferId), ...there];
   }
 
   /** A layer that this end does not have: the other runs another model. Twice the same layer is told elsewhere. */
@@ -165,7 +173,7 @@ export class Load implements Claimant {
         'KV_LOAD_TIMEOUT',
         `KV of ${this.requestId} from ${this.peer} did not come within ${timeoutMs} ms: waited for ` +
           `${this.tensorId(first)}, ${total - this.#missing.size} of ${total} layers are here; ` +
-          heldInstead(this.#intake.store.nearMisses(this.requestId), this.#atPeer, this.peer),
+          heldInstead(this.#intake.store.nearMisses(this.transferId), this.#atPeer, this.peer),
         { requestId: this.requestId, transferId: this.transferId, peer: this.peer },
       ),
     );

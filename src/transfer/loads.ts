@@ -3,7 +3,7 @@ import { deferred } from '../deferred.ts';
 import { PdError } from '../errors.ts';
 import { blockBytes } from '../kv/layout.ts';
 import { formatHostPort } from '../net/address.ts';
-import { splitTensorId, type TensorId, transferIdOf } from '../wire/ids.ts';
+import { splitTensorId, type TensorId, type TransferId, transferIdOf } from '../wire/ids.ts';
 import type { Claimant } from './claims.ts';
 import type { TransferContext } from './context.ts';
 import { GetAnnouncement } from './get.ts';
@@ -71,6 +71,10 @@ export class Loads {
     const { options, log, metrics } = this.#context;
     const { requestId, transferId, prefillWithinMs } = request;
     const timeoutMs = this.#timeoutOf(request) + (prefillWithinMs ?? 0);
+    if ([...this.#loads.keys()].some((other) => other.transferId === transferId)) {
+      const message = `load of ${requestId}: another load of ${transferId} is under way`;
+      return Promise.reject(new PdError('REQUEST_INVALID', message, { requestId, transferId }));
+    }
     const { promise, resolve, reject } = deferred<LoadResult>();
     const load = new Load(this.#context, this.#intake, request, { resolve, reject });
     const peer = load.peer;
@@ -87,8 +91,13 @@ export class Loads {
     // In GET our own link to the peer knows.
     const watch =
       options.sendType === 'GET' ? undefined : new PeerWatch(this.#context, load, request.peer, lostPair);
-    if (options.sendType === 'GET') this.#askLayers(load);
-    else this.#intake.claim(load);
+    if (options.sendType !== 'GET') this.#intake.claim(load);
+    else {
+      this.#intake.expect(transferId);
+      const lost = this.#intake.lostReason(transferId);
+      if (lost) load.fail(lost);
+      else this.#askLayers(load);
+    }
     load.begin();
     return promise
       .then((result) => {
@@ -112,6 +121,7 @@ export class Loads {
     const ms = timeoutMs ?? options.timeouts.load;
     const peer = formatHostPort(peerAddress);
     const { requestId, layerName } = splitTensorId(tensorId);
+    const transferId = transferIdOf(requestId);
     const { promise, resolve, reject } = deferred<StoredTensor>();
     let open = true;
     let atPeer: readonly string[] = [];
@@ -128,8 +138,7 @@ export class Loads {
       reject(error);
     };
     const waiting: Claimant = {
-      requestId,
-      transferId: transferIdOf(requestId),
+      transferId,
       peer,
       wants: (layer) => open && layer === layerName,
       take,
@@ -147,7 +156,7 @@ export class Loads {
     });
     if (options.sendType === 'GET') {
       const deadlineAt = deadlines.now() + ms;
-      this.#intake.expect(requestId, waiting.transferId);
+      this.#intake.expect(transferId);
       const near = (tensorIds: readonly string[]) => {
         atPeer = tensorIds;
       };
@@ -168,10 +177,10 @@ export class Loads {
   }
 
   /** The prompt of these is computed: from now on they wait no longer than for KV that is on its way. */
-  prefilled(transferId: string): void {
+  prefilled(transferId: TransferId): void {
     for (const load of [...this.#loads.keys()]) {
-      const { request, requestId } = load;
-      if (request.prefillWithinMs === undefined || transferIdOf(requestId) !== transferId) continue;
+      const { request } = load;
+      if (request.prefillWithinMs === undefined || load.transferId !== transferId) continue;
       if (!load.decided) this.#limit(load, this.#timeoutOf(request), false);
     }
   }
@@ -189,6 +198,12 @@ export class Loads {
         nearMisses: load.nearMisses(),
         ...(prefilling && { prefilling }),
       }));
+  }
+
+  /** The producer could not send it: whoever waits for it, now or later, knows at once. In GET too, where it would be asked for in vain. */
+  sendFailed(transferId: TransferId, reason: PdError): void {
+    this.#intake.lost(transferId, reason);
+    for (const load of [...this.#loads.keys()]) if (load.transferId === transferId) load.fail(reason);
   }
 
   /** Fails all of them. */

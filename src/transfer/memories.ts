@@ -1,7 +1,12 @@
 /** What must be remembered of requests that hold no tensor: those that are over, and those that lost one. Pure, and bounded. */
 import type { PdError } from '../errors.ts';
-import { splitTensorId, type TensorId, tensorIdOf, transferIdOf } from '../wire/ids.ts';
-import { belongsTo } from './store.ts';
+import type { TensorId } from '../wire/ids.ts';
+
+/** A tensor of which request it is, as its sender calls it, and which of ours that may mean besides. */
+interface Named {
+  readonly requestId: string;
+  readonly standsFor?: string | undefined;
+}
 
 const MOST = 65_536;
 
@@ -37,23 +42,19 @@ class Aging<V> {
 
 /** Requests that are over: tensors of theirs that still come are received, dropped and counted. */
 export class FinishedRequests {
-  readonly #finished = new Aging<ReadonlySet<string>>();
+  readonly #finished = new Aging<true>();
 
-  /** `sources`: full ids that the transfer id stood for, where known; a later request with the same transfer id is then not meant. */
-  add(id: string, sources: ReadonlySet<string>, now: number): void {
-    this.#finished.set(id, sources, now);
+  add(id: string, now: number): void {
+    this.#finished.set(id, true, now);
   }
 
-  has(requestId: string): boolean {
-    return [requestId, transferIdOf(requestId)].some((id) => {
-      const sources = this.#finished.get(id);
-      return sources !== undefined && belongsTo(requestId, id, sources);
-    });
+  has({ requestId, standsFor }: Named): boolean {
+    return [requestId, standsFor].some((id) => id !== undefined && this.#finished.get(id));
   }
 
   /** Somebody asks for it again, so it is not over. */
-  revive(...ids: readonly string[]): void {
-    for (const id of ids) this.#finished.delete(id);
+  revive(id: string): void {
+    this.#finished.delete(id);
   }
 
   get size(): number {
@@ -65,21 +66,21 @@ export class FinishedRequests {
   }
 }
 
-/** Tensors that gave way to others before anybody asked: who asks now need not ask again. By transfer id and layer. */
+/** Tensors that gave way to others before anybody asked: who asks now need not ask again. */
 export class GivenUpTensors {
   readonly #tensors = new Aging<true>();
 
   add(tensorId: TensorId, now: number): void {
-    this.#tensors.set(stem(tensorId), true, now);
+    this.#tensors.set(tensorId, true, now);
   }
 
   has(tensorId: TensorId): boolean {
-    return this.#tensors.get(stem(tensorId)) ?? false;
+    return this.#tensors.get(tensorId) ?? false;
   }
 
   /** It is there again. */
   delete(tensorId: TensorId): void {
-    this.#tensors.delete(stem(tensorId));
+    this.#tensors.delete(tensorId);
   }
 
   get size(): number {
@@ -91,30 +92,21 @@ export class GivenUpTensors {
   }
 }
 
-function stem(tensorId: TensorId): TensorId {
-  const { requestId, layerName } = splitTensorId(tensorId);
-  return tensorIdOf(transferIdOf(requestId), layerName);
-}
-
 /** Requests of which a tensor was refused or lost: a load of one need not wait for its deadline. */
 export class LostRequests {
   readonly #lost = new Aging<PdError>();
 
-  add(requestId: string, reason: PdError, now: number): void {
+  add({ requestId, standsFor }: Named, reason: PdError, now: number): void {
     this.#lost.set(requestId, reason, now);
-    this.#lost.set(transferIdOf(requestId), reason, now);
+    if (standsFor !== undefined) this.#lost.set(standsFor, reason, now);
   }
 
-  get(...ids: readonly string[]): PdError | undefined {
-    for (const id of ids) {
-      const reason = this.#lost.get(id);
-      if (reason) return reason;
-    }
-    return undefined;
+  get(id: string): PdError | undefined {
+    return this.#lost.get(id);
   }
 
-  delete(...ids: readonly string[]): void {
-    for (const id of ids) this.#lost.delete(id);
+  delete(id: string): void {
+    this.#lost.delete(id);
   }
 
   get size(): number {

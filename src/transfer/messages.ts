@@ -31,6 +31,7 @@ export type ToTransfer =
   | { readonly type: 'load'; readonly seq: number; readonly request: LoadRequest }
   | { readonly type: 'cancel-load'; readonly requestId: string }
   | { readonly type: 'prefilled'; readonly id: TransferId }
+  | { readonly type: 'send-failed'; readonly id: TransferId; readonly reason: ErrorData }
   | { readonly type: 'finish'; readonly id: TransferId; readonly keepSends: boolean }
   | { readonly type: 'start-ping'; readonly ping: ProxyPing }
   | { readonly type: 'stop-ping' }
@@ -41,7 +42,9 @@ export type FromTransfer =
   | { readonly type: 'ready'; readonly address: HostPort }
   /** The engine could not be made; the thread ends. */
   | { readonly type: 'not-ready'; readonly error: ErrorData }
-  | { readonly type: 'gathered'; readonly seq: number }
+  /** `underWay`: there is a pair with the peer; where not, the other message follows. */
+  | { readonly type: 'gathered'; readonly seq: number; readonly underWay: boolean }
+  | { readonly type: 'under-way'; readonly seq: number }
   | { readonly type: 'sent'; readonly seq: number; readonly bytes: number }
   | { readonly type: 'received'; readonly seq: number; readonly tensor: StoredTensor }
   | { readonly type: 'loaded'; readonly seq: number; readonly result: LoadResult }

@@ -83,6 +83,7 @@ export class OutgoingPeer {
       return;
     }
     this.#queue.push(announcement);
+    if (this.openLink) announcement.pairOpened();
     announcement.onReady(() => this.#schedule());
     this.#schedule();
   }
@@ -148,6 +149,7 @@ export class OutgoingPeer {
       this.#link = new Link(this.#context, this.peer, {
         onOpen: () => {
           opened = true;
+          for (const announcement of this.#queue) announcement.pairOpened();
           this.#events.onOpen();
           this.#schedule();
         },

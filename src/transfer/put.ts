@@ -13,7 +13,10 @@ import type { Held } from './store.ts';
 
 /** How a send goes on; each is called at most once. */
 export interface SendReply {
-  gathered(): void;
+  /** `underWay`: there is a pair with the peer by then. */
+  gathered(underWay: boolean): void;
+  /** There is a pair with the peer now, and was none when it was gathered. */
+  underWay(): void;
   sent(bytes: number): void;
   failed(error: PdError): void;
 }
@@ -27,6 +30,8 @@ export class PutAnnouncement extends Announcement {
   #bytes = 0;
   #staged: Held | undefined;
   #over = false;
+  #gathered = false;
+  #underWay = false;
 
   constructor(context: TransferContext, request: FormedRequest, peer: string, reply: SendReply) {
     super();
@@ -47,8 +52,8 @@ export class PutAnnouncement extends Announcement {
   }
 
   get form(): TensorForm & { readonly tensor_id: TensorId } {
-    const { tensorId, shape, dtype } = this.#request;
-    return { tensor_id: tensorId, shape, dtype };
+    const { tensorId, shape, dtype, promptDigest } = this.#request;
+    return { tensor_id: tensorId, shape, dtype, promptDigest };
   }
 
   get cancelled(): boolean {
@@ -81,16 +86,24 @@ export class PutAnnouncement extends Announcement {
       staged: (held) => {
         if (this.#over) return held?.free();
         this.#staged = held;
-        if (held) this.#reply.gathered();
+        if (held) this.#reply.gathered(this.#underWay);
+        this.#gathered = held !== undefined;
         this.markReady();
       },
       failed: fail,
     });
   }
 
+  override pairOpened(): void {
+    if (this.#underWay || this.#over) return;
+    this.#underWay = true;
+    if (this.#gathered) this.#reply.underWay();
+  }
+
   message(ours: boolean): PutMessage {
-    const put = { cmd: 'PUT', ...this.form } as const;
-    return ours && !this.#request.plan ? { ...put, ours: true } : put;
+    const { tensor_id, shape, dtype, promptDigest } = this.form;
+    const put = { cmd: 'PUT', tensor_id, shape, dtype } as const;
+    return ours && !this.#request.plan ? { ...put, ours: { promptDigest } } : put;
   }
 
   answered(answer: Answer, pair: Pair): Reaction {

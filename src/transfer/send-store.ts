@@ -1,11 +1,11 @@
 /**
- * The books of KV kept for asking (GET): found by full id first, then by transfer id; evicted oldest first when room is short, but never
- * while it is being sent. Pure.
+ * The books of KV kept for asking (GET): found by exactly its id, or by a peer that is not ours under that id with a random suffix; evicted
+ * oldest first when room is short, but never while it is being sent. Pure.
  */
 import type { Dtype } from '../wire/dtype.ts';
-import { splitTensorId, type TensorId, transferIdOf } from '../wire/ids.ts';
+import { splitTensorId, type TensorId, type TransferId, tensorIdOf, withoutSuffix } from '../wire/ids.ts';
 import type { DenseBlocks } from './form.ts';
-import { belongsTo, type Held } from './store.ts';
+import type { Held } from './store.ts';
 
 export interface KeptTensor {
   readonly tensorId: TensorId;
@@ -15,6 +15,8 @@ export interface KeptTensor {
   readonly dtype: Dtype;
   /** Where it was gathered from blocks: how its tokens lie. */
   readonly dense?: DenseBlocks | undefined;
+  /** Of the prompt, where whoever keeps it has told it. */
+  readonly promptDigest?: string | undefined;
   readonly held: Held;
   readonly since: number;
   /** Sends under way. */
@@ -28,21 +30,20 @@ type Mutable = { -readonly [K in keyof KeptTensor]: KeptTensor[K] };
 export type Lookup =
   | { readonly kind: 'found'; readonly tensor: KeptTensor }
   | { readonly kind: 'absent' }
-  /** Several requests share the transfer id and none has the full id: nobody can say which is meant. */
+  /** It has been asked for under another suffix before: nobody can say which of the two is meant. */
   | { readonly kind: 'ambiguous'; readonly requestIds: readonly string[] };
 
 export class SendStore {
-  readonly #exactOnly: boolean;
   /** Oldest first. */
   readonly #byTensor = new Map<TensorId, Mutable>();
-  readonly #byStem = new Map<string, Set<Mutable>>();
+  /** By the id of their request. */
+  readonly #byRequest = new Map<string, Set<Mutable>>();
+  /** Ids that look like one another, for messages: to those of the same text but for what may be a suffix. */
+  readonly #byLook = new Map<string, Set<Mutable>>();
+  /** Under which id a peer that is not ours has asked for a request. */
+  readonly #askedAs = new Map<string, string>();
   #heldBytes = 0;
   #count = 0;
-
-  /** `exactOnly`: a tensor is found by its full id alone, as in vLLM. */
-  constructor({ exactOnly = false }: { readonly exactOnly?: boolean } = {}) {
-    this.#exactOnly = exactOnly;
-  }
 
   /** Bytes of all that is kept or still being sent. */
   get heldBytes(): number {
@@ -56,7 +57,13 @@ export class SendStore {
 
   /** A tensor of the same id takes the place of the one before. */
   keep(
-    { tensorId, shape, dtype, dense }: Pick<KeptTensor, 'tensorId' | 'shape' | 'dtype' | 'dense'>,
+    {
+      tensorId,
+      shape,
+      dtype,
+      dense,
+      promptDigest,
+    }: Pick<KeptTensor, 'tensorId' | 'shape' | 'dtype' | 'dense' | 'promptDigest'>,
     held: Held,
     since: number,
   ): KeptTensor {
@@ -67,6 +74,7 @@ export class SendStore {
       shape,
       dtype,
       dense,
+      promptDigest,
       ...splitTensorId(tensorId),
       held,
       since,
@@ -74,39 +82,34 @@ export class SendStore {
       gone: false,
     };
     this.#byTensor.set(kept.tensorId, kept);
-    const stem = stemOf(kept);
-    const set = this.#byStem.get(stem);
-    if (set) set.add(kept);
-    else this.#byStem.set(stem, new Set([kept]));
+    enter(this.#byRequest, kept.requestId, kept);
+    enter(this.#byLook, lookOf(kept.requestId), kept);
     this.#heldBytes += held.bytes;
     this.#count++;
     return kept;
   }
 
-  lookup(tensorId: TensorId): Lookup {
+  /** `standsFor`: the request that a peer which is not ours may mean beside that of exactly the id it asks for. */
+  lookup(tensorId: TensorId, standsFor?: TransferId): Lookup {
     const exact = this.#byTensor.get(tensorId);
     if (exact) return { kind: 'found', tensor: exact };
-    if (this.#exactOnly) return { kind: 'absent' };
+    if (standsFor === undefined) return { kind: 'absent' };
     const { requestId, layerName } = splitTensorId(tensorId);
-    // Who asks may have a suffix, who keeps may have one, or both; or the name asked for is a transfer id that itself looks suffixed.
-    const candidates = this.#near(requestId).filter(
-      (kept) =>
-        kept.layerName === layerName &&
-        (belongsTo(kept.requestId, requestId) || belongsTo(kept.requestId, transferIdOf(requestId))),
-    );
-    const [first, ...others] = candidates;
-    if (!first) return { kind: 'absent' };
-    if (others.length === 0) return { kind: 'found', tensor: first };
-    return { kind: 'ambiguous', requestIds: candidates.map((kept) => kept.requestId) };
+    const tensor = this.#byTensor.get(tensorIdOf(standsFor, layerName));
+    if (!tensor) return { kind: 'absent' };
+    const asked = this.#askedAs.get(standsFor) ?? requestId;
+    if (asked !== requestId) return { kind: 'ambiguous', requestIds: [asked, requestId] };
+    this.#askedAs.set(standsFor, requestId);
+    return { kind: 'found', tensor };
   }
 
-  /** Tensors of the same layer under another id of the same request: what came instead. At most `most`. */
+  /** Tensors of the same layer under an id that looks like this one: what came instead. At most `most`. */
   nearMisses(tensorId: TensorId, most = 3): TensorId[] {
     const { requestId, layerName } = splitTensorId(tensorId);
-    const near = this.#near(requestId).filter(
-      (kept) => kept.layerName === layerName && kept.tensorId !== tensorId,
-    );
-    return near.slice(0, most).map((kept) => kept.tensorId);
+    return [...(this.#byLook.get(lookOf(requestId)) ?? [])]
+      .filter((kept) => kept.layerName === layerName && kept.tensorId !== tensorId)
+      .slice(0, most)
+      .map((kept) => kept.tensorId);
   }
 
   beginSend(tensor: KeptTensor): void {
@@ -132,7 +135,7 @@ export class SendStore {
 
   /** A request is over: the number of its tensors that left. */
   finish(id: string): number {
-    const mine = this.#near(id).filter((kept) => belongsTo(kept.requestId, id));
+    const mine = [...(this.#byRequest.get(id) ?? [])];
     for (const kept of mine) this.#remove(kept);
     return mine.length;
   }
@@ -152,8 +155,13 @@ export class SendStore {
   /** What is wrong, in words. */
   checkIntegrity(): string[] {
     const wrong: string[] = [];
-    const indexed = [...this.#byStem.values()].reduce((sum, set) => sum + set.size, 0);
-    if (indexed !== this.#byTensor.size) wrong.push(`${this.#byTensor.size} kept, ${indexed} indexed`);
+    for (const index of [this.#byRequest, this.#byLook]) {
+      const indexed = [...index.values()].reduce((sum, set) => sum + set.size, 0);
+      if (indexed !== this.#byTensor.size) wrong.push(`${this.#byTensor.size} kept, ${indexed} indexed`);
+    }
+    for (const id of this.#askedAs.keys()) {
+      if (!this.#byRequest.has(id)) wrong.push(`${id} is remembered as asked for and not kept`);
+    }
     let bytes = 0;
     for (const kept of this.#byTensor.values()) {
       bytes += kept.held.bytes;
@@ -163,19 +171,13 @@ export class SendStore {
     return wrong;
   }
 
-  /** Those whose transfer id is `id`, or the transfer id of `id`. */
-  #near(id: string): Mutable[] {
-    const stems = new Set([id, transferIdOf(id)]);
-    return [...stems].flatMap((stem) => [...(this.#byStem.get(stem) ?? [])]);
-  }
-
   #remove(kept: Mutable): void {
     if (kept.gone) return;
     kept.gone = true;
     this.#byTensor.delete(kept.tensorId);
-    const set = this.#byStem.get(stemOf(kept));
-    set?.delete(kept);
-    if (set?.size === 0) this.#byStem.delete(stemOf(kept));
+    leave(this.#byRequest, kept.requestId, kept);
+    leave(this.#byLook, lookOf(kept.requestId), kept);
+    if (!this.#byRequest.has(kept.requestId)) this.#askedAs.delete(kept.requestId);
     this.#freeUnsent(kept);
   }
 
@@ -187,8 +189,20 @@ export class SendStore {
   }
 }
 
-function stemOf({ requestId }: KeptTensor): string {
-  return transferIdOf(requestId);
+function lookOf(requestId: string): string {
+  return withoutSuffix(requestId) ?? requestId;
+}
+
+function enter(index: Map<string, Set<Mutable>>, key: string, kept: Mutable): void {
+  const set = index.get(key);
+  if (set) set.add(kept);
+  else index.set(key, new Set([kept]));
+}
+
+function leave(index: Map<string, Set<Mutable>>, key: string, kept: Mutable): void {
+  const set = index.get(key);
+  set?.delete(kept);
+  if (set?.size === 0) index.delete(key);
 }
 
 function mutable(tensor: KeptTensor): Mutable {

@@ -189,7 +189,8 @@ export class TransferService {
     const outgoing = this.#outgoing.of(peer);
     const leaving = outgoing.ours ? request : formed(request, options);
     const put = new PutAnnouncement(this.#context, leaving, peer, {
-      gathered: () => reply.gathered(),
+      gathered: (underWay) => reply.gathered(underWay),
+      underWay: () => reply.underWay(),
       sent: (bytes) => reply.sent(bytes),
       failed: (error) => {
         reply.failed(error);
@@ -216,6 +217,10 @@ export class TransferService {
 
   prefilled(id: TransferId): void {
     this.#loads.prefilled(id);
+  }
+
+  sendFailed(id: TransferId, reason: PdError): void {
+    this.#loads.sendFailed(id, reason);
   }
 
   finish(id: TransferId, keepSends = false): void {

@@ -8,7 +8,7 @@
  */
 import type { MemoryRef } from '../device/device.ts';
 import type { Dtype } from '../wire/dtype.ts';
-import { splitTensorId, type TensorId, type TransferId, transferIdOf } from '../wire/ids.ts';
+import { splitTensorId, type TensorId, type TransferId, withoutSuffix } from '../wire/ids.ts';
 
 /** Memory that the books count; `free` gives it back. */
 export interface Held {
@@ -25,6 +25,10 @@ export interface TensorInfo {
   readonly peer: string;
   /** What two blocks of either family are; undefined: as in our own cache. */
   readonly twoBlocks?: 'kv-first' | 'blocks-first' | undefined;
+  /** Of a peer that is not ours: the request of ours that it may mean beside that of exactly its id. */
+  readonly standsFor?: TransferId | undefined;
+  /** Of the prompt, where its sender has told it. */
+  readonly promptDigest?: string | undefined;
 }
 
 export type EntryState = 'receiving' | 'ready' | 'claimed' | 'owned' | 'dropped' | 'freed';
@@ -32,8 +36,6 @@ export type EntryState = 'receiving' | 'ready' | 'claimed' | 'owned' | 'dropped'
 export interface StoreEntry extends TensorInfo {
   readonly requestId: string;
   readonly layerName: string;
-  /** Under which others may look for it. */
-  readonly transferId: TransferId;
   readonly held: Held;
   /** When it was announced; the clock of the engine. */
   readonly since: number;
@@ -44,16 +46,9 @@ export interface StoreEntry extends TensorInfo {
 
 type Mutable = { -readonly [K in keyof StoreEntry]: StoreEntry[K] };
 
-/** Whether a tensor of `requestId` is meant by `id`, a full id or a transfer id; `sources` narrows a transfer id to what it stood for. */
-export function belongsTo(requestId: string, id: string, sources?: ReadonlySet<string>): boolean {
-  if (requestId === id) return true;
-  if (transferIdOf(requestId) !== id) return false;
-  return !sources || sources.size === 0 || sources.has(requestId);
-}
-
 export class ReceiveStore {
   readonly #byTensor = new Map<TensorId, Mutable>();
-  /** Full and transfer id to entries, in order of announcement. */
+  /** The id of a request to the entries that it may mean, in order of announcement. */
   readonly #byId = new Map<string, Set<Mutable>>();
   /** Every entry that holds memory, dropped ones too, oldest first. */
   readonly #all = new Set<Mutable>();
@@ -68,8 +63,8 @@ export class ReceiveStore {
     return this.#all.size;
   }
 
-  has(tensorId: TensorId): boolean {
-    return this.#byTensor.has(tensorId);
+  get(tensorId: TensorId): StoreEntry | undefined {
+    return this.#byTensor.get(tensorId);
   }
 
   /**
@@ -90,9 +85,10 @@ export class ReceiveStore {
       dtype: tensor.dtype,
       peer: tensor.peer,
       twoBlocks: tensor.twoBlocks,
+      standsFor: tensor.standsFor,
+      promptDigest: tensor.promptDigest,
       requestId,
       layerName,
-      transferId: transferIdOf(requestId),
       held,
       since,
       state,
@@ -141,17 +137,16 @@ export class ReceiveStore {
     return count;
   }
 
-  /** Entries under a full or a transfer id. */
+  /** Entries that the request `id` may mean: of exactly that id, and of peers that are not ours with a random suffix. */
   find(id: string): StoreEntry[] {
     return [...(this.#byId.get(id) ?? [])];
   }
 
   /** What a request that is over leaves: freed at once, or dropped when it has come. Tensors claimed by a load are the load's to free. */
-  finish(id: string, sources?: ReadonlySet<string>): { freed: number; dropped: number } {
+  finish(id: string): { freed: number; dropped: number } {
     let freed = 0;
     let dropped = 0;
     for (const entry of this.find(id)) {
-      if (!belongsTo(entry.requestId, id, sources)) continue;
       if (entry.state === 'ready' || entry.state === 'owned') {
         this.release(entry);
         freed++;
@@ -175,16 +170,16 @@ export class ReceiveStore {
     return orphans;
   }
 
-  /** What looks like `id`: the same request under another suffix. One tensor of each, for messages; at most `most`. */
+  /** What looks like `id`: perhaps the same request under another suffix. One tensor of each, for messages; at most `most`. */
   nearMisses(id: string, most = 5): string[] {
-    const stem = transferIdOf(id);
+    const stem = withoutSuffix(id) ?? id;
     const found = new Map<string, { readonly first: StoreEntry; count: number }>();
     for (const entry of this.#all) {
       // What a load has taken is not what came instead.
       if (entry.state !== 'ready' && entry.state !== 'receiving') continue;
       const known = found.get(entry.requestId);
       if (known) known.count++;
-      else if (found.size < most && (entry.requestId.startsWith(stem) || stem.startsWith(entry.transferId))) {
+      else if (found.size < most && looksLike(entry.requestId, stem)) {
         found.set(entry.requestId, { first: entry, count: 1 });
       }
     }
@@ -222,7 +217,7 @@ export class ReceiveStore {
     entry.visible = true;
     this.#byTensor.set(entry.tensorId, entry);
     this.#enter(entry.requestId, entry);
-    if (entry.transferId !== entry.requestId) this.#enter(entry.transferId, entry);
+    if (entry.standsFor !== undefined) this.#enter(entry.standsFor, entry);
   }
 
   #enter(id: string, entry: Mutable): void {
@@ -233,12 +228,17 @@ export class ReceiveStore {
 
   #unindex(entry: Mutable): void {
     if (this.#byTensor.get(entry.tensorId) === entry) this.#byTensor.delete(entry.tensorId);
-    for (const id of [entry.requestId, entry.transferId]) {
+    for (const id of [entry.requestId, entry.standsFor]) {
+      if (id === undefined) continue;
       const set = this.#byId.get(id);
       set?.delete(entry);
       if (set?.size === 0) this.#byId.delete(id);
     }
   }
+}
+
+function looksLike(requestId: string, stem: string): boolean {
+  return requestId.startsWith(stem) || stem.startsWith(withoutSuffix(requestId) ?? requestId);
 }
 
 /** Only the store changes entries; to everyone else they are read-only. */

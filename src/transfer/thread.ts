@@ -49,7 +49,8 @@ function handle(service: TransferService, message: ToTransfer): void {
     case 'send': {
       const { seq } = message;
       service.send(message.request, {
-        gathered: () => say({ type: 'gathered', seq }),
+        gathered: (underWay) => say({ type: 'gathered', seq, underWay }),
+        underWay: () => say({ type: 'under-way', seq }),
         sent: (bytes) => say({ type: 'sent', seq, bytes }),
         failed: (error) => say({ type: 'failed', seq, error: error.toData() }),
       });
@@ -74,6 +75,9 @@ function handle(service: TransferService, message: ToTransfer): void {
       return;
     case 'prefilled':
       service.prefilled(message.id);
+      return;
+    case 'send-failed':
+      service.sendFailed(message.id, PdError.fromData(message.reason));
       return;
     case 'finish':
       service.finish(message.id, message.keepSends);

@@ -4,7 +4,7 @@ import type { ErrorData } from '../errors.ts';
 import type { WireLayout } from '../kv/families.ts';
 import type { HostPort } from '../net/address.ts';
 import type { Dtype } from '../wire/dtype.ts';
-import type { TensorId, TransferId } from '../wire/ids.ts';
+import type { SuffixedIds, TensorId, TransferId } from '../wire/ids.ts';
 
 export const SEND_TYPES = ['PUT', 'PUT_ASYNC', 'GET'] as const;
 /**
@@ -15,8 +15,8 @@ export type SendType = (typeof SEND_TYPES)[number];
 
 export const KV_KEYS = ['transfer', 'engine'] as const;
 /**
- * What KV is known by. `transfer`: the request id without its random suffix, the same on both ends. `engine`: the full id, as vLLM does;
- * it matches only where neither end randomizes.
+ * What KV is known by. `transfer`: the id that the server gives a request, the same on both ends. `engine`: the engine's own id, as in
+ * vLLM, random suffix and all; it matches only where neither end randomizes.
  */
 export type KvKey = (typeof KV_KEYS)[number];
 
@@ -113,8 +113,10 @@ export interface TransferOptions {
    * Absent: `kv-first`. Between ours it is always `kv-first` (or `mla`).
    */
   readonly wireLayout?: WireLayout;
-  /** Absent: `transfer`. */
+  /** Absent: `transfer`. With `engine` no suffix is looked for. */
   readonly kvKey?: KvKey;
+  /** For which ids of peers that are not ours a random suffix is looked for. Absent: `proxy`. */
+  readonly suffixedIds?: SuffixedIds;
   /** Addresses and CIDR ranges that may talk to this engine. Absent: everyone. */
   readonly allowPeers?: readonly string[];
   readonly timeouts: TransferTimeouts;
@@ -143,6 +145,8 @@ export interface SendRequest {
   readonly numTokens?: number;
   /** ZMQ address of the peer's same rank. Absent in GET: whoever asks gets it. */
   readonly peer?: HostPort;
+  /** Of the prompt that this is KV of: a load that wants another prompt's does not take it. At most 64 characters. */
+  readonly promptDigest?: string;
 }
 
 /** One tensor that has come, in memory the store owns until the request is finished. */
@@ -155,9 +159,12 @@ export interface StoredTensor {
 
 /** KV of one request to be taken into a paged cache, all layers at once; layers arrive in any order. */
 export interface LoadRequest {
-  /** The engine's own id, full: tensors are looked up by it first, then by the transfer id. */
+  /** The caller's own name for it: for `cancelLoad`, messages and the log. */
   readonly requestId: string;
+  /** What its KV is known by. One load of a transfer id is under way at a time. */
   readonly transferId: TransferId;
+  /** As in SendRequest: KV that is told to be of another prompt is not taken. */
+  readonly promptDigest?: string;
   /** In GET, whom to ask; in PUT, for messages and for failing early when that peer's pair ends. */
   readonly peer: HostPort;
   /** Layer name and where it goes. A tensor of the request that names another layer fails the load, unless a `receive` waits for it. */
@@ -212,7 +219,7 @@ export interface TransferState {
     readonly peer: string;
     readonly sinceMs: number;
     readonly deadlineMs: number;
-    /** Tensors with the same transfer id under another suffix. */
+    /** Tensors whose ids look like its own: perhaps the same request under a suffix. */
     readonly nearMisses: readonly string[];
     /** The producer may still be computing the prompt: then this wait is as it should be. */
     readonly prefilling?: true;

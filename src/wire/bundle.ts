@@ -15,7 +15,7 @@ import {
   show,
 } from './fields.ts';
 import type { TensorId } from './ids.ts';
-import { MAX_BUNDLE, MAX_TENSOR_ID, protocolError, type WireLimits } from './limits.ts';
+import { MAX_BUNDLE, MAX_DIGEST, MAX_TENSOR_ID, protocolError, type WireLimits } from './limits.ts';
 import type { GetsMessage, PutsMessage, TensorForm } from './messages.ts';
 
 export type PutVerdict = 'send' | 'no-room' | 'unwanted';
@@ -30,7 +30,7 @@ const GET_VERDICTS = { '0': 'here', '1': 'missing', '4': 'gone' } as const;
 const CHARACTERS = { send: '0', 'no-room': '1', unwanted: '3' } as const satisfies Record<PutVerdict, string>;
 
 export function putsFields({ cmd, seq, tensors, runs }: PutsMessage): Fields {
-  return { cmd, seq, ...idFields(tensors), forms: formRuns(tensors), runs };
+  return { cmd, seq, ...idFields(tensors), forms: formRuns(tensors), runs, ...promptRuns(tensors) };
 }
 
 export function getsFields({ cmd, seq, tensors, runs }: GetsMessage): Fields {
@@ -40,11 +40,11 @@ export function getsFields({ cmd, seq, tensors, runs }: GetsMessage): Fields {
 export function readPuts(fields: Fields, limits: WireLimits): PutsMessage {
   const cmd = 'PUTS';
   const ids = readIds(fields, cmd);
-  const forms = readForms(field(fields, 'forms'), ids.length, limits, cmd);
+  const forms = readForms(fields, ids.length, limits, cmd);
   // Field by field: a spread costs microseconds, and there are many tensors.
   const tensors = ids.map((tensor_id, index) => {
-    const { shape, dtype } = forms[index]!;
-    return { tensor_id, shape, dtype };
+    const { shape, dtype, promptDigest } = forms[index]!;
+    return { tensor_id, shape, dtype, promptDigest };
   });
   return { cmd, seq: countField(fields, 'seq', 0, cmd), tensors, runs: readRuns(fields, ids.length, cmd) };
 }
@@ -74,7 +74,8 @@ export function getsAnswerFields(answer: {
 }): Fields {
   const { seq, tensors, runs, near } = answer;
   const verdicts = tensors.map((one) => (one === 'missing' ? '1' : one === 'gone' ? '4' : '0')).join('');
-  return { gets: seq, verdicts, forms: formRuns(tensors.filter(isForm)), runs, ...nearFields(near) };
+  const forms = tensors.filter(isForm);
+  return { gets: seq, verdicts, forms: formRuns(forms), runs, ...promptRuns(forms), ...nearFields(near) };
 }
 
 export function readPutsAnswer(fields: Fields) {
@@ -90,7 +91,7 @@ export function readGetsAnswer(fields: Fields, limits: WireLimits) {
   const seq = countField(fields, 'gets', 0, what);
   const verdicts = readVerdicts(fields, GET_VERDICTS, what);
   const found = verdicts.filter((verdict) => verdict === 'here').length;
-  const forms = readForms(field(fields, 'forms'), found, limits, what);
+  const forms = readForms(fields, found, limits, what);
   let next = 0;
   const tensors = verdicts.map((verdict): GetVerdict => (verdict === 'here' ? forms[next++]! : verdict));
   const runs = readRuns(fields, found, what);
@@ -153,10 +154,36 @@ function formRuns(forms: readonly TensorForm[]): unknown[] {
   return runs;
 }
 
-function readForms(value: unknown, count: number, limits: WireLimits, what: string): TensorForm[] {
-  const runs = asRuns(value, what).map(([times, dtype, ...dims]) => {
+function readForms(fields: Fields, count: number, limits: WireLimits, what: string): TensorForm[] {
+  const runs = asRuns(field(fields, 'forms'), what).map(([times, dtype, ...dims]) => {
     const known = checkDtype(dtype, what);
     return { times, of: { dtype: known, shape: checkShape(dims, known, limits, what) } };
+  });
+  const forms = expand(runs, count, what);
+  const prompts = field(fields, 'prompts');
+  if (prompts === undefined) return forms;
+  const digests = readPromptRuns(prompts, count, what);
+  return forms.map(({ shape, dtype }, index) => ({ shape, dtype, promptDigest: digests[index] }));
+}
+
+/** `[count, digest]` for each run of tensors of one prompt, the digest empty where it is not known; nothing where none is. */
+function promptRuns(forms: readonly TensorForm[]): { readonly prompts?: readonly [number, string][] } {
+  if (forms.every(({ promptDigest }) => promptDigest === undefined)) return {};
+  const runs: [number, string][] = [];
+  for (const { promptDigest = '' } of forms) {
+    const last = runs[runs.length - 1];
+    if (last?.[1] === promptDigest) last[0]++;
+    else runs.push([1, promptDigest]);
+  }
+  return { prompts: runs };
+}
+
+function readPromptRuns(value: unknown, count: number, what: string): (string | undefined)[] {
+  const runs = asRuns(value, what).map(([times, digest]) => {
+    if (typeof digest === 'string' && digest.length <= MAX_DIGEST) {
+      return { times, of: digest === '' ? undefined : digest };
+    }
+    throw protocolError('bad_field', `${what}: ${show(digest)} is no digest of a prompt`);
   });
   return expand(runs, count, what);
 }

@@ -26,7 +26,9 @@ import {
   isFields,
   nearFields,
   optionalMap,
+  promptFields,
   readNear,
+  readPrompt,
   show,
   textField,
 } from './fields.ts';
@@ -59,7 +61,9 @@ export function encodeMessage(message: WireMessage): Uint8Array {
       const tensor_id = checkTensorId(message.tensor_id, cmd);
       checkShape(shape, dtype, { maxTensorBytes: Number.MAX_SAFE_INTEGER }, `${cmd} ${show(tensor_id)}`);
       return encode(
-        message.ours ? { cmd, tensor_id, shape, dtype, pd: {} } : { cmd, tensor_id, shape, dtype },
+        message.ours
+          ? { cmd, tensor_id, shape, dtype, pd: promptFields(message.ours.promptDigest) }
+          : { cmd, tensor_id, shape, dtype },
       );
     }
     case 'GET': {
@@ -130,9 +134,12 @@ export function encodeAnswer(answer: Answer): Uint8Array {
     case 'get': {
       const { ret, seq } = answer;
       const fields = ret === 0 ? { ret, shape: answer.shape, dtype: answer.dtype } : { ret };
+      const prompt = ret === 0 ? promptFields(answer.promptDigest) : {};
       const gone = ret === 1 && answer.gone ? { gone: true } : {};
       const near = ret === 1 ? nearFields(answer.near) : {};
-      return encode(seq === undefined ? fields : { ...fields, pd: { ...seqFields(seq), ...gone, ...near } });
+      return encode(
+        seq === undefined ? fields : { ...fields, pd: { ...seqFields(seq), ...prompt, ...gone, ...near } },
+      );
     }
     case 'puts':
       return encode(putsAnswerFields(answer));
@@ -180,7 +187,7 @@ export function decodeAnswer(body: Uint8Array, limits: WireLimits): Answer {
     case 0: {
       const dtype = checkDtype(field(fields, 'dtype'), 'answer to GET');
       const shape = checkShape(field(fields, 'shape'), dtype, limits, 'answer to GET');
-      return { kind: 'get', ret, shape, dtype, ...seq };
+      return { kind: 'get', ret, shape, dtype, ...seq, ...(pd && readPrompt(pd, 'answer to GET')) };
     }
     case 1:
       return {
@@ -255,7 +262,8 @@ function readPut(fields: Fields, limits: WireLimits): WireMessage {
   const dtype = checkDtype(field(fields, 'dtype'), what);
   const shape = checkShape(field(fields, 'shape'), dtype, limits, what);
   const put = { cmd, tensor_id, shape, dtype } as const;
-  return optionalMap(fields, 'pd', what) ? { ...put, ours: true } : put;
+  const pd = optionalMap(fields, 'pd', what);
+  return pd ? { ...put, ours: readPrompt(pd, what) } : put;
 }
 
 function readGet(fields: Fields): WireMessage {

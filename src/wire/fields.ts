@@ -1,7 +1,7 @@
 /** Reading one field of a decoded message: each function returns a value of the type it names, or throws a protocol error. */
 import { DTYPE_BYTES, type Dtype, isDtype } from './dtype.ts';
 import type { TensorId } from './ids.ts';
-import { MAX_DIMS, MAX_TENSOR_ID, protocolError, type WireLimits } from './limits.ts';
+import { MAX_DIGEST, MAX_DIMS, MAX_TENSOR_ID, protocolError, type WireLimits } from './limits.ts';
 
 export type Fields = Readonly<Record<string, unknown>>;
 
@@ -47,6 +47,16 @@ export function optionalMap(fields: Fields, key: string, what: string): Fields |
   if (value === undefined || value === null) return undefined;
   if (!isFields(value)) throw protocolError('bad_field', `${what}: ${key} is ${show(value)}, not a map`);
   return value;
+}
+
+/** `prompt` where there is one: the digest of the prompt that a tensor is KV of. */
+export function promptFields(promptDigest: string | undefined): { readonly prompt?: string } {
+  return promptDigest === undefined ? {} : { prompt: promptDigest };
+}
+
+export function readPrompt(fields: Fields, what: string): { readonly promptDigest?: string } {
+  if (field(fields, 'prompt') === undefined) return {};
+  return { promptDigest: textField(fields, 'prompt', MAX_DIGEST, what) };
 }
 
 const MAX_NEAR = 8;

@@ -1,10 +1,13 @@
 /**
- * Request ids, and the rule that makes producer and consumer agree on one (docs/protocol.md, "Ids").
+ * Request ids, and the rule by which two ends agree on one (docs/protocol.md, "Ids").
  *
  *   header   X-Request-Id: ___prefill_addr_10.0.0.1:8082___decode_addr_10.0.0.2:8084_<32 hex>      made by the proxy
  *   server   cmpl-<header>-<prompt index>   or   chatcmpl-<header>
+ *   transfer the server's id: what both ends key KV by
  *   engine   <server id>-<8 hex>             random, so that it differs between producer and consumer
- *   transfer <server id>                     what both ends key KV by
+ *
+ * A transfer id is never made by cutting an id: one that merely ends like a random suffix (`order-20261128`) is whole. Only a peer that
+ * is not ours shows its engine's id, and only there a suffix is looked for (`suffixedFor`).
  */
 import { formatHostPort, type HostPort, parseHostPort } from '../net/address.ts';
 
@@ -13,36 +16,59 @@ type Branded<T, B extends string> = T & { readonly [brand]: B };
 
 /** The id that one engine gives a request; unique inside the engine, random suffix included. */
 export type EngineRequestId = Branded<string, 'EngineRequestId'>;
-/** The engine id without its random suffix: the same on producer and consumer. */
+/** What KV of a request is known by: the same on producer and consumer. */
 export type TransferId = Branded<string, 'TransferId'>;
-/** `<engine or transfer id>#<layer name>`. */
+/** `<transfer id>#<layer name>`; of a peer that is not ours, `<engine request id>#<layer name>`. */
 export type TensorId = Branded<string, 'TensorId'>;
 
 /** What pd-doctor asks a listener for, without a pair: nobody has it, and a listener of ours answers so without a word in its log. */
 export const PROBE_TENSOR = 'pd-doctor#probe' as TensorId;
 
+/** The transfer id of the request that the server calls `serverId`; an embedder's own name for a request will do as well. */
+export function transferIdOf(serverId: string): TransferId {
+  return serverId as TransferId;
+}
+
+/** `engine`: as in vLLM, KV is known by the engine's own id, which matches only where neither end randomizes. */
+export function kvKeyOf(
+  { serverId, requestId }: { readonly serverId: string; readonly requestId: EngineRequestId },
+  kvKey: 'transfer' | 'engine',
+): TransferId {
+  return transferIdOf(kvKey === 'engine' ? requestId : serverId);
+}
+
 const SUFFIX = '-'.length + 8;
 
-/** Cuts a trailing `-[0-9a-f]{8}`, once, and only where something is left in front of it. */
-export function transferIdOf(engineId: string): TransferId {
-  const at = engineId.length - SUFFIX;
-  // By hand: this runs for every tensor several times, and a regular expression would look at every `-` of the id.
-  if (at <= 0 || engineId.charCodeAt(at) !== 0x2d) return engineId as TransferId;
-  for (let i = at + 1; i < engineId.length; i++)
-    if (!isHexDigit(engineId.charCodeAt(i))) return engineId as TransferId;
-  return engineId.slice(0, at) as TransferId;
+/** `id` without a trailing `-` and 8 lower-case hex digits; undefined where it does not end so, or has nothing before that. */
+export function withoutSuffix(id: string): string | undefined {
+  const at = id.length - SUFFIX;
+  // By hand: this runs for every tensor, and a regular expression would look at every `-` of the id.
+  if (at <= 0 || id.charCodeAt(at) !== 0x2d) return undefined;
+  for (let i = at + 1; i < id.length; i++) if (!isHexDigit(id.charCodeAt(i))) return undefined;
+  return id.slice(0, at);
 }
 
 function isHexDigit(code: number): boolean {
   return (code >= 0x30 && code <= 0x39) || (code >= 0x61 && code <= 0x66);
 }
 
+const PROXY_PART = '___prefill_addr_.+___decode_addr_.+_[0-9a-f]{32}';
+const PROXY_MADE = new RegExp(`^(?:chatcmpl-${PROXY_PART}|cmpl-${PROXY_PART}-\\d+)$`);
+
 /**
- * What the KV of a request is known by: its transfer id, or, where everything is keyed as vLLM does, the full id. The brand is the same:
- * to the transfer engine it is the key.
+ * For which ids of peers that are not ours a random suffix is looked for. `proxy`: those a proxy has made, with both addresses and 32 hex
+ * digits, which nobody else's can be. `any`: all, for proxies that name requests in another way; an id that happens to end in 8 hex
+ * digits is then taken for a suffixed one.
  */
-export function keyOf(requestId: EngineRequestId, kvKey: 'transfer' | 'engine' = 'transfer'): TransferId {
-  return kvKey === 'engine' ? (requestId as string as TransferId) : transferIdOf(requestId);
+export const SUFFIXED_IDS = ['proxy', 'any'] as const;
+export type SuffixedIds = (typeof SUFFIXED_IDS)[number];
+
+/** The request of ours that `foreignId`, an id of a peer that is not ours, may mean beside the request of exactly that id. */
+export function suffixedFor(foreignId: string, which: SuffixedIds | 'none'): TransferId | undefined {
+  if (which === 'none') return undefined;
+  const stem = withoutSuffix(foreignId);
+  if (stem === undefined || (which === 'proxy' && !PROXY_MADE.test(stem))) return undefined;
+  return transferIdOf(stem);
 }
 
 export function engineRequestId(serverId: string, suffix?: string): EngineRequestId {

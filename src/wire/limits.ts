@@ -11,6 +11,8 @@ export const MAX_TENSOR_ID = 4096;
 export const MAX_DIMS = 8;
 /** Characters of any other text: model names, addresses, reasons. */
 export const MAX_TEXT = 1024;
+/** Characters of the digest of a prompt. */
+export const MAX_DIGEST = 64;
 
 /** Bytes of one string: a tensor id in the widest UTF-8. */
 const MAX_STR = MAX_TENSOR_ID * 4;

@@ -36,7 +36,7 @@ export interface PutMessage {
   readonly shape: readonly number[];
   readonly dtype: Dtype;
   /** Only towards a peer that is known to be ours: it may then answer `2`. */
-  readonly ours?: true;
+  readonly ours?: Pick<TensorForm, 'promptDigest'>;
 }
 
 /** "Send me this tensor." */
@@ -51,6 +51,8 @@ export interface GetMessage {
 export interface TensorForm {
   readonly shape: readonly number[];
   readonly dtype: Dtype;
+  /** Between ours, of the prompt that it is KV of, where its sender knows it. */
+  readonly promptDigest?: string | undefined;
 }
 
 /** "I want to send you these tensors, in one operation." `runs`: how many of them lie one after the other in the sender's memory. */
@@ -117,6 +119,8 @@ export type Answer =
       readonly shape: readonly number[];
       readonly dtype: Dtype;
       readonly seq?: number;
+      /** Between ours, as in TensorForm. */
+      readonly promptDigest?: string | undefined;
     }
   /** GET: not here (or, between ours, not in time). */
   | {

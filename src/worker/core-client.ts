@@ -1,7 +1,7 @@
 /** The main thread's side of the core thread: requests in, outputs to whoever asked, and one place where the core's death is heard. */
 import { Worker } from 'node:worker_threads';
-import { deferred } from '../deferred.ts';
-import { PdError, unreachable } from '../errors.ts';
+import { type Deferred, deferred } from '../deferred.ts';
+import { type ErrorData, PdError, unreachable } from '../errors.ts';
 import type { CoreRequest, RequestOutput } from '../scheduler/types.ts';
 import { threadEntry } from '../thread-entry.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
@@ -22,6 +22,11 @@ export interface CorePort {
 export interface Generation extends AsyncIterable<RequestOutput> {
   /** Gives up one of the n completions, for instance at a stop string: no more outputs of it come. */
   abort(index: number): void;
+  /**
+   * On a producer, once the outputs have ended: resolves when KV of the request is under way to its consumer (undefined; at once where
+   * none is sent), or with why it will not come. Never rejects.
+   */
+  kvSaved(): Promise<ErrorData | undefined>;
 }
 
 interface Pending {
@@ -49,6 +54,8 @@ export class CoreClient {
   readonly #port: CorePort;
   readonly #shutdownTimeoutMs: number;
   readonly #pending = new Map<EngineRequestId, Pending>();
+  /** Requests whose KV is not under way yet, or never will be, until somebody has asked. */
+  readonly #saves = new Map<EngineRequestId, Deferred<ErrorData | undefined>>();
   readonly #states = new Map<number, (answer: CoreState | PdError) => void>();
   #info: CoreInfo | undefined;
   #onReady: (info: CoreInfo) => void = () => {};
@@ -127,6 +134,11 @@ export class CoreClient {
     return {
       [Symbol.asyncIterator]: () => queue,
       abort: (index) => this.#abortIndex(requestId, index),
+      kvSaved: async () => {
+        const saved = await this.#saves.get(requestId)?.promise;
+        this.#saves.delete(requestId);
+        return saved;
+      },
     };
   }
 
@@ -153,6 +165,11 @@ export class CoreClient {
   /** The producer is done with the prompts of these requests: KV that is not here now is on its way, or lost. */
   prefilled(transferIds: readonly TransferId[]): void {
     if (!this.#over) this.#port.post({ type: 'prefilled', transferIds });
+  }
+
+  /** Their producer could not send the KV of these requests. */
+  kvFailed(transferIds: readonly TransferId[], reason: ErrorData): void {
+    if (!this.#over) this.#port.post({ type: 'kv-failed', transferIds, reason });
   }
 
   /** HTTP is up: the core may ping the proxy. */
@@ -188,6 +205,9 @@ export class CoreClient {
       case 'outputs':
         for (const output of message.outputs) this.#deliver(output);
         return;
+      case 'kv-saved':
+        this.#saves.get(message.requestId)?.resolve(message.error);
+        return;
       case 'state':
         this.#states.get(message.seq)?.(message.state);
         return;
@@ -206,6 +226,12 @@ export class CoreClient {
     const pending = this.#pending.get(output.requestId);
     // Aborted a moment ago: the core could not know.
     if (!pending?.open.has(output.index)) return;
+    const { kvSave } = output;
+    if (kvSave) {
+      const saved = deferred<ErrorData | undefined>();
+      this.#saves.set(output.requestId, saved);
+      if (kvSave.state === 'failed') saved.resolve(kvSave.error);
+    }
     pending.queue.push(output);
     if (output.finishReason === undefined && output.error === undefined) return;
     this.#closeIndex(output.requestId, pending, output.index);
@@ -254,6 +280,7 @@ export class CoreClient {
       this.#forget(requestId, pending);
       pending.queue.fail(error);
     }
+    for (const saved of this.#saves.values()) saved.resolve(error.toData());
     for (const answer of this.#states.values()) answer(error);
   }
 }

@@ -10,11 +10,10 @@ import { formatHostPort } from '../net/address.ts';
 import type { Logger } from '../observability/log.ts';
 import { MetricsPage } from '../observability/metrics.ts';
 import { Scheduler } from '../scheduler/scheduler.ts';
-import type { RequestOutput } from '../scheduler/types.ts';
 import { maxSequenceLength } from '../scheduler/validate.ts';
 import type { TransferEngineApi } from '../transfer/engine-api.ts';
 import type { Fingerprint } from '../transfer/types.ts';
-import { CoreLoop } from './core.ts';
+import { CoreLoop, type CoreLoopOptions } from './core.ts';
 import type { CoreInfo, CoreInit } from './messages.ts';
 
 export interface CoreParts {
@@ -30,7 +29,7 @@ export interface CoreParts {
 export async function createCore(
   init: CoreInit,
   log: Logger,
-  post: (outputs: readonly RequestOutput[]) => void,
+  told: Pick<CoreLoopOptions, 'post' | 'kvSaved'>,
 ): Promise<CoreParts> {
   const { config } = init;
   const undo: (() => void | Promise<void>)[] = [];
@@ -50,7 +49,7 @@ export async function createCore(
     if (engine) undo.push(() => engine.dispose());
     const limits = { numBlocks, blockSize: config.blockSize, maxModelLen };
     return {
-      loop: createLoop(init, { device, executor, engine, limits, log, post }),
+      loop: createLoop(init, { device, executor, engine, limits, log, told }),
       info: {
         ...(engine && { kvAddress: formatHostPort(engine.address) }),
         maxModelLen: maxSequenceLength(limits),
@@ -74,12 +73,12 @@ interface LoopParts {
   readonly engine: TransferEngineApi | undefined;
   readonly limits: { readonly numBlocks: number; readonly blockSize: number; readonly maxModelLen: number };
   readonly log: Logger;
-  readonly post: (outputs: readonly RequestOutput[]) => void;
+  readonly told: Pick<CoreLoopOptions, 'post' | 'kvSaved'>;
 }
 
 function createLoop(init: CoreInit, parts: LoopParts): CoreLoop {
   const { config } = init;
-  const { executor, engine, limits, log, post } = parts;
+  const { executor, engine, limits, log, told } = parts;
   const { role, blockSize, maxNumSeqs, maxNumBatchedTokens, enablePrefixCaching } = config;
   const metrics = new MetricsPage(init.metrics.core);
   const split = role !== 'both' && engine ? { role, engine } : undefined;
@@ -88,7 +87,6 @@ function createLoop(init: CoreInit, parts: LoopParts): CoreLoop {
     new P2pWorkerConnector({
       ...split,
       sendType: config.sendType,
-      ...(config.kvKey && { kvKey: config.kvKey }),
       rank: config.kv.rank,
       layers: executor.layers,
       log,
@@ -105,7 +103,7 @@ function createLoop(init: CoreInit, parts: LoopParts): CoreLoop {
     loadFailure: config.loadFailure,
     metrics,
     log,
-    post,
+    ...told,
   });
 }
 
@@ -118,7 +116,7 @@ async function createEngine(
   // An undivided worker needs neither ZeroMQ nor a transport.
   const { TransferEngine } = await import('../transfer/engine.ts');
   const { device, kv, sendType, kvBufferSize, memPoolSize, ncclNumChannels, timeouts, limits, log } = config;
-  const { http, httpAnnounceHost, proxy, wireLayout, kvKey, allowPeers } = config;
+  const { http, httpAnnounceHost, proxy, wireLayout, kvKey, suffixedIds, allowPeers } = config;
   return TransferEngine.create(
     {
       device,
@@ -131,6 +129,7 @@ async function createEngine(
       ncclNumChannels,
       ...(wireLayout && { wireLayout }),
       ...(kvKey && { kvKey }),
+      ...(suffixedIds && { suffixedIds }),
       ...(allowPeers && { allowPeers }),
       timeouts,
       limits,

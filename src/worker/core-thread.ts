@@ -33,7 +33,10 @@ function fatal(error: unknown): void {
 
 async function main(): Promise<void> {
   // Until the core is there, messages wait in the port.
-  const core = await createCore(init, log, (outputs) => post({ type: 'outputs', outputs }));
+  const core = await createCore(init, log, {
+    post: (outputs) => post({ type: 'outputs', outputs }),
+    kvSaved: (requestId, error) => post({ type: 'kv-saved', requestId, ...(error && { error }) }),
+  });
   try {
     post({ type: 'ready', info: core.info });
     const ended = core.loop.run().catch((error: unknown) => fatal(error));
@@ -75,6 +78,9 @@ function receive(core: CoreParts, message: Exclude<ToCore, { readonly type: 'shu
         core.loop.prefilled(id);
         core.engine?.prefilled(id);
       }
+      return;
+    case 'kv-failed':
+      for (const id of message.transferIds) core.engine?.sendFailed(id, message.reason);
       return;
     case 'serve':
       startPing(core, message.httpAddress);

@@ -10,7 +10,7 @@
  */
 import { setImmediate } from 'node:timers/promises';
 import type { LoadFailurePolicy } from '../config/worker-config.ts';
-import type { WorkerConnector } from '../connector/connector.ts';
+import type { SaveOutcome, WorkerConnector } from '../connector/connector.ts';
 import { type Deferred, deferred } from '../deferred.ts';
 import { type ErrorData, PdError } from '../errors.ts';
 import type { Executor, LayerHooks } from '../model/executor.ts';
@@ -35,6 +35,8 @@ export interface CoreLoopOptions {
   readonly metrics: MetricsPage;
   readonly log: Logger;
   readonly post: (outputs: readonly RequestOutput[]) => void;
+  /** KV of a request whose output said that it was `opening`: under way now, or lost. */
+  readonly kvSaved?: (requestId: EngineRequestId, error: ErrorData | undefined) => void;
 }
 
 type Command =
@@ -135,13 +137,16 @@ export class CoreLoop {
     // Also after a failure: what was saved is still being gathered from the step's blocks.
     const unsaved = (await this.#connector?.waitForSave()) ?? [];
     if (result instanceof PdError) this.#fail(step, result);
-    else this.#update(step, result);
-    for (const { error } of unsaved) this.#needEngine(error);
+    else this.#update(step, result, unsaved);
+    for (const outcome of unsaved) {
+      if (outcome.state === 'failed') this.#needEngine(outcome.error);
+      else void outcome.settled.then((error) => this.#options.kvSaved?.(outcome.requestId, error));
+    }
   }
 
-  #update(step: SchedulerStep, result: ForwardResult): void {
+  #update(step: SchedulerStep, result: ForwardResult, unsaved: readonly SaveOutcome[]): void {
     try {
-      this.#emit(this.#scheduler.update(step, result));
+      this.#emit(withSaves(this.#scheduler.update(step, result), unsaved));
       this.#failedSteps = 0;
     } catch (error) {
       this.#fail(step, PdError.from(error));
@@ -255,9 +260,7 @@ export class CoreLoop {
   }
 
   #collect(): void {
-    for (const { requestId, aborted } of this.#scheduler.takeFinished()) {
-      this.#connector?.requestFinished(requestId, aborted);
-    }
+    for (const finished of this.#scheduler.takeFinished()) this.#connector?.requestFinished(finished);
     this.#metrics.scheduler(this.#scheduler);
   }
 
@@ -287,6 +290,20 @@ export class CoreLoop {
       this.#sleep?.resolve();
     });
   }
+}
+
+/** Whoever asked for a prompt learns with its token that the KV is not on its way. */
+function withSaves(
+  outputs: readonly RequestOutput[],
+  unsaved: readonly SaveOutcome[],
+): readonly RequestOutput[] {
+  if (unsaved.length === 0) return outputs;
+  return outputs.map((output) => {
+    const outcome = unsaved.find(({ requestId }) => requestId === output.requestId);
+    if (!outcome) return output;
+    const { state } = outcome;
+    return { ...output, kvSave: state === 'failed' ? { state, error: outcome.error } : { state } };
+  });
 }
 
 function saveHooks(executor: Executor, connector: WorkerConnector | undefined): LayerHooks {

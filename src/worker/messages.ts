@@ -40,6 +40,8 @@ export type ToCore =
   | { readonly type: 'release'; readonly transferIds: readonly TransferId[] }
   /** The producer is done with the prompts of these requests. */
   | { readonly type: 'prefilled'; readonly transferIds: readonly TransferId[] }
+  /** Their producer could not send the KV of these requests. */
+  | { readonly type: 'kv-failed'; readonly transferIds: readonly TransferId[]; readonly reason: ErrorData }
   /** HTTP is up: start the pings. */
   | { readonly type: 'serve'; readonly httpAddress: string }
   /** No more pings; requests under way go on. */
@@ -50,6 +52,8 @@ export type ToCore =
 export type FromCore =
   | { readonly type: 'ready'; readonly info: CoreInfo }
   | { readonly type: 'outputs'; readonly outputs: readonly RequestOutput[] }
+  /** KV of a request whose output said that it was `opening`: under way now, or lost. */
+  | { readonly type: 'kv-saved'; readonly requestId: EngineRequestId; readonly error?: ErrorData }
   | { readonly type: 'state'; readonly seq: number; readonly state: CoreState }
   /** The core cannot go on; the process ends with this error. */
   | { readonly type: 'fatal'; readonly error: ErrorData }

@@ -36,7 +36,7 @@ async function validMessages(): Promise<Record<string, Uint8Array>> {
     NEW: encodeMessage({ cmd: 'NEW', unique_id }),
     'NEW of ours': encodeMessage({ cmd: 'NEW', unique_id, ours: hello }),
     PUT: encodeMessage({ cmd: 'PUT', tensor_id: tensors[0]!, shape, dtype: 'float16' }),
-    'PUT of ours': encodeMessage({ cmd: 'PUT', tensor_id: tensors[0]!, shape, dtype: 'float16', ours: true }),
+    'PUT of ours': encodeMessage({ cmd: 'PUT', tensor_id: tensors[0]!, shape, dtype: 'float16', ours: {} }),
     GET: encodeMessage({ cmd: 'GET', tensor_id: tensors[0]! }),
     'GET of ours': encodeMessage({ cmd: 'GET', tensor_id: tensors[0]!, ours: { seq: 7 } }),
     PUTS: encodeMessage({

@@ -13,7 +13,8 @@ import { DEFAULT_LIMITS, type SendRequest } from '../../src/transfer/types.ts';
 import { HostTransport } from '../../src/transport/host/transport.ts';
 import { decodeMessage, encodeAnswer } from '../../src/wire/codec.ts';
 import { type Dtype, tensorBytes } from '../../src/wire/dtype.ts';
-import type { TensorId, TransferId } from '../../src/wire/ids.ts';
+import { type TensorId, tensorIdOf } from '../../src/wire/ids.ts';
+import { proxiedId } from '../support/ids.ts';
 import { PythonPeer, pythonWith, seededBytes, sha256 } from '../support/python-peer.ts';
 import { failure, leftovers, Services, send, type TestOptions, until } from '../support/transfer.ts';
 
@@ -93,9 +94,11 @@ for (const ends of ENDS) {
     test('producer: its PUTs reach our consumer byte by byte', async () => {
       const consumer = await services.make({ ...ROOM, sendType: 'PUT', host: ends.host });
       const peer = await peerOf(ends);
+      const id = proxiedId('a');
       for (const [seed, { shape, dtype }] of TENSORS.entries()) {
-        const tensor_id = `cmpl-a-0-0123abcd#model.layers.${seed}.self_attn.attn`;
-        const waiting = consumer.receive(tensor_id as TensorId, peer.address);
+        const layer = `model.layers.${seed}.self_attn.attn`;
+        const tensor_id = `${id}-0123abcd#${layer}`;
+        const waiting = consumer.receive(tensorIdOf(id, layer), peer.address);
         const put = await peer.ask('put', {
           peer: formatHostPort(consumer.address),
           tensor_id,
@@ -108,7 +111,7 @@ for (const ends of ENDS) {
         expect(tensor).toMatchObject({ shape, dtype });
         expect(sha256(hostView(tensor.memory))).toBe(put['sha256']);
       }
-      consumer.finish('cmpl-a-0' as TransferId);
+      consumer.finish(id);
       await until('all is free', () => leftovers(consumer).length === 0);
       await peer.quit();
     });
@@ -143,9 +146,10 @@ for (const ends of ENDS) {
       });
       const peer = await peerOf(ends);
       const to = formatHostPort(producer.address);
+      const id = proxiedId('c');
       for (const [seed, { shape, dtype }] of TENSORS.entries()) {
-        await send(producer, seeded(`cmpl-c-0#layer.${seed}`, shape, dtype, seed)).sent;
-        const got = await peer.ask('get', { peer: to, tensor_id: `cmpl-c-0-89abcdef#layer.${seed}` });
+        await send(producer, seeded(`${id}#layer.${seed}`, shape, dtype, seed)).sent;
+        const got = await peer.ask('get', { peer: to, tensor_id: `${id}-89abcdef#layer.${seed}` });
         expect(got).toMatchObject({ ret: 0, shape, dtype, sha256: sha256(seededBytes(shape, dtype, seed)) });
       }
       expect(await peer.ask('get', { peer: to, tensor_id: 'cmpl-none-0#layer.0' })).toMatchObject({ ret: 1 });
@@ -249,7 +253,7 @@ for (const ends of ENDS) {
       await peer.quit();
     });
 
-    test('ids: ours finds what it sends under any suffix or none, and is told by what it asks for', async () => {
+    test('ids: ours finds what it sends under a suffix or none, and is told by what it asks for', async () => {
       const [putter, getter, producer] = await Promise.all(
         (['PUT', 'GET', 'GET'] as const).map((sendType) =>
           services.make({ ...ROOM, sendType, host: ends.host }),
@@ -257,34 +261,55 @@ for (const ends of ENDS) {
       );
       const peer = await peerOf(ends);
       const fields = { shape: [64], dtype: 'uint8', seed: 5 };
-      // producer's id, consumer's id: randomizing or not on either end
-      for (const [at, [theirs, ours]] of [
-        ['', ''],
-        ['-01234567', ''],
-        ['', '-89abcdef'],
-        ['-01234567', '-89abcdef'],
-      ].entries()) {
-        const base = `cmpl-q${at}-0`;
-        const put = { ...fields, peer: formatHostPort(putter!.address), tensor_id: `${base}${theirs}#l` };
-        const waiting = putter!.receive(`${base}${ours}#l` as TensorId, peer.address, 5_000);
+      for (const [at, theirs] of ['', '-01234567'].entries()) {
+        const id = proxiedId(`q${at}`);
+        const put = { ...fields, peer: formatHostPort(putter!.address), tensor_id: `${id}${theirs}#l` };
+        const waiting = putter!.receive(tensorIdOf(id, 'l'), peer.address);
         expect((await peer.ask('put', put))['answer']).toBe('0');
-        expect((await waiting).tensorId).toBe(`${base}${theirs}#l`);
+        expect((await waiting).tensorId).toBe(`${id}${theirs}#l`);
         // Ours asks a producer that cannot know suffixes: by the transfer id, which is what such a one keys by.
-        await peer.ask('keep', { ...fields, tensor_id: `${base}#l` });
-        const asked = await getter!.receive(`${base}#l` as TensorId, peer.address, 5_000);
+        await peer.ask('keep', { ...fields, tensor_id: `${id}#l` });
+        const asked = await getter!.receive(tensorIdOf(id, 'l'), peer.address);
         expect(asked.shape).toEqual([64]);
         // It asks ours, under its own suffix.
-        await send(producer!, seeded(`${base}${ours}#l`, [64], 'uint8', 5)).sent;
+        await send(producer!, seeded(`${id}#l`, [64], 'uint8', 5)).sent;
         const got = await peer.ask('get', {
           peer: formatHostPort(producer!.address),
-          tensor_id: `${base}${theirs}#l`,
+          tensor_id: `${id}${theirs}#l`,
         });
         expect(got).toMatchObject({ ret: 0 });
       }
       await peer.quit();
     });
 
-    test('two requests that share a transfer id are not mixed up: neither gets the KV of the other', async () => {
+    test('ids that no proxy has made are whole, unless it is said that any may have a suffix', async () => {
+      const lines: string[] = [];
+      const peer = await peerOf(ends);
+      for (const suffixedIds of ['proxy', 'any'] as const) {
+        const consumer = await services.make({ ...ROOM, sendType: 'PUT', host: ends.host, suffixedIds });
+        const to = formatHostPort(consumer.address);
+        const [wanted, sent] = [`order-${suffixedIds}#l`, `order-${suffixedIds}-20261128#l`];
+        const waiting = consumer.receive(
+          wanted as TensorId,
+          peer.address,
+          suffixedIds === 'any' ? undefined : 300,
+        );
+        expect(
+          (await peer.ask('put', { peer: to, tensor_id: sent, shape: [64], dtype: 'uint8', seed: 5 }))[
+            'answer'
+          ],
+        ).toBe('0');
+        const got = await waiting.then(
+          ({ tensorId }) => tensorId as string,
+          (error: unknown) => (error as PdError).code,
+        );
+        lines.push(`${suffixedIds}: ${got}`);
+      }
+      expect(lines).toEqual(['proxy: KV_LOAD_TIMEOUT', 'any: order-any-20261128#l']);
+      await peer.quit();
+    });
+
+    test('two requests that could be meant by one id are not mixed up: the second gets nothing', async () => {
       const producer = await services.make({
         ...ROOM,
         sendType: 'GET',
@@ -293,12 +318,12 @@ for (const ends of ENDS) {
       });
       const peer = await peerOf(ends);
       const to = formatHostPort(producer.address);
-      for (const [seed, suffix] of ['-01234567', '-89abcdef'].entries()) {
-        await send(producer, seeded(`cmpl-s-0${suffix}#l`, [64], 'uint8', seed)).sent;
-      }
-      const exact = await peer.ask('get', { peer: to, tensor_id: 'cmpl-s-0-89abcdef#l' });
-      expect(exact).toMatchObject({ ret: 0, sha256: sha256(seededBytes([64], 'uint8', 1)) });
-      expect(await peer.ask('get', { peer: to, tensor_id: 'cmpl-s-0-76543210#l' })).toMatchObject({ ret: 1 });
+      const id = proxiedId('s');
+      await send(producer, seeded(`${id}#l`, [64], 'uint8', 1)).sent;
+      const first = await peer.ask('get', { peer: to, tensor_id: `${id}-89abcdef#l` });
+      expect(first).toMatchObject({ ret: 0, sha256: sha256(seededBytes([64], 'uint8', 1)) });
+      expect(await peer.ask('get', { peer: to, tensor_id: `${id}-76543210#l` })).toMatchObject({ ret: 1 });
+      expect(await peer.ask('get', { peer: to, tensor_id: `${id}#l` })).toMatchObject({ ret: 0 });
       await peer.quit();
     });
 

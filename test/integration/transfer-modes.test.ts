@@ -2,7 +2,8 @@
 import { afterEach, describe, expect, it } from 'vitest';
 import { hostView } from '../../src/device/memory.ts';
 import { SEND_TYPES } from '../../src/transfer/types.ts';
-import type { TensorId, TransferId } from '../../src/wire/ids.ts';
+import { type TensorId, type TransferId, transferIdOf, withoutSuffix } from '../../src/wire/ids.ts';
+import { proxiedId } from '../support/ids.ts';
 import {
   blockOf,
   count,
@@ -65,18 +66,19 @@ describe.each(SEND_TYPES)('%s', (sendType) => {
     await until('all free', () => leftovers(consumer).length + leftovers(producer).length === 0);
   });
 
-  it('finds KV by its transfer id when either end has a random suffix', async () => {
+  it('finds KV by its transfer id whatever the engines call its request, and by no other', async () => {
     const producer = await services.make({ sendType });
     const consumer = await services.make({ sendType });
     const source = pagedCache(2, true);
-    for (const [sent, wanted] of [
-      ['cmpl-s-0', 'cmpl-s-0-0123abcd'],
-      ['cmpl-t-0-89abcdef', 'cmpl-t-0-0123abcd'],
-      ['cmpl-u-0-89abcdef', 'cmpl-u-0'],
-    ] as const) {
+    const other = pagedCache(2, true);
+    for (const id of ['cmpl-s-0', 'order-20261128', proxiedId('s')]) {
       const target = pagedCache(2, false);
-      sendCache(producer, sent, source, [5, 6], consumer.address);
-      await consumer.load(loadRequest(wanted, target, [0, 1], producer.address, { timeoutMs: 5_000 }));
+      // Under ids that only look like its own with a suffix, before and after.
+      sendCache(producer, `${id}-89abcdef`, other, [5, 6], consumer.address);
+      sendCache(producer, id, source, [5, 6], consumer.address);
+      sendCache(producer, withoutSuffix(id) ?? `${id}-01234567`, other, [5, 6], consumer.address);
+      const request = loadRequest('any name', target, [0, 1], producer.address);
+      await consumer.load({ ...request, transferId: transferIdOf(id) });
       for (const i of [0, 1])
         expect(blockOf(target[i]!.target, 1).equals(blockOf(source[i]!.target, 6))).toBe(true);
     }

@@ -4,7 +4,8 @@ import { afterEach, describe, expect, it } from 'vitest';
 import { hostMemory, hostView } from '../../src/device/memory.ts';
 import { parseHostPort } from '../../src/net/address.ts';
 import { decodeMessage, encodeMessage } from '../../src/wire/codec.ts';
-import type { TensorId, TransferId } from '../../src/wire/ids.ts';
+import { type TensorId, type TransferId, tensorIdOf } from '../../src/wire/ids.ts';
+import { proxiedId } from '../support/ids.ts';
 import { RawListener, RawPeer } from '../support/raw-peer.ts';
 import { count, failure, flat, leftovers, Services, send, until } from '../support/transfer.ts';
 
@@ -26,13 +27,14 @@ describe('a peer that speaks only vLLM', () => {
     const pair = await peer.pair();
     const data = hostMemory(4_000);
     hostView(data).fill(7);
-    await peer.say(put('cmpl-v-0-0123abcd#l', 4_000));
+    const id = proxiedId('v');
+    await peer.say(put(`${id}-0123abcd#l`, 4_000));
     await peer.say(put('cmpl-w-0-0123abcd#l', 4_000));
     expect([await peer.answer(1), await peer.answer(2)]).toEqual(['0', '1']);
     await pair.send([data], { tensorId: 'x', timeoutMs: 5_000 });
-    const got = await consumer.receive('cmpl-v-0-89abcdef#l' as TensorId, parseHostPort(peer.self), 5_000);
+    const got = await consumer.receive(tensorIdOf(id, 'l'), parseHostPort(peer.self));
     expect(hostView(got.memory).every((byte) => byte === 7)).toBe(true);
-    consumer.finish('cmpl-v-0' as TransferId);
+    consumer.finish(id);
     expect(leftovers(consumer)).toEqual([]);
     expect(peer.answers).toHaveLength(2);
     expect(count(consumer, 'pd_kv_refused_total')).toBe(1);
@@ -62,12 +64,13 @@ describe('a peer that speaks only vLLM', () => {
 
   it('asks with GET and gets what is there, and ret 1 for what is not, in order', async () => {
     const producer = await services.make({ sendType: 'GET', timeouts: { answer: 100 } });
-    const tensor = flat('cmpl-g-0#l', 300);
+    const id = proxiedId('g');
+    const tensor = flat(`${id}#l`, 300);
     await send(producer, tensor).sent;
     const peer = services.add(new RawPeer(producer.address));
     const pair = await peer.pair();
     await peer.say({ cmd: 'GET', tensor_id: 'nowhere#l' });
-    await peer.say({ cmd: 'GET', tensor_id: 'cmpl-g-0-0123abcd#l' });
+    await peer.say({ cmd: 'GET', tensor_id: `${id}-0123abcd#l` });
     expect(await peer.answer(1)).toBe(Buffer.from(encode({ ret: 1 })).toString('latin1'));
     expect(await peer.answer(2)).toBe(
       Buffer.from(encode({ ret: 0, shape: [300], dtype: 'uint8' })).toString('latin1'),
@@ -162,7 +165,7 @@ describe('between ours', () => {
     const consumer = await services.make();
     const peer = services.add(new RawPeer(consumer.address));
     await peer.say(
-      encodeMessage({ cmd: 'PUT', tensor_id: 'a#l' as TensorId, shape: [4], dtype: 'uint8', ours: true }),
+      encodeMessage({ cmd: 'PUT', tensor_id: 'a#l' as TensorId, shape: [4], dtype: 'uint8', ours: {} }),
     );
     expect(await peer.answer(1)).toBe('2');
     expect(leftovers(consumer)).toEqual([]);

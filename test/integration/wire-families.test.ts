@@ -7,6 +7,7 @@ import { type PagedLayout, wireShape } from '../../src/kv/layout.ts';
 import { formatHostPort } from '../../src/net/address.ts';
 import type { TransferService } from '../../src/transfer/service.ts';
 import type { TensorId, TransferId } from '../../src/wire/ids.ts';
+import { proxiedId } from '../support/ids.ts';
 import { PythonPeer, pythonWith, seededBytes, sha256 } from '../support/python-peer.ts';
 import {
   failure,
@@ -81,13 +82,14 @@ describe.skipIf(python === undefined)('a tensor of a peer that is not ours', () 
     const cache = pagedCache(2, true, layout);
     const before = cache.map(({ target }) => hostView(target.memory).slice());
     const [shape, dtype] = [formShape(wire, layout), layout.dtype];
+    const id = proxiedId('a');
     for (const [seed, { name }] of cache.entries()) {
-      const fields = { tensor_id: `cmpl-a-0-0123abcd#${name}`, shape, dtype, seed };
+      const fields = { tensor_id: `${id}-0123abcd#${name}`, shape, dtype, seed };
       if (sendType === 'PUT') await peer.ask('put', { peer: formatHostPort(consumer.address), ...fields });
-      else await peer.ask('keep', { ...fields, tensor_id: `cmpl-a-0#${name}` });
+      else await peer.ask('keep', { ...fields, tensor_id: `${id}#${name}` });
     }
     const request = {
-      ...loadRequest('cmpl-a-0-89abcdef', cache, BLOCKS, peer.address, { skipBlocks: 1 }),
+      ...loadRequest(`${id}-89abcdef`, cache, BLOCKS, peer.address, { skipBlocks: 1 }),
       numTokens: TOKENS,
     };
     await consumer.load(request);

@@ -2,6 +2,7 @@
 import type { Executor } from '../../src/model/executor.ts';
 import type { ForwardBatch, SamplingParams, ScheduledSequence } from '../../src/scheduler/types.ts';
 import { engineRequestId } from '../../src/wire/ids.ts';
+import { transferOf } from './ids.ts';
 
 export const GREEDY: SamplingParams = {
   temperature: 0,
@@ -34,6 +35,7 @@ export function sequenceOf({
   return {
     sequenceId: id,
     requestId: engineRequestId(id),
+    transferId: transferOf(id),
     tokens: Int32Array.from(tokens),
     start,
     blockTable: Int32Array.from(blocks),

@@ -9,6 +9,7 @@ import type { CoreRequest, RequestOutput, SamplingParams } from '../../src/sched
 import { DEFAULT_LIMITS, DEFAULT_TIMEOUTS } from '../../src/transfer/types.ts';
 import type { EngineRequestId } from '../../src/wire/ids.ts';
 import type { CoreInfo, CoreState, FromCore, ToCore } from '../../src/worker/messages.ts';
+import { transferOf } from './ids.ts';
 
 const ENTRY = fileURLToPath(new URL('../../dist/src/worker/core-thread.js', import.meta.url));
 
@@ -121,6 +122,7 @@ export function greedy(
   const { n = 1, ...sampling } = more;
   return {
     requestId,
+    transferId: transferOf(requestId),
     promptTokens: Int32Array.from(promptTokens),
     sampling: {
       temperature: 0,

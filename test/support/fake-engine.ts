@@ -1,6 +1,6 @@
 /** A transfer engine whose sends and loads end when the test says so. */
 import { type Deferred, deferred } from '../../src/deferred.ts';
-import { PdError } from '../../src/errors.ts';
+import { type ErrorData, PdError } from '../../src/errors.ts';
 import type { HostPort } from '../../src/net/address.ts';
 import type { SendHandle, TransferEngineApi } from '../../src/transfer/engine-api.ts';
 import type {
@@ -14,6 +14,7 @@ import type {
 export interface FakeSend {
   readonly request: SendRequest;
   readonly gathered: Deferred<void>;
+  readonly underWay: Deferred<void>;
   readonly sent: Deferred<number>;
 }
 
@@ -28,7 +29,10 @@ export class FakeEngine implements TransferEngineApi {
   readonly loads: FakeLoad[] = [];
   readonly canceled: string[] = [];
   readonly finished: { readonly id: string; readonly keepSends: boolean }[] = [];
+  readonly sendsFailed: { readonly id: string; readonly reason: ErrorData }[] = [];
   readonly pings: ProxyPing[] = [];
+  /** There is a pair with whoever is sent to. */
+  paired = true;
   /** Settles each send at once. */
   autoSend = false;
   /** Called with each send and load as it comes. */
@@ -36,16 +40,27 @@ export class FakeEngine implements TransferEngineApi {
   onLoad: (load: FakeLoad) => void = () => {};
 
   send(request: SendRequest): SendHandle {
-    const send: FakeSend = { request, gathered: deferred<void>(), sent: deferred<number>() };
+    const send: FakeSend = {
+      request,
+      gathered: deferred<void>(),
+      underWay: deferred<void>(),
+      sent: deferred<number>(),
+    };
+    send.underWay.promise.catch(() => {});
     send.gathered.promise.catch(() => {});
     send.sent.promise.catch(() => {});
     this.sends.push(send);
+    if (this.paired) send.underWay.resolve();
     if (this.autoSend) {
       send.gathered.resolve();
       send.sent.resolve(1);
     }
     this.onSend(send);
-    return { gathered: send.gathered.promise, sent: send.sent.promise };
+    return {
+      gathered: send.gathered.promise,
+      underWay: send.underWay.promise,
+      sent: send.sent.promise,
+    };
   }
 
   sendAll(requests: readonly SendRequest[]): SendHandle[] {
@@ -69,6 +84,10 @@ export class FakeEngine implements TransferEngineApi {
   }
 
   prefilled(): void {}
+
+  sendFailed(id: string, reason: ErrorData): void {
+    this.sendsFailed.push({ id, reason });
+  }
 
   cancelLoad(requestId: string): void {
     this.canceled.push(requestId);

@@ -15,7 +15,8 @@ import {
   type TransferOptions,
   type TransferTimeouts,
 } from '../../src/transfer/types.ts';
-import { type TensorId, type TransferId, tensorIdOf, transferIdOf } from '../../src/wire/ids.ts';
+import { type TensorId, type TransferId, tensorIdOf } from '../../src/wire/ids.ts';
+import { transferOf } from './ids.ts';
 
 export interface TestOptions extends Partial<Omit<TransferOptions, 'timeouts' | 'limits'>> {
   readonly timeouts?: Partial<TransferTimeouts>;
@@ -64,27 +65,36 @@ export class Services {
 
 export interface Sent {
   readonly gathered: Promise<void>;
+  readonly underWay: Promise<void>;
   readonly sent: Promise<number>;
 }
 
 /** `service.send` as promises; neither rejects unhandled. */
 export function send(service: TransferService, request: SendRequest): Sent {
   const gathered = deferred<void>();
+  const underWay = deferred<void>();
   const sent = deferred<number>();
+  underWay.promise.catch(() => undefined);
   gathered.promise.catch(() => undefined);
   sent.promise.catch(() => undefined);
   service.send(request, {
-    gathered: () => gathered.resolve(),
+    gathered: (already) => {
+      if (already) underWay.resolve();
+      gathered.resolve();
+    },
+    underWay: () => underWay.resolve(),
     sent: (bytes) => {
+      underWay.resolve();
       gathered.resolve();
       sent.resolve(bytes);
     },
     failed: (error) => {
+      underWay.reject(error);
       gathered.reject(error);
       sent.reject(error);
     },
   });
-  return { gathered: gathered.promise, sent: sent.promise };
+  return { gathered: gathered.promise, underWay: underWay.promise, sent: sent.promise };
 }
 
 /** A flat uint8 tensor of random bytes. */
@@ -165,7 +175,7 @@ export function loadRequest(
 ) {
   return {
     requestId,
-    transferId: transferIdOf(requestId),
+    transferId: transferOf(requestId),
     peer,
     layers: cache,
     blockIds: Int32Array.from(blocks),

@@ -10,9 +10,9 @@ import type { TextModel } from './text.ts';
 export interface ServerContext {
   readonly config: Pick<
     WorkerConfig,
-    'servedModelNames' | 'randomizeRequestIds' | 'role' | 'maxNumSeqs' | 'debugState'
+    'servedModelNames' | 'randomizeRequestIds' | 'kvKey' | 'role' | 'maxNumSeqs' | 'debugState'
   >;
-  readonly core: Pick<CoreClient, 'generate' | 'info' | 'prefilled' | 'release' | 'state'>;
+  readonly core: Pick<CoreClient, 'generate' | 'info' | 'kvFailed' | 'prefilled' | 'release' | 'state'>;
   readonly model: TextModel;
   readonly inFlight: InFlight;
   /** The main thread's own page. */

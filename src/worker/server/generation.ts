@@ -1,9 +1,9 @@
 /** Prompts of one HTTP request through the core: n completions of each, merged into one stream of events. */
 import { randomBytes, randomInt } from 'node:crypto';
 import type { FastifyRequest } from 'fastify';
-import { PdError } from '../../errors.ts';
+import { type ErrorData, PdError } from '../../errors.ts';
 import type { RequestOutput, SamplingParams, TokenLogprob } from '../../scheduler/types.ts';
-import { engineRequestId } from '../../wire/ids.ts';
+import { engineRequestId, kvKeyOf } from '../../wire/ids.ts';
 import { PREFILL_WITHIN_HEADER, readPrefillWithin } from '../../wire/overlap.ts';
 import { AsyncQueue } from '../async-queue.ts';
 import { Choice, type ChoiceDelta } from './choice.ts';
@@ -129,6 +129,7 @@ export class GenerationRun {
   readonly #plan: Plan;
   readonly #choices: Choice[] = [];
   readonly #abort = new AbortController();
+  #kvFailure: ErrorData | undefined;
 
   constructor(context: ServerContext, plan: Plan) {
     const { maxNumSeqs } = context.config;
@@ -136,6 +137,11 @@ export class GenerationRun {
       throw badField('n', `${plan.n} is more than this worker's batch of ${maxNumSeqs}`);
     this.#context = context;
     this.#plan = plan;
+  }
+
+  /** On a producer, once the iteration has ended: why KV of a prompt will not come to its consumer. */
+  get kvFailure(): ErrorData | undefined {
+    return this.#kvFailure;
   }
 
   get usage(): Usage {
@@ -179,6 +185,7 @@ export class GenerationRun {
     const generation = core.generate(
       {
         requestId,
+        transferId: kvKeyOf({ serverId: prompt.serverId, requestId }, config.kvKey ?? 'transfer'),
         promptTokens: prompt.tokens,
         sampling: { ...sampling, maxTokens: Math.max(Math.min(maxTokens ?? room, room), 1) },
         n,
@@ -207,6 +214,8 @@ export class GenerationRun {
         ...(first ? { start: { prompt, ...(promptLogprobs ? { promptLogprobs } : {}) } } : {}),
       });
     }
+    // Whoever has asked for the prompt alone may tell the consumer, which would wait for its deadline.
+    this.#kvFailure ??= await unless(signal, generation.kvSaved());
     const seconds = (performance.now() - began) / 1_000;
     metrics.observe('vllm:e2e_request_latency_seconds', seconds);
     const tokens = choices.reduce((sum, choice) => sum + choice.tokens, 0);
@@ -231,4 +240,17 @@ export class GenerationRun {
 /** With `max_tokens: 0` one token is generated for want of a request without any, and left out. */
 function withoutScored(delta: ChoiceDelta, maxTokens: number | undefined): ChoiceDelta {
   return maxTokens === 0 ? { text: '', tokens: [], logprobs: [], finishReason: 'length' } : delta;
+}
+
+/** Undefined once the signal has fired: nobody is interested any more. */
+function unless<T>(signal: AbortSignal, promise: Promise<T>): Promise<T | undefined> {
+  if (signal.aborted) return Promise.resolve(undefined);
+  return new Promise((resolve) => {
+    const stop = () => resolve(undefined);
+    signal.addEventListener('abort', stop, { once: true });
+    void promise.then((value) => {
+      signal.removeEventListener('abort', stop);
+      resolve(value);
+    });
+  });
 }

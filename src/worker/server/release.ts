@@ -4,9 +4,11 @@
  *   POST /kv/release    it will not be decoded by this pair (its client went away, the consumer refused it or could not be reached): what
  *                       either end holds of it can go now instead of at the orphan deadline
  *   POST /kv/prefilled  the producer has answered, the consumer not yet: from now on it waits for KV that is on its way, no longer
+ *   POST /kv/failed     the producer has answered that it could not send the KV: the consumer computes the prompt, or fails, at once
  */
 import type { FastifyRequest } from 'fastify';
 import { z } from 'zod';
+import { ERROR_TABLE, type ErrorCode } from '../../errors.ts';
 import { type TransferId, transferIdOf } from '../../wire/ids.ts';
 import type { ServerContext } from './context.ts';
 import { MAX_PROMPTS, parseBody } from './schemas.ts';
@@ -18,25 +20,42 @@ const noticeSchema = z.object({
   prompts: z.int().min(1).max(MAX_PROMPTS),
 });
 
+const failedSchema = noticeSchema.extend({
+  code: z.enum(Object.keys(ERROR_TABLE) as ErrorCode[]),
+  message: z.string().max(4_096),
+});
+
+export function postFailed(context: ServerContext, request: FastifyRequest): object {
+  const notice = parseBody(failedSchema, request.body);
+  const { transferIds, requestId } = meantBy(notice);
+  const { code, message } = notice;
+  context.log.debug({ requestId, code }, `the producer could not send KV of a request: ${message}`);
+  context.core.kvFailed(transferIds, {
+    code,
+    message: `the producer could not send it: ${message}`,
+    context: {},
+  });
+  return { failed: transferIds.length };
+}
+
 export function postRelease(context: ServerContext, request: FastifyRequest): object {
-  const { requestId, transferIds } = meantBy(request);
+  const { requestId, transferIds } = meantBy(parseBody(noticeSchema, request.body));
   context.log.debug({ requestId, prompts: transferIds.length }, 'KV of a request released');
   context.core.release(transferIds);
   return { released: transferIds.length };
 }
 
 export function postPrefilled(context: ServerContext, request: FastifyRequest): object {
-  const { requestId, transferIds } = meantBy(request);
+  const { requestId, transferIds } = meantBy(parseBody(noticeSchema, request.body));
   context.log.debug({ requestId, prompts: transferIds.length }, 'prompt of a request computed');
   context.core.prefilled(transferIds);
   return { prefilled: transferIds.length };
 }
 
-function meantBy(request: FastifyRequest): {
+function meantBy({ request_id, route, prompts }: z.infer<typeof noticeSchema>): {
   readonly requestId: string;
   readonly transferIds: readonly TransferId[];
 } {
-  const { request_id, route, prompts } = parseBody(noticeSchema, request.body);
   const serverIds =
     route === '/v1/completions'
       ? Array.from({ length: prompts }, (_, index) => `cmpl-${request_id}-${index}`)

@@ -3,6 +3,7 @@ import { once } from 'node:events';
 import type { FastifyReply } from 'fastify';
 import { PdError } from '../../errors.ts';
 import { openAiError } from '../../openai-error.ts';
+import { KV_FAILED_HEADER, writeKvFailed } from '../../wire/overlap.ts';
 import type { ServerContext } from './context.ts';
 import type { ChoiceEvent, GenerationRun, Usage } from './generation.ts';
 
@@ -47,6 +48,7 @@ export async function respond(
     if (options.stream) return await stream(context, reply, events, run, format, options, gone.signal);
     const byChoice: ChoiceEvent[][] = Array.from({ length: options.choices }, () => []);
     for await (const event of events) byChoice[event.index]!.push(event);
+    if (run.kvFailure) reply.header(KV_FAILED_HEADER, writeKvFailed(run.kvFailure));
     return format.whole(byChoice, run.usage);
   } finally {
     reply.raw.off('close', onClose);

@@ -7,7 +7,7 @@ import { openAiError } from '../../openai-error.ts';
 import { postChatCompletions } from './chat.ts';
 import { postCompletions } from './completions.ts';
 import type { ServerContext } from './context.ts';
-import { postPrefilled, postRelease } from './release.ts';
+import { postFailed, postPrefilled, postRelease } from './release.ts';
 import { postDetokenize, postTokenize } from './tokenize.ts';
 
 /** Bytes; a prompt of a million token ids fits. */
@@ -46,6 +46,7 @@ export function createServer(context: ServerContext): FastifyInstance {
   server.post('/detokenize', async (request) => postDetokenize(context, request));
   server.post('/kv/release', async (request) => postRelease(context, request));
   server.post('/kv/prefilled', async (request) => postPrefilled(context, request));
+  server.post('/kv/failed', async (request) => postFailed(context, request));
   server.get('/v1/models', async () => ({
     object: 'list',
     data: config.servedModelNames.map((id) => ({

@@ -1,14 +1,27 @@
 import { describe, expect, it } from 'vitest';
 import { P2pSchedulerConnector } from '../../../src/connector/scheduler-connector.ts';
-import { engineRequestId } from '../../../src/wire/ids.ts';
+import { promptDigest } from '../../../src/kv/block-hash.ts';
+import { engineRequestId, transferIdOf } from '../../../src/wire/ids.ts';
 
 const PATTERN = '___prefill_addr_[::1]:8082___decode_addr_10.0.0.2:8084_0123456789abcdef0123456789abcdef';
-const requestId = engineRequestId(`cmpl-${PATTERN}-1`, 'deadbeef');
-const request = { requestId, numPromptTokens: 10, mayLoad: true };
+const transferId = transferIdOf(`cmpl-${PATTERN}-1`);
+const requestId = engineRequestId(transferId, 'deadbeef');
+const promptTokens = Int32Array.from({ length: 10 }, (_, i) => i);
+const request = { requestId, transferId, numPromptTokens: 10, promptTokens, mayLoad: true };
 const NOTHING = { saves: [], loads: [], cancels: [] };
 
 function scheduled(numComputedTokens: number, numScheduledTokens: number, blockIds = [5, 3, 9]) {
-  return [{ requestId, numPromptTokens: 10, numComputedTokens, numScheduledTokens, blockIds }];
+  return [
+    {
+      requestId,
+      transferId,
+      numPromptTokens: 10,
+      promptTokens,
+      numComputedTokens,
+      numScheduledTokens,
+      blockIds,
+    },
+  ];
 }
 
 describe('consumer', () => {
@@ -23,11 +36,13 @@ describe('consumer', () => {
 
   it('claims nothing for what must be computed here, or whose id names no peer', () => {
     expect(consumer().getNumNewMatchedTokens({ ...request, mayLoad: false }, 0)).toBe(0);
-    const local = engineRequestId('cmpl-0123-0', 'deadbeef');
-    expect(consumer().getNumNewMatchedTokens({ ...request, requestId: local }, 0)).toBe(0);
+    const local = transferIdOf('cmpl-0123-0');
+    expect(consumer().getNumNewMatchedTokens({ ...request, transferId: local }, 0)).toBe(0);
+    expect(consumer().transfersKv(local)).toBe(false);
+    expect(consumer().transfersKv(transferId)).toBe(true);
   });
 
-  it('describes a load once, with blocks, skipped blocks and slots', () => {
+  it('describes a load once, with blocks and skipped blocks, and of which prompt it is', () => {
     const connector = consumer();
     connector.updateStateAfterAlloc(request, [5, 3, 9], 4, 5);
     expect(connector.buildConnectorMeta([])).toEqual({
@@ -35,12 +50,12 @@ describe('consumer', () => {
       loads: [
         {
           requestId,
-          transferId: `cmpl-${PATTERN}-1`,
+          transferId,
+          promptDigest: promptDigest(promptTokens),
           peer: { host: '::1', port: 8082 },
           numTokens: 5,
           blockIds: [5, 3, 9],
           skipBlocks: 1,
-          slotMapping: [12, 13, 14, 15, 36],
         },
       ],
     });
@@ -86,11 +101,11 @@ describe('producer', () => {
       saves: [
         {
           requestId,
-          transferId: `cmpl-${PATTERN}-1`,
+          transferId,
+          promptDigest: promptDigest(promptTokens),
           peer: { host: '10.0.0.2', port: 8084 },
           numTokens: 10,
           blockIds: [5, 3, 9],
-          slotMapping: [20, 21, 22, 23, 12, 13, 14, 15, 36, 37],
         },
       ],
     });
@@ -112,9 +127,9 @@ describe('producer', () => {
   });
 
   it('saves nothing for a request whose id names no peer', () => {
-    const local = engineRequestId('cmpl-0123-0');
+    const local = transferIdOf('cmpl-0123-0');
     const metadata = producer().buildConnectorMeta(
-      scheduled(0, 10).map((each) => ({ ...each, requestId: local })),
+      scheduled(0, 10).map((each) => ({ ...each, transferId: local })),
     );
     expect(metadata).toEqual(NOTHING);
   });

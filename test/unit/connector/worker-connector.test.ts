@@ -5,14 +5,14 @@ import { P2pWorkerConnector, type SaveTrace } from '../../../src/connector/worke
 import type { PagedLayer } from '../../../src/device/device.ts';
 import { PdError } from '../../../src/errors.ts';
 import { MetricsPage, readMetric } from '../../../src/observability/metrics.ts';
-import type { KvKey, SendType } from '../../../src/transfer/types.ts';
-import { engineRequestId } from '../../../src/wire/ids.ts';
+import type { SendType } from '../../../src/transfer/types.ts';
+import { engineRequestId, transferIdOf } from '../../../src/wire/ids.ts';
 import { FakeEngine } from '../../support/fake-engine.ts';
 
 const PATTERN = '___prefill_addr_10.0.0.1:8082___decode_addr_10.0.0.2:8084_0123456789abcdef0123456789abcdef';
-const transferId = `cmpl-${PATTERN}-0`;
+const transferId = transferIdOf(`cmpl-${PATTERN}-0`);
 const requestId = engineRequestId(transferId, 'deadbeef');
-const request = { requestId, numPromptTokens: 10, mayLoad: true };
+const request = { requestId, transferId, numPromptTokens: 10, mayLoad: true };
 
 const cache: PagedLayer = {
   memory: { kind: 'host', buffer: new SharedArrayBuffer(0), offset: 0, bytes: 0 },
@@ -20,7 +20,7 @@ const cache: PagedLayer = {
 };
 const layers = [0, 1].map((index) => ({ name: `model.layers.${index}.self_attn.attn`, cache }));
 
-function connect(role: KvRole, sendType: SendType = 'PUT_ASYNC', rank = 0, kvKey: KvKey = 'transfer') {
+function connect(role: KvRole, sendType: SendType = 'PUT_ASYNC', rank = 0) {
   const engine = new FakeEngine();
   const scheduler = new P2pSchedulerConnector({ role, blockSize: 4 });
   const metrics = new MetricsPage();
@@ -28,7 +28,7 @@ function connect(role: KvRole, sendType: SendType = 'PUT_ASYNC', rank = 0, kvKey
   const log = pino({ level: 'debug' }, { write: (line: string) => lines.push(JSON.parse(line)) });
   const events: SaveTrace[] = [];
   const trace = (event: SaveTrace) => events.push(event);
-  const worker = new P2pWorkerConnector({ engine, role, sendType, kvKey, rank, layers, log, metrics, trace });
+  const worker = new P2pWorkerConnector({ engine, role, sendType, rank, layers, log, metrics, trace });
   return { engine, scheduler, worker, metrics, lines, events };
 }
 
@@ -36,7 +36,9 @@ type Connected = ReturnType<typeof connect>;
 
 function startSave({ scheduler, worker }: Connected): void {
   const blockIds = [5, 3, 9];
-  const step = [{ requestId, numPromptTokens: 10, numComputedTokens: 0, numScheduledTokens: 10, blockIds }];
+  const step = [
+    { requestId, transferId, numPromptTokens: 10, numComputedTokens: 0, numScheduledTokens: 10, blockIds },
+  ];
   worker.startLoadKv(scheduler.buildConnectorMeta(step));
   for (const { name } of layers) worker.saveKvLayer(name, cache);
 }
@@ -110,7 +112,24 @@ describe('saving', () => {
     for (const { sent } of all.engine.sends) sent.reject(new PdError('PEER_LOST', 'gone'));
     expect(await isSettled(saved)).toBe(false);
     for (const { gathered } of all.engine.sends) gathered.resolve();
-    expect(await saved).toMatchObject([{ requestId, error: { code: 'PEER_LOST' } }]);
+    expect(await saved).toMatchObject([{ requestId, state: 'failed', error: { code: 'PEER_LOST' } }]);
+  });
+
+  it('tells of a save whose pair is still being opened, and how that ends', async () => {
+    for (const error of [undefined, new PdError('PEER_UNREACHABLE', 'nobody there')]) {
+      const all = connect('producer');
+      all.engine.paired = false;
+      startSave(all);
+      for (const { gathered } of all.engine.sends) gathered.resolve();
+      const [outcome] = await all.worker.waitForSave();
+      if (outcome?.state !== 'opening') throw new Error(`it is ${outcome?.state}`);
+      expect(await isSettled(outcome.settled)).toBe(false);
+      for (const { underWay } of all.engine.sends) {
+        if (error) underWay.reject(error);
+        else underWay.resolve();
+      }
+      expect(await outcome.settled).toEqual(error?.toData());
+    }
   });
 
   it('tells and counts a failure once per request, also when it comes after the step', async () => {
@@ -136,8 +155,8 @@ describe('saving', () => {
 
   it('keeps what is to be asked for, unless the request was aborted', () => {
     const { engine, worker } = connect('producer', 'GET');
-    worker.requestFinished(requestId);
-    worker.requestFinished(requestId, true);
+    worker.requestFinished({ requestId, transferId, aborted: false });
+    worker.requestFinished({ requestId, transferId, aborted: true });
     expect(engine.finished).toEqual([
       { id: transferId, keepSends: true },
       { id: transferId, keepSends: false },
@@ -145,16 +164,29 @@ describe('saving', () => {
   });
 });
 
-describe('keyed by the full id, as vLLM does', () => {
-  it('sends, loads and finishes under it', () => {
-    const producer = connect('producer', 'PUT', 0, 'engine');
-    startSave(producer);
-    expect(producer.engine.sends[0]?.request.tensorId).toBe(`${requestId}#${layers[0]!.name}`);
-    const consumer = connect('consumer', 'PUT', 0, 'engine');
-    startLoad(consumer);
-    expect(consumer.engine.loads[0]?.request).toMatchObject({ requestId, transferId: requestId });
-    consumer.worker.requestFinished(requestId);
-    expect(consumer.engine.finished).toEqual([{ id: requestId, keepSends: false }]);
+describe('keyed by whatever the metadata says', () => {
+  const full = transferIdOf(requestId);
+  const keyed = { ...request, transferId: full, promptTokens: Int32Array.of(1, 2) };
+
+  it('sends, loads and finishes under it, and says of which prompt it is', () => {
+    const producer = connect('producer', 'PUT');
+    const blockIds = [5, 3, 9];
+    const step = [{ ...keyed, numComputedTokens: 0, numScheduledTokens: 10, blockIds }];
+    producer.worker.startLoadKv(producer.scheduler.buildConnectorMeta(step));
+    producer.worker.saveKvLayer(layers[0]!.name, cache);
+    const consumer = connect('consumer', 'PUT');
+    consumer.scheduler.updateStateAfterAlloc(keyed, blockIds, 4, 5);
+    consumer.worker.startLoadKv(consumer.scheduler.buildConnectorMeta([]));
+    const sent = producer.engine.sends[0]?.request;
+    expect(sent?.tensorId).toBe(`${requestId}#${layers[0]!.name}`);
+    expect(sent?.promptDigest).toMatch(/^[0-9a-f]{32}$/);
+    expect(consumer.engine.loads[0]?.request).toMatchObject({
+      requestId,
+      transferId: full,
+      promptDigest: sent?.promptDigest,
+    });
+    consumer.worker.requestFinished({ requestId, transferId: full, aborted: false });
+    expect(consumer.engine.finished).toEqual([{ id: full, keepSends: false }]);
   });
 });
 
@@ -214,7 +246,7 @@ describe('loading', () => {
     expect(all.engine.canceled).toEqual([requestId]);
     await all.worker.loadEnded;
     expect(all.worker.getFinished()).toMatchObject([{ ok: false, error: { code: 'REQUEST_ABORTED' } }]);
-    all.worker.requestFinished(requestId, true);
+    all.worker.requestFinished({ requestId, transferId, aborted: true });
     expect(all.engine.finished).toEqual([{ id: transferId, keepSends: false }]);
   });
 

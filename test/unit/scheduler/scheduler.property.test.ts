@@ -1,6 +1,7 @@
 /** Random arrivals, aborts, failing steps and loads under scarce blocks: the world throws where KV is wrong, a block is lost or twice told. */
 import fc from 'fast-check';
 import { expect, it } from 'vitest';
+import { transferOf } from '../../support/ids.ts';
 import { expectedTokens, GREEDY, requestId, SchedulerWorld } from '../../support/scheduler-world.ts';
 
 const addition = fc.record({
@@ -55,8 +56,10 @@ it('loses no block, ends every completion once, and reads and says only what is 
         let serial = 0;
         for (const each of events) {
           if (each.kind === 'add') {
+            const id = requestId(serial++, each.remote);
             const request = {
-              requestId: requestId(serial++, each.remote),
+              requestId: id,
+              transferId: transferOf(id),
               promptTokens: Int32Array.from({ length: each.length }, (_, i) => each.family * 1_000 + i),
               sampling: {
                 ...GREEDY,

@@ -1,6 +1,6 @@
 import { describe, expect, it } from 'vitest';
 import type { CoreRequest, SamplingParams } from '../../../src/scheduler/types.ts';
-import { transferIdOf } from '../../../src/wire/ids.ts';
+import { transferOf } from '../../support/ids.ts';
 import { expectedTokens, GREEDY, requestId, SchedulerWorld } from '../../support/scheduler-world.ts';
 
 const OPTIONS = {
@@ -19,8 +19,10 @@ function request(
   more: { n?: number; remote?: boolean; first?: number } = {},
 ): CoreRequest {
   const first = more.first ?? serial * 100;
+  const id = requestId(serial++, more.remote ?? false);
   return {
-    requestId: requestId(serial++, more.remote ?? false),
+    requestId: id,
+    transferId: transferOf(id),
     promptTokens: Int32Array.from({ length }, (_, i) => first + i),
     sampling: { ...GREEDY, ...sampling },
     n: more.n ?? 1,
@@ -272,7 +274,7 @@ describe('KV from a peer', () => {
     })) as [CoreRequest, CoreRequest];
     world.add(early);
     world.add(over);
-    world.scheduler.prefilled(transferIdOf(over.requestId));
+    world.scheduler.prefilled(over.transferId);
     world.step();
     expect(world.loads.get(early.requestId)?.prefillWithinMs).toBe(700);
     expect(world.loads.get(over.requestId)?.prefillWithinMs).toBeUndefined();
@@ -328,7 +330,28 @@ describe('KV from a peer', () => {
       expect(told.last).toMatchObject({ finishReason: 'error', error: { code: 'KV_LOAD_TIMEOUT' } });
     }
     expect(world.scheduler.blocks.used).toBe(0);
-    expect(world.finished).toEqual([{ requestId: failed.requestId, aborted: false }]);
+    expect(world.finished).toEqual([
+      { requestId: failed.requestId, transferId: failed.transferId, aborted: false },
+    ]);
+  });
+
+  it('refuses a second request of an id whose KV moves, and of no other, while the first is under way', () => {
+    const world = new SchedulerWorld(OPTIONS, 'consumer');
+    const first = request(14, {}, { remote: true });
+    const again = { ...first, requestId: requestId('again', true) };
+    world.add(first);
+    expect(() => world.scheduler.add(again)).toThrow(
+      expect.objectContaining({ code: 'REQUEST_INVALID', message: expect.stringContaining('is under way') }),
+    );
+    world.step();
+    world.abort(first.requestId);
+    // Its load may still write: KV of the next could be taken for it.
+    expect(() => world.scheduler.add(again)).toThrow(/is under way/);
+    world.endLoad(first.requestId, false, 'fail');
+    world.scheduler.add(again);
+    const local = request(14);
+    world.add(local);
+    world.scheduler.add({ ...local, requestId: requestId('local', false) });
   });
 
   it('keeps the blocks of an aborted request until its load can write no more', () => {
@@ -344,7 +367,9 @@ describe('KV from a peer', () => {
     expect(world.canceled).toEqual([aborted.requestId]);
     world.endLoad(aborted.requestId, false, 'fail');
     expect(world.scheduler.blocks.used).toBe(0);
-    expect(world.finished).toEqual([{ requestId: aborted.requestId, aborted: true }]);
+    expect(world.finished).toEqual([
+      { requestId: aborted.requestId, transferId: aborted.transferId, aborted: true },
+    ]);
   });
 
   it.each([true, false])('serves the followers of an aborted first completion (load ok: %s)', (ok) => {
@@ -385,6 +410,6 @@ describe('KV for a peer', () => {
     }
     expect(world.saves).toHaveLength(1);
     expect(world.saves[0]?.meta.blockIds).toHaveLength(4);
-    expect(world.saves[0]?.meta.slotMapping).toHaveLength(14);
+    expect(world.saves[0]?.meta.numTokens).toBe(14);
   });
 });

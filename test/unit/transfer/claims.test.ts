@@ -1,10 +1,10 @@
-/** Who gets which tensor when ids have random suffixes, and what happens when two requests share a transfer id. */
+/** Who gets which tensor: of exactly its id between ours, and of peers that are not ours also under a random suffix. */
 import { describe, expect, it } from 'vitest';
 import { hostMemory } from '../../../src/device/memory.ts';
 import type { PdError } from '../../../src/errors.ts';
 import { type Claimant, ClaimBook } from '../../../src/transfer/claims.ts';
 import { ReceiveStore, type StoreEntry } from '../../../src/transfer/store.ts';
-import { type TensorId, transferIdOf } from '../../../src/wire/ids.ts';
+import { suffixedFor, type TensorId, transferIdOf } from '../../../src/wire/ids.ts';
 
 const collisions: string[][] = [];
 const book = () => {
@@ -12,28 +12,31 @@ const book = () => {
   return new ClaimBook((_, ids) => collisions.push([...ids]));
 };
 const store = new ReceiveStore();
-const tensor = (id: string): StoreEntry => {
+const received = (id: string, more: Partial<StoreEntry>): StoreEntry => {
   const held = { memory: hostMemory(0), bytes: 1, free: () => {} };
-  const entry = store.open({ tensorId: id as TensorId, shape: [1], dtype: 'uint8', peer: 'p:1' }, held, 0);
+  const tensor = { tensorId: id as TensorId, shape: [1], dtype: 'uint8' as const, peer: 'p:1', ...more };
+  const entry = store.open(tensor, held, 0);
   store.arrived(entry);
   return entry;
 };
+const ours = (id: string, promptDigest?: string) => received(id, { promptDigest });
+const theirs = (id: string) => received(id, { standsFor: suffixedFor(id.slice(0, id.indexOf('#')), 'any') });
 
 class Waiter implements Claimant {
-  readonly requestId: string;
   readonly transferId;
   readonly peer = 'p:1';
+  readonly promptDigest: string | undefined;
   readonly got: string[] = [];
   failed: PdError | undefined;
   readonly #missing: Set<string>;
 
-  constructor(requestId: string, layers = ['l0', 'l1']) {
-    this.requestId = requestId;
-    this.transferId = transferIdOf(requestId);
+  constructor(id: string, layers = ['l0', 'l1'], promptDigest?: string) {
+    this.transferId = transferIdOf(id);
+    this.promptDigest = promptDigest;
     this.#missing = new Set(layers);
   }
   wants(layer: string): boolean {
-    return this.#missing.has(layer);
+    return !this.failed && this.#missing.has(layer);
   }
   take(entry: StoreEntry): void {
     this.#missing.delete(entry.layerName);
@@ -46,69 +49,91 @@ class Waiter implements Claimant {
 
 describe('a claimant', () => {
   it.each([
-    ['a-0-0123abcd', 'a-0-0123abcd'],
-    ['a-0-0123abcd', 'a-0'],
-    ['a-0-0123abcd', 'a-0-89abcdef'],
-    ['a-0', 'a-0-89abcdef'],
-    ['a-0-89abcdef-0123abcd', 'a-0-89abcdef'],
-  ])('%s gets the tensors of %s, before and after it came', (wanted, sent) => {
-    const claims = book();
-    const waiter = new Waiter(wanted);
-    claims.register(waiter, [tensor(`${sent}#l0`)]);
-    expect(claims.arrived(tensor(`${sent}#l1`))).toBe(true);
-    expect(waiter.got).toEqual([`${sent}#l0`, `${sent}#l1`]);
-  });
+    ['ours', ours, 'a-0', 'a-0'],
+    ['ours', ours, 'order-20261128', 'order-20261128'],
+    ['theirs', theirs, 'a-0', 'a-0'],
+    ['theirs', theirs, 'a-0', 'a-0-89abcdef'],
+    ['theirs', theirs, 'a-0-89abcdef', 'a-0-89abcdef'],
+  ] as const)(
+    '%s: waits for %s%s and gets the tensors of it, before and after it came',
+    (_, from, wanted, sent) => {
+      const claims = book();
+      const waiter = new Waiter(wanted);
+      claims.register(waiter, [from(`${sent}#l0`)]);
+      expect(claims.arrived(from(`${sent}#l1`))).toBe(true);
+      expect(waiter.got).toEqual([`${sent}#l0`, `${sent}#l1`]);
+    },
+  );
 
   it('does not get those of another index, layer or request', () => {
     const claims = book();
-    const waiter = new Waiter('a-0-0123abcd');
+    const waiter = new Waiter('a-0');
     claims.register(waiter, []);
-    for (const id of ['a-1#l0', 'a-0#l7', 'b-0#l0', 'a-0-1#l0'])
-      expect(claims.arrived(tensor(id))).toBe(false);
+    for (const id of ['a-1#l0', 'a-0#l7', 'b-0#l0', 'a-0-1#l0', 'a-0-89abcdef#l0'])
+      expect(claims.arrived(ours(id))).toBe(false);
+    for (const id of ['a-1#l0', 'a-1-89abcdef#l0', 'a-0-89abcde#l0', 'a-0-89ABCDEF#l0'])
+      expect(claims.arrived(theirs(id))).toBe(false);
     expect(waiter.got).toEqual([]);
   });
 
-  it('takes all its layers from one request of the sender', () => {
+  it('takes all its layers from one request of the sender, and none where a second could be meant', () => {
     const claims = book();
-    const waiter = new Waiter('a-0-0123abcd');
+    const waiter = new Waiter('a-0');
     claims.register(waiter, []);
-    claims.arrived(tensor('a-0-11111111#l0'));
-    expect(claims.arrived(tensor('a-0-22222222#l1'))).toBe(false);
-    expect(claims.arrived(tensor('a-0-11111111#l1'))).toBe(true);
-    expect([...claims.takeSources('a-0')]).toEqual(['a-0-11111111']);
+    claims.arrived(theirs('a-0-11111111#l0'));
+    expect(claims.arrived(theirs('a-0-22222222#l1'))).toBe(false);
+    expect(waiter.failed?.code).toBe('KV_LOAD_FAILED');
+    expect(waiter.failed?.message).toContain('a-0-11111111 and a-0-22222222');
+    expect(collisions).toEqual([['a-0-11111111', 'a-0-22222222']]);
+  });
+
+  it('has KV of exactly its id first, whatever else comes', () => {
+    const claims = book();
+    const waiter = new Waiter('a-0');
+    claims.register(waiter, [theirs('a-0-11111111#l0'), theirs('a-0#l0'), theirs('a-0-22222222#l0')]);
+    expect(claims.arrived(theirs('a-0-11111111#l1'))).toBe(false);
+    expect(claims.arrived(theirs('a-0#l1'))).toBe(true);
+    expect([waiter.got, waiter.failed]).toEqual([['a-0#l0', 'a-0#l1'], undefined]);
+  });
+
+  it('fails where two could be meant before it came', () => {
+    const claims = book();
+    const waiter = new Waiter('a-0');
+    claims.register(waiter, [theirs('a-0-11111111#l0'), theirs('a-0-22222222#l0')]);
+    expect(waiter.got).toEqual([]);
+    expect(waiter.failed?.message).toContain('a-0-11111111 and a-0-22222222');
+  });
+
+  it('keeps to one source for as long as its request lasts, and not for the next of its id', () => {
+    const claims = book();
+    const [first, second, third] = [['l0'], ['l1'], ['l1']].map((layers) => new Waiter('a-0', layers));
+    claims.register(first!, [theirs('a-0-11111111#l0')]);
+    claims.unregister(first!);
+    claims.register(second!, [theirs('a-0-22222222#l1')]);
+    claims.unregister(second!);
+    claims.finish(transferIdOf('a-0'));
+    claims.register(third!, [theirs('a-0-22222222#l1')]);
+    expect([first, second, third].map((each) => each!.got)).toEqual([
+      ['a-0-11111111#l0'],
+      [],
+      ['a-0-22222222#l1'],
+    ]);
+  });
+
+  it('is told of KV of another prompt under its id', () => {
+    const claims = book();
+    claims.register(new Waiter('a-0', ['l0'], 'rome'), []);
+    expect(claims.contradicted(ours('a-0#l0', 'paris'))).toBe(true);
+    expect(claims.contradicted(ours('a-0#l0', 'rome'))).toBe(false);
+    expect(claims.contradicted(theirs('a-0#l0'))).toBe(false);
   });
 });
 
-describe('two requests that share a transfer id', () => {
-  it('are noticed, and the second gets only what carries its full id', () => {
-    const claims = book();
-    const [first, second] = [new Waiter('a-0-11111111'), new Waiter('a-0-22222222')];
-    claims.register(first, []);
-    claims.register(second, []);
-    expect(collisions).toEqual([['a-0-11111111', 'a-0-22222222']]);
-    claims.arrived(tensor('a-0#l0'));
-    claims.arrived(tensor('a-0#l1'));
-    claims.arrived(tensor('a-0-22222222#l0'));
-    expect(first.got).toEqual(['a-0#l0', 'a-0#l1']);
-    expect(second.got).toEqual(['a-0-22222222#l0']);
-  });
-
-  it('fail a load that cannot tell which is meant', () => {
-    const claims = book();
-    const waiter = new Waiter('a-0-33333333');
-    claims.register(waiter, [tensor('a-0-11111111#l0'), tensor('a-0-22222222#l0')]);
-    expect(waiter.got).toEqual([]);
-    expect(waiter.failed?.code).toBe('KV_LOAD_FAILED');
-    expect(waiter.failed?.message).toContain('a-0-11111111 and a-0-22222222');
-    expect(claims.all()).toEqual([]);
-  });
-
-  it('several receives of one request are no collision', () => {
-    const claims = book();
-    const waiters = ['l0', 'l1'].map((layer) => new Waiter('a-0-11111111', [layer]));
-    for (const waiter of waiters) claims.register(waiter, []);
-    for (const layer of ['l1', 'l0']) claims.arrived(tensor(`a-0#${layer}`));
-    expect(waiters.map((waiter) => waiter.got)).toEqual([['a-0#l0'], ['a-0#l1']]);
-    expect(collisions).toEqual([]);
-  });
+it('several receives of one request are no collision', () => {
+  const claims = book();
+  const waiters = ['l0', 'l1'].map((layer) => new Waiter('a-0', [layer]));
+  for (const waiter of waiters) claims.register(waiter, []);
+  for (const layer of ['l1', 'l0']) claims.arrived(ours(`a-0#${layer}`));
+  expect(waiters.map((waiter) => waiter.got)).toEqual([['a-0#l0'], ['a-0#l1']]);
+  expect(collisions).toEqual([]);
 });

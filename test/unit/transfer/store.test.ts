@@ -4,7 +4,7 @@ import { expect, it } from 'vitest';
 import { hostMemory } from '../../../src/device/memory.ts';
 import { type KeptTensor, SendStore } from '../../../src/transfer/send-store.ts';
 import { ReceiveStore, type StoreEntry } from '../../../src/transfer/store.ts';
-import type { TensorId } from '../../../src/wire/ids.ts';
+import { suffixedFor, type TensorId, transferIdOf } from '../../../src/wire/ids.ts';
 
 /** Memory that fails a second free, and a total of what is out. */
 function bank() {
@@ -40,6 +40,7 @@ const operation = fc.oneof(
     layer: layers,
     bytes: fc.nat(100),
     drop: fc.boolean(),
+    foreign: fc.boolean(),
   }),
   fc.record({
     op: fc.constantFrom('arrive', 'claim', 'own', 'release', 'send', 'fetched', 'failed'),
@@ -62,8 +63,15 @@ it('holds exactly what it counts, whatever comes', () => {
         switch (operation.op) {
           case 'open': {
             const tensorId = `${operation.id}#${operation.layer}` as TensorId;
-            if (!operation.drop && store.has(tensorId)) break;
-            const tensor = { tensorId, shape: [operation.bytes], dtype: 'uint8' as const, peer: 'p:1' };
+            if (!operation.drop && store.get(tensorId)) break;
+            const standsFor = operation.foreign ? suffixedFor(operation.id, 'any') : undefined;
+            const tensor = {
+              tensorId,
+              shape: [operation.bytes],
+              dtype: 'uint8' as const,
+              peer: 'p:1',
+              standsFor,
+            };
             entries.push(
               store.open(tensor, money.take(operation.bytes), now, operation.drop ? 'dropped' : 'receiving'),
             );
@@ -84,7 +92,7 @@ it('holds exactly what it counts, whatever comes', () => {
           case 'finish':
             store.finish(operation.id);
             for (const left of store.find(operation.id)) {
-              const mine = left.requestId === operation.id || left.transferId === operation.id;
+              const mine = left.requestId === operation.id || left.standsFor === operation.id;
               expect(mine && left.state !== 'claimed').toBe(false);
             }
             break;
@@ -171,17 +179,27 @@ it('keeps for asking, and never frees what is being sent', () => {
   );
 });
 
-it('answers a GET by full id first, then by transfer id, and not at all where two requests share one', () => {
+it('is asked for by exactly its id, or by one other peer under that id with a random suffix', () => {
   const money = bank();
   const store = new SendStore();
   const keep = (id: string) =>
     store.keep({ tensorId: id as TensorId, shape: [1], dtype: 'uint8' }, money.take(1), 0);
-  const first = keep('a-0-0123abcd#l');
-  expect(store.lookup('a-0#l' as TensorId)).toEqual({ kind: 'found', tensor: first });
-  expect(store.lookup('a-0-89abcdef#l' as TensorId)).toEqual({ kind: 'found', tensor: first });
-  expect(store.lookup('a-0#other' as TensorId)).toEqual({ kind: 'absent' });
-  expect(store.lookup('a-1#l' as TensorId)).toEqual({ kind: 'absent' });
-  const second = keep('a-0-89abcdef#l');
-  expect(store.lookup('a-0-89abcdef#l' as TensorId)).toEqual({ kind: 'found', tensor: second });
-  expect(store.lookup('a-0#l' as TensorId).kind).toBe('ambiguous');
+  const [a0, id] = [transferIdOf('a-0'), (text: string) => text as TensorId];
+  const first = keep('a-0#l');
+  expect(store.lookup(id('a-0#l'))).toEqual({ kind: 'found', tensor: first });
+  expect(store.lookup(id('a-0#other'))).toEqual({ kind: 'absent' });
+  expect(store.lookup(id('a-1#l'))).toEqual({ kind: 'absent' });
+  // Of ours: the same text but for what looks like a suffix is another request.
+  expect(store.lookup(id('a-0-89abcdef#l'))).toEqual({ kind: 'absent' });
+  expect(store.lookup(id('a-0-89abcdef#l'), a0)).toEqual({ kind: 'found', tensor: first });
+  expect(store.lookup(id('a-0-01234567#l'), a0)).toEqual({
+    kind: 'ambiguous',
+    requestIds: ['a-0-89abcdef', 'a-0-01234567'],
+  });
+  expect(store.nearMisses(id('a-0-01234567#l'))).toEqual(['a-0#l']);
+  const whole = keep('a-0-01234567#l');
+  expect(store.lookup(id('a-0-01234567#l'), a0)).toEqual({ kind: 'found', tensor: whole });
+  store.finish('a-0');
+  keep('a-0#l');
+  expect(store.lookup(id('a-0-fedcba98#l'), a0).kind).toBe('found');
 });

@@ -25,6 +25,7 @@ const tensor_id = 'cmpl-x-0#model.layers.0.self_attn.attn' as TensorId;
 const layerId = (layer: number) => tensor_id.replace('.0.', `.${layer}.`) as TensorId;
 const longId =
   'cmpl-___prefill_addr_10.0.0.1:8082___decode_addr_10.0.0.2:8084_0123456789abcdef0123456789abcdef-0-89abcdef#model.layers.31.self_attn.attn' as TensorId;
+const promptDigest = '0123456789abcdef0123456789abcdef';
 const hello: PeerHello = {
   version: 1,
   features: ['seq'],
@@ -62,7 +63,8 @@ describe('bytes on the wire are those of python-msgpack', () => {
     'NEW ours': { cmd: 'NEW', unique_id: uniqueId, ours: hello },
     PUT: put,
     'PUT long': { cmd: 'PUT', tensor_id: longId, shape: [2, 70000, 1, 1, 1000], dtype: 'uint8' },
-    'PUT ours': { ...put, ours: true },
+    'PUT ours': { ...put, ours: {} },
+    'PUT ours, of a prompt': { ...put, ours: { promptDigest } },
     GET: { cmd: 'GET', tensor_id },
     'GET ours': { cmd: 'GET', tensor_id, ours: { seq: 300 } },
     PUTS: {
@@ -81,6 +83,17 @@ describe('bytes on the wire are those of python-msgpack', () => {
       tensors: [0, 1, 2].map((layer) => ({ tensor_id: layerId(layer), bytes: layer < 2 ? 196_608 : 0 })),
       runs: [2, 1],
     },
+    'PUTS of prompts': {
+      cmd: 'PUTS',
+      seq: 1,
+      tensors: [0, 1, 2].map((layer) => ({
+        tensor_id: layerId(layer),
+        shape: [5],
+        dtype: 'uint8',
+        promptDigest: layer < 2 ? promptDigest : undefined,
+      })),
+      runs: [3],
+    },
     CLOSE: { cmd: 'CLOSE' },
   };
   test.each(Object.entries(messages))('%s', (name, message) => {
@@ -92,6 +105,7 @@ describe('bytes on the wire are those of python-msgpack', () => {
   const answers: Record<string, Answer> = {
     ret0,
     'ret0 ours': { ...ret0, seq: 300 },
+    'ret0 ours, of a prompt': { ...ret0, seq: 300, promptDigest },
     ret1: { kind: 'get', ret: 1 },
     'ret1 ours': { kind: 'get', ret: 1, seq: 0 },
     'ret1 gone': { kind: 'get', ret: 1, seq: 7, gone: true },
@@ -102,6 +116,12 @@ describe('bytes on the wire are those of python-msgpack', () => {
       kind: 'gets',
       seq: 7,
       tensors: [{ shape: put.shape, dtype: 'bfloat16' }, 'missing', 'gone'],
+      runs: [1],
+    },
+    'gets answer of a prompt': {
+      kind: 'gets',
+      seq: 7,
+      tensors: [{ shape: [5], dtype: 'uint8', promptDigest }, 'missing'],
       runs: [1],
     },
     'close ask': { kind: 'close', stage: 'ask' },
@@ -344,6 +364,8 @@ const helloArb: fc.Arbitrary<PeerHello> = fc
     sendType: fc.constantFrom('PUT', 'PUT_ASYNC', 'GET'),
   })
   .chain((base) => fc.constantFrom(base, { ...base, fingerprint: hello.fingerprint! }));
+const digest = text(64);
+const prompted = fc.record({ promptDigest: digest }, { requiredKeys: [], noNullPrototype: true });
 const singleArb: fc.Arbitrary<WireMessage> = fc.oneof(
   fc.record(
     {
@@ -354,7 +376,7 @@ const singleArb: fc.Arbitrary<WireMessage> = fc.oneof(
     { requiredKeys: ['cmd', 'unique_id'], noNullPrototype: true },
   ),
   fc.record(
-    { cmd: fc.constant('PUT' as const), tensor_id: tensorId, shape, dtype, ours: fc.constant(true as const) },
+    { cmd: fc.constant('PUT' as const), tensor_id: tensorId, shape, dtype, ours: prompted },
     { requiredKeys: ['cmd', 'tensor_id', 'shape', 'dtype'], noNullPrototype: true },
   ),
   fc.record(
@@ -376,7 +398,10 @@ const runsArb = (total: number): fc.Arbitrary<number[]> =>
     }
     return runs;
   });
-const form = fc.record({ shape, dtype }, { noNullPrototype: true });
+const form = fc.record(
+  { shape, dtype, promptDigest: digest },
+  { requiredKeys: ['shape', 'dtype'], noNullPrototype: true },
+);
 const bundleArb: fc.Arbitrary<WireMessage> = fc
   .array(fc.tuple(tensorId, form, fc.nat()), { minLength: 1, maxLength: 12 })
   .chain((tensors) =>
@@ -422,7 +447,17 @@ const bundleAnswerArb: fc.Arbitrary<Answer> = fc.oneof(
 );
 const answerArb: fc.Arbitrary<Answer> = fc.oneof(
   fc.constantFrom({ kind: 'send' as const }, { kind: 'no-room' as const }, { kind: 'no-pair' as const }),
-  fc.record({ kind: fc.constant('get' as const), ret: fc.constant(0 as const), shape, dtype, seq }),
+  fc.record(
+    {
+      kind: fc.constant('get' as const),
+      ret: fc.constant(0 as const),
+      shape,
+      dtype,
+      seq,
+      promptDigest: digest,
+    },
+    { requiredKeys: ['kind', 'ret', 'shape', 'dtype', 'seq'], noNullPrototype: true },
+  ),
   fc.record({ kind: fc.constant('get' as const), ret: fc.constant(1 as const) }),
   fc.record({ kind: fc.constant('hello' as const), hello: helloArb }),
   bundleAnswerArb,

@@ -4,11 +4,13 @@ import { describe, expect, test } from 'vitest';
 import { formatHostPort } from '../../../src/net/address.ts';
 import {
   engineRequestId,
+  kvKeyOf,
   peerAddressOf,
   proxyRequestId,
   splitTensorId,
+  suffixedFor,
   tensorIdOf,
-  transferIdOf,
+  withoutSuffix,
 } from '../../../src/wire/ids.ts';
 
 const hexOf = (digits: number) =>
@@ -24,40 +26,71 @@ const serverId = fc.oneof(
   headerId.map((id) => `chatcmpl-${id}`),
 );
 
-describe('transfer ids', () => {
-  test('property: the random suffixes of two engines give one transfer id; the index stays', () => {
+describe('suffixes of engines that are not ours', () => {
+  test('property: what a proxy has made is found behind one suffix, and is never taken for one itself', () => {
     fc.assert(
-      fc.property(serverId, suffix, suffix, (id, a, b) => {
-        expect(transferIdOf(engineRequestId(id, a))).toBe(id);
-        expect(transferIdOf(engineRequestId(id, b))).toBe(id);
-        expect(transferIdOf(engineRequestId(id))).toBe(id);
+      fc.property(serverId, suffix, (id, random) => {
+        expect(suffixedFor(engineRequestId(id, random), 'proxy')).toBe(id);
+        expect(suffixedFor(engineRequestId(id, random), 'none')).toBeUndefined();
+        expect(suffixedFor(id, 'proxy')).toBeUndefined();
       }),
     );
   });
 
-  test('property: two prompts of one request never share a transfer id', () => {
+  test('property: of ids that nobody but a client has made, a suffix is looked for only where it is asked for', () => {
+    const ids = fc.oneof(fc.string(), fc.uuid(), hexOf(32), fc.constantFrom('order', 'cmpl-x-0', '-'));
     fc.assert(
-      fc.property(headerId, fc.nat(5000), fc.nat(5000), suffix, (id, a, b, random) => {
-        const ids = [a, b].map((index) => transferIdOf(engineRequestId(`cmpl-${id}-${index}`, random)));
-        expect(ids[0] === ids[1]).toBe(a === b);
+      fc.property(ids, suffix, (id, random) => {
+        expect(suffixedFor(`${id}-${random}`, 'proxy')).toBeUndefined();
+        expect(suffixedFor(`${id}-${random}`, 'any')).toBe(id === '' ? undefined : id);
       }),
     );
+  });
+
+  test('property: two prompts of one request are never taken for one another', () => {
+    fc.assert(
+      fc.property(headerId, fc.nat(5000), fc.nat(5000), suffix, (id, a, b, random) => {
+        const [sent, wanted] = [a, b].map((index) => `cmpl-${id}-${index}`);
+        expect(suffixedFor(`${sent}-${random}`, 'proxy') === wanted).toBe(a === b);
+      }),
+    );
+  });
+
+  const uuid32 = '0123456789abcdef0123456789abcdef';
+  const header = `___prefill_addr_h:1___decode_addr_h:2_${uuid32}`;
+  test.each([
+    [`cmpl-${header}-0-89abcdef`, `cmpl-${header}-0`],
+    [`chatcmpl-${header}-89abcdef`, `chatcmpl-${header}`],
+    [`cmpl-${header}-89abcdef`, undefined], // no prompt index: it is that
+    [`cmpl-${header}-12345678`, undefined], // a prompt index, however long
+    [`chatcmpl-${header}-0-89abcdef`, undefined],
+    [`cmpl-${header}-0-89abcdef-89abcdef`, undefined], // once
+    [`cmpl-${header}-0-89ABCDEF`, undefined],
+    [`cmpl-${header}-0-89abcde`, undefined],
+    [`cmpl-${header.slice(0, -1)}-0-89abcdef`, undefined],
+    [`cmpl-___prefill_addr_h:1_${uuid32}-0-89abcdef`, undefined],
+    [`x-${header}-0-89abcdef`, undefined],
+    ['order-20261128', undefined],
+  ])('%s means %s', (foreign, meant) => {
+    expect(suffixedFor(foreign, 'proxy')).toBe(meant);
   });
 
   test.each([
-    ['cmpl-x-0-89abcdef', 'cmpl-x-0'],
-    ['cmpl-x-0', 'cmpl-x-0'],
-    ['chatcmpl-x-89abcdef', 'chatcmpl-x'],
     ['a-00000000-11111111', 'a-00000000'], // once
-    ['-89abcdef', '-89abcdef'], // nothing in front
-    ['89abcdef', '89abcdef'],
-    ['x-89ABCDEF', 'x-89ABCDEF'], // no suffix of an engine
-    ['x-89abcde', 'x-89abcde'],
-    ['x-89abcdef0', 'x-89abcdef0'],
-    ['x_89abcdef', 'x_89abcdef'],
-    ['', ''],
-  ])('%j -> %j', (engine, transfer) => {
-    expect(transferIdOf(engine)).toBe(transfer);
+    ['-89abcdef', undefined], // nothing in front
+    ['89abcdef', undefined],
+    ['x-89ABCDEF', undefined],
+    ['x-89abcdef0', undefined],
+    ['x_89abcdef', undefined],
+    ['', undefined],
+  ])('%j without a suffix is %j', (id, stem) => {
+    expect(withoutSuffix(id)).toBe(stem);
+  });
+
+  test('KV is known by the id of the server, or as in vLLM by that of the engine', () => {
+    const ids = { serverId: 'order-20261128', requestId: engineRequestId('order-20261128', 'deadbeef') };
+    expect(kvKeyOf(ids, 'transfer')).toBe('order-20261128');
+    expect(kvKeyOf(ids, 'engine')).toBe('order-20261128-deadbeef');
   });
 });
 

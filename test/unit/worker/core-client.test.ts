@@ -1,6 +1,6 @@
 import { describe, expect, it } from 'vitest';
 import type { CoreRequest, RequestOutput } from '../../../src/scheduler/types.ts';
-import { engineRequestId } from '../../../src/wire/ids.ts';
+import { engineRequestId, transferIdOf } from '../../../src/wire/ids.ts';
 import { AsyncQueue } from '../../../src/worker/async-queue.ts';
 import type { Generation } from '../../../src/worker/core-client.ts';
 import { FakeCore } from '../../support/fake-core.ts';
@@ -8,6 +8,7 @@ import { FakeCore } from '../../support/fake-core.ts';
 function request(id: string, n = 1): CoreRequest {
   return {
     requestId: engineRequestId(id),
+    transferId: transferIdOf(id),
     promptTokens: Int32Array.of(1, 2, 3),
     sampling: { temperature: 0, topP: 1, topK: 0, seed: 0, maxTokens: 4, minTokens: 0, stopTokenIds: [] },
     n,

@@ -15,9 +15,9 @@ import type {
   RequestOutput,
 } from '../../../src/scheduler/types.ts';
 import type { SendType } from '../../../src/transfer/types.ts';
-import { transferIdOf } from '../../../src/wire/ids.ts';
 import { CoreLoop } from '../../../src/worker/core.ts';
 import { FakeEngine } from '../../support/fake-engine.ts';
+import { transferOf } from '../../support/ids.ts';
 import { GREEDY, requestId } from '../../support/scheduler-world.ts';
 
 const cache: PagedLayer = {
@@ -145,7 +145,7 @@ function request(
   const { remote = false, n = 1, maxTokens = 3 } = more;
   const id = requestId(serial++, remote);
   const promptTokens = Int32Array.from({ length }, (_, i) => serial * 50 + i);
-  return { requestId: id, promptTokens, sampling: { ...GREEDY, maxTokens }, n };
+  return { requestId: id, transferId: transferOf(id), promptTokens, sampling: { ...GREEDY, maxTokens }, n };
 }
 
 const tokensOf = (outputs: readonly RequestOutput[]) => outputs.flatMap(({ tokens }) => tokens);
@@ -294,7 +294,7 @@ describe('CoreLoop', () => {
       loop.add(first);
       await saved;
       loop.add(second);
-      for (const { requestId: id } of [first, second]) loop.released(transferIdOf(id));
+      for (const { transferId } of [first, second]) loop.released(transferId);
       engine.autoSend = true;
       for (const { gathered, sent } of engine.sends) {
         gathered.resolve();
@@ -303,7 +303,7 @@ describe('CoreLoop', () => {
       await Promise.all([harness.outcome(first), harness.outcome(second)]);
       await turn();
       expect(engine.finished).toEqual(
-        [first, second].map(({ requestId: id }) => ({ id: transferIdOf(id), keepSends: false })),
+        [first, second].map(({ transferId: id }) => ({ id, keepSends: false })),
       );
     });
 
