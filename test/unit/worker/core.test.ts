@@ -185,7 +185,7 @@ describe('CoreLoop', () => {
     expect(readMetric([page], 'vllm:prompt_tokens_total')).toBe(11);
     expect(readMetric([page], 'pd_prompt_tokens_total', 'computed')).toBe(11);
     expect(readMetric([page], 'vllm:request_success_total', 'length')).toBe(3);
-    expect(readMetric([page], 'pd_kv_blocks_total')).toBe(32);
+    expect(readMetric([page], 'pd_kv_blocks')).toBe(32);
     expect(readMetric([page], 'pd_kv_blocks_used')).toBe(0);
   });
 
