@@ -5,7 +5,7 @@ import { answerToInvalid, decodeMessage, encodeAnswer } from '../wire/codec.ts';
 import { protocolErrorKind } from '../wire/limits.ts';
 import type { Answer, NewMessage, WireMessage } from '../wire/messages.ts';
 import { Answering, type Asked } from './answering.ts';
-import { countFailure, type TransferContext } from './context.ts';
+import { countFailure, logJoining, type TransferContext } from './context.ts';
 import { mismatchOf } from './hello.ts';
 import type { Intake } from './intake.ts';
 import type { Keeper } from './keeper.ts';
@@ -179,6 +179,7 @@ export class Incoming {
     this.#opening++;
     try {
       const timeoutMs = options.timeouts.pairInit;
+      logJoining(this.#context, peer, 1);
       const pair = await transport.open({ uniqueId: unique_id, rank: 1, peer, timeoutMs });
       void pair.over.then((reason) => this.#pairOver(session, reason));
       if (session.ended) {
