@@ -93,8 +93,11 @@ export class P2pWorkerConnector implements WorkerConnector {
         `there is no layer ${JSON.stringify(layerName)} to wait for; there are ${this.#options.layers.map(({ name }) => name).join(', ') || 'none'}`,
       );
     }
+    const loads = this.#stepLoads;
+    if (loads.length > 0) this.#log.debug({ layerName, loads: loads.length }, 'waitForLayerLoad: begins');
     // The engine puts all layers of a request in place as one load, so each layer is there when all are.
-    await Promise.all(this.#stepLoads);
+    await Promise.all(loads);
+    if (loads.length > 0) this.#log.debug({ layerName, loads: loads.length }, 'waitForLayerLoad: done');
   }
 
   saveKvLayer(layerName: string, layer: PagedLayer, ready?: EventRef): void {
@@ -105,6 +108,9 @@ export class P2pWorkerConnector implements WorkerConnector {
     const pending = this.#pending;
     this.#pending = [];
     this.#saves = [];
+    // Where something is saved: most steps of a decode have nothing to wait for.
+    const begun = performance.now();
+    if (pending.length > 0) this.#log.debug({ layers: pending.length }, 'waitForSave: begins');
     await Promise.all(pending);
     const outcomes = [...this.#progress].flatMap(([{ requestId }, progress]): SaveOutcome | [] => {
       const { failure: error, opening, settled } = progress;
@@ -112,6 +118,11 @@ export class P2pWorkerConnector implements WorkerConnector {
       return opening === 0 ? [] : { requestId, state: 'opening', settled: settled.promise };
     });
     this.#progress.clear();
+    if (pending.length > 0) {
+      const milliseconds = Math.round(performance.now() - begun);
+      const failed = outcomes.filter(({ state }) => state === 'failed').length;
+      this.#log.debug({ layers: pending.length, failed, milliseconds }, 'waitForSave: done');
+    }
     return outcomes;
   }
 
@@ -163,7 +174,13 @@ export class P2pWorkerConnector implements WorkerConnector {
     };
     // In an async function, so that what `load` throws ends this load like what it rejects with.
     const ended = (async () => engine.load(request))().then(
-      ({ bytes, milliseconds }) => this.#loadEnded({ requestId, ok: true, bytes, milliseconds }),
+      ({ bytes, milliseconds }) => {
+        this.#log.debug(
+          { requestId, transferId, layers: layers.length, bytes, milliseconds },
+          'waitForLayerLoad: every layer of the load is in place',
+        );
+        this.#loadEnded({ requestId, ok: true, bytes, milliseconds });
+      },
       (error: unknown) => {
         const data = PdError.from(error, 'KV_LOAD_FAILED', { requestId, transferId }).toData();
         this.#loadEnded({ requestId, ok: false, error: data });

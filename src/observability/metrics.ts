@@ -41,7 +41,7 @@ export const METRICS = {
   pd_kv_evicted_total: { type: 'counter', help: 'Tensors evicted from the GET send store for want of room' },
   pd_kv_refused_total: { type: 'counter', help: 'Announcements answered 1: no room' },
   pd_kv_blocks_used: { type: 'gauge', help: 'Paged KV blocks in use' },
-  pd_kv_blocks_total: { type: 'gauge', help: 'Paged KV blocks' },
+  pd_kv_blocks: { type: 'gauge', help: 'Paged KV blocks' },
   pd_prompt_tokens_total: {
     type: 'counter',
     help: 'Prompt tokens by where their KV came from',

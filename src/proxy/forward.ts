@@ -78,7 +78,7 @@ export class Forwarder {
 
   async #run(exchange: Exchange): Promise<void> {
     const { registry, metrics, log } = this.#options;
-    const count = ++this.#count;
+    const count = this.#count++;
     const model = typeof exchange.json['model'] === 'string' ? exchange.json['model'] : undefined;
     const exclude = new Set<string>();
     let refused: InstanceRefused | undefined;

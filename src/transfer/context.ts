@@ -80,6 +80,12 @@ export function logTensor(
   context.log.debug(tensorFields(context, tensor, peer), `${what} ${tensor.tensorId}`);
 }
 
+/** Before a communicator is set up, which both ends must join: what each takes itself for. */
+export function logJoining({ log, transport }: TransferContext, peer: string, rank: 0 | 1): void {
+  const by = transport.kind === 'nccl' ? 'ncclCommInitRank' : 'host transport';
+  log.info({ peer, rank, size: 2 }, `joining a communicator with ${peer}: rank ${rank}, size 2 (${by})`);
+}
+
 /** Failures of peers that pd_protocol_errors_total counts, and under which kind. */
 const COUNTED = {
   PEER_ANSWER_TIMEOUT: 'timeout',

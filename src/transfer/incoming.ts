@@ -1,17 +1,16 @@
 /** The listener: what NEW, PUT and GET of peers mean, and what they are answered. */
 import { PdError, unreachable } from '../errors.ts';
 import type { Pair } from '../transport/transport.ts';
-import { decodeMessage, encodeAnswer } from '../wire/codec.ts';
+import { answerToInvalid, decodeMessage, encodeAnswer } from '../wire/codec.ts';
 import { protocolErrorKind } from '../wire/limits.ts';
 import type { Answer, NewMessage, WireMessage } from '../wire/messages.ts';
 import { Answering, type Asked } from './answering.ts';
-import { countFailure, type TransferContext } from './context.ts';
+import { countFailure, logJoining, type TransferContext } from './context.ts';
 import { mismatchOf } from './hello.ts';
 import type { Intake } from './intake.ts';
 import type { Keeper } from './keeper.ts';
 import type { OpenPair } from './pair-limit.ts';
 import type { OutgoingPeer } from './peer.ts';
-import { refusalOf } from './refusals.ts';
 import type { Router } from './router.ts';
 import { Session } from './session.ts';
 import { Sessions } from './sessions.ts';
@@ -115,9 +114,8 @@ export class Incoming {
     } catch (error) {
       const kind = protocolErrorKind(error);
       this.#bad(kind, peer, PdError.from(error));
-      // A PUT or GET that cannot be taken is answered, so that its sender does not wait for its deadline.
-      const answer = refusalOf(body);
-      if (answer) this.#sessions.of(identity).enqueue(() => this.#answer(identity, answer));
+      const answer = answerToInvalid(error);
+      if (answer) this.#refuse(this.#sessions.of(identity), answer);
       return;
     }
     this.#context.log.debug({ peer, cmd: message.cmd }, `${message.cmd} from ${peer}`);
@@ -181,6 +179,7 @@ export class Incoming {
     this.#opening++;
     try {
       const timeoutMs = options.timeouts.pairInit;
+      logJoining(this.#context, peer, 1);
       const pair = await transport.open({ uniqueId: unique_id, rank: 1, peer, timeoutMs });
       void pair.over.then((reason) => this.#pairOver(session, reason));
       if (session.ended) {
@@ -244,6 +243,12 @@ export class Incoming {
       this.#peers.pairsChanged();
       this.#reply(session, { kind: 'close', stage: 'done' });
     });
+  }
+
+  /** Answers an announcement that cannot be taken: one without a `seq` in its turn. */
+  #refuse(session: Session, answer: Answer): void {
+    if ('seq' in answer && answer.seq !== undefined) this.#reply(session, answer);
+    else session.enqueue(() => this.#reply(session, answer));
   }
 
   #reply(session: Session, answer: Answer): void {

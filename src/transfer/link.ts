@@ -11,7 +11,7 @@ import { decodeAnswer, encodeMessage } from '../wire/codec.ts';
 import { protocolErrorKind } from '../wire/limits.ts';
 import { type Answer, BUNDLE_FEATURE, CLOSE_FEATURE, type PeerHello } from '../wire/messages.ts';
 import type { Direction, Unit } from './announcement.ts';
-import type { TransferContext } from './context.ts';
+import { logJoining, type TransferContext } from './context.ts';
 import type { Deadline } from './deadlines.ts';
 import { Dealer } from './dealer.ts';
 import { mismatchOf } from './hello.ts';
@@ -59,6 +59,9 @@ export class Link {
       moving: () => (this.#pair?.pending ?? 0) > 0,
       onLate: (unit, progress) => this.end(lateError(peer, unit, progress, context.options.timeouts.answer)),
     });
+    context.limited.log(`connecting ${peer}`, (suppressed) =>
+      context.log.info({ peer, suppressed }, `connecting to ${peer}`),
+    );
     this.#dealer = new Dealer({
       self: context.self,
       peer,
@@ -171,6 +174,7 @@ export class Link {
       if (!(await this.#dealer.send(encodeMessage({ cmd: 'NEW', unique_id: uniqueId, ours: hello })))) return;
       if (this.#over) return;
       this.#state = 'opening';
+      logJoining(this.#context, peer, 0);
       const pair = await transport.open({ uniqueId, rank: 0, peer, timeoutMs: options.timeouts.pairInit });
       if (this.#over) {
         pair.abort(this.#closed('its link ended while it was opened'));

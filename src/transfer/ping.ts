@@ -1,4 +1,10 @@
-/** The heartbeat by which a proxy finds this instance. No answer is expected; a proxy that is away is told about once, and met again. */
+/**
+ * The heartbeat by which a proxy finds this instance. No answer is expected, so what is told is what the socket knows: a ping has been
+ * sent once a ZeroMQ listener has shaken hands. TCP alone says nothing (an HTTP port takes connections, and bytes, too).
+ *
+ *   new --(handshake, ping)--> reached <--(handshake, ping)-- away
+ *     +--(none for an interval)--> away      +--(lost for half an interval)--> away
+ */
 import * as zmq from 'zeromq';
 import { PdError } from '../errors.ts';
 import { asDestination, formatHostPort, zmqEndpoint } from '../net/address.ts';
@@ -7,18 +13,45 @@ import { PD_VERSION } from '../wire/messages.ts';
 import type { TransferContext } from './context.ts';
 import type { ProxyPing } from './types.ts';
 
+/** While a proxy stays away it is told again so often. */
+const AGAIN_MS = 600_000;
+
+/** Why a proxy is away, and what to look at. */
+const REASONS = {
+  nobody:
+    'nothing takes connections there; check that pd-proxy runs and that host and port are those of its discovery (port 30002 by default)',
+  stranger:
+    "no ZeroMQ listener answers: what takes connections there speaks another protocol, or hangs; give the proxy's discovery port " +
+    '(30002 by default), not its HTTP port',
+  refused: 'it turns this address away; its --allow-instances must list it',
+  full: 'it takes no pings any more; it may hang',
+} as const;
+
+type PingContext = Pick<TransferContext, 'options' | 'self' | 'deadlines' | 'log' | 'limited'>;
+
 export class Pinger {
-  readonly #context: TransferContext;
+  readonly #context: PingContext;
   readonly #ping: ProxyPing;
   readonly #proxy: string;
   readonly #body: Uint8Array;
+  readonly #endpoint: string;
   readonly #socket: zmq.Dealer;
   readonly #timer: NodeJS.Timeout;
   #state: 'new' | 'reached' | 'away' = 'new';
+  #sentFirst = false;
+  /** A ZeroMQ listener is at the other end. */
+  #shaken = false;
+  /** Since when that has been so, or not. */
+  #since: number;
+  #reason: keyof typeof REASONS = 'nobody';
+  /** ZeroMQ does not connect again by itself. */
+  #given = false;
+  #told: keyof typeof REASONS | undefined;
+  #toldAt = Number.NEGATIVE_INFINITY;
   #busy = false;
   #closed = false;
 
-  constructor(context: TransferContext, ping: ProxyPing) {
+  constructor(context: PingContext, ping: ProxyPing) {
     const { options, self } = context;
     this.#context = context;
     this.#ping = ping;
@@ -45,9 +78,17 @@ export class Pinger {
       reconnectInterval: 100,
       reconnectMaxInterval: 1_000,
     });
-    this.#socket.connect(zmqEndpoint(proxy));
-    void this.#send();
-    this.#timer = setInterval(() => void this.#send(), ping.intervalMs);
+    this.#since = context.deadlines.now();
+    this.#watch();
+    this.#endpoint = zmqEndpoint(proxy);
+    context.log.info({ proxy: this.#proxy }, `connecting to proxy ${this.#proxy}`);
+    try {
+      this.#socket.connect(this.#endpoint);
+    } catch (error) {
+      this.#socket.close();
+      throw error;
+    }
+    this.#timer = setInterval(() => this.#beat(), ping.intervalMs);
   }
 
   /** Idempotent. */
@@ -58,14 +99,63 @@ export class Pinger {
     this.#socket.close();
   }
 
+  #watch(): void {
+    const { events } = this.#socket;
+    events.on('connect', () => {
+      // What it is will show; one that has said why it refuses stays known for that.
+      if (this.#reason === 'nobody') this.#reason = 'stranger';
+    });
+    events.on('close', () => {
+      this.#reason = 'nobody';
+    });
+    events.on('handshake', () => {
+      this.#turned(true);
+      void this.#send();
+    });
+    events.on('disconnect', () => this.#turned(false));
+    events.on('handshake:error:auth', () => {
+      this.#reason = 'refused';
+      this.#given = true;
+    });
+    events.on('handshake:error:protocol', () => {
+      this.#given = true;
+    });
+  }
+
+  #turned(shaken: boolean): void {
+    if (this.#shaken === shaken) return;
+    this.#shaken = shaken;
+    this.#since = this.#context.deadlines.now();
+  }
+
+  #beat(): void {
+    if (this.#shaken) {
+      void this.#send();
+      return;
+    }
+    if (this.#context.deadlines.now() - this.#since >= this.#ping.intervalMs / 2) this.#away(this.#reason);
+    if (this.#given) this.#connectAnew();
+  }
+
+  #connectAnew(): void {
+    this.#given = false;
+    try {
+      this.#socket.disconnect(this.#endpoint);
+    } catch {
+      // It has let go of it already.
+    }
+    this.#socket.connect(this.#endpoint);
+  }
+
   async #send(): Promise<void> {
     if (this.#busy || this.#closed) return;
     this.#busy = true;
     try {
       await this.#socket.send(this.#body);
-      this.#reached();
+      if (this.#shaken) this.#reached();
     } catch (error) {
-      if (!this.#closed) this.#away(PdError.from(error));
+      // One that was lost meanwhile is the next beat's.
+      if (!this.#closed && this.#shaken) this.#away('full', PdError.from(error));
     } finally {
       this.#busy = false;
     }
@@ -74,7 +164,8 @@ export class Pinger {
   #reached(): void {
     const { log } = this.#context;
     const { type, httpAddress } = this.#ping;
-    if (this.#state === 'new') {
+    if (!this.#sentFirst) {
+      this.#sentFirst = true;
       log.info({ proxy: this.#proxy, type, httpAddress }, `first ping sent to proxy ${this.#proxy}`);
     } else if (this.#state === 'away') {
       log.info({ proxy: this.#proxy }, `proxy ${this.#proxy} is reached again`);
@@ -82,15 +173,19 @@ export class Pinger {
     this.#state = 'reached';
   }
 
-  #away(error: PdError): void {
-    const { log, limited } = this.#context;
-    const changed = this.#state !== 'away';
+  #away(reason: keyof typeof REASONS, cause?: PdError): void {
+    const { log, limited, deadlines } = this.#context;
+    const now = deadlines.now();
+    const changed = this.#state !== 'away' || reason !== this.#told;
     this.#state = 'away';
-    const write = (suppressed: number) =>
+    if (!changed && now - this.#toldAt < AGAIN_MS) return;
+    limited.log(`proxy ${this.#proxy}`, (suppressed) => {
+      this.#told = reason;
+      this.#toldAt = now;
       log.warn(
-        { proxy: this.#proxy, suppressed },
-        `proxy ${this.#proxy} cannot be reached (${error.message}): no request will come from it; trying again`,
+        { proxy: this.#proxy, code: 'PEER_UNREACHABLE', reason, suppressed, ...(cause && { err: cause }) },
+        `proxy ${this.#proxy} cannot be reached: ${REASONS[reason]}. No request will come from it; trying again`,
       );
-    if (changed) limited.log(`proxy ${this.#proxy}`, write);
+    });
   }
 }

@@ -37,6 +37,7 @@ import {
   checkMsgpack,
   DECODER_LIMITS,
   MAX_BODY_BYTES,
+  MAX_BUNDLE,
   MAX_TEXT,
   protocolError,
   type WireLimits,
@@ -82,9 +83,19 @@ export function encodeMessage(message: WireMessage): Uint8Array {
   }
 }
 
-/** Errors of a PUT or GET carry what `answerToInvalid` needs. */
+/** An error says whom it leaves without an answer: `answerToInvalid` reads that from its context. */
 export function decodeMessage(body: Uint8Array, limits: WireLimits): WireMessage {
-  const fields = decodeMap(body, 'message');
+  let fields: Fields | undefined;
+  try {
+    fields = decodeMap(body, 'message');
+    return readMessage(fields, limits);
+  } catch (error) {
+    const { code, message, context, cause } = PdError.from(error);
+    throw new PdError(code, message, { ...context, ...askedInVain(body, fields) }, { cause });
+  }
+}
+
+function readMessage(fields: Fields, limits: WireLimits): WireMessage {
   const cmd = field(fields, 'cmd');
   switch (cmd) {
     case 'NEW': {
@@ -92,20 +103,16 @@ export function decodeMessage(body: Uint8Array, limits: WireLimits): WireMessage
       const pd = optionalMap(fields, 'pd', cmd);
       return pd ? { cmd, unique_id, ours: readHello(pd, cmd) } : { cmd, unique_id };
     }
+    case 'PUT':
+      return readPut(fields, limits);
+    case 'GET':
+      return readGet(fields);
     case 'PUTS':
       return readPuts(fields, limits);
     case 'GETS':
       return readGets(fields);
     case 'CLOSE':
       return { cmd };
-    case 'PUT':
-    case 'GET':
-      try {
-        return cmd === 'PUT' ? readPut(fields, limits) : readGet(fields);
-      } catch (error) {
-        const { code, message, context } = PdError.from(error);
-        throw new PdError(code, message, { ...context, cmd, ...seqInVain(fields) });
-      }
     default:
       throw typeof cmd === 'string'
         ? protocolError('unknown_command', `unknown command ${show(cmd)}`)
@@ -114,15 +121,27 @@ export function decodeMessage(body: Uint8Array, limits: WireLimits): WireMessage
 }
 
 /**
- * What to answer to a message that `decodeMessage` refused with `error`: answers are matched by their order, so a PUT or GET that is
- * plainly one must not go without. Undefined for anything else.
+ * What to answer to a message that `decodeMessage` refused with `error`. Answers are matched by their order, or by the `seq` of what they
+ * answer, so a message that is plainly an announcement must not go without: its sender would wait, vLLM for ever. Undefined for
+ * anything else, and for a GETS that does not tell what its answer must repeat.
  */
 export function answerToInvalid(error: unknown): Answer | undefined {
   if (!(error instanceof PdError)) return undefined;
-  const { cmd, seq } = error.context;
-  if (cmd === 'PUT') return { kind: 'no-room' };
-  if (cmd !== 'GET') return undefined;
-  return typeof seq === 'number' ? { kind: 'get', ret: 1, seq } : { kind: 'get', ret: 1 };
+  const { cmd, seq, tensors } = error.context;
+  switch (cmd) {
+    case 'PUT':
+    case 'PUTS':
+      // Of a bundle it means all of it: its sender then tries its tensors one by one.
+      return { kind: 'no-room' };
+    case 'GET':
+      return typeof seq === 'number' ? { kind: 'get', ret: 1, seq } : { kind: 'get', ret: 1 };
+    case 'GETS': {
+      if (typeof seq !== 'number' || typeof tensors !== 'number') return undefined;
+      return { kind: 'gets', seq, tensors: Array.from({ length: tensors }, () => 'missing'), runs: [] };
+    }
+    default:
+      return undefined;
+  }
 }
 
 export function encodeAnswer(answer: Answer): Uint8Array {
@@ -273,11 +292,38 @@ function readGet(fields: Fields): WireMessage {
   return pd ? { cmd, tensor_id, ours: readSeq(pd, cmd) } : { cmd, tensor_id };
 }
 
-/** The `seq` of a GET that is wrong elsewhere, where that can be read. */
-function seqInVain(fields: Fields): { seq?: number } {
+/** What an announcement that cannot be taken asks for, as far as it can be told. `tensors`: how many a GETS names. */
+function askedInVain(
+  body: Uint8Array,
+  fields: Fields | undefined,
+): { readonly cmd?: string; readonly seq?: number; readonly tensors?: number } {
+  // Too large or too deep to be decoded it still begins as everyone writes it: a vLLM peer's id may be longer than we allow.
+  if (!fields) return leadingCommand(body);
+  const cmd = field(fields, 'cmd');
+  if (typeof cmd !== 'string') return {};
   const pd = field(fields, 'pd');
-  const seq = isFields(pd) ? field(pd, 'seq') : undefined;
-  return typeof seq === 'number' && Number.isSafeInteger(seq) && seq >= 0 ? { seq } : {};
+  const seq = cmd === 'GETS' ? field(fields, 'seq') : isFields(pd) ? field(pd, 'seq') : undefined;
+  const names = field(fields, 'names');
+  return {
+    cmd,
+    ...(typeof seq === 'number' && Number.isSafeInteger(seq) && seq >= 0 ? { seq } : {}),
+    ...(cmd === 'GETS' && Array.isArray(names) && names.length > 0 && names.length <= MAX_BUNDLE
+      ? { tensors: names.length }
+      : {}),
+  };
+}
+
+/** `cmd` of a map that begins with it. */
+function leadingCommand(body: Uint8Array): { readonly cmd?: string } {
+  const [first = 0] = body;
+  // fixmap, map 16 and map 32
+  const at = first >> 4 === 0x8 ? 1 : first === 0xde ? 3 : first === 0xdf ? 5 : undefined;
+  if (at === undefined) return {};
+  const head = Buffer.from(body.subarray(at, at + 9)).toString('latin1');
+  const cmd = ['PUTS', 'GETS', 'PUT', 'GET'].find((name) =>
+    head.startsWith(`\xa3cmd${String.fromCharCode(0xa0 + name.length)}${name}`),
+  );
+  return cmd ? { cmd } : {};
 }
 
 function seqFields(seq: number | undefined): Fields {

@@ -50,7 +50,7 @@ export class CoreMetrics {
     page.set('vllm:num_requests_waiting', scheduler.numWaiting);
     page.set('pd_requests_loading', scheduler.numLoading);
     page.set('pd_kv_blocks_used', used);
-    page.set('pd_kv_blocks_total', total);
+    page.set('pd_kv_blocks', total);
     page.set('vllm:kv_cache_usage_perc', total > 0 ? used / total : 0);
     const { preemptions, prefixQueries, prefixHits } = scheduler.stats;
     page.inc('vllm:num_preemptions_total', preemptions - this.#counted.preemptions);

@@ -22,6 +22,7 @@ import type { CoreRequest, ForwardResult, RequestOutput } from '../scheduler/typ
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 import { CoreMetrics } from './core-metrics.ts';
 import type { CoreState } from './messages.ts';
+import { ThroughputLog, type ThroughputLogOptions } from './throughput-log.ts';
 
 /** After this many failing steps in a row the executor is taken for broken. */
 const MAX_FAILED_STEPS = 3;
@@ -37,6 +38,8 @@ export interface CoreLoopOptions {
   readonly post: (outputs: readonly RequestOutput[]) => void;
   /** KV of a request whose output said that it was `opening`: under way now, or lost. */
   readonly kvSaved?: (requestId: EngineRequestId, error: ErrorData | undefined) => void;
+  /** For tests: what the lines of throughput are timed by. */
+  readonly clock?: ThroughputLogOptions['clock'];
 }
 
 type Command =
@@ -50,7 +53,8 @@ export class CoreLoop {
   readonly #connector: WorkerConnector | undefined;
   readonly #log: Logger;
   readonly #metrics: CoreMetrics;
-  readonly #hooks: LayerHooks;
+  readonly #throughput: ThroughputLog;
+  readonly #saving: LayerHooks;
   #commands: Command[] = [];
   /** Set while the loop sleeps. */
   #sleep: Deferred<void> | undefined;
@@ -65,7 +69,9 @@ export class CoreLoop {
     this.#connector = options.connector;
     this.#log = options.log;
     this.#metrics = new CoreMetrics(options.metrics);
-    this.#hooks = saveHooks(options.executor, options.connector);
+    const { scheduler, metrics: page, log, clock } = options;
+    this.#throughput = new ThroughputLog({ scheduler, page, log, ...(clock && { clock }) });
+    this.#saving = saveHooks(options.executor, options.connector);
   }
 
   add(request: CoreRequest): void {
@@ -118,12 +124,14 @@ export class CoreLoop {
       this.#takeCommands();
       this.#emit(this.#scheduler.endAll(reason.toData()));
       this.#metrics.scheduler(this.#scheduler);
+      this.#throughput.close();
     }
   }
 
   async #turn(): Promise<void> {
     this.#takeCommands();
     this.#takeLoads();
+    if (this.#scheduler.numRequests > 0) this.#throughput.working();
     const step = this.#scheduler.schedule();
     if (step.metadata) this.#connector?.startLoadKv(step.metadata);
     if (step.entries.length > 0) await this.#run(step);
@@ -160,7 +168,9 @@ export class CoreLoop {
 
   async #forward(step: SchedulerStep): Promise<ForwardResult | PdError> {
     try {
-      return await this.#options.executor.forward(step.batch, this.#hooks);
+      // A mark per layer, which costs a GPU an event each, only where a save waits for it.
+      const saves = step.metadata?.saves.length ?? 0;
+      return await this.#options.executor.forward(step.batch, saves > 0 ? this.#saving : {});
     } catch (error) {
       return PdError.from(error);
     }

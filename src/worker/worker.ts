@@ -89,6 +89,7 @@ export class PdWorker {
   ): Promise<PdWorker> {
     prepareNativeEnvironment(config);
     const log = createLogger(config.log, 'main');
+    logKvConfig(config, log);
     await assertBindable(config.http, 'HTTP server');
     signal?.throwIfAborted();
     const metrics = new MetricsPage();
@@ -192,6 +193,33 @@ export class PdWorker {
       await Promise.race([setTimeout(HAND_OVER_POLL_MS), cut]);
     }
   }
+}
+
+/** What KV is moved by, whichever way it was configured, under the names that vLLM's users know. */
+function logKvConfig(config: WorkerConfig, log: Logger): void {
+  const { role, kv, sendType, kvBufferSize } = config;
+  if (role === 'both') {
+    log.info('KV transfer: none, role both is an undivided worker');
+    return;
+  }
+  const { bind, announceHost, rank } = kv;
+  const fields = {
+    kv_role: `kv_${role}`,
+    kv_rank: role === 'producer' ? 0 : 1,
+    kv_parallel_size: 2,
+    rank,
+    host: bind.host,
+    announce_host: announceHost,
+    port: bind.port === 0 ? 'any' : bind.port + rank,
+    send_type: sendType,
+    kv_buffer_size: kvBufferSize,
+  };
+  const told = announceHost === bind.host ? '' : ` (told to others as ${announceHost})`;
+  log.info(
+    fields,
+    `KV transfer: kv_role ${fields.kv_role}, kv_rank ${fields.kv_rank} of kv_parallel_size 2, rank ${rank} in this instance, ` +
+      `host ${bind.host}${told}, port ${fields.port}, send_type ${sendType}, threshold kv_buffer_size ${kvBufferSize} bytes`,
+  );
 }
 
 /** Listens; `::` takes IPv4 too. Returns the port, which the system chooses for 0. */

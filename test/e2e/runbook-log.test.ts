@@ -49,7 +49,15 @@ beforeAll(async () => {
 }, 60_000);
 
 afterAll(async () => {
-  for (const worker of [consumer, producer]) expect(await worker?.program.stop()).toBe(0);
+  for (const worker of [consumer, producer]) {
+    expect(await worker?.program.stop()).toBe(0);
+    // What was computed since the last line of throughput is told at the end.
+    expect(worker?.program.lines.map(({ msg }) => msg)).toContainEqual(
+      expect.stringMatching(
+        /^in \d+\.\d s: prompt throughput .* tokens\/s, generation throughput .* tokens\/s; running 0, /,
+      ),
+    );
+  }
   expect(await proxy?.program.stop()).toBe(0);
 });
 
@@ -65,6 +73,51 @@ it('the engine says what it is', () => {
   }
 });
 
+it('a worker says at its start how it moves KV', () => {
+  for (const [{ program, kvAddress }, role, kvRank] of [
+    [producer, 'producer', 0],
+    [consumer, 'consumer', 1],
+  ] as const) {
+    const messages = program.lines.map(({ msg }) => msg);
+    const line =
+      `KV transfer: kv_role kv_${role}, kv_rank ${kvRank} of kv_parallel_size 2, rank 0 in this instance, host 127.0.0.1, port any, ` +
+      'send_type PUT_ASYNC, threshold kv_buffer_size 1000000000 bytes';
+    expect(messages).toContain(line);
+    expect(messages.indexOf(line)).toBeLessThan(messages.findIndex((msg) => msg.includes(kvAddress)));
+  }
+});
+
+it('what is about to be done is told before it: a connection, a communicator, the first ping', () => {
+  const [a, b] = [producer.kvAddress, consumer.kvAddress];
+  const inOrder = (worker: WorkerHandle, lines: string[]) => {
+    const messages = worker.program.lines.map(({ msg }) => msg);
+    const at = lines.map((line) => messages.indexOf(line));
+    expect([lines, at]).toEqual([lines, at.filter((index) => index >= 0).sort((x, y) => x - y)]);
+  };
+  inOrder(producer, [
+    `connecting to ${b}`,
+    `joining a communicator with ${b}: rank 0, size 2 (host transport)`,
+    `🤝ncclCommInitRank Success, ${a}👉${b}, MyRank:0`,
+  ]);
+  inOrder(consumer, [
+    `joining a communicator with ${a}: rank 1, size 2 (host transport)`,
+    `🤝ncclCommInitRank Success, ${b}👈${a}, MyRank:1`,
+  ]);
+  for (const worker of [producer, consumer]) {
+    const to = `proxy ${proxy.discovery}`;
+    inOrder(worker, [`connecting to ${to}`, `first ping sent to ${to}`]);
+  }
+});
+
+it('a debug log has the points at which the two ends wait for each other', () => {
+  const messages = (worker: WorkerHandle) => worker.program.lines.map(({ msg }) => msg);
+  for (const line of ['waitForSave: begins', 'waitForSave: done']) {
+    expect(messages(producer)).toContain(line);
+    expect(messages(consumer)).not.toContain(line);
+  }
+  expect(messages(consumer)).toContain('waitForLayerLoad: every layer of the load is in place');
+});
+
 it('both ends tell the pair, each from its side', async () => {
   const [a, b] = [producer.kvAddress, consumer.kvAddress];
   const messages = (worker: WorkerHandle) => worker.program.lines.map(({ msg }) => msg);
@@ -78,7 +131,7 @@ it('the proxy tells whom it knows and which way a request goes', () => {
   const c = `[HTTP:127.0.0.1:${ports.consumer}, ZMQ:${consumer.kvAddress}]`;
   for (const instance of [p, c])
     expect(messages.some((msg) => msg.startsWith(`🔵Add ${instance}`))).toBe(true);
-  expect(messages).toContain(`handle_request count: 1, ${p} 👉 ${c}`);
+  expect(messages).toContain(`handle_request count: 0, ${p} 👉 ${c}`);
   expect(messages).toContain(`Running on ${proxy.url}`);
 });
 

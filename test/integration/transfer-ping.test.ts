@@ -1,9 +1,16 @@
 /** Pings as a proxy sees them: from the engine's own address, again after it was away, and never a stale one. */
-import { afterEach, expect, it } from 'vitest';
+import { createServer } from 'node:net';
+import pino from 'pino';
+import { afterEach, describe, expect, it } from 'vitest';
 import * as zmq from 'zeromq';
+import { PdError } from '../../src/errors.ts';
 import { formatHostPort } from '../../src/net/address.ts';
+import { RateLimitedLog } from '../../src/observability/log.ts';
+import { PdProxy } from '../../src/proxy/proxy.ts';
+import { Deadlines } from '../../src/transfer/deadlines.ts';
+import { Pinger } from '../../src/transfer/ping.ts';
 import { decodePing } from '../../src/wire/codec.ts';
-import { Services } from '../support/transfer.ts';
+import { Services, transferOptions } from '../support/transfer.ts';
 
 const services = new Services();
 afterEach(() => services.dispose());
@@ -44,4 +51,119 @@ it('to an address that is none leave the engine alive', async () => {
   const engine = await services.make();
   engine.startPing({ proxy: { host: 'no host', port: 1 }, type: 'D', httpAddress: 'x:1', intervalMs: 1_000 });
   expect(engine.state().address).toBe(formatHostPort(engine.address));
+});
+
+describe('what is told of a proxy', () => {
+  interface Line {
+    readonly level: number;
+    readonly msg: string;
+    readonly reason?: string;
+  }
+
+  /** A pinger that beats every 50 ms, and what it logs. */
+  function pinging(port: number): { lines: Line[]; said(pattern: RegExp): Promise<Line> } {
+    const lines: Line[] = [];
+    let wake = () => {};
+    const write = (line: string) => {
+      lines.push(JSON.parse(line) as Line);
+      wake();
+    };
+    const log = pino({ level: 'debug' }, { write });
+    const context = {
+      options: transferOptions(),
+      self: '127.0.0.1:1',
+      deadlines: new Deadlines(),
+      log,
+      limited: new RateLimitedLog(0),
+    };
+    const ping = { proxy: { host: '127.0.0.1', port }, type: 'P', httpAddress: '127.0.0.1:2' } as const;
+    const pinger = new Pinger(context, { ...ping, intervalMs: 50 });
+    services.add({ dispose: async () => pinger.close() });
+    const said = async (pattern: RegExp): Promise<Line> => {
+      for (;;) {
+        const line = lines.find(({ msg }) => pattern.test(msg));
+        if (line) return line;
+        await new Promise<void>((resolve) => {
+          wake = resolve;
+        });
+      }
+    };
+    return { lines, said };
+  }
+
+  const strangers: [what: string, greeting: string | undefined, answer: string | undefined][] = [
+    ['an HTTP port', undefined, 'HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n'],
+    ['one that speaks first', 'SSH-2.0-OpenSSH_9.2\r\n', undefined],
+    ['a process that hangs', undefined, undefined],
+  ];
+  it.each(strangers)(
+    '%s is no proxy: no ping was sent, and once it is said what to look at',
+    async (_, greeting, answer) => {
+      let connections = 0;
+      const server = createServer((socket) => {
+        connections++;
+        socket.on('error', () => {});
+        socket.on('data', () => answer && socket.end(answer));
+        if (greeting) socket.write(greeting);
+      });
+      const port = await new Promise<number>((resolve) =>
+        server.listen(0, '127.0.0.1', () => resolve((server.address() as { port: number }).port)),
+      );
+      services.add({ dispose: async () => void server.close() });
+      const { lines, said } = pinging(port);
+      expect((await said(/cannot be reached/)).reason).toBe('stranger');
+      // Beats go on meanwhile; the last of these takes its turn after several.
+      for (const before = connections; answer && connections < before + 3; )
+        await new Promise<void>((resolve) => server.once('connection', () => resolve()));
+      expect(lines.map(({ msg }) => msg)).toEqual([
+        `connecting to proxy 127.0.0.1:${port}`,
+        expect.stringMatching(/no ZeroMQ listener answers.*discovery port/),
+      ]);
+    },
+  );
+
+  it('one that comes late is told to be away, and its first ping as the first', async () => {
+    const { socket, port } = await proxy();
+    const gone = new Promise((resolve) => socket.events.on('end', resolve));
+    socket.close();
+    await gone;
+    const { lines, said } = pinging(port);
+    expect((await said(/cannot be reached/)).reason).toBe('nobody');
+    const late = await proxy(port);
+    await late.socket.receive();
+    await said(/^first ping sent to proxy/);
+    expect(lines.filter(({ level }) => level === 40)).toHaveLength(1);
+    expect(lines[0]!.msg).toMatch(/^connecting to proxy/);
+  });
+
+  it('one that turns this address away is told by that, and is reached once it lets it in', async () => {
+    const start = (port: number, allowInstances: string[]) =>
+      PdProxy.start({
+        http: { host: '127.0.0.1', port: 0 },
+        discovery: { host: '127.0.0.1', port },
+        allowInstances,
+        instanceTimeoutMs: 10_000,
+        prefillTimeoutMs: 1_000,
+        decodeIdleTimeoutMs: 1_000,
+        overlap: 0,
+        drainTimeoutMs: 0,
+        log: { level: 'silent', format: 'json' },
+      });
+    const strict = await start(0, ['10.0.0.0/8']);
+    const { port } = strict.discoveryAddress;
+    const { said } = pinging(port);
+    expect((await said(/--allow-instances/)).reason).toBe('refused');
+    await strict.close(0);
+    // ZeroMQ gives a port back a moment after its socket is closed.
+    let open: PdProxy | undefined;
+    while (!open) {
+      open = await start(port, ['127.0.0.0/8']).catch((error: unknown) => {
+        if (PdError.from(error).code !== 'PORT_IN_USE') throw error;
+        return undefined;
+      });
+    }
+    const reopened = open;
+    services.add({ dispose: () => reopened.close(0) });
+    await said(/^first ping sent to proxy/);
+  });
 });

@@ -30,10 +30,13 @@ class FakeExecutor implements Executor {
   readonly layers = [0, 1, 2].map((index) => ({ name: `model.layers.${index}.self_attn.attn`, cache }));
   readonly vocabSize = 200;
   readonly batches: ForwardBatch[] = [];
+  /** Of each batch: was it asked to mark its layers? */
+  readonly marked: boolean[] = [];
   failures = 0;
 
   async forward(batch: ForwardBatch, hooks: LayerHooks): Promise<ForwardResult> {
     this.batches.push(batch);
+    this.marked.push(hooks.afterLayer !== undefined);
     for (let index = 0; index < this.layers.length; index++) {
       hooks.afterLayer?.(index);
       if (index === 0 && this.failures > 0) {
@@ -58,6 +61,38 @@ interface Settings {
   readonly role?: KvRole;
   readonly sendType?: SendType;
   readonly loadFailure?: LoadFailurePolicy;
+  readonly clock?: ManualClock;
+}
+
+/** A clock that stands until it is told to go on. */
+class ManualClock {
+  #now = 0;
+  #due: { readonly at: number; readonly run: () => void }[] = [];
+
+  now(): number {
+    return this.#now;
+  }
+
+  after(ms: number, run: () => void): { cancel(): void } {
+    const entry = { at: this.#now + ms, run };
+    this.#due.push(entry);
+    const cancel = () => {
+      this.#due = this.#due.filter((one) => one !== entry);
+    };
+    return { cancel };
+  }
+
+  /** Timers that are set. */
+  get pending(): number {
+    return this.#due.length;
+  }
+
+  advance(ms: number): void {
+    this.#now += ms;
+    const due = this.#due.filter(({ at }) => at <= this.#now);
+    this.#due = this.#due.filter((one) => !due.includes(one));
+    for (const { run } of due) run();
+  }
 }
 
 class Harness {
@@ -73,7 +108,7 @@ class Harness {
     readonly resolve: () => void;
   }[] = [];
 
-  constructor({ role, sendType = 'PUT_ASYNC', loadFailure = 'recompute' }: Settings = {}) {
+  constructor({ role, sendType = 'PUT_ASYNC', loadFailure = 'recompute', clock }: Settings = {}) {
     const { engine, executor, page } = this;
     const log = pino({ level: 'debug' }, { write: (line: string) => this.lines.push(JSON.parse(line)) });
     const connector =
@@ -105,6 +140,7 @@ class Harness {
       metrics: page,
       log,
       post: (outputs) => this.#hear(outputs),
+      ...(clock && { clock }),
     });
     this.ended = this.loop.run().then(
       () => undefined,
@@ -185,7 +221,7 @@ describe('CoreLoop', () => {
     expect(readMetric([page], 'vllm:prompt_tokens_total')).toBe(11);
     expect(readMetric([page], 'pd_prompt_tokens_total', 'computed')).toBe(11);
     expect(readMetric([page], 'vllm:request_success_total', 'length')).toBe(3);
-    expect(readMetric([page], 'pd_kv_blocks_total')).toBe(32);
+    expect(readMetric([page], 'pd_kv_blocks')).toBe(32);
     expect(readMetric([page], 'pd_kv_blocks_used')).toBe(0);
   });
 
@@ -260,7 +296,72 @@ describe('CoreLoop', () => {
     ]);
   });
 
+  describe('throughput', () => {
+    const of = ({ lines }: Harness) => lines.filter(({ msg }) => String(msg).includes('throughput'));
+
+    it('is told every ten seconds of work, once more when the work has ended, and not at all without any', async () => {
+      const clock = new ManualClock();
+      const harness = start({ role: 'consumer', clock });
+      await turn();
+      expect(clock.pending).toBe(0);
+      const remote = request(9, { remote: true });
+      harness.loop.add(remote);
+      await harness.generate(request(5));
+      clock.advance(9_999);
+      expect(of(harness)).toEqual([]);
+      clock.advance(1);
+      expect(of(harness)).toMatchObject([
+        {
+          level: 30,
+          promptTokensPerSecond: 0.5,
+          generationTokensPerSecond: 0.3,
+          running: 0,
+          waiting: 0,
+          loading: 1,
+          kvCacheUsagePercent: 9.4,
+          prefixHitPercent: 0,
+        },
+      ]);
+      harness.engine.loaded(remote.requestId);
+      await harness.outcome(remote);
+      await turn();
+      clock.advance(10_000);
+      expect(of(harness)).toHaveLength(2);
+      expect(of(harness)[1]!['msg']).toBe(
+        'in 10.0 s: prompt throughput 0.9 tokens/s, generation throughput 0.3 tokens/s; running 0, waiting 0, loading 0; ' +
+          'KV cache usage 0.0 %, prefix cache hit rate 0.0 %',
+      );
+      expect(clock.pending).toBe(0);
+    });
+
+    it('has the hit rate of the last lookups, and is told of what the end cuts short', async () => {
+      const clock = new ManualClock();
+      const harness = start({ clock });
+      const { loop, generate, ended } = { ...bind(harness) };
+      const first = request(9);
+      await generate(first);
+      await generate({ ...request(9), promptTokens: first.promptTokens });
+      clock.advance(10_000);
+      await generate(request(3, { maxTokens: 1 }));
+      clock.advance(2_000);
+      loop.close();
+      await ended;
+      expect(of(harness)).toMatchObject([
+        { promptTokensPerSecond: 1.8, prefixHitPercent: 44.4 },
+        { promptTokensPerSecond: 1.5, generationTokensPerSecond: 0.5 },
+      ]);
+      expect(clock.pending).toBe(0);
+    });
+  });
+
   describe('producer', () => {
+    it('has layers marked in the step that ends a prompt alone: nothing else is sent', async () => {
+      const { engine, executor, generate } = bind(start({ role: 'producer' }));
+      engine.autoSend = true;
+      await generate(request(40, { remote: true, maxTokens: 3 }));
+      expect(executor.marked).toEqual([false, true, false, false]);
+    });
+
     it('answers only after every layer has gone', async () => {
       const harness = start({ role: 'producer', sendType: 'PUT' });
       const { engine, loop, outputs } = harness;
@@ -336,6 +437,13 @@ describe('CoreLoop', () => {
   });
 
   describe('consumer', () => {
+    it('has no layer marked, since it sends none', async () => {
+      const { engine, executor, generate } = bind(start({ role: 'consumer' }));
+      engine.onLoad = ({ request: load }) => engine.loaded(load.requestId);
+      await generate(request(9, { remote: true }));
+      expect(executor.marked).toEqual([false, false, false]);
+    });
+
     it('serves others while KV is on its way, then computes one prompt token', async () => {
       const harness = start({ role: 'consumer' });
       const { engine, loop, page, executor } = harness;
