@@ -12,7 +12,7 @@ import {
 import {
   addressRange,
   bytes,
-  device,
+  deviceOrAuto,
   duration,
   hostPort,
   integer,
@@ -59,10 +59,10 @@ export const WORKER_OPTIONS = defineOptions({
     defaultText: '--model as given, or demo',
   }),
   device: option({
-    kind: device(),
+    kind: deviceOrAuto(),
     group: MODEL,
-    help: 'where KV lives: host, cuda:N',
-    default: 'host',
+    help: 'where KV lives: host, cuda:N, or auto: the first visible GPU, host where there is none',
+    default: 'auto',
   }),
   executor: option({
     kind: oneOf(['host', 'cuda']),
@@ -285,6 +285,7 @@ export const WORKER_OPTIONS = defineOptions({
     group: LOG,
     help: 'least level logged',
     default: 'info' as LogLevel,
+    defaultText: 'VLLM_LOGGING_LEVEL, or info',
   }),
   logFormat: option({
     kind: oneOf(['auto', 'pretty', 'json']),
