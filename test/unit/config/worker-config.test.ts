@@ -2,6 +2,7 @@ import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { Command } from 'commander';
 import { describe, expect, it } from 'vitest';
+import { proxyConfig } from '../../../src/cli/proxy.ts';
 import {
   nativeEnvironment,
   ncclEnvironment,
@@ -225,6 +226,11 @@ describe('worker configuration', () => {
       warnings: [expect.stringMatching(/^VLLM_LOGGING_LEVEL=LOUD is no level.*DEBUG.*--log-level/)],
     });
     expect(resolve(['--log-level', 'info'], unknown).warnings).toEqual([]);
+
+    const warned: string[] = [];
+    expect(proxyConfig([], { VLLM_LOGGING_LEVEL: 'DEBUG' }).log.level).toBe('debug');
+    expect(proxyConfig([], unknown, (text) => warned.push(text)).log.level).toBe('info');
+    expect(warned).toEqual([expect.stringContaining('VLLM_LOGGING_LEVEL=LOUD')]);
   });
 
   it.each([
