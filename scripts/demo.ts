@@ -4,13 +4,14 @@
  * On GPUs it also tells which address NCCL's bootstrap took.
  */
 import { existsSync } from 'node:fs';
+import { isIPv6 } from 'node:net';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { Command, Option } from 'commander';
 import { Supervisor } from '../src/cli/launch-supervisor.ts';
 import { demoModelDir } from '../src/model/demo.ts';
 import { isLoopback } from '../src/net/address.ts';
-import { localAddress } from '../src/net/local.ts';
+import { ownAddresses } from '../src/net/local.ts';
 import { Bootstraps } from './bootstraps.ts';
 import { type Addresses, PROMPTS, runPrompt } from './demo-checks.ts';
 import { readKvShape } from './kv-shape.ts';
@@ -206,8 +207,11 @@ async function runAll(addresses: Addresses, undivided: string): Promise<{ passed
 /** `ipv6` becomes an address of this machine. */
 function addressOf(host: string): string {
   if (host !== 'ipv6') return host;
-  const own = localAddress(6, { env: {} });
-  if (!isLoopback(own)) return own;
+  // Link-local ones carry a zone id, which no URL can.
+  const own = ownAddresses().find(
+    (address) => isIPv6(address) && !isLoopback(address) && !address.includes('%'),
+  );
+  if (own !== undefined) return own;
   throw new Error(
     '--host ipv6: this machine has no IPv6 address but loopback and link-local ones; to give it one until it restarts: ' +
       'sudo ip -6 address add fd00:7064::1/64 dev lo nodad',

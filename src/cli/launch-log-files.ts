@@ -1,6 +1,6 @@
 /** `--log-dir`: what each program has said, in a file of its own, kept over restarts of the program and of the launcher. */
 import { closeSync, mkdirSync, openSync, writeSync } from 'node:fs';
-import { join } from 'node:path';
+import { dirname, join } from 'node:path';
 import { PdError } from '../errors.ts';
 
 export class LogFiles {
@@ -14,7 +14,7 @@ export class LogFiles {
   constructor(dir: string, names: readonly string[], say: (text: string) => void) {
     this.#say = say;
     try {
-      mkdirSync(dir, { recursive: true });
+      makeDirectory(dir);
       for (const name of names) {
         const path = join(dir, `${name}.log`);
         this.#files.set(name, { path, fd: openSync(path, 'a') });
@@ -48,5 +48,20 @@ export class LogFiles {
   close(): void {
     for (const { fd } of this.#files.values()) closeSync(fd);
     this.#files.clear();
+  }
+}
+
+/** With its parents. `mkdirSync`'s own `recursive` never ends where a parent exists and takes no directories, such as /proc. */
+function makeDirectory(dir: string): void {
+  try {
+    mkdirSync(dir);
+  } catch (cause) {
+    const { code } = cause as NodeJS.ErrnoException;
+    if (code === 'EEXIST') return;
+    if (code !== 'ENOENT') throw cause;
+    const parent = dirname(dir);
+    if (parent === dir) throw cause;
+    makeDirectory(parent);
+    mkdirSync(dir);
   }
 }

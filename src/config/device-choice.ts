@@ -126,7 +126,6 @@ const OF_A_GPU: readonly ErrorCode[] = [
   'OUT_OF_DEVICE_MEMORY',
   'CUDA_ERROR',
   'NCCL_ERROR',
-  'MODEL_UNSUPPORTED',
 ];
 
 /** The error of a start on a GPU that nobody named, with the way to do without; any other error as it is. */

@@ -140,12 +140,14 @@ describe('--log-dir', () => {
   test('refuses a directory that it cannot make, by name', async () => {
     const file = join(await tempDir(), 'file');
     writeFileSync(file, '');
-    expect(() => new LogFiles(join(file, 'logs'), names, unexpected)).toThrow(
-      expect.objectContaining({
-        code: 'LOG_UNWRITABLE',
-        message: expect.stringContaining(`--log-dir ${file}`),
-      }),
-    );
+    for (const dir of [join(file, 'logs'), file, '/proc/no/logs']) {
+      expect(() => new LogFiles(dir, names, unexpected)).toThrow(
+        expect.objectContaining({
+          code: 'LOG_UNWRITABLE',
+          message: expect.stringContaining(`--log-dir ${dir}: `),
+        }),
+      );
+    }
   });
 
   test('says once that a file takes no more, and goes on', async () => {
