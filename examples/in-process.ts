@@ -10,7 +10,7 @@ import { formatHostPort, PdProxy, PdWorker, proxyConfig, readMetric, workerConfi
 {
   // Loopback and free ports unless told otherwise. They are closed in the reverse order: consumer, producer, proxy.
   await using proxy = await PdProxy.start(proxyConfig());
-  const common = { proxy: proxy.discoveryAddress, loadFailure: 'fail' } as const;
+  const common = { device: 'host', proxy: proxy.discoveryAddress, loadFailure: 'fail' } as const;
   await using producer = await PdWorker.start(workerConfig({ ...common, role: 'producer' }));
   await using consumer = await PdWorker.start(workerConfig({ ...common, role: 'consumer' }));
   // Workers announce themselves; a request before that is answered 503.

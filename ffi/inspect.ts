@@ -1,11 +1,12 @@
 /** What this machine has, for pd-doctor and bug reports: every library and GPU, found or not, with what is wrong. Throws nothing. */
+import type { DriverAnswer } from '../src/config/device-choice.ts';
 import { PdError } from '../src/errors.ts';
 import { explicitCandidate, LIBRARIES, type LibraryName } from './find.ts';
 import { inspectCublas } from './libcublas.ts';
-import { loadLibcuda } from './libcuda.ts';
+import { type Libcuda, loadLibcuda, NO_DEVICE } from './libcuda.ts';
 import { loadCudart } from './libcudart.ts';
 import { loadLibnccl } from './libnccl.ts';
-import { libraryFile } from './load.ts';
+import { libraryFile, loadLibrary } from './load.ts';
 import type { NativeLibrary } from './native.ts';
 import { loadNvrtc } from './nvrtc.ts';
 
@@ -76,6 +77,49 @@ export function inspectGpus(): { readonly gpus: readonly GpuReport[]; readonly e
     return { gpus };
   } catch (error) {
     return { gpus, error: PdError.from(error, 'CUDA_ERROR').message };
+  }
+}
+
+/**
+ * The GPUs that the driver lets this process see, and whether the CUDA runtime and the other `libraries` of a worker can be loaded for
+ * them. Makes no context, so it is quick and takes no GPU memory; throws nothing, but a broken library can end the process.
+ */
+export function visibleGpus(libraries: readonly LibraryName[]): DriverAnswer {
+  let driver: Libcuda;
+  try {
+    loadLibrary('cuda');
+  } catch (error) {
+    return { kind: 'not-loadable', error: PdError.from(error).toData() };
+  }
+  let names: string[];
+  try {
+    driver = loadLibcuda();
+    names = Array.from({ length: driver.deviceCount() }, (_, index) => driver.deviceName(index));
+  } catch (cause) {
+    const error = PdError.from(cause, 'CUDA_ERROR');
+    if (error.context['status'] === NO_DEVICE) return { kind: 'no-gpu', unhidden: 0 };
+    return { kind: 'fails', error: error.toData() };
+  }
+  if (names.length === 0) return { kind: 'no-gpu', unhidden: 0 };
+  try {
+    for (const name of libraries) loadForWorker(name, driver);
+    return { kind: 'gpus', names };
+  } catch (error) {
+    return { kind: 'gpus', names, problem: PdError.from(error, 'CUDA_ERROR').toData() };
+  }
+}
+
+/** As a worker does it, so that it fails here as it would there. */
+function loadForWorker(name: LibraryName, driver: Libcuda): void {
+  switch (name) {
+    case 'cudart':
+      loadCudart().deviceCount();
+      return;
+    case 'nccl':
+      loadLibnccl();
+      return;
+    default:
+      loadLibrary(name, Math.trunc(driver.driverVersion() / 1000));
   }
 }
 

@@ -32,6 +32,11 @@ export function setNativeDefault(name: string, value: string): void {
   process.env[name] ??= value;
 }
 
+/** `setNativeDefault` for each. */
+export function setNativeDefaults(variables: Readonly<Record<string, string>>): void {
+  for (const [name, value] of Object.entries(variables)) setNativeDefault(name, value);
+}
+
 export function nativeEnvironment(name: string): string | undefined {
   return libc().getenv(name) ?? undefined;
 }

@@ -11,6 +11,8 @@ const CUDA = {
   cuInit: row<[flags: number]>('int', ['unsigned int']),
   // CUresult cuDriverGetVersion(int *driverVersion)
   cuDriverGetVersion: row<[version: Out]>('int', ['void *']),
+  // CUresult cuDeviceGetCount(int *count)
+  cuDeviceGetCount: row<[count: Out]>('int', ['void *']),
   // CUresult cuDeviceGet(CUdevice *device, int ordinal)
   cuDeviceGet: row<[device: Out, ordinal: number]>('int', ['void *', 'int']),
   // CUresult cuDeviceGetName(char *name, int len, CUdevice dev)
@@ -55,6 +57,8 @@ const CUDA = {
 } as const;
 
 const SUCCESS = 0;
+/** CUDA_ERROR_NO_DEVICE. */
+export const NO_DEVICE = 100;
 /** CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES. */
 const MAX_DYNAMIC_SHARED_BYTES = 8;
 
@@ -86,6 +90,11 @@ export class Libcuda {
   /** Throws CUDA_ERROR where there is no driver or no GPU. */
   init(): void {
     this.#check(this.#call.cuInit(0), 'cuInit', { what: 'starting the CUDA driver' });
+  }
+
+  deviceCount(): number {
+    this.#check(this.#call.cuDeviceGetCount(this.#int), 'cuDeviceGetCount');
+    return this.#int[0]!;
   }
 
   deviceName(index: number): string {

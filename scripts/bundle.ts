@@ -120,13 +120,14 @@ CUDA runtime (12 or 13) and NCCL (2.27 or later) on hosts with GPUs. Needs glibc
     scripts/experiment-matrix.sh        which ids, ways of sending and keys find their KV (--device cuda: on two GPUs)
     scripts/wire-results.sh             on two GPUs, beside a worker of another make: python3 with torch and msgpack
     scripts/two-gpu.sh                  proxy, producer and consumer on two GPUs, checked with four prompts (--keep leaves them serving)
+    scripts/two-gpu.sh --host ::1 ipv6  the same on these addresses in turn, with the address that NCCL's bootstrap took
+    scripts/runbook.sh                  the lines of docs/operations.md with vLLM's configuration, as written, on two GPUs
     scripts/serve-results.sh            what clients see of a pair beside one undivided worker (--device cuda: on two GPUs)
     scripts/pair-results.sh             on two GPUs, whether a pair says what an undivided worker says, and how much later
     bench/gpu/model.sh DIR              on one GPU, logits and times beside transformers
     python3 scripts/model-reference/checkpoint.py --out DIR --tokenizer models/demo
                                         a Llama of 8B with random weights, for --model DIR/llama-8b: torch, transformers and a GPU
-    bin/pd-launch                       proxy, producer and consumer on the host: proxy on port 10002
-    bin/pd-launch --prefill 1 --decode 1 --device cuda --model DIR
+    bin/pd-launch --model DIR           proxy, producer and consumer, on a GPU each where there are any: proxy on port 10002
     bin/pd-worker --help                one worker; bin/pd-proxy --help: the proxy
 
 docs/ has the architecture, the wire protocol and every error code.
@@ -190,6 +191,7 @@ function main(): void {
       'kernels',
       'docs',
       'scripts/two-gpu.sh',
+      'scripts/runbook.sh',
       'scripts/experiment-matrix.sh',
       'scripts/gpu-results.sh',
       'scripts/wire-results.sh',

@@ -38,11 +38,12 @@ export interface PromptResult {
 
 const DEADLINE_MS = 60_000;
 
+/** Without `undividedUrl` the text is compared with nothing: that KV moved is told by the consumer's metrics all the same. */
 export async function runPrompt(
   { prompt, maxTokens }: Prompt,
   model: string,
   system: Addresses,
-  undividedUrl: string,
+  undividedUrl: string | undefined,
   shape: KvShape,
 ): Promise<PromptResult> {
   const consumer = system.consumers[0]!;
@@ -51,7 +52,7 @@ export async function runPrompt(
   const before = await metricsOf(consumer.url);
   const answer = await complete(system.proxy.url, request);
   const after = await metricsOf(consumer.url);
-  const undivided = await complete(undividedUrl, request);
+  const undivided = undividedUrl === undefined ? answer : await complete(undividedUrl, request);
   const rise = (name: string) => (after.get(name) ?? Number.NaN) - (before.get(name) ?? Number.NaN);
 
   const blocks = Math.ceil(answer.promptTokens / shape.blockSize);

@@ -1,13 +1,18 @@
 /**
  * The demonstration that KV truly moves: one proxy, one producer and one consumer, beside them one undivided worker, and four prompts.
  * Each must give the undivided worker's text, and the consumer's metrics must show that it loaded the prompt's KV and computed one token.
+ * On GPUs it also tells which address NCCL's bootstrap took.
  */
 import { existsSync } from 'node:fs';
+import { isIPv6 } from 'node:net';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { Command, Option } from 'commander';
 import { Supervisor } from '../src/cli/launch-supervisor.ts';
 import { demoModelDir } from '../src/model/demo.ts';
+import { isLoopback } from '../src/net/address.ts';
+import { ownAddresses } from '../src/net/local.ts';
+import { Bootstraps } from './bootstraps.ts';
 import { type Addresses, PROMPTS, runPrompt } from './demo-checks.ts';
 import { readKvShape } from './kv-shape.ts';
 
@@ -24,6 +29,7 @@ const LABEL_WIDTH = 'consumer-0'.length;
 
 interface DemoOptions {
   readonly keep?: true;
+  readonly host: readonly string[];
   readonly sendType: string;
   readonly device: string;
   readonly executor?: string;
@@ -40,6 +46,11 @@ const options = new Command('demo.sh')
   .option('--keep', "leave it serving on the runbook's ports until Ctrl-C")
   .option('--free-ports', 'with --keep: any free ports instead')
   .option('--runbook-ports', "without --keep too: the runbook's ports")
+  .option(
+    '--host <address...>',
+    "address of this machine that all bind; several are tried in turn; ipv6: this machine's own, not loopback",
+    ['127.0.0.1'],
+  )
   .addOption(
     new Option('--send-type <type>', 'how KV moves')
       .choices(['PUT', 'PUT_ASYNC', 'GET'])
@@ -62,52 +73,109 @@ const bin = (name: string) => fileURLToPath(new URL(`${root}bin/${name}`, import
 const given = (flag: string, value: string | undefined) => (value === undefined ? [] : [flag, value]);
 const onRunbookPorts = (options.keep === true || options.runbookPorts === true) && options.freePorts !== true;
 const workerArgs = ['--block-size', String(BLOCK_SIZE), ...(onGpu ? SHARING_A_GPU : [])];
-const launchArgs = [
-  ...['--json', '--device', options.device, '--send-type', options.sendType, '--kv-load-failure', 'fail'],
+
+const launchArgs = (host: string) => [
+  ...['--json', '--host', host, '--device', options.device, '--send-type', options.sendType],
+  ...['--kv-load-failure', 'fail'],
   ...given('--executor', options.executor),
   ...given('--model', options.model),
   ...(onRunbookPorts ? [] : ['--free-ports']),
   ...['--', ...workerArgs],
 ];
-const undividedArgs = [
-  ...['--role', 'both', '--host', '127.0.0.1', '--port', '0', ...workerArgs],
+const undividedArgs = (host: string) => [
+  ...['--role', 'both', '--host', host, '--port', '0', ...workerArgs],
   ...['--device', options.device === 'cuda' ? 'cuda:0' : options.device],
   ...given('--executor', options.executor),
   ...given('--model', options.model),
   ...['--log-format', 'pretty'],
 ];
 
-let system: Addresses | undefined;
-let undividedUrl: string | undefined;
-let printing = options.verbose === true;
-
-const supervisor = new Supervisor({
-  groups: [
-    [{ name: 'launch', args: [bin('pd-launch'), ...launchArgs] }],
-    [{ name: 'undivided', args: [bin('pd-worker'), ...undividedArgs] }],
-  ],
-  // Whatever ends here is a failure: pd-launch itself restarts what dies.
-  restart: { firstPauseMs: 0, maxPauseMs: 0, deaths: 1, windowMs: 1 },
-  killAfterMs: STOP_TIMEOUT_MS,
-  onLine: (name, line) => {
-    if (name === 'launch' && line.startsWith('{"proxy"')) system = JSON.parse(line) as Addresses;
-    else if (printing) console.log(name === 'launch' ? line : `${name.padEnd(LABEL_WIDTH)} | ${line}`);
-    if (name === 'undivided') undividedUrl ??= /Running on (http:\/\/\S+)/.exec(line)?.[1];
-  },
-  say: () => {},
-});
-
 /** The first signal stops all, the second kills. */
 let stopSignal: NodeJS.Signals | undefined;
+let supervisor: Supervisor | undefined;
 const signalled = new Promise<void>((resolve) => {
   for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) {
     process.on(signal, () => {
-      if (stopSignal) supervisor.kill();
+      if (stopSignal) supervisor?.kill();
       stopSignal ??= signal;
       resolve();
     });
   }
 });
+
+/** A system on one address, from start to stop. */
+class Demonstration {
+  readonly bootstraps = new Bootstraps();
+  readonly #host: string;
+  #system: Addresses | undefined;
+  #undividedUrl: string | undefined;
+  #printing = options.verbose === true;
+
+  constructor(host: string) {
+    this.#host = host;
+  }
+
+  /** How many prompts passed and failed; undefined where a signal came first. Throws where a program does not start or go on. */
+  async run(): Promise<{ readonly passed: number; readonly failed: number } | undefined> {
+    console.log(
+      `Starting a proxy, a producer and a consumer (${options.device}, ${this.#host}), and an undivided worker beside them`,
+    );
+    const running = new Supervisor({
+      groups: [
+        [
+          {
+            name: 'launch',
+            args: [bin('pd-launch'), ...launchArgs(this.#host)],
+            env: options.device === 'host' ? {} : this.bootstraps.environment,
+          },
+        ],
+        [{ name: 'undivided', args: [bin('pd-worker'), ...undividedArgs(this.#host)] }],
+      ],
+      // Whatever ends here is a failure: pd-launch itself restarts what dies.
+      restart: { firstPauseMs: 0, maxPauseMs: 0, deaths: 1, windowMs: 1 },
+      killAfterMs: STOP_TIMEOUT_MS,
+      onLine: (name, line) => this.#hear(name, line),
+      say: () => {},
+    });
+    supervisor = running;
+    try {
+      running.start();
+      const ready = running.untilReady(
+        async () => this.#system !== undefined && this.#undividedUrl !== undefined,
+        START_TIMEOUT_MS,
+      );
+      await Promise.race([ready, signalled]);
+      if (stopSignal || !this.#system || !this.#undividedUrl) return undefined;
+      const { proxy, producers, consumers } = this.#system;
+      console.log(`  proxy      ${proxy.url}, discovery ${proxy.discovery}`);
+      for (const { url, kv } of producers) console.log(`  producer   ${url}, KV ${kv}`);
+      for (const { url, kv } of consumers) console.log(`  consumer   ${url}, KV ${kv}`);
+      console.log(`  undivided  ${this.#undividedUrl}`);
+      const counts = await Promise.race([runAll(this.#system, this.#undividedUrl), signalled]);
+      if (!counts) return undefined;
+      if (options.keep && counts.failed === 0) await this.#serve(running, proxy.url, counts.passed);
+      return counts;
+    } finally {
+      await running.stop();
+    }
+  }
+
+  async #serve(running: Supervisor, url: string, passed: number): Promise<void> {
+    console.log(
+      `\n${passed} passed, 0 failed\n\nServing on ${url} (model ids: GET /v1/models). Stop with Ctrl-C, or: kill ${process.pid}`,
+    );
+    this.#printing = true;
+    const failure = await Promise.race([signalled, running.failed]);
+    if (failure) throw failure;
+  }
+
+  #hear(name: string, line: string): void {
+    this.bootstraps.hear(line);
+    if (name === 'launch' && line.startsWith('{"proxy"')) this.#system = JSON.parse(line) as Addresses;
+    else if (this.#printing) console.log(name === 'launch' ? line : `${name.padEnd(LABEL_WIDTH)} | ${line}`);
+    if (name === 'undivided') this.#undividedUrl ??= /Running on (http:\/\/\S+)/.exec(line)?.[1];
+  }
+}
 
 async function runAll(addresses: Addresses, undivided: string): Promise<{ passed: number; failed: number }> {
   const response = await fetch(`${addresses.proxy.url}/v1/models`);
@@ -136,42 +204,60 @@ async function runAll(addresses: Addresses, undivided: string): Promise<{ passed
   return { passed, failed: PROMPTS.length - passed };
 }
 
+/** `ipv6` becomes an address of this machine. */
+function addressOf(host: string): string {
+  if (host !== 'ipv6') return host;
+  // Link-local ones carry a zone id, which no URL can.
+  const own = ownAddresses().find(
+    (address) => isIPv6(address) && !isLoopback(address) && !address.includes('%'),
+  );
+  if (own !== undefined) return own;
+  throw new Error(
+    '--host ipv6: this machine has no IPv6 address but loopback and link-local ones; to give it one until it restarts: ' +
+      'sudo ip -6 address add fd00:7064::1/64 dev lo nodad',
+  );
+}
+
 async function main(): Promise<number> {
   if (options.model !== undefined && !existsSync(join(options.model, 'config.json'))) {
     console.error(`demo: --model: there is no config.json in ${options.model}`);
     return 1;
   }
-  console.log(
-    `Starting a proxy, a producer and a consumer (${options.device}), and an undivided worker beside them`,
-  );
-  supervisor.start();
-  const ready = supervisor.untilReady(
-    async () => system !== undefined && undividedUrl !== undefined,
-    START_TIMEOUT_MS,
-  );
-  await Promise.race([ready, signalled]);
-  if (stopSignal || !system || !undividedUrl) return 130;
-  const { proxy, producers, consumers } = system;
-  console.log(`  proxy      ${proxy.url}, discovery ${proxy.discovery}`);
-  for (const { url, kv } of producers) console.log(`  producer   ${url}, KV ${kv}`);
-  for (const { url, kv } of consumers) console.log(`  consumer   ${url}, KV ${kv}`);
-  console.log(`  undivided  ${undividedUrl}`);
-
-  const counts = await Promise.race([runAll(system, undividedUrl), signalled]);
-  if (!counts) return 130;
-  const verdict = `${counts.passed} passed, ${counts.failed} failed`;
-  if (options.keep && counts.failed === 0) {
-    console.log(
-      `\n${verdict}\n\nServing on ${proxy.url} (model ids: GET /v1/models). Stop with Ctrl-C, or: kill ${process.pid}`,
-    );
-    printing = true;
-    const failure = await Promise.race([signalled, supervisor.failed]);
-    if (failure) throw failure;
-    return 0;
+  if (options.keep && options.host.length > 1) {
+    console.error('demo: --keep leaves one system serving: give one --host');
+    return 1;
   }
-  await supervisor.stop();
-  console.log(`\n${verdict}`);
-  return counts.failed === 0 ? 0 : 1;
+  const rows: string[] = [];
+  let passed = 0;
+  let failed = 0;
+  for (const given of options.host) {
+    let row = `| ${given} | `;
+    try {
+      const host = addressOf(given);
+      const demonstration = new Demonstration(host);
+      const counts = await demonstration.run();
+      if (!counts) return 130;
+      passed += counts.passed;
+      failed += counts.failed;
+      const found =
+        options.device === 'host' ? 'none: KV moves over TCP' : demonstration.bootstraps.summary(host);
+      row = `| ${host} | ${counts.passed} passed, ${counts.failed} failed | ${found} |`;
+    } catch (error) {
+      if (options.host.length === 1) throw error;
+      failed += PROMPTS.length;
+      const [why = ''] = (error as Error).message.split('\n');
+      console.error(`demo: ${(error as Error).message}`);
+      row += `did not run: ${why} | |`;
+    }
+    rows.push(row);
+    if (options.host.length > 1) console.log('');
+  }
+  if (options.keep && failed === 0) return 0;
+  if (options.device !== 'host' || rows.length > 1) {
+    console.log(`\n| address | four prompts | NCCL's bootstrap |\n|---|---|---|\n${rows.join('\n')}`);
+  }
+  console.log(`\n${passed} passed, ${failed} failed`);
+  return failed === 0 ? 0 : 1;
 }
 
 try {
@@ -180,6 +266,6 @@ try {
   console.error(`demo: ${(error as Error).message}`);
   process.exitCode = 1;
 } finally {
-  await supervisor.stop();
+  await supervisor?.stop();
 }
 process.exit();

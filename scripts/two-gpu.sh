@@ -6,6 +6,9 @@
 #   ./scripts/two-gpu.sh --keep             checks, then serves until Ctrl-C
 #   ./scripts/two-gpu.sh --model DIR --send-type GET      further options: --help
 #   ./scripts/two-gpu.sh --executor host    the host computes, and KV still moves from GPU to GPU
+#   ./scripts/two-gpu.sh --host ::1 ipv6    on these addresses in turn; ipv6 is this machine's own, not loopback
+#
+# It ends with a table: each address, how its prompts went, and which address NCCL's bootstrap took, in NCCL's words.
 #
 # The GPUs compute with 2,048 KV blocks each and --batch-invariant, so that two workers fit on cuda:0 and texts are equal to the letter.
 #

@@ -120,6 +120,10 @@ export const ERROR_TABLE = {
     status: 500,
     hint: 'The last lines of the program that the message names say why.',
   },
+  LOG_UNWRITABLE: {
+    status: 500,
+    hint: 'Give --log-dir a directory that this user may write and that has room.',
+  },
   // ours
   INTERNAL: { status: 500, hint: 'This is a defect; please report it with the log around it.' },
 } as const satisfies Record<string, { status: number; hint: string }>;

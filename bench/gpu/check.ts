@@ -433,7 +433,11 @@ async function crossing(transport: NcclTransport, peer: Peer, arena: MemoryRef):
 }
 
 const device = await createCudaDevice(0);
-const transport = await createNcclTransport(device, { announceHost: '127.0.0.1', ncclNumChannels: 16 });
+const transport = await createNcclTransport(device, {
+  bindHost: '127.0.0.1',
+  announceHost: '127.0.0.1',
+  ncclNumChannels: 16,
+});
 row(
   'GPU',
   `${device.driver.deviceName(0)}, sm_${device.target.major}${device.target.minor}, ${device.multiProcessors} multiprocessors`,
@@ -461,6 +465,7 @@ if (wants('pair') || wants('faults') || wants('speed')) {
     const wide = new Peer(1, 32);
     await wide.ready;
     const wideTransport = await createNcclTransport(device, {
+      bindHost: '127.0.0.1',
       announceHost: '127.0.0.1',
       ncclNumChannels: 32,
     });

@@ -12,6 +12,7 @@ import type { Answer, Command } from './rig.ts';
 const [index = '1', channels = '16'] = process.argv.slice(2);
 const device = await createCudaDevice(Number(index));
 const transport = await createNcclTransport(device, {
+  bindHost: '127.0.0.1',
   announceHost: '127.0.0.1',
   ncclNumChannels: Number(channels),
 });

@@ -2,13 +2,13 @@
 import { Command, Option } from 'commander';
 import { duration, hostPort, type Kind } from '../config/kinds.ts';
 import { addOptions, kebab } from '../config/options.ts';
-import { resolveWorkerConfig } from '../config/resolve-worker.ts';
+import { readWorkerOptions } from '../config/resolve-worker.ts';
 import { WORKER_OPTIONS } from '../config/worker-options.ts';
 import { type DoctorOptions, examine } from '../doctor/doctor.ts';
 import { renderReport } from '../doctor/render.ts';
 import { PdError } from '../errors.ts';
-import { demoModelDir } from '../model/demo.ts';
 import { packageVersion } from '../version.ts';
+import { resolveWorkerHere } from './worker-here.ts';
 
 /** Of pd-worker, taken here too; all others go after `--`. */
 const WORKER_FLAGS = [
@@ -39,7 +39,7 @@ export interface DoctorCommand {
   readonly json: boolean;
 }
 
-export function doctorCommand(argv: readonly string[], env: NodeJS.ProcessEnv): DoctorCommand {
+export async function doctorCommand(argv: readonly string[], env: NodeJS.ProcessEnv): Promise<DoctorCommand> {
   const end = argv.indexOf('--');
   const own = end < 0 ? argv : argv.slice(0, end);
   const extra = end < 0 ? [] : argv.slice(end + 1);
@@ -77,7 +77,7 @@ export function doctorCommand(argv: readonly string[], env: NodeJS.ProcessEnv): 
   const argvOfWorker = [...flags, ...extra];
   return {
     options: {
-      worker: resolveWorker(argvOfWorker, env),
+      worker: await resolveWorker(argvOfWorker, env),
       inParticular: argvOfWorker.length > 0 || Object.keys(WORKER_OPTIONS).some((name) => envOf(name) in env),
       ...(peer === undefined ? {} : { peer: parse('--peer', hostPort(), peer) }),
       ...(proxy === undefined ? {} : { proxy: urlOf('--proxy', proxy, 10_002) }),
@@ -88,14 +88,17 @@ export function doctorCommand(argv: readonly string[], env: NodeJS.ProcessEnv): 
   };
 }
 
-function resolveWorker(argv: readonly string[], env: NodeJS.ProcessEnv): DoctorOptions['worker'] {
+async function resolveWorker(
+  argv: readonly string[],
+  env: NodeJS.ProcessEnv,
+): Promise<DoctorOptions['worker']> {
   try {
     // Not the command of cli/worker.ts: that brings the whole worker, of which something may not load here.
     const command = addOptions(new Command('pd-worker'), WORKER_OPTIONS)
       .allowExcessArguments(false)
       .exitOverride()
       .configureOutput({ writeErr: () => {} });
-    return resolveWorkerConfig(command.parse(argv, { from: 'user' }), { env, demoModelDir });
+    return await resolveWorkerHere(readWorkerOptions(command.parse(argv, { from: 'user' }), env), env);
   } catch (cause) {
     // commander's own words for a flag that does not exist
     return PdError.from(cause, 'CONFIG_INVALID');
@@ -124,7 +127,7 @@ function urlOf(flag: string, text: string, port: number): string {
 }
 
 export async function main(argv: readonly string[] = process.argv.slice(2)): Promise<void> {
-  const { options, json } = doctorCommand(argv, process.env);
+  const { options, json } = await doctorCommand(argv, process.env);
   const report = await examine(options);
   const colour = process.stdout.isTTY === true && !process.env['NO_COLOR'];
   const text = json

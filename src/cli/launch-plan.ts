@@ -4,12 +4,15 @@ import { fileURLToPath } from 'node:url';
 import { asDestination, formatHostPort } from '../net/address.ts';
 import { assertBindable, assertReachable } from '../net/port-holder.ts';
 import type { ChildSpec } from './launch-child.ts';
+import { workerNames } from './launch-devices.ts';
 
 export interface LaunchSettings {
   readonly prefill: number;
   readonly decode: number;
-  /** `host`, `cuda` (each worker its own GPU, producers first) or `cuda:N` (all on that one). */
+  /** `auto`, `host`, `cuda` (each worker its own GPU, producers first) or `cuda:N`, which is refused. */
   readonly device: string;
+  /** What computes; absent: as the device. */
+  readonly executor?: 'host' | 'cuda';
   readonly host: string;
   /** The proxy's HTTP port. */
   readonly port: number;
@@ -38,10 +41,14 @@ export interface LaunchPlan {
   readonly workers: readonly WorkerPlan[];
 }
 
-/** Throws PORT_IN_USE, naming the first port that is taken and who holds it, and ADDRESS_INVALID for a host that is of no use. */
-export async function planLaunch(settings: LaunchSettings): Promise<LaunchPlan> {
-  const { host, prefill, decode } = settings;
-  const count = 2 + 2 * (prefill + decode);
+/**
+ * `devices`: one per worker, producers first. Throws PORT_IN_USE, naming the first port that is taken and who holds it, and
+ * ADDRESS_INVALID for a host that is of no use.
+ */
+export async function planLaunch(settings: LaunchSettings, devices: readonly string[]): Promise<LaunchPlan> {
+  const { host, prefill } = settings;
+  const names = workerNames(settings);
+  const count = 2 + 2 * names.length;
   await assertReachable(host, '--host');
   const ports = settings.freePorts ? await takeFreePorts(count, host) : fixedPorts(settings);
   if (!settings.freePorts) {
@@ -68,10 +75,9 @@ export async function planLaunch(settings: LaunchSettings): Promise<LaunchPlan> 
   ];
   const pings = formatHostPort(asDestination({ host, port: discovery! }));
 
-  const workers = Array.from({ length: prefill + decode }, (_, i): WorkerPlan => {
+  const workers = names.map((name, i): WorkerPlan => {
     const role = i < prefill ? 'producer' : 'consumer';
-    const name = `${role}-${role === 'producer' ? i : i - prefill}`;
-    const device = settings.device === 'cuda' ? `cuda:${i}` : settings.device;
+    const device = devices[i]!;
     const httpPort = rest[2 * i]!;
     const kvPort = rest[2 * i + 1]!;
     const args = [
@@ -90,14 +96,11 @@ export async function planLaunch(settings: LaunchSettings): Promise<LaunchPlan> 
 
 /** The runbook's ports: 10002 and 30002, then 8081/8082 for the first worker, 8083/8084 for the second. */
 function fixedPorts(settings: LaunchSettings): { port: number; what: string }[] {
-  const { prefill, decode, basePort } = settings;
-  const workers = Array.from({ length: prefill + decode }, (_, i) => {
-    const name = i < prefill ? `producer-${i}` : `consumer-${i - prefill}`;
-    return [
-      { port: basePort + 2 * i, what: `HTTP of ${name} (--base-port or --free-ports)` },
-      { port: basePort + 2 * i + 1, what: `KV of ${name} (--base-port or --free-ports)` },
-    ];
-  });
+  const { basePort } = settings;
+  const workers = workerNames(settings).map((name, i) => [
+    { port: basePort + 2 * i, what: `HTTP of ${name} (--base-port or --free-ports)` },
+    { port: basePort + 2 * i + 1, what: `KV of ${name} (--base-port or --free-ports)` },
+  ]);
   return [
     { port: settings.port, what: 'HTTP of the proxy (--port or --free-ports)' },
     { port: settings.discoveryPort, what: 'discovery of the proxy (--discovery-port or --free-ports)' },

@@ -1,12 +1,15 @@
 /** pd-launch: a proxy and its workers on one machine, started, supervised and stopped together. */
 import { Command } from 'commander';
+import { withWayOut } from '../config/device-choice.ts';
 import { duration, integer, oneOf, port, text, toggle } from '../config/kinds.ts';
 import { addOptions, defineOptions, option, resolveOptions } from '../config/options.ts';
+import { vllmLogLevel } from '../config/vllm-env.ts';
 import { PdError } from '../errors.ts';
 import { asDestination, formatHostPort } from '../net/address.ts';
 import { SEND_TYPES } from '../transfer/types.ts';
 import { packageVersion } from '../version.ts';
-import { assertGpus } from './launch-gpus.ts';
+import { launchDevices } from './launch-devices.ts';
+import { LogFiles } from './launch-log-files.ts';
 import { LaunchOutput } from './launch-output.ts';
 import { type LaunchPlan, type LaunchSettings, planLaunch } from './launch-plan.ts';
 import { Supervisor } from './launch-supervisor.ts';
@@ -19,9 +22,9 @@ export const LAUNCH_OPTIONS = defineOptions({
   prefill: option({ kind: integer(1, 64), help: 'producers (prefill instances)', default: 1 }),
   decode: option({ kind: integer(1, 64), help: 'consumers (decode instances)', default: 1 }),
   device: option({
-    kind: text('host|cuda|cuda:N'),
-    help: 'cuda gives each worker a GPU of its own, producers first',
-    default: 'host',
+    kind: text('device'),
+    help: 'cuda: a GPU of its own for each worker, producers first; host; or auto: cuda where a GPU is visible, else host',
+    default: 'auto',
   }),
   json: option({
     kind: toggle(),
@@ -75,12 +78,19 @@ export const LAUNCH_OPTIONS = defineOptions({
     group: LOG,
     help: 'least severe level that is logged',
     default: 'info',
+    defaultText: 'VLLM_LOGGING_LEVEL, or info',
   }),
   logFormat: option({
     kind: oneOf(['pretty', 'json']),
     group: LOG,
     help: 'of every program',
     default: 'pretty',
+  }),
+  logDir: option({
+    kind: text('dir'),
+    group: LOG,
+    help: 'keep what each program says in a file of its own too: proxy.log, producer-0.log, ..., appended to',
+    defaultText: 'terminal only',
   }),
 });
 
@@ -96,6 +106,9 @@ export interface LaunchOptions {
   readonly settings: LaunchSettings;
   readonly json: boolean;
   readonly startTimeoutMs: number;
+  readonly logDir?: string;
+  /** To be said at start. */
+  readonly warnings: readonly string[];
 }
 
 export function launchOptions(argv: readonly string[], env: NodeJS.ProcessEnv): LaunchOptions {
@@ -109,11 +122,17 @@ export function launchOptions(argv: readonly string[], env: NodeJS.ProcessEnv): 
     .allowExcessArguments(false)
     .showHelpAfterError('(--help lists the options; flags for the workers go after --)')
     .parse(own, { from: 'user' });
-  const { values } = resolveOptions(LAUNCH_OPTIONS, command, env);
-  if (!/^(host|cuda(:\d+)?)$/.test(values.device)) {
+  const warnings: string[] = [];
+  const { values } = resolveOptions(LAUNCH_OPTIONS, command, env, (given) => {
+    if (given.logLevel !== undefined) return [];
+    const { layer, warning } = vllmLogLevel(env);
+    if (warning !== undefined) warnings.push(warning);
+    return [layer];
+  });
+  if (!/^(auto|host|cuda(:\d+)?)$/.test(values.device)) {
     throw new PdError(
       'CONFIG_INVALID',
-      `--device: ${JSON.stringify(values.device)} is not allowed; expected host, cuda or cuda:N`,
+      `--device: ${JSON.stringify(values.device)} is not allowed; expected auto, host or cuda`,
     );
   }
   const passed = Object.entries(PASSED_ON).flatMap(([name, flag]) => {
@@ -125,6 +144,7 @@ export function launchOptions(argv: readonly string[], env: NodeJS.ProcessEnv): 
       prefill: values.prefill,
       decode: values.decode,
       device: values.device,
+      ...(values.executor && { executor: values.executor }),
       host: values.host,
       port: values.port,
       discoveryPort: values.discoveryPort,
@@ -137,6 +157,8 @@ export function launchOptions(argv: readonly string[], env: NodeJS.ProcessEnv): 
     },
     json: values.json,
     startTimeoutMs: values.startTimeout,
+    ...(values.logDir && { logDir: values.logDir }),
+    warnings,
   };
 }
 
@@ -145,9 +167,9 @@ const KILL_GRACE_MS = 5_000;
 
 /** Runs until a signal, or until something cannot be kept running: then it throws. A second signal kills. */
 export async function main(argv: readonly string[] = process.argv.slice(2)): Promise<void> {
-  const { settings, json, startTimeoutMs } = launchOptions(argv, process.env);
-  await assertGpus(settings);
-  const plan = await planLaunch(settings);
+  const { settings, json, startTimeoutMs, logDir, warnings } = launchOptions(argv, process.env);
+  const choice = await launchDevices(settings);
+  const plan = await planLaunch(settings, choice.devices);
   const stream = json ? process.stderr : process.stdout;
   for (const out of [process.stdout, process.stderr]) out.on('error', () => {}); // its reader has gone; serving goes on
   const specs = [plan.proxy.spec, ...plan.workers.map((worker) => worker.spec)];
@@ -157,16 +179,22 @@ export async function main(argv: readonly string[] = process.argv.slice(2)): Pro
     width: Math.max('launch'.length, ...specs.map((spec) => spec.name.length)),
     write: (line) => void stream.write(line),
   });
-  const say = (words: string) => {
-    for (const line of words.split('\n')) output.line('launch', line);
+  const hear = (name: string, line: string) => {
+    output.line(name, line);
+    files?.line(name, line);
   };
+  const say = (words: string) => {
+    for (const line of words.split('\n')) hear('launch', line);
+  };
+  const names = ['launch', ...specs.map((spec) => spec.name)];
+  const files = logDir === undefined ? undefined : new LogFiles(logDir, names, say);
   const specsOf = (role: string) =>
     plan.workers.filter((worker) => worker.role === role).map(({ spec }) => spec);
   const supervisor = new Supervisor({
     // Stopped in this order: what the proxy has under way needs both, and what a consumer still loads needs its producer.
     groups: [[plan.proxy.spec], specsOf('consumer'), specsOf('producer')],
     killAfterMs: settings.drainTimeoutMs + KILL_GRACE_MS,
-    onLine: (name, line) => output.line(name, line),
+    onLine: hear,
     say,
   });
 
@@ -182,13 +210,20 @@ export async function main(argv: readonly string[] = process.argv.slice(2)): Pro
     }
   });
   try {
+    for (const warning of warnings) say(warning);
+    say(choice.line);
     supervisor.start();
-    await supervisor.untilReady(() => allListed(plan, settings), startTimeoutMs);
+    await supervisor
+      .untilReady(() => allListed(plan, settings), startTimeoutMs)
+      .catch((cause: unknown) => {
+        throw withWayOut(PdError.from(cause), choice);
+      });
     if (signals === 0) announce(plan, settings, json, say);
     const failure = await Promise.race([signalled, supervisor.failed]);
     if (failure) throw failure;
   } finally {
     await supervisor.stop();
+    files?.close();
   }
   process.exit(0);
 }
@@ -233,9 +268,12 @@ function announce(
   };
   if (json) process.stdout.write(`${JSON.stringify(addresses)}\n`);
   say(
-    `ready: ${addresses.proxy.url} serves with ${settings.prefill} prefill and ${settings.decode} decode on ${settings.device}; Ctrl-C stops all`,
+    `ready: ${addresses.proxy.url} serves with ${settings.prefill} prefill and ${settings.decode} decode on ${deviceWord(plan)}; Ctrl-C stops all`,
   );
 }
 
+/** Of the ready line. */
+const deviceWord = ({ workers }: LaunchPlan) =>
+  workers.every(({ device }) => device === 'host') ? 'host' : 'cuda';
 const addressOf = ({ host }: LaunchSettings, port: number) => formatHostPort(asDestination({ host, port }));
 const urlOf = (settings: LaunchSettings, port: number) => `http://${addressOf(settings, port)}`;

@@ -2,7 +2,9 @@
 import { Command } from 'commander';
 import { addressRange, duration, integer, listOf, oneOf, port, text } from '../config/kinds.ts';
 import { addOptions, defineOptions, option, resolveOptions } from '../config/options.ts';
+import { vllmLogLevel } from '../config/vllm-env.ts';
 import type { ProxyConfig } from '../config/worker-config.ts';
+import { createLogger } from '../observability/log.ts';
 import { PdProxy } from '../proxy/proxy.ts';
 import { packageVersion } from '../version.ts';
 
@@ -50,6 +52,7 @@ export const PROXY_OPTIONS = defineOptions({
     help: 'least severe level that is logged',
     group: 'Log',
     default: 'info',
+    defaultText: 'VLLM_LOGGING_LEVEL, or info',
   }),
   logFormat: option({
     kind: oneOf(['auto', 'pretty', 'json']),
@@ -60,7 +63,12 @@ export const PROXY_OPTIONS = defineOptions({
   config: option({ kind: text('file'), help: 'JSON file with any of these options' }),
 });
 
-export function proxyConfig(argv: readonly string[], env: NodeJS.ProcessEnv): ProxyConfig {
+/** `warn` is told, once the configuration is known, of what was left out of account. */
+export function proxyConfig(
+  argv: readonly string[],
+  env: NodeJS.ProcessEnv,
+  warn: (text: string, config: ProxyConfig) => void = () => {},
+): ProxyConfig {
   const command = addOptions(new Command('pd-proxy'), PROXY_OPTIONS)
     .description(
       'Sends each request to a prefill instance, then to a decode instance. Instances of pd-worker and vLLM find it by ping.',
@@ -69,8 +77,14 @@ export function proxyConfig(argv: readonly string[], env: NodeJS.ProcessEnv): Pr
     .allowExcessArguments(false)
     .showHelpAfterError('(--help lists the options)')
     .parse(argv, { from: 'user' });
-  const { values } = resolveOptions(PROXY_OPTIONS, command, env);
-  return {
+  let warning: string | undefined;
+  const { values } = resolveOptions(PROXY_OPTIONS, command, env, (given) => {
+    if (given.logLevel !== undefined) return [];
+    const level = vllmLogLevel(env);
+    warning = level.warning;
+    return [level.layer];
+  });
+  const config: ProxyConfig = {
     http: { host: values.host, port: values.port },
     discovery: { host: values.discoveryHost ?? values.host, port: values.discoveryPort },
     ...(values.allowInstances === undefined ? {} : { allowInstances: values.allowInstances }),
@@ -81,11 +95,14 @@ export function proxyConfig(argv: readonly string[], env: NodeJS.ProcessEnv): Pr
     drainTimeoutMs: values.drainTimeout,
     log: { level: values.logLevel, format: values.logFormat },
   };
+  if (warning !== undefined) warn(warning, config);
+  return config;
 }
 
 /** Runs until SIGTERM or SIGINT; a second signal ends at once. */
 export async function main(argv: readonly string[] = process.argv.slice(2)): Promise<void> {
-  const started = PdProxy.start(proxyConfig(argv, process.env));
+  const config = proxyConfig(argv, process.env, (text, { log }) => createLogger(log, 'proxy').warn(text));
+  const started = PdProxy.start(config);
   let signals = 0;
   await new Promise<void>((resolve, reject) => {
     const stop = () => {

@@ -8,14 +8,16 @@ export function startErrorLine(program: string, error: PdError): string {
   return `${program}: ${error.code}: ${error.message}\n  ${error.hint}`;
 }
 
-/** Runs a program's main; a failure is one line on stderr and exit status 1, with the stack under `PD_LOG_LEVEL=debug` or trace. */
+/** Runs a program's main; a failure is one line on stderr and exit status 1, with the stack under `PD_LOG_LEVEL=debug` or trace, and what means the same. */
 export async function runCli(program: string, main: () => Promise<void>): Promise<void> {
   try {
     await main();
   } catch (cause) {
     const error = PdError.from(cause);
     console.error(startErrorLine(program, error));
-    if (/^(debug|trace)$/.test(process.env['PD_LOG_LEVEL'] ?? '') || debugFlag()) console.error(cause);
+    const { PD_LOG_LEVEL, VLLM_LOGGING_LEVEL } = process.env;
+    if (/^(debug|trace)$/i.test(PD_LOG_LEVEL ?? VLLM_LOGGING_LEVEL ?? '') || debugFlag())
+      console.error(cause);
     process.exit(1);
   }
 }

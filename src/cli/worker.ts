@@ -1,23 +1,24 @@
 /** pd-worker: options, signals, exit. */
 import { Command } from 'commander';
+import { type DeviceChoice, withWayOut } from '../config/device-choice.ts';
 import { addOptions } from '../config/options.ts';
 import { resolveHosts } from '../config/resolve-hosts.ts';
-import { resolveWorkerConfig } from '../config/resolve-worker.ts';
+import { readWorkerOptions } from '../config/resolve-worker.ts';
 import type { WorkerConfig } from '../config/worker-config.ts';
 import { WORKER_OPTIONS } from '../config/worker-options.ts';
 import { PdError } from '../errors.ts';
-import { demoModelDir } from '../model/demo.ts';
 import { createLogger } from '../observability/log.ts';
 import { packageVersion } from '../version.ts';
 import { PdWorker } from '../worker/worker.ts';
 import { startErrorLine } from './run.ts';
+import { resolveWorkerHere } from './worker-here.ts';
 
 const EXAMPLES = `
 Examples:
-  pd-worker                         the demo model, undivided, on port 8080
+  pd-worker                         the demo model, undivided, on port 8080, on a GPU where there is one
   pd-worker --role producer --proxy 127.0.0.1:30002 --kv-port 8082
   pd-worker --role consumer --proxy 127.0.0.1:30002 --kv-port 8084
-  pd-worker --model /models/llama --device cuda:0 \\
+  CUDA_VISIBLE_DEVICES=0 pd-worker --model /models/llama \\
             --kv-transfer-config '{"kv_connector":"P2pNcclConnector",...}'
 `;
 
@@ -59,26 +60,29 @@ async function endNow(): Promise<void> {
 }
 
 /** Undefined where `stop` came first. */
-async function startUnless(stop: AbortSignal, config: WorkerConfig): Promise<PdWorker | undefined> {
+async function unlessStopped<T>(stop: AbortSignal, what: Promise<T>): Promise<T | undefined> {
   try {
-    return await PdWorker.start(config, undefined, stop);
+    return await what;
   } catch (error) {
     if (stop.aborted && error === stop.reason) return undefined;
     throw error;
   }
 }
 
+/** A GPU that nobody named may fail to be used: then the error says how to do without. */
+async function startOn(choice: DeviceChoice, config: WorkerConfig, stop: AbortSignal): Promise<PdWorker> {
+  try {
+    return await PdWorker.start(config, undefined, stop);
+  } catch (error) {
+    throw error === stop.reason ? error : withWayOut(PdError.from(error), choice);
+  }
+}
+
 /** Runs until SIGTERM or SIGINT; a second signal ends at once. Exit status 1 where the worker could not start or go on. */
 export async function main(argv: readonly string[] = process.argv.slice(2)): Promise<void> {
   const command = workerCommand().parse(argv, { from: 'user' });
-  const { config: given, warnings } = resolveWorkerConfig(command, {
-    env: process.env,
-    demoModelDir,
-  });
-  const log = createLogger(given.log, 'main');
-  for (const warning of warnings) log.warn(warning);
-  const { config, lines } = await resolveHosts(given);
-  for (const line of lines) log.info(line);
+  const given = readWorkerOptions(command, process.env);
+  const log = createLogger({ level: given.options.logLevel, format: given.options.logFormat }, 'main');
 
   let signals = 0;
   const stopped = new AbortController();
@@ -96,7 +100,15 @@ export async function main(argv: readonly string[] = process.argv.slice(2)): Pro
   };
   process.on('SIGTERM', heard).on('SIGINT', heard);
 
-  const worker = await startUnless(stopped.signal, config);
+  if (given.options.device === 'auto') log.debug('choosing a device: which GPUs are visible?');
+  const here = await unlessStopped(stopped.signal, resolveWorkerHere(given, process.env, stopped.signal));
+  if (!here) return process.exit(0);
+  for (const warning of here.warnings) log.warn(warning);
+  log.info(here.choice.line);
+  const { config, lines } = await resolveHosts(here.config);
+  for (const line of lines) log.info(line);
+
+  const worker = await unlessStopped(stopped.signal, startOn(here.choice, config, stopped.signal));
   const endWithin = await lastResort(config);
   if (!worker || stopped.signal.aborted) {
     await worker?.close(0);

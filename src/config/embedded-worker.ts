@@ -92,8 +92,8 @@ const INPUT = z.strictObject({
 
 /**
  * A complete worker configuration from a few fields. Defaults are those of `pd-worker --help` (role `both`, the bundled demo model as
- * `demo`, host memory), but for what it binds: loopback and any free port, so that nothing is served to a network unasked; and for the
- * log: warnings alone. Throws CONFIG_INVALID that names the field, or the directory that holds no checkpoint.
+ * `demo`), but for what it binds: loopback and any free port, so that nothing is served to a network unasked; for the device: `host`, as
+ * a program takes no GPU that it has not named; and for the log: warnings alone. Throws CONFIG_INVALID that names the field, or the directory that holds no checkpoint.
  */
 export function workerConfig(input: WorkerConfigInput = {}): WorkerConfig {
   const {

@@ -96,6 +96,13 @@ export function addressRange(): Kind<string> {
   });
 }
 
+/** A device, or `auto`: what this machine has decides. */
+export function deviceOrAuto(): Kind<string> {
+  const named = device();
+  const auto = scalar.pipe(z.literal('auto'));
+  return { ...named, schema: z.union([auto, named.schema]), allowed: `auto, ${named.allowed}` };
+}
+
 /** `host`, or `cuda:N`; `cuda` alone is the first. */
 export function device(): Kind<string> {
   return parsed('device', 'host, cuda or cuda:N', (value) => {

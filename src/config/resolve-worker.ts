@@ -8,6 +8,7 @@ import { announceHost, defaultAddress, type LocalOptions } from '../net/local.ts
 import { DEFAULT_LIMITS } from '../transfer/types.ts';
 import { checkAnnounced } from './announced.ts';
 import { addOptions, type OptionLayer, resolveOptions } from './options.ts';
+import { vllmLogLevel } from './vllm-env.ts';
 import { checkKvRank, parseVllmKvConfig, type VllmKvConfig } from './vllm-json.ts';
 import type { WorkerConfig, WorkerRole } from './worker-config.ts';
 import { WORKER_OPTIONS, type WorkerOptions } from './worker-options.ts';
@@ -21,6 +22,14 @@ export interface WorkerEnvironment {
   readonly interfaces?: NonNullable<LocalOptions['interfaces']>;
   /** Directory of the bundled model. */
   readonly demoModelDir: () => string;
+  /** What `--device auto` means here (device-choice.ts); not needed where a device is named. */
+  readonly autoDevice?: string;
+}
+
+/** What flags, environment, file and vLLM's JSON say, before anything is asked of the machine. */
+export interface GivenWorker {
+  readonly options: WorkerOptions;
+  readonly warnings: readonly string[];
 }
 
 export interface ResolvedWorker {
@@ -35,14 +44,25 @@ export function addWorkerOptions(command: Command): Command {
 
 /** Flags, environment, file and vLLM's JSON into one validated shape. Throws CONFIG_INVALID, ADDRESS_INVALID. */
 export function resolveWorkerConfig(command: Command, outside: WorkerEnvironment): ResolvedWorker {
+  return resolveGivenWorker(readWorkerOptions(command, outside.env), outside);
+}
+
+/** The first half of `resolveWorkerConfig`. Throws CONFIG_INVALID. */
+export function readWorkerOptions(command: Command, env: WorkerEnvironment['env']): GivenWorker {
   let vllm: VllmKvConfig | undefined;
-  const { values } = resolveOptions(WORKER_OPTIONS, command, outside.env, (given) => {
+  const warnings: string[] = [];
+  const { values } = resolveOptions(WORKER_OPTIONS, command, env, (given) => {
     const layers: OptionLayer[] = [];
     if (given.kvTransferConfig !== undefined) {
       vllm = parseVllmKvConfig(given.kvTransferConfig);
       layers.push(vllm.layer);
     }
-    if (outside.env['VLLM_DISABLE_REQUEST_ID_RANDOMIZATION'] === '1') {
+    if (given.logLevel === undefined) {
+      const { layer, warning } = vllmLogLevel(env);
+      layers.push(layer);
+      if (warning !== undefined) warnings.push(warning);
+    }
+    if (env['VLLM_DISABLE_REQUEST_ID_RANDOMIZATION'] === '1') {
       const label = 'VLLM_DISABLE_REQUEST_ID_RANDOMIZATION (environment)';
       layers.push({ values: { randomizeRequestIds: { value: false, label } } });
     }
@@ -57,19 +77,27 @@ export function resolveWorkerConfig(command: Command, outside: WorkerEnvironment
     }
     checkKvRank(vllm, values.role);
   }
-  const config = toWorkerConfig(values, outside);
   const named = vllm?.layer.values['role']?.value;
   const overruled =
     named !== undefined && named !== values.role
       ? [`kv_role of --kv-transfer-config says ${named}; --role ${values.role} wins`]
       : [];
-  const warnings = [...(vllm?.warnings ?? []), ...overruled, ...checkAnnounced(config, outside)];
-  return { config, warnings };
+  return { options: values, warnings: [...warnings, ...(vllm?.warnings ?? []), ...overruled] };
 }
 
-/** The second half of `resolveWorkerConfig`: validated options into the config. */
+/** The second half of `resolveWorkerConfig`. Throws CONFIG_INVALID, ADDRESS_INVALID. */
+export function resolveGivenWorker(
+  { options, warnings }: GivenWorker,
+  outside: WorkerEnvironment,
+): ResolvedWorker {
+  const config = toWorkerConfig(options, outside);
+  return { config, warnings: [...warnings, ...checkAnnounced(config, outside)] };
+}
+
+/** Validated options into the config. Throws CONFIG_INVALID, ADDRESS_INVALID; INTERNAL where nobody has decided what `auto` means. */
 export function toWorkerConfig(options: WorkerOptions, outside: WorkerEnvironment): WorkerConfig {
-  const { device } = options;
+  const device = options.device === 'auto' ? outside.autoDevice : options.device;
+  if (device === undefined) throw new PdError('INTERNAL', '--device auto has not been decided');
   const onCuda = device !== 'host';
   const executor = options.executor ?? (onCuda ? 'cuda' : 'host');
   if (executor === 'cuda' && !onCuda) {

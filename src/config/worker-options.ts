@@ -13,7 +13,7 @@ import { SUFFIXED_IDS, type SuffixedIds } from '../wire/ids.ts';
 import {
   addressRange,
   bytes,
-  device,
+  deviceOrAuto,
   duration,
   hostPort,
   integer,
@@ -60,10 +60,10 @@ export const WORKER_OPTIONS = defineOptions({
     defaultText: '--model as given, or demo',
   }),
   device: option({
-    kind: device(),
+    kind: deviceOrAuto(),
     group: MODEL,
-    help: 'where KV lives: host, cuda:N',
-    default: 'host',
+    help: 'where KV lives: host, cuda:N, or auto: the first visible GPU, host where there is none',
+    default: 'auto',
   }),
   executor: option({
     kind: oneOf(['host', 'cuda']),
@@ -292,6 +292,7 @@ export const WORKER_OPTIONS = defineOptions({
     group: LOG,
     help: 'least level logged',
     default: 'info' as LogLevel,
+    defaultText: 'VLLM_LOGGING_LEVEL, or info',
   }),
   logFormat: option({
     kind: oneOf(['auto', 'pretty', 'json']),

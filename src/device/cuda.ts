@@ -1,11 +1,12 @@
 /** The device `cuda:N`. Imported only where a GPU is asked for: it loads NVIDIA's libraries. */
-import { prepareCudaEnvironment } from '../../ffi/environment.ts';
+import { setNativeDefaults } from '../../ffi/libc.ts';
+import { CUDA_ENVIRONMENT } from '../config/native-env.ts';
 import { PdError } from '../errors.ts';
 import { CudaDevice } from './cuda/device.ts';
 
 /** Throws LIBRARY_NOT_FOUND, LIBRARY_TOO_OLD, DEVICE_UNAVAILABLE (no driver, no such GPU) or CUDA_ERROR. */
 export async function createCudaDevice(index: number): Promise<CudaDevice> {
-  prepareCudaEnvironment();
+  setNativeDefaults(CUDA_ENVIRONMENT);
   try {
     return CudaDevice.create(index);
   } catch (cause) {

@@ -1,10 +1,11 @@
 /** The whole examination: sections in the order of the page. Nothing here throws for what it finds; it becomes a finding. */
+import type { DeviceChoice } from '../config/device-choice.ts';
 import type { WorkerConfig } from '../config/worker-config.ts';
 import type { PdError } from '../errors.ts';
 import type { HostPort } from '../net/address.ts';
 import { packageVersion } from '../version.ts';
 import { addressSection, defaultAddresses, runbookPorts, workerPorts } from './addresses.ts';
-import { type DoctorReport, fail, ok, reportOf, type Section, warn } from './finding.ts';
+import { type DoctorReport, fail, info, ok, reportOf, type Section, warn } from './finding.ts';
 import { type Gpus, gpuSections, runtimeSection } from './machine.ts';
 import { peerSection } from './peer.ts';
 import { proxySection } from './proxy-check.ts';
@@ -13,7 +14,9 @@ import { workerSection } from './worker-state.ts';
 
 export interface DoctorOptions {
   /** The worker that is meant to run here: its configuration, or what is wrong with it. */
-  readonly worker: { readonly config: WorkerConfig; readonly warnings: readonly string[] } | PdError;
+  readonly worker:
+    | { readonly config: WorkerConfig; readonly warnings: readonly string[]; readonly choice: DeviceChoice }
+    | PdError;
   /** Whether flags or environment say anything of that worker; otherwise the runbook's ports are looked at. */
   readonly inParticular: boolean;
   readonly peer?: HostPort;
@@ -78,6 +81,7 @@ function configSection(worker: DoctorOptions['worker']): Section {
     title,
     findings: [
       ok(`${role} of ${modelDir}, device ${device}, executor ${executor}, ${sendType}`),
+      info(worker.choice.line),
       ...worker.warnings.map((text) => warn(text)),
     ],
   };

@@ -1,16 +1,16 @@
-/** Runs in a child of pd-doctor or pd-launch: loads native libraries, which may crash, and prints what it found as one line of JSON. */
+/** Runs in a child of whoever asks what this machine has: loads native libraries, which may crash, and prints what it found as one line of JSON. */
 import { writeSync } from 'node:fs';
 import { PdError } from '../errors.ts';
 
 /** Loaded by question, so that a broken koffi does not answer for zeromq. */
-async function answer(question: string): Promise<unknown> {
+async function answer(question: string, args: readonly string[]): Promise<unknown> {
   if (question === 'zeromq') return { version: (await import('zeromq')).version };
-  return (await import('./probe-native.ts')).answerNative(question);
+  return (await import('./probe-native.ts')).answerNative(question, args);
 }
 
 let line: unknown;
 try {
-  line = { answer: await answer(process.argv[2] ?? '') };
+  line = { answer: await answer(process.argv[2] ?? '', process.argv.slice(3)) };
 } catch (error) {
   line = { error: PdError.from(error, 'LIBRARY_NOT_FOUND').toData() };
 }

@@ -1,14 +1,12 @@
 /** The questions of a probe that need koffi. */
 import { LIBRARIES, type LibraryName } from '../../ffi/find.ts';
-import { inspectGpus, inspectLibraries } from '../../ffi/inspect.ts';
-import { loadLibcuda } from '../../ffi/libcuda.ts';
-import { loadCudart } from '../../ffi/libcudart.ts';
+import { inspectGpus, inspectLibraries, visibleGpus } from '../../ffi/inspect.ts';
 import { loadLibrary } from '../../ffi/load.ts';
 import { koffiVersion } from '../../ffi/native.ts';
 import { shippedArch } from '../device/cuda/kernels.ts';
 import { PdError } from '../errors.ts';
 
-export function answerNative(question: string): unknown {
+export function answerNative(question: string, args: readonly string[]): unknown {
   switch (question) {
     case 'koffi':
       return { version: koffiVersion() };
@@ -21,13 +19,10 @@ export function answerNative(question: string): unknown {
         gpus: gpus.map((gpu) => ({ ...gpu, machineCode: machineCode(gpu.computeCapability) })),
       };
     }
-    // Without a context on any GPU: cheap, and takes no memory from who works there.
-    case 'gpu-names': {
-      const count = loadCudart().deviceCount();
-      return { names: Array.from({ length: count }, (_, index) => loadLibcuda().deviceName(index)) };
-    }
+    case 'visible-gpus':
+      return visibleGpus(args.map(libraryName));
     default:
-      loadLibrary(libraryName(question));
+      loadLibrary(libraryName(question.replace(/^load-/, '')));
       return { loads: true };
   }
 }
@@ -38,7 +33,7 @@ function machineCode(computeCapability: string): string | null {
 }
 
 function libraryName(text: string): LibraryName {
-  const name = (Object.keys(LIBRARIES) as LibraryName[]).find((known) => `load-${known}` === text);
+  const name = (Object.keys(LIBRARIES) as LibraryName[]).find((known) => known === text);
   if (name === undefined) throw new PdError('INTERNAL', `no such question: ${text}`);
   return name;
 }

@@ -4,6 +4,7 @@ import { once } from 'node:events';
 import { fileURLToPath } from 'node:url';
 import type { LibraryName } from '../../ffi/find.ts';
 import type { GpuReport, LibraryReport } from '../../ffi/inspect.ts';
+import type { DriverAnswer } from '../config/device-choice.ts';
 import { type ErrorData, PdError } from '../errors.ts';
 import { threadEntry } from '../thread-entry.ts';
 
@@ -17,9 +18,18 @@ export interface Answers {
   readonly zeromq: { readonly version: string };
   readonly libraries: { readonly libraries: readonly LibraryReport[] };
   readonly gpus: { readonly gpus: readonly ProbedGpu[]; readonly error?: string };
-  readonly 'gpu-names': { readonly names: readonly string[] };
+  /** Without a context on any GPU: cheap, and takes no memory from who works there. `args`: libraries to load besides. */
+  readonly 'visible-gpus': DriverAnswer;
 }
 export type LoadQuestion = `load-${LibraryName}`;
+
+export interface ProbeSettings {
+  readonly args?: readonly string[];
+  /** In place of this process's own. */
+  readonly env?: Readonly<Record<string, string | undefined>>;
+  /** Kills the child; its reason is thrown. */
+  readonly signal?: AbortSignal;
+}
 
 /** Whether the child died or hung, rather than reporting an error in words. */
 export function hasCrashed(error: PdError): boolean {
@@ -30,11 +40,23 @@ export function hasCrashed(error: PdError): boolean {
  * Throws what the child reported (LIBRARY_NOT_FOUND and others); LIBRARY_NOT_FOUND with `hasCrashed` where it died or took longer
  * than `timeoutMs`. CUDA takes about a second per GPU to start.
  */
-export async function probe<Q extends keyof Answers>(question: Q, timeoutMs: number): Promise<Answers[Q]>;
+export async function probe<Q extends keyof Answers>(
+  question: Q,
+  timeoutMs: number,
+  settings?: ProbeSettings,
+): Promise<Answers[Q]>;
 export async function probe(question: LoadQuestion, timeoutMs: number): Promise<{ readonly loads: true }>;
-export async function probe(question: string, timeoutMs: number): Promise<unknown> {
+export async function probe(
+  question: string,
+  timeoutMs: number,
+  { args = [], env = process.env, signal }: ProbeSettings = {},
+): Promise<unknown> {
+  signal?.throwIfAborted();
   const entry = fileURLToPath(threadEntry(import.meta.url, './probe-main.js'));
-  const child = spawn(process.execPath, [entry, question], { stdio: ['ignore', 'pipe', 'pipe'] });
+  const child = spawn(process.execPath, [entry, question, ...args], {
+    stdio: ['ignore', 'pipe', 'pipe'],
+    env,
+  });
   let out = '';
   let err = '';
   child.stdout.on('data', (chunk: Buffer) => {
@@ -48,12 +70,16 @@ export async function probe(question: string, timeoutMs: number): Promise<unknow
     late = true;
     child.kill('SIGKILL');
   }, timeoutMs);
-  const [code, signal] = (await once(child, 'close')) as [number | null, NodeJS.Signals | null];
+  const giveUp = () => child.kill('SIGKILL');
+  signal?.addEventListener('abort', giveUp);
+  const [code, killer] = (await once(child, 'close')) as [number | null, NodeJS.Signals | null];
   clearTimeout(timer);
+  signal?.removeEventListener('abort', giveUp);
+  signal?.throwIfAborted();
   const parsed = parseLine(out);
   if (parsed?.error) throw PdError.fromData(parsed.error);
   if (parsed && 'answer' in parsed) return parsed.answer;
-  const how = late ? `gave no answer in ${timeoutMs / 1_000} s` : `ended with ${signal ?? `status ${code}`}`;
+  const how = late ? `gave no answer in ${timeoutMs / 1_000} s` : `ended with ${killer ?? `status ${code}`}`;
   const lines = err.trim().split('\n');
   const words = lines.find((text) => /error|fatal|assert/i.test(text)) ?? lines.at(-1);
   throw new PdError('LIBRARY_NOT_FOUND', `${how}${words ? `: ${words}` : ''}`, { question, crashed: true });

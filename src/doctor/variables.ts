@@ -82,6 +82,7 @@ const KNOWN: Readonly<Record<string, Judge>> = {
   NCCL_BUFFSIZE: says('bytes of a channel buffer; the same on both ends'),
   NCCL_PROTO: says('wire protocol; the same on both ends'),
   NCCL_DEBUG: says("NCCL's own log on stdout"),
+  VLLM_LOGGING_LEVEL: says('least level logged, unless --log-level says'),
   VLLM_NCCL_SO_PATH: says('the NCCL library, unless PD_NCCL_LIB is set'),
   VLLM_DISABLE_REQUEST_ID_RANDOMIZATION: says('1: request ids get no random suffix; vLLM consumers need it'),
   PD_HOST_IP: says('the address told to others'),

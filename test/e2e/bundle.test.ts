@@ -55,7 +55,8 @@ test('its programs run by the Node inside, from a link too', () => {
 });
 
 test('a worker in it answers a completion with the bundled model', async () => {
-  worker = spawn(join(bundle, 'bin/pd-worker'), ['--role', 'both', '--host', '127.0.0.1', '--port', '0'], {
+  const args = ['--role', 'both', '--device', 'host', '--host', '127.0.0.1', '--port', '0'];
+  worker = spawn(join(bundle, 'bin/pd-worker'), args, {
     env,
     stdio: ['ignore', 'pipe', 'inherit'],
   });

@@ -23,7 +23,7 @@ function start(name: string, args: readonly string[]): Program {
 }
 
 const startConsumer = (...args: readonly string[]) =>
-  start('pd-worker', ['--role', 'consumer', '--kv-port', '0', ...args]);
+  start('pd-worker', ['--role', 'consumer', '--device', 'host', '--kv-port', '0', ...args]);
 
 /** A worker that is loading a checkpoint whose index never comes. */
 async function loadForEver(): Promise<Program> {

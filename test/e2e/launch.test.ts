@@ -31,7 +31,7 @@ afterEach(async () => {
 
 async function launch(...args: string[]): Promise<Started> {
   const bin = fileURLToPath(new URL('../../bin/pd-launch', import.meta.url));
-  const child = spawn(process.execPath, [bin, '--json', '--free-ports', ...args], {
+  const child = spawn(process.execPath, [bin, '--json', '--free-ports', '--device', 'host', ...args], {
     stdio: ['ignore', 'pipe', 'pipe'],
   });
   launched.push(child);

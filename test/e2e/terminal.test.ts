@@ -11,7 +11,7 @@ const worker = fileURLToPath(new URL('../../bin/pd-worker', import.meta.url));
 const SCRIPT = '/usr/bin/script';
 
 it.skipIf(!existsSync(SCRIPT))('a worker logs pretty lines alone where it runs on a terminal', async () => {
-  const command = `'${process.execPath}' '${worker}' --role consumer --host 127.0.0.1 --port 0 --kv-port 0`;
+  const command = `'${process.execPath}' '${worker}' --role consumer --device host --host 127.0.0.1 --port 0 --kv-port 0`;
   const child = spawn(SCRIPT, ['-qec', command, '/dev/null'], { stdio: ['pipe', 'pipe', 'inherit'] });
   onTestFinished(async () => {
     const ended = once(child, 'close');

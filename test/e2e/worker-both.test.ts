@@ -39,7 +39,8 @@ describe('an undivided worker with the demo model', () => {
   let url: string;
   beforeAll(async () => {
     const command = addWorkerOptions(new Command('pd-worker'));
-    command.parse(['--port', '0', '--host', '127.0.0.1', '--log-level', 'silent'], { from: 'user' });
+    const args = ['--device', 'host', '--port', '0', '--host', '127.0.0.1', '--log-level', 'silent'];
+    command.parse(args, { from: 'user' });
     worker = await PdWorker.start(resolveWorkerConfig(command, { env: {}, demoModelDir }).config);
     url = `http://${formatHostPort(worker.httpAddress)}`;
   });
@@ -142,7 +143,14 @@ describe('pd-worker', () => {
     await once(holder, 'listening');
     const address = holder.address();
     const port = typeof address === 'object' && address ? address.port : 0;
-    const program = new Program('pd-worker', ['--host', '127.0.0.1', '--port', `${port}`]);
+    const program = new Program('pd-worker', [
+      '--device',
+      'host',
+      '--host',
+      '127.0.0.1',
+      '--port',
+      `${port}`,
+    ]);
     if (!program.exited) await once(program.child, 'close');
     holder.close();
     expect(program.child.exitCode).toBe(1);
@@ -150,7 +158,8 @@ describe('pd-worker', () => {
   });
 
   it('serves until SIGTERM, then exits 0', async () => {
-    const program = new Program('pd-worker', ['--host', '127.0.0.1', '--port', '0', '--log-format', 'json']);
+    const args = ['--device', 'host', '--host', '127.0.0.1', '--port', '0', '--log-format', 'json'];
+    const program = new Program('pd-worker', args);
     const [, url] = await program.line(/Running on (http:\/\/\S+)/);
     expect((await fetch(`${url}/health`)).status).toBe(200);
     expect(await program.stop('SIGTERM')).toBe(0);

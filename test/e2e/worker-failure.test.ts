@@ -8,7 +8,10 @@ const PRELOAD = new URL('../support/failing-core.mjs', import.meta.url).href;
 it.each(['fails', 'throws'])('a core that %s', async (how) => {
   const program = new Program(
     'pd-worker',
-    ['--role', 'consumer', '--host', '127.0.0.1', '--port', '0', '--kv-port', '0', '--log-format', 'json'],
+    [
+      ...['--role', 'consumer', '--device', 'host', '--host', '127.0.0.1', '--port', '0', '--kv-port', '0'],
+      ...['--log-format', 'json'],
+    ],
     { NODE_OPTIONS: `--import ${PRELOAD}`, PD_TEST_CORE: how },
   );
   onTestFinished(() => void program.child.kill('SIGKILL'));

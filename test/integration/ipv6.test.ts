@@ -66,6 +66,8 @@ async function system(settings: Settings, namespace?: NetworkNamespace): Promise
         ...[
           '--role',
           role,
+          '--device',
+          'host',
           '--port',
           '0',
           '--kv-port',

@@ -5,7 +5,7 @@
 #include <stdio.h>
 #include "standin.h"
 
-enum { SUCCESS = 0, INVALID_VALUE = 1, NO_BINARY = 209, NOT_FOUND = 500 };
+enum { SUCCESS = 0, INVALID_VALUE = 1, NO_DEVICE = 100, NO_BINARY = 209, NOT_FOUND = 500 };
 
 // The same bytes as PagedCopy in kernels/gather_scatter.cu.
 typedef struct {
@@ -52,12 +52,13 @@ static void run_launch(void *arg) {
   free(l);
 }
 
-EXPORT int cuInit(unsigned flags) { (void)flags; CHECK("cuInit"); return SUCCESS; }
+EXPORT int cuInit(unsigned flags) { (void)flags; CHECK("cuInit"); return device_count() ? SUCCESS : NO_DEVICE; }
+EXPORT int cuDeviceGetCount(int *count) { CHECK("cuDeviceGetCount"); *count = device_count(); return SUCCESS; }
 EXPORT int cuDriverGetVersion(int *version) { CHECK("cuDriverGetVersion"); *version = setting("PD_STANDIN_DRIVER", 13000); return SUCCESS; }
 EXPORT int cuDeviceGet(int *device, int ordinal) { CHECK("cuDeviceGet"); *device = ordinal; return SUCCESS; }
 EXPORT int cuDeviceGetName(char *name, int length, int device) {
   CHECK("cuDeviceGetName");
-  snprintf(name, length, "Stand-in GPU %d", device);
+  snprintf(name, length, "Stand-in GPU %d", physical_device(device));
   return SUCCESS;
 }
 EXPORT int cuModuleLoadData(void **module, const void *image) {

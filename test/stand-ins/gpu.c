@@ -30,7 +30,25 @@ void sleep_us(long us) {
   nanosleep(&pause, NULL);
 }
 
-static int device_count(void) { return setting("PD_STANDIN_DEVICES", 2); }
+// CUDA_VISIBLE_DEVICES as CUDA reads it: indices up to the first that names no GPU.
+static int visible_devices(int physical[MAX_DEVICES]) {
+  int all = setting("PD_STANDIN_DEVICES", 2), count = 0;
+  const char *at = getenv("CUDA_VISIBLE_DEVICES");
+  if (!at) for (; count < all && count < MAX_DEVICES; count++) physical[count] = count;
+  while (at && count < MAX_DEVICES) {
+    char *end;
+    long index = strtol(at, &end, 10);
+    if (end == at || index < 0 || index >= all) break;
+    physical[count++] = (int)index;
+    at = *end == ',' ? end + 1 : NULL;
+  }
+  return count;
+}
+int device_count(void) { return visible_devices((int[MAX_DEVICES]){0}); }
+int physical_device(int device) {
+  int physical[MAX_DEVICES] = {0};
+  return device >= 0 && device < visible_devices(physical) ? physical[device] : device;
+}
 
 // ---- streams
 
@@ -214,7 +232,7 @@ EXPORT int cudaDeviceGetAttribute(int *value, int attribute, int device) {
 }
 EXPORT int cudaDeviceGetPCIBusId(char *id, int length, int device) {
   CHECK("cudaDeviceGetPCIBusId");
-  snprintf(id, length, "0000:%02x:00.0", 16 + device);
+  snprintf(id, length, "0000:%02x:00.0", 16 + physical_device(device));
   return SUCCESS;
 }
 EXPORT int cudaDeviceCanAccessPeer(int *can, int device, int peer) {

@@ -22,6 +22,8 @@ int setting(const char *name, int otherwise);
 typedef struct stream stream;
 typedef struct event event;
 extern __thread int current_device;
+int device_count(void);        // that CUDA_VISIBLE_DEVICES leaves
+int physical_device(int device);    // the GPU behind a visible one
 extern pthread_mutex_t big;      // guards everything in gpu.c; held for moments only
 extern pthread_cond_t changed;   // anything has changed
 void stream_push(stream *s, void (*run)(void *), void *arg);

@@ -43,6 +43,7 @@ export async function startWorker(
     role,
     '--host',
     '127.0.0.1',
+    ...(has('--device') ? [] : ['--device', 'host']),
     ...(has('--port') ? [] : ['--port', '0']),
     ...(role === 'both' ? [] : ['--kv-host', '127.0.0.1', ...(has('--kv-port') ? [] : ['--kv-port', '0'])]),
     ...(proxy && role !== 'both' ? ['--proxy', proxy.discovery] : []),

@@ -1,14 +1,15 @@
 /** Entry of a throwaway thread that takes page-locked memory: the call blocks its thread for about 0.5 ms per MiB. */
 import { parentPort, workerData } from 'node:worker_threads';
-import { prepareCudaEnvironment } from '../../../ffi/environment.ts';
+import { setNativeDefaults } from '../../../ffi/libc.ts';
 import { loadCudart } from '../../../ffi/libcudart.ts';
+import { CUDA_ENVIRONMENT } from '../../config/native-env.ts';
 import { PdError } from '../../errors.ts';
 import type { PinnedAnswer, PinnedJob } from './pinned.ts';
 
 const job = workerData as PinnedJob;
 let answer: PinnedAnswer;
 try {
-  prepareCudaEnvironment();
+  setNativeDefaults(CUDA_ENVIRONMENT);
   const runtime = loadCudart();
   runtime.setDevice(job.device);
   answer = { ok: true, pointer: runtime.hostAlloc(job.bytes, job.what) };

@@ -7,6 +7,11 @@ import { abortOnThread } from './abort.ts';
 import type { ProgressGate } from './gate.ts';
 import type { Poll, PollLoop } from './poll-loop.ts';
 
+/** ncclInvalidUsage: what NCCL says of two ranks on one GPU, among other things. */
+const INVALID_USAGE = 5;
+const SAME_GPU =
+  ' (are both ends on one GPU? NCCL refuses that: CUDA_VISIBLE_DEVICES or --device cuda:N gives each its own)';
+
 export interface OpeningParts {
   readonly nccl: Libnccl;
   readonly device: number;
@@ -108,9 +113,10 @@ export class Opening {
   }
 
   #describe(error: PdError): PdError {
+    const sameGpu = error.context['status'] === INVALID_USAGE ? SAME_GPU : '';
     return new PdError(
       error.code,
-      `${error.message}${this.#version()}`,
+      `${error.message}${sameGpu}${this.#version()}`,
       { ...error.context, peer: this.#options.peer },
       {
         cause: error,

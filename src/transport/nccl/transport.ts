@@ -1,6 +1,7 @@
 /** The transport between GPUs. Lives on the transfer thread; the one owner of its communicators, so it needs no locks. */
-import { prepareNcclEnvironment } from '../../../ffi/environment.ts';
+import { setNativeDefaults } from '../../../ffi/libc.ts';
 import { type Libnccl, loadLibnccl } from '../../../ffi/libnccl.ts';
+import { ncclEnvironment } from '../../config/native-env.ts';
 import { CudaDevice } from '../../device/cuda/device.ts';
 import type { Device } from '../../device/device.ts';
 import { PdError } from '../../errors.ts';
@@ -12,7 +13,8 @@ import { NcclPair } from './pair.ts';
 import { PollLoop } from './poll-loop.ts';
 
 export interface NcclTransportOptions {
-  /** The address told to peers; NCCL's bootstrap uses its interface. */
+  /** Where the KV listener is bound, and what peers are told: by these NCCL's bootstrap chooses its interface. */
+  readonly bindHost: string;
   readonly announceHost: string;
   /** Thread blocks per communicator: 16 or 32 on NVLink, 8 on PCIe. */
   readonly ncclNumChannels: number;
@@ -110,7 +112,8 @@ export async function createNcclTransport(
   if (!(device instanceof CudaDevice)) {
     throw new PdError('INTERNAL', `NCCL moves GPU memory; device ${device.name} has none`);
   }
-  prepareNcclEnvironment(options.announceHost);
+  // Nothing new where the main thread has prepared it; an engine of another thread has nobody else to do it.
+  setNativeDefaults(ncclEnvironment(options.bindHost, options.announceHost));
   device.enter();
   return new NcclTransport(device, loadLibnccl(), options.ncclNumChannels);
 }

@@ -1,6 +1,6 @@
 import { afterEach, expect, test, vi } from 'vitest';
-import { interfaceOf, prepareNcclEnvironment } from '../../../ffi/environment.ts';
-import { nativeEnvironment, setNativeDefault } from '../../../ffi/libc.ts';
+import { nativeEnvironment, setNativeDefault, setNativeDefaults } from '../../../ffi/libc.ts';
+import { ncclEnvironment } from '../../../src/config/native-env.ts';
 
 afterEach(() => vi.unstubAllEnvs());
 
@@ -12,9 +12,8 @@ test('a default reaches the C library, and never replaces what the user has set'
   expect(process.env['PD_TEST_DEFAULT']).toBe('ours');
 });
 
-test("NCCL's bootstrap takes the interface and family of the KV address", () => {
-  prepareNcclEnvironment('127.0.0.1');
-  expect(nativeEnvironment('NCCL_SOCKET_IFNAME')).toBe(`=${interfaceOf('127.0.0.1')}`);
+test("what NCCL's bootstrap is to take reaches the C library", () => {
+  setNativeDefaults(ncclEnvironment('127.0.0.1', '127.0.0.1'));
+  expect(nativeEnvironment('NCCL_SOCKET_IFNAME')).toBe('=lo');
   expect(nativeEnvironment('NCCL_SOCKET_FAMILY')).toBe('AF_INET');
-  expect(interfaceOf('192.0.2.200')).toBeUndefined();
 });

@@ -28,7 +28,13 @@ async function work(devices: CudaDevice[], transports: NcclTransport[]): Promise
   for (const index of [0, 1]) devices.push(await createCudaDevice(index));
   const [here, there] = devices as [CudaDevice, CudaDevice];
   for (const device of [here, there]) {
-    transports.push(await createNcclTransport(device, { announceHost: '127.0.0.1', ncclNumChannels: 8 }));
+    transports.push(
+      await createNcclTransport(device, {
+        bindHost: '127.0.0.1',
+        announceHost: '127.0.0.1',
+        ncclNumChannels: 8,
+      }),
+    );
   }
   const [left, right] = transports as [NcclTransport, NcclTransport];
   const layer = { memory: here.allocate(layerBytes(LAYOUT), 'cache'), layout: LAYOUT };

@@ -9,7 +9,11 @@ test('several pairs are opened and used, one step at a time', async () => {
   useStandIns();
   Object.assign(process.env, { PD_STANDIN_NCCL: '22605', PD_CHECK_ARENA_MIB: '1' });
   const device = await createCudaDevice(0);
-  const transport = await createNcclTransport(device, { announceHost: '127.0.0.1', ncclNumChannels: 8 });
+  const transport = await createNcclTransport(device, {
+    bindHost: '127.0.0.1',
+    announceHost: '127.0.0.1',
+    ncclNumChannels: 8,
+  });
   expect(transport.nccl.versionText).toBe('2.26.5');
   const peers = [new Peer(1, 8), new Peer(1, 8)];
   try {

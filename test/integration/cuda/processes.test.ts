@@ -17,7 +17,11 @@ beforeAll(async () => {
   useStandIns();
   process.env['PD_CHECK_ARENA_MIB'] = '96';
   device = await createCudaDevice(0);
-  transport = await createNcclTransport(device, { announceHost: '127.0.0.1', ncclNumChannels: 8 });
+  transport = await createNcclTransport(device, {
+    bindHost: '127.0.0.1',
+    announceHost: '127.0.0.1',
+    ncclNumChannels: 8,
+  });
 });
 afterEach(async () => {
   await Promise.all(peers.splice(0).map((peer) => peer.kill()));

@@ -4,7 +4,11 @@ import { createCudaDevice } from '../../../src/device/cuda.ts';
 import { createNcclTransport } from '../../../src/transport/nccl/transport.ts';
 
 const device = await createCudaDevice(0);
-const transport = await createNcclTransport(device, { announceHost: '127.0.0.1', ncclNumChannels: 8 });
+const transport = await createNcclTransport(device, {
+  bindHost: '127.0.0.1',
+  announceHost: '127.0.0.1',
+  ncclNumChannels: 8,
+});
 const opening = transport.open({
   uniqueId: transport.createUniqueId(),
   rank: 0,

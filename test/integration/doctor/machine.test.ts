@@ -122,7 +122,7 @@ describe('with two GPUs', () => {
       run('pd-launch', ['--device', 'cuda:1'], standIns),
     ]);
     expect(many.stderr).toMatch(
-      /DEVICE_UNAVAILABLE: .*wants 3 GPUs.*Stand-in GPU 1\): there is no cuda:2 for consumer-0/,
+      /DEVICE_UNAVAILABLE: .*3 workers want a GPU each.*Stand-in GPU 1\): there is no cuda:2 for consumer-0/,
     );
     expect(one.stderr).toMatch(/CONFIG_INVALID: --device cuda:1 puts producer and consumer on one GPU/);
     expect([many.code, one.code]).toEqual([1, 1]);

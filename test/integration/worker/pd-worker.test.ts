@@ -21,7 +21,8 @@ afterEach(async () => {
 
 function configOf(args: readonly string[]) {
   const command = addWorkerOptions(new Command('pd-worker'));
-  command.parse(['--port', '0', '--host', '127.0.0.1', '--log-level', 'silent', ...args], { from: 'user' });
+  const own = ['--device', 'host', '--port', '0', '--host', '127.0.0.1', '--log-level', 'silent'];
+  command.parse([...own, ...args], { from: 'user' });
   return resolveWorkerConfig(command, { env: {}, demoModelDir: () => modelDir }).config;
 }
 

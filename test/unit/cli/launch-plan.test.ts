@@ -1,11 +1,19 @@
+import { readdirSync, readFileSync, symlinkSync, writeFileSync } from 'node:fs';
 import { createServer } from 'node:net';
+import { join } from 'node:path';
 import { describe, expect, test } from 'vitest';
 import { launchOptions } from '../../../src/cli/launch.ts';
+import { launchDevices } from '../../../src/cli/launch-devices.ts';
+import { LogFiles } from '../../../src/cli/launch-log-files.ts';
 import { LaunchOutput } from '../../../src/cli/launch-output.ts';
 import { planLaunch } from '../../../src/cli/launch-plan.ts';
+import { tempDir } from '../../support/temp-dir.ts';
 
 const flag = (args: readonly string[], name: string) => args[args.indexOf(name) + 1];
-const plan = (...argv: string[]) => planLaunch(launchOptions(argv, {}).settings);
+const plan = async (...argv: string[]) => {
+  const { settings } = launchOptions(['--device', 'host', ...argv], {});
+  return await planLaunch(settings, (await launchDevices(settings, {})).devices);
+};
 
 describe('pd-launch', () => {
   test('gives the first producer and consumer the ports of the runbook, further workers the next', () => {
@@ -44,9 +52,19 @@ describe('pd-launch', () => {
     expect(flag(proxy.spec.args, '--discovery-port')).toBe(String(proxy.discoveryPort));
   });
 
-  test('--device cuda gives each worker a GPU of its own', async () => {
-    const { workers } = await plan('--free-ports', '--device', 'cuda', '--decode', '2');
+  test('starts each worker on the device that was chosen for it', async () => {
+    const { settings } = launchOptions(['--free-ports', '--decode', '2'], {});
+    const { workers } = await planLaunch(settings, ['cuda:0', 'cuda:1', 'cuda:2']);
     expect(workers.map(({ spec }) => flag(spec.args, '--device'))).toEqual(['cuda:0', 'cuda:1', 'cuda:2']);
+    expect(workers.map(({ device }) => device)).toEqual(['cuda:0', 'cuda:1', 'cuda:2']);
+  });
+
+  test("leaves the device to the machine, and takes vLLM's log level, unless told otherwise", () => {
+    const options = launchOptions([], { VLLM_LOGGING_LEVEL: 'DEBUG' });
+    expect(options.settings).toMatchObject({ device: 'auto', logLevel: 'debug' });
+    expect(launchOptions([], { VLLM_LOGGING_LEVEL: 'loud' }).warnings).toEqual([
+      expect.stringContaining('VLLM_LOGGING_LEVEL=loud is no level'),
+    ]);
   });
 
   test('passes its own worker options on, then whatever stands after --', async () => {
@@ -100,4 +118,54 @@ describe('lines of several programs', () => {
       { instance: 'proxy', level: 'info', msg: 'Error: "crash"' },
     ]);
   });
+});
+
+describe('--log-dir', () => {
+  const names = ['launch', 'proxy', 'producer-0'];
+
+  test('keeps what each program says in a file of its own, over restarts', async () => {
+    const dir = join(await tempDir(), 'not/there/yet');
+    for (const run of ['first', 'second']) {
+      const files = new LogFiles(dir, names, unexpected);
+      files.line('proxy', `${run} of the proxy`);
+      files.line('producer-0', `${run} of the producer`);
+      files.close();
+    }
+    expect(readdirSync(dir).sort()).toEqual(['launch.log', 'producer-0.log', 'proxy.log']);
+    const kept = (name: string) => readFileSync(join(dir, name), 'utf8');
+    expect(kept('proxy.log')).toBe('first of the proxy\nsecond of the proxy\n');
+    expect(kept('producer-0.log')).toBe('first of the producer\nsecond of the producer\n');
+  });
+
+  test('refuses a directory that it cannot make, by name', async () => {
+    const file = join(await tempDir(), 'file');
+    writeFileSync(file, '');
+    for (const dir of [join(file, 'logs'), file, '/proc/no/logs']) {
+      expect(() => new LogFiles(dir, names, unexpected)).toThrow(
+        expect.objectContaining({
+          code: 'LOG_UNWRITABLE',
+          message: expect.stringContaining(`--log-dir ${dir}: `),
+        }),
+      );
+    }
+  });
+
+  test('says once that a file takes no more, and goes on', async () => {
+    const dir = await tempDir();
+    symlinkSync('/dev/full', join(dir, 'proxy.log'));
+    const said: string[] = [];
+    const files = new LogFiles(dir, names, (text) => said.push(text));
+    files.line('proxy', 'one');
+    files.line('proxy', 'two');
+    files.line('producer-0', 'three');
+    files.close();
+    expect(said).toEqual([
+      expect.stringMatching(/^LOG_UNWRITABLE: .*proxy\.log: ENOSPC.*what proxy says is kept no more/),
+    ]);
+    expect(readFileSync(join(dir, 'producer-0.log'), 'utf8')).toBe('three\n');
+  });
+
+  function unexpected(text: string): void {
+    throw new Error(text);
+  }
 });

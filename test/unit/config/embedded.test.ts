@@ -23,9 +23,9 @@ function problem(make: () => unknown): string {
   throw new Error('nothing was wrong');
 }
 
-it('a worker of no fields is the one of no flags, on loopback and quiet', () => {
+it('a worker of no fields is the one of no flags, on the host and on loopback, and quiet', () => {
   const command = addWorkerOptions(new Command('pd-worker')).parse([], { from: 'user' });
-  const { config } = resolveWorkerConfig(command, { env: {}, demoModelDir });
+  const { config } = resolveWorkerConfig(command, { env: {}, demoModelDir, autoDevice: 'host' });
   expect(workerConfig()).toEqual({
     ...config,
     http: LOOPBACK,
@@ -86,6 +86,7 @@ it('says which field is wrong', () => {
   expect(wrong({ sendTyp: 'PUT' })).toContain('"sendTyp"');
   expect(wrong({ bind: '::1:80' })).toMatch(/bind: "::1:80" is not HOST:PORT/);
   expect(wrong({ bind: 80 })).toMatch(/bind: expected HOST:PORT/);
+  expect(wrong({ device: 'auto' })).toMatch(/device: expected host or cuda:N/);
   expect(wrong({ device: 'gpu' })).toMatch(/device: expected host or cuda:N/);
   expect(wrong({ kvBufferSize: 1.5 })).toMatch(/kvBufferSize: .*int/);
   expect(wrong({ timeouts: { load: 0 } })).toMatch(/timeouts\.load: /);

@@ -2,7 +2,12 @@ import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { Command } from 'commander';
 import { describe, expect, it } from 'vitest';
-import { nativeEnvironment, prepareNativeEnvironment } from '../../../src/config/native-env.ts';
+import { proxyConfig } from '../../../src/cli/proxy.ts';
+import {
+  nativeEnvironment,
+  ncclEnvironment,
+  prepareNativeEnvironment,
+} from '../../../src/config/native-env.ts';
 import { resolveHosts } from '../../../src/config/resolve-hosts.ts';
 import {
   addWorkerOptions,
@@ -22,6 +27,7 @@ function resolve(
   args: string[],
   env: Record<string, string> = {},
   interfaces: NonNullable<WorkerEnvironment['interfaces']> = { eth0: [...lan, ...lan6] },
+  autoDevice = 'host',
 ) {
   const command = addWorkerOptions(new Command('pd-worker').exitOverride());
   command.parse(args, { from: 'user' });
@@ -29,6 +35,7 @@ function resolve(
     env,
     interfaces,
     demoModelDir: () => modelDir,
+    autoDevice,
   });
 }
 
@@ -191,9 +198,44 @@ describe('worker configuration', () => {
     });
   });
 
+  it('leaves the device to what the machine has, unless one is named', () => {
+    const onGpu = (...args: string[]) => resolve(args, {}, undefined, 'cuda:0').config;
+    expect(onGpu()).toMatchObject({ device: 'cuda:0', executor: 'cuda', maxNumSeqs: 256 });
+    expect(onGpu('--device', 'auto', '--executor', 'host')).toMatchObject({
+      device: 'cuda:0',
+      executor: 'host',
+    });
+    expect(onGpu('--device', 'host')).toMatchObject({ device: 'host', executor: 'host' });
+  });
+
+  it("takes vLLM's log level where ours is not given", () => {
+    const level = (value: string, args: string[] = [], env: Record<string, string> = {}) =>
+      config(args, { VLLM_LOGGING_LEVEL: value, ...env }).log.level;
+    expect(['DEBUG', 'info', 'Warning', 'ERROR', 'CRITICAL'].map((value) => level(value))).toEqual([
+      ...['debug', 'info', 'warn', 'error', 'error'],
+    ]);
+    expect(level('DEBUG', ['--log-level', 'warn'])).toBe('warn');
+    expect(level('DEBUG', [], { PD_LOG_LEVEL: 'error' })).toBe('error');
+    const file = join(modelDir, 'log.json');
+    writeFileSync(file, '{"log-level": "trace"}');
+    expect(level('DEBUG', ['--config', file])).toBe('trace');
+
+    const unknown = { VLLM_LOGGING_LEVEL: 'LOUD' };
+    expect(resolve([], unknown)).toMatchObject({
+      config: { log: { level: 'info' } },
+      warnings: [expect.stringMatching(/^VLLM_LOGGING_LEVEL=LOUD is no level.*DEBUG.*--log-level/)],
+    });
+    expect(resolve(['--log-level', 'info'], unknown).warnings).toEqual([]);
+
+    const warned: string[] = [];
+    expect(proxyConfig([], { VLLM_LOGGING_LEVEL: 'DEBUG' }).log.level).toBe('debug');
+    expect(proxyConfig([], unknown, (text) => warned.push(text)).log.level).toBe('info');
+    expect(warned).toEqual([expect.stringContaining('VLLM_LOGGING_LEVEL=LOUD')]);
+  });
+
   it.each([
     [['--executor', 'cuda'], /--executor/],
-    [['--device', 'tpu'], /^--device: "tpu" is not allowed; expected host, cuda or cuda:N/],
+    [['--device', 'tpu'], /^--device: "tpu" is not allowed; expected auto, host, cuda or cuda:N/],
     [['--model', '/nonexistent'], /--model \/nonexistent: .*no config.json/],
     [['--kv-buffer-size', 'big'], /^--kv-buffer-size/],
     [['--kv-orphan-timeout', '-1'], /^--kv-orphan-timeout/],
@@ -329,7 +371,56 @@ describe('native environment', () => {
       NCCL_SOCKET_IFNAME: '=eth1',
       NCCL_SOCKET_FAMILY: 'AF_INET6',
     });
-    const any = nativeEnvironment({ device: 'cuda:0', kv: kv('0.0.0.0') }, { eth1 });
-    expect(any).not.toHaveProperty('NCCL_SOCKET_IFNAME');
+  });
+
+  const loopback = (address_: string, family: 'IPv4' | 'IPv6') =>
+    ({ ...address, address: address_, family, scopeid: 0, internal: true }) as const;
+  const link = (scopeid: number) => ({ ...address, address: 'fe80::7', family: 'IPv6', scopeid }) as const;
+  const interfaces = {
+    lo: [loopback('127.0.0.1', 'IPv4'), loopback('::1', 'IPv6')],
+    eth0: [{ ...address, address: '192.168.0.7', family: 'IPv4' as const }, link(2)],
+    eth1: [...eth1, link(3)],
+  };
+  const V4 = 'AF_INET';
+  const V6 = 'AF_INET6';
+
+  it.each([
+    ['an IPv4 address', '10.0.0.7', '10.0.0.7', '=eth1', V4],
+    ['an IPv6 address', '2001:db8::7', '2001:db8::7', '=eth1', V6],
+    ['an IPv6 address, written otherwise', '2001:DB8:0::7', '2001:db8::7', '=eth1', V6],
+    ['a v4-mapped address', '::ffff:10.0.0.7', '10.0.0.7', '=eth1', V4],
+    ['an address that others know under a translated one', '10.0.0.7', '203.0.113.1', '=eth1', V4],
+    ['what is bound, where another address of this machine is told', '10.0.0.7', '192.168.0.7', '=eth1', V4],
+    ['every interface, told as one of them', '0.0.0.0', '192.168.0.7', '=eth0', V4],
+    ['every interface of both families, told as IPv6', '::', '2001:db8::7', '=eth1', V6],
+    ['every interface of both families, told as IPv4', '::', '10.0.0.7', '=eth1', V4],
+    ['every interface, told as a translated address', '::', '203.0.113.1', undefined, V4],
+    ['every interface, told as a translated IPv6 address', '::', '2001:db8:ffff::1', undefined, V6],
+    ['every IPv4 interface, told as an IPv6 address', '0.0.0.0', '2001:db8::7', undefined, V4],
+    ['loopback', '127.0.0.1', '127.0.0.1', '=lo', V4],
+    // NCCL never takes ::1: with AF_INET6 on lo every communicator fails.
+    ['IPv6 loopback', '::1', '::1', '=lo', V4],
+    ['IPv6 loopback, told by one that binds all', '::', '::1', '=lo', V4],
+    ['an address with a zone id', 'fe80::7%eth1', 'fe80::7%eth1', '=eth1', V6],
+    ['an address with the number of a zone', 'fe80::7%2', 'fe80::7%2', '=eth0', V6],
+    ['a name, which says nothing', 'localhost', 'localhost', undefined, undefined],
+  ])("NCCL's bootstrap for %s", (_, bound, announced, name, family) => {
+    const config = {
+      device: 'cuda:0',
+      kv: { bind: { host: bound, port: 1 }, announceHost: announced, rank: 0 },
+    };
+    const { NCCL_SOCKET_IFNAME, NCCL_SOCKET_FAMILY } = nativeEnvironment(config, interfaces);
+    expect([NCCL_SOCKET_IFNAME, NCCL_SOCKET_FAMILY]).toEqual([name, family]);
+    // The transfer thread asks for itself, with the same answer.
+    expect(ncclEnvironment(bound, announced, interfaces)).toMatchObject(
+      Object.fromEntries(
+        Object.entries({ NCCL_SOCKET_IFNAME, NCCL_SOCKET_FAMILY }).filter(([, value]) => value),
+      ),
+    );
+  });
+
+  it('leaves IPv6 loopback to NCCL on a machine whose loopback has no IPv4', () => {
+    const only6 = { lo: [loopback('::1', 'IPv6')], eth1 };
+    expect(ncclEnvironment('::1', '::1', only6)).toEqual({ NCCL_CUMEM_ENABLE: '1' });
   });
 });

@@ -83,7 +83,7 @@ describe('the page', () => {
 });
 
 describe('flags', () => {
-  const worker = (...argv: string[]) => doctorCommand(argv, {}).options.worker;
+  const worker = async (...argv: string[]) => (await doctorCommand(argv, {})).options.worker;
   const JSON_OF = (rank: number) =>
     JSON.stringify({
       kv_connector: 'P2pNcclConnector',
@@ -92,23 +92,25 @@ describe('flags', () => {
       kv_parallel_size: 2,
     });
 
-  test('a worker is resolved as pd-worker would, more flags after --', () => {
-    expect(worker('--role', 'producer', '--device', 'cuda:1', '--', '--send-type', 'GET')).toMatchObject({
+  test('a worker is resolved as pd-worker would, more flags after --', async () => {
+    expect(
+      await worker('--role', 'producer', '--device', 'cuda:1', '--', '--send-type', 'GET'),
+    ).toMatchObject({
       config: { role: 'producer', device: 'cuda:1', sendType: 'GET', http: { port: 8081 } },
     });
   });
 
-  test('a wrong kv_rank is told with the one that it should be', () => {
-    expect(worker('--kv-transfer-config', JSON_OF(0))).toMatchObject({
+  test('a wrong kv_rank is told with the one that it should be', async () => {
+    expect(await worker('--kv-transfer-config', JSON_OF(0))).toMatchObject({
       code: 'CONFIG_INVALID',
       message: expect.stringMatching(/kv_rank.*expected 1 for a consumer/),
     });
-    expect(worker('--kv-transfer-config', JSON_OF(1))).toMatchObject({ config: { role: 'consumer' } });
+    expect(await worker('--kv-transfer-config', JSON_OF(1))).toMatchObject({ config: { role: 'consumer' } });
   });
 
-  test('a flag that pd-worker does not have is a finding, and its own bad values are refused', () => {
-    expect(worker('--', '--no-such-flag')).toMatchObject({ code: 'CONFIG_INVALID' });
-    expect(() => worker('--peer', 'nowhere')).toThrow(/--peer.*HOST:PORT/);
-    expect(() => worker('--timeout', 'soon')).toThrow(/--timeout/);
+  test('a flag that pd-worker does not have is a finding, and its own bad values are refused', async () => {
+    expect(await worker('--', '--no-such-flag')).toMatchObject({ code: 'CONFIG_INVALID' });
+    await expect(worker('--peer', 'nowhere')).rejects.toThrow(/--peer.*HOST:PORT/);
+    await expect(worker('--timeout', 'soon')).rejects.toThrow(/--timeout/);
   });
 });

@@ -105,9 +105,9 @@ describe('a worker that waits is in scenario', () => {
   });
 });
 
-test('--worker takes a URL or an address', () => {
-  const url = (text: string) => doctorCommand(['--worker', text], {}).options.workerUrl;
-  expect(url('10.0.0.2:8083')).toBe('http://10.0.0.2:8083');
-  expect(url('http://[::1]:8083')).toBe('http://[::1]:8083');
-  expect(() => url('http://')).toThrow(/--worker: "http:\/\/" is not a URL/);
+test('--worker takes a URL or an address', async () => {
+  const url = async (text: string) => (await doctorCommand(['--worker', text], {})).options.workerUrl;
+  expect(await url('10.0.0.2:8083')).toBe('http://10.0.0.2:8083');
+  expect(await url('http://[::1]:8083')).toBe('http://[::1]:8083');
+  await expect(url('http://')).rejects.toThrow(/--worker: "http:\/\/" is not a URL/);
 });
