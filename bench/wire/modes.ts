@@ -63,7 +63,7 @@ export async function checkModes(rig: Rig, peer: PythonPeer): Promise<void> {
     await rig.row('GET, ours from Python', nameOf(form), async () => {
       const tensor_id = `cmpl-ask-0#layer.${seed}`;
       await peer.ask('keep', { tensor_id, ...form, seed });
-      const { memory } = await consumer.receive(tensor_id as TensorId, peer.address, 20_000);
+      const { memory } = await consumer.receive(tensor_id as TensorId, peer.address);
       mustBe(sha256(rig.download(memory)), form, seed);
       return bytesOf(form);
     });
@@ -81,7 +81,7 @@ export async function putToOurs(
   form: TensorForm,
   seed: number,
 ): Promise<string> {
-  const waiting = consumer.receive(`${id}#layer.${seed}` as TensorId, peer.address, 20_000);
+  const waiting = consumer.receive(`${id}#layer.${seed}` as TensorId, peer.address);
   waiting.catch(() => {}); // told below, unless the peer's own error comes first
   const to = formatHostPort(consumer.address);
   const put = await peer.ask('put', { peer: to, tensor_id: `${id}-0123abcd#layer.${seed}`, ...form, seed });

@@ -12,7 +12,9 @@ test.each(['127.0.0.1', '::'])('free ports on %s differ, and can be listened on'
 });
 
 test('the system gives none of them to somebody else in the meantime', async () => {
-  const [first, last] = readFileSync('/proc/sys/net/ipv4/ip_local_port_range', 'utf8').split(/\s+/).map(Number);
+  const [first, last] = readFileSync('/proc/sys/net/ipv4/ip_local_port_range', 'utf8')
+    .split(/\s+/)
+    .map(Number);
   for (const port of await freePorts(100, '127.0.0.1')) expect(port < first! || port > last!).toBe(true);
 });
 

@@ -4,13 +4,13 @@ import { readdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { beforeAll, describe, expect, test } from 'vitest';
-import type { Report } from '../../../src/bench/report.ts';
-import type { PartResult } from '../../../src/bench/result.ts';
-import { cacheBlocks } from '../../../src/bench/shape.ts';
-import { standInEnvironment } from '../../stand-ins/build.ts';
-import { tempDir } from '../../support/temp-dir.ts';
+import type { Report } from '../../src/bench/report.ts';
+import type { PartResult } from '../../src/bench/result.ts';
+import { cacheBlocks } from '../../src/bench/shape.ts';
+import { standInEnvironment } from '../stand-ins/build.ts';
+import { tempDir } from '../support/temp-dir.ts';
 
-const ROOT = fileURLToPath(new URL('../../../', import.meta.url));
+const ROOT = fileURLToPath(new URL('../../', import.meta.url));
 const SMALL = ['--shape', 'tiny', '--kv-buffer-size', '64MiB'];
 let standIns: Record<string, string>;
 
