@@ -40,7 +40,6 @@ it.each(CASES)(
     expect((await ask({ prompt, max_tokens: TOO_MANY })).status).toBe(400);
     await nothingIsLeft();
   },
-  60_000,
 );
 
 it.each(SEND_TYPES)(
@@ -56,7 +55,6 @@ it.each(SEND_TYPES)(
     await nothingIsLeft();
     expect((await ask({ prompt, max_tokens: 2 })).status).toBe(200);
   },
-  60_000,
 );
 
 async function start(sendType: string): Promise<(body: object, signal?: AbortSignal) => Promise<Response>> {
@@ -79,7 +77,7 @@ async function start(sendType: string): Promise<(body: object, signal?: AbortSig
 
 async function nothingIsLeft(): Promise<void> {
   for (const { program } of workers) await program.line(/KV of a request released/);
-  const deadline = performance.now() + 20_000;
+  const deadline = performance.now() + 60_000;
   for (const worker of workers) {
     for (;;) {
       const metrics = await metricsOf(worker);

@@ -76,7 +76,7 @@ describe.each(SEND_TYPES)('%s', (sendType) => {
     ] as const) {
       const target = pagedCache(2, false);
       sendCache(producer, sent, source, [5, 6], consumer.address);
-      await consumer.load(loadRequest(wanted, target, [0, 1], producer.address, { timeoutMs: 5_000 }));
+      await consumer.load(loadRequest(wanted, target, [0, 1], producer.address, { timeoutMs: 60_000 }));
       for (const i of [0, 1])
         expect(blockOf(target[i]!.target, 1).equals(blockOf(source[i]!.target, 6))).toBe(true);
     }
@@ -87,7 +87,7 @@ describe.each(SEND_TYPES)('%s', (sendType) => {
     const consumer = await services.make({ sendType, host: '::1' });
     const tensor = flat('a#l' as TensorId, 5_000, consumer.address);
     send(producer, tensor);
-    const got = await consumer.receive(tensor.tensorId, producer.address, 5_000);
+    const got = await consumer.receive(tensor.tensorId, producer.address, 60_000);
     expect(Buffer.compare(hostView(got.memory), hostView(tensor.data))).toBe(0);
   });
 

@@ -3,7 +3,7 @@ import { afterEach, expect, it } from 'vitest';
 import * as zmq from 'zeromq';
 import { formatHostPort } from '../../src/net/address.ts';
 import { decodePing } from '../../src/wire/codec.ts';
-import { Services } from '../support/transfer.ts';
+import { keptPort, Services } from '../support/transfer.ts';
 
 const services = new Services();
 afterEach(() => services.dispose());
@@ -16,7 +16,7 @@ async function proxy(port = 0): Promise<{ socket: zmq.Router; port: number }> {
 }
 
 it('come from the KV address, go on after the proxy was away, and stop when told', async () => {
-  const first = await proxy();
+  const first = await proxy(await keptPort());
   const engine = await services.make();
   const ping = {
     proxy: { host: '0.0.0.0', port: first.port },

@@ -29,8 +29,8 @@ describe('a peer that speaks only vLLM', () => {
     await peer.say(put('cmpl-v-0-0123abcd#l', 4_000));
     await peer.say(put('cmpl-w-0-0123abcd#l', 4_000));
     expect([await peer.answer(1), await peer.answer(2)]).toEqual(['0', '1']);
-    await pair.send([data], { tensorId: 'x', timeoutMs: 5_000 });
-    const got = await consumer.receive('cmpl-v-0-89abcdef#l' as TensorId, parseHostPort(peer.self), 5_000);
+    await pair.send([data], { tensorId: 'x', timeoutMs: 60_000 });
+    const got = await consumer.receive('cmpl-v-0-89abcdef#l' as TensorId, parseHostPort(peer.self), 60_000);
     expect(hostView(got.memory).every((byte) => byte === 7)).toBe(true);
     consumer.finish('cmpl-v-0' as TransferId);
     expect(leftovers(consumer)).toEqual([]);
@@ -55,8 +55,8 @@ describe('a peer that speaks only vLLM', () => {
     await until('open on both ends', () => consumer.state().pairs.some(({ state }) => state === 'open'));
     await peer.say(put('again#l', 100));
     expect(await peer.answer(2)).toBe('0');
-    await pair.send([hostMemory(100)], { tensorId: 'x', timeoutMs: 5_000 });
-    await consumer.receive('again#l' as TensorId, listener.address, 5_000);
+    await pair.send([hostMemory(100)], { tensorId: 'x', timeoutMs: 60_000 });
+    await consumer.receive('again#l' as TensorId, listener.address, 60_000);
     expect(count(consumer, 'pd_protocol_errors_total', 'no_pair')).toBe(1);
   });
 
@@ -73,7 +73,7 @@ describe('a peer that speaks only vLLM', () => {
       Buffer.from(encode({ ret: 0, shape: [300], dtype: 'uint8' })).toString('latin1'),
     );
     const target = hostMemory(300);
-    await pair.receive([target], { tensorId: 'x', timeoutMs: 5_000 });
+    await pair.receive([target], { tensorId: 'x', timeoutMs: 60_000 });
     expect(Buffer.compare(hostView(target), hostView(tensor.data))).toBe(0);
     // Not ours: it may ask again.
     expect(producer.state().tensors).toBe(1);
@@ -108,8 +108,8 @@ describe('broken messages', () => {
     expect(leftovers(consumer)).toEqual([]);
     await peer.say(put('good#l', 10));
     expect(await peer.answer(bad.length + 1)).toBe('0');
-    await pair.send([hostMemory(10)], { tensorId: 'x', timeoutMs: 5_000 });
-    await consumer.receive('good#l' as TensorId, parseHostPort(peer.self), 5_000);
+    await pair.send([hostMemory(10)], { tensorId: 'x', timeoutMs: 60_000 });
+    await consumer.receive('good#l' as TensorId, parseHostPort(peer.self), 60_000);
     for (const kind of ['malformed', 'unknown_command', 'bad_field', 'limit', 'unknown_dtype'] as const) {
       expect([kind, count(consumer, 'pd_protocol_errors_total', kind)]).not.toEqual([kind, 0]);
     }
@@ -122,8 +122,8 @@ describe('broken messages', () => {
     await peer.say(put('d#l', 10));
     await peer.say(put('d#l', 10));
     expect([await peer.answer(1), await peer.answer(2)]).toEqual(['0', '1']);
-    await pair.send([hostMemory(10)], { tensorId: 'x', timeoutMs: 5_000 });
-    await consumer.receive('d#l' as TensorId, parseHostPort(peer.self), 5_000);
+    await pair.send([hostMemory(10)], { tensorId: 'x', timeoutMs: 60_000 });
+    await consumer.receive('d#l' as TensorId, parseHostPort(peer.self), 60_000);
     expect(consumer.state().buffer.usedBytes).toBe(10);
     expect(count(consumer, 'pd_protocol_errors_total', 'duplicate')).toBe(1);
   });
@@ -139,8 +139,8 @@ describe('broken messages', () => {
     await until('the memory of the first', () => leftovers(consumer).length === 0);
     await peer.say(put('two#l', 10));
     expect(await peer.answer(2)).toBe('0');
-    await second.send([hostMemory(10)], { tensorId: 'x', timeoutMs: 5_000 });
-    await consumer.receive('two#l' as TensorId, parseHostPort(peer.self), 5_000);
+    await second.send([hostMemory(10)], { tensorId: 'x', timeoutMs: 60_000 });
+    await consumer.receive('two#l' as TensorId, parseHostPort(peer.self), 60_000);
   });
 
   it('a PUT to an engine of send_type GET is refused, and a GET to one of PUT', async () => {
@@ -181,8 +181,8 @@ describe('a routing id', () => {
     expect((await before.over).code).toBe('PEER_LOST');
     await second.say(put('b#l', 10));
     expect(await second.answer(1)).toBe('0');
-    await pair.send([hostMemory(10)], { tensorId: 'b#l', timeoutMs: 5_000 });
-    await consumer.receive('b#l' as TensorId, parseHostPort(second.self), 5_000);
+    await pair.send([hostMemory(10)], { tensorId: 'b#l', timeoutMs: 60_000 });
+    await consumer.receive('b#l' as TensorId, parseHostPort(second.self), 60_000);
     // No answer of the first was given to the second.
     expect(first.answers).toHaveLength(1);
     expect(second.answers).toHaveLength(1);

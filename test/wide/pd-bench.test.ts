@@ -89,7 +89,7 @@ describe.each(['host', 'cuda'] as const)('on %s', (device) => {
     expect(bad(result)).toEqual([]);
     expect(result.rows).toHaveLength(device === 'host' ? 9 : 10);
     expect(code).toBe(0);
-  }, 60_000);
+  });
 });
 
 test('interference measures a loop on both GPUs alone and beside transfers', async () => {
@@ -125,4 +125,4 @@ test('gpu-results.sh writes one report of all its parts', async () => {
   expect(report.parts.map(({ part }) => part).sort()).toEqual(['soak', 'transfer']);
   expect(report.steps.map(({ status }) => status)).toEqual([0, 0]);
   expect(text).not.toContain(folder);
-}, 60_000);
+});
