@@ -75,8 +75,10 @@ describe('a load', () => {
     const producer = await services.make();
     const consumer = await services.make();
     const cache = pagedCache(2, true);
-    await Promise.all(sendCache(producer, 'cmpl-x-1', cache, [0], consumer.address).map(({ sent }) => sent));
-    await send(producer, flat('cmpl-x-00#model.layers.0.self_attn.attn', 8, consumer.address)).sent;
+    const sends = sendCache(producer, 'cmpl-x-1', cache, [0], consumer.address);
+    sends.push(send(producer, flat('cmpl-x-00#model.layers.0.self_attn.attn', 8, consumer.address)));
+    const bytes = (await Promise.all(sends.map(({ sent }) => sent))).reduce((sum, more) => sum + more, 0);
+    await until('all have come', () => count(consumer, 'pd_kv_received_bytes_total') === bytes);
     const error = await failure(
       consumer.load(loadRequest('cmpl-x-0-0123abcd', cache, [0], producer.address, { timeoutMs: 100 })),
     );
