@@ -1,14 +1,22 @@
 import { defineConfig } from 'vitest/config';
 
+/** What is long or wide and that no change of behaviour is first seen in: bundles, and benchmarks in small. */
+const WIDE = 'test/wide/**/*.test.ts';
+
 export default defineConfig({
   test: {
-    include: ['test/**/*.test.ts'],
-    // Thread entries are built JavaScript (a Worker cannot start from TypeScript here), so the build comes first.
+    // Once per run: thread entries are built JavaScript (a Worker cannot start from TypeScript here), and the stand-in libraries.
     globalSetup: ['test/build.ts'],
     pool: 'forks',
     maxWorkers: 2,
     // Only to end what hangs: whole systems start in some tests, several at a time, on machines of any speed.
-    testTimeout: 120_000,
-    hookTimeout: 120_000,
+    testTimeout: 300_000,
+    hookTimeout: 300_000,
+    projects: [
+      // scripts/test.sh
+      { extends: true, test: { name: 'main', include: ['test/**/*.test.ts'], exclude: [WIDE] } },
+      // scripts/test-all.sh
+      { extends: true, test: { name: 'wide', include: [WIDE] } },
+    ],
   },
 });

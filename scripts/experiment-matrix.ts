@@ -24,7 +24,7 @@ const options = new Command('experiment-matrix.sh')
     new Option('--device <device>', 'host, or cuda for a GPU each').choices(['host', 'cuda']).default('host'),
   )
   .addOption(new Option('--executor <executor>', 'what computes').choices(['host', 'cuda']).default('host'))
-  .option('--deadline <time>', 'for the KV of one request', '2s')
+  .option('--deadline <time>', 'for KV that should not come', '2s')
   .option('--json', 'the cells as JSON')
   .allowExcessArguments(false)
   .parse()
@@ -72,7 +72,9 @@ async function cellsOf(pair: MatrixPair): Promise<Row[]> {
   const rows: Row[] = [];
   for (const randomized of [false, true]) {
     const suffix = () => (randomized ? randomBytes(4).toString('hex') : undefined);
-    rows.push(rowOf(await pair.request({ randomized, suffixes: [suffix(), suffix()] })));
+    const suffixes = [suffix(), suffix()] as const;
+    const expected = shouldPass({ randomized, kvKey: pair.kvKey });
+    rows.push(rowOf(await pair.request({ randomized, shouldPass: expected, suffixes })));
   }
   return rows;
 }

@@ -15,12 +15,17 @@ export interface MatrixSettings {
   readonly executor: 'host' | 'cuda';
   readonly sendType: SendType;
   readonly kvKey: KvKey;
-  /** For the KV of one request. */
+  /** For KV that should not come. */
   readonly deadlineMs: number;
 }
 
+/** For KV that should come, and for every other wait of the experiment: only to end what hangs. */
+const PATIENCE_MS = 60_000;
+
 export interface MatrixRequest {
   readonly randomized: boolean;
+  /** Its KV should come: a slow machine is then no reason to stop. */
+  readonly shouldPass: boolean;
   /** Of the producer's and the consumer's engine id; undefined: none. */
   readonly suffixes: readonly [string | undefined, string | undefined];
 }
@@ -44,6 +49,7 @@ export interface MatrixCell {
 const PROMPT_TOKENS = 40;
 
 export interface MatrixPair {
+  readonly kvKey: KvKey;
   request(request: MatrixRequest): Promise<MatrixCell>;
   close(): Promise<void>;
 }
@@ -62,7 +68,8 @@ export async function createMatrixPair(settings: MatrixSettings): Promise<Matrix
   };
   const [producer, consumer] = started;
   if (producer.status === 'fulfilled' && consumer.status === 'fulfilled') {
-    return { request: (request) => cellOf(settings, producer.value, consumer.value, request), close };
+    const request = (cell: MatrixRequest) => cellOf(settings, producer.value, consumer.value, cell);
+    return { kvKey: settings.kvKey, request, close };
   }
   await close();
   throw PdError.from(
@@ -82,7 +89,12 @@ async function start(settings: MatrixSettings, role: 'producer' | 'consumer'): P
     kvBufferSize: 64e6,
     memPoolSize: 64 * 2 ** 20,
     numBlocks: 64,
-    timeouts: { load: deadlineMs, answer: Math.max(100, deadlineMs / 2), connect: 5_000 },
+    timeouts: {
+      load: deadlineMs,
+      // In GET a producer holds its answer back for half of this, and the consumer hears of near misses by it.
+      answer: sendType === 'GET' && role === 'producer' ? Math.max(100, deadlineMs / 4) : PATIENCE_MS,
+      connect: PATIENCE_MS,
+    },
     log: { level: 'error' },
   });
   prepareNativeEnvironment(config);
@@ -95,7 +107,7 @@ async function cellOf(
   { sendType, kvKey }: MatrixSettings,
   producer: Side,
   consumer: Side,
-  { randomized, suffixes }: MatrixRequest,
+  { randomized, shouldPass, suffixes }: MatrixRequest,
 ): Promise<MatrixCell> {
   const [prefill, decode] = [producer, consumer].map(({ client }) =>
     parseHostPort(client.info.kvAddress ?? ''),
@@ -114,7 +126,8 @@ async function cellOf(
   });
   await generate(producer, keyed(producerId), promptTokens, 1);
   const began = performance.now();
-  const error = await generate(consumer, keyed(consumerId), promptTokens, 4).then(
+  const patience = shouldPass ? PATIENCE_MS : 0;
+  const error = await generate(consumer, keyed(consumerId), promptTokens, 4, patience).then(
     () => undefined,
     (cause: unknown) => PdError.from(cause),
   );
@@ -148,9 +161,12 @@ async function generate(
   ids: Pick<CoreRequest, 'requestId' | 'transferId'>,
   promptTokens: Int32Array,
   maxTokens: number,
+  patienceMs = 0,
 ): Promise<void> {
   const sampling = { temperature: 0, topP: 1, topK: 0, seed: 0, maxTokens, minTokens: 0, stopTokenIds: [] };
-  const request: CoreRequest = { ...ids, promptTokens, sampling, n: 1 };
+  // Added to the deadline of its KV, as for a prompt that may still be being computed.
+  const patience = patienceMs > 0 ? { prefillWithinMs: patienceMs } : {};
+  const request: CoreRequest = { ...ids, promptTokens, sampling, n: 1, ...patience };
   for await (const output of side.client.generate(request)) {
     if (output.error) throw PdError.fromData(output.error);
   }

@@ -1,7 +1,8 @@
-// The last line of scripts/test.sh, from vitest's JSON report, vitest's exit status and the number of other steps that failed.
+// The last line of scripts/test.sh and test-all.sh: from vitest's JSON report and its exit status, and how many other steps passed and failed.
 import { readFileSync } from 'node:fs';
 
-const [path, status, broken] = process.argv.slice(2);
+const [name, path, status, ...others] = process.argv.slice(2);
+const [morePassed, moreFailed] = others.map(Number);
 
 let report = { numPassedTests: 0, numFailedTests: 0, numPendingTests: 0, numTodoTests: 0, testResults: [] };
 try {
@@ -13,11 +14,11 @@ try {
 const files = report.testResults.filter(
   (file) => file.status === 'failed' && file.assertionResults.length === 0,
 );
-const passed = report.numPassedTests;
+const passed = report.numPassedTests + morePassed;
 const skipped = report.numPendingTests + report.numTodoTests;
-let failed = report.numFailedTests + files.length + Number(broken);
+const broken = report.numFailedTests + files.length;
 // An unhandled error fails the run outside of any test.
-if (failed === 0 && status !== '0') failed = 1;
+const failed = (broken === 0 && status !== '0' ? 1 : broken) + moreFailed;
 
-console.log(`test: ${passed} passed, ${failed} failed${skipped > 0 ? `, ${skipped} skipped` : ''}`);
+console.log(`${name}: ${passed} passed, ${failed} failed${skipped > 0 ? `, ${skipped} skipped` : ''}`);
 process.exitCode = failed === 0 ? 0 : 1;

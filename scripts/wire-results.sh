@@ -6,6 +6,7 @@
 #   ./scripts/wire-results.sh                      two GPUs; python3 with torch and msgpack, or PD_TEST_PYTHON
 #   ./scripts/wire-results.sh --device host --small --out DIR      a few seconds without a GPU: is everything in place?
 #   ./scripts/wire-results.sh --only peer          or --only matrix
+#   ./scripts/wire-results.sh --patience 30        of each wait, on either end, in seconds
 #
 # From a checkout, or from the archive of `npm run bundle`, where it needs neither npm nor Node.
 set -uo pipefail
@@ -15,6 +16,7 @@ cd "$(dirname "$0")/.."
 out=bench/results
 device=cuda
 small=()
+patience=()
 only=()
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -22,7 +24,8 @@ while [ $# -gt 0 ]; do
     --device) device="${2:?--device needs cuda or host}"; line+=" $1 $2"; shift 2 ;;
     --only) only=(--only "${2:?--only needs peer or matrix}"); line+=" $1 $2"; shift 2 ;;
     --small) small=(--small); line+=" $1"; shift ;;
-    *) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    --patience) patience=("$1" "${2:?--patience needs seconds}"); shift 2 ;;
+    *) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2 ;;
   esac
 done
 
@@ -39,7 +42,8 @@ trap 'rm -rf "$work"' EXIT
 
 if [ "${only[1]:-peer}" = peer ]; then
   echo "wire-results: the Python peer on $device" >&2
-  timeout --kill-after=10 200 "${program[@]}" check --device "$device" ${small[@]+"${small[@]}"} --output "$work/peer.json" \
+  timeout --kill-after=10 200 "${program[@]}" check --device "$device" ${small[@]+"${small[@]}"} ${patience[@]+"${patience[@]}"} \
+    --output "$work/peer.json" \
     </dev/null 2>&1 | tee "$work/peer.log" >&2
 fi
 if [ "${only[1]:-matrix}" = matrix ]; then

@@ -1,4 +1,4 @@
-/** A consumer of ours in a process of its own: `consumer DEVICE PORT`. Told over the process channel what to wait for. */
+/** A consumer of ours in a process of its own: `consumer DEVICE PORT PATIENCE`, the last in seconds. Told over the process channel what to wait for. */
 import { createDevice } from '../../src/device/create.ts';
 import { hostMemory, hostView } from '../../src/device/memory.ts';
 import type { HostPort } from '../../src/net/address.ts';
@@ -19,8 +19,7 @@ export interface ConsumerRequest {
   readonly peer: HostPort;
 }
 
-const RECEIVE_MS = 20_000;
-const [deviceName = 'host', port = '0'] = process.argv.slice(2);
+const [deviceName = 'host', port = '0', patience = '15'] = process.argv.slice(2);
 
 const tell = (message: ConsumerMessage) => process.send?.(message);
 // Whoever started it is gone: so is its reason.
@@ -28,9 +27,10 @@ process.once('disconnect', () => process.kill(process.pid, 'SIGKILL'));
 
 const device = await createDevice(deviceName);
 const stream = device.createStream();
-const engine = await TransferEngine.create({ ...engineOptions(deviceName, Number(port)), sendType: 'PUT' });
+const options = engineOptions(deviceName, Number(port), { patienceS: Number(patience) });
+const engine = await TransferEngine.create({ ...options, sendType: 'PUT' });
 process.on('message', ({ tensorId, peer }: ConsumerRequest) => {
-  engine.receive(tensorId, peer, RECEIVE_MS).then(
+  engine.receive(tensorId, peer).then(
     ({ memory }) => {
       const host = hostMemory(memory.bytes);
       device.copy(host, memory, stream);

@@ -18,6 +18,7 @@ interface CheckOptions {
   readonly device: 'host' | 'cuda';
   readonly output: string;
   readonly small?: true;
+  readonly patience?: string;
 }
 
 interface ReportOptions {
@@ -27,6 +28,8 @@ interface ReportOptions {
 }
 
 const LOOK_MS = 30_000;
+/** Without `--patience`, seconds. On the host, and on stand-ins, a slow machine must not look like a hang. */
+const PATIENCE_S = { full: 15, small: 50 };
 
 const program = new Command('wire-results');
 program
@@ -34,6 +37,7 @@ program
   .addOption(new Option('--device <device>').choices(['host', 'cuda']).default('cuda'))
   .requiredOption('--output <file>')
   .option('--small')
+  .option('--patience <seconds>', 'of each wait, on either end')
   .action(check);
 program
   .command('report')
@@ -50,14 +54,15 @@ program
   });
 await program.parseAsync();
 
-async function check({ device, output, small = undefined }: CheckOptions): Promise<void> {
+async function check({ device, output, small = undefined, patience }: CheckOptions): Promise<void> {
   const start = performance.now();
   const startedAt = new Date().toISOString();
   const [ours, theirs] = device === 'host' ? (['host', 'host'] as const) : (['cuda:0', 'cuda:1'] as const);
   const python = pythonFor(device);
   const bind = { host: '127.0.0.1', port: 0 };
   prepareNativeEnvironment({ device: ours, kv: { bind, announceHost: bind.host, rank: 0 } });
-  const rig = await Rig.create({ ours, theirs, python, small: small ?? false, verbose: true });
+  const patienceS = Number(patience ?? (small ? PATIENCE_S.small : PATIENCE_S.full));
+  const rig = await Rig.create({ ours, theirs, python, small: small ?? false, verbose: true, patienceS });
   let about: Readonly<Record<string, string>> = {};
   let error: string | undefined;
   try {

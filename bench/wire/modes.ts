@@ -65,7 +65,7 @@ export async function checkModes(rig: Rig, peer: PythonPeer): Promise<void> {
     await rig.row('GET, ours from Python', nameOf(form), async () => {
       const tensor_id = `cmpl-ask-0#layer.${seed}`;
       await peer.ask('keep', { tensor_id, ...form, seed });
-      const { memory } = await consumer.receive(tensor_id as TensorId, peer.address, 20_000);
+      const { memory } = await consumer.receive(tensor_id as TensorId, peer.address);
       mustBe(sha256(rig.download(memory)), form, seed);
       return bytesOf(form);
     });

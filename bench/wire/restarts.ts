@@ -13,8 +13,6 @@ import { must, mustBe, type Rig, type TensorForm } from './rig.ts';
 
 const FORM: TensorForm = { shape: [2, 3, 16, 8, 128], dtype: 'bfloat16' };
 const SEED = 5;
-const CHILD_MS = 30_000;
-const PAIR_S = 20;
 const AGAIN_MS = 20;
 const GROUP = 'restarts';
 
@@ -38,13 +36,13 @@ export async function checkRestarts(rig: Rig, peer: PythonPeer): Promise<void> {
   });
 
   await rig.row(GROUP, 'our consumer, kill -9: 1, NEW from ours, KV', async () => {
-    const before = await Consumer.start(rig.options.ours, 0);
+    const before = await Consumer.start(rig, await rig.freshPort());
     let after: Consumer | undefined;
     try {
       await put(peer, before, 'cmpl-c-0');
       await before.kill();
       await peer.ask('disconnected', { peer: formatHostPort(before.address) });
-      after = await Consumer.start(rig.options.ours, before.address.port);
+      after = await Consumer.start(rig, before.address.port);
       return await putToRestarted(peer, after, 'cmpl-d');
     } finally {
       await Promise.all([before.kill(), after?.kill()]);
@@ -68,7 +66,7 @@ function receiver(rig: Rig, engine: TransferEngine): Receiver {
   return {
     address: engine.address,
     receive: async (tensorId, peer) => {
-      const { memory } = await engine.receive(tensorId as TensorId, peer, CHILD_MS);
+      const { memory } = await engine.receive(tensorId as TensorId, peer);
       return sha256(rig.download(memory));
     },
   };
@@ -81,7 +79,7 @@ async function putToRestarted(peer: PythonPeer, consumer: Receiver, id: string):
   const first = await announce(peer, to, `${id}-0#layer.0`);
   must(first === '1', `the restarted consumer answered ${first}, not 1`);
   const start = performance.now();
-  await peer.ask('joined', { peer: to, times: times + 1, timeout: PAIR_S });
+  await peer.ask('joined', { peer: to, times: times + 1 });
   const milliseconds = Math.round(performance.now() - start);
   const refused = await put(peer, consumer, `${id}-1`);
   const also = refused > 0 ? `, ${refused} more answered 1` : '';
@@ -117,22 +115,26 @@ async function announce(peer: PythonPeer, to: string, tensor_id: string): Promis
 class Consumer implements Receiver {
   readonly address: HostPort;
   readonly #child: ChildProcess;
+  readonly #rig: Rig;
 
-  private constructor(child: ChildProcess, address: HostPort) {
+  private constructor(rig: Rig, child: ChildProcess, address: HostPort) {
+    this.#rig = rig;
     this.#child = child;
     this.address = address;
   }
 
-  static async start(device: string, port: number): Promise<Consumer> {
+  static async start(rig: Rig, port: number): Promise<Consumer> {
+    const { ours, patienceS } = rig.options;
     // TypeScript beside TypeScript, JavaScript in a build.
     const script = fileURLToPath(
       new URL(`./consumer${extname(fileURLToPath(import.meta.url))}`, import.meta.url),
     );
-    const child = fork(script, [device, String(port)], { stdio: ['ignore', 'inherit', 'inherit', 'ipc'] });
+    const args = [ours, port, patienceS].map(String);
+    const child = fork(script, args, { stdio: ['ignore', 'inherit', 'inherit', 'ipc'] });
     try {
-      const { address, error } = await next(child);
+      const { address, error } = await next(rig, child);
       if (!address) throw new Error(`our consumer did not start: ${error}`);
-      return new Consumer(child, address);
+      return new Consumer(rig, child, address);
     } catch (error) {
       child.kill('SIGKILL');
       throw error;
@@ -140,7 +142,7 @@ class Consumer implements Receiver {
   }
 
   async receive(tensorId: string, peer: HostPort): Promise<string> {
-    const answer = next(this.#child);
+    const answer = next(this.#rig, this.#child);
     this.#child.send({ tensorId, peer });
     const { sha256, error } = await answer;
     if (sha256 === undefined) throw new Error(`our consumer: ${error}`);
@@ -154,9 +156,9 @@ class Consumer implements Receiver {
   }
 }
 
-async function next(child: ChildProcess): Promise<ConsumerMessage> {
+async function next({ options }: Rig, child: ChildProcess): Promise<ConsumerMessage> {
   const over = new AbortController();
-  const signal = AbortSignal.any([AbortSignal.timeout(CHILD_MS), over.signal]);
+  const signal = AbortSignal.any([AbortSignal.timeout(2_000 * options.patienceS), over.signal]);
   try {
     return await Promise.race([
       once(child, 'message', { signal }).then(([message]) => message as ConsumerMessage),

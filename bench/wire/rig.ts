@@ -5,6 +5,7 @@ import type { Device, MemoryRef, Stream } from '../../src/device/device.ts';
 import { hostMemory, hostView } from '../../src/device/memory.ts';
 import { PdError } from '../../src/errors.ts';
 import type { HostPort } from '../../src/net/address.ts';
+import { freePorts } from '../../src/net/free-ports.ts';
 import { TransferEngine } from '../../src/transfer/engine.ts';
 import {
   DEFAULT_LIMITS,
@@ -32,6 +33,8 @@ export interface RigOptions {
   readonly python: string;
   readonly small: boolean;
   readonly verbose: boolean;
+  /** Of each wait, on either end, seconds: longer than opening a pair and any transfer take. */
+  readonly patienceS: number;
 }
 
 export interface TensorForm {
@@ -39,11 +42,10 @@ export interface TensorForm {
   readonly dtype: Dtype;
 }
 
-/** Past it a row has failed, and the next one begins. All that it waits for has shorter deadlines. */
-const ROW_MS = 50_000;
-/** Of each wait in the Python peer, seconds: longer than opening a pair and any transfer take. `small` has nothing large to wait for. */
-const PEER_S = { full: 15, small: 8 };
+/** Past so many times its patience a row has failed, and the next one begins. All that it waits for has shorter deadlines. */
+const ROW_WAITS = 3;
 const PORT_MS = 5_000;
+const HOST = '127.0.0.1';
 /** Each may take its whole deadline: after so many the rest would tell no more. */
 const MOST_FAILURES = 3;
 
@@ -64,6 +66,7 @@ export class Rig {
   readonly #device: Device;
   readonly #stream: Stream;
   readonly #held: { dispose(): Promise<void> }[] = [];
+  readonly #ports = new Set<number>();
 
   private constructor(options: RigOptions, device: Device) {
     this.options = options;
@@ -79,14 +82,27 @@ export class Rig {
     return startPeer(this.options, port, env).then((peer) => this.#hold(peer));
   }
 
-  /** Waits for the port where an engine before it has just let go of it. */
+  /**
+   * A port that no engine of this rig has had. The peer keeps a communicator per address, as vLLM does: an engine that came to the port
+   * of one before it would be taken for that one, and its first PUT answered 1.
+   */
+  async freshPort(): Promise<number> {
+    for (;;) {
+      const [port] = await freePorts(1, HOST);
+      if (this.#ports.has(port!)) continue;
+      this.#ports.add(port!);
+      return port!;
+    }
+  }
+
+  /** On a fresh port; else waits for the port where an engine before it has just let go of it. */
   async engine(overrides: Partial<TransferOptions> & { readonly port?: number }): Promise<TransferEngine> {
-    const { port = 0, ...rest } = overrides;
+    const { port = await this.freshPort(), ...rest } = overrides;
     const end = performance.now() + PORT_MS;
     for (;;) {
       try {
         return this.#hold(
-          await TransferEngine.create({ ...engineOptions(this.options.ours, port), ...rest }),
+          await TransferEngine.create({ ...engineOptions(this.options.ours, port, this.options), ...rest }),
         );
       } catch (error) {
         if (PdError.from(error).code !== 'PORT_IN_USE' || performance.now() > end) throw error;
@@ -127,7 +143,7 @@ export class Rig {
   async row(group: string, name: string, check: () => Promise<string>, observed?: 'observed'): Promise<void> {
     const start = performance.now();
     let ok = true;
-    const value = await deadline(check(), name).catch((error: unknown) => {
+    const value = await this.#deadline(check(), name).catch((error: unknown) => {
       ok = false;
       return error instanceof Error ? error.message : String(error);
     });
@@ -142,7 +158,21 @@ export class Rig {
 
   /** Ends peers and engines of the checks so far. */
   async clear(): Promise<void> {
-    await Promise.all(this.#held.splice(0).map((one) => deadline(one.dispose(), 'dispose').catch(() => {})));
+    await Promise.all(
+      this.#held.splice(0).map((one) => this.#deadline(one.dispose(), 'dispose').catch(() => {})),
+    );
+  }
+
+  #deadline<T>(work: Promise<T>, what: string): Promise<T> {
+    const seconds = ROW_WAITS * this.options.patienceS;
+    let timer: NodeJS.Timeout | undefined;
+    const late = new Promise<never>((_, reject) => {
+      timer = setTimeout(
+        () => reject(new Error(`${what}: not over after ${seconds} s; it goes on without`)),
+        seconds * 1_000,
+      );
+    });
+    return Promise.race([work, late]).finally(() => clearTimeout(timer));
   }
 
   #hold<T extends { dispose(): Promise<void> }>(one: T): T {
@@ -152,7 +182,7 @@ export class Rig {
 }
 
 export function startPeer(
-  { theirs, python, small }: RigOptions,
+  { theirs, python, patienceS }: RigOptions,
   port = 0,
   env: NodeJS.ProcessEnv = {},
 ): Promise<PythonPeer> {
@@ -162,22 +192,30 @@ export function startPeer(
     script: 'test/peers/peer.py',
     transport: theirs === 'host' ? 'host' : 'nccl',
     device: theirs,
-    timeoutS: small ? PEER_S.small : PEER_S.full,
+    timeoutS: patienceS,
     env: { ...VLLM_ENVIRONMENT, ...env },
   });
 }
 
-export function engineOptions(device: string, port: number): TransferOptions {
+export function engineOptions(
+  device: string,
+  port: number,
+  { patienceS }: Pick<RigOptions, 'patienceS'>,
+): TransferOptions {
+  const patience = patienceS * 1_000;
   return {
     device,
-    bind: { host: '127.0.0.1', port },
-    announceHost: '127.0.0.1',
+    bind: { host: HOST, port },
+    announceHost: HOST,
     rank: 0,
     sendType: 'PUT_ASYNC',
     kvBufferSize: 512 * 2 ** 20,
     memPoolSize: 512 * 2 ** 20,
     ncclNumChannels: 16,
-    timeouts: { ...DEFAULT_TIMEOUTS, pairInit: 15_000, transfer: 15_000, load: 20_000 },
+    timeouts: {
+      ...{ connect: patience, answer: patience, pairInit: patience, transfer: patience },
+      ...{ load: 1.3 * patience, orphan: DEFAULT_TIMEOUTS.orphan },
+    },
     limits: DEFAULT_LIMITS,
     log: { level: 'error', format: 'json' },
   };
@@ -198,15 +236,4 @@ export function bytesOf({ shape, dtype }: TensorForm): string {
 
 export function nameOf({ shape, dtype }: TensorForm): string {
   return `${dtype} [${shape.join(', ')}]`;
-}
-
-function deadline<T>(work: Promise<T>, what: string): Promise<T> {
-  let timer: NodeJS.Timeout | undefined;
-  const late = new Promise<never>((_, reject) => {
-    timer = setTimeout(
-      () => reject(new Error(`${what}: not over after ${ROW_MS / 1_000} s; it goes on without`)),
-      ROW_MS,
-    );
-  });
-  return Promise.race([work, late]).finally(() => clearTimeout(timer));
 }

@@ -1,7 +1,7 @@
 /** What pd-launch starts: names, ports, devices and arguments of each program. */
-import { createServer } from 'node:net';
 import { fileURLToPath } from 'node:url';
 import { asDestination, formatHostPort } from '../net/address.ts';
+import { freePorts } from '../net/free-ports.ts';
 import { assertBindable, assertReachable } from '../net/port-holder.ts';
 import type { ChildSpec } from './launch-child.ts';
 import { workerNames } from './launch-devices.ts';
@@ -50,11 +50,8 @@ export async function planLaunch(settings: LaunchSettings, devices: readonly str
   const names = workerNames(settings);
   const count = 2 + 2 * names.length;
   await assertReachable(host, '--host');
-  const ports = settings.freePorts ? await takeFreePorts(count, host) : fixedPorts(settings);
-  if (!settings.freePorts) {
-    for (const { port, what } of ports) await assertBindable({ host, port }, what);
-  }
-  const [http, discovery, ...rest] = ports.map(({ port }) => port);
+  const ports = settings.freePorts ? await freePorts(count, host) : await fixedPorts(settings);
+  const [http, discovery, ...rest] = ports;
   const drain = String(settings.drainTimeoutMs / 1_000);
   const common = [
     '--drain-timeout',
@@ -94,37 +91,20 @@ export async function planLaunch(settings: LaunchSettings, devices: readonly str
   };
 }
 
-/** The runbook's ports: 10002 and 30002, then 8081/8082 for the first worker, 8083/8084 for the second. */
-function fixedPorts(settings: LaunchSettings): { port: number; what: string }[] {
-  const { basePort } = settings;
+/** The runbook's ports: 10002 and 30002, then 8081/8082 for the first worker, 8083/8084 for the second. All are free. */
+async function fixedPorts(settings: LaunchSettings): Promise<number[]> {
+  const { host, basePort } = settings;
   const workers = workerNames(settings).map((name, i) => [
     { port: basePort + 2 * i, what: `HTTP of ${name} (--base-port or --free-ports)` },
     { port: basePort + 2 * i + 1, what: `KV of ${name} (--base-port or --free-ports)` },
   ]);
-  return [
+  const ports = [
     { port: settings.port, what: 'HTTP of the proxy (--port or --free-ports)' },
     { port: settings.discoveryPort, what: 'discovery of the proxy (--discovery-port or --free-ports)' },
     ...workers.flat(),
   ];
-}
-
-/** All held at once before any is given back, so that they differ. */
-async function takeFreePorts(count: number, host: string): Promise<{ port: number; what: string }[]> {
-  const servers = await Promise.all(
-    Array.from({ length: count }, async () => {
-      const server = createServer();
-      await new Promise<void>((resolve, reject) => {
-        server.once('error', reject).listen({ host, port: 0 }, resolve);
-      });
-      return server;
-    }),
-  );
-  const ports = servers.map((server) => {
-    const address = server.address();
-    return typeof address === 'object' && address !== null ? address.port : 0;
-  });
-  await Promise.all(servers.map((server) => new Promise((resolve) => server.close(resolve))));
-  return ports.map((port) => ({ port, what: 'a free port' }));
+  for (const { port, what } of ports) await assertBindable({ host, port }, what);
+  return ports.map(({ port }) => port);
 }
 
 /** A program of ours from `bin/`, which lies at the same place from src/cli and from dist/src/cli. */

@@ -77,7 +77,8 @@ export class Supervisor {
           `not ready after ${timeoutMs / 1_000} s (--start-timeout)\n${tails}`,
         );
       }
-      await new Promise((resolve) => setTimeout(resolve, 100)); // other processes: nothing to await here
+      // other processes: nothing to await here but their end
+      await Promise.race([this.failed, new Promise((resolve) => setTimeout(resolve, 100))]);
     }
   }
 
@@ -103,6 +104,7 @@ export class Supervisor {
     const { say } = this.#options;
     if (this.#stopping) return;
     if (this.#starting && code !== null && code !== 0) {
+      void child.stop(0); // it is not started again, however long the others take to be stopped
       this.#fail(new PdError('PROGRAM_FAILED', `${child.name} did not start: ${how}\n${tailOf(child)}`));
       return;
     }

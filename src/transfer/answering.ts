@@ -56,24 +56,24 @@ export class Answering {
 
   async #put(session: Session, put: PutMessage): Promise<void> {
     const { intake, reply } = this.#parts;
-    const pair = await this.#mayTransfer(session, put);
-    if (!pair) return;
+    if (!(await this.#mayTransfer(session, put))) return;
     const twoBlocks = sentAs(this.#context.options, session.hello, put.ours !== undefined);
     const meant = this.#meantBy(session, put);
     const entry = await intake.admit(put, session.peer, { twoBlocks, standsFor: meant });
     if (!entry) return reply(session, { kind: 'no-room' });
-    if (!(await this.#stillOn(session, pair, put, [entry]))) return;
+    const pair = await this.#pairOf(session, put, [entry]);
+    if (!pair) return;
     void session.busy(intake.post([entry], [entry.held.memory], pair));
     reply(session, { kind: 'send' });
   }
 
   async #puts(session: Session, puts: PutsMessage): Promise<void> {
     const { intake, reply } = this.#parts;
-    const pair = await this.#mayTransfer(session, puts);
-    if (!pair) return;
+    if (!(await this.#mayTransfer(session, puts))) return;
     const admitted = await intake.admitAll(puts.tensors, session.peer);
     const entries = admitted.filter((one) => typeof one === 'object');
-    if (!(await this.#stillOn(session, pair, puts, entries))) return;
+    const pair = await this.#pairOf(session, puts, entries);
+    if (!pair) return;
     const memory = entries.map(({ held }) => held.memory);
     const runs = runsOf(memory);
     const taken = admitted.map((one) => typeof one === 'object');
@@ -107,8 +107,12 @@ export class Answering {
     if (session.hello === undefined) {
       const copy = await keeper.foreignCopy(kept);
       if (copy) {
-        if (session.replaced || (await this.#pairFor(session)) !== pair) return copy.held.free();
-        void session.busy(keeper.sendCopy(kept, copy, pair));
+        const newest = await this.#pairFor(session);
+        if (session.replaced || !newest) {
+          copy.held.free();
+          return session.replaced ? undefined : this.#noPair(session, get);
+        }
+        void session.busy(keeper.sendCopy(kept, copy, newest));
         return reply(session, { kind: 'get', ret: 0, shape: copy.shape, dtype });
       }
     }
@@ -174,18 +178,16 @@ export class Answering {
     return pair;
   }
 
-  /** False where the session or its pair went while memory was found: nobody would send. */
-  async #stillOn(
-    session: Session,
-    pair: Pair,
-    message: Asked,
-    entries: readonly StoreEntry[],
-  ): Promise<boolean> {
-    const now = await this.#pairFor(session);
-    if (!session.replaced && now === pair) return true;
+  /**
+   * The pair on which the data will come, once there is memory for it: finding that may have taken its time, and a peer that is not ours
+   * sends on the newest. Undefined where session or pair have gone: nobody would send.
+   */
+  async #pairOf(session: Session, message: Asked, entries: readonly StoreEntry[]): Promise<Pair | undefined> {
+    const pair = await this.#pairFor(session);
+    if (!session.replaced && pair) return pair;
     for (const entry of entries) this.#parts.intake.store.release(entry);
     if (!session.replaced) this.#noPair(session, message);
-    return false;
+    return undefined;
   }
 
   /** The peer's own pair. One that is not ours knows one per address, for both ways: the newest, whoever sent NEW. */

@@ -68,7 +68,7 @@ describe('pd-bench serve on an undivided worker', () => {
     const { code, out, tail } = await bench(
       ['--url', worker.url, '--num-requests', '2000', '--warm-up', '0', '--concurrency', '2', ...SHORT],
       async (program) => {
-        await eventually('five answers', 30_000, async () => (await answered()) >= before + 5);
+        await eventually('five answers', 60_000, async () => (await answered()) >= before + 5);
         program.child.kill('SIGINT');
       },
     );

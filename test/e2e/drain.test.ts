@@ -45,10 +45,10 @@ it('a producer keeps KV that has not been fetched until it is', async () => {
   expect(await answer.json()).toMatchObject({ choices: [{ text: expect.stringContaining('Paris') }] });
   expect((await metricsOf(consumer)).get('pd_kv_loads_total{result="ok"}')).toBe(1);
   expect(await ended).toBe(0);
-}, 60_000);
+});
 
 it('but no longer than the drain timeout', async () => {
   const { producer } = await pair(['--drain-timeout', '200ms']);
   expect(await producer.program.stop('SIGTERM')).toBe(0);
   expect(producer.program.tail()).toContain('bytes of KV that no consumer has fetched');
-}, 60_000);
+});

@@ -30,25 +30,25 @@ const example = (name: string) => output(tool('tsx'), [join('examples', name)]);
 it('two engines exchange tensors and paged KV in all modes', async () => {
   const lines = (await example('two-engines.ts')).trim().split('\n');
   expect(lines.filter((line) => line.endsWith('equal'))).toHaveLength(6);
-}, 90_000);
+});
 
 it('a foreign runtime loads KV through the connector, and computes what does not come', async () => {
   const text = await example('foreign-runtime.ts');
   expect(text.match(/KV, equal/g)).toHaveLength(9);
   expect(text.match(/KV_LOAD_TIMEOUT: computing the prompt here/g)).toHaveLength(3);
-}, 90_000);
+});
 
 it('a proxy and two workers live in one process, which ends once they are closed', async () => {
   const text = await example('in-process.ts');
   expect(text).toContain('Paris');
   expect(text.trim().split('\n').at(-1)).toBe('closed');
-}, 90_000);
+});
 
 it('the examples are all of these, and their types hold against the built package', async () => {
   const scripts = readdirSync(join(root, 'examples')).filter((name) => name.endsWith('.ts'));
   expect(scripts.sort()).toEqual(['foreign-runtime.ts', 'in-process.ts', 'two-engines.ts']);
   await output(tool('tsc'), ['-p', 'examples/tsconfig.json']);
-}, 90_000);
+});
 
 it('a program elsewhere gets types and values from the package, under a strict compiler of its own', async () => {
   mkdirSync(join(outside, 'node_modules'));
@@ -71,7 +71,7 @@ try {
   await output(tool('tsc'), [...strict, ...types, '--noEmitOnError', 'main.ts'], outside);
   const said = await output(process.execPath, ['main.js'], outside);
   expect(said).toMatch(/^GET CONFIG_INVALID worker configuration: .*"rol"/);
-}, 90_000);
+});
 
 it('the packed package holds what it needs to run', async () => {
   const packed = await output('npm', ['pack', '--dry-run', '--json', '--ignore-scripts']);
@@ -95,4 +95,4 @@ it('the packed package holds what it needs to run', async () => {
   expect(needed.filter((path) => !paths.has(path))).toEqual([]);
   expect([...paths].filter((path) => path.startsWith('kernels/')).length).toBeGreaterThan(0);
   expect([...paths].filter((path) => /^(dist\/)?(test|bench)\//.test(path))).toEqual([]);
-}, 90_000);
+});

@@ -86,7 +86,7 @@ test('pd-launch serves, starts again what is killed, and leaves nothing behind',
 
   process.kill(pids.get('consumer-0')![0]!, 'SIGKILL');
   await untilStarted('consumer-0', 2);
-  for (const deadline = performance.now() + 30_000; ; await sleep(100)) {
+  for (const deadline = performance.now() + 60_000; ; await sleep(100)) {
     const again = await complete(proxy.url, REQUEST);
     if (again.status === 200 && !again.error) {
       expect(again.text).toBe(first.text);
@@ -99,7 +99,7 @@ test('pd-launch serves, starts again what is killed, and leaves nothing behind',
   child.kill('SIGTERM');
   expect(await once(child, 'exit')).toEqual([0, null]);
   expect([...pids.values()].flat().filter(alive)).toEqual([]);
-}, 90_000);
+});
 
 test('no program outlives a pd-launch that is killed outright', async () => {
   const { child, pids } = await launch();
@@ -107,13 +107,13 @@ test('no program outlives a pd-launch that is killed outright', async () => {
   expect(all).toHaveLength(3);
   child.kill('SIGKILL');
   await once(child, 'exit');
-  for (const deadline = performance.now() + 20_000; all.some(alive); await sleep(50)) {
+  for (const deadline = performance.now() + 60_000; all.some(alive); await sleep(50)) {
     expect(performance.now()).toBeLessThan(deadline);
   }
-}, 60_000);
+});
 
 test('a worker that cannot start ends pd-launch with its words', async () => {
   await expect(launch('--', '--block-size', 'many')).rejects.toThrow(
     /CONFIG_INVALID: --block-size[\s\S]*did not start/,
   );
-}, 30_000);
+});

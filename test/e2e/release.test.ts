@@ -1,5 +1,5 @@
 /** KV that no request will claim is freed on both ends at once, in every mode; real processes, orphan deadline at its default of 60 s. */
-import { afterEach, expect, it } from 'vitest';
+import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { SEND_TYPES } from '../../src/transfer/types.ts';
 import {
   metricsOf,
@@ -9,13 +9,7 @@ import {
   untilListed,
   type WorkerHandle,
 } from '../support/cluster.ts';
-
-let proxy: ProxyHandle | undefined;
-let workers: WorkerHandle[] = [];
-afterEach(async () => {
-  await Promise.all([...workers.map(({ program }) => program.stop()), proxy?.program.stop()]);
-  workers = [];
-});
+import { eventually } from '../support/requests.ts';
 
 const NONE = [
   'pd_kv_buffer_used_bytes',
@@ -28,66 +22,63 @@ const NONE = [
 /** More than the context, which the producer, asked for one token, cannot see. */
 const TOO_MANY = 10_000;
 
-// Several prompts are computed before the consumer is asked, one while it is.
-const CASES = SEND_TYPES.flatMap((sendType) =>
-  [['Hello world', 'Once upon a time'], 'Hello world'].map((prompt) => ({ sendType, prompt })),
-);
+describe.each(SEND_TYPES)('%s', (sendType) => {
+  let proxy: ProxyHandle;
+  let workers: WorkerHandle[] = [];
+  beforeAll(async () => {
+    proxy = await startProxy();
+    const args = ['--send-type', sendType, '--log-level', 'debug'];
+    workers = await Promise.all([startWorker('producer', proxy, args), startWorker('consumer', proxy, args)]);
+    await untilListed(proxy, 1, 1);
+  });
+  afterAll(async () => {
+    await Promise.all([...workers, proxy].map((handle) => handle?.program.stop()));
+  });
 
-it.each(CASES)(
-  '$sendType: a request that the consumer refuses leaves nothing of $prompt',
-  async ({ sendType, prompt }) => {
-    const ask = await start(sendType);
-    expect((await ask({ prompt, max_tokens: TOO_MANY })).status).toBe(400);
-    await nothingIsLeft();
-  },
-  60_000,
-);
-
-it.each(SEND_TYPES)(
-  '%s: a client that goes away while producer and consumer are at work leaves nothing',
-  async (sendType) => {
-    const ask = await start(sendType);
-    const client = new AbortController();
-    const prompt = 'Once upon a time '.repeat(25);
-    const asked = ask({ prompt, max_tokens: 50 }, client.signal).catch(String);
-    for (const { program } of workers) await program.line(/request handed to the core/);
-    client.abort();
-    expect(await asked).toContain('AbortError');
-    await nothingIsLeft();
-    expect((await ask({ prompt, max_tokens: 2 })).status).toBe(200);
-  },
-  60_000,
-);
-
-async function start(sendType: string): Promise<(body: object, signal?: AbortSignal) => Promise<Response>> {
-  const started = await startProxy();
-  proxy = started;
-  const args = ['--send-type', sendType, '--log-level', 'debug'];
-  workers = await Promise.all([
-    startWorker('producer', started, args),
-    startWorker('consumer', started, args),
-  ]);
-  await untilListed(started, 1, 1);
-  return (body, signal) =>
-    fetch(`${started.url}/v1/completions`, {
+  const ask = (body: object, signal?: AbortSignal) =>
+    fetch(`${proxy.url}/v1/completions`, {
       method: 'POST',
       headers: { 'content-type': 'application/json' },
       body: JSON.stringify(body),
       ...(signal && { signal }),
     });
-}
 
-async function nothingIsLeft(): Promise<void> {
-  for (const { program } of workers) await program.line(/KV of a request released/);
-  const deadline = performance.now() + 20_000;
-  for (const worker of workers) {
-    for (;;) {
-      const metrics = await metricsOf(worker);
-      if (NONE.every((name) => (metrics.get(name) ?? 0) === 0)) break;
-      if (performance.now() > deadline)
-        throw new Error(`${worker.role} holds ${JSON.stringify([...metrics])}`);
-      await new Promise((resolve) => setTimeout(resolve, 20)); // memory is freed without an event to await from outside
+  /** Where the logs of the workers end now. */
+  const here = () => workers.map(({ program }) => program.lines.length);
+
+  async function nothingIsLeft(since: readonly number[]): Promise<void> {
+    for (const [i, worker] of workers.entries()) {
+      await worker.program.line(/KV of a request released/, 60_000, since[i]);
+      // memory is freed without an event to await from outside
+      await eventually(`nothing is left at the ${worker.role}`, 60_000, async () => {
+        const metrics = await metricsOf(worker);
+        return NONE.every((name) => (metrics.get(name) ?? 0) === 0);
+      });
+      expect((await metricsOf(worker)).get('pd_kv_orphans_freed_total') ?? 0).toBe(0);
     }
-    expect((await metricsOf(worker)).get('pd_kv_orphans_freed_total') ?? 0).toBe(0);
   }
-}
+
+  // Several prompts are computed before the consumer is asked, one while it is.
+  test.each([[['Hello world', 'Once upon a time']], ['Hello world']])(
+    'a request that the consumer refuses leaves nothing of %j',
+    async (prompt) => {
+      const since = here();
+      expect((await ask({ prompt, max_tokens: TOO_MANY })).status).toBe(400);
+      await nothingIsLeft(since);
+    },
+  );
+
+  test('a client that goes away while producer and consumer are at work leaves nothing', async () => {
+    const since = here();
+    const client = new AbortController();
+    const prompt = 'Once upon a time '.repeat(25);
+    const asked = ask({ prompt, max_tokens: 50 }, client.signal).catch(String);
+    for (const [i, { program }] of workers.entries()) {
+      await program.line(/request handed to the core/, 60_000, since[i]);
+    }
+    client.abort();
+    expect(await asked).toContain('AbortError');
+    await nothingIsLeft(since);
+    expect((await ask({ prompt, max_tokens: 2 })).status).toBe(200);
+  });
+});

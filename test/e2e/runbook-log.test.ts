@@ -1,8 +1,7 @@
 /** What readers of the runbook grep for, word for word, in the logs of real processes; and what a debug log lets them follow. */
-import { once } from 'node:events';
-import { type AddressInfo, createServer } from 'node:net';
 import { afterAll, beforeAll, expect, it } from 'vitest';
 import {
+  keptPorts,
   type ProxyHandle,
   startProxy,
   startWorker,
@@ -17,20 +16,10 @@ let consumer: WorkerHandle;
 const ports = { producer: 0, consumer: 0 };
 let requestId = '';
 
-/** A port that is free now: the line under test tells the one that was asked for. */
-async function freePort(): Promise<number> {
-  const server = createServer().listen(0, '127.0.0.1');
-  await once(server, 'listening');
-  const { port } = server.address() as AddressInfo;
-  server.close();
-  await once(server, 'close');
-  return port;
-}
-
 beforeAll(async () => {
   proxy = await startProxy();
-  ports.producer = await freePort();
-  ports.consumer = await freePort();
+  // The line under test tells the port that was asked for.
+  [ports.producer, ports.consumer] = (await keptPorts(2)) as [number, number];
   const args = ['--kv-load-failure', 'fail', '--nccl-num-channels', '16', '--log-level', 'debug', '--port'];
   [producer, consumer] = await Promise.all([
     startWorker('producer', proxy, [...args, String(ports.producer)]),
@@ -46,7 +35,7 @@ beforeAll(async () => {
   const { id } = (await response.json()) as { id: string };
   requestId = id.replace('cmpl-', '');
   await consumer.program.line(/request done/);
-}, 60_000);
+});
 
 afterAll(async () => {
   for (const worker of [consumer, producer]) {

@@ -122,7 +122,7 @@ describe('an undivided worker with the demo model', () => {
     expect(choices[0]).toMatchObject({ text: ' Paris is the', finish_reason: 'stop' });
     // The text is cut in the HTTP server: the answer is out before the core has heard of it.
     await expect
-      .poll(() => worker.state(), { timeout: 10_000 })
+      .poll(() => worker.state(), { timeout: 60_000 })
       .toMatchObject({ running: 0, waiting: 0, blocks: { used: 0 }, integrity: [] });
   });
 });

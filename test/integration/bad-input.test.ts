@@ -77,16 +77,22 @@ function mutated(valid: Uint8Array): Uint8Array[] {
   return fc.sample(messages, { numRuns: MUTATIONS, seed: 20_261 });
 }
 
-/** The listener serves a peer that does everything right. */
+/** The listener serves a peer that does everything right. Its deadlines are short here: a busy machine may need several tries. */
 async function serves(engine: TransferService): Promise<void> {
-  const peer = services.add(new RawPeer(engine.address, '127.0.0.1:99'));
-  const pair = await peer.pair();
-  await peer.say({ cmd: 'PUT', tensor_id: 'good#l', shape: [10], dtype: 'uint8' });
-  expect(await peer.answer(1)).toBe('0');
-  await pair.send([hostMemory(10)], { tensorId: 'good#l', timeoutMs: 5_000 });
-  await engine.receive(id('good#l'), parseHostPort(peer.self), 5_000);
-  engine.finish('good' as TransferId);
-  await peer.dispose();
+  for (const end = performance.now() + 60_000; ; ) {
+    const peer = services.add(new RawPeer(engine.address, '127.0.0.1:99'));
+    const pair = await peer.pair(SHORT.pairInit).catch(() => undefined);
+    await peer.say({ cmd: 'PUT', tensor_id: 'good#l', shape: [10], dtype: 'uint8' });
+    const answer = await peer.answer(1);
+    if (pair && answer === '0') {
+      await pair.send([hostMemory(10)], { tensorId: 'good#l', timeoutMs: 60_000 });
+      await engine.receive(id('good#l'), parseHostPort(peer.self), 60_000);
+      engine.finish('good' as TransferId);
+      return peer.dispose();
+    }
+    await peer.dispose();
+    expect(performance.now(), `the last was answered ${answer}`).toBeLessThan(end);
+  }
 }
 
 function protocolErrors(engine: TransferService): number {
@@ -117,7 +123,7 @@ describe('a thousand mutated messages of each kind', () => {
           for (const body of mutated(valid)) await peer.say(body);
           // Answers keep their order, so that all before it have been looked at.
           await peer.say(encode({ cmd: 'PUT', tensor_id: 'last#l', shape: [2 ** 40], dtype: 'uint8' }));
-          await until(`the last after ${kind}`, () => peer.answers.at(-1)?.toString() === '1', 10_000);
+          await until(`the last after ${kind}`, () => peer.answers.at(-1)?.toString() === '1');
           await peer.dispose();
         }
       });
@@ -133,9 +139,9 @@ describe('a thousand mutated messages of each kind', () => {
     const proxy = await PdProxy.start({
       http: { host: '127.0.0.1', port: 0 },
       discovery: { host: '127.0.0.1', port: 0 },
-      instanceTimeoutMs: 10_000,
-      prefillTimeoutMs: 1_000,
-      decodeIdleTimeoutMs: 1_000,
+      instanceTimeoutMs: 60_000,
+      prefillTimeoutMs: 60_000,
+      decodeIdleTimeoutMs: 60_000,
       overlap: 4,
       drainTimeoutMs: 0,
       log,
@@ -167,7 +173,7 @@ describe('inputs that eat memory', () => {
       const refused = () =>
         count(engine, 'pd_protocol_errors_total', 'limit') +
         count(engine, 'pd_protocol_errors_total', 'malformed');
-      await until('all are refused', () => refused() === 400, 10_000);
+      await until('all are refused', () => refused() === 400);
     });
     expect(grown).toBeLessThan(MOST_GROWTH);
     await serves(engine);
@@ -204,7 +210,7 @@ describe('too many', () => {
   });
 
   test('NEWs: no more than so many pairs are being opened, and others are served', async () => {
-    const engine = await services.make({ timeouts: { ...SHORT, pairInit: 5_000 } });
+    const engine = await services.make({ timeouts: { ...SHORT, pairInit: 60_000 } });
     // Rank 0 never wants them: the listener's connections wait for an answer to their handshake.
     const transport = services.add(
       await HostTransport.create({ bindHost: '127.0.0.1', announceHost: '127.0.0.1' }),

@@ -10,12 +10,13 @@ import { createTransport } from '../../src/transport/create.ts';
 import { HostTransport } from '../../src/transport/host/transport.ts';
 import { decodeUniqueId, encodeUniqueId } from '../../src/transport/host/unique-id.ts';
 import type { Pair, Transport, UniqueId } from '../../src/transport/transport.ts';
+import { withStoppedClock } from '../support/stopped-clock.ts';
 
 const MB = 2 ** 20;
-const options = (tensorId = 'r#layer.0', timeoutMs = 20_000) => ({ tensorId, timeoutMs });
+const options = (tensorId = 'r#layer.0', timeoutMs = 60_000) => ({ tensorId, timeoutMs });
 
 const owned: Transport[] = [];
-async function transport(host = '127.0.0.1', acceptor = { handshake: 5_000, parked: 5_000 }) {
+async function transport(host = '127.0.0.1', acceptor = { handshake: 60_000, parked: 60_000 }) {
   const made = await HostTransport.create({ bindHost: host, announceHost: host, acceptor });
   owned.push(made);
   return made;
@@ -25,8 +26,8 @@ async function pairOf(host?: string): Promise<{ a: HostTransport; b: HostTranspo
   const [a, b] = [await transport(host), await transport(host)];
   const uniqueId = a.createUniqueId();
   const [zero, one] = await Promise.all([
-    a.open({ uniqueId, rank: 0, peer: 'b', timeoutMs: 5_000 }),
-    b.open({ uniqueId, rank: 1, peer: 'a', timeoutMs: 5_000 }),
+    a.open({ uniqueId, rank: 0, peer: 'b', timeoutMs: 60_000 }),
+    b.open({ uniqueId, rank: 1, peer: 'a', timeoutMs: 60_000 }),
   ]);
   return { a, b, zero, one };
 }
@@ -74,11 +75,13 @@ describe('a pair', () => {
   test('rank 1 may come before rank 0 opens', async () => {
     const [a, b] = [await transport(), await transport()];
     const uniqueId = a.createUniqueId();
-    const early = b.open({ uniqueId, rank: 1, peer: 'a', timeoutMs: 5_000 });
+    const early = b.open({ uniqueId, rank: 1, peer: 'a', timeoutMs: 60_000 });
     const [pair] = await Promise.race([
       new Promise<[Pair]>((resolve) =>
         // The connection is parked once the kernel has taken it; opening later must find it.
-        setImmediate(async () => resolve([await a.open({ uniqueId, rank: 0, peer: 'b', timeoutMs: 5_000 })])),
+        setImmediate(async () =>
+          resolve([await a.open({ uniqueId, rank: 0, peer: 'b', timeoutMs: 60_000 })]),
+        ),
       ),
     ]);
     const target = hostMemory(8);
@@ -158,8 +161,8 @@ describe('a pair', () => {
     const { a, b, zero, one } = await pairOf();
     const uniqueId = a.createUniqueId();
     const [otherZero, otherOne] = await Promise.all([
-      a.open({ uniqueId, rank: 0, peer: 'b', timeoutMs: 5_000 }),
-      b.open({ uniqueId, rank: 1, peer: 'a', timeoutMs: 5_000 }),
+      a.open({ uniqueId, rank: 0, peer: 'b', timeoutMs: 60_000 }),
+      b.open({ uniqueId, rank: 1, peer: 'a', timeoutMs: 60_000 }),
     ]);
     const first = one.receive([hostMemory(100)], options('r#0', 20));
     const second = one.receive([hostMemory(100)], options('r#1', 20));
@@ -178,11 +181,17 @@ describe('a pair', () => {
 
   test('the deadline of an operation starts when those before it are done', async () => {
     const { zero, one } = await pairOf();
-    const slow = one.receive([hostMemory(10)], options('r#0', 20_000));
-    const quick = one.receive([hostMemory(10)], options('r#1', 300));
-    await new Promise((resolve) => setTimeout(resolve, 350));
-    expect(one.pending).toBe(2);
-    await Promise.all([zero.send([filled(10)], options()), zero.send([filled(10)], options()), slow, quick]);
+    await withStoppedClock(async (clock) => {
+      const slow = one.receive([hostMemory(10)], options('r#0', 60_000));
+      const quick = one.receive([hostMemory(10)], options('r#1', 300));
+      clock.passes(350);
+      await new Promise((resolve) => setImmediate(resolve)); // a deadline that has passed takes one more turn
+      expect(one.pending).toBe(2);
+      await Promise.all([
+        ...[zero.send([filled(10)], options()), zero.send([filled(10)], options())],
+        ...[slow, quick],
+      ]);
+    });
   });
 
   test('a peer that goes away in mid-transfer is found at once; later operations fail with the same code', async () => {
@@ -233,7 +242,7 @@ describe('opening', () => {
     const uniqueId = a.createUniqueId();
     const alone = a.open({ uniqueId, rank: 0, peer: 'b', timeoutMs: 20 });
     await expect(alone).rejects.toMatchObject({ code: 'PAIR_INIT_TIMEOUT', context: { peer: 'b' } });
-    const late = b.open({ uniqueId, rank: 1, peer: 'a', timeoutMs: 5_000 });
+    const late = b.open({ uniqueId, rank: 1, peer: 'a', timeoutMs: 60_000 });
     await expect(late).rejects.toMatchObject({ code: 'PEER_LOST' });
   });
 
@@ -241,7 +250,7 @@ describe('opening', () => {
     const [a, b] = [await transport(), await transport()];
     const uniqueId = a.createUniqueId();
     await a.dispose();
-    const open = b.open({ uniqueId, rank: 1, peer: 'a', timeoutMs: 5_000 });
+    const open = b.open({ uniqueId, rank: 1, peer: 'a', timeoutMs: 60_000 });
     await expect(open).rejects.toMatchObject({ code: 'PEER_UNREACHABLE' });
   });
 
@@ -259,14 +268,15 @@ describe('opening', () => {
     const silent = b.open({ uniqueId, rank: 1, peer: 'a', timeoutMs: 30 });
     await expect(silent).rejects.toMatchObject({ code: 'PAIR_INIT_TIMEOUT' });
     greeting = 'HTTP/1.1 400 Bad Request\r\n\r\n';
-    const wrong = b.open({ uniqueId, rank: 1, peer: 'a', timeoutMs: 5_000 });
+    const wrong = b.open({ uniqueId, rank: 1, peer: 'a', timeoutMs: 60_000 });
     await expect(wrong).rejects.toMatchObject({ code: 'MESSAGE_INVALID' });
     for (const socket of sockets) socket.destroy();
     await new Promise((resolve) => impostor.close(resolve));
   });
 
   test('a wrong token, garbage, and a connection that says nothing are closed; the pair still opens', async () => {
-    const [a, b] = [await transport('127.0.0.1', { handshake: 30, parked: 5_000 }), await transport()];
+    const acceptor = { handshake: 30, parked: 60_000 };
+    const [a, b] = [await transport('127.0.0.1', acceptor), await transport()];
     const uniqueId = a.createUniqueId();
     const { host, port } = dataAddress(uniqueId);
     const strangers = ['', 'GET / HTTP/1.1\r\n\r\n'.repeat(4), `PDHT\u0001\0\0\0${'x'.repeat(16)}`].map(
@@ -277,9 +287,10 @@ describe('opening', () => {
       },
     );
     await Promise.all(strangers);
+    acceptor.handshake = 60_000;
     const [zero, one] = await Promise.all([
-      a.open({ uniqueId, rank: 0, peer: 'b', timeoutMs: 5_000 }),
-      b.open({ uniqueId, rank: 1, peer: 'a', timeoutMs: 5_000 }),
+      a.open({ uniqueId, rank: 0, peer: 'b', timeoutMs: 60_000 }),
+      b.open({ uniqueId, rank: 1, peer: 'a', timeoutMs: 60_000 }),
     ]);
     const target = hostMemory(8);
     await Promise.all([zero.send([filled(8)], options()), one.receive([target], options())]);
@@ -288,22 +299,22 @@ describe('opening', () => {
   test('a token serves once', async () => {
     const { a, b } = await pairOf();
     const uniqueId = a.createUniqueId();
-    const peers = [1, 2].map(() => b.open({ uniqueId, rank: 1, peer: 'a', timeoutMs: 5_000 }));
-    await a.open({ uniqueId, rank: 0, peer: 'b', timeoutMs: 5_000 });
+    const peers = [1, 2].map(() => b.open({ uniqueId, rank: 1, peer: 'a', timeoutMs: 60_000 }));
+    await a.open({ uniqueId, rank: 0, peer: 'b', timeoutMs: 60_000 });
     const outcomes = await Promise.allSettled(peers);
     expect(outcomes.map(({ status }) => status).toSorted()).toEqual(['fulfilled', 'rejected']);
   });
 
   test('a connection whose pair is never opened here is closed', async () => {
-    const [a, b] = [await transport('127.0.0.1', { handshake: 5_000, parked: 20 }), await transport()];
-    const open = b.open({ uniqueId: a.createUniqueId(), rank: 1, peer: 'a', timeoutMs: 5_000 });
+    const [a, b] = [await transport('127.0.0.1', { handshake: 60_000, parked: 20 }), await transport()];
+    const open = b.open({ uniqueId: a.createUniqueId(), rank: 1, peer: 'a', timeoutMs: 60_000 });
     await expect(open).rejects.toMatchObject({ code: 'PEER_LOST' });
   });
 
   test('an id of NCCL, or of a later version, says so', async () => {
     const b = await transport();
     const open = (uniqueId: Uint8Array) =>
-      b.open({ uniqueId: uniqueId as UniqueId, rank: 1, peer: 'a', timeoutMs: 1_000 });
+      b.open({ uniqueId: uniqueId as UniqueId, rank: 1, peer: 'a', timeoutMs: 60_000 });
     await expect(open(randomBytes(128).fill(1, 0, 4))).rejects.toThrow(/NCCL/);
     const later = encodeUniqueId({ host: '::1', port: 1 });
     later[4] = 2;
@@ -329,7 +340,7 @@ describe('opening', () => {
     owned.push(a);
     const uniqueId = a.createUniqueId();
     const [zero, one] = await Promise.all(
-      ([0, 1] as const).map((rank) => a.open({ uniqueId, rank, peer: 'a', timeoutMs: 5_000 })),
+      ([0, 1] as const).map((rank) => a.open({ uniqueId, rank, peer: 'a', timeoutMs: 60_000 })),
     );
     const target = hostMemory(8);
     await Promise.all([zero!.send([filled(8)], options()), one!.receive([target], options())]);

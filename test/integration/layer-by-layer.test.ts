@@ -12,10 +12,11 @@ import { MetricsPage, readMetric } from '../../src/observability/metrics.ts';
 import { Scheduler } from '../../src/scheduler/scheduler.ts';
 import type { ForwardBatch, ForwardResult } from '../../src/scheduler/types.ts';
 import { TransferEngine } from '../../src/transfer/engine.ts';
-import { DEFAULT_LIMITS, DEFAULT_TIMEOUTS, type SendType } from '../../src/transfer/types.ts';
+import { DEFAULT_LIMITS, type SendType } from '../../src/transfer/types.ts';
 import { engineRequestId, proxyRequestId } from '../../src/wire/ids.ts';
 import { CoreLoop } from '../../src/worker/core.ts';
 import { greedy } from '../support/core-harness.ts';
+import { PATIENT_TIMEOUTS } from '../support/transfer.ts';
 
 const LAYERS = 4;
 const PROMPT = 10;
@@ -46,7 +47,7 @@ async function engine(sendType: SendType, metrics: MetricsPage): Promise<Transfe
       kvBufferSize: 2 ** 20,
       memPoolSize: 2 ** 20,
       ncclNumChannels: 8,
-      timeouts: DEFAULT_TIMEOUTS,
+      timeouts: PATIENT_TIMEOUTS,
       limits: DEFAULT_LIMITS,
       log: { level: 'warn', format: 'json' },
     },
@@ -73,7 +74,7 @@ class BusyExecutor implements Executor {
     const nothing = new Int32Array(new SharedArrayBuffer(4));
     for (let index = 0; index < LAYERS; index++) {
       if (index === 2) {
-        const deadline = performance.now() + 10_000;
+        const deadline = performance.now() + 60_000;
         while (this.#sentBytes() < LAYER_BYTES) {
           if (performance.now() > deadline) throw new Error('layer 0 did not leave while layer 2 waited');
           Atomics.wait(nothing, 0, 0, 1); // blocks this thread: what leaves, leaves without it

@@ -92,7 +92,7 @@ describe.each(SEND_TYPES)('%s', (sendType) => {
         const producer = await services.make({ sendType, memPoolSize });
         const consumer = await services.make({ sendType, kvBufferSize, memPoolSize });
         const tensors = sizes.map((bytes, i) => flat(`r${i % 3}#l${i}`, bytes, consumer.address));
-        const got = tensors.map(({ tensorId }) => consumer.receive(tensorId, producer.address, 5_000));
+        const got = tensors.map(({ tensorId }) => consumer.receive(tensorId, producer.address, 60_000));
         for (const tensor of tensors) send(producer, tensor);
         for (const [i, tensor] of tensors.entries()) {
           expect(Buffer.compare(hostView((await got[i]!).memory), hostView(tensor.data))).toBe(0);
@@ -196,8 +196,10 @@ describe('of a bundle', () => {
     await acquaint(producer, consumer);
     wire.hold();
     const load = failure(consumer.load(loadRequest('d', pagedCache(4, false), [1], producer.address)));
+    const before = wire.sends.length;
     const sends = sendCache(producer, 'd', pagedCache(4, true), [1], consumer.address);
-    await until('announced', () => consumer.state().tensors === 4);
+    // Answered, too: what has no answer yet when its pair dies is sent again.
+    await until('data is under way', () => wire.sends.length > before);
     wire.kill();
     for (const { sent } of sends) expect((await failure(sent)).code).toBe('PEER_LOST');
     expect((await load).code).toBe('KV_LOAD_FAILED');
@@ -209,7 +211,7 @@ describe('of a bundle', () => {
 describe('asked for in a bundle', () => {
   it('what is not there yet is asked for again, and what is there comes', async () => {
     const producer = await services.make({ sendType: 'GET', timeouts: { answer: 60 } });
-    const consumer = await services.make({ sendType: 'GET', timeouts: { answer: 2_000 } });
+    const consumer = await services.make({ sendType: 'GET' });
     await acquaint(producer, consumer);
     const [source, target] = [pagedCache(4, true), pagedCache(4, false)];
     sendCache(producer, 'r', source.slice(0, 2), [3]);

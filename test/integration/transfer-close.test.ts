@@ -14,7 +14,7 @@ afterEach(() => services.dispose());
 let number = 0;
 async function move(from: TransferService, to: TransferService): Promise<void> {
   const tensor = flat(`r${number++}#l`, 1_000, to.address);
-  const got = to.receive(tensor.tensorId, from.address, 5_000);
+  const got = to.receive(tensor.tensorId, from.address, 60_000);
   await send(from, tensor).sent;
   await got;
 }
@@ -96,8 +96,8 @@ it('both ends opening at once end in two pairs, one for each direction', async (
     send(b, flat('to-a#l', 1_000, a.address)).sent,
   ];
   const got = [
-    a.receive('to-a#l' as TensorId, b.address, 5_000),
-    b.receive('to-b#l' as TensorId, a.address, 5_000),
+    a.receive('to-a#l' as TensorId, b.address, 60_000),
+    b.receive('to-b#l' as TensorId, a.address, 60_000),
   ];
   await Promise.all([...both, ...got]);
   for (const end of [a, b]) {

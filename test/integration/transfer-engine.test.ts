@@ -5,7 +5,15 @@ import { MetricsPage, readMetric } from '../../src/observability/metrics.ts';
 import { TransferEngine } from '../../src/transfer/engine.ts';
 import { SEND_TYPES } from '../../src/transfer/types.ts';
 import type { TransferId } from '../../src/wire/ids.ts';
-import { failure, flat, loadRequest, pagedCache, Services, transferOptions } from '../support/transfer.ts';
+import {
+  failure,
+  flat,
+  keptPort,
+  loadRequest,
+  pagedCache,
+  Services,
+  transferOptions,
+} from '../support/transfer.ts';
 
 const engines = new Services();
 afterEach(() => engines.dispose());
@@ -35,8 +43,11 @@ it('works while the owning thread computes and hears nothing', async () => {
   await producer.send(warm).sent;
   producer.send(flat('busy#l', 1_000, consumer.address));
   // No turn of this thread's event loop from here on: only the shared page can tell.
-  const end = performance.now() + 5_000;
-  while (readMetric([metrics], 'pd_kv_sent_bytes_total') < 2_000 && performance.now() < end);
+  const end = performance.now() + 60_000;
+  const nothing = new Int32Array(new SharedArrayBuffer(4));
+  while (readMetric([metrics], 'pd_kv_sent_bytes_total') < 2_000 && performance.now() < end) {
+    Atomics.wait(nothing, 0, 0, 1);
+  }
   expect(readMetric([metrics], 'pd_kv_sent_bytes_total')).toBe(2_000);
 });
 
@@ -62,8 +73,7 @@ it('names a port that is taken', async () => {
 });
 
 it('binds the base port plus its rank', async () => {
-  const first = await make();
-  await first.dispose();
-  const second = await make({ port: first.address.port - 1, rank: 1 });
-  expect(second.address.port).toBe(first.address.port);
+  const port = await keptPort();
+  const engine = await make({ port: port - 1, rank: 1 });
+  expect(engine.address.port).toBe(port);
 });

@@ -12,6 +12,7 @@ import {
   count,
   failure,
   flat,
+  keptPort,
   LAYOUT,
   leftovers,
   loadRequest,
@@ -74,8 +75,10 @@ describe('a load', () => {
     const producer = await services.make();
     const consumer = await services.make();
     const cache = pagedCache(2, true);
-    await Promise.all(sendCache(producer, 'cmpl-x-1', cache, [0], consumer.address).map(({ sent }) => sent));
-    await send(producer, flat('cmpl-x-00#model.layers.0.self_attn.attn', 8, consumer.address)).sent;
+    const sends = sendCache(producer, 'cmpl-x-1', cache, [0], consumer.address);
+    sends.push(send(producer, flat('cmpl-x-00#model.layers.0.self_attn.attn', 8, consumer.address)));
+    const bytes = (await Promise.all(sends.map(({ sent }) => sent))).reduce((sum, more) => sum + more, 0);
+    await until('all have come', () => count(consumer, 'pd_kv_received_bytes_total') === bytes);
     const error = await failure(
       consumer.load(loadRequest('cmpl-x-0-0123abcd', cache, [0], producer.address, { timeoutMs: 100 })),
     );
@@ -223,10 +226,10 @@ describe('room', () => {
     const evicted = await failure(consumer.receive(tensors[0]!.tensorId, producer.address));
     expect(evicted.code).toBe('KV_LOAD_FAILED');
     expect(evicted.message).toContain('make room');
-    for (const tensor of tensors.slice(1)) await consumer.receive(tensor.tensorId, producer.address, 5_000);
+    for (const tensor of tensors.slice(1)) await consumer.receive(tensor.tensorId, producer.address, 60_000);
     await until('fetched and gone', () => leftovers(producer).length === 0);
     await send(producer, tensors[0]!).sent;
-    await consumer.receive(tensors[0]!.tensorId, producer.address, 5_000);
+    await consumer.receive(tensors[0]!.tensorId, producer.address, 60_000);
   });
 
   it('for what never fits is refused at once, and costs nobody else anything', async () => {
@@ -240,7 +243,7 @@ describe('room', () => {
       expect((await failure(huge[0]!.sent)).code).toBe('KV_BUFFER_FULL');
       expect(count(producer, 'pd_kv_evicted_total')).toBe(0);
       if (sendType !== 'GET') send(producer, small);
-      await consumer.receive(small.tensorId, producer.address, 5_000);
+      await consumer.receive(small.tensorId, producer.address, 60_000);
     }
   });
 
@@ -271,7 +274,7 @@ describe('room', () => {
 describe('a peer that restarts on its address', () => {
   it('consumer: the next PUT opens a new pair', async () => {
     const producer = await services.make();
-    const first = await services.make();
+    const first = await services.make({ port: await keptPort() });
     await send(producer, flat('a#l', 100, first.address)).sent;
     await first.dispose();
     const second = await services.make({ port: first.address.port });
@@ -281,7 +284,7 @@ describe('a peer that restarts on its address', () => {
 
   it('producer: the consumer takes its new pair in place of the old', async () => {
     const consumer = await services.make();
-    const first = await services.make();
+    const first = await services.make({ port: await keptPort() });
     await send(first, flat('a#l', 100, consumer.address)).sent;
     await first.dispose();
     const second = await services.make({ port: first.address.port });
@@ -330,7 +333,7 @@ describe('ends that do not fit', () => {
     const error = await failure(send(producer, flat('a#l', 10, consumer.address)).sent);
     expect(error.code).toBe('SEND_TYPE_MISMATCH');
     expect(error.message).toMatch(/GET.*PUT/);
-    const asked = await failure(consumer.receive('a#l' as TensorId, producer.address, 5_000));
+    const asked = await failure(consumer.receive('a#l' as TensorId, producer.address, 60_000));
     expect(asked.code).toBe('SEND_TYPE_MISMATCH');
   });
 });
@@ -339,7 +342,7 @@ describe('GET', () => {
   it('for a tensor that is not there yet waits for it', async () => {
     const producer = await services.make({ sendType: 'GET', timeouts: { answer: 100 } });
     const consumer = await services.make({ sendType: 'GET' });
-    const got = consumer.receive('slow#l' as TensorId, producer.address, 5_000);
+    const got = consumer.receive('slow#l' as TensorId, producer.address, 60_000);
     // Longer than it is parked: the consumer asks again.
     await until('asked', () => producer.state().pairs.some(({ state }) => state === 'open'));
     await new Promise((resolve) => setTimeout(resolve, 150));
@@ -354,7 +357,7 @@ describe('GET', () => {
     for (const round of [1, 2]) {
       const tensor = flat('again#l', 100 * round);
       await send(producer, tensor).sent;
-      const got = await consumer.receive(tensor.tensorId, producer.address, 5_000);
+      const got = await consumer.receive(tensor.tensorId, producer.address, 60_000);
       expect(Buffer.compare(hostView(got.memory), hostView(tensor.data))).toBe(0);
       for (const end of [producer, consumer]) end.finish('again' as TransferId);
     }
@@ -390,7 +393,7 @@ describe('GET', () => {
     expect((await failure(late)).code).toMatch(/^KV_LOAD_/);
     consumer.finish('b' as TransferId);
     await consumer.load(
-      loadRequest('d', pagedCache(2, false), [1, 2], producer.address, { timeoutMs: 5_000 }),
+      loadRequest('d', pagedCache(2, false), [1, 2], producer.address, { timeoutMs: 60_000 }),
     );
     expect(consumer.state().pairs[0]?.queued).toBe(0);
     await until('all free', () => leftovers(consumer).length === 0);

@@ -89,7 +89,7 @@ describe.each(SEND_TYPES)('%s', (sendType) => {
     const consumer = await services.make({ sendType, host: '::1' });
     const tensor = flat('a#l' as TensorId, 5_000, consumer.address);
     send(producer, tensor);
-    const got = await consumer.receive(tensor.tensorId, producer.address, 5_000);
+    const got = await consumer.receive(tensor.tensorId, producer.address, 60_000);
     expect(Buffer.compare(hostView(got.memory), hostView(tensor.data))).toBe(0);
   });
 

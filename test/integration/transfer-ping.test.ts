@@ -10,7 +10,7 @@ import { PdProxy } from '../../src/proxy/proxy.ts';
 import { Deadlines } from '../../src/transfer/deadlines.ts';
 import { Pinger } from '../../src/transfer/ping.ts';
 import { decodePing } from '../../src/wire/codec.ts';
-import { Services, transferOptions } from '../support/transfer.ts';
+import { keptPort, Services, transferOptions } from '../support/transfer.ts';
 
 const services = new Services();
 afterEach(() => services.dispose());
@@ -23,7 +23,7 @@ async function proxy(port = 0): Promise<{ socket: zmq.Router; port: number }> {
 }
 
 it('come from the KV address, go on after the proxy was away, and stop when told', async () => {
-  const first = await proxy();
+  const first = await proxy(await keptPort());
   const engine = await services.make();
   const ping = {
     proxy: { host: '0.0.0.0', port: first.port },

@@ -1,13 +1,30 @@
 /** What a listener of ours answers to peers that are not ours, to broken messages, and to none at all. */
 import { encode } from '@msgpack/msgpack';
 import { afterEach, describe, expect, it } from 'vitest';
+import { deferred } from '../../src/deferred.ts';
+import type { MemoryRef } from '../../src/device/device.ts';
+import { HostDevice } from '../../src/device/host.ts';
 import { hostMemory, hostView } from '../../src/device/memory.ts';
-import { parseHostPort } from '../../src/net/address.ts';
+import { formatHostPort, parseHostPort } from '../../src/net/address.ts';
+import type { TransferService } from '../../src/transfer/service.ts';
+import type { Pair } from '../../src/transport/transport.ts';
 import { decodeMessage, encodeAnswer, encodeMessage } from '../../src/wire/codec.ts';
 import { type TensorId, type TransferId, tensorIdOf } from '../../src/wire/ids.ts';
 import { proxiedId } from '../support/ids.ts';
 import { RawListener, RawPeer } from '../support/raw-peer.ts';
-import { count, failure, flat, leftovers, Services, send, until } from '../support/transfer.ts';
+import {
+  blockOf,
+  count,
+  failure,
+  flat,
+  LAYOUT,
+  leftovers,
+  pagedCache,
+  Services,
+  send,
+  sendCache,
+  until,
+} from '../support/transfer.ts';
 
 const services = new Services();
 afterEach(() => services.dispose());
@@ -31,7 +48,7 @@ describe('a peer that speaks only vLLM', () => {
     await peer.say(put(`${id}-0123abcd#l`, 4_000));
     await peer.say(put('cmpl-w-0-0123abcd#l', 4_000));
     expect([await peer.answer(1), await peer.answer(2)]).toEqual(['0', '1']);
-    await pair.send([data], { tensorId: 'x', timeoutMs: 5_000 });
+    await pair.send([data], { tensorId: 'x', timeoutMs: 60_000 });
     const got = await consumer.receive(tensorIdOf(id, 'l'), parseHostPort(peer.self));
     expect(hostView(got.memory).every((byte) => byte === 7)).toBe(true);
     consumer.finish(id);
@@ -57,8 +74,8 @@ describe('a peer that speaks only vLLM', () => {
     await until('open on both ends', () => consumer.state().pairs.some(({ state }) => state === 'open'));
     await peer.say(put('again#l', 100));
     expect(await peer.answer(2)).toBe('0');
-    await pair.send([hostMemory(100)], { tensorId: 'x', timeoutMs: 5_000 });
-    await consumer.receive('again#l' as TensorId, listener.address, 5_000);
+    await pair.send([hostMemory(100)], { tensorId: 'x', timeoutMs: 60_000 });
+    await consumer.receive('again#l' as TensorId, listener.address, 60_000);
     expect(count(consumer, 'pd_protocol_errors_total', 'no_pair')).toBe(1);
   });
 
@@ -76,10 +93,84 @@ describe('a peer that speaks only vLLM', () => {
       Buffer.from(encode({ ret: 0, shape: [300], dtype: 'uint8' })).toString('latin1'),
     );
     const target = hostMemory(300);
-    await pair.receive([target], { tensorId: 'x', timeoutMs: 5_000 });
+    await pair.receive([target], { tensorId: 'x', timeoutMs: 60_000 });
     expect(Buffer.compare(hostView(target), hostView(tensor.data))).toBe(0);
     // Not ours: it may ask again.
     expect(producer.state().tensors).toBe(1);
+  });
+});
+
+/** Page-locked memory is given out when the test says so. */
+class SlowDevice extends HostDevice {
+  readonly gate = deferred<void>();
+  asked = 0;
+  override async allocatePinned(bytes: number, what: string): Promise<MemoryRef> {
+    this.asked++;
+    await this.gate.promise;
+    return super.allocatePinned(bytes, what);
+  }
+}
+
+describe('a pair that a peer of vLLM gets from us while its message waits for memory', () => {
+  /** Its listener, which joins our pair, and its DEALER, with a pair of its own by now. */
+  async function meet(engine: TransferService) {
+    const joined = deferred<Pair>();
+    const listener = services.add(
+      await RawListener.listen((body, _, self) => {
+        const message = decodeMessage(body, { maxTensorBytes: 1_000 });
+        if (message.cmd === 'NEW') void self.join(message.unique_id).then(joined.resolve, joined.reject);
+      }),
+    );
+    const peer = services.add(new RawPeer(engine.address, formatHostPort(listener.address)));
+    await peer.pair();
+    const ours = async () => {
+      const pair = await joined.promise;
+      const open = () => engine.state().pairs.filter(({ state }) => state === 'open').length === 2;
+      await until('both are open', open);
+      return pair;
+    };
+    return { listener, peer, ours };
+  }
+
+  it('carries what it then sends', async () => {
+    const device = new SlowDevice();
+    const consumer = await services.make({ kvBufferSize: 64 }, { device });
+    const { listener, peer, ours } = await meet(consumer);
+    await peer.say(put('cmpl-v-0#l', 100));
+    await until('memory is asked for', () => device.asked > 0);
+    send(consumer, flat('to-them#l', 10, listener.address));
+    const pair = await ours();
+    device.gate.resolve();
+    expect(await peer.answer(1)).toBe('0');
+    await pair.send([hostMemory(100)], { tensorId: 'x', timeoutMs: 60_000 });
+    await consumer.receive('cmpl-v-0#l' as TensorId, listener.address);
+  });
+
+  it('carries what it asked for', async () => {
+    const device = new SlowDevice();
+    const [{ target } = { target: undefined }] = pagedCache(1, true);
+    const block = 2 * LAYOUT.blockSize * LAYOUT.heads * LAYOUT.headDim * 4;
+    // Room for what is kept, and none for the form in which such a peer gets it. Not so full that the pool grows before it is asked.
+    const kvBufferSize = 3 * block - 64;
+    const producer = await services.make(
+      { sendType: 'GET', wireLayout: 'blocks-first', kvBufferSize },
+      { device },
+    );
+    await sendCache(producer, 'cmpl-w-0', [{ name: 'l', target: target! }], [3, 5])[0]!.sent;
+    const { listener, peer, ours } = await meet(producer);
+    await peer.say({ cmd: 'GET', tensor_id: 'cmpl-w-0#l' });
+    await until('memory is asked for', () => device.asked > 0);
+    void failure(producer.receive('from-them#l' as TensorId, listener.address));
+    const pair = await ours();
+    device.gate.resolve();
+    expect(await peer.answer(1)).toBe(
+      Buffer.from(encode({ ret: 0, shape: [2, 2, 4, 2, 8], dtype: 'float32' })).toString('latin1'),
+    );
+    const got = hostMemory(2 * block);
+    await pair.receive([got], { tensorId: 'x', timeoutMs: 60_000 });
+    expect(Buffer.concat([3, 5].map((at) => blockOf(target!, at))).equals(Buffer.from(hostView(got)))).toBe(
+      true,
+    );
   });
 });
 
@@ -111,8 +202,8 @@ describe('broken messages', () => {
     expect(leftovers(consumer)).toEqual([]);
     await peer.say(put('good#l', 10));
     expect(await peer.answer(bad.length + 1)).toBe('0');
-    await pair.send([hostMemory(10)], { tensorId: 'x', timeoutMs: 5_000 });
-    await consumer.receive('good#l' as TensorId, parseHostPort(peer.self), 5_000);
+    await pair.send([hostMemory(10)], { tensorId: 'x', timeoutMs: 60_000 });
+    await consumer.receive('good#l' as TensorId, parseHostPort(peer.self), 60_000);
     for (const kind of ['malformed', 'unknown_command', 'bad_field', 'limit', 'unknown_dtype'] as const) {
       expect([kind, count(consumer, 'pd_protocol_errors_total', kind)]).not.toEqual([kind, 0]);
     }
@@ -175,8 +266,8 @@ describe('broken messages', () => {
     await peer.say(put('d#l', 10));
     await peer.say(put('d#l', 10));
     expect([await peer.answer(1), await peer.answer(2)]).toEqual(['0', '1']);
-    await pair.send([hostMemory(10)], { tensorId: 'x', timeoutMs: 5_000 });
-    await consumer.receive('d#l' as TensorId, parseHostPort(peer.self), 5_000);
+    await pair.send([hostMemory(10)], { tensorId: 'x', timeoutMs: 60_000 });
+    await consumer.receive('d#l' as TensorId, parseHostPort(peer.self), 60_000);
     expect(consumer.state().buffer.usedBytes).toBe(10);
     expect(count(consumer, 'pd_protocol_errors_total', 'duplicate')).toBe(1);
   });
@@ -192,8 +283,8 @@ describe('broken messages', () => {
     await until('the memory of the first', () => leftovers(consumer).length === 0);
     await peer.say(put('two#l', 10));
     expect(await peer.answer(2)).toBe('0');
-    await second.send([hostMemory(10)], { tensorId: 'x', timeoutMs: 5_000 });
-    await consumer.receive('two#l' as TensorId, parseHostPort(peer.self), 5_000);
+    await second.send([hostMemory(10)], { tensorId: 'x', timeoutMs: 60_000 });
+    await consumer.receive('two#l' as TensorId, parseHostPort(peer.self), 60_000);
   });
 
   it('a PUT to an engine of send_type GET is refused, and a GET to one of PUT', async () => {
@@ -234,8 +325,8 @@ describe('a routing id', () => {
     expect((await before.over).code).toBe('PEER_LOST');
     await second.say(put('b#l', 10));
     expect(await second.answer(1)).toBe('0');
-    await pair.send([hostMemory(10)], { tensorId: 'b#l', timeoutMs: 5_000 });
-    await consumer.receive('b#l' as TensorId, parseHostPort(second.self), 5_000);
+    await pair.send([hostMemory(10)], { tensorId: 'b#l', timeoutMs: 60_000 });
+    await consumer.receive('b#l' as TensorId, parseHostPort(second.self), 60_000);
     // No answer of the first was given to the second.
     expect(first.answers).toHaveLength(1);
     expect(second.answers).toHaveLength(1);
@@ -252,6 +343,7 @@ describe('a listener that', () => {
     expect(error.code).toBe('PAIR_INIT_TIMEOUT');
     const again = await failure(send(producer, flat('b#l', 10, silent.address)).sent);
     expect(again.code).toBe('PAIR_INIT_TIMEOUT');
+    await until('its NEW', () => silent.messages.length > 0);
     expect(silent.messages).toHaveLength(1);
   });
 

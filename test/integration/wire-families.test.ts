@@ -165,7 +165,7 @@ describe.skipIf(python === undefined)('a tensor of a peer that is not ours', () 
     const to = formatHostPort(consumer.address);
     const load = (id: string) =>
       consumer.load({
-        ...loadRequest(id, cache, BLOCKS, peer!.address, { timeoutMs: 5_000 }),
+        ...loadRequest(id, cache, BLOCKS, peer!.address, { timeoutMs: 60_000 }),
         numTokens: TOKENS,
       });
     const put = (id: string, form: readonly number[], type: string) =>

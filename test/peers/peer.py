@@ -1,6 +1,6 @@
 """A worker of another make, written from docs/protocol.md: it speaks NEW, PUT, GET and ping as vLLM's P2P NCCL engine does.
 
-    peer.py [--host 127.0.0.1] [--port 0] [--transport host|nccl] [--sockets zmtp|pyzmq] [--device cuda:0] [--timeout 10]
+    peer.py [--host 127.0.0.1] [--port 0] [--transport host|nccl] [--sockets zmtp|pyzmq] [--device cuda:0] [--timeout 50]
 
 Commands come as JSON lines on stdin, `{"id": 1, "op": "put", ...}`; each is answered by one line on stdout, `{"id": 1, ...}` or
 `{"id": 1, "error": "..."}`. The first line is `{"ready": "host:port"}`. What vLLM would not understand ends the process with status 3
@@ -297,7 +297,7 @@ def main():
     parser.add_argument("--transport", choices=("host", "nccl"), default="host")
     parser.add_argument("--sockets", choices=("zmtp", "pyzmq"), default="zmtp")
     parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--timeout", type=float, default=10.0)
+    parser.add_argument("--timeout", type=float, default=50.0)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     peer = Peer(parser.parse_args())
     print(json.dumps({"ready": peer.address, "about": peer.transport.about()}), flush=True)

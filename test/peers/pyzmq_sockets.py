@@ -45,7 +45,7 @@ def _bracketed(host):
 
 
 class Dealer:
-    def __init__(self, identity, host, port, timeout=5.0):
+    def __init__(self, identity, host, port, timeout=50.0):
         def make(context):
             sock = context.socket(zmq.DEALER)
             sock.setsockopt_string(zmq.IDENTITY, identity)

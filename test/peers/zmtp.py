@@ -12,6 +12,7 @@ import time
 MORE, LONG, COMMAND = 1, 2, 4
 GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"NULL".ljust(20, b"\0") + b"\0" + bytes(31)
 MOST = 1 << 20
+HANDSHAKE_S = 50.0
 
 
 def encode_frame(body, flags=0):
@@ -111,7 +112,7 @@ class Connection:
 class Dealer:
     """Sends bodies to one ROUTER and connects anew when the connection is lost, as libzmq does."""
 
-    def __init__(self, identity, host, port, timeout=5.0):
+    def __init__(self, identity, host, port, timeout=HANDSHAKE_S):
         self.identity, self.host, self.port, self.timeout = identity.encode(), host, port, timeout
         self.inbox = queue.Queue()
         self.connection = None
@@ -198,7 +199,7 @@ class Router:
 
     def _serve(self, sock):
         try:
-            connection = Connection(sock, b"ROUTER", b"", 5.0)
+            connection = Connection(sock, b"ROUTER", b"", HANDSHAKE_S)
             identity = connection.peer.get("identity", b"")
             self.connections[identity] = connection
             while True:

@@ -1,4 +1,5 @@
 /** A proxy, producers and consumers as real processes on free ports, and what a check asks of them. */
+import { freePorts } from '../../src/net/free-ports.ts';
 import { Program } from './process.ts';
 
 export interface WorkerHandle {
@@ -18,15 +19,23 @@ export interface ProxyHandle {
 }
 
 const QUIET = ['--log-format', 'json', '--log-level', 'info'];
+/** A busy machine is slow, not broken. Tests give a flag where a deadline is to pass. */
+const PATIENT = {
+  PD_CONNECT_TIMEOUT: '60s',
+  PD_ANSWER_TIMEOUT: '60s',
+  PD_PAIR_INIT_TIMEOUT: '60s',
+  PD_KV_TRANSFER_TIMEOUT: '60s',
+  PD_INSTANCE_TIMEOUT: '60s',
+};
+
+/** Ports to give to a program that is started again on them: the system gives them to nobody else meanwhile. */
+export function keptPorts(count: number): Promise<number[]> {
+  return freePorts(count, '127.0.0.1');
+}
 
 export async function startProxy(args: readonly string[] = []): Promise<ProxyHandle> {
-  const program = new Program('pd-proxy', [
-    '--host',
-    '127.0.0.1',
-    ...(args.includes('--port') ? [] : ['--port', '0', '--discovery-port', '0']),
-    ...QUIET,
-    ...args,
-  ]);
+  const ports = args.includes('--port') ? [] : ['--port', '0', '--discovery-port', '0'];
+  const program = new Program('pd-proxy', ['--host', '127.0.0.1', ...ports, ...QUIET, ...args], PATIENT);
   const [, url] = await program.line(/Running on (http:\/\/\S+)/);
   const [, discovery] = await program.line(/[Dd]iscovery on (\S+)/);
   return { program, url: url!, discovery: discovery!.replace(/^tcp:\/\//, '') };
@@ -38,18 +47,17 @@ export async function startWorker(
   args: readonly string[] = [],
 ): Promise<WorkerHandle> {
   const has = (flag: string) => args.includes(flag);
-  const program = new Program('pd-worker', [
-    '--role',
-    role,
-    '--host',
-    '127.0.0.1',
+  const kv = ['--kv-host', '127.0.0.1', ...(has('--kv-port') ? [] : ['--kv-port', '0'])];
+  const all = [
+    ...['--role', role, '--host', '127.0.0.1'],
     ...(has('--device') ? [] : ['--device', 'host']),
     ...(has('--port') ? [] : ['--port', '0']),
-    ...(role === 'both' ? [] : ['--kv-host', '127.0.0.1', ...(has('--kv-port') ? [] : ['--kv-port', '0'])]),
+    ...(role === 'both' ? [] : kv),
     ...(proxy && role !== 'both' ? ['--proxy', proxy.discovery] : []),
     ...QUIET,
     ...args,
-  ]);
+  ];
+  const program = new Program('pd-worker', all, PATIENT);
   const [, url] = await program.line(/Running on (http:\/\/\S+)/);
   const kvAddress = role === 'both' ? '' : (await program.line(/zmq_address:([^,]+),/))[1]!;
   return { role, program, url: url!, kvAddress };
@@ -60,7 +68,7 @@ export async function untilListed(
   proxy: ProxyHandle,
   producers: number,
   consumers: number,
-  timeoutMs = 20_000,
+  timeoutMs = 60_000,
 ): Promise<void> {
   const deadline = performance.now() + timeoutMs;
   for (;;) {

@@ -6,10 +6,11 @@ import type { WorkerConfig } from '../../src/config/worker-config.ts';
 import { demoModelDir } from '../../src/model/demo.ts';
 import { MetricsPage } from '../../src/observability/metrics.ts';
 import type { CoreRequest, RequestOutput, SamplingParams } from '../../src/scheduler/types.ts';
-import { DEFAULT_LIMITS, DEFAULT_TIMEOUTS } from '../../src/transfer/types.ts';
+import { DEFAULT_LIMITS } from '../../src/transfer/types.ts';
 import type { EngineRequestId } from '../../src/wire/ids.ts';
 import type { CoreInfo, CoreState, FromCore, ToCore } from '../../src/worker/messages.ts';
 import { transferOf } from './ids.ts';
+import { PATIENT_TIMEOUTS } from './transfer.ts';
 
 const ENTRY = fileURLToPath(new URL('../../dist/src/worker/core-thread.js', import.meta.url));
 
@@ -34,7 +35,7 @@ export function coreConfig(changes: Partial<WorkerConfig> = {}): WorkerConfig {
     numBlocks: 128,
     enablePrefixCaching: true,
     randomizeRequestIds: true,
-    timeouts: DEFAULT_TIMEOUTS,
+    timeouts: PATIENT_TIMEOUTS,
     limits: DEFAULT_LIMITS,
     drainTimeoutMs: 1_000,
     pingIntervalMs: 3_000,

@@ -63,7 +63,7 @@ export class Program {
   }
 
   /** The first line, from `from` on, whose message matches. Rejects when the program ends or after `timeoutMs`. */
-  async line(pattern: RegExp, timeoutMs = 30_000, from = 0): Promise<RegExpExecArray> {
+  async line(pattern: RegExp, timeoutMs = 60_000, from = 0): Promise<RegExpExecArray> {
     let next = from;
     const find = (): RegExpExecArray | undefined => {
       for (; next < this.lines.length; next++) {
@@ -100,7 +100,7 @@ export class Program {
   }
 
   /** Sends the signal and waits for the end; SIGKILL after `timeoutMs`. Returns the exit code, null where a signal ended it. */
-  async stop(signal: NodeJS.Signals = 'SIGTERM', timeoutMs = 15_000): Promise<number | null> {
+  async stop(signal: NodeJS.Signals = 'SIGTERM', timeoutMs = 60_000): Promise<number | null> {
     if (this.exited) return this.child.exitCode;
     const ended = once(this.child, 'exit');
     this.child.kill(signal);

@@ -80,7 +80,7 @@ export class PythonPeer {
 
   static async start(options: PythonPeerOptions): Promise<PythonPeer> {
     const { python, host = '127.0.0.1', port = 0, sockets = 'zmtp', transport = 'host', env = {} } = options;
-    const { device = 'cuda:0', timeoutS = 10 } = options;
+    const { device = 'cuda:0', timeoutS = 50 } = options;
     const settings = { host, port, sockets, transport, device, timeout: timeoutS };
     const args = Object.entries(settings).flatMap(([name, value]) => [`--${name}`, String(value)]);
     const child = spawn(python, ['-B', options.script ?? SCRIPT, ...args], {

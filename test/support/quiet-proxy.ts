@@ -14,10 +14,10 @@ export function startQuietProxy({ host = '127.0.0.1', ...settings }: QuietSettin
     http: { host, port: 0 },
     discovery: { host, port: 0 },
     instanceTimeoutMs: 60_000,
-    prefillTimeoutMs: 10_000,
-    decodeIdleTimeoutMs: 10_000,
+    prefillTimeoutMs: 60_000,
+    decodeIdleTimeoutMs: 60_000,
     overlap: 4,
-    drainTimeoutMs: 5_000,
+    drainTimeoutMs: 60_000,
     log: { level: 'silent', format: 'json' },
     ...settings,
   });

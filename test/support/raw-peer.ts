@@ -40,11 +40,11 @@ export class RawPeer {
   }
 
   /** NEW as vLLM sends it, and the pair. */
-  async pair(): Promise<Pair> {
+  async pair(timeoutMs = 60_000): Promise<Pair> {
     const transport = await this.transport();
     const uniqueId = transport.createUniqueId();
     await this.say({ cmd: 'NEW', unique_id: uniqueId });
-    return transport.open({ uniqueId, rank: 0, peer: 'engine', timeoutMs: 5_000 });
+    return transport.open({ uniqueId, rank: 0, peer: 'engine', timeoutMs });
   }
 
   async transport(): Promise<HostTransport> {
@@ -90,7 +90,7 @@ export class RawListener {
   }
 
   /** Joins the pair that a NEW offers. */
-  join(uniqueId: UniqueId, timeoutMs = 5_000): Promise<Pair> {
+  join(uniqueId: UniqueId, timeoutMs = 60_000): Promise<Pair> {
     return this.transport.open({ uniqueId, rank: 1, peer: formatHostPort(this.address), timeoutMs });
   }
 

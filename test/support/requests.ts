@@ -129,6 +129,6 @@ export async function eventually(
   const deadline = performance.now() + timeoutMs;
   while (!(await condition())) {
     if (performance.now() > deadline) throw new Error(`not within ${timeoutMs} ms: ${what}`);
-    await sleep(100);
+    await sleep(20);
   }
 }

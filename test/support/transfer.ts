@@ -1,4 +1,4 @@
-/** Transfer services and engines for tests: on the host, on loopback, with short deadlines. */
+/** Transfer services and engines for tests: on the host, on loopback, with deadlines that only end what hangs. */
 import { randomFillSync } from 'node:crypto';
 import { deferred } from '../../src/deferred.ts';
 import type { MemoryRef, PagedLayer } from '../../src/device/device.ts';
@@ -6,6 +6,7 @@ import { hostMemory, hostView } from '../../src/device/memory.ts';
 import { PdError } from '../../src/errors.ts';
 import { layerBytes, type PagedLayout } from '../../src/kv/layout.ts';
 import type { HostPort } from '../../src/net/address.ts';
+import { freePorts } from '../../src/net/free-ports.ts';
 import { type MetricName, type MetricsPage, readMetric } from '../../src/observability/metrics.ts';
 import { type ServiceParts, TransferService } from '../../src/transfer/service.ts';
 import {
@@ -17,6 +18,18 @@ import {
 } from '../../src/transfer/types.ts';
 import { type TensorId, type TransferId, tensorIdOf } from '../../src/wire/ids.ts';
 import { transferOf } from './ids.ts';
+
+/** A busy machine is slow, not broken: tests set a shorter one where it is to pass. */
+export const PATIENT_TIMEOUTS: TransferTimeouts = {
+  ...DEFAULT_TIMEOUTS,
+  ...{ connect: 60_000, answer: 60_000, pairInit: 60_000, transfer: 60_000 },
+};
+
+/** A port for one that is started again at its address: the system gives it to nobody else meanwhile. */
+export async function keptPort(host = '127.0.0.1'): Promise<number> {
+  const [port] = await freePorts(1, host);
+  return port!;
+}
 
 export interface TestOptions extends Partial<Omit<TransferOptions, 'timeouts' | 'limits'>> {
   readonly timeouts?: Partial<TransferTimeouts>;
@@ -38,7 +51,7 @@ export function transferOptions(overrides: TestOptions = {}): TransferOptions {
     ncclNumChannels: 8,
     log: { level: (process.env['PD_TEST_LOG'] as 'debug') ?? 'silent', format: 'json' },
     ...rest,
-    timeouts: { ...DEFAULT_TIMEOUTS, ...timeouts },
+    timeouts: { ...PATIENT_TIMEOUTS, ...timeouts },
     limits: { ...DEFAULT_LIMITS, ...limits },
   };
 }
@@ -192,7 +205,7 @@ export function count(service: { readonly metrics: MetricsPage }, name: MetricNa
 }
 
 /** Awaits a condition that nothing announces, event turn by event turn. */
-export async function until(what: string, holds: () => boolean, timeoutMs = 5_000): Promise<void> {
+export async function until(what: string, holds: () => boolean, timeoutMs = 60_000): Promise<void> {
   const end = performance.now() + timeoutMs;
   while (!holds()) {
     if (performance.now() > end) throw new Error(`${what} did not come true`);

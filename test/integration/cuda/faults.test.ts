@@ -45,14 +45,14 @@ async function work(devices: CudaDevice[], transports: NcclTransport[]): Promise
   here.gather(tensor, layer, Int32Array.of(2, 0), stream);
   const gathered = stream.record();
   stream.wait(gathered.ref);
-  await new EventPoller().wait(gathered, 5_000, 'gather');
+  await new EventPoller().wait(gathered, 60_000, 'gather');
   gathered.dispose();
   const uniqueId = left.createUniqueId();
   const pairs = await Promise.all([
-    left.open({ uniqueId, rank: 0, peer: 'right', timeoutMs: 700 }),
-    right.open({ uniqueId, rank: 1, peer: 'left', timeoutMs: 700 }),
+    left.open({ uniqueId, rank: 0, peer: 'right', timeoutMs: 60_000 }),
+    right.open({ uniqueId, rank: 1, peer: 'left', timeoutMs: 60_000 }),
   ]);
-  const options = { tensorId: 'tensor', timeoutMs: 700 };
+  const options = { tensorId: 'tensor', timeoutMs: 60_000 };
   await Promise.all([pairs[0].send([tensor], options), pairs[1].receive([pinned], options)]);
 }
 

@@ -21,8 +21,8 @@ test('several pairs are opened and used, one step at a time', async () => {
     const open = async (peer: Peer, number: number) => {
       const uniqueId = transport.createUniqueId();
       const [pair, answer] = await Promise.all([
-        transport.open({ uniqueId, rank: 0, peer: 'child', timeoutMs: 10_000 }),
-        peer.ask({ do: 'open', pair: number, uniqueId, timeoutMs: 10_000 }),
+        transport.open({ uniqueId, rank: 0, peer: 'child', timeoutMs: 60_000 }),
+        peer.ask({ do: 'open', pair: number, uniqueId, timeoutMs: 60_000 }),
       ]);
       expect(answer.error).toBeUndefined();
       return pair;
@@ -30,9 +30,9 @@ test('several pairs are opened and used, one step at a time', async () => {
     const pairs = await Promise.all(peers.flatMap((peer) => [open(peer, 1), open(peer, 2)]));
     const memory = device.allocate(4096, 'test');
     const receiving = peers.flatMap((peer) =>
-      [1, 2].map((pair) => peer.ask({ do: 'receive', pair, regions: [4096], count: 20, timeoutMs: 10_000 })),
+      [1, 2].map((pair) => peer.ask({ do: 'receive', pair, regions: [4096], count: 20, timeoutMs: 60_000 })),
     );
-    const options = { tensorId: 't', timeoutMs: 10_000 };
+    const options = { tensorId: 't', timeoutMs: 60_000 };
     await Promise.all(
       pairs.flatMap((pair) => Array.from({ length: 20 }, () => pair.send([memory], options))),
     );

@@ -50,7 +50,7 @@ function read(device: CudaDevice, memory: MemoryRef): Uint8Array {
   return hostView(host);
 }
 
-async function openPair(timeoutMs = 10_000): Promise<readonly [Pair, Pair]> {
+async function openPair(timeoutMs = 60_000): Promise<readonly [Pair, Pair]> {
   const uniqueId = left.createUniqueId();
   return Promise.all([
     left.open({ uniqueId, rank: 0, peer: '10.0.0.2:2', timeoutMs }),
@@ -58,7 +58,7 @@ async function openPair(timeoutMs = 10_000): Promise<readonly [Pair, Pair]> {
   ]);
 }
 
-const options = (tensorId: string, timeoutMs = 10_000) => ({ tensorId, timeoutMs });
+const options = (tensorId: string, timeoutMs = 60_000) => ({ tensorId, timeoutMs });
 
 describe('a pair', () => {
   test('carries operations in order, with several regions each, in GPU and in page-locked memory', async () => {
@@ -182,7 +182,7 @@ describe('opening', () => {
   test('two ranks on one GPU are refused in words', async () => {
     const uniqueId = left.createUniqueId();
     const both = [0, 1].map((rank) =>
-      left.open({ uniqueId, rank: rank as 0 | 1, peer: '10.0.0.2:2', timeoutMs: 5_000 }),
+      left.open({ uniqueId, rank: rank as 0 | 1, peer: '10.0.0.2:2', timeoutMs: 60_000 }),
     );
     for (const result of await Promise.allSettled(both)) {
       expect(result).toMatchObject({ status: 'rejected', reason: { code: 'NCCL_ERROR' } });
@@ -194,7 +194,7 @@ describe('opening', () => {
 
   test('an id that is not one is refused', async () => {
     const uniqueId = new Uint8Array(100) as UniqueId;
-    await expect(left.open({ uniqueId, rank: 1, peer: 'p:1', timeoutMs: 1_000 })).rejects.toMatchObject({
+    await expect(left.open({ uniqueId, rank: 1, peer: 'p:1', timeoutMs: 60_000 })).rejects.toMatchObject({
       code: 'MESSAGE_INVALID',
     });
   });

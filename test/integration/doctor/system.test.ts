@@ -19,7 +19,7 @@ import {
   type WorkerHandle,
 } from '../../support/cluster.ts';
 
-const TIMEOUT_MS = 5_000;
+const TIMEOUT_MS = 60_000;
 const levels = (section: { findings: readonly { level: string }[] }) =>
   section.findings.map(({ level }) => level);
 const peer = (address: string, announced?: string, timeoutMs = TIMEOUT_MS) =>

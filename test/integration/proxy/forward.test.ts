@@ -5,6 +5,7 @@ import { formatHostPort } from '../../../src/net/address.ts';
 import type { PdProxy } from '../../../src/proxy/proxy.ts';
 import { type Answer, type Asked, answerJson, FakeUpstream, sendPing } from '../../support/fake-upstream.ts';
 import { startQuietProxy } from '../../support/quiet-proxy.ts';
+import { withStoppedClock } from '../../support/stopped-clock.ts';
 
 const closing: (() => Promise<unknown>)[] = [];
 afterEach(async () => {
@@ -200,17 +201,22 @@ describe('errors', () => {
   });
 
   test('a producer that does not answer in time: 504 naming it and the option', async () => {
-    const proxy = await startProxy({ prefillTimeoutMs: 50 });
+    const proxy = await startProxy({ prefillTimeoutMs: 10_000 });
     const producer = await startUpstream(proxy, 'producer', () => {});
-    const aborted = once(producer.events, 'aborted');
     await startUpstream(proxy, 'consumer');
-    const response = await post(proxy, REQUEST);
-    expect(response.status).toBe(504);
-    const { error } = (await response.json()) as { error: { message: string; code: string } };
-    expect(error.code).toBe('UPSTREAM_TIMEOUT');
-    expect(error.message).toContain(producer.label);
-    expect(error.message).toContain('--prefill-timeout');
-    await aborted;
+    await withStoppedClock(async (clock) => {
+      const [asked, aborted] = [once(producer.events, 'asked'), once(producer.events, 'aborted')];
+      const answer = post(proxy, REQUEST);
+      await asked;
+      clock.passes(10_000);
+      const response = await answer;
+      expect(response.status).toBe(504);
+      const { error } = (await response.json()) as { error: { message: string; code: string } };
+      expect(error.code).toBe('UPSTREAM_TIMEOUT');
+      expect(error.message).toContain(producer.label);
+      expect(error.message).toContain('--prefill-timeout');
+      await aborted;
+    });
   });
 });
 
@@ -337,15 +343,19 @@ describe('a stream', () => {
   });
 
   test('that stalls ends with an error event at the deadline', async () => {
-    const proxy = await startProxy({ decodeIdleTimeoutMs: 60 });
+    const proxy = await startProxy({ decodeIdleTimeoutMs: 10_000 });
     await startUpstream(proxy, 'producer');
     const { answer, stream } = streaming();
     const consumer = await startUpstream(proxy, 'consumer', answer);
-    const aborted = once(consumer.events, 'aborted');
-    const response = await post(proxy, { ...REQUEST, stream: true });
-    (await stream).write(EVENT('one'));
-    expect(await response.text()).toContain('--decode-idle-timeout');
-    await aborted;
+    await withStoppedClock(async (clock) => {
+      const aborted = once(consumer.events, 'aborted');
+      const response = await post(proxy, { ...REQUEST, stream: true });
+      (await stream).write(EVENT('one'));
+      const text = response.text();
+      await clock.passesUntil(text);
+      expect(await text).toContain('--decode-idle-timeout');
+      await aborted;
+    });
   });
 
   test('that the client leaves is aborted at the consumer', async () => {
@@ -474,7 +484,7 @@ test('close lets requests under way end, and takes no new ones', async () => {
   await startUpstream(proxy, 'consumer', answer);
   const response = await post(proxy, { ...REQUEST, stream: true });
   const out = await stream;
-  const closed = proxy.close(10_000);
+  const closed = proxy.close(60_000);
   await expect(post(proxy, REQUEST).then((r) => r.status)).resolves.toBe(503);
   out.end(EVENT('late'));
   expect(await response.text()).toBe(EVENT('late'));

@@ -7,6 +7,7 @@ import type { PdProxy } from '../../../src/proxy/proxy.ts';
 import { OVERLAP_FEATURE } from '../../../src/wire/overlap.ts';
 import { type Answer, type Asked, answerJson, FakeUpstream } from '../../support/fake-upstream.ts';
 import { startQuietProxy } from '../../support/quiet-proxy.ts';
+import { withStoppedClock } from '../../support/stopped-clock.ts';
 
 const closing: (() => Promise<unknown>)[] = [];
 const unhandled: unknown[] = [];
@@ -101,7 +102,7 @@ class Scripted {
   }
 
   async #event(name = 'asked'): Promise<void> {
-    await once(this.upstream.events, name, { signal: AbortSignal.timeout(5_000) });
+    await once(this.upstream.events, name, { signal: AbortSignal.timeout(60_000) });
   }
 }
 
@@ -139,13 +140,13 @@ const idOf = (asked: Asked) => asked.headers['x-request-id'];
 
 describe('where both know how', () => {
   test('the consumer is asked while the producer is at work, and told for how long that may go on', async () => {
-    const { proxy, producer, consumer } = await pair({ prefillTimeoutMs: 8_000 });
+    const { proxy, producer, consumer } = await pair({ prefillTimeoutMs: 80_000 });
     const response = post(proxy);
     await Promise.all([producer.asked(), consumer.asked()]);
     expect(producer.requests[0]!.json['max_tokens']).toBe(1);
     expect(producer.requests[0]!.headers['x-pd-prefill-within']).toBeUndefined();
     expect(consumer.requests[0]!.json).toEqual(REQUEST);
-    expect(consumer.requests[0]!.headers['x-pd-prefill-within']).toBe('8000');
+    expect(consumer.requests[0]!.headers['x-pd-prefill-within']).toBe('80000');
     expect(idOf(consumer.requests[0]!)).toBe(idOf(producer.requests[0]!));
     await producer.answer();
     await consumer.answer(200, { text: 'good' });
@@ -198,19 +199,22 @@ describe('where both know how', () => {
   });
 
   test('the time for decode counts from the end of prefill', async () => {
-    const { proxy, producer, consumer } = await pair({ decodeIdleTimeoutMs: 60 });
-    const response = post(proxy);
-    await consumer.asked();
-    // Longer than the consumer may take by itself.
-    await new Promise((resolve) => setTimeout(resolve, 120));
-    expect(consumer.requests).toHaveLength(1);
-    await producer.answer();
-    const { error } = (await (await response).json()) as { error: { message: string; code: string } };
-    expect(error).toMatchObject({
-      code: 'UPSTREAM_TIMEOUT',
-      message: expect.stringContaining('--decode-idle-timeout'),
+    const { proxy, producer, consumer } = await pair({ decodeIdleTimeoutMs: 10_000 });
+    await withStoppedClock(async (clock) => {
+      const response = post(proxy);
+      await Promise.all([producer.asked(), consumer.asked()]);
+      clock.passes(20_000); // longer than the consumer may take by itself
+      await fetch(url(proxy, '/health')); // a whole round trip later
+      expect([consumer.requests.length, (await consumer.asked()).destroyed]).toEqual([1, false]);
+      await producer.answer();
+      await clock.passesUntil(response);
+      const { error } = (await (await response).json()) as { error: { message: string; code: string } };
+      expect(error).toMatchObject({
+        code: 'UPSTREAM_TIMEOUT',
+        message: expect.stringContaining('--decode-idle-timeout'),
+      });
+      await consumer.untilAborted();
     });
-    await consumer.untilAborted();
   });
 });
 
@@ -292,13 +296,18 @@ describe('a producer', () => {
   });
 
   test('that does not answer in time: 504, the consumer is given up', async () => {
-    const { proxy, producer, consumer } = await pair({ prefillTimeoutMs: 100 });
-    const response = await post(proxy);
-    expect(response.status).toBe(504);
-    expect(await response.text()).toContain('--prefill-timeout');
-    await Promise.all([producer.untilAborted(), consumer.untilAborted()]);
-    await consumer.untilTold('/kv/release');
-    await untilIdle(proxy);
+    const { proxy, producer, consumer } = await pair({ prefillTimeoutMs: 10_000 });
+    await withStoppedClock(async (clock) => {
+      const answer = post(proxy);
+      await Promise.all([producer.asked(), consumer.asked()]);
+      clock.passes(10_000);
+      const response = await answer;
+      expect(response.status).toBe(504);
+      expect(await response.text()).toContain('--prefill-timeout');
+      await Promise.all([producer.untilAborted(), consumer.untilAborted()]);
+      await consumer.untilTold('/kv/release');
+      await untilIdle(proxy);
+    });
   });
 });
 

@@ -38,7 +38,7 @@ async function released(upstream: FakeUpstream): Promise<Asked> {
   for (;;) {
     const found = upstream.asked.find(({ path }) => path === '/kv/release');
     if (found) return found;
-    await once(upstream.events, 'asked', { signal: AbortSignal.timeout(5_000) });
+    await once(upstream.events, 'asked', { signal: AbortSignal.timeout(60_000) });
   }
 }
 

@@ -38,10 +38,10 @@ test('at the deadline says what there is', async () => {
     code: 'NO_INSTANCE',
     message: expect.stringContaining('live instances: none'),
   });
-  const other = proxy.untilPaired(300);
   await ping('P', 8081, 'abc');
   await ping('D', 8083, 'another model');
-  await expect(other).rejects.toMatchObject({
+  while (proxy.instances.length < 2) await new Promise((resolve) => setImmediate(resolve));
+  await expect(proxy.untilPaired(1)).rejects.toMatchObject({
     code: 'NO_INSTANCE',
     message: expect.stringMatching(/(?=.*producer 127.0.0.1:8081).*consumer 127.0.0.1:8083/),
   });

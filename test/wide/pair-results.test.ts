@@ -22,7 +22,6 @@ test.each([
   ['cuda', 'PUT', standInEnvironment()],
 ] as const)(
   '%s, %s: a pair says what an undivided worker says, in chunks, with cached prefixes and after preemption',
-  { timeout: 240_000 },
   async (device, sendTypes, more) => {
     // The build is there: all tests share it.
     const env = { ...process.env, ...more, PD_SKIP_BUILD: '1' };

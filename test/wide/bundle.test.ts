@@ -33,7 +33,7 @@ beforeAll(() => {
     symlinkSync(path!, join(tools, tool));
   }
   env = { PATH: tools, HOME: folder };
-}, 120_000);
+});
 afterAll(() => {
   worker?.kill('SIGKILL');
   rmSync(folder, { recursive: true, force: true });
@@ -79,7 +79,7 @@ test('a worker in it answers a completion with the bundled model', async () => {
   expect(choices[0]?.text).toContain('Paris');
   worker.kill('SIGTERM');
   expect(await once(worker, 'exit')).toEqual([0, null]);
-}, 60_000);
+});
 
 test.each(['host', 'cuda'])(
   'the set-up on two GPUs, where %s computes, passes its own checks, all processes from the archive',
@@ -90,5 +90,4 @@ test.each(['host', 'cuda'])(
     const text = execFileSync(join(bundle, script), args, { env, encoding: 'utf8' });
     expect(text).toMatch(/producer +http.*\n[\s\S]*\n4 passed, 0 failed\n$/);
   },
-  120_000,
 );

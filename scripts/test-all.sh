@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# What scripts/test.sh leaves out because it is long or wide: the archive for hosts without Node, benchmarks in small, other versions of
+# Node. At most thirty minutes on two cores. Ends with one line: "test-all: N passed, N failed"; a part that is no vitest run counts as one.
+# Needs the npm registry, for the other versions of Node.
+#
+# With CI=true a Debian package that the tests need and that cannot be installed is a failure; else its tests are skipped.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+./scripts/install.sh || exit 1
+
+results="$(mktemp -d)"
+trap 'rm -rf "$results"' EXIT
+passed=0
+failed=0
+
+if ! ./scripts/peer-packages.sh; then
+  if [ "${CI:-}" = true ]; then failed=$((failed + 1)); else echo "test-all: the tests with a Python peer are skipped"; fi
+fi
+./scripts/build.sh || failed=$((failed + 1))
+
+for version in $(./scripts/node-version.sh --others); do
+  for part in unit demo; do
+    echo "test-all: Node $version, $part"
+    if ./scripts/node-version.sh "$version" "$part" >"$results/node.log" 2>&1; then
+      passed=$((passed + 1))
+    else
+      failed=$((failed + 1))
+      tail -n 60 "$results/node.log"
+    fi
+  done
+done
+
+echo "test-all: vitest"
+PD_TEST_SKIP_BUILD=1 ./node_modules/.bin/vitest run --project wide --reporter=default --reporter=json \
+  --outputFile.json="$results/vitest.json" "$@"
+status=$?
+node scripts/test-summary.mjs test-all "$results/vitest.json" "$status" "$passed" "$failed"
