@@ -8,8 +8,12 @@
 import type { FastifyRequest } from 'fastify';
 import { z } from 'zod';
 import { type TransferId, transferIdOf } from '../../wire/ids.ts';
-import type { ServerContext } from './context.ts';
+import { bodyOf, type ServerContext } from './context.ts';
+import { parseJson } from './reading.ts';
 import { MAX_PROMPTS, parseBody } from './schemas.ts';
+
+/** Bytes; the longest notice has an id of 512 characters. */
+export const NOTICE_LIMIT = 4_096;
 
 const noticeSchema = z.object({
   /** As sent in X-Request-Id. */
@@ -36,7 +40,7 @@ function meantBy(request: FastifyRequest): {
   readonly requestId: string;
   readonly transferIds: readonly TransferId[];
 } {
-  const { request_id, route, prompts } = parseBody(noticeSchema, request.body);
+  const { request_id, route, prompts } = parseBody(noticeSchema, parseJson(bodyOf(request)));
   const serverIds =
     route === '/v1/completions'
       ? Array.from({ length: prompts }, (_, index) => `cmpl-${request_id}-${index}`)

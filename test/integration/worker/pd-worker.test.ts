@@ -9,7 +9,7 @@ import { afterEach, expect, it } from 'vitest';
 import { addWorkerOptions, resolveWorkerConfig } from '../../../src/config/resolve-worker.ts';
 import { formatHostPort } from '../../../src/net/address.ts';
 import { PdWorker } from '../../../src/worker/worker.ts';
-import { BYTE_MODEL, bytesOf, FakeCore, type Script, saying } from '../../support/fake-core.ts';
+import { BYTE_READER, bytesOf, FakeCore, type Script, saying } from '../../support/fake-core.ts';
 import { sharedTempDir } from '../../support/temp-dir.ts';
 
 const modelDir = sharedTempDir();
@@ -29,7 +29,7 @@ async function start(script: Script = saying('hello'), args: readonly string[] =
   const core = new FakeCore(script);
   const worker = await PdWorker.start(configOf(args), {
     startCore: () => core.connect(),
-    loadTextModel: async () => BYTE_MODEL,
+    startReader: async () => BYTE_READER,
   });
   workers.push(worker);
   return { core, worker, url: `http://${formatHostPort(worker.httpAddress)}` };
@@ -101,7 +101,7 @@ it('refuses a port that is taken before anything is loaded', async () => {
     const { port } = holder.address() as AddressInfo;
     const started = PdWorker.start(configOf(['--port', String(port)]), {
       startCore: () => Promise.reject(new Error('loaded a model')),
-      loadTextModel: async () => BYTE_MODEL,
+      startReader: async () => BYTE_READER,
     });
     await expect(started).rejects.toMatchObject({
       code: 'PORT_IN_USE',
@@ -116,7 +116,7 @@ it('closes the core when the tokenizer cannot be read', async () => {
   const core = new FakeCore();
   const started = PdWorker.start(configOf([]), {
     startCore: () => core.connect(),
-    loadTextModel: () => Promise.reject(new Error('no tokenizer.json')),
+    startReader: () => Promise.reject(new Error('no tokenizer.json')),
   });
   await expect(started).rejects.toThrow('no tokenizer.json');
   expect(core.terminated).toBe(true);
@@ -131,7 +131,7 @@ it('gives up its start where told to while the core starts, and closes the core 
       stop.abort(new Error('told to'));
       return client;
     },
-    loadTextModel: async () => BYTE_MODEL,
+    startReader: async () => BYTE_READER,
   };
   await expect(PdWorker.start(configOf([]), parts, stop.signal)).rejects.toThrow('told to');
   expect(core.received.map(({ type }) => type)).toEqual(['shutdown']);

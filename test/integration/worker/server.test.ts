@@ -6,10 +6,19 @@ import { afterEach, describe, expect, it } from 'vitest';
 import type { DebugAudience, WorkerConfig } from '../../../src/config/worker-config.ts';
 import { createLogger } from '../../../src/observability/log.ts';
 import { MetricsPage, readHistogram } from '../../../src/observability/metrics.ts';
+import { packLogprobs } from '../../../src/scheduler/prompt-logprobs.ts';
 import type { TokenLogprob } from '../../../src/scheduler/types.ts';
 import { InFlight } from '../../../src/worker/server/in-flight.ts';
 import { createServer } from '../../../src/worker/server/server.ts';
-import { BYTE_MODEL, bytesOf, EOS, FakeCore, type Script, saying } from '../../support/fake-core.ts';
+import {
+  BYTE_MODEL,
+  BYTE_READER,
+  bytesOf,
+  EOS,
+  FakeCore,
+  type Script,
+  saying,
+} from '../../support/fake-core.ts';
 
 /** What these answers may hold; a test reads what it knows to be there. */
 interface Answer {
@@ -49,6 +58,7 @@ async function start(
       ...(debugState && { debugState }),
     },
     core: client,
+    reader: BYTE_READER,
     model: BYTE_MODEL,
     inFlight,
     metrics,
@@ -220,7 +230,9 @@ describe('/v1/completions', () => {
         index: 0,
         tokens: [0xc3, 0xa9],
         logprobs: [entry(0xc3, -1), entry(0xa9, -2)],
-        ...(request.sampling.promptLogprobs === undefined ? {} : { promptLogprobs: [entry(98, -3)] }),
+        ...(request.sampling.promptLogprobs === undefined
+          ? {}
+          : { promptLogprobs: packLogprobs([entry(98, -3)]) }),
       });
       emit({ index: 0, tokens: [EOS], logprobs: [entry(EOS, -4)], finishReason: 'stop' });
     });
@@ -665,7 +677,7 @@ describe('the rest', () => {
       count: 2,
       max_model_len: 256,
       tokens: [97, 98],
-      token_strs: ['<97>', '<98>'],
+      token_strs: ['a', 'b'],
     });
     const chat = await json('/tokenize', { messages: user('x') });
     expect(chat.body['count']).toBe('user:x;assistant:'.length);
