@@ -3,9 +3,9 @@
  * are thrown at the worker one after another, and the longest the stream stood still is told, beside how long GET /version took at
  * worst meanwhile (which waits for the HTTP thread alone). Then the time to the first token of a 16-token prompt on the idle worker.
  *
- *   npx tsc -p bench/tsconfig.json && node dist/bench/http-stalls.js [--worker FILE] [--tries 3] [--only WORD] [--json]
+ *   npx tsc -p bench/tsconfig.json && node dist/bench/http-stalls.js [--beside FILE] [--tries 3] [--only WORD] [--json]
  *
- * `--worker ../other/bin/pd-worker` measures the worker of another checkout with the same client.
+ * `--beside ../other/bin/pd-worker` measures the worker of another checkout with the same client, turn by turn.
  */
 import { type ChildProcess, spawn } from 'node:child_process';
 import { once } from 'node:events';
@@ -17,7 +17,7 @@ import { isMainThread, parentPort, Worker } from 'node:worker_threads';
 import { Command } from 'commander';
 import { monotonicMs } from '../src/bench/clock.ts';
 import { readMachine } from '../src/bench/environment.ts';
-import { spreadOf } from '../src/bench/serve/statistics.ts';
+import { type Spread, spreadOf } from '../src/bench/serve/statistics.ts';
 import { plainTable } from '../src/bench/tables.ts';
 
 const START_MS = 60_000;
@@ -26,8 +26,9 @@ const BODY_MS = 120_000;
 const PROBE_EVERY_MS = 5;
 /** The stream runs this long undisturbed before a body comes, and after its answer. */
 const QUIET_MS = 300;
-const BASELINE_MS = 3_000;
-const FIRST_TOKENS = 200;
+const WARM_UP_MS = 3_000;
+const BASELINE_MS = 2_000;
+const FIRST_TOKENS = 500;
 const LIMIT = 16 * 2 ** 20;
 
 interface Throw {
@@ -168,75 +169,89 @@ const CASES: readonly Case[] = [
   },
 ];
 
+/** Nothing is thrown: what the machine and the model's own steps leave of a steady stream. */
+const IDLE: Case = { name: 'none', path: '', body: () => '' };
+
 interface Options {
-  readonly worker: string;
+  readonly beside?: string;
   readonly tries: string;
   readonly only?: string;
   readonly json?: true;
+}
+
+interface Measured {
+  readonly answer: string;
+  readonly answeredMs: number;
+  /** Longest time between two chunks of the stream. */
+  readonly gapMs: number;
+  /** Slowest GET /version. */
+  readonly versionMs: number;
 }
 
 interface Row {
   readonly name: string;
   readonly path: string;
   readonly bytes: number;
-  readonly answer: string;
-  readonly answeredMs: number;
-  /** The best of the tries: a machine that has other things to do stalls streams too. */
-  readonly streamGapMs: number;
-  readonly versionMs: number;
+  /** By worker. */
+  readonly of: readonly Measured[];
 }
 
 async function main(): Promise<void> {
   const options = new Command('http-stalls')
     .description("the longest that one client's body holds up another client's stream")
-    .option(
-      '--worker <file>',
-      'which pd-worker',
-      fileURLToPath(new URL('../../bin/pd-worker', import.meta.url)),
-    )
-    .option('--tries <n>', 'of each body; the best is told', '3')
+    .option('--beside <file>', 'the pd-worker of another checkout, measured in turn with this one')
+    .option('--tries <n>', 'of each body; the median is told', '5')
     .option('--only <word>', 'bodies whose name or path has this')
     .option('--json', 'JSON on stdout')
     .allowExcessArguments(false)
     .parse()
     .opts<Options>();
-  const { child, url } = await startWorker(options.worker);
+  const files = [fileURLToPath(new URL('../../bin/pd-worker', import.meta.url))];
+  if (options.beside !== undefined) files.unshift(options.beside);
+  const workers = await Promise.all(files.map(startWorker));
+  const urls = workers.map(({ url }) => url);
   const thrower = new Worker(new URL(import.meta.url));
   try {
-    const cases = CASES.filter(
-      ({ name, path }) => options.only === undefined || `${path} ${name}`.includes(options.only),
-    );
-    await timed(url, () => sleep(BASELINE_MS)); // warms up
-    const idle = await best(Number(options.tries), () => timed(url, () => sleep(BASELINE_MS)));
-    const rows: Row[] = [];
-    for (const one of cases) {
-      rows.push(await measure(url, thrower, one, Number(options.tries)));
-      if (!options.json) console.error(JSON.stringify(rows.at(-1)));
+    for (const url of urls) await timed(url, () => sleep(WARM_UP_MS));
+    const rows = [await measure(urls, IDLE, thrower, Number(options.tries))];
+    for (const one of CASES) {
+      if (options.only !== undefined && !`${one.path} ${one.name}`.includes(options.only)) continue;
+      rows.push(await measure(urls, one, thrower, Number(options.tries)));
+      if (!options.json) console.error(`${one.path} ${one.name}: done`);
     }
-    const first = spreadOf(await firstTokens(url))!;
-    if (options.json) {
-      console.log(JSON.stringify({ machine: readMachine(), idle, rows, firstTokenMs: first }));
-      return;
-    }
-    console.log(
-      plainTable({
-        head: ['body', 'to', 'MB', 'answer', 'after', 'longest gap', 'slowest /version'],
-        rows: [
-          ['none', '', '', '', '', ms(idle.streamGapMs), ms(idle.versionMs)],
-          ...rows.map((row) => [
-            ...[row.name, row.path, (row.bytes / 1e6).toFixed(1), row.answer],
-            ...[row.answeredMs, row.streamGapMs, row.versionMs].map(ms),
-          ]),
-        ],
-      }),
-    );
-    console.log(
-      `first token of a 16-token prompt: p50 ${first.p50.toFixed(2)} ms, p90 ${first.p90.toFixed(2)} ms`,
-    );
+    const firstTokenMs = await firstTokens(urls);
+    if (options.json) console.log(JSON.stringify({ machine: readMachine(), files, rows, firstTokenMs }));
+    else print(rows, firstTokenMs);
   } finally {
     await thrower.terminate();
-    child.kill('SIGTERM');
-    await once(child, 'exit');
+    for (const { child } of workers) {
+      child.kill('SIGTERM');
+      await once(child, 'exit');
+    }
+  }
+}
+
+function print(rows: readonly Row[], firstTokenMs: readonly Spread[]): void {
+  const names = firstTokenMs.length > 1 ? ['before', 'now'] : ['now'];
+  console.log(
+    plainTable({
+      head: [
+        ...['body', 'to', 'MB'],
+        ...names.flatMap((name) => [`${name}: answer`, 'after', 'longest gap', 'slowest /version']),
+      ],
+      rows: rows.map(({ name, path, bytes, of }) => [
+        ...[name, path, bytes === 0 ? '' : (bytes / 1e6).toFixed(1)],
+        ...of.flatMap(({ answer, answeredMs, gapMs, versionMs }) => [
+          answer,
+          ...[answeredMs, gapMs, versionMs].map(ms),
+        ]),
+      ]),
+    }),
+  );
+  for (const [i, { p50, p90 }] of firstTokenMs.entries()) {
+    console.log(
+      `first token of a 16-token prompt, ${names[i]}: p50 ${p50.toFixed(2)} ms, p90 ${p90.toFixed(2)} ms`,
+    );
   }
 }
 
@@ -261,53 +276,60 @@ async function startWorker(file: string): Promise<{ readonly child: ChildProcess
   }
 }
 
-async function measure(url: string, thrower: Worker, one: Case, tries: number): Promise<Row> {
+/** Each worker in turn, as often as told; medians of its tries. */
+async function measure(urls: readonly string[], one: Case, thrower: Worker, tries: number): Promise<Row> {
   const body = new TextEncoder().encode(one.body());
-  let caught: Caught | undefined;
-  const gaps = await best(tries, () =>
-    timed(url, async () => {
-      await sleep(QUIET_MS);
+  const all = urls.map((): Measured[] => []);
+  for (let i = 0; i < tries; i++) {
+    for (const [k, url] of urls.entries()) all[k]!.push(await throwAt(url, one, body, thrower));
+  }
+  const median = (list: readonly Measured[], of: (one: Measured) => number) => spreadOf(list.map(of))!.p50;
+  return {
+    name: one.name,
+    path: one.path,
+    bytes: body.length,
+    of: all.map((list) => ({
+      answer: list[0]!.answer,
+      answeredMs: median(list, (one) => one.answeredMs),
+      gapMs: median(list, (one) => one.gapMs),
+      versionMs: median(list, (one) => one.versionMs),
+    })),
+  };
+}
+
+async function throwAt(url: string, one: Case, body: Uint8Array, thrower: Worker): Promise<Measured> {
+  let caught: Caught = { status: 0, ms: 0, code: '' };
+  const gaps = await timed(url, async () => {
+    await sleep(QUIET_MS);
+    if (one === IDLE) await sleep(BASELINE_MS);
+    else {
       const answer = once(thrower, 'message');
       const { path, leaveAfterMs } = one;
-      thrower.postMessage({
-        url,
-        path,
-        body,
-        ...(leaveAfterMs !== undefined && { leaveAfterMs }),
-      } satisfies Throw);
+      const job: Throw = { url, path, body, ...(leaveAfterMs !== undefined && { leaveAfterMs }) };
+      thrower.postMessage(job);
       caught = ((await answer) as [Caught])[0];
-      await sleep(QUIET_MS);
-    }),
-  );
-  const { status, code, ms: answeredMs } = caught!;
-  const answer = status === 0 ? 'left' : `${status} ${code}`.trim();
-  return { name: one.name, path: one.path, bytes: body.length, answer, answeredMs, ...gaps };
-}
-
-interface Gaps {
-  readonly streamGapMs: number;
-  readonly versionMs: number;
-}
-
-async function best(tries: number, run: () => Promise<Gaps>): Promise<Gaps> {
-  const all: Gaps[] = [];
-  for (let i = 0; i < tries; i++) all.push(await run());
-  const least = (of: (gaps: Gaps) => number) => Math.min(...all.map(of));
-  return { streamGapMs: least((gaps) => gaps.streamGapMs), versionMs: least((gaps) => gaps.versionMs) };
+    }
+    await sleep(QUIET_MS);
+  });
+  const { status, code, ms: answeredMs } = caught;
+  const answer = one === IDLE ? '' : status === 0 ? 'left' : `${status} ${code}`.trim();
+  return { answer, answeredMs, ...gaps };
 }
 
 /** The longest that a stream stood still, and that GET /version took, while `during` ran. */
-async function timed(url: string, during: () => Promise<void>): Promise<Gaps> {
+async function timed(
+  url: string,
+  during: () => Promise<void>,
+): Promise<Pick<Measured, 'gapMs' | 'versionMs'>> {
   const agent = new Agent({ keepAlive: true });
   let over = false;
   let longest = 0;
   const watch = async () => {
     while (!over) {
-      let last = monotonicMs();
+      let last: number | undefined;
       await stream(url, agent, 2_000, () => {
         const now = monotonicMs();
-        // The first token comes after a prompt; only gaps between tokens count.
-        longest = Math.max(longest, now - last);
+        longest = Math.max(longest, now - (last ?? now));
         last = now;
         return over;
       });
@@ -331,7 +353,7 @@ async function timed(url: string, during: () => Promise<void>): Promise<Gaps> {
   over = true;
   await running;
   agent.destroy();
-  return { streamGapMs: longest, versionMs: slowest };
+  return { gapMs: longest, versionMs: slowest };
 }
 
 /** Streams a completion; `onChunk` says whether that was enough. */
@@ -353,22 +375,25 @@ async function stream(url: string, agent: Agent, tokens: number, onChunk: () => 
 }
 
 /** 16 tokens of the demo model. */
-const SIXTEEN = 'What is the capital of France? What is the capital of Spain?';
+const SIXTEEN = 'What is the capital of France? What is the capital of Spain now';
 
-async function firstTokens(url: string): Promise<number[]> {
+/** The workers in turn, request by request: what else the machine does meets them alike. */
+async function firstTokens(urls: readonly string[]): Promise<Spread[]> {
   const agent = new Agent({ keepAlive: true });
-  const times: number[] = [];
+  const times = urls.map((): number[] => []);
   for (let i = 0; i < FIRST_TOKENS; i++) {
-    const began = monotonicMs();
-    let first: number | undefined;
-    await stream(url, agent, 2, () => {
-      first ??= monotonicMs();
-      return false;
-    });
-    times.push(first! - began);
+    for (const [k, url] of urls.entries()) {
+      const began = monotonicMs();
+      let first: number | undefined;
+      await stream(url, agent, 2, () => {
+        first ??= monotonicMs();
+        return false;
+      });
+      if (i >= FIRST_TOKENS / 10) times[k]!.push(first! - began);
+    }
   }
   agent.destroy();
-  return times.slice(FIRST_TOKENS / 10);
+  return times.map((list) => spreadOf(list)!);
 }
 
 if (isMainThread) await main();

@@ -59,9 +59,9 @@ export interface BodyReader {
 }
 
 /**
- * Bytes of a body that is read at once. The slowest text per byte, one long word, took the demo model's tokenizer 2 to 4 ms per kB on a
- * 2-core VM (chats and plain text 1 ms), and the way to the thread and back 0.1 to 0.3 ms: so 4 KiB hold the HTTP thread up for 15 ms at
- * the very worst, and prompts of a few hundred words pay no detour.
+ * Bytes of a body that is read at once. Measured with the demo model's tokenizer on a 2-core VM: 4 KiB take 3 ms at most (a thousand
+ * prompts of one letter; one long word 2 ms, plain text 1.3 ms), some 10 ms while the code is not hot yet. The way to the thread and
+ * back takes 0.03 ms when both are awake, more when the thread sleeps or is busy: prompts of a few hundred words pay none of it.
  */
 const SHORT_BODY = 4_096;
 

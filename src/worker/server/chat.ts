@@ -41,9 +41,9 @@ function format(
   const whole = { id, object: 'chat.completion', created, model };
   const chunk = { ...whole, object: 'chat.completion.chunk' };
   const withUsage = body.stream_options?.include_usage === true ? { usage: null } : {};
-  const logprobsOf = (events: readonly ChoiceEvent[]) =>
+  const logprobsOf = async (events: readonly ChoiceEvent[]) =>
     body.logprobs
-      ? chatLogprobs(
+      ? await chatLogprobs(
           context.model,
           events.flatMap(({ delta }) => delta.logprobs),
           body.top_logprobs ?? 0,
@@ -71,24 +71,25 @@ function format(
       const choice = {
         index,
         delta: text === '' ? {} : { content: text },
-        logprobs: logprobsOf([event]),
+        logprobs: await logprobsOf([event]),
         finish_reason: finishReason ?? null,
         ...tokenIdsOf(body, [event]),
       };
       return [...role, chunkOf(choice)];
     },
     usageChunk: (usage) => ({ ...chunk, choices: [], usage }),
-    whole: async (events, usage) => ({
-      ...whole,
-      ...promptTokenIdsOf(body, events[0]?.[0]),
-      choices: events.map((list, index) => ({
-        index,
-        message: { role: 'assistant', content: list.map(({ delta }) => delta.text).join('') },
-        logprobs: logprobsOf(list),
-        finish_reason: list.at(-1)?.delta.finishReason ?? null,
-        ...tokenIdsOf(body, list),
-      })),
-      usage,
-    }),
+    async whole(events, usage) {
+      const choices: object[] = [];
+      for (const [index, list] of events.entries()) {
+        choices.push({
+          index,
+          message: { role: 'assistant', content: list.map(({ delta }) => delta.text).join('') },
+          logprobs: await logprobsOf(list),
+          finish_reason: list.at(-1)?.delta.finishReason ?? null,
+          ...tokenIdsOf(body, list),
+        });
+      }
+      return { ...whole, ...promptTokenIdsOf(body, events[0]?.[0]), choices, usage };
+    },
   };
 }

@@ -85,21 +85,25 @@ export interface ChatLogprobs {
 }
 
 /** For /v1/chat/completions. */
-export function chatLogprobs(
+export async function chatLogprobs(
   model: TextModel,
   entries: readonly ChoiceLogprob[],
   top: number,
   asIds = false,
-): ChatLogprobs {
+): Promise<ChatLogprobs> {
   const chatToken = (token: number, logprob: number): ChatToken => {
     const text = model.tokenString(token);
     const bytes = model.tokenBytes(token) ?? new TextEncoder().encode(text);
     return { token: asIds ? idText(model, token) : text, logprob: finite(logprob), bytes: [...bytes] };
   };
-  return {
-    content: entries.map(({ logprob }) => ({
+  const content: ChatLogprobs['content'][number][] = [];
+  const turn = turns();
+  for (const { logprob } of entries) {
+    await turn();
+    content.push({
       ...chatToken(logprob.token, logprob.logprob),
       top_logprobs: logprob.top.slice(0, top).map((entry) => chatToken(entry.token, entry.logprob)),
-    })),
-  };
+    });
+  }
+  return { content };
 }

@@ -75,14 +75,19 @@ const READERS: {
 
 const DEFAULT_MAX_TOKENS = 16;
 
-/** Throws REQUEST_INVALID, MODEL_NOT_FOUND or CONTEXT_EXCEEDED. */
+/** Throws REQUEST_INVALID, MODEL_NOT_FOUND or CONTEXT_EXCEEDED; BODY_TOO_COSTLY where it is nested deeper than the stack goes. */
 export function readBody<R extends Route>(
   served: Served,
   model: TextModel,
   route: R,
   body: Uint8Array,
 ): Readings[R] {
-  return READERS[route](served, model, parseJson(body));
+  try {
+    return READERS[route](served, model, parseJson(body));
+  } catch (cause) {
+    if (!(cause instanceof RangeError)) throw cause;
+    throw new PdError('BODY_TOO_COSTLY', `reading the body: ${cause.message}`, {}, { cause });
+  }
 }
 
 /** Throws REQUEST_INVALID, also where the JSON would set a prototype. */

@@ -8,7 +8,7 @@ export async function postTokens(
   request: FastifyRequest,
   reply: FastifyReply,
 ): Promise<Buffer> {
-  const { buffer } = await readRequest(context, route, request);
+  const { buffer, byteOffset, byteLength } = await readRequest(context, route, request);
   reply.type('application/json; charset=utf-8');
-  return Buffer.from(buffer);
+  return Buffer.from(buffer, byteOffset, byteLength);
 }

@@ -8,7 +8,7 @@ import { Command } from 'commander';
 import { afterEach, expect, it } from 'vitest';
 import { addWorkerOptions, resolveWorkerConfig } from '../../../src/config/resolve-worker.ts';
 import { formatHostPort } from '../../../src/net/address.ts';
-import { PdWorker } from '../../../src/worker/worker.ts';
+import { PdWorker, type WorkerParts } from '../../../src/worker/worker.ts';
 import { BYTE_READER, bytesOf, FakeCore, type Script, saying } from '../../support/fake-core.ts';
 import { sharedTempDir } from '../../support/temp-dir.ts';
 
@@ -110,6 +110,27 @@ it('refuses a port that is taken before anything is loaded', async () => {
   } finally {
     holder.close();
   }
+});
+
+it('closes the reader with the worker, and when the core cannot start', async () => {
+  const closed: string[] = [];
+  const parts = (name: string, startCore: WorkerParts['startCore']): WorkerParts => ({
+    startCore,
+    startReader: async () => ({ ...BYTE_READER, close: async () => void closed.push(name) }),
+  });
+  const worker = await PdWorker.start(
+    configOf([]),
+    parts('worker', () => new FakeCore().connect()),
+  );
+  expect(closed).toEqual([]);
+  await worker.close();
+  expect(closed).toEqual(['worker']);
+  const failed = PdWorker.start(
+    configOf([]),
+    parts('failed', () => Promise.reject(new Error('no weights'))),
+  );
+  await expect(failed).rejects.toThrow('no weights');
+  expect(closed).toEqual(['worker', 'failed']);
 });
 
 it('closes the core when the tokenizer cannot be read', async () => {
