@@ -10,6 +10,7 @@
  */
 import { Worker } from 'node:worker_threads';
 import { type ErrorData, PdError, unreachable } from '../errors.ts';
+import type { Logger } from '../observability/log.ts';
 import { threadEntry } from '../thread-entry.ts';
 import { loadTextModel } from './server/model-text.ts';
 import { type Readings, type Route, readBody, type Served } from './server/reading.ts';
@@ -85,6 +86,8 @@ export interface RequestReaderOptions {
 
 interface Job {
   readonly message: ToReader;
+  /** Of the body, which leaves with the message. */
+  readonly bytes: number;
   readonly settle: (outcome: Readings[Route] | PdError) => void;
 }
 
@@ -101,15 +104,17 @@ export class RequestReader implements BodyReader {
   /** The HTTP thread's own copy of the tokenizer. */
   readonly model: TextModel;
   readonly #init: ReaderInit;
+  readonly #log: Logger;
   readonly #options: Required<RequestReaderOptions>;
   /** The shorter first: many short ones then wait for one long one at most. */
   readonly #queue: Job[] = [];
   #thread: ReaderThread | undefined;
   #closing: Promise<void> | undefined;
 
-  private constructor(model: TextModel, init: ReaderInit, options: RequestReaderOptions) {
+  private constructor(model: TextModel, init: ReaderInit, log: Logger, options: RequestReaderOptions) {
     this.model = model;
     this.#init = init;
+    this.#log = log;
     this.#options = {
       startTimeoutMs: START_MS,
       waitTimeoutMs: WAIT_MS,
@@ -121,8 +126,12 @@ export class RequestReader implements BodyReader {
   }
 
   /** Loads the tokenizer here and starts the thread, which loads its own meanwhile. Throws CHECKPOINT_INVALID or MODEL_UNSUPPORTED. */
-  static async start(modelDir: string, options: RequestReaderOptions = {}): Promise<RequestReader> {
-    const reader = new RequestReader(await loadTextModel(modelDir), { modelDir }, options);
+  static async start(
+    modelDir: string,
+    log: Logger,
+    options: RequestReaderOptions = {},
+  ): Promise<RequestReader> {
+    const reader = new RequestReader(await loadTextModel(modelDir), { modelDir }, log, options);
     reader.#open();
     return reader;
   }
@@ -166,8 +175,10 @@ export class RequestReader implements BodyReader {
         const seconds = waitTimeoutMs / 1_000;
         leave(new PdError('READER_BUSY', `other long requests were being read for ${seconds} s: gave up`));
       }, waitTimeoutMs);
+      const bytes = message.body.byteLength;
       const job: Job = {
         message,
+        bytes,
         settle: (outcome) => {
           clearTimeout(timer);
           signal?.removeEventListener('abort', onAbort);
@@ -175,8 +186,7 @@ export class RequestReader implements BodyReader {
           else resolve(outcome);
         },
       };
-      const { byteLength } = message.body;
-      const at = this.#queue.findIndex((other) => other.message.body.byteLength > byteLength);
+      const at = this.#queue.findIndex((other) => other.bytes > bytes);
       this.#queue.splice(at < 0 ? this.#queue.length : at, 0, job);
       if (signal?.aborted) onAbort();
       else signal?.addEventListener('abort', onAbort, { once: true });
@@ -195,7 +205,7 @@ export class RequestReader implements BodyReader {
       this.#lose(thread, new PdError('INTERNAL', `the reader thread was not ready after ${seconds} s`));
     }, startTimeoutMs);
     port.onMessage((message) => this.#receive(thread, message));
-    port.onExit((error) => this.#lose(thread, deathOf(error)));
+    port.onExit((error) => this.#lose(thread, deathOf(thread, error)));
   }
 
   #receive(thread: ReaderThread, message: FromReader): void {
@@ -234,9 +244,8 @@ export class RequestReader implements BodyReader {
     if (!job) return;
     thread.job = job;
     const { workTimeoutMs } = this.#options;
-    const bytes = job.message.body.byteLength;
     thread.timer = setTimeout(() => {
-      const what = `reading a body of ${bytes} bytes took more than ${workTimeoutMs / 1_000} s`;
+      const what = `reading a body of ${job.bytes} bytes took more than ${workTimeoutMs / 1_000} s`;
       this.#lose(thread, new PdError('BODY_TOO_COSTLY', what));
     }, workTimeoutMs);
     thread.port.post(job.message);
@@ -248,9 +257,14 @@ export class RequestReader implements BodyReader {
     const { ready } = thread;
     void this.#end(thread, error);
     if (this.#closing) return;
-    if (ready) this.#open();
-    // One that does not even start will not start at once: the next long body tries it again.
-    else this.#failQueue(error);
+    if (ready) {
+      this.#log.warn({ code: error.code }, `${error.message}: a new reader thread takes over`);
+      this.#open();
+      return;
+    }
+    // What did not start will not start at once.
+    this.#log.error({ code: error.code }, `no reader thread until the next long request: ${error.message}`);
+    this.#failQueue(error);
   }
 
   async #end(thread: ReaderThread, error: PdError): Promise<void> {
@@ -270,9 +284,10 @@ export class RequestReader implements BodyReader {
   }
 }
 
-function deathOf(error: Error | undefined): PdError {
-  if ((error as NodeJS.ErrnoException | undefined)?.code === 'ERR_WORKER_OUT_OF_MEMORY') {
-    return new PdError('BODY_TOO_COSTLY', `reading the body took more than ${HEAP_MB} MB of memory`);
+function deathOf({ job }: ReaderThread, error: Error | undefined): PdError {
+  if (job && (error as NodeJS.ErrnoException | undefined)?.code === 'ERR_WORKER_OUT_OF_MEMORY') {
+    const what = `reading a body of ${job.bytes} bytes took more than ${HEAP_MB} MB of memory`;
+    return new PdError('BODY_TOO_COSTLY', what);
   }
   return new PdError(
     'INTERNAL',

@@ -25,7 +25,10 @@ import { createServer } from './server/server.ts';
 /** What starting needs of the rest: a test puts its own in place. */
 export interface WorkerParts {
   readonly startCore: typeof CoreClient.start;
-  readonly startReader: (modelDir: string) => Promise<Pick<RequestReader, 'read' | 'model' | 'close'>>;
+  readonly startReader: (
+    modelDir: string,
+    log: Logger,
+  ) => Promise<Pick<RequestReader, 'read' | 'model' | 'close'>>;
 }
 
 const LAST_ANSWERS_MS = 1_000;
@@ -34,7 +37,7 @@ const HAND_OVER_POLL_MS = 25;
 
 const PARTS: WorkerParts = {
   startCore: (init) => CoreClient.start(init),
-  startReader: (modelDir) => RequestReader.start(modelDir),
+  startReader: (modelDir, log) => RequestReader.start(modelDir, log),
 };
 
 /** A worker that serves: close it, its threads and its server keep the process alive. */
@@ -102,7 +105,7 @@ export class PdWorker {
     const pages = { core: new MetricsPage(), transfer: new MetricsPage() };
     const [core, reader] = await bothOrNone(
       parts.startCore({ config, metrics: { core: pages.core.buffer, transfer: pages.transfer.buffer } }),
-      parts.startReader(config.modelDir),
+      parts.startReader(config.modelDir, log),
     );
     try {
       signal?.throwIfAborted();

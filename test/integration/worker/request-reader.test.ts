@@ -2,9 +2,11 @@
 import fc from 'fast-check';
 import { afterEach, describe, expect, it } from 'vitest';
 import { demoModelDir } from '../../../src/model/demo.ts';
+import { createLogger } from '../../../src/observability/log.ts';
 import { RequestReader, type RequestReaderOptions } from '../../../src/worker/request-reader.ts';
 import { type Route, readBody, type Served } from '../../../src/worker/server/reading.ts';
 
+const LOG = createLogger({ level: 'silent', format: 'json' }, 'main');
 const SERVED: Served = { modelNames: ['demo'], maxModelLen: 2_048, vocabSize: 2_048 };
 /** Any length may be read. */
 const BOUNDLESS: Served = { ...SERVED, maxModelLen: 2 ** 30 };
@@ -15,7 +17,7 @@ afterEach(async () => {
 });
 
 async function start(options: RequestReaderOptions = {}): Promise<RequestReader> {
-  const reader = await RequestReader.start(demoModelDir(), options);
+  const reader = await RequestReader.start(demoModelDir(), LOG, options);
   closers.push(() => reader.close());
   return reader;
 }

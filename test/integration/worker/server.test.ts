@@ -38,6 +38,7 @@ interface Answer {
   readonly data: { readonly id: string }[];
 }
 
+const LOG = createLogger({ level: 'silent', format: 'json' }, 'main');
 const closers: (() => Promise<void>)[] = [];
 afterEach(async () => {
   await Promise.all(closers.splice(0).map((close) => close()));
@@ -69,7 +70,7 @@ async function start(
     metrics,
     pages: [metrics],
     version: '1.2.3',
-    log: createLogger({ level: 'silent', format: 'json' }, 'main'),
+    log: LOG,
   });
   closers.push(async () => {
     await client.close();
@@ -645,7 +646,7 @@ describe('long bodies', () => {
 
   async function startSlow() {
     const thread = new FakeReaderThread();
-    const reader = await RequestReader.start(demoModelDir(), { openThread: () => thread });
+    const reader = await RequestReader.start(demoModelDir(), LOG, { openThread: () => thread });
     closers.push(() => reader.close());
     thread.emit({ type: 'ready' });
     return { thread, ...(await start(saying('x'), true, undefined, 'both', reader)) };

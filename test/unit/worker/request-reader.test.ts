@@ -1,10 +1,12 @@
 /** The owner of the reader thread, with threads that follow a script. */
 import { afterEach, expect, it } from 'vitest';
 import { demoModelDir } from '../../../src/model/demo.ts';
+import { createLogger } from '../../../src/observability/log.ts';
 import { RequestReader, type RequestReaderOptions } from '../../../src/worker/request-reader.ts';
 import type { Served } from '../../../src/worker/server/reading.ts';
 import { FakeReaderThread } from '../../support/fake-reader.ts';
 
+const LOG = createLogger({ level: 'silent', format: 'json' }, 'main');
 const SERVED: Served = { modelNames: ['demo'], maxModelLen: 100, vocabSize: 2_048 };
 
 const readers: RequestReader[] = [];
@@ -14,7 +16,7 @@ afterEach(async () => {
 
 async function start(options: RequestReaderOptions = {}) {
   const threads: FakeReaderThread[] = [];
-  const reader = await RequestReader.start(demoModelDir(), {
+  const reader = await RequestReader.start(demoModelDir(), LOG, {
     shortBody: 0,
     openThread: () => {
       const thread = new FakeReaderThread();
