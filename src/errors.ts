@@ -20,6 +20,14 @@ export const ERROR_TABLE = {
     status: 400,
     hint: 'Shorten the prompt or max_tokens, or start the worker with a larger --max-model-len.',
   },
+  BODY_TOO_COSTLY: {
+    status: 413,
+    hint: 'Parsing, templating and tokenizing this body takes more time or memory than one request may have: shorten it. One long word is the most costly text.',
+  },
+  READER_BUSY: {
+    status: 503,
+    hint: 'Other long bodies are being parsed and tokenized: send it again later, or to another worker.',
+  },
   REQUEST_ABORTED: { status: 499, hint: 'The client went away or the request was cancelled; nothing to do.' },
   SERVER_DRAINING: { status: 503, hint: 'The worker is stopping; send the request to another one.' },
   // wire

@@ -14,6 +14,13 @@ const BYTE_OF: ReadonlyMap<string, number> = (() => {
   return bytes;
 })();
 
+const CHARACTERS: readonly string[] = [...BYTE_OF.keys()];
+
+/** The character of one byte. */
+export function byteLevelToken(byte: number): string {
+  return CHARACTERS[byte]!;
+}
+
 /** The bytes a token string stands for, or undefined where a character is outside of the alphabet. */
 export function byteLevelBytes(token: string): Uint8Array | undefined {
   const bytes = new Uint8Array(token.length);

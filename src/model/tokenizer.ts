@@ -7,6 +7,7 @@ import { type ChatMessage, ChatTemplate, readChatTemplate } from './chat-templat
 import { readModelConfig } from './config.ts';
 import { IncrementalDecoder, type PieceSource } from './incremental-decoder.ts';
 import { readJson } from './json-file.ts';
+import { charactersPerToken } from './token-bound.ts';
 import { readPieces, type TokenPiece } from './token-pieces.ts';
 
 export type { ChatMessage } from './chat-template.ts';
@@ -37,8 +38,12 @@ export class Tokenizer implements PieceSource {
   /** Tokens that end a text, from config.json and generation_config.json. */
   readonly eosTokenIds: readonly number[];
   readonly bosTokenId: number | undefined;
+  /** Most UTF-16 units of text that one token stands for; Infinity where that cannot be told. */
+  readonly charactersPerToken: number;
   readonly #library: HuggingFaceTokenizer;
   readonly #pieces: readonly (TokenPiece | undefined)[];
+  /** What `tokenString` has said: twenty alternatives a token come to many. */
+  readonly #strings: string[] = [];
   readonly #special: ReadonlySet<number>;
   readonly #chat: ChatTemplate | undefined;
 
@@ -50,6 +55,7 @@ export class Tokenizer implements PieceSource {
     readonly chat: ChatTemplate | undefined;
     readonly eosTokenIds: readonly number[];
     readonly bosTokenId: number | undefined;
+    readonly charactersPerToken: number;
   }) {
     this.#library = parts.library;
     this.#pieces = parts.pieces;
@@ -59,6 +65,7 @@ export class Tokenizer implements PieceSource {
     this.vocabSize = parts.pieces.length;
     this.eosTokenIds = parts.eosTokenIds;
     this.bosTokenId = parts.bosTokenId;
+    this.charactersPerToken = parts.charactersPerToken;
   }
 
   /** Reads tokenizer.json and what stands beside it. Throws CHECKPOINT_INVALID or MODEL_UNSUPPORTED. */
@@ -81,6 +88,7 @@ export class Tokenizer implements PieceSource {
       chat: template === undefined ? undefined : new ChatTemplate(template, namedTokens(settings), dir),
       eosTokenIds: model.eosTokenIds,
       bosTokenId: model.bosTokenId,
+      charactersPerToken: charactersPerToken(json, settings),
     });
   }
 
@@ -114,7 +122,8 @@ export class Tokenizer implements PieceSource {
 
   /** Text of one token by itself, special ones too: what log-probabilities show. */
   tokenString(id: number): string {
-    return this.decode([id], { skipSpecialTokens: false });
+    this.#strings[id] ??= this.decode([id], { skipSpecialTokens: false });
+    return this.#strings[id];
   }
 
   /** Bytes of one token; undefined for an id outside of the vocabulary. */

@@ -1,4 +1,5 @@
 /** What a sampled token means for its sequence: does it end, and what is told. */
+import { packLogprobs } from './prompt-logprobs.ts';
 import type { Sequence } from './sequence.ts';
 import type { FinishReason, RequestOutput, SampledToken } from './types.ts';
 
@@ -20,7 +21,7 @@ export function outputOf(sequence: Sequence, sampled: SampledToken, maxLength: n
     tokens,
     ...(sampling.logprobs !== undefined &&
       sampled.logprob && { logprobs: tokens.length > 0 ? [sampled.logprob] : [] }),
-    ...(withPromptLogprobs && { promptLogprobs: sequence.promptLogprobs }),
+    ...(withPromptLogprobs && { promptLogprobs: packLogprobs(sequence.promptLogprobs) }),
     ...(finishReason && { finishReason }),
     ...(ofPrompt && { promptSource: promptSourceOf(sequence) }),
   };

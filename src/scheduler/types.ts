@@ -1,6 +1,7 @@
 /** Requests as the scheduler sees them, and what one step is. Plain data, no I/O. */
 import type { ErrorData } from '../errors.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
+import type { PromptLogprobs } from './prompt-logprobs.ts';
 
 export interface SamplingParams {
   /** 0 is greedy. */
@@ -51,8 +52,8 @@ export interface RequestOutput {
   readonly tokens: readonly number[];
   /** Same length as `tokens` where asked for. */
   readonly logprobs?: readonly TokenLogprob[];
-  /** With the first output of index 0: one entry per prompt token from the second on. */
-  readonly promptLogprobs?: readonly TokenLogprob[];
+  /** With the first output of index 0. */
+  readonly promptLogprobs?: PromptLogprobs;
   readonly finishReason?: FinishReason;
   readonly error?: ErrorData;
   /** On a producer, with the output of the step that ended the prompt: KV that has not got under way to its consumer. */

@@ -1,5 +1,6 @@
 /**
- * A worker: one process (or part of one) that serves a model. Main thread here, core thread behind `CoreClient`.
+ * A worker: one process (or part of one) that serves a model. Main thread here, core thread behind `CoreClient`, reader thread behind
+ * `RequestReader`.
  *
  *   start: environment, port, core + tokenizer, HTTP, then the first ping
  *   close: no pings, 503 for what is new, what runs may end, HTTP, core
@@ -17,21 +18,27 @@ import { MetricsPage } from '../observability/metrics.ts';
 import { packageVersion } from '../version.ts';
 import { CoreClient } from './core-client.ts';
 import type { CoreInfo, CoreState } from './messages.ts';
+import { RequestReader } from './request-reader.ts';
 import { InFlight } from './server/in-flight.ts';
-import { loadTextModel } from './server/model-text.ts';
 import { createServer } from './server/server.ts';
 
 /** What starting needs of the rest: a test puts its own in place. */
 export interface WorkerParts {
   readonly startCore: typeof CoreClient.start;
-  readonly loadTextModel: typeof loadTextModel;
+  readonly startReader: (
+    modelDir: string,
+    log: Logger,
+  ) => Promise<Pick<RequestReader, 'read' | 'model' | 'close'>>;
 }
 
 const LAST_ANSWERS_MS = 1_000;
 /** Between two looks at what a draining producer still holds. */
 const HAND_OVER_POLL_MS = 25;
 
-const PARTS: WorkerParts = { startCore: (init) => CoreClient.start(init), loadTextModel };
+const PARTS: WorkerParts = {
+  startCore: (init) => CoreClient.start(init),
+  startReader: (modelDir, log) => RequestReader.start(modelDir, log),
+};
 
 /** A worker that serves: close it, its threads and its server keep the process alive. */
 export class PdWorker {
@@ -46,6 +53,7 @@ export class PdWorker {
   /** Resolves once `close` has let go of every request: nothing but ending threads and pairs is left. */
   readonly drained: Promise<void>;
   readonly #core: CoreClient;
+  readonly #reader: Pick<RequestReader, 'close'>;
   readonly #server: FastifyInstance;
   readonly #inFlight: InFlight;
   readonly #log: Logger;
@@ -57,6 +65,7 @@ export class PdWorker {
   private constructor(
     config: WorkerConfig,
     core: CoreClient,
+    reader: Pick<RequestReader, 'close'>,
     server: FastifyInstance,
     inFlight: InFlight,
     httpAddress: HostPort,
@@ -68,6 +77,7 @@ export class PdWorker {
     this.info = core.info;
     this.metrics = metrics;
     this.#core = core;
+    this.#reader = reader;
     this.#server = server;
     this.#inFlight = inFlight;
     this.#log = log;
@@ -94,21 +104,19 @@ export class PdWorker {
     signal?.throwIfAborted();
     const metrics = new MetricsPage();
     const pages = { core: new MetricsPage(), transfer: new MetricsPage() };
-    const [started, text] = await Promise.allSettled([
+    const [core, reader] = await bothOrNone(
       parts.startCore({ config, metrics: { core: pages.core.buffer, transfer: pages.transfer.buffer } }),
-      parts.loadTextModel(config.modelDir),
-    ]);
-    if (started.status === 'rejected') throw started.reason;
-    const core = started.value;
+      parts.startReader(config.modelDir, log),
+    );
     try {
-      if (text.status === 'rejected') throw text.reason;
       signal?.throwIfAborted();
       const inFlight = new InFlight();
       const all = [metrics, pages.core, pages.transfer];
       const server = createServer({
         config,
         core,
-        model: text.value,
+        reader,
+        model: reader.model,
         inFlight,
         metrics,
         pages: all,
@@ -117,7 +125,7 @@ export class PdWorker {
       });
       const port = await listen(server, config.http);
       const httpAddress = { host: config.httpAnnounceHost, port };
-      const worker = new PdWorker(config, core, server, inFlight, httpAddress, all, log);
+      const worker = new PdWorker(config, core, reader, server, inFlight, httpAddress, all, log);
       const { numBlocks, blockSize, maxModelLen } = core.info;
       log.info(
         `Serving ${config.servedModelNames.join(', ')} as ${config.role} on ${config.device}` +
@@ -127,7 +135,7 @@ export class PdWorker {
       core.serve(formatHostPort(httpAddress));
       return worker;
     } catch (error) {
-      await core.close();
+      await Promise.all([core.close(), reader.close()]);
       throw error;
     }
   }
@@ -165,8 +173,8 @@ export class PdWorker {
     }
     if (done) await this.#handOver(performance.now() + drainTimeoutMs, Promise.race([hurried, core]));
     this.#drained.resolve();
-    await this.#core.close();
-    // What the core's end has failed still gets its answer.
+    await Promise.all([this.#core.close(), this.#reader.close()]);
+    // What their end has failed still gets its answer.
     await this.#inFlight.drain(LAST_ANSWERS_MS);
     await this.#server.close();
     this.#log.info('Stopped');
@@ -220,6 +228,22 @@ function logKvConfig(config: WorkerConfig, log: Logger): void {
     `KV transfer: kv_role ${fields.kv_role}, kv_rank ${fields.kv_rank} of kv_parallel_size 2, rank ${rank} in this instance, ` +
       `host ${bind.host}${told}, port ${fields.port}, send_type ${sendType}, threshold kv_buffer_size ${kvBufferSize} bytes`,
   );
+}
+
+interface Closable {
+  close(): Promise<void>;
+}
+
+/** Where one of two fails to start, the other is closed. */
+async function bothOrNone<A extends Closable, B extends Closable>(
+  first: Promise<A>,
+  second: Promise<B>,
+): Promise<readonly [A, B]> {
+  const [a, b] = await Promise.allSettled([first, second]);
+  if (a.status === 'fulfilled' && b.status === 'fulfilled') return [a.value, b.value];
+  if (a.status === 'fulfilled') await a.value.close();
+  if (b.status === 'fulfilled') await b.value.close();
+  throw a.status === 'rejected' ? a.reason : (b as PromiseRejectedResult).reason;
 }
 
 /** Listens; `::` takes IPv4 too. Returns the port, which the system chooses for 0. */

@@ -82,6 +82,7 @@ it('the packed package holds what it needs to run', async () => {
     'dist/src/index.d.ts',
     'dist/src/transfer/thread.js',
     'dist/src/worker/core-thread.js',
+    'dist/src/worker/reader-thread.js',
     'bin/pd-worker',
     'bin/pd-proxy',
     'bin/pd-launch',

@@ -31,7 +31,7 @@ describe('an undivided core thread', () => {
     ]);
     expect(textOf(again)).toEqual(alone);
     expect(again[0]?.promptSource?.cached).toBe(32);
-    expect(other.find((output) => output.promptLogprobs)?.promptLogprobs).toHaveLength(69);
+    expect(other.find((output) => output.promptLogprobs)?.promptLogprobs?.tokens).toHaveLength(69);
     for (const index of [0, 1, 2]) expect(textOf(several, index)).toEqual(alone);
   });
 

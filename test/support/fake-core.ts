@@ -1,8 +1,10 @@
-/** A core thread that follows a script, and a tokenizer whose tokens are bytes: what the server needs, without model or thread. */
+/** A core thread that follows a script, and a tokenizer whose tokens are bytes: what the server needs, without model or threads. */
 
 import type { CoreRequest, RequestOutput } from '../../src/scheduler/types.ts';
 import { CoreClient, type CoreClientOptions, type CorePort } from '../../src/worker/core-client.ts';
 import type { CoreInfo, CoreState, FromCore, ToCore } from '../../src/worker/messages.ts';
+import type { RequestReader } from '../../src/worker/request-reader.ts';
+import { readBody } from '../../src/worker/server/reading.ts';
 import type { TextModel } from '../../src/worker/server/text.ts';
 
 export const EOS = 256;
@@ -147,9 +149,11 @@ function piece(token: number): readonly number[] {
 export const BYTE_MODEL: TextModel = {
   eosTokenIds: [EOS],
   hasChatTemplate: true,
+  // One that is encoded stands for a byte; the longest of those that are only decoded for four.
+  charactersPerToken: 4,
   encode: (text) => bytesOf(text),
   decode: (tokens) => new TextDecoder().decode(Uint8Array.from(tokens.flatMap((token) => [...piece(token)]))),
-  tokenString: (token) => `<${token}>`,
+  tokenString: (token) => BYTE_MODEL.decode([token]),
   tokenBytes: (token) => Uint8Array.from(piece(token)),
   applyChatTemplate: (messages, { addGenerationPrompt }) => {
     if (messages.some(({ role }) => role === 'pirate')) throw new Error('no pirates');
@@ -163,4 +167,11 @@ export const BYTE_MODEL: TextModel = {
       flush: () => decoder.decode(),
     };
   },
+};
+
+/** Reads every body at once, as a RequestReader does short ones. */
+export const BYTE_READER: Pick<RequestReader, 'model' | 'read' | 'close'> = {
+  model: BYTE_MODEL,
+  read: async (served, route, body) => readBody(served, BYTE_MODEL, route, body),
+  close: async () => {},
 };

@@ -1,38 +1,29 @@
 /** POST /v1/completions. */
 import type { FastifyReply, FastifyRequest } from 'fastify';
+import { unpackLogprobs } from '../../scheduler/prompt-logprobs.ts';
 import type { ChoiceLogprob } from './choice.ts';
-import { type ServerContext, servedModel } from './context.ts';
-import {
-  type ChoiceEvent,
-  checkPrompt,
-  encodePrompt,
-  GenerationRun,
-  type Plan,
-  type Prompt,
-  prefillOf,
-  promptTokenIdsOf,
-  samplingOf,
-  tokenIdsOf,
-} from './generation.ts';
+import { readRequest, type ServerContext } from './context.ts';
+import { type ChoiceEvent, GenerationRun, prefillOf, promptTokenIdsOf, tokenIdsOf } from './generation.ts';
 import { completionLogprobs } from './logprobs.ts';
+import type { Readings } from './reading.ts';
 import { requestIdOf } from './request-id.ts';
-import { type AnswerFormat, respond } from './respond.ts';
-import { badField, type CompletionBody, checkSampling, completionSchema, parseBody } from './schemas.ts';
-
-const DEFAULT_MAX_TOKENS = 16;
+import { type AnswerFormat, goneSignal, respond } from './respond.ts';
+import { turns } from './turns.ts';
 
 export async function postCompletions(
   context: ServerContext,
   request: FastifyRequest,
   reply: FastifyReply,
-): Promise<object | undefined> {
+): Promise<string | undefined> {
   const id = `cmpl-${requestIdOf(request, reply)}`;
   const leave = context.inFlight.enter(id);
   try {
-    const body = parseBody(completionSchema, request.body);
-    const model = servedModel(context, body.model);
-    const plan = { ...planOf(context, body, id), ...prefillOf(context, request) };
+    const gone = goneSignal(context, reply, id);
+    const { body, model, asked } = await readRequest(context, 'completions', request, gone);
+    const prompts = asked.prompts.map((prompt, index) => ({ ...prompt, serverId: `${id}-${index}` }));
+    const plan = { ...asked, prompts, ...prefillOf(context, request) };
     return await respond(context, reply, new GenerationRun(context, plan), format(context, body, id, model), {
+      gone,
       stream: body.stream ?? false,
       includeUsage: body.stream_options?.include_usage ?? false,
       choices: plan.prompts.length * plan.n,
@@ -43,34 +34,17 @@ export async function postCompletions(
   }
 }
 
-function planOf(context: ServerContext, body: CompletionBody, id: string): Plan {
-  const echo = body.echo ?? false;
-  checkSampling(body, body.max_tokens);
-  if (body.max_tokens === 0 && !echo) throw badField('max_tokens', 'must be at least 1 without echo');
-  const prompts = body.prompt.map((given, index): Prompt => {
-    const param = body.prompt.length > 1 ? `prompt.${index}` : 'prompt';
-    const isText = typeof given === 'string';
-    const tokens = isText ? encodePrompt(context, given, body.add_special_tokens ?? true, param) : given;
-    const checked = checkPrompt(context, tokens, body.max_tokens, param);
-    const text = isText ? given : echo ? context.model.decode(given, { skipSpecialTokens: false }) : '';
-    return { text, tokens: checked, serverId: `${id}-${index}` };
-  });
-  return {
-    prompts,
-    n: body.n ?? 1,
-    sampling: samplingOf(context, body, body.logprobs, echo),
-    maxTokens: body.max_tokens ?? DEFAULT_MAX_TOKENS,
-    stops: body.stop ?? [],
-    echo,
-  };
-}
-
-function format(context: ServerContext, body: CompletionBody, id: string, model: string): AnswerFormat {
+function format(
+  context: ServerContext,
+  body: Readings['completions']['body'],
+  id: string,
+  model: string,
+): AnswerFormat {
   const base = { id, object: 'text_completion', created: Math.floor(Date.now() / 1_000), model };
   const withUsage = body.stream_options?.include_usage === true ? { usage: null } : {};
   const echo = body.echo ?? false;
 
-  const choiceOf = (index: number, events: readonly ChoiceEvent[]) => {
+  const choiceOf = async (index: number, events: readonly ChoiceEvent[]) => {
     const start = events[0]?.start;
     const echoed = echo && start ? start.prompt.text : '';
     return {
@@ -79,12 +53,9 @@ function format(context: ServerContext, body: CompletionBody, id: string, model:
       logprobs:
         body.logprobs === undefined
           ? null
-          : completionLogprobs(
+          : await completionLogprobs(
               context.model,
-              [
-                ...(echo ? promptEntries(context, start) : []),
-                ...events.flatMap(({ delta }) => delta.logprobs),
-              ],
+              entriesOf(context, echo ? start : undefined, events),
               body.logprobs,
               echo && start ? { token: start.prompt.tokens[0]! } : undefined,
               body.return_tokens_as_token_ids,
@@ -95,29 +66,38 @@ function format(context: ServerContext, body: CompletionBody, id: string, model:
     };
   };
   return {
-    chunks(event) {
+    async chunks(event) {
       const { text, finishReason } = event.delta;
       const aboutPrompt = (echo || body.return_token_ids) && event.start !== undefined;
       if (text === '' && finishReason === undefined && !aboutPrompt) return [];
-      return [{ ...base, choices: [choiceOf(event.index, [event])], ...withUsage }];
+      return [{ ...base, choices: [await choiceOf(event.index, [event])], ...withUsage }];
     },
     usageChunk: (usage) => ({ ...base, choices: [], usage }),
-    whole: (events, usage) => ({
-      ...base,
-      choices: events.map((list, index) => choiceOf(index, list)),
-      usage,
-    }),
+    async whole(events, usage) {
+      const choices: object[] = [];
+      const turn = turns();
+      for (const [index, list] of events.entries()) {
+        choices.push(await choiceOf(index, list));
+        await turn();
+      }
+      return { ...base, choices, usage };
+    },
   };
 }
 
-/** Log-probabilities of an echoed prompt from its second token on, each at where its text begins. */
-function promptEntries(context: ServerContext, start: ChoiceEvent['start']): ChoiceLogprob[] {
-  if (!start?.promptLogprobs) return [];
-  const decoder = context.model.decoder();
-  let offset = decoder.push(start.prompt.tokens[0]!).length;
-  return start.promptLogprobs.map((logprob) => {
-    const entry = { logprob, offset };
-    offset += decoder.push(logprob.token).length;
-    return entry;
-  });
+/** Log-probabilities of a choice, before them those of an echoed prompt from its second token on, each at where its text begins. */
+function* entriesOf(
+  context: ServerContext,
+  echoed: ChoiceEvent['start'],
+  events: readonly ChoiceEvent[],
+): Generator<ChoiceLogprob> {
+  if (echoed?.promptLogprobs) {
+    const decoder = context.model.decoder();
+    let offset = decoder.push(echoed.prompt.tokens[0]!).length;
+    for (const logprob of unpackLogprobs(echoed.promptLogprobs)) {
+      yield { logprob, offset };
+      offset += decoder.push(logprob.token).length;
+    }
+  }
+  for (const { delta } of events) yield* delta.logprobs;
 }

@@ -1,10 +1,12 @@
 /** What the routes share. */
+import type { FastifyRequest } from 'fastify';
 import type { WorkerConfig } from '../../config/worker-config.ts';
-import { PdError } from '../../errors.ts';
 import type { Logger } from '../../observability/log.ts';
 import type { MetricsPage } from '../../observability/metrics.ts';
 import type { CoreClient } from '../core-client.ts';
+import type { BodyReader } from '../request-reader.ts';
 import type { InFlight } from './in-flight.ts';
+import type { Readings, Route } from './reading.ts';
 import type { TextModel } from './text.ts';
 
 export interface ServerContext {
@@ -13,6 +15,8 @@ export interface ServerContext {
     'servedModelNames' | 'randomizeRequestIds' | 'kvKey' | 'role' | 'maxNumSeqs' | 'debugState'
   >;
   readonly core: Pick<CoreClient, 'generate' | 'info' | 'kvFailed' | 'prefilled' | 'release' | 'state'>;
+  readonly reader: BodyReader;
+  /** For the text of what is generated. */
   readonly model: TextModel;
   readonly inFlight: InFlight;
   /** The main thread's own page. */
@@ -23,15 +27,19 @@ export interface ServerContext {
   readonly log: Logger;
 }
 
-/** The name that answers carry. Throws MODEL_NOT_FOUND where a request names one that is not served. */
-export function servedModel({ config }: ServerContext, requested: string | undefined): string {
-  const names = config.servedModelNames;
-  if (requested !== undefined && !names.includes(requested)) {
-    throw new PdError(
-      'MODEL_NOT_FOUND',
-      `model ${JSON.stringify(requested)} is not served here; served: ${names.join(', ')}`,
-      { param: 'model' },
-    );
-  }
-  return names[0]!;
+/** The routes whose bodies may be long read them by this. */
+export function readRequest<R extends Route>(
+  { config, core, reader }: ServerContext,
+  route: R,
+  request: FastifyRequest,
+  signal?: AbortSignal,
+): Promise<Readings[R]> {
+  const { maxModelLen, vocabSize } = core.info;
+  const served = { modelNames: config.servedModelNames, maxModelLen, vocabSize };
+  return reader.read(served, route, bodyOf(request), signal);
+}
+
+/** A body as it came. Only JSON gets this far; a request without any body has none. */
+export function bodyOf(request: FastifyRequest): Uint8Array<ArrayBuffer> {
+  return request.body instanceof Uint8Array ? (request.body as Uint8Array<ArrayBuffer>) : new Uint8Array(0);
 }

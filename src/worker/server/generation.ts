@@ -1,31 +1,26 @@
 /** Prompts of one HTTP request through the core: n completions of each, merged into one stream of events. */
-import { randomBytes, randomInt } from 'node:crypto';
+import { randomBytes } from 'node:crypto';
+import { setMaxListeners } from 'node:events';
 import type { FastifyRequest } from 'fastify';
 import { type ErrorData, PdError } from '../../errors.ts';
-import type { RequestOutput, SamplingParams, TokenLogprob } from '../../scheduler/types.ts';
+import type { PromptLogprobs } from '../../scheduler/prompt-logprobs.ts';
+import type { RequestOutput } from '../../scheduler/types.ts';
 import { engineRequestId, kvKeyOf } from '../../wire/ids.ts';
 import { PREFILL_WITHIN_HEADER, readPrefillWithin } from '../../wire/overlap.ts';
 import { AsyncQueue } from '../async-queue.ts';
 import { Choice, type ChoiceDelta } from './choice.ts';
 import type { ServerContext } from './context.ts';
+import type { Asked, ReadPrompt } from './reading.ts';
 import { badField, type SamplingBody } from './schemas.ts';
+import { turns } from './turns.ts';
 
-export interface Prompt {
-  /** As given, or decoded from the token ids. */
-  readonly text: string;
-  readonly tokens: Int32Array;
+export interface Prompt extends ReadPrompt {
   /** `cmpl-<id>-<index>` or `chatcmpl-<id>`: what producer and consumer agree on. */
   readonly serverId: string;
 }
 
-export interface Plan {
+export interface Plan extends Asked {
   readonly prompts: readonly Prompt[];
-  readonly n: number;
-  readonly sampling: Omit<SamplingParams, 'maxTokens'>;
-  /** 0 scores the prompt alone (echo). Absent: as many as fit. */
-  readonly maxTokens: number | undefined;
-  readonly stops: readonly string[];
-  readonly echo: boolean;
   /** On a consumer: its producer may still compute the prompts for so long. */
   readonly prefillWithinMs?: number;
 }
@@ -35,16 +30,22 @@ export interface ChoiceEvent {
   readonly index: number;
   readonly delta: ChoiceDelta;
   /** With the first event of a choice. */
-  readonly start?: { readonly prompt: Prompt; readonly promptLogprobs?: readonly TokenLogprob[] };
+  readonly start?: { readonly prompt: Prompt; readonly promptLogprobs?: PromptLogprobs };
 }
 
 /** The fields that `return_token_ids` adds to a choice, as vLLM names them. */
-export function tokenIdsOf(body: SamplingBody, events: readonly ChoiceEvent[]): object {
+export function tokenIdsOf(
+  body: Pick<SamplingBody, 'return_token_ids'>,
+  events: readonly ChoiceEvent[],
+): object {
   return body.return_token_ids ? { token_ids: events.flatMap(({ delta }) => delta.tokens) } : {};
 }
 
 /** The same for the prompt. Nothing where `event` is not the first of its choice. */
-export function promptTokenIdsOf(body: SamplingBody, event: ChoiceEvent | undefined): object {
+export function promptTokenIdsOf(
+  body: Pick<SamplingBody, 'return_token_ids'>,
+  event: ChoiceEvent | undefined,
+): object {
   return body.return_token_ids && event?.start ? { prompt_token_ids: [...event.start.prompt.tokens] } : {};
 }
 
@@ -59,68 +60,6 @@ export function prefillOf({ config }: ServerContext, request: FastifyRequest): P
   const ms =
     config.role === 'consumer' ? readPrefillWithin(request.headers[PREFILL_WITHIN_HEADER]) : undefined;
   return ms === undefined ? {} : { prefillWithinMs: ms };
-}
-
-/** Sampling parameters of a checked body. `logprobs`: alternatives per token. */
-export function samplingOf(
-  context: ServerContext,
-  body: SamplingBody,
-  logprobs: number | undefined,
-  echo: boolean,
-): Plan['sampling'] {
-  const { eosTokenIds } = context.model;
-  return {
-    temperature: body.temperature ?? 1,
-    topP: body.top_p ?? 1,
-    topK: Math.max(body.top_k ?? 0, 0),
-    seed: body.seed ?? randomInt(2 ** 31),
-    minTokens: body.min_tokens ?? 0,
-    stopTokenIds: [...new Set([...(body.ignore_eos ? [] : eosTokenIds), ...(body.stop_token_ids ?? [])])],
-    ...(logprobs === undefined ? {} : { logprobs }),
-    ...(logprobs === undefined || !echo ? {} : { promptLogprobs: logprobs }),
-  };
-}
-
-/** Checks a tokenized prompt against vocabulary and context. `param` names the field that it came from. */
-export function checkPrompt(
-  context: ServerContext,
-  tokens: readonly number[],
-  maxTokens: number | undefined,
-  param: string,
-): Int32Array {
-  const { maxModelLen, vocabSize } = context.core.info;
-  if (tokens.length === 0) throw badField(param, 'is empty: there is nothing to go on from');
-  const unknown = tokens.find((token) => token >= vocabSize);
-  if (unknown !== undefined) {
-    throw badField(param, `token id ${unknown} is not in the vocabulary of ${vocabSize}`);
-  }
-  const output = Math.max(maxTokens ?? 1, 1);
-  if (tokens.length + output > maxModelLen) {
-    throw new PdError(
-      'CONTEXT_EXCEEDED',
-      `${param}: ${tokens.length} prompt tokens and ${output} to generate are more than the context of ${maxModelLen}`,
-      { param },
-    );
-  }
-  return Int32Array.from(tokens);
-}
-
-/** Refuses text that no tokenizer makes short enough, before a tokenizer spends time on it. */
-export function encodePrompt(
-  context: ServerContext,
-  text: string,
-  addSpecialTokens: boolean,
-  param: string,
-): readonly number[] {
-  const { maxModelLen } = context.core.info;
-  if (text.length > maxModelLen * 256) {
-    throw new PdError(
-      'CONTEXT_EXCEEDED',
-      `${param}: ${text.length} characters are far beyond the context of ${maxModelLen} tokens`,
-      { param },
-    );
-  }
-  return context.model.encode(text, { addSpecialTokens });
 }
 
 /** One run of a plan. Iterate once; `usage` is right when the iteration has ended. */
@@ -154,20 +93,34 @@ export class GenerationRun {
   /** Throws the first error of any prompt; the others are aborted then, as they are when `signal` fires or the loop is left. */
   async *events(signal: AbortSignal): AsyncGenerator<ChoiceEvent> {
     const all = AbortSignal.any([signal, this.#abort.signal]);
+    setMaxListeners(0, all); // one a prompt
     const merged = new AsyncQueue<ChoiceEvent>();
-    const pumps = this.#plan.prompts.map((prompt, at) => this.#pump(prompt, at, merged, all));
-    Promise.all(pumps).then(
-      () => merged.end(),
-      (error: unknown) => {
-        this.#abort.abort();
-        merged.fail(error);
-      },
+    const fail = (error: unknown) => {
+      this.#abort.abort();
+      merged.fail(error);
+    };
+    const pumps: Promise<void>[] = [];
+    const started = this.#start(
+      (prompt, at) => pumps.push(this.#pump(prompt, at, merged, all).catch(fail)),
+      all,
     );
+    const ended = started.catch(fail).then(() => Promise.all(pumps));
+    void ended.then(() => merged.end());
     try {
       yield* merged;
     } finally {
       this.#abort.abort();
-      await Promise.allSettled(pumps);
+      await ended;
+    }
+  }
+
+  /** In turns: a thousand prompts with all their completions take their time. */
+  async #start(begin: (prompt: Prompt, at: number) => void, signal: AbortSignal): Promise<void> {
+    const turn = turns();
+    for (const [at, prompt] of this.#plan.prompts.entries()) {
+      if (signal.aborted) throw new PdError('REQUEST_ABORTED', `request ${prompt.serverId} was aborted`);
+      begin(prompt, at);
+      await turn();
     }
   }
 
@@ -198,7 +151,7 @@ export class GenerationRun {
     const began = performance.now();
     const last: (number | undefined)[] = [];
     const started = new Set<number>();
-    let promptLogprobs: readonly TokenLogprob[] | undefined;
+    let promptLogprobs: PromptLogprobs | undefined;
     for await (const output of generation) {
       const choice = choices[output.index];
       if (!choice || choice.finished) continue;

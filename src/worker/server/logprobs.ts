@@ -2,6 +2,7 @@
 import type { TokenLogprob } from '../../scheduler/types.ts';
 import type { ChoiceLogprob } from './choice.ts';
 import type { TextModel } from './text.ts';
+import { turns } from './turns.ts';
 
 /** JSON knows no -Infinity, and clients take exp() of it. */
 const LEAST = -9999;
@@ -9,7 +10,7 @@ const finite = (logprob: number): number => Math.max(logprob, LEAST);
 
 /** A token on its own as text; one that is part of a character as `bytes:\xe2\x80`, as OpenAI writes it. */
 export function tokenText(model: TextModel, token: number): string {
-  const text = model.decode([token], { skipSpecialTokens: false });
+  const text = model.tokenString(token);
   if (!text.includes('\ufffd')) return text;
   const bytes = model.tokenBytes(token);
   if (!bytes) return text;
@@ -30,13 +31,13 @@ export interface CompletionLogprobs {
 }
 
 /** For /v1/completions. `first`: a prompt token before the entries that has no log-probability of its own. */
-export function completionLogprobs(
+export async function completionLogprobs(
   model: TextModel,
-  entries: readonly ChoiceLogprob[],
+  entries: Iterable<ChoiceLogprob>,
   top: number,
   first?: { readonly token: number },
   asIds = false,
-): CompletionLogprobs {
+): Promise<CompletionLogprobs> {
   const nameOf = asIds ? idText : tokenText;
   const result: CompletionLogprobs = { tokens: [], token_logprobs: [], top_logprobs: [], text_offset: [] };
   if (first) {
@@ -45,7 +46,9 @@ export function completionLogprobs(
     result.top_logprobs.push(null);
     result.text_offset.push(0);
   }
+  const turn = turns();
   for (const { logprob, offset } of entries) {
+    await turn();
     const text = nameOf(model, logprob.token);
     result.tokens.push(text);
     result.token_logprobs.push(finite(logprob.logprob));
@@ -82,21 +85,25 @@ export interface ChatLogprobs {
 }
 
 /** For /v1/chat/completions. */
-export function chatLogprobs(
+export async function chatLogprobs(
   model: TextModel,
   entries: readonly ChoiceLogprob[],
   top: number,
   asIds = false,
-): ChatLogprobs {
+): Promise<ChatLogprobs> {
   const chatToken = (token: number, logprob: number): ChatToken => {
-    const text = model.decode([token], { skipSpecialTokens: false });
+    const text = model.tokenString(token);
     const bytes = model.tokenBytes(token) ?? new TextEncoder().encode(text);
     return { token: asIds ? idText(model, token) : text, logprob: finite(logprob), bytes: [...bytes] };
   };
-  return {
-    content: entries.map(({ logprob }) => ({
+  const content: ChatLogprobs['content'][number][] = [];
+  const turn = turns();
+  for (const { logprob } of entries) {
+    await turn();
+    content.push({
       ...chatToken(logprob.token, logprob.logprob),
       top_logprobs: logprob.top.slice(0, top).map((entry) => chatToken(entry.token, entry.logprob)),
-    })),
-  };
+    });
+  }
+  return { content };
 }

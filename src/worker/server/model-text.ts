@@ -7,6 +7,7 @@ export async function loadTextModel(modelDir: string): Promise<TextModel> {
   const tokenizer = await Tokenizer.load(modelDir);
   return {
     eosTokenIds: tokenizer.eosTokenIds,
+    charactersPerToken: tokenizer.charactersPerToken,
     hasChatTemplate: tokenizer.hasChatTemplate,
     encode: (text, options) => tokenizer.encode(text, options),
     decode: (tokens, options) => tokenizer.decode(tokens, options),

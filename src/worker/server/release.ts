@@ -10,8 +10,12 @@ import type { FastifyRequest } from 'fastify';
 import { z } from 'zod';
 import { ERROR_TABLE, type ErrorCode } from '../../errors.ts';
 import { type TransferId, transferIdOf } from '../../wire/ids.ts';
-import type { ServerContext } from './context.ts';
+import { bodyOf, type ServerContext } from './context.ts';
+import { parseJson } from './reading.ts';
 import { MAX_PROMPTS, parseBody } from './schemas.ts';
+
+/** Bytes; the longest notice has an id of 512 characters and a message of 2,048. */
+export const NOTICE_LIMIT = 32_768;
 
 const noticeSchema = z.object({
   /** As sent in X-Request-Id. */
@@ -22,11 +26,11 @@ const noticeSchema = z.object({
 
 const failedSchema = noticeSchema.extend({
   code: z.enum(Object.keys(ERROR_TABLE) as ErrorCode[]),
-  message: z.string().max(4_096),
+  message: z.string().max(2_048),
 });
 
 export function postFailed(context: ServerContext, request: FastifyRequest): object {
-  const notice = parseBody(failedSchema, request.body);
+  const notice = parseBody(failedSchema, parseJson(bodyOf(request)));
   const { transferIds, requestId } = meantBy(notice);
   const { code, message } = notice;
   context.log.debug({ requestId, code }, `the producer could not send KV of a request: ${message}`);
@@ -39,14 +43,14 @@ export function postFailed(context: ServerContext, request: FastifyRequest): obj
 }
 
 export function postRelease(context: ServerContext, request: FastifyRequest): object {
-  const { requestId, transferIds } = meantBy(parseBody(noticeSchema, request.body));
+  const { requestId, transferIds } = meantBy(parseBody(noticeSchema, parseJson(bodyOf(request))));
   context.log.debug({ requestId, prompts: transferIds.length }, 'KV of a request released');
   context.core.release(transferIds);
   return { released: transferIds.length };
 }
 
 export function postPrefilled(context: ServerContext, request: FastifyRequest): object {
-  const { requestId, transferIds } = meantBy(parseBody(noticeSchema, request.body));
+  const { requestId, transferIds } = meantBy(parseBody(noticeSchema, parseJson(bodyOf(request))));
   context.log.debug({ requestId, prompts: transferIds.length }, 'prompt of a request computed');
   context.core.prefilled(transferIds);
   return { prefilled: transferIds.length };

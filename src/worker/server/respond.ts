@@ -6,6 +6,7 @@ import { openAiError } from '../../openai-error.ts';
 import { KV_FAILED_HEADER, writeKvFailed } from '../../wire/overlap.ts';
 import type { ServerContext } from './context.ts';
 import type { ChoiceEvent, GenerationRun, Usage } from './generation.ts';
+import { jsonInTurns } from './turns.ts';
 
 /** A client that takes nothing for so long is gone. */
 const STALL_MS = 60_000;
@@ -13,18 +14,33 @@ const STALL_MS = 60_000;
 /** How one API writes its answers. */
 export interface AnswerFormat {
   /** What a stream says of one event; several chunks where one is not enough. */
-  chunks(event: ChoiceEvent): readonly object[];
+  chunks(event: ChoiceEvent): Promise<readonly object[]>;
   usageChunk(usage: Usage): object;
   /** The whole answer; `events` by choice, each list in order. */
-  whole(events: readonly (readonly ChoiceEvent[])[], usage: Usage): object;
+  whole(events: readonly (readonly ChoiceEvent[])[], usage: Usage): Promise<object>;
 }
 
 export interface AnswerOptions {
   readonly stream: boolean;
   readonly includeUsage: boolean;
   readonly choices: number;
+  /** Of the same request (`goneSignal`). */
+  readonly gone: AbortSignal;
   /** For the log. */
   readonly id: string;
+}
+
+/** Fires where the client goes away before it has its whole answer. `id` is for the log. */
+export function goneSignal({ log }: ServerContext, reply: FastifyReply, id: string): AbortSignal {
+  const gone = new AbortController();
+  const { raw } = reply;
+  raw.once('close', () => {
+    if (raw.writableFinished) return;
+    log.debug({ requestId: id }, 'client went away: request aborted');
+    gone.abort();
+  });
+  if (raw.destroyed) gone.abort(); // gone before anyone listened
+  return gone.signal;
 }
 
 /** Answers from `run`. What fails before the first byte is thrown; later it is an event of the stream. */
@@ -34,25 +50,14 @@ export async function respond(
   run: GenerationRun,
   format: AnswerFormat,
   options: AnswerOptions,
-): Promise<object | undefined> {
-  const gone = new AbortController();
-  const onClose = () => {
-    if (reply.raw.writableFinished) return;
-    context.log.debug({ requestId: options.id }, 'client went away: request aborted');
-    gone.abort();
-  };
-  reply.raw.once('close', onClose);
-  if (reply.raw.destroyed) gone.abort(); // gone before anyone listened
-  try {
-    const events = run.events(gone.signal);
-    if (options.stream) return await stream(context, reply, events, run, format, options, gone.signal);
-    const byChoice: ChoiceEvent[][] = Array.from({ length: options.choices }, () => []);
-    for await (const event of events) byChoice[event.index]!.push(event);
-    if (run.kvFailure) reply.header(KV_FAILED_HEADER, writeKvFailed(run.kvFailure));
-    return format.whole(byChoice, run.usage);
-  } finally {
-    reply.raw.off('close', onClose);
-  }
+): Promise<string | undefined> {
+  const events = run.events(options.gone);
+  if (options.stream) return await stream(context, reply, events, run, format, options);
+  const byChoice: ChoiceEvent[][] = Array.from({ length: options.choices }, () => []);
+  for await (const event of events) byChoice[event.index]!.push(event);
+  if (run.kvFailure) reply.header(KV_FAILED_HEADER, writeKvFailed(run.kvFailure));
+  reply.type('application/json; charset=utf-8');
+  return await jsonInTurns(await format.whole(byChoice, run.usage));
 }
 
 async function stream(
@@ -62,8 +67,8 @@ async function stream(
   run: GenerationRun,
   format: AnswerFormat,
   options: AnswerOptions,
-  gone: AbortSignal,
 ): Promise<undefined> {
+  const { gone } = options;
   // Headers wait for the first event, so that a request that fails outright has its own HTTP status.
   let next = await events.next();
   reply.hijack();
@@ -83,7 +88,9 @@ async function stream(
   });
   try {
     for (; !next.done; next = await events.next()) {
-      for (const chunk of format.chunks(next.value)) await send(JSON.stringify(chunk));
+      // What is said of a prompt may be long, what is said of a token is not.
+      const write = next.value.start ? jsonInTurns : JSON.stringify;
+      for (const chunk of await format.chunks(next.value)) await send(await write(chunk));
     }
     if (options.includeUsage) await send(JSON.stringify(format.usageChunk(run.usage)));
   } catch (cause) {

@@ -6,6 +6,8 @@ import { PdError } from '../../errors.ts';
 export const MAX_LOGPROBS = 20;
 const MAX_N = 128;
 export const MAX_PROMPTS = 1_024;
+/** Each goes to the core with each prompt. */
+const MAX_STOP_TOKEN_IDS = 1_024;
 
 const tokenIds = z.array(z.int().min(0));
 const optional = <T extends z.ZodType>(schema: T) =>
@@ -58,7 +60,7 @@ const sampling = {
       .transform((stop) => (typeof stop === 'string' ? [stop] : stop))
       .pipe(z.array(z.string().min(1, 'a stop string must not be empty'))),
   ),
-  stop_token_ids: optional(tokenIds),
+  stop_token_ids: optional(tokenIds.max(MAX_STOP_TOKEN_IDS)),
   ignore_eos: optional(z.boolean()),
   return_token_ids: optional(z.boolean()),
   return_tokens_as_token_ids: optional(z.boolean()),
@@ -165,7 +167,10 @@ export function parseBody<T>(schema: z.ZodType<T>, body: unknown): T {
 }
 
 /** Checks that hang on more than one field. */
-export function checkSampling(body: SamplingBody, maxTokens: number | undefined): void {
+export function checkSampling(
+  body: Pick<SamplingBody, 'n' | 'best_of' | 'stream' | 'stream_options' | 'min_tokens'>,
+  maxTokens: number | undefined,
+): void {
   const n = body.n ?? 1;
   if (body.best_of !== undefined && body.best_of !== n) {
     throw badField('best_of', `${body.best_of} is not supported; only the value of n, ${n}, is`);

@@ -7,8 +7,8 @@ import { openAiError } from '../../openai-error.ts';
 import { postChatCompletions } from './chat.ts';
 import { postCompletions } from './completions.ts';
 import type { ServerContext } from './context.ts';
-import { postFailed, postPrefilled, postRelease } from './release.ts';
-import { postDetokenize, postTokenize } from './tokenize.ts';
+import { NOTICE_LIMIT, postFailed, postPrefilled, postRelease } from './release.ts';
+import { postTokens } from './tokenize.ts';
 
 /** Bytes; a prompt of a million token ids fits. */
 const BODY_LIMIT = 16 * 2 ** 20;
@@ -40,13 +40,19 @@ export function createServer(context: ServerContext): FastifyInstance {
     return reply.status(404).send(openAiError(error));
   });
 
+  // Bodies stay bytes until someone with time for them reads them.
+  server.removeAllContentTypeParsers();
+  server.addContentTypeParser('application/json', { parseAs: 'buffer' }, (_request, body, done) =>
+    done(null, body),
+  );
   server.post('/v1/completions', (request, reply) => postCompletions(context, request, reply));
   server.post('/v1/chat/completions', (request, reply) => postChatCompletions(context, request, reply));
-  server.post('/tokenize', async (request) => postTokenize(context, request));
-  server.post('/detokenize', async (request) => postDetokenize(context, request));
-  server.post('/kv/release', async (request) => postRelease(context, request));
-  server.post('/kv/prefilled', async (request) => postPrefilled(context, request));
-  server.post('/kv/failed', async (request) => postFailed(context, request));
+  server.post('/tokenize', (request, reply) => postTokens(context, 'tokenize', request, reply));
+  server.post('/detokenize', (request, reply) => postTokens(context, 'detokenize', request, reply));
+  const notice = { bodyLimit: NOTICE_LIMIT };
+  server.post('/kv/release', notice, async (request) => postRelease(context, request));
+  server.post('/kv/prefilled', notice, async (request) => postPrefilled(context, request));
+  server.post('/kv/failed', notice, async (request) => postFailed(context, request));
   server.get('/v1/models', async () => ({
     object: 'list',
     data: config.servedModelNames.map((id) => ({

@@ -17,9 +17,11 @@ export interface TextModel {
   /** End-of-sequence tokens, of tokenizer and generation config. */
   readonly eosTokenIds: readonly number[];
   readonly hasChatTemplate: boolean;
+  /** Most UTF-16 units of text that one token stands for; Infinity where that cannot be told. */
+  readonly charactersPerToken: number;
   encode(text: string, options?: { readonly addSpecialTokens?: boolean }): readonly number[];
   decode(tokens: readonly number[], options?: { readonly skipSpecialTokens?: boolean }): string;
-  /** The token as the vocabulary writes it. */
+  /** Text of one token by itself, special ones too. */
   tokenString(token: number): string;
   /** The token's bytes, where the tokenizer can tell: a token may be part of a character. */
   tokenBytes(token: number): Uint8Array | undefined;

@@ -8,8 +8,8 @@ import { Command } from 'commander';
 import { afterEach, expect, it } from 'vitest';
 import { addWorkerOptions, resolveWorkerConfig } from '../../../src/config/resolve-worker.ts';
 import { formatHostPort } from '../../../src/net/address.ts';
-import { PdWorker } from '../../../src/worker/worker.ts';
-import { BYTE_MODEL, bytesOf, FakeCore, type Script, saying } from '../../support/fake-core.ts';
+import { PdWorker, type WorkerParts } from '../../../src/worker/worker.ts';
+import { BYTE_READER, bytesOf, FakeCore, type Script, saying } from '../../support/fake-core.ts';
 import { sharedTempDir } from '../../support/temp-dir.ts';
 
 const modelDir = sharedTempDir();
@@ -30,7 +30,7 @@ async function start(script: Script = saying('hello'), args: readonly string[] =
   const core = new FakeCore(script);
   const worker = await PdWorker.start(configOf(args), {
     startCore: () => core.connect(),
-    loadTextModel: async () => BYTE_MODEL,
+    startReader: async () => BYTE_READER,
   });
   workers.push(worker);
   return { core, worker, url: `http://${formatHostPort(worker.httpAddress)}` };
@@ -102,7 +102,7 @@ it('refuses a port that is taken before anything is loaded', async () => {
     const { port } = holder.address() as AddressInfo;
     const started = PdWorker.start(configOf(['--port', String(port)]), {
       startCore: () => Promise.reject(new Error('loaded a model')),
-      loadTextModel: async () => BYTE_MODEL,
+      startReader: async () => BYTE_READER,
     });
     await expect(started).rejects.toMatchObject({
       code: 'PORT_IN_USE',
@@ -113,11 +113,32 @@ it('refuses a port that is taken before anything is loaded', async () => {
   }
 });
 
+it('closes the reader with the worker, and when the core cannot start', async () => {
+  const closed: string[] = [];
+  const parts = (name: string, startCore: WorkerParts['startCore']): WorkerParts => ({
+    startCore,
+    startReader: async () => ({ ...BYTE_READER, close: async () => void closed.push(name) }),
+  });
+  const worker = await PdWorker.start(
+    configOf([]),
+    parts('worker', () => new FakeCore().connect()),
+  );
+  expect(closed).toEqual([]);
+  await worker.close();
+  expect(closed).toEqual(['worker']);
+  const failed = PdWorker.start(
+    configOf([]),
+    parts('failed', () => Promise.reject(new Error('no weights'))),
+  );
+  await expect(failed).rejects.toThrow('no weights');
+  expect(closed).toEqual(['worker', 'failed']);
+});
+
 it('closes the core when the tokenizer cannot be read', async () => {
   const core = new FakeCore();
   const started = PdWorker.start(configOf([]), {
     startCore: () => core.connect(),
-    loadTextModel: () => Promise.reject(new Error('no tokenizer.json')),
+    startReader: () => Promise.reject(new Error('no tokenizer.json')),
   });
   await expect(started).rejects.toThrow('no tokenizer.json');
   expect(core.terminated).toBe(true);
@@ -132,7 +153,7 @@ it('gives up its start where told to while the core starts, and closes the core 
       stop.abort(new Error('told to'));
       return client;
     },
-    loadTextModel: async () => BYTE_MODEL,
+    startReader: async () => BYTE_READER,
   };
   await expect(PdWorker.start(configOf([]), parts, stop.signal)).rejects.toThrow('told to');
   expect(core.received.map(({ type }) => type)).toEqual(['shutdown']);

@@ -4,12 +4,25 @@ import type { AddressInfo } from 'node:net';
 import fc from 'fast-check';
 import { afterEach, describe, expect, it } from 'vitest';
 import type { DebugAudience, WorkerConfig } from '../../../src/config/worker-config.ts';
+import { demoModelDir } from '../../../src/model/demo.ts';
 import { createLogger } from '../../../src/observability/log.ts';
 import { MetricsPage, readHistogram } from '../../../src/observability/metrics.ts';
+import { packLogprobs } from '../../../src/scheduler/prompt-logprobs.ts';
 import type { TokenLogprob } from '../../../src/scheduler/types.ts';
+import { type BodyReader, RequestReader } from '../../../src/worker/request-reader.ts';
 import { InFlight } from '../../../src/worker/server/in-flight.ts';
+import { type Route, readBody } from '../../../src/worker/server/reading.ts';
 import { createServer } from '../../../src/worker/server/server.ts';
-import { BYTE_MODEL, bytesOf, EOS, FakeCore, type Script, saying } from '../../support/fake-core.ts';
+import {
+  BYTE_MODEL,
+  BYTE_READER,
+  bytesOf,
+  EOS,
+  FakeCore,
+  type Script,
+  saying,
+} from '../../support/fake-core.ts';
+import { FakeReaderThread } from '../../support/fake-reader.ts';
 
 /** What these answers may hold; a test reads what it knows to be there. */
 interface Answer {
@@ -25,6 +38,7 @@ interface Answer {
   readonly data: { readonly id: string }[];
 }
 
+const LOG = createLogger({ level: 'silent', format: 'json' }, 'main');
 const closers: (() => Promise<void>)[] = [];
 afterEach(async () => {
   await Promise.all(closers.splice(0).map((close) => close()));
@@ -35,6 +49,7 @@ async function start(
   randomizeRequestIds = true,
   debugState?: DebugAudience,
   role: WorkerConfig['role'] = 'both',
+  reader: BodyReader = BYTE_READER,
 ) {
   const core = new FakeCore(script);
   const client = await core.connect();
@@ -49,12 +64,13 @@ async function start(
       ...(debugState && { debugState }),
     },
     core: client,
+    reader,
     model: BYTE_MODEL,
     inFlight,
     metrics,
     pages: [metrics],
     version: '1.2.3',
-    log: createLogger({ level: 'silent', format: 'json' }, 'main'),
+    log: LOG,
   });
   closers.push(async () => {
     await client.close();
@@ -220,7 +236,9 @@ describe('/v1/completions', () => {
         index: 0,
         tokens: [0xc3, 0xa9],
         logprobs: [entry(0xc3, -1), entry(0xa9, -2)],
-        ...(request.sampling.promptLogprobs === undefined ? {} : { promptLogprobs: [entry(98, -3)] }),
+        ...(request.sampling.promptLogprobs === undefined
+          ? {}
+          : { promptLogprobs: packLogprobs([entry(98, -3)]) }),
       });
       emit({ index: 0, tokens: [EOS], logprobs: [entry(EOS, -4)], finishReason: 'stop' });
     });
@@ -605,6 +623,9 @@ describe('errors', () => {
     expect([nowhere.statusCode, nowhere.json()]).toMatchObject([404, { error: { code: 'REQUEST_INVALID' } }]);
     const big = await json(COMPLETIONS, { prompt: 'x'.repeat(17 * 2 ** 20) });
     expect(big).toMatchObject({ status: 413, body: { error: { code: 'REQUEST_INVALID' } } });
+    const notice = await json('/kv/release', { request_id: 'x'.repeat(5_000) });
+    expect(notice).toMatchObject({ status: 413, body: { error: { code: 'REQUEST_INVALID' } } });
+    expect((await json(COMPLETIONS, '{"prompt":"a","__proto__":{"n":2}}')).status).toBe(400);
   });
 
   it('refuse an id that is under way or cannot be one', async () => {
@@ -617,6 +638,67 @@ describe('errors', () => {
     core.emit({ type: 'fatal', error: { code: 'INTERNAL', message: 'over', context: {} } });
     expect(await first).toMatchObject({ status: 500, body: { error: { message: 'over' } } });
     expect((await json(COMPLETIONS, { prompt: 'a' })).status).toBe(500);
+  });
+});
+
+describe('long bodies', () => {
+  const long = { prompt: Array.from({ length: 200 }, () => 97), stop: 'x'.repeat(5_000) };
+
+  async function startSlow() {
+    const thread = new FakeReaderThread();
+    const reader = await RequestReader.start(demoModelDir(), LOG, { openThread: () => thread });
+    closers.push(() => reader.close());
+    thread.emit({ type: 'ready' });
+    return { thread, ...(await start(saying('x'), true, undefined, 'both', reader)) };
+  }
+
+  it('hold nobody up while they are read, and are answered like others', async () => {
+    const { thread, server, json } = await startSlow();
+    const pending = json(COMPLETIONS, long);
+    await thread.until(1);
+    expect((await server.inject({ url: '/version' })).statusCode).toBe(200);
+    expect((await json(COMPLETIONS, { prompt: [97] })).status).toBe(200);
+    const { served, route, body } = thread.received[0]!;
+    thread.emit({ type: 'read', reading: readBody(served, BYTE_MODEL, route, body) });
+    expect(await pending).toMatchObject({ status: 200, body: { choices: [{ text: 'x' }] } });
+  });
+
+  it('that could not be read have their code, and are no longer under way', async () => {
+    const { thread, json, inFlight } = await startSlow();
+    const pending = json(CHAT, { messages: user('x'.repeat(5_000)) });
+    await thread.until(1);
+    expect(inFlight.size).toBe(1);
+    thread.emit({ type: 'refused', error: { code: 'BODY_TOO_COSTLY', message: 'too much', context: {} } });
+    expect(await pending).toMatchObject({ status: 413, body: { error: { code: 'BODY_TOO_COSTLY' } } });
+    expect(inFlight.size).toBe(0);
+  });
+
+  it('nested deeper than the stack goes have their code', () => {
+    const served = { modelNames: ['demo'], maxModelLen: 256, vocabSize: 300 };
+    const deep = `{"prompt":"a","tools":${'['.repeat(1e6)}${']'.repeat(1e6)}}`;
+    const read = () => readBody(served, BYTE_MODEL, 'completions', new TextEncoder().encode(deep));
+    expect(read).toThrow(expect.objectContaining({ code: 'BODY_TOO_COSTLY' }));
+  });
+
+  it('are refused by their size before any work where they cannot fit', () => {
+    const model = {
+      ...BYTE_MODEL,
+      encode: () => {
+        throw new Error('tokenized');
+      },
+    };
+    const served = { modelNames: ['demo'], maxModelLen: 256, vocabSize: 300 };
+    const read = (route: Route, body: object) => () =>
+      readBody(served, model, route, new TextEncoder().encode(JSON.stringify(body)));
+    // Four characters a token at most.
+    expect(read('completions', { prompt: 'x'.repeat(1_021) })).toThrow(
+      'prompt: 1021 characters, at least 256 tokens, and 1 to generate are more than the context of 256',
+    );
+    expect(read('completions', { prompt: 'x'.repeat(980), max_tokens: 12 })).toThrow('at least 245 tokens');
+    expect(read('completions', { prompt: 'x'.repeat(976), max_tokens: 12 })).toThrow('tokenized');
+    expect(read('chat', { messages: user('x'.repeat(2_000)) })).toThrow('messages: 2016 characters');
+    expect(read('tokenize', { prompt: 'x'.repeat(1_025) })).toThrow('at least 257 tokens, are more than');
+    expect(read('tokenize', { prompt: 'x'.repeat(1_024) })).toThrow('tokenized');
   });
 });
 
@@ -665,7 +747,7 @@ describe('the rest', () => {
       count: 2,
       max_model_len: 256,
       tokens: [97, 98],
-      token_strs: ['<97>', '<98>'],
+      token_strs: ['a', 'b'],
     });
     const chat = await json('/tokenize', { messages: user('x') });
     expect(chat.body['count']).toBe('user:x;assistant:'.length);

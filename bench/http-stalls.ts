@@ -1,0 +1,401 @@
+/**
+ * What one client's body does to another client's stream. A worker serves the demo model on the host; a stream runs, bodies of all kinds
+ * are thrown at the worker one after another, and the longest the stream stood still is told, beside how long GET /version took at
+ * worst meanwhile (which waits for the HTTP thread alone). Then the time to the first token of a 16-token prompt on the idle worker.
+ *
+ *   npx tsc -p bench/tsconfig.json && node dist/bench/http-stalls.js [--beside FILE] [--tries 3] [--only WORD] [--json]
+ *
+ * `--beside ../other/bin/pd-worker` measures the worker of another checkout with the same client, turn by turn.
+ */
+import { type ChildProcess, spawn } from 'node:child_process';
+import { once } from 'node:events';
+import { Agent, request as httpRequest, type IncomingMessage } from 'node:http';
+import { createInterface } from 'node:readline';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { fileURLToPath } from 'node:url';
+import { isMainThread, parentPort, Worker } from 'node:worker_threads';
+import { Command } from 'commander';
+import { monotonicMs } from '../src/bench/clock.ts';
+import { readMachine } from '../src/bench/environment.ts';
+import { type Spread, spreadOf } from '../src/bench/serve/statistics.ts';
+import { plainTable } from '../src/bench/tables.ts';
+
+const START_MS = 60_000;
+/** Of one body; the worker gives up on none later than this. */
+const BODY_MS = 120_000;
+const PROBE_EVERY_MS = 5;
+/** The stream runs this long undisturbed before a body comes, and after its answer. */
+const QUIET_MS = 300;
+const WARM_UP_MS = 3_000;
+const BASELINE_MS = 2_000;
+const FIRST_TOKENS = 500;
+const LIMIT = 16 * 2 ** 20;
+
+interface Throw {
+  readonly url: string;
+  readonly path: string;
+  readonly body: Uint8Array;
+  /** The client goes away after so long. */
+  readonly leaveAfterMs?: number;
+}
+
+interface Caught {
+  /** 0 where the client left before the answer. */
+  readonly status: number;
+  readonly ms: number;
+  readonly code: string;
+}
+
+/** Runs on a thread of its own: writing 16 MiB must not hold up who times the stream. */
+async function send({ url, path, body, leaveAfterMs }: Throw): Promise<Caught> {
+  const began = monotonicMs();
+  const signal = AbortSignal.timeout(leaveAfterMs ?? BODY_MS);
+  const post = httpRequest(new URL(path, url), {
+    method: 'POST',
+    headers: { 'content-type': 'application/json', 'content-length': body.byteLength },
+    signal,
+  });
+  try {
+    post.end(body);
+    const [answer] = (await once(post, 'response', { signal })) as [IncomingMessage];
+    const chunks: Buffer[] = [];
+    for await (const chunk of answer) chunks.push(chunk as Buffer);
+    const text = answer.statusCode === 200 ? '' : Buffer.concat(chunks).toString();
+    return {
+      status: answer.statusCode ?? 0,
+      ms: monotonicMs() - began,
+      code: /"code":"([A-Z_]+)"/.exec(text)?.[1] ?? '',
+    };
+  } catch {
+    return { status: 0, ms: monotonicMs() - began, code: '' };
+  }
+}
+
+interface Case {
+  readonly name: string;
+  readonly path: string;
+  readonly body: () => string;
+  readonly leaveAfterMs?: number;
+}
+
+/** `text` again and again, up to the body limit less some room for the rest of the body. */
+function upToLimit(text: string): string {
+  return text.repeat(Math.floor((LIMIT - 4_096) / text.length));
+}
+
+function ids(count: number, of = (i: number) => 300 + (i % 1_000)): string {
+  return `[${Array.from({ length: count }, (_, i) => of(i)).join(',')}]`;
+}
+
+function chat(count: number): string {
+  const pairs = '{"role":"user","content":"Why is the sky blue?"},{"role":"assistant","content":"Ask."},';
+  return `{"messages":[${pairs.repeat(count / 2 - 1)}{"role":"user","content":"And now?"}],"max_tokens":1}`;
+}
+
+const sentence = 'The quick brown fox jumps over the lazy dog, again and again. ';
+const prompt = (text: string, more = '') => `{"prompt":${JSON.stringify(text)}${more}}`;
+const many = (count: number, each: string) => `[${Array.from({ length: count }, () => each).join(',')}]`;
+
+const CASES: readonly Case[] = [
+  { name: 'a word of 500 kB', path: '/tokenize', body: () => prompt('x'.repeat(500_000)) },
+  { name: 'a word of 20 kB', path: '/tokenize', body: () => prompt('xy'.repeat(10_000)) },
+  { name: 'a word of 3 kB', path: '/tokenize', body: () => prompt('xy'.repeat(1_500)) },
+  { name: 'a word of 16 MiB', path: '/tokenize', body: () => prompt(upToLimit('x')) },
+  { name: 'text of 16 MiB', path: '/tokenize', body: () => prompt(upToLimit(sentence)) },
+  { name: 'text of 16 MiB', path: '/v1/completions', body: () => prompt(upToLimit(sentence)) },
+  { name: 'text of 30 kB', path: '/tokenize', body: () => prompt(sentence.repeat(500)) },
+  { name: 'a million token ids', path: '/v1/completions', body: () => `{"prompt":${ids(1_000_000)}}` },
+  {
+    name: '8 million token ids',
+    path: '/v1/completions',
+    body: () => `{"prompt":${ids(8_000_000, () => 9)}}`,
+  },
+  { name: 'a million token ids', path: '/detokenize', body: () => `{"tokens":${ids(1_000_000)}}` },
+  { name: '8 million token ids', path: '/detokenize', body: () => `{"tokens":${ids(8_000_000, () => 9)}}` },
+  { name: 'chat of 2,000 messages', path: '/v1/chat/completions', body: () => chat(2_000) },
+  { name: 'chat of 100,000 messages', path: '/v1/chat/completions', body: () => chat(100_000) },
+  {
+    name: 'chat of 2,000 messages',
+    path: '/tokenize',
+    body: () => chat(2_000).replace(',"max_tokens":1', ''),
+  },
+  {
+    name: 'junk nested 8 million deep',
+    path: '/v1/completions',
+    body: () => `{"x":${'['.repeat(8_000_000)}${']'.repeat(8_000_000)}}`,
+  },
+  {
+    name: 'junk of 1.6 million objects',
+    path: '/v1/completions',
+    body: () => `{"x":[${upToLimit('{"a":[1]},')}0]}`,
+  },
+  {
+    name: 'junk of 1.6 million objects',
+    path: '/kv/release',
+    body: () => `{"x":[${upToLimit('{"a":[1]},')}0]}`,
+  },
+  {
+    name: 'junk in a field that is refused',
+    path: '/v1/completions',
+    body: () => `{"prompt":"a","tools":[${upToLimit('{"a":[1]},')}0]}`,
+  },
+  { name: 'broken JSON of 16 MiB', path: '/v1/completions', body: () => `{"x":[${upToLimit('{"a":[1]},')}` },
+  {
+    name: 'a million stop_token_ids',
+    path: '/v1/completions',
+    body: () => `{"prompt":"a","max_tokens":1,"stop_token_ids":${ids(1_000_000)}}`,
+  },
+  {
+    name: '1,024 prompts of 2,000 ids',
+    path: '/v1/completions',
+    body: () => `{"prompt":${many(1_024, ids(2_000))},"max_tokens":1}`,
+    leaveAfterMs: 2_000,
+  },
+  {
+    name: '1,024 prompts, n 32',
+    path: '/v1/completions',
+    body: () => `{"prompt":${many(1_024, '"a"')},"n":32,"max_tokens":1}`,
+    leaveAfterMs: 2_000,
+  },
+  {
+    name: '2,000 ids echoed, 20 logprobs',
+    path: '/v1/completions',
+    body: () => `{"prompt":${ids(2_000)},"max_tokens":0,"echo":true,"logprobs":20}`,
+  },
+  {
+    name: '2,000 ids echoed 32 times',
+    path: '/v1/completions',
+    body: () => `{"prompt":${ids(2_000)},"max_tokens":1,"echo":true,"n":32,"return_token_ids":true}`,
+  },
+];
+
+/** Nothing is thrown: what the machine and the model's own steps leave of a steady stream. */
+const IDLE: Case = { name: 'none', path: '', body: () => '' };
+
+interface Options {
+  readonly beside?: string;
+  readonly tries: string;
+  readonly only?: string;
+  readonly json?: true;
+}
+
+interface Measured {
+  readonly answer: string;
+  readonly answeredMs: number;
+  /** Longest time between two chunks of the stream. */
+  readonly gapMs: number;
+  /** Slowest GET /version. */
+  readonly versionMs: number;
+}
+
+interface Row {
+  readonly name: string;
+  readonly path: string;
+  readonly bytes: number;
+  /** By worker. */
+  readonly of: readonly Measured[];
+}
+
+async function main(): Promise<void> {
+  const options = new Command('http-stalls')
+    .description("the longest that one client's body holds up another client's stream")
+    .option('--beside <file>', 'the pd-worker of another checkout, measured in turn with this one')
+    .option('--tries <n>', 'of each body; the median is told', '5')
+    .option('--only <word>', 'bodies whose name or path has this')
+    .option('--json', 'JSON on stdout')
+    .allowExcessArguments(false)
+    .parse()
+    .opts<Options>();
+  const files = [fileURLToPath(new URL('../../bin/pd-worker', import.meta.url))];
+  if (options.beside !== undefined) files.unshift(options.beside);
+  const workers = await Promise.all(files.map(startWorker));
+  const urls = workers.map(({ url }) => url);
+  const thrower = new Worker(new URL(import.meta.url));
+  try {
+    for (const url of urls) await timed(url, () => sleep(WARM_UP_MS));
+    const rows = [await measure(urls, IDLE, thrower, Number(options.tries))];
+    for (const one of CASES) {
+      if (options.only !== undefined && !`${one.path} ${one.name}`.includes(options.only)) continue;
+      rows.push(await measure(urls, one, thrower, Number(options.tries)));
+      if (!options.json) console.error(`${one.path} ${one.name}: done`);
+    }
+    const firstTokenMs = await firstTokens(urls);
+    if (options.json) console.log(JSON.stringify({ machine: readMachine(), files, rows, firstTokenMs }));
+    else print(rows, firstTokenMs);
+  } finally {
+    await thrower.terminate();
+    for (const { child } of workers) {
+      child.kill('SIGTERM');
+      await once(child, 'exit');
+    }
+  }
+}
+
+function print(rows: readonly Row[], firstTokenMs: readonly Spread[]): void {
+  const names = firstTokenMs.length > 1 ? ['before', 'now'] : ['now'];
+  console.log(
+    plainTable({
+      head: [
+        ...['body', 'to', 'MB'],
+        ...names.flatMap((name) => [`${name}: answer`, 'after', 'longest gap', 'slowest /version']),
+      ],
+      rows: rows.map(({ name, path, bytes, of }) => [
+        ...[name, path, bytes === 0 ? '' : (bytes / 1e6).toFixed(1)],
+        ...of.flatMap(({ answer, answeredMs, gapMs, versionMs }) => [
+          answer,
+          ...[answeredMs, gapMs, versionMs].map(ms),
+        ]),
+      ]),
+    }),
+  );
+  for (const [i, { p50, p90 }] of firstTokenMs.entries()) {
+    console.log(
+      `first token of a 16-token prompt, ${names[i]}: p50 ${p50.toFixed(2)} ms, p90 ${p90.toFixed(2)} ms`,
+    );
+  }
+}
+
+const ms = (value: number) => `${value.toFixed(value < 10 ? 1 : 0)} ms`;
+
+/** Small steps: what a prompt costs the model is no business of this measurement. */
+async function startWorker(file: string): Promise<{ readonly child: ChildProcess; readonly url: string }> {
+  const args = ['--port', '0', '--host', '127.0.0.1', '--device', 'host', '--max-num-batched-tokens', '16'];
+  const child = spawn(process.execPath, [file, ...args], { stdio: ['ignore', 'pipe', 'inherit'] });
+  process.on('exit', () => child.kill('SIGKILL'));
+  const timer = setTimeout(() => child.kill('SIGKILL'), START_MS);
+  try {
+    for await (const line of createInterface({ input: child.stdout })) {
+      const url = /Running on (http:\/\/[\w.:[\]]+)/.exec(line)?.[1];
+      if (url === undefined) continue;
+      child.stdout.resume();
+      return { child, url };
+    }
+    throw new Error(`${file} ended before it was ready`);
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+/** Each worker in turn, as often as told; medians of its tries. */
+async function measure(urls: readonly string[], one: Case, thrower: Worker, tries: number): Promise<Row> {
+  const body = new TextEncoder().encode(one.body());
+  const all = urls.map((): Measured[] => []);
+  for (let i = 0; i < tries; i++) {
+    for (const [k, url] of urls.entries()) all[k]!.push(await throwAt(url, one, body, thrower));
+  }
+  const median = (list: readonly Measured[], of: (one: Measured) => number) => spreadOf(list.map(of))!.p50;
+  return {
+    name: one.name,
+    path: one.path,
+    bytes: body.length,
+    of: all.map((list) => ({
+      answer: list[0]!.answer,
+      answeredMs: median(list, (one) => one.answeredMs),
+      gapMs: median(list, (one) => one.gapMs),
+      versionMs: median(list, (one) => one.versionMs),
+    })),
+  };
+}
+
+async function throwAt(url: string, one: Case, body: Uint8Array, thrower: Worker): Promise<Measured> {
+  let caught: Caught = { status: 0, ms: 0, code: '' };
+  const gaps = await timed(url, async () => {
+    await sleep(QUIET_MS);
+    if (one === IDLE) await sleep(BASELINE_MS);
+    else {
+      const answer = once(thrower, 'message');
+      const { path, leaveAfterMs } = one;
+      const job: Throw = { url, path, body, ...(leaveAfterMs !== undefined && { leaveAfterMs }) };
+      thrower.postMessage(job);
+      caught = ((await answer) as [Caught])[0];
+    }
+    await sleep(QUIET_MS);
+  });
+  const { status, code, ms: answeredMs } = caught;
+  const answer = one === IDLE ? '' : status === 0 ? 'left' : `${status} ${code}`.trim();
+  return { answer, answeredMs, ...gaps };
+}
+
+/** The longest that a stream stood still, and that GET /version took, while `during` ran. */
+async function timed(
+  url: string,
+  during: () => Promise<void>,
+): Promise<Pick<Measured, 'gapMs' | 'versionMs'>> {
+  const agent = new Agent({ keepAlive: true });
+  let over = false;
+  let longest = 0;
+  const watch = async () => {
+    while (!over) {
+      let last: number | undefined;
+      await stream(url, agent, 2_000, () => {
+        const now = monotonicMs();
+        longest = Math.max(longest, now - (last ?? now));
+        last = now;
+        return over;
+      });
+    }
+  };
+  let slowest = 0;
+  const probe = async () => {
+    while (!over) {
+      const began = monotonicMs();
+      const get = httpRequest(new URL('/version', url), { agent });
+      get.end();
+      const [answer] = (await once(get, 'response')) as [IncomingMessage];
+      answer.resume();
+      await once(answer, 'end');
+      slowest = Math.max(slowest, monotonicMs() - began);
+      await sleep(PROBE_EVERY_MS);
+    }
+  };
+  const running = Promise.all([watch(), probe()]);
+  await during();
+  over = true;
+  await running;
+  agent.destroy();
+  return { gapMs: longest, versionMs: slowest };
+}
+
+/** Streams a completion; `onChunk` says whether that was enough. */
+async function stream(url: string, agent: Agent, tokens: number, onChunk: () => boolean): Promise<void> {
+  const post = httpRequest(new URL('/v1/completions', url), {
+    method: 'POST',
+    agent,
+    headers: { 'content-type': 'application/json' },
+  });
+  post.on('error', () => {});
+  post.end(
+    JSON.stringify({ prompt: SIXTEEN, max_tokens: tokens, ignore_eos: true, stream: true, temperature: 0 }),
+  );
+  const [answer] = (await once(post, 'response')) as [IncomingMessage];
+  for await (const _ of answer) {
+    if (onChunk()) break;
+  }
+  post.destroy();
+}
+
+/** 16 tokens of the demo model. */
+const SIXTEEN = 'What is the capital of France? What is the capital of Spain now';
+
+/** The workers in turn, request by request: what else the machine does meets them alike. */
+async function firstTokens(urls: readonly string[]): Promise<Spread[]> {
+  const agent = new Agent({ keepAlive: true });
+  const times = urls.map((): number[] => []);
+  for (let i = 0; i < FIRST_TOKENS; i++) {
+    for (const [k, url] of urls.entries()) {
+      const began = monotonicMs();
+      let first: number | undefined;
+      await stream(url, agent, 2, () => {
+        first ??= monotonicMs();
+        return false;
+      });
+      if (i >= FIRST_TOKENS / 10) times[k]!.push(first! - began);
+    }
+  }
+  agent.destroy();
+  return times.map((list) => spreadOf(list)!);
+}
+
+if (isMainThread) await main();
+else
+  parentPort!.on('message', (job: Throw) => void send(job).then((caught) => parentPort!.postMessage(caught)));

@@ -1,0 +1,45 @@
+/** A reader thread that says what a test tells it to. */
+import type { FromReader, ReaderPort, ToReader } from '../../src/worker/request-reader.ts';
+
+export class FakeReaderThread implements ReaderPort {
+  readonly received: ToReader[] = [];
+  terminated = false;
+  #heard: () => void = () => {};
+  emit: (message: FromReader) => void = () => {};
+  exit: (error: Error | undefined) => void = () => {};
+
+  post(message: ToReader): void {
+    this.received.push(message);
+    this.#heard();
+  }
+
+  /** Resolves when it has been given so many bodies. */
+  async until(count: number): Promise<void> {
+    while (this.received.length < count) {
+      await new Promise<void>((resolve) => {
+        this.#heard = resolve;
+      });
+    }
+  }
+
+  onMessage(listener: (message: FromReader) => void): void {
+    this.emit = listener;
+  }
+
+  onExit(listener: (error: Error | undefined) => void): void {
+    this.exit = listener;
+  }
+
+  async terminate(): Promise<void> {
+    this.terminated = true;
+  }
+
+  /** Answers what it is reading with its text. */
+  answer(): void {
+    this.emit({ type: 'read', reading: this.received.at(-1)!.body });
+  }
+
+  get texts(): string[] {
+    return this.received.map(({ body }) => new TextDecoder().decode(body));
+  }
+}
