@@ -4,6 +4,7 @@ import { duration, integer, oneOf, port, text, toggle } from '../config/kinds.ts
 import { addOptions, defineOptions, option, resolveOptions } from '../config/options.ts';
 import { PdError } from '../errors.ts';
 import { asDestination, formatHostPort } from '../net/address.ts';
+import { ask } from '../net/http.ts';
 import { SEND_TYPES } from '../transfer/types.ts';
 import { packageVersion } from '../version.ts';
 import { assertGpus } from './launch-gpus.ts';
@@ -198,9 +199,7 @@ const HEALTH_TIMEOUT_MS = 2_000;
 /** Does the proxy list as many instances of each role as were started? */
 async function allListed(plan: LaunchPlan, settings: LaunchSettings): Promise<boolean> {
   try {
-    const response = await fetch(`${urlOf(settings, plan.proxy.httpPort)}/health`, {
-      signal: AbortSignal.timeout(HEALTH_TIMEOUT_MS),
-    });
+    const response = await ask(`${urlOf(settings, plan.proxy.httpPort)}/health`, HEALTH_TIMEOUT_MS);
     const { counts } = (await response.json()) as { counts?: { producer?: number; consumer?: number } };
     return counts?.producer === settings.prefill && counts.consumer === settings.decode;
   } catch {

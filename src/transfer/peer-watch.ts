@@ -4,7 +4,7 @@
  */
 import { PdError } from '../errors.ts';
 import type { HostPort } from '../net/address.ts';
-import { refusesConnections } from '../net/refuses.ts';
+import { knock, type PortAnswer } from '../net/knock.ts';
 import type { TransferContext } from './context.ts';
 import type { Deadline } from './deadlines.ts';
 
@@ -24,6 +24,7 @@ export class PeerWatch {
   readonly #lostPair: () => PdError | undefined;
   #next: Deadline | undefined;
   #stopped = false;
+  #port: PortAnswer | undefined;
 
   /** Looks once every `timeouts.connect`: KV that is on its way is there long before the first time. */
   constructor(
@@ -37,6 +38,11 @@ export class PeerWatch {
     this.#address = address;
     this.#lostPair = lostPair;
     this.#arm();
+  }
+
+  /** What the producer's KV port did when it was last tried; undefined before the first time. */
+  get port(): PortAnswer | undefined {
+    return this.#port;
   }
 
   /** Idempotent. */
@@ -54,9 +60,10 @@ export class PeerWatch {
     const { requestId, peer } = this.#watched;
     const lost = this.#lostPair();
     if (lost) return this.#watched.fail(lost);
-    const gone = await refusesConnections(this.#address, this.#context.options.timeouts.connect);
+    const port = await knock(this.#address, this.#context.options.timeouts.connect);
+    this.#port = port;
     if (this.#stopped || this.#watched.decided) return;
-    if (!gone) return this.#arm();
+    if (port !== 'refuses') return this.#arm();
     this.#watched.fail(
       new PdError('PEER_UNREACHABLE', `${peer}, whose KV ${requestId} waits for, refuses connections`, {
         requestId,

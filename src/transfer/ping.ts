@@ -1,7 +1,7 @@
 /** The heartbeat by which a proxy finds this instance. No answer is expected; a proxy that is away is told about once, and met again. */
 import * as zmq from 'zeromq';
 import { PdError } from '../errors.ts';
-import { asDestination, formatHostPort, zmqEndpoint } from '../net/address.ts';
+import { asDestination, formatHostPort, type HostPort, zmqEndpoint } from '../net/address.ts';
 import { encodePing } from '../wire/codec.ts';
 import { PD_VERSION } from '../wire/messages.ts';
 import type { TransferContext } from './context.ts';
@@ -10,7 +10,9 @@ import type { ProxyPing } from './types.ts';
 export class Pinger {
   readonly #context: TransferContext;
   readonly #ping: ProxyPing;
-  readonly #proxy: string;
+  /** Addresses of the proxy, one of which pings go to. */
+  readonly #proxies: readonly HostPort[];
+  #at = 0;
   readonly #body: Uint8Array;
   readonly #socket: zmq.Dealer;
   readonly #timer: NodeJS.Timeout;
@@ -22,8 +24,8 @@ export class Pinger {
     const { options, self } = context;
     this.#context = context;
     this.#ping = ping;
-    const proxy = asDestination(ping.proxy);
-    this.#proxy = formatHostPort(proxy);
+    const { host, port, otherHosts = [] } = ping.proxy;
+    this.#proxies = [host, ...otherHosts].map((one) => asDestination({ host: one, port }));
     const { fingerprint } = options;
     const ours = fingerprint && {
       version: PD_VERSION,
@@ -45,7 +47,7 @@ export class Pinger {
       reconnectInterval: 100,
       reconnectMaxInterval: 1_000,
     });
-    this.#socket.connect(zmqEndpoint(proxy));
+    this.#socket.connect(this.#endpoint);
     void this.#send();
     this.#timer = setInterval(() => void this.#send(), ping.intervalMs);
   }
@@ -58,6 +60,14 @@ export class Pinger {
     this.#socket.close();
   }
 
+  get #proxy(): string {
+    return formatHostPort(this.#proxies[this.#at]!);
+  }
+
+  get #endpoint(): string {
+    return zmqEndpoint(this.#proxies[this.#at]!);
+  }
+
   async #send(): Promise<void> {
     if (this.#busy || this.#closed) return;
     this.#busy = true;
@@ -65,7 +75,7 @@ export class Pinger {
       await this.#socket.send(this.#body);
       this.#reached();
     } catch (error) {
-      if (!this.#closed) this.#away(PdError.from(error));
+      if (!this.#closed) this.#next(PdError.from(error));
     } finally {
       this.#busy = false;
     }
@@ -80,6 +90,15 @@ export class Pinger {
       log.info({ proxy: this.#proxy }, `proxy ${this.#proxy} is reached again`);
     }
     this.#state = 'reached';
+  }
+
+  /** To the next address; the proxy is away once none has taken a ping. */
+  #next(error: PdError): void {
+    if (this.#at === this.#proxies.length - 1) this.#away(error);
+    if (this.#proxies.length === 1) return;
+    this.#socket.disconnect(this.#endpoint);
+    this.#at = (this.#at + 1) % this.#proxies.length;
+    this.#socket.connect(this.#endpoint);
   }
 
   #away(error: PdError): void {

@@ -19,14 +19,14 @@ export interface ProxyHandle {
 
 const QUIET = ['--log-format', 'json', '--log-level', 'info'];
 
-export async function startProxy(args: readonly string[] = []): Promise<ProxyHandle> {
-  const program = new Program('pd-proxy', [
-    '--host',
-    '127.0.0.1',
-    ...(args.includes('--port') ? [] : ['--port', '0', '--discovery-port', '0']),
-    ...QUIET,
-    ...args,
-  ]);
+/** `prefix`: before the command line, such as that of a network namespace. */
+export async function startProxy(
+  args: readonly string[] = [],
+  prefix: readonly string[] = [],
+): Promise<ProxyHandle> {
+  const ports = args.includes('--port') ? [] : ['--port', '0', '--discovery-port', '0'];
+  const all = ['--host', '127.0.0.1', ...ports, ...QUIET, ...args];
+  const program = new Program('pd-proxy', all, {}, prefix);
   const [, url] = await program.line(/Running on (http:\/\/\S+)/);
   const [, discovery] = await program.line(/[Dd]iscovery on (\S+)/);
   return { program, url: url!, discovery: discovery!.replace(/^tcp:\/\//, '') };
@@ -36,9 +36,10 @@ export async function startWorker(
   role: WorkerHandle['role'],
   proxy: ProxyHandle | undefined,
   args: readonly string[] = [],
+  prefix: readonly string[] = [],
 ): Promise<WorkerHandle> {
   const has = (flag: string) => args.includes(flag);
-  const program = new Program('pd-worker', [
+  const all = [
     '--role',
     role,
     '--host',
@@ -48,7 +49,8 @@ export async function startWorker(
     ...(proxy && role !== 'both' ? ['--proxy', proxy.discovery] : []),
     ...QUIET,
     ...args,
-  ]);
+  ];
+  const program = new Program('pd-worker', all, {}, prefix);
   const [, url] = await program.line(/Running on (http:\/\/\S+)/);
   const kvAddress = role === 'both' ? '' : (await program.line(/zmq_address:([^,]+),/))[1]!;
   return { role, program, url: url!, kvAddress };

@@ -11,6 +11,8 @@ import { promisify } from 'node:util';
 export type Families = 'ipv4' | 'ipv6' | 'dual';
 
 export const NETNS_IPV4 = '10.99.0.1';
+/** What is sent there is lost without a word, as by a firewall. */
+export const NETNS_SILENT_IPV4 = '10.99.0.2';
 export const NETNS_IPV6 = 'fd99::1';
 /** Means something only with its zone: `fe80::99%pd0`. */
 export const NETNS_LINK = 'fe80::99';
@@ -22,7 +24,7 @@ const BOTH = [
   'ip link set pd0 up',
   'ip link set pd1 up',
 ];
-const ADD4 = `ip addr add ${NETNS_IPV4}/24 dev pd0`;
+const ADD4 = `ip addr add ${NETNS_IPV4}/24 dev pd0; ip neigh add ${NETNS_SILENT_IPV4} lladdr 02:00:00:00:00:02 dev pd0 nud permanent`;
 /** nodad: at once, not after the second that looking for the same address elsewhere takes. */
 const ADD6 = `ip addr add ${NETNS_IPV6}/64 dev pd0 nodad; ip addr add ${NETNS_LINK}/64 dev pd0 nodad`;
 const SETUP: Readonly<Record<Families, readonly string[]>> = {

@@ -103,7 +103,7 @@ export class Opening {
     return new PdError(
       'PAIR_INIT_TIMEOUT',
       `${this.#what}: ${begun} within ${timeoutMs} ms${this.#version()}`,
-      { peer },
+      { peer, stage: 'pair-init' },
     );
   }
 
@@ -111,7 +111,7 @@ export class Opening {
     return new PdError(
       error.code,
       `${error.message}${this.#version()}`,
-      { ...error.context, peer: this.#options.peer },
+      { ...error.context, peer: this.#options.peer, stage: 'pair-init' },
       {
         cause: error,
       },
