@@ -68,15 +68,15 @@ export const ERROR_TABLE = {
   },
   KV_LOAD_TIMEOUT: {
     status: 504,
-    hint: 'The KV of this request never came: compare the ids on both ends and look at the log of the producer.',
+    hint: 'The KV of this request never came. The message and `context` say how the pair stood and what came instead; pd-doctor --worker asks either end why.',
   },
   KV_LOAD_FAILED: {
     status: 502,
-    hint: 'See the cause; with --kv-load-failure recompute the consumer computes the prompt itself.',
+    hint: 'Its `cause` says why; with --kv-load-failure recompute the consumer computes the prompt itself.',
   },
   KV_SEND_FAILED: {
     status: 502,
-    hint: 'See the cause; the consumer recomputes or fails as its --kv-load-failure says.',
+    hint: 'Its `cause` says why; the consumer recomputes or fails as its --kv-load-failure says.',
   },
   PAIR_CLOSED: {
     status: 502,

@@ -5,6 +5,7 @@ import { addOptions, defineOptions, option, resolveOptions } from '../config/opt
 import { PdError } from '../errors.ts';
 import { asDestination, formatHostPort } from '../net/address.ts';
 import { ask } from '../net/http.ts';
+import { hostAddress } from '../net/local.ts';
 import { SEND_TYPES } from '../transfer/types.ts';
 import { packageVersion } from '../version.ts';
 import { assertGpus } from './launch-gpus.ts';
@@ -146,7 +147,9 @@ const KILL_GRACE_MS = 5_000;
 
 /** Runs until a signal, or until something cannot be kept running: then it throws. A second signal kills. */
 export async function main(argv: readonly string[] = process.argv.slice(2)): Promise<void> {
-  const { settings, json, startTimeoutMs } = launchOptions(argv, process.env);
+  const { settings: given, json, startTimeoutMs } = launchOptions(argv, process.env);
+  // Once, so that all bind and reach one and the same.
+  const settings = { ...given, host: await hostAddress(given.host, 0, '--host') };
   await assertGpus(settings);
   const plan = await planLaunch(settings);
   const stream = json ? process.stderr : process.stdout;

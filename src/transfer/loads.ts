@@ -88,7 +88,12 @@ export class Loads {
     };
     // In GET our own link to the peer knows.
     const watch =
-      options.sendType === 'GET' ? undefined : new PeerWatch(this.#context, load, request.peer, lostPair);
+      options.sendType === 'GET'
+        ? undefined
+        : new PeerWatch(this.#context, load, request.peer, {
+            lost: lostPair,
+            last: () => this.#peers.lostPair(peer),
+          });
     if (watch) this.#watches.set(load, watch);
     if (options.sendType === 'GET') this.#askLayers(load);
     else this.#intake.claim(load);

@@ -76,7 +76,11 @@ const scenario = (number: number, mend: string) =>
 
 describe('1: the pair never opens', () => {
   test('nobody takes data connections where the producer says', async () => {
-    const system = await start({ producer: ['--kv-host', '127.0.0.2', '--kv-announce-host', '127.0.0.1'] });
+    const system = await start({
+      producer: ['--kv-host', '127.0.0.2', '--kv-announce-host', '127.0.0.1'],
+      // The KV port that the producer tells is as wrong, and nobody is to find that first.
+      consumer: ['--connect-timeout', '60s'],
+    });
     const { system: all, sender, receiver } = await diagnosed(system);
     const expected = [scenario(1, '--kv-announce-host')];
     expect({ all, sender, receiver }).toEqual({ all: expected, sender: expected, receiver: expected });
