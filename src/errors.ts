@@ -76,15 +76,15 @@ export const ERROR_TABLE = {
   },
   KV_LOAD_TIMEOUT: {
     status: 504,
-    hint: 'The KV of this request never came: compare the ids on both ends and look at the log of the producer.',
+    hint: 'The KV of this request never came. The message and `context` say how the pair stood and what came instead; pd-doctor --worker asks either end why.',
   },
   KV_LOAD_FAILED: {
     status: 502,
-    hint: 'See the cause; with --kv-load-failure recompute the consumer computes the prompt itself.',
+    hint: 'Its `cause` says why; with --kv-load-failure recompute the consumer computes the prompt itself.',
   },
   KV_SEND_FAILED: {
     status: 502,
-    hint: 'See the cause; the consumer recomputes or fails as its --kv-load-failure says.',
+    hint: 'Its `cause` says why; the consumer recomputes or fails as its --kv-load-failure says.',
   },
   PAIR_CLOSED: {
     status: 502,
@@ -144,15 +144,32 @@ export interface ErrorContext {
   readonly transferId?: string;
   readonly tensorId?: string;
   readonly peer?: string;
+  /** Where a pair was being opened: what failed is the connection that carries data, not the KV listener. */
+  readonly stage?: 'pair-init';
+  /** Of KV that never came: how the pair stood that should have brought it. */
+  readonly pair?: 'none' | 'connecting' | 'opening' | 'open' | 'lost';
+  /** Of KV that never came: a tensor of the same request that is held under another id. */
+  readonly nearMiss?: string;
+  /** Of KV that never came: what this end knows KV by. */
+  readonly kvKey?: 'transfer' | 'engine';
+  /** Of KV that never came: whether its producer is a worker of ours; absent where it never said. */
+  readonly peerIsOurs?: boolean;
+  /** Of KV that never came: what the KV port of its producer did when it was last tried. */
+  readonly peerPort?: 'answers' | 'refuses' | 'silent';
   readonly [key: string]: string | number | boolean | undefined;
 }
 
-/** An error as it crosses threads: structured clone drops classes, so it travels as data. */
+/** An error as it crosses threads and as HTTP answers carry it: structured clone drops classes, so it travels as data. */
 export interface ErrorData {
   readonly code: ErrorCode;
   readonly message: string;
   readonly context: ErrorContext;
+  /** What led to it, where that is an error of ours too. */
+  readonly cause?: ErrorData;
 }
+
+/** Causes that travel with an error; no chain of ours is as long. */
+const MOST_CAUSES = 8;
 
 /** The one error class of the product. `message` says what was being done and what went wrong; `hint` what to do. */
 export class PdError extends Error {
@@ -174,12 +191,14 @@ export class PdError extends Error {
     return ERROR_TABLE[this.code].status;
   }
 
-  toData(): ErrorData {
-    return { code: this.code, message: this.message, context: this.context };
+  toData(most = MOST_CAUSES): ErrorData {
+    const { code, message, context, cause } = this;
+    const data = { code, message, context };
+    return cause instanceof PdError && most > 0 ? { ...data, cause: cause.toData(most - 1) } : data;
   }
 
-  static fromData(data: ErrorData): PdError {
-    return new PdError(data.code, data.message, data.context);
+  static fromData({ code, message, context, cause }: ErrorData): PdError {
+    return new PdError(code, message, context, cause && { cause: PdError.fromData(cause) });
   }
 
   /** Any thrown value as a PdError; what is not one already becomes `INTERNAL` (or `code`) with the original as cause. */

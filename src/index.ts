@@ -8,6 +8,7 @@
 export { type TransferOptionsInput, transferOptions } from './config/transfer-options.ts';
 export { TransferEngine, type TransferEngineExtras } from './transfer/engine.ts';
 export type { SendHandle, TransferEngineApi } from './transfer/engine-api.ts';
+export type { FailureKind, FailureState } from './transfer/failures.ts';
 export { fingerprint } from './transfer/fingerprint.ts';
 export {
   DEFAULT_LIMITS,

@@ -1,5 +1,5 @@
 /** Errors as clients of an OpenAI server read them. */
-import type { PdError } from './errors.ts';
+import type { ErrorData, PdError } from './errors.ts';
 
 export interface OpenAiError {
   readonly error: {
@@ -7,12 +7,18 @@ export interface OpenAiError {
     readonly type: string;
     readonly param: string | null;
     readonly code: string;
+    /** Beyond OpenAI's form, of server errors: peer, tensor and what else was known of the failure. */
+    readonly context?: ErrorData['context'];
+    /** Likewise: what led to it. The innermost one says which end to look at. */
+    readonly cause?: ErrorData;
   };
 }
 
 export function openAiError(error: PdError): OpenAiError {
   const { status, code, message } = error;
+  const { context, cause } = error.toData();
   const type = status === 404 ? 'not_found_error' : status < 500 ? 'invalid_request_error' : 'server_error';
-  const param = error.context['param'];
-  return { error: { message, type, param: typeof param === 'string' ? param : null, code } };
+  const param = typeof context['param'] === 'string' ? context['param'] : null;
+  const told = { message, type, param, code };
+  return { error: status < 500 ? told : { ...told, context, ...(cause && { cause }) } };
 }

@@ -6,6 +6,8 @@ import { addOptions, defineOptions, option, resolveOptions } from '../config/opt
 import { vllmLogLevel } from '../config/vllm-env.ts';
 import { PdError } from '../errors.ts';
 import { asDestination, formatHostPort } from '../net/address.ts';
+import { ask } from '../net/http.ts';
+import { hostAddress } from '../net/local.ts';
 import { SEND_TYPES } from '../transfer/types.ts';
 import { packageVersion } from '../version.ts';
 import { launchDevices } from './launch-devices.ts';
@@ -167,7 +169,9 @@ const KILL_GRACE_MS = 5_000;
 
 /** Runs until a signal, or until something cannot be kept running: then it throws. A second signal kills. */
 export async function main(argv: readonly string[] = process.argv.slice(2)): Promise<void> {
-  const { settings, json, startTimeoutMs, logDir, warnings } = launchOptions(argv, process.env);
+  const { settings: given, json, startTimeoutMs, logDir, warnings } = launchOptions(argv, process.env);
+  // Once, so that all bind and reach one and the same.
+  const settings = { ...given, host: await hostAddress(given.host, 0, '--host') };
   const choice = await launchDevices(settings);
   const plan = await planLaunch(settings, choice.devices);
   const stream = json ? process.stderr : process.stdout;
@@ -233,9 +237,7 @@ const HEALTH_TIMEOUT_MS = 2_000;
 /** Does the proxy list as many instances of each role as were started? */
 async function allListed(plan: LaunchPlan, settings: LaunchSettings): Promise<boolean> {
   try {
-    const response = await fetch(`${urlOf(settings, plan.proxy.httpPort)}/health`, {
-      signal: AbortSignal.timeout(HEALTH_TIMEOUT_MS),
-    });
+    const response = await ask(`${urlOf(settings, plan.proxy.httpPort)}/health`, HEALTH_TIMEOUT_MS);
     const { counts } = (await response.json()) as { counts?: { producer?: number; consumer?: number } };
     return counts?.producer === settings.prefill && counts.consumer === settings.decode;
   } catch {

@@ -1,7 +1,8 @@
 /** Host names become addresses once, at start: what is bound, told to others and connected to is then one and the same everywhere. */
 import { isIP, isIPv6 } from 'node:net';
-import { isUnspecified } from '../net/address.ts';
+import { type HostPort, isUnspecified } from '../net/address.ts';
 import { type Family, hostAddress } from '../net/local.ts';
+import { addressesOf } from '../net/resolve.ts';
 import type { WorkerConfig } from './worker-config.ts';
 
 export interface ResolvedHosts {
@@ -22,6 +23,7 @@ export async function resolveHosts(config: WorkerConfig): Promise<ResolvedHosts>
     return address;
   };
   const { http, httpAnnounceHost, kv, proxy } = config;
+  const proxyHost = proxy && (await resolve('proxy', proxy.host));
   const kvHost = await resolve('KV host', kv.bind.host);
   const httpHost = await resolve('HTTP host', http.host);
   return {
@@ -34,10 +36,16 @@ export async function resolveHosts(config: WorkerConfig): Promise<ResolvedHosts>
         bind: { ...kv.bind, host: kvHost },
         announceHost: await resolve('announced KV host', kv.announceHost, reachedBy(kvHost)),
       },
-      ...(proxy && { proxy: { ...proxy, host: await resolve('proxy', proxy.host) } }),
+      ...(proxy && proxyHost !== undefined && (await reached(proxy, proxyHost))),
     },
     lines: [...lines],
   };
+}
+
+/** The proxy may be bound to any address of its name, and not be up yet: the first is tried first, then the others. */
+async function reached({ host, port }: HostPort, first: string): Promise<Pick<WorkerConfig, 'proxy'>> {
+  const others = (await addressesOf(host)).map(({ address }) => address).filter((one) => one !== first);
+  return { proxy: { host: first, port, ...(others.length > 0 && { otherHosts: others }) } };
 }
 
 /** The family that what is bound listens to; undefined for `::`, which takes both. */

@@ -24,7 +24,10 @@ export interface WorkerConfig {
   readonly http: HostPort;
   readonly kv: { readonly bind: HostPort; readonly announceHost: string; readonly rank: number };
   /** Absent: no ping. */
-  readonly proxy?: HostPort;
+  readonly proxy?: HostPort & {
+    /** Further addresses of its name, tried in turn. */
+    readonly otherHosts?: readonly string[];
+  };
   /** `ip:port` told to the proxy, where it differs from what is bound. */
   readonly httpAnnounceHost: string;
   readonly sendType: SendType;

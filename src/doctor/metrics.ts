@@ -1,4 +1,6 @@
 /** Counters of a running worker, read from its /metrics page. */
+import { ask } from '../net/http.ts';
+
 export type Metrics = ReadonlyMap<string, number>;
 
 /** `name{labels}` -> value, the label model_name left out; empty where the page cannot be had. */
@@ -6,7 +8,7 @@ export async function metricsOf(url: string, timeoutMs: number): Promise<Metrics
   const metrics = new Map<string, number>();
   let text = '';
   try {
-    text = await (await fetch(url, { signal: AbortSignal.timeout(timeoutMs) })).text();
+    text = await (await ask(url, timeoutMs)).text();
   } catch {
     // whoever asks sees that nothing is there
   }

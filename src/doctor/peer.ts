@@ -1,11 +1,13 @@
 /**
  * `--peer HOST:PORT`: is there a KV listener, and could its worker reach one here? Nothing changes at the peer: it is asked, by GET, for
- * a tensor that nobody has. The four ways in which a pair never opens are told apart: no route, nothing listens, something else listens,
- * it listens but does not answer.
+ * a tensor that nobody has. The ways in which a pair never opens are told apart: no route, nothing listens, something else listens, its
+ * process is stopped or stuck, it listens but does not answer.
  */
 import { connect, createServer, isIPv6, type Server, type Socket } from 'node:net';
 import { PdError } from '../errors.ts';
 import { asDestination, formatHostPort, type HostPort, zmqEndpoint } from '../net/address.ts';
+import { reachable } from '../net/knock.ts';
+import { EVERY_ADDRESS, reasonOf } from '../net/resolve.ts';
 import { DEFAULT_LIMITS } from '../transfer/types.ts';
 import { decodeAnswer, encodeMessage } from '../wire/codec.ts';
 import { PROBE_TENSOR } from '../wire/ids.ts';
@@ -21,7 +23,9 @@ export interface PeerQuestion {
 }
 
 export async function peerSection({ peer, announced, timeoutMs }: PeerQuestion): Promise<Section> {
-  const there = asDestination(peer);
+  const named = asDestination(peer);
+  // A name without an address is told where it is connected to.
+  const there = await reachable(named, timeoutMs).catch(() => named);
   const findings: Finding[] = [];
   const reached = await greet(there, timeoutMs);
   findings.push(reached.finding);
@@ -51,15 +55,24 @@ async function greet(peer: HostPort, timeoutMs: number): Promise<Greeting> {
   }
   const seenAs = socket.localAddress?.replace(/^::ffff:/, '');
   const known = seenAs === undefined ? {} : { seenAs };
+  let zmq: Buffer | undefined;
   try {
-    const zmq = await firstBytes(socket, ZMTP_SIGNATURE, timeoutMs);
-    if (zmq[0] === 0xff && (zmq.length < 10 || (zmq[9]! & 1) === 1)) {
-      return { finding: ok('reached over TCP, speaks ZeroMQ'), speaksZmq: true, ...known };
-    }
+    zmq = await firstBytes(socket, ZMTP_SIGNATURE, timeoutMs);
   } finally {
     socket.destroy();
   }
+  if (zmq?.[0] === 0xff && (zmq.length < 10 || (zmq[9]! & 1) === 1)) {
+    return { finding: ok('reached over TCP, speaks ZeroMQ'), speaksZmq: true, ...known };
+  }
   const http = (await speaksHttp(peer, timeoutMs)) ? ' but HTTP' : '';
+  // Of a process that does nothing the kernel still takes connections.
+  if (zmq === undefined && http === '') {
+    const finding = fail(
+      `${where} takes connections and says nothing within ${timeoutMs / 1_000} s: the process behind it is stopped or stuck`,
+      'see what it does, on its machine: `ss -ltnp` names it, state T in `ps` is stopped (kill -CONT goes on); restart one that hangs',
+    );
+    return { finding, speaksZmq: false, ...known };
+  }
   const mend =
     http === ''
       ? 'name the KV port of the worker (its log: zmq_address)'
@@ -81,14 +94,14 @@ function unreachable(where: string, error: NodeJS.ErrnoException, timeoutMs: num
     case 'ETIMEDOUT':
       return fail(
         `${where}: no answer within ${timeoutMs / 1_000} s`,
-        'a firewall drops it, or the address is wrong: open the KV port on that machine (security group, iptables)',
+        'a firewall drops it, the address is wrong, or the process there has been stopped for long: open the KV port on that machine (security group, iptables)',
       );
     case 'ENOTFOUND':
     case 'EAI_AGAIN':
       return fail(`${where}: the name has no address (${error.code})`, 'use an IP address, or correct DNS');
     default:
       return fail(
-        `${where}: ${error.message}`,
+        `${where}: ${reasonOf(error)}`,
         'there is no route to that machine from here: see `ip route`',
       );
   }
@@ -191,7 +204,7 @@ async function backwards(
   } catch (cause) {
     findings.push(
       warn(
-        `the way back: this machine does not reach itself at ${told}: ${PdError.from(cause).message}`,
+        `the way back: this machine does not reach itself at ${told}: ${reasonOf(cause)}`,
         `tell others an address of this machine: --kv-host ${seenAs}`,
       ),
     );
@@ -217,7 +230,7 @@ async function loopThrough(host: string, timeoutMs: number): Promise<number> {
 
 function connectTo({ host, port }: HostPort, timeoutMs: number): Promise<Socket> {
   return new Promise((resolve, reject) => {
-    const socket = connect({ host, port });
+    const socket = connect({ host, port, ...EVERY_ADDRESS });
     const timer = setTimeout(() => {
       socket.destroy();
       reject(Object.assign(new Error(`no connection within ${timeoutMs} ms`), { code: 'ETIMEDOUT' }));
@@ -233,10 +246,10 @@ function connectTo({ host, port }: HostPort, timeoutMs: number): Promise<Socket>
   });
 }
 
-/** What comes first after `sent`; empty where nothing does, or the other end hangs up. */
-function firstBytes(socket: Socket, sent: Uint8Array, timeoutMs: number): Promise<Buffer> {
+/** What comes first after `sent`: undefined where nothing does in time, empty where the other end hangs up. */
+function firstBytes(socket: Socket, sent: Uint8Array, timeoutMs: number): Promise<Buffer | undefined> {
   return new Promise((resolve) => {
-    const timer = setTimeout(() => resolve(Buffer.alloc(0)), timeoutMs);
+    const timer = setTimeout(() => resolve(undefined), timeoutMs);
     const done = (bytes: Buffer) => {
       clearTimeout(timer);
       resolve(bytes);
@@ -252,7 +265,7 @@ async function speaksHttp(peer: HostPort, timeoutMs: number): Promise<boolean> {
     const request = Buffer.from('GET /health HTTP/1.0\r\n\r\n');
     const answer = await firstBytes(socket, request, timeoutMs);
     socket.destroy();
-    return answer.subarray(0, 5).toString('latin1') === 'HTTP/';
+    return answer?.subarray(0, 5).toString('latin1') === 'HTTP/';
   } catch {
     return false;
   }

@@ -4,10 +4,14 @@
  */
 import { PdError } from '../errors.ts';
 import { asDestination, formatHostPort, parseHostPort } from '../net/address.ts';
+import { ask, fetchAll } from '../net/http.ts';
+import { knock } from '../net/knock.ts';
+import { reasonOf } from '../net/resolve.ts';
 import { peerAddressOf } from '../wire/ids.ts';
 import { type Finding, fail, info, ok, type Section, warn } from './finding.ts';
 import { type Metrics, metricsOf, rise } from './metrics.ts';
 import { diagnose } from './scenarios.ts';
+import { stateOf, workerFindings } from './worker-state.ts';
 
 interface Instance {
   readonly role: 'producer' | 'consumer';
@@ -41,7 +45,7 @@ export async function proxySection(url: string, timeoutMs: number): Promise<Sect
 async function listed(base: string, timeoutMs: number, findings: Finding[]): Promise<Instance[] | undefined> {
   let body: { readonly status?: string; readonly instances?: readonly Instance[] };
   try {
-    const response = await fetch(`${base}/health`, { signal: AbortSignal.timeout(timeoutMs) });
+    const response = await ask(`${base}/health`, timeoutMs);
     if (!response.ok) {
       const mend =
         "this is no pd-proxy (vLLM's example proxy lists nothing), or not its HTTP port: 10002 in the runbook";
@@ -101,8 +105,7 @@ async function walk(
 async function health({ role, http_address }: Instance, timeoutMs: number): Promise<Finding> {
   const what = `${role} ${http_address}`;
   try {
-    const url = `http://${formatHostPort(asDestination(parseHostPort(http_address)))}/health`;
-    const response = await fetch(url, { signal: AbortSignal.timeout(timeoutMs) });
+    const response = await ask(`${urlOf(http_address)}/health`, timeoutMs);
     const text = await response.text();
     if (response.ok) return ok(`${what} answers /health`);
     const draining = text.includes('draining');
@@ -140,42 +143,103 @@ function pairing(producers: Instance[], consumers: Instance[]): Finding[] {
 }
 
 async function complete(base: string, instances: Instance[], timeoutMs: number): Promise<Finding[]> {
-  const deadline = timeoutMs * COMPLETION_FACTOR;
-  const models = (await (
-    await fetch(`${base}/v1/models`, { signal: AbortSignal.timeout(timeoutMs) })
-  ).json()) as { data?: readonly { id: string }[] };
+  const models = (await (await ask(`${base}/v1/models`, timeoutMs)).json()) as {
+    data?: readonly { id: string }[];
+  };
   const model = models.data?.[0]?.id ?? instances.flatMap(({ models: ids }) => ids ?? [])[0];
   if (model === undefined)
     return [fail('no instance serves a model', 'look at GET /v1/models of each worker')];
   const before = await allMetrics(instances, timeoutMs);
   const started = performance.now();
-  let response: Response;
-  let text: string;
+  const answer = post(`${base}/v1/completions`, { model, ...PROMPT });
+  let timer: NodeJS.Timeout | undefined;
+  const late = new Promise<'late'>((resolve) => {
+    timer = setTimeout(() => resolve('late'), timeoutMs * COMPLETION_FACTOR);
+  });
   try {
-    response = await fetch(`${base}/v1/completions`, {
-      method: 'POST',
-      headers: { 'content-type': 'application/json' },
-      body: JSON.stringify({ model, ...PROMPT }),
-      signal: AbortSignal.timeout(deadline),
-    });
-    text = await response.text();
+    const response = await Promise.race([answer.whole, late]);
+    // Before it is given up, because then nobody waits any more.
+    if (response === 'late') {
+      const what = `a completion: no answer within ${(timeoutMs * COMPLETION_FACTOR) / 1_000} s`;
+      return [fail(what, ASK_WORKERS), ...(await askWorkers(instances, timeoutMs))];
+    }
+    const { status, text } = response;
+    if (status !== 200) {
+      const { finding, ask: further } = diagnose(status, text);
+      if (further === undefined) return [finding];
+      const tell = further === 'workers' ? askWorkers : kvAddresses;
+      return [finding, ...(await tell(instances, timeoutMs))];
+    }
+    const { id = '', choices } = JSON.parse(text) as { id?: string; choices?: readonly { text?: string }[] };
+    const ms = Math.round(performance.now() - started);
+    const after = await allMetrics(instances, timeoutMs);
+    const moving = moved(id, instances, before, after);
+    return [
+      ok(`a completion by ${model} in ${ms} ms: ${JSON.stringify(choices?.[0]?.text ?? '')}`),
+      ...idFindings(id, instances),
+      moving,
+      ...(moving.level === 'fail' ? await askWorkers(instances, timeoutMs) : []),
+    ];
   } catch (cause) {
     return [
-      fail(
-        `a completion: ${reason(cause, deadline)}`,
-        'see GET /debug/state of each worker: what waits, and on which peer; GET /metrics: pd_protocol_errors_total',
-      ),
+      fail(`a completion: ${reasonOf(cause)}`, ASK_WORKERS),
+      ...(await askWorkers(instances, timeoutMs)),
     ];
+  } finally {
+    clearTimeout(timer);
+    answer.giveUp();
   }
-  if (!response.ok) return [diagnose(response.status, text)];
-  const { id = '', choices } = JSON.parse(text) as { id?: string; choices?: readonly { text?: string }[] };
-  const ms = Math.round(performance.now() - started);
-  const after = await allMetrics(instances, timeoutMs);
-  return [
-    ok(`a completion by ${model} in ${ms} ms: ${JSON.stringify(choices?.[0]?.text ?? '')}`),
-    ...idFindings(id, instances),
-    ...moved(id, instances, before, after),
-  ];
+}
+
+const ASK_WORKERS =
+  'pd-doctor --worker with the HTTP address of each worker says what waits, and for which peer (--debug-state)';
+
+function post(
+  url: string,
+  body: object,
+): { readonly whole: Promise<{ readonly status: number; readonly text: string }>; giveUp(): void } {
+  const gone = new AbortController();
+  const init = {
+    method: 'POST',
+    headers: { 'content-type': 'application/json' },
+    body: JSON.stringify(body),
+    signal: gone.signal,
+  };
+  const whole = (async () => {
+    const response = await fetchAll(url, init);
+    return { status: response.status, text: await response.text() };
+  })();
+  whole.catch(() => {}); // given up: nobody asks any more
+  return { whole, giveUp: () => gone.abort() };
+}
+
+/** What is wrong by what the workers themselves know; nothing of those that may not be asked from here (`--debug-state`). */
+async function askWorkers(instances: Instance[], timeoutMs: number): Promise<Finding[]> {
+  const asked = await Promise.all(
+    instances.map(async ({ role, http_address }) => {
+      const state = await stateOf(urlOf(http_address), timeoutMs);
+      if ('level' in state) return [];
+      const findings = workerFindings(state, new Map()).filter(({ level }) => level === 'fail');
+      return findings.map((finding) => ({ ...finding, what: `${role} ${http_address}: ${finding.what}` }));
+    }),
+  );
+  return asked.flat();
+}
+
+/** Whether each end is reached, from here, at the KV address that it tells others. */
+async function kvAddresses(instances: Instance[], timeoutMs: number): Promise<Finding[]> {
+  const tried = await Promise.all(
+    instances.map(async ({ role, http_address, zmq_address }) => {
+      const port = await knock(parseHostPort(zmq_address), timeoutMs);
+      const what = `${role} ${http_address} tells others the KV address ${zmq_address}`;
+      if (port === 'answers') return info(`${what}: reached from here`);
+      return warn(
+        `${what}: from here it ${port === 'refuses' ? 'refuses connections' : 'does not answer'}`,
+        'if it is wrong, correct --kv-announce-host, --kv-host, --kv-port or PD_HOST_IP of that worker',
+      );
+    }),
+  );
+  return tried;
 }
 
 function idFindings(id: string, instances: Instance[]): Finding[] {
@@ -205,34 +269,32 @@ function moved(
   instances: Instance[],
   before: ReadonlyMap<string, Metrics>,
   after: ReadonlyMap<string, Metrics>,
-): Finding[] {
+): Finding {
   const decode = peerAddressOf(id, 'decode');
   const consumer = instances.find(({ zmq_address }) => decode && zmq_address === formatHostPort(decode));
   const [old, now] = [before, after].map((all) => consumer && all.get(consumer.http_address));
   if (!consumer || !old || !now?.has('pd_kv_received_bytes_total')) {
-    return [info('whether KV moved cannot be told: the consumer has no metrics of ours (vLLM)')];
+    return info('whether KV moved cannot be told: the consumer has no metrics of ours (vLLM)');
   }
   const loads = rise(old, now, 'pd_kv_loads_total{result="ok"}');
   const bytes = rise(old, now, 'pd_kv_received_bytes_total');
-  if (loads > 0) return [ok(`its KV moved: ${bytes.toLocaleString('en')} bytes came from the producer`)];
-  return [
-    fail(
-      'its KV did not move: the consumer computed the prompt itself, so the text came at twice the cost',
-      `see the log of consumer ${consumer.http_address} and of the producer for this id; pd-doctor --peer tries the KV addresses; --kv-load-failure fail makes it an error`,
-    ),
-  ];
+  if (loads > 0) return ok(`its KV moved: ${bytes.toLocaleString('en')} bytes came from the producer`);
+  return fail(
+    'its KV did not move: the consumer computed the prompt itself, so the text came at twice the cost',
+    `${ASK_WORKERS}; --kv-load-failure fail makes it an error; the log of consumer ${consumer.http_address} and of the producer for this id`,
+  );
 }
 
 async function allMetrics(instances: Instance[], timeoutMs: number): Promise<ReadonlyMap<string, Metrics>> {
   const entries = instances.map(async ({ http_address }) => {
-    const url = `http://${formatHostPort(asDestination(parseHostPort(http_address)))}/metrics`;
-    return [http_address, await metricsOf(url, timeoutMs)] as const;
+    return [http_address, await metricsOf(`${urlOf(http_address)}/metrics`, timeoutMs)] as const;
   });
   return new Map(await Promise.all(entries));
 }
 
+const urlOf = (address: string) => `http://${formatHostPort(asDestination(parseHostPort(address)))}`;
+
 function reason(cause: unknown, timeoutMs: number): string {
-  const error = cause as Error & { cause?: { code?: string; message?: string } };
-  if (error.name === 'TimeoutError') return `no answer within ${timeoutMs / 1_000} s`;
-  return error.cause?.code ?? error.cause?.message ?? error.message;
+  const timedOut = cause instanceof Error && cause.name === 'TimeoutError';
+  return timedOut ? `no answer within ${timeoutMs / 1_000} s` : reasonOf(cause);
 }

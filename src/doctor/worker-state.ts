@@ -2,12 +2,22 @@
  * `--worker URL`: what a running worker says of its waits (GET /debug/state), and which of the runbook's hang scenarios that is. Nothing
  * is asked of anybody else, so that it can be tried on a system that hangs.
  */
-import { PdError } from '../errors.ts';
+import { ask } from '../net/http.ts';
+import { reasonOf } from '../net/resolve.ts';
+import type { FailureKind, FailureState } from '../transfer/failures.ts';
 import type { PairState, TransferState } from '../transfer/types.ts';
 import type { CoreState } from '../worker/messages.ts';
 import { type Finding, fail, info, ok, type Section, warn } from './finding.ts';
 import { type Metrics, metricsOf } from './metrics.ts';
-import { SCENARIOS } from './scenarios.ts';
+import {
+  type Diagnosis,
+  idsDiffer,
+  NO_ROOM,
+  PAIR_INIT,
+  scenarioOf,
+  transfer,
+  unreached,
+} from './scenarios.ts';
 
 /** The answer of GET /debug/state. */
 export interface WorkerState {
@@ -19,30 +29,39 @@ export interface WorkerState {
 /** A step that takes longer than this is worth a word; milliseconds. */
 const SLOW_MS = 2_000;
 const NEARLY_FULL = 0.95;
+/** What failed longer ago and was not tried since is told, and no more. */
+const LONG_AGO_MS = 600_000;
 const MOST_WAITS = 8;
 
 export async function workerSection(url: string, timeoutMs: number): Promise<Section> {
   const base = url.replace(/\/+$/, '');
   const title = `Worker ${base}`;
-  let state: WorkerState;
-  try {
-    const response = await fetch(`${base}/debug/state`, { signal: AbortSignal.timeout(timeoutMs) });
-    if (!response.ok) return { title, findings: [refused(response.status)] };
-    state = (await response.json()) as WorkerState;
-  } catch (cause) {
-    const { message } = PdError.from((cause as Error).cause ?? cause);
-    const mend =
-      'correct host and HTTP port (8081 and 8083 in the runbook); a worker that hangs whole: restart it';
-    return { title, findings: [fail(`GET /debug/state: ${message}`, mend)] };
-  }
-  if (typeof state.core !== 'object') {
-    return {
-      title,
-      findings: [fail('GET /debug/state is not a worker of ours', "name a worker's HTTP port")],
-    };
-  }
+  const state = await stateOf(base, timeoutMs);
+  if ('level' in state) return { title, findings: [state] };
   return { title, findings: workerFindings(state, await metricsOf(`${base}/metrics`, timeoutMs)) };
 }
+
+/** What a worker says of itself, or why it says nothing. */
+export async function stateOf(base: string, timeoutMs: number): Promise<WorkerState | Finding> {
+  try {
+    const response = await ask(`${base}/debug/state`, timeoutMs);
+    if (!response.ok) return refused(response.status);
+    const state = (await response.json()) as WorkerState;
+    const { core } = state;
+    if (typeof core !== 'object') {
+      return fail('GET /debug/state is not a worker of ours', "name a worker's HTTP port");
+    }
+    // An older worker tells less.
+    const { transfer } = core;
+    return transfer ? { ...state, core: { ...core, transfer: { ...TOLD_LATER, ...transfer } } } : state;
+  } catch (cause) {
+    const mend =
+      'correct host and HTTP port (8081 and 8083 in the runbook); a worker that hangs whole: restart it';
+    return fail(`GET /debug/state: ${reasonOf(cause)}`, mend);
+  }
+}
+
+const TOLD_LATER = { kvKey: 'transfer', failures: [] } satisfies Partial<TransferState>;
 
 /** Pure. One `fail` for each wait that will end at its deadline unless something changes. */
 export function workerFindings({ role, requests, core }: WorkerState, metrics: Metrics): Finding[] {
@@ -56,14 +75,15 @@ export function workerFindings({ role, requests, core }: WorkerState, metrics: M
   for (const wrong of core.integrity)
     findings.push(fail(`the books are wrong: ${wrong}`, 'a defect: please report it'));
   if (!transfer) return [...findings, info('no transfer engine: this worker serves undivided')];
-  findings.push(...memoryFindings(transfer, metrics));
-  const explained = new Set<PairState>();
+  findings.push(...memoryFindings(role, transfer, metrics));
+  const explained = new Set<PairState | FailureState>();
   for (const wait of transfer.waiting.slice(0, MOST_WAITS))
     findings.push(waitFinding(wait, transfer, explained));
   if (transfer.waiting.length > MOST_WAITS) {
     findings.push(info(`${transfer.waiting.length - MOST_WAITS} more requests wait for KV`));
   }
   for (const pair of transfer.pairs) if (!explained.has(pair)) findings.push(...pairFindings(pair));
+  findings.push(...failureFindings(transfer.failures.filter((failure) => !explained.has(failure))));
   if (!findings.some(({ level }) => level === 'fail'))
     findings.push(ok('nothing waits longer than it should'));
   return findings;
@@ -71,7 +91,7 @@ export function workerFindings({ role, requests, core }: WorkerState, metrics: M
 
 type Wait = TransferState['waiting'][number];
 
-function waitFinding(wait: Wait, transfer: TransferState, explained: Set<PairState>): Finding {
+function waitFinding(wait: Wait, transfer: TransferState, explained: Set<PairState | FailureState>): Finding {
   const { requestId, tensorId, peer, sinceMs, deadlineMs, nearMisses, prefilling } = wait;
   const told = (text: string, mend: string) =>
     // KV takes its time on a busy system
@@ -80,31 +100,41 @@ function waitFinding(wait: Wait, transfer: TransferState, explained: Set<PairSta
   const pairs = transfer.pairs.filter((pair) => pair.peer === peer);
   if (prefilling) return info(`${what}; its prompt may still be computed there`);
   const stuck = pairs.find((pair) => pair.state === 'opening' || pair.state === 'connecting');
+  const open = pairs.find((pair) => pair.state === 'open');
+  const differ = idsDiffer(transfer.kvKey, open?.ours);
   if (nearMisses.length > 0) {
-    return told(`${what}; here is instead: ${nearMisses.join(', ')}`, scenario(4));
+    return told(`${what}; here is instead: ${nearMisses.join(', ')}`, differ.mend);
   }
   if (stuck) {
     explained.add(stuck);
     return told(
       `${what}; the pair is ${stuck.state} since ${seconds(stuck.sinceMs)}`,
-      scenario(stuck.state === 'opening' ? 1 : 2),
+      (stuck.state === 'opening' ? PAIR_INIT : unreached(peer)).mend,
     );
   }
-  const open = pairs.find((pair) => pair.state === 'open');
   if (!open) {
     const none = transfer.sendType === 'GET' ? 'no pair with it' : 'it has opened no pair with this worker';
-    return told(`${what}; ${none}`, scenario(2));
+    const broke = transfer.failures.find((one) => one.kind === 'pair' && one.peer === peer && !one.mended);
+    const why = broke && scenarioOf(broke.error);
+    if (broke && why) {
+      explained.add(broke);
+      return told(
+        `${what}; ${none}, the last one failed ${seconds(broke.agoMs)} ago: ${broke.error.message}`,
+        why.mend,
+      );
+    }
+    return told(`${what}; ${none}`, unreached(peer).mend);
   }
   explained.add(open);
   // In GET what is asked for and not there yet is outstanding too.
   const asked = transfer.sendType === 'GET' && open.queued === 0;
   if (open.outstanding + open.queued > 0 && !asked) {
     const amount = `${open.outstanding} operations under way and ${open.queued} queued`;
-    return told(`${what}; the pair is open with ${amount}`, scenario(3));
+    return told(`${what}; the pair is open with ${amount}`, STUCK.mend);
   }
   return told(
     `${what}; the pair is open${asked ? '' : ' and idle'}, nothing of a similar id is ${asked ? 'there' : 'here'}`,
-    `the producer has not sent it: pd-doctor --worker with its HTTP address; else ${scenario(4)}`,
+    `the producer has not sent it: pd-doctor --worker with its HTTP address; else ${differ.mend}`,
   );
 }
 
@@ -112,18 +142,43 @@ function pairFindings({ peer, direction, state, queued, outstanding, sinceMs }: 
   const what = `pair with ${peer} (${direction}): ${state} since ${seconds(sinceMs)}, ${queued} queued, ${outstanding} outstanding`;
   switch (state) {
     case 'connecting':
-      return [sinceMs > SLOW_MS ? fail(what, scenario(2)) : info(what)];
+      return [sinceMs > SLOW_MS ? fail(what, unreached(peer).mend) : info(what)];
     case 'opening':
-      return [sinceMs > SLOW_MS ? fail(what, scenario(1)) : info(what)];
+      return [sinceMs > SLOW_MS ? fail(what, PAIR_INIT.mend) : info(what)];
     case 'over':
-      return [queued > 0 ? fail(what, scenario(2)) : info(what)];
+      return [queued > 0 ? fail(what, unreached(peer).mend) : info(what)];
     case 'open':
     case 'closing':
       return [info(what)];
   }
 }
 
-function memoryFindings({ buffer, pool, tensors }: TransferState, metrics: Metrics): Finding[] {
+const TRIED: Readonly<Record<FailureKind, (peer: string) => string>> = {
+  load: (peer) => `KV from ${peer} did not come`,
+  send: (peer) => `KV for ${peer} could not be sent`,
+  refused: (peer) => `KV of ${peer} was refused here`,
+  pair: (peer) => `a pair with ${peer} came to nothing`,
+};
+
+/** What has failed and not gone well since; one finding for each peer and scenario, the newest. */
+function failureFindings(failures: TransferState['failures']): Finding[] {
+  const told = new Set<string>();
+  return failures.flatMap(({ kind, peer, error, count, agoMs, mended }: FailureState): Finding[] => {
+    const found: Diagnosis | undefined = scenarioOf(error);
+    const key = `${peer} ${found?.scenario ?? error.code}`;
+    if (mended || told.has(key)) return [];
+    told.add(key);
+    const times = count > 1 ? `, ${count} times` : '';
+    const what = `${TRIED[kind](peer)}${times}, the last ${seconds(agoMs)} ago: ${error.code}: ${error.message}`;
+    return [agoMs > LONG_AGO_MS ? info(what) : fail(what, found?.mend ?? 'look at the log of both ends')];
+  });
+}
+
+function memoryFindings(
+  role: string,
+  { buffer, pool, tensors, sendType }: TransferState,
+  metrics: Metrics,
+): Finding[] {
   const refused = metrics.get('pd_kv_refused_total') ?? 0;
   const what =
     `buffer ${buffer.usedBytes} of ${buffer.thresholdBytes} bytes, pool ${pool.usedBytes} of ${pool.limitBytes}, ` +
@@ -131,15 +186,20 @@ function memoryFindings({ buffer, pool, tensors }: TransferState, metrics: Metri
   const full =
     buffer.usedBytes >= NEARLY_FULL * buffer.thresholdBytes &&
     pool.usedBytes >= NEARLY_FULL * pool.limitBytes;
-  if (full && tensors > 0) return [fail(what, scenario(3))];
+  // In GET the producer keeps KV in the same memory.
+  const holds = role === 'consumer' || sendType === 'GET';
+  if (holds && buffer.thresholdBytes + pool.limitBytes === 0) {
+    return [fail(`${what}: there is no memory for any KV`, NO_ROOM.mend)];
+  }
+  if (full && tensors > 0) return [fail(what, NO_ROOM.mend)];
   return [
     refused > 0 ? warn(what, 'raise --kv-buffer-size or --mem-pool-size-gb, or lower the load') : info(what),
   ];
 }
 
-function scenario(number: 1 | 2 | 3 | 4): string {
-  return `hang scenario ${number} of the runbook, ${SCENARIOS[number - 1]!.text}`;
-}
+const STUCK = transfer(
+  'look at the logs of both ends for this tensor, and at pd_kv_buffer_used_bytes of the consumer',
+);
 
 function refused(status: number): Finding {
   const what = `GET /debug/state answers ${status}`;

@@ -1,10 +1,10 @@
 /** Which address of this machine to tell others. */
-import { lookup } from 'node:dns/promises';
 import { isIP, isIPv4, isIPv6 } from 'node:net';
 import { networkInterfaces } from 'node:os';
 import { PdError } from '../errors.ts';
 import { isLoopback, isUnspecified } from './address.ts';
 import { plainAddress } from './allow-list.ts';
+import { addressesOf } from './resolve.ts';
 
 export type Family = 4 | 6;
 
@@ -65,16 +65,15 @@ export function announceHost(bindHost: string, options: LocalOptions = {}): stri
 
 /** The IP address of a host name, of `family` where given, asked for once; an address stays as it is. Throws ADDRESS_INVALID that names `what`. */
 export async function hostAddress(host: string, family: Family | 0 = 0, what = 'host'): Promise<string> {
-  if (isIP(host) !== 0) return host;
+  let why = 'none of this family';
+  let cause: unknown;
   try {
-    return (await lookup(host, { family })).address;
-  } catch (cause) {
-    const { message } = PdError.from(cause);
-    throw new PdError(
-      'ADDRESS_INVALID',
-      `${what} ${JSON.stringify(host)} has no address: ${message}`,
-      {},
-      { cause },
-    );
+    const [first] = await addressesOf(host, family);
+    if (first) return first.address;
+  } catch (error) {
+    cause = error;
+    why = PdError.from(error).message;
   }
+  const message = `${what} ${JSON.stringify(host)} has no address: ${why}`;
+  throw new PdError('ADDRESS_INVALID', message, {}, { cause });
 }

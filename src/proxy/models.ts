@@ -1,7 +1,8 @@
 /** What the instances serve, by their own /v1/models: for pairing, and for the proxy's own list. */
+import { reasonOf } from '../net/resolve.ts';
 import type { Logger } from '../observability/log.ts';
 import { type Instance, type InstanceRegistry, instanceLabel } from './registry.ts';
-import { reasonOf, type Upstream } from './upstream.ts';
+import type { Upstream } from './upstream.ts';
 
 /** An entry of OpenAI's model list; what else an instance says about a model passes through. */
 export interface ModelEntry {

@@ -1,10 +1,11 @@
 /** The producer's part of a request: the copy of it, to the end of the answer. */
+import { reasonOf } from '../net/resolve.ts';
 import { KV_FAILED_HEADER, readKvFailed } from '../wire/overlap.ts';
 import { deadlineWithin } from './deadline.ts';
 import { type Attempt, type ForwardParts, MAX_ERROR_BODY } from './exchange.ts';
 import { prefillCopy } from './prefill-copy.ts';
 import { tellFailed } from './release.ts';
-import { InstanceRefused, reasonOf, timeoutError } from './upstream.ts';
+import { InstanceRefused, timeoutError } from './upstream.ts';
 import { isDraining, type WholeAnswer, wholeAnswer } from './whole-answer.ts';
 
 /** Resolves once the producer is done; with its answer where that is an error, which is the client's then. Throws the signal's reason. */

@@ -4,6 +4,7 @@ import fastify, { type FastifyInstance } from 'fastify';
 import type { ProxyConfig } from '../config/worker-config.ts';
 import { PdError } from '../errors.ts';
 import { formatHostPort, type HostPort } from '../net/address.ts';
+import { hostAddress } from '../net/local.ts';
 import { listenError } from '../net/port-holder.ts';
 import { createLogger, type Logger } from '../observability/log.ts';
 import { openAiError } from '../openai-error.ts';
@@ -136,7 +137,11 @@ export class PdProxy {
   }
 
   async #listen(): Promise<void> {
-    const { http, discovery, instanceTimeoutMs, allowInstances } = this.#config;
+    const { instanceTimeoutMs, allowInstances } = this.#config;
+    const [http, discovery] = await Promise.all([
+      bindAddress(this.#config.http),
+      bindAddress(this.#config.discovery),
+    ]);
     this.#discovery = await Discovery.start({
       bind: discovery,
       ...(allowInstances && { allow: allowInstances }),
@@ -251,4 +256,9 @@ export class PdProxy {
       })),
     };
   }
+}
+
+/** Of a name, the one address that HTTP and pings are both bound to. */
+async function bindAddress({ host, port }: HostPort): Promise<HostPort> {
+  return { host: await hostAddress(host, 0, 'address to listen on'), port };
 }

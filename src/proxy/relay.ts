@@ -2,9 +2,10 @@
 import { once } from 'node:events';
 import type { ServerResponse } from 'node:http';
 import { PdError } from '../errors.ts';
+import { reasonOf } from '../net/resolve.ts';
 import { type Instance, instanceLabel } from './registry.ts';
 import { errorEvents, SseEvents } from './sse.ts';
-import { answerHeaders, reasonOf, timeoutError, type UpstreamResponse } from './upstream.ts';
+import { answerHeaders, timeoutError, type UpstreamResponse } from './upstream.ts';
 
 export interface RelayOptions {
   readonly instance: Instance;

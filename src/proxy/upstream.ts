@@ -2,6 +2,7 @@
 import type { IncomingHttpHeaders } from 'node:http';
 import { Agent, buildConnector, type Dispatcher } from 'undici';
 import { PdError } from '../errors.ts';
+import { EVERY_ADDRESS, reasonOf } from '../net/resolve.ts';
 import { type Instance, instanceLabel, instanceUrl } from './registry.ts';
 
 export type UpstreamResponse = Dispatcher.ResponseData;
@@ -37,13 +38,6 @@ export class InstanceRefused extends PdError {
     );
     this.instance = instance;
   }
-}
-
-/** `code: message` of a failure, for messages. */
-export function reasonOf(error: unknown): string {
-  if (!(error instanceof Error)) return String(error);
-  const code = (error as NodeJS.ErrnoException).code;
-  return code && !error.message.includes(code) ? `${code}: ${error.message}` : error.message;
 }
 
 export interface Ask {
@@ -116,7 +110,7 @@ export class Upstream {
 
 /** `host`: where to connect to, whatever the URL says. */
 function agentTo(host?: string): Agent {
-  const connector = buildConnector({ timeout: CONNECT_TIMEOUT_MS });
+  const connector = buildConnector({ timeout: CONNECT_TIMEOUT_MS, ...EVERY_ADDRESS });
   return new Agent({
     connect: (options, done) =>
       connector(host === undefined ? options : { ...options, hostname: host }, done),

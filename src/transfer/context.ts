@@ -8,6 +8,7 @@ import type { Transport } from '../transport/transport.ts';
 import { splitTensorId, suffixedFor, type TensorId, type TransferId } from '../wire/ids.ts';
 import type { PeerHello } from '../wire/messages.ts';
 import type { Deadlines } from './deadlines.ts';
+import type { Failures } from './failures.ts';
 import type { KvMemory } from './kv-memory.ts';
 import type { SendType, TransferOptions } from './types.ts';
 
@@ -27,6 +28,7 @@ export interface TransferContext {
   readonly metrics: MetricsPage;
   readonly log: Logger;
   readonly limited: RateLimitedLog;
+  readonly failures: Failures;
 }
 
 /** PUT and PUT_ASYNC differ only in what the connector waits for: on the wire they are one. */
@@ -97,8 +99,10 @@ const COUNTED = {
   SEND_TYPE_MISMATCH: 'send_type',
 } as const satisfies Partial<Record<ErrorCode, string>>;
 
-/** Counts a failure of a peer, where it is one. */
-export function countFailure(context: TransferContext, { code }: PdError): void {
+/** A pair with `peer` came to nothing or broke: noted, and counted where that is the peer's failure. */
+export function countFailure(context: TransferContext, peer: string, error: PdError): void {
+  const { code } = error;
+  context.failures.note('pair', peer, error);
   const kind = Object.hasOwn(COUNTED, code) ? COUNTED[code as keyof typeof COUNTED] : undefined;
   if (kind) context.metrics.inc('pd_protocol_errors_total', 1, kind);
 }

@@ -2,9 +2,11 @@
  * One connection to a peer's ROUTER: bodies out in order, answers in as they come. A new one for each pair, closed with it: `linger: 0`
  * and `immediate`, because a NEW that waits for a dead port would be delivered to whoever binds there later.
  */
+import { isIP } from 'node:net';
 import * as zmq from 'zeromq';
 import { PdError } from '../errors.ts';
-import { asDestination, parseHostPort, zmqEndpoint } from '../net/address.ts';
+import { asDestination, type HostPort, parseHostPort, zmqEndpoint } from '../net/address.ts';
+import { reachable } from '../net/knock.ts';
 import { MAX_BODY_BYTES } from '../wire/limits.ts';
 
 /** Whom nobody listens for is told from who is slow: a port that refuses this long is dead, and need not cost the whole deadline. */
@@ -51,8 +53,19 @@ export class Dealer {
         this.#lost('PEER_UNREACHABLE', `its port has refused connections for ${ms} ms`);
       }
     });
-    this.#socket.connect(zmqEndpoint(address));
+    if (isIP(address.host) !== 0) this.#socket.connect(zmqEndpoint(address));
+    else void this.#connectByName(address);
     void this.#receive();
+  }
+
+  /** ZeroMQ would try one address of a name, and ask for it in its own way. */
+  async #connectByName(address: HostPort): Promise<void> {
+    try {
+      const found = await reachable(address, this.#options.connectTimeoutMs);
+      if (!this.#closed) this.#socket.connect(zmqEndpoint(found));
+    } catch (error) {
+      this.#lost('PEER_UNREACHABLE', PdError.from(error).message);
+    }
   }
 
   /** Resolves once the body has left, false where the connection was lost before (`onLost` has said so). Order is kept. */

@@ -84,8 +84,17 @@ export class GetAnnouncement extends Announcement {
     if (bytes === undefined) return this.markReady();
     const held = await this.#context.memory.waitFor(bytes, timeoutMs);
     if (held) return this.give(held);
-    const message = `no room for ${this.tensorId} of ${bytes} bytes to be asked for`;
-    this.fail(new PdError('KV_BUFFER_FULL', message, { tensorId: this.tensorId }));
+    this.fail(this.#noRoom());
+  }
+
+  /** Set while it waits for memory to be asked with. */
+  get lacksRoom(): PdError | undefined {
+    return this.ready || this.#over ? undefined : this.#noRoom();
+  }
+
+  #noRoom(): PdError {
+    const message = `no room for ${this.tensorId} of ${this.bytes} bytes to be asked for`;
+    return new PdError('KV_BUFFER_FULL', message, { tensorId: this.tensorId });
   }
 
   /** It leaves: from now on it may be answered 0. */

@@ -209,7 +209,7 @@ export class Incoming {
     // A peer that leaves when nothing is under way has ended, not failed.
     if (reason.code === 'PEER_LOST' && receiving === 0) this.#context.log.info(fields, text);
     else {
-      countFailure(this.#context, reason);
+      countFailure(this.#context, peer, reason);
       this.#context.log.warn(fields, text);
     }
     this.#intake.peerLost(peer, reason);

@@ -172,7 +172,7 @@ export class Intake {
   }
 
   #refuse(tensor: TensorInfo): void {
-    const { memory, metrics, limited, log } = this.#context;
+    const { memory, metrics, limited, log, failures } = this.#context;
     const { tensorId, peer, shape, dtype } = tensor;
     metrics.inc('pd_kv_refused_total', 1);
     const reason = new PdError(
@@ -185,6 +185,7 @@ export class Intake {
     limited.log('no room', (suppressed) =>
       log.warn({ ...tensorFields(this.#context, tensor, peer), suppressed }, reason.message),
     );
+    failures.note('refused', peer, reason);
     this.#lose(namesOf(tensor), reason);
   }
 

@@ -1,5 +1,6 @@
 /** What the log is told of a load at half of its deadline: whoever reads it then can still look at the other end. */
-import type { PdError } from '../errors.ts';
+import type { ErrorContext, PdError } from '../errors.ts';
+import type { PortAnswer } from '../net/knock.ts';
 import type { TransferContext } from './context.ts';
 import type { Intake } from './intake.ts';
 import type { Load } from './load.ts';
@@ -10,6 +11,53 @@ export interface PairsOfPeer {
   lostPair(peer: string): PdError | undefined;
   /** Pairs with it, both directions. */
   pairs(peer: string): PairState[];
+}
+
+/** What is known, at its deadline, of KV that has not come: it tells the ways apart in which that happens. */
+export interface Evidence {
+  readonly context: Pick<ErrorContext, 'pair' | 'nearMiss' | 'kvKey' | 'peerIsOurs' | 'peerPort'>;
+  readonly words: string;
+  /** Why the last pair with the producer is over. */
+  readonly cause: PdError | undefined;
+}
+
+/** `peerPort`: what the producer's KV port did when it was last tried. */
+export function evidenceOf(
+  { options }: TransferContext,
+  peers: PairsOfPeer,
+  load: Load,
+  peerPort: PortAnswer | undefined,
+): Evidence {
+  const { sendType, kvKey = 'transfer' } = options;
+  const pairs = peers.pairs(load.peer);
+  // The end that announces opens the pair: who asks in GET, who sends otherwise.
+  const bringing = pairs.filter(
+    ({ direction }) => direction === (sendType === 'GET' ? 'outgoing' : 'incoming'),
+  );
+  const is = (...states: PairState['state'][]) => bringing.find(({ state }) => states.includes(state));
+  const lost = peers.lostPair(load.peer);
+  const open = is('open', 'closing');
+  const pair = open
+    ? 'open'
+    : is('opening')
+      ? 'opening'
+      : is('connecting')
+        ? 'connecting'
+        : lost
+          ? 'lost'
+          : 'none';
+  const [nearMiss] = load.nearMisses();
+  return {
+    context: {
+      pair,
+      kvKey,
+      ...(nearMiss !== undefined && { nearMiss }),
+      ...(open && { peerIsOurs: open.ours }),
+      ...(peerPort && { peerPort }),
+    },
+    words: pairWords(bringing),
+    cause: open ? undefined : lost,
+  };
 }
 
 export function warnLate(

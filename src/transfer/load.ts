@@ -11,6 +11,7 @@ import { type TensorId, type TransferId, tensorIdOf } from '../wire/ids.ts';
 import { type Claimant, contradicts } from './claims.ts';
 import { logTensor, type TransferContext } from './context.ts';
 import type { Intake } from './intake.ts';
+import type { Evidence } from './late-load.ts';
 import { passed } from './staging.ts';
 import type { StoreEntry } from './store.ts';
 import type { LoadRequest, LoadResult } from './types.ts';
@@ -164,7 +165,7 @@ export class Load implements Claimant {
   }
 
   /** The deadline has passed: says what is missing, from whom, and what is there instead. */
-  timeOut(timeoutMs: number): void {
+  timeOut(timeoutMs: number, { context, words, cause }: Evidence): void {
     const [first] = this.#missing.keys();
     if (first === undefined) return;
     const total = this.request.layers.length;
@@ -173,8 +174,9 @@ export class Load implements Claimant {
         'KV_LOAD_TIMEOUT',
         `KV of ${this.requestId} from ${this.peer} did not come within ${timeoutMs} ms: waited for ` +
           `${this.tensorId(first)}, ${total - this.#missing.size} of ${total} layers are here; ` +
-          heldInstead(this.#intake.store.nearMisses(this.transferId), this.#atPeer, this.peer),
-        { requestId: this.requestId, transferId: this.transferId, peer: this.peer },
+          `${heldInstead(this.#intake.store.nearMisses(this.transferId), this.#atPeer, this.peer)}; ${words}`,
+        { requestId: this.requestId, transferId: this.transferId, peer: this.peer, ...context },
+        { cause },
       ),
     );
   }

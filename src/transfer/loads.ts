@@ -8,7 +8,7 @@ import type { Claimant } from './claims.ts';
 import type { TransferContext } from './context.ts';
 import { GetAnnouncement } from './get.ts';
 import type { Intake } from './intake.ts';
-import { type PairsOfPeer, warnLate } from './late-load.ts';
+import { evidenceOf, type PairsOfPeer, warnLate } from './late-load.ts';
 import { heldInstead, Load } from './load.ts';
 import type { OutgoingPeer } from './peer.ts';
 import { PeerWatch } from './peer-watch.ts';
@@ -53,6 +53,8 @@ export class Loads {
   readonly #peers: LoadPeers;
   readonly #loads = new Map<Load, Limit>();
   readonly #receives = new Set<{ fail(error: PdError): void }>();
+  /** Who looks after the producers of loads, in PUT. */
+  readonly #watches = new WeakMap<Load, PeerWatch>();
   /** GETs that have not been answered, by who wants them. */
   readonly #asked = new Map<Load, Set<GetAnnouncement>>();
 
@@ -68,7 +70,7 @@ export class Loads {
   }
 
   load(request: LoadRequest): Promise<LoadResult> {
-    const { options, log, metrics } = this.#context;
+    const { options, log, metrics, failures } = this.#context;
     const { requestId, transferId, prefillWithinMs } = request;
     const timeoutMs = this.#timeoutOf(request) + (prefillWithinMs ?? 0);
     if ([...this.#loads.keys()].some((other) => other.transferId === transferId)) {
@@ -90,9 +92,16 @@ export class Loads {
     };
     // In GET our own link to the peer knows.
     const watch =
-      options.sendType === 'GET' ? undefined : new PeerWatch(this.#context, load, request.peer, lostPair);
-    if (options.sendType !== 'GET') this.#intake.claim(load);
-    else {
+      options.sendType === 'GET'
+        ? undefined
+        : new PeerWatch(this.#context, load, request.peer, {
+            lost: lostPair,
+            last: () => this.#peers.lostPair(peer),
+          });
+    if (watch) {
+      this.#watches.set(load, watch);
+      this.#intake.claim(load);
+    } else {
       this.#intake.expect(transferId);
       const lost = this.#intake.lostReason(transferId);
       if (lost) load.fail(lost);
@@ -100,7 +109,12 @@ export class Loads {
     }
     load.begin();
     return promise
+      .catch((error: unknown) => {
+        failures.note('load', peer, PdError.from(error));
+        throw error;
+      })
       .then((result) => {
+        failures.wentWell('load', peer);
         metrics.observe('pd_transfer_seconds', result.milliseconds / 1_000);
         log.debug({ requestId, transferId, peer, bytes: result.bytes }, `loaded ${requestId}`);
         return result;
@@ -226,7 +240,12 @@ export class Loads {
     const half = deadlines.after(timeoutMs / 2, () =>
       warnLate(this.#context, this.#intake, this.#peers, load, timeoutMs),
     );
-    const end = deadlines.after(timeoutMs, () => load.timeOut(timeoutMs));
+    const end = deadlines.after(timeoutMs, () => {
+      const port = this.#watches.get(load)?.port;
+      const evidence = evidenceOf(this.#context, this.#peers, load, port);
+      const [roomless] = [...(this.#asked.get(load) ?? [])].flatMap(({ lacksRoom }) => lacksRoom ?? []);
+      load.timeOut(timeoutMs, roomless ? { ...evidence, cause: roomless } : evidence);
+    });
     const cancel = () => {
       half.cancel();
       end.cancel();

@@ -4,7 +4,7 @@
  */
 import { PdError } from '../errors.ts';
 import type { HostPort } from '../net/address.ts';
-import { refusesConnections } from '../net/refuses.ts';
+import { knock, type PortAnswer } from '../net/knock.ts';
 import type { TransferContext } from './context.ts';
 import type { Deadline } from './deadlines.ts';
 
@@ -17,26 +17,35 @@ export interface Watched {
   fail(reason: PdError): void;
 }
 
+/** Pairs that the producer had with us. */
+export interface WatchedPairs {
+  /** Why the one that was to bring the KV is over. */
+  lost(): PdError | undefined;
+  /** Why the last one is over, whether or not another was to follow. */
+  last(): PdError | undefined;
+}
+
 export class PeerWatch {
   readonly #context: TransferContext;
   readonly #watched: Watched;
   readonly #address: HostPort;
-  readonly #lostPair: () => PdError | undefined;
+  readonly #pairs: WatchedPairs;
   #next: Deadline | undefined;
   #stopped = false;
+  #port: PortAnswer | undefined;
 
   /** Looks once every `timeouts.connect`: KV that is on its way is there long before the first time. */
-  constructor(
-    context: TransferContext,
-    watched: Watched,
-    address: HostPort,
-    lostPair: () => PdError | undefined,
-  ) {
+  constructor(context: TransferContext, watched: Watched, address: HostPort, pairs: WatchedPairs) {
     this.#context = context;
     this.#watched = watched;
     this.#address = address;
-    this.#lostPair = lostPair;
+    this.#pairs = pairs;
     this.#arm();
+  }
+
+  /** What the producer's KV port did when it was last tried; undefined before the first time. */
+  get port(): PortAnswer | undefined {
+    return this.#port;
   }
 
   /** Idempotent. */
@@ -52,16 +61,15 @@ export class PeerWatch {
 
   async #look(): Promise<void> {
     const { requestId, peer } = this.#watched;
-    const lost = this.#lostPair();
+    const lost = this.#pairs.lost();
     if (lost) return this.#watched.fail(lost);
-    const gone = await refusesConnections(this.#address, this.#context.options.timeouts.connect);
+    const port = await knock(this.#address, this.#context.options.timeouts.connect);
+    this.#port = port;
     if (this.#stopped || this.#watched.decided) return;
-    if (!gone) return this.#arm();
+    if (port !== 'refuses') return this.#arm();
+    const message = `${peer}, whose KV ${requestId} waits for, refuses connections`;
     this.#watched.fail(
-      new PdError('PEER_UNREACHABLE', `${peer}, whose KV ${requestId} waits for, refuses connections`, {
-        requestId,
-        peer,
-      }),
+      new PdError('PEER_UNREACHABLE', message, { requestId, peer }, { cause: this.#pairs.last() }),
     );
   }
 }

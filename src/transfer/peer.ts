@@ -212,7 +212,7 @@ export class OutgoingPeer {
       // A peer that leaves while nothing is asked of it has ended, not failed.
       if (error.code === 'PEER_LOST' && fields.unanswered + fields.queued === 0) log.info(fields, text);
       else {
-        countFailure(this.#context, error);
+        countFailure(this.#context, this.peer, error);
         limited.log(`link ${this.peer} ${error.code}`, (suppressed) =>
           log.warn({ ...fields, suppressed }, text),
         );

@@ -7,7 +7,7 @@
  */
 import * as zmq from 'zeromq';
 import { PdError } from '../errors.ts';
-import { asDestination, formatHostPort, zmqEndpoint } from '../net/address.ts';
+import { asDestination, formatHostPort, type HostPort, zmqEndpoint } from '../net/address.ts';
 import { encodePing } from '../wire/codec.ts';
 import { PD_VERSION } from '../wire/messages.ts';
 import type { TransferContext } from './context.ts';
@@ -32,9 +32,10 @@ type PingContext = Pick<TransferContext, 'options' | 'self' | 'deadlines' | 'log
 export class Pinger {
   readonly #context: PingContext;
   readonly #ping: ProxyPing;
-  readonly #proxy: string;
+  /** Addresses of the proxy, one of which pings go to. */
+  readonly #proxies: readonly HostPort[];
+  #at = 0;
   readonly #body: Uint8Array;
-  readonly #endpoint: string;
   readonly #socket: zmq.Dealer;
   readonly #timer: NodeJS.Timeout;
   #state: 'new' | 'reached' | 'away' = 'new';
@@ -55,8 +56,8 @@ export class Pinger {
     const { options, self } = context;
     this.#context = context;
     this.#ping = ping;
-    const proxy = asDestination(ping.proxy);
-    this.#proxy = formatHostPort(proxy);
+    const { host, port, otherHosts = [] } = ping.proxy;
+    this.#proxies = [host, ...otherHosts].map((one) => asDestination({ host: one, port }));
     const { fingerprint } = options;
     const ours = fingerprint && {
       version: PD_VERSION,
@@ -80,7 +81,6 @@ export class Pinger {
     });
     this.#since = context.deadlines.now();
     this.#watch();
-    this.#endpoint = zmqEndpoint(proxy);
     context.log.info({ proxy: this.#proxy }, `connecting to proxy ${this.#proxy}`);
     try {
       this.#socket.connect(this.#endpoint);
@@ -97,6 +97,14 @@ export class Pinger {
     this.#closed = true;
     clearInterval(this.#timer);
     this.#socket.close();
+  }
+
+  get #proxy(): string {
+    return formatHostPort(this.#proxies[this.#at]!);
+  }
+
+  get #endpoint(): string {
+    return zmqEndpoint(this.#proxies[this.#at]!);
   }
 
   #watch(): void {
@@ -133,17 +141,29 @@ export class Pinger {
       void this.#send();
       return;
     }
-    if (this.#context.deadlines.now() - this.#since >= this.#ping.intervalMs / 2) this.#away(this.#reason);
+    const now = this.#context.deadlines.now();
+    if (now - this.#since >= this.#ping.intervalMs / 2) {
+      // The proxy is away once none of its addresses has shaken hands.
+      const last = this.#at === this.#proxies.length - 1;
+      if (last) this.#away(this.#reason);
+      if (this.#proxies.length > 1) {
+        this.#connectAnew((this.#at + 1) % this.#proxies.length);
+        this.#since = now;
+        return;
+      }
+    }
     if (this.#given) this.#connectAnew();
   }
 
-  #connectAnew(): void {
+  #connectAnew(at = this.#at): void {
     this.#given = false;
     try {
       this.#socket.disconnect(this.#endpoint);
     } catch {
       // It has let go of it already.
     }
+    if (at !== this.#at) this.#reason = 'nobody';
+    this.#at = at;
     this.#socket.connect(this.#endpoint);
   }
 

@@ -20,6 +20,7 @@ import type { TensorId, TransferId } from '../wire/ids.ts';
 import { logTensor, type TransferContext } from './context.ts';
 import { Deadlines } from './deadlines.ts';
 import { openDoors } from './doors.ts';
+import { Failures } from './failures.ts';
 import { formed } from './form.ts';
 import { helloOf } from './hello.ts';
 import { Incoming } from './incoming.ts';
@@ -146,6 +147,7 @@ export class TransferService {
         metrics,
         log,
         limited: new RateLimitedLog(),
+        failures: new Failures(deadlines),
       };
       const service = new TransferService(context, router, address, doors?.gate);
       service.#incoming.start();
@@ -170,7 +172,7 @@ export class TransferService {
   }
 
   send(request: SendRequest, reply: SendReply): void {
-    const { options } = this.#context;
+    const { options, failures } = this.#context;
     const peer = request.peer && formatHostPort(request.peer);
     logTensor(this.#context, 'to send', request, peer);
     if (this.#disposed) {
@@ -191,8 +193,12 @@ export class TransferService {
     const put = new PutAnnouncement(this.#context, leaving, peer, {
       gathered: (underWay) => reply.gathered(underWay),
       underWay: () => reply.underWay(),
-      sent: (bytes) => reply.sent(bytes),
+      sent: (bytes) => {
+        failures.wentWell('send', peer);
+        reply.sent(bytes);
+      },
       failed: (error) => {
+        failures.note('send', peer, error);
         reply.failed(error);
         outgoing.withdraw(put);
       },
@@ -248,6 +254,7 @@ export class TransferService {
     return {
       address: self,
       sendType: options.sendType,
+      kvKey: options.kvKey ?? 'transfer',
       pairs: this.#pairs(),
       buffer: { usedBytes: memory.bufferUsed, thresholdBytes: memory.thresholdBytes },
       pool: {
@@ -257,6 +264,7 @@ export class TransferService {
       },
       tensors: this.#intake.store.size + this.#keeper.store.size,
       waiting: this.#loads.waiting(),
+      failures: this.#context.failures.state(),
     };
   }
 

@@ -5,6 +5,7 @@ import type { WireLayout } from '../kv/families.ts';
 import type { HostPort } from '../net/address.ts';
 import type { Dtype } from '../wire/dtype.ts';
 import type { SuffixedIds, TensorId, TransferId } from '../wire/ids.ts';
+import type { FailureState } from './failures.ts';
 
 export const SEND_TYPES = ['PUT', 'PUT_ASYNC', 'GET'] as const;
 /**
@@ -85,7 +86,10 @@ export interface LogOptions {
 }
 
 export interface ProxyPing {
-  readonly proxy: HostPort;
+  readonly proxy: HostPort & {
+    /** Where its name has several addresses, the others: each is tried in turn until one takes a ping. */
+    readonly otherHosts?: readonly string[];
+  };
   readonly type: 'P' | 'D';
   readonly httpAddress: string;
   readonly intervalMs: number;
@@ -208,6 +212,7 @@ export interface PairState {
 export interface TransferState {
   readonly address: string;
   readonly sendType: SendType;
+  readonly kvKey: KvKey;
   readonly pairs: readonly PairState[];
   readonly buffer: { readonly usedBytes: number; readonly thresholdBytes: number };
   readonly pool: { readonly usedBytes: number; readonly reservedBytes: number; readonly limitBytes: number };
@@ -224,4 +229,6 @@ export interface TransferState {
     /** The producer may still be computing the prompt: then this wait is as it should be. */
     readonly prefilling?: true;
   }[];
+  /** The last of each kind with each peer, newest first. */
+  readonly failures: readonly FailureState[];
 }

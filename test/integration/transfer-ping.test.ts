@@ -47,6 +47,17 @@ it('come from the KV address, go on after the proxy was away, and stop when told
   engine.stopPing();
 });
 
+it('go to whichever address of a name takes them', async () => {
+  const { socket, port } = await proxy();
+  const engine = await services.make();
+  // Nobody listens at the first.
+  const name = { host: '127.0.0.2', otherHosts: ['127.0.0.1'], port };
+  engine.startPing({ proxy: name, type: 'P', httpAddress: '127.0.0.1:8081', intervalMs: 30 });
+  const [identity] = await socket.receive();
+  expect(identity!.toString()).toBe(formatHostPort(engine.address));
+  engine.stopPing();
+});
+
 it('to an address that is none leave the engine alive', async () => {
   const engine = await services.make();
   engine.startPing({ proxy: { host: 'no host', port: 1 }, type: 'D', httpAddress: 'x:1', intervalMs: 1_000 });

@@ -33,9 +33,14 @@ export function keptPorts(count: number): Promise<number[]> {
   return freePorts(count, '127.0.0.1');
 }
 
-export async function startProxy(args: readonly string[] = []): Promise<ProxyHandle> {
+/** `prefix`: before the command line, such as that of a network namespace. */
+export async function startProxy(
+  args: readonly string[] = [],
+  prefix: readonly string[] = [],
+): Promise<ProxyHandle> {
   const ports = args.includes('--port') ? [] : ['--port', '0', '--discovery-port', '0'];
-  const program = new Program('pd-proxy', ['--host', '127.0.0.1', ...ports, ...QUIET, ...args], PATIENT);
+  const all = ['--host', '127.0.0.1', ...ports, ...QUIET, ...args];
+  const program = new Program('pd-proxy', all, PATIENT, prefix);
   const [, url] = await program.line(/Running on (http:\/\/\S+)/);
   const [, discovery] = await program.line(/[Dd]iscovery on (\S+)/);
   return { program, url: url!, discovery: discovery!.replace(/^tcp:\/\//, '') };
@@ -45,6 +50,7 @@ export async function startWorker(
   role: WorkerHandle['role'],
   proxy: ProxyHandle | undefined,
   args: readonly string[] = [],
+  prefix: readonly string[] = [],
 ): Promise<WorkerHandle> {
   const has = (flag: string) => args.includes(flag);
   const kv = ['--kv-host', '127.0.0.1', ...(has('--kv-port') ? [] : ['--kv-port', '0'])];
@@ -57,7 +63,7 @@ export async function startWorker(
     ...QUIET,
     ...args,
   ];
-  const program = new Program('pd-worker', all, PATIENT);
+  const program = new Program('pd-worker', all, PATIENT, prefix);
   const [, url] = await program.line(/Running on (http:\/\/\S+)/);
   const kvAddress = role === 'both' ? '' : (await program.line(/zmq_address:([^,]+),/))[1]!;
   return { role, program, url: url!, kvAddress };

@@ -1,5 +1,6 @@
 /**
- * A network of a test's own: a namespace with loopback and one interface, of one address family or both. Nothing to clean up: it ends
+ * A network of a test's own: a namespace with loopback and one interface, of one address family or both, with no way out and so without a
+ * name server, and an /etc/hosts of its own where the test gives one. Nothing to clean up: it ends
  * with the process that holds it. Made by `unshare` in a user namespace, so not only by root; where that is not allowed, `available`
  * says why.
  */
@@ -8,9 +9,12 @@ import { once } from 'node:events';
 import { createInterface } from 'node:readline';
 import { promisify } from 'node:util';
 
-export type Families = 'ipv4' | 'ipv6' | 'dual';
+/** `loopback4`: IPv6, and of IPv4 nothing but 127.0.0.1, as machines of networks without IPv4 have it. */
+export type Families = 'ipv4' | 'ipv6' | 'dual' | 'loopback4';
 
 export const NETNS_IPV4 = '10.99.0.1';
+/** What is sent there is lost without a word, as by a firewall. */
+export const NETNS_SILENT_IPV4 = '10.99.0.2';
 export const NETNS_IPV6 = 'fd99::1';
 /** Means something only with its zone: `fe80::99%pd0`. */
 export const NETNS_LINK = 'fe80::99';
@@ -22,13 +26,14 @@ const BOTH = [
   'ip link set pd0 up',
   'ip link set pd1 up',
 ];
-const ADD4 = `ip addr add ${NETNS_IPV4}/24 dev pd0`;
+const ADD4 = `ip addr add ${NETNS_IPV4}/24 dev pd0; ip neigh add ${NETNS_SILENT_IPV4} lladdr 02:00:00:00:00:02 dev pd0 nud permanent`;
 /** nodad: at once, not after the second that looking for the same address elsewhere takes. */
 const ADD6 = `ip addr add ${NETNS_IPV6}/64 dev pd0 nodad; ip addr add ${NETNS_LINK}/64 dev pd0 nodad`;
 const SETUP: Readonly<Record<Families, readonly string[]>> = {
   ipv4: ['echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6', ...BOTH, ADD4],
   ipv6: [...BOTH, 'ip -4 addr flush dev lo', ADD6],
   dual: [...BOTH, ADD4, ADD6],
+  loopback4: [...BOTH, ADD6],
 };
 
 /** Why namespaces cannot be made here, or undefined where they can. */
@@ -48,18 +53,22 @@ export class NetworkNamespace {
   /** Before a command line: runs it in the namespace, as the same process. */
   readonly prefix: readonly string[];
 
-  private constructor(holder: ChildProcess) {
+  private constructor(holder: ChildProcess, kinds: readonly string[]) {
     this.#holder = holder;
-    const target = ['--target', String(holder.pid), '--user', '--preserve-credentials', '--net'];
-    this.prefix = ['nsenter', ...target];
+    this.prefix = ['nsenter', '--target', String(holder.pid), '--user', '--preserve-credentials', ...kinds];
   }
 
-  static async create(families: Families): Promise<NetworkNamespace> {
-    const script = [...SETUP[families], 'echo ready', 'exec cat'].join('\n');
-    const holder = spawn('unshare', ['-rn', 'sh', '-ec', script], { stdio: ['pipe', 'pipe', 'inherit'] });
+  /** `hostsFile`: in place of /etc/hosts, for what runs inside. */
+  static async create(families: Families, hostsFile?: string): Promise<NetworkNamespace> {
+    const hosts = hostsFile === undefined ? [] : [`mount --bind ${hostsFile} /etc/hosts`];
+    const script = [...SETUP[families], ...hosts, 'echo ready', 'exec cat'].join('\n');
+    const kinds = ['--net', ...(hostsFile === undefined ? [] : ['--mount'])];
+    const holder = spawn('unshare', ['--map-root-user', ...kinds, 'sh', '-ec', script], {
+      stdio: ['pipe', 'pipe', 'inherit'],
+    });
     const [line] = (await once(createInterface({ input: holder.stdout! }), 'line')) as [string];
     if (line !== 'ready') throw new Error(`namespace: ${line}`);
-    return new NetworkNamespace(holder);
+    return new NetworkNamespace(holder, kinds);
   }
 
   /** stdout of a command that runs inside. */

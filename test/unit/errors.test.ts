@@ -2,6 +2,7 @@ import { readFileSync } from 'node:fs';
 import { expect, test } from 'vitest';
 import { ERRORS_DOC, renderErrors } from '../../scripts/errors-doc.ts';
 import { PdError } from '../../src/errors.ts';
+import { openAiError } from '../../src/openai-error.ts';
 
 test('docs/errors.md lists the codes as they are', () => {
   expect(readFileSync(ERRORS_DOC, 'utf8')).toBe(renderErrors());
@@ -14,4 +15,26 @@ test('an error keeps code, message and context across threads', () => {
   expect(back.hint).toContain('peer');
   expect(PdError.from(back)).toBe(back);
   expect(PdError.from(new TypeError('odd')).code).toBe('INTERNAL');
+});
+
+test('causes of ours travel along, across threads and in the answers that clients get', () => {
+  const full = new PdError('KV_BUFFER_FULL', 'no room for x', { tensorId: 'x', peer: '127.0.0.1:1' });
+  const failed = new PdError('KV_LOAD_FAILED', 'KV of r', { requestId: 'r' }, { cause: full });
+  const back = PdError.fromData(structuredClone(failed.toData()));
+  expect(back.cause).toMatchObject({ code: 'KV_BUFFER_FULL', context: { tensorId: 'x' } });
+  expect(openAiError(back).error).toEqual({
+    message: 'KV of r',
+    type: 'server_error',
+    param: null,
+    code: 'KV_LOAD_FAILED',
+    context: { requestId: 'r' },
+    cause: { code: 'KV_BUFFER_FULL', message: 'no room for x', context: full.context },
+  });
+  const bad = new PdError('REQUEST_INVALID', 'n is 0', { param: 'n' }, { cause: full });
+  expect(openAiError(bad).error).toEqual({
+    message: 'n is 0',
+    type: 'invalid_request_error',
+    param: 'n',
+    code: 'REQUEST_INVALID',
+  });
 });

@@ -1,4 +1,5 @@
 /** One request, from its sending to the end of its answer. */
+import { reasonOf } from '../../net/resolve.ts';
 import type { Clock } from './load.ts';
 import type { Endpoint, Failure, PlannedRequest, RequestRecord } from './record.ts';
 import { StreamReading, serverError } from './stream-reading.ts';
@@ -83,7 +84,6 @@ export async function sendRequest(
 }
 
 function connectionFailure(error: unknown): Failure {
-  if (!(error instanceof Error)) return { code: 'CONNECTION', message: String(error) };
-  const code = (error as NodeJS.ErrnoException).code;
-  return { code: code ?? 'CONNECTION', message: error.message || String(code) };
+  const code = error instanceof Error ? (error as NodeJS.ErrnoException).code : undefined;
+  return { code: code ?? 'CONNECTION', message: reasonOf(error) };
 }

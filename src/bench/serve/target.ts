@@ -1,6 +1,7 @@
 /** The server under test: its addresses, its models, its tokenizer. Every question has a deadline. */
 import { Agent, type Dispatcher } from 'undici';
 import { PdError } from '../../errors.ts';
+import { EVERY_ADDRESS, reasonOf } from '../../net/resolve.ts';
 import type { Endpoint, PlannedRequest } from './record.ts';
 import { fieldOf, serverError } from './stream-reading.ts';
 
@@ -49,7 +50,7 @@ export class Target {
   static async open(options: TargetOptions, signal: AbortSignal): Promise<Target> {
     const url = baseUrl(options.url, '--url');
     const agent = new Agent({
-      connect: { timeout: CONNECT_TIMEOUT_MS },
+      connect: { timeout: CONNECT_TIMEOUT_MS, ...EVERY_ADDRESS },
       connections: null, // as many as there are requests under way
       pipelining: 1,
       headersTimeout: 0, // requests have a deadline of their own
@@ -154,7 +155,7 @@ export class Target {
       if (signal.aborted) throw signal.reason;
       if (deadline.aborted)
         throw new PdError('UPSTREAM_TIMEOUT', `${what}: no answer in ${ASK_TIMEOUT_MS} ms`);
-      throw new PdError('UPSTREAM_FAILED', `${what}: ${(cause as Error).message}`, {}, { cause });
+      throw new PdError('UPSTREAM_FAILED', `${what}: ${reasonOf(cause)}`, {}, { cause });
     }
   }
 

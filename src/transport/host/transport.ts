@@ -98,7 +98,12 @@ export class HostTransport implements Transport {
     const { peer } = options;
     const where = formatHostPort(address);
     const fault = (code: 'PEER_UNREACHABLE' | 'PEER_LOST' | 'MESSAGE_INVALID', what: string, cause?: Error) =>
-      new PdError(code, `pair with ${peer}: ${what}`, { peer, address: where }, { cause });
+      new PdError(
+        code,
+        `pair with ${peer}: ${what}`,
+        { peer, address: where, stage: 'pair-init' },
+        { cause },
+      );
     return this.#bounded(options, (settle, fail) => {
       const socket = DataSocket.connect(address);
       let connected = false;
@@ -153,7 +158,7 @@ export class HostTransport implements Transport {
           new PdError(
             'PAIR_INIT_TIMEOUT',
             `pair with ${peer}, rank ${rank}: the peer did not join within ${timeoutMs} ms`,
-            { peer },
+            { peer, stage: 'pair-init' },
           ),
         );
       }, timeoutMs);

@@ -62,5 +62,9 @@ export function decodeUniqueId(uniqueId: UniqueId, peer: string): DataAddress {
 }
 
 function invalid(peer: string, what: string): PdError {
-  return new PdError('MESSAGE_INVALID', `NEW of ${peer}: ${what}`, { peer, kind: 'bad_field' });
+  return new PdError('MESSAGE_INVALID', `NEW of ${peer}: ${what}`, {
+    peer,
+    kind: 'bad_field',
+    stage: 'pair-init',
+  });
 }

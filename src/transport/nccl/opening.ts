@@ -108,7 +108,7 @@ export class Opening {
     return new PdError(
       'PAIR_INIT_TIMEOUT',
       `${this.#what}: ${begun} within ${timeoutMs} ms${this.#version()}`,
-      { peer },
+      { peer, stage: 'pair-init' },
     );
   }
 
@@ -117,7 +117,7 @@ export class Opening {
     return new PdError(
       error.code,
       `${error.message}${sameGpu}${this.#version()}`,
-      { ...error.context, peer: this.#options.peer },
+      { ...error.context, peer: this.#options.peer, stage: 'pair-init' },
       {
         cause: error,
       },

@@ -101,7 +101,7 @@ describe('a system that is not whole', () => {
     const failed = findings.filter(({ level }) => level === 'fail');
     expect(failed).toMatchObject([
       { what: 'no consumer shows up', mend: expect.stringContaining('--role consumer --proxy') },
-      { what: expect.stringMatching(/does not answer \/health from here: ECONNREFUSED/) },
+      { what: expect.stringMatching(/does not answer \/health from here: connect ECONNREFUSED/) },
     ]);
   });
 

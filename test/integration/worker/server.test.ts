@@ -497,10 +497,12 @@ describe('streams', () => {
 });
 
 describe('errors', () => {
+  const context = { peer: '10.0.0.1:8082' };
+  const cause = { code: 'PEER_LOST' as const, message: 'it died', context };
   const failing = (code: 'KV_LOAD_TIMEOUT' | 'INTERNAL', after = ''): Script => {
     return (_, emit) => {
       if (after !== '') emit({ index: 0, tokens: bytesOf(after) });
-      const error = { code, message: 'the KV never came', context: { peer: '10.0.0.1:8082' } };
+      const error = { code, message: 'the KV never came', context, cause };
       emit({ index: 0, tokens: [], finishReason: 'error', error });
     };
   };
@@ -508,7 +510,14 @@ describe('errors', () => {
   it('of the core have their own status and code before the first byte', async () => {
     const { json, post } = await start(failing('KV_LOAD_TIMEOUT'));
     const expected = {
-      error: { message: 'the KV never came', type: 'server_error', param: null, code: 'KV_LOAD_TIMEOUT' },
+      error: {
+        message: 'the KV never came',
+        type: 'server_error',
+        param: null,
+        code: 'KV_LOAD_TIMEOUT',
+        context,
+        cause,
+      },
     };
     expect(await json(COMPLETIONS, { prompt: 'a' })).toEqual({ status: 504, body: expected });
     expect(await json(CHAT, { messages: user('a') })).toEqual({ status: 504, body: expected });

@@ -158,7 +158,7 @@ describe('worker configuration', () => {
       http: { host: '127.0.0.1' },
       httpAnnounceHost: '127.0.0.1',
       kv: { bind: { host: '127.0.0.1' }, announceHost: '127.0.0.1' },
-      proxy: { host: '127.0.0.1', port: 30_002 },
+      proxy: { host: '127.0.0.1', port: 30_002, otherHosts: ['::1'] },
     });
     expect(lines).toContain('KV host localhost is 127.0.0.1 (IPv4)');
     await expect(resolveHosts(config(['--kv-host', 'no.such.host.invalid']))).rejects.toThrow(

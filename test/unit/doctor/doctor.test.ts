@@ -4,6 +4,7 @@ import { fail, info, ok, reportOf, warn } from '../../../src/doctor/finding.ts';
 import { renderReport } from '../../../src/doctor/render.ts';
 import { diagnose } from '../../../src/doctor/scenarios.ts';
 import { variablesSection } from '../../../src/doctor/variables.ts';
+import type { ErrorCode, ErrorContext, ErrorData } from '../../../src/errors.ts';
 
 describe('variables', () => {
   const config = {
@@ -43,19 +44,77 @@ describe('variables', () => {
 });
 
 describe('the four hang scenarios', () => {
-  const failed = (code: string) => diagnose(504, JSON.stringify({ error: { code, message: 'words' } })).mend;
-  test.each([
-    ['PAIR_INIT_TIMEOUT', /scenario 1.*communicator init/],
-    ['PEER_UNREACHABLE', /scenario 2.*ZeroMQ/],
-    ['KV_BUFFER_FULL', /scenario 3.*transfer/],
-    ['KV_LOAD_TIMEOUT', /scenario 4.*ids/],
-  ])('%s', (code, pattern) => {
-    expect(failed(code)).toMatch(pattern);
+  const answer = (error: object) => diagnose(504, JSON.stringify({ error: { message: 'words', ...error } }));
+  const mend = (error: object) => answer(error).finding.mend;
+  const error = (code: ErrorCode, context: ErrorContext = {}, cause?: ErrorData): ErrorData => ({
+    code,
+    message: 'words',
+    context,
+    ...(cause && { cause }),
+  });
+  const late = (context: ErrorContext) => error('KV_LOAD_TIMEOUT', context);
+
+  test.each<[string, ErrorData, RegExp]>([
+    ['a pair that never opened', error('PAIR_INIT_TIMEOUT'), /scenario 1.*communicator init/],
+    [
+      'data connections that are refused',
+      error('KV_LOAD_FAILED', {}, error('PEER_UNREACHABLE', { stage: 'pair-init' })),
+      /scenario 1/,
+    ],
+    ['a pair still being opened at the deadline', late({ pair: 'opening' }), /scenario 1/],
+    [
+      'a peer that is not reached',
+      error('PEER_UNREACHABLE', { peer: '10.0.0.9:1' }),
+      /scenario 2.*--peer 10\.0\.0\.9:1/,
+    ],
+    [
+      'no pair and no near miss',
+      late({ pair: 'none', peer: '10.0.0.1:8082' }),
+      /scenario 2.*--kv-announce-host/,
+    ],
+    ['no room', error('KV_LOAD_FAILED', {}, error('KV_BUFFER_FULL')), /scenario 3.*--kv-buffer-size/],
+    [
+      'the innermost of three',
+      error('KV_LOAD_FAILED', {}, error('KV_SEND_FAILED', {}, error('KV_BUFFER_FULL'))),
+      /scenario 3.*--mem-pool-size-gb/,
+    ],
+    ['a cause that says nothing', error('PAIR_INIT_TIMEOUT', {}, error('INTERNAL')), /scenario 1/],
+    ['the other send type', error('SEND_TYPE_MISMATCH'), /scenario 3.*--send-type/],
+    [
+      'a near miss',
+      late({ pair: 'open', nearMiss: 'x' }),
+      /scenario 4.*--kv-key.*VLLM_DISABLE_REQUEST_ID_RANDOM/,
+    ],
+    [
+      'keyed by the full id',
+      late({ nearMiss: 'x', kvKey: 'engine' }),
+      /scenario 4.*this consumer with --kv-key/,
+    ],
+    [
+      'a producer of ours',
+      late({ nearMiss: 'x', peerIsOurs: true }),
+      /scenario 4.*the producer with --kv-key/,
+    ],
+    [
+      'one of vLLM',
+      late({ nearMiss: 'x', peerIsOurs: false }),
+      /scenario 4.*vLLM producer with VLLM_DISABLE/,
+    ],
+  ])('%s', (_, failed, pattern) => {
+    expect(mend(failed)).toMatch(pattern);
+  });
+
+  test('a load that says nothing of its pair, or whose pair is open, is left to the workers', () => {
+    for (const failed of [late({}), late({ pair: 'open' }), error('KV_LOAD_FAILED')]) {
+      const { finding, ask } = answer(failed);
+      expect(ask).toBe('workers');
+      expect(finding.mend).toMatch(/^the error does not say why: pd-doctor --worker/);
+    }
   });
 
   test('another code brings its own hint, and a body that is no JSON its words', () => {
-    expect(failed('NO_INSTANCE')).toMatch(/GET \/health lists/);
-    expect(diagnose(502, '<html>bad gateway').what).toContain('bad gateway');
+    expect(mend({ code: 'NO_INSTANCE' })).toMatch(/GET \/health lists/);
+    expect(diagnose(502, '<html>bad gateway').finding.what).toContain('bad gateway');
   });
 });
 

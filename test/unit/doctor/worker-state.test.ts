@@ -1,6 +1,8 @@
 import { describe, expect, test } from 'vitest';
 import { doctorCommand } from '../../../src/cli/doctor.ts';
 import { workerFindings } from '../../../src/doctor/worker-state.ts';
+import type { ErrorCode, ErrorContext } from '../../../src/errors.ts';
+import type { FailureKind, FailureState } from '../../../src/transfer/failures.ts';
 import type { PairState, TransferState } from '../../../src/transfer/types.ts';
 
 const PEER = '10.0.0.1:8082';
@@ -23,6 +25,15 @@ const wait = (nearMisses: string[] = [], sinceMs = 20_000) => ({
   nearMisses,
 });
 
+const failure = (kind: FailureKind, code: ErrorCode, context: ErrorContext = {}): FailureState => ({
+  kind,
+  peer: PEER,
+  error: { code, message: 'words', context },
+  count: 1,
+  agoMs: 5_000,
+  mended: false,
+});
+
 function examine(transfer: Partial<TransferState>, metrics: Record<string, number> = {}) {
   const findings = workerFindings(
     {
@@ -37,6 +48,8 @@ function examine(transfer: Partial<TransferState>, metrics: Record<string, numbe
         transfer: {
           address: '10.0.0.2:8084',
           sendType: 'PUT_ASYNC',
+          kvKey: 'transfer',
+          failures: [],
           pairs: [],
           buffer: { usedBytes: 0, thresholdBytes: 1_000 },
           pool: { usedBytes: 0, reservedBytes: 0, limitBytes: 1_000 },
@@ -83,7 +96,43 @@ describe('a worker that waits is in scenario', () => {
     [
       '4: the same request under another suffix',
       { waiting: [wait(['cmpl-a-0-01234567#layer.0 (ready)'])], pairs: [pair('open')] },
-      /scenario 4.*VLLM_DISABLE_REQUEST_ID_RANDOMIZATION/,
+      /scenario 4.*start the producer with --kv-key transfer/,
+    ],
+    [
+      '4: likewise, from vLLM',
+      {
+        waiting: [wait(['cmpl-a-0-01234567#layer.0 (ready)'])],
+        pairs: [pair('open', { ours: false })],
+      },
+      /scenario 4.*vLLM producer with VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1/,
+    ],
+    [
+      '4: KV is keyed by the full id here',
+      { waiting: [wait(['cmpl-a-0-01234567#layer.0 (ready)'])], kvKey: 'engine' },
+      /scenario 4.*start this consumer with --kv-key transfer/,
+    ],
+    [
+      '1: the last pair could not be opened',
+      { waiting: [wait()], failures: [failure('pair', 'PAIR_INIT_TIMEOUT')] },
+      /scenario 1/,
+    ],
+    [
+      '2: nothing waits any more',
+      { failures: [failure('load', 'KV_LOAD_TIMEOUT', { pair: 'none' })] },
+      /scenario 2/,
+    ],
+    [
+      '3: announcements were refused',
+      { failures: [failure('refused', 'KV_BUFFER_FULL'), failure('load', 'KV_BUFFER_FULL')] },
+      /scenario 3.*--kv-buffer-size or --mem-pool-size-gb/,
+    ],
+    [
+      '3: there is no memory for KV',
+      {
+        buffer: { usedBytes: 0, thresholdBytes: 0 },
+        pool: { usedBytes: 0, reservedBytes: 0, limitBytes: 0 },
+      },
+      /scenario 3.*--kv-buffer-size or --mem-pool-size-gb/,
     ],
   ])('%s', (_, transfer, mend) => {
     const found = examine(transfer);
@@ -102,6 +151,12 @@ describe('a worker that waits is in scenario', () => {
   test('none: a wait that has just begun, a pair that is open', () => {
     expect(examine({ waiting: [wait([], 100)], pairs: [pair('open')] })).toEqual([]);
     expect(examine({ pairs: [pair('open'), pair('opening', { sinceMs: 50 })] })).toEqual([]);
+  });
+
+  test('none: what failed has gone well since, or was long ago', () => {
+    const past = failure('load', 'KV_BUFFER_FULL');
+    expect(examine({ failures: [{ ...past, mended: true }] })).toEqual([]);
+    expect(examine({ failures: [{ ...past, agoMs: 3_600_000 }] })).toEqual([]);
   });
 });
 

@@ -1,0 +1,154 @@
+/**
+ * The runbook's four ways to hang, each on a system that is broken so: what pd-doctor says of it through the proxy, and of each worker;
+ * and of a peer that is stopped.
+ * Deadlines are short by flags; nothing here is waited for but what those flags say.
+ */
+import { afterEach, describe, expect, test } from 'vitest';
+import { type ProxyHandle, startProxy, startWorker, type WorkerHandle } from '../../support/cluster.ts';
+import { failed, pdDoctor } from '../../support/doctor.ts';
+import { NETNS_IPV4, NETNS_SILENT_IPV4, NetworkNamespace, netnsUnavailable } from '../../support/netns.ts';
+
+const unavailable = netnsUnavailable();
+if (unavailable) console.warn(`doctor: what a silent firewall does is skipped: ${unavailable}`);
+
+const SOON = ['--kv-load-timeout', '3s', '--pair-init-timeout', '1500ms', '--connect-timeout', '1s'];
+
+interface Broken {
+  readonly producer?: readonly string[];
+  readonly consumer?: readonly string[];
+  readonly loadFailure?: 'fail' | 'recompute';
+  readonly network?: NetworkNamespace;
+}
+
+interface System {
+  readonly proxy: ProxyHandle;
+  readonly producer: WorkerHandle;
+  readonly consumer: WorkerHandle;
+  readonly prefix: readonly string[];
+}
+
+const undo: (() => Promise<unknown>)[] = [];
+afterEach(async () => {
+  for (const step of undo.splice(0).reverse()) await step();
+});
+
+async function start({
+  producer = [],
+  consumer = [],
+  loadFailure = 'fail',
+  network,
+}: Broken): Promise<System> {
+  const prefix = network?.prefix ?? [];
+  const proxy = await startProxy([], prefix);
+  undo.push(() => proxy.program.stop());
+  const common = ['--num-blocks', '64', '--debug-state', '--kv-load-failure', loadFailure, ...SOON];
+  const workers = await Promise.all([
+    startWorker('producer', proxy, [...common, ...producer], prefix),
+    startWorker('consumer', proxy, [...common, ...consumer], prefix),
+  ]);
+  undo.push(() => Promise.all(workers.map(({ program }) => program.stop())));
+  for (const from of [0, 1]) {
+    const seen = proxy.program.lines.findIndex(({ msg }) => msg.includes('🔵Add'));
+    await proxy.program.line(/🔵Add/, 60_000, from === 0 ? 0 : seen + 1);
+  }
+  return { proxy, producer: workers[0]!, consumer: workers[1]!, prefix };
+}
+
+/** The mend of each failure, by way of asking. `producerFails`: its own deadline may come after the consumer's. */
+async function diagnosed({ proxy, producer, consumer, prefix }: System, producerFails = true) {
+  const system = await pdDoctor('System', ['--proxy', proxy.url], prefix);
+  if (producerFails) await producer.program.line(/could not be sent/, 60_000);
+  const [sender, receiver] = await Promise.all(
+    [producer, consumer].map(({ url }) => pdDoctor('Worker', ['--worker', url], prefix)),
+  );
+  expect(system.status).toBe(1);
+  const mends = (found: typeof system) => failed(found).map(({ mend }) => mend!);
+  return {
+    system: mends(system),
+    sender: mends(sender!),
+    receiver: mends(receiver!),
+    findings: system.findings,
+  };
+}
+
+const scenario = (number: number, mend: string) =>
+  expect.stringMatching(new RegExp(`^hang scenario ${number} of the runbook, .*${mend}`));
+
+describe('1: the pair never opens', () => {
+  test('nobody takes data connections where the producer says', async () => {
+    const system = await start({
+      producer: ['--kv-host', '127.0.0.2', '--kv-announce-host', '127.0.0.1'],
+      // The KV port that the producer tells is as wrong, and nobody is to find that first.
+      consumer: ['--connect-timeout', '60s'],
+    });
+    const { system: all, sender, receiver } = await diagnosed(system);
+    const expected = [scenario(1, '--kv-announce-host')];
+    expect({ all, sender, receiver }).toEqual({ all: expected, sender: expected, receiver: expected });
+  });
+
+  test.skipIf(unavailable !== undefined)('a firewall drops what goes there', async () => {
+    const network = await NetworkNamespace.create('dual');
+    undo.push(() => network.close());
+    const kv = ['--kv-host', NETNS_IPV4];
+    const system = await start({
+      network,
+      producer: [...kv, '--kv-announce-host', NETNS_SILENT_IPV4],
+      consumer: kv,
+    });
+    const { system: all, sender, receiver } = await diagnosed(system);
+    const expected = [scenario(1, 'let all TCP pass')];
+    expect({ all, sender, receiver }).toEqual({ all: expected, sender: expected, receiver: expected });
+  });
+});
+
+test('2: the consumer tells a wrong KV address', async () => {
+  const system = await start({ consumer: ['--kv-announce-host', '127.0.0.2'] });
+  const { system: all, sender, receiver, findings } = await diagnosed(system);
+  const expected = [scenario(2, '--kv-announce-host')];
+  expect({ all, sender, receiver }).toEqual({ all: expected, sender: expected, receiver: expected });
+  expect(findings).toContainEqual({
+    level: 'warn',
+    what: expect.stringMatching(/^consumer .* 127\.0\.0\.2:\d+: from here it refuses connections/),
+    mend: expect.stringContaining('--kv-announce-host'),
+  });
+});
+
+test.each(['fail', 'recompute'] as const)(
+  '3: no memory for KV, and the consumer will %s',
+  async (loadFailure) => {
+    const system = await start({
+      consumer: ['--kv-buffer-size', '0', '--mem-pool-size-gb', '0'],
+      loadFailure,
+    });
+    const { system: all, sender, receiver } = await diagnosed(system);
+    const expected = scenario(3, '--kv-buffer-size or --mem-pool-size-gb');
+    if (loadFailure === 'recompute') expect(all.shift()).toMatch(/--kv-load-failure fail/);
+    for (const mends of [all, sender, receiver]) {
+      expect(mends.length).toBeGreaterThan(0);
+      for (const mend of mends) expect(mend).toEqual(expected);
+    }
+  },
+);
+
+test.each([
+  ['the consumer', {}],
+  ['both', { producer: ['--kv-key', 'engine'] }],
+])('4: ids differ, KV is keyed by the full id by %s', async (_, more) => {
+  const system = await start({ consumer: ['--kv-key', 'engine'], ...more });
+  const { system: all, receiver } = await diagnosed(system, false);
+  const expected = [scenario(4, 'start this consumer with --kv-key transfer')];
+  expect({ all, receiver }).toEqual({ all: expected, receiver: expected });
+});
+
+test('a peer whose process is stopped is there, and does not answer', async () => {
+  const worker = await startWorker('consumer', undefined);
+  undo.push(() => worker.program.stop('SIGKILL'));
+  worker.program.child.kill('SIGSTOP');
+  const { findings, status } = await pdDoctor('Peer', ['--peer', worker.kvAddress, '--timeout', '500ms']);
+  expect(status).toBe(1);
+  expect(findings[0]).toMatchObject({
+    level: 'fail',
+    what: expect.stringContaining(`${worker.kvAddress} takes connections and says nothing`),
+    mend: expect.stringContaining('kill -CONT'),
+  });
+});
