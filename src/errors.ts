@@ -148,6 +148,8 @@ export interface ErrorContext {
   readonly stage?: 'pair-init';
   /** Of KV that never came: how the pair stood that should have brought it. */
   readonly pair?: 'none' | 'connecting' | 'opening' | 'open' | 'lost';
+  /** Of KV that never came in PUT: where this end tells others that it is reached. */
+  readonly announced?: string;
   /** Of KV that never came: a tensor of the same request that is held under another id. */
   readonly nearMiss?: string;
   /** Of KV that never came: what this end knows KV by. */

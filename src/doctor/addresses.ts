@@ -11,6 +11,7 @@ import {
 } from '../net/address.ts';
 import { localAddress } from '../net/local.ts';
 import { assertBindable } from '../net/port-holder.ts';
+import { isLocalhost } from '../net/resolve.ts';
 import { type Finding, fail, info, ok, type Section, warn } from './finding.ts';
 
 /** The runbook's, for people who ask about no worker in particular. */
@@ -132,5 +133,5 @@ export function defaultAddresses(): Section {
 
 /** Only this machine reaches it, by name or by address. */
 export function isLoopback(host: string): boolean {
-  return host === 'localhost' || isLoopbackAddress(host);
+  return isLocalhost(host) || isLoopbackAddress(host);
 }

@@ -90,7 +90,7 @@ function late(context: ReadError['context']): Diagnosis | undefined {
     case 'none':
     case 'lost':
     case 'connecting':
-      return unreached(context['peer']);
+      return unreached(context['announced'] ?? context['peer']);
     default:
       // Open, and nothing of a similar id: the producer has not sent it, and knows why.
       return undefined;

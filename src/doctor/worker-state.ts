@@ -123,7 +123,8 @@ function waitFinding(wait: Wait, transfer: TransferState, explained: Set<PairSta
         why.mend,
       );
     }
-    return told(`${what}; ${none}`, unreached(peer).mend);
+    // In PUT it is the producer that must reach this end.
+    return told(`${what}; ${none}`, unreached(transfer.sendType === 'GET' ? peer : transfer.address).mend);
   }
   explained.add(open);
   // In GET what is asked for and not there yet is outstanding too.

@@ -4,7 +4,7 @@ import { networkInterfaces } from 'node:os';
 import { PdError } from '../errors.ts';
 import { isLoopback, isUnspecified } from './address.ts';
 import { plainAddress } from './allow-list.ts';
-import { addressesOf } from './resolve.ts';
+import { addressesOf, isLocalhost } from './resolve.ts';
 
 export type Family = 4 | 6;
 
@@ -52,7 +52,12 @@ export function ownAddresses(options: LocalOptions = {}): string[] {
 
 /** Whether a destination is this machine: loopback, unspecified, or an address of its own. */
 export function isThisHost(host: string, options: LocalOptions = {}): boolean {
-  return isLoopback(host) || isUnspecified(host) || ownAddresses(options).includes(plainAddress(host));
+  return (
+    isLocalhost(host) ||
+    isLoopback(host) ||
+    isUnspecified(host) ||
+    ownAddresses(options).includes(plainAddress(host))
+  );
 }
 
 /** The host to tell others for one that is bound: itself, or for `0.0.0.0` and `::` the machine's own address of that family. */

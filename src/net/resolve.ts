@@ -15,11 +15,16 @@ const LOOPBACK: readonly LookupAddress[] = [
   { address: '::1', family: 6 },
 ];
 
+/** The name, or one below it. */
+export function isLocalhost(host: string): boolean {
+  return /^(.+\.)?localhost\.?$/i.test(host);
+}
+
 /** IPv4 first, which is what is bound by default. Rejects as `dns.lookup` does where there is none. An address is its own. */
 export async function addressesOf(host: string, family: 0 | 4 | 6 = 0): Promise<readonly LookupAddress[]> {
   const version = isIP(host);
   if (version !== 0) return [{ address: host, family: version }];
-  const all = /^(.+\.)?localhost\.?$/i.test(host)
+  const all = isLocalhost(host)
     ? LOOPBACK
     : // hints: without AI_ADDRCONFIG
       await ask(host, { all: true, family, hints: 0, order: 'ipv4first' });

@@ -15,7 +15,10 @@ export interface PairsOfPeer {
 
 /** What is known, at its deadline, of KV that has not come: it tells the ways apart in which that happens. */
 export interface Evidence {
-  readonly context: Pick<ErrorContext, 'pair' | 'nearMiss' | 'kvKey' | 'peerIsOurs' | 'peerPort'>;
+  readonly context: Pick<
+    ErrorContext,
+    'announced' | 'pair' | 'nearMiss' | 'kvKey' | 'peerIsOurs' | 'peerPort'
+  >;
   readonly words: string;
   /** Why the last pair with the producer is over. */
   readonly cause: PdError | undefined;
@@ -23,7 +26,7 @@ export interface Evidence {
 
 /** `peerPort`: what the producer's KV port did when it was last tried. */
 export function evidenceOf(
-  { options }: TransferContext,
+  { options, self }: TransferContext,
   peers: PairsOfPeer,
   load: Load,
   peerPort: PortAnswer | undefined,
@@ -51,6 +54,7 @@ export function evidenceOf(
     context: {
       pair,
       kvKey,
+      ...(sendType !== 'GET' && { announced: self }),
       ...(nearMiss !== undefined && { nearMiss }),
       ...(open && { peerIsOurs: open.ours }),
       ...(peerPort && { peerPort }),

@@ -103,8 +103,10 @@ describe('1: the pair never opens', () => {
 
 test('2: the consumer tells a wrong KV address', async () => {
   const system = await start({ consumer: ['--kv-announce-host', '127.0.0.2'] });
+  const { consumer } = system;
   const { system: all, sender, receiver, findings } = await diagnosed(system);
-  const expected = [scenario(2, '--kv-announce-host')];
+  const address = consumer.kvAddress.replaceAll('.', '\\.');
+  const expected = [scenario(2, `--kv-announce-host.*pd-doctor --peer ${address} `)];
   expect({ all, sender, receiver }).toEqual({ all: expected, sender: expected, receiver: expected });
   expect(findings).toContainEqual({
     level: 'warn',

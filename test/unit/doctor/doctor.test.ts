@@ -69,8 +69,8 @@ describe('the four hang scenarios', () => {
     ],
     [
       'no pair and no near miss',
-      late({ pair: 'none', peer: '10.0.0.1:8082' }),
-      /scenario 2.*--kv-announce-host/,
+      late({ pair: 'none', peer: '10.0.0.1:8082', announced: '10.0.0.2:8084' }),
+      /scenario 2.*--kv-announce-host.*--peer 10\.0\.0\.2:8084/,
     ],
     ['no room', error('KV_LOAD_FAILED', {}, error('KV_BUFFER_FULL')), /scenario 3.*--kv-buffer-size/],
     [
