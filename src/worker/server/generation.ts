@@ -125,7 +125,7 @@ export class GenerationRun {
   }
 
   async #pump(prompt: Prompt, at: number, out: AsyncQueue<ChoiceEvent>, signal: AbortSignal): Promise<void> {
-    const { core, metrics, config, model } = this.#context;
+    const { core, metrics, config, model, inFlight } = this.#context;
     const { n, sampling, stops, echo, maxTokens, prefillWithinMs } = this.#plan;
     const offset = echo ? prompt.text.length : 0;
     const choices = Array.from({ length: n }, () => new Choice(model, stops, sampling.minTokens, offset));
@@ -135,10 +135,11 @@ export class GenerationRun {
       prompt.serverId,
       config.randomizeRequestIds ? randomBytes(4).toString('hex') : undefined,
     );
+    const transferId = kvKeyOf({ serverId: prompt.serverId, requestId }, config.kvKey ?? 'transfer');
     const generation = core.generate(
       {
         requestId,
-        transferId: kvKeyOf({ serverId: prompt.serverId, requestId }, config.kvKey ?? 'transfer'),
+        transferId,
         promptTokens: prompt.tokens,
         sampling: { ...sampling, maxTokens: Math.max(Math.min(maxTokens ?? room, room), 1) },
         n,
@@ -152,23 +153,28 @@ export class GenerationRun {
     const last: (number | undefined)[] = [];
     const started = new Set<number>();
     let promptLogprobs: PromptLogprobs | undefined;
-    for await (const output of generation) {
-      const choice = choices[output.index];
-      if (!choice || choice.finished) continue;
-      promptLogprobs ??= output.promptLogprobs;
-      this.#observe(output, began, last);
-      const delta = withoutScored(choice.push(output), maxTokens);
-      if (choice.stopped) generation.abort(output.index);
-      const first = !started.has(output.index);
-      started.add(output.index);
-      out.push({
-        index: at * n + output.index,
-        delta,
-        ...(first ? { start: { prompt, ...(promptLogprobs ? { promptLogprobs } : {}) } } : {}),
-      });
+    const forget = inFlight.know(prompt.serverId, transferId);
+    try {
+      for await (const output of generation) {
+        const choice = choices[output.index];
+        if (!choice || choice.finished) continue;
+        promptLogprobs ??= output.promptLogprobs;
+        this.#observe(output, began, last);
+        const delta = withoutScored(choice.push(output), maxTokens);
+        if (choice.stopped) generation.abort(output.index);
+        const first = !started.has(output.index);
+        started.add(output.index);
+        out.push({
+          index: at * n + output.index,
+          delta,
+          ...(first ? { start: { prompt, ...(promptLogprobs ? { promptLogprobs } : {}) } } : {}),
+        });
+      }
+      // Whoever has asked for the prompt alone may tell the consumer, which would wait for its deadline.
+      this.#kvFailure ??= await unless(signal, generation.kvSaved());
+    } finally {
+      forget();
     }
-    // Whoever has asked for the prompt alone may tell the consumer, which would wait for its deadline.
-    this.#kvFailure ??= await unless(signal, generation.kvSaved());
     const seconds = (performance.now() - began) / 1_000;
     metrics.observe('vllm:e2e_request_latency_seconds', seconds);
     const tokens = choices.reduce((sum, choice) => sum + choice.tokens, 0);

@@ -1,8 +1,11 @@
 /** Requests under way: their ids are unique, and draining waits for them. */
 import { PdError } from '../../errors.ts';
+import { type TransferId, transferIdOf } from '../../wire/ids.ts';
 
 export class InFlight {
   readonly #ids = new Set<string>();
+  /** What the KV of a prompt is known by, where that is not the server's own id for it (`--kv-key engine`). */
+  readonly #keys = new Map<string, TransferId>();
   readonly #idle = new Set<() => void>();
   #draining = false;
 
@@ -26,6 +29,17 @@ export class InFlight {
       this.#ids.delete(id);
       if (this.#ids.size === 0) for (const resolve of this.#idle) resolve();
     };
+  }
+
+  /** Returns the function that ends it. */
+  know(serverId: string, transferId: TransferId): () => void {
+    this.#keys.set(serverId, transferId);
+    return () => void this.#keys.delete(serverId);
+  }
+
+  /** What the KV of a prompt is known by, under way or not. */
+  transferIdOf(serverId: string): TransferId {
+    return this.#keys.get(serverId) ?? transferIdOf(serverId);
   }
 
   /** From now on nothing new. Resolves with whether all was done within `timeoutMs`. */

@@ -9,7 +9,7 @@
 import type { FastifyRequest } from 'fastify';
 import { z } from 'zod';
 import { ERROR_TABLE, type ErrorCode } from '../../errors.ts';
-import { type TransferId, transferIdOf } from '../../wire/ids.ts';
+import type { TransferId } from '../../wire/ids.ts';
 import { bodyOf, type ServerContext } from './context.ts';
 import { parseJson } from './reading.ts';
 import { MAX_PROMPTS, parseBody } from './schemas.ts';
@@ -31,7 +31,7 @@ const failedSchema = noticeSchema.extend({
 
 export function postFailed(context: ServerContext, request: FastifyRequest): object {
   const notice = parseBody(failedSchema, parseJson(bodyOf(request)));
-  const { transferIds, requestId } = meantBy(notice);
+  const { transferIds, requestId } = meantBy(context, notice);
   const { code, message } = notice;
   context.log.debug({ requestId, code }, `the producer could not send KV of a request: ${message}`);
   context.core.kvFailed(transferIds, {
@@ -43,20 +43,23 @@ export function postFailed(context: ServerContext, request: FastifyRequest): obj
 }
 
 export function postRelease(context: ServerContext, request: FastifyRequest): object {
-  const { requestId, transferIds } = meantBy(parseBody(noticeSchema, parseJson(bodyOf(request))));
+  const { requestId, transferIds } = meantBy(context, parseBody(noticeSchema, parseJson(bodyOf(request))));
   context.log.debug({ requestId, prompts: transferIds.length }, 'KV of a request released');
   context.core.release(transferIds);
   return { released: transferIds.length };
 }
 
 export function postPrefilled(context: ServerContext, request: FastifyRequest): object {
-  const { requestId, transferIds } = meantBy(parseBody(noticeSchema, parseJson(bodyOf(request))));
+  const { requestId, transferIds } = meantBy(context, parseBody(noticeSchema, parseJson(bodyOf(request))));
   context.log.debug({ requestId, prompts: transferIds.length }, 'prompt of a request computed');
   context.core.prefilled(transferIds);
   return { prefilled: transferIds.length };
 }
 
-function meantBy({ request_id, route, prompts }: z.infer<typeof noticeSchema>): {
+function meantBy(
+  { inFlight }: ServerContext,
+  { request_id, route, prompts }: z.infer<typeof noticeSchema>,
+): {
   readonly requestId: string;
   readonly transferIds: readonly TransferId[];
 } {
@@ -64,5 +67,5 @@ function meantBy({ request_id, route, prompts }: z.infer<typeof noticeSchema>): 
     route === '/v1/completions'
       ? Array.from({ length: prompts }, (_, index) => `cmpl-${request_id}-${index}`)
       : [`chatcmpl-${request_id}`];
-  return { requestId: request_id, transferIds: serverIds.map(transferIdOf) };
+  return { requestId: request_id, transferIds: serverIds.map((id) => inFlight.transferIdOf(id)) };
 }

@@ -632,7 +632,7 @@ describe('errors', () => {
     expect([nowhere.statusCode, nowhere.json()]).toMatchObject([404, { error: { code: 'REQUEST_INVALID' } }]);
     const big = await json(COMPLETIONS, { prompt: 'x'.repeat(17 * 2 ** 20) });
     expect(big).toMatchObject({ status: 413, body: { error: { code: 'REQUEST_INVALID' } } });
-    const notice = await json('/kv/release', { request_id: 'x'.repeat(5_000) });
+    const notice = await json('/kv/release', { request_id: 'x'.repeat(40_000) });
     expect(notice).toMatchObject({ status: 413, body: { error: { code: 'REQUEST_INVALID' } } });
     expect((await json(COMPLETIONS, '{"prompt":"a","__proto__":{"n":2}}')).status).toBe(400);
   });
