@@ -44,7 +44,7 @@ export class Pinger {
   /** Since when that has been so, or not. */
   #since: number;
   #reason: keyof typeof REASONS = 'nobody';
-  /** ZeroMQ does not connect again by itself. */
+  /** ZeroMQ has given the connection up and does not try again by itself. */
   #given = false;
   #told: keyof typeof REASONS | undefined;
   #toldAt = Number.NEGATIVE_INFINITY;
@@ -138,13 +138,18 @@ export class Pinger {
   }
 
   #connectAnew(): void {
-    this.#given = false;
     try {
       this.#socket.disconnect(this.#endpoint);
     } catch {
       // It has let go of it already.
     }
-    this.#socket.connect(this.#endpoint);
+    try {
+      this.#socket.connect(this.#endpoint);
+      this.#given = false;
+    } catch (error) {
+      // The next beat tries again.
+      this.#context.log.debug({ proxy: this.#proxy, err: error }, 'connecting to the proxy anew failed');
+    }
   }
 
   async #send(): Promise<void> {
