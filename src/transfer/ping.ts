@@ -45,7 +45,7 @@ export class Pinger {
   /** Since when that has been so, or not. */
   #since: number;
   #reason: keyof typeof REASONS = 'nobody';
-  /** ZeroMQ does not connect again by itself. */
+  /** ZeroMQ has given the connection up and does not try again by itself. */
   #given = false;
   #told: keyof typeof REASONS | undefined;
   #toldAt = Number.NEGATIVE_INFINITY;
@@ -156,7 +156,6 @@ export class Pinger {
   }
 
   #connectAnew(at = this.#at): void {
-    this.#given = false;
     try {
       this.#socket.disconnect(this.#endpoint);
     } catch {
@@ -164,7 +163,13 @@ export class Pinger {
     }
     if (at !== this.#at) this.#reason = 'nobody';
     this.#at = at;
-    this.#socket.connect(this.#endpoint);
+    try {
+      this.#socket.connect(this.#endpoint);
+      this.#given = false;
+    } catch (error) {
+      // The next beat tries again.
+      this.#context.log.debug({ proxy: this.#proxy, err: error }, 'connecting to the proxy anew failed');
+    }
   }
 
   async #send(): Promise<void> {

@@ -132,13 +132,15 @@ test.each(['fail', 'recompute'] as const)(
   },
 );
 
-test.each([
-  ['the consumer', {}],
-  ['both', { producer: ['--kv-key', 'engine'] }],
-])('4: ids differ, KV is keyed by the full id by %s', async (_, more) => {
-  const system = await start({ consumer: ['--kv-key', 'engine'], ...more });
+const BY_FULL_ID = ['--kv-key', 'engine'];
+test.each<[string, Broken, string]>([
+  ['the consumer', { consumer: BY_FULL_ID }, 'this consumer'],
+  ['the producer', { producer: BY_FULL_ID }, 'the producer'],
+  ['both', { producer: BY_FULL_ID, consumer: BY_FULL_ID }, 'this consumer'],
+])('4: ids differ, KV is keyed by the full id by %s', async (_, broken, end) => {
+  const system = await start(broken);
   const { system: all, receiver } = await diagnosed(system, false);
-  const expected = [scenario(4, 'start this consumer with --kv-key transfer')];
+  const expected = [scenario(4, `start ${end} with --kv-key transfer`)];
   expect({ all, receiver }).toEqual({ all: expected, receiver: expected });
 });
 
