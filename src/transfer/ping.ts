@@ -47,6 +47,7 @@ export class Pinger {
   #reason: keyof typeof REASONS = 'nobody';
   /** ZeroMQ has given the connection up and does not try again by itself. */
   #given = false;
+  #strangerSince = 0;
   #told: keyof typeof REASONS | undefined;
   #toldAt = Number.NEGATIVE_INFINITY;
   #busy = false;
@@ -110,8 +111,10 @@ export class Pinger {
   #watch(): void {
     const { events } = this.#socket;
     events.on('connect', () => {
-      // What it is will show; one that has said why it refuses stays known for that.
-      if (this.#reason === 'nobody') this.#reason = 'stranger';
+      // One that has said why it refuses stays known for that.
+      if (this.#reason !== 'nobody') return;
+      this.#reason = 'stranger';
+      this.#strangerSince = this.#context.deadlines.now();
     });
     events.on('close', () => {
       this.#reason = 'nobody';
@@ -201,6 +204,8 @@ export class Pinger {
   #away(reason: keyof typeof REASONS, cause?: PdError): void {
     const { log, limited, deadlines } = this.#context;
     const now = deadlines.now();
+    // A proxy that has just come may be shaking hands.
+    if (reason === 'stranger' && now - this.#strangerSince < this.#ping.intervalMs / 2) return;
     const changed = this.#state !== 'away' || reason !== this.#told;
     this.#state = 'away';
     if (!changed && now - this.#toldAt < AGAIN_MS) return;
