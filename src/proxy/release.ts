@@ -34,14 +34,9 @@ export function tellPrefilled(upstream: Upstream, log: Logger, given: Given): vo
 }
 
 /** The producer could not send its KV: the consumer computes the prompt, or fails, at once. Returns at once. */
-export function tellFailed(
-  upstream: Upstream,
-  log: Logger,
-  given: Given,
-  failure: Pick<ErrorData, 'code' | 'message'>,
-): void {
+export function tellFailed(upstream: Upstream, log: Logger, given: Given, error: ErrorData): void {
   const { consumer } = given.pair;
-  if (consumer.fingerprint) tell(upstream, log, given, consumer, '/kv/failed', failure);
+  if (consumer.fingerprint) tell(upstream, log, given, consumer, '/kv/failed', { error });
 }
 
 export function countPrompts(prompt: unknown): number {

@@ -1,5 +1,5 @@
 /** What proxy and workers say of a request's KV in HTTP headers (docs/protocol.md, "Discovery"). */
-import { ERROR_TABLE, type ErrorCode, type ErrorData } from '../errors.ts';
+import { ERROR_TABLE, type ErrorCode, type ErrorContext, type ErrorData } from '../errors.ts';
 
 /** In the `features` of a ping: this worker may be asked while the other end of its pair is at work. */
 export const OVERLAP_FEATURE = 'overlap';
@@ -16,26 +16,60 @@ export function readPrefillWithin(value: unknown): number | undefined {
   return Math.min(Number(value), LONGEST_MS);
 }
 
-/** Of a producer, with an answer that is well but for this: KV of the prompt will not come. `CODE message`, the message URI-encoded. */
+/** Of a producer, with an answer that is well but for this: KV of the prompt will not come. ErrorData as JSON, URI-encoded. */
 export const KV_FAILED_HEADER = 'x-pd-kv-failed';
 
-/** Characters of the encoded message. */
-const LONGEST_MESSAGE = 2_048;
+/** Characters of the header; servers and clients take 16 KiB of all headers together. */
+const LONGEST_HEADER = 4_096;
+/** Characters of a message or of one value of its context. */
+const LONGEST_TEXT = 512;
+const MOST_CAUSES = 4;
 
-export function writeKvFailed({ code, message }: ErrorData): string {
-  const encoded = encodeURIComponent(message.replace(/\p{Surrogate}/gu, '\ufffd'));
-  // Cut between two characters, or what is left of an escape could not be read.
-  const fits = encoded.length <= LONGEST_MESSAGE;
-  return `${code} ${fits ? encoded : encoded.slice(0, LONGEST_MESSAGE).replace(/(?:%[0-9A-F]{0,2})+$/, '')}`;
+/** Without its causes, or all but its code, where it would be too long. */
+export function writeKvFailed(error: ErrorData): string {
+  const { code, message, context } = error;
+  for (const part of [error, { code, message, context }, { code, message: '', context: {} }]) {
+    const header = encodeURIComponent(JSON.stringify(shortened(part)));
+    if (header.length <= LONGEST_HEADER) return header;
+  }
+  return '';
 }
 
 /** Undefined where there is none, or none that makes sense. */
-export function readKvFailed(value: unknown): Pick<ErrorData, 'code' | 'message'> | undefined {
-  const match = typeof value === 'string' ? /^([A-Z_]{1,64}) (\S{0,2048})$/.exec(value) : null;
-  if (!match || !Object.hasOwn(ERROR_TABLE, match[1]!)) return undefined;
+export function readKvFailed(value: unknown): ErrorData | undefined {
+  if (typeof value !== 'string' || value.length > LONGEST_HEADER) return undefined;
   try {
-    return { code: match[1] as ErrorCode, message: decodeURIComponent(match[2]!) };
+    return readErrorData(JSON.parse(decodeURIComponent(value)));
   } catch {
     return undefined;
   }
+}
+
+/** An error that another instance has told; undefined where it is none. */
+export function readErrorData(value: unknown, most = MOST_CAUSES): ErrorData | undefined {
+  if (typeof value !== 'object' || value === null) return undefined;
+  const { code, message, context, cause } = value as Record<string, unknown>;
+  if (typeof code !== 'string' || !Object.hasOwn(ERROR_TABLE, code) || typeof message !== 'string')
+    return undefined;
+  const inner = most > 0 ? readErrorData(cause, most - 1) : undefined;
+  return shortened({
+    code: code as ErrorCode,
+    message,
+    context: typeof context === 'object' && context !== null ? (context as ErrorContext) : {},
+    ...(inner && { cause: inner }),
+  });
+}
+
+function shortened({ code, message, context, cause }: ErrorData): ErrorData {
+  const cut = (text: string) => text.slice(0, LONGEST_TEXT).replace(/\p{Surrogate}/gu, '\ufffd');
+  const kept = Object.entries(context).flatMap(([key, value]): [string, string | number | boolean][] => {
+    if (typeof value === 'string') return [[cut(key), cut(value)]];
+    return typeof value === 'number' || typeof value === 'boolean' ? [[cut(key), value]] : [];
+  });
+  return {
+    code,
+    message: cut(message),
+    context: Object.fromEntries(kept),
+    ...(cause && { cause: shortened(cause) }),
+  };
 }

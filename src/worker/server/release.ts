@@ -8,13 +8,13 @@
  */
 import type { FastifyRequest } from 'fastify';
 import { z } from 'zod';
-import { ERROR_TABLE, type ErrorCode } from '../../errors.ts';
 import type { TransferId } from '../../wire/ids.ts';
+import { readErrorData } from '../../wire/overlap.ts';
 import { bodyOf, type ServerContext } from './context.ts';
 import { parseJson } from './reading.ts';
 import { MAX_PROMPTS, parseBody } from './schemas.ts';
 
-/** Bytes; the longest notice has an id of 512 characters and a message of 2,048. */
+/** Bytes; the longest notice tells an error with its causes. */
 export const NOTICE_LIMIT = 32_768;
 
 const noticeSchema = z.object({
@@ -25,20 +25,24 @@ const noticeSchema = z.object({
 });
 
 const failedSchema = noticeSchema.extend({
-  code: z.enum(Object.keys(ERROR_TABLE) as ErrorCode[]),
-  message: z.string().max(2_048),
+  error: z.unknown().transform((value, check) => {
+    const error = readErrorData(value);
+    if (error) return error;
+    check.addIssue('expected code, message and context');
+    return z.NEVER;
+  }),
 });
 
 export function postFailed(context: ServerContext, request: FastifyRequest): object {
   const notice = parseBody(failedSchema, parseJson(bodyOf(request)));
   const { transferIds, requestId } = meantBy(context, notice);
-  const { code, message } = notice;
-  context.log.debug({ requestId, code }, `the producer could not send KV of a request: ${message}`);
-  context.core.kvFailed(transferIds, {
-    code,
-    message: `the producer could not send it: ${message}`,
-    context: {},
-  });
+  const { error } = notice;
+  context.log.debug(
+    { requestId, code: error.code },
+    `the producer could not send KV of a request: ${error.message}`,
+  );
+  const message = `the producer could not send it: ${error.message}`;
+  context.core.kvFailed(transferIds, { ...error, message });
   return { failed: transferIds.length };
 }
 
