@@ -208,8 +208,9 @@ async function main(): Promise<number> {
 
 async function health({ proxy, producers, consumers }: Addresses): Promise<string> {
   for (const { url } of [...producers, ...consumers]) {
-    const { status } = await fetch(`${url}/health`);
-    if (status !== 200) throw new Error(`${url}/health answers ${status}`);
+    const answer = await fetch(`${url}/health`);
+    if (answer.status !== 200)
+      throw new Error(`${url}/health answers ${answer.status}: ${await answer.text()}`);
   }
   for (const deadline = performance.now() + START_TIMEOUT_MS; ; await sleep(100)) {
     const answer = await (await fetch(`${proxy.url}/health`)).json();

@@ -72,7 +72,7 @@ export function workerFindings({ role, requests, core }: WorkerState, metrics: M
         `${blocks.used} of ${blocks.total} blocks used`,
     ),
   ];
-  for (const wrong of core.integrity)
+  for (const wrong of core.integrity ?? [])
     findings.push(fail(`the books are wrong: ${wrong}`, 'a defect: please report it'));
   if (!transfer) return [...findings, info('no transfer engine: this worker serves undivided')];
   findings.push(...memoryFindings(role, transfer, metrics));

@@ -143,11 +143,20 @@ export class CoreClient {
   }
 
   /** What the core says of itself. Throws INTERNAL where it does not answer in time. */
-  async state(timeoutMs = 2_000): Promise<CoreState> {
+  state(timeoutMs = 2_000): Promise<CoreState> {
+    return this.#state(false, timeoutMs);
+  }
+
+  /** The same after a look through every block, of which there may be millions. */
+  inspect(timeoutMs = 30_000): Promise<CoreState> {
+    return this.#state(true, timeoutMs);
+  }
+
+  async #state(integrity: boolean, timeoutMs: number): Promise<CoreState> {
     if (this.#over) throw this.#over;
     const seq = ++this.#stateSeq;
     const answer = new Promise<CoreState | PdError>((resolve) => this.#states.set(seq, resolve));
-    this.#port.post({ type: 'state', seq });
+    this.#port.post({ type: 'state', seq, integrity });
     const state = await withDeadline(answer, timeoutMs);
     this.#states.delete(seq);
     if (state === undefined) {

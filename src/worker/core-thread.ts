@@ -65,7 +65,7 @@ function receive(core: CoreParts, message: Exclude<ToCore, { readonly type: 'shu
       core.loop.abort(message.requestId, message.index);
       return;
     case 'state':
-      void answerState(core, message.seq);
+      void answerState(core, message);
       return;
     case 'release':
       for (const id of message.transferIds) {
@@ -93,8 +93,11 @@ function receive(core: CoreParts, message: Exclude<ToCore, { readonly type: 'shu
   }
 }
 
-async function answerState(core: CoreParts, seq: number): Promise<void> {
-  const state = core.loop.state();
+async function answerState(
+  core: CoreParts,
+  { seq, integrity }: Extract<ToCore, { readonly type: 'state' }>,
+): Promise<void> {
+  const state = core.loop.state(integrity);
   try {
     const transfer = await core.engine?.state();
     post({ type: 'state', seq, state: { ...state, ...(transfer && { transfer }) } });

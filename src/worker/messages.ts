@@ -27,15 +27,16 @@ export interface CoreState {
   readonly waiting: number;
   readonly loading: number;
   readonly blocks: { readonly used: number; readonly cached: number; readonly total: number };
-  /** What `checkIntegrity()` of scheduler and block manager says: empty when all is well. */
-  readonly integrity: readonly string[];
+  /** What `checkIntegrity()` of scheduler and block manager says, where it was asked for: empty when all is well. */
+  readonly integrity?: readonly string[];
   readonly transfer?: TransferState;
 }
 
 export type ToCore =
   | { readonly type: 'add'; readonly request: CoreRequest }
   | { readonly type: 'abort'; readonly requestId: EngineRequestId; readonly index?: number }
-  | { readonly type: 'state'; readonly seq: number }
+  /** `integrity`: with a look through every block, which takes seconds where there are millions. */
+  | { readonly type: 'state'; readonly seq: number; readonly integrity: boolean }
   /** KV of these requests is of no use any more: nobody will come for it, or with it. */
   | { readonly type: 'release'; readonly transferIds: readonly TransferId[] }
   /** The producer is done with the prompts of these requests. */

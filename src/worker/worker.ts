@@ -142,7 +142,7 @@ export class PdWorker {
 
   /** What the core says of itself: queues, blocks, the transfer engine. */
   state(): Promise<CoreState> {
-    return this.#core.state();
+    return this.#core.inspect();
   }
 
   /**

@@ -102,7 +102,7 @@ export class CoreHarness {
 
   async state(): Promise<CoreState> {
     const answered = this.next((message) => (message.type === 'state' ? message.state : undefined));
-    this.post({ type: 'state', seq: 1 });
+    this.post({ type: 'state', seq: 1, integrity: true });
     return answered;
   }
 

@@ -14,7 +14,10 @@ export interface ServerContext {
     WorkerConfig,
     'servedModelNames' | 'randomizeRequestIds' | 'kvKey' | 'role' | 'maxNumSeqs' | 'debugState'
   >;
-  readonly core: Pick<CoreClient, 'generate' | 'info' | 'kvFailed' | 'prefilled' | 'release' | 'state'>;
+  readonly core: Pick<
+    CoreClient,
+    'generate' | 'info' | 'inspect' | 'kvFailed' | 'prefilled' | 'release' | 'state'
+  >;
   readonly reader: BodyReader;
   /** For the text of what is generated. */
   readonly model: TextModel;

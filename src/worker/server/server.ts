@@ -78,7 +78,7 @@ export function createServer(context: ServerContext): FastifyInstance {
         const text = '/debug/state is for clients on this machine (--debug-state-remote: for all)';
         return reply.status(403).send(openAiError(new PdError('REQUEST_INVALID', text)));
       }
-      return { role: config.role, requests: context.inFlight.size, core: await core.state() };
+      return { role: config.role, requests: context.inFlight.size, core: await core.inspect() };
     });
   }
   server.get('/version', async () => ({ version: context.version }));

@@ -740,6 +740,9 @@ describe('the rest', () => {
     expect(models.data[0]).toMatchObject({ object: 'model', max_model_len: 256 });
     expect(await get('/version')).toEqual([200, { version: '1.2.3' }]);
     expect(await get('/health')).toEqual([200, { status: 'ok', role: 'both' }]);
+    // Who asks every second must not have millions of blocks looked through.
+    const asked = core.received.filter(({ type }) => type === 'state');
+    expect(asked).toMatchObject([{ integrity: false }]);
     await inFlight.drain(0);
     expect(await get('/health')).toMatchObject([503, { status: 'draining' }]);
     expect(await json(COMPLETIONS, { prompt: 'a' })).toMatchObject({
