@@ -13,9 +13,11 @@ trap 'rm -rf "$results"' EXIT
 passed=0
 failed=0
 
-if ! ./scripts/peer-packages.sh; then
-  if [ "${CI:-}" = true ]; then failed=$((failed + 1)); else echo "test-all: the tests with a Python peer are skipped"; fi
-fi
+for part in peer promtool; do
+  if ! ./scripts/debian-packages.sh "$part"; then
+    if [ "${CI:-}" = true ]; then failed=$((failed + 1)); else echo "test-all: the tests that need them are skipped"; fi
+  fi
+done
 ./scripts/build.sh || failed=$((failed + 1))
 
 for version in $(./scripts/node-version.sh --others); do
@@ -29,6 +31,16 @@ for version in $(./scripts/node-version.sh --others); do
     fi
   done
 done
+
+if command -v promtool >/dev/null; then
+  echo "test-all: promtool check metrics"
+  if ./node_modules/.bin/vitest run --project main test/unit/observability >"$results/promtool.log" 2>&1; then
+    passed=$((passed + 1))
+  else
+    failed=$((failed + 1))
+    tail -n 60 "$results/promtool.log"
+  fi
+fi
 
 echo "test-all: vitest"
 PD_TEST_SKIP_BUILD=1 ./node_modules/.bin/vitest run --project wide --reporter=default --reporter=json \

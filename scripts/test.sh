@@ -18,7 +18,7 @@ step() {
   "$@" || broken=$((broken + 1))
 }
 
-if ! ./scripts/peer-packages.sh; then
+if ! ./scripts/debian-packages.sh peer; then
   if [ "${CI:-}" = true ]; then broken=$((broken + 1)); else echo "test: the tests with a Python peer are skipped"; fi
 fi
 step "formatting and lint" ./node_modules/.bin/biome check --error-on-warnings .

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Debian's packages that tests need. Exit status 0 where they are there.
+#
+#   ./scripts/debian-packages.sh peer        the Python peer of the tests (test/peers): python3-msgpack, python3-zmq
+#   ./scripts/debian-packages.sh promtool    Prometheus' own check of metric pages: prometheus
+set -uo pipefail
+
+case "${1:?peer or promtool}" in
+  peer)
+    packages=(python3-msgpack python3-zmq)
+    there() { /usr/bin/python3 -c 'import msgpack, zmq' 2>/dev/null; }
+    ;;
+  promtool)
+    packages=(prometheus)
+    there() { command -v promtool >/dev/null; }
+    ;;
+  *) echo "debian-packages: peer or promtool, not $1" >&2; exit 2 ;;
+esac
+
+install() {
+  DEBIAN_FRONTEND=noninteractive timeout 180 apt-get install -y -qq --no-install-recommends "${packages[@]}" >/dev/null 2>&1
+}
+
+there && exit 0
+if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+  echo "debian-packages: ${packages[*]} are not there, and only root can install them, by apt-get" >&2
+  exit 1
+fi
+echo "debian-packages: installing ${packages[*]}"
+install || { timeout 120 apt-get update -qq >/dev/null 2>&1 && install; }
+there || { echo "debian-packages: ${packages[*]} could not be installed (offline?)" >&2; exit 1; }
