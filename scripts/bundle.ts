@@ -199,6 +199,8 @@ function main(): void {
       'scripts/model-reference',
       'test/peers',
       'LICENSE',
+      'CHANGELOG.md',
+      'SECURITY.md',
     ]) {
       const from = join(ROOT, path);
       if (!existsSync(from)) continue;
