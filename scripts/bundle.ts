@@ -201,6 +201,8 @@ function main(): void {
       'scripts/model-reference',
       'test/peers',
       'LICENSE',
+      'CHANGELOG.md',
+      'SECURITY.md',
     ]) {
       const from = join(ROOT, path);
       if (!existsSync(from)) continue;

@@ -91,6 +91,9 @@ it('the packed package holds what it needs to run', async () => {
     'models/demo/config.json',
     'models/demo/tokenizer.json',
     'docs/embedding.md',
+    'LICENSE',
+    'CHANGELOG.md',
+    'SECURITY.md',
     'examples/two-engines.ts',
   ];
   expect(needed.filter((path) => !paths.has(path))).toEqual([]);
