@@ -101,7 +101,9 @@ describe('GET: of what is asked for early', () => {
     await until('the pair is open', () => producer.state().pairs.some(({ state }) => state === 'open'));
     const [sent] = sendCache(producer, 'cmpl-j-0', pagedCache(1, true), [5], consumer.address);
     expect((await failure(sent!.sent)).code).toBe('KV_BUFFER_FULL');
-    expect((await load).message).toContain('does not have cmpl-j-0#model.layers.0.self_attn.attn: it had no room to keep it');
+    expect((await load).message).toContain(
+      'does not have cmpl-j-0#model.layers.0.self_attn.attn: it had no room to keep it',
+    );
   });
 });
 
