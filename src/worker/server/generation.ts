@@ -14,6 +14,9 @@ import type { Asked, ReadPrompt } from './reading.ts';
 import { badField, type SamplingBody } from './schemas.ts';
 import { turns } from './turns.ts';
 
+/** So many reach the core together. */
+const PROMPTS_AT_ONCE = 16;
+
 export interface Prompt extends ReadPrompt {
   /** `cmpl-<id>-<index>` or `chatcmpl-<id>`: what producer and consumer agree on. */
   readonly serverId: string;
@@ -114,13 +117,13 @@ export class GenerationRun {
     }
   }
 
-  /** In turns: a thousand prompts with all their completions take their time. */
+  /** A thousand prompts with all their completions take their time. */
   async #start(begin: (prompt: Prompt, at: number) => void, signal: AbortSignal): Promise<void> {
     const turn = turns();
     for (const [at, prompt] of this.#plan.prompts.entries()) {
       if (signal.aborted) throw new PdError('REQUEST_ABORTED', `request ${prompt.serverId} was aborted`);
       begin(prompt, at);
-      await turn();
+      if ((at + 1) % PROMPTS_AT_ONCE === 0) await turn();
     }
   }
 

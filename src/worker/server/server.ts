@@ -89,7 +89,7 @@ export function createServer(context: ServerContext): FastifyInstance {
   return server;
 }
 
-/** Fastify's own refusals (body too large, broken JSON, media type) keep their status; the code is ours. */
+/** Fastify's own refusals (body too large, media type) keep their status; the code is ours. */
 function asHttpError(cause: FastifyError | PdError): { readonly status: number; readonly error: PdError } {
   if (cause instanceof PdError) return { status: cause.status, error: cause };
   const status = cause.statusCode;
