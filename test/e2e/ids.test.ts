@@ -19,7 +19,7 @@ describe.each(['PUT_ASYNC', 'GET'])('%s, ids not randomized', (sendType) => {
     const args = ['--send-type', sendType, '--kv-load-failure', 'fail', '--no-randomize-request-ids'];
     [producer, consumer] = await Promise.all([
       startWorker('producer', undefined, args),
-      startWorker('consumer', undefined, [...args, '--kv-load-timeout', '4s']),
+      startWorker('consumer', undefined, [...args, '--kv-load-timeout', '3s']),
     ]);
   });
   afterAll(async () => {
@@ -32,15 +32,15 @@ describe.each(['PUT_ASYNC', 'GET'])('%s, ids not randomized', (sendType) => {
     return proxyRequestId(prefill!, decode!, randomBytes(16).toString('hex'));
   };
   const prefill = (id: string, question: string) => ask(producer, id, question, 1);
-  const decode = (id: string, question: string) => ask(consumer, id, question, 8);
+  const decode = (id: string, question: string, patient = true) => ask(consumer, id, question, 8, patient);
 
   it('a request never gets the KV of another prompt, by its own id or one with something behind, and the rightful one does', async () => {
     const prefix = newId();
     const other = newId();
     await Promise.all([prefill(`${prefix}-bbbbbbbb`, ITALY), prefill(other, ITALY)]);
     const [wrong, stale] = await Promise.all([
-      decode(`${prefix}-aaaaaaaa`, FRANCE),
-      decode(other, FRANCE), // the very id, and another prompt
+      decode(`${prefix}-aaaaaaaa`, FRANCE, false),
+      decode(other, FRANCE, false), // the very id, and another prompt
     ]);
     expect(wrong).toMatchObject({ status: 504, code: 'KV_LOAD_TIMEOUT' });
     expect(stale.status).toBeGreaterThanOrEqual(500);
@@ -62,10 +62,15 @@ describe.each(['PUT_ASYNC', 'GET'])('%s, ids not randomized', (sendType) => {
   });
 });
 
-async function ask({ url }: WorkerHandle, id: string, question: string, maxTokens: number) {
+async function ask({ url }: WorkerHandle, id: string, question: string, maxTokens: number, patient = false) {
   const response = await fetch(`${url}/v1/chat/completions`, {
     method: 'POST',
-    headers: { 'content-type': 'application/json', 'x-request-id': id },
+    headers: {
+      'content-type': 'application/json',
+      'x-request-id': id,
+      // Added to the deadline of its KV where that is to come, as for a prompt that may still be being computed.
+      ...(patient && { 'x-pd-prefill-within': '60000' }),
+    },
     body: JSON.stringify({
       messages: [{ role: 'user', content: question }],
       max_tokens: maxTokens,

@@ -135,10 +135,7 @@ describe('what is told of a proxy', () => {
   );
 
   it('one that comes late is told to be away, and its first ping as the first', async () => {
-    const { socket, port } = await proxy();
-    const gone = new Promise((resolve) => socket.events.on('end', resolve));
-    socket.close();
-    await gone;
+    const port = await keptPort();
     const { lines, said } = pinging(port);
     expect((await said(/cannot be reached/)).reason).toBe('nobody');
     const late = await proxy(port);
@@ -162,8 +159,8 @@ describe('what is told of a proxy', () => {
         drainTimeoutMs: 0,
         log: { level: 'silent', format: 'json' },
       });
-    const strict = await start(0, ['10.0.0.0/8']);
-    const { port } = strict.discoveryAddress;
+    const port = await keptPort();
+    const strict = await start(port, ['10.0.0.0/8']);
     const { said } = pinging(port);
     expect((await said(/--allow-instances/)).reason).toBe('refused');
     await strict.close(0);
