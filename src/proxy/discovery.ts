@@ -1,4 +1,4 @@
-/** Listens for pings and keeps the registry: one ZeroMQ ROUTER that never answers. */
+/** Listens for pings and keeps the registry up to date: a ZeroMQ ROUTER that never answers. */
 import { Router } from 'zeromq';
 import { PdError } from '../errors.ts';
 import { type HostPort, isUnspecified, parseHostPort, zmqEndpoint } from '../net/address.ts';
@@ -15,7 +15,7 @@ export interface DiscoveryOptions {
   readonly bind: HostPort;
   readonly registry: InstanceRegistry;
   readonly log: Logger;
-  /** Between two looks for instances whose pings have stopped. */
+  /** Time between two checks for instances whose pings have stopped. */
   readonly sweepMs: number;
   /** Addresses and ranges whose pings are taken; absent: everyone's. */
   readonly allow?: readonly string[];
@@ -26,7 +26,7 @@ export interface DiscoveryOptions {
   readonly onPing?: (httpAddress: string) => void;
 }
 
-/** Why an instance that is gone went, for its log line. */
+/** Why an instance was removed, for the log. */
 const REASONS = {
   expired: 'its pings have stopped',
   replaced: 'its address announces something else now',
@@ -58,7 +58,7 @@ export class Discovery {
     this.#listening = this.#listen();
   }
 
-  /** Binds. Throws PORT_IN_USE, or ADDRESS_INVALID where the address is not of this machine. */
+  /** Binds. Throws PORT_IN_USE, or ADDRESS_INVALID where the address is not one of this machine's. */
   static async start(options: DiscoveryOptions): Promise<Discovery> {
     const { bind, allow, log, onBadPing } = options;
     const gate =
@@ -113,7 +113,10 @@ export class Discovery {
     try {
       const body = frames[1];
       if (frames.length !== 2 || !body) {
-        throw new PdError('MESSAGE_INVALID', `ping: ${frames.length} frames, not routing id and body`);
+        throw new PdError(
+          'MESSAGE_INVALID',
+          `ping: expected routing id and body, got ${frames.length} frames`,
+        );
       }
       const ping = decodePing(body);
       for (const address of [ping.http_address, ping.zmq_address]) {
@@ -137,7 +140,7 @@ export class Discovery {
       this.#bad.log('ping', (suppressed) =>
         log.warn(
           { suppressed, routingId: frames[0]?.toString('latin1').slice(0, 64) },
-          `ignored a ping that is not one: ${PdError.from(error).message}`,
+          `ignored a ping that cannot be used: ${PdError.from(error).message}`,
         ),
       );
     }

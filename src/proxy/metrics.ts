@@ -1,4 +1,4 @@
-/** What the proxy counts. */
+/** The proxy's metrics. */
 import { Counter, Gauge, Histogram, Registry } from 'prom-client';
 import type { InstanceRegistry } from './registry.ts';
 

@@ -1,10 +1,10 @@
-/** What the instances serve, by their own /v1/models: for pairing, and for the proxy's own list. */
+/** Which models the instances serve, by their own /v1/models: for pairing, and for the proxy's own list. */
 import { reasonOf } from '../net/resolve.ts';
 import type { Logger } from '../observability/log.ts';
 import { type Instance, type InstanceRegistry, instanceLabel } from './registry.ts';
 import type { Upstream } from './upstream.ts';
 
-/** An entry of OpenAI's model list; what else an instance says about a model passes through. */
+/** An entry of OpenAI's model list; whatever else an instance says about a model passes through. */
 export interface ModelEntry {
   readonly id: string;
   readonly [key: string]: unknown;
@@ -16,9 +16,9 @@ interface Known {
 }
 
 const DEADLINE_MS = 2_000;
-/** A list older than this is asked for anew when a client asks. */
+/** A list older than this is asked for again when a client asks. */
 const FRESH_MS = 5_000;
-/** And this often without being asked, as long as the instance pings: adapters come and go. */
+/** And this often without a client asking, as long as the instance pings: adapters come and go. */
 const REFRESH_MS = 30_000;
 const MAX_BODY = 4 * 1024 * 1024;
 

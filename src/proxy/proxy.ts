@@ -1,5 +1,5 @@
-/** The proxy as a whole: discovery, forwarding, and what it says about itself. */
-import { setMaxListeners } from 'node:events';
+/** The proxy as a whole: its HTTP server, discovery, start and stop. */
+import { EventEmitter, once, setMaxListeners } from 'node:events';
 import fastify, { type FastifyInstance } from 'fastify';
 import type { ProxyConfig } from '../config/worker-config.ts';
 import { PdError } from '../errors.ts';
@@ -8,11 +8,13 @@ import { hostAddress } from '../net/local.ts';
 import { listenError } from '../net/port-holder.ts';
 import { createLogger, type Logger } from '../observability/log.ts';
 import { openAiError } from '../openai-error.ts';
+import type { ProxyContext } from './attempt.ts';
 import { Discovery } from './discovery.ts';
-import { answerError, Forwarder } from './forward.ts';
 import { createProxyMetrics, type ProxyMetrics } from './metrics.ts';
 import { ModelDirectory } from './models.ts';
 import { type Instance, InstanceRegistry } from './registry.ts';
+import { answerError } from './relay.ts';
+import { ProxiedRequest } from './request.ts';
 import { Upstream } from './upstream.ts';
 
 const ROUTES = ['/v1/completions', '/v1/chat/completions'] as const;
@@ -22,11 +24,10 @@ const BODY_LIMIT = 32 * 1024 * 1024;
 const REQUEST_TIMEOUT_MS = 120_000;
 /** For the last bytes of answers to leave. */
 const CLOSE_MS = 2_000;
-
-/** How long `untilPaired` waits unless told. */
+/** How long `untilPaired` waits by default. */
 const PAIR_TIMEOUT_MS = 60_000;
 
-/** A proxy that serves: close it, its sockets keep the process alive. */
+/** A proxy that is serving. Close it: its sockets keep the process alive. */
 export class PdProxy {
   readonly #config: ProxyConfig;
   readonly #log: Logger;
@@ -35,13 +36,14 @@ export class PdProxy {
   readonly #upstream = new Upstream();
   readonly #stop = new AbortController();
   readonly #models: ModelDirectory;
-  readonly #forwarder: Forwarder;
+  readonly #context: ProxyContext;
   readonly #server: FastifyInstance;
   #discovery: Discovery | undefined;
   #http: HostPort | undefined;
+  /** `instances`: one has come or gone. `idle`: no request is under way any more. */
+  readonly #events = new EventEmitter<{ instances: []; idle: [] }>();
+  #count = 0;
   #running = 0;
-  #idle: (() => void) | undefined;
-  readonly #waiting = new Set<() => void>();
   #draining = false;
   #closing: Promise<void> | undefined;
 
@@ -50,16 +52,10 @@ export class PdProxy {
     this.#log = createLogger(config.log, 'proxy');
     this.#registry = new InstanceRegistry(config.instanceTimeoutMs);
     this.#metrics = createProxyMetrics(this.#registry);
-    setMaxListeners(0, this.#stop.signal); // one per request under way
+    setMaxListeners(0, this.#stop.signal, this.#events); // one per request under way, one per caller who waits
     const common = { registry: this.#registry, upstream: this.#upstream, log: this.#log };
     this.#models = new ModelDirectory({ ...common, stop: this.#stop.signal });
-    this.#forwarder = new Forwarder({
-      ...common,
-      metrics: this.#metrics,
-      prefillTimeoutMs: config.prefillTimeoutMs,
-      decodeIdleTimeoutMs: config.decodeIdleTimeoutMs,
-      overlap: config.overlap,
-    });
+    this.#context = { ...common, config, metrics: this.#metrics, nextCount: () => this.#count++ };
     this.#server = fastify({
       bodyLimit: BODY_LIMIT,
       requestTimeout: REQUEST_TIMEOUT_MS,
@@ -81,12 +77,12 @@ export class PdProxy {
     }
   }
 
-  /** Where clients connect, the port chosen where 0 was asked for. */
+  /** Where clients connect, with the port that was chosen where 0 was asked for. */
   get httpAddress(): HostPort {
     return this.#http!;
   }
 
-  /** Where pings go. */
+  /** Where instances send their pings. */
   get discoveryAddress(): HostPort {
     return this.#discovery!.address;
   }
@@ -98,33 +94,27 @@ export class PdProxy {
 
   /** Resolves once a producer and a consumer that fit each other ping. Throws NO_INSTANCE at the deadline, or SERVER_DRAINING. */
   async untilPaired(timeoutMs: number = PAIR_TIMEOUT_MS): Promise<void> {
-    const { signal } = this.#stop;
-    let look = () => {};
-    let timer: NodeJS.Timeout | undefined;
+    const late = new AbortController();
+    const timer = setTimeout(() => {
+      const seen = this.instances.map(({ role, httpAddress }) => `${role} ${httpAddress}`).join(', ');
+      const why = `no producer and consumer that fit each other pinged within ${timeoutMs} ms`;
+      late.abort(new PdError('NO_INSTANCE', `${why}; live instances: ${seen || 'none'}`));
+    }, timeoutMs);
+    const signal = AbortSignal.any([this.#stop.signal, late.signal]);
     try {
-      await new Promise<void>((resolve, reject) => {
-        look = () => {
-          if (signal.aborted) reject(PdError.from(signal.reason));
-          else if (this.#registry.paired) resolve();
-        };
-        const late = () => {
-          const seen = this.instances.map(({ role, httpAddress }) => `${role} ${httpAddress}`).join(', ');
-          const why = `no producer and consumer that fit pinged within ${timeoutMs} ms`;
-          reject(new PdError('NO_INSTANCE', `${why}; live instances: ${seen || 'none'}`));
-        };
-        timer = setTimeout(late, timeoutMs);
-        this.#waiting.add(look);
-        signal.addEventListener('abort', look);
-        look();
-      });
+      for (;;) {
+        signal.throwIfAborted();
+        if (this.#registry.paired) return;
+        await once(this.#events, 'instances', { signal });
+      }
+    } catch (error) {
+      throw PdError.from(signal.aborted ? signal.reason : error);
     } finally {
       clearTimeout(timer);
-      this.#waiting.delete(look);
-      signal.removeEventListener('abort', look);
     }
   }
 
-  /** Takes no new requests, lets those under way end within `drainMs`, breaks the rest. Idempotent; a shorter wait wins. */
+  /** Takes no new requests, lets those under way end within `drainMs`, aborts the rest. Idempotent; a later call with 0 aborts at once. */
   close(drainMs: number = this.#config.drainTimeoutMs): Promise<void> {
     this.#draining = true;
     if (drainMs === 0) this.#break();
@@ -152,7 +142,7 @@ export class PdProxy {
       onBadPing: () => this.#metrics.badPings.inc(),
       onChange: ({ instance }) => {
         this.#models.forget(instance.httpAddress);
-        for (const look of this.#waiting) look();
+        this.#events.emit('instances');
       },
     });
     try {
@@ -173,13 +163,11 @@ export class PdProxy {
       this.#log.info(`draining, at most ${drainMs / 1_000} s: ${this.#running} requests under way`);
     if (this.#running > 0) {
       const timer = setTimeout(() => this.#break(), drainMs);
-      await new Promise<void>((resolve) => {
-        this.#idle = resolve;
-      });
+      await once(this.#events, 'idle');
       clearTimeout(timer);
     }
     this.#break();
-    // Connections that wait for a next request are closed, answers still in flight are not cut.
+    // Idle connections are closed; answers still on their way are not cut.
     const timer = setTimeout(() => this.#server.server.closeAllConnections(), CLOSE_MS);
     await this.#server.close();
     clearTimeout(timer);
@@ -195,7 +183,7 @@ export class PdProxy {
 
   #routes(): void {
     const app = this.#server;
-    // Read here, not by content type: the body goes on byte by byte, and curl sends JSON under other names.
+    // Whatever its content type, the body is kept as it came: it goes on byte for byte, and curl sends JSON under other types.
     app.removeAllContentTypeParsers();
     app.addContentTypeParser('*', { parseAs: 'buffer' }, (_request, body, done) => done(null, body));
     app.setNotFoundHandler((request, reply) => {
@@ -221,10 +209,10 @@ export class PdProxy {
         this.#running++;
         try {
           const body = Buffer.isBuffer(request.body) ? request.body : Buffer.alloc(0);
-          const stop = this.#stop.signal;
-          await this.#forwarder.handle({ route, headers: request.headers, body, out, stop });
+          const received = { route, headers: request.headers, body, out };
+          await new ProxiedRequest(this.#context, received).answer(this.#stop.signal);
         } finally {
-          if (--this.#running === 0) this.#idle?.();
+          if (--this.#running === 0) this.#events.emit('idle');
         }
       });
     }
@@ -258,7 +246,7 @@ export class PdProxy {
   }
 }
 
-/** Of a name, the one address that HTTP and pings are both bound to. */
+/** Resolves a name to one address, so that HTTP and pings are bound to the same. */
 async function bindAddress({ host, port }: HostPort): Promise<HostPort> {
   return { host: await hostAddress(host, 0, 'address to listen on'), port };
 }

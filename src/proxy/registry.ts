@@ -1,11 +1,11 @@
 /**
- * Which instances are there, and which two serve the next request. Pure: time comes from an injected monotonic clock, announcements
- * from whoever decodes pings.
+ * Which instances there are, and which two serve the next request. Pure: time comes from an injected monotonic clock, announcements from
+ * whoever decodes pings.
  *
- * Fit of a producer and a consumer, best first:
- *   same      both announce one fingerprint, or neither announces any (two vLLM workers)
- *   unknown   one announces a fingerprint, the other none (ours beside vLLM's): taken only where no `same` pair is left
- *   never     two fingerprints that differ: different weights would give silently wrong text; or GET beside PUT: KV would never move
+ * How a producer and a consumer fit, best first:
+ *   same      both announce the same fingerprint, or neither announces any (two vLLM workers)
+ *   unknown   one announces a fingerprint, the other none (ours with vLLM's): taken only where no `same` pair is left
+ *   never     two fingerprints that differ: different weights would give wrong text silently; or GET with PUT: KV would never move
  * Two instances whose served model names are known and have none in common never fit either.
  */
 import { asDestination, formatHostPort, type HostPort, parseHostPort } from '../net/address.ts';
@@ -22,7 +22,7 @@ export interface Announcement {
   readonly fingerprint?: { readonly digest: string; readonly model: string };
   /** Absent for a vLLM worker. */
   readonly sendType?: SendType;
-  /** It may be asked while the other end of its pair is at work. Absent for a vLLM worker, and for older ones of ours. */
+  /** It may be asked while the other instance of its pair is at work. Absent for a vLLM worker, and for older ones of ours. */
   readonly overlaps?: boolean;
 }
 
@@ -32,7 +32,7 @@ export interface Instance extends Announcement {
   readonly zmq: HostPort;
   readonly firstSeenMs: number;
   readonly lastSeenMs: number;
-  /** It refused a connection then: others are preferred until it pings again, and for as long as `quarantine` was told. */
+  /** When it refused a connection: others are preferred until it pings again, and at least until `untilMs`. */
   readonly refused?: { readonly atMs: number; readonly untilMs: number };
   /** Ids that its /v1/models lists; absent until known. */
   readonly models?: readonly string[];
@@ -55,7 +55,7 @@ export type RegistryChange =
     };
 
 export interface PairWish {
-  /** The request's `model`. Pairs that are known to serve another are left aside while there are better ones. */
+  /** The request's `model`. Pairs known to serve only others are passed over while there are better ones. */
   readonly model?: string | undefined;
   /** HTTP addresses not to be taken. */
   readonly exclude?: ReadonlySet<string>;
@@ -72,6 +72,8 @@ const MAX_INSTANCES = 1_024;
 
 export class InstanceRegistry {
   readonly #entries = new Map<string, Entry>();
+  /** By HTTP address, above 0. */
+  readonly #prefills = new Map<string, number>();
   readonly #timeoutMs: number;
   readonly #now: () => number;
   #picks = 0;
@@ -83,8 +85,8 @@ export class InstanceRegistry {
   }
 
   /**
-   * Takes a ping. An address that comes back as something else (another role, KV port or fingerprint) replaces what it was. Throws
-   * ADDRESS_INVALID; returns undefined where the registry is full.
+   * Takes a ping. An address that announces something else than before (another role, KV port or fingerprint) replaces what it was.
+   * Throws ADDRESS_INVALID; returns undefined where the registry is full.
    */
   announce(announcement: Announcement): readonly RegistryChange[] | undefined {
     const http = asDestination(parseHostPort(announcement.httpAddress, 'HTTP address of a ping'));
@@ -119,7 +121,7 @@ export class InstanceRegistry {
     return changes;
   }
 
-  /** Removes every instance whose last ping is too old, wherever it stands. */
+  /** Removes every instance whose last ping is too old. */
   expire(): readonly RegistryChange[] {
     const now = this.#now();
     const changes: RegistryChange[] = [];
@@ -131,21 +133,21 @@ export class InstanceRegistry {
     return changes;
   }
 
-  /** Prefers others for `ms` after a refused connection, and on until it pings: one that is dead or leaving does not. */
+  /** After a refused connection: others are preferred for `ms`, and until it pings again, which one that is dead or leaving does not. */
   quarantine(httpAddress: string, ms: number): void {
     const entry = this.#entries.get(httpAddress);
     const atMs = this.#now();
     if (entry) entry.instance = { ...entry.instance, refused: { atMs, untilMs: atMs + ms } };
   }
 
-  /** False where the instance has gone meanwhile. */
+  /** False where the instance has gone in the meantime. */
   setModels(httpAddress: string, models: readonly string[]): boolean {
     const entry = this.#entries.get(httpAddress);
     if (entry) entry.instance = { ...entry.instance, models };
     return entry !== undefined;
   }
 
-  /** Live instances, those that are overdue left out even before `expire` runs. */
+  /** Live instances; one that is overdue is left out even before `expire` runs. */
   list(role?: InstanceRole): readonly Instance[] {
     return this.#live(role).map((entry) => entry.instance);
   }
@@ -160,6 +162,22 @@ export class InstanceRegistry {
     return refused !== undefined && (this.#now() < refused.untilMs || lastSeenMs <= refused.atMs);
   }
 
+  /** How many requests of this proxy the producer has in prefill. */
+  prefilling({ httpAddress }: Instance): number {
+    return this.#prefills.get(httpAddress) ?? 0;
+  }
+
+  /** Counts one more in prefill; returns the function that takes it off again, to be called once. */
+  enterPrefill(producer: Instance): () => void {
+    const { httpAddress } = producer;
+    this.#prefills.set(httpAddress, this.prefilling(producer) + 1);
+    return () => {
+      const left = this.prefilling(producer) - 1;
+      if (left > 0) this.#prefills.set(httpAddress, left);
+      else this.#prefills.delete(httpAddress);
+    };
+  }
+
   /** There are a producer and a consumer that fit. */
   get paired(): boolean {
     const consumers = this.list('consumer');
@@ -167,8 +185,8 @@ export class InstanceRegistry {
   }
 
   /**
-   * The next pair: among the best fits the producer that has waited longest, then likewise its consumer, which is round robin per role.
-   * A pair with a quarantined instance is taken only where there is no other.
+   * The next pair: among the best fits the producer that was picked least recently, then its consumer likewise, which is round robin per
+   * role. A pair with a quarantined instance is taken only where there is no other.
    */
   pair(wish: PairWish = {}): Pair | Missing {
     const allowed = (entry: Entry) => !wish.exclude?.has(entry.instance.httpAddress);
@@ -196,7 +214,7 @@ export class InstanceRegistry {
     return { producer: best.producer.instance, consumer: best.consumer.instance };
   }
 
-  /** Undefined: never. Otherwise the smaller the better; a wrong model weighs most, then quarantine, then an unknown fit. */
+  /** Undefined: never. Otherwise smaller is better; a wrong model weighs most, then quarantine, then an unknown fit. */
   #penalty(producer: Instance, consumer: Instance, model: string | undefined): number | undefined {
     const fit = fitOf(producer, consumer);
     if (fit === 'never') return undefined;
@@ -233,17 +251,17 @@ export function fitOf(producer: Instance, consumer: Instance): 'same' | 'unknown
   return a === b ? 'same' : 'unknown';
 }
 
-/** PUT and PUT_ASYNC are one to the receiving end. */
+/** PUT and PUT_ASYNC are the same to the receiver. */
 function sendTypesMeet(a: SendType | undefined, b: SendType | undefined): boolean {
   return a === undefined || b === undefined || (a === 'GET') === (b === 'GET');
 }
 
-/** `[HTTP:h, ZMQ:z]`, as readers of the log search for it. */
+/** `[HTTP:h, ZMQ:z]`, the form that readers search the log for. */
 export function instanceLabel(instance: Pick<Instance, 'httpAddress' | 'zmqAddress'>): string {
   return `[HTTP:${instance.httpAddress}, ZMQ:${instance.zmqAddress}]`;
 }
 
-/** Base URL of an instance's HTTP server, without a zone id, which URLs have no place for (see Upstream). */
+/** Base URL of an instance's HTTP server, without the zone id, for which URLs have no place (see Upstream). */
 export function instanceUrl(instance: Instance): string {
   const { host, port } = instance.http;
   return `http://${formatHostPort({ host: host.replace(/%.*$/, ''), port })}`;

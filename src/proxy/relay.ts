@@ -1,17 +1,17 @@
-/** The consumer's answer on its way to the client: events at once and one by one, anything else whole. */
+/** Answers on their way to the client: an instance's events one by one as they come, anything else whole; and the proxy's own errors. */
 import { once } from 'node:events';
 import type { ServerResponse } from 'node:http';
 import { PdError } from '../errors.ts';
 import { reasonOf } from '../net/resolve.ts';
+import { openAiError } from '../openai-error.ts';
 import { type Instance, instanceLabel } from './registry.ts';
-import { errorEvents, SseEvents } from './sse.ts';
-import { answerHeaders, timeoutError, type UpstreamResponse } from './upstream.ts';
+import { timeoutError, type UpstreamResponse, type WholeAnswer } from './upstream.ts';
 
 export interface RelayOptions {
   readonly instance: Instance;
   readonly what: string;
   readonly requestId: string;
-  /** Most time without progress: until the next chunk comes, or the client takes the one that waits. */
+  /** Most time without progress: for the next chunk to come, or for the client to take the one that waits. */
   readonly idleMs: number;
   readonly timeoutName: string;
   /** Aborted once the client has gone or the proxy stops. */
@@ -19,14 +19,34 @@ export interface RelayOptions {
   readonly onFirstEvent: () => void;
 }
 
-/** An answer that is no stream is held until it is whole, so that an instance that dies midway is a 502; beyond this it flows. Bytes. */
+/** An answer that is not a stream is held until it is whole, so that an instance that dies midway is a 502; a longer one flows. Bytes. */
 const MAX_HELD_ANSWER = 16 * 1024 * 1024;
+/** An unfinished event longer than this is passed on in parts. Bytes. */
+const MAX_HELD_EVENT = 64 * 1024;
+
+/** Never passed on: they belong to one connection, or are set anew. */
+const OWN_HEADERS = new Set([
+  'connection',
+  'keep-alive',
+  'proxy-authenticate',
+  'proxy-authorization',
+  'te',
+  'trailer',
+  'transfer-encoding',
+  'upgrade',
+  'content-length',
+  'date',
+  'x-request-id',
+]);
 
 export function isEventStream(response: UpstreamResponse): boolean {
   return String(response.headers['content-type'] ?? '').startsWith('text/event-stream');
 }
 
-/** Writes the whole answer. Throws only while nothing has been sent; a stream that breaks off later ends with an error event. */
+/**
+ * Writes the whole answer. Throws where it breaks off: where the client has nothing yet, its answer is the caller's; a stream has ended with
+ * an error event.
+ */
 export async function relay(
   response: UpstreamResponse,
   out: ServerResponse,
@@ -73,7 +93,7 @@ export async function relay(
     const error = failureOf(cause, watch, options);
     if (!out.headersSent || out.destroyed) throw error;
     if (events) out.end(errorEvents(error));
-    else out.destroy(); // a length or a terminating chunk is missing: the client notices
+    else out.destroy(); // the rest of the length, or the last chunk, is missing: the client notices
     throw error;
   } finally {
     watch.stop();
@@ -98,9 +118,9 @@ async function write(out: ServerResponse, bytes: Buffer, signal: AbortSignal): P
   await once(out, 'drain', { signal });
 }
 
-/** Ends the transfer when nothing has moved for too long, on whichever side. */
+/** Ends the relay when nothing has moved for too long, on either side. */
 class ProgressWatch {
-  /** Set once it has ended the transfer. */
+  /** Set once it has ended the relay. */
   expired: PdError | undefined;
   readonly #timer: NodeJS.Timeout;
 
@@ -124,4 +144,69 @@ class ProgressWatch {
   stop(): void {
     clearTimeout(this.#timer);
   }
+}
+
+/**
+ * Server-sent events, as far as a relay must know them: whole events pass, the start of an unfinished one is held, so that a stream that
+ * breaks off can still end with an event of ours. Servers write an event at a time, so in practice nothing waits; a reader could not use
+ * half an event anyway.
+ */
+export class SseEvents {
+  #held: Buffer = Buffer.alloc(0);
+
+  /** What may go out now. */
+  push(chunk: Buffer): Buffer {
+    const bytes = this.#held.length > 0 ? Buffer.concat([this.#held, chunk]) : chunk;
+    const end = Math.max(endAfter(bytes, '\n\n'), endAfter(bytes, '\r\n\r\n'));
+    const out = bytes.length - end > MAX_HELD_EVENT ? bytes.length : end;
+    this.#held = bytes.subarray(out);
+    return bytes.subarray(0, out);
+  }
+
+  /** What the stream ended on; empty for a well-formed one. */
+  rest(): Buffer {
+    return this.#held;
+  }
+}
+
+function endAfter(bytes: Buffer, separator: string): number {
+  const at = bytes.lastIndexOf(separator, undefined, 'latin1');
+  return at < 0 ? 0 : at + separator.length;
+}
+
+/** The last two events of a stream that broke off. */
+function errorEvents(error: PdError): string {
+  return `data: ${JSON.stringify(openAiError(error))}\n\ndata: [DONE]\n\n`;
+}
+
+/** An instance's answer that has been read to its end. */
+export function answerWhole({ response, body }: WholeAnswer, out: ServerResponse, requestId: string): void {
+  out.writeHead(response.statusCode, {
+    ...answerHeaders(response),
+    'content-length': body.length,
+    'x-request-id': requestId,
+  });
+  out.end(body);
+}
+
+/** An error of the proxy's own, in OpenAI's form, where nothing has been sent yet. */
+export function answerError(out: ServerResponse, error: PdError, requestId?: string): void {
+  if (out.headersSent || out.destroyed) return;
+  const body = JSON.stringify(openAiError(error));
+  out.writeHead(error.status, {
+    'content-type': 'application/json',
+    'content-length': Buffer.byteLength(body),
+    ...(requestId === undefined ? {} : { 'x-request-id': requestId }),
+    ...(error.status === 503 ? { 'retry-after': '3' } : {}),
+  });
+  out.end(body);
+}
+
+/** The headers of an instance's answer as the client gets them. */
+function answerHeaders(response: UpstreamResponse): Record<string, string | string[]> {
+  const headers: Record<string, string | string[]> = {};
+  for (const [name, value] of Object.entries(response.headers)) {
+    if (value !== undefined && !OWN_HEADERS.has(name)) headers[name] = value;
+  }
+  return headers;
 }

@@ -1,5 +1,4 @@
-/** HTTP towards the instances: a connection pool each, and one way to read how a connection failed. */
-import type { IncomingHttpHeaders } from 'node:http';
+/** HTTP to the instances: a connection pool for each, and one reading of the ways in which a connection fails. */
 import { Agent, buildConnector, type Dispatcher } from 'undici';
 import { PdError } from '../errors.ts';
 import { EVERY_ADDRESS, reasonOf } from '../net/resolve.ts';
@@ -9,7 +8,7 @@ export type UpstreamResponse = Dispatcher.ResponseData;
 
 const CONNECT_TIMEOUT_MS = 5_000;
 
-/** No byte of an answer came, because there is nobody or because the connection broke: another instance may do. */
+/** No byte of an answer came: nobody listens there, or the connection broke. Another instance may be tried. */
 const NO_CONNECTION = new Set([
   'ECONNREFUSED',
   'ECONNRESET',
@@ -25,7 +24,7 @@ const NO_CONNECTION = new Set([
   'UND_ERR_SOCKET',
 ]);
 
-/** An instance could not be asked at all; the request has not been answered in any part and may go to another. */
+/** An instance did not take the request. No part of it has been answered, so it may go to another. */
 export class InstanceRefused extends PdError {
   readonly instance: Instance;
 
@@ -43,7 +42,7 @@ export class InstanceRefused extends PdError {
 export interface Ask {
   readonly instance: Instance;
   readonly path: string;
-  /** For messages: what the request is part of. */
+  /** What is asked, for messages. */
   readonly what: string;
   readonly headers: Readonly<Record<string, string>>;
   /** Absent: GET. */
@@ -57,12 +56,12 @@ export interface Ask {
 
 export class Upstream {
   readonly #agent = agentTo();
-  /** By host: URLs carry no zone id, so that instances on an IPv6 link are connected to by an agent of their own. */
+  /** By host. URLs carry no zone id, so each IPv6 link-local host has an agent of its own to connect by. */
   readonly #zoned = new Map<string, Agent>();
 
   /**
-   * Resolves with status, headers and an unread body. Throws InstanceRefused, UPSTREAM_TIMEOUT, or the signal's reason once that is
-   * aborted.
+   * Resolves with status, headers and an unread body. Throws InstanceRefused, UPSTREAM_TIMEOUT, UPSTREAM_FAILED, or the signal's reason
+   * once that is aborted.
    */
   async ask(ask: Ask): Promise<UpstreamResponse> {
     const { instance, what, headersTimeoutMs, signal } = ask;
@@ -93,7 +92,7 @@ export class Upstream {
     }
   }
 
-  /** Breaks what is still under way. */
+  /** Aborts what is still under way. */
   async close(): Promise<void> {
     await Promise.all([this.#agent, ...this.#zoned.values()].map((agent) => agent.destroy()));
   }
@@ -108,14 +107,14 @@ export class Upstream {
   }
 }
 
-/** `host`: where to connect to, whatever the URL says. */
+/** `host`: where to connect, whatever the URL says. */
 function agentTo(host?: string): Agent {
   const connector = buildConnector({ timeout: CONNECT_TIMEOUT_MS, ...EVERY_ADDRESS });
   return new Agent({
     connect: (options, done) =>
       connector(host === undefined ? options : { ...options, hostname: host }, done),
     pipelining: 1,
-    // Idle time between two chunks is bounded where the body is read: undici's own bound counts from another moment.
+    // Idle time between two chunks is bounded where the body is read; undici would count from another moment.
     bodyTimeout: 0,
     // Shorter than the 5 s after which vLLM's server closes an idle connection.
     keepAliveTimeout: 3_000,
@@ -131,36 +130,31 @@ export function timeoutError(instance: Instance, what: string, ms: number, name:
   );
 }
 
-/** Never passed on: they belong to one connection, or are set anew. */
-const OWN_HEADERS = new Set([
-  'connection',
-  'keep-alive',
-  'proxy-authenticate',
-  'proxy-authorization',
-  'te',
-  'trailer',
-  'transfer-encoding',
-  'upgrade',
-  'content-length',
-  'date',
-  'x-request-id',
-]);
-
-/** The head of an instance's answer as the client gets it. */
-export function answerHeaders(response: UpstreamResponse): Record<string, string | string[]> {
-  const headers: Record<string, string | string[]> = {};
-  for (const [name, value] of Object.entries(response.headers)) {
-    if (value !== undefined && !OWN_HEADERS.has(name)) headers[name] = value;
-  }
-  return headers;
+/** An answer read to its end before the client hears of it. */
+export interface WholeAnswer {
+  readonly response: UpstreamResponse;
+  readonly body: Buffer;
 }
 
-/** What both instances get of the client's head: who asks, and which trace it belongs to. */
-export function requestHeaders(incoming: IncomingHttpHeaders, requestId: string): Record<string, string> {
-  const headers: Record<string, string> = { 'content-type': 'application/json', 'x-request-id': requestId };
-  for (const name of ['authorization', 'traceparent', 'tracestate', 'user-agent']) {
-    const value = incoming[name];
-    if (typeof value === 'string') headers[name] = value;
+/** Reads to the end, keeping at most so many bytes. */
+export async function readWhole(response: UpstreamResponse, keepBytes: number): Promise<WholeAnswer> {
+  const chunks: Buffer[] = [];
+  let kept = 0;
+  for await (const chunk of response.body as AsyncIterable<Buffer>) {
+    const part = chunk.subarray(0, keepBytes - kept);
+    kept += part.length;
+    if (part.length > 0) chunks.push(part);
   }
-  return headers;
+  return { response, body: Buffer.concat(chunks) };
+}
+
+/** A worker of ours that got SIGTERM: as good as a refused connection. */
+export function isDraining({ response, body }: WholeAnswer): boolean {
+  if (response.statusCode !== 503) return false;
+  try {
+    const { error } = JSON.parse(body.toString('utf8')) as { error?: { code?: unknown } };
+    return error?.code === 'SERVER_DRAINING';
+  } catch {
+    return false;
+  }
 }

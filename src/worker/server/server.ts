@@ -7,7 +7,7 @@ import { openAiError } from '../../openai-error.ts';
 import { postChatCompletions } from './chat.ts';
 import { postCompletions } from './completions.ts';
 import type { ServerContext } from './context.ts';
-import { NOTICE_LIMIT, postFailed, postPrefilled, postRelease } from './release.ts';
+import { NOTICE_LIMIT, postFailed, postPrefilled, postRelease } from './notices.ts';
 import { postTokens } from './tokenize.ts';
 
 /** Bytes; a prompt of a million token ids fits. */

@@ -1,9 +1,9 @@
 /**
- * What our proxy says of a request's KV, beside the request itself.
+ * Notices: what our proxy tells a worker about a request's KV, apart from the request itself (src/proxy/notices.ts sends them).
  *
- *   POST /kv/release    it will not be decoded by this pair (its client went away, the consumer refused it or could not be reached): what
- *                       either end holds of it can go now instead of at the orphan deadline
- *   POST /kv/prefilled  the producer has answered, the consumer not yet: from now on it waits for KV that is on its way, no longer
+ *   POST /kv/release    this pair will not decode it (its client went away, the consumer refused it or could not be reached): whatever
+ *                       this worker holds of it can go now rather than at the orphan deadline
+ *   POST /kv/prefilled  the producer has answered, the consumer not yet: from now on it waits only for KV that is on its way
  *   POST /kv/failed     the producer has answered that it could not send the KV: the consumer computes the prompt, or fails, at once
  */
 import type { FastifyRequest } from 'fastify';
@@ -14,7 +14,7 @@ import { bodyOf, type ServerContext } from './context.ts';
 import { parseJson } from './reading.ts';
 import { MAX_PROMPTS, parseBody } from './schemas.ts';
 
-/** Bytes; the longest notice tells an error with its causes. */
+/** Bytes; the longest notice carries an error with its causes. */
 export const NOTICE_LIMIT = 32_768;
 
 const noticeSchema = z.object({
@@ -35,7 +35,7 @@ const failedSchema = noticeSchema.extend({
 
 export function postFailed(context: ServerContext, request: FastifyRequest): object {
   const notice = parseBody(failedSchema, parseJson(bodyOf(request)));
-  const { transferIds, requestId } = meantBy(context, notice);
+  const { transferIds, requestId } = subjectOf(context, notice);
   const { error } = notice;
   context.log.debug(
     { requestId, code: error.code },
@@ -47,20 +47,20 @@ export function postFailed(context: ServerContext, request: FastifyRequest): obj
 }
 
 export function postRelease(context: ServerContext, request: FastifyRequest): object {
-  const { requestId, transferIds } = meantBy(context, parseBody(noticeSchema, parseJson(bodyOf(request))));
+  const { requestId, transferIds } = subjectOf(context, parseBody(noticeSchema, parseJson(bodyOf(request))));
   context.log.debug({ requestId, prompts: transferIds.length }, 'KV of a request released');
   context.core.release(transferIds);
   return { released: transferIds.length };
 }
 
 export function postPrefilled(context: ServerContext, request: FastifyRequest): object {
-  const { requestId, transferIds } = meantBy(context, parseBody(noticeSchema, parseJson(bodyOf(request))));
+  const { requestId, transferIds } = subjectOf(context, parseBody(noticeSchema, parseJson(bodyOf(request))));
   context.log.debug({ requestId, prompts: transferIds.length }, 'prompt of a request computed');
   context.core.prefilled(transferIds);
   return { prefilled: transferIds.length };
 }
 
-function meantBy(
+function subjectOf(
   { inFlight }: ServerContext,
   { request_id, route, prompts }: z.infer<typeof noticeSchema>,
 ): {

@@ -1,6 +1,6 @@
 import fc from 'fast-check';
 import { expect, test } from 'vitest';
-import { SseEvents } from '../../../src/proxy/sse.ts';
+import { SseEvents } from '../../../src/proxy/relay.ts';
 
 test('however events are cut into chunks: all bytes pass, and what has passed always ends with an event', () => {
   const events = fc.array(

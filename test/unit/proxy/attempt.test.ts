@@ -1,5 +1,5 @@
 import { expect, test } from 'vitest';
-import { prefillCopy } from '../../../src/proxy/prefill-copy.ts';
+import { prefillCopy } from '../../../src/proxy/attempt.ts';
 
 test('one token, not streamed, one choice, and nothing that only the answer needs', () => {
   const original = {

@@ -1,0 +1,372 @@
+/**
+ * One request's attempt with one pair (docs/protocol.md, "Discovery"):
+ *
+ *   client -> prefill copy -> producer, to the end of its answer   (its KV is on its way or kept by then)
+ *          -> the original -> consumer -> its answer -> client
+ *
+ * Both get the id that carries both KV addresses. Where both are ours, and the producer has little to do, both are asked at once: the
+ * consumer parses, tokenizes, schedules and asks for the KV while the prompt is computed. Then
+ *
+ *   producer  ok              the consumer's answer is waited for, as if it had been asked now
+ *             error, refused  the consumer's request is aborted; the producer's error is the answer, or another pair is tried
+ *   consumer  2xx             it has the KV, so nothing the producer says matters any more: passed on at once
+ *             4xx             the request is at fault: passed on, the prefill aborted
+ *             5xx             may be the producer's doing, so the producer's answer is waited for and goes first
+ *             refused         the prefill is aborted; another pair is tried
+ */
+import { randomBytes } from 'node:crypto';
+import type { IncomingHttpHeaders, ServerResponse } from 'node:http';
+import type { ProxyConfig } from '../config/worker-config.ts';
+import { PdError } from '../errors.ts';
+import { reasonOf } from '../net/resolve.ts';
+import type { Logger } from '../observability/log.ts';
+import { proxyRequestId } from '../wire/ids.ts';
+import { KV_FAILED_HEADER, PREFILL_WITHIN_HEADER, readKvFailed } from '../wire/overlap.ts';
+import type { ProxyMetrics } from './metrics.ts';
+import { Notices } from './notices.ts';
+import type { Instance, InstanceRegistry, Pair } from './registry.ts';
+import { answerWhole, isEventStream, relay } from './relay.ts';
+import {
+  InstanceRefused,
+  isDraining,
+  readWhole,
+  timeoutError,
+  type Upstream,
+  type UpstreamResponse,
+  type WholeAnswer,
+} from './upstream.ts';
+
+export type JsonObject = Readonly<Record<string, unknown>>;
+
+/** What all requests of a proxy share. */
+export interface ProxyContext {
+  readonly config: Pick<ProxyConfig, 'prefillTimeoutMs' | 'decodeIdleTimeoutMs' | 'overlap'>;
+  readonly registry: InstanceRegistry;
+  readonly upstream: Upstream;
+  readonly metrics: ProxyMetrics;
+  readonly log: Logger;
+  /** Numbers the requests in the log, from 0. */
+  nextCount(): number;
+}
+
+/** A client's request, read, and where its answer goes. */
+export interface ClientRequest {
+  readonly route: string;
+  readonly headers: IncomingHttpHeaders;
+  readonly body: Buffer;
+  /** The body, parsed. */
+  readonly json: JsonObject;
+  readonly out: ServerResponse;
+  readonly arrivedMs: number;
+  /** Aborted once the client has gone or the proxy stops. */
+  readonly signal: AbortSignal;
+}
+
+/** Of an error answer, bytes. */
+const MAX_ERROR_BODY = 1024 * 1024;
+/**
+ * KV that is on its way comes sooner; a consumer that still has none is told then that the prompt has been computed. It is told again
+ * after twice the time, and so on: one that missed the notice would wait as long as prefill may take.
+ */
+const NOTICE_MS = 250;
+/** For the producer to answer after the client has the consumer's whole answer. */
+const GRACE_MS = 2_000;
+
+const PREFILL_TIMEOUT = '--prefill-timeout';
+const DECODE_TIMEOUT = '--decode-idle-timeout';
+
+export class Attempt {
+  readonly requestId: string;
+  readonly #context: ProxyContext;
+  readonly #request: ClientRequest;
+  readonly #pair: Pair;
+  /** For both instances. */
+  readonly #headers: Readonly<Record<string, string>>;
+  readonly #prompts: number;
+  readonly #notices: Notices;
+  /** Each aborts one instance's request, for the reason it is given. */
+  readonly #abortPrefill = new AbortController();
+  readonly #abortDecode = new AbortController();
+
+  constructor(context: ProxyContext, request: ClientRequest, pair: Pair) {
+    const { producer, consumer } = pair;
+    const { route } = request;
+    this.#context = context;
+    this.#request = request;
+    this.#pair = pair;
+    this.requestId = proxyRequestId(producer.zmq, consumer.zmq, randomBytes(16).toString('hex'));
+    this.#headers = requestHeaders(request.headers, this.requestId);
+    this.#prompts = countPrompts(request.json['prompt']);
+    const subject = { requestId: this.requestId, route, prompts: this.#prompts };
+    this.#notices = new Notices(context.upstream, context.log, pair, subject);
+  }
+
+  /**
+   * Answers the client. Throws what went wrong: InstanceRefused only while the client has nothing, so that another pair may be tried.
+   * KV that nobody will decode is released either way. To be called once.
+   */
+  async run(): Promise<void> {
+    try {
+      const decoded = await (this.#mayOverlap() ? this.#overlapped() : this.#inTurn());
+      if (!decoded) this.#notices.release();
+    } catch (error) {
+      this.#notices.release(error instanceof InstanceRefused ? error.instance : undefined);
+      throw error;
+    }
+  }
+
+  /** Both know how, the producer is not busy, and there is one prompt: of several, the first may be answered before the last is computed. */
+  #mayOverlap(): boolean {
+    const { registry, config } = this.#context;
+    const { producer, consumer } = this.#pair;
+    if (!producer.overlaps || !consumer.overlaps || this.#prompts !== 1) return false;
+    return registry.prefilling(producer) < config.overlap;
+  }
+
+  /** False where KV may be left that nobody decodes. */
+  async #inTurn(): Promise<boolean> {
+    const { out, signal } = this.#request;
+    const refusal = await this.#prefill();
+    if (refusal) {
+      answerWhole(refusal, out, this.requestId);
+      return true;
+    }
+    return await this.#passOn(
+      await this.#askConsumer(this.#headers, signal, this.#context.config.decodeIdleTimeoutMs),
+    );
+  }
+
+  /** Likewise. */
+  async #overlapped(): Promise<boolean> {
+    const { config, metrics } = this.#context;
+    const { out, signal } = this.#request;
+    metrics.overlapped.inc();
+    const prefilling = this.#prefill();
+    const headers = { ...this.#headers, [PREFILL_WITHIN_HEADER]: String(config.prefillTimeoutMs) };
+    const asking = this.#askConsumer(headers, AbortSignal.any([signal, this.#abortDecode.signal]), 0);
+    try {
+      const first = await Promise.race([settled(asking, 'consumer'), settled(prefilling, 'producer')]);
+      if (first === 'producer') {
+        const refusal = await prefilling;
+        if (!refusal) return await this.#passOn(await this.#headAfterPrefill(asking));
+        answerWhole(refusal, out, this.requestId);
+        return false;
+      }
+      const response = await asking;
+      if (response.statusCode >= 500 && !isEventStream(response)) {
+        const answer = await this.#decodeError(response);
+        answerWhole((await prefilling) ?? answer, out, this.requestId);
+        return false;
+      }
+      if (response.statusCode >= 400) this.#abortPrefill.abort(decided());
+      const decoded = await this.#passOn(response);
+      if (decoded) await this.#logLatePrefill(prefilling);
+      return decoded;
+    } finally {
+      this.#abortPrefill.abort(decided());
+      this.#abortDecode.abort(decided());
+    }
+  }
+
+  /**
+   * Resolves once the producer is done; with its answer where that is an error, which is the client's then. Throws InstanceRefused,
+   * UPSTREAM_FAILED, UPSTREAM_TIMEOUT or why it was aborted.
+   */
+  async #prefill(): Promise<WholeAnswer | undefined> {
+    const { upstream, registry, metrics, config } = this.#context;
+    const { route, json } = this.#request;
+    const { producer } = this.#pair;
+    const what = `prefill of ${route}`;
+    const startedMs = performance.now();
+    const signal = AbortSignal.any([this.#request.signal, this.#abortPrefill.signal]);
+    const late = () => timeoutError(producer, what, config.prefillTimeoutMs, PREFILL_TIMEOUT);
+    const timer = setTimeout(() => this.#abortPrefill.abort(late()), config.prefillTimeoutMs);
+    const leave = registry.enterPrefill(producer);
+    try {
+      const response = await upstream.ask({
+        instance: producer,
+        path: route,
+        what,
+        headers: this.#headers,
+        body: JSON.stringify(prefillCopy(json)),
+        // The timer above runs to the end of the body.
+        headersTimeoutMs: 0,
+        timeoutName: PREFILL_TIMEOUT,
+        signal,
+      });
+      const ok = response.statusCode >= 200 && response.statusCode < 300;
+      const answer = await readWhole(response, ok ? 0 : MAX_ERROR_BODY).catch((error: unknown) => {
+        if (signal.aborted) throw signal.reason;
+        throw new InstanceRefused(producer, what, `its answer broke off: ${reasonOf(error)}`, error);
+      });
+      if (!ok) return refuseIfDraining(answer, producer, what);
+      metrics.prefillSeconds.observe((performance.now() - startedMs) / 1_000);
+      this.#reportKvFailure(response, what);
+      return undefined;
+    } finally {
+      clearTimeout(timer);
+      leave();
+    }
+  }
+
+  /** The producer has computed the prompt, but may say that its KV could not be sent: then the consumer is not to wait for it. */
+  #reportKvFailure({ headers }: UpstreamResponse, what: string): void {
+    const failure = readKvFailed(headers[KV_FAILED_HEADER]);
+    if (!failure) return;
+    const { requestId } = this;
+    const text = `${what}: its KV could not be sent: ${failure.message}`;
+    this.#context.log.warn({ requestId, code: failure.code }, text);
+    this.#notices.failed(failure);
+  }
+
+  get #decodeWhat(): string {
+    return `decode of ${this.#request.route}`;
+  }
+
+  #decodeTimeout(): PdError {
+    const { decodeIdleTimeoutMs } = this.#context.config;
+    return timeoutError(this.#pair.consumer, this.#decodeWhat, decodeIdleTimeoutMs, DECODE_TIMEOUT);
+  }
+
+  /** Resolves with the head of the answer, which comes within `headersTimeoutMs` (0: whoever aborts `signal` watches). */
+  #askConsumer(
+    headers: Readonly<Record<string, string>>,
+    signal: AbortSignal,
+    headersTimeoutMs: number,
+  ): Promise<UpstreamResponse> {
+    return this.#context.upstream.ask({
+      instance: this.#pair.consumer,
+      path: this.#request.route,
+      what: this.#decodeWhat,
+      headers,
+      body: this.#request.body,
+      headersTimeoutMs,
+      timeoutName: DECODE_TIMEOUT,
+      signal,
+    });
+  }
+
+  /** The head of the consumer's answer where the producer has answered first: the time for decode begins now. */
+  async #headAfterPrefill(asking: Promise<UpstreamResponse>): Promise<UpstreamResponse> {
+    let pauseMs = NOTICE_MS;
+    const tell = () => {
+      this.#notices.prefilled();
+      pauseMs *= 2;
+      notice = setTimeout(tell, pauseMs);
+    };
+    let notice = setTimeout(tell, pauseMs);
+    const late = setTimeout(
+      () => this.#abortDecode.abort(this.#decodeTimeout()),
+      this.#context.config.decodeIdleTimeoutMs,
+    );
+    try {
+      return await asking;
+    } finally {
+      clearTimeout(notice);
+      clearTimeout(late);
+    }
+  }
+
+  /** False where the consumer answered with an error. Throws InstanceRefused, with nothing passed on, where it is stopping. */
+  async #passOn(response: UpstreamResponse): Promise<boolean> {
+    const { metrics, config } = this.#context;
+    const { out, signal, arrivedMs } = this.#request;
+    if (response.statusCode === 503 && !isEventStream(response)) {
+      answerWhole(await this.#decodeError(response), out, this.requestId);
+      return false;
+    }
+    await relay(response, out, {
+      instance: this.#pair.consumer,
+      what: this.#decodeWhat,
+      requestId: this.requestId,
+      idleMs: config.decodeIdleTimeoutMs,
+      timeoutName: DECODE_TIMEOUT,
+      signal,
+      onFirstEvent: () => metrics.firstEventSeconds.observe((performance.now() - arrivedMs) / 1_000),
+    });
+    return response.statusCode < 400;
+  }
+
+  /** The consumer's whole error answer. Throws InstanceRefused where it is stopping. */
+  async #decodeError(response: UpstreamResponse): Promise<WholeAnswer> {
+    const { consumer } = this.#pair;
+    const { decodeIdleTimeoutMs } = this.#context.config;
+    const timer = setTimeout(() => response.body.destroy(this.#decodeTimeout()), decodeIdleTimeoutMs);
+    const answer = await readWhole(response, MAX_ERROR_BODY)
+      .catch((error: unknown) => {
+        throw PdError.from(error, 'UPSTREAM_FAILED', { peer: consumer.httpAddress });
+      })
+      .finally(() => clearTimeout(timer));
+    return refuseIfDraining(answer, consumer, this.#decodeWhat);
+  }
+
+  /** The client has its answer, so what becomes of the producer's is only logged. */
+  async #logLatePrefill(prefilling: Promise<WholeAnswer | undefined>): Promise<void> {
+    const late = () =>
+      new PdError('UPSTREAM_TIMEOUT', `nothing within ${GRACE_MS} ms of the consumer's answer`);
+    const timer = setTimeout(() => this.#abortPrefill.abort(late()), GRACE_MS);
+    try {
+      if (await prefilling) throw new PdError('UPSTREAM_FAILED', 'the producer answered with an error');
+    } catch (error) {
+      const { code, message } = PdError.from(error);
+      const text = `prefill of ${this.#request.route}, after its decode: ${message}`;
+      this.#context.log.info({ requestId: this.requestId, code }, text);
+    } finally {
+      clearTimeout(timer);
+    }
+  }
+}
+
+/** Resolves with `name` however the promise ends, which is thereby handled: nobody need await it. */
+function settled<N extends string>(promise: Promise<unknown>, name: N): Promise<N> {
+  return promise.then(
+    () => name,
+    () => name,
+  );
+}
+
+function decided(): PdError {
+  return new PdError('REQUEST_ABORTED', 'the other instance of the pair has decided the request');
+}
+
+function refuseIfDraining(answer: WholeAnswer, instance: Instance, what: string): WholeAnswer {
+  if (isDraining(answer)) throw new InstanceRefused(instance, what, 'it is stopping');
+  return answer;
+}
+
+/** Only the answer needs them, and servers reject some of them with `max_tokens` 1 or without streaming. */
+const DROPPED = [
+  'min_tokens',
+  'logprobs',
+  'top_logprobs',
+  'prompt_logprobs',
+  'return_token_ids',
+  'return_tokens_as_token_ids',
+  'stream_options',
+] as const;
+
+/** Set only where present: their defaults are these values, and a server may reject a field it does not know. */
+const REPLACED = { max_completion_tokens: 1, stream: false, n: 1, best_of: 1, echo: false } as const;
+
+/** The request that the producer gets: the same prompt, one token, nothing that only the answer needs. Leaves `body` as it is. */
+export function prefillCopy(body: JsonObject): JsonObject {
+  const copy: Record<string, unknown> = { ...body, max_tokens: 1 };
+  for (const field of DROPPED) delete copy[field];
+  for (const [field, value] of Object.entries(REPLACED)) if (field in copy) copy[field] = value;
+  return copy;
+}
+
+function countPrompts(prompt: unknown): number {
+  const many = Array.isArray(prompt) && typeof prompt[0] !== 'number';
+  return many ? Math.max(1, prompt.length) : 1;
+}
+
+/** What both instances get of the client's headers: who asks, and which trace it belongs to. */
+function requestHeaders(incoming: IncomingHttpHeaders, requestId: string): Record<string, string> {
+  const headers: Record<string, string> = { 'content-type': 'application/json', 'x-request-id': requestId };
+  for (const name of ['authorization', 'traceparent', 'tracestate', 'user-agent']) {
+    const value = incoming[name];
+    if (typeof value === 'string') headers[name] = value;
+  }
+  return headers;
+}

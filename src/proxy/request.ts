@@ -1,0 +1,133 @@
+/**
+ * A client's request from its arrival to its answer: it goes to a pair, and once more to another where an instance does not take it. What
+ * happens with one pair is in attempt.ts.
+ */
+import type { IncomingHttpHeaders, ServerResponse } from 'node:http';
+import { PdError } from '../errors.ts';
+import { Attempt, type JsonObject, type ProxyContext } from './attempt.ts';
+import { type InstanceRegistry, instanceLabel, type Missing, type Pair } from './registry.ts';
+import { answerError } from './relay.ts';
+import { InstanceRefused } from './upstream.ts';
+
+/** A request as it came. */
+export interface ReceivedRequest {
+  readonly route: string;
+  readonly headers: IncomingHttpHeaders;
+  readonly body: Buffer;
+  readonly out: ServerResponse;
+}
+
+/** How long other instances are preferred to one that refused a connection. */
+const QUARANTINE_MS = 3_000;
+/** nginx's number for a client that went away; only in logs and metrics. */
+const CLIENT_GONE = 499;
+
+export class ProxiedRequest {
+  readonly #context: ProxyContext;
+  readonly #received: ReceivedRequest;
+  readonly #arrivedMs = performance.now();
+  /** Ends whatever is under way: the client has gone, or the proxy stops. */
+  readonly #abort = new AbortController();
+  #clientGone = false;
+  /** Of the last attempt. */
+  #requestId: string | undefined;
+
+  constructor(context: ProxyContext, received: ReceivedRequest) {
+    this.#context = context;
+    this.#received = received;
+  }
+
+  /** Answers in every case; never rejects. `stop` is aborted when the proxy stops. To be called once. */
+  async answer(stop: AbortSignal): Promise<void> {
+    const { metrics } = this.#context;
+    const { route, body, out } = this.#received;
+    const onStop = () => this.#abort.abort(stop.reason);
+    stop.addEventListener('abort', onStop, { once: true });
+    out.once('close', () => {
+      if (out.writableFinished) return;
+      this.#clientGone = true;
+      this.#abort.abort(new PdError('REQUEST_ABORTED', `${route}: the client went away`));
+    });
+    metrics.inFlight.inc();
+    try {
+      await this.#throughPairs(parseBody(body));
+    } catch (cause) {
+      this.#fail(PdError.from(cause));
+    } finally {
+      stop.removeEventListener('abort', onStop);
+      metrics.inFlight.dec();
+      metrics.requests.inc({ route, status: this.#clientGone ? CLIENT_GONE : out.statusCode });
+    }
+  }
+
+  async #throughPairs(json: JsonObject): Promise<void> {
+    const { registry, metrics, log } = this.#context;
+    const count = this.#context.nextCount();
+    const request = { ...this.#received, json, arrivedMs: this.#arrivedMs, signal: this.#abort.signal };
+    const exclude = new Set<string>();
+    let refused: InstanceRefused | undefined;
+    for (;;) {
+      const pair = choosePair(registry, json, exclude);
+      if (typeof pair === 'string') throw refused ?? noPair(pair, registry);
+      const attempt = new Attempt(this.#context, request, pair);
+      const { requestId } = attempt;
+      this.#requestId = requestId;
+      log.info(
+        { requestId },
+        `handle_request count: ${count}, ${instanceLabel(pair.producer)} 👉 ${instanceLabel(pair.consumer)}`,
+      );
+      try {
+        return await attempt.run();
+      } catch (error) {
+        if (!(error instanceof InstanceRefused)) throw error;
+        registry.quarantine(error.instance.httpAddress, QUARANTINE_MS);
+        if (refused) throw error;
+        refused = error;
+        exclude.add(error.instance.httpAddress);
+        metrics.replaced.inc();
+        log.warn({ requestId }, `${error.message}; trying another pair`);
+      }
+    }
+  }
+
+  #fail(error: PdError): void {
+    const level = this.#clientGone || error.status < 500 ? 'info' : 'warn';
+    const { route, out } = this.#received;
+    this.#context.log[level]({ requestId: this.#requestId, code: error.code }, `${route}: ${error.message}`);
+    answerError(out, error, this.#requestId);
+  }
+}
+
+/** `exclude`: HTTP addresses of instances that did not take the request. */
+function choosePair(
+  registry: InstanceRegistry,
+  { model }: JsonObject,
+  exclude: ReadonlySet<string>,
+): Pair | Missing {
+  return registry.pair({ model: typeof model === 'string' ? model : undefined, exclude });
+}
+
+function parseBody(body: Buffer): JsonObject {
+  let json: unknown;
+  try {
+    json = JSON.parse(body.toString('utf8'));
+  } catch (error) {
+    throw new PdError('REQUEST_INVALID', `the body is not JSON: ${(error as Error).message}`);
+  }
+  if (typeof json !== 'object' || json === null || Array.isArray(json)) {
+    throw new PdError('REQUEST_INVALID', 'the body must be a JSON object');
+  }
+  return json as JsonObject;
+}
+
+function noPair(missing: Missing, registry: InstanceRegistry): PdError {
+  const counts = `known now: ${registry.list('producer').length} producers, ${registry.list('consumer').length} consumers`;
+  if (missing === 'match') {
+    return new PdError(
+      'NO_INSTANCE',
+      `no producer fits a consumer: their fingerprints, model names or send types differ (${counts}); GET /health lists them`,
+    );
+  }
+  const phase = missing === 'producer' ? 'prefill' : 'decode';
+  return new PdError('NO_INSTANCE', `no ${missing} (${phase} instance) pings this proxy (${counts})`);
+}
