@@ -5,6 +5,7 @@
  */
 import { PdError } from '../errors.ts';
 import type { TransferId } from '../wire/ids.ts';
+import { contradicts } from './memories.ts';
 import type { StoreEntry } from './store.ts';
 
 export interface Claimant {
@@ -18,6 +19,8 @@ export interface Claimant {
   take(entry: StoreEntry): void;
   /** A tensor of its request has come that nobody takes: its layer may be none of this end's. */
   stray?(entry: StoreEntry): void;
+  /** KV of another prompt has come under its id, and has been dropped. */
+  otherPrompt?(entry: StoreEntry): void;
   /** The KV will not come. */
   fail(reason: PdError): void;
 }
@@ -28,9 +31,15 @@ export type CollisionHandler = (transferId: TransferId, sources: readonly string
 interface Claim {
   readonly transferId: TransferId;
   readonly claimants: Set<Claimant>;
-  /** The id under which the sender knows the request; kept until the request is finished. */
+  /** The id under which the sender knows the request; kept until the request is finished, as what follows. */
   source: string | undefined;
+  promptDigest: string | undefined;
+  /** All of its KV has come: nothing of it can come late. */
+  complete: boolean;
 }
+
+/** What is known of a request when it is over. */
+export type Finished = Readonly<Pick<Claim, 'promptDigest' | 'complete'>>;
 
 /** Requests that a caller never finishes must not make the book grow for ever. */
 const MOST = 65_536;
@@ -47,6 +56,7 @@ export class ClaimBook {
   register(claimant: Claimant, entries: readonly StoreEntry[]): void {
     const claim = this.#open(claimant.transferId);
     claim.claimants.add(claimant);
+    claim.promptDigest ??= claimant.promptDigest;
     if (claim.source === undefined) {
       const sources = [...new Set(entries.map(({ requestId }) => requestId))];
       const exact = sources.find((source) => source === claim.transferId);
@@ -73,9 +83,16 @@ export class ClaimBook {
     return this.#meant(entry).some((claim) => this.#arrivedFor(claim, entry));
   }
 
-  /** It has come for a claimant that waits for KV of another prompt. */
-  contradicted(entry: StoreEntry): boolean {
-    return this.#meant(entry).some((claim) => [...claim.claimants].some((one) => contradicts(one, entry)));
+  /** Claimants that wait for KV of another prompt than what has come under their id. */
+  contradicted(entry: StoreEntry): Claimant[] {
+    return this.#meant(entry).flatMap(({ claimants }) =>
+      [...claimants].filter((one) => contradicts(one, entry)),
+    );
+  }
+
+  complete(transferId: TransferId): void {
+    const claim = this.#claims.get(transferId);
+    if (claim) claim.complete = true;
   }
 
   /** Claimants that a tensor may concern. */
@@ -90,12 +107,19 @@ export class ClaimBook {
     return (this.#claims.get(transferId)?.claimants.size ?? 0) > 0;
   }
 
-  /** The request is over: what it has been sent as is forgotten. */
-  finish(transferId: TransferId): void {
+  /** The request is over, and what was known of it is forgotten. */
+  finish(transferId: TransferId): Finished {
     const claim = this.#claims.get(transferId);
-    if (!claim) return;
-    claim.source = undefined;
-    if (claim.claimants.size === 0) this.#claims.delete(transferId);
+    if (!claim) return { promptDigest: undefined, complete: false };
+    const { promptDigest, complete } = claim;
+    this.#claims.delete(transferId);
+    if (claim.claimants.size > 0) {
+      const [one] = claim.claimants;
+      const next = this.#open(transferId);
+      for (const claimant of claim.claimants) next.claimants.add(claimant);
+      next.promptDigest = one?.promptDigest;
+    }
+    return { promptDigest, complete };
   }
 
   /** Every claimant. */
@@ -106,7 +130,13 @@ export class ClaimBook {
   #open(transferId: TransferId): Claim {
     const known = this.#claims.get(transferId);
     if (known) return known;
-    const claim: Claim = { transferId, claimants: new Set(), source: undefined };
+    const claim: Claim = {
+      transferId,
+      claimants: new Set(),
+      source: undefined,
+      promptDigest: undefined,
+      complete: false,
+    };
     this.#claims.set(transferId, claim);
     if (this.#claims.size > MOST) {
       for (const [id, { claimants }] of this.#claims) {
@@ -156,12 +186,4 @@ export class ClaimBook {
     for (const claimant of [...claimants])
       claimant.fail(new PdError('KV_LOAD_FAILED', message, { transferId }));
   }
-}
-
-/** Both know of which prompt they are, and it is not the same one. */
-export function contradicts(
-  a: { readonly promptDigest?: string | undefined },
-  b: { readonly promptDigest?: string | undefined },
-): boolean {
-  return a.promptDigest !== undefined && b.promptDigest !== undefined && a.promptDigest !== b.promptDigest;
 }

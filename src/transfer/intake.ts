@@ -8,9 +8,9 @@ import type { Pair } from '../transport/transport.ts';
 import { tensorBytes } from '../wire/dtype.ts';
 import { splitTensorId, type TensorId, type TransferId, withoutSuffix } from '../wire/ids.ts';
 import type { PutMessage, PutsMessage, TensorForm } from '../wire/messages.ts';
-import { type Claimant, ClaimBook, contradicts } from './claims.ts';
+import { type Claimant, ClaimBook } from './claims.ts';
 import { logTensor, type TransferContext, tensorFields } from './context.ts';
-import { FinishedRequests, LostRequests } from './memories.ts';
+import { contradicts, FinishedRequests, LostRequests } from './memories.ts';
 import { type Held, ReceiveStore, type StoreEntry, type TensorInfo } from './store.ts';
 
 export class Intake {
@@ -106,11 +106,11 @@ export class Intake {
     const { transferId } = claimant;
     this.expect(transferId);
     const here = this.store.find(transferId).filter((entry) => {
-      if (entry.state === 'ready' && contradicts(claimant, entry)) this.#dropOther(entry);
+      if (entry.state === 'ready' && contradicts(claimant, entry)) this.#dropOther(entry, [claimant]);
       return (entry.state === 'ready' || entry.state === 'receiving') && !contradicts(claimant, entry);
     });
     this.claims.register(claimant, here);
-    const lost = this.lostReason(transferId);
+    const lost = this.lostReason(claimant);
     if (lost) claimant.fail(lost);
   }
 
@@ -120,8 +120,13 @@ export class Intake {
   }
 
   /** Why KV of this request will not come, where that is known. */
-  lostReason(transferId: TransferId): PdError | undefined {
-    return this.#lost.get(transferId);
+  lostReason(claimant: Pick<Claimant, 'transferId' | 'promptDigest'>): PdError | undefined {
+    return this.#lost.get(claimant.transferId, claimant);
+  }
+
+  /** All KV of a load has come. */
+  complete(transferId: TransferId): void {
+    this.claims.complete(transferId);
   }
 
   /** A pair that brought tensors of `peer` died: what is not complete will not be. */
@@ -141,10 +146,11 @@ export class Intake {
 
   finish(id: TransferId): void {
     const { log, deadlines } = this.#context;
-    this.claims.finish(id);
+    const { promptDigest, complete } = this.claims.finish(id);
     const { freed, dropped } = this.store.finish(id);
     this.#lost.delete(id);
-    this.#finished.add(id, deadlines.now());
+    // Where all has come, what comes under the id from now on is a later request's.
+    if (!complete) this.#finished.add(id, { promptDigest }, deadlines.now());
     log.debug({ transferId: id, freed, dropped }, 'request finished');
     this.#armSweep();
   }
@@ -195,7 +201,7 @@ export class Intake {
     if (known?.state === 'ready' && contradicts(known, tensor)) {
       // The id has been given to another prompt, and nobody has come for the KV of the one before.
       for (const entry of this.store.find(known.requestId)) {
-        if (entry.state === 'ready' && contradicts(entry, tensor)) this.#dropOther(entry);
+        if (entry.state === 'ready' && contradicts(entry, tensor)) this.#dropOther(entry, []);
       }
       return false;
     }
@@ -219,14 +225,16 @@ export class Intake {
       return;
     }
     logTensor(this.#context, 'received', entry, entry.peer);
-    if (this.claims.contradicted(entry)) this.#dropOther(entry);
+    const contradicted = this.claims.contradicted(entry);
+    if (contradicted.length > 0) this.#dropOther(entry, contradicted);
     else if (!this.claims.arrived(entry)) this.#warnOfSuffix(entry);
   }
 
-  /** KV of another prompt than the one that its id stands for now. */
-  #dropOther(entry: StoreEntry): void {
+  /** KV of another prompt than the one that its id stands for now, and who waits for that. */
+  #dropOther(entry: StoreEntry, waiting: readonly Claimant[]): void {
     const { metrics, limited, log } = this.#context;
     const { tensorId, peer } = entry;
+    for (const claimant of waiting) claimant.otherPrompt?.(entry);
     this.store.release(entry);
     metrics.inc('pd_kv_late_dropped_total', 1);
     limited.log(`other prompt ${entry.requestId}`, (suppressed) =>
@@ -255,7 +263,7 @@ export class Intake {
   }
 
   /** It will not come: whoever waits for it knows now, and who comes later too. */
-  #lose(tensor: Pick<StoreEntry, 'requestId' | 'standsFor'>, reason: PdError): void {
+  #lose(tensor: Names, reason: PdError): void {
     if (this.#finished.has(tensor)) return;
     this.#lost.add(tensor, reason, this.#context.deadlines.now());
     this.#armSweep();
@@ -302,15 +310,18 @@ function tensorOf(put: TensorForm & { readonly tensor_id: TensorId }, peer: stri
   };
 }
 
-function namesOf({ tensorId, standsFor: meant }: TensorInfo): Pick<StoreEntry, 'requestId' | 'standsFor'> {
-  return { requestId: splitTensorId(tensorId).requestId, standsFor: meant };
+type Names = Pick<StoreEntry, 'requestId' | 'standsFor' | 'promptDigest'>;
+
+function namesOf({ tensorId, standsFor: meant, promptDigest }: TensorInfo): Names {
+  return { requestId: splitTensorId(tensorId).requestId, standsFor: meant, promptDigest };
 }
 
 /** For a request that is given the id of one that is over, and whose KV was taken for that one's. */
 function overError({ tensorId, peer }: TensorInfo): PdError {
   return new PdError(
     'KV_LOAD_FAILED',
-    `${tensorId} from ${peer} came when the request of that id was over, and was dropped: an id can be used again only after --kv-orphan-timeout`,
+    `${tensorId} from ${peer} came when a request of that id and prompt was over before its KV had come, and was dropped: ` +
+      'the same prompt can have the same id again only after --kv-orphan-timeout',
     { tensorId, peer },
   );
 }

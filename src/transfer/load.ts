@@ -8,10 +8,11 @@ import { wireShape } from '../kv/layout.ts';
 import { type CopyPlan, planCopy } from '../kv/reblock.ts';
 import { formatHostPort } from '../net/address.ts';
 import { type TensorId, type TransferId, tensorIdOf } from '../wire/ids.ts';
-import { type Claimant, contradicts } from './claims.ts';
+import type { Claimant } from './claims.ts';
 import { logTensor, type TransferContext } from './context.ts';
 import type { Intake } from './intake.ts';
 import type { Evidence } from './late-load.ts';
+import { contradicts } from './memories.ts';
 import { passed } from './staging.ts';
 import type { StoreEntry } from './store.ts';
 import type { LoadRequest, LoadResult } from './types.ts';
@@ -36,6 +37,7 @@ export class Load implements Claimant {
   readonly #settle: { resolve(result: LoadResult): void; reject(error: PdError): void };
   #taken: Taken[] = [];
   #atPeer: readonly string[] = [];
+  #otherPrompt: TensorId | undefined;
   #writes = 0;
   #bytes = 0;
   #failure: PdError | undefined;
@@ -134,6 +136,17 @@ export class Load implements Claimant {
     return [...this.#intake.store.nearMisses(this.transferId), ...there];
   }
 
+  otherPrompt({ tensorId }: StoreEntry): void {
+    this.#otherPrompt ??= tensorId;
+  }
+
+  /** What it has been waiting beside, for messages. */
+  get #instead(): string {
+    const held = heldInstead(this.#intake.store.nearMisses(this.transferId), this.#atPeer, this.peer);
+    if (this.#otherPrompt === undefined) return held;
+    return `${this.#otherPrompt} came and was dropped, being KV of another prompt: two requests were given one id; ${held}`;
+  }
+
   /** A layer that this end does not have: the other runs another model. Twice the same layer is told elsewhere. */
   stray({ tensorId, layerName, peer, shape, dtype }: StoreEntry): void {
     const { layers } = this.request;
@@ -174,7 +187,7 @@ export class Load implements Claimant {
         'KV_LOAD_TIMEOUT',
         `KV of ${this.requestId} from ${this.peer} did not come within ${timeoutMs} ms: waited for ` +
           `${this.tensorId(first)}, ${total - this.#missing.size} of ${total} layers are here; ` +
-          `${heldInstead(this.#intake.store.nearMisses(this.transferId), this.#atPeer, this.peer)}; ${words}`,
+          `${this.#instead}; ${words}`,
         { requestId: this.requestId, transferId: this.transferId, peer: this.peer, ...context },
         { cause },
       ),

@@ -10,6 +10,7 @@ import { GetAnnouncement } from './get.ts';
 import type { Intake } from './intake.ts';
 import { evidenceOf, type PairsOfPeer, warnLate } from './late-load.ts';
 import { heldInstead, Load } from './load.ts';
+import { contradicts } from './memories.ts';
 import type { OutgoingPeer } from './peer.ts';
 import { PeerWatch } from './peer-watch.ts';
 import type { Held, StoreEntry } from './store.ts';
@@ -42,6 +43,8 @@ interface Asking {
   /** False once nobody wants it any more. */
   wanted(): boolean;
   arrived(entry: StoreEntry): void;
+  /** KV of another prompt than this one's is dropped, and asked for again: the right one may come under the same id. */
+  readonly otherThan?: Load;
   failed(error: PdError): void;
   /** What the producer has of the same request under another id. */
   near(tensorIds: readonly string[]): void;
@@ -103,7 +106,7 @@ export class Loads {
       this.#intake.claim(load);
     } else {
       this.#intake.expect(transferId);
-      const lost = this.#intake.lostReason(transferId);
+      const lost = this.#intake.lostReason(load);
       if (lost) load.fail(lost);
       else this.#askLayers(load);
     }
@@ -114,6 +117,7 @@ export class Loads {
         throw error;
       })
       .then((result) => {
+        this.#intake.complete(transferId);
         failures.wentWell('load', peer);
         metrics.observe('pd_transfer_seconds', result.milliseconds / 1_000);
         log.debug({ requestId, transferId, peer, bytes: result.bytes }, `loaded ${requestId}`);
@@ -267,6 +271,7 @@ export class Loads {
           deadlineAt: this.#loads.get(load)?.at ?? load.startedAt,
           wanted: () => load.wants(name),
           arrived: (entry) => load.take(entry),
+          otherThan: load,
           failed: (error) => load.fail(error),
           near: (tensorIds) => load.seenAtPeer(tensorIds),
         },
@@ -293,6 +298,11 @@ export class Loads {
     const askedAt = deadlines.now();
     const asked = load ? (this.#asked.get(load) ?? new Set()) : undefined;
     if (load && asked) this.#asked.set(load, asked);
+    const again = (ms: number) => {
+      const passedMs = deadlines.now() - askedAt;
+      const held = passedMs >= options.timeouts.answer * HELD_SHARE;
+      deadlines.after(held ? 0 : pauseMs, () => this.#ask(asking, load ? { load } : {}, ms));
+    };
     const get: GetAnnouncement = new GetAnnouncement(this.#context, this.#intake, {
       tensorId: asking.tensorId,
       peer: asking.peer,
@@ -300,7 +310,10 @@ export class Loads {
       ...(asking.bytes === undefined ? {} : { bytes: asking.bytes }),
       arrived: (entry) => {
         asked?.delete(get);
-        asking.arrived(entry);
+        if (!asking.otherThan || !contradicts(asking.otherThan, entry)) return asking.arrived(entry);
+        asking.otherThan.otherPrompt(entry);
+        this.#intake.store.release(entry);
+        again(Math.min(pauseMs * 2, LONGEST_PAUSE_MS));
       },
       failed: (error) => {
         asked?.delete(get);
@@ -309,10 +322,7 @@ export class Loads {
       missed: (near) => {
         asked?.delete(get);
         asking.near(near);
-        const again = Math.min(pauseMs * 2, LONGEST_PAUSE_MS);
-        const passedMs = deadlines.now() - askedAt;
-        const held = passedMs >= options.timeouts.answer * HELD_SHARE;
-        deadlines.after(held ? 0 : pauseMs, () => this.#ask(asking, load ? { load } : {}, again));
+        again(Math.min(pauseMs * 2, LONGEST_PAUSE_MS));
       },
     });
     asked?.add(get);

@@ -6,6 +6,14 @@ import type { TensorId } from '../wire/ids.ts';
 interface Named {
   readonly requestId: string;
   readonly standsFor?: string | undefined;
+  readonly promptDigest?: string | undefined;
+}
+
+type Prompted = Pick<Named, 'promptDigest'>;
+
+/** Both know of which prompt they are, and it is not the same one. */
+export function contradicts(a: Prompted, b: Prompted): boolean {
+  return a.promptDigest !== undefined && b.promptDigest !== undefined && a.promptDigest !== b.promptDigest;
 }
 
 const MOST = 65_536;
@@ -42,14 +50,18 @@ class Aging<V> {
 
 /** Requests that are over: tensors of theirs that still come are received, dropped and counted. */
 export class FinishedRequests {
-  readonly #finished = new Aging<true>();
+  readonly #finished = new Aging<Prompted>();
 
-  add(id: string, now: number): void {
-    this.#finished.set(id, true, now);
+  /** `prompt`: KV of another one is a later request's of the same id, and not late. */
+  add(id: string, prompt: Prompted, now: number): void {
+    this.#finished.set(id, prompt, now);
   }
 
-  has({ requestId, standsFor }: Named): boolean {
-    return [requestId, standsFor].some((id) => id !== undefined && this.#finished.get(id));
+  has(tensor: Named): boolean {
+    return [tensor.requestId, tensor.standsFor].some((id) => {
+      const prompt = id === undefined ? undefined : this.#finished.get(id);
+      return prompt !== undefined && !contradicts(prompt, tensor);
+    });
   }
 
   /** Somebody asks for it again, so it is not over. */
@@ -94,15 +106,17 @@ export class GivenUpTensors {
 
 /** Requests of which a tensor was refused or lost: a load of one need not wait for its deadline. */
 export class LostRequests {
-  readonly #lost = new Aging<PdError>();
+  readonly #lost = new Aging<Prompted & { readonly reason: PdError }>();
 
-  add({ requestId, standsFor }: Named, reason: PdError, now: number): void {
-    this.#lost.set(requestId, reason, now);
-    if (standsFor !== undefined) this.#lost.set(standsFor, reason, now);
+  add({ requestId, standsFor, promptDigest }: Named, reason: PdError, now: number): void {
+    this.#lost.set(requestId, { reason, promptDigest }, now);
+    if (standsFor !== undefined) this.#lost.set(standsFor, { reason, promptDigest }, now);
   }
 
-  get(id: string): PdError | undefined {
-    return this.#lost.get(id);
+  /** `prompt`: what another one has lost is nothing to it. */
+  get(id: string, prompt: Prompted): PdError | undefined {
+    const lost = this.#lost.get(id);
+    return lost && !contradicts(lost, prompt) ? lost.reason : undefined;
   }
 
   delete(id: string): void {

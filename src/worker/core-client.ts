@@ -33,6 +33,8 @@ interface Pending {
   readonly queue: AsyncQueue<RequestOutput>;
   readonly open: Set<number>;
   readonly unlisten: () => void;
+  /** Once the output has come that tells of its KV. */
+  saved: Deferred<ErrorData | undefined> | undefined;
 }
 
 export interface CoreClientOptions {
@@ -54,7 +56,7 @@ export class CoreClient {
   readonly #port: CorePort;
   readonly #shutdownTimeoutMs: number;
   readonly #pending = new Map<EngineRequestId, Pending>();
-  /** Requests whose KV is not under way yet, or never will be, until somebody has asked. */
+  /** Requests whose KV the core will still tell of. */
   readonly #saves = new Map<EngineRequestId, Deferred<ErrorData | undefined>>();
   readonly #states = new Map<number, (answer: CoreState | PdError) => void>();
   #info: CoreInfo | undefined;
@@ -123,22 +125,20 @@ export class CoreClient {
       this.#abort(requestId);
       queue.fail(new PdError('REQUEST_ABORTED', `request ${requestId} was aborted`, { requestId }));
     };
-    this.#pending.set(requestId, {
+    const pending: Pending = {
       queue,
       open: new Set(Array.from({ length: n }, (_, index) => index)),
       unlisten: () => signal?.removeEventListener('abort', onAbort),
-    });
+      saved: undefined,
+    };
+    this.#pending.set(requestId, pending);
     this.#port.post({ type: 'add', request });
     if (signal?.aborted) onAbort();
     else signal?.addEventListener('abort', onAbort, { once: true });
     return {
       [Symbol.asyncIterator]: () => queue,
       abort: (index) => this.#abortIndex(requestId, index),
-      kvSaved: async () => {
-        const saved = await this.#saves.get(requestId)?.promise;
-        this.#saves.delete(requestId);
-        return saved;
-      },
+      kvSaved: async () => await pending.saved?.promise,
     };
   }
 
@@ -216,6 +216,7 @@ export class CoreClient {
         return;
       case 'kv-saved':
         this.#saves.get(message.requestId)?.resolve(message.error);
+        this.#saves.delete(message.requestId);
         return;
       case 'state':
         this.#states.get(message.seq)?.(message.state);
@@ -237,9 +238,9 @@ export class CoreClient {
     if (!pending?.open.has(output.index)) return;
     const { kvSave } = output;
     if (kvSave) {
-      const saved = deferred<ErrorData | undefined>();
-      this.#saves.set(output.requestId, saved);
-      if (kvSave.state === 'failed') saved.resolve(kvSave.error);
+      pending.saved = deferred<ErrorData | undefined>();
+      if (kvSave.state === 'failed') pending.saved.resolve(kvSave.error);
+      else this.#saves.set(output.requestId, pending.saved);
     }
     pending.queue.push(output);
     if (output.finishReason === undefined && output.error === undefined) return;
@@ -264,6 +265,7 @@ export class CoreClient {
     const pending = this.#pending.get(requestId);
     if (!pending) return;
     this.#forget(requestId, pending);
+    this.#saves.delete(requestId);
     if (!this.#over) this.#port.post({ type: 'abort', requestId });
   }
 

@@ -1,12 +1,14 @@
 /** Two engines exchange KV in all modes, in-process. */
 import { afterEach, describe, expect, it } from 'vitest';
 import { hostView } from '../../src/device/memory.ts';
+import type { TransferService } from '../../src/transfer/service.ts';
 import { SEND_TYPES } from '../../src/transfer/types.ts';
 import { type TensorId, type TransferId, transferIdOf, withoutSuffix } from '../../src/wire/ids.ts';
 import { proxiedId } from '../support/ids.ts';
 import {
   blockOf,
   count,
+  failure,
   flat,
   leftovers,
   loadRequest,
@@ -16,6 +18,8 @@ import {
   sendCache,
   until,
 } from '../support/transfer.ts';
+
+type Cache = ReturnType<typeof pagedCache>;
 
 const services = new Services();
 afterEach(() => services.dispose());
@@ -82,6 +86,75 @@ describe.each(SEND_TYPES)('%s', (sendType) => {
       for (const i of [0, 1])
         expect(blockOf(target[i]!.target, 1).equals(blockOf(source[i]!.target, 6))).toBe(true);
     }
+  });
+
+  describe('an id that is given to two prompts one after the other', () => {
+    const rome = { promptDigest: 'rome' };
+    const paris = { promptDigest: 'paris' };
+    type Ends = readonly [TransferService, TransferService];
+    const ends = async (): Promise<Ends> => [
+      await services.make({ sendType }),
+      await services.make({ sendType }),
+    ];
+    const put = ([producer, consumer]: Ends, { promptDigest }: typeof rome, source = pagedCache(2, true)) =>
+      sendCache(producer, 'a', source, [5, 6], consumer.address, promptDigest);
+    const expectSame = (target: Cache, source: Cache) => {
+      for (const i of [0, 1])
+        expect(blockOf(target[i]!.target, 1).equals(blockOf(source[i]!.target, 6))).toBe(true);
+    };
+
+    it('brings the second its own KV, once the first is over', async () => {
+      const both = await ends();
+      const [producer, consumer] = both;
+      for (const of of [rome, paris, paris]) {
+        const [source, target] = [pagedCache(2, true), pagedCache(2, false)];
+        const sent = put(both, of, source);
+        const request = loadRequest('a', target, [0, 1], producer.address);
+        await consumer.load({ ...request, ...of });
+        await Promise.all(sent.map((one) => one.sent));
+        expectSame(target, source);
+        consumer.finish(request.transferId);
+        producer.finish(request.transferId);
+      }
+    });
+
+    it('brings it also where KV of the first came, and nobody for that', async () => {
+      const both = await ends();
+      const [producer, consumer] = both;
+      const [source, target] = [pagedCache(2, true), pagedCache(2, false)];
+      await Promise.all(put(both, rome).map((one) => one.sent));
+      const request = loadRequest('a', target, [0, 1], producer.address);
+      const loaded = consumer.load({ ...request, ...paris });
+      put(both, paris, source);
+      await loaded;
+      expectSame(target, source);
+    });
+
+    it('brings it also where the first was given up, and its KV comes late', async () => {
+      const both = await ends();
+      const [producer, consumer] = both;
+      const [source, target] = [pagedCache(2, true), pagedCache(2, false)];
+      const request = loadRequest('a', target, [0, 1], producer.address);
+      const first = consumer.load({ ...request, ...rome });
+      consumer.cancelLoad('a');
+      expect((await failure(first)).code).toBe('REQUEST_ABORTED');
+      consumer.finish(request.transferId);
+      await Promise.all(put(both, rome).map((one) => one.sent));
+      const second = consumer.load({ ...request, ...paris });
+      put(both, paris, source);
+      await second;
+      expectSame(target, source);
+    });
+
+    it('names the conflict where only KV of the first comes', async () => {
+      const both = await ends();
+      const [producer, consumer] = both;
+      await Promise.all(put(both, rome).map((one) => one.sent));
+      const request = loadRequest('a', pagedCache(2, false), [0, 1], producer.address, { timeoutMs: 1_000 });
+      const error = await failure(consumer.load({ ...request, ...paris }));
+      expect(error).toMatchObject({ code: 'KV_LOAD_TIMEOUT' });
+      expect(error.message).toContain('came and was dropped, being KV of another prompt');
+    });
   });
 
   it('works over IPv6', async () => {

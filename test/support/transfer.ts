@@ -163,6 +163,7 @@ export function sendCache(
   cache: readonly { name: string; target: PagedLayer }[],
   blocks: readonly number[],
   peer?: HostPort,
+  promptDigest?: string,
 ): Sent[] {
   return cache.map(({ name, target }) =>
     send(service, {
@@ -170,6 +171,7 @@ export function sendCache(
       shape: [2, blocks.length, target.layout.blockSize, target.layout.heads, target.layout.headDim],
       dtype: target.layout.dtype,
       source: { kind: 'blocks', layer: target, blockIds: Int32Array.from(blocks) },
+      ...(promptDigest !== undefined && { promptDigest }),
       ...(peer && { peer }),
     }),
   );

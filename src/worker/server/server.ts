@@ -2,6 +2,7 @@
 import fastify, { type FastifyError, type FastifyInstance } from 'fastify';
 import { PdError } from '../../errors.ts';
 import { isLoopback } from '../../net/address.ts';
+import { RateLimitedLog } from '../../observability/log.ts';
 import { createRegistry } from '../../observability/registry.ts';
 import { openAiError } from '../../openai-error.ts';
 import { postChatCompletions } from './chat.ts';
@@ -28,10 +29,16 @@ export function createServer(context: ServerContext): FastifyInstance {
   });
   const registry = createRegistry(context.pages, { model_name: config.servedModelNames[0] ?? '' });
   const created = Math.floor(Date.now() / 1_000);
+  const limited = new RateLimitedLog();
 
   server.setErrorHandler((cause: FastifyError | PdError, request, reply) => {
     const { status, error } = asHttpError(cause);
-    if (status >= 500) log.error({ code: error.code, url: request.url, err: error }, error.message);
+    // A flood of what is refused for want of time must not flood the log too.
+    if (status === 503)
+      limited.log(error.code, (suppressed) =>
+        log.warn({ code: error.code, url: request.url, suppressed }, error.message),
+      );
+    else if (status >= 500) log.error({ code: error.code, url: request.url, err: error }, error.message);
     else log.debug({ code: error.code, url: request.url }, error.message);
     return reply.status(status).send(openAiError(error));
   });

@@ -122,10 +122,17 @@ describe('a claimant', () => {
 
   it('is told of KV of another prompt under its id', () => {
     const claims = book();
-    claims.register(new Waiter('a-0', ['l0'], 'rome'), []);
-    expect(claims.contradicted(ours('a-0#l0', 'paris'))).toBe(true);
-    expect(claims.contradicted(ours('a-0#l0', 'rome'))).toBe(false);
-    expect(claims.contradicted(theirs('a-0#l0'))).toBe(false);
+    const waiter = new Waiter('a-0', ['l0'], 'rome');
+    claims.register(waiter, []);
+    expect(claims.contradicted(ours('a-0#l0', 'paris'))).toEqual([waiter]);
+    expect(claims.contradicted(ours('a-0#l0', 'rome'))).toEqual([]);
+    expect(claims.contradicted(theirs('a-0#l0'))).toEqual([]);
+    claims.complete(transferIdOf('a-0'));
+    expect(claims.finish(transferIdOf('a-0'))).toEqual({ promptDigest: 'rome', complete: true });
+    expect(claims.finish(transferIdOf('a-0'))).toEqual({ promptDigest: 'rome', complete: false });
+    claims.unregister(waiter);
+    claims.finish(transferIdOf('a-0'));
+    expect(claims.finish(transferIdOf('a-0'))).toEqual({ promptDigest: undefined, complete: false });
   });
 });
 

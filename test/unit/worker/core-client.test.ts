@@ -66,6 +66,31 @@ describe('CoreClient', () => {
     expect(client.pending).toBe(0);
   });
 
+  it('tells of KV that is not under way what the core says, and nothing of an earlier request of that id', async () => {
+    const [opening, error] = [
+      { state: 'opening' },
+      { code: 'PEER_UNREACHABLE', message: 'x', context: {} },
+    ] as const;
+    const core = new FakeCore((r, emit) => {
+      const last = r.sampling.maxTokens === 1;
+      emit({ index: 0, tokens: [1], kvSave: opening, ...(last && { finishReason: 'length' }) });
+    });
+    const client = await core.connect();
+    for await (const _ of client.generate(request('a'))) break; // left before its KV is known to be lost
+    core.emit({ type: 'kv-saved', requestId: engineRequestId('a'), error });
+    const one = { ...request('a'), sampling: { ...request('a').sampling, maxTokens: 1 } };
+    for (const told of [undefined, error]) {
+      const generation = client.generate(one);
+      await collect(generation);
+      core.emit({ type: 'kv-saved', requestId: engineRequestId('a'), ...(told && { error: told }) });
+      expect(await generation.kvSaved()).toEqual(told);
+    }
+    const waiting = client.generate(one);
+    await collect(waiting);
+    core.emit({ type: 'fatal', error: { ...error, code: 'CUDA_ERROR' } });
+    expect(await waiting.kvSaved()).toMatchObject({ code: 'CUDA_ERROR' });
+  });
+
   it('gives up one completion and drops what still comes of it', async () => {
     const core = new FakeCore(silent);
     const client = await core.connect();
