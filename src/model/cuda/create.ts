@@ -1,5 +1,4 @@
 /** Makes a CudaExecutor: weights, activations, KV cache from what memory is left, graphs. In the order in which memory is spoken for. */
-import { loadCudaGraphs } from '../../../ffi/cuda-graph.ts';
 import { Cublas } from '../../../ffi/libcublas.ts';
 import { CudaDevice } from '../../device/cuda/device.ts';
 import type { Device, DevicePointer } from '../../device/device.ts';
@@ -82,7 +81,7 @@ export async function createCudaExecutor(
     const buffers = await takeBuffers(device, options, logitRows, rows);
     const { numBlocks, layers } = takeCache(device, options);
     model.useCaches(layers.map(pointersOf));
-    const graphs = new DecodeGraphs(loadCudaGraphs(), stream.handle);
+    const graphs = new DecodeGraphs(device.runtime, stream.handle);
     undo.push(() => graphs.dispose());
     const executor = new CudaExecutor({
       device,
