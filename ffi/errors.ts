@@ -12,7 +12,7 @@ export type NativeErrorCode =
   | 'PEER_LOST'
   | 'MESSAGE_INVALID';
 
-export type NativeErrorContext = Readonly<Record<string, string | number | undefined>>;
+type NativeErrorContext = Readonly<Record<string, string | number | undefined>>;
 
 type MakeError = (
   code: NativeErrorCode,

@@ -45,7 +45,7 @@ type Argument<Declared extends string> = Declared extends `${string}*${infer Nam
         : never;
 
 /** What a kernel with these parameters is launched with, by name. */
-export type Arguments<Declared extends string> = Declared extends `${infer First},${infer Rest}`
+type Arguments<Declared extends string> = Declared extends `${infer First},${infer Rest}`
   ? Argument<Trim<First>> & Arguments<Rest>
   : Argument<Trim<Declared>>;
 
@@ -55,7 +55,7 @@ type MacroParts<Name extends string> = Name extends `${string}##${infer Part}##$
   : Name extends `${string}##${infer Part}`
     ? Part
     : never;
-export type Variant<Name extends string> = { readonly [Part in MacroParts<Name>]: string | number };
+type Variant<Name extends string> = { readonly [Part in MacroParts<Name>]: string | number };
 
 export interface KernelTarget {
   readonly driver: Libcuda;
@@ -75,7 +75,7 @@ export interface BlockShape {
 /** What a launch may take without being allowed to. */
 const SHARED_BYTES_UNASKED = 48 * 2 ** 10;
 
-export interface KernelModule<Table extends KernelTable> {
+interface KernelModule<Table extends KernelTable> {
   /** Which image was loaded, for pd-doctor and logs. */
   readonly image: string;
   /** Throws CUDA_ERROR where the image has no such kernel, or the GPU not as much shared memory. */
@@ -118,7 +118,7 @@ interface Parameter {
 }
 
 /** One kernel of a loaded image. */
-export class Kernel<Declared extends string> {
+class Kernel<Declared extends string> {
   readonly #target: KernelTarget;
   readonly #fn: CuFunctionHandle;
   readonly #parameters: readonly Parameter[];

@@ -101,7 +101,7 @@ export interface DecodeRows {
 }
 
 /** x[row] = embedding[tokens[row]]. */
-export interface EmbedArguments {
+interface EmbedArguments {
   readonly x: DevicePointer;
   readonly embedding: Matrix;
   readonly tokens: DevicePointer;
@@ -109,7 +109,7 @@ export interface EmbedArguments {
 }
 
 /** out[i] = norm(x[chosen[i]]); `chosen` undefined: the first `rows` rows. */
-export interface RmsNormArguments {
+interface RmsNormArguments {
   readonly out: DevicePointer;
   readonly x: DevicePointer;
   readonly weight: DevicePointer;
@@ -118,7 +118,7 @@ export interface RmsNormArguments {
   readonly chosen: DevicePointer | undefined;
 }
 
-export interface RopeCacheArguments {
+interface RopeCacheArguments {
   readonly qkv: DevicePointer;
   readonly bias: DevicePointer | undefined;
   readonly queryNorm: DevicePointer | undefined;
@@ -130,14 +130,14 @@ export interface RopeCacheArguments {
   readonly rows: number;
 }
 
-export interface SwigluArguments {
+interface SwigluArguments {
   readonly out: DevicePointer;
   readonly gateUp: DevicePointer;
   readonly rows: number;
   readonly inner: number;
 }
 
-export interface PrefillArguments {
+interface PrefillArguments {
   readonly out: DevicePointer;
   readonly q: DevicePointer;
   readonly cache: CachePointers;
@@ -147,7 +147,7 @@ export interface PrefillArguments {
   readonly tables: DevicePointer;
 }
 
-export interface DecodeArguments {
+interface DecodeArguments {
   readonly out: DevicePointer;
   readonly q: DevicePointer;
   readonly cache: CachePointers;
@@ -157,7 +157,7 @@ export interface DecodeArguments {
   readonly scratch: DevicePointer;
 }
 
-export interface ArgmaxArguments {
+interface ArgmaxArguments {
   readonly tokens: DevicePointer;
   readonly logits: DevicePointer;
   readonly rows: number;

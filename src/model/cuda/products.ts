@@ -9,7 +9,7 @@ import {
   type ProductMode,
 } from './kernels.ts';
 
-export interface GatedArguments {
+interface GatedArguments {
   readonly out: DevicePointer;
   readonly x: DevicePointer;
   readonly gateUp: Matrix;
