@@ -1,10 +1,10 @@
 /** cuBLAS, for products of 16-bit matrices with float32 sums. One handle per stream; every method throws CUDA_ERROR with the library's text. */
-import type { DevicePointer } from '../src/device/device.ts';
+
+import { statusError } from './errors.ts';
 import { loadLibcuda } from './libcuda.ts';
 import { loadLibrary } from './load.ts';
 import { type Bound, bind, type NativeLibrary, row } from './native.ts';
-import type { CublasHandle, CudaStreamHandle } from './pointers.ts';
-import { statusError } from './status.ts';
+import type { CublasHandle, CudaStreamHandle, DevicePointer } from './pointers.ts';
 
 const CUBLAS = {
   // cublasStatus_t cublasCreate_v2(cublasHandle_t *handle)

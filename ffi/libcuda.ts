@@ -1,8 +1,9 @@
 /** The CUDA driver: its version, modules and launches. Needs a current context: `Cudart.setDevice` makes one. */
+
+import { type CallContext, statusError } from './errors.ts';
 import { loadLibrary } from './load.ts';
 import { type Bound, bind, type NativeLibrary, row } from './native.ts';
 import type { CudaStreamHandle, CuFunctionHandle, CuModuleHandle } from './pointers.ts';
-import { type CallContext, statusError } from './status.ts';
 
 type Out = BigUint64Array | Int32Array;
 

@@ -1,11 +1,17 @@
-/** The CUDA runtime, 12 or 13: memory, streams, events. Every method throws CUDA_ERROR with the library's text unless it says otherwise. */
-import type { DevicePointer, PinnedPointer } from '../src/device/device.ts';
-import { PdError } from '../src/errors.ts';
+/** The CUDA runtime, 12 or 13: memory, streams, events, graphs. Every method throws CUDA_ERROR with the library's text unless it says otherwise. */
+
+import { type CallContext, nativeError, statusError } from './errors.ts';
 import { loadLibcuda } from './libcuda.ts';
 import { loadLibrary } from './load.ts';
 import { type Bound, bind, type NativeLibrary, row } from './native.ts';
-import type { CudaEventHandle, CudaStreamHandle } from './pointers.ts';
-import { type CallContext, statusError } from './status.ts';
+import type {
+  CudaEventHandle,
+  CudaGraphExecHandle,
+  CudaGraphHandle,
+  CudaStreamHandle,
+  DevicePointer,
+  PinnedPointer,
+} from './pointers.ts';
 
 type Out = BigUint64Array | Int32Array;
 /** Memory on either side of a copy: an address, or the bytes of a JavaScript buffer. */
@@ -90,6 +96,24 @@ const CUDART = {
   cudaEventQuery: row<[event: CudaEventHandle]>('int', ['void *']),
   // cudaError_t cudaEventDestroy(cudaEvent_t event)
   cudaEventDestroy: row<[event: CudaEventHandle]>('int', ['void *']),
+  // cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode)
+  cudaStreamBeginCapture: row<[stream: CudaStreamHandle, mode: number]>('int', ['void *', 'int']),
+  // cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *pGraph)
+  cudaStreamEndCapture: row<[stream: CudaStreamHandle, graph: Out]>('int', ['void *', 'void *']),
+  // cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *pGraphExec, cudaGraph_t graph, unsigned long long flags)
+  cudaGraphInstantiateWithFlags: row<[exec: Out, graph: CudaGraphHandle, flags: number]>('int', [
+    'void *',
+    'void *',
+    'unsigned long long',
+  ]),
+  // cudaError_t cudaGraphDestroy(cudaGraph_t graph)
+  cudaGraphDestroy: row<[graph: CudaGraphHandle]>('int', ['void *']),
+  // cudaError_t cudaGraphUpload(cudaGraphExec_t graphExec, cudaStream_t stream)
+  cudaGraphUpload: row<[exec: CudaGraphExecHandle, stream: CudaStreamHandle]>('int', ['void *', 'void *']),
+  // cudaError_t cudaGraphLaunch(cudaGraphExec_t graphExec, cudaStream_t stream)
+  cudaGraphLaunch: row<[exec: CudaGraphExecHandle, stream: CudaStreamHandle]>('int', ['void *', 'void *']),
+  // cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graphExec)
+  cudaGraphExecDestroy: row<[exec: CudaGraphExecHandle]>('int', ['void *']),
   // const char *cudaGetErrorName(cudaError_t error)
   cudaGetErrorName: row<[error: number], string | null>('const char *', ['int']),
   // const char *cudaGetErrorString(cudaError_t error)
@@ -105,6 +129,8 @@ const EVENT_DISABLE_TIMING = 2;
 const HOST_ALLOC_PORTABLE_MAPPED = 3;
 /** The runtime tells the direction from the addresses. */
 const MEMCPY_DEFAULT = 4;
+/** cudaStreamCaptureModeThreadLocal: what other threads call meanwhile (the transfer thread polls events) does not end the capture. */
+const CAPTURE_THREAD_LOCAL = 1;
 const PEER_ACCESS_ALREADY_ENABLED = 704;
 /** cudaDevP2PAttrNativeAtomicSupported: atomics cross NVLink, not PCIe. */
 const P2P_NATIVE_ATOMICS = 3;
@@ -267,6 +293,38 @@ export class Cudart {
     this.#check(this.#call.cudaEventDestroy(event), 'cudaEventDestroy');
   }
 
+  /** What `record` enqueues on `stream`, which is not run now. `record` must not wait, allocate or copy. */
+  graphCapture(stream: CudaStreamHandle, record: () => void): CudaGraphExecHandle {
+    this.#check(this.#call.cudaStreamBeginCapture(stream, CAPTURE_THREAD_LOCAL), 'cudaStreamBeginCapture');
+    try {
+      record();
+    } catch (error) {
+      // the stream must not stay in capture; the first error is the one to tell
+      if (this.#call.cudaStreamEndCapture(stream, this.#out) === SUCCESS) {
+        this.#call.cudaGraphDestroy(this.#out[0]! as CudaGraphHandle);
+      }
+      throw error;
+    }
+    this.#check(this.#call.cudaStreamEndCapture(stream, this.#out), 'cudaStreamEndCapture');
+    const graph = this.#out[0]! as CudaGraphHandle;
+    const instantiated = this.#call.cudaGraphInstantiateWithFlags(this.#out, graph, 0);
+    const destroyed = this.#call.cudaGraphDestroy(graph);
+    this.#check(instantiated, 'cudaGraphInstantiateWithFlags');
+    const exec = this.#out[0]! as CudaGraphExecHandle;
+    this.#check(destroyed, 'cudaGraphDestroy');
+    // takes its device memory now rather than at the first launch
+    this.#check(this.#call.cudaGraphUpload(exec, stream), 'cudaGraphUpload');
+    return exec;
+  }
+
+  graphLaunch(exec: CudaGraphExecHandle, stream: CudaStreamHandle): void {
+    this.#check(this.#call.cudaGraphLaunch(exec, stream), 'cudaGraphLaunch');
+  }
+
+  graphDestroy(exec: CudaGraphExecHandle): void {
+    this.#check(this.#call.cudaGraphExecDestroy(exec), 'cudaGraphExecDestroy');
+  }
+
   #query(status: number, call: string): boolean {
     if (status === NOT_READY) return false;
     this.#check(status, call, { what: 'work enqueued before' });
@@ -295,7 +353,7 @@ export function loadCudart(): Cudart {
   const driver = loadLibcuda().driverVersion();
   const major = Math.trunc(driver / 1000);
   if (major < 12) {
-    throw new PdError(
+    throw nativeError(
       'LIBRARY_TOO_OLD',
       `the NVIDIA driver runs CUDA ${major}.${Math.trunc((driver % 1000) / 10)}; CUDA 12 or later is needed: install driver 525 or later`,
       { driver },

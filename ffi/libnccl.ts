@@ -1,6 +1,6 @@
 /** NCCL 2.18 and later: non-blocking communicators of two ranks. No method here waits; `abort` and `destroy` block, see there. */
-import { PdError } from '../src/errors.ts';
-import { UNIQUE_ID_BYTES, type UniqueId } from '../src/transport/transport.ts';
+
+import { type CallContext, nativeError, statusError } from './errors.ts';
 import { loadLibrary } from './load.ts';
 import {
   allocateNative,
@@ -13,9 +13,10 @@ import {
   row,
 } from './native.ts';
 import type { CudaStreamHandle, NativePointer, NcclCommHandle } from './pointers.ts';
-import { type CallContext, statusError } from './status.ts';
 
 const UNIQUE_ID_STRUCT = 'ncclUniqueId';
+/** NCCL_UNIQUE_ID_BYTES. */
+const UNIQUE_ID_BYTES = 128;
 byteArrayStruct(UNIQUE_ID_STRUCT, UNIQUE_ID_BYTES);
 
 const NCCL = {
@@ -115,7 +116,7 @@ export class Libnccl {
     this.#check(this.#call.ncclGetVersion(this.#int), 'ncclGetVersion');
     this.version = this.#int[0]!;
     if (this.version < MINIMUM) {
-      throw new PdError(
+      throw nativeError(
         'LIBRARY_TOO_OLD',
         `${library.path} is NCCL ${formatNcclVersion(this.version)}; 2.27 or later is wanted, 2.18 the least that works`,
         { version: this.version },
@@ -133,17 +134,18 @@ export class Libnccl {
     return this.version >= CONCURRENT_SINCE;
   }
 
-  uniqueId(): UniqueId {
+  /** 128 bytes. */
+  uniqueId(): Uint8Array {
     const id = new Uint8Array(UNIQUE_ID_BYTES);
     this.#check(this.#call.ncclGetUniqueId(id), 'ncclGetUniqueId', { what: 'making an id for a new pair' });
-    return id as UniqueId;
+    return id;
   }
 
   /** Starts a non-blocking init on the current device; poll `state` until it settles. */
-  initRank(id: UniqueId, rank: 0 | 1, config: CommConfig, what: string): CommSlot {
+  initRank(id: Uint8Array, rank: 0 | 1, config: CommConfig, what: string): CommSlot {
     // koffi pads a short array with zeros without a word
     if (id.length !== UNIQUE_ID_BYTES) {
-      throw new PdError(
+      throw nativeError(
         'MESSAGE_INVALID',
         `${what}: the unique id has ${id.length} bytes, not ${UNIQUE_ID_BYTES}`,
       );
@@ -187,7 +189,7 @@ export class Libnccl {
     const operation = direction === 'send' ? this.#call.ncclSend : this.#call.ncclRecv;
     const name = direction === 'send' ? 'ncclSend' : 'ncclRecv';
     this.#check(this.#call.ncclGroupStart(), 'ncclGroupStart', { what });
-    let failed: PdError | undefined;
+    let failed: Error | undefined;
     for (const { pointer, bytes } of regions) {
       const status = operation(pointer, bytes, NCCL_UINT8, peer, comm, stream);
       if (status === SUCCESS || status === IN_PROGRESS) continue;
@@ -215,7 +217,7 @@ export class Libnccl {
     if (status !== SUCCESS) throw this.#error(status, call, context, comm);
   }
 
-  #error(status: number, call: string, context: CallContext, comm: NcclCommHandle | null): PdError {
+  #error(status: number, call: string, context: CallContext, comm: NcclCommHandle | null): Error {
     const last = this.#call.ncclGetLastError(comm)?.trim();
     const text = `${this.#call.ncclGetErrorString(status) ?? 'unknown'}${last ? ` (${last})` : ''}`;
     return statusError(status === REMOTE_ERROR ? 'PEER_LOST' : 'NCCL_ERROR', call, status, text, context);

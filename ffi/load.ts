@@ -1,6 +1,6 @@
 /** Loading a native library once per thread, with an account of what was tried. */
 import { readFileSync } from 'node:fs';
-import { PdError } from '../src/errors.ts';
+import { nativeError } from './errors.ts';
 import { candidates, explicitCandidate, LIBRARIES, type LibraryName } from './find.ts';
 import { dlopen, type NativeLibrary } from './native.ts';
 
@@ -36,7 +36,7 @@ export function loadLibrary(name: LibraryName, major?: number): NativeLibrary {
       tried.push(`${path} (${source}): ${reason}`);
     }
   }
-  throw new PdError(
+  throw nativeError(
     'LIBRARY_NOT_FOUND',
     `cannot load ${TITLES[name]}; tried ${tried.join('; ')}. To mend it: ${LIBRARIES[name].install}, or name the file in ${LIBRARIES[name].env[0]}`,
     { library: name },

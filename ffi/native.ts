@@ -1,6 +1,6 @@
 /** koffi, set up once per thread, and tables of functions bound with their TypeScript types. */
 import koffi, { type LibraryHandle, type TypeObject } from 'koffi';
-import { PdError } from '../src/errors.ts';
+import { nativeError } from './errors.ts';
 import type { NativePointer } from './pointers.ts';
 
 type TypeSpec = string | TypeObject;
@@ -75,7 +75,7 @@ export function bind<Table extends Record<string, Row<never, unknown>>>(
     try {
       functions[name] = library.handle.func(name, result, [...args]);
     } catch (error) {
-      throw new PdError(
+      throw nativeError(
         'LIBRARY_TOO_OLD',
         `${library.path} has no function ${name}`,
         { library: library.path, symbol: name },

@@ -1,8 +1,8 @@
 /** NVRTC, CUDA's compiler as a library: CUDA C++ source to machine code for one GPU architecture. */
-import { PdError } from '../src/errors.ts';
+
+import { nativeError, statusError } from './errors.ts';
 import { loadLibrary } from './load.ts';
 import { type Bound, bind, type NativeLibrary, row } from './native.ts';
-import { statusError } from './status.ts';
 
 type Out = BigUint64Array | Int32Array | Uint8Array;
 
@@ -77,13 +77,13 @@ export class Nvrtc {
     source: string,
     options: readonly string[],
     status: number,
-  ): PdError {
+  ): Error {
     const log = this.#log(program);
     const numbered = source
       .split('\n')
       .map((line, index) => `${String(index + 1).padStart(4)}  ${line}`)
       .join('\n');
-    return new PdError(
+    return nativeError(
       'CUDA_ERROR',
       `compiling ${name} failed with ${status}: ${this.#call.nvrtcGetErrorString(status) ?? 'unknown'}\noptions: ${options.join(' ')}\n${log}\n${numbered}`,
       { call: 'nvrtcCompileProgram', status },

@@ -1,4 +1,4 @@
-/** Handles of the native libraries. koffi takes any BigInt for any `void *`, so only these brands keep a stream from being passed as an event. */
+/** Handles and addresses of the native libraries. koffi takes any BigInt for any `void *`: only these brands keep a stream from being passed as an event. */
 declare const brand: unique symbol;
 type Handle<B extends string> = bigint & { readonly [brand]: B };
 
@@ -10,5 +10,9 @@ export type CudaGraphHandle = Handle<'cudaGraph_t'>;
 export type CudaGraphExecHandle = Handle<'cudaGraphExec_t'>;
 export type CublasHandle = Handle<'cublasHandle_t'>;
 export type NcclCommHandle = Handle<'ncclComm_t'>;
+/** Address in a GPU's memory. */
+export type DevicePointer = Handle<'DevicePointer'>;
+/** Address of page-locked host memory, which GPUs and NCCL reach directly. */
+export type PinnedPointer = Handle<'PinnedPointer'>;
 /** Memory that koffi allocated outside V8's heap: its address does not move, so a library may write to it after the call. */
 export type NativePointer = Handle<'malloc'>;

@@ -2,7 +2,10 @@
 # Builds the CUDA kernels that are shipped: cubin for sm_80, sm_89 and sm_90, and PTX (compute_80) for what comes after.
 #
 #   scripts/build-kernels.sh            build, and write kernels/manifest.json
-#   scripts/build-kernels.sh --check    the shipped files belong to their sources; where nvcc is found, the sources compile anew
+#   scripts/build-kernels.sh --check    the manifest is that of the sources and the shipped files; where nvcc is found, the sources compile anew
+#
+# The manifest has the hashes of sources and images, and the parameters of each kernel as its source declares them: the product compares
+# them with its own tables of kernels when it loads an image (src/device/cuda/kernels.ts).
 set -eu
 cd "$(dirname "$0")/.."
 ARCHS="80 89 90"
@@ -31,46 +34,59 @@ compile_ptx() {
   "$NVCC" -O3 -std=c++17 -ptx -arch "compute_$PTX_ARCH" -o "$2/$1.ptx" "kernels/$1.cu"
 }
 
-if [ "${1:-}" = --check ]; then
-  for file in $(included) $(for name in $(names); do echo "kernels/$name.cu" "$OUT/$name".*; done); do
-    grep -q "\"$(hash_of "$file")\"" kernels/manifest.json || {
-      echo "$file is not what kernels/manifest.json says: run scripts/build-kernels.sh" >&2
-      exit 1
-    }
+# `name|parameters` of each kernel in a source, as declared. Where a macro makes them, the name is the macro's: rms_norm_##T.
+parameters() {
+  kernels=$(tr -d '\\\n' < "$1" | sed 's/extern "C" __global__/\n&/g' | tr -s ' ' |
+    sed -n 's/^extern "C" __global__ void \(__launch_bounds__([^)]*) \)\{0,1\}\([A-Za-z0-9_#]*\)(\([^)]*\)) {.*/\2|\3/p')
+  [ "$(echo "$kernels" | wc -l)" = "$(grep -o __global__ "$1" | wc -l)" ] || {
+    echo "$1 has a kernel that is declared in another way than this script reads" >&2
+    exit 1
+  }
+  echo "$kernels"
+}
+
+# `name|value` lines as members of a JSON object, indented by $1.
+members() {
+  sed "s/\(.*\)|\(.*\)/$1\"\1\": \"\2\"/;\$!s/\$/,/"
+}
+
+manifest() { # version of nvcc
+  printf '{\n  "nvcc": "%s",\n  "ptx": "compute_%s",\n  "included": {\n' "$1" "$PTX_ARCH"
+  for file in $(included); do echo "${file#kernels/}|$(hash_of "$file")"; done | members '    '
+  printf '  },\n  "kernels": {'
+  between=
+  for name in $(names); do
+    printf '%s\n    "%s": {\n      "source": "%s",\n      "parameters": {\n' "$between" "$name" "$(hash_of "kernels/$name.cu")"
+    found=$(parameters "kernels/$name.cu")
+    echo "$found" | members '        '
+    printf '      },\n      "files": {\n'
+    for file in "$OUT/$name".*; do echo "${file#"$OUT"/}|$(hash_of "$file")"; done | members '        '
+    printf '      }\n    }'
+    between=,
   done
+  printf '\n  }\n}\n'
+}
+
+if [ "${1:-}" = --check ]; then
+  aside=$(mktemp -d)
+  trap 'rm -rf "$aside"' EXIT
+  manifest "$(sed -n 's/.*"nvcc": "\(.*\)",/\1/p' kernels/manifest.json)" > "$aside/manifest.json"
+  diff kernels/manifest.json "$aside/manifest.json" >&2 || {
+    echo "kernels/manifest.json (<) is not that of sources and images (>): run scripts/build-kernels.sh" >&2
+    exit 1
+  }
   if [ -n "$NVCC" ]; then
-    aside=$(mktemp -d)
-    trap 'rm -rf "$aside"' EXIT
     # as far as PTX: machine code takes a minute
     for name in $(names); do compile_ptx "$name" "$aside"; done
-    echo "kernels: hashes fit, sources compile with nvcc $(nvcc_version)"
+    echo "kernels: manifest fits, sources compile with nvcc $(nvcc_version)"
   else
-    echo "kernels: hashes fit (no nvcc here, nothing compiled)"
+    echo "kernels: manifest fits (no nvcc here, nothing compiled)"
   fi
   exit 0
 fi
 
 [ -n "$NVCC" ] || { echo "nvcc not found: set NVCC" >&2; exit 1; }
 for name in $(names); do compile "$name" "$OUT"; done
-{
-  printf '{\n  "nvcc": "%s",\n  "ptx": "compute_%s",\n  "included": {' "$(nvcc_version)" "$PTX_ARCH"
-  comma=
-  for file in $(included); do
-    printf '%s\n    "%s": "%s"' "$comma" "${file#kernels/}" "$(hash_of "$file")"
-    comma=,
-  done
-  printf '\n  },\n  "kernels": {'
-  between=
-  for name in $(names); do
-    printf '%s\n    "%s": {\n      "source": "%s",\n      "files": {' "$between" "$name" "$(hash_of "kernels/$name.cu")"
-    comma=
-    for file in "$OUT/$name".*; do
-      printf '%s\n        "%s": "%s"' "$comma" "${file#"$OUT"/}" "$(hash_of "$file")"
-      comma=,
-    done
-    printf '\n      }\n    }'
-    between=,
-  done
-  printf '\n  }\n}\n'
-} > kernels/manifest.json
+manifest "$(nvcc_version)" > "$OUT/manifest.json"
+mv "$OUT/manifest.json" kernels/manifest.json
 echo "kernels: built with nvcc $(nvcc_version)"

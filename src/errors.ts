@@ -1,3 +1,5 @@
+import { makeNativeErrorsBy } from '../ffi/errors.ts';
+
 /**
  * Every failure the product can report, in one table: a stable code, the HTTP status it becomes where a client sees it,
  * and what to do about it. `docs/errors.md` is generated from the same table (`scripts/errors-doc.ts`).
@@ -210,6 +212,9 @@ export class PdError extends Error {
     return new PdError(code, message, context, { cause: error });
   }
 }
+
+// what ffi/, which imports nothing of src/, throws is a PdError like any other
+makeNativeErrorsBy((...what) => new PdError(...what));
 
 /** For the default branch of an exhaustive switch. */
 export function unreachable(value: never, what: string): never {

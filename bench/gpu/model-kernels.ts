@@ -6,7 +6,6 @@ import type { DevicePointer } from '../../src/device/device.ts';
 import { hostMemory, hostView, sliceMemory } from '../../src/device/memory.ts';
 import { EventPoller } from '../../src/device/poller.ts';
 import { type Matrix, ModelKernels, type ProductMode } from '../../src/model/cuda/kernels.ts';
-import { Launcher } from '../../src/model/cuda/launcher.ts';
 import { Products } from '../../src/model/cuda/products.ts';
 import { toBfloat16 } from '../../test/support/safetensors-writer.ts';
 import { row } from './model-rig.ts';
@@ -45,8 +44,7 @@ export async function kernelTimes(device: CudaDevice): Promise<Record<string, nu
   fillRandom(device, stream, area);
   const at = (mib: number) => (area.pointer + BigInt(mib * MIB)) as DevicePointer;
   const [x, out, weights] = [at(0), at(320), at(1_024)];
-  const launcher = new Launcher(device.driver, stream.handle);
-  const kernels = new ModelKernels(device.target, launcher, SHAPE, { cosine: at(256), sine: at(272) });
+  const kernels = new ModelKernels(device.target, stream.handle, SHAPE, { cosine: at(256), sine: at(272) });
   const cublas = Cublas.create(stream.handle, device.allocate(32 * MIB, 'workspace'));
   const ours = new Products(kernels, undefined);
   const usual = new Products(kernels, cublas);
@@ -66,8 +64,8 @@ export async function kernelTimes(device: CudaDevice): Promise<Record<string, nu
         });
         const label = `${name} x ${rows}${kind}`;
         const time = await measure(label, 12, (i) => {
-          if (name === 'gate+up') products.gated(at(768), x, weight(i), rows, out);
-          else products.product(mode, out, x, weight(i), rows);
+          if (name === 'gate+up') products.gated({ out: at(768), x, gateUp: weight(i), rows, scratch: out });
+          else products.product(mode, { out, x, weight: weight(i), rows });
         });
         const rate =
           rows <= 64
@@ -82,11 +80,11 @@ export async function kernelTimes(device: CudaDevice): Promise<Record<string, nu
     const positions = at(300);
     row(
       `norm x ${rows}`,
-      `${(await measure(`norm x ${rows}`, 50, () => kernels.rmsNorm(out, at(1_024), x, HIDDEN, rows))).toFixed(4)} ms`,
+      `${(await measure(`norm x ${rows}`, 50, () => kernels.rmsNorm({ out, x: at(1_024), weight: x, hidden: HIDDEN, rows, chosen: undefined }))).toFixed(4)} ms`,
     );
     row(
       `swiglu x ${rows}`,
-      `${(await measure(`swiglu x ${rows}`, 50, () => kernels.swiglu(out, at(1_024), rows, INNER))).toFixed(4)} ms`,
+      `${(await measure(`swiglu x ${rows}`, 50, () => kernels.swiglu({ out, gateUp: at(1_024), rows, inner: INNER }))).toFixed(4)} ms`,
     );
     upload(
       device,
@@ -112,17 +110,16 @@ export async function kernelTimes(device: CudaDevice): Promise<Record<string, nu
   }
   row(
     'argmax x 1',
-    `${(await measure('argmax x 1', 50, () => kernels.argmax(out, at(1_024), 1, VOCAB))).toFixed(4)} ms`,
+    `${(await measure('argmax x 1', 50, () => kernels.argmax({ tokens: out, logits: at(1_024), rows: 1, vocab: VOCAB }))).toFixed(4)} ms`,
   );
   const draws = Float32Array.from({ length: 64 }, (_, i) => [1, 0, 0.9, 0.7][i % 4]!);
   upload(device, stream, at(300), new Int32Array(draws.buffer));
   upload(device, stream, out, new Int32Array(16));
   const drawing = await measure('draw x 16, top-p', 20, () =>
-    kernels.draw(out, at(1_024), at(300), 16, VOCAB),
+    kernels.draw({ tokens: out, logits: at(1_024), draws: at(300), rows: 16, vocab: VOCAB }),
   );
   row('draw x 16, top-p', `${drawing.toFixed(3)} ms`);
   cublas.dispose();
-  launcher.dispose();
   poller.dispose();
   return results;
 }
@@ -146,7 +143,7 @@ async function attention(
     const tablesAt = (plan + BigInt(4 * items.length)) as DevicePointer;
     const name = `prefill attention ${tokens}`;
     const time = await measure(name, 10, () => {
-      kernels.attentionPrefill(out, q, cache, plan, items.length / 4, tablesAt);
+      kernels.attentionPrefill({ out, q, cache, items: plan, count: items.length / 4, tables: tablesAt });
     });
     row(name, `${time.toFixed(3)} ms ${((2 * tokens * tokens * 32 * 128) / time / 1e9).toFixed(0)} TFLOP/s`);
   }
@@ -168,7 +165,7 @@ async function attention(
     const splits = Math.min(64, Math.ceil((4 * device.multiProcessors) / (count * 8)));
     const name = `decode attention ${count} x ${context}`;
     const time = await measure(name, 30, () => {
-      kernels.attentionDecode(out, q, cache, rows, splits, scratch);
+      kernels.attentionDecode({ out, q, cache, rows, splits, scratch });
     });
     row(name, `${time.toFixed(4)} ms ${((count * context * 4_096) / time / 1e6).toFixed(0)} GB/s`);
   }

@@ -31,7 +31,7 @@ export async function readMachine(): Promise<Machine> {
 /** Libraries and GPUs of the calling process; takes a context on every GPU where the device is one. */
 export async function readEnvironment(kind: 'host' | 'cuda'): Promise<Environment> {
   if (kind === 'host') return { libraries: [], gpus: [] };
-  const { inspectGpus, inspectLibraries } = await import('../../ffi/inspect.ts');
+  const { inspectGpus, inspectLibraries } = await import('../doctor/inspect.ts');
   const libraries = inspectLibraries().map((library) =>
     library.ok ? `${library.name} ${library.version}` : `${library.name}: ${library.error}`,
   );

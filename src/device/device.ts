@@ -5,14 +5,11 @@
  * done when the call returns and every event has fired at once. Nothing here blocks: calls enqueue, callers wait on events
  * (`EventPoller`). A MemoryRef, an EventRef and a PagedLayer are plain data, so they cross threads by structured clone.
  */
+import type { DevicePointer, PinnedPointer } from '../../ffi/pointers.ts';
 import type { PagedLayout } from '../kv/layout.ts';
 import type { CopyPlan } from '../kv/reblock.ts';
 
-declare const brand: unique symbol;
-/** Address in a GPU's memory. */
-export type DevicePointer = bigint & { readonly [brand]: 'DevicePointer' };
-/** Address of page-locked host memory, which GPUs and NCCL reach directly. */
-export type PinnedPointer = bigint & { readonly [brand]: 'PinnedPointer' };
+export type { DevicePointer, PinnedPointer };
 
 /** A run of bytes that any thread of this process can reach. */
 export type MemoryRef =

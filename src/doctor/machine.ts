@@ -1,10 +1,10 @@
 /** Node, the native libraries and the GPUs of this machine. */
 import { readFileSync } from 'node:fs';
 import { LIBRARIES, type LibraryName } from '../../ffi/find.ts';
-import type { LibraryReport } from '../../ffi/inspect.ts';
 import { PdError } from '../errors.ts';
 import { binarySize } from '../observability/bytes.ts';
 import { type Finding, fail, info, ok, type Section, warn } from './finding.ts';
+import type { LibraryReport } from './inspect.ts';
 import { type Answers, hasCrashed, type LoadQuestion, probe } from './probe.ts';
 
 /** package.json: engines. */

@@ -1,10 +1,10 @@
 /** The questions of a probe that need koffi. */
 import { LIBRARIES, type LibraryName } from '../../ffi/find.ts';
-import { inspectGpus, inspectLibraries, visibleGpus } from '../../ffi/inspect.ts';
 import { loadLibrary } from '../../ffi/load.ts';
 import { koffiVersion } from '../../ffi/native.ts';
 import { shippedArch } from '../device/cuda/kernels.ts';
 import { PdError } from '../errors.ts';
+import { inspectGpus, inspectLibraries, visibleGpus } from './inspect.ts';
 
 export function answerNative(question: string, args: readonly string[]): unknown {
   switch (question) {

@@ -3,10 +3,10 @@ import { spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { fileURLToPath } from 'node:url';
 import type { LibraryName } from '../../ffi/find.ts';
-import type { GpuReport, LibraryReport } from '../../ffi/inspect.ts';
 import type { DriverAnswer } from '../config/device-choice.ts';
 import { type ErrorData, PdError } from '../errors.ts';
 import { threadEntry } from '../thread-entry.ts';
+import type { GpuReport, LibraryReport } from './inspect.ts';
 
 export interface ProbedGpu extends GpuReport {
   /** Which shipped machine code runs on it; null where kernels come from PTX or the compiler. */

@@ -1,4 +1,4 @@
-/** Checkpoint elements to float32. Little-endian on both sides, as safetensors files and every platform of ours are. */
+/** The 16-bit types to float32 and back. Little-endian on both sides, as safetensors files and every platform of ours are. */
 
 let halfTable: Float32Array | undefined;
 
@@ -26,4 +26,41 @@ export function float16ToFloat32(source: Uint16Array, target: Float32Array): voi
 export function bfloat16ToFloat32(source: Uint16Array, target: Float32Array): void {
   const bits = new Uint32Array(target.buffer, target.byteOffset, target.length);
   for (let i = 0; i < source.length; i++) bits[i] = source[i]! << 16;
+}
+
+/** To the nearest with ties to even, as GPUs round; so does `float32ToFloat16`. */
+export function float32ToBfloat16(source: Float32Array, target: Uint16Array): void {
+  const bits = new Uint32Array(source.buffer, source.byteOffset, source.length);
+  for (let i = 0; i < bits.length; i++) {
+    const b = bits[i]!;
+    // a NaN stays one: rounding could carry it into infinity
+    const isNan = (b & 0x7fff_ffff) > 0x7f80_0000;
+    target[i] = isNan ? (b >>> 16) | 0x40 : (b + 0x7fff + ((b >>> 16) & 1)) >>> 16;
+  }
+}
+
+export function float32ToFloat16(source: Float32Array, target: Uint16Array): void {
+  const bits = new Uint32Array(source.buffer, source.byteOffset, source.length);
+  for (let i = 0; i < bits.length; i++) target[i] = toFloat16(bits[i]!);
+}
+
+function toFloat16(bits: number): number {
+  const sign = (bits >>> 16) & 0x8000;
+  const magnitude = bits & 0x7fff_ffff;
+  if (magnitude > 0x7f80_0000) return sign | 0x7e00;
+  // 65,520 and above round to infinity
+  if (magnitude >= 0x477f_f000) return sign | 0x7c00;
+  if (magnitude >= 0x3880_0000) {
+    const rebased = magnitude - 0x3800_0000;
+    return sign | ((rebased + 0xfff + ((rebased >>> 13) & 1)) >>> 13);
+  }
+  // below 2^-14: steps of 2^-24, and 2^-25 itself rounds to even, which is 0
+  const exponent = magnitude >>> 23;
+  if (exponent < 102) return sign;
+  const shift = 126 - exponent;
+  const fraction = (magnitude & 0x7f_ffff) | 0x80_0000;
+  const kept = fraction >>> shift;
+  const rest = fraction & ((1 << shift) - 1);
+  const half = 1 << (shift - 1);
+  return sign | (kept + (rest > half || (rest === half && (kept & 1) === 1) ? 1 : 0));
 }

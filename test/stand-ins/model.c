@@ -8,7 +8,7 @@
 
 enum { STORE, ADD, LOGITS, SWIGLU };
 typedef struct call call;
-// One launch. Arguments are 8 bytes each, as the launcher lays them out: p pointer, ? pointer or null, i int, f float.
+// One launch. Arguments are 8 bytes each, as a launch lays them out: p pointer, ? pointer or null, i int, f float.
 struct call {
   void (*twin)(call *);
   const char *signature;

@@ -1,5 +1,4 @@
 /** One GPU as this thread uses it. Several threads may each have their own CudaDevice of one GPU: addresses and events are common to all. */
-
 import { type Libcuda, loadLibcuda } from '../../../ffi/libcuda.ts';
 import { type Cudart, loadCudart } from '../../../ffi/libcudart.ts';
 import { allocateNative, freeNative, nativeView } from '../../../ffi/native.ts';
@@ -16,10 +15,10 @@ import type {
   Stream,
 } from '../device.ts';
 import { hostView } from '../memory.ts';
-import { addressOf, kernelAddress, visible } from './addresses.ts';
-import { type KernelModule, type KernelTarget, loadKernels } from './kernels.ts';
+import { ArgumentSlots, type KernelTarget, loadKernels } from './kernels.ts';
 import {
   blocksPerLaunch,
+  COPY_KERNELS,
   type CopyShape,
   checkCopies,
   copyShape,
@@ -34,8 +33,8 @@ import {
 import { allocatePinnedOnThread } from './pinned.ts';
 import { type CudaContext, CudaStream, EventPool, hasDrained, released } from './stream.ts';
 
-const COPY_KERNELS = ['gather_16', 'gather_1', 'scatter_16', 'scatter_1'] as const;
-const THREADS = 256;
+/** A thread block of the copy kernels. */
+const BLOCK = { threads: 256 };
 /** Thread blocks per multiprocessor: enough loads in flight to fill the memory bus, few enough to leave room beside NCCL. */
 const BLOCKS_PER_MULTIPROCESSOR = 8;
 
@@ -52,14 +51,15 @@ export class CudaDevice implements Device, CudaContext {
   readonly driver: Libcuda;
   readonly target: KernelTarget;
   readonly multiProcessors: number;
-  readonly #copyKernels: KernelModule<(typeof COPY_KERNELS)[number]>;
+  /** Which image of the copy kernels is in use. */
+  readonly kernelImage: string;
+  readonly #copyKernels: ReturnType<typeof loadCopies>['kernels'];
   readonly #events: EventPool;
   readonly #streams = new Set<CudaStream>();
   readonly #allocations: DevicePointer[] = [];
   readonly #pinned: PinnedBuffer[] = [];
   readonly #parameters: NativePointer;
   readonly #parameterView: DataView;
-  readonly #parameterList: BigUint64Array;
   #disposed = false;
   #abandoned = false;
 
@@ -77,12 +77,14 @@ export class CudaDevice implements Device, CudaContext {
       driver,
       major: runtime.attribute(index, 'computeMajor'),
       minor: runtime.attribute(index, 'computeMinor'),
+      slots: new ArgumentSlots(),
     };
-    this.#copyKernels = loadKernels('gather_scatter', COPY_KERNELS, this.target);
+    const { image, kernels } = loadCopies(this.target);
+    this.kernelImage = image;
+    this.#copyKernels = kernels;
     this.#parameters = allocateNative(PARAMETER_BYTES);
     const view = nativeView(this.#parameters, PARAMETER_BYTES);
     this.#parameterView = new DataView(view.buffer, view.byteOffset, view.byteLength);
-    this.#parameterList = BigUint64Array.of(this.#parameters);
   }
 
   /** Loads libraries and kernels, which takes about a second. Throws LIBRARY_NOT_FOUND, LIBRARY_TOO_OLD, DEVICE_UNAVAILABLE or CUDA_ERROR. */
@@ -97,11 +99,6 @@ export class CudaDevice implements Device, CudaContext {
       );
     }
     return new CudaDevice(index, runtime, loadLibcuda());
-  }
-
-  /** Which image of the copy kernels is in use. */
-  get kernelImage(): string {
-    return this.#copyKernels.image;
   }
 
   enter(): void {
@@ -217,6 +214,7 @@ export class CudaDevice implements Device, CudaContext {
     this.#events.dispose();
     for (const pointer of this.#allocations.splice(0)) released(() => this.runtime.free(pointer));
     for (const { pointer } of this.#pinned.splice(0)) released(() => this.runtime.freeHost(pointer));
+    this.target.slots.dispose();
     freeNative(this.#parameters);
   }
 
@@ -253,7 +251,7 @@ export class CudaDevice implements Device, CudaContext {
     for (const group of launches(layers, ({ cache, flat }) => elementBytes(shape, cache, flat))) {
       const { element } = group;
       const most = blocksPerLaunch(group.layers.length, shape, element);
-      const kernel = this.#copyKernels.functions[`${direction}_${element}`];
+      const kernel = this.#copyKernels[`${direction}_${element}`];
       for (let first = skip; first < blockIds.length; first += most) {
         const ids = blockIds.subarray(first, first + most);
         const offset = BigInt(first * shape.flatBlock);
@@ -261,7 +259,7 @@ export class CudaDevice implements Device, CudaContext {
         writeParameters(this.#parameterView, shape, at, ids, element);
         const tiles = at.length * ids.length * shape.runs * tilesPerRun(shape, element);
         const blocks = Math.min(tiles, this.multiProcessors * BLOCKS_PER_MULTIPROCESSOR);
-        this.driver.launch(kernel, { blocks, threads: THREADS }, handle, this.#parameterList);
+        kernel.launch(handle, blocks, { p: this.#parameters });
       }
     }
   }
@@ -283,6 +281,34 @@ export class CudaDevice implements Device, CudaContext {
       { cause: error },
     );
   }
+}
+
+function loadCopies(target: KernelTarget) {
+  const { image, kernel } = loadKernels(COPY_KERNELS, target);
+  const kernels = {
+    gather_16: kernel('gather_16', {}, BLOCK),
+    gather_1: kernel('gather_1', {}, BLOCK),
+    scatter_16: kernel('scatter_16', {}, BLOCK),
+    scatter_1: kernel('scatter_1', {}, BLOCK),
+  };
+  return { image, kernels };
+}
+
+/** For copies, which take pageable memory too. */
+function addressOf(memory: MemoryRef): DevicePointer | PinnedPointer | Uint8Array {
+  return memory.kind === 'host' ? hostView(memory) : memory.pointer;
+}
+
+/** An address that a kernel reaches. */
+function kernelAddress(memory: MemoryRef, what: string): bigint {
+  if (memory.kind !== 'host') return memory.pointer;
+  throw new PdError('INTERNAL', `${what}: a GPU does not reach pageable host memory`);
+}
+
+/** For messages: which GPUs this process is allowed to see. */
+function visible(): string {
+  const chosen = process.env['CUDA_VISIBLE_DEVICES'];
+  return chosen === undefined ? '' : ` (CUDA_VISIBLE_DEVICES=${chosen})`;
 }
 
 /** Throws INTERNAL for a stream of another device kind. */

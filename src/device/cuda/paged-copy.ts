@@ -15,6 +15,17 @@ import {
 } from '../../kv/layout.ts';
 import type { LayerTensor } from '../device.ts';
 
+/** kernels/gather_scatter.cu. */
+export const COPY_KERNELS = {
+  source: 'gather_scatter',
+  kernels: {
+    gather_16: 'const __grid_constant__ PagedCopy p',
+    gather_1: 'const __grid_constant__ PagedCopy p',
+    scatter_16: 'const __grid_constant__ PagedCopy p',
+    scatter_1: 'const __grid_constant__ PagedCopy p',
+  },
+} as const;
+
 /** sizeof(PagedCopy): 40 bytes of strides, 16 of counts, and the table. */
 export const PARAMETER_BYTES = 3_912;
 const TABLE_OFFSET = 56;

@@ -1,5 +1,4 @@
 /** Makes a CudaExecutor: weights, activations, KV cache from what memory is left, graphs. In the order in which memory is spoken for. */
-import { loadCudaGraphs } from '../../../ffi/cuda-graph.ts';
 import { Cublas } from '../../../ffi/libcublas.ts';
 import { CudaDevice } from '../../device/cuda/device.ts';
 import type { Device, DevicePointer } from '../../device/device.ts';
@@ -13,7 +12,6 @@ import { uploadAngles } from './angles.ts';
 import { CudaExecutor } from './executor.ts';
 import { DecodeGraphs, graphSizes } from './graphs.ts';
 import { type CachePointers, type ElementType, ModelKernels } from './kernels.ts';
-import { Launcher } from './launcher.ts';
 import { CudaLlama } from './llama.ts';
 import { Products } from './products.ts';
 import { HOST_LOGIT_ROWS } from './sampling.ts';
@@ -61,12 +59,10 @@ export async function createCudaExecutor(
     for (let last = undo.pop(); last; last = undo.pop()) last();
   };
   try {
-    const launcher = new Launcher(device.driver, stream.handle);
-    undo.push(() => launcher.dispose());
     const angles = uploadAngles(device, config, maxModelLen);
     const { heads, kvHeads, headDim, rmsNormEps: eps } = config;
     const shape = { type, heads, kvHeads, headDim, blockSize, eps };
-    const kernels = new ModelKernels(device.target, launcher, shape, angles);
+    const kernels = new ModelKernels(device.target, stream.handle, shape, angles);
     let cublas: Cublas | undefined;
     if (!batchInvariant) {
       const made = Cublas.create(stream.handle, device.allocate(WORKSPACE_BYTES, 'workspace of cuBLAS'));
@@ -82,7 +78,7 @@ export async function createCudaExecutor(
     const buffers = await takeBuffers(device, options, logitRows, rows);
     const { numBlocks, layers } = takeCache(device, options);
     model.useCaches(layers.map(pointersOf));
-    const graphs = new DecodeGraphs(loadCudaGraphs(), stream.handle);
+    const graphs = new DecodeGraphs(device.runtime, stream.handle);
     undo.push(() => graphs.dispose());
     const executor = new CudaExecutor({
       device,

@@ -7,6 +7,7 @@ import type { CudaStream } from '../../device/cuda/stream.ts';
 import type { DeviceEvent, DevicePointer, MemoryRef } from '../../device/device.ts';
 import { sliceMemory } from '../../device/memory.ts';
 import { EventPoller } from '../../device/poller.ts';
+import { runBytes, runOffset, runsPerBlock } from '../../kv/layout.ts';
 import type { NamedLayer } from '../../kv/paged-cache.ts';
 import type {
   ForwardBatch,
@@ -16,7 +17,6 @@ import type {
   TokenLogprob,
 } from '../../scheduler/types.ts';
 import type { Executor, LayerHooks, StepHooks } from '../executor.ts';
-import { copyCacheBlocks } from './block-copies.ts';
 import type { DecodeGraphs } from './graphs.ts';
 import { type CudaLlama, word } from './llama.ts';
 import { CudaSampler, type WantedToken } from './sampling.ts';
@@ -274,6 +274,26 @@ export class CudaExecutor implements Executor {
 
   #releaseEvents(): void {
     for (const event of this.#events.splice(0)) event.dispose();
+  }
+}
+
+/** Copies of whole KV blocks within each layer's cache, before a step reads or writes them. */
+function copyCacheBlocks(
+  device: CudaDevice,
+  stream: CudaStream,
+  layers: readonly NamedLayer[],
+  copies: ForwardBatch['blockCopies'],
+): void {
+  for (const { source, target } of copies) {
+    for (const { cache } of layers) {
+      const { layout, memory } = cache;
+      const bytes = runBytes(layout);
+      const run = (block: number, index: number) =>
+        sliceMemory(memory, runOffset(layout, layout.numBlocks, block, index), bytes);
+      for (let i = 0; i < runsPerBlock(layout); i++) {
+        device.copy(run(target, i), run(source, i), stream);
+      }
+    }
   }
 }
 

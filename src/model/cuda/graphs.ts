@@ -1,5 +1,5 @@
 /** Decode steps recorded once per batch size and launched as a whole: some 300 launches of a few microseconds each become one. */
-import type { CudaGraphs } from '../../../ffi/cuda-graph.ts';
+import type { Cudart } from '../../../ffi/libcudart.ts';
 import type { CudaGraphExecHandle, CudaStreamHandle } from '../../../ffi/pointers.ts';
 
 /** Batch sizes with a graph of their own; others are padded to the next. One and two have kernels of their own (gemv). */
@@ -13,18 +13,18 @@ export function graphSizes(most: number): readonly number[] {
 }
 
 export class DecodeGraphs {
-  readonly #graphs: CudaGraphs;
+  readonly #runtime: Cudart;
   readonly #stream: CudaStreamHandle;
   readonly #bySize = new Map<number, CudaGraphExecHandle>();
 
-  constructor(graphs: CudaGraphs, stream: CudaStreamHandle) {
-    this.#graphs = graphs;
+  constructor(runtime: Cudart, stream: CudaStreamHandle) {
+    this.#runtime = runtime;
     this.#stream = stream;
   }
 
   /** Records what `enqueue` enqueues as the step of `size` sequences. */
   capture(size: number, enqueue: () => void): void {
-    this.#bySize.set(size, this.#graphs.capture(this.#stream, enqueue));
+    this.#bySize.set(size, this.#runtime.graphCapture(this.#stream, enqueue));
   }
 
   /** The smallest recorded size for `sequences`, if any. */
@@ -35,11 +35,11 @@ export class DecodeGraphs {
   }
 
   launch(size: number): void {
-    this.#graphs.launch(this.#bySize.get(size)!, this.#stream);
+    this.#runtime.graphLaunch(this.#bySize.get(size)!, this.#stream);
   }
 
   dispose(): void {
-    for (const graph of this.#bySize.values()) this.#graphs.destroy(graph);
+    for (const graph of this.#bySize.values()) this.#runtime.graphDestroy(graph);
     this.#bySize.clear();
   }
 }

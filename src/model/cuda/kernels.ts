@@ -1,13 +1,61 @@
 /** The kernels of kernels/model as typed calls. Everything enqueues on one stream; pointers are device addresses. */
-import type { CuFunctionHandle } from '../../../ffi/pointers.ts';
-import { type KernelTarget, loadKernels } from '../../device/cuda/kernels.ts';
+import type { CudaStreamHandle } from '../../../ffi/pointers.ts';
+import { type BlockShape, type KernelTarget, loadKernels } from '../../device/cuda/kernels.ts';
 import type { DevicePointer } from '../../device/device.ts';
 import { PdError } from '../../errors.ts';
-import type { Launcher } from './launcher.ts';
+
+/** One table per source: what it declares. */
+export const ELEMENTWISE = {
+  source: 'model/elementwise',
+  kernels: {
+    'embed_##T': 'const T *embedding, const int *tokens, float *x, int hidden',
+    'rms_norm_##T': 'const float *x, const int *chosen?, const T *weight, T *out, int hidden, float eps',
+    'rope_cache_##T': `const T *qkv, const T *bias?, const T *q_norm?, const T *k_norm?, const float *cosine, const float *sine,
+      const int *positions, const int *slots, T *q, T *keys, T *values, int rows, int heads, int kv_heads, int dim, float eps`,
+    'swiglu_##T': 'const T *gate_up, T *out, int rows, int inner',
+  },
+} as const;
+export const SAMPLE = {
+  source: 'model/sample',
+  kernels: {
+    argmax: 'const float *logits, int *tokens, int vocab',
+    draw: 'const float *logits, int *tokens, const Draw *draws, int vocab',
+  },
+} as const;
+export const ATTENTION_PREFILL = {
+  source: 'model/attention_prefill',
+  kernels: {
+    'attention_prefill_##T##_##D': `const T *q, const T *keys, const T *values, T *out, const Item *items, const int *tables,
+      int heads, int kv_heads, int block_size, int shift, float scale`,
+  },
+} as const;
+export const ATTENTION_DECODE = {
+  source: 'model/attention_decode',
+  kernels: {
+    'attention_decode_##T##_##D##_##G': `const T *q, const T *keys, const T *values, const int *query_rows, const int *contexts,
+      const int *table_starts, const int *tables, float *partial, float *marks, int heads, int kv_heads, int block_size, int shift,
+      int splits, float scale`,
+    'attention_combine_##T': `const float *partial, const float *marks, const int *query_rows, const int *contexts, T *out,
+      int heads, int dim, int splits`,
+  },
+} as const;
+export const GEMV = {
+  source: 'model/gemv',
+  kernels: {
+    'gemv_##T##_##NAME##_##ROWS': 'const T *x, const T *weight, void *out, int inputs, int outputs',
+  },
+} as const;
+export const GEMM = {
+  source: 'model/gemm',
+  kernels: {
+    'gemm_##T##_##NAME##_large': 'const T *x, const T *weight, void *out, int rows, int inputs, int outputs',
+    'gemm_##T##_##NAME##_small': 'const T *x, const T *weight, void *out, int rows, int inputs, int outputs',
+  },
+} as const;
 
 export type ElementType = 'bfloat16' | 'float16';
-/** Names in the kernels. */
-const SUFFIX = { bfloat16: 'bf16', float16: 'f16' } as const;
+/** What the macros of the kernels call them. */
+const NAMES = { bfloat16: 'bf16', float16: 'f16' } as const;
 
 /** Head sizes that the attention kernels are compiled for. */
 export const HEAD_DIMS = [32, 64, 128] as const;
@@ -52,7 +100,25 @@ export interface DecodeRows {
   readonly count: number;
 }
 
-export interface RopeCacheArguments {
+/** x[row] = embedding[tokens[row]]. */
+interface EmbedArguments {
+  readonly x: DevicePointer;
+  readonly embedding: Matrix;
+  readonly tokens: DevicePointer;
+  readonly rows: number;
+}
+
+/** out[i] = norm(x[chosen[i]]); `chosen` undefined: the first `rows` rows. */
+interface RmsNormArguments {
+  readonly out: DevicePointer;
+  readonly x: DevicePointer;
+  readonly weight: DevicePointer;
+  readonly hidden: number;
+  readonly rows: number;
+  readonly chosen: DevicePointer | undefined;
+}
+
+interface RopeCacheArguments {
   readonly qkv: DevicePointer;
   readonly bias: DevicePointer | undefined;
   readonly queryNorm: DevicePointer | undefined;
@@ -64,13 +130,54 @@ export interface RopeCacheArguments {
   readonly rows: number;
 }
 
+interface SwigluArguments {
+  readonly out: DevicePointer;
+  readonly gateUp: DevicePointer;
+  readonly rows: number;
+  readonly inner: number;
+}
+
+interface PrefillArguments {
+  readonly out: DevicePointer;
+  readonly q: DevicePointer;
+  readonly cache: CachePointers;
+  /** See kernels/model/attention_prefill.cu. */
+  readonly items: DevicePointer;
+  readonly count: number;
+  readonly tables: DevicePointer;
+}
+
+interface DecodeArguments {
+  readonly out: DevicePointer;
+  readonly q: DevicePointer;
+  readonly cache: CachePointers;
+  readonly rows: DecodeRows;
+  readonly splits: number;
+  /** As `decodeScratchBytes` says. */
+  readonly scratch: DevicePointer;
+}
+
+interface ArgmaxArguments {
+  readonly tokens: DevicePointer;
+  readonly logits: DevicePointer;
+  readonly rows: number;
+  readonly vocab: number;
+}
+
+/** out [rows, outputs] = x [rows, inputs] weight^T. */
+export interface ProductArguments {
+  readonly out: DevicePointer;
+  readonly x: DevicePointer;
+  readonly weight: Matrix;
+  readonly rows: number;
+}
+
 export class ModelKernels {
   readonly shape: KernelShape;
   /** Which image was loaded, for the log. */
   readonly image: string;
-  readonly #launcher: Launcher;
-  readonly #functions: Readonly<Record<string, CuFunctionHandle>>;
-  readonly #suffix: string;
+  readonly #stream: CudaStreamHandle;
+  readonly #kernels: Omit<ReturnType<typeof load>, 'image'>;
   /** log2 of the block size, -1 where it is no power of two. */
   readonly #shift: number;
   /** Query heads per thread block of the decode kernel, and thread blocks per KV head. */
@@ -80,93 +187,83 @@ export class ModelKernels {
   readonly #scale: number;
   readonly #angles: { readonly cosine: DevicePointer; readonly sine: DevicePointer };
 
-  /** Loads every module. Throws MODEL_UNSUPPORTED for a head size without a kernel, CUDA_ERROR where no image loads. */
+  /**
+   * Loads every module. Throws MODEL_UNSUPPORTED for a head size without a kernel, CUDA_ERROR where no image loads, INTERNAL where the
+   * sources declare other parameters than the tables above.
+   */
   constructor(
     target: KernelTarget,
-    launcher: Launcher,
+    stream: CudaStreamHandle,
     shape: KernelShape,
     angles: { readonly cosine: DevicePointer; readonly sine: DevicePointer },
   ) {
-    const { headDim, heads, kvHeads, blockSize, type } = shape;
+    const { headDim, heads, kvHeads, blockSize } = shape;
     checkHeadDim(headDim);
     this.shape = shape;
-    this.#launcher = launcher;
+    this.#stream = stream;
     this.#angles = angles;
-    this.#suffix = SUFFIX[type];
     this.#shift = Number.isInteger(Math.log2(blockSize)) ? Math.log2(blockSize) : -1;
     const group = heads / kvHeads;
     this.#group = GROUPS.find((size) => size >= group) ?? 8;
     this.#parts = Math.ceil(group / this.#group);
     this.#scale = Math.LOG2E / Math.sqrt(headDim);
-    const { functions, image } = load(target, this.#suffix, headDim, this.#group);
-    this.#functions = functions;
+    const { image, ...kernels } = load(target, shape, this.#group);
+    this.#kernels = kernels;
     this.image = image;
-    for (const [name, bytes] of Object.entries(this.#sharedBytes())) {
-      target.driver.allowSharedBytes(functions[name]!, bytes, name);
-    }
   }
 
-  /** x[row] = embedding[tokens[row]]. */
-  embed(x: DevicePointer, embedding: Matrix, tokens: DevicePointer, rows: number): void {
-    this.#launcher.pointer(embedding.pointer).pointer(tokens).pointer(x).int(embedding.inputs);
-    this.#launch('embed', rows, 128);
+  embed({ x, embedding: { pointer, inputs }, tokens, rows }: EmbedArguments): void {
+    this.#kernels.embed.launch(this.#stream, rows, { embedding: pointer, tokens, x, hidden: inputs });
   }
 
-  /** out[i] = norm(x[chosen[i]]); `chosen` undefined: the first `rows` rows. */
-  rmsNorm(
-    out: DevicePointer,
-    x: DevicePointer,
-    weight: DevicePointer,
-    hidden: number,
-    rows: number,
-    chosen?: DevicePointer,
-  ): void {
-    this.#launcher.pointer(x).pointer(chosen).pointer(weight).pointer(out).int(hidden).float(this.shape.eps);
-    this.#launch('rms_norm', rows, 256);
+  rmsNorm({ out, x, weight, hidden, rows, chosen }: RmsNormArguments): void {
+    const { eps } = this.shape;
+    this.#kernels.rmsNorm.launch(this.#stream, rows, { x, chosen, weight, out, hidden, eps });
   }
 
-  ropeCache(args: RopeCacheArguments): void {
+  ropeCache({ qkv, bias, queryNorm, keyNorm, positions, slots, q, cache, rows }: RopeCacheArguments): void {
     const { heads, kvHeads, headDim, eps } = this.shape;
-    const { rows, cache } = args;
-    this.#launcher
-      .pointer(args.qkv)
-      .pointer(args.bias)
-      .pointer(args.queryNorm)
-      .pointer(args.keyNorm)
-      .pointer(this.#angles.cosine)
-      .pointer(this.#angles.sine)
-      .pointer(args.positions)
-      .pointer(args.slots)
-      .pointer(args.q)
-      .pointer(cache.keys)
-      .pointer(cache.values)
-      .int(rows)
-      .int(heads)
-      .int(kvHeads)
-      .int(headDim)
-      .float(eps);
-    this.#launch('rope_cache', Math.ceil((rows * (heads + 2 * kvHeads)) / 8), 256);
+    const blocks = Math.ceil((rows * (heads + 2 * kvHeads)) / 8);
+    this.#kernels.ropeCache.launch(this.#stream, blocks, {
+      qkv,
+      bias,
+      q_norm: queryNorm,
+      k_norm: keyNorm,
+      cosine: this.#angles.cosine,
+      sine: this.#angles.sine,
+      positions,
+      slots,
+      q,
+      keys: cache.keys,
+      values: cache.values,
+      rows,
+      heads,
+      kv_heads: kvHeads,
+      dim: headDim,
+      eps,
+    });
   }
 
-  swiglu(out: DevicePointer, gateUp: DevicePointer, rows: number, inner: number): void {
-    this.#launcher.pointer(gateUp).pointer(out).int(rows).int(inner);
-    this.#launch('swiglu', Math.ceil((rows * inner) / 8 / 256), 256);
+  swiglu({ out, gateUp, rows, inner }: SwigluArguments): void {
+    const blocks = Math.ceil((rows * inner) / 8 / 256);
+    this.#kernels.swiglu.launch(this.#stream, blocks, { gate_up: gateUp, out, rows, inner });
   }
 
-  /** `items`: see kernels/model/attention_prefill.cu. */
-  attentionPrefill(
-    out: DevicePointer,
-    q: DevicePointer,
-    cache: CachePointers,
-    items: DevicePointer,
-    count: number,
-    tables: DevicePointer,
-  ): void {
-    const { heads, kvHeads, blockSize, headDim } = this.shape;
-    this.#launcher.pointer(q).pointer(cache.keys).pointer(cache.values).pointer(out).pointer(items);
-    this.#launcher.pointer(tables).int(heads).int(kvHeads).int(blockSize).int(this.#shift).float(this.#scale);
-    const name = `attention_prefill_${this.#suffix}_${headDim}`;
-    this.#launcher.launch(this.#functions[name]!, count * heads, 256, prefillSharedBytes(headDim));
+  attentionPrefill({ out, q, cache, items, count, tables }: PrefillArguments): void {
+    const { heads, kvHeads, blockSize } = this.shape;
+    this.#kernels.prefill.launch(this.#stream, count * heads, {
+      q,
+      keys: cache.keys,
+      values: cache.values,
+      out,
+      items,
+      tables,
+      heads,
+      kv_heads: kvHeads,
+      block_size: blockSize,
+      shift: this.#shift,
+      scale: this.#scale,
+    });
   }
 
   /** Bytes of the partial results of `attentionDecode`, and of their marks behind them. */
@@ -178,100 +275,76 @@ export class ModelKernels {
     return { partial: rows * this.shape.headDim * 4, marks: rows * 8 };
   }
 
-  attentionDecode(
-    out: DevicePointer,
-    q: DevicePointer,
-    cache: CachePointers,
-    rows: DecodeRows,
-    splits: number,
-    scratch: DevicePointer,
-  ): void {
+  attentionDecode({ out, q, cache, rows, splits, scratch: partial }: DecodeArguments): void {
     const { heads, kvHeads, blockSize, headDim } = this.shape;
-    const { queryRows, contexts, tableStarts, tables, count } = rows;
-    const marks = scratch + BigInt(this.decodeScratchBytes(count, splits).partial);
-    this.#launcher.pointer(q).pointer(cache.keys).pointer(cache.values).pointer(queryRows).pointer(contexts);
-    this.#launcher.pointer(tableStarts).pointer(tables).pointer(scratch).pointer(marks).int(heads);
-    this.#launcher.int(kvHeads).int(blockSize).int(this.#shift).int(splits).float(this.#scale);
-    const name = `attention_decode_${this.#suffix}_${headDim}_${this.#group}`;
-    this.#launcher.launch(this.#functions[name]!, count * kvHeads * this.#parts * splits, 128);
-    this.#launcher.pointer(scratch).pointer(marks).pointer(queryRows).pointer(contexts).pointer(out);
-    this.#launcher.int(heads).int(headDim).int(splits);
-    this.#launch('attention_combine', count * heads, headDim);
+    const { queryRows: query_rows, contexts, tableStarts, tables, count } = rows;
+    const marks = (partial + BigInt(this.decodeScratchBytes(count, splits).partial)) as DevicePointer;
+    this.#kernels.decode.launch(this.#stream, count * kvHeads * this.#parts * splits, {
+      q,
+      keys: cache.keys,
+      values: cache.values,
+      query_rows,
+      contexts,
+      table_starts: tableStarts,
+      tables,
+      partial,
+      marks,
+      heads,
+      kv_heads: kvHeads,
+      block_size: blockSize,
+      shift: this.#shift,
+      splits,
+      scale: this.#scale,
+    });
+    const combined = { partial, marks, query_rows, contexts, out, heads, dim: headDim, splits };
+    this.#kernels.combine.launch(this.#stream, count * heads, combined);
   }
 
   /** tokens[i] = argmax of logits[i], -1 where there is none. */
-  argmax(tokens: DevicePointer, logits: DevicePointer, rows: number, vocab: number): void {
-    this.#launcher.pointer(logits).pointer(tokens).int(vocab);
-    this.#launcher.launch(this.#functions['argmax']!, rows, 1_024);
+  argmax({ tokens, logits, rows, vocab }: ArgmaxArguments): void {
+    this.#kernels.argmax.launch(this.#stream, rows, { logits, tokens, vocab });
   }
 
   /** tokens[i], from `argmax`, drawn anew as `draws` says: see kernels/model/sample.cu. */
-  draw(
-    tokens: DevicePointer,
-    logits: DevicePointer,
-    draws: DevicePointer,
-    rows: number,
-    vocab: number,
-  ): void {
-    this.#launcher.pointer(logits).pointer(tokens).pointer(draws).int(vocab);
-    this.#launcher.launch(this.#functions['draw']!, rows, 1_024);
+  draw({ tokens, logits, draws, rows, vocab }: ArgmaxArguments & { readonly draws: DevicePointer }): void {
+    this.#kernels.draw.launch(this.#stream, rows, { logits, tokens, draws, vocab });
   }
 
   /** Of at most GEMV_ROWS rows. `swiglu`: `weight` is [2 * outputs, inputs], out is silu(gate) * up. */
-  gemv(
-    mode: ProductMode | 'swiglu',
-    out: DevicePointer,
-    x: DevicePointer,
-    weight: Matrix,
-    rows: number,
-  ): void {
+  gemv(mode: ProductMode | 'swiglu', { out, x, weight, rows }: ProductArguments): void {
+    const { pointer, inputs } = weight;
     const outputs = mode === 'swiglu' ? weight.outputs / 2 : weight.outputs;
     const warps = mode === 'swiglu' ? outputs : Math.ceil(outputs / 2);
-    this.#launcher.pointer(x).pointer(weight.pointer).pointer(out).int(weight.inputs).int(outputs);
-    const name = `gemv_${this.#suffix}_${mode}_${rows}`;
-    this.#launcher.launch(this.#functions[name]!, Math.ceil(warps / 8), 256);
+    const kernel = this.#kernels.gemv[mode][rows - 1]!;
+    kernel.launch(this.#stream, Math.ceil(warps / 8), { x, weight: pointer, out, inputs, outputs });
   }
 
-  /** The product whose sums do not hang on the number of rows. */
-  gemm(mode: ProductMode, out: DevicePointer, x: DevicePointer, weight: Matrix, rows: number): void {
-    const size = rows <= GEMM.small.rows ? 'small' : 'large';
-    const tile = GEMM[size];
-    this.#launcher.pointer(x).pointer(weight.pointer).pointer(out);
-    this.#launcher.int(rows).int(weight.inputs).int(weight.outputs);
-    const name = `gemm_${this.#suffix}_${mode}_${size}`;
-    const blocks = Math.ceil(rows / tile.rows) * Math.ceil(weight.outputs / tile.outputs);
-    this.#launcher.launch(this.#functions[name]!, blocks, tile.threads, gemmSharedBytes(tile));
-  }
-
-  #launch(name: string, blocks: number, threads: number): void {
-    this.#launcher.launch(this.#functions[`${name}_${this.#suffix}`]!, blocks, threads);
-  }
-
-  #sharedBytes(): Record<string, number> {
-    const { headDim } = this.shape;
-    const bytes: Record<string, number> = {
-      [`attention_prefill_${this.#suffix}_${headDim}`]: prefillSharedBytes(headDim),
-    };
-    for (const mode of ['store', 'add', 'logits']) {
-      bytes[`gemm_${this.#suffix}_${mode}_large`] = gemmSharedBytes(GEMM.large);
-    }
-    return bytes;
+  /** The product whose sums do not depend on the number of rows. */
+  gemm(mode: ProductMode, { out, x, weight, rows }: ProductArguments): void {
+    const { pointer, inputs, outputs } = weight;
+    const size = rows <= TILES.small.rows ? 'small' : 'large';
+    const tile = TILES[size];
+    const blocks = Math.ceil(rows / tile.rows) * Math.ceil(outputs / tile.outputs);
+    const kernel = this.#kernels.gemm[mode][size];
+    kernel.launch(this.#stream, blocks, { x, weight: pointer, out, rows, inputs, outputs });
   }
 }
 
 /** The tiles of kernels/model/gemm.cu. */
-const GEMM = {
+const TILES = {
   small: { rows: 16, outputs: 64, depth: 64, stages: 4, threads: 128 },
   large: { rows: 128, outputs: 128, depth: 32, stages: 4, threads: 256 },
 } as const;
 
-function gemmSharedBytes(tile: (typeof GEMM)[keyof typeof GEMM]): number {
-  return tile.stages * (tile.rows + tile.outputs) * (tile.depth + 8) * 2;
+function gemmBlock(tile: (typeof TILES)[keyof typeof TILES]): BlockShape {
+  const sharedBytes = tile.stages * (tile.rows + tile.outputs) * (tile.depth + 8) * 2;
+  return { threads: tile.threads, sharedBytes };
 }
 
 /** 128 query rows, and 64 keys and values twice. */
-function prefillSharedBytes(headDim: number): number {
-  return (PREFILL_ROWS + 4 * 64) * (headDim >= 64 ? headDim : headDim + 8) * 2;
+function prefillBlock(headDim: number): BlockShape {
+  const stride = headDim >= 64 ? headDim : headDim + 8;
+  return { threads: 256, sharedBytes: (PREFILL_ROWS + 4 * 64) * stride * 2 };
 }
 
 function checkHeadDim(headDim: number): void {
@@ -282,23 +355,35 @@ function checkHeadDim(headDim: number): void {
   );
 }
 
-function load(target: KernelTarget, suffix: string, headDim: number, group: number) {
-  const rows = Array.from({ length: GEMV_ROWS }, (_, i) => i + 1);
-  const modes = ['store', 'add', 'logits'];
-  const modules: Readonly<Record<string, readonly string[]>> = {
-    elementwise: ['embed', 'rms_norm', 'rope_cache', 'swiglu'].map((name) => `${name}_${suffix}`),
-    sample: ['argmax', 'draw'],
-    attention_prefill: [`attention_prefill_${suffix}_${headDim}`],
-    attention_decode: [`attention_decode_${suffix}_${headDim}_${group}`, `attention_combine_${suffix}`],
-    gemv: [...modes, 'swiglu'].flatMap((mode) => rows.map((count) => `gemv_${suffix}_${mode}_${count}`)),
-    gemm: modes.flatMap((mode) => ['small', 'large'].map((size) => `gemm_${suffix}_${mode}_${size}`)),
+function load(target: KernelTarget, { type, headDim }: KernelShape, group: number) {
+  const T = NAMES[type];
+  const elementwise = loadKernels(ELEMENTWISE, target);
+  const sample = loadKernels(SAMPLE, target);
+  const prefill = loadKernels(ATTENTION_PREFILL, target);
+  const decode = loadKernels(ATTENTION_DECODE, target);
+  const gemvs = loadKernels(GEMV, target);
+  const gemms = loadKernels(GEMM, target);
+  const gemv = (mode: ProductMode | 'swiglu') =>
+    Array.from({ length: GEMV_ROWS }, (_, i) =>
+      gemvs.kernel('gemv_##T##_##NAME##_##ROWS', { T, NAME: mode, ROWS: i + 1 }, { threads: 256 }),
+    );
+  const gemm = (NAME: ProductMode) => ({
+    small: gemms.kernel('gemm_##T##_##NAME##_small', { T, NAME }, gemmBlock(TILES.small)),
+    large: gemms.kernel('gemm_##T##_##NAME##_large', { T, NAME }, gemmBlock(TILES.large)),
+  });
+  const modules = [elementwise, sample, prefill, decode, gemvs, gemms];
+  return {
+    image: [...new Set(modules.map(({ image }) => image.replace(/^[^.]*\./, '')))].join(', '),
+    embed: elementwise.kernel('embed_##T', { T }, { threads: 128 }),
+    rmsNorm: elementwise.kernel('rms_norm_##T', { T }, { threads: 256 }),
+    ropeCache: elementwise.kernel('rope_cache_##T', { T }, { threads: 256 }),
+    swiglu: elementwise.kernel('swiglu_##T', { T }, { threads: 256 }),
+    argmax: sample.kernel('argmax', {}, { threads: 1_024 }),
+    draw: sample.kernel('draw', {}, { threads: 1_024 }),
+    prefill: prefill.kernel('attention_prefill_##T##_##D', { T, D: headDim }, prefillBlock(headDim)),
+    decode: decode.kernel('attention_decode_##T##_##D##_##G', { T, D: headDim, G: group }, { threads: 128 }),
+    combine: decode.kernel('attention_combine_##T', { T }, { threads: headDim }),
+    gemv: { store: gemv('store'), add: gemv('add'), logits: gemv('logits'), swiglu: gemv('swiglu') },
+    gemm: { store: gemm('store'), add: gemm('add'), logits: gemm('logits') },
   };
-  let functions: Record<string, CuFunctionHandle> = {};
-  const images = new Set<string>();
-  for (const [name, kernels] of Object.entries(modules)) {
-    const loaded = loadKernels(`model/${name}`, kernels, target);
-    functions = { ...functions, ...loaded.functions };
-    images.add(loaded.image.replace(`model/${name}.`, ''));
-  }
-  return { functions, image: [...images].join(', ') };
 }

@@ -88,7 +88,8 @@ export class CudaLlama {
 
   embed(plan: StepPlan, step: DevicePointer): void {
     const { embedding } = this.#weights;
-    this.#kernels.embed(this.#at.x, embedding, word(step, plan.at.tokens), plan.counts.rows);
+    const tokens = word(step, plan.at.tokens);
+    this.#kernels.embed({ x: this.#at.x, embedding, tokens, rows: plan.counts.rows });
   }
 
   /** Until the layer's KV of this step is in the cache. */
@@ -96,8 +97,9 @@ export class CudaLlama {
     const weights = this.#layer(layer);
     const { x, normed, qkv, q } = this.#at;
     const { rows } = plan.counts;
-    this.#kernels.rmsNorm(normed, x, weights.inputNorm, this.#config.hidden, rows);
-    this.#products.product('store', qkv, normed, weights.qkv, rows);
+    const { hidden } = this.#config;
+    this.#kernels.rmsNorm({ out: normed, x, weight: weights.inputNorm, hidden, rows, chosen: undefined });
+    this.#products.product('store', { out: qkv, x: normed, weight: weights.qkv, rows });
     this.#kernels.ropeCache({
       qkv,
       bias: weights.qkvBias,
@@ -117,10 +119,11 @@ export class CudaLlama {
     const { x, normed, attended, gateUp, gated } = this.#at;
     const { rows } = plan.counts;
     this.#attend(layer, plan, step);
-    this.#products.product('add', x, attended, weights.output, rows);
-    this.#kernels.rmsNorm(normed, x, weights.postNorm, this.#config.hidden, rows);
-    this.#products.gated(gated, normed, weights.gateUp, rows, gateUp);
-    this.#products.product('add', x, gated, weights.down, rows);
+    this.#products.product('add', { out: x, x: attended, weight: weights.output, rows });
+    const { hidden } = this.#config;
+    this.#kernels.rmsNorm({ out: normed, x, weight: weights.postNorm, hidden, rows, chosen: undefined });
+    this.#products.gated({ out: gated, x: normed, gateUp: weights.gateUp, rows, scratch: gateUp });
+    this.#products.product('add', { out: x, x: gated, weight: weights.down, rows });
   }
 
   /**
@@ -129,21 +132,23 @@ export class CudaLlama {
    */
   score(count: number, { chosen, first = 0, draws }: ScoredRows): void {
     const { hidden, vocab } = this.#config;
-    const { x, chosen: normed, logits, tokens } = this.#at;
-    const from = (x + BigInt(first * hidden * 4)) as DevicePointer;
-    this.#kernels.rmsNorm(normed, from, this.#weights.finalNorm, hidden, count, chosen);
-    this.#products.product('logits', logits, normed, this.#weights.head, count);
-    this.#kernels.argmax(tokens, logits, count, vocab);
-    if (draws !== undefined) this.#kernels.draw(tokens, logits, draws, count, vocab);
+    const { chosen: normed, logits, tokens } = this.#at;
+    const { finalNorm, head } = this.#weights;
+    const x = (this.#at.x + BigInt(first * hidden * 4)) as DevicePointer;
+    this.#kernels.rmsNorm({ out: normed, x, weight: finalNorm, hidden, rows: count, chosen });
+    this.#products.product('logits', { out: logits, x: normed, weight: head, rows: count });
+    this.#kernels.argmax({ tokens, logits, rows: count, vocab });
+    if (draws !== undefined) this.#kernels.draw({ tokens, logits, draws, rows: count, vocab });
   }
 
   #attend(layer: number, plan: StepPlan, step: DevicePointer): void {
-    const { q, attended, decode } = this.#at;
+    const { q, attended: out, decode: scratch } = this.#at;
     const { counts, at } = plan;
     const cache = this.#caches[layer]!;
     const tables = word(step, at.tables);
     if (counts.items > 0) {
-      this.#kernels.attentionPrefill(attended, q, cache, word(step, at.items), counts.items, tables);
+      const items = word(step, at.items);
+      this.#kernels.attentionPrefill({ out, q, cache, items, count: counts.items, tables });
     }
     if (counts.decodes > 0) {
       const rows = {
@@ -153,7 +158,8 @@ export class CudaLlama {
         tables,
         count: counts.decodes,
       };
-      this.#kernels.attentionDecode(attended, q, cache, rows, this.#splits(counts.decodes), decode);
+      const splits = this.#splits(counts.decodes);
+      this.#kernels.attentionDecode({ out, q, cache, rows, splits, scratch });
     }
   }
 

@@ -1,11 +1,25 @@
 /** Which program computes a matrix product: kernels of ours where few rows make it a matter of memory, cuBLAS for the rest. */
 import type { Cublas } from '../../../ffi/libcublas.ts';
 import type { DevicePointer } from '../../device/device.ts';
-import { GEMV_ROWS, type Matrix, type ModelKernels, type ProductMode } from './kernels.ts';
+import {
+  GEMV_ROWS,
+  type Matrix,
+  type ModelKernels,
+  type ProductArguments,
+  type ProductMode,
+} from './kernels.ts';
+
+interface GatedArguments {
+  readonly out: DevicePointer;
+  readonly x: DevicePointer;
+  readonly gateUp: Matrix;
+  readonly rows: number;
+  readonly scratch: DevicePointer;
+}
 
 export class Products {
   readonly #kernels: ModelKernels;
-  /** Absent: every product by the kernel whose sums do not hang on the number of rows. */
+  /** Absent: every product by the kernel whose sums do not depend on the number of rows. */
   readonly #cublas: Cublas | undefined;
 
   constructor(kernels: ModelKernels, cublas: Cublas | undefined) {
@@ -14,13 +28,14 @@ export class Products {
   }
 
   /** out = x weight^T, as `mode` says. */
-  product(mode: ProductMode, out: DevicePointer, x: DevicePointer, weight: Matrix, rows: number): void {
+  product(mode: ProductMode, args: ProductArguments): void {
+    const { out, x, weight, rows } = args;
     if (!this.#cublas) {
-      this.#kernels.gemm(mode, out, x, weight, rows);
+      this.#kernels.gemm(mode, args);
       return;
     }
     if (rows <= GEMV_ROWS) {
-      this.#kernels.gemv(mode, out, x, weight, rows);
+      this.#kernels.gemv(mode, args);
       return;
     }
     const { type } = this.#kernels.shape;
@@ -39,12 +54,12 @@ export class Products {
   }
 
   /** out [rows, intermediate] = silu(x gate^T) * (x up^T); `scratch` holds [rows, 2 * intermediate]. */
-  gated(out: DevicePointer, x: DevicePointer, gateUp: Matrix, rows: number, scratch: DevicePointer): void {
+  gated({ out, x, gateUp, rows, scratch }: GatedArguments): void {
     if (this.#cublas && rows <= GEMV_ROWS) {
-      this.#kernels.gemv('swiglu', out, x, gateUp, rows);
+      this.#kernels.gemv('swiglu', { out, x, weight: gateUp, rows });
       return;
     }
-    this.product('store', scratch, x, gateUp, rows);
-    this.#kernels.swiglu(out, scratch, rows, gateUp.outputs / 2);
+    this.product('store', { out: scratch, x, weight: gateUp, rows });
+    this.#kernels.swiglu({ out, gateUp: scratch, rows, inner: gateUp.outputs / 2 });
   }
 }

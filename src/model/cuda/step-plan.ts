@@ -4,9 +4,8 @@
  *   tokens[rows] positions[rows] slots[rows] | queryRows[d] contexts[d] tableStarts[d] | items[p][4] | draws[s][4] | chosen[s] | tables...
  *
  * Sequences with one new token go to the decode kernel (d of them), the others in items of at most 128 rows to the prefill kernel (p),
- * the longest first. `chosen` are the rows whose logits are wanted, `draws` how their tokens are drawn. Where each part begins hangs on
- * the counts alone, so a graph
- * that was captured for n padded sequences finds them again in every step of n.
+ * the longest first. `chosen` are the rows whose logits are wanted, `draws` how their tokens are drawn. Where each part begins depends on
+ * the counts alone, so a graph that was captured for n padded sequences finds them again in every step of n.
  */
 import { PdError } from '../../errors.ts';
 import type { SampleSpec, ScheduledSequence } from '../../scheduler/types.ts';
@@ -57,7 +56,7 @@ export interface PlanLimits {
 }
 
 export interface PlanOptions {
-  /** Every sequence through the prefill kernel, whose results hang on no other row. */
+  /** Every sequence through the prefill kernel, whose results depend on no other row. */
   readonly batchInvariant: boolean;
   /** Padding to so many sequences of one token each, for a graph. Padding writes no KV and attends to nothing. */
   readonly padTo?: number;

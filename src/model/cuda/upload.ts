@@ -5,10 +5,14 @@ import type { DeviceEvent, MemoryRef } from '../../device/device.ts';
 import { sliceMemory } from '../../device/memory.ts';
 import { EventPoller } from '../../device/poller.ts';
 import { PdError } from '../../errors.ts';
-import { bfloat16ToFloat32, float16ToFloat32 } from '../float-convert.ts';
+import {
+  bfloat16ToFloat32,
+  float16ToFloat32,
+  float32ToBfloat16,
+  float32ToFloat16,
+} from '../float-convert.ts';
 import type { Checkpoint } from '../safetensors.ts';
 import type { ElementType } from './kernels.ts';
-import { float32ToBfloat16, float32ToFloat16 } from './to-half.ts';
 
 /** Bytes of one buffer, and how many there are: Node reads files on four threads, and copies go on meanwhile. */
 const PIECE = 8 * 2 ** 20;

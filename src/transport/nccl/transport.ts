@@ -43,7 +43,7 @@ export class NcclTransport implements Transport {
 
   createUniqueId(): UniqueId {
     this.#device.enter();
-    return this.nccl.uniqueId();
+    return this.nccl.uniqueId() as UniqueId;
   }
 
   async open(options: OpenOptions): Promise<Pair> {

@@ -4,6 +4,7 @@ import { join } from 'node:path';
 import { afterEach, expect, test, vi } from 'vitest';
 import { candidates, explicitCandidate } from '../../../ffi/find.ts';
 import { loadLibrary } from '../../../ffi/load.ts';
+import { PdError } from '../../../src/errors.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'pd-find-'));
 afterEach(() => {
@@ -41,9 +42,10 @@ test('a CUDA 13 runtime is not tried on a CUDA 12 driver', () => {
   expect(names(13)).toContain('libcudart.so.12');
 });
 
-test('a failure lists what was tried and what to install', () => {
+test('a failure is a PdError that lists what was tried and what to install', () => {
   vi.stubEnv('PD_NVRTC_LIB', undefined);
   vi.stubEnv('CUDA_HOME', join(folder, 'none'));
+  expect(() => loadLibrary('cublasLt', 12)).toThrow(PdError);
   expect(() => loadLibrary('cublasLt', 12)).toThrow(
     expect.objectContaining({
       code: 'LIBRARY_NOT_FOUND',

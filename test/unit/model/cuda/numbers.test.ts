@@ -2,8 +2,12 @@ import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { graphSizes } from '../../../../src/model/cuda/graphs.ts';
 import { blocksThatFit } from '../../../../src/model/cuda/sizes.ts';
-import { float32ToBfloat16, float32ToFloat16 } from '../../../../src/model/cuda/to-half.ts';
-import { bfloat16ToFloat32, float16ToFloat32 } from '../../../../src/model/float-convert.ts';
+import {
+  bfloat16ToFloat32,
+  float16ToFloat32,
+  float32ToBfloat16,
+  float32ToFloat16,
+} from '../../../../src/model/float-convert.ts';
 
 function both(to: (source: Float32Array, target: Uint16Array) => void, value: number): number {
   const bits = new Uint16Array(1);

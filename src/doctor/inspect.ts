@@ -1,14 +1,15 @@
 /** What this machine has, for pd-doctor and bug reports: every library and GPU, found or not, with what is wrong. Throws nothing. */
-import type { DriverAnswer } from '../src/config/device-choice.ts';
-import { PdError } from '../src/errors.ts';
-import { explicitCandidate, LIBRARIES, type LibraryName } from './find.ts';
-import { inspectCublas } from './libcublas.ts';
-import { type Libcuda, loadLibcuda, NO_DEVICE } from './libcuda.ts';
-import { loadCudart } from './libcudart.ts';
-import { loadLibnccl } from './libnccl.ts';
-import { libraryFile, loadLibrary } from './load.ts';
-import type { NativeLibrary } from './native.ts';
-import { loadNvrtc } from './nvrtc.ts';
+
+import { explicitCandidate, LIBRARIES, type LibraryName } from '../../ffi/find.ts';
+import { inspectCublas } from '../../ffi/libcublas.ts';
+import { type Libcuda, loadLibcuda, NO_DEVICE } from '../../ffi/libcuda.ts';
+import { loadCudart } from '../../ffi/libcudart.ts';
+import { loadLibnccl } from '../../ffi/libnccl.ts';
+import { libraryFile, loadLibrary } from '../../ffi/load.ts';
+import type { NativeLibrary } from '../../ffi/native.ts';
+import { loadNvrtc } from '../../ffi/nvrtc.ts';
+import type { DriverAnswer } from '../config/device-choice.ts';
+import { PdError } from '../errors.ts';
 
 export type LibraryReport = {
   readonly name: LibraryName;
