@@ -1,6 +1,6 @@
 /**
  * One table of options per program, read from four places: flags win over the environment, that over the config file, that over
- * layers of the program's own (vLLM's JSON), those over defaults.
+ * layers of the program's own (vLLM's JSON), those over defaults. What programs give in code is checked by the same rows (fields.ts).
  *
  *   kvPort: option({ kind: port(), help: 'base port of the KV listener', group: 'KV transfer', default: 14579 })
  *     --kv-port 8082      PD_KV_PORT=8082      { "kv-port": 8082 }
@@ -9,7 +9,7 @@
  *   const { values, sources } = resolveOptions(table, command, process.env);
  */
 import { readFileSync } from 'node:fs';
-import { type Command, Option } from 'commander';
+import type { Command } from 'commander';
 import { z } from 'zod';
 import { PdError } from '../errors.ts';
 import type { Kind } from './kinds.ts';
@@ -25,6 +25,8 @@ export interface OptionSpec<T> {
   /** Flag, without dashes, where it is not the name in kebab case. */
   readonly flag?: string;
   readonly hidden?: boolean;
+  /** Where the value lies in the configuration: `log.level`. Absent: the program makes something of it. */
+  readonly field?: string;
 }
 
 export type OptionTable = Readonly<Record<string, OptionSpec<unknown>>>;
@@ -79,6 +81,9 @@ const envOf = (name: string): string => `PD_${kebab(name).replaceAll('-', '_').t
 
 /** Adds every option of the table to a command, grouped, with defaults in the help text. Values stay text until `resolveOptions`. */
 export function addOptions(command: Command, table: OptionTable): Command {
+  const add = (flags: string, help: string, group: string, hidden = false): void => {
+    command.addOption(command.createOption(flags, help).helpGroup(group).hideHelp(hidden));
+  };
   for (const [name, spec] of Object.entries(table)) {
     const flag = flagOf(name, spec);
     const fallback =
@@ -88,22 +93,14 @@ export function addOptions(command: Command, table: OptionTable): Command {
     if (spec.kind.argument === undefined) {
       // Both forms, so that a flag can overrule environment and file either way; --help shows the one that changes something.
       const no = flag.replace('--', '--no-');
-      command.addOption(
-        new Option(flag, help).helpGroup(group).hideHelp(spec.hidden || spec.default === true),
-      );
-      command.addOption(new Option(no, help).helpGroup(group).hideHelp(spec.hidden || spec.default !== true));
+      add(flag, help, group, spec.hidden || spec.default === true);
+      add(no, help, group, spec.hidden || spec.default !== true);
       continue;
     }
     const argument = spec.kind.list ? `<${spec.kind.argument}...>` : `<${spec.kind.argument}>`;
     const wide = argument.includes('|') && `${flag} ${argument}`.length > MAX_TERM;
-    command.addOption(
-      new Option(
-        wide ? `${flag} <name>` : `${flag} ${argument}`,
-        wide ? `${spec.kind.argument?.replaceAll('|', ', ')}: ${help}` : help,
-      )
-        .helpGroup(group)
-        .hideHelp(spec.hidden ?? false),
-    );
+    const choices = wide ? `${spec.kind.argument.replaceAll('|', ', ')}: ${help}` : help;
+    add(wide ? `${flag} <name>` : `${flag} ${argument}`, choices, group, spec.hidden);
   }
   const example = Object.keys(table).findLast((name) => name.endsWith('Port')) ?? Object.keys(table)[0] ?? '';
   const file = `{"${kebab(example)}": ${JSON.stringify(table[example]?.default ?? '...')}}`;
@@ -138,7 +135,7 @@ export function resolveOptions<T extends OptionTable>(
   for (const [name, spec] of Object.entries(table)) {
     const flag = flagOf(name, spec);
     // Commander names values after the flag, which need not be the option's name here.
-    const attribute = new Option(flag).attributeName();
+    const attribute = command.createOption(flag).attributeName();
     if (command.getOptionValueSource(attribute) === 'cli') {
       const raw: unknown = command.getOptionValue(attribute);
       take(name, raw, raw === false ? flag.replace('--', '--no-') : flag, 'flag');

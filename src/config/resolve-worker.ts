@@ -6,10 +6,10 @@ import { PdError } from '../errors.ts';
 import { asDestination, type HostPort } from '../net/address.ts';
 import { announceHost, defaultAddress, type LocalOptions } from '../net/local.ts';
 import { DEFAULT_LIMITS } from '../transfer/types.ts';
-import { checkAnnounced } from './announced.ts';
+import { fieldsOf } from './fields.ts';
+import { checkAnnounced } from './hosts.ts';
 import { addOptions, type OptionLayer, resolveOptions } from './options.ts';
-import { vllmLogLevel } from './vllm-env.ts';
-import { checkKvRank, parseVllmKvConfig, type VllmKvConfig } from './vllm-json.ts';
+import { checkKvRank, parseVllmKvConfig, type VllmKvConfig, vllmLogLevel } from './vllm.ts';
 import type { WorkerConfig, WorkerRole } from './worker-config.ts';
 import { WORKER_OPTIONS, type WorkerOptions } from './worker-options.ts';
 
@@ -117,51 +117,30 @@ export function toWorkerConfig(options: WorkerOptions, outside: WorkerEnvironmen
       `${named}: ${modelDir} is not a checkpoint directory (no config.json)`,
     );
   }
+  const { transfer, ...fields } = fieldsOf(WORKER_OPTIONS, options);
   return {
-    role: options.role,
+    ...fields,
     modelDir,
     servedModelNames: options.servedModelName ?? [options.model ?? 'demo'],
-    device,
     executor,
     http,
-    kv: { bind: { host: kvHost, port: options.kvPort }, announceHost: kvAnnounceHost, rank: 0 },
-    ...(options.proxy === undefined ? {} : { proxy: asDestination(options.proxy) }),
     httpAnnounceHost,
-    sendType: options.sendType,
-    kvBufferSize: options.kvBufferSize,
-    memPoolSize: Math.round(options.memPoolSizeGb * 2 ** 30),
-    ncclNumChannels: options.ncclNumChannels,
-    wireLayout: options.wireLayout,
-    kvKey: options.kvKey,
-    suffixedIds: options.suffixedIds,
-    ...(options.allowPeers === undefined ? {} : { allowPeers: options.allowPeers }),
+    ...(options.proxy && { proxy: asDestination(options.proxy) }),
+    transfer: {
+      ...transfer,
+      device,
+      bind: { host: kvHost, port: options.kvPort },
+      announceHost: kvAnnounceHost,
+      rank: 0,
+      limits: { ...DEFAULT_LIMITS, ...transfer.limits },
+    },
     ...(options.debugStateRemote
       ? { debugState: 'anyone' as const }
       : options.debugState
         ? { debugState: 'loopback' as const }
         : {}),
-    loadFailure: options.kvLoadFailure,
     maxNumSeqs: options.maxNumSeqs ?? (executor === 'cuda' ? 256 : 32),
     maxNumBatchedTokens: options.maxNumBatchedTokens ?? (executor === 'cuda' ? 8_192 : 512),
-    ...(options.maxModelLen === undefined ? {} : { maxModelLen: options.maxModelLen }),
-    ...(options.debugLogits === undefined ? {} : { debugLogits: resolve(options.debugLogits) }),
-    blockSize: options.blockSize,
-    ...(options.numBlocks === undefined ? {} : { numBlocks: options.numBlocks }),
-    gpuMemoryUtilization: options.gpuMemoryUtilization,
-    batchInvariant: options.batchInvariant,
-    enablePrefixCaching: options.enablePrefixCaching,
-    randomizeRequestIds: options.randomizeRequestIds,
-    timeouts: {
-      connect: options.connectTimeout,
-      answer: options.answerTimeout,
-      pairInit: options.pairInitTimeout,
-      transfer: options.kvTransferTimeout,
-      load: options.kvLoadTimeout,
-      orphan: options.kvOrphanTimeout,
-    },
-    limits: { ...DEFAULT_LIMITS, maxPeers: options.maxPeers },
-    drainTimeoutMs: options.drainTimeout,
-    pingIntervalMs: options.pingInterval,
-    log: { level: options.logLevel, format: options.logFormat },
+    ...(options.debugLogits !== undefined && { debugLogits: resolve(options.debugLogits) }),
   };
 }

@@ -74,7 +74,7 @@ async function createModel({ config, device, log }: CreateExecutorOptions): Prom
       const { createCudaExecutor } = await import('./cuda/create.ts');
       const { elementTypeOf } = await import('./cuda/weights.ts');
       const { PAIR_BYTES } = await import('./cuda/sizes.ts');
-      const { blockSize, maxNumSeqs, maxNumBatchedTokens, role, kvBufferSize } = config;
+      const { blockSize, maxNumSeqs, maxNumBatchedTokens, role, transfer } = config;
       const type = await elementTypeOf(config.modelDir, model);
       const fingerprint = await fingerprintOf(config.modelDir, model, { dtype: type, blockSize });
       const { executor, numBlocks } = await createCudaExecutor({
@@ -88,7 +88,7 @@ async function createModel({ config, device, log }: CreateExecutorOptions): Prom
         maxNumSeqs,
         maxNumBatchedTokens,
         utilization: config.gpuMemoryUtilization ?? DEFAULT_GPU_MEMORY_UTILIZATION,
-        reserved: role === 'both' ? 0 : kvBufferSize + PAIR_BYTES,
+        reserved: role === 'both' ? 0 : transfer.kvBufferSize + PAIR_BYTES,
         batchInvariant: config.batchInvariant ?? false,
         ...(log && { log }),
       });

@@ -77,12 +77,15 @@ export const DEFAULT_LIMITS: TransferLimits = {
   maxPeers: 64,
 };
 
-export type LogLevel = 'trace' | 'debug' | 'info' | 'warn' | 'error' | 'silent';
+export const LOG_LEVELS = ['trace', 'debug', 'info', 'warn', 'error', 'silent'] as const;
+export type LogLevel = (typeof LOG_LEVELS)[number];
+
+export const LOG_FORMATS = ['auto', 'pretty', 'json'] as const;
 
 export interface LogOptions {
   readonly level: LogLevel;
   /** `pretty` for a terminal, `json` for collectors, `auto` by whether stdout is a terminal. */
-  readonly format: 'auto' | 'pretty' | 'json';
+  readonly format: (typeof LOG_FORMATS)[number];
 }
 
 export interface ProxyPing {
