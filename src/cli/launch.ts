@@ -126,12 +126,9 @@ export function launchOptions(argv: readonly string[], env: NodeJS.ProcessEnv): 
     .showHelpAfterError('(--help lists the options; flags for the workers go after --)')
     .parse(own, { from: 'user' });
   const warnings: string[] = [];
-  const { values } = resolveOptions(LAUNCH_OPTIONS, command, env, (given) => {
-    if (given.logLevel !== undefined) return [];
-    const { layer, warning } = vllmLogLevel(env);
-    if (warning !== undefined) warnings.push(warning);
-    return [layer];
-  });
+  const values = resolveOptions(LAUNCH_OPTIONS, command, env, ({ logLevel }) =>
+    vllmLogLevel(logLevel, env, warnings),
+  );
   if (!/^(auto|host|cuda(:\d+)?)$/.test(values.device)) {
     throw new PdError(
       'CONFIG_INVALID',

@@ -21,15 +21,12 @@ export function proxyConfig(
     .allowExcessArguments(false)
     .showHelpAfterError('(--help lists the options)')
     .parse(argv, { from: 'user' });
-  let warning: string | undefined;
-  const { values } = resolveOptions(PROXY_OPTIONS, command, env, (given) => {
-    if (given.logLevel !== undefined) return [];
-    const level = vllmLogLevel(env);
-    warning = level.warning;
-    return [level.layer];
-  });
+  const warnings: string[] = [];
+  const values = resolveOptions(PROXY_OPTIONS, command, env, ({ logLevel }) =>
+    vllmLogLevel(logLevel, env, warnings),
+  );
   const config = toProxyConfig(values);
-  if (warning !== undefined) warn(warning, config);
+  for (const warning of warnings) warn(warning, config);
   return config;
 }
 

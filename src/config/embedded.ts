@@ -10,9 +10,10 @@ import {
   type TransferOptions,
   type TransferTimeouts,
 } from '../transfer/types.ts';
-import { checkInput, defaultsOf, fieldsOf, QUIET_LOG, shapeOf, withoutUndefined } from './fields.ts';
+import { checkInput, fieldsOf, QUIET_LOG, shapeOf, withoutUndefined } from './fields.ts';
 import { hostForOthers } from './hosts.ts';
 import { type Address, address } from './kinds.ts';
+import { defaultsOf } from './options.ts';
 import { toWorkerConfig } from './resolve-worker.ts';
 import type { WorkerConfig } from './worker-config.ts';
 import { WORKER_OPTIONS } from './worker-options.ts';
@@ -118,8 +119,9 @@ export function workerConfig(input: WorkerConfigInput = {}): WorkerConfig {
     ...given
   } = checkInput(WORKER, input, 'worker configuration');
   const [shared, own] = split(given, SHARED);
-  const { bind, announceHost, rank, ...rest } = kept;
-  const transfer = completeTransfer({ ...rest, ...shared, ...(kv ?? { bind, announceHost, rank }) });
+  const { bind, announceHost, rank, wireLayout = DEFAULTS.wireLayout, ...rest } = kept;
+  const listener = kv ?? { bind, announceHost, rank };
+  const transfer = completeTransfer({ wireLayout, ...rest, ...shared, ...listener });
   const defaults = defaultsOf(WORKER_OPTIONS);
   const { role = defaults.role, executor } = own;
   const options = { ...defaults, role, executor, device: transfer.device, model: modelDir };
@@ -134,16 +136,18 @@ export function workerConfig(input: WorkerConfigInput = {}): WorkerConfig {
 
 const DEFAULTS = fieldsOf(WORKER_OPTIONS, defaultsOf(WORKER_OPTIONS)).transfer;
 
+/** Blocks leave as they lie in the cache, unless `wireLayout` is given: whose cache it is, this cannot know. */
 function completeTransfer(given: z.output<typeof TRANSFER>): TransferOptions {
+  const { wireLayout: _, ...defaults } = DEFAULTS;
   const { bind = LOOPBACK, timeouts = {}, limits = {}, log = {}, ...rest } = given;
   return {
-    ...DEFAULTS,
+    ...defaults,
     device: 'host',
     bind,
     announceHost: hostForOthers(bind.host),
     rank: 0,
     ...withoutUndefined(rest),
-    timeouts: { ...DEFAULTS.timeouts, ...withoutUndefined(timeouts) },
+    timeouts: { ...defaults.timeouts, ...withoutUndefined(timeouts) },
     limits: { ...DEFAULT_LIMITS, ...withoutUndefined(limits) },
     log: { ...QUIET_LOG, ...withoutUndefined(log) },
   };

@@ -70,12 +70,6 @@ export function fieldsOf<T extends OptionTable>(table: T, values: ValuesOf<T>): 
   return fields as FieldsOf<T>;
 }
 
-/** The values of a table without a flag, an environment or a file. */
-export function defaultsOf<T extends OptionTable>(table: T): ValuesOf<T> {
-  const entries = Object.entries(table).map(([name, spec]) => [name, spec.default]);
-  return Object.fromEntries(entries) as ValuesOf<T>;
-}
-
 type NameUnder<P extends string, S> = S extends { readonly field: `${P}${infer Name}` }
   ? Name extends `${string}.${string}`
     ? never

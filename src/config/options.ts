@@ -6,7 +6,7 @@
  *     --kv-port 8082      PD_KV_PORT=8082      { "kv-port": 8082 }
  *
  *   const command = addOptions(new Command('pd-worker'), table).parse();
- *   const { values, sources } = resolveOptions(table, command, process.env);
+ *   const values = resolveOptions(table, command, process.env);
  */
 import { readFileSync } from 'node:fs';
 import type { Command } from 'commander';
@@ -40,17 +40,9 @@ type ValueOf<S> = S extends { readonly kind: Kind<infer T> }
 /** What a table resolves to: options without a default may be undefined. */
 export type ValuesOf<T extends OptionTable> = { readonly [K in keyof T]: ValueOf<T[K]> };
 
-/** Where a value came from. */
-export type OptionSource = 'flag' | 'environment' | 'file' | 'layer' | 'default';
-
 /** Values of a program's own, below the config file: by option name, with how a message should call each. */
 export interface OptionLayer {
   readonly values: Readonly<Record<string, { readonly value: unknown; readonly label: string }>>;
-}
-
-export interface Resolved<T extends OptionTable> {
-  readonly values: ValuesOf<T>;
-  readonly sources: { readonly [K in keyof T]: OptionSource };
 }
 
 /** Keeps the type of one spec, so that a table knows its value. */
@@ -77,7 +69,7 @@ const MAX_TERM = 37;
 const MIN_TEXT = 20;
 
 const flagOf = (name: string, spec: OptionSpec<unknown>): string => `--${spec.flag ?? kebab(name)}`;
-const envOf = (name: string): string => `PD_${kebab(name).replaceAll('-', '_').toUpperCase()}`;
+export const envOf = (name: string): string => `PD_${kebab(name).replaceAll('-', '_').toUpperCase()}`;
 
 /** Adds every option of the table to a command, grouped, with defaults in the help text. Values stay text until `resolveOptions`. */
 export function addOptions(command: Command, table: OptionTable): Command {
@@ -123,13 +115,10 @@ export function resolveOptions<T extends OptionTable>(
   command: Command,
   env: Readonly<Record<string, string | undefined>>,
   layers: (given: Partial<ValuesOf<T>>) => readonly OptionLayer[] = () => [],
-): Resolved<T> {
+): ValuesOf<T> {
   const values: Record<string, unknown> = {};
-  const sources: Record<string, OptionSource> = {};
-  const take = (name: string, raw: unknown, label: string, source: OptionSource): void => {
-    if (name in values) return;
-    values[name] = parseValue(table[name]!, raw, label);
-    sources[name] = source;
+  const take = (name: string, raw: unknown, label: string): void => {
+    if (!(name in values)) values[name] = parseValue(table[name]!.kind, raw, label);
   };
 
   for (const [name, spec] of Object.entries(table)) {
@@ -138,13 +127,13 @@ export function resolveOptions<T extends OptionTable>(
     const attribute = command.createOption(flag).attributeName();
     if (command.getOptionValueSource(attribute) === 'cli') {
       const raw: unknown = command.getOptionValue(attribute);
-      take(name, raw, raw === false ? flag.replace('--', '--no-') : flag, 'flag');
+      take(name, raw, raw === false ? flag.replace('--', '--no-') : flag);
     }
   }
   for (const [name, spec] of Object.entries(table)) {
     const raw = env[envOf(name)];
     if (raw === undefined || raw === '') continue;
-    take(name, spec.kind.list ? raw.split(',') : raw, `${envOf(name)} (environment)`, 'environment');
+    take(name, spec.kind.list ? raw.split(',') : raw, `${envOf(name)} (environment)`);
   }
   if (typeof values['config'] === 'string') {
     const path = values['config'];
@@ -159,26 +148,28 @@ export function resolveOptions<T extends OptionTable>(
           `${JSON.stringify(key)} in ${path} is not an option; known are ${known}`,
         );
       }
-      take(name, raw, `${JSON.stringify(key)} in ${path}`, 'file');
+      take(name, raw, `${JSON.stringify(key)} in ${path}`);
     }
   }
   for (const layer of layers(values as Partial<ValuesOf<T>>)) {
-    for (const [name, { value, label }] of Object.entries(layer.values)) take(name, value, label, 'layer');
+    for (const [name, { value, label }] of Object.entries(layer.values)) take(name, value, label);
   }
-  for (const [name, spec] of Object.entries(table)) {
-    if (name in values) continue;
-    values[name] = spec.default;
-    sources[name] = 'default';
-  }
-  return { values, sources } as unknown as Resolved<T>;
+  return { ...defaultsOf(table), ...(values as Partial<ValuesOf<T>>) };
 }
 
-function parseValue(spec: OptionSpec<unknown>, raw: unknown, label: string): unknown {
-  const result = spec.kind.schema.safeParse(raw);
+/** The values of a table without a flag, an environment or a file. */
+export function defaultsOf<T extends OptionTable>(table: T): ValuesOf<T> {
+  const entries = Object.entries(table).map(([name, spec]) => [name, spec.default]);
+  return Object.fromEntries(entries) as ValuesOf<T>;
+}
+
+/** Throws CONFIG_INVALID that names `label` and what is allowed. */
+export function parseValue<T>(kind: Kind<T>, raw: unknown, label: string): T {
+  const result = kind.schema.safeParse(raw);
   if (result.success) return result.data;
   throw new PdError(
     'CONFIG_INVALID',
-    `${label}: ${JSON.stringify(raw)} is not allowed; expected ${spec.kind.allowed}`,
+    `${label}: ${JSON.stringify(raw)} is not allowed; expected ${kind.allowed}`,
   );
 }
 

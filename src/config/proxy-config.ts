@@ -2,15 +2,7 @@
 import { z } from 'zod';
 import type { HostPort } from '../net/address.ts';
 import { LOG_FORMATS, LOG_LEVELS, type LogOptions } from '../transfer/types.ts';
-import {
-  checkInput,
-  defaultsOf,
-  fieldsOf,
-  QUIET_LOG,
-  shapeOf,
-  type TableOf,
-  withoutUndefined,
-} from './fields.ts';
+import { checkInput, fieldsOf, QUIET_LOG, shapeOf, type TableOf, withoutUndefined } from './fields.ts';
 import {
   type Address,
   address,
@@ -22,7 +14,7 @@ import {
   port,
   text,
 } from './kinds.ts';
-import { defineOptions, option, type ValuesOf } from './options.ts';
+import { defaultsOf, defineOptions, option, type ValuesOf } from './options.ts';
 
 export interface ProxyConfig {
   readonly http: HostPort;

@@ -8,7 +8,7 @@ import { announceHost, defaultAddress, type LocalOptions } from '../net/local.ts
 import { DEFAULT_LIMITS } from '../transfer/types.ts';
 import { fieldsOf } from './fields.ts';
 import { checkAnnounced } from './hosts.ts';
-import { addOptions, type OptionLayer, resolveOptions } from './options.ts';
+import { type OptionLayer, resolveOptions } from './options.ts';
 import { checkKvRank, parseVllmKvConfig, type VllmKvConfig, vllmLogLevel } from './vllm.ts';
 import type { WorkerConfig, WorkerRole } from './worker-config.ts';
 import { WORKER_OPTIONS, type WorkerOptions } from './worker-options.ts';
@@ -38,30 +38,17 @@ export interface ResolvedWorker {
   readonly warnings: readonly string[];
 }
 
-export function addWorkerOptions(command: Command): Command {
-  return addOptions(command, WORKER_OPTIONS);
-}
-
-/** Flags, environment, file and vLLM's JSON into one validated shape. Throws CONFIG_INVALID, ADDRESS_INVALID. */
-export function resolveWorkerConfig(command: Command, outside: WorkerEnvironment): ResolvedWorker {
-  return resolveGivenWorker(readWorkerOptions(command, outside.env), outside);
-}
-
-/** The first half of `resolveWorkerConfig`. Throws CONFIG_INVALID. */
+/** Flags, environment, file and vLLM's JSON, validated. Throws CONFIG_INVALID. */
 export function readWorkerOptions(command: Command, env: WorkerEnvironment['env']): GivenWorker {
   let vllm: VllmKvConfig | undefined;
   const warnings: string[] = [];
-  const { values } = resolveOptions(WORKER_OPTIONS, command, env, (given) => {
+  const values = resolveOptions(WORKER_OPTIONS, command, env, (given) => {
     const layers: OptionLayer[] = [];
     if (given.kvTransferConfig !== undefined) {
       vllm = parseVllmKvConfig(given.kvTransferConfig);
       layers.push(vllm.layer);
     }
-    if (given.logLevel === undefined) {
-      const { layer, warning } = vllmLogLevel(env);
-      layers.push(layer);
-      if (warning !== undefined) warnings.push(warning);
-    }
+    layers.push(...vllmLogLevel(given.logLevel, env, warnings));
     if (env['VLLM_DISABLE_REQUEST_ID_RANDOMIZATION'] === '1') {
       const label = 'VLLM_DISABLE_REQUEST_ID_RANDOMIZATION (environment)';
       layers.push({ values: { randomizeRequestIds: { value: false, label } } });
@@ -85,7 +72,7 @@ export function readWorkerOptions(command: Command, env: WorkerEnvironment['env'
   return { options: values, warnings: [...warnings, ...(vllm?.warnings ?? []), ...overruled] };
 }
 
-/** The second half of `resolveWorkerConfig`. Throws CONFIG_INVALID, ADDRESS_INVALID. */
+/** What is given, into one shape. Throws CONFIG_INVALID, ADDRESS_INVALID. */
 export function resolveGivenWorker(
   { options, warnings }: GivenWorker,
   outside: WorkerEnvironment,

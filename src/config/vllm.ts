@@ -166,23 +166,24 @@ const LEVELS: Readonly<Record<string, LogLevel>> = {
   FATAL: 'error',
 };
 
-export interface VllmLogLevel {
-  /** For the option `logLevel`, between the config file and the default. */
-  readonly layer: OptionLayer;
-  /** For a value that is no level: it is another program's variable, so it stops nobody. */
-  readonly warning?: string;
-}
-
-export function vllmLogLevel(env: Readonly<Record<string, string | undefined>>): VllmLogLevel {
-  const given = env[LOGGING_LEVEL]?.trim();
-  if (!given) return { layer: { values: {} } };
-  const value = LEVELS[given.toUpperCase()];
+/**
+ * A layer for the option `logLevel`, where that is not `given`. A value that is no level is told in `warnings`: it is another program's
+ * variable, so it stops nobody.
+ */
+export function vllmLogLevel(
+  given: LogLevel | undefined,
+  env: Readonly<Record<string, string | undefined>>,
+  warnings: string[],
+): OptionLayer[] {
+  const theirs = env[LOGGING_LEVEL]?.trim();
+  if (given !== undefined || !theirs) return [];
+  const value = LEVELS[theirs.toUpperCase()];
   if (value !== undefined) {
-    return { layer: { values: { logLevel: { value, label: `${LOGGING_LEVEL} (environment)` } } } };
+    return [{ values: { logLevel: { value, label: `${LOGGING_LEVEL} (environment)` } } }];
   }
   const known = 'DEBUG, INFO, WARNING, ERROR and CRITICAL';
-  return {
-    layer: { values: {} },
-    warning: `${LOGGING_LEVEL}=${given} is no level (known are ${known}) and is left out of account; --log-level sets ours`,
-  };
+  warnings.push(
+    `${LOGGING_LEVEL}=${theirs} is no level (known are ${known}) and is left out of account; --log-level sets ours`,
+  );
+  return [];
 }

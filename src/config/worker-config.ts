@@ -45,10 +45,10 @@ export interface WorkerConfig {
   readonly blockSize: number;
   /** Absent: chosen from maxNumSeqs and maxModelLen (host) or free memory (cuda). */
   readonly numBlocks?: number;
-  /** Share of the GPU's memory that may be filled, 0 to 1. Absent: 0.9. Executor cuda only. */
-  readonly gpuMemoryUtilization?: number;
-  /** A row's result depends on its own sequence alone, to the bit. The host always computes so. Absent: false. */
-  readonly batchInvariant?: boolean;
+  /** Share of the GPU's memory that may be filled, 0 to 1. Executor cuda only. */
+  readonly gpuMemoryUtilization: number;
+  /** A row's result depends on its own sequence alone, to the bit. The host always computes so. */
+  readonly batchInvariant: boolean;
   readonly enablePrefixCaching: boolean;
   /** Random suffix on engine request ids, as vLLM from 0.14. */
   readonly randomizeRequestIds: boolean;

@@ -117,13 +117,13 @@ export interface TransferOptions {
   readonly ncclNumChannels: number;
   /**
    * The family in which blocks are sent to peers that are not ours, and that a tensor of two blocks from such a peer is taken for.
-   * Absent: `kv-first`. Between ours it is always `kv-first` (or `mla`).
+   * Absent: blocks leave as they lie in the cache, as they do between ours, and two blocks are `kv-first`.
    */
   readonly wireLayout?: WireLayout;
-  /** Absent: `transfer`. With `engine` no suffix is looked for. */
-  readonly kvKey?: KvKey;
-  /** For which ids of peers that are not ours a random suffix is looked for. Absent: `proxy`. */
-  readonly suffixedIds?: SuffixedIds;
+  /** With `engine` no suffix is looked for. */
+  readonly kvKey: KvKey;
+  /** For which ids of peers that are not ours a random suffix is looked for. */
+  readonly suffixedIds: SuffixedIds;
   /** Addresses and CIDR ranges that may talk to this engine. Absent: everyone. */
   readonly allowPeers?: readonly string[];
   readonly timeouts: TransferTimeouts;

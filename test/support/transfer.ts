@@ -49,6 +49,8 @@ export function transferOptions(overrides: TestOptions = {}): TransferOptions {
     kvBufferSize: 2 ** 20,
     memPoolSize: 2 ** 20,
     ncclNumChannels: 8,
+    kvKey: 'transfer',
+    suffixedIds: 'proxy',
     log: { level: (process.env['PD_TEST_LOG'] as 'debug') ?? 'silent', format: 'json' },
     ...rest,
     timeouts: { ...PATIENT_TIMEOUTS, ...timeouts },

@@ -61,7 +61,7 @@ async function start(
       randomizeRequestIds,
       role,
       maxNumSeqs: 8,
-      transfer: {},
+      transfer: { kvKey: 'transfer' },
       ...(debugState && { debugState }),
     },
     core: client,

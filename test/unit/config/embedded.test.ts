@@ -1,13 +1,12 @@
 /** Configuration given in code: few fields become what the flags would have made, and mistakes are named. */
-import { Command } from 'commander';
 import { expect, it } from 'vitest';
 import { proxyConfig as proxyConfigOfFlags } from '../../../src/cli/proxy.ts';
 import { transferOptions, workerConfig } from '../../../src/config/embedded.ts';
 import { proxyConfig } from '../../../src/config/proxy-config.ts';
-import { addWorkerOptions, resolveWorkerConfig } from '../../../src/config/resolve-worker.ts';
 import { PdError } from '../../../src/errors.ts';
 import { demoModelDir } from '../../../src/model/demo.ts';
 import { DEFAULT_TIMEOUTS } from '../../../src/transfer/types.ts';
+import { resolveFlags } from '../../support/worker-flags.ts';
 
 const QUIET = { level: 'warn', format: 'auto' };
 const LOOPBACK = { host: '127.0.0.1', port: 0 };
@@ -23,15 +22,16 @@ function problem(make: () => unknown): string {
 }
 
 it('a worker of no fields is the one of no flags, on the host and on loopback, and quiet', () => {
-  const command = addWorkerOptions(new Command('pd-worker')).parse([], { from: 'user' });
-  const { config } = resolveWorkerConfig(command, { env: {}, demoModelDir, autoDevice: 'host' });
+  const { config } = resolveFlags([], { env: {}, demoModelDir, autoDevice: 'host' });
   expect(workerConfig()).toEqual({
     ...config,
     http: LOOPBACK,
     httpAnnounceHost: '127.0.0.1',
     transfer: { ...config.transfer, bind: LOOPBACK, announceHost: '127.0.0.1', log: QUIET },
   });
-  expect(transferOptions()).toEqual(workerConfig().transfer);
+  // An engine of its own sends blocks as they lie in the cache that it is given.
+  expect({ ...transferOptions(), wireLayout: 'kv-first' }).toEqual(workerConfig().transfer);
+  expect(transferOptions()).not.toHaveProperty('wireLayout');
 });
 
 it('a proxy of no fields is the one of no flags, on loopback and quiet', () => {

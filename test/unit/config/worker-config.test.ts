@@ -1,6 +1,5 @@
 import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { Command } from 'commander';
 import { describe, expect, it } from 'vitest';
 import { proxyConfig } from '../../../src/cli/proxy.ts';
 import { resolveHosts } from '../../../src/config/hosts.ts';
@@ -9,12 +8,9 @@ import {
   ncclEnvironment,
   prepareNativeEnvironment,
 } from '../../../src/config/native-env.ts';
-import {
-  addWorkerOptions,
-  resolveWorkerConfig,
-  type WorkerEnvironment,
-} from '../../../src/config/resolve-worker.ts';
+import type { WorkerEnvironment } from '../../../src/config/resolve-worker.ts';
 import { sharedTempDir } from '../../support/temp-dir.ts';
+import { resolveFlags } from '../../support/worker-flags.ts';
 
 const modelDir = sharedTempDir();
 writeFileSync(join(modelDir, 'config.json'), '{}');
@@ -29,14 +25,7 @@ function resolve(
   interfaces: NonNullable<WorkerEnvironment['interfaces']> = { eth0: [...lan, ...lan6] },
   autoDevice = 'host',
 ) {
-  const command = addWorkerOptions(new Command('pd-worker').exitOverride());
-  command.parse(args, { from: 'user' });
-  return resolveWorkerConfig(command, {
-    env,
-    interfaces,
-    demoModelDir: () => modelDir,
-    autoDevice,
-  });
+  return resolveFlags(args, { env, interfaces, demoModelDir: () => modelDir, autoDevice });
 }
 
 const config = (args: string[], env?: Record<string, string>) => resolve(args, env).config;
