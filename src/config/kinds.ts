@@ -26,36 +26,28 @@ const scalar = z.union([z.string(), z.number(), z.boolean()]).transform((value) 
 /** A longer timer than this fires at once in Node. */
 const MAX_MS = 2 ** 31 - 1;
 
-/** What `parse` makes of text; undefined for what is not allowed. */
-function read<T>(parse: (text: string) => T | undefined, text: string): T | undefined {
-  try {
-    return parse(text);
-  } catch {
-    return undefined;
-  }
-}
-
-/** A kind read from text by `parse`, which returns undefined or throws for what is not allowed; `value` checks what a program gives. */
+/** A kind whose values `value` checks, wherever they come from; `parse` makes one of text, undefined or NaN where it cannot. */
 function parsed<T>(
   argument: string,
   allowed: string,
   value: z.ZodType<T>,
-  parse: (text: string) => T | undefined,
+  parse: (text: string) => unknown,
   render: (value: T) => string = String,
 ): Kind<T> {
   const schema = scalar.transform((text, context): T => {
-    const result = read(parse, text);
-    if (result !== undefined) return result;
+    const result = value.safeParse(parse(text));
+    if (result.success) return result.data;
     context.addIssue({ code: 'custom', message: `expected ${allowed}` });
     return z.NEVER;
   });
   return { schema, value, allowed, argument, render };
 }
 
+const itself = (text: string): string => text;
 const numberOf = (text: string): number => (text === '' ? Number.NaN : Number(text));
 
 export function text(argument = 'text', allowed = 'some text'): Kind<string> {
-  return parsed(argument, allowed, z.string().min(1), (value) => (value === '' ? undefined : value));
+  return parsed(argument, allowed, z.string().min(1), itself);
 }
 
 /** Text, or JSON as a config file may hold it in place: rendered back to text. */
@@ -65,32 +57,23 @@ export function json(): Kind<string> {
 }
 
 export function integer(min: number, max: number, argument = 'n'): Kind<number> {
-  const allowed = `a whole number from ${min} to ${max}`;
-  return parsed(argument, allowed, z.int().min(min).max(max), (value) => {
-    const number = numberOf(value);
-    return Number.isInteger(number) && number >= min && number <= max ? number : undefined;
-  });
+  return parsed(argument, `a whole number from ${min} to ${max}`, z.int().min(min).max(max), numberOf);
 }
 
 export function real(min: number, max: number, argument = 'x'): Kind<number> {
-  return parsed(argument, `a number from ${min} to ${max}`, z.number().min(min).max(max), (value) => {
-    const number = numberOf(value);
-    return number >= min && number <= max ? number : undefined;
-  });
+  return parsed(argument, `a number from ${min} to ${max}`, z.number().min(min).max(max), numberOf);
 }
 
 const GIB = 2 ** 30;
 
 /** Bytes, written in units of 2^30. */
 export function gibibytes(max: number): Kind<number> {
-  const { allowed, schema } = real(0, max);
-  return {
-    schema: schema.transform((gib) => Math.round(gib * GIB)),
-    value: z.int().min(0),
-    allowed,
-    argument: 'GB',
-    render: (bytes) => String(bytes / GIB),
-  };
+  const value = z
+    .int()
+    .min(0)
+    .max(max * GIB);
+  const parse = (text: string) => Math.round(numberOf(text) * GIB);
+  return parsed('GB', `a number from 0 to ${max}`, value, parse, (bytes) => String(bytes / GIB));
 }
 
 /** 0 lets the system choose. */
@@ -108,33 +91,35 @@ export const address: z.ZodType<HostPort, Address> = z
   })
   .transform((given, context): HostPort => {
     if (typeof given !== 'string') return given;
-    const parts = read(parseHostPort, given);
-    if (parts !== undefined) return parts;
-    context.addIssue({
-      code: 'custom',
-      message: `${JSON.stringify(given)} is not HOST:PORT (an IPv6 address in brackets: [::1]:14579)`,
-    });
-    return z.NEVER;
+    try {
+      return parseHostPort(given);
+    } catch {
+      context.addIssue({
+        code: 'custom',
+        message: `${JSON.stringify(given)} is not HOST:PORT (an IPv6 address in brackets: [::1]:14579)`,
+      });
+      return z.NEVER;
+    }
   });
 
 export function hostPort(): Kind<HostPort> {
-  const render = ({ host, port }: HostPort) => `${host}:${port}`;
-  return parsed(
-    'host:port',
-    'HOST:PORT, with brackets round an IPv6 address',
-    address,
-    parseHostPort,
-    render,
-  );
+  const allowed = 'HOST:PORT, with brackets round an IPv6 address';
+  return parsed('host:port', allowed, address, itself, ({ host, port }) => `${host}:${port}`);
 }
 
 /** An IP address or CIDR range, kept as text. */
 export function addressRange(): Kind<string> {
-  const range = (value: string) => (AllowList.parse([value]) && value.trim() !== '' ? value : undefined);
-  const given = z.string().refine((value) => read(range, value) !== undefined, {
-    error: 'expected an IP address or a range such as 10.0.0.0/8',
-  });
-  return parsed('cidr', 'an IP address or a range such as 10.0.0.0/8 or fd00::/8', given, range);
+  const range = z.string().refine(isRange, { error: 'expected an IP address or a range such as 10.0.0.0/8' });
+  return parsed('cidr', 'an IP address or a range such as 10.0.0.0/8 or fd00::/8', range, itself);
+}
+
+function isRange(text: string): boolean {
+  try {
+    AllowList.parse([text]);
+    return text.trim() !== '';
+  } catch {
+    return false;
+  }
 }
 
 /** A device, or `auto`: what this machine has decides. A program names one. */
@@ -146,20 +131,15 @@ export function deviceOrAuto(): Kind<string> {
 
 /** `host`, or `cuda:N`; `cuda` alone is the first. */
 export function device(): Kind<string> {
-  const given = z
+  const value = z
     .string()
     .regex(/^(host|cuda(:\d{1,3})?)$/, 'expected host or cuda:N')
-    .transform((name) => (name === 'cuda' ? 'cuda:0' : name));
-  return parsed('device', 'host, cuda or cuda:N', given, (value) => {
-    if (value === 'host') return value;
-    const match = /^cuda(?::(\d{1,3}))?$/.exec(value);
-    return match ? `cuda:${Number(match[1] ?? 0)}` : undefined;
-  });
+    .transform((name) => (name === 'host' ? name : `cuda:${Number(name.slice(5))}`));
+  return parsed('device', 'host, cuda or cuda:N', value, itself);
 }
 
 export function oneOf<const T extends readonly string[]>(values: T): Kind<T[number]> {
-  const allowed = `one of ${values.join(', ')}`;
-  return parsed(values.join('|'), allowed, z.enum(values), (value) => values.find((v) => v === value));
+  return parsed(values.join('|'), `one of ${values.join(', ')}`, z.enum(values), itself);
 }
 
 /** A switch: `--name` and `--no-name`; true/false, 1/0, yes/no, on/off elsewhere. */
@@ -193,8 +173,7 @@ export function bytes(min = 0): Kind<number> {
     (value) => {
       const match = /^(\d+(?:\.\d+)?(?:e\+?\d+)?)\s*([kmgt]?i?b?)$/i.exec(value);
       const unit = BYTE_UNITS[(match?.[2] ?? '?').toUpperCase()];
-      const size = Math.round(Number(match?.[1]) * (unit ?? Number.NaN));
-      return size >= min && Number.isSafeInteger(size) ? size : undefined;
+      return Math.round(Number(match?.[1]) * (unit ?? Number.NaN));
     },
     (size) => {
       const whole = Object.entries(BYTE_UNITS).filter(([, unit]) => unit > 1 && size % unit === 0);
@@ -214,8 +193,7 @@ export function duration(minMs = 0): Kind<number> {
     z.number().min(minMs).max(MAX_MS),
     (value) => {
       const match = /^(\d+(?:\.\d+)?)\s*(ms|s|m|h|)$/i.exec(value);
-      const ms = Number(match?.[1]) * (TIME_UNITS[(match?.[2] ?? '?').toLowerCase()] ?? Number.NaN);
-      return ms >= minMs && ms <= MAX_MS ? ms : undefined;
+      return Number(match?.[1]) * (TIME_UNITS[(match?.[2] ?? '?').toLowerCase()] ?? Number.NaN);
     },
     (ms) => (ms % 1_000 === 0 ? `${ms / 1_000}s` : `${ms}ms`),
   );
