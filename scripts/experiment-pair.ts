@@ -1,6 +1,6 @@
 /** One producer and one consumer of the experiment: real cores on threads, the bundled model, one prompt at a time. */
 import { randomBytes } from 'node:crypto';
-import { workerConfig } from '../src/config/embedded-worker.ts';
+import { workerConfig } from '../src/config/embedded.ts';
 import { prepareNativeEnvironment } from '../src/config/native-env.ts';
 import { PdError } from '../src/errors.ts';
 import { parseHostPort } from '../src/net/address.ts';
@@ -97,7 +97,7 @@ async function start(settings: MatrixSettings, role: 'producer' | 'consumer'): P
     },
     log: { level: 'error' },
   });
-  prepareNativeEnvironment(config);
+  prepareNativeEnvironment(config.transfer);
   const pages = { core: new MetricsPage(), transfer: new MetricsPage() };
   const metrics = { core: pages.core.buffer, transfer: pages.transfer.buffer };
   return { client: await CoreClient.start({ config, metrics }), pages };

@@ -5,7 +5,7 @@
 
 // The transfer engine: tensors and paged KV between two peers.
 
-export { type TransferOptionsInput, transferOptions } from './config/transfer-options.ts';
+export { type TransferOptionsInput, transferOptions } from './config/embedded.ts';
 export { TransferEngine, type TransferEngineExtras } from './transfer/engine.ts';
 export type { SendHandle, TransferEngineApi } from './transfer/engine-api.ts';
 export type { FailureKind, FailureState } from './transfer/failures.ts';
@@ -86,7 +86,7 @@ export { type Dtype, tensorBytes } from './wire/dtype.ts';
 
 // Ids and addresses.
 
-export type { Address } from './config/input.ts';
+export type { Address } from './config/kinds.ts';
 export { formatHostPort, type HostPort, parseHostPort } from './net/address.ts';
 export {
   type EngineRequestId,
@@ -104,12 +104,11 @@ export {
 
 // A whole worker and a whole proxy.
 
-export { type ProxyConfigInput, proxyConfig } from './config/embedded-proxy.ts';
-export { type WorkerConfigInput, workerConfig } from './config/embedded-worker.ts';
+export { type WorkerConfigInput, workerConfig } from './config/embedded.ts';
+export { type ProxyConfig, type ProxyConfigInput, proxyConfig } from './config/proxy-config.ts';
 export type {
   DebugAudience,
   LoadFailurePolicy,
-  ProxyConfig,
   WorkerConfig,
   WorkerRole,
 } from './config/worker-config.ts';

@@ -60,7 +60,7 @@ async function check({ device, output, small = undefined, patience }: CheckOptio
   const [ours, theirs] = device === 'host' ? (['host', 'host'] as const) : (['cuda:0', 'cuda:1'] as const);
   const python = pythonFor(device);
   const bind = { host: '127.0.0.1', port: 0 };
-  prepareNativeEnvironment({ device: ours, kv: { bind, announceHost: bind.host, rank: 0 } });
+  prepareNativeEnvironment({ device: ours, bind, announceHost: bind.host });
   const patienceS = Number(patience ?? (small ? PATIENCE_S.small : PATIENCE_S.full));
   const rig = await Rig.create({ ours, theirs, python, small: small ?? false, verbose: true, patienceS });
   let about: Readonly<Record<string, string>> = {};

@@ -1,5 +1,6 @@
 /** What the checks of the wire share: our device and engines, workers of the other make, and the rows that come out. */
 import { setTimeout as sleep } from 'node:timers/promises';
+import { transferOptions } from '../../src/config/embedded.ts';
 import { createDevice } from '../../src/device/create.ts';
 import type { Device, MemoryRef, Stream } from '../../src/device/device.ts';
 import { hostMemory, hostView } from '../../src/device/memory.ts';
@@ -7,12 +8,7 @@ import { PdError } from '../../src/errors.ts';
 import type { HostPort } from '../../src/net/address.ts';
 import { freePorts } from '../../src/net/free-ports.ts';
 import { TransferEngine } from '../../src/transfer/engine.ts';
-import {
-  DEFAULT_LIMITS,
-  DEFAULT_TIMEOUTS,
-  type SendRequest,
-  type TransferOptions,
-} from '../../src/transfer/types.ts';
+import type { SendRequest, TransferOptions } from '../../src/transfer/types.ts';
 import { type Dtype, tensorBytes } from '../../src/wire/dtype.ts';
 import type { TensorId } from '../../src/wire/ids.ts';
 import { PythonPeer, seededBytes, sha256 } from '../../test/support/python-peer.ts';
@@ -203,22 +199,18 @@ export function engineOptions(
   { patienceS }: Pick<RigOptions, 'patienceS'>,
 ): TransferOptions {
   const patience = patienceS * 1_000;
-  return {
+  return transferOptions({
     device,
     bind: { host: HOST, port },
-    announceHost: HOST,
-    rank: 0,
-    sendType: 'PUT_ASYNC',
     kvBufferSize: 512 * 2 ** 20,
     memPoolSize: 512 * 2 ** 20,
     ncclNumChannels: 16,
     timeouts: {
       ...{ connect: patience, answer: patience, pairInit: patience, transfer: patience },
-      ...{ load: 1.3 * patience, orphan: DEFAULT_TIMEOUTS.orphan },
+      load: 1.3 * patience,
     },
-    limits: DEFAULT_LIMITS,
     log: { level: 'error', format: 'json' },
-  };
+  });
 }
 
 export function must(condition: boolean, message: string): void {

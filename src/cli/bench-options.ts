@@ -12,7 +12,7 @@ import { DEFAULT_TRANSFER, SOURCES } from '../bench/transfer.ts';
 import { bytes, device, duration, integer, type Kind, oneOf, text, toggle } from '../config/kinds.ts';
 import { defineOptions, option, type ValuesOf } from '../config/options.ts';
 import { PdError } from '../errors.ts';
-import { DEFAULT_TIMEOUTS, SEND_TYPES } from '../transfer/types.ts';
+import { DEFAULT_TIMEOUTS, LOG_LEVELS, SEND_TYPES } from '../transfer/types.ts';
 
 /** Several in one argument: `16,256`. Nothing twice. */
 function commas<T>(kind: Kind<T>): Kind<readonly T[]> {
@@ -66,7 +66,7 @@ const COMMON = defineOptions({
     defaultText: '20GB, on the host 4GB',
   }),
   logLevel: option({
-    kind: oneOf(['trace', 'debug', 'info', 'warn', 'error', 'silent']),
+    kind: oneOf(LOG_LEVELS),
     help: "of the engines' logs, on stderr",
     group: OUTPUT,
     default: 'error',

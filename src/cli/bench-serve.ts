@@ -140,7 +140,7 @@ export function serveCommand(): Command {
     .description('what clients of a server see under load: times to tokens, throughput, failures')
     .addHelpText('after', EXAMPLES)
     .allowExcessArguments(false);
-  return command.action(() => run(resolveOptions(SERVE_OPTIONS, command, process.env).values));
+  return command.action(() => run(resolveOptions(SERVE_OPTIONS, command, process.env)));
 }
 
 async function run(values: ServeValues): Promise<void> {

@@ -124,7 +124,7 @@ function part<T extends OptionTable>(
     .description(description)
     .allowExcessArguments(false);
   command.action(async () => {
-    const { values } = resolveOptions(table, command, process.env);
+    const values = resolveOptions(table, command, process.env);
     const common = values as unknown as CommonValues;
     const progress = common.json ? NO_PROGRESS : terminalProgress();
     const options = benchOptions(common, progress);

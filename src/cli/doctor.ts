@@ -1,7 +1,7 @@
 /** pd-doctor: what this machine has and lacks for a worker, and whether a peer or a running system does what it should. */
 import { Command, Option } from 'commander';
-import { duration, hostPort, type Kind } from '../config/kinds.ts';
-import { addOptions, kebab } from '../config/options.ts';
+import { duration, hostPort } from '../config/kinds.ts';
+import { addOptions, envOf, kebab, parseValue } from '../config/options.ts';
 import { readWorkerOptions } from '../config/resolve-worker.ts';
 import { WORKER_OPTIONS } from '../config/worker-options.ts';
 import { type DoctorOptions, examine } from '../doctor/doctor.ts';
@@ -79,10 +79,10 @@ export async function doctorCommand(argv: readonly string[], env: NodeJS.Process
     options: {
       worker: await resolveWorker(argvOfWorker, env),
       inParticular: argvOfWorker.length > 0 || Object.keys(WORKER_OPTIONS).some((name) => envOf(name) in env),
-      ...(peer === undefined ? {} : { peer: parse('--peer', hostPort(), peer) }),
+      ...(peer === undefined ? {} : { peer: parseValue(hostPort(), peer, '--peer') }),
       ...(proxy === undefined ? {} : { proxy: urlOf('--proxy', proxy, 10_002) }),
       ...(worker === undefined ? {} : { workerUrl: urlOf('--worker', worker, 8_083) }),
-      timeoutMs: parse('--timeout', duration(1), timeout ?? '5s'),
+      timeoutMs: parseValue(duration(1), timeout ?? '5s', '--timeout'),
     },
     json: given['json'] !== undefined,
   };
@@ -103,17 +103,6 @@ async function resolveWorker(
     // commander's own words for a flag that does not exist
     return PdError.from(cause, 'CONFIG_INVALID');
   }
-}
-
-const envOf = (name: string) => `PD_${kebab(name).replaceAll('-', '_').toUpperCase()}`;
-
-function parse<T>(flag: string, kind: Kind<T>, text: string): T {
-  const result = kind.schema.safeParse(text);
-  if (result.success) return result.data;
-  throw new PdError(
-    'CONFIG_INVALID',
-    `${flag}: ${JSON.stringify(text)} is not allowed; expected ${kind.allowed}`,
-  );
 }
 
 /** `HOST:PORT` is taken too. */

@@ -3,12 +3,13 @@ import { Command } from 'commander';
 import { withWayOut } from '../config/device-choice.ts';
 import { duration, integer, oneOf, port, text, toggle } from '../config/kinds.ts';
 import { addOptions, defineOptions, option, resolveOptions } from '../config/options.ts';
-import { vllmLogLevel } from '../config/vllm-env.ts';
+import { vllmLogLevel } from '../config/vllm.ts';
+import { EXECUTORS, LOAD_FAILURE_POLICIES } from '../config/worker-config.ts';
 import { PdError } from '../errors.ts';
 import { asDestination, formatHostPort } from '../net/address.ts';
 import { ask } from '../net/http.ts';
 import { hostAddress } from '../net/local.ts';
-import { SEND_TYPES } from '../transfer/types.ts';
+import { LOG_LEVELS, SEND_TYPES } from '../transfer/types.ts';
 import { packageVersion } from '../version.ts';
 import { launchDevices } from './launch-devices.ts';
 import { LogFiles } from './launch-log-files.ts';
@@ -49,13 +50,13 @@ export const LAUNCH_OPTIONS = defineOptions({
     defaultText: 'PUT_ASYNC',
   }),
   executor: option({
-    kind: oneOf(['host', 'cuda']),
+    kind: oneOf(EXECUTORS),
     group: WORKERS,
     help: 'what computes',
     defaultText: 'by device',
   }),
   kvLoadFailure: option({
-    kind: oneOf(['recompute', 'fail']),
+    kind: oneOf(LOAD_FAILURE_POLICIES),
     group: WORKERS,
     help: 'what a consumer does where KV does not come',
     defaultText: 'recompute',
@@ -76,7 +77,7 @@ export const LAUNCH_OPTIONS = defineOptions({
     default: false,
   }),
   logLevel: option({
-    kind: oneOf(['trace', 'debug', 'info', 'warn', 'error', 'silent']),
+    kind: oneOf(LOG_LEVELS),
     group: LOG,
     help: 'least severe level that is logged',
     default: 'info',
@@ -125,12 +126,9 @@ export function launchOptions(argv: readonly string[], env: NodeJS.ProcessEnv): 
     .showHelpAfterError('(--help lists the options; flags for the workers go after --)')
     .parse(own, { from: 'user' });
   const warnings: string[] = [];
-  const { values } = resolveOptions(LAUNCH_OPTIONS, command, env, (given) => {
-    if (given.logLevel !== undefined) return [];
-    const { layer, warning } = vllmLogLevel(env);
-    if (warning !== undefined) warnings.push(warning);
-    return [layer];
-  });
+  const values = resolveOptions(LAUNCH_OPTIONS, command, env, ({ logLevel }) =>
+    vllmLogLevel(logLevel, env, warnings),
+  );
   if (!/^(auto|host|cuda(:\d+)?)$/.test(values.device)) {
     throw new PdError(
       'CONFIG_INVALID',

@@ -1,8 +1,8 @@
 /** pd-worker: options, signals, exit. */
 import { Command } from 'commander';
 import { type DeviceChoice, withWayOut } from '../config/device-choice.ts';
+import { resolveHosts } from '../config/hosts.ts';
 import { addOptions } from '../config/options.ts';
-import { resolveHosts } from '../config/resolve-hosts.ts';
 import { readWorkerOptions } from '../config/resolve-worker.ts';
 import type { WorkerConfig } from '../config/worker-config.ts';
 import { WORKER_OPTIONS } from '../config/worker-options.ts';
@@ -44,7 +44,7 @@ const EXIT_SECONDS = 4;
  * `terminate()` nor `process.exit()` ends the process: the kernel does, by SIGALRM, so many seconds after the last call.
  */
 async function lastResort(config: WorkerConfig): Promise<(seconds: number) => void> {
-  if (config.device === 'host') return () => undefined;
+  if (config.transfer.device === 'host') return () => undefined;
   const { killAfter } = await import('../../ffi/libc.ts');
   return (seconds) => killAfter(Math.ceil(seconds));
 }

@@ -1,14 +1,16 @@
 /**
- * Kinds of option values: how each is written on a command line, in the environment and in a JSON file, and what is allowed. A kind
- * takes text or JSON values alike, so that `"8082"` and `8082` mean the same everywhere.
+ * Kinds of option values: how each is written on a command line, in the environment and in a JSON file, how a program gives it, and
+ * what is allowed. What people write may be text or a JSON value alike, so that `"8082"` and `8082` mean the same everywhere.
  */
 import { z } from 'zod';
 import { type HostPort, parseHostPort } from '../net/address.ts';
 import { AllowList } from '../net/allow-list.ts';
 
 export interface Kind<T> {
-  /** Text, number, boolean or list in; the validated value out. */
+  /** As people write it: text, number, boolean or list in; the validated value out. */
   readonly schema: z.ZodType<T>;
+  /** As a program gives it, in the unit of the configuration. Absent: as people write it. */
+  readonly value?: z.ZodType<T>;
   /** Completes "expected ...". */
   readonly allowed: string;
   /** Placeholder in --help; absent for a switch, which takes no argument. */
@@ -21,26 +23,31 @@ export interface Kind<T> {
 
 const scalar = z.union([z.string(), z.number(), z.boolean()]).transform((value) => String(value).trim());
 
-/** A kind read from text by `parse`, which returns undefined for what is not allowed. */
+/** A longer timer than this fires at once in Node. */
+const MAX_MS = 2 ** 31 - 1;
+
+/** A kind whose values `value` checks, wherever they come from; `parse` makes one of text, undefined or NaN where it cannot. */
 function parsed<T>(
   argument: string,
   allowed: string,
-  parse: (text: string) => T | undefined,
+  value: z.ZodType<T>,
+  parse: (text: string) => unknown,
   render: (value: T) => string = String,
 ): Kind<T> {
   const schema = scalar.transform((text, context): T => {
-    const value = parse(text);
-    if (value !== undefined) return value;
+    const result = value.safeParse(parse(text));
+    if (result.success) return result.data;
     context.addIssue({ code: 'custom', message: `expected ${allowed}` });
     return z.NEVER;
   });
-  return { schema, allowed, argument, render };
+  return { schema, value, allowed, argument, render };
 }
 
+const itself = (text: string): string => text;
 const numberOf = (text: string): number => (text === '' ? Number.NaN : Number(text));
 
 export function text(argument = 'text', allowed = 'some text'): Kind<string> {
-  return parsed(argument, allowed, (value) => (value === '' ? undefined : value));
+  return parsed(argument, allowed, z.string().min(1), itself);
 }
 
 /** Text, or JSON as a config file may hold it in place: rendered back to text. */
@@ -50,18 +57,23 @@ export function json(): Kind<string> {
 }
 
 export function integer(min: number, max: number, argument = 'n'): Kind<number> {
-  const allowed = `a whole number from ${min} to ${max}`;
-  return parsed(argument, allowed, (value) => {
-    const number = numberOf(value);
-    return Number.isInteger(number) && number >= min && number <= max ? number : undefined;
-  });
+  return parsed(argument, `a whole number from ${min} to ${max}`, z.int().min(min).max(max), numberOf);
 }
 
 export function real(min: number, max: number, argument = 'x'): Kind<number> {
-  return parsed(argument, `a number from ${min} to ${max}`, (value) => {
-    const number = numberOf(value);
-    return number >= min && number <= max ? number : undefined;
-  });
+  return parsed(argument, `a number from ${min} to ${max}`, z.number().min(min).max(max), numberOf);
+}
+
+const GIB = 2 ** 30;
+
+/** Bytes, written in units of 2^30. */
+export function gibibytes(max: number): Kind<number> {
+  const value = z
+    .int()
+    .min(0)
+    .max(max * GIB);
+  const parse = (text: string) => Math.round(numberOf(text) * GIB);
+  return parsed('GB', `a number from 0 to ${max}`, value, parse, (bytes) => String(bytes / GIB));
 }
 
 /** 0 lets the system choose. */
@@ -69,34 +81,48 @@ export function port(): Kind<number> {
   return { ...integer(0, 65_535, 'port'), allowed: 'a port from 0 to 65535 (0: any free one)' };
 }
 
+/** `HOST:PORT`, brackets round an IPv6 address, or its parts. Port 0 lets the system choose where it is bound. */
+export type Address = string | HostPort;
+
+/** An address as a program gives it. */
+export const address: z.ZodType<HostPort, Address> = z
+  .union([z.string(), z.strictObject({ host: z.string().min(1), port: z.int().min(0).max(65_535) })], {
+    error: 'expected HOST:PORT or { host, port }',
+  })
+  .transform((given, context): HostPort => {
+    if (typeof given !== 'string') return given;
+    try {
+      return parseHostPort(given);
+    } catch {
+      context.addIssue({
+        code: 'custom',
+        message: `${JSON.stringify(given)} is not HOST:PORT (an IPv6 address in brackets: [::1]:14579)`,
+      });
+      return z.NEVER;
+    }
+  });
+
 export function hostPort(): Kind<HostPort> {
-  return parsed(
-    'host:port',
-    'HOST:PORT, with brackets round an IPv6 address',
-    (value) => {
-      try {
-        return parseHostPort(value);
-      } catch {
-        return undefined;
-      }
-    },
-    (value) => `${value.host}:${value.port}`,
-  );
+  const allowed = 'HOST:PORT, with brackets round an IPv6 address';
+  return parsed('host:port', allowed, address, itself, ({ host, port }) => `${host}:${port}`);
 }
 
 /** An IP address or CIDR range, kept as text. */
 export function addressRange(): Kind<string> {
-  return parsed('cidr', 'an IP address or a range such as 10.0.0.0/8 or fd00::/8', (value) => {
-    try {
-      AllowList.parse([value]);
-      return value === '' ? undefined : value;
-    } catch {
-      return undefined;
-    }
-  });
+  const range = z.string().refine(isRange, { error: 'expected an IP address or a range such as 10.0.0.0/8' });
+  return parsed('cidr', 'an IP address or a range such as 10.0.0.0/8 or fd00::/8', range, itself);
 }
 
-/** A device, or `auto`: what this machine has decides. */
+function isRange(text: string): boolean {
+  try {
+    AllowList.parse([text]);
+    return text.trim() !== '';
+  } catch {
+    return false;
+  }
+}
+
+/** A device, or `auto`: what this machine has decides. A program names one. */
 export function deviceOrAuto(): Kind<string> {
   const named = device();
   const auto = scalar.pipe(z.literal('auto'));
@@ -105,24 +131,24 @@ export function deviceOrAuto(): Kind<string> {
 
 /** `host`, or `cuda:N`; `cuda` alone is the first. */
 export function device(): Kind<string> {
-  return parsed('device', 'host, cuda or cuda:N', (value) => {
-    if (value === 'host') return value;
-    const match = /^cuda(?::(\d{1,3}))?$/.exec(value);
-    return match ? `cuda:${Number(match[1] ?? 0)}` : undefined;
-  });
+  const value = z
+    .string()
+    .regex(/^(host|cuda(:\d{1,3})?)$/, 'expected host or cuda:N')
+    .transform((name) => (name === 'host' ? name : `cuda:${Number(name.slice(5))}`));
+  return parsed('device', 'host, cuda or cuda:N', value, itself);
 }
 
 export function oneOf<const T extends readonly string[]>(values: T): Kind<T[number]> {
-  return parsed(values.join('|'), `one of ${values.join(', ')}`, (value) => values.find((v) => v === value));
+  return parsed(values.join('|'), `one of ${values.join(', ')}`, z.enum(values), itself);
 }
 
 /** A switch: `--name` and `--no-name`; true/false, 1/0, yes/no, on/off elsewhere. */
 export function toggle(): Kind<boolean> {
-  const { schema, allowed, render } = parsed('', 'true or false', (value) => {
+  const { argument: _, ...kind } = parsed('', 'true or false', z.boolean(), (value) => {
     if (/^(true|1|yes|on)$/i.test(value)) return true;
     return /^(false|0|no|off)$/i.test(value) ? false : undefined;
   });
-  return { schema, allowed, render };
+  return kind;
 }
 
 const BYTE_UNITS: Record<string, number> = {
@@ -143,11 +169,11 @@ export function bytes(min = 0): Kind<number> {
   return parsed(
     'bytes',
     `bytes, such as 1e9, 512MiB or 2GB, at least ${min}`,
+    z.int().min(min),
     (value) => {
       const match = /^(\d+(?:\.\d+)?(?:e\+?\d+)?)\s*([kmgt]?i?b?)$/i.exec(value);
       const unit = BYTE_UNITS[(match?.[2] ?? '?').toUpperCase()];
-      const size = Math.round(Number(match?.[1]) * (unit ?? Number.NaN));
-      return size >= min && Number.isSafeInteger(size) ? size : undefined;
+      return Math.round(Number(match?.[1]) * (unit ?? Number.NaN));
     },
     (size) => {
       const whole = Object.entries(BYTE_UNITS).filter(([, unit]) => unit > 1 && size % unit === 0);
@@ -164,21 +190,20 @@ export function duration(minMs = 0): Kind<number> {
   return parsed(
     'time',
     `seconds, such as 60, 60s, 500ms or 2m, at least ${minMs / 1000}`,
+    z.number().min(minMs).max(MAX_MS),
     (value) => {
       const match = /^(\d+(?:\.\d+)?)\s*(ms|s|m|h|)$/i.exec(value);
-      const ms = Number(match?.[1]) * (TIME_UNITS[(match?.[2] ?? '?').toLowerCase()] ?? Number.NaN);
-      // A longer timer than this fires at once in Node.
-      return ms >= minMs && ms < 2 ** 31 ? ms : undefined;
+      return Number(match?.[1]) * (TIME_UNITS[(match?.[2] ?? '?').toLowerCase()] ?? Number.NaN);
     },
     (ms) => (ms % 1_000 === 0 ? `${ms / 1_000}s` : `${ms}ms`),
   );
 }
 
-/** Several of a kind. */
-export function listOf<T>(kind: Kind<T>): Kind<readonly T[]> {
-  const items = z.union([z.array(kind.schema), kind.schema.transform((value) => [value])]);
+/** Several of a kind; a program gives `min` at least. */
+export function listOf<T>(kind: Kind<T>, min = 0): Kind<readonly T[]> {
   return {
-    schema: items,
+    schema: z.union([z.array(kind.schema), kind.schema.transform((value) => [value])]),
+    value: z.array(kind.value ?? kind.schema).min(min),
     allowed: kind.allowed,
     ...(kind.argument === undefined ? {} : { argument: kind.argument }),
     list: true,

@@ -3,10 +3,11 @@ import { isIP, isIPv6 } from 'node:net';
 import { type NetworkInterfaceInfo, networkInterfaces } from 'node:os';
 import { isUnspecified } from '../net/address.ts';
 import { plainAddress } from '../net/allow-list.ts';
-import type { WorkerConfig } from './worker-config.ts';
+import type { TransferOptions } from '../transfer/types.ts';
 
 type Interfaces = Readonly<Record<string, readonly NetworkInterfaceInfo[] | undefined>>;
-type NativeConfig = Pick<WorkerConfig, 'device' | 'kv'>;
+/** What decides it, of a worker's transfer options. */
+export type NativeConfig = Pick<TransferOptions, 'device' | 'bind' | 'announceHost'>;
 
 /** Lazy loading may wait for the device in the middle of a launch, and waits while any receive waits for its sender. */
 export const CUDA_ENVIRONMENT: Readonly<Record<string, string>> = { CUDA_MODULE_LOADING: 'EAGER' };
@@ -24,9 +25,11 @@ export function prepareNativeEnvironment(
 }
 
 /** What a worker's native libraries should find in the environment. */
-export function nativeEnvironment(config: NativeConfig, interfaces: Interfaces): Record<string, string> {
-  if (!config.device.startsWith('cuda')) return {};
-  const { bind, announceHost } = config.kv;
+export function nativeEnvironment(
+  { device, bind, announceHost }: NativeConfig,
+  interfaces: Interfaces,
+): Record<string, string> {
+  if (!device.startsWith('cuda')) return {};
   return { ...CUDA_ENVIRONMENT, ...ncclEnvironment(bind.host, announceHost, interfaces) };
 }
 

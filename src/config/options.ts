@@ -1,15 +1,15 @@
 /**
  * One table of options per program, read from four places: flags win over the environment, that over the config file, that over
- * layers of the program's own (vLLM's JSON), those over defaults.
+ * layers of the program's own (vLLM's JSON), those over defaults. What programs give in code is checked by the same rows (fields.ts).
  *
  *   kvPort: option({ kind: port(), help: 'base port of the KV listener', group: 'KV transfer', default: 14579 })
  *     --kv-port 8082      PD_KV_PORT=8082      { "kv-port": 8082 }
  *
  *   const command = addOptions(new Command('pd-worker'), table).parse();
- *   const { values, sources } = resolveOptions(table, command, process.env);
+ *   const values = resolveOptions(table, command, process.env);
  */
 import { readFileSync } from 'node:fs';
-import { type Command, Option } from 'commander';
+import type { Command } from 'commander';
 import { z } from 'zod';
 import { PdError } from '../errors.ts';
 import type { Kind } from './kinds.ts';
@@ -25,6 +25,8 @@ export interface OptionSpec<T> {
   /** Flag, without dashes, where it is not the name in kebab case. */
   readonly flag?: string;
   readonly hidden?: boolean;
+  /** Where the value lies in the configuration: `log.level`. Absent: the program makes something of it. */
+  readonly field?: string;
 }
 
 export type OptionTable = Readonly<Record<string, OptionSpec<unknown>>>;
@@ -38,17 +40,9 @@ type ValueOf<S> = S extends { readonly kind: Kind<infer T> }
 /** What a table resolves to: options without a default may be undefined. */
 export type ValuesOf<T extends OptionTable> = { readonly [K in keyof T]: ValueOf<T[K]> };
 
-/** Where a value came from. */
-export type OptionSource = 'flag' | 'environment' | 'file' | 'layer' | 'default';
-
 /** Values of a program's own, below the config file: by option name, with how a message should call each. */
 export interface OptionLayer {
   readonly values: Readonly<Record<string, { readonly value: unknown; readonly label: string }>>;
-}
-
-export interface Resolved<T extends OptionTable> {
-  readonly values: ValuesOf<T>;
-  readonly sources: { readonly [K in keyof T]: OptionSource };
 }
 
 /** Keeps the type of one spec, so that a table knows its value. */
@@ -75,10 +69,13 @@ const MAX_TERM = 37;
 const MIN_TEXT = 20;
 
 const flagOf = (name: string, spec: OptionSpec<unknown>): string => `--${spec.flag ?? kebab(name)}`;
-const envOf = (name: string): string => `PD_${kebab(name).replaceAll('-', '_').toUpperCase()}`;
+export const envOf = (name: string): string => `PD_${kebab(name).replaceAll('-', '_').toUpperCase()}`;
 
 /** Adds every option of the table to a command, grouped, with defaults in the help text. Values stay text until `resolveOptions`. */
 export function addOptions(command: Command, table: OptionTable): Command {
+  const add = (flags: string, help: string, group: string, hidden = false): void => {
+    command.addOption(command.createOption(flags, help).helpGroup(group).hideHelp(hidden));
+  };
   for (const [name, spec] of Object.entries(table)) {
     const flag = flagOf(name, spec);
     const fallback =
@@ -88,22 +85,14 @@ export function addOptions(command: Command, table: OptionTable): Command {
     if (spec.kind.argument === undefined) {
       // Both forms, so that a flag can overrule environment and file either way; --help shows the one that changes something.
       const no = flag.replace('--', '--no-');
-      command.addOption(
-        new Option(flag, help).helpGroup(group).hideHelp(spec.hidden || spec.default === true),
-      );
-      command.addOption(new Option(no, help).helpGroup(group).hideHelp(spec.hidden || spec.default !== true));
+      add(flag, help, group, spec.hidden || spec.default === true);
+      add(no, help, group, spec.hidden || spec.default !== true);
       continue;
     }
     const argument = spec.kind.list ? `<${spec.kind.argument}...>` : `<${spec.kind.argument}>`;
     const wide = argument.includes('|') && `${flag} ${argument}`.length > MAX_TERM;
-    command.addOption(
-      new Option(
-        wide ? `${flag} <name>` : `${flag} ${argument}`,
-        wide ? `${spec.kind.argument?.replaceAll('|', ', ')}: ${help}` : help,
-      )
-        .helpGroup(group)
-        .hideHelp(spec.hidden ?? false),
-    );
+    const choices = wide ? `${spec.kind.argument.replaceAll('|', ', ')}: ${help}` : help;
+    add(wide ? `${flag} <name>` : `${flag} ${argument}`, choices, group, spec.hidden);
   }
   const example = Object.keys(table).findLast((name) => name.endsWith('Port')) ?? Object.keys(table)[0] ?? '';
   const file = `{"${kebab(example)}": ${JSON.stringify(table[example]?.default ?? '...')}}`;
@@ -126,28 +115,25 @@ export function resolveOptions<T extends OptionTable>(
   command: Command,
   env: Readonly<Record<string, string | undefined>>,
   layers: (given: Partial<ValuesOf<T>>) => readonly OptionLayer[] = () => [],
-): Resolved<T> {
+): ValuesOf<T> {
   const values: Record<string, unknown> = {};
-  const sources: Record<string, OptionSource> = {};
-  const take = (name: string, raw: unknown, label: string, source: OptionSource): void => {
-    if (name in values) return;
-    values[name] = parseValue(table[name]!, raw, label);
-    sources[name] = source;
+  const take = (name: string, raw: unknown, label: string): void => {
+    if (!(name in values)) values[name] = parseValue(table[name]!.kind, raw, label);
   };
 
   for (const [name, spec] of Object.entries(table)) {
     const flag = flagOf(name, spec);
     // Commander names values after the flag, which need not be the option's name here.
-    const attribute = new Option(flag).attributeName();
+    const attribute = command.createOption(flag).attributeName();
     if (command.getOptionValueSource(attribute) === 'cli') {
       const raw: unknown = command.getOptionValue(attribute);
-      take(name, raw, raw === false ? flag.replace('--', '--no-') : flag, 'flag');
+      take(name, raw, raw === false ? flag.replace('--', '--no-') : flag);
     }
   }
   for (const [name, spec] of Object.entries(table)) {
     const raw = env[envOf(name)];
     if (raw === undefined || raw === '') continue;
-    take(name, spec.kind.list ? raw.split(',') : raw, `${envOf(name)} (environment)`, 'environment');
+    take(name, spec.kind.list ? raw.split(',') : raw, `${envOf(name)} (environment)`);
   }
   if (typeof values['config'] === 'string') {
     const path = values['config'];
@@ -162,26 +148,28 @@ export function resolveOptions<T extends OptionTable>(
           `${JSON.stringify(key)} in ${path} is not an option; known are ${known}`,
         );
       }
-      take(name, raw, `${JSON.stringify(key)} in ${path}`, 'file');
+      take(name, raw, `${JSON.stringify(key)} in ${path}`);
     }
   }
   for (const layer of layers(values as Partial<ValuesOf<T>>)) {
-    for (const [name, { value, label }] of Object.entries(layer.values)) take(name, value, label, 'layer');
+    for (const [name, { value, label }] of Object.entries(layer.values)) take(name, value, label);
   }
-  for (const [name, spec] of Object.entries(table)) {
-    if (name in values) continue;
-    values[name] = spec.default;
-    sources[name] = 'default';
-  }
-  return { values, sources } as unknown as Resolved<T>;
+  return { ...defaultsOf(table), ...(values as Partial<ValuesOf<T>>) };
 }
 
-function parseValue(spec: OptionSpec<unknown>, raw: unknown, label: string): unknown {
-  const result = spec.kind.schema.safeParse(raw);
+/** The values of a table without a flag, an environment or a file. */
+export function defaultsOf<T extends OptionTable>(table: T): ValuesOf<T> {
+  const entries = Object.entries(table).map(([name, spec]) => [name, spec.default]);
+  return Object.fromEntries(entries) as ValuesOf<T>;
+}
+
+/** Throws CONFIG_INVALID that names `label` and what is allowed. */
+export function parseValue<T>(kind: Kind<T>, raw: unknown, label: string): T {
+  const result = kind.schema.safeParse(raw);
   if (result.success) return result.data;
   throw new PdError(
     'CONFIG_INVALID',
-    `${label}: ${JSON.stringify(raw)} is not allowed; expected ${spec.kind.allowed}`,
+    `${label}: ${JSON.stringify(raw)} is not allowed; expected ${kind.allowed}`,
   );
 }
 

@@ -6,10 +6,10 @@ import { PdError } from '../errors.ts';
 import { asDestination, type HostPort } from '../net/address.ts';
 import { announceHost, defaultAddress, type LocalOptions } from '../net/local.ts';
 import { DEFAULT_LIMITS } from '../transfer/types.ts';
-import { checkAnnounced } from './announced.ts';
-import { addOptions, type OptionLayer, resolveOptions } from './options.ts';
-import { vllmLogLevel } from './vllm-env.ts';
-import { checkKvRank, parseVllmKvConfig, type VllmKvConfig } from './vllm-json.ts';
+import { fieldsOf } from './fields.ts';
+import { checkAnnounced } from './hosts.ts';
+import { type OptionLayer, resolveOptions } from './options.ts';
+import { checkKvRank, parseVllmKvConfig, type VllmKvConfig, vllmLogLevel } from './vllm.ts';
 import type { WorkerConfig, WorkerRole } from './worker-config.ts';
 import { WORKER_OPTIONS, type WorkerOptions } from './worker-options.ts';
 
@@ -38,30 +38,17 @@ export interface ResolvedWorker {
   readonly warnings: readonly string[];
 }
 
-export function addWorkerOptions(command: Command): Command {
-  return addOptions(command, WORKER_OPTIONS);
-}
-
-/** Flags, environment, file and vLLM's JSON into one validated shape. Throws CONFIG_INVALID, ADDRESS_INVALID. */
-export function resolveWorkerConfig(command: Command, outside: WorkerEnvironment): ResolvedWorker {
-  return resolveGivenWorker(readWorkerOptions(command, outside.env), outside);
-}
-
-/** The first half of `resolveWorkerConfig`. Throws CONFIG_INVALID. */
+/** Flags, environment, file and vLLM's JSON, validated. Throws CONFIG_INVALID. */
 export function readWorkerOptions(command: Command, env: WorkerEnvironment['env']): GivenWorker {
   let vllm: VllmKvConfig | undefined;
   const warnings: string[] = [];
-  const { values } = resolveOptions(WORKER_OPTIONS, command, env, (given) => {
+  const values = resolveOptions(WORKER_OPTIONS, command, env, (given) => {
     const layers: OptionLayer[] = [];
     if (given.kvTransferConfig !== undefined) {
       vllm = parseVllmKvConfig(given.kvTransferConfig);
       layers.push(vllm.layer);
     }
-    if (given.logLevel === undefined) {
-      const { layer, warning } = vllmLogLevel(env);
-      layers.push(layer);
-      if (warning !== undefined) warnings.push(warning);
-    }
+    layers.push(...vllmLogLevel(given.logLevel, env, warnings));
     if (env['VLLM_DISABLE_REQUEST_ID_RANDOMIZATION'] === '1') {
       const label = 'VLLM_DISABLE_REQUEST_ID_RANDOMIZATION (environment)';
       layers.push({ values: { randomizeRequestIds: { value: false, label } } });
@@ -85,7 +72,7 @@ export function readWorkerOptions(command: Command, env: WorkerEnvironment['env'
   return { options: values, warnings: [...warnings, ...(vllm?.warnings ?? []), ...overruled] };
 }
 
-/** The second half of `resolveWorkerConfig`. Throws CONFIG_INVALID, ADDRESS_INVALID. */
+/** What is given, into one shape. Throws CONFIG_INVALID, ADDRESS_INVALID. */
 export function resolveGivenWorker(
   { options, warnings }: GivenWorker,
   outside: WorkerEnvironment,
@@ -117,51 +104,30 @@ export function toWorkerConfig(options: WorkerOptions, outside: WorkerEnvironmen
       `${named}: ${modelDir} is not a checkpoint directory (no config.json)`,
     );
   }
+  const { transfer, ...fields } = fieldsOf(WORKER_OPTIONS, options);
   return {
-    role: options.role,
+    ...fields,
     modelDir,
     servedModelNames: options.servedModelName ?? [options.model ?? 'demo'],
-    device,
     executor,
     http,
-    kv: { bind: { host: kvHost, port: options.kvPort }, announceHost: kvAnnounceHost, rank: 0 },
-    ...(options.proxy === undefined ? {} : { proxy: asDestination(options.proxy) }),
     httpAnnounceHost,
-    sendType: options.sendType,
-    kvBufferSize: options.kvBufferSize,
-    memPoolSize: Math.round(options.memPoolSizeGb * 2 ** 30),
-    ncclNumChannels: options.ncclNumChannels,
-    wireLayout: options.wireLayout,
-    kvKey: options.kvKey,
-    suffixedIds: options.suffixedIds,
-    ...(options.allowPeers === undefined ? {} : { allowPeers: options.allowPeers }),
+    ...(options.proxy && { proxy: asDestination(options.proxy) }),
+    transfer: {
+      ...transfer,
+      device,
+      bind: { host: kvHost, port: options.kvPort },
+      announceHost: kvAnnounceHost,
+      rank: 0,
+      limits: { ...DEFAULT_LIMITS, ...transfer.limits },
+    },
     ...(options.debugStateRemote
       ? { debugState: 'anyone' as const }
       : options.debugState
         ? { debugState: 'loopback' as const }
         : {}),
-    loadFailure: options.kvLoadFailure,
     maxNumSeqs: options.maxNumSeqs ?? (executor === 'cuda' ? 256 : 32),
     maxNumBatchedTokens: options.maxNumBatchedTokens ?? (executor === 'cuda' ? 8_192 : 512),
-    ...(options.maxModelLen === undefined ? {} : { maxModelLen: options.maxModelLen }),
-    ...(options.debugLogits === undefined ? {} : { debugLogits: resolve(options.debugLogits) }),
-    blockSize: options.blockSize,
-    ...(options.numBlocks === undefined ? {} : { numBlocks: options.numBlocks }),
-    gpuMemoryUtilization: options.gpuMemoryUtilization,
-    batchInvariant: options.batchInvariant,
-    enablePrefixCaching: options.enablePrefixCaching,
-    randomizeRequestIds: options.randomizeRequestIds,
-    timeouts: {
-      connect: options.connectTimeout,
-      answer: options.answerTimeout,
-      pairInit: options.pairInitTimeout,
-      transfer: options.kvTransferTimeout,
-      load: options.kvLoadTimeout,
-      orphan: options.kvOrphanTimeout,
-    },
-    limits: { ...DEFAULT_LIMITS, maxPeers: options.maxPeers },
-    drainTimeoutMs: options.drainTimeout,
-    pingIntervalMs: options.pingInterval,
-    log: { level: options.logLevel, format: options.logFormat },
+    ...(options.debugLogits !== undefined && { debugLogits: resolve(options.debugLogits) }),
   };
 }

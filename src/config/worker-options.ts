@@ -1,20 +1,24 @@
-/** The options of `pd-worker`: one table for flags, environment and config file. */
-import { WIRE_LAYOUTS, type WireLayout } from '../kv/families.ts';
+/**
+ * The options of `pd-worker`: one table for flags, environment, config file and what programs give in code. A new option is a row here
+ * and its field in WorkerConfig (worker-config.ts) or TransferOptions (transfer/types.ts).
+ */
+import { WIRE_LAYOUTS } from '../kv/families.ts';
 import {
   DEFAULT_LIMITS,
   DEFAULT_TIMEOUTS,
   KV_KEYS,
-  type KvKey,
-  type LogLevel,
+  LOG_FORMATS,
+  LOG_LEVELS,
   SEND_TYPES,
-  type SendType,
 } from '../transfer/types.ts';
-import { SUFFIXED_IDS, type SuffixedIds } from '../wire/ids.ts';
+import { SUFFIXED_IDS } from '../wire/ids.ts';
+import type { TableOf } from './fields.ts';
 import {
   addressRange,
   bytes,
   deviceOrAuto,
   duration,
+  gibibytes,
   hostPort,
   integer,
   json,
@@ -26,11 +30,7 @@ import {
   toggle,
 } from './kinds.ts';
 import { defineOptions, option, type ValuesOf } from './options.ts';
-import type { LoadFailurePolicy, WorkerRole } from './worker-config.ts';
-
-export const LOG_LEVELS = ['trace', 'debug', 'info', 'warn', 'error', 'silent'] as const satisfies LogLevel[];
-const ROLES = ['producer', 'consumer', 'both'] as const satisfies WorkerRole[];
-const LOAD_FAILURE = ['recompute', 'fail'] as const satisfies LoadFailurePolicy[];
+import { EXECUTORS, LOAD_FAILURE_POLICIES, WORKER_ROLES, type WorkerConfig } from './worker-config.ts';
 
 const MODEL = 'Model';
 const SERVER = 'HTTP server';
@@ -41,9 +41,10 @@ const LOG = 'Log';
 
 export const WORKER_OPTIONS = defineOptions({
   role: option({
-    kind: oneOf(ROLES),
+    field: 'role',
+    kind: oneOf(WORKER_ROLES),
     help: 'compute prompts, generate, or both undivided',
-    default: 'both' as WorkerRole,
+    default: 'both',
   }),
   config: option({ kind: text('file'), help: 'JSON file of options' }),
 
@@ -54,30 +55,35 @@ export const WORKER_OPTIONS = defineOptions({
     defaultText: 'the bundled demo model',
   }),
   servedModelName: option({
-    kind: listOf(text('name')),
+    field: 'servedModelNames',
+    kind: listOf(text('name'), 1),
     group: MODEL,
     help: 'ids that requests may name; the first is echoed',
     defaultText: '--model as given, or demo',
   }),
   device: option({
+    field: 'transfer.device',
     kind: deviceOrAuto(),
     group: MODEL,
     help: 'where KV lives: host, cuda:N, or auto: the first visible GPU, host where there is none',
     default: 'auto',
   }),
   executor: option({
-    kind: oneOf(['host', 'cuda']),
+    field: 'executor',
+    kind: oneOf(EXECUTORS),
     group: MODEL,
     help: 'what computes; host with a cuda device moves KV through GPU memory',
     defaultText: 'as --device',
   }),
   maxModelLen: option({
+    field: 'maxModelLen',
     kind: integer(2, 2 ** 24, 'tokens'),
     group: MODEL,
     help: 'most tokens of one sequence, prompt and output',
     defaultText: "the model's own",
   }),
   debugLogits: option({
+    field: 'debugLogits',
     kind: text('dir'),
     group: MODEL,
     help: 'logits of every sampled token go here: slow',
@@ -91,6 +97,7 @@ export const WORKER_OPTIONS = defineOptions({
     defaultText: '8081 producer, 8083 consumer, 8080 both',
   }),
   httpAnnounceHost: option({
+    field: 'httpAnnounceHost',
     kind: text('host'),
     group: SERVER,
     help: 'host told to the proxy',
@@ -119,48 +126,56 @@ export const WORKER_OPTIONS = defineOptions({
     defaultText: 'PD_HOST_IP, or the one bound',
   }),
   proxy: option({
+    field: 'proxy',
     kind: hostPort(),
     group: KV,
     help: 'discovery address of the proxy, such as 127.0.0.1:30002',
     defaultText: 'no ping',
   }),
   sendType: option({
+    field: 'transfer.sendType',
     kind: oneOf(SEND_TYPES),
     group: KV,
     help: 'how KV moves; the same on both ends',
-    default: 'PUT_ASYNC' as SendType,
+    default: 'PUT_ASYNC',
   }),
   kvBufferSize: option({
+    field: 'transfer.kvBufferSize',
     kind: bytes(),
     group: KV,
     help: 'device memory for received KV',
     default: 1e9,
   }),
   memPoolSizeGb: option({
-    kind: real(0, 65_536, 'GB'),
+    field: 'transfer.memPoolSize',
+    kind: gibibytes(65_536),
     group: KV,
     help: 'host memory (2^30 bytes each) for KV past --kv-buffer-size, taken on demand',
-    default: 32,
+    default: 32 * 2 ** 30,
   }),
   ncclNumChannels: option({
+    field: 'transfer.ncclNumChannels',
     kind: integer(1, 64),
     group: KV,
     help: 'channels per pair: 16 or 32 on NVLink, 8 on PCIe',
     default: 8,
   }),
   maxPeers: option({
+    field: 'transfer.limits.maxPeers',
     kind: integer(1, 65_536),
     group: KV,
     help: 'pairs that stay open; beyond it idle ones are closed, on both ends, and opened again when needed',
     default: DEFAULT_LIMITS.maxPeers,
   }),
   kvLoadFailure: option({
-    kind: oneOf(LOAD_FAILURE),
+    field: 'loadFailure',
+    kind: oneOf(LOAD_FAILURE_POLICIES),
     group: KV,
     help: 'what a consumer does when KV does not come',
-    default: 'recompute' as LoadFailurePolicy,
+    default: 'recompute',
   }),
   randomizeRequestIds: option({
+    field: 'randomizeRequestIds',
     kind: toggle(),
     group: KV,
     help: 'leave the random suffix off engine request ids',
@@ -168,24 +183,28 @@ export const WORKER_OPTIONS = defineOptions({
     defaultText: 'suffix on, as vLLM from 0.14',
   }),
   kvKey: option({
+    field: 'transfer.kvKey',
     kind: oneOf(KV_KEYS),
     group: KV,
     help: 'what KV is known by: the id that both ends share, or the full engine id as in vLLM',
-    default: 'transfer' as KvKey,
+    default: 'transfer',
   }),
   suffixedIds: option({
+    field: 'transfer.suffixedIds',
     kind: oneOf(SUFFIXED_IDS),
     group: KV,
     help: 'for which request ids of vLLM peers a random suffix is looked for: those that a proxy has made, or any',
-    default: 'proxy' as SuffixedIds,
+    default: 'proxy',
   }),
   wireLayout: option({
+    field: 'transfer.wireLayout',
     kind: oneOf(WIRE_LAYOUTS),
     group: KV,
     help: 'family of tensors that vLLM peers get, and take two blocks for',
-    default: 'kv-first' as WireLayout,
+    default: 'kv-first',
   }),
   allowPeers: option({
+    field: 'transfer.allowPeers',
     kind: listOf(addressRange()),
     group: KV,
     help: 'who may talk to the KV listener: addresses, or ranges such as 10.0.0.0/8',
@@ -194,42 +213,49 @@ export const WORKER_OPTIONS = defineOptions({
   kvTransferConfig: option({ kind: json(), group: KV, help: "vLLM's JSON, as it is" }),
 
   maxNumSeqs: option({
+    field: 'maxNumSeqs',
     kind: integer(1, 65_536),
     group: BATCH,
     help: 'most sequences in a batch',
     defaultText: '32 on host, 256 on cuda',
   }),
   maxNumBatchedTokens: option({
+    field: 'maxNumBatchedTokens',
     kind: integer(1, 2 ** 24, 'tokens'),
     group: BATCH,
     help: 'most tokens in a step; longer prompts go in chunks',
     defaultText: '512 on host, 8192 on cuda',
   }),
   blockSize: option({
+    field: 'blockSize',
     kind: integer(1, 1_024, 'tokens'),
     group: BATCH,
     help: 'tokens per KV block',
     default: 16,
   }),
   numBlocks: option({
+    field: 'numBlocks',
     kind: integer(2, 2 ** 31 - 1),
     group: BATCH,
     help: 'KV blocks',
     defaultText: 'by what the batch needs, or free GPU memory',
   }),
   gpuMemoryUtilization: option({
+    field: 'gpuMemoryUtilization',
     kind: real(0.01, 1),
     group: BATCH,
     help: "share of the GPU's memory that weights, KV and buffers may fill",
     default: 0.9,
   }),
   batchInvariant: option({
+    field: 'batchInvariant',
     kind: toggle(),
     group: BATCH,
     help: 'on cuda, the same bits for a sequence in any batch; slower',
     default: false,
   }),
   enablePrefixCaching: option({
+    field: 'enablePrefixCaching',
     kind: toggle(),
     group: BATCH,
     help: 'compute equal prompt prefixes anew each time',
@@ -238,48 +264,56 @@ export const WORKER_OPTIONS = defineOptions({
   }),
 
   connectTimeout: option({
+    field: 'transfer.timeouts.connect',
     kind: duration(1),
     group: DEADLINES,
     help: 'reaching a peer',
     default: DEFAULT_TIMEOUTS.connect,
   }),
   answerTimeout: option({
+    field: 'transfer.timeouts.answer',
     kind: duration(1),
     group: DEADLINES,
     help: "a peer's answer to an announcement",
     default: DEFAULT_TIMEOUTS.answer,
   }),
   pairInitTimeout: option({
+    field: 'transfer.timeouts.pairInit',
     kind: duration(1),
     group: DEADLINES,
     help: 'opening a pair (communicator init)',
     default: DEFAULT_TIMEOUTS.pairInit,
   }),
   kvTransferTimeout: option({
+    field: 'transfer.timeouts.transfer',
     kind: duration(1),
     group: DEADLINES,
     help: 'one tensor on the wire',
     default: DEFAULT_TIMEOUTS.transfer,
   }),
   kvLoadTimeout: option({
+    field: 'transfer.timeouts.load',
     kind: duration(1),
     group: DEADLINES,
     help: 'all KV of a request',
     default: DEFAULT_TIMEOUTS.load,
   }),
   kvOrphanTimeout: option({
+    field: 'transfer.timeouts.orphan',
     kind: duration(1),
     group: DEADLINES,
     help: 'KV that no request claims is freed after this',
     default: DEFAULT_TIMEOUTS.orphan,
   }),
   drainTimeout: option({
+    field: 'drainTimeoutMs',
     kind: duration(),
     group: DEADLINES,
     help: 'requests under way when SIGTERM comes',
     default: 30_000,
   }),
   pingInterval: option({
+    field: 'pingIntervalMs',
     kind: duration(10),
     group: DEADLINES,
     help: 'between pings to the proxy',
@@ -288,18 +322,20 @@ export const WORKER_OPTIONS = defineOptions({
   }),
 
   logLevel: option({
+    field: 'transfer.log.level',
     kind: oneOf(LOG_LEVELS),
     group: LOG,
     help: 'least level logged',
-    default: 'info' as LogLevel,
+    default: 'info',
     defaultText: 'VLLM_LOGGING_LEVEL, or info',
   }),
   logFormat: option({
-    kind: oneOf(['auto', 'pretty', 'json']),
+    field: 'transfer.log.format',
+    kind: oneOf(LOG_FORMATS),
     group: LOG,
     help: 'pretty for people, json for collectors, auto by whether stdout is a terminal',
     default: 'auto',
   }),
-});
+} satisfies TableOf<WorkerConfig>);
 
 export type WorkerOptions = ValuesOf<typeof WORKER_OPTIONS>;

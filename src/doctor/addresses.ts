@@ -26,11 +26,12 @@ const RUNBOOK: readonly { readonly port: number; readonly what: string }[] = [
 
 /** Of the worker that was asked about. A port that is taken would stop it. */
 export async function workerPorts(config: WorkerConfig): Promise<Section> {
-  const { http, kv, role } = config;
+  const { http, transfer, role } = config;
   const findings = [await portFinding(http, 'HTTP', '--port')];
   if (role !== 'both') {
-    const bind = { host: kv.bind.host, port: kv.bind.port + (kv.bind.port === 0 ? 0 : kv.rank) };
-    findings.push(await portFinding(bind, 'KV', '--kv-port'), DATA_PORTS);
+    const { bind, rank } = transfer;
+    const kv = { host: bind.host, port: bind.port + (bind.port === 0 ? 0 : rank) };
+    findings.push(await portFinding(kv, 'KV', '--kv-port'), DATA_PORTS);
   }
   return { title: 'Ports', findings };
 }
@@ -80,12 +81,13 @@ export function addressSection(config: WorkerConfig): Section {
   const findings: Finding[] = [];
   const own = Object.values(networkInterfaces()).flatMap((list) => list ?? []);
   const others = own.filter(({ internal }) => !internal).map(({ address }) => address);
-  const kv = formatHostPort({ host: config.kv.announceHost, port: config.kv.bind.port });
+  const { announceHost, bind } = config.transfer;
+  const kv = formatHostPort({ host: announceHost, port: bind.port });
   const http = formatHostPort({ host: config.httpAnnounceHost, port: config.http.port });
   const told: readonly (readonly [string, string, string])[] = [
     ...(config.role === 'both' && config.proxy === undefined
       ? []
-      : ([['KV', config.kv.announceHost, '--kv-announce-host']] as const)),
+      : ([['KV', announceHost, '--kv-announce-host']] as const)),
     ['HTTP', config.httpAnnounceHost, '--http-announce-host'],
   ];
   findings.push(info(`addresses of this machine: ${others.join(', ') || 'loopback only'}`));

@@ -34,7 +34,7 @@ const PROBE_TIMEOUT_MS = 60_000;
 export async function examine(options: DoctorOptions): Promise<DoctorReport> {
   const { worker, inParticular, timeoutMs } = options;
   const config = 'config' in worker ? worker.config : undefined;
-  const device = config?.device ?? 'host';
+  const device = config?.transfer.device ?? 'host';
   const [[runtime, gpu], ports, ...asked] = await Promise.all([
     machine(device),
     config && inParticular
@@ -45,7 +45,7 @@ export async function examine(options: DoctorOptions): Promise<DoctorReport> {
           peerSection({
             peer: options.peer,
             timeoutMs,
-            ...(config && inParticular ? { announced: config.kv.announceHost } : {}),
+            ...(config && inParticular ? { announced: config.transfer.announceHost } : {}),
           }),
         ]
       : []),
@@ -56,7 +56,7 @@ export async function examine(options: DoctorOptions): Promise<DoctorReport> {
   return reportOf(packageVersion(), [
     runtime,
     ...gpu.sections,
-    variablesSection(config, onGpu),
+    variablesSection(config?.transfer, onGpu),
     ...(inParticular || !config ? [configSection(worker)] : []),
     config && inParticular ? addressSection(config) : defaultAddresses(),
     ports,
@@ -76,11 +76,11 @@ function configSection(worker: DoctorOptions['worker']): Section {
   if (!('config' in worker)) {
     return { title, findings: [fail(`${worker.code}: ${worker.message}`, worker.hint)] };
   }
-  const { role, modelDir, device, executor, sendType } = worker.config;
+  const { role, modelDir, executor, transfer } = worker.config;
   return {
     title,
     findings: [
-      ok(`${role} of ${modelDir}, device ${device}, executor ${executor}, ${sendType}`),
+      ok(`${role} of ${modelDir}, device ${transfer.device}, executor ${executor}, ${transfer.sendType}`),
       info(worker.choice.line),
       ...worker.warnings.map((text) => warn(text)),
     ],

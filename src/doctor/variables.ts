@@ -1,7 +1,6 @@
 /** Variables that native libraries and workers read: what is set, what each does, and which of them would stop a worker. */
 import { networkInterfaces } from 'node:os';
-import { nativeEnvironment } from '../config/native-env.ts';
-import type { WorkerConfig } from '../config/worker-config.ts';
+import { type NativeConfig, nativeEnvironment } from '../config/native-env.ts';
 import { type Finding, fail, info, type Section, warn } from './finding.ts';
 
 type Verdict = Omit<Finding, 'what'> & { readonly what: string };
@@ -109,7 +108,7 @@ function interfaceVerdict(value: string, interfaces: readonly string[]): Verdict
 }
 
 export function variablesSection(
-  config: Pick<WorkerConfig, 'device' | 'kv'> | undefined,
+  config: NativeConfig | undefined,
   onGpu: boolean,
   env: Readonly<Record<string, string | undefined>> = process.env,
 ): Section {

@@ -14,8 +14,6 @@ import { LogitsFiles } from './logits-files.ts';
 
 /** What the default size of the KV cache on the host stays under, all layers together. */
 const HOST_KV_BYTES = 2 ** 30;
-/** Share of the GPU's memory that a worker fills where --gpu-memory-utilization does not say. */
-export const DEFAULT_GPU_MEMORY_UTILIZATION = 0.9;
 /** The default cache holds so many sequences of full length at most. */
 const FULL_SEQUENCES = 64;
 
@@ -74,7 +72,7 @@ async function createModel({ config, device, log }: CreateExecutorOptions): Prom
       const { createCudaExecutor } = await import('./cuda/create.ts');
       const { elementTypeOf } = await import('./cuda/weights.ts');
       const { PAIR_BYTES } = await import('./cuda/sizes.ts');
-      const { blockSize, maxNumSeqs, maxNumBatchedTokens, role, kvBufferSize } = config;
+      const { blockSize, maxNumSeqs, maxNumBatchedTokens, role, transfer } = config;
       const type = await elementTypeOf(config.modelDir, model);
       const fingerprint = await fingerprintOf(config.modelDir, model, { dtype: type, blockSize });
       const { executor, numBlocks } = await createCudaExecutor({
@@ -87,9 +85,9 @@ async function createModel({ config, device, log }: CreateExecutorOptions): Prom
         maxModelLen,
         maxNumSeqs,
         maxNumBatchedTokens,
-        utilization: config.gpuMemoryUtilization ?? DEFAULT_GPU_MEMORY_UTILIZATION,
-        reserved: role === 'both' ? 0 : kvBufferSize + PAIR_BYTES,
-        batchInvariant: config.batchInvariant ?? false,
+        utilization: config.gpuMemoryUtilization,
+        reserved: role === 'both' ? 0 : transfer.kvBufferSize + PAIR_BYTES,
+        batchInvariant: config.batchInvariant,
         ...(log && { log }),
       });
       return { executor, fingerprint, maxModelLen, numBlocks };

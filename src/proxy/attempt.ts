@@ -16,7 +16,7 @@
  */
 import { randomBytes } from 'node:crypto';
 import type { IncomingHttpHeaders, ServerResponse } from 'node:http';
-import type { ProxyConfig } from '../config/worker-config.ts';
+import type { ProxyConfig } from '../config/proxy-config.ts';
 import { PdError } from '../errors.ts';
 import { reasonOf } from '../net/resolve.ts';
 import type { Logger } from '../observability/log.ts';

@@ -1,7 +1,7 @@
 /** The proxy as a whole: its HTTP server, discovery, start and stop. */
 import { EventEmitter, once, setMaxListeners } from 'node:events';
 import fastify, { type FastifyInstance } from 'fastify';
-import type { ProxyConfig } from '../config/worker-config.ts';
+import type { ProxyConfig } from '../config/proxy-config.ts';
 import { PdError } from '../errors.ts';
 import { formatHostPort, type HostPort } from '../net/address.ts';
 import { hostAddress } from '../net/local.ts';

@@ -38,7 +38,7 @@ export function sameDirection(a: SendType, b: SendType): boolean {
 
 /** The request of ours that a tensor of a peer which is not ours may mean beside that of exactly its id (wire/ids.ts). */
 export function standsFor({ options }: TransferContext, tensorId: TensorId): TransferId | undefined {
-  const which = options.kvKey === 'engine' ? 'none' : (options.suffixedIds ?? 'proxy');
+  const which = options.kvKey === 'engine' ? 'none' : options.suffixedIds;
   return suffixedFor(splitTensorId(tensorId).requestId, which);
 }
 

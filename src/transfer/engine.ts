@@ -1,7 +1,7 @@
 /** The transfer engine as its users hold it: starts the transfer thread, and turns calls into messages and messages into promises. */
 import { Worker } from 'node:worker_threads';
+import { type TransferOptionsInput, transferOptions } from '../config/embedded.ts';
 import { prepareNativeEnvironment } from '../config/native-env.ts';
-import { type TransferOptionsInput, transferOptions } from '../config/transfer-options.ts';
 import { deferred } from '../deferred.ts';
 import { createDevice } from '../device/create.ts';
 import type { Device, MemoryRef } from '../device/device.ts';
@@ -83,8 +83,7 @@ export class TransferEngine implements TransferEngineApi {
     extras: TransferEngineExtras = {},
   ): Promise<TransferEngine> {
     const options = transferOptions(input);
-    const { bind, announceHost, rank } = options;
-    prepareNativeEnvironment({ device: options.device, kv: { bind, announceHost, rank } });
+    prepareNativeEnvironment(options);
     const device = options.device === 'host' ? undefined : await createDevice(options.device);
     const init: TransferInit = { options, ...extras };
     const worker = new Worker(threadEntry(import.meta.url, './thread.js'), {

@@ -31,7 +31,7 @@ export function evidenceOf(
   load: Load,
   peerPort: PortAnswer | undefined,
 ): Evidence {
-  const { sendType, kvKey = 'transfer' } = options;
+  const { sendType, kvKey } = options;
   const pairs = peers.pairs(load.peer);
   // The end that announces opens the pair: who asks in GET, who sends otherwise.
   const bringing = pairs.filter(

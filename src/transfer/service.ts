@@ -254,7 +254,7 @@ export class TransferService {
     return {
       address: self,
       sendType: options.sendType,
-      kvKey: options.kvKey ?? 'transfer',
+      kvKey: options.kvKey,
       pairs: this.#pairs(),
       buffer: { usedBytes: memory.bufferUsed, thresholdBytes: memory.thresholdBytes },
       pool: {

@@ -77,12 +77,15 @@ export const DEFAULT_LIMITS: TransferLimits = {
   maxPeers: 64,
 };
 
-export type LogLevel = 'trace' | 'debug' | 'info' | 'warn' | 'error' | 'silent';
+export const LOG_LEVELS = ['trace', 'debug', 'info', 'warn', 'error', 'silent'] as const;
+export type LogLevel = (typeof LOG_LEVELS)[number];
+
+export const LOG_FORMATS = ['auto', 'pretty', 'json'] as const;
 
 export interface LogOptions {
   readonly level: LogLevel;
   /** `pretty` for a terminal, `json` for collectors, `auto` by whether stdout is a terminal. */
-  readonly format: 'auto' | 'pretty' | 'json';
+  readonly format: (typeof LOG_FORMATS)[number];
 }
 
 export interface ProxyPing {
@@ -114,13 +117,13 @@ export interface TransferOptions {
   readonly ncclNumChannels: number;
   /**
    * The family in which blocks are sent to peers that are not ours, and that a tensor of two blocks from such a peer is taken for.
-   * Absent: `kv-first`. Between ours it is always `kv-first` (or `mla`).
+   * Absent: blocks leave as they lie in the cache, as they do between ours, and two blocks are `kv-first`.
    */
   readonly wireLayout?: WireLayout;
-  /** Absent: `transfer`. With `engine` no suffix is looked for. */
-  readonly kvKey?: KvKey;
-  /** For which ids of peers that are not ours a random suffix is looked for. Absent: `proxy`. */
-  readonly suffixedIds?: SuffixedIds;
+  /** With `engine` no suffix is looked for. */
+  readonly kvKey: KvKey;
+  /** For which ids of peers that are not ours a random suffix is looked for. */
+  readonly suffixedIds: SuffixedIds;
   /** Addresses and CIDR ranges that may talk to this engine. Absent: everyone. */
   readonly allowPeers?: readonly string[];
   readonly timeouts: TransferTimeouts;

@@ -37,7 +37,7 @@ export async function createCore(
     for (let last = undo.pop(); last; last = undo.pop()) await last();
   };
   try {
-    const device = await createDevice(config.device);
+    const device = await createDevice(config.transfer.device);
     undo.push(() => device.dispose());
     const { executor, fingerprint, maxModelLen, numBlocks } = await createExecutor({
       config,
@@ -86,8 +86,8 @@ function createLoop(init: CoreInit, parts: LoopParts): CoreLoop {
     split &&
     new P2pWorkerConnector({
       ...split,
-      sendType: config.sendType,
-      rank: config.kv.rank,
+      sendType: config.transfer.sendType,
+      rank: config.transfer.rank,
       layers: executor.layers,
       log,
       metrics,
@@ -115,26 +115,11 @@ async function createEngine(
   if (config.role === 'both') return undefined;
   // An undivided worker needs neither ZeroMQ nor a transport.
   const { TransferEngine } = await import('../transfer/engine.ts');
-  const { device, kv, sendType, kvBufferSize, memPoolSize, ncclNumChannels, timeouts, limits, log } = config;
-  const { http, httpAnnounceHost, proxy, wireLayout, kvKey, suffixedIds, allowPeers } = config;
+  const { transfer, http, httpAnnounceHost, proxy } = config;
   return TransferEngine.create(
     {
-      device,
-      bind: kv.bind,
-      announceHost: kv.announceHost,
-      rank: kv.rank,
-      sendType,
-      kvBufferSize,
-      memPoolSize,
-      ncclNumChannels,
-      ...(wireLayout && { wireLayout }),
-      ...(kvKey && { kvKey }),
-      ...(suffixedIds && { suffixedIds }),
-      ...(allowPeers && { allowPeers }),
-      timeouts,
-      limits,
+      ...transfer,
       fingerprint,
-      log,
       // A port that the system chooses is not known yet: HTTP listens once there is something to serve.
       ...(http.port === 0
         ? {}

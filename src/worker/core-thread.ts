@@ -10,7 +10,7 @@ if (!parentPort) throw new PdError('INTERNAL', 'the core thread was started as a
 const port = parentPort;
 const init = workerData as CoreInit;
 const { config } = init;
-const log = createLogger(config.log, 'core');
+const log = createLogger(config.transfer.log, 'core');
 
 /** Resolves at what nobody caught. Left to Node it would cut off the transfer thread, whose sockets crash the process under that. */
 const broken = new Promise<void>((resolve) => {
@@ -112,8 +112,8 @@ async function answerState(
 
 /** Rank 0 speaks for its instance. */
 function startPing(core: CoreParts, httpAddress: string): void {
-  const { proxy, role, kv, pingIntervalMs } = config;
-  if (!proxy || role === 'both' || kv.rank !== 0) return;
+  const { proxy, role, transfer, pingIntervalMs } = config;
+  if (!proxy || role === 'both' || transfer.rank !== 0) return;
   core.engine?.startPing({
     proxy,
     type: role === 'producer' ? 'P' : 'D',

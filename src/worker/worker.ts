@@ -97,8 +97,8 @@ export class PdWorker {
     parts: WorkerParts = PARTS,
     signal?: AbortSignal,
   ): Promise<PdWorker> {
-    prepareNativeEnvironment(config);
-    const log = createLogger(config.log, 'main');
+    prepareNativeEnvironment(config.transfer);
+    const log = createLogger(config.transfer.log, 'main');
     logKvConfig(config, log);
     await assertBindable(config.http, 'HTTP server');
     signal?.throwIfAborted();
@@ -128,7 +128,7 @@ export class PdWorker {
       const worker = new PdWorker(config, core, reader, server, inFlight, httpAddress, all, log);
       const { numBlocks, blockSize, maxModelLen } = core.info;
       log.info(
-        `Serving ${config.servedModelNames.join(', ')} as ${config.role} on ${config.device}` +
+        `Serving ${config.servedModelNames.join(', ')} as ${config.role} on ${config.transfer.device}` +
           `: ${numBlocks} KV blocks of ${blockSize} tokens, up to ${maxModelLen} tokens a sequence`,
       );
       log.info(`Running on http://${formatHostPort(httpAddress)}`);
@@ -205,12 +205,12 @@ export class PdWorker {
 
 /** What KV is moved by, whichever way it was configured, under the names that vLLM's users know. */
 function logKvConfig(config: WorkerConfig, log: Logger): void {
-  const { role, kv, sendType, kvBufferSize } = config;
+  const { role, transfer } = config;
   if (role === 'both') {
     log.info('KV transfer: none, role both is an undivided worker');
     return;
   }
-  const { bind, announceHost, rank } = kv;
+  const { bind, announceHost, rank, sendType, kvBufferSize } = transfer;
   const fields = {
     kv_role: `kv_${role}`,
     kv_rank: role === 'producer' ? 0 : 1,

@@ -1,12 +1,11 @@
 import { once } from 'node:events';
 import { createServer } from 'node:net';
-import { Command } from 'commander';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { addWorkerOptions, resolveWorkerConfig } from '../../src/config/resolve-worker.ts';
 import { demoModelDir } from '../../src/model/demo.ts';
 import { formatHostPort } from '../../src/net/address.ts';
 import { PdWorker } from '../../src/worker/worker.ts';
 import { Program } from '../support/process.ts';
+import { resolveFlags } from '../support/worker-flags.ts';
 
 interface Choice {
   readonly index: number;
@@ -38,10 +37,8 @@ describe('an undivided worker with the demo model', () => {
   let worker: PdWorker;
   let url: string;
   beforeAll(async () => {
-    const command = addWorkerOptions(new Command('pd-worker'));
     const args = ['--device', 'host', '--port', '0', '--host', '127.0.0.1', '--log-level', 'silent'];
-    command.parse(args, { from: 'user' });
-    worker = await PdWorker.start(resolveWorkerConfig(command, { env: {}, demoModelDir }).config);
+    worker = await PdWorker.start(resolveFlags(args, { env: {}, demoModelDir }).config);
     url = `http://${formatHostPort(worker.httpAddress)}`;
   });
   afterAll(() => worker.close(0));

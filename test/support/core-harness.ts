@@ -2,11 +2,11 @@
 import { once } from 'node:events';
 import { fileURLToPath } from 'node:url';
 import { Worker } from 'node:worker_threads';
+import { type WorkerConfigInput, workerConfig } from '../../src/config/embedded.ts';
 import type { WorkerConfig } from '../../src/config/worker-config.ts';
 import { demoModelDir } from '../../src/model/demo.ts';
 import { MetricsPage } from '../../src/observability/metrics.ts';
 import type { CoreRequest, RequestOutput, SamplingParams } from '../../src/scheduler/types.ts';
-import { DEFAULT_LIMITS } from '../../src/transfer/types.ts';
 import type { EngineRequestId } from '../../src/wire/ids.ts';
 import type { CoreInfo, CoreState, FromCore, ToCore } from '../../src/worker/messages.ts';
 import { transferOf } from './ids.ts';
@@ -14,34 +14,21 @@ import { PATIENT_TIMEOUTS } from './transfer.ts';
 
 const ENTRY = fileURLToPath(new URL('../../dist/src/worker/core-thread.js', import.meta.url));
 
-export function coreConfig(changes: Partial<WorkerConfig> = {}): WorkerConfig {
-  return {
-    role: 'both',
-    modelDir: demoModelDir(),
-    servedModelNames: ['demo'],
-    device: 'host',
-    executor: 'host',
-    http: { host: '127.0.0.1', port: 0 },
-    kv: { bind: { host: '127.0.0.1', port: 0 }, announceHost: '127.0.0.1', rank: 0 },
-    httpAnnounceHost: '127.0.0.1',
-    sendType: 'PUT_ASYNC',
+export function coreConfig({ modelDir = demoModelDir(), ...changes }: WorkerConfigInput = {}): WorkerConfig {
+  const config = workerConfig({
     kvBufferSize: 64 * 2 ** 20,
     memPoolSize: 64 * 2 ** 20,
-    ncclNumChannels: 8,
     loadFailure: 'fail',
     maxNumSeqs: 8,
     maxNumBatchedTokens: 32,
-    blockSize: 16,
     numBlocks: 128,
-    enablePrefixCaching: true,
-    randomizeRequestIds: true,
     timeouts: PATIENT_TIMEOUTS,
-    limits: DEFAULT_LIMITS,
     drainTimeoutMs: 1_000,
-    pingIntervalMs: 3_000,
     log: { level: 'warn', format: 'json' },
     ...changes,
-  };
+  });
+  // The core itself is to say what is wrong with a directory.
+  return { ...config, modelDir };
 }
 
 export class CoreHarness {
@@ -61,7 +48,7 @@ export class CoreHarness {
   }
 
   /** Rejects with the message of a fatal error. */
-  static async start(changes: Partial<WorkerConfig> = {}): Promise<{ core: CoreHarness; info: CoreInfo }> {
+  static async start(changes: WorkerConfigInput = {}): Promise<{ core: CoreHarness; info: CoreInfo }> {
     const core = new CoreHarness(coreConfig(changes));
     const first = await core.next((message) =>
       message.type === 'ready' || message.type === 'fatal' ? message : undefined,

@@ -1,5 +1,6 @@
 /** Transfer services and engines for tests: on the host, on loopback, with deadlines that only end what hangs. */
 import { randomFillSync } from 'node:crypto';
+import { transferOptions as completeOptions } from '../../src/config/embedded.ts';
 import { deferred } from '../../src/deferred.ts';
 import type { MemoryRef, PagedLayer } from '../../src/device/device.ts';
 import { hostMemory, hostView } from '../../src/device/memory.ts';
@@ -10,7 +11,6 @@ import { freePorts } from '../../src/net/free-ports.ts';
 import { type MetricName, type MetricsPage, readMetric } from '../../src/observability/metrics.ts';
 import { type ServiceParts, TransferService } from '../../src/transfer/service.ts';
 import {
-  DEFAULT_LIMITS,
   DEFAULT_TIMEOUTS,
   type SendRequest,
   type TransferOptions,
@@ -39,21 +39,15 @@ export interface TestOptions extends Partial<Omit<TransferOptions, 'timeouts' | 
 }
 
 export function transferOptions(overrides: TestOptions = {}): TransferOptions {
-  const { host = '127.0.0.1', port = 0, timeouts, limits, ...rest } = overrides;
-  return {
-    device: 'host',
+  const { host = '127.0.0.1', port = 0, timeouts, ...rest } = overrides;
+  return completeOptions({
     bind: { host, port },
-    announceHost: host,
-    rank: 0,
-    sendType: 'PUT_ASYNC',
     kvBufferSize: 2 ** 20,
     memPoolSize: 2 ** 20,
-    ncclNumChannels: 8,
     log: { level: (process.env['PD_TEST_LOG'] as 'debug') ?? 'silent', format: 'json' },
     ...rest,
     timeouts: { ...PATIENT_TIMEOUTS, ...timeouts },
-    limits: { ...DEFAULT_LIMITS, ...limits },
-  };
+  });
 }
 
 /** Services made by a test, disposed together. */

@@ -3,6 +3,7 @@ import type { FastifyRequest } from 'fastify';
 import type { WorkerConfig } from '../../config/worker-config.ts';
 import type { Logger } from '../../observability/log.ts';
 import type { MetricsPage } from '../../observability/metrics.ts';
+import type { TransferOptions } from '../../transfer/types.ts';
 import type { CoreClient } from '../core-client.ts';
 import type { BodyReader } from '../request-reader.ts';
 import type { InFlight } from './in-flight.ts';
@@ -12,8 +13,8 @@ import type { TextModel } from './text.ts';
 export interface ServerContext {
   readonly config: Pick<
     WorkerConfig,
-    'servedModelNames' | 'randomizeRequestIds' | 'kvKey' | 'role' | 'maxNumSeqs' | 'debugState'
-  >;
+    'servedModelNames' | 'randomizeRequestIds' | 'role' | 'maxNumSeqs' | 'debugState'
+  > & { readonly transfer: Pick<TransferOptions, 'kvKey'> };
   readonly core: Pick<
     CoreClient,
     'generate' | 'info' | 'inspect' | 'kvFailed' | 'prefilled' | 'release' | 'state'

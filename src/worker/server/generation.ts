@@ -138,7 +138,7 @@ export class GenerationRun {
       prompt.serverId,
       config.randomizeRequestIds ? randomBytes(4).toString('hex') : undefined,
     );
-    const transferId = kvKeyOf({ serverId: prompt.serverId, requestId }, config.kvKey ?? 'transfer');
+    const transferId = kvKeyOf({ serverId: prompt.serverId, requestId }, config.transfer.kvKey);
     const generation = core.generate(
       {
         requestId,

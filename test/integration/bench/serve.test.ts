@@ -20,7 +20,7 @@ import {
 function options(...args: readonly string[]): ServeOptions {
   const command = addOptions(new Command(), SERVE_OPTIONS).exitOverride();
   command.parse([...args], { from: 'user' });
-  return serveOptions(resolveOptions(SERVE_OPTIONS, command, {}).values);
+  return serveOptions(resolveOptions(SERVE_OPTIONS, command, {}));
 }
 
 async function fake(answer: Answering, settings?: { tokenizes: boolean }): Promise<FakeOpenAi> {

@@ -2,7 +2,7 @@
 import { createServer, type Server } from 'node:http';
 import type { AddressInfo } from 'node:net';
 import { afterEach, expect, test } from 'vitest';
-import { workerConfig } from '../../../src/config/embedded-worker.ts';
+import { workerConfig } from '../../../src/config/embedded.ts';
 import { workerSection } from '../../../src/doctor/worker-state.ts';
 import { formatHostPort } from '../../../src/net/address.ts';
 import { proxyRequestId } from '../../../src/wire/ids.ts';

@@ -1,6 +1,6 @@
 /** A program that starts a proxy learns when a request can be served, and why it cannot. */
 import { afterEach, expect, test } from 'vitest';
-import { proxyConfig } from '../../../src/config/embedded-proxy.ts';
+import { proxyConfig } from '../../../src/config/proxy-config.ts';
 import { PdProxy } from '../../../src/proxy/proxy.ts';
 import { sendPing } from '../../support/fake-upstream.ts';
 

@@ -4,13 +4,12 @@ import { createServer } from 'node:http';
 import type { AddressInfo } from 'node:net';
 import { networkInterfaces } from 'node:os';
 import { join } from 'node:path';
-import { Command } from 'commander';
 import { afterEach, expect, it } from 'vitest';
-import { addWorkerOptions, resolveWorkerConfig } from '../../../src/config/resolve-worker.ts';
 import { formatHostPort } from '../../../src/net/address.ts';
 import { PdWorker, type WorkerParts } from '../../../src/worker/worker.ts';
 import { BYTE_READER, bytesOf, FakeCore, type Script, saying } from '../../support/fake-core.ts';
 import { sharedTempDir } from '../../support/temp-dir.ts';
+import { resolveFlags } from '../../support/worker-flags.ts';
 
 const modelDir = sharedTempDir();
 writeFileSync(join(modelDir, 'config.json'), '{}');
@@ -20,10 +19,8 @@ afterEach(async () => {
 });
 
 function configOf(args: readonly string[]) {
-  const command = addWorkerOptions(new Command('pd-worker'));
   const own = ['--device', 'host', '--port', '0', '--host', '127.0.0.1', '--log-level', 'silent'];
-  command.parse([...own, ...args], { from: 'user' });
-  return resolveWorkerConfig(command, { env: {}, demoModelDir: () => modelDir }).config;
+  return resolveFlags([...own, ...args], { env: {}, demoModelDir: () => modelDir }).config;
 }
 
 async function start(script: Script = saying('hello'), args: readonly string[] = []) {

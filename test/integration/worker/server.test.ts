@@ -61,6 +61,7 @@ async function start(
       randomizeRequestIds,
       role,
       maxNumSeqs: 8,
+      transfer: { kvKey: 'transfer' },
       ...(debugState && { debugState }),
     },
     core: client,

@@ -6,7 +6,7 @@ import { addOptions, resolveOptions } from '../../../src/config/options.ts';
 
 function read(...argv: string[]) {
   const command = addOptions(new Command('pd-bench'), TRANSFER_OPTIONS).exitOverride();
-  const { values } = resolveOptions(TRANSFER_OPTIONS, command.parse(argv, { from: 'user' }), {});
+  const values = resolveOptions(TRANSFER_OPTIONS, command.parse(argv, { from: 'user' }), {});
   return { values, options: benchOptions(values, NO_PROGRESS) };
 }
 

@@ -1,14 +1,12 @@
 /** Configuration given in code: few fields become what the flags would have made, and mistakes are named. */
-import { Command } from 'commander';
 import { expect, it } from 'vitest';
 import { proxyConfig as proxyConfigOfFlags } from '../../../src/cli/proxy.ts';
-import { proxyConfig } from '../../../src/config/embedded-proxy.ts';
-import { workerConfig } from '../../../src/config/embedded-worker.ts';
-import { addWorkerOptions, resolveWorkerConfig } from '../../../src/config/resolve-worker.ts';
-import { transferOptions } from '../../../src/config/transfer-options.ts';
+import { transferOptions, workerConfig } from '../../../src/config/embedded.ts';
+import { proxyConfig } from '../../../src/config/proxy-config.ts';
 import { PdError } from '../../../src/errors.ts';
 import { demoModelDir } from '../../../src/model/demo.ts';
 import { DEFAULT_TIMEOUTS } from '../../../src/transfer/types.ts';
+import { resolveFlags } from '../../support/worker-flags.ts';
 
 const QUIET = { level: 'warn', format: 'auto' };
 const LOOPBACK = { host: '127.0.0.1', port: 0 };
@@ -24,15 +22,16 @@ function problem(make: () => unknown): string {
 }
 
 it('a worker of no fields is the one of no flags, on the host and on loopback, and quiet', () => {
-  const command = addWorkerOptions(new Command('pd-worker')).parse([], { from: 'user' });
-  const { config } = resolveWorkerConfig(command, { env: {}, demoModelDir, autoDevice: 'host' });
+  const { config } = resolveFlags([], { env: {}, demoModelDir, autoDevice: 'host' });
   expect(workerConfig()).toEqual({
     ...config,
     http: LOOPBACK,
     httpAnnounceHost: '127.0.0.1',
-    kv: { bind: LOOPBACK, announceHost: '127.0.0.1', rank: 0 },
-    log: QUIET,
+    transfer: { ...config.transfer, bind: LOOPBACK, announceHost: '127.0.0.1', log: QUIET },
   });
+  // An engine of its own sends blocks as they lie in the cache that it is given.
+  expect({ ...transferOptions(), wireLayout: 'kv-first' }).toEqual(workerConfig().transfer);
+  expect(transferOptions()).not.toHaveProperty('wireLayout');
 });
 
 it('a proxy of no fields is the one of no flags, on loopback and quiet', () => {
@@ -58,9 +57,13 @@ it('fields that are given stand, nested ones beside the defaults of their neighb
   expect(config).toMatchObject({
     role: 'consumer',
     http: { host: '0.0.0.0', port: 8083 },
-    kv: { bind: { host: '::1', port: 14_579 }, announceHost: '::1', rank: 0 },
+    transfer: {
+      bind: { host: '::1', port: 14_579 },
+      announceHost: '::1',
+      rank: 0,
+      timeouts: { ...DEFAULT_TIMEOUTS, load: 5 },
+    },
     proxy: { host: '127.0.0.1', port: 30_002 },
-    timeouts: { ...DEFAULT_TIMEOUTS, load: 5 },
     numBlocks: 7,
     blockSize: 16,
   });
@@ -76,8 +79,16 @@ it('fields that are given stand, nested ones beside the defaults of their neighb
 it('complete options go through unchanged, so that they can be kept and given again', () => {
   const options = transferOptions({ bind: '127.0.0.1:5000', sendType: 'GET' });
   expect(transferOptions(options)).toEqual(options);
-  const config = workerConfig({ role: 'producer' });
+  const config = workerConfig({ role: 'producer', kv: { bind: '127.0.0.2:5000', rank: 1 }, kvKey: 'engine' });
   expect(workerConfig(config)).toEqual(config);
+  const changed = workerConfig({ ...config, kv: { bind: '127.0.0.3:6000' }, sendType: 'GET' });
+  expect(changed.transfer).toEqual({
+    ...config.transfer,
+    bind: { host: '127.0.0.3', port: 6000 },
+    announceHost: '127.0.0.3',
+    rank: 0,
+    sendType: 'GET',
+  });
 });
 
 it('says which field is wrong', () => {
@@ -91,6 +102,8 @@ it('says which field is wrong', () => {
   expect(wrong({ kvBufferSize: 1.5 })).toMatch(/kvBufferSize: .*int/);
   expect(wrong({ timeouts: { load: 0 } })).toMatch(/timeouts\.load: /);
   expect(wrong({ fingerprint: 'abc' })).toMatch(/fingerprint: /);
+  expect(problem(() => workerConfig({ kvKey: 'x' as 'engine' }))).toMatch(/worker configuration: kvKey: /);
+  expect(problem(() => workerConfig({ transfer: { rank: -1 } }))).toMatch(/transfer\.rank: /);
   expect(problem(() => workerConfig({ modelDir: '/nowhere' }))).toMatch(/^CONFIG_INVALID .*\/nowhere/);
   expect(problem(() => workerConfig({ executor: 'cuda' }))).toMatch(/^CONFIG_INVALID .*executor/);
   expect(problem(() => proxyConfig({ instanceTimeoutMs: -1 }))).toMatch(/instanceTimeoutMs: /);

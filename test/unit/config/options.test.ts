@@ -55,40 +55,35 @@ describe('options', () => {
       values: { kvPort: { value: 4, label: 'kv_port' }, proxy: { value: '[::1]:9', label: 'proxy' } },
     };
     const all = resolve(['--kv-port', '1', '--config', config], { PD_KV_PORT: '2' }, [layer]);
-    expect(all.values.kvPort).toBe(1);
-    expect(all.sources.kvPort).toBe('flag');
-    expect(resolve(['--config', config], { PD_KV_PORT: '2' }, [layer]).values.kvPort).toBe(2);
+    expect(all.kvPort).toBe(1);
+    expect(resolve(['--config', config], { PD_KV_PORT: '2' }, [layer]).kvPort).toBe(2);
     const fromFile = resolve([], { PD_CONFIG: config }, [layer]);
-    expect(fromFile.values.kvPort).toBe(3);
-    expect(fromFile.values.maxNumSeqs).toBe(30);
-    expect(fromFile.values.sendType).toBe('GET');
-    expect(fromFile.values.proxy).toEqual({ host: '::1', port: 9 });
-    expect(fromFile.sources.proxy).toBe('layer');
-    expect(resolve([], {}, [layer]).values.kvPort).toBe(4);
+    expect(fromFile.kvPort).toBe(3);
+    expect(fromFile.maxNumSeqs).toBe(30);
+    expect(fromFile.sendType).toBe('GET');
+    expect(fromFile.proxy).toEqual({ host: '::1', port: 9 });
+    expect(resolve([], {}, [layer]).kvPort).toBe(4);
     const none = resolve([]);
-    expect(none.values.kvPort).toBe(14_579);
-    expect(none.values.proxy).toBeUndefined();
-    expect(none.sources.kvPort).toBe('default');
+    expect(none.kvPort).toBe(14_579);
+    expect(none.proxy).toBeUndefined();
   });
 
   it('takes a switch both ways from every place', () => {
-    expect(resolve([]).values.enablePrefixCaching).toBe(true);
-    expect(resolve(['--no-enable-prefix-caching']).values.enablePrefixCaching).toBe(false);
+    expect(resolve([]).enablePrefixCaching).toBe(true);
+    expect(resolve(['--no-enable-prefix-caching']).enablePrefixCaching).toBe(false);
     const env = { PD_ENABLE_PREFIX_CACHING: '0' };
-    expect(resolve([], env).values.enablePrefixCaching).toBe(false);
-    expect(resolve(['--enable-prefix-caching'], env).values.enablePrefixCaching).toBe(true);
-    expect(resolve(['--config', file({ enable_prefix_caching: false })]).values.enablePrefixCaching).toBe(
-      false,
-    );
+    expect(resolve([], env).enablePrefixCaching).toBe(false);
+    expect(resolve(['--enable-prefix-caching'], env).enablePrefixCaching).toBe(true);
+    expect(resolve(['--config', file({ enable_prefix_caching: false })]).enablePrefixCaching).toBe(false);
   });
 
   it('takes lists repeated, together, and by commas in the environment', () => {
     const names = ['a', 'b'];
     const repeated = ['--served-model-name', 'a', '--served-model-name', 'b'];
-    expect(resolve(repeated).values.servedModelName).toEqual(names);
-    expect(resolve(['--served-model-name', 'a', 'b']).values.servedModelName).toEqual(names);
-    expect(resolve([], { PD_SERVED_MODEL_NAME: 'a,b' }).values.servedModelName).toEqual(names);
-    expect(resolve(['--config', file({ 'served-model-name': 'a' })]).values.servedModelName).toEqual(['a']);
+    expect(resolve(repeated).servedModelName).toEqual(names);
+    expect(resolve(['--served-model-name', 'a', 'b']).servedModelName).toEqual(names);
+    expect(resolve([], { PD_SERVED_MODEL_NAME: 'a,b' }).servedModelName).toEqual(names);
+    expect(resolve(['--config', file({ 'served-model-name': 'a' })]).servedModelName).toEqual(['a']);
   });
 
   it.each([

@@ -1,20 +1,16 @@
 import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { Command } from 'commander';
 import { describe, expect, it } from 'vitest';
 import { proxyConfig } from '../../../src/cli/proxy.ts';
+import { resolveHosts } from '../../../src/config/hosts.ts';
 import {
   nativeEnvironment,
   ncclEnvironment,
   prepareNativeEnvironment,
 } from '../../../src/config/native-env.ts';
-import { resolveHosts } from '../../../src/config/resolve-hosts.ts';
-import {
-  addWorkerOptions,
-  resolveWorkerConfig,
-  type WorkerEnvironment,
-} from '../../../src/config/resolve-worker.ts';
+import type { WorkerEnvironment } from '../../../src/config/resolve-worker.ts';
 import { sharedTempDir } from '../../support/temp-dir.ts';
+import { resolveFlags } from '../../support/worker-flags.ts';
 
 const modelDir = sharedTempDir();
 writeFileSync(join(modelDir, 'config.json'), '{}');
@@ -29,14 +25,7 @@ function resolve(
   interfaces: NonNullable<WorkerEnvironment['interfaces']> = { eth0: [...lan, ...lan6] },
   autoDevice = 'host',
 ) {
-  const command = addWorkerOptions(new Command('pd-worker').exitOverride());
-  command.parse(args, { from: 'user' });
-  return resolveWorkerConfig(command, {
-    env,
-    interfaces,
-    demoModelDir: () => modelDir,
-    autoDevice,
-  });
+  return resolveFlags(args, { env, interfaces, demoModelDir: () => modelDir, autoDevice });
 }
 
 const config = (args: string[], env?: Record<string, string>) => resolve(args, env).config;
@@ -63,20 +52,22 @@ describe('worker configuration', () => {
       role: 'both',
       modelDir,
       servedModelNames: ['demo'],
-      device: 'host',
       executor: 'host',
       http: { host: '0.0.0.0', port: 8080 },
       httpAnnounceHost: '10.0.0.7',
-      sendType: 'PUT_ASYNC',
-      kvBufferSize: 1e9,
-      memPoolSize: 32 * 2 ** 30,
+      transfer: {
+        device: 'host',
+        sendType: 'PUT_ASYNC',
+        kvBufferSize: 1e9,
+        memPoolSize: 32 * 2 ** 30,
+        timeouts: { connect: 5_000, load: 60_000, orphan: 60_000 },
+      },
       loadFailure: 'recompute',
       blockSize: 16,
       enablePrefixCaching: true,
       randomizeRequestIds: true,
       drainTimeoutMs: 30_000,
       pingIntervalMs: 3_000,
-      timeouts: { connect: 5_000, load: 60_000, orphan: 60_000 },
     });
     expect(config([])).not.toHaveProperty('proxy');
   });
@@ -97,15 +88,15 @@ describe('worker configuration', () => {
 
   it('tells others what is bound, another address where that says nothing, and PD_HOST_IP above both', () => {
     const bound = config(['--host', '127.0.0.1', '--kv-host', '::1']);
-    expect([bound.httpAnnounceHost, bound.kv.announceHost]).toEqual(['127.0.0.1', '::1']);
+    expect([bound.httpAnnounceHost, bound.transfer.announceHost]).toEqual(['127.0.0.1', '::1']);
     const any = config(['--host', '::', '--kv-host', '0.0.0.0']);
-    expect([any.httpAnnounceHost, any.kv.announceHost]).toEqual(['2001:db8::7', '10.0.0.7']);
+    expect([any.httpAnnounceHost, any.transfer.announceHost]).toEqual(['2001:db8::7', '10.0.0.7']);
     const told = config(['--host', '127.0.0.1'], { PD_HOST_IP: '192.0.2.1' });
-    expect([told.httpAnnounceHost, told.kv.announceHost]).toEqual(['192.0.2.1', '192.0.2.1']);
+    expect([told.httpAnnounceHost, told.transfer.announceHost]).toEqual(['192.0.2.1', '192.0.2.1']);
     const explicit = config(['--kv-announce-host', '198.51.100.1'], { PD_HOST_IP: '192.0.2.1' });
-    expect(explicit.kv.announceHost).toBe('198.51.100.1');
+    expect(explicit.transfer.announceHost).toBe('198.51.100.1');
     // A translated address is not this machine's own: told, never bound.
-    expect(config([], { PD_HOST_IP: '192.0.2.1' }).kv).toMatchObject({
+    expect(config([], { PD_HOST_IP: '192.0.2.1' }).transfer).toMatchObject({
       bind: { host: '10.0.0.7' },
       announceHost: '192.0.2.1',
     });
@@ -117,7 +108,7 @@ describe('worker configuration', () => {
     const only6 = { lo: [lo4, lo6], eth0: lan6 };
     const proxy = ['--role', 'producer', '--proxy', '[2001:db8::9]:30002'];
     const { config: worker, warnings } = resolve(proxy, {}, only6);
-    expect(worker.kv).toMatchObject({ bind: { host: '2001:db8::7' }, announceHost: '2001:db8::7' });
+    expect(worker.transfer).toMatchObject({ bind: { host: '2001:db8::7' }, announceHost: '2001:db8::7' });
     expect(worker.httpAnnounceHost).toBe('127.0.0.1');
     expect(warnings).toEqual([
       expect.stringMatching(
@@ -125,8 +116,8 @@ describe('worker configuration', () => {
       ),
     ]);
     expect(resolve([...proxy, '--host', '::'], {}, only6).warnings).toEqual([]);
-    expect(resolve([], {}, { lo: [lo6] }).config.kv.bind.host).toBe('::1');
-    expect(resolve([], {}, { lo: [lo4] }).config.kv.bind.host).toBe('127.0.0.1');
+    expect(resolve([], {}, { lo: [lo6] }).config.transfer.bind.host).toBe('::1');
+    expect(resolve([], {}, { lo: [lo4] }).config.transfer.bind.host).toBe('127.0.0.1');
   });
 
   it('tells an address with a zone id to nobody outside of this machine', () => {
@@ -137,7 +128,7 @@ describe('worker configuration', () => {
       /KV address fe80::7%eth0 carries a zone id.*--kv-announce-host/,
     );
     const { config: worker, warnings } = resolve([...args, '[2001:db8::7]:30002'], {}, here);
-    expect(worker.kv.announceHost).toBe('fe80::7%eth0');
+    expect(worker.transfer.announceHost).toBe('fe80::7%eth0');
     expect(warnings).toEqual([expect.stringContaining('proxy and peers must run here')]);
     expect(
       resolve([...args, '[2001:db8::9]:30002', '--kv-announce-host', '2001:db8::7'], {}, here).warnings,
@@ -145,7 +136,7 @@ describe('worker configuration', () => {
   });
 
   it('tells a v4-mapped address as what it is', () => {
-    expect(config(['--kv-host', '::ffff:10.0.0.7']).kv).toMatchObject({
+    expect(config(['--kv-host', '::ffff:10.0.0.7']).transfer).toMatchObject({
       bind: { host: '::ffff:10.0.0.7' },
       announceHost: '10.0.0.7',
     });
@@ -157,7 +148,7 @@ describe('worker configuration', () => {
     expect(found).toMatchObject({
       http: { host: '127.0.0.1' },
       httpAnnounceHost: '127.0.0.1',
-      kv: { bind: { host: '127.0.0.1' }, announceHost: '127.0.0.1' },
+      transfer: { bind: { host: '127.0.0.1' }, announceHost: '127.0.0.1' },
       proxy: { host: '127.0.0.1', port: 30_002, otherHosts: ['::1'] },
     });
     expect(lines).toContain('KV host localhost is 127.0.0.1 (IPv4)');
@@ -167,32 +158,31 @@ describe('worker configuration', () => {
   });
 
   it('takes who may talk to it, who may look at it, and how it speaks to vLLM', () => {
-    expect(config([])).toMatchObject({ wireLayout: 'kv-first', kvKey: 'transfer' });
-    expect(config([])).not.toHaveProperty('allowPeers');
+    expect(config([])).toMatchObject({ transfer: { wireLayout: 'kv-first', kvKey: 'transfer' } });
+    expect(config([]).transfer).not.toHaveProperty('allowPeers');
     expect(config([])).not.toHaveProperty('debugState');
     expect(config(['--debug-state']).debugState).toBe('loopback');
     expect(config(['--debug-state-remote']).debugState).toBe('anyone');
     expect(config([])).not.toHaveProperty('debugLogits');
     expect(config([], { PD_DEBUG_LOGITS: '/tmp/logits' }).debugLogits).toBe('/tmp/logits');
-    expect(config(['--allow-peers', '10.0.0.0/8', 'fd00::/8']).allowPeers).toEqual([
+    expect(config(['--allow-peers', '10.0.0.0/8', 'fd00::/8']).transfer.allowPeers).toEqual([
       '10.0.0.0/8',
       'fd00::/8',
     ]);
-    expect(config([], { PD_ALLOW_PEERS: '10.0.0.1,::1' }).allowPeers).toEqual(['10.0.0.1', '::1']);
+    expect(config([], { PD_ALLOW_PEERS: '10.0.0.1,::1' }).transfer.allowPeers).toEqual(['10.0.0.1', '::1']);
     expect(config(['--wire-layout', 'blocks-first', '--kv-key', 'engine'])).toMatchObject({
-      wireLayout: 'blocks-first',
-      kvKey: 'engine',
+      transfer: { wireLayout: 'blocks-first', kvKey: 'engine' },
     });
   });
 
   it('computes where the device is, unless told otherwise', () => {
     expect(config(['--device', 'cuda'])).toMatchObject({
-      device: 'cuda:0',
+      transfer: { device: 'cuda:0' },
       executor: 'cuda',
       maxNumSeqs: 256,
     });
     expect(config(['--device', 'cuda:1', '--executor', 'host'])).toMatchObject({
-      device: 'cuda:1',
+      transfer: { device: 'cuda:1' },
       executor: 'host',
       maxNumSeqs: 32,
     });
@@ -200,17 +190,17 @@ describe('worker configuration', () => {
 
   it('leaves the device to what the machine has, unless one is named', () => {
     const onGpu = (...args: string[]) => resolve(args, {}, undefined, 'cuda:0').config;
-    expect(onGpu()).toMatchObject({ device: 'cuda:0', executor: 'cuda', maxNumSeqs: 256 });
+    expect(onGpu()).toMatchObject({ transfer: { device: 'cuda:0' }, executor: 'cuda', maxNumSeqs: 256 });
     expect(onGpu('--device', 'auto', '--executor', 'host')).toMatchObject({
-      device: 'cuda:0',
+      transfer: { device: 'cuda:0' },
       executor: 'host',
     });
-    expect(onGpu('--device', 'host')).toMatchObject({ device: 'host', executor: 'host' });
+    expect(onGpu('--device', 'host')).toMatchObject({ transfer: { device: 'host' }, executor: 'host' });
   });
 
   it("takes vLLM's log level where ours is not given", () => {
     const level = (value: string, args: string[] = [], env: Record<string, string> = {}) =>
-      config(args, { VLLM_LOGGING_LEVEL: value, ...env }).log.level;
+      config(args, { VLLM_LOGGING_LEVEL: value, ...env }).transfer.log.level;
     expect(['DEBUG', 'info', 'Warning', 'ERROR', 'CRITICAL'].map((value) => level(value))).toEqual([
       ...['debug', 'info', 'warn', 'error', 'error'],
     ]);
@@ -222,7 +212,7 @@ describe('worker configuration', () => {
 
     const unknown = { VLLM_LOGGING_LEVEL: 'LOUD' };
     expect(resolve([], unknown)).toMatchObject({
-      config: { log: { level: 'info' } },
+      config: { transfer: { log: { level: 'info' } } },
       warnings: [expect.stringMatching(/^VLLM_LOGGING_LEVEL=LOUD is no level.*DEBUG.*--log-level/)],
     });
     expect(resolve(['--log-level', 'info'], unknown).warnings).toEqual([]);
@@ -255,11 +245,8 @@ describe("vLLM's kv-transfer-config", () => {
     expect(worker).toMatchObject({
       role: 'producer',
       http: { port: 8081 },
-      kv: { bind: { port: 8082 } },
       proxy: { host: '127.0.0.1', port: 30_002 },
-      sendType: 'PUT_ASYNC',
-      kvBufferSize: 1e9,
-      ncclNumChannels: 16,
+      transfer: { bind: { port: 8082 }, sendType: 'PUT_ASYNC', kvBufferSize: 1e9, ncclNumChannels: 16 },
     });
   });
 
@@ -276,20 +263,24 @@ describe("vLLM's kv-transfer-config", () => {
         mem_pool_size_gb: 4,
       },
     };
-    const { memPoolSize, ...same } = config(vllm(numbers));
-    expect(memPoolSize).toBe(4 * 2 ** 30);
-    expect({ ...same, memPoolSize: 32 * 2 ** 30 }).toEqual(config(vllm(RUNBOOK)));
+    const same = config(vllm(RUNBOOK));
+    expect(config(vllm(numbers))).toEqual({
+      ...same,
+      transfer: { ...same.transfer, memPoolSize: 4 * 2 ** 30 },
+    });
     const bare = { kv_connector: 'P2pNcclConnector', kv_role: 'kv_consumer' };
     const overruled = resolve([...vllm(bare), '--role', 'producer']);
     expect(overruled.config.role).toBe('producer');
     expect(overruled.warnings).toEqual([expect.stringContaining('says consumer; --role producer wins')]);
     expect(config(vllm(bare))).toMatchObject({
       role: 'consumer',
-      sendType: 'PUT_ASYNC',
-      ncclNumChannels: 8,
-      memPoolSize: 32 * 2 ** 30,
-      kvBufferSize: 1e9,
-      kv: { bind: { port: 14_579 } },
+      transfer: {
+        sendType: 'PUT_ASYNC',
+        ncclNumChannels: 8,
+        memPoolSize: 32 * 2 ** 30,
+        kvBufferSize: 1e9,
+        bind: { port: 14_579 },
+      },
     });
     // What vLLM writes into it by itself.
     const full = { ...RUNBOOK, kv_ip: '127.0.0.1', kv_buffer_device: 'cuda', engine_id: 'x', kv_rank: null };
@@ -297,11 +288,14 @@ describe("vLLM's kv-transfer-config", () => {
   });
 
   it('ranks below flags, environment and file', () => {
-    expect(config(vllm(RUNBOOK, '--kv-port', '9'))).toMatchObject({ kv: { bind: { port: 9 } } });
-    expect(config(vllm(RUNBOOK), { PD_SEND_TYPE: 'GET' }).sendType).toBe('GET');
+    expect(config(vllm(RUNBOOK, '--kv-port', '9'))).toMatchObject({ transfer: { bind: { port: 9 } } });
+    expect(config(vllm(RUNBOOK), { PD_SEND_TYPE: 'GET' }).transfer.sendType).toBe('GET');
     const file = join(modelDir, 'options.json');
     writeFileSync(file, JSON.stringify({ 'nccl-num-channels': 32, 'kv-transfer-config': RUNBOOK }));
-    expect(config(['--config', file])).toMatchObject({ role: 'producer', ncclNumChannels: 32 });
+    expect(config(['--config', file])).toMatchObject({
+      role: 'producer',
+      transfer: { ncclNumChannels: 32 },
+    });
   });
 
   it('reads an IPv6 proxy, and an empty one as none', () => {
@@ -348,7 +342,7 @@ describe("vLLM's kv-transfer-config", () => {
   it('must be JSON, and needs a role', () => {
     expect(() => config(['--kv-transfer-config', '{'])).toThrow(/--kv-transfer-config is not JSON/);
     expect(() => config(vllm({ kv_port: 1 }))).toThrow(/kv_role/);
-    expect(config(vllm({ kv_port: 1 }, '--role', 'consumer')).kv.bind.port).toBe(1);
+    expect(config(vllm({ kv_port: 1 }, '--role', 'consumer')).transfer.bind.port).toBe(1);
   });
 
   it('knows the switch that turns random suffixes off', () => {
@@ -359,12 +353,12 @@ describe("vLLM's kv-transfer-config", () => {
 
 describe('native environment', () => {
   const eth1 = [...lan, ...lan6];
-  const kv = (host: string) => ({ bind: { host, port: 1 }, announceHost: host, rank: 0 });
+  const kv = (host: string) => ({ bind: { host, port: 1 }, announceHost: host });
 
   it("follows the KV address, and never overrules the user's own", () => {
-    expect(nativeEnvironment({ device: 'host', kv: kv('10.0.0.7') }, { eth1 })).toEqual({});
+    expect(nativeEnvironment({ device: 'host', ...kv('10.0.0.7') }, { eth1 })).toEqual({});
     const env: Record<string, string> = { NCCL_CUMEM_ENABLE: '0' };
-    prepareNativeEnvironment({ device: 'cuda:0', kv: kv('2001:db8::7') }, env, { eth1 });
+    prepareNativeEnvironment({ device: 'cuda:0', ...kv('2001:db8::7') }, env, { eth1 });
     expect(env).toEqual({
       NCCL_CUMEM_ENABLE: '0',
       CUDA_MODULE_LOADING: 'EAGER',
@@ -405,10 +399,7 @@ describe('native environment', () => {
     ['an address with the number of a zone', 'fe80::7%2', 'fe80::7%2', '=eth0', V6],
     ['a name, which says nothing', 'localhost', 'localhost', undefined, undefined],
   ])("NCCL's bootstrap for %s", (_, bound, announced, name, family) => {
-    const config = {
-      device: 'cuda:0',
-      kv: { bind: { host: bound, port: 1 }, announceHost: announced, rank: 0 },
-    };
+    const config = { device: 'cuda:0', bind: { host: bound, port: 1 }, announceHost: announced };
     const { NCCL_SOCKET_IFNAME, NCCL_SOCKET_FAMILY } = nativeEnvironment(config, interfaces);
     expect([NCCL_SOCKET_IFNAME, NCCL_SOCKET_FAMILY]).toEqual([name, family]);
     // The transfer thread asks for itself, with the same answer.

@@ -7,10 +7,7 @@ import { variablesSection } from '../../../src/doctor/variables.ts';
 import type { ErrorCode, ErrorContext, ErrorData } from '../../../src/errors.ts';
 
 describe('variables', () => {
-  const config = {
-    device: 'cuda:0',
-    kv: { bind: { host: '127.0.0.1', port: 8082 }, announceHost: '', rank: 0 },
-  };
+  const config = { device: 'cuda:0', bind: { host: '127.0.0.1', port: 8082 }, announceHost: '' };
   const findings = (env: Record<string, string>, onGpu = true) =>
     variablesSection(config, onGpu, env).findings;
   const about = (env: Record<string, string>, name: string) =>
@@ -155,7 +152,7 @@ describe('flags', () => {
     expect(
       await worker('--role', 'producer', '--device', 'cuda:1', '--', '--send-type', 'GET'),
     ).toMatchObject({
-      config: { role: 'producer', device: 'cuda:1', sendType: 'GET', http: { port: 8081 } },
+      config: { role: 'producer', transfer: { device: 'cuda:1', sendType: 'GET' }, http: { port: 8081 } },
     });
   });
 

@@ -1,11 +1,14 @@
 /**
- * vLLM's `--kv-transfer-config` JSON (docs/protocol.md, "Configuration"), taken as people have it: numbers may be strings, and a key
- * that means nothing here is named in a warning, never an error.
+ * What users of vLLM have already: its `--kv-transfer-config` JSON (docs/protocol.md, "Configuration") and its environment variables,
+ * read where ours say nothing. The JSON is taken as people have it: numbers may be strings, and a key that means nothing here is named
+ * in a warning, never an error.
  */
 import { z } from 'zod';
 import { PdError } from '../errors.ts';
+import type { LogLevel } from '../transfer/types.ts';
 import type { OptionLayer } from './options.ts';
 import type { WorkerRole } from './worker-config.ts';
+import type { WorkerOptions } from './worker-options.ts';
 
 const FLAG = '--kv-transfer-config';
 
@@ -25,12 +28,12 @@ const WITHOUT_EFFECT = new Set([
 const ROLES: Readonly<Record<string, WorkerRole>> = { kv_producer: 'producer', kv_consumer: 'consumer' };
 
 /** JSON key -> option name of the worker, at the top level and under kv_connector_extra_config. */
-const TOP: Readonly<Record<string, string>> = {
+const TOP: Readonly<Record<string, keyof WorkerOptions>> = {
   kv_buffer_size: 'kvBufferSize',
   kv_port: 'kvPort',
   kv_load_failure_policy: 'kvLoadFailure',
 };
-const EXTRA: Readonly<Record<string, string>> = {
+const EXTRA: Readonly<Record<string, keyof WorkerOptions>> = {
   http_port: 'port',
   send_type: 'sendType',
   nccl_num_channels: 'ncclNumChannels',
@@ -148,4 +151,39 @@ function unknownKey(key: string): string {
 function invalid(key: string, value: unknown, allowed: string): PdError {
   const written = value === undefined ? 'nothing' : JSON.stringify(value);
   return new PdError('CONFIG_INVALID', `${key} in ${FLAG}: ${written} is not allowed; expected ${allowed}`);
+}
+
+const LOGGING_LEVEL = 'VLLM_LOGGING_LEVEL';
+
+/** Python's names. `error` is the least that is logged here: what ends a program is above it. */
+const LEVELS: Readonly<Record<string, LogLevel>> = {
+  DEBUG: 'debug',
+  INFO: 'info',
+  WARN: 'warn',
+  WARNING: 'warn',
+  ERROR: 'error',
+  CRITICAL: 'error',
+  FATAL: 'error',
+};
+
+/**
+ * A layer for the option `logLevel`, where that is not `given`. A value that is no level is told in `warnings`: it is another program's
+ * variable, so it stops nobody.
+ */
+export function vllmLogLevel(
+  given: LogLevel | undefined,
+  env: Readonly<Record<string, string | undefined>>,
+  warnings: string[],
+): OptionLayer[] {
+  const theirs = env[LOGGING_LEVEL]?.trim();
+  if (given !== undefined || !theirs) return [];
+  const value = LEVELS[theirs.toUpperCase()];
+  if (value !== undefined) {
+    return [{ values: { logLevel: { value, label: `${LOGGING_LEVEL} (environment)` } } }];
+  }
+  const known = 'DEBUG, INFO, WARNING, ERROR and CRITICAL';
+  warnings.push(
+    `${LOGGING_LEVEL}=${theirs} is no level (known are ${known}) and is left out of account; --log-level sets ours`,
+  );
+  return [];
 }

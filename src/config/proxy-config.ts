@@ -1,0 +1,137 @@
+/** The configuration of a proxy: its options, one table for flags, environment, config file and what programs give in code. */
+import { z } from 'zod';
+import type { HostPort } from '../net/address.ts';
+import { LOG_FORMATS, LOG_LEVELS, type LogOptions } from '../transfer/types.ts';
+import { checkInput, fieldsOf, QUIET_LOG, shapeOf, type TableOf, withoutUndefined } from './fields.ts';
+import {
+  type Address,
+  address,
+  addressRange,
+  duration,
+  integer,
+  listOf,
+  oneOf,
+  port,
+  text,
+} from './kinds.ts';
+import { defaultsOf, defineOptions, option, type ValuesOf } from './options.ts';
+
+export interface ProxyConfig {
+  readonly http: HostPort;
+  readonly discovery: HostPort;
+  /** Addresses and CIDR ranges whose pings are taken. Absent: everyone's. */
+  readonly allowInstances?: readonly string[];
+  /** An instance whose last ping is older than this is removed. */
+  readonly instanceTimeoutMs: number;
+  /** For the prefill request, headers to end of body. */
+  readonly prefillTimeoutMs: number;
+  /** Between two chunks of the decode instance's answer. */
+  readonly decodeIdleTimeoutMs: number;
+  /** Most requests in prefill at a producer for which the consumer is asked at the same time; 0: always in turn. */
+  readonly overlap: number;
+  readonly drainTimeoutMs: number;
+  readonly log: LogOptions;
+}
+
+/** A new option is a row here and its field above. */
+export const PROXY_OPTIONS = defineOptions({
+  host: option({ kind: text('address'), help: 'address to listen on', default: '0.0.0.0' }),
+  port: option({ kind: port(), help: 'HTTP port for clients', default: 10_002 }),
+  discoveryHost: option({
+    kind: text('address'),
+    help: 'address to listen on for pings',
+    defaultText: 'that of --host',
+  }),
+  discoveryPort: option({ kind: port(), help: 'port that instances ping (ZeroMQ)', default: 30_002 }),
+  allowInstances: option({
+    field: 'allowInstances',
+    kind: listOf(addressRange()),
+    help: 'whose pings are taken: addresses, or ranges such as 10.0.0.0/8',
+    defaultText: "everyone's",
+  }),
+  instanceTimeout: option({
+    field: 'instanceTimeoutMs',
+    kind: duration(10),
+    help: 'an instance whose last ping is older is removed',
+    default: 10_000,
+  }),
+  prefillTimeout: option({
+    field: 'prefillTimeoutMs',
+    kind: duration(1),
+    help: "for the producer's whole answer",
+    default: 600_000,
+  }),
+  decodeIdleTimeout: option({
+    field: 'decodeIdleTimeoutMs',
+    kind: duration(1),
+    help: "to the first part of the consumer's answer, and from one part to the next",
+    default: 600_000,
+  }),
+  overlap: option({
+    field: 'overlap',
+    kind: integer(0, 1_024),
+    help: 'the consumer is asked at once while the producer has at most so many requests of this proxy; 0: always in turn',
+    default: 4,
+  }),
+  drainTimeout: option({
+    field: 'drainTimeoutMs',
+    kind: duration(0),
+    help: 'after SIGTERM, for requests under way',
+    default: 30_000,
+  }),
+  logLevel: option({
+    field: 'log.level',
+    kind: oneOf(LOG_LEVELS),
+    help: 'least severe level that is logged',
+    group: 'Log',
+    default: 'info',
+    defaultText: 'VLLM_LOGGING_LEVEL, or info',
+  }),
+  logFormat: option({
+    field: 'log.format',
+    kind: oneOf(LOG_FORMATS),
+    help: 'pretty for people, json for collectors, auto by whether stdout is a terminal',
+    group: 'Log',
+    default: 'auto',
+  }),
+  config: option({ kind: text('file'), help: 'JSON file with any of these options' }),
+} satisfies TableOf<ProxyConfig>);
+
+export function toProxyConfig(values: ValuesOf<typeof PROXY_OPTIONS>): ProxyConfig {
+  return {
+    ...fieldsOf(PROXY_OPTIONS, values),
+    http: { host: values.host, port: values.port },
+    discovery: { host: values.discoveryHost ?? values.host, port: values.discoveryPort },
+  };
+}
+
+/** `ProxyConfig` with every field optional. */
+export interface ProxyConfigInput extends Partial<Omit<ProxyConfig, 'http' | 'discovery' | 'log'>> {
+  /** Where clients connect. `127.0.0.1:0`: this machine only, any free port. */
+  readonly http?: Address;
+  /** Where instances ping. `127.0.0.1:0`. */
+  readonly discovery?: Address;
+  readonly log?: Partial<LogOptions>;
+}
+
+const LOOPBACK = { host: '127.0.0.1', port: 0 };
+
+const INPUT = z.strictObject({
+  ...shapeOf(PROXY_OPTIONS, ''),
+  http: address.default(LOOPBACK),
+  discovery: address.default(LOOPBACK),
+  log: z.strictObject(shapeOf(PROXY_OPTIONS, 'log.')).default({}),
+} satisfies Record<keyof ProxyConfigInput, z.ZodType>);
+
+/**
+ * A complete proxy configuration from a few fields. Defaults are those of `pd-proxy --help`, but for what it binds (loopback, any free
+ * port: `PdProxy.httpAddress` and `discoveryAddress` tell) and for the log (warnings alone). Throws CONFIG_INVALID that names the field.
+ */
+export function proxyConfig(input: ProxyConfigInput = {}): ProxyConfig {
+  const { log, ...given } = checkInput(INPUT, input, 'proxy configuration');
+  return {
+    ...toProxyConfig(defaultsOf(PROXY_OPTIONS)),
+    ...given,
+    log: { ...QUIET_LOG, ...withoutUndefined(log) },
+  };
+}
