@@ -84,7 +84,7 @@ export class Attempt {
   readonly #headers: Readonly<Record<string, string>>;
   readonly #prompts: number;
   readonly #notices: Notices;
-  /** Each aborts one instance's request, for the reason it is given. */
+  /** Each aborts one instance's request, for the reason it is given; the request's own signal aborts both. */
   readonly #abortPrefill = new AbortController();
   readonly #abortDecode = new AbortController();
 
@@ -106,12 +106,22 @@ export class Attempt {
    * KV that nobody will decode is released either way. To be called once.
    */
   async run(): Promise<void> {
+    const { signal } = this.#request;
+    // AbortSignal.any would add a tenth to the CPU time of a request.
+    const abort = () => {
+      this.#abortPrefill.abort(signal.reason);
+      this.#abortDecode.abort(signal.reason);
+    };
+    signal.addEventListener('abort', abort, { once: true });
+    if (signal.aborted) abort();
     try {
       const decoded = await (this.#mayOverlap() ? this.#overlapped() : this.#inTurn());
       if (!decoded) this.#notices.release();
     } catch (error) {
       this.#notices.release(error instanceof InstanceRefused ? error.instance : undefined);
       throw error;
+    } finally {
+      signal.removeEventListener('abort', abort);
     }
   }
 
@@ -125,25 +135,23 @@ export class Attempt {
 
   /** False where KV may be left that nobody decodes. */
   async #inTurn(): Promise<boolean> {
-    const { out, signal } = this.#request;
     const refusal = await this.#prefill();
-    if (refusal) {
-      answerWhole(refusal, out, this.requestId);
-      return true;
+    if (!refusal) {
+      const headersTimeoutMs = this.#context.config.decodeIdleTimeoutMs;
+      return await this.#passOn(await this.#askConsumer(this.#headers, headersTimeoutMs));
     }
-    return await this.#passOn(
-      await this.#askConsumer(this.#headers, signal, this.#context.config.decodeIdleTimeoutMs),
-    );
+    answerWhole(refusal, this.#request.out, this.requestId);
+    return true;
   }
 
   /** Likewise. */
   async #overlapped(): Promise<boolean> {
     const { config, metrics } = this.#context;
-    const { out, signal } = this.#request;
+    const { out } = this.#request;
     metrics.overlapped.inc();
     const prefilling = this.#prefill();
     const headers = { ...this.#headers, [PREFILL_WITHIN_HEADER]: String(config.prefillTimeoutMs) };
-    const asking = this.#askConsumer(headers, AbortSignal.any([signal, this.#abortDecode.signal]), 0);
+    const asking = this.#askConsumer(headers, 0);
     try {
       const first = await Promise.race([settled(asking, 'consumer'), settled(prefilling, 'producer')]);
       if (first === 'producer') {
@@ -178,7 +186,7 @@ export class Attempt {
     const { producer } = this.#pair;
     const what = `prefill of ${route}`;
     const startedMs = performance.now();
-    const signal = AbortSignal.any([this.#request.signal, this.#abortPrefill.signal]);
+    const { signal } = this.#abortPrefill;
     const late = () => timeoutError(producer, what, config.prefillTimeoutMs, PREFILL_TIMEOUT);
     const timer = setTimeout(() => this.#abortPrefill.abort(late()), config.prefillTimeoutMs);
     const leave = registry.enterPrefill(producer);
@@ -228,10 +236,9 @@ export class Attempt {
     return timeoutError(this.#pair.consumer, this.#decodeWhat, decodeIdleTimeoutMs, DECODE_TIMEOUT);
   }
 
-  /** Resolves with the head of the answer, which comes within `headersTimeoutMs` (0: whoever aborts `signal` watches). */
+  /** Resolves with the head of the answer, which comes within `headersTimeoutMs` (0: whoever can abort it watches). */
   #askConsumer(
     headers: Readonly<Record<string, string>>,
-    signal: AbortSignal,
     headersTimeoutMs: number,
   ): Promise<UpstreamResponse> {
     return this.#context.upstream.ask({
@@ -242,7 +249,7 @@ export class Attempt {
       body: this.#request.body,
       headersTimeoutMs,
       timeoutName: DECODE_TIMEOUT,
-      signal,
+      signal: this.#abortDecode.signal,
     });
   }
 
