@@ -91,13 +91,10 @@ export class ModelDirectory {
   }
 
   async #fetch(instance: Instance): Promise<readonly ModelEntry[]> {
-    const response = await this.#upstream.ask({
-      instance,
+    const call = { instance, what: 'GET /v1/models', timeoutMs: DEADLINE_MS, timeoutName: 'fixed' };
+    const response = await this.#upstream.ask(call, {
       path: '/v1/models',
-      what: 'GET /v1/models',
       headers: {},
-      headersTimeoutMs: DEADLINE_MS,
-      timeoutName: 'fixed',
       signal: AbortSignal.any([AbortSignal.timeout(DEADLINE_MS), this.#stop]),
     });
     const chunks: Buffer[] = [];
