@@ -24,9 +24,11 @@ import { proxyRequestId } from '../wire/ids.ts';
 import { KV_FAILED_HEADER, PREFILL_WITHIN_HEADER, readKvFailed } from '../wire/overlap.ts';
 import type { ProxyMetrics } from './metrics.ts';
 import { Notices } from './notices.ts';
-import type { Instance, InstanceRegistry, Pair } from './registry.ts';
+import type { InstanceRegistry, Pair } from './registry.ts';
 import { answerWhole, isEventStream, relay } from './relay.ts';
 import {
+  type Ask,
+  type Call,
   InstanceRefused,
   isDraining,
   readWhole,
@@ -49,14 +51,17 @@ export interface ProxyContext {
   nextCount(): number;
 }
 
-/** A client's request, read, and where its answer goes. */
-export interface ClientRequest {
+/** A client's request as it came, and where its answer goes. */
+export interface ReceivedRequest {
   readonly route: string;
   readonly headers: IncomingHttpHeaders;
   readonly body: Buffer;
+  readonly out: ServerResponse;
+}
+
+export interface ClientRequest extends ReceivedRequest {
   /** The body, parsed. */
   readonly json: JsonObject;
-  readonly out: ServerResponse;
   readonly arrivedMs: number;
   /** Aborted once the client has gone or the proxy stops. */
   readonly signal: AbortSignal;
@@ -72,19 +77,18 @@ const NOTICE_MS = 250;
 /** For the producer to answer after the client has the consumer's whole answer. */
 const GRACE_MS = 2_000;
 
-const PREFILL_TIMEOUT = '--prefill-timeout';
-const DECODE_TIMEOUT = '--decode-idle-timeout';
-
 export class Attempt {
   readonly requestId: string;
   readonly #context: ProxyContext;
   readonly #request: ClientRequest;
   readonly #pair: Pair;
+  readonly #prefillCall: Call;
+  readonly #decodeCall: Call;
   /** For both instances. */
   readonly #headers: Readonly<Record<string, string>>;
   readonly #prompts: number;
   readonly #notices: Notices;
-  /** Each aborts one instance's request, for the reason it is given. */
+  /** Each aborts one instance's request, for the reason it is given; the request's own signal aborts both. */
   readonly #abortPrefill = new AbortController();
   readonly #abortDecode = new AbortController();
 
@@ -94,6 +98,18 @@ export class Attempt {
     this.#context = context;
     this.#request = request;
     this.#pair = pair;
+    this.#prefillCall = {
+      instance: producer,
+      what: `prefill of ${route}`,
+      timeoutMs: context.config.prefillTimeoutMs,
+      timeoutName: '--prefill-timeout',
+    };
+    this.#decodeCall = {
+      instance: consumer,
+      what: `decode of ${route}`,
+      timeoutMs: context.config.decodeIdleTimeoutMs,
+      timeoutName: '--decode-idle-timeout',
+    };
     this.requestId = proxyRequestId(producer.zmq, consumer.zmq, randomBytes(16).toString('hex'));
     this.#headers = requestHeaders(request.headers, this.requestId);
     this.#prompts = countPrompts(request.json['prompt']);
@@ -106,16 +122,25 @@ export class Attempt {
    * KV that nobody will decode is released either way. To be called once.
    */
   async run(): Promise<void> {
+    const { signal } = this.#request;
+    const abort = () => {
+      this.#abortPrefill.abort(signal.reason);
+      this.#abortDecode.abort(signal.reason);
+    };
+    signal.addEventListener('abort', abort, { once: true });
+    if (signal.aborted) abort();
     try {
       const decoded = await (this.#mayOverlap() ? this.#overlapped() : this.#inTurn());
       if (!decoded) this.#notices.release();
     } catch (error) {
       this.#notices.release(error instanceof InstanceRefused ? error.instance : undefined);
       throw error;
+    } finally {
+      signal.removeEventListener('abort', abort);
     }
   }
 
-  /** Both know how, the producer is not busy, and there is one prompt: of several, the first may be answered before the last is computed. */
+  /** Both can, the producer is not busy, and there is one prompt: of several, the first may be answered before the last is computed. */
   #mayOverlap(): boolean {
     const { registry, config } = this.#context;
     const { producer, consumer } = this.#pair;
@@ -125,25 +150,20 @@ export class Attempt {
 
   /** False where KV may be left that nobody decodes. */
   async #inTurn(): Promise<boolean> {
-    const { out, signal } = this.#request;
     const refusal = await this.#prefill();
-    if (refusal) {
-      answerWhole(refusal, out, this.requestId);
-      return true;
-    }
-    return await this.#passOn(
-      await this.#askConsumer(this.#headers, signal, this.#context.config.decodeIdleTimeoutMs),
-    );
+    if (!refusal) return await this.#passOn(await this.#askConsumer());
+    answerWhole(refusal, this.#request.out, this.requestId);
+    return true;
   }
 
-  /** Likewise. */
+  /** Likewise; both are asked at once. */
   async #overlapped(): Promise<boolean> {
     const { config, metrics } = this.#context;
-    const { out, signal } = this.#request;
+    const { out } = this.#request;
     metrics.overlapped.inc();
     const prefilling = this.#prefill();
-    const headers = { ...this.#headers, [PREFILL_WITHIN_HEADER]: String(config.prefillTimeoutMs) };
-    const asking = this.#askConsumer(headers, AbortSignal.any([signal, this.#abortDecode.signal]), 0);
+    const within = { [PREFILL_WITHIN_HEADER]: String(config.prefillTimeoutMs) };
+    const asking = this.#askConsumer({ headers: { ...this.#headers, ...within }, headersTimeoutMs: 0 });
     try {
       const first = await Promise.race([settled(asking, 'consumer'), settled(prefilling, 'producer')]);
       if (first === 'producer') {
@@ -173,35 +193,28 @@ export class Attempt {
    * UPSTREAM_FAILED, UPSTREAM_TIMEOUT or why it was aborted.
    */
   async #prefill(): Promise<WholeAnswer | undefined> {
-    const { upstream, registry, metrics, config } = this.#context;
-    const { route, json } = this.#request;
-    const { producer } = this.#pair;
-    const what = `prefill of ${route}`;
+    const { upstream, registry, metrics } = this.#context;
+    const call = this.#prefillCall;
     const startedMs = performance.now();
-    const signal = AbortSignal.any([this.#request.signal, this.#abortPrefill.signal]);
-    const late = () => timeoutError(producer, what, config.prefillTimeoutMs, PREFILL_TIMEOUT);
-    const timer = setTimeout(() => this.#abortPrefill.abort(late()), config.prefillTimeoutMs);
-    const leave = registry.enterPrefill(producer);
+    const { signal } = this.#abortPrefill;
+    const timer = setTimeout(() => this.#abortPrefill.abort(timeoutError(call)), call.timeoutMs);
+    const leave = registry.enterPrefill(call.instance);
     try {
-      const response = await upstream.ask({
-        instance: producer,
-        path: route,
-        what,
+      const response = await upstream.ask(call, {
+        path: this.#request.route,
         headers: this.#headers,
-        body: JSON.stringify(prefillCopy(json)),
-        // The timer above runs to the end of the body.
-        headersTimeoutMs: 0,
-        timeoutName: PREFILL_TIMEOUT,
+        body: JSON.stringify(prefillCopy(this.#request.json)),
         signal,
+        headersTimeoutMs: 0, // the timer runs to the end of the body
       });
       const ok = response.statusCode >= 200 && response.statusCode < 300;
       const answer = await readWhole(response, ok ? 0 : MAX_ERROR_BODY).catch((error: unknown) => {
         if (signal.aborted) throw signal.reason;
-        throw new InstanceRefused(producer, what, `its answer broke off: ${reasonOf(error)}`, error);
+        throw new InstanceRefused(call, `its answer broke off: ${reasonOf(error)}`, error);
       });
-      if (!ok) return refuseIfDraining(answer, producer, what);
+      if (!ok) return refuseIfDraining(answer, call);
       metrics.prefillSeconds.observe((performance.now() - startedMs) / 1_000);
-      this.#reportKvFailure(response, what);
+      this.#reportKvFailure(response);
       return undefined;
     } finally {
       clearTimeout(timer);
@@ -210,40 +223,21 @@ export class Attempt {
   }
 
   /** The producer has computed the prompt, but may say that its KV could not be sent: then the consumer is not to wait for it. */
-  #reportKvFailure({ headers }: UpstreamResponse, what: string): void {
+  #reportKvFailure({ headers }: UpstreamResponse): void {
     const failure = readKvFailed(headers[KV_FAILED_HEADER]);
     if (!failure) return;
     const { requestId } = this;
-    const text = `${what}: its KV could not be sent: ${failure.message}`;
+    const text = `${this.#prefillCall.what}: its KV could not be sent: ${failure.message}`;
     this.#context.log.warn({ requestId, code: failure.code }, text);
     this.#notices.failed(failure);
   }
 
-  get #decodeWhat(): string {
-    return `decode of ${this.#request.route}`;
-  }
-
-  #decodeTimeout(): PdError {
-    const { decodeIdleTimeoutMs } = this.#context.config;
-    return timeoutError(this.#pair.consumer, this.#decodeWhat, decodeIdleTimeoutMs, DECODE_TIMEOUT);
-  }
-
-  /** Resolves with the head of the answer, which comes within `headersTimeoutMs` (0: whoever aborts `signal` watches). */
-  #askConsumer(
-    headers: Readonly<Record<string, string>>,
-    signal: AbortSignal,
-    headersTimeoutMs: number,
-  ): Promise<UpstreamResponse> {
-    return this.#context.upstream.ask({
-      instance: this.#pair.consumer,
-      path: this.#request.route,
-      what: this.#decodeWhat,
-      headers,
-      body: this.#request.body,
-      headersTimeoutMs,
-      timeoutName: DECODE_TIMEOUT,
-      signal,
-    });
+  /** Resolves with the head of the answer. */
+  #askConsumer(more?: Pick<Ask, 'headers' | 'headersTimeoutMs'>): Promise<UpstreamResponse> {
+    const { route, body } = this.#request;
+    const { signal } = this.#abortDecode;
+    const ask = { path: route, headers: this.#headers, body, signal, ...more };
+    return this.#context.upstream.ask(this.#decodeCall, ask);
   }
 
   /** The head of the consumer's answer where the producer has answered first: the time for decode begins now. */
@@ -255,10 +249,8 @@ export class Attempt {
       notice = setTimeout(tell, pauseMs);
     };
     let notice = setTimeout(tell, pauseMs);
-    const late = setTimeout(
-      () => this.#abortDecode.abort(this.#decodeTimeout()),
-      this.#context.config.decodeIdleTimeoutMs,
-    );
+    const call = this.#decodeCall;
+    const late = setTimeout(() => this.#abortDecode.abort(timeoutError(call)), call.timeoutMs);
     try {
       return await asking;
     } finally {
@@ -269,35 +261,31 @@ export class Attempt {
 
   /** False where the consumer answered with an error. Throws InstanceRefused, with nothing passed on, where it is stopping. */
   async #passOn(response: UpstreamResponse): Promise<boolean> {
-    const { metrics, config } = this.#context;
+    const { firstEventSeconds } = this.#context.metrics;
     const { out, signal, arrivedMs } = this.#request;
     if (response.statusCode === 503 && !isEventStream(response)) {
       answerWhole(await this.#decodeError(response), out, this.requestId);
       return false;
     }
     await relay(response, out, {
-      instance: this.#pair.consumer,
-      what: this.#decodeWhat,
+      call: this.#decodeCall,
       requestId: this.requestId,
-      idleMs: config.decodeIdleTimeoutMs,
-      timeoutName: DECODE_TIMEOUT,
       signal,
-      onFirstEvent: () => metrics.firstEventSeconds.observe((performance.now() - arrivedMs) / 1_000),
+      onFirstEvent: () => firstEventSeconds.observe((performance.now() - arrivedMs) / 1_000),
     });
     return response.statusCode < 400;
   }
 
   /** The consumer's whole error answer. Throws InstanceRefused where it is stopping. */
   async #decodeError(response: UpstreamResponse): Promise<WholeAnswer> {
-    const { consumer } = this.#pair;
-    const { decodeIdleTimeoutMs } = this.#context.config;
-    const timer = setTimeout(() => response.body.destroy(this.#decodeTimeout()), decodeIdleTimeoutMs);
+    const call = this.#decodeCall;
+    const timer = setTimeout(() => response.body.destroy(timeoutError(call)), call.timeoutMs);
     const answer = await readWhole(response, MAX_ERROR_BODY)
       .catch((error: unknown) => {
-        throw PdError.from(error, 'UPSTREAM_FAILED', { peer: consumer.httpAddress });
+        throw PdError.from(error, 'UPSTREAM_FAILED', { peer: call.instance.httpAddress });
       })
       .finally(() => clearTimeout(timer));
-    return refuseIfDraining(answer, consumer, this.#decodeWhat);
+    return refuseIfDraining(answer, call);
   }
 
   /** The client has its answer, so what becomes of the producer's is only logged. */
@@ -309,7 +297,7 @@ export class Attempt {
       if (await prefilling) throw new PdError('UPSTREAM_FAILED', 'the producer answered with an error');
     } catch (error) {
       const { code, message } = PdError.from(error);
-      const text = `prefill of ${this.#request.route}, after its decode: ${message}`;
+      const text = `${this.#prefillCall.what}, after its decode: ${message}`;
       this.#context.log.info({ requestId: this.requestId, code }, text);
     } finally {
       clearTimeout(timer);
@@ -329,8 +317,8 @@ function decided(): PdError {
   return new PdError('REQUEST_ABORTED', 'the other instance of the pair has decided the request');
 }
 
-function refuseIfDraining(answer: WholeAnswer, instance: Instance, what: string): WholeAnswer {
-  if (isDraining(answer)) throw new InstanceRefused(instance, what, 'it is stopping');
+function refuseIfDraining(answer: WholeAnswer, call: Call): WholeAnswer {
+  if (isDraining(answer)) throw new InstanceRefused(call, 'it is stopping');
   return answer;
 }
 

@@ -1,6 +1,7 @@
 /** Which models the instances serve, by their own /v1/models: for pairing, and for the proxy's own list. */
 import { reasonOf } from '../net/resolve.ts';
 import type { Logger } from '../observability/log.ts';
+import type { ProxyContext } from './attempt.ts';
 import { type Instance, type InstanceRegistry, instanceLabel } from './registry.ts';
 import type { Upstream } from './upstream.ts';
 
@@ -30,16 +31,15 @@ export class ModelDirectory {
   readonly #log: Logger;
   readonly #stop: AbortSignal;
 
-  constructor(options: {
-    readonly registry: InstanceRegistry;
-    readonly upstream: Upstream;
-    readonly log: Logger;
-    readonly stop: AbortSignal;
-  }) {
-    this.#registry = options.registry;
-    this.#upstream = options.upstream;
-    this.#log = options.log;
-    this.#stop = options.stop;
+  /** `stop`: aborted when the proxy stops. */
+  constructor(
+    { registry, upstream, log }: Pick<ProxyContext, 'registry' | 'upstream' | 'log'>,
+    stop: AbortSignal,
+  ) {
+    this.#registry = registry;
+    this.#upstream = upstream;
+    this.#log = log;
+    this.#stop = stop;
   }
 
   /** On each ping: asks an instance that is new, or whose list is old. */
@@ -91,13 +91,10 @@ export class ModelDirectory {
   }
 
   async #fetch(instance: Instance): Promise<readonly ModelEntry[]> {
-    const response = await this.#upstream.ask({
-      instance,
+    const call = { instance, what: 'GET /v1/models', timeoutMs: DEADLINE_MS, timeoutName: 'fixed' };
+    const response = await this.#upstream.ask(call, {
       path: '/v1/models',
-      what: 'GET /v1/models',
       headers: {},
-      headersTimeoutMs: DEADLINE_MS,
-      timeoutName: 'fixed',
       signal: AbortSignal.any([AbortSignal.timeout(DEADLINE_MS), this.#stop]),
     });
     const chunks: Buffer[] = [];

@@ -10,7 +10,7 @@ import type { Upstream } from './upstream.ts';
 const TIMEOUT_MS = 2_000;
 
 /** The request, as notices name it. */
-export interface NoticeSubject {
+interface NoticeSubject {
   readonly requestId: string;
   readonly route: string;
   /** How many prompts it has; each has KV of its own. */
@@ -55,15 +55,12 @@ export class Notices {
 
   #post(instance: Instance, path: string, more: object = {}): void {
     const { requestId, route, prompts } = this.#subject;
+    const call = { instance, what: path, timeoutMs: TIMEOUT_MS, timeoutName: 'fixed' };
     this.#upstream
-      .ask({
-        instance,
+      .ask(call, {
         path,
-        what: path,
         headers: { 'content-type': 'application/json', 'x-request-id': requestId },
         body: JSON.stringify({ request_id: requestId, route, prompts, ...more }),
-        headersTimeoutMs: TIMEOUT_MS,
-        timeoutName: 'fixed',
         signal: AbortSignal.timeout(TIMEOUT_MS),
       })
       .then((response) => response.body.dump())

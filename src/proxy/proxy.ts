@@ -53,9 +53,15 @@ export class PdProxy {
     this.#registry = new InstanceRegistry(config.instanceTimeoutMs);
     this.#metrics = createProxyMetrics(this.#registry);
     setMaxListeners(0, this.#stop.signal, this.#events); // one per request under way, one per caller who waits
-    const common = { registry: this.#registry, upstream: this.#upstream, log: this.#log };
-    this.#models = new ModelDirectory({ ...common, stop: this.#stop.signal });
-    this.#context = { ...common, config, metrics: this.#metrics, nextCount: () => this.#count++ };
+    this.#context = {
+      config,
+      registry: this.#registry,
+      upstream: this.#upstream,
+      metrics: this.#metrics,
+      log: this.#log,
+      nextCount: () => this.#count++,
+    };
+    this.#models = new ModelDirectory(this.#context, this.#stop.signal);
     this.#server = fastify({
       bodyLimit: BODY_LIMIT,
       requestTimeout: REQUEST_TIMEOUT_MS,

@@ -97,25 +97,14 @@ export class InstanceRegistry {
       known.instance = { ...known.instance, lastSeenMs: now };
       return [];
     }
-    const changes: RegistryChange[] = [];
-    for (const { instance } of [...this.#entries.values()]) {
-      // One process owns an address, so an earlier owner of either address is gone.
-      if (
-        instance.httpAddress !== announcement.httpAddress &&
-        instance.zmqAddress !== announcement.zmqAddress
-      )
-        continue;
-      this.#entries.delete(instance.httpAddress);
-      changes.push({ kind: 'removed', instance, reason: 'replaced' });
-    }
+    // One process owns an address, so an earlier owner of either address is gone.
+    const changes = this.#removeAll(
+      'replaced',
+      ({ httpAddress, zmqAddress }) =>
+        httpAddress === announcement.httpAddress || zmqAddress === announcement.zmqAddress,
+    );
     if (this.#entries.size >= MAX_INSTANCES) return changes.length > 0 ? changes : undefined;
-    const instance: Instance = {
-      ...announcement,
-      http,
-      zmq,
-      firstSeenMs: now,
-      lastSeenMs: now,
-    };
+    const instance: Instance = { ...announcement, http, zmq, firstSeenMs: now, lastSeenMs: now };
     this.#entries.set(announcement.httpAddress, { instance, picked: 0 });
     changes.push({ kind: 'added', instance });
     return changes;
@@ -124,13 +113,7 @@ export class InstanceRegistry {
   /** Removes every instance whose last ping is too old. */
   expire(): readonly RegistryChange[] {
     const now = this.#now();
-    const changes: RegistryChange[] = [];
-    for (const { instance } of [...this.#entries.values()]) {
-      if (!this.#expired(instance, now)) continue;
-      this.#entries.delete(instance.httpAddress);
-      changes.push({ kind: 'removed', instance, reason: 'expired' });
-    }
-    return changes;
+    return this.#removeAll('expired', (instance) => this.#expired(instance, now));
   }
 
   /** After a refused connection: others are preferred for `ms`, and until it pings again, which one that is dead or leaving does not. */
@@ -225,6 +208,12 @@ export class InstanceRegistry {
       (this.quarantined(producer) || this.quarantined(consumer) ? 2 : 0) +
       (fit === 'same' ? 0 : 1)
     );
+  }
+
+  #removeAll(reason: 'expired' | 'replaced', isGone: (instance: Instance) => boolean): RegistryChange[] {
+    const gone = [...this.#entries.values()].map(({ instance }) => instance).filter(isGone);
+    for (const { httpAddress } of gone) this.#entries.delete(httpAddress);
+    return gone.map((instance) => ({ kind: 'removed', instance, reason }));
   }
 
   #live(role?: InstanceRole): Entry[] {

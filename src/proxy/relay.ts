@@ -4,16 +4,13 @@ import type { ServerResponse } from 'node:http';
 import { PdError } from '../errors.ts';
 import { reasonOf } from '../net/resolve.ts';
 import { openAiError } from '../openai-error.ts';
-import { type Instance, instanceLabel } from './registry.ts';
-import { timeoutError, type UpstreamResponse, type WholeAnswer } from './upstream.ts';
+import { instanceLabel } from './registry.ts';
+import { type Call, timeoutError, type UpstreamResponse, type WholeAnswer } from './upstream.ts';
 
 export interface RelayOptions {
-  readonly instance: Instance;
-  readonly what: string;
+  /** Its timeout bounds the time without progress: for the next chunk to come, or for the client to take the one that waits. */
+  readonly call: Call;
   readonly requestId: string;
-  /** Most time without progress: for the next chunk to come, or for the client to take the one that waits. */
-  readonly idleMs: number;
-  readonly timeoutName: string;
   /** Aborted once the client has gone or the proxy stops. */
   readonly signal: AbortSignal;
   readonly onFirstEvent: () => void;
@@ -59,7 +56,7 @@ export async function relay(
       'x-request-id': options.requestId,
       ...extra,
     });
-  const watch = new ProgressWatch(response, out, options);
+  const watch = new ProgressWatch(response, out, options.call);
   let held: Buffer[] = [];
   let heldBytes = 0;
   let started = false;
@@ -102,7 +99,8 @@ export async function relay(
 
 function failureOf(cause: unknown, watch: ProgressWatch, options: RelayOptions): PdError {
   if (watch.expired) return watch.expired;
-  const { instance, what, signal } = options;
+  const { signal } = options;
+  const { instance, what } = options.call;
   if (signal.aborted) return PdError.from(signal.reason, 'REQUEST_ABORTED');
   return new PdError(
     'UPSTREAM_FAILED',
@@ -124,17 +122,17 @@ class ProgressWatch {
   expired: PdError | undefined;
   readonly #timer: NodeJS.Timeout;
 
-  constructor(response: UpstreamResponse, out: ServerResponse, options: RelayOptions) {
-    const { instance, what, idleMs, timeoutName } = options;
+  constructor(response: UpstreamResponse, out: ServerResponse, call: Call) {
+    const { what, timeoutMs } = call;
     this.#timer = setTimeout(() => {
       if (out.writableNeedDrain) {
-        this.expired = new PdError('REQUEST_ABORTED', `${what}: the client took nothing for ${idleMs} ms`);
+        this.expired = new PdError('REQUEST_ABORTED', `${what}: the client took nothing for ${timeoutMs} ms`);
         out.destroy();
       } else {
-        this.expired = timeoutError(instance, what, idleMs, timeoutName);
+        this.expired = timeoutError(call);
       }
       response.body.destroy(this.expired);
-    }, idleMs);
+    }, timeoutMs);
   }
 
   progress(): void {

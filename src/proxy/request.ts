@@ -2,20 +2,11 @@
  * A client's request from its arrival to its answer: it goes to a pair, and once more to another where an instance does not take it. What
  * happens with one pair is in attempt.ts.
  */
-import type { IncomingHttpHeaders, ServerResponse } from 'node:http';
 import { PdError } from '../errors.ts';
-import { Attempt, type JsonObject, type ProxyContext } from './attempt.ts';
+import { Attempt, type JsonObject, type ProxyContext, type ReceivedRequest } from './attempt.ts';
 import { type InstanceRegistry, instanceLabel, type Missing, type Pair } from './registry.ts';
 import { answerError } from './relay.ts';
 import { InstanceRefused } from './upstream.ts';
-
-/** A request as it came. */
-export interface ReceivedRequest {
-  readonly route: string;
-  readonly headers: IncomingHttpHeaders;
-  readonly body: Buffer;
-  readonly out: ServerResponse;
-}
 
 /** How long other instances are preferred to one that refused a connection. */
 const QUARANTINE_MS = 3_000;

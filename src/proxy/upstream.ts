@@ -24,11 +24,22 @@ const NO_CONNECTION = new Set([
   'UND_ERR_SOCKET',
 ]);
 
+/** A call to an instance, as messages name it. */
+export interface Call {
+  readonly instance: Instance;
+  /** What is asked of it. */
+  readonly what: string;
+  /** How long it may send nothing. */
+  readonly timeoutMs: number;
+  /** The option that sets that, or `fixed`. */
+  readonly timeoutName: string;
+}
+
 /** An instance did not take the request. No part of it has been answered, so it may go to another. */
 export class InstanceRefused extends PdError {
   readonly instance: Instance;
 
-  constructor(instance: Instance, what: string, reason: string, cause?: unknown) {
+  constructor({ instance, what }: Call, reason: string, cause?: unknown) {
     super(
       'UPSTREAM_FAILED',
       `${what}: ${instance.role} ${instanceLabel(instance)} did not take the request: ${reason}`,
@@ -40,18 +51,13 @@ export class InstanceRefused extends PdError {
 }
 
 export interface Ask {
-  readonly instance: Instance;
   readonly path: string;
-  /** What is asked, for messages. */
-  readonly what: string;
   readonly headers: Readonly<Record<string, string>>;
   /** Absent: GET. */
   readonly body?: string | Buffer;
-  /** To the head of the answer. */
-  readonly headersTimeoutMs: number;
-  /** The option that sets that deadline, for the message. */
-  readonly timeoutName: string;
   readonly signal: AbortSignal;
+  /** To the head of the answer; 0: whoever can abort `signal` watches. Default: the call's. */
+  readonly headersTimeoutMs?: number;
 }
 
 export class Upstream {
@@ -63,8 +69,9 @@ export class Upstream {
    * Resolves with status, headers and an unread body. Throws InstanceRefused, UPSTREAM_TIMEOUT, UPSTREAM_FAILED, or the signal's reason
    * once that is aborted.
    */
-  async ask(ask: Ask): Promise<UpstreamResponse> {
-    const { instance, what, headersTimeoutMs, signal } = ask;
+  async ask(call: Call, ask: Ask): Promise<UpstreamResponse> {
+    const { instance, what, timeoutMs } = call;
+    const { signal } = ask;
     try {
       return await this.#agentOf(instance).request({
         origin: instanceUrl(instance),
@@ -72,17 +79,15 @@ export class Upstream {
         method: ask.body === undefined ? 'GET' : 'POST',
         headers: ask.headers,
         body: ask.body ?? null,
-        headersTimeout: headersTimeoutMs,
+        headersTimeout: ask.headersTimeoutMs ?? timeoutMs,
         bodyTimeout: 0,
         signal,
       });
     } catch (error) {
       if (signal.aborted) throw signal.reason;
       const code = (error as NodeJS.ErrnoException).code ?? '';
-      if (NO_CONNECTION.has(code)) throw new InstanceRefused(instance, what, reasonOf(error), error);
-      if (code === 'UND_ERR_HEADERS_TIMEOUT') {
-        throw timeoutError(instance, what, headersTimeoutMs, ask.timeoutName);
-      }
+      if (NO_CONNECTION.has(code)) throw new InstanceRefused(call, reasonOf(error), error);
+      if (code === 'UND_ERR_HEADERS_TIMEOUT') throw timeoutError(call);
       throw new PdError(
         'UPSTREAM_FAILED',
         `${what}: ${instance.role} ${instanceLabel(instance)}: ${reasonOf(error)}`,
@@ -122,10 +127,10 @@ function agentTo(host?: string): Agent {
   });
 }
 
-export function timeoutError(instance: Instance, what: string, ms: number, name: string): PdError {
+export function timeoutError({ instance, what, timeoutMs, timeoutName }: Call): PdError {
   return new PdError(
     'UPSTREAM_TIMEOUT',
-    `${what}: ${instance.role} ${instanceLabel(instance)} sent nothing for ${ms} ms (${name})`,
+    `${what}: ${instance.role} ${instanceLabel(instance)} sent nothing for ${timeoutMs} ms (${timeoutName})`,
     { peer: instance.httpAddress },
   );
 }

@@ -34,9 +34,7 @@ const failedSchema = noticeSchema.extend({
 });
 
 export function postFailed(context: ServerContext, request: FastifyRequest): object {
-  const notice = parseBody(failedSchema, parseJson(bodyOf(request)));
-  const { transferIds, requestId } = subjectOf(context, notice);
-  const { error } = notice;
+  const { error, requestId, transferIds } = readNotice(failedSchema, context, request);
   context.log.debug(
     { requestId, code: error.code },
     `the producer could not send KV of a request: ${error.message}`,
@@ -47,29 +45,30 @@ export function postFailed(context: ServerContext, request: FastifyRequest): obj
 }
 
 export function postRelease(context: ServerContext, request: FastifyRequest): object {
-  const { requestId, transferIds } = subjectOf(context, parseBody(noticeSchema, parseJson(bodyOf(request))));
+  const { requestId, transferIds } = readNotice(noticeSchema, context, request);
   context.log.debug({ requestId, prompts: transferIds.length }, 'KV of a request released');
   context.core.release(transferIds);
   return { released: transferIds.length };
 }
 
 export function postPrefilled(context: ServerContext, request: FastifyRequest): object {
-  const { requestId, transferIds } = subjectOf(context, parseBody(noticeSchema, parseJson(bodyOf(request))));
+  const { requestId, transferIds } = readNotice(noticeSchema, context, request);
   context.log.debug({ requestId, prompts: transferIds.length }, 'prompt of a request computed');
   context.core.prefilled(transferIds);
   return { prefilled: transferIds.length };
 }
 
-function subjectOf(
+/** With the id of each prompt's KV. */
+function readNotice<N extends z.infer<typeof noticeSchema>>(
+  schema: z.ZodType<N>,
   { inFlight }: ServerContext,
-  { request_id, route, prompts }: z.infer<typeof noticeSchema>,
-): {
-  readonly requestId: string;
-  readonly transferIds: readonly TransferId[];
-} {
+  request: FastifyRequest,
+): N & { readonly requestId: string; readonly transferIds: readonly TransferId[] } {
+  const notice = parseBody(schema, parseJson(bodyOf(request)));
+  const { request_id: requestId, route, prompts } = notice;
   const serverIds =
     route === '/v1/completions'
-      ? Array.from({ length: prompts }, (_, index) => `cmpl-${request_id}-${index}`)
-      : [`chatcmpl-${request_id}`];
-  return { requestId: request_id, transferIds: serverIds.map((id) => inFlight.transferIdOf(id)) };
+      ? Array.from({ length: prompts }, (_, index) => `cmpl-${requestId}-${index}`)
+      : [`chatcmpl-${requestId}`];
+  return { ...notice, requestId, transferIds: serverIds.map((id) => inFlight.transferIdOf(id)) };
 }
