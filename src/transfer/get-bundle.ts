@@ -50,7 +50,7 @@ export class GetBundle implements Unit {
     if (coming.length < wanted) {
       // There was no room for one of another size: the pair has been ended, and with it all that was to come on it.
       const error = new PdError('KV_BUFFER_FULL', `no room for what ${pair.peer} sends`, { peer: pair.peer });
-      for (const one of coming) one.broke(error, pair.over);
+      for (const one of coming) void one.broke(error, pair.over);
       return {};
     }
     const runs = [runsOfTaken(this.#runs, taken), answer.runs];
