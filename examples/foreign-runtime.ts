@@ -145,7 +145,7 @@ class ToyRuntime {
     await this.#worker.loadEnded; // a real runtime runs other requests meanwhile
     for (const outcome of this.#worker.getFinished()) {
       if (outcome.ok) continue;
-      console.log(`  ${outcome.error.code}: computing the prompt here`);
+      console.log(`  as meant: no KV came (${outcome.error.code}), the prompt is computed here`);
       this.#scheduler.loadFailed(outcome.requestId);
       return false;
     }

@@ -39,7 +39,7 @@ interface DemoOptions {
   readonly verbose?: true;
 }
 
-const options = new Command('demo.sh')
+const options = new Command(process.env['SCRIPT_NAME'] ?? 'demo.sh')
   .description(
     'Starts a proxy, a producer and a consumer, sends four prompts through them, and checks that KV moved.',
   )
@@ -56,7 +56,11 @@ const options = new Command('demo.sh')
       .choices(['PUT', 'PUT_ASYNC', 'GET'])
       .default('PUT_ASYNC'),
   )
-  .option('--device <device>', 'host, or cuda for a GPU each', 'host')
+  .addOption(
+    new Option('--device <device>', 'cuda: a GPU each')
+      .choices(['host', 'cuda'])
+      .default('host', 'host; two-gpu.sh: cuda'),
+  )
   .addOption(
     new Option('--executor <executor>', 'what computes, where not the device').choices(['host', 'cuda']),
   )

@@ -16,6 +16,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 defaults=(--device cuda --runbook-ports)
+export SCRIPT_NAME=two-gpu.sh
 
 if [ -x ./node ]; then
   exec ./node dist/scripts/demo.js "${defaults[@]}" "$@"

@@ -8,7 +8,7 @@ export const ERROR_TABLE = {
   // configuration
   CONFIG_INVALID: {
     status: 500,
-    hint: 'Correct the value that the message names; `--help` lists what is allowed.',
+    hint: 'Correct the value that the message names; --help lists what is allowed.',
   },
   PORT_IN_USE: { status: 500, hint: 'Choose another port, or stop the process that holds it.' },
   ADDRESS_INVALID: {
@@ -78,15 +78,15 @@ export const ERROR_TABLE = {
   },
   KV_LOAD_TIMEOUT: {
     status: 504,
-    hint: 'The KV of this request never came. The message and `context` say how the pair stood and what came instead; pd-doctor --worker asks either end why.',
+    hint: 'The KV of this request never came. The message and context say how the pair stood and what came instead; pd-doctor --worker asks either end why.',
   },
   KV_LOAD_FAILED: {
     status: 502,
-    hint: 'Its `cause` says why; with --kv-load-failure recompute the consumer computes the prompt itself.',
+    hint: 'Its cause says why; with --kv-load-failure recompute the consumer computes the prompt itself.',
   },
   KV_SEND_FAILED: {
     status: 502,
-    hint: 'Its `cause` says why; the consumer recomputes or fails as its --kv-load-failure says.',
+    hint: 'Its cause says why; the consumer recomputes or fails as its --kv-load-failure says.',
   },
   PAIR_CLOSED: {
     status: 502,

@@ -30,7 +30,7 @@ Examples:
   pd-doctor --kv-transfer-config "$JSON"         vLLM's JSON: roles, ranks, ports
   pd-doctor --peer 10.0.0.2:8084                 the KV listener of another instance
   pd-doctor --proxy http://127.0.0.1:10002       a running system: the runbook's checklist, with one short completion
-  pd-doctor --worker http://127.0.0.1:8083       a worker that waits: what for, and the mend
+  pd-doctor --worker http://127.0.0.1:8083       a worker that waits: what for, and what to do
 
 Exit status 1 where something would stop a worker, or the system that was asked about.`;
 
@@ -57,7 +57,7 @@ export async function doctorCommand(argv: readonly string[], env: NodeJS.Process
         'read /debug/state of a worker: which hang scenario is it? (--debug-state)',
       ),
     )
-    .addOption(new Option('--timeout <time>', 'for each thing that is waited for').default('5s'))
+    .addOption(new Option('--timeout <time>', 'for each thing that is waited for').default('5s', '5s'))
     .addOption(new Option('--json', 'the findings as JSON'))
     .allowExcessArguments(false)
     .showHelpAfterError('(--help lists the options; flags of the worker go after --)')

@@ -15,13 +15,13 @@ import { isLocalhost } from '../net/resolve.ts';
 import { type Finding, fail, info, ok, type Section, warn } from './finding.ts';
 
 /** The runbook's, for people who ask about no worker in particular. */
-const RUNBOOK: readonly { readonly port: number; readonly what: string }[] = [
-  { port: 10_002, what: 'HTTP of the proxy' },
-  { port: 30_002, what: 'discovery of the proxy' },
-  { port: 8_081, what: 'HTTP of the producer' },
-  { port: 8_082, what: 'KV of the producer' },
-  { port: 8_083, what: 'HTTP of the consumer' },
-  { port: 8_084, what: 'KV of the consumer' },
+const RUNBOOK: readonly { readonly port: number; readonly what: string; readonly flag: string }[] = [
+  { port: 10_002, what: 'HTTP of the proxy', flag: '--port' },
+  { port: 30_002, what: 'discovery of the proxy', flag: '--discovery-port' },
+  { port: 8_081, what: 'HTTP of the producer', flag: '--port' },
+  { port: 8_082, what: 'KV of the producer', flag: '--kv-port' },
+  { port: 8_083, what: 'HTTP of the consumer', flag: '--port' },
+  { port: 8_084, what: 'KV of the consumer', flag: '--kv-port' },
 ];
 
 /** Of the worker that was asked about. A port that is taken would stop it. */
@@ -39,8 +39,8 @@ export async function workerPorts(config: WorkerConfig): Promise<Section> {
 /** Nobody has said that a worker will take them, so one that is held is worth a warning; `running`: the system itself holds them. */
 export async function runbookPorts(running: boolean): Promise<Section> {
   const findings = await Promise.all(
-    RUNBOOK.map(async ({ port, what }): Promise<Finding> => {
-      const finding = await portFinding({ host: '0.0.0.0', port }, what, '--port');
+    RUNBOOK.map(async ({ port, what, flag }): Promise<Finding> => {
+      const finding = await portFinding({ host: '0.0.0.0', port }, what, flag);
       if (finding.level !== 'fail') return finding;
       return running ? info(finding.what) : warn(finding.what, finding.mend);
     }),

@@ -89,7 +89,7 @@ function unreachable(where: string, error: NodeJS.ErrnoException, timeoutMs: num
     case 'ECONNREFUSED':
       return fail(
         `${where}: the machine answers, and nothing listens on that port`,
-        'start the worker, or correct the port: --kv-port of the worker plus its rank',
+        "start the worker, or correct the address: a KV listener binds its machine's address, not loopback, unless --kv-host says so (its log has zmq_address); the port is --kv-port plus its rank",
       );
     case 'ETIMEDOUT':
       return fail(

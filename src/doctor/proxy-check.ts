@@ -8,7 +8,7 @@ import { ask, fetchAll } from '../net/http.ts';
 import { knock } from '../net/knock.ts';
 import { reasonOf } from '../net/resolve.ts';
 import { peerAddressOf } from '../wire/ids.ts';
-import { type Finding, fail, info, ok, type Section, warn } from './finding.ts';
+import { type Finding, fail, info, ok, plural, type Section, warn } from './finding.ts';
 import { type Metrics, metricsOf, rise } from './metrics.ts';
 import { diagnose } from './scenarios.ts';
 import { stateOf, workerFindings } from './worker-state.ts';
@@ -92,7 +92,10 @@ async function walk(
   const names = instances.map(
     ({ role, http_address, zmq_address }) => `${role} ${http_address} (KV ${zmq_address})`,
   );
-  if (names.length > 0) findings.push(info(`${names.length} instances show up: ${names.join(', ')}`));
+  if (names.length > 0) {
+    const show = `${plural(names.length, 'instance')} ${names.length === 1 ? 'shows' : 'show'} up`;
+    findings.push(info(`${show}: ${names.join(', ')}`));
+  }
   findings.push(...(await Promise.all(instances.map((instance) => health(instance, timeoutMs)))));
   findings.push(...pairing(of('producer'), of('consumer')));
   if (findings.some(({ level }) => level === 'fail')) {

@@ -1,5 +1,5 @@
 /** The report as one page of text. */
-import type { DoctorReport, Finding, Level } from './finding.ts';
+import { type DoctorReport, type Finding, type Level, plural } from './finding.ts';
 
 const MARKS: Readonly<Record<Level, string>> = { ok: 'ok  ', info: '    ', warn: 'warn', fail: 'FAIL' };
 const COLOURS: Readonly<Record<Level, number>> = { ok: 32, info: 90, warn: 33, fail: 31 };
@@ -48,8 +48,4 @@ function wrap(text: string, width: number): string[] {
     }
     return [...lines, line];
   });
-}
-
-function plural(count: number, noun: string): string {
-  return `${count} ${noun}${count === 1 ? '' : 's'}`;
 }

@@ -107,6 +107,12 @@ function interfaceVerdict(value: string, interfaces: readonly string[]): Verdict
       );
 }
 
+/** NCCL's `=` before a name looks like a slip. */
+function assignment([name, value]: readonly [string, string]): string {
+  const exact = name === 'NCCL_SOCKET_IFNAME' && value.startsWith('=');
+  return `${name}=${value}${exact ? ' (`=`: exactly this name)' : ''}`;
+}
+
 export function variablesSection(
   config: NativeConfig | undefined,
   onGpu: boolean,
@@ -131,11 +137,7 @@ export function variablesSection(
       ([name]) => env[name] === undefined,
     );
     if (ours.length > 0) {
-      findings.push(
-        info(
-          `set by workers, since you have not: ${ours.map(([name, value]) => `${name}=${value}`).join(' ')}`,
-        ),
-      );
+      findings.push(info(`set by workers, since you have not: ${ours.map(assignment).join(' ')}`));
     }
   }
   return { title: 'Variables', findings };

@@ -7,7 +7,7 @@ import { reasonOf } from '../net/resolve.ts';
 import type { FailureKind, FailureState } from '../transfer/failures.ts';
 import type { PairState, TransferState } from '../transfer/types.ts';
 import type { CoreState } from '../worker/messages.ts';
-import { type Finding, fail, info, ok, type Section, warn } from './finding.ts';
+import { type Finding, fail, info, ok, plural, type Section, warn } from './finding.ts';
 import { type Metrics, metricsOf } from './metrics.ts';
 import {
   type Diagnosis,
@@ -68,7 +68,7 @@ export function workerFindings({ role, requests, core }: WorkerState, metrics: M
   const { running, waiting, loading, blocks, transfer } = core;
   const findings: Finding[] = [
     info(
-      `${role}: ${requests} requests under way, ${running} running, ${waiting} waiting, ${loading} loading; ` +
+      `${role}: ${plural(requests, 'request')} under way, ${running} running, ${waiting} waiting, ${loading} loading; ` +
         `${blocks.used} of ${blocks.total} blocks used`,
     ),
   ];
@@ -80,13 +80,20 @@ export function workerFindings({ role, requests, core }: WorkerState, metrics: M
   for (const wait of transfer.waiting.slice(0, MOST_WAITS))
     findings.push(waitFinding(wait, transfer, explained));
   if (transfer.waiting.length > MOST_WAITS) {
-    findings.push(info(`${transfer.waiting.length - MOST_WAITS} more requests wait for KV`));
+    findings.push(info(`${transfer.waiting.length - MOST_WAITS} more wait for KV`));
   }
   for (const pair of transfer.pairs) if (!explained.has(pair)) findings.push(...pairFindings(pair));
   findings.push(...failureFindings(transfer.failures.filter((failure) => !explained.has(failure))));
-  if (!findings.some(({ level }) => level === 'fail'))
-    findings.push(ok('nothing waits longer than it should'));
+  if (!findings.some(({ level }) => level === 'fail')) findings.push(calm(transfer.waiting));
   return findings;
+}
+
+/** No wait is a failure yet. What this end cannot tell: whether the peer computes, or is stopped. */
+function calm(waiting: readonly Wait[]): Finding {
+  if (waiting.length === 0) return ok('nothing waits longer than it should');
+  const near = waiting.some(({ sinceMs, deadlineMs }) => sinceMs > deadlineMs / 2);
+  const ask = [...new Set(waiting.map(({ peer }) => `\`pd-doctor --peer ${peer}\``))].join(', ');
+  return info(`${near ? '' : 'no deadline is near; '}${ask} tells whether the peer still answers`);
 }
 
 type Wait = TransferState['waiting'][number];

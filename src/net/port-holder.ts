@@ -2,7 +2,7 @@
 import { readdir, readFile, readlink } from 'node:fs/promises';
 import { type AddressInfo, connect, createServer } from 'node:net';
 import { PdError } from '../errors.ts';
-import { asDestination, formatHostPort, type HostPort, isLoopback } from './address.ts';
+import { asDestination, formatHostPort, type HostPort, isLoopback, isUnspecified } from './address.ts';
 
 const LISTEN = '0A';
 const REACH_TIMEOUT_MS = 2_000;
@@ -46,7 +46,9 @@ export async function listenError(error: unknown, address: HostPort, what: strin
   if (code === 'EADDRINUSE') {
     const holder = await portHolder(address.port);
     const by = holder === undefined ? 'another process' : holder;
-    return new PdError('PORT_IN_USE', `${what}: port ${address.port} on ${address.host} is held by ${by}`, {
+    // Whoever holds it may do so on one address only.
+    const on = isUnspecified(address.host) ? '' : ` on ${address.host}`;
+    return new PdError('PORT_IN_USE', `${what}: port ${address.port}${on} is held by ${by}`, {
       port: address.port,
     });
   }

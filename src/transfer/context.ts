@@ -43,8 +43,8 @@ export function standsFor({ options }: TransferContext, tensorId: TensorId): Tra
 }
 
 export interface TensorFields {
-  /** As its sender calls it; between ours the transfer id. */
-  readonly requestId: string;
+  /** The id as its sender calls it; between ours the transfer id. */
+  readonly transferId: string;
   readonly tensorId: string;
   readonly peer?: string;
   readonly shape?: readonly number[];
@@ -59,9 +59,8 @@ export function tensorFields(
   tensor: { readonly tensorId: TensorId; readonly shape?: readonly number[]; readonly dtype?: string },
   peer?: string,
 ): TensorFields {
-  const { requestId } = splitTensorId(tensor.tensorId);
   return {
-    requestId,
+    transferId: splitTensorId(tensor.tensorId).requestId,
     tensorId: tensor.tensorId,
     ...(peer === undefined ? {} : { peer }),
     ...(tensor.shape === undefined ? {} : { shape: tensor.shape }),

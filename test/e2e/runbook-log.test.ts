@@ -127,8 +127,13 @@ it('the proxy tells whom it knows and which way a request goes', () => {
 it('a debug log follows each tensor on both ends', async () => {
   const transferId = `cmpl-${requestId}-0`;
   const tensorId = `${transferId}#model.layers.0.self_attn.attn`;
-  const tensorLine = ({ tensorId: id, peer, shape, dtype, bufferUsed }: LogLine) =>
-    id === tensorId && peer && Array.isArray(shape) && dtype === 'float32' && typeof bufferUsed === 'number';
+  const tensorLine = ({ tensorId: id, transferId: transfer, peer, shape, dtype, bufferUsed }: LogLine) =>
+    id === tensorId &&
+    transfer === transferId &&
+    peer &&
+    Array.isArray(shape) &&
+    dtype === 'float32' &&
+    typeof bufferUsed === 'number';
   for (const [worker, word] of [
     [producer, 'sent'],
     [consumer, 'received'],

@@ -30,7 +30,7 @@ describe('variables', () => {
 
   test('what workers would set is told, less what is set already', () => {
     const set = findings({ NCCL_CUMEM_ENABLE: '1' }).at(-1)?.what ?? '';
-    expect(set).toContain('NCCL_SOCKET_IFNAME==lo');
+    expect(set).toContain('NCCL_SOCKET_IFNAME==lo (`=`: exactly this name)');
     expect(set).toContain('CUDA_MODULE_LOADING=EAGER');
     expect(set).not.toContain('CUMEM');
   });

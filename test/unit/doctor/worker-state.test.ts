@@ -34,8 +34,8 @@ const failure = (kind: FailureKind, code: ErrorCode, context: ErrorContext = {})
   mended: false,
 });
 
-function examine(transfer: Partial<TransferState>, metrics: Record<string, number> = {}) {
-  const findings = workerFindings(
+function findingsOf(transfer: Partial<TransferState>, metrics: Record<string, number> = {}) {
+  return workerFindings(
     {
       role: 'consumer',
       requests: 1,
@@ -61,11 +61,23 @@ function examine(transfer: Partial<TransferState>, metrics: Record<string, numbe
     },
     new Map(Object.entries(metrics)),
   );
-  return findings.filter(({ level }) => level === 'fail');
+}
+
+function examine(transfer: Partial<TransferState>, metrics: Record<string, number> = {}) {
+  return findingsOf(transfer, metrics).filter(({ level }) => level === 'fail');
 }
 
 test('a wait for a prompt that is still being computed is no finding', () => {
   expect(examine({ waiting: [{ ...wait(), prefilling: true }], pairs: [pair('open')] })).toEqual([]);
+});
+
+test('where something waits, it says how to tell a peer that computes from one that is stopped', () => {
+  const last = (waiting: TransferState['waiting']) => findingsOf({ waiting, pairs: [pair('open')] }).at(-1);
+  expect(last([])).toEqual({ level: 'ok', what: 'nothing waits longer than it should' });
+  const ask = `\`pd-doctor --peer ${PEER}\` tells whether the peer still answers`;
+  const prefilling = { ...wait(), prefilling: true as const };
+  expect(last([prefilling])).toEqual({ level: 'info', what: `no deadline is near; ${ask}` });
+  expect(last([{ ...prefilling, sinceMs: 50_000 }])).toEqual({ level: 'info', what: ask });
 });
 
 describe('a worker that waits is in scenario', () => {

@@ -39,6 +39,10 @@ it('names the port that is taken, and who holds it', async () => {
         : `${port}`,
     ),
   });
+  // It is not held on all addresses, only tried there.
+  await expect(assertBindable({ host: '0.0.0.0', port }, 'HTTP server')).rejects.toMatchObject({
+    message: expect.stringContaining(`port ${port} is held by`),
+  });
   await assertBindable({ host: '127.0.0.1', port: 0 }, 'HTTP server');
 });
 
