@@ -22,6 +22,8 @@ import { reasonOf } from '../net/resolve.ts';
 import type { Logger } from '../observability/log.ts';
 import { proxyRequestId } from '../wire/ids.ts';
 import { KV_FAILED_HEADER, PREFILL_WITHIN_HEADER, readKvFailed } from '../wire/overlap.ts';
+import type { RequestBody } from './body.ts';
+import type { BodyReader } from './body-reader.ts';
 import type { ProxyMetrics } from './metrics.ts';
 import { Notices } from './notices.ts';
 import type { Instance, InstanceRegistry, Pair } from './registry.ts';
@@ -36,8 +38,6 @@ import {
   type WholeAnswer,
 } from './upstream.ts';
 
-export type JsonObject = Readonly<Record<string, unknown>>;
-
 /** What all requests of a proxy share. */
 export interface ProxyContext {
   readonly config: Pick<ProxyConfig, 'prefillTimeoutMs' | 'decodeIdleTimeoutMs' | 'overlap'>;
@@ -45,6 +45,7 @@ export interface ProxyContext {
   readonly upstream: Upstream;
   readonly metrics: ProxyMetrics;
   readonly log: Logger;
+  readonly bodies: Pick<BodyReader, 'read'>;
   /** Numbers the requests in the log, from 0. */
   nextCount(): number;
 }
@@ -53,9 +54,7 @@ export interface ProxyContext {
 export interface ClientRequest {
   readonly route: string;
   readonly headers: IncomingHttpHeaders;
-  readonly body: Buffer;
-  /** The body, parsed. */
-  readonly json: JsonObject;
+  readonly body: RequestBody;
   readonly out: ServerResponse;
   readonly arrivedMs: number;
   /** Aborted once the client has gone or the proxy stops. */
@@ -82,7 +81,6 @@ export class Attempt {
   readonly #pair: Pair;
   /** For both instances. */
   readonly #headers: Readonly<Record<string, string>>;
-  readonly #prompts: number;
   readonly #notices: Notices;
   /** Each aborts one instance's request, for the reason it is given. */
   readonly #abortPrefill = new AbortController();
@@ -96,8 +94,8 @@ export class Attempt {
     this.#pair = pair;
     this.requestId = proxyRequestId(producer.zmq, consumer.zmq, randomBytes(16).toString('hex'));
     this.#headers = requestHeaders(request.headers, this.requestId);
-    this.#prompts = countPrompts(request.json['prompt']);
-    const subject = { requestId: this.requestId, route, prompts: this.#prompts };
+    const { prompts } = request.body;
+    const subject = { requestId: this.requestId, route, prompts };
     this.#notices = new Notices(context.upstream, context.log, pair, subject);
   }
 
@@ -119,7 +117,7 @@ export class Attempt {
   #mayOverlap(): boolean {
     const { registry, config } = this.#context;
     const { producer, consumer } = this.#pair;
-    if (!producer.overlaps || !consumer.overlaps || this.#prompts !== 1) return false;
+    if (!producer.overlaps || !consumer.overlaps || this.#request.body.prompts !== 1) return false;
     return registry.prefilling(producer) < config.overlap;
   }
 
@@ -174,7 +172,7 @@ export class Attempt {
    */
   async #prefill(): Promise<WholeAnswer | undefined> {
     const { upstream, registry, metrics, config } = this.#context;
-    const { route, json } = this.#request;
+    const { route, body } = this.#request;
     const { producer } = this.#pair;
     const what = `prefill of ${route}`;
     const startedMs = performance.now();
@@ -188,7 +186,7 @@ export class Attempt {
         path: route,
         what,
         headers: this.#headers,
-        body: JSON.stringify(prefillCopy(json)),
+        body: body.prefill,
         // The timer above runs to the end of the body.
         headersTimeoutMs: 0,
         timeoutName: PREFILL_TIMEOUT,
@@ -239,7 +237,7 @@ export class Attempt {
       path: this.#request.route,
       what: this.#decodeWhat,
       headers,
-      body: this.#request.body,
+      body: this.#request.body.original,
       headersTimeoutMs,
       timeoutName: DECODE_TIMEOUT,
       signal,
@@ -332,33 +330,6 @@ function decided(): PdError {
 function refuseIfDraining(answer: WholeAnswer, instance: Instance, what: string): WholeAnswer {
   if (isDraining(answer)) throw new InstanceRefused(instance, what, 'it is stopping');
   return answer;
-}
-
-/** Only the answer needs them, and servers reject some of them with `max_tokens` 1 or without streaming. */
-const DROPPED = [
-  'min_tokens',
-  'logprobs',
-  'top_logprobs',
-  'prompt_logprobs',
-  'return_token_ids',
-  'return_tokens_as_token_ids',
-  'stream_options',
-] as const;
-
-/** Set only where present: their defaults are these values, and a server may reject a field it does not know. */
-const REPLACED = { max_completion_tokens: 1, stream: false, n: 1, best_of: 1, echo: false } as const;
-
-/** The request that the producer gets: the same prompt, one token, nothing that only the answer needs. Leaves `body` as it is. */
-export function prefillCopy(body: JsonObject): JsonObject {
-  const copy: Record<string, unknown> = { ...body, max_tokens: 1 };
-  for (const field of DROPPED) delete copy[field];
-  for (const [field, value] of Object.entries(REPLACED)) if (field in copy) copy[field] = value;
-  return copy;
-}
-
-function countPrompts(prompt: unknown): number {
-  const many = Array.isArray(prompt) && typeof prompt[0] !== 'number';
-  return many ? Math.max(1, prompt.length) : 1;
 }
 
 /** What both instances get of the client's headers: who asks, and which trace it belongs to. */

@@ -46,7 +46,7 @@ export interface Ask {
   readonly what: string;
   readonly headers: Readonly<Record<string, string>>;
   /** Absent: GET. */
-  readonly body?: string | Buffer;
+  readonly body?: string | Uint8Array;
   /** To the head of the answer. */
   readonly headersTimeoutMs: number;
   /** The option that sets that deadline, for the message. */
