@@ -22,6 +22,8 @@ import { reasonOf } from '../net/resolve.ts';
 import type { Logger } from '../observability/log.ts';
 import { proxyRequestId } from '../wire/ids.ts';
 import { KV_FAILED_HEADER, PREFILL_WITHIN_HEADER, readKvFailed } from '../wire/overlap.ts';
+import type { RequestBody } from './body.ts';
+import type { BodyReader } from './body-reader.ts';
 import type { ProxyMetrics } from './metrics.ts';
 import { Notices } from './notices.ts';
 import type { InstanceRegistry, Pair } from './registry.ts';
@@ -38,8 +40,6 @@ import {
   type WholeAnswer,
 } from './upstream.ts';
 
-export type JsonObject = Readonly<Record<string, unknown>>;
-
 /** What all requests of a proxy share. */
 export interface ProxyContext {
   readonly config: Pick<ProxyConfig, 'prefillTimeoutMs' | 'decodeIdleTimeoutMs' | 'overlap'>;
@@ -47,6 +47,7 @@ export interface ProxyContext {
   readonly upstream: Upstream;
   readonly metrics: ProxyMetrics;
   readonly log: Logger;
+  readonly bodies: Pick<BodyReader, 'read'>;
   /** Numbers the requests in the log, from 0. */
   nextCount(): number;
 }
@@ -55,13 +56,12 @@ export interface ProxyContext {
 export interface ReceivedRequest {
   readonly route: string;
   readonly headers: IncomingHttpHeaders;
-  readonly body: Buffer;
+  readonly body: Uint8Array<ArrayBuffer>;
   readonly out: ServerResponse;
 }
 
-export interface ClientRequest extends ReceivedRequest {
-  /** The body, parsed. */
-  readonly json: JsonObject;
+export interface ClientRequest extends Omit<ReceivedRequest, 'body'> {
+  readonly body: RequestBody;
   readonly arrivedMs: number;
   /** Aborted once the client has gone or the proxy stops. */
   readonly signal: AbortSignal;
@@ -86,7 +86,6 @@ export class Attempt {
   readonly #decodeCall: Call;
   /** For both instances. */
   readonly #headers: Readonly<Record<string, string>>;
-  readonly #prompts: number;
   readonly #notices: Notices;
   /** Each aborts one instance's request, for the reason it is given; the request's own signal aborts both. */
   readonly #abortPrefill = new AbortController();
@@ -112,8 +111,8 @@ export class Attempt {
     };
     this.requestId = proxyRequestId(producer.zmq, consumer.zmq, randomBytes(16).toString('hex'));
     this.#headers = requestHeaders(request.headers, this.requestId);
-    this.#prompts = countPrompts(request.json['prompt']);
-    const subject = { requestId: this.requestId, route, prompts: this.#prompts };
+    const { prompts } = request.body;
+    const subject = { requestId: this.requestId, route, prompts };
     this.#notices = new Notices(context.upstream, context.log, pair, subject);
   }
 
@@ -144,7 +143,7 @@ export class Attempt {
   #mayOverlap(): boolean {
     const { registry, config } = this.#context;
     const { producer, consumer } = this.#pair;
-    if (!producer.overlaps || !consumer.overlaps || this.#prompts !== 1) return false;
+    if (!producer.overlaps || !consumer.overlaps || this.#request.body.prompts !== 1) return false;
     return registry.prefilling(producer) < config.overlap;
   }
 
@@ -203,7 +202,7 @@ export class Attempt {
       const response = await upstream.ask(call, {
         path: this.#request.route,
         headers: this.#headers,
-        body: JSON.stringify(prefillCopy(this.#request.json)),
+        body: this.#request.body.prefill,
         signal,
         headersTimeoutMs: 0, // the timer runs to the end of the body
       });
@@ -236,7 +235,7 @@ export class Attempt {
   #askConsumer(more?: Pick<Ask, 'headers' | 'headersTimeoutMs'>): Promise<UpstreamResponse> {
     const { route, body } = this.#request;
     const { signal } = this.#abortDecode;
-    const ask = { path: route, headers: this.#headers, body, signal, ...more };
+    const ask = { path: route, headers: this.#headers, body: body.original, signal, ...more };
     return this.#context.upstream.ask(this.#decodeCall, ask);
   }
 
@@ -320,33 +319,6 @@ function decided(): PdError {
 function refuseIfDraining(answer: WholeAnswer, call: Call): WholeAnswer {
   if (isDraining(answer)) throw new InstanceRefused(call, 'it is stopping');
   return answer;
-}
-
-/** Only the answer needs them, and servers reject some of them with `max_tokens` 1 or without streaming. */
-const DROPPED = [
-  'min_tokens',
-  'logprobs',
-  'top_logprobs',
-  'prompt_logprobs',
-  'return_token_ids',
-  'return_tokens_as_token_ids',
-  'stream_options',
-] as const;
-
-/** Set only where present: their defaults are these values, and a server may reject a field it does not know. */
-const REPLACED = { max_completion_tokens: 1, stream: false, n: 1, best_of: 1, echo: false } as const;
-
-/** The request that the producer gets: the same prompt, one token, nothing that only the answer needs. Leaves `body` as it is. */
-export function prefillCopy(body: JsonObject): JsonObject {
-  const copy: Record<string, unknown> = { ...body, max_tokens: 1 };
-  for (const field of DROPPED) delete copy[field];
-  for (const [field, value] of Object.entries(REPLACED)) if (field in copy) copy[field] = value;
-  return copy;
-}
-
-function countPrompts(prompt: unknown): number {
-  const many = Array.isArray(prompt) && typeof prompt[0] !== 'number';
-  return many ? Math.max(1, prompt.length) : 1;
 }
 
 /** What both instances get of the client's headers: who asks, and which trace it belongs to. */

@@ -1,6 +1,6 @@
 /** The proxy as a whole: its HTTP server, discovery, start and stop. */
 import { EventEmitter, once, setMaxListeners } from 'node:events';
-import fastify, { type FastifyInstance } from 'fastify';
+import fastify, { type FastifyInstance, type FastifyRequest } from 'fastify';
 import type { ProxyConfig } from '../config/proxy-config.ts';
 import { PdError } from '../errors.ts';
 import { formatHostPort, type HostPort } from '../net/address.ts';
@@ -9,6 +9,7 @@ import { listenError } from '../net/port-holder.ts';
 import { createLogger, type Logger } from '../observability/log.ts';
 import { openAiError } from '../openai-error.ts';
 import type { ProxyContext } from './attempt.ts';
+import { BodyReader } from './body-reader.ts';
 import { Discovery } from './discovery.ts';
 import { createProxyMetrics, type ProxyMetrics } from './metrics.ts';
 import { ModelDirectory } from './models.ts';
@@ -27,6 +28,13 @@ const CLOSE_MS = 2_000;
 /** How long `untilPaired` waits by default. */
 const PAIR_TIMEOUT_MS = 60_000;
 
+/** What a proxy is made of besides: a test puts its own in place. */
+export interface ProxyParts {
+  readonly bodyReader: (log: Logger) => Pick<BodyReader, 'read' | 'close'>;
+}
+
+const PARTS: ProxyParts = { bodyReader: (log) => new BodyReader(log) };
+
 /** A proxy that is serving. Close it: its sockets keep the process alive. */
 export class PdProxy {
   readonly #config: ProxyConfig;
@@ -34,6 +42,7 @@ export class PdProxy {
   readonly #registry: InstanceRegistry;
   readonly #metrics: ProxyMetrics;
   readonly #upstream = new Upstream();
+  readonly #bodies: Pick<BodyReader, 'read' | 'close'>;
   readonly #stop = new AbortController();
   readonly #models: ModelDirectory;
   readonly #context: ProxyContext;
@@ -47,18 +56,20 @@ export class PdProxy {
   #draining = false;
   #closing: Promise<void> | undefined;
 
-  private constructor(config: ProxyConfig) {
+  private constructor(config: ProxyConfig, parts: ProxyParts) {
     this.#config = config;
     this.#log = createLogger(config.log, 'proxy');
     this.#registry = new InstanceRegistry(config.instanceTimeoutMs);
     this.#metrics = createProxyMetrics(this.#registry);
     setMaxListeners(0, this.#stop.signal, this.#events); // one per request under way, one per caller who waits
+    this.#bodies = parts.bodyReader(this.#log);
     this.#context = {
       config,
       registry: this.#registry,
       upstream: this.#upstream,
       metrics: this.#metrics,
       log: this.#log,
+      bodies: this.#bodies,
       nextCount: () => this.#count++,
     };
     this.#models = new ModelDirectory(this.#context, this.#stop.signal);
@@ -72,8 +83,8 @@ export class PdProxy {
   }
 
   /** Listens for pings and for requests. Throws PORT_IN_USE or ADDRESS_INVALID. */
-  static async start(config: ProxyConfig): Promise<PdProxy> {
-    const proxy = new PdProxy(config);
+  static async start(config: ProxyConfig, parts: ProxyParts = PARTS): Promise<PdProxy> {
+    const proxy = new PdProxy(config, parts);
     try {
       await proxy.#listen();
       return proxy;
@@ -179,11 +190,13 @@ export class PdProxy {
     clearTimeout(timer);
     await this.#discovery?.close();
     await this.#upstream.close();
+    await this.#bodies.close();
     if (started) this.#log.info('Stopped');
   }
 
   #break(): void {
     if (this.#stop.signal.aborted) return;
+    void this.#bodies.close(); // who waits for it is to hear that the proxy stops
     this.#stop.abort(new PdError('SERVER_DRAINING', 'the proxy is stopping'));
   }
 
@@ -214,8 +227,7 @@ export class PdProxy {
         }
         this.#running++;
         try {
-          const body = Buffer.isBuffer(request.body) ? request.body : Buffer.alloc(0);
-          const received = { route, headers: request.headers, body, out };
+          const received = { route, headers: request.headers, body: bodyOf(request), out };
           await new ProxiedRequest(this.#context, received).answer(this.#stop.signal);
         } finally {
           if (--this.#running === 0) this.#events.emit('idle');
@@ -250,6 +262,11 @@ export class PdProxy {
       })),
     };
   }
+}
+
+/** A body as it came; a request without any has none. */
+function bodyOf({ body }: FastifyRequest): Uint8Array<ArrayBuffer> {
+  return body instanceof Uint8Array ? (body as Uint8Array<ArrayBuffer>) : new Uint8Array(0);
 }
 
 /** Resolves a name to one address, so that HTTP and pings are bound to the same. */

@@ -3,8 +3,9 @@
  * happens with one pair is in attempt.ts.
  */
 import { PdError } from '../errors.ts';
-import { Attempt, type JsonObject, type ProxyContext, type ReceivedRequest } from './attempt.ts';
-import { type InstanceRegistry, instanceLabel, type Missing, type Pair } from './registry.ts';
+import { Attempt, type ProxyContext, type ReceivedRequest } from './attempt.ts';
+import type { RequestBody } from './body.ts';
+import { type InstanceRegistry, instanceLabel, type Missing } from './registry.ts';
 import { answerError } from './relay.ts';
 import { InstanceRefused } from './upstream.ts';
 
@@ -30,7 +31,8 @@ export class ProxiedRequest {
 
   /** Answers in every case; never rejects. `stop` is aborted when the proxy stops. To be called once. */
   async answer(stop: AbortSignal): Promise<void> {
-    const { metrics } = this.#context;
+    const { metrics, bodies } = this.#context;
+    const { signal } = this.#abort;
     const { route, body, out } = this.#received;
     const onStop = () => this.#abort.abort(stop.reason);
     stop.addEventListener('abort', onStop, { once: true });
@@ -41,7 +43,9 @@ export class ProxiedRequest {
     });
     metrics.inFlight.inc();
     try {
-      await this.#throughPairs(parseBody(body));
+      const read = await bodies.read(body, signal);
+      signal.throwIfAborted();
+      await this.#throughPairs(read);
     } catch (cause) {
       this.#fail(PdError.from(cause));
     } finally {
@@ -51,14 +55,15 @@ export class ProxiedRequest {
     }
   }
 
-  async #throughPairs(json: JsonObject): Promise<void> {
+  async #throughPairs(body: RequestBody): Promise<void> {
     const { registry, metrics, log } = this.#context;
     const count = this.#context.nextCount();
-    const request = { ...this.#received, json, arrivedMs: this.#arrivedMs, signal: this.#abort.signal };
+    const request = { ...this.#received, body, arrivedMs: this.#arrivedMs, signal: this.#abort.signal };
+    /** HTTP addresses of instances that did not take the request. */
     const exclude = new Set<string>();
     let refused: InstanceRefused | undefined;
     for (;;) {
-      const pair = choosePair(registry, json, exclude);
+      const pair = registry.pair({ model: body.model, exclude });
       if (typeof pair === 'string') throw refused ?? noPair(pair, registry);
       const attempt = new Attempt(this.#context, request, pair);
       const { requestId } = attempt;
@@ -87,28 +92,6 @@ export class ProxiedRequest {
     this.#context.log[level]({ requestId: this.#requestId, code: error.code }, `${route}: ${error.message}`);
     answerError(out, error, this.#requestId);
   }
-}
-
-/** `exclude`: HTTP addresses of instances that did not take the request. */
-function choosePair(
-  registry: InstanceRegistry,
-  { model }: JsonObject,
-  exclude: ReadonlySet<string>,
-): Pair | Missing {
-  return registry.pair({ model: typeof model === 'string' ? model : undefined, exclude });
-}
-
-function parseBody(body: Buffer): JsonObject {
-  let json: unknown;
-  try {
-    json = JSON.parse(body.toString('utf8'));
-  } catch (error) {
-    throw new PdError('REQUEST_INVALID', `the body is not JSON: ${(error as Error).message}`);
-  }
-  if (typeof json !== 'object' || json === null || Array.isArray(json)) {
-    throw new PdError('REQUEST_INVALID', 'the body must be a JSON object');
-  }
-  return json as JsonObject;
 }
 
 function noPair(missing: Missing, registry: InstanceRegistry): PdError {

@@ -54,7 +54,7 @@ export interface Ask {
   readonly path: string;
   readonly headers: Readonly<Record<string, string>>;
   /** Absent: GET. */
-  readonly body?: string | Buffer;
+  readonly body?: string | Uint8Array;
   readonly signal: AbortSignal;
   /** To the head of the answer; 0: whoever can abort `signal` watches. Default: the call's. */
   readonly headersTimeoutMs?: number;

@@ -83,6 +83,7 @@ it('the packed package holds what it needs to run', async () => {
     'dist/src/index.js',
     'dist/src/index.d.ts',
     'dist/src/transfer/thread.js',
+    'dist/src/proxy/body-thread.js',
     'dist/src/worker/core-thread.js',
     'dist/src/worker/reader-thread.js',
     'bin/pd-worker',

@@ -1,14 +1,16 @@
 /** A reader thread that says what a test tells it to. */
-import type { FromReader, ReaderPort, ToReader } from '../../src/worker/request-reader.ts';
+import type { FromReader, ReaderPort, ReadingJob } from '../../src/reading-thread.ts';
+import type { ToReader } from '../../src/worker/request-reader.ts';
+import type { Readings, Route } from '../../src/worker/server/reading.ts';
 
-export class FakeReaderThread implements ReaderPort {
-  readonly received: ToReader[] = [];
+export class ScriptedReader<Job extends ReadingJob, Reading> implements ReaderPort<Job, Reading> {
+  readonly received: Job[] = [];
   terminated = false;
   #heard: () => void = () => {};
-  emit: (message: FromReader) => void = () => {};
+  emit: (message: FromReader<Reading>) => void = () => {};
   exit: (error: Error | undefined) => void = () => {};
 
-  post(message: ToReader): void {
+  post(message: Job): void {
     this.received.push(message);
     this.#heard();
   }
@@ -22,7 +24,7 @@ export class FakeReaderThread implements ReaderPort {
     }
   }
 
-  onMessage(listener: (message: FromReader) => void): void {
+  onMessage(listener: (message: FromReader<Reading>) => void): void {
     this.emit = listener;
   }
 
@@ -34,12 +36,15 @@ export class FakeReaderThread implements ReaderPort {
     this.terminated = true;
   }
 
+  get texts(): string[] {
+    return this.received.map(({ body }) => new TextDecoder().decode(body));
+  }
+}
+
+/** A worker's. */
+export class FakeReaderThread extends ScriptedReader<ToReader, Readings[Route]> {
   /** Answers what it is reading with its text. */
   answer(): void {
     this.emit({ type: 'read', reading: this.received.at(-1)!.body });
-  }
-
-  get texts(): string[] {
-    return this.received.map(({ body }) => new TextDecoder().decode(body));
   }
 }

@@ -1,5 +1,6 @@
 /** A proxy in this process, on free ports, that says nothing and forgets no instance; with fake-upstream.ts on either side of it. */
-import { PdProxy } from '../../src/proxy/proxy.ts';
+import type { ProxyConfig } from '../../src/config/proxy-config.ts';
+import { PdProxy, type ProxyParts } from '../../src/proxy/proxy.ts';
 
 interface QuietSettings {
   readonly host?: string;
@@ -9,8 +10,11 @@ interface QuietSettings {
 }
 
 /** The caller closes it. */
-export function startQuietProxy({ host = '127.0.0.1', ...settings }: QuietSettings = {}): Promise<PdProxy> {
-  return PdProxy.start({
+export function startQuietProxy(
+  { host = '127.0.0.1', ...settings }: QuietSettings = {},
+  parts?: ProxyParts,
+): Promise<PdProxy> {
+  const config: ProxyConfig = {
     http: { host, port: 0 },
     discovery: { host, port: 0 },
     instanceTimeoutMs: 60_000,
@@ -20,5 +24,6 @@ export function startQuietProxy({ host = '127.0.0.1', ...settings }: QuietSettin
     drainTimeoutMs: 60_000,
     log: { level: 'silent', format: 'json' },
     ...settings,
-  });
+  };
+  return PdProxy.start(config, parts);
 }

@@ -1,0 +1,11 @@
+/** The entry of the proxy's reader thread: one body after another, each answered. Its owner (body-reader.ts) ends it. */
+import { answerReadings } from '../reading-thread.ts';
+import { type RequestBody, readBody } from './body.ts';
+import type { ToBodyThread } from './body-reader.ts';
+
+const read = ({ body }: ToBodyThread) => readBody(body);
+await answerReadings(() => read, buffersOf);
+
+function buffersOf({ original, prefill }: RequestBody): readonly ArrayBuffer[] {
+  return [original.buffer, prefill.buffer];
+}

@@ -1,0 +1,322 @@
+/**
+ * A thread that reads bodies, so that no client's body holds up another client's stream. The owner's end and the thread's.
+ *
+ *   read --> queue, the shorter first --(thread free)--> thread --> answer
+ *              | WAIT_MS                                   | WORK_MS, out of memory, died
+ *              v                                           v
+ *            READER_BUSY                                 BODY_TOO_COSTLY, INTERNAL; a new thread
+ *
+ * What is read, and which bodies are worth the way to the thread, is for the owner to say (worker/request-reader.ts, proxy/body-reader.ts).
+ */
+import { parentPort, Worker } from 'node:worker_threads';
+import { type ErrorData, PdError, unreachable } from './errors.ts';
+import type { Logger } from './observability/log.ts';
+
+/** What the thread is given. One at a time: the next goes when the last is answered. */
+export interface ReadingJob {
+  /** Its memory moves to the thread. */
+  readonly body: Uint8Array<ArrayBuffer>;
+}
+
+export type FromReader<Reading> =
+  | { readonly type: 'ready' }
+  /** What it needs cannot be loaded; the thread ends. */
+  | { readonly type: 'failed'; readonly error: ErrorData }
+  | { readonly type: 'read'; readonly reading: Reading }
+  /** What the client is told: the body is wrong. */
+  | { readonly type: 'refused'; readonly error: ErrorData };
+
+/** What a thread is to its owner: tests put a scripted one here. */
+export interface ReaderPort<Job extends ReadingJob, Reading> {
+  post(job: Job): void;
+  onMessage(listener: (message: FromReader<Reading>) => void): void;
+  /** The thread is over: asked for or not. */
+  onExit(listener: (error: Error | undefined) => void): void;
+  terminate(): Promise<void>;
+}
+
+/** From a thread's start until it is ready. */
+const START_MS = 60_000;
+/** For the thread to come to a body. */
+const WAIT_MS = 30_000;
+/** For one body. The slowest seen that are no accident: 8 million ids to /detokenize, 4 s. */
+const WORK_MS = 10_000;
+/** A thread that computes ends within a turn. */
+const TERMINATE_MS = 2_000;
+/** Of a thread. A word of 4 million letters takes 1 GB; the tokenizer of Llama 3 itself some hundred MB. */
+const HEAP_MB = 2_048;
+
+export interface ReadingLimits {
+  readonly startTimeoutMs?: number;
+  readonly waitTimeoutMs?: number;
+  readonly workTimeoutMs?: number;
+}
+
+export interface ReadingThreadOptions<Job extends ReadingJob, Reading> extends ReadingLimits {
+  /** Who is stopping, in what is told to those whose bodies are not read any more. */
+  readonly owner: 'worker' | 'proxy';
+  readonly log: Logger;
+  readonly open: () => ReaderPort<Job, Reading>;
+}
+
+interface Waiting<Job, Reading> {
+  readonly job: Job;
+  /** Of the body, which leaves with the job. */
+  readonly bytes: number;
+  readonly resolve: (reading: Reading) => void;
+  readonly fail: (error: PdError) => void;
+}
+
+/** One thread's life. */
+interface Life<Job extends ReadingJob, Reading> {
+  readonly port: ReaderPort<Job, Reading>;
+  ready: boolean;
+  reading: Waiting<Job, Reading> | undefined;
+  /** Of its start, or of the body that is being read. */
+  timer: NodeJS.Timeout | undefined;
+}
+
+/** Owns the thread: there is none until `start` or the first `read`, and a new one where one is lost. Close it. */
+export class ReadingThread<Job extends ReadingJob, Reading> {
+  readonly #options: Required<ReadingThreadOptions<Job, Reading>>;
+  /** The shorter first: many short ones then wait for one long one at most. */
+  readonly #queue: Waiting<Job, Reading>[] = [];
+  #thread: Life<Job, Reading> | undefined;
+  #closing: Promise<void> | undefined;
+
+  constructor(options: ReadingThreadOptions<Job, Reading>) {
+    this.#options = {
+      startTimeoutMs: START_MS,
+      waitTimeoutMs: WAIT_MS,
+      workTimeoutMs: WORK_MS,
+      ...options,
+    };
+  }
+
+  /** Starts the thread before there is anything to read. */
+  start(): void {
+    if (!this.#thread && !this.#closing) this.#open();
+  }
+
+  /**
+   * Throws what the body is refused for, READER_BUSY where the thread did not come to it in time, BODY_TOO_COSTLY where it took too
+   * much, REQUEST_ABORTED where `signal` fired while it waited, SERVER_DRAINING once closed.
+   */
+  async read(job: Job, signal?: AbortSignal): Promise<Reading> {
+    const { waitTimeoutMs, owner } = this.#options;
+    if (this.#closing) throw new PdError('SERVER_DRAINING', `this ${owner} is stopping`);
+    return await new Promise((resolve, reject) => {
+      const leave = (error: PdError) => {
+        const at = this.#queue.indexOf(waiting);
+        if (at < 0) return; // its turn has come
+        this.#queue.splice(at, 1);
+        waiting.fail(error);
+      };
+      const onAbort = () =>
+        leave(new PdError('REQUEST_ABORTED', 'the client went away before its request was read'));
+      const timer = setTimeout(() => {
+        const seconds = waitTimeoutMs / 1_000;
+        leave(new PdError('READER_BUSY', `other long requests were being read for ${seconds} s: gave up`));
+      }, waitTimeoutMs);
+      const over = () => {
+        clearTimeout(timer);
+        signal?.removeEventListener('abort', onAbort);
+      };
+      const bytes = job.body.byteLength;
+      const waiting: Waiting<Job, Reading> = {
+        job,
+        bytes,
+        resolve: (reading) => {
+          over();
+          resolve(reading);
+        },
+        fail: (error) => {
+          over();
+          reject(error);
+        },
+      };
+      const at = this.#queue.findIndex((other) => other.bytes > bytes);
+      this.#queue.splice(at < 0 ? this.#queue.length : at, 0, waiting);
+      if (signal?.aborted) onAbort();
+      else signal?.addEventListener('abort', onAbort, { once: true });
+      if (this.#thread) this.#next(this.#thread);
+      else this.#open();
+    });
+  }
+
+  /** Ends the thread; what waits or is being read fails with SERVER_DRAINING. Idempotent. */
+  close(): Promise<void> {
+    this.#closing ??= this.#close();
+    return this.#closing;
+  }
+
+  async #close(): Promise<void> {
+    const { owner } = this.#options;
+    const stopped = new PdError('SERVER_DRAINING', `the ${owner} stopped before the request was read`);
+    this.#failQueue(stopped);
+    const thread = this.#thread;
+    if (thread) await this.#end(thread, stopped);
+  }
+
+  #open(): void {
+    const { startTimeoutMs, open } = this.#options;
+    const port = open();
+    const thread: Life<Job, Reading> = { port, ready: false, reading: undefined, timer: undefined };
+    this.#thread = thread;
+    thread.timer = setTimeout(() => {
+      const seconds = startTimeoutMs / 1_000;
+      this.#lose(thread, new PdError('INTERNAL', `the reader thread was not ready after ${seconds} s`));
+    }, startTimeoutMs);
+    port.onMessage((message) => this.#receive(thread, message));
+    port.onExit((error) => this.#lose(thread, deathOf(thread.reading?.bytes, error)));
+  }
+
+  #receive(thread: Life<Job, Reading>, message: FromReader<Reading>): void {
+    if (thread !== this.#thread) return; // given up a moment ago
+    switch (message.type) {
+      case 'ready':
+        thread.ready = true;
+        this.#next(thread);
+        return;
+      case 'failed':
+        this.#lose(thread, PdError.fromData(message.error));
+        return;
+      case 'read':
+        this.#answered(thread)?.resolve(message.reading);
+        return;
+      case 'refused':
+        this.#answered(thread)?.fail(PdError.fromData(message.error));
+        return;
+      default:
+        unreachable(message, 'message from the reader thread');
+    }
+  }
+
+  /** Who is to hear what the thread has just said; it goes on with the next. */
+  #answered(thread: Life<Job, Reading>): Waiting<Job, Reading> | undefined {
+    const { reading } = thread;
+    thread.reading = undefined;
+    this.#next(thread);
+    return reading;
+  }
+
+  /** Gives the thread its next body, where it is free. */
+  #next(thread: Life<Job, Reading>): void {
+    if (!thread.ready || thread.reading) return;
+    clearTimeout(thread.timer);
+    const waiting = this.#queue.shift();
+    if (!waiting) return;
+    thread.reading = waiting;
+    const { workTimeoutMs } = this.#options;
+    thread.timer = setTimeout(() => {
+      const what = `reading a body of ${waiting.bytes} bytes took more than ${workTimeoutMs / 1_000} s`;
+      this.#lose(thread, new PdError('BODY_TOO_COSTLY', what));
+    }, workTimeoutMs);
+    thread.port.post(waiting.job);
+  }
+
+  /** The thread is of no use any more. Whose body it was reading hears `error`; for the others there is a new one. */
+  #lose(thread: Life<Job, Reading>, error: PdError): void {
+    if (thread !== this.#thread) return;
+    const { log } = this.#options;
+    const { ready } = thread;
+    void this.#end(thread, error);
+    if (this.#closing) return;
+    if (ready) {
+      log.warn({ code: error.code }, `${error.message}: a new reader thread takes over`);
+      this.#open();
+      return;
+    }
+    // What did not start will not start at once.
+    log.error({ code: error.code }, `no reader thread until the next long request: ${error.message}`);
+    this.#failQueue(error);
+  }
+
+  async #end(thread: Life<Job, Reading>, error: PdError): Promise<void> {
+    this.#thread = undefined;
+    clearTimeout(thread.timer);
+    thread.reading?.fail(error);
+    let timer: NodeJS.Timeout | undefined;
+    const late = new Promise<void>((resolve) => {
+      timer = setTimeout(resolve, TERMINATE_MS);
+    });
+    await Promise.race([thread.port.terminate(), late]);
+    clearTimeout(timer);
+  }
+
+  #failQueue(error: PdError): void {
+    for (const waiting of this.#queue.splice(0)) waiting.fail(error);
+  }
+}
+
+/** `bytes`: of the body that was being read. */
+function deathOf(bytes: number | undefined, error: Error | undefined): PdError {
+  const outOfMemory = (error as NodeJS.ErrnoException | undefined)?.code === 'ERR_WORKER_OUT_OF_MEMORY';
+  if (bytes !== undefined && outOfMemory) {
+    const what = `reading a body of ${bytes} bytes took more than ${HEAP_MB} MB of memory`;
+    return new PdError('BODY_TOO_COSTLY', what);
+  }
+  return new PdError(
+    'INTERNAL',
+    `the reader thread ended unasked: ${error?.message ?? 'no error'}`,
+    {},
+    { cause: error },
+  );
+}
+
+/** Starts `entry`, whose part is `answerReadings`. */
+export function openReader<Job extends ReadingJob, Reading>(
+  entry: URL,
+  workerData?: unknown,
+): ReaderPort<Job, Reading> {
+  const worker = new Worker(entry, {
+    workerData,
+    name: 'reader',
+    resourceLimits: { maxOldGenerationSizeMb: HEAP_MB },
+  });
+  let thrown: Error | undefined;
+  worker.on('error', (error) => {
+    thrown = error instanceof Error ? error : new Error(String(error));
+  });
+  return {
+    post(job) {
+      const { buffer, byteLength } = job.body;
+      // Small buffers share Node's pool, which others are still writing to.
+      const own = byteLength === buffer.byteLength ? job.body : job.body.slice();
+      worker.postMessage({ ...job, body: own }, [own.buffer]);
+    },
+    onMessage: (listener) => worker.on('message', listener),
+    onExit: (listener) => worker.on('exit', () => listener(thrown)),
+    terminate: async () => {
+      await worker.terminate();
+    },
+  };
+}
+
+/**
+ * The thread's end: loads what it needs to read, then answers one body after another until its owner ends it. `buffersOf` names the
+ * memory of a reading that moves to the owner instead of being copied.
+ */
+export async function answerReadings<Job extends ReadingJob, Reading>(
+  load: () => ((job: Job) => Reading) | Promise<(job: Job) => Reading>,
+  buffersOf: (reading: Reading) => readonly ArrayBuffer[],
+): Promise<void> {
+  if (!parentPort) throw new PdError('INTERNAL', 'the reader thread was started as a program');
+  const port = parentPort;
+  const post = (message: FromReader<Reading>, transfer: readonly ArrayBuffer[] = []) =>
+    port.postMessage(message, transfer);
+  try {
+    const read = await load();
+    port.on('message', (job: Job) => {
+      try {
+        const reading = read(job);
+        post({ type: 'read', reading }, buffersOf(reading));
+      } catch (error) {
+        post({ type: 'refused', error: PdError.from(error).toData() });
+      }
+    });
+    post({ type: 'ready' });
+  } catch (error) {
+    post({ type: 'failed', error: PdError.from(error).toData() });
+  }
+}

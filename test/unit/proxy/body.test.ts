@@ -1,0 +1,91 @@
+import { describe, expect, test } from 'vitest';
+import { readBody } from '../../../src/proxy/body.ts';
+
+const bytes = (body: unknown) =>
+  new TextEncoder().encode(typeof body === 'string' ? body : JSON.stringify(body));
+const prefillOf = (body: unknown): unknown =>
+  JSON.parse(new TextDecoder().decode(readBody(bytes(body)).prefill));
+
+describe('the prefill copy', () => {
+  test('one token, not streamed, one choice, and nothing that only the answer needs', () => {
+    const original = {
+      model: 'm',
+      messages: [{ role: 'user', content: 'hi' }],
+      max_tokens: 50,
+      max_completion_tokens: 40,
+      stream: true,
+      stream_options: { include_usage: true },
+      n: 3,
+      best_of: 3,
+      echo: true,
+      min_tokens: 5,
+      logprobs: true,
+      top_logprobs: 4,
+      return_token_ids: true,
+      return_tokens_as_token_ids: true,
+      temperature: 0.5,
+      seed: 7,
+      stop: ['x'],
+    };
+    expect(prefillOf(original)).toEqual({
+      model: 'm',
+      messages: [{ role: 'user', content: 'hi' }],
+      max_tokens: 1,
+      max_completion_tokens: 1,
+      stream: false,
+      n: 1,
+      best_of: 1,
+      echo: false,
+      temperature: 0.5,
+      seed: 7,
+      stop: ['x'],
+    });
+  });
+
+  test('adds nothing but max_tokens to a plain request', () => {
+    expect(prefillOf({ model: 'm', prompt: 'Hello' })).toEqual({
+      model: 'm',
+      prompt: 'Hello',
+      max_tokens: 1,
+    });
+  });
+
+  test('keeps a field that is named like the prototype a field, for the producer to refuse', () => {
+    const text = new TextDecoder().decode(readBody(bytes('{"__proto__":{"n":2},"prompt":"a"}')).prefill);
+    expect(text).toBe('{"__proto__":{"n":2},"prompt":"a","max_tokens":1}');
+  });
+});
+
+test('the original is kept byte for byte', () => {
+  const body = bytes(' {"prompt": "a"}\n');
+  expect(readBody(body).original).toBe(body);
+});
+
+test.each([
+  [
+    { prompt: 'a', model: 'm' },
+    { prompts: 1, model: 'm' },
+  ],
+  [{ prompt: ['a', 'b', 'c'] }, { prompts: 3, model: undefined }],
+  [{ prompt: [1, 2, 3] }, { prompts: 1 }],
+  [{ prompt: [[1], [2, 3]] }, { prompts: 2 }],
+  [{ prompt: [] }, { prompts: 1 }],
+  [
+    { messages: [], model: 7 },
+    { prompts: 1, model: undefined },
+  ],
+])('%j asks for %j', (body, asked) => {
+  expect(readBody(bytes(body))).toMatchObject(asked);
+});
+
+test.each([
+  ['', 'REQUEST_INVALID', /^the body is not JSON: /],
+  ['{"a":', 'REQUEST_INVALID', /^the body is not JSON: /],
+  ['null', 'REQUEST_INVALID', /^the body must be a JSON object$/],
+  ['[1]', 'REQUEST_INVALID', /^the body must be a JSON object$/],
+  [`{"x":${'['.repeat(1e6)}${']'.repeat(1e6)}}`, 'BODY_TOO_COSTLY', /^copying the body: .*stack/],
+])('%.10s is refused with %s', (body, code, message) => {
+  expect(() => readBody(bytes(body))).toThrow(
+    expect.objectContaining({ code, message: expect.stringMatching(message) }),
+  );
+});
