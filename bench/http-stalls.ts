@@ -2,12 +2,13 @@
  * What one client's body does to another client's stream. A worker serves the demo model on the host; a stream runs, bodies of all kinds
  * are thrown at the worker one after another, and the longest the stream stood still is told, beside how long GET /version took at
  * worst meanwhile (which waits for the HTTP thread alone). Then the time to the first token of a 16-token prompt on the idle worker.
+ * With --proxy it is all done to a pd-proxy instead, between instances that have no model and send an event every 2 ms.
  *
- *   npx tsc -p bench/tsconfig.json && node dist/bench/http-stalls.js [--beside FILE] [--tries 3] [--only WORD] [--json]
+ *   npx tsc -p bench/tsconfig.json && node dist/bench/http-stalls.js [--beside FILE] [--tries 3] [--only WORD] [--proxy] [--json]
  *
  * `--beside ../other/bin/pd-worker` measures the worker of another checkout with the same client, turn by turn.
  */
-import { type ChildProcess, spawn } from 'node:child_process';
+import { spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { Agent, request as httpRequest, type IncomingMessage } from 'node:http';
 import { createInterface } from 'node:readline';
@@ -19,11 +20,14 @@ import { monotonicMs } from '../src/bench/clock.ts';
 import { readMachine } from '../src/bench/environment.ts';
 import { type Spread, spreadOf } from '../src/bench/serve/statistics.ts';
 import { plainTable } from '../src/bench/tables.ts';
+import { startProxyPair } from './proxy-pair.ts';
 
 const START_MS = 60_000;
 /** Of one body; the worker gives up on none later than this. */
 const BODY_MS = 120_000;
 const PROBE_EVERY_MS = 5;
+/** Of a stream through a proxy. */
+const EVENT_EVERY_MS = 2;
 /** The stream runs this long undisturbed before a body comes, and after its answer. */
 const QUIET_MS = 300;
 const WARM_UP_MS = 3_000;
@@ -176,6 +180,7 @@ interface Options {
   readonly beside?: string;
   readonly tries: string;
   readonly only?: string;
+  readonly proxy?: true;
   readonly json?: true;
 }
 
@@ -202,13 +207,15 @@ async function main(): Promise<void> {
     .option('--beside <file>', 'the pd-worker of another checkout, measured in turn with this one')
     .option('--tries <n>', 'of each body; the best is told', '5')
     .option('--only <word>', 'bodies whose name or path has this')
+    .option('--proxy', 'a pd-proxy; so is --beside')
     .option('--json', 'JSON on stdout')
     .allowExcessArguments(false)
     .parse()
     .opts<Options>();
-  const files = [fileURLToPath(new URL('../../bin/pd-worker', import.meta.url))];
+  const program = options.proxy ? 'pd-proxy' : 'pd-worker';
+  const files = [fileURLToPath(new URL(`../../bin/${program}`, import.meta.url))];
   if (options.beside !== undefined) files.unshift(options.beside);
-  const workers = await Promise.all(files.map(startWorker));
+  const workers = await Promise.all(files.map(options.proxy ? startProxy : startWorker));
   const urls = workers.map(({ url }) => url);
   const thrower = new Worker(new URL(import.meta.url));
   try {
@@ -216,6 +223,7 @@ async function main(): Promise<void> {
     const rows = [await measure(urls, IDLE, thrower, Number(options.tries))];
     for (const one of CASES) {
       if (options.only !== undefined && !`${one.path} ${one.name}`.includes(options.only)) continue;
+      if (options.proxy && !one.path.startsWith('/v1/')) continue;
       rows.push(await measure(urls, one, thrower, Number(options.tries)));
       if (!options.json) console.error(`${one.path} ${one.name}: done`);
     }
@@ -224,10 +232,7 @@ async function main(): Promise<void> {
     else print(rows, firstTokenMs);
   } finally {
     await thrower.terminate();
-    for (const { child } of workers) {
-      child.kill('SIGTERM');
-      await once(child, 'exit');
-    }
+    for (const { stop } of workers) await stop();
   }
 }
 
@@ -257,8 +262,18 @@ function print(rows: readonly Row[], firstTokenMs: readonly Spread[]): void {
 
 const ms = (value: number) => `${value.toFixed(value < 10 ? 1 : 0)} ms`;
 
+/** A program that bodies are thrown at. */
+interface Measurable {
+  readonly url: string;
+  stop(): Promise<void>;
+}
+
+function startProxy(file: string): Promise<Measurable> {
+  return startProxyPair(file, ['1', String(EVENT_EVERY_MS)]);
+}
+
 /** Small steps: what a prompt costs the model is no business of this measurement. */
-async function startWorker(file: string): Promise<{ readonly child: ChildProcess; readonly url: string }> {
+async function startWorker(file: string): Promise<Measurable> {
   const args = ['--port', '0', '--host', '127.0.0.1', '--device', 'host', '--max-num-batched-tokens', '16'];
   const child = spawn(process.execPath, [file, ...args], { stdio: ['ignore', 'pipe', 'inherit'] });
   process.on('exit', () => child.kill('SIGKILL'));
@@ -268,7 +283,11 @@ async function startWorker(file: string): Promise<{ readonly child: ChildProcess
       const url = /Running on (http:\/\/[\w.:[\]]+)/.exec(line)?.[1];
       if (url === undefined) continue;
       child.stdout.resume();
-      return { child, url };
+      const stop = async () => {
+        child.kill('SIGTERM');
+        await once(child, 'exit');
+      };
+      return { url, stop };
     }
     throw new Error(`${file} ended before it was ready`);
   } finally {

@@ -5,10 +5,7 @@
  *   npx tsc -p bench/tsconfig.json && node dist/bench/proxy.js [--connections 32] [--seconds 10] [--stream] [--json]
  *   taskset -c 0,1 node dist/bench/proxy.js         proxy, instances and load on two cores
  */
-import { type ChildProcess, spawn } from 'node:child_process';
-import { once } from 'node:events';
 import { availableParallelism } from 'node:os';
-import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
 import { Command } from 'commander';
 import { Pool } from 'undici';
@@ -16,10 +13,9 @@ import { monotonicMs } from '../src/bench/clock.ts';
 import { readMachine } from '../src/bench/environment.ts';
 import { type Spread, spreadOf } from '../src/bench/serve/statistics.ts';
 import { plainTable } from '../src/bench/tables.ts';
+import { startProxyPair } from './proxy-pair.ts';
 
 const WARM_UP_SECONDS = 2;
-const START_MS = 20_000;
-const STOP_MS = 5_000;
 /** Of one request; none should come near. */
 const REQUEST_MS = 10_000;
 
@@ -48,42 +44,6 @@ interface Round {
   readonly requestsPerSecond: number;
   readonly latencyMs: Spread;
   readonly failed: number;
-}
-
-const children: ChildProcess[] = [];
-process.on('exit', () => {
-  for (const child of children) child.kill('SIGKILL');
-});
-
-/** The first match on the program's stdout. It runs until its stdin ends, or is told by SIGTERM. */
-async function start(args: readonly string[], pattern: RegExp): Promise<string[]> {
-  const child = spawn(process.execPath, args, { stdio: ['pipe', 'pipe', 'inherit'] });
-  children.push(child);
-  const timer = setTimeout(() => child.kill('SIGKILL'), START_MS);
-  try {
-    const found: string[] = [];
-    for await (const line of createInterface({ input: child.stdout! })) {
-      const match = new RegExp(pattern).exec(line);
-      if (match) found.push(match[1]!);
-      if (found.length === (pattern.global ? 2 : 1)) {
-        child.stdout!.resume();
-        return found;
-      }
-    }
-    throw new Error(`${args[0]} ended before it was ready`);
-  } finally {
-    clearTimeout(timer);
-  }
-}
-
-async function untilPaired(url: string): Promise<void> {
-  const deadline = monotonicMs() + START_MS;
-  for (;;) {
-    const { counts } = (await (await fetch(`${url}/health`)).json()) as { counts: Record<string, number> };
-    if (counts['producer'] === 1 && counts['consumer'] === 1) return;
-    if (monotonicMs() > deadline) throw new Error('the instances do not show up at the proxy');
-    await new Promise((resolve) => setTimeout(resolve, 50));
-  }
 }
 
 async function round(url: string, seconds: number): Promise<Round> {
@@ -128,34 +88,14 @@ async function fastest(url: string): Promise<Round> {
   return rounds.reduce((best, one) => (one.requestsPerSecond > best.requestsPerSecond ? one : best));
 }
 
-async function stopAll(): Promise<void> {
-  const ended = children.filter((child) => child.exitCode === null).map((child) => once(child, 'exit'));
-  for (const child of children) {
-    child.stdin!.end();
-    child.kill('SIGTERM');
-  }
-  const timer = setTimeout(() => process.exit(1), STOP_MS);
-  await Promise.all(ended);
-  clearTimeout(timer);
-}
-
-const path = (name: string) => fileURLToPath(new URL(name, import.meta.url));
-const proxyArgs = ['--host', '127.0.0.1', '--port', '0', '--discovery-port', '0', '--log-format', 'json'];
-const [discovery, url] = await start(
-  [path('../../bin/pd-proxy'), ...proxyArgs],
-  /(?:Discovery on tcp:\/\/|Running on )([^"\s]+)/g,
-);
-const backend = (role: string) =>
-  start([path('./proxy-backend.js'), role, discovery!, options.events], /^(\d+)$/);
-const [, [consumer]] = await Promise.all([backend('producer'), backend('consumer')]);
-await untilPaired(url!);
-
+const program = fileURLToPath(new URL('../../bin/pd-proxy', import.meta.url));
+const pair = await startProxyPair(program, [options.events]);
 const machine = await readMachine();
 const results = {
-  'no proxy': await fastest(`http://127.0.0.1:${consumer}`),
-  'pd-proxy': await fastest(url!),
+  'no proxy': await fastest(pair.instanceUrl),
+  'pd-proxy': await fastest(pair.url),
 };
-await stopAll();
+await pair.stop();
 
 const answers = options.stream ? `streamed answers of ${options.events} events` : 'whole answers';
 if (options.json) {
@@ -164,8 +104,8 @@ if (options.json) {
     JSON.stringify({ benchmark: 'proxy', machine, usableCores: cores, options, results }, undefined, 1),
   );
 } else {
-  const { program, node, cpu } = machine;
-  console.log(`${program}, Node ${node}, ${availableParallelism()} cores to run on, ${cpu}`);
+  const { program: version, node, cpu } = machine;
+  console.log(`${version}, Node ${node}, ${availableParallelism()} cores to run on, ${cpu}`);
   console.log(
     `${options.connections} connections, ${answers}, the fastest of ${options.rounds} x ${options.seconds} s\n`,
   );
