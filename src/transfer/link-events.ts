@@ -15,6 +15,8 @@ export interface LinkEnd {
 
 export interface LinkEvents {
   onOpen(): void;
+  /** The pair is open, and what the peer is, is known: announcements may leave. */
+  onGreeted(): void;
   /** More may be announced; `again`: to be announced anew, first of all. */
   onSpace(again: readonly Announcement[]): void;
   /** Once. */

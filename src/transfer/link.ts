@@ -26,6 +26,12 @@ const WINDOW = 64;
  */
 const PUTS_UNDER_WAY = 3;
 
+/**
+ * A listener of ours has sent its hello before it joins the pair, so once that is open the hello is a moment away; of a peer that is not
+ * ours none comes. What left before it would go without our fields: no receiver could tell of which prompt it is.
+ */
+const HELLO_GRACE_MS = 300;
+
 type LinkState = 'connecting' | 'opening' | 'open' | 'closing' | 'over';
 
 export class Link {
@@ -41,6 +47,9 @@ export class Link {
   #closing: PdError | undefined;
   #pair: Pair | undefined;
   #hello: PeerHello | undefined;
+  /** The hello has come, or its time is over. */
+  #heard = false;
+  #helloDeadline: Deadline | undefined;
   readonly #outstanding: Outstanding;
   readonly #opened = deferred<Pair | undefined>();
   #seq = 0;
@@ -106,7 +115,7 @@ export class Link {
   }
 
   mayAnnounce(direction: Direction): boolean {
-    if (this.#state !== 'open') return false;
+    if (this.#state !== 'open' || !this.#heard) return false;
     const waiting = this.#outstanding.length;
     // A GET may wait at the producer for what is not there yet, and must hold up no other.
     if (direction === 'get' || !this.bundles) return waiting < WINDOW;
@@ -150,6 +159,7 @@ export class Link {
     // A pair that both ends close may be seen to end before the peer has said so.
     const reason = this.#closing ?? error;
     this.#closeDeadline?.cancel();
+    this.#helloDeadline?.cancel();
     this.#dealer.close();
     this.#pair?.abort(reason);
     const unanswered = this.#outstanding.clear();
@@ -185,6 +195,9 @@ export class Link {
       this.#opened.resolve(pair);
       log.info({ peer }, `🤝ncclCommInitRank Success, ${self}👉${peer}, MyRank:0`);
       void pair.over.then((reason) => this.end(reason));
+      if (!this.#heard) {
+        this.#helloDeadline = this.#context.deadlines.after(HELLO_GRACE_MS, () => this.#mayBegin());
+      }
       this.#events.onOpen();
     } catch (error) {
       this.end(PdError.from(error, 'INTERNAL', { peer }));
@@ -284,6 +297,13 @@ export class Link {
     this.#context.log.debug({ peer: this.peer, version: hello.version, features: hello.features }, 'hello');
     const bad = refused ?? mismatchOf(this.#context.hello, hello, this.#context.self, this.peer);
     if (bad) this.end(new PdError(bad.code, `peer ${this.peer}: ${bad.message}`, { peer: this.peer }));
+    else this.#mayBegin();
+  }
+
+  #mayBegin(): void {
+    this.#heard = true;
+    this.#helloDeadline?.cancel();
+    if (this.#state === 'open') this.#events.onGreeted();
   }
 
   /** `unit`: what was answered so, and is answered by nothing any more. */

@@ -155,6 +155,7 @@ export class OutgoingPeer {
         },
         newerPair: (since) => this.#events.newerPair(this.peer, since),
         onForeignPut: () => this.#warnOfIds(),
+        onGreeted: () => this.#schedule(),
         onSpace: (again) => {
           this.#reopened = 0;
           this.#queue.unshift(...again);
