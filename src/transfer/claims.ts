@@ -56,7 +56,7 @@ export class ClaimBook {
   register(claimant: Claimant, entries: readonly StoreEntry[]): void {
     const claim = this.#open(claimant.transferId);
     claim.claimants.add(claimant);
-    claim.promptDigest ??= claimant.promptDigest;
+    claim.promptDigest = claimant.promptDigest ?? claim.promptDigest;
     if (claim.source === undefined) {
       const sources = [...new Set(entries.map(({ requestId }) => requestId))];
       const exact = sources.find((source) => source === claim.transferId);
@@ -74,7 +74,8 @@ export class ClaimBook {
   unregister(claimant: Claimant): void {
     const claim = this.#claims.get(claimant.transferId);
     claim?.claimants.delete(claimant);
-    if (claim && claim.claimants.size === 0 && claim.source === undefined)
+    // What is known of it stays until it is finished.
+    if (claim?.claimants.size === 0 && claim.source === undefined && claim.promptDigest === undefined)
       this.#claims.delete(claim.transferId);
   }
 
@@ -112,13 +113,9 @@ export class ClaimBook {
     const claim = this.#claims.get(transferId);
     if (!claim) return { promptDigest: undefined, complete: false };
     const { promptDigest, complete } = claim;
-    this.#claims.delete(transferId);
-    if (claim.claimants.size > 0) {
-      const [one] = claim.claimants;
-      const next = this.#open(transferId);
-      for (const claimant of claim.claimants) next.claimants.add(claimant);
-      next.promptDigest = one?.promptDigest;
-    }
+    claim.source = undefined;
+    claim.complete = false;
+    if (claim.claimants.size === 0) this.#claims.delete(transferId);
     return { promptDigest, complete };
   }
 

@@ -76,7 +76,8 @@ export class Loads {
     const { options, log, metrics, failures } = this.#context;
     const { requestId, transferId, prefillWithinMs } = request;
     const timeoutMs = this.#timeoutOf(request) + (prefillWithinMs ?? 0);
-    if ([...this.#loads.keys()].some((other) => other.transferId === transferId)) {
+    for (const other of this.#loads.keys()) {
+      if (other.transferId !== transferId) continue;
       const message = `load of ${requestId}: another load of ${transferId} is under way`;
       return Promise.reject(new PdError('REQUEST_INVALID', message, { requestId, transferId }));
     }

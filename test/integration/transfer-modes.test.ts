@@ -146,6 +146,20 @@ describe.each(SEND_TYPES)('%s', (sendType) => {
       expectSame(target, source);
     });
 
+    it('brings it also where the first was given up, and KV of the second comes before who wants it', async () => {
+      const both = await ends();
+      const [producer, consumer] = both;
+      const [source, target] = [pagedCache(2, true), pagedCache(2, false)];
+      const request = loadRequest('a', target, [0, 1], producer.address);
+      const first = consumer.load({ ...request, ...rome });
+      consumer.cancelLoad('a');
+      expect((await failure(first)).code).toBe('REQUEST_ABORTED');
+      consumer.finish(request.transferId);
+      await Promise.all(put(both, paris, source).map((one) => one.sent));
+      await consumer.load({ ...request, ...paris });
+      expectSame(target, source);
+    });
+
     it('names the conflict where only KV of the first comes', async () => {
       const both = await ends();
       const [producer, consumer] = both;
