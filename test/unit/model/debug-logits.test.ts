@@ -8,9 +8,9 @@ import { DebugLogits } from '../../../src/model/debug-logits.ts';
 import type { Executor } from '../../../src/model/executor.ts';
 import { LogitsFiles } from '../../../src/model/logits-files.ts';
 import type { Logger } from '../../../src/observability/log.ts';
+import { writeRandomModel } from '../../../support/random-model.ts';
 import { batchOf, GREEDY, generate, sequenceOf } from '../../support/batches.ts';
 import { argmax, readLogits } from '../../support/logits-files.ts';
-import { writeRandomModel } from '../../support/random-model.ts';
 import { tempDir } from '../../support/temp-dir.ts';
 
 const VOCAB = 80;

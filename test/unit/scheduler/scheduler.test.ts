@@ -1,6 +1,6 @@
 import { describe, expect, it } from 'vitest';
 import type { CoreRequest, SamplingParams } from '../../../src/scheduler/types.ts';
-import { transferOf } from '../../support/ids.ts';
+import { transferOf } from '../../../support/ids.ts';
 import { expectedTokens, GREEDY, requestId, SchedulerWorld } from '../../support/scheduler-world.ts';
 
 const OPTIONS = {
