@@ -6,7 +6,7 @@ import { execFileSync } from 'node:child_process';
 import { writeFileSync } from 'node:fs';
 import { Command, Option } from 'commander';
 import { readEnvironment, readMachine } from '../../src/bench/environment.ts';
-import { prepareNativeEnvironment } from '../../src/config/native-env.ts';
+import { prepareNativeEnvironment } from '../../src/device/native-env.ts';
 import { checkFamilies } from './families.ts';
 import { checkModes } from './modes.ts';
 import { checkRestarts } from './restarts.ts';

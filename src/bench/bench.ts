@@ -1,6 +1,9 @@
 /** What every part of the benchmark shares: options, peers on their devices, and one checked move from one peer to another. */
+
+import type { TransferTimeouts } from '../config/transfer-options.ts';
 import { PdError } from '../errors.ts';
-import type { LogLevel, SendType, TransferTimeouts } from '../transfer/types.ts';
+import type { LogLevel } from '../observability/log-options.ts';
+import type { SendType } from '../wire/messages.ts';
 import { BenchKv } from './kv.ts';
 import type { FlatJob, Job, PagedJob } from './messages.ts';
 import { Peer } from './peer.ts';

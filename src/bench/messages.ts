@@ -1,7 +1,10 @@
 /** What the benchmark tells its peers (a process each, one engine on one device) and what they answer. Plain data over the process channel. */
+
+import type { TransferTimeouts } from '../config/transfer-options.ts';
 import type { ErrorData } from '../errors.ts';
 import type { HostPort } from '../net/address.ts';
-import type { LogLevel, SendType, TransferTimeouts } from '../transfer/types.ts';
+import type { LogLevel } from '../observability/log-options.ts';
+import type { SendType } from '../wire/messages.ts';
 import type { KvShape } from './shape.ts';
 
 /** How a peer starts: one argument, as JSON. */

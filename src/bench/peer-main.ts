@@ -1,12 +1,12 @@
 /** A peer of the benchmark: one engine on one device, told what to do over the process channel. Ends when that closes. */
 import { setFlagsFromString } from 'node:v8';
 import { runInNewContext } from 'node:vm';
-import { createDevice } from '../device/create.ts';
+import { DEFAULT_LIMITS } from '../config/transfer-options.ts';
+import { createDevice } from '../device/create-device.ts';
 import type { CudaDevice } from '../device/cuda/device.ts';
 import { EventPoller } from '../device/poller.ts';
 import { PdError, unreachable } from '../errors.ts';
 import { TransferEngine } from '../transfer/engine.ts';
-import { DEFAULT_LIMITS } from '../transfer/types.ts';
 import { monotonicMs } from './clock.ts';
 import type { Compute } from './compute.ts';
 import { readEnvironment } from './environment.ts';

@@ -4,8 +4,9 @@ import type { Device, MemoryRef } from '../device/device.ts';
 import { hostMemory, hostView, sliceMemory } from '../device/memory.ts';
 import type { EventPoller } from '../device/poller.ts';
 import { PdError } from '../errors.ts';
-import { createTransport } from '../transport/create.ts';
-import type { Pair, Transport, UniqueId } from '../transport/transport.ts';
+import { createTransport } from '../transport/create-transport.ts';
+import type { Pair, Transport } from '../transport/transport.ts';
+import type { UniqueId } from '../wire/messages.ts';
 import { monotonicMs } from './clock.ts';
 
 const LOOPBACK = '127.0.0.1';

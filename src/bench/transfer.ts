@@ -1,5 +1,5 @@
 /** How long the KV of one request takes from GPU to GPU: every send type, with and without gather and scatter, beside the ceilings. */
-import { SEND_TYPES, type SendType } from '../transfer/types.ts';
+import { SEND_TYPES, type SendType } from '../wire/messages.ts';
 import { type BenchOptions, JobMaker, messageOf, moveRow, startPeers } from './bench.ts';
 import { type Ceiling, measureCeilings } from './ceilings.ts';
 import type { Job } from './messages.ts';

@@ -11,8 +11,10 @@ import { DEFAULT_SOAK } from '../bench/soak.ts';
 import { DEFAULT_TRANSFER, SOURCES } from '../bench/transfer.ts';
 import { bytes, device, duration, integer, type Kind, oneOf, text, toggle } from '../config/kinds.ts';
 import { defineOptions, option, type ValuesOf } from '../config/options.ts';
+import { DEFAULT_TIMEOUTS } from '../config/transfer-options.ts';
 import { PdError } from '../errors.ts';
-import { DEFAULT_TIMEOUTS, LOG_LEVELS, SEND_TYPES } from '../transfer/types.ts';
+import { LOG_LEVELS } from '../observability/log-options.ts';
+import { SEND_TYPES } from '../wire/messages.ts';
 
 /** Several in one argument: `16,256`. Nothing twice. */
 function commas<T>(kind: Kind<T>): Kind<readonly T[]> {
