@@ -3,6 +3,17 @@ import { PdError } from '../errors.ts';
 import type { SampleSpec, SamplingParams, TokenLogprob } from '../scheduler/types.ts';
 import { uniform } from './random.ts';
 
+/** The likeliest token each time, and nothing said about it: what checks and measurements start from. */
+export const GREEDY: SamplingParams = {
+  temperature: 0,
+  topP: 1,
+  topK: 0,
+  seed: 0,
+  maxTokens: 8,
+  minTokens: 0,
+  stopTokenIds: [],
+};
+
 export interface Sampled {
   readonly token: number;
   readonly logprob?: TokenLogprob;
