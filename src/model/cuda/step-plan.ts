@@ -10,6 +10,7 @@
 import { PdError } from '../../errors.ts';
 import type { SampleSpec, ScheduledSequence } from '../../scheduler/types.ts';
 import { uniform } from '../random.ts';
+import { placeTokens, type RowLimits, rowCount } from '../rows.ts';
 import { PREFILL_ROWS } from './kernels.ts';
 
 export interface StepCounts {
@@ -45,14 +46,11 @@ export interface StepPlan {
   readonly words: number;
 }
 
-export interface PlanLimits {
+export interface PlanLimits extends RowLimits {
   readonly maxRows: number;
   readonly maxSequences: number;
   /** Blocks of the longest sequence. */
   readonly maxBlocks: number;
-  readonly blockSize: number;
-  readonly numBlocks: number;
-  readonly vocab: number;
 }
 
 export interface PlanOptions {
@@ -118,7 +116,7 @@ export function planStep(
   const single = (sequence: ScheduledSequence) => !batchInvariant && sequence.tokens.length === 1;
   const decodes = sequences.filter(single).length;
   const items = itemsOf(sequences, limits.blockSize, (sequence) => !single(sequence));
-  const rows = sequences.reduce((sum, { tokens }) => sum + tokens.length, 0);
+  const rows = rowCount(sequences);
   const sampled = sequences.filter(({ sample }) => sample).length;
   const counts: StepCounts =
     padTo === undefined
@@ -141,7 +139,12 @@ export function planStep(
   const floats = new Float32Array(target.buffer, target.byteOffset, target.length);
   for (const [index, sequence] of sequences.entries()) {
     const { tokens, start, blockTable } = sequence;
-    writeRows(target, at, row, sequence, limits);
+    const first = row;
+    placeTokens(sequence, limits, (i, token, position, slot) => {
+      target[at.tokens + first + i] = token;
+      target[at.positions + first + i] = position;
+      target[at.slots + first + i] = slot;
+    });
     if (single(sequence)) {
       target[at.queryRows + decode] = row;
       target[at.contexts + decode] = start + 1;
@@ -194,35 +197,6 @@ function writeDraw(
   floats[at + 3] = uniform(params.seed, spec.index, spec.outputPosition);
 }
 
-function writeRows(
-  target: Int32Array,
-  at: StepOffsets,
-  first: number,
-  { tokens, start, blockTable, sequenceId }: ScheduledSequence,
-  { blockSize, numBlocks, vocab }: PlanLimits,
-): void {
-  for (let i = 0; i < tokens.length; i++) {
-    const position = start + i;
-    const token = tokens[i]!;
-    if (!(token >= 0 && token < vocab)) {
-      throw new PdError(
-        'INTERNAL',
-        `sequence ${sequenceId}: token ${token} at position ${position} is outside of the vocabulary`,
-      );
-    }
-    const block = blockTable[Math.floor(position / blockSize)];
-    if (block === undefined || block < 0 || block >= numBlocks) {
-      throw new PdError(
-        'INTERNAL',
-        `sequence ${sequenceId}: position ${position} has no block in its table of ${blockTable.length}`,
-      );
-    }
-    target[at.tokens + first + i] = token;
-    target[at.positions + first + i] = position;
-    target[at.slots + first + i] = block * blockSize + (position % blockSize);
-  }
-}
-
 /** The most work first, so that the last thread blocks to start are the shortest. */
 function itemsOf(
   sequences: readonly ScheduledSequence[],
@@ -257,7 +231,7 @@ function checkSize(
   { maxRows, maxSequences, maxBlocks, blockSize }: PlanLimits,
   padTo = sequences.length,
 ): void {
-  const rows = sequences.reduce((sum, { tokens }) => sum + tokens.length, 0);
+  const rows = rowCount(sequences);
   const longest = sequences.reduce((most, sequence) => Math.max(most, blocksOf(sequence, blockSize)), 0);
   if (rows > maxRows || sequences.length > maxSequences || padTo < sequences.length || longest > maxBlocks) {
     throw new PdError(

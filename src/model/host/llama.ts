@@ -7,13 +7,13 @@
  *
  * What a row becomes hangs on its own sequence alone (see kernels.ts), so chunks and batches never change a bit.
  */
-import { PdError } from '../../errors.ts';
 import type { ScheduledSequence } from '../../scheduler/types.ts';
 import type { ModelConfig } from '../config.ts';
 import { ropeFrequencies } from '../rope-config.ts';
+import { placeTokens, rowCount } from '../rows.ts';
 import { AttentionScratch, attend } from './attention.ts';
 import { addBias, addInto, applyRope, matmul, type RopeAngles, rmsNorm, swiglu } from './kernels.ts';
-import { type HostLayerCache, slotOf, writeKv } from './layer-cache.ts';
+import { type HostLayerCache, writeKv } from './layer-cache.ts';
 import type { LlamaLayerWeights, LlamaWeights } from './weights.ts';
 
 export interface LayerSteps {
@@ -73,34 +73,20 @@ export class HostLlama {
   }
 
   #rowsOf(sequences: readonly ScheduledSequence[]): Rows {
-    const count = sequences.reduce((sum, sequence) => sum + sequence.tokens.length, 0);
+    const count = rowCount(sequences);
     const rows: Rows = {
       tokens: new Int32Array(count),
       positions: new Int32Array(count),
       slots: new Int32Array(count),
     };
-    const { blockSize, numBlocks } = this.#caches[0]!.layout;
+    const limits = { ...this.#caches[0]!.layout, vocab: this.config.vocab };
     let row = 0;
-    for (const { tokens, start, blockTable, sequenceId } of sequences) {
-      for (let i = 0; i < tokens.length; i++, row++) {
-        const token = tokens[i]!;
-        const slot = slotOf(blockTable, blockSize, start + i);
-        if (!(token >= 0 && token < this.config.vocab)) {
-          throw new PdError(
-            'INTERNAL',
-            `sequence ${sequenceId}: token ${token} at position ${start + i} is outside of the vocabulary`,
-          );
-        }
-        if (!(slot >= 0 && slot < numBlocks * blockSize)) {
-          throw new PdError(
-            'INTERNAL',
-            `sequence ${sequenceId}: position ${start + i} has no block in its table of ${blockTable.length}`,
-          );
-        }
+    for (const sequence of sequences) {
+      placeTokens(sequence, limits, (_, token, position, slot) => {
         rows.tokens[row] = token;
-        rows.positions[row] = start + i;
-        rows.slots[row] = slot;
-      }
+        rows.positions[row] = position;
+        rows.slots[row++] = slot;
+      });
     }
     return rows;
   }
