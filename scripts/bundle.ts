@@ -199,7 +199,7 @@ function main(): void {
       'scripts/pair-results.sh',
       'bench/gpu/model.sh',
       'scripts/model-reference',
-      'test/peers',
+      'support/peers',
       'LICENSE',
       'CHANGELOG.md',
       'SECURITY.md',

@@ -29,7 +29,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 
-if [ ! -x ./node ] && ! { [ -f dist/src/cli/bench.js ] && [ -d node_modules ]; }; then
+if [ ! -x ./node ] && ! { [ -f dist/bench/cli/main.js ] && [ -d node_modules ]; }; then
   ./scripts/install.sh && ./scripts/build.sh || exit 1
 fi
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The frozen wire beside a worker of another make: the Python peer (test/peers; on GPUs with torch and NCCL, as vLLM's would be) in all
+# The frozen wire beside a worker of another make: the Python peer (support/peers; on GPUs with torch and NCCL, as vLLM's would be) in all
 # ways of sending and both directions, tensor families, restarts on either end, and the experiment matrix. Every byte is compared, every
 # wait is bounded: a hang is a failure that says where. Writes bench/results/<date>-<GPUs>-wire.{json,md} and ends with a few lines.
 #

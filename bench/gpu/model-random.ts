@@ -8,7 +8,7 @@ import type { CudaExecutor } from '../../src/model/cuda/executor.ts';
 import { HostExecutor } from '../../src/model/host/executor.ts';
 import { uniform } from '../../src/model/random.ts';
 import type { ScheduledSequence } from '../../src/scheduler/types.ts';
-import { writeRandomModel } from '../../test/support/random-model.ts';
+import { writeRandomModel } from '../../support/random-model.ts';
 import { batch, distance, makeExecutor, row, sequence } from './model-rig.ts';
 
 const random = (below: number) => Math.floor(Math.random() * below);

@@ -4,7 +4,7 @@ import { hostMemory, hostView } from '../../src/device/memory.ts';
 import type { HostPort } from '../../src/net/address.ts';
 import { TransferEngine } from '../../src/transfer/engine.ts';
 import type { TensorId } from '../../src/wire/ids.ts';
-import { sha256 } from '../../test/support/python-peer.ts';
+import { sha256 } from '../../support/python-peer.ts';
 import { engineOptions } from './rig.ts';
 
 /** The first names its address; each further one answers a request. */

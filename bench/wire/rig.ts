@@ -11,7 +11,7 @@ import { TransferEngine } from '../../src/transfer/engine.ts';
 import type { SendRequest, TransferOptions } from '../../src/transfer/types.ts';
 import { type Dtype, tensorBytes } from '../../src/wire/dtype.ts';
 import type { TensorId } from '../../src/wire/ids.ts';
-import { PythonPeer, seededBytes, sha256 } from '../../test/support/python-peer.ts';
+import { PythonPeer, seededBytes, sha256 } from '../../support/python-peer.ts';
 
 export interface WireRow {
   readonly group: string;
@@ -185,7 +185,7 @@ export function startPeer(
   return PythonPeer.start({
     python,
     port,
-    script: 'test/peers/peer.py',
+    script: 'support/peers/peer.py',
     transport: theirs === 'host' ? 'host' : 'nccl',
     device: theirs,
     timeoutS: patienceS,

@@ -1,4 +1,4 @@
-/** Our engine beside a worker of another make (test/peers, Python, from docs/protocol.md) on the host transport. */
+/** Our engine beside a worker of another make (support/peers, Python, from docs/protocol.md) on the host transport. */
 import { networkInterfaces } from 'node:os';
 import { afterEach, describe, expect, test } from 'vitest';
 import * as zmq from 'zeromq';
@@ -14,8 +14,8 @@ import { HostTransport } from '../../src/transport/host/transport.ts';
 import { decodeMessage, encodeAnswer } from '../../src/wire/codec.ts';
 import { type Dtype, tensorBytes } from '../../src/wire/dtype.ts';
 import { type TensorId, tensorIdOf } from '../../src/wire/ids.ts';
-import { proxiedId } from '../support/ids.ts';
-import { PythonPeer, pythonWith, seededBytes, sha256 } from '../support/python-peer.ts';
+import { proxiedId } from '../../support/ids.ts';
+import { PythonPeer, pythonWith, seededBytes, sha256 } from '../../support/python-peer.ts';
 import {
   failure,
   keptPort,

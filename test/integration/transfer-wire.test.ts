@@ -10,7 +10,7 @@ import type { TransferService } from '../../src/transfer/service.ts';
 import type { Pair } from '../../src/transport/transport.ts';
 import { decodeMessage, encodeAnswer, encodeMessage } from '../../src/wire/codec.ts';
 import { type TensorId, type TransferId, tensorIdOf } from '../../src/wire/ids.ts';
-import { proxiedId } from '../support/ids.ts';
+import { proxiedId } from '../../support/ids.ts';
 import { RawListener, RawPeer } from '../support/raw-peer.ts';
 import {
   blockOf,

@@ -3,7 +3,7 @@ import type { Executor } from '../../src/model/executor.ts';
 import { GREEDY } from '../../src/model/sampler.ts';
 import type { ForwardBatch, SamplingParams, ScheduledSequence } from '../../src/scheduler/types.ts';
 import { engineRequestId } from '../../src/wire/ids.ts';
-import { transferOf } from './ids.ts';
+import { transferOf } from '../../support/ids.ts';
 
 export interface SequenceOptions {
   readonly id?: string;

@@ -11,7 +11,7 @@ import { MetricsPage } from '../../src/observability/metrics.ts';
 import type { CoreRequest, RequestOutput, SamplingParams } from '../../src/scheduler/types.ts';
 import type { EngineRequestId } from '../../src/wire/ids.ts';
 import type { CoreInfo, CoreState, FromCore, ToCore } from '../../src/worker/messages.ts';
-import { transferOf } from './ids.ts';
+import { transferOf } from '../../support/ids.ts';
 import { PATIENT_TIMEOUTS } from './transfer.ts';
 
 const ENTRY = fileURLToPath(new URL('../../dist/src/worker/core-thread.js', import.meta.url));

@@ -17,7 +17,7 @@ import {
   type TransferTimeouts,
 } from '../../src/transfer/types.ts';
 import { type TensorId, type TransferId, tensorIdOf } from '../../src/wire/ids.ts';
-import { transferOf } from './ids.ts';
+import { transferOf } from '../../support/ids.ts';
 
 /** A busy machine is slow, not broken: tests set a shorter one where it is to pass. */
 export const PATIENT_TIMEOUTS: TransferTimeouts = {

@@ -4,9 +4,9 @@ import { readdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { beforeAll, describe, expect, test } from 'vitest';
-import type { Report } from '../../src/bench/report.ts';
-import type { PartResult } from '../../src/bench/result.ts';
-import { cacheBlocks } from '../../src/bench/shape.ts';
+import type { Report } from '../../bench/transfer/report.ts';
+import type { PartResult } from '../../bench/transfer/result.ts';
+import { cacheBlocks } from '../../bench/transfer/shape.ts';
 import { standInEnvironment } from '../stand-ins/build.ts';
 import { tempDir } from '../support/temp-dir.ts';
 

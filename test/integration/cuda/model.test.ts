@@ -10,9 +10,9 @@ import { demoModelDir } from '../../../src/model/demo.ts';
 import { HostExecutor } from '../../../src/model/host/executor.ts';
 import { uniform } from '../../../src/model/random.ts';
 import { GREEDY } from '../../../src/model/sampler.ts';
+import { type RandomModel, writeRandomModel } from '../../../support/random-model.ts';
 import { type StandIns, useStandIns } from '../../stand-ins/build.ts';
 import { batchOf, generate, sequenceOf } from '../../support/batches.ts';
-import { type RandomModel, writeRandomModel } from '../../support/random-model.ts';
 import { tempDir } from '../../support/temp-dir.ts';
 
 let standIns: StandIns;

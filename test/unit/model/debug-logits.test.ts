@@ -9,9 +9,9 @@ import type { Executor } from '../../../src/model/executor.ts';
 import { LogitsFiles } from '../../../src/model/logits-files.ts';
 import { GREEDY } from '../../../src/model/sampler.ts';
 import type { Logger } from '../../../src/observability/log.ts';
+import { writeRandomModel } from '../../../support/random-model.ts';
 import { batchOf, generate, sequenceOf } from '../../support/batches.ts';
 import { argmax, readLogits } from '../../support/logits-files.ts';
-import { writeRandomModel } from '../../support/random-model.ts';
 import { tempDir } from '../../support/temp-dir.ts';
 
 const VOCAB = 80;

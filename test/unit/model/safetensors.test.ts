@@ -8,7 +8,7 @@ import { fingerprintOf } from '../../../src/model/fingerprint.ts';
 import { float16ToFloat32 } from '../../../src/model/float-convert.ts';
 import { Checkpoint } from '../../../src/model/safetensors.ts';
 import { parseSafetensorsHeader } from '../../../src/model/safetensors-header.ts';
-import { encodeTensors, type FloatType, safetensorsFile } from '../../support/safetensors-writer.ts';
+import { encodeTensors, type FloatType, safetensorsFile } from '../../../support/safetensors-writer.ts';
 import { tempDir } from '../../support/temp-dir.ts';
 import { writeTinyModel } from '../../support/tiny-model.ts';
 

@@ -3,7 +3,7 @@
 import fc from 'fast-check';
 import { expect, it } from 'vitest';
 import { GREEDY } from '../../../src/model/sampler.ts';
-import { transferOf } from '../../support/ids.ts';
+import { transferOf } from '../../../support/ids.ts';
 import { expectedTokens, requestId, SchedulerWorld } from '../../support/scheduler-world.ts';
 
 const addition = fc.record({

@@ -17,8 +17,8 @@ import type {
 } from '../../../src/scheduler/types.ts';
 import type { SendType } from '../../../src/transfer/types.ts';
 import { CoreLoop } from '../../../src/worker/core.ts';
+import { transferOf } from '../../../support/ids.ts';
 import { FakeEngine } from '../../support/fake-engine.ts';
-import { transferOf } from '../../support/ids.ts';
 import { requestId } from '../../support/scheduler-world.ts';
 
 const cache: PagedLayer = {
