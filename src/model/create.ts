@@ -6,12 +6,11 @@ import { blockBytes } from '../kv/layout.ts';
 import type { Logger } from '../observability/log.ts';
 import type { Fingerprint } from '../transfer/types.ts';
 import { type ModelConfig, readModelConfig } from './config.ts';
-import { DebugLogits } from './debug-logits.ts';
+import { DebugLogits, LogitsFiles } from './debug-logits.ts';
 import type { Executor } from './executor.ts';
 import { fingerprintOf } from './fingerprint.ts';
 import { HostExecutor } from './host/executor.ts';
 import { kvLayout } from './kv-cache.ts';
-import { LogitsFiles } from './logits-files.ts';
 
 /** What the default size of the KV cache on the host stays under, all layers together. */
 const HOST_KV_BYTES = 2 ** 30;

@@ -9,6 +9,7 @@ import { type FileHandle, open } from 'node:fs/promises';
 import { join } from 'node:path';
 import { z } from 'zod';
 import { PdError } from '../errors.ts';
+import { checked, invalid } from './checked.ts';
 import { type FloatType, toFloat32 } from './float-convert.ts';
 import { readJson } from './json-file.ts';
 import { parseSafetensorsHeader, type TensorEntry } from './safetensors-header.ts';
@@ -166,10 +167,7 @@ async function fileNames(
 ): Promise<{ readonly names: readonly string[]; readonly index: ReadonlyMap<string, string> }> {
   const json = await readJson(join(dir, INDEX_FILE));
   if (json === undefined) return { names: [SINGLE_FILE], index: new Map() };
-  const parsed = indexSchema.safeParse(json);
-  if (!parsed.success)
-    throw new PdError('CHECKPOINT_INVALID', `${join(dir, INDEX_FILE)}: ${z.prettifyError(parsed.error)}`);
-  const index = new Map(Object.entries(parsed.data.weight_map));
+  const index = new Map(Object.entries(checked(indexSchema, json, join(dir, INDEX_FILE)).weight_map));
   const names = [...new Set(index.values())].sort();
   const outside = names.find((name) => name.includes('/') || name.includes('\\') || name.startsWith('.'));
   if (outside !== undefined) {
@@ -189,12 +187,7 @@ async function openFile(dir: string, name: string, index: ReadonlyMap<string, st
   } catch (cause) {
     const held = [...index].filter(([, file]) => file === name).map(([tensor]) => tensor);
     const what = held.length > 0 ? ` (it holds ${held.length} tensors, first ${held[0]})` : '';
-    throw new PdError(
-      'CHECKPOINT_INVALID',
-      `${path} cannot be opened${what}: ${PdError.from(cause).message}`,
-      {},
-      { cause },
-    );
+    throw invalid(`${path} cannot be opened${what}`, cause);
   }
   try {
     const { size } = await handle.stat();

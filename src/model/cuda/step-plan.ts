@@ -13,7 +13,7 @@ import { uniform } from '../random.ts';
 import { placeTokens, type RowLimits, rowCount } from '../rows.ts';
 import { PREFILL_ROWS } from './kernels.ts';
 
-export interface StepCounts {
+interface StepCounts {
   readonly rows: number;
   /** Sequences of the decode kernel. */
   readonly decodes: number;
@@ -25,23 +25,9 @@ export interface StepCounts {
   readonly draws: number;
 }
 
-/** Offsets in int32 words. */
-export interface StepOffsets {
-  readonly tokens: number;
-  readonly positions: number;
-  readonly slots: number;
-  readonly queryRows: number;
-  readonly contexts: number;
-  readonly tableStarts: number;
-  readonly items: number;
-  readonly draws: number;
-  readonly chosen: number;
-  readonly tables: number;
-}
-
 export interface StepPlan {
   readonly counts: StepCounts;
-  readonly at: StepOffsets;
+  readonly at: ReturnType<typeof stepOffsets>;
   /** Words written. */
   readonly words: number;
 }
@@ -66,7 +52,8 @@ export const DRAW_WORDS = 4;
 /** Items are read 16 bytes at a time. */
 const align = (words: number) => Math.ceil(words / ITEM_WORDS) * ITEM_WORDS;
 
-export function stepOffsets({ rows, decodes, items, chosen, draws }: StepCounts): StepOffsets {
+/** In int32 words. */
+function stepOffsets({ rows, decodes, items, chosen, draws }: StepCounts) {
   const queryRows = 3 * rows;
   const itemsAt = align(queryRows + 3 * decodes);
   const drawsAt = itemsAt + ITEM_WORDS * items;

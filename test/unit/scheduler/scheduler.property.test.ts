@@ -1,5 +1,4 @@
 /** Random arrivals, aborts, failing steps and loads under scarce blocks: the world throws where KV is wrong, a block is lost or twice told. */
-
 import fc from 'fast-check';
 import { expect, it } from 'vitest';
 import { GREEDY } from '../../../src/model/sampler.ts';
