@@ -1,8 +1,8 @@
 /** What tells two models apart on the wire: peers whose fingerprints differ never exchange KV. */
 import { createHash } from 'node:crypto';
-import { fingerprint } from '../transfer/fingerprint.ts';
-import type { Fingerprint } from '../transfer/types.ts';
 import type { Dtype } from '../wire/dtype.ts';
+import type { Fingerprint } from '../wire/fingerprint.ts';
+import { fingerprint } from '../wire/fingerprint.ts';
 import type { ModelConfig } from './config.ts';
 import { Checkpoint } from './safetensors.ts';
 

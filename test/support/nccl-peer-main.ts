@@ -4,7 +4,8 @@ import type { MemoryRef } from '../../src/device/device.ts';
 import { sliceMemory } from '../../src/device/memory.ts';
 import { PdError, unreachable } from '../../src/errors.ts';
 import { createNcclTransport } from '../../src/transport/nccl/transport.ts';
-import type { Pair, UniqueId } from '../../src/transport/transport.ts';
+import type { Pair } from '../../src/transport/transport.ts';
+import type { UniqueId } from '../../src/wire/messages.ts';
 import type { Answer, Command } from './nccl-peer.ts';
 
 const ARENA = 96 * 2 ** 20;

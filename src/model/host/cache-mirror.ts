@@ -7,9 +7,9 @@
  */
 import type { Device, MemoryRef, Stream } from '../../device/device.ts';
 import { sliceMemory } from '../../device/memory.ts';
+import type { NamedLayer } from '../../device/paged-cache.ts';
 import { EventPoller } from '../../device/poller.ts';
 import { layerBytes, type PagedLayout, runBytes, runOffset } from '../../kv/layout.ts';
-import type { NamedLayer } from '../../kv/paged-cache.ts';
 import type { ForwardBatch, ScheduledSequence } from '../../scheduler/types.ts';
 import type { HostCaches } from './caches.ts';
 import { asFloats, copyBlocks, type HostLayerCache } from './layer-cache.ts';

@@ -1,7 +1,7 @@
 /** The host's view of the paged KV cache: the device's own memory where the CPU can read it, a mirror of it where it cannot. */
 import type { Device } from '../../device/device.ts';
 import { hostView } from '../../device/memory.ts';
-import type { NamedLayer } from '../../kv/paged-cache.ts';
+import type { NamedLayer } from '../../device/paged-cache.ts';
 import type { ForwardBatch } from '../../scheduler/types.ts';
 import { MirroredCaches } from './cache-mirror.ts';
 import { asFloats, copyBlocks, type HostLayerCache } from './layer-cache.ts';
