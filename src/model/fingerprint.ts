@@ -1,8 +1,7 @@
 /** What tells two models apart on the wire: peers whose fingerprints differ never exchange KV. */
 import { createHash } from 'node:crypto';
-import type { Fingerprint } from '../transfer/types.ts';
-import type { Dtype } from '../wire/dtype.ts';
-import { fingerprint } from '../wire/fingerprint.ts';
+
+import { type Fingerprint, fingerprint } from '../wire/fingerprint.ts';
 import type { ModelConfig } from './config.ts';
 import type { KvFormat } from './kv-cache.ts';
 import { Checkpoint } from './safetensors.ts';

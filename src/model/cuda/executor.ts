@@ -8,7 +8,6 @@ import type { DeviceEvent, DevicePointer, MemoryRef } from '../../device/device.
 import { sliceMemory } from '../../device/memory.ts';
 import type { NamedLayer } from '../../device/paged-cache.ts';
 import { EventPoller } from '../../device/poller.ts';
-import { runBytes, runOffset, runsPerBlock } from '../../kv/layout.ts';
 import type {
   ForwardBatch,
   ForwardResult,

@@ -12,7 +12,6 @@ import { EventPoller } from '../../device/poller.ts';
 import { layerBytes, type PagedLayout } from '../../kv/layout.ts';
 import type { ForwardBatch, ScheduledSequence } from '../../scheduler/types.ts';
 import { copyBlock } from '../kv-cache.ts';
-import { MirroredCaches } from './cache-mirror.ts';
 import { asFloats, copyBlocks, type HostLayerCache } from './layer-cache.ts';
 
 export interface HostCaches {
