@@ -5,7 +5,7 @@ import type { CoreRequest, RequestOutput } from '../scheduler/types.ts';
 import { startThread, type ThreadPort, threadEntry } from '../thread-entry.ts';
 import type { EngineRequestId } from '../wire/ids.ts';
 import { AsyncQueue } from './async-queue.ts';
-import type { CoreInfo, CoreInit, CoreState, FromCore, ToCore } from './messages.ts';
+import type { CoreInfo, CoreInit, CoreState, FromCore, ToCore } from './core-messages.ts';
 
 /** The core thread as its client has it. */
 export type CorePort = ThreadPort<ToCore, FromCore>;

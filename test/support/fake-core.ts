@@ -3,7 +3,7 @@
 import type { TextModel } from '../../src/model/tokenizer.ts';
 import type { CoreRequest, RequestOutput } from '../../src/scheduler/types.ts';
 import { CoreClient, type CoreClientOptions, type CorePort } from '../../src/worker/core-client.ts';
-import type { CoreInfo, CoreState, FromCore, ToCore } from '../../src/worker/messages.ts';
+import type { CoreInfo, CoreState, FromCore, ToCore } from '../../src/worker/core-messages.ts';
 import { type RequestReader, readBody } from '../../src/worker/request-reader.ts';
 
 export const EOS = 256;
