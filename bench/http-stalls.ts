@@ -228,7 +228,8 @@ async function main(): Promise<void> {
       if (!options.json) console.error(`${one.path} ${one.name}: done`);
     }
     const firstTokenMs = await firstTokens(urls);
-    if (options.json) console.log(JSON.stringify({ machine: readMachine(), files, rows, firstTokenMs }));
+    if (options.json)
+      console.log(JSON.stringify({ machine: await readMachine(), files, rows, firstTokenMs }));
     else print(rows, firstTokenMs);
   } finally {
     await thrower.terminate();

@@ -4,6 +4,7 @@ import { Command, Option } from 'commander';
 import { addOptions, type OptionTable, resolveOptions, type ValuesOf } from '../../src/config/options.ts';
 import { packageVersion } from '../../src/version.ts';
 import { NO_PROGRESS, terminalProgress } from '../measure/progress.ts';
+import { conclude } from '../measure/results.ts';
 import { plainTable } from '../measure/table.ts';
 import type { BenchOptions } from '../transfer/bench.ts';
 import { exchange } from '../transfer/exchange.ts';
@@ -103,8 +104,7 @@ export function benchCommand(): Command {
     .action((folder: string, { out, command }: { out: string; command: string }) => {
       const report = readReport(folder, command);
       const base = writeReport(report, out);
-      console.log(`${renderSummary(report)}\n${base}.{json,md}`);
-      process.exitCode = isSound(report) ? 0 : 1;
+      conclude(`${renderSummary(report)}\n${base}.{json,md}`, isSound(report));
     });
   program
     .command('show')

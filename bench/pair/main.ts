@@ -7,7 +7,8 @@
 import { readdirSync, writeFileSync } from 'node:fs';
 import { basename } from 'node:path';
 import { Command, Option } from 'commander';
-import { type Mode, problemsOf, writeReport } from './result.ts';
+import { conclude } from '../measure/results.ts';
+import { type Mode, problemsOf, readResults, writeReport } from './result.ts';
 import { PairRun } from './run.ts';
 
 interface CheckCommand {
@@ -47,7 +48,9 @@ program
   .action((folder: string, { out, command }: { readonly out: string; readonly command: string }) => {
     const names = readdirSync(folder).filter((name) => name.endsWith('.pair.json'));
     if (names.length === 0) throw new Error(`there is no result in ${folder}`);
-    console.log(`${writeReport(folder, names, out, command)}.md`);
+    const results = readResults(folder, names);
+    const ok = results.every((result) => problemsOf(result).length === 0);
+    conclude(`${writeReport(results, out, command)}.md`, ok);
   });
 await program.parseAsync();
 

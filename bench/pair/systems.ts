@@ -25,7 +25,8 @@ export interface Pair {
   stop(): Promise<void>;
 }
 
-const START_MS = 120_000;
+/** Reading a checkpoint of true size takes its time. */
+const START_MS = 300_000;
 /** After SIGTERM, before SIGKILL. */
 const STOP_MS = 15_000;
 /** `bench/pair` of the sources, `dist/bench/pair` of a build. */
@@ -45,8 +46,9 @@ export async function startUndivided(options: SystemOptions): Promise<Undivided>
 }
 
 /** KV that does not come fails its request, so that every answer stands for KV that moved. */
-export async function startPair(options: SystemOptions, sendType: string): Promise<Pair> {
-  const args = ['--json', '--free-ports', '--device', options.device, '--send-type', sendType];
+export async function startPair(options: SystemOptions, sendType?: string): Promise<Pair> {
+  const args = ['--json', '--free-ports', '--device', options.device];
+  if (sendType !== undefined) args.push('--send-type', sendType);
   const { found, stop } = await start(
     'pair',
     [

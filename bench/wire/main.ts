@@ -7,6 +7,7 @@ import { writeFileSync } from 'node:fs';
 import { Command, Option } from 'commander';
 import { prepareNativeEnvironment } from '../../src/device/native-env.ts';
 import { readEnvironment, readMachine } from '../measure/machine.ts';
+import { conclude } from '../measure/results.ts';
 import { checkFamilies } from './families.ts';
 import { checkModes } from './modes.ts';
 import { checkRestarts } from './restarts.ts';
@@ -48,9 +49,7 @@ program
   .action((folder: string, { out, command, only }: ReportOptions) => {
     const result = readWireResult(folder, command, only ? [only] : PARTS);
     const base = writeWireResult(result, out);
-    console.log(summarize(result));
-    console.log(`${base}.md`);
-    process.exitCode = result.problems.length === 0 ? 0 : 1;
+    conclude(`${summarize(result)}\n${base}.md`, result.problems.length === 0);
   });
 await program.parseAsync();
 
