@@ -13,9 +13,9 @@ import { once } from 'node:events';
 import { Agent, request as httpRequest, type IncomingMessage } from 'node:http';
 import { createInterface } from 'node:readline';
 import { setTimeout as sleep } from 'node:timers/promises';
-import { fileURLToPath } from 'node:url';
 import { isMainThread, parentPort, Worker } from 'node:worker_threads';
 import { Command } from 'commander';
+import { programFile } from '../support/root.ts';
 import { monotonicMs } from './measure/clock.ts';
 import { readMachine } from './measure/machine.ts';
 import { type Spread, spreadOf } from './measure/statistics.ts';
@@ -213,7 +213,7 @@ async function main(): Promise<void> {
     .parse()
     .opts<Options>();
   const program = options.proxy ? 'pd-proxy' : 'pd-worker';
-  const files = [fileURLToPath(new URL(`../../bin/${program}`, import.meta.url))];
+  const files = [programFile(program)];
   if (options.beside !== undefined) files.unshift(options.beside);
   const workers = await Promise.all(files.map(options.proxy ? startProxy : startWorker));
   const urls = workers.map(({ url }) => url);

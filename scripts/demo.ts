@@ -6,13 +6,13 @@
 import { existsSync } from 'node:fs';
 import { isIPv6 } from 'node:net';
 import { join } from 'node:path';
-import { fileURLToPath } from 'node:url';
 import { Command, Option } from 'commander';
 import { Supervisor } from '../src/cli/launch-supervisor.ts';
 import { demoModelDir } from '../src/config/demo-model.ts';
 import { isLoopback } from '../src/net/address.ts';
 import { ownAddresses } from '../src/net/local.ts';
 import { readKvShape } from '../support/kv-shape.ts';
+import { programFile } from '../support/root.ts';
 import type { Addresses } from '../support/serving.ts';
 import { Bootstraps } from './bootstraps.ts';
 import { PROMPTS, runPrompt } from './demo-checks.ts';
@@ -72,9 +72,6 @@ const options = new Command(process.env['SCRIPT_NAME'] ?? 'demo.sh')
   .opts<DemoOptions>();
 
 const onGpu = (options.executor ?? options.device) === 'cuda';
-/** `scripts/` of the sources, `dist/scripts/` in the bundle. */
-const root = import.meta.url.includes('/dist/scripts/') ? '../../' : '../';
-const bin = (name: string) => fileURLToPath(new URL(`${root}bin/${name}`, import.meta.url));
 const given = (flag: string, value: string | undefined) => (value === undefined ? [] : [flag, value]);
 const onRunbookPorts = (options.keep === true || options.runbookPorts === true) && options.freePorts !== true;
 const workerArgs = ['--block-size', String(BLOCK_SIZE), ...(onGpu ? SHARING_A_GPU : [])];
@@ -130,11 +127,11 @@ class Demonstration {
         [
           {
             name: 'launch',
-            args: [bin('pd-launch'), ...launchArgs(this.#host)],
+            args: [programFile('pd-launch'), ...launchArgs(this.#host)],
             env: options.device === 'host' ? {} : this.bootstraps.environment,
           },
         ],
-        [{ name: 'undivided', args: [bin('pd-worker'), ...undividedArgs(this.#host)] }],
+        [{ name: 'undivided', args: [programFile('pd-worker'), ...undividedArgs(this.#host)] }],
       ],
       // Whatever ends here is a failure: pd-launch itself restarts what dies.
       restart: { firstPauseMs: 0, maxPauseMs: 0, deaths: 1, windowMs: 1 },

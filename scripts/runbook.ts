@@ -8,17 +8,14 @@ import { readFileSync } from 'node:fs';
 import { createServer } from 'node:net';
 import { createInterface } from 'node:readline';
 import { setTimeout as sleep } from 'node:timers/promises';
-import { fileURLToPath } from 'node:url';
 import { Command } from 'commander';
 import { demoModelDir } from '../src/config/demo-model.ts';
 import { readKvShape } from '../support/kv-shape.ts';
+import { ROOT } from '../support/root.ts';
 import type { Addresses } from '../support/serving.ts';
 import { Bootstraps } from './bootstraps.ts';
 import { PROMPTS, runPrompt } from './demo-checks.ts';
 
-const root = fileURLToPath(
-  new URL(import.meta.url.includes('/dist/scripts/') ? '../../' : '../', import.meta.url),
-);
 const HEADING = "### With vLLM's configuration";
 /** Of the lines. */
 const PORTS = ['10002', '30002', '8081', '8082', '8083', '8084'] as const;
@@ -37,7 +34,7 @@ const options = new Command('runbook.sh')
 
 /** Proxy, producer, consumer: the first indented block after the heading, continued lines joined. */
 function linesOfTheRunbook(): [proxy: string, producer: string, consumer: string] {
-  const text = readFileSync(`${root}docs/operations.md`, 'utf8');
+  const text = readFileSync(`${ROOT}docs/operations.md`, 'utf8');
   const section = text.slice(text.indexOf(`${HEADING}\n`));
   const block = /\n\n((?: {4}.*\n)+)/.exec(section)?.[1] ?? '';
   const lines = block.replaceAll(/^ {4}/gm, '').replaceAll('\\\n', ' ').trim().split('\n');
@@ -61,7 +58,7 @@ class Running {
     this.bootstraps = bootstraps;
     // A process group of its own: it is stopped whole, whatever bash has put between.
     this.#child = spawn('bash', ['-c', line], {
-      cwd: root,
+      cwd: ROOT,
       detached: true,
       stdio: ['ignore', 'pipe', 'pipe'],
       env: { ...process.env, ...bootstraps.environment },

@@ -11,6 +11,7 @@ import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
 import { Command, Option } from 'commander';
+import { programFile } from '../../support/root.ts';
 import { readEnvironment, readMachine } from '../measure/machine.ts';
 import { conclude, hardwareLines, problemLines, writeResults } from '../measure/results.ts';
 import { type SystemOptions, startPair, startUndivided } from '../pair/systems.ts';
@@ -82,7 +83,13 @@ async function measure(title: string, url: string, tokenizeUrl: string): Promise
       String(1_000 + width),
     ];
     const urls = ['--url', url, '--tokenize-url', tokenizeUrl];
-    await section(`${title}, ${width} at once`, [BENCH, 'serve', ...urls, ...load, ...program.args]);
+    await section(`${title}, ${width} at once`, [
+      programFile('pd-bench'),
+      'serve',
+      ...urls,
+      ...load,
+      ...program.args,
+    ]);
   }
 }
 
@@ -121,7 +128,6 @@ async function revision(): Promise<string> {
 }
 
 const fromDist = (path: string) => fileURLToPath(new URL(path, import.meta.url));
-const BENCH = fromDist('../../../bin/pd-bench');
 const startedAt = new Date().toISOString();
 const flags = [
   ...(executor === undefined ? [] : ['--executor', executor]),

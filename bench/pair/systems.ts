@@ -1,6 +1,6 @@
 /** The two that are compared, as processes of their own: one undivided worker; a proxy, a producer and a consumer. */
-import { fileURLToPath } from 'node:url';
 import { Supervisor } from '../../src/cli/launch-supervisor.ts';
+import { programFile } from '../../support/root.ts';
 import type { Addresses } from '../../support/serving.ts';
 import { Client } from './client.ts';
 
@@ -29,16 +29,12 @@ export interface Pair {
 const START_MS = 300_000;
 /** After SIGTERM, before SIGKILL. */
 const STOP_MS = 15_000;
-/** `bench/pair` of the sources, `dist/bench/pair` of a build. */
-const root = import.meta.url.includes('/dist/') ? '../../../' : '../../';
-const bin = (name: string) => fileURLToPath(new URL(`${root}bin/${name}`, import.meta.url));
-
 export async function startUndivided(options: SystemOptions): Promise<Undivided> {
   const device = options.device === 'cuda' ? 'cuda:0' : 'host';
   const args = ['--role', 'both', '--host', '127.0.0.1', '--port', '0', '--device', device];
   const { found, stop } = await start(
     'undivided',
-    [bin('pd-worker'), ...args, '--model', options.model, ...options.flags],
+    [programFile('pd-worker'), ...args, '--model', options.model, ...options.flags],
     (line) => /Running on (http:\/\/[^\s"]+)/.exec(line)?.[1],
     options.onLine,
   );
@@ -52,7 +48,7 @@ export async function startPair(options: SystemOptions, sendType?: string): Prom
   const { found, stop } = await start(
     'pair',
     [
-      ...[bin('pd-launch'), ...args, '--model', options.model, '--kv-load-failure', 'fail'],
+      ...[programFile('pd-launch'), ...args, '--model', options.model, '--kv-load-failure', 'fail'],
       ...['--', ...options.flags],
     ],
     (line) => (line.startsWith('{"proxy"') ? (JSON.parse(line) as Addresses) : undefined),

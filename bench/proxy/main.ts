@@ -6,9 +6,9 @@
  *   taskset -c 0,1 node dist/bench/proxy/main.js     proxy, instances and load on two cores
  */
 import { availableParallelism } from 'node:os';
-import { fileURLToPath } from 'node:url';
 import { Command } from 'commander';
 import { Pool } from 'undici';
+import { programFile } from '../../support/root.ts';
 import { monotonicMs } from '../measure/clock.ts';
 import { readMachine } from '../measure/machine.ts';
 import { type Spread, spreadOf } from '../measure/statistics.ts';
@@ -88,8 +88,7 @@ async function fastest(url: string): Promise<Round> {
   return rounds.reduce((best, one) => (one.requestsPerSecond > best.requestsPerSecond ? one : best));
 }
 
-const program = fileURLToPath(new URL('../../../bin/pd-proxy', import.meta.url));
-const pair = await startProxyPair(program, [options.events]);
+const pair = await startProxyPair(programFile('pd-proxy'), [options.events]);
 const machine = await readMachine();
 const results = {
   'no proxy': await fastest(pair.instanceUrl),
