@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What clients see of a producer, a consumer and a proxy beside one undivided worker, with the same prompts; on the host also the proxy
-# alone, and what one client's body does to another's stream. Exit status 1 where anything failed.
-# Writes bench/results/<date>-<device>[-<model>]-serve.md. Takes some minutes, on a machine that has nothing else to do.
+# What clients see of a producer, a consumer and a proxy, and of one undivided worker, with the same prompts; on the host also the proxy
+# alone, and what one client's body does to another's stream. Exit status 1 if anything failed.
+# Writes bench/results/<date>-<device>[-<model>]-serve.md. Takes ten minutes, on a machine that does nothing else.
 #
 #   ./scripts/serve-results.sh [--device host|cuda] [--model DIR] [--executor host|cuda] [--out DIR] [-- flags of pd-bench serve]
 #
-# With --device cuda the undivided worker has cuda:0 to itself; when it has ended, the producer gets cuda:0 and the consumer cuda:1.
+# With --device cuda the undivided worker has cuda:0 to itself; then the producer gets cuda:0 and the consumer cuda:1.
 # From a checkout, or from the archive of `npm run bundle`.
 set -uo pipefail
 cd "$(dirname "$0")/.."

@@ -1,6 +1,6 @@
 /**
  * The program behind scripts/serve-results.sh: `pd-bench serve` on one undivided worker, then on proxy, producer and consumer, with the same
- * prompts; on the host also the proxy alone, and what one client's body does to another's stream. What fails is a result like others.
+ * prompts; on the host also the proxy alone, and what one client's body does to another's stream. Failures are results, too.
  *
  *   main --device host|cuda --model DIR [--name NAME] [--executor host|cuda] --out DIR --command LINE [-- flags of pd-bench serve]
  */
@@ -26,10 +26,10 @@ interface Options {
 }
 
 const WIDTHS = [1, 8];
-/** Goes before what the command line gives, which wins. */
+/** Goes before the flags of the command line, which override it. */
 const LOAD = ['--num-requests', '48', '--prompt-tokens', '256', '--output-tokens', '32'];
 const OBJECTIVES = ['--slo-ttft', '1s', '--slo-itl', '100ms'];
-/** Of one program that measures. */
+/** Deadline of one measurement. */
 const MEASURE_MS = 1_800_000;
 
 const program = new Command('serve-results')
@@ -46,13 +46,13 @@ const { device, model, name, executor } = options;
 const sections: string[] = [];
 const problems: string[] = [];
 
-/** Adds what a program says as a section; `file` from dist/bench. Whatever fails becomes a problem. */
+/** Runs programs (file and arguments) and adds their output as a section. A failure becomes a problem of the page. */
 async function section(title: string, ...runs: readonly (readonly string[])[]): Promise<void> {
   console.error(title);
   const said: string[] = [];
   for (const [file = '', ...args] of runs) {
     const ended = await run(file, args);
-    // its own address is of no interest to a reader
+    // the server's address means nothing to a reader
     said.push(ended.stdout.replace(/^http:\/\/[^,]*, /, '').trimEnd());
     if (ended.problem !== undefined) problems.push(`${title}: ${ended.problem}`);
   }
@@ -71,7 +71,7 @@ async function run(file: string, args: readonly string[]): Promise<{ stdout: str
   }
 }
 
-/** The same text seeds for both systems, so the same prompts. */
+/** Both systems get the same text seeds, and so the same prompts. */
 async function measure(title: string, url: string, tokenizeUrl: string): Promise<void> {
   for (const width of WIDTHS) {
     const load = [
@@ -93,7 +93,7 @@ async function measure(title: string, url: string, tokenizeUrl: string): Promise
   }
 }
 
-/** Both ends of a system: what cannot be started is a problem, and the next is measured all the same. */
+/** A system that cannot be started is a problem; the next one is measured all the same. */
 async function attempt<T extends { stop(): Promise<void> }>(
   title: string,
   start: () => Promise<T>,
@@ -117,7 +117,7 @@ function describeModel(): string {
   return `${architecture}, ${config['num_hidden_layers']} layers, hidden size ${config['hidden_size']}, vocabulary of ${config['vocab_size']}`;
 }
 
-/** Of a checkout; an archive has its version alone. */
+/** The commit of a checkout; an archive has only its version. */
 async function revision(): Promise<string> {
   if (!existsSync('.git')) return '';
   const git = promisify(execFile)('git', ['rev-parse', '--short', 'HEAD'], { timeout: 10_000 });
@@ -145,7 +145,7 @@ await attempt(
   () => startPair(system),
   ({ client, consumerUrl }) => measure('producer, consumer and proxy', client.url, consumerUrl),
 );
-// The same whatever workers compute on, and minutes long.
+// Independent of what workers compute on, and minutes long.
 if (device === 'host') {
   const proxy = fromDist('../proxy/main.js');
   await section('the proxy alone', [proxy], [proxy, '--stream']);

@@ -1,4 +1,4 @@
-/** What all results scripts leave: `<date>-<hardware>-<kind>.md` for people, with one heading, and JSON beside it for programs. */
+/** What every results script writes: `<date>-<hardware>-<kind>.md` for people, with a common heading, and JSON beside it for programs. */
 import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import type { Environment, Machine } from './machine.ts';
@@ -6,24 +6,24 @@ import type { Environment, Machine } from './machine.ts';
 const TAIL_LINES = 15;
 
 export interface Results {
-  /** Of the file's name: `transfer`, `wire`, `pair`, `serve`. */
+  /** Last word of the file's name: `transfer`, `wire`, `pair`, `serve`. */
   readonly kind: string;
   readonly title: string;
   /** `2026-11-21`. */
   readonly date: string;
   /** `2x-nvidia-h200`, `host`. */
   readonly hardware: string;
-  /** List items on what it was measured on. */
+  /** Markdown list of what it was measured on. */
   readonly machine: readonly string[];
-  /** With which it can be repeated. */
+  /** The command line that repeats it. */
   readonly command: string;
-  /** Lines below the heading. */
+  /** The lines below the heading. */
   readonly body: readonly string[];
-  /** For programs; absent: a page alone. */
+  /** Absent: Markdown only. */
   readonly json?: object;
 }
 
-/** Returns the paths without their ending. */
+/** Returns the path of both files without the extension. */
 export function writeResults(results: Results, folder: string): string {
   const { kind, date, hardware, json } = results;
   mkdirSync(folder, { recursive: true });
@@ -44,23 +44,27 @@ export function renderResults({ title, hardware, date, machine, command, body }:
   ].join('\n')}\n`;
 }
 
-/** List items: GPUs and the link between them, processors, driver and libraries. `ours`: in front of libraries, where there are others. */
-export function hardwareLines(machine: Machine, { gpus, link, libraries }: Environment, ours = ''): string[] {
+/** Markdown list of GPUs and the link between them, CPU, driver and libraries. `prefix` goes before each library. */
+export function hardwareLines(
+  machine: Machine,
+  { gpus, link, libraries }: Environment,
+  prefix = '',
+): string[] {
   return [
     ...gpus.map((gpu) => `- ${gpu}`),
     ...(link ? [`- link: ${link}`] : []),
     `- ${machine.cores} x ${machine.cpu}, ${machine.memoryGib} GiB`,
     ...(machine.driver ? [`- NVIDIA driver ${machine.driver}`] : []),
-    ...libraries.map((library) => `- ${ours}${library}`),
+    ...libraries.map((library) => `- ${prefix}${library}`),
   ];
 }
 
-/** One line that it is right, or an item for each problem. */
+/** A line that says that all went well, or one list item for each problem. */
 export function problemLines(problems: readonly string[]): string[] {
   return problems.length === 0 ? ['All as it should be.'] : problems.map((problem) => `- FAILED: ${problem}`);
 }
 
-/** The last lines of what a program of a results script has said; empty where it left no log. */
+/** The last lines of a log; empty if there is none. */
 export function logTail(path: string): string {
   try {
     return readFileSync(path, 'utf8').trimEnd().split('\n').slice(-TAIL_LINES).join('\n');
@@ -69,7 +73,7 @@ export function logTail(path: string): string {
   }
 }
 
-/** What a results script ends with, and its exit status: 1 where anything failed. */
+/** Prints the last lines of a results script and sets its exit status: 1 if anything failed. */
 export function conclude(text: string, ok: boolean): void {
   console.log(text);
   process.exitCode = ok ? 0 : 1;

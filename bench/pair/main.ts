@@ -1,8 +1,8 @@
 /**
- * Is a pair's answer the undivided worker's, and how much later does it come? On two GPUs (or the host), with a real checkpoint.
+ * Does a pair give the same answers as an undivided worker, and how much later? On two GPUs (or the host), with a real checkpoint.
  *
  *   check --model DIR --output FILE                 one model: all loads in all send types, then times to first token
- *   report DIR --out DIR --command LINE             a page from the *.pair.json that `check` left in DIR
+ *   report DIR --out DIR --command LINE             a page from the *.pair.json files of `check` in DIR
  */
 import { readdirSync, writeFileSync } from 'node:fs';
 import { basename } from 'node:path';
@@ -28,18 +28,18 @@ const program = new Command('pair');
 program
   .command('check')
   .requiredOption('--model <dir>')
-  .option('--name <name>', 'what to call it (default: the name of its folder)')
+  .option('--name <name>', 'name in the report (default: that of its folder)')
   .addOption(new Option('--device <device>').choices(['host', 'cuda']).default('cuda'))
   .requiredOption('--output <file>')
-  .option('--send-types <list>', 'separated by commas', list, ['PUT', 'PUT_ASYNC', 'GET'])
+  .option('--send-types <list>', 'send types, separated by commas', list, ['PUT', 'PUT_ASYNC', 'GET'])
   .option(
     '--modes <list>',
     'batch-invariant, usual (default: both; on the host, where they are one, usual)',
     list,
   )
   .option('--no-times')
-  .option('--small', 'few and short requests: is everything in place?')
-  .option('--verbose', 'every line of the workers')
+  .option('--small', 'few and short requests, to see that everything is in place')
+  .option('--verbose', 'print every line of the workers')
   .action(check);
 program
   .command('report <dir>')

@@ -1,4 +1,4 @@
-/** What `check` found of one model, and the page made of several. */
+/** The result of `check` for one model, and the page for several. */
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { type Environment, hardwareName, type Machine } from '../measure/machine.ts';
@@ -26,12 +26,12 @@ export interface PairResult {
   readonly noise?: { readonly noise: number; readonly positions: number };
   readonly checks: readonly PairCheck[];
   readonly times: readonly FirstTokenTimes[];
-  /** What ended it early. */
+  /** What ended a part early. */
   readonly errors: readonly string[];
 }
 
 export function problemsOf({ checks, times, errors, device, small }: PairResult): string[] {
-  // A bound for GPUs: on a host the two share its cores.
+  // A limit for GPUs only: on a host the two workers share its cores.
   const timed = device === 'cuda' && !small ? times : [];
   return [
     ...errors,
@@ -46,7 +46,7 @@ export function problemsOf({ checks, times, errors, device, small }: PairResult)
   ];
 }
 
-/** Of every `PairResult` file in `folder` that `names` has. */
+/** Reads the files `names` of `folder`. */
 export function readResults(folder: string, names: readonly string[]): PairResult[] {
   return names.map((name) => JSON.parse(readFileSync(join(folder, name), 'utf8')) as PairResult);
 }
@@ -60,9 +60,9 @@ export function writeReport(results: readonly PairResult[], out: string, command
     machine: [`- ${machine.program}, Node ${machine.node}`, ...hardwareLines(machine, environment)],
     command,
     body: [
-      'A proxy, a producer and a consumer, and one undivided worker, each with the same requests by token ids. Consumers run with',
-      '`--kv-load-failure fail`; each load counts only where the metrics show one load per request, none recomputed or failed, one computed prompt',
-      'token per request (but after preemption), and the bytes of the formula (but where prefix caches had some).',
+      'The same requests, as token ids, go to an undivided worker and to a proxy with a producer and a consumer. Consumers run with',
+      '`--kv-load-failure fail`. A load passes only if the metrics show one KV load per request, none recomputed or failed, one computed prompt',
+      'token per request (except after preemption), and the expected bytes of KV (except where prefix caches held some).',
       ...results.flatMap(modelLines),
     ],
     json: { command, results },
@@ -86,9 +86,9 @@ function modelLines(result: PairResult): string[] {
       ...(mode === 'usual' && noise
         ? [
             '',
-            'Greedy. Where two answers part, the undivided worker, teacher-forced, must hold the two tokens closer together (in log-probability)',
-            `than noise: ${noise.noise.toFixed(4)}, the largest change of the gap between the two likeliest tokens at ${noise.positions.toLocaleString('en')}`,
-            'positions of its own answers, computed one, four and 32 at a time, or as the end of a prompt.',
+            'Greedy. Where two answers differ, the undivided worker, teacher-forced, must rate the two tokens closer together (in log-probability)',
+            `than its own noise of ${noise.noise.toFixed(4)}: the largest change of the gap between the two likeliest tokens, at ${noise.positions.toLocaleString('en')}`,
+            'positions of its answers, computed one, four and 32 at a time, or as the end of a prompt.',
           ]
         : []),
       '',

@@ -1,4 +1,4 @@
-/** The two that are compared, as processes of their own: one undivided worker; a proxy, a producer and a consumer. */
+/** The two systems that are compared, in their own processes: one undivided worker; a proxy, a producer and a consumer. */
 import { Supervisor } from '../../src/cli/launch-supervisor.ts';
 import { programFile } from '../../support/root.ts';
 import type { Addresses } from '../../support/serving.ts';
@@ -7,7 +7,7 @@ import { Client } from './client.ts';
 export interface SystemOptions {
   readonly device: 'host' | 'cuda';
   readonly model: string;
-  /** Of every worker. */
+  /** Options of every worker. */
   readonly flags: readonly string[];
   readonly onLine?: (line: string) => void;
 }
@@ -25,9 +25,9 @@ export interface Pair {
   stop(): Promise<void>;
 }
 
-/** Reading a checkpoint of true size takes its time. */
+/** A large checkpoint takes time to read. */
 const START_MS = 300_000;
-/** After SIGTERM, before SIGKILL. */
+/** From SIGTERM to SIGKILL. */
 const STOP_MS = 15_000;
 export async function startUndivided(options: SystemOptions): Promise<Undivided> {
   const device = options.device === 'cuda' ? 'cuda:0' : 'host';
@@ -41,7 +41,7 @@ export async function startUndivided(options: SystemOptions): Promise<Undivided>
   return { client: await Client.connect(found), url: found, stop };
 }
 
-/** KV that does not come fails its request, so that every answer stands for KV that moved. */
+/** A request whose KV does not arrive fails, so that every answer proves that KV moved. */
 export async function startPair(options: SystemOptions, sendType?: string): Promise<Pair> {
   const args = ['--json', '--free-ports', '--device', options.device];
   if (sendType !== undefined) args.push('--send-type', sendType);

@@ -1,4 +1,4 @@
-/** What the two programs of wire-results.sh leave, put together: JSON for programs, Markdown for people, a few lines for the terminal. */
+/** The results of wire-results.sh: JSON for programs, Markdown for people, a few lines for the terminal. */
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { type Environment, hardwareName, type Machine } from '../measure/machine.ts';
@@ -6,17 +6,17 @@ import { hardwareLines, logTail, problemLines, writeResults } from '../measure/r
 import { markdownTable } from '../measure/table.ts';
 import type { WireRow } from './rig.ts';
 
-/** Of the Python peer, `peer.json`. */
+/** `peer.json`: the checks with the Python peer. */
 export interface PeerResult {
   readonly startedAt: string;
   readonly seconds: number;
   readonly devices: readonly string[];
   readonly machine: Machine;
   readonly environment: Environment;
-  /** The Python peer's own words. */
+  /** What the Python peer says of itself. */
   readonly peer: Readonly<Record<string, string>>;
   readonly rows: readonly WireRow[];
-  /** It could not be run to its end. */
+  /** Why the checks ended early. */
   readonly error?: string;
 }
 
@@ -46,7 +46,7 @@ export interface WireResult {
 export const PARTS = ['peer', 'matrix'] as const;
 type Part = (typeof PARTS)[number];
 
-/** From a folder with `PART.json` and `PART.log`; a part that left nothing is a problem. */
+/** Reads `PART.json` and `PART.log` from a folder; a part without a result is a problem. */
 export function readWireResult(folder: string, command: string, parts: readonly string[]): WireResult {
   const problems: string[] = [];
   const read = <T>(name: Part): T | undefined => {
@@ -54,7 +54,7 @@ export function readWireResult(folder: string, command: string, parts: readonly 
     try {
       return JSON.parse(readFileSync(join(folder, `${name}.json`), 'utf8')) as T;
     } catch {
-      problems.push(`${name} left no result:\n${logTail(join(folder, `${name}.log`)) || 'nor a word'}`);
+      problems.push(`${name} left no result:\n${logTail(join(folder, `${name}.log`)) || 'no log either'}`);
       return undefined;
     }
   };
@@ -125,8 +125,8 @@ function peerLines({ rows, seconds }: PeerResult): string[] {
   return [
     `## A Python peer: ${seconds} s`,
     '',
-    'It has been written from docs/protocol.md, keeps one communicator per address and blocks in NCCL, as vLLM does. Every byte that came was',
-    'compared with what both ends make of a seed. Times are of the whole check, with what it makes and compares.',
+    'Written from docs/protocol.md, it keeps one communicator per address and blocks in NCCL, as vLLM does. Every byte that arrived was compared',
+    'with what both ends make from a seed. Times are of the whole check, including making and comparing the data.',
     '',
     ...groups.flatMap((group) => [
       `### ${group}`,
@@ -177,7 +177,7 @@ function outcome({ ok, observed }: WireRow): string {
   return ok ? 'ok' : 'FAILED';
 }
 
-/** Stacks and logs stay in the JSON. */
+/** Stacks and logs are in the JSON. */
 function oneLine(text: string): string {
   return (text.split('\n')[0] ?? '').replaceAll('|', '\\|').slice(0, 300);
 }
