@@ -7,7 +7,7 @@
 import { execFile } from 'node:child_process';
 import { existsSync, readFileSync } from 'node:fs';
 import { loadavg } from 'node:os';
-import { join } from 'node:path';
+import { basename, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
 import { Command, Option } from 'commander';
@@ -131,7 +131,7 @@ const fromDist = (path: string) => fileURLToPath(new URL(path, import.meta.url))
 const startedAt = new Date().toISOString();
 const flags = [
   ...(executor === undefined ? [] : ['--executor', executor]),
-  ...(name === undefined ? [] : ['--served-model-name', name]),
+  ...['--served-model-name', name ?? basename(model)],
 ];
 const system: SystemOptions = { device, model, flags };
 

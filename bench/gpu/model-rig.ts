@@ -5,7 +5,8 @@ import { readModelConfig } from '../../src/model/config.ts';
 import { createCudaExecutor } from '../../src/model/cuda/create.ts';
 import type { CudaExecutor } from '../../src/model/cuda/executor.ts';
 import { elementTypeOf } from '../../src/model/cuda/weights.ts';
-import type { ForwardBatch, SamplingParams, ScheduledSequence } from '../../src/scheduler/types.ts';
+import { GREEDY } from '../../src/model/sampler.ts';
+import type { ForwardBatch, ScheduledSequence } from '../../src/scheduler/types.ts';
 import { engineRequestId, transferIdOf } from '../../src/wire/ids.ts';
 
 export interface RigOptions {
@@ -49,16 +50,6 @@ export async function makeExecutor(dir: string, options: RigOptions): Promise<Ri
   };
   return { executor, numBlocks, device, dispose };
 }
-
-const GREEDY: SamplingParams = {
-  temperature: 0,
-  topP: 1,
-  topK: 0,
-  seed: 0,
-  maxTokens: 64,
-  minTokens: 0,
-  stopTokenIds: [],
-};
 
 export function sequence(
   id: string,

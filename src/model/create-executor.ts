@@ -6,11 +6,11 @@ import { blockBytes } from '../kv/layout.ts';
 import type { Logger } from '../observability/log.ts';
 import type { Fingerprint } from '../wire/fingerprint.ts';
 import { type ModelConfig, readModelConfig } from './config.ts';
-import { DebugLogits } from './debug-logits.ts';
+import { DebugLogits, LogitsFiles } from './debug-logits.ts';
 import type { Executor } from './executor.ts';
 import { fingerprintOf } from './fingerprint.ts';
 import { HostExecutor } from './host/executor.ts';
-import { LogitsFiles } from './logits-files.ts';
+import { kvLayout } from './kv-cache.ts';
 
 /** What the default size of the KV cache on the host stays under, all layers together. */
 const HOST_KV_BYTES = 2 ** 30;
@@ -111,14 +111,7 @@ function modelLength(config: WorkerConfig, model: ModelConfig): number {
 /** Room for min(maxNumSeqs, 64) full sequences within 1 GiB, and for one in any case. */
 function defaultHostBlocks(config: WorkerConfig, model: ModelConfig, maxModelLen: number): number {
   const perSequence = Math.ceil(maxModelLen / config.blockSize);
-  const layout = {
-    family: 'kv-first',
-    numBlocks: 1,
-    blockSize: config.blockSize,
-    heads: model.kvHeads,
-    headDim: model.headDim,
-    dtype: 'float32',
-  } as const;
+  const layout = kvLayout(model, { dtype: 'float32', blockSize: config.blockSize });
   const within = Math.floor(HOST_KV_BYTES / (blockBytes(layout) * model.layers));
   return Math.max(perSequence, Math.min(perSequence * Math.min(config.maxNumSeqs, FULL_SEQUENCES), within));
 }

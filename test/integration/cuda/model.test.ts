@@ -9,9 +9,10 @@ import type { CudaExecutor } from '../../../src/model/cuda/executor.ts';
 import { elementTypeOf } from '../../../src/model/cuda/weights.ts';
 import { HostExecutor } from '../../../src/model/host/executor.ts';
 import { uniform } from '../../../src/model/random.ts';
+import { GREEDY } from '../../../src/model/sampler.ts';
 import { type RandomModel, writeRandomModel } from '../../../support/random-model.ts';
 import { type StandIns, useStandIns } from '../../stand-ins/build.ts';
-import { batchOf, GREEDY, generate, sequenceOf } from '../../support/batches.ts';
+import { batchOf, generate, sequenceOf } from '../../support/batches.ts';
 import { tempDir } from '../../support/temp-dir.ts';
 
 let standIns: StandIns;

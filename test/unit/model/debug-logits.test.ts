@@ -4,12 +4,12 @@ import { expect, it } from 'vitest';
 import type { WorkerConfig } from '../../../src/config/worker-config.ts';
 import { HostDevice } from '../../../src/device/host.ts';
 import { createExecutor } from '../../../src/model/create-executor.ts';
-import { DebugLogits } from '../../../src/model/debug-logits.ts';
+import { DebugLogits, LogitsFiles } from '../../../src/model/debug-logits.ts';
 import type { Executor } from '../../../src/model/executor.ts';
-import { LogitsFiles } from '../../../src/model/logits-files.ts';
+import { GREEDY } from '../../../src/model/sampler.ts';
 import type { Logger } from '../../../src/observability/log.ts';
 import { writeRandomModel } from '../../../support/random-model.ts';
-import { batchOf, GREEDY, generate, sequenceOf } from '../../support/batches.ts';
+import { batchOf, generate, sequenceOf } from '../../support/batches.ts';
 import { argmax, readLogits } from '../../support/logits-files.ts';
 import { tempDir } from '../../support/temp-dir.ts';
 

@@ -17,7 +17,7 @@ const NAME = 'model.layers.1.self_attn.k_proj.weight';
 async function read(dir: string, name: string, shape: readonly number[]): Promise<Float32Array> {
   const checkpoint = await Checkpoint.open(dir);
   try {
-    return await checkpoint.tensor(name, shape);
+    return await checkpoint.tensor({ name, shape });
   } finally {
     await checkpoint.dispose();
   }
