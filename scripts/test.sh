@@ -22,6 +22,7 @@ if ! ./scripts/debian-packages.sh peer; then
   if [ "${CI:-}" = true ]; then broken=$((broken + 1)); else echo "test: the tests with a Python peer are skipped"; fi
 fi
 step "formatting and lint" ./node_modules/.bin/biome check --error-on-warnings .
+step "layers" ./node_modules/.bin/tsx scripts/layers.ts
 step "types" ./node_modules/.bin/tsc -p tsconfig.json
 step "build" ./scripts/build.sh
 echo "test: vitest"

@@ -1,6 +1,6 @@
 /** Log-probabilities in the two forms of OpenAI's API. */
 import type { TextModel } from '../../model/tokenizer.ts';
-import type { TokenLogprob } from '../../scheduler/types.ts';
+import type { TokenLogprob } from '../../wire/token-logprob.ts';
 import type { ChoiceLogprob } from './choice.ts';
 import { turns } from './turns.ts';
 

@@ -8,7 +8,7 @@ import type { DebugAudience, WorkerConfig } from '../../../src/config/worker-con
 import { createLogger } from '../../../src/observability/log.ts';
 import { MetricsPage, readHistogram } from '../../../src/observability/metrics.ts';
 import { packLogprobs } from '../../../src/scheduler/prompt-logprobs.ts';
-import type { TokenLogprob } from '../../../src/scheduler/types.ts';
+import type { TokenLogprob } from '../../../src/wire/token-logprob.ts';
 import {
   type BodyReader,
   RequestReader,
