@@ -2,14 +2,15 @@
 
 import { randomBytes } from 'node:crypto';
 import { workerConfig } from '../src/config/embedded.ts';
-import { prepareNativeEnvironment } from '../src/config/native-env.ts';
+import type { KvKey } from '../src/config/transfer-options.ts';
+import { prepareNativeEnvironment } from '../src/device/native-env.ts';
 import { PdError } from '../src/errors.ts';
 import { GREEDY } from '../src/model/sampler.ts';
 import { parseHostPort } from '../src/net/address.ts';
 import { MetricsPage, readMetric } from '../src/observability/metrics.ts';
 import type { CoreRequest } from '../src/scheduler/types.ts';
-import type { KvKey, SendType } from '../src/transfer/types.ts';
 import { type EngineRequestId, engineRequestId, kvKeyOf, proxyRequestId } from '../src/wire/ids.ts';
+import type { SendType } from '../src/wire/messages.ts';
 import { CoreClient } from '../src/worker/core-client.ts';
 
 export interface MatrixSettings {

@@ -10,7 +10,7 @@ import { createInterface } from 'node:readline';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
 import { Command } from 'commander';
-import { demoModelDir } from '../src/model/demo.ts';
+import { demoModelDir } from '../src/config/demo-model.ts';
 import { readKvShape } from '../support/kv-shape.ts';
 import type { Addresses } from '../support/serving.ts';
 import { Bootstraps } from './bootstraps.ts';

@@ -2,8 +2,10 @@
 import { z } from 'zod';
 import { bytes, device, duration, integer, type Kind, oneOf, text, toggle } from '../../src/config/kinds.ts';
 import { defineOptions, option, type ValuesOf } from '../../src/config/options.ts';
+import { DEFAULT_TIMEOUTS } from '../../src/config/transfer-options.ts';
 import { PdError } from '../../src/errors.ts';
-import { DEFAULT_TIMEOUTS, LOG_LEVELS, SEND_TYPES } from '../../src/transfer/types.ts';
+import { LOG_LEVELS } from '../../src/observability/log-options.ts';
+import { SEND_TYPES } from '../../src/wire/messages.ts';
 import type { Progress } from '../measure/progress.ts';
 import type { BenchOptions } from '../transfer/bench.ts';
 import { DEFAULT_EXCHANGE } from '../transfer/exchange.ts';

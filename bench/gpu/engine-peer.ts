@@ -1,5 +1,6 @@
 /** The child of `engines.ts`: one transfer engine on one GPU, told what to do over the process channel. */
 import { createHash } from 'node:crypto';
+import { DEFAULT_LIMITS, DEFAULT_TIMEOUTS } from '../../src/config/transfer-options.ts';
 import { createCudaDevice } from '../../src/device/cuda.ts';
 import type { MemoryRef } from '../../src/device/device.ts';
 import { sliceMemory } from '../../src/device/memory.ts';
@@ -7,8 +8,8 @@ import { EventPoller } from '../../src/device/poller.ts';
 import { PdError, unreachable } from '../../src/errors.ts';
 import type { HostPort } from '../../src/net/address.ts';
 import { TransferEngine } from '../../src/transfer/engine.ts';
-import { DEFAULT_LIMITS, DEFAULT_TIMEOUTS, type SendType } from '../../src/transfer/types.ts';
 import type { TensorId, TransferId } from '../../src/wire/ids.ts';
+import type { SendType } from '../../src/wire/messages.ts';
 
 export type EngineCommand =
   /** Sends tensors `<id>#0 ... <id>#<count-1>`, each `bytes` long and taken from the same place, and waits until all have left. */

@@ -5,7 +5,7 @@
 import { type ChildProcess, fork } from 'node:child_process';
 import { fileURLToPath } from 'node:url';
 import type { HostPort } from '../../src/net/address.ts';
-import { SEND_TYPES, type SendType } from '../../src/transfer/types.ts';
+import { SEND_TYPES, type SendType } from '../../src/wire/messages.ts';
 import type { EngineAnswer, EngineCommand } from './engine-peer.ts';
 
 const MIB = 2 ** 20;

@@ -6,7 +6,8 @@ import { sliceMemory } from '../../src/device/memory.ts';
 import { EventPoller } from '../../src/device/poller.ts';
 import { PdError, unreachable } from '../../src/errors.ts';
 import { createNcclTransport } from '../../src/transport/nccl/transport.ts';
-import type { Pair, UniqueId } from '../../src/transport/transport.ts';
+import type { Pair } from '../../src/transport/transport.ts';
+import type { UniqueId } from '../../src/wire/messages.ts';
 import type { Answer, Command } from './rig.ts';
 
 const [index = '1', channels = '16'] = process.argv.slice(2);

@@ -2,7 +2,7 @@
  * vLLM's own P2P NCCL engine on two H200 (NVLink, NCCL 2.28.9): 32 layers of Llama-3-8B KV, first send to last tensor received, 16
  * channels, a buffer from which nothing spills, contiguous tensors with no gather or scatter, best of 3 warm rounds. Milliseconds.
  */
-import type { SendType } from '../../src/transfer/types.ts';
+import type { SendType } from '../../src/wire/messages.ts';
 
 const VLLM_MS: Readonly<Record<SendType, Readonly<Record<number, number>>>> = {
   PUT_ASYNC: { 16: 6.5, 256: 7.9, 1024: 8.0, 4096: 13.3, 16384: 20.3 },

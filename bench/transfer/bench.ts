@@ -1,6 +1,9 @@
 /** What every part of the benchmark shares: options, peers on their devices, and one checked move from one peer to another. */
+
+import type { TransferTimeouts } from '../../src/config/transfer-options.ts';
 import { PdError } from '../../src/errors.ts';
-import type { LogLevel, SendType, TransferTimeouts } from '../../src/transfer/types.ts';
+import type { LogLevel } from '../../src/observability/log-options.ts';
+import type { SendType } from '../../src/wire/messages.ts';
 import type { Progress } from '../measure/progress.ts';
 import { BenchKv } from './kv.ts';
 import type { FlatJob, Job, PagedJob } from './messages.ts';

@@ -1,7 +1,10 @@
 /** What the benchmark tells its peers (a process each, one engine on one device) and what they answer. Plain data over the process channel. */
+
+import type { TransferTimeouts } from '../../src/config/transfer-options.ts';
 import type { ErrorData } from '../../src/errors.ts';
 import type { HostPort } from '../../src/net/address.ts';
-import type { LogLevel, SendType, TransferTimeouts } from '../../src/transfer/types.ts';
+import type { LogLevel } from '../../src/observability/log-options.ts';
+import type { SendType } from '../../src/wire/messages.ts';
 import type { Environment } from '../measure/machine.ts';
 import type { KvShape } from './shape.ts';
 

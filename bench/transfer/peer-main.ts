@@ -1,12 +1,12 @@
 /** A peer of the benchmark: one engine on one device, told what to do over the process channel. Ends when that closes. */
 import { setFlagsFromString } from 'node:v8';
 import { runInNewContext } from 'node:vm';
-import { createDevice } from '../../src/device/create.ts';
+import { DEFAULT_LIMITS } from '../../src/config/transfer-options.ts';
+import { createDevice } from '../../src/device/create-device.ts';
 import type { CudaDevice } from '../../src/device/cuda/device.ts';
 import { EventPoller } from '../../src/device/poller.ts';
 import { PdError, unreachable } from '../../src/errors.ts';
 import { TransferEngine } from '../../src/transfer/engine.ts';
-import { DEFAULT_LIMITS } from '../../src/transfer/types.ts';
 import { monotonicMs } from '../measure/clock.ts';
 import { readEnvironment } from '../measure/machine.ts';
 import type { Compute } from './compute.ts';

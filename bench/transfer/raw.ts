@@ -4,8 +4,9 @@ import type { Device, MemoryRef } from '../../src/device/device.ts';
 import { hostMemory, hostView, sliceMemory } from '../../src/device/memory.ts';
 import type { EventPoller } from '../../src/device/poller.ts';
 import { PdError } from '../../src/errors.ts';
-import { createTransport } from '../../src/transport/create.ts';
-import type { Pair, Transport, UniqueId } from '../../src/transport/transport.ts';
+import { createTransport } from '../../src/transport/create-transport.ts';
+import type { Pair, Transport } from '../../src/transport/transport.ts';
+import type { UniqueId } from '../../src/wire/messages.ts';
 import { monotonicMs } from '../measure/clock.ts';
 
 const LOOPBACK = '127.0.0.1';

@@ -1,5 +1,5 @@
 /** Many requests of mixed sizes through one pair of engines: what device and process hold must not grow. */
-import type { SendType } from '../../src/transfer/types.ts';
+import type { SendType } from '../../src/wire/messages.ts';
 import { type BenchOptions, type CheckRow, JobMaker, messageOf, move, startPeers } from './bench.ts';
 import type { Peer } from './peer.ts';
 import { xorshift } from './shape.ts';

@@ -1,5 +1,5 @@
 /** How long the KV of one request takes from GPU to GPU: every send type, with and without gather and scatter, beside the ceilings. */
-import { SEND_TYPES, type SendType } from '../../src/transfer/types.ts';
+import { SEND_TYPES, type SendType } from '../../src/wire/messages.ts';
 import { best, median } from '../measure/statistics.ts';
 import { type BenchOptions, JobMaker, messageOf, moveRow, startPeers } from './bench.ts';
 import { type Ceiling, measureCeilings } from './ceilings.ts';

@@ -5,7 +5,7 @@
 import { execFileSync } from 'node:child_process';
 import { writeFileSync } from 'node:fs';
 import { Command, Option } from 'commander';
-import { prepareNativeEnvironment } from '../../src/config/native-env.ts';
+import { prepareNativeEnvironment } from '../../src/device/native-env.ts';
 import { readEnvironment, readMachine } from '../measure/machine.ts';
 import { checkFamilies } from './families.ts';
 import { checkModes } from './modes.ts';

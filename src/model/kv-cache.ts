@@ -1,8 +1,8 @@
 /** The paged KV cache of a model, as both executors keep it: `kv-first`, one layer for each of the model's. */
 import type { Device, MemoryRef, Stream } from '../device/device.ts';
 import { sliceMemory } from '../device/memory.ts';
+import { allocatePagedCache, attentionLayerName, type NamedLayer } from '../device/paged-cache.ts';
 import { type PagedLayout, runBytes, runOffset, runsPerBlock } from '../kv/layout.ts';
-import { allocatePagedCache, attentionLayerName, type NamedLayer } from '../kv/paged-cache.ts';
 import type { Dtype } from '../wire/dtype.ts';
 import type { ModelConfig } from './config.ts';
 

@@ -6,7 +6,7 @@ import type { CoreRequest, RequestOutput } from '../scheduler/types.ts';
 import { threadEntry } from '../thread-entry.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 import { AsyncQueue } from './async-queue.ts';
-import type { CoreInfo, CoreInit, CoreState, FromCore, ToCore } from './messages.ts';
+import type { CoreInfo, CoreInit, CoreState, FromCore, ToCore } from './core-messages.ts';
 
 /** What a core thread is to its client: tests put a scripted one here. */
 export interface CorePort {

@@ -3,14 +3,14 @@
 import { once } from 'node:events';
 import { fileURLToPath } from 'node:url';
 import { Worker } from 'node:worker_threads';
+import { demoModelDir } from '../../src/config/demo-model.ts';
 import { type WorkerConfigInput, workerConfig } from '../../src/config/embedded.ts';
 import type { WorkerConfig } from '../../src/config/worker-config.ts';
-import { demoModelDir } from '../../src/model/demo.ts';
 import { GREEDY } from '../../src/model/sampler.ts';
 import { MetricsPage } from '../../src/observability/metrics.ts';
 import type { CoreRequest, RequestOutput, SamplingParams } from '../../src/scheduler/types.ts';
 import type { EngineRequestId } from '../../src/wire/ids.ts';
-import type { CoreInfo, CoreState, FromCore, ToCore } from '../../src/worker/messages.ts';
+import type { CoreInfo, CoreState, FromCore, ToCore } from '../../src/worker/core-messages.ts';
 import { transferOf } from '../../support/ids.ts';
 import { PATIENT_TIMEOUTS } from './transfer.ts';
 

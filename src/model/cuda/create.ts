@@ -2,9 +2,9 @@
 import { Cublas } from '../../../ffi/libcublas.ts';
 import { CudaDevice } from '../../device/cuda/device.ts';
 import type { Device, DevicePointer } from '../../device/device.ts';
+import type { NamedLayer } from '../../device/paged-cache.ts';
 import { PdError } from '../../errors.ts';
 import { blockBytes, runBytes } from '../../kv/layout.ts';
-import type { NamedLayer } from '../../kv/paged-cache.ts';
 import { binarySize } from '../../observability/bytes.ts';
 import type { Logger } from '../../observability/log.ts';
 import type { ModelConfig } from '../config.ts';

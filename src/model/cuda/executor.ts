@@ -6,8 +6,8 @@ import type { CudaDevice } from '../../device/cuda/device.ts';
 import type { CudaStream } from '../../device/cuda/stream.ts';
 import type { DeviceEvent, DevicePointer, MemoryRef } from '../../device/device.ts';
 import { sliceMemory } from '../../device/memory.ts';
+import type { NamedLayer } from '../../device/paged-cache.ts';
 import { EventPoller } from '../../device/poller.ts';
-import type { NamedLayer } from '../../kv/paged-cache.ts';
 import type {
   ForwardBatch,
   ForwardResult,

@@ -7,9 +7,9 @@
  */
 import type { Device, MemoryRef, Stream } from '../../device/device.ts';
 import { hostView } from '../../device/memory.ts';
+import type { NamedLayer } from '../../device/paged-cache.ts';
 import { EventPoller } from '../../device/poller.ts';
 import { layerBytes, type PagedLayout } from '../../kv/layout.ts';
-import type { NamedLayer } from '../../kv/paged-cache.ts';
 import type { ForwardBatch, ScheduledSequence } from '../../scheduler/types.ts';
 import { copyBlock } from '../kv-cache.ts';
 import { asFloats, copyBlocks, type HostLayerCache } from './layer-cache.ts';

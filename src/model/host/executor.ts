@@ -1,6 +1,6 @@
 /** Runs steps on the host: float32 arithmetic over a paged KV cache that lies in host memory, or in GPU memory behind a mirror. */
 import type { Device } from '../../device/device.ts';
-import type { NamedLayer } from '../../kv/paged-cache.ts';
+import type { NamedLayer } from '../../device/paged-cache.ts';
 import type {
   ForwardBatch,
   ForwardResult,

@@ -3,7 +3,7 @@ import { join } from 'node:path';
 import { expect, it } from 'vitest';
 import type { WorkerConfig } from '../../../src/config/worker-config.ts';
 import { HostDevice } from '../../../src/device/host.ts';
-import { createExecutor } from '../../../src/model/create.ts';
+import { createExecutor } from '../../../src/model/create-executor.ts';
 import { DebugLogits, LogitsFiles } from '../../../src/model/debug-logits.ts';
 import type { Executor } from '../../../src/model/executor.ts';
 import { GREEDY } from '../../../src/model/sampler.ts';

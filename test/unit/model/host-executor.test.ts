@@ -1,9 +1,9 @@
 import { beforeAll, describe, expect, it } from 'vitest';
+import { demoModelDir } from '../../../src/config/demo-model.ts';
 import type { Device } from '../../../src/device/device.ts';
 import { HostDevice } from '../../../src/device/host.ts';
 import { runBytes, runOffset } from '../../../src/kv/layout.ts';
 import { readModelConfig } from '../../../src/model/config.ts';
-import { demoModelDir } from '../../../src/model/demo.ts';
 import { HostExecutor } from '../../../src/model/host/executor.ts';
 import { GREEDY } from '../../../src/model/sampler.ts';
 import { Tokenizer } from '../../../src/model/tokenizer.ts';

@@ -15,7 +15,7 @@ import type {
   ForwardResult,
   RequestOutput,
 } from '../../../src/scheduler/types.ts';
-import type { SendType } from '../../../src/transfer/types.ts';
+import type { SendType } from '../../../src/wire/messages.ts';
 import { CoreLoop } from '../../../src/worker/core.ts';
 import { transferOf } from '../../../support/ids.ts';
 import { FakeEngine } from '../../support/fake-engine.ts';

@@ -1,6 +1,6 @@
 /** The owner of the reader thread, with threads that follow a script. */
 import { afterEach, expect, it } from 'vitest';
-import { demoModelDir } from '../../../src/model/demo.ts';
+import { demoModelDir } from '../../../src/config/demo-model.ts';
 import { createLogger } from '../../../src/observability/log.ts';
 import { RequestReader, type RequestReaderOptions } from '../../../src/worker/request-reader.ts';
 import type { Served } from '../../../src/worker/server/reading.ts';

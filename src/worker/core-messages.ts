@@ -2,7 +2,8 @@
 import type { WorkerConfig } from '../config/worker-config.ts';
 import type { ErrorData } from '../errors.ts';
 import type { CoreRequest, RequestOutput } from '../scheduler/types.ts';
-import type { Fingerprint, TransferState } from '../transfer/types.ts';
+import type { TransferState } from '../transfer/types.ts';
+import type { Fingerprint } from '../wire/fingerprint.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 
 /** `workerData` of the core thread. */

@@ -4,7 +4,7 @@ import type { Device } from '../device/device.ts';
 import { PdError, unreachable } from '../errors.ts';
 import { blockBytes } from '../kv/layout.ts';
 import type { Logger } from '../observability/log.ts';
-import type { Fingerprint } from '../transfer/types.ts';
+import type { Fingerprint } from '../wire/fingerprint.ts';
 import { type ModelConfig, readModelConfig } from './config.ts';
 import { DebugLogits, LogitsFiles } from './debug-logits.ts';
 import type { Executor } from './executor.ts';

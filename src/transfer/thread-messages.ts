@@ -1,4 +1,6 @@
 /** What the façade and the transfer thread say to each other, in lists. Plain data: structured clone. `seq` joins an answer to its question. */
+
+import type { TransferOptions } from '../config/transfer-options.ts';
 import type { ErrorData } from '../errors.ts';
 import type { HostPort } from '../net/address.ts';
 import type { TensorId, TransferId } from '../wire/ids.ts';
@@ -8,7 +10,6 @@ import type {
   ProxyPing,
   SendRequest,
   StoredTensor,
-  TransferOptions,
   TransferState,
 } from './types.ts';
 

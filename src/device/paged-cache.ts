@@ -1,6 +1,7 @@
 /** The paged KV cache of a model: one PagedLayer per layer, all of one layout, in device memory. */
-import type { Device, PagedLayer } from '../device/device.ts';
-import { layerBytes, type PagedLayout } from './layout.ts';
+
+import { layerBytes, type PagedLayout } from '../kv/layout.ts';
+import type { Device, PagedLayer } from './device.ts';
 
 export interface NamedLayer {
   /** Name on the wire: `model.layers.0.self_attn.attn`. */

@@ -1,9 +1,9 @@
 /** The environment that native libraries read, decided here and nowhere else; set before any of them loads. */
 import { isIP, isIPv6 } from 'node:net';
 import { type NetworkInterfaceInfo, networkInterfaces } from 'node:os';
+import type { TransferOptions } from '../config/transfer-options.ts';
 import { isUnspecified } from '../net/address.ts';
 import { plainAddress } from '../net/allow-list.ts';
-import type { TransferOptions } from '../transfer/types.ts';
 
 type Interfaces = Readonly<Record<string, readonly NetworkInterfaceInfo[] | undefined>>;
 /** What decides it, of a worker's transfer options. */

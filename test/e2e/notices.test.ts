@@ -1,6 +1,6 @@
 /** KV that no request will claim is freed on both ends at once, in every mode; real processes, orphan deadline at its default of 60 s. */
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
-import { SEND_TYPES } from '../../src/transfer/types.ts';
+import { SEND_TYPES } from '../../src/wire/messages.ts';
 import {
   metricsOf,
   type ProxyHandle,

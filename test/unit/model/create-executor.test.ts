@@ -1,8 +1,8 @@
 import { describe, expect, it } from 'vitest';
+import { demoModelDir } from '../../../src/config/demo-model.ts';
 import type { WorkerConfig } from '../../../src/config/worker-config.ts';
 import { HostDevice } from '../../../src/device/host.ts';
-import { createExecutor } from '../../../src/model/create.ts';
-import { demoModelDir } from '../../../src/model/demo.ts';
+import { createExecutor } from '../../../src/model/create-executor.ts';
 import { tempDir } from '../../support/temp-dir.ts';
 import { writeTinyModel } from '../../support/tiny-model.ts';
 
