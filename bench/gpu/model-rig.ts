@@ -83,18 +83,3 @@ export function distance(got: Float32Array, wanted: Float32Array): number {
   for (let i = 0; i < wanted.length; i++) sum += (got[i]! - wanted[i]!) ** 2;
   return Math.sqrt(sum);
 }
-
-export function median(values: readonly number[]): number {
-  return [...values].sort((a, b) => a - b)[values.length >> 1]!;
-}
-
-let failures = 0;
-
-export function row(name: string, value: string, ok = true): void {
-  if (!ok) failures++;
-  console.log(`${ok ? '  ' : 'X '}${name.padEnd(58)} ${value}`);
-}
-
-export function failed(): number {
-  return failures;
-}

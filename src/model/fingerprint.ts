@@ -1,5 +1,6 @@
 /** What tells two models apart on the wire: peers whose fingerprints differ never exchange KV. */
 import { createHash } from 'node:crypto';
+
 import { type Fingerprint, fingerprint } from '../wire/fingerprint.ts';
 import type { ModelConfig } from './config.ts';
 import type { KvFormat } from './kv-cache.ts';

@@ -1,44 +1,40 @@
-/** Two processes of a GPU check: the parent holds GPU 0, and tells the child on GPU 1 what to do. */
+/** A second process with a GPU and an NCCL transport of its own, which a test tells what to do. Its program is nccl-peer-main.ts. */
 import { type ChildProcess, fork } from 'node:child_process';
 import { fileURLToPath } from 'node:url';
 
-/** What the parent asks for; the child answers each with `{ ok }` or `{ error }`. */
 export type Command =
+  /** Joins a pair as rank 1. */
   | { readonly do: 'open'; readonly pair: number; readonly uniqueId: Uint8Array; readonly timeoutMs: number }
   | {
-      readonly do: 'receive' | 'send';
+      readonly do: 'receive';
       readonly pair: number;
       /** Bytes of each region of one operation. */
       readonly regions: readonly number[];
+      /** Operations, all queued at once. */
       readonly count: number;
       readonly timeoutMs: number;
     }
-  /** The bytes of the first region received last, hashed. */
-  | { readonly do: 'hash'; readonly bytes: number }
-  | { readonly do: 'close'; readonly pair: number }
   | { readonly do: 'quit' };
 
+/** To every command; with `error` where it failed. */
 export interface Answer {
   readonly id: number;
   readonly error?: string;
-  readonly milliseconds: number;
-  readonly hash?: string;
 }
 
-export class Peer {
+const PROGRAM = fileURLToPath(new URL('./nccl-peer-main.ts', import.meta.url));
+
+export class NcclPeer {
   readonly process: ChildProcess;
   readonly ready: Promise<void>;
   #next = 0;
   readonly #waiting = new Map<number, (answer: Answer) => void>();
 
-  /** Starts the child with GPU `index` and `channels` per communicator; `env` on top of this process's. */
+  /** Starts it with GPU `index` and `channels` per communicator; `env` is added to this process's environment. */
   constructor(index: number, channels: number, env: Readonly<Record<string, string>> = {}) {
-    // from the build, or from the sources where this runs from them
-    const source = import.meta.url.endsWith('.ts');
-    const entry = fileURLToPath(new URL(source ? './peer.ts' : './peer.js', import.meta.url));
-    this.process = fork(entry, [String(index), String(channels)], {
+    this.process = fork(PROGRAM, [String(index), String(channels)], {
       serialization: 'advanced',
-      execArgv: source ? ['--import', 'tsx'] : [],
+      execArgv: ['--import', 'tsx'],
       env: { ...process.env, ...env },
     });
     this.ready = new Promise((resolve) => this.process.once('message', () => resolve()));
@@ -55,13 +51,9 @@ export class Peer {
 
   /** kill -9; resolves when it is gone. */
   kill(): Promise<void> {
-    const gone = this.exit;
+    if (this.process.exitCode !== null || this.process.signalCode !== null) return Promise.resolve();
+    const gone = new Promise<void>((resolve) => this.process.once('exit', () => resolve()));
     this.process.kill('SIGKILL');
     return gone;
-  }
-
-  get exit(): Promise<void> {
-    if (this.process.exitCode !== null || this.process.signalCode !== null) return Promise.resolve();
-    return new Promise((resolve) => this.process.once('exit', () => resolve()));
   }
 }
