@@ -13,7 +13,7 @@ export const ERROR_TABLE = {
   PORT_IN_USE: { status: 500, hint: 'Choose another port, or stop the process that holds it.' },
   ADDRESS_INVALID: {
     status: 500,
-    hint: 'Write HOST:PORT, with brackets round an IPv6 address ([::1]:14579); what is bound is an address of this machine (ip addr).',
+    hint: 'An address is HOST:PORT, with brackets round IPv6 ([::1]:14579); a name must resolve on this machine (getent hosts NAME), and what is bound must be an address of this machine (ip addr).',
   },
   // requests
   REQUEST_INVALID: { status: 400, hint: 'Correct the field that the message names.' },
