@@ -93,6 +93,14 @@ export const ERROR_TABLE = {
     hint: 'The pair was closed while work was queued on it; the next transfer opens a new one.',
   },
   ENGINE_CLOSED: { status: 503, hint: 'The transfer engine has been disposed; create a new one.' },
+  DIRECT_REFUSED: {
+    status: 502,
+    hint: "The two workers cannot write into each other's KV cache, and KV takes another way; the message says why: another user, another geometry, a socket or a descriptor that does not fit.",
+  },
+  SYSTEM_CALL_FAILED: {
+    status: 500,
+    hint: 'A call of the operating system failed; the message names call and reason.',
+  },
   // model
   CHECKPOINT_INVALID: {
     status: 500,
