@@ -2,7 +2,7 @@
  * Who may import whom. Reads every import of the tree with oxc-parser and prints what the table forbids; part of `npm run lint`.
  * `tsx scripts/layers.ts --table` prints the table as docs/architecture.md shows it.
  */
-import { readdirSync, readFileSync } from 'node:fs';
+import { existsSync, readdirSync, readFileSync } from 'node:fs';
 import { dirname, extname, join, relative, resolve } from 'node:path';
 import { argv } from 'node:process';
 import { fileURLToPath } from 'node:url';
@@ -35,7 +35,7 @@ export const LAYERS: readonly Layer[] = [
   { name: 'src/kv', may: ['src/errors.ts', 'src/wire'], pure: true },
   { name: 'src/config', may: [...COMMON, 'src/wire', 'src/kv'] },
   { name: 'src/device', may: [...COMMON, 'src/wire', 'src/kv', 'ffi'] },
-  { name: 'src/transport', may: [...COMMON, 'src/wire', 'src/device', 'ffi'] },
+  { name: 'src/transport', may: [...COMMON, 'src/wire', 'src/kv', 'src/device', 'ffi'] },
   {
     name: 'src/transfer',
     may: [...COMMON, 'src/wire', 'src/kv', 'src/config', 'src/device', 'src/transport'],
@@ -209,6 +209,7 @@ function importsOf(path: string): Import[] {
 }
 
 function filesUnder(root: string, top: string): string[] {
+  if (!existsSync(join(root, top))) return [];
   return readdirSync(join(root, top), { withFileTypes: true, recursive: true })
     .filter((entry) => entry.isFile())
     .map((entry) => relative(root, join(entry.parentPath, entry.name)))

@@ -12,7 +12,7 @@ import type { CoreRequest, ForwardResult, RequestOutput, SampledToken } from '..
 import { type EngineRequestId, engineRequestId } from '../../src/wire/ids.ts';
 import type { TokenLogprob } from '../../src/wire/token-logprob.ts';
 
-export const VOCAB = 50;
+const VOCAB = 50;
 
 const SEED = 0x811c9dc5;
 

@@ -9,7 +9,7 @@ const LEAST = -9999;
 const finite = (logprob: number): number => Math.max(logprob, LEAST);
 
 /** A token on its own as text; one that is part of a character as `bytes:\xe2\x80`, as OpenAI writes it. */
-export function tokenText(model: TextModel, token: number): string {
+function tokenText(model: TextModel, token: number): string {
   const text = model.tokenString(token);
   if (!text.includes('\ufffd')) return text;
   const bytes = model.tokenBytes(token);
