@@ -1,5 +1,5 @@
 /** Options of pd-bench: those that every part takes, and each part's own. */
-import { z } from 'zod';
+
 import type { BenchOptions } from '../bench/bench.ts';
 import { DEFAULT_EXCHANGE } from '../bench/exchange.ts';
 import { DEFAULT_FAULTS } from '../bench/faults.ts';
@@ -13,6 +13,7 @@ import { bytes, device, duration, integer, type Kind, oneOf, text, toggle } from
 import { defineOptions, option, type ValuesOf } from '../config/options.ts';
 import { PdError } from '../errors.ts';
 import { DEFAULT_TIMEOUTS, LOG_LEVELS, SEND_TYPES } from '../transfer/types.ts';
+import { z } from '../zod.ts';
 
 /** Several in one argument: `16,256`. Nothing twice. */
 function commas<T>(kind: Kind<T>): Kind<readonly T[]> {

@@ -1,7 +1,6 @@
 /** pd-bench serve: options, signals, output. */
 import { writeFileSync } from 'node:fs';
 import { Command } from 'commander';
-import { z } from 'zod';
 import { readMachine } from '../bench/environment.ts';
 import { NO_PROGRESS, terminalProgress } from '../bench/progress.ts';
 import { formatLength, lengthKind } from '../bench/serve/lengths.ts';
@@ -11,6 +10,7 @@ import { type ServeOptions, serve } from '../bench/serve/serve.ts';
 import { duration, integer, json, oneOf, real, text, toggle } from '../config/kinds.ts';
 import { addOptions, defineOptions, option, resolveOptions, type ValuesOf } from '../config/options.ts';
 import { PdError } from '../errors.ts';
+import { z } from '../zod.ts';
 
 const SERVER = 'Server';
 const LOAD = 'Load';

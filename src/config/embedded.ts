@@ -1,5 +1,5 @@
 /** Workers and transfer engines that another program configures: what `pd-worker` takes from its flags, with defaults that need nothing. */
-import { z } from 'zod';
+
 import { demoModelDir } from '../model/demo.ts';
 import { asDestination } from '../net/address.ts';
 import {
@@ -10,6 +10,7 @@ import {
   type TransferOptions,
   type TransferTimeouts,
 } from '../transfer/types.ts';
+import { z } from '../zod.ts';
 import { checkInput, fieldsOf, QUIET_LOG, shapeOf, withoutUndefined } from './fields.ts';
 import { hostForOthers } from './hosts.ts';
 import { type Address, address } from './kinds.ts';

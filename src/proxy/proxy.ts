@@ -4,6 +4,7 @@ import fastify, { type FastifyInstance, type FastifyRequest } from 'fastify';
 import type { ProxyConfig } from '../config/proxy-config.ts';
 import { PdError } from '../errors.ts';
 import { formatHostPort, type HostPort } from '../net/address.ts';
+import { NO_JSON_SCHEMAS } from '../net/json-schemas.ts';
 import { hostAddress } from '../net/local.ts';
 import { listenError } from '../net/port-holder.ts';
 import { createLogger, type Logger } from '../observability/log.ts';
@@ -78,6 +79,7 @@ export class PdProxy {
       requestTimeout: REQUEST_TIMEOUT_MS,
       forceCloseConnections: 'idle',
       logger: false,
+      schemaController: NO_JSON_SCHEMAS,
     });
     this.#routes();
   }

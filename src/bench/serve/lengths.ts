@@ -1,7 +1,8 @@
 /** How many tokens prompts and answers have: one number, or drawn anew for each request. Pure. */
-import { z } from 'zod';
+
 import type { Kind } from '../../config/kinds.ts';
 import { uniform } from '../../model/random.ts';
+import { z } from '../../zod.ts';
 
 export type Length =
   | { readonly kind: 'fixed'; readonly tokens: number }

@@ -1,6 +1,7 @@
 /** The bodies that the server takes, checked at the door. What changes the answer and is not done here is refused by name. */
-import { z } from 'zod';
+
 import { PdError } from '../../errors.ts';
+import { z } from '../../zod.ts';
 
 /** Most alternatives per token. */
 export const MAX_LOGPROBS = 20;
