@@ -4,7 +4,7 @@
  * worst meanwhile (which waits for the HTTP thread alone). Then the time to the first token of a 16-token prompt on the idle worker.
  * With --proxy it is all done to a pd-proxy instead, between instances that have no model and send an event every 2 ms.
  *
- *   npx tsc -p bench/tsconfig.json && node dist/bench/http-stalls.js [--beside FILE] [--tries 3] [--only WORD] [--proxy] [--json]
+ *   ./scripts/build.sh && node dist/bench/http-stalls.js [--beside FILE] [--tries 3] [--only WORD] [--proxy] [--json]
  *
  * `--beside ../other/bin/pd-worker` measures the worker of another checkout with the same client, turn by turn.
  */
@@ -16,11 +16,11 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
 import { isMainThread, parentPort, Worker } from 'node:worker_threads';
 import { Command } from 'commander';
-import { monotonicMs } from '../src/bench/clock.ts';
-import { readMachine } from '../src/bench/environment.ts';
-import { type Spread, spreadOf } from '../src/bench/serve/statistics.ts';
-import { plainTable } from '../src/bench/tables.ts';
-import { startProxyPair } from './proxy-pair.ts';
+import { monotonicMs } from './measure/clock.ts';
+import { readMachine } from './measure/machine.ts';
+import { type Spread, spreadOf } from './measure/statistics.ts';
+import { plainTable } from './measure/table.ts';
+import { startProxyPair } from './proxy/pair.ts';
 
 const START_MS = 60_000;
 /** Of one body; the worker gives up on none later than this. */

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compiles src/ and ffi/ into dist/. What is up to date is left alone, so a build disturbs no program that runs from there.
+# Compiles src/, ffi/, bench/ and the programs of scripts/ into dist/. What is up to date is left alone, so a build disturbs no program that runs from there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ -e dist ] && [ ! -w dist ]; then

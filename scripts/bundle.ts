@@ -158,7 +158,6 @@ function readJson<T>(path: string): T {
 }
 
 function tsc(outDir: string): void {
-  // The demo's checks are TypeScript that a checkout runs through tsx; here they are compiled like the rest.
   const project = join(ROOT, 'tsconfig.bundle.json');
   execFileSync(join(ROOT, 'node_modules/.bin/tsc'), ['-p', project, '--outDir', outDir], {
     stdio: ['ignore', 'inherit', 'inherit'],
@@ -190,6 +189,7 @@ function main(): void {
       'models',
       'kernels',
       'docs',
+      'scripts/common.sh',
       'scripts/two-gpu.sh',
       'scripts/runbook.sh',
       'scripts/experiment-matrix.sh',
@@ -199,7 +199,7 @@ function main(): void {
       'scripts/pair-results.sh',
       'bench/gpu/model.sh',
       'scripts/model-reference',
-      'test/peers',
+      'support/peers',
       'LICENSE',
       'CHANGELOG.md',
       'SECURITY.md',

@@ -9,12 +9,13 @@ import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { Command, Option } from 'commander';
 import { Supervisor } from '../src/cli/launch-supervisor.ts';
-import { demoModelDir } from '../src/model/demo.ts';
+import { demoModelDir } from '../src/config/demo-model.ts';
 import { isLoopback } from '../src/net/address.ts';
 import { ownAddresses } from '../src/net/local.ts';
+import { readKvShape } from '../support/kv-shape.ts';
+import type { Addresses } from '../support/serving.ts';
 import { Bootstraps } from './bootstraps.ts';
-import { type Addresses, PROMPTS, runPrompt } from './demo-checks.ts';
-import { readKvShape } from './kv-shape.ts';
+import { PROMPTS, runPrompt } from './demo-checks.ts';
 
 const BLOCK_SIZE = 16;
 /**

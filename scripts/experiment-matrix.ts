@@ -6,7 +6,8 @@
 import { randomBytes } from 'node:crypto';
 import { Command, Option } from 'commander';
 import { duration } from '../src/config/kinds.ts';
-import { KV_KEYS, SEND_TYPES } from '../src/transfer/types.ts';
+import { KV_KEYS } from '../src/config/transfer-options.ts';
+import { SEND_TYPES } from '../src/wire/messages.ts';
 import { createMatrixPair, type MatrixCell, type MatrixPair } from './experiment-pair.ts';
 
 interface Options {

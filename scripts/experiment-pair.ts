@@ -1,13 +1,16 @@
 /** One producer and one consumer of the experiment: real cores on threads, the bundled model, one prompt at a time. */
+
 import { randomBytes } from 'node:crypto';
 import { workerConfig } from '../src/config/embedded.ts';
-import { prepareNativeEnvironment } from '../src/config/native-env.ts';
+import type { KvKey } from '../src/config/transfer-options.ts';
+import { prepareNativeEnvironment } from '../src/device/native-env.ts';
 import { PdError } from '../src/errors.ts';
+import { GREEDY } from '../src/model/sampler.ts';
 import { parseHostPort } from '../src/net/address.ts';
 import { MetricsPage, readMetric } from '../src/observability/metrics.ts';
 import type { CoreRequest } from '../src/scheduler/types.ts';
-import type { KvKey, SendType } from '../src/transfer/types.ts';
 import { type EngineRequestId, engineRequestId, kvKeyOf, proxyRequestId } from '../src/wire/ids.ts';
+import type { SendType } from '../src/wire/messages.ts';
 import { CoreClient } from '../src/worker/core-client.ts';
 
 export interface MatrixSettings {
@@ -163,7 +166,7 @@ async function generate(
   maxTokens: number,
   patienceMs = 0,
 ): Promise<void> {
-  const sampling = { temperature: 0, topP: 1, topK: 0, seed: 0, maxTokens, minTokens: 0, stopTokenIds: [] };
+  const sampling = { ...GREEDY, maxTokens };
   // Added to the deadline of its KV, as for a prompt that may still be being computed.
   const patience = patienceMs > 0 ? { prefillWithinMs: patienceMs } : {};
   const request: CoreRequest = { ...ids, promptTokens, sampling, n: 1, ...patience };

@@ -10,10 +10,11 @@ import { createInterface } from 'node:readline';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
 import { Command } from 'commander';
-import { demoModelDir } from '../src/model/demo.ts';
+import { demoModelDir } from '../src/config/demo-model.ts';
+import { readKvShape } from '../support/kv-shape.ts';
+import type { Addresses } from '../support/serving.ts';
 import { Bootstraps } from './bootstraps.ts';
-import { type Addresses, PROMPTS, runPrompt } from './demo-checks.ts';
-import { readKvShape } from './kv-shape.ts';
+import { PROMPTS, runPrompt } from './demo-checks.ts';
 
 const root = fileURLToPath(
   new URL(import.meta.url.includes('/dist/scripts/') ? '../../' : '../', import.meta.url),

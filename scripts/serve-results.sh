@@ -36,8 +36,8 @@ if [ -x ./node ]; then
 else
   node=node
   built="$(git rev-parse --short HEAD)"
-  # What an earlier compilation left will do.
-  ./node_modules/.bin/tsc -p bench/tsconfig.json >&2 || [ -f dist/bench/proxy.js ]
+  # What an earlier build left will do.
+  ./scripts/build.sh >&2 || [ -f dist/bench/proxy/main.js ]
 fi
 
 work="$(mktemp -d)"
@@ -93,8 +93,8 @@ stop
 if [ "$device" = host ]; then # it is the same whatever workers compute on, and takes two minutes
   echo 'the proxy alone' >&2
   { echo '### the proxy alone'; echo; echo '```'; } >>"$results"
-  "$node" dist/bench/proxy.js >>"$results"
-  { echo; "$node" dist/bench/proxy.js --stream | tail -n +2; echo '```'; } >>"$results"
+  "$node" dist/bench/proxy/main.js >>"$results"
+  { echo; "$node" dist/bench/proxy/main.js --stream | tail -n +2; echo '```'; } >>"$results"
 fi
 
 gpus=""

@@ -28,7 +28,7 @@ export const ERROR_TABLE = {
   },
   READER_BUSY: {
     status: 503,
-    hint: 'Other long bodies are being parsed and tokenized: send it again later, or to another worker.',
+    hint: 'Other long bodies are being parsed and tokenized, or fill the room to wait in: send it again later, or to another worker.',
   },
   REQUEST_ABORTED: { status: 499, hint: 'The client went away or the request was cancelled; nothing to do.' },
   SERVER_DRAINING: { status: 503, hint: 'The worker is stopping; send the request to another one.' },

@@ -7,8 +7,8 @@ import { hostMemory, hostView, sliceMemory } from '../../src/device/memory.ts';
 import { EventPoller } from '../../src/device/poller.ts';
 import { type Matrix, ModelKernels, type ProductMode } from '../../src/model/cuda/kernels.ts';
 import { Products } from '../../src/model/cuda/products.ts';
-import { toBfloat16 } from '../../test/support/safetensors-writer.ts';
-import { row } from './model-rig.ts';
+import { toBfloat16 } from '../../support/safetensors-writer.ts';
+import { row } from './rows.ts';
 
 const HIDDEN = 4_096;
 const INNER = 14_336;

@@ -1,7 +1,8 @@
 /** Logits against a float32 run of transformers, teacher-forced: how far off, beside how far off transformers' own 16-bit run is. */
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { batch, distance, makeExecutor, range, row, sequence } from './model-rig.ts';
+import { batch, distance, makeExecutor, range, sequence } from './model-rig.ts';
+import { row } from './rows.ts';
 
 interface Reference {
   readonly ids: readonly number[];

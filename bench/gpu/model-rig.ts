@@ -1,11 +1,13 @@
 /** What the model's GPU checks share. */
+
 import type { CudaDevice } from '../../src/device/cuda/device.ts';
 import { createCudaDevice } from '../../src/device/cuda.ts';
 import { readModelConfig } from '../../src/model/config.ts';
 import { createCudaExecutor } from '../../src/model/cuda/create.ts';
 import type { CudaExecutor } from '../../src/model/cuda/executor.ts';
 import { elementTypeOf } from '../../src/model/cuda/weights.ts';
-import type { ForwardBatch, SamplingParams, ScheduledSequence } from '../../src/scheduler/types.ts';
+import { GREEDY } from '../../src/model/sampler.ts';
+import type { ForwardBatch, ScheduledSequence } from '../../src/scheduler/types.ts';
 import { engineRequestId, transferIdOf } from '../../src/wire/ids.ts';
 
 export interface RigOptions {
@@ -50,16 +52,6 @@ export async function makeExecutor(dir: string, options: RigOptions): Promise<Ri
   return { executor, numBlocks, device, dispose };
 }
 
-const GREEDY: SamplingParams = {
-  temperature: 0,
-  topP: 1,
-  topK: 0,
-  seed: 0,
-  maxTokens: 64,
-  minTokens: 0,
-  stopTokenIds: [],
-};
-
 export function sequence(
   id: string,
   tokens: ArrayLike<number>,
@@ -90,19 +82,4 @@ export function distance(got: Float32Array, wanted: Float32Array): number {
   let sum = 0;
   for (let i = 0; i < wanted.length; i++) sum += (got[i]! - wanted[i]!) ** 2;
   return Math.sqrt(sum);
-}
-
-export function median(values: readonly number[]): number {
-  return [...values].sort((a, b) => a - b)[values.length >> 1]!;
-}
-
-let failures = 0;
-
-export function row(name: string, value: string, ok = true): void {
-  if (!ok) failures++;
-  console.log(`${ok ? '  ' : 'X '}${name.padEnd(58)} ${value}`);
-}
-
-export function failed(): number {
-  return failures;
 }

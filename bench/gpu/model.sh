@@ -3,7 +3,7 @@
 #
 #   bench/gpu/model.sh RESULTS        a folder; NODE and MODELS (a folder for 20 GB of checkpoints) may be set
 #
-# From the archive of `npm run bundle`, or from a build: npx tsc -p bench/tsconfig.json. Each part is a process of its own: a kernel that
+# From the archive of `npm run bundle`, or from a build (scripts/build.sh). Each part is a process of its own: a kernel that
 # fails takes its process along.
 set -u
 cd "$(dirname "$0")/../.."

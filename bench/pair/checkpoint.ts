@@ -1,5 +1,5 @@
 /** What the checks need to know of a checkpoint. */
-import { kvBlockBytes, readConfig, readKvShape } from '../../scripts/kv-shape.ts';
+import { kvBlockBytes, readConfig, readKvShape } from '../../support/kv-shape.ts';
 import { BLOCK_SIZE } from './loads.ts';
 
 export interface CheckpointShape {

@@ -1,6 +1,7 @@
 /** One load through a pair: the tokens of the undivided worker, and metrics that say whose KV they stand on. */
-import { metricsOf } from '../../scripts/demo-checks.ts';
-import { inParallel } from '../../test/support/requests.ts';
+
+import { inParallel } from '../../support/parallel.ts';
+import { metricsOf } from '../../support/serving.ts';
 import type { Client } from './client.ts';
 import { gapChanges, gapOf, type Parting, partingOf } from './compare.ts';
 import { BLOCK_SIZE, type Effect, type Load, type LoadRequest } from './loads.ts';

@@ -1,10 +1,8 @@
 /** What `check` found of one model, and the page made of several. */
 import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import type { Machine } from '../../src/bench/environment.ts';
-import type { Environment } from '../../src/bench/messages.ts';
-import { hardwareName } from '../../src/bench/report.ts';
-import { markdownTable } from '../../src/bench/tables.ts';
+import { type Environment, hardwareName, type Machine } from '../measure/machine.ts';
+import { markdownTable } from '../measure/table.ts';
 import type { LoadCheck } from './checks.ts';
 import { EXTRA_MS, extraMs, type FirstTokenTimes } from './times.ts';
 

@@ -1,5 +1,5 @@
 /** All checks of one model: in each mode one undivided worker, and beside it a pair for each way of sending. What fails is a result. */
-import { readEnvironment, readMachine } from '../../src/bench/environment.ts';
+import { readEnvironment, readMachine } from '../measure/machine.ts';
 import { type CheckpointShape, readShape } from './checkpoint.ts';
 import { answersOf, checkLoad, measureNoise } from './checks.ts';
 import { BLOCK_SIZE, type Load, type LoadLimits, limitsOf, makeLoads } from './loads.ts';

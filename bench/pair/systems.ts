@@ -1,7 +1,7 @@
 /** The two that are compared, as processes of their own: one undivided worker; a proxy, a producer and a consumer. */
 import { fileURLToPath } from 'node:url';
-import type { Addresses } from '../../scripts/demo-checks.ts';
 import { Supervisor } from '../../src/cli/launch-supervisor.ts';
+import type { Addresses } from '../../support/serving.ts';
 import { Client } from './client.ts';
 
 export interface SystemOptions {

@@ -1,5 +1,5 @@
 /** Time to first token of an undivided worker and of a pair, in turn, with the same prompts. */
-import { median } from '../../src/bench/statistics.ts';
+import { median } from '../measure/statistics.ts';
 import type { Client } from './client.ts';
 import { timedPrompt } from './loads.ts';
 

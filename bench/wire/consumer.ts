@@ -1,10 +1,10 @@
 /** A consumer of ours in a process of its own: `consumer DEVICE PORT PATIENCE`, the last in seconds. Told over the process channel what to wait for. */
-import { createDevice } from '../../src/device/create.ts';
+import { createDevice } from '../../src/device/create-device.ts';
 import { hostMemory, hostView } from '../../src/device/memory.ts';
 import type { HostPort } from '../../src/net/address.ts';
 import { TransferEngine } from '../../src/transfer/engine.ts';
 import type { TensorId } from '../../src/wire/ids.ts';
-import { sha256 } from '../../test/support/python-peer.ts';
+import { sha256 } from '../../support/python-peer.ts';
 import { engineOptions } from './rig.ts';
 
 /** The first names its address; each further one answers a request. */

@@ -11,9 +11,9 @@ import {
 import { formatHostPort } from '../../src/net/address.ts';
 import type { TransferEngine } from '../../src/transfer/engine.ts';
 import type { TensorId, TransferId } from '../../src/wire/ids.ts';
-import { proxiedId } from '../../test/support/ids.ts';
-import { type PythonPeer, seededBytes, sha256 } from '../../test/support/python-peer.ts';
-import { type CachedKv, kvDifferences, tensorOfCache } from '../../test/support/wire-kv.ts';
+import { proxiedId } from '../../support/ids.ts';
+import { type PythonPeer, seededBytes, sha256 } from '../../support/python-peer.ts';
+import { type CachedKv, kvDifferences, tensorOfCache } from '../../support/wire-kv.ts';
 import { bytesOf, must, nameOf, type Rig } from './rig.ts';
 
 interface Family {

@@ -1,12 +1,12 @@
 /**
- * The programs behind scripts/wire-results.sh: `main check` runs our engines beside a worker of another make (test/peers, Python; with
+ * The programs behind scripts/wire-results.sh: `main check` runs our engines beside a worker of another make (support/peers, Python; with
  * GPUs by torch and blocking NCCL, on the other GPU), and `main report` puts results together. From the root of the repository.
  */
 import { execFileSync } from 'node:child_process';
 import { writeFileSync } from 'node:fs';
 import { Command, Option } from 'commander';
-import { readEnvironment, readMachine } from '../../src/bench/environment.ts';
-import { prepareNativeEnvironment } from '../../src/config/native-env.ts';
+import { prepareNativeEnvironment } from '../../src/device/native-env.ts';
+import { readEnvironment, readMachine } from '../measure/machine.ts';
 import { checkFamilies } from './families.ts';
 import { checkModes } from './modes.ts';
 import { checkRestarts } from './restarts.ts';

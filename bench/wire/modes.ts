@@ -2,8 +2,8 @@
 import { formatHostPort } from '../../src/net/address.ts';
 import type { TransferEngine } from '../../src/transfer/engine.ts';
 import { type TensorId, tensorIdOf } from '../../src/wire/ids.ts';
-import { proxiedId } from '../../test/support/ids.ts';
-import { type PythonPeer, sha256 } from '../../test/support/python-peer.ts';
+import { proxiedId } from '../../support/ids.ts';
+import { type PythonPeer, sha256 } from '../../support/python-peer.ts';
 import { bytesOf, must, mustBe, nameOf, type Rig, type TensorForm } from './rig.ts';
 
 const SMALL: readonly TensorForm[] = [

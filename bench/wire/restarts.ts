@@ -7,7 +7,7 @@ import { fileURLToPath } from 'node:url';
 import { formatHostPort, type HostPort } from '../../src/net/address.ts';
 import type { TransferEngine } from '../../src/transfer/engine.ts';
 import type { TensorId } from '../../src/wire/ids.ts';
-import { type PythonPeer, sha256 } from '../../test/support/python-peer.ts';
+import { type PythonPeer, sha256 } from '../../support/python-peer.ts';
 import type { ConsumerMessage } from './consumer.ts';
 import { must, mustBe, type Rig, type TensorForm } from './rig.ts';
 

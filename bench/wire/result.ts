@@ -1,10 +1,8 @@
 /** What the two programs of wire-results.sh leave, put together: JSON for programs, Markdown for people, a few lines for the terminal. */
 import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import type { Machine } from '../../src/bench/environment.ts';
-import type { Environment } from '../../src/bench/messages.ts';
-import { hardwareName } from '../../src/bench/report.ts';
-import { markdownTable } from '../../src/bench/tables.ts';
+import { type Environment, hardwareName, type Machine } from '../measure/machine.ts';
+import { markdownTable } from '../measure/table.ts';
 import type { WireRow } from './rig.ts';
 
 /** Of the Python peer, `peer.json`. */
@@ -128,7 +126,7 @@ function machineLines({ machine, environment, devices, peer }: PeerResult): stri
   const words = Object.entries(peer).map(([name, value]) => `${name} ${value}`);
   return [
     `- ours: ${machine.program}, Node ${machine.node}, ${devices[0]}`,
-    `- theirs: test/peers/peer.py, ${devices[1]}: ${words.join(', ')}`,
+    `- theirs: support/peers/peer.py, ${devices[1]}: ${words.join(', ')}`,
     ...environment.gpus.map((gpu) => `- ${gpu}`),
     ...(environment.link ? [`- link: ${environment.link}`] : []),
     `- ${machine.cores} x ${machine.cpu}, ${machine.memoryGib} GiB`,

@@ -1,17 +1,18 @@
 /** What the checks of the wire share: our device and engines, workers of the other make, and the rows that come out. */
 import { setTimeout as sleep } from 'node:timers/promises';
 import { transferOptions } from '../../src/config/embedded.ts';
-import { createDevice } from '../../src/device/create.ts';
+import type { TransferOptions } from '../../src/config/transfer-options.ts';
+import { createDevice } from '../../src/device/create-device.ts';
 import type { Device, MemoryRef, Stream } from '../../src/device/device.ts';
 import { hostMemory, hostView } from '../../src/device/memory.ts';
 import { PdError } from '../../src/errors.ts';
 import type { HostPort } from '../../src/net/address.ts';
 import { freePorts } from '../../src/net/free-ports.ts';
 import { TransferEngine } from '../../src/transfer/engine.ts';
-import type { SendRequest, TransferOptions } from '../../src/transfer/types.ts';
+import type { SendRequest } from '../../src/transfer/types.ts';
 import { type Dtype, tensorBytes } from '../../src/wire/dtype.ts';
 import type { TensorId } from '../../src/wire/ids.ts';
-import { PythonPeer, seededBytes, sha256 } from '../../test/support/python-peer.ts';
+import { PythonPeer, seededBytes, sha256 } from '../../support/python-peer.ts';
 
 export interface WireRow {
   readonly group: string;
@@ -185,7 +186,7 @@ export function startPeer(
   return PythonPeer.start({
     python,
     port,
-    script: 'test/peers/peer.py',
+    script: 'support/peers/peer.py',
     transport: theirs === 'host' ? 'host' : 'nccl',
     device: theirs,
     timeoutS: patienceS,

@@ -1,6 +1,6 @@
 /** A peer whose NCCL is set, or made, otherwise than ours: what happens is the result. It must end, by KV or by an error, in time. */
 import { existsSync, realpathSync } from 'node:fs';
-import type { PythonPeer } from '../../test/support/python-peer.ts';
+import type { PythonPeer } from '../../support/python-peer.ts';
 import { putToOurs } from './modes.ts';
 import { mustBe, type Rig, type TensorForm } from './rig.ts';
 

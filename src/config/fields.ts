@@ -6,7 +6,7 @@
  */
 
 import { PdError } from '../errors.ts';
-import type { LogOptions } from '../transfer/types.ts';
+import type { LogOptions } from '../observability/log-options.ts';
 import type { z } from '../zod.ts';
 import type { Kind } from './kinds.ts';
 import type { OptionSpec, OptionTable, ValuesOf } from './options.ts';

@@ -2,8 +2,9 @@
  * The runbook's four ways to hang, told apart by what an error carries: the innermost cause that says something, and what a consumer knew
  * when its deadline passed. Never by the words of a message.
  */
+
+import type { KvKey } from '../config/transfer-options.ts';
 import { ERROR_TABLE, type ErrorCode } from '../errors.ts';
-import type { KvKey } from '../transfer/types.ts';
 import { type Finding, fail } from './finding.ts';
 
 export type Scenario = 1 | 2 | 3 | 4;

@@ -6,7 +6,7 @@ import { ask } from '../net/http.ts';
 import { reasonOf } from '../net/resolve.ts';
 import type { FailureKind, FailureState } from '../transfer/failures.ts';
 import type { PairState, TransferState } from '../transfer/types.ts';
-import type { CoreState } from '../worker/messages.ts';
+import type { CoreState } from '../worker/core-messages.ts';
 import { type Finding, fail, info, ok, plural, type Section, warn } from './finding.ts';
 import { type Metrics, metricsOf } from './metrics.ts';
 import {

@@ -3,7 +3,7 @@ import { createRequire } from 'node:module';
 import { isatty } from 'node:tty';
 import pino from 'pino';
 import type { PinoPretty } from 'pino-pretty';
-import type { LogOptions } from '../transfer/types.ts';
+import type { LogOptions } from './log-options.ts';
 
 export type Logger = pino.Logger;
 

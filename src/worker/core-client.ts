@@ -1,22 +1,14 @@
 /** The main thread's side of the core thread: requests in, outputs to whoever asked, and one place where the core's death is heard. */
-import { Worker } from 'node:worker_threads';
-import { type Deferred, deferred } from '../deferred.ts';
+import { type Deferred, deferred, withDeadline } from '../deferred.ts';
 import { type ErrorData, PdError, unreachable } from '../errors.ts';
 import type { CoreRequest, RequestOutput } from '../scheduler/types.ts';
-import { threadEntry } from '../thread-entry.ts';
+import { startThread, type ThreadPort, threadEntry } from '../thread-entry.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 import { AsyncQueue } from './async-queue.ts';
-import type { CoreInfo, CoreInit, CoreState, FromCore, ToCore } from './messages.ts';
+import type { CoreInfo, CoreInit, CoreState, FromCore, ToCore } from './core-messages.ts';
 
-/** What a core thread is to its client: tests put a scripted one here. */
-export interface CorePort {
-  post(message: ToCore): void;
-  onMessage(listener: (message: FromCore) => void): void;
-  /** The thread is over: asked for or not. */
-  onExit(listener: (error: Error | undefined) => void): void;
-  /** Ends the thread by force. */
-  terminate(): Promise<void>;
-}
+/** The core thread as its client has it. */
+export type CorePort = ThreadPort<ToCore, FromCore>;
 
 /** The outputs of one request, in order; throws where the request failed or was aborted by its signal. Leaving the loop aborts it. */
 export interface Generation extends AsyncIterable<RequestOutput> {
@@ -81,7 +73,8 @@ export class CoreClient {
 
   /** Starts the core thread and waits until its model is loaded. */
   static start(init: CoreInit, options: CoreClientOptions = {}): Promise<CoreClient> {
-    return CoreClient.connect(threadPort(init), options);
+    const entry = threadEntry(import.meta.url, './core-thread.js');
+    return CoreClient.connect(startThread(entry, { workerData: init, name: 'core' }), options);
   }
 
   /** Waits for `ready` on a port. Throws what the core died of, or INTERNAL at the deadline; the thread is over then. */
@@ -294,36 +287,4 @@ export class CoreClient {
     for (const saved of this.#saves.values()) saved.resolve(error.toData());
     for (const answer of this.#states.values()) answer(error);
   }
-}
-
-/** Undefined at the deadline. */
-async function withDeadline<T>(promise: Promise<T>, ms: number): Promise<T | undefined> {
-  let timer: NodeJS.Timeout | undefined;
-  const deadline = new Promise<undefined>((resolve) => {
-    timer = setTimeout(() => resolve(undefined), ms);
-  });
-  try {
-    return await Promise.race([promise, deadline]);
-  } finally {
-    clearTimeout(timer);
-  }
-}
-
-function threadPort(init: CoreInit): CorePort {
-  const worker = new Worker(threadEntry(import.meta.url, './core-thread.js'), {
-    workerData: init,
-    name: 'core',
-  });
-  let thrown: Error | undefined;
-  worker.on('error', (error) => {
-    thrown = error instanceof Error ? error : new Error(String(error));
-  });
-  return {
-    post: (message) => worker.postMessage(message),
-    onMessage: (listener) => worker.on('message', listener),
-    onExit: (listener) => worker.on('exit', () => listener(thrown)),
-    terminate: async () => {
-      await worker.terminate();
-    },
-  };
 }

@@ -2,9 +2,9 @@
 import type { WorkerConfig } from '../config/worker-config.ts';
 import { P2pSchedulerConnector } from '../connector/scheduler-connector.ts';
 import { P2pWorkerConnector } from '../connector/worker-connector.ts';
-import { createDevice } from '../device/create.ts';
+import { createDevice } from '../device/create-device.ts';
 import type { Device } from '../device/device.ts';
-import { createExecutor } from '../model/create.ts';
+import { createExecutor } from '../model/create-executor.ts';
 import type { Executor } from '../model/executor.ts';
 import { formatHostPort } from '../net/address.ts';
 import type { Logger } from '../observability/log.ts';
@@ -12,9 +12,9 @@ import { MetricsPage } from '../observability/metrics.ts';
 import { Scheduler } from '../scheduler/scheduler.ts';
 import { maxSequenceLength } from '../scheduler/validate.ts';
 import type { TransferEngineApi } from '../transfer/engine-api.ts';
-import type { Fingerprint } from '../transfer/types.ts';
+import type { Fingerprint } from '../wire/fingerprint.ts';
 import { CoreLoop, type CoreLoopOptions } from './core.ts';
-import type { CoreInfo, CoreInit } from './messages.ts';
+import type { CoreInfo, CoreInit } from './core-messages.ts';
 
 export interface CoreParts {
   readonly loop: CoreLoop;

@@ -20,8 +20,8 @@ import type { Scheduler } from '../scheduler/scheduler.ts';
 import type { SchedulerStep } from '../scheduler/step.ts';
 import type { CoreRequest, ForwardResult, RequestOutput } from '../scheduler/types.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
+import type { CoreState } from './core-messages.ts';
 import { CoreMetrics } from './core-metrics.ts';
-import type { CoreState } from './messages.ts';
 import { ThroughputLog, type ThroughputLogOptions } from './throughput-log.ts';
 
 /** After this many failing steps in a row the executor is taken for broken. */

@@ -7,9 +7,9 @@
  */
 import { setTimeout } from 'node:timers/promises';
 import type { FastifyInstance } from 'fastify';
-import { prepareNativeEnvironment } from '../config/native-env.ts';
 import type { WorkerConfig } from '../config/worker-config.ts';
 import { deferred } from '../deferred.ts';
+import { prepareNativeEnvironment } from '../device/native-env.ts';
 import type { PdError } from '../errors.ts';
 import { formatHostPort, type HostPort } from '../net/address.ts';
 import { assertBindable, listenError } from '../net/port-holder.ts';
@@ -17,7 +17,7 @@ import { createLogger, type Logger } from '../observability/log.ts';
 import { MetricsPage } from '../observability/metrics.ts';
 import { packageVersion } from '../version.ts';
 import { CoreClient } from './core-client.ts';
-import type { CoreInfo, CoreState } from './messages.ts';
+import type { CoreInfo, CoreState } from './core-messages.ts';
 import { RequestReader } from './request-reader.ts';
 import { InFlight } from './server/in-flight.ts';
 import { createServer } from './server/server.ts';

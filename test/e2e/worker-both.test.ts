@@ -1,7 +1,7 @@
 import { once } from 'node:events';
 import { createServer } from 'node:net';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { demoModelDir } from '../../src/model/demo.ts';
+import { demoModelDir } from '../../src/config/demo-model.ts';
 import { formatHostPort } from '../../src/net/address.ts';
 import { PdWorker } from '../../src/worker/worker.ts';
 import { Program } from '../support/process.ts';

@@ -2,7 +2,7 @@
 
 import type { CoreRequest, RequestOutput } from '../../src/scheduler/types.ts';
 import { CoreClient, type CoreClientOptions, type CorePort } from '../../src/worker/core-client.ts';
-import type { CoreInfo, CoreState, FromCore, ToCore } from '../../src/worker/messages.ts';
+import type { CoreInfo, CoreState, FromCore, ToCore } from '../../src/worker/core-messages.ts';
 import type { RequestReader } from '../../src/worker/request-reader.ts';
 import { readBody } from '../../src/worker/server/reading.ts';
 import type { TextModel } from '../../src/worker/server/text.ts';

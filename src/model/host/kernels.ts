@@ -6,6 +6,8 @@
  * bits. Rows are tokens; matrices are row-major.
  */
 
+import type { RopeAngles } from '../rope-config.ts';
+
 /** out[r, o] = sum over i of x[r, i] * weight[o, i]. x [rows, inputs], weight [outputs, inputs], out [rows, outputs]. */
 export function matmul(
   out: Float32Array,
@@ -135,12 +137,6 @@ export function rmsNorm(
     const scale = 1 / Math.sqrt(squares / width + eps);
     for (let i = 0; i < width; i++) out[at + i] = x[at + i]! * scale * weight[i]!;
   }
-}
-
-/** Cosine and sine of each rotated pair at each row's position, [rows, headDim / 2]. */
-export interface RopeAngles {
-  readonly cos: Float32Array;
-  readonly sin: Float32Array;
 }
 
 /** Rotates x [rows, heads, headDim] in place; element i pairs with i + headDim / 2 (half-split order). */

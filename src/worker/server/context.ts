@@ -1,9 +1,9 @@
 /** What the routes share. */
 import type { FastifyRequest } from 'fastify';
+import type { TransferOptions } from '../../config/transfer-options.ts';
 import type { WorkerConfig } from '../../config/worker-config.ts';
 import type { Logger } from '../../observability/log.ts';
 import type { MetricsPage } from '../../observability/metrics.ts';
-import type { TransferOptions } from '../../transfer/types.ts';
 import type { CoreClient } from '../core-client.ts';
 import type { BodyReader } from '../request-reader.ts';
 import type { InFlight } from './in-flight.ts';

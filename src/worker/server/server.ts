@@ -5,7 +5,7 @@ import { isLoopback } from '../../net/address.ts';
 import { NO_JSON_SCHEMAS } from '../../net/json-schemas.ts';
 import { RateLimitedLog } from '../../observability/log.ts';
 import { createRegistry } from '../../observability/registry.ts';
-import { openAiError } from '../../openai-error.ts';
+import { openAiError, retryHeaders } from '../../openai-error.ts';
 import { postChatCompletions } from './chat.ts';
 import { postCompletions } from './completions.ts';
 import type { ServerContext } from './context.ts';
@@ -42,7 +42,7 @@ export function createServer(context: ServerContext): FastifyInstance {
       );
     else if (status >= 500) log.error({ code: error.code, url: request.url, err: error }, error.message);
     else log.debug({ code: error.code, url: request.url }, error.message);
-    return reply.status(status).send(openAiError(error));
+    return reply.status(status).headers(retryHeaders(error)).send(openAiError(error));
   });
   server.setNotFoundHandler((request, reply) => {
     const error = new PdError('REQUEST_INVALID', `there is no ${request.method} ${request.url} here`);

@@ -1,7 +1,7 @@
 /** The reader thread itself, with the demo model's tokenizer. */
 import fc from 'fast-check';
 import { afterEach, describe, expect, it } from 'vitest';
-import { demoModelDir } from '../../../src/model/demo.ts';
+import { demoModelDir } from '../../../src/config/demo-model.ts';
 import { createLogger } from '../../../src/observability/log.ts';
 import { RequestReader, type RequestReaderOptions } from '../../../src/worker/request-reader.ts';
 import { type Route, readBody, type Served } from '../../../src/worker/server/reading.ts';

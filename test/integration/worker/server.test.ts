@@ -3,13 +3,17 @@ import { request as httpRequest } from 'node:http';
 import type { AddressInfo } from 'node:net';
 import fc from 'fast-check';
 import { afterEach, describe, expect, it } from 'vitest';
+import { demoModelDir } from '../../../src/config/demo-model.ts';
 import type { DebugAudience, WorkerConfig } from '../../../src/config/worker-config.ts';
-import { demoModelDir } from '../../../src/model/demo.ts';
 import { createLogger } from '../../../src/observability/log.ts';
 import { MetricsPage, readHistogram } from '../../../src/observability/metrics.ts';
 import { packLogprobs } from '../../../src/scheduler/prompt-logprobs.ts';
 import type { TokenLogprob } from '../../../src/scheduler/types.ts';
-import { type BodyReader, RequestReader } from '../../../src/worker/request-reader.ts';
+import {
+  type BodyReader,
+  RequestReader,
+  type RequestReaderOptions,
+} from '../../../src/worker/request-reader.ts';
 import { InFlight } from '../../../src/worker/server/in-flight.ts';
 import { type Route, readBody } from '../../../src/worker/server/reading.ts';
 import { createServer } from '../../../src/worker/server/server.ts';
@@ -654,9 +658,9 @@ describe('errors', () => {
 describe('long bodies', () => {
   const long = { prompt: Array.from({ length: 200 }, () => 97), stop: 'x'.repeat(5_000) };
 
-  async function startSlow() {
+  async function startSlow(limits: RequestReaderOptions = {}) {
     const thread = new FakeReaderThread();
-    const reader = await RequestReader.start(demoModelDir(), LOG, { openThread: () => thread });
+    const reader = await RequestReader.start(demoModelDir(), LOG, { ...limits, openThread: () => thread });
     closers.push(() => reader.close());
     thread.emit({ type: 'ready' });
     return { thread, ...(await start(saying('x'), true, undefined, 'both', reader)) };
@@ -681,6 +685,20 @@ describe('long bodies', () => {
     thread.emit({ type: 'refused', error: { code: 'BODY_TOO_COSTLY', message: 'too much', context: {} } });
     expect(await pending).toMatchObject({ status: 413, body: { error: { code: 'BODY_TOO_COSTLY' } } });
     expect(inFlight.size).toBe(0);
+  });
+
+  it('that find no room to wait in are refused, and told when to come again', async () => {
+    const { thread, json, post, inFlight } = await startSlow({ maxWaitingBytes: 6_000 });
+    const first = post(COMPLETIONS, long);
+    await thread.until(1);
+    const { status, headers, body } = await post(COMPLETIONS, { ...long, stop: 'x'.repeat(6_000) });
+    expect([status, headers['retry-after']]).toEqual([503, '3']);
+    expect(JSON.parse(body)).toMatchObject({ error: { type: 'server_error', code: 'READER_BUSY' } });
+    expect(inFlight.size).toBe(1);
+    expect((await json(COMPLETIONS, { prompt: [97] })).status).toBe(200);
+    const { served, route, body: read } = thread.received[0]!;
+    thread.emit({ type: 'read', reading: readBody(served, BYTE_MODEL, route, read) });
+    expect((await first).status).toBe(200);
   });
 
   it('nested deeper than the stack goes have their code', () => {
