@@ -1,7 +1,7 @@
-# Sourced, from the root, by the scripts that run compiled programs. They work in a checkout, which they install and build first, and in the
-# archive of `npm run bundle`, which needs neither npm nor Node.
+# Sourced, from the root, by scripts that run compiled programs. They work in a checkout, which they install and build first, and in the archive
+# of `npm run bundle`, where they need neither npm nor Node.
 
-# prepare: sets `node`. PD_SKIP_BUILD: what an earlier build left will do.
+# prepare: sets `node`. With PD_SKIP_BUILD the last build is used as it is.
 prepare() {
   if [ -x ./node ]; then
     node=./node
@@ -10,10 +10,10 @@ prepare() {
   node=node
   [ -n "${PD_SKIP_BUILD:-}" ] && return
   ./scripts/install.sh && ./scripts/build.sh || return 1
-  export PD_SKIP_BUILD=1 # of scripts that this one starts
+  export PD_SKIP_BUILD=1 # for scripts started by this one
 }
 
-# run_program NAME ARGS...: a program of scripts/ takes this shell's place
+# run_program NAME ARGS...: replaces this shell by a program of scripts/
 run_program() {
   local program="dist/scripts/$1.js"
   shift
@@ -21,25 +21,25 @@ run_program() {
   exec "$node" "$program" "$@"
 }
 
-# usage: the script's first comment is its help
+# usage: prints the script's first comment
 usage() {
   sed -n '2,/^[^#]/s/^# \{0,1\}//p' "scripts/${0##*/}"
   exit 2
 }
 
-# bounded SECONDS COMMAND...: status 124 or 137 where that was not enough
+# bounded SECONDS COMMAND...: exit status 124 or 137 if it took longer
 bounded() {
   timeout --kill-after=10 "$@" </dev/null
 }
 
-# What the results scripts share: where results go, what they run on, whether only to see that everything is in place, and the command line
-# that the page names, without what only says where files lie.
+# Defaults of the results scripts: where results go, the device, a small trial run or not, and the command line as the page shows it, without
+# options that only say where files are.
 out=bench/results
 device=cuda
 small=()
 line="./scripts/${0##*/}"
 
-# results_option "$@": takes one of the options that all of them have; `taken` is then how many words to shift. Fails at any other.
+# results_option "$@": reads an option that all results scripts have and sets `taken`, the number of words to shift; fails on any other.
 results_option() {
   taken=2
   case "$1" in
@@ -50,7 +50,7 @@ results_option() {
   esac
 }
 
-# work_folder: sets `work`, a folder that goes when the script ends
+# work_folder: sets `work`, a folder that is removed when the script ends
 work_folder() {
   work="$(mktemp -d)"
   trap 'rm -rf "$work"' EXIT

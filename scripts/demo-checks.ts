@@ -1,4 +1,4 @@
-/** One prompt of the demo: through the proxy and through an undivided worker, and what the consumer's metrics say of it. */
+/** One prompt of the demo: its answers through the proxy and from an undivided worker, and what the consumer's metrics say about it. */
 
 import { type KvShape, kvBlockBytes } from '../support/kv-shape.ts';
 import { type Addresses, metricsOf } from '../support/serving.ts';
@@ -27,13 +27,13 @@ export interface PromptResult {
   readonly firstTokenMs: number;
   readonly bytesMoved: number;
   readonly moveMs: number;
-  /** Empty: passed. */
+  /** Empty if it passed. */
   readonly problems: readonly string[];
 }
 
 const DEADLINE_MS = 60_000;
 
-/** Without `undividedUrl` the text is compared with nothing: that KV moved is told by the consumer's metrics all the same. */
+/** Without `undividedUrl` the text is not compared; the consumer's metrics still show whether KV moved. */
 export async function runPrompt(
   { prompt, maxTokens }: Prompt,
   model: string,
@@ -92,7 +92,7 @@ interface Chunk {
   readonly error?: { readonly message: string };
 }
 
-/** One streamed completion. Throws what the server says instead. */
+/** One streamed completion. Throws the server's error. */
 async function complete(url: string, request: object): Promise<Streamed> {
   const started = performance.now();
   const response = await fetch(`${url}/v1/completions`, {

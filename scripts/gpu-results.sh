@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
 # Everything that only two GPUs can show, in one go and in under eight minutes: times of transfers in all modes beside the ceilings,
-# engines that send crosswise, memory over a thousand requests, kill -9, a computation beside transfers, and the demo from GPU to GPU.
-# Writes bench/results/<date>-<GPUs>-transfer.{json,md} and ends with a short table. A part that fails or takes too long is a result
-# like others: it is reported, and the next one runs. Exit status 1 where there was one.
+# engines that send crosswise, memory over a thousand requests, kill -9, a computation beside transfers, kernels and NCCL on one GPU, and
+# the demo from GPU to GPU.
+# Writes bench/results/<date>-<GPUs>-transfer.{json,md} and ends with a short table. A part that fails or takes too long is
+# reported, and the next one runs; the exit status is then 1.
 #
 #   ./scripts/gpu-results.sh                      two GPUs; from a checkout, or from the archive of `npm run bundle`
 #   ./scripts/gpu-results.sh --out DIR            where the results go
 #   ./scripts/gpu-results.sh --only transfer,soak --seconds 120
-#   ./scripts/gpu-results.sh --device host --small      a few seconds without a GPU: is everything in place?
+#   ./scripts/gpu-results.sh --device host --small      a trial run of seconds, without a GPU
 set -uo pipefail
 cd "$(dirname "$0")/.."
 . scripts/common.sh
 
 only=""
-# For all of it; a part gets its own bound or what is left.
+# For all parts; each has its own limit, or the time that is left.
 seconds=450
 while [ $# -gt 0 ]; do
   taken=2
@@ -29,14 +30,14 @@ prepare || exit 1
 work_folder
 deadline=$((SECONDS + seconds))
 
-# run NAME SECONDS COMMAND...: its output goes to a log and, of pd-bench, its numbers to NAME.json
+# run NAME SECONDS COMMAND...: writes NAME.log and NAME.step; pd-bench also writes NAME.json
 run() {
   local name="$1" bound="$2" left=$((deadline - SECONDS)) start=$SECONDS status
   shift 2
   [ -n "$only" ] && case "$only" in *",$name,"*) ;; *) return ;; esac
   [ "$left" -lt "$bound" ] && bound="$left"
   if [ "$bound" -lt 5 ]; then
-    echo "no time was left for it" >"$work/$name.log"
+    echo "no time was left" >"$work/$name.log"
     status=124
   else
     printf '%-14s' "$name" >&2
@@ -72,7 +73,7 @@ if [ "$device" != host ]; then
 elif [ ${#small[@]} = 0 ]; then
   run demo 120 ./scripts/demo.sh
 fi
-# last, as it takes what time there is
+# last, as it may use the rest of the time
 [ ${#small[@]} -gt 0 ] || part soak 150
 
 ./bin/pd-bench report "$work" --out "$out" --command "$line"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Prompts computed on one GPU, text generated on another, beside a worker that does both: the same tokens, and how much later the first
-# one comes. With the demo model and with a Llama of 8B shape and random weights, which scripts/model-reference/checkpoint.py makes
-# (python3 with torch and transformers). First the runbook's four prompts (two-gpu.sh), then bench/pair.
-# Writes bench/results/<date>-<GPUs>-pair.{json,md}; what fails is a result like others. Exit status 1 where there was one.
+# A pair (prompts on one GPU, decoding on another) against an undivided worker: are the tokens the same, and how much later is the first?
+# With the demo model and with a Llama of 8B shape and random weights, which scripts/model-reference/checkpoint.py makes (python3 with
+# torch and transformers). First the runbook's four prompts (two-gpu.sh), then bench/pair. Writes
+# bench/results/<date>-<GPUs>-pair.{json,md}; failures are reported there, and the exit status is then 1.
 #
 #   ./scripts/pair-results.sh                      two GPUs; from a checkout, or from the archive of `npm run bundle`
-#   ./scripts/pair-results.sh --models DIR         a folder for 16 GB; a checkpoint that is there already is taken
-#   ./scripts/pair-results.sh --only demo          or --only llama-8b; --send-types PUT,GET: not all three
-#   ./scripts/pair-results.sh --device host --only demo --small --out DIR      without a GPU, in a minute: is everything in place?
+#   ./scripts/pair-results.sh --models DIR         a folder for 16 GB; a checkpoint in it is used
+#   ./scripts/pair-results.sh --only demo          or --only llama-8b; --send-types PUT,GET: instead of all three
+#   ./scripts/pair-results.sh --device host --only demo --small --out DIR      a trial run of a minute, without a GPU
 set -uo pipefail
 cd "$(dirname "$0")/.."
 . scripts/common.sh

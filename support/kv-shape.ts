@@ -1,4 +1,4 @@
-/** What KV bytes hang on, as a checkpoint's config.json says it. */
+/** The sizes that determine how many bytes of KV a checkpoint has, read from its config.json. */
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 
@@ -10,7 +10,7 @@ export interface KvShape {
   readonly blockSize: number;
 }
 
-/** `elementBytes`: of the cache, 4 where the host computes (in float32), else 2. */
+/** `elementBytes`: of one element in the cache: 4 where the host computes (float32), otherwise 2. */
 export function readKvShape(modelDir: string, elementBytes: number, blockSize: number): KvShape {
   const config = readConfig(modelDir);
   const heads = config['num_attention_heads'] ?? 1;
@@ -23,12 +23,12 @@ export function readKvShape(modelDir: string, elementBytes: number, blockSize: n
   };
 }
 
-/** Keys and values of one block in all layers. */
+/** Bytes of the keys and values of one block, over all layers. */
 export function kvBlockBytes({ layers, kvHeads, headDim, elementBytes, blockSize }: KvShape): number {
   return layers * 2 * blockSize * kvHeads * headDim * elementBytes;
 }
 
-/** Its numbers. */
+/** The numeric fields of config.json. */
 export function readConfig(modelDir: string): Readonly<Record<string, number | undefined>> {
   const text = readFileSync(join(modelDir, 'config.json'), 'utf8');
   const fields = Object.entries(JSON.parse(text) as Record<string, unknown>);

@@ -1,4 +1,4 @@
-/** Runs `work` over the items, so many at a time; results in the items' order. */
+/** Runs `work` on every item, `width` at a time. Results are in the order of the items. */
 export async function inParallel<T, R>(
   items: readonly T[],
   width: number,

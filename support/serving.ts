@@ -1,4 +1,4 @@
-/** A system that `pd-launch` has started: where it serves, and what a worker's metrics say. */
+/** A system started by `pd-launch`: its addresses, and the metrics of its workers. */
 
 export interface Addresses {
   readonly proxy: { readonly url: string; readonly discovery: string };

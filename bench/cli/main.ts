@@ -1,9 +1,10 @@
-/** pd-bench: what transfers cost and what they survive, every byte checked, and what clients of a server see. */
+/** pd-bench: measures KV transfers (every byte checked), what they survive, and what the clients of a server see. */
 import { readFileSync, writeFileSync } from 'node:fs';
 import { Command, Option } from 'commander';
 import { addOptions, type OptionTable, resolveOptions, type ValuesOf } from '../../src/config/options.ts';
 import { packageVersion } from '../../src/version.ts';
 import { NO_PROGRESS, terminalProgress } from '../measure/progress.ts';
+import { conclude } from '../measure/results.ts';
 import { plainTable } from '../measure/table.ts';
 import type { BenchOptions } from '../transfer/bench.ts';
 import { exchange } from '../transfer/exchange.ts';
@@ -96,19 +97,18 @@ export function benchCommand(): Command {
   program.addCommand(serveCommand());
   program
     .command('report')
-    .description('puts the results in a folder together: JSON, Markdown and a short table')
+    .description('combines the results in a folder into JSON, Markdown and a short table')
     .argument('<folder>', 'with the files of --output')
     .addOption(new Option('--out <dir>', 'where the report goes').default('bench/results'))
     .addOption(new Option('--command <text>', 'how the results were made').default('pd-bench'))
     .action((folder: string, { out, command }: { out: string; command: string }) => {
       const report = readReport(folder, command);
       const base = writeReport(report, out);
-      console.log(`${renderSummary(report)}\n${base}.{json,md}`);
-      process.exitCode = isSound(report) ? 0 : 1;
+      conclude(`${renderSummary(report)}\n${base}.{json,md}`, isSound(report));
     });
   program
     .command('show')
-    .description('the short table of a report made earlier')
+    .description('prints the short table of an earlier report')
     .argument('<file>', 'its JSON')
     .action((file: string) => console.log(renderSummary(JSON.parse(readFileSync(file, 'utf8')) as Report)));
   return program;
@@ -129,13 +129,13 @@ function part<T extends OptionTable>(
     const common = values as unknown as CommonValues;
     const progress = common.json ? NO_PROGRESS : terminalProgress();
     const options = benchOptions(common, progress);
-    // where the numbers went says nothing about them
+    // where the results were written says nothing about them
     const line = `pd-bench ${process.argv.slice(2).join(' ')}`.replace(/ --output[ =]\S+/, '');
     const result = await runPart(name, line, options, work(options, values));
     const json = `${JSON.stringify(result, undefined, 1)}\n`;
     if (common.output !== undefined) writeFileSync(common.output, json);
     const text = common.json ? json : render(result);
-    // a pipe takes only so much at once, and the end of the process does not wait for it
+    // a pipe takes only so much at once, and a process that exits does not wait for it
     await new Promise<void>((resolve) => process.stdout.write(text, () => resolve()));
     process.exitCode = result.ok ? 0 : 1;
   });

@@ -40,20 +40,25 @@ const OUTPUT = 'Output';
 const COMMON = defineOptions({
   device: option({
     kind: oneOf(['cuda', 'host']),
-    help: 'cuda: the first two GPUs; host: two processes of this machine without one',
+    help: 'cuda: the first two GPUs; host: two processes on this machine, without a GPU',
     group: WHERE,
     defaultText: 'cuda',
   }),
   devices: option({
     kind: text('device,device', 'two GPUs such as cuda:0,cuda:1'),
-    help: "producer's and consumer's device, in place of --device",
+    help: "the producer's and the consumer's device, instead of --device",
     group: WHERE,
   }),
-  shape: option({ kind: oneOf(MODEL_NAMES), help: 'whose KV', group: WHERE, default: 'llama-3-8b' }),
+  shape: option({
+    kind: oneOf(MODEL_NAMES),
+    help: 'model whose KV shape is used',
+    group: WHERE,
+    default: 'llama-3-8b',
+  }),
   blockSize: option({ kind: integer(1, 1_024), help: 'tokens per block', group: WHERE, default: 16 }),
   layers: option({
     kind: integer(1, 1_000),
-    help: 'layers, in place of those of the shape',
+    help: 'layers, instead of those of the shape',
     group: WHERE,
   }),
   ncclNumChannels: option({
@@ -70,7 +75,7 @@ const COMMON = defineOptions({
   }),
   logLevel: option({
     kind: oneOf(LOG_LEVELS),
-    help: "of the engines' logs, on stderr",
+    help: "level of the engines' logs, on stderr",
     group: OUTPUT,
     default: 'error',
   }),
@@ -88,7 +93,7 @@ export const TRANSFER_OPTIONS = defineOptions({
   }),
   source: option({
     kind: commas(oneOf(SOURCES)),
-    help: 'paged: blocks gathered and scattered; flat: dense tensors as they lie',
+    help: 'paged: gather and scatter blocks; flat: dense tensors, sent as they are',
     group: 'Measurement',
     default: DEFAULT_TRANSFER.sources,
   }),
@@ -100,13 +105,13 @@ export const TRANSFER_OPTIONS = defineOptions({
   }),
   rounds: option({
     kind: integer(3, 10_000),
-    help: 'timed rounds of each',
+    help: 'timed rounds per row',
     group: 'Measurement',
     default: DEFAULT_TRANSFER.rounds,
   }),
   warmUp: option({
     kind: integer(1, 1_000),
-    help: 'rounds before them',
+    help: 'warm-up rounds before those',
     group: 'Measurement',
     default: DEFAULT_TRANSFER.warmUp,
   }),
@@ -116,13 +121,13 @@ export const EXCHANGE_OPTIONS = defineOptions({
   ...COMMON,
   tensors: option({
     kind: integer(1, 10_000),
-    help: 'tensors each way at once',
+    help: 'tensors sent each way at once',
     group: 'Measurement',
     default: DEFAULT_EXCHANGE.tensors,
   }),
   tensorBytes: option({
     kind: bytes(1),
-    help: 'bytes of each of them',
+    help: 'bytes of each of those tensors',
     group: 'Measurement',
     default: DEFAULT_EXCHANGE.tensorBytes,
   }),
@@ -140,7 +145,7 @@ export const EXCHANGE_OPTIONS = defineOptions({
   }),
   crossingRounds: option({
     kind: integer(1, 1_000),
-    help: 'how often',
+    help: 'rounds of the crossing',
     group: 'Measurement',
     default: DEFAULT_EXCHANGE.crossingRounds,
   }),
@@ -184,13 +189,13 @@ export const FAULTS_OPTIONS = defineOptions({
   }),
   deadline: option({
     kind: duration(100),
-    help: "each wait of the engines, in place of the product's longer ones",
+    help: "deadline of each wait, instead of the engines' longer defaults",
     group: 'Measurement',
     default: DEFAULT_FAULTS.deadlineMs,
   }),
   kernel: option({
     kind: duration(1),
-    help: 'how long the long kernel runs',
+    help: 'run time of the long kernel',
     group: 'Measurement',
     default: DEFAULT_FAULTS.kernelMs,
   }),
@@ -200,13 +205,13 @@ export const INTERFERENCE_OPTIONS = defineOptions({
   ...COMMON,
   loop: option({
     kind: commas(oneOf(COMPUTE_LOOPS)),
-    help: 'matmul: bound by arithmetic, as prefill; memory: bound by memory, as decode',
+    help: 'matmul: limited by arithmetic, like prefill; memory: limited by bandwidth, like decode',
     group: 'Measurement',
     default: DEFAULT_INTERFERENCE.loops,
   }),
   time: option({
     kind: duration(10),
-    help: 'each measurement',
+    help: 'duration of each measurement',
     group: 'Measurement',
     default: DEFAULT_INTERFERENCE.ms,
   }),
@@ -218,7 +223,7 @@ export const INTERFERENCE_OPTIONS = defineOptions({
   }),
   window: option({
     kind: integer(1, 1_000),
-    help: 'requests under way at once',
+    help: 'requests in flight',
     group: 'Measurement',
     default: DEFAULT_INTERFERENCE.window,
   }),
@@ -243,7 +248,7 @@ export function benchOptions(values: CommonValues, progress: Progress): BenchOpt
   };
 }
 
-/** Of `--tokens`, or the default for the device; the sizes that a host can hold twice. */
+/** `--tokens`, or the default for the device; on a host, sizes of which it can hold two. */
 export function tokensOf(
   given: readonly number[] | undefined,
   { devices, shape }: BenchOptions,

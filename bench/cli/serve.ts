@@ -24,7 +24,7 @@ const TEXT = 'Prompts and answers';
 const OUTPUT = 'Output';
 
 export const SERVE_OPTIONS = defineOptions({
-  // Names of their own where a worker's variable, PD_MODEL say, means something else.
+  // Named apart from a worker's variables (PD_MODEL, say), which mean something else.
   servedUrl: option({
     flag: 'url',
     kind: text('url'),
@@ -48,33 +48,33 @@ export const SERVE_OPTIONS = defineOptions({
   }),
   tokenizeUrl: option({
     kind: text('url'),
-    help: 'whose /tokenize counts prompts: behind a proxy, a worker',
+    help: 'server whose /tokenize counts prompts; with a proxy, one of its workers',
     group: SERVER,
     defaultText: 'that of --url; where there is none, lengths are approximate',
   }),
   requestRate: option({
     kind: real(0.001, 100_000, 'per second'),
-    help: 'requests a second on average (Poisson), whether answers come or not',
+    help: 'requests per second on average (Poisson arrivals), however fast the answers come',
     group: LOAD,
   }),
   concurrency: option({
     kind: integer(1, 100_000),
-    help: 'requests under way at all times, in place of --request-rate',
+    help: 'requests in flight at all times, instead of --request-rate',
     group: LOAD,
     defaultText: '1',
   }),
   numRequests: option({ kind: integer(1, 10_000_000), help: 'requests', group: LOAD, default: 100 }),
   warmUp: option({
     kind: integer(0, 100_000),
-    help: 'requests before them that do not count',
+    help: 'requests sent first, which do not count',
     group: LOAD,
     defaultText: 'that of --concurrency, or 4',
   }),
-  timeout: option({ kind: duration(1), help: 'for the whole of one answer', group: LOAD, default: 600_000 }),
+  timeout: option({ kind: duration(1), help: 'deadline of a whole answer', group: LOAD, default: 600_000 }),
   loadSeed: option({
     flag: 'seed',
     kind: integer(0, Number.MAX_SAFE_INTEGER),
-    help: 'of arrivals and lengths: the same in every run',
+    help: 'seed of arrivals and lengths, which are the same in every run',
     group: LOAD,
     default: 0,
   }),
@@ -92,24 +92,24 @@ export const SERVE_OPTIONS = defineOptions({
   }),
   sharedPrefix: option({
     kind: integer(0, 10_000_000),
-    help: 'tokens that all prompts begin with; otherwise they are unlike from the first words on, so that no prefix cache helps',
+    help: 'tokens that all prompts start with; without it they differ from the first words on, so that no prefix cache helps',
     group: TEXT,
     default: 0,
   }),
   textSeed: option({
     kind: integer(0, Number.MAX_SAFE_INTEGER),
-    help: 'of the words; the same text twice is found in prefix caches',
+    help: 'seed of the words (default: a new one each run, as prefix caches would find the same text)',
     group: TEXT,
     defaultText: 'another one in every run',
   }),
   promptFile: option({
     kind: text('file'),
-    help: 'prompts instead: a line each, or .jsonl with "prompt" and "output_tokens"; from the top again at its end',
+    help: 'take prompts from this file: one per line, or .jsonl with "prompt" and "output_tokens"; starts over at its end',
     group: TEXT,
   }),
   ignoreEos: option({
     kind: toggle(),
-    help: 'do not ask for answers of full length (ignore_eos, which servers other than vLLM and ours may refuse)',
+    help: 'let answers end early: do not send ignore_eos, which servers other than vLLM and pd-worker may refuse',
     group: TEXT,
     default: true,
   }),
@@ -117,12 +117,12 @@ export const SERVE_OPTIONS = defineOptions({
   extraBody: option({ kind: json(), help: 'further fields of every request', group: TEXT }),
   sloTtft: option({
     kind: duration(0),
-    help: 'goodput: bound of the time to first token',
+    help: 'for goodput: limit on the time to first token',
     group: OUTPUT,
   }),
   sloItl: option({
     kind: duration(0),
-    help: "goodput: bound of a request's mean time per output token after the first",
+    help: "for goodput: limit on a request's mean time per output token after the first",
     group: OUTPUT,
   }),
   json: option({ kind: toggle(), help: 'the result as JSON on stdout', group: OUTPUT, default: false }),
@@ -143,7 +143,7 @@ type ServeValues = ValuesOf<typeof SERVE_OPTIONS>;
 
 export function serveCommand(): Command {
   const command = addOptions(new Command('serve'), SERVE_OPTIONS)
-    .description('what clients of a server see under load: times to tokens, throughput, failures')
+    .description('measures what the clients of a server see under load: latencies, throughput, failures')
     .addHelpText('after', EXAMPLES)
     .allowExcessArguments(false);
   return command.action(() => run(resolveOptions(SERVE_OPTIONS, command, process.env)));
@@ -174,7 +174,7 @@ async function run(values: ServeValues): Promise<void> {
     const jsonText = `${JSON.stringify(document, undefined, 1)}\n`;
     if (values.output !== undefined) writeFileSync(values.output, jsonText);
     const out = values.json ? jsonText : `${headline(options, result.model)}\n${renderServe(result)}`;
-    // a pipe takes only so much at once, and the end of the process does not wait for it
+    // a pipe takes only so much at once, and a process that exits does not wait for it
     await new Promise<void>((resolve) => process.stdout.write(out, () => resolve()));
     process.exitCode = result.interrupted ? 130 : result.summary.requests.failed > 0 ? 1 : 0;
   } finally {

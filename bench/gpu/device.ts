@@ -1,6 +1,6 @@
 /**
- * What only a real GPU can show of memory, kernels and NCCL, on one of them: gather and scatter of every kernel image beside the host's,
- * how fast they are, and a pair whose other end never comes. `node dist/bench/gpu/device.js [--small]`
+ * What only a real GPU can show about kernels and NCCL, on one GPU: gather and scatter from every kernel image against the host's, their
+ * speed, and a pair whose other end never joins. `node dist/bench/gpu/device.js [--small]`
  */
 import { formatNcclVersion } from '../../ffi/libnccl.ts';
 import { libraryFile } from '../../ffi/load.ts';
@@ -17,13 +17,13 @@ import { DTYPE_BYTES, type Dtype } from '../../src/wire/dtype.ts';
 import { conclude, part, row } from './rows.ts';
 
 const MIB = 2 ** 20;
-/** Of a layer's cache, and of a tensor. */
+/** Room for a layer's cache, and for a tensor. */
 const AREA = 64 * MIB;
 const IMAGES = ['cubin', 'ptx', 'nvrtc'] as const;
 const FAMILIES: readonly LayoutFamily[] = ['kv-first', 'blocks-first', 'mla'];
 const SETTLE_MS = 60_000;
 const NOBODY_MS = 500;
-/** The abort of a communicator that nobody joined. */
+/** Limit on aborting a communicator that nobody joined. */
 const ABORT_MS = 15_000;
 
 const small = process.argv.includes('--small');
@@ -32,14 +32,14 @@ const ms = (value: number) => `${value.toFixed(value < 10 ? 3 : 1)} ms`;
 const random = (below: number) => Math.floor(Math.random() * below);
 const pick = <T>(values: readonly T[]): T => values[random(values.length)]!;
 
-/** Resolves once all that `stream` was given is done. */
+/** Resolves when everything on `stream` has been done. */
 async function settled(stream: Stream): Promise<void> {
   const event = stream.record();
   await poller.wait(event, SETTLE_MS, 'device check');
   event.dispose();
 }
 
-/** Both wait for the copy. */
+/** Resolves when the copy is done. */
 async function upload(device: CudaDevice, stream: Stream, target: MemoryRef, from: MemoryRef): Promise<void> {
   device.copy(target, from, stream);
   await settled(stream);
@@ -58,7 +58,7 @@ function randomMemory(bytes: number): MemoryRef {
   return memory;
 }
 
-/** Any family, type and shape whose layer fits the area. */
+/** Any family, type and shape of which a layer fits into the area. */
 function randomLayout(): PagedLayout {
   const layout: PagedLayout = {
     family: pick(FAMILIES),
@@ -71,7 +71,7 @@ function randomLayout(): PagedLayout {
   return layerBytes(layout) > AREA - 16 ? randomLayout() : layout;
 }
 
-/** Random blocks of random layouts at addresses of every alignment, gathered and scattered here and on the host. */
+/** Gathers and scatters random blocks of random layouts, at addresses of different alignment, on the GPU and on the host. */
 async function equalToHost(device: CudaDevice, cases: number): Promise<void> {
   const host = new HostDevice();
   const [stream, onHost] = [device.createStream(), host.createStream()];
@@ -109,7 +109,7 @@ async function equalToHost(device: CudaDevice, cases: number): Promise<void> {
   );
 }
 
-/** Of one layer of Llama-3-8B. */
+/** Times of gather and scatter, with the layout of one layer of Llama-3-8B. */
 async function copyTimes(device: CudaDevice): Promise<void> {
   const numBlocks = small ? 64 : 16_384;
   const shape = { blockSize: 16, heads: 8, headDim: 128 };
@@ -138,7 +138,7 @@ async function copyTimes(device: CudaDevice): Promise<void> {
   }
 }
 
-/** NCCL waits for ever for a rank that does not come; the pair does not. */
+/** NCCL waits forever for a rank that does not join; a pair must not. */
 async function nobodyComes(device: CudaDevice): Promise<void> {
   const transport = await createNcclTransport(device, {
     bindHost: '127.0.0.1',

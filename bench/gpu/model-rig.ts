@@ -1,5 +1,4 @@
-/** What the model's GPU checks share. */
-
+/** What the GPU checks of the model share. */
 import type { CudaDevice } from '../../src/device/cuda/device.ts';
 import { createCudaDevice } from '../../src/device/cuda.ts';
 import { readModelConfig } from '../../src/model/config.ts';
@@ -23,11 +22,11 @@ export interface Rig {
   readonly executor: CudaExecutor;
   readonly numBlocks: number;
   readonly device: CudaDevice;
-  /** Gives all GPU memory back. */
+  /** Releases all GPU memory. */
   dispose(): void;
 }
 
-/** On a device object of its own, since a device gives its memory back as a whole. */
+/** With its own device object, since a device releases its memory as a whole. */
 export async function makeExecutor(dir: string, options: RigOptions): Promise<Rig> {
   const config = await readModelConfig(dir);
   const device = await createCudaDevice(0);

@@ -1,4 +1,4 @@
-/** Prefill and decode of an 8B-shaped model, beside transformers' times of the same machine. */
+/** Times of prefill and decode of an 8B model, beside those of transformers on the same machine. */
 import type { CudaExecutor } from '../../src/model/cuda/executor.ts';
 import { median } from '../measure/statistics.ts';
 import { batch, makeExecutor, range, sequence } from './model-rig.ts';

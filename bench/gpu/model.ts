@@ -1,6 +1,6 @@
 /**
- * The model on a GPU: against the host's reference on random shapes, against transformers on checkpoints of
- * scripts/model-reference/reference.py, and how fast. `node dist/bench/gpu/model.js DIR [random|logits|times|kernels ...]`, results as
+ * The model on a GPU: compared with the host's reference on random shapes and with transformers on checkpoints of
+ * scripts/model-reference/reference.py, and its speed. `node dist/bench/gpu/model.js DIR [random|logits|times|kernels ...]`, results as
  * JSON to the file that PD_RESULTS names.
  */
 import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';

@@ -1,4 +1,4 @@
-/** What a result was measured on. */
+/** The machine that a result was measured on. */
 import { execFile } from 'node:child_process';
 import { cpus, totalmem } from 'node:os';
 import { promisify } from 'node:util';
@@ -10,7 +10,7 @@ export interface Machine {
   readonly cpu: string;
   readonly cores: number;
   readonly memoryGib: number;
-  /** NVIDIA's driver, as nvidia-smi names it. */
+  /** Version of NVIDIA's driver, from nvidia-smi. */
   readonly driver?: string;
 }
 
@@ -34,7 +34,7 @@ export async function readMachine(): Promise<Machine> {
   };
 }
 
-/** Libraries and GPUs of the calling process; takes a context on every GPU where the device is one. */
+/** Libraries and GPUs as this process sees them. With `cuda` it creates a context on every GPU. */
 export async function readEnvironment(kind: 'host' | 'cuda'): Promise<Environment> {
   if (kind === 'host') return { libraries: [], gpus: [] };
   const { inspectGpus, inspectLibraries } = await import('../../src/doctor/inspect.ts');
@@ -52,7 +52,7 @@ export async function readEnvironment(kind: 'host' | 'cuda'): Promise<Environmen
   };
 }
 
-/** One field of the first GPU; undefined where there is no nvidia-smi or it has no answer. */
+/** One field of the first GPU; undefined if nvidia-smi is missing or does not answer. */
 async function nvidiaSmi(field: string): Promise<string | undefined> {
   try {
     const { stdout } = await promisify(execFile)(
@@ -66,7 +66,7 @@ async function nvidiaSmi(field: string): Promise<string | undefined> {
   }
 }
 
-/** `2x-nvidia-h200`, or `host`: part of a file's name. `gpus` as `Environment` has them. */
+/** `2x-nvidia-h200` or `host`, for file names. `gpus` as in `Environment`. */
 export function hardwareName(gpus: readonly string[]): string {
   const name = /^cuda:\d+ (.*), \d+ GB$/.exec(gpus[0] ?? '')?.[1];
   if (name === undefined) return 'host';

@@ -1,10 +1,10 @@
-/** One line on a terminal's stderr that says what is being measured; nothing where stderr is no terminal. */
+/** A line on stderr that says what is being measured; nothing if stderr is not a terminal. */
 import { bar } from '../../src/observability/progress-line.ts';
 
 export interface Progress {
   /** `done` of `total` steps. */
   say(what: string, done?: number, total?: number): void;
-  /** Takes the line away. */
+  /** Removes the line. */
   end(): void;
 }
 

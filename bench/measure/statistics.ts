@@ -1,4 +1,4 @@
-/** How measured values are put in few numbers. Pure. */
+/** Summaries of measured values. Pure. */
 
 export interface Spread {
   readonly count: number;
@@ -10,8 +10,8 @@ export interface Spread {
 }
 
 /**
- * The value at rank `(n - 1) * p / 100` of n ascending values, counted from 0, and between two ranks on the straight line between their
- * values: numpy's default, so that numbers compare with those of vLLM's benchmark. `p` from 0 to 100, of at least one value.
+ * The value at rank `(n - 1) * p / 100` of n ascending values, counted from 0, interpolated linearly between ranks: numpy's default, so that
+ * the numbers compare with those of vLLM's benchmark. `p` is 0 to 100; there must be at least one value.
  */
 export function percentile(ascending: ArrayLike<number>, p: number): number {
   const rank = ((ascending.length - 1) * p) / 100;
@@ -20,7 +20,7 @@ export function percentile(ascending: ArrayLike<number>, p: number): number {
   return below + (above - below) * (rank - Math.floor(rank));
 }
 
-/** Undefined of nothing. */
+/** Undefined without values. */
 export function spreadOf(values: readonly number[]): Spread | undefined {
   if (values.length === 0) return undefined;
   const ascending = Float64Array.from(values).sort();

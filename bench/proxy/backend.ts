@@ -1,8 +1,8 @@
 /**
  * An instance that answers at once, for measuring the proxy alone: no model, no KV, its pings and nothing else.
  *   argv: producer|consumer, HOST:PORT of the proxy's discovery, how many events a streamed answer has, milliseconds between them
- * With a pace the events are as many as `max_tokens` says. Long bodies are not parsed: only the proxy's part in them is measured.
- * Says its port on stdout and ends with its stdin.
+ * With milliseconds given, there are as many events as `max_tokens` says. Long bodies are not parsed, as only the proxy's part is measured.
+ * Prints its port on stdout and ends when its stdin closes.
  */
 import { once } from 'node:events';
 import { createServer, type ServerResponse } from 'node:http';

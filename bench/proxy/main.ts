@@ -1,14 +1,14 @@
 /**
- * The proxy alone: a producer and a consumer that answer at once, and so many connections that each send the next request when they have
- * the answer to the last. What it costs beside the same load on one instance without a proxy is the proxy's own.
+ * The proxy alone: a producer and a consumer that answer at once, and a number of connections, each of which sends its next request when
+ * the last is answered. The difference from the same load on one instance without a proxy is the cost of the proxy.
  *
  *   ./scripts/build.sh && node dist/bench/proxy/main.js [--connections 32] [--seconds 10] [--stream] [--json]
  *   taskset -c 0,1 node dist/bench/proxy/main.js     proxy, instances and load on two cores
  */
 import { availableParallelism } from 'node:os';
-import { fileURLToPath } from 'node:url';
 import { Command } from 'commander';
 import { Pool } from 'undici';
+import { programFile } from '../../support/root.ts';
 import { monotonicMs } from '../measure/clock.ts';
 import { readMachine } from '../measure/machine.ts';
 import { type Spread, spreadOf } from '../measure/statistics.ts';
@@ -16,7 +16,7 @@ import { plainTable } from '../measure/table.ts';
 import { startProxyPair } from './pair.ts';
 
 const WARM_UP_SECONDS = 2;
-/** Of one request; none should come near. */
+/** Deadline of one request; none should come near it. */
 const REQUEST_MS = 10_000;
 
 interface Options {
@@ -29,12 +29,12 @@ interface Options {
 }
 
 const options = new Command('proxy')
-  .description('requests a second through pd-proxy with instances that answer at once')
-  .option('--connections <n>', 'requests under way', '32')
-  .option('--seconds <n>', 'each round', '10')
-  .option('--rounds <n>', 'rounds; the fastest is told', '3')
+  .description('requests per second through pd-proxy with instances that answer at once')
+  .option('--connections <n>', 'requests in flight', '32')
+  .option('--seconds <n>', 'length of a round', '10')
+  .option('--rounds <n>', 'rounds, of which the fastest counts', '3')
   .option('--stream', 'streamed answers')
-  .option('--events <n>', 'events of a streamed answer', '16')
+  .option('--events <n>', 'events per streamed answer', '16')
   .option('--json', 'JSON on stdout')
   .allowExcessArguments(false)
   .parse()
@@ -88,8 +88,7 @@ async function fastest(url: string): Promise<Round> {
   return rounds.reduce((best, one) => (one.requestsPerSecond > best.requestsPerSecond ? one : best));
 }
 
-const program = fileURLToPath(new URL('../../../bin/pd-proxy', import.meta.url));
-const pair = await startProxyPair(program, [options.events]);
+const pair = await startProxyPair(programFile('pd-proxy'), [options.events]);
 const machine = await readMachine();
 const results = {
   'no proxy': await fastest(pair.instanceUrl),

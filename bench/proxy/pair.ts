@@ -9,7 +9,7 @@ const START_MS = 20_000;
 const STOP_MS = 5_000;
 
 export interface ProxyPair {
-  /** Of the proxy. */
+  /** The proxy's. */
   readonly url: string;
   /** Of the consumer. */
   readonly instanceUrl: string;
@@ -17,7 +17,7 @@ export interface ProxyPair {
   stop(): Promise<void>;
 }
 
-/** `program`: the pd-proxy. `backendArgs`: those of backend.ts from its third. Resolves once the proxy knows both instances. */
+/** `program`: pd-proxy's file. `backendArgs`: the arguments of backend.ts from the third on. Resolves once the proxy knows both instances. */
 export async function startProxyPair(program: string, backendArgs: readonly string[]): Promise<ProxyPair> {
   const children: ChildProcess[] = [];
   process.on('exit', () => {
@@ -33,7 +33,7 @@ export async function startProxyPair(program: string, backendArgs: readonly stri
   return { url: url!, instanceUrl: `http://127.0.0.1:${port}`, stop: () => stop(children) };
 }
 
-/** What the patterns find on the program's stdout, one after the other. It runs until its stdin ends, or is told by SIGTERM. */
+/** What the patterns match on the program's stdout, one after another. The program runs until its stdin closes or it gets SIGTERM. */
 async function start(
   children: ChildProcess[],
   args: readonly string[],

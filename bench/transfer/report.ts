@@ -1,8 +1,9 @@
 /** All parts of one run as one document: JSON for programs, Markdown for people, and the few lines a script ends with. */
-import { mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { readdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { PdError } from '../../src/errors.ts';
 import { hardwareName } from '../measure/machine.ts';
+import { hardwareLines, logTail, writeResults } from '../measure/results.ts';
 import { markdownTable, plainTable } from '../measure/table.ts';
 import type { PartResult } from './result.ts';
 import { ceilingTable, checkTable, ms, slowerThanVllm, transferTable } from './tables.ts';
@@ -24,7 +25,6 @@ export interface Report {
   readonly steps: readonly StepResult[];
 }
 
-const TAIL_LINES = 12;
 const SUMMARY_WIDTH = 240;
 /** `timeout` says so. */
 const TIMED_OUT = 124;
@@ -59,30 +59,18 @@ export function readReport(folder: string, command: string): Report {
 
 /** Writes `<date>-<hardware>-transfer.json` and `.md`; returns their paths without the ending. */
 export function writeReport(report: Report, folder: string): string {
-  mkdirSync(folder, { recursive: true });
-  const base = join(folder, `${report.date}-${report.hardware}-transfer`);
-  writeFileSync(`${base}.json`, `${JSON.stringify(report, undefined, 1)}\n`);
-  writeFileSync(`${base}.md`, renderMarkdown(report));
-  return base;
+  const { date, hardware, command, parts, steps } = report;
+  const [first] = parts;
+  const results = {
+    ...{ kind: 'transfer', title: 'KV transfer', date, hardware, command, json: report },
+    machine: first ? machineLines(first) : [],
+    body: [...parts.flatMap(renderPart), ...renderSteps(steps)],
+  };
+  return writeResults(results, folder);
 }
 
 export function isSound({ parts, steps }: Report): boolean {
   return parts.every((part) => part.ok) && steps.every((step) => step.status === 0);
-}
-
-export function renderMarkdown(report: Report): string {
-  const { parts, steps } = report;
-  const [first] = parts;
-  const sections = parts.flatMap((part) => renderPart(part));
-  return `${[
-    `# KV transfer, ${report.hardware}, ${report.date}`,
-    '',
-    ...(first ? renderMachine(first) : []),
-    `Command: \`${report.command}\``,
-    '',
-    ...sections,
-    ...renderSteps(steps),
-  ].join('\n')}\n`;
 }
 
 /** At most thirty lines. */
@@ -112,17 +100,11 @@ export function renderSummary(report: Report): string {
   return lines.join('\n');
 }
 
-function renderMachine({ machine, environment, devices, clock }: PartResult): string[] {
-  const { gpus, libraries, link } = environment;
+function machineLines({ machine, environment, devices, clock }: PartResult): string[] {
   return [
     `- ${machine.program}, Node ${machine.node}; ${devices.join(' to ')}`,
-    ...gpus.map((gpu) => `- ${gpu}`),
-    ...(link ? [`- link: ${link}`] : []),
-    `- ${machine.cores} x ${machine.cpu}, ${machine.memoryGib} GiB`,
-    ...(machine.driver ? [`- NVIDIA driver ${machine.driver}`] : []),
-    ...libraries.map((library) => `- ${library}`),
+    ...hardwareLines(machine, environment),
     `- clock: CLOCK_MONOTONIC of one machine; a peer's reading lies within ${clock.withinMs.toFixed(3)} ms of ours`,
-    '',
   ];
 }
 
@@ -181,13 +163,7 @@ function stepOf(folder: string, step: string): StepResult {
   const [status = '1', seconds = '0'] = readFileSync(join(folder, `${step}.step`), 'utf8')
     .trim()
     .split(/\s+/);
-  let log = '';
-  try {
-    log = readFileSync(join(folder, `${step}.log`), 'utf8');
-  } catch {
-    // it said nothing
-  }
-  const tail = log.trimEnd().split('\n').slice(-TAIL_LINES).join('\n');
+  const tail = logTail(join(folder, `${step}.log`));
   return { step, status: Number(status), seconds: Number(seconds), tail };
 }
 

@@ -95,6 +95,11 @@ export class Tokenizer implements PieceSource {
     return text + decoder.flush();
   }
 
+  /** A new incremental decoder, special tokens left out. */
+  decoder(): Pick<IncrementalDecoder, 'push' | 'flush'> {
+    return new IncrementalDecoder(this);
+  }
+
   get hasChatTemplate(): boolean {
     return this.#chat !== undefined;
   }
@@ -131,6 +136,20 @@ export class Tokenizer implements PieceSource {
     return skipSpecialTokens && this.#special.has(id) ? undefined : this.#pieces[id];
   }
 }
+
+/** What a server needs of a tokenizer: tests put one of bytes in its place. */
+export type TextModel = Pick<
+  Tokenizer,
+  | 'applyChatTemplate'
+  | 'charactersPerToken'
+  | 'decode'
+  | 'decoder'
+  | 'encode'
+  | 'eosTokenIds'
+  | 'hasChatTemplate'
+  | 'tokenBytes'
+  | 'tokenString'
+>;
 
 function openLibrary(json: unknown, settings: Record<string, unknown>, path: string): HuggingFaceTokenizer {
   try {

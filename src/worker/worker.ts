@@ -132,7 +132,7 @@ export class PdWorker {
           `: ${numBlocks} KV blocks of ${blockSize} tokens, up to ${maxModelLen} tokens a sequence`,
       );
       log.info(`Running on http://${formatHostPort(httpAddress)}`);
-      core.serve(formatHostPort(httpAddress));
+      core.tell({ type: 'serve', httpAddress: formatHostPort(httpAddress) });
       return worker;
     } catch (error) {
       await Promise.all([core.close(), reader.close()]);
@@ -160,7 +160,7 @@ export class PdWorker {
   }
 
   async #close(drainTimeoutMs: number): Promise<void> {
-    this.#core.drain();
+    this.#core.tell({ type: 'drain' });
     const running = this.#inFlight.size;
     if (running > 0) this.#log.info({ running }, `Draining: ${running} requests under way`);
     const hurried = new Promise<boolean>((resolve) => {

@@ -20,6 +20,15 @@ export interface CompletionRequest {
   readonly temperature: number;
 }
 
+/** Which the bundled model answers with Paris. */
+export const CAPITAL: CompletionRequest = {
+  prompt: 'What is the capital of France?',
+  max_tokens: 8,
+  stream: false,
+  seed: 0,
+  temperature: 0,
+};
+
 /** Small deterministic generator (mulberry32): a failing mix can be run again. */
 export function randomNumbers(seed: number): () => number {
   let state = seed >>> 0;

@@ -13,9 +13,10 @@ import {
   type BodyReader,
   RequestReader,
   type RequestReaderOptions,
+  type Route,
+  readBody,
 } from '../../../src/worker/request-reader.ts';
 import { InFlight } from '../../../src/worker/server/in-flight.ts';
-import { type Route, readBody } from '../../../src/worker/server/reading.ts';
 import { createServer } from '../../../src/worker/server/server.ts';
 import {
   BYTE_MODEL,

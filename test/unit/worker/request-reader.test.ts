@@ -3,7 +3,7 @@ import { afterEach, expect, it, vi } from 'vitest';
 import { demoModelDir } from '../../../src/config/demo-model.ts';
 import { createLogger } from '../../../src/observability/log.ts';
 import { RequestReader, type RequestReaderOptions } from '../../../src/worker/request-reader.ts';
-import type { Served } from '../../../src/worker/server/reading.ts';
+import type { Served } from '../../../src/worker/server/fields.ts';
 import { FakeReaderThread } from '../../support/fake-reader.ts';
 
 const LOG = createLogger({ level: 'silent', format: 'json' }, 'main');
