@@ -5,7 +5,8 @@ Trains the demo model (models/demo), checks what it was taught, and writes refer
 
 Needs torch, transformers >= 5, tokenizers and jinja2; models/demo/README.md says how long it took on which GPU. Writes DIR/demo (the
 checkpoint), DIR/tiny-llama3 (random weights, Llama-3 RoPE scaling, grouped heads, untied head), DIR/*.json (token ids, text and logits
-that the TypeScript tokenizer and model are tested against) and DIR/check.json. Same code, steps and kind of GPU: same weights.
+that the TypeScript tokenizer and model are tested against) and DIR/check.json. Text, tokenizer and first weights
+are seeded; the gradient of attention is not summed in a fixed order, so the trained weights differ in their last bits and beyond.
 """
 
 import argparse
@@ -209,8 +210,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
+    # As far as it goes: there is no such attention for these types.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # the one attention that is not
+    torch.backends.cuda.enable_cudnn_sdp(False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(torch.cuda.get_device_name() if device == "cuda" else "no GPU", "torch", torch.__version__, flush=True)
     clock = time.monotonic()
