@@ -1,34 +1,33 @@
 /**
- * What one client's body does to another client's stream. A worker serves the demo model on the host; a stream runs, bodies of all kinds
- * are thrown at the worker one after another, and the longest the stream stood still is told, beside how long GET /version took at
- * worst meanwhile (which waits for the HTTP thread alone). Then the time to the first token of a 16-token prompt on the idle worker.
- * With --proxy it is all done to a pd-proxy instead, between instances that have no model and send an event every 2 ms.
+ * How long one client's request body holds up another client's stream. A worker serves the demo model on the host; while one client
+ * streams, another sends bodies of all kinds, one after another. Measured are the longest gap in the stream, and the slowest GET /version
+ * meanwhile, which waits for the HTTP thread alone; then the time to first token of a 16-token prompt on the idle worker. With --proxy
+ * the bodies go through a pd-proxy instead, to instances that have no model and send an event every 2 ms.
  *
- *   npx tsc -p bench/tsconfig.json && node dist/bench/http-stalls.js [--beside FILE] [--tries 3] [--only WORD] [--proxy] [--json]
+ *   ./scripts/build.sh && node dist/bench/http-stalls.js [--beside FILE] [--tries 3] [--only WORD] [--proxy] [--json]
  *
- * `--beside ../other/bin/pd-worker` measures the worker of another checkout with the same client, turn by turn.
+ * `--beside ../other/bin/pd-worker` also measures the worker of another checkout, in turn, with the same client.
  */
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { Agent, request as httpRequest, type IncomingMessage } from 'node:http';
 import { createInterface } from 'node:readline';
 import { setTimeout as sleep } from 'node:timers/promises';
-import { fileURLToPath } from 'node:url';
 import { isMainThread, parentPort, Worker } from 'node:worker_threads';
 import { Command } from 'commander';
-import { monotonicMs } from '../src/bench/clock.ts';
-import { readMachine } from '../src/bench/environment.ts';
-import { type Spread, spreadOf } from '../src/bench/serve/statistics.ts';
-import { plainTable } from '../src/bench/tables.ts';
-import { startProxyPair } from './proxy-pair.ts';
+import { programFile } from '../support/root.ts';
+import { monotonicMs, readMachine } from './measure/machine.ts';
+import { type Spread, spreadOf } from './measure/statistics.ts';
+import { plainTable } from './measure/table.ts';
+import { startProxyPair } from './proxy/pair.ts';
 
 const START_MS = 60_000;
-/** Of one body; the worker gives up on none later than this. */
+/** Deadline of one body; the worker gives none more time than this. */
 const BODY_MS = 120_000;
 const PROBE_EVERY_MS = 5;
-/** Of a stream through a proxy. */
+/** In a stream through a proxy. */
 const EVENT_EVERY_MS = 2;
-/** The stream runs this long undisturbed before a body comes, and after its answer. */
+/** How long the stream runs undisturbed before each body and after its answer. */
 const QUIET_MS = 300;
 const WARM_UP_MS = 3_000;
 const BASELINE_MS = 2_000;
@@ -39,18 +38,18 @@ interface Throw {
   readonly url: string;
   readonly path: string;
   readonly body: Uint8Array;
-  /** The client goes away after so long. */
+  /** When the client hangs up. */
   readonly leaveAfterMs?: number;
 }
 
 interface Caught {
-  /** 0 where the client left before the answer. */
+  /** 0 if the client hung up before the answer. */
   readonly status: number;
   readonly ms: number;
   readonly code: string;
 }
 
-/** Runs on a thread of its own: writing 16 MiB must not hold up who times the stream. */
+/** Runs on a thread of its own, so that writing 16 MiB does not delay the clock of the stream. */
 async function send({ url, path, body, leaveAfterMs }: Throw): Promise<Caught> {
   const began = monotonicMs();
   const signal = AbortSignal.timeout(leaveAfterMs ?? BODY_MS);
@@ -82,7 +81,7 @@ interface Case {
   readonly leaveAfterMs?: number;
 }
 
-/** `text` again and again, up to the body limit less some room for the rest of the body. */
+/** `text` repeated until the body is just within the limit. */
 function upToLimit(text: string): string {
   return text.repeat(Math.floor((LIMIT - 4_096) / text.length));
 }
@@ -173,7 +172,7 @@ const CASES: readonly Case[] = [
   },
 ];
 
-/** Nothing is thrown: what the machine and the model's own steps leave of a steady stream. */
+/** No body at all: how steady the stream is on this machine, with the model's own steps. */
 const IDLE: Case = { name: 'none', path: '', body: () => '' };
 
 interface Options {
@@ -197,23 +196,26 @@ interface Row {
   readonly name: string;
   readonly path: string;
   readonly bytes: number;
-  /** By worker. */
+  /** One per program measured. */
   readonly of: readonly Measured[];
 }
 
 async function main(): Promise<void> {
   const options = new Command('http-stalls')
-    .description("the longest that one client's body holds up another client's stream")
-    .option('--beside <file>', 'the pd-worker of another checkout, measured in turn with this one')
-    .option('--tries <n>', 'of each body; the best is told', '5')
-    .option('--only <word>', 'bodies whose name or path has this')
-    .option('--proxy', 'a pd-proxy; so is --beside')
+    .description("measures how long one client's body holds up another client's stream")
+    .option(
+      '--beside <file>',
+      'the pd-worker (with --proxy: pd-proxy) of another checkout, measured in turn with this one',
+    )
+    .option('--tries <n>', 'tries per body, of which the best counts', '5')
+    .option('--only <word>', 'only bodies whose name or path contains this')
+    .option('--proxy', 'measure pd-proxy instead of pd-worker')
     .option('--json', 'JSON on stdout')
     .allowExcessArguments(false)
     .parse()
     .opts<Options>();
   const program = options.proxy ? 'pd-proxy' : 'pd-worker';
-  const files = [fileURLToPath(new URL(`../../bin/${program}`, import.meta.url))];
+  const files = [programFile(program)];
   if (options.beside !== undefined) files.unshift(options.beside);
   const workers = await Promise.all(files.map(options.proxy ? startProxy : startWorker));
   const urls = workers.map(({ url }) => url);
@@ -228,7 +230,8 @@ async function main(): Promise<void> {
       if (!options.json) console.error(`${one.path} ${one.name}: done`);
     }
     const firstTokenMs = await firstTokens(urls);
-    if (options.json) console.log(JSON.stringify({ machine: readMachine(), files, rows, firstTokenMs }));
+    if (options.json)
+      console.log(JSON.stringify({ machine: await readMachine(), files, rows, firstTokenMs }));
     else print(rows, firstTokenMs);
   } finally {
     await thrower.terminate();
@@ -262,7 +265,7 @@ function print(rows: readonly Row[], firstTokenMs: readonly Spread[]): void {
 
 const ms = (value: number) => `${value.toFixed(value < 10 ? 1 : 0)} ms`;
 
-/** A program that bodies are thrown at. */
+/** A program under test. */
 interface Measurable {
   readonly url: string;
   stop(): Promise<void>;
@@ -272,7 +275,7 @@ function startProxy(file: string): Promise<Measurable> {
   return startProxyPair(file, ['1', String(EVENT_EVERY_MS)]);
 }
 
-/** Small steps: what a prompt costs the model is no business of this measurement. */
+/** With small steps, as the cost of a prompt in the model is not what is measured. */
 async function startWorker(file: string): Promise<Measurable> {
   const args = ['--port', '0', '--host', '127.0.0.1', '--device', 'host', '--max-num-batched-tokens', '16'];
   const child = spawn(process.execPath, [file, ...args], { stdio: ['ignore', 'pipe', 'inherit'] });
@@ -295,7 +298,7 @@ async function startWorker(file: string): Promise<Measurable> {
   }
 }
 
-/** Each worker in turn, as often as told; the best of its tries. What stalls by itself does so in each, what else the machine does need not. */
+/** Every worker in turn, `tries` times, and the best of each. What the worker causes shows in every try; what else the machine does need not. */
 async function measure(urls: readonly string[], one: Case, thrower: Worker, tries: number): Promise<Row> {
   const body = new TextEncoder().encode(one.body());
   const all = urls.map((): Measured[] => []);
@@ -335,7 +338,7 @@ async function throwAt(url: string, one: Case, body: Uint8Array, thrower: Worker
   return { answer, answeredMs, ...gaps };
 }
 
-/** The longest that a stream stood still, and that GET /version took, while `during` ran. */
+/** The longest gap in a stream and the slowest GET /version while `during` ran. */
 async function timed(
   url: string,
   during: () => Promise<void>,
@@ -375,7 +378,7 @@ async function timed(
   return { gapMs: longest, versionMs: slowest };
 }
 
-/** Streams a completion; `onChunk` says whether that was enough. */
+/** Streams a completion until `onChunk` returns true. */
 async function stream(url: string, agent: Agent, tokens: number, onChunk: () => boolean): Promise<void> {
   const post = httpRequest(new URL('/v1/completions', url), {
     method: 'POST',
@@ -396,7 +399,7 @@ async function stream(url: string, agent: Agent, tokens: number, onChunk: () => 
 /** 16 tokens of the demo model. */
 const SIXTEEN = 'What is the capital of France? What is the capital of Spain right now';
 
-/** The workers in turn, request by request: what else the machine does meets them alike. */
+/** The workers take turns request by request, so that what else the machine does affects them alike. */
 async function firstTokens(urls: readonly string[]): Promise<Spread[]> {
   const agent = new Agent({ keepAlive: true });
   const times = urls.map((): number[] => []);

@@ -1,16 +1,16 @@
-/** Which addresses NCCL's bootstraps took, read from its own log in the lines of pd-launch or of single workers. */
+/** The addresses that NCCL's bootstraps use, from NCCL's own log among the lines of pd-launch or of single workers. */
 import { isLoopback } from '../src/net/address.ts';
 
 export class Bootstraps {
-  /** What makes NCCL tell; a level that the user has set stays. */
+  /** Makes NCCL log them; a level set by the user is kept. */
   readonly environment: Readonly<Record<string, string>> = {
     NCCL_DEBUG: process.env['NCCL_DEBUG'] ?? 'INFO',
     NCCL_DEBUG_SUBSYS: process.env['NCCL_DEBUG_SUBSYS'] ?? 'INIT,NET,ENV,BOOTSTRAP',
   };
-  /** By who said it, in order: `Bootstrap: Using eth0:2001:db8::7<0>`. */
+  /** The line of each worker, in order: `Bootstrap: Using eth0:2001:db8::7<0>`. */
   readonly #seen = new Map<string, string>();
 
-  /** A line; `who` where it does not carry the label of pd-launch. */
+  /** Takes a line of a log; `who` wrote it, unless it has a label of pd-launch. */
   hear(line: string, who?: string): void {
     const match = /^(?:([\w-]+) +\| )?.*NCCL (?:INFO|WARN) (Bootstrap.*)$/.exec(line);
     const name = who ?? match?.[1];
@@ -18,7 +18,7 @@ export class Bootstraps {
       this.#seen.set(name, match[2]);
   }
 
-  /** For a cell of a table: each line once, and whether it shows `host`. */
+  /** For a table cell: each different line once, and whether it shows `host`. */
   summary(host: string): string {
     if (this.#seen.size === 0) return 'nothing was logged';
     const lines = [...new Set(this.#seen.values())].map((text) => {

@@ -28,7 +28,7 @@ const PLATFORM = 'linux-x64';
 interface LockedPackage {
   readonly dev?: true;
   readonly version: string;
-  /** Optional ones are there only where they fit the machine. */
+  /** Installed only on machines that it is for. */
   readonly optional?: true;
 }
 
@@ -47,7 +47,7 @@ const options = new Command('bundle')
 const { version } = readJson<{ version: string }>('package.json');
 const name = `pd-worker-${version}-${PLATFORM}`;
 
-/** Throws where what is installed is not what the lock file says: a bundle of unknown content helps nobody. */
+/** Throws if what is installed differs from the lock file, as nobody would know what the archive holds. */
 function copyDependencies(to: string): void {
   const { packages } = readJson<{ packages: Record<string, LockedPackage> }>('package-lock.json');
   for (const [path, { dev, version: wanted, optional }] of Object.entries(packages)) {
@@ -59,7 +59,7 @@ function copyDependencies(to: string): void {
     }
     const { version: found } = readJson<{ version: string }>(join(path, 'package.json'));
     if (found !== wanted) throw new Error(`${path} is ${found}, not ${wanted}: run npm ci first`);
-    // Packages inside of a package have a line of their own in the lock file.
+    // Packages nested in a package have their own entry in the lock file.
     cpSync(from, join(to, path), { recursive: true, filter: (file) => !unused(file, from) });
   }
   pruneZeromq(join(to, 'node_modules/zeromq/build'));
@@ -78,8 +78,8 @@ function unused(file: string, folder: string): boolean {
 }
 
 /**
- * Leaves the addons for Linux x64 and glibc: they differ in the glibc that they need, not in the Node, and zeromq tries one after the
- * other. It reads which there are from its manifest, so that is cut down too.
+ * Keeps the addons for Linux x64 with glibc. They differ in the glibc that they need, not in the Node, and zeromq tries them one by one as
+ * its manifest lists them, so the manifest is cut down too.
  */
 function pruneZeromq(build: string): void {
   const manifest = JSON.parse(readFileSync(join(build, 'manifest.json'), 'utf8')) as Record<string, string>;
@@ -95,8 +95,8 @@ function pruneZeromq(build: string): void {
 }
 
 /**
- * Programs of bin/ with the bundled Node: the shell runs the second line, and Node, which pd-launch starts with the same file, sees a
- * string and a comment there.
+ * The programs of bin/, run by the bundled Node: a shell executes the second line, in which Node, started with the same file by pd-launch,
+ * sees a string and a comment.
  */
 function writePrograms(to: string): void {
   mkdirSync(join(to, 'bin'));
@@ -117,14 +117,15 @@ Node ${process.versions.node}, pd-worker, its dependencies and a small demo mode
 CUDA runtime (12 or 13) and NCCL (2.27 or later) on hosts with GPUs. Needs glibc ${glibc} or later.
 
     bin/pd-doctor                       what this machine has, and what it lacks
-    scripts/experiment-matrix.sh        which ids, ways of sending and keys find their KV (--device cuda: on two GPUs)
-    scripts/wire-results.sh             on two GPUs, beside a worker of another make: python3 with torch and msgpack
+    scripts/gpu-results.sh              on two GPUs, everything that pd-bench measures about transfers, checks of the device, the demo
+    scripts/experiment-matrix.sh        which ids, send types and keys find their KV (--device cuda: on two GPUs)
+    scripts/wire-results.sh             on two GPUs, against an independent worker in Python: needs python3 with torch and msgpack
     scripts/two-gpu.sh                  proxy, producer and consumer on two GPUs, checked with four prompts (--keep leaves them serving)
     scripts/two-gpu.sh --host ::1 ipv6  the same on these addresses in turn, with the address that NCCL's bootstrap took
     scripts/runbook.sh                  the lines of docs/operations.md with vLLM's configuration, as written, on two GPUs
-    scripts/serve-results.sh            what clients see of a pair beside one undivided worker (--device cuda: on two GPUs)
-    scripts/pair-results.sh             on two GPUs, whether a pair says what an undivided worker says, and how much later
-    bench/gpu/model.sh DIR              on one GPU, logits and times beside transformers
+    scripts/serve-results.sh            what clients see of a pair and of an undivided worker (--device cuda: on two GPUs)
+    scripts/pair-results.sh             on two GPUs, whether a pair gives the answers of an undivided worker, and how much later
+    bench/gpu/model.sh DIR              on one GPU, logits and times compared with transformers
     python3 scripts/model-reference/checkpoint.py --out DIR --tokenizer models/demo
                                         a Llama of 8B with random weights, for --model DIR/llama-8b: torch, transformers and a GPU
     bin/pd-launch --model DIR           proxy, producer and consumer, on a GPU each where there are any: proxy on port 10002
@@ -134,14 +135,14 @@ docs/ has the architecture, the wire protocol and every error code.
 `;
 }
 
-/** The least glibc that everything here runs on: symbol versions are plain text in a binary. */
+/** The oldest glibc on which everything here runs; symbol versions are plain text in a binary. */
 function leastGlibc(to: string): string {
   const zeromq = join(to, 'node_modules/zeromq/build/linux/x64/node');
   const koffi = join(to, 'node_modules/@koromix/koffi-linux-x64/linux_x64/koffi.node');
   const needed = [
     glibcOf(join(to, 'node')),
     glibcOf(koffi),
-    // one of them is enough
+    // one of them suffices
     Math.min(...readdirSync(zeromq).map((folder) => glibcOf(join(zeromq, folder, 'addon.node')))),
   ];
   return `2.${Math.max(...needed)}`;
@@ -158,7 +159,6 @@ function readJson<T>(path: string): T {
 }
 
 function tsc(outDir: string): void {
-  // The demo's checks are TypeScript that a checkout runs through tsx; here they are compiled like the rest.
   const project = join(ROOT, 'tsconfig.bundle.json');
   execFileSync(join(ROOT, 'node_modules/.bin/tsc'), ['-p', project, '--outDir', outDir], {
     stdio: ['ignore', 'inherit', 'inherit'],
@@ -190,6 +190,7 @@ function main(): void {
       'models',
       'kernels',
       'docs',
+      'scripts/common.sh',
       'scripts/two-gpu.sh',
       'scripts/runbook.sh',
       'scripts/experiment-matrix.sh',
@@ -199,7 +200,7 @@ function main(): void {
       'scripts/pair-results.sh',
       'bench/gpu/model.sh',
       'scripts/model-reference',
-      'test/peers',
+      'support/peers',
       'LICENSE',
       'CHANGELOG.md',
       'SECURITY.md',

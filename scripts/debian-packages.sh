@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Debian's packages that tests need. Exit status 0 where they are there.
 #
-#   ./scripts/debian-packages.sh peer        the Python peer of the tests (test/peers): python3-msgpack, python3-zmq
+#   ./scripts/debian-packages.sh peer        the Python peer of the tests (support/peers): python3-msgpack, python3-zmq
 #   ./scripts/debian-packages.sh promtool    Prometheus' own check of metric pages: prometheus
 set -uo pipefail
 

@@ -1,6 +1,7 @@
-/** One prompt of the demo: through the proxy and through an undivided worker, and what the consumer's metrics say of it. */
+/** One prompt of the demo: its answers through the proxy and from an undivided worker, and what the consumer's metrics say about it. */
 
-import { type KvShape, kvBlockBytes } from './kv-shape.ts';
+import { type KvShape, kvBlockBytes } from '../support/kv-shape.ts';
+import { type Addresses, metricsOf } from '../support/serving.ts';
 
 export interface Prompt {
   readonly prompt: string;
@@ -21,24 +22,18 @@ export const PROMPTS: readonly Prompt[] = [
   },
 ];
 
-export interface Addresses {
-  readonly proxy: { readonly url: string; readonly discovery: string };
-  readonly producers: readonly { readonly name: string; readonly url: string; readonly kv: string }[];
-  readonly consumers: readonly { readonly name: string; readonly url: string; readonly kv: string }[];
-}
-
 export interface PromptResult {
   readonly text: string;
   readonly firstTokenMs: number;
   readonly bytesMoved: number;
   readonly moveMs: number;
-  /** Empty: passed. */
+  /** Empty if it passed. */
   readonly problems: readonly string[];
 }
 
 const DEADLINE_MS = 60_000;
 
-/** Without `undividedUrl` the text is compared with nothing: that KV moved is told by the consumer's metrics all the same. */
+/** Without `undividedUrl` the text is not compared; the consumer's metrics still show whether KV moved. */
 export async function runPrompt(
   { prompt, maxTokens }: Prompt,
   model: string,
@@ -97,7 +92,7 @@ interface Chunk {
   readonly error?: { readonly message: string };
 }
 
-/** One streamed completion. Throws what the server says instead. */
+/** One streamed completion. Throws the server's error. */
 async function complete(url: string, request: object): Promise<Streamed> {
   const started = performance.now();
   const response = await fetch(`${url}/v1/completions`, {
@@ -136,17 +131,4 @@ async function* events(body: ReadableStream<Uint8Array>): AsyncGenerator<Chunk> 
       if (data !== '[DONE]') yield JSON.parse(data) as Chunk;
     }
   }
-}
-
-/** `name{labels}` -> value; the label model_name, the same on all, is left out. */
-export async function metricsOf(url: string): Promise<ReadonlyMap<string, number>> {
-  const response = await fetch(`${url}/metrics`, { signal: AbortSignal.timeout(DEADLINE_MS) });
-  const metrics = new Map<string, number>();
-  for (const line of (await response.text()).split('\n')) {
-    const match = /^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)$/.exec(line);
-    if (!match) continue;
-    const labels = (match[2] ?? '').replace(/model_name="[^"]*",?/, '').replace(/,$/, '');
-    metrics.set(labels ? `${match[1]}{${labels}}` : match[1]!, Number(match[3]));
-  }
-  return metrics;
 }

@@ -2,6 +2,5 @@
 # Proxy, producer and consumer on this machine, and the runbook's four prompts through them: --help lists the options.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-./scripts/install.sh
-./scripts/build.sh
-exec node --import tsx scripts/demo.ts "$@"
+. scripts/common.sh
+run_program demo "$@"

@@ -1,30 +1,31 @@
 /**
- * The demonstration that KV truly moves: one proxy, one producer and one consumer, beside them one undivided worker, and four prompts.
+ * Demonstrates that KV really moves: one proxy, one producer and one consumer, beside them one undivided worker, and four prompts.
  * Each must give the undivided worker's text, and the consumer's metrics must show that it loaded the prompt's KV and computed one token.
- * On GPUs it also tells which address NCCL's bootstrap took.
+ * On GPUs it also shows which address NCCL's bootstrap used.
  */
 import { existsSync } from 'node:fs';
 import { isIPv6 } from 'node:net';
 import { join } from 'node:path';
-import { fileURLToPath } from 'node:url';
 import { Command, Option } from 'commander';
 import { Supervisor } from '../src/cli/launch-supervisor.ts';
-import { demoModelDir } from '../src/model/demo.ts';
+import { demoModelDir } from '../src/config/demo-model.ts';
 import { isLoopback } from '../src/net/address.ts';
 import { ownAddresses } from '../src/net/local.ts';
+import { readKvShape } from '../support/kv-shape.ts';
+import { programFile } from '../support/root.ts';
+import type { Addresses } from '../support/serving.ts';
 import { Bootstraps } from './bootstraps.ts';
-import { type Addresses, PROMPTS, runPrompt } from './demo-checks.ts';
-import { readKvShape } from './kv-shape.ts';
+import { PROMPTS, runPrompt } from './demo-checks.ts';
 
 const BLOCK_SIZE = 16;
 /**
- * Where the GPU computes. Two workers share the first one, of which each would take all for KV blocks: so many are far more than the
- * prompts need, and 4 GiB of an 8B model. Texts are compared to the letter, and the pair computes the last token in another batch.
+ * For workers that compute on GPUs. Two of them share the first GPU, and each would take all of it for KV blocks; this many are far more
+ * than the prompts need, and take 4 GiB with an 8B model. Texts must be equal, though the pair computes the last token in another batch.
  */
 const SHARING_A_GPU = ['--num-blocks', '2048', '--batch-invariant'];
 const START_TIMEOUT_MS = 300_000;
 const STOP_TIMEOUT_MS = 20_000;
-/** As wide as pd-launch's labels. */
+/** The width of pd-launch's labels. */
 const LABEL_WIDTH = 'consumer-0'.length;
 
 interface DemoOptions {
@@ -44,11 +45,11 @@ const options = new Command(process.env['SCRIPT_NAME'] ?? 'demo.sh')
     'Starts a proxy, a producer and a consumer, sends four prompts through them, and checks that KV moved.',
   )
   .option('--keep', "leave it serving on the runbook's ports until Ctrl-C")
-  .option('--free-ports', 'with --keep: any free ports instead')
-  .option('--runbook-ports', "without --keep too: the runbook's ports")
+  .option('--free-ports', 'with --keep, any free ports instead')
+  .option('--runbook-ports', "use the runbook's ports even without --keep")
   .option(
     '--host <address...>',
-    "address of this machine that all bind; several are tried in turn; ipv6: this machine's own, not loopback",
+    "address of this machine to bind to; several are tried in turn; ipv6: this machine's own, not loopback",
     ['127.0.0.1'],
   )
   .addOption(
@@ -62,7 +63,10 @@ const options = new Command(process.env['SCRIPT_NAME'] ?? 'demo.sh')
       .default('host', 'host; two-gpu.sh: cuda'),
   )
   .addOption(
-    new Option('--executor <executor>', 'what computes, where not the device').choices(['host', 'cuda']),
+    new Option('--executor <executor>', 'where the model computes (default: on the device)').choices([
+      'host',
+      'cuda',
+    ]),
   )
   .option('--model <dir>', 'checkpoint directory (default: the bundled demo model)')
   .option('--verbose', 'print the log of every program')
@@ -71,9 +75,6 @@ const options = new Command(process.env['SCRIPT_NAME'] ?? 'demo.sh')
   .opts<DemoOptions>();
 
 const onGpu = (options.executor ?? options.device) === 'cuda';
-/** `scripts/` of the sources, `dist/scripts/` in the bundle. */
-const root = import.meta.url.includes('/dist/scripts/') ? '../../' : '../';
-const bin = (name: string) => fileURLToPath(new URL(`${root}bin/${name}`, import.meta.url));
 const given = (flag: string, value: string | undefined) => (value === undefined ? [] : [flag, value]);
 const onRunbookPorts = (options.keep === true || options.runbookPorts === true) && options.freePorts !== true;
 const workerArgs = ['--block-size', String(BLOCK_SIZE), ...(onGpu ? SHARING_A_GPU : [])];
@@ -119,7 +120,7 @@ class Demonstration {
     this.#host = host;
   }
 
-  /** How many prompts passed and failed; undefined where a signal came first. Throws where a program does not start or go on. */
+  /** How many prompts passed and failed; undefined if a signal came first. Throws if a program does not start or does not last. */
   async run(): Promise<{ readonly passed: number; readonly failed: number } | undefined> {
     console.log(
       `Starting a proxy, a producer and a consumer (${options.device}, ${this.#host}), and an undivided worker beside them`,
@@ -129,13 +130,13 @@ class Demonstration {
         [
           {
             name: 'launch',
-            args: [bin('pd-launch'), ...launchArgs(this.#host)],
+            args: [programFile('pd-launch'), ...launchArgs(this.#host)],
             env: options.device === 'host' ? {} : this.bootstraps.environment,
           },
         ],
-        [{ name: 'undivided', args: [bin('pd-worker'), ...undividedArgs(this.#host)] }],
+        [{ name: 'undivided', args: [programFile('pd-worker'), ...undividedArgs(this.#host)] }],
       ],
-      // Whatever ends here is a failure: pd-launch itself restarts what dies.
+      // Any program that ends here is a failure, as pd-launch restarts what dies.
       restart: { firstPauseMs: 0, maxPauseMs: 0, deaths: 1, windowMs: 1 },
       killAfterMs: STOP_TIMEOUT_MS,
       onLine: (name, line) => this.#hear(name, line),

@@ -4,13 +4,8 @@
 #   ./scripts/experiment-matrix.sh                    on host memory
 #   ./scripts/experiment-matrix.sh --device cuda      producer on cuda:0, consumer on cuda:1
 #
-# In a checkout it installs and builds first; in the archive of `npm run bundle` it needs neither npm nor Node.
+# From a checkout, or from the archive of `npm run bundle`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-
-if [ -x ./node ]; then
-  exec ./node dist/scripts/experiment-matrix.js "$@"
-fi
-./scripts/install.sh
-[ -n "${PD_SKIP_BUILD:-}" ] || ./scripts/build.sh
-exec node --import tsx scripts/experiment-matrix.ts "$@"
+. scripts/common.sh
+run_program experiment-matrix "$@"

@@ -1,12 +1,13 @@
 /**
- * The experiment that shows why vLLM's P/D hangs from 0.14 on, and what mends it: {ids randomized, not} x {PUT, PUT_ASYNC, GET} x {KV
- * keyed by transfer id, by full id}. Each cell is one prompt through a producer and a consumer. It passes where the consumer loaded KV,
- * by its metrics; it stops at the deadline where the key waited for never comes, with the near miss that came instead.
+ * Shows why vLLM's P/D hangs from 0.14 on, and what fixes it: {ids randomized, not} x {PUT, PUT_ASYNC, GET} x {KV
+ * keyed by transfer id, by full id}. Each cell is one prompt through a producer and a consumer. It passes if the consumer's
+ * metrics show that it loaded KV; it stops at the deadline if the awaited key never arrives, and names the near miss that did.
  */
 import { randomBytes } from 'node:crypto';
 import { Command, Option } from 'commander';
 import { duration } from '../src/config/kinds.ts';
-import { KV_KEYS, SEND_TYPES } from '../src/transfer/types.ts';
+import { KV_KEYS } from '../src/config/transfer-options.ts';
+import { SEND_TYPES } from '../src/wire/messages.ts';
 import { createMatrixPair, type MatrixCell, type MatrixPair } from './experiment-pair.ts';
 
 interface Options {
@@ -32,7 +33,7 @@ const options = new Command('experiment-matrix.sh')
 
 const deadlineMs = duration(100).schema.parse(options.deadline);
 
-/** Only ids that differ, matched as a whole, cannot meet. */
+/** Only randomized ids that are matched as a whole never meet. */
 const shouldPass = ({ randomized, kvKey }: Pick<MatrixCell, 'randomized' | 'kvKey'>) =>
   !(randomized && kvKey === 'engine');
 
@@ -41,7 +42,7 @@ interface Row extends MatrixCell {
   readonly asExpected: boolean;
 }
 
-/** A stop counts only where its error names the key waited for and what came instead. */
+/** A stop counts only if its error names the awaited key and what arrived instead. */
 function rowOf(cell: MatrixCell): Row {
   const expected = shouldPass(cell) ? 'passes' : 'stops';
   const explained =
@@ -55,7 +56,7 @@ function rowOf(cell: MatrixCell): Row {
 async function run(): Promise<Row[]> {
   const rows: Row[] = [];
   for (const sendType of SEND_TYPES) {
-    // The pairs of one way of sending at once: most of the time goes into deadlines.
+    // The pairs of a send type run together, as most of the time is spent on deadlines.
     const pairs = await Promise.all(
       KV_KEYS.map((kvKey) => createMatrixPair({ ...options, sendType, kvKey, deadlineMs })),
     );
@@ -86,7 +87,7 @@ const line = (...cells: readonly string[]) =>
     .join('')
     .trimEnd();
 
-/** The part of ids that the proxy makes is the same on both ends, and long. */
+/** Shortens the part of ids made by the proxy, which is long and the same on both ends. */
 const short = (text: string) => text.replace(/___prefill_addr_\S+?_[0-9a-f]{32}/g, '…');
 
 function table(rows: readonly Row[]): string {

@@ -1,13 +1,16 @@
 /** One producer and one consumer of the experiment: real cores on threads, the bundled model, one prompt at a time. */
+
 import { randomBytes } from 'node:crypto';
 import { workerConfig } from '../src/config/embedded.ts';
-import { prepareNativeEnvironment } from '../src/config/native-env.ts';
+import type { KvKey } from '../src/config/transfer-options.ts';
+import { prepareNativeEnvironment } from '../src/device/native-env.ts';
 import { PdError } from '../src/errors.ts';
+import { GREEDY } from '../src/model/sampler.ts';
 import { parseHostPort } from '../src/net/address.ts';
 import { MetricsPage, readMetric } from '../src/observability/metrics.ts';
 import type { CoreRequest } from '../src/scheduler/types.ts';
-import type { KvKey, SendType } from '../src/transfer/types.ts';
 import { type EngineRequestId, engineRequestId, kvKeyOf, proxyRequestId } from '../src/wire/ids.ts';
+import type { SendType } from '../src/wire/messages.ts';
 import { CoreClient } from '../src/worker/core-client.ts';
 
 export interface MatrixSettings {
@@ -15,18 +18,18 @@ export interface MatrixSettings {
   readonly executor: 'host' | 'cuda';
   readonly sendType: SendType;
   readonly kvKey: KvKey;
-  /** For KV that should not come. */
+  /** Deadline for KV that should not arrive. */
   readonly deadlineMs: number;
 }
 
-/** For KV that should come, and for every other wait of the experiment: only to end what hangs. */
+/** Deadline for KV that should arrive and for all other waits, only to end what hangs. */
 const PATIENCE_MS = 60_000;
 
 export interface MatrixRequest {
   readonly randomized: boolean;
-  /** Its KV should come: a slow machine is then no reason to stop. */
+  /** Its KV should arrive, so a slow machine is no reason to stop. */
   readonly shouldPass: boolean;
-  /** Of the producer's and the consumer's engine id; undefined: none. */
+  /** Suffixes of the producer's and the consumer's engine id; undefined: none. */
   readonly suffixes: readonly [string | undefined, string | undefined];
 }
 
@@ -45,7 +48,7 @@ export interface MatrixCell {
   readonly milliseconds: number;
 }
 
-/** Longer than one block, so that more than padding moves. */
+/** More than one block, so that more than a padded block moves. */
 const PROMPT_TOKENS = 40;
 
 export interface MatrixPair {
@@ -62,7 +65,7 @@ interface Side {
 export async function createMatrixPair(settings: MatrixSettings): Promise<MatrixPair> {
   const started = await Promise.allSettled([start(settings, 'producer'), start(settings, 'consumer')]);
   const close = async () => {
-    // The consumer first: it would wait for the other.
+    // The consumer first, as it would wait for the producer.
     for (const side of [...started].reverse())
       if (side.status === 'fulfilled') await side.value.client.close();
   };
@@ -117,7 +120,7 @@ async function cellOf(
     EngineRequestId,
     EngineRequestId,
   ];
-  // Different each time, so that no prefix cache has it.
+  // Different each time, so that no prefix cache holds it.
   const promptTokens = Int32Array.from(randomBytes(PROMPT_TOKENS), (byte) => 10 + byte);
   const before = counters(consumer);
   const keyed = (requestId: EngineRequestId) => ({
@@ -163,8 +166,8 @@ async function generate(
   maxTokens: number,
   patienceMs = 0,
 ): Promise<void> {
-  const sampling = { temperature: 0, topP: 1, topK: 0, seed: 0, maxTokens, minTokens: 0, stopTokenIds: [] };
-  // Added to the deadline of its KV, as for a prompt that may still be being computed.
+  const sampling = { ...GREEDY, maxTokens };
+  // Added to the deadline of its KV, as for a prompt that is still being computed.
   const patience = patienceMs > 0 ? { prefillWithinMs: patienceMs } : {};
   const request: CoreRequest = { ...ids, promptTokens, sampling, n: 1, ...patience };
   for await (const output of side.client.generate(request)) {

@@ -1,45 +1,34 @@
 #!/usr/bin/env bash
-# Prompts computed on one GPU, text generated on another, beside a worker that does both: the same tokens, and how much later the first
-# one comes. With the demo model and with a Llama of 8B shape and random weights, which scripts/model-reference/checkpoint.py makes
-# (python3 with torch and transformers). First the runbook's four prompts (two-gpu.sh), then bench/pair.
-# Writes bench/results/<date>-<GPUs>-pair.{json,md}; what fails is a result like others. Exit status 1 where there was one.
+# A pair (prompts on one GPU, decoding on another) against an undivided worker: are the tokens the same, and how much later is the first?
+# With the demo model and with a Llama of 8B shape and random weights, which scripts/model-reference/checkpoint.py makes (python3 with
+# torch and transformers). First the runbook's four prompts (two-gpu.sh), then bench/pair. Writes
+# bench/results/<date>-<GPUs>-pair.{json,md}; failures are reported there, and the exit status is then 1.
 #
 #   ./scripts/pair-results.sh                      two GPUs; from a checkout, or from the archive of `npm run bundle`
-#   ./scripts/pair-results.sh --models DIR         a folder for 16 GB; a checkpoint that is there already is taken
-#   ./scripts/pair-results.sh --only demo          or --only llama-8b; --send-types PUT,GET: not all three
-#   ./scripts/pair-results.sh --device host --only demo --small --out DIR      without a GPU, in a minute: is everything in place?
+#   ./scripts/pair-results.sh --models DIR         a folder for 16 GB; a checkpoint in it is used
+#   ./scripts/pair-results.sh --only demo          or --only llama-8b; --send-types PUT,GET: instead of all three
+#   ./scripts/pair-results.sh --device host --only demo --small --out DIR      a trial run of a minute, without a GPU
 set -uo pipefail
-line="./scripts/pair-results.sh"
 cd "$(dirname "$0")/.."
+. scripts/common.sh
 
-out=bench/results
-device=cuda
 models=""
 names=(demo llama-8b)
-small=()
 types=()
 while [ $# -gt 0 ]; do
+  taken=2
   case "$1" in
-    --out) out="${2:?--out needs a folder}"; shift 2 ;;
-    --device) device="${2:?--device needs cuda or host}"; line+=" $1 $2"; shift 2 ;;
-    --models) models="${2:?--models needs a folder}"; shift 2 ;;
-    --only) names=("${2:?--only needs demo or llama-8b}"); line+=" $1 $2"; shift 2 ;;
-    --send-types) types=("$1" "${2:?--send-types needs some of PUT,PUT_ASYNC,GET}"); line+=" $1 $2"; shift 2 ;;
-    --small) small=(--small); line+=" $1"; shift ;;
-    *) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    --models) models="${2:?--models needs a folder}" ;;
+    --only) names=("${2:?--only needs demo or llama-8b}"); line+=" $1 $2" ;;
+    --send-types) types=("$1" "${2:?--send-types needs some of PUT,PUT_ASYNC,GET}"); line+=" $1 $2" ;;
+    *) results_option "$@" || usage ;;
   esac
+  shift "$taken"
 done
 
-if [ -x ./node ]; then
-  program=(./node dist/bench/pair/main.js)
-else
-  ./scripts/install.sh || exit 1
-  [ -n "${PD_SKIP_BUILD:-}" ] || ./scripts/build.sh || exit 1
-  program=(node --import tsx bench/pair/main.ts)
-fi
-
-work="$(mktemp -d)"
-trap 'rm -rf "$work"' EXIT
+prepare || exit 1
+work_folder
+program=("$node" dist/bench/pair/main.js)
 status=0
 
 for name in "${names[@]}"; do
@@ -49,7 +38,7 @@ for name in "${names[@]}"; do
     model="$folder/llama-8b"
     if [ ! -f "$model/config.json" ]; then
       echo "pair-results: making $name" >&2
-      timeout --kill-after=10 180 python3 scripts/model-reference/checkpoint.py --out "$folder" --shape llama-8b --tokenizer models/demo >&2 || {
+      bounded 180 python3 scripts/model-reference/checkpoint.py --out "$folder" --shape llama-8b --tokenizer models/demo >&2 || {
         echo "pair-results: $name could not be made" >&2
         status=1
         continue
@@ -58,12 +47,12 @@ for name in "${names[@]}"; do
   fi
   if [ "$device" = cuda ] && [ ${#small[@]} = 0 ]; then
     echo "pair-results: four prompts, $name" >&2
-    timeout --kill-after=10 120 ./scripts/two-gpu.sh --model "$model" >"$work/$name.four.txt" 2>&1 </dev/null || status=1
+    bounded 120 ./scripts/two-gpu.sh --model "$model" >"$work/$name.four.txt" 2>&1 || status=1
     tail -1 "$work/$name.four.txt" >&2
   fi
   echo "pair-results: $name" >&2
-  timeout --kill-after=10 400 "${program[@]}" check --device "$device" --model "$model" --name "$name" \
-    ${small[@]+"${small[@]}"} ${types[@]+"${types[@]}"} --output "$work/$name.pair.json" </dev/null 2>&1 | tee "$work/$name.log" >&2 || status=1
+  bounded 400 "${program[@]}" check --device "$device" --model "$model" --name "$name" \
+    ${small[@]+"${small[@]}"} ${types[@]+"${types[@]}"} --output "$work/$name.pair.json" 2>&1 | tee "$work/$name.log" >&2 || status=1
 done
-timeout --kill-after=10 30 "${program[@]}" report "$work" --out "$out" --command "$line" </dev/null || status=1
+bounded 30 "${program[@]}" report "$work" --out "$out" --command "$line" || status=1
 exit "$status"

@@ -5,13 +5,8 @@
 #   ./scripts/runbook.sh                 on two GPUs; on a machine without one the same lines serve on the host
 #   ./scripts/runbook.sh --free-ports    where the runbook's ports are taken
 #
-# In a checkout it installs and builds first; in the archive of `npm run bundle` it needs neither npm nor Node.
+# From a checkout, or from the archive of `npm run bundle`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-
-if [ -x ./node ]; then
-  exec ./node dist/scripts/runbook.js "$@"
-fi
-./scripts/install.sh
-[ -n "${PD_SKIP_BUILD:-}" ] || ./scripts/build.sh
-exec node --import tsx scripts/runbook.ts "$@"
+. scripts/common.sh
+run_program runbook "$@"

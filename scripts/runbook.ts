@@ -1,6 +1,6 @@
 /**
  * The runbook as written: the lines of docs/operations.md ("With vLLM's configuration"), run word for word by bash, and what its readers
- * look at: health, four prompts, the metrics that tell that KV moved, the lines of the logs.
+ * look at: health, four prompts, the metrics that show that KV moved, the lines of the logs.
  */
 import { type ChildProcess, spawn } from 'node:child_process';
 import { once } from 'node:events';
@@ -8,27 +8,25 @@ import { readFileSync } from 'node:fs';
 import { createServer } from 'node:net';
 import { createInterface } from 'node:readline';
 import { setTimeout as sleep } from 'node:timers/promises';
-import { fileURLToPath } from 'node:url';
 import { Command } from 'commander';
-import { demoModelDir } from '../src/model/demo.ts';
+import { demoModelDir } from '../src/config/demo-model.ts';
+import { readKvShape } from '../support/kv-shape.ts';
+import { ROOT } from '../support/root.ts';
+import type { Addresses } from '../support/serving.ts';
 import { Bootstraps } from './bootstraps.ts';
-import { type Addresses, PROMPTS, runPrompt } from './demo-checks.ts';
-import { readKvShape } from './kv-shape.ts';
+import { PROMPTS, runPrompt } from './demo-checks.ts';
 
-const root = fileURLToPath(
-  new URL(import.meta.url.includes('/dist/scripts/') ? '../../' : '../', import.meta.url),
-);
 const HEADING = "### With vLLM's configuration";
-/** Of the lines. */
+/** The ports in the lines. */
 const PORTS = ['10002', '30002', '8081', '8082', '8083', '8084'] as const;
 const START_TIMEOUT_MS = 120_000;
 const STOP_TIMEOUT_MS = 20_000;
-/** pd-worker's own default, which the lines leave as it is. */
+/** pd-worker's default, which the lines do not change. */
 const BLOCK_SIZE = 16;
 
 const options = new Command('runbook.sh')
   .description("Runs the runbook's three lines and checks what its readers look at.")
-  .option('--free-ports', 'any free ports in place of those of the lines')
+  .option('--free-ports', 'replace the ports of the lines by free ones')
   .option('--verbose', 'print the log of every program')
   .allowExcessArguments(false)
   .parse()
@@ -36,7 +34,7 @@ const options = new Command('runbook.sh')
 
 /** Proxy, producer, consumer: the first indented block after the heading, continued lines joined. */
 function linesOfTheRunbook(): [proxy: string, producer: string, consumer: string] {
-  const text = readFileSync(`${root}docs/operations.md`, 'utf8');
+  const text = readFileSync(`${ROOT}docs/operations.md`, 'utf8');
   const section = text.slice(text.indexOf(`${HEADING}\n`));
   const block = /\n\n((?: {4}.*\n)+)/.exec(section)?.[1] ?? '';
   const lines = block.replaceAll(/^ {4}/gm, '').replaceAll('\\\n', ' ').trim().split('\n');
@@ -58,9 +56,9 @@ class Running {
   constructor(name: string, line: string, bootstraps: Bootstraps) {
     this.name = name;
     this.bootstraps = bootstraps;
-    // A process group of its own: it is stopped whole, whatever bash has put between.
+    // Its own process group, so that it is stopped as a whole, including what bash has started in between.
     this.#child = spawn('bash', ['-c', line], {
-      cwd: root,
+      cwd: ROOT,
       detached: true,
       stdio: ['ignore', 'pipe', 'pipe'],
       env: { ...process.env, ...bootstraps.environment },
@@ -71,7 +69,7 @@ class Running {
     }
   }
 
-  /** The first match in what it says. Throws with its last words where it ends, or the deadline comes, before it. */
+  /** The first match in its output. Throws, with the last lines, if it ends or the deadline passes before. */
   async said(pattern: RegExp): Promise<RegExpExecArray> {
     for (const deadline = performance.now() + START_TIMEOUT_MS; ; await sleep(20)) {
       for (const message of this.messages) {
@@ -142,7 +140,7 @@ async function freePorts(count: number): Promise<string[]> {
 async function main(): Promise<number> {
   const lines = linesOfTheRunbook();
   const chosen = options.freePorts ? await freePorts(PORTS.length) : PORTS;
-  // All at once: a port that was put in may be one that is looked for.
+  // All in one pass, as a new port may equal one that is still to be replaced.
   const within = (line: string) =>
     line.replaceAll(
       new RegExp(`\\b(?:${PORTS.join('|')})\\b`, 'g'),

@@ -12,15 +12,9 @@
 #
 # The GPUs compute with 2,048 KV blocks each and --batch-invariant, so that two workers fit on cuda:0 and texts are equal to the letter.
 #
-# In a checkout it installs and builds first; in the archive of `npm run bundle` it needs neither npm nor Node.
+# From a checkout, or from the archive of `npm run bundle`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-defaults=(--device cuda --runbook-ports)
 export SCRIPT_NAME=two-gpu.sh
-
-if [ -x ./node ]; then
-  exec ./node dist/scripts/demo.js "${defaults[@]}" "$@"
-fi
-./scripts/install.sh
-./scripts/build.sh
-exec node --import tsx scripts/demo.ts "${defaults[@]}" "$@"
+. scripts/common.sh
+run_program demo --device cuda --runbook-ports "$@"

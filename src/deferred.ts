@@ -14,3 +14,16 @@ export function deferred<T>(): Deferred<T> {
   });
   return { promise, resolve: resolve!, reject: reject! };
 }
+
+/** What `promise` settles with, or undefined after `ms` milliseconds. */
+export async function withDeadline<T>(promise: Promise<T>, ms: number): Promise<T | undefined> {
+  let timer: NodeJS.Timeout | undefined;
+  const deadline = new Promise<undefined>((resolve) => {
+    timer = setTimeout(() => resolve(undefined), ms);
+  });
+  try {
+    return await Promise.race([promise, deadline]);
+  } finally {
+    clearTimeout(timer);
+  }
+}

@@ -6,31 +6,30 @@
 // The transfer engine: tensors and paged KV between two peers.
 
 export { type TransferOptionsInput, transferOptions } from './config/embedded.ts';
-export { TransferEngine, type TransferEngineExtras } from './transfer/engine.ts';
-export type { SendHandle, TransferEngineApi } from './transfer/engine-api.ts';
-export type { FailureKind, FailureState } from './transfer/failures.ts';
-export { fingerprint } from './transfer/fingerprint.ts';
 export {
   DEFAULT_LIMITS,
   DEFAULT_TIMEOUTS,
-  type Fingerprint,
   type KvKey,
-  type LoadRequest,
-  type LoadResult,
-  type LogLevel,
-  type LogOptions,
-  type PairState,
-  type ProxyPing,
-  SEND_TYPES,
-  type SendRequest,
-  type SendSource,
-  type SendType,
-  type StoredTensor,
   type TransferLimits,
   type TransferOptions,
-  type TransferState,
   type TransferTimeouts,
+} from './config/transfer-options.ts';
+export type { LogLevel, LogOptions } from './observability/log-options.ts';
+export { TransferEngine, type TransferEngineExtras } from './transfer/engine.ts';
+export type { SendHandle, TransferEngineApi } from './transfer/engine-api.ts';
+export type { FailureKind, FailureState } from './transfer/failures.ts';
+export type {
+  LoadRequest,
+  LoadResult,
+  PairState,
+  ProxyPing,
+  SendRequest,
+  SendSource,
+  StoredTensor,
+  TransferState,
 } from './transfer/types.ts';
+export { type Fingerprint, fingerprint } from './wire/fingerprint.ts';
+export { SEND_TYPES, type SendType } from './wire/messages.ts';
 
 // The connector: both halves, for a runtime with a scheduler and a paged cache of its own.
 
@@ -57,7 +56,7 @@ export {
 
 // Memory, and how KV lies in it.
 
-export { createDevice } from './device/create.ts';
+export { createDevice } from './device/create-device.ts';
 export type {
   Device,
   DeviceEvent,
@@ -69,6 +68,7 @@ export type {
   Stream,
 } from './device/device.ts';
 export { cudaEvent, cudaMemory, hostMemory, hostView, pinnedMemory, sliceMemory } from './device/memory.ts';
+export { allocatePagedCache, attentionLayerName, type NamedLayer } from './device/paged-cache.ts';
 export type { WireLayout } from './kv/families.ts';
 export {
   blockBytes,
@@ -80,7 +80,6 @@ export {
   runOffset,
   wireShape,
 } from './kv/layout.ts';
-export { allocatePagedCache, attentionLayerName, type NamedLayer } from './kv/paged-cache.ts';
 export { slotMapping } from './kv/slots.ts';
 export { type Dtype, tensorBytes } from './wire/dtype.ts';
 
@@ -106,25 +105,14 @@ export {
 
 export { type WorkerConfigInput, workerConfig } from './config/embedded.ts';
 export { type ProxyConfig, type ProxyConfigInput, proxyConfig } from './config/proxy-config.ts';
-export type {
-  DebugAudience,
-  LoadFailurePolicy,
-  WorkerConfig,
-  WorkerRole,
-} from './config/worker-config.ts';
+export type { DebugAudience, LoadFailurePolicy, WorkerConfig, WorkerRole } from './config/worker-config.ts';
 export { PdProxy } from './proxy/proxy.ts';
 export type { Instance, InstanceRole } from './proxy/registry.ts';
-export type { CoreInfo, CoreState } from './worker/messages.ts';
+export type { CoreInfo, CoreState } from './worker/core-messages.ts';
 export { PdWorker } from './worker/worker.ts';
 
 // Errors and metrics.
 
 export { type ErrorCode, type ErrorContext, type ErrorData, PdError } from './errors.ts';
-export {
-  METRICS,
-  type MetricName,
-  MetricsPage,
-  readHistogram,
-  readMetric,
-} from './observability/metrics.ts';
+export { METRICS, type MetricName, MetricsPage, readHistogram, readMetric } from './observability/metrics.ts';
 export { createRegistry } from './observability/registry.ts';

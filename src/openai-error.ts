@@ -14,6 +14,11 @@ export interface OpenAiError {
   };
 }
 
+/** Headers of an answer that is an error: after so many seconds another try may go better. */
+export function retryHeaders({ status }: PdError): { readonly 'retry-after'?: string } {
+  return status === 503 ? { 'retry-after': '3' } : {};
+}
+
 export function openAiError(error: PdError): OpenAiError {
   const { status, code, message } = error;
   const { context, cause } = error.toData();

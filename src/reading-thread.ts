@@ -2,15 +2,17 @@
  * A thread that reads bodies, so that no client's body holds up another client's stream. The owner's end and the thread's.
  *
  *   read --> queue, the shorter first --(thread free)--> thread --> answer
- *              | WAIT_MS                                   | WORK_MS, out of memory, died
+ *              | WAIT_MS, WAITING_BYTES                    | WORK_MS, out of memory, died
  *              v                                           v
  *            READER_BUSY                                 BODY_TOO_COSTLY, INTERNAL; a new thread
  *
  * What is read, and which bodies are worth the way to the thread, is for the owner to say (worker/request-reader.ts, proxy/body-reader.ts).
  */
-import { parentPort, Worker } from 'node:worker_threads';
+import { parentPort } from 'node:worker_threads';
+import { type Deferred, deferred, withDeadline } from './deferred.ts';
 import { type ErrorData, PdError, unreachable } from './errors.ts';
 import type { Logger } from './observability/log.ts';
+import { startThread, type ThreadPort } from './thread-entry.ts';
 
 /** What the thread is given. One at a time: the next goes when the last is answered. */
 export interface ReadingJob {
@@ -26,15 +28,11 @@ export type FromReader<Reading> =
   /** What the client is told: the body is wrong. */
   | { readonly type: 'refused'; readonly error: ErrorData };
 
-/** What a thread is to its owner: tests put a scripted one here. */
-export interface ReaderPort<Job extends ReadingJob, Reading> {
-  post(job: Job): void;
-  onMessage(listener: (message: FromReader<Reading>) => void): void;
-  /** The thread is over: asked for or not. */
-  onExit(listener: (error: Error | undefined) => void): void;
-  terminate(): Promise<void>;
-}
+/** The thread as its owner has it. */
+export type ReaderPort<Job extends ReadingJob, Reading> = ThreadPort<Job, FromReader<Reading>>;
 
+/** Of all bodies that wait: sixteen of the largest at a worker, eight at a proxy. Clients send faster than a tokenizer reads. */
+const WAITING_BYTES = 256 * 2 ** 20;
 /** From a thread's start until it is ready. */
 const START_MS = 60_000;
 /** For the thread to come to a body. */
@@ -47,6 +45,8 @@ const TERMINATE_MS = 2_000;
 const HEAP_MB = 2_048;
 
 export interface ReadingLimits {
+  /** Of all bodies that wait. */
+  readonly maxWaitingBytes?: number;
   readonly startTimeoutMs?: number;
   readonly waitTimeoutMs?: number;
   readonly workTimeoutMs?: number;
@@ -59,12 +59,10 @@ export interface ReadingThreadOptions<Job extends ReadingJob, Reading> extends R
   readonly open: () => ReaderPort<Job, Reading>;
 }
 
-interface Waiting<Job, Reading> {
+interface Waiting<Job, Reading> extends Deferred<Reading> {
   readonly job: Job;
   /** Of the body, which leaves with the job. */
   readonly bytes: number;
-  readonly resolve: (reading: Reading) => void;
-  readonly fail: (error: PdError) => void;
 }
 
 /** One thread's life. */
@@ -86,6 +84,7 @@ export class ReadingThread<Job extends ReadingJob, Reading> {
 
   constructor(options: ReadingThreadOptions<Job, Reading>) {
     this.#options = {
+      maxWaitingBytes: WAITING_BYTES,
       startTimeoutMs: START_MS,
       waitTimeoutMs: WAIT_MS,
       workTimeoutMs: WORK_MS,
@@ -99,49 +98,51 @@ export class ReadingThread<Job extends ReadingJob, Reading> {
   }
 
   /**
-   * Throws what the body is refused for, READER_BUSY where the thread did not come to it in time, BODY_TOO_COSTLY where it took too
-   * much, REQUEST_ABORTED where `signal` fired while it waited, SERVER_DRAINING once closed.
+   * Throws what the body is refused for, READER_BUSY where the thread did not come to it in time or there was no room left to wait in,
+   * BODY_TOO_COSTLY where it took too much, REQUEST_ABORTED where `signal` fired while it waited, SERVER_DRAINING once closed.
    */
   async read(job: Job, signal?: AbortSignal): Promise<Reading> {
     const { waitTimeoutMs, owner } = this.#options;
     if (this.#closing) throw new PdError('SERVER_DRAINING', `this ${owner} is stopping`);
-    return await new Promise((resolve, reject) => {
-      const leave = (error: PdError) => {
-        const at = this.#queue.indexOf(waiting);
-        if (at < 0) return; // its turn has come
-        this.#queue.splice(at, 1);
-        waiting.fail(error);
-      };
-      const onAbort = () =>
-        leave(new PdError('REQUEST_ABORTED', 'the client went away before its request was read'));
-      const timer = setTimeout(() => {
-        const seconds = waitTimeoutMs / 1_000;
-        leave(new PdError('READER_BUSY', `other long requests were being read for ${seconds} s: gave up`));
-      }, waitTimeoutMs);
-      const over = () => {
-        clearTimeout(timer);
-        signal?.removeEventListener('abort', onAbort);
-      };
-      const bytes = job.body.byteLength;
-      const waiting: Waiting<Job, Reading> = {
-        job,
-        bytes,
-        resolve: (reading) => {
-          over();
-          resolve(reading);
-        },
-        fail: (error) => {
-          over();
-          reject(error);
-        },
-      };
+    const bytes = job.body.byteLength;
+    const waiting: Waiting<Job, Reading> = { job, bytes, ...deferred<Reading>() };
+    const leave = (error: PdError) => {
+      const at = this.#queue.indexOf(waiting);
+      if (at < 0) return; // its turn has come
+      this.#queue.splice(at, 1);
+      waiting.reject(error);
+    };
+    const onAbort = () =>
+      leave(new PdError('REQUEST_ABORTED', 'the client went away before its request was read'));
+    const timer = setTimeout(() => {
+      const seconds = waitTimeoutMs / 1_000;
+      leave(new PdError('READER_BUSY', `the reader was busy with other long requests for ${seconds} s`));
+    }, waitTimeoutMs);
+    try {
       const at = this.#queue.findIndex((other) => other.bytes > bytes);
       this.#queue.splice(at < 0 ? this.#queue.length : at, 0, waiting);
       if (signal?.aborted) onAbort();
       else signal?.addEventListener('abort', onAbort, { once: true });
       if (this.#thread) this.#next(this.#thread);
       else this.#open();
-    });
+      this.#makeRoom();
+      return await waiting.promise;
+    } finally {
+      clearTimeout(timer);
+      signal?.removeEventListener('abort', onAbort);
+    }
+  }
+
+  /** The longest has to go: it would wait the longest, and one of it makes room for many. */
+  #makeRoom(): void {
+    const { maxWaitingBytes } = this.#options;
+    let total = this.#queue.reduce((sum, { bytes }) => sum + bytes, 0);
+    while (total > maxWaitingBytes) {
+      const longest = this.#queue.pop()!;
+      total -= longest.bytes;
+      const what = `no room for a body of ${longest.bytes} bytes: at most ${maxWaitingBytes} bytes of bodies wait for the reader`;
+      longest.reject(new PdError('READER_BUSY', what));
+    }
   }
 
   /** Ends the thread; what waits or is being read fails with SERVER_DRAINING. Idempotent. */
@@ -185,7 +186,7 @@ export class ReadingThread<Job extends ReadingJob, Reading> {
         this.#answered(thread)?.resolve(message.reading);
         return;
       case 'refused':
-        this.#answered(thread)?.fail(PdError.fromData(message.error));
+        this.#answered(thread)?.reject(PdError.fromData(message.error));
         return;
       default:
         unreachable(message, 'message from the reader thread');
@@ -212,7 +213,10 @@ export class ReadingThread<Job extends ReadingJob, Reading> {
       const what = `reading a body of ${waiting.bytes} bytes took more than ${workTimeoutMs / 1_000} s`;
       this.#lose(thread, new PdError('BODY_TOO_COSTLY', what));
     }, workTimeoutMs);
-    thread.port.post(waiting.job);
+    const { job } = waiting;
+    // Small buffers share Node's pool, which others are still writing to.
+    const body = job.body.byteLength === job.body.buffer.byteLength ? job.body : job.body.slice();
+    thread.port.post({ ...job, body }, [body.buffer]);
   }
 
   /** The thread is of no use any more. Whose body it was reading hears `error`; for the others there is a new one. */
@@ -235,17 +239,12 @@ export class ReadingThread<Job extends ReadingJob, Reading> {
   async #end(thread: Life<Job, Reading>, error: PdError): Promise<void> {
     this.#thread = undefined;
     clearTimeout(thread.timer);
-    thread.reading?.fail(error);
-    let timer: NodeJS.Timeout | undefined;
-    const late = new Promise<void>((resolve) => {
-      timer = setTimeout(resolve, TERMINATE_MS);
-    });
-    await Promise.race([thread.port.terminate(), late]);
-    clearTimeout(timer);
+    thread.reading?.reject(error);
+    await withDeadline(thread.port.terminate(), TERMINATE_MS);
   }
 
   #failQueue(error: PdError): void {
-    for (const waiting of this.#queue.splice(0)) waiting.fail(error);
+    for (const waiting of this.#queue.splice(0)) waiting.reject(error);
   }
 }
 
@@ -269,28 +268,8 @@ export function openReader<Job extends ReadingJob, Reading>(
   entry: URL,
   workerData?: unknown,
 ): ReaderPort<Job, Reading> {
-  const worker = new Worker(entry, {
-    workerData,
-    name: 'reader',
-    resourceLimits: { maxOldGenerationSizeMb: HEAP_MB },
-  });
-  let thrown: Error | undefined;
-  worker.on('error', (error) => {
-    thrown = error instanceof Error ? error : new Error(String(error));
-  });
-  return {
-    post(job) {
-      const { buffer, byteLength } = job.body;
-      // Small buffers share Node's pool, which others are still writing to.
-      const own = byteLength === buffer.byteLength ? job.body : job.body.slice();
-      worker.postMessage({ ...job, body: own }, [own.buffer]);
-    },
-    onMessage: (listener) => worker.on('message', listener),
-    onExit: (listener) => worker.on('exit', () => listener(thrown)),
-    terminate: async () => {
-      await worker.terminate();
-    },
-  };
+  const resourceLimits = { maxOldGenerationSizeMb: HEAP_MB };
+  return startThread(entry, { workerData, name: 'reader', resourceLimits });
 }
 
 /**

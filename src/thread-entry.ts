@@ -1,4 +1,5 @@
 import { existsSync } from 'node:fs';
+import { type Transferable, Worker, type WorkerOptions } from 'node:worker_threads';
 
 /**
  * URL of a thread's entry, always the built JavaScript: a Worker cannot start from TypeScript under tsx or vitest. `from` is the
@@ -10,4 +11,31 @@ export function threadEntry(from: string, entry: string): URL {
   const built = new URL(url.href.replace(/\/src\/(?!.*\/src\/)/, '/dist/src/'));
   if (existsSync(built)) return built;
   throw new Error(`${built.href} is missing: run \`npm run build\``);
+}
+
+/** What a thread is to its owner: tests put a scripted one here. */
+export interface ThreadPort<To, From> {
+  /** The memory of `transfer` moves to the thread. */
+  post(message: To, transfer?: readonly Transferable[]): void;
+  onMessage(listener: (message: From) => void): void;
+  /** The thread is over, asked for or not; with the error that ended it, where there was one. */
+  onExit(listener: (error: Error | undefined) => void): void;
+  /** Ends the thread by force. */
+  terminate(): Promise<void>;
+}
+
+export function startThread<To, From>(entry: URL, options: WorkerOptions): ThreadPort<To, From> {
+  const worker = new Worker(entry, options);
+  let thrown: Error | undefined;
+  worker.on('error', (error) => {
+    thrown = error instanceof Error ? error : new Error(String(error));
+  });
+  return {
+    post: (message, transfer) => worker.postMessage(message, transfer),
+    onMessage: (listener) => worker.on('message', listener),
+    onExit: (listener) => worker.on('exit', () => listener(thrown)),
+    terminate: async () => {
+      await worker.terminate();
+    },
+  };
 }

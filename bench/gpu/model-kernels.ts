@@ -1,4 +1,4 @@
-/** Each kernel alone at the shapes of an 8B Llama: milliseconds, and what share of memory bandwidth or arithmetic that is. */
+/** Each kernel alone at the shapes of an 8B Llama: milliseconds, and the bandwidth or arithmetic rate that it reaches. */
 import { Cublas } from '../../ffi/libcublas.ts';
 import type { CudaDevice } from '../../src/device/cuda/device.ts';
 import type { CudaStream } from '../../src/device/cuda/stream.ts';
@@ -7,8 +7,8 @@ import { hostMemory, hostView, sliceMemory } from '../../src/device/memory.ts';
 import { EventPoller } from '../../src/device/poller.ts';
 import { type Matrix, ModelKernels, type ProductMode } from '../../src/model/cuda/kernels.ts';
 import { Products } from '../../src/model/cuda/products.ts';
-import { toBfloat16 } from '../../test/support/safetensors-writer.ts';
-import { row } from './model-rig.ts';
+import { toBfloat16 } from '../../support/safetensors-writer.ts';
+import { row } from './rows.ts';
 
 const HIDDEN = 4_096;
 const INNER = 14_336;
@@ -56,7 +56,7 @@ export async function kernelTimes(device: CudaDevice): Promise<Record<string, nu
     ] as const) {
       for (const [name, mode, outputs, inputs] of WEIGHTS) {
         if (name === 'head' && rows > 64) continue;
-        // from another place each time, so that the second-level cache holds none of it
+        // from another place each time, so that it is not in the L2 cache
         const weight = (i: number): Matrix => ({
           pointer: (weights + BigInt((i % 3) * 256 * MIB)) as DevicePointer,
           outputs,
@@ -177,7 +177,7 @@ function upload(device: CudaDevice, stream: CudaStream, target: DevicePointer, w
   device.copy({ kind: 'cuda', device: device.index, pointer: target, bytes: words.byteLength }, host, stream);
 }
 
-/** bfloat16 about zero: not zeros, on which GPUs draw less power and run faster. */
+/** Random bfloat16 around zero; with zeros a GPU draws less power and runs faster. */
 function fillRandom(device: CudaDevice, stream: CudaStream, area: ReturnType<CudaDevice['allocate']>): void {
   const host = hostMemory(16 * MIB);
   const bits = new Uint16Array(host.buffer);

@@ -1,7 +1,8 @@
-/** Logits against a float32 run of transformers, teacher-forced: how far off, beside how far off transformers' own 16-bit run is. */
+/** Errors of logits, teacher-forced, against a float32 run of transformers, beside the error of transformers' own 16-bit run. */
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { batch, distance, makeExecutor, range, row, sequence } from './model-rig.ts';
+import { batch, distance, makeExecutor, range, sequence } from './model-rig.ts';
+import { row } from './rows.ts';
 
 interface Reference {
   readonly ids: readonly number[];
@@ -11,7 +12,7 @@ interface Reference {
   readonly error: number;
 }
 
-/** The issue's bound. */
+/** Largest allowed ratio of the two errors. */
 const MOST = 1.5;
 
 export async function logitErrors(dir: string): Promise<Record<string, number>> {
@@ -59,7 +60,7 @@ async function errorsOf(
   prefixes.forEach((_, i) => {
     errors.push(distance(of(prefilled, i), of(wanted, i)));
   });
-  // the last prefix is the whole prompt: it goes on token by token
+  // the last prefix is the whole prompt, from which it continues token by token
   const at = blocks(prefixes.length - 1);
   for (let position = prompt; position < ids.length; position++) {
     const logits = await executor.logits(batch(sequence('d', [ids[position]!], position, at)));

@@ -8,8 +8,9 @@ import type { CudaExecutor } from '../../src/model/cuda/executor.ts';
 import { HostExecutor } from '../../src/model/host/executor.ts';
 import { uniform } from '../../src/model/random.ts';
 import type { ScheduledSequence } from '../../src/scheduler/types.ts';
-import { writeRandomModel } from '../../test/support/random-model.ts';
-import { batch, distance, makeExecutor, row, sequence } from './model-rig.ts';
+import { writeRandomModel } from '../../support/random-model.ts';
+import { batch, distance, makeExecutor, sequence } from './model-rig.ts';
+import { row } from './rows.ts';
 
 const random = (below: number) => Math.floor(Math.random() * below);
 const pick = <T>(values: readonly T[]): T => values[random(values.length)]!;

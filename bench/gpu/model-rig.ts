@@ -1,11 +1,12 @@
-/** What the model's GPU checks share. */
+/** What the GPU checks of the model share. */
 import type { CudaDevice } from '../../src/device/cuda/device.ts';
 import { createCudaDevice } from '../../src/device/cuda.ts';
 import { readModelConfig } from '../../src/model/config.ts';
 import { createCudaExecutor } from '../../src/model/cuda/create.ts';
 import type { CudaExecutor } from '../../src/model/cuda/executor.ts';
 import { elementTypeOf } from '../../src/model/cuda/weights.ts';
-import type { ForwardBatch, SamplingParams, ScheduledSequence } from '../../src/scheduler/types.ts';
+import { GREEDY } from '../../src/model/sampler.ts';
+import type { ForwardBatch, ScheduledSequence } from '../../src/scheduler/types.ts';
 import { engineRequestId, transferIdOf } from '../../src/wire/ids.ts';
 
 export interface RigOptions {
@@ -21,11 +22,11 @@ export interface Rig {
   readonly executor: CudaExecutor;
   readonly numBlocks: number;
   readonly device: CudaDevice;
-  /** Gives all GPU memory back. */
+  /** Releases all GPU memory. */
   dispose(): void;
 }
 
-/** On a device object of its own, since a device gives its memory back as a whole. */
+/** With its own device object, since a device releases its memory as a whole. */
 export async function makeExecutor(dir: string, options: RigOptions): Promise<Rig> {
   const config = await readModelConfig(dir);
   const device = await createCudaDevice(0);
@@ -49,16 +50,6 @@ export async function makeExecutor(dir: string, options: RigOptions): Promise<Ri
   };
   return { executor, numBlocks, device, dispose };
 }
-
-const GREEDY: SamplingParams = {
-  temperature: 0,
-  topP: 1,
-  topK: 0,
-  seed: 0,
-  maxTokens: 64,
-  minTokens: 0,
-  stopTokenIds: [],
-};
 
 export function sequence(
   id: string,
@@ -90,19 +81,4 @@ export function distance(got: Float32Array, wanted: Float32Array): number {
   let sum = 0;
   for (let i = 0; i < wanted.length; i++) sum += (got[i]! - wanted[i]!) ** 2;
   return Math.sqrt(sum);
-}
-
-export function median(values: readonly number[]): number {
-  return [...values].sort((a, b) => a - b)[values.length >> 1]!;
-}
-
-let failures = 0;
-
-export function row(name: string, value: string, ok = true): void {
-  if (!ok) failures++;
-  console.log(`${ok ? '  ' : 'X '}${name.padEnd(58)} ${value}`);
-}
-
-export function failed(): number {
-  return failures;
 }

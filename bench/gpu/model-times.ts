@@ -1,6 +1,8 @@
-/** Prefill and decode of an 8B-shaped model, beside transformers' times of the same machine. */
+/** Times of prefill and decode of an 8B model, beside those of transformers on the same machine. */
 import type { CudaExecutor } from '../../src/model/cuda/executor.ts';
-import { batch, makeExecutor, median, range, row, sequence } from './model-rig.ts';
+import { median } from '../measure/statistics.ts';
+import { batch, makeExecutor, range, sequence } from './model-rig.ts';
+import { row } from './rows.ts';
 
 export interface Times {
   /** Milliseconds, by tokens. */
@@ -39,26 +41,6 @@ async function decode(executor: CudaExecutor, size: number): Promise<number> {
     times.push(performance.now() - began);
   }
   return median(times.slice(4));
-}
-
-/** Batches 1 and 16 alone, for comparing builds. */
-export async function decodeTimes(dir: string): Promise<Record<string, number>> {
-  const result: Record<string, number> = {};
-  for (const batchInvariant of [false, true]) {
-    const { executor, dispose } = await makeExecutor(dir, {
-      batchInvariant,
-      numBlocks: 1_024,
-      maxNumBatchedTokens: 512,
-      maxModelLen: 2_048,
-    });
-    for (const size of [1, 16]) {
-      const name = `decode batch ${size}${batchInvariant ? ', invariant' : ''}`;
-      result[name] = await decode(executor, size);
-      row(name, `${result[name].toFixed(2)} ms`);
-    }
-    dispose();
-  }
-  return result;
 }
 
 export async function modelTimes(dir: string, theirs: Times): Promise<unknown> {

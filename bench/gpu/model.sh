@@ -1,10 +1,10 @@
 #!/bin/sh
-# Every check and number of the model on one GPU: random shapes against the host, kernels alone, logits and times against transformers.
+# All checks and times of the model on one GPU: random shapes against the host, single kernels, logits and times against transformers.
 #
-#   bench/gpu/model.sh RESULTS        a folder; NODE and MODELS (a folder for 20 GB of checkpoints) may be set
+#   bench/gpu/model.sh RESULTS        a folder; NODE and MODELS (a folder with room for 20 GB) may be set
 #
-# From the archive of `npm run bundle`, or from a build: npx tsc -p bench/tsconfig.json. Each part is a process of its own: a kernel that
-# fails takes its process along.
+# From the archive of `npm run bundle`, or from a build (scripts/build.sh). Each part runs in its own process, as a kernel that
+# fails ends its process.
 set -u
 cd "$(dirname "$0")/../.."
 RESULTS=$1
@@ -19,7 +19,7 @@ PYTHONUNBUFFERED=1 timeout 240 python3 scripts/model-reference/reference.py --ou
   grep -v -i -e warn -e 'it/s' | tee "$RESULTS/reference.txt"
 run logits 150
 run times 150
-# memory errors, where the tool is: slow, so one random model of each kind
+# memory errors, if the tool is installed: slow, so few random models
 if command -v compute-sanitizer > /dev/null; then
   PD_RANDOM_MODELS=2 timeout 100 compute-sanitizer --tool memcheck --print-limit 5 "$NODE" dist/bench/gpu/model.js "$MODELS" random 2>&1 |
     tee "$RESULTS/sanitizer.txt" | tail -15

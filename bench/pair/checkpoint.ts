@@ -1,12 +1,12 @@
-/** What the checks need to know of a checkpoint. */
-import { kvBlockBytes, readConfig, readKvShape } from '../../scripts/kv-shape.ts';
+/** What the checks need to know about a checkpoint. */
+import { kvBlockBytes, readConfig, readKvShape } from '../../support/kv-shape.ts';
 import { BLOCK_SIZE } from './loads.ts';
 
 export interface CheckpointShape {
   readonly vocab: number;
-  /** Most tokens of a sequence. */
+  /** The longest sequence, tokens. */
   readonly positions: number;
-  /** Of KV of one block in all layers, as it is moved. */
+  /** Bytes of KV of one block, over all layers, as it is transferred. */
   readonly blockBytes: number;
 }
 

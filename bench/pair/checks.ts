@@ -1,6 +1,7 @@
-/** One load through a pair: the tokens of the undivided worker, and metrics that say whose KV they stand on. */
-import { metricsOf } from '../../scripts/demo-checks.ts';
-import { inParallel } from '../../test/support/requests.ts';
+/** One load through a pair: its tokens must be the undivided worker's, and the metrics must show that KV moved. */
+
+import { inParallel } from '../../support/parallel.ts';
+import { metricsOf } from '../../support/serving.ts';
 import type { Client } from './client.ts';
 import { gapChanges, gapOf, type Parting, partingOf } from './compare.ts';
 import { BLOCK_SIZE, type Effect, type Load, type LoadRequest } from './loads.ts';
@@ -12,11 +13,11 @@ export interface LoadCheck {
   readonly promptTokens: number;
   readonly outputTokens: number;
   readonly kvBytes: number;
-  /** Answers that are the undivided worker's to the last token. */
+  /** Answers equal to the undivided worker's, to the last token. */
   readonly same: number;
-  /** Of the others: the undivided worker's own gap between the two tokens at which they part (in log-probability). */
+  /** For the others: the undivided worker's own gap (in log-probability) between the two tokens at which they differ. */
   readonly gaps: readonly number[];
-  /** Preempted sequences or tokens found in prefix caches, where the load is there for that. */
+  /** Preempted sequences or tokens found in prefix caches, if that is what the load is for. */
   readonly effect?: string;
   /** Empty: right. */
   readonly problems: readonly string[];
@@ -27,9 +28,9 @@ export interface CheckOptions {
   readonly expected: readonly (readonly number[])[];
   readonly undivided: Undivided;
   readonly pair: Pair;
-  /** Bytes of KV of one block in all layers. */
+  /** Bytes of KV of one block, over all layers. */
   readonly blockBytes: number;
-  /** The least gap that makes a difference wrong; undefined: any difference is. */
+  /** A difference at a gap of at least this is wrong; undefined: every difference is. */
   readonly noise: number | undefined;
 }
 
@@ -49,7 +50,7 @@ export async function checkLoad(options: CheckOptions): Promise<LoadCheck> {
 
   const problems = movedProblems(options, consumer);
   const effect = load.effect && effectOf(load.effect, producer, consumer);
-  if (effect && !effect.seen) problems.push(`the load did not bring about what it is for: ${effect.text}`);
+  if (effect && !effect.seen) problems.push(`the load did not cause what it is for: ${effect.text}`);
   const partings = load.requests.flatMap((request, i) => partingOf(request, expected[i]!, answers[i]!) ?? []);
   const gaps: number[] = [];
   for (const parting of partings) {
@@ -71,9 +72,9 @@ export async function checkLoad(options: CheckOptions): Promise<LoadCheck> {
 }
 
 /**
- * The noise that a difference is measured by: how much the gap between the two likeliest tokens changes when the same requests run one at
- * a time, four at a time and `widest` at a time, and when some of their positions are computed as the end of a prompt, as `gapAt` does.
- * The largest change, and how many were seen.
+ * The noise against which differences are judged: how much the gap between the two likeliest tokens changes when the same requests run
+ * one, four and `widest` at a time, and when some of their positions are computed as the end of a prompt, as `gapAt` does. Returns the
+ * largest change and the number of positions.
  */
 export async function measureNoise(
   client: Client,

@@ -1,10 +1,10 @@
-/** What the checks ask of a server: completions by token ids, times of streamed ones, metrics. */
+/** What the checks ask of a server: completions by token ids, and the times of streamed ones. */
 import type { Generated, TopLogprobs } from './compare.ts';
 import type { LoadRequest } from './loads.ts';
 
-/** For one answer. Past what a loaded worker takes, and past `--kv-load-timeout`, whose error tells more. */
+/** Deadline of one answer: longer than a busy worker takes, and than `--kv-load-timeout`, whose error says more. */
 const ANSWER_MS = 90_000;
-/** As many as the API gives. */
+/** The most that the API gives. */
 const TOP = 20;
 
 interface Choice {

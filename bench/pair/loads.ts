@@ -1,4 +1,4 @@
-/** The requests that a pair and an undivided worker both get: random prompts of token ids, always the same. Pure. */
+/** The requests for both the pair and the undivided worker: random prompts of token ids, the same in every run. Pure. */
 import { uniform } from '../../src/model/random.ts';
 
 export interface LoadRequest {
@@ -9,28 +9,28 @@ export interface LoadRequest {
   readonly seed: number;
 }
 
-/** What a load is there to bring about, besides answers: told by the workers' metrics. */
+/** What a load is meant to cause, besides answers, as shown by the workers' metrics. */
 export type Effect = 'chunks' | 'prefix hits' | 'preemption';
 
 export interface Load {
   readonly name: string;
-  /** Requests under way at a time. */
+  /** Requests in flight. */
   readonly width: number;
   readonly requests: readonly LoadRequest[];
   readonly effect?: Effect;
 }
 
 export interface LoadOptions {
-  /** Prompts are of ids below it. */
+  /** Prompts have ids below this. */
   readonly vocab: number;
-  /** Without: greedy alone, which other sums in another order change only where two tokens are equally likely. */
+  /** Otherwise all are greedy: another order of sums then changes a token only where two are about equally likely. */
   readonly sampled: boolean;
   readonly small: boolean;
-  /** Tokens that answers grow to where blocks are to run out. A small model must talk longer, or each is through before the next begins. */
+  /** Length of answers where blocks are meant to run out. A small model needs longer ones, or each ends before the next begins. */
   readonly growTo: number;
 }
 
-/** What workers get for these loads: blocks for 32 short sequences at once, and too few for what those grow to. */
+/** Limits of the workers for these loads: enough blocks for 32 short sequences at once, too few for what those grow to. */
 export interface LoadLimits {
   readonly maxModelLen: number;
   readonly numBlocks: number;
@@ -47,7 +47,7 @@ export function limitsOf(small: boolean): LoadLimits {
   return small ? SMALL : FULL;
 }
 
-/** The least and the most, both included. */
+/** Smallest and largest value, both included. */
 type Range = readonly [number, number];
 
 export function makeLoads({ vocab, sampled, small, growTo }: LoadOptions): readonly Load[] {
@@ -109,7 +109,7 @@ export function makeLoads({ vocab, sampled, small, growTo }: LoadOptions): reado
   ];
 }
 
-/** For times to first token: one prompt after the other, none like another. */
+/** For times to first token: prompts that all differ. */
 export function timedPrompt(vocab: number, tokens: number, index: number): number[] {
   return Array.from({ length: tokens }, (_, at) => Math.floor(uniform(3, index, at) * vocab));
 }

@@ -1,13 +1,14 @@
 /**
- * Is a pair's answer the undivided worker's, and how much later does it come? On two GPUs (or the host), with a real checkpoint.
+ * Does a pair give the same answers as an undivided worker, and how much later? On two GPUs (or the host), with a real checkpoint.
  *
  *   check --model DIR --output FILE                 one model: all loads in all send types, then times to first token
- *   report DIR --out DIR --command LINE             a page from the *.pair.json that `check` left in DIR
+ *   report DIR --out DIR --command LINE             a page from the *.pair.json files of `check` in DIR
  */
 import { readdirSync, writeFileSync } from 'node:fs';
 import { basename } from 'node:path';
 import { Command, Option } from 'commander';
-import { type Mode, problemsOf, writeReport } from './result.ts';
+import { conclude } from '../measure/results.ts';
+import { type Mode, problemsOf, readResults, writeReport } from './result.ts';
 import { PairRun } from './run.ts';
 
 interface CheckCommand {
@@ -27,18 +28,18 @@ const program = new Command('pair');
 program
   .command('check')
   .requiredOption('--model <dir>')
-  .option('--name <name>', 'what to call it (default: the name of its folder)')
+  .option('--name <name>', 'name in the report (default: that of its folder)')
   .addOption(new Option('--device <device>').choices(['host', 'cuda']).default('cuda'))
   .requiredOption('--output <file>')
-  .option('--send-types <list>', 'separated by commas', list, ['PUT', 'PUT_ASYNC', 'GET'])
+  .option('--send-types <list>', 'send types, separated by commas', list, ['PUT', 'PUT_ASYNC', 'GET'])
   .option(
     '--modes <list>',
     'batch-invariant, usual (default: both; on the host, where they are one, usual)',
     list,
   )
   .option('--no-times')
-  .option('--small', 'few and short requests: is everything in place?')
-  .option('--verbose', 'every line of the workers')
+  .option('--small', 'few and short requests, to see that everything is in place')
+  .option('--verbose', 'print every line of the workers')
   .action(check);
 program
   .command('report <dir>')
@@ -47,7 +48,9 @@ program
   .action((folder: string, { out, command }: { readonly out: string; readonly command: string }) => {
     const names = readdirSync(folder).filter((name) => name.endsWith('.pair.json'));
     if (names.length === 0) throw new Error(`there is no result in ${folder}`);
-    console.log(`${writeReport(folder, names, out, command)}.md`);
+    const results = readResults(folder, names);
+    const ok = results.every((result) => problemsOf(result).length === 0);
+    conclude(`${writeReport(results, out, command)}.md`, ok);
   });
 await program.parseAsync();
 

@@ -1,10 +1,9 @@
-/** What `check` found of one model, and the page made of several. */
-import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
+/** The result of `check` for one model, and the page for several. */
+import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
-import type { Machine } from '../../src/bench/environment.ts';
-import type { Environment } from '../../src/bench/messages.ts';
-import { hardwareName } from '../../src/bench/report.ts';
-import { markdownTable } from '../../src/bench/tables.ts';
+import { type Environment, hardwareName, type Machine } from '../measure/machine.ts';
+import { hardwareLines, problemLines, writeResults } from '../measure/results.ts';
+import { markdownTable } from '../measure/table.ts';
 import type { LoadCheck } from './checks.ts';
 import { EXTRA_MS, extraMs, type FirstTokenTimes } from './times.ts';
 
@@ -27,12 +26,12 @@ export interface PairResult {
   readonly noise?: { readonly noise: number; readonly positions: number };
   readonly checks: readonly PairCheck[];
   readonly times: readonly FirstTokenTimes[];
-  /** What ended it early. */
+  /** What ended a part early. */
   readonly errors: readonly string[];
 }
 
 export function problemsOf({ checks, times, errors, device, small }: PairResult): string[] {
-  // A bound for GPUs: on a host the two share its cores.
+  // A limit for GPUs only: on a host the two workers share its cores.
   const timed = device === 'cuda' && !small ? times : [];
   return [
     ...errors,
@@ -47,46 +46,38 @@ export function problemsOf({ checks, times, errors, device, small }: PairResult)
   ];
 }
 
-/** Writes `<date>-<hardware>-pair.md` and `.json` from every `*.pair.json` in `folder`; returns their path without the ending. */
-export function writeReport(folder: string, names: readonly string[], out: string, command: string): string {
-  const results = names.map((name) => JSON.parse(readFileSync(join(folder, name), 'utf8')) as PairResult);
-  const { startedAt, device, environment } = results[0]!;
-  const hardware = device === 'host' ? 'host' : hardwareName(environment.gpus);
-  mkdirSync(out, { recursive: true });
-  const base = join(out, `${startedAt.slice(0, 10)}-${hardware}-pair`);
-  writeFileSync(`${base}.json`, `${JSON.stringify({ command, results }, undefined, 1)}\n`);
-  writeFileSync(`${base}.md`, `${page(results, hardware, command)}\n`);
-  return base;
+/** Reads the files `names` of `folder`. */
+export function readResults(folder: string, names: readonly string[]): PairResult[] {
+  return names.map((name) => JSON.parse(readFileSync(join(folder, name), 'utf8')) as PairResult);
 }
 
-function page(results: readonly PairResult[], hardware: string, command: string): string {
-  const { startedAt, machine, environment } = results[0]!;
-  return [
-    `# A pair beside an undivided worker, ${hardware}, ${startedAt.slice(0, 10)}`,
-    '',
-    `- ${machine.program}, Node ${machine.node}; ${machine.cores} x ${machine.cpu}, ${machine.memoryGib} GiB`,
-    ...environment.gpus.map((gpu) => `- ${gpu}`),
-    ...(environment.link ? [`- link: ${environment.link}`] : []),
-    ...(machine.driver ? [`- NVIDIA driver ${machine.driver}; ${environment.libraries.join(', ')}`] : []),
-    '',
-    `Command: \`${command}\``,
-    '',
-    'A proxy, a producer and a consumer, and one undivided worker, each with the same requests by token ids. Consumers run with',
-    '`--kv-load-failure fail`; each load counts only where the metrics show one load per request, none recomputed or failed, one computed prompt',
-    'token per request (but after preemption), and the bytes of the formula (but where prefix caches had some).',
-    ...results.flatMap(modelLines),
-  ].join('\n');
+/** Writes `<date>-<hardware>-pair.md` and `.json`; returns their paths without the ending. */
+export function writeReport(results: readonly PairResult[], out: string, command: string): string {
+  const { startedAt, device, machine, environment } = results[0]!;
+  const page = {
+    ...{ kind: 'pair', title: 'A pair beside an undivided worker', date: startedAt.slice(0, 10) },
+    hardware: device === 'host' ? 'host' : hardwareName(environment.gpus),
+    machine: [`- ${machine.program}, Node ${machine.node}`, ...hardwareLines(machine, environment)],
+    command,
+    body: [
+      'The same requests, as token ids, go to an undivided worker and to a proxy with a producer and a consumer. Consumers run with',
+      '`--kv-load-failure fail`. A load passes only if the metrics show one KV load per request, none recomputed or failed, one computed prompt',
+      'token per request (except after preemption), and the expected bytes of KV (except where prefix caches held some).',
+      ...results.flatMap(modelLines),
+    ],
+    json: { command, results },
+  };
+  return writeResults(page, out);
 }
 
 function modelLines(result: PairResult): string[] {
   const { model, checks, noise, times, seconds, flags } = result;
-  const problems = problemsOf(result);
   const modes = [...new Set(checks.map(({ mode }) => mode))];
   return [
     '',
     `## ${model}: ${seconds} s`,
     '',
-    problems.length === 0 ? 'All as it should be.' : problems.map((line) => `- FAILED: ${line}`).join('\n'),
+    ...problemLines(problemsOf(result)),
     ...modes.flatMap((mode) => [
       '',
       `### ${mode === 'usual' ? 'As usual' : '`--batch-invariant`: equal to the token'}`,
@@ -95,9 +86,9 @@ function modelLines(result: PairResult): string[] {
       ...(mode === 'usual' && noise
         ? [
             '',
-            'Greedy. Where two answers part, the undivided worker, teacher-forced, must hold the two tokens closer together (in log-probability)',
-            `than noise: ${noise.noise.toFixed(4)}, the largest change of the gap between the two likeliest tokens at ${noise.positions.toLocaleString('en')}`,
-            'positions of its own answers, computed one, four and 32 at a time, or as the end of a prompt.',
+            'Greedy. Where two answers differ, the undivided worker, teacher-forced, must rate the two tokens closer together (in log-probability)',
+            `than its own noise of ${noise.noise.toFixed(4)}: the largest change of the gap between the two likeliest tokens, at ${noise.positions.toLocaleString('en')}`,
+            'positions of its answers, computed one, four and 32 at a time, or as the end of a prompt.',
           ]
         : []),
       '',

@@ -1,5 +1,5 @@
-/** All checks of one model: in each mode one undivided worker, and beside it a pair for each way of sending. What fails is a result. */
-import { readEnvironment, readMachine } from '../../src/bench/environment.ts';
+/** All checks of one model: in each mode an undivided worker, and beside it a pair for each send type. Failures are results, too. */
+import { readEnvironment, readMachine } from '../measure/machine.ts';
 import { type CheckpointShape, readShape } from './checkpoint.ts';
 import { answersOf, checkLoad, measureNoise } from './checks.ts';
 import { BLOCK_SIZE, type Load, type LoadLimits, limitsOf, makeLoads } from './loads.ts';
@@ -8,7 +8,7 @@ import { type SystemOptions, startPair, startUndivided, type Undivided } from '.
 import { type FirstTokenTimes, timeFirstTokens } from './times.ts';
 
 export interface RunOptions {
-  /** Checkpoint directory, and what to call it. */
+  /** Checkpoint directory, and its name in the report. */
   readonly model: string;
   readonly name: string;
   readonly device: 'host' | 'cuda';
@@ -25,13 +25,13 @@ interface Sizes {
   readonly timedTokens: number;
   readonly warmUp: number;
   readonly rounds: number;
-  /** Requests of each of two loads whose answers tell the noise: log-probabilities take the host 2 ms a token. */
+  /** Requests of each of two loads from which the noise is measured: log-probabilities cost the host 2 ms per token. */
   readonly noiseRequests: number;
 }
 
 const FULL: Sizes = { kvBuffer: '4e9', timedTokens: 2_048, warmUp: 20, rounds: 20, noiseRequests: 64 };
 const SMALL: Sizes = { kvBuffer: '64e6', timedTokens: 64, warmUp: 2, rounds: 2, noiseRequests: 2 };
-/** Positions of a checkpoint that a timed prompt leaves for its answer. */
+/** Positions left for the answer to a timed prompt. */
 const TIMED_OUTPUT = 32;
 
 export class PairRun {
@@ -133,7 +133,7 @@ export class PairRun {
     const { timedTokens, warmUp, rounds } = this.#sizes;
     const promptTokens = Math.min(timedTokens, positions - TIMED_OUTPUT);
     const length = promptTokens + TIMED_OUTPUT;
-    // Room for all of them: what a worker does about caches that are full is not what is timed.
+    // Room for all of them, as what happens in full caches is not to be timed.
     const blocks = Math.ceil(length / BLOCK_SIZE) * (warmUp + rounds + 4);
     const system = this.#system(['--max-model-len', String(length), '--num-blocks', String(blocks)]);
     const undivided = await startUndivided(system);
@@ -163,7 +163,7 @@ export class PairRun {
     }
   }
 
-  /** On the host sums have one order in any case. */
+  /** On the host sums always have the same order. */
   #isExact(mode: Mode): boolean {
     return mode === 'batch-invariant' || this.#options.device === 'host';
   }

@@ -1,13 +1,13 @@
-/** The two that are compared, as processes of their own: one undivided worker; a proxy, a producer and a consumer. */
-import { fileURLToPath } from 'node:url';
-import type { Addresses } from '../../scripts/demo-checks.ts';
+/** The two systems that are compared, in their own processes: one undivided worker; a proxy, a producer and a consumer. */
 import { Supervisor } from '../../src/cli/launch-supervisor.ts';
+import { programFile } from '../../support/root.ts';
+import type { Addresses } from '../../support/serving.ts';
 import { Client } from './client.ts';
 
 export interface SystemOptions {
   readonly device: 'host' | 'cuda';
   readonly model: string;
-  /** Of every worker. */
+  /** Options of every worker. */
   readonly flags: readonly string[];
   readonly onLine?: (line: string) => void;
 }
@@ -25,32 +25,30 @@ export interface Pair {
   stop(): Promise<void>;
 }
 
-const START_MS = 120_000;
-/** After SIGTERM, before SIGKILL. */
+/** A large checkpoint takes time to read. */
+const START_MS = 300_000;
+/** From SIGTERM to SIGKILL. */
 const STOP_MS = 15_000;
-/** `bench/pair` of the sources, `dist/bench/pair` of a build. */
-const root = import.meta.url.includes('/dist/') ? '../../../' : '../../';
-const bin = (name: string) => fileURLToPath(new URL(`${root}bin/${name}`, import.meta.url));
-
 export async function startUndivided(options: SystemOptions): Promise<Undivided> {
   const device = options.device === 'cuda' ? 'cuda:0' : 'host';
   const args = ['--role', 'both', '--host', '127.0.0.1', '--port', '0', '--device', device];
   const { found, stop } = await start(
     'undivided',
-    [bin('pd-worker'), ...args, '--model', options.model, ...options.flags],
+    [programFile('pd-worker'), ...args, '--model', options.model, ...options.flags],
     (line) => /Running on (http:\/\/[^\s"]+)/.exec(line)?.[1],
     options.onLine,
   );
   return { client: await Client.connect(found), url: found, stop };
 }
 
-/** KV that does not come fails its request, so that every answer stands for KV that moved. */
-export async function startPair(options: SystemOptions, sendType: string): Promise<Pair> {
-  const args = ['--json', '--free-ports', '--device', options.device, '--send-type', sendType];
+/** A request whose KV does not arrive fails, so that every answer proves that KV moved. */
+export async function startPair(options: SystemOptions, sendType?: string): Promise<Pair> {
+  const args = ['--json', '--free-ports', '--device', options.device];
+  if (sendType !== undefined) args.push('--send-type', sendType);
   const { found, stop } = await start(
     'pair',
     [
-      ...[bin('pd-launch'), ...args, '--model', options.model, '--kv-load-failure', 'fail'],
+      ...[programFile('pd-launch'), ...args, '--model', options.model, '--kv-load-failure', 'fail'],
       ...['--', ...options.flags],
     ],
     (line) => (line.startsWith('{"proxy"') ? (JSON.parse(line) as Addresses) : undefined),

@@ -1,5 +1,5 @@
-/** Time to first token of an undivided worker and of a pair, in turn, with the same prompts. */
-import { median } from '../../src/bench/statistics.ts';
+/** Times to first token of an undivided worker and a pair, in turn, with the same prompts. */
+import { median } from '../measure/statistics.ts';
 import type { Client } from './client.ts';
 import { timedPrompt } from './loads.ts';
 
@@ -10,7 +10,7 @@ export interface FirstTokenTimes {
   /** Medians, milliseconds. */
   readonly undividedMs: number;
   readonly pairMs: number;
-  /** From one token of the undivided worker to the next, alone: one decode step as a client sees it. */
+  /** Time from one token of the undivided worker to the next: a decode step as a client sees it. */
   readonly stepMs: number;
   readonly pairStepMs: number;
 }
@@ -19,10 +19,10 @@ export interface TimesOptions {
   readonly sendType: string;
   readonly vocab: number;
   readonly promptTokens: number;
-  /** Rounds before those that count: they open pairs, and let Node compile what a worker that serves has long compiled. */
+  /** Rounds that do not count: they open pairs and give Node time to compile, as in a worker that has served for a while. */
   readonly warmUp: number;
   readonly rounds: number;
-  /** Index of the first of `warmUp + rounds` prompts that the undivided worker must not have seen. */
+  /** Index of the first of `warmUp + rounds` prompts, none of which the undivided worker may have seen. */
   readonly firstPrompt: number;
   readonly undivided: Client;
   readonly pair: Client;
@@ -57,7 +57,7 @@ export async function timeFirstTokens(options: TimesOptions): Promise<FirstToken
   };
 }
 
-/** What a pair may take longer at 2,048 tokens, beside one decode step. */
+/** How much longer a pair may take at 2,048 tokens, in addition to one decode step. */
 export const EXTRA_MS = 10;
 
 export function extraMs({ undividedMs, pairMs, stepMs }: FirstTokenTimes): number {

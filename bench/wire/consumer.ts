@@ -1,13 +1,13 @@
-/** A consumer of ours in a process of its own: `consumer DEVICE PORT PATIENCE`, the last in seconds. Told over the process channel what to wait for. */
-import { createDevice } from '../../src/device/create.ts';
+/** Our consumer in its own process: `consumer DEVICE PORT PATIENCE`, the last in seconds. The process channel says what to wait for. */
+import { createDevice } from '../../src/device/create-device.ts';
 import { hostMemory, hostView } from '../../src/device/memory.ts';
 import type { HostPort } from '../../src/net/address.ts';
 import { TransferEngine } from '../../src/transfer/engine.ts';
 import type { TensorId } from '../../src/wire/ids.ts';
-import { sha256 } from '../../test/support/python-peer.ts';
+import { sha256 } from '../../support/python-peer.ts';
 import { engineOptions } from './rig.ts';
 
-/** The first names its address; each further one answers a request. */
+/** The first message has its address; each further one answers a request. */
 export interface ConsumerMessage {
   readonly address?: HostPort;
   readonly sha256?: string;
@@ -22,7 +22,7 @@ export interface ConsumerRequest {
 const [deviceName = 'host', port = '0', patience = '15'] = process.argv.slice(2);
 
 const tell = (message: ConsumerMessage) => process.send?.(message);
-// Whoever started it is gone: so is its reason.
+// Nobody is left to serve once the parent is gone.
 process.once('disconnect', () => process.kill(process.pid, 'SIGKILL'));
 
 const device = await createDevice(deviceName);

@@ -1,4 +1,4 @@
-/** Tensors of every family and of other block sizes into our paged cache on the device, and out of it as --wire-layout says. */
+/** Tensors of every family and of other block sizes: into our paged cache on the device, and out of it in the form of --wire-layout. */
 import { formShape, WIRE_LAYOUTS, type WireForm, type WireLayout } from '../../src/kv/families.ts';
 import {
   layerBytes,
@@ -11,9 +11,9 @@ import {
 import { formatHostPort } from '../../src/net/address.ts';
 import type { TransferEngine } from '../../src/transfer/engine.ts';
 import type { TensorId, TransferId } from '../../src/wire/ids.ts';
-import { proxiedId } from '../../test/support/ids.ts';
-import { type PythonPeer, seededBytes, sha256 } from '../../test/support/python-peer.ts';
-import { type CachedKv, kvDifferences, tensorOfCache } from '../../test/support/wire-kv.ts';
+import { proxiedId } from '../../support/ids.ts';
+import { type PythonPeer, seededBytes, sha256 } from '../../support/python-peer.ts';
+import { type CachedKv, kvDifferences, tensorOfCache } from '../../support/wire-kv.ts';
 import { bytesOf, must, nameOf, type Rig } from './rig.ts';
 
 interface Family {
@@ -142,7 +142,7 @@ async function intoCache(
   return `${tokens} tokens, ${LAYERS} layers of ${bytesOf({ shape, dtype: layout.dtype })}`;
 }
 
-/** The skipped block, and all that the request does not have. */
+/** The skipped block, and all that is not the request's. */
 function mustBeAsBefore({ bytes, layout, blocks }: CachedKv, before: Uint8Array): void {
   const written = new Set(blocks.slice(1));
   for (let block = 0; block < layout.numBlocks; block++) {
@@ -166,7 +166,7 @@ async function outOfCache(
 ): Promise<string> {
   const bytes = seededBytes([layerBytes(layout)], 'uint8', 7);
   const layer = { memory: rig.upload(bytes, 'cache'), layout };
-  // Behind the last token of a block is junk, so that blocks are sent full here.
+  // Past the last token a block holds junk, so only full blocks are sent here.
   const there = form.blockSize === 1 ? tokens : blocks.length * layout.blockSize;
   const expected = sha256(tensorOfCache({ bytes, layout, blocks }, form, there));
   const shape = formShape(form, layout);

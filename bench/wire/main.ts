@@ -1,12 +1,13 @@
 /**
- * The programs behind scripts/wire-results.sh: `main check` runs our engines beside a worker of another make (test/peers, Python; with
- * GPUs by torch and blocking NCCL, on the other GPU), and `main report` puts results together. From the root of the repository.
+ * The program behind scripts/wire-results.sh: `main check` runs our engines against an independent worker (support/peers, in Python; on GPUs
+ * with torch and blocking NCCL, on the second GPU), and `main report` combines the results. Runs from the root of the repository.
  */
 import { execFileSync } from 'node:child_process';
 import { writeFileSync } from 'node:fs';
 import { Command, Option } from 'commander';
-import { readEnvironment, readMachine } from '../../src/bench/environment.ts';
-import { prepareNativeEnvironment } from '../../src/config/native-env.ts';
+import { prepareNativeEnvironment } from '../../src/device/native-env.ts';
+import { readEnvironment, readMachine } from '../measure/machine.ts';
+import { conclude } from '../measure/results.ts';
 import { checkFamilies } from './families.ts';
 import { checkModes } from './modes.ts';
 import { checkRestarts } from './restarts.ts';
@@ -28,7 +29,7 @@ interface ReportOptions {
 }
 
 const LOOK_MS = 30_000;
-/** Without `--patience`, seconds. On the host, and on stand-ins, a slow machine must not look like a hang. */
+/** Default of `--patience`, seconds. On the host and on stand-ins a slow machine must not look like a hang. */
 const PATIENCE_S = { full: 15, small: 50 };
 
 const program = new Command('wire-results');
@@ -37,7 +38,7 @@ program
   .addOption(new Option('--device <device>').choices(['host', 'cuda']).default('cuda'))
   .requiredOption('--output <file>')
   .option('--small')
-  .option('--patience <seconds>', 'of each wait, on either end')
+  .option('--patience <seconds>', 'deadline of each wait, on either end')
   .action(check);
 program
   .command('report')
@@ -48,9 +49,7 @@ program
   .action((folder: string, { out, command, only }: ReportOptions) => {
     const result = readWireResult(folder, command, only ? [only] : PARTS);
     const base = writeWireResult(result, out);
-    console.log(summarize(result));
-    console.log(`${base}.md`);
-    process.exitCode = result.problems.length === 0 ? 0 : 1;
+    conclude(`${summarize(result)}\n${base}.md`, result.problems.length === 0);
   });
 await program.parseAsync();
 
@@ -69,7 +68,7 @@ async function check({ device, output, small = undefined, patience }: CheckOptio
     const peer = await rig.peer();
     const { library, ...shown } = peer.about;
     about = shown; // a path says nothing beyond the machine that it lies on
-    // The one that torch brings: both ends need the same.
+    // The NCCL that comes with torch, as both ends need the same one.
     if (library) process.env['PD_NCCL_LIB'] ??= library;
     await checkModes(rig, peer);
     await checkFamilies(rig, peer);
@@ -94,14 +93,14 @@ async function check({ device, output, small = undefined, patience }: CheckOptio
     rows: rig.rows,
     ...(error !== undefined && { error }),
   };
-  // First of all: what follows may take its time.
+  // First, as what follows may hang.
   writeFileSync(output, JSON.stringify(result, undefined, 1));
   await rig.clear();
   const bad = rig.rows.filter(({ ok, observed }) => !ok && !observed).length;
   process.exitCode = bad === 0 && error === undefined ? 0 : 1;
 }
 
-/** PD_TEST_PYTHON, else the first in PATH or Debian's that has the modules. Looks for torch without the seconds that importing it takes. */
+/** PD_TEST_PYTHON, or the first of PATH's and Debian's that has the modules. Finds torch without importing it, which takes seconds. */
 function pythonFor(device: 'host' | 'cuda'): string {
   const modules = device === 'host' ? ['msgpack'] : ['msgpack', 'torch'];
   const code = `import importlib.util as u, sys; sys.exit(not all(u.find_spec(m) for m in ${JSON.stringify(modules)}))`;

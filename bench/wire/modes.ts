@@ -1,9 +1,9 @@
-/** Every way of sending in both directions, dense tensors of several families and element types, every byte compared. */
+/** Every send type in both directions, with dense tensors of several families and element types; every byte is compared. */
 import { formatHostPort } from '../../src/net/address.ts';
 import type { TransferEngine } from '../../src/transfer/engine.ts';
 import { type TensorId, tensorIdOf } from '../../src/wire/ids.ts';
-import { proxiedId } from '../../test/support/ids.ts';
-import { type PythonPeer, sha256 } from '../../test/support/python-peer.ts';
+import { proxiedId } from '../../support/ids.ts';
+import { type PythonPeer, sha256 } from '../../support/python-peer.ts';
 import { bytesOf, must, mustBe, nameOf, type Rig, type TensorForm } from './rig.ts';
 
 const SMALL: readonly TensorForm[] = [
@@ -11,7 +11,7 @@ const SMALL: readonly TensorForm[] = [
   { shape: [3, 16, 576], dtype: 'uint8' },
   { shape: [1], dtype: 'float64' },
 ];
-/** One to 2,048 tokens of a layer: K/V first, blocks first, tokens, MLA in FP8; one odd size. */
+/** One layer of 1 to 2,048 tokens: K/V first, blocks first, tokens, MLA in FP8, and one odd size. */
 const LARGE: readonly TensorForm[] = [
   { shape: [2, 1, 16, 8, 128], dtype: 'bfloat16' },
   { shape: [64, 2, 16, 8, 128], dtype: 'bfloat16' },
@@ -74,7 +74,7 @@ export async function checkModes(rig: Rig, peer: PythonPeer): Promise<void> {
   await rig.row('both ways on one pair', 'theirs, ours, theirs', () => bothWays(rig, peer, tensors[0]!));
 }
 
-/** Their id carries a random suffix that ours does not know. */
+/** The peer's id has a random suffix that we do not know. */
 export async function putToOurs(
   rig: Rig,
   consumer: TransferEngine,
@@ -93,7 +93,7 @@ export async function putToOurs(
   return bytesOf(form);
 }
 
-/** It keeps one communicator per address, and uses it in both directions. */
+/** The peer keeps one communicator per address and uses it in both directions. */
 async function bothWays(rig: Rig, peer: PythonPeer, form: TensorForm): Promise<string> {
   const engine = await rig.engine({ sendType: 'PUT' });
   for (const round of [0, 1, 2]) {

@@ -1,4 +1,4 @@
-/** A consumer of ours that restarts under a producer which keeps announcing, well ended and by kill -9; and the other way round. */
+/** Our consumer restarts, after a clean end and after kill -9, while the producer keeps announcing; then the other way round. */
 import { type ChildProcess, fork } from 'node:child_process';
 import { once } from 'node:events';
 import { extname } from 'node:path';
@@ -7,7 +7,7 @@ import { fileURLToPath } from 'node:url';
 import { formatHostPort, type HostPort } from '../../src/net/address.ts';
 import type { TransferEngine } from '../../src/transfer/engine.ts';
 import type { TensorId } from '../../src/wire/ids.ts';
-import { type PythonPeer, sha256 } from '../../test/support/python-peer.ts';
+import { type PythonPeer, sha256 } from '../../support/python-peer.ts';
 import type { ConsumerMessage } from './consumer.ts';
 import { must, mustBe, type Rig, type TensorForm } from './rig.ts';
 
@@ -16,10 +16,10 @@ const SEED = 5;
 const AGAIN_MS = 20;
 const GROUP = 'restarts';
 
-/** A consumer of ours, in this process or in one of its own. */
+/** Our consumer, in this process or in its own. */
 interface Receiver {
   readonly address: HostPort;
-  /** SHA-256 of what has come. */
+  /** SHA-256 of what arrived. */
   receive(tensorId: string, peer: HostPort): Promise<string>;
 }
 
@@ -72,7 +72,7 @@ function receiver(rig: Rig, engine: TransferEngine): Receiver {
   };
 }
 
-/** The peer has a communicator of before, and so sends no NEW. */
+/** The peer still has the old communicator, and so sends no NEW. */
 async function putToRestarted(peer: PythonPeer, consumer: Receiver, id: string): Promise<string> {
   const to = formatHostPort(consumer.address);
   const times = Number((await peer.ask('joins_of', { peer: to }))['times']);
@@ -87,8 +87,8 @@ async function putToRestarted(peer: PythonPeer, consumer: Receiver, id: string):
 }
 
 /**
- * Returns how often it was answered 1: the other end of a new communicator may be a moment late, and has no pair until then. Bounded by
- * `receive`'s deadline on the other end.
+ * Returns how many times the answer was 1: the other end of a new communicator may be a moment late and has no pair until then. Ends with
+ * the deadline of `receive` on the other end.
  */
 async function put(peer: PythonPeer, consumer: Receiver, id: string): Promise<number> {
   const tensorId = `${id}#layer.0`;
@@ -111,7 +111,7 @@ async function announce(peer: PythonPeer, to: string, tensor_id: string): Promis
   return String((await peer.ask('put', { peer: to, tensor_id, ...FORM, seed: SEED }))['answer']);
 }
 
-/** consumer.ts as a process of its own, so that it can be killed. */
+/** consumer.ts in its own process, so that it can be killed. */
 class Consumer implements Receiver {
   readonly address: HostPort;
   readonly #child: ChildProcess;
@@ -125,7 +125,7 @@ class Consumer implements Receiver {
 
   static async start(rig: Rig, port: number): Promise<Consumer> {
     const { ours, patienceS } = rig.options;
-    // TypeScript beside TypeScript, JavaScript in a build.
+    // From the sources TypeScript, from a build JavaScript.
     const script = fileURLToPath(
       new URL(`./consumer${extname(fileURLToPath(import.meta.url))}`, import.meta.url),
     );

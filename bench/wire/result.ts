@@ -1,23 +1,22 @@
-/** What the two programs of wire-results.sh leave, put together: JSON for programs, Markdown for people, a few lines for the terminal. */
-import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
+/** The results of wire-results.sh: JSON for programs, Markdown for people, a few lines for the terminal. */
+import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
-import type { Machine } from '../../src/bench/environment.ts';
-import type { Environment } from '../../src/bench/messages.ts';
-import { hardwareName } from '../../src/bench/report.ts';
-import { markdownTable } from '../../src/bench/tables.ts';
+import { type Environment, hardwareName, type Machine } from '../measure/machine.ts';
+import { hardwareLines, logTail, problemLines, writeResults } from '../measure/results.ts';
+import { markdownTable } from '../measure/table.ts';
 import type { WireRow } from './rig.ts';
 
-/** Of the Python peer, `peer.json`. */
+/** `peer.json`: the checks with the Python peer. */
 export interface PeerResult {
   readonly startedAt: string;
   readonly seconds: number;
   readonly devices: readonly string[];
   readonly machine: Machine;
   readonly environment: Environment;
-  /** The Python peer's own words. */
+  /** What the Python peer says of itself. */
   readonly peer: Readonly<Record<string, string>>;
   readonly rows: readonly WireRow[];
-  /** It could not be run to its end. */
+  /** Why the checks ended early. */
   readonly error?: string;
 }
 
@@ -44,12 +43,10 @@ export interface WireResult {
   readonly problems: readonly string[];
 }
 
-const TAIL_LINES = 15;
-
 export const PARTS = ['peer', 'matrix'] as const;
 type Part = (typeof PARTS)[number];
 
-/** From a folder with `PART.json` and `PART.log`; a part that left nothing is a problem. */
+/** Reads `PART.json` and `PART.log` from a folder; a part without a result is a problem. */
 export function readWireResult(folder: string, command: string, parts: readonly string[]): WireResult {
   const problems: string[] = [];
   const read = <T>(name: Part): T | undefined => {
@@ -57,7 +54,7 @@ export function readWireResult(folder: string, command: string, parts: readonly 
     try {
       return JSON.parse(readFileSync(join(folder, `${name}.json`), 'utf8')) as T;
     } catch {
-      problems.push(`${name} left no result:\n${tailOf(join(folder, `${name}.log`))}`);
+      problems.push(`${name} left no result:\n${logTail(join(folder, `${name}.log`)) || 'no log either'}`);
       return undefined;
     }
   };
@@ -84,11 +81,18 @@ export function readWireResult(folder: string, command: string, parts: readonly 
 
 /** Writes `<date>-<hardware>-wire.json` and `.md`; returns their paths without the ending. */
 export function writeWireResult(result: WireResult, folder: string): string {
-  mkdirSync(folder, { recursive: true });
-  const base = join(folder, `${result.date}-${result.hardware}-wire`);
-  writeFileSync(`${base}.json`, `${JSON.stringify(result, undefined, 1)}\n`);
-  writeFileSync(`${base}.md`, renderWireResult(result));
-  return base;
+  const { date, hardware, command, peer, matrix, problems } = result;
+  const results = {
+    ...{ kind: 'wire', title: 'The wire beside another make', date, hardware, command, json: result },
+    machine: peer ? machineLines(peer) : [],
+    body: [
+      ...problemLines(problems),
+      '',
+      ...(peer ? peerLines(peer) : []),
+      ...(matrix ? matrixLines(matrix) : []),
+    ],
+  };
+  return writeResults(results, folder);
 }
 
 export function summarize({ peer, matrix, problems }: WireResult): string {
@@ -107,34 +111,12 @@ export function summarize({ peer, matrix, problems }: WireResult): string {
   ].join('\n');
 }
 
-function renderWireResult(result: WireResult): string {
-  const { peer, matrix, problems } = result;
-  return `${[
-    `# The wire beside another make, ${result.hardware}, ${result.date}`,
-    '',
-    ...(peer ? machineLines(peer) : []),
-    `Command: \`${result.command}\``,
-    '',
-    problems.length === 0
-      ? 'All as it should be.'
-      : problems.map((problem) => `- FAILED: ${problem}`).join('\n'),
-    '',
-    ...(peer ? peerLines(peer) : []),
-    ...(matrix ? matrixLines(matrix) : []),
-  ].join('\n')}\n`;
-}
-
 function machineLines({ machine, environment, devices, peer }: PeerResult): string[] {
   const words = Object.entries(peer).map(([name, value]) => `${name} ${value}`);
   return [
     `- ours: ${machine.program}, Node ${machine.node}, ${devices[0]}`,
-    `- theirs: test/peers/peer.py, ${devices[1]}: ${words.join(', ')}`,
-    ...environment.gpus.map((gpu) => `- ${gpu}`),
-    ...(environment.link ? [`- link: ${environment.link}`] : []),
-    `- ${machine.cores} x ${machine.cpu}, ${machine.memoryGib} GiB`,
-    ...(machine.driver ? [`- NVIDIA driver ${machine.driver}`] : []),
-    ...environment.libraries.map((library) => `- ours: ${library}`),
-    '',
+    `- theirs: support/peers/peer.py, ${devices[1]}: ${words.join(', ')}`,
+    ...hardwareLines(machine, environment, 'ours: '),
   ];
 }
 
@@ -143,8 +125,8 @@ function peerLines({ rows, seconds }: PeerResult): string[] {
   return [
     `## A Python peer: ${seconds} s`,
     '',
-    'It has been written from docs/protocol.md, keeps one communicator per address and blocks in NCCL, as vLLM does. Every byte that came was',
-    'compared with what both ends make of a seed. Times are of the whole check, with what it makes and compares.',
+    'Written from docs/protocol.md, it keeps one communicator per address and blocks in NCCL, as vLLM does. Every byte that arrived was compared',
+    'with what both ends make from a seed. Times are of the whole check, including making and comparing the data.',
     '',
     ...groups.flatMap((group) => [
       `### ${group}`,
@@ -195,15 +177,7 @@ function outcome({ ok, observed }: WireRow): string {
   return ok ? 'ok' : 'FAILED';
 }
 
-/** Stacks and logs stay in the JSON. */
+/** Stacks and logs are in the JSON. */
 function oneLine(text: string): string {
   return (text.split('\n')[0] ?? '').replaceAll('|', '\\|').slice(0, 300);
-}
-
-function tailOf(path: string): string {
-  try {
-    return readFileSync(path, 'utf8').trimEnd().split('\n').slice(-TAIL_LINES).join('\n');
-  } catch {
-    return 'nor a word';
-  }
 }

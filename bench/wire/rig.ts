@@ -1,23 +1,24 @@
-/** What the checks of the wire share: our device and engines, workers of the other make, and the rows that come out. */
+/** What the wire checks share: our device and engines, the Python peers, and the rows of the result. */
 import { setTimeout as sleep } from 'node:timers/promises';
 import { transferOptions } from '../../src/config/embedded.ts';
-import { createDevice } from '../../src/device/create.ts';
+import type { TransferOptions } from '../../src/config/transfer-options.ts';
+import { createDevice } from '../../src/device/create-device.ts';
 import type { Device, MemoryRef, Stream } from '../../src/device/device.ts';
 import { hostMemory, hostView } from '../../src/device/memory.ts';
 import { PdError } from '../../src/errors.ts';
 import type { HostPort } from '../../src/net/address.ts';
 import { freePorts } from '../../src/net/free-ports.ts';
 import { TransferEngine } from '../../src/transfer/engine.ts';
-import type { SendRequest, TransferOptions } from '../../src/transfer/types.ts';
+import type { SendRequest } from '../../src/transfer/types.ts';
 import { type Dtype, tensorBytes } from '../../src/wire/dtype.ts';
 import type { TensorId } from '../../src/wire/ids.ts';
-import { PythonPeer, seededBytes, sha256 } from '../../test/support/python-peer.ts';
+import { PythonPeer, seededBytes, sha256 } from '../../support/python-peer.ts';
 
 export interface WireRow {
   readonly group: string;
   readonly name: string;
   readonly ok: boolean;
-  /** No requirement: what was seen is the result, whatever it was. */
+  /** Not a requirement: whatever happened is the result. */
   readonly observed?: true;
   readonly milliseconds: number;
   readonly value: string;
@@ -29,7 +30,7 @@ export interface RigOptions {
   readonly python: string;
   readonly small: boolean;
   readonly verbose: boolean;
-  /** Of each wait, on either end, seconds: longer than opening a pair and any transfer take. */
+  /** Deadline of each wait on either end, seconds; longer than opening a pair or any transfer takes. */
   readonly patienceS: number;
 }
 
@@ -38,19 +39,19 @@ export interface TensorForm {
   readonly dtype: Dtype;
 }
 
-/** Past so many times its patience a row has failed, and the next one begins. All that it waits for has shorter deadlines. */
+/** A row fails after this many times the patience, and the next one starts. Everything it waits for has a shorter deadline. */
 const ROW_WAITS = 3;
 const PORT_MS = 5_000;
 const HOST = '127.0.0.1';
-/** Each may take its whole deadline: after so many the rest would tell no more. */
+/** Each failure may take its whole deadline; after this many, the rest is not tried. */
 const MOST_FAILURES = 3;
 
-/** What vLLM's engine sets around its communicators, for 16 channels; else what the user has set, and nothing of what ours sets. */
+/** What vLLM's engine sets for its communicators, for 16 channels. Otherwise the user's settings, and none of ours. */
 const VLLM_ENVIRONMENT: NodeJS.ProcessEnv = {
   NCCL_CUMEM_ENABLE: '1',
   NCCL_MIN_NCHANNELS: '16',
   NCCL_MAX_NCHANNELS: '16',
-  // undefined takes a variable away; read before ours are set
+  // undefined removes a variable; read before our own are set
   NCCL_SOCKET_IFNAME: process.env['NCCL_SOCKET_IFNAME'],
   NCCL_SOCKET_FAMILY: process.env['NCCL_SOCKET_FAMILY'],
   CUDA_MODULE_LOADING: process.env['CUDA_MODULE_LOADING'],
@@ -79,8 +80,8 @@ export class Rig {
   }
 
   /**
-   * A port that no engine of this rig has had. The peer keeps a communicator per address, as vLLM does: an engine that came to the port
-   * of one before it would be taken for that one, and its first PUT answered 1.
+   * A port that no engine of this rig has used. The peer keeps a communicator per address, as vLLM does: it would take an engine on a port
+   * used before for its predecessor, and answer its first PUT with 1.
    */
   async freshPort(): Promise<number> {
     for (;;) {
@@ -91,7 +92,7 @@ export class Rig {
     }
   }
 
-  /** On a fresh port; else waits for the port where an engine before it has just let go of it. */
+  /** On a new port, unless one is given; waits for a port that an earlier engine has just released. */
   async engine(overrides: Partial<TransferOptions> & { readonly port?: number }): Promise<TransferEngine> {
     const { port = await this.freshPort(), ...rest } = overrides;
     const end = performance.now() + PORT_MS;
@@ -107,7 +108,7 @@ export class Rig {
     }
   }
 
-  /** Device memory with these bytes, for the life of the rig. */
+  /** Device memory with these bytes, which stays until the rig is disposed. */
   upload(bytes: Uint8Array, what: string): MemoryRef {
     const host = hostMemory(bytes.length);
     hostView(host).set(bytes);
@@ -122,7 +123,7 @@ export class Rig {
     return hostView(host);
   }
 
-  /** A tensor of `seededBytes`, as it lies in device memory. */
+  /** A tensor of `seededBytes` in device memory. */
   tensor(id: string, { shape, dtype }: TensorForm, seed: number, peer?: HostPort): SendRequest {
     const memory = this.upload(seededBytes(shape, dtype, seed), id);
     return {
@@ -135,7 +136,7 @@ export class Rig {
     };
   }
 
-  /** One check. What it returns goes into the result; what it throws is its failure, and throws here only at one too many. */
+  /** One check: what `run` returns goes into the result, and so does what it throws. Throws after too many failures. */
   async row(group: string, name: string, check: () => Promise<string>, observed?: 'observed'): Promise<void> {
     const start = performance.now();
     let ok = true;
@@ -152,7 +153,7 @@ export class Rig {
       throw new Error(`${failures} checks have failed: the rest was not tried. The last: ${name}: ${value}`);
   }
 
-  /** Ends peers and engines of the checks so far. */
+  /** Ends the peers and engines of the checks so far. */
   async clear(): Promise<void> {
     await Promise.all(
       this.#held.splice(0).map((one) => this.#deadline(one.dispose(), 'dispose').catch(() => {})),
@@ -185,7 +186,7 @@ export function startPeer(
   return PythonPeer.start({
     python,
     port,
-    script: 'test/peers/peer.py',
+    script: 'support/peers/peer.py',
     transport: theirs === 'host' ? 'host' : 'nccl',
     device: theirs,
     timeoutS: patienceS,
@@ -217,7 +218,7 @@ export function must(condition: boolean, message: string): void {
   if (!condition) throw new Error(message);
 }
 
-/** Compares what came with what was made from the seed. */
+/** Compares what arrived with what was made from the seed. */
 export function mustBe(got: unknown, { shape, dtype }: TensorForm, seed: number): void {
   must(got === sha256(seededBytes(shape, dtype, seed)), 'other bytes came than were sent');
 }

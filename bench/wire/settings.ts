@@ -1,6 +1,6 @@
-/** A peer whose NCCL is set, or made, otherwise than ours: what happens is the result. It must end, by KV or by an error, in time. */
+/** A peer whose NCCL differs from ours in settings or version. Whatever happens is the result, but it must end in time, with KV or an error. */
 import { existsSync, realpathSync } from 'node:fs';
-import type { PythonPeer } from '../../test/support/python-peer.ts';
+import type { PythonPeer } from '../../support/python-peer.ts';
 import { putToOurs } from './modes.ts';
 import { mustBe, type Rig, type TensorForm } from './rig.ts';
 
@@ -15,7 +15,7 @@ interface Setting {
 
 export async function observeSettings(rig: Rig): Promise<void> {
   const all = settings();
-  // Started together: importing torch takes longer than the rest.
+  // Started together, as importing torch takes longer than the rest.
   const peers = await Promise.allSettled(all.map(({ env }) => rig.peer(0, env)));
   for (const [i, { name }] of all.entries()) {
     const peer = peers[i]!;

@@ -9,12 +9,12 @@ import { PdError } from '../errors.ts';
 import { asDestination, formatHostPort } from '../net/address.ts';
 import { ask } from '../net/http.ts';
 import { hostAddress } from '../net/local.ts';
-import { LOG_LEVELS, SEND_TYPES } from '../transfer/types.ts';
+import { LOG_LEVELS } from '../observability/log-options.ts';
 import { packageVersion } from '../version.ts';
-import { launchDevices } from './launch-devices.ts';
+import { SEND_TYPES } from '../wire/messages.ts';
 import { LogFiles } from './launch-log-files.ts';
 import { LaunchOutput } from './launch-output.ts';
-import { type LaunchPlan, type LaunchSettings, planLaunch } from './launch-plan.ts';
+import { type LaunchPlan, type LaunchSettings, launchDevices, planLaunch } from './launch-plan.ts';
 import { Supervisor } from './launch-supervisor.ts';
 
 const WORKERS = 'Workers';

@@ -1,4 +1,6 @@
 /** The worker that flags and environment mean on this machine: `--device auto` is decided by the GPUs that it has. */
+
+import { demoModelDir } from '../config/demo-model.ts';
 import { chooseDevices, type DeviceChoice, namedDevice } from '../config/device-choice.ts';
 import {
   type GivenWorker,
@@ -6,7 +8,6 @@ import {
   resolveGivenWorker,
   type WorkerEnvironment,
 } from '../config/resolve-worker.ts';
-import { demoModelDir } from '../model/demo.ts';
 import { gpuFacts, neededLibraries } from './gpu-facts.ts';
 
 export interface WorkerHere extends ResolvedWorker {

@@ -1,20 +1,20 @@
 /** Workers and transfer engines that another program configures: what `pd-worker` takes from its flags, with defaults that need nothing. */
 import { z } from 'zod';
-import { demoModelDir } from '../model/demo.ts';
 import { asDestination } from '../net/address.ts';
-import {
-  DEFAULT_LIMITS,
-  type Fingerprint,
-  type LogOptions,
-  type TransferLimits,
-  type TransferOptions,
-  type TransferTimeouts,
-} from '../transfer/types.ts';
+import type { LogOptions } from '../observability/log-options.ts';
+import type { Fingerprint } from '../wire/fingerprint.ts';
+import { demoModelDir } from './demo-model.ts';
 import { checkInput, fieldsOf, QUIET_LOG, shapeOf, withoutUndefined } from './fields.ts';
 import { hostForOthers } from './hosts.ts';
 import { type Address, address } from './kinds.ts';
 import { defaultsOf } from './options.ts';
 import { toWorkerConfig } from './resolve-worker.ts';
+import {
+  DEFAULT_LIMITS,
+  type TransferLimits,
+  type TransferOptions,
+  type TransferTimeouts,
+} from './transfer-options.ts';
 import type { WorkerConfig } from './worker-config.ts';
 import { WORKER_OPTIONS } from './worker-options.ts';
 

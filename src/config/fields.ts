@@ -6,7 +6,7 @@
  */
 import type { z } from 'zod';
 import { PdError } from '../errors.ts';
-import type { LogOptions } from '../transfer/types.ts';
+import type { LogOptions } from '../observability/log-options.ts';
 import type { Kind } from './kinds.ts';
 import type { OptionSpec, OptionTable, ValuesOf } from './options.ts';
 

@@ -5,7 +5,7 @@
  */
 import { z } from 'zod';
 import { PdError } from '../errors.ts';
-import type { LogLevel } from '../transfer/types.ts';
+import type { LogLevel } from '../observability/log-options.ts';
 import type { OptionLayer } from './options.ts';
 import type { WorkerRole } from './worker-config.ts';
 import type { WorkerOptions } from './worker-options.ts';

@@ -1,6 +1,6 @@
 /** One validated shape for a worker: what flags, environment, config file and vLLM's JSON become. Plain data: it crosses threads. */
 import type { HostPort } from '../net/address.ts';
-import type { TransferOptions } from '../transfer/types.ts';
+import type { TransferOptions } from './transfer-options.ts';
 
 export const WORKER_ROLES = ['producer', 'consumer', 'both'] as const;
 export type WorkerRole = (typeof WORKER_ROLES)[number];

@@ -1,17 +1,11 @@
 /**
  * The options of `pd-worker`: one table for flags, environment, config file and what programs give in code. A new option is a row here
- * and its field in WorkerConfig (worker-config.ts) or TransferOptions (transfer/types.ts).
+ * and its field in WorkerConfig (worker-config.ts) or TransferOptions (transfer-options.ts).
  */
 import { WIRE_LAYOUTS } from '../kv/families.ts';
-import {
-  DEFAULT_LIMITS,
-  DEFAULT_TIMEOUTS,
-  KV_KEYS,
-  LOG_FORMATS,
-  LOG_LEVELS,
-  SEND_TYPES,
-} from '../transfer/types.ts';
+import { LOG_FORMATS, LOG_LEVELS } from '../observability/log-options.ts';
 import { SUFFIXED_IDS } from '../wire/ids.ts';
+import { SEND_TYPES } from '../wire/messages.ts';
 import type { TableOf } from './fields.ts';
 import {
   addressRange,
@@ -30,6 +24,7 @@ import {
   toggle,
 } from './kinds.ts';
 import { defineOptions, option, type ValuesOf } from './options.ts';
+import { DEFAULT_LIMITS, DEFAULT_TIMEOUTS, KV_KEYS } from './transfer-options.ts';
 import { EXECUTORS, LOAD_FAILURE_POLICIES, WORKER_ROLES, type WorkerConfig } from './worker-config.ts';
 
 const MODEL = 'Model';

@@ -1,8 +1,8 @@
 /** The device `cuda:N`. Imported only where a GPU is asked for: it loads NVIDIA's libraries. */
 import { setNativeDefaults } from '../../ffi/libc.ts';
-import { CUDA_ENVIRONMENT } from '../config/native-env.ts';
 import { PdError } from '../errors.ts';
 import { CudaDevice } from './cuda/device.ts';
+import { CUDA_ENVIRONMENT } from './native-env.ts';
 
 /** Throws LIBRARY_NOT_FOUND, LIBRARY_TOO_OLD, DEVICE_UNAVAILABLE (no driver, no such GPU) or CUDA_ERROR. */
 export async function createCudaDevice(index: number): Promise<CudaDevice> {

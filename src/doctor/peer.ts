@@ -4,11 +4,11 @@
  * process is stopped or stuck, it listens but does not answer.
  */
 import { connect, createServer, isIPv6, type Server, type Socket } from 'node:net';
+import { DEFAULT_LIMITS } from '../config/transfer-options.ts';
 import { PdError } from '../errors.ts';
 import { asDestination, formatHostPort, type HostPort, zmqEndpoint } from '../net/address.ts';
 import { reachable } from '../net/knock.ts';
 import { EVERY_ADDRESS, reasonOf } from '../net/resolve.ts';
-import { DEFAULT_LIMITS } from '../transfer/types.ts';
 import { decodeAnswer, encodeMessage } from '../wire/codec.ts';
 import { PROBE_TENSOR } from '../wire/ids.ts';
 import type { Answer } from '../wire/messages.ts';
@@ -157,7 +157,7 @@ async function getNothing(peer: HostPort, timeoutMs: number): Promise<Answer | '
   });
   try {
     dealer.connect(zmqEndpoint(peer));
-    await dealer.send(encodeMessage({ cmd: 'GET', tensor_id: PROBE_TENSOR, ours: { seq: 0 } }));
+    await dealer.send(encodeMessage({ cmd: 'GET', tensor_id: PROBE_TENSOR, native: { seq: 0 } }));
     const [body] = await dealer.receive();
     return decodeAnswer(body!, DEFAULT_LIMITS);
   } catch (error) {

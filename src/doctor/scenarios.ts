@@ -2,8 +2,9 @@
  * The runbook's four ways to hang, told apart by what an error carries: the innermost cause that says something, and what a consumer knew
  * when its deadline passed. Never by the words of a message.
  */
+
+import type { KvKey } from '../config/transfer-options.ts';
 import { ERROR_TABLE, type ErrorCode } from '../errors.ts';
-import type { KvKey } from '../transfer/types.ts';
 import { type Finding, fail } from './finding.ts';
 
 export type Scenario = 1 | 2 | 3 | 4;
@@ -75,7 +76,7 @@ function diagnosisOf({ code, context }: ReadError): Diagnosis | undefined {
   }
 }
 
-/** Nothing failed: the KV was waited for in vain. */
+/** Nothing failed: the KV just did not arrive. */
 function late(context: ReadError['context']): Diagnosis | undefined {
   const { nearMiss, pair, kvKey, peerIsOurs } = context;
   if (nearMiss !== undefined) {
@@ -107,7 +108,7 @@ export const NO_ROOM: Diagnosis = transfer(
   'raise --kv-buffer-size or --mem-pool-size-gb on the end that has no room (pd_kv_buffer_used_bytes, pd_kv_refused_total), or lower the load',
 );
 
-/** `peer`: the KV address that was in vain, where it is known. */
+/** `peer`: the KV address that could not be reached, where it is known. */
 export function unreached(peer?: unknown): Diagnosis {
   const address = typeof peer === 'string' ? peer : 'ADDRESS';
   return diagnosis(

@@ -1,6 +1,6 @@
 /** Variables that native libraries and workers read: what is set, what each does, and which of them would stop a worker. */
 import { networkInterfaces } from 'node:os';
-import { type NativeConfig, nativeEnvironment } from '../config/native-env.ts';
+import { type NativeConfig, nativeEnvironment } from '../device/native-env.ts';
 import { type Finding, fail, info, type Section, warn } from './finding.ts';
 
 type Verdict = Omit<Finding, 'what'> & { readonly what: string };

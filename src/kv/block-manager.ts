@@ -8,6 +8,16 @@
  *                       evictable (least recently used first) --take--> used, its cache entry forgotten
  *
  * A block enters the prefix cache only by `commit`, when its KV is really there: a load that fails leaves nothing behind.
+ *
+ * Four kinds of owners hold references: tables of sequences; holds, for what still reads a block (a copy, a write that is under way to
+ * another worker); leases, for KV of a sequence that has ended and that a consumer may yet ask for; and exposures, for blocks that another
+ * process may write to:
+ *
+ *   table --expose--> table + exposed --retract--> table            what was asked for has come, or will not
+ *                        |
+ *                        | free (abort, deadline, recompute)
+ *                        v
+ *                    quarantine --retract--> empty                  a write may still come: nobody has the block till none can
  */
 import { PdError } from '../errors.ts';
 import type { BlockHash } from './block-hash.ts';
@@ -15,6 +25,12 @@ import type { BlockHash } from './block-hash.ts';
 export interface BlockCopy {
   readonly source: number;
   readonly target: number;
+}
+
+interface Lease {
+  readonly blocks: readonly number[];
+  /** On the caller's clock. */
+  readonly since: number;
 }
 
 interface BlockTable {
@@ -34,8 +50,12 @@ export class BlockManager {
   /** Free but cached; a Set keeps insertion order, so the first is the least recently used. */
   readonly #evictable = new Set<number>();
   readonly #tables = new Map<string, BlockTable>();
-  /** References that belong to no table: sources of copies not made yet. */
+  /** References that belong to no table: sources of copies not made yet, and of writes that have not landed. */
   readonly #holds = new Map<number, number>();
+  /** Oldest first. */
+  readonly #leases = new Map<string, Lease>();
+  readonly #exposures = new Map<string, readonly number[]>();
+  readonly #exposed = new Set<number>();
 
   constructor(numBlocks: number, blockSize: number) {
     this.numBlocks = numBlocks;
@@ -56,6 +76,29 @@ export class BlockManager {
   /** Free blocks that still hold KV a later prompt may find. */
   get numCached(): number {
     return this.#evictable.size;
+  }
+
+  /** Blocks that another process may write to, those in quarantine among them. */
+  get numExposed(): number {
+    return this.#exposed.size;
+  }
+
+  /** Exposed blocks that no table has any more: of no use to anybody until they are retracted. */
+  get numQuarantined(): number {
+    let count = 0;
+    for (const block of this.#exposed) if (this.#refs[block] === 1) count++;
+    return count;
+  }
+
+  /** Blocks under a lease; one that sequences use too is among them. */
+  get numLeased(): number {
+    const leased = new Set<number>();
+    for (const { blocks } of this.#leases.values()) for (const block of blocks) leased.add(block);
+    return leased.size;
+  }
+
+  get numLeases(): number {
+    return this.#leases.size;
   }
 
   blocksFor(numTokens: number): number {
@@ -125,31 +168,113 @@ export class BlockManager {
     if (this.#tables.has(child)) throw new PdError('INTERNAL', `${child} has blocks already`);
     if (!this.canFork(numTokens)) throw this.#exhausted(child, 1);
     const shared = blocks.slice(0, full);
+    this.#refuseExposed(blocks.slice(0, this.blocksFor(numTokens)), `${parent} cannot be forked`);
     for (const block of shared) this.#retain(block);
     const table: BlockTable = { blocks: shared, committed: Math.min(committed, full) };
     this.#tables.set(child, table);
     if (numTokens % this.blockSize === 0) return undefined;
     const source = blocks[full];
     if (source === undefined) throw new PdError('INTERNAL', `${parent} has no block ${full} to fork`);
-    this.#retain(source);
-    this.#holds.set(source, (this.#holds.get(source) ?? 0) + 1);
+    this.hold([source]);
     const target = this.#take();
     table.blocks.push(target);
     return { source, target };
   }
 
   releaseCopy(copy: BlockCopy): void {
-    const holds = this.#holds.get(copy.source) ?? 0;
-    if (holds === 0) throw new PdError('INTERNAL', `block ${copy.source} is not held for a copy`);
-    if (holds === 1) this.#holds.delete(copy.source);
-    else this.#holds.set(copy.source, holds - 1);
-    this.#release(copy.source);
+    this.unhold([copy.source]);
+  }
+
+  /** Keeps `blocks`, which have owners, from being taken until as many `unhold`: something reads them, whatever becomes of those owners. */
+  hold(blocks: readonly number[]): void {
+    for (const block of blocks) {
+      if (!this.#refs[block]) throw new PdError('INTERNAL', `block ${block} is free and cannot be held`);
+      this.#retain(block);
+      this.#holds.set(block, (this.#holds.get(block) ?? 0) + 1);
+    }
+  }
+
+  unhold(blocks: readonly number[]): void {
+    for (const block of blocks) {
+      const holds = this.#holds.get(block) ?? 0;
+      if (holds === 0) throw new PdError('INTERNAL', `block ${block} is not held`);
+      if (holds === 1) this.#holds.delete(block);
+      else this.#holds.set(block, holds - 1);
+      this.#release(block);
+    }
+  }
+
+  /**
+   * The sequence `id` is over, and the blocks of its first `numTokens` tokens stay under the lease `key` until `endLease`. Its table is
+   * gone. `now`: any clock, in ms, the one of `evictableLease`.
+   */
+  lease(id: string, key: string, numTokens: number, now: number): readonly number[] {
+    if (this.#leases.has(key)) throw new PdError('INTERNAL', `${key} is leased already`);
+    const blocks = this.#table(id).blocks.slice(0, this.blocksFor(numTokens));
+    this.#refuseExposed(blocks, `${id} cannot be leased`);
+    for (const block of blocks) this.#retain(block);
+    this.#leases.set(key, { blocks, since: now });
+    this.free(id);
+    return blocks;
+  }
+
+  /** Blocks of a lease, in the order of the prompt. */
+  leaseOf(key: string): readonly number[] | undefined {
+    return this.#leases.get(key)?.blocks;
+  }
+
+  /** The oldest lease, where it began at `until` or before: younger ones are not taken for a new prompt. */
+  evictableLease(until: number): string | undefined {
+    for (const [key, { since }] of this.#leases) return since <= until ? key : undefined;
+    return undefined;
+  }
+
+  /** Does nothing where there is none. */
+  endLease(key: string): void {
+    const lease = this.#leases.get(key);
+    if (!lease) return;
+    this.#leases.delete(key);
+    for (let i = lease.blocks.length - 1; i >= 0; i--) this.#release(lease.blocks[i]!);
+  }
+
+  /**
+   * Another process may write to these blocks from now on, until `retract`. They belong to one table, and hold nothing that another may
+   * find. Whatever happens to that table, they go to nobody else meanwhile, and cannot be committed or forked.
+   */
+  expose(key: string, blocks: readonly number[]): void {
+    if (this.#exposures.has(key)) throw new PdError('INTERNAL', `${key} has exposed blocks already`);
+    for (const block of blocks) {
+      if (this.#refs[block] !== 1 || this.#hashOf[block] !== undefined || this.#holds.has(block)) {
+        throw new PdError(
+          'INTERNAL',
+          `block ${block} is not one sequence's alone and cannot be exposed for ${key}`,
+        );
+      }
+    }
+    if (new Set(blocks).size !== blocks.length) throw new PdError('INTERNAL', `${key} exposes a block twice`);
+    for (const block of blocks) {
+      this.#retain(block);
+      this.#exposed.add(block);
+    }
+    this.#exposures.set(key, [...blocks]);
+  }
+
+  /** Nothing can be written for `key` any more: its blocks are their table's alone, and free where they were in quarantine. */
+  retract(key: string): void {
+    const blocks = this.#exposures.get(key);
+    if (!blocks) throw new PdError('INTERNAL', `${key} exposes no blocks`);
+    this.#exposures.delete(key);
+    for (const block of blocks) {
+      this.#exposed.delete(block);
+      this.#release(block);
+    }
   }
 
   /** The KV of the first `numTokens` tokens is there: their full blocks may be found by others. `hashes` covers at least those. */
   commit(id: string, hashes: readonly BlockHash[], numTokens: number): void {
     const table = this.#table(id);
     const full = Math.min(hashes.length, Math.floor(numTokens / this.blockSize));
+    this.#refuseExposed(table.blocks.slice(table.committed, full), `${id} cannot be committed`);
     for (; table.committed < full; table.committed++) {
       const block = table.blocks[table.committed]!;
       const hash = hashes[table.committed]!;
@@ -183,6 +308,22 @@ export class BlockManager {
       for (const block of blocks) refs[block] = refs[block]! + 1;
     }
     for (const [block, count] of this.#holds) refs[block] = refs[block]! + count;
+    for (const { blocks } of this.#leases.values())
+      for (const block of blocks) refs[block] = refs[block]! + 1;
+    const exposed = new Set<number>();
+    for (const [key, blocks] of this.#exposures) {
+      for (const block of blocks) {
+        if (exposed.has(block)) problems.push(`block ${block} is exposed twice, for ${key} too`);
+        if (!this.#exposed.has(block)) problems.push(`block ${block} of ${key} is not marked as exposed`);
+        if (this.#hashOf[block] !== undefined)
+          problems.push(`block ${block} of ${key} is exposed and cached`);
+        if (refs[block]! > 1)
+          problems.push(`block ${block} of ${key} is exposed and has ${refs[block]} users`);
+        exposed.add(block);
+      }
+    }
+    for (const block of exposed) refs[block] = refs[block]! + 1;
+    if (exposed.size !== this.#exposed.size) problems.push('a block is marked as exposed and is not');
     const empty = new Set(this.#empty);
     if (empty.size !== this.#empty.length) problems.push('a block is in the free list twice');
     for (let block = 0; block < this.numBlocks; block++) {
@@ -209,6 +350,15 @@ export class BlockManager {
     const table = this.#tables.get(id);
     if (!table) throw new PdError('INTERNAL', `${id} has no blocks`);
     return table;
+  }
+
+  #refuseExposed(blocks: readonly number[], what: string): void {
+    if (this.#exposed.size === 0) return;
+    for (const block of blocks) {
+      if (this.#exposed.has(block)) {
+        throw new PdError('INTERNAL', `${what}: block ${block} may still be written to`);
+      }
+    }
   }
 
   #take(): number {

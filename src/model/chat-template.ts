@@ -4,6 +4,7 @@ import { join } from 'node:path';
 import { Template } from '@huggingface/jinja';
 import { z } from 'zod';
 import { PdError } from '../errors.ts';
+import { invalid } from './checked.ts';
 import { readJson } from './json-file.ts';
 
 export interface ChatMessage {
@@ -46,12 +47,7 @@ export class ChatTemplate {
     try {
       this.#template = new Template(source);
     } catch (cause) {
-      throw new PdError(
-        'CHECKPOINT_INVALID',
-        `${dir}: the chat template cannot be parsed: ${PdError.from(cause).message}`,
-        {},
-        { cause },
-      );
+      throw invalid(`${dir}: the chat template cannot be parsed`, cause);
     }
     this.#tokens = tokens;
   }

@@ -2,6 +2,7 @@
 import { basename, join, resolve } from 'node:path';
 import { z } from 'zod';
 import { PdError } from '../errors.ts';
+import { checked } from './checked.ts';
 import { readJson } from './json-file.ts';
 import { type RopeConfig, readRope } from './rope-config.ts';
 
@@ -65,6 +66,7 @@ const llamaSchema = z.looseObject({
   bos_token_id: z.number().int().nonnegative().nullish(),
 });
 type LlamaJson = z.infer<typeof llamaSchema>;
+const stopsSchema = z.looseObject({ eos_token_id: tokenIds });
 
 /** Fields that change what a model computes, and the values under which it is what we compute. Absent and null count as the first. */
 const REQUIRED: readonly { readonly field: string; readonly allowed: readonly unknown[] }[] = [
@@ -123,19 +125,10 @@ export function parseModelConfig(config: unknown, generation: unknown, dir: stri
   const where = join(dir, 'config.json');
   const architecture = architectureOf(config, where);
   refuseUnsupported(config as Record<string, unknown>, where);
-  const parsed = llamaSchema.safeParse(config);
-  if (!parsed.success) {
-    throw new PdError('CHECKPOINT_INVALID', `${where}: ${z.prettifyError(parsed.error)}`);
-  }
-  const stops = z.looseObject({ eos_token_id: tokenIds }).safeParse(generation ?? {});
-  if (!stops.success) {
-    throw new PdError(
-      'CHECKPOINT_INVALID',
-      `${join(dir, 'generation_config.json')}: ${z.prettifyError(stops.error)}`,
-    );
-  }
-  const shape = READERS[architecture](parsed.data, where);
-  const eosTokenIds = [...new Set([parsed.data.eos_token_id ?? [], stops.data.eos_token_id ?? []].flat())];
+  const json = checked(llamaSchema, config, where);
+  const stops = checked(stopsSchema, generation ?? {}, join(dir, 'generation_config.json'));
+  const shape = READERS[architecture](json, where);
+  const eosTokenIds = [...new Set([json.eos_token_id ?? [], stops.eos_token_id ?? []].flat())];
   const outside = eosTokenIds.find((id) => id >= shape.vocab);
   if (outside !== undefined) {
     throw new PdError(

@@ -1,9 +1,9 @@
 /** What tells two models apart on the wire: peers whose fingerprints differ never exchange KV. */
 import { createHash } from 'node:crypto';
-import { fingerprint } from '../transfer/fingerprint.ts';
-import type { Fingerprint } from '../transfer/types.ts';
-import type { Dtype } from '../wire/dtype.ts';
+
+import { type Fingerprint, fingerprint } from '../wire/fingerprint.ts';
 import type { ModelConfig } from './config.ts';
+import type { KvFormat } from './kv-cache.ts';
 import { Checkpoint } from './safetensors.ts';
 
 /** Pieces read of each file: enough that other weights of equal shape differ, few enough for a large checkpoint on a slow disk. */
@@ -14,11 +14,7 @@ const SAMPLE_BYTES = 4096;
  * `dtype` and `blockSize` are those of the KV cache. The digest leaves out the model's name, which is a directory's and may differ
  * between two machines that serve the same checkpoint.
  */
-export async function fingerprintOf(
-  dir: string,
-  config: ModelConfig,
-  kv: { readonly dtype: Dtype; readonly blockSize: number },
-): Promise<Fingerprint> {
+export async function fingerprintOf(dir: string, config: ModelConfig, kv: KvFormat): Promise<Fingerprint> {
   const weights = createHash('sha256');
   const {
     name: _name,
@@ -37,8 +33,7 @@ export async function fingerprintOf(
   return fingerprint({
     model: config.name,
     weights: weights.digest('hex'),
-    dtype: kv.dtype,
-    blockSize: kv.blockSize,
+    ...kv,
     layers: config.layers,
     heads: config.kvHeads,
     headDim: config.headDim,

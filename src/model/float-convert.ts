@@ -1,5 +1,17 @@
 /** The 16-bit types to float32 and back. Little-endian on both sides, as safetensors files and every platform of ours are. */
 
+/** Element types in which a checkpoint may hold weights. */
+export type FloatType = 'float32' | 'float16' | 'bfloat16';
+
+/** Elements as a file holds them, as numbers. Of float32 the same memory. `raw` starts at an element. */
+export function toFloat32({ buffer, byteOffset, byteLength }: Uint8Array, type: FloatType): Float32Array {
+  if (type === 'float32') return new Float32Array(buffer, byteOffset, byteLength / 4);
+  const bits = new Uint16Array(buffer, byteOffset, byteLength / 2);
+  const floats = new Float32Array(bits.length);
+  (type === 'float16' ? float16ToFloat32 : bfloat16ToFloat32)(bits, floats);
+  return floats;
+}
+
 let halfTable: Float32Array | undefined;
 
 /** Every float16 as float32, indexed by its bits: 256 KiB, made at first use. */

@@ -1,6 +1,7 @@
 /** Rotary position embedding as a checkpoint declares it, and the frequencies that follow. */
 import { z } from 'zod';
 import { PdError } from '../errors.ts';
+import { checked } from './checked.ts';
 
 export type RopeScaling =
   | { readonly kind: 'none' }
@@ -48,14 +49,15 @@ export function readRope(json: RopeJson, where: string): RopeConfig {
   return { theta: theta.data, scaling: readScaling(type, parameters, where) };
 }
 
-function readScaling(type: unknown, parameters: Record<string, unknown>, where: string): RopeScaling {
+function readScaling(type: unknown, parameters: Record<string, unknown>, file: string): RopeScaling {
+  const where = `${file}, RoPE scaling`;
   switch (type) {
     case 'default':
       return { kind: 'none' };
     case 'linear':
-      return { kind: 'linear', factor: parse(linearSchema, parameters, where).factor };
+      return { kind: 'linear', factor: checked(linearSchema, parameters, where).factor };
     case 'llama3': {
-      const fields = parse(llama3Schema, parameters, where);
+      const fields = checked(llama3Schema, parameters, where);
       return {
         kind: 'llama3',
         factor: fields.factor,
@@ -67,15 +69,9 @@ function readScaling(type: unknown, parameters: Record<string, unknown>, where: 
     default:
       throw new PdError(
         'MODEL_UNSUPPORTED',
-        `${where}: RoPE type ${JSON.stringify(type)} is not supported (only default, linear, llama3)`,
+        `${file}: RoPE type ${JSON.stringify(type)} is not supported (only default, linear, llama3)`,
       );
   }
-}
-
-function parse<T>(schema: z.ZodType<T>, parameters: Record<string, unknown>, where: string): T {
-  const parsed = schema.safeParse(parameters);
-  if (parsed.success) return parsed.data;
-  throw new PdError('CHECKPOINT_INVALID', `${where}, RoPE scaling: ${z.prettifyError(parsed.error)}`);
 }
 
 /** Radians per position of each rotated pair, [headDim / 2]. */
@@ -83,6 +79,31 @@ export function ropeFrequencies(rope: RopeConfig, headDim: number): Float64Array
   return Float64Array.from({ length: headDim / 2 }, (_, i) =>
     scaled(rope.theta ** ((-2 * i) / headDim), rope.scaling),
   );
+}
+
+/** Of each rotated pair at each row's position, [rows, headDim / 2]. */
+export interface RopeAngles {
+  readonly cos: Float32Array;
+  readonly sin: Float32Array;
+}
+
+export function allocateAngles(rows: number, { length: half }: Float64Array): RopeAngles {
+  return { cos: new Float32Array(rows * half), sin: new Float32Array(rows * half) };
+}
+
+/** Row `row` for `position`: in double precision, rounded once, by every executor alike. */
+export function writeAngles(
+  angles: RopeAngles,
+  row: number,
+  position: number,
+  frequencies: Float64Array,
+): void {
+  const half = frequencies.length;
+  for (let i = 0; i < half; i++) {
+    const angle = position * frequencies[i]!;
+    angles.cos[row * half + i] = Math.cos(angle);
+    angles.sin[row * half + i] = Math.sin(angle);
+  }
 }
 
 function scaled(frequency: number, scaling: RopeScaling): number {

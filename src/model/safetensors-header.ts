@@ -1,6 +1,7 @@
 /** The JSON header of a safetensors file, checked as a whole. Pure. */
 import { z } from 'zod';
 import { PdError } from '../errors.ts';
+import { checked, invalid } from './checked.ts';
 
 const ELEMENT_BYTES: Readonly<Record<string, number>> = {
   BOOL: 1,
@@ -45,13 +46,9 @@ export function parseSafetensorsHeader(
   const tensors = new Map<string, TensorEntry>();
   for (const [name, json] of Object.entries(parseObject(header, path))) {
     if (name === '__metadata__') continue;
-    const parsed = entrySchema.safeParse(json);
-    if (!parsed.success) throw invalid(path, name, z.prettifyError(parsed.error));
-    const { dtype, shape, data_offsets } = parsed.data;
-    tensors.set(
-      name,
-      checkEntry({ dtype, shape, begin: data_offsets[0], end: data_offsets[1] }, dataBytes, path, name),
-    );
+    const { dtype, shape, data_offsets } = checked(entrySchema, json, `${path}: tensor ${name}`);
+    const [begin, end] = data_offsets;
+    tensors.set(name, checkEntry({ dtype, shape, begin, end }, dataBytes, path, name));
   }
   checkCoverage(tensors, dataBytes, path);
   return tensors;
@@ -62,12 +59,7 @@ function parseObject(header: Buffer, path: string): Record<string, unknown> {
   try {
     json = JSON.parse(header.toString('utf8'));
   } catch (cause) {
-    throw new PdError(
-      'CHECKPOINT_INVALID',
-      `${path}: the header is not JSON: ${PdError.from(cause).message}`,
-      {},
-      { cause },
-    );
+    throw invalid(`${path}: the header is not JSON`, cause);
   }
   if (typeof json !== 'object' || json === null || Array.isArray(json)) {
     throw new PdError('CHECKPOINT_INVALID', `${path}: the header is not a JSON object`);
@@ -77,17 +69,17 @@ function parseObject(header: Buffer, path: string): Record<string, unknown> {
 
 function checkEntry(entry: TensorEntry, dataBytes: number, path: string, name: string): TensorEntry {
   const elementBytes = Object.hasOwn(ELEMENT_BYTES, entry.dtype) ? ELEMENT_BYTES[entry.dtype] : undefined;
-  if (elementBytes === undefined) throw invalid(path, name, `unknown element type ${entry.dtype}`);
+  if (elementBytes === undefined) throw tensorInvalid(path, name, `unknown element type ${entry.dtype}`);
   const wanted = entry.shape.reduce((product, dim) => product * dim, elementBytes);
   if (entry.begin > entry.end || entry.end > dataBytes) {
-    throw invalid(
+    throw tensorInvalid(
       path,
       name,
       `bytes ${entry.begin} to ${entry.end} are outside of the file's ${dataBytes} bytes of data (a truncated file?)`,
     );
   }
   if (entry.end - entry.begin !== wanted) {
-    throw invalid(
+    throw tensorInvalid(
       path,
       name,
       `${entry.dtype} [${entry.shape}] takes ${wanted} bytes, the header gives it ${entry.end - entry.begin}`,
@@ -101,7 +93,7 @@ function checkCoverage(tensors: ReadonlyMap<string, TensorEntry>, dataBytes: num
   let at = 0;
   for (const [name, entry] of [...tensors].sort(([, a], [, b]) => a.begin - b.begin || a.end - b.end)) {
     if (entry.begin !== at)
-      throw invalid(path, name, `it begins at byte ${entry.begin}, the one before it ends at ${at}`);
+      throw tensorInvalid(path, name, `it begins at byte ${entry.begin}, the one before it ends at ${at}`);
     at = entry.end;
   }
   if (at !== dataBytes) {
@@ -112,6 +104,6 @@ function checkCoverage(tensors: ReadonlyMap<string, TensorEntry>, dataBytes: num
   }
 }
 
-function invalid(path: string, tensor: string, what: string): PdError {
+function tensorInvalid(path: string, tensor: string, what: string): PdError {
   return new PdError('CHECKPOINT_INVALID', `${path}: tensor ${tensor}: ${what}`);
 }

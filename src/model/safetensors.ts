@@ -9,14 +9,23 @@ import { type FileHandle, open } from 'node:fs/promises';
 import { join } from 'node:path';
 import { z } from 'zod';
 import { PdError } from '../errors.ts';
-import { bfloat16ToFloat32, float16ToFloat32 } from './float-convert.ts';
+import { checked, invalid } from './checked.ts';
+import { type FloatType, toFloat32 } from './float-convert.ts';
 import { readJson } from './json-file.ts';
 import { parseSafetensorsHeader, type TensorEntry } from './safetensors-header.ts';
+import type { Tensor } from './tensors.ts';
 
 /** The format's own limit. */
 const MAX_HEADER_BYTES = 100_000_000;
 /** One read call takes less than 2 GiB. */
 const READ_CHUNK_BYTES = 2 ** 30;
+
+/** As safetensors spells them. */
+const WEIGHT_TYPES: Readonly<Record<string, FloatType>> = {
+  F32: 'float32',
+  F16: 'float16',
+  BF16: 'bfloat16',
+};
 
 const indexSchema = z.looseObject({ weight_map: z.record(z.string(), z.string()) });
 
@@ -55,62 +64,35 @@ export class Checkpoint {
     }
   }
 
-  has(name: string): boolean {
-    return this.#fileOf.has(name);
-  }
-
-  get tensorNames(): readonly string[] {
-    return [...this.#fileOf.keys()];
-  }
-
   /** The tensor as float32, row-major. Throws CHECKPOINT_INVALID where it is missing, has another shape or is no float tensor. */
-  async tensor(name: string, shape: readonly number[]): Promise<Float32Array> {
-    const { file, entry } = this.#entry(name, shape);
-    const count = shape.reduce((product, dim) => product * dim, 1);
-    const target = new Float32Array(count);
-    switch (entry.dtype) {
-      case 'F32':
-        await this.#read(file, name, entry, new Uint8Array(target.buffer));
-        return target;
-      case 'F16':
-      case 'BF16': {
-        const source = new Uint16Array(count);
-        await this.#read(file, name, entry, new Uint8Array(source.buffer));
-        (entry.dtype === 'F16' ? float16ToFloat32 : bfloat16ToFloat32)(source, target);
-        return target;
-      }
-      default:
-        throw new PdError(
-          'CHECKPOINT_INVALID',
-          `${join(this.dir, file.name)}: tensor ${name} is ${entry.dtype}; weights are F32, F16 or BF16`,
-        );
-    }
+  async tensor(tensor: Tensor): Promise<Float32Array> {
+    const { type, bytes } = this.stored(tensor);
+    const raw = new Uint8Array(bytes);
+    await this.readPiece(tensor, 0, raw);
+    return toFloat32(raw, type);
   }
 
   /** How a tensor of that shape is stored. Throws as `tensor` does. */
-  stored(name: string, shape: readonly number[]): { readonly dtype: string; readonly bytes: number } {
-    const { entry } = this.#entry(name, shape);
-    return { dtype: entry.dtype, bytes: entry.end - entry.begin };
+  stored(tensor: Tensor): { readonly type: FloatType; readonly bytes: number } {
+    const { file, entry } = this.#entry(tensor);
+    const type = WEIGHT_TYPES[entry.dtype];
+    if (type === undefined) {
+      throw new PdError(
+        'CHECKPOINT_INVALID',
+        `${join(this.dir, file.name)}: tensor ${tensor.name} is ${entry.dtype}; weights are F32, F16 or BF16`,
+      );
+    }
+    return { type, bytes: entry.end - entry.begin };
   }
 
   /** Fills `target` with the tensor's bytes from byte `from` on, as they are stored: a tensor in pieces. */
-  async readPiece(name: string, shape: readonly number[], from: number, target: Uint8Array): Promise<void> {
-    const { file, entry } = this.#entry(name, shape);
+  async readPiece(tensor: Tensor, from: number, target: Uint8Array): Promise<void> {
+    const { file, entry } = this.#entry(tensor);
+    const { name } = tensor;
     if (from < 0 || from + target.length > entry.end - entry.begin) {
       throw new PdError('INTERNAL', `tensor ${name}: bytes ${from}+${target.length} are outside of it`);
     }
-    await this.#read(file, name, { ...entry, begin: entry.begin + from }, target);
-  }
-
-  /** The tensor's bytes as they are, and its safetensors type, for executors that keep the checkpoint's own type. */
-  async raw(
-    name: string,
-    shape: readonly number[],
-  ): Promise<{ readonly dtype: string; readonly bytes: Uint8Array }> {
-    const { file, entry } = this.#entry(name, shape);
-    const bytes = new Uint8Array(entry.end - entry.begin);
-    await this.#read(file, name, entry, bytes);
-    return { dtype: entry.dtype, bytes };
+    await this.#read(file, name, entry.begin + from, target);
   }
 
   /** Headers, and `samples` pieces of `bytes` bytes at even distances of each file: what tells two checkpoints apart cheaply. */
@@ -131,7 +113,7 @@ export class Checkpoint {
     await Promise.all(this.#files.map((file) => file.handle.close()));
   }
 
-  #entry(name: string, shape: readonly number[]): { readonly file: OpenFile; readonly entry: TensorEntry } {
+  #entry({ name, shape }: Tensor): { readonly file: OpenFile; readonly entry: TensorEntry } {
     const file = this.#fileOf.get(name);
     const entry = file?.tensors.get(name);
     if (!file || !entry) {
@@ -149,8 +131,9 @@ export class Checkpoint {
     return { file, entry };
   }
 
-  async #read(file: OpenFile, name: string, entry: TensorEntry, target: Uint8Array): Promise<void> {
-    const start = 8 + file.header.length + entry.begin;
+  /** `at`: bytes from the end of the header. */
+  async #read(file: OpenFile, name: string, at: number, target: Uint8Array): Promise<void> {
+    const start = 8 + file.header.length + at;
     for (let done = 0; done < target.length; ) {
       const length = Math.min(READ_CHUNK_BYTES, target.length - done);
       const { bytesRead } = await file.handle.read(target, done, length, start + done);
@@ -184,10 +167,7 @@ async function fileNames(
 ): Promise<{ readonly names: readonly string[]; readonly index: ReadonlyMap<string, string> }> {
   const json = await readJson(join(dir, INDEX_FILE));
   if (json === undefined) return { names: [SINGLE_FILE], index: new Map() };
-  const parsed = indexSchema.safeParse(json);
-  if (!parsed.success)
-    throw new PdError('CHECKPOINT_INVALID', `${join(dir, INDEX_FILE)}: ${z.prettifyError(parsed.error)}`);
-  const index = new Map(Object.entries(parsed.data.weight_map));
+  const index = new Map(Object.entries(checked(indexSchema, json, join(dir, INDEX_FILE)).weight_map));
   const names = [...new Set(index.values())].sort();
   const outside = names.find((name) => name.includes('/') || name.includes('\\') || name.startsWith('.'));
   if (outside !== undefined) {
@@ -207,12 +187,7 @@ async function openFile(dir: string, name: string, index: ReadonlyMap<string, st
   } catch (cause) {
     const held = [...index].filter(([, file]) => file === name).map(([tensor]) => tensor);
     const what = held.length > 0 ? ` (it holds ${held.length} tensors, first ${held[0]})` : '';
-    throw new PdError(
-      'CHECKPOINT_INVALID',
-      `${path} cannot be opened${what}: ${PdError.from(cause).message}`,
-      {},
-      { cause },
-    );
+    throw invalid(`${path} cannot be opened${what}`, cause);
   }
   try {
     const { size } = await handle.stat();

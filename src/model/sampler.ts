@@ -3,6 +3,17 @@ import { PdError } from '../errors.ts';
 import type { SampleSpec, SamplingParams, TokenLogprob } from '../scheduler/types.ts';
 import { uniform } from './random.ts';
 
+/** The likeliest token each time, and nothing said about it: what checks and measurements start from. */
+export const GREEDY: SamplingParams = {
+  temperature: 0,
+  topP: 1,
+  topK: 0,
+  seed: 0,
+  maxTokens: 8,
+  minTokens: 0,
+  stopTokenIds: [],
+};
+
 export interface Sampled {
   readonly token: number;
   readonly logprob?: TokenLogprob;
@@ -14,11 +25,21 @@ export interface Sampled {
  */
 export function sample(logits: Float32Array, spec: SampleSpec): Sampled {
   const { params } = spec;
-  const allowed = spec.outputPosition < params.minTokens ? banned(logits, params.stopTokenIds) : logits;
+  const allowed = bans(spec) ? banned(logits, params.stopTokenIds) : logits;
   const token = params.temperature === 0 ? argmax(allowed) : draw(allowed, spec);
   return params.logprobs === undefined
     ? { token }
     : { token, logprob: logprobOf(logits, token, params.logprobs) };
+}
+
+/** Whether stop tokens may not be sampled yet. */
+export function bans({ params, outputPosition }: SampleSpec): boolean {
+  return outputPosition < params.minTokens && params.stopTokenIds.length > 0;
+}
+
+/** Logits of which no token can be sampled: a defect of the model. */
+export function noDistribution(what: string): PdError {
+  return new PdError('INTERNAL', `${what}: the model computed no usable distribution`);
 }
 
 /** Log-probability of `token` and of the `count` most likely tokens, the likeliest first. */
@@ -47,10 +68,7 @@ function maximum(logits: Float32Array): number {
     if (Number.isNaN(logit)) break;
   }
   if (!Number.isFinite(highest)) {
-    throw new PdError(
-      'INTERNAL',
-      `the highest of ${logits.length} logits is ${highest}: the model computed no usable distribution`,
-    );
+    throw noDistribution(`the highest of ${logits.length} logits is ${highest}`);
   }
   return highest;
 }

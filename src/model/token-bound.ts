@@ -5,11 +5,11 @@
  */
 import { z } from 'zod';
 import { byteLevelToken } from './byte-level.ts';
+import { replaceSchema } from './token-pieces.ts';
 
 const stepSchema = z.looseObject({ type: z.string() });
 const normalizerListSchema = z.looseObject({ normalizers: z.array(stepSchema) });
 const preTokenizerListSchema = z.looseObject({ pretokenizers: z.array(stepSchema) });
-const replaceSchema = z.looseObject({ pattern: z.looseObject({ String: z.string() }), content: z.string() });
 const splitSchema = z.looseObject({ behavior: z.string(), invert: z.boolean().default(false) });
 const modelSchema = z.looseObject({
   type: z.literal('BPE'),

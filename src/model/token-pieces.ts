@@ -5,6 +5,7 @@
 import { z } from 'zod';
 import { PdError } from '../errors.ts';
 import { byteLevelBytes } from './byte-level.ts';
+import { checked } from './checked.ts';
 
 /**
  * `bytes` join with their neighbours' before they are read as UTF-8, so that a character may be split over tokens. `text` stands alone:
@@ -23,8 +24,12 @@ export interface PieceReader {
 
 const decoderSchema = z.looseObject({ type: z.string() });
 type DecoderJson = z.infer<typeof decoderSchema>;
+const decoderListSchema = z.looseObject({ decoders: z.array(decoderSchema) });
 
-const replaceSchema = z.looseObject({ pattern: z.looseObject({ String: z.string() }), content: z.string() });
+export const replaceSchema = z.looseObject({
+  pattern: z.looseObject({ String: z.string() }),
+  content: z.string(),
+});
 const stripSchema = z.looseObject({ content: z.literal(' '), start: z.number().int(), stop: z.literal(0) });
 const metaspaceSchema = z.looseObject({
   replacement: z.string().default('▁'),
@@ -41,11 +46,10 @@ export function readPieces(decoder: unknown, where: string): PieceReader {
     case 'Metaspace':
       return readSequence([parsed.data], where);
     case 'Sequence': {
-      const list = z.looseObject({ decoders: z.array(decoderSchema) }).safeParse(decoder);
-      if (!list.success) throw new PdError('CHECKPOINT_INVALID', `${where}: ${z.prettifyError(list.error)}`);
-      const [only, second] = list.data.decoders;
+      const { decoders } = checked(decoderListSchema, decoder, where);
+      const [only, second] = decoders;
       if (only?.type === 'ByteLevel' && second === undefined) return readPieces(only, where);
-      return readSequence(list.data.decoders, where);
+      return readSequence(decoders, where);
     }
     default:
       throw unsupported(parsed.data.type, where);
@@ -100,12 +104,7 @@ function readSequence(decoders: readonly DecoderJson[], where: string): PieceRea
 }
 
 function parse<T>(schema: z.ZodType<T>, decoder: DecoderJson, where: string): T {
-  const parsed = schema.safeParse(decoder);
-  if (parsed.success) return parsed.data;
-  throw new PdError(
-    'MODEL_UNSUPPORTED',
-    `${where}: decoder ${decoder.type}: ${z.prettifyError(parsed.error)}`,
-  );
+  return checked(schema, decoder, `${where}: decoder ${decoder.type}`, 'MODEL_UNSUPPORTED');
 }
 
 function unsupported(type: string, where: string): PdError {

@@ -4,11 +4,12 @@ import { Tokenizer as HuggingFaceTokenizer } from '@huggingface/tokenizers';
 import { z } from 'zod';
 import { PdError } from '../errors.ts';
 import { type ChatMessage, ChatTemplate, readChatTemplate } from './chat-template.ts';
-import { readModelConfig } from './config.ts';
+import { checked, invalid } from './checked.ts';
+import { type ModelConfig, readModelConfig } from './config.ts';
 import { IncrementalDecoder, type PieceSource } from './incremental-decoder.ts';
 import { readJson } from './json-file.ts';
 import { charactersPerToken } from './token-bound.ts';
-import { readPieces, type TokenPiece } from './token-pieces.ts';
+import { type PieceReader, readPieces, type TokenPiece } from './token-pieces.ts';
 
 export type { ChatMessage } from './chat-template.ts';
 export { IncrementalDecoder } from './incremental-decoder.ts';
@@ -47,25 +48,23 @@ export class Tokenizer implements PieceSource {
   readonly #special: ReadonlySet<number>;
   readonly #chat: ChatTemplate | undefined;
 
-  private constructor(parts: {
-    readonly library: HuggingFaceTokenizer;
-    readonly pieces: readonly (TokenPiece | undefined)[];
-    readonly leadingSpaces: number;
-    readonly special: ReadonlySet<number>;
-    readonly chat: ChatTemplate | undefined;
-    readonly eosTokenIds: readonly number[];
-    readonly bosTokenId: number | undefined;
-    readonly charactersPerToken: number;
-  }) {
-    this.#library = parts.library;
-    this.#pieces = parts.pieces;
-    this.#special = parts.special;
-    this.#chat = parts.chat;
-    this.leadingSpaces = parts.leadingSpaces;
-    this.vocabSize = parts.pieces.length;
-    this.eosTokenIds = parts.eosTokenIds;
-    this.bosTokenId = parts.bosTokenId;
-    this.charactersPerToken = parts.charactersPerToken;
+  private constructor(
+    library: HuggingFaceTokenizer,
+    { piece, leadingSpaces }: PieceReader,
+    added: readonly AddedToken[],
+    model: ModelConfig,
+    chat: ChatTemplate | undefined,
+    mostCharacters: number,
+  ) {
+    this.#library = library;
+    this.#pieces = piecesOf(library, added, piece);
+    this.#special = new Set(added.filter(({ special }) => special).map(({ id }) => id));
+    this.#chat = chat;
+    this.leadingSpaces = leadingSpaces;
+    this.vocabSize = this.#pieces.length;
+    this.eosTokenIds = model.eosTokenIds;
+    this.bosTokenId = model.bosTokenId;
+    this.charactersPerToken = mostCharacters;
   }
 
   /** Reads tokenizer.json and what stands beside it. Throws CHECKPOINT_INVALID or MODEL_UNSUPPORTED. */
@@ -73,23 +72,14 @@ export class Tokenizer implements PieceSource {
     const path = join(dir, 'tokenizer.json');
     const json = await readJson(path);
     if (json === undefined) throw new PdError('CHECKPOINT_INVALID', `${dir} holds no tokenizer.json`);
-    const parsed = tokenizerSchema.safeParse(json);
-    if (!parsed.success) throw new PdError('CHECKPOINT_INVALID', `${path}: ${z.prettifyError(parsed.error)}`);
+    const { added_tokens: added, decoder } = checked(tokenizerSchema, json, path);
     const settings = ((await readJson(join(dir, 'tokenizer_config.json'))) ?? {}) as Record<string, unknown>;
     const library = openLibrary(json, settings, path);
-    const reader = readPieces(parsed.data.decoder, path);
+    const reader = readPieces(decoder, path);
     const model = await readModelConfig(dir);
     const template = await readChatTemplate(dir, settings);
-    return new Tokenizer({
-      library,
-      pieces: piecesOf(library, parsed.data.added_tokens, reader.piece),
-      leadingSpaces: reader.leadingSpaces,
-      special: new Set(parsed.data.added_tokens.filter(({ special }) => special).map(({ id }) => id)),
-      chat: template === undefined ? undefined : new ChatTemplate(template, namedTokens(settings), dir),
-      eosTokenIds: model.eosTokenIds,
-      bosTokenId: model.bosTokenId,
-      charactersPerToken: charactersPerToken(json, settings),
-    });
+    const chat = template === undefined ? undefined : new ChatTemplate(template, namedTokens(settings), dir);
+    return new Tokenizer(library, reader, added, model, chat, charactersPerToken(json, settings));
   }
 
   /** Token ids of `text`. Special tokens (a beginning-of-text) are added unless told otherwise, as for a prompt of a completion. */
@@ -103,6 +93,11 @@ export class Tokenizer implements PieceSource {
     let text = '';
     for (const id of ids) text += decoder.push(id);
     return text + decoder.flush();
+  }
+
+  /** A new incremental decoder, special tokens left out. */
+  decoder(): Pick<IncrementalDecoder, 'push' | 'flush'> {
+    return new IncrementalDecoder(this);
   }
 
   get hasChatTemplate(): boolean {
@@ -142,16 +137,25 @@ export class Tokenizer implements PieceSource {
   }
 }
 
+/** What a server needs of a tokenizer: tests put one of bytes in its place. */
+export type TextModel = Pick<
+  Tokenizer,
+  | 'applyChatTemplate'
+  | 'charactersPerToken'
+  | 'decode'
+  | 'decoder'
+  | 'encode'
+  | 'eosTokenIds'
+  | 'hasChatTemplate'
+  | 'tokenBytes'
+  | 'tokenString'
+>;
+
 function openLibrary(json: unknown, settings: Record<string, unknown>, path: string): HuggingFaceTokenizer {
   try {
     return new HuggingFaceTokenizer(json as object, settings);
   } catch (cause) {
-    throw new PdError(
-      'CHECKPOINT_INVALID',
-      `${path} cannot be used: ${PdError.from(cause).message}`,
-      {},
-      { cause },
-    );
+    throw invalid(`${path} cannot be used`, cause);
   }
 }
 

@@ -2,7 +2,7 @@
 import { isatty } from 'node:tty';
 import pino from 'pino';
 import pretty from 'pino-pretty';
-import type { LogOptions } from '../transfer/types.ts';
+import type { LogOptions } from './log-options.ts';
 
 export type Logger = pino.Logger;
 

@@ -26,7 +26,7 @@ import type { RequestBody } from './body.ts';
 import type { BodyReader } from './body-reader.ts';
 import type { ProxyMetrics } from './metrics.ts';
 import { Notices } from './notices.ts';
-import type { InstanceRegistry, Pair } from './registry.ts';
+import type { InstancePair, InstanceRegistry } from './registry.ts';
 import { answerWhole, isEventStream, relay } from './relay.ts';
 import {
   type Ask,
@@ -81,7 +81,7 @@ export class Attempt {
   readonly requestId: string;
   readonly #context: ProxyContext;
   readonly #request: ClientRequest;
-  readonly #pair: Pair;
+  readonly #pair: InstancePair;
   readonly #prefillCall: Call;
   readonly #decodeCall: Call;
   /** For both instances. */
@@ -91,7 +91,7 @@ export class Attempt {
   readonly #abortPrefill = new AbortController();
   readonly #abortDecode = new AbortController();
 
-  constructor(context: ProxyContext, request: ClientRequest, pair: Pair) {
+  constructor(context: ProxyContext, request: ClientRequest, pair: InstancePair) {
     const { producer, consumer } = pair;
     const { route } = request;
     this.#context = context;

@@ -128,9 +128,9 @@ export class Discovery {
         role: ping.type === 'P' ? 'producer' : 'consumer',
         httpAddress: ping.http_address,
         zmqAddress: ping.zmq_address,
-        ...(ping.ours ? { fingerprint: { digest: ping.ours.digest, model: ping.ours.model } } : {}),
-        ...(ping.ours?.sendType ? { sendType: ping.ours.sendType } : {}),
-        ...(ping.ours?.features?.includes(OVERLAP_FEATURE) ? { overlaps: true } : {}),
+        ...(ping.native ? { fingerprint: { digest: ping.native.digest, model: ping.native.model } } : {}),
+        ...(ping.native?.sendType ? { sendType: ping.native.sendType } : {}),
+        ...(ping.native?.features?.includes(OVERLAP_FEATURE) ? { overlaps: true } : {}),
       });
       if (!changes) throw new PdError('LIMIT_EXCEEDED', 'ping: too many instances');
       this.#apply(changes);

@@ -4,7 +4,7 @@
  */
 import { type ErrorData, PdError } from '../errors.ts';
 import type { Logger } from '../observability/log.ts';
-import type { Instance, Pair } from './registry.ts';
+import type { Instance, InstancePair } from './registry.ts';
 import type { Upstream } from './upstream.ts';
 
 const TIMEOUT_MS = 2_000;
@@ -21,10 +21,10 @@ interface NoticeSubject {
 export class Notices {
   readonly #upstream: Upstream;
   readonly #log: Logger;
-  readonly #pair: Pair;
+  readonly #pair: InstancePair;
   readonly #subject: NoticeSubject;
 
-  constructor(upstream: Upstream, log: Logger, pair: Pair, subject: NoticeSubject) {
+  constructor(upstream: Upstream, log: Logger, pair: InstancePair, subject: NoticeSubject) {
     this.#upstream = upstream;
     this.#log = log;
     this.#pair = pair;

@@ -9,12 +9,12 @@
  * Two instances whose served model names are known and have none in common never fit either.
  */
 import { asDestination, formatHostPort, type HostPort, parseHostPort } from '../net/address.ts';
-import type { SendType } from '../transfer/types.ts';
+import type { SendType } from '../wire/messages.ts';
 
 export type InstanceRole = 'producer' | 'consumer';
 
 /** What one ping says. Addresses are `ip:port`. */
-export interface Announcement {
+export interface InstancePing {
   readonly role: InstanceRole;
   readonly httpAddress: string;
   readonly zmqAddress: string;
@@ -26,7 +26,7 @@ export interface Announcement {
   readonly overlaps?: boolean;
 }
 
-export interface Instance extends Announcement {
+export interface Instance extends InstancePing {
   /** Where requests go; an unspecified address in the ping stands for this host. */
   readonly http: HostPort;
   readonly zmq: HostPort;
@@ -38,7 +38,7 @@ export interface Instance extends Announcement {
   readonly models?: readonly string[];
 }
 
-export interface Pair {
+export interface InstancePair {
   readonly producer: Instance;
   readonly consumer: Instance;
 }
@@ -88,12 +88,12 @@ export class InstanceRegistry {
    * Takes a ping. An address that announces something else than before (another role, KV port or fingerprint) replaces what it was.
    * Throws ADDRESS_INVALID; returns undefined where the registry is full.
    */
-  announce(announcement: Announcement): readonly RegistryChange[] | undefined {
+  announce(announcement: InstancePing): readonly RegistryChange[] | undefined {
     const http = asDestination(parseHostPort(announcement.httpAddress, 'HTTP address of a ping'));
     const zmq = asDestination(parseHostPort(announcement.zmqAddress, 'ZMQ address of a ping'));
     const now = this.#now();
     const known = this.#entries.get(announcement.httpAddress);
-    if (known && sameAnnouncement(known.instance, announcement) && !this.#expired(known.instance, now)) {
+    if (known && samePing(known.instance, announcement) && !this.#expired(known.instance, now)) {
       known.instance = { ...known.instance, lastSeenMs: now };
       return [];
     }
@@ -171,7 +171,7 @@ export class InstanceRegistry {
    * The next pair: among the best fits the producer that was picked least recently, then its consumer likewise, which is round robin per
    * role. A pair with a quarantined instance is taken only where there is no other.
    */
-  pair(wish: PairWish = {}): Pair | Missing {
+  pair(wish: PairWish = {}): InstancePair | Missing {
     const allowed = (entry: Entry) => !wish.exclude?.has(entry.instance.httpAddress);
     const producers = this.#live('producer').filter(allowed);
     const consumers = this.#live('consumer').filter(allowed);
@@ -256,7 +256,7 @@ export function instanceUrl(instance: Instance): string {
   return `http://${formatHostPort({ host: host.replace(/%.*$/, ''), port })}`;
 }
 
-function sameAnnouncement(a: Announcement, b: Announcement): boolean {
+function samePing(a: InstancePing, b: InstancePing): boolean {
   return (
     a.role === b.role &&
     a.httpAddress === b.httpAddress &&

@@ -3,7 +3,7 @@ import { once } from 'node:events';
 import type { ServerResponse } from 'node:http';
 import { PdError } from '../errors.ts';
 import { reasonOf } from '../net/resolve.ts';
-import { openAiError } from '../openai-error.ts';
+import { openAiError, retryHeaders } from '../openai-error.ts';
 import { instanceLabel } from './registry.ts';
 import { type Call, timeoutError, type UpstreamResponse, type WholeAnswer } from './upstream.ts';
 
@@ -21,7 +21,7 @@ const MAX_HELD_ANSWER = 16 * 1024 * 1024;
 /** An unfinished event longer than this is passed on in parts. Bytes. */
 const MAX_HELD_EVENT = 64 * 1024;
 
-/** Never passed on: they belong to one connection, or are set anew. */
+/** Never passed on: they belong to one connection, or are set by the proxy itself. */
 const OWN_HEADERS = new Set([
   'connection',
   'keep-alive',
@@ -195,7 +195,7 @@ export function answerError(out: ServerResponse, error: PdError, requestId?: str
     'content-type': 'application/json',
     'content-length': Buffer.byteLength(body),
     ...(requestId === undefined ? {} : { 'x-request-id': requestId }),
-    ...(error.status === 503 ? { 'retry-after': '3' } : {}),
+    ...retryHeaders(error),
   });
   out.end(body);
 }

@@ -3,7 +3,7 @@ import type { FinishedRequest, SchedulerConnector } from '../connector/connector
 import { type ErrorData, PdError } from '../errors.ts';
 import type { BlockManager } from '../kv/block-manager.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
-import { byArrival, type RequestGroup, Sequence, SequenceQueue } from './sequence.ts';
+import { byArrival, endOutput, type RequestGroup, Sequence, SequenceQueue } from './sequence.ts';
 import type { CoreRequest, FinishReason, RequestOutput } from './types.ts';
 
 export interface SchedulerStats {
@@ -240,15 +240,4 @@ export class SequencePool {
     if (this.#groups.delete(requestId))
       this.#finished.push({ requestId, transferId, aborted: group.aborted });
   }
-}
-
-/** The last output of a sequence that ends without new tokens. */
-export function endOutput(sequence: Sequence, finishReason: FinishReason, error?: ErrorData): RequestOutput {
-  return {
-    requestId: sequence.group.request.requestId,
-    index: sequence.index,
-    tokens: [],
-    finishReason,
-    ...(error && { error }),
-  };
 }

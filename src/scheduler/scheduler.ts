@@ -13,12 +13,23 @@ import type { FinishedRequest, LoadOutcome, SchedulerConnector } from '../connec
 import { type ErrorData, PdError } from '../errors.ts';
 import { BlockManager } from '../kv/block-manager.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
-import { outputOf } from './output.ts';
-import { endOutput, type SchedulerStats, SequencePool } from './pool.ts';
-import type { Sequence } from './sequence.ts';
+import { type SchedulerStats, SequencePool } from './pool.ts';
+import { endOutput, type Sequence, sampledOutput } from './sequence.ts';
 import { type SchedulerStep, StepBuilder } from './step.ts';
 import type { CoreRequest, ForwardResult, RequestOutput } from './types.ts';
-import { maxSequenceLength, type SequenceLimits, validateRequest } from './validate.ts';
+
+interface SequenceLimits {
+  readonly numBlocks: number;
+  /** Tokens per block. */
+  readonly blockSize: number;
+  /** Most tokens of one sequence, prompt and output. */
+  readonly maxModelLen: number;
+}
+
+/** Most tokens a sequence may have: one that could outgrow all blocks would preempt itself for ever. */
+export function maxSequenceLength({ numBlocks, blockSize, maxModelLen }: SequenceLimits): number {
+  return Math.min(maxModelLen, numBlocks * blockSize);
+}
 
 export interface SchedulerOptions extends SequenceLimits {
   /** Most sequences of one step. */
@@ -142,7 +153,7 @@ export class Scheduler {
       }
       const token = expected ? sampled.get(sequence.id) : undefined;
       if (!token) continue;
-      const output = outputOf(sequence, token, this.#maxLength);
+      const output = sampledOutput(sequence, token, this.#maxLength);
       // Before the leader may end: its blocks are what the others share.
       if (sequence.isLeader) this.#pool.forkFollowers(sequence);
       outputs.push(output);
@@ -306,4 +317,20 @@ export class Scheduler {
   #assertNoStep(what: string): void {
     if (this.#step) throw new PdError('INTERNAL', `${what} while a step is under way`);
   }
+}
+
+/** Throws REQUEST_INVALID, or CONTEXT_EXCEEDED where the prompt and one token can never fit. */
+function validateRequest(request: CoreRequest, limits: SequenceLimits): void {
+  const { requestId, promptTokens, n } = request;
+  const invalid = (what: string) =>
+    new PdError('REQUEST_INVALID', `request ${requestId} ${what}`, { requestId });
+  if (promptTokens.length === 0) throw invalid('has an empty prompt');
+  if (!Number.isSafeInteger(n) || n < 1) throw invalid(`asks for ${n} completions`);
+  if (promptTokens.length < maxSequenceLength(limits)) return;
+  throw new PdError(
+    'CONTEXT_EXCEEDED',
+    `the prompt has ${promptTokens.length} tokens; with at least one more it must fit the context of ` +
+      `${limits.maxModelLen} and the KV cache of ${limits.numBlocks} blocks of ${limits.blockSize}`,
+    { requestId },
+  );
 }

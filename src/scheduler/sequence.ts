@@ -1,8 +1,10 @@
-/** One completion on its way, and the request it belongs to. State of the scheduler; no decisions here. */
+/** One completion on its way, the request it belongs to, and what is told of it. State of the scheduler; which runs is decided elsewhere. */
 import type { ConnectorRequest } from '../connector/connector.ts';
+import type { ErrorData } from '../errors.ts';
 import { type BlockHash, extendHashes } from '../kv/block-hash.ts';
 import type { BlockCopy } from '../kv/block-manager.ts';
-import type { CoreRequest, TokenLogprob } from './types.ts';
+import { packLogprobs } from './prompt-logprobs.ts';
+import type { CoreRequest, FinishReason, RequestOutput, SampledToken, TokenLogprob } from './types.ts';
 
 /**
  *   following --(leader's prompt there: fork, or no block free)--> ready | waiting
@@ -124,6 +126,55 @@ export class Sequence {
     this.numLoaded = 0;
     this.promptLogprobs = [];
   }
+}
+
+/** Appends the token to `sequence`; what is told of it, and whether it ends there. `maxLength`: most tokens a sequence may have, prompt and output. */
+export function sampledOutput(sequence: Sequence, sampled: SampledToken, maxLength: number): RequestOutput {
+  const { request } = sequence.group;
+  const { sampling } = request;
+  const first = !sequence.answered;
+  const ofPrompt = first && sequence.isLeader;
+  const withPromptLogprobs = sequence.needsPromptLogprobs;
+  // maxTokens 0 asks for the prompt alone (echo with logprobs).
+  const tokens = sampling.maxTokens > 0 ? [sampled.token] : [];
+  for (const token of tokens) sequence.append(token);
+  sequence.answered = true;
+  const finishReason = finishReasonOf(sequence, sampled.token, maxLength);
+  return {
+    requestId: request.requestId,
+    index: sequence.index,
+    tokens,
+    ...(sampling.logprobs !== undefined &&
+      sampled.logprob && { logprobs: tokens.length > 0 ? [sampled.logprob] : [] }),
+    ...(withPromptLogprobs && { promptLogprobs: packLogprobs(sequence.promptLogprobs) }),
+    ...(finishReason && { finishReason }),
+    ...(ofPrompt && { promptSource: promptSourceOf(sequence) }),
+  };
+}
+
+/** `token` has been appended. */
+function finishReasonOf(sequence: Sequence, token: number, maxLength: number): FinishReason | undefined {
+  const { maxTokens, minTokens, stopTokenIds } = sequence.group.request.sampling;
+  // The token at output position p (from 0) may stop once p tokens came before it and p >= minTokens.
+  if (sequence.numOutput > minTokens && stopTokenIds.includes(token)) return 'stop';
+  if (sequence.numOutput >= maxTokens || sequence.length >= maxLength) return 'length';
+  return undefined;
+}
+
+function promptSourceOf(sequence: Sequence): NonNullable<RequestOutput['promptSource']> {
+  const { promptLength, numLoaded: loaded, numCached: cached } = sequence;
+  return { computed: promptLength - loaded - cached, loaded, cached };
+}
+
+/** The last output of a sequence that ends without new tokens. */
+export function endOutput(sequence: Sequence, finishReason: FinishReason, error?: ErrorData): RequestOutput {
+  return {
+    requestId: sequence.group.request.requestId,
+    index: sequence.index,
+    tokens: [],
+    finishReason,
+    ...(error && { error }),
+  };
 }
 
 /** Earlier arrivals first; within a request, lower indexes. */

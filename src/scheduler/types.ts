@@ -59,7 +59,7 @@ export interface RequestOutput {
   /** On a producer, with the output of the step that ended the prompt: KV that has not got under way to its consumer. */
   readonly kvSave?:
     | { readonly state: 'failed'; readonly error: ErrorData }
-    /** It will be told (worker/messages.ts, `kv-saved`). */
+    /** It will be told (worker/core-messages.ts, `kv-saved`). */
     | { readonly state: 'opening' };
   /** With the first output: prompt tokens that were not computed here, by where they came from. */
   readonly promptSource?: { readonly computed: number; readonly loaded: number; readonly cached: number };

@@ -57,7 +57,7 @@ export class Answering {
   async #put(session: Session, put: PutMessage): Promise<void> {
     const { intake, reply } = this.#parts;
     if (!(await this.#mayTransfer(session, put))) return;
-    const twoBlocks = sentAs(this.#context.options, session.hello, put.ours !== undefined);
+    const twoBlocks = sentAs(this.#context.options, session.hello, put.native !== undefined);
     const meant = this.#meantBy(session, put);
     const entry = await intake.admit(put, session.peer, { twoBlocks, standsFor: meant });
     if (!entry) return reply(session, { kind: 'no-room' });
@@ -91,7 +91,7 @@ export class Answering {
     if (get.tensor_id === PROBE_TENSOR) return reply(session, missing(get));
     if (!(await this.#mayTransfer(session, get))) return;
     // One of ours that has not heard our hello yet asks without a number, and what it asks next would wait behind this: it asks again at once.
-    const inOrder = session.hello !== undefined && get.ours?.seq === undefined;
+    const inOrder = session.hello !== undefined && get.native?.seq === undefined;
     const meant = this.#meantBy(session, get);
     const kept = await keeper.find(get.tensor_id, inOrder ? 0 : this.#parkMs, meant);
     const pair = await this.#pairFor(session);
@@ -102,7 +102,7 @@ export class Answering {
       const near = keeper.store.nearMisses(get.tensor_id);
       return reply(session, missing(get, keeper.gaveUp(get.tensor_id, meant), near));
     }
-    const seq = get.ours?.seq;
+    const seq = get.native?.seq;
     const { shape, dtype, promptDigest } = kept;
     if (session.hello === undefined) {
       const copy = await keeper.foreignCopy(kept);
@@ -156,7 +156,7 @@ export class Answering {
 
   /** Only a peer that is not ours shows its engine's ids, with random suffixes. */
   #meantBy(session: Session, message: PutMessage | GetMessage): TransferId | undefined {
-    const ours = session.hello !== undefined || message.ours !== undefined;
+    const ours = session.hello !== undefined || message.native !== undefined;
     return ours ? undefined : standsFor(this.#context, message.tensor_id);
   }
 
@@ -205,7 +205,7 @@ export class Answering {
     limited.log(`no pair ${peer}`, (suppressed) =>
       log.warn({ peer, suppressed }, `${peer} announces ${nameOf(message)} and has no pair with us`),
     );
-    if (session.hello !== undefined || 'tensors' in message || message.ours !== undefined) {
+    if (session.hello !== undefined || 'tensors' in message || message.native !== undefined) {
       this.#parts.reply(session, { kind: 'no-pair' });
       return;
     }

@@ -1,4 +1,6 @@
 /** What every part of one transfer engine shares, and the log lines and errors they have in common. */
+
+import type { TransferOptions } from '../config/transfer-options.ts';
 import type { Device, Stream } from '../device/device.ts';
 import type { EventPoller } from '../device/poller.ts';
 import type { ErrorCode, PdError } from '../errors.ts';
@@ -6,11 +8,10 @@ import type { Logger, RateLimitedLog } from '../observability/log.ts';
 import type { MetricsPage } from '../observability/metrics.ts';
 import type { Transport } from '../transport/transport.ts';
 import { splitTensorId, suffixedFor, type TensorId, type TransferId } from '../wire/ids.ts';
-import type { PeerHello } from '../wire/messages.ts';
+import type { PeerHello, SendType } from '../wire/messages.ts';
 import type { Deadlines } from './deadlines.ts';
 import type { Failures } from './failures.ts';
 import type { KvMemory } from './kv-memory.ts';
-import type { SendType, TransferOptions } from './types.ts';
 
 export interface TransferContext {
   readonly options: TransferOptions;

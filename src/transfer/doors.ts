@@ -1,11 +1,12 @@
 /** `--allow-peers`, at both doors of an engine: the KV listener and the data port of the host transport. */
+
+import type { TransferOptions } from '../config/transfer-options.ts';
 import { formatHostPort, type HostPort } from '../net/address.ts';
 import { AllowList } from '../net/allow-list.ts';
 import { ZapGate } from '../net/zap.ts';
 import type { Logger } from '../observability/log.ts';
 import type { MetricsPage } from '../observability/metrics.ts';
 import type { Guard } from '../transport/host/acceptor.ts';
-import type { TransferOptions } from './types.ts';
 
 export interface Doors {
   /** For the ROUTER; to be closed after it. */

@@ -1,19 +1,19 @@
 /** The transfer engine as its users hold it: starts the transfer thread, and turns calls into messages and messages into promises. */
 import { Worker } from 'node:worker_threads';
 import { type TransferOptionsInput, transferOptions } from '../config/embedded.ts';
-import { prepareNativeEnvironment } from '../config/native-env.ts';
 import { deferred } from '../deferred.ts';
-import { createDevice } from '../device/create.ts';
+import { createDevice } from '../device/create-device.ts';
 import type { Device, MemoryRef } from '../device/device.ts';
 import { hostView } from '../device/memory.ts';
+import { prepareNativeEnvironment } from '../device/native-env.ts';
 import { type ErrorData, PdError, unreachable } from '../errors.ts';
 import type { HostPort } from '../net/address.ts';
 import { threadEntry } from '../thread-entry.ts';
 import type { TensorId, TransferId } from '../wire/ids.ts';
 import { checkLoad, checkSend } from './check-request.ts';
 import type { SendHandle, TransferEngineApi } from './engine-api.ts';
-import type { FromTransfer, ToTransfer, TransferInit } from './messages.ts';
 import { started } from './started.ts';
+import type { FromTransfer, ToTransfer, TransferInit } from './thread-messages.ts';
 import type {
   LoadRequest,
   LoadResult,

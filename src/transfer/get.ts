@@ -105,7 +105,7 @@ export class GetAnnouncement extends Announcement {
   message(ours: boolean, seq: number): GetMessage {
     const { tensorId } = this;
     this.announce();
-    return ours ? { cmd: 'GET', tensor_id: tensorId, ours: { seq } } : { cmd: 'GET', tensor_id: tensorId };
+    return ours ? { cmd: 'GET', tensor_id: tensorId, native: { seq } } : { cmd: 'GET', tensor_id: tensorId };
   }
 
   answered(answer: Answer, pair: Pair): Reaction {

@@ -1,9 +1,11 @@
 /** What two ends of ours must agree on before they exchange KV. Pure. */
+
+import type { TransferOptions } from '../config/transfer-options.ts';
 import type { ErrorCode } from '../errors.ts';
+import type { Fingerprint } from '../wire/fingerprint.ts';
 import { BUNDLE_FEATURE, CLOSE_FEATURE, PD_VERSION, type PeerHello } from '../wire/messages.ts';
 import { sameDirection } from './context.ts';
 import { layoutFeature } from './form.ts';
-import type { Fingerprint, TransferOptions } from './types.ts';
 
 const FEATURES = ['seq', BUNDLE_FEATURE, CLOSE_FEATURE];
 

@@ -144,7 +144,7 @@ export class Incoming {
       peer,
     });
     this.#sessions.get(identity)?.replace(replaced);
-    const theirs = message.ours;
+    const theirs = message.native;
     const bad = theirs ? mismatchOf(hello, theirs, self, peer) : undefined;
     const session = new Session({ identity, peer, since: deadlines.now(), hello: theirs, paired: !bad });
     this.#sessions.enter(session);
@@ -229,7 +229,7 @@ export class Incoming {
     }
     const run = () => this.#answering.answer(session, message);
     // Answers to these find their GET by `seq`, so that one that waits holds up no other.
-    if (message.cmd === 'GETS' || (message.cmd === 'GET' && message.ours?.seq !== undefined)) void run();
+    if (message.cmd === 'GETS' || (message.cmd === 'GET' && message.native?.seq !== undefined)) void run();
     else session.enqueue(run);
   }
 

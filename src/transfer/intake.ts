@@ -39,7 +39,7 @@ export class Intake {
     peer: string,
     told: Pick<TensorInfo, 'twoBlocks' | 'standsFor'>,
   ): Promise<StoreEntry | undefined> {
-    const tensor = { ...tensorOf({ ...put, promptDigest: put.ours?.promptDigest }, peer), ...told };
+    const tensor = { ...tensorOf({ ...put, promptDigest: put.native?.promptDigest }, peer), ...told };
     if (this.#isDuplicate(tensor)) return undefined;
     const bytes = tensorBytes(put.shape, put.dtype);
     return this.#enter(tensor, this.#mayHold(1) ? await this.#context.memory.allocate(bytes) : undefined);

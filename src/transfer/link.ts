@@ -181,7 +181,8 @@ export class Link {
     try {
       const uniqueId = transport.createUniqueId();
       log.debug({ peer }, `NEW to ${peer}`);
-      if (!(await this.#dealer.send(encodeMessage({ cmd: 'NEW', unique_id: uniqueId, ours: hello })))) return;
+      if (!(await this.#dealer.send(encodeMessage({ cmd: 'NEW', unique_id: uniqueId, native: hello }))))
+        return;
       if (this.#over) return;
       this.#state = 'opening';
       logJoining(this.#context, peer, 0);

@@ -60,7 +60,7 @@ export class Pinger {
     const { host, port, otherHosts = [] } = ping.proxy;
     this.#proxies = [host, ...otherHosts].map((one) => asDestination({ host: one, port }));
     const { fingerprint } = options;
-    const ours = fingerprint && {
+    const native = fingerprint && {
       version: PD_VERSION,
       digest: fingerprint.digest,
       model: fingerprint.model,
@@ -68,7 +68,7 @@ export class Pinger {
       ...(ping.features && { features: ping.features }),
     };
     const message = { type: ping.type, http_address: ping.httpAddress, zmq_address: self } as const;
-    this.#body = encodePing(ours ? { ...message, ours } : message);
+    this.#body = encodePing(native ? { ...message, native } : message);
     // One ping waits at most, and none for a proxy that is away: it would read stale ones when it returns.
     this.#socket = new zmq.Dealer({
       routingId: self,

@@ -103,7 +103,7 @@ export class PutAnnouncement extends Announcement {
   message(ours: boolean): PutMessage {
     const { tensor_id, shape, dtype, promptDigest } = this.form;
     const put = { cmd: 'PUT', tensor_id, shape, dtype } as const;
-    return ours && !this.#request.plan ? { ...put, ours: { promptDigest } } : put;
+    return ours && !this.#request.plan ? { ...put, native: { promptDigest } } : put;
   }
 
   answered(answer: Answer, pair: Pair): Reaction {

@@ -4,7 +4,7 @@ import type { TransferContext } from './context.ts';
 
 /** A GET for what is not here. */
 export function missing(get: GetMessage, gone = false, near: readonly string[] = []): Answer {
-  const seq = get.ours?.seq;
+  const seq = get.native?.seq;
   if (seq === undefined) return { kind: 'get', ret: 1 };
   return { kind: 'get', ret: 1, seq, ...(gone ? { gone } : {}), ...(near.length > 0 ? { near } : {}) };
 }

@@ -6,7 +6,9 @@
  *   load <-- Intake  <-- Incoming (ROUTER + pairs)             <-- peer        PUT
  *   load --> GET     --> OutgoingPeer --> Link                 <-- Keeper      GET
  */
-import { createDevice } from '../device/create.ts';
+
+import type { TransferOptions } from '../config/transfer-options.ts';
+import { createDevice } from '../device/create-device.ts';
 import type { Device } from '../device/device.ts';
 import { EventPoller } from '../device/poller.ts';
 import { PdError } from '../errors.ts';
@@ -14,7 +16,7 @@ import { formatHostPort, type HostPort } from '../net/address.ts';
 import type { ZapGate } from '../net/zap.ts';
 import { createLogger, RateLimitedLog } from '../observability/log.ts';
 import { MetricsPage } from '../observability/metrics.ts';
-import { createTransport } from '../transport/create.ts';
+import { createTransport } from '../transport/create-transport.ts';
 import type { Transport } from '../transport/transport.ts';
 import type { TensorId, TransferId } from '../wire/ids.ts';
 import { logTensor, type TransferContext } from './context.ts';
@@ -41,7 +43,6 @@ import type {
   ProxyPing,
   SendRequest,
   StoredTensor,
-  TransferOptions,
   TransferState,
 } from './types.ts';
 

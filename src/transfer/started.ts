@@ -2,7 +2,7 @@
 import type { Worker } from 'node:worker_threads';
 import { PdError } from '../errors.ts';
 import type { HostPort } from '../net/address.ts';
-import type { FromTransfer } from './messages.ts';
+import type { FromTransfer } from './thread-messages.ts';
 
 /** The address, once the thread is ready; what it says instead where it cannot be. */
 export function started(worker: Worker): Promise<HostPort> {

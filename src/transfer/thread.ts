@@ -2,8 +2,8 @@
 import { parentPort, workerData } from 'node:worker_threads';
 import { PdError, unreachable } from '../errors.ts';
 import { MetricsPage } from '../observability/metrics.ts';
-import type { FromTransfer, ToTransfer, TransferInit } from './messages.ts';
 import { TransferService } from './service.ts';
+import type { FromTransfer, ToTransfer, TransferInit } from './thread-messages.ts';
 
 const port = parentPort;
 if (!port) throw new PdError('INTERNAL', 'transfer/thread.ts runs as a worker thread only');

@@ -6,12 +6,7 @@
  */
 import type { MemoryRef } from '../device/device.ts';
 import type { PdError } from '../errors.ts';
-
-export const UNIQUE_ID_BYTES = 128;
-
-declare const brand: unique symbol;
-/** Exactly 128 bytes: NCCL's bootstrap address, or the host transport's data address and token. */
-export type UniqueId = Uint8Array & { readonly [brand]: 'UniqueId' };
+import type { UniqueId } from '../wire/messages.ts';
 
 export interface OpenOptions {
   readonly uniqueId: UniqueId;
@@ -23,7 +18,7 @@ export interface OpenOptions {
   readonly timeoutMs: number;
 }
 
-export interface TransferOptions {
+export interface OperationOptions {
   /** For messages: which tensor. */
   readonly tensorId: string;
   /** From the start of this operation on the wire, not from the call: earlier ones have deadlines of their own. */
@@ -37,9 +32,9 @@ export interface Pair {
    * Sends the regions as one grouped operation; operations keep their order. Resolves when the source may be reused. Rejects with
    * TRANSFER_TIMEOUT, PEER_LOST, PAIR_CLOSED or NCCL_ERROR, and then the pair is over: whatever was queued behind it rejects too.
    */
-  send(regions: readonly MemoryRef[], options: TransferOptions): Promise<void>;
+  send(regions: readonly MemoryRef[], options: OperationOptions): Promise<void>;
   /** Receives into the regions. Resolves when the bytes are there and ordered before work enqueued from now on. Rejects as `send`. */
-  receive(regions: readonly MemoryRef[], options: TransferOptions): Promise<void>;
+  receive(regions: readonly MemoryRef[], options: OperationOptions): Promise<void>;
   /** Operations that have not settled. */
   readonly pending: number;
   /**

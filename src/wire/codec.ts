@@ -1,11 +1,10 @@
 /**
- * Messages to bytes and back. Without `ours` the bytes are exactly those of vLLM's engine: a msgpack map, keys in a fixed order, ints in
+ * Messages to bytes and back. Without `native` the bytes are exactly those of vLLM's engine: a msgpack map, keys in a fixed order, ints in
  * their smallest form, `unique_id` as bin; answers to PUT are one raw character. Pure; decoding throws PdError and nothing else, with
  * `context.kind` = the label of pd_protocol_errors_total.
  */
 import { Decoder, Encoder } from '@msgpack/msgpack';
 import { PdError, unreachable } from '../errors.ts';
-import { UNIQUE_ID_BYTES, type UniqueId } from '../transport/transport.ts';
 import {
   getsAnswerFields,
   getsFields,
@@ -43,6 +42,7 @@ import {
   type WireLimits,
 } from './limits.ts';
 import type { Answer, PingHello, PingMessage, WireMessage } from './messages.ts';
+import { UNIQUE_ID_BYTES, type UniqueId } from './messages.ts';
 
 const encoder = new Encoder();
 const decoder = new Decoder(DECODER_LIMITS);
@@ -53,24 +53,24 @@ const RAW_ANSWERS = { send: 0x30, 'no-room': 0x31, 'no-pair': 0x32 } as const;
 export function encodeMessage(message: WireMessage): Uint8Array {
   switch (message.cmd) {
     case 'NEW': {
-      const { cmd, ours } = message;
+      const { cmd, native } = message;
       const unique_id = checkUniqueId(message.unique_id);
-      return encode(ours ? { cmd, unique_id, pd: helloFields(ours) } : { cmd, unique_id });
+      return encode(native ? { cmd, unique_id, pd: helloFields(native) } : { cmd, unique_id });
     }
     case 'PUT': {
       const { cmd, shape, dtype } = message;
       const tensor_id = checkTensorId(message.tensor_id, cmd);
       checkShape(shape, dtype, { maxTensorBytes: Number.MAX_SAFE_INTEGER }, `${cmd} ${show(tensor_id)}`);
       return encode(
-        message.ours
-          ? { cmd, tensor_id, shape, dtype, pd: promptFields(message.ours.promptDigest) }
+        message.native
+          ? { cmd, tensor_id, shape, dtype, pd: promptFields(message.native.promptDigest) }
           : { cmd, tensor_id, shape, dtype },
       );
     }
     case 'GET': {
-      const { cmd, ours } = message;
+      const { cmd, native } = message;
       const tensor_id = checkTensorId(message.tensor_id, cmd);
-      return encode(ours ? { cmd, tensor_id, pd: seqFields(ours.seq) } : { cmd, tensor_id });
+      return encode(native ? { cmd, tensor_id, pd: seqFields(native.seq) } : { cmd, tensor_id });
     }
     case 'PUTS':
       return encode(putsFields(message));
@@ -101,7 +101,7 @@ function readMessage(fields: Fields, limits: WireLimits): WireMessage {
     case 'NEW': {
       const unique_id = checkUniqueId(field(fields, 'unique_id'));
       const pd = optionalMap(fields, 'pd', cmd);
-      return pd ? { cmd, unique_id, ours: readHello(pd, cmd) } : { cmd, unique_id };
+      return pd ? { cmd, unique_id, native: readHello(pd, cmd) } : { cmd, unique_id };
     }
     case 'PUT':
       return readPut(fields, limits);
@@ -222,9 +222,9 @@ export function decodeAnswer(body: Uint8Array, limits: WireLimits): Answer {
 }
 
 export function encodePing(ping: PingMessage): Uint8Array {
-  const { type, http_address, zmq_address, ours } = ping;
-  if (!ours) return encode({ type, http_address, zmq_address });
-  const { version, digest, model, sendType, features } = ours;
+  const { type, http_address, zmq_address, native } = ping;
+  if (!native) return encode({ type, http_address, zmq_address });
+  const { version, digest, model, sendType, features } = native;
   const told = {
     ...(sendType === undefined ? {} : { send_type: sendType }),
     ...(features === undefined ? {} : { features }),
@@ -243,7 +243,7 @@ export function decodePing(body: Uint8Array): PingMessage {
   const zmq_address = textField(fields, 'zmq_address', MAX_TEXT, 'ping');
   const pd = optionalMap(fields, 'pd', 'ping');
   const ping = { type, http_address, zmq_address } as const;
-  return pd ? { ...ping, ours: readPingHello(pd) } : ping;
+  return pd ? { ...ping, native: readPingHello(pd) } : ping;
 }
 
 function encode(fields: Fields): Uint8Array {
@@ -282,14 +282,14 @@ function readPut(fields: Fields, limits: WireLimits): WireMessage {
   const shape = checkShape(field(fields, 'shape'), dtype, limits, what);
   const put = { cmd, tensor_id, shape, dtype } as const;
   const pd = optionalMap(fields, 'pd', what);
-  return pd ? { ...put, ours: readPrompt(pd, what) } : put;
+  return pd ? { ...put, native: readPrompt(pd, what) } : put;
 }
 
 function readGet(fields: Fields): WireMessage {
   const cmd = 'GET';
   const tensor_id = checkTensorId(field(fields, 'tensor_id'), cmd);
   const pd = optionalMap(fields, 'pd', `${cmd} ${show(tensor_id)}`);
-  return pd ? { cmd, tensor_id, ours: readSeq(pd, cmd) } : { cmd, tensor_id };
+  return pd ? { cmd, tensor_id, native: readSeq(pd, cmd) } : { cmd, tensor_id };
 }
 
 /** What an announcement that cannot be taken asks for, as far as it can be told. `tensors`: how many a GETS names. */

@@ -1,9 +1,10 @@
 /** What stands in `pd` of a NEW and of its answer. */
 import { ERROR_TABLE, type ErrorCode } from '../errors.ts';
-import { type Fingerprint, SEND_TYPES, type SendType } from '../transfer/types.ts';
 import { checkDtype, countField, type Fields, field, optionalMap, show, textField } from './fields.ts';
+import type { Fingerprint } from './fingerprint.ts';
 import { MAX_TEXT, protocolError } from './limits.ts';
 import type { PeerHello } from './messages.ts';
+import { SEND_TYPES, type SendType } from './messages.ts';
 
 const MAX_FEATURES = 32;
 

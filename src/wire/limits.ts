@@ -63,13 +63,21 @@ export function protocolErrorKind(error: unknown): ProtocolErrorKind {
   return typeof kind === 'string' && Object.hasOwn(CODES, kind) ? (kind as ProtocolErrorKind) : 'malformed';
 }
 
+/** The largest body, and the largest bin in it. Bytes. */
+export interface BodyLimits {
+  readonly body: number;
+  readonly bin: number;
+}
+
+const BODY_LIMITS: BodyLimits = { body: MAX_BODY_BYTES, bin: MAX_BIN };
+
 /**
  * Walks one msgpack value without building it. Throws LIMIT_EXCEEDED where it is too large or too deep and MESSAGE_INVALID where it is
  * truncated, has bytes after its end, or uses the one byte that msgpack never uses. What passes is safe to decode.
  */
-export function checkMsgpack(body: Uint8Array): void {
-  if (body.length > MAX_BODY_BYTES) {
-    throw protocolError('limit', `message of ${body.length} bytes, ${MAX_BODY_BYTES} are allowed`);
+export function checkMsgpack(body: Uint8Array, most: BodyLimits = BODY_LIMITS): void {
+  if (body.length > most.body) {
+    throw protocolError('limit', `message of ${body.length} bytes, ${most.body} are allowed`);
   }
   const view = new DataView(body.buffer, body.byteOffset, body.byteLength);
   // Values still to come in each open container, outermost first.
@@ -82,7 +90,7 @@ export function checkMsgpack(body: Uint8Array): void {
       continue;
     }
     open[open.length - 1] = left - 1;
-    const header = readHeader(view, at);
+    const header = readHeader(view, at, most.bin);
     at = header.next;
     if (at > body.length) throw truncated(body.length);
     if (header.children > 0) {
@@ -106,7 +114,7 @@ interface Header {
   readonly children: number;
 }
 
-function readHeader(view: DataView, at: number): Header {
+function readHeader(view: DataView, at: number, maxBin: number): Header {
   if (at >= view.byteLength) throw truncated(view.byteLength);
   const tag = view.getUint8(at);
   const leaf = (bytes: number): Header => ({ next: at + 1 + bytes, children: 0 });
@@ -135,11 +143,11 @@ function readHeader(view: DataView, at: number): Header {
     case 0xc3: // true
       return leaf(0);
     case 0xc4:
-      return run(1, MAX_BIN, 'bin');
+      return run(1, maxBin, 'bin');
     case 0xc5:
-      return run(2, MAX_BIN, 'bin');
+      return run(2, maxBin, 'bin');
     case 0xc6:
-      return run(4, MAX_BIN, 'bin');
+      return run(4, maxBin, 'bin');
     case 0xc7:
       return run(1, MAX_EXT, 'ext', 1);
     case 0xc8:

@@ -3,14 +3,26 @@
  * travels in the field `pd`, which only peers that are pd-worker send and read.
  */
 import type { ErrorCode } from '../errors.ts';
-import type { Fingerprint, SendType } from '../transfer/types.ts';
-import type { UniqueId } from '../transport/transport.ts';
 import type { GetVerdict, PutVerdict } from './bundle.ts';
 import type { Dtype } from './dtype.ts';
+import type { Fingerprint } from './fingerprint.ts';
 import type { TensorId } from './ids.ts';
 
 /** Version of everything that travels in `pd`. A peer of a higher one still understands this one. */
 export const PD_VERSION = 1;
+
+export const SEND_TYPES = ['PUT', 'PUT_ASYNC', 'GET'] as const;
+/**
+ * PUT: the producer sends, and a save waits until all is sent. PUT_ASYNC: the producer sends in the background. GET: the producer
+ * keeps, the consumer asks. Both ends must agree.
+ */
+export type SendType = (typeof SEND_TYPES)[number];
+
+export const UNIQUE_ID_BYTES = 128;
+
+declare const brand: unique symbol;
+/** Exactly 128 bytes: NCCL's bootstrap address, or the host transport's data address and token. */
+export type UniqueId = Uint8Array & { readonly [brand]: 'UniqueId' };
 
 /** What two ends of ours tell each other at NEW. */
 export interface PeerHello {
@@ -26,7 +38,7 @@ export interface PeerHello {
 export interface NewMessage {
   readonly cmd: 'NEW';
   readonly unique_id: UniqueId;
-  readonly ours?: PeerHello;
+  readonly native?: PeerHello;
 }
 
 /** "I want to send you this tensor." */
@@ -36,7 +48,7 @@ export interface PutMessage {
   readonly shape: readonly number[];
   readonly dtype: Dtype;
   /** Only towards a peer that is known to be ours: it may then answer `2`. */
-  readonly ours?: Pick<TensorForm, 'promptDigest'>;
+  readonly native?: Pick<TensorForm, 'promptDigest'>;
 }
 
 /** "Send me this tensor." */
@@ -44,7 +56,7 @@ export interface GetMessage {
   readonly cmd: 'GET';
   readonly tensor_id: TensorId;
   /** Only towards a peer that is known to be ours: it may then answer out of order, and repeats `seq`. */
-  readonly ours?: { readonly seq?: number };
+  readonly native?: { readonly seq?: number };
 }
 
 /** What a tensor on the wire is made of. */
@@ -89,7 +101,7 @@ export interface PingMessage {
   readonly type: 'P' | 'D';
   readonly http_address: string;
   readonly zmq_address: string;
-  readonly ours?: PingHello;
+  readonly native?: PingHello;
 }
 
 export interface PingHello {

@@ -1,22 +1,14 @@
 /** The main thread's side of the core thread: requests in, outputs to whoever asked, and one place where the core's death is heard. */
-import { Worker } from 'node:worker_threads';
-import { type Deferred, deferred } from '../deferred.ts';
+import { type Deferred, deferred, withDeadline } from '../deferred.ts';
 import { type ErrorData, PdError, unreachable } from '../errors.ts';
 import type { CoreRequest, RequestOutput } from '../scheduler/types.ts';
-import { threadEntry } from '../thread-entry.ts';
-import type { EngineRequestId, TransferId } from '../wire/ids.ts';
+import { startThread, type ThreadPort, threadEntry } from '../thread-entry.ts';
+import type { EngineRequestId } from '../wire/ids.ts';
 import { AsyncQueue } from './async-queue.ts';
-import type { CoreInfo, CoreInit, CoreState, FromCore, ToCore } from './messages.ts';
+import type { CoreInfo, CoreInit, CoreState, FromCore, ToCore } from './core-messages.ts';
 
-/** What a core thread is to its client: tests put a scripted one here. */
-export interface CorePort {
-  post(message: ToCore): void;
-  onMessage(listener: (message: FromCore) => void): void;
-  /** The thread is over: asked for or not. */
-  onExit(listener: (error: Error | undefined) => void): void;
-  /** Ends the thread by force. */
-  terminate(): Promise<void>;
-}
+/** The core thread as its client has it. */
+export type CorePort = ThreadPort<ToCore, FromCore>;
 
 /** The outputs of one request, in order; throws where the request failed or was aborted by its signal. Leaving the loop aborts it. */
 export interface Generation extends AsyncIterable<RequestOutput> {
@@ -51,17 +43,17 @@ const FAILED_END_MS = 2_000;
 const TERMINATE_MS = 2_000;
 
 export class CoreClient {
+  readonly #ended = deferred<PdError | undefined>();
   /** Resolves when the core has ended: with the error where it was not asked to. Never rejects. */
-  readonly ended: Promise<PdError | undefined>;
+  readonly ended = this.#ended.promise;
   readonly #port: CorePort;
   readonly #shutdownTimeoutMs: number;
   readonly #pending = new Map<EngineRequestId, Pending>();
   /** Requests whose KV the core will still tell of. */
   readonly #saves = new Map<EngineRequestId, Deferred<ErrorData | undefined>>();
-  readonly #states = new Map<number, (answer: CoreState | PdError) => void>();
+  readonly #states = new Map<number, Deferred<CoreState>>();
   #info: CoreInfo | undefined;
-  #onReady: (info: CoreInfo) => void = () => {};
-  #onEnded: (error: PdError | undefined) => void = () => {};
+  readonly #ready = deferred<CoreInfo>();
   /** Resolves once the core has closed what it held, or its thread is over. */
   readonly #gone = deferred<void>();
   #stateSeq = 0;
@@ -72,35 +64,28 @@ export class CoreClient {
   private constructor(port: CorePort, shutdownTimeoutMs: number) {
     this.#port = port;
     this.#shutdownTimeoutMs = shutdownTimeoutMs;
-    this.ended = new Promise((resolve) => {
-      this.#onEnded = resolve;
-    });
     port.onMessage((message) => this.#receive(message));
     port.onExit((error) => this.#exited(error));
   }
 
   /** Starts the core thread and waits until its model is loaded. */
   static start(init: CoreInit, options: CoreClientOptions = {}): Promise<CoreClient> {
-    return CoreClient.connect(threadPort(init), options);
+    const entry = threadEntry(import.meta.url, './core-thread.js');
+    return CoreClient.connect(startThread(entry, { workerData: init, name: 'core' }), options);
   }
 
   /** Waits for `ready` on a port. Throws what the core died of, or INTERNAL at the deadline; the thread is over then. */
   static async connect(port: CorePort, options: CoreClientOptions = {}): Promise<CoreClient> {
     const { startTimeoutMs = 600_000, shutdownTimeoutMs = 10_000 } = options;
     const client = new CoreClient(port, shutdownTimeoutMs);
-    const ready = new Promise<CoreInfo>((resolve) => {
-      client.#onReady = resolve;
-    });
-    const first = await withDeadline(Promise.race([ready, client.ended]), startTimeoutMs);
+    const first = await withDeadline(Promise.race([client.#ready.promise, client.ended]), startTimeoutMs);
     if (first !== undefined && !(first instanceof PdError)) {
       client.#info = first;
       return client;
     }
     await withDeadline(port.terminate(), TERMINATE_MS);
-    throw (
-      first ??
-      new PdError('INTERNAL', `the core thread was not ready after ${startTimeoutMs / 1000} s: gave up`)
-    );
+    const late = `the core thread was not ready after ${startTimeoutMs / 1_000} s`;
+    throw first ?? new PdError('INTERNAL', late);
   }
 
   get info(): CoreInfo {
@@ -155,40 +140,26 @@ export class CoreClient {
   async #state(integrity: boolean, timeoutMs: number): Promise<CoreState> {
     if (this.#over) throw this.#over;
     const seq = ++this.#stateSeq;
-    const answer = new Promise<CoreState | PdError>((resolve) => this.#states.set(seq, resolve));
+    const answer = deferred<CoreState>();
+    this.#states.set(seq, answer);
     this.#port.post({ type: 'state', seq, integrity });
-    const state = await withDeadline(answer, timeoutMs);
-    this.#states.delete(seq);
-    if (state === undefined) {
+    try {
+      const state = await withDeadline(answer.promise, timeoutMs);
+      if (state) return state;
       throw new PdError('INTERNAL', `the core thread did not answer a state request within ${timeoutMs} ms`);
+    } finally {
+      this.#states.delete(seq);
     }
-    if (state instanceof PdError) throw state;
-    return state;
   }
 
-  /** Frees KV that is held for requests which will not come here any more. */
-  release(transferIds: readonly TransferId[]): void {
-    if (!this.#over) this.#port.post({ type: 'release', transferIds });
-  }
-
-  /** The producer is done with the prompts of these requests: KV that is not here now is on its way, or lost. */
-  prefilled(transferIds: readonly TransferId[]): void {
-    if (!this.#over) this.#port.post({ type: 'prefilled', transferIds });
-  }
-
-  /** Their producer could not send the KV of these requests. */
-  kvFailed(transferIds: readonly TransferId[], reason: ErrorData): void {
-    if (!this.#over) this.#port.post({ type: 'kv-failed', transferIds, reason });
-  }
-
-  /** HTTP is up: the core may ping the proxy. */
-  serve(httpAddress: string): void {
-    if (!this.#over) this.#port.post({ type: 'serve', httpAddress });
-  }
-
-  /** No more pings. */
-  drain(): void {
-    if (!this.#over) this.#port.post({ type: 'drain' });
+  /** Tells the core what needs no answer; does nothing once it is over. */
+  tell(
+    message: Extract<
+      ToCore,
+      { readonly type: 'release' | 'prefilled' | 'kv-failed' | 'serve' | 'drain' | 'abort' }
+    >,
+  ): void {
+    if (!this.#over) this.#port.post(message);
   }
 
   /** Ends the thread, by force at the deadline; what is still pending fails. Idempotent. */
@@ -203,13 +174,13 @@ export class CoreClient {
     this.#port.post({ type: 'shutdown' });
     await withDeadline(this.#gone.promise, failed ? FAILED_END_MS : this.#shutdownTimeoutMs);
     await withDeadline(this.#port.terminate(), TERMINATE_MS);
-    this.#onEnded(undefined);
+    this.#ended.resolve(undefined);
   }
 
   #receive(message: FromCore): void {
     switch (message.type) {
       case 'ready':
-        this.#onReady(message.info);
+        this.#ready.resolve(message.info);
         return;
       case 'outputs':
         for (const output of message.outputs) this.#deliver(output);
@@ -219,7 +190,7 @@ export class CoreClient {
         this.#saves.delete(message.requestId);
         return;
       case 'state':
-        this.#states.get(message.seq)?.(message.state);
+        this.#states.get(message.seq)?.resolve(message.state);
         return;
       case 'fatal':
         this.#die(PdError.fromData(message.error));
@@ -257,7 +228,7 @@ export class CoreClient {
   #abortIndex(requestId: EngineRequestId, index: number): void {
     const pending = this.#pending.get(requestId);
     if (!pending?.open.has(index)) return;
-    if (!this.#over) this.#port.post({ type: 'abort', requestId, index });
+    this.tell({ type: 'abort', requestId, index });
     this.#closeIndex(requestId, pending, index);
   }
 
@@ -266,7 +237,7 @@ export class CoreClient {
     if (!pending) return;
     this.#forget(requestId, pending);
     this.#saves.delete(requestId);
-    if (!this.#over) this.#port.post({ type: 'abort', requestId });
+    this.tell({ type: 'abort', requestId });
   }
 
   #forget(requestId: EngineRequestId, pending: Pending): void {
@@ -276,13 +247,13 @@ export class CoreClient {
 
   #exited(error: Error | undefined): void {
     this.#gone.resolve();
-    if (this.#closing) this.#onEnded(undefined);
+    if (this.#closing) this.#ended.resolve(undefined);
     else this.#die(PdError.from(error ?? new Error('the core thread ended unasked')));
   }
 
   #die(error: PdError): void {
     this.#fail(error);
-    this.#onEnded(this.#closing ? undefined : error);
+    this.#ended.resolve(this.#closing ? undefined : error);
   }
 
   #fail(error: PdError): void {
@@ -292,38 +263,6 @@ export class CoreClient {
       pending.queue.fail(error);
     }
     for (const saved of this.#saves.values()) saved.resolve(error.toData());
-    for (const answer of this.#states.values()) answer(error);
+    for (const answer of this.#states.values()) answer.reject(error);
   }
-}
-
-/** Undefined at the deadline. */
-async function withDeadline<T>(promise: Promise<T>, ms: number): Promise<T | undefined> {
-  let timer: NodeJS.Timeout | undefined;
-  const deadline = new Promise<undefined>((resolve) => {
-    timer = setTimeout(() => resolve(undefined), ms);
-  });
-  try {
-    return await Promise.race([promise, deadline]);
-  } finally {
-    clearTimeout(timer);
-  }
-}
-
-function threadPort(init: CoreInit): CorePort {
-  const worker = new Worker(threadEntry(import.meta.url, './core-thread.js'), {
-    workerData: init,
-    name: 'core',
-  });
-  let thrown: Error | undefined;
-  worker.on('error', (error) => {
-    thrown = error instanceof Error ? error : new Error(String(error));
-  });
-  return {
-    post: (message) => worker.postMessage(message),
-    onMessage: (listener) => worker.on('message', listener),
-    onExit: (listener) => worker.on('exit', () => listener(thrown)),
-    terminate: async () => {
-      await worker.terminate();
-    },
-  };
 }

@@ -2,19 +2,17 @@
 import type { WorkerConfig } from '../config/worker-config.ts';
 import { P2pSchedulerConnector } from '../connector/scheduler-connector.ts';
 import { P2pWorkerConnector } from '../connector/worker-connector.ts';
-import { createDevice } from '../device/create.ts';
-import type { Device } from '../device/device.ts';
-import { createExecutor } from '../model/create.ts';
+import { createDevice } from '../device/create-device.ts';
+import { createExecutor } from '../model/create-executor.ts';
 import type { Executor } from '../model/executor.ts';
 import { formatHostPort } from '../net/address.ts';
 import type { Logger } from '../observability/log.ts';
 import { MetricsPage } from '../observability/metrics.ts';
-import { Scheduler } from '../scheduler/scheduler.ts';
-import { maxSequenceLength } from '../scheduler/validate.ts';
+import { maxSequenceLength, Scheduler } from '../scheduler/scheduler.ts';
 import type { TransferEngineApi } from '../transfer/engine-api.ts';
-import type { Fingerprint } from '../transfer/types.ts';
+import type { Fingerprint } from '../wire/fingerprint.ts';
 import { CoreLoop, type CoreLoopOptions } from './core.ts';
-import type { CoreInfo, CoreInit } from './messages.ts';
+import type { CoreInfo, CoreInit } from './core-messages.ts';
 
 export interface CoreParts {
   readonly loop: CoreLoop;
@@ -49,7 +47,7 @@ export async function createCore(
     if (engine) undo.push(() => engine.dispose());
     const limits = { numBlocks, blockSize: config.blockSize, maxModelLen };
     return {
-      loop: createLoop(init, { device, executor, engine, limits, log, told }),
+      loop: createLoop(init, { executor, engine, limits, log, told }),
       info: {
         ...(engine && { kvAddress: formatHostPort(engine.address) }),
         maxModelLen: maxSequenceLength(limits),
@@ -68,7 +66,6 @@ export async function createCore(
 }
 
 interface LoopParts {
-  readonly device: Device;
   readonly executor: Executor;
   readonly engine: TransferEngineApi | undefined;
   readonly limits: { readonly numBlocks: number; readonly blockSize: number; readonly maxModelLen: number };

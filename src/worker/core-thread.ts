@@ -3,8 +3,8 @@ import { parentPort, workerData } from 'node:worker_threads';
 import { PdError, unreachable } from '../errors.ts';
 import { createLogger } from '../observability/log.ts';
 import { OVERLAP_FEATURE } from '../wire/overlap.ts';
+import type { CoreInit, FromCore, ToCore } from './core-messages.ts';
 import { type CoreParts, createCore } from './core-parts.ts';
-import type { CoreInit, FromCore, ToCore } from './messages.ts';
 
 if (!parentPort) throw new PdError('INTERNAL', 'the core thread was started as a program');
 const port = parentPort;

@@ -20,8 +20,8 @@ import type { Scheduler } from '../scheduler/scheduler.ts';
 import type { SchedulerStep } from '../scheduler/step.ts';
 import type { CoreRequest, ForwardResult, RequestOutput } from '../scheduler/types.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
+import type { CoreState } from './core-messages.ts';
 import { CoreMetrics } from './core-metrics.ts';
-import type { CoreState } from './messages.ts';
 import { ThroughputLog, type ThroughputLogOptions } from './throughput-log.ts';
 
 /** After this many failing steps in a row the executor is taken for broken. */
@@ -42,11 +42,6 @@ export interface CoreLoopOptions {
   readonly clock?: ThroughputLogOptions['clock'];
 }
 
-type Command =
-  | { readonly kind: 'add'; readonly request: CoreRequest }
-  | { readonly kind: 'abort'; readonly requestId: EngineRequestId; readonly index: number | undefined }
-  | { readonly kind: 'prefilled' | 'released'; readonly transferId: TransferId };
-
 export class CoreLoop {
   readonly #options: CoreLoopOptions;
   readonly #scheduler: Scheduler;
@@ -55,7 +50,8 @@ export class CoreLoop {
   readonly #metrics: CoreMetrics;
   readonly #throughput: ThroughputLog;
   readonly #saving: LayerHooks;
-  #commands: Command[] = [];
+  /** What has come since the last turn. */
+  #commands: (() => void)[] = [];
   /** Set while the loop sleeps. */
   #sleep: Deferred<void> | undefined;
   #watchedLoads: Promise<void> | undefined;
@@ -75,23 +71,23 @@ export class CoreLoop {
   }
 
   add(request: CoreRequest): void {
-    this.#hear({ kind: 'add', request });
+    this.#hear(() => this.#add(request));
   }
 
   /** One completion, or all of the request. */
   abort(requestId: EngineRequestId, index?: number): void {
-    this.#hear({ kind: 'abort', requestId, index });
+    this.#hear(() => this.#abort(requestId, index));
   }
 
   /** The producer is done with the prompt; it matters to a request whose load has not begun. */
   prefilled(transferId: TransferId): void {
-    this.#hear({ kind: 'prefilled', transferId });
+    this.#hear(() => this.#scheduler.prefilled(transferId));
   }
 
   /** Nobody will come for its KV, and the step under way may end it: at once for what is known, in its turn for what has just come. */
   released(transferId: TransferId): void {
     this.#scheduler.released(transferId);
-    this.#hear({ kind: 'released', transferId });
+    this.#hear(() => this.#scheduler.released(transferId));
   }
 
   /** Ends the loop after the step under way; `run` resolves then, and every request left has ended with SERVER_DRAINING. Idempotent. */
@@ -186,17 +182,11 @@ export class CoreLoop {
     );
     this.#emit(this.#scheduler.failStep(step, error.toData()));
     if (this.#failedSteps < MAX_FAILED_STEPS) return;
-    throw new PdError(
-      error.code,
-      `${MAX_FAILED_STEPS} steps in a row failed, the last: ${error.message}`,
-      error.context,
-      {
-        cause: error,
-      },
-    );
+    const message = `${MAX_FAILED_STEPS} steps in a row failed, the last: ${error.message}`;
+    throw new PdError(error.code, message, error.context, { cause: error });
   }
 
-  #hear(command: Command): void {
+  #hear(command: () => void): void {
     this.#commands.push(command);
     this.#sleep?.resolve();
   }
@@ -204,21 +194,7 @@ export class CoreLoop {
   #takeCommands(): void {
     const commands = this.#commands;
     this.#commands = [];
-    for (const command of commands) {
-      switch (command.kind) {
-        case 'add':
-          this.#add(command.request);
-          break;
-        case 'abort':
-          this.#abort(command.requestId, command.index);
-          break;
-        case 'prefilled':
-          this.#scheduler.prefilled(command.transferId);
-          break;
-        case 'released':
-          this.#scheduler.released(command.transferId);
-      }
-    }
+    for (const command of commands) command();
   }
 
   #add(request: CoreRequest): void {
@@ -226,12 +202,8 @@ export class CoreLoop {
       this.#scheduler.add(request);
     } catch (error) {
       const { requestId, n } = request;
-      const refused = {
-        requestId,
-        tokens: [],
-        finishReason: 'error',
-        error: PdError.from(error).toData(),
-      } as const;
+      const told = PdError.from(error).toData();
+      const refused = { requestId, tokens: [], finishReason: 'error', error: told } as const;
       this.#emit(Array.from({ length: Math.max(1, n) }, (_, index) => ({ ...refused, index })));
     }
   }
@@ -279,10 +251,8 @@ export class CoreLoop {
   async #rest(): Promise<void> {
     const { numRunning, numWaiting, numLoading } = this.#scheduler;
     if (numRunning + numWaiting > 0 && numLoading === 0) {
-      throw new PdError(
-        'INTERNAL',
-        `nothing can run, with ${numRunning} running and ${numWaiting} waiting requests`,
-      );
+      const stuck = `nothing can run, with ${numRunning} running and ${numWaiting} waiting requests`;
+      throw new PdError('INTERNAL', stuck);
     }
     this.#watchLoads();
     if (this.#commands.length > 0 || this.#loadsEnded || this.#closing) return;

@@ -1,13 +1,12 @@
 /** The reader thread's entry: `ReaderInit` in, one body after another, each answered. Its owner (request-reader.ts) ends it. */
 import { workerData } from 'node:worker_threads';
+import { Tokenizer } from '../model/tokenizer.ts';
 import { answerReadings } from '../reading-thread.ts';
-import type { ReaderInit, ToReader } from './request-reader.ts';
-import { loadTextModel } from './server/model-text.ts';
-import { type Readings, type Route, readBody } from './server/reading.ts';
+import { type ReaderInit, type Readings, type Route, readBody, type ToReader } from './request-reader.ts';
 
 await answerReadings(async () => {
   const { modelDir } = workerData as ReaderInit;
-  const model = await loadTextModel(modelDir);
+  const model = await Tokenizer.load(modelDir);
   return ({ served, route, body }: ToReader) => readBody(served, model, route, body);
 }, buffersOf);
 

@@ -1,7 +1,10 @@
 /**
- * Who reads bodies (server/reading.ts): the HTTP thread itself where they are short, a thread of its own (reading-thread.ts) where they
- * are long.
+ * From the bytes of a body to what is to be done: JSON, schema, template, tokens, checks. `readBody` does no I/O and never waits, so the same
+ * function runs on the HTTP thread for short bodies and on the reader thread (reading-thread.ts) for long ones; what it returns is plain
+ * data.
  */
+import { PdError } from '../errors.ts';
+import { type TextModel, Tokenizer } from '../model/tokenizer.ts';
 import type { Logger } from '../observability/log.ts';
 import {
   openReader,
@@ -11,9 +14,44 @@ import {
   ReadingThread,
 } from '../reading-thread.ts';
 import { threadEntry } from '../thread-entry.ts';
-import { loadTextModel } from './server/model-text.ts';
-import { type Readings, type Route, readBody, type Served } from './server/reading.ts';
-import type { TextModel } from './server/text.ts';
+import { type ChatReading, readChat } from './server/chat.ts';
+import { type CompletionReading, readCompletion } from './server/completions.ts';
+import { parseJson, type Served } from './server/fields.ts';
+import { readDetokenize, readTokenize } from './server/tokenize.ts';
+
+/** What comes of a body, by route. The tokenizer's routes need nothing more: theirs is the answer itself, as JSON in UTF-8. */
+export interface Readings {
+  readonly completions: CompletionReading;
+  readonly chat: ChatReading;
+  readonly tokenize: Uint8Array<ArrayBuffer>;
+  readonly detokenize: Uint8Array<ArrayBuffer>;
+}
+
+export type Route = keyof Readings;
+
+const READERS: {
+  readonly [R in Route]: (served: Served, model: TextModel, body: unknown) => Readings[R];
+} = {
+  completions: readCompletion,
+  chat: readChat,
+  tokenize: readTokenize,
+  detokenize: readDetokenize,
+};
+
+/** Throws REQUEST_INVALID, MODEL_NOT_FOUND or CONTEXT_EXCEEDED; BODY_TOO_COSTLY where it is nested deeper than the stack goes. */
+export function readBody<R extends Route>(
+  served: Served,
+  model: TextModel,
+  route: R,
+  body: Uint8Array,
+): Readings[R] {
+  try {
+    return READERS[route](served, model, parseJson(body));
+  } catch (cause) {
+    if (!(cause instanceof RangeError)) throw cause;
+    throw new PdError('BODY_TOO_COSTLY', `reading the body: ${cause.message}`, {}, { cause });
+  }
+}
 
 /** `workerData` of the reader thread. */
 export interface ReaderInit {
@@ -31,10 +69,7 @@ export type ReaderPort = ReaderPortOf<ToReader, Readings[Route]>;
 
 /** What the server needs of it. */
 export interface BodyReader {
-  /**
-   * Throws what the body is refused for, READER_BUSY where the reader did not come to it in time, BODY_TOO_COSTLY where it took too
-   * much, REQUEST_ABORTED where `signal` fired while it waited.
-   */
+  /** Throws what `readBody` and `ReadingThread.read` throw. */
   read<R extends Route>(
     served: Served,
     route: R,
@@ -79,7 +114,7 @@ export class RequestReader implements BodyReader {
     log: Logger,
     options: RequestReaderOptions = {},
   ): Promise<RequestReader> {
-    const reader = new RequestReader(await loadTextModel(modelDir), { modelDir }, log, options);
+    const reader = new RequestReader(await Tokenizer.load(modelDir), { modelDir }, log, options);
     reader.#thread.start();
     return reader;
   }

@@ -1,5 +1,5 @@
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
-import type { ServeResult } from '../../src/bench/serve/serve.ts';
+import type { ServeResult } from '../../bench/serve/serve.ts';
 import { metricsOf, startWorker, type WorkerHandle } from '../support/cluster.ts';
 import { Program } from '../support/process.ts';
 import { eventually } from '../support/requests.ts';

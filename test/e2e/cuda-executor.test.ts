@@ -1,9 +1,10 @@
 /** The whole system computing on two stand-in GPUs: layers are sent while later ones are still being computed there. */
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
+import { inParallel } from '../../support/parallel.ts';
 import { standInEnvironment } from '../stand-ins/build.ts';
 import { metricsOf, startProxy, startWorker, untilListed, type WorkerHandle } from '../support/cluster.ts';
 import { kvMovedProblems } from '../support/kv-moved.ts';
-import { complete, inParallel, mixedRequests } from '../support/requests.ts';
+import { complete, mixedRequests } from '../support/requests.ts';
 
 const BFLOAT16 = 2;
 const COMPUTING = [

@@ -1,9 +1,10 @@
 /** The whole system on two stand-in GPUs: the host computes, KV moves through GPU memory and NCCL's calls. */
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
+import { inParallel } from '../../support/parallel.ts';
 import { standInEnvironment } from '../stand-ins/build.ts';
 import { metricsOf, startProxy, startWorker, untilListed, type WorkerHandle } from '../support/cluster.ts';
 import { kvMovedProblems } from '../support/kv-moved.ts';
-import { complete, inParallel, mixedRequests } from '../support/requests.ts';
+import { complete, mixedRequests } from '../support/requests.ts';
 
 const ON_GPU = ['--executor', 'host', '--kv-load-failure', 'fail', '--kv-buffer-size', '64e6'];
 

@@ -5,7 +5,7 @@ import { cpSync } from 'node:fs';
 import { open } from 'node:fs/promises';
 import { join } from 'node:path';
 import { afterEach, expect, it } from 'vitest';
-import { demoModelDir } from '../../src/model/demo.ts';
+import { demoModelDir } from '../../src/config/demo-model.ts';
 import { Program } from '../support/process.ts';
 import { tempDir } from '../support/temp-dir.ts';
 

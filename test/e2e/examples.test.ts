@@ -86,6 +86,8 @@ it('the packed package holds what it needs to run', async () => {
     'dist/src/proxy/body-thread.js',
     'dist/src/worker/core-thread.js',
     'dist/src/worker/reader-thread.js',
+    'dist/bench/cli/main.js',
+    'dist/bench/transfer/peer-main.js',
     'bin/pd-worker',
     'bin/pd-proxy',
     'bin/pd-launch',
@@ -101,5 +103,7 @@ it('the packed package holds what it needs to run', async () => {
   ];
   expect(needed.filter((path) => !paths.has(path))).toEqual([]);
   expect([...paths].filter((path) => path.startsWith('kernels/')).length).toBeGreaterThan(0);
-  expect([...paths].filter((path) => /^(dist\/)?(test|bench)\//.test(path))).toEqual([]);
+  const others =
+    /^(dist\/)?(test|support|scripts)\/|^bench\/|^dist\/bench\/(?!(cli|measure|serve|transfer)\/)/;
+  expect([...paths].filter((path) => others.test(path))).toEqual([]);
 });

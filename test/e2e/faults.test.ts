@@ -1,4 +1,5 @@
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
+import { inParallel } from '../../support/parallel.ts';
 import {
   keptPorts,
   metricsOf,
@@ -8,7 +9,7 @@ import {
   untilListed,
   type WorkerHandle,
 } from '../support/cluster.ts';
-import { type Completion, complete, eventually, inParallel, mixedRequests } from '../support/requests.ts';
+import { type Completion, complete, eventually, mixedRequests } from '../support/requests.ts';
 
 // KV whose request died with the proxy or the client is nobody's: it goes at the orphan deadline.
 const ARGS = ['--kv-load-timeout', '5s', '--kv-orphan-timeout', '5s'];

@@ -1,4 +1,5 @@
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
+import { inParallel } from '../../support/parallel.ts';
 import {
   metricsOf,
   type ProxyHandle,
@@ -8,7 +9,7 @@ import {
   type WorkerHandle,
 } from '../support/cluster.ts';
 import { kvMovedProblems } from '../support/kv-moved.ts';
-import { complete, eventually, inParallel, mixedRequests } from '../support/requests.ts';
+import { complete, eventually, mixedRequests } from '../support/requests.ts';
 
 const STRICT = ['--kv-load-failure', 'fail'];
 

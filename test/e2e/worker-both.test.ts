@@ -4,7 +4,7 @@ import { createServer } from 'node:net';
 import { join } from 'node:path';
 import { Template } from '@huggingface/jinja';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { demoModelDir } from '../../src/model/demo.ts';
+import { demoModelDir } from '../../src/config/demo-model.ts';
 import { formatHostPort } from '../../src/net/address.ts';
 import { PdWorker } from '../../src/worker/worker.ts';
 import { Program } from '../support/process.ts';

@@ -34,11 +34,11 @@ async function validMessages(): Promise<Record<string, Uint8Array>> {
   const tensors = [id('cmpl-a-0#l.0'), id('cmpl-a-0#l.1')];
   return {
     NEW: encodeMessage({ cmd: 'NEW', unique_id }),
-    'NEW of ours': encodeMessage({ cmd: 'NEW', unique_id, ours: hello }),
+    'NEW of ours': encodeMessage({ cmd: 'NEW', unique_id, native: hello }),
     PUT: encodeMessage({ cmd: 'PUT', tensor_id: tensors[0]!, shape, dtype: 'float16' }),
-    'PUT of ours': encodeMessage({ cmd: 'PUT', tensor_id: tensors[0]!, shape, dtype: 'float16', ours: {} }),
+    'PUT of ours': encodeMessage({ cmd: 'PUT', tensor_id: tensors[0]!, shape, dtype: 'float16', native: {} }),
     GET: encodeMessage({ cmd: 'GET', tensor_id: tensors[0]! }),
-    'GET of ours': encodeMessage({ cmd: 'GET', tensor_id: tensors[0]!, ours: { seq: 7 } }),
+    'GET of ours': encodeMessage({ cmd: 'GET', tensor_id: tensors[0]!, native: { seq: 7 } }),
     PUTS: encodeMessage({
       cmd: 'PUTS',
       seq: 1,
@@ -148,10 +148,10 @@ describe('a thousand mutated messages of each kind', () => {
     });
     services.add({ dispose: () => proxy.close(0) });
     const good = { type: 'P', http_address: '127.0.0.1:1', zmq_address: '127.0.0.1:2' } as const;
-    const ours = { version: 1, digest: 'd'.repeat(64), model: 'm' };
+    const native = { version: 1, digest: 'd'.repeat(64), model: 'm' };
     const dealer = new Dealer({ linger: 0, routingId: 'fuzz' });
     dealer.connect(`tcp://${formatHostPort(proxy.discoveryAddress)}`);
-    for (const body of [...mutated(encodePing(good)), ...mutated(encodePing({ ...good, ours }))])
+    for (const body of [...mutated(encodePing(good)), ...mutated(encodePing({ ...good, native }))])
       await dealer.send(body);
     await dealer.send(encodePing({ ...good, http_address: '127.0.0.1:9' }));
     await until('the good one', () =>

@@ -2,14 +2,15 @@ import { createHash, randomBytes } from 'node:crypto';
 import { connect, createServer, type Socket } from 'node:net';
 import fc from 'fast-check';
 import { afterEach, describe, expect, test } from 'vitest';
-import { createDevice } from '../../src/device/create.ts';
+import { createDevice } from '../../src/device/create-device.ts';
 import type { MemoryRef } from '../../src/device/device.ts';
 import { hostMemory, hostView, sliceMemory } from '../../src/device/memory.ts';
 import { PdError } from '../../src/errors.ts';
-import { createTransport } from '../../src/transport/create.ts';
+import { createTransport } from '../../src/transport/create-transport.ts';
 import { HostTransport } from '../../src/transport/host/transport.ts';
 import { decodeUniqueId, encodeUniqueId } from '../../src/transport/host/unique-id.ts';
-import type { Pair, Transport, UniqueId } from '../../src/transport/transport.ts';
+import type { Pair, Transport } from '../../src/transport/transport.ts';
+import type { UniqueId } from '../../src/wire/messages.ts';
 import { withStoppedClock } from '../support/stopped-clock.ts';
 
 const MB = 2 ** 20;

@@ -1,19 +1,20 @@
 /** KV leaves while the prompt is still being computed: layer 2 is not computed before layer 0 has left this process's hands. */
 import pino from 'pino';
 import { afterEach, expect, it } from 'vitest';
+import { DEFAULT_LIMITS } from '../../src/config/transfer-options.ts';
 import { P2pSchedulerConnector } from '../../src/connector/scheduler-connector.ts';
 import { P2pWorkerConnector, type SaveTrace } from '../../src/connector/worker-connector.ts';
-import { createDevice } from '../../src/device/create.ts';
+import { createDevice } from '../../src/device/create-device.ts';
+import { allocatePagedCache, attentionLayerName } from '../../src/device/paged-cache.ts';
 import { PdError } from '../../src/errors.ts';
 import { layerBytes } from '../../src/kv/layout.ts';
-import { allocatePagedCache, attentionLayerName } from '../../src/kv/paged-cache.ts';
 import type { Executor, LayerHooks } from '../../src/model/executor.ts';
 import { MetricsPage, readMetric } from '../../src/observability/metrics.ts';
 import { Scheduler } from '../../src/scheduler/scheduler.ts';
 import type { ForwardBatch, ForwardResult } from '../../src/scheduler/types.ts';
 import { TransferEngine } from '../../src/transfer/engine.ts';
-import { DEFAULT_LIMITS, type SendType } from '../../src/transfer/types.ts';
 import { engineRequestId, proxyRequestId } from '../../src/wire/ids.ts';
+import type { SendType } from '../../src/wire/messages.ts';
 import { CoreLoop } from '../../src/worker/core.ts';
 import { greedy } from '../support/core-harness.ts';
 import { PATIENT_TIMEOUTS } from '../support/transfer.ts';

@@ -1,7 +1,8 @@
-/** Our engine beside a worker of another make (test/peers, Python, from docs/protocol.md) on the host transport. */
+/** Our engine beside a worker of another make (support/peers, Python, from docs/protocol.md) on the host transport. */
 import { networkInterfaces } from 'node:os';
 import { afterEach, describe, expect, test } from 'vitest';
 import * as zmq from 'zeromq';
+import { DEFAULT_LIMITS } from '../../src/config/transfer-options.ts';
 import { deferred } from '../../src/deferred.ts';
 import { hostMemory, hostView } from '../../src/device/memory.ts';
 import { PdError } from '../../src/errors.ts';
@@ -9,13 +10,13 @@ import { formatHostPort, type HostPort } from '../../src/net/address.ts';
 import { createLogger } from '../../src/observability/log.ts';
 import { Discovery } from '../../src/proxy/discovery.ts';
 import { InstanceRegistry, type RegistryChange } from '../../src/proxy/registry.ts';
-import { DEFAULT_LIMITS, type SendRequest } from '../../src/transfer/types.ts';
+import type { SendRequest } from '../../src/transfer/types.ts';
 import { HostTransport } from '../../src/transport/host/transport.ts';
 import { decodeMessage, encodeAnswer } from '../../src/wire/codec.ts';
 import { type Dtype, tensorBytes } from '../../src/wire/dtype.ts';
 import { type TensorId, tensorIdOf } from '../../src/wire/ids.ts';
-import { proxiedId } from '../support/ids.ts';
-import { PythonPeer, pythonWith, seededBytes, sha256 } from '../support/python-peer.ts';
+import { proxiedId } from '../../support/ids.ts';
+import { PythonPeer, pythonWith, seededBytes, sha256 } from '../../support/python-peer.ts';
 import {
   failure,
   keptPort,

@@ -3,8 +3,8 @@ import fc from 'fast-check';
 import { afterEach, describe, expect, it } from 'vitest';
 import { hostView } from '../../src/device/memory.ts';
 import type { TransferService } from '../../src/transfer/service.ts';
-import { SEND_TYPES } from '../../src/transfer/types.ts';
 import type { TransferId } from '../../src/wire/ids.ts';
+import { SEND_TYPES } from '../../src/wire/messages.ts';
 import {
   blockOf,
   count,

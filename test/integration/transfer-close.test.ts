@@ -1,9 +1,9 @@
 /** Pairs that are closed because they are idle and too many, and opened again when needed. */
 import { afterEach, describe, expect, it } from 'vitest';
 import type { TransferService } from '../../src/transfer/service.ts';
-import type { SendType } from '../../src/transfer/types.ts';
 import { encodeMessage } from '../../src/wire/codec.ts';
 import type { TensorId } from '../../src/wire/ids.ts';
+import type { SendType } from '../../src/wire/messages.ts';
 import { RawPeer } from '../support/raw-peer.ts';
 import { count, flat, Services, send, until } from '../support/transfer.ts';
 import { WatchedTransport } from '../support/watched-transport.ts';

@@ -1,8 +1,8 @@
 /** Loads that begin while the producer still computes the prompt. */
 import { afterEach, describe, expect, it } from 'vitest';
-import { SEND_TYPES } from '../../src/transfer/types.ts';
 import { encodeMessage } from '../../src/wire/codec.ts';
 import type { TransferId } from '../../src/wire/ids.ts';
+import { SEND_TYPES } from '../../src/wire/messages.ts';
 import { RawPeer } from '../support/raw-peer.ts';
 import {
   failure,
@@ -82,8 +82,8 @@ describe('GET: of what is asked for early', () => {
     const peer = services.add(new RawPeer(producer.address));
     const transport = await peer.transport();
     const uniqueId = transport.createUniqueId();
-    const ours = { version: 1, features: [], sendType: 'GET' } as const;
-    await peer.say(encodeMessage({ cmd: 'NEW', unique_id: uniqueId, ours }));
+    const native = { version: 1, features: [], sendType: 'GET' } as const;
+    await peer.say(encodeMessage({ cmd: 'NEW', unique_id: uniqueId, native }));
     await transport.open({ uniqueId, rank: 0, peer: 'engine', timeoutMs: 60_000 });
     await peer.answer(1);
     await peer.say({ cmd: 'GET', tensor_id: 'nowhere#l' });

@@ -3,8 +3,8 @@ import { afterEach, describe, expect, it } from 'vitest';
 import { PdError } from '../../src/errors.ts';
 import { MetricsPage, readMetric } from '../../src/observability/metrics.ts';
 import { TransferEngine } from '../../src/transfer/engine.ts';
-import { SEND_TYPES } from '../../src/transfer/types.ts';
 import type { TransferId } from '../../src/wire/ids.ts';
+import { SEND_TYPES } from '../../src/wire/messages.ts';
 import {
   failure,
   flat,

@@ -4,8 +4,8 @@ import { deferred } from '../../src/deferred.ts';
 import { HostDevice } from '../../src/device/host.ts';
 import { hostMemory, hostView } from '../../src/device/memory.ts';
 import { PdError } from '../../src/errors.ts';
-import type { Fingerprint } from '../../src/transfer/types.ts';
 import type { Pair, Transport } from '../../src/transport/transport.ts';
+import type { Fingerprint } from '../../src/wire/fingerprint.ts';
 import type { TensorId, TransferId } from '../../src/wire/ids.ts';
 import {
   blockOf,

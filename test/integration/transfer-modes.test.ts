@@ -2,9 +2,9 @@
 import { afterEach, describe, expect, it } from 'vitest';
 import { hostView } from '../../src/device/memory.ts';
 import type { TransferService } from '../../src/transfer/service.ts';
-import { SEND_TYPES } from '../../src/transfer/types.ts';
 import { type TensorId, type TransferId, transferIdOf, withoutSuffix } from '../../src/wire/ids.ts';
-import { proxiedId } from '../support/ids.ts';
+import { SEND_TYPES } from '../../src/wire/messages.ts';
+import { proxiedId } from '../../support/ids.ts';
 import {
   blockOf,
   count,

@@ -10,7 +10,7 @@ import type { TransferService } from '../../src/transfer/service.ts';
 import type { Pair } from '../../src/transport/transport.ts';
 import { decodeMessage, encodeAnswer, encodeMessage } from '../../src/wire/codec.ts';
 import { type TensorId, type TransferId, tensorIdOf } from '../../src/wire/ids.ts';
-import { proxiedId } from '../support/ids.ts';
+import { proxiedId } from '../../support/ids.ts';
 import { RawListener, RawPeer } from '../support/raw-peer.ts';
 import {
   blockOf,
@@ -306,7 +306,7 @@ describe('between ours', () => {
     const consumer = await services.make();
     const peer = services.add(new RawPeer(consumer.address));
     await peer.say(
-      encodeMessage({ cmd: 'PUT', tensor_id: 'a#l' as TensorId, shape: [4], dtype: 'uint8', ours: {} }),
+      encodeMessage({ cmd: 'PUT', tensor_id: 'a#l' as TensorId, shape: [4], dtype: 'uint8', native: {} }),
     );
     expect(await peer.answer(1)).toBe('2');
     expect(leftovers(consumer)).toEqual([]);

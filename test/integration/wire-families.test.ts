@@ -1,4 +1,4 @@
-/** Tensors of every family and block size, to and from a worker of another make (test/peers): into our cache, and out of it. */
+/** Tensors of every family and block size, to and from a worker of another make (support/peers): into our cache, and out of it. */
 import { afterEach, describe, expect, test } from 'vitest';
 import type { PagedLayer } from '../../src/device/device.ts';
 import { hostView } from '../../src/device/memory.ts';
@@ -7,8 +7,9 @@ import { type PagedLayout, wireShape } from '../../src/kv/layout.ts';
 import { formatHostPort } from '../../src/net/address.ts';
 import type { TransferService } from '../../src/transfer/service.ts';
 import type { TensorId, TransferId } from '../../src/wire/ids.ts';
-import { proxiedId } from '../support/ids.ts';
-import { PythonPeer, pythonWith, seededBytes, sha256 } from '../support/python-peer.ts';
+import { proxiedId } from '../../support/ids.ts';
+import { PythonPeer, pythonWith, seededBytes, sha256 } from '../../support/python-peer.ts';
+import { type CachedKv, kvDifferences, tensorOfCache, tokenInCache } from '../../support/wire-kv.ts';
 import {
   failure,
   LAYOUT,
@@ -19,7 +20,6 @@ import {
   send,
   until,
 } from '../support/transfer.ts';
-import { type CachedKv, kvDifferences, tensorOfCache, tokenInCache } from '../support/wire-kv.ts';
 
 const python = pythonWith('msgpack');
 const services = new Services();

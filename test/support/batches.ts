@@ -1,18 +1,9 @@
 /** Steps for executors, by hand. */
 import type { Executor } from '../../src/model/executor.ts';
+import { GREEDY } from '../../src/model/sampler.ts';
 import type { ForwardBatch, SamplingParams, ScheduledSequence } from '../../src/scheduler/types.ts';
 import { engineRequestId } from '../../src/wire/ids.ts';
-import { transferOf } from './ids.ts';
-
-export const GREEDY: SamplingParams = {
-  temperature: 0,
-  topP: 1,
-  topK: 0,
-  seed: 0,
-  maxTokens: 64,
-  minTokens: 0,
-  stopTokenIds: [],
-};
+import { transferOf } from '../../support/ids.ts';
 
 export interface SequenceOptions {
   readonly id?: string;

@@ -1,15 +1,17 @@
 /** A real core thread (built JavaScript) on the host device with the demo model, as the main thread sees it. */
+
 import { once } from 'node:events';
 import { fileURLToPath } from 'node:url';
 import { Worker } from 'node:worker_threads';
+import { demoModelDir } from '../../src/config/demo-model.ts';
 import { type WorkerConfigInput, workerConfig } from '../../src/config/embedded.ts';
 import type { WorkerConfig } from '../../src/config/worker-config.ts';
-import { demoModelDir } from '../../src/model/demo.ts';
+import { GREEDY } from '../../src/model/sampler.ts';
 import { MetricsPage } from '../../src/observability/metrics.ts';
 import type { CoreRequest, RequestOutput, SamplingParams } from '../../src/scheduler/types.ts';
 import type { EngineRequestId } from '../../src/wire/ids.ts';
-import type { CoreInfo, CoreState, FromCore, ToCore } from '../../src/worker/messages.ts';
-import { transferOf } from './ids.ts';
+import type { CoreInfo, CoreState, FromCore, ToCore } from '../../src/worker/core-messages.ts';
+import { transferOf } from '../../support/ids.ts';
 import { PATIENT_TIMEOUTS } from './transfer.ts';
 
 const ENTRY = fileURLToPath(new URL('../../dist/src/worker/core-thread.js', import.meta.url));
@@ -112,16 +114,7 @@ export function greedy(
     requestId,
     transferId: transferOf(requestId),
     promptTokens: Int32Array.from(promptTokens),
-    sampling: {
-      temperature: 0,
-      topP: 1,
-      topK: 0,
-      seed: 0,
-      maxTokens: 8,
-      minTokens: 0,
-      stopTokenIds: [],
-      ...sampling,
-    },
+    sampling: { ...GREEDY, ...sampling },
     n,
   };
 }

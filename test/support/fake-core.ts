@@ -1,11 +1,10 @@
 /** A core thread that follows a script, and a tokenizer whose tokens are bytes: what the server needs, without model or threads. */
 
+import type { TextModel } from '../../src/model/tokenizer.ts';
 import type { CoreRequest, RequestOutput } from '../../src/scheduler/types.ts';
 import { CoreClient, type CoreClientOptions, type CorePort } from '../../src/worker/core-client.ts';
-import type { CoreInfo, CoreState, FromCore, ToCore } from '../../src/worker/messages.ts';
-import type { RequestReader } from '../../src/worker/request-reader.ts';
-import { readBody } from '../../src/worker/server/reading.ts';
-import type { TextModel } from '../../src/worker/server/text.ts';
+import type { CoreInfo, CoreState, FromCore, ToCore } from '../../src/worker/core-messages.ts';
+import { type RequestReader, readBody } from '../../src/worker/request-reader.ts';
 
 export const EOS = 256;
 export const VOCAB = 300;
@@ -121,6 +120,7 @@ export class FakeCore implements CorePort {
         setImmediate(() => this.emit({ type: 'closed' }));
         return;
       case 'abort':
+      case 'kv-failed':
       case 'prefilled':
       case 'release':
       case 'serve':
@@ -152,10 +152,11 @@ export const BYTE_MODEL: TextModel = {
   // One that is encoded stands for a byte; the longest of those that are only decoded for four.
   charactersPerToken: 4,
   encode: (text) => bytesOf(text),
-  decode: (tokens) => new TextDecoder().decode(Uint8Array.from(tokens.flatMap((token) => [...piece(token)]))),
+  decode: (tokens) =>
+    new TextDecoder().decode(Uint8Array.from([...tokens].flatMap((token) => [...piece(token)]))),
   tokenString: (token) => BYTE_MODEL.decode([token]),
   tokenBytes: (token) => Uint8Array.from(piece(token)),
-  applyChatTemplate: (messages, { addGenerationPrompt }) => {
+  applyChatTemplate: (messages, { addGenerationPrompt = true } = {}) => {
     if (messages.some(({ role }) => role === 'pirate')) throw new Error('no pirates');
     const text = messages.map(({ role, content }) => `${role}:${content};`).join('');
     return addGenerationPrompt ? `${text}assistant:` : text;

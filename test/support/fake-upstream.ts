@@ -85,7 +85,7 @@ export class FakeUpstream {
       http_address: this.httpAddress,
       zmq_address: this.zmqAddress,
       ...(digest !== undefined && {
-        ours: { version: 1, digest, model: `model-${digest}`, ...(features && { features }) },
+        native: { version: 1, digest, model: `model-${digest}`, ...(features && { features }) },
       }),
     });
   }

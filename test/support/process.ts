@@ -2,6 +2,7 @@
 import { type ChildProcess, spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { createInterface } from 'node:readline';
+import type { Readable } from 'node:stream';
 import { fileURLToPath } from 'node:url';
 
 const root = fileURLToPath(new URL('../../', import.meta.url));
@@ -11,6 +12,17 @@ export interface LogLine {
   readonly name: string;
   readonly msg: string;
   readonly [key: string]: unknown;
+}
+
+/** The match in the first line that has one; undefined where the stream ends before. What comes after is read and dropped. */
+export async function untilLine(stdout: Readable, pattern: RegExp): Promise<RegExpExecArray | undefined> {
+  for await (const line of createInterface({ input: stdout })) {
+    const match = pattern.exec(line);
+    if (!match) continue;
+    stdout.resume();
+    return match;
+  }
+  return undefined;
 }
 
 /** A test run that is cut short, by whatever signal, leaves no programs behind: they end when their stdin does. */

@@ -3,7 +3,8 @@ import { Encoder } from '@msgpack/msgpack';
 import * as zmq from 'zeromq';
 import { formatHostPort, type HostPort, zmqEndpoint } from '../../src/net/address.ts';
 import { HostTransport } from '../../src/transport/host/transport.ts';
-import type { Pair, UniqueId } from '../../src/transport/transport.ts';
+import type { Pair } from '../../src/transport/transport.ts';
+import type { UniqueId } from '../../src/wire/messages.ts';
 
 const encoder = new Encoder();
 

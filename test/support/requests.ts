@@ -20,6 +20,15 @@ export interface CompletionRequest {
   readonly temperature: number;
 }
 
+/** Which the bundled model answers with Paris. */
+export const CAPITAL: CompletionRequest = {
+  prompt: 'What is the capital of France?',
+  max_tokens: 8,
+  stream: false,
+  seed: 0,
+  temperature: 0,
+};
+
 /** Small deterministic generator (mulberry32): a failing mix can be run again. */
 export function randomNumbers(seed: number): () => number {
   let state = seed >>> 0;
@@ -100,24 +109,6 @@ export async function complete(
     completionTokens: usage.completion_tokens,
     ...(error ? { error } : {}),
   };
-}
-
-/** Runs `work` over the items, so many at a time; results in the items' order. */
-export async function inParallel<T, R>(
-  items: readonly T[],
-  width: number,
-  work: (item: T) => Promise<R>,
-): Promise<R[]> {
-  const results: R[] = new Array(items.length);
-  let next = 0;
-  const lane = async () => {
-    while (next < items.length) {
-      const at = next++;
-      results[at] = await work(items[at]!);
-    }
-  };
-  await Promise.all(Array.from({ length: width }, lane));
-  return results;
 }
 
 /** Polls `condition` until it returns true; throws with `what` at the deadline. For states that announce themselves nowhere. */

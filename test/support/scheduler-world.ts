@@ -13,22 +13,11 @@ import type {
   ForwardResult,
   RequestOutput,
   SampledToken,
-  SamplingParams,
   TokenLogprob,
 } from '../../src/scheduler/types.ts';
 import { type EngineRequestId, engineRequestId } from '../../src/wire/ids.ts';
 
 export const VOCAB = 50;
-
-export const GREEDY: SamplingParams = {
-  temperature: 0,
-  topP: 1,
-  topK: 0,
-  seed: 0,
-  maxTokens: 8,
-  minTokens: 0,
-  stopTokenIds: [],
-};
 
 const SEED = 0x811c9dc5;
 

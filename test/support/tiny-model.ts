@@ -2,7 +2,12 @@
 import { writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { uniform } from '../../src/model/random.ts';
-import { type FloatType, type TestTensor, type TestTensors, writeSafetensors } from './safetensors-writer.ts';
+import {
+  type FloatType,
+  type TestTensor,
+  type TestTensors,
+  writeSafetensors,
+} from '../../support/safetensors-writer.ts';
 
 export interface TinyOptions {
   readonly type?: FloatType;

@@ -1,6 +1,11 @@
 /** Transfer services and engines for tests: on the host, on loopback, with deadlines that only end what hangs. */
 import { randomFillSync } from 'node:crypto';
 import { transferOptions as completeOptions } from '../../src/config/embedded.ts';
+import {
+  DEFAULT_TIMEOUTS,
+  type TransferOptions,
+  type TransferTimeouts,
+} from '../../src/config/transfer-options.ts';
 import { deferred } from '../../src/deferred.ts';
 import type { MemoryRef, PagedLayer } from '../../src/device/device.ts';
 import { hostMemory, hostView } from '../../src/device/memory.ts';
@@ -10,14 +15,9 @@ import type { HostPort } from '../../src/net/address.ts';
 import { freePorts } from '../../src/net/free-ports.ts';
 import { type MetricName, type MetricsPage, readMetric } from '../../src/observability/metrics.ts';
 import { type ServiceParts, TransferService } from '../../src/transfer/service.ts';
-import {
-  DEFAULT_TIMEOUTS,
-  type SendRequest,
-  type TransferOptions,
-  type TransferTimeouts,
-} from '../../src/transfer/types.ts';
+import type { SendRequest } from '../../src/transfer/types.ts';
 import { type TensorId, type TransferId, tensorIdOf } from '../../src/wire/ids.ts';
-import { transferOf } from './ids.ts';
+import { transferOf } from '../../support/ids.ts';
 
 /** A busy machine is slow, not broken: tests set a shorter one where it is to pass. */
 export const PATIENT_TIMEOUTS: TransferTimeouts = {

@@ -7,8 +7,8 @@ import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
 import { expect } from 'vitest';
 import type { WireResult } from '../../bench/wire/result.ts';
+import { pythonWith } from '../../support/python-peer.ts';
 import { standInEnvironment } from '../stand-ins/build.ts';
-import { pythonWith } from './python-peer.ts';
 
 const script = fileURLToPath(new URL('../../scripts/wire-results.sh', import.meta.url));
 const standInTorch = fileURLToPath(new URL('../stand-ins/python', import.meta.url));

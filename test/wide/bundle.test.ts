@@ -4,10 +4,11 @@ import { once } from 'node:events';
 import { existsSync, mkdirSync, mkdtempSync, readdirSync, rmSync, symlinkSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
 import { afterAll, beforeAll, expect, test } from 'vitest';
 import { standInEnvironment } from '../stand-ins/build.ts';
+import { untilLine } from '../support/process.ts';
+import { CAPITAL, complete } from '../support/requests.ts';
 
 const ROOT = fileURLToPath(new URL('../../', import.meta.url));
 /** What a host without Node has; the start scripts may use no more. */
@@ -60,23 +61,9 @@ test('a worker in it answers a completion with the bundled model', async () => {
     env,
     stdio: ['ignore', 'pipe', 'inherit'],
   });
-  let url: string | undefined;
-  for await (const line of createInterface({ input: worker.stdout! })) {
-    url = /Running on (http:[^"\s]+)/.exec(line)?.[1];
-    if (url) break;
-  }
-  const response = await fetch(`${url}/v1/completions`, {
-    method: 'POST',
-    headers: { 'content-type': 'application/json' },
-    body: JSON.stringify({
-      model: 'demo',
-      prompt: 'What is the capital of France?',
-      max_tokens: 8,
-      temperature: 0,
-    }),
-  });
-  const { choices } = (await response.json()) as { choices: readonly { text: string }[] };
-  expect(choices[0]?.text).toContain('Paris');
+  const [, url] = (await untilLine(worker.stdout!, /Running on (http:[^"\s]+)/)) ?? [];
+  const { text } = await complete(url!, CAPITAL);
+  expect(text).toContain('Paris');
   worker.kill('SIGTERM');
   expect(await once(worker, 'exit')).toEqual([0, null]);
 });

@@ -7,10 +7,11 @@ import { once } from 'node:events';
 import { existsSync, readdirSync, readFileSync } from 'node:fs';
 import { copyFile, mkdir, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
-import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
 import { afterEach, beforeAll, describe, expect, test } from 'vitest';
+import { untilLine } from '../support/process.ts';
+import { CAPITAL, complete } from '../support/requests.ts';
 import { sharedTempDir } from '../support/temp-dir.ts';
 
 const ROOT = fileURLToPath(new URL('../../', import.meta.url));
@@ -76,13 +77,8 @@ describe('its programs', () => {
       process.kill(-child.pid!, 'SIGINT');
       await ended;
     };
-    for await (const line of createInterface({ input: child.stdout })) {
-      const match = pattern.exec(line);
-      if (match) {
-        child.stdout.resume();
-        return { match, interrupt };
-      }
-    }
+    const match = await untilLine(child.stdout, pattern);
+    if (match) return { match, interrupt };
     throw new Error(`${program} ended before it said ${pattern}\n${stderr}`);
   }
 
@@ -101,18 +97,8 @@ describe('its programs', () => {
     const host = ['--json', '--free-ports', '--device', 'host'];
     const { match, interrupt } = await npx(/^\{.*\}$/, 'pd-launch', ...host);
     const { proxy } = JSON.parse(match[0]) as { proxy: { url: string } };
-    const response = await fetch(`${proxy.url}/v1/completions`, {
-      method: 'POST',
-      headers: { 'content-type': 'application/json' },
-      body: JSON.stringify({
-        model: 'demo',
-        prompt: 'What is the capital of France?',
-        max_tokens: 8,
-        temperature: 0,
-      }),
-    });
-    const { choices } = (await response.json()) as { choices: readonly { text: string }[] };
-    expect(choices[0]?.text).toContain('Paris');
+    const { text } = await complete(proxy.url, CAPITAL);
+    expect(text).toContain('Paris');
     await interrupt();
   });
 

@@ -4,9 +4,9 @@ import { readdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { beforeAll, describe, expect, test } from 'vitest';
-import type { Report } from '../../src/bench/report.ts';
-import type { PartResult } from '../../src/bench/result.ts';
-import { cacheBlocks } from '../../src/bench/shape.ts';
+import type { Report } from '../../bench/transfer/report.ts';
+import type { PartResult } from '../../bench/transfer/result.ts';
+import { cacheBlocks } from '../../bench/transfer/shape.ts';
 import { standInEnvironment } from '../stand-ins/build.ts';
 import { tempDir } from '../support/temp-dir.ts';
 
@@ -26,7 +26,9 @@ interface Ended {
 
 function run(file: string, args: readonly string[], env: Record<string, string> = {}): Promise<Ended> {
   return new Promise((resolve) => {
-    const child = execFile(file, args, { cwd: ROOT, env: { ...process.env, ...env } }, (_, stdout, stderr) =>
+    // The build is there: all tests share it.
+    const all = { ...process.env, PD_SKIP_BUILD: '1', ...env };
+    const child = execFile(file, args, { cwd: ROOT, env: all }, (_, stdout, stderr) =>
       resolve({ code: child.exitCode ?? -1, stdout, stderr }),
     );
   });
@@ -113,16 +115,25 @@ test('without GPUs it says what is missing, and where to go on without', async (
   expect(stderr).toContain('--device host');
 });
 
-test('gpu-results.sh writes one report of all its parts', async () => {
+test.each([
+  ['host', 'transfer,soak', ['soak', 'transfer']],
+  ['cuda', 'exchange,device', ['exchange']],
+])('gpu-results.sh on %s writes one report of all its parts', async (device, only, parts) => {
   const folder = await tempDir();
-  const args = ['--device', 'host', '--small', '--only', 'transfer,soak', '--out', folder];
-  const { code, stdout } = await run(join(ROOT, 'scripts/gpu-results.sh'), args);
+  const args = ['--device', device, '--small', '--only', only, '--out', folder];
+  const env = device === 'cuda' ? standIns : {};
+  const { code, stdout } = await run(join(ROOT, 'scripts/gpu-results.sh'), args, env);
   expect(stdout).toContain('all as it should be');
   expect(code).toBe(0);
-  const [json] = readdirSync(folder).filter((file) => /^\d{4}-\d\d-\d\d-host-transfer\.json$/.test(file));
+  const [json] = readdirSync(folder).filter((file) => /^\d{4}-\d\d-\d\d-\S+-transfer\.json$/.test(file));
   const text = readFileSync(join(folder, json!), 'utf8');
   const report = JSON.parse(text) as Report;
-  expect(report.parts.map(({ part }) => part).sort()).toEqual(['soak', 'transfer']);
-  expect(report.steps.map(({ status }) => status)).toEqual([0, 0]);
+  expect(report.parts.map(({ part }) => part).sort()).toEqual(parts);
+  expect(report.steps.map(({ step, status }) => [step, status])).toEqual(
+    only
+      .split(',')
+      .sort()
+      .map((step) => [step, 0]),
+  );
   expect(text).not.toContain(folder);
 });

@@ -2,8 +2,8 @@
 import { parentPort, workerData } from 'node:worker_threads';
 import { setNativeDefaults } from '../../../ffi/libc.ts';
 import { loadCudart } from '../../../ffi/libcudart.ts';
-import { CUDA_ENVIRONMENT } from '../../config/native-env.ts';
 import { PdError } from '../../errors.ts';
+import { CUDA_ENVIRONMENT } from '../native-env.ts';
 import type { PinnedAnswer, PinnedJob } from './pinned.ts';
 
 const job = workerData as PinnedJob;

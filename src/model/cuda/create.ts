@@ -2,12 +2,13 @@
 import { Cublas } from '../../../ffi/libcublas.ts';
 import { CudaDevice } from '../../device/cuda/device.ts';
 import type { Device, DevicePointer } from '../../device/device.ts';
+import type { NamedLayer } from '../../device/paged-cache.ts';
 import { PdError } from '../../errors.ts';
-import { blockBytes, type PagedLayout, runBytes } from '../../kv/layout.ts';
-import { allocatePagedCache, attentionLayerName, type NamedLayer } from '../../kv/paged-cache.ts';
+import { blockBytes, runBytes } from '../../kv/layout.ts';
 import { binarySize } from '../../observability/bytes.ts';
 import type { Logger } from '../../observability/log.ts';
 import type { ModelConfig } from '../config.ts';
+import { allocateKvCache, kvLayout } from '../kv-cache.ts';
 import { uploadAngles } from './angles.ts';
 import { CudaExecutor } from './executor.ts';
 import { DecodeGraphs, graphSizes } from './graphs.ts';
@@ -156,27 +157,19 @@ function takeCache(
   options: CudaExecutorOptions,
 ): { readonly numBlocks: number; readonly layers: readonly NamedLayer[] } {
   const { config, type, blockSize, maxModelLen, utilization, reserved } = options;
-  const layout: PagedLayout = {
-    family: 'kv-first',
-    numBlocks: 1,
-    blockSize,
-    heads: config.kvHeads,
-    headDim: config.headDim,
-    dtype: type,
-  };
+  const format = { dtype: type, blockSize };
   const numBlocks =
     options.numBlocks ??
     blocksThatFit({
       ...device.runtime.memoryInfo(),
       utilization,
       reserved: reserved + GRAPH_BYTES,
-      blockBytes: blockBytes(layout) * config.layers,
+      blockBytes: blockBytes(kvLayout(config, format)) * config.layers,
       perSequence: Math.ceil(maxModelLen / blockSize),
       model: config.name,
       device: device.name,
     });
-  const names = Array.from({ length: config.layers }, (_, i) => attentionLayerName(i));
-  return { numBlocks, layers: allocatePagedCache(device, { ...layout, numBlocks }, names) };
+  return { numBlocks, layers: allocateKvCache(device, config, format, numBlocks) };
 }
 
 /** `kv-first`: all of K, then all of V. */

@@ -6,9 +6,8 @@ import type { CudaDevice } from '../../device/cuda/device.ts';
 import type { CudaStream } from '../../device/cuda/stream.ts';
 import type { DeviceEvent, DevicePointer, MemoryRef } from '../../device/device.ts';
 import { sliceMemory } from '../../device/memory.ts';
+import type { NamedLayer } from '../../device/paged-cache.ts';
 import { EventPoller } from '../../device/poller.ts';
-import { runBytes, runOffset, runsPerBlock } from '../../kv/layout.ts';
-import type { NamedLayer } from '../../kv/paged-cache.ts';
 import type {
   ForwardBatch,
   ForwardResult,
@@ -17,9 +16,11 @@ import type {
   TokenLogprob,
 } from '../../scheduler/types.ts';
 import type { Executor, LayerHooks, StepHooks } from '../executor.ts';
+import { copyBlock } from '../kv-cache.ts';
+import { lastRows, type SampledRow, sampledRows } from '../rows.ts';
 import type { DecodeGraphs } from './graphs.ts';
 import { type CudaLlama, word } from './llama.ts';
-import { CudaSampler, type WantedToken } from './sampling.ts';
+import { CudaSampler } from './sampling.ts';
 import {
   DRAW_WORDS,
   isDecodeStep,
@@ -58,7 +59,7 @@ export class CudaExecutor implements Executor {
   readonly #poller = new EventPoller();
   readonly #plan: Int32Array;
   readonly #sampler: CudaSampler;
-  /** Marks of the last step's layers. They may be recorded anew once the connector has gathered what came before them. */
+  /** Events of the last step's layers. They may be recorded again once the connector has gathered what came before them. */
   #events: DeviceEvent[] = [];
   #disposed = false;
 
@@ -78,12 +79,16 @@ export class CudaExecutor implements Executor {
   async #forward(batch: ForwardBatch, hooks: StepHooks): Promise<ForwardResult> {
     this.#begin(batch);
     const { sequences } = batch;
-    const wanted = wantedOf(sequences);
+    const wanted = sampledRows(sequences);
     const promptLogprobs = new Map<string, readonly TokenLogprob[]>();
     const size = hooks.beforeLayer ? undefined : this.#graphSize(sequences);
     if (size !== undefined) {
       this.#launchGraph(size, sequences, hooks);
-      return { sampled: await this.#sampleDecoded(sequences, hooks), promptLogprobs };
+      // row i of the logits is sequence i's
+      return {
+        sampled: await this.#sampler.sampleRows(wanted, sequences.length, hooks.sampling),
+        promptLogprobs,
+      };
     }
     const plan = this.#upload(sequences);
     await this.#enqueue(plan, hooks);
@@ -117,10 +122,8 @@ export class CudaExecutor implements Executor {
       return all;
     }
     await this.#enqueue(this.#upload(sequences), {});
-    let row = 0;
-    for (const [i, { tokens }] of sequences.entries()) {
-      row += tokens.length;
-      this.#parts.model.score(1, { first: row - 1 });
+    for (const [i, first] of lastRows(sequences).entries()) {
+      this.#parts.model.score(1, { first });
       await this.#sampler.readLogits([0], (logits) => all.set(logits, i * this.vocabSize));
     }
     return all;
@@ -161,7 +164,12 @@ export class CudaExecutor implements Executor {
     const { device, stream } = this.#parts;
     device.enter();
     this.#releaseEvents();
-    copyCacheBlocks(device, stream, this.layers, batch.blockCopies);
+    for (const { source, target } of batch.blockCopies) {
+      for (const { cache } of this.layers) {
+        const { layout, memory } = cache;
+        copyBlock(device, stream, layout, { memory, block: target }, { memory, block: source });
+      }
+    }
   }
 
   #graphSize(sequences: readonly ScheduledSequence[]): number | undefined {
@@ -219,20 +227,9 @@ export class CudaExecutor implements Executor {
     for (let layer = 0; layer < layers.length; layer++) hooks.afterLayer(layer, event.ref);
   }
 
-  /** After a graph: row i of the logits is sequence i's. */
-  async #sampleDecoded(
-    sequences: readonly ScheduledSequence[],
-    { sampling }: StepHooks,
-  ): Promise<SampledToken[]> {
-    const rows = sequences.flatMap((sequence, row) =>
-      sequence.sample ? [{ row, sequence, sample: sequence.sample }] : [],
-    );
-    return this.#sampler.sampleRows(rows, sequences.length, sampling);
-  }
-
   async #sampleChosen(
     plan: StepPlan,
-    wanted: readonly WantedToken[],
+    wanted: readonly SampledRow[],
     { sampling }: StepHooks,
   ): Promise<SampledToken[]> {
     const { model, logitRows, planDevice } = this.#parts;
@@ -252,7 +249,7 @@ export class CudaExecutor implements Executor {
     return sampled;
   }
 
-  /** A step that failed half-way goes on writing into its blocks, which will be others'; so it is waited for all the same. */
+  /** A step that failed half-way still writes into its blocks, which will soon belong to others; so it is waited for even then. */
   async #settled<T>(run: () => Promise<T>): Promise<T> {
     try {
       return await run();
@@ -275,30 +272,6 @@ export class CudaExecutor implements Executor {
   #releaseEvents(): void {
     for (const event of this.#events.splice(0)) event.dispose();
   }
-}
-
-/** Copies of whole KV blocks within each layer's cache, before a step reads or writes them. */
-function copyCacheBlocks(
-  device: CudaDevice,
-  stream: CudaStream,
-  layers: readonly NamedLayer[],
-  copies: ForwardBatch['blockCopies'],
-): void {
-  for (const { source, target } of copies) {
-    for (const { cache } of layers) {
-      const { layout, memory } = cache;
-      const bytes = runBytes(layout);
-      const run = (block: number, index: number) =>
-        sliceMemory(memory, runOffset(layout, layout.numBlocks, block, index), bytes);
-      for (let i = 0; i < runsPerBlock(layout); i++) {
-        device.copy(run(target, i), run(source, i), stream);
-      }
-    }
-  }
-}
-
-function wantedOf(sequences: readonly ScheduledSequence[]): WantedToken[] {
-  return sequences.flatMap((sequence) => (sequence.sample ? [{ sequence, sample: sequence.sample }] : []));
 }
 
 function int32(bytes: Uint8Array): Int32Array {

@@ -76,11 +76,12 @@ export interface Matrix {
   readonly inputs: number;
 }
 
+/** Device addresses, and numbers, by name. */
+export type Addresses<Names extends string> = { readonly [Name in Names]: DevicePointer };
+type Numbers<Names extends string> = { readonly [Name in Names]: number };
+
 /** One layer's cache as the kernels see it: K and V of slot s at s * kvHeads * headDim elements. */
-export interface CachePointers {
-  readonly keys: DevicePointer;
-  readonly values: DevicePointer;
-}
+export type CachePointers = Addresses<'keys' | 'values'>;
 
 export interface KernelShape {
   readonly type: ElementType;
@@ -92,85 +93,40 @@ export interface KernelShape {
 }
 
 /** Addresses of what a step's plan put on the device (see step-plan.ts). */
-export interface DecodeRows {
-  readonly queryRows: DevicePointer;
-  readonly contexts: DevicePointer;
-  readonly tableStarts: DevicePointer;
-  readonly tables: DevicePointer;
-  readonly count: number;
-}
+type DecodeRows = Addresses<'queryRows' | 'contexts' | 'tableStarts' | 'tables'> & Numbers<'count'>;
 
 /** x[row] = embedding[tokens[row]]. */
-interface EmbedArguments {
-  readonly x: DevicePointer;
-  readonly embedding: Matrix;
-  readonly tokens: DevicePointer;
-  readonly rows: number;
-}
+type EmbedArguments = Addresses<'x' | 'tokens'> & Numbers<'rows'> & { readonly embedding: Matrix };
 
 /** out[i] = norm(x[chosen[i]]); `chosen` undefined: the first `rows` rows. */
-interface RmsNormArguments {
-  readonly out: DevicePointer;
-  readonly x: DevicePointer;
-  readonly weight: DevicePointer;
-  readonly hidden: number;
-  readonly rows: number;
+interface RmsNormArguments extends Addresses<'out' | 'x' | 'weight'>, Numbers<'hidden' | 'rows'> {
   readonly chosen: DevicePointer | undefined;
 }
 
-interface RopeCacheArguments {
-  readonly qkv: DevicePointer;
+interface RopeCacheArguments extends Addresses<'qkv' | 'positions' | 'slots' | 'q'>, Numbers<'rows'> {
   readonly bias: DevicePointer | undefined;
   readonly queryNorm: DevicePointer | undefined;
   readonly keyNorm: DevicePointer | undefined;
-  readonly positions: DevicePointer;
-  readonly slots: DevicePointer;
-  readonly q: DevicePointer;
   readonly cache: CachePointers;
-  readonly rows: number;
 }
 
-interface SwigluArguments {
-  readonly out: DevicePointer;
-  readonly gateUp: DevicePointer;
-  readonly rows: number;
-  readonly inner: number;
-}
+type SwigluArguments = Addresses<'out' | 'gateUp'> & Numbers<'rows' | 'inner'>;
 
-interface PrefillArguments {
-  readonly out: DevicePointer;
-  readonly q: DevicePointer;
+/** `items`, `count` of them: see kernels/model/attention_prefill.cu. */
+interface PrefillArguments extends Addresses<'out' | 'q' | 'items' | 'tables'>, Numbers<'count'> {
   readonly cache: CachePointers;
-  /** See kernels/model/attention_prefill.cu. */
-  readonly items: DevicePointer;
-  readonly count: number;
-  readonly tables: DevicePointer;
 }
 
-interface DecodeArguments {
-  readonly out: DevicePointer;
-  readonly q: DevicePointer;
+/** `scratch`: as `decodeScratchBytes` says. */
+interface DecodeArguments extends Addresses<'out' | 'q' | 'scratch'>, Numbers<'splits'> {
   readonly cache: CachePointers;
   readonly rows: DecodeRows;
-  readonly splits: number;
-  /** As `decodeScratchBytes` says. */
-  readonly scratch: DevicePointer;
 }
 
-interface ArgmaxArguments {
-  readonly tokens: DevicePointer;
-  readonly logits: DevicePointer;
-  readonly rows: number;
-  readonly vocab: number;
-}
+type ArgmaxArguments = Addresses<'tokens' | 'logits'> & Numbers<'rows' | 'vocab'>;
 
 /** out [rows, outputs] = x [rows, inputs] weight^T. */
-export interface ProductArguments {
-  readonly out: DevicePointer;
-  readonly x: DevicePointer;
-  readonly weight: Matrix;
-  readonly rows: number;
-}
+export type ProductArguments = Addresses<'out' | 'x'> & Numbers<'rows'> & { readonly weight: Matrix };
 
 export class ModelKernels {
   readonly shape: KernelShape;
@@ -185,7 +141,7 @@ export class ModelKernels {
   readonly #parts: number;
   /** For scores as powers of two. */
   readonly #scale: number;
-  readonly #angles: { readonly cosine: DevicePointer; readonly sine: DevicePointer };
+  readonly #angles: Addresses<'cosine' | 'sine'>;
 
   /**
    * Loads every module. Throws MODEL_UNSUPPORTED for a head size without a kernel, CUDA_ERROR where no image loads, INTERNAL where the
@@ -195,7 +151,7 @@ export class ModelKernels {
     target: KernelTarget,
     stream: CudaStreamHandle,
     shape: KernelShape,
-    angles: { readonly cosine: DevicePointer; readonly sine: DevicePointer },
+    angles: Addresses<'cosine' | 'sine'>,
   ) {
     const { headDim, heads, kvHeads, blockSize } = shape;
     checkHeadDim(headDim);
@@ -305,8 +261,8 @@ export class ModelKernels {
     this.#kernels.argmax.launch(this.#stream, rows, { logits, tokens, vocab });
   }
 
-  /** tokens[i], from `argmax`, drawn anew as `draws` says: see kernels/model/sample.cu. */
-  draw({ tokens, logits, draws, rows, vocab }: ArgmaxArguments & { readonly draws: DevicePointer }): void {
+  /** tokens[i], from `argmax`, redrawn as `draws` says: see kernels/model/sample.cu. */
+  draw({ tokens, logits, draws, rows, vocab }: ArgmaxArguments & Addresses<'draws'>): void {
     this.#kernels.draw.launch(this.#stream, rows, { logits, tokens, draws, vocab });
   }
 

@@ -9,7 +9,7 @@
 import type { CudaDevice } from '../../device/cuda/device.ts';
 import type { DevicePointer } from '../../device/device.ts';
 import type { ModelConfig } from '../config.ts';
-import type { CachePointers, ModelKernels } from './kernels.ts';
+import type { Addresses, CachePointers, ModelKernels } from './kernels.ts';
 import type { Products } from './products.ts';
 import type { StepPlan } from './step-plan.ts';
 import type { CudaLayerWeights, CudaWeights } from './weights.ts';
@@ -32,19 +32,9 @@ export interface ScoredRows {
   readonly draws?: DevicePointer;
 }
 
-interface Activations {
-  readonly x: DevicePointer;
-  readonly normed: DevicePointer;
-  readonly qkv: DevicePointer;
-  readonly q: DevicePointer;
-  readonly attended: DevicePointer;
-  readonly gateUp: DevicePointer;
-  readonly gated: DevicePointer;
-  readonly decode: DevicePointer;
-  readonly chosen: DevicePointer;
-  readonly logits: DevicePointer;
-  readonly tokens: DevicePointer;
-}
+type Activations = Addresses<
+  'x' | 'normed' | 'qkv' | 'q' | 'attended' | 'gateUp' | 'gated' | 'decode' | 'chosen' | 'logits' | 'tokens'
+>;
 
 export class CudaLlama {
   readonly #config: ModelConfig;

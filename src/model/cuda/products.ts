@@ -1,7 +1,7 @@
 /** Which program computes a matrix product: kernels of ours where few rows make it a matter of memory, cuBLAS for the rest. */
 import type { Cublas } from '../../../ffi/libcublas.ts';
-import type { DevicePointer } from '../../device/device.ts';
 import {
+  type Addresses,
   GEMV_ROWS,
   type Matrix,
   type ModelKernels,
@@ -9,12 +9,9 @@ import {
   type ProductMode,
 } from './kernels.ts';
 
-interface GatedArguments {
-  readonly out: DevicePointer;
-  readonly x: DevicePointer;
+interface GatedArguments extends Addresses<'out' | 'x' | 'scratch'> {
   readonly gateUp: Matrix;
   readonly rows: number;
-  readonly scratch: DevicePointer;
 }
 
 export class Products {

@@ -3,10 +3,10 @@ import type { CudaDevice } from '../../device/cuda/device.ts';
 import type { CudaStream } from '../../device/cuda/stream.ts';
 import type { DevicePointer, MemoryRef } from '../../device/device.ts';
 import { sliceMemory } from '../../device/memory.ts';
-import { PdError } from '../../errors.ts';
-import type { SampledToken, ScheduledSequence, TokenLogprob } from '../../scheduler/types.ts';
+import type { SampledToken, SampleSpec, ScheduledSequence, TokenLogprob } from '../../scheduler/types.ts';
 import type { StepHooks } from '../executor.ts';
-import { logprobOf, sample } from '../sampler.ts';
+import type { SampledRow } from '../rows.ts';
+import { bans, logprobOf, noDistribution, sample } from '../sampler.ts';
 import type { CudaLlama } from './llama.ts';
 
 /** Rows of logits that the host reads at a time. */
@@ -23,15 +23,10 @@ export interface SamplerParts {
   readonly limits: { readonly vocab: number };
 }
 
-export interface WantedToken {
-  readonly sequence: ScheduledSequence;
-  readonly sample: NonNullable<ScheduledSequence['sample']>;
-}
-
 export class CudaSampler {
   readonly vocabSize: number;
   readonly #parts: SamplerParts;
-  /** Resolves when the stream has come so far. */
+  /** Resolves when the stream has run everything enqueued until now. */
   readonly #drained: (what: string) => Promise<void>;
   readonly #tokens: Int32Array;
   readonly #logits: Float32Array;
@@ -48,7 +43,7 @@ export class CudaSampler {
 
   /** Tokens come from the GPU; what asks for log-probabilities or bans tokens is sampled here, from its logits. */
   async sampleRows(
-    rows: readonly (WantedToken & { readonly row: number })[],
+    rows: readonly SampledRow[],
     scored: number,
     sampling?: StepHooks['sampling'],
   ): Promise<SampledToken[]> {
@@ -74,9 +69,8 @@ export class CudaSampler {
   #token(row: number, { sequenceId }: ScheduledSequence): SampledToken {
     const token = this.#tokens[row]!;
     if (token >= 0) return { sequenceId, token };
-    throw new PdError(
-      'INTERNAL',
-      `sequence ${sequenceId}: the highest of ${this.vocabSize} logits is no finite number: the model computed no usable distribution`,
+    throw noDistribution(
+      `sequence ${sequenceId}: the highest of ${this.vocabSize} logits is no finite number`,
     );
   }
 
@@ -120,9 +114,8 @@ export class CudaSampler {
 }
 
 /** A token and nothing about it, of all that there are. */
-function isTokenAlone({ params, outputPosition }: NonNullable<ScheduledSequence['sample']>): boolean {
-  const banned = outputPosition < params.minTokens && params.stopTokenIds.length > 0;
-  return params.logprobs === undefined && !banned;
+function isTokenAlone(spec: SampleSpec): boolean {
+  return spec.params.logprobs === undefined && !bans(spec);
 }
 
 function cudaMemory(device: CudaDevice, pointer: DevicePointer, bytes: number): MemoryRef {

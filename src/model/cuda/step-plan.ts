@@ -10,9 +10,10 @@
 import { PdError } from '../../errors.ts';
 import type { SampleSpec, ScheduledSequence } from '../../scheduler/types.ts';
 import { uniform } from '../random.ts';
+import { placeTokens, type RowLimits, rowCount } from '../rows.ts';
 import { PREFILL_ROWS } from './kernels.ts';
 
-export interface StepCounts {
+interface StepCounts {
   readonly rows: number;
   /** Sequences of the decode kernel. */
   readonly decodes: number;
@@ -24,41 +25,24 @@ export interface StepCounts {
   readonly draws: number;
 }
 
-/** Offsets in int32 words. */
-export interface StepOffsets {
-  readonly tokens: number;
-  readonly positions: number;
-  readonly slots: number;
-  readonly queryRows: number;
-  readonly contexts: number;
-  readonly tableStarts: number;
-  readonly items: number;
-  readonly draws: number;
-  readonly chosen: number;
-  readonly tables: number;
-}
-
 export interface StepPlan {
   readonly counts: StepCounts;
-  readonly at: StepOffsets;
+  readonly at: ReturnType<typeof stepOffsets>;
   /** Words written. */
   readonly words: number;
 }
 
-export interface PlanLimits {
+export interface PlanLimits extends RowLimits {
   readonly maxRows: number;
   readonly maxSequences: number;
   /** Blocks of the longest sequence. */
   readonly maxBlocks: number;
-  readonly blockSize: number;
-  readonly numBlocks: number;
-  readonly vocab: number;
 }
 
 export interface PlanOptions {
   /** Every sequence through the prefill kernel, whose results depend on no other row. */
   readonly batchInvariant: boolean;
-  /** Padding to so many sequences of one token each, for a graph. Padding writes no KV and attends to nothing. */
+  /** Pad to this many sequences of one token each, for a graph. Padding writes no KV and attends to nothing. */
   readonly padTo?: number;
 }
 
@@ -68,7 +52,8 @@ export const DRAW_WORDS = 4;
 /** Items are read 16 bytes at a time. */
 const align = (words: number) => Math.ceil(words / ITEM_WORDS) * ITEM_WORDS;
 
-export function stepOffsets({ rows, decodes, items, chosen, draws }: StepCounts): StepOffsets {
+/** In int32 words. */
+function stepOffsets({ rows, decodes, items, chosen, draws }: StepCounts) {
   const queryRows = 3 * rows;
   const itemsAt = align(queryRows + 3 * decodes);
   const drawsAt = itemsAt + ITEM_WORDS * items;
@@ -118,7 +103,7 @@ export function planStep(
   const single = (sequence: ScheduledSequence) => !batchInvariant && sequence.tokens.length === 1;
   const decodes = sequences.filter(single).length;
   const items = itemsOf(sequences, limits.blockSize, (sequence) => !single(sequence));
-  const rows = sequences.reduce((sum, { tokens }) => sum + tokens.length, 0);
+  const rows = rowCount(sequences);
   const sampled = sequences.filter(({ sample }) => sample).length;
   const counts: StepCounts =
     padTo === undefined
@@ -141,7 +126,12 @@ export function planStep(
   const floats = new Float32Array(target.buffer, target.byteOffset, target.length);
   for (const [index, sequence] of sequences.entries()) {
     const { tokens, start, blockTable } = sequence;
-    writeRows(target, at, row, sequence, limits);
+    const first = row;
+    placeTokens(sequence, limits, (i, token, position, slot) => {
+      target[at.tokens + first + i] = token;
+      target[at.positions + first + i] = position;
+      target[at.slots + first + i] = slot;
+    });
     if (single(sequence)) {
       target[at.queryRows + decode] = row;
       target[at.contexts + decode] = start + 1;
@@ -194,35 +184,6 @@ function writeDraw(
   floats[at + 3] = uniform(params.seed, spec.index, spec.outputPosition);
 }
 
-function writeRows(
-  target: Int32Array,
-  at: StepOffsets,
-  first: number,
-  { tokens, start, blockTable, sequenceId }: ScheduledSequence,
-  { blockSize, numBlocks, vocab }: PlanLimits,
-): void {
-  for (let i = 0; i < tokens.length; i++) {
-    const position = start + i;
-    const token = tokens[i]!;
-    if (!(token >= 0 && token < vocab)) {
-      throw new PdError(
-        'INTERNAL',
-        `sequence ${sequenceId}: token ${token} at position ${position} is outside of the vocabulary`,
-      );
-    }
-    const block = blockTable[Math.floor(position / blockSize)];
-    if (block === undefined || block < 0 || block >= numBlocks) {
-      throw new PdError(
-        'INTERNAL',
-        `sequence ${sequenceId}: position ${position} has no block in its table of ${blockTable.length}`,
-      );
-    }
-    target[at.tokens + first + i] = token;
-    target[at.positions + first + i] = position;
-    target[at.slots + first + i] = block * blockSize + (position % blockSize);
-  }
-}
-
 /** The most work first, so that the last thread blocks to start are the shortest. */
 function itemsOf(
   sequences: readonly ScheduledSequence[],
@@ -257,7 +218,7 @@ function checkSize(
   { maxRows, maxSequences, maxBlocks, blockSize }: PlanLimits,
   padTo = sequences.length,
 ): void {
-  const rows = sequences.reduce((sum, { tokens }) => sum + tokens.length, 0);
+  const rows = rowCount(sequences);
   const longest = sequences.reduce((most, sequence) => Math.max(most, blocksOf(sequence, blockSize)), 0);
   if (rows > maxRows || sequences.length > maxSequences || padTo < sequences.length || longest > maxBlocks) {
     throw new PdError(

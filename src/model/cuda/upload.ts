@@ -5,13 +5,10 @@ import type { DeviceEvent, MemoryRef } from '../../device/device.ts';
 import { sliceMemory } from '../../device/memory.ts';
 import { EventPoller } from '../../device/poller.ts';
 import { PdError } from '../../errors.ts';
-import {
-  bfloat16ToFloat32,
-  float16ToFloat32,
-  float32ToBfloat16,
-  float32ToFloat16,
-} from '../float-convert.ts';
+import { DTYPE_BYTES } from '../../wire/dtype.ts';
+import { type FloatType, float32ToBfloat16, float32ToFloat16, toFloat32 } from '../float-convert.ts';
 import type { Checkpoint } from '../safetensors.ts';
+import type { Tensor } from '../tensors.ts';
 import type { ElementType } from './kernels.ts';
 
 /** Bytes of one buffer, and how many there are: Node reads files on four threads, and copies go on meanwhile. */
@@ -19,11 +16,6 @@ const PIECE = 8 * 2 ** 20;
 const BUFFERS = 6;
 /** For one piece, milliseconds: far past what it takes. */
 const COPY_TIMEOUT = 60_000;
-const STORED: Readonly<Record<string, ElementType | 'float32'>> = {
-  BF16: 'bfloat16',
-  F16: 'float16',
-  F32: 'float32',
-};
 
 interface Buffer {
   readonly memory: MemoryRef;
@@ -74,29 +66,21 @@ export class WeightUpload {
   }
 
   /**
-   * Starts tensor `name` on its way to `target`, converted where the checkpoint stores another float type. Resolves when the last piece
-   * has a buffer, not when it has arrived: that is `finish`. Throws CHECKPOINT_INVALID.
+   * Starts a tensor on its way to `target`, converted where the checkpoint stores another float type. Resolves when the last piece has
+   * a buffer, not when it has arrived: that is `finish`. Throws CHECKPOINT_INVALID.
    */
-  async put(target: MemoryRef, name: string, shape: readonly number[]): Promise<void> {
-    const { dtype, bytes } = this.#checkpoint.stored(name, shape);
-    const stored = STORED[dtype];
-    if (stored === undefined) {
-      throw new PdError(
-        'CHECKPOINT_INVALID',
-        `${this.#checkpoint.dir}: tensor ${name} is ${dtype}; weights are F32, F16 or BF16`,
-      );
-    }
-    const elementBytes = stored === 'float32' ? 4 : 2;
-    const count = bytes / elementBytes;
+  async put(target: MemoryRef, tensor: Tensor): Promise<void> {
+    const { type, bytes } = this.#checkpoint.stored(tensor);
+    const count = bytes / DTYPE_BYTES[type];
     if (target.bytes !== 2 * count) {
-      throw new PdError('INTERNAL', `${count} elements of ${name} into ${target.bytes} bytes`);
+      throw new PdError('INTERNAL', `${count} elements of ${tensor.name} into ${target.bytes} bytes`);
     }
     const step = PIECE / 2;
     for (let first = 0; first < count; first += step) {
       const length = Math.min(step, count - first);
       const buffer = await this.#take();
       const to = sliceMemory(target, 2 * first, 2 * length);
-      const piece = this.#move(buffer, to, name, shape, stored, first, length)
+      const piece = this.#move(buffer, to, tensor, type, first, length)
         .catch((error: unknown) => {
           this.#failure ??= PdError.from(error);
         })
@@ -125,26 +109,26 @@ export class WeightUpload {
   async #move(
     buffer: Buffer,
     target: MemoryRef,
-    name: string,
-    shape: readonly number[],
-    stored: ElementType | 'float32',
+    tensor: Tensor,
+    stored: FloatType,
     first: number,
     length: number,
   ): Promise<void> {
     const source = sliceMemory(buffer.memory, 0, 2 * length);
+    const view = buffer.view.subarray(0, 2 * length);
     if (stored === this.#type) {
-      await this.#checkpoint.readPiece(name, shape, 2 * first, buffer.view.subarray(0, 2 * length));
+      await this.#checkpoint.readPiece(tensor, 2 * first, view);
     } else {
-      const size = stored === 'float32' ? 4 : 2;
+      const size = DTYPE_BYTES[stored];
       const raw = new Uint8Array(size * length);
-      await this.#checkpoint.readPiece(name, shape, size * first, raw);
-      const view = buffer.view.subarray(0, 2 * length);
-      convert(raw, stored, new Uint16Array(view.buffer, view.byteOffset, length), this.#type);
+      await this.#checkpoint.readPiece(tensor, size * first, raw);
+      const convert = this.#type === 'float16' ? float32ToFloat16 : float32ToBfloat16;
+      convert(toFloat32(raw, stored), new Uint16Array(view.buffer, view.byteOffset, length));
     }
     this.#device.copy(target, source, this.#stream);
     const copied: DeviceEvent = this.#stream.record();
     try {
-      await this.#poller.wait(copied, COPY_TIMEOUT, `copying ${name} to ${this.#device.name}`);
+      await this.#poller.wait(copied, COPY_TIMEOUT, `copying ${tensor.name} to ${this.#device.name}`);
     } finally {
       copied.dispose();
     }
@@ -161,20 +145,4 @@ export class WeightUpload {
     if (next) next(buffer);
     else this.#free.push(buffer);
   }
-}
-
-function convert(
-  raw: Uint8Array,
-  stored: ElementType | 'float32',
-  target: Uint16Array,
-  type: ElementType,
-): void {
-  let floats: Float32Array;
-  if (stored === 'float32') {
-    floats = new Float32Array(raw.buffer);
-  } else {
-    floats = new Float32Array(target.length);
-    (stored === 'float16' ? float16ToFloat32 : bfloat16ToFloat32)(new Uint16Array(raw.buffer), floats);
-  }
-  (type === 'float16' ? float32ToFloat16 : float32ToBfloat16)(floats, target);
 }

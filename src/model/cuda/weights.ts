@@ -1,12 +1,20 @@
 /** The weights of a model in GPU memory, 16 bits each, q/k/v and gate/up joined into one matrix each: one product instead of three or two. */
 import type { CudaDevice } from '../../device/cuda/device.ts';
-import type { DevicePointer, MemoryRef } from '../../device/device.ts';
+import type { DevicePointer } from '../../device/device.ts';
 import { sliceMemory } from '../../device/memory.ts';
 import { PdError } from '../../errors.ts';
 import { binarySize } from '../../observability/bytes.ts';
 import type { Logger } from '../../observability/log.ts';
 import type { ModelConfig } from '../config.ts';
 import { Checkpoint } from '../safetensors.ts';
+import {
+  elementCount,
+  elementsOf,
+  type LayerTensors,
+  type ModelTensors,
+  modelTensors,
+  type Tensor,
+} from '../tensors.ts';
 import type { ElementType, Matrix } from './kernels.ts';
 import { LoadProgress } from './load-progress.ts';
 import { WeightUpload } from './upload.ts';
@@ -43,20 +51,10 @@ export interface CudaWeights {
 export async function elementTypeOf(dir: string, config: ModelConfig): Promise<ElementType> {
   const checkpoint = await Checkpoint.open(dir);
   try {
-    const { dtype } = checkpoint.stored('model.embed_tokens.weight', [config.vocab, config.hidden]);
-    return dtype === 'F16' ? 'float16' : 'bfloat16';
+    return checkpoint.stored(modelTensors(config).embedding).type === 'float16' ? 'float16' : 'bfloat16';
   } finally {
     await checkpoint.dispose();
   }
-}
-
-/** Bytes that `loadCudaWeights` takes. */
-export function weightBytes(config: ModelConfig): number {
-  const { layers, hidden, heads, kvHeads, headDim, intermediate, vocab } = config;
-  const qkv = (heads + 2 * kvHeads) * headDim;
-  const norms = 2 * hidden + (config.qkNorm ? 2 * headDim : 0) + (config.attentionBias ? qkv : 0);
-  const layer = qkv * hidden + hidden * heads * headDim + 3 * intermediate * hidden + norms;
-  return 2 * (layers * layer + vocab * hidden * (config.tieWordEmbeddings ? 1 : 2) + hidden);
 }
 
 /** Throws OUT_OF_DEVICE_MEMORY saying by how much, before anything is read; CHECKPOINT_INVALID naming file, tensor and both shapes. */
@@ -67,7 +65,8 @@ export async function loadCudaWeights(
   device: CudaDevice,
   log?: Logger,
 ): Promise<CudaWeights> {
-  const bytes = weightBytes(config);
+  const tensors = modelTensors(config);
+  const bytes = 2 * elementCount(tensors);
   device.enter();
   const { free, total } = device.runtime.memoryInfo();
   if (bytes > free) {
@@ -82,9 +81,9 @@ export async function loadCudaWeights(
   let upload: WeightUpload | undefined;
   try {
     upload = await WeightUpload.create(checkpoint, device, type, (arrived) => progress?.add(arrived));
-    const weights = await new Loader(device, upload, config).load(type, bytes);
+    const weights = await new Loader(device, upload).load(tensors);
     await upload.finish();
-    return weights;
+    return { type, ...weights, bytes };
   } finally {
     progress?.end();
     await upload?.dispose();
@@ -95,102 +94,61 @@ export async function loadCudaWeights(
 class Loader {
   readonly #device: CudaDevice;
   readonly #upload: WeightUpload;
-  readonly #config: ModelConfig;
 
-  constructor(device: CudaDevice, upload: WeightUpload, config: ModelConfig) {
+  constructor(device: CudaDevice, upload: WeightUpload) {
     this.#device = device;
     this.#upload = upload;
-    this.#config = config;
   }
 
-  async load(type: ElementType, bytes: number): Promise<CudaWeights> {
-    const { vocab, hidden, layers, tieWordEmbeddings } = this.#config;
-    const embedding = await this.#matrix('embedding', hidden, [['model.embed_tokens.weight', vocab]]);
-    const loaded: CudaLayerWeights[] = [];
-    for (let i = 0; i < layers; i++) loaded.push(await this.#layer(`model.layers.${i}`));
-    const finalNorm = await this.#vector('model.norm.weight', hidden);
-    const head = tieWordEmbeddings
-      ? embedding
-      : await this.#matrix('output head', hidden, [['lm_head.weight', vocab]]);
-    return { type, embedding, layers: loaded, finalNorm, head, bytes };
+  async load(tensors: ModelTensors<Tensor>): Promise<Omit<CudaWeights, 'type' | 'bytes'>> {
+    const embedding = await this.#matrix('embedding', [tensors.embedding]);
+    const layers: CudaLayerWeights[] = [];
+    for (const layer of tensors.layers) layers.push(await this.#layer(layer));
+    const finalNorm = await this.#vector(tensors.finalNorm);
+    const tied = tensors.head === tensors.embedding;
+    const head = tied ? embedding : await this.#matrix('output head', [tensors.head]);
+    return { embedding, layers, finalNorm, head };
   }
 
-  async #layer(prefix: string): Promise<CudaLayerWeights> {
-    const { hidden, intermediate, heads, kvHeads, headDim, attentionBias, qkNorm } = this.#config;
-    const attention = `${prefix}.self_attn`;
-    const projections = [
-      [`${attention}.q_proj`, heads * headDim],
-      [`${attention}.k_proj`, kvHeads * headDim],
-      [`${attention}.v_proj`, kvHeads * headDim],
-    ] as const;
-    const weightsOf = (parts: readonly (readonly [string, number])[]) =>
-      parts.map(([name, outputs]) => [`${name}.weight`, outputs] as const);
+  async #layer({ bias, headNorm, ...layer }: LayerTensors<Tensor>): Promise<CudaLayerWeights> {
     return {
-      inputNorm: await this.#vector(`${prefix}.input_layernorm.weight`, hidden),
-      qkv: await this.#matrix(`${attention}.qkv`, hidden, weightsOf(projections)),
-      ...(attentionBias && { qkvBias: await this.#biases(`${attention}.qkv`, projections) }),
-      ...(qkNorm && {
-        queryNorm: await this.#vector(`${attention}.q_norm.weight`, headDim),
-        keyNorm: await this.#vector(`${attention}.k_norm.weight`, headDim),
+      inputNorm: await this.#vector(layer.inputNorm),
+      qkv: await this.#matrix('q, k and v projection', [layer.query, layer.key, layer.value]),
+      ...(bias && { qkvBias: await this.#joined('q, k and v bias', [bias.query, bias.key, bias.value]) }),
+      ...(headNorm && {
+        queryNorm: await this.#vector(headNorm.query),
+        keyNorm: await this.#vector(headNorm.key),
       }),
-      output: await this.#matrix(`${attention}.o_proj`, heads * headDim, [
-        [`${attention}.o_proj.weight`, hidden],
-      ]),
-      postNorm: await this.#vector(`${prefix}.post_attention_layernorm.weight`, hidden),
-      gateUp: await this.#matrix(
-        `${prefix}.mlp.gate_up`,
-        hidden,
-        weightsOf([
-          [`${prefix}.mlp.gate_proj`, intermediate],
-          [`${prefix}.mlp.up_proj`, intermediate],
-        ]),
-      ),
-      down: await this.#matrix(`${prefix}.mlp.down_proj`, intermediate, [
-        [`${prefix}.mlp.down_proj.weight`, hidden],
-      ]),
+      output: await this.#matrix('output projection', [layer.output]),
+      postNorm: await this.#vector(layer.postNorm),
+      gateUp: await this.#matrix('gate and up projection', [layer.gate, layer.up]),
+      down: await this.#matrix('down projection', [layer.down]),
     };
   }
 
   /** Tensors [outputs, inputs] one below the other. */
-  async #matrix(
-    what: string,
-    inputs: number,
-    parts: readonly (readonly [name: string, outputs: number])[],
-  ): Promise<Matrix> {
-    const outputs = parts.reduce((sum, [, count]) => sum + count, 0);
-    const memory = this.#device.allocate(2 * outputs * inputs, what);
-    await this.#putAll(
-      memory,
-      parts.map(([name, count]) => ({ name, shape: [count, inputs] })),
+  async #matrix(what: string, parts: readonly Tensor[]): Promise<Matrix> {
+    const pointer = await this.#joined(what, parts);
+    const outputs = parts.reduce((sum, { shape }) => sum + shape[0]!, 0);
+    return { pointer, outputs, inputs: parts[0]!.shape[1]! };
+  }
+
+  #vector(tensor: Tensor): Promise<DevicePointer> {
+    return this.#joined(tensor.name, [tensor]);
+  }
+
+  /** Tensors one after the other, in memory of their own. */
+  async #joined(what: string, parts: readonly Tensor[]): Promise<DevicePointer> {
+    const sizes = parts.map(({ shape }) => 2 * elementsOf(shape));
+    const memory = this.#device.allocate(
+      sizes.reduce((sum, bytes) => sum + bytes, 0),
+      what,
     );
-    return { pointer: memory.pointer, outputs, inputs };
-  }
-
-  async #biases(what: string, parts: readonly (readonly [string, number])[]): Promise<DevicePointer> {
-    const width = parts.reduce((sum, [, count]) => sum + count, 0);
-    const memory = this.#device.allocate(2 * width, `${what} bias`);
-    await this.#putAll(
-      memory,
-      parts.map(([name, count]) => ({ name: `${name}.bias`, shape: [count] })),
-    );
-    return memory.pointer;
-  }
-
-  async #vector(name: string, width: number): Promise<DevicePointer> {
-    const memory = this.#device.allocate(2 * width, name);
-    await this.#upload.put(memory, name, [width]);
-    return memory.pointer;
-  }
-
-  async #putAll(
-    memory: MemoryRef,
-    tensors: readonly { readonly name: string; readonly shape: readonly number[] }[],
-  ): Promise<void> {
     let at = 0;
-    for (const { name, shape } of tensors) {
-      const bytes = 2 * shape.reduce((product, dim) => product * dim, 1);
-      await this.#upload.put(sliceMemory(memory, at, bytes), name, shape);
-      at += bytes;
+    for (const [i, tensor] of parts.entries()) {
+      await this.#upload.put(sliceMemory(memory, at, sizes[i]!), tensor);
+      at += sizes[i]!;
     }
+    return memory.pointer;
   }
 }

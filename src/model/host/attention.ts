@@ -1,5 +1,6 @@
 /** Attention of one token over the paged KV cache of its sequence. */
-import { type HostLayerCache, slotOf, valuesOffset } from './layer-cache.ts';
+import { slotOf } from '../rows.ts';
+import { type HostLayerCache, valuesOffset } from './layer-cache.ts';
 
 /** Reused between calls; grows with the longest sequence. */
 export class AttentionScratch {

@@ -1,6 +1,6 @@
 /** Runs steps on the host: float32 arithmetic over a paged KV cache that lies in host memory, or in GPU memory behind a mirror. */
 import type { Device } from '../../device/device.ts';
-import { allocatePagedCache, attentionLayerName, type NamedLayer } from '../../kv/paged-cache.ts';
+import type { NamedLayer } from '../../device/paged-cache.ts';
 import type {
   ForwardBatch,
   ForwardResult,
@@ -10,12 +10,14 @@ import type {
 } from '../../scheduler/types.ts';
 import type { ModelConfig } from '../config.ts';
 import type { Executor, LayerHooks, StepHooks } from '../executor.ts';
+import { allocateKvCache } from '../kv-cache.ts';
+import { lastRows, sampledRows } from '../rows.ts';
 import { logprobOf, sample } from '../sampler.ts';
 import { type HostCaches, openHostCaches } from './caches.ts';
 import { HostLlama } from './llama.ts';
 import { type LlamaWeights, loadLlamaWeights } from './weights.ts';
 
-/** Logits of so many rows at a time: a long prompt's log-probabilities must not take [tokens, vocab] of memory. */
+/** Rows of logits computed at a time: a long prompt's log-probabilities must not take [tokens, vocab] of memory. */
 const LOGIT_ROWS = 32;
 
 export interface HostExecutorOptions {
@@ -53,16 +55,7 @@ export class HostExecutor implements Executor {
     numBlocks,
   }: HostExecutorOptions): Promise<HostExecutor> {
     const weights = await loadLlamaWeights(dir, config);
-    const layout = {
-      family: 'kv-first',
-      numBlocks,
-      blockSize,
-      heads: config.kvHeads,
-      headDim: config.headDim,
-      dtype: 'float32',
-    } as const;
-    const names = Array.from({ length: config.layers }, (_, i) => attentionLayerName(i));
-    const layers = allocatePagedCache(device, layout, names);
+    const layers = allocateKvCache(device, config, { dtype: 'float32', blockSize }, numBlocks);
     return new HostExecutor(config, weights, layers, await openHostCaches(device, layers));
   }
 
@@ -85,7 +78,7 @@ export class HostExecutor implements Executor {
         hidden,
         chunk.map(({ row }) => row),
       );
-      chunk.forEach(({ sequence, spec }, k) => {
+      chunk.forEach(({ sequence, sample: spec }, k) => {
         const row = logits.subarray(k * vocabSize, (k + 1) * vocabSize);
         hooks.sampling?.(sequence, row);
         sampled.push({ sequenceId: sequence.sequenceId, ...sample(row, spec) });
@@ -96,12 +89,7 @@ export class HostExecutor implements Executor {
 
   async logits(batch: ForwardBatch): Promise<Float32Array> {
     const hidden = await this.#run(batch, {});
-    let row = -1;
-    const ends = batch.sequences.map((sequence) => {
-      row += sequence.tokens.length;
-      return row;
-    });
-    return this.#model.logits(hidden, ends);
+    return this.#model.logits(hidden, lastRows(batch.sequences));
   }
 
   /** Idempotent. The cache is the device's. */
@@ -138,14 +126,4 @@ export class HostExecutor implements Executor {
     }
     return entries;
   }
-}
-
-/** Where the sampled rows stand in the step, in batch order. */
-function sampledRows(sequences: readonly ScheduledSequence[]) {
-  let row = -1;
-  return sequences.flatMap((sequence) => {
-    const { tokens, sample: spec } = sequence;
-    row += tokens.length;
-    return spec ? [{ row, sequence, spec }] : [];
-  });
 }

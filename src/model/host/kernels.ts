@@ -1,10 +1,12 @@
 /**
  * The arithmetic of a Llama on host memory, float32 in and out.
  *
- * Every output is one sum in index order, in double precision, rounded once when stored. So a result hangs on its own row alone, not on
+ * Every output is one sum in index order, in double precision, rounded once when stored. So a result depends on its own row alone, not on
  * how many rows are computed with it or how they are tiled: a prompt computed in chunks, in a batch or by another worker gives the same
  * bits. Rows are tokens; matrices are row-major.
  */
+
+import type { RopeAngles } from '../rope-config.ts';
 
 /** out[r, o] = sum over i of x[r, i] * weight[o, i]. x [rows, inputs], weight [outputs, inputs], out [rows, outputs]. */
 export function matmul(
@@ -135,12 +137,6 @@ export function rmsNorm(
     const scale = 1 / Math.sqrt(squares / width + eps);
     for (let i = 0; i < width; i++) out[at + i] = x[at + i]! * scale * weight[i]!;
   }
-}
-
-/** Cosine and sine of each rotated pair at each row's position, [rows, headDim / 2]. */
-export interface RopeAngles {
-  readonly cos: Float32Array;
-  readonly sin: Float32Array;
 }
 
 /** Rotates x [rows, heads, headDim] in place; element i pairs with i + headDim / 2 (half-split order). */

@@ -8,18 +8,9 @@ export interface HostLayerCache {
   readonly layout: PagedLayout;
 }
 
-/** Index of the first element of K of the token in `slot` (block * blockSize + offset). */
-export function slotOffset(layout: PagedLayout, slot: number): number {
-  return slot * layout.heads * layout.headDim;
-}
-
 /** Index of the first element of V. */
 export function valuesOffset(layout: PagedLayout): number {
   return layout.numBlocks * layout.blockSize * layout.heads * layout.headDim;
-}
-
-export function slotOf(blockTable: Int32Array, blockSize: number, position: number): number {
-  return blockTable[Math.floor(position / blockSize)]! * blockSize + (position % blockSize);
 }
 
 /** Stores row `row` of k and v, both [rows, kvHeads * headDim], in `slot`. */
@@ -31,7 +22,7 @@ export function writeKv(
   row: number,
 ): void {
   const width = cache.layout.heads * cache.layout.headDim;
-  const at = slotOffset(cache.layout, slot);
+  const at = slot * width;
   cache.values.set(k.subarray(row * width, (row + 1) * width), at);
   cache.values.set(v.subarray(row * width, (row + 1) * width), at + valuesOffset(cache.layout));
 }

@@ -5,15 +5,15 @@
  *   per layer: norm -> q, k, v -> RoPE -> KV into the cache -> attention over the cache -> output -> + residual
  *              norm -> gate, up -> SwiGLU -> down -> + residual
  *
- * What a row becomes hangs on its own sequence alone (see kernels.ts), so chunks and batches never change a bit.
+ * A row's result depends on its own sequence alone (see kernels.ts), so chunks and batches never change a bit.
  */
-import { PdError } from '../../errors.ts';
 import type { ScheduledSequence } from '../../scheduler/types.ts';
 import type { ModelConfig } from '../config.ts';
-import { ropeFrequencies } from '../rope-config.ts';
+import { allocateAngles, type RopeAngles, ropeFrequencies, writeAngles } from '../rope-config.ts';
+import { placeTokens, rowCount } from '../rows.ts';
 import { AttentionScratch, attend } from './attention.ts';
-import { addBias, addInto, applyRope, matmul, type RopeAngles, rmsNorm, swiglu } from './kernels.ts';
-import { type HostLayerCache, slotOf, writeKv } from './layer-cache.ts';
+import { addBias, addInto, applyRope, matmul, rmsNorm, swiglu } from './kernels.ts';
+import { type HostLayerCache, writeKv } from './layer-cache.ts';
 import type { LlamaLayerWeights, LlamaWeights } from './weights.ts';
 
 export interface LayerSteps {
@@ -28,7 +28,7 @@ export class HostLlama {
   readonly #caches: readonly HostLayerCache[];
   readonly #frequencies: Float64Array;
   readonly #attention: AttentionScratch;
-  #scratch: Scratch;
+  #scratch: Activations;
 
   constructor(config: ModelConfig, weights: LlamaWeights, caches: readonly HostLayerCache[]) {
     this.config = config;
@@ -36,17 +36,20 @@ export class HostLlama {
     this.#caches = caches;
     this.#frequencies = ropeFrequencies(config.rope, config.headDim);
     this.#attention = new AttentionScratch(config.headDim);
-    this.#scratch = new Scratch(config, 16);
+    this.#scratch = allocateActivations(config, 16);
   }
 
   /** Runs the step and writes its KV. The residual stream of all rows, [rows, hidden], valid until the next call. */
   async hidden(sequences: readonly ScheduledSequence[], steps: LayerSteps): Promise<Float32Array> {
     const rows = this.#rowsOf(sequences);
     const count = rows.tokens.length;
-    if (count > this.#scratch.rows) this.#scratch = new Scratch(this.config, count);
+    if (count > this.#scratch.rows) this.#scratch = allocateActivations(this.config, count);
     const { x } = this.#scratch;
     this.#embed(x, rows.tokens);
-    const angles = this.#angles(rows.positions);
+    const angles = allocateAngles(count, this.#frequencies);
+    rows.positions.forEach((position, row) => {
+      writeAngles(angles, row, position, this.#frequencies);
+    });
     for (let layer = 0; layer < this.config.layers; layer++) {
       if (steps.before) await steps.before(layer);
       const weights = this.#weights.layers[layer]!;
@@ -73,34 +76,20 @@ export class HostLlama {
   }
 
   #rowsOf(sequences: readonly ScheduledSequence[]): Rows {
-    const count = sequences.reduce((sum, sequence) => sum + sequence.tokens.length, 0);
+    const count = rowCount(sequences);
     const rows: Rows = {
       tokens: new Int32Array(count),
       positions: new Int32Array(count),
       slots: new Int32Array(count),
     };
-    const { blockSize, numBlocks } = this.#caches[0]!.layout;
+    const limits = { ...this.#caches[0]!.layout, vocab: this.config.vocab };
     let row = 0;
-    for (const { tokens, start, blockTable, sequenceId } of sequences) {
-      for (let i = 0; i < tokens.length; i++, row++) {
-        const token = tokens[i]!;
-        const slot = slotOf(blockTable, blockSize, start + i);
-        if (!(token >= 0 && token < this.config.vocab)) {
-          throw new PdError(
-            'INTERNAL',
-            `sequence ${sequenceId}: token ${token} at position ${start + i} is outside of the vocabulary`,
-          );
-        }
-        if (!(slot >= 0 && slot < numBlocks * blockSize)) {
-          throw new PdError(
-            'INTERNAL',
-            `sequence ${sequenceId}: position ${start + i} has no block in its table of ${blockTable.length}`,
-          );
-        }
+    for (const sequence of sequences) {
+      placeTokens(sequence, limits, (_, token, position, slot) => {
         rows.tokens[row] = token;
-        rows.positions[row] = start + i;
-        rows.slots[row] = slot;
-      }
+        rows.positions[row] = position;
+        rows.slots[row++] = slot;
+      });
     }
     return rows;
   }
@@ -110,20 +99,6 @@ export class HostLlama {
     tokens.forEach((token, row) => {
       x.set(this.#weights.embedding.subarray(token * hidden, (token + 1) * hidden), row * hidden);
     });
-  }
-
-  #angles(positions: Int32Array): RopeAngles {
-    const half = this.#frequencies.length;
-    const cos = new Float32Array(positions.length * half);
-    const sin = new Float32Array(positions.length * half);
-    positions.forEach((position, row) => {
-      for (let i = 0; i < half; i++) {
-        const angle = position * this.#frequencies[i]!;
-        cos[row * half + i] = Math.cos(angle);
-        sin[row * half + i] = Math.sin(angle);
-      }
-    });
-    return { cos, sin };
   }
 
   #project(
@@ -190,30 +165,21 @@ interface Rows {
   readonly slots: Int32Array;
 }
 
-/** Activations of one step, reused by all layers. */
-class Scratch {
-  readonly rows: number;
-  readonly x: Float32Array;
-  readonly normed: Float32Array;
-  readonly q: Float32Array;
-  readonly k: Float32Array;
-  readonly v: Float32Array;
-  readonly attended: Float32Array;
-  readonly projected: Float32Array;
-  readonly gate: Float32Array;
-  readonly up: Float32Array;
+type Activations = ReturnType<typeof allocateActivations>;
 
-  constructor(config: ModelConfig, rows: number) {
-    const { hidden, heads, kvHeads, headDim, intermediate } = config;
-    this.rows = rows;
-    this.x = new Float32Array(rows * hidden);
-    this.normed = new Float32Array(rows * hidden);
-    this.q = new Float32Array(rows * heads * headDim);
-    this.k = new Float32Array(rows * kvHeads * headDim);
-    this.v = new Float32Array(rows * kvHeads * headDim);
-    this.attended = new Float32Array(rows * heads * headDim);
-    this.projected = new Float32Array(rows * hidden);
-    this.gate = new Float32Array(rows * intermediate);
-    this.up = new Float32Array(rows * intermediate);
-  }
+/** Of one step, reused by all layers. */
+function allocateActivations({ hidden, heads, kvHeads, headDim, intermediate }: ModelConfig, rows: number) {
+  const floats = (width: number) => new Float32Array(rows * width);
+  return {
+    rows,
+    x: floats(hidden),
+    normed: floats(hidden),
+    q: floats(heads * headDim),
+    k: floats(kvHeads * headDim),
+    v: floats(kvHeads * headDim),
+    attended: floats(heads * headDim),
+    projected: floats(hidden),
+    gate: floats(intermediate),
+    up: floats(intermediate),
+  };
 }

@@ -5,7 +5,7 @@
 import type { MemoryRef } from '../../device/device.ts';
 import { hostMemory, hostView } from '../../device/memory.ts';
 import { PdError } from '../../errors.ts';
-import type { Pair, TransferOptions } from '../transport.ts';
+import type { OperationOptions, Pair } from '../transport.ts';
 import type { DataSocket } from './data-socket.ts';
 import { RegionCursor } from './region-cursor.ts';
 
@@ -18,7 +18,7 @@ const BATCHES = 2;
 interface Operation {
   readonly verb: 'send' | 'receive';
   readonly cursor: RegionCursor;
-  readonly options: TransferOptions;
+  readonly options: OperationOptions;
   readonly resolve: () => void;
   readonly reject: (error: PdError) => void;
   started: boolean;
@@ -54,11 +54,11 @@ export class HostPair implements Pair {
     return this.#sends.length + this.#receives.length;
   }
 
-  send(regions: readonly MemoryRef[], options: TransferOptions): Promise<void> {
+  send(regions: readonly MemoryRef[], options: OperationOptions): Promise<void> {
     return this.#enqueue('send', regions, options);
   }
 
-  receive(regions: readonly MemoryRef[], options: TransferOptions): Promise<void> {
+  receive(regions: readonly MemoryRef[], options: OperationOptions): Promise<void> {
     return this.#enqueue('receive', regions, options);
   }
 
@@ -72,7 +72,7 @@ export class HostPair implements Pair {
     }
   }
 
-  #enqueue(verb: Operation['verb'], regions: readonly MemoryRef[], options: TransferOptions): Promise<void> {
+  #enqueue(verb: Operation['verb'], regions: readonly MemoryRef[], options: OperationOptions): Promise<void> {
     return new Promise((resolve, reject) => {
       const foreign = regions.find((region) => region.kind !== 'host');
       if (foreign) {

@@ -12,7 +12,7 @@ import { randomBytes } from 'node:crypto';
 import { isIP } from 'node:net';
 import { PdError } from '../../errors.ts';
 import type { HostPort } from '../../net/address.ts';
-import { UNIQUE_ID_BYTES, type UniqueId } from '../transport.ts';
+import { UNIQUE_ID_BYTES, type UniqueId } from '../../wire/messages.ts';
 
 const MAGIC = 'PDHT';
 const VERSION = 1;

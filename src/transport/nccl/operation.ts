@@ -2,12 +2,12 @@
 import type { Region } from '../../../ffi/libnccl.ts';
 import type { DeviceEvent, MemoryRef } from '../../device/device.ts';
 import { PdError } from '../../errors.ts';
-import type { TransferOptions } from '../transport.ts';
+import type { OperationOptions } from '../transport.ts';
 
 export interface Operation {
   readonly direction: 'send' | 'receive';
   readonly regions: readonly Region[];
-  readonly options: TransferOptions;
+  readonly options: OperationOptions;
   readonly resolve: () => void;
   readonly reject: (error: PdError) => void;
   /** When nothing of this pair was before it any more; the deadline counts from here. */
@@ -17,7 +17,7 @@ export interface Operation {
 }
 
 /** Regions as NCCL takes them: GPU memory of `device`, or page-locked memory. Empty ones are left out, on both ends alike. */
-export function regionsOf(memory: readonly MemoryRef[], device: number): Region[] {
+export function deviceRegions(memory: readonly MemoryRef[], device: number): Region[] {
   const regions: Region[] = [];
   for (const ref of memory) {
     if (ref.kind === 'host') throw new PdError('INTERNAL', 'NCCL does not reach pageable host memory');

@@ -11,10 +11,10 @@ import type { NcclCommHandle } from '../../../ffi/pointers.ts';
 import { type CudaStream, hasDrained } from '../../device/cuda/stream.ts';
 import type { MemoryRef } from '../../device/device.ts';
 import { PdError } from '../../errors.ts';
-import type { Pair, TransferOptions } from '../transport.ts';
+import type { OperationOptions, Pair } from '../transport.ts';
 import { abortOnThread } from './abort.ts';
 import type { ProgressGate } from './gate.ts';
-import { type Operation, operationBytes, regionsOf } from './operation.ts';
+import { deviceRegions, type Operation, operationBytes } from './operation.ts';
 import type { Poll, PollLoop } from './poll-loop.ts';
 
 /** Operations in the stream at a time; more would only lengthen what an abort has to clear away. */
@@ -71,11 +71,11 @@ export class NcclPair implements Pair {
     return this.#queue.length + this.#inFlight.length + (this.#settling ? 1 : 0);
   }
 
-  send(regions: readonly MemoryRef[], options: TransferOptions): Promise<void> {
+  send(regions: readonly MemoryRef[], options: OperationOptions): Promise<void> {
     return this.#enqueue('send', regions, options);
   }
 
-  receive(regions: readonly MemoryRef[], options: TransferOptions): Promise<void> {
+  receive(regions: readonly MemoryRef[], options: OperationOptions): Promise<void> {
     return this.#enqueue('receive', regions, options);
   }
 
@@ -100,7 +100,7 @@ export class NcclPair implements Pair {
   #enqueue(
     direction: 'send' | 'receive',
     memory: readonly MemoryRef[],
-    options: TransferOptions,
+    options: OperationOptions,
   ): Promise<void> {
     if (this.#ended) {
       const { code, message } = this.#ended;
@@ -116,7 +116,7 @@ export class NcclPair implements Pair {
       );
     }
     return new Promise((resolve, reject) => {
-      const regions = regionsOf(memory, this.#parts.device);
+      const regions = deviceRegions(memory, this.#parts.device);
       if (regions.length === 0) return resolve();
       this.#queue.push({ direction, regions, options, resolve, reject });
       this.#parts.loop.add(this.#poll);

@@ -1,11 +1,12 @@
 /** The transport between GPUs. Lives on the transfer thread; the one owner of its communicators, so it needs no locks. */
 import { setNativeDefaults } from '../../../ffi/libc.ts';
 import { type Libnccl, loadLibnccl } from '../../../ffi/libnccl.ts';
-import { ncclEnvironment } from '../../config/native-env.ts';
 import { CudaDevice } from '../../device/cuda/device.ts';
 import type { Device } from '../../device/device.ts';
+import { ncclEnvironment } from '../../device/native-env.ts';
 import { PdError } from '../../errors.ts';
-import type { OpenOptions, Pair, Transport, UniqueId } from '../transport.ts';
+import type { UniqueId } from '../../wire/messages.ts';
+import type { OpenOptions, Pair, Transport } from '../transport.ts';
 import { abortsReturned, abortsUnderWay } from './abort.ts';
 import { type ProgressGate, progressGate } from './gate.ts';
 import { Opening } from './opening.ts';

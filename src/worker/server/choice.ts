@@ -1,8 +1,9 @@
 /** One completion on its way out: tokens become text, text stops at stop strings, and log-probabilities stay beside their tokens. */
 import { PdError } from '../../errors.ts';
+import type { TextModel } from '../../model/tokenizer.ts';
+import type { PromptLogprobs } from '../../scheduler/prompt-logprobs.ts';
 import type { RequestOutput, TokenLogprob } from '../../scheduler/types.ts';
-import { StopMatcher } from './stop-matcher.ts';
-import type { TextDecoder, TextModel } from './text.ts';
+import type { ReadPrompt, SamplingBody } from './fields.ts';
 
 /** A token's log-probabilities and where its text begins in the completion (after the prompt, where that is echoed). */
 export interface ChoiceLogprob {
@@ -19,8 +20,51 @@ export interface ChoiceDelta {
   readonly finishReason?: 'stop' | 'length';
 }
 
+/** Something new about choice `index` = prompt x n + completion. */
+export interface ChoiceEvent {
+  readonly index: number;
+  readonly delta: ChoiceDelta;
+  /** With the first event of a choice. */
+  readonly start?: { readonly prompt: ReadPrompt; readonly promptLogprobs?: PromptLogprobs };
+}
+
+export interface Usage {
+  readonly prompt_tokens: number;
+  readonly total_tokens: number;
+  readonly completion_tokens: number;
+}
+
+/** How one API writes its answers: what stands in `choices`, and beside it. */
+export interface AnswerFormat {
+  /** `object` of a whole answer, and of a chunk of a stream. */
+  readonly object: string;
+  readonly chunkObject: string;
+  /** What a stream says of one event, each in a chunk of its own. */
+  deltas(event: ChoiceEvent): Promise<readonly object[]>;
+  /** A whole choice, of its events in order. */
+  whole(index: number, events: readonly ChoiceEvent[]): Promise<object>;
+  /** Beside the choices of an answer or chunk that begins with this event. */
+  besideChoices?(event: ChoiceEvent | undefined): object;
+}
+
+/** The fields that `return_token_ids` adds to a choice, as vLLM names them. */
+export function tokenIdsOf(
+  body: Pick<SamplingBody, 'return_token_ids'>,
+  events: readonly ChoiceEvent[],
+): object {
+  return body.return_token_ids ? { token_ids: events.flatMap(({ delta }) => delta.tokens) } : {};
+}
+
+/** The same for the prompt. Nothing where `event` is not the first of its choice. */
+export function promptTokenIdsOf(
+  body: Pick<SamplingBody, 'return_token_ids'>,
+  event: ChoiceEvent | undefined,
+): object {
+  return body.return_token_ids && event?.start ? { prompt_token_ids: [...event.start.prompt.tokens] } : {};
+}
+
 export class Choice {
-  readonly #decoder: TextDecoder;
+  readonly #decoder: ReturnType<TextModel['decoder']>;
   readonly #stops: StopMatcher;
   readonly #minTokens: number;
   #tokens = 0;
@@ -94,5 +138,69 @@ export class Choice {
       this.#pending = [];
     }
     return { text, tokens, logprobs, ...(finishReason === undefined ? {} : { finishReason }) };
+  }
+}
+
+/**
+ * Finds stop strings in text that comes in pieces. What could still become one is held back, so that no part of a stop string is
+ * ever seen outside:
+ *
+ *   stop "END"    push "the E" -> "the "    push "ND of" -> "", matched    (or push "asy" -> "Easy")
+ */
+export class StopMatcher {
+  readonly #stops: readonly string[];
+  #held = '';
+  #matched: string | undefined;
+
+  constructor(stops: readonly string[]) {
+    this.#stops = stops;
+  }
+
+  /** The stop string found, the earliest in the text. Nothing comes out after it. */
+  get matched(): string | undefined {
+    return this.#matched;
+  }
+
+  /** Text that is certain to stand before any stop string. */
+  push(text: string): string {
+    if (this.#matched !== undefined) return '';
+    if (this.#stops.length === 0) return text;
+    const all = this.#held + text;
+    let end = -1;
+    for (const stop of this.#stops) {
+      const at = all.indexOf(stop);
+      if (at >= 0 && (end < 0 || at < end)) {
+        end = at;
+        this.#matched = stop;
+      }
+    }
+    if (end >= 0) {
+      this.#held = '';
+      return all.slice(0, end);
+    }
+    const keep = this.#partialEnd(all);
+    this.#held = all.slice(all.length - keep);
+    return all.slice(0, all.length - keep);
+  }
+
+  /** The text is over: what was held back is no stop string. */
+  flush(): string {
+    const held = this.#held;
+    this.#held = '';
+    return held;
+  }
+
+  /** Length of the longest end of `text` that some stop string begins with. */
+  #partialEnd(text: string): number {
+    let longest = 0;
+    for (const stop of this.#stops) {
+      for (let length = Math.min(stop.length - 1, text.length); length > longest; length--) {
+        if (text.endsWith(stop.slice(0, length))) {
+          longest = length;
+          break;
+        }
+      }
+    }
+    return longest;
   }
 }

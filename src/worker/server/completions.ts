@@ -1,63 +1,106 @@
-/** POST /v1/completions. */
-import type { FastifyReply, FastifyRequest } from 'fastify';
+/** /v1/completions: its body, and how its answers are written. */
+import { z } from 'zod';
+import type { TextModel } from '../../model/tokenizer.ts';
 import { unpackLogprobs } from '../../scheduler/prompt-logprobs.ts';
-import type { ChoiceLogprob } from './choice.ts';
-import { readRequest, type ServerContext } from './context.ts';
-import { type ChoiceEvent, GenerationRun, prefillOf, promptTokenIdsOf, tokenIdsOf } from './generation.ts';
+import {
+  type AnswerFormat,
+  type ChoiceEvent,
+  type ChoiceLogprob,
+  promptTokenIdsOf,
+  tokenIdsOf,
+} from './choice.ts';
+import {
+  askedOf,
+  badField,
+  checkPrompt,
+  checkSampling,
+  encodeText,
+  MAX_LOGPROBS,
+  MAX_PROMPTS,
+  optional,
+  parseBody,
+  type Read,
+  type ReadPrompt,
+  type Served,
+  samplingFields,
+  servedModel,
+  tokenIds,
+} from './fields.ts';
 import { completionLogprobs } from './logprobs.ts';
-import type { Readings } from './reading.ts';
-import { requestIdOf } from './request-id.ts';
-import { type AnswerFormat, goneSignal, respond } from './respond.ts';
-import { turns } from './turns.ts';
 
-export async function postCompletions(
-  context: ServerContext,
-  request: FastifyRequest,
-  reply: FastifyReply,
-): Promise<string | undefined> {
-  const id = `cmpl-${requestIdOf(request, reply)}`;
-  const leave = context.inFlight.enter(id);
-  try {
-    const gone = goneSignal(context, reply, id);
-    const { body, model, asked } = await readRequest(context, 'completions', request, gone);
-    const prompts = asked.prompts.map((prompt, index) => ({ ...prompt, serverId: `${id}-${index}` }));
-    const plan = { ...asked, prompts, ...prefillOf(context, request) };
-    return await respond(context, reply, new GenerationRun(context, plan), format(context, body, id, model), {
-      gone,
-      stream: body.stream ?? false,
-      includeUsage: body.stream_options?.include_usage ?? false,
-      choices: plan.prompts.length * plan.n,
-      id,
-    });
-  } finally {
-    leave();
+const DEFAULT_MAX_TOKENS = 16;
+
+const promptForms = z
+  .union([z.string(), z.array(z.string()).min(1), tokenIds.min(1), z.array(tokenIds.min(1)).min(1)], {
+    error: 'expected a string, a list of strings, a list of token ids, or a list of lists of token ids',
+  })
+  .transform((prompt): readonly (string | readonly number[])[] => {
+    if (typeof prompt === 'string') return [prompt];
+    return typeof prompt[0] === 'number' ? [prompt as number[]] : (prompt as string[] | number[][]);
+  })
+  .refine((list) => list.length <= MAX_PROMPTS, `more than ${MAX_PROMPTS} prompts`);
+
+/** One list of ids comes often and long, and a union of schemas tries each form on every id. */
+const prompts = z.unknown().transform((prompt, context): readonly (string | readonly number[])[] => {
+  if (isIds(prompt)) return [prompt];
+  const { success, data, error } = promptForms.safeParse(prompt);
+  if (success) return data;
+  for (const { message, path } of error.issues) {
+    context.addIssue({ code: 'custom', message, path: path as (string | number)[] });
   }
+  return z.NEVER;
+});
+
+function isIds(value: unknown): value is readonly number[] {
+  return Array.isArray(value) && value.length > 0 && value.every((id) => Number.isSafeInteger(id) && id >= 0);
 }
 
-function format(
-  context: ServerContext,
-  body: Readings['completions']['body'],
-  id: string,
-  model: string,
-): AnswerFormat {
-  const base = { id, object: 'text_completion', created: Math.floor(Date.now() / 1_000), model };
-  const withUsage = body.stream_options?.include_usage === true ? { usage: null } : {};
-  const echo = body.echo ?? false;
+const completionSchema = z.object({
+  ...samplingFields,
+  prompt: prompts,
+  echo: optional(z.boolean()),
+  logprobs: optional(z.int().min(0).max(MAX_LOGPROBS)),
+  add_special_tokens: optional(z.boolean()),
+});
 
+export type CompletionReading = Read<z.output<typeof completionSchema>>;
+
+export function readCompletion(served: Served, model: TextModel, json: unknown): CompletionReading {
+  const { prompt, stop, stop_token_ids, ...body } = parseBody(completionSchema, json);
+  const name = servedModel(served, body.model);
+  const echo = body.echo ?? false;
+  checkSampling(body, body.max_tokens);
+  if (body.max_tokens === 0 && !echo) throw badField('max_tokens', 'must be at least 1 without echo');
+  const output = Math.max(body.max_tokens ?? 1, 1);
+  const prompts = prompt.map((given, index): ReadPrompt => {
+    const param = prompt.length > 1 ? `prompt.${index}` : 'prompt';
+    if (typeof given !== 'string') {
+      const tokens = checkPrompt(served, given, output, param);
+      return { text: echo ? model.decode(given, { skipSpecialTokens: false }) : '', tokens };
+    }
+    const ids = encodeText(served, model, given, body.add_special_tokens ?? true, output, param);
+    return { text: echo ? given : '', tokens: checkPrompt(served, ids, output, param) };
+  });
+  const own = { prompts, maxTokens: body.max_tokens ?? DEFAULT_MAX_TOKENS, echo, logprobs: body.logprobs };
+  return { body, model: name, asked: askedOf(model, { ...body, stop, stop_token_ids }, own) };
+}
+
+export function completionFormat(model: TextModel, { body }: CompletionReading): AnswerFormat {
+  const echo = body.echo ?? false;
   const choiceOf = async (index: number, events: readonly ChoiceEvent[]) => {
     const start = events[0]?.start;
-    const echoed = echo && start ? start.prompt.text : '';
+    const echoed = echo ? start : undefined;
     return {
       index,
-      text: echoed + events.map(({ delta }) => delta.text).join(''),
+      text: (echoed?.prompt.text ?? '') + events.map(({ delta }) => delta.text).join(''),
       logprobs:
         body.logprobs === undefined
           ? null
           : await completionLogprobs(
-              context.model,
-              entriesOf(context, echo ? start : undefined, events),
+              model,
+              entriesOf(model, echoed, events),
               body.logprobs,
-              echo && start ? { token: start.prompt.tokens[0]! } : undefined,
+              echoed && { token: echoed.prompt.tokens[0]! },
               body.return_tokens_as_token_ids,
             ),
       finish_reason: events.at(-1)?.delta.finishReason ?? null,
@@ -66,33 +109,26 @@ function format(
     };
   };
   return {
-    async chunks(event) {
+    object: 'text_completion',
+    chunkObject: 'text_completion',
+    async deltas(event) {
       const { text, finishReason } = event.delta;
       const aboutPrompt = (echo || body.return_token_ids) && event.start !== undefined;
       if (text === '' && finishReason === undefined && !aboutPrompt) return [];
-      return [{ ...base, choices: [await choiceOf(event.index, [event])], ...withUsage }];
+      return [await choiceOf(event.index, [event])];
     },
-    usageChunk: (usage) => ({ ...base, choices: [], usage }),
-    async whole(events, usage) {
-      const choices: object[] = [];
-      const turn = turns();
-      for (const [index, list] of events.entries()) {
-        choices.push(await choiceOf(index, list));
-        await turn();
-      }
-      return { ...base, choices, usage };
-    },
+    whole: choiceOf,
   };
 }
 
 /** Log-probabilities of a choice, before them those of an echoed prompt from its second token on, each at where its text begins. */
 function* entriesOf(
-  context: ServerContext,
+  model: TextModel,
   echoed: ChoiceEvent['start'],
   events: readonly ChoiceEvent[],
 ): Generator<ChoiceLogprob> {
   if (echoed?.promptLogprobs) {
-    const decoder = context.model.decoder();
+    const decoder = model.decoder();
     let offset = decoder.push(echoed.prompt.tokens[0]!).length;
     for (const logprob of unpackLogprobs(echoed.promptLogprobs)) {
       yield { logprob, offset };

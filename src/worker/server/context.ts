@@ -1,24 +1,20 @@
 /** What the routes share. */
 import type { FastifyRequest } from 'fastify';
+import type { TransferOptions } from '../../config/transfer-options.ts';
 import type { WorkerConfig } from '../../config/worker-config.ts';
+import type { TextModel } from '../../model/tokenizer.ts';
 import type { Logger } from '../../observability/log.ts';
 import type { MetricsPage } from '../../observability/metrics.ts';
-import type { TransferOptions } from '../../transfer/types.ts';
 import type { CoreClient } from '../core-client.ts';
-import type { BodyReader } from '../request-reader.ts';
+import type { BodyReader, Readings, Route } from '../request-reader.ts';
 import type { InFlight } from './in-flight.ts';
-import type { Readings, Route } from './reading.ts';
-import type { TextModel } from './text.ts';
 
 export interface ServerContext {
   readonly config: Pick<
     WorkerConfig,
     'servedModelNames' | 'randomizeRequestIds' | 'role' | 'maxNumSeqs' | 'debugState'
   > & { readonly transfer: Pick<TransferOptions, 'kvKey'> };
-  readonly core: Pick<
-    CoreClient,
-    'generate' | 'info' | 'inspect' | 'kvFailed' | 'prefilled' | 'release' | 'state'
-  >;
+  readonly core: Pick<CoreClient, 'generate' | 'info' | 'inspect' | 'state' | 'tell'>;
   readonly reader: BodyReader;
   /** For the text of what is generated. */
   readonly model: TextModel;

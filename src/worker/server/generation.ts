@@ -1,68 +1,24 @@
 /** Prompts of one HTTP request through the core: n completions of each, merged into one stream of events. */
 import { randomBytes } from 'node:crypto';
 import { setMaxListeners } from 'node:events';
-import type { FastifyRequest } from 'fastify';
 import { type ErrorData, PdError } from '../../errors.ts';
 import type { PromptLogprobs } from '../../scheduler/prompt-logprobs.ts';
 import type { RequestOutput } from '../../scheduler/types.ts';
 import { engineRequestId, kvKeyOf } from '../../wire/ids.ts';
-import { PREFILL_WITHIN_HEADER, readPrefillWithin } from '../../wire/overlap.ts';
 import { AsyncQueue } from '../async-queue.ts';
-import { Choice, type ChoiceDelta } from './choice.ts';
+import { Choice, type ChoiceDelta, type ChoiceEvent, type Usage } from './choice.ts';
 import type { ServerContext } from './context.ts';
-import type { Asked, ReadPrompt } from './reading.ts';
-import { badField, type SamplingBody } from './schemas.ts';
+import { type Asked, badField } from './fields.ts';
 import { turns } from './turns.ts';
 
 /** So many reach the core together. */
 const PROMPTS_AT_ONCE = 16;
 
-export interface Prompt extends ReadPrompt {
-  /** `cmpl-<id>-<index>` or `chatcmpl-<id>`: what producer and consumer agree on. */
-  readonly serverId: string;
-}
-
 export interface Plan extends Asked {
-  readonly prompts: readonly Prompt[];
+  /** Of each prompt: what producer and consumer agree on. */
+  readonly serverIds: readonly string[];
   /** On a consumer: its producer may still compute the prompts for so long. */
   readonly prefillWithinMs?: number;
-}
-
-/** Something new about choice `index` = prompt x n + completion. */
-export interface ChoiceEvent {
-  readonly index: number;
-  readonly delta: ChoiceDelta;
-  /** With the first event of a choice. */
-  readonly start?: { readonly prompt: Prompt; readonly promptLogprobs?: PromptLogprobs };
-}
-
-/** The fields that `return_token_ids` adds to a choice, as vLLM names them. */
-export function tokenIdsOf(
-  body: Pick<SamplingBody, 'return_token_ids'>,
-  events: readonly ChoiceEvent[],
-): object {
-  return body.return_token_ids ? { token_ids: events.flatMap(({ delta }) => delta.tokens) } : {};
-}
-
-/** The same for the prompt. Nothing where `event` is not the first of its choice. */
-export function promptTokenIdsOf(
-  body: Pick<SamplingBody, 'return_token_ids'>,
-  event: ChoiceEvent | undefined,
-): object {
-  return body.return_token_ids && event?.start ? { prompt_token_ids: [...event.start.prompt.tokens] } : {};
-}
-
-export interface Usage {
-  readonly prompt_tokens: number;
-  readonly total_tokens: number;
-  readonly completion_tokens: number;
-}
-
-/** What the proxy says of a prefill that goes on. Only a consumer waits for one. */
-export function prefillOf({ config }: ServerContext, request: FastifyRequest): Pick<Plan, 'prefillWithinMs'> {
-  const ms =
-    config.role === 'consumer' ? readPrefillWithin(request.headers[PREFILL_WITHIN_HEADER]) : undefined;
-  return ms === undefined ? {} : { prefillWithinMs: ms };
 }
 
 /** One run of a plan. Iterate once; `usage` is right when the iteration has ended. */
@@ -103,11 +59,10 @@ export class GenerationRun {
       merged.fail(error);
     };
     const pumps: Promise<void>[] = [];
-    const started = this.#start(
-      (prompt, at) => pumps.push(this.#pump(prompt, at, merged, all).catch(fail)),
-      all,
-    );
-    const ended = started.catch(fail).then(() => Promise.all(pumps));
+    const begin = (at: number) => pumps.push(this.#pump(at, merged, all).catch(fail));
+    const ended = this.#start(begin, all)
+      .catch(fail)
+      .then(() => Promise.all(pumps));
     void ended.then(() => merged.end());
     try {
       yield* merged;
@@ -118,27 +73,27 @@ export class GenerationRun {
   }
 
   /** A thousand prompts with all their completions take their time. */
-  async #start(begin: (prompt: Prompt, at: number) => void, signal: AbortSignal): Promise<void> {
+  async #start(begin: (at: number) => void, signal: AbortSignal): Promise<void> {
     const turn = turns();
-    for (const [at, prompt] of this.#plan.prompts.entries()) {
-      if (signal.aborted) throw new PdError('REQUEST_ABORTED', `request ${prompt.serverId} was aborted`);
-      begin(prompt, at);
+    for (const [at, serverId] of this.#plan.serverIds.entries()) {
+      if (signal.aborted) throw new PdError('REQUEST_ABORTED', `request ${serverId} was aborted`);
+      begin(at);
       if ((at + 1) % PROMPTS_AT_ONCE === 0) await turn();
     }
   }
 
-  async #pump(prompt: Prompt, at: number, out: AsyncQueue<ChoiceEvent>, signal: AbortSignal): Promise<void> {
-    const { core, metrics, config, model, inFlight } = this.#context;
+  async #pump(at: number, out: AsyncQueue<ChoiceEvent>, signal: AbortSignal): Promise<void> {
+    const { core, metrics, config, model, inFlight, log } = this.#context;
     const { n, sampling, stops, echo, maxTokens, prefillWithinMs } = this.#plan;
+    const prompt = this.#plan.prompts[at]!;
+    const serverId = this.#plan.serverIds[at]!;
     const offset = echo ? prompt.text.length : 0;
     const choices = Array.from({ length: n }, () => new Choice(model, stops, sampling.minTokens, offset));
     this.#choices.push(...choices);
     const room = core.info.maxModelLen - prompt.tokens.length;
-    const requestId = engineRequestId(
-      prompt.serverId,
-      config.randomizeRequestIds ? randomBytes(4).toString('hex') : undefined,
-    );
-    const transferId = kvKeyOf({ serverId: prompt.serverId, requestId }, config.transfer.kvKey);
+    const suffix = config.randomizeRequestIds ? randomBytes(4).toString('hex') : undefined;
+    const requestId = engineRequestId(serverId, suffix);
+    const transferId = kvKeyOf({ serverId, requestId }, config.transfer.kvKey);
     const generation = core.generate(
       {
         requestId,
@@ -150,13 +105,12 @@ export class GenerationRun {
       },
       signal,
     );
-    const { log } = this.#context;
     log.debug({ requestId, promptTokens: prompt.tokens.length, n, maxTokens }, 'request handed to the core');
     const began = performance.now();
     const last: (number | undefined)[] = [];
     const started = new Set<number>();
     let promptLogprobs: PromptLogprobs | undefined;
-    const forget = inFlight.know(prompt.serverId, transferId);
+    const forget = inFlight.know(serverId, transferId);
     try {
       for await (const output of generation) {
         const choice = choices[output.index];
@@ -170,7 +124,7 @@ export class GenerationRun {
         out.push({
           index: at * n + output.index,
           delta,
-          ...(first ? { start: { prompt, ...(promptLogprobs ? { promptLogprobs } : {}) } } : {}),
+          ...(first && { start: { prompt, ...(promptLogprobs && { promptLogprobs }) } }),
         });
       }
       // Whoever has asked for the prompt alone may tell the consumer, which would wait for its deadline.
@@ -199,7 +153,7 @@ export class GenerationRun {
   }
 }
 
-/** With `max_tokens: 0` one token is generated for want of a request without any, and left out. */
+/** With `max_tokens: 0` the core still generates one token, as it knows no request for none; it is left out. */
 function withoutScored(delta: ChoiceDelta, maxTokens: number | undefined): ChoiceDelta {
   return maxTokens === 0 ? { text: '', tokens: [], logprobs: [], finishReason: 'length' } : delta;
 }

@@ -1,12 +1,47 @@
-/** Requests under way: their ids are unique, and draining waits for them. */
+/** Requests under way: their ids, which are unique, and the wait of a draining worker for their end. */
+import { randomBytes } from 'node:crypto';
+import type { FastifyReply, FastifyRequest } from 'fastify';
+import { z } from 'zod';
+import { deferred, withDeadline } from '../../deferred.ts';
 import { PdError } from '../../errors.ts';
 import { type TransferId, transferIdOf } from '../../wire/ids.ts';
+import { badField } from './fields.ts';
+
+const HEADER = 'x-request-id';
+/** Printable and without blanks: it becomes part of log lines, ZeroMQ messages and tensor ids. */
+export const requestIdSchema = z
+  .string()
+  .regex(/^[\x21-\x7e]{1,512}$/, 'expected 1 to 512 printable ASCII characters');
+
+/** The id that a request came with, or a random one; the answer names it in the same header. */
+export function requestIdOf(request: FastifyRequest, reply: FastifyReply): string {
+  const { data, error } = requestIdSchema.optional().safeParse(request.headers[HEADER]);
+  if (error) throw badField('X-Request-Id', error.issues[0]!.message);
+  const id = data ?? randomBytes(16).toString('hex');
+  reply.header(HEADER, id);
+  return id;
+}
+
+/** Routes whose prompts have KV. */
+export type GenerationRoute = 'completions' | 'chat';
+
+/** The id that answers to a request carry. */
+export function serverIdOf(route: GenerationRoute, requestId: string): string {
+  return `${route === 'chat' ? 'chatcmpl' : 'cmpl'}-${requestId}`;
+}
+
+/** For each prompt of the request that `serverIdOf` names what producer and consumer agree on (wire/ids.ts). A chat is one prompt. */
+export function promptIdsOf(route: GenerationRoute, serverId: string, prompts: number): string[] {
+  return route === 'chat'
+    ? [serverId]
+    : Array.from({ length: prompts }, (_, index) => `${serverId}-${index}`);
+}
 
 export class InFlight {
   readonly #ids = new Set<string>();
   /** What the KV of a prompt is known by, where that is not the server's own id for it (`--kv-key engine`). */
   readonly #keys = new Map<string, TransferId>();
-  readonly #idle = new Set<() => void>();
+  readonly #idle = deferred<true>();
   #draining = false;
 
   get size(): number {
@@ -27,7 +62,7 @@ export class InFlight {
     this.#ids.add(id);
     return () => {
       this.#ids.delete(id);
-      if (this.#ids.size === 0) for (const resolve of this.#idle) resolve();
+      this.#lookIdle();
     };
   }
 
@@ -45,16 +80,11 @@ export class InFlight {
   /** From now on nothing new. Resolves with whether all was done within `timeoutMs`. */
   async drain(timeoutMs: number): Promise<boolean> {
     this.#draining = true;
-    if (this.#ids.size === 0) return true;
-    return await new Promise<boolean>((resolve) => {
-      const done = () => finish(true);
-      const timer = setTimeout(() => finish(false), timeoutMs);
-      const finish = (all: boolean) => {
-        clearTimeout(timer);
-        this.#idle.delete(done);
-        resolve(all);
-      };
-      this.#idle.add(done);
-    });
+    this.#lookIdle();
+    return (await withDeadline(this.#idle.promise, timeoutMs)) ?? false;
+  }
+
+  #lookIdle(): void {
+    if (this.#draining && this.#ids.size === 0) this.#idle.resolve(true);
   }
 }

@@ -1,7 +1,7 @@
 /** Log-probabilities in the two forms of OpenAI's API. */
+import type { TextModel } from '../../model/tokenizer.ts';
 import type { TokenLogprob } from '../../scheduler/types.ts';
 import type { ChoiceLogprob } from './choice.ts';
-import type { TextModel } from './text.ts';
 import { turns } from './turns.ts';
 
 /** JSON knows no -Infinity, and clients take exp() of it. */

@@ -11,15 +11,15 @@ import { z } from 'zod';
 import type { TransferId } from '../../wire/ids.ts';
 import { readErrorData } from '../../wire/overlap.ts';
 import { bodyOf, type ServerContext } from './context.ts';
-import { parseJson } from './reading.ts';
-import { MAX_PROMPTS, parseBody } from './schemas.ts';
+import { MAX_PROMPTS, parseBody, parseJson } from './fields.ts';
+import { promptIdsOf, requestIdSchema, serverIdOf } from './in-flight.ts';
 
 /** Bytes; the longest notice carries an error with its causes. */
 export const NOTICE_LIMIT = 32_768;
 
 const noticeSchema = z.object({
   /** As sent in X-Request-Id. */
-  request_id: z.string().regex(/^[\x21-\x7e]{1,512}$/, 'expected 1 to 512 printable ASCII characters'),
+  request_id: requestIdSchema,
   route: z.enum(['/v1/completions', '/v1/chat/completions']),
   prompts: z.int().min(1).max(MAX_PROMPTS),
 });
@@ -39,22 +39,22 @@ export function postFailed(context: ServerContext, request: FastifyRequest): obj
     { requestId, code: error.code },
     `the producer could not send KV of a request: ${error.message}`,
   );
-  const message = `the producer could not send it: ${error.message}`;
-  context.core.kvFailed(transferIds, { ...error, message });
+  const reason = { ...error, message: `the producer could not send it: ${error.message}` };
+  context.core.tell({ type: 'kv-failed', transferIds, reason });
   return { failed: transferIds.length };
 }
 
 export function postRelease(context: ServerContext, request: FastifyRequest): object {
   const { requestId, transferIds } = readNotice(noticeSchema, context, request);
   context.log.debug({ requestId, prompts: transferIds.length }, 'KV of a request released');
-  context.core.release(transferIds);
+  context.core.tell({ type: 'release', transferIds });
   return { released: transferIds.length };
 }
 
 export function postPrefilled(context: ServerContext, request: FastifyRequest): object {
   const { requestId, transferIds } = readNotice(noticeSchema, context, request);
   context.log.debug({ requestId, prompts: transferIds.length }, 'prompt of a request computed');
-  context.core.prefilled(transferIds);
+  context.core.tell({ type: 'prefilled', transferIds });
   return { prefilled: transferIds.length };
 }
 
@@ -66,9 +66,7 @@ function readNotice<N extends z.infer<typeof noticeSchema>>(
 ): N & { readonly requestId: string; readonly transferIds: readonly TransferId[] } {
   const notice = parseBody(schema, parseJson(bodyOf(request)));
   const { request_id: requestId, route, prompts } = notice;
-  const serverIds =
-    route === '/v1/completions'
-      ? Array.from({ length: prompts }, (_, index) => `cmpl-${requestId}-${index}`)
-      : [`chatcmpl-${requestId}`];
+  const kind = route === '/v1/completions' ? 'completions' : 'chat';
+  const serverIds = promptIdsOf(kind, serverIdOf(kind, requestId), prompts);
   return { ...notice, requestId, transferIds: serverIds.map((id) => inFlight.transferIdOf(id)) };
 }

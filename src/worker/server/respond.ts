@@ -1,37 +1,73 @@
-/** One HTTP answer from a run: whole as JSON, or as server-sent events while it comes. */
+/** POST /v1/completions and /v1/chat/completions: one flow from the body to the answer, whole as JSON or as server-sent events. */
 import { once } from 'node:events';
-import type { FastifyReply } from 'fastify';
+import type { FastifyReply, FastifyRequest } from 'fastify';
 import { PdError } from '../../errors.ts';
+import type { TextModel } from '../../model/tokenizer.ts';
 import { openAiError } from '../../openai-error.ts';
-import { KV_FAILED_HEADER, writeKvFailed } from '../../wire/overlap.ts';
-import type { ServerContext } from './context.ts';
-import type { ChoiceEvent, GenerationRun, Usage } from './generation.ts';
-import { jsonInTurns } from './turns.ts';
+import {
+  KV_FAILED_HEADER,
+  PREFILL_WITHIN_HEADER,
+  readPrefillWithin,
+  writeKvFailed,
+} from '../../wire/overlap.ts';
+import type { Readings } from '../request-reader.ts';
+import type { AnswerFormat, ChoiceEvent } from './choice.ts';
+import { readRequest, type ServerContext } from './context.ts';
+import { GenerationRun } from './generation.ts';
+import { type GenerationRoute, promptIdsOf, requestIdOf, serverIdOf } from './in-flight.ts';
+import { jsonInTurns, turns } from './turns.ts';
 
 /** A client that takes nothing for so long is gone. */
 const STALL_MS = 60_000;
 
-/** How one API writes its answers. */
-export interface AnswerFormat {
-  /** What a stream says of one event; several chunks where one is not enough. */
-  chunks(event: ChoiceEvent): Promise<readonly object[]>;
-  usageChunk(usage: Usage): object;
-  /** The whole answer; `events` by choice, each list in order. */
-  whole(events: readonly (readonly ChoiceEvent[])[], usage: Usage): Promise<object>;
-}
-
-export interface AnswerOptions {
-  readonly stream: boolean;
-  readonly includeUsage: boolean;
-  readonly choices: number;
-  /** Of the same request (`goneSignal`). */
+interface Answering {
+  readonly context: ServerContext;
+  readonly reply: FastifyReply;
+  readonly run: GenerationRun;
+  readonly format: AnswerFormat;
+  /** What an answer begins with, and a chunk but for its `object`. */
+  readonly base: {
+    readonly id: string;
+    readonly object: string;
+    readonly created: number;
+    readonly model: string;
+  };
+  /** Fires where the client goes away before it has its whole answer. */
   readonly gone: AbortSignal;
-  /** For the log. */
-  readonly id: string;
 }
 
-/** Fires where the client goes away before it has its whole answer. `id` is for the log. */
-export function goneSignal({ log }: ServerContext, reply: FastifyReply, id: string): AbortSignal {
+/** `formatOf`: how this API writes the answer to a body. What fails before the first byte is thrown; later it is an event of the stream. */
+export async function postGeneration<R extends GenerationRoute>(
+  context: ServerContext,
+  route: R,
+  formatOf: (model: TextModel, reading: Readings[R]) => AnswerFormat,
+  request: FastifyRequest,
+  reply: FastifyReply,
+): Promise<string | undefined> {
+  const id = serverIdOf(route, requestIdOf(request, reply));
+  const leave = context.inFlight.enter(id);
+  try {
+    const gone = goneSignal(context, reply, id);
+    const reading = await readRequest(context, route, request, gone);
+    const { asked, body, model } = reading;
+    const prefillWithinMs = prefillWithin(context, request);
+    const plan = {
+      ...asked,
+      serverIds: promptIdsOf(route, id, asked.prompts.length),
+      ...(prefillWithinMs !== undefined && { prefillWithinMs }),
+    };
+    const run = new GenerationRun(context, plan);
+    const format = formatOf(context.model, reading);
+    const base = { id, object: format.object, created: Math.floor(Date.now() / 1_000), model };
+    const answering = { context, reply, run, format, base, gone };
+    if (body.stream) return await answerStream(answering, body.stream_options?.include_usage ?? false);
+    return await answerWhole(answering, asked.prompts.length * asked.n);
+  } finally {
+    leave();
+  }
+}
+
+function goneSignal({ log }: ServerContext, reply: FastifyReply, id: string): AbortSignal {
   const gone = new AbortController();
   const { raw } = reply;
   raw.once('close', () => {
@@ -43,32 +79,31 @@ export function goneSignal({ log }: ServerContext, reply: FastifyReply, id: stri
   return gone.signal;
 }
 
-/** Answers from `run`. What fails before the first byte is thrown; later it is an event of the stream. */
-export async function respond(
-  context: ServerContext,
-  reply: FastifyReply,
-  run: GenerationRun,
-  format: AnswerFormat,
-  options: AnswerOptions,
-): Promise<string | undefined> {
-  const events = run.events(options.gone);
-  if (options.stream) return await stream(context, reply, events, run, format, options);
-  const byChoice: ChoiceEvent[][] = Array.from({ length: options.choices }, () => []);
-  for await (const event of events) byChoice[event.index]!.push(event);
-  if (run.kvFailure) reply.header(KV_FAILED_HEADER, writeKvFailed(run.kvFailure));
-  reply.type('application/json; charset=utf-8');
-  return await jsonInTurns(await format.whole(byChoice, run.usage));
+/** What the proxy says of a prefill that goes on. Only a consumer waits for one. */
+function prefillWithin({ config }: ServerContext, { headers }: FastifyRequest): number | undefined {
+  return config.role === 'consumer' ? readPrefillWithin(headers[PREFILL_WITHIN_HEADER]) : undefined;
 }
 
-async function stream(
-  context: ServerContext,
-  reply: FastifyReply,
-  events: AsyncGenerator<ChoiceEvent>,
-  run: GenerationRun,
-  format: AnswerFormat,
-  options: AnswerOptions,
+async function answerWhole({ reply, run, format, base, gone }: Answering, count: number): Promise<string> {
+  const byChoice: ChoiceEvent[][] = Array.from({ length: count }, () => []);
+  for await (const event of run.events(gone)) byChoice[event.index]!.push(event);
+  if (run.kvFailure) reply.header(KV_FAILED_HEADER, writeKvFailed(run.kvFailure));
+  reply.type('application/json; charset=utf-8');
+  const choices: object[] = [];
+  const turn = turns();
+  for (const [index, events] of byChoice.entries()) {
+    choices.push(await format.whole(index, events));
+    await turn();
+  }
+  const beside = format.besideChoices?.(byChoice[0]?.[0]);
+  return await jsonInTurns({ ...base, ...beside, choices, usage: run.usage });
+}
+
+async function answerStream(
+  { context, reply, run, format, base, gone }: Answering,
+  includeUsage: boolean,
 ): Promise<undefined> {
-  const { gone } = options;
+  const events = run.events(gone);
   // Headers wait for the first event, so that a request that fails outright has its own HTTP status.
   let next = await events.next();
   reply.hijack();
@@ -86,17 +121,24 @@ async function stream(
     'cache-control': 'no-cache',
     'x-accel-buffering': 'no',
   });
+  const chunk = { ...base, object: format.chunkObject };
+  const withUsage = includeUsage ? { usage: null } : {};
   try {
     for (; !next.done; next = await events.next()) {
+      const event = next.value;
       // What is said of a prompt may be long, what is said of a token is not.
-      const write = next.value.start ? jsonInTurns : JSON.stringify;
-      for (const chunk of await format.chunks(next.value)) await send(await write(chunk));
+      const write = event.start ? jsonInTurns : JSON.stringify;
+      let beside = format.besideChoices?.(event);
+      for (const choice of await format.deltas(event)) {
+        await send(await write({ ...chunk, ...beside, choices: [choice], ...withUsage }));
+        beside = {};
+      }
     }
-    if (options.includeUsage) await send(JSON.stringify(format.usageChunk(run.usage)));
+    if (includeUsage) await send(JSON.stringify({ ...chunk, choices: [], usage: run.usage }));
   } catch (cause) {
     const error = PdError.from(cause);
     if (!gone.aborted) {
-      context.log.warn({ requestId: options.id, code: error.code }, `stream ended early: ${error.message}`);
+      context.log.warn({ requestId: base.id, code: error.code }, `stream ended early: ${error.message}`);
       await send(JSON.stringify(openAiError(error)));
     }
   } finally {

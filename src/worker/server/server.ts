@@ -4,12 +4,12 @@ import { PdError } from '../../errors.ts';
 import { isLoopback } from '../../net/address.ts';
 import { RateLimitedLog } from '../../observability/log.ts';
 import { createRegistry } from '../../observability/registry.ts';
-import { openAiError } from '../../openai-error.ts';
-import { postChatCompletions } from './chat.ts';
-import { postCompletions } from './completions.ts';
-import type { ServerContext } from './context.ts';
+import { openAiError, retryHeaders } from '../../openai-error.ts';
+import { chatFormat } from './chat.ts';
+import { completionFormat } from './completions.ts';
+import { readRequest, type ServerContext } from './context.ts';
 import { NOTICE_LIMIT, postFailed, postPrefilled, postRelease } from './notices.ts';
-import { postTokens } from './tokenize.ts';
+import { postGeneration } from './respond.ts';
 
 /** Bytes; a prompt of a million token ids fits. */
 const BODY_LIMIT = 16 * 2 ** 20;
@@ -40,7 +40,7 @@ export function createServer(context: ServerContext): FastifyInstance {
       );
     else if (status >= 500) log.error({ code: error.code, url: request.url, err: error }, error.message);
     else log.debug({ code: error.code, url: request.url }, error.message);
-    return reply.status(status).send(openAiError(error));
+    return reply.status(status).headers(retryHeaders(error)).send(openAiError(error));
   });
   server.setNotFoundHandler((request, reply) => {
     const error = new PdError('REQUEST_INVALID', `there is no ${request.method} ${request.url} here`);
@@ -52,10 +52,19 @@ export function createServer(context: ServerContext): FastifyInstance {
   server.addContentTypeParser('application/json', { parseAs: 'buffer' }, (_request, body, done) =>
     done(null, body),
   );
-  server.post('/v1/completions', (request, reply) => postCompletions(context, request, reply));
-  server.post('/v1/chat/completions', (request, reply) => postChatCompletions(context, request, reply));
-  server.post('/tokenize', (request, reply) => postTokens(context, 'tokenize', request, reply));
-  server.post('/detokenize', (request, reply) => postTokens(context, 'detokenize', request, reply));
+  server.post('/v1/completions', (request, reply) =>
+    postGeneration(context, 'completions', completionFormat, request, reply),
+  );
+  server.post('/v1/chat/completions', (request, reply) =>
+    postGeneration(context, 'chat', chatFormat, request, reply),
+  );
+  for (const route of ['tokenize', 'detokenize'] as const) {
+    server.post(`/${route}`, async (request, reply) => {
+      const { buffer, byteOffset, byteLength } = await readRequest(context, route, request);
+      reply.type('application/json; charset=utf-8');
+      return Buffer.from(buffer, byteOffset, byteLength);
+    });
+  }
   const notice = { bodyLimit: NOTICE_LIMIT };
   server.post('/kv/release', notice, async (request) => postRelease(context, request));
   server.post('/kv/prefilled', notice, async (request) => postPrefilled(context, request));

@@ -1,14 +1,56 @@
-/** POST /tokenize and /detokenize, in vLLM's shapes. */
-import type { FastifyReply, FastifyRequest } from 'fastify';
-import { readRequest, type ServerContext } from './context.ts';
+/** /tokenize and /detokenize, in vLLM's shapes: their bodies, and their answers as JSON in UTF-8. */
+import { z } from 'zod';
+import type { TextModel } from '../../model/tokenizer.ts';
+import { messagesSchema, renderChat } from './chat.ts';
+import {
+  checkVocabulary,
+  encodeText,
+  optional,
+  parseBody,
+  type Served,
+  servedModel,
+  tokenIds,
+} from './fields.ts';
 
-export async function postTokens(
-  context: ServerContext,
-  route: 'tokenize' | 'detokenize',
-  request: FastifyRequest,
-  reply: FastifyReply,
-): Promise<Buffer> {
-  const { buffer, byteOffset, byteLength } = await readRequest(context, route, request);
-  reply.type('application/json; charset=utf-8');
-  return Buffer.from(buffer, byteOffset, byteLength);
+const tokenizeSchema = z
+  .object({
+    model: optional(z.string()),
+    prompt: optional(z.string()),
+    messages: optional(messagesSchema),
+    add_special_tokens: optional(z.boolean()),
+    add_generation_prompt: optional(z.boolean()),
+    return_token_strs: optional(z.boolean()),
+  })
+  .refine((body) => (body.prompt === undefined) !== (body.messages === undefined), {
+    message: 'expected either prompt or messages',
+    path: ['prompt'],
+  });
+
+const detokenizeSchema = z.object({ model: optional(z.string()), tokens: tokenIds });
+
+export function readTokenize(served: Served, model: TextModel, json: unknown): Uint8Array<ArrayBuffer> {
+  const body = parseBody(tokenizeSchema, json);
+  servedModel(served, body.model);
+  const { messages, prompt } = body;
+  // A chat template writes the special tokens itself.
+  const addSpecialTokens = body.add_special_tokens ?? messages === undefined;
+  const text = messages ? renderChat(model, messages, body.add_generation_prompt ?? true) : (prompt ?? '');
+  const tokens = encodeText(served, model, text, addSpecialTokens, 0, messages ? 'messages' : 'prompt');
+  return utf8Json({
+    count: tokens.length,
+    max_model_len: served.maxModelLen,
+    tokens,
+    token_strs: body.return_token_strs ? tokens.map((token) => model.tokenString(token)) : null,
+  });
+}
+
+export function readDetokenize(served: Served, model: TextModel, json: unknown): Uint8Array<ArrayBuffer> {
+  const body = parseBody(detokenizeSchema, json);
+  servedModel(served, body.model);
+  checkVocabulary(served, body.tokens, 'tokens');
+  return utf8Json({ prompt: model.decode(body.tokens, { skipSpecialTokens: false }) });
+}
+
+function utf8Json(answer: object): Uint8Array<ArrayBuffer> {
+  return new TextEncoder().encode(JSON.stringify(answer));
 }

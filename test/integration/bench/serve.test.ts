@@ -2,10 +2,10 @@ import { EventEmitter, once } from 'node:events';
 import { createServer } from 'node:net';
 import { Command } from 'commander';
 import { describe, expect, it, onTestFinished } from 'vitest';
-import { NO_PROGRESS } from '../../../src/bench/progress.ts';
-import type { Clock } from '../../../src/bench/serve/load.ts';
-import { type ServeOptions, serve } from '../../../src/bench/serve/serve.ts';
-import { SERVE_OPTIONS, serveOptions } from '../../../src/cli/bench-serve.ts';
+import { SERVE_OPTIONS, serveOptions } from '../../../bench/cli/serve.ts';
+import { NO_PROGRESS } from '../../../bench/measure/progress.ts';
+import type { Clock } from '../../../bench/serve/load.ts';
+import { type ServeOptions, serve } from '../../../bench/serve/serve.ts';
 import { addOptions, resolveOptions } from '../../../src/config/options.ts';
 import {
   type Answering,

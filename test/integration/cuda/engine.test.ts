@@ -7,8 +7,8 @@ import type { PagedLayer } from '../../../src/device/device.ts';
 import { hostMemory, hostView } from '../../../src/device/memory.ts';
 import { layerBytes, wireShape } from '../../../src/kv/layout.ts';
 import { TransferEngine } from '../../../src/transfer/engine.ts';
-import { SEND_TYPES } from '../../../src/transfer/types.ts';
 import { type TransferId, tensorIdOf } from '../../../src/wire/ids.ts';
+import { SEND_TYPES } from '../../../src/wire/messages.ts';
 import { type StandIns, useStandIns } from '../../stand-ins/build.ts';
 import { blockOf, failure, LAYOUT, loadRequest, Services, transferOptions } from '../../support/transfer.ts';
 

@@ -1,6 +1,6 @@
 import { afterEach, expect, test, vi } from 'vitest';
 import { nativeEnvironment, setNativeDefault, setNativeDefaults } from '../../../ffi/libc.ts';
-import { ncclEnvironment } from '../../../src/config/native-env.ts';
+import { ncclEnvironment } from '../../../src/device/native-env.ts';
 
 afterEach(() => vi.unstubAllEnvs());
 

@@ -1,4 +1,5 @@
 import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest';
+import { demoModelDir } from '../../../src/config/demo-model.ts';
 import type { CudaDevice } from '../../../src/device/cuda/device.ts';
 import { createCudaDevice } from '../../../src/device/cuda.ts';
 import { HostDevice } from '../../../src/device/host.ts';
@@ -6,12 +7,12 @@ import { ARCHITECTURES, readModelConfig } from '../../../src/model/config.ts';
 import { createCudaExecutor } from '../../../src/model/cuda/create.ts';
 import type { CudaExecutor } from '../../../src/model/cuda/executor.ts';
 import { elementTypeOf } from '../../../src/model/cuda/weights.ts';
-import { demoModelDir } from '../../../src/model/demo.ts';
 import { HostExecutor } from '../../../src/model/host/executor.ts';
 import { uniform } from '../../../src/model/random.ts';
+import { GREEDY } from '../../../src/model/sampler.ts';
+import { type RandomModel, writeRandomModel } from '../../../support/random-model.ts';
 import { type StandIns, useStandIns } from '../../stand-ins/build.ts';
-import { batchOf, GREEDY, generate, sequenceOf } from '../../support/batches.ts';
-import { type RandomModel, writeRandomModel } from '../../support/random-model.ts';
+import { batchOf, generate, sequenceOf } from '../../support/batches.ts';
 import { tempDir } from '../../support/temp-dir.ts';
 
 let standIns: StandIns;

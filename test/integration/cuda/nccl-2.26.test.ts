@@ -1,13 +1,13 @@
 /** NCCL 2.26 has room for one communicator in progress per thread; its stand-in loses the first one's work, as the real one does. */
 import { expect, test } from 'vitest';
-import { Peer } from '../../../bench/gpu/rig.ts';
 import { createCudaDevice } from '../../../src/device/cuda.ts';
 import { createNcclTransport } from '../../../src/transport/nccl/transport.ts';
 import { useStandIns } from '../../stand-ins/build.ts';
+import { NcclPeer } from '../../support/nccl-peer.ts';
 
 test('several pairs are opened and used, one step at a time', async () => {
   useStandIns();
-  Object.assign(process.env, { PD_STANDIN_NCCL: '22605', PD_CHECK_ARENA_MIB: '1' });
+  process.env['PD_STANDIN_NCCL'] = '22605';
   const device = await createCudaDevice(0);
   const transport = await createNcclTransport(device, {
     bindHost: '127.0.0.1',
@@ -15,10 +15,10 @@ test('several pairs are opened and used, one step at a time', async () => {
     ncclNumChannels: 8,
   });
   expect(transport.nccl.versionText).toBe('2.26.5');
-  const peers = [new Peer(1, 8), new Peer(1, 8)];
+  const peers = [new NcclPeer(1, 8), new NcclPeer(1, 8)];
   try {
     await Promise.all(peers.map(({ ready }) => ready));
-    const open = async (peer: Peer, number: number) => {
+    const open = async (peer: NcclPeer, number: number) => {
       const uniqueId = transport.createUniqueId();
       const [pair, answer] = await Promise.all([
         transport.open({ uniqueId, rank: 0, peer: 'child', timeoutMs: 60_000 }),

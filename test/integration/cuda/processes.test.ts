@@ -2,20 +2,19 @@
 import { fork } from 'node:child_process';
 import { fileURLToPath } from 'node:url';
 import { afterEach, beforeAll, expect, test } from 'vitest';
-import { Peer } from '../../../bench/gpu/rig.ts';
 import type { CudaDevice } from '../../../src/device/cuda/device.ts';
 import { createCudaDevice } from '../../../src/device/cuda.ts';
 import { createNcclTransport, type NcclTransport } from '../../../src/transport/nccl/transport.ts';
 import { useStandIns } from '../../stand-ins/build.ts';
+import { NcclPeer } from '../../support/nccl-peer.ts';
 
 const MIB = 2 ** 20;
 let device: CudaDevice;
 let transport: NcclTransport;
-const peers: Peer[] = [];
+const peers: NcclPeer[] = [];
 
 beforeAll(async () => {
   useStandIns();
-  process.env['PD_CHECK_ARENA_MIB'] = '96';
   device = await createCudaDevice(0);
   transport = await createNcclTransport(device, {
     bindHost: '127.0.0.1',
@@ -27,14 +26,14 @@ afterEach(async () => {
   await Promise.all(peers.splice(0).map((peer) => peer.kill()));
 });
 
-async function startPeer(env: Record<string, string> = {}): Promise<Peer> {
-  const peer = new Peer(1, 8, env);
+async function startPeer(env: Record<string, string> = {}): Promise<NcclPeer> {
+  const peer = new NcclPeer(1, 8, env);
   peers.push(peer);
   await peer.ready;
   return peer;
 }
 
-async function open(peer: Peer, number: number) {
+async function open(peer: NcclPeer, number: number) {
   const uniqueId = transport.createUniqueId();
   const [pair, answer] = await Promise.all([
     transport.open({ uniqueId, rank: 0, peer: 'child', timeoutMs: 60_000 }),

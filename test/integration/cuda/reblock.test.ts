@@ -9,8 +9,8 @@ import { EventPoller } from '../../../src/device/poller.ts';
 import type { WireForm } from '../../../src/kv/families.ts';
 import { layerBytes, type PagedLayout } from '../../../src/kv/layout.ts';
 import { planCopy } from '../../../src/kv/reblock.ts';
+import { wireTensor } from '../../../support/wire-kv.ts';
 import { useStandIns } from '../../stand-ins/build.ts';
-import { wireTensor } from '../../support/wire-kv.ts';
 
 let device: CudaDevice;
 

@@ -5,7 +5,8 @@ import type { MemoryRef } from '../../../src/device/device.ts';
 import { hostMemory, hostView, sliceMemory } from '../../../src/device/memory.ts';
 import { PdError } from '../../../src/errors.ts';
 import { createNcclTransport, type NcclTransport } from '../../../src/transport/nccl/transport.ts';
-import type { Pair, UniqueId } from '../../../src/transport/transport.ts';
+import type { Pair } from '../../../src/transport/transport.ts';
+import type { UniqueId } from '../../../src/wire/messages.ts';
 import { type StandIns, useStandIns } from '../../stand-ins/build.ts';
 
 const MIB = 2 ** 20;

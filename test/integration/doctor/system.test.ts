@@ -3,13 +3,13 @@ import { createServer as createHttpServer } from 'node:http';
 import { type AddressInfo, createServer } from 'node:net';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { Router } from 'zeromq';
+import { DEFAULT_LIMITS } from '../../../src/config/transfer-options.ts';
 import { peerSection } from '../../../src/doctor/peer.ts';
 import { proxySection } from '../../../src/doctor/proxy-check.ts';
 import { parseHostPort } from '../../../src/net/address.ts';
 import { AllowList } from '../../../src/net/allow-list.ts';
 import { ZapGate } from '../../../src/net/zap.ts';
 import { createLogger } from '../../../src/observability/log.ts';
-import { DEFAULT_LIMITS } from '../../../src/transfer/types.ts';
 import { decodeMessage, encodeAnswer } from '../../../src/wire/codec.ts';
 import {
   type ProxyHandle,
@@ -163,7 +163,7 @@ describe('a peer', () => {
       { level: 'fail', what: expect.stringContaining('the protocol does not know') },
     ]);
     // one GET for nothing, and not a NEW or PUT, which would change something there
-    expect(vllm!.asked).toEqual([{ cmd: 'GET', tensor_id: 'pd-doctor#probe', ours: { seq: 0 } }]);
+    expect(vllm!.asked).toEqual([{ cmd: 'GET', tensor_id: 'pd-doctor#probe', native: { seq: 0 } }]);
   });
 
   test('one whose allow list leaves this machine out, on IPv6 too', async () => {

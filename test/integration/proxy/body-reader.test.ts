@@ -108,7 +108,7 @@ describe('a long body at the proxy', () => {
   const LONG = { model: 'm', prompt: 'x'.repeat(70_000), n: 2 };
 
   /** With threads that follow a script. */
-  async function startProxy() {
+  async function startProxy(limits: BodyReaderOptions = {}) {
     const threads: ScriptedReader<ToBodyThread, RequestBody>[] = [];
     const openThread = () => {
       const thread = new ScriptedReader<ToBodyThread, RequestBody>();
@@ -118,7 +118,7 @@ describe('a long body at the proxy', () => {
     /** Of each request, in order: aborted once the proxy knows that its client has gone. */
     const signals: AbortSignal[] = [];
     const bodyReader = (log: Logger) => {
-      const reader = new BodyReader(log, { openThread });
+      const reader = new BodyReader(log, { ...limits, openThread });
       const read: BodyReader['read'] = (body, signal) => {
         signals.push(signal);
         return reader.read(body, signal);
@@ -176,6 +176,22 @@ describe('a long body at the proxy', () => {
     expect(answer.status).toBe(413);
     expect(await answer.json()).toMatchObject({ error: { code: 'BODY_TOO_COSTLY' } });
     expect(producer.asked).toEqual([]);
+  });
+
+  it('that finds no room to wait in is answered so, and told when to come again', async () => {
+    const { post, reading } = await startProxy({ maxWaitingBytes: 100_000 });
+    const first = post(LONG);
+    const thread = await reading();
+    const [one, two] = [post(LONG), post({ ...LONG, prompt: 'x'.repeat(80_000) })];
+    const busy = await two;
+    expect(busy.status).toBe(503);
+    expect(busy.headers.get('retry-after')).toBe('3');
+    expect(await busy.json()).toMatchObject({ error: { type: 'server_error', code: 'READER_BUSY' } });
+    for (const [at, answer] of [first, one].entries()) {
+      await thread.until(at + 1);
+      thread.emit({ type: 'read', reading: readBody(thread.received[at]!.body) });
+      expect((await answer).status).toBe(200);
+    }
   });
 
   it('whose client leaves goes no further, be it waiting or being read', async () => {

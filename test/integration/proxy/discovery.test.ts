@@ -52,7 +52,7 @@ describe('pings', () => {
         type: 'D',
         http_address: `${literal}:8083`,
         zmq_address: `${literal}:8084`,
-        ours: { version: 1, digest: 'abc', model: 'demo' },
+        native: { version: 1, digest: 'abc', model: 'demo' },
       });
       await next();
       expect(registry.list().map(({ role, http, fingerprint }) => ({ role, http, fingerprint }))).toEqual([

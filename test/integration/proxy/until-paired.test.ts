@@ -17,7 +17,7 @@ async function start() {
       type,
       http_address: `127.0.0.1:${port}`,
       zmq_address: `127.0.0.1:${port + 1}`,
-      ours: { version: 1, digest, model: 'demo' },
+      native: { version: 1, digest, model: 'demo' },
     });
   return { proxy, ping };
 }

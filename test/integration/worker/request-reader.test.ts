@@ -1,10 +1,15 @@
 /** The reader thread itself, with the demo model's tokenizer. */
 import fc from 'fast-check';
 import { afterEach, describe, expect, it } from 'vitest';
-import { demoModelDir } from '../../../src/model/demo.ts';
+import { demoModelDir } from '../../../src/config/demo-model.ts';
 import { createLogger } from '../../../src/observability/log.ts';
-import { RequestReader, type RequestReaderOptions } from '../../../src/worker/request-reader.ts';
-import { type Route, readBody, type Served } from '../../../src/worker/server/reading.ts';
+import {
+  RequestReader,
+  type RequestReaderOptions,
+  type Route,
+  readBody,
+} from '../../../src/worker/request-reader.ts';
+import type { Served } from '../../../src/worker/server/fields.ts';
 
 const LOG = createLogger({ level: 'silent', format: 'json' }, 'main');
 const SERVED: Served = { modelNames: ['demo'], maxModelLen: 2_048, vocabSize: 2_048 };

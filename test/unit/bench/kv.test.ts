@@ -1,9 +1,9 @@
 /** The benchmark's check must see every way in which KV can arrive wrong; else its numbers mean nothing. */
 import fc from 'fast-check';
 import { beforeEach, expect, test } from 'vitest';
-import { JobMaker } from '../../../src/bench/bench.ts';
-import { BenchKv } from '../../../src/bench/kv.ts';
-import { blockTable, type KvShape } from '../../../src/bench/shape.ts';
+import { JobMaker } from '../../../bench/transfer/bench.ts';
+import { BenchKv } from '../../../bench/transfer/kv.ts';
+import { blockTable, type KvShape } from '../../../bench/transfer/shape.ts';
 import { HostDevice } from '../../../src/device/host.ts';
 import { hostMemory, hostView } from '../../../src/device/memory.ts';
 import { EventPoller } from '../../../src/device/poller.ts';

@@ -2,9 +2,9 @@
 import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { beforeEach, expect, test } from 'vitest';
-import { isSound, readReport, renderSummary, writeReport } from '../../../src/bench/report.ts';
-import type { PartResult } from '../../../src/bench/result.ts';
-import { DEFAULT_TRANSFER, type TransferRow } from '../../../src/bench/transfer.ts';
+import { isSound, readReport, renderSummary, writeReport } from '../../../bench/transfer/report.ts';
+import type { PartResult } from '../../../bench/transfer/result.ts';
+import { DEFAULT_TRANSFER, type TransferRow } from '../../../bench/transfer/transfer.ts';
 import { tempDir } from '../../support/temp-dir.ts';
 
 let folder: string;

@@ -1,11 +1,11 @@
 /** Configuration given in code: few fields become what the flags would have made, and mistakes are named. */
 import { expect, it } from 'vitest';
 import { proxyConfig as proxyConfigOfFlags } from '../../../src/cli/proxy.ts';
+import { demoModelDir } from '../../../src/config/demo-model.ts';
 import { transferOptions, workerConfig } from '../../../src/config/embedded.ts';
 import { proxyConfig } from '../../../src/config/proxy-config.ts';
+import { DEFAULT_TIMEOUTS } from '../../../src/config/transfer-options.ts';
 import { PdError } from '../../../src/errors.ts';
-import { demoModelDir } from '../../../src/model/demo.ts';
-import { DEFAULT_TIMEOUTS } from '../../../src/transfer/types.ts';
 import { resolveFlags } from '../../support/worker-flags.ts';
 
 const QUIET = { level: 'warn', format: 'auto' };

@@ -3,12 +3,12 @@ import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import { proxyConfig } from '../../../src/cli/proxy.ts';
 import { resolveHosts } from '../../../src/config/hosts.ts';
+import type { WorkerEnvironment } from '../../../src/config/resolve-worker.ts';
 import {
   nativeEnvironment,
   ncclEnvironment,
   prepareNativeEnvironment,
-} from '../../../src/config/native-env.ts';
-import type { WorkerEnvironment } from '../../../src/config/resolve-worker.ts';
+} from '../../../src/device/native-env.ts';
 import { sharedTempDir } from '../../support/temp-dir.ts';
 import { resolveFlags } from '../../support/worker-flags.ts';
 

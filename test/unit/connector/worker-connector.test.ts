@@ -5,8 +5,8 @@ import { P2pWorkerConnector, type SaveTrace } from '../../../src/connector/worke
 import type { PagedLayer } from '../../../src/device/device.ts';
 import { PdError } from '../../../src/errors.ts';
 import { MetricsPage, readMetric } from '../../../src/observability/metrics.ts';
-import type { SendType } from '../../../src/transfer/types.ts';
 import { engineRequestId, transferIdOf } from '../../../src/wire/ids.ts';
+import type { SendType } from '../../../src/wire/messages.ts';
 import { FakeEngine } from '../../support/fake-engine.ts';
 
 const PATTERN = '___prefill_addr_10.0.0.1:8082___decode_addr_10.0.0.2:8084_0123456789abcdef0123456789abcdef';

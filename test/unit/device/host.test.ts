@@ -1,6 +1,6 @@
 import fc from 'fast-check';
 import { describe, expect, test } from 'vitest';
-import { createDevice } from '../../../src/device/create.ts';
+import { createDevice } from '../../../src/device/create-device.ts';
 import { HostDevice } from '../../../src/device/host.ts';
 import { hostMemory, hostView, sliceMemory, totalBytes } from '../../../src/device/memory.ts';
 import {

@@ -101,9 +101,88 @@ describe('BlockManager', () => {
     expect(() => blocks.tableOf('b')).toThrow(/has no blocks/);
   });
 
+  it('keeps exposed blocks from everybody, their own sequence too, until they are retracted', () => {
+    const blocks = new BlockManager(4, BLOCK);
+    const hashes = hashesOf(range(12));
+    const [, ...wanted] = blocks.allocate('loading', 12);
+    blocks.expose('want 1', wanted);
+    expect([blocks.numExposed, blocks.numQuarantined]).toEqual([2, 0]);
+    blocks.commit('loading', hashes, 4);
+    expect(() => blocks.commit('loading', hashes, 8)).toThrow(/may still be written to/);
+    expect(() => blocks.fork('loading', 'other', 8)).toThrow(/may still be written to/);
+    blocks.free('loading');
+    expect([blocks.numQuarantined, blocks.numFree]).toEqual([2, 2]);
+    expect(blocks.canAllocate(12)).toBe(false);
+    expect(blocks.allocate('again', 8).filter((block) => wanted.includes(block))).toEqual([]);
+    blocks.retract('want 1');
+    expect([blocks.numExposed, blocks.numQuarantined, blocks.numFree]).toEqual([0, 0, 2]);
+    expect(() => blocks.retract('want 1')).toThrow(/exposes no blocks/);
+    expect(blocks.checkIntegrity()).toEqual([]);
+  });
+
+  it('hands blocks back to their sequence when what was asked for has come', () => {
+    const blocks = new BlockManager(2, BLOCK);
+    const hashes = hashesOf(range(8));
+    blocks.expose('want', blocks.allocate('a', 8));
+    blocks.retract('want');
+    blocks.commit('a', hashes, 8);
+    blocks.free('a');
+    expect(blocks.lookup(hashes, 8)).toHaveLength(2);
+  });
+
+  it('exposes only what one sequence has for itself', () => {
+    const blocks = new BlockManager(4, BLOCK);
+    const hashes = hashesOf(range(4));
+    const [shared = -1] = blocks.allocate('a', 4);
+    blocks.commit('a', hashes, 4);
+    expect(() => blocks.expose('cached', [shared])).toThrow(/cannot be exposed/);
+    const [own = -1] = blocks.allocate('b', 4);
+    expect(() => blocks.expose('twice', [own, own])).toThrow(/twice/);
+    expect(() => blocks.expose('free', [3])).toThrow(/cannot be exposed/);
+    blocks.expose('want', [own]);
+    expect(() => blocks.expose('other', [own])).toThrow(/cannot be exposed/);
+    expect(blocks.checkIntegrity()).toEqual([]);
+  });
+
+  it('leases the blocks of a prompt beyond the end of its sequence, the oldest first to go', () => {
+    const blocks = new BlockManager(6, BLOCK);
+    const table = [...blocks.allocate('a', 12)];
+    expect(blocks.lease('a', 'first', 7, 100)).toEqual(table.slice(0, 2));
+    expect(blocks.has('a')).toBe(false);
+    blocks.allocate('b', 4);
+    blocks.lease('b', 'second', 4, 200);
+    expect([blocks.numLeased, blocks.numLeases, blocks.numFree]).toEqual([3, 2, 3]);
+    expect(blocks.evictableLease(99)).toBeUndefined();
+    expect(blocks.evictableLease(150)).toBe('first');
+    // a write that reads them goes on
+    blocks.hold(table.slice(0, 1));
+    blocks.endLease('first');
+    blocks.endLease('first');
+    expect(blocks.numFree).toBe(4);
+    expect(blocks.evictableLease(150)).toBeUndefined();
+    blocks.unhold(table.slice(0, 1));
+    blocks.endLease('second');
+    expect(blocks.numFree).toBe(6);
+    expect(() => blocks.hold([0])).toThrow(/is free/);
+    expect(blocks.checkIntegrity()).toEqual([]);
+  });
+
   it('never loses a block, whatever is done in whatever order', () => {
     const operation = fc.record({
-      kind: fc.constantFrom('allocate', 'append', 'commit', 'fork', 'free', 'copied'),
+      kind: fc.constantFrom(
+        'allocate',
+        'append',
+        'commit',
+        'fork',
+        'free',
+        'copied',
+        'expose',
+        'retract',
+        'lease',
+        'end lease',
+        'hold',
+        'unhold',
+      ),
       who: fc.nat(7),
       size: fc.integer({ min: 1, max: 24 }),
       family: fc.nat(2),
@@ -113,6 +192,11 @@ describe('BlockManager', () => {
         const blocks = new BlockManager(12, BLOCK);
         const alive = new Map<string, { tokens: number[]; length: number }>();
         const copies: BlockCopy[] = [];
+        /** Blocks by want, and of which sequence. */
+        const wants = new Map<string, { owner: string; blocks: readonly number[] }>();
+        const leases: string[] = [];
+        const holds: (readonly number[])[] = [];
+        const isLoading = (owner: string) => [...wants.values()].some((want) => want.owner === owner);
         let serial = 0;
         for (const { kind, who, size, family } of operations) {
           const [id, sequence] = [...alive][who % Math.max(1, alive.size)] ?? [];
@@ -127,8 +211,39 @@ describe('BlockManager', () => {
           } else if (kind === 'copied') {
             const copy = copies.pop();
             if (copy) blocks.releaseCopy(copy);
+          } else if (kind === 'retract') {
+            const [key] = [...wants.keys()];
+            if (key !== undefined) blocks.retract(key);
+            if (key !== undefined) wants.delete(key);
+          } else if (kind === 'end lease') {
+            const key = leases.shift();
+            if (key !== undefined) blocks.endLease(key);
+          } else if (kind === 'unhold') {
+            const held = holds.pop();
+            if (held) blocks.unhold(held);
           } else if (id !== undefined && sequence) {
-            if (kind === 'append' && blocks.canAppend(id, sequence.length + size)) {
+            if (kind === 'free') {
+              blocks.free(id);
+              alive.delete(id);
+            } else if (isLoading(id)) {
+              // the others are refused
+            } else if (kind === 'expose') {
+              if (blocks.canAllocate(size)) {
+                const name = `s${serial++}`;
+                const wanted = [...blocks.allocate(name, size)];
+                blocks.expose(`want ${name}`, wanted);
+                wants.set(`want ${name}`, { owner: name, blocks: wanted });
+                alive.set(name, { tokens: range(64, 9_000 + serial), length: size });
+              }
+            } else if (kind === 'lease') {
+              blocks.lease(id, `lease ${id}`, Math.min(size, sequence.length), serial);
+              leases.push(`lease ${id}`);
+              alive.delete(id);
+            } else if (kind === 'hold') {
+              const held = blocks.tableOf(id).slice(0, size);
+              blocks.hold(held);
+              holds.push(held);
+            } else if (kind === 'append' && blocks.canAppend(id, sequence.length + size)) {
               if (sequence.length + size <= 64) {
                 sequence.length += size;
                 blocks.append(id, sequence.length);
@@ -141,15 +256,23 @@ describe('BlockManager', () => {
               const copy = blocks.fork(id, name, length);
               if (copy) copies.push(copy);
               alive.set(name, { tokens: sequence.tokens, length });
-            } else if (kind === 'free') {
-              blocks.free(id);
-              alive.delete(id);
             }
           }
           expect(blocks.checkIntegrity()).toEqual([]);
+          // nobody but the one that asked has a block that may be written to
+          for (const { owner, blocks: wanted } of wants.values()) {
+            for (const name of alive.keys()) {
+              if (name === owner) continue;
+              expect(blocks.tableOf(name).filter((block) => wanted.includes(block))).toEqual([]);
+            }
+          }
+          expect(blocks.numExposed).toBe([...wants.values()].flatMap((want) => want.blocks).length);
           expect(blocks.numFree + blocks.numUsed).toBe(12);
         }
         for (const copy of copies) blocks.releaseCopy(copy);
+        for (const held of holds) blocks.unhold(held);
+        for (const key of leases) blocks.endLease(key);
+        for (const key of wants.keys()) blocks.retract(key);
         for (const id of alive.keys()) blocks.free(id);
         expect(blocks.numFree).toBe(12);
         expect(blocks.checkIntegrity()).toEqual([]);

@@ -7,7 +7,7 @@ import { formOf, formShape, WIRE_LAYOUTS, type WireForm } from '../../../src/kv/
 import { layerBytes, type PagedLayout, runBytes, runOffset, runsPerBlock } from '../../../src/kv/layout.ts';
 import { checkPlan, forEachPlannedRun, planCopy } from '../../../src/kv/reblock.ts';
 import type { Dtype } from '../../../src/wire/dtype.ts';
-import { tokenBytes, wireTensor } from '../../support/wire-kv.ts';
+import { tokenBytes, wireTensor } from '../../../support/wire-kv.ts';
 
 const device = new HostDevice();
 const stream = device.createStream();

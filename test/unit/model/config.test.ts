@@ -1,8 +1,8 @@
 import { writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
+import { demoModelDir } from '../../../src/config/demo-model.ts';
 import { parseModelConfig, readModelConfig } from '../../../src/model/config.ts';
-import { demoModelDir } from '../../../src/model/demo.ts';
 import { ropeFrequencies } from '../../../src/model/rope-config.ts';
 import { tempDir } from '../../support/temp-dir.ts';
 import { TINY_CONFIG } from '../../support/tiny-model.ts';

@@ -1,12 +1,13 @@
 import { beforeAll, describe, expect, it } from 'vitest';
+import { demoModelDir } from '../../../src/config/demo-model.ts';
 import type { Device } from '../../../src/device/device.ts';
 import { HostDevice } from '../../../src/device/host.ts';
 import { runBytes, runOffset } from '../../../src/kv/layout.ts';
 import { readModelConfig } from '../../../src/model/config.ts';
-import { demoModelDir } from '../../../src/model/demo.ts';
 import { HostExecutor } from '../../../src/model/host/executor.ts';
+import { GREEDY } from '../../../src/model/sampler.ts';
 import { Tokenizer } from '../../../src/model/tokenizer.ts';
-import { batchOf, GREEDY, generate, sequenceOf } from '../../support/batches.ts';
+import { batchOf, generate, sequenceOf } from '../../support/batches.ts';
 import { OpaqueDevice } from '../../support/opaque-device.ts';
 import { demoReference, TINY_LLAMA3_DIR, tinyLlama3Reference } from '../../support/references.ts';
 import { tempDir } from '../../support/temp-dir.ts';

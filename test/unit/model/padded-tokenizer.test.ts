@@ -5,9 +5,9 @@ import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { expect, test } from 'vitest';
 import { PROMPTS } from '../../../scripts/demo-checks.ts';
-import { demoModelDir } from '../../../src/model/demo.ts';
+import { demoModelDir } from '../../../src/config/demo-model.ts';
 import { Tokenizer } from '../../../src/model/tokenizer.ts';
-import { pythonWith } from '../../support/python-peer.ts';
+import { pythonWith } from '../../../support/python-peer.ts';
 import { tempDir } from '../../support/temp-dir.ts';
 
 const SCRIPTS = fileURLToPath(new URL('../../../scripts/model-reference', import.meta.url));

@@ -8,7 +8,7 @@ import { fingerprintOf } from '../../../src/model/fingerprint.ts';
 import { float16ToFloat32 } from '../../../src/model/float-convert.ts';
 import { Checkpoint } from '../../../src/model/safetensors.ts';
 import { parseSafetensorsHeader } from '../../../src/model/safetensors-header.ts';
-import { encodeTensors, type FloatType, safetensorsFile } from '../../support/safetensors-writer.ts';
+import { encodeTensors, type FloatType, safetensorsFile } from '../../../support/safetensors-writer.ts';
 import { tempDir } from '../../support/temp-dir.ts';
 import { writeTinyModel } from '../../support/tiny-model.ts';
 
@@ -17,7 +17,7 @@ const NAME = 'model.layers.1.self_attn.k_proj.weight';
 async function read(dir: string, name: string, shape: readonly number[]): Promise<Float32Array> {
   const checkpoint = await Checkpoint.open(dir);
   try {
-    return await checkpoint.tensor(name, shape);
+    return await checkpoint.tensor({ name, shape });
   } finally {
     await checkpoint.dispose();
   }

@@ -1,9 +1,8 @@
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { uniform } from '../../../src/model/random.ts';
-import { logprobOf, sample } from '../../../src/model/sampler.ts';
+import { GREEDY, logprobOf, sample } from '../../../src/model/sampler.ts';
 import type { SamplingParams } from '../../../src/scheduler/types.ts';
-import { GREEDY } from '../../support/batches.ts';
 
 const pick = (logits: number[], params: Partial<SamplingParams> = {}, outputPosition = 0, index = 0) =>
   sample(Float32Array.from(logits), { params: { ...GREEDY, ...params }, outputPosition, index });

@@ -3,7 +3,7 @@ import { join } from 'node:path';
 import { Tokenizer as HuggingFaceTokenizer } from '@huggingface/tokenizers';
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
-import { demoModelDir } from '../../../src/model/demo.ts';
+import { demoModelDir } from '../../../src/config/demo-model.ts';
 import { charactersPerToken } from '../../../src/model/token-bound.ts';
 
 const byteFallback = Array.from(

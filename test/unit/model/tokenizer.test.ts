@@ -2,7 +2,7 @@ import { copyFile, readFile, rm, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import fc from 'fast-check';
 import { beforeAll, describe, expect, it } from 'vitest';
-import { demoModelDir } from '../../../src/model/demo.ts';
+import { demoModelDir } from '../../../src/config/demo-model.ts';
 import { readPieces } from '../../../src/model/token-pieces.ts';
 import { IncrementalDecoder, Tokenizer } from '../../../src/model/tokenizer.ts';
 import { demoReference } from '../../support/references.ts';

@@ -1,7 +1,7 @@
 import fc from 'fast-check';
 import { describe, expect, test } from 'vitest';
-import { type Announcement, InstanceRegistry, type InstanceRole } from '../../../src/proxy/registry.ts';
-import type { SendType } from '../../../src/transfer/types.ts';
+import { type InstancePing, InstanceRegistry, type InstanceRole } from '../../../src/proxy/registry.ts';
+import type { SendType } from '../../../src/wire/messages.ts';
 
 const TIMEOUT = 10_000;
 
@@ -10,7 +10,7 @@ function setUp() {
   return { clock, registry: new InstanceRegistry(TIMEOUT, () => clock.now) };
 }
 
-function ping(role: InstanceRole, port: number, digest?: string): Announcement {
+function ping(role: InstanceRole, port: number, digest?: string): InstancePing {
   return {
     role,
     httpAddress: `10.0.0.1:${port}`,

@@ -1,8 +1,9 @@
 /** Random arrivals, aborts, failing steps and loads under scarce blocks: the world throws where KV is wrong, a block is lost or twice told. */
 import fc from 'fast-check';
 import { expect, it } from 'vitest';
-import { transferOf } from '../../support/ids.ts';
-import { expectedTokens, GREEDY, requestId, SchedulerWorld } from '../../support/scheduler-world.ts';
+import { GREEDY } from '../../../src/model/sampler.ts';
+import { transferOf } from '../../../support/ids.ts';
+import { expectedTokens, requestId, SchedulerWorld } from '../../support/scheduler-world.ts';
 
 const addition = fc.record({
   kind: fc.constant('add' as const),

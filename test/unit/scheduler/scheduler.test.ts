@@ -1,7 +1,8 @@
 import { describe, expect, it } from 'vitest';
+import { GREEDY } from '../../../src/model/sampler.ts';
 import type { CoreRequest, SamplingParams } from '../../../src/scheduler/types.ts';
-import { transferOf } from '../../support/ids.ts';
-import { expectedTokens, GREEDY, requestId, SchedulerWorld } from '../../support/scheduler-world.ts';
+import { transferOf } from '../../../support/ids.ts';
+import { expectedTokens, requestId, SchedulerWorld } from '../../support/scheduler-world.ts';
 
 const OPTIONS = {
   numBlocks: 64,

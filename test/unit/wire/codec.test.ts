@@ -2,7 +2,6 @@ import { encode } from '@msgpack/msgpack';
 import fc from 'fast-check';
 import { describe, expect, test } from 'vitest';
 import { PdError } from '../../../src/errors.ts';
-import type { UniqueId } from '../../../src/transport/transport.ts';
 import {
   decodeAnswer,
   decodeMessage,
@@ -14,7 +13,7 @@ import {
 import { DTYPE_BYTES, type Dtype } from '../../../src/wire/dtype.ts';
 import type { TensorId } from '../../../src/wire/ids.ts';
 import { protocolErrorKind } from '../../../src/wire/limits.ts';
-import type { Answer, PeerHello, PingMessage, WireMessage } from '../../../src/wire/messages.ts';
+import type { Answer, PeerHello, PingMessage, UniqueId, WireMessage } from '../../../src/wire/messages.ts';
 import { GOLDEN } from './golden.ts';
 
 const limits = { maxTensorBytes: 2 ** 32 };
@@ -59,13 +58,13 @@ const bytes = (text: string) => Uint8Array.from(Buffer.from(text, 'hex'));
 describe('bytes on the wire are those of python-msgpack', () => {
   const messages: Record<string, WireMessage> = {
     NEW: { cmd: 'NEW', unique_id: uniqueId },
-    'NEW ours': { cmd: 'NEW', unique_id: uniqueId, ours: hello },
+    'NEW native': { cmd: 'NEW', unique_id: uniqueId, native: hello },
     PUT: put,
     'PUT long': { cmd: 'PUT', tensor_id: longId, shape: [2, 70000, 1, 1, 1000], dtype: 'uint8' },
-    'PUT ours': { ...put, ours: {} },
-    'PUT ours, of a prompt': { ...put, ours: { promptDigest } },
+    'PUT native': { ...put, native: {} },
+    'PUT native, of a prompt': { ...put, native: { promptDigest } },
     GET: { cmd: 'GET', tensor_id },
-    'GET ours': { cmd: 'GET', tensor_id, ours: { seq: 300 } },
+    'GET native': { cmd: 'GET', tensor_id, native: { seq: 300 } },
     PUTS: {
       cmd: 'PUTS',
       seq: 300,
@@ -103,10 +102,10 @@ describe('bytes on the wire are those of python-msgpack', () => {
 
   const answers: Record<string, Answer> = {
     ret0,
-    'ret0 ours': { ...ret0, seq: 300 },
-    'ret0 ours, of a prompt': { ...ret0, seq: 300, promptDigest },
+    'ret0 native': { ...ret0, seq: 300 },
+    'ret0 native, of a prompt': { ...ret0, seq: 300, promptDigest },
     ret1: { kind: 'get', ret: 1 },
-    'ret1 ours': { kind: 'get', ret: 1, seq: 0 },
+    'ret1 native': { kind: 'get', ret: 1, seq: 0 },
     'ret1 gone': { kind: 'get', ret: 1, seq: 7, gone: true },
     'ret1 near': { kind: 'get', ret: 1, seq: 7, near: ['a-0-01234567#l'] },
     'gets answer near': { kind: 'gets', seq: 7, tensors: ['missing'], runs: [], near: ['a-0-01234567#l'] },
@@ -149,21 +148,21 @@ describe('bytes on the wire are those of python-msgpack', () => {
       http_address: '10.0.0.1:8081',
       zmq_address: '[fd00::1]:8082',
     };
-    const ours: PingMessage = {
+    const told: PingMessage = {
       type: 'D',
       http_address: '10.0.0.2:8083',
       zmq_address: '10.0.0.2:8084',
-      ours: { version: 1, digest: 'd1', model: 'demo', sendType: 'PUT_ASYNC' },
+      native: { version: 1, digest: 'd1', model: 'demo', sendType: 'PUT_ASYNC' },
     };
     expect(hex(encodePing(ping))).toBe(GOLDEN.ping);
     expect(decodePing(bytes(GOLDEN.ping))).toEqual(ping);
-    expect(hex(encodePing(ours))).toBe(GOLDEN['ping ours']);
-    expect(decodePing(bytes(GOLDEN['ping ours']))).toEqual(ours);
-    const untold: PingMessage = { ...ping, ours: { version: 1, digest: 'd1', model: 'demo' } };
+    expect(hex(encodePing(told))).toBe(GOLDEN['ping native']);
+    expect(decodePing(bytes(GOLDEN['ping native']))).toEqual(told);
+    const untold: PingMessage = { ...ping, native: { version: 1, digest: 'd1', model: 'demo' } };
     expect(decodePing(encodePing(untold))).toEqual(untold);
-    const able: PingMessage = { ...ours, ours: { ...ours.ours!, features: ['overlap', 'later'] } };
+    const able: PingMessage = { ...told, native: { ...told.native!, features: ['overlap', 'later'] } };
     expect(decodePing(encodePing(able))).toEqual(able);
-    const wrong = { ...ours, ours: { ...ours.ours!, features: 'overlap' as unknown as string[] } };
+    const wrong = { ...told, native: { ...told.native!, features: 'overlap' as unknown as string[] } };
     expect(() => decodePing(encodePing(wrong))).toThrow(/features are "overlap", not a list/);
   });
 
@@ -354,19 +353,19 @@ const singleArb: fc.Arbitrary<WireMessage> = fc.oneof(
     {
       cmd: fc.constant('NEW' as const),
       unique_id: fc.uint8Array({ minLength: 128, maxLength: 128 }).map((id) => id as UniqueId),
-      ours: helloArb,
+      native: helloArb,
     },
     { requiredKeys: ['cmd', 'unique_id'], noNullPrototype: true },
   ),
   fc.record(
-    { cmd: fc.constant('PUT' as const), tensor_id: tensorId, shape, dtype, ours: prompted },
+    { cmd: fc.constant('PUT' as const), tensor_id: tensorId, shape, dtype, native: prompted },
     { requiredKeys: ['cmd', 'tensor_id', 'shape', 'dtype'], noNullPrototype: true },
   ),
   fc.record(
     {
       cmd: fc.constant('GET' as const),
       tensor_id: tensorId,
-      ours: fc.record({ seq }, { noNullPrototype: true }),
+      native: fc.record({ seq }, { noNullPrototype: true }),
     },
     { requiredKeys: ['cmd', 'tensor_id'], noNullPrototype: true },
   ),

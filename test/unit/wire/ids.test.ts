@@ -26,7 +26,7 @@ const serverId = fc.oneof(
   headerId.map((id) => `chatcmpl-${id}`),
 );
 
-describe('suffixes of engines that are not ours', () => {
+describe('suffixes of frozen engines', () => {
   test('property: what a proxy has made is found behind one suffix, and is never taken for one itself', () => {
     fc.assert(
       fc.property(serverId, suffix, (id, random) => {

@@ -1,8 +1,7 @@
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { engineRequestId } from '../../../src/wire/ids.ts';
-import { Choice } from '../../../src/worker/server/choice.ts';
-import { StopMatcher } from '../../../src/worker/server/stop-matcher.ts';
+import { Choice, StopMatcher } from '../../../src/worker/server/choice.ts';
 import { BYTE_MODEL, bytesOf, EOS } from '../../support/fake-core.ts';
 
 const requestId = engineRequestId('cmpl-1-0');

@@ -1,4 +1,5 @@
 import { describe, expect, it } from 'vitest';
+import { GREEDY } from '../../../src/model/sampler.ts';
 import type { CoreRequest, RequestOutput } from '../../../src/scheduler/types.ts';
 import { engineRequestId, transferIdOf } from '../../../src/wire/ids.ts';
 import { AsyncQueue } from '../../../src/worker/async-queue.ts';
@@ -10,7 +11,7 @@ function request(id: string, n = 1): CoreRequest {
     requestId: engineRequestId(id),
     transferId: transferIdOf(id),
     promptTokens: Int32Array.of(1, 2, 3),
-    sampling: { temperature: 0, topP: 1, topK: 0, seed: 0, maxTokens: 4, minTokens: 0, stopTokenIds: [] },
+    sampling: { ...GREEDY, maxTokens: 4 },
     n,
   };
 }

@@ -6,6 +6,7 @@ import { P2pWorkerConnector } from '../../../src/connector/worker-connector.ts';
 import type { PagedLayer } from '../../../src/device/device.ts';
 import { PdError } from '../../../src/errors.ts';
 import type { Executor, LayerHooks } from '../../../src/model/executor.ts';
+import { GREEDY } from '../../../src/model/sampler.ts';
 import { MetricsPage, readMetric } from '../../../src/observability/metrics.ts';
 import { Scheduler } from '../../../src/scheduler/scheduler.ts';
 import type {
@@ -14,11 +15,11 @@ import type {
   ForwardResult,
   RequestOutput,
 } from '../../../src/scheduler/types.ts';
-import type { SendType } from '../../../src/transfer/types.ts';
+import type { SendType } from '../../../src/wire/messages.ts';
 import { CoreLoop } from '../../../src/worker/core.ts';
+import { transferOf } from '../../../support/ids.ts';
 import { FakeEngine } from '../../support/fake-engine.ts';
-import { transferOf } from '../../support/ids.ts';
-import { GREEDY, requestId } from '../../support/scheduler-world.ts';
+import { requestId } from '../../support/scheduler-world.ts';
 
 const cache: PagedLayer = {
   memory: { kind: 'host', buffer: new SharedArrayBuffer(0), offset: 0, bytes: 0 },

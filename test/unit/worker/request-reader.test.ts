@@ -1,9 +1,9 @@
 /** The owner of the reader thread, with threads that follow a script. */
 import { afterEach, expect, it } from 'vitest';
-import { demoModelDir } from '../../../src/model/demo.ts';
+import { demoModelDir } from '../../../src/config/demo-model.ts';
 import { createLogger } from '../../../src/observability/log.ts';
 import { RequestReader, type RequestReaderOptions } from '../../../src/worker/request-reader.ts';
-import type { Served } from '../../../src/worker/server/reading.ts';
+import type { Served } from '../../../src/worker/server/fields.ts';
 import { FakeReaderThread } from '../../support/fake-reader.ts';
 
 const LOG = createLogger({ level: 'silent', format: 'json' }, 'main');
@@ -135,6 +135,24 @@ it('tells who waits too long that others are being read', async () => {
   threads[0]!.answer();
   expect(await first).toBe('first');
   expect(threads[0]!.texts).toEqual(['first']);
+});
+
+it('refuses the longest bodies where those that wait have too many bytes together', async () => {
+  const { threads, read } = await start({ maxWaitingBytes: 10 });
+  threads[0]!.emit({ type: 'ready' });
+  const answers = ['being read, so it does not wait', 'four', 'six666'].map((text) => settled(read(text)));
+  const [huge, equal] = [settled(read('eleven bytes')), settled(read('666666'))];
+  expect(await huge).toBe('READER_BUSY');
+  expect(await equal).toBe('READER_BUSY');
+  // A short one is let in, at the cost of the longest that waits.
+  answers.push(settled(read('a')));
+  expect(await answers[2]).toBe('READER_BUSY');
+  for (const _ of ['being read', 'a', 'four']) threads[0]!.answer();
+  expect(await Promise.all(answers)).toEqual(['being read, so it does not wait', 'four', 'READER_BUSY', 'a']);
+  // What has left the queue leaves room.
+  const next = [read('1234567890'), read('12345'), read('12345')];
+  for (const _ of next) threads[0]!.answer();
+  expect(await Promise.all(next)).toHaveLength(3);
 });
 
 it('does not read for a client that has gone', async () => {

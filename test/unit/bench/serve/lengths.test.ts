@@ -1,13 +1,13 @@
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
+import { meanOf, percentile, spreadOf } from '../../../../bench/measure/statistics.ts';
 import {
   arrivalTimes,
   drawLength,
   formatLength,
   lengthKind,
   parseLength,
-} from '../../../../src/bench/serve/lengths.ts';
-import { meanOf, percentile, spreadOf } from '../../../../src/bench/serve/statistics.ts';
+} from '../../../../bench/serve/lengths.ts';
 
 describe('lengths', () => {
   it.each(['1', '512', '128-1024', '7-7', 'lognormal:256,0.6,4096', 'lognormal:10,0,10'])(

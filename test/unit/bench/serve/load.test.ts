@@ -1,8 +1,8 @@
 import { setMaxListeners } from 'node:events';
 import { describe, expect, it } from 'vitest';
-import { arrivalTimes } from '../../../../src/bench/serve/lengths.ts';
-import { type Clock, runLoad, type Send } from '../../../../src/bench/serve/load.ts';
-import type { PlannedRequest, RequestRecord } from '../../../../src/bench/serve/record.ts';
+import { arrivalTimes } from '../../../../bench/serve/lengths.ts';
+import { type Clock, runLoad, type Send } from '../../../../bench/serve/load.ts';
+import type { PlannedRequest, RequestRecord } from '../../../../bench/serve/record.ts';
 
 /** Time that goes on when everyone waits: to the earliest of what is waited for. */
 class VirtualClock implements Clock {

@@ -1,6 +1,6 @@
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
-import { StreamReading } from '../../../../src/bench/serve/stream-reading.ts';
+import { StreamReading } from '../../../../bench/serve/stream-reading.ts';
 
 const event = (data: unknown) => `data: ${JSON.stringify(data)}\n\n`;
 const text = (content: string, finish: string | null = null) =>

@@ -1,7 +1,7 @@
 import { describe, expect, it } from 'vitest';
-import type { RequestRecord } from '../../../../src/bench/serve/record.ts';
-import { renderServe } from '../../../../src/bench/serve/render.ts';
-import { isGood, summarize, tpotOf } from '../../../../src/bench/serve/summary.ts';
+import type { RequestRecord } from '../../../../bench/serve/record.ts';
+import { renderServe } from '../../../../bench/serve/render.ts';
+import { isGood, summarize, tpotOf } from '../../../../bench/serve/summary.ts';
 
 /** 5 tokens in 5 events, the first after 100 ms, then one every 10 ms. */
 const RECORD: RequestRecord = {

@@ -1,8 +1,8 @@
 import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
-import { readPrompts } from '../../../../src/bench/serve/plan.ts';
-import { assumeWords, composeText, composeWords, measureWords } from '../../../../src/bench/serve/words.ts';
+import { readPrompts } from '../../../../bench/serve/plan.ts';
+import { assumeWords, composeText, composeWords, measureWords } from '../../../../bench/serve/words.ts';
 import { uniform } from '../../../../src/model/random.ts';
 import { tempDir } from '../../../support/temp-dir.ts';
 

@@ -1,0 +1,172 @@
+/** pd-bench: measures KV transfers (every byte checked), what they survive, and what the clients of a server see. */
+import { readFileSync, writeFileSync } from 'node:fs';
+import { Command, Option } from 'commander';
+import { addOptions, type OptionTable, resolveOptions, type ValuesOf } from '../../src/config/options.ts';
+import { packageVersion } from '../../src/version.ts';
+import { NO_PROGRESS, terminalProgress } from '../measure/progress.ts';
+import { conclude } from '../measure/results.ts';
+import { plainTable } from '../measure/table.ts';
+import type { BenchOptions } from '../transfer/bench.ts';
+import { exchange } from '../transfer/exchange.ts';
+import { faults } from '../transfer/faults.ts';
+import { interference } from '../transfer/interference.ts';
+import { isSound, type Report, readReport, renderSummary, writeReport } from '../transfer/report.ts';
+import { type Part, type PartResult, type PartWork, runPart } from '../transfer/result.ts';
+import { soak } from '../transfer/soak.ts';
+import { ceilingTable, checkLines, slowerThanVllm, transferTable } from '../transfer/tables.ts';
+import { measureTransfer } from '../transfer/transfer.ts';
+import {
+  benchOptions,
+  EXCHANGE_OPTIONS,
+  FAULTS_OPTIONS,
+  INTERFERENCE_OPTIONS,
+  SOAK_OPTIONS,
+  TRANSFER_OPTIONS,
+  tokensOf,
+} from './options.ts';
+import { serveCommand } from './serve.ts';
+
+const EXAMPLES = `
+Examples:
+  pd-bench transfer                                  two GPUs, all send types, 16 to 16,384 tokens of Llama-3-8B KV
+  pd-bench transfer --device host --tokens 16,1024   two processes without a GPU
+  pd-bench transfer --send-type PUT_ASYNC --source paged --json
+  pd-bench serve --url http://localhost:10002 --concurrency 8
+  scripts/gpu-results.sh                             every part, into bench/results/
+
+Exit status 1 where a byte was wrong, something did not move, or a limit was not kept.`;
+
+type CommonValues = Parameters<typeof benchOptions>[0];
+
+export function benchCommand(): Command {
+  const program = new Command('pd-bench')
+    .description(
+      'Measures the transfer engine between two processes, every byte checked, tries its faults, and puts servers under load.',
+    )
+    .version(packageVersion())
+    .showHelpAfterError('(--help lists the options)')
+    .addHelpText('after', EXAMPLES);
+
+  part(
+    program,
+    'transfer',
+    'time and GB/s of one request, beside the raw transport and the device copy',
+    TRANSFER_OPTIONS,
+    (options, values) => async () => {
+      const { sendType, source, rounds, warmUp } = values;
+      const tokens = tokensOf(values.tokens, options);
+      const settings = { sendTypes: sendType, sources: source, tokens, rounds, warmUp };
+      return { transfer: await measureTransfer(options, settings) };
+    },
+  );
+  part(
+    program,
+    'exchange',
+    'engines that send to each other at once, both ways and crosswise',
+    EXCHANGE_OPTIONS,
+    (options, values) => async () => ({ rows: await exchange(options, values) }),
+  );
+  part(
+    program,
+    'soak',
+    'many requests of mixed sizes: memory must not grow',
+    SOAK_OPTIONS,
+    (options, values) => async () => ({ rows: await soak(options, values) }),
+  );
+  part(
+    program,
+    'faults',
+    'kill -9 of either end, and of two at once: the survivor serves again',
+    FAULTS_OPTIONS,
+    (options, { tokens, deadline, kernel }) =>
+      async () => ({
+        rows: await faults(options, { tokens, deadlineMs: deadline, kernelMs: kernel }),
+      }),
+  );
+  part(
+    program,
+    'interference',
+    'what transfers cost a computation on the same GPU',
+    INTERFERENCE_OPTIONS,
+    (options, { loop, time, tokens, window }) =>
+      async () => ({
+        rows: await interference(options, { loops: loop, ms: time, tokens, window }),
+      }),
+  );
+
+  program.addCommand(serveCommand());
+  program
+    .command('report')
+    .description('combines the results in a folder into JSON, Markdown and a short table')
+    .argument('<folder>', 'with the files of --output')
+    .addOption(new Option('--out <dir>', 'where the report goes').default('bench/results'))
+    .addOption(new Option('--command <text>', 'how the results were made').default('pd-bench'))
+    .action((folder: string, { out, command }: { out: string; command: string }) => {
+      const report = readReport(folder, command);
+      const base = writeReport(report, out);
+      conclude(`${renderSummary(report)}\n${base}.{json,md}`, isSound(report));
+    });
+  program
+    .command('show')
+    .description('prints the short table of an earlier report')
+    .argument('<file>', 'its JSON')
+    .action((file: string) => console.log(renderSummary(JSON.parse(readFileSync(file, 'utf8')) as Report)));
+  return program;
+}
+
+function part<T extends OptionTable>(
+  program: Command,
+  name: Part,
+  description: string,
+  table: T,
+  work: (options: BenchOptions, values: ValuesOf<T>) => PartWork,
+): void {
+  const command = addOptions(program.command(name), table)
+    .description(description)
+    .allowExcessArguments(false);
+  command.action(async () => {
+    const values = resolveOptions(table, command, process.env);
+    const common = values as unknown as CommonValues;
+    const progress = common.json ? NO_PROGRESS : terminalProgress();
+    const options = benchOptions(common, progress);
+    // where the results were written says nothing about them
+    const line = `pd-bench ${process.argv.slice(2).join(' ')}`.replace(/ --output[ =]\S+/, '');
+    const result = await runPart(name, line, options, work(options, values));
+    const json = `${JSON.stringify(result, undefined, 1)}\n`;
+    if (common.output !== undefined) writeFileSync(common.output, json);
+    const text = common.json ? json : render(result);
+    // a pipe takes only so much at once, and a process that exits does not wait for it
+    await new Promise<void>((resolve) => process.stdout.write(text, () => resolve()));
+    process.exitCode = result.ok ? 0 : 1;
+  });
+}
+
+function render(result: PartResult): string {
+  const { machine, environment, devices, transfer, rows, error } = result;
+  const lines = [
+    `${machine.program}, Node ${machine.node}, ${machine.cores} x ${machine.cpu}; ${devices.join(' to ')}`,
+    ...environment.gpus,
+    ...(environment.libraries.length > 0 ? [environment.libraries.join('; ')] : []),
+    '',
+  ];
+  if (transfer) {
+    lines.push(plainTable(ceilingTable(transfer, devices.includes('host'))));
+    lines.push(...transfer.ceilingErrors.map((text) => `ceilings: ${text}`), '');
+    lines.push(plainTable(transferTable(result, transfer)), '');
+    for (const row of transfer.rows) {
+      if (row.error !== undefined)
+        lines.push(`FAILED ${row.sendType}, ${row.source}, ${row.tokens} tokens: ${row.error}`);
+    }
+    for (const row of slowerThanVllm(result)) {
+      lines.push(`slower than vLLM's engine: ${row.sendType}, ${row.source}, ${row.tokens} tokens`);
+    }
+  }
+  if (rows) lines.push(checkLines(rows));
+  if (error !== undefined) lines.push(`FAILED: ${error}`);
+  lines.push(result.ok ? 'all as it should be' : 'FAILED');
+  return `${lines.join('\n')}\n`;
+}
+
+export async function main(argv: readonly string[] = process.argv.slice(2)): Promise<void> {
+  await benchCommand().parseAsync(argv, { from: 'user' });
+}

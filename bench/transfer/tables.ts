@@ -1,0 +1,104 @@
+/** The tables of the parts of pd-bench. */
+import type { Table } from '../measure/table.ts';
+import { BASELINE_GPU, BASELINE_MODEL, vllmMs } from './baseline.ts';
+import type { CheckRow } from './bench.ts';
+import { CEILINGS, type Ceiling, type CeilingKind } from './ceilings.ts';
+import { sizeOf } from './exchange.ts';
+import type { PartResult } from './result.ts';
+import type { TransferResult, TransferRow } from './transfer.ts';
+
+/** One line per send type, source and size. With vLLM's time where one was measured on such GPUs with such KV. */
+export function transferTable(result: PartResult, transfer: TransferResult): Table {
+  const compared = isComparable(result);
+  const head = ['send type', 'source', 'tokens', 'bytes', 'best', 'median', 'GB/s', 'of raw', 'checked'];
+  return {
+    head: compared ? [...head, 'vLLM'] : head,
+    rows: transfer.rows.map((row) => {
+      const grouped = ceilingOf(transfer.ceilings, 'raw-grouped', row.tokens);
+      const cells =
+        row.error === undefined
+          ? [
+              ms(row.bestMs),
+              ms(row.medianMs),
+              rate(row.bestGbps),
+              grouped ? `${((100 * row.bestGbps) / grouped.bestGbps).toFixed(0)} %` : '',
+              megabytes(row.checkedBytes),
+            ]
+          : ['FAILED', '', '', '', ''];
+      const key = [row.sendType, row.source, String(row.tokens), megabytes(row.bytes)];
+      return [...key, ...cells, ...(compared ? [baseline(row)] : [])];
+    }),
+  };
+}
+
+export function ceilingTable({ ceilings }: TransferResult, onHost: boolean): Table {
+  const titles: Record<CeilingKind, string> = onHost
+    ? { 'raw-flat': 'raw TCP, flat', 'raw-grouped': 'raw TCP, a region per layer', 'device-copy': 'memcpy' }
+    : {
+        'raw-flat': 'raw NCCL, flat',
+        'raw-grouped': 'raw NCCL, a region per layer, grouped',
+        'device-copy': 'cudaMemcpyPeerAsync',
+      };
+  const tokens = [...new Set(ceilings.map((ceiling) => ceiling.tokens))];
+  return {
+    head: ['ceiling', ...tokens.map((count) => `${count} tokens`)],
+    rows: CEILINGS.map((kind) => [
+      titles[kind],
+      ...tokens.map((count) => {
+        const ceiling = ceilingOf(ceilings, kind, count);
+        return ceiling ? `${ms(ceiling.bestMs)}, ${rate(ceiling.bestGbps)} GB/s` : '';
+      }),
+    ]),
+  };
+}
+
+export function checkTable(rows: readonly CheckRow[]): Table {
+  return {
+    head: ['', 'check', 'result'],
+    prose: true,
+    rows: rows.map((row) => [row.ok ? 'ok' : 'FAILED', row.name, row.value]),
+  };
+}
+
+/** For a terminal: left-aligned, as values are sentences. */
+export function checkLines(rows: readonly CheckRow[]): string {
+  return rows.map((row) => `${row.ok ? 'ok    ' : 'FAILED'}  ${row.name}\n          ${row.value}`).join('\n');
+}
+
+/** Rows slower than vLLM's engine; empty where there is nothing to compare with. */
+export function slowerThanVllm(result: PartResult): readonly TransferRow[] {
+  if (!result.transfer || !isComparable(result)) return [];
+  return result.transfer.rows.filter((row) => {
+    const theirs = vllmMs(row.sendType, row.tokens);
+    return theirs !== undefined && row.error === undefined && row.bestMs > theirs;
+  });
+}
+
+export function isComparable(result: PartResult): boolean {
+  const { shape } = result.options as { shape?: { model?: string } };
+  return shape?.model === BASELINE_MODEL && result.environment.gpus.some((gpu) => BASELINE_GPU.test(gpu));
+}
+
+function baseline(row: TransferRow): string {
+  const theirs = vllmMs(row.sendType, row.tokens);
+  if (theirs === undefined) return '';
+  return row.error === undefined ? `${ms(theirs)}, ${(theirs / row.bestMs).toFixed(1)}x` : ms(theirs);
+}
+
+function ceilingOf(ceilings: readonly Ceiling[], kind: CeilingKind, tokens: number): Ceiling | undefined {
+  return ceilings.find((ceiling) => ceiling.kind === kind && ceiling.tokens === tokens);
+}
+
+export function ms(value: number): string {
+  return `${value.toFixed(value < 10 ? 2 : 1)} ms`;
+}
+
+/** 10^9 bytes per second, three digits. */
+function rate(gbps: number): string {
+  return gbps >= 100 ? gbps.toFixed(0) : gbps.toPrecision(3);
+}
+
+function megabytes(bytes: number): string {
+  if (bytes < 1e6) return sizeOf(bytes);
+  return bytes < 1e10 ? `${(bytes / 1e6).toFixed(1)} MB` : `${(bytes / 1e9).toFixed(1)} GB`;
+}

@@ -1,0 +1,57 @@
+# Sourced, from the root, by scripts that run compiled programs. They work in a checkout, which they install and build first, and in the archive
+# of `npm run bundle`, where they need neither npm nor Node.
+
+# prepare: sets `node`. With PD_SKIP_BUILD the last build is used as it is.
+prepare() {
+  if [ -x ./node ]; then
+    node=./node
+    return
+  fi
+  node=node
+  [ -n "${PD_SKIP_BUILD:-}" ] && return
+  ./scripts/install.sh && ./scripts/build.sh || return 1
+  export PD_SKIP_BUILD=1 # for scripts started by this one
+}
+
+# run_program NAME ARGS...: replaces this shell by a program of scripts/
+run_program() {
+  local program="dist/scripts/$1.js"
+  shift
+  prepare || exit 1
+  exec "$node" "$program" "$@"
+}
+
+# usage: prints the script's first comment
+usage() {
+  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "scripts/${0##*/}"
+  exit 2
+}
+
+# bounded SECONDS COMMAND...: exit status 124 or 137 if it took longer
+bounded() {
+  timeout --kill-after=10 "$@" </dev/null
+}
+
+# Defaults of the results scripts: where results go, the device, a small trial run or not, and the command line as the page shows it, without
+# options that only say where files are.
+out=bench/results
+device=cuda
+small=()
+line="./scripts/${0##*/}"
+
+# results_option "$@": reads an option that all results scripts have and sets `taken`, the number of words to shift; fails on any other.
+results_option() {
+  taken=2
+  case "$1" in
+    --out) out="${2:?--out needs a folder}" ;;
+    --device) device="${2:?--device needs cuda or host}"; line+=" $1 $2" ;;
+    --small) small=("$1"); line+=" $1"; taken=1 ;;
+    *) return 1 ;;
+  esac
+}
+
+# work_folder: sets `work`, a folder that is removed when the script ends
+work_folder() {
+  work="$(mktemp -d)"
+  trap 'rm -rf "$work"' EXIT
+}

@@ -1,0 +1,27 @@
+/** The paged KV cache of a model: one PagedLayer per layer, all of one layout, in device memory. */
+
+import { layerBytes, type PagedLayout } from '../kv/layout.ts';
+import type { Device, PagedLayer } from './device.ts';
+
+export interface NamedLayer {
+  /** Name on the wire: `model.layers.0.self_attn.attn`. */
+  readonly name: string;
+  readonly cache: PagedLayer;
+}
+
+/** The name vLLM gives layer `index` of a decoder: what the tensor id carries after `#`. */
+export function attentionLayerName(index: number): string {
+  return `model.layers.${index}.self_attn.attn`;
+}
+
+/** Allocates `names.length` layers, for the life of the device. Throws OUT_OF_DEVICE_MEMORY. */
+export function allocatePagedCache(
+  device: Device,
+  layout: PagedLayout,
+  names: readonly string[],
+): readonly NamedLayer[] {
+  return names.map((name) => ({
+    name,
+    cache: { memory: device.allocate(layerBytes(layout), `KV cache of ${name}`), layout },
+  }));
+}

@@ -1,0 +1,127 @@
+/**
+ * What two workers of ours say to hand KV over (docs/protocol.md, "Native hand-over"); `codec.ts` makes bytes of it. Pure data.
+ *
+ *   consumer's DEALER to the producer's ROUTER   WANT, DROP, ACK
+ *   back on the same socket                      HELD, PART, DONE, FAIL, DROPPED
+ *
+ * On one connection messages come in order or not at all. What is lost with a connection is said again: a consumer repeats WANT and DROP
+ * until it hears an end (DONE, FAIL, DROPPED), a producer repeats an end until it hears ACK.
+ */
+import type { ErrorCode } from '../../errors.ts';
+import type { TokenLogprob } from '../../scheduler/types.ts';
+import type { TransferId } from '../../wire/ids.ts';
+
+/** Feature in hello and ping of a worker that speaks all of this. */
+export const NATIVE_FEATURE = 'native';
+
+declare const brand: unique symbol;
+/** A process, from its start to its end: 16 random bytes, as 32 hex digits. */
+export type Nonce = string & { readonly [brand]: 'Nonce' };
+/** What the answers to one WANT repeat: 16 random bytes, as 32 hex digits. */
+export type Ticket = string & { readonly [brand]: 'Ticket' };
+
+/** How the bytes travel. */
+export const TRANSPORTS = ['direct', 'nccl', 'host'] as const;
+export type NativeTransport = (typeof TRANSPORTS)[number];
+
+/** In every message: the processes that send it and that it is for. */
+interface Addressed {
+  readonly from: Nonce;
+  readonly to: Nonce;
+}
+
+/** Of one WANT. `seq`: 1 and up, new for each WANT of a consumer's process to a producer's. */
+interface OfWant extends Addressed {
+  readonly seq: number;
+  readonly ticket: Ticket;
+}
+
+/** In what a consumer says: every WANT below this seq is over, and its producer may forget it. */
+interface Floored {
+  readonly floor: number;
+}
+
+/** "Fill these blocks of mine with the KV of this prompt." */
+export interface WantMessage extends OfWant, Floored {
+  readonly cmd: 'WANT';
+  readonly id: TransferId;
+  /** Of the prompt's token ids (kv/block-hash.ts). */
+  readonly promptDigest: string;
+  /** Tokens of the prompt, all of them. */
+  readonly tokens: number;
+  /** Leading blocks that the consumer has already. */
+  readonly skip: number;
+  /** Block numbers of the consumer's cache for the rest of the prompt, in its order: ceil(tokens / block size) - skip. */
+  readonly blocks: readonly number[];
+  /** Of the page that both map: its grant word and flag. Absent where there is no page. */
+  readonly slot?: number;
+  /** scheduler/sampling-digest.ts */
+  readonly samplingDigest: string;
+  readonly transport: NativeTransport;
+}
+
+/** "I have given this up": a want, or where there is none, KV of an id that nobody will ask for. The latter has no answer. */
+export interface DropMessage extends Addressed, Floored {
+  readonly cmd: 'DROP';
+  readonly id: TransferId;
+  readonly want?: { readonly seq: number; readonly ticket: Ticket };
+}
+
+/** "I know the end of this WANT." */
+export interface AckMessage extends OfWant, Floored {
+  readonly cmd: 'ACK';
+}
+
+export const HELD_STATES = ['unbound', 'bound', 'writing', 'ending'] as const;
+/** `unbound`: no request of that id yet. `bound`: nothing computed yet. `ending`: an end is decided, writes are still to land. */
+export type HeldState = (typeof HELD_STATES)[number];
+
+/** "I know of it, and it is not over": to a WANT or DROP that is repeated, or that cannot be ended yet. */
+export interface HeldMessage extends OfWant {
+  readonly cmd: 'HELD';
+  readonly state: HeldState;
+}
+
+/** "These bytes follow on the pair." What was announced so is always sent and always received. */
+export interface PartMessage extends OfWant {
+  readonly cmd: 'PART';
+  /** 1, 2, 3 ... on one pair: a gap means that the ends have lost step, and the pair ends. */
+  readonly part: number;
+  /** First layer, and how many. */
+  readonly layer: number;
+  readonly layers: number;
+  /** First place in the WANT's list of blocks, and how many. */
+  readonly block: number;
+  readonly blocks: number;
+}
+
+/** "All of it is written, and nothing will be any more." */
+export interface DoneMessage extends OfWant {
+  readonly cmd: 'DONE';
+  /** The first token of each completion that was drawn; may be none. */
+  readonly drawn: readonly number[];
+  /** One per token of `drawn`, where asked for. */
+  readonly logprobs?: readonly TokenLogprob[];
+  /** Of the parameters that `drawn` was drawn under. */
+  readonly samplingDigest: string;
+  /** Blocks that the WANT named, and different ones of them that were written. */
+  readonly promised: number;
+  readonly written: number;
+}
+
+/** "It will not come, and nothing will be written any more." */
+export interface FailMessage extends OfWant {
+  readonly cmd: 'FAIL';
+  readonly code: ErrorCode;
+  readonly message: string;
+}
+
+/** "You gave it up, and nothing will be written any more." */
+export interface DroppedMessage extends OfWant {
+  readonly cmd: 'DROPPED';
+}
+
+export type ConsumerMessage = WantMessage | DropMessage | AckMessage;
+export type EndMessage = DoneMessage | FailMessage | DroppedMessage;
+export type ProducerMessage = HeldMessage | PartMessage | EndMessage;
+export type NativeMessage = ConsumerMessage | ProducerMessage;

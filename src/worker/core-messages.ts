@@ -1,0 +1,62 @@
+/** What main thread and core thread say to each other. Plain data: structured clone. */
+import type { WorkerConfig } from '../config/worker-config.ts';
+import type { ErrorData } from '../errors.ts';
+import type { CoreRequest, RequestOutput } from '../scheduler/types.ts';
+import type { TransferState } from '../transfer/types.ts';
+import type { Fingerprint } from '../wire/fingerprint.ts';
+import type { EngineRequestId, TransferId } from '../wire/ids.ts';
+
+/** `workerData` of the core thread. */
+export interface CoreInit {
+  readonly config: WorkerConfig;
+  /** Metrics pages (observability/metrics.ts): the core's own and the one for the transfer thread it starts. */
+  readonly metrics: { readonly core: SharedArrayBuffer; readonly transfer: SharedArrayBuffer };
+}
+
+export interface CoreInfo {
+  /** KV address as told to others; absent for role `both`. */
+  readonly kvAddress?: string;
+  readonly maxModelLen: number;
+  readonly numBlocks: number;
+  readonly blockSize: number;
+  readonly vocabSize: number;
+  readonly fingerprint: Fingerprint;
+}
+
+export interface CoreState {
+  readonly running: number;
+  readonly waiting: number;
+  readonly loading: number;
+  readonly blocks: { readonly used: number; readonly cached: number; readonly total: number };
+  /** What `checkIntegrity()` of scheduler and block manager says, where it was asked for: empty when all is well. */
+  readonly integrity?: readonly string[];
+  readonly transfer?: TransferState;
+}
+
+export type ToCore =
+  | { readonly type: 'add'; readonly request: CoreRequest }
+  | { readonly type: 'abort'; readonly requestId: EngineRequestId; readonly index?: number }
+  /** `integrity`: with a look through every block, which takes seconds where there are millions. */
+  | { readonly type: 'state'; readonly seq: number; readonly integrity: boolean }
+  /** KV of these requests is of no use any more: nobody will come for it, or with it. */
+  | { readonly type: 'release'; readonly transferIds: readonly TransferId[] }
+  /** The producer is done with the prompts of these requests. */
+  | { readonly type: 'prefilled'; readonly transferIds: readonly TransferId[] }
+  /** Their producer could not send the KV of these requests. */
+  | { readonly type: 'kv-failed'; readonly transferIds: readonly TransferId[]; readonly reason: ErrorData }
+  /** HTTP is up: start the pings. */
+  | { readonly type: 'serve'; readonly httpAddress: string }
+  /** No more pings; requests under way go on. */
+  | { readonly type: 'drain' }
+  /** Ends the thread: transfer engine first. */
+  | { readonly type: 'shutdown' };
+
+export type FromCore =
+  | { readonly type: 'ready'; readonly info: CoreInfo }
+  | { readonly type: 'outputs'; readonly outputs: readonly RequestOutput[] }
+  /** KV of a request whose output said that it was `opening`: under way now, or lost. */
+  | { readonly type: 'kv-saved'; readonly requestId: EngineRequestId; readonly error?: ErrorData }
+  | { readonly type: 'state'; readonly seq: number; readonly state: CoreState }
+  /** The core cannot go on; the process ends with this error. */
+  | { readonly type: 'fatal'; readonly error: ErrorData }
+  | { readonly type: 'closed' };

@@ -1,0 +1,23 @@
+/** Ids as tests make them. */
+import { createHash } from 'node:crypto';
+import {
+  type EngineRequestId,
+  proxyRequestId,
+  type TransferId,
+  transferIdOf,
+  withoutSuffix,
+} from '../src/wire/ids.ts';
+
+/** The id that a server gives a request which a proxy has made: the same for the same name. */
+export function proxiedId(name: string): TransferId {
+  const [prefill, decode] = [8082, 8084].map((port) => ({ host: '10.0.0.1', port })) as [Address, Address];
+  const uuid = createHash('md5').update(name).digest('hex');
+  return transferIdOf(`cmpl-${proxyRequestId(prefill, decode, uuid)}-0`);
+}
+
+type Address = Parameters<typeof proxyRequestId>[0];
+
+/** What an engine's id of a test is known by at both ends. Tests name no server id that itself ends like a suffix where they use this. */
+export function transferOf(requestId: EngineRequestId | string): TransferId {
+  return transferIdOf(withoutSuffix(requestId) ?? requestId);
+}
