@@ -57,7 +57,18 @@ const texts = fc.oneof(
     unit: fc.constantFrom('\u03b1', '\u0313', '\u0300', '\u0345', '\u1112', '\u1161', '\u11ab', '𝅗𝅥'),
   }),
   fc
-    .array(fc.constantFrom('abab', ' ab', '<|assistant|>', ' Switzerland', ' temperature', 'additionalProperties', 'é', ' '))
+    .array(
+      fc.constantFrom(
+        'abab',
+        ' ab',
+        '<|assistant|>',
+        ' Switzerland',
+        ' temperature',
+        'additionalProperties',
+        'é',
+        ' ',
+      ),
+    )
     .map((words) => words.join('')),
 );
 
