@@ -16,8 +16,7 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { isMainThread, parentPort, Worker } from 'node:worker_threads';
 import { Command } from 'commander';
 import { programFile } from '../support/root.ts';
-import { monotonicMs } from './measure/clock.ts';
-import { readMachine } from './measure/machine.ts';
+import { monotonicMs, readMachine } from './measure/machine.ts';
 import { type Spread, spreadOf } from './measure/statistics.ts';
 import { plainTable } from './measure/table.ts';
 import { startProxyPair } from './proxy/pair.ts';
@@ -398,7 +397,7 @@ async function stream(url: string, agent: Agent, tokens: number, onChunk: () => 
 }
 
 /** 16 tokens of the demo model. */
-const SIXTEEN = 'What is the capital of France? What is the capital of Spain now';
+const SIXTEEN = 'What is the capital of France? What is the capital of Spain right now';
 
 /** The workers take turns request by request, so that what else the machine does affects them alike. */
 async function firstTokens(urls: readonly string[]): Promise<Spread[]> {

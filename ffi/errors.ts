@@ -10,6 +10,7 @@ export type NativeErrorCode =
   | 'CUDA_ERROR'
   | 'NCCL_ERROR'
   | 'PEER_LOST'
+  | 'SYSTEM_CALL_FAILED'
   | 'MESSAGE_INVALID';
 
 type NativeErrorContext = Readonly<Record<string, string | number | undefined>>;

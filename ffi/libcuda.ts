@@ -84,39 +84,39 @@ export class Libcuda {
 
   /** The newest CUDA the driver runs: 13000 for 13.0. */
   driverVersion(): number {
-    this.#check(this.#call.cuDriverGetVersion(this.#int), 'cuDriverGetVersion');
+    this.check(this.#call.cuDriverGetVersion(this.#int), 'cuDriverGetVersion');
     return this.#int[0]!;
   }
 
   /** Throws CUDA_ERROR where there is no driver or no GPU. */
   init(): void {
-    this.#check(this.#call.cuInit(0), 'cuInit', { what: 'starting the CUDA driver' });
+    this.check(this.#call.cuInit(0), 'cuInit', { what: 'starting the CUDA driver' });
   }
 
   deviceCount(): number {
-    this.#check(this.#call.cuDeviceGetCount(this.#int), 'cuDeviceGetCount');
+    this.check(this.#call.cuDeviceGetCount(this.#int), 'cuDeviceGetCount');
     return this.#int[0]!;
   }
 
   deviceName(index: number): string {
-    this.#check(this.#call.cuDeviceGet(this.#int, index), 'cuDeviceGet', { what: `GPU ${index}` });
+    this.check(this.#call.cuDeviceGet(this.#int, index), 'cuDeviceGet', { what: `GPU ${index}` });
     const name = new Uint8Array(128);
-    this.#check(this.#call.cuDeviceGetName(name, name.length, this.#int[0]!), 'cuDeviceGetName');
+    this.check(this.#call.cuDeviceGetName(name, name.length, this.#int[0]!), 'cuDeviceGetName');
     return Buffer.from(name.subarray(0, name.indexOf(0))).toString('utf8');
   }
 
   /** cubin, or PTX with a final 0. Waits while any receive waits for its sender: before the first pair opens. */
   moduleLoad(image: Uint8Array, what: string): CuModuleHandle {
-    this.#check(this.#call.cuModuleLoadData(this.#out, image), 'cuModuleLoadData', { what });
+    this.check(this.#call.cuModuleLoadData(this.#out, image), 'cuModuleLoadData', { what });
     return this.#out[0]! as CuModuleHandle;
   }
 
   moduleUnload(module: CuModuleHandle): void {
-    this.#check(this.#call.cuModuleUnload(module), 'cuModuleUnload');
+    this.check(this.#call.cuModuleUnload(module), 'cuModuleUnload');
   }
 
   moduleFunction(module: CuModuleHandle, name: string): CuFunctionHandle {
-    this.#check(this.#call.cuModuleGetFunction(this.#out, module, name), 'cuModuleGetFunction', {
+    this.check(this.#call.cuModuleGetFunction(this.#out, module, name), 'cuModuleGetFunction', {
       what: name,
     });
     return this.#out[0]! as CuFunctionHandle;
@@ -125,7 +125,7 @@ export class Libcuda {
   /** Lets launches of `fn` take that much dynamic shared memory; above 48 KiB they may not without this. */
   allowSharedBytes(fn: CuFunctionHandle, bytes: number, what: string): void {
     const status = this.#call.cuFuncSetAttribute(fn, MAX_DYNAMIC_SHARED_BYTES, bytes);
-    this.#check(status, 'cuFuncSetAttribute', { what, bytes });
+    this.check(status, 'cuFuncSetAttribute', { what, bytes });
   }
 
   /** `params`: addresses of the kernel's arguments; they are read before the call returns. */
@@ -144,10 +144,11 @@ export class Libcuda {
       params,
       null,
     );
-    this.#check(status, 'cuLaunchKernel');
+    this.check(status, 'cuLaunchKernel');
   }
 
-  #check(status: number, call: string, context: CallContext = {}): void {
+  /** Throws CUDA_ERROR or OUT_OF_DEVICE_MEMORY with the driver's text where `status` is not success. */
+  check(status: number, call: string, context: CallContext = {}): void {
     if (status === SUCCESS) return;
     const name: [string | null] = [null];
     const text: [string | null] = [null];

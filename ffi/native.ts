@@ -107,6 +107,11 @@ export function byteArrayStruct(name: string, bytes: number): TypeObject {
   return koffi.struct(name, { internal: koffi.array('uint8_t', bytes, 'Typed') });
 }
 
+/** `errno` of this thread's last native call: to be asked at once after it. */
+export function lastErrno(): number {
+  return koffi.errno();
+}
+
 /** Of koffi itself. */
 export function koffiVersion(): string {
   return koffi.version;

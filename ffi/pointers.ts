@@ -16,3 +16,9 @@ export type DevicePointer = Handle<'DevicePointer'>;
 export type PinnedPointer = Handle<'PinnedPointer'>;
 /** Memory that koffi allocated outside V8's heap: its address does not move, so a library may write to it after the call. */
 export type NativePointer = Handle<'malloc'>;
+/** Address of memory that this process shares with another one (mmap). */
+export type SharedPointer = Handle<'mmap'>;
+/** Physical memory of a GPU, which lives as long as any process has it mapped or holds a handle. */
+export type CuMemoryHandle = Handle<'CUmemGenericAllocationHandle'>;
+/** An open file of this process. */
+export type FileDescriptor = number & { readonly [brand]: 'fd' };

@@ -13,7 +13,7 @@ export const ERROR_TABLE = {
   PORT_IN_USE: { status: 500, hint: 'Choose another port, or stop the process that holds it.' },
   ADDRESS_INVALID: {
     status: 500,
-    hint: 'Write HOST:PORT, with brackets round an IPv6 address ([::1]:14579); what is bound is an address of this machine (ip addr).',
+    hint: 'An address is HOST:PORT, with brackets round IPv6 ([::1]:14579); a name must resolve on this machine (getent hosts NAME), and what is bound must be an address of this machine (ip addr).',
   },
   // requests
   REQUEST_INVALID: { status: 400, hint: 'Correct the field that the message names.' },
@@ -93,6 +93,14 @@ export const ERROR_TABLE = {
     hint: 'The pair was closed while work was queued on it; the next transfer opens a new one.',
   },
   ENGINE_CLOSED: { status: 503, hint: 'The transfer engine has been disposed; create a new one.' },
+  DIRECT_REFUSED: {
+    status: 502,
+    hint: "The two workers cannot write into each other's KV cache, and KV takes another way; the message says why: another user, another geometry, a socket or a descriptor that does not fit.",
+  },
+  SYSTEM_CALL_FAILED: {
+    status: 500,
+    hint: 'A call of the operating system failed; the message names call and reason.',
+  },
   // model
   CHECKPOINT_INVALID: {
     status: 500,

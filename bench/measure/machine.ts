@@ -1,4 +1,4 @@
-/** The machine that a result was measured on. */
+/** The machine that a result was measured on, and its clock. */
 import { execFile } from 'node:child_process';
 import { cpus, totalmem } from 'node:os';
 import { promisify } from 'node:util';
@@ -71,4 +71,9 @@ export function hardwareName(gpus: readonly string[]): string {
   const name = /^cuda:\d+ (.*), \d+ GB$/.exec(gpus[0] ?? '')?.[1];
   if (name === undefined) return 'host';
   return `${gpus.length}x-${name.toLowerCase().replace(/[^a-z0-9]+/g, '-')}`;
+}
+
+/** Milliseconds of CLOCK_MONOTONIC: the same clock in every process of one machine, so that a time from one process to another is a subtraction. */
+export function monotonicMs(): number {
+  return Number(process.hrtime.bigint()) / 1e6;
 }

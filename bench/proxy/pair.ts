@@ -3,7 +3,7 @@ import { type ChildProcess, spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
-import { monotonicMs } from '../measure/clock.ts';
+import { monotonicMs } from '../measure/machine.ts';
 
 const START_MS = 20_000;
 const STOP_MS = 5_000;

@@ -2,7 +2,7 @@
 import { setMaxListeners } from 'node:events';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { PdError } from '../../src/errors.ts';
-import { monotonicMs } from '../measure/clock.ts';
+import { monotonicMs } from '../measure/machine.ts';
 import type { Progress } from '../measure/progress.ts';
 import { type Arrival, type Clock, runLoad, type Send } from './load.ts';
 import { makePlan, type Plan, type PlanOptions } from './plan.ts';

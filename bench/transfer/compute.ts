@@ -11,7 +11,7 @@ import type { DeviceEvent, MemoryRef, PagedLayer } from '../../src/device/device
 import type { EventPoller } from '../../src/device/poller.ts';
 import { PdError } from '../../src/errors.ts';
 import { blockBytes, layerBytes, type PagedLayout } from '../../src/kv/layout.ts';
-import { monotonicMs } from '../measure/clock.ts';
+import { monotonicMs } from '../measure/machine.ts';
 import type { ComputeLoop } from './messages.ts';
 
 /** Iterations enqueued ahead, so that the GPU never waits for this thread. */

@@ -1,6 +1,6 @@
 /** Engines that send to each other at once: both ways between two, and crosswise between two producers and two consumers. */
 
-import { monotonicMs } from '../measure/clock.ts';
+import { monotonicMs } from '../measure/machine.ts';
 import { type BenchOptions, type CheckRow, JobMaker, messageOf, move, startPeers } from './bench.ts';
 import type { Job } from './messages.ts';
 import type { Peer } from './peer.ts';

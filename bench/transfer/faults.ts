@@ -1,6 +1,6 @@
 /** kill -9 in mid-transfer: what the survivor says and when, and that it serves a peer which takes the dead one's place. */
 
-import { monotonicMs } from '../measure/clock.ts';
+import { monotonicMs } from '../measure/machine.ts';
 import {
   type BenchOptions,
   type CheckRow,

@@ -1,6 +1,6 @@
 /** What transfers cost a computation on the same GPU: iterations per second of a loop alone, and beside transfers that never pause. */
 import { PdError } from '../../src/errors.ts';
-import { monotonicMs } from '../measure/clock.ts';
+import { monotonicMs } from '../measure/machine.ts';
 import { type BenchOptions, type CheckRow, JobMaker, messageOf, startPeers } from './bench.ts';
 import { COMPUTE_LOOPS, type ComputeLoop } from './messages.ts';
 import type { Peer } from './peer.ts';

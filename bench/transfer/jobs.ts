@@ -7,7 +7,7 @@ import type { TransferEngineApi } from '../../src/transfer/engine-api.ts';
 import type { SendRequest, StoredTensor } from '../../src/transfer/types.ts';
 import { type TensorId, type TransferId, tensorIdOf } from '../../src/wire/ids.ts';
 import type { SendType } from '../../src/wire/messages.ts';
-import { monotonicMs } from '../measure/clock.ts';
+import { monotonicMs } from '../measure/machine.ts';
 import type { BenchKv } from './kv.ts';
 import type { FlatJob, Job, PagedJob, Reply } from './messages.ts';
 

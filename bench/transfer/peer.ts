@@ -3,7 +3,7 @@ import { type ChildProcess, fork } from 'node:child_process';
 import { fileURLToPath } from 'node:url';
 import { PdError } from '../../src/errors.ts';
 import type { HostPort } from '../../src/net/address.ts';
-import { monotonicMs } from '../measure/clock.ts';
+import { monotonicMs } from '../measure/machine.ts';
 import type { Command, PeerMessage, PeerSetup, Reply } from './messages.ts';
 
 /** For libraries, kernels and the area. */

@@ -7,7 +7,7 @@ import { PdError } from '../../src/errors.ts';
 import { createTransport } from '../../src/transport/create-transport.ts';
 import type { Pair, Transport } from '../../src/transport/transport.ts';
 import type { UniqueId } from '../../src/wire/messages.ts';
-import { monotonicMs } from '../measure/clock.ts';
+import { monotonicMs } from '../measure/machine.ts';
 
 const LOOPBACK = '127.0.0.1';
 const OPEN_TIMEOUT_MS = 30_000;

@@ -1,7 +1,6 @@
 /** What a part of the benchmark leaves: one JSON document with the numbers and with what they were measured on. */
 import { PdError } from '../../src/errors.ts';
-import { monotonicMs } from '../measure/clock.ts';
-import { type Environment, type Machine, readMachine } from '../measure/machine.ts';
+import { type Environment, type Machine, monotonicMs, readMachine } from '../measure/machine.ts';
 import { best } from '../measure/statistics.ts';
 import type { BenchOptions, CheckRow } from './bench.ts';
 import { JobMaker, messageOf, startPeer } from './bench.ts';

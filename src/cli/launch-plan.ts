@@ -1,10 +1,12 @@
 /** What pd-launch starts: names, ports, devices and arguments of each program. */
 import { fileURLToPath } from 'node:url';
+import { chooseDevices, type DeviceChoice, namedDevice } from '../config/device-choice.ts';
+import { PdError } from '../errors.ts';
 import { asDestination, formatHostPort } from '../net/address.ts';
 import { freePorts } from '../net/free-ports.ts';
 import { assertBindable, assertReachable } from '../net/port-holder.ts';
+import { gpuFacts, neededLibraries } from './gpu-facts.ts';
 import type { ChildSpec } from './launch-child.ts';
-import { workerNames } from './launch-devices.ts';
 
 export interface LaunchSettings {
   readonly prefill: number;
@@ -41,9 +43,37 @@ export interface LaunchPlan {
   readonly workers: readonly WorkerPlan[];
 }
 
+type DeviceSettings = Pick<LaunchSettings, 'device' | 'executor' | 'prefill' | 'decode'>;
+
+/** One choice for all workers, made before anything starts. Throws what `chooseDevices` throws; CONFIG_INVALID for `cuda:N`, one GPU for all. */
+export async function launchDevices(
+  settings: DeviceSettings,
+  env: NodeJS.ProcessEnv = process.env,
+): Promise<DeviceChoice> {
+  const { device, executor } = settings;
+  const workers = workerNames(settings);
+  if (device === 'host') return namedDevice(device, workers.length);
+  if (device !== 'auto' && device !== 'cuda') {
+    throw new PdError(
+      'CONFIG_INVALID',
+      `--device ${device} puts producer and consumer on one GPU, where NCCL refuses to join them: --device cuda gives each its own (CUDA_VISIBLE_DEVICES chooses which)`,
+    );
+  }
+  const libraries = neededLibraries('producer', executor);
+  const facts = await gpuFacts({ insist: device === 'cuda', libraries, env });
+  return chooseDevices({ device, workers, ...(executor && { executor }) }, facts);
+}
+
+/** In the order in which GPUs are given: producers first. */
+export function workerNames({ prefill, decode }: Pick<LaunchSettings, 'prefill' | 'decode'>): string[] {
+  return Array.from({ length: prefill + decode }, (_, i) =>
+    i < prefill ? `producer-${i}` : `consumer-${i - prefill}`,
+  );
+}
+
 /**
  * `devices`: one per worker, producers first. Throws PORT_IN_USE, naming the first port that is taken and who holds it, and
- * ADDRESS_INVALID for a host that is of no use.
+ * ADDRESS_INVALID for a host that cannot be bound or reached.
  */
 export async function planLaunch(settings: LaunchSettings, devices: readonly string[]): Promise<LaunchPlan> {
   const { host, prefill } = settings;

@@ -12,10 +12,9 @@ import { hostAddress } from '../net/local.ts';
 import { LOG_LEVELS } from '../observability/log-options.ts';
 import { packageVersion } from '../version.ts';
 import { SEND_TYPES } from '../wire/messages.ts';
-import { launchDevices } from './launch-devices.ts';
 import { LogFiles } from './launch-log-files.ts';
 import { LaunchOutput } from './launch-output.ts';
-import { type LaunchPlan, type LaunchSettings, planLaunch } from './launch-plan.ts';
+import { type LaunchPlan, type LaunchSettings, launchDevices, planLaunch } from './launch-plan.ts';
 import { Supervisor } from './launch-supervisor.ts';
 
 const WORKERS = 'Workers';

@@ -40,7 +40,7 @@ export async function main(argv: readonly string[] = process.argv.slice(2)): Pro
       const drainMs = ++signals === 1 ? undefined : 0;
       started.then((proxy) => proxy.close(drainMs)).then(resolve, reject);
     };
-    // Heard before the start is over: who reads that it listens may stop it at once.
+    // Listened for before start-up ends: whoever reads that it listens may stop it at once.
     process.on('SIGTERM', stop).on('SIGINT', stop);
     started.catch(reject);
   });

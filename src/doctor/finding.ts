@@ -28,11 +28,6 @@ export const warn = (what: string, mend?: string): Finding =>
   mend === undefined ? { level: 'warn', what } : { level: 'warn', what, mend };
 export const fail = (what: string, mend: string): Finding => ({ level: 'fail', what, mend });
 
-/** `1 warning`, `2 warnings`. */
-export function plural(count: number, noun: string): string {
-  return `${count} ${noun}${count === 1 ? '' : 's'}`;
-}
-
 export function reportOf(version: string, sections: readonly Section[]): DoctorReport {
   const filled = sections.filter(({ findings }) => findings.length > 0);
   const sound = !filled.some(({ findings }) => findings.some(({ level }) => level === 'fail'));

@@ -7,8 +7,9 @@ import { asDestination, formatHostPort, parseHostPort } from '../net/address.ts'
 import { ask, fetchAll } from '../net/http.ts';
 import { knock } from '../net/knock.ts';
 import { reasonOf } from '../net/resolve.ts';
+import { plural } from '../observability/bytes.ts';
 import { peerAddressOf } from '../wire/ids.ts';
-import { type Finding, fail, info, ok, plural, type Section, warn } from './finding.ts';
+import { type Finding, fail, info, ok, type Section, warn } from './finding.ts';
 import { type Metrics, metricsOf, rise } from './metrics.ts';
 import { diagnose } from './scenarios.ts';
 import { stateOf, workerFindings } from './worker-state.ts';

@@ -1,5 +1,6 @@
 /** The report as one page of text. */
-import { type DoctorReport, type Finding, type Level, plural } from './finding.ts';
+import { plural } from '../observability/bytes.ts';
+import type { DoctorReport, Finding, Level } from './finding.ts';
 
 const MARKS: Readonly<Record<Level, string>> = { ok: 'ok  ', info: '    ', warn: 'warn', fail: 'FAIL' };
 const COLOURS: Readonly<Record<Level, number>> = { ok: 32, info: 90, warn: 33, fail: 31 };

@@ -76,7 +76,7 @@ function diagnosisOf({ code, context }: ReadError): Diagnosis | undefined {
   }
 }
 
-/** Nothing failed: the KV was waited for in vain. */
+/** Nothing failed: the KV just did not arrive. */
 function late(context: ReadError['context']): Diagnosis | undefined {
   const { nearMiss, pair, kvKey, peerIsOurs } = context;
   if (nearMiss !== undefined) {
@@ -108,7 +108,7 @@ export const NO_ROOM: Diagnosis = transfer(
   'raise --kv-buffer-size or --mem-pool-size-gb on the end that has no room (pd_kv_buffer_used_bytes, pd_kv_refused_total), or lower the load',
 );
 
-/** `peer`: the KV address that was in vain, where it is known. */
+/** `peer`: the KV address that could not be reached, where it is known. */
 export function unreached(peer?: unknown): Diagnosis {
   const address = typeof peer === 'string' ? peer : 'ADDRESS';
   return diagnosis(

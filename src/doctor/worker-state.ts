@@ -4,10 +4,11 @@
  */
 import { ask } from '../net/http.ts';
 import { reasonOf } from '../net/resolve.ts';
+import { plural } from '../observability/bytes.ts';
 import type { FailureKind, FailureState } from '../transfer/failures.ts';
 import type { PairState, TransferState } from '../transfer/types.ts';
 import type { CoreState } from '../worker/core-messages.ts';
-import { type Finding, fail, info, ok, plural, type Section, warn } from './finding.ts';
+import { type Finding, fail, info, ok, type Section, warn } from './finding.ts';
 import { type Metrics, metricsOf } from './metrics.ts';
 import {
   type Diagnosis,
@@ -26,7 +27,7 @@ export interface WorkerState {
   readonly core: CoreState;
 }
 
-/** A step that takes longer than this is worth a word; milliseconds. */
+/** A step that takes longer than this is reported; milliseconds. */
 const SLOW_MS = 2_000;
 const NEARLY_FULL = 0.95;
 /** What failed longer ago and was not tried since is told, and no more. */

@@ -14,7 +14,7 @@ import { kvLayout } from './kv-cache.ts';
 
 /** What the default size of the KV cache on the host stays under, all layers together. */
 const HOST_KV_BYTES = 2 ** 30;
-/** The default cache holds so many sequences of full length at most. */
+/** The default cache holds at most this many full-length sequences. */
 const FULL_SEQUENCES = 64;
 
 export interface CreatedExecutor {

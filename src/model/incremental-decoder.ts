@@ -40,7 +40,7 @@ export class IncrementalDecoder {
     );
   }
 
-  /** What is left when no token follows: a broken character becomes U+FFFD. The decoder can be used anew afterwards. */
+  /** What is left when no token follows: a broken character becomes U+FFFD. The decoder can be reused afterwards. */
   flush(): string {
     const rest = this.#cut(this.#utf8.decode());
     this.#spacesToCut = this.#source.leadingSpaces;

@@ -1,4 +1,4 @@
-/** Bytes as people read them, to about three digits: `10.7 GiB`, `340 MiB`. Pure. */
+/** Numbers as people read them: bytes to about three digits (`10.7 GiB`, `340 MiB`), and counts of things. Pure. */
 
 const BINARY = ['KiB', 'MiB', 'GiB', 'TiB'] as const;
 const DECIMAL = ['kB', 'MB', 'GB', 'TB'] as const;
@@ -25,4 +25,9 @@ function scaled(amount: number, step: number, units: readonly string[]): string 
   if (unit === undefined) return undefined;
   const decimals = value >= 99.95 ? 0 : value >= 9.995 ? 1 : 2;
   return `${value.toFixed(decimals)} ${unit}`;
+}
+
+/** `1 warning`, `2 warnings`. */
+export function plural(count: number, noun: string): string {
+  return `${count} ${noun}${count === 1 ? '' : 's'}`;
 }

@@ -3,10 +3,11 @@ import { EventEmitter, once, setMaxListeners } from 'node:events';
 import fastify, { type FastifyInstance, type FastifyRequest } from 'fastify';
 import type { ProxyConfig } from '../config/proxy-config.ts';
 import { PdError } from '../errors.ts';
-import { formatHostPort, type HostPort } from '../net/address.ts';
+import { formatHostPort, type HostPort, isUnspecified } from '../net/address.ts';
 import { NO_JSON_SCHEMAS } from '../net/json-schemas.ts';
-import { hostAddress } from '../net/local.ts';
+import { announceHost, hostAddress } from '../net/local.ts';
 import { listenError } from '../net/port-holder.ts';
+import { plural } from '../observability/bytes.ts';
 import { createLogger, type Logger } from '../observability/log.ts';
 import { openAiError } from '../openai-error.ts';
 import type { ProxyContext } from './attempt.ts';
@@ -29,7 +30,7 @@ const CLOSE_MS = 2_000;
 /** How long `untilPaired` waits by default. */
 const PAIR_TIMEOUT_MS = 60_000;
 
-/** What a proxy is made of besides: a test puts its own in place. */
+/** Parts of a proxy that a test may replace. */
 export interface ProxyParts {
   readonly bodyReader: (log: Logger) => Pick<BodyReader, 'read' | 'close'>;
 }
@@ -172,14 +173,14 @@ export class PdProxy {
     const bound = this.#server.server.address();
     if (bound === null || typeof bound === 'string') throw new PdError('INTERNAL', 'no TCP address');
     this.#http = { host: http.host, port: bound.port };
-    this.#log.info(`Discovery on tcp://${formatHostPort(this.#discovery.address)}`);
-    this.#log.info(`Running on http://${formatHostPort(this.#http)}`);
+    this.#log.info(`Discovery on tcp://${reachableAt(this.#discovery.address)}`);
+    this.#log.info(`Running on http://${reachableAt(this.#http)}`);
   }
 
   async #drain(drainMs: number): Promise<void> {
     const started = this.#http !== undefined;
     if (started)
-      this.#log.info(`draining, at most ${drainMs / 1_000} s: ${this.#running} requests under way`);
+      this.#log.info(`draining, at most ${drainMs / 1_000} s: ${plural(this.#running, 'request')} under way`);
     if (this.#running > 0) {
       const timer = setTimeout(() => this.#break(), drainMs);
       await once(this.#events, 'idle');
@@ -269,6 +270,14 @@ export class PdProxy {
 /** A body as it came; a request without any has none. */
 function bodyOf({ body }: FastifyRequest): Uint8Array<ArrayBuffer> {
   return body instanceof Uint8Array ? (body as Uint8Array<ArrayBuffer>) : new Uint8Array(0);
+}
+
+/** For the log: an address that can be opened, and what is bound where that is every address. */
+function reachableAt({ host, port }: HostPort): string {
+  const bound = formatHostPort({ host, port });
+  return isUnspecified(host)
+    ? `${formatHostPort({ host: announceHost(host), port })} (bound to ${bound})`
+    : bound;
 }
 
 /** Resolves a name to one address, so that HTTP and pings are bound to the same. */

@@ -21,7 +21,7 @@ const MAX_HELD_ANSWER = 16 * 1024 * 1024;
 /** An unfinished event longer than this is passed on in parts. Bytes. */
 const MAX_HELD_EVENT = 64 * 1024;
 
-/** Never passed on: they belong to one connection, or are set anew. */
+/** Never passed on: they belong to one connection, or are set by the proxy itself. */
 const OWN_HEADERS = new Set([
   'connection',
   'keep-alive',

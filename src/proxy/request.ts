@@ -3,6 +3,7 @@
  * happens with one pair is in attempt.ts.
  */
 import { PdError } from '../errors.ts';
+import { plural } from '../observability/bytes.ts';
 import { Attempt, type ProxyContext, type ReceivedRequest } from './attempt.ts';
 import type { RequestBody } from './body.ts';
 import { type InstanceRegistry, instanceLabel, type Missing } from './registry.ts';
@@ -95,7 +96,7 @@ export class ProxiedRequest {
 }
 
 function noPair(missing: Missing, registry: InstanceRegistry): PdError {
-  const counts = `known now: ${registry.list('producer').length} producers, ${registry.list('consumer').length} consumers`;
+  const counts = `known now: ${plural(registry.list('producer').length, 'producer')}, ${plural(registry.list('consumer').length, 'consumer')}`;
   if (missing === 'match') {
     return new PdError(
       'NO_INSTANCE',

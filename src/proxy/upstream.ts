@@ -141,7 +141,7 @@ export interface WholeAnswer {
   readonly body: Buffer;
 }
 
-/** Reads to the end, keeping at most so many bytes. */
+/** Reads to the end, keeping at most `keepBytes` of them. */
 export async function readWhole(response: UpstreamResponse, keepBytes: number): Promise<WholeAnswer> {
   const chunks: Buffer[] = [];
   let kept = 0;

@@ -3,7 +3,6 @@ import type { WorkerConfig } from '../config/worker-config.ts';
 import { P2pSchedulerConnector } from '../connector/scheduler-connector.ts';
 import { P2pWorkerConnector } from '../connector/worker-connector.ts';
 import { createDevice } from '../device/create-device.ts';
-import type { Device } from '../device/device.ts';
 import { createExecutor } from '../model/create-executor.ts';
 import type { Executor } from '../model/executor.ts';
 import { formatHostPort } from '../net/address.ts';
@@ -48,7 +47,7 @@ export async function createCore(
     if (engine) undo.push(() => engine.dispose());
     const limits = { numBlocks, blockSize: config.blockSize, maxModelLen };
     return {
-      loop: createLoop(init, { device, executor, engine, limits, log, told }),
+      loop: createLoop(init, { executor, engine, limits, log, told }),
       info: {
         ...(engine && { kvAddress: formatHostPort(engine.address) }),
         maxModelLen: maxSequenceLength(limits),
@@ -67,7 +66,6 @@ export async function createCore(
 }
 
 interface LoopParts {
-  readonly device: Device;
   readonly executor: Executor;
   readonly engine: TransferEngineApi | undefined;
   readonly limits: { readonly numBlocks: number; readonly blockSize: number; readonly maxModelLen: number };

@@ -40,6 +40,14 @@ const PARTS: WorkerParts = {
   startReader: (modelDir, log) => RequestReader.start(modelDir, log),
 };
 
+interface RunningParts {
+  readonly core: CoreClient;
+  readonly reader: Pick<RequestReader, 'close'>;
+  readonly server: FastifyInstance;
+  readonly inFlight: InFlight;
+  readonly log: Logger;
+}
+
 /** A worker that serves: close it, its threads and its server keep the process alive. */
 export class PdWorker {
   readonly config: WorkerConfig;
@@ -52,11 +60,7 @@ export class PdWorker {
   readonly ended: Promise<PdError | undefined>;
   /** Resolves once `close` has let go of every request: nothing but ending threads and pairs is left. */
   readonly drained: Promise<void>;
-  readonly #core: CoreClient;
-  readonly #reader: Pick<RequestReader, 'close'>;
-  readonly #server: FastifyInstance;
-  readonly #inFlight: InFlight;
-  readonly #log: Logger;
+  readonly #parts: RunningParts;
   #closing: Promise<void> | undefined;
   /** Ends a drain that is under way. */
   #hurry: () => void = () => {};
@@ -64,23 +68,16 @@ export class PdWorker {
 
   private constructor(
     config: WorkerConfig,
-    core: CoreClient,
-    reader: Pick<RequestReader, 'close'>,
-    server: FastifyInstance,
-    inFlight: InFlight,
     httpAddress: HostPort,
     metrics: readonly MetricsPage[],
-    log: Logger,
+    parts: RunningParts,
   ) {
+    const { core, log } = parts;
     this.config = config;
     this.httpAddress = httpAddress;
     this.info = core.info;
     this.metrics = metrics;
-    this.#core = core;
-    this.#reader = reader;
-    this.#server = server;
-    this.#inFlight = inFlight;
-    this.#log = log;
+    this.#parts = parts;
     this.drained = this.#drained.promise;
     this.ended = core.ended.then((error) => {
       if (error) log.fatal({ code: error.code }, `the worker cannot go on: ${error.message}`);
@@ -125,7 +122,7 @@ export class PdWorker {
       });
       const port = await listen(server, config.http);
       const httpAddress = { host: config.httpAnnounceHost, port };
-      const worker = new PdWorker(config, core, reader, server, inFlight, httpAddress, all, log);
+      const worker = new PdWorker(config, httpAddress, all, { core, reader, server, inFlight, log });
       const { numBlocks, blockSize, maxModelLen } = core.info;
       log.info(
         `Serving ${config.servedModelNames.join(', ')} as ${config.role} on ${config.transfer.device}` +
@@ -142,7 +139,7 @@ export class PdWorker {
 
   /** What the core says of itself: queues, blocks, the transfer engine. */
   state(): Promise<CoreState> {
-    return this.#core.inspect();
+    return this.#parts.core.inspect();
   }
 
   /**
@@ -160,24 +157,25 @@ export class PdWorker {
   }
 
   async #close(drainTimeoutMs: number): Promise<void> {
-    this.#core.tell({ type: 'drain' });
-    const running = this.#inFlight.size;
-    if (running > 0) this.#log.info({ running }, `Draining: ${running} requests under way`);
+    const { core, reader, server, inFlight, log } = this.#parts;
+    core.tell({ type: 'drain' });
+    const running = inFlight.size;
+    if (running > 0) log.info({ running }, `Draining: ${running} requests under way`);
     const hurried = new Promise<boolean>((resolve) => {
       this.#hurry = () => resolve(false);
     });
-    const core = this.#core.ended.then(() => false);
-    const done = await Promise.race([this.#inFlight.drain(drainTimeoutMs), hurried, core]);
-    if (!done && this.#inFlight.size > 0) {
-      this.#log.warn(`Gave up ${this.#inFlight.size} requests under way`);
+    const ended = core.ended.then(() => false);
+    const done = await Promise.race([inFlight.drain(drainTimeoutMs), hurried, ended]);
+    if (!done && inFlight.size > 0) {
+      log.warn(`Gave up ${inFlight.size} requests under way`);
     }
-    if (done) await this.#handOver(performance.now() + drainTimeoutMs, Promise.race([hurried, core]));
+    if (done) await this.#handOver(performance.now() + drainTimeoutMs, Promise.race([hurried, ended]));
     this.#drained.resolve();
-    await Promise.all([this.#core.close(), this.#reader.close()]);
+    await Promise.all([core.close(), reader.close()]);
     // What their end has failed still gets its answer.
-    await this.#inFlight.drain(LAST_ANSWERS_MS);
-    await this.#server.close();
-    this.#log.info('Stopped');
+    await inFlight.drain(LAST_ANSWERS_MS);
+    await server.close();
+    log.info('Stopped');
   }
 
   /** A producer has answered its requests before their KV is fetched (GET) or has left (PUT_ASYNC): that belongs to them too. */
@@ -189,14 +187,14 @@ export class PdWorker {
       over = true;
     });
     while (!over) {
-      const { transfer } = await this.#core.state().catch(() => ({ transfer: undefined }));
+      const { transfer } = await this.#parts.core.state().catch(() => ({ transfer: undefined }));
       const bytes = transfer ? transfer.buffer.usedBytes + transfer.pool.usedBytes : 0;
       if (bytes === 0) return;
       if (performance.now() >= deadline) {
-        this.#log.warn({ bytes }, `Gave up ${bytes} bytes of KV that no consumer has fetched`);
+        this.#parts.log.warn({ bytes }, `Gave up ${bytes} bytes of KV that no consumer has fetched`);
         return;
       }
-      if (!told) this.#log.info({ bytes }, `Draining: ${bytes} bytes of KV are still to leave`);
+      if (!told) this.#parts.log.info({ bytes }, `Draining: ${bytes} bytes of KV are still to leave`);
       told = true;
       await Promise.race([setTimeout(HAND_OVER_POLL_MS), cut]);
     }

@@ -39,10 +39,10 @@ static void gather_1(int device, const paged_copy *p) { move(device, p, 1, true)
 static void scatter_16(int device, const paged_copy *p) { move(device, p, 16, false); }
 static void scatter_1(int device, const paged_copy *p) { move(device, p, 1, false); }
 
-// `of_model`: a kernel of model.c, and nothing else is set.
-typedef struct { const char *name; void (*twin)(int, const paged_copy *); void *of_model; } kernel;
+// `of_model`: a kernel of model.c, `of_write`: one of vmm.c, and nothing else is set.
+typedef struct { const char *name; void (*twin)(int, const paged_copy *); void *of_model; unsigned of_write; } kernel;
 static const kernel kernels[] = {
-    {"gather_16", gather_16, NULL}, {"gather_1", gather_1, NULL}, {"scatter_16", scatter_16, NULL}, {"scatter_1", scatter_1, NULL}};
+    {"gather_16", gather_16, NULL, 0}, {"gather_1", gather_1, NULL, 0}, {"scatter_16", scatter_16, NULL, 0}, {"scatter_1", scatter_1, NULL, 0}};
 
 static void run_launch(void *arg) {
   launch *l = arg;
@@ -85,10 +85,12 @@ EXPORT int cuModuleGetFunction(const kernel **out, void *module, const char *nam
     *out = &kernels[i];
     return SUCCESS;
   }
-  void *of_model = model_function(name);
-  if (!of_model) return NOT_FOUND;
+  unsigned of_write = write_element(name);
+  void *of_model = of_write ? NULL : model_function(name);
+  if (!of_model && !of_write) return NOT_FOUND;
   kernel *k = calloc(1, sizeof *k);
   k->of_model = of_model;
+  k->of_write = of_write;
   *out = k;
   return SUCCESS;
 }
@@ -98,6 +100,7 @@ EXPORT int cuLaunchKernel(const kernel *k, unsigned gx, unsigned gy, unsigned gz
   CHECK("cuLaunchKernel");
   if (!gx || gy != 1 || gz != 1 || by != 1 || bz != 1 || extra) return INVALID_VALUE;
   if (k->of_model) return model_launch(k->of_model, gx, bx, s, params);
+  if (k->of_write) return write_launch(k->of_write, gx, bx, s, params);
   if (bx != 256) return INVALID_VALUE;
   launch *l = malloc(sizeof *l);
   l->device = stream_device(s);

@@ -40,6 +40,27 @@ static int give(void *at, bool device_memory) {
   return INVALID_VALUE;
 }
 
+void memory_add(void *at, size_t bytes, int device) {
+  block *b = malloc(sizeof *b);
+  pthread_mutex_lock(&big);
+  *b = (block){at, bytes, device, blocks};
+  blocks = b;
+  pthread_mutex_unlock(&big);
+}
+bool memory_remove(void *at) {
+  bool found = false;
+  pthread_mutex_lock(&big);
+  for (block **b = &blocks; *b && !found; b = found ? b : &(*b)->next) {
+    if ((*b)->at != at) continue;
+    block *gone = *b;
+    *b = gone->next;
+    free(gone);
+    found = true;
+  }
+  pthread_mutex_unlock(&big);
+  return found;
+}
+
 bool memory_known(const void *at, size_t bytes) {
   bool known = false;
   pthread_mutex_lock(&big);

@@ -1,5 +1,5 @@
 // Stand-ins for libcuda, libcudart, libnccl and libnvrtc on a machine without a GPU: the same symbols, and the behaviour that hangs
-// programs (docs of each file). "GPU memory" is the process's own; streams are threads; NCCL moves bytes over loopback sockets.
+// programs (docs of each file). "GPU memory" is the process's own, or a memfd; streams are threads; NCCL moves bytes over loopback sockets.
 #ifndef PD_STANDIN_H
 #define PD_STANDIN_H
 #include <pthread.h>
@@ -44,6 +44,12 @@ bool stream_is_captured(const stream *s);  // by this thread
 void *model_function(const char *name);  // NULL: no kernel of a model
 int model_launch(const void *function, unsigned blocks, unsigned threads, stream *s, void **params);
 
+// ---- vmm.c
+unsigned write_element(const char *name);  // 0: no kernel that writes between caches
+int write_launch(unsigned element, unsigned blocks, unsigned threads, stream *s, void **params);
+
 // ---- memory.c
+void memory_add(void *at, size_t bytes, int device);  // that others have mapped; device -1: of the host
+bool memory_remove(void *at);
 bool memory_known(const void *at, size_t bytes);    // inside of one live GPU or page-locked allocation
 #endif

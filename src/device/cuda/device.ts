@@ -128,8 +128,9 @@ export class CudaDevice implements Device, CudaContext {
     return { kind: 'pinned', pointer, bytes };
   }
 
-  createStream(): CudaStream {
-    const stream = new CudaStream(this, this.#events, (gone) => this.#streams.delete(gone));
+  /** `urgent`: its launches start before those that wait in other streams. */
+  createStream({ urgent = false }: { readonly urgent?: boolean } = {}): CudaStream {
+    const stream = new CudaStream(this, this.#events, (gone) => this.#streams.delete(gone), urgent);
     this.#streams.add(stream);
     return stream;
   }

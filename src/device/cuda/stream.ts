@@ -93,9 +93,14 @@ export class CudaStream implements Stream {
   readonly #onDispose: (stream: CudaStream) => void;
   #disposed = false;
 
-  constructor(context: CudaContext, pool: EventPool, onDispose: (stream: CudaStream) => void) {
+  constructor(
+    context: CudaContext,
+    pool: EventPool,
+    onDispose: (stream: CudaStream) => void,
+    urgent = false,
+  ) {
     context.enter();
-    this.handle = context.runtime.streamCreate();
+    this.handle = context.runtime.streamCreate(urgent);
     this.#context = context;
     this.#pool = pool;
     this.#onDispose = onDispose;

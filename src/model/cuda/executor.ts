@@ -59,7 +59,7 @@ export class CudaExecutor implements Executor {
   readonly #poller = new EventPoller();
   readonly #plan: Int32Array;
   readonly #sampler: CudaSampler;
-  /** Marks of the last step's layers. They may be recorded anew once the connector has gathered what came before them. */
+  /** Events of the last step's layers. They may be recorded again once the connector has gathered what came before them. */
   #events: DeviceEvent[] = [];
   #disposed = false;
 
@@ -249,7 +249,7 @@ export class CudaExecutor implements Executor {
     return sampled;
   }
 
-  /** A step that failed half-way goes on writing into its blocks, which will be others'; so it is waited for all the same. */
+  /** A step that failed half-way still writes into its blocks, which will soon belong to others; so it is waited for even then. */
   async #settled<T>(run: () => Promise<T>): Promise<T> {
     try {
       return await run();

@@ -261,7 +261,7 @@ export class ModelKernels {
     this.#kernels.argmax.launch(this.#stream, rows, { logits, tokens, vocab });
   }
 
-  /** tokens[i], from `argmax`, drawn anew as `draws` says: see kernels/model/sample.cu. */
+  /** tokens[i], from `argmax`, redrawn as `draws` says: see kernels/model/sample.cu. */
   draw({ tokens, logits, draws, rows, vocab }: ArgmaxArguments & Addresses<'draws'>): void {
     this.#kernels.draw.launch(this.#stream, rows, { logits, tokens, draws, vocab });
   }

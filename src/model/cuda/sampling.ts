@@ -26,7 +26,7 @@ export interface SamplerParts {
 export class CudaSampler {
   readonly vocabSize: number;
   readonly #parts: SamplerParts;
-  /** Resolves when the stream has come so far. */
+  /** Resolves when the stream has run everything enqueued until now. */
   readonly #drained: (what: string) => Promise<void>;
   readonly #tokens: Int32Array;
   readonly #logits: Float32Array;

@@ -42,7 +42,7 @@ export interface PlanLimits extends RowLimits {
 export interface PlanOptions {
   /** Every sequence through the prefill kernel, whose results depend on no other row. */
   readonly batchInvariant: boolean;
-  /** Padding to so many sequences of one token each, for a graph. Padding writes no KV and attends to nothing. */
+  /** Pad to this many sequences of one token each, for a graph. Padding writes no KV and attends to nothing. */
   readonly padTo?: number;
 }
 

@@ -17,7 +17,7 @@ import { type HostCaches, openHostCaches } from './caches.ts';
 import { HostLlama } from './llama.ts';
 import { type LlamaWeights, loadLlamaWeights } from './weights.ts';
 
-/** Logits of so many rows at a time: a long prompt's log-probabilities must not take [tokens, vocab] of memory. */
+/** Rows of logits computed at a time: a long prompt's log-probabilities must not take [tokens, vocab] of memory. */
 const LOGIT_ROWS = 32;
 
 export interface HostExecutorOptions {

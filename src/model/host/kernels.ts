@@ -1,7 +1,7 @@
 /**
  * The arithmetic of a Llama on host memory, float32 in and out.
  *
- * Every output is one sum in index order, in double precision, rounded once when stored. So a result hangs on its own row alone, not on
+ * Every output is one sum in index order, in double precision, rounded once when stored. So a result depends on its own row alone, not on
  * how many rows are computed with it or how they are tiled: a prompt computed in chunks, in a batch or by another worker gives the same
  * bits. Rows are tokens; matrices are row-major.
  */

@@ -5,7 +5,7 @@
  *   per layer: norm -> q, k, v -> RoPE -> KV into the cache -> attention over the cache -> output -> + residual
  *              norm -> gate, up -> SwiGLU -> down -> + residual
  *
- * What a row becomes hangs on its own sequence alone (see kernels.ts), so chunks and batches never change a bit.
+ * A row's result depends on its own sequence alone (see kernels.ts), so chunks and batches never change a bit.
  */
 import type { ScheduledSequence } from '../../scheduler/types.ts';
 import type { ModelConfig } from '../config.ts';

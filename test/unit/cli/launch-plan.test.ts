@@ -3,10 +3,9 @@ import { createServer } from 'node:net';
 import { join } from 'node:path';
 import { describe, expect, test } from 'vitest';
 import { launchOptions } from '../../../src/cli/launch.ts';
-import { launchDevices } from '../../../src/cli/launch-devices.ts';
 import { LogFiles } from '../../../src/cli/launch-log-files.ts';
 import { LaunchOutput } from '../../../src/cli/launch-output.ts';
-import { planLaunch } from '../../../src/cli/launch-plan.ts';
+import { launchDevices, planLaunch } from '../../../src/cli/launch-plan.ts';
 import { tempDir } from '../../support/temp-dir.ts';
 
 const flag = (args: readonly string[], name: string) => args[args.indexOf(name) + 1];

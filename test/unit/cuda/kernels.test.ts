@@ -16,6 +16,7 @@ import {
   shippedArch,
 } from '../../../src/device/cuda/kernels.ts';
 import { COPY_KERNELS, PARAMETER_BYTES } from '../../../src/device/cuda/paged-copy.ts';
+import { WRITE_KERNELS, WRITE_PARAMETER_BYTES } from '../../../src/device/cuda/paged-write.ts';
 import {
   ATTENTION_DECODE,
   ATTENTION_PREFILL,
@@ -29,6 +30,7 @@ import {
 
 const TABLES: readonly KernelTable[] = [
   COPY_KERNELS,
+  WRITE_KERNELS,
   ATTENTION_DECODE,
   ATTENTION_PREFILL,
   ELEMENTWISE,
@@ -96,9 +98,11 @@ test('the shipped PTX takes the parameters of the tables, in their order', () =>
       ? 'u64'
       : declared.includes('PagedCopy')
         ? `b8[${PARAMETER_BYTES}]`
-        : declared.startsWith('float')
-          ? 'f32'
-          : 'u32';
+        : declared.includes('PagedWrite')
+          ? `b8[${WRITE_PARAMETER_BYTES}]`
+          : declared.startsWith('float')
+            ? 'f32'
+            : 'u32';
   for (const { source, kernels } of TABLES) {
     const rows = Object.entries(kernels).map(([name, declared]) => ({
       pattern: new RegExp(`^${name.replace(/##\w+?##|##\w+$/g, '[A-Za-z0-9]+')}$`),
@@ -154,7 +158,7 @@ test('a worker asks the images for kernels that they have, whatever its model', 
     }
   }
   expect([...asked].filter((name) => !exported.includes(name))).toEqual([]);
-  const model = exported.filter((name) => !(name in COPY_KERNELS.kernels));
+  const model = exported.filter((name) => !(name in COPY_KERNELS.kernels || name in WRITE_KERNELS.kernels));
   expect(model.filter((name) => !asked.has(name))).toEqual([]);
 });
 

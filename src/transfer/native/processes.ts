@@ -1,0 +1,162 @@
+/**
+ * The processes at the other ends, as a ledger sees them: which one has an address now, which ones had it before, and what is in the book
+ * of each. Pure. A message counts only where it names the process that has said hello at that address last.
+ *
+ *   hello --> present --another says hello there--> displaced --its last entry is over--> forgotten
+ *                |                                     |
+ *                +---------------- died ---------------+
+ *
+ * Displaced is not dead: a process that has been stopped may have lost its port and still write when it goes on. Whoever has memory that it
+ * may write to keeps it until `died`.
+ */
+import type { Nonce } from './messages.ts';
+
+/** Why a message meant nothing. */
+export type IgnoredKind =
+  /** For a process that is not this one. */
+  | 'misaddressed'
+  /** Of a process that has not said hello, or is not the one at that address any more. */
+  | 'unintroduced'
+  /** Names a WANT and does not have its ticket, or cannot be true. */
+  | 'forged'
+  /** About a seq that both ends know to be over. */
+  | 'stale'
+  /** One process has as many WANTs as it may. */
+  | 'overfull'
+  /** A flag of another seq, or in another slot. */
+  | 'flag';
+
+export class Process<Entry> {
+  /** Its address: the routing id. */
+  readonly peer: string;
+  readonly nonce: Nonce;
+  /** Blocks of its cache. */
+  cacheBlocks: number;
+  /** By seq. */
+  readonly books = new Map<number, Entry>();
+  /** Gone, or displaced: it is told nothing, and nothing of it is heard. */
+  dead = false;
+  #floor = 1;
+  readonly #settled = new Set<number>();
+
+  constructor(peer: string, nonce: Nonce, cacheBlocks: number) {
+    this.peer = peer;
+    this.nonce = nonce;
+    this.cacheBlocks = cacheBlocks;
+  }
+
+  /** Seqs that are over, above the floor; those below it need no book. */
+  get numSettled(): number {
+    return this.#settled.size;
+  }
+
+  isSettled(seq: number): boolean {
+    return seq < this.#floor || this.#settled.has(seq);
+  }
+
+  settle(seq: number): void {
+    if (seq >= this.#floor) this.#settled.add(seq);
+  }
+
+  /** Every seq below is settled. */
+  raiseFloor(floor: number): void {
+    if (floor <= this.#floor) return;
+    this.#floor = floor;
+    for (const seq of this.#settled) if (seq < floor) this.#settled.delete(seq);
+  }
+}
+
+/** Nonces of an address that are remembered as over, so that a late hello of one does not displace the process there. */
+const MAX_FORMER = 8;
+
+export class Processes<Entry> {
+  readonly #present = new Map<string, Process<Entry>>();
+  /** Dead or displaced, with entries that are not over. */
+  readonly #departed = new Set<Process<Entry>>();
+  readonly #former = new Map<string, Nonce[]>();
+  readonly #ignored: Record<IgnoredKind, number> = {
+    misaddressed: 0,
+    unintroduced: 0,
+    forged: 0,
+    stale: 0,
+    overfull: 0,
+    flag: 0,
+  };
+
+  /** `process`: the one that has said hello, unless it is one of before. `before`: the one that it displaces. */
+  introduce(
+    peer: string,
+    nonce: Nonce,
+    cacheBlocks: number,
+  ): { readonly process?: Process<Entry>; readonly before?: Process<Entry> } {
+    const present = this.#present.get(peer);
+    if (present?.nonce === nonce) {
+      present.cacheBlocks = cacheBlocks;
+      return { process: present };
+    }
+    if (this.#former.get(peer)?.includes(nonce)) {
+      this.ignore('unintroduced');
+      return {};
+    }
+    const process = new Process<Entry>(peer, nonce, cacheBlocks);
+    if (present) this.#depart(present);
+    this.#present.set(peer, process);
+    return present ? { process, before: present } : { process };
+  }
+
+  /** The process of that address and nonce, where it is the one that has said hello last. */
+  find(peer: string, nonce: Nonce): Process<Entry> | undefined {
+    const process = this.#present.get(peer);
+    return process?.nonce === nonce ? process : undefined;
+  }
+
+  at(peer: string): Process<Entry> | undefined {
+    return this.#present.get(peer);
+  }
+
+  /** It has died. Answers it where it was present or has entries that are not over. */
+  remove(peer: string, nonce: Nonce): Process<Entry> | undefined {
+    const process = this.find(peer, nonce);
+    if (process) {
+      this.#depart(process);
+      return process;
+    }
+    for (const departed of this.#departed) {
+      if (departed.peer === peer && departed.nonce === nonce) return departed;
+    }
+    return undefined;
+  }
+
+  /** Its last entry is over. False where that had been said before. */
+  bury(process: Process<Entry>): boolean {
+    return this.#departed.delete(process);
+  }
+
+  *all(): IterableIterator<Process<Entry>> {
+    yield* this.#present.values();
+    yield* this.#departed;
+  }
+
+  get numSettled(): number {
+    let count = 0;
+    for (const process of this.all()) count += process.numSettled;
+    return count;
+  }
+
+  ignore(kind: IgnoredKind): void {
+    this.#ignored[kind]++;
+  }
+
+  /** Messages that meant nothing, by why. */
+  get ignored(): Readonly<Record<IgnoredKind, number>> {
+    return { ...this.#ignored };
+  }
+
+  #depart(process: Process<Entry>): void {
+    process.dead = true;
+    if (this.#present.get(process.peer) === process) this.#present.delete(process.peer);
+    this.#departed.add(process);
+    const former = [...(this.#former.get(process.peer) ?? []), process.nonce];
+    this.#former.set(process.peer, former.slice(-MAX_FORMER));
+  }
+}

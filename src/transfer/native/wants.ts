@@ -1,0 +1,584 @@
+/**
+ * The consumer's ledger: what has been asked for, what came of it, and which blocks another process may still write to. Pure: it is told
+ * what happens and answers with what to do. Its driver owns sockets, the page and the block manager, and keeps four rules:
+ *
+ *   1. Actions are carried out at once, in order, before the ledger is told anything else.
+ *   2. Each `receive` is answered by exactly one `received`.
+ *   3. `tick` comes every quarter of a second while `isIdle` is false, after what has arrived has been read.
+ *   4. A process is said to be dead only where that is certain (`died`); all else is `introduced` or nothing.
+ *
+ *   ask --> asked --DONE (and its flag, where there is a slot)--> loaded
+ *             |------FAIL----------------------------------------> failed
+ *             |
+ *             | abort, deadline, another process at that address
+ *             v
+ *          given up: DROP, repeated; its blocks in quarantine --DONE, FAIL, DROPPED, death--> over
+ *
+ * `retract` says that nothing can be written to a want's blocks any more. Until then they are nobody else's, not even its own request's: one
+ * that computes its prompt itself takes other blocks (Safety 1 of the hand-over). What travels on a pair (nccl, host) is written by this
+ * process alone, so there blocks wait for this end's own receives only.
+ */
+import { type ErrorData, PdError, unreachable } from '../../errors.ts';
+import type { TransferId } from '../../wire/ids.ts';
+import type { Draw } from './grants.ts';
+import type {
+  ConsumerMessage,
+  EndMessage,
+  NativeTransport,
+  Nonce,
+  PartMessage,
+  ProducerMessage,
+  Ticket,
+  WantMessage,
+} from './messages.ts';
+import { type Process, Processes } from './processes.ts';
+
+export interface WantsOptions {
+  /** Of this process. */
+  readonly nonce: Nonce;
+  /** Blocks of this cache. Above a quarter of it in quarantine by one peer, that peer is asked for nothing more. */
+  readonly cacheBlocks: number;
+  readonly layers: number;
+  /** 16 random bytes in hex, for each want. */
+  readonly newTicket: () => Ticket;
+  /** Slots of the page that is shared with a process; a want by `direct` takes one. */
+  readonly slots: number;
+}
+
+export interface Ask {
+  /** Rank's address of the producer. */
+  readonly peer: string;
+  readonly id: TransferId;
+  /** Whose blocks they are; comes back with what becomes of them. */
+  readonly owner: string;
+  readonly promptDigest: string;
+  readonly samplingDigest: string;
+  /** Of the prompt; and leading blocks that are here already. */
+  readonly tokens: number;
+  readonly skip: number;
+  readonly blocks: readonly number[];
+  readonly transport: NativeTransport;
+  readonly withinMs: number;
+}
+
+/** Why nothing was asked. `unknown`: no process there has said hello. */
+export type Refusal = 'unknown' | 'quarantine' | 'slots';
+
+export type WantAction =
+  | { readonly kind: 'send'; readonly peer: string; readonly message: ConsumerMessage }
+  /** `BlockManager.expose`, before anything is sent. */
+  | { readonly kind: 'expose'; readonly seq: number; readonly blocks: readonly number[] }
+  | { readonly kind: 'retract'; readonly seq: number }
+  /** The grant word of a slot in the page shared with that process; seq 0: nobody writes. */
+  | {
+      readonly kind: 'grant';
+      readonly peer: string;
+      readonly nonce: Nonce;
+      readonly slot: number;
+      readonly seq: number;
+    }
+  /** All KV is there. Without `draw` the last position is computed here. Comes after `retract`. */
+  | {
+      readonly kind: 'loaded';
+      readonly seq: number;
+      readonly owner: string;
+      readonly draw?: Draw;
+    }
+  /** `quarantined`: the owner lets go of these blocks now, and takes others if it goes on. */
+  | {
+      readonly kind: 'failed';
+      readonly seq: number;
+      readonly owner: string;
+      readonly error: ErrorData;
+      readonly quarantined: boolean;
+    }
+  /** Receive what PART announced: into these blocks, or into scratch memory. */
+  | {
+      readonly kind: 'receive';
+      readonly receipt: number;
+      readonly part: PartMessage;
+      readonly into: readonly number[] | 'scratch';
+    }
+  /** The ends have lost step on the pair: end it. */
+  | { readonly kind: 'reset-pair'; readonly peer: string };
+
+interface Want {
+  readonly process: Process<Want>;
+  readonly ask: Ask;
+  readonly message: WantMessage;
+  deadline: number;
+  saidAt: number;
+  givenUp: boolean;
+  /** Its owner has been told, or has given it up itself. */
+  told: boolean;
+  exposed: boolean;
+  flagged: boolean;
+  end: EndMessage | undefined;
+  readonly receipts: Set<number>;
+  /** By layer: how many of its blocks have been announced from the first one on. */
+  readonly announced: number[];
+}
+
+const REPEAT_MS = 1_000;
+/** Where no tick came for so long, this process was stopped: what has arrived meanwhile is read before anything is late. */
+const STALL_MS = 2_000;
+const GRACE_MS = 1_000;
+
+export class Wants {
+  readonly #options: WantsOptions;
+  readonly #processes = new Processes<Want>();
+  readonly #wants = new Map<number, Want>();
+  readonly #receipts = new Map<number, Want | undefined>();
+  readonly #freeSlots = new Map<Process<Want>, number[]>();
+  readonly #nextParts = new Map<string, number>();
+  #nextSeq = 1;
+  #nextReceipt = 1;
+  #lastTick = 0;
+  #actions: WantAction[] = [];
+  readonly #counts = { asked: 0, loaded: 0, failed: 0, aborted: 0, refused: 0 };
+
+  constructor(options: WantsOptions) {
+    this.#options = options;
+  }
+
+  /** A peer has said hello, or again after a reconnect: what it may not have heard is said again. */
+  introduced(peer: string, nonce: Nonce, now: number): WantAction[] {
+    const { process, before } = this.#processes.introduce(peer, nonce, 0);
+    if (before) this.#displaced(before, now);
+    if (process) for (const want of process.books.values()) this.#repeat(want, now);
+    return this.#take();
+  }
+
+  /** That process can write nothing any more: it is dead, and what it had launched has landed. */
+  died(peer: string, nonce: Nonce, now: number): WantAction[] {
+    const process = this.#processes.remove(peer, nonce);
+    if (!process) return this.#take();
+    this.#displaced(process, now);
+    for (const want of [...process.books.values()]) {
+      if (want.end === undefined) want.end = { cmd: 'DROPPED', ...back(want) };
+      this.#settle(want);
+    }
+    this.#freeSlots.delete(process);
+    return this.#take();
+  }
+
+  /** The pair that this peer's bytes come on is a new one, so its parts are counted from 1. */
+  pairOpened(peer: string): void {
+    this.#nextParts.set(peer, 1);
+  }
+
+  ask(ask: Ask, now: number): { readonly seq: number; readonly actions: WantAction[] } | Refusal {
+    const process = this.#processes.at(ask.peer);
+    const refusal = this.#refusalOf(ask, process);
+    if (refusal !== undefined || !process) {
+      this.#counts.refused++;
+      return refusal ?? 'unknown';
+    }
+    if (this.#wants.size === 0) this.#lastTick = now;
+    const seq = this.#nextSeq++;
+    const slot = ask.transport === 'direct' ? this.#slotsOf(process).pop() : undefined;
+    const { id, promptDigest, samplingDigest, tokens, skip, blocks, transport } = ask;
+    const message: WantMessage = {
+      cmd: 'WANT',
+      from: this.#options.nonce,
+      to: process.nonce,
+      seq,
+      ticket: this.#options.newTicket(),
+      floor: 1,
+      id,
+      promptDigest,
+      tokens,
+      skip,
+      blocks: [...blocks],
+      ...(slot !== undefined && { slot }),
+      samplingDigest,
+      transport,
+    };
+    const want: Want = {
+      process,
+      ask,
+      message,
+      deadline: now + ask.withinMs,
+      saidAt: now,
+      givenUp: false,
+      told: false,
+      exposed: true,
+      flagged: slot === undefined,
+      end: undefined,
+      receipts: new Set(),
+      announced: new Array<number>(this.#options.layers).fill(0),
+    };
+    this.#wants.set(seq, want);
+    process.books.set(seq, want);
+    this.#counts.asked++;
+    this.#do({ kind: 'expose', seq, blocks: message.blocks });
+    if (slot !== undefined) this.#do({ kind: 'grant', peer: ask.peer, nonce: process.nonce, slot, seq });
+    this.#repeat(want, now);
+    return { seq, actions: this.#take() };
+  }
+
+  /** What the DEALER to that peer has read. */
+  message(peer: string, message: ProducerMessage, now: number): WantAction[] {
+    const process = this.#processes.find(peer, message.from);
+    if (message.to !== this.#options.nonce || !process) {
+      this.#processes.ignore(message.to !== this.#options.nonce ? 'misaddressed' : 'unintroduced');
+      return this.#take();
+    }
+    const want = process.books.get(message.seq);
+    if (want && want.message.ticket !== message.ticket) {
+      this.#processes.ignore('forged');
+      return this.#take();
+    }
+    switch (message.cmd) {
+      case 'HELD':
+        break;
+      case 'PART':
+        this.#part(process, want, message);
+        break;
+      case 'DONE':
+      case 'FAIL':
+      case 'DROPPED':
+        this.#ended(process, want, message, now);
+        break;
+      default:
+        unreachable(message, 'message');
+    }
+    return this.#take();
+  }
+
+  /** The flag of a slot in the page shared with that process says `seq`. */
+  flag(peer: string, nonce: Nonce, slot: number, seq: number): WantAction[] {
+    const want = this.#processes.find(peer, nonce)?.books.get(seq);
+    if (want?.message.slot !== slot) {
+      this.#processes.ignore('flag');
+      return this.#take();
+    }
+    want.flagged = true;
+    this.#settle(want);
+    return this.#take();
+  }
+
+  /** What was received for it lies where it was to. `ok` false: it did not come whole. */
+  received(receipt: number, ok: boolean, now: number): WantAction[] {
+    if (!this.#receipts.has(receipt)) {
+      throw new PdError('INTERNAL', `receipt ${receipt} is over, or never was`);
+    }
+    const want = this.#receipts.get(receipt);
+    this.#receipts.delete(receipt);
+    if (!want) return this.#take();
+    want.receipts.delete(receipt);
+    if (!ok) {
+      this.#fail(want, { code: 'PEER_LOST', message: 'the pair ended in the middle of its KV', context: {} });
+      if (!want.end) this.#giveUp(want, now);
+    }
+    this.#settle(want);
+    return this.#take();
+  }
+
+  /** Its owner does not want it any more; it is told nothing. Its blocks may be in quarantine from now on. Idempotent. */
+  abort(seq: number, now: number): WantAction[] {
+    const want = this.#wants.get(seq);
+    if (!want || want.told) return this.#take();
+    want.told = true;
+    this.#counts.aborted++;
+    if (!want.end) this.#giveUp(want, now);
+    this.#settle(want);
+    return this.#take();
+  }
+
+  /** A request settled without its producer's KV, which so need not be kept. */
+  unwanted(peer: string, id: TransferId): WantAction[] {
+    const process = this.#processes.at(peer);
+    if (process) {
+      const message = {
+        cmd: 'DROP',
+        from: this.#options.nonce,
+        to: process.nonce,
+        floor: this.#floorOf(process),
+        id,
+      } as const;
+      this.#do({ kind: 'send', peer, message });
+    }
+    return this.#take();
+  }
+
+  tick(now: number): WantAction[] {
+    const stalled = now - this.#lastTick >= STALL_MS;
+    this.#lastTick = now;
+    for (const want of [...this.#wants.values()]) {
+      if (stalled) want.deadline = Math.max(want.deadline, now + GRACE_MS);
+      if (!want.told && now >= want.deadline) {
+        const { withinMs } = want.ask;
+        const message = want.end
+          ? 'its KV is said to be written and its flag never came'
+          : 'its KV did not come';
+        this.#fail(want, {
+          code: 'KV_LOAD_TIMEOUT',
+          message: `${message} within ${withinMs / 1_000} s`,
+          context: {},
+        });
+        if (!want.end) this.#giveUp(want, now);
+        this.#settle(want);
+      } else if (!want.end && now - want.saidAt >= REPEAT_MS) {
+        this.#repeat(want, now);
+      }
+    }
+    return this.#take();
+  }
+
+  get isIdle(): boolean {
+    return this.#wants.size === 0 && this.#receipts.size === 0;
+  }
+
+  /** Blocks that were given up and may still be written to, of one peer's processes. */
+  quarantinedBy(peer: string): number {
+    let count = 0;
+    for (const want of this.#wants.values()) {
+      if (want.process.peer === peer && isQuarantined(want)) count += want.message.blocks.length;
+    }
+    return count;
+  }
+
+  /** For metrics and `/debug/state`: wants by state, blocks in quarantine, receives under way, then totals. */
+  stats() {
+    const states = { waiting: 0, givenUp: 0, ended: 0 };
+    let quarantined = 0;
+    for (const want of this.#wants.values()) {
+      states[want.end ? 'ended' : want.givenUp ? 'givenUp' : 'waiting']++;
+      if (isQuarantined(want)) quarantined += want.message.blocks.length;
+    }
+    return {
+      ...states,
+      quarantined,
+      receipts: this.#receipts.size,
+      ...this.#counts,
+      ignored: this.#processes.ignored,
+    };
+  }
+
+  /** What is wrong, in words; empty when all is well. */
+  checkIntegrity(): string[] {
+    const problems: string[] = [];
+    const slots = new Set<string>();
+    for (const [seq, want] of this.#wants) {
+      const { slot } = want.message;
+      if (want.process.books.get(seq) !== want) problems.push(`want ${seq} is in no process's book`);
+      if (want.told && !want.givenUp && !want.end) problems.push(`want ${seq} is told and goes on`);
+      if (!want.exposed && want.receipts.size > 0) problems.push(`want ${seq} is retracted and written to`);
+      if (slot === undefined) continue;
+      const place = `${want.process.peer} ${want.process.nonce} ${slot}`;
+      if (slots.has(place)) problems.push(`slot ${slot} has two wants`);
+      slots.add(place);
+      if (this.#freeSlots.get(want.process)?.includes(slot)) problems.push(`slot ${slot} is free and in use`);
+    }
+    return problems;
+  }
+
+  #refusalOf(ask: Ask, process: Process<Want> | undefined): Refusal | undefined {
+    if (!process) return 'unknown';
+    if (this.quarantinedBy(ask.peer) > this.#options.cacheBlocks / 4) return 'quarantine';
+    if (ask.transport === 'direct' && this.#slotsOf(process).length === 0) return 'slots';
+    return undefined;
+  }
+
+  #part(process: Process<Want>, want: Want | undefined, part: PartMessage): void {
+    const next = this.#nextParts.get(process.peer) ?? 1;
+    this.#nextParts.set(process.peer, part.part + 1);
+    if (part.part !== next) this.#do({ kind: 'reset-pair', peer: process.peer });
+    const receipt = this.#nextReceipt++;
+    const fits =
+      want?.exposed &&
+      !want.givenUp &&
+      !want.end &&
+      want.message.transport !== 'direct' &&
+      part.layer + part.layers <= this.#options.layers &&
+      part.block + part.blocks <= want.message.blocks.length;
+    this.#receipts.set(receipt, fits ? want : undefined);
+    if (!fits) {
+      this.#do({ kind: 'receive', receipt, part, into: 'scratch' });
+      return;
+    }
+    want.receipts.add(receipt);
+    for (let layer = part.layer; layer < part.layer + part.layers; layer++) {
+      // a gap is left open, and DONE finds it
+      const before = want.announced[layer] ?? 0;
+      if (part.block <= before) want.announced[layer] = Math.max(before, part.block + part.blocks);
+    }
+    const into = want.message.blocks.slice(part.block, part.block + part.blocks);
+    this.#do({ kind: 'receive', receipt, part, into });
+  }
+
+  #ended(process: Process<Want>, want: Want | undefined, end: EndMessage, now: number): void {
+    if (!want) {
+      // It was over before: the producer has not heard so.
+      if (end.seq >= this.#nextSeq) this.#processes.ignore('forged');
+      else this.#acknowledge(process, end);
+      return;
+    }
+    if (want.end === undefined) {
+      want.end = end;
+      want.saidAt = now;
+    }
+    this.#acknowledge(process, end);
+    this.#settle(want);
+  }
+
+  /** What follows from all that is known of a want: blocks back, its owner told, its entry gone. */
+  #settle(want: Want): void {
+    const { process, end, message } = want;
+    if (want.receipts.size > 0) return;
+    // Where this process alone writes, giving up and having received all is enough.
+    const isOver = end !== undefined || (want.givenUp && message.transport !== 'direct');
+    if (!isOver) return;
+    // The flag says that the bytes are visible here: both, or neither counts.
+    if (end?.cmd === 'DONE' && !want.told && !want.flagged) return;
+    if (want.exposed) {
+      want.exposed = false;
+      this.#do({ kind: 'retract', seq: message.seq });
+    }
+    if (end === undefined) return;
+    if (!want.told) this.#conclude(want, end);
+    this.#wants.delete(message.seq);
+    process.books.delete(message.seq);
+    if (message.slot !== undefined) {
+      if (!want.givenUp) this.#revoke(want);
+      this.#freeSlots.get(process)?.push(message.slot);
+    }
+    if (process.dead && process.books.size === 0) {
+      this.#processes.bury(process);
+      this.#freeSlots.delete(process);
+    }
+  }
+
+  #conclude(want: Want, end: EndMessage): void {
+    const { message, ask, announced } = want;
+    const { seq, blocks } = message;
+    if (end.cmd !== 'DONE') {
+      const error: ErrorData =
+        end.cmd === 'FAIL'
+          ? { code: end.code, message: `${ask.peer} says: ${end.message}`, context: {} }
+          : { code: 'KV_LOAD_FAILED', message: `${ask.peer} says that it was given up`, context: {} };
+      this.#fail(want, error);
+      return;
+    }
+    const isWhole =
+      end.promised === blocks.length &&
+      end.written === blocks.length &&
+      (message.transport === 'direct' || announced.every((count) => count === blocks.length));
+    if (!isWhole) {
+      const least = Math.min(...announced);
+      const text = `${ask.peer} says that it wrote ${end.written} of ${end.promised} blocks; ${blocks.length} were wanted, ${message.transport === 'direct' ? 'and flagged' : `${least} announced`}`;
+      this.#fail(want, { code: 'KV_LOAD_FAILED', message: text, context: {} });
+      return;
+    }
+    want.told = true;
+    this.#counts.loaded++;
+    const { drawn, logprobs, samplingDigest } = end;
+    const draw = { drawn, ...(logprobs && { logprobs }), samplingDigest };
+    const isOurs = samplingDigest === ask.samplingDigest && drawn.length > 0;
+    this.#do({ kind: 'loaded', seq, owner: ask.owner, ...(isOurs && { draw }) });
+  }
+
+  /** Tells the owner, once, and gives it its blocks back first where nothing can be written to them. */
+  #fail(want: Want, error: ErrorData): void {
+    if (want.told) return;
+    want.told = true;
+    this.#counts.failed++;
+    const { seq } = want.message;
+    if (want.exposed && want.end !== undefined && want.receipts.size === 0) {
+      want.exposed = false;
+      this.#do({ kind: 'retract', seq });
+    }
+    const context = { ...error.context, transferId: want.ask.id, peer: want.ask.peer };
+    this.#do({
+      kind: 'failed',
+      seq,
+      owner: want.ask.owner,
+      error: { ...error, context },
+      quarantined: want.exposed,
+    });
+  }
+
+  #giveUp(want: Want, now: number): void {
+    if (want.givenUp) return;
+    want.givenUp = true;
+    this.#revoke(want);
+    this.#repeat(want, now);
+  }
+
+  /** Launches that have not looked yet write nothing. */
+  #revoke({ message: { slot }, process: { peer, nonce } }: Want): void {
+    if (slot !== undefined) this.#do({ kind: 'grant', peer, nonce, slot, seq: 0 });
+  }
+
+  /** Nothing more is heard of that process; it may still write. */
+  #displaced(process: Process<Want>, now: number): void {
+    for (const want of [...process.books.values()]) {
+      this.#fail(want, {
+        code: 'PEER_LOST',
+        message: 'its process is gone, or another has its address',
+        context: {},
+      });
+      if (!want.end) this.#giveUp(want, now);
+      // On a pair nobody else writes, and nobody is left to say DROPPED.
+      if (want.message.transport !== 'direct') want.end ??= { cmd: 'DROPPED', ...back(want) };
+      this.#settle(want);
+    }
+    if (process.books.size === 0) {
+      this.#processes.bury(process);
+      this.#freeSlots.delete(process);
+    }
+  }
+
+  /** Says what a producer may not have heard. */
+  #repeat(want: Want, now: number): void {
+    const { process, message, givenUp, end, ask } = want;
+    if (process.dead || end) return;
+    want.saidAt = now;
+    const floor = this.#floorOf(process);
+    const { from, to, seq, ticket, id } = message;
+    this.#do({
+      kind: 'send',
+      peer: ask.peer,
+      message: givenUp ? { cmd: 'DROP', from, to, want: { seq, ticket }, floor, id } : { ...message, floor },
+    });
+  }
+
+  #acknowledge(process: Process<Want>, { from, to, seq, ticket }: EndMessage): void {
+    const message = { cmd: 'ACK', from: to, to: from, seq, ticket, floor: this.#floorOf(process) } as const;
+    this.#do({ kind: 'send', peer: process.peer, message });
+  }
+
+  /** The lowest seq whose end is not known. */
+  #floorOf(process: Process<Want>): number {
+    for (const [seq, { end }] of process.books) if (!end) return seq;
+    return this.#nextSeq;
+  }
+
+  #slotsOf(process: Process<Want>): number[] {
+    const known = this.#freeSlots.get(process);
+    if (known) return known;
+    const slots = Array.from({ length: this.#options.slots }, (_, i) => this.#options.slots - 1 - i);
+    this.#freeSlots.set(process, slots);
+    return slots;
+  }
+
+  #do(action: WantAction): void {
+    this.#actions.push(action);
+  }
+
+  #take(): WantAction[] {
+    const actions = this.#actions;
+    this.#actions = [];
+    return actions;
+  }
+}
+
+function isQuarantined(want: Want): boolean {
+  return want.exposed && want.told;
+}
+
+/** What an answer to it would repeat. */
+function back({ message: { from, to, seq, ticket } }: Want) {
+  return { from: to, to: from, seq, ticket };
+}
