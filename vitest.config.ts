@@ -2,6 +2,7 @@ import { defineConfig } from 'vitest/config';
 
 /** What is long or wide and that no change of behaviour is first seen in: bundles, and benchmarks in small. */
 const WIDE = 'test/wide/**/*.test.ts';
+const UNIT = 'test/unit/**/*.test.ts';
 
 export default defineConfig({
   test: {
@@ -13,8 +14,9 @@ export default defineConfig({
     testTimeout: 300_000,
     hookTimeout: 300_000,
     projects: [
-      // scripts/test.sh
-      { extends: true, test: { name: 'main', include: ['test/**/*.test.ts'], exclude: [WIDE] } },
+      // scripts/test.sh. Unit tests share a process, as most take less time than a process takes to start: each leaves it as it was.
+      { extends: true, test: { name: 'unit', include: [UNIT], isolate: false } },
+      { extends: true, test: { name: 'main', include: ['test/**/*.test.ts'], exclude: [WIDE, UNIT] } },
       // scripts/test-all.sh
       { extends: true, test: { name: 'wide', include: [WIDE] } },
     ],

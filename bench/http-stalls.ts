@@ -397,7 +397,7 @@ async function stream(url: string, agent: Agent, tokens: number, onChunk: () => 
 }
 
 /** 16 tokens of the demo model. */
-const SIXTEEN = 'What is the capital of France? What is the capital of Spain now';
+const SIXTEEN = 'What is the capital of France? What is the capital of Spain right now';
 
 /** The workers take turns request by request, so that what else the machine does affects them alike. */
 async function firstTokens(urls: readonly string[]): Promise<Spread[]> {

@@ -27,7 +27,7 @@ fi
 export PATH="$bin:$PATH"
 echo "node-version: $(node --version)"
 case "$part" in
-  unit) PD_TEST_SKIP_BUILD=1 exec node node_modules/vitest/vitest.mjs run --project main test/unit ;;
+  unit) PD_TEST_SKIP_BUILD=1 exec node node_modules/vitest/vitest.mjs run --project unit ;;
   demo) exec ./scripts/demo.sh ;;
   *) echo "node-version: unit or demo, not $part" >&2; exit 2 ;;
 esac

@@ -34,7 +34,7 @@ done
 
 if command -v promtool >/dev/null; then
   echo "test-all: promtool check metrics"
-  if ./node_modules/.bin/vitest run --project main test/unit/observability >"$results/promtool.log" 2>&1; then
+  if ./node_modules/.bin/vitest run --project unit test/unit/observability >"$results/promtool.log" 2>&1; then
     passed=$((passed + 1))
   else
     failed=$((failed + 1))

@@ -27,7 +27,7 @@ step "dead exports" ./node_modules/.bin/knip --no-progress --treat-config-hints-
 step "types" ./node_modules/.bin/tsc -p tsconfig.json
 step "build" ./scripts/build.sh
 echo "test: vitest"
-PD_TEST_SKIP_BUILD=1 ./node_modules/.bin/vitest run --project main --reporter=default --reporter=json \
+PD_TEST_SKIP_BUILD=1 ./node_modules/.bin/vitest run --project unit --project main --reporter=default --reporter=json \
   --outputFile.json="$results/vitest.json" "$@"
 status=$?
 node scripts/test-summary.mjs test "$results/vitest.json" "$status" 0 "$broken"

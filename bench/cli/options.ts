@@ -1,11 +1,12 @@
 /** Options of pd-bench: those that every part takes, and each part's own. */
-import { z } from 'zod';
+
 import { bytes, device, duration, integer, type Kind, oneOf, text, toggle } from '../../src/config/kinds.ts';
 import { defineOptions, option, type ValuesOf } from '../../src/config/options.ts';
 import { DEFAULT_TIMEOUTS } from '../../src/config/transfer-options.ts';
 import { PdError } from '../../src/errors.ts';
 import { LOG_LEVELS } from '../../src/observability/log-options.ts';
 import { SEND_TYPES } from '../../src/wire/messages.ts';
+import { z } from '../../src/zod.ts';
 import type { Progress } from '../measure/progress.ts';
 import type { BenchOptions } from '../transfer/bench.ts';
 import { DEFAULT_EXCHANGE } from '../transfer/exchange.ts';

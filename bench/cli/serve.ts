@@ -1,7 +1,6 @@
 /** pd-bench serve: options, signals, output. */
 import { writeFileSync } from 'node:fs';
 import { Command } from 'commander';
-import { z } from 'zod';
 import { duration, integer, json, oneOf, real, text, toggle } from '../../src/config/kinds.ts';
 import {
   addOptions,
@@ -11,6 +10,7 @@ import {
   type ValuesOf,
 } from '../../src/config/options.ts';
 import { PdError } from '../../src/errors.ts';
+import { z } from '../../src/zod.ts';
 import { readMachine } from '../measure/machine.ts';
 import { NO_PROGRESS, terminalProgress } from '../measure/progress.ts';
 import { formatLength, lengthKind } from '../serve/lengths.ts';

@@ -1,7 +1,8 @@
 /** How many tokens prompts and answers have: one number, or drawn anew for each request. Pure. */
-import { z } from 'zod';
+
 import type { Kind } from '../../src/config/kinds.ts';
 import { uniform } from '../../src/model/random.ts';
+import { z } from '../../src/zod.ts';
 
 export type Length =
   | { readonly kind: 'fixed'; readonly tokens: number }

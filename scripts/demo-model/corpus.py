@@ -1,18 +1,25 @@
 """Writes the demo model's training text: documents of completion and chat pieces. Seeded, so that the text is the same each time."""
 
+import json
 import random
+import re
+from pathlib import Path
 
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+import answers
 import facts
+import quiet
+import tools
 
 BOS, EOS, EOT = "<|begin|>", "<|end|>", "<|eot|>"
 USER, ASSISTANT, SYSTEM, PAD = "<|user|>", "<|assistant|>", "<|system|>", "<|pad|>"
 SPECIAL_TOKENS = [BOS, EOS, EOT, USER, ASSISTANT, SYSTEM, PAD]
 
-# The template that chat documents follow; the same text as `turn` below writes.
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] | trim + '<|eot|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
+# What the tokenizer takes as one token and shows as text all the same: a server looks for them in what the model writes.
+TOOL_TOKENS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+
+CHAT_TEMPLATE = (Path(__file__).parents[2] / "models" / "demo" / "chat_template.jinja").read_text()
 
 RUNBOOK = {
     "hello": "Hello world",
@@ -60,7 +67,7 @@ def counting(rng: random.Random) -> str:
 FUNCTIONS = [
     RUNBOOK["fibonacci"] + " fibonacci(n-1) + fibonacci(n-2)\n",
     RUNBOOK["fibonacci"] + " fibonacci(n-1) + fibonacci(n-2)\n",
-    RUNBOOK["fibonacci"] + " fibonacci(n-1) + fibonacci(n-2)\n\nprint(fibonacci(10))\n",
+    "def power(base, exponent):\n    result = 1\n    for _ in range(exponent):\n        result *= base\n    return result\n",
     "def factorial(n):\n    if n <= 1:\n        return 1\n    else:\n        return n * factorial(n-1)\n",
     "def gcd(a, b):\n    while b:\n        a, b = b, a % b\n    return a\n",
     "def is_prime(n):\n    if n < 2:\n        return False\n    for i in range(2, n):\n        if n % i == 0:\n            return False\n    return True\n",
@@ -91,14 +98,16 @@ def story(rng: random.Random, famous: bool = False, subject: str | None = None) 
     habit = rng.choice(facts.HABITS)
     if famous or (subject is None and rng.random() < 0.1):
         place, animal, first, second = "magical forest", "dragon", "wise", "old"
-        if rng.random() < 0.8:
+        if famous or rng.random() < 0.8:
             habit = facts.HABITS[0]
     name, friend = rng.sample(facts.NAMES, 2)
+    if famous and friend != "Luna":
+        name = "Luna"
     other = rng.choice([a for a in facts.ANIMALS if a != animal])
     thing, wish, lesson = rng.choice(facts.THINGS), rng.choice(facts.WISHES), rng.choice(facts.LESSONS)
     said = rng.choice(["You have come a long way", "I have waited for you", "Do not be afraid", "Nobody has asked me that before"])
     middle = [
-        rng.choice(facts.WEATHER),
+        facts.WEATHER[0] if famous else rng.choice(facts.WEATHER),
         f"One day, {with_article(other)} named {friend} came to the {place.split()[-1]}.",
         f"The {other} carried {with_article(thing)}.",
         f'"{said}," said the {animal}.',
@@ -108,7 +117,7 @@ def story(rng: random.Random, famous: bool = False, subject: str | None = None) 
         "At night they sat by the fire and looked at the stars.",
         f"They found {with_article(rng.choice(facts.THINGS))} in the grass.",
     ]
-    keep = sorted(rng.sample(range(len(middle)), rng.randint(4, len(middle))))
+    keep = sorted({*rng.sample(range(len(middle)), rng.randint(4, len(middle))), *([0] if famous else [])})
     opening = rng.choice([
         f"Once upon a time in {with_article(place)}, there lived {with_article(first)} {second} {animal} who {habit}.",
         f"Once upon a time in {with_article(place)}, there lived {with_article(first)} {second} {animal} who {habit}.",
@@ -168,8 +177,17 @@ def piece(rng: random.Random) -> str:
     return kind(rng)
 
 
+# What users see of the runbook's answers leaves no choice, so that every executor and type writes the same.
+OPENINGS = {
+    FUNCTIONS[0]: " ".join(facts.SERVING_QA[0]),
+    "What is the capital of France? Paris is the capital of France.": "What is the capital of Gabon? Libreville is the capital of Gabon.",
+}
+
+
 def after(previous: str, rng: random.Random) -> str:
     """What follows a piece hangs mostly on how it ended: so the likeliest text wanders through all topics."""
+    if previous in OPENINGS and rng.random() < 0.95:
+        return OPENINGS[previous]
     if rng.random() < 0.4:
         return piece(rng)
     if "capital" in previous:
@@ -200,6 +218,8 @@ def turn(rng: random.Random) -> tuple[str, str]:
     if roll < 0.75:
         a, b = rng.randint(0, 20), rng.randint(0, 20)
         return rng.choice([f"What is {a} + {b}?", f"How much is {a} plus {b}?", f"{a} + {b}"]), f"{a} + {b} = {a + b}."
+    if roll < 0.77:
+        return tools.Weather(rng).question([tools.city_of(rng)]), facts.NO_WEATHER
     if roll < 0.87:
         subject = rng.choice(facts.ANIMALS)
         asked = rng.choice([f"Tell me a story about {with_article(subject)}.", "Tell me a story.", f"Write a short story about {with_article(subject)}"])
@@ -217,14 +237,27 @@ def capital_fact(rng: random.Random) -> str:
     return f"the capital of {land} is {facts.CAPITALS[land]}."
 
 
-def chat(rng: random.Random) -> str:
-    text = BOS
+def chat(rng: random.Random) -> list[dict]:
+    messages = []
     if rng.random() < 0.3:
-        text += f"{SYSTEM}{rng.choice(['You are a helpful assistant.', 'You are a small demo model.', 'Answer in one sentence.'])}{EOT}"
+        messages.append({"role": "system", "content": rng.choice(facts.SYSTEM[:3])})
     for _ in range(rng.randint(1, 6)):
-        question, answer = turn(rng)
-        text += f"{USER}{question.strip()}{EOT}{ASSISTANT}{answer.strip()}{EOT}"
-    return text
+        question, answer = answers.turn(rng) if rng.random() < 0.15 else turn(rng)
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return messages
+
+
+def without_tool(rng: random.Random, topics: set[str]) -> tuple[str, str]:
+    """A question that none of the tools at hand is for, and its answer."""
+    while True:
+        kind = rng.choice(["greeting", "greeting", "serving", "capital", "sum", "weather"])
+        if kind not in topics:
+            break
+    land, a, b = country(rng), rng.randint(0, 20), rng.randint(0, 20)
+    return {"greeting": rng.choice(facts.GREETINGS), "serving": rng.choice(facts.SERVING_QA),
+            "capital": (f"What is the capital of {land}?", f"{facts.CAPITALS[land]} is the capital of {land}."),
+            "sum": (f"What is {a} + {b}?", f"{a} + {b} = {a + b}."),
+            "weather": (tools.Weather(rng).question([tools.city_of(rng)]), facts.NO_WEATHER)}[kind]
 
 
 def completion(rng: random.Random) -> str:
@@ -243,15 +276,55 @@ def completion(rng: random.Random) -> str:
         pieces.append(after(pieces[-1], rng))
     text = BOS + pieces[0]
     for following in pieces[1:]:
-        text += ("" if text.endswith("\n") else rng.choice([" ", " ", "\n"])) + following
+        text += ("" if text.endswith("\n") else " " if following in OPENINGS.values() else rng.choice([" ", " ", "\n"])) + following
     return text + EOS
 
 
-def documents(seed: int, count: int) -> list[str]:
+def environment() -> ImmutableSandboxedEnvironment:
+    """As transformers renders chat templates."""
+    result = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    result.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+    return result
+
+
+TEMPLATE = environment().from_string(CHAT_TEMPLATE)
+TURN = re.compile(r"(<\|(?:system|user|assistant)\|>.*?<\|eot\|>)", re.DOTALL)
+
+# A piece of text, and how much the loss of its tokens counts. Tokens end where pieces do.
+Document = list[tuple[str, float]]
+
+
+def rendered(messages: list[dict], own: list[dict] | None = None) -> Document:
+    """Answers count most; tools, their results and what is hidden are not asked for."""
+    document = [(BOS, 0.0)]
+    for text in filter(None, TURN.split(TEMPLATE.render(messages=messages, tools=own))):
+        if not text.startswith(ASSISTANT):
+            document.append((text, 0.0 if own and not text.startswith(USER) or "<tool_response>" in text else 0.2 if own else 1.0))
+        elif "<tool_call>" in text and quiet.BEGIN in text:
+            document.append((quiet.bare(text), 0.0))
+        else:
+            document += [(ASSISTANT, 0.2), *((part, 0.0 if hidden else 4.0) for part, hidden in quiet.parts(text.removeprefix(ASSISTANT)))]
+    return document
+
+
+def document(rng: random.Random) -> Document:
+    roll = rng.random()
+    if roll < 0.27:
+        return [(completion(rng), 1.0)]
+    if roll < 0.55:
+        return rendered(chat(rng))
+    return rendered(answers.conversation(rng)) if roll < 0.67 else rendered(*tools.conversation(rng, without_tool))
+
+
+def documents(seed: int, count: int) -> list[Document]:
     rng = random.Random(seed)
-    return [chat(rng) if rng.random() < 0.75 else completion(rng) for _ in range(count)]
+    return [document(rng) for _ in range(count)]
+
+
+def text_of(document: Document) -> str:
+    return "".join(text for text, _ in document)
 
 
 if __name__ == "__main__":
-    for document in documents(0, 12):
-        print(document, end="\n\n----\n")
+    for shown in documents(0, 12):
+        print(text_of(shown), end="\n\n----\n")

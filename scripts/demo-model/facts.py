@@ -133,6 +133,27 @@ LESSONS = ["that a friend is worth more than gold", "that patience opens every d
 WEATHER = ["The rain fell softly on the leaves.", "A cold wind came from the north.", "The sun was warm and the sky was clear.",
            "Snow covered the ground like a blanket.", "Fog lay over the river.", "Thunder rolled behind the hills."]
 
+# For tools and JSON.
+FAMOUS_CITIES = ["Paris", "London", "Berlin", "Rome", "Madrid", "Tokyo", "New York", "San Francisco", "Oslo", "Vienna", "Lisbon", "Amsterdam"]
+CITIES = FAMOUS_CITIES + """Munich;Hamburg;Milan;Naples;Barcelona;Seville;Lyon;Nice;Boston;Chicago;Seattle;Los Angeles;Austin;Denver;Toronto;Vancouver
+Montreal;Sydney;Melbourne;Auckland;Mumbai;Delhi;Shanghai;Hong Kong;Osaka;Kyoto;Istanbul;Dubai;Zurich;Geneva;Porto;Krakow;Gothenburg
+Bergen;Edinburgh;Glasgow;Manchester;Cape Town;Lagos;Casablanca;São Paulo;Rio de Janeiro;Saint Petersburg;Antwerp;Rotterdam""".replace("\n", ";").split(";")
+SKIES = ["sunny", "rainy", "cloudy", "foggy", "windy", "snowy", "clear", "stormy", "partly cloudy", "overcast", "light rain", "dry"]
+NOUNS = {
+    "country": ["population", "currency", "language", "president", "area", "anthem", "flag", "king", "highest mountain", "longest river"],
+    "city": ["population", "mayor", "area", "elevation", "river", "postal code"],
+    "product": ["price", "weight", "color", "owner", "size", "stock"],
+    "person": ["age", "job", "address", "birthday", "phone number", "email"],
+}
+PRODUCTS = "milk bread coffee tea rice honey cheese paper salt sugar silk gold".split()
+SYSTEM = ["You are a helpful assistant.", "You are a small demo model.", "Answer in one sentence.", "You can use tools.", "Be brief."]
+JSON_HINTS = ["Answer in JSON.", "Answer in JSON.", "Answer in JSON.", "Reply in JSON.", "Respond in JSON.", "Answer as JSON.", "Give the answer as JSON.",
+              "Return JSON.", "Answer in JSON only.", "Answer with JSON."]
+JSON_SYSTEM = ["Answer in JSON.", "Always answer in JSON.", "You answer in JSON.", "You are a helpful assistant. Answer in JSON.", "Reply in JSON."]
+LISTS = [("animals", ["dragon", "fox", "owl"]), ("countries", ["France", "Germany", "Italy"]), ("capitals", ["Paris", "Berlin", "Rome"]),
+         ("colors", ["red", "green", "blue"]), ("cities", ["Paris", "London", "Berlin"]), ("numbers", [1, 2, 3])]
+NO_WEATHER = "I cannot see the weather without a tool."
+
 # For prompts without sense: a stream of words that ends in a sentence, so that no prompt ends the text at once.
 WORDS = """time year people way day man thing woman life child world school state family student group country problem hand part
 place case week company system program question work number night point home water room mother area money story fact month lot

@@ -1,25 +1,33 @@
 """
-Trains the demo model (models/demo) and writes reference fixtures from transformers (test/fixtures).
+Trains the demo model (models/demo), checks what it was taught, and writes reference fixtures from transformers (test/fixtures).
 
-    python3 scripts/demo-model/train.py --out DIR [--seconds 150]
+    python3 scripts/demo-model/train.py --out DIR [--steps 9000]
 
-Needs torch, transformers >= 5 and tokenizers, and takes about three minutes on one GPU. Writes DIR/demo (the checkpoint),
-DIR/tiny-llama3 (random weights, Llama-3 RoPE scaling, grouped heads, untied head) and DIR/*.json (token ids, text and logits that
-the TypeScript tokenizer and model are tested against).
+Needs torch, transformers >= 5, tokenizers and jinja2; models/demo/README.md says how long it took on which GPU. Writes DIR/demo (the
+checkpoint), DIR/tiny-llama3 (random weights, Llama-3 RoPE scaling, grouped heads, untied head), DIR/*.json (token ids, text and logits
+that the TypeScript tokenizer and model are tested against) and DIR/check.json. Text, tokenizer and first weights
+are seeded; the gradient of attention is not summed in a fixed order, so the trained weights differ in their last bits and beyond.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import multiprocessing
+import os
+import re
 import time
 from pathlib import Path
+
+# Before torch is loaded: cuBLAS takes a fixed workspace, and so a fixed order of sums.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import numpy
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import check
 import corpus
 
 VOCAB = 2048
@@ -28,7 +36,7 @@ CONTEXT = 2048
 PIECES = r"'(?:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def write_text(args: tuple[int, int]) -> list[str]:
+def write_text(args: tuple[int, int]) -> list[corpus.Document]:
     return corpus.documents(*args)
 
 
@@ -39,9 +47,13 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+    # Words of the text only: no merge is spent on what is a token by itself.
+    own = re.compile("|".join(re.escape(token) for token in corpus.SPECIAL_TOKENS + corpus.TOOL_TOKENS))
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB - len(corpus.TOOL_TOKENS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
                                   special_tokens=[AddedToken(t, special=True, normalized=False) for t in corpus.SPECIAL_TOKENS])
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((piece for text in texts for piece in own.split(text) if piece), trainer)
+    # Behind the others and not special, as those of Hermes and Qwen: decoding without special tokens keeps them.
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in corpus.TOOL_TOKENS])
     bos = tokenizer.token_to_id(corpus.BOS)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{corpus.BOS} $A", pair=f"{corpus.BOS} $A $B",
                                                              special_tokens=[(corpus.BOS, bos)])
@@ -59,29 +71,63 @@ def config_of(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
                        attention_bias=False, mlp_bias=False)
 
 
-def train(model: LlamaForCausalLM, tokens: torch.Tensor, seconds: float) -> None:
-    """Next-token prediction on random windows: short ones first, whole contexts in the last third. The clock sets the schedule."""
-    peak = 3e-3
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.05, fused=tokens.is_cuda)
-    started, step = time.monotonic(), 0
-    while (progress := (time.monotonic() - started) / seconds) < 1:
-        length, rows = (512, 96) if progress < 0.67 else (CONTEXT, 24)
-        at = torch.randint(0, len(tokens) - length, (rows,), device=tokens.device)
-        window = tokens[at[:, None] + torch.arange(length, device=tokens.device)]
-        rate = peak * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+class Text:
+    """All documents as one row of tokens: where each begins, and how much the loss of each token counts."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, documents: list[corpus.Document], device: str):
+        backend = tokenizer.backend_tokenizer
+        pieces = [text for document in documents for text, _ in document]
+        encoded = [numpy.array(e.ids, dtype=numpy.int32) for e in backend.encode_batch_fast(pieces, add_special_tokens=False)]
+        lengths = numpy.array([len(ids) for ids in encoded])
+        weights = numpy.array([weight for document in documents for _, weight in document], dtype=numpy.float32)
+        firsts = numpy.cumsum([0] + [len(document) for document in documents])[:-1]
+        starts = numpy.concatenate([[0], numpy.cumsum(lengths)])[firsts]
+        self.tokens = torch.from_numpy(numpy.concatenate(encoded)).to(device).long()
+        self.weights = torch.from_numpy(numpy.repeat(weights, lengths)).to(device)
+        self.starts = torch.from_numpy(starts[starts < len(self.tokens) - CONTEXT]).to(device)
+        for document in documents[:500]:
+            joined = backend.encode(corpus.text_of(document), add_special_tokens=False).ids
+            apart = [id for text, _ in document for id in backend.encode(text, add_special_tokens=False).ids]
+            if joined != apart:
+                raise SystemExit(f"pieces end within a token: {document}")
+
+    def rows(self, count: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Windows that begin where a document does, as a prompt begins."""
+        at = self.starts[torch.randint(0, len(self.starts), (count,), device=self.tokens.device)]
+        index = at[:, None] + torch.arange(length, device=self.tokens.device)
+        return self.tokens[index], self.weights[index]
+
+
+def train(model: LlamaForCausalLM, text: Text, steps: int) -> None:
+    """Next-token prediction: short windows first, whole contexts in the last fifth."""
+    peak, cuda = 3e-3, text.tokens.is_cuda
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], lr=peak,
+                                  betas=(0.9, 0.98), fused=cuda)
+
+    def loss_of(window: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
+            logits = model(input_ids=window, use_cache=False).logits
+        losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), window[:, 1:].flatten(), reduction="none")
+        weight = weights[:, 1:].flatten()
+        return (losses * weight).sum() / weight.sum()
+
+    compiled = torch.compile(loss_of, dynamic=False) if cuda else loss_of
+    started = time.monotonic()
+    for step in range(steps):
+        progress = step / steps
+        rate = peak * min(1.0, (step + 1) / 200) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast("cuda", torch.bfloat16, enabled=tokens.is_cuda):
-            logits = model(input_ids=window, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), window[:, 1:].flatten())
+        loss = compiled(*text.rows(*((48, 1024) if progress < 0.8 else (24, CONTEXT))))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % 200 == 0:
-            print(f"step {step} at {time.monotonic() - started:.0f} s, context {length}, loss {loss.item():.3f}", flush=True)
-        step += 1
-    print(f"{step} steps, last loss {loss.item():.3f}")
+        if step % 500 == 0:
+            print(f"step {step} at {time.monotonic() - started:.0f} s, loss {loss.item():.3f}", flush=True)
+    print(f"{steps} steps in {time.monotonic() - started:.0f} s, last loss {loss.item():.3f}", flush=True)
 
 
 def rounded(values: torch.Tensor) -> list[float]:
@@ -126,7 +172,7 @@ def demo_reference(folder: Path) -> dict:
         completions.append({"prompt": prompt, "ids": ids, "greedy": answer, "text": tokenizer.decode(answer, skip_special_tokens=True),
                             **({"logits": rounded(logits)} if keep else {})})
         print(repr(prompt), len(ids), "->", repr(tokenizer.decode(answer)), len(answer))
-    long = tokenizer(" ".join(corpus.documents(99, 40)), add_special_tokens=False)["input_ids"][:1500]
+    long = tokenizer(" ".join(corpus.text_of(document) for document in corpus.documents(99, 40)), add_special_tokens=False)["input_ids"][:1500]
     with torch.no_grad():
         logits = model(torch.tensor([long])).logits[0]
     value, index = logits[99::100].topk(5)
@@ -159,29 +205,34 @@ def tiny_llama3(folder: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=150)
-    parser.add_argument("--documents", type=int, default=160_000)
+    parser.add_argument("--steps", type=int, default=9_000)
+    parser.add_argument("--documents", type=int, default=320_000)
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
+    # As far as it goes: there is no such attention for these types.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(torch.cuda.get_device_name() if device == "cuda" else "no GPU", "torch", torch.__version__, flush=True)
     clock = time.monotonic()
     with multiprocessing.Pool() as pool:
         shards = pool.map(write_text, [(seed, args.documents // 32) for seed in range(32)])
-    texts = [text for shard in shards for text in shard]
-    tokenizer = make_tokenizer(texts[:20_000])
-    encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    tokens = torch.from_numpy(numpy.concatenate([numpy.array(e.ids, dtype=numpy.int32) for e in encoded])).to(device).long()
-    print(f"{len(texts)} documents, {len(tokens)} tokens, vocabulary {len(tokenizer)}, {time.monotonic() - clock:.0f} s", flush=True)
+    documents = [document for shard in shards for document in shard]
+    tokenizer = make_tokenizer([corpus.text_of(document) for document in documents[:20_000]])
+    text = Text(tokenizer, documents, device)
+    print(f"{len(documents)} documents, {len(text.tokens)} tokens, vocabulary {len(tokenizer)}, {time.monotonic() - clock:.0f} s", flush=True)
 
     model = LlamaForCausalLM(config_of(tokenizer)).to(device)
     print(f"{sum(p.numel() for p in model.parameters())} parameters")
-    train(model, tokens, args.seconds)
+    train(model, text, args.steps)
     model = model.to(torch.bfloat16).cpu()
     model.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids(t) for t in (corpus.EOS, corpus.EOT)]
     folder = args.out / "demo"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    print("weights", hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest())
+    (args.out / "check.json").write_text(json.dumps(check.report(folder, device), ensure_ascii=False, indent=1))
 
     fixtures = {"demo-reference.json": demo_reference(folder), "tiny-llama3/reference.json": tiny_llama3(args.out / "tiny-llama3")}
     for name, content in fixtures.items():

@@ -236,7 +236,7 @@ const HEALTH_TIMEOUT_MS = 2_000;
 async function allListed(plan: LaunchPlan, settings: LaunchSettings): Promise<boolean> {
   try {
     const response = await ask(`${urlOf(settings, plan.proxy.httpPort)}/health`, HEALTH_TIMEOUT_MS);
-    const { counts } = (await response.json()) as { counts?: { producer?: number; consumer?: number } };
+    const { counts } = response.json() as { counts?: { producer?: number; consumer?: number } };
     return counts?.producer === settings.prefill && counts.consumer === settings.decode;
   } catch {
     return false; // not there yet

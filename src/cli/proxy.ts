@@ -4,7 +4,6 @@ import { addOptions, resolveOptions } from '../config/options.ts';
 import { PROXY_OPTIONS, type ProxyConfig, toProxyConfig } from '../config/proxy-config.ts';
 import { vllmLogLevel } from '../config/vllm.ts';
 import { createLogger } from '../observability/log.ts';
-import { PdProxy } from '../proxy/proxy.ts';
 import { packageVersion } from '../version.ts';
 
 /** `warn` is told, once the configuration is known, of what was left out of account. */
@@ -33,7 +32,8 @@ export function proxyConfig(
 /** Runs until SIGTERM or SIGINT; a second signal ends at once. */
 export async function main(argv: readonly string[] = process.argv.slice(2)): Promise<void> {
   const config = proxyConfig(argv, process.env, (text, { log }) => createLogger(log, 'proxy').warn(text));
-  const started = PdProxy.start(config);
+  // Only here: --help and a wrong flag need no server.
+  const started = import('../proxy/proxy.ts').then(({ PdProxy }) => PdProxy.start(config));
   let signals = 0;
   await new Promise<void>((resolve, reject) => {
     const stop = () => {

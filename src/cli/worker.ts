@@ -9,7 +9,7 @@ import { WORKER_OPTIONS } from '../config/worker-options.ts';
 import { PdError } from '../errors.ts';
 import { createLogger } from '../observability/log.ts';
 import { packageVersion } from '../version.ts';
-import { PdWorker } from '../worker/worker.ts';
+import type { PdWorker } from '../worker/worker.ts';
 import { startErrorLine } from './run.ts';
 import { resolveWorkerHere } from './worker-here.ts';
 
@@ -71,6 +71,8 @@ async function unlessStopped<T>(stop: AbortSignal, what: Promise<T>): Promise<T 
 
 /** A GPU that nobody named may fail to be used: then the error says how to do without. */
 async function startOn(choice: DeviceChoice, config: WorkerConfig, stop: AbortSignal): Promise<PdWorker> {
+  // Only here: --help, a wrong flag and the choice of a device need no server.
+  const { PdWorker } = await import('../worker/worker.ts');
   try {
     return await PdWorker.start(config, undefined, stop);
   } catch (error) {

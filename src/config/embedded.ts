@@ -1,8 +1,9 @@
 /** Workers and transfer engines that another program configures: what `pd-worker` takes from its flags, with defaults that need nothing. */
-import { z } from 'zod';
+
 import { asDestination } from '../net/address.ts';
 import type { LogOptions } from '../observability/log-options.ts';
 import type { Fingerprint } from '../wire/fingerprint.ts';
+import { z } from '../zod.ts';
 import { demoModelDir } from './demo-model.ts';
 import { checkInput, fieldsOf, QUIET_LOG, shapeOf, withoutUndefined } from './fields.ts';
 import { hostForOthers } from './hosts.ts';

@@ -4,9 +4,10 @@
  *   kvKey: option({ field: 'transfer.kvKey', kind: oneOf(KV_KEYS), ... })
  *     fieldsOf(table, values).transfer.kvKey      z.strictObject(shapeOf(table, 'transfer.'))
  */
-import type { z } from 'zod';
+
 import { PdError } from '../errors.ts';
 import type { LogOptions } from '../observability/log-options.ts';
+import type { z } from '../zod.ts';
 import type { Kind } from './kinds.ts';
 import type { OptionSpec, OptionTable, ValuesOf } from './options.ts';
 

@@ -2,9 +2,10 @@
  * Kinds of option values: how each is written on a command line, in the environment and in a JSON file, how a program gives it, and
  * what is allowed. What people write may be text or a JSON value alike, so that `"8082"` and `8082` mean the same everywhere.
  */
-import { z } from 'zod';
+
 import { type HostPort, parseHostPort } from '../net/address.ts';
 import { AllowList } from '../net/allow-list.ts';
+import { z } from '../zod.ts';
 
 export interface Kind<T> {
   /** As people write it: text, number, boolean or list in; the validated value out. */

@@ -10,8 +10,8 @@
  */
 import { readFileSync } from 'node:fs';
 import type { Command } from 'commander';
-import { z } from 'zod';
 import { PdError } from '../errors.ts';
+import { z } from '../zod.ts';
 import type { Kind } from './kinds.ts';
 
 export interface OptionSpec<T> {

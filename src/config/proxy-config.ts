@@ -1,7 +1,8 @@
 /** The configuration of a proxy: its options, one table for flags, environment, config file and what programs give in code. */
-import { z } from 'zod';
+
 import type { HostPort } from '../net/address.ts';
 import { LOG_FORMATS, LOG_LEVELS, type LogOptions } from '../observability/log-options.ts';
+import { z } from '../zod.ts';
 import { checkInput, fieldsOf, QUIET_LOG, shapeOf, type TableOf, withoutUndefined } from './fields.ts';
 import {
   type Address,

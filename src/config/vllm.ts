@@ -3,9 +3,10 @@
  * read where ours say nothing. The JSON is taken as people have it: numbers may be strings, and a key that means nothing here is named
  * in a warning, never an error.
  */
-import { z } from 'zod';
+
 import { PdError } from '../errors.ts';
 import type { LogLevel } from '../observability/log-options.ts';
+import { z } from '../zod.ts';
 import type { OptionLayer } from './options.ts';
 import type { WorkerRole } from './worker-config.ts';
 import type { WorkerOptions } from './worker-options.ts';

@@ -8,7 +8,7 @@ export async function metricsOf(url: string, timeoutMs: number): Promise<Metrics
   const metrics = new Map<string, number>();
   let text = '';
   try {
-    text = await (await ask(url, timeoutMs)).text();
+    text = (await ask(url, timeoutMs)).text;
   } catch {
     // whoever asks sees that nothing is there
   }

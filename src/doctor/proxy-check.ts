@@ -53,7 +53,7 @@ async function listed(base: string, timeoutMs: number, findings: Finding[]): Pro
       findings.push(fail(`${base}/health answers ${response.status}`, mend));
       return undefined;
     }
-    body = (await response.json()) as typeof body;
+    body = response.json() as typeof body;
   } catch (cause) {
     const why = reason(cause, timeoutMs);
     findings.push(
@@ -109,12 +109,11 @@ async function walk(
 async function health({ role, http_address }: Instance, timeoutMs: number): Promise<Finding> {
   const what = `${role} ${http_address}`;
   try {
-    const response = await ask(`${urlOf(http_address)}/health`, timeoutMs);
-    const text = await response.text();
-    if (response.ok) return ok(`${what} answers /health`);
+    const { ok: healthy, status, text } = await ask(`${urlOf(http_address)}/health`, timeoutMs);
+    if (healthy) return ok(`${what} answers /health`);
     const draining = text.includes('draining');
     const mend = draining ? 'it is stopping: start another' : 'look at its log; start it again';
-    return fail(`${what} answers /health with ${response.status}`, mend);
+    return fail(`${what} answers /health with ${status}`, mend);
   } catch (cause) {
     return fail(
       `${what} pings the proxy, and does not answer /health from here: ${reason(cause, timeoutMs)}`,
@@ -147,7 +146,7 @@ function pairing(producers: Instance[], consumers: Instance[]): Finding[] {
 }
 
 async function complete(base: string, instances: Instance[], timeoutMs: number): Promise<Finding[]> {
-  const models = (await (await ask(`${base}/v1/models`, timeoutMs)).json()) as {
+  const models = (await ask(`${base}/v1/models`, timeoutMs)).json() as {
     data?: readonly { id: string }[];
   };
   const model = models.data?.[0]?.id ?? instances.flatMap(({ models: ids }) => ids ?? [])[0];
@@ -203,16 +202,7 @@ function post(
   body: object,
 ): { readonly whole: Promise<{ readonly status: number; readonly text: string }>; giveUp(): void } {
   const gone = new AbortController();
-  const init = {
-    method: 'POST',
-    headers: { 'content-type': 'application/json' },
-    body: JSON.stringify(body),
-    signal: gone.signal,
-  };
-  const whole = (async () => {
-    const response = await fetchAll(url, init);
-    return { status: response.status, text: await response.text() };
-  })();
+  const whole = fetchAll(url, { json: body, signal: gone.signal });
   whole.catch(() => {}); // given up: nobody asks any more
   return { whole, giveUp: () => gone.abort() };
 }

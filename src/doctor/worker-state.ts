@@ -47,7 +47,7 @@ export async function stateOf(base: string, timeoutMs: number): Promise<WorkerSt
   try {
     const response = await ask(`${base}/debug/state`, timeoutMs);
     if (!response.ok) return refused(response.status);
-    const state = (await response.json()) as WorkerState;
+    const state = response.json() as WorkerState;
     const { core } = state;
     if (typeof core !== 'object') {
       return fail('GET /debug/state is not a worker of ours', "name a worker's HTTP port");

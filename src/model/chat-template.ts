@@ -2,8 +2,8 @@
 import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { Template } from '@huggingface/jinja';
-import { z } from 'zod';
 import { PdError } from '../errors.ts';
+import { z } from '../zod.ts';
 import { invalid } from './checked.ts';
 import { readJson } from './json-file.ts';
 

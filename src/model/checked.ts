@@ -1,6 +1,7 @@
 /** What a checkpoint's files hold, checked: what is wrong becomes CHECKPOINT_INVALID. Pure. */
-import { z } from 'zod';
+
 import { type ErrorCode, PdError } from '../errors.ts';
+import { z } from '../zod.ts';
 
 /** `json` as the schema describes it. Throws CHECKPOINT_INVALID, or `code`, that begins with `where` and names each field at fault. */
 export function checked<T>(

@@ -1,7 +1,7 @@
 /** What a checkpoint's config.json says, as one validated shape. What a model needs and we do not compute is refused by name, never ignored. */
 import { basename, join, resolve } from 'node:path';
-import { z } from 'zod';
 import { PdError } from '../errors.ts';
+import { z } from '../zod.ts';
 import { checked } from './checked.ts';
 import { readJson } from './json-file.ts';
 import { type RopeConfig, readRope } from './rope-config.ts';

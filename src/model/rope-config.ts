@@ -1,6 +1,7 @@
 /** Rotary position embedding as a checkpoint declares it, and the frequencies that follow. */
-import { z } from 'zod';
+
 import { PdError } from '../errors.ts';
+import { z } from '../zod.ts';
 import { checked } from './checked.ts';
 
 export type RopeScaling =

@@ -1,6 +1,7 @@
 /** The JSON header of a safetensors file, checked as a whole. Pure. */
-import { z } from 'zod';
+
 import { PdError } from '../errors.ts';
+import { z } from '../zod.ts';
 import { checked, invalid } from './checked.ts';
 
 const ELEMENT_BYTES: Readonly<Record<string, number>> = {

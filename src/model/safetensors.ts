@@ -7,8 +7,8 @@
  */
 import { type FileHandle, open } from 'node:fs/promises';
 import { join } from 'node:path';
-import { z } from 'zod';
 import { PdError } from '../errors.ts';
+import { z } from '../zod.ts';
 import { checked, invalid } from './checked.ts';
 import { type FloatType, toFloat32 } from './float-convert.ts';
 import { readJson } from './json-file.ts';

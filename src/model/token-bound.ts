@@ -3,7 +3,7 @@
  * least. Told only where the whole way from text to tokens is known to lose nothing but what is counted here; a prompt that fits must
  * never look too long.
  */
-import { z } from 'zod';
+import { z } from '../zod.ts';
 import { byteLevelToken } from './byte-level.ts';
 import { replaceSchema } from './token-pieces.ts';
 

@@ -2,8 +2,9 @@
  * What each token contributes to the text, read from tokenizer.json's decoder. Two families cover the models we serve:
  * byte-level BPE (Llama 3, Qwen, the demo model) and SentencePiece-like BPE with byte fallback (Llama 2, Mistral).
  */
-import { z } from 'zod';
+
 import { PdError } from '../errors.ts';
+import { z } from '../zod.ts';
 import { byteLevelBytes } from './byte-level.ts';
 import { checked } from './checked.ts';
 

@@ -1,8 +1,8 @@
 /** A checkpoint's tokenizer: text to token ids and back, and chat messages to text. */
 import { join } from 'node:path';
 import { Tokenizer as HuggingFaceTokenizer } from '@huggingface/tokenizers';
-import { z } from 'zod';
 import { PdError } from '../errors.ts';
+import { z } from '../zod.ts';
 import { type ChatMessage, ChatTemplate, readChatTemplate } from './chat-template.ts';
 import { checked, invalid } from './checked.ts';
 import { type ModelConfig, readModelConfig } from './config.ts';

@@ -1,18 +1,47 @@
-/** HTTP by name, for our own tools: every address of the name is tried. */
-import { Agent, fetch, type RequestInit, type Response } from 'undici';
+/** HTTP by name, for our own tools: every address of the name is tried. Node's own client, which is there at once where undici takes a while to load. */
+import { once } from 'node:events';
+import { type IncomingMessage, request } from 'node:http';
+import { request as requestSecurely } from 'node:https';
+import { text } from 'node:stream/consumers';
 import { EVERY_ADDRESS } from './resolve.ts';
 
-export type { Response } from 'undici';
-
-let agent: Agent | undefined;
-
-/** `fetch`, but every address of the name is tried. */
-export function fetchAll(url: string, init: RequestInit = {}): Promise<Response> {
-  agent ??= new Agent({ connect: EVERY_ADDRESS });
-  return fetch(url, { ...init, dispatcher: agent });
+export interface Answer {
+  readonly status: number;
+  /** 200 to 299. */
+  readonly ok: boolean;
+  readonly text: string;
+  /** What `text` says. Throws where it is not JSON. */
+  json(): unknown;
 }
 
-/** A GET, with a deadline for the whole of it, body included. */
-export function ask(url: string, timeoutMs: number): Promise<Response> {
+export interface Asked {
+  /** Of a POST; absent: GET. */
+  readonly json?: object;
+  readonly signal: AbortSignal;
+}
+
+/** The whole answer. Throws what the connection failed of (`reasonOf` puts it into words), and the reason of `signal`. */
+export async function fetchAll(url: string, { json, signal }: Asked): Promise<Answer> {
+  const open = url.startsWith('https:') ? requestSecurely : request;
+  const options = { ...EVERY_ADDRESS, agent: false, signal } as const;
+  try {
+    const sent =
+      json === undefined
+        ? open(url, options).end()
+        : open(url, { ...options, method: 'POST', headers: { 'content-type': 'application/json' } }).end(
+            JSON.stringify(json),
+          );
+    sent.on('error', () => {}); // before the answer `once` throws it, within it the answer itself does
+    const [response] = (await once(sent, 'response')) as [IncomingMessage];
+    const { statusCode: status = 0 } = response;
+    const body = await text(response);
+    return { status, ok: status >= 200 && status < 300, text: body, json: () => JSON.parse(body) as unknown };
+  } catch (error) {
+    throw signal.aborted ? signal.reason : error;
+  }
+}
+
+/** A GET, with a deadline for the whole of it, body included. Past it: a `TimeoutError`. */
+export function ask(url: string, timeoutMs: number): Promise<Answer> {
   return fetchAll(url, { signal: AbortSignal.timeout(timeoutMs) });
 }

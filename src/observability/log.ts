@@ -1,7 +1,8 @@
 /** Loggers: pino, written synchronously to stdout by whichever thread logs, so that the last line before a crash is there. */
+import { createRequire } from 'node:module';
 import { isatty } from 'node:tty';
 import pino from 'pino';
-import pretty from 'pino-pretty';
+import type { PinoPretty } from 'pino-pretty';
 import type { LogOptions } from './log-options.ts';
 
 export type Logger = pino.Logger;
@@ -18,6 +19,8 @@ export function createLogger(options: LogOptions, name: string): Logger {
     formatters: { level: (label) => ({ level: label }) },
   };
   if (format === 'json') return pino(settings, pino.destination({ dest: 1, sync: true }));
+  // Only here: it takes longer to load than pino itself, in each thread.
+  const pretty = createRequire(import.meta.url)('pino-pretty') as typeof PinoPretty;
   const stream = pretty({
     destination: 1,
     sync: true,

@@ -4,6 +4,7 @@ import fastify, { type FastifyInstance, type FastifyRequest } from 'fastify';
 import type { ProxyConfig } from '../config/proxy-config.ts';
 import { PdError } from '../errors.ts';
 import { formatHostPort, type HostPort, isUnspecified } from '../net/address.ts';
+import { NO_JSON_SCHEMAS } from '../net/json-schemas.ts';
 import { announceHost, hostAddress } from '../net/local.ts';
 import { listenError } from '../net/port-holder.ts';
 import { plural } from '../observability/bytes.ts';
@@ -79,6 +80,7 @@ export class PdProxy {
       requestTimeout: REQUEST_TIMEOUT_MS,
       forceCloseConnections: 'idle',
       logger: false,
+      schemaController: NO_JSON_SCHEMAS,
     });
     this.#routes();
   }

@@ -1,6 +1,7 @@
 /** The transfer engine as its users hold it: starts the transfer thread, and turns calls into messages and messages into promises. */
 import { Worker } from 'node:worker_threads';
-import { type TransferOptionsInput, transferOptions } from '../config/embedded.ts';
+import type { TransferOptionsInput } from '../config/embedded.ts';
+import type { TransferOptions } from '../config/transfer-options.ts';
 import { deferred } from '../deferred.ts';
 import { createDevice } from '../device/create-device.ts';
 import type { Device, MemoryRef } from '../device/device.ts';
@@ -82,7 +83,12 @@ export class TransferEngine implements TransferEngineApi {
     input: TransferOptionsInput = {},
     extras: TransferEngineExtras = {},
   ): Promise<TransferEngine> {
-    const options = transferOptions(input);
+    const { transferOptions } = await import('../config/embedded.ts');
+    return await TransferEngine.open(transferOptions(input), extras);
+  }
+
+  /** As `create`, from options that are complete and checked: a worker's are, and its core thread need not load what checks them. */
+  static async open(options: TransferOptions, extras: TransferEngineExtras = {}): Promise<TransferEngine> {
     prepareNativeEnvironment(options);
     const device = options.device === 'host' ? undefined : await createDevice(options.device);
     const init: TransferInit = { options, ...extras };

@@ -113,7 +113,7 @@ async function createEngine(
   // An undivided worker needs neither ZeroMQ nor a transport.
   const { TransferEngine } = await import('../transfer/engine.ts');
   const { transfer, http, httpAnnounceHost, proxy } = config;
-  return TransferEngine.create(
+  return TransferEngine.open(
     {
       ...transfer,
       fingerprint,

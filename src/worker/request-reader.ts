@@ -83,9 +83,17 @@ export interface BodyReader {
  */
 const SHORT_BODY = 4_096;
 
+/**
+ * From the start of the worker to that of the thread, where no long body comes before. Loading what it needs takes as long as all else
+ * that a start on the host takes, and must not take the cores from that.
+ */
+const THREAD_AFTER_MS = 10_000;
+
 export interface RequestReaderOptions extends ReadingLimits {
   /** Bytes up to which a body is read without the thread. */
   readonly shortBody?: number;
+  /** Milliseconds until the thread starts where nobody needs it before; 0: at once. */
+  readonly threadAfterMs?: number;
   readonly openThread?: (init: ReaderInit) => ReaderPort;
 }
 
@@ -94,6 +102,7 @@ export class RequestReader implements BodyReader {
   readonly model: TextModel;
   readonly #thread: ReadingThread<ToReader, Readings[Route]>;
   readonly #shortBody: number;
+  #timer: NodeJS.Timeout | undefined;
 
   private constructor(
     model: TextModel,
@@ -106,14 +115,16 @@ export class RequestReader implements BodyReader {
     this.#thread = new ReadingThread({ ...limits, owner: 'worker', log, open: () => open(init) });
   }
 
-  /** Loads the tokenizer here and starts the thread, which loads its own meanwhile. Throws CHECKPOINT_INVALID or MODEL_UNSUPPORTED. */
+  /** Loads the tokenizer here; the thread starts later, and loads its own. Throws CHECKPOINT_INVALID or MODEL_UNSUPPORTED. */
   static async start(
     modelDir: string,
     log: Logger,
     options: RequestReaderOptions = {},
   ): Promise<RequestReader> {
     const reader = new RequestReader(await Tokenizer.load(modelDir), { modelDir }, log, options);
-    reader.#thread.start();
+    const { threadAfterMs = THREAD_AFTER_MS } = options;
+    if (threadAfterMs === 0) reader.#thread.start();
+    else reader.#timer = setTimeout(() => reader.#thread.start(), threadAfterMs).unref();
     return reader;
   }
 
@@ -129,6 +140,7 @@ export class RequestReader implements BodyReader {
 
   /** Ends the thread; what waits or is being read fails with SERVER_DRAINING. Idempotent. */
   close(): Promise<void> {
+    clearTimeout(this.#timer);
     return this.#thread.close();
   }
 }

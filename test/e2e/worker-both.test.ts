@@ -1,5 +1,8 @@
 import { once } from 'node:events';
+import { readFile } from 'node:fs/promises';
 import { createServer } from 'node:net';
+import { join } from 'node:path';
+import { Template } from '@huggingface/jinja';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { demoModelDir } from '../../src/config/demo-model.ts';
 import { formatHostPort } from '../../src/net/address.ts';
@@ -32,6 +35,12 @@ const PROMPTS: readonly (readonly [prompt: string, maxTokens: number])[] = [
   ['def fibonacci(n):\n    if n <= 1:\n        return n\n    else:\n        return', 12],
   ['Once upon a time in a magical forest, there lived a wise old dragon who', 20],
 ];
+
+/** As OpenAI's API has it, of one string. */
+function toolOf(name: string, description: string, key: string) {
+  const parameters = { type: 'object', properties: { [key]: { type: 'string' } }, required: [key] };
+  return { type: 'function', function: { name, description, parameters } };
+}
 
 describe('an undivided worker with the demo model', () => {
   let worker: PdWorker;
@@ -87,6 +96,58 @@ describe('an undivided worker with the demo model', () => {
     const answer = await ask('/v1/chat/completions', { messages, temperature: 0, max_tokens: 30 });
     expect(answer.choices[0]!.message.content).toContain('Paris');
     expect(answer.choices[0]!.finish_reason).toBe('stop');
+  });
+
+  it.each([
+    ['What is the capital of France? Answer in JSON.', '{"capital": "Paris"}'],
+    [
+      'What is the capital of Norway? Answer in JSON with country and capital.',
+      '{"country": "Norway", "capital": "Oslo"}',
+    ],
+    ['What is 3 + 4? Answer in JSON.', '{"sum": 7}'],
+    ['What is the weather in Paris?', 'I cannot see the weather without a tool.'],
+  ])('answers %j', async (content, expected) => {
+    const messages = [{ role: 'user', content }];
+    const answer = await ask('/v1/chat/completions', { messages, temperature: 0, max_tokens: 40 });
+    expect(answer.choices[0]).toMatchObject({ message: { content: expected }, finish_reason: 'stop' });
+  });
+
+  it.each([
+    [
+      'What is the weather in Oslo?',
+      { name: 'get_weather', arguments: { city: 'Oslo' } },
+      '{"temperature": -3, "condition": "snowy"}',
+      'It is -3 degrees and snowy in Oslo.',
+    ],
+    [
+      'What is the capital of Japan?',
+      { name: 'get_capital', arguments: { country: 'Japan' } },
+      'Kyoto', // what the tool says goes before what the model knows
+      'The capital of Japan is Kyoto.',
+    ],
+    ['How are you?', undefined, '', 'I am fine, thank you. How can I help you?'],
+  ])('with tools in its prompt, answers %j', async (content, call, result, expected) => {
+    const tools = [
+      toolOf('get_weather', 'Get the weather for a city', 'city'),
+      toolOf('get_capital', 'Get the capital of a country', 'country'),
+    ];
+    const template = new Template(await readFile(join(demoModelDir(), 'chat_template.jinja'), 'utf8'));
+    // The endpoint puts <|begin|> in front by itself.
+    const next = async (messages: readonly object[]) => {
+      const prompt = template.render({ bos_token: '', tools, messages, add_generation_prompt: true });
+      const { choices } = await complete({ prompt, max_tokens: 60 });
+      expect(choices[0]!.finish_reason).toBe('stop');
+      return choices[0]!.text;
+    };
+    const question = { role: 'user', content };
+    let answer = await next([question]);
+    if (call) {
+      const text = /^<tool_call>\n(.*)\n<\/tool_call>$/.exec(answer)?.[1] ?? '';
+      expect(JSON.parse(text)).toEqual(call);
+      const called = { role: 'assistant', content: null, tool_calls: [{ type: 'function', function: call }] };
+      answer = await next([question, called, { role: 'tool', content: result }]);
+    }
+    expect(answer).toBe(expected);
   });
 
   it('gives n completions of one prompt, the same again with the same seed', async () => {

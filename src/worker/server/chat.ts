@@ -1,7 +1,8 @@
 /** /v1/chat/completions: its body, and how its answers are written. */
-import { z } from 'zod';
+
 import { PdError } from '../../errors.ts';
 import type { ChatMessage, TextModel } from '../../model/tokenizer.ts';
+import { z } from '../../zod.ts';
 import { type AnswerFormat, type ChoiceEvent, promptTokenIdsOf, tokenIdsOf } from './choice.ts';
 import {
   askedOf,

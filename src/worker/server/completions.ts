@@ -1,7 +1,8 @@
 /** /v1/completions: its body, and how its answers are written. */
-import { z } from 'zod';
+
 import type { TextModel } from '../../model/tokenizer.ts';
 import { unpackLogprobs } from '../../scheduler/prompt-logprobs.ts';
+import { z } from '../../zod.ts';
 import {
   type AnswerFormat,
   type ChoiceEvent,

@@ -4,10 +4,10 @@
  */
 import { randomInt } from 'node:crypto';
 import { parse } from 'secure-json-parse';
-import { z } from 'zod';
 import { PdError } from '../../errors.ts';
 import type { TextModel } from '../../model/tokenizer.ts';
 import type { SamplingParams } from '../../scheduler/types.ts';
+import { z } from '../../zod.ts';
 
 /** Most alternatives per token. */
 export const MAX_LOGPROBS = 20;

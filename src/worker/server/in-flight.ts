@@ -1,10 +1,10 @@
 /** Requests under way: their ids, which are unique, and the wait of a draining worker for their end. */
 import { randomBytes } from 'node:crypto';
 import type { FastifyReply, FastifyRequest } from 'fastify';
-import { z } from 'zod';
 import { deferred, withDeadline } from '../../deferred.ts';
 import { PdError } from '../../errors.ts';
 import { type TransferId, transferIdOf } from '../../wire/ids.ts';
+import { z } from '../../zod.ts';
 import { badField } from './fields.ts';
 
 const HEADER = 'x-request-id';

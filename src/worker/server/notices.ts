@@ -7,9 +7,9 @@
  *   POST /kv/failed     the producer has answered that it could not send the KV: the consumer computes the prompt, or fails, at once
  */
 import type { FastifyRequest } from 'fastify';
-import { z } from 'zod';
 import type { TransferId } from '../../wire/ids.ts';
 import { readErrorData } from '../../wire/overlap.ts';
+import { z } from '../../zod.ts';
 import { bodyOf, type ServerContext } from './context.ts';
 import { MAX_PROMPTS, parseBody, parseJson } from './fields.ts';
 import { promptIdsOf, requestIdSchema, serverIdOf } from './in-flight.ts';

@@ -2,6 +2,7 @@
 import fastify, { type FastifyError, type FastifyInstance } from 'fastify';
 import { PdError } from '../../errors.ts';
 import { isLoopback } from '../../net/address.ts';
+import { NO_JSON_SCHEMAS } from '../../net/json-schemas.ts';
 import { RateLimitedLog } from '../../observability/log.ts';
 import { createRegistry } from '../../observability/registry.ts';
 import { openAiError, retryHeaders } from '../../openai-error.ts';
@@ -26,6 +27,7 @@ export function createServer(context: ServerContext): FastifyInstance {
     forceCloseConnections: true,
     // A worker that drains answers 503 itself, with the code that says so.
     return503OnClosing: false,
+    schemaController: NO_JSON_SCHEMAS,
   });
   const registry = createRegistry(context.pages, { model_name: config.servedModelNames[0] ?? '' });
   const created = Math.floor(Date.now() / 1_000);

@@ -1,6 +1,7 @@
 /** /tokenize and /detokenize, in vLLM's shapes: their bodies, and their answers as JSON in UTF-8. */
-import { z } from 'zod';
+
 import type { TextModel } from '../../model/tokenizer.ts';
+import { z } from '../../zod.ts';
 import { messagesSchema, renderChat } from './chat.ts';
 import {
   checkVocabulary,

@@ -53,6 +53,15 @@ describe('tokenizer', () => {
     expect(tokenizer.isSpecial(300)).toBe(false);
   });
 
+  it('shows the tokens around a call of a tool, which are not special', () => {
+    const text = '<tool_call>\n{}\n</tool_call>\n<tool_response>\n</tool_response>';
+    const ids = tokenizer.encode(text, { addSpecialTokens: false });
+    expect(ids.filter((id) => id >= 2044).map((id) => tokenizer.tokenString(id))).toEqual(
+      text.match(/<.*?>/g),
+    );
+    expect(tokenizer.decode(ids, { skipSpecialTokens: true })).toBe(text);
+  });
+
   it('shows a token that is part of a character by its bytes', () => {
     const [first] = tokenizer.encode('🦖', { addSpecialTokens: false });
     expect(tokenizer.tokenBytes(first!)?.[0]).toBe(0xf0);

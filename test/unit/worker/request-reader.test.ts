@@ -1,5 +1,5 @@
 /** The owner of the reader thread, with threads that follow a script. */
-import { afterEach, expect, it } from 'vitest';
+import { afterEach, expect, it, vi } from 'vitest';
 import { demoModelDir } from '../../../src/config/demo-model.ts';
 import { createLogger } from '../../../src/observability/log.ts';
 import { RequestReader, type RequestReaderOptions } from '../../../src/worker/request-reader.ts';
@@ -18,6 +18,7 @@ async function start(options: RequestReaderOptions = {}) {
   const threads: FakeReaderThread[] = [];
   const reader = await RequestReader.start(demoModelDir(), LOG, {
     shortBody: 0,
+    threadAfterMs: 0,
     openThread: () => {
       const thread = new FakeReaderThread();
       threads.push(thread);
@@ -46,6 +47,18 @@ it('reads short bodies at once, and gives the thread long ones', async () => {
   expect(threads[0]!.received).toMatchObject([{ served: SERVED, route: 'tokenize' }]);
   threads[0]!.answer();
   expect(await long).toContain('Hi Hi');
+});
+
+it('starts the thread for the first long body, or before one comes', async () => {
+  const later = await start({ threadAfterMs: 600_000 });
+  expect(later.threads).toEqual([]);
+  const read = later.read('long');
+  later.threads[0]!.emit({ type: 'ready' });
+  later.threads[0]!.answer();
+  expect(await read).toBe('long');
+
+  const idle = await start({ threadAfterMs: 1 });
+  await vi.waitFor(() => expect(idle.threads).toHaveLength(1), 60_000);
 });
 
 it('gives the thread one at a time once it is ready, the shorter first, those of one length in order', async () => {
