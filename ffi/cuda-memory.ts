@@ -64,7 +64,7 @@ const CUDA_MEMORY = {
 } as const;
 
 /** Sizes, offsets and values of <cuda.h>, which test/stand-ins/vmm.c declares too and test/integration/unix.test.ts compares. */
-export const CUDA_MEMORY_LAYOUTS = {
+const CUDA_MEMORY_LAYOUTS = {
   /** `id` counts the GPUs that this process sees. */
   CUmemAllocationProp: { size: 32, type: 0, requestedHandleTypes: 4, location_type: 8, location_id: 12 },
   CUmemAccessDesc: { size: 12, location_type: 0, location_id: 4, flags: 8 },

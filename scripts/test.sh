@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Formatting, lint, types, build and every test that guards behaviour, in at most five minutes on two cores; what is long or wide is in
+# Formatting, lint, layers, dead exports, types, build and every test that guards behaviour, in at most five minutes on two cores; what is long or wide is in
 # scripts/test-all.sh. Ends with one line: "test: N passed, N failed".
 # Arguments go to vitest: ./scripts/test.sh test/unit
 #
@@ -22,6 +22,8 @@ if ! ./scripts/debian-packages.sh peer; then
   if [ "${CI:-}" = true ]; then broken=$((broken + 1)); else echo "test: the tests with a Python peer are skipped"; fi
 fi
 step "formatting and lint" ./node_modules/.bin/biome check --error-on-warnings .
+step "layers" ./node_modules/.bin/tsx scripts/layers.ts
+step "dead exports" ./node_modules/.bin/knip --no-progress --treat-config-hints-as-errors
 step "types" ./node_modules/.bin/tsc -p tsconfig.json
 step "build" ./scripts/build.sh
 echo "test: vitest"

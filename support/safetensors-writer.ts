@@ -21,7 +21,7 @@ export function toBfloat16(value: number): number {
 }
 
 /** The bits of a float16 near `value`, for magnitudes between 2^-14 and 65,504; smaller ones become 0. */
-export function toFloat16(value: number): number {
+function toFloat16(value: number): number {
   scratch.setFloat32(0, value);
   const bits = scratch.getUint32(0);
   const sign = (bits >>> 16) & 0x8000;
@@ -30,7 +30,7 @@ export function toFloat16(value: number): number {
   return sign | (((exponent << 10) | ((bits >>> 13) & 0x3ff)) + ((bits >>> 12) & 1));
 }
 
-export function tensorBytesOf(values: Float32Array, type: FloatType): Buffer {
+function tensorBytesOf(values: Float32Array, type: FloatType): Buffer {
   if (type === 'F32') return Buffer.from(values.buffer, values.byteOffset, values.byteLength);
   const bits = Uint16Array.from(values, type === 'F16' ? toFloat16 : toBfloat16);
   return Buffer.from(bits.buffer);

@@ -6,7 +6,7 @@ import { DTYPE_BYTES } from '../src/wire/dtype.ts';
 export type Dimensions = Pick<PagedLayout, 'heads' | 'headDim' | 'dtype'>;
 
 /** Byte offset of K (0) or V (1) of one token, by row-major indexing of the tensor's shape. */
-export function offsetOf(form: WireForm, half: number, token: number, dimensions: Dimensions): number {
+function offsetOf(form: WireForm, half: number, token: number, dimensions: Dimensions): number {
   const bytes = dimensions.heads * dimensions.headDim * DTYPE_BYTES[dimensions.dtype];
   const [block, slot] = [Math.floor(token / form.blockSize), token % form.blockSize];
   switch (form.family) {
@@ -51,7 +51,7 @@ export function wireTensor(
   return tensor;
 }
 
-export function tokenSize({ heads, headDim, dtype }: Dimensions): number {
+function tokenSize({ heads, headDim, dtype }: Dimensions): number {
   return heads * headDim * DTYPE_BYTES[dtype];
 }
 

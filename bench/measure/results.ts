@@ -33,7 +33,7 @@ export function writeResults(results: Results, folder: string): string {
   return base;
 }
 
-export function renderResults({ title, hardware, date, machine, command, body }: Results): string {
+function renderResults({ title, hardware, date, machine, command, body }: Results): string {
   return `${[
     `# ${title}, ${hardware}, ${date}`,
     '',

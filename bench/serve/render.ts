@@ -45,7 +45,7 @@ export function renderServe({ summary, interrupted, sizedBy }: ServeResult): str
 }
 
 /** What a reader must know to read the numbers right. */
-export function remarks(summary: ServeSummary, sizedBy: ServeResult['sizedBy']): string[] {
+function remarks(summary: ServeSummary, sizedBy: ServeResult['sizedBy']): string[] {
   const { requests, lateMs, ttftMs } = summary;
   const lines: string[] = [];
   const note = (condition: boolean, text: string) => {

@@ -38,7 +38,7 @@ const PROGRESS_MS = 100;
 /** Warm-up requests at once, of a rate. */
 const WARM_UP_WIDTH = 4;
 
-export const REAL_CLOCK: Clock = {
+const REAL_CLOCK: Clock = {
   now: monotonicMs,
   sleepUntil: async (atMs, signal) => {
     try {

@@ -74,7 +74,7 @@ export function slowerThanVllm(result: PartResult): readonly TransferRow[] {
   });
 }
 
-export function isComparable(result: PartResult): boolean {
+function isComparable(result: PartResult): boolean {
   const { shape } = result.options as { shape?: { model?: string } };
   return shape?.model === BASELINE_MODEL && result.environment.gpus.some((gpu) => BASELINE_GPU.test(gpu));
 }

@@ -11,7 +11,7 @@ export const SOURCES = ['paged', 'flat'] as const;
 /** `paged`: blocks gathered at the producer and scattered at the consumer. `flat`: dense tensors as they lie, received as they come. */
 export type SourceKind = (typeof SOURCES)[number];
 
-export const TOKENS = [16, 256, 1_024, 4_096, 16_384] as const;
+const TOKENS = [16, 256, 1_024, 4_096, 16_384] as const;
 
 export interface TransferSettings {
   readonly sendTypes: readonly SendType[];

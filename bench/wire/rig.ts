@@ -178,7 +178,7 @@ export class Rig {
   }
 }
 
-export function startPeer(
+function startPeer(
   { theirs, python, patienceS }: RigOptions,
   port = 0,
   env: NodeJS.ProcessEnv = {},

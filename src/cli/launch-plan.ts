@@ -65,7 +65,7 @@ export async function launchDevices(
 }
 
 /** In the order in which GPUs are given: producers first. */
-export function workerNames({ prefill, decode }: Pick<LaunchSettings, 'prefill' | 'decode'>): string[] {
+function workerNames({ prefill, decode }: Pick<LaunchSettings, 'prefill' | 'decode'>): string[] {
   return Array.from({ length: prefill + decode }, (_, i) =>
     i < prefill ? `producer-${i}` : `consumer-${i - prefill}`,
   );

@@ -1,13 +1,16 @@
 /** The environment that native libraries read, decided here and nowhere else; set before any of them loads. */
 import { isIP, isIPv6 } from 'node:net';
 import { type NetworkInterfaceInfo, networkInterfaces } from 'node:os';
-import type { TransferOptions } from '../config/transfer-options.ts';
-import { isUnspecified } from '../net/address.ts';
+import { type HostPort, isUnspecified } from '../net/address.ts';
 import { plainAddress } from '../net/allow-list.ts';
 
 type Interfaces = Readonly<Record<string, readonly NetworkInterfaceInfo[] | undefined>>;
 /** What decides it, of a worker's transfer options. */
-export type NativeConfig = Pick<TransferOptions, 'device' | 'bind' | 'announceHost'>;
+export interface NativeConfig {
+  readonly device: string;
+  readonly bind: HostPort;
+  readonly announceHost: string;
+}
 
 /** Lazy loading may wait for the device in the middle of a launch, and waits while any receive waits for its sender. */
 export const CUDA_ENVIRONMENT: Readonly<Record<string, string>> = { CUDA_MODULE_LOADING: 'EAGER' };

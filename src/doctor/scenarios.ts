@@ -27,7 +27,7 @@ export interface ReadError {
 const MOST_CAUSES = 16;
 
 /** Undefined where it is no error in our form, or in OpenAI's. */
-export function readError(value: unknown, most = MOST_CAUSES): ReadError | undefined {
+function readError(value: unknown, most = MOST_CAUSES): ReadError | undefined {
   if (typeof value !== 'object' || value === null || most === 0) return undefined;
   const { code, message, context, cause } = value as Record<string, unknown>;
   if (typeof code !== 'string') return undefined;

@@ -7,7 +7,7 @@ import { hash } from 'node:crypto';
 declare const brand: unique symbol;
 export type BlockHash = string & { readonly [brand]: 'BlockHash' };
 
-export function hashBlock(parent: BlockHash | undefined, tokens: Int32Array): BlockHash {
+function hashBlock(parent: BlockHash | undefined, tokens: Int32Array): BlockHash {
   const before = parent ?? '';
   const input = Buffer.allocUnsafe(before.length + 1 + tokens.byteLength);
   input.write(`${before}/`, 'latin1');

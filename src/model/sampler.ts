@@ -1,6 +1,7 @@
 /** From logits to a token. Pure: the same logits and the same spec give the same token, on any instance and in any batch. */
 import { PdError } from '../errors.ts';
-import type { SampleSpec, SamplingParams, TokenLogprob } from '../scheduler/types.ts';
+import type { SampleSpec, SamplingParams } from '../scheduler/types.ts';
+import type { TokenLogprob } from '../wire/token-logprob.ts';
 import { uniform } from './random.ts';
 
 /** The likeliest token each time, and nothing said about it: what checks and measurements start from. */

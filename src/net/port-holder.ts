@@ -8,7 +8,7 @@ const LISTEN = '0A';
 const REACH_TIMEOUT_MS = 2_000;
 
 /** `node (pid 4711)`, or undefined where that cannot be known (no /proc, another user's process). */
-export async function portHolder(port: number): Promise<string | undefined> {
+async function portHolder(port: number): Promise<string | undefined> {
   const inodes = new Set<string>();
   for (const table of ['/proc/net/tcp', '/proc/net/tcp6']) {
     const text = await readFile(table, 'utf8').catch(() => '');

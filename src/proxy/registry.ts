@@ -228,7 +228,7 @@ export class InstanceRegistry {
   }
 }
 
-export function fitOf(producer: Instance, consumer: Instance): 'same' | 'unknown' | 'never' {
+function fitOf(producer: Instance, consumer: Instance): 'same' | 'unknown' | 'never' {
   const a = producer.fingerprint?.digest;
   const b = consumer.fingerprint?.digest;
   if (!sendTypesMeet(producer.sendType, consumer.sendType)) return 'never';

@@ -1,5 +1,5 @@
 /** Log-probabilities of a whole prompt in a few arrays: as objects they would take the thread that hears of them seconds to receive. */
-import type { TokenLogprob } from './types.ts';
+import type { TokenLogprob } from '../wire/token-logprob.ts';
 
 /** One entry per prompt token from the second on. */
 export interface PromptLogprobs {

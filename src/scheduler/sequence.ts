@@ -3,8 +3,9 @@ import type { ConnectorRequest } from '../connector/connector.ts';
 import type { ErrorData } from '../errors.ts';
 import { type BlockHash, extendHashes } from '../kv/block-hash.ts';
 import type { BlockCopy } from '../kv/block-manager.ts';
+import type { TokenLogprob } from '../wire/token-logprob.ts';
 import { packLogprobs } from './prompt-logprobs.ts';
-import type { CoreRequest, FinishReason, RequestOutput, SampledToken, TokenLogprob } from './types.ts';
+import type { CoreRequest, FinishReason, RequestOutput, SampledToken } from './types.ts';
 
 /**
  *   following --(leader's prompt there: fork, or no block free)--> ready | waiting

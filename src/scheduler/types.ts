@@ -1,6 +1,7 @@
 /** Requests as the scheduler sees them, and what one step is. Plain data, no I/O. */
 import type { ErrorData } from '../errors.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
+import type { TokenLogprob } from '../wire/token-logprob.ts';
 import type { PromptLogprobs } from './prompt-logprobs.ts';
 
 export interface SamplingParams {
@@ -35,13 +36,6 @@ export interface CoreRequest {
 }
 
 export type FinishReason = 'stop' | 'length' | 'abort' | 'error';
-
-export interface TokenLogprob {
-  readonly token: number;
-  readonly logprob: number;
-  /** The most likely first, the sampled one not necessarily among them. */
-  readonly top: readonly { readonly token: number; readonly logprob: number }[];
-}
 
 /** New tokens of one completion, once a step. */
 export interface RequestOutput {

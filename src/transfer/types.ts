@@ -2,7 +2,6 @@
 
 import type { KvKey } from '../config/transfer-options.ts';
 import type { EventRef, MemoryRef, PagedLayer } from '../device/device.ts';
-import type { ErrorData } from '../errors.ts';
 import type { HostPort } from '../net/address.ts';
 import type { Dtype } from '../wire/dtype.ts';
 import type { TensorId, TransferId } from '../wire/ids.ts';
@@ -79,12 +78,6 @@ export interface LoadResult {
   /** From the start of the load to the last layer in place. */
   readonly milliseconds: number;
 }
-
-/** How a save stands. `gathered`: source blocks may be reused. `sent`: the bytes have left (PUT) or are kept for asking (GET). */
-export type SendProgress =
-  | { readonly kind: 'gathered' }
-  | { readonly kind: 'sent'; readonly bytes: number }
-  | { readonly kind: 'failed'; readonly error: ErrorData };
 
 /** One pair as `/debug/state` shows it. */
 export interface PairState {

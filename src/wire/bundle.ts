@@ -16,11 +16,7 @@ import {
 } from './fields.ts';
 import type { TensorId } from './ids.ts';
 import { MAX_BUNDLE, MAX_DIGEST, MAX_TENSOR_ID, protocolError, type WireLimits } from './limits.ts';
-import type { GetsMessage, PutsMessage, TensorForm } from './messages.ts';
-
-export type PutVerdict = 'send' | 'no-room' | 'unwanted';
-
-export type GetVerdict = TensorForm | 'missing' | 'gone';
+import type { GetsMessage, GetVerdict, PutsMessage, PutVerdict, TensorForm } from './messages.ts';
 
 const PUT_VERDICTS = { '0': 'send', '1': 'no-room', '3': 'unwanted' } as const satisfies Record<
   string,

@@ -3,7 +3,6 @@
  * travels in the field `pd`, which only peers that are pd-worker send and read.
  */
 import type { ErrorCode } from '../errors.ts';
-import type { GetVerdict, PutVerdict } from './bundle.ts';
 import type { Dtype } from './dtype.ts';
 import type { Fingerprint } from './fingerprint.ts';
 import type { TensorId } from './ids.ts';
@@ -115,6 +114,11 @@ export interface PingHello {
   /** Names that the reader does not know mean nothing. Absent in pings of before there were any. */
   readonly features?: readonly string[];
 }
+
+/** What is said of one tensor of PUTS. */
+export type PutVerdict = 'send' | 'no-room' | 'unwanted';
+/** What is said of one tensor of GETS: its form where it is here. */
+export type GetVerdict = TensorForm | 'missing' | 'gone';
 
 /** What a listener answers. */
 export type Answer =

@@ -8,7 +8,6 @@ import { type TextModel, Tokenizer } from '../model/tokenizer.ts';
 import type { Logger } from '../observability/log.ts';
 import {
   openReader,
-  type FromReader as ReaderMessage,
   type ReaderPort as ReaderPortOf,
   type ReadingLimits,
   ReadingThread,
@@ -64,7 +63,6 @@ export interface ToReader {
   readonly body: Uint8Array<ArrayBuffer>;
 }
 
-export type FromReader = ReaderMessage<Readings[Route]>;
 export type ReaderPort = ReaderPortOf<ToReader, Readings[Route]>;
 
 /** What the server needs of it. */

@@ -16,7 +16,7 @@ import { PATIENT_TIMEOUTS } from './transfer.ts';
 
 const ENTRY = fileURLToPath(new URL('../../dist/src/worker/core-thread.js', import.meta.url));
 
-export function coreConfig({ modelDir = demoModelDir(), ...changes }: WorkerConfigInput = {}): WorkerConfig {
+function coreConfig({ modelDir = demoModelDir(), ...changes }: WorkerConfigInput = {}): WorkerConfig {
   const config = workerConfig({
     kvBufferSize: 64 * 2 ** 20,
     memPoolSize: 64 * 2 ** 20,

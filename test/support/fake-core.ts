@@ -7,7 +7,7 @@ import type { CoreInfo, CoreState, FromCore, ToCore } from '../../src/worker/cor
 import { type RequestReader, readBody } from '../../src/worker/request-reader.ts';
 
 export const EOS = 256;
-export const VOCAB = 300;
+const VOCAB = 300;
 /** Tokens above EOS: several bytes each, cut wherever it hurts. */
 const PIECES: Readonly<Record<number, readonly number[]>> = {
   257: [...new TextEncoder().encode('the ')],
@@ -15,7 +15,7 @@ const PIECES: Readonly<Record<number, readonly number[]>> = {
   259: [0x90, 0x89],
 };
 
-export const INFO: CoreInfo = {
+const INFO: CoreInfo = {
   kvAddress: '127.0.0.1:8084',
   maxModelLen: 256,
   numBlocks: 64,
@@ -33,7 +33,7 @@ export const INFO: CoreInfo = {
   },
 };
 
-export const STATE: CoreState = {
+const STATE: CoreState = {
   running: 0,
   waiting: 0,
   loading: 0,

@@ -12,7 +12,7 @@ const BLOCK = 16;
 const FLOAT32 = 4;
 
 /** Bytes on the wire for one prompt of the demo model: layers x K and V x tokens (blocks rounded up) x heads x dim x element. */
-export function demoKvBytes(promptTokens: number, elementBytes = FLOAT32): number {
+function demoKvBytes(promptTokens: number, elementBytes = FLOAT32): number {
   const path = fileURLToPath(new URL('../../models/demo/config.json', import.meta.url));
   const config = JSON.parse(readFileSync(path, 'utf8')) as DemoConfig;
   const tokens = Math.ceil(promptTokens / BLOCK) * BLOCK;

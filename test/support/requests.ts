@@ -30,7 +30,7 @@ export const CAPITAL: CompletionRequest = {
 };
 
 /** Small deterministic generator (mulberry32): a failing mix can be run again. */
-export function randomNumbers(seed: number): () => number {
+function randomNumbers(seed: number): () => number {
   let state = seed >>> 0;
   return () => {
     state = (state + 0x6d2b79f5) >>> 0;

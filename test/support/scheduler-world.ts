@@ -8,16 +8,11 @@ import type { ConnectorMetadata, LoadMeta, SaveMeta } from '../../src/connector/
 import { type KvRole, P2pSchedulerConnector } from '../../src/connector/scheduler-connector.ts';
 import { Scheduler, type SchedulerOptions } from '../../src/scheduler/scheduler.ts';
 import type { SchedulerStep } from '../../src/scheduler/step.ts';
-import type {
-  CoreRequest,
-  ForwardResult,
-  RequestOutput,
-  SampledToken,
-  TokenLogprob,
-} from '../../src/scheduler/types.ts';
+import type { CoreRequest, ForwardResult, RequestOutput, SampledToken } from '../../src/scheduler/types.ts';
 import { type EngineRequestId, engineRequestId } from '../../src/wire/ids.ts';
+import type { TokenLogprob } from '../../src/wire/token-logprob.ts';
 
-export const VOCAB = 50;
+const VOCAB = 50;
 
 const SEED = 0x811c9dc5;
 

@@ -313,7 +313,7 @@ function visible(): string {
 }
 
 /** Throws INTERNAL for a stream of another device kind. */
-export function cudaStream(stream: Stream): CudaStream {
+function cudaStream(stream: Stream): CudaStream {
   if (stream instanceof CudaStream) return stream;
   throw new PdError('INTERNAL', 'a stream of another kind of device was given to a CUDA device');
 }

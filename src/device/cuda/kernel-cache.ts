@@ -18,7 +18,7 @@ export function kernelCacheFolder(): string {
   return PD_KERNEL_CACHE || join(XDG_CACHE_HOME || join(homedir(), '.cache'), 'pd-worker', 'kernels');
 }
 
-export function kernelCacheKey(key: KernelKey): string {
+function kernelCacheKey(key: KernelKey): string {
   const hash = createHash('sha256');
   for (const part of [key.arch, ...key.options, key.compiler, key.source])
     hash.update(`${part.length}:${part}`);

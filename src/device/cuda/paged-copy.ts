@@ -34,7 +34,7 @@ const TABLE_BYTES = PARAMETER_BYTES - TABLE_OFFSET;
 const LAYER_BYTES = 16;
 const ID_BYTES = 4;
 /** Layers of one launch, which leave room for 708 ids. */
-export const MAX_LAYERS_PER_LAUNCH = 64;
+const MAX_LAYERS_PER_LAUNCH = 64;
 /** The kernel counts tiles in 32 bits. */
 const MAX_TILES = 2 ** 31;
 /** Elements of one tile: 256 threads, 4 loads each. */

@@ -8,13 +8,8 @@ import type { DeviceEvent, DevicePointer, MemoryRef } from '../../device/device.
 import { sliceMemory } from '../../device/memory.ts';
 import type { NamedLayer } from '../../device/paged-cache.ts';
 import { EventPoller } from '../../device/poller.ts';
-import type {
-  ForwardBatch,
-  ForwardResult,
-  SampledToken,
-  ScheduledSequence,
-  TokenLogprob,
-} from '../../scheduler/types.ts';
+import type { ForwardBatch, ForwardResult, SampledToken, ScheduledSequence } from '../../scheduler/types.ts';
+import type { TokenLogprob } from '../../wire/token-logprob.ts';
 import type { Executor, LayerHooks, StepHooks } from '../executor.ts';
 import { copyBlock } from '../kv-cache.ts';
 import { lastRows, type SampledRow, sampledRows } from '../rows.ts';

@@ -21,7 +21,7 @@ export interface ProgressOutput {
 }
 
 /** By file number: in a thread `process.stderr` is a pipe to the main thread, which does not know of terminals. */
-export function standardOutput(): ProgressOutput {
+function standardOutput(): ProgressOutput {
   if (!isatty(2)) return { logSteps: true };
   return { draw: drawOnStderr, logSteps: !isatty(1) };
 }

@@ -1,13 +1,8 @@
 /** Runs steps on the host: float32 arithmetic over a paged KV cache that lies in host memory, or in GPU memory behind a mirror. */
 import type { Device } from '../../device/device.ts';
 import type { NamedLayer } from '../../device/paged-cache.ts';
-import type {
-  ForwardBatch,
-  ForwardResult,
-  SampledToken,
-  ScheduledSequence,
-  TokenLogprob,
-} from '../../scheduler/types.ts';
+import type { ForwardBatch, ForwardResult, SampledToken, ScheduledSequence } from '../../scheduler/types.ts';
+import type { TokenLogprob } from '../../wire/token-logprob.ts';
 import type { ModelConfig } from '../config.ts';
 import type { Executor, LayerHooks, StepHooks } from '../executor.ts';
 import { allocateKvCache } from '../kv-cache.ts';

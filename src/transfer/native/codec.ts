@@ -1,7 +1,6 @@
 /** Messages of the native hand-over to bytes and back. Pure; decoding throws protocol errors (wire/limits.ts) and nothing else. */
 import { Decoder, Encoder } from '@msgpack/msgpack';
 import { ERROR_TABLE, type ErrorCode, PdError, unreachable } from '../../errors.ts';
-import type { TokenLogprob } from '../../scheduler/types.ts';
 import { countField, type Fields, field, isFields, show, textField } from '../../wire/fields.ts';
 import { type TransferId, transferIdOf } from '../../wire/ids.ts';
 import {
@@ -13,6 +12,7 @@ import {
   MAX_TEXT,
   protocolError,
 } from '../../wire/limits.ts';
+import type { TokenLogprob } from '../../wire/token-logprob.ts';
 import { blockListBytes, decodeBlocks, encodeBlocks } from './block-list.ts';
 import {
   type ConsumerMessage,

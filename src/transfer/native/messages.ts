@@ -8,8 +8,8 @@
  * until it hears an end (DONE, FAIL, DROPPED), a producer repeats an end until it hears ACK.
  */
 import type { ErrorCode } from '../../errors.ts';
-import type { TokenLogprob } from '../../scheduler/types.ts';
 import type { TransferId } from '../../wire/ids.ts';
+import type { TokenLogprob } from '../../wire/token-logprob.ts';
 
 /** Feature in hello and ping of a worker that speaks all of this. */
 export const NATIVE_FEATURE = 'native';

@@ -2,7 +2,8 @@
 import { PdError } from '../../errors.ts';
 import type { TextModel } from '../../model/tokenizer.ts';
 import type { PromptLogprobs } from '../../scheduler/prompt-logprobs.ts';
-import type { RequestOutput, TokenLogprob } from '../../scheduler/types.ts';
+import type { RequestOutput } from '../../scheduler/types.ts';
+import type { TokenLogprob } from '../../wire/token-logprob.ts';
 import type { ReadPrompt, SamplingBody } from './fields.ts';
 
 /** A token's log-probabilities and where its text begins in the completion (after the prompt, where that is echoed). */

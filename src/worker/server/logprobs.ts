@@ -1,6 +1,6 @@
 /** Log-probabilities in the two forms of OpenAI's API. */
 import type { TextModel } from '../../model/tokenizer.ts';
-import type { TokenLogprob } from '../../scheduler/types.ts';
+import type { TokenLogprob } from '../../wire/token-logprob.ts';
 import type { ChoiceLogprob } from './choice.ts';
 import { turns } from './turns.ts';
 
@@ -9,7 +9,7 @@ const LEAST = -9999;
 const finite = (logprob: number): number => Math.max(logprob, LEAST);
 
 /** A token on its own as text; one that is part of a character as `bytes:\xe2\x80`, as OpenAI writes it. */
-export function tokenText(model: TextModel, token: number): string {
+function tokenText(model: TextModel, token: number): string {
   const text = model.tokenString(token);
   if (!text.includes('\ufffd')) return text;
   const bytes = model.tokenBytes(token);

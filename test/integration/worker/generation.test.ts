@@ -7,7 +7,7 @@ import { describe, expect, it } from 'vitest';
 import type { WorkerConfig } from '../../../src/config/worker-config.ts';
 import { readHistogram } from '../../../src/observability/metrics.ts';
 import { packLogprobs } from '../../../src/scheduler/prompt-logprobs.ts';
-import type { TokenLogprob } from '../../../src/scheduler/types.ts';
+import type { TokenLogprob } from '../../../src/wire/token-logprob.ts';
 import { BYTE_MODEL, bytesOf, EOS, saying } from '../../support/fake-core.ts';
 
 import { CHAT, COMPLETIONS, startServer, user } from '../../support/http-worker.ts';
