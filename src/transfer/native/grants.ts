@@ -93,7 +93,7 @@ export type GrantAction =
   | { readonly kind: 'unhold'; readonly launch: number; readonly sources: readonly number[] }
   /** Nothing is kept for this WANT any more but its end. */
   | ({ readonly kind: 'ended' } & WantRef)
-  /** Nobody has asked yet: lease the blocks of the prompt. */
+  /** Not all of it has been handed over, or nobody has asked yet: lease the blocks of the prompt. */
   | { readonly kind: 'lease'; readonly id: TransferId }
   | { readonly kind: 'release'; readonly id: TransferId }
   /** A process is gone, or another has its place, and nothing of ours writes to its memory: it may be unmapped. */
@@ -250,11 +250,12 @@ export class Grants {
       throw new PdError('INTERNAL', `${id} has ${request.computed} of ${request.tokens} tokens computed`);
     }
     request.draw = draw;
-    for (const grant of request.grants) this.#finishGrant(grant, request, draw, now);
-    if (request.grants.size > 0) return this.#take();
-    if (request.unwanted || this.#draining) {
+    for (const grant of [...request.grants]) this.#finishGrant(grant, request, draw, now);
+    if (this.#requests.get(id) !== request) return this.#take();
+    if (request.grants.size === 0 && (request.unwanted || this.#draining)) {
       this.#forget(request, 'its consumer has given it up', now);
     } else {
+      // Also while writes are under way, which hold their own blocks alone: a further WANT of this id would read others.
       request.leasedUntil = now + this.#options.leaseMs;
       this.#do({ kind: 'lease', id });
     }
@@ -368,8 +369,10 @@ export class Grants {
         if (isTold(grant) && grant.launches.size > 0) problems.push(`${seq} is told and is written to`);
         if (grant.end !== undefined && grant.launches.size === 0 && !isTold(grant))
           problems.push(`${seq} has ended untold`);
-        if (!isTold(grant) && bound.has(grant) !== (grant.request !== undefined))
-          problems.push(`${seq} is bound on one side only`);
+        // a request that was failed is in no book, but for the WANTs whose writes have not landed
+        if (bound.has(grant) && !grant.request) problems.push(`${seq} is bound on one side only`);
+        if (grant.request && !grant.request.grants.has(grant))
+          problems.push(`${seq} is not in its request's book`);
         if (isTold(grant) && bound.has(grant)) problems.push(`${seq} is told and bound`);
         const waits = this.#unbound.get(grant.want.id)?.has(grant) ?? false;
         if (waits !== (grant.end === undefined && grant.request === undefined))
