@@ -11,9 +11,9 @@ export type CudaGraphExecHandle = Handle<'cudaGraphExec_t'>;
 export type CublasHandle = Handle<'cublasHandle_t'>;
 export type NcclCommHandle = Handle<'ncclComm_t'>;
 /** Address in a GPU's memory. */
-export type DevicePointer = Handle<'DevicePointer'>;
+export type DevicePointer = bigint & { readonly [brand]: 'DevicePointer' };
 /** Address of page-locked host memory, which GPUs and NCCL reach directly. */
-export type PinnedPointer = Handle<'PinnedPointer'>;
+export type PinnedPointer = bigint & { readonly [brand]: 'PinnedPointer' };
 /** Memory that koffi allocated outside V8's heap: its address does not move, so a library may write to it after the call. */
 export type NativePointer = Handle<'malloc'>;
 /** Address of memory that this process shares with another one (mmap). */

@@ -9,12 +9,14 @@ export { type TransferOptionsInput, transferOptions } from './config/embedded.ts
 export {
   DEFAULT_LIMITS,
   DEFAULT_TIMEOUTS,
+  KV_KEYS,
   type KvKey,
   type TransferLimits,
   type TransferOptions,
   type TransferTimeouts,
 } from './config/transfer-options.ts';
-export type { LogLevel, LogOptions } from './observability/log-options.ts';
+export type { Logger } from './observability/log.ts';
+export { LOG_FORMATS, LOG_LEVELS, type LogLevel, type LogOptions } from './observability/log-options.ts';
 export { TransferEngine, type TransferEngineExtras } from './transfer/engine.ts';
 export type { SendHandle, TransferEngineApi } from './transfer/engine-api.ts';
 export type { FailureKind, FailureState } from './transfer/failures.ts';
@@ -62,6 +64,7 @@ export type {
   DeviceEvent,
   DevicePointer,
   EventRef,
+  LayerTensor,
   MemoryRef,
   PagedLayer,
   PinnedPointer,
@@ -69,7 +72,8 @@ export type {
 } from './device/device.ts';
 export { cudaEvent, cudaMemory, hostMemory, hostView, pinnedMemory, sliceMemory } from './device/memory.ts';
 export { allocatePagedCache, attentionLayerName, type NamedLayer } from './device/paged-cache.ts';
-export type { WireLayout } from './kv/families.ts';
+export { WIRE_LAYOUTS, type WireLayout, wireShape } from './kv/families.ts';
+export type { CopyPlan, StridedCopy } from './kv/reblock.ts';
 export {
   blockBytes,
   type LayoutFamily,
@@ -78,10 +82,9 @@ export {
   requestKvBytes,
   runBytes,
   runOffset,
-  wireShape,
+  slotMapping,
 } from './kv/layout.ts';
-export { slotMapping } from './kv/slots.ts';
-export { type Dtype, tensorBytes } from './wire/dtype.ts';
+export { DTYPE_BYTES, type Dtype, tensorBytes } from './wire/dtype.ts';
 
 // Ids and addresses.
 
@@ -93,6 +96,7 @@ export {
   type PeerRole,
   peerAddressOf,
   proxyRequestId,
+  SUFFIXED_IDS,
   type SuffixedIds,
   splitTensorId,
   type TensorId,
@@ -105,14 +109,14 @@ export {
 
 export { type WorkerConfigInput, workerConfig } from './config/embedded.ts';
 export { type ProxyConfig, type ProxyConfigInput, proxyConfig } from './config/proxy-config.ts';
-export type { DebugAudience, LoadFailurePolicy, WorkerConfig, WorkerRole } from './config/worker-config.ts';
+export { type DebugAudience, LOAD_FAILURE_POLICIES, type LoadFailurePolicy, WORKER_ROLES, type WorkerConfig, type WorkerRole } from './config/worker-config.ts';
 export { PdProxy } from './proxy/proxy.ts';
-export type { Instance, InstanceRole } from './proxy/registry.ts';
+export type { Instance, InstancePing, InstanceRole } from './proxy/registry.ts';
 export type { CoreInfo, CoreState } from './worker/core-messages.ts';
 export { PdWorker } from './worker/worker.ts';
 
 // Errors and metrics.
 
-export { type ErrorCode, type ErrorContext, type ErrorData, PdError } from './errors.ts';
-export { METRICS, type MetricName, MetricsPage, readHistogram, readMetric } from './observability/metrics.ts';
-export { createRegistry } from './observability/registry.ts';
+export { ERROR_TABLE, type ErrorCode, type ErrorContext, type ErrorData, PdError } from './errors.ts';
+export { METRICS, type MetricLabel, type MetricName, type MetricOfType, MetricsPage, readHistogram, readMetric } from './observability/metrics.ts';
+export { createRegistry, type Labels } from './observability/registry.ts';

@@ -1,7 +1,7 @@
 /** What a peer does with its engine: jobs sent, loaded and received as the connector does it, and timed. */
 import type { Device, Stream } from '../../src/device/device.ts';
 import { PdError } from '../../src/errors.ts';
-import { wireShape } from '../../src/kv/layout.ts';
+import { wireShape } from '../../src/kv/families.ts';
 import type { HostPort } from '../../src/net/address.ts';
 import type { TransferEngineApi } from '../../src/transfer/engine-api.ts';
 import type { SendRequest, StoredTensor } from '../../src/transfer/types.ts';

@@ -1,13 +1,6 @@
 /** Tensors of every family and of other block sizes: into our paged cache on the device, and out of it in the form of --wire-layout. */
-import { formShape, WIRE_LAYOUTS, type WireForm, type WireLayout } from '../../src/kv/families.ts';
-import {
-  layerBytes,
-  type PagedLayout,
-  runBytes,
-  runOffset,
-  runsPerBlock,
-  wireShape,
-} from '../../src/kv/layout.ts';
+import { formShape, WIRE_LAYOUTS, type WireForm, type WireLayout, wireShape } from '../../src/kv/families.ts';
+import { layerBytes, type PagedLayout, runBytes, runOffset, runsPerBlock } from '../../src/kv/layout.ts';
 import { formatHostPort } from '../../src/net/address.ts';
 import type { TransferEngine } from '../../src/transfer/engine.ts';
 import type { TensorId, TransferId } from '../../src/wire/ids.ts';

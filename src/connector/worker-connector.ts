@@ -2,7 +2,7 @@
 import { type Deferred, deferred } from '../deferred.ts';
 import type { EventRef, PagedLayer } from '../device/device.ts';
 import { type ErrorData, PdError } from '../errors.ts';
-import { wireShape } from '../kv/layout.ts';
+import { wireShape } from '../kv/families.ts';
 import { formatHostPort, type HostPort } from '../net/address.ts';
 import { createLogger, type Logger } from '../observability/log.ts';
 import type { MetricsPage } from '../observability/metrics.ts';

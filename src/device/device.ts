@@ -101,6 +101,3 @@ export interface Device {
   /** Idempotent; frees all of it. Only after every stream has drained. */
   dispose(): void;
 }
-
-/** `length` bytes of `memory` from `offset`. Throws INTERNAL where that is outside. */
-export type Slice = (memory: MemoryRef, offset: number, length: number) => MemoryRef;

@@ -1,6 +1,6 @@
 /** Making and cutting MemoryRefs. */
 import { PdError } from '../errors.ts';
-import type { DevicePointer, EventRef, MemoryRef, PinnedPointer, Slice } from './device.ts';
+import type { DevicePointer, EventRef, MemoryRef, PinnedPointer } from './device.ts';
 
 /** Zeroed memory of this process that any thread reaches. The system commits pages as they are touched. */
 export function hostMemory(bytes: number): MemoryRef & { readonly kind: 'host' } {
@@ -27,7 +27,7 @@ export function cudaEvent(handle: bigint): EventRef {
 }
 
 /** `length` bytes of `memory` from `offset`. Throws INTERNAL where that is outside. */
-export const sliceMemory: Slice = (memory, offset, length) => {
+export function sliceMemory(memory: MemoryRef, offset: number, length: number): MemoryRef {
   const fits =
     Number.isSafeInteger(offset) &&
     Number.isSafeInteger(length) &&
@@ -50,7 +50,7 @@ export const sliceMemory: Slice = (memory, offset, length) => {
         bytes: length,
       };
   }
-};
+}
 
 /** Bytes of all regions together. */
 export function totalBytes(regions: readonly MemoryRef[]): number {

@@ -80,6 +80,11 @@ export function formShape(form: WireForm, { heads, headDim }: PagedLayout): numb
   }
 }
 
+/** Shape of the tensor of `blocks` blocks as they lie in a cache of `layout`. */
+export function wireShape(layout: PagedLayout, blocks: number): number[] {
+  return formShape({ family: layout.family, blocks, blockSize: layout.blockSize }, layout);
+}
+
 /** True where the shape alone could be two blocks of either family: then `twoBlocks` decides. */
 export function isAmbiguous(shape: readonly number[]): boolean {
   return shape.length === 5 && shape[0] === 2 && shape[1] === 2;

@@ -47,20 +47,21 @@ export function runOffset(layout: PagedLayout, numBlocks: number, block: number,
   return index * runBytes(layout);
 }
 
-/** Shape of the wire tensor of `blocks` blocks. */
-export function wireShape(layout: PagedLayout, blocks: number): number[] {
-  const { family, blockSize, heads, headDim } = layout;
-  switch (family) {
-    case 'kv-first':
-      return [2, blocks, blockSize, heads, headDim];
-    case 'blocks-first':
-      return [blocks, 2, blockSize, heads, headDim];
-    case 'mla':
-      return [blocks, blockSize, headDim];
-  }
-}
-
 /** KV bytes of one request on the wire: layers x K and V x tokens (blocks rounded up) x heads x dim x element size. */
 export function requestKvBytes(layout: PagedLayout, layers: number, tokens: number): number {
   return layers * Math.ceil(tokens / layout.blockSize) * blockBytes(layout);
+}
+
+/** Cache slots of the tokens at positions `start` to `end` (exclusive): block * blockSize + offset. */
+export function slotMapping(
+  blockIds: readonly number[],
+  blockSize: number,
+  start: number,
+  end: number,
+): number[] {
+  const slots: number[] = [];
+  for (let position = start; position < end; position++) {
+    slots.push(blockIds[Math.floor(position / blockSize)]! * blockSize + (position % blockSize));
+  }
+  return slots;
 }

@@ -94,13 +94,15 @@ export const METRICS = {
   'vllm:e2e_request_latency_seconds': { type: 'histogram', help: 'Arrival to last token', buckets: SECONDS },
 } as const satisfies Record<string, MetricSpec>;
 
-type Metrics = typeof METRICS;
-export type MetricName = keyof Metrics;
-type OfType<T extends MetricSpec['type']> = {
-  [K in MetricName]: Metrics[K]['type'] extends T ? K : never;
+export type MetricName = keyof typeof METRICS;
+/** The names of the metrics of one type. */
+export type MetricOfType<T extends MetricSpec['type']> = {
+  [K in MetricName]: (typeof METRICS)[K]['type'] extends T ? K : never;
 }[MetricName];
 /** The label value a metric needs, or nothing. */
-type LabelOf<K extends MetricName> = Metrics[K] extends { values: readonly (infer V)[] } ? [label: V] : [];
+export type MetricLabel<K extends MetricName> = (typeof METRICS)[K] extends { values: readonly (infer V)[] }
+  ? [label: V]
+  : [];
 
 const SPECS: Record<string, MetricSpec> = METRICS;
 
@@ -122,16 +124,16 @@ export class MetricsPage {
     this.#slots = new Float64Array(buffer);
   }
 
-  inc<K extends OfType<'counter'>>(name: K, amount: number, ...label: LabelOf<K>): void {
+  inc<K extends MetricOfType<'counter'>>(name: K, amount: number, ...label: MetricLabel<K>): void {
     const slot = slotOf(name, label[0] as string | undefined);
     this.#slots[slot] = this.#slots[slot]! + amount;
   }
 
-  set<K extends OfType<'gauge'>>(name: K, value: number, ...label: LabelOf<K>): void {
+  set<K extends MetricOfType<'gauge'>>(name: K, value: number, ...label: MetricLabel<K>): void {
     this.#slots[slotOf(name, label[0] as string | undefined)] = value;
   }
 
-  observe(name: OfType<'histogram'>, seconds: number): void {
+  observe(name: MetricOfType<'histogram'>, seconds: number): void {
     const buckets = SPECS[name]!.buckets!;
     const base = slotOf(name);
     let bucket = 0;
@@ -156,10 +158,10 @@ function slotOf(name: string, label?: string): number {
 }
 
 /** The value of one counter or gauge over all pages. */
-export function readMetric<K extends OfType<'counter' | 'gauge'>>(
+export function readMetric<K extends MetricOfType<'counter' | 'gauge'>>(
   pages: readonly MetricsPage[],
   name: K,
-  ...label: LabelOf<K>
+  ...label: MetricLabel<K>
 ): number {
   const slot = slotOf(name, label[0] as string | undefined);
   return pages.reduce((sum, page) => sum + page.at(slot), 0);
@@ -168,7 +170,7 @@ export function readMetric<K extends OfType<'counter' | 'gauge'>>(
 /** Totals of one histogram over all pages: cumulative counts per upper bound (`+Inf` last), and the sum. */
 export function readHistogram(
   pages: readonly MetricsPage[],
-  name: OfType<'histogram'>,
+  name: MetricOfType<'histogram'>,
 ): {
   readonly cumulative: readonly { readonly le: number | '+Inf'; readonly count: number }[];
   readonly sum: number;

@@ -2,7 +2,8 @@
 import { Counter, Gauge, Histogram, Registry } from 'prom-client';
 import { METRICS, type MetricName, type MetricsPage, readHistogram, readMetric } from './metrics.ts';
 
-type Labels = Record<string, string>;
+/** Labels of every sample, by name. */
+export type Labels = Record<string, string>;
 
 /** A histogram whose buckets live in the pages, not in prom-client. */
 class PageHistogram extends Histogram {

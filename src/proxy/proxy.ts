@@ -86,6 +86,9 @@ export class PdProxy {
   }
 
   /** Listens for pings and for requests. Throws PORT_IN_USE or ADDRESS_INVALID. */
+  static start(config: ProxyConfig): Promise<PdProxy>;
+  /** @internal */
+  static start(config: ProxyConfig, parts?: ProxyParts): Promise<PdProxy>;
   static async start(config: ProxyConfig, parts: ProxyParts = PARTS): Promise<PdProxy> {
     const proxy = new PdProxy(config, parts);
     try {

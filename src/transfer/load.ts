@@ -3,8 +3,7 @@
  * blocks can happen any more.
  */
 import { PdError } from '../errors.ts';
-import { formOf, isAmbiguous, type WireForm } from '../kv/families.ts';
-import { wireShape } from '../kv/layout.ts';
+import { formOf, isAmbiguous, type WireForm, wireShape } from '../kv/families.ts';
 import { type CopyPlan, planCopy } from '../kv/reblock.ts';
 import { formatHostPort } from '../net/address.ts';
 import { type TensorId, type TransferId, tensorIdOf } from '../wire/ids.ts';

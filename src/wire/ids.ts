@@ -12,14 +12,13 @@
 import { formatHostPort, type HostPort, parseHostPort } from '../net/address.ts';
 
 declare const brand: unique symbol;
-type Branded<T, B extends string> = T & { readonly [brand]: B };
 
 /** The id that one engine gives a request; unique inside the engine, random suffix included. */
-export type EngineRequestId = Branded<string, 'EngineRequestId'>;
+export type EngineRequestId = string & { readonly [brand]: 'EngineRequestId' };
 /** What KV of a request is known by: the same on producer and consumer. */
-export type TransferId = Branded<string, 'TransferId'>;
+export type TransferId = string & { readonly [brand]: 'TransferId' };
 /** `<transfer id>#<layer name>`; of a peer that is not ours, `<engine request id>#<layer name>`. */
-export type TensorId = Branded<string, 'TensorId'>;
+export type TensorId = string & { readonly [brand]: 'TensorId' };
 
 /** What pd-doctor asks a listener for, without a pair: nobody has it, and a listener of ours answers so without a word in its log. */
 export const PROBE_TENSOR = 'pd-doctor#probe' as TensorId;

@@ -86,9 +86,14 @@ export class PdWorker {
   }
 
   /**
-   * Resolves once HTTP answers. Throws PORT_IN_USE before a model is loaded, CHECKPOINT_INVALID and others while it is. Where `signal`
-   * fires, what has been made is closed and its reason thrown, before anyone is told of the worker.
+   * Resolves once HTTP answers. Throws PORT_IN_USE before a model is loaded, CHECKPOINT_INVALID and others while it is.
    */
+  static start(config: WorkerConfig): Promise<PdWorker>;
+  /**
+   * When `signal` fires, whatever has been made is closed and its reason is thrown, before anyone is told of the worker.
+   * @internal
+   */
+  static start(config: WorkerConfig, parts?: WorkerParts, signal?: AbortSignal): Promise<PdWorker>;
   static async start(
     config: WorkerConfig,
     parts: WorkerParts = PARTS,

@@ -2,8 +2,8 @@
 import { afterEach, describe, expect, test } from 'vitest';
 import type { PagedLayer } from '../../src/device/device.ts';
 import { hostView } from '../../src/device/memory.ts';
-import { formShape, type WireForm, type WireLayout } from '../../src/kv/families.ts';
-import { type PagedLayout, wireShape } from '../../src/kv/layout.ts';
+import { formShape, type WireForm, type WireLayout, wireShape } from '../../src/kv/families.ts';
+import type { PagedLayout } from '../../src/kv/layout.ts';
 import { formatHostPort } from '../../src/net/address.ts';
 import type { TransferService } from '../../src/transfer/service.ts';
 import type { TensorId, TransferId } from '../../src/wire/ids.ts';

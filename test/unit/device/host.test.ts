@@ -3,6 +3,7 @@ import { describe, expect, test } from 'vitest';
 import { createDevice } from '../../../src/device/create-device.ts';
 import { HostDevice } from '../../../src/device/host.ts';
 import { hostMemory, hostView, sliceMemory, totalBytes } from '../../../src/device/memory.ts';
+import { wireShape } from '../../../src/kv/families.ts';
 import {
   layerBytes,
   type PagedLayout,
@@ -10,7 +11,6 @@ import {
   runBytes,
   runOffset,
   runsPerBlock,
-  wireShape,
 } from '../../../src/kv/layout.ts';
 import { type Dtype, tensorBytes } from '../../../src/wire/dtype.ts';
 

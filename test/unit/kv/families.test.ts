@@ -1,8 +1,15 @@
 import fc from 'fast-check';
 import { describe, expect, test } from 'vitest';
 import { PdError } from '../../../src/errors.ts';
-import { type Destination, formOf, formShape, WIRE_LAYOUTS, wireForm } from '../../../src/kv/families.ts';
-import { type PagedLayout, wireShape } from '../../../src/kv/layout.ts';
+import {
+  type Destination,
+  formOf,
+  formShape,
+  WIRE_LAYOUTS,
+  wireForm,
+  wireShape,
+} from '../../../src/kv/families.ts';
+import type { PagedLayout } from '../../../src/kv/layout.ts';
 import type { Dtype } from '../../../src/wire/dtype.ts';
 
 const llama: PagedLayout = {

@@ -1,6 +1,7 @@
 import fc from 'fast-check';
 import { describe, expect, test } from 'vitest';
 import { forEachCopyRun } from '../../../src/kv/copy-runs.ts';
+import { wireShape } from '../../../src/kv/families.ts';
 import {
   blockBytes,
   layerBytes,
@@ -9,7 +10,6 @@ import {
   runBytes,
   runOffset,
   runsPerBlock,
-  wireShape,
 } from '../../../src/kv/layout.ts';
 import { tensorBytes } from '../../../src/wire/dtype.ts';
 
