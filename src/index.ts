@@ -73,7 +73,6 @@ export type {
 export { cudaEvent, cudaMemory, hostMemory, hostView, pinnedMemory, sliceMemory } from './device/memory.ts';
 export { allocatePagedCache, attentionLayerName, type NamedLayer } from './device/paged-cache.ts';
 export { WIRE_LAYOUTS, type WireLayout, wireShape } from './kv/families.ts';
-export type { CopyPlan, StridedCopy } from './kv/reblock.ts';
 export {
   blockBytes,
   type LayoutFamily,
@@ -84,6 +83,7 @@ export {
   runOffset,
   slotMapping,
 } from './kv/layout.ts';
+export type { CopyPlan, StridedCopy } from './kv/reblock.ts';
 export { DTYPE_BYTES, type Dtype, tensorBytes } from './wire/dtype.ts';
 
 // Ids and addresses.
@@ -109,7 +109,14 @@ export {
 
 export { type WorkerConfigInput, workerConfig } from './config/embedded.ts';
 export { type ProxyConfig, type ProxyConfigInput, proxyConfig } from './config/proxy-config.ts';
-export { type DebugAudience, LOAD_FAILURE_POLICIES, type LoadFailurePolicy, WORKER_ROLES, type WorkerConfig, type WorkerRole } from './config/worker-config.ts';
+export {
+  type DebugAudience,
+  LOAD_FAILURE_POLICIES,
+  type LoadFailurePolicy,
+  WORKER_ROLES,
+  type WorkerConfig,
+  type WorkerRole,
+} from './config/worker-config.ts';
 export { PdProxy } from './proxy/proxy.ts';
 export type { Instance, InstancePing, InstanceRole } from './proxy/registry.ts';
 export type { CoreInfo, CoreState } from './worker/core-messages.ts';
@@ -118,5 +125,14 @@ export { PdWorker } from './worker/worker.ts';
 // Errors and metrics.
 
 export { ERROR_TABLE, type ErrorCode, type ErrorContext, type ErrorData, PdError } from './errors.ts';
-export { METRICS, type MetricLabel, type MetricName, type MetricOfType, MetricsPage, readHistogram, readMetric } from './observability/metrics.ts';
+export {
+  METRICS,
+  type MetricLabel,
+  type MetricName,
+  type MetricOfType,
+  type MetricSpec,
+  MetricsPage,
+  readHistogram,
+  readMetric,
+} from './observability/metrics.ts';
 export { createRegistry, type Labels } from './observability/registry.ts';
