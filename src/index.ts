@@ -130,6 +130,7 @@ export {
   type MetricLabel,
   type MetricName,
   type MetricOfType,
+  type MetricSpec,
   MetricsPage,
   readHistogram,
   readMetric,

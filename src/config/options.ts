@@ -24,7 +24,6 @@ export interface OptionSpec<T> {
   readonly defaultText?: string;
   /** Flag, without dashes, where it is not the name in kebab case. */
   readonly flag?: string;
-  readonly hidden?: boolean;
   /** Where the value lies in the configuration: `log.level`. Absent: the program makes something of it. */
   readonly field?: string;
 }
@@ -85,24 +84,25 @@ export function addOptions(command: Command, table: OptionTable): Command {
     if (spec.kind.argument === undefined) {
       // Both forms, so that a flag can overrule environment and file either way; --help shows the one that changes something.
       const no = flag.replace('--', '--no-');
-      add(flag, help, group, spec.hidden || spec.default === true);
-      add(no, help, group, spec.hidden || spec.default !== true);
+      add(flag, help, group, spec.default === true);
+      add(no, help, group, spec.default !== true);
       continue;
     }
     const argument = spec.kind.list ? `<${spec.kind.argument}...>` : `<${spec.kind.argument}>`;
     const wide = argument.includes('|') && `${flag} ${argument}`.length > MAX_TERM;
     const choices = wide ? `${spec.kind.argument.replaceAll('|', ', ')}: ${help}` : help;
-    add(wide ? `${flag} <name>` : `${flag} ${argument}`, choices, group, spec.hidden);
+    add(wide ? `${flag} <name>` : `${flag} ${argument}`, choices, group);
   }
   const example = Object.keys(table).findLast((name) => name.endsWith('Port')) ?? Object.keys(table)[0] ?? '';
+  const named = example === '' ? '' : `${flagOf(example, table[example]!)} as ${envOf(example)}`;
   const file = `{"${kebab(example)}": ${JSON.stringify(table[example]?.default ?? '...')}}`;
   return command
     .configureHelp({ minWidthToWrap: MIN_TEXT })
     .addHelpText(
       'after',
-      `\nEvery flag can be set in the environment (--${kebab(example)} as ${envOf(example)})${
-        'config' in table ? `\nand in the JSON file of --config (${file})` : ''
-      };\nflags win over the environment, the environment over the file.`,
+      'config' in table
+        ? `\nEvery flag can be set in the environment (${named})\nand in the JSON file of --config (${file});\nflags win over the environment, the environment over the file.`
+        : `\nEvery flag can be set in the environment (${named});\nflags win over the environment.`,
     );
 }
 

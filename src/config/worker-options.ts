@@ -313,7 +313,6 @@ export const WORKER_OPTIONS = defineOptions({
     group: DEADLINES,
     help: 'between pings to the proxy',
     default: 3_000,
-    hidden: true,
   }),
 
   logLevel: option({

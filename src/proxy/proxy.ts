@@ -30,7 +30,10 @@ const CLOSE_MS = 2_000;
 /** How long `untilPaired` waits by default. */
 const PAIR_TIMEOUT_MS = 60_000;
 
-/** Parts of a proxy that a test may replace. */
+/**
+ * Parts of a proxy that a test may replace.
+ * @internal
+ */
 export interface ProxyParts {
   readonly bodyReader: (log: Logger) => Pick<BodyReader, 'read' | 'close'>;
 }

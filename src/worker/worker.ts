@@ -22,7 +22,10 @@ import { RequestReader } from './request-reader.ts';
 import { InFlight } from './server/in-flight.ts';
 import { createServer } from './server/server.ts';
 
-/** What starting needs of the rest: a test puts its own in place. */
+/**
+ * What starting needs of the rest: a test puts its own in place.
+ * @internal
+ */
 export interface WorkerParts {
   readonly startCore: typeof CoreClient.start;
   readonly startReader: (
