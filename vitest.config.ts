@@ -1,6 +1,6 @@
 import { defineConfig } from 'vitest/config';
 
-/** What is long or wide and that no change of behaviour is first seen in: bundles, and benchmarks in small. */
+/** What is long or wide, and that no change of behaviour is first seen in: bundles, examples, long loads, results scripts in small. */
 const WIDE = 'test/wide/**/*.test.ts';
 const UNIT = 'test/unit/**/*.test.ts';
 

@@ -6,3 +6,8 @@ test('the experiment matrix on stand-in GPUs: full ids meet only where nobody ra
   expect.hasAssertions();
   await expectMatrix('cuda', standInEnvironment());
 });
+
+test('the experiment matrix on host: full ids meet only where nobody randomizes, transfer ids always', async () => {
+  expect.hasAssertions();
+  await expectMatrix('host');
+});

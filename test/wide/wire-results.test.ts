@@ -1,4 +1,4 @@
-/** The frozen wire beside the Python peer, by blocking NCCL as vLLM's, on stand-in GPUs. */
+/** The frozen wire beside the Python peer: on the host, and by blocking NCCL as vLLM's on stand-in GPUs. */
 import { describe, expect, test } from 'vitest';
 import { expectEveryByteRight, runWireResults, wireResultsPython } from '../support/wire-results.ts';
 
@@ -17,3 +17,11 @@ describe.skipIf(wireResultsPython === undefined)('wire-results.sh on cuda', () =
     expect(result.peer?.error).toMatch(/3 checks have failed: the rest was not tried/);
   });
 });
+
+test.skipIf(wireResultsPython === undefined)(
+  'wire-results.sh on host: every byte right in all ways of sending, families and restarts; the report says so',
+  async () => {
+    expect.hasAssertions();
+    await expectEveryByteRight('host');
+  },
+);

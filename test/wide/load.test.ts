@@ -1,0 +1,25 @@
+import { afterAll, beforeAll, describe, expect, test } from 'vitest';
+import { startWorker, type WorkerHandle } from '../support/cluster.ts';
+import { expectMixedLoad } from '../support/mixed-load.ts';
+
+describe('mixed requests through two producers and two consumers', () => {
+  let undivided: WorkerHandle;
+  beforeAll(async () => {
+    undivided = await startWorker('both', undefined);
+  });
+  afterAll(async () => {
+    await undivided.program.stop();
+  });
+
+  test.each([
+    ['PUT_ASYNC', 200],
+    ['PUT', 40],
+    ['GET', 40],
+  ] as const)(
+    '%s, %i requests: text equals the undivided worker, KV moved, nothing is left',
+    async (sendType, count) => {
+      expect.hasAssertions();
+      await expectMixedLoad(sendType, count, undivided);
+    },
+  );
+});
