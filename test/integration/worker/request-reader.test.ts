@@ -84,7 +84,7 @@ describe('the reader thread', () => {
   });
 
   it('leaves the event loop to others', async () => {
-    const reader = await start();
+    const reader = await start({ workTimeoutMs: 300_000 });
     let done = false;
     const long = reader.read(BOUNDLESS, 'tokenize', longWord()).finally(() => {
       done = true;
