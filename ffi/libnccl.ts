@@ -118,7 +118,7 @@ export class Libnccl {
     if (this.version < MINIMUM) {
       throw nativeError(
         'LIBRARY_TOO_OLD',
-        `${library.path} is NCCL ${formatNcclVersion(this.version)}; 2.27 or later is wanted, 2.18 the least that works`,
+        `${library.path} is NCCL ${formatNcclVersion(this.version)}; 2.27 or later is recommended, 2.18 is the minimum`,
         { version: this.version },
       );
     }

@@ -38,7 +38,7 @@ export function loadLibrary(name: LibraryName, major?: number): NativeLibrary {
   }
   throw nativeError(
     'LIBRARY_NOT_FOUND',
-    `cannot load ${TITLES[name]}; tried ${tried.join('; ')}. To mend it: ${LIBRARIES[name].install}, or name the file in ${LIBRARIES[name].env[0]}`,
+    `cannot load ${TITLES[name]}; tried ${tried.join('; ')}. To fix it: ${LIBRARIES[name].install}, or name the file in ${LIBRARIES[name].env[0]}`,
     { library: name },
   );
 }

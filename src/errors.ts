@@ -119,7 +119,7 @@ export const ERROR_TABLE = {
     hint: 'Lower --num-blocks, --kv-buffer-size or --gpu-memory-utilization.',
   },
   CUDA_ERROR: { status: 500, hint: "The CUDA call failed; the message has the library's own text." },
-  NCCL_ERROR: { status: 500, hint: 'The NCCL call failed; run with NCCL_DEBUG=INFO for its own account.' },
+  NCCL_ERROR: { status: 500, hint: 'The NCCL call failed; run with NCCL_DEBUG=INFO for its own log.' },
   // proxy
   NO_INSTANCE: {
     status: 503,
@@ -164,7 +164,7 @@ export interface ErrorContext {
   readonly nearMiss?: string;
   /** Of KV that never came: what this end knows KV by. */
   readonly kvKey?: 'transfer' | 'engine';
-  /** Of KV that never came: whether its producer is a worker of ours; absent where it never said. */
+  /** Of KV that never came: whether its producer is native; absent where it never said. */
   readonly peerIsOurs?: boolean;
   /** Of KV that never came: what the KV port of its producer did when it was last tried. */
   readonly peerPort?: 'answers' | 'refuses' | 'silent';

@@ -21,7 +21,7 @@ export interface TransferLimits {
   readonly maxTensors: number;
   /** Announcements queued or outstanding towards one peer. */
   readonly maxQueuePerPeer: number;
-  /** Pairs that stay open at a time: beyond it those that are idle are closed, least recently used first. Peers that are not ours never are. */
+  /** Pairs that stay open at a time: beyond it those that are idle are closed, least recently used first. Frozen peers never are. */
   readonly maxPeers: number;
 }
 
@@ -70,13 +70,13 @@ export interface TransferOptions {
   readonly memPoolSize: number;
   readonly ncclNumChannels: number;
   /**
-   * The family in which blocks are sent to peers that are not ours, and that a tensor of two blocks from such a peer is taken for.
-   * Absent: blocks leave as they lie in the cache, as they do between ours, and two blocks are `kv-first`.
+   * The family in which blocks are sent to frozen peers (those that speak only the wire of vLLM), and that a tensor of two blocks from such a peer is taken for.
+   * Absent: blocks leave as they lie in the cache, as they do between native peers, and two blocks are `kv-first`.
    */
   readonly wireLayout?: WireLayout;
   /** With `engine` no suffix is looked for. */
   readonly kvKey: KvKey;
-  /** For which ids of peers that are not ours a random suffix is looked for. */
+  /** For which ids of frozen peers a random suffix is looked for. */
   readonly suffixedIds: SuffixedIds;
   /** Addresses and CIDR ranges that may talk to this engine. Absent: everyone. */
   readonly allowPeers?: readonly string[];

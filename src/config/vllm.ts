@@ -146,7 +146,7 @@ function wholeOf(key: string, raw: unknown): number | undefined {
 }
 
 function unknownKey(key: string): string {
-  return `${FLAG}: ${key} means nothing here and is left out of account`;
+  return `${FLAG}: ${key} means nothing here and is ignored`;
 }
 
 function invalid(key: string, value: unknown, allowed: string): PdError {
@@ -184,7 +184,7 @@ export function vllmLogLevel(
   }
   const known = 'DEBUG, INFO, WARNING, ERROR and CRITICAL';
   warnings.push(
-    `${LOGGING_LEVEL}=${theirs} is no level (known are ${known}) and is left out of account; --log-level sets ours`,
+    `${LOGGING_LEVEL}=${theirs} is no level (known are ${known}) and is ignored; --log-level sets ours`,
   );
   return [];
 }

@@ -150,7 +150,7 @@ export class Arena {
 /** Bytes as taken from an arena. */
 function sizeOf(bytes: number): number {
   if (!Number.isSafeInteger(bytes) || bytes < 0) {
-    throw new PdError('INTERNAL', `arena: ${bytes} is no number of bytes`);
+    throw new PdError('INTERNAL', `arena: ${bytes} is not a number of bytes`);
   }
   // At least one unit, so that no two blocks share an offset.
   return Math.max(Math.ceil(bytes / ARENA_ALIGNMENT), 1) * ARENA_ALIGNMENT;

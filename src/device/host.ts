@@ -34,7 +34,7 @@ export class HostDevice implements Device {
     } catch (cause) {
       throw new PdError(
         'OUT_OF_DEVICE_MEMORY',
-        `${what}: ${bytes} bytes of host memory could not be had: ${PdError.from(cause).message}`,
+        `${what}: ${bytes} bytes of host memory could not be allocated: ${PdError.from(cause).message}`,
         {},
         { cause },
       );

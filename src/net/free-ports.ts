@@ -24,7 +24,7 @@ export async function freePorts(count: number, host: string): Promise<number[]> 
     let at = width < ENOUGH ? 0 : randomInt(width);
     for (let tried = 0; held.length < count; tried++, at++) {
       if (tried > Math.max(width, count)) {
-        throw new PdError('PORT_IN_USE', `${count} free ports on ${host} were not to be found`);
+        throw new PdError('PORT_IN_USE', `${count} free ports on ${host} could not be found`);
       }
       const server = await listening(host, width < ENOUGH ? 0 : LOWEST + (at % width));
       if (server) held.push(server);

@@ -19,7 +19,7 @@ export function localAddress(family: Family, options: LocalOptions = {}): string
   const told = (options.env ?? process.env)['PD_HOST_IP'];
   if (told) {
     if (isIP(told) === 0)
-      throw new PdError('ADDRESS_INVALID', `PD_HOST_IP ${JSON.stringify(told)} is no IP address`);
+      throw new PdError('ADDRESS_INVALID', `PD_HOST_IP ${JSON.stringify(told)} is not an IP address`);
     return told;
   }
   const addresses = Object.values(options.interfaces ?? networkInterfaces()).flatMap((list) => list ?? []);

@@ -54,10 +54,10 @@ export async function listenError(error: unknown, address: HostPort, what: strin
   }
   // ENODEV: what ZeroMQ says of a name that it cannot resolve, having tried it as an interface's.
   if (code !== undefined && ['EADDRNOTAVAIL', 'ENOTFOUND', 'EAI_AGAIN', 'ENODEV'].includes(code)) {
-    return new PdError('ADDRESS_INVALID', `${what}: ${where} is no address of this machine (${code})`);
+    return new PdError('ADDRESS_INVALID', `${what}: ${where} is not an address of this machine (${code})`);
   }
   if (code === 'EACCES') {
-    return new PdError('PORT_IN_USE', `${what}: this user may not listen on ${where} (EACCES)`);
+    return new PdError('PORT_IN_USE', `${what}: this user is not allowed to listen on ${where} (EACCES)`);
   }
   return PdError.from(error, 'INTERNAL');
 }

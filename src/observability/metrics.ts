@@ -38,7 +38,10 @@ export const METRICS = {
     help: 'Tensors freed because no request claimed them in time',
   },
   pd_kv_late_dropped_total: { type: 'counter', help: 'Tensors dropped because their request was over' },
-  pd_kv_evicted_total: { type: 'counter', help: 'Tensors evicted from the GET send store for want of room' },
+  pd_kv_evicted_total: {
+    type: 'counter',
+    help: 'Tensors evicted from the GET send store because it was full',
+  },
   pd_kv_refused_total: { type: 'counter', help: 'Announcements answered 1: no room' },
   pd_kv_blocks_used: { type: 'gauge', help: 'Paged KV blocks in use' },
   pd_kv_blocks: { type: 'gauge', help: 'Paged KV blocks' },

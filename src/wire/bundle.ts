@@ -1,5 +1,5 @@
 /**
- * Bundles on the wire: many tensors in one announcement and one answer, between ours only (docs/protocol.md, "Bundles"). What tensors of
+ * Bundles on the wire: many tensors in one announcement and one answer, between native peers only (docs/protocol.md, "Bundles"). What tensors of
  * a bundle have in common is written once: ids as a common head and tail around a part each, shapes as runs of equal ones.
  */
 import type { Dtype } from './dtype.ts';
@@ -179,7 +179,7 @@ function readPromptRuns(value: unknown, count: number, what: string): (string | 
     if (typeof digest === 'string' && digest.length <= MAX_DIGEST) {
       return { times, of: digest === '' ? undefined : digest };
     }
-    throw protocolError('bad_field', `${what}: ${show(digest)} is no digest of a prompt`);
+    throw protocolError('bad_field', `${what}: ${show(digest)} is not a prompt digest`);
   });
   return expand(runs, count, what);
 }
@@ -204,10 +204,11 @@ function readLengths(value: unknown, count: number, what: string): number[] {
 }
 
 function asRuns(value: unknown, what: string): [number, ...unknown[]][] {
-  if (!Array.isArray(value)) throw protocolError('bad_field', `${what}: ${show(value)} is no list of runs`);
+  if (!Array.isArray(value))
+    throw protocolError('bad_field', `${what}: ${show(value)} is not a list of runs`);
   return value.map((run: unknown) => {
     if (Array.isArray(run) && isCount(run[0])) return run as [number, ...unknown[]];
-    throw protocolError('bad_field', `${what}: ${show(run)} is no run`);
+    throw protocolError('bad_field', `${what}: ${show(run)} is not a run`);
   });
 }
 

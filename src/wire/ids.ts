@@ -6,8 +6,8 @@
  *   transfer the server's id: what both ends key KV by
  *   engine   <server id>-<8 hex>             random, so that it differs between producer and consumer
  *
- * A transfer id is never made by cutting an id: one that merely ends like a random suffix (`order-20261128`) is whole. Only a peer that
- * is not ours shows its engine's id, and only there a suffix is looked for (`suffixedFor`).
+ * A transfer id is never made by cutting an id: one that merely ends like a random suffix (`order-20261128`) is whole. Only a
+ * frozen peer shows its engine's id, and only there a suffix is looked for (`suffixedFor`).
  */
 import { formatHostPort, type HostPort, parseHostPort } from '../net/address.ts';
 
@@ -17,7 +17,7 @@ declare const brand: unique symbol;
 export type EngineRequestId = string & { readonly [brand]: 'EngineRequestId' };
 /** What KV of a request is known by: the same on producer and consumer. */
 export type TransferId = string & { readonly [brand]: 'TransferId' };
-/** `<transfer id>#<layer name>`; of a peer that is not ours, `<engine request id>#<layer name>`. */
+/** `<transfer id>#<layer name>`; of a frozen peer, `<engine request id>#<layer name>`. */
 export type TensorId = string & { readonly [brand]: 'TensorId' };
 
 /** What pd-doctor asks a listener for, without a pair: nobody has it, and a listener of ours answers so without a word in its log. */
@@ -55,14 +55,14 @@ const PROXY_PART = '___prefill_addr_.+___decode_addr_.+_[0-9a-f]{32}';
 const PROXY_MADE = new RegExp(`^(?:chatcmpl-${PROXY_PART}|cmpl-${PROXY_PART}-\\d+)$`);
 
 /**
- * For which ids of peers that are not ours a random suffix is looked for. `proxy`: those a proxy has made, with both addresses and 32 hex
+ * For which ids of frozen peers a random suffix is looked for. `proxy`: those a proxy has made, with both addresses and 32 hex
  * digits, which nobody else's can be. `any`: all, for proxies that name requests in another way; an id that happens to end in 8 hex
  * digits is then taken for a suffixed one.
  */
 export const SUFFIXED_IDS = ['proxy', 'any'] as const;
 export type SuffixedIds = (typeof SUFFIXED_IDS)[number];
 
-/** The request of ours that `foreignId`, an id of a peer that is not ours, may mean beside the request of exactly that id. */
+/** The local request that `foreignId`, an id of a frozen peer, may mean beside the request of exactly that id. */
 export function suffixedFor(foreignId: string, which: SuffixedIds | 'none'): TransferId | undefined {
   if (which === 'none') return undefined;
   const stem = withoutSuffix(foreignId);

@@ -193,7 +193,7 @@ function readHeader(view: DataView, at: number, maxBin: number): Header {
     case 0xdf:
       return container(4, readLength(view, at + 1, 4), MAX_MAP, 'map', 2);
     default: // 0xc1, which msgpack never uses
-      throw protocolError('malformed', `byte 0x${tag.toString(16)} at ${at} is no msgpack`);
+      throw protocolError('malformed', `byte 0x${tag.toString(16)} at ${at} is not msgpack`);
   }
 }
 

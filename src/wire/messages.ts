@@ -1,6 +1,7 @@
 /**
- * The messages of the control plane as the rest of the program sees them; `codec.ts` turns them into bytes and back. `ours` is what
- * travels in the field `pd`, which only peers that are pd-worker send and read.
+ * The messages of the control plane as the rest of the program sees them; `codec.ts` turns them into bytes and back. A *native*
+ * peer is a pd-worker; a *frozen* one speaks the wire of vLLM and nothing else. The field `native` of a message travels as `pd`, which only
+ * native peers send and read.
  */
 import type { ErrorCode } from '../errors.ts';
 import type { Dtype } from './dtype.ts';
@@ -23,7 +24,7 @@ declare const brand: unique symbol;
 /** Exactly 128 bytes: NCCL's bootstrap address, or the host transport's data address and token. */
 export type UniqueId = Uint8Array & { readonly [brand]: 'UniqueId' };
 
-/** What two ends of ours tell each other at NEW. */
+/** What two native ends tell each other at NEW. */
 export interface PeerHello {
   readonly version: number;
   /** Names that this end does not know are kept, and mean nothing. */
@@ -46,7 +47,7 @@ export interface PutMessage {
   readonly tensor_id: TensorId;
   readonly shape: readonly number[];
   readonly dtype: Dtype;
-  /** Only towards a peer that is known to be ours: it may then answer `2`. */
+  /** Only towards a peer that is known to be native: it may then answer `2`. */
   readonly native?: Pick<TensorForm, 'promptDigest'>;
 }
 
@@ -54,7 +55,7 @@ export interface PutMessage {
 export interface GetMessage {
   readonly cmd: 'GET';
   readonly tensor_id: TensorId;
-  /** Only towards a peer that is known to be ours: it may then answer out of order, and repeats `seq`. */
+  /** Only towards a peer that is known to be native: it may then answer out of order, and repeats `seq`. */
   readonly native?: { readonly seq?: number };
 }
 
@@ -62,7 +63,7 @@ export interface GetMessage {
 export interface TensorForm {
   readonly shape: readonly number[];
   readonly dtype: Dtype;
-  /** Between ours, of the prompt that it is KV of, where its sender knows it. */
+  /** Between native peers, of the prompt that it is KV of, where its sender knows it. */
   readonly promptDigest?: string | undefined;
 }
 
@@ -126,7 +127,7 @@ export type Answer =
   | { readonly kind: 'send' }
   /** PUT: no memory for it. */
   | { readonly kind: 'no-room' }
-  /** PUT, between ours: there is no pair, send NEW first. */
+  /** PUT, between native peers: there is no pair, send NEW first. */
   | { readonly kind: 'no-pair' }
   /** GET: the data follows on the pair, in the order of these answers. */
   | {
@@ -135,17 +136,17 @@ export type Answer =
       readonly shape: readonly number[];
       readonly dtype: Dtype;
       readonly seq?: number;
-      /** Between ours, as in TensorForm. */
+      /** Between native peers, as in TensorForm. */
       readonly promptDigest?: string | undefined;
     }
-  /** GET: not here (or, between ours, not in time). */
+  /** GET: not here (or, between native peers, not in time). */
   | {
       readonly kind: 'get';
       readonly ret: 1;
       readonly seq?: number;
-      /** Between ours: it was here and has been given up, so asking again is in vain. */
+      /** Between native peers: it was here and has been given up, so asking again is in vain. */
       readonly gone?: true;
-      /** Between ours: tensors that are kept under another id of the same request. */
+      /** Between native peers: tensors that are kept under another id of the same request. */
       readonly near?: readonly string[];
     }
   /** PUTS: per tensor; the data of those to `send` follows as one operation. `runs`: of those, in the receiver's memory. */
@@ -164,9 +165,9 @@ export type Answer =
       /** As with GET. */
       readonly near?: readonly string[];
     }
-  /** Between ours, of the listener: `ask` that the other side closes the pair if it is idle; `done`: this end has closed it. */
+  /** Between native peers, of the listener: `ask` that the other side closes the pair if it is idle; `done`: this end has closed it. */
   | { readonly kind: 'close'; readonly stage: 'ask' | 'done' }
-  /** NEW, between ours. With `refused` no pair is opened. */
+  /** NEW, between native peers. With `refused` no pair is opened. */
   | {
       readonly kind: 'hello';
       readonly hello: PeerHello;

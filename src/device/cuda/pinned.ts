@@ -41,7 +41,7 @@ export function allocatePinnedOnThread(
       fail(
         new PdError(
           'OUT_OF_DEVICE_MEMORY',
-          `${job.what}: ${job.bytes} bytes of page-locked memory did not come within ${DEADLINE} ms`,
+          `${job.what}: ${job.bytes} bytes of page-locked memory were not available within ${DEADLINE} ms`,
         ),
       );
     }, DEADLINE);

@@ -61,7 +61,7 @@ test('a file that is named but does not load is an error, not a reason to take a
   expect(() => loadLibrary('nccl')).toThrow(
     expect.objectContaining({
       message: expect.stringMatching(
-        /tried [^;]*libnccl\.so\.2 \(PD_NCCL_LIB\): [^;]*No such file[^;]*\. To mend it/,
+        /tried [^;]*libnccl\.so\.2 \(PD_NCCL_LIB\): [^;]*No such file[^;]*\. To fix it/,
       ),
     }),
   );

@@ -34,8 +34,8 @@ describe('arena', () => {
   });
 
   test('sizes that are no sizes', () => {
-    expect(() => new Arena(1024).allocate(-1)).toThrow(/no number/);
-    expect(() => new Arena(1024).allocate(1.5)).toThrow(/no number/);
+    expect(() => new Arena(1024).allocate(-1)).toThrow(/not a number/);
+    expect(() => new Arena(1024).allocate(1.5)).toThrow(/not a number/);
     expect(new Arena(0).allocate(1)).toBeUndefined();
     expect(new Arena(1024).allocate(2 ** 50)).toBeUndefined();
   });
