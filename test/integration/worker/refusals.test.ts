@@ -171,6 +171,7 @@ describe('long bodies', () => {
   async function startSlow(limits: RequestReaderOptions = {}) {
     const thread = new FakeReaderThread();
     const reader = await RequestReader.start(demoModelDir(), LOG, {
+      threadAfterMs: 0,
       ...limits,
       openThread: () => thread,
     });
