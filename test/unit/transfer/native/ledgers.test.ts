@@ -1,0 +1,263 @@
+/** What one ledger says when the other end is slow, late or false; both against each other in ledgers.property.test.ts. */
+import { describe, expect, it } from 'vitest';
+import { type GrantAction, Grants } from '../../../../src/transfer/native/grants.ts';
+import type {
+  AckMessage,
+  ConsumerMessage,
+  DoneMessage,
+  DropMessage,
+  Nonce,
+  ProducerMessage,
+  Ticket,
+  WantMessage,
+} from '../../../../src/transfer/native/messages.ts';
+import { type Ask, type WantAction, Wants } from '../../../../src/transfer/native/wants.ts';
+import type { TransferId } from '../../../../src/wire/ids.ts';
+
+const ID = 'request' as TransferId;
+const PRODUCER = 'p'.repeat(32) as Nonce;
+const CONSUMER = 'c'.repeat(32) as Nonce;
+const TICKET = 't'.repeat(32) as Ticket;
+const DIGEST = 'prompt';
+const said = (
+  actions: readonly (GrantAction | WantAction)[],
+): readonly (ProducerMessage | ConsumerMessage)[] =>
+  actions.flatMap((action) => (action.kind === 'send' ? [action.message] : []));
+const commands = (actions: readonly (GrantAction | WantAction)[]) => said(actions).map(({ cmd }) => cmd);
+
+const WANT: WantMessage = {
+  cmd: 'WANT',
+  from: CONSUMER,
+  to: PRODUCER,
+  seq: 1,
+  ticket: TICKET,
+  floor: 1,
+  id: ID,
+  promptDigest: DIGEST,
+  tokens: 4,
+  skip: 0,
+  blocks: [7],
+  samplingDigest: 'greedy',
+  transport: 'host',
+};
+const DRAW = { drawn: [5], samplingDigest: 'greedy' };
+
+describe('a producer', () => {
+  function start() {
+    const grants = new Grants({
+      nonce: PRODUCER,
+      blockSize: 4,
+      names: (_, peer) => peer === 'consumer',
+      unboundMs: 5_000,
+      leaseMs: 5_000,
+    });
+    grants.introduced('consumer', CONSUMER, 16, 0);
+    return grants;
+  }
+  /** Of a prompt that is computed and drawn from; its write has not landed. */
+  function written() {
+    const grants = start();
+    grants.message('consumer', WANT, 0);
+    grants.begin(ID, DIGEST, 4, 0);
+    const write = grants.progress(ID, 4, [3]).find((action) => action.kind === 'write')!;
+    expect(write).toMatchObject({ place: 0, sources: [3], targets: [7], last: true });
+    return { grants, launch: write.launch, finished: grants.finish(ID, DRAW, 0) };
+  }
+  function done() {
+    const { grants, launch } = written();
+    expect(commands(grants.landed(launch, 0))).toEqual(['DONE']);
+    return grants;
+  }
+  const ack: AckMessage = { cmd: 'ACK', from: CONSUMER, to: PRODUCER, seq: 1, ticket: TICKET, floor: 1 };
+  const drop: DropMessage = {
+    cmd: 'DROP',
+    from: CONSUMER,
+    to: PRODUCER,
+    floor: 1,
+    id: ID,
+    want: { seq: 1, ticket: TICKET },
+  };
+
+  it('tells no end before what was launched has landed', () => {
+    const { grants, launch, finished } = written();
+    expect(commands(finished)).toEqual([]);
+    expect(commands(grants.message('consumer', drop, 0))).toEqual(['HELD']);
+    expect(commands(grants.landed(launch, 0))).toEqual(['DONE']);
+  });
+
+  it('launches nothing more for a want that was dropped, and says so once the last has landed', () => {
+    const grants = start();
+    grants.message('consumer', WANT, 0);
+    grants.begin(ID, DIGEST, 4, 0);
+    const { launch } = grants.progress(ID, 4, [3]).find((action) => action.kind === 'write')!;
+    expect(grants.mayLaunch(launch)).toBe(true);
+    expect(commands(grants.message('consumer', drop, 0))).toEqual(['HELD']);
+    expect(grants.mayLaunch(launch)).toBe(false);
+    expect(commands(grants.landed(launch, 0))).toEqual(['DROPPED']);
+  });
+
+  it('repeats an end every second, after a reconnect, and to a want that is repeated, until it is acknowledged', () => {
+    const grants = done();
+    expect(commands(grants.tick(999))).toEqual([]);
+    expect(commands(grants.tick(1_000))).toEqual(['DONE']);
+    expect(commands(grants.introduced('consumer', CONSUMER, 16, 1_100))).toEqual(['DONE']);
+    expect(commands(grants.message('consumer', WANT, 1_200))).toEqual(['DONE']);
+    grants.message('consumer', ack, 1_300);
+    expect(commands(grants.tick(60_000))).toEqual([]);
+  });
+
+  it('does nothing for a late copy of a want whose end is acknowledged, whatever has its id by then', () => {
+    const grants = done();
+    grants.message('consumer', ack, 0);
+    grants.begin(ID, DIGEST, 4, 0);
+    grants.progress(ID, 4, [3]);
+    expect(grants.message('consumer', WANT, 0)).toEqual([]);
+    expect(grants.stats().ignored).toMatchObject({ stale: 1 });
+  });
+
+  it('forgets nothing for an acknowledgement with another ticket', () => {
+    const grants = done();
+    grants.message('consumer', { ...ack, ticket: 'x'.repeat(32) as Ticket }, 0);
+    expect(commands(grants.tick(1_000))).toEqual(['DONE']);
+    expect(grants.stats().ignored).toMatchObject({ forged: 1 });
+  });
+
+  it.each<[string, Partial<WantMessage>, string]>([
+    ['another prompt', { promptDigest: 'another' }, 'KV_SEND_FAILED'],
+    ['a block beyond the cache', { blocks: [16] }, 'KV_SHAPE_MISMATCH'],
+    ['more blocks than its tokens fill', { blocks: [7, 8] }, 'KV_SHAPE_MISMATCH'],
+  ])('writes nothing for %s', (_, change, code) => {
+    const grants = start();
+    grants.begin(ID, DIGEST, 4, 0);
+    grants.progress(ID, 4, [3]);
+    const actions = grants.message('consumer', { ...WANT, ...change }, 0);
+    expect(actions.filter(({ kind }) => kind === 'write')).toEqual([]);
+    expect(said(actions)).toMatchObject([{ cmd: 'FAIL', code }]);
+  });
+
+  it('fails a want whose request does not come in time, and one of a process that has been replaced', () => {
+    const late = start();
+    late.message('consumer', WANT, 0);
+    expect(commands(late.tick(4_999))).toEqual([]);
+    expect(said(late.tick(5_000))).toMatchObject([{ cmd: 'FAIL', code: 'KV_SEND_FAILED' }]);
+
+    const replaced = start();
+    replaced.message('consumer', WANT, 0);
+    replaced.introduced('consumer', 'd'.repeat(32) as Nonce, 16, 0);
+    replaced.begin(ID, DIGEST, 4, 0);
+    expect(replaced.progress(ID, 4, [3])).toEqual([]);
+  });
+});
+
+describe('a consumer', () => {
+  const ask: Ask = {
+    peer: 'producer',
+    id: ID,
+    owner: 'sequence',
+    promptDigest: DIGEST,
+    samplingDigest: 'greedy',
+    tokens: 4,
+    skip: 0,
+    blocks: [7],
+    transport: 'direct',
+    withinMs: 10_000,
+  };
+  function start() {
+    const wants = new Wants({
+      nonce: CONSUMER,
+      cacheBlocks: 16,
+      layers: 1,
+      newTicket: () => TICKET,
+      slots: 1,
+    });
+    wants.introduced('producer', PRODUCER, 0);
+    const asked = wants.ask(ask, 0);
+    if (typeof asked === 'string') throw new Error(`refused: ${asked}`);
+    expect(commands(asked.actions)).toEqual(['WANT']);
+    return wants;
+  }
+  const done: DoneMessage = {
+    cmd: 'DONE',
+    from: PRODUCER,
+    to: CONSUMER,
+    seq: 1,
+    ticket: TICKET,
+    ...DRAW,
+    promised: 1,
+    written: 1,
+  };
+  const kinds = (actions: readonly WantAction[]) => actions.map(({ kind }) => kind);
+
+  it('asks again every second and after a reconnect, until it hears an end', () => {
+    const wants = start();
+    expect(commands(wants.tick(999))).toEqual([]);
+    expect(commands(wants.tick(1_000))).toEqual(['WANT']);
+    expect(commands(wants.introduced('producer', PRODUCER, 1_100))).toEqual(['WANT']);
+    wants.message('producer', done, 1_200);
+    expect(commands(wants.tick(2_200))).toEqual([]);
+  });
+
+  it('says DROP again every second where it gave up, and keeps the blocks from everybody until it hears an end', () => {
+    const wants = start();
+    expect(commands(wants.abort(1, 0))).toEqual(['DROP']);
+    expect(wants.quarantinedBy('producer')).toBe(1);
+    expect(commands(wants.tick(1_000))).toEqual(['DROP']);
+    const { from, to, seq, ticket } = done;
+    const heard = wants.message('producer', { cmd: 'DROPPED', from, to, seq, ticket }, 1_100);
+    expect(commands(heard)).toEqual(['ACK']);
+    expect(kinds(heard)).toContain('retract');
+    expect(wants.quarantinedBy('producer')).toBe(0);
+    expect(wants.isIdle).toBe(true);
+  });
+
+  it('gives up at its deadline: its owner fails, and lets go of blocks that may still be written to', () => {
+    const wants = start();
+    for (let now = 1_000; now < 10_000; now += 1_000) wants.tick(now);
+    const late = wants.tick(10_000);
+    expect(late).toContainEqual(
+      expect.objectContaining({
+        kind: 'failed',
+        quarantined: true,
+        error: expect.objectContaining({ code: 'KV_LOAD_TIMEOUT' }),
+      }),
+    );
+    expect(commands(late)).toEqual(['DROP']);
+    expect(kinds(late)).not.toContain('retract');
+  });
+
+  it('takes neither DONE nor the flag alone', () => {
+    const flagFirst = start();
+    expect(kinds(flagFirst.flag('producer', PRODUCER, 0, 1))).toEqual([]);
+    expect(kinds(flagFirst.message('producer', done, 0))).toContain('loaded');
+
+    const doneFirst = start();
+    expect(kinds(doneFirst.message('producer', done, 0))).toEqual(['send']);
+    const flagged = kinds(doneFirst.flag('producer', PRODUCER, 0, 1));
+    expect(flagged.indexOf('retract')).toBeLessThan(flagged.indexOf('loaded'));
+    expect(flagged).toContain('retract');
+  });
+
+  it('counts a forged end, and a flag of another seq, and goes on waiting', () => {
+    const wants = start();
+    expect(wants.message('producer', { ...done, ticket: 'x'.repeat(32) as Ticket }, 0)).toEqual([]);
+    expect(wants.message('producer', { ...done, from: 'x'.repeat(32) as Nonce }, 0)).toEqual([]);
+    expect(wants.message('producer', { ...done, to: 'x'.repeat(32) as Nonce }, 0)).toEqual([]);
+    expect(wants.flag('producer', PRODUCER, 0, 2)).toEqual([]);
+    expect(wants.stats().ignored).toMatchObject({ forged: 1, unintroduced: 1, misaddressed: 1, flag: 1 });
+    expect(wants.stats().waiting).toBe(1);
+  });
+
+  it('takes no end that says less was written than was wanted', () => {
+    const wants = start();
+    wants.flag('producer', PRODUCER, 0, 1);
+    const actions = wants.message('producer', { ...done, written: 0 }, 0);
+    expect(kinds(actions)).toContain('failed');
+    expect(kinds(actions)).not.toContain('loaded');
+  });
+
+  it('asks a peer for nothing more while no slot is free', () => {
+    const wants = start();
+    expect(wants.ask(ask, 0)).toBe('slots');
+    expect(wants.ask({ ...ask, peer: 'stranger' }, 0)).toBe('unknown');
+  });
+});
