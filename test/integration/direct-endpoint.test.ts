@@ -68,6 +68,27 @@ test('an offer and its page cross, each end says what became of it, and the end 
   for (const { cache, page: fd } of [offer, link.offer!]) for (const each of [cache, fd]) closeSync(each);
 });
 
+test('an end that never says whether it could map is taken at its silence', async () => {
+  const owner = await listen('owner', { verdictTimeoutMs: 1 });
+  const writer = await listen('writer');
+  await writer.endpoint.connect({ path: owner.endpoint.path, nonce: 'owner' });
+  expect(await owner.links[0]!.verdict).toEqual({
+    mapped: false,
+    why: expect.stringContaining('did not say within'),
+  });
+});
+
+test('a connection that opens while its endpoint is disposed is closed again', async () => {
+  const owner = await listen('owner');
+  const writer = await listen('writer');
+  const connecting = writer.endpoint.connect({ path: owner.endpoint.path, nonce: 'owner' });
+  await Promise.all([
+    expect(connecting).rejects.toMatchObject({ code: 'ENGINE_CLOSED' }),
+    writer.endpoint.dispose(),
+  ]);
+  await owner.links[0]?.ended;
+});
+
 test('many at once are each answered', async () => {
   const owner = await listen('owner');
   const writers = await Promise.all(Array.from({ length: 8 }, (_, i) => listen(`writer ${i}`)));

@@ -39,6 +39,8 @@ const BELL = '.bell';
 /** A verdict. */
 const MAX_LINE = 4_096;
 const CONNECT_TIMEOUT_MS = 5_000;
+/** For the other end to map what it was offered: milliseconds, but a process that is stopped never says. */
+const VERDICT_TIMEOUT_MS = 30_000;
 
 /** A cache that the other end may write into, and the page of its WANTs. The descriptors are copied: they stay the offerer's. */
 export interface Offer {
@@ -57,6 +59,7 @@ export interface EndpointOptions {
   readonly nonce: string;
   /** Whether a process with this nonce may connect, and what it is offered; undefined refuses it. */
   readonly admit: (nonce: string) => { readonly offer: Offer | undefined } | undefined;
+  readonly verdictTimeoutMs?: number;
   /** A process that was admitted. */
   readonly onLink: (link: DirectLink) => void;
   /** Why one was not: for the log. */
@@ -158,6 +161,8 @@ export class DirectEndpoint {
         offer,
       );
       await ring(path + BELL, timeoutMs);
+      if (this.#disposed)
+        throw new PdError('ENGINE_CLOSED', 'the endpoint for direct writes was disposed meanwhile');
       return this.#linked(fd, receiveFrame(fd), nonce);
     } catch (error) {
       if (fd !== undefined) closeSync(fd);
@@ -238,7 +243,10 @@ export class DirectEndpoint {
         nonce: frame.nonce,
       });
     }
-    const link = new DirectLink(fd, nonce, frame.offer, (closed) => this.#links.delete(closed));
+    const { verdictTimeoutMs = VERDICT_TIMEOUT_MS } = this.#options;
+    const link = new DirectLink(fd, nonce, frame.offer, verdictTimeoutMs, (closed) =>
+      this.#links.delete(closed),
+    );
     this.#links.add(link);
     return link;
   }
@@ -261,11 +269,17 @@ export class DirectLink {
   readonly offer: Offer | undefined;
   /** Resolves when the other process is dead, or has closed its end after its last write. Never rejects. */
   readonly ended: Promise<void>;
-  /** What the other end thinks of our offer; `mapped: false` where it ends before it says so. */
+  /** What the other end thinks of our offer; `mapped: false` where it ends before it says so, or does not say so in time. Never rejects. */
   readonly verdict: Promise<Verdict>;
   readonly #socket: Socket;
 
-  constructor(fd: FileDescriptor, peer: string, offer: Offer | undefined, onEnd: (link: DirectLink) => void) {
+  constructor(
+    fd: FileDescriptor,
+    peer: string,
+    offer: Offer | undefined,
+    verdictTimeoutMs: number,
+    onEnd: (link: DirectLink) => void,
+  ) {
     this.peer = peer;
     this.offer = offer;
     const socket = new Socket({ fd, readable: true, writable: true });
@@ -277,7 +291,10 @@ export class DirectLink {
         resolve();
       });
     });
-    this.verdict = new Promise((resolve) => {
+    this.verdict = new Promise<Verdict>((resolve) => {
+      const why = `the other end did not say within ${verdictTimeoutMs / 1_000} s whether it could map the cache`;
+      const late = setTimeout(() => resolve({ mapped: false, why }), verdictTimeoutMs).unref();
+      void this.ended.then(() => clearTimeout(late));
       let text = '';
       socket.setEncoding('utf8').on('data', (part: string) => {
         text += part;
