@@ -205,17 +205,17 @@ export class BlockManager {
   }
 
   /**
-   * The sequence `id` is over, and the blocks of its first `numTokens` tokens stay under the lease `key` until `endLease`. Its table is
-   * gone. `now`: any clock, in ms, the one of `evictableLease`.
+   * `blocks`, in the order of their prompt, stay under the lease `key` until `endLease`, whatever becomes of the sequence that has them now.
+   * `now`: any clock, in ms; `oldestLease` tells it.
    */
-  lease(id: string, key: string, numTokens: number, now: number): readonly number[] {
+  lease(key: string, blocks: readonly number[], now: number): void {
     if (this.#leases.has(key)) throw new PdError('INTERNAL', `${key} is leased already`);
-    const blocks = this.#table(id).blocks.slice(0, this.blocksFor(numTokens));
-    this.#refuseExposed(blocks, `${id} cannot be leased`);
+    this.#refuseExposed(blocks, `${key} cannot be leased`);
+    for (const block of blocks) {
+      if (!this.#refs[block]) throw new PdError('INTERNAL', `block ${block} is free and cannot be leased`);
+    }
     for (const block of blocks) this.#retain(block);
-    this.#leases.set(key, { blocks, since: now });
-    this.free(id);
-    return blocks;
+    this.#leases.set(key, { blocks: [...blocks], since: now });
   }
 
   /** Blocks of a lease, in the order of the prompt. */
@@ -223,9 +223,9 @@ export class BlockManager {
     return this.#leases.get(key)?.blocks;
   }
 
-  /** The oldest lease, where it began at `until` or before: younger ones are not taken for a new prompt. */
-  evictableLease(until: number): string | undefined {
-    for (const [key, { since }] of this.#leases) return since <= until ? key : undefined;
+  /** The lease that began first. */
+  get oldestLease(): { readonly key: string; readonly since: number } | undefined {
+    for (const [key, { since }] of this.#leases) return { key, since };
     return undefined;
   }
 
