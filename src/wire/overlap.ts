@@ -16,6 +16,18 @@ export function readPrefillWithin(value: unknown): number | undefined {
   return Math.min(Number(value), LONGEST_MS);
 }
 
+/** To both ends of a pair: the wire that this request's KV takes. Without it both take the frozen one. */
+export const WIRE_HEADER = 'x-pd-wire';
+
+const WIRES = ['native', 'frozen'] as const;
+/** `native`: written into place between ours (transfer/native). `frozen`: NEW, PUT and GET. */
+export type Wire = (typeof WIRES)[number];
+
+/** The header's value; undefined where there is none, or none that makes sense. */
+export function readWire(value: unknown): Wire | undefined {
+  return WIRES.find((wire) => wire === value);
+}
+
 /** Of a producer, with an answer that is well but for this: KV of the prompt will not come. ErrorData as JSON, URI-encoded. */
 export const KV_FAILED_HEADER = 'x-pd-kv-failed';
 

@@ -5,6 +5,7 @@ import { type ErrorData, PdError } from '../../errors.ts';
 import type { PromptLogprobs } from '../../scheduler/prompt-logprobs.ts';
 import type { RequestOutput } from '../../scheduler/types.ts';
 import { engineRequestId, kvKeyOf } from '../../wire/ids.ts';
+import type { Wire } from '../../wire/overlap.ts';
 import { AsyncQueue } from '../async-queue.ts';
 import { Choice, type ChoiceDelta, type ChoiceEvent, type Usage } from './choice.ts';
 import type { ServerContext } from './context.ts';
@@ -19,6 +20,8 @@ export interface Plan extends Asked {
   readonly serverIds: readonly string[];
   /** On a consumer: its producer may still compute the prompts for so long. */
   readonly prefillWithinMs?: number;
+  /** How their KV travels; absent: frozen. */
+  readonly wire?: Wire;
 }
 
 /** One run of a plan. Iterate once; `usage` is right when the iteration has ended. */
@@ -84,7 +87,7 @@ export class GenerationRun {
 
   async #pump(at: number, out: AsyncQueue<ChoiceEvent>, signal: AbortSignal): Promise<void> {
     const { core, metrics, config, model, inFlight, log } = this.#context;
-    const { n, sampling, stops, echo, maxTokens, prefillWithinMs } = this.#plan;
+    const { n, sampling, stops, echo, maxTokens, prefillWithinMs, wire } = this.#plan;
     const prompt = this.#plan.prompts[at]!;
     const serverId = this.#plan.serverIds[at]!;
     const offset = echo ? prompt.text.length : 0;
@@ -102,6 +105,7 @@ export class GenerationRun {
         sampling: { ...sampling, maxTokens: Math.max(Math.min(maxTokens ?? room, room), 1) },
         n,
         ...(prefillWithinMs !== undefined && { prefillWithinMs }),
+        ...(wire && { wire }),
       },
       signal,
     );

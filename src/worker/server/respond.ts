@@ -8,6 +8,8 @@ import {
   KV_FAILED_HEADER,
   PREFILL_WITHIN_HEADER,
   readPrefillWithin,
+  readWire,
+  WIRE_HEADER,
   writeKvFailed,
 } from '../../wire/overlap.ts';
 import type { Readings } from '../request-reader.ts';
@@ -51,10 +53,12 @@ export async function postGeneration<R extends GenerationRoute>(
     const reading = await readRequest(context, route, request, gone);
     const { asked, body, model } = reading;
     const prefillWithinMs = prefillWithin(context, request);
+    const wire = readWire(request.headers[WIRE_HEADER]);
     const plan = {
       ...asked,
       serverIds: promptIdsOf(route, id, asked.prompts.length),
       ...(prefillWithinMs !== undefined && { prefillWithinMs }),
+      ...(wire && { wire }),
     };
     const run = new GenerationRun(context, plan);
     const format = formatOf(context.model, reading);
