@@ -62,10 +62,7 @@ export class StepBuilder {
     if (sequence.copy) this.#copies.push(sequence.copy);
     if (sequence.isLeader) {
       this.scheduled.push({
-        requestId: request.requestId,
-        transferId: request.transferId,
-        numPromptTokens: sequence.promptLength,
-        promptTokens: request.promptTokens,
+        ...sequence.transferRequest(),
         numComputedTokens: start,
         numScheduledTokens: numTokens,
         blockIds: blocks,

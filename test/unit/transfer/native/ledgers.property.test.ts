@@ -93,7 +93,7 @@ class World {
           producer.blocks.unhold(action.sources);
           break;
         case 'lease':
-          producer.blocks.lease(action.id, action.id, this.running.get(action.id)!.tokens, this.now);
+          producer.blocks.lease(action.id, producer.blocks.tableOf(action.id));
           break;
         case 'release':
           producer.blocks.endLease(action.id);
