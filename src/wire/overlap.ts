@@ -4,6 +4,9 @@ import { ERROR_TABLE, type ErrorCode, type ErrorContext, type ErrorData } from '
 /** In the `features` of a ping: this worker may be asked while the other end of its pair is at work. */
 export const OVERLAP_FEATURE = 'overlap';
 
+/** Likewise, and in its hello: this worker speaks the native hand-over. */
+export const NATIVE_FEATURE = 'native';
+
 /** To a consumer: KV of this request is still being computed, for at most so many milliseconds. */
 export const PREFILL_WITHIN_HEADER = 'x-pd-prefill-within';
 

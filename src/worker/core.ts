@@ -18,9 +18,8 @@ import type { Executor, LayerHooks } from '../model/executor.ts';
 import type { Logger } from '../observability/log.ts';
 import type { MetricsPage } from '../observability/metrics.ts';
 import type { Scheduler } from '../scheduler/scheduler.ts';
-import type { SchedulerStep } from '../scheduler/step.ts';
+import { firstTokens, type SchedulerStep } from '../scheduler/step.ts';
 import type { CoreRequest, ForwardResult, RequestOutput } from '../scheduler/types.ts';
-import type { FirstTokens } from '../transfer/native/hand-over-api.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 import type { CoreState } from './core-messages.ts';
 import { CoreMetrics } from './core-metrics.ts';
@@ -155,7 +154,8 @@ export class CoreLoop {
     const unsaved = (await this.#connector?.waitForSave()) ?? [];
     if (result instanceof PdError) this.#fail(step, result);
     else {
-      if (step.metadata && step.metadata.fills.length > 0) this.#connector?.promptsDrawn(drawn(step, result));
+      if (step.metadata && step.metadata.fills.length > 0)
+        this.#connector?.promptsDrawn(firstTokens(step, result));
       this.#update(step, result, unsaved);
     }
     for (const outcome of unsaved) {
@@ -295,22 +295,6 @@ export class CoreLoop {
       })
       .then(() => this.#sleep?.resolve());
   }
-}
-
-/** First tokens of prompts that end with this step. */
-function drawn({ entries }: SchedulerStep, { sampled }: ForwardResult): Map<EngineRequestId, FirstTokens> {
-  const tokens = new Map(sampled.map((token) => [token.sequenceId, token]));
-  const draws = new Map<EngineRequestId, FirstTokens>();
-  for (const { sequence } of entries) {
-    const token = tokens.get(sequence.id);
-    // Of the first completion alone, which is the one that a consumer draws likewise; and of no later position.
-    if (!token || sequence.index > 0 || sequence.numOutput > 0) continue;
-    draws.set(sequence.group.request.requestId, {
-      tokens: [token.token],
-      ...(token.logprob && { logprobs: [token.logprob] }),
-    });
-  }
-  return draws;
 }
 
 /** Tokens that a peer names index tables here. */

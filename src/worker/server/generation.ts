@@ -1,8 +1,9 @@
 /** Prompts of one HTTP request through the core: n completions of each, merged into one stream of events. */
-import { randomBytes } from 'node:crypto';
+import { randomBytes, randomInt } from 'node:crypto';
 import { setMaxListeners } from 'node:events';
 import { type ErrorData, PdError } from '../../errors.ts';
 import type { PromptLogprobs } from '../../scheduler/prompt-logprobs.ts';
+import { sharedSeed } from '../../scheduler/sampling-digest.ts';
 import type { RequestOutput } from '../../scheduler/types.ts';
 import { engineRequestId, kvKeyOf } from '../../wire/ids.ts';
 import type { Wire } from '../../wire/overlap.ts';
@@ -30,6 +31,8 @@ export class GenerationRun {
   readonly #plan: Plan;
   readonly #choices: Choice[] = [];
   readonly #abort = new AbortController();
+  /** Of a request that names none and is this worker's alone. */
+  readonly #seed = randomInt(2 ** 31);
   #kvFailure: ErrorData | undefined;
 
   constructor(context: ServerContext, plan: Plan) {
@@ -97,12 +100,13 @@ export class GenerationRun {
     const suffix = config.randomizeRequestIds ? randomBytes(4).toString('hex') : undefined;
     const requestId = engineRequestId(serverId, suffix);
     const transferId = kvKeyOf({ serverId, requestId }, config.transfer.kvKey);
+    const seed = sampling.seed ?? (wire === 'native' ? sharedSeed(transferId) : this.#seed);
     const generation = core.generate(
       {
         requestId,
         transferId,
         promptTokens: prompt.tokens,
-        sampling: { ...sampling, maxTokens: Math.max(Math.min(maxTokens ?? room, room), 1) },
+        sampling: { ...sampling, seed, maxTokens: Math.max(Math.min(maxTokens ?? room, room), 1) },
         n,
         ...(prefillWithinMs !== undefined && { prefillWithinMs }),
         ...(wire && { wire }),
