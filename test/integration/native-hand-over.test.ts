@@ -1,6 +1,6 @@
 /** Two ends of the native hand-over on the host: their ledgers, and transfer services between them, in one process. */
 import { afterEach, describe, expect, it } from 'vitest';
-import { compute, DRAWN, type End, idFor, LAYERS, makeEnd, outcomeOf, wantOf } from '../support/native.ts';
+import { compute, type End, finish, idFor, LAYERS, makeEnd, outcomeOf, wantOf } from '../support/native.ts';
 import { blockOf, Services, until } from '../support/transfer.ts';
 
 const services = new Services();
@@ -43,7 +43,7 @@ describe('a native hand-over on the host', () => {
     // the WANT may come at any of these moments
     for (const tokens of [6, 11, 14]) await compute(producer, id, tokens);
     const sources = producer.blocks.tableOf(id);
-    producer.handOver.finish(id, DRAWN);
+    finish(producer, id);
     expect(await outcomeOf(consumer)).toMatchObject({
       requestId: want.requestId,
       ok: true,
@@ -63,7 +63,7 @@ describe('a native hand-over on the host', () => {
     begin(producer, id, 16);
     await compute(producer, id, 16);
     const sources = producer.blocks.tableOf(id);
-    producer.handOver.finish(id, DRAWN);
+    finish(producer, id);
     expect(await outcomeOf(consumer)).toMatchObject({ ok: true });
     expectEqual(producer, sources.slice(2), consumer, blocks.slice(2));
     expect(blockOf(consumer.cache[0]!, blocks[0]!).every((byte) => byte === 0)).toBe(true);
@@ -74,7 +74,7 @@ describe('a native hand-over on the host', () => {
     begin(producer, id, 9);
     await compute(producer, id, 9);
     const sources = [...producer.blocks.tableOf(id)];
-    producer.handOver.finish(id, DRAWN);
+    finish(producer, id);
     expect(producer.blocks.leaseOf(id)).toEqual(sources);
     const want = wantOf(producer, consumer, id, 9);
     consumer.handOver.want(want);
@@ -89,7 +89,7 @@ describe('a native hand-over on the host', () => {
     consumer.handOver.want(wantOf(producer, consumer, id, 9));
     begin(producer, id, 9);
     await compute(producer, id, 9);
-    producer.handOver.finish(id, { ...DRAWN, samplingDigest: 'another' });
+    finish(producer, id, { tokens: [7], samplingDigest: 'another' });
     const outcome = await outcomeOf(consumer);
     expect(outcome).toMatchObject({ ok: true });
     expect(outcome).not.toHaveProperty('draw');
@@ -117,7 +117,7 @@ describe('a native hand-over on the host', () => {
     const { producer, consumer, id } = await pair();
     consumer.handOver.want(wantOf(producer, consumer, id, 9));
     begin(producer, id, 9);
-    await until('the WANT to come', () => producer.handOver.stats().grants.bound > 0);
+    await until('the WANT to come', () => producer.handOver.state().grants.bound > 0);
     producer.handOver.progress(id, 9, producer.blocks.tableOf(id));
     producer.handOver.layer(0);
     await producer.handOver.stepEnded();
@@ -136,14 +136,13 @@ describe('a native hand-over on the host', () => {
     await compute(producer, id, 6);
     await until(
       'the WANT to come',
-      () => producer.handOver.stats().grants.bound + producer.handOver.stats().grants.writing > 0,
+      () => producer.handOver.state().grants.bound + producer.handOver.state().grants.writing > 0,
     );
     consumer.handOver.cancel(want.requestId);
     expect(await outcomeOf(consumer)).toMatchObject({ ok: false, error: { code: 'REQUEST_ABORTED' } });
     consumer.blocks.free(id);
     await compute(producer, id, 9);
-    producer.handOver.finish(id, DRAWN);
-    producer.blocks.free(id);
+    finish(producer, id);
     await expectNothingLeft(producer, consumer);
   });
 
@@ -151,7 +150,7 @@ describe('a native hand-over on the host', () => {
     const { producer, consumer, id } = await pair();
     begin(producer, id, 9);
     await compute(producer, id, 9);
-    producer.handOver.finish(id, DRAWN);
+    finish(producer, id);
     consumer.handOver.unwanted(id, producer.address);
     await expectNothingLeft(producer, consumer);
   });
@@ -162,7 +161,7 @@ describe('a native hand-over on the host', () => {
     consumer.handOver.want(wantOf(producer, consumer, id, 9));
     begin(producer, id, 9);
     await compute(producer, id, 6);
-    await until('the WANT to come', () => producer.handOver.stats().grants.writing > 0);
+    await until('the WANT to come', () => producer.handOver.state().grants.writing > 0);
     await producer.service.dispose();
     expect(await outcomeOf(consumer)).toMatchObject({ ok: false, error: { code: 'KV_LOAD_FAILED' } });
     consumer.blocks.free(id);
@@ -172,7 +171,7 @@ describe('a native hand-over on the host', () => {
     consumer.handOver.want(wantOf(next, consumer, second, 9));
     begin(next, second, 9);
     await compute(next, second, 9);
-    next.handOver.finish(second, DRAWN);
+    finish(next, second);
     expect(await outcomeOf(consumer)).toMatchObject({ ok: true });
   });
 
@@ -180,12 +179,12 @@ describe('a native hand-over on the host', () => {
     const { producer, consumer, id } = await pair();
     consumer.handOver.want(wantOf(producer, consumer, id, 9));
     begin(producer, id, 9);
-    await until('the WANT to come', () => producer.handOver.stats().grants.bound > 0);
+    await until('the WANT to come', () => producer.handOver.state().grants.bound > 0);
     await producer.handOver.close();
     expect(await outcomeOf(consumer)).toMatchObject({
       ok: false,
       error: { cause: { code: 'SERVER_DRAINING' } },
     });
-    expect(producer.handOver.stats().grants).toMatchObject({ told: 0, bound: 0 });
+    expect(producer.handOver.state().grants).toMatchObject({ told: 0, bound: 0 });
   });
 });

@@ -7,7 +7,7 @@ import { formatHostPort } from '../../src/net/address.ts';
 import { createLogger } from '../../src/observability/log.ts';
 import type { FromWire, NativeInit } from '../../src/transfer/native/channel.ts';
 import { HandOver } from '../../src/transfer/native/hand-over.ts';
-import type { WantOutcome, WantRequest } from '../../src/transfer/native/hand-over-api.ts';
+import type { Drawn, WantOutcome, WantRequest } from '../../src/transfer/native/hand-over-api.ts';
 import type { Nonce } from '../../src/transfer/native/messages.ts';
 import type { TransferService } from '../../src/transfer/service.ts';
 import { type EngineRequestId, proxyRequestId, type TransferId, transferIdOf } from '../../src/wire/ids.ts';
@@ -67,14 +67,14 @@ export async function makeEnd(
       unhold: (list) => blocks.unhold(list),
       expose: (key, list) => blocks.expose(key, list),
       retract: (key) => blocks.retract(key),
-      lease: (id) => void blocks.lease(id, id, blocks.tableOf(id).length * LAYOUT.blockSize, 0),
+      lease: (id) => blocks.lease(id, blocks.tableOf(id)),
       endLease: (id) => blocks.endLease(id),
     },
     loadEnded: (outcome) => outcomes.push(outcome),
     freed: () => {},
   });
   const leftovers = () => {
-    const { wants, grants } = handOver.stats();
+    const { wants, grants } = handOver.state();
     const open =
       wants.waiting + wants.givenUp + wants.ended + wants.receipts + grants.requests + grants.launches;
     return [
@@ -118,13 +118,19 @@ export function wantOf(
   };
 }
 
-export const DRAWN = { tokens: [7], samplingDigest: 'sampling' } as const;
+const DRAWN: Drawn = { tokens: [7], samplingDigest: 'sampling' };
 
 /** A step that ends the prompt from where it stands. */
 export async function compute(producer: End, id: TransferId, tokens: number): Promise<void> {
   producer.handOver.progress(id, tokens, producer.blocks.tableOf(id));
   for (let layer = 0; layer < LAYERS; layer++) producer.handOver.layer(layer);
   await producer.handOver.stepEnded();
+}
+
+/** Its prompt is computed and its request over. */
+export function finish({ handOver, blocks }: End, id: TransferId, drawn: Drawn = DRAWN): void {
+  handOver.finish(id, drawn);
+  blocks.free(id);
 }
 
 export async function outcomeOf({ outcomes }: End): Promise<WantOutcome> {

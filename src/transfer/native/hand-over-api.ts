@@ -9,6 +9,9 @@ import type { EventRef } from '../../device/device.ts';
 import type { ErrorCode, ErrorData } from '../../errors.ts';
 import type { EngineRequestId, TransferId } from '../../wire/ids.ts';
 import type { TokenLogprob } from '../../wire/token-logprob.ts';
+import type { Grants } from './grants.ts';
+import type { NativeTransport } from './messages.ts';
+import type { Wants } from './wants.ts';
 
 /** "Fill these blocks of mine with the KV of this prompt." */
 export interface WantRequest {
@@ -87,6 +90,16 @@ export interface HandOverUser {
   loadEnded(outcome: WantOutcome): void;
   /** Blocks were given back by `unhold`, `retract` or `endLease` outside of a call of the user's: a prompt that waits for room may go on. */
   freed(): void;
+}
+
+/** As `/debug/state` shows it. */
+export interface HandOverState {
+  /** Connections to producers of now. */
+  readonly producers: readonly { readonly peer: string; readonly transport: NativeTransport | undefined }[];
+  /** Not asked for yet: their producers have not said hello. */
+  readonly connecting: number;
+  readonly wants: ReturnType<Wants['stats']>;
+  readonly grants: ReturnType<Grants['stats']>;
 }
 
 export interface HandOverApi {

@@ -21,6 +21,7 @@ import type {
   Drawn,
   HandOverApi,
   HandOverBooks,
+  HandOverState,
   HandOverUser,
   WantOutcome,
   WantRequest,
@@ -210,16 +211,7 @@ export class HandOver implements HandOverApi {
   }
 
   progress(transferId: TransferId, computed: number, blocks: readonly number[]): void {
-    this.#step ??= {
-      ids: new Set(),
-      writes: new Set(),
-      number: ++this.#numSteps,
-      layers: 0,
-      ready: undefined,
-      gathering: 0,
-      gathered: deferred<void>(),
-    };
-    this.#step.ids.add(transferId);
+    if (computed > 0) this.#stepOf().ids.add(transferId);
     this.#grant(() => this.#grants.progress(transferId, computed, blocks));
   }
 
@@ -256,9 +248,14 @@ export class HandOver implements HandOverApi {
     this.#grant(() => this.#grants.fail(transferId, code, why, now()));
   }
 
-  /** For metrics and `/debug/state`. */
-  stats() {
-    return { wants: this.#wants.stats(), grants: this.#grants.stats(), connecting: this.#loads.size };
+  state(): HandOverState {
+    const loads = [...this.#loads.values()];
+    return {
+      producers: [...this.#producers].map(([peer, { transport }]) => ({ peer, transport })),
+      connecting: loads.filter(({ seq }) => seq === undefined).length,
+      wants: this.#wants.stats(),
+      grants: this.#grants.stats(),
+    };
   }
 
   /** What is wrong, in words; empty when all is well. */
@@ -284,6 +281,19 @@ export class HandOver implements HandOverApi {
     clearTimeout(late);
     clearTimeout(this.#timer);
     this.#timer = undefined;
+  }
+
+  #stepOf(): Step {
+    this.#step ??= {
+      ids: new Set(),
+      writes: new Set(),
+      number: ++this.#numSteps,
+      layers: 0,
+      ready: undefined,
+      gathering: 0,
+      gathered: deferred<void>(),
+    };
+    return this.#step;
   }
 
   get #layers(): number {
