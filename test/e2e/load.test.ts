@@ -12,8 +12,8 @@ describe('mixed requests through two producers and two consumers', () => {
     await undivided.program.stop();
   });
 
-  test('PUT_ASYNC: text equals the undivided worker, KV moved, nothing is left', async () => {
+  test('natively: text equals the undivided worker, KV moved, nothing is left', async () => {
     expect.hasAssertions();
-    await expectMixedLoad('PUT_ASYNC', 40, undivided);
+    await expectMixedLoad('PUT_ASYNC', 40, undivided, 'auto');
   });
 });

@@ -1,5 +1,5 @@
 /**
- * A producer that cannot send its KV says so with its answer, and the consumer computes the prompt, or fails, at once. Its deadline is far
+ * By the frozen wire: a producer that cannot send its KV says so with its answer, and the consumer computes the prompt, or fails, at once. Its deadline is far
  * longer than the test's.
  */
 import { afterEach, describe, expect, it } from 'vitest';
@@ -43,7 +43,16 @@ describe.each([
   ] as const)('policy %s, at most %i asked at once', async (policy, overlap) => {
     const started = await startProxy(['--overlap', String(overlap)]);
     proxy = started;
-    const common = ['--send-type', sendType, '--kv-load-timeout', '600s', '--kv-load-failure', policy];
+    const common = [
+      '--wire',
+      'frozen',
+      '--send-type',
+      sendType,
+      '--kv-load-timeout',
+      '600s',
+      '--kv-load-failure',
+      policy,
+    ];
     workers = await Promise.all([
       startWorker('producer', started, [...common, ...ofProducer]),
       startWorker('consumer', started, [...common, ...ofConsumer]),
