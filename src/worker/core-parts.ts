@@ -147,12 +147,14 @@ function nativeInit({ role, wire }: WorkerConfig, { layers }: Executor): NativeI
   const [first] = layers;
   if (role === 'both' || wire === 'frozen' || !first) return undefined;
   const { layout, memory } = first.cache;
+  // between GPUs the frozen wire is spoken so far
+  if (memory.kind !== 'host') return undefined;
   const { numBlocks: blocks, blockSize, family } = layout;
   return {
     nonce: randomBytes(16).toString('hex') as Nonce,
     layers: layers.map(({ cache }) => cache),
     shape: { blocks, blockSize, layers: layers.length, blockBytes: blockBytes(layout), family },
-    transports: [memory.kind === 'host' ? 'host' : 'nccl'],
+    transports: ['host'],
   };
 }
 
