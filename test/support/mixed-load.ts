@@ -19,7 +19,7 @@ export async function expectMixedLoad(
   sendType: 'PUT_ASYNC' | 'PUT' | 'GET',
   count: number,
   undivided: WorkerHandle,
-  wire: 'auto' | 'frozen' = 'frozen',
+  wire: 'auto' | 'frozen',
 ): Promise<void> {
   const proxy: ProxyHandle = await startProxy();
   const args = [...STRICT, '--send-type', sendType, '--wire', wire];

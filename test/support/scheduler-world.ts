@@ -243,6 +243,7 @@ export class SchedulerWorld {
     for (const { sequenceId, tokens: input, start, blockTable } of step.batch.sequences) {
       if (seen.has(sequenceId)) throw new Error(`${sequenceId} is in the step twice`);
       seen.add(sequenceId);
+      if (input.length === 0) throw new Error(`${sequenceId} is in the step with nothing to compute`);
       tokens += input.length;
       let digest = start === 0 ? SEED : slots[slotOf(blockTable, start - 1, blockSize)]!;
       input.forEach((token, i) => {

@@ -20,8 +20,8 @@ const addition = fc.record({
   /** Of the producer's copy; the consumer's is 1. */
   seed: fc.constantFrom(1, 1, 1, 2),
   scored: fc.constantFrom(false, false, false, false, true),
-  /** At which end it comes at all. */
-  at: fc.constantFrom('both', 'both', 'both', 'both', 'consumer', 'producer'),
+  /** At which end it comes at all; `local`: to the producer, which decodes it itself. */
+  at: fc.constantFrom('both', 'both', 'both', 'both', 'consumer', 'producer', 'local'),
 });
 const named = <Kind extends string>(...kinds: readonly Kind[]) =>
   fc.record({ kind: fc.constantFrom(...kinds), who: fc.nat(), many: fc.nat(5) });
@@ -111,7 +111,7 @@ it('says what one scheduler alone would, writes to nobody else’s blocks, and k
         for (const each of events) {
           if (each.kind === 'add') {
             const { family, length, at, n, seed, maxTokens, minTokens, stops, scored, ...sampling } = each;
-            const id = requestId(requests++, true);
+            const id = requestId(requests++, at !== 'local');
             const { kind: _, logprobs, temperature } = sampling;
             const request = {
               requestId: id,
@@ -131,9 +131,10 @@ it('says what one scheduler alone would, writes to nobody else’s blocks, and k
             } as const;
             const copy = { ...request.sampling, seed, maxTokens: 1, minTokens: Math.min(1, minTokens) };
             const scoring = { ...request.sampling, ...(scored && { promptLogprobs: 0 }) };
-            if (at !== 'consumer')
+            if (at === 'local') toCome.push({ at: 'producer', request });
+            else if (at !== 'consumer')
               toCome.push({ at: 'producer', request: { ...request, n: 1, sampling: copy } });
-            if (at !== 'producer')
+            if (at === 'both' || at === 'consumer')
               toCome.push({ at: 'consumer', request: { ...request, sampling: scoring } });
           } else {
             const { kind, who, many } = each;
@@ -186,7 +187,41 @@ it('says what one scheduler alone would, writes to nobody else’s blocks, and k
         ]).toEqual([0, 0]);
       },
     ),
-    { numRuns: 150 },
+    { numRuns: 100 },
   );
   for (const [what, count] of Object.entries(seen)) expect(count, what).toBeGreaterThan(0);
+});
+
+it('writes nothing from blocks that a preemption has taken from a prompt, and all of it once it is computed again', () => {
+  const options = { blockSize: 4, maxNumSeqs: 2, maxModelLen: END, enablePrefixCaching: false };
+  const consumerOptions = { ...options, numBlocks: 8, maxNumBatchedTokens: 32 };
+  const pair = new PairWorld(
+    consumerOptions,
+    { ...options, numBlocks: 7, maxNumBatchedTokens: 2 },
+    Number.POSITIVE_INFINITY,
+  );
+  const make = (name: number, remote: boolean, length: number, maxTokens: number) => {
+    const id = requestId(name, remote);
+    const promptTokens = Int32Array.from({ length }, (_, i) => name * 1_000 + i);
+    const more = { wire: 'native', n: 1, sampling: { ...GREEDY, maxTokens } } as const;
+    return { requestId: id, transferId: transferOf(id), promptTokens, ...more };
+  };
+  const { producer, consumer } = pair;
+  producer.world.add(make(0, false, 4, 12));
+  producer.world.step();
+  producer.world.step();
+  producer.world.add(make(1, true, 16, 1));
+  consumer.world.add(make(1, true, 16, 3));
+  for (let i = 0; i < 20 && producer.world.preempted === 0; i++) producer.world.step();
+  expect(producer.world.preempted).toBe(1);
+  consumer.world.step();
+  for (let round = 0; round < 200 && consumer.world.scheduler.numRequests > 0; round++) {
+    while (pair.deliver('producer') || pair.land() || pair.deliver('consumer')) pair.check();
+    consumer.world.takeOutcomes('recompute');
+    consumer.world.step();
+    producer.world.step();
+  }
+  const [told] = consumer.world.told.values();
+  expect(told?.tokens).toEqual(expectedTokens(make(1, true, 16, 3), 0, END));
+  expect(told?.first?.promptSource).toEqual({ computed: 0, loaded: 16, cached: 0 });
 });
