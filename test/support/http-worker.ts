@@ -45,6 +45,8 @@ export async function startServer(
       randomizeRequestIds,
       role,
       maxNumSeqs: 8,
+      toolCallParser: 'auto',
+      reasoningParser: 'auto',
       transfer: { kvKey: 'transfer' },
       ...(debugState && { debugState }),
     },

@@ -75,12 +75,16 @@ export function readCompletion(served: Served, model: TextModel, json: unknown):
   const output = Math.max(body.max_tokens ?? 1, 1);
   const prompts = prompt.map((given, index): ReadPrompt => {
     const param = prompt.length > 1 ? `prompt.${index}` : 'prompt';
+    const options = { output, param, truncate: body.truncate_prompt_tokens };
     if (typeof given !== 'string') {
-      const tokens = checkPrompt(served, given, output, param);
-      return { text: echo ? model.decode(given, { skipSpecialTokens: false }) : '', tokens };
+      const tokens = checkPrompt(served, given, options);
+      return { text: echo ? model.decode(tokens, { skipSpecialTokens: false }) : '', tokens };
     }
-    const ids = encodeText(served, model, given, body.add_special_tokens ?? true, output, param);
-    return { text: echo ? given : '', tokens: checkPrompt(served, ids, output, param) };
+    const ids = encodeText(served, model, given, body.add_special_tokens ?? true, options);
+    const tokens = checkPrompt(served, ids, options);
+    const whole = tokens.length === ids.length;
+    const text = whole ? given : model.decode(tokens, { skipSpecialTokens: false });
+    return { text: echo ? text : '', tokens };
   });
   const own = { prompts, maxTokens: body.max_tokens ?? DEFAULT_MAX_TOKENS, echo, logprobs: body.logprobs };
   return { body, model: name, asked: askedOf(model, { ...body, stop, stop_token_ids }, own) };
