@@ -17,8 +17,9 @@ import {
   type Served,
   samplingFields,
   servedModel,
+  splitBody,
 } from './fields.ts';
-import { chatLogprobs } from './logprobs.ts';
+import { chatLogprobs, promptLogprobsOf } from './logprobs.ts';
 
 /** Content as text, or as parts of which only text is read here. */
 const content = z
@@ -44,7 +45,8 @@ const chatSchema = z.object({
 export type ChatReading = Read<z.output<typeof chatSchema>>;
 
 export function readChat(served: Served, model: TextModel, json: unknown): ChatReading {
-  const { messages, stop, stop_token_ids, ...body } = parseBody(chatSchema, json);
+  const { messages, ...given } = parseBody(chatSchema, json);
+  const [body, constraints] = splitBody(given);
   const name = servedModel(served, body.model);
   const maxTokens = body.max_completion_tokens ?? body.max_tokens;
   checkSampling(body, maxTokens);
@@ -62,8 +64,9 @@ export function readChat(served: Served, model: TextModel, json: unknown): ChatR
   const prompts = [{ text: '', tokens: checkPrompt(served, ids, output, 'messages') }];
   const logprobs = body.logprobs ? (body.top_logprobs ?? 0) : undefined;
   const asked = askedOf(
+    served,
     model,
-    { ...body, stop, stop_token_ids },
+    { ...body, ...constraints },
     { prompts, maxTokens, echo: false, logprobs },
   );
   return { body, model: name, asked };
@@ -115,6 +118,9 @@ export function chatFormat(model: TextModel, { body }: ChatReading): AnswerForma
       const text = events.map(({ delta }) => delta.text).join('');
       return { index, message: { role: 'assistant', content: text }, ...(await about(events)) };
     },
-    besideChoices: (event) => promptTokenIdsOf(body, event),
+    async besideChoices(event) {
+      const ofPrompt = await promptLogprobsOf(model, body, event?.start);
+      return { ...ofPrompt, ...promptTokenIdsOf(body, event) };
+    },
   };
 }
