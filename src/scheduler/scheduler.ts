@@ -139,8 +139,9 @@ export class Scheduler {
   /** The step has run: takes its tokens in. Throws INTERNAL, the step still under way, where `result` lacks one. */
   update(step: SchedulerStep, result: ForwardResult): RequestOutput[] {
     const sampled = new Map(result.sampled.map((token) => [token.sequenceId, token]));
+    const { failed = new Map<string, ErrorData>() } = result;
     for (const { sequence, sampled: expected } of step.entries) {
-      if (expected && !sampled.has(sequence.id)) {
+      if (expected && !sampled.has(sequence.id) && !failed.has(sequence.id)) {
         throw new PdError('INTERNAL', `the executor sampled no token for ${sequence.id}`);
       }
     }
@@ -158,6 +159,11 @@ export class Scheduler {
       if (sequence.isLeader) this.#pool.forkFollowers(sequence);
       outputs.push(output);
       if (output.finishReason) this.#pool.end(sequence);
+    }
+    // After all have been advanced: it ends the others of its request too.
+    for (const { sequence } of step.entries) {
+      const error = failed.get(sequence.id);
+      if (error) outputs.push(...this.#pool.endGroup(sequence.group, 'error', error));
     }
     return outputs;
   }

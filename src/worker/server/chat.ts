@@ -20,8 +20,9 @@ import {
   type Served,
   samplingFields,
   servedModel,
+  splitBody,
 } from './fields.ts';
-import { chatLogprobs } from './logprobs.ts';
+import { chatLogprobs, promptLogprobsOf } from './logprobs.ts';
 import { conversationFields, messagesSchema, offeredTools, renderChat } from './messages.ts';
 import { turns } from './turns.ts';
 
@@ -43,8 +44,8 @@ export interface ChatReading extends Read<Omit<ChatBody, 'tools' | 'chat_templat
 }
 
 export function readChat(served: Served, model: TextModel, json: unknown): ChatReading {
-  const parsed = parseBody(chatSchema, json);
-  const { messages, stop, stop_token_ids, ...body } = parsed;
+  const { messages, ...given } = parseBody(chatSchema, json);
+  const [body, constraints] = splitBody(given);
   const name = servedModel(served, body.model);
   const maxTokens = body.max_completion_tokens ?? body.max_tokens;
   checkSampling(body, maxTokens);
@@ -55,15 +56,15 @@ export function readChat(served: Served, model: TextModel, json: unknown): ChatR
   if (body.top_logprobs !== undefined && body.logprobs !== true) {
     throw badField('top_logprobs', 'is allowed only with logprobs: true');
   }
-  const { tool_choice: choice } = parsed;
+  const { tool_choice: choice } = body;
   if (choice === 'required' || typeof choice === 'object') {
     const given = JSON.stringify(choice).slice(0, 200);
     throw badField('tool_choice', `${given} is not supported here; only "auto" and "none" are`);
   }
-  const tools = offeredTools(json, parsed);
-  const calls = tools.length > 0 ? callsOf(served, parsed) : undefined;
+  const tools = offeredTools(json, body);
+  const calls = tools.length > 0 ? callsOf(served, body) : undefined;
   const output = Math.max(maxTokens ?? 1, 1);
-  const text = renderChat(model, messages, parsed, tools);
+  const text = renderChat(model, messages, body, tools);
   const { reasoning } = served;
   const parsing: Parsing = {
     ...(calls && { calls }),
@@ -75,8 +76,9 @@ export function readChat(served: Served, model: TextModel, json: unknown): ChatR
   const prompts = [{ text: '', tokens: checkPrompt(served, ids, options) }];
   const logprobs = body.logprobs ? (body.top_logprobs ?? 0) : undefined;
   const asked = askedOf(
+    served,
     model,
-    { ...body, stop, stop_token_ids },
+    { ...body, ...constraints },
     { prompts, maxTokens, echo: false, logprobs, keep: parsedTokens(parsing) },
   );
   const { tools: _, chat_template_kwargs: __, ...kept } = body;
@@ -84,7 +86,7 @@ export function readChat(served: Served, model: TextModel, json: unknown): ChatR
 }
 
 /** How calls of the tools are to be read. */
-function callsOf({ calls }: Served, { tools = [] }: ChatBody): Parsing['calls'] {
+function callsOf({ calls }: Served, { tools = [] }: Pick<ChatBody, 'tools'>): Parsing['calls'] {
   if (calls) return { dialect: calls, names: tools.map((tool) => tool.function.name) };
   throw badField(
     'tools',
@@ -207,7 +209,10 @@ export function chatFormat(model: TextModel, { body, parsing }: ChatReading): An
       };
       return { index, message, ...(await about(events, told.length)) };
     },
-    besideChoices: (event) => promptTokenIdsOf(body, event),
+    async besideChoices(event) {
+      const ofPrompt = await promptLogprobsOf(model, body, event?.start);
+      return { ...ofPrompt, ...promptTokenIdsOf(body, event) };
+    },
   };
 }
 

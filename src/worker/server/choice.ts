@@ -48,7 +48,7 @@ export interface AnswerFormat {
   /** A whole choice, of its events in order. */
   whole(index: number, events: readonly ChoiceEvent[]): Promise<object>;
   /** Beside the choices of an answer or chunk that begins with this event. */
-  besideChoices?(event: ChoiceEvent | undefined): object;
+  besideChoices?(event: ChoiceEvent | undefined): Promise<object>;
 }
 
 /** The fields that `return_token_ids` adds to a choice, as vLLM names them. */

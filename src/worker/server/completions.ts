@@ -25,9 +25,10 @@ import {
   type Served,
   samplingFields,
   servedModel,
+  splitBody,
   tokenIds,
 } from './fields.ts';
-import { completionLogprobs } from './logprobs.ts';
+import { completionLogprobs, promptLogprobsOf } from './logprobs.ts';
 
 const DEFAULT_MAX_TOKENS = 16;
 
@@ -67,7 +68,8 @@ const completionSchema = z.object({
 export type CompletionReading = Read<z.output<typeof completionSchema>>;
 
 export function readCompletion(served: Served, model: TextModel, json: unknown): CompletionReading {
-  const { prompt, stop, stop_token_ids, ...body } = parseBody(completionSchema, json);
+  const { prompt, ...given } = parseBody(completionSchema, json);
+  const [body, constraints] = splitBody(given);
   const name = servedModel(served, body.model);
   const echo = body.echo ?? false;
   checkSampling(body, body.max_tokens);
@@ -87,7 +89,7 @@ export function readCompletion(served: Served, model: TextModel, json: unknown):
     return { text: echo ? text : '', tokens };
   });
   const own = { prompts, maxTokens: body.max_tokens ?? DEFAULT_MAX_TOKENS, echo, logprobs: body.logprobs };
-  return { body, model: name, asked: askedOf(model, { ...body, stop, stop_token_ids }, own) };
+  return { body, model: name, asked: askedOf(served, model, { ...body, ...constraints }, own) };
 }
 
 export function completionFormat(model: TextModel, { body }: CompletionReading): AnswerFormat {
@@ -109,6 +111,7 @@ export function completionFormat(model: TextModel, { body }: CompletionReading):
               body.return_tokens_as_token_ids,
             ),
       finish_reason: events.at(-1)?.delta.finishReason ?? null,
+      ...(await promptLogprobsOf(model, body, start)),
       ...promptTokenIdsOf(body, events[0]),
       ...tokenIdsOf(body, events),
     };

@@ -17,6 +17,10 @@ const MAX_N = 128;
 export const MAX_PROMPTS = 1_024;
 /** Each goes to the core with each prompt. */
 const MAX_STOP_TOKEN_IDS = 1_024;
+/** Each is looked up with each token. */
+const MAX_BIASES = 1_024;
+const MAX_BAD_WORDS = 256;
+const MAX_BAD_WORD = 256;
 
 export const tokenIds = z.array(z.int().min(0));
 export const optional = <T extends z.ZodType>(schema: T) =>
@@ -24,15 +28,9 @@ export const optional = <T extends z.ZodType>(schema: T) =>
 
 /** Fields of OpenAI and vLLM that are not done, with the values that ask for nothing. */
 const NOT_DONE: Readonly<Record<string, readonly unknown[]>> = {
-  presence_penalty: [0],
-  frequency_penalty: [0],
-  repetition_penalty: [1],
   length_penalty: [1],
-  min_p: [0],
-  logit_bias: [{}],
   suffix: [''],
   use_beam_search: [false],
-  prompt_logprobs: [],
   tools: [[]],
   tool_choice: ['none', 'auto'],
   functions: [[]],
@@ -56,6 +54,23 @@ export const samplingFields = {
   temperature: optional(z.number().min(0).max(2)),
   top_p: optional(z.number().gt(0).max(1)),
   top_k: optional(z.int().min(-1)),
+  min_p: optional(z.number().min(0).max(1)),
+  presence_penalty: optional(z.number().min(-2).max(2)),
+  frequency_penalty: optional(z.number().min(-2).max(2)),
+  repetition_penalty: optional(z.number().min(0.01).max(100)),
+  logit_bias: optional(
+    z
+      .record(z.string().regex(/^\d{1,9}$/, 'expected token ids as keys'), z.number().min(-100).max(100))
+      .transform((bias) =>
+        Object.entries(bias).map(([token, value]): [number, number] => [Number(token), value]),
+      )
+      .refine((bias) => bias.length <= MAX_BIASES, `more than ${MAX_BIASES} tokens`),
+  ),
+  allowed_token_ids: optional(tokenIds.min(1)),
+  bad_words: optional(
+    z.array(z.string().regex(/\S/, 'a bad word must not be empty').max(MAX_BAD_WORD)).max(MAX_BAD_WORDS),
+  ),
+  prompt_logprobs: optional(z.int().min(0).max(MAX_LOGPROBS)),
   seed: optional(z.int()),
   n: optional(z.int().min(1).max(MAX_N)),
   best_of: optional(z.int().min(1)),
@@ -77,6 +92,12 @@ export const samplingFields = {
 };
 
 export type SamplingBody = z.output<z.ZodObject<typeof samplingFields>>;
+
+/** The fields that say what may be generated, each of which may be long. */
+type Constraints = Pick<
+  SamplingBody,
+  'stop' | 'stop_token_ids' | 'logit_bias' | 'allowed_token_ids' | 'bad_words'
+>;
 
 /** What a body is checked against, beside the model's text. */
 export interface Served {
@@ -116,7 +137,7 @@ export interface Asked {
 
 /** The body without what may be long: what its answer is written by. */
 export interface Read<Body> {
-  readonly body: Omit<Body, 'prompt' | 'messages' | 'stop' | 'stop_token_ids'>;
+  readonly body: Omit<Body, 'prompt' | 'messages' | keyof Constraints>;
   readonly model: string;
   readonly asked: Asked;
 }
@@ -158,9 +179,17 @@ export function parseBody<T>(schema: z.ZodType<T>, body: unknown): T {
   throw badField(path, issue?.message ?? 'is not allowed');
 }
 
+/** A body in two, as nothing that may be long goes on to whoever writes its answer. */
+export function splitBody<Body extends Constraints>(
+  body: Body,
+): [Omit<Body, keyof Constraints>, Constraints] {
+  const { stop, stop_token_ids, logit_bias, allowed_token_ids, bad_words, ...rest } = body;
+  return [rest, { stop, stop_token_ids, logit_bias, allowed_token_ids, bad_words }];
+}
+
 /** Checks that involve more than one field. */
 export function checkSampling(
-  body: Pick<SamplingBody, 'n' | 'best_of' | 'stream' | 'stream_options' | 'min_tokens'>,
+  body: Pick<SamplingBody, 'n' | 'best_of' | 'stream' | 'stream_options' | 'min_tokens' | 'prompt_logprobs'>,
   maxTokens: number | undefined,
 ): void {
   const n = body.n ?? 1;
@@ -169,6 +198,9 @@ export function checkSampling(
   }
   if (body.stream_options !== undefined && body.stream !== true) {
     throw badField('stream_options', 'is allowed only with stream: true');
+  }
+  if (body.prompt_logprobs !== undefined && body.stream === true) {
+    throw badField('prompt_logprobs', 'is not allowed with stream: true');
   }
   if (maxTokens !== undefined && (body.min_tokens ?? 0) > maxTokens) {
     throw badField('min_tokens', `${body.min_tokens} is more than max_tokens, ${maxTokens}`);
@@ -188,9 +220,13 @@ export function servedModel({ modelNames }: Served, requested: string | undefine
   return modelNames[0]!;
 }
 
-/** What a checked body asks of the core. `logprobs`: alternatives per token. `keep`: special tokens that have text nevertheless. */
+/**
+ * What a checked body asks of the core. `logprobs`: alternatives per token; `keep`: special tokens that have text nevertheless. Throws
+ * REQUEST_INVALID for token ids that there are not.
+ */
 export function askedOf(
-  { eosTokenIds }: TextModel,
+  served: Served,
+  model: TextModel,
   body: SamplingBody,
   {
     logprobs,
@@ -201,6 +237,20 @@ export function askedOf(
     readonly keep?: readonly string[];
   },
 ): Asked {
+  const { eosTokenIds } = model;
+  const {
+    allowed_token_ids: allowed,
+    logit_bias: biases,
+    prompt_logprobs = own.echo ? logprobs : undefined,
+  } = body;
+  if (allowed) checkVocabulary(served, allowed, 'allowed_token_ids');
+  if (biases)
+    checkVocabulary(
+      served,
+      biases.map(([token]) => token),
+      'logit_bias',
+    );
+  const badWords = (body.bad_words ?? []).flatMap((word) => spellings(model, word));
   return {
     ...own,
     n: body.n ?? 1,
@@ -218,9 +268,28 @@ export function askedOf(
       minTokens: body.min_tokens ?? 0,
       stopTokenIds: [...new Set([...(body.ignore_eos ? [] : eosTokenIds), ...(body.stop_token_ids ?? [])])],
       ...(logprobs !== undefined && { logprobs }),
-      ...(logprobs !== undefined && own.echo && { promptLogprobs: logprobs }),
+      ...(prompt_logprobs !== undefined && {
+        promptLogprobs: Math.max(prompt_logprobs, own.echo ? (logprobs ?? 0) : 0),
+      }),
+      ...(body.min_p && { minP: body.min_p }),
+      ...(body.presence_penalty && { presencePenalty: body.presence_penalty }),
+      ...(body.frequency_penalty && { frequencyPenalty: body.frequency_penalty }),
+      ...(body.repetition_penalty !== undefined &&
+        body.repetition_penalty !== 1 && { repetitionPenalty: body.repetition_penalty }),
+      ...(biases && biases.length > 0 && { logitBias: biases }),
+      ...(allowed && { allowedTokenIds: [...new Set(allowed)] }),
+      ...(badWords.length > 0 && { badWords }),
     },
   };
+}
+
+/** The tokens of a bad word, at the beginning of a text and after a space. */
+function spellings(model: TextModel, word: string): (readonly number[])[] {
+  const text = word.trimStart();
+  const [first, second] = [text, ` ${text}`].map((spelt) => model.encode(spelt, { addSpecialTokens: false }));
+  // A tokenizer that makes the space a token of its own would ban what comes after any space.
+  const own = second && second.length === first?.length && second[0] !== first[0];
+  return [first ?? [], own ? second : []].filter((tokens) => tokens.length > 0);
 }
 
 /** How a prompt is brought to tokens. */

@@ -95,7 +95,7 @@ async function answerWhole({ reply, run, format, base, gone }: Answering, count:
     choices.push(await format.whole(index, events));
     await turn();
   }
-  const beside = format.besideChoices?.(byChoice[0]?.[0]);
+  const beside = await format.besideChoices?.(byChoice[0]?.[0]);
   return await jsonInTurns({ ...base, ...beside, choices, usage: run.usage });
 }
 
@@ -128,7 +128,7 @@ async function answerStream(
       const event = next.value;
       // What is said of a prompt may be long, what is said of a token is not.
       const write = event.start ? jsonInTurns : JSON.stringify;
-      let beside = format.besideChoices?.(event);
+      let beside = await format.besideChoices?.(event);
       for (const choice of await format.deltas(event)) {
         await send(await write({ ...chunk, ...beside, choices: [choice], ...withUsage }));
         beside = {};

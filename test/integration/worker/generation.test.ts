@@ -106,6 +106,66 @@ describe('/v1/completions', () => {
     expect(core.added[0]!.sampling).not.toHaveProperty('promptLogprobs');
   });
 
+  it('hands over everything that shapes the draw, and nothing where a field says what is so anyway', async () => {
+    const { core, json } = await startServer();
+    const { status } = await json(COMPLETIONS, {
+      prompt: 'abc',
+      min_p: 0.05,
+      presence_penalty: 0.5,
+      frequency_penalty: -0.5,
+      repetition_penalty: 1.1,
+      logit_bias: { 5: 1.5, 97: -100 },
+      allowed_token_ids: [5, 97, 5],
+      bad_words: ['ab', 'c'],
+    });
+    expect(status).toBe(200);
+    expect(core.added[0]!.sampling).toMatchObject({
+      minP: 0.05,
+      presencePenalty: 0.5,
+      frequencyPenalty: -0.5,
+      repetitionPenalty: 1.1,
+      logitBias: [
+        [5, 1.5],
+        [97, -100],
+      ],
+      allowedTokenIds: [5, 97],
+      badWords: [[...bytesOf('ab')], [...bytesOf('c')]],
+    });
+    const nothing = { min_p: 0, presence_penalty: 0, frequency_penalty: null, repetition_penalty: 1 };
+    await json(COMPLETIONS, { prompt: 'abc', ...nothing, logit_bias: {}, bad_words: [] });
+    await json(COMPLETIONS, { prompt: 'abc' });
+    expect(Object.keys(core.added[1]!.sampling)).toEqual(Object.keys(core.added[2]!.sampling));
+  });
+
+  it('tells what the model says of each prompt token, as vLLM does', async () => {
+    const { core, json } = await startServer((request, emit) => {
+      const top = [
+        { token: 98, logprob: -0.5 },
+        { token: 99, logprob: -1 },
+      ];
+      const entries = [{ token: 97, logprob: -3, rank: 7, top }];
+      emit({
+        index: 0,
+        tokens: [...bytesOf('x')],
+        finishReason: 'length',
+        promptLogprobs: packLogprobs(entries),
+      });
+      expect(request.sampling.promptLogprobs).toBe(1);
+    });
+    const expected = [
+      null,
+      {
+        97: { logprob: -3, rank: 7, decoded_token: 'a' },
+        98: { logprob: -0.5, rank: 1, decoded_token: 'b' },
+      },
+    ];
+    const completion = await json(COMPLETIONS, { prompt: 'ba', prompt_logprobs: 1 });
+    expect(completion.body.choices[0]).toMatchObject({ text: 'x', prompt_logprobs: expected });
+    const chat = await json(CHAT, { messages: [{ role: 'user', content: 'a' }], prompt_logprobs: 1 });
+    expect(chat.body).toMatchObject({ prompt_logprobs: expected });
+    expect(core.added).toHaveLength(2);
+  });
+
   it('generates 16 tokens where not told, and never past the context', async () => {
     const { core, json } = await startServer();
     await json(COMPLETIONS, { prompt: 'abc' });
