@@ -3,7 +3,7 @@
  *
  *   schedule() -> (executor runs step.batch) -> update(step, result) | failStep(step, error)
  *
- * First come, first served. A sequence that needs a block when none is free takes it from the last to come, which computes its prompt
+ * Lower priorities first, and of one priority first come, first served. A sequence that needs a block when none is free takes it from the last to come, which computes its prompt
  * again later. A request whose KV is on its way from a peer stands outside the batch and holds up nobody.
  * Between `schedule` and `update` the blocks belong to the executor: `abort` and `loadEnded` wait until the step is over.
  */

@@ -45,6 +45,8 @@ export interface CoreRequest {
   readonly sampling: SamplingParams;
   /** Completions of this prompt. The first computes (or loads) the prompt, the others fork its blocks. */
   readonly n: number;
+  /** Lower ones go first. Absent: 0. */
+  readonly priority?: number;
   /** On a consumer: the producer may still compute the prompt for so long. Absent: its KV is on its way. */
   readonly prefillWithinMs?: number;
 }

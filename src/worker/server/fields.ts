@@ -84,6 +84,13 @@ export const samplingFields = {
   ignore_eos: optional(z.boolean()),
   return_token_ids: optional(z.boolean()),
   return_tokens_as_token_ids: optional(z.boolean()),
+  /** Lower ones go first. */
+  priority: optional(
+    z
+      .int()
+      .min(-(2 ** 31))
+      .max(2 ** 31 - 1),
+  ),
   include_stop_str_in_output: optional(z.boolean()),
   skip_special_tokens: optional(z.boolean()),
   truncate_prompt_tokens: optional(
@@ -130,6 +137,7 @@ export interface Asked {
   readonly sampling: Omit<SamplingParams, 'maxTokens'>;
   /** 0 scores the prompt alone (echo). Absent: as many as fit. */
   readonly maxTokens: number | undefined;
+  readonly priority: number;
   readonly stops: readonly string[];
   readonly text: TextOptions;
   readonly echo: boolean;
@@ -254,6 +262,7 @@ export function askedOf(
   return {
     ...own,
     n: body.n ?? 1,
+    priority: body.priority ?? 0,
     stops: body.stop ?? [],
     text: {
       skipSpecialTokens: body.skip_special_tokens ?? true,

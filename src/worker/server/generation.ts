@@ -90,7 +90,7 @@ export class GenerationRun {
 
   async #pump(at: number, out: AsyncQueue<ChoiceEvent>, signal: AbortSignal): Promise<void> {
     const { core, metrics, config, model, inFlight, log } = this.#context;
-    const { n, sampling, stops, echo, maxTokens, prefillWithinMs, text } = this.#plan;
+    const { n, sampling, stops, echo, maxTokens, prefillWithinMs, text, priority } = this.#plan;
     const prompt = this.#plan.prompts[at]!;
     const serverId = this.#plan.serverIds[at]!;
     const offset = echo ? prompt.text.length : 0;
@@ -110,6 +110,7 @@ export class GenerationRun {
         promptTokens: prompt.tokens,
         sampling: { ...sampling, maxTokens: Math.max(Math.min(maxTokens ?? room, room), 1) },
         n,
+        priority,
         ...(prefillWithinMs !== undefined && { prefillWithinMs }),
       },
       signal,
