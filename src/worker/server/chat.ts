@@ -6,7 +6,8 @@ import { createParser, type Parsing, parsedTokens } from '../../parsing/parser.t
 import type { Part, PartParser } from '../../parsing/parts.ts';
 import { opensThoughts } from '../../parsing/reasoning.ts';
 import { z } from '../../zod.ts';
-import { type AnswerFormat, type ChoiceEvent, promptTokenIdsOf, tokenIdsOf } from './choice.ts';
+import { type AnswerBase, type AnswerFormat, answerOfChoices } from './answers.ts';
+import { type ChoiceEvent, promptTokenIdsOf, tokenIdsOf } from './choice.ts';
 import {
   askedOf,
   badField,
@@ -116,7 +117,7 @@ interface Speaking {
   calls: number;
 }
 
-export function chatFormat(model: TextModel, { body, parsing }: ChatReading): AnswerFormat {
+export function chatFormat(model: TextModel, { body, parsing }: ChatReading, base: AnswerBase): AnswerFormat {
   const parallel = body.parallel_tool_calls ?? true;
   const wantsReasoning = body.include_reasoning ?? true;
   const speaking = new Map<number, Speaking>();
@@ -159,7 +160,7 @@ export function chatFormat(model: TextModel, { body, parsing }: ChatReading): An
     }
   };
 
-  return {
+  return answerOfChoices(base, body.stream_options?.include_usage ?? false, {
     object: 'chat.completion',
     chunkObject: 'chat.completion.chunk',
     async deltas(event) {
@@ -213,7 +214,7 @@ export function chatFormat(model: TextModel, { body, parsing }: ChatReading): An
       const ofPrompt = await promptLogprobsOf(model, body, event?.start);
       return { ...ofPrompt, ...promptTokenIdsOf(body, event) };
     },
-  };
+  });
 }
 
 /** A whole choice. Here a call that broke can still become text. */
@@ -260,8 +261,12 @@ function reasoningOf(text: string): object {
   return { reasoning_content: text, reasoning: text };
 }
 
+function newCall(name: string, parsing: Parsing): Call {
+  return { id: newCallId(parsing), name, arguments: '' };
+}
+
 /** The templates of Mistral take ids of nine letters and digits alone. */
-function newCall(name: string, { calls }: Parsing): Call {
+export function newCallId({ calls }: Parsing): string {
   const random = randomBytes(12).toString('hex');
-  return { id: calls?.dialect === 'mistral' ? random.slice(0, 9) : `call_${random}`, name, arguments: '' };
+  return calls?.dialect === 'mistral' ? random.slice(0, 9) : `call_${random}`;
 }

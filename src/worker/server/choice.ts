@@ -38,19 +38,6 @@ export interface Usage {
   readonly completion_tokens: number;
 }
 
-/** How one API writes its answers: what stands in `choices`, and beside it. */
-export interface AnswerFormat {
-  /** `object` of a whole answer, and of a chunk of a stream. */
-  readonly object: string;
-  readonly chunkObject: string;
-  /** What a stream says of one event, each in a chunk of its own. */
-  deltas(event: ChoiceEvent): Promise<readonly object[]>;
-  /** A whole choice, of its events in order. */
-  whole(index: number, events: readonly ChoiceEvent[]): Promise<object>;
-  /** Beside the choices of an answer or chunk that begins with this event. */
-  besideChoices?(event: ChoiceEvent | undefined): Promise<object>;
-}
-
 /** The fields that `return_token_ids` adds to a choice, as vLLM names them. */
 export function tokenIdsOf(
   body: Pick<SamplingBody, 'return_token_ids'>,

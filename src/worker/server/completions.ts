@@ -3,13 +3,8 @@
 import type { TextModel } from '../../model/tokenizer.ts';
 import { unpackLogprobs } from '../../scheduler/prompt-logprobs.ts';
 import { z } from '../../zod.ts';
-import {
-  type AnswerFormat,
-  type ChoiceEvent,
-  type ChoiceLogprob,
-  promptTokenIdsOf,
-  tokenIdsOf,
-} from './choice.ts';
+import { type AnswerBase, type AnswerFormat, answerOfChoices } from './answers.ts';
+import { type ChoiceEvent, type ChoiceLogprob, promptTokenIdsOf, tokenIdsOf } from './choice.ts';
 import {
   askedOf,
   badField,
@@ -92,7 +87,11 @@ export function readCompletion(served: Served, model: TextModel, json: unknown):
   return { body, model: name, asked: askedOf(served, model, { ...body, ...constraints }, own) };
 }
 
-export function completionFormat(model: TextModel, { body }: CompletionReading): AnswerFormat {
+export function completionFormat(
+  model: TextModel,
+  { body }: CompletionReading,
+  base: AnswerBase,
+): AnswerFormat {
   const echo = body.echo ?? false;
   const choiceOf = async (index: number, events: readonly ChoiceEvent[]) => {
     const start = events[0]?.start;
@@ -116,7 +115,7 @@ export function completionFormat(model: TextModel, { body }: CompletionReading):
       ...tokenIdsOf(body, events),
     };
   };
-  return {
+  return answerOfChoices(base, body.stream_options?.include_usage ?? false, {
     object: 'text_completion',
     chunkObject: 'text_completion',
     async deltas(event) {
@@ -126,7 +125,7 @@ export function completionFormat(model: TextModel, { body }: CompletionReading):
       return [await choiceOf(event.index, [event])];
     },
     whole: choiceOf,
-  };
+  });
 }
 
 /** Log-probabilities of a choice, before them those of an echoed prompt from its second token on, each at where its text begins. */

@@ -27,7 +27,7 @@ export const optional = <T extends z.ZodType>(schema: T) =>
   schema.nullish().transform((value) => value ?? undefined);
 
 /** Fields of OpenAI and vLLM that are not done, with the values that ask for nothing. */
-const NOT_DONE: Readonly<Record<string, readonly unknown[]>> = {
+export const NOT_DONE: Readonly<Record<string, readonly unknown[]>> = {
   length_penalty: [1],
   suffix: [''],
   use_beam_search: [false],
@@ -166,12 +166,12 @@ export function badField(param: string, message: string): PdError {
 }
 
 /** The body, or REQUEST_INVALID that names the first field that is wrong and what it may be. */
-export function parseBody<T>(schema: z.ZodType<T>, body: unknown): T {
+export function parseBody<T>(schema: z.ZodType<T>, body: unknown, notDone = NOT_DONE): T {
   const known = (schema as Partial<z.ZodObject>).shape ?? {};
   if (typeof body !== 'object' || body === null || Array.isArray(body)) {
     throw new PdError('REQUEST_INVALID', 'the body must be a JSON object');
   }
-  for (const [field, neutral] of Object.entries(NOT_DONE)) {
+  for (const [field, neutral] of Object.entries(notDone)) {
     const value = (body as Record<string, unknown>)[field];
     if (value === undefined || value === null || field in known) continue;
     const text = JSON.stringify(value);
