@@ -26,6 +26,11 @@ export function parseHostPort(text: string, what = 'address'): HostPort {
   return { host, port };
 }
 
+/** Where an HTTP server is, without a path. */
+export function httpUrl(address: HostPort): string {
+  return `http://${formatHostPort(address)}`;
+}
+
 /** A ZeroMQ endpoint for TCP. */
 export function zmqEndpoint(address: HostPort): string {
   return `tcp://${formatHostPort(address)}`;
