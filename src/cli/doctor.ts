@@ -8,7 +8,7 @@ import { type DoctorOptions, examine } from '../doctor/doctor.ts';
 import { renderReport } from '../doctor/render.ts';
 import { PdError } from '../errors.ts';
 import { packageVersion } from '../version.ts';
-import { resolveWorkerHere } from './worker-here.ts';
+import { resolveWorkerHere } from './device-auto.ts';
 
 /** Those of pd-worker that are accepted here too; all others go after `--`. */
 const WORKER_FLAGS = [
