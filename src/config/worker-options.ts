@@ -4,6 +4,8 @@
  */
 import { WIRE_LAYOUTS } from '../kv/families.ts';
 import { LOG_FORMATS, LOG_LEVELS } from '../observability/log-options.ts';
+import { CALL_DIALECTS } from '../parsing/calls.ts';
+import { REASONING_DIALECTS } from '../parsing/reasoning.ts';
 import { SUFFIXED_IDS } from '../wire/ids.ts';
 import { SEND_TYPES } from '../wire/messages.ts';
 import type { TableOf } from './fields.ts';
@@ -82,6 +84,20 @@ export const WORKER_OPTIONS = defineOptions({
     group: MODEL,
     help: 'most tokens of one sequence, prompt and output',
     defaultText: "the model's own",
+  }),
+  toolCallParser: option({
+    field: 'toolCallParser',
+    kind: oneOf(['auto', 'none', ...CALL_DIALECTS]),
+    group: MODEL,
+    help: 'how the model writes calls of tools; auto: as its chat template says',
+    default: 'auto',
+  }),
+  reasoningParser: option({
+    field: 'reasoningParser',
+    kind: oneOf(['auto', 'none', ...REASONING_DIALECTS]),
+    group: MODEL,
+    help: 'how it marks what it thinks; auto: as its chat template says; none: as part of the answer',
+    default: 'auto',
   }),
   debugLogits: option({
     field: 'debugLogits',

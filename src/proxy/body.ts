@@ -67,7 +67,14 @@ const DROPPED = [
 ] as const;
 
 /** Set only where present: their defaults are these values, and a server may reject a field it does not know. */
-const REPLACED = { max_completion_tokens: 1, stream: false, n: 1, best_of: 1, echo: false } as const;
+const REPLACED = {
+  max_completion_tokens: 1,
+  max_output_tokens: 1,
+  stream: false,
+  n: 1,
+  best_of: 1,
+  echo: false,
+} as const;
 
 /** Leaves `body` as it is. */
 function prefillCopy(body: JsonObject): JsonObject {

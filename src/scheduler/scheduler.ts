@@ -3,7 +3,7 @@
  *
  *   schedule() -> (executor runs step.batch) -> update(step, result) | failStep(step, error)
  *
- * First come, first served. A sequence that needs a block when none is free takes it from the last to come, which computes its prompt
+ * Lower priorities first, and of one priority first come, first served. A sequence that needs a block when none is free takes it from the last to come, which computes its prompt
  * again later. A request whose KV is on its way from a peer stands outside the batch and holds up nobody.
  * Between `schedule` and `update` the blocks of the batch belong to the executor: `abort` waits until the step is over. A load may end
  * meanwhile, and say its first token, as it is in no batch.
@@ -155,8 +155,9 @@ export class Scheduler {
   /** The step has run: takes its tokens in. Throws INTERNAL, the step still under way, where `result` lacks one. */
   update(step: SchedulerStep, result: ForwardResult): RequestOutput[] {
     const sampled = new Map(result.sampled.map((token) => [token.sequenceId, token]));
+    const { failed = new Map<string, ErrorData>() } = result;
     for (const { sequence, sampled: expected } of step.entries) {
-      if (expected && !sampled.has(sequence.id)) {
+      if (expected && !sampled.has(sequence.id) && !failed.has(sequence.id)) {
         throw new PdError('INTERNAL', `the executor sampled no token for ${sequence.id}`);
       }
     }
@@ -169,6 +170,11 @@ export class Scheduler {
       }
       const token = expected ? sampled.get(sequence.id) : undefined;
       if (token) outputs.push(this.#sampled(sequence, token));
+    }
+    // After all have been advanced: it ends the others of its request too.
+    for (const { sequence } of step.entries) {
+      const error = failed.get(sequence.id);
+      if (error) outputs.push(...this.#pool.endGroup(sequence.group, 'error', error));
     }
     return outputs;
   }
