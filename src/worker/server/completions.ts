@@ -3,13 +3,8 @@
 import type { TextModel } from '../../model/tokenizer.ts';
 import { unpackLogprobs } from '../../scheduler/prompt-logprobs.ts';
 import { z } from '../../zod.ts';
-import {
-  type AnswerFormat,
-  type ChoiceEvent,
-  type ChoiceLogprob,
-  promptTokenIdsOf,
-  tokenIdsOf,
-} from './choice.ts';
+import { type AnswerBase, type AnswerFormat, answerOfChoices } from './answers.ts';
+import { type ChoiceEvent, type ChoiceLogprob, promptTokenIdsOf, tokenIdsOf } from './choice.ts';
 import {
   askedOf,
   badField,
@@ -77,18 +72,26 @@ export function readCompletion(served: Served, model: TextModel, json: unknown):
   const output = Math.max(body.max_tokens ?? 1, 1);
   const prompts = prompt.map((given, index): ReadPrompt => {
     const param = prompt.length > 1 ? `prompt.${index}` : 'prompt';
+    const options = { output, param, truncate: body.truncate_prompt_tokens };
     if (typeof given !== 'string') {
-      const tokens = checkPrompt(served, given, output, param);
-      return { text: echo ? model.decode(given, { skipSpecialTokens: false }) : '', tokens };
+      const tokens = checkPrompt(served, given, options);
+      return { text: echo ? model.decode(tokens, { skipSpecialTokens: false }) : '', tokens };
     }
-    const ids = encodeText(served, model, given, body.add_special_tokens ?? true, output, param);
-    return { text: echo ? given : '', tokens: checkPrompt(served, ids, output, param) };
+    const ids = encodeText(served, model, given, body.add_special_tokens ?? true, options);
+    const tokens = checkPrompt(served, ids, options);
+    const whole = tokens.length === ids.length;
+    const text = whole ? given : model.decode(tokens, { skipSpecialTokens: false });
+    return { text: echo ? text : '', tokens };
   });
   const own = { prompts, maxTokens: body.max_tokens ?? DEFAULT_MAX_TOKENS, echo, logprobs: body.logprobs };
   return { body, model: name, asked: askedOf(served, model, { ...body, ...constraints }, own) };
 }
 
-export function completionFormat(model: TextModel, { body }: CompletionReading): AnswerFormat {
+export function completionFormat(
+  model: TextModel,
+  { body }: CompletionReading,
+  base: AnswerBase,
+): AnswerFormat {
   const echo = body.echo ?? false;
   const choiceOf = async (index: number, events: readonly ChoiceEvent[]) => {
     const start = events[0]?.start;
@@ -112,7 +115,7 @@ export function completionFormat(model: TextModel, { body }: CompletionReading):
       ...tokenIdsOf(body, events),
     };
   };
-  return {
+  return answerOfChoices(base, body.stream_options?.include_usage ?? false, {
     object: 'text_completion',
     chunkObject: 'text_completion',
     async deltas(event) {
@@ -122,7 +125,7 @@ export function completionFormat(model: TextModel, { body }: CompletionReading):
       return [await choiceOf(event.index, [event])];
     },
     whole: choiceOf,
-  };
+  });
 }
 
 /** Log-probabilities of a choice, before them those of an echoed prompt from its second token on, each at where its text begins. */

@@ -2,10 +2,11 @@
  * What the bodies of several routes have in common: their fields, and what is checked of them. What changes the answer and is not done here
  * is refused by name. Nothing here waits or does I/O (request-reader.ts says why).
  */
-import { randomInt } from 'node:crypto';
 import { parse } from 'secure-json-parse';
 import { PdError } from '../../errors.ts';
-import type { TextModel } from '../../model/tokenizer.ts';
+import type { Decoding, TextModel } from '../../model/tokenizer.ts';
+import type { CallDialect } from '../../parsing/calls.ts';
+import type { ReasoningDialect } from '../../parsing/reasoning.ts';
 import type { SamplingParams } from '../../scheduler/types.ts';
 import { z } from '../../zod.ts';
 
@@ -25,13 +26,10 @@ export const optional = <T extends z.ZodType>(schema: T) =>
   schema.nullish().transform((value) => value ?? undefined);
 
 /** Fields of OpenAI and vLLM that are not done, with the values that ask for nothing. */
-const NOT_DONE: Readonly<Record<string, readonly unknown[]>> = {
+export const NOT_DONE: Readonly<Record<string, readonly unknown[]>> = {
   length_penalty: [1],
   suffix: [''],
   use_beam_search: [false],
-  include_stop_str_in_output: [false],
-  skip_special_tokens: [true],
-  truncate_prompt_tokens: [],
   tools: [[]],
   tool_choice: ['none', 'auto'],
   functions: [[]],
@@ -43,7 +41,6 @@ const NOT_DONE: Readonly<Record<string, readonly unknown[]>> = {
   guided_choice: [],
   guided_grammar: [],
   chat_template: [],
-  continue_final_message: [false],
   prompt_embeds: [],
 };
 
@@ -86,6 +83,18 @@ export const samplingFields = {
   ignore_eos: optional(z.boolean()),
   return_token_ids: optional(z.boolean()),
   return_tokens_as_token_ids: optional(z.boolean()),
+  /** Lower ones go first. */
+  priority: optional(
+    z
+      .int()
+      .min(-(2 ** 31))
+      .max(2 ** 31 - 1),
+  ),
+  include_stop_str_in_output: optional(z.boolean()),
+  skip_special_tokens: optional(z.boolean()),
+  truncate_prompt_tokens: optional(
+    z.union([z.int().min(1), z.literal(-1)], 'expected a number of tokens, or -1 for as many as fit'),
+  ),
 };
 
 export type SamplingBody = z.output<z.ZodObject<typeof samplingFields>>;
@@ -103,6 +112,9 @@ export interface Served {
   /** Most tokens of a sequence, prompt and output. */
   readonly maxModelLen: number;
   readonly vocabSize: number;
+  /** How the model writes calls of tools and marks its thoughts; absent where that is not known, or not to be looked at. */
+  readonly calls?: CallDialect;
+  readonly reasoning?: ReasoningDialect;
 }
 
 export interface ReadPrompt {
@@ -111,14 +123,22 @@ export interface ReadPrompt {
   readonly tokens: Int32Array<ArrayBuffer>;
 }
 
+/** How tokens become text. */
+export interface TextOptions extends Decoding {
+  /** What ended the completion, a stop string or token, is part of the text. */
+  readonly includeStop?: boolean;
+}
+
 /** What a completion or chat asks of the core. */
 export interface Asked {
   readonly prompts: readonly ReadPrompt[];
   readonly n: number;
-  readonly sampling: Omit<SamplingParams, 'maxTokens'>;
+  readonly sampling: Omit<SamplingParams, 'maxTokens' | 'seed'> & { readonly seed?: number };
   /** 0 scores the prompt alone (echo). Absent: as many as fit. */
   readonly maxTokens: number | undefined;
+  readonly priority: number;
   readonly stops: readonly string[];
+  readonly text: TextOptions;
   readonly echo: boolean;
 }
 
@@ -145,13 +165,14 @@ export function badField(param: string, message: string): PdError {
 }
 
 /** The body, or REQUEST_INVALID that names the first field that is wrong and what it may be. */
-export function parseBody<T>(schema: z.ZodType<T>, body: unknown): T {
+export function parseBody<T>(schema: z.ZodType<T>, body: unknown, notDone = NOT_DONE): T {
+  const known = (schema as Partial<z.ZodObject>).shape ?? {};
   if (typeof body !== 'object' || body === null || Array.isArray(body)) {
     throw new PdError('REQUEST_INVALID', 'the body must be a JSON object');
   }
-  for (const [field, neutral] of Object.entries(NOT_DONE)) {
+  for (const [field, neutral] of Object.entries(notDone)) {
     const value = (body as Record<string, unknown>)[field];
-    if (value === undefined || value === null) continue;
+    if (value === undefined || value === null || field in known) continue;
     const text = JSON.stringify(value);
     if (!neutral.some((allowed) => JSON.stringify(allowed) === text)) {
       const only = neutral.length === 0 ? 'leave it out' : `only ${JSON.stringify(neutral[0])} is`;
@@ -206,15 +227,22 @@ export function servedModel({ modelNames }: Served, requested: string | undefine
   return modelNames[0]!;
 }
 
-/** What a checked body asks of the core. `logprobs`: alternatives per token. Throws REQUEST_INVALID for token ids that there are not. */
+/**
+ * What a checked body asks of the core. `logprobs`: alternatives per token; `keep`: special tokens that have text nevertheless. Throws
+ * REQUEST_INVALID for token ids that there are not.
+ */
 export function askedOf(
   served: Served,
   model: TextModel,
   body: SamplingBody,
   {
     logprobs,
+    keep,
     ...own
-  }: Pick<Asked, 'prompts' | 'maxTokens' | 'echo'> & { readonly logprobs: number | undefined },
+  }: Pick<Asked, 'prompts' | 'maxTokens' | 'echo'> & {
+    readonly logprobs: number | undefined;
+    readonly keep?: readonly string[];
+  },
 ): Asked {
   const { eosTokenIds } = model;
   const {
@@ -233,12 +261,18 @@ export function askedOf(
   return {
     ...own,
     n: body.n ?? 1,
+    priority: body.priority ?? 0,
     stops: body.stop ?? [],
+    text: {
+      skipSpecialTokens: body.skip_special_tokens ?? true,
+      includeStop: body.include_stop_str_in_output ?? false,
+      ...(keep && { keep }),
+    },
     sampling: {
       temperature: body.temperature ?? 1,
       topP: body.top_p ?? 1,
       topK: Math.max(body.top_k ?? 0, 0),
-      seed: body.seed ?? randomInt(2 ** 31),
+      ...(body.seed !== undefined && { seed: body.seed }),
       minTokens: body.min_tokens ?? 0,
       stopTokenIds: [...new Set([...(body.ignore_eos ? [] : eosTokenIds), ...(body.stop_token_ids ?? [])])],
       ...(logprobs !== undefined && { logprobs }),
@@ -266,35 +300,45 @@ function spellings(model: TextModel, word: string): (readonly number[])[] {
   return [first ?? [], own ? second : []].filter((tokens) => tokens.length > 0);
 }
 
-/** Text that is too long however it is tokenized is refused before a tokenizer spends time on it. `output`: tokens to generate. */
+/** How a prompt is brought to tokens. */
+interface PromptOptions {
+  /** Tokens to generate. */
+  readonly output: number;
+  /** The field that it came from. */
+  readonly param: string;
+  /** Keep so many tokens at the end; -1: as many as fit. */
+  readonly truncate?: number | undefined;
+}
+
+/** Text that is too long however it is tokenized is refused before a tokenizer spends time on it. */
 export function encodeText(
   served: Served,
   model: TextModel,
   text: string,
   addSpecialTokens: boolean,
-  output: number,
-  param: string,
+  { output, param, truncate }: PromptOptions,
 ): readonly number[] {
   const least = Math.ceil(text.length / model.charactersPerToken);
-  if (least + output > served.maxModelLen) {
+  if (truncate === undefined && least + output > served.maxModelLen) {
     throw contextExceeded(served, param, `${text.length} characters, at least ${least} tokens,`, output);
   }
   return model.encode(text, { addSpecialTokens });
 }
 
-/** Checks a tokenized prompt against context and vocabulary. `param` names the field that it came from. */
+/** Checks a tokenized prompt against context and vocabulary. */
 export function checkPrompt(
   served: Served,
   tokens: readonly number[],
-  output: number,
-  param: string,
+  { output, param, truncate }: PromptOptions,
 ): Int32Array<ArrayBuffer> {
   if (tokens.length === 0) throw badField(param, 'is empty: there is nothing to go on from');
-  if (tokens.length + output > served.maxModelLen) {
-    throw contextExceeded(served, param, `${tokens.length} prompt tokens`, output);
+  const most = truncate === -1 ? Math.max(served.maxModelLen - output, 1) : (truncate ?? tokens.length);
+  const kept = tokens.length > most ? tokens.slice(-most) : tokens;
+  if (kept.length + output > served.maxModelLen) {
+    throw contextExceeded(served, param, `${kept.length} prompt tokens`, output);
   }
-  checkVocabulary(served, tokens, param);
-  return Int32Array.from(tokens);
+  checkVocabulary(served, kept, param);
+  return Int32Array.from(kept);
 }
 
 export function checkVocabulary({ vocabSize }: Served, tokens: readonly number[], param: string): void {

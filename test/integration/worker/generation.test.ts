@@ -12,6 +12,19 @@ import { BYTE_MODEL, bytesOf, EOS, saying } from '../../support/fake-core.ts';
 
 import { CHAT, COMPLETIONS, startServer, user } from '../../support/http-worker.ts';
 
+it('keeps the end of a prompt that is to be cut', async () => {
+  const { json, core } = await startServer();
+  const asked = async (url: string, body: object) => {
+    expect((await json(url, body)).status).toBe(200);
+    return BYTE_MODEL.decode(core.added.at(-1)!.promptTokens);
+  };
+  const long = 'x'.repeat(300);
+  expect(await asked(COMPLETIONS, { prompt: `${long}end`, truncate_prompt_tokens: 3 })).toBe('end');
+  const fits = { prompt: `${long}end`, truncate_prompt_tokens: -1, max_tokens: 6 };
+  expect(await asked(COMPLETIONS, fits)).toHaveLength(250);
+  expect(await asked(CHAT, { messages: user(long), truncate_prompt_tokens: 5 })).toBe('tant:');
+});
+
 describe('/v1/completions', () => {
   it('answers in the form of OpenAI', async () => {
     const { core, json } = await startServer();
@@ -23,7 +36,12 @@ describe('/v1/completions', () => {
       created: expect.any(Number),
       model: 'demo',
       choices: [{ index: 0, text: 'hello', logprobs: null, finish_reason: 'stop' }],
-      usage: { prompt_tokens: 3, completion_tokens: 6, total_tokens: 9 },
+      usage: {
+        prompt_tokens: 3,
+        completion_tokens: 6,
+        total_tokens: 9,
+        prompt_tokens_details: { cached_tokens: 0 },
+      },
     });
     expect(core.added[0]).toMatchObject({
       requestId: expect.stringMatching(/^cmpl-[0-9a-f]{32}-0-[0-9a-f]{8}$/),
@@ -173,7 +191,12 @@ describe('/v1/completions', () => {
       [2, 'q0', 'length'],
       [3, 'q1', 'length'],
     ]);
-    expect(body['usage']).toEqual({ prompt_tokens: 2, completion_tokens: 8, total_tokens: 10 });
+    expect(body['usage']).toEqual({
+      prompt_tokens: 2,
+      completion_tokens: 8,
+      total_tokens: 10,
+      prompt_tokens_details: { cached_tokens: 0 },
+    });
   });
 
   it('echoes prompts, and scores them with max_tokens 0', async () => {
@@ -264,7 +287,12 @@ describe('/v1/chat/completions', () => {
       choices: [
         { index: 0, message: { role: 'assistant', content: 'hello' }, logprobs: null, finish_reason: 'stop' },
       ],
-      usage: { prompt_tokens: 34, completion_tokens: 6, total_tokens: 40 },
+      usage: {
+        prompt_tokens: 34,
+        completion_tokens: 6,
+        total_tokens: 40,
+        prompt_tokens_details: { cached_tokens: 0 },
+      },
     });
     expect(BYTE_MODEL.decode([...core.added[0]!.promptTokens])).toBe('system:be brief;user:hi;assistant:');
     expect(core.added[0]!.sampling.maxTokens).toBe(20);
@@ -292,7 +320,12 @@ describe('/v1/chat/completions', () => {
       null,
       null,
       null,
-      { prompt_tokens: 18, completion_tokens: 4, total_tokens: 22 },
+      {
+        prompt_tokens: 18,
+        completion_tokens: 4,
+        total_tokens: 22,
+        prompt_tokens_details: { cached_tokens: 0 },
+      },
     ]);
     expect(new Set(chunks.map((chunk) => chunk['id'])).size).toBe(1);
     expect(chunks[0]!['object']).toBe('chat.completion.chunk');

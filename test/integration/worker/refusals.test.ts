@@ -121,7 +121,7 @@ describe('errors', () => {
     ['top_logprobs', { top_logprobs: 2 }],
     ['logprobs', { logprobs: 2 }],
     ['max_completion_tokens', { max_completion_tokens: 0 }],
-    ['tools', { tools: [{ type: 'function' }] }],
+    ['tools.0.function', { tools: [{ type: 'function' }] }],
     ['response_format', { response_format: { type: 'json_object' } }],
   ])('name the field %s of a chat that is wrong: %j', async (param, change) => {
     const { json } = await startServer();

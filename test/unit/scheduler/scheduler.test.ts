@@ -18,7 +18,7 @@ let serial = 0;
 function request(
   length: number,
   sampling: Partial<SamplingParams> = {},
-  more: { n?: number; remote?: boolean; first?: number } = {},
+  more: { n?: number; remote?: boolean; first?: number; priority?: number } = {},
 ): CoreRequest {
   const first = more.first ?? serial * 100;
   const id = requestId(serial++, more.remote ?? false);
@@ -28,6 +28,7 @@ function request(
     promptTokens: Int32Array.from({ length }, (_, i) => first + i),
     sampling: { ...GREEDY, ...sampling },
     n: more.n ?? 1,
+    ...(more.priority !== undefined && { priority: more.priority }),
   };
 }
 
@@ -63,6 +64,43 @@ describe('continuous batching', () => {
     expect(world.scheduler.numWaiting).toBe(1);
     world.drain();
     expectAllTold(world);
+  });
+
+  it('admits lower priorities first, and takes blocks from the highest', () => {
+    const world = new SchedulerWorld({ ...OPTIONS, maxNumSeqs: 2 });
+    const [usual, late, urgent] = [
+      request(5),
+      request(5, {}, { priority: 1 }),
+      request(5, {}, { priority: -1 }),
+    ];
+    for (const each of [usual, late, urgent]) world.add(each);
+    expect(world.step()?.batch.sequences.map((s) => s.requestId)).toEqual([
+      urgent.requestId,
+      usual.requestId,
+    ]);
+    world.drain();
+    expectAllTold(world);
+
+    const scarce = new SchedulerWorld({
+      ...OPTIONS,
+      numBlocks: 8,
+      maxModelLen: 32,
+      enablePrefixCaching: false,
+    });
+    const [patient, hurried] = [
+      request(12, { maxTokens: 16 }, { priority: 5 }),
+      request(12, { maxTokens: 16 }),
+    ];
+    scarce.add(patient);
+    scarce.step();
+    scarce.add(hurried);
+    const order: string[] = [];
+    for (let step = scarce.step(); step; step = scarce.step()) {
+      order.push(...step.batch.sequences.map((s) => s.requestId));
+    }
+    expect(scarce.preempted).toBeGreaterThan(0);
+    expect(order.lastIndexOf(hurried.requestId)).toBeLessThan(order.lastIndexOf(patient.requestId));
+    expectAllTold(scarce);
   });
 
   it('preempts the last to come, which resumes where it was', () => {
