@@ -11,6 +11,7 @@ import { afterEach, describe, expect, test } from 'vitest';
 import { startProxy, startWorker } from '../support/cluster.ts';
 import { failed, pdDoctor } from '../support/doctor.ts';
 import { NETNS_IPV6, NetworkNamespace, netnsUnavailable } from '../support/netns.ts';
+import { rows } from '../support/rows.ts';
 import { tempDir } from '../support/temp-dir.ts';
 
 const unavailable = netnsUnavailable();
@@ -55,10 +56,12 @@ async function serve(hosts: string, pingedAt: string): Promise<Served> {
 }
 
 describe.skipIf(unavailable !== undefined)('localhost, where IPv4 is 127.0.0.1 alone', () => {
-  test.each([
-    ['is 127.0.0.1, and pings go to the IPv6 address', '127.0.0.1 localhost\n', NETNS_IPV6],
-    ['is ::1, and pings go to it too', '::1 localhost\n', '::1'],
-  ])('%s', async (_, hosts, pingedAt) => {
+  test.each(
+    rows(
+      [['is 127.0.0.1, and pings go to the IPv6 address', '127.0.0.1 localhost\n', NETNS_IPV6]],
+      [['is ::1, and pings go to it too', '::1 localhost\n', '::1']],
+    ),
+  )('%s', async (_, hosts, pingedAt) => {
     const { prefix, proxy, producer, kv } = await serve(hosts, pingedAt);
     const [system, worker, peer] = await Promise.all([
       pdDoctor('System', ['--proxy', proxy], prefix),
@@ -69,7 +72,7 @@ describe.skipIf(unavailable !== undefined)('localhost, where IPv4 is 127.0.0.1 a
     expect(kv).toMatch(`[${NETNS_IPV6}]:`);
     const said = [...system.findings, ...peer.findings].map(({ what }) => what).join('\n');
     // The completion that --proxy tries.
-    expect(said).toContain(`it went producer ${kv}, then consumer [${NETNS_IPV6}]:`);
+    expect(said).toContain(`it went to producer ${kv}, then consumer [${NETNS_IPV6}]:`);
     expect(said).toMatch(/its KV moved: [\d,]{4,} bytes/);
     expect(said).toContain('its KV listener answers; it is a pd-worker');
     const load = ['--num-requests', '2', '--warm-up', '0', '--prompt-tokens', '16', '--output-tokens', '4'];
