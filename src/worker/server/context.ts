@@ -22,6 +22,7 @@ export interface ServerContext {
     | 'debugState'
     | 'toolCallParser'
     | 'reasoningParser'
+    | 'wire'
   > & { readonly transfer: Pick<TransferOptions, 'kvKey'> };
   readonly core: Pick<CoreClient, 'generate' | 'info' | 'inspect' | 'state' | 'tell'>;
   readonly reader: BodyReader;
