@@ -33,6 +33,7 @@ export const LAYERS: readonly Layer[] = [
   { name: 'src/parsing', may: [], pure: true },
   { name: 'src/openai-error.ts', may: BASE },
   { name: 'src/reading-thread.ts', may: [...BASE, 'src/observability'] },
+  { name: 'src/grammar', may: ['src/errors.ts'], pure: true },
   { name: 'src/wire', may: ['src/errors.ts', 'src/net'], pure: true },
   { name: 'src/kv', may: ['src/errors.ts', 'src/wire'], pure: true },
   { name: 'src/config', may: [...COMMON, 'src/parsing', 'src/wire', 'src/kv'] },

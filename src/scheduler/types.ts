@@ -113,14 +113,16 @@ export interface ScheduledSequence {
 }
 
 /** Whether what is drawn hangs on the tokens before it. */
-export function looksBack({
+export function looksBack(params: SamplingParams): boolean {
+  return penalizes(params) || (params.badWords ?? []).some(({ length }) => length > 1);
+}
+
+export function penalizes({
   repetitionPenalty = 1,
   presencePenalty = 0,
   frequencyPenalty = 0,
-  badWords = [],
 }: SamplingParams): boolean {
-  const penalties = repetitionPenalty !== 1 || presencePenalty !== 0 || frequencyPenalty !== 0;
-  return penalties || badWords.some(({ length }) => length > 1);
+  return repetitionPenalty !== 1 || presencePenalty !== 0 || frequencyPenalty !== 0;
 }
 
 /** What an executor runs. Copies happen before the forward pass. */
