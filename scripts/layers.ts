@@ -93,7 +93,7 @@ export const LAYERS: readonly Layer[] = [
     name: 'src/index.ts',
     may: [
       ...COMMON,
-      ...['wire', 'kv', 'config', 'device', 'transfer', 'connector', 'worker', 'proxy'].map(
+      ...['parsing', 'wire', 'kv', 'config', 'device', 'transfer', 'connector', 'worker', 'proxy'].map(
         (folder) => `src/${folder}`,
       ),
     ],

@@ -1,6 +1,7 @@
 /** What a request may ask its text to be, and from there to the tables of a matcher. */
 import { PdError } from '../errors.ts';
 import { Budget } from './budget.ts';
+import { type CallSpec, callGrammar } from './calls.ts';
 import { type CompiledGrammar, compileGrammar } from './compile.ts';
 import { ebnfGrammar } from './ebnf.ts';
 import { choice, type Expression, type Grammar, text } from './expression.ts';
@@ -14,6 +15,7 @@ export type GrammarSpec =
   /** The whole text matches. */
   | { readonly kind: 'regex'; readonly source: string }
   | { readonly kind: 'choice'; readonly texts: readonly string[] }
+  | ({ readonly kind: 'calls' } & CallSpec)
   /** Begun in rule `root`. */
   | { readonly kind: 'ebnf'; readonly source: string };
 
@@ -34,6 +36,8 @@ function grammarOf(spec: GrammarSpec, budget: Budget): Grammar {
     case 'choice':
       if (spec.texts.length === 0) throw new PdError('REQUEST_INVALID', 'a choice needs at least one text');
       return only('choice', choice(...spec.texts.map(text)));
+    case 'calls':
+      return callGrammar(spec, budget);
     case 'ebnf':
       return ebnfGrammar(spec.source);
   }

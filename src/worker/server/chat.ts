@@ -28,7 +28,7 @@ import { chatLogprobs, promptLogprobsOf } from './logprobs.ts';
 import { conversationFields, messagesSchema, offeredTools, renderChat } from './messages.ts';
 import { turns } from './turns.ts';
 
-const chatSchema = z.object({
+export const chatSchema = z.object({
   ...samplingFields,
   ...grammarFields,
   ...conversationFields,

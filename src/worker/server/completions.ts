@@ -28,7 +28,7 @@ import { completionLogprobs, promptLogprobsOf } from './logprobs.ts';
 
 const DEFAULT_MAX_TOKENS = 16;
 
-const promptForms = z
+export const promptForms = z
   .union([z.string(), z.array(z.string()).min(1), tokenIds.min(1), z.array(tokenIds.min(1)).min(1)], {
     error: 'expected a string, a list of strings, a list of token ids, or a list of lists of token ids',
   })
@@ -39,7 +39,7 @@ const promptForms = z
   .refine((list) => list.length <= MAX_PROMPTS, `more than ${MAX_PROMPTS} prompts`);
 
 /** One list of ids comes often and long, and a union of schemas tries each form on every id. */
-const prompts = z.unknown().transform((prompt, context): readonly (string | readonly number[])[] => {
+export const prompts = z.unknown().transform((prompt, context): readonly (string | readonly number[])[] => {
   if (isIds(prompt)) return [prompt];
   const { success, data, error } = promptForms.safeParse(prompt);
   if (success) return data;
@@ -53,7 +53,7 @@ function isIds(value: unknown): value is readonly number[] {
   return Array.isArray(value) && value.length > 0 && value.every((id) => Number.isSafeInteger(id) && id >= 0);
 }
 
-const completionSchema = z.object({
+export const completionSchema = z.object({
   ...samplingFields,
   ...grammarFields,
   prompt: prompts,

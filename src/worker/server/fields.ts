@@ -37,6 +37,16 @@ export const NOT_DONE: Readonly<Record<string, readonly unknown[]>> = {
   function_call: ['none', 'auto'],
   chat_template: [],
   prompt_embeds: [],
+  documents: [[]],
+  echo: [false],
+  audio: [],
+  modalities: [['text']],
+  web_search_options: [],
+  verbosity: ['medium'],
+  mm_processor_kwargs: [{}],
+  logits_processors: [[]],
+  vllm_xargs: [{}],
+  cache_salt: [],
 };
 
 export const samplingFields = {
