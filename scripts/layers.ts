@@ -50,7 +50,7 @@ export const LAYERS: readonly Layer[] = [
   },
   {
     name: 'src/scheduler',
-    may: ['src/errors.ts', 'src/wire', 'src/kv', 'src/config', 'src/connector'],
+    may: ['src/errors.ts', 'src/grammar', 'src/wire', 'src/kv', 'src/config', 'src/connector'],
     pure: true,
   },
   {
@@ -63,9 +63,18 @@ export const LAYERS: readonly Layer[] = [
       ...COMMON,
       'src/openai-error.ts',
       'src/reading-thread.ts',
-      ...['parsing', 'wire', 'kv', 'config', 'device', 'transfer', 'connector', 'scheduler', 'model'].map(
-        (folder) => `src/${folder}`,
-      ),
+      ...[
+        'grammar',
+        'parsing',
+        'wire',
+        'kv',
+        'config',
+        'device',
+        'transfer',
+        'connector',
+        'scheduler',
+        'model',
+      ].map((folder) => `src/${folder}`),
     ],
   },
   {

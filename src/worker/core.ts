@@ -21,6 +21,7 @@ import type { Scheduler } from '../scheduler/scheduler.ts';
 import { firstTokens, type SchedulerStep } from '../scheduler/step.ts';
 import type { CoreRequest, ForwardResult, RequestOutput } from '../scheduler/types.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
+import { CoreGrammars } from './core-grammars.ts';
 import type { CoreState } from './core-messages.ts';
 import { CoreMetrics } from './core-metrics.ts';
 import { ThroughputLog, type ThroughputLogOptions } from './throughput-log.ts';
@@ -51,6 +52,7 @@ export class CoreLoop {
   readonly #metrics: CoreMetrics;
   readonly #throughput: ThroughputLog;
   readonly #saving: LayerHooks;
+  readonly #grammars: CoreGrammars;
   /** What has come since the last turn. */
   #commands: (() => void)[] = [];
   /** Set while the loop sleeps. */
@@ -72,6 +74,7 @@ export class CoreLoop {
     const { scheduler, metrics: page, log, clock } = options;
     this.#throughput = new ThroughputLog({ scheduler, page, log, ...(clock && { clock }) });
     this.#saving = saveHooks(options.executor, options.connector);
+    this.#grammars = new CoreGrammars(options.executor.vocabSize);
   }
 
   add(request: CoreRequest): void {
@@ -183,7 +186,11 @@ export class CoreLoop {
       // A mark per layer, which costs a GPU an event each, only where a save waits for it.
       const { saves, fills } = step.metadata ?? { saves: [], fills: [] };
       const marked = saves.length + fills.length > 0;
-      return await this.#options.executor.forward(step.batch, marked ? this.#saving : {});
+      const result = await this.#options.executor.forward(step.batch, {
+        ...(marked && this.#saving),
+        mask: (sequence) => this.#grammars.mask(sequence),
+      });
+      return this.#grammars.marked(step.batch, result);
     } catch (error) {
       return PdError.from(error);
     }

@@ -183,6 +183,58 @@ describe('an undivided worker with the demo model', () => {
     }
   });
 
+  it('holds its text to a form, in each completion and whole at its end', async () => {
+    const schema = {
+      type: 'object',
+      properties: { city: { type: 'string', maxLength: 12 }, size: { enum: ['small', 'large'] } },
+      required: ['city', 'size'],
+      additionalProperties: false,
+    };
+    const messages = [{ role: 'user', content: 'What is the capital of France?' }];
+    const chat = { messages, temperature: 1.5, seed: 5, n: 3, max_tokens: 200 };
+    const response_format = { type: 'json_schema', json_schema: { name: 'city', schema, strict: true } };
+    const cities = await ask('/v1/chat/completions', { ...chat, response_format });
+    expect(cities.choices).toHaveLength(3);
+    for (const { message, finish_reason } of cities.choices) {
+      const said = JSON.parse(message.content) as { city: string; size: string };
+      expect([Object.keys(said), finish_reason]).toEqual([['city', 'size'], 'stop']);
+      expect([said.city.length <= 12, ['small', 'large'].includes(said.size)]).toEqual([true, true]);
+    }
+    const forms: readonly (readonly [RegExp, object])[] = [
+      [/^(yes|no)$/, { structured_outputs: { choice: ['yes', 'no'] } }],
+      [/^\d{3}-[a-f]{2}$/, { guided_regex: '\\d{3}-[a-f]{2}', ignore_eos: true }],
+      [
+        /^(ab)+;$/,
+        { structured_outputs: { grammar: 'root ::= pair{5,9} ";"\npair ::= "ab"' }, min_tokens: 9 },
+      ],
+      [/^\s*\{[\s\S]*\}$/, { response_format: { type: 'json_object' }, logit_bias: { 0: 1 } }],
+    ];
+    for (const [pattern, form] of forms) {
+      const { choices } = await complete({
+        prompt: 'Say it:',
+        temperature: 0.8,
+        seed: 3,
+        max_tokens: 300,
+        ...form,
+      });
+      expect(choices[0]).toMatchObject({ text: expect.stringMatching(pattern), finish_reason: 'stop' });
+    }
+  });
+
+  it('refuses a form that cannot be kept, and lives', async () => {
+    const bad: readonly (readonly [string, object])[] = [
+      ['"contains" at #/properties/a', { guided_json: { properties: { a: { contains: {} } } } }],
+      ['the grammar is too large', { structured_outputs: { regex: '((a{1,999}b){1,999}c){1,999}' } }],
+      ['is not allowed beside', { guided_regex: 'a', response_format: { type: 'json_object' } }],
+      ['recurs on its left', { guided_grammar: 'root ::= a "x"\na ::= root?' }],
+    ];
+    for (const [why, form] of bad) {
+      const { error } = await complete({ prompt: 'a', ...form });
+      expect(error).toMatchObject({ message: expect.stringContaining(why), code: 'REQUEST_INVALID' });
+    }
+    expect((await complete({ prompt: 'a', max_tokens: 2 })).choices).toHaveLength(1);
+  });
+
   it('ends at a stop string, and gives every block back', async () => {
     const { choices } = await complete({
       prompt: 'What is the capital of France?',

@@ -23,6 +23,7 @@ import {
   splitBody,
   tokenIds,
 } from './fields.ts';
+import { grammarFields, takeGrammar } from './grammar-fields.ts';
 import { completionLogprobs, promptLogprobsOf } from './logprobs.ts';
 
 const DEFAULT_MAX_TOKENS = 16;
@@ -54,16 +55,17 @@ function isIds(value: unknown): value is readonly number[] {
 
 export const completionSchema = z.object({
   ...samplingFields,
+  ...grammarFields,
   prompt: prompts,
   echo: optional(z.boolean()),
   logprobs: optional(z.int().min(0).max(MAX_LOGPROBS)),
   add_special_tokens: optional(z.boolean()),
 });
 
-export type CompletionReading = Read<z.output<typeof completionSchema>>;
+export type CompletionReading = Read<Omit<z.output<typeof completionSchema>, keyof typeof grammarFields>>;
 
 export function readCompletion(served: Served, model: TextModel, json: unknown): CompletionReading {
-  const { prompt, ...given } = parseBody(completionSchema, json);
+  const [{ prompt, ...given }, grammarWish] = takeGrammar(parseBody(completionSchema, json));
   const [body, constraints] = splitBody(given);
   const name = servedModel(served, body.model);
   const echo = body.echo ?? false;
@@ -83,7 +85,8 @@ export function readCompletion(served: Served, model: TextModel, json: unknown):
     const text = whole ? given : model.decode(tokens, { skipSpecialTokens: false });
     return { text: echo ? text : '', tokens };
   });
-  const own = { prompts, maxTokens: body.max_tokens ?? DEFAULT_MAX_TOKENS, echo, logprobs: body.logprobs };
+  const maxTokens = body.max_tokens ?? DEFAULT_MAX_TOKENS;
+  const own = { prompts, maxTokens, echo, logprobs: body.logprobs, grammarWish };
   return { body, model: name, asked: askedOf(served, model, { ...body, ...constraints }, own) };
 }
 
