@@ -31,7 +31,7 @@ export type {
   TransferState,
 } from './transfer/types.ts';
 export { type Fingerprint, fingerprint } from './wire/fingerprint.ts';
-export { SEND_TYPES, type SendType } from './wire/messages.ts';
+export { SEND_TYPES, type SendType, type WorkerLoad } from './wire/messages.ts';
 
 // The connector: both halves, for a runtime with a scheduler and a paged cache of its own.
 

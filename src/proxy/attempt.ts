@@ -128,6 +128,7 @@ export class Attempt {
     };
     signal.addEventListener('abort', abort, { once: true });
     if (signal.aborted) abort();
+    const leave = this.#context.registry.workOf(this.#pair.consumer)?.begin(0);
     try {
       const decoded = await (this.#mayOverlap() ? this.#overlapped() : this.#inTurn());
       if (!decoded) this.#notices.release();
@@ -135,6 +136,7 @@ export class Attempt {
       this.#notices.release(error instanceof InstanceRefused ? error.instance : undefined);
       throw error;
     } finally {
+      leave?.();
       signal.removeEventListener('abort', abort);
     }
   }
@@ -144,7 +146,7 @@ export class Attempt {
     const { registry, config } = this.#context;
     const { producer, consumer } = this.#pair;
     if (!producer.overlaps || !consumer.overlaps || this.#request.body.prompts !== 1) return false;
-    return registry.prefilling(producer) < config.overlap;
+    return (registry.workOf(producer)?.own ?? 0) < config.overlap;
   }
 
   /** False where KV may be left that nobody decodes. */
@@ -197,7 +199,7 @@ export class Attempt {
     const startedMs = performance.now();
     const { signal } = this.#abortPrefill;
     const timer = setTimeout(() => this.#abortPrefill.abort(timeoutError(call)), call.timeoutMs);
-    const leave = registry.enterPrefill(call.instance);
+    const leave = registry.workOf(call.instance)?.begin(0);
     try {
       const response = await upstream.ask(call, {
         path: this.#request.route,
@@ -217,7 +219,7 @@ export class Attempt {
       return undefined;
     } finally {
       clearTimeout(timer);
-      leave();
+      leave?.();
     }
   }
 

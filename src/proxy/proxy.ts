@@ -251,6 +251,13 @@ export class PdProxy {
     });
   }
 
+  /** As the proxy takes it to be: what the instance tells, and what it has been given since. */
+  #loadOf(instance: Instance) {
+    const work = this.#registry.workOf(instance);
+    if (!work) return null;
+    return { requests: work.requests, queued_tokens: work.queuedTokens, kv_cache_usage: work.kvUse };
+  }
+
   #health() {
     const instances = this.#registry.list();
     const count = (role: string) => instances.filter((instance) => instance.role === role).length;
@@ -268,6 +275,7 @@ export class PdProxy {
         /** Since its last ping. */
         age_seconds: Math.round(this.#registry.age(instance)) / 1_000,
         refused_connection: this.#registry.quarantined(instance),
+        load: this.#loadOf(instance),
       })),
     };
   }

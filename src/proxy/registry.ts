@@ -9,7 +9,8 @@
  * Two instances whose served model names are known and have none in common never fit either.
  */
 import { asDestination, formatHostPort, type HostPort, parseHostPort } from '../net/address.ts';
-import type { SendType } from '../wire/messages.ts';
+import type { SendType, WorkerLoad } from '../wire/messages.ts';
+import { InstanceWork } from './work.ts';
 
 export type InstanceRole = 'producer' | 'consumer';
 
@@ -24,6 +25,8 @@ export interface InstancePing {
   readonly sendType?: SendType;
   /** It may be asked while the other instance of its pair is at work. Absent for a vLLM worker, and for older ones of ours. */
   readonly overlaps?: boolean;
+  /** Absent for a vLLM worker, and for older ones of ours. */
+  readonly load?: WorkerLoad;
 }
 
 export interface Instance extends InstancePing {
@@ -65,6 +68,7 @@ interface Entry {
   instance: Instance;
   /** Number of the pick it was last taken in: the smallest is next. */
   picked: number;
+  readonly work: InstanceWork;
 }
 
 /** Pings are not authenticated, so what they can fill is bounded. */
@@ -72,8 +76,6 @@ const MAX_INSTANCES = 1_024;
 
 export class InstanceRegistry {
   readonly #entries = new Map<string, Entry>();
-  /** By HTTP address, above 0. */
-  readonly #prefills = new Map<string, number>();
   readonly #timeoutMs: number;
   readonly #now: () => number;
   #picks = 0;
@@ -94,7 +96,9 @@ export class InstanceRegistry {
     const now = this.#now();
     const known = this.#entries.get(announcement.httpAddress);
     if (known && samePing(known.instance, announcement) && !this.#expired(known.instance, now)) {
-      known.instance = { ...known.instance, lastSeenMs: now };
+      const { load } = announcement;
+      known.instance = { ...known.instance, ...(load && { load }), lastSeenMs: now };
+      if (load) known.work.tell(load);
       return [];
     }
     // One process owns an address, so an earlier owner of either address is gone.
@@ -105,7 +109,9 @@ export class InstanceRegistry {
     );
     if (this.#entries.size >= MAX_INSTANCES) return changes.length > 0 ? changes : undefined;
     const instance: Instance = { ...announcement, http, zmq, firstSeenMs: now, lastSeenMs: now };
-    this.#entries.set(announcement.httpAddress, { instance, picked: 0 });
+    const work = new InstanceWork(this.#now);
+    if (announcement.load) work.tell(announcement.load);
+    this.#entries.set(announcement.httpAddress, { instance, picked: 0, work });
     changes.push({ kind: 'added', instance });
     return changes;
   }
@@ -145,20 +151,9 @@ export class InstanceRegistry {
     return refused !== undefined && (this.#now() < refused.untilMs || lastSeenMs <= refused.atMs);
   }
 
-  /** How many requests of this proxy the producer has in prefill. */
-  prefilling({ httpAddress }: Instance): number {
-    return this.#prefills.get(httpAddress) ?? 0;
-  }
-
-  /** Counts one more in prefill; returns the function that takes it off again, to be called once. */
-  enterPrefill(producer: Instance): () => void {
-    const { httpAddress } = producer;
-    this.#prefills.set(httpAddress, this.prefilling(producer) + 1);
-    return () => {
-      const left = this.prefilling(producer) - 1;
-      if (left > 0) this.#prefills.set(httpAddress, left);
-      else this.#prefills.delete(httpAddress);
-    };
+  /** What it has to do; undefined where the instance has gone. */
+  workOf({ httpAddress }: Instance): InstanceWork | undefined {
+    return this.#entries.get(httpAddress)?.work;
   }
 
   /** There are a producer and a consumer that fit. */

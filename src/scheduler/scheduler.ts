@@ -18,6 +18,9 @@ import { endOutput, type Sequence, sampledOutput } from './sequence.ts';
 import { type SchedulerStep, StepBuilder } from './step.ts';
 import type { CoreRequest, ForwardResult, RequestOutput } from './types.ts';
 
+/** Waiting sequences whose cached blocks are counted; those further back are taken for uncached. */
+const MAX_LOOKED_UP = 64;
+
 interface SequenceLimits {
   readonly numBlocks: number;
   /** Tokens per block. */
@@ -73,6 +76,23 @@ export class Scheduler {
   get blocks(): { readonly used: number; readonly cached: number; readonly total: number } {
     const { numUsed, numCached, numBlocks } = this.#pool.blocks;
     return { used: numUsed, cached: numCached, total: numBlocks };
+  }
+
+  /** Prompt tokens to be computed here before all requests are in decode: what is cached, or comes from a peer, is not among them. */
+  get queuedTokens(): number {
+    const { running, ready, waiting } = this.#pool;
+    let tokens = 0;
+    // One token is left of each that decodes.
+    for (const queue of [running, ready]) for (const { numRemaining } of queue) tokens += numRemaining - 1;
+    let looked = 0;
+    for (const sequence of waiting) {
+      const local = looked++ < MAX_LOOKED_UP ? this.#lookup(sequence).length * this.#options.blockSize : 0;
+      const external = sequence.isLeader
+        ? (this.#connector?.getNumNewMatchedTokens(sequence.connectorRequest(), local) ?? 0)
+        : 0;
+      tokens += sequence.length - local - external;
+    }
+    return tokens;
   }
 
   /** Totals since the start. */

@@ -88,6 +88,9 @@ function handle(service: TransferService, message: ToTransfer): void {
     case 'stop-ping':
       service.stopPing();
       return;
+    case 'worker-load':
+      service.reportLoad(message.load);
+      return;
     case 'state':
       say({ type: 'state', seq: message.seq, state: service.state() });
       return;

@@ -114,6 +114,21 @@ export interface PingHello {
   readonly sendType?: SendType;
   /** Names that the reader does not know mean nothing. Absent in pings of before there were any. */
   readonly features?: readonly string[];
+  /** Absent in pings of before it was told. */
+  readonly load?: WorkerLoad;
+}
+
+/** What a worker has to do, as it was when its ping left. */
+export interface WorkerLoad {
+  /** Requests in the batch. */
+  readonly running: number;
+  /** Requests outside of it, those whose KV is on its way among them. */
+  readonly waiting: number;
+  /** Blocks of its KV cache that requests hold, of how many. */
+  readonly kvUsed: number;
+  readonly kvBlocks: number;
+  /** Prompt tokens of requests here that are to be computed yet: neither cached nor to come from a peer. */
+  readonly queuedTokens: number;
 }
 
 /** What is said of one tensor of PUTS. */

@@ -100,6 +100,7 @@ function createLoop(init: CoreInit, parts: LoopParts): CoreLoop {
     loadFailure: config.loadFailure,
     metrics,
     log,
+    ...(engine && { reportLoad: (load) => engine.reportLoad(load) }),
     ...told,
   });
 }

@@ -20,8 +20,10 @@ import type { Scheduler } from '../scheduler/scheduler.ts';
 import type { SchedulerStep } from '../scheduler/step.ts';
 import type { CoreRequest, ForwardResult, RequestOutput } from '../scheduler/types.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
+import type { WorkerLoad } from '../wire/messages.ts';
 import type { CoreState } from './core-messages.ts';
 import { CoreMetrics } from './core-metrics.ts';
+import { LoadReport } from './load-report.ts';
 import { ThroughputLog, type ThroughputLogOptions } from './throughput-log.ts';
 
 /** After this many failing steps in a row the executor is taken for broken. */
@@ -38,6 +40,8 @@ export interface CoreLoopOptions {
   readonly post: (outputs: readonly RequestOutput[]) => void;
   /** KV of a request whose output said that it was `opening`: under way now, or lost. */
   readonly kvSaved?: (requestId: EngineRequestId, error: ErrorData | undefined) => void;
+  /** Told of what there is to do, as it changes. */
+  readonly reportLoad?: (load: WorkerLoad) => void;
   /** For tests: what the lines of throughput are timed by. */
   readonly clock?: ThroughputLogOptions['clock'];
 }
@@ -49,6 +53,7 @@ export class CoreLoop {
   readonly #log: Logger;
   readonly #metrics: CoreMetrics;
   readonly #throughput: ThroughputLog;
+  readonly #load: LoadReport | undefined;
   readonly #saving: LayerHooks;
   /** What has come since the last turn. */
   #commands: (() => void)[] = [];
@@ -67,6 +72,8 @@ export class CoreLoop {
     this.#metrics = new CoreMetrics(options.metrics);
     const { scheduler, metrics: page, log, clock } = options;
     this.#throughput = new ThroughputLog({ scheduler, page, log, ...(clock && { clock }) });
+    const { reportLoad } = options;
+    this.#load = reportLoad && new LoadReport(() => loadOf(scheduler), reportLoad);
     this.#saving = saveHooks(options.executor, options.connector);
   }
 
@@ -122,6 +129,7 @@ export class CoreLoop {
       this.#emit(this.#scheduler.endAll(reason.toData()));
       this.#metrics.scheduler(this.#scheduler);
       this.#throughput.close();
+      this.#load?.close();
     }
   }
 
@@ -245,6 +253,7 @@ export class CoreLoop {
   #collect(): void {
     for (const finished of this.#scheduler.takeFinished()) this.#connector?.requestFinished(finished);
     this.#metrics.scheduler(this.#scheduler);
+    this.#load?.changed();
   }
 
   /** Sleeps until a message comes or a load ends. */
@@ -271,6 +280,16 @@ export class CoreLoop {
       this.#sleep?.resolve();
     });
   }
+}
+
+function loadOf({ numRunning, numWaiting, numLoading, blocks, queuedTokens }: Scheduler): WorkerLoad {
+  return {
+    running: numRunning,
+    waiting: numWaiting + numLoading,
+    kvUsed: blocks.used,
+    kvBlocks: blocks.total,
+    queuedTokens,
+  };
 }
 
 /** Whoever asked for a prompt learns with its token that the KV is not on its way. */

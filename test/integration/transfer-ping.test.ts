@@ -10,6 +10,7 @@ import { PdProxy } from '../../src/proxy/proxy.ts';
 import { Deadlines } from '../../src/transfer/deadlines.ts';
 import { Pinger } from '../../src/transfer/ping.ts';
 import { decodePing } from '../../src/wire/codec.ts';
+import { fingerprint } from '../../src/wire/fingerprint.ts';
 import { keptPort, Services, transferOptions } from '../support/transfer.ts';
 
 const services = new Services();
@@ -55,6 +56,22 @@ it('go to whichever address of a name takes them', async () => {
   engine.startPing({ proxy: name, type: 'P', httpAddress: '127.0.0.1:8081', intervalMs: 30 });
   const [identity] = await socket.receive();
   expect(identity!.toString()).toBe(formatHostPort(engine.address));
+  engine.stopPing();
+});
+
+it('say the load of the worker as soon as it is told, to a proxy that came before or after', async () => {
+  const { socket, port } = await proxy();
+  const shape = { blockSize: 16, layers: 1, heads: 1, headDim: 4 };
+  const model = fingerprint({ model: 'demo', weights: 'w', dtype: 'float32', ...shape });
+  const engine = await services.make({ fingerprint: model });
+  const loadOf = async () => decodePing((await socket.receive())[1]!).native?.load;
+  const load = { running: 1, waiting: 2, kvUsed: 3, kvBlocks: 4, queuedTokens: 5 };
+  engine.reportLoad(load);
+  const ping = { proxy: { host: '127.0.0.1', port }, type: 'P', httpAddress: '127.0.0.1:8081' } as const;
+  engine.startPing({ ...ping, intervalMs: 3_600_000 });
+  expect(await loadOf()).toEqual(load);
+  engine.reportLoad({ ...load, running: 9 });
+  expect(await loadOf()).toEqual({ ...load, running: 9 });
   engine.stopPing();
 });
 

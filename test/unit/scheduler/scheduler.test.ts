@@ -415,3 +415,20 @@ describe('KV for a peer', () => {
     expect(world.saves[0]?.meta.numTokens).toBe(14);
   });
 });
+describe('prompt tokens that are queued', () => {
+  it('are those to be computed here, less what is cached or comes from a peer', () => {
+    const world = new SchedulerWorld({ ...OPTIONS, maxNumBatchedTokens: 16 }, 'consumer');
+    const first = request(40);
+    world.add(first);
+    expect(world.scheduler.queuedTokens).toBe(40);
+    world.step();
+    expect(world.scheduler.queuedTokens).toBe(40 - 16 - 1);
+    world.drain();
+    expect(world.scheduler.queuedTokens).toBe(0);
+    const again = request(40, {}, { first: first.promptTokens[0]! });
+    world.add(again);
+    expect(world.scheduler.queuedTokens).toBe(4);
+    world.add(request(20, {}, { remote: true }));
+    expect(world.scheduler.queuedTokens).toBe(4 + 1);
+  });
+});
