@@ -108,7 +108,13 @@ export {
 // A whole worker and a whole proxy.
 
 export { type WorkerConfigInput, workerConfig } from './config/embedded.ts';
-export { type ProxyConfig, type ProxyConfigInput, proxyConfig } from './config/proxy-config.ts';
+export {
+  POLICIES,
+  type Policy,
+  type ProxyConfig,
+  type ProxyConfigInput,
+  proxyConfig,
+} from './config/proxy-config.ts';
 export {
   type DebugAudience,
   LOAD_FAILURE_POLICIES,

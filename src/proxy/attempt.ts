@@ -24,6 +24,7 @@ import { proxyRequestId } from '../wire/ids.ts';
 import { KV_FAILED_HEADER, PREFILL_WITHIN_HEADER, readKvFailed } from '../wire/overlap.ts';
 import type { RequestBody } from './body.ts';
 import type { BodyReader } from './body-reader.ts';
+import type { PromptCaches } from './caches.ts';
 import type { ProxyMetrics } from './metrics.ts';
 import { Notices } from './notices.ts';
 import type { InstancePair, InstanceRegistry } from './registry.ts';
@@ -42,12 +43,13 @@ import {
 
 /** What all requests of a proxy share. */
 export interface ProxyContext {
-  readonly config: Pick<ProxyConfig, 'prefillTimeoutMs' | 'decodeIdleTimeoutMs' | 'overlap'>;
+  readonly config: ProxyConfig;
   readonly registry: InstanceRegistry;
   readonly upstream: Upstream;
   readonly metrics: ProxyMetrics;
   readonly log: Logger;
   readonly bodies: Pick<BodyReader, 'read'>;
+  readonly caches: PromptCaches;
   /** Numbers the requests in the log, from 0. */
   nextCount(): number;
 }
@@ -90,13 +92,16 @@ export class Attempt {
   /** Each aborts one instance's request, for the reason it is given; the request's own signal aborts both. */
   readonly #abortPrefill = new AbortController();
   readonly #abortDecode = new AbortController();
+  /** About how many tokens of the prompt the producer has to compute. */
+  readonly #uncached: number;
 
-  constructor(context: ProxyContext, request: ClientRequest, pair: InstancePair) {
+  constructor(context: ProxyContext, request: ClientRequest, pair: InstancePair, uncached: number) {
     const { producer, consumer } = pair;
     const { route } = request;
     this.#context = context;
     this.#request = request;
     this.#pair = pair;
+    this.#uncached = uncached;
     this.#prefillCall = {
       instance: producer,
       what: `prefill of ${route}`,
@@ -199,7 +204,9 @@ export class Attempt {
     const startedMs = performance.now();
     const { signal } = this.#abortPrefill;
     const timer = setTimeout(() => this.#abortPrefill.abort(timeoutError(call)), call.timeoutMs);
-    const leave = registry.workOf(call.instance)?.begin(0);
+    const work = registry.workOf(call.instance);
+    const leave = work?.begin(this.#uncached);
+    const ahead = work?.queuedTokens ?? 0;
     try {
       const response = await upstream.ask(call, {
         path: this.#request.route,
@@ -214,7 +221,9 @@ export class Attempt {
         throw new InstanceRefused(call, `its answer broke off: ${reasonOf(error)}`, error);
       });
       if (!ok) return refuseIfDraining(answer, call);
-      metrics.prefillSeconds.observe((performance.now() - startedMs) / 1_000);
+      const tookMs = performance.now() - startedMs;
+      metrics.prefillSeconds.observe(tookMs / 1_000);
+      work?.learn(ahead, tookMs);
       this.#reportKvFailure(response);
       return undefined;
     } finally {

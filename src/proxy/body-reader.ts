@@ -6,6 +6,8 @@ import { type RequestBody, readBody } from './body.ts';
 
 export interface ToBodyThread {
   readonly body: Uint8Array<ArrayBuffer>;
+  /** Keys of the prompt's text are wanted. */
+  readonly withKeys: boolean;
 }
 
 /**
@@ -35,9 +37,9 @@ export class BodyReader {
   }
 
   /** `body` is not to be used any more: its memory may move. Throws what `readBody` and `ReadingThread.read` throw. */
-  async read(body: Uint8Array<ArrayBuffer>, signal: AbortSignal): Promise<RequestBody> {
-    if (body.byteLength <= this.#shortBody) return readBody(body);
-    return await this.#thread.read({ body }, signal);
+  async read(body: Uint8Array<ArrayBuffer>, signal: AbortSignal, withKeys = false): Promise<RequestBody> {
+    if (body.byteLength <= this.#shortBody) return readBody(body, withKeys);
+    return await this.#thread.read({ body, withKeys }, signal);
   }
 
   /** Ends the thread; what waits or is being read fails with SERVER_DRAINING. Idempotent. */

@@ -3,7 +3,7 @@ import { answerReadings } from '../reading-thread.ts';
 import { type RequestBody, readBody } from './body.ts';
 import type { ToBodyThread } from './body-reader.ts';
 
-const read = ({ body }: ToBodyThread) => readBody(body);
+const read = ({ body, withKeys }: ToBodyThread) => readBody(body, withKeys);
 await answerReadings(() => read, buffersOf);
 
 function buffersOf({ original, prefill }: RequestBody): readonly ArrayBuffer[] {

@@ -3,6 +3,7 @@
  * main thread for short bodies and on a thread for long ones (body-reader.ts).
  */
 import { PdError } from '../errors.ts';
+import { textKeys } from './prefix-index.ts';
 
 type JsonObject = Readonly<Record<string, unknown>>;
 
@@ -12,18 +13,29 @@ export interface RequestBody {
   /** Which model is asked for, if any. */
   readonly model: string | undefined;
   readonly prompts: number;
+  /** About how many tokens they have together; the rest of the body counts as prompt. */
+  readonly tokens: number;
+  /** The body's `user`, if any. */
+  readonly user: string | undefined;
+  /** Of its text, where asked for and where there is one prompt: as in prefix-index.ts. */
+  readonly textKeys: readonly string[];
   /** The producer's: the same prompts, one token, nothing that only the answer needs. JSON in UTF-8. */
   readonly prefill: Uint8Array<ArrayBuffer>;
 }
 
 /** Throws REQUEST_INVALID where it is no JSON object; BODY_TOO_COSTLY where it is nested deeper than the stack goes. */
-export function readBody(original: Uint8Array<ArrayBuffer>): RequestBody {
+export function readBody(original: Uint8Array<ArrayBuffer>, withKeys = false): RequestBody {
   const json = parseObject(original);
-  const { model } = json;
+  const { user } = json;
+  const model = typeof json['model'] === 'string' ? json['model'] : undefined;
+  const prompts = countPrompts(json['prompt']);
   return {
     original,
-    model: typeof model === 'string' ? model : undefined,
-    prompts: countPrompts(json['prompt']),
+    model,
+    prompts,
+    tokens: countTokens(json['prompt'], original.byteLength),
+    user: typeof user === 'string' ? user : undefined,
+    textKeys: withKeys && prompts === 1 ? textKeys(promptText(json), model ?? '') : [],
     prefill: new TextEncoder().encode(stringify(prefillCopy(json))),
   };
 }
@@ -41,9 +53,9 @@ function parseObject({ buffer, byteOffset, byteLength }: Uint8Array<ArrayBuffer>
   return json as JsonObject;
 }
 
-function stringify(json: JsonObject): string {
+function stringify(json: unknown): string {
   try {
-    return JSON.stringify(json);
+    return JSON.stringify(json) ?? '';
   } catch (cause) {
     if (!(cause instanceof RangeError)) throw cause;
     throw new PdError('BODY_TOO_COSTLY', `copying the body: ${cause.message}`, {}, { cause });
@@ -72,7 +84,32 @@ function prefillCopy(body: JsonObject): JsonObject {
   return copy;
 }
 
+/** Of English in JSON, about. */
+const BYTES_PER_TOKEN = 4;
+/** Of a token id, in the text that keys are made of: base 36 has room for 1.6 million. */
+const ID_DIGITS = 4;
+
+function countTokens(prompt: unknown, bytes: number): number {
+  return isTokenIds(prompt) ? prompt.length : Math.ceil(bytes / BYTES_PER_TOKEN);
+}
+
+/**
+ * The prompt as whoever compares beginnings needs it: not what the model sees, but equal where that is equal, and longer where that is
+ * longer. A token id is as long as a token's text is on average.
+ */
+function promptText({ prompt, messages, tools }: JsonObject): string {
+  if (typeof prompt === 'string') return prompt;
+  if (isTokenIds(prompt)) return prompt.map((id) => Number(id).toString(36).padStart(ID_DIGITS)).join('');
+  if (!Array.isArray(messages)) return '';
+  return [...(tools === undefined ? [] : [tools]), ...(messages as unknown[])].map(stringify).join('');
+}
+
+/** By its first: an id that is none makes a wrong hint, and an error at the worker. */
+function isTokenIds(prompt: unknown): prompt is number[] {
+  return Array.isArray(prompt) && typeof prompt[0] === 'number';
+}
+
 function countPrompts(prompt: unknown): number {
-  const many = Array.isArray(prompt) && typeof prompt[0] !== 'number';
+  const many = Array.isArray(prompt) && !isTokenIds(prompt);
   return many ? Math.max(1, prompt.length) : 1;
 }

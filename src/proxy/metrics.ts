@@ -43,6 +43,12 @@ export function createProxyMetrics(instances: InstanceRegistry) {
       buckets: SECONDS,
       registers,
     }),
+    placedTokens: new Counter({
+      name: 'pd_proxy_placed_tokens_total',
+      help: 'Prompt tokens of placed requests, by whether the instance was thought to have them cached; about, and without kv-aware none are',
+      labelNames: ['role', 'cached'],
+      registers,
+    }),
     replaced: new Counter({
       name: 'pd_proxy_pairs_replaced_total',
       help: 'Requests that went to a second pair because an instance did not take them',

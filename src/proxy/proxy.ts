@@ -12,6 +12,7 @@ import { createLogger, type Logger } from '../observability/log.ts';
 import { openAiError } from '../openai-error.ts';
 import type { ProxyContext } from './attempt.ts';
 import { BodyReader } from './body-reader.ts';
+import { PromptCaches } from './caches.ts';
 import { Discovery } from './discovery.ts';
 import { createProxyMetrics, type ProxyMetrics } from './metrics.ts';
 import { ModelDirectory } from './models.ts';
@@ -47,6 +48,7 @@ export class PdProxy {
   readonly #registry: InstanceRegistry;
   readonly #metrics: ProxyMetrics;
   readonly #upstream = new Upstream();
+  readonly #caches = new PromptCaches();
   readonly #bodies: Pick<BodyReader, 'read' | 'close'>;
   readonly #stop = new AbortController();
   readonly #models: ModelDirectory;
@@ -64,7 +66,9 @@ export class PdProxy {
   private constructor(config: ProxyConfig, parts: ProxyParts) {
     this.#config = config;
     this.#log = createLogger(config.log, 'proxy');
-    this.#registry = new InstanceRegistry(config.instanceTimeoutMs);
+    const { policy, prefillPolicy = policy, decodePolicy = policy } = config;
+    const policies = { producer: prefillPolicy, consumer: decodePolicy };
+    this.#registry = new InstanceRegistry(config.instanceTimeoutMs, undefined, policies);
     this.#metrics = createProxyMetrics(this.#registry);
     setMaxListeners(0, this.#stop.signal, this.#events); // one per request under way, one per caller who waits
     this.#bodies = parts.bodyReader(this.#log);
@@ -75,6 +79,7 @@ export class PdProxy {
       metrics: this.#metrics,
       log: this.#log,
       bodies: this.#bodies,
+      caches: this.#caches,
       nextCount: () => this.#count++,
     };
     this.#models = new ModelDirectory(this.#context, this.#stop.signal);
@@ -168,6 +173,7 @@ export class PdProxy {
       onBadPing: () => this.#metrics.badPings.inc(),
       onChange: ({ instance }) => {
         this.#models.forget(instance.httpAddress);
+        this.#caches.forget(instance.httpAddress);
         this.#events.emit('instances');
       },
     });

@@ -2,11 +2,13 @@
  * A client's request from its arrival to its answer: it goes to a pair, and once more to another where an instance does not take it. What
  * happens with one pair is in attempt.ts.
  */
+import type { ProxyConfig } from '../config/proxy-config.ts';
 import { PdError } from '../errors.ts';
 import { plural } from '../observability/bytes.ts';
 import { Attempt, type ProxyContext, type ReceivedRequest } from './attempt.ts';
 import type { RequestBody } from './body.ts';
-import { type InstanceRegistry, instanceLabel, type Missing } from './registry.ts';
+import type { PromptToPlace } from './placement.ts';
+import { type InstancePair, type InstanceRegistry, instanceLabel, type Missing } from './registry.ts';
 import { answerError } from './relay.ts';
 import { InstanceRefused } from './upstream.ts';
 
@@ -44,7 +46,7 @@ export class ProxiedRequest {
     });
     metrics.inFlight.inc();
     try {
-      const read = await bodies.read(body, signal);
+      const read = await bodies.read(body, signal, needsKeys(this.#context.config));
       signal.throwIfAborted();
       await this.#throughPairs(read);
     } catch (cause) {
@@ -57,16 +59,22 @@ export class ProxiedRequest {
   }
 
   async #throughPairs(body: RequestBody): Promise<void> {
-    const { registry, metrics, log } = this.#context;
+    const { config, registry, caches, metrics, log } = this.#context;
     const count = this.#context.nextCount();
     const request = { ...this.#received, body, arrivedMs: this.#arrivedMs, signal: this.#abort.signal };
     /** HTTP addresses of instances that did not take the request. */
     const exclude = new Set<string>();
     let refused: InstanceRefused | undefined;
+    const prompt: PromptToPlace = {
+      tokens: body.tokens,
+      session: sessionOf(this.#received.headers[config.sessionHeader]) ?? body.user,
+      cached: (address) => caches.cached(address, body),
+    };
     for (;;) {
-      const pair = registry.pair({ model: body.model, exclude });
+      const pair = registry.pair({ model: body.model, exclude, prompt });
       if (typeof pair === 'string') throw refused ?? noPair(pair, registry);
-      const attempt = new Attempt(this.#context, request, pair);
+      const uncached = this.#placed(pair, body);
+      const attempt = new Attempt(this.#context, request, pair, uncached);
       const { requestId } = attempt;
       this.#requestId = requestId;
       log.info(
@@ -87,12 +95,35 @@ export class ProxiedRequest {
     }
   }
 
+  /** Notes what the pair is given; returns how many tokens are left for its producer to compute. */
+  #placed({ producer, consumer }: InstancePair, body: RequestBody): number {
+    const { caches, metrics } = this.#context;
+    for (const instance of [consumer, producer]) {
+      const { role } = instance;
+      const cached = caches.cached(instance.httpAddress, body);
+      metrics.placedTokens.inc({ role, cached: 'yes' }, cached);
+      metrics.placedTokens.inc({ role, cached: 'no' }, body.tokens - cached);
+    }
+    const uncached = body.tokens - caches.cached(producer.httpAddress, body);
+    for (const instance of [producer, consumer]) caches.sent(instance, body);
+    return uncached;
+  }
+
   #fail(error: PdError): void {
     const level = this.#clientGone || error.status < 500 ? 'info' : 'warn';
     const { route, out } = this.#received;
     this.#context.log[level]({ requestId: this.#requestId, code: error.code }, `${route}: ${error.message}`);
     answerError(out, error, this.#requestId);
   }
+}
+
+/** Somebody goes by what is cached. */
+function needsKeys({ policy, prefillPolicy = policy, decodePolicy = policy }: ProxyConfig): boolean {
+  return prefillPolicy === 'kv-aware' || decodePolicy === 'kv-aware';
+}
+
+function sessionOf(header: string | string[] | undefined): string | undefined {
+  return Array.isArray(header) ? header[0] : header;
 }
 
 function noPair(missing: Missing, registry: InstanceRegistry): PdError {

@@ -12,6 +12,14 @@ import type { WorkerLoad } from '../wire/messages.ts';
 /** For a request to reach a worker and be counted there, and for the worker's ping to come back. */
 const UNDER_WAY_MS = 50;
 
+/** A shorter prompt says more of HTTP than of computing. */
+const LEAST_LEARNT = 128;
+/** What the latest prompt counts for. */
+const LEARNT_SHARE = 0.2;
+/** Of a token, so that one that lies or hangs is still compared by what it has to do. */
+const FASTEST_MS = 0.001;
+const SLOWEST_MS = 100;
+
 interface Given {
   readonly tokens: number;
   readonly atMs: number;
@@ -20,6 +28,8 @@ interface Given {
 }
 
 export class InstanceWork {
+  /** About what a prompt token takes it, as seen by this proxy. Until it is known: 8,192 tokens/s. */
+  msPerToken = 1_000 / 8_192;
   readonly #now: () => number;
   readonly #given = new Set<Given>();
   /** Of `#given`, sums. */
@@ -51,6 +61,13 @@ export class InstanceWork {
       this.#tokens -= tokens;
       this.#settle(given);
     };
+  }
+
+  /** A prompt was answered after so long, with so many tokens to be computed before and for it. */
+  learn(tokens: number, ms: number): void {
+    if (tokens < LEAST_LEARNT) return;
+    const seen = Math.min(SLOWEST_MS, Math.max(FASTEST_MS, ms / tokens));
+    this.msPerToken += (seen - this.msPerToken) * LEARNT_SHARE;
   }
 
   /** Requests of this proxy. */

@@ -3,6 +3,7 @@ import { createServer } from 'node:net';
 import pino from 'pino';
 import { afterEach, describe, expect, it } from 'vitest';
 import * as zmq from 'zeromq';
+import { proxyConfig } from '../../src/config/proxy-config.ts';
 import { PdError } from '../../src/errors.ts';
 import { formatHostPort } from '../../src/net/address.ts';
 import { RateLimitedLog } from '../../src/observability/log.ts';
@@ -165,17 +166,14 @@ describe('what is told of a proxy', () => {
 
   it('one that turns this address away is told by that, and is reached once it lets it in', async () => {
     const start = (port: number, allowInstances: string[]) =>
-      PdProxy.start({
-        http: { host: '127.0.0.1', port: 0 },
-        discovery: { host: '127.0.0.1', port },
-        allowInstances,
-        instanceTimeoutMs: 10_000,
-        prefillTimeoutMs: 1_000,
-        decodeIdleTimeoutMs: 1_000,
-        overlap: 0,
-        drainTimeoutMs: 0,
-        log: { level: 'silent', format: 'json' },
-      });
+      PdProxy.start(
+        proxyConfig({
+          discovery: { host: '127.0.0.1', port },
+          allowInstances,
+          drainTimeoutMs: 0,
+          log: { level: 'silent', format: 'json' },
+        }),
+      );
     const port = await keptPort();
     const strict = await start(port, ['10.0.0.0/8']);
     const { said } = pinging(port);
