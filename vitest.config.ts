@@ -3,6 +3,8 @@ import { defineConfig } from 'vitest/config';
 /** What is long or wide, and that no change of behaviour is first seen in: bundles, examples, long loads, results scripts in small. */
 const WIDE = 'test/wide/**/*.test.ts';
 const UNIT = 'test/unit/**/*.test.ts';
+/** Tables of systems: some rows here, the others there (test/support/rows.ts). */
+const ROWS = 'test/**/*.rows.test.ts';
 
 export default defineConfig({
   test: {
@@ -18,7 +20,7 @@ export default defineConfig({
       { extends: true, test: { name: 'unit', include: [UNIT], isolate: false } },
       { extends: true, test: { name: 'main', include: ['test/**/*.test.ts'], exclude: [WIDE, UNIT] } },
       // scripts/test-all.sh
-      { extends: true, test: { name: 'wide', include: [WIDE] } },
+      { extends: true, test: { name: 'wide', include: [WIDE, ROWS], env: { PD_TEST_ROWS: 'others' } } },
     ],
   },
 });

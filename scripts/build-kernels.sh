@@ -2,7 +2,8 @@
 # Builds the CUDA kernels that are shipped: cubin for sm_80, sm_89 and sm_90, and PTX (compute_80) for what comes after.
 #
 #   scripts/build-kernels.sh            build, and write kernels/manifest.json
-#   scripts/build-kernels.sh --check    the manifest is that of the sources and the shipped files; where nvcc is found, the sources compile anew
+#   scripts/build-kernels.sh --check    the manifest is that of the sources and the shipped files
+#   scripts/build-kernels.sh --compile  and, where nvcc is found, the sources compile anew
 #
 # The manifest has the hashes of sources and images, and the parameters of each kernel as its source declares them: the product compares
 # them with its own tables of kernels when it loads an image (src/device/cuda/kernels.ts).
@@ -67,7 +68,7 @@ manifest() { # version of nvcc
   printf '\n  }\n}\n'
 }
 
-if [ "${1:-}" = --check ]; then
+if [ "${1:-}" = --check ] || [ "${1:-}" = --compile ]; then
   aside=$(mktemp -d)
   trap 'rm -rf "$aside"' EXIT
   manifest "$(sed -n 's/.*"nvcc": "\(.*\)",/\1/p' kernels/manifest.json)" > "$aside/manifest.json"
@@ -75,12 +76,12 @@ if [ "${1:-}" = --check ]; then
     echo "kernels/manifest.json (<) is not that of sources and images (>): run scripts/build-kernels.sh" >&2
     exit 1
   }
-  if [ -n "$NVCC" ]; then
+  if [ "$1" = --compile ] && [ -n "$NVCC" ]; then
     # as far as PTX: machine code takes a minute
     for name in $(names); do compile_ptx "$name" "$aside"; done
     echo "kernels: manifest fits, sources compile with nvcc $(nvcc_version)"
   else
-    echo "kernels: manifest fits (no nvcc here, nothing compiled)"
+    echo "kernels: manifest fits (nothing compiled)"
   fi
   exit 0
 fi

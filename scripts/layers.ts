@@ -30,11 +30,12 @@ export const LAYERS: readonly Layer[] = [
   { name: 'src/zod.ts', may: [] },
   { name: 'src/observability', may: BASE },
   { name: 'src/net', may: [...BASE, 'src/observability'] },
+  { name: 'src/parsing', may: [], pure: true },
   { name: 'src/openai-error.ts', may: BASE },
   { name: 'src/reading-thread.ts', may: [...BASE, 'src/observability'] },
   { name: 'src/wire', may: ['src/errors.ts', 'src/net'], pure: true },
   { name: 'src/kv', may: ['src/errors.ts', 'src/wire'], pure: true },
-  { name: 'src/config', may: [...COMMON, 'src/wire', 'src/kv'] },
+  { name: 'src/config', may: [...COMMON, 'src/parsing', 'src/wire', 'src/kv'] },
   { name: 'src/device', may: [...COMMON, 'src/wire', 'src/kv', 'ffi'] },
   { name: 'src/transport', may: [...COMMON, 'src/wire', 'src/kv', 'src/device', 'ffi'] },
   {
@@ -61,7 +62,7 @@ export const LAYERS: readonly Layer[] = [
       ...COMMON,
       'src/openai-error.ts',
       'src/reading-thread.ts',
-      ...['wire', 'kv', 'config', 'device', 'transfer', 'connector', 'scheduler', 'model'].map(
+      ...['parsing', 'wire', 'kv', 'config', 'device', 'transfer', 'connector', 'scheduler', 'model'].map(
         (folder) => `src/${folder}`,
       ),
     ],

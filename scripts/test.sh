@@ -21,11 +21,19 @@ step() {
 if ! ./scripts/debian-packages.sh peer; then
   if [ "${CI:-}" = true ]; then broken=$((broken + 1)); else echo "test: the tests with a Python peer are skipped"; fi
 fi
-step "formatting and lint" ./node_modules/.bin/biome check --error-on-warnings .
-step "layers" ./node_modules/.bin/tsx scripts/layers.ts
-step "dead exports" ./node_modules/.bin/knip --no-progress --treat-config-hints-as-errors
+# On two cores: these beside the compiler.
+(
+  broken=0
+  step "formatting and lint" ./node_modules/.bin/biome check --error-on-warnings .
+  step "layers" ./node_modules/.bin/tsx scripts/layers.ts
+  step "dead exports" ./node_modules/.bin/knip --no-progress --treat-config-hints-as-errors
+  exit "$broken"
+) &
+checks=$!
 step "types" ./node_modules/.bin/tsc -p tsconfig.json
 step "build" ./scripts/build.sh
+wait "$checks"
+broken=$((broken + $?))
 echo "test: vitest"
 PD_TEST_SKIP_BUILD=1 ./node_modules/.bin/vitest run --project unit --project main --reporter=default --reporter=json \
   --outputFile.json="$results/vitest.json" "$@"

@@ -72,6 +72,14 @@ export const ERROR_TABLE = {
     status: 503,
     hint: 'Raise --kv-buffer-size or --mem-pool-size-gb on the receiver, or lower the load.',
   },
+  PROMPT_MISMATCH: {
+    status: 502,
+    hint: 'The two ends of a pair have made different tokens of one request: compare tokenizer, chat template and version of both, or two requests were given one id.',
+  },
+  TRANSPORT_MISMATCH: {
+    status: 502,
+    hint: 'No way for KV is open at both ends: compare --transport and --device of both.',
+  },
   KV_SHAPE_MISMATCH: {
     status: 502,
     hint: 'Both ends must hold the same layers, KV heads, head size and element type.',

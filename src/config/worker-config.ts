@@ -1,5 +1,7 @@
 /** One validated shape for a worker: what flags, environment, config file and vLLM's JSON become. Plain data: it crosses threads. */
 import type { HostPort } from '../net/address.ts';
+import type { CallDialect } from '../parsing/calls.ts';
+import type { ReasoningDialect } from '../parsing/reasoning.ts';
 import type { TransferOptions } from './transfer-options.ts';
 
 export const WORKER_ROLES = ['producer', 'consumer', 'both'] as const;
@@ -8,6 +10,13 @@ export type WorkerRole = (typeof WORKER_ROLES)[number];
 export const LOAD_FAILURE_POLICIES = ['recompute', 'fail'] as const;
 /** What a consumer does when KV does not come: compute the prompt itself, or end the request with an error. */
 export type LoadFailurePolicy = (typeof LOAD_FAILURE_POLICIES)[number];
+
+export const WIRE_CHOICES = ['auto', 'native', 'frozen'] as const;
+/**
+ * How KV travels between two workers of ours. `auto`: natively where the proxy says so to both ends, which it does where both can. `native`:
+ * also where nobody says anything, for pairs without a proxy of ours. `frozen`: as between a worker of ours and one of vLLM.
+ */
+export type WireChoice = (typeof WIRE_CHOICES)[number];
 
 export const EXECUTORS = ['host', 'cuda'] as const;
 
@@ -21,6 +30,10 @@ export interface WorkerConfig {
   readonly modelDir: string;
   /** Ids that /v1/models lists and requests may name; the first is echoed. Never empty. */
   readonly servedModelNames: readonly string[];
+  /** How the model writes calls of tools. `auto`: as its chat template says. */
+  readonly toolCallParser: CallDialect | 'auto' | 'none';
+  /** How it marks what it thinks. `auto`: as its chat template says; `none`: thoughts are part of the answer. */
+  readonly reasoningParser: ReasoningDialect | 'auto' | 'none';
   /** What computes. `host` with a cuda device moves KV through GPU memory. */
   readonly executor: (typeof EXECUTORS)[number];
   readonly http: HostPort;
@@ -35,6 +48,8 @@ export interface WorkerConfig {
   readonly transfer: TransferOptions;
   /** Who may read GET /debug/state. Absent: nobody. */
   readonly debugState?: DebugAudience;
+  /** The same on both ends of a pair, or `auto` on one. */
+  readonly wire: WireChoice;
   readonly loadFailure: LoadFailurePolicy;
   readonly maxNumSeqs: number;
   readonly maxNumBatchedTokens: number;

@@ -4,6 +4,8 @@
  */
 import { WIRE_LAYOUTS } from '../kv/families.ts';
 import { LOG_FORMATS, LOG_LEVELS } from '../observability/log-options.ts';
+import { CALL_DIALECTS } from '../parsing/calls.ts';
+import { REASONING_DIALECTS } from '../parsing/reasoning.ts';
 import { SUFFIXED_IDS } from '../wire/ids.ts';
 import { SEND_TYPES } from '../wire/messages.ts';
 import type { TableOf } from './fields.ts';
@@ -25,7 +27,13 @@ import {
 } from './kinds.ts';
 import { defineOptions, option, type ValuesOf } from './options.ts';
 import { DEFAULT_LIMITS, DEFAULT_TIMEOUTS, KV_KEYS } from './transfer-options.ts';
-import { EXECUTORS, LOAD_FAILURE_POLICIES, WORKER_ROLES, type WorkerConfig } from './worker-config.ts';
+import {
+  EXECUTORS,
+  LOAD_FAILURE_POLICIES,
+  WIRE_CHOICES,
+  WORKER_ROLES,
+  type WorkerConfig,
+} from './worker-config.ts';
 
 const MODEL = 'Model';
 const SERVER = 'HTTP server';
@@ -76,6 +84,20 @@ export const WORKER_OPTIONS = defineOptions({
     group: MODEL,
     help: 'most tokens of one sequence, prompt and output',
     defaultText: "the model's own",
+  }),
+  toolCallParser: option({
+    field: 'toolCallParser',
+    kind: oneOf(['auto', 'none', ...CALL_DIALECTS]),
+    group: MODEL,
+    help: 'how the model writes calls of tools; auto: as its chat template says',
+    default: 'auto',
+  }),
+  reasoningParser: option({
+    field: 'reasoningParser',
+    kind: oneOf(['auto', 'none', ...REASONING_DIALECTS]),
+    group: MODEL,
+    help: 'how it marks what it thinks; auto: as its chat template says; none: as part of the answer',
+    default: 'auto',
   }),
   debugLogits: option({
     field: 'debugLogits',
@@ -133,6 +155,13 @@ export const WORKER_OPTIONS = defineOptions({
     group: KV,
     help: 'how KV moves; the same on both ends',
     default: 'PUT_ASYNC',
+  }),
+  wire: option({
+    field: 'wire',
+    kind: oneOf(WIRE_CHOICES),
+    group: KV,
+    help: 'between workers of ours: native, written into place; frozen, as with vLLM; auto, native where the proxy sees that both can',
+    default: 'auto',
   }),
   kvBufferSize: option({
     field: 'transfer.kvBufferSize',

@@ -21,6 +21,8 @@ export interface RequestBody {
   readonly textKeys: readonly string[];
   /** The producer's: the same prompts, one token, nothing that only the answer needs. JSON in UTF-8. */
   readonly prefill: Uint8Array<ArrayBuffer>;
+  /** A producer's whose first token the consumer takes over: with all that the token and its log-probabilities depend on. May be `prefill`. */
+  readonly nativePrefill: Uint8Array<ArrayBuffer>;
 }
 
 /** Throws REQUEST_INVALID where it is no JSON object; BODY_TOO_COSTLY where it is nested deeper than the stack goes. */
@@ -29,6 +31,8 @@ export function readBody(original: Uint8Array<ArrayBuffer>, withKeys = false): R
   const { user } = json;
   const model = typeof json['model'] === 'string' ? json['model'] : undefined;
   const prompts = countPrompts(json['prompt']);
+  const prefill = encode(prefillCopy(json));
+  const drawnBy = drawnByFields(json);
   return {
     original,
     model,
@@ -36,7 +40,8 @@ export function readBody(original: Uint8Array<ArrayBuffer>, withKeys = false): R
     tokens: countTokens(json['prompt'], original.byteLength),
     user: typeof user === 'string' ? user : undefined,
     textKeys: withKeys && prompts === 1 ? textKeys(promptText(json), model ?? '') : [],
-    prefill: new TextEncoder().encode(stringify(prefillCopy(json))),
+    prefill,
+    nativePrefill: drawnBy ? encode({ ...prefillCopy(json), ...drawnBy }) : prefill,
   };
 }
 
@@ -51,6 +56,10 @@ function parseObject({ buffer, byteOffset, byteLength }: Uint8Array<ArrayBuffer>
     throw new PdError('REQUEST_INVALID', 'the body must be a JSON object');
   }
   return json as JsonObject;
+}
+
+function encode(json: JsonObject): Uint8Array<ArrayBuffer> {
+  return new TextEncoder().encode(stringify(json));
 }
 
 function stringify(json: unknown): string {
@@ -74,7 +83,14 @@ const DROPPED = [
 ] as const;
 
 /** Set only where present: their defaults are these values, and a server may reject a field it does not know. */
-const REPLACED = { max_completion_tokens: 1, stream: false, n: 1, best_of: 1, echo: false } as const;
+const REPLACED = {
+  max_completion_tokens: 1,
+  max_output_tokens: 1,
+  stream: false,
+  n: 1,
+  best_of: 1,
+  echo: false,
+} as const;
 
 /** Leaves `body` as it is. */
 function prefillCopy(body: JsonObject): JsonObject {
@@ -82,6 +98,19 @@ function prefillCopy(body: JsonObject): JsonObject {
   for (const field of DROPPED) delete copy[field];
   for (const [field, value] of Object.entries(REPLACED)) if (field in copy) copy[field] = value;
   return copy;
+}
+
+/** Of what a prefill copy drops: what the first token is drawn by, and told with. */
+const DRAWN_BY = ['min_tokens', 'logprobs', 'top_logprobs'] as const;
+
+function drawnByFields(body: JsonObject): JsonObject | undefined {
+  const present = DRAWN_BY.filter((field) => field in body);
+  if (present.length === 0) return undefined;
+  const kept: Record<string, unknown> = {};
+  for (const field of present) kept[field] = body[field];
+  // Of one token: whether it may be a stop token at all.
+  if (typeof kept['min_tokens'] === 'number') kept['min_tokens'] = Math.min(kept['min_tokens'], 1);
+  return kept;
 }
 
 /** Of English in JSON, about. */
@@ -97,11 +126,13 @@ function countTokens(prompt: unknown, bytes: number): number {
  * The prompt as whoever compares beginnings needs it: not what the model sees, but equal where that is equal, and longer where that is
  * longer. A token id is as long as a token's text is on average.
  */
-function promptText({ prompt, messages, tools }: JsonObject): string {
+function promptText({ prompt, messages, input, instructions, tools }: JsonObject): string {
   if (typeof prompt === 'string') return prompt;
   if (isTokenIds(prompt)) return prompt.map((id) => Number(id).toString(36).padStart(ID_DIGITS)).join('');
-  if (!Array.isArray(messages)) return '';
-  return [...(tools === undefined ? [] : [tools]), ...(messages as unknown[])].map(stringify).join('');
+  const turns = messages ?? input;
+  return [tools, instructions, ...(Array.isArray(turns) ? (turns as unknown[]) : [turns])]
+    .map(stringify)
+    .join('');
 }
 
 /** By its first: an id that is none makes a wrong hint, and an error at the worker. */

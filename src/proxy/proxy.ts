@@ -21,7 +21,7 @@ import { answerError } from './relay.ts';
 import { ProxiedRequest } from './request.ts';
 import { Upstream } from './upstream.ts';
 
-const ROUTES = ['/v1/completions', '/v1/chat/completions'] as const;
+const ROUTES = ['/v1/completions', '/v1/chat/completions', '/v1/responses'] as const;
 /** A prompt of a million token ids fits. */
 const BODY_LIMIT = 32 * 1024 * 1024;
 /** For a client to send its whole request. */

@@ -29,6 +29,8 @@ export interface InstancePing {
   readonly overlaps?: boolean;
   /** Absent for a vLLM worker, and for older ones of ours. */
   readonly load?: WorkerLoad;
+  /** It speaks the native hand-over. Absent likewise. */
+  readonly native?: boolean;
 }
 
 export interface Instance extends InstancePing {
@@ -277,6 +279,7 @@ function samePing(a: InstancePing, b: InstancePing): boolean {
     a.zmqAddress === b.zmqAddress &&
     a.fingerprint?.digest === b.fingerprint?.digest &&
     a.sendType === b.sendType &&
-    a.overlaps === b.overlaps
+    a.overlaps === b.overlaps &&
+    a.native === b.native
   );
 }

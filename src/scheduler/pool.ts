@@ -3,7 +3,7 @@ import type { FinishedRequest, SchedulerConnector } from '../connector/connector
 import { type ErrorData, PdError } from '../errors.ts';
 import type { BlockManager } from '../kv/block-manager.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
-import { byArrival, endOutput, type RequestGroup, Sequence, SequenceQueue } from './sequence.ts';
+import { byTurn, endOutput, type RequestGroup, Sequence, SequenceQueue } from './sequence.ts';
 import type { CoreRequest, FinishReason, RequestOutput } from './types.ts';
 
 export interface SchedulerStats {
@@ -96,10 +96,15 @@ export class SequencePool {
     else this[state].insert(sequence);
   }
 
-  /** Its blocks go to others; it will compute everything again. */
-  preempt(sequence: Sequence): void {
+  /** Lets go of its blocks, to compute everything (again) in others. */
+  restart(sequence: Sequence): void {
     this.#giveBack(sequence);
     this.move(sequence, 'waiting');
+  }
+
+  /** Its blocks go to others. */
+  preempt(sequence: Sequence): void {
+    this.restart(sequence);
     this.stats.preemptions++;
     if (sequence.isLeader) this.#connector?.requestPreempted(sequence.group.request.requestId);
   }
@@ -109,7 +114,7 @@ export class SequencePool {
     const { last: running } = this.running;
     const { last: ready } = this.ready;
     if (!running || !ready) return running ?? ready;
-    return byArrival(running, ready) > 0 ? running : ready;
+    return byTurn(running, ready) > 0 ? running : ready;
   }
 
   /**

@@ -5,6 +5,7 @@ import { type BlockHash, extendHashes } from '../kv/block-hash.ts';
 import type { BlockCopy } from '../kv/block-manager.ts';
 import type { TokenLogprob } from '../wire/token-logprob.ts';
 import { packLogprobs } from './prompt-logprobs.ts';
+import { samplingDigest } from './sampling-digest.ts';
 import type { CoreRequest, FinishReason, RequestOutput, SampledToken } from './types.ts';
 
 /**
@@ -54,6 +55,7 @@ export class Sequence {
   #tokens: Int32Array;
   #length: number;
   readonly #hashes: BlockHash[] = [];
+  #samplingDigest: string | undefined;
 
   constructor(group: RequestGroup, index: number) {
     const { request } = group;
@@ -109,14 +111,24 @@ export class Sequence {
 
   /** Its request as a connector sees it. */
   connectorRequest(): ConnectorRequest {
-    const { requestId, transferId, promptTokens, sampling, prefillWithinMs } = this.group.request;
+    const { sampling, prefillWithinMs } = this.group.request;
+    return {
+      ...this.transferRequest(),
+      mayLoad: sampling.promptLogprobs === undefined && this.numOutput === 0,
+      ...(prefillWithinMs !== undefined && !this.group.prefilled && { prefillWithinMs }),
+    };
+  }
+
+  /** What a connector is told with every step of it. */
+  transferRequest() {
+    const { requestId, transferId, promptTokens, sampling, wire } = this.group.request;
+    if (wire) this.#samplingDigest ??= samplingDigest(sampling);
     return {
       requestId,
       transferId,
       numPromptTokens: this.promptLength,
       promptTokens,
-      mayLoad: sampling.promptLogprobs === undefined && this.numOutput === 0,
-      ...(prefillWithinMs !== undefined && !this.group.prefilled && { prefillWithinMs }),
+      ...(wire && this.#samplingDigest && { wire, samplingDigest: this.#samplingDigest }),
     };
   }
 
@@ -178,12 +190,14 @@ export function endOutput(sequence: Sequence, finishReason: FinishReason, error?
   };
 }
 
-/** Earlier arrivals first; within a request, lower indexes. */
-export function byArrival(a: Sequence, b: Sequence): number {
-  return a.group.arrival - b.group.arrival || a.index - b.index;
+/** Lower priorities first, then earlier arrivals; within a request, lower indexes. */
+export function byTurn(a: Sequence, b: Sequence): number {
+  const [first, second] = [a.group, b.group];
+  const priority = (first.request.priority ?? 0) - (second.request.priority ?? 0);
+  return priority || first.arrival - second.arrival || a.index - b.index;
 }
 
-/** Sequences in order of arrival. */
+/** Sequences in the order of `byTurn`. */
 export class SequenceQueue implements Iterable<Sequence> {
   readonly #items: Sequence[] = [];
 
@@ -208,7 +222,7 @@ export class SequenceQueue implements Iterable<Sequence> {
     let high = this.#items.length;
     while (low < high) {
       const middle = (low + high) >> 1;
-      if (byArrival(this.#items[middle]!, sequence) < 0) low = middle + 1;
+      if (byTurn(this.#items[middle]!, sequence) < 0) low = middle + 1;
       else high = middle;
     }
     this.#items.splice(low, 0, sequence);

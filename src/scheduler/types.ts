@@ -1,6 +1,7 @@
 /** Requests as the scheduler sees them, and what one step is. Plain data, no I/O. */
 import type { ErrorData } from '../errors.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
+import type { Wire } from '../wire/overlap.ts';
 import type { TokenLogprob } from '../wire/token-logprob.ts';
 import type { PromptLogprobs } from './prompt-logprobs.ts';
 
@@ -21,6 +22,20 @@ export interface SamplingParams {
   readonly logprobs?: number;
   /** As `logprobs`, for the prompt (echo). The prompt is then computed here, never loaded or taken from the prefix cache. */
   readonly promptLogprobs?: number;
+  /** Tokens less likely than this share of the likeliest are left out, after temperature. 0 to 1; absent or 0: none. */
+  readonly minP?: number;
+  /** Taken from the logit of every token that the output has; absent: 0. */
+  readonly presencePenalty?: number;
+  /** Taken from a token's logit once for each time that the output has it; absent: 0. */
+  readonly frequencyPenalty?: number;
+  /** Divides the logit of every token of prompt and output where it is above 0, multiplies it where below; absent: 1. */
+  readonly repetitionPenalty?: number;
+  /** Token id and what is added to its logit. */
+  readonly logitBias?: readonly (readonly [token: number, bias: number])[];
+  /** Only these may be drawn; absent: all. */
+  readonly allowedTokenIds?: readonly number[];
+  /** Token sequences that the output may not have: the last token of one is banned where the output ends in those before it. */
+  readonly badWords?: readonly (readonly number[])[];
 }
 
 export interface CoreRequest {
@@ -31,8 +46,12 @@ export interface CoreRequest {
   readonly sampling: SamplingParams;
   /** Completions of this prompt. The first computes (or loads) the prompt, the others fork its blocks. */
   readonly n: number;
+  /** Lower ones go first. Absent: 0. */
+  readonly priority?: number;
   /** On a consumer: the producer may still compute the prompt for so long. Absent: its KV is on its way. */
   readonly prefillWithinMs?: number;
+  /** How its KV travels, as both ends were told. Absent: frozen. */
+  readonly wire?: Wire;
 }
 
 export type FinishReason = 'stop' | 'length' | 'abort' | 'error';
@@ -59,6 +78,13 @@ export interface RequestOutput {
   readonly promptSource?: { readonly computed: number; readonly loaded: number; readonly cached: number };
 }
 
+/** The known tokens of one completion, prompt and output. One object for as long as it lives: what is counted of it is kept by it. */
+export interface TokenHistory {
+  readonly promptLength: number;
+  readonly length: number;
+  tokens(start: number, end: number): Int32Array;
+}
+
 /** How one completion's token is to be sampled in this step. */
 export interface SampleSpec {
   readonly params: SamplingParams;
@@ -66,6 +92,8 @@ export interface SampleSpec {
   readonly outputPosition: number;
   /** Which of n: its random numbers differ. */
   readonly index: number;
+  /** Present where `params` look back (`looksBack`). */
+  readonly history?: TokenHistory;
 }
 
 /** One sequence's share of a step. */
@@ -84,6 +112,17 @@ export interface ScheduledSequence {
   readonly promptLogprobs?: { readonly count: number; readonly targets: Int32Array };
 }
 
+/** Whether what is drawn hangs on the tokens before it. */
+export function looksBack({
+  repetitionPenalty = 1,
+  presencePenalty = 0,
+  frequencyPenalty = 0,
+  badWords = [],
+}: SamplingParams): boolean {
+  const penalties = repetitionPenalty !== 1 || presencePenalty !== 0 || frequencyPenalty !== 0;
+  return penalties || badWords.some(({ length }) => length > 1);
+}
+
 /** What an executor runs. Copies happen before the forward pass. */
 export interface ForwardBatch {
   readonly sequences: readonly ScheduledSequence[];
@@ -97,8 +136,10 @@ export interface SampledToken {
 }
 
 export interface ForwardResult {
-  /** One per sequence that had a `sample`, in batch order. */
+  /** One per sequence that had a `sample` and has not failed, in batch order. */
   readonly sampled: readonly SampledToken[];
+  /** By sequence: why no token could be drawn. What its request asks for leaves none; the step and all others are well. */
+  readonly failed?: ReadonlyMap<string, ErrorData>;
   /** By sequence, for those that asked. */
   readonly promptLogprobs: ReadonlyMap<string, readonly TokenLogprob[]>;
 }

@@ -5,6 +5,7 @@ import type { ErrorData } from '../errors.ts';
 import type { HostPort } from '../net/address.ts';
 import type { TensorId, TransferId } from '../wire/ids.ts';
 import type { WorkerLoad } from '../wire/messages.ts';
+import type { FromWire, NativeInit, ToWire } from './native/channel.ts';
 import type {
   LoadRequest,
   LoadResult,
@@ -19,6 +20,8 @@ export interface TransferInit {
   readonly options: TransferOptions;
   /** Metrics page (observability/metrics.ts) that the thread writes; absent where nobody reads one. */
   readonly metrics?: SharedArrayBuffer;
+  /** Absent: the frozen wire alone is spoken. */
+  readonly native?: NativeInit;
 }
 
 export type ToTransfer =
@@ -38,6 +41,7 @@ export type ToTransfer =
   | { readonly type: 'start-ping'; readonly ping: ProxyPing }
   | { readonly type: 'stop-ping' }
   | { readonly type: 'worker-load'; readonly load: WorkerLoad }
+  | { readonly type: 'native'; readonly command: ToWire }
   | { readonly type: 'state'; readonly seq: number }
   | { readonly type: 'shutdown' };
 
@@ -52,6 +56,7 @@ export type FromTransfer =
   | { readonly type: 'received'; readonly seq: number; readonly tensor: StoredTensor }
   | { readonly type: 'loaded'; readonly seq: number; readonly result: LoadResult }
   | { readonly type: 'state'; readonly seq: number; readonly state: TransferState }
+  | { readonly type: 'native'; readonly event: FromWire }
   /** Of a send, a receive or a load. */
   | { readonly type: 'failed'; readonly seq: number; readonly error: ErrorData }
   | { readonly type: 'closed' };

@@ -4,6 +4,9 @@ import { ERROR_TABLE, type ErrorCode, type ErrorContext, type ErrorData } from '
 /** In the `features` of a ping: this worker may be asked while the other end of its pair is at work. */
 export const OVERLAP_FEATURE = 'overlap';
 
+/** Likewise, and in its hello: this worker speaks the native hand-over. */
+export const NATIVE_FEATURE = 'native';
+
 /** To a consumer: KV of this request is still being computed, for at most so many milliseconds. */
 export const PREFILL_WITHIN_HEADER = 'x-pd-prefill-within';
 
@@ -14,6 +17,18 @@ const LONGEST_MS = 86_400_000;
 export function readPrefillWithin(value: unknown): number | undefined {
   if (typeof value !== 'string' || !/^[1-9]\d{0,14}$/.test(value)) return undefined;
   return Math.min(Number(value), LONGEST_MS);
+}
+
+/** To both ends of a pair: the wire that this request's KV takes. Without it both take the frozen one. */
+export const WIRE_HEADER = 'x-pd-wire';
+
+const WIRES = ['native', 'frozen'] as const;
+/** `native`: written into place between ours (transfer/native). `frozen`: NEW, PUT and GET. */
+export type Wire = (typeof WIRES)[number];
+
+/** The header's value; undefined where there is none, or none that makes sense. */
+export function readWire(value: unknown): Wire | undefined {
+  return WIRES.find((wire) => wire === value);
 }
 
 /** Of a producer, with an answer that is well but for this: KV of the prompt will not come. ErrorData as JSON, URI-encoded. */

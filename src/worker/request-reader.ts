@@ -16,12 +16,14 @@ import { threadEntry } from '../thread-entry.ts';
 import { type ChatReading, readChat } from './server/chat.ts';
 import { type CompletionReading, readCompletion } from './server/completions.ts';
 import { parseJson, type Served } from './server/fields.ts';
+import { type ResponseReading, readResponse } from './server/responses.ts';
 import { readDetokenize, readTokenize } from './server/tokenize.ts';
 
 /** What comes of a body, by route. The tokenizer's routes need nothing more: theirs is the answer itself, as JSON in UTF-8. */
 export interface Readings {
   readonly completions: CompletionReading;
   readonly chat: ChatReading;
+  readonly responses: ResponseReading;
   readonly tokenize: Uint8Array<ArrayBuffer>;
   readonly detokenize: Uint8Array<ArrayBuffer>;
 }
@@ -33,6 +35,7 @@ const READERS: {
 } = {
   completions: readCompletion,
   chat: readChat,
+  responses: readResponse,
   tokenize: readTokenize,
   detokenize: readDetokenize,
 };

@@ -16,7 +16,11 @@ describe.each(['PUT_ASYNC', 'GET'])('%s, ids not randomized', (sendType) => {
   let consumer: WorkerHandle;
 
   beforeAll(async () => {
-    const args = ['--send-type', sendType, '--kv-load-failure', 'fail', '--no-randomize-request-ids'];
+    const args = [
+      ...['--send-type', sendType, '--kv-load-failure', 'fail', '--no-randomize-request-ids'],
+      // What nobody fetches here would be waited for.
+      ...['--drain-timeout', '1s'],
+    ];
     [producer, consumer] = await Promise.all([
       startWorker('producer', undefined, args),
       startWorker('consumer', undefined, [...args, '--kv-load-timeout', '3s']),

@@ -54,12 +54,16 @@ export function standInEnvironment(library = buildStandIns()): Record<string, st
 export interface StandIns {
   /** Sets the faults of this process, see faults.c; an empty string takes them back. */
   faults(text: string): void;
+  /** How many calls of this process hang now. */
+  hanging(): number;
 }
 
 /** Puts the stand-ins under this process; before anything of CUDA is loaded. */
 export function useStandIns(): StandIns {
   const library = buildStandIns();
   Object.assign(process.env, standInEnvironment(library));
-  const set = dlopen(library).handle.func('pd_standin_faults', 'void', ['const char *']);
-  return { faults: (text) => set(text) };
+  const { handle } = dlopen(library);
+  const set = handle.func('pd_standin_faults', 'void', ['const char *']);
+  const hanging = handle.func('pd_standin_hanging', 'int', []);
+  return { faults: (text) => set(text), hanging: () => hanging() };
 }

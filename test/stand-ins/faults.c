@@ -42,6 +42,31 @@ int fault(const char *name) {
   return result;
 }
 
+static int hanging;
+
+// Calls that hang now.
+EXPORT int pd_standin_hanging(void) {
+  pthread_mutex_lock(&lock);
+  int now = hanging;
+  pthread_mutex_unlock(&lock);
+  return now;
+}
+
+static void add_hanging(int delta) {
+  pthread_mutex_lock(&lock);
+  hanging += delta;
+  pthread_mutex_unlock(&lock);
+}
+
+int fault_after_hang(const char *name) {
+  int code = fault(name);
+  if (code != HANG) return code;
+  add_hanging(1);
+  while ((code = fault(name)) == HANG) sleep_us(20000);
+  add_hanging(-1);
+  return code;
+}
+
 int setting(const char *name, int otherwise) {
   const char *value = getenv(name);
   return value && *value ? atoi(value) : otherwise;

@@ -16,7 +16,8 @@
 int fault(const char *name);
 int setting(const char *name, int otherwise);
 // At the head of every call.
-#define CHECK(name) do { int code_; while ((code_ = fault(name)) == HANG) sleep_us(20000); if (code_) return code_; } while (0)
+int fault_after_hang(const char *name);
+#define CHECK(name) do { int code_ = fault_after_hang(name); if (code_) return code_; } while (0)
 
 // ---- gpu.c
 typedef struct stream stream;

@@ -43,8 +43,11 @@ export async function startServer(
     config: {
       servedModelNames: ['demo', 'alias'],
       randomizeRequestIds,
+      wire: 'auto',
       role,
       maxNumSeqs: 8,
+      toolCallParser: 'auto',
+      reasoningParser: 'auto',
       transfer: { kvKey: 'transfer' },
       ...(debugState && { debugState }),
     },

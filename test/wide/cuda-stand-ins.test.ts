@@ -1,4 +1,4 @@
-/** The ways of sending on two stand-in GPUs that test/e2e leaves out. */
+/** The whole system on two stand-in GPUs: the host computes, KV moves through GPU memory and NCCL's calls. */
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { standInEnvironment } from '../stand-ins/build.ts';
 import { startWorker, type WorkerHandle } from '../support/cluster.ts';
@@ -12,7 +12,7 @@ describe('producer on cuda:0, consumer on cuda:1', () => {
   });
   afterAll(() => undivided.program.stop());
 
-  test.each(['PUT_ASYNC', 'GET'] as const)(
+  test.each(['PUT_ASYNC', 'PUT', 'GET'] as const)(
     '%s: text equals the undivided worker, and KV moved',
     async (sendType) => {
       expect.hasAssertions();

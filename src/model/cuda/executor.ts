@@ -12,6 +12,7 @@ import type { ForwardBatch, ForwardResult, SampledToken, ScheduledSequence } fro
 import type { TokenLogprob } from '../../wire/token-logprob.ts';
 import type { Executor, LayerHooks, StepHooks } from '../executor.ts';
 import { copyBlock } from '../kv-cache.ts';
+import { StepMasks } from '../masks.ts';
 import { lastRows, type SampledRow, sampledRows } from '../rows.ts';
 import type { DecodeGraphs } from './graphs.ts';
 import { type CudaLlama, word } from './llama.ts';
@@ -75,19 +76,21 @@ export class CudaExecutor implements Executor {
     this.#begin(batch);
     const { sequences } = batch;
     const wanted = sampledRows(sequences);
+    const masks = new StepMasks(sequences, hooks);
     const promptLogprobs = new Map<string, readonly TokenLogprob[]>();
     const size = hooks.beforeLayer ? undefined : this.#graphSize(sequences);
     if (size !== undefined) {
       this.#launchGraph(size, sequences, hooks);
       // row i of the logits is sequence i's
       return {
-        sampled: await this.#sampler.sampleRows(wanted, sequences.length, hooks.sampling),
+        sampled: await this.#sampler.sampleRows(wanted, sequences.length, masks, hooks.sampling),
         promptLogprobs,
+        failed: masks.failed,
       };
     }
     const plan = this.#upload(sequences);
     await this.#enqueue(plan, hooks);
-    const sampled = await this.#sampleChosen(plan, wanted, hooks);
+    const sampled = await this.#sampleChosen(plan, wanted, masks, hooks);
     let first = 0;
     for (const sequence of sequences) {
       if (sequence.promptLogprobs) {
@@ -96,7 +99,7 @@ export class CudaExecutor implements Executor {
       }
       first += sequence.tokens.length;
     }
-    return { sampled, promptLogprobs };
+    return { sampled, promptLogprobs, failed: masks.failed };
   }
 
   async logits(batch: ForwardBatch): Promise<Float32Array> {
@@ -225,6 +228,7 @@ export class CudaExecutor implements Executor {
   async #sampleChosen(
     plan: StepPlan,
     wanted: readonly SampledRow[],
+    masks: StepMasks,
     { sampling }: StepHooks,
   ): Promise<SampledToken[]> {
     const { model, logitRows, planDevice } = this.#parts;
@@ -237,7 +241,7 @@ export class CudaExecutor implements Executor {
         ...(drawn && { draws: word(planDevice.pointer, plan.at.draws + DRAW_WORDS * i) }),
       });
       const rows = part.map((entry, row) => ({ ...entry, row }));
-      sampled.push(...(await this.#sampler.sampleRows(rows, part.length, sampling)));
+      sampled.push(...(await this.#sampler.sampleRows(rows, part.length, masks, sampling)));
     }
     // also where nothing was sampled: the plan's memory is the next step's
     if (wanted.length === 0) await this.#drained('a step');

@@ -3,11 +3,13 @@ import type { CudaDevice } from '../../device/cuda/device.ts';
 import type { CudaStream } from '../../device/cuda/stream.ts';
 import type { DevicePointer, MemoryRef } from '../../device/device.ts';
 import { sliceMemory } from '../../device/memory.ts';
-import type { SampledToken, SampleSpec, ScheduledSequence } from '../../scheduler/types.ts';
+import type { SampledToken, ScheduledSequence } from '../../scheduler/types.ts';
 import type { TokenLogprob } from '../../wire/token-logprob.ts';
 import type { StepHooks } from '../executor.ts';
+import type { StepMasks } from '../masks.ts';
 import type { SampledRow } from '../rows.ts';
-import { bans, logprobOf, noDistribution, sample } from '../sampler.ts';
+import { noDistribution, promptLogprobOf, sample } from '../sampler.ts';
+import { nothingLeft, shapingOf } from '../shaping.ts';
 import type { CudaLlama } from './llama.ts';
 
 /** Rows of logits that the host reads at a time. */
@@ -42,29 +44,44 @@ export class CudaSampler {
     this.#logits = new Float32Array(logits.buffer, logits.byteOffset, logits.byteLength / 4);
   }
 
-  /** Tokens come from the GPU; what asks for log-probabilities or bans tokens is sampled here, from its logits. */
+  /** Tokens come from the GPU; what asks for more than temperature, top-k and top-p is sampled here, from its logits. */
   async sampleRows(
     rows: readonly SampledRow[],
     scored: number,
+    masks: StepMasks,
     sampling?: StepHooks['sampling'],
   ): Promise<SampledToken[]> {
     const { device, stream, model, tokensHost } = this.#parts;
     const bytes = 4 * scored;
     const tokens = cudaMemory(device, model.tokens, bytes);
     device.copy(sliceMemory(tokensHost, 0, bytes), tokens, stream);
+    await masks.settle();
     await this.#drained(`a step of ${scored} sequences`);
     const drawn = new Map<number, SampledToken>();
-    const read = sampling ? rows : rows.filter(({ sample: spec }) => !isTokenAlone(spec));
+    const alone = (row: SampledRow) => this.#isTokenAlone(row, masks);
+    const read = sampling ? rows : rows.filter((row) => !alone(row));
     await this.readLogits(
       read.map(({ row }) => row),
       (logits, i) => {
         const { row, sequence, sample: spec } = read[i]!;
+        const { sequenceId } = sequence;
         sampling?.(sequence, logits);
-        if (isTokenAlone(spec)) return;
-        drawn.set(row, { sequenceId: sequence.sequenceId, ...sample(logits, spec) });
+        if (alone(read[i]!) || masks.failed.has(sequenceId)) return;
+        const token = sample(logits, spec, masks.of(sequenceId));
+        if (token) drawn.set(row, { sequenceId, ...token });
+        else masks.failed.set(sequenceId, nothingLeft(sequenceId).toData());
       },
     );
-    return rows.map(({ row, sequence }) => drawn.get(row) ?? this.#token(row, sequence));
+    return rows
+      .filter(({ sequence }) => !masks.failed.has(sequence.sequenceId))
+      .map(({ row, sequence }) => drawn.get(row) ?? this.#token(row, sequence));
+  }
+
+  /** A token and nothing about it, of all that there are. */
+  #isTokenAlone({ sequence: { sequenceId }, sample: spec }: SampledRow, masks: StepMasks): boolean {
+    const { logprobs, minP = 0 } = spec.params;
+    if (logprobs !== undefined || minP > 0 || masks.has(sequenceId)) return false;
+    return shapingOf(spec, this.vocabSize) === undefined;
   }
 
   #token(row: number, { sequenceId }: ScheduledSequence): SampledToken {
@@ -107,16 +124,11 @@ export class CudaSampler {
       this.#parts.model.score(rows, { first: first + i });
       const indices = Array.from({ length: rows }, (_, row) => row);
       await this.readLogits(indices, (logits, row) => {
-        entries.push(logprobOf(logits, targets[i + row]!, count));
+        entries.push(promptLogprobOf(logits, targets[i + row]!, count));
       });
     }
     return entries;
   }
-}
-
-/** A token and nothing about it, of all that there are. */
-function isTokenAlone(spec: SampleSpec): boolean {
-  return spec.params.logprobs === undefined && !bans(spec);
 }
 
 function cudaMemory(device: CudaDevice, pointer: DevicePointer, bytes: number): MemoryRef {

@@ -1,10 +1,12 @@
 /** Prompts of one HTTP request through the core: n completions of each, merged into one stream of events. */
-import { randomBytes } from 'node:crypto';
+import { randomBytes, randomInt } from 'node:crypto';
 import { setMaxListeners } from 'node:events';
 import { type ErrorData, PdError } from '../../errors.ts';
 import type { PromptLogprobs } from '../../scheduler/prompt-logprobs.ts';
+import { sharedSeed } from '../../scheduler/sampling-digest.ts';
 import type { RequestOutput } from '../../scheduler/types.ts';
 import { engineRequestId, kvKeyOf } from '../../wire/ids.ts';
+import type { Wire } from '../../wire/overlap.ts';
 import { AsyncQueue } from '../async-queue.ts';
 import { Choice, type ChoiceDelta, type ChoiceEvent, type Usage } from './choice.ts';
 import type { ServerContext } from './context.ts';
@@ -19,6 +21,8 @@ export interface Plan extends Asked {
   readonly serverIds: readonly string[];
   /** On a consumer: its producer may still compute the prompts for so long. */
   readonly prefillWithinMs?: number;
+  /** How their KV travels; absent: frozen. */
+  readonly wire?: Wire;
 }
 
 /** One run of a plan. Iterate once; `usage` is right when the iteration has ended. */
@@ -27,7 +31,10 @@ export class GenerationRun {
   readonly #plan: Plan;
   readonly #choices: Choice[] = [];
   readonly #abort = new AbortController();
+  /** Of a request that names none and is this worker's alone. */
+  readonly #seed = randomInt(2 ** 31);
   #kvFailure: ErrorData | undefined;
+  #cachedTokens = 0;
 
   constructor(context: ServerContext, plan: Plan) {
     const { maxNumSeqs } = context.config;
@@ -46,7 +53,12 @@ export class GenerationRun {
     const { prompts, maxTokens } = this.#plan;
     const prompt = prompts.reduce((sum, { tokens }) => sum + tokens.length, 0);
     const completion = maxTokens === 0 ? 0 : this.#choices.reduce((sum, choice) => sum + choice.tokens, 0);
-    return { prompt_tokens: prompt, total_tokens: prompt + completion, completion_tokens: completion };
+    return {
+      prompt_tokens: prompt,
+      total_tokens: prompt + completion,
+      completion_tokens: completion,
+      prompt_tokens_details: { cached_tokens: this.#cachedTokens },
+    };
   }
 
   /** Throws the first error of any prompt; the others are aborted then, as they are when `signal` fires or the loop is left. */
@@ -84,24 +96,30 @@ export class GenerationRun {
 
   async #pump(at: number, out: AsyncQueue<ChoiceEvent>, signal: AbortSignal): Promise<void> {
     const { core, metrics, config, model, inFlight, log } = this.#context;
-    const { n, sampling, stops, echo, maxTokens, prefillWithinMs } = this.#plan;
+    const { n, sampling, stops, echo, maxTokens, prefillWithinMs, text, priority, wire } = this.#plan;
     const prompt = this.#plan.prompts[at]!;
     const serverId = this.#plan.serverIds[at]!;
     const offset = echo ? prompt.text.length : 0;
-    const choices = Array.from({ length: n }, () => new Choice(model, stops, sampling.minTokens, offset));
+    const choices = Array.from(
+      { length: n },
+      () => new Choice(model, stops, sampling.minTokens, offset, text),
+    );
     this.#choices.push(...choices);
     const room = core.info.maxModelLen - prompt.tokens.length;
     const suffix = config.randomizeRequestIds ? randomBytes(4).toString('hex') : undefined;
     const requestId = engineRequestId(serverId, suffix);
     const transferId = kvKeyOf({ serverId, requestId }, config.transfer.kvKey);
+    const seed = sampling.seed ?? (wire === 'native' ? sharedSeed(transferId) : this.#seed);
     const generation = core.generate(
       {
         requestId,
         transferId,
         promptTokens: prompt.tokens,
-        sampling: { ...sampling, maxTokens: Math.max(Math.min(maxTokens ?? room, room), 1) },
+        sampling: { ...sampling, seed, maxTokens: Math.max(Math.min(maxTokens ?? room, room), 1) },
         n,
+        priority,
         ...(prefillWithinMs !== undefined && { prefillWithinMs }),
+        ...(wire && { wire }),
       },
       signal,
     );
@@ -116,6 +134,7 @@ export class GenerationRun {
         const choice = choices[output.index];
         if (!choice || choice.finished) continue;
         promptLogprobs ??= output.promptLogprobs;
+        this.#cachedTokens += output.promptSource?.cached ?? 0;
         this.#observe(output, began, last);
         const delta = withoutScored(choice.push(output), maxTokens);
         if (choice.stopped) generation.abort(output.index);

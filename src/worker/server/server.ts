@@ -11,6 +11,7 @@ import { completionFormat } from './completions.ts';
 import { readRequest, type ServerContext } from './context.ts';
 import { NOTICE_LIMIT, postFailed, postPrefilled, postRelease } from './notices.ts';
 import { postGeneration } from './respond.ts';
+import { responseFormat } from './responses.ts';
 
 /** Bytes; a prompt of a million token ids fits. */
 const BODY_LIMIT = 16 * 2 ** 20;
@@ -59,6 +60,9 @@ export function createServer(context: ServerContext): FastifyInstance {
   );
   server.post('/v1/chat/completions', (request, reply) =>
     postGeneration(context, 'chat', chatFormat, request, reply),
+  );
+  server.post('/v1/responses', (request, reply) =>
+    postGeneration(context, 'responses', responseFormat, request, reply),
   );
   for (const route of ['tokenize', 'detokenize'] as const) {
     server.post(`/${route}`, async (request, reply) => {

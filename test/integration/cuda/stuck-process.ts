@@ -1,7 +1,12 @@
 /** Started by processes.test.ts: a process whose abort hangs, and which wants to end. */
+import { setTimeout as sleep } from 'node:timers/promises';
 import { killAfter } from '../../../ffi/libc.ts';
 import { createCudaDevice } from '../../../src/device/cuda.ts';
 import { createNcclTransport } from '../../../src/transport/nccl/transport.ts';
+import { useStandIns } from '../../stand-ins/build.ts';
+
+const standIns = useStandIns();
+standIns.faults('ncclCommAbort=hang');
 
 const device = await createCudaDevice(0);
 const transport = await createNcclTransport(device, {
@@ -16,8 +21,6 @@ const opening = transport.open({
   timeoutMs: 10,
 });
 await opening.catch(() => {});
-// long enough for the abort's thread to be inside the call
-setTimeout(() => {
-  killAfter(1);
-  process.exit(0);
-}, 500);
+while (standIns.hanging() === 0) await sleep(10);
+killAfter(1);
+process.exit(0);

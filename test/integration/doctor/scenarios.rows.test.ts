@@ -3,10 +3,11 @@
  * and of a peer that is stopped.
  * Deadlines are short by flags; nothing here is waited for but what those flags say.
  */
-import { afterEach, describe, expect, test } from 'vitest';
+import { afterEach, expect, test } from 'vitest';
 import { type ProxyHandle, startProxy, startWorker, type WorkerHandle } from '../../support/cluster.ts';
 import { failed, pdDoctor } from '../../support/doctor.ts';
 import { NETNS_IPV4, NETNS_SILENT_IPV4, NetworkNamespace, netnsUnavailable } from '../../support/netns.ts';
+import { rows, withTheOthers } from '../../support/rows.ts';
 
 const unavailable = netnsUnavailable();
 if (unavailable) console.warn(`doctor: what a silent firewall does is skipped: ${unavailable}`);
@@ -78,8 +79,8 @@ async function diagnosed({ proxy, producer, consumer, prefix }: System, producer
 const scenario = (number: number, mend: string) =>
   expect.stringMatching(new RegExp(`^hang scenario ${number} of the runbook, .*${mend}`));
 
-describe('1: the pair never opens', () => {
-  test('nobody takes data connections where the producer says', async () => {
+if (!withTheOthers) {
+  test('1: the pair never opens: nobody takes data connections where the producer says', async () => {
     const system = await start({
       producer: ['--kv-host', '127.0.0.2', '--kv-announce-host', '127.0.0.1'],
       // The KV port that the producer tells is as wrong, and nobody is to find that first.
@@ -90,36 +91,41 @@ describe('1: the pair never opens', () => {
     expect({ all, sender, receiver }).toEqual({ all: expected, sender: expected, receiver: expected });
   });
 
-  test.skipIf(unavailable !== undefined)('a firewall drops what goes there', async () => {
-    const network = await NetworkNamespace.create('dual');
-    undo.push(() => network.close());
-    const kv = ['--kv-host', NETNS_IPV4];
-    const system = await start({
-      network,
-      producer: [...kv, '--kv-announce-host', NETNS_SILENT_IPV4],
-      consumer: kv,
-    });
-    const { system: all, sender, receiver } = await diagnosed(system);
-    const expected = [scenario(1, 'let all TCP pass')];
+  test('2: the consumer tells a wrong KV address', async () => {
+    const system = await start({ consumer: ['--kv-announce-host', '127.0.0.2'] });
+    const { consumer } = system;
+    const { system: all, sender, receiver, findings } = await diagnosed(system);
+    const address = consumer.kvAddress.replaceAll('.', '\\.');
+    const expected = [scenario(2, `--kv-announce-host.*pd-doctor --peer ${address} `)];
     expect({ all, sender, receiver }).toEqual({ all: expected, sender: expected, receiver: expected });
+    expect(findings).toContainEqual({
+      level: 'warn',
+      what: expect.stringMatching(/^consumer .* 127\.0\.0\.2:\d+: from here it refuses connections/),
+      mend: expect.stringContaining('--kv-announce-host'),
+    });
   });
-});
+}
 
-test('2: the consumer tells a wrong KV address', async () => {
-  const system = await start({ consumer: ['--kv-announce-host', '127.0.0.2'] });
-  const { consumer } = system;
-  const { system: all, sender, receiver, findings } = await diagnosed(system);
-  const address = consumer.kvAddress.replaceAll('.', '\\.');
-  const expected = [scenario(2, `--kv-announce-host.*pd-doctor --peer ${address} `)];
-  expect({ all, sender, receiver }).toEqual({ all: expected, sender: expected, receiver: expected });
-  expect(findings).toContainEqual({
-    level: 'warn',
-    what: expect.stringMatching(/^consumer .* 127\.0\.0\.2:\d+: from here it refuses connections/),
-    mend: expect.stringContaining('--kv-announce-host'),
-  });
-});
+if (withTheOthers) {
+  test.skipIf(unavailable !== undefined)(
+    '1: the pair never opens: a firewall drops what goes there',
+    async () => {
+      const network = await NetworkNamespace.create('dual');
+      undo.push(() => network.close());
+      const kv = ['--kv-host', NETNS_IPV4];
+      const system = await start({
+        network,
+        producer: [...kv, '--kv-announce-host', NETNS_SILENT_IPV4],
+        consumer: kv,
+      });
+      const { system: all, sender, receiver } = await diagnosed(system);
+      const expected = [scenario(1, 'let all TCP pass')];
+      expect({ all, sender, receiver }).toEqual({ all: expected, sender: expected, receiver: expected });
+    },
+  );
+}
 
-test.each(['fail', 'recompute'] as const)(
+test.each(rows<'fail' | 'recompute'>(['fail'], ['recompute']))(
   '3: no memory for KV, and the consumer will %s',
   async (loadFailure) => {
     const system = await start({
@@ -138,26 +144,32 @@ test.each(['fail', 'recompute'] as const)(
 );
 
 const BY_FULL_ID = ['--kv-key', 'engine'];
-test.each<[string, Broken, string]>([
-  ['the consumer', { consumer: BY_FULL_ID }, 'this consumer'],
-  ['the producer', { producer: BY_FULL_ID }, 'the producer'],
-  ['both', { producer: BY_FULL_ID, consumer: BY_FULL_ID }, 'this consumer'],
-])('4: ids differ, KV is keyed by the full id by %s', async (_, broken, end) => {
+test.each(
+  rows<[string, Broken, string]>(
+    [['the producer', { producer: BY_FULL_ID }, 'the producer']],
+    [
+      ['the consumer', { consumer: BY_FULL_ID }, 'this consumer'],
+      ['both', { producer: BY_FULL_ID, consumer: BY_FULL_ID }, 'this consumer'],
+    ],
+  ),
+)('4: ids differ, KV is keyed by the full id by %s', async (_, broken, end) => {
   const system = await start({ ...broken, deadlines: SOON_ENOUGH });
   const { system: all, receiver } = await diagnosed(system, false);
   const expected = [scenario(4, `start ${end} with --kv-key transfer`)];
   expect({ all, receiver }).toEqual({ all: expected, receiver: expected });
 });
 
-test('a peer whose process is stopped is there, and does not answer', async () => {
-  const worker = await startWorker('consumer', undefined);
-  undo.push(() => worker.program.stop('SIGKILL'));
-  worker.program.child.kill('SIGSTOP');
-  const { findings, status } = await pdDoctor('Peer', ['--peer', worker.kvAddress, '--timeout', '500ms']);
-  expect(status).toBe(1);
-  expect(findings[0]).toMatchObject({
-    level: 'fail',
-    what: expect.stringContaining(`${worker.kvAddress} takes connections and says nothing`),
-    mend: expect.stringContaining('kill -CONT'),
+if (!withTheOthers) {
+  test('a peer whose process is stopped is there, and does not answer', async () => {
+    const worker = await startWorker('consumer', undefined);
+    undo.push(() => worker.program.stop('SIGKILL'));
+    worker.program.child.kill('SIGSTOP');
+    const { findings, status } = await pdDoctor('Peer', ['--peer', worker.kvAddress, '--timeout', '500ms']);
+    expect(status).toBe(1);
+    expect(findings[0]).toMatchObject({
+      level: 'fail',
+      what: expect.stringContaining(`${worker.kvAddress} takes connections and says nothing`),
+      mend: expect.stringContaining('kill -CONT'),
+    });
   });
-});
+}

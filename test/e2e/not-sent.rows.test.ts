@@ -2,7 +2,7 @@
  * A producer that cannot send its KV says so with its answer, and the consumer computes the prompt, or fails, at once. Its deadline is far
  * longer than the test's.
  */
-import { afterEach, describe, expect, it } from 'vitest';
+import { afterEach, describe, expect, test } from 'vitest';
 import {
   metricsOf,
   type ProxyHandle,
@@ -11,6 +11,7 @@ import {
   untilListed,
   type WorkerHandle,
 } from '../support/cluster.ts';
+import { rows } from '../support/rows.ts';
 
 let proxy: ProxyHandle | undefined;
 let workers: WorkerHandle[] = [];
@@ -24,23 +25,48 @@ const NO_ROOM = ['--kv-buffer-size', '0', '--mem-pool-size-gb', '0'];
 /** Bound to another address than it tells: nobody answers there. */
 const ELSEWHERE = ['--kv-announce-host', '127.0.0.2'];
 
-describe.each([
-  ['it has no room to gather it', 'PUT_ASYNC', NO_ROOM, [], 'KV_BUFFER_FULL'],
-  ['it has no room to keep it', 'GET', NO_ROOM, [], 'KV_BUFFER_FULL'],
-  ['the consumer is not where it says', 'PUT', ['--connect-timeout', '500ms'], ELSEWHERE, 'PEER_UNREACHABLE'],
-  [
-    'the consumer is not where it says',
-    'PUT_ASYNC',
-    ['--connect-timeout', '500ms'],
-    ELSEWHERE,
-    'PEER_UNREACHABLE',
-  ],
-] as const)('%s (%s)', (_, sendType, ofProducer, ofConsumer, code) => {
-  it.each([
-    ['recompute', 4],
-    ['recompute', 0],
-    ['fail', 4],
-  ] as const)('policy %s, at most %i asked at once', async (policy, overlap) => {
+interface Row {
+  readonly why: string;
+  readonly sendType: 'PUT' | 'PUT_ASYNC' | 'GET';
+  readonly ofProducer: readonly string[];
+  readonly ofConsumer: readonly string[];
+  readonly code: string;
+}
+const UNREACHABLE = {
+  why: 'the consumer is not where it says',
+  ofProducer: ['--connect-timeout', '500ms'],
+  ofConsumer: ELSEWHERE,
+  code: 'PEER_UNREACHABLE',
+};
+const FULL = { ofProducer: NO_ROOM, ofConsumer: [], code: 'KV_BUFFER_FULL' };
+const GATHER: Row = { ...FULL, why: 'it has no room to gather it', sendType: 'PUT_ASYNC' };
+const KEEP: Row = { ...FULL, why: 'it has no room to keep it', sendType: 'GET' };
+const PUT: Row = { ...UNREACHABLE, sendType: 'PUT' };
+const PUT_ASYNC: Row = { ...UNREACHABLE, sendType: 'PUT_ASYNC' };
+
+type Case = Row & { readonly policy: 'recompute' | 'fail'; readonly overlap: number };
+const RECOMPUTE = { policy: 'recompute', overlap: 4 } as const;
+const IN_TURN = { policy: 'recompute', overlap: 0 } as const;
+const FAIL = { policy: 'fail', overlap: 4 } as const;
+
+describe('a producer cannot send', () => {
+  test.each(
+    rows<Case>(
+      [
+        { ...GATHER, ...FAIL },
+        { ...KEEP, ...IN_TURN },
+        { ...PUT, ...RECOMPUTE },
+        { ...PUT_ASYNC, ...FAIL },
+      ],
+      [
+        ...[RECOMPUTE, IN_TURN].map((how) => ({ ...GATHER, ...how })),
+        ...[RECOMPUTE, FAIL].map((how) => ({ ...KEEP, ...how })),
+        ...[IN_TURN, FAIL].map((how) => ({ ...PUT, ...how })),
+        ...[RECOMPUTE, IN_TURN].map((how) => ({ ...PUT_ASYNC, ...how })),
+      ],
+    ),
+  )('$why ($sendType): $policy, at most $overlap asked at once', async (row) => {
+    const { sendType, ofProducer, ofConsumer, code, policy, overlap } = row;
     const started = await startProxy(['--overlap', String(overlap)]);
     proxy = started;
     const common = ['--send-type', sendType, '--kv-load-timeout', '600s', '--kv-load-failure', policy];
