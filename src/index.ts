@@ -40,7 +40,8 @@ export type {
   TransferState,
 } from './transfer/types.ts';
 export { type Fingerprint, fingerprint } from './wire/fingerprint.ts';
-export { SEND_TYPES, type SendType, type WorkerLoad } from './wire/messages.ts';
+export { KV_EVENT_FORMS, type KvEventForm } from './wire/kv-events.ts';
+export { type KvEventPorts, SEND_TYPES, type SendType, type WorkerLoad } from './wire/messages.ts';
 
 // The connector: both halves, for a runtime with a scheduler and a paged cache of its own.
 

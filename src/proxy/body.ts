@@ -3,6 +3,8 @@
  * main thread for short bodies and on a thread for long ones (body-reader.ts).
  */
 import { PdError } from '../errors.ts';
+import { type BlockHash, extendHashes, keyOf } from '../kv/block-hash.ts';
+import type { BlockKey } from '../wire/kv-events.ts';
 import { textKeys } from './prefix-index.ts';
 
 type JsonObject = Readonly<Record<string, unknown>>;
@@ -19,14 +21,25 @@ export interface RequestBody {
   readonly user: string | undefined;
   /** Of its text, where asked for and where there is one prompt: as in prefix-index.ts. */
   readonly textKeys: readonly string[];
+  /** Of its blocks by their size, where asked for and where its token ids are known. */
+  readonly blockKeys: ReadonlyMap<number, readonly BlockKey[]>;
   /** The producer's: the same prompts, one token, nothing that only the answer needs. JSON in UTF-8. */
   readonly prefill: Uint8Array<ArrayBuffer>;
   /** A producer's whose first token the consumer takes over: with all that the token and its log-probabilities depend on. May be `prefill`. */
   readonly nativePrefill: Uint8Array<ArrayBuffer>;
 }
 
+/** What placement wants to know of a prompt, which costs time. */
+export interface WantedKeys {
+  readonly text: boolean;
+  /** In tokens; few. */
+  readonly blockSizes: readonly number[];
+}
+
+export const NO_KEYS: WantedKeys = { text: false, blockSizes: [] };
+
 /** Throws REQUEST_INVALID where it is no JSON object; BODY_TOO_COSTLY where it is nested deeper than the stack goes. */
-export function readBody(original: Uint8Array<ArrayBuffer>, withKeys = false): RequestBody {
+export function readBody(original: Uint8Array<ArrayBuffer>, wanted: WantedKeys = NO_KEYS): RequestBody {
   const json = parseObject(original);
   const { user } = json;
   const model = typeof json['model'] === 'string' ? json['model'] : undefined;
@@ -39,7 +52,8 @@ export function readBody(original: Uint8Array<ArrayBuffer>, withKeys = false): R
     prompts,
     tokens: countTokens(json['prompt'], original.byteLength),
     user: typeof user === 'string' ? user : undefined,
-    textKeys: withKeys && prompts === 1 ? textKeys(promptText(json), model ?? '') : [],
+    textKeys: wanted.text && prompts === 1 ? textKeys(promptText(json), model ?? '') : [],
+    blockKeys: new Map(wanted.blockSizes.map((size) => [size, keysOfIds(json['prompt'], size)])),
     prefill,
     nativePrefill: drawnBy ? encode({ ...prefillCopy(json), ...drawnBy }) : prefill,
   };
@@ -133,6 +147,13 @@ function promptText({ prompt, messages, input, instructions, tools }: JsonObject
   return [tools, instructions, ...(Array.isArray(turns) ? (turns as unknown[]) : [turns])]
     .map(stringify)
     .join('');
+}
+
+function keysOfIds(prompt: unknown, blockSize: number): BlockKey[] {
+  if (!isTokenIds(prompt)) return [];
+  const hashes: BlockHash[] = [];
+  extendHashes(hashes, Int32Array.from(prompt), blockSize);
+  return hashes.map(keyOf);
 }
 
 /** By its first: an id that is none makes a wrong hint, and an error at the worker. */

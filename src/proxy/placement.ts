@@ -15,6 +15,8 @@ import type { InstanceWork } from './work.ts';
 
 /** What a request to a producer costs beside its prompt (HTTP, its share of a step), in tokens. */
 const REQUEST_TOKENS = 64;
+/** What a prompt token takes where no instance has been seen to compute any: 8,192 in a second. */
+const UNKNOWN_MS = 1_000 / 8_192;
 /** What one more in the batch costs a request, over all its tokens. Measured on an H200 it is 0.02 to 0.1 ms a token. */
 const BATCH_MS = 10;
 /** KV on its way: 128 KiB a token at 8 GB/s. */
@@ -54,18 +56,26 @@ export function choose<C extends Candidate>(
   const tokens = prompt?.tokens ?? 0;
   const missing = (address: string) =>
     policy === 'kv-aware' && prompt ? Math.max(0, tokens - prompt.cached(address)) : tokens;
+  const msPerToken = usualMs(candidates);
+  const costOf = role === 'producer' ? prefillMs : decodeMs;
   return least(candidates, ({ address, work }) =>
-    role === 'producer' ? prefillMs(work, missing(address)) : decodeMs(work, missing(address)),
+    costOf(work, missing(address), work.msPerToken ?? msPerToken),
   );
 }
 
-function prefillMs(work: InstanceWork, tokens: number): number {
-  return (work.queuedTokens + work.requests * REQUEST_TOKENS + tokens) * work.msPerToken;
+/** What a token takes where it is not known: as the others on average, so that one nobody knows is neither sought nor shunned. */
+function usualMs(candidates: readonly Candidate[]): number {
+  const known = candidates.flatMap(({ work }) => work.msPerToken ?? []);
+  return known.length > 0 ? known.reduce((sum, ms) => sum + ms) / known.length : UNKNOWN_MS;
 }
 
-function decodeMs(work: InstanceWork, tokens: number): number {
+function prefillMs(work: InstanceWork, tokens: number, msPerToken: number): number {
+  return (work.queuedTokens + work.requests * REQUEST_TOKENS + tokens) * msPerToken;
+}
+
+function decodeMs(work: InstanceWork, tokens: number, msPerToken: number): number {
   const full = Math.max(0, work.kvUse - FULL) * FULL_MS;
-  return work.requests * BATCH_MS + work.queuedTokens * work.msPerToken + tokens * FETCH_MS + full;
+  return work.requests * BATCH_MS + work.queuedTokens * msPerToken + tokens * FETCH_MS + full;
 }
 
 function least<C extends Candidate>(candidates: readonly C[], costOf: (candidate: C) => number): C {

@@ -21,22 +21,47 @@ export function textKeys(text: string, scope: string): string[] {
   return keys;
 }
 
+/** Keys of all instances together; some 100 bytes each. */
+const MOST_KEYS = 4 * 2 ** 20;
+
 export class PrefixIndex {
   readonly #known = new Map<string, Set<string>>();
+  readonly #mostKeys: number;
+  #size = 0;
 
-  /** Keys that an instance is known by now to have, in the order of the prompt. The least recently added go where there are over `most`. */
-  add(address: string, keys: readonly string[], most: number): void {
-    const known = this.#known.get(address) ?? new Set();
-    this.#known.set(address, known);
+  /** `mostKeys`: of all instances together. */
+  constructor(mostKeys = MOST_KEYS) {
+    this.#mostKeys = mostKeys;
+  }
+
+  /** Keys that an instance has used just now, in the order of the prompt. The least recently used go where there are over `most`. */
+  use(address: string, keys: readonly string[], most: number): void {
+    const known = this.#setOf(address);
+    const before = known.size;
     // The last first: of a prompt whose beginning has gone the rest is of no use.
     for (let i = Math.min(keys.length, most) - 1; i >= 0; i--) {
       known.delete(keys[i]!);
       known.add(keys[i]!);
     }
-    for (const key of known) {
-      if (known.size <= most) break;
-      known.delete(key);
+    this.#size += known.size - before;
+    this.#shrink(known, most);
+  }
+
+  /** Keys that an instance has from now on. Where there are over `most` it has lied, or said so much that some must be forgotten. */
+  insert(address: string, keys: readonly string[], most: number): void {
+    const known = this.#setOf(address);
+    for (const key of keys) {
+      const before = known.size;
+      known.add(key);
+      this.#size += known.size - before;
+      this.#shrink(known, most);
     }
+  }
+
+  remove(address: string, keys: readonly string[]): void {
+    const known = this.#known.get(address);
+    if (!known) return;
+    for (const key of keys) if (known.delete(key)) this.#size--;
   }
 
   /** How many of `keys` from the first the instance has. */
@@ -50,6 +75,25 @@ export class PrefixIndex {
 
   /** The instance has gone, or what it had. */
   forget(address: string): void {
+    this.#size -= this.#known.get(address)?.size ?? 0;
     this.#known.delete(address);
+  }
+
+  get size(): number {
+    return this.#size;
+  }
+
+  #setOf(address: string): Set<string> {
+    const known = this.#known.get(address) ?? new Set();
+    this.#known.set(address, known);
+    return known;
+  }
+
+  #shrink(known: Set<string>, most: number): void {
+    for (const key of known) {
+      if (known.size <= most && this.#size <= this.#mostKeys) return;
+      known.delete(key);
+      this.#size--;
+    }
   }
 }

@@ -48,7 +48,7 @@ export class PdProxy {
   readonly #registry: InstanceRegistry;
   readonly #metrics: ProxyMetrics;
   readonly #upstream = new Upstream();
-  readonly #caches = new PromptCaches();
+  readonly #caches: PromptCaches;
   readonly #bodies: Pick<BodyReader, 'read' | 'close'>;
   readonly #stop = new AbortController();
   readonly #models: ModelDirectory;
@@ -69,7 +69,8 @@ export class PdProxy {
     const { policy, prefillPolicy = policy, decodePolicy = policy } = config;
     const policies = { producer: prefillPolicy, consumer: decodePolicy };
     this.#registry = new InstanceRegistry(config.instanceTimeoutMs, undefined, policies);
-    this.#metrics = createProxyMetrics(this.#registry);
+    this.#metrics = createProxyMetrics(this.#registry, () => this.#caches.size);
+    this.#caches = new PromptCaches(config, this.#log, this.#metrics);
     setMaxListeners(0, this.#stop.signal, this.#events); // one per request under way, one per caller who waits
     this.#bodies = parts.bodyReader(this.#log);
     this.#context = {
@@ -171,9 +172,9 @@ export class PdProxy {
       sweepMs: Math.min(1_000, Math.max(10, instanceTimeoutMs / 4)),
       onPing: (address) => this.#models.onPing(address),
       onBadPing: () => this.#metrics.badPings.inc(),
-      onChange: ({ instance }) => {
-        this.#models.forget(instance.httpAddress);
-        this.#caches.forget(instance.httpAddress);
+      onChange: (change) => {
+        this.#models.forget(change.instance.httpAddress);
+        this.#caches.changed(change);
         this.#events.emit('instances');
       },
     });
@@ -204,6 +205,7 @@ export class PdProxy {
     await this.#server.close();
     clearTimeout(timer);
     await this.#discovery?.close();
+    this.#caches.close();
     await this.#upstream.close();
     await this.#bodies.close();
     if (started) this.#log.info('Stopped');

@@ -10,7 +10,7 @@
  */
 import type { Policy } from '../config/proxy-config.ts';
 import { asDestination, formatHostPort, type HostPort, parseHostPort } from '../net/address.ts';
-import type { SendType, WorkerLoad } from '../wire/messages.ts';
+import type { KvEventPorts, SendType, WorkerLoad } from '../wire/messages.ts';
 import { choose, type PromptToPlace } from './placement.ts';
 import { InstanceWork } from './work.ts';
 
@@ -31,6 +31,8 @@ export interface InstancePing {
   readonly load?: WorkerLoad;
   /** It speaks the native hand-over. Absent likewise. */
   readonly native?: boolean;
+  /** Where it says what it has cached. Absent: nowhere. */
+  readonly events?: KvEventPorts;
 }
 
 export interface Instance extends InstancePing {
@@ -280,6 +282,8 @@ function samePing(a: InstancePing, b: InstancePing): boolean {
     a.fingerprint?.digest === b.fingerprint?.digest &&
     a.sendType === b.sendType &&
     a.overlaps === b.overlaps &&
-    a.native === b.native
+    a.native === b.native &&
+    a.events?.publish === b.events?.publish &&
+    a.events?.snapshot === b.events?.snapshot
   );
 }

@@ -2,7 +2,6 @@
  * A client's request from its arrival to its answer: it goes to a pair, and once more to another where an instance does not take it. What
  * happens with one pair is in attempt.ts.
  */
-import type { ProxyConfig } from '../config/proxy-config.ts';
 import { PdError } from '../errors.ts';
 import { plural } from '../observability/bytes.ts';
 import { Attempt, type ProxyContext, type ReceivedRequest } from './attempt.ts';
@@ -34,7 +33,7 @@ export class ProxiedRequest {
 
   /** Answers in every case; never rejects. `stop` is aborted when the proxy stops. To be called once. */
   async answer(stop: AbortSignal): Promise<void> {
-    const { metrics, bodies } = this.#context;
+    const { metrics, bodies, caches } = this.#context;
     const { signal } = this.#abort;
     const { route, body, out } = this.#received;
     const onStop = () => this.#abort.abort(stop.reason);
@@ -46,7 +45,7 @@ export class ProxiedRequest {
     });
     metrics.inFlight.inc();
     try {
-      const read = await bodies.read(body, signal, needsKeys(this.#context.config));
+      const read = await bodies.read(body, signal, caches.wanted);
       signal.throwIfAborted();
       await this.#throughPairs(read);
     } catch (cause) {
@@ -115,11 +114,6 @@ export class ProxiedRequest {
     this.#context.log[level]({ requestId: this.#requestId, code: error.code }, `${route}: ${error.message}`);
     answerError(out, error, this.#requestId);
   }
-}
-
-/** Somebody goes by what is cached. */
-function needsKeys({ policy, prefillPolicy = policy, decodePolicy = policy }: ProxyConfig): boolean {
-  return prefillPolicy === 'kv-aware' || decodePolicy === 'kv-aware';
 }
 
 function sessionOf(header: string | string[] | undefined): string | undefined {

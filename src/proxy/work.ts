@@ -28,8 +28,8 @@ interface Given {
 }
 
 export class InstanceWork {
-  /** About what a prompt token takes it, as seen by this proxy. Until it is known: 8,192 tokens/s. */
-  msPerToken = 1_000 / 8_192;
+  /** About what a prompt token takes it, as seen by this proxy; undefined until it has been. */
+  msPerToken: number | undefined;
   readonly #now: () => number;
   readonly #given = new Set<Given>();
   /** Of `#given`, sums. */
@@ -67,6 +67,7 @@ export class InstanceWork {
   learn(tokens: number, ms: number): void {
     if (tokens < LEAST_LEARNT) return;
     const seen = Math.min(SLOWEST_MS, Math.max(FASTEST_MS, ms / tokens));
+    this.msPerToken ??= seen;
     this.msPerToken += (seen - this.msPerToken) * LEARNT_SHARE;
   }
 

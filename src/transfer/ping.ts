@@ -67,6 +67,7 @@ export class Pinger {
       model: fingerprint.model,
       sendType: options.sendType,
       ...(ping.features && { features: ping.features }),
+      ...(ping.events && { events: ping.events }),
     };
     const message = { type: ping.type, http_address: ping.httpAddress, zmq_address: self } as const;
     this.#message = native ? { ...message, native } : message;

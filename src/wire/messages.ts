@@ -116,6 +116,15 @@ export interface PingHello {
   readonly features?: readonly string[];
   /** Absent in pings of before it was told. */
   readonly load?: WorkerLoad;
+  /** Absent where it publishes none. */
+  readonly events?: KvEventPorts;
+}
+
+/** Where a worker says what it has cached (kv-events.ts), on the host of its `zmq_address`. */
+export interface KvEventPorts {
+  readonly publish: number;
+  readonly replay: number;
+  readonly snapshot: number;
 }
 
 /** What a worker has to do, as it was when its ping left. */

@@ -19,7 +19,7 @@ import type { Logger } from '../observability/log.ts';
 import type { MetricsPage } from '../observability/metrics.ts';
 import type { Scheduler } from '../scheduler/scheduler.ts';
 import { firstTokens, type SchedulerStep } from '../scheduler/step.ts';
-import type { CoreRequest, ForwardResult, RequestOutput } from '../scheduler/types.ts';
+import type { CacheChange, CoreRequest, ForwardResult, RequestOutput } from '../scheduler/types.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 import type { WorkerLoad } from '../wire/messages.ts';
 import type { CoreState } from './core-messages.ts';
@@ -43,6 +43,8 @@ export interface CoreLoopOptions {
   readonly kvSaved?: (requestId: EngineRequestId, error: ErrorData | undefined) => void;
   /** Told of what there is to do, as it changes. */
   readonly reportLoad?: (load: WorkerLoad) => void;
+  /** Told once a turn, where the scheduler keeps them. */
+  readonly cacheChanged?: (changes: readonly CacheChange[]) => void;
   /** For tests: what the lines of throughput are timed by. */
   readonly clock?: ThroughputLogOptions['clock'];
 }
@@ -151,6 +153,8 @@ export class CoreLoop {
     this.#tellFinished();
     this.#metrics.scheduler(this.#scheduler);
     this.#load?.changed();
+    const changes = this.#scheduler.takeCacheChanges();
+    if (changes.length > 0) this.#options.cacheChanged?.(changes);
     const { missingBlocks } = this.#scheduler;
     const room = missingBlocks > 0 ? this.#connector?.makeRoom(missingBlocks) : undefined;
     if (step.entries.length > 0 || step.preempted.length > 0 || room === true) await setImmediate();

@@ -53,6 +53,12 @@ describe('what is weighed', () => {
     expect(choose('least-loaded', 'producer', [slow!, fast!], undefined)).toBe(fast);
     expect(fast!.work.msPerToken).toBeCloseTo(0.1);
   });
+
+  test('one that nobody knows yet counts as the others on average', () => {
+    const all = candidates([{ queued: 10 }, { queued: 20 }, { queued: 30 }]);
+    all[1]!.work.learn(1_000, 8_000);
+    expect(choose('least-loaded', 'producer', all, undefined)).toBe(all[0]);
+  });
 });
 
 const anyTold = fc.array(

@@ -40,7 +40,7 @@ test('no instance is credited with what it was not given, and none has more than
           continue;
         }
         const keys = keysOf(prompt);
-        index.add(address, keys, most);
+        index.use(address, keys, most);
         const known = given.get(address) ?? new Set();
         given.set(address, known);
         for (const key of keys) known.add(key);
