@@ -4,7 +4,7 @@
  */
 import { type ErrorCode, PdError } from '../errors.ts';
 
-/** ROUTER `maxMessageSize`, and the most that any message of ours takes. Bytes. */
+/** ROUTER `maxMessageSize`, and the largest message that we send. Bytes. */
 export const MAX_BODY_BYTES = 64 * 1024;
 /** Characters of a tensor id. */
 export const MAX_TENSOR_ID = 4096;
@@ -32,13 +32,13 @@ export const DECODER_LIMITS = {
   maxMapLength: MAX_MAP,
 } as const;
 
-/** What the operator sets; a peer's announcement is checked against it before a byte is taken. */
+/** Set by the operator; a peer's announcement is checked against it before a byte is accepted. */
 export interface WireLimits {
   /** Largest single tensor, bytes. */
   readonly maxTensorBytes: number;
 }
 
-/** Labels of pd_protocol_errors_total that reading a message can give. */
+/** Labels of pd_protocol_errors_total that reading a message can produce. */
 export type ProtocolErrorKind = 'malformed' | 'unknown_command' | 'bad_field' | 'limit' | 'unknown_dtype';
 
 const CODES: Record<ProtocolErrorKind, ErrorCode> = {
@@ -63,16 +63,18 @@ export function protocolErrorKind(error: unknown): ProtocolErrorKind {
   return typeof kind === 'string' && Object.hasOwn(CODES, kind) ? (kind as ProtocolErrorKind) : 'malformed';
 }
 
-/** The largest body, and the largest bin in it. Bytes. */
+/** The largest body, and the largest bin in it, in bytes. */
 export interface BodyLimits {
   readonly body: number;
   readonly bin: number;
+  /** Elements of an array. */
+  readonly array?: number;
 }
 
 const BODY_LIMITS: BodyLimits = { body: MAX_BODY_BYTES, bin: MAX_BIN };
 
 /**
- * Walks one msgpack value without building it. Throws LIMIT_EXCEEDED where it is too large or too deep and MESSAGE_INVALID where it is
+ * Walks one msgpack value without building it. Throws LIMIT_EXCEEDED if it is too large or too deep, and MESSAGE_INVALID if it is
  * truncated, has bytes after its end, or uses the one byte that msgpack never uses. What passes is safe to decode.
  */
 export function checkMsgpack(body: Uint8Array, most: BodyLimits = BODY_LIMITS): void {
@@ -90,14 +92,14 @@ export function checkMsgpack(body: Uint8Array, most: BodyLimits = BODY_LIMITS): 
       continue;
     }
     open[open.length - 1] = left - 1;
-    const header = readHeader(view, at, most.bin);
+    const header = readHeader(view, at, most);
     at = header.next;
     if (at > body.length) throw truncated(body.length);
     if (header.children > 0) {
       if (open.length > MAX_DEPTH) {
         throw protocolError('limit', `message nests deeper than ${MAX_DEPTH} levels`);
       }
-      // Every child takes a byte, so a header that claims more than is left lies.
+      // Every child takes at least a byte, so a header that claims more than is left lies.
       if (header.children > body.length - at) throw truncated(body.length);
       open.push(header.children);
     }
@@ -114,7 +116,11 @@ interface Header {
   readonly children: number;
 }
 
-function readHeader(view: DataView, at: number, maxBin: number): Header {
+function readHeader(
+  view: DataView,
+  at: number,
+  { bin: maxBin, array: maxArray = MAX_ARRAY }: BodyLimits,
+): Header {
   if (at >= view.byteLength) throw truncated(view.byteLength);
   const tag = view.getUint8(at);
   const leaf = (bytes: number): Header => ({ next: at + 1 + bytes, children: 0 });
@@ -135,7 +141,7 @@ function readHeader(view: DataView, at: number, maxBin: number): Header {
   });
   if (tag <= 0x7f || tag >= 0xe0) return leaf(0);
   if (tag <= 0x8f) return container(0, tag & 0x0f, MAX_MAP, 'map', 2);
-  if (tag <= 0x9f) return container(0, tag & 0x0f, MAX_ARRAY, 'array', 1);
+  if (tag <= 0x9f) return container(0, tag & 0x0f, maxArray, 'array', 1);
   if (tag <= 0xbf) return leaf(tag & 0x1f);
   switch (tag) {
     case 0xc0: // nil
@@ -185,9 +191,9 @@ function readHeader(view: DataView, at: number, maxBin: number): Header {
     case 0xdb:
       return run(4, MAX_STR, 'str');
     case 0xdc:
-      return container(2, readLength(view, at + 1, 2), MAX_ARRAY, 'array', 1);
+      return container(2, readLength(view, at + 1, 2), maxArray, 'array', 1);
     case 0xdd:
-      return container(4, readLength(view, at + 1, 4), MAX_ARRAY, 'array', 1);
+      return container(4, readLength(view, at + 1, 4), maxArray, 'array', 1);
     case 0xde:
       return container(2, readLength(view, at + 1, 2), MAX_MAP, 'map', 2);
     case 0xdf:
