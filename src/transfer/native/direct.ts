@@ -7,14 +7,14 @@
  *   both     the other process ends --> died(nonce), at the owner once what it had queued has landed
  */
 import { closeSync } from 'node:fs';
-import type { CudaDevice } from '../../device/cuda/device.ts';
-import type { EventRef } from '../../device/device.ts';
-import type { NamedLayer } from '../../device/paged-cache.ts';
+import { CudaDevice } from '../../device/cuda/device.ts';
+import type { Device, EventRef } from '../../device/device.ts';
+import type { CacheAllocator, NamedLayer } from '../../device/paged-cache.ts';
 import { EventPoller } from '../../device/poller.ts';
 import { PdError } from '../../errors.ts';
 import type { Logger } from '../../observability/log.ts';
 import { bootId, DirectEndpoint, type DirectLink, type Offer } from '../../transport/direct/endpoint.ts';
-import type { ExportedCache } from '../../transport/direct/exported-cache.ts';
+import { createWhenFree, ExportedCache } from '../../transport/direct/exported-cache.ts';
 import { CacheMapping } from '../../transport/direct/mapping.ts';
 import { OwnerPage, WriterPage } from '../../transport/direct/page.ts';
 import {
@@ -26,8 +26,37 @@ import {
 } from '../../transport/direct/writer.ts';
 import type { HelloMessage, Nonce } from './messages.ts';
 
+/** A cache that workers of this host may write into. */
+export interface SharedCache {
+  /** Takes it, waiting for a minute where the GPU's memory is held by others. */
+  readonly allocate: CacheAllocator;
+  /** Once it is taken. */
+  exported(): ExportedCache | undefined;
+  /** After the last use of its layers. */
+  dispose(): void;
+}
+
+export function sharedCache(log: Logger): SharedCache {
+  let cache: ExportedCache | undefined;
+  return {
+    allocate: async (device, layout, names) => {
+      const cuda = cudaOf(device);
+      const onWait = (why: string) => log.warn(`the KV cache waits for memory: ${why}`);
+      cache = await createWhenFree(cuda, () => new ExportedCache(cuda, layout, names), { onWait });
+      return cache.layers;
+    },
+    exported: () => cache,
+    dispose: () => cache?.dispose(),
+  };
+}
+
+function cudaOf(device: Device): CudaDevice {
+  if (device instanceof CudaDevice) return device;
+  throw new PdError('CONFIG_INVALID', `direct writes need --device cuda:N, not ${device.name}`);
+}
+
 interface DirectOptions {
-  readonly device: CudaDevice;
+  readonly device: Device;
   readonly layers: readonly NamedLayer[];
   /** Absent where nobody writes into our cache. */
   readonly exported: ExportedCache | undefined;
@@ -68,6 +97,7 @@ const MARGIN_MS = 100;
 
 export class DirectWays {
   readonly #options: DirectOptions;
+  readonly #device: CudaDevice;
   readonly #writers: DirectWriters;
   readonly #endpoint: DirectEndpoint;
   /** Pages of processes that have connected and whose link is still to come. */
@@ -82,6 +112,7 @@ export class DirectWays {
 
   private constructor(options: DirectOptions, writers: DirectWriters, endpoint: DirectEndpoint) {
     this.#options = options;
+    this.#device = cudaOf(options.device);
     this.#writers = writers;
     this.#endpoint = endpoint;
   }
@@ -89,7 +120,7 @@ export class DirectWays {
   /** Before the first NCCL pair opens, as it loads a kernel. Throws DIRECT_REFUSED, SYSTEM_CALL_FAILED or CUDA_ERROR. */
   static async open(options: DirectOptions): Promise<DirectWays> {
     const { device, layers, nonce, folder, log } = options;
-    const writers = new DirectWriters(device, layers);
+    const writers = new DirectWriters(cudaOf(device), layers);
     let ways: DirectWays | undefined;
     const endpoint = await DirectEndpoint.listen({
       ...(folder !== undefined && { folder }),
@@ -161,7 +192,7 @@ export class DirectWays {
     return this.#targets.get(nonce)?.page;
   }
 
-  /** Nothing of ours writes into that process's cache any more. */
+  /** Every write into that process's cache has landed, and none will follow: unmaps it. */
   release(nonce: Nonce): void {
     const target = this.#targets.get(nonce);
     this.#expected.delete(nonce);
@@ -222,12 +253,12 @@ export class DirectWays {
 
   async #connect(peer: string, nonce: Nonce, path: string): Promise<void> {
     const link = await this.#reach(nonce, path);
-    const { device, log } = this.#options;
+    const { log } = this.#options;
     const { offer } = link;
     let mapping: CacheMapping | undefined;
     try {
       if (!offer) throw new PdError('DIRECT_REFUSED', `${peer} offers no cache`);
-      mapping = CacheMapping.open(device, offer, this.#writers.claims, peer);
+      mapping = CacheMapping.open(this.#device, offer, this.#writers.claims, peer);
       const writer = await this.#writers.open(mapping.cache);
       const page = new WriterPage(mapping.cache.page);
       const target = { link, mapping, writer, page };

@@ -14,6 +14,7 @@ import type { EventRef } from '../../device/device.ts';
 import { type ErrorCode, type ErrorData, PdError, unreachable } from '../../errors.ts';
 import { formatHostPort } from '../../net/address.ts';
 import type { Logger } from '../../observability/log.ts';
+import type { MetricsPage } from '../../observability/metrics.ts';
 import { NO_TOKEN, type OwnerPage, SLOTS, type SlotState } from '../../transport/direct/page.ts';
 import { type EngineRequestId, peerAddressOf, type TransferId } from '../../wire/ids.ts';
 import type { FromWire, NativeInit, ToWire } from './channel.ts';
@@ -28,7 +29,14 @@ import type {
   WantOutcome,
   WantRequest,
 } from './hand-over-api.ts';
-import type { HelloMessage, NativeTransport, Nonce, ProducerMessage, Ticket } from './messages.ts';
+import {
+  type HelloMessage,
+  type NativeTransport,
+  type Nonce,
+  type ProducerMessage,
+  type Ticket,
+  TRANSPORTS,
+} from './messages.ts';
 import { type WantAction, Wants } from './wants.ts';
 
 export interface HandOverOptions {
@@ -42,6 +50,8 @@ export interface HandOverOptions {
   /** Where `direct` may be used here. */
   readonly direct?: DirectWays;
   readonly log: Logger;
+  /** Of the core thread. */
+  readonly metrics: MetricsPage;
 }
 
 /** A `want` that has no outcome yet. */
@@ -52,6 +62,7 @@ interface Load {
   deadline: number;
   /** Once it has been asked for. */
   seq: number | undefined;
+  transport: NativeTransport | undefined;
 }
 
 /** A producer that has said hello on the connection of now. */
@@ -180,7 +191,8 @@ export class HandOver implements HandOverApi {
   want(request: WantRequest): void {
     const { requestId, transferId, peer, withinMs, prefillWithinMs = 0 } = request;
     const began = now();
-    const load: Load = { request, began, deadline: began + withinMs + prefillWithinMs, seq: undefined };
+    const deadline = began + withinMs + prefillWithinMs;
+    const load: Load = { request, began, deadline, seq: undefined, transport: undefined };
     this.#loads.set(requestId, load);
     const failed = this.#failed.get(transferId);
     this.#failed.delete(transferId);
@@ -422,7 +434,6 @@ export class HandOver implements HandOverApi {
       this.#lose(peer, { code: 'TRANSPORT_MISMATCH', message, context: { peer } });
       return;
     }
-    this.#tell({ kind: 'pair', peer });
     this.#ready(peer, producer, way);
   }
 
@@ -461,7 +472,6 @@ export class HandOver implements HandOverApi {
     this.#peers.delete(nonce);
     this.#grant(() => this.#grants.died(peer, nonce, now()));
     this.#want(() => this.#wants.died(peer, nonce, now()));
-    this.#options.direct?.release(nonce);
   }
 
   /** A consumer has said hello. */
@@ -527,6 +537,7 @@ export class HandOver implements HandOverApi {
         return [];
       }
       load.seq = asked.seq;
+      load.transport = producer.transport;
       this.#options.log.debug(
         { requestId, transferId, peer, seq: asked.seq, tokens, skip, blocks: blocks.length },
         `WANT ${asked.seq} of ${peer}`,
@@ -629,8 +640,14 @@ export class HandOver implements HandOverApi {
     if (direct) {
       write.direct = undefined;
       write.parts++;
+      const { sources } = write.action;
+      const { shape } = this.#options.init;
       direct
         .landed()
+        .then(() => {
+          const bytes = sources.length * shape.layers * shape.blockBytes;
+          if (!write.failure) this.#options.metrics.inc('pd_kv_sent_bytes_total', bytes);
+        })
         .catch((error: unknown) => this.#giveUp(write, PdError.from(error)))
         .finally(() => {
           write.parts--;
@@ -642,7 +659,7 @@ export class HandOver implements HandOverApi {
     this.#crowded.delete(write);
     this.#step?.writes.delete(write);
     this.#grant(() => this.#grants.landed(launch, now(), write.failure));
-    for (const other of this.#crowded) {
+    for (const other of [...this.#crowded]) {
       if (this.#step?.writes.has(other)) continue;
       this.#crowded.delete(other);
       this.#launch(other, this.#layers, undefined);
@@ -833,6 +850,11 @@ export class HandOver implements HandOverApi {
     const { requestId, peer, blocks } = load.request;
     const { layers, blockBytes } = this.#options.init.shape;
     const milliseconds = now() - load.began;
+    const bytes = blocks.length * layers * blockBytes;
+    const { metrics } = this.#options;
+    metrics.observe('pd_transfer_seconds', milliseconds / 1_000);
+    // what comes on a pair is counted by the transfer thread
+    if (load.transport === 'direct') metrics.inc('pd_kv_received_bytes_total', bytes);
     this.#options.log.debug(
       { requestId, peer, seq, milliseconds, drawn: draw !== undefined },
       `WANT ${seq} is done`,
@@ -841,7 +863,7 @@ export class HandOver implements HandOverApi {
     this.#end(load, {
       requestId,
       ok: true,
-      bytes: blocks.length * layers * blockBytes,
+      bytes,
       milliseconds,
       ...(drawn && { draw: { tokens: drawn, ...(logprobs && { logprobs }) } }),
     });
@@ -865,9 +887,22 @@ export class HandOver implements HandOverApi {
     }
     this.#grant(() => this.#grants.tick(now()));
     this.#want(() => this.#wants.tick(now()));
+    this.#measure();
     if (this.#grants.isIdle && this.#wants.isIdle && this.#loads.size === 0) {
       clearTimeout(this.#timer);
       this.#timer = undefined;
+    }
+  }
+
+  #measure(): void {
+    const { metrics } = this.#options;
+    const { waiting, quarantined } = this.#wants.stats();
+    metrics.set('pd_native_wants', waiting);
+    metrics.set('pd_native_quarantined_blocks', quarantined);
+    metrics.set('pd_native_leases', this.#grants.stats().leases);
+    for (const way of TRANSPORTS) {
+      const producers = [...this.#producers.values()].filter(({ transport }) => transport === way);
+      metrics.set('pd_native_connections', producers.length, way);
     }
   }
 
