@@ -15,9 +15,6 @@ import type { TransferId } from '../../wire/ids.ts';
 import type { PeerHello, UniqueId } from '../../wire/messages.ts';
 import type { TokenLogprob } from '../../wire/token-logprob.ts';
 
-/** Feature in hello and ping of a worker that speaks all of this. */
-export const NATIVE_FEATURE = 'native';
-
 declare const brand: unique symbol;
 /** A process, from its start to its end: 16 random bytes, as 32 hex digits. */
 export type Nonce = string & { readonly [brand]: 'Nonce' };
