@@ -79,7 +79,7 @@ export const LAYERS: readonly Layer[] = [
   },
   {
     name: 'src/proxy',
-    may: [...COMMON, 'src/openai-error.ts', 'src/reading-thread.ts', 'src/wire', 'src/config'],
+    may: [...COMMON, 'src/openai-error.ts', 'src/reading-thread.ts', 'src/wire', 'src/kv', 'src/config'],
   },
   {
     name: 'src/doctor',

@@ -2,6 +2,7 @@
 import type { ErrorData } from '../errors.ts';
 import type { CompiledGrammar } from '../grammar/compile.ts';
 import type { VocabularyData } from '../grammar/vocabulary.ts';
+import type { BlockHash } from '../kv/block-hash.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 import type { Wire } from '../wire/overlap.ts';
 import type { TokenLogprob } from '../wire/token-logprob.ts';
@@ -98,6 +99,18 @@ export interface TokenHistory {
   readonly length: number;
   tokens(start: number, end: number): Int32Array;
 }
+
+/** What a later prompt may find, or not any more. */
+export type CacheChange =
+  | {
+      readonly type: 'stored';
+      readonly hashes: readonly BlockHash[];
+      /** Of the block before the first; absent at the start of a sequence. */
+      readonly parent?: BlockHash;
+      /** Of all its blocks. */
+      readonly tokens: Int32Array;
+    }
+  | { readonly type: 'removed'; readonly hash: BlockHash };
 
 /** How one completion's token is to be sampled in this step. */
 export interface SampleSpec {

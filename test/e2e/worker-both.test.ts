@@ -1,8 +1,5 @@
 import { once } from 'node:events';
-import { readFile } from 'node:fs/promises';
 import { createServer } from 'node:net';
-import { join } from 'node:path';
-import { Template } from '@huggingface/jinja';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { demoModelDir } from '../../src/config/demo-model.ts';
 import { formatHostPort } from '../../src/net/address.ts';
@@ -13,7 +10,13 @@ import { resolveFlags } from '../support/worker-flags.ts';
 interface Choice {
   readonly index: number;
   readonly text: string;
-  readonly message: { readonly content: string };
+  readonly message: {
+    readonly content: string;
+    readonly tool_calls?: readonly {
+      readonly id: string;
+      readonly function: { readonly name: string; readonly arguments: string };
+    }[];
+  };
   readonly finish_reason: string;
   readonly logprobs: {
     readonly tokens: readonly string[];
@@ -126,28 +129,37 @@ describe('an undivided worker with the demo model', () => {
       'The capital of Japan is Kyoto.',
     ],
     ['How are you?', undefined, '', 'I am fine, thank you. How can I help you?'],
-  ])('with tools in its prompt, answers %j', async (content, call, result, expected) => {
+  ])('with tools, answers %j', async (content, call, result, expected) => {
     const tools = [
       toolOf('get_weather', 'Get the weather for a city', 'city'),
       toolOf('get_capital', 'Get the capital of a country', 'country'),
     ];
-    const template = new Template(await readFile(join(demoModelDir(), 'chat_template.jinja'), 'utf8'));
-    // The endpoint puts <|begin|> in front by itself.
     const next = async (messages: readonly object[]) => {
-      const prompt = template.render({ bos_token: '', tools, messages, add_generation_prompt: true });
-      const { choices } = await complete({ prompt, max_tokens: 60 });
-      expect(choices[0]!.finish_reason).toBe('stop');
-      return choices[0]!.text;
+      const { choices } = await ask('/v1/chat/completions', {
+        messages,
+        tools,
+        temperature: 0,
+        max_tokens: 60,
+      });
+      return choices[0]!;
     };
     const question = { role: 'user', content };
     let answer = await next([question]);
     if (call) {
-      const text = /^<tool_call>\n(.*)\n<\/tool_call>$/.exec(answer)?.[1] ?? '';
-      expect(JSON.parse(text)).toEqual(call);
-      const called = { role: 'assistant', content: null, tool_calls: [{ type: 'function', function: call }] };
-      answer = await next([question, called, { role: 'tool', content: result }]);
+      expect(answer.finish_reason).toBe('tool_calls');
+      const { tool_calls: calls = [] } = answer.message;
+      const made = calls.map(({ function: { name, arguments: text } }) => ({
+        name,
+        arguments: JSON.parse(text),
+      }));
+      expect(made).toEqual([call]);
+      answer = await next([
+        question,
+        answer.message,
+        { role: 'tool', tool_call_id: calls[0]!.id, content: result },
+      ]);
     }
-    expect(answer).toBe(expected);
+    expect(answer).toMatchObject({ finish_reason: 'stop', message: { content: expected } });
   });
 
   it('gives n completions of one prompt, the same again with the same seed', async () => {

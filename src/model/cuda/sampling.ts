@@ -17,7 +17,13 @@ import { isShaped, nothingLeft, shapingOf } from '../shaping.ts';
 import { CountSlots } from './count-slots.ts';
 import type { ModelKernels } from './kernels.ts';
 import { type CudaLlama, word } from './llama.ts';
-import { REPORT_WORDS, SamplePlan, type SamplePlanLimits, samplePlanCapacity } from './sample-plan.ts';
+import {
+  MOST_REPORTED,
+  REPORT_WORDS,
+  SamplePlan,
+  type SamplePlanLimits,
+  samplePlanCapacity,
+} from './sample-plan.ts';
 
 /** Rows of logits that the host reads at a time. */
 const HOST_LOGIT_ROWS = 16;
@@ -273,11 +279,11 @@ export class CudaSampler {
 
   #reported(report: number, token: number, count: number): TokenLogprob {
     const at = report * REPORT_WORDS;
-    const most = (REPORT_WORDS - 2) / 2;
     const top: { readonly token: number; readonly logprob: number }[] = [];
-    for (let i = 0; i < Math.min(count, most); i++) {
+    for (let i = 0; i < Math.min(count, MOST_REPORTED); i++) {
       const id = this.#reports[at + 2 + i]!;
-      if (id < this.vocabSize) top.push({ token: id, logprob: this.#reportFloats[at + 2 + most + i]! });
+      if (id < this.vocabSize)
+        top.push({ token: id, logprob: this.#reportFloats[at + 2 + MOST_REPORTED + i]! });
     }
     return { token, logprob: this.#reportFloats[at]!, top };
   }

@@ -35,17 +35,18 @@ interface Options {
   readonly blockSize?: number;
   readonly maxNumSeqs?: number;
   readonly numBlocks?: number | undefined;
+  readonly on?: CudaDevice;
 }
 
 async function onCuda(
   dir: string,
-  { batchInvariant = false, blockSize = 16, maxNumSeqs = 6, ...given }: Options = {},
+  { batchInvariant = false, blockSize = 16, maxNumSeqs = 6, on = device, ...given }: Options = {},
 ) {
   const config = await readModelConfig(dir);
   const { executor, numBlocks } = await createCudaExecutor({
     dir,
     config,
-    device,
+    device: on,
     type: await elementTypeOf(dir, config),
     blockSize,
     numBlocks: 'numBlocks' in given ? given.numBlocks : 64,
@@ -56,7 +57,7 @@ async function onCuda(
     reserved: 0,
     batchInvariant,
   });
-  executors.push(executor);
+  if (on === device) executors.push(executor);
   return { executor, numBlocks };
 }
 
@@ -202,7 +203,9 @@ test('samples as the host does from equal logits: temperature, log-probabilities
 
 test('shapes, draws and reports as the host does from the logits of the very step, more rows than fit at a time', async () => {
   const dir = await randomModel({ architecture: 'LlamaForCausalLM' });
-  const { executor } = await onCuda(dir, { maxNumSeqs: 70, numBlocks: 80 });
+  // its memory goes with it
+  const on = await createCudaDevice(0);
+  const { executor } = await onCuda(dir, { maxNumSeqs: 70, numBlocks: 80, on });
   const { sample } = await import('../../../src/model/sampler.ts');
   const random = (seed: number, index: number, below: number) => Math.floor(uniform(seed, index, 0) * below);
   const mask = Uint32Array.of(0xff0ff0f0, 0x0f0ff00f, 0x1234);
@@ -285,6 +288,8 @@ test('shapes, draws and reports as the host does from the logits of the very ste
       });
     }
   }
+  executor.dispose();
+  on.dispose();
 });
 
 test('tells the logits that each token is sampled from, of prompts and of a graph, and samples the same', async () => {
