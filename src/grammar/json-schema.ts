@@ -500,7 +500,9 @@ class SchemaCompiler {
       }
       if (isNothing(key, this.#budget)) continue;
       const value = schemas.length > 0 ? this.#schema(schemas) : this.#json.value;
-      members.push(member(this.#json.blanks, key, value));
+      // A rule of its own, without calls: masks inside of it are found the quick way.
+      const number = this.#rules.push({ name: 'other key', body: key }) - 1;
+      members.push(member(this.#json.blanks, rule(number), value));
     }
     return members;
   }
