@@ -30,6 +30,10 @@ export const ERROR_TABLE = {
     status: 503,
     hint: 'Other long bodies are being parsed and tokenized, or fill the room to wait in: send it again later, or to another worker.',
   },
+  OVERLOADED: {
+    status: 429,
+    hint: 'The proxy serves as much as it may (--max-running, --max-running-tokens) and its line is full: send it again after Retry-After.',
+  },
   REQUEST_ABORTED: { status: 499, hint: 'The client went away or the request was cancelled; nothing to do.' },
   SERVER_DRAINING: { status: 503, hint: 'The worker is stopping; send the request to another one.' },
   // wire
