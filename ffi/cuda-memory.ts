@@ -1,7 +1,7 @@
 /**
- * The driver's virtual memory management: physical memory of a GPU, which a descriptor passes to other processes, and addresses where it is
- * mapped. Needs a current context, for which the runtime's primary one serves (`Cudart.setDevice`); mappings belong to the process, so
- * every thread of it reaches them. Unmapping does not wait for kernels: what still runs there faults, and the context with it.
+ * The driver's virtual memory management: physical memory of a GPU, which a descriptor passes to other processes, and the addresses where
+ * it is mapped. Needs a current context; the runtime's primary one will do (`Cudart.setDevice`). Mappings belong to the process, so all
+ * of its threads can use them. Unmapping does not wait for kernels: one that still runs there faults, which destroys the context.
  */
 import { type Libcuda, loadLibcuda } from './libcuda.ts';
 import { type Bound, bind, row } from './native.ts';
@@ -95,7 +95,7 @@ export class CudaMemory {
     return this.#int[0] !== 0;
   }
 
-  /** Memory and mappings come in multiples of this many bytes. */
+  /** Memory and mappings must be multiples of this many bytes. */
   granularity(device: number): number {
     const status = this.#call.cuMemGetAllocationGranularity(
       this.#out,
@@ -106,33 +106,33 @@ export class CudaMemory {
     return Number(this.#out[0]);
   }
 
-  /** Memory of `device` that can be exported, mapped nowhere yet. Throws OUT_OF_DEVICE_MEMORY. */
+  /** Memory of `device` that can be exported, not mapped yet. Throws OUT_OF_DEVICE_MEMORY. */
   create(device: number, bytes: number, what: string): CuMemoryHandle {
     const status = this.#call.cuMemCreate(this.#out, bytes, properties(device), 0);
     this.#driver.check(status, 'cuMemCreate', { what, bytes });
     return this.#out[0]! as CuMemoryHandle;
   }
 
-  /** Gives up the handle; the memory goes with the last handle, descriptor and mapping. */
+  /** Releases the handle; the memory is freed with the last handle, descriptor and mapping. */
   release(handle: CuMemoryHandle): void {
     this.#driver.check(this.#call.cuMemRelease(handle), 'cuMemRelease');
   }
 
-  /** A new descriptor, which the caller closes; while it is open the memory stays. */
+  /** A new descriptor, which the caller closes; the memory exists while it is open. */
   exportDescriptor(handle: CuMemoryHandle, what: string): FileDescriptor {
     const status = this.#call.cuMemExportToShareableHandle(this.#int, handle, HANDLE_POSIX_DESCRIPTOR, 0);
     this.#driver.check(status, 'cuMemExportToShareableHandle', { what });
     return this.#int[0]! as FileDescriptor;
   }
 
-  /** The memory behind a descriptor of another process; the descriptor may be closed then. */
+  /** The memory behind a descriptor of another process; the descriptor may be closed afterwards. */
   importDescriptor(fd: FileDescriptor, what: string): CuMemoryHandle {
     const status = this.#call.cuMemImportFromShareableHandle(this.#out, BigInt(fd), HANDLE_POSIX_DESCRIPTOR);
     this.#driver.check(status, 'cuMemImportFromShareableHandle', { what });
     return this.#out[0]! as CuMemoryHandle;
   }
 
-  /** Maps memory for `device`, for reading and writing. Throws CUDA_ERROR where it has fewer than `bytes`; nothing is left then. */
+  /** Maps memory for `device`, for reading and writing. Throws CUDA_ERROR if it has fewer than `bytes`, and then leaves nothing mapped. */
   map(device: number, handle: CuMemoryHandle, bytes: number, what: string): DevicePointer {
     const reserved = this.#call.cuMemAddressReserve(this.#out, bytes, 0, 0, 0);
     this.#driver.check(reserved, 'cuMemAddressReserve', { what, bytes });
@@ -144,7 +144,7 @@ export class CudaMemory {
       const access = this.#call.cuMemSetAccess(pointer, bytes, accessOf(device), 1);
       this.#driver.check(access, 'cuMemSetAccess', { what, bytes });
     } catch (error) {
-      // the first error is the one to tell
+      // the first error is the one to report
       if (mapped) this.#call.cuMemUnmap(pointer, bytes);
       this.#call.cuMemAddressFree(pointer, bytes);
       throw error;
@@ -152,7 +152,7 @@ export class CudaMemory {
     return pointer;
   }
 
-  /** Only when no launch that reads or writes there can run any more. Waits for nothing. */
+  /** Only when no kernel can read or write there any more. Does not wait. */
   unmap(pointer: DevicePointer, bytes: number): void {
     this.#driver.check(this.#call.cuMemUnmap(pointer, bytes), 'cuMemUnmap');
     this.#driver.check(this.#call.cuMemAddressFree(pointer, bytes), 'cuMemAddressFree');

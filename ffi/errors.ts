@@ -1,6 +1,6 @@
 /**
- * Errors of the native side. `ffi/` imports nothing of `src/`, so it knows the codes it throws and not the class: src/errors.ts, which
- * every module of `src/` that throws or catches loads, registers its own. Without it (ffi/ alone) they are plain Errors with a code.
+ * Errors of the native side. `ffi/` imports nothing of `src/`, so it knows the codes it throws but not the class: src/errors.ts, which
+ * every module of `src/` that throws or catches imports, registers its own. Without it (ffi/ alone) they are plain Errors with a code.
  */
 
 export type NativeErrorCode =
@@ -25,7 +25,7 @@ type MakeError = (
 let make: MakeError = (code, message, context, options) =>
   Object.assign(new Error(message, options), { code, context });
 
-/** What every error of `ffi/` is made by from now on, in this thread. */
+/** `factory` creates every error of `ffi/` from now on, in this thread. */
 export function makeNativeErrorsBy(factory: MakeError): void {
   make = factory;
 }

@@ -1,4 +1,4 @@
-/** Where the native libraries may be: a list of names for the loader, in the order they are tried. */
+/** Where the native libraries may be: names for the loader, in the order in which they are tried. */
 import { existsSync, readdirSync } from 'node:fs';
 import { join } from 'node:path';
 
@@ -7,9 +7,9 @@ export type LibraryName = 'cuda' | 'cudart' | 'nccl' | 'nvrtc' | 'cublas' | 'cub
 interface LibrarySpec {
   /** Environment variables that name the file, ours first; command line flags set ours. */
   readonly env: readonly string[];
-  /** Names in the order of preference. */
+  /** In order of preference. */
   readonly sonames: readonly string[];
-  /** Folders inside pip's `nvidia` package. */
+  /** Directories inside pip's `nvidia` package. */
   readonly pip: readonly string[];
   readonly install: string;
 }
@@ -19,38 +19,38 @@ export const LIBRARIES: Readonly<Record<LibraryName, LibrarySpec>> = {
     env: ['PD_CUDA_LIB'],
     sonames: ['libcuda.so.1'],
     pip: [],
-    install: 'install the NVIDIA driver (in a container: start it with --gpus all)',
+    install: 'install the NVIDIA driver (or start the container with --gpus all)',
   },
   cudart: {
     env: ['PD_CUDART_LIB'],
     sonames: ['libcudart.so.13', 'libcudart.so.12'],
     pip: ['cu13', 'cuda_runtime'],
-    install: 'install the CUDA 12 or 13 runtime, for instance: pip install nvidia-cuda-runtime',
+    install: 'install the CUDA 12 or 13 runtime, for example: pip install nvidia-cuda-runtime',
   },
   nccl: {
     env: ['PD_NCCL_LIB', 'VLLM_NCCL_SO_PATH'],
     sonames: ['libnccl.so.2'],
     pip: ['nccl'],
     install:
-      'install NCCL 2.27 or later (libnccl2, or pip install nvidia-nccl-cu13), the same version as the peers use',
+      'install NCCL 2.27 or later (libnccl2, or pip install nvidia-nccl-cu13), the same version as on the peers',
   },
   nvrtc: {
     env: ['PD_NVRTC_LIB'],
     sonames: ['libnvrtc.so.13', 'libnvrtc.so.12'],
     pip: ['cu13', 'cuda_nvrtc'],
-    install: 'install the CUDA runtime compiler, for instance: pip install nvidia-cuda-nvrtc',
+    install: 'install the CUDA runtime compiler, for example: pip install nvidia-cuda-nvrtc',
   },
   cublas: {
     env: ['PD_CUBLAS_LIB'],
     sonames: ['libcublas.so.13', 'libcublas.so.12'],
     pip: ['cu13', 'cublas'],
-    install: 'install cuBLAS, for instance: pip install nvidia-cublas',
+    install: 'install cuBLAS, for example: pip install nvidia-cublas',
   },
   cublasLt: {
     env: ['PD_CUBLASLT_LIB'],
     sonames: ['libcublasLt.so.13', 'libcublasLt.so.12'],
     pip: ['cu13', 'cublas'],
-    install: 'install cuBLAS, for instance: pip install nvidia-cublas',
+    install: 'install cuBLAS, for example: pip install nvidia-cublas',
   },
 };
 
@@ -60,7 +60,7 @@ export interface Candidate {
   readonly source: string;
 }
 
-/** The file that an environment variable (or a flag, through it) names: then nothing else is tried. */
+/** The file that an environment variable names (or a flag, which sets it): then nothing else is tried. */
 export function explicitCandidate(
   name: LibraryName,
   env: Readonly<Record<string, string | undefined>> = process.env,
@@ -73,7 +73,7 @@ export function explicitCandidate(
 }
 
 /**
- * Candidates in order: the loader's path, CUDA's usual places, pip's packages. `major`: the newest CUDA that the driver runs; newer
+ * Candidates in order: the loader's path, CUDA's usual places, pip's packages. `major`: the newest CUDA that the driver supports; newer
  * libraries are left out, since a CUDA 13 runtime refuses a CUDA 12 driver.
  */
 export function candidates(name: LibraryName, major?: number): Candidate[] {
@@ -112,7 +112,7 @@ function cudaFolders(): string[] {
   ].filter((folder) => existsSync(folder));
 }
 
-/** Folders that hold Python packages: of the active environment, of the user, of the system, and under /opt. */
+/** Directories of Python packages: of the active environment, of the user, of the system, and under /opt. */
 function sitePackages(): string[] {
   const { VIRTUAL_ENV, CONDA_PREFIX, HOME } = process.env;
   const prefixes = [VIRTUAL_ENV, CONDA_PREFIX, HOME && join(HOME, '.local'), '/usr', '/usr/local'];

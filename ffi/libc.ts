@@ -1,4 +1,4 @@
-/** The few calls of the C library that Node has no equal for. */
+/** The few calls of the C library that Node has no equivalent of. */
 import { type Bound, bind, dlopen, row } from './native.ts';
 
 const LIBC = {
@@ -24,8 +24,8 @@ function libc(): Bound<typeof LIBC> {
 }
 
 /**
- * Sets a variable where native libraries look for it, unless the user has set it. `process.env` in a worker thread is a copy that the
- * C library never sees, so this goes to the C library itself; call it before the library that reads it loads.
+ * Sets an environment variable where native libraries look for it, unless the user has set it. `process.env` in a worker thread is a
+ * copy that the C library never sees, so this calls the C library itself. To be called before the library that reads it is loaded.
  */
 export function setNativeDefault(name: string, value: string): void {
   if (libc().getenv(name) === null) libc().setenv(name, value, 0);
@@ -42,16 +42,15 @@ export function nativeEnvironment(name: string): string | undefined {
 }
 
 /**
- * Lets the kernel end this process (SIGALRM) after `seconds`, whatever its threads do: a thread inside a blocking native call, such as
- * an abort that never returns, holds up `process.exit()` for ever. 0 takes it back.
+ * Has the kernel end this process (SIGALRM) after `seconds`, whatever its threads do: a thread in a blocking native call, such as an
+ * abort that never returns, holds up `process.exit()` for ever. 0 cancels it.
  */
 export function killAfter(seconds: number): void {
   libc().alarm(seconds);
 }
 
 /**
- * Ends the process here and now. `process.exit()` takes the other threads apart first, and a native library in one of them can crash
- * under that.
+ * Ends the process immediately. `process.exit()` tears down the other threads first, which can crash a native library in one of them.
  */
 export function exitNow(status: number): void {
   libc()._exit(status);

@@ -95,7 +95,7 @@ export interface RowProduct {
   /** [rows, outputs]. */
   readonly out: DevicePointer;
   readonly outType: 'float16' | 'bfloat16' | 'float32';
-  /** Add to what is in `out`. */
+  /** Add to the contents of `out`. */
   readonly accumulate: boolean;
 }
 
@@ -126,8 +126,8 @@ export class Cublas {
   }
 
   /**
-   * A handle on the current device, bound to `stream` with a workspace of its own, as graph capture wants it. Throws LIBRARY_NOT_FOUND,
-   * LIBRARY_TOO_OLD or CUDA_ERROR.
+   * A handle on the current device, bound to `stream` and with its own workspace, which graph capture requires. Throws
+   * LIBRARY_NOT_FOUND, LIBRARY_TOO_OLD or CUDA_ERROR.
    */
   static create(
     stream: CudaStreamHandle,
@@ -137,7 +137,7 @@ export class Cublas {
     const cublas = new Cublas(loadLibrary('cublas', major));
     const { cublasSetStream_v2, cublasSetWorkspace_v2, cublasSetMathMode } = cublas.#call;
     cublas.#check(cublasSetStream_v2(cublas.#handle, stream), 'cublasSetStream');
-    // after the stream, which takes a workspace back
+    // after cublasSetStream, which resets the workspace
     const { pointer, bytes } = workspace;
     cublas.#check(cublasSetWorkspace_v2(cublas.#handle, pointer, bytes), 'cublasSetWorkspace');
     cublas.#check(
@@ -147,7 +147,7 @@ export class Cublas {
     return cublas;
   }
 
-  /** out = x weight^T. cuBLAS is column-major: row-major matrices are its transposes, so the operands change places. */
+  /** out = x weight^T. cuBLAS is column-major, where row-major matrices are transposed, so the operands are swapped. */
   product({ type, x, weight, rows, inputs, outputs, out, outType, accumulate }: RowProduct): void {
     const status = this.#call.cublasGemmEx(
       this.#handle,

@@ -1,4 +1,4 @@
-/** The CUDA driver: its version, modules and launches. Needs a current context: `Cudart.setDevice` makes one. */
+/** The CUDA driver: its version, modules and launches. Needs a current context, which `Cudart.setDevice` creates. */
 
 import { type CallContext, statusError } from './errors.ts';
 import { loadLibrary } from './load.ts';
@@ -63,7 +63,7 @@ export const NO_DEVICE = 100;
 /** CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES. */
 const MAX_DYNAMIC_SHARED_BYTES = 8;
 
-/** Threads and blocks of a launch in one dimension, which is all that our kernels use. */
+/** Threads and blocks of a launch, in one dimension, which is all that our kernels use. */
 export interface LaunchShape {
   readonly blocks: number;
   readonly threads: number;
@@ -82,13 +82,13 @@ export class Libcuda {
     this.#call = bind(library, CUDA);
   }
 
-  /** The newest CUDA the driver runs: 13000 for 13.0. */
+  /** The newest CUDA that the driver supports: 13000 for 13.0. */
   driverVersion(): number {
     this.check(this.#call.cuDriverGetVersion(this.#int), 'cuDriverGetVersion');
     return this.#int[0]!;
   }
 
-  /** Throws CUDA_ERROR where there is no driver or no GPU. */
+  /** Throws CUDA_ERROR if there is no driver or no GPU. */
   init(): void {
     this.check(this.#call.cuInit(0), 'cuInit', { what: 'starting the CUDA driver' });
   }
@@ -105,7 +105,7 @@ export class Libcuda {
     return Buffer.from(name.subarray(0, name.indexOf(0))).toString('utf8');
   }
 
-  /** cubin, or PTX with a final 0. Waits while any receive waits for its sender: before the first pair opens. */
+  /** cubin, or PTX with a final 0. Blocks while any receive waits for its sender, so load before the first pair opens. */
   moduleLoad(image: Uint8Array, what: string): CuModuleHandle {
     this.check(this.#call.cuModuleLoadData(this.#out, image), 'cuModuleLoadData', { what });
     return this.#out[0]! as CuModuleHandle;
@@ -122,13 +122,13 @@ export class Libcuda {
     return this.#out[0]! as CuFunctionHandle;
   }
 
-  /** Lets launches of `fn` take that much dynamic shared memory; above 48 KiB they may not without this. */
+  /** Lets launches of `fn` use that much dynamic shared memory; required above 48 KiB. */
   allowSharedBytes(fn: CuFunctionHandle, bytes: number, what: string): void {
     const status = this.#call.cuFuncSetAttribute(fn, MAX_DYNAMIC_SHARED_BYTES, bytes);
     this.check(status, 'cuFuncSetAttribute', { what, bytes });
   }
 
-  /** `params`: addresses of the kernel's arguments; they are read before the call returns. */
+  /** `params`: addresses of the kernel's arguments, which are read before the call returns. */
   launch(fn: CuFunctionHandle, shape: LaunchShape, stream: CudaStreamHandle, params: BigUint64Array): void {
     const { blocks, threads, sharedBytes = 0 } = shape;
     const status = this.#call.cuLaunchKernel(
@@ -147,7 +147,7 @@ export class Libcuda {
     this.check(status, 'cuLaunchKernel');
   }
 
-  /** Throws CUDA_ERROR or OUT_OF_DEVICE_MEMORY with the driver's text where `status` is not success. */
+  /** Throws CUDA_ERROR or OUT_OF_DEVICE_MEMORY with the driver's text unless `status` is success. */
   check(status: number, call: string, context: CallContext = {}): void {
     if (status === SUCCESS) return;
     const name: [string | null] = [null];
@@ -161,7 +161,7 @@ export class Libcuda {
 
 let driver: Libcuda | undefined;
 
-/** This thread's CUDA driver, initialised. Throws LIBRARY_NOT_FOUND or CUDA_ERROR. */
+/** This thread's CUDA driver, initialized. Throws LIBRARY_NOT_FOUND or CUDA_ERROR. */
 export function loadLibcuda(): Libcuda {
   if (driver) return driver;
   const found = new Libcuda(loadLibrary('cuda'));

@@ -148,9 +148,9 @@ const STREAM_NON_BLOCKING = 1;
 const EVENT_DISABLE_TIMING = 2;
 /** Usable by every context, and mapped into the GPU's address space: cudaHostAlloc and cudaHostRegister alike. */
 const HOST_ALLOC_PORTABLE_MAPPED = 3;
-/** The runtime tells the direction from the addresses. */
+/** The runtime infers the direction from the addresses. */
 const MEMCPY_DEFAULT = 4;
-/** cudaStreamCaptureModeThreadLocal: what other threads call meanwhile (the transfer thread polls events) does not end the capture. */
+/** cudaStreamCaptureModeThreadLocal: calls of other threads (the transfer thread polls events) do not invalidate the capture. */
 const CAPTURE_THREAD_LOCAL = 1;
 const PEER_ACCESS_ALREADY_ENABLED = 704;
 /** cudaDevP2PAttrNativeAtomicSupported: atomics cross NVLink, not PCIe. */
@@ -164,7 +164,7 @@ export class Cudart {
   readonly #out = new BigUint64Array(1);
   readonly #out2 = new BigUint64Array(1);
   readonly #int = new Int32Array(1);
-  /** CUDA keeps a current device per thread, and so does this object: there is one per thread. */
+  /** CUDA has a current device per thread; there is one such object per thread too. */
   #device = -1;
 
   constructor(library: NativeLibrary) {
@@ -172,7 +172,7 @@ export class Cudart {
     this.#call = bind(library, CUDART);
   }
 
-  /** For instance 13000 for 13.0. */
+  /** 13000 for 13.0. */
   version(): number {
     this.#check(this.#call.cudaRuntimeGetVersion(this.#int), 'cudaRuntimeGetVersion');
     return this.#int[0]!;
@@ -183,7 +183,7 @@ export class Cudart {
     return this.#int[0]!;
   }
 
-  /** Makes `device` current in this thread; costs nothing where it is already. */
+  /** Makes `device` current in this thread; free if it already is. */
   setDevice(device: number): void {
     if (device === this.#device) return;
     this.#check(this.#call.cudaSetDevice(device), 'cudaSetDevice', { what: `choosing GPU ${device}` });
@@ -196,7 +196,7 @@ export class Cudart {
     return this.#int[0]!;
   }
 
-  /** For instance `0000:18:00.0`. */
+  /** Such as `0000:18:00.0`. */
   pciBusId(device: number): string {
     const id = new Uint8Array(32);
     this.#check(this.#call.cudaDeviceGetPCIBusId(id, id.length, device), 'cudaDeviceGetPCIBusId');
@@ -216,7 +216,7 @@ export class Cudart {
     return this.#int[0] === 0 ? 'pcie' : 'nvlink';
   }
 
-  /** Lets the current device reach `peer` directly; without it a peer copy goes through the host. */
+  /** Lets the current device access `peer` directly; without it a peer copy goes through the host. */
   enablePeerAccess(peer: number): void {
     const status = this.#call.cudaDeviceEnablePeerAccess(peer, 0);
     if (status !== PEER_ACCESS_ALREADY_ENABLED) this.#check(status, 'cudaDeviceEnablePeerAccess');
@@ -271,8 +271,8 @@ export class Cudart {
   }
 
   /**
-   * Lets GPUs reach `bytes` of host memory that this process has already, of whatever origin, and says where they find it. 0.3 ms for a
-   * page; taking it back would wait for the whole device, so nothing here does.
+   * Lets GPUs access `bytes` of host memory that this process already has, of whatever origin, and returns its address on the GPU.
+   * 0.3 ms for a page. There is no way back: unregistering waits for the whole device.
    */
   hostRegister(pointer: SharedPointer, bytes: number, what: string): DevicePointer {
     const status = this.#call.cudaHostRegister(pointer, bytes, HOST_ALLOC_PORTABLE_MAPPED);
@@ -288,7 +288,7 @@ export class Cudart {
     this.#check(status, 'cudaMemcpyAsync', { what: `copying ${bytes} bytes` });
   }
 
-  /** A stream that does not wait for the default stream; `urgent`: what waits in it starts before what waits in others. */
+  /** A stream that does not synchronize with the default stream; `urgent`: with the highest priority. */
   streamCreate(urgent = false): CudaStreamHandle {
     if (!urgent) {
       const status = this.#call.cudaStreamCreateWithFlags(this.#out, STREAM_NON_BLOCKING);
@@ -307,7 +307,7 @@ export class Cudart {
     this.#check(this.#call.cudaStreamDestroy(stream), 'cudaStreamDestroy');
   }
 
-  /** True once everything enqueued has been done. */
+  /** True once everything enqueued has completed. */
   streamDrained(stream: CudaStreamHandle): boolean {
     return this.#query(this.#call.cudaStreamQuery(stream), 'cudaStreamQuery');
   }
@@ -335,13 +335,13 @@ export class Cudart {
     this.#check(this.#call.cudaEventDestroy(event), 'cudaEventDestroy');
   }
 
-  /** What `record` enqueues on `stream`, which is not run now. `record` must not wait, allocate or copy. */
+  /** A graph of what `record` enqueues on `stream`, which does not run now. `record` must not wait, allocate or copy. */
   graphCapture(stream: CudaStreamHandle, record: () => void): CudaGraphExecHandle {
     this.#check(this.#call.cudaStreamBeginCapture(stream, CAPTURE_THREAD_LOCAL), 'cudaStreamBeginCapture');
     try {
       record();
     } catch (error) {
-      // the stream must not stay in capture; the first error is the one to tell
+      // the stream must not stay in capture; the first error is the one to report
       if (this.#call.cudaStreamEndCapture(stream, this.#out) === SUCCESS) {
         this.#call.cudaGraphDestroy(this.#out[0]! as CudaGraphHandle);
       }
@@ -354,7 +354,7 @@ export class Cudart {
     this.#check(instantiated, 'cudaGraphInstantiateWithFlags');
     const exec = this.#out[0]! as CudaGraphExecHandle;
     this.#check(destroyed, 'cudaGraphDestroy');
-    // takes its device memory now rather than at the first launch
+    // allocates its device memory now rather than at the first launch
     this.#check(this.#call.cudaGraphUpload(exec, stream), 'cudaGraphUpload');
     return exec;
   }
@@ -389,7 +389,7 @@ export class Cudart {
 
 let runtime: Cudart | undefined;
 
-/** This thread's CUDA runtime. Throws LIBRARY_NOT_FOUND, or LIBRARY_TOO_OLD where the driver is older than CUDA 12. */
+/** This thread's CUDA runtime. Throws LIBRARY_NOT_FOUND, or LIBRARY_TOO_OLD if the driver is older than CUDA 12. */
 export function loadCudart(): Cudart {
   if (runtime) return runtime;
   const driver = loadLibcuda().driverVersion();
@@ -397,7 +397,7 @@ export function loadCudart(): Cudart {
   if (major < 12) {
     throw nativeError(
       'LIBRARY_TOO_OLD',
-      `the NVIDIA driver runs CUDA ${major}.${Math.trunc((driver % 1000) / 10)}; CUDA 12 or later is needed: install driver 525 or later`,
+      `the NVIDIA driver supports CUDA ${major}.${Math.trunc((driver % 1000) / 10)}; CUDA 12 or later is required: install driver 525 or later`,
       { driver },
     );
   }

@@ -1,4 +1,4 @@
-/** NCCL 2.18 and later: non-blocking communicators of two ranks. No method here waits; `abort` and `destroy` block, see there. */
+/** NCCL 2.18 and later: non-blocking communicators of two ranks. No method waits, except `abort`. */
 
 import { type CallContext, nativeError, statusError } from './errors.ts';
 import { loadLibrary } from './load.ts';
@@ -69,22 +69,22 @@ const NCCL = {
 const SUCCESS = 0;
 const IN_PROGRESS = 7;
 const REMOTE_ERROR = 6;
-/** Bytes: the peers agree on bytes alone, whatever the element type. */
+/** The peers exchange bytes, whatever the element type. */
 const NCCL_UINT8 = 1;
 
-/** 2.18: before it `blocking = 0` is not dependable. */
+/** 2.18: before that, `blocking = 0` is unreliable. */
 const MINIMUM = 21_800;
 /** Since 2.27 several communicators may be in progress in one thread. */
 const CONCURRENT_SINCE = 22_700;
 
 /**
- * `ncclConfig_t` as it was in 2.17, 40 bytes. It only ever grows at its end, and each release takes the defaults for what `size` and
- * `version` leave out; so the oldest one that has what we set fits all.
+ * `ncclConfig_t` as it was in 2.17, 40 bytes. It only ever grows at its end, and each release uses defaults for what `size` and
+ * `version` leave out; so the oldest one that has what we set works with all.
  */
 const CONFIG = { bytes: 40, magic: 0xcafebeef, version: 21_700, undefinedInt: -(2 ** 31) } as const;
 
 export interface CommConfig {
-  /** `minCTAs` and `maxCTAs`: thread blocks, that is channels, this communicator uses. */
+  /** `minCTAs` and `maxCTAs`: the thread blocks, that is the channels, of this communicator. */
   readonly channels: number;
 }
 
@@ -96,7 +96,7 @@ export interface Region {
   readonly bytes: number;
 }
 
-/** A communicator whose init is under way: NCCL writes its handle when it likes, so the place for it must outlive the call. */
+/** A communicator whose init is in progress: NCCL writes its handle at any time, so the memory for it must outlive the call. */
 export interface CommSlot {
   readonly handle: () => NcclCommHandle | undefined;
   /** Only after init has settled. */
@@ -124,7 +124,7 @@ export class Libnccl {
     }
   }
 
-  /** For people: `2.28.9`. */
+  /** Such as `2.28.9`. */
   get versionText(): string {
     return formatNcclVersion(this.version);
   }
@@ -143,7 +143,7 @@ export class Libnccl {
 
   /** Starts a non-blocking init on the current device; poll `state` until it settles. */
   initRank(id: Uint8Array, rank: 0 | 1, config: CommConfig, what: string): CommSlot {
-    // koffi pads a short array with zeros without a word
+    // koffi would silently pad a short array with zeros
     if (id.length !== UNIQUE_ID_BYTES) {
       throw nativeError(
         'MESSAGE_INVALID',
@@ -168,7 +168,7 @@ export class Libnccl {
     };
   }
 
-  /** Whether the last call on `comm` is through. Throws PEER_LOST or NCCL_ERROR where it failed. */
+  /** Whether the last call on `comm` has completed. Throws PEER_LOST or NCCL_ERROR if it failed. */
   state(comm: NcclCommHandle, what: string): SettleState {
     this.#check(this.#call.ncclCommGetAsyncError(comm, this.#int), 'ncclCommGetAsyncError', { what });
     const status = this.#int[0]!;
@@ -196,19 +196,19 @@ export class Libnccl {
       failed = this.#error(status, name, { what }, comm);
       break;
     }
-    // a group that was begun must be ended, or every later call of this thread joins it
+    // a group must be ended, or every later call of this thread joins it
     const status = this.#call.ncclGroupEnd();
     if (failed) throw failed;
     if (status !== IN_PROGRESS) this.#check(status, 'ncclGroupEnd', { what }, comm);
   }
 
-  /** Announces the end; the peer must do the same for it to settle. */
+  /** Begins to close it; settles once the peer has done the same. */
   finalize(comm: NcclCommHandle, what: string): void {
     const status = this.#call.ncclCommFinalize(comm);
     if (status !== IN_PROGRESS) this.#check(status, 'ncclCommFinalize', { what }, comm);
   }
 
-  /** Blocks on the whole device, without bound: call it on a throwaway thread only. */
+  /** Blocks on the whole device, indefinitely: to be called on a throwaway thread only. */
   abort(comm: NcclCommHandle): void {
     this.#check(this.#call.ncclCommAbort(comm), 'ncclCommAbort');
   }

@@ -1,4 +1,4 @@
-/** Loading a native library once per thread, with an account of what was tried. */
+/** Loads a native library once per thread, and reports what was tried if it cannot. */
 import { readFileSync } from 'node:fs';
 import { nativeError } from './errors.ts';
 import { candidates, explicitCandidate, LIBRARIES, type LibraryName } from './find.ts';
@@ -17,8 +17,8 @@ const TITLES: Readonly<Record<LibraryName, string>> = {
 const loaded = new Map<LibraryName, NativeLibrary>();
 
 /**
- * The library, loaded into this process. `major` leaves out what the driver cannot run. Throws LIBRARY_NOT_FOUND with everything that
- * was tried and what to install; a file that a flag or variable names is tried alone, since falling back would hide the mistake.
+ * The library, loaded into this process. `major` leaves out what the driver does not support. Throws LIBRARY_NOT_FOUND with everything
+ * that was tried and what to install. If a flag or variable names the file, only that is tried: a fallback would hide the mistake.
  */
 export function loadLibrary(name: LibraryName, major?: number): NativeLibrary {
   const known = loaded.get(name);
@@ -38,12 +38,12 @@ export function loadLibrary(name: LibraryName, major?: number): NativeLibrary {
   }
   throw nativeError(
     'LIBRARY_NOT_FOUND',
-    `cannot load ${TITLES[name]}; tried ${tried.join('; ')}. To fix it: ${LIBRARIES[name].install}, or name the file in ${LIBRARIES[name].env[0]}`,
+    `cannot load ${TITLES[name]}; tried ${tried.join('; ')}. To fix it: ${LIBRARIES[name].install}, or set ${LIBRARIES[name].env[0]} to the file`,
     { library: name },
   );
 }
 
-/** The file behind a loaded library, as the kernel maps it; the name given to the loader where that cannot be told. */
+/** The file behind a loaded library, as the kernel maps it; the name given to the loader if that cannot be found out. */
 export function libraryFile(library: NativeLibrary): string {
   if (library.path.includes('/')) return library.path;
   try {
@@ -53,7 +53,7 @@ export function libraryFile(library: NativeLibrary): string {
       if (line.includes('/') && (file.split('/').at(-1) ?? '').startsWith(stem)) return file;
     }
   } catch {
-    // no /proc: the name has to do
+    // no /proc: the name must do
   }
   return library.path;
 }

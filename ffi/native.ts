@@ -11,7 +11,7 @@ let configured = false;
 
 /** A dlopen'ed library. */
 export interface NativeLibrary {
-  /** What was given to the loader. */
+  /** The path or name passed to the loader. */
   readonly path: string;
   readonly handle: LibraryHandle;
 }
@@ -27,13 +27,13 @@ export function dlopen(path: string | null): NativeLibrary {
   return { path: path ?? 'this process', handle };
 }
 
-// <dlfcn.h> of Linux: RTLD_NOW, RTLD_NOLOAD (only if it is there already), RTLD_NODELETE
+// <dlfcn.h> of Linux: RTLD_NOW, RTLD_NOLOAD (only if already loaded), RTLD_NODELETE
 const KEEP = 0x2 | 0x4 | 0x1000;
 let pin: ReturnType<LibraryHandle['func']> | undefined;
 
 /**
- * koffi closes its libraries when its thread ends, and the last to close one unmaps it under the threads that the library itself has
- * started (NCCL's, the driver's): a SIGSEGV some time later. So what has been loaded stays, for the life of the process.
+ * koffi closes its libraries when its thread ends, and the last to close one unmaps it under the threads that the library itself
+ * started (NCCL's, the driver's): a SIGSEGV some time later. So a library that was loaded stays for the life of the process.
  */
 function keepLoaded(path: string): void {
   if (process.platform !== 'linux') return;
@@ -65,7 +65,7 @@ export type Bound<Table> = {
     : never;
 };
 
-/** Binds every row of `table`. Throws LIBRARY_TOO_OLD where a symbol is missing. */
+/** Binds every row of `table`. Throws LIBRARY_TOO_OLD if a symbol is missing. */
 export function bind<Table extends Record<string, Row<never, unknown>>>(
   library: NativeLibrary,
   table: Table,
@@ -102,12 +102,12 @@ export function nativeView(pointer: bigint, bytes: number): Uint8Array {
   return new Uint8Array(koffi.view(pointer, bytes));
 }
 
-/** `ncclUniqueId` and the like: a struct of one byte array that is passed by value. Names are global per thread. */
+/** A struct of one byte array that is passed by value, such as `ncclUniqueId`. Names are global per thread. */
 export function byteArrayStruct(name: string, bytes: number): TypeObject {
   return koffi.struct(name, { internal: koffi.array('uint8_t', bytes, 'Typed') });
 }
 
-/** `errno` of this thread's last native call: to be asked at once after it. */
+/** `errno` of this thread's last native call: read it right after the call. */
 export function lastErrno(): number {
   return koffi.errno();
 }

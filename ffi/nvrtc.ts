@@ -46,7 +46,7 @@ export class Nvrtc {
     this.#call = bind(library, NVRTC);
   }
 
-  /** For instance `13.0`. */
+  /** Such as `13.0`. */
   version(): string {
     const major = new Int32Array(1);
     const minor = new Int32Array(1);
@@ -105,7 +105,7 @@ export class Nvrtc {
 
 let compiler: Nvrtc | undefined;
 
-/** This thread's compiler, of a version that the driver runs. Throws LIBRARY_NOT_FOUND. */
+/** This thread's compiler, of a version that the driver supports. Throws LIBRARY_NOT_FOUND. */
 export function loadNvrtc(cudaMajor: number): Nvrtc {
   compiler ??= new Nvrtc(loadLibrary('nvrtc', cudaMajor));
   return compiler;

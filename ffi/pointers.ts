@@ -18,7 +18,7 @@ export type PinnedPointer = bigint & { readonly [brand]: 'PinnedPointer' };
 export type NativePointer = Handle<'malloc'>;
 /** Address of memory that this process shares with another one (mmap). */
 export type SharedPointer = Handle<'mmap'>;
-/** Physical memory of a GPU, which lives as long as any process has it mapped or holds a handle. */
+/** Physical memory of a GPU, which exists as long as any process has it mapped or holds a handle. */
 export type CuMemoryHandle = Handle<'CUmemGenericAllocationHandle'>;
 /** An open file of this process. */
 export type FileDescriptor = number & { readonly [brand]: 'fd' };

@@ -1,6 +1,6 @@
 /**
- * What Linux offers between processes and Node does not: Unix sockets that pass descriptors, and memory that processes share. Everything
- * here returns at once; a call that would block says so. Descriptors are plain numbers, which `fs.closeSync` closes.
+ * What Linux offers between processes and Node does not: Unix sockets that pass descriptors, and shared memory. Nothing here blocks; a
+ * call that would have to returns undefined or throws. Descriptors are plain numbers, which `fs.closeSync` closes.
  */
 import { closeSync, fstatSync, ftruncateSync } from 'node:fs';
 import { getSystemErrorName } from 'node:util';
@@ -78,7 +78,7 @@ export const CONSTANTS = {
 } as const;
 const C = CONSTANTS;
 
-/** Sizes and offsets of the structs that are written and read here byte by byte (64-bit Linux). */
+/** Sizes and offsets of the structs that are read and written here (64-bit Linux). */
 export const LAYOUTS = {
   sockaddr_un: { size: 110, sun_family: 0, sun_path: 2 },
   iovec: { size: 16, iov_base: 0, iov_len: 8 },
@@ -96,14 +96,14 @@ export const LAYOUTS = {
   ucred: { size: 12, pid: 0, uid: 4, gid: 8 },
 } as const;
 
-/** Longest path of a Unix socket, in bytes: a final zero takes the last. */
+/** Longest path of a Unix socket, in bytes, not counting the final zero. */
 export const MAX_SOCKET_PATH = LAYOUTS.sockaddr_un.size - LAYOUTS.sockaddr_un.sun_path - 1;
 /** Bytes of one message. */
 export const MAX_MESSAGE = 64 * 2 ** 10;
 /** Descriptors of one message. */
 export const MAX_DESCRIPTORS = 8;
 
-// one block of native memory for a call's structs; a call has read them when it returns
+// one block of native memory for a call's structs, which the call has read when it returns
 const CONTROL_BYTES = LAYOUTS.cmsghdr.size + 4 * MAX_DESCRIPTORS;
 const IOV = LAYOUTS.msghdr.size + 8;
 const CONTROL = IOV + LAYOUTS.iovec.size;
@@ -146,7 +146,7 @@ function checked(result: number, call: string, what: string): number {
   return result;
 }
 
-/** The call's own answer, or undefined where it would have to wait. */
+/** The result of the call, or undefined if it would block. */
 function unlessBusy(result: number, call: string, what: string): number | undefined {
   if (result >= 0) return result;
   if (lastErrno() === C.EAGAIN) return undefined;
@@ -158,7 +158,7 @@ function socketAddress(path: string): Uint8Array {
   if (bytes.length > MAX_SOCKET_PATH)
     throw nativeError(
       'SYSTEM_CALL_FAILED',
-      `the path ${path} is longer than the ${MAX_SOCKET_PATH} bytes a Unix socket may have`,
+      `the path ${path} is longer than the ${MAX_SOCKET_PATH} bytes allowed for a Unix socket`,
       { path },
     );
   const address = new Uint8Array(LAYOUTS.sockaddr_un.size);
@@ -187,7 +187,7 @@ export function listenUnix(path: string): FileDescriptor {
   return fd;
 }
 
-/** The next connection that waits at a listening socket, if there is one. */
+/** The next connection pending at a listening socket, if any. */
 export function acceptUnix(listener: FileDescriptor): FileDescriptor | undefined {
   const flags = C.SOCK_NONBLOCK | C.SOCK_CLOEXEC;
   return unlessBusy(libc().accept4(listener, null, null, flags), 'accept4', 'a Unix socket') as
@@ -195,7 +195,7 @@ export function acceptUnix(listener: FileDescriptor): FileDescriptor | undefined
     | undefined;
 }
 
-/** A connection to `path`; undefined where too many wait there already. Throws SYSTEM_CALL_FAILED where nobody listens. */
+/** A connection to `path`; undefined if its backlog is full. Throws SYSTEM_CALL_FAILED if nothing listens there. */
 export function connectUnix(path: string): FileDescriptor | undefined {
   const what = `connecting to ${path}`;
   const address = socketAddress(path);
@@ -211,12 +211,12 @@ export function connectUnix(path: string): FileDescriptor | undefined {
 }
 
 export interface PeerCredentials {
-  /** 0 where the peer lives in a PID namespace that this process does not see. */
+  /** 0 if the peer is in a PID namespace that this process cannot see. */
   readonly pid: number;
   readonly uid: number;
 }
 
-/** SO_PEERCRED: who made the other end, as the kernel knows it. */
+/** SO_PEERCRED: the process that created the other end, according to the kernel. */
 export function peerCredentials(fd: FileDescriptor): PeerCredentials {
   const value = new Int32Array(LAYOUTS.ucred.size / 4);
   const length = Uint32Array.of(LAYOUTS.ucred.size);
@@ -239,7 +239,7 @@ function prepare(bytes: number, controlBytes: number): Scratch {
   return block;
 }
 
-/** Sends all of `bytes` with copies of the descriptors. Throws SYSTEM_CALL_FAILED, also where the socket's buffer does not take it at once. */
+/** Sends all of `bytes` with copies of the descriptors. Throws SYSTEM_CALL_FAILED, also if the socket's buffer has no room for it. */
 export function sendDescriptors(
   fd: FileDescriptor,
   bytes: Uint8Array,
@@ -251,7 +251,7 @@ export function sendDescriptors(
       `a message of ${bytes.length} bytes and ${descriptors.length} descriptors is too long`,
     );
   const length = LAYOUTS.cmsghdr.size + 4 * descriptors.length;
-  // CMSG_SPACE: in steps of 8
+  // CMSG_SPACE: a multiple of 8
   const { view, address, data } = prepare(
     bytes.length,
     descriptors.length === 0 ? 0 : Math.ceil(length / 8) * 8,
@@ -281,8 +281,8 @@ export interface Received {
 }
 
 /**
- * At most `most` bytes that have come, with the descriptors that came with them; undefined where nothing has come yet. More descriptors
- * than MAX_DESCRIPTORS are refused, and all of them closed. Throws SYSTEM_CALL_FAILED.
+ * At most `most` of the bytes that have arrived, with their descriptors; undefined if nothing has. More than MAX_DESCRIPTORS descriptors
+ * are refused, and all of them closed. Throws SYSTEM_CALL_FAILED.
  */
 export function receiveDescriptors(fd: FileDescriptor, most: number): Received | undefined {
   const { view, address, data } = prepare(Math.min(most, MAX_MESSAGE), CONTROL_BYTES);
@@ -306,12 +306,12 @@ export function receiveDescriptors(fd: FileDescriptor, most: number): Received |
   return { bytes: data.slice(0, got), descriptors };
 }
 
-/** Keeps a descriptor from programs that this process starts. */
+/** Keeps a descriptor from being inherited by programs that this process starts. */
 export function closeOnExec(fd: FileDescriptor): void {
   checked(libc().fcntl(fd, C.F_SETFD, C.FD_CLOEXEC), 'fcntl(F_SETFD)', 'a descriptor');
 }
 
-/** Memory of `bytes` zeros behind a descriptor, whose size nobody can change any more. */
+/** A descriptor of `bytes` zeroed bytes of memory, sealed in size. */
 export function createSharedMemory(name: string, bytes: number): FileDescriptor {
   const flags = C.MFD_CLOEXEC | C.MFD_ALLOW_SEALING;
   const fd = checked(libc().memfd_create(name, flags), 'memfd_create', name) as FileDescriptor;
@@ -327,14 +327,14 @@ export function createSharedMemory(name: string, bytes: number): FileDescriptor 
 }
 
 /**
- * Maps all of a descriptor's memory, for reading and writing. Throws SYSTEM_CALL_FAILED, and MESSAGE_INVALID where it is not `bytes` long or
- * its size is not sealed: it could shrink under us, and reading then kills the process.
+ * Maps all of a descriptor's memory, for reading and writing. Throws SYSTEM_CALL_FAILED, and MESSAGE_INVALID if it is not `bytes` long or
+ * not sealed in size: it could then shrink, and the next access would kill the process.
  */
 export function mapSharedMemory(fd: FileDescriptor, bytes: number, what: string): SharedPointer {
   const size = fstatSync(fd).size;
   if (size !== bytes)
     throw nativeError('MESSAGE_INVALID', `${what} has ${size} bytes, not ${bytes}`, { what });
-  // fails where it is no memory that can be sealed
+  // fails if the descriptor is not of memory that can be sealed
   const seals = libc().fcntl(fd, C.F_GET_SEALS, 0);
   if (seals < 0 || (seals & C.F_SEAL_SHRINK) === 0)
     throw nativeError('MESSAGE_INVALID', `${what} is not sealed in size`, { what });
@@ -343,7 +343,7 @@ export function mapSharedMemory(fd: FileDescriptor, bytes: number, what: string)
   return address as SharedPointer;
 }
 
-/** Only where no view of it is left, in any thread, and no GPU writes there. */
+/** Only when no view of it is left in any thread, and no GPU writes there. */
 export function unmapSharedMemory(address: SharedPointer, bytes: number): void {
   checked(libc().munmap(address, bytes), 'munmap', 'shared memory');
 }

@@ -11,11 +11,10 @@ export function renderErrors(): string {
   );
   return `# Errors
 
-Every failure carries one of these codes: in logs as \`code\`, in HTTP answers as \`error.code\`, in the library as \`PdError.code\`. The message
-says what was being done, with which peer and which tensor; this table says what to do. Where one failure led to another, the inner one goes along
-with code, message and context of its own: as \`error.cause\` in HTTP answers (beside OpenAI's fields, of errors of the server), as \`PdError.cause\` in
-the library, in either case as deep as it goes. The innermost cause is what to look at; pd-doctor goes by it. Made from \`src/errors.ts\` by
-\`npx tsx scripts/errors-doc.ts\`.
+Every failure carries one of these codes: as \`code\` in logs, \`error.code\` in HTTP responses, \`PdError.code\` in the library. The message says
+what was being done, with which peer and which tensor; this table says what to do. If another failure caused it, that one comes along with its own code,
+message and context, to the end of the chain: as \`error.cause\` in HTTP responses (of server errors, beside OpenAI's fields), as \`PdError.cause\` in the
+library. Look at the innermost cause; pd-doctor goes by it too. Generated from \`src/errors.ts\` by \`npx tsx scripts/errors-doc.ts\`.
 
 | code | HTTP | what to do |
 |---|---|---|

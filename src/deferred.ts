@@ -1,4 +1,4 @@
-/** A promise and the two ends that settle it (Promise.withResolvers, which Node 20 lacks). */
+/** A promise and the functions that settle it (Promise.withResolvers, which Node 20 lacks). */
 export interface Deferred<T> {
   readonly promise: Promise<T>;
   readonly resolve: (value: T) => void;

@@ -1,55 +1,58 @@
 import { makeNativeErrorsBy } from '../ffi/errors.ts';
 
 /**
- * Every failure the product can report, in one table: a stable code, the HTTP status it becomes where a client sees it,
- * and what to do about it. `docs/errors.md` is generated from the same table (`scripts/errors-doc.ts`).
+ * Every failure the product can report, in one table: a stable code, the HTTP status that clients get, and what to do about it.
+ * `docs/errors.md` is generated from it (`scripts/errors-doc.ts`).
  */
 export const ERROR_TABLE = {
   // configuration
   CONFIG_INVALID: {
     status: 500,
-    hint: 'Correct the value that the message names; --help lists what is allowed.',
+    hint: 'Fix the value that the message names; --help lists what is allowed.',
   },
   PORT_IN_USE: { status: 500, hint: 'Choose another port, or stop the process that holds it.' },
   ADDRESS_INVALID: {
     status: 500,
-    hint: 'An address is HOST:PORT, with brackets round IPv6 ([::1]:14579); a name must resolve on this machine (getent hosts NAME), and what is bound must be an address of this machine (ip addr).',
+    hint: 'An address is HOST:PORT, with IPv6 in brackets ([::1]:14579); a name must resolve on this machine (getent hosts NAME), and an address to bind must be one of this machine (ip addr).',
   },
   // requests
-  REQUEST_INVALID: { status: 400, hint: 'Correct the field that the message names.' },
-  MODEL_NOT_FOUND: { status: 404, hint: 'GET /v1/models lists the ids that are served.' },
+  REQUEST_INVALID: { status: 400, hint: 'Fix the field that the message names.' },
+  MODEL_NOT_FOUND: { status: 404, hint: 'GET /v1/models lists the models served.' },
   CONTEXT_EXCEEDED: {
     status: 400,
     hint: 'Shorten the prompt or max_tokens, or start the worker with a larger --max-model-len.',
   },
   BODY_TOO_COSTLY: {
     status: 413,
-    hint: 'Parsing, templating and tokenizing this body takes more time or memory than one request may have: shorten it. One long word is the most costly text.',
+    hint: 'Parsing, templating and tokenizing this body takes more time or memory than one request is allowed: shorten it. A single very long word costs most.',
   },
   READER_BUSY: {
     status: 503,
-    hint: 'Other long bodies are being parsed and tokenized, or fill the room to wait in: send it again later, or to another worker.',
+    hint: 'Other long bodies are being parsed and tokenized, or the queue for that is full: retry later, or send it to another worker.',
+  },
+  REQUEST_ABORTED: {
+    status: 499,
+    hint: 'The client disconnected or the request was cancelled; nothing to do.',
   },
   OVERLOADED: {
     status: 429,
-    hint: 'The proxy serves as much as it may (--max-running, --max-running-tokens) and its line is full: send it again after Retry-After.',
+    hint: 'The proxy is at its limit (--max-running, --max-running-tokens) and its queue is full: retry after the seconds in Retry-After.',
   },
-  REQUEST_ABORTED: { status: 499, hint: 'The client went away or the request was cancelled; nothing to do.' },
   SERVER_DRAINING: { status: 503, hint: 'The worker is stopping; send the request to another one.' },
   // wire
   MESSAGE_INVALID: {
     status: 502,
-    hint: 'The peer sent what the protocol does not allow; see docs/protocol.md.',
+    hint: 'The peer sent something that violates the protocol; see docs/protocol.md.',
   },
   LIMIT_EXCEEDED: {
     status: 502,
     hint: 'The peer announced more than this end allows; compare both configurations.',
   },
-  DTYPE_UNKNOWN: { status: 502, hint: 'The peer named an element type that this version does not know.' },
+  DTYPE_UNKNOWN: { status: 502, hint: 'The peer uses an element type that this version does not support.' },
   // transfer
   PEER_UNREACHABLE: {
     status: 502,
-    hint: 'Check that the peer runs, that its KV port is open, and that the address in the request id is the one it binds.',
+    hint: 'Check that the peer is running, that its KV port is open, and that the address in the request id is the one it binds.',
   },
   PEER_LOST: {
     status: 502,
@@ -61,15 +64,15 @@ export const ERROR_TABLE = {
   },
   PAIR_INIT_TIMEOUT: {
     status: 504,
-    hint: 'Check rank, firewall, NCCL version and NCCL_* settings on both ends; pd-doctor --peer tries the address.',
+    hint: 'Check rank, firewall, NCCL version and NCCL_* settings on both ends; pd-doctor --peer tests the address.',
   },
   TRANSFER_TIMEOUT: {
     status: 504,
-    hint: 'The pair was opened but the data did not arrive in time; look at the log of the peer for the same tensor.',
+    hint: "The pair was open but the data did not arrive in time; look for the tensor in the peer's log.",
   },
   FINGERPRINT_MISMATCH: {
     status: 502,
-    hint: "Both ends must serve the same checkpoint, KV dtype and block size; restart one of them with the other one's settings.",
+    hint: "Both ends must serve the same checkpoint, KV dtype and block size; restart one with the other's settings.",
   },
   SEND_TYPE_MISMATCH: { status: 502, hint: 'Start both ends with the same --send-type.' },
   KV_BUFFER_FULL: {
@@ -86,19 +89,19 @@ export const ERROR_TABLE = {
   },
   KV_SHAPE_MISMATCH: {
     status: 502,
-    hint: 'Both ends must hold the same layers, KV heads, head size and element type.',
+    hint: 'Both ends must have the same layers, KV heads, head size and element type.',
   },
   KV_LOAD_TIMEOUT: {
     status: 504,
-    hint: 'The KV of this request never came. The message and context say how the pair stood and what came instead; pd-doctor --worker asks either end why.',
+    hint: 'The KV of this request never arrived. Message and context give the state of the pair and what came instead; pd-doctor --worker asks either end why.',
   },
   KV_LOAD_FAILED: {
     status: 502,
-    hint: 'Its cause says why; with --kv-load-failure recompute the consumer computes the prompt itself.',
+    hint: 'The cause says why; with --kv-load-failure recompute the consumer computes the prompt itself.',
   },
   KV_SEND_FAILED: {
     status: 502,
-    hint: 'Its cause says why; the consumer recomputes or fails as its --kv-load-failure says.',
+    hint: 'The cause says why; the consumer recomputes or fails, depending on its --kv-load-failure.',
   },
   PAIR_CLOSED: {
     status: 502,
@@ -107,31 +110,31 @@ export const ERROR_TABLE = {
   ENGINE_CLOSED: { status: 503, hint: 'The transfer engine has been disposed; create a new one.' },
   DIRECT_REFUSED: {
     status: 502,
-    hint: "The two workers cannot write into each other's KV cache, and KV takes another way; the message says why: another user, another geometry, a socket or a descriptor that does not fit.",
+    hint: "The two workers cannot write into each other's KV cache, so KV takes another path; the message says why: another user, another geometry, a socket or descriptor that does not match.",
   },
   SYSTEM_CALL_FAILED: {
     status: 500,
-    hint: 'A call of the operating system failed; the message names call and reason.',
+    hint: 'A system call failed; the message names it and the reason.',
   },
   // model
   CHECKPOINT_INVALID: {
     status: 500,
-    hint: 'Download the checkpoint again, or name another directory with --model.',
+    hint: 'Download the checkpoint again, or choose another directory with --model.',
   },
   MODEL_UNSUPPORTED: { status: 500, hint: 'Choose a checkpoint of a supported architecture.' },
   // device
   DEVICE_UNAVAILABLE: { status: 500, hint: 'Run pd-doctor; it names what is missing.' },
   LIBRARY_NOT_FOUND: {
     status: 500,
-    hint: 'Install the library, or say where it is by flag or environment; pd-doctor lists what was tried.',
+    hint: 'Install the library, or set its path by flag or environment variable; pd-doctor lists what was tried.',
   },
   LIBRARY_TOO_OLD: { status: 500, hint: 'Install the version that the message names.' },
   OUT_OF_DEVICE_MEMORY: {
     status: 500,
     hint: 'Lower --num-blocks, --kv-buffer-size or --gpu-memory-utilization.',
   },
-  CUDA_ERROR: { status: 500, hint: "The CUDA call failed; the message has the library's own text." },
-  NCCL_ERROR: { status: 500, hint: 'The NCCL call failed; run with NCCL_DEBUG=INFO for its own log.' },
+  CUDA_ERROR: { status: 500, hint: "A CUDA call failed; the message includes the library's own text." },
+  NCCL_ERROR: { status: 500, hint: 'An NCCL call failed; run with NCCL_DEBUG=INFO for its own log.' },
   // proxy
   NO_INSTANCE: {
     status: 503,
@@ -139,7 +142,7 @@ export const ERROR_TABLE = {
   },
   UPSTREAM_FAILED: {
     status: 502,
-    hint: 'The instance named in the message refused or broke the connection.',
+    hint: 'The instance named in the message refused or dropped the connection.',
   },
   UPSTREAM_TIMEOUT: {
     status: 504,
@@ -152,50 +155,50 @@ export const ERROR_TABLE = {
   },
   LOG_UNWRITABLE: {
     status: 500,
-    hint: 'Give --log-dir a directory that this user may write and that has room.',
+    hint: 'Set --log-dir to a directory that this user can write to, on a file system with free space.',
   },
-  // ours
-  INTERNAL: { status: 500, hint: 'This is a defect; please report it with the log around it.' },
+  // bugs
+  INTERNAL: { status: 500, hint: 'This is a bug; please report it with the log around it.' },
 } as const satisfies Record<string, { status: number; hint: string }>;
 
 export type ErrorCode = keyof typeof ERROR_TABLE;
 
-/** What was being done, with whom and with what: rendered into the message, and kept for logs and `/debug/state`. */
+/** What was being done, to what and with which peer: part of the message, and kept for logs and `/debug/state`. */
 export interface ErrorContext {
   readonly requestId?: string;
   readonly transferId?: string;
   readonly tensorId?: string;
   readonly peer?: string;
-  /** Where a pair was being opened: what failed is the connection that carries data, not the KV listener. */
+  /** A pair was being opened: the connection that carries data failed, not the KV listener. */
   readonly stage?: 'pair-init';
-  /** Of KV that never came: how the pair stood that should have brought it. */
+  /** For KV that never arrived: the state of the pair that should have carried it. */
   readonly pair?: 'none' | 'connecting' | 'opening' | 'open' | 'lost';
-  /** Of KV that never came in PUT: where this end tells others that it is reached. */
+  /** For KV that never arrived in PUT: the KV address that this end announces. */
   readonly announced?: string;
-  /** Of KV that never came: a tensor of the same request that is held under another id. */
+  /** For KV that never arrived: a tensor of the same request that is held under another id. */
   readonly nearMiss?: string;
-  /** Of KV that never came: what this end knows KV by. */
+  /** For KV that never arrived: the id by which this end keys KV. */
   readonly kvKey?: 'transfer' | 'engine';
-  /** Of KV that never came: whether its producer is native; absent where it never said. */
+  /** For KV that never arrived: whether its producer is native; absent if unknown. */
   readonly peerIsOurs?: boolean;
-  /** Of KV that never came: what the KV port of its producer did when it was last tried. */
+  /** For KV that never arrived: what its producer's KV port did when last tried. */
   readonly peerPort?: 'answers' | 'refuses' | 'silent';
   readonly [key: string]: string | number | boolean | undefined;
 }
 
-/** An error as it crosses threads and as HTTP answers carry it: structured clone drops classes, so it travels as data. */
+/** An error as it crosses threads and as HTTP responses carry it: structured clone drops classes, so it travels as data. */
 export interface ErrorData {
   readonly code: ErrorCode;
   readonly message: string;
   readonly context: ErrorContext;
-  /** What led to it, where that is an error of ours too. */
+  /** What caused it, if that is a PdError too. */
   readonly cause?: ErrorData;
 }
 
-/** Causes that travel with an error; no chain of ours is as long. */
+/** How many causes travel with an error; none of our chains is that long. */
 const MOST_CAUSES = 8;
 
-/** The one error class of the product. `message` says what was being done and what went wrong; `hint` what to do. */
+/** The product's one error class. `message` says what was being done and what went wrong; `hint` what to do about it. */
 export class PdError extends Error {
   readonly code: ErrorCode;
   readonly context: ErrorContext;
@@ -225,7 +228,7 @@ export class PdError extends Error {
     return new PdError(code, message, context, cause && { cause: PdError.fromData(cause) });
   }
 
-  /** Any thrown value as a PdError; what is not one already becomes `INTERNAL` (or `code`) with the original as cause. */
+  /** Any thrown value as a PdError; one that is not becomes `INTERNAL` (or `code`) with the original as cause. */
   static from(error: unknown, code: ErrorCode = 'INTERNAL', context: ErrorContext = {}): PdError {
     if (error instanceof PdError) return error;
     const message = error instanceof Error ? error.message : String(error);
@@ -233,7 +236,7 @@ export class PdError extends Error {
   }
 }
 
-// what ffi/, which imports nothing of src/, throws is a PdError like any other
+// ffi/ imports nothing of src/; this makes what it throws a PdError too
 makeNativeErrorsBy((...what) => new PdError(...what));
 
 /** For the default branch of an exhaustive switch. */

@@ -136,6 +136,8 @@ export {
   type WorkerConfig,
   type WorkerRole,
 } from './config/worker-config.ts';
+export { CALL_DIALECTS, type CallDialect } from './parsing/calls.ts';
+export { REASONING_DIALECTS, type ReasoningDialect } from './parsing/reasoning.ts';
 export { PdProxy } from './proxy/proxy.ts';
 export type { Instance, InstancePing, InstanceRole } from './proxy/registry.ts';
 export type { CoreInfo, CoreState } from './worker/core-messages.ts';

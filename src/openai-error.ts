@@ -1,4 +1,4 @@
-/** Errors as clients of an OpenAI server read them. */
+/** Errors in the form that clients of an OpenAI server expect. */
 import type { ErrorData, PdError } from './errors.ts';
 
 export interface OpenAiError {
@@ -7,14 +7,14 @@ export interface OpenAiError {
     readonly type: string;
     readonly param: string | null;
     readonly code: string;
-    /** Beyond OpenAI's form, of server errors: peer, tensor and what else was known of the failure. */
+    /** Beyond OpenAI's form, for server errors: peer, tensor and whatever else is known about the failure. */
     readonly context?: ErrorData['context'];
-    /** Likewise: what led to it. The innermost one says which end to look at. */
+    /** Likewise: what caused it. The innermost cause shows which end to look at. */
     readonly cause?: ErrorData;
   };
 }
 
-/** Headers of an answer that is an error: after so many seconds another try may go better. */
+/** Headers of an error response: when another try may succeed. */
 export function retryHeaders({ status, context }: PdError): { readonly 'retry-after'?: string } {
   const { retryAfter } = context;
   if (status === 429) return { 'retry-after': typeof retryAfter === 'number' ? String(retryAfter) : '1' };
@@ -33,6 +33,6 @@ export function openAiError(error: PdError): OpenAiError {
           ? 'invalid_request_error'
           : 'server_error';
   const param = typeof context['param'] === 'string' ? context['param'] : null;
-  const told = { message, type, param, code };
-  return { error: status < 500 ? told : { ...told, context, ...(cause && { cause }) } };
+  const fields = { message, type, param, code };
+  return { error: status < 500 ? fields : { ...fields, context, ...(cause && { cause }) } };
 }

@@ -1,12 +1,12 @@
 /**
- * A thread that reads bodies, so that no client's body holds up another client's stream. The owner's end and the thread's.
+ * A thread that reads request bodies, so that no client's body holds up another client's stream: the owner's side and the thread's.
  *
  *   read --> queue, the shorter first --(thread free)--> thread --> answer
  *              | WAIT_MS, WAITING_BYTES                    | WORK_MS, out of memory, died
  *              v                                           v
  *            READER_BUSY                                 BODY_TOO_COSTLY, INTERNAL; a new thread
  *
- * What is read, and which bodies are worth the way to the thread, is for the owner to say (worker/request-reader.ts, proxy/body-reader.ts).
+ * What is read, and which bodies are worth sending to the thread, is up to the owner (worker/request-reader.ts, proxy/body-reader.ts).
  */
 import { parentPort } from 'node:worker_threads';
 import { type Deferred, deferred, withDeadline } from './deferred.ts';
@@ -14,7 +14,7 @@ import { type ErrorData, PdError, unreachable } from './errors.ts';
 import type { Logger } from './observability/log.ts';
 import { startThread, type ThreadPort } from './thread-entry.ts';
 
-/** What the thread is given. One at a time: the next goes when the last is answered. */
+/** What the thread receives, one at a time: the next is sent once the last is answered. */
 export interface ReadingJob {
   /** Its memory moves to the thread. */
   readonly body: Uint8Array<ArrayBuffer>;
@@ -22,30 +22,30 @@ export interface ReadingJob {
 
 export type FromReader<Reading> =
   | { readonly type: 'ready' }
-  /** What it needs cannot be loaded; the thread ends. */
+  /** Something it needs cannot be loaded; the thread ends. */
   | { readonly type: 'failed'; readonly error: ErrorData }
   | { readonly type: 'read'; readonly reading: Reading }
-  /** What the client is told: the body is wrong. */
+  /** The body is wrong; this is what the client gets. */
   | { readonly type: 'refused'; readonly error: ErrorData };
 
-/** The thread as its owner has it. */
+/** The thread as its owner sees it. */
 export type ReaderPort<Job extends ReadingJob, Reading> = ThreadPort<Job, FromReader<Reading>>;
 
-/** Of all bodies that wait: sixteen of the largest at a worker, eight at a proxy. Clients send faster than a tokenizer reads. */
+/** Of all waiting bodies: sixteen of the largest at a worker, eight at a proxy. Clients send faster than a tokenizer reads. */
 const WAITING_BYTES = 256 * 2 ** 20;
 /** From a thread's start until it is ready. */
 const START_MS = 60_000;
-/** For the thread to come to a body. */
+/** Until the thread gets to a body. */
 const WAIT_MS = 30_000;
-/** For one body. The slowest seen that are no accident: 8 million ids to /detokenize, 4 s. */
+/** For one body. The slowest legitimate one seen: 8 million ids to /detokenize, 4 s. */
 const WORK_MS = 10_000;
-/** A thread that computes ends within a turn. */
+/** Terminating a thread takes this long at most, even while it computes. */
 const TERMINATE_MS = 2_000;
-/** Of a thread. A word of 4 million letters takes 1 GB; the tokenizer of Llama 3 itself some hundred MB. */
+/** Of a thread. A word of 4 million letters takes 1 GB; the tokenizer of Llama 3 alone a few hundred MB. */
 const HEAP_MB = 2_048;
 
 export interface ReadingLimits {
-  /** Of all bodies that wait. */
+  /** Of all waiting bodies. */
   readonly maxWaitingBytes?: number;
   readonly startTimeoutMs?: number;
   readonly waitTimeoutMs?: number;
@@ -53,7 +53,7 @@ export interface ReadingLimits {
 }
 
 export interface ReadingThreadOptions<Job extends ReadingJob, Reading> extends ReadingLimits {
-  /** Who is stopping, in what is told to those whose bodies are not read any more. */
+  /** Named in the error for those whose bodies are no longer read because it is stopping. */
   readonly owner: 'worker' | 'proxy';
   readonly log: Logger;
   readonly open: () => ReaderPort<Job, Reading>;
@@ -61,7 +61,7 @@ export interface ReadingThreadOptions<Job extends ReadingJob, Reading> extends R
 
 interface Waiting<Job, Reading> extends Deferred<Reading> {
   readonly job: Job;
-  /** Of the body, which leaves with the job. */
+  /** Of the body, whose memory leaves with the job. */
   readonly bytes: number;
 }
 
@@ -74,10 +74,10 @@ interface Life<Job extends ReadingJob, Reading> {
   timer: NodeJS.Timeout | undefined;
 }
 
-/** Owns the thread: there is none until `start` or the first `read`, and a new one where one is lost. Close it. */
+/** Owns the thread, which is started by `start` or the first `read`, and replaced if lost. Must be closed. */
 export class ReadingThread<Job extends ReadingJob, Reading> {
   readonly #options: Required<ReadingThreadOptions<Job, Reading>>;
-  /** The shorter first: many short ones then wait for one long one at most. */
+  /** Shorter ones first: then many short ones wait for one long one at most. */
   readonly #queue: Waiting<Job, Reading>[] = [];
   #thread: Life<Job, Reading> | undefined;
   #closing: Promise<void> | undefined;
@@ -98,8 +98,8 @@ export class ReadingThread<Job extends ReadingJob, Reading> {
   }
 
   /**
-   * Throws what the body is refused for, READER_BUSY where the thread did not come to it in time or there was no room left to wait in,
-   * BODY_TOO_COSTLY where it took too much, REQUEST_ABORTED where `signal` fired while it waited, SERVER_DRAINING once closed.
+   * Throws the error that the body is refused with, READER_BUSY if the thread did not get to it in time or the queue was full,
+   * BODY_TOO_COSTLY if it took too much time or memory, REQUEST_ABORTED if `signal` fired while it waited, SERVER_DRAINING once closed.
    */
   async read(job: Job, signal?: AbortSignal): Promise<Reading> {
     const { waitTimeoutMs, owner } = this.#options;
@@ -113,7 +113,7 @@ export class ReadingThread<Job extends ReadingJob, Reading> {
       waiting.reject(error);
     };
     const onAbort = () =>
-      leave(new PdError('REQUEST_ABORTED', 'the client went away before its request was read'));
+      leave(new PdError('REQUEST_ABORTED', 'the client disconnected before its request was read'));
     const timer = setTimeout(() => {
       const seconds = waitTimeoutMs / 1_000;
       leave(new PdError('READER_BUSY', `the reader was busy with other long requests for ${seconds} s`));
@@ -133,19 +133,19 @@ export class ReadingThread<Job extends ReadingJob, Reading> {
     }
   }
 
-  /** The longest has to go: it would wait the longest, and one of it makes room for many. */
+  /** Refuses the longest: it would wait longest, and it alone makes room for many. */
   #makeRoom(): void {
     const { maxWaitingBytes } = this.#options;
     let total = this.#queue.reduce((sum, { bytes }) => sum + bytes, 0);
     while (total > maxWaitingBytes) {
       const longest = this.#queue.pop()!;
       total -= longest.bytes;
-      const what = `no room for a body of ${longest.bytes} bytes: at most ${maxWaitingBytes} bytes of bodies wait for the reader`;
+      const what = `no room for a body of ${longest.bytes} bytes: at most ${maxWaitingBytes} bytes of bodies may wait for the reader`;
       longest.reject(new PdError('READER_BUSY', what));
     }
   }
 
-  /** Ends the thread; what waits or is being read fails with SERVER_DRAINING. Idempotent. */
+  /** Ends the thread; bodies that wait or are being read fail with SERVER_DRAINING. Idempotent. */
   close(): Promise<void> {
     this.#closing ??= this.#close();
     return this.#closing;
@@ -173,7 +173,7 @@ export class ReadingThread<Job extends ReadingJob, Reading> {
   }
 
   #receive(thread: Life<Job, Reading>, message: FromReader<Reading>): void {
-    if (thread !== this.#thread) return; // given up a moment ago
+    if (thread !== this.#thread) return; // already replaced
     switch (message.type) {
       case 'ready':
         thread.ready = true;
@@ -193,7 +193,7 @@ export class ReadingThread<Job extends ReadingJob, Reading> {
     }
   }
 
-  /** Who is to hear what the thread has just said; it goes on with the next. */
+  /** Whose answer the thread has just sent; it goes on with the next. */
   #answered(thread: Life<Job, Reading>): Waiting<Job, Reading> | undefined {
     const { reading } = thread;
     thread.reading = undefined;
@@ -201,7 +201,7 @@ export class ReadingThread<Job extends ReadingJob, Reading> {
     return reading;
   }
 
-  /** Gives the thread its next body, where it is free. */
+  /** Sends the thread its next body, if it is free. */
   #next(thread: Life<Job, Reading>): void {
     if (!thread.ready || thread.reading) return;
     clearTimeout(thread.timer);
@@ -214,12 +214,12 @@ export class ReadingThread<Job extends ReadingJob, Reading> {
       this.#lose(thread, new PdError('BODY_TOO_COSTLY', what));
     }, workTimeoutMs);
     const { job } = waiting;
-    // Small buffers share Node's pool, which others are still writing to.
+    // Small buffers share Node's pool, which is still being written to.
     const body = job.body.byteLength === job.body.buffer.byteLength ? job.body : job.body.slice();
     thread.port.post({ ...job, body }, [body.buffer]);
   }
 
-  /** The thread is of no use any more. Whose body it was reading hears `error`; for the others there is a new one. */
+  /** The thread is lost. The body it was reading fails with `error`; the others get a new thread. */
   #lose(thread: Life<Job, Reading>, error: PdError): void {
     if (thread !== this.#thread) return;
     const { log } = this.#options;
@@ -231,7 +231,7 @@ export class ReadingThread<Job extends ReadingJob, Reading> {
       this.#open();
       return;
     }
-    // What did not start will not start at once.
+    // A thread that did not start would not start if tried again at once.
     log.error({ code: error.code }, `no reader thread until the next long request: ${error.message}`);
     this.#failQueue(error);
   }
@@ -257,13 +257,13 @@ function deathOf(bytes: number | undefined, error: Error | undefined): PdError {
   }
   return new PdError(
     'INTERNAL',
-    `the reader thread ended unasked: ${error?.message ?? 'no error'}`,
+    `the reader thread ended unexpectedly: ${error?.message ?? 'no error'}`,
     {},
     { cause: error },
   );
 }
 
-/** Starts `entry`, whose part is `answerReadings`. */
+/** Starts `entry`, which calls `answerReadings`. */
 export function openReader<Job extends ReadingJob, Reading>(
   entry: URL,
   workerData?: unknown,
@@ -273,8 +273,8 @@ export function openReader<Job extends ReadingJob, Reading>(
 }
 
 /**
- * The thread's end: loads what it needs to read, then answers one body after another until its owner ends it. `buffersOf` names the
- * memory of a reading that moves to the owner instead of being copied.
+ * The thread's side: loads what it needs, then answers one body after another until its owner ends it. `buffersOf` names the memory of
+ * a reading that moves to the owner instead of being copied.
  */
 export async function answerReadings<Job extends ReadingJob, Reading>(
   load: () => ((job: Job) => Reading) | Promise<(job: Job) => Reading>,

@@ -13,12 +13,12 @@ export function threadEntry(from: string, entry: string): URL {
   throw new Error(`${built.href} is missing: run \`npm run build\``);
 }
 
-/** What a thread is to its owner: tests put a scripted one here. */
+/** A thread as its owner sees it; tests substitute a scripted one. */
 export interface ThreadPort<To, From> {
   /** The memory of `transfer` moves to the thread. */
   post(message: To, transfer?: readonly Transferable[]): void;
   onMessage(listener: (message: From) => void): void;
-  /** The thread is over, asked for or not; with the error that ended it, where there was one. */
+  /** The thread has ended, whether asked to or not; with the error that ended it, if any. */
   onExit(listener: (error: Error | undefined) => void): void;
   /** Ends the thread by force. */
   terminate(): Promise<void>;

@@ -1,13 +1,13 @@
 /**
- * zod, as the CommonJS files of its package. Every program and most threads need it before they can start, and as the hundred ES
- * modules that an `import` loads it takes twice as long.
+ * zod, loaded as CommonJS. Every program and most threads need it before they can start, and the hundred ES modules of an `import`
+ * take twice as long.
  */
 import { createRequire } from 'node:module';
 import type * as zod from 'zod';
 
 export const { z } = createRequire(import.meta.url)('zod') as typeof zod;
 
-/** What is written as types: `z.infer<typeof schema>`. */
+/** For types: `z.infer<typeof schema>`. */
 export namespace z {
   export type ZodType<Output = unknown, Input = unknown> = zod.ZodType<Output, Input>;
   export type ZodObject<Shape extends zod.core.$ZodLooseShape = zod.core.$ZodLooseShape> =

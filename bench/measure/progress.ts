@@ -1,5 +1,5 @@
 /** A line on stderr that says what is being measured; nothing if stderr is not a terminal. */
-import { bar } from '../../src/observability/progress-line.ts';
+import { bar } from '../../src/observability/bytes.ts';
 
 export interface Progress {
   /** `done` of `total` steps. */

@@ -1,4 +1,4 @@
-/** pd-doctor: what this machine has and lacks for a worker, and whether a peer or a running system does what it should. */
+/** pd-doctor: what this machine has and lacks for a worker, and whether a peer or a running system works. */
 import { Command, Option } from 'commander';
 import { duration, hostPort } from '../config/kinds.ts';
 import { addOptions, envOf, kebab, parseValue } from '../config/options.ts';
@@ -8,9 +8,9 @@ import { type DoctorOptions, examine } from '../doctor/doctor.ts';
 import { renderReport } from '../doctor/render.ts';
 import { PdError } from '../errors.ts';
 import { packageVersion } from '../version.ts';
-import { resolveWorkerHere } from './worker-here.ts';
+import { resolveWorkerHere } from './device-auto.ts';
 
-/** Of pd-worker, taken here too; all others go after `--`. */
+/** Those of pd-worker that are accepted here too; all others go after `--`. */
 const WORKER_FLAGS = [
   'role',
   'device',
@@ -25,14 +25,14 @@ const WORKER_FLAGS = [
 
 const EXAMPLES = `
 Examples:
-  pd-doctor                                      this machine
+  pd-doctor                                      check this machine
   pd-doctor --device cuda:0 --role producer      would a producer start on that GPU, with its default ports?
   pd-doctor --kv-transfer-config "$JSON"         vLLM's JSON: roles, ranks, ports
   pd-doctor --peer 10.0.0.2:8084                 the KV listener of another instance
   pd-doctor --proxy http://127.0.0.1:10002       a running system: the runbook's checklist, with one short completion
-  pd-doctor --worker http://127.0.0.1:8083       a worker that waits: what for, and what to do
+  pd-doctor --worker http://127.0.0.1:8083       a worker that waits: for what, and what to do about it
 
-Exit status 1 where something would stop a worker, or the system that was asked about.`;
+Exit status 1 if something would stop a worker, or the system that was asked about.`;
 
 export interface DoctorCommand {
   readonly options: DoctorOptions;
@@ -45,20 +45,22 @@ export async function doctorCommand(argv: readonly string[], env: NodeJS.Process
   const extra = end < 0 ? [] : argv.slice(end + 1);
   const command = new Command('pd-doctor')
     .description(
-      'Looks at Node, libraries, GPUs, variables, ports and addresses, and says how to mend what is wrong.',
+      'Checks Node, libraries, GPUs, environment variables, ports and addresses, and says how to fix what is wrong.',
     )
-    .usage('[options] [-- more flags of the pd-worker that is meant]')
+    .usage('[options] [-- more flags of that pd-worker]')
     .version(packageVersion())
-    .addOption(new Option('--peer <host:port>', 'try the KV listener of another instance, both ways'))
-    .addOption(new Option('--proxy <url>', "walk the runbook's checklist on the system behind this proxy"))
+    .addOption(
+      new Option('--peer <host:port>', 'test the KV listener of another instance, in both directions'),
+    )
+    .addOption(new Option('--proxy <url>', "run the runbook's checklist on the system behind this proxy"))
     .addOption(
       new Option(
         '--worker <url>',
-        'read /debug/state of a worker: which hang scenario is it? (--debug-state)',
+        'read /debug/state of a worker (--debug-state): which hang scenario is it?',
       ),
     )
-    .addOption(new Option('--timeout <time>', 'for each thing that is waited for').default('5s', '5s'))
-    .addOption(new Option('--json', 'the findings as JSON'))
+    .addOption(new Option('--timeout <time>', 'of each check').default('5s', '5s'))
+    .addOption(new Option('--json', 'print the findings as JSON'))
     .allowExcessArguments(false)
     .showHelpAfterError('(--help lists the options; flags of the worker go after --)')
     .addHelpText('after', EXAMPLES);
@@ -93,7 +95,7 @@ async function resolveWorker(
   env: NodeJS.ProcessEnv,
 ): Promise<DoctorOptions['worker']> {
   try {
-    // Not the command of cli/worker.ts: that brings the whole worker, of which something may not load here.
+    // Not the command of cli/worker.ts: that imports the whole worker, parts of which may not load here.
     const command = addOptions(new Command('pd-worker'), WORKER_OPTIONS)
       .allowExcessArguments(false)
       .exitOverride()
@@ -105,7 +107,7 @@ async function resolveWorker(
   }
 }
 
-/** `HOST:PORT` is taken too. */
+/** Accepts `HOST:PORT` too. */
 function urlOf(flag: string, text: string, port: number): string {
   const url = /^https?:\/\//.test(text) ? text : `http://${text}`;
   if (URL.canParse(url)) return url;
@@ -122,7 +124,7 @@ export async function main(argv: readonly string[] = process.argv.slice(2)): Pro
   const text = json
     ? `${JSON.stringify(report, undefined, 2)}\n`
     : renderReport(report, { colour, width: Math.max(60, Math.min(process.stdout.columns ?? 120, 160)) });
-  // Pipes take only so much at once, and exit does not wait for them.
+  // exit does not wait until a pipe has taken everything
   await new Promise<void>((resolve) => process.stdout.write(text, () => resolve()));
   process.exit(report.sound ? 0 : 1);
 }

@@ -1,5 +1,5 @@
 /**
- * One supervised program: started, its lines read, restarted when it dies.
+ * One supervised program: started, its output read, restarted when it dies.
  *
  *   idle --start--> running --dies--> pausing --> running ...
  *                      |                 `--too many deaths--> givenUp
@@ -13,7 +13,7 @@ import { fileURLToPath } from 'node:url';
 export interface ChildSpec {
   /** For logs: `proxy`, `producer-0`. */
   readonly name: string;
-  /** Arguments of node: a script and its own. */
+  /** Arguments to node: a script and the script's own. */
   readonly args: readonly string[];
   readonly env?: Readonly<Record<string, string | undefined>>;
 }
@@ -22,7 +22,7 @@ export interface RestartPolicy {
   /** Before the first restart; doubles with each death in the window. */
   readonly firstPauseMs: number;
   readonly maxPauseMs: number;
-  /** So many deaths within the window end it. */
+  /** That many deaths within the window, and it is not restarted. */
   readonly deaths: number;
   readonly windowMs: number;
 }
@@ -37,7 +37,7 @@ export const DEFAULT_RESTART: RestartPolicy = {
 /** How a process ended: `exit status 1`, `SIGKILL`. */
 export interface Death {
   readonly how: string;
-  /** Null where a signal ended it. */
+  /** Null if a signal ended it. */
   readonly code: number | null;
   /** Deaths in the window, this one included. */
   readonly count: number;
@@ -46,7 +46,7 @@ export interface Death {
 export interface ChildEvents {
   line(child: SupervisedChild, line: string): void;
   started(child: SupervisedChild): void;
-  /** `pauseMs` until it is started again; undefined where it is not. */
+  /** `pauseMs` until it is restarted; undefined if it is not. */
   died(child: SupervisedChild, death: Death, pauseMs: number | undefined): void;
 }
 
@@ -58,7 +58,7 @@ export class SupervisedChild {
   readonly #policy: RestartPolicy;
   readonly #events: ChildEvents;
   readonly #tail: string[] = [];
-  /** When it died, monotonic, within the window. */
+  /** Times of death within the window, monotonic. */
   #deaths: number[] = [];
   #process: ChildProcess | undefined;
   #ended: Promise<unknown> = Promise.resolve();
@@ -80,7 +80,7 @@ export class SupervisedChild {
     return this.#state === 'givenUp';
   }
 
-  /** Its last lines, over restarts. */
+  /** Its last lines, across restarts. */
   get tail(): readonly string[] {
     return this.#tail;
   }
@@ -99,10 +99,10 @@ export class SupervisedChild {
     for (const stream of [child.stdout, child.stderr]) {
       createInterface({ input: stream }).on('line', (line) => this.#line(line));
     }
-    // What it has started itself goes with it; it would hold our pipes open too.
+    // Its own children are killed with it; they would hold our pipes open too.
     child.once('exit', () => this.kill());
     this.#ended = new Promise<void>((resolve) => {
-      // `close`, not `exit`: the last lines are read by then. A process that could not be started at all has `error` alone.
+      // `close`, not `exit`: by then the last lines have been read. A process that could not be started emits `error` only.
       child.once('close', (code, signal) => {
         resolve();
         this.#died(code, signal ?? `exit status ${code}`);
@@ -110,14 +110,14 @@ export class SupervisedChild {
       child.once('error', (error) => {
         if (child.pid !== undefined) return;
         resolve();
-        this.#line(`cannot be started: ${error.message}`);
+        this.#line(`cannot start: ${error.message}`);
         this.#died(1, error.message);
       });
     });
     this.#events.started(this);
   }
 
-  /** SIGTERM, and after `killAfterMs` SIGKILL to its whole process group. Resolves once it is gone. Idempotent. */
+  /** SIGTERM, and after `killAfterMs` SIGKILL to its whole process group. Resolves when it has exited. Idempotent. */
   async stop(killAfterMs: number): Promise<void> {
     clearTimeout(this.#restart);
     const running = this.#state === 'running' || this.#state === 'stopped';
@@ -130,7 +130,7 @@ export class SupervisedChild {
     clearTimeout(timer);
   }
 
-  /** SIGKILL now, to whatever it has started too. */
+  /** SIGKILL now, to it and its children. */
   kill(): void {
     const pid = this.#process?.pid;
     if (pid === undefined) return;
@@ -165,7 +165,7 @@ export class SupervisedChild {
   }
 }
 
-/** Built JavaScript, so that any child can load it; absent only where nothing has been built. */
+/** Built JavaScript, so that any child can load it; undefined only if nothing has been built. */
 function guardModule(): string | undefined {
   const beside = new URL('./launch-guard.js', import.meta.url);
   const built = new URL('../../dist/src/cli/launch-guard.js', import.meta.url);

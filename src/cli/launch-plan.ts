@@ -5,28 +5,28 @@ import { PdError } from '../errors.ts';
 import { asDestination, formatHostPort } from '../net/address.ts';
 import { freePorts } from '../net/free-ports.ts';
 import { assertBindable, assertReachable } from '../net/port-holder.ts';
-import { gpuFacts, neededLibraries } from './gpu-facts.ts';
+import { gpuFacts, neededLibraries } from './device-auto.ts';
 import type { ChildSpec } from './launch-child.ts';
 
 export interface LaunchSettings {
   readonly prefill: number;
   readonly decode: number;
-  /** `auto`, `host`, `cuda` (each worker its own GPU, producers first) or `cuda:N`, which is refused. */
+  /** `auto`, `host`, `cuda` (a GPU for each worker, producers first) or `cuda:N`, which is refused. */
   readonly device: string;
-  /** What computes; absent: as the device. */
+  /** What computes; absent: the device. */
   readonly executor?: 'host' | 'cuda';
   readonly host: string;
   /** The proxy's HTTP port. */
   readonly port: number;
   readonly discoveryPort: number;
-  /** The first worker's HTTP port; its KV port is the next, and so on upward. */
+  /** The first worker's HTTP port; its KV port is the next, and so on for the other workers. */
   readonly basePort: number;
   /** Any free ports instead of those three. */
   readonly freePorts: boolean;
   readonly drainTimeoutMs: number;
   readonly logLevel: string;
   readonly logFormat: 'pretty' | 'json';
-  /** For every worker, as given: `--model DIR --send-type GET`. */
+  /** For every worker, unchanged: `--model DIR --send-type GET`. */
   readonly workerFlags: readonly string[];
 }
 
@@ -56,7 +56,7 @@ export async function launchDevices(
   if (device !== 'auto' && device !== 'cuda') {
     throw new PdError(
       'CONFIG_INVALID',
-      `--device ${device} puts producer and consumer on one GPU, where NCCL refuses to join them: --device cuda gives each its own (CUDA_VISIBLE_DEVICES chooses which)`,
+      `--device ${device} puts producer and consumer on one GPU, where NCCL refuses to connect them: --device cuda gives each its own (CUDA_VISIBLE_DEVICES chooses which)`,
     );
   }
   const libraries = neededLibraries('producer', executor);
@@ -64,7 +64,7 @@ export async function launchDevices(
   return chooseDevices({ device, workers, ...(executor && { executor }) }, facts);
 }
 
-/** In the order in which GPUs are given: producers first. */
+/** In the order in which GPUs are assigned: producers first. */
 function workerNames({ prefill, decode }: Pick<LaunchSettings, 'prefill' | 'decode'>): string[] {
   return Array.from({ length: prefill + decode }, (_, i) =>
     i < prefill ? `producer-${i}` : `consumer-${i - prefill}`,
@@ -72,7 +72,7 @@ function workerNames({ prefill, decode }: Pick<LaunchSettings, 'prefill' | 'deco
 }
 
 /**
- * `devices`: one per worker, producers first. Throws PORT_IN_USE, naming the first port that is taken and who holds it, and
+ * `devices`: one per worker, producers first. Throws PORT_IN_USE, naming the first port in use and who holds it, and
  * ADDRESS_INVALID for a host that cannot be bound or reached.
  */
 export async function planLaunch(settings: LaunchSettings, devices: readonly string[]): Promise<LaunchPlan> {
@@ -137,10 +137,10 @@ async function fixedPorts(settings: LaunchSettings): Promise<number[]> {
   return ports.map(({ port }) => port);
 }
 
-/** A program of ours from `bin/`, which lies at the same place from src/cli and from dist/src/cli. */
+/** One of the programs in `bin/`, found both from src/cli and from dist/src/cli. */
 function program(name: string, script: string, args: readonly string[]): ChildSpec {
   const root = import.meta.url.includes('/dist/src/') ? '../../../' : '../../';
   const path = fileURLToPath(new URL(`${root}bin/${script}`, import.meta.url));
-  // The launcher's own settings are not the children's: what concerns them goes by flag.
+  // The launcher's own configuration is not the children's: what concerns them is passed by flag.
   return { name, args: [path, ...args], env: { PD_CONFIG: undefined } };
 }

@@ -1,4 +1,4 @@
-/** Everything that pd-launch has started, as one thing: starts, waits until it serves, stops in order, gives up. */
+/** Everything that pd-launch starts, as one unit: start it, wait until it serves, stop it in order, give up on it. */
 import { PdError } from '../errors.ts';
 import {
   type ChildSpec,
@@ -8,7 +8,7 @@ import {
   SupervisedChild,
 } from './launch-child.ts';
 
-/** Children that can stand in for one another; the first group stops first. */
+/** Children that can replace one another; the first group stops first. */
 export type Group = readonly ChildSpec[];
 
 export interface SupervisorOptions {
@@ -17,17 +17,17 @@ export interface SupervisorOptions {
   /** After SIGTERM, before SIGKILL. */
   readonly killAfterMs: number;
   readonly onLine: (name: string, line: string) => void;
-  /** The supervisor's own words. */
+  /** For the supervisor's own lines. */
   readonly say: (text: string) => void;
 }
 
 export class Supervisor {
-  /** Resolves with the reason once the whole cannot go on: the last child of a group was given up. */
+  /** Resolves with the reason when the system cannot go on: the last child of a group was given up on. */
   readonly failed: Promise<PdError>;
   readonly #options: SupervisorOptions;
   readonly #groups: readonly (readonly SupervisedChild[])[];
   #fail!: (error: PdError) => void;
-  /** Until then a child that ends by itself with an error status ends the start: the cause will not go away. */
+  /** Meanwhile a child that exits with an error status fails the start: the cause will not go away. */
   #starting = true;
   #stopping: Promise<void> | undefined;
 
@@ -57,7 +57,7 @@ export class Supervisor {
     for (const child of this.children) child.start();
   }
 
-  /** Polls until `ready` says so. Throws when a child ends meanwhile, and at the deadline. Stopping makes it return. */
+  /** Polls `ready` until it is true. Throws if a child fails meanwhile, and at the deadline. Returns when stopped. */
   async untilReady(ready: () => Promise<boolean>, timeoutMs: number): Promise<void> {
     const deadline = performance.now() + timeoutMs;
     let failure: PdError | undefined;
@@ -77,12 +77,12 @@ export class Supervisor {
           `not ready after ${timeoutMs / 1_000} s (--start-timeout)\n${tails}`,
         );
       }
-      // other processes: nothing to await here but their end
+      // other processes: only their exit can be awaited
       await Promise.race([this.failed, new Promise((resolve) => setTimeout(resolve, 100))]);
     }
   }
 
-  /** Group by group, so that the proxy can finish what workers are still computing. Idempotent. */
+  /** Group by group, so that the proxy can relay what workers are still computing. Idempotent. */
   stop(): Promise<void> {
     this.#stopping ??= (async () => {
       for (const group of this.#groups) {
@@ -92,7 +92,7 @@ export class Supervisor {
     return this.#stopping;
   }
 
-  /** Now. */
+  /** At once. */
   kill(): void {
     for (const child of this.children) {
       void child.stop(0);
@@ -104,24 +104,27 @@ export class Supervisor {
     const { say } = this.#options;
     if (this.#stopping) return;
     if (this.#starting && code !== null && code !== 0) {
-      void child.stop(0); // it is not started again, however long the others take to be stopped
+      void child.stop(0); // not restarted, however long the others take to stop
       this.#fail(new PdError('PROGRAM_FAILED', `${child.name} did not start: ${how}\n${tailOf(child)}`));
       return;
     }
     if (pauseMs !== undefined) {
-      say(`${child.name} ended: ${how}; starting it again in ${pauseMs} ms`);
+      say(`${child.name} exited: ${how}; restarting it in ${pauseMs} ms`);
       return;
     }
-    say(`${child.name} ended: ${how}; ${count} times in a minute: giving it up\n${tailOf(child)}`);
+    say(`${child.name} exited: ${how}; ${count} times in a minute: giving up on it\n${tailOf(child)}`);
     const group = this.#groups.find((children) => children.includes(child)) ?? [];
     if (!group.every((other) => other.givenUp)) return;
     this.#fail(
-      new PdError('PROGRAM_FAILED', `${child.name} keeps ending (${how}); nothing is left to take its place`),
+      new PdError(
+        'PROGRAM_FAILED',
+        `${child.name} keeps exiting (${how}), and nothing is left to replace it`,
+      ),
     );
   }
 }
 
 function tailOf(child: SupervisedChild): string {
   const lines = child.tail.map((line) => `  ${child.name} | ${line}`);
-  return lines.length === 0 ? `  ${child.name} said nothing` : lines.join('\n');
+  return lines.length === 0 ? `  ${child.name} printed nothing` : lines.join('\n');
 }

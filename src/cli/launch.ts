@@ -6,14 +6,14 @@ import { addOptions, defineOptions, option, resolveOptions } from '../config/opt
 import { vllmLogLevel } from '../config/vllm.ts';
 import { EXECUTORS, LOAD_FAILURE_POLICIES } from '../config/worker-config.ts';
 import { PdError } from '../errors.ts';
-import { asDestination, formatHostPort } from '../net/address.ts';
+import { asDestination, formatHostPort, httpUrl } from '../net/address.ts';
 import { ask } from '../net/http.ts';
 import { hostAddress } from '../net/local.ts';
 import { LOG_LEVELS } from '../observability/log-options.ts';
 import { packageVersion } from '../version.ts';
 import { SEND_TYPES } from '../wire/messages.ts';
-import { LogFiles } from './launch-log-files.ts';
-import { LaunchOutput } from './launch-output.ts';
+
+import { LaunchOutput, LogFiles } from './launch-output.ts';
 import { type LaunchPlan, type LaunchSettings, launchDevices, planLaunch } from './launch-plan.ts';
 import { Supervisor } from './launch-supervisor.ts';
 
@@ -26,16 +26,16 @@ export const LAUNCH_OPTIONS = defineOptions({
   decode: option({ kind: integer(1, 64), help: 'consumers (decode instances)', default: 1 }),
   device: option({
     kind: text('device'),
-    help: 'cuda: a GPU of its own for each worker, producers first; host; or auto: cuda where a GPU is visible, else host',
+    help: 'cuda: a separate GPU for each worker, producers first; host; or auto: cuda if a GPU is visible, else host',
     default: 'auto',
   }),
   json: option({
     kind: toggle(),
-    help: 'one line of JSON with all addresses on stdout once ready; logs go to stderr',
+    help: 'once ready, print all addresses as one line of JSON on stdout; logs go to stderr',
     default: false,
   }),
-  startTimeout: option({ kind: duration(1), help: 'until all serve', default: 600_000 }),
-  drainTimeout: option({ kind: duration(0), help: 'when stopping, for requests under way', default: 30_000 }),
+  startTimeout: option({ kind: duration(1), help: 'until everything serves', default: 600_000 }),
+  drainTimeout: option({ kind: duration(0), help: 'when stopping, for requests in flight', default: 30_000 }),
   config: option({ kind: text('file'), help: 'JSON file with any of these options' }),
   model: option({
     kind: text('dir'),
@@ -58,7 +58,7 @@ export const LAUNCH_OPTIONS = defineOptions({
   kvLoadFailure: option({
     kind: oneOf(LOAD_FAILURE_POLICIES),
     group: WORKERS,
-    help: 'what a consumer does where KV does not come',
+    help: 'what a consumer does if KV does not arrive',
     defaultText: 'recompute',
   }),
   host: option({ kind: text('address'), group: PORTS, help: 'address all listen on', default: '127.0.0.1' }),
@@ -67,13 +67,13 @@ export const LAUNCH_OPTIONS = defineOptions({
   basePort: option({
     kind: integer(1, 65_000, 'port'),
     group: PORTS,
-    help: "the first worker's HTTP port; its KV port is the next, further workers go upward",
+    help: "the first worker's HTTP port; its KV port is the next, and so on for the other workers",
     default: 8_081,
   }),
   freePorts: option({
     kind: toggle(),
     group: PORTS,
-    help: 'any free ports instead of those',
+    help: 'use any free ports instead',
     default: false,
   }),
   logLevel: option({
@@ -92,12 +92,12 @@ export const LAUNCH_OPTIONS = defineOptions({
   logDir: option({
     kind: text('dir'),
     group: LOG,
-    help: 'keep what each program says in a file of its own too: proxy.log, producer-0.log, ..., appended to',
+    help: 'also append the log of each program to a file of its own: proxy.log, producer-0.log, ...',
     defaultText: 'terminal only',
   }),
 });
 
-/** Flags of pd-launch that go to the workers as they are. */
+/** Flags of pd-launch that are passed to the workers unchanged. */
 const PASSED_ON = {
   model: '--model',
   sendType: '--send-type',
@@ -110,7 +110,7 @@ export interface LaunchOptions {
   readonly json: boolean;
   readonly startTimeoutMs: number;
   readonly logDir?: string;
-  /** To be said at start. */
+  /** To be printed at start. */
   readonly warnings: readonly string[];
 }
 
@@ -162,18 +162,18 @@ export function launchOptions(argv: readonly string[], env: NodeJS.ProcessEnv): 
   };
 }
 
-/** After SIGTERM a program has its drain timeout, and this much more to end. */
+/** After SIGTERM a program has its drain timeout, and this much more to exit. */
 const KILL_GRACE_MS = 5_000;
 
-/** Runs until a signal, or until something cannot be kept running: then it throws. A second signal kills. */
+/** Runs until a signal, or until something cannot be kept running, which throws. A second signal kills. */
 export async function main(argv: readonly string[] = process.argv.slice(2)): Promise<void> {
   const { settings: given, json, startTimeoutMs, logDir, warnings } = launchOptions(argv, process.env);
-  // Once, so that all bind and reach one and the same.
+  // Resolved once, so that all bind and reach the same address.
   const settings = { ...given, host: await hostAddress(given.host, 0, '--host') };
   const choice = await launchDevices(settings);
   const plan = await planLaunch(settings, choice.devices);
   const stream = json ? process.stderr : process.stdout;
-  for (const out of [process.stdout, process.stderr]) out.on('error', () => {}); // its reader has gone; serving goes on
+  for (const out of [process.stdout, process.stderr]) out.on('error', () => {}); // whoever read it has gone; serving goes on
   const specs = [plan.proxy.spec, ...plan.workers.map((worker) => worker.spec)];
   const output = new LaunchOutput({
     format: settings.logFormat,
@@ -193,7 +193,7 @@ export async function main(argv: readonly string[] = process.argv.slice(2)): Pro
   const specsOf = (role: string) =>
     plan.workers.filter((worker) => worker.role === role).map(({ spec }) => spec);
   const supervisor = new Supervisor({
-    // Stopped in this order: what the proxy has under way needs both, and what a consumer still loads needs its producer.
+    // Stopped in this order: requests in the proxy need both, and what a consumer still loads needs its producer.
     groups: [[plan.proxy.spec], specsOf('consumer'), specsOf('producer')],
     killAfterMs: settings.drainTimeoutMs + KILL_GRACE_MS,
     onLine: hear,
@@ -205,7 +205,7 @@ export async function main(argv: readonly string[] = process.argv.slice(2)): Pro
     for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) {
       process.on(signal, () => {
         if (++signals > 1) return supervisor.kill();
-        say(`${signal}: stopping all; once more to kill`);
+        say(`${signal}: stopping all; a second signal kills`);
         void supervisor.stop();
         resolve();
       });
@@ -232,7 +232,7 @@ export async function main(argv: readonly string[] = process.argv.slice(2)): Pro
 
 const HEALTH_TIMEOUT_MS = 2_000;
 
-/** Does the proxy list as many instances of each role as were started? */
+/** Whether the proxy lists as many instances of each role as were started. */
 async function allListed(plan: LaunchPlan, settings: LaunchSettings): Promise<boolean> {
   try {
     const response = await ask(`${urlOf(settings, plan.proxy.httpPort)}/health`, HEALTH_TIMEOUT_MS);
@@ -276,4 +276,4 @@ function announce(
 const deviceWord = ({ workers }: LaunchPlan) =>
   workers.every(({ device }) => device === 'host') ? 'host' : 'cuda';
 const addressOf = ({ host }: LaunchSettings, port: number) => formatHostPort(asDestination({ host, port }));
-const urlOf = (settings: LaunchSettings, port: number) => `http://${addressOf(settings, port)}`;
+const urlOf = ({ host }: LaunchSettings, port: number) => httpUrl(asDestination({ host, port }));

@@ -6,7 +6,7 @@ import { vllmLogLevel } from '../config/vllm.ts';
 import { createLogger } from '../observability/log.ts';
 import { packageVersion } from '../version.ts';
 
-/** `warn` is told, once the configuration is known, of what was left out of account. */
+/** `warn` is called, once the configuration is known, for everything that was ignored. */
 export function proxyConfig(
   argv: readonly string[],
   env: NodeJS.ProcessEnv,
@@ -29,10 +29,10 @@ export function proxyConfig(
   return config;
 }
 
-/** Runs until SIGTERM or SIGINT; a second signal ends at once. */
+/** Runs until SIGTERM or SIGINT; a second signal exits at once. */
 export async function main(argv: readonly string[] = process.argv.slice(2)): Promise<void> {
   const config = proxyConfig(argv, process.env, (text, { log }) => createLogger(log, 'proxy').warn(text));
-  // Only here: --help and a wrong flag need no server.
+  // Imported here: --help and a wrong flag need no server.
   const started = import('../proxy/proxy.ts').then(({ PdProxy }) => PdProxy.start(config));
   let signals = 0;
   await new Promise<void>((resolve, reject) => {
@@ -40,7 +40,7 @@ export async function main(argv: readonly string[] = process.argv.slice(2)): Pro
       const drainMs = ++signals === 1 ? undefined : 0;
       started.then((proxy) => proxy.close(drainMs)).then(resolve, reject);
     };
-    // Listened for before start-up ends: whoever reads that it listens may stop it at once.
+    // From before startup ends: whoever reads that it is running may stop it at once.
     process.on('SIGTERM', stop).on('SIGINT', stop);
     started.catch(reject);
   });

@@ -1,14 +1,12 @@
-/** How every program of ours starts, and how it fails: one readable line with the code and what to do, never a stack unasked. */
+/** How each of our programs starts and fails: one readable line with the code and what to do, no stack unless asked for. */
 import { PdError } from '../errors.ts';
-
-export { packageVersion } from '../version.ts';
 
 /** `pd-worker: CONFIG_INVALID: --kv-port: ... Hint: ...` */
 export function startErrorLine(program: string, error: PdError): string {
   return `${program}: ${error.code}: ${error.message}\n  ${error.hint}`;
 }
 
-/** Runs a program's main; a failure is one line on stderr and exit status 1, with the stack under `PD_LOG_LEVEL=debug` or trace, and what means the same. */
+/** Runs a program's main; a failure is that line on stderr and exit status 1, with the stack at log level debug or trace. */
 export async function runCli(program: string, main: () => Promise<void>): Promise<void> {
   try {
     await main();

@@ -10,12 +10,12 @@ import { PdError } from '../errors.ts';
 import { createLogger } from '../observability/log.ts';
 import { packageVersion } from '../version.ts';
 import type { PdWorker } from '../worker/worker.ts';
+import { resolveWorkerHere } from './device-auto.ts';
 import { startErrorLine } from './run.ts';
-import { resolveWorkerHere } from './worker-here.ts';
 
 const EXAMPLES = `
 Examples:
-  pd-worker                         the demo model, undivided, on port 8080, on a GPU where there is one
+  pd-worker                         the demo model, prefill and decode in one, on port 8080, on a GPU if there is one
   pd-worker --role producer --proxy 127.0.0.1:30002 --kv-port 8082
   pd-worker --role consumer --proxy 127.0.0.1:30002 --kv-port 8084
   CUDA_VISIBLE_DEVICES=0 pd-worker --model /models/llama \\
@@ -25,7 +25,7 @@ Examples:
 export function workerCommand(): Command {
   const command = new Command('pd-worker')
     .description(
-      "Serves a model over OpenAI's API: whole, or its prefill or decode half, KV moving from GPU to GPU.",
+      "Serves a model over OpenAI's API: all of it, or prefill or decode only, with KV moving from GPU to GPU.",
     )
     .version(packageVersion())
     .allowExcessArguments(false)
@@ -33,15 +33,15 @@ export function workerCommand(): Command {
   return addOptions(command, WORKER_OPTIONS).addHelpText('after', EXAMPLES);
 }
 
-/** A start that was told to stop has so long to end and to be taken apart in order. */
+/** For an orderly exit when a signal arrives during startup. */
 const EARLY_STOP_MS = 2_000;
 
-/** From having nothing left to serve, or being told to end at once, to being gone. */
+/** For the process to exit once it has drained, or was told to exit at once. */
 const EXIT_SECONDS = 4;
 
 /**
- * On a GPU a thread may sit in a native call that never returns (an abort behind a long kernel, a broken driver), and then neither
- * `terminate()` nor `process.exit()` ends the process: the kernel does, by SIGALRM, so many seconds after the last call.
+ * On a GPU a thread may be stuck in a native call that never returns (an abort behind a long kernel, a broken driver), and then neither
+ * `terminate()` nor `process.exit()` ends the process: the kernel does, by SIGALRM, that many seconds after the last call.
  */
 async function lastResort(config: WorkerConfig): Promise<(seconds: number) => void> {
   if (config.transfer.device === 'host') return () => undefined;
@@ -49,7 +49,7 @@ async function lastResort(config: WorkerConfig): Promise<(seconds: number) => vo
   return (seconds) => killAfter(Math.ceil(seconds));
 }
 
-/** Without a word to the other threads: whoever calls this has given up waiting for them. */
+/** Without notifying the other threads: the caller has given up waiting for them. */
 async function endNow(): Promise<void> {
   try {
     const { exitNow } = await import('../../ffi/libc.ts');
@@ -59,7 +59,7 @@ async function endNow(): Promise<void> {
   }
 }
 
-/** Undefined where `stop` came first. */
+/** Undefined if `stop` came first. */
 async function unlessStopped<T>(stop: AbortSignal, what: Promise<T>): Promise<T | undefined> {
   try {
     return await what;
@@ -69,9 +69,9 @@ async function unlessStopped<T>(stop: AbortSignal, what: Promise<T>): Promise<T 
   }
 }
 
-/** A GPU that nobody named may fail to be used: then the error says how to do without. */
+/** If a GPU chosen by `auto` turns out to be unusable, the error says how to run without it. */
 async function startOn(choice: DeviceChoice, config: WorkerConfig, stop: AbortSignal): Promise<PdWorker> {
-  // Only here: --help, a wrong flag and the choice of a device need no server.
+  // Imported here: --help, a wrong flag and the choice of a device need no server.
   const { PdWorker } = await import('../worker/worker.ts');
   try {
     return await PdWorker.start(config, undefined, stop);
@@ -80,7 +80,7 @@ async function startOn(choice: DeviceChoice, config: WorkerConfig, stop: AbortSi
   }
 }
 
-/** Runs until SIGTERM or SIGINT; a second signal ends at once. Exit status 1 where the worker could not start or go on. */
+/** Runs until SIGTERM or SIGINT; a second signal exits at once. Exit status 1 if the worker could not start or keep running. */
 export async function main(argv: readonly string[] = process.argv.slice(2)): Promise<void> {
   const command = workerCommand().parse(argv, { from: 'user' });
   const given = readWorkerOptions(command, process.env);
@@ -90,11 +90,13 @@ export async function main(argv: readonly string[] = process.argv.slice(2)): Pro
   const stopped = new AbortController();
   const whileStarting = (signal: NodeJS.Signals) => {
     if (signals > 1) return void endNow();
-    log.info(`${signal}: giving up the start, within ${EARLY_STOP_MS / 1_000} s; once more: at once`);
+    log.info(
+      `${signal} during startup: exiting within ${EARLY_STOP_MS / 1_000} s; a second signal exits at once`,
+    );
     setTimeout(() => void endNow(), EARLY_STOP_MS);
-    stopped.abort(new PdError('SERVER_DRAINING', `${signal} came while the worker started`));
+    stopped.abort(new PdError('SERVER_DRAINING', `${signal} while the worker was starting`));
   };
-  // One listener for good: a signal that arrives while a listener is taken off and another put on is lost.
+  // One listener throughout: a signal that arrives while listeners are exchanged is lost.
   let onSignal = whileStarting;
   const heard = (signal: NodeJS.Signals) => {
     signals++;
@@ -117,7 +119,7 @@ export async function main(argv: readonly string[] = process.argv.slice(2)): Pro
     return process.exit(0);
   }
   onSignal = (signal) => {
-    if (signals === 1) log.info(`${signal}: draining, at most ${config.drainTimeoutMs / 1_000} s`);
+    if (signals === 1) log.info(`${signal}: draining for at most ${config.drainTimeoutMs / 1_000} s`);
     else endWithin(EXIT_SECONDS);
     void worker.close(signals === 1 ? config.drainTimeoutMs : 0);
   };

@@ -1,6 +1,6 @@
 /**
  * What `--device auto` means: the first visible GPU, the host where none is visible, an error where one is visible that cannot be used.
- * Pure: `cli/gpu-facts.ts` asks the machine.
+ * Pure: `cli/device-auto.ts` asks the machine.
  */
 import { type ErrorCode, type ErrorData, PdError, unreachable } from '../errors.ts';
 

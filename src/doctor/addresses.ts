@@ -1,4 +1,4 @@
-/** What a worker would bind and tell others: ports free or held, addresses that peers must be able to reach. */
+/** What a worker would bind and announce: ports free or in use, addresses that peers must be able to reach. */
 import { isIP } from 'node:net';
 import { networkInterfaces } from 'node:os';
 import type { WorkerConfig } from '../config/worker-config.ts';
@@ -14,7 +14,7 @@ import { assertBindable } from '../net/port-holder.ts';
 import { isLocalhost } from '../net/resolve.ts';
 import { type Finding, fail, info, ok, type Section, warn } from './finding.ts';
 
-/** The runbook's, for people who ask about no worker in particular. */
+/** The runbook's, checked when no worker in particular was asked about. */
 const RUNBOOK: readonly { readonly port: number; readonly what: string; readonly flag: string }[] = [
   { port: 10_002, what: 'HTTP of the proxy', flag: '--port' },
   { port: 30_002, what: 'discovery of the proxy', flag: '--discovery-port' },
@@ -24,7 +24,7 @@ const RUNBOOK: readonly { readonly port: number; readonly what: string; readonly
   { port: 8_084, what: 'KV of the consumer', flag: '--kv-port' },
 ];
 
-/** Of the worker that was asked about. A port that is taken would stop it. */
+/** Those of the worker that was asked about. A port in use would stop it. */
 export async function workerPorts(config: WorkerConfig): Promise<Section> {
   const { http, transfer, role } = config;
   const findings = [await portFinding(http, 'HTTP', '--port')];
@@ -36,13 +36,13 @@ export async function workerPorts(config: WorkerConfig): Promise<Section> {
   return { title: 'Ports', findings };
 }
 
-/** Nobody has said that a worker will take them, so one that is held is worth a warning; `running`: the system itself holds them. */
+/** No worker was said to need them, so one in use is worth a warning only; `running`: the system itself uses them. */
 export async function runbookPorts(running: boolean): Promise<Section> {
   const findings = await Promise.all(
     RUNBOOK.map(async ({ port, what, flag }): Promise<Finding> => {
       const finding = await portFinding({ host: '0.0.0.0', port }, what, flag);
       if (finding.level !== 'fail') return finding;
-      return running ? info(finding.what) : warn(finding.what, finding.mend);
+      return running ? info(finding.what) : warn(finding.what, finding.fix);
     }),
   );
   const free = findings.filter(({ level }) => level === 'ok').length;
@@ -59,7 +59,7 @@ export async function runbookPorts(running: boolean): Promise<Section> {
 }
 
 const DATA_PORTS = info(
-  'KV itself goes over ports that the system chooses: a firewall between two workers must let all TCP pass',
+  'KV itself uses ports that the system chooses: a firewall between two workers must let all TCP pass',
 );
 
 async function portFinding(address: HostPort, what: string, flag: string): Promise<Finding> {
@@ -69,11 +69,11 @@ async function portFinding(address: HostPort, what: string, flag: string): Promi
     return ok(`${what}: ${formatHostPort(address)} is free`);
   } catch (cause) {
     const error = PdError.from(cause);
-    const mend =
+    const fix =
       error.code === 'PORT_IN_USE'
-        ? `stop what holds it, or choose another with ${flag}`
-        : `name an address of this machine with ${flag.replace('port', 'host')}`;
-    return fail(error.message, mend);
+        ? `stop the process that holds it, or choose another port with ${flag}`
+        : `give an address of this machine with ${flag.replace('port', 'host')}`;
+    return fail(error.message, fix);
   }
 }
 
@@ -84,31 +84,31 @@ export function addressSection(config: WorkerConfig): Section {
   const { announceHost, bind } = config.transfer;
   const kv = formatHostPort({ host: announceHost, port: bind.port });
   const http = formatHostPort({ host: config.httpAnnounceHost, port: config.http.port });
-  const told: readonly (readonly [string, string, string])[] = [
+  const announced: readonly (readonly [string, string, string])[] = [
     ...(config.role === 'both' && config.proxy === undefined
       ? []
       : ([['KV', announceHost, '--kv-announce-host']] as const)),
     ['HTTP', config.httpAnnounceHost, '--http-announce-host'],
   ];
   findings.push(info(`addresses of this machine: ${others.join(', ') || 'loopback only'}`));
-  for (const [what, host, flag] of told) {
-    const text = `${what} address told to others: ${what === 'KV' ? kv : http}`;
+  for (const [what, host, flag] of announced) {
+    const text = `${what} address announced to others: ${what === 'KV' ? kv : http}`;
     if (isUnspecified(host)) {
-      findings.push(fail(`${text}, which nobody else can reach`, `name this machine's address with ${flag}`));
+      findings.push(fail(`${text}, which nobody else can reach`, `give this machine's address with ${flag}`));
     } else if (isLoopback(host)) {
       findings.push(
         warn(
-          `${text}: only this machine reaches it`,
+          `${text}: only this machine can reach it`,
           others.length > 0
-            ? `for peers elsewhere: --${what === 'KV' ? 'kv-' : ''}host ${others[0]}`
-            : 'for peers elsewhere this machine needs a network',
+            ? `for peers on other machines: --${what === 'KV' ? 'kv-' : ''}host ${others[0]}`
+            : 'peers on other machines need this one to be on a network',
         ),
       );
     } else if (isIP(host) !== 0 && !own.some(({ address }) => address === host)) {
       findings.push(
         warn(
-          `${text}, which is not of this machine`,
-          'right behind a translated address; otherwise correct PD_HOST_IP',
+          `${text}, which is not an address of this machine`,
+          'correct behind NAT; otherwise fix PD_HOST_IP',
         ),
       );
     } else findings.push(ok(text));
@@ -116,24 +116,24 @@ export function addressSection(config: WorkerConfig): Section {
   return { title: 'Addresses', findings };
 }
 
-/** Without a worker in particular: what one would tell by default. */
+/** When no worker in particular was asked about: what one would announce by default. */
 export function defaultAddresses(): Section {
   try {
     const host = localAddress(4);
-    const text = `workers here tell others ${host}, unless --kv-host or PD_HOST_IP says otherwise`;
+    const text = `workers here announce ${host}, unless --kv-host or PD_HOST_IP says otherwise`;
     return {
       title: 'Addresses',
-      findings: [isLoopback(host) ? warn(`${text}: only this machine reaches it`) : ok(text)],
+      findings: [isLoopback(host) ? warn(`${text}: only this machine can reach it`) : ok(text)],
     };
   } catch (cause) {
     return {
       title: 'Addresses',
-      findings: [fail(PdError.from(cause).message, 'correct or unset PD_HOST_IP')],
+      findings: [fail(PdError.from(cause).message, 'fix or unset PD_HOST_IP')],
     };
   }
 }
 
-/** Only this machine reaches it, by name or by address. */
+/** By name or by address. */
 export function isLoopback(host: string): boolean {
   return isLocalhost(host) || isLoopbackAddress(host);
 }

@@ -1,4 +1,4 @@
-/** The whole examination: sections in the order of the page. Nothing here throws for what it finds; it becomes a finding. */
+/** The whole examination: sections in the order of the page. What is wrong becomes a finding and is never thrown. */
 import type { DeviceChoice } from '../config/device-choice.ts';
 import type { WorkerConfig } from '../config/worker-config.ts';
 import type { PdError } from '../errors.ts';
@@ -13,22 +13,22 @@ import { variablesSection } from './variables.ts';
 import { workerSection } from './worker-state.ts';
 
 export interface DoctorOptions {
-  /** The worker that is meant to run here: its configuration, or what is wrong with it. */
+  /** The worker that would run here: its configuration, or what is wrong with it. */
   readonly worker:
     | { readonly config: WorkerConfig; readonly warnings: readonly string[]; readonly choice: DeviceChoice }
     | PdError;
-  /** Whether flags or environment say anything of that worker; otherwise the runbook's ports are looked at. */
+  /** Whether flags or environment describe that worker at all; if not, the runbook's ports are checked. */
   readonly inParticular: boolean;
   readonly peer?: HostPort;
-  /** HTTP address of a proxy. */
+  /** URL of a proxy. */
   readonly proxy?: string;
-  /** HTTP address of a worker. */
+  /** URL of a worker. */
   readonly workerUrl?: string;
-  /** For each thing that is waited for. */
+  /** Of each check. */
   readonly timeoutMs: number;
 }
 
-/** Loading CUDA on a machine with many GPUs takes its time. */
+/** CUDA is slow to load on a machine with many GPUs. */
 const PROBE_TIMEOUT_MS = 60_000;
 
 export async function examine(options: DoctorOptions): Promise<DoctorReport> {
@@ -64,7 +64,7 @@ export async function examine(options: DoctorOptions): Promise<DoctorReport> {
   ]);
 }
 
-/** Without koffi nothing can be said of GPUs. */
+/** Without koffi the GPUs cannot be examined. */
 async function machine(device: string): Promise<[Section, Gpus]> {
   const runtime = await runtimeSection(PROBE_TIMEOUT_MS);
   const broken = runtime.findings.some(({ level, what }) => level === 'fail' && what.startsWith('koffi'));

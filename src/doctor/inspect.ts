@@ -1,19 +1,19 @@
-/** What this machine has, for pd-doctor and bug reports: every library and GPU, found or not, with what is wrong. Throws nothing. */
-
+/** What this machine has, for pd-doctor and bug reports: every library and GPU, found or not, with what is wrong. */
 import { explicitCandidate, LIBRARIES, type LibraryName } from '../../ffi/find.ts';
 import { inspectCublas } from '../../ffi/libcublas.ts';
 import { type Libcuda, loadLibcuda, NO_DEVICE } from '../../ffi/libcuda.ts';
 import { loadCudart } from '../../ffi/libcudart.ts';
 import { loadLibnccl } from '../../ffi/libnccl.ts';
 import { libraryFile, loadLibrary } from '../../ffi/load.ts';
-import type { NativeLibrary } from '../../ffi/native.ts';
+import { koffiVersion, type NativeLibrary } from '../../ffi/native.ts';
 import { loadNvrtc } from '../../ffi/nvrtc.ts';
 import type { DriverAnswer } from '../config/device-choice.ts';
+import { shippedArch } from '../device/cuda/kernels.ts';
 import { PdError } from '../errors.ts';
 
 export type LibraryReport = {
   readonly name: LibraryName;
-  /** The variable that names the file, where one does. */
+  /** The environment variable that names the file, if one does. */
   readonly named?: string;
 } & (
   | { readonly ok: true; readonly file: string; readonly version: string }
@@ -31,7 +31,40 @@ export interface GpuReport {
   readonly links: readonly ('nvlink' | 'pcie' | 'none' | undefined)[];
 }
 
-/** Loads what it reports on: in a process of its own where that matters, since a broken library can end the process. */
+/** The questions of a probe that need koffi. */
+export function answerNative(question: string, args: readonly string[]): unknown {
+  switch (question) {
+    case 'koffi':
+      return { version: koffiVersion() };
+    case 'libraries':
+      return { libraries: inspectLibraries() };
+    case 'gpus': {
+      const { gpus, ...rest } = inspectGpus();
+      return {
+        ...rest,
+        gpus: gpus.map((gpu) => ({ ...gpu, machineCode: machineCode(gpu.computeCapability) })),
+      };
+    }
+    case 'visible-gpus':
+      return visibleGpus(args.map(libraryName));
+    default:
+      loadLibrary(libraryName(question.replace(/^load-/, '')));
+      return { loads: true };
+  }
+}
+
+function machineCode(computeCapability: string): string | null {
+  const [major = 0, minor = 0] = computeCapability.split('.').map(Number);
+  return shippedArch(major, minor) ?? null;
+}
+
+function libraryName(text: string): LibraryName {
+  const name = (Object.keys(LIBRARIES) as LibraryName[]).find((known) => known === text);
+  if (name === undefined) throw new PdError('INTERNAL', `no such question: ${text}`);
+  return name;
+}
+
+/** Loads what it reports on, and a broken library can end the process: call it in a process of its own where that matters. */
 export function inspectLibraries(): LibraryReport[] {
   return [
     report('cuda', () => {
@@ -54,7 +87,7 @@ export function inspectLibraries(): LibraryReport[] {
   ];
 }
 
-/** Every GPU this process sees. Takes a context on each, about 0.3 s and some 500 MiB of its memory, until the process ends. */
+/** Every GPU this process sees. Creates a context on each: about 0.3 s, and some 500 MiB of its memory until the process ends. */
 export function inspectGpus(): { readonly gpus: readonly GpuReport[]; readonly error?: string } {
   const gpus: GpuReport[] = [];
   try {
@@ -82,10 +115,10 @@ export function inspectGpus(): { readonly gpus: readonly GpuReport[]; readonly e
 }
 
 /**
- * The GPUs that the driver lets this process see, and whether the CUDA runtime and the other `libraries` of a worker can be loaded for
- * them. Makes no context, so it is quick and takes no GPU memory; throws nothing, but a broken library can end the process.
+ * The GPUs that the driver shows this process, and whether the CUDA runtime and the other `libraries` of a worker load for them.
+ * Creates no context, so it is quick and takes no GPU memory. Never throws, but a broken library can end the process.
  */
-export function visibleGpus(libraries: readonly LibraryName[]): DriverAnswer {
+function visibleGpus(libraries: readonly LibraryName[]): DriverAnswer {
   let driver: Libcuda;
   try {
     loadLibrary('cuda');
@@ -110,7 +143,7 @@ export function visibleGpus(libraries: readonly LibraryName[]): DriverAnswer {
   }
 }
 
-/** As a worker does it, so that it fails here as it would there. */
+/** The way a worker does, so that it fails here as it would there. */
 function loadForWorker(name: LibraryName, driver: Libcuda): void {
   switch (name) {
     case 'cudart':

@@ -9,9 +9,9 @@ import { type Answers, hasCrashed, type LoadQuestion, probe } from './probe.ts';
 
 /** package.json: engines. */
 const LEAST_NODE = [20, 19] as const;
-/** NCCL from which several communicators of one thread may be in progress; below it pairs open one after the other. */
+/** From this NCCL on, one thread may have several communicators in progress; with older ones pairs open one at a time. */
 const FULL_NCCL = [2, 27] as const;
-/** What a worker on cuda cannot do without. */
+/** What a worker on cuda cannot run without. */
 const NEEDED: readonly LibraryName[] = ['cuda', 'cudart', 'nccl'];
 
 export async function runtimeSection(timeoutMs: number): Promise<Section> {
@@ -39,7 +39,7 @@ async function moduleFinding(name: 'koffi' | 'zeromq', does: string, timeoutMs: 
   } catch (cause) {
     return fail(
       `${name}, which ${does}, does not load: ${PdError.from(cause).message}`,
-      'run npm ci on this machine, or take the archive that npm run bundle makes for it',
+      'run npm ci on this machine, or use the archive that npm run bundle builds for it',
     );
   }
 }
@@ -49,19 +49,21 @@ export interface Gpus {
   readonly gpus: Answers['gpus']['gpus'];
 }
 
-/** `device` as a worker would be given it: `host` or `cuda:N`. Without a GPU nothing is wrong unless one is asked for. */
+/** `device` as given to a worker: `host` or `cuda:N`. A machine without a GPU is fine unless one is asked for. */
 export async function gpuSections(device: string, timeoutMs: number): Promise<Gpus> {
   const [libraries, inspected] = await Promise.all([
     probe('libraries', timeoutMs).catch((error: unknown) => PdError.from(error)),
     probe('gpus', timeoutMs).catch((error: unknown) => PdError.from(error)),
   ]);
   const { gpus, error } =
-    inspected instanceof PdError ? { gpus: [], error: `asking the GPUs ${inspected.message}` } : inspected;
+    inspected instanceof PdError
+      ? { gpus: [], error: `the process that asks the GPUs ${inspected.message}` }
+      : inspected;
   const driver = driverVersion();
   const usable =
     !(libraries instanceof PdError) &&
     libraries.libraries.some((library) => library.name === 'cuda' && library.ok);
-  // Where a GPU can be used, a worker on it is what people want to know about.
+  // If a GPU can be used, people want to know about a worker on it.
   const needed = device !== 'host' || gpus.length > 0 || usable;
   if (!needed && driver === undefined && !(libraries instanceof PdError)) {
     const findings = [info('no NVIDIA GPU or driver here: workers run on --device host, KV moves over TCP')];
@@ -94,22 +96,18 @@ function libraryFinding(library: LibraryReport, needed: boolean): Finding {
       : ok(found);
   }
   if (name === 'nvrtc') {
-    return info(
-      `nvrtc: not found${by}; wanted only where no shipped kernel fits the GPU (${library.install})`,
-    );
+    return info(`nvrtc: not found${by}; needed only if no shipped kernel fits the GPU (${library.install})`);
   }
   if (name === 'cublas') {
-    const text = `cublas: not found${by}; workers on a GPU compute there only with it (${library.install}), else with --executor host`;
+    const text = `cublas: not found${by}; without it workers cannot compute on a GPU (${library.install}, or --executor host)`;
     return needed ? warn(text) : info(text);
   }
-  if (name === 'cudart' && library.error.includes('(libcuda)')) return info(`${name}: waits for cuda`);
+  if (name === 'cudart' && library.error.includes('(libcuda)')) return info(`${name}: needs cuda first`);
   const text = `${name}${by}: ${compact(library.error)}`;
-  return needed
-    ? fail(text, `${library.install}, or name the file in ${LIBRARIES[name].env[0]}`)
-    : info(text);
+  return needed ? fail(text, `${library.install}, or set ${LIBRARIES[name].env[0]} to the file`) : info(text);
 }
 
-/** One of them took the child down: which? */
+/** One of them brought the child process down: which? */
 async function crashFindings(crash: PdError, timeoutMs: number): Promise<Finding[]> {
   if (!hasCrashed(crash)) return [fail(crash.message, 'run npm ci again')];
   return Promise.all(
@@ -123,8 +121,8 @@ async function crashFindings(crash: PdError, timeoutMs: number): Promise<Finding
         const error = PdError.from(cause);
         if (!hasCrashed(error)) return info(`${name}: ${error.message}`);
         return fail(
-          `${name}: loading it ${error.message}`,
-          `${LIBRARIES[name].install}, or name another file in ${variable}`,
+          `${name}: the process that loads it ${error.message}`,
+          `${LIBRARIES[name].install}, or set ${variable} to another file`,
         );
       }
     }),
@@ -133,7 +131,10 @@ async function crashFindings(crash: PdError, timeoutMs: number): Promise<Finding
       ? findings
       : [
           ...findings,
-          fail(`asking the libraries ${crash.message}`, 'see whether nvidia-smi works; reinstall the driver'),
+          fail(
+            `the process that asks the libraries ${crash.message}`,
+            'check whether nvidia-smi works; reinstall the driver',
+          ),
         ],
   );
 }
@@ -164,7 +165,7 @@ function gpuFindings(
     findings.push(
       fail(
         `CUDA cannot be used: ${error}`,
-        'see whether nvidia-smi works; in a container start it with --gpus all',
+        'check whether nvidia-smi works; start a container with --gpus all',
       ),
     );
   } else if (wanted !== undefined && Number(wanted) >= gpus.length) {
@@ -172,10 +173,10 @@ function gpuFindings(
     const here = gpus.length === 0 ? 'none' : `cuda:0 to cuda:${gpus.length - 1}`;
     findings.push(
       fail(
-        `--device ${device} is not there: this process sees ${here}`,
+        `--device ${device} does not exist: this process sees ${here}`,
         visible === undefined
-          ? 'choose one that is, or --device host'
-          : `correct CUDA_VISIBLE_DEVICES=${visible}, or choose another`,
+          ? 'choose one that does, or --device host'
+          : `fix CUDA_VISIBLE_DEVICES=${visible}, or choose another`,
       ),
     );
   } else if (gpus.length === 1) {
@@ -189,9 +190,9 @@ function gpuFindings(
 }
 
 const LINKS = {
-  nvlink: { level: 'ok', text: 'reach each other over NVLink: --nccl-num-channels 16 or 32' },
-  pcie: { level: 'ok', text: 'reach each other over PCIe: --nccl-num-channels 8' },
-  none: { level: 'warn', text: 'do not reach each other: NCCL goes through host memory, many times slower' },
+  nvlink: { level: 'ok', text: 'are linked by NVLink: --nccl-num-channels 16 or 32' },
+  pcie: { level: 'ok', text: 'are linked by PCIe: --nccl-num-channels 8' },
+  none: { level: 'warn', text: 'have no peer access: NCCL goes through host memory, many times slower' },
 } as const;
 
 /** One line per kind of connection, with the pairs it holds for. */
@@ -203,11 +204,13 @@ function linkFindings(gpus: Answers['gpus']['gpus']): Finding[] {
     if (pairs.length === 0) return [];
     const { level, text } = LINKS[kind];
     const which = `pairs ${pairs.join(' ')} ${text}`;
-    return [level === 'ok' ? ok(which) : warn(which, 'in a virtual machine: let the GPUs keep peer access')];
+    return [
+      level === 'ok' ? ok(which) : warn(which, 'in a virtual machine: enable peer access between GPUs'),
+    ];
   });
 }
 
-/** Of the kernel module, for instance `580.95.05`; undefined where none is loaded. */
+/** Of the kernel module, such as `580.95.05`; undefined if none is loaded. */
 function driverVersion(): string | undefined {
   try {
     const text = readFileSync('/proc/driver/nvidia/version', 'utf8');
@@ -227,9 +230,9 @@ function libc(): string {
   return header?.glibcVersionRuntime === undefined ? '' : `, glibc ${header.glibcVersionRuntime}`;
 }
 
-/** The loader's words for a file that is not there, once per folder, say no more than the list of folders; the mend stands apart. */
+/** Without the loader's words for a missing file, which add nothing to the list of folders, and without the fix, which is shown by itself. */
 function compact(error: string): string {
   return error
     .replaceAll(/: cannot open shared object file: No such file or directory/g, '')
-    .replace(/\. To mend it: .*$/, '');
+    .replace(/\. To fix it: .*$/, '');
 }

@@ -1,10 +1,12 @@
 /**
- * `--peer HOST:PORT`: is there a KV listener, and could its worker reach one here? Nothing changes at the peer: it is asked, by GET, for
- * a tensor that nobody has. The ways in which a pair never opens are told apart: no route, nothing listens, something else listens, its
- * process is stopped or stuck, it listens but does not answer.
+ * `--peer HOST:PORT`: is there a KV listener, and could its worker reach one here? Nothing changes at the peer: it gets a GET for a
+ * tensor that nobody has. Tells apart why a pair never opens: no route, nothing listens, something else listens, its process is stopped
+ * or stuck, it listens but does not answer.
  */
-import { connect, createServer, isIPv6, type Server, type Socket } from 'node:net';
+import { once } from 'node:events';
+import { type AddressInfo, connect, createServer, isIPv6, type Socket } from 'node:net';
 import { DEFAULT_LIMITS } from '../config/transfer-options.ts';
+import { withDeadline } from '../deferred.ts';
 import { PdError } from '../errors.ts';
 import { asDestination, formatHostPort, type HostPort, zmqEndpoint } from '../net/address.ts';
 import { reachable } from '../net/knock.ts';
@@ -17,14 +19,14 @@ import { type Finding, fail, info, ok, type Section, warn } from './finding.ts';
 
 export interface PeerQuestion {
   readonly peer: HostPort;
-  /** Host that a worker here would tell the peer; absent where no worker in particular was asked about. */
+  /** The host that a worker here would announce; absent if no worker in particular was asked about. */
   readonly announced?: string;
   readonly timeoutMs: number;
 }
 
 export async function peerSection({ peer, announced, timeoutMs }: PeerQuestion): Promise<Section> {
   const named = asDestination(peer);
-  // A name without an address is told where it is connected to.
+  // A name that does not resolve is reported where it is connected to.
   const there = await reachable(named, timeoutMs).catch(() => named);
   const findings: Finding[] = [];
   const reached = await greet(there, timeoutMs);
@@ -38,11 +40,11 @@ export async function peerSection({ peer, announced, timeoutMs }: PeerQuestion):
 interface Greeting {
   readonly finding: Finding;
   readonly speaksZmq: boolean;
-  /** Our address on this connection, which the peer's answers go to. */
+  /** Our address on this connection, where the peer's answers go. */
   readonly seenAs?: string;
 }
 
-/** What ZeroMQ says first: a signature of ten bytes. */
+/** The ten bytes that every ZeroMQ connection begins with. */
 const ZMTP_SIGNATURE = Buffer.from([0xff, 0, 0, 0, 0, 0, 0, 0, 1, 0x7f]);
 
 async function greet(peer: HostPort, timeoutMs: number): Promise<Greeting> {
@@ -62,23 +64,22 @@ async function greet(peer: HostPort, timeoutMs: number): Promise<Greeting> {
     socket.destroy();
   }
   if (zmq?.[0] === 0xff && (zmq.length < 10 || (zmq[9]! & 1) === 1)) {
-    return { finding: ok('reached over TCP, speaks ZeroMQ'), speaksZmq: true, ...known };
+    return { finding: ok('reachable over TCP, speaks ZeroMQ'), speaksZmq: true, ...known };
   }
-  const http = (await speaksHttp(peer, timeoutMs)) ? ' but HTTP' : '';
-  // Of a process that does nothing the kernel still takes connections.
-  if (zmq === undefined && http === '') {
+  const http = await speaksHttp(peer, timeoutMs);
+  // The kernel accepts connections even for a process that does nothing.
+  if (zmq === undefined && !http) {
     const finding = fail(
-      `${where} takes connections and says nothing within ${timeoutMs / 1_000} s: the process behind it is stopped or stuck`,
-      'see what it does, on its machine: `ss -ltnp` names it, state T in `ps` is stopped (kill -CONT goes on); restart one that hangs',
+      `${where} accepts connections but sends nothing within ${timeoutMs / 1_000} s: the process behind it is stopped or stuck`,
+      'on its machine, `ss -ltnp` names the process; state T in `ps` means stopped (kill -CONT resumes it); restart one that hangs',
     );
     return { finding, speaksZmq: false, ...known };
   }
-  const mend =
-    http === ''
-      ? 'name the KV port of the worker (its log: zmq_address)'
-      : "this is an HTTP port: name the worker's KV port (its log: zmq_address; the proxy's /health lists it)";
+  const fix = http
+    ? "this is an HTTP port: give the worker's KV port (zmq_address in its log and in the proxy's /health)"
+    : "give the worker's KV port (zmq_address in its log)";
   return {
-    finding: fail(`${where} is reached, and speaks no ZeroMQ${http}`, mend),
+    finding: fail(`${where} is reachable but speaks ${http ? 'HTTP, not ZeroMQ' : 'no ZeroMQ'}`, fix),
     speaksZmq: false,
     ...known,
   };
@@ -88,21 +89,21 @@ function unreachable(where: string, error: NodeJS.ErrnoException, timeoutMs: num
   switch (error.code) {
     case 'ECONNREFUSED':
       return fail(
-        `${where}: the machine answers, and nothing listens on that port`,
-        "start the worker, or correct the address: a KV listener binds its machine's address, not loopback, unless --kv-host says so (its log has zmq_address); the port is --kv-port plus its rank",
+        `${where}: the machine answers, but nothing listens on that port`,
+        "start the worker, or fix the address: a KV listener binds its machine's address, not loopback, unless --kv-host says so (zmq_address in its log); the port is --kv-port plus its rank",
       );
     case 'ETIMEDOUT':
       return fail(
         `${where}: no answer within ${timeoutMs / 1_000} s`,
-        'a firewall drops it, the address is wrong, or the process there has been stopped for long: open the KV port on that machine (security group, iptables)',
+        'a firewall drops it, the address is wrong, or the process there has long been stopped: open the KV port on that machine (security group, iptables)',
       );
     case 'ENOTFOUND':
     case 'EAI_AGAIN':
-      return fail(`${where}: the name has no address (${error.code})`, 'use an IP address, or correct DNS');
+      return fail(`${where}: the name does not resolve (${error.code})`, 'use an IP address, or fix DNS');
     default:
       return fail(
         `${where}: ${reasonOf(error)}`,
-        'there is no route to that machine from here: see `ip route`',
+        'there is no route to that machine from here: check `ip route`',
       );
   }
 }
@@ -113,20 +114,20 @@ async function ask(peer: HostPort, timeoutMs: number): Promise<Finding> {
     answer = await getNothing(peer, timeoutMs);
   } catch (cause) {
     return fail(
-      `it answers a GET with what the protocol does not know: ${PdError.from(cause).message}`,
+      `its answer to a GET is not of the protocol: ${PdError.from(cause).message}`,
       'is this the KV port of a pd-worker or of vLLM?',
     );
   }
   if (answer === 'refused') {
     return fail(
-      'it speaks ZeroMQ and takes no connection from this machine',
-      "is this machine's address in its --allow-peers? Is it a KV port (a ROUTER), and no other socket of ZeroMQ?",
+      'it speaks ZeroMQ but refuses connections from this machine',
+      "is this machine's address in its --allow-peers? Is it a KV port (a ROUTER) and not some other ZeroMQ socket?",
     );
   }
   if (answer === 'silent') {
     return fail(
-      `it accepts messages and does not answer a GET within ${timeoutMs / 1_000} s`,
-      'a discovery port of a proxy never answers: name the KV port; a worker that hangs is seen in its log, a vLLM listener answers only when its transfer is over',
+      `it accepts messages but does not answer a GET within ${timeoutMs / 1_000} s`,
+      "a proxy's discovery port never answers: give the KV port; the log shows whether a worker hangs; a vLLM listener answers only once its transfer is done",
     );
   }
   if (answer.kind === 'get' && answer.ret === 1) {
@@ -137,10 +138,10 @@ async function ask(peer: HostPort, timeoutMs: number): Promise<Finding> {
     );
   }
   if (answer.kind === 'no-pair') return ok('its KV listener answers; it is a pd-worker');
-  return warn(`its KV listener answers a GET for nothing with ${JSON.stringify(answer)}`);
+  return warn(`its KV listener answers a GET for an unknown tensor with ${JSON.stringify(answer)}`);
 }
 
-/** `refused`: the handshake never ends; `silent`: no answer. Both within `timeoutMs`. */
+/** Within `timeoutMs`: `refused` if the handshake is not completed, `silent` if there is no answer. */
 async function getNothing(peer: HostPort, timeoutMs: number): Promise<Answer | 'refused' | 'silent'> {
   const { Dealer } = await import('zeromq');
   const dealer = new Dealer({
@@ -168,59 +169,56 @@ async function getNothing(peer: HostPort, timeoutMs: number): Promise<Answer | '
   }
 }
 
-/** The other direction, as far as it can be tried from here: the address that the peer would be told must lead back to this machine. */
+/** The other direction, as far as it can be tested from here: the address announced to the peer must lead back to this machine. */
 async function backwards(
   peer: HostPort,
   seenAs: string,
   announced: string | undefined,
   timeoutMs: number,
 ): Promise<Finding[]> {
-  const told = announced ?? seenAs;
+  const host = announced ?? seenAs;
   const findings: Finding[] = [];
-  if (isLoopback(told) && !isLoopback(peer.host) && !isLoopback(seenAs)) {
+  if (isLoopback(host) && !isLoopback(peer.host) && !isLoopback(seenAs)) {
     return [
       fail(
-        `a worker here would tell the peer ${told}, where the peer finds itself`,
-        `start it with --kv-host ${seenAs}, the address by which the peer sees this machine`,
+        `a worker here would announce ${host}, which on the peer's machine is the peer itself`,
+        `start it with --kv-host ${seenAs}, the address that the peer sees this machine as`,
       ),
     ];
   }
   if (announced !== undefined && announced !== seenAs && !isLoopback(seenAs)) {
     findings.push(
       warn(
-        `the peer sees this machine as ${seenAs}, and a worker here would tell it ${announced}`,
-        `if ${announced} is not reached from there: --kv-host ${seenAs} or PD_HOST_IP=${seenAs}`,
+        `the peer sees this machine as ${seenAs}, but a worker here would announce ${announced}`,
+        `if ${announced} is unreachable from there: --kv-host ${seenAs} or PD_HOST_IP=${seenAs}`,
       ),
     );
   }
   try {
-    const port = await loopThrough(told, timeoutMs);
+    const port = await loopThrough(host, timeoutMs);
     findings.push(
-      ok(`the way back: this machine takes connections at ${told} (tried on port ${port}, by itself)`),
+      ok(`the way back: this machine accepts connections at ${host} (it tested itself, on port ${port})`),
       info(
-        `whether the peer's machine reaches it, only a run there tells: pd-doctor --peer ${formatHostPort({ host: told, port: 8082 })} with the KV port of a worker that runs here`,
+        `only a run there shows whether the peer's machine can reach it: pd-doctor --peer ${formatHostPort({ host, port: 8082 })}, with the KV port of a worker running here`,
       ),
     );
   } catch (cause) {
     findings.push(
       warn(
-        `the way back: this machine does not reach itself at ${told}: ${reasonOf(cause)}`,
-        `tell others an address of this machine: --kv-host ${seenAs}`,
+        `the way back: this machine cannot reach itself at ${host}: ${reasonOf(cause)}`,
+        `announce an address of this machine: --kv-host ${seenAs}`,
       ),
     );
   }
   return findings;
 }
 
-/** Listens on every address, connects to itself at `host`, and says which port that was. */
+/** Listens on every address, connects to itself at `host`, and returns the port that it used. */
 async function loopThrough(host: string, timeoutMs: number): Promise<number> {
-  const server: Server = createServer((socket) => socket.destroy());
-  await new Promise<void>((resolve, reject) => {
-    server.once('error', reject).listen({ host: isIPv6(host) ? '::' : '0.0.0.0', port: 0 }, resolve);
-  });
+  const server = createServer((socket) => socket.destroy());
+  await once(server.listen({ host: isIPv6(host) ? '::' : '0.0.0.0', port: 0 }), 'listening');
   try {
-    const address = server.address();
-    const port = typeof address === 'object' && address !== null ? address.port : 0;
+    const { port } = server.address() as AddressInfo;
     (await connectTo({ host, port }, timeoutMs)).destroy();
     return port;
   } finally {
@@ -228,35 +226,21 @@ async function loopThrough(host: string, timeoutMs: number): Promise<number> {
   }
 }
 
-function connectTo({ host, port }: HostPort, timeoutMs: number): Promise<Socket> {
-  return new Promise((resolve, reject) => {
-    const socket = connect({ host, port, ...EVERY_ADDRESS });
-    const timer = setTimeout(() => {
-      socket.destroy();
-      reject(Object.assign(new Error(`no connection within ${timeoutMs} ms`), { code: 'ETIMEDOUT' }));
-    }, timeoutMs);
-    socket.once('connect', () => {
-      clearTimeout(timer);
-      resolve(socket);
-    });
-    socket.on('error', (error) => {
-      clearTimeout(timer);
-      reject(error); // after `connect` nobody listens any more
-    });
-  });
+async function connectTo({ host, port }: HostPort, timeoutMs: number): Promise<Socket> {
+  const socket = connect({ host, port, ...EVERY_ADDRESS });
+  socket.on('error', () => {}); // `once` throws those before `connect`; later ones close the socket, which is enough
+  if (await withDeadline(once(socket, 'connect'), timeoutMs)) return socket;
+  socket.destroy();
+  throw Object.assign(new Error(`no connection within ${timeoutMs} ms`), { code: 'ETIMEDOUT' });
 }
 
-/** What comes first after `sent`: undefined where nothing does in time, empty where the other end hangs up. */
+/** The first bytes after `sent`: undefined if none come in time, empty if the other end hangs up. */
 function firstBytes(socket: Socket, sent: Uint8Array, timeoutMs: number): Promise<Buffer | undefined> {
-  return new Promise((resolve) => {
-    const timer = setTimeout(() => resolve(undefined), timeoutMs);
-    const done = (bytes: Buffer) => {
-      clearTimeout(timer);
-      resolve(bytes);
-    };
-    socket.once('data', done).once('close', () => done(Buffer.alloc(0)));
-    socket.write(sent);
+  const first = new Promise<Buffer>((resolve) => {
+    socket.once('data', resolve).once('close', () => resolve(Buffer.alloc(0)));
   });
+  socket.write(sent);
+  return withDeadline(first, timeoutMs);
 }
 
 async function speaksHttp(peer: HostPort, timeoutMs: number): Promise<boolean> {

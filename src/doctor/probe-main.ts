@@ -1,11 +1,11 @@
-/** Runs in a child of whoever asks what this machine has: loads native libraries, which may crash, and prints what it found as one line of JSON. */
+/** The child process of a probe: loads native libraries, which may crash, and prints what it found as one line of JSON. */
 import { writeSync } from 'node:fs';
 import { PdError } from '../errors.ts';
 
-/** Loaded by question, so that a broken koffi does not answer for zeromq. */
+/** Each question loads only what it needs, so that a broken koffi does not fail the one about zeromq. */
 async function answer(question: string, args: readonly string[]): Promise<unknown> {
   if (question === 'zeromq') return { version: (await import('zeromq')).version };
-  return (await import('./probe-native.ts')).answerNative(question, args);
+  return (await import('./inspect.ts')).answerNative(question, args);
 }
 
 let line: unknown;
@@ -14,6 +14,6 @@ try {
 } catch (error) {
   line = { error: PdError.from(error, 'LIBRARY_NOT_FOUND').toData() };
 }
-// Written before any library's own clean-up can crash or hang at exit.
+// Written before a library's own cleanup can crash or hang at exit.
 writeSync(1, `${JSON.stringify(line)}\n`);
 process.exit(0);

@@ -1,4 +1,4 @@
-/** Questions about native libraries, each asked of a child process: a library that crashes or hangs takes nobody with it. */
+/** Questions about native libraries, each answered by a child process: a library that crashes or hangs takes nothing else down. */
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { fileURLToPath } from 'node:url';
@@ -9,7 +9,7 @@ import { threadEntry } from '../thread-entry.ts';
 import type { GpuReport, LibraryReport } from './inspect.ts';
 
 export interface ProbedGpu extends GpuReport {
-  /** Which shipped machine code runs on it; null where kernels come from PTX or the compiler. */
+  /** The shipped machine code that runs on it; null if kernels come from PTX or the compiler. */
   readonly machineCode: string | null;
 }
 
@@ -18,26 +18,26 @@ export interface Answers {
   readonly zeromq: { readonly version: string };
   readonly libraries: { readonly libraries: readonly LibraryReport[] };
   readonly gpus: { readonly gpus: readonly ProbedGpu[]; readonly error?: string };
-  /** Without a context on any GPU: cheap, and takes no memory from who works there. `args`: libraries to load besides. */
+  /** Creates no context on any GPU, so it is cheap and takes no memory from whatever runs there. `args`: other libraries to load. */
   readonly 'visible-gpus': DriverAnswer;
 }
 export type LoadQuestion = `load-${LibraryName}`;
 
 export interface ProbeSettings {
   readonly args?: readonly string[];
-  /** In place of this process's own. */
+  /** Instead of this process's own. */
   readonly env?: Readonly<Record<string, string | undefined>>;
   /** Kills the child; its reason is thrown. */
   readonly signal?: AbortSignal;
 }
 
-/** Whether the child died or hung, rather than reporting an error in words. */
+/** Whether the child died or hung instead of reporting an error. */
 export function hasCrashed(error: PdError): boolean {
   return error.context['crashed'] === true;
 }
 
 /**
- * Throws what the child reported (LIBRARY_NOT_FOUND and others); LIBRARY_NOT_FOUND with `hasCrashed` where it died or took longer
+ * Throws what the child reported (LIBRARY_NOT_FOUND and others); LIBRARY_NOT_FOUND with `hasCrashed` if it died or took longer
  * than `timeoutMs`. CUDA takes about a second per GPU to start.
  */
 export async function probe<Q extends keyof Answers>(
@@ -56,6 +56,9 @@ export async function probe(
   const child = spawn(process.execPath, [entry, question, ...args], {
     stdio: ['ignore', 'pipe', 'pipe'],
     env,
+    timeout: timeoutMs,
+    killSignal: 'SIGKILL',
+    signal,
   });
   let out = '';
   let err = '';
@@ -65,21 +68,14 @@ export async function probe(
   child.stderr.on('data', (chunk: Buffer) => {
     err = (err + chunk).slice(-2_000);
   });
-  let late = false;
-  const timer = setTimeout(() => {
-    late = true;
-    child.kill('SIGKILL');
-  }, timeoutMs);
-  const giveUp = () => child.kill('SIGKILL');
-  signal?.addEventListener('abort', giveUp);
-  const [code, killer] = (await once(child, 'close')) as [number | null, NodeJS.Signals | null];
-  clearTimeout(timer);
-  signal?.removeEventListener('abort', giveUp);
-  signal?.throwIfAborted();
+  const closed = once(child, 'close').finally(() => signal?.throwIfAborted());
+  const [code, killer] = (await closed) as [number | null, NodeJS.Signals | null];
   const parsed = parseLine(out);
   if (parsed?.error) throw PdError.fromData(parsed.error);
   if (parsed && 'answer' in parsed) return parsed.answer;
-  const how = late ? `gave no answer in ${timeoutMs / 1_000} s` : `ended with ${killer ?? `status ${code}`}`;
+  const how = child.killed
+    ? `gave no answer within ${timeoutMs / 1_000} s`
+    : `ended with ${killer ?? `status ${code}`}`;
   const lines = err.trim().split('\n');
   const words = lines.find((text) => /error|fatal|assert/i.test(text)) ?? lines.at(-1);
   throw new PdError('LIBRARY_NOT_FOUND', `${how}${words ? `: ${words}` : ''}`, { question, crashed: true });

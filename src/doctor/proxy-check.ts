@@ -1,18 +1,19 @@
 /**
- * `--proxy URL`: the runbook's checklist on a running system (docs/operations.md). The proxy answers, two servers show up, each answers,
- * they fit, a completion goes producer then consumer, and its id carries both addresses. One short completion is all that it adds.
+ * `--proxy URL`: the runbook's checklist on a running system (docs/operations.md). The proxy answers, both roles are listed, each
+ * instance answers, they match, a completion goes to producer then consumer, and its id carries both addresses. It sends one short
+ * completion and changes nothing else.
  */
+import { withDeadline } from '../deferred.ts';
 import { PdError } from '../errors.ts';
-import { asDestination, formatHostPort, parseHostPort } from '../net/address.ts';
+import { asDestination, formatHostPort, httpUrl, parseHostPort } from '../net/address.ts';
 import { ask, fetchAll } from '../net/http.ts';
 import { knock } from '../net/knock.ts';
 import { reasonOf } from '../net/resolve.ts';
 import { plural } from '../observability/bytes.ts';
 import { peerAddressOf } from '../wire/ids.ts';
 import { type Finding, fail, info, ok, type Section, warn } from './finding.ts';
-import { type Metrics, metricsOf, rise } from './metrics.ts';
 import { diagnose } from './scenarios.ts';
-import { stateOf, workerFindings } from './worker-state.ts';
+import { type Metrics, metricsOf, stateOf, workerFindings } from './worker-state.ts';
 
 interface Instance {
   readonly role: 'producer' | 'consumer';
@@ -24,7 +25,7 @@ interface Instance {
   readonly age_seconds?: number;
 }
 
-/** A completion may wait for a busy system. */
+/** A completion may have to wait in a busy system. */
 const COMPLETION_FACTOR = 6;
 const PROMPT = { prompt: 'Hello world', max_tokens: 10, temperature: 0 };
 
@@ -36,9 +37,7 @@ export async function proxySection(url: string, timeoutMs: number): Promise<Sect
     if (instances) await walk(base, instances, timeoutMs, findings);
   } catch (cause) {
     const { message } = PdError.from(cause);
-    findings.push(
-      fail(`the checklist broke off: ${message}`, 'look at the log of the proxy, then try again'),
-    );
+    findings.push(fail(`the checklist was cut short: ${message}`, "look at the proxy's log, then try again"));
   }
   return { title: `System behind ${base}`, findings };
 }
@@ -48,27 +47,27 @@ async function listed(base: string, timeoutMs: number, findings: Finding[]): Pro
   try {
     const response = await ask(`${base}/health`, timeoutMs);
     if (!response.ok) {
-      const mend =
-        "this is no pd-proxy (vLLM's example proxy lists nothing), or not its HTTP port: 10002 in the runbook";
-      findings.push(fail(`${base}/health answers ${response.status}`, mend));
+      const fix =
+        "this is not a pd-proxy (vLLM's example proxy lists nothing), or not its HTTP port (10002 in the runbook)";
+      findings.push(fail(`${base}/health answers ${response.status}`, fix));
       return undefined;
     }
     body = response.json() as typeof body;
   } catch (cause) {
     const why = reason(cause, timeoutMs);
     findings.push(
-      fail(`${base}/health: ${why}`, 'start pd-proxy, or correct host and HTTP port (10002 in the runbook)'),
+      fail(`${base}/health: ${why}`, 'start pd-proxy, or fix the host and HTTP port (10002 in the runbook)'),
     );
     return undefined;
   }
   if (!Array.isArray(body.instances)) {
-    const mend = "name the proxy's HTTP port (10002 in the runbook); this looks like a worker";
-    findings.push(fail(`${base}/health lists no instances`, mend));
+    const fix = "give the proxy's HTTP port (10002 in the runbook); this looks like a worker";
+    findings.push(fail(`${base}/health lists no instances`, fix));
     return undefined;
   }
   findings.push(
     body.status === 'draining'
-      ? warn('the proxy answers, and is stopping', 'start it again')
+      ? warn('the proxy answers but is stopping', 'start it again')
       : ok('the proxy answers'),
   );
   return [...body.instances];
@@ -85,8 +84,8 @@ async function walk(
     if (of(role).length > 0) continue;
     findings.push(
       fail(
-        `no ${role} shows up`,
-        `start one: pd-worker --role ${role} --proxy HOST:30002; one that runs logs its first ping, or that the proxy cannot be reached`,
+        `no ${role} is listed`,
+        `start one: pd-worker --role ${role} --proxy HOST:30002; a running one logs its first ping, or that it cannot reach the proxy`,
       ),
     );
   }
@@ -94,13 +93,12 @@ async function walk(
     ({ role, http_address, zmq_address }) => `${role} ${http_address} (KV ${zmq_address})`,
   );
   if (names.length > 0) {
-    const show = `${plural(names.length, 'instance')} ${names.length === 1 ? 'shows' : 'show'} up`;
-    findings.push(info(`${show}: ${names.join(', ')}`));
+    findings.push(info(`${plural(names.length, 'instance')} listed: ${names.join(', ')}`));
   }
   findings.push(...(await Promise.all(instances.map((instance) => health(instance, timeoutMs)))));
   findings.push(...pairing(of('producer'), of('consumer')));
   if (findings.some(({ level }) => level === 'fail')) {
-    findings.push(info('no completion was tried: it could not succeed'));
+    findings.push(info('did not try a completion: it could not succeed'));
     return;
   }
   findings.push(...(await complete(base, instances, timeoutMs)));
@@ -112,17 +110,17 @@ async function health({ role, http_address }: Instance, timeoutMs: number): Prom
     const { ok: healthy, status, text } = await ask(`${urlOf(http_address)}/health`, timeoutMs);
     if (healthy) return ok(`${what} answers /health`);
     const draining = text.includes('draining');
-    const mend = draining ? 'it is stopping: start another' : 'look at its log; start it again';
-    return fail(`${what} answers /health with ${status}`, mend);
+    const fix = draining ? 'it is stopping: start another' : 'look at its log, then restart it';
+    return fail(`${what} answers /health with ${status}`, fix);
   } catch (cause) {
     return fail(
-      `${what} pings the proxy, and does not answer /health from here: ${reason(cause, timeoutMs)}`,
-      'it tells others a wrong HTTP address (--http-announce-host), or hangs, or only this machine does not reach it',
+      `${what} pings the proxy but does not answer /health from here: ${reason(cause, timeoutMs)}`,
+      'it announces a wrong HTTP address (--http-announce-host), or hangs, or is unreachable from this machine only',
     );
   }
 }
 
-/** What the proxy would pair. An instance without a fingerprint (vLLM) is taken on trust. */
+/** What the proxy would pair. An instance without a fingerprint (vLLM) is trusted to match. */
 function pairing(producers: Instance[], consumers: Instance[]): Finding[] {
   if (producers.length === 0 || consumers.length === 0) return [];
   const label = ({ http_address, model, fingerprint }: Instance) =>
@@ -136,13 +134,11 @@ function pairing(producers: Instance[], consumers: Instance[]): Finding[] {
       else bad.push(`${label(producer)} and ${label(consumer)}`);
     }
   }
-  const mend = 'both ends need the same checkpoint, KV dtype and --block-size: restart one of them';
-  if (good === 0) return [fail(`no producer fits a consumer: ${bad.join('; ')}`, mend)];
-  if (bad.length > 0) return [warn(`these are never paired: ${bad.join('; ')}`, mend)];
+  const fix = 'both ends need the same checkpoint, KV dtype and --block-size: restart one of them';
+  if (good === 0) return [fail(`no producer matches a consumer: ${bad.join('; ')}`, fix)];
+  if (bad.length > 0) return [warn(`these are never paired: ${bad.join('; ')}`, fix)];
   const unknown = [...producers, ...consumers].some(({ fingerprint }) => fingerprint === null);
-  return [
-    ok(unknown ? 'instances fit, as far as they say (vLLM says nothing of its model)' : 'fingerprints fit'),
-  ];
+  return [ok(unknown ? 'fingerprints match where there are any (vLLM sends none)' : 'fingerprints match')];
 }
 
 async function complete(base: string, instances: Instance[], timeoutMs: number): Promise<Finding[]> {
@@ -154,16 +150,14 @@ async function complete(base: string, instances: Instance[], timeoutMs: number):
     return [fail('no instance serves a model', 'look at GET /v1/models of each worker')];
   const before = await allMetrics(instances, timeoutMs);
   const started = performance.now();
-  const answer = post(`${base}/v1/completions`, { model, ...PROMPT });
-  let timer: NodeJS.Timeout | undefined;
-  const late = new Promise<'late'>((resolve) => {
-    timer = setTimeout(() => resolve('late'), timeoutMs * COMPLETION_FACTOR);
-  });
+  const deadlineMs = timeoutMs * COMPLETION_FACTOR;
+  const cancel = new AbortController();
+  const request = { json: { model, ...PROMPT }, signal: cancel.signal };
   try {
-    const response = await Promise.race([answer.whole, late]);
-    // Before it is given up, because then nobody waits any more.
-    if (response === 'late') {
-      const what = `a completion: no answer within ${(timeoutMs * COMPLETION_FACTOR) / 1_000} s`;
+    const response = await withDeadline(fetchAll(`${base}/v1/completions`, request), deadlineMs);
+    // Asked before the request is cancelled: after that nothing waits any more.
+    if (!response) {
+      const what = `a completion: no answer within ${deadlineMs / 1_000} s`;
       return [fail(what, ASK_WORKERS), ...(await askWorkers(instances, timeoutMs))];
     }
     const { status, text } = response;
@@ -189,25 +183,14 @@ async function complete(base: string, instances: Instance[], timeoutMs: number):
       ...(await askWorkers(instances, timeoutMs)),
     ];
   } finally {
-    clearTimeout(timer);
-    answer.giveUp();
+    cancel.abort();
   }
 }
 
 const ASK_WORKERS =
   'pd-doctor --worker with the HTTP address of each worker says what waits, and for which peer (--debug-state)';
 
-function post(
-  url: string,
-  body: object,
-): { readonly whole: Promise<{ readonly status: number; readonly text: string }>; giveUp(): void } {
-  const gone = new AbortController();
-  const whole = fetchAll(url, { json: body, signal: gone.signal });
-  whole.catch(() => {}); // given up: nobody asks any more
-  return { whole, giveUp: () => gone.abort() };
-}
-
-/** What is wrong by what the workers themselves know; nothing of those that may not be asked from here (`--debug-state`). */
+/** What the workers themselves report as wrong; nothing from those that refuse to answer from here (`--debug-state`). */
 async function askWorkers(instances: Instance[], timeoutMs: number): Promise<Finding[]> {
   const asked = await Promise.all(
     instances.map(async ({ role, http_address }) => {
@@ -220,16 +203,16 @@ async function askWorkers(instances: Instance[], timeoutMs: number): Promise<Fin
   return asked.flat();
 }
 
-/** Whether each end is reached, from here, at the KV address that it tells others. */
+/** Whether each end can be reached, from here, at the KV address that it announces. */
 async function kvAddresses(instances: Instance[], timeoutMs: number): Promise<Finding[]> {
   const tried = await Promise.all(
     instances.map(async ({ role, http_address, zmq_address }) => {
       const port = await knock(parseHostPort(zmq_address), timeoutMs);
-      const what = `${role} ${http_address} tells others the KV address ${zmq_address}`;
-      if (port === 'answers') return info(`${what}: reached from here`);
+      const what = `${role} ${http_address} announces the KV address ${zmq_address}`;
+      if (port === 'answers') return info(`${what}: reachable from here`);
       return warn(
         `${what}: from here it ${port === 'refuses' ? 'refuses connections' : 'does not answer'}`,
-        'if it is wrong, correct --kv-announce-host, --kv-host, --kv-port or PD_HOST_IP of that worker',
+        'if it is wrong, fix --kv-announce-host, --kv-host, --kv-port or PD_HOST_IP of that worker',
       );
     }),
   );
@@ -245,19 +228,21 @@ function idFindings(id: string, instances: Instance[]): Finding[] {
   });
   if (parts.every(({ known }) => known)) {
     return [
-      ok(`it went producer ${parts[0]!.text}, then consumer ${parts[1]!.text}: the response id carries both`),
+      ok(
+        `it went to producer ${parts[0]!.text}, then consumer ${parts[1]!.text}: the response id carries both`,
+      ),
     ];
   }
   const missing = parts.filter(({ known }) => !known).map(({ role }) => role);
   return [
     fail(
-      `the response id ${id} carries no KV address of a listed ${missing.join(' or ')}`,
-      'the proxy must send its id as X-Request-Id and the servers must keep it: is something between them?',
+      `the response id ${id} does not carry the KV address of a listed ${missing.join(' or ')}`,
+      'the proxy must send its id as X-Request-Id and the servers must keep it: is anything else between them?',
     ),
   ];
 }
 
-/** Whether the consumer loaded the prompt's KV, or computed it itself. Other requests may run beside: counters rise at least so much. */
+/** Whether the consumer loaded the prompt's KV or computed it itself. Other requests may run too: the counters rise by at least this one. */
 function moved(
   id: string,
   instances: Instance[],
@@ -268,13 +253,16 @@ function moved(
   const consumer = instances.find(({ zmq_address }) => decode && zmq_address === formatHostPort(decode));
   const [old, now] = [before, after].map((all) => consumer && all.get(consumer.http_address));
   if (!consumer || !old || !now?.has('pd_kv_received_bytes_total')) {
-    return info('whether KV moved cannot be told: the consumer has no metrics of ours (vLLM)');
+    return info(
+      'cannot tell whether KV moved: the consumer does not export the metrics of a pd-worker (vLLM)',
+    );
   }
-  const loads = rise(old, now, 'pd_kv_loads_total{result="ok"}');
-  const bytes = rise(old, now, 'pd_kv_received_bytes_total');
-  if (loads > 0) return ok(`its KV moved: ${bytes.toLocaleString('en')} bytes came from the producer`);
+  const rise = (name: string) => (now.get(name) ?? 0) - (old.get(name) ?? 0);
+  const bytes = rise('pd_kv_received_bytes_total').toLocaleString('en');
+  if (rise('pd_kv_loads_total{result="ok"}') > 0)
+    return ok(`its KV moved: ${bytes} bytes came from the producer`);
   return fail(
-    'its KV did not move: the consumer computed the prompt itself, so the text came at twice the cost',
+    'its KV did not move: the consumer computed the prompt itself, so prefill was paid for twice',
     `${ASK_WORKERS}; --kv-load-failure fail makes it an error; the log of consumer ${consumer.http_address} and of the producer for this id`,
   );
 }
@@ -286,7 +274,7 @@ async function allMetrics(instances: Instance[], timeoutMs: number): Promise<Rea
   return new Map(await Promise.all(entries));
 }
 
-const urlOf = (address: string) => `http://${formatHostPort(asDestination(parseHostPort(address)))}`;
+const urlOf = (address: string) => httpUrl(asDestination(parseHostPort(address)));
 
 function reason(cause: unknown, timeoutMs: number): string {
   const timedOut = cause instanceof Error && cause.name === 'TimeoutError';

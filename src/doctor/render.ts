@@ -22,17 +22,17 @@ export function renderReport(report: DoctorReport, options: RenderOptions): stri
   const warnings = count('warn') === 0 ? '' : `, ${plural(count('warn'), 'warning')}`;
   lines.push('');
   lines.push(
-    report.sound ? `nothing stands in the way${warnings}` : `${plural(count('fail'), 'failure')}${warnings}`,
+    report.sound ? `no problems found${warnings}` : `${plural(count('fail'), 'failure')}${warnings}`,
   );
   return `${lines.join('\n')}\n`;
 }
 
-function renderFinding({ level, what, mend }: Finding, { colour, width }: RenderOptions): string[] {
+function renderFinding({ level, what, fix }: Finding, { colour, width }: RenderOptions): string[] {
   const mark = colour ? `\u001b[${COLOURS[level]}m${MARKS[level]}\u001b[0m` : MARKS[level];
   const [first, ...rest] = wrap(what, width - INDENT.length);
   const lines = [`  ${mark} ${first ?? ''}`, ...rest.map((line) => `${INDENT}${line}`)];
-  if (mend !== undefined) {
-    lines.push(...wrap(`-> ${mend}`, width - INDENT.length).map((line) => `${INDENT}${line}`));
+  if (fix !== undefined) {
+    lines.push(...wrap(`-> ${fix}`, width - INDENT.length).map((line) => `${INDENT}${line}`));
   }
   return lines;
 }

@@ -1,8 +1,7 @@
 /**
- * The runbook's four ways to hang, told apart by what an error carries: the innermost cause that says something, and what a consumer knew
- * when its deadline passed. Never by the words of a message.
+ * The runbook's four ways to hang, told apart by what an error carries: the innermost cause that is conclusive, and what a consumer
+ * knew when its deadline passed. Never by the wording of a message.
  */
-
 import type { KvKey } from '../config/transfer-options.ts';
 import { ERROR_TABLE, type ErrorCode } from '../errors.ts';
 import { type Finding, fail } from './finding.ts';
@@ -12,10 +11,10 @@ export type Scenario = 1 | 2 | 3 | 4;
 export interface Diagnosis {
   readonly scenario: Scenario;
   /** Begins with the scenario. */
-  readonly mend: string;
+  readonly fix: string;
 }
 
-/** An error as it was read from an answer: of this version or of another, so that nothing of it is sure. */
+/** An error as read from an answer, perhaps of another version, so its fields are not guaranteed. */
 export interface ReadError {
   readonly code: string;
   readonly message: string;
@@ -23,10 +22,10 @@ export interface ReadError {
   readonly cause?: ReadError | undefined;
 }
 
-/** More causes than this are no error of ours. */
+/** An error with more causes than this is not ours. */
 const MOST_CAUSES = 16;
 
-/** Undefined where it is no error in our form, or in OpenAI's. */
+/** Undefined if it is an error neither in our form nor in OpenAI's. */
 function readError(value: unknown, most = MOST_CAUSES): ReadError | undefined {
   if (typeof value !== 'object' || value === null || most === 0) return undefined;
   const { code, message, context, cause } = value as Record<string, unknown>;
@@ -39,7 +38,7 @@ function readError(value: unknown, most = MOST_CAUSES): ReadError | undefined {
   };
 }
 
-/** Which scenario it is; undefined where it is none of them, or where the error does not tell. */
+/** Undefined if it is none of them, or if the error does not say. */
 export function scenarioOf(error: ReadError): Diagnosis | undefined {
   return (error.cause && scenarioOf(error.cause)) ?? diagnosisOf(error);
 }
@@ -76,7 +75,7 @@ function diagnosisOf({ code, context }: ReadError): Diagnosis | undefined {
   }
 }
 
-/** Nothing failed: the KV just did not arrive. */
+/** Nothing failed: the KV just did not arrive in time. */
 function late(context: ReadError['context']): Diagnosis | undefined {
   const { nearMiss, pair, kvKey, peerIsOurs } = context;
   if (nearMiss !== undefined) {
@@ -93,83 +92,83 @@ function late(context: ReadError['context']): Diagnosis | undefined {
     case 'connecting':
       return unreached(context['announced'] ?? context['peer']);
     default:
-      // Open, and nothing of a similar id: the producer has not sent it, and knows why.
+      // Open, and nothing under a similar id: the producer has not sent it, and knows why.
       return undefined;
   }
 }
 
 export const PAIR_INIT: Diagnosis = diagnosis(
   1,
-  'communicator init: let all TCP pass between the two ends (data goes to ports that the system chooses, at the address that ' +
-    '--kv-announce-host or --kv-host tells), and compare rank, NCCL version (both logs) and NCCL_* of both',
+  'communicator init: let all TCP pass between the two ends (data uses ports that the system chooses, at the address set by ' +
+    '--kv-announce-host or --kv-host), and compare rank, NCCL version and NCCL_* in both logs',
 );
 
 export const NO_ROOM: Diagnosis = transfer(
   'raise --kv-buffer-size or --mem-pool-size-gb on the end that has no room (pd_kv_buffer_used_bytes, pd_kv_refused_total), or lower the load',
 );
 
-/** `peer`: the KV address that could not be reached, where it is known. */
+/** `peer`: the KV address that could not be reached, if known. */
 export function unreached(peer?: unknown): Diagnosis {
   const address = typeof peer === 'string' ? peer : 'ADDRESS';
   return diagnosis(
     2,
-    `ZeroMQ: each end must be reached at the KV address that it tells (zmq_address in its log; --kv-announce-host, --kv-host and ` +
-      `--kv-port set it): pd-doctor --peer ${address} on the machine of the other end tries it`,
+    `ZeroMQ: each end must be reachable at the KV address that it announces (zmq_address in its log; --kv-announce-host, --kv-host ` +
+      `and --kv-port set it): pd-doctor --peer ${address} on the other end's machine tests it`,
   );
 }
 
-export function transfer(mend: string): Diagnosis {
-  return diagnosis(3, `transfer: ${mend}`);
+export function transfer(fix: string): Diagnosis {
+  return diagnosis(3, `transfer: ${fix}`);
 }
 
-/** `peerIsOurs`: undefined where nobody knows. */
+/** `peerIsOurs`: undefined if unknown. */
 export function idsDiffer(kvKey: KvKey, peerIsOurs: boolean | undefined): Diagnosis {
   const ours = '--kv-key transfer (the default; --kv-key engine matches only ids without a random suffix)';
   const vllm = 'VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1';
-  const mends =
+  const fixes =
     kvKey === 'engine'
       ? `start this consumer with ${ours}`
       : peerIsOurs === true
         ? `start the producer with ${ours}`
         : peerIsOurs === false
           ? `start the vLLM producer with ${vllm}`
-          : `a worker of ours needs ${ours}, one of vLLM ${vllm}`;
-  return diagnosis(4, `ids differ, compare those in both logs: ${mends}`);
+          : `a pd-worker needs ${ours}, a vLLM worker ${vllm}`;
+  return diagnosis(4, `ids differ, compare them in both logs: ${fixes}`);
 }
 
-function diagnosis(scenario: Scenario, mend: string): Diagnosis {
-  return { scenario, mend: `hang scenario ${scenario} of the runbook, ${mend}` };
+function diagnosis(scenario: Scenario, fix: string): Diagnosis {
+  return { scenario, fix: `hang scenario ${scenario} of the runbook, ${fix}` };
 }
 
-const UNTOLD =
-  'the error does not say why: pd-doctor --worker with the HTTP address of each worker does (--debug-state). Where the producer has ' +
-  `sent it, it is ${idsDiffer('transfer', undefined).mend}`;
+const INCONCLUSIVE =
+  'the error does not say why: pd-doctor --worker with the HTTP address of each worker does (--debug-state). If the producer has ' +
+  `sent the KV, it is ${idsDiffer('transfer', undefined).fix}`;
 
 export interface BadAnswer {
   readonly finding: Finding;
-  /** What tells more: the workers themselves, or whether their KV addresses are reached. */
+  /** What would say more: the workers themselves, or whether their KV addresses are reachable. */
   readonly ask: 'workers' | 'kv-addresses' | undefined;
 }
 
-/** For an answer of the proxy that is no completion. */
+/** For an answer of the proxy that is not a completion. */
 export function diagnose(status: number, body: string): BadAnswer {
   const error = bodyError(body);
   if (!error) {
     const what = `a completion fails with ${status}: ${body.slice(0, 500)}`;
-    const mend = 'look at the logs of the proxy and of both instances for this request';
-    return { finding: fail(what, mend), ask: undefined };
+    const fix = 'look for this request in the logs of the proxy and of both instances';
+    return { finding: fail(what, fix), ask: undefined };
   }
   const what = `a completion fails with ${status} ${error.code}: ${error.message.slice(0, 500)}`;
   const found = scenarioOf(error);
   if (found) {
-    return { finding: fail(what, found.mend), ask: found.scenario === 2 ? 'kv-addresses' : undefined };
+    return { finding: fail(what, found.fix), ask: found.scenario === 2 ? 'kv-addresses' : undefined };
   }
   if (error.code === 'KV_LOAD_TIMEOUT' || error.code === 'KV_LOAD_FAILED') {
-    return { finding: fail(what, UNTOLD), ask: 'workers' };
+    return { finding: fail(what, INCONCLUSIVE), ask: 'workers' };
   }
   const hint = error.code in ERROR_TABLE ? ERROR_TABLE[error.code as ErrorCode].hint : undefined;
-  const mend = hint ?? 'look at the logs of the proxy and of both instances for this request';
-  return { finding: fail(what, mend), ask: undefined };
+  const fix = hint ?? 'look for this request in the logs of the proxy and of both instances';
+  return { finding: fail(what, fix), ask: undefined };
 }
 
 /** In OpenAI's form. */

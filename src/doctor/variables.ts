@@ -1,4 +1,4 @@
-/** Variables that native libraries and workers read: what is set, what each does, and which of them would stop a worker. */
+/** Environment variables that native libraries and workers read: what is set, what each does, and which would stop a worker. */
 import { networkInterfaces } from 'node:os';
 import { type NativeConfig, nativeEnvironment } from '../device/native-env.ts';
 import { type Finding, fail, info, type Section, warn } from './finding.ts';
@@ -16,56 +16,56 @@ const says =
   (meaning: string): Judge =>
   () =>
     info(meaning);
-/** A switch that is harmless unless it has `bad`. */
+/** Harmless unless its value is `bad`. */
 const unless =
   (bad: string, meaning: string, wrong: string, level: 'warn' | 'fail' = 'warn'): Judge =>
   (value) =>
-    value === bad ? { level, what: wrong, mend: 'unset it' } : info(meaning);
+    value === bad ? { level, what: wrong, fix: 'unset it' } : info(meaning);
 
 /** In the order of the page. */
 const KNOWN: Readonly<Record<string, Judge>> = {
   CUDA_VISIBLE_DEVICES: (value, { onGpu }) =>
     onGpu && (value === '' || value.startsWith('-'))
       ? fail('hides every GPU from CUDA', 'unset it, or list the GPUs: CUDA_VISIBLE_DEVICES=0,1')
-      : info('the GPUs that are seen; cuda:0 is the first of them'),
-  CUDA_DEVICE_ORDER: says('how GPUs are numbered; PCI_BUS_ID is as nvidia-smi does'),
+      : info('the visible GPUs; cuda:0 is the first of them'),
+  CUDA_DEVICE_ORDER: says('how GPUs are numbered; PCI_BUS_ID matches nvidia-smi'),
   CUDA_MODULE_LOADING: unless(
     'LAZY',
     'EAGER: kernels load at start',
-    'kernels load at their first launch, which waits while any receive waits for its sender',
+    'kernels load at their first launch, which blocks while any receive waits for its sender',
   ),
   CUDA_LAUNCH_BLOCKING: unless(
     '1',
-    'launches do not wait',
-    'every launch waits: transfers stop overlapping compute',
+    'launches are asynchronous',
+    'every launch is synchronous: transfers no longer overlap compute',
   ),
   CUDA_DEVICE_MAX_CONNECTIONS: unless(
     '1',
     'hardware queues of a GPU',
-    'one hardware queue: a transfer that waits for its peer may hold up compute',
+    'one hardware queue: a transfer waiting for its peer may block compute',
   ),
-  CUDA_HOME: says('looked through for libraries'),
-  CUDA_PATH: says('looked through for libraries'),
+  CUDA_HOME: says('searched for libraries'),
+  CUDA_PATH: says('searched for libraries'),
   NCCL_SOCKET_IFNAME: (value, { interfaces }) => interfaceVerdict(value, interfaces),
-  NCCL_SOCKET_FAMILY: says('IP version of its bootstrap; the same on both ends'),
+  NCCL_SOCKET_FAMILY: says('IP version of the bootstrap; must match the peer'),
   NCCL_COMM_BLOCKING: unless(
     '1',
-    'communicators do not block',
-    'makes communicators block: one peer that does not come stops the whole worker',
+    'communicators are non-blocking',
+    'makes communicators blocking: one peer that does not join stops the whole worker',
     'fail',
   ),
   NCCL_COMM_ID: () => warn('ties every communicator to one address', 'unset it'),
   NCCL_P2P_DISABLE: unless(
     '1',
-    'GPUs write to each other',
-    'GPUs do not reach each other: KV goes through host memory',
+    'GPUs write to each other directly',
+    'no peer-to-peer between GPUs: KV goes through host memory',
   ),
-  NCCL_P2P_LEVEL: says('how far apart GPUs may be to reach each other directly'),
-  NCCL_SHM_DISABLE: unless('1', 'shared memory is used', 'processes of one host talk over the network'),
+  NCCL_P2P_LEVEL: says('how far apart GPUs may be for peer-to-peer'),
+  NCCL_SHM_DISABLE: unless('1', 'shared memory is used', 'processes on one host talk over the network'),
   NCCL_CUMEM_ENABLE: unless(
     '0',
-    'GPU memory that processes can share',
-    'an older way of sharing GPU memory; the same on both ends',
+    'cuMem API for GPU memory shared between processes',
+    'legacy way of sharing GPU memory; must match the peer',
   ),
   NCCL_IB_DISABLE: unless(
     '1',
@@ -74,21 +74,21 @@ const KNOWN: Readonly<Record<string, Judge>> = {
   ),
   NCCL_IB_HCA: says('network cards that NCCL uses'),
   NCCL_NET: says('the network that NCCL must use, or fail'),
-  NCCL_MIN_CTAS: says('overrules --nccl-num-channels for the whole process'),
-  NCCL_MAX_CTAS: says('overrules --nccl-num-channels for the whole process'),
-  NCCL_MIN_NCHANNELS: says('overrules --nccl-num-channels for the whole process'),
-  NCCL_MAX_NCHANNELS: says('overrules --nccl-num-channels for the whole process'),
-  NCCL_BUFFSIZE: says('bytes of a channel buffer; the same on both ends'),
-  NCCL_PROTO: says('wire protocol; the same on both ends'),
+  NCCL_MIN_CTAS: says('overrides --nccl-num-channels for the whole process'),
+  NCCL_MAX_CTAS: says('overrides --nccl-num-channels for the whole process'),
+  NCCL_MIN_NCHANNELS: says('overrides --nccl-num-channels for the whole process'),
+  NCCL_MAX_NCHANNELS: says('overrides --nccl-num-channels for the whole process'),
+  NCCL_BUFFSIZE: says('bytes of a channel buffer; must match the peer'),
+  NCCL_PROTO: says("NCCL's protocols; must match the peer"),
   NCCL_DEBUG: says("NCCL's own log on stdout"),
-  VLLM_LOGGING_LEVEL: says('least level logged, unless --log-level says'),
+  VLLM_LOGGING_LEVEL: says('log level, unless --log-level is given'),
   VLLM_NCCL_SO_PATH: says('the NCCL library, unless PD_NCCL_LIB is set'),
   VLLM_DISABLE_REQUEST_ID_RANDOMIZATION: says('1: request ids get no random suffix; vLLM consumers need it'),
-  PD_HOST_IP: says('the address told to others'),
-  LD_LIBRARY_PATH: says('folders that the loader looks through first'),
+  PD_HOST_IP: says('the address announced to others'),
+  LD_LIBRARY_PATH: says('directories that the loader searches first'),
 };
 
-/** Ours, read elsewhere than in the option table. */
+/** Set by NVIDIA's container images to say what they contain; no library reads them. */
 const NOT_VARIABLES = /^(CUDA_VERSION|NCCL_VERSION|CUDA_VERSION_\w+)$/;
 
 function interfaceVerdict(value: string, interfaces: readonly string[]): Verdict {
@@ -100,14 +100,14 @@ function interfaceVerdict(value: string, interfaces: readonly string[]): Verdict
     .map((name) => name.replace(/:.*$/, ''));
   const found = names.some((name) => interfaces.some((i) => (exact ? i === name : i.startsWith(name))));
   return exclude || found
-    ? info("the interface of NCCL's bootstrap; peers must reach its address")
+    ? info("the interface of NCCL's bootstrap; peers must be able to reach its address")
     : fail(
         `names no interface of this machine (${interfaces.join(', ')}): every communicator would fail`,
-        'unset it: workers choose the interface of their KV address',
+        'unset it: workers then choose the interface of their KV address',
       );
 }
 
-/** NCCL's `=` before a name looks like a slip. */
+/** NCCL's `=` before a name looks like a typo. */
 function assignment([name, value]: readonly [string, string]): string {
   const exact = name === 'NCCL_SOCKET_IFNAME' && value.startsWith('=');
   return `${name}=${value}${exact ? ' (`=`: exactly this name)' : ''}`;
@@ -129,7 +129,7 @@ export function variablesSection(
   }
   for (const [name, value] of Object.entries(env)) {
     if (!/^(NCCL|CUDA)_/.test(name) || name in KNOWN || NOT_VARIABLES.test(name)) continue;
-    findings.push(info(`${name}=${value}  goes to the library as it is`));
+    findings.push(info(`${name}=${value}  passed to the library as is`));
   }
   if (config !== undefined && onGpu) {
     const device = config.device === 'host' ? 'cuda:0' : config.device;
@@ -137,7 +137,7 @@ export function variablesSection(
       ([name]) => env[name] === undefined,
     );
     if (ours.length > 0) {
-      findings.push(info(`set by workers, since you have not: ${ours.map(assignment).join(' ')}`));
+      findings.push(info(`set by workers unless you set them: ${ours.map(assignment).join(' ')}`));
     }
   }
   return { title: 'Variables', findings };

@@ -1,6 +1,6 @@
 /**
- * `--worker URL`: what a running worker says of its waits (GET /debug/state), and which of the runbook's hang scenarios that is. Nothing
- * is asked of anybody else, so that it can be tried on a system that hangs.
+ * `--worker URL`: what a running worker reports about its waits (GET /debug/state, /metrics), and which of the runbook's hang scenarios
+ * that is. It asks nothing of any other process, so it works on a system that hangs.
  */
 import { ask } from '../net/http.ts';
 import { reasonOf } from '../net/resolve.ts';
@@ -9,7 +9,6 @@ import type { FailureKind, FailureState } from '../transfer/failures.ts';
 import type { PairState, TransferState } from '../transfer/types.ts';
 import type { CoreState } from '../worker/core-messages.ts';
 import { type Finding, fail, info, ok, type Section, warn } from './finding.ts';
-import { type Metrics, metricsOf } from './metrics.ts';
 import {
   type Diagnosis,
   idsDiffer,
@@ -20,17 +19,20 @@ import {
   unreached,
 } from './scenarios.ts';
 
-/** The answer of GET /debug/state. */
+/** Samples of a /metrics page: `name{labels}` -> value, without the label model_name. */
+export type Metrics = ReadonlyMap<string, number>;
+
+/** The answer to GET /debug/state. */
 export interface WorkerState {
   readonly role: string;
   readonly requests: number;
   readonly core: CoreState;
 }
 
-/** A step that takes longer than this is reported; milliseconds. */
+/** A step that takes longer than this is reported. */
 const SLOW_MS = 2_000;
 const NEARLY_FULL = 0.95;
-/** What failed longer ago and was not tried since is told, and no more. */
+/** A failure older than this that was not retried since is information only. */
 const LONG_AGO_MS = 600_000;
 const MOST_WAITS = 8;
 
@@ -42,7 +44,23 @@ export async function workerSection(url: string, timeoutMs: number): Promise<Sec
   return { title, findings: workerFindings(state, await metricsOf(`${base}/metrics`, timeoutMs)) };
 }
 
-/** What a worker says of itself, or why it says nothing. */
+/** Empty if the page cannot be read. */
+export async function metricsOf(url: string, timeoutMs: number): Promise<Metrics> {
+  const metrics = new Map<string, number>();
+  const text = await ask(url, timeoutMs).then(
+    (answer) => answer.text,
+    () => '',
+  );
+  for (const line of text.split('\n')) {
+    const match = /^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)$/.exec(line);
+    if (!match) continue;
+    const labels = (match[2] ?? '').replace(/model_name="[^"]*",?/, '').replace(/,$/, '');
+    metrics.set(labels === '' ? match[1]! : `${match[1]}{${labels}}`, Number(match[3]));
+  }
+  return metrics;
+}
+
+/** What a worker reports about itself, or why it reports nothing. */
 export async function stateOf(base: string, timeoutMs: number): Promise<WorkerState | Finding> {
   try {
     const response = await ask(`${base}/debug/state`, timeoutMs);
@@ -50,32 +68,32 @@ export async function stateOf(base: string, timeoutMs: number): Promise<WorkerSt
     const state = response.json() as WorkerState;
     const { core } = state;
     if (typeof core !== 'object') {
-      return fail('GET /debug/state is not a worker of ours', "name a worker's HTTP port");
+      return fail('GET /debug/state is not answered by a pd-worker', "give a worker's HTTP port");
     }
-    // An older worker tells less.
     const { transfer } = core;
-    return transfer ? { ...state, core: { ...core, transfer: { ...TOLD_LATER, ...transfer } } } : state;
+    return transfer ? { ...state, core: { ...core, transfer: { ...ADDED_LATER, ...transfer } } } : state;
   } catch (cause) {
-    const mend =
-      'correct host and HTTP port (8081 and 8083 in the runbook); a worker that hangs whole: restart it';
-    return fail(`GET /debug/state: ${reasonOf(cause)}`, mend);
+    const fix =
+      'fix the host and HTTP port (8081 and 8083 in the runbook); restart a worker that hangs altogether';
+    return fail(`GET /debug/state: ${reasonOf(cause)}`, fix);
   }
 }
 
-const TOLD_LATER = { kvKey: 'transfer', failures: [] } satisfies Partial<TransferState>;
+/** Fields that an older worker does not send. */
+const ADDED_LATER = { kvKey: 'transfer', failures: [] } satisfies Partial<TransferState>;
 
 /** Pure. One `fail` for each wait that will end at its deadline unless something changes. */
 export function workerFindings({ role, requests, core }: WorkerState, metrics: Metrics): Finding[] {
   const { running, waiting, loading, blocks, transfer } = core;
   const findings: Finding[] = [
     info(
-      `${role}: ${plural(requests, 'request')} under way, ${running} running, ${waiting} waiting, ${loading} loading; ` +
+      `${role}: ${plural(requests, 'request')} in flight, ${running} running, ${waiting} waiting, ${loading} loading; ` +
         `${blocks.used} of ${blocks.total} blocks used`,
     ),
   ];
   for (const wrong of core.integrity ?? [])
-    findings.push(fail(`the books are wrong: ${wrong}`, 'a defect: please report it'));
-  if (!transfer) return [...findings, info('no transfer engine: this worker serves undivided')];
+    findings.push(fail(`integrity check: ${wrong}`, 'this is a bug: please report it'));
+  if (!transfer) return [...findings, info('no transfer engine: this worker does prefill and decode itself')];
   findings.push(...memoryFindings(role, transfer, metrics));
   const explained = new Set<PairState | FailureState>();
   for (const wait of transfer.waiting.slice(0, MOST_WAITS))
@@ -89,97 +107,98 @@ export function workerFindings({ role, requests, core }: WorkerState, metrics: M
   return findings;
 }
 
-/** No wait is a failure yet. What this end cannot tell: whether the peer computes, or is stopped. */
+/** No wait is a failure yet. This end cannot know whether the peer is computing or stopped. */
 function calm(waiting: readonly Wait[]): Finding {
   if (waiting.length === 0) return ok('nothing waits longer than it should');
   const near = waiting.some(({ sinceMs, deadlineMs }) => sinceMs > deadlineMs / 2);
   const ask = [...new Set(waiting.map(({ peer }) => `\`pd-doctor --peer ${peer}\``))].join(', ');
-  return info(`${near ? '' : 'no deadline is near; '}${ask} tells whether the peer still answers`);
+  return info(`${near ? '' : 'no deadline is near; '}${ask} shows whether the peer still answers`);
 }
 
 type Wait = TransferState['waiting'][number];
 
 function waitFinding(wait: Wait, transfer: TransferState, explained: Set<PairState | FailureState>): Finding {
   const { requestId, tensorId, peer, sinceMs, deadlineMs, nearMisses, prefilling } = wait;
-  const told = (text: string, mend: string) =>
-    // KV takes its time on a busy system
-    sinceMs > Math.min(SLOW_MS, deadlineMs / 2) ? fail(text, mend) : info(text);
-  const what = `${requestId} waits for ${tensorId} from ${peer} since ${seconds(sinceMs)} of ${seconds(deadlineMs)}`;
+  const finding = (text: string, fix: string) =>
+    // KV may be slow on a busy system
+    sinceMs > Math.min(SLOW_MS, deadlineMs / 2) ? fail(text, fix) : info(text);
+  const what = `${requestId} has waited ${seconds(sinceMs)} of ${seconds(deadlineMs)} for ${tensorId} from ${peer}`;
   const pairs = transfer.pairs.filter((pair) => pair.peer === peer);
   if (prefilling) return info(`${what}; its prompt may still be computed there`);
   const stuck = pairs.find((pair) => pair.state === 'opening' || pair.state === 'connecting');
   const open = pairs.find((pair) => pair.state === 'open');
   const differ = idsDiffer(transfer.kvKey, open?.ours);
   if (nearMisses.length > 0) {
-    return told(`${what}; here is instead: ${nearMisses.join(', ')}`, differ.mend);
+    return finding(`${what}; what came instead: ${nearMisses.join(', ')}`, differ.fix);
   }
   if (stuck) {
     explained.add(stuck);
-    return told(
-      `${what}; the pair is ${stuck.state} since ${seconds(stuck.sinceMs)}`,
-      (stuck.state === 'opening' ? PAIR_INIT : unreached(peer)).mend,
+    return finding(
+      `${what}; the pair has been ${stuck.state} for ${seconds(stuck.sinceMs)}`,
+      (stuck.state === 'opening' ? PAIR_INIT : unreached(peer)).fix,
     );
   }
   if (!open) {
-    const none = transfer.sendType === 'GET' ? 'no pair with it' : 'it has opened no pair with this worker';
+    const none =
+      transfer.sendType === 'GET' ? 'there is no pair with it' : 'it has not opened a pair with this worker';
     const broke = transfer.failures.find((one) => one.kind === 'pair' && one.peer === peer && !one.mended);
     const why = broke && scenarioOf(broke.error);
     if (broke && why) {
       explained.add(broke);
-      return told(
+      return finding(
         `${what}; ${none}, the last one failed ${seconds(broke.agoMs)} ago: ${broke.error.message}`,
-        why.mend,
+        why.fix,
       );
     }
     // In PUT it is the producer that must reach this end.
-    return told(`${what}; ${none}`, unreached(transfer.sendType === 'GET' ? peer : transfer.address).mend);
+    return finding(`${what}; ${none}`, unreached(transfer.sendType === 'GET' ? peer : transfer.address).fix);
   }
   explained.add(open);
-  // In GET what is asked for and not there yet is outstanding too.
+  // In GET a tensor that was asked for and is not there yet counts as outstanding too.
   const asked = transfer.sendType === 'GET' && open.queued === 0;
   if (open.outstanding + open.queued > 0 && !asked) {
-    const amount = `${open.outstanding} operations under way and ${open.queued} queued`;
-    return told(`${what}; the pair is open with ${amount}`, STUCK.mend);
+    const amount = `${open.outstanding} operations in flight and ${open.queued} queued`;
+    return finding(`${what}; the pair is open with ${amount}`, STUCK.fix);
   }
-  return told(
-    `${what}; the pair is open${asked ? '' : ' and idle'}, nothing of a similar id is ${asked ? 'there' : 'here'}`,
-    `the producer has not sent it: pd-doctor --worker with its HTTP address; else ${differ.mend}`,
+  return finding(
+    `${what}; the pair is open${asked ? '' : ' and idle'}, and nothing under a similar id is ${asked ? 'there' : 'here'}`,
+    `the producer has not sent it: pd-doctor --worker with its HTTP address; otherwise ${differ.fix}`,
   );
 }
 
 function pairFindings({ peer, direction, state, queued, outstanding, sinceMs }: PairState): Finding[] {
-  const what = `pair with ${peer} (${direction}): ${state} since ${seconds(sinceMs)}, ${queued} queued, ${outstanding} outstanding`;
+  const what = `pair with ${peer} (${direction}): ${state} for ${seconds(sinceMs)}, ${queued} queued, ${outstanding} outstanding`;
   switch (state) {
     case 'connecting':
-      return [sinceMs > SLOW_MS ? fail(what, unreached(peer).mend) : info(what)];
+      return [sinceMs > SLOW_MS ? fail(what, unreached(peer).fix) : info(what)];
     case 'opening':
-      return [sinceMs > SLOW_MS ? fail(what, PAIR_INIT.mend) : info(what)];
+      return [sinceMs > SLOW_MS ? fail(what, PAIR_INIT.fix) : info(what)];
     case 'over':
-      return [queued > 0 ? fail(what, unreached(peer).mend) : info(what)];
+      return [queued > 0 ? fail(what, unreached(peer).fix) : info(what)];
     case 'open':
     case 'closing':
       return [info(what)];
   }
 }
 
-const TRIED: Readonly<Record<FailureKind, (peer: string) => string>> = {
-  load: (peer) => `KV from ${peer} did not come`,
+const FAILED: Readonly<Record<FailureKind, (peer: string) => string>> = {
+  load: (peer) => `KV from ${peer} did not arrive`,
   send: (peer) => `KV for ${peer} could not be sent`,
-  refused: (peer) => `KV of ${peer} was refused here`,
-  pair: (peer) => `a pair with ${peer} came to nothing`,
+  refused: (peer) => `KV from ${peer} was refused here`,
+  pair: (peer) => `a pair with ${peer} could not be opened or broke`,
 };
 
-/** What has failed and not gone well since; one finding for each peer and scenario, the newest. */
+/** What failed and has not succeeded since: the newest for each peer and scenario. */
 function failureFindings(failures: TransferState['failures']): Finding[] {
-  const told = new Set<string>();
+  const seen = new Set<string>();
   return failures.flatMap(({ kind, peer, error, count, agoMs, mended }: FailureState): Finding[] => {
     const found: Diagnosis | undefined = scenarioOf(error);
     const key = `${peer} ${found?.scenario ?? error.code}`;
-    if (mended || told.has(key)) return [];
-    told.add(key);
+    if (mended || seen.has(key)) return [];
+    seen.add(key);
     const times = count > 1 ? `, ${count} times` : '';
-    const what = `${TRIED[kind](peer)}${times}, the last ${seconds(agoMs)} ago: ${error.code}: ${error.message}`;
-    return [agoMs > LONG_AGO_MS ? info(what) : fail(what, found?.mend ?? 'look at the log of both ends')];
+    const what = `${FAILED[kind](peer)}${times}, last ${seconds(agoMs)} ago: ${error.code}: ${error.message}`;
+    return [agoMs > LONG_AGO_MS ? info(what) : fail(what, found?.fix ?? 'look at the logs of both ends')];
   });
 }
 
@@ -198,16 +217,16 @@ function memoryFindings(
   // In GET the producer keeps KV in the same memory.
   const holds = role === 'consumer' || sendType === 'GET';
   if (holds && buffer.thresholdBytes + pool.limitBytes === 0) {
-    return [fail(`${what}: there is no memory for any KV`, NO_ROOM.mend)];
+    return [fail(`${what}: no memory is configured for received KV`, NO_ROOM.fix)];
   }
-  if (full && tensors > 0) return [fail(what, NO_ROOM.mend)];
+  if (full && tensors > 0) return [fail(what, NO_ROOM.fix)];
   return [
     refused > 0 ? warn(what, 'raise --kv-buffer-size or --mem-pool-size-gb, or lower the load') : info(what),
   ];
 }
 
 const STUCK = transfer(
-  'look at the logs of both ends for this tensor, and at pd_kv_buffer_used_bytes of the consumer',
+  'look for this tensor in the logs of both ends, and at pd_kv_buffer_used_bytes of the consumer',
 );
 
 function refused(status: number): Finding {
@@ -215,7 +234,7 @@ function refused(status: number): Finding {
   if (status === 403)
     return fail(what, 'ask from the machine it runs on, or start it with --debug-state-remote');
   if (status === 404) return fail(what, 'start the worker with --debug-state (and ask from its own machine)');
-  return fail(what, 'its core does not answer: look at its log; restart it');
+  return fail(what, 'its core thread does not answer: look at its log, then restart it');
 }
 
 function seconds(ms: number): string {

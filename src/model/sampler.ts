@@ -3,7 +3,7 @@ import { PdError } from '../errors.ts';
 import type { SampleSpec, SamplingParams } from '../scheduler/types.ts';
 import type { TokenLogprob } from '../wire/token-logprob.ts';
 import { uniform } from './random.ts';
-import { shaped, shapingOf } from './shaping.ts';
+import { isShaped, shaped, shapingOf } from './shaping.ts';
 
 /** The likeliest token each time, and nothing said about it: what checks and measurements start from. */
 export const GREEDY: SamplingParams = {
@@ -28,11 +28,10 @@ export interface Sampled {
  */
 export function sample(logits: Float32Array, spec: SampleSpec, grammar?: Uint32Array): Sampled | undefined {
   const { params } = spec;
-  const shaping = shapingOf(spec, logits.length, grammar);
   let usable = logits;
-  if (shaping) {
+  if (grammar || isShaped(spec)) {
     maximum(logits);
-    usable = shaped(logits, shaping);
+    usable = shaped(logits, shapingOf(spec, logits.length, grammar));
     if (usable.every((logit) => logit === Number.NEGATIVE_INFINITY)) return undefined;
   }
   const token = params.temperature === 0 ? argmax(usable) : draw(usable, spec);
@@ -106,11 +105,11 @@ function draw(logits: Float32Array, { params, index, outputPosition }: SampleSpe
   return last;
 }
 
-/** Ids to draw from, of those that min-p has left: top-k first, then the smallest set of the likeliest whose share of what is left reaches top-p. */
+/** Ids to draw from, in their order, as on the GPU; of those that min-p has left top-k first, then the smallest set of the likeliest whose share of what is left reaches top-p. */
 function candidates(weights: Float64Array, { topK, topP }: SamplingParams): readonly number[] {
   const cutK = topK > 0 && topK < weights.length;
   if (!cutK && topP >= 1) return Array.from(weights.keys());
-  if (topP >= 1) return highestIds(weights, topK);
+  if (topP >= 1) return ascending(highestIds(weights, topK));
   const sorted = cutK ? highestIds(weights, topK) : nucleusCandidates(weights, topP);
   let total = 0;
   if (cutK) for (const id of sorted) total += weights[id]!;
@@ -118,9 +117,13 @@ function candidates(weights: Float64Array, { topK, topP }: SamplingParams): read
   let share = 0;
   for (let i = 0; i < sorted.length; i++) {
     share += weights[sorted[i]!]!;
-    if (share >= topP * total) return sorted.slice(0, i + 1);
+    if (share >= topP * total) return ascending(sorted.slice(0, i + 1));
   }
-  return sorted;
+  return ascending(sorted);
+}
+
+function ascending(ids: number[]): number[] {
+  return ids.sort((a, b) => a - b);
 }
 
 /**

@@ -3,7 +3,7 @@
  * grammar's mask, bad words, `min_tokens`, biases, then penalties (repetition, frequency, presence). Pure; both executors do what it says.
  */
 import { PdError } from '../errors.ts';
-import type { SampleSpec, SamplingParams, TokenHistory } from '../scheduler/types.ts';
+import { penalizes, type SampleSpec, type SamplingParams, type TokenHistory } from '../scheduler/types.ts';
 
 export interface Shaping {
   /** A bit per token, the lowest of the first word is token 0's; tokens without one, or beyond its end, are banned. Absent: all may be. */
@@ -21,13 +21,23 @@ export interface Penalties {
   readonly history: TokenHistory;
 }
 
-/** Undefined: logits stay as they are. `grammar`: the mask of this step, if its sequence is under a grammar. */
-export function shapingOf(spec: SampleSpec, vocab: number, grammar?: Uint32Array): Shaping | undefined {
-  const edits = editsOf(spec, vocab);
+/** Whether anything but a grammar may change the logits. Cheap: asked for each row of each step. */
+export function isShaped({ params, outputPosition }: SampleSpec): boolean {
+  const { minTokens, stopTokenIds, logitBias = [], badWords = [], allowedTokenIds } = params;
+  if (allowedTokenIds || logitBias.length > 0 || badWords.length > 0 || penalizes(params)) return true;
+  return outputPosition < minTokens && stopTokenIds.length > 0;
+}
+
+/** `grammar`: the mask of this step, if its sequence is under a grammar. */
+export function shapingOf(spec: SampleSpec, vocab: number, grammar?: Uint32Array): Shaping {
+  const fixed = fixedOf(spec.params, vocab);
   const penalties = penaltiesOf(spec);
-  const mask = bothMasks(allowedMask(spec.params, vocab), grammar);
-  if (!mask && !penalties && edits.size === 0) return undefined;
-  return { edits, ...(mask && { mask }), ...(penalties && { penalties }) };
+  const mask = bothMasks(fixed.mask, grammar);
+  return {
+    edits: editsOf(spec, fixed.biases, vocab),
+    ...(mask && { mask }),
+    ...(penalties && { penalties }),
+  };
 }
 
 /** Of a request whose own fields ban every token. */
@@ -39,14 +49,18 @@ export function nothingLeft(sequenceId: string): PdError {
   );
 }
 
-function editsOf({ params, outputPosition, history }: SampleSpec, vocab: number): Map<number, number> {
-  const edits = new Map<number, number>();
-  const ban = (token: number) => {
+function editsOf(
+  { params, outputPosition, history }: SampleSpec,
+  biases: ReadonlyMap<number, number>,
+  vocab: number,
+): ReadonlyMap<number, number> {
+  const words = (params.badWords ?? []).filter((word) => completes(word, history));
+  const stops = outputPosition < params.minTokens ? params.stopTokenIds : [];
+  if (words.length + stops.length === 0) return biases;
+  const edits = new Map(biases);
+  for (const token of [...stops, ...words.map((word) => word.at(-1)!)]) {
     if (token < vocab) edits.set(token, Number.NEGATIVE_INFINITY);
-  };
-  for (const [token, bias] of params.logitBias ?? []) if (token < vocab) edits.set(token, Math.fround(bias));
-  if (outputPosition < params.minTokens) params.stopTokenIds.forEach(ban);
-  for (const word of params.badWords ?? []) if (completes(word, history)) ban(word.at(-1)!);
+  }
   return edits;
 }
 
@@ -60,8 +74,7 @@ function completes(word: readonly number[], history: TokenHistory | undefined): 
 
 function penaltiesOf({ params, history }: SampleSpec): Penalties | undefined {
   const { repetitionPenalty = 1, frequencyPenalty = 0, presencePenalty = 0 } = params;
-  if (!history || (repetitionPenalty === 1 && frequencyPenalty === 0 && presencePenalty === 0))
-    return undefined;
+  if (!history || !penalizes(params)) return undefined;
   return {
     repetition: Math.fround(repetitionPenalty),
     frequency: Math.fround(frequencyPenalty),
@@ -70,19 +83,25 @@ function penaltiesOf({ params, history }: SampleSpec): Penalties | undefined {
   };
 }
 
-const allowedMasks = new WeakMap<SamplingParams, Uint32Array>();
+interface Fixed {
+  readonly mask: Uint32Array | undefined;
+  readonly biases: ReadonlyMap<number, number>;
+}
 
-/** One per request: its list may be as long as the vocabulary. */
-function allowedMask(params: SamplingParams, vocab: number): Uint32Array | undefined {
-  const { allowedTokenIds } = params;
-  if (!allowedTokenIds) return undefined;
-  let mask = allowedMasks.get(params);
-  if (!mask) {
-    mask = new Uint32Array(Math.ceil(vocab / 32));
-    for (const token of allowedTokenIds) if (token < vocab) mask[token >>> 5]! |= 1 << (token & 31);
-    allowedMasks.set(params, mask);
-  }
-  return mask;
+/** What is the same in every step of a request, whose lists may be long. */
+const fixedParts = new WeakMap<SamplingParams, Fixed>();
+
+function fixedOf(params: SamplingParams, vocab: number): Fixed {
+  const known = fixedParts.get(params);
+  if (known) return known;
+  const { allowedTokenIds, logitBias = [] } = params;
+  const mask = allowedTokenIds && new Uint32Array(Math.ceil(vocab / 32));
+  for (const token of allowedTokenIds ?? []) if (token < vocab) mask![token >>> 5]! |= 1 << (token & 31);
+  const biases = new Map<number, number>();
+  for (const [token, bias] of logitBias) if (token < vocab) biases.set(token, Math.fround(bias));
+  const fixed = { mask, biases };
+  fixedParts.set(params, fixed);
+  return fixed;
 }
 
 function bothMasks(a: Uint32Array | undefined, b: Uint32Array | undefined): Uint32Array | undefined {

@@ -7,14 +7,14 @@ export interface HostPort {
   readonly port: number;
 }
 
-/** `10.0.0.1:80`, `[::1]:80`: brackets wherever a port follows an IPv6 address. */
+/** `10.0.0.1:80`, `[::1]:80`: an IPv6 address that a port follows is put in brackets. */
 export function formatHostPort({ host, port }: HostPort): string {
   return `${isIPv6(host) ? `[${host}]` : host}:${port}`;
 }
 
 /**
- * Reads `host:port` or `[v6]:port`, a zone id included. Throws ADDRESS_INVALID that names `what`. Hosts come from request ids too, so
- * nothing but the characters of names and addresses passes: ZeroMQ gives `*`, `;` and `/` in an endpoint a meaning.
+ * Reads `host:port` or `[v6]:port`, zone id included. Throws ADDRESS_INVALID naming `what`. Hosts come from request ids too, so only
+ * the characters of names and addresses are allowed: `*`, `;` and `/` have a meaning in a ZeroMQ endpoint.
  */
 export function parseHostPort(text: string, what = 'address'): HostPort {
   const match = /^(?:\[([^\]]+)\]|([A-Za-z0-9._-]{1,253})):(\d{1,5})$/.exec(text);
@@ -24,6 +24,11 @@ export function parseHostPort(text: string, what = 'address'): HostPort {
     throw new PdError('ADDRESS_INVALID', `${what} ${JSON.stringify(text)} is not HOST:PORT`);
   }
   return { host, port };
+}
+
+/** Where an HTTP server is, without a path. */
+export function httpUrl(address: HostPort): string {
+  return `http://${formatHostPort(address)}`;
 }
 
 /** A ZeroMQ endpoint for TCP. */

@@ -6,7 +6,7 @@ import { PdError } from '../errors.ts';
 interface Range {
   readonly address: ipaddr.IPv4 | ipaddr.IPv6;
   readonly bits: number;
-  /** Of a link-local entry that names its interface; without one, any interface. */
+  /** The interface that a link-local entry names; undefined: any. */
   readonly zone: string | undefined;
 }
 
@@ -20,8 +20,8 @@ export class AllowList {
   }
 
   /**
-   * Addresses and CIDR ranges of both families; IPv6 entries may carry a zone id, IPv4 ones may be written as v4-mapped. A list without
-   * entries allows nobody. Throws CONFIG_INVALID that names `what` and the entry.
+   * Addresses and CIDR ranges of both families; IPv6 entries may carry a zone id, IPv4 ones may be written as v4-mapped. An empty list
+   * allows nobody. Throws CONFIG_INVALID naming `what` and the entry.
    */
   static parse(entries: readonly string[], what = '--allow-peers'): AllowList {
     const trimmed = entries.map((entry) => entry.trim()).filter((entry) => entry !== '');
@@ -31,10 +31,10 @@ export class AllowList {
     );
   }
 
-  /** `address` as sockets tell it: a literal, perhaps v4-mapped, perhaps with a zone id. What is no address is not allowed. */
+  /** `address` as sockets report it: a literal, possibly v4-mapped, possibly with a zone id. Anything else is not allowed. */
   allows(address: string): boolean {
     if (isIP(address) === 0) return false;
-    // v4-mapped becomes the IPv4 address that it is
+    // turns v4-mapped into IPv4
     const parsed = ipaddr.process(address);
     return this.#ranges.some(({ address: network, bits, zone }) => {
       if (network.kind() !== parsed.kind()) return false;
@@ -48,7 +48,7 @@ export class AllowList {
   }
 }
 
-/** An address as people write it: a v4-mapped one as the IPv4 address that it is. Other text stays as it is. */
+/** An address as people write it: v4-mapped becomes IPv4. Any other text is returned unchanged. */
 export function plainAddress(address: string): string {
   return isIP(address) === 0 ? address : ipaddr.process(address).toString();
 }
@@ -58,7 +58,7 @@ function rangeOf(entry: string, what: string): Range {
   const version = isIP(literal);
   const most = version === 6 ? 128 : 32;
   const bits = prefix === undefined ? most : /^\d{1,3}$/.test(prefix) ? Number(prefix) : Number.NaN;
-  // isIP is asked first, because ipaddr.js also takes `10.1` and octal numbers.
+  // isIP comes first, because ipaddr.js also accepts `10.1` and octal numbers.
   if (version === 0 || rest.length > 0 || !(bits <= most)) {
     throw new PdError(
       'CONFIG_INVALID',

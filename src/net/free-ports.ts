@@ -1,19 +1,20 @@
-/** Ports for programs that are told their port and keep it, also when they are started again. */
+/** Ports for programs that are given a port and keep it across restarts. */
 import { randomInt } from 'node:crypto';
+import { once } from 'node:events';
 import { readFileSync } from 'node:fs';
-import { createServer, type Server } from 'node:net';
+import { type AddressInfo, createServer, type Server } from 'node:net';
 import { PdError } from '../errors.ts';
 
 const LOWEST = 15_000;
-/** Where the system's own range begins unless it says otherwise: of Linux; others begin higher. */
+/** Where the ephemeral range of Linux begins by default; on other systems it begins higher. */
 const USUAL_EPHEMERAL = 32_768;
-/** Below this many there is no choice worth the name, and any port must do. */
+/** With fewer than this many to choose from, any port must do. */
 const ENOUGH = 1_000;
 
 /**
- * `count` different ports, all free a moment ago. They lie below the range from which the system serves `listen(0)` and outgoing
- * connections, so that nobody is given one by chance before its program binds it. Throws PORT_IN_USE where there are not so many, and
- * the system's error where `host` cannot be bound at all.
+ * `count` different ports, all free a moment ago. They lie below the ephemeral range, from which the system serves `listen(0)` and
+ * outgoing connections, so that none is handed out by chance before its program binds it. Throws PORT_IN_USE if there are not enough,
+ * and the system's error if `host` cannot be bound at all.
  */
 export async function freePorts(count: number, host: string): Promise<number[]> {
   const end = firstEphemeralPort();
@@ -24,32 +25,27 @@ export async function freePorts(count: number, host: string): Promise<number[]> 
     let at = width < ENOUGH ? 0 : randomInt(width);
     for (let tried = 0; held.length < count; tried++, at++) {
       if (tried > Math.max(width, count)) {
-        throw new PdError('PORT_IN_USE', `${count} free ports on ${host} could not be found`);
+        throw new PdError('PORT_IN_USE', `could not find ${count} free ports on ${host}`);
       }
       const server = await listening(host, width < ENOUGH ? 0 : LOWEST + (at % width));
       if (server) held.push(server);
     }
-    return held.map(portOf);
+    return held.map((server) => (server.address() as AddressInfo).port);
   } finally {
     await Promise.all(held.map((server) => new Promise((resolve) => server.close(resolve))));
   }
 }
 
-/** Undefined where somebody has the port. */
-function listening(host: string, port: number): Promise<Server | undefined> {
-  const server = createServer();
-  return new Promise((resolve, reject) => {
-    server.once('error', (error: NodeJS.ErrnoException) => {
-      if (error.code === 'EADDRINUSE') resolve(undefined);
-      else reject(error);
-    });
-    server.listen({ host, port }, () => resolve(server));
-  });
-}
-
-function portOf(server: Server): number {
-  const address = server.address();
-  return typeof address === 'object' && address !== null ? address.port : 0;
+/** Undefined if the port is in use. */
+async function listening(host: string, port: number): Promise<Server | undefined> {
+  const server = createServer().listen({ host, port });
+  try {
+    await once(server, 'listening');
+    return server;
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === 'EADDRINUSE') return undefined;
+    throw error;
+  }
 }
 
 function firstEphemeralPort(): number {

@@ -1,4 +1,4 @@
-/** HTTP by name, for our own tools: every address of the name is tried. Node's own client, which is there at once where undici takes a while to load. */
+/** An HTTP client for our own tools that tries every address of a name. Node's own underneath, since undici takes a while to load. */
 import { once } from 'node:events';
 import { type IncomingMessage, request } from 'node:http';
 import { request as requestSecurely } from 'node:https';
@@ -10,17 +10,17 @@ export interface Answer {
   /** 200 to 299. */
   readonly ok: boolean;
   readonly text: string;
-  /** What `text` says. Throws where it is not JSON. */
+  /** `text` parsed. Throws if it is not JSON. */
   json(): unknown;
 }
 
 export interface Asked {
-  /** Of a POST; absent: GET. */
+  /** The body of a POST; absent: GET. */
   readonly json?: object;
   readonly signal: AbortSignal;
 }
 
-/** The whole answer. Throws what the connection failed of (`reasonOf` puts it into words), and the reason of `signal`. */
+/** The whole answer. Throws the error of the connection (`reasonOf` puts it into words), and the reason of `signal`. */
 export async function fetchAll(url: string, { json, signal }: Asked): Promise<Answer> {
   const open = url.startsWith('https:') ? requestSecurely : request;
   const options = { ...EVERY_ADDRESS, agent: false, signal } as const;
@@ -31,7 +31,7 @@ export async function fetchAll(url: string, { json, signal }: Asked): Promise<An
         : open(url, { ...options, method: 'POST', headers: { 'content-type': 'application/json' } }).end(
             JSON.stringify(json),
           );
-    sent.on('error', () => {}); // before the answer `once` throws it, within it the answer itself does
+    sent.on('error', () => {}); // thrown by `once` before the response, by the response itself during it
     const [response] = (await once(sent, 'response')) as [IncomingMessage];
     const { statusCode: status = 0 } = response;
     const body = await text(response);
@@ -41,7 +41,7 @@ export async function fetchAll(url: string, { json, signal }: Asked): Promise<An
   }
 }
 
-/** A GET, with a deadline for the whole of it, body included. Past it: a `TimeoutError`. */
+/** A GET with one deadline for all of it, body included. Past it: a `TimeoutError`. */
 export function ask(url: string, timeoutMs: number): Promise<Answer> {
   return fetchAll(url, { signal: AbortSignal.timeout(timeoutMs) });
 }

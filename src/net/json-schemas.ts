@@ -1,4 +1,4 @@
-/** For `schemaController` of a fastify server. Pure. */
+/** For `schemaController` of a fastify server. */
 import type { FastifyServerOptions } from 'fastify';
 import { PdError } from '../errors.ts';
 
@@ -6,7 +6,7 @@ function none(): never {
   throw new PdError('INTERNAL', 'no route of ours has a JSON schema');
 }
 
-/** Our routes have no JSON schemas (bodies are checked where they are read), so nobody waits for fastify to load two compilers of them. */
+/** Our routes have no JSON schemas (bodies are checked where they are read), so fastify need not load its two schema compilers. */
 export const NO_JSON_SCHEMAS = {
   compilersFactory: { buildValidator: none, buildSerializer: none },
 } satisfies FastifyServerOptions['schemaController'];

@@ -2,12 +2,12 @@ import { connect } from 'node:net';
 import { asDestination, type HostPort } from './address.ts';
 import { addressesOf, EVERY_ADDRESS } from './resolve.ts';
 
-/** What a TCP port does when somebody knocks: takes the connection, refuses it, or nothing at all within the time given. */
+/** What a TCP port does with a connection: accepts it, refuses it, or nothing at all within the time given. */
 export type PortAnswer = 'answers' | 'refuses' | 'silent';
 
 /**
- * `refuses`: nothing listens at `address`. `silent` may be a firewall, or a host that is away. Never rejects: at what is no address at all
- * (port 70000) nothing listens either.
+ * `refuses`: nothing listens at `address`. `silent` may be a firewall, or a host that is down. Never rejects: an impossible address (port
+ * 70000) counts as `refuses`.
  */
 export function knock(address: HostPort, timeoutMs: number): Promise<PortAnswer> {
   return new Promise<PortAnswer>((resolve) => {
@@ -24,7 +24,7 @@ export function knock(address: HostPort, timeoutMs: number): Promise<PortAnswer>
   }).catch(() => 'refuses');
 }
 
-/** By address: the first of a name's that takes a connection, and the first of all where none does. Rejects where it has none. */
+/** The first address of a name that accepts a connection, or its first address if none does. Rejects if it has none. */
 export async function reachable({ host, port }: HostPort, timeoutMs: number): Promise<HostPort> {
   const all = (await addressesOf(host)).map(({ address }) => ({ host: address, port }));
   if (all.length > 1) {

@@ -1,4 +1,4 @@
-/** Which address of this machine to tell others. */
+/** Which address of this machine to announce to others. */
 import { isIP, isIPv4, isIPv6 } from 'node:net';
 import { networkInterfaces } from 'node:os';
 import { PdError } from '../errors.ts';
@@ -9,22 +9,22 @@ import { addressesOf, isLocalhost } from './resolve.ts';
 export type Family = 4 | 6;
 
 export interface LocalOptions {
-  /** `PD_HOST_IP` in it wins: behind a translated address the machine cannot know better. */
+  /** `PD_HOST_IP` in it wins: behind NAT the machine cannot know its own address. */
   readonly env?: Readonly<Record<string, string | undefined>>;
   readonly interfaces?: ReturnType<typeof networkInterfaces>;
 }
 
-/** An address of the wanted family that other machines may reach: `PD_HOST_IP`, else the first interface that is not loopback, else loopback. */
+/** An address of `family` that other machines may reach: `PD_HOST_IP`, else that of the first interface that is not loopback, else loopback. */
 export function localAddress(family: Family, options: LocalOptions = {}): string {
-  const told = (options.env ?? process.env)['PD_HOST_IP'];
-  if (told) {
-    if (isIP(told) === 0)
-      throw new PdError('ADDRESS_INVALID', `PD_HOST_IP ${JSON.stringify(told)} is not an IP address`);
-    return told;
+  const given = (options.env ?? process.env)['PD_HOST_IP'];
+  if (given) {
+    if (isIP(given) === 0)
+      throw new PdError('ADDRESS_INVALID', `PD_HOST_IP ${JSON.stringify(given)} is not an IP address`);
+    return given;
   }
   const addresses = Object.values(options.interfaces ?? networkInterfaces()).flatMap((list) => list ?? []);
   const found = addresses.find(
-    // A link-local IPv6 address means nothing without the name of an interface, and the peer's has another.
+    // A link-local IPv6 address needs the name of an interface, which is another one on the peer.
     ({ family: name, internal, address }) =>
       name === `IPv${family}` && !internal && !/^fe[89ab]/i.test(address),
   );
@@ -32,8 +32,8 @@ export function localAddress(family: Family, options: LocalOptions = {}): string
 }
 
 /**
- * What to bind where nothing was said: this machine's IPv4 address that others may reach; where it has none its IPv6 address; where it
- * has neither, loopback of a family that is there.
+ * What to bind by default: this machine's IPv4 address that others may reach; if it has none, its IPv6 address; if it has neither,
+ * loopback of a family that exists.
  */
 export function defaultAddress(options: LocalOptions = {}): string {
   const plain = { ...options, env: {} };
@@ -43,14 +43,14 @@ export function defaultAddress(options: LocalOptions = {}): string {
   return own.length > 0 && !own.some((address) => isIPv4(address)) ? '::1' : '127.0.0.1';
 }
 
-/** Every address of this machine; those of IPv6 links with their zone. */
+/** Every address of this machine; link-local IPv6 ones with their zone. */
 export function ownAddresses(options: LocalOptions = {}): string[] {
   return Object.entries(options.interfaces ?? networkInterfaces()).flatMap(([name, list]) =>
     (list ?? []).map(({ address }) => (/^fe[89ab]/i.test(address) ? `${address}%${name}` : address)),
   );
 }
 
-/** Whether a destination is this machine: loopback, unspecified, or an address of its own. */
+/** Whether a destination is this machine: loopback, unspecified, or one of its addresses. */
 export function isThisHost(host: string, options: LocalOptions = {}): boolean {
   return (
     isLocalhost(host) ||
@@ -60,15 +60,15 @@ export function isThisHost(host: string, options: LocalOptions = {}): boolean {
   );
 }
 
-/** The host to tell others for one that is bound: itself, or for `0.0.0.0` and `::` the machine's own address of that family. */
+/** The host to announce for one that is bound: itself, or for `0.0.0.0` and `::` this machine's address of that family. */
 export function announceHost(bindHost: string, options: LocalOptions = {}): string {
-  const told = (options.env ?? process.env)['PD_HOST_IP'];
-  // A v4-mapped address is the IPv4 address that it is: ids and URLs carry that.
-  if (!told && !isUnspecified(bindHost)) return plainAddress(bindHost);
+  const given = (options.env ?? process.env)['PD_HOST_IP'];
+  // v4-mapped becomes IPv4, as in ids and URLs.
+  if (!given && !isUnspecified(bindHost)) return plainAddress(bindHost);
   return localAddress(isIPv6(bindHost) ? 6 : 4, options);
 }
 
-/** The IP address of a host name, of `family` where given, asked for once; an address stays as it is. Throws ADDRESS_INVALID that names `what`. */
+/** The IP address of a host name, of `family` if given; an address is returned unchanged. Throws ADDRESS_INVALID naming `what`. */
 export async function hostAddress(host: string, family: Family | 0 = 0, what = 'host'): Promise<string> {
   let why = 'none of this family';
   let cause: unknown;

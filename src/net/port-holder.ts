@@ -1,13 +1,16 @@
-/** Who holds a TCP port that we wanted: from /proc where there is one, and nothing where it does not tell. */
+/** Which process holds a TCP port that we need, as far as /proc shows it. */
+
+import { once } from 'node:events';
 import { readdir, readFile, readlink } from 'node:fs/promises';
 import { type AddressInfo, connect, createServer } from 'node:net';
+import { withDeadline } from '../deferred.ts';
 import { PdError } from '../errors.ts';
 import { asDestination, formatHostPort, type HostPort, isLoopback, isUnspecified } from './address.ts';
 
 const LISTEN = '0A';
 const REACH_TIMEOUT_MS = 2_000;
 
-/** `node (pid 4711)`, or undefined where that cannot be known (no /proc, another user's process). */
+/** `node (pid 4711)`, or undefined if it cannot be known (no /proc, another user's process). */
 async function portHolder(port: number): Promise<string | undefined> {
   const inodes = new Set<string>();
   for (const table of ['/proc/net/tcp', '/proc/net/tcp6']) {
@@ -27,7 +30,7 @@ async function portHolder(port: number): Promise<string | undefined> {
   return undefined;
 }
 
-/** Inodes of sockets that listen on `port`, in a table as /proc/net/tcp has it. */
+/** Inodes of the sockets that listen on `port`; `table` as /proc/net/tcp has it. */
 export function listeningInodes(table: string, port: number): string[] {
   const inodes: string[] = [];
   for (const line of table.split('\n').slice(1)) {
@@ -39,50 +42,46 @@ export function listeningInodes(table: string, port: number): string[] {
   return inodes;
 }
 
-/** PORT_IN_USE (or ADDRESS_INVALID) for a failed listen, naming `what`, the port and who holds it. */
+/** PORT_IN_USE or ADDRESS_INVALID for a failed listen, naming `what`, the port and the process that holds it. */
 export async function listenError(error: unknown, address: HostPort, what: string): Promise<PdError> {
   const code = (error as NodeJS.ErrnoException).code;
   const where = formatHostPort(address);
   if (code === 'EADDRINUSE') {
-    const holder = await portHolder(address.port);
-    const by = holder === undefined ? 'another process' : holder;
-    // Whoever holds it may do so on one address only.
+    const by = (await portHolder(address.port)) ?? 'another process';
+    // It may be held on one address only.
     const on = isUnspecified(address.host) ? '' : ` on ${address.host}`;
     return new PdError('PORT_IN_USE', `${what}: port ${address.port}${on} is held by ${by}`, {
       port: address.port,
     });
   }
-  // ENODEV: what ZeroMQ says of a name that it cannot resolve, having tried it as an interface's.
+  // ENODEV: what ZeroMQ reports for a name that it cannot resolve, having tried it as an interface too.
   if (code !== undefined && ['EADDRNOTAVAIL', 'ENOTFOUND', 'EAI_AGAIN', 'ENODEV'].includes(code)) {
     return new PdError('ADDRESS_INVALID', `${what}: ${where} is not an address of this machine (${code})`);
   }
   if (code === 'EACCES') {
-    return new PdError('PORT_IN_USE', `${what}: this user is not allowed to listen on ${where} (EACCES)`);
+    return new PdError('PORT_IN_USE', `${what}: this user may not listen on ${where} (EACCES)`);
   }
   return PdError.from(error, 'INTERNAL');
 }
 
-/** Throws ADDRESS_INVALID where what is bound to `host` cannot be connected to from here: a loopback that is down, say. */
+/** Throws ADDRESS_INVALID if a socket bound to `host` cannot be connected to from here: a loopback interface that is down, say. */
 export async function assertReachable(host: string, what: string): Promise<void> {
   const server = createServer((socket) => socket.destroy());
   try {
-    await new Promise<void>((resolve, reject) => {
-      server.once('error', reject).listen({ host, port: 0 }, resolve);
-    });
+    await once(server.listen({ host, port: 0 }), 'listening');
     const { port } = server.address() as AddressInfo;
-    const socket = connect({ ...asDestination({ host, port }), timeout: REACH_TIMEOUT_MS });
-    await new Promise<void>((resolve, reject) => {
-      socket.once('connect', resolve).once('error', reject);
-      socket.once('timeout', () => reject(new Error(`no connection in ${REACH_TIMEOUT_MS} ms`)));
-    }).finally(() => socket.destroy());
+    const socket = connect(asDestination({ host, port }));
+    const connected = withDeadline(once(socket, 'connect'), REACH_TIMEOUT_MS);
+    if (!(await connected.finally(() => socket.destroy())))
+      throw new Error(`no connection within ${REACH_TIMEOUT_MS} ms`);
   } catch (cause) {
     if ((cause as NodeJS.ErrnoException).syscall === 'listen')
       throw await listenError(cause, { host, port: 0 }, what);
     const { message } = PdError.from(cause);
-    const mend = isLoopback(host) ? ': is the loopback interface up? (ip link set lo up)' : '';
+    const fix = isLoopback(host) ? ': is the loopback interface up? (ip link set lo up)' : '';
     throw new PdError(
       'ADDRESS_INVALID',
-      `${what}: ${host} cannot be reached from here (${message})${mend}`,
+      `${what}: ${host} cannot be reached from here (${message})${fix}`,
       {},
       { cause },
     );
@@ -91,17 +90,13 @@ export async function assertReachable(host: string, what: string): Promise<void>
   }
 }
 
-/** Throws PORT_IN_USE at once, before a model is loaded, where `address` cannot be bound. Port 0 always can. */
+/** Throws PORT_IN_USE if `address` cannot be bound: at once, before a model is loaded. Port 0 always can. */
 export async function assertBindable(address: HostPort, what: string): Promise<void> {
   const server = createServer();
   try {
-    await new Promise<void>((resolve, reject) => {
-      server
-        .once('error', reject)
-        .listen({ host: address.host, port: address.port, exclusive: true }, resolve);
-    });
+    await once(server.listen({ ...address, exclusive: true }), 'listening');
   } catch (error) {
     throw await listenError(error, address, what);
   }
-  await new Promise<void>((resolve) => server.close(() => resolve()));
+  await once(server.close(), 'close');
 }

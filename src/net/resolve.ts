@@ -1,7 +1,7 @@
 /**
- * The addresses of a host name: all of them, of both families, whatever this machine's own addresses are. Node's own connections ask the
- * resolver for families that the machine has an address of beyond loopback (AI_ADDRCONFIG), so that on one whose only IPv4 address is
- * 127.0.0.1 the name `localhost` has none, or has ::1, where nobody listens.
+ * The addresses of a host name: all of them, of both families, whatever addresses this machine itself has. Node's own connections only
+ * ask the resolver for families in which the machine has an address beyond loopback (AI_ADDRCONFIG); if its only IPv4 address is
+ * 127.0.0.1, the name `localhost` then has no address, or ::1, where nothing listens.
  */
 import { type LookupAddress, lookup } from 'node:dns';
 import { isIP, type LookupFunction } from 'node:net';
@@ -20,7 +20,7 @@ export function isLocalhost(host: string): boolean {
   return /^(.+\.)?localhost\.?$/i.test(host);
 }
 
-/** IPv4 first, which is what is bound by default. Rejects as `dns.lookup` does where there is none. An address is its own. */
+/** IPv4 first, which is what is bound by default. An address is returned unchanged. Rejects as `dns.lookup` does if there is none. */
 export async function addressesOf(host: string, family: 0 | 4 | 6 = 0): Promise<readonly LookupAddress[]> {
   const version = isIP(host);
   if (version !== 0) return [{ address: host, family: version }];
@@ -45,14 +45,14 @@ export const lookupAll: LookupFunction = (host, options, done) => {
   );
 };
 
-/** What to give Node's `connect`, or undici's: every address of a name is tried. */
+/** Options for Node's `connect`, or undici's, to try every address of a name. */
 export const EVERY_ADDRESS = { lookup: lookupAll, autoSelectFamily: true } as const;
 
-/** `code: message` of a connection that failed; where several addresses were tried, what each of them said. */
+/** `code: message` of a failed connection; of each address, if several were tried. */
 export function reasonOf(cause: unknown): string {
   if (!(cause instanceof Error)) return String(cause);
   if (cause instanceof AggregateError) return cause.errors.map(reasonOf).join(', ');
-  // fetch itself says no more than that it failed.
+  // fetch itself only says that it failed.
   if (cause instanceof TypeError && cause.cause instanceof Error) return reasonOf(cause.cause);
   const { code, message } = cause as NodeJS.ErrnoException;
   return code === undefined || message.includes(code) ? message : `${code}: ${message}`;

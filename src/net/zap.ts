@@ -1,9 +1,9 @@
 /**
- * Turns strangers away from a ZeroMQ socket before a byte of theirs is read: the handler that libzmq asks for each new connection
- * (ZAP, ZeroMQ RFC 27). It is told the peer's IP address, and nothing else that could be trusted.
+ * Refuses strangers at a ZeroMQ socket before a byte of theirs is read: the handler that libzmq asks about each new connection
+ * (ZAP, ZeroMQ RFC 27). It gets the peer's IP address, and nothing else that could be trusted.
  *
- * libzmq looks for the handler at one fixed name per context, and lets everyone in where there is none. So each gate has a context of
- * its own, is there before its sockets bind, and is closed after them.
+ * libzmq looks for the handler under one fixed name per context, and lets everyone in if there is none. So each gate has a context of
+ * its own, opens before its sockets bind, and closes after them.
  */
 import * as zmq from 'zeromq';
 import { PdError } from '../errors.ts';
@@ -17,12 +17,12 @@ export interface ZapGateOptions {
   readonly allow: AllowList;
   /** What is guarded, for the log: `KV listener 10.0.0.1:14579`. */
   readonly what: string;
-  /** The flag that the list was given by. Absent: `--allow-peers`. */
+  /** The flag that set the list. Absent: `--allow-peers`. */
   readonly list?: string;
   readonly log: Logger;
   /** Between two log lines for one address. Milliseconds. */
   readonly logIntervalMs?: number;
-  /** Called for each connection that is refused. */
+  /** Called for each refused connection. */
   readonly onRefused?: (address: string) => void;
 }
 
@@ -55,7 +55,7 @@ export class ZapGate {
     return this.#options.list ?? '--allow-peers';
   }
 
-  /** Connections refused so far. A libzmq peer that is turned away does not try again with the same socket. */
+  /** Connections refused so far. A refused libzmq peer does not try again with the same socket. */
   get refused(): number {
     return this.#refused;
   }
@@ -82,7 +82,7 @@ export class ZapGate {
     } catch (error) {
       if (this.#closed) return;
       const { log, what } = this.#options;
-      log.error({ err: PdError.from(error) }, `${what}: the gate of ${this.#list} has failed`);
+      log.error({ err: PdError.from(error) }, `${what}: the check of ${this.#list} has failed`);
     }
   }
 

@@ -7,9 +7,9 @@ import type { LogOptions } from './log-options.ts';
 
 export type Logger = pino.Logger;
 
-/** `name` is the part of the process that speaks: main, core, transfer, proxy. */
+/** `name` is the part of the process that logs: main, core, transfer, proxy. */
 export function createLogger(options: LogOptions, name: string): Logger {
-  // By file number: in a thread `process.stdout` is a pipe to the main thread, which does not know of terminals.
+  // By descriptor: in a thread `process.stdout` is a pipe to the main thread, never a terminal.
   const terminal = isatty(1);
   const format = options.format === 'auto' ? (terminal ? 'pretty' : 'json') : options.format;
   const settings: pino.LoggerOptions = {
@@ -19,7 +19,7 @@ export function createLogger(options: LogOptions, name: string): Logger {
     formatters: { level: (label) => ({ level: label }) },
   };
   if (format === 'json') return pino(settings, pino.destination({ dest: 1, sync: true }));
-  // Only here: it takes longer to load than pino itself, in each thread.
+  // Loaded here only: it takes longer than pino itself, in each thread.
   const pretty = createRequire(import.meta.url)('pino-pretty') as typeof PinoPretty;
   const stream = pretty({
     destination: 1,
@@ -32,7 +32,7 @@ export function createLogger(options: LogOptions, name: string): Logger {
   return pino(settings, stream);
 }
 
-/** Logs a repeated event at most once per `intervalMs` and key, with the number left out since. */
+/** Logs a repeated event at most once per `intervalMs` and key, with the number suppressed since. */
 export class RateLimitedLog {
   readonly #last = new Map<string, { at: number; suppressed: number }>();
   readonly #intervalMs: number;

@@ -1,6 +1,6 @@
 /**
- * Metrics that every thread can write without a message: one page of doubles in shared memory per thread, one writer each. The main
- * thread sums the pages when /metrics is read, so a thread that hangs still shows its last values.
+ * Metrics that every thread can write without sending a message: one page of doubles in shared memory per thread, with one writer. The
+ * main thread sums the pages when /metrics is read, so a thread that hangs still shows its last values.
  */
 import { PdError } from '../errors.ts';
 
@@ -11,17 +11,17 @@ const SECONDS = [
 export interface MetricSpec {
   readonly type: 'counter' | 'gauge' | 'histogram';
   readonly help: string;
-  /** One label and its values, each a slot of its own; free-form labels do not fit a page. */
+  /** One label and its values, each with a slot of its own; a page has no room for free-form labels. */
   readonly label?: string;
   readonly values?: readonly string[];
   readonly buckets?: readonly number[];
 }
 
-/** Every metric of a worker. Names under `vllm:` mean what they mean in vLLM, so its dashboards work. */
+/** Every metric of a worker. Those under `vllm:` mean what they mean in vLLM, so its dashboards work. */
 export const METRICS = {
   pd_kv_loads_total: {
     type: 'counter',
-    help: 'KV loads of this consumer, by how they ended',
+    help: 'KV loads of this consumer, by outcome',
     label: 'result',
     values: ['ok', 'recomputed', 'failed'],
   },
@@ -32,33 +32,33 @@ export const METRICS = {
     type: 'gauge',
     help: 'Device bytes held for KV in transfer, below kv_buffer_size',
   },
-  pd_kv_pool_used_bytes: { type: 'gauge', help: 'Host bytes held for KV past the threshold' },
+  pd_kv_pool_used_bytes: { type: 'gauge', help: 'Host bytes held for KV in transfer, past kv_buffer_size' },
   pd_kv_orphans_freed_total: {
     type: 'counter',
     help: 'Tensors freed because no request claimed them in time',
   },
-  pd_kv_late_dropped_total: { type: 'counter', help: 'Tensors dropped because their request was over' },
+  pd_kv_late_dropped_total: { type: 'counter', help: 'Tensors dropped because their request had finished' },
   pd_kv_evicted_total: {
     type: 'counter',
     help: 'Tensors evicted from the GET send store because it was full',
   },
-  pd_kv_refused_total: { type: 'counter', help: 'Announcements answered 1: no room' },
+  pd_kv_refused_total: { type: 'counter', help: 'Announcements refused for lack of memory (answered 1)' },
   pd_kv_blocks_used: { type: 'gauge', help: 'Paged KV blocks in use' },
   pd_kv_blocks: { type: 'gauge', help: 'Paged KV blocks' },
   pd_prompt_tokens_total: {
     type: 'counter',
-    help: 'Prompt tokens by where their KV came from',
+    help: 'Prompt tokens, by where their KV came from',
     label: 'source',
     values: ['computed', 'loaded', 'cached'],
   },
   pd_transfer_seconds: {
     type: 'histogram',
-    help: 'From the first announcement (sender) or the start of the load (receiver) to all KV of a request in place',
+    help: 'From the first announcement (sender) or the start of the load (receiver) until all KV of a request is in place',
     buckets: SECONDS,
   },
   pd_protocol_errors_total: {
     type: 'counter',
-    help: 'What peers sent against the protocol, and waits on them that ended at a deadline',
+    help: 'Protocol violations by peers, and waits for them that reached a deadline',
     label: 'kind',
     values: [
       'malformed',
@@ -75,12 +75,12 @@ export const METRICS = {
       'peer_lost',
     ],
   },
-  pd_peers_refused_total: { type: 'counter', help: 'Connections from addresses outside of --allow-peers' },
+  pd_peers_refused_total: { type: 'counter', help: 'Connections refused because of --allow-peers' },
   pd_pairs_open: { type: 'gauge', help: 'Open pairs, both directions' },
   'vllm:num_requests_running': { type: 'gauge', help: 'Requests in the batch' },
   'vllm:num_requests_waiting': { type: 'gauge', help: 'Requests waiting for the batch' },
-  pd_requests_loading: { type: 'gauge', help: 'Requests whose KV is on its way' },
-  'vllm:kv_cache_usage_perc': { type: 'gauge', help: 'Used part of the paged KV cache, 0 to 1' },
+  pd_requests_loading: { type: 'gauge', help: 'Requests whose KV is being loaded' },
+  'vllm:kv_cache_usage_perc': { type: 'gauge', help: 'Fraction of the paged KV cache in use, 0 to 1' },
   'vllm:num_preemptions_total': { type: 'counter', help: 'Preemptions' },
   'vllm:prefix_cache_queries_total': { type: 'counter', help: 'Prompt tokens looked up in the prefix cache' },
   'vllm:prefix_cache_hits_total': { type: 'counter', help: 'Prompt tokens found in the prefix cache' },
@@ -88,7 +88,7 @@ export const METRICS = {
   'vllm:generation_tokens_total': { type: 'counter', help: 'Tokens generated' },
   'vllm:request_success_total': {
     type: 'counter',
-    help: 'Finished completions by reason',
+    help: 'Finished completions, by reason',
     label: 'finished_reason',
     values: ['stop', 'length', 'abort', 'error'],
   },
@@ -109,7 +109,7 @@ export type MetricLabel<K extends MetricName> = (typeof METRICS)[K] extends { va
 
 const SPECS: Record<string, MetricSpec> = METRICS;
 
-/** First slot of each metric; a histogram has its buckets, +Inf, and the sum. */
+/** First slot of each metric; a histogram takes one per bucket, one for +Inf and one for the sum. */
 const SLOTS = new Map<string, number>();
 let slotCount = 0;
 for (const [name, spec] of Object.entries(SPECS)) {

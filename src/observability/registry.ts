@@ -1,4 +1,4 @@
-/** A prom-client registry over metrics pages: each scrape reads the shared memory anew. */
+/** A prom-client registry over metrics pages: each scrape reads the shared memory. */
 import { Counter, Gauge, Histogram, Registry } from 'prom-client';
 import { METRICS, type MetricName, type MetricsPage, readHistogram, readMetric } from './metrics.ts';
 
@@ -18,7 +18,7 @@ class PageHistogram extends Histogram {
     this.#read = read;
   }
 
-  /** What prom-client makes both the text page and `get()` from; its own would show buckets that nothing fills. */
+  /** What prom-client builds both the text page and `get()` from; its own would show buckets that nothing fills. */
   async getForPromString(): Promise<object> {
     const { cumulative, sum } = this.#read();
     const name = this.#name;
@@ -37,7 +37,7 @@ class PageHistogram extends Histogram {
   }
 }
 
-/** Every metric of `METRICS`, every series also at zero. `constant` labels (model_name) go on each. */
+/** Every metric of `METRICS`, with every series present from the start, at zero. `constant` labels (model_name) go on each. */
 export function createRegistry(pages: readonly MetricsPage[], constant: Labels): Registry {
   const registry = new Registry();
   registry.setDefaultLabels(constant);
@@ -51,7 +51,6 @@ export function createRegistry(pages: readonly MetricsPage[], constant: Labels):
     }
     const label = 'label' in spec ? spec.label : undefined;
     const values: readonly string[] = 'values' in spec ? spec.values : [''];
-    const labelNames = label ? [label] : [];
     const read = (value: string) =>
       (readMetric as (pages: readonly MetricsPage[], name: MetricName, label?: string) => number)(
         pages,
@@ -59,30 +58,23 @@ export function createRegistry(pages: readonly MetricsPage[], constant: Labels):
         label ? value : undefined,
       );
     const labelsOf = (value: string): Labels => (label ? { [label]: value } : {});
-    if (spec.type === 'counter') {
-      const counter = new Counter({
-        name,
-        help: spec.help,
-        labelNames,
-        registers: [registry],
-        collect() {
-          this.reset();
-          for (const value of values) this.inc(labelsOf(value), read(value));
-        },
-      });
-      void counter;
-    } else {
-      const gauge = new Gauge({
-        name,
-        help: spec.help,
-        labelNames,
-        registers: [registry],
-        collect() {
-          for (const value of values) this.set(labelsOf(value), read(value));
-        },
-      });
-      void gauge;
-    }
+    const common = { name, help: spec.help, labelNames: label ? [label] : [], registers: [] };
+    registry.registerMetric(
+      spec.type === 'counter'
+        ? new Counter({
+            ...common,
+            collect() {
+              this.reset();
+              for (const value of values) this.inc(labelsOf(value), read(value));
+            },
+          })
+        : new Gauge({
+            ...common,
+            collect() {
+              for (const value of values) this.set(labelsOf(value), read(value));
+            },
+          }),
+    );
   }
   return registry;
 }

@@ -2,11 +2,11 @@
  * Who may begin, who waits and who is turned away, where a proxy has limits on what is under way (docs/routing.md, "Limits"). Pure but for
  * the timer of each that waits.
  *
- *   enter --(room)--> under way --release--> the next in line
+ *   enter --(room)--> under way --release--> the next in the queue
  *     |                  ^
- *     +--(none)--> line -+    by class, the lowest number first; within it by key, the one served least; within that first come
+ *     +--(none)--> queue +    by class, the lowest number first; within it by key, the one served least; within that first come
  *                    |
- *                    +--> OVERLOADED: the line is full and nobody in it has less claim to a place, or it has waited too long
+ *                    +--> OVERLOADED: the queue is full and nobody in it has less claim to a place, or it has waited too long
  */
 import { PdError } from '../errors.ts';
 
@@ -15,7 +15,7 @@ export interface AdmissionLimits {
   readonly requests: number;
   /** Prompt tokens of requests under way; 0: any number. One request goes through however long it is. */
   readonly tokens: number;
-  /** Requests in the line. */
+  /** Requests in the queue. */
   readonly queued: number;
   /** How long one may stand there, ms. */
   readonly waitMs: number;
@@ -36,7 +36,7 @@ interface Waiting extends Entrant {
   readonly leave: () => void;
 }
 
-/** What one key has under way and in the line, and has been given: the least of `given` is next. */
+/** What one key has under way and in the queue, and has been given: the least of `given` is next. */
 interface Account {
   /** Tokens, from where the others stood when it came. */
   given: number;
@@ -89,7 +89,7 @@ export class Admission {
     if (this.#queued === 0 && this.#fits(entrant)) return Promise.resolve(this.#begin(entrant));
     if (this.#queued >= this.#limits.queued && !this.#displaceFor(entrant)) {
       this.#onTurnedAway('full');
-      return Promise.reject(this.#overloaded('as many requests as may wait are waiting'));
+      return Promise.reject(this.#overloaded('the queue is full'));
     }
     return new Promise((resolve, reject) => this.#wait(entrant, resolve, reject));
   }
@@ -129,7 +129,7 @@ export class Admission {
     const onAbort = () => give(signal.reason);
     const timer = setTimeout(() => {
       this.#onTurnedAway('late');
-      give(this.#overloaded(`it has waited for ${this.#limits.waitMs} ms`));
+      give(this.#overloaded(`this one has waited ${this.#limits.waitMs} ms in the queue`));
     }, this.#limits.waitMs);
     const leave = () => {
       clearTimeout(timer);
@@ -147,7 +147,7 @@ export class Admission {
     else signal.addEventListener('abort', onAbort, { once: true });
   }
 
-  /** Makes room in the line at the cost of the last of whoever has most there, in the last class; false where that is the newcomer. */
+  /** Makes room in the queue at the cost of the last of whoever has most there, in the last class; false where that is the newcomer. */
   #displaceFor({ key, priority }: Entrant): boolean {
     const last = Math.max(...this.#line.keys());
     if (this.#queued === 0 || priority > last) return false;
@@ -158,7 +158,7 @@ export class Admission {
     const displaced = most.at(-1)!;
     this.#remove(displaced);
     this.#onTurnedAway('displaced');
-    displaced.reject(this.#overloaded('others have more claim to its place in the line'));
+    displaced.reject(this.#overloaded('a request with precedence took its place in the queue'));
     return true;
   }
 
@@ -223,7 +223,7 @@ export class Admission {
     this.#endedMs = now;
   }
 
-  /** With when the line will have been served, as far as can be told. */
+  /** With when the queue will have been served, as far as can be told. */
   #overloaded(why: string): PdError {
     const { requests, tokens } = this.#limits;
     const limits = [requests > 0 && `${requests} requests`, tokens > 0 && `${tokens} prompt tokens`];

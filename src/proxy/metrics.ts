@@ -6,7 +6,7 @@ const SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5
 
 export type ProxyMetrics = ReturnType<typeof createProxyMetrics>;
 
-/** `cachedBlocks`: how many instances have said that they have. `queued`: requests in the line. */
+/** `cachedBlocks`: how many instances have said that they have. `queued`: requests in the queue. */
 export function createProxyMetrics(
   instances: InstanceRegistry,
   cachedBlocks: () => number,
@@ -96,7 +96,7 @@ export function createProxyMetrics(
     }),
     turnedAway: new Counter({
       name: 'pd_proxy_turned_away_total',
-      help: 'Requests answered 429: full (no place in the line), displaced (by one with more claim to it), late (waited too long)',
+      help: 'Requests answered 429: full (the queue was full), displaced (by one with more claim to it), late (waited too long)',
       labelNames: ['reason'],
       registers,
     }),

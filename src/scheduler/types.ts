@@ -1,5 +1,7 @@
 /** Requests as the scheduler sees them, and what one step is. Plain data, no I/O. */
 import type { ErrorData } from '../errors.ts';
+import type { CompiledGrammar } from '../grammar/compile.ts';
+import type { VocabularyData } from '../grammar/vocabulary.ts';
 import type { BlockHash } from '../kv/block-hash.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 import type { Wire } from '../wire/overlap.ts';
@@ -37,6 +39,16 @@ export interface SamplingParams {
   readonly allowedTokenIds?: readonly number[];
   /** Token sequences that the output may not have: the last token of one is banned where the output ends in those before it. */
   readonly badWords?: readonly (readonly number[])[];
+  /** The output is a text of this grammar; it ends where nothing can follow. */
+  readonly grammar?: GrammarUse;
+}
+
+export interface GrammarUse {
+  /** Equal where the grammars are. */
+  readonly key: string;
+  readonly tables: CompiledGrammar;
+  /** Of the served model, the same for all of its requests. */
+  readonly vocabulary: VocabularyData;
 }
 
 export interface CoreRequest {
@@ -64,6 +76,8 @@ export interface RequestOutput {
   readonly index: number;
   /** A stop token that ended the completion comes last. */
   readonly tokens: readonly number[];
+  /** What ended the completion is its grammar, so that the last token is part of the text. */
+  readonly grammarEnded?: boolean;
   /** Same length as `tokens` where asked for. */
   readonly logprobs?: readonly TokenLogprob[];
   /** With the first output of index 0. */
@@ -126,14 +140,20 @@ export interface ScheduledSequence {
 }
 
 /** Whether what is drawn hangs on the tokens before it. */
-export function looksBack({
+export function looksBack(params: SamplingParams): boolean {
+  return (
+    penalizes(params) ||
+    params.grammar !== undefined ||
+    (params.badWords ?? []).some(({ length }) => length > 1)
+  );
+}
+
+export function penalizes({
   repetitionPenalty = 1,
   presencePenalty = 0,
   frequencyPenalty = 0,
-  badWords = [],
 }: SamplingParams): boolean {
-  const penalties = repetitionPenalty !== 1 || presencePenalty !== 0 || frequencyPenalty !== 0;
-  return penalties || badWords.some(({ length }) => length > 1);
+  return repetitionPenalty !== 1 || presencePenalty !== 0 || frequencyPenalty !== 0;
 }
 
 /** What an executor runs. Copies happen before the forward pass. */
@@ -146,6 +166,8 @@ export interface SampledToken {
   readonly sequenceId: string;
   readonly token: number;
   readonly logprob?: TokenLogprob;
+  /** Nothing can follow it under the grammar of its request. */
+  readonly ends?: boolean;
 }
 
 export interface ForwardResult {

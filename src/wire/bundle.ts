@@ -1,6 +1,6 @@
 /**
- * Bundles on the wire: many tensors in one announcement and one answer, between native peers only (docs/protocol.md, "Bundles"). What tensors of
- * a bundle have in common is written once: ids as a common head and tail around a part each, shapes as runs of equal ones.
+ * Bundles on the wire: many tensors in one announcement and one answer, between native peers only (docs/protocol.md, "Bundles"). What the
+ * tensors of a bundle share is written once: ids as a common head and tail around a part of their own, shapes as runs of equal ones.
  */
 import type { Dtype } from './dtype.ts';
 import {
@@ -37,7 +37,7 @@ export function readPuts(fields: Fields, limits: WireLimits): PutsMessage {
   const cmd = 'PUTS';
   const ids = readIds(fields, cmd);
   const forms = readForms(fields, ids.length, limits, cmd);
-  // Field by field: a spread costs microseconds, and there are many tensors.
+  // Field by field: a spread costs microseconds, and tensors are many.
   const tensors = ids.map((tensor_id, index) => {
     const { shape, dtype, promptDigest } = forms[index]!;
     return { tensor_id, shape, dtype, promptDigest };
@@ -106,7 +106,7 @@ function idFields(tensors: readonly { readonly tensor_id: TensorId }[]): Fields 
   const [first = ''] = ids;
   let head = first.length;
   for (const id of ids) head = Math.min(head, commonLength(first, id));
-  // Half of a surrogate pair is no text.
+  // Half of a surrogate pair is not text.
   if (isHigh(first, head - 1)) head--;
   let tail = first.length - head;
   for (const id of ids) tail = Math.min(tail, commonTail(first, id), id.length - head);
@@ -162,7 +162,7 @@ function readForms(fields: Fields, count: number, limits: WireLimits, what: stri
   return forms.map(({ shape, dtype }, index) => ({ shape, dtype, promptDigest: digests[index] }));
 }
 
-/** `[count, digest]` for each run of tensors of one prompt, the digest empty where it is not known; nothing where none is. */
+/** `[count, digest]` for each run of tensors of one prompt, the digest empty if unknown; nothing if all are. */
 function promptRuns(forms: readonly TensorForm[]): { readonly prompts?: readonly [number, string][] } {
   if (forms.every(({ promptDigest }) => promptDigest === undefined)) return {};
   const runs: [number, string][] = [];

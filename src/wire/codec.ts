@@ -49,7 +49,7 @@ const decoder = new Decoder(DECODER_LIMITS);
 
 const RAW_ANSWERS = { send: 0x30, 'no-room': 0x31, 'no-pair': 0x32 } as const;
 
-/** Throws what the other end would: a message that breaks the limits does not leave. */
+/** Throws what the receiver would: a message that exceeds the limits is not sent. */
 export function encodeMessage(message: WireMessage): Uint8Array {
   switch (message.cmd) {
     case 'NEW': {
@@ -83,7 +83,7 @@ export function encodeMessage(message: WireMessage): Uint8Array {
   }
 }
 
-/** An error says whom it leaves without an answer: `answerToInvalid` reads that from its context. */
+/** Adds to an error which request it leaves unanswered; `answerToInvalid` reads that from its context. */
 export function decodeMessage(body: Uint8Array, limits: WireLimits): WireMessage {
   let fields: Fields | undefined;
   try {
@@ -121,9 +121,9 @@ function readMessage(fields: Fields, limits: WireLimits): WireMessage {
 }
 
 /**
- * What to answer to a message that `decodeMessage` refused with `error`. Answers are matched by their order, or by the `seq` of what they
- * answer, so a message that is plainly an announcement must not go without: its sender would wait, vLLM for ever. Undefined for
- * anything else, and for a GETS that does not tell what its answer must repeat.
+ * The answer to a message that `decodeMessage` refused with `error`. Answers are matched by order, or by the `seq` of what they answer, so
+ * every message that is recognizably an announcement must get one: its sender would wait, vLLM for ever. Undefined for anything else,
+ * and for a GETS without the fields that its answer must repeat.
  */
 export function answerToInvalid(error: unknown): Answer | undefined {
   if (!(error instanceof PdError)) return undefined;
@@ -131,7 +131,7 @@ export function answerToInvalid(error: unknown): Answer | undefined {
   switch (cmd) {
     case 'PUT':
     case 'PUTS':
-      // Of a bundle it means all of it: its sender then tries its tensors one by one.
+      // For a bundle it means all of it: the sender then tries its tensors one by one.
       return { kind: 'no-room' };
     case 'GET':
       return typeof seq === 'number' ? { kind: 'get', ret: 1, seq } : { kind: 'get', ret: 1 };
@@ -170,7 +170,7 @@ export function encodeAnswer(answer: Answer): Uint8Array {
       const { refused } = answer;
       const pd = helloFields(answer.hello);
       if (!refused) return encode({ pd });
-      // Both values of a mismatch stand in the message, so it may be long.
+      // The message has both values of a mismatch, so it may be long.
       return encode({ pd: { ...pd, refused: { ...refused, message: refused.message.slice(0, MAX_TEXT) } } });
     }
     default:
@@ -234,7 +234,7 @@ export function encodePing(ping: PingMessage): Uint8Array {
   return encode({ type, http_address, zmq_address, pd: { version, digest, model, ...told } });
 }
 
-/** The addresses are strings here; the reader parses them (`net/address.ts`). */
+/** Addresses stay strings here; the reader parses them (`net/address.ts`). */
 export function decodePing(body: Uint8Array): PingMessage {
   const fields = decodeMap(body, 'ping');
   const type = field(fields, 'type');
@@ -268,7 +268,7 @@ function decodeMap(body: Uint8Array, what: string): Fields {
   return value;
 }
 
-/** A copy, so that the socket's buffer may go. */
+/** A copy, so that the socket's buffer can be freed. */
 function checkUniqueId(value: unknown): UniqueId {
   if (!(value instanceof Uint8Array) || value.length !== UNIQUE_ID_BYTES) {
     throw protocolError('bad_field', `NEW: unique_id is ${show(value)}, not ${UNIQUE_ID_BYTES} bytes`);
@@ -294,12 +294,12 @@ function readGet(fields: Fields): WireMessage {
   return pd ? { cmd, tensor_id, native: readSeq(pd, cmd) } : { cmd, tensor_id };
 }
 
-/** What an announcement that cannot be taken asks for, as far as it can be told. `tensors`: how many a GETS names. */
+/** What a refused announcement asks for, as far as it is readable. `tensors`: how many a GETS names. */
 function askedInVain(
   body: Uint8Array,
   fields: Fields | undefined,
 ): { readonly cmd?: string; readonly seq?: number; readonly tensors?: number } {
-  // Too large or too deep to be decoded it still begins as everyone writes it: a vLLM peer's id may be longer than we allow.
+  // Even if it is too large or too deep to decode, it begins as all do: a vLLM peer's id may be longer than we allow.
   if (!fields) return leadingCommand(body);
   const cmd = field(fields, 'cmd');
   if (typeof cmd !== 'string') return {};

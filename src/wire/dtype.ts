@@ -1,4 +1,4 @@
-/** Element types by their names on the wire (torch names without `torch.`) and their size in bytes. FP8 caches travel as uint8. */
+/** Element types by their name on the wire (torch's without `torch.`) and their size in bytes. FP8 caches travel as uint8. */
 export const DTYPE_BYTES = {
   int8: 1,
   uint8: 1,
@@ -17,7 +17,7 @@ export function isDtype(name: unknown): name is Dtype {
   return typeof name === 'string' && Object.hasOwn(DTYPE_BYTES, name);
 }
 
-/** Bytes of a dense tensor. Exact: the caller has checked shape against the limits, so the product is a safe integer. */
+/** Bytes of a dense tensor. Exact: the caller has checked the shape against the limits, so the product is a safe integer. */
 export function tensorBytes(shape: readonly number[], dtype: Dtype): number {
   return shape.reduce((product, dim) => product * dim, DTYPE_BYTES[dtype]);
 }

@@ -10,12 +10,12 @@ export function isFields(value: unknown): value is Fields {
   return typeof value === 'object' && value !== null && Object.getPrototypeOf(value) === Object.prototype;
 }
 
-/** Own properties only: a key such as `constructor` must not find what every object has. */
+/** Own properties only: a key such as `constructor` must not find what every object inherits. */
 export function field(fields: Fields, key: string): unknown {
   return Object.hasOwn(fields, key) ? fields[key] : undefined;
 }
 
-/** A value from outside as it may stand in a message or a log: quoted and short. */
+/** A value from outside as it may appear in an error message or a log: quoted and short. */
 export function show(value: unknown): string {
   if (value instanceof Uint8Array) return `${value.length} bytes`;
   const text = (typeof value === 'bigint' ? `${value}` : JSON.stringify(value)) ?? 'nothing';
@@ -49,7 +49,7 @@ export function optionalMap(fields: Fields, key: string, what: string): Fields |
   return value;
 }
 
-/** `prompt` where there is one: the digest of the prompt that a tensor is KV of. */
+/** `prompt`, if present: the digest of the prompt whose KV the tensor holds. */
 export function promptFields(promptDigest: string | undefined): { readonly prompt?: string } {
   return promptDigest === undefined ? {} : { prompt: promptDigest };
 }
@@ -62,7 +62,7 @@ export function readPrompt(fields: Fields, what: string): { readonly promptDiges
 const MAX_NEAR = 8;
 const MAX_NEAR_ID = 512;
 
-/** `near` where there are any, for people to read: at most so many, cut where they are long. */
+/** `near`, if present, for people to read: limited in number and length. */
 export function nearFields(near: readonly string[] | undefined): { readonly near?: readonly string[] } {
   if (!near || near.length === 0) return {};
   return { near: near.slice(0, MAX_NEAR).map((id) => id.slice(0, MAX_NEAR_ID)) };
@@ -114,7 +114,7 @@ export function checkShape(value: unknown, dtype: Dtype, limits: WireLimits, wha
   });
   let bytes: number = DTYPE_BYTES[dtype];
   for (const dim of shape) {
-    // Compared by division: the product of two safe integers need not be one.
+    // Compared by division: the product of two safe integers may not be one.
     if (dim > limits.maxTensorBytes / bytes) {
       throw protocolError(
         'limit',

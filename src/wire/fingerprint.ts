@@ -1,10 +1,10 @@
-/** The digest by which two ends know that they hold KV of one model. */
+/** The digest by which two ends know that their KV is of the same model. */
 import { createHash } from 'node:crypto';
 import type { Dtype } from './dtype.ts';
 
-/** What identifies the model and its KV to a peer. Unequal digests never exchange KV; the fields say why. */
+/** Identifies the model and its KV to a peer. Ends with different digests never exchange KV; the other fields say why. */
 export interface Fingerprint {
-  /** Hex SHA-256 over all fields but `model`: one checkpoint may lie under two names. */
+  /** Hex SHA-256 over all fields but `model`: one checkpoint may have two names. */
   readonly digest: string;
   /** Checkpoint name for people. */
   readonly model: string;
@@ -18,8 +18,8 @@ export interface Fingerprint {
 }
 
 /**
- * A fingerprint of these fields. `weights` is any digest of what the KV depends on beside them: configuration, tensors, adapters.
- * `model` is not part of it: one checkpoint may lie under two names.
+ * A fingerprint of these fields. `weights` is any digest of what else the KV depends on: configuration, tensors, adapters. `model` is not
+ * part of it: one checkpoint may have two names.
  */
 export function fingerprint(fields: Omit<Fingerprint, 'digest'>): Fingerprint {
   const { model, weights, dtype, blockSize, layers, heads, headDim } = fields;

@@ -1,4 +1,4 @@
-/** What stands in `pd` of a NEW and of its answer. */
+/** The `pd` of a NEW and of its answer. */
 import { ERROR_TABLE, type ErrorCode } from '../errors.ts';
 import { checkDtype, countField, type Fields, field, optionalMap, show, textField } from './fields.ts';
 import type { Fingerprint } from './fingerprint.ts';
@@ -71,7 +71,7 @@ export function readRefusal(pd: Fields): { code: ErrorCode; message: string } | 
   const fields = optionalMap(pd, 'refused', 'answer to NEW');
   if (!fields) return undefined;
   const code = textField(fields, 'code', 64, 'answer to NEW');
-  // A later version may know codes that this one does not; its message says more anyway.
+  // A later version may have codes that this one does not know; the message says more anyway.
   const known = Object.hasOwn(ERROR_TABLE, code) ? (code as ErrorCode) : 'MESSAGE_INVALID';
   return { code: known, message: textField(fields, 'message', MAX_TEXT, 'answer to NEW') };
 }

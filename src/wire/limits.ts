@@ -4,7 +4,7 @@
  */
 import { type ErrorCode, PdError } from '../errors.ts';
 
-/** ROUTER `maxMessageSize`, and the most that any message of ours takes. Bytes. */
+/** ROUTER `maxMessageSize`, and the largest message that we send. Bytes. */
 export const MAX_BODY_BYTES = 64 * 1024;
 /** Characters of a tensor id. */
 export const MAX_TENSOR_ID = 4096;
@@ -32,13 +32,13 @@ export const DECODER_LIMITS = {
   maxMapLength: MAX_MAP,
 } as const;
 
-/** What the operator sets; a peer's announcement is checked against it before a byte is taken. */
+/** Set by the operator; a peer's announcement is checked against it before a byte is accepted. */
 export interface WireLimits {
   /** Largest single tensor, bytes. */
   readonly maxTensorBytes: number;
 }
 
-/** Labels of pd_protocol_errors_total that reading a message can give. */
+/** Labels of pd_protocol_errors_total that reading a message can produce. */
 export type ProtocolErrorKind = 'malformed' | 'unknown_command' | 'bad_field' | 'limit' | 'unknown_dtype';
 
 const CODES: Record<ProtocolErrorKind, ErrorCode> = {
@@ -74,7 +74,7 @@ export interface BodyLimits {
 const BODY_LIMITS: BodyLimits = { body: MAX_BODY_BYTES, bin: MAX_BIN };
 
 /**
- * Walks one msgpack value without building it. Throws LIMIT_EXCEEDED where it is too large or too deep and MESSAGE_INVALID where it is
+ * Walks one msgpack value without building it. Throws LIMIT_EXCEEDED if it is too large or too deep, and MESSAGE_INVALID if it is
  * truncated, has bytes after its end, or uses the one byte that msgpack never uses. What passes is safe to decode.
  */
 export function checkMsgpack(body: Uint8Array, most: BodyLimits = BODY_LIMITS): void {
@@ -99,7 +99,7 @@ export function checkMsgpack(body: Uint8Array, most: BodyLimits = BODY_LIMITS): 
       if (open.length > MAX_DEPTH) {
         throw protocolError('limit', `message nests deeper than ${MAX_DEPTH} levels`);
       }
-      // Every child takes a byte, so a header that claims more than is left lies.
+      // Every child takes at least a byte, so a header that claims more than is left lies.
       if (header.children > body.length - at) throw truncated(body.length);
       open.push(header.children);
     }

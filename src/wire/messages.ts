@@ -13,8 +13,8 @@ export const PD_VERSION = 1;
 
 export const SEND_TYPES = ['PUT', 'PUT_ASYNC', 'GET'] as const;
 /**
- * PUT: the producer sends, and a save waits until all is sent. PUT_ASYNC: the producer sends in the background. GET: the producer
- * keeps, the consumer asks. Both ends must agree.
+ * PUT: the producer sends, and a save waits until everything is sent. PUT_ASYNC: the producer sends in the background. GET: the producer
+ * keeps the KV, the consumer asks for it. Both ends must agree.
  */
 export type SendType = (typeof SEND_TYPES)[number];
 
@@ -24,10 +24,10 @@ declare const brand: unique symbol;
 /** Exactly 128 bytes: NCCL's bootstrap address, or the host transport's data address and token. */
 export type UniqueId = Uint8Array & { readonly [brand]: 'UniqueId' };
 
-/** What two native ends tell each other at NEW. */
+/** What two native peers exchange at NEW. */
 export interface PeerHello {
   readonly version: number;
-  /** Names that this end does not know are kept, and mean nothing. */
+  /** Unknown names are kept and ignored. */
   readonly features: readonly string[];
   readonly sendType: SendType;
   /** Absent for an engine that exchanges tensors of any model. */
@@ -47,7 +47,7 @@ export interface PutMessage {
   readonly tensor_id: TensorId;
   readonly shape: readonly number[];
   readonly dtype: Dtype;
-  /** Only towards a peer that is known to be native: it may then answer `2`. */
+  /** Only to a peer known to be native: it may then answer `2`. */
   readonly native?: Pick<TensorForm, 'promptDigest'>;
 }
 
@@ -55,15 +55,15 @@ export interface PutMessage {
 export interface GetMessage {
   readonly cmd: 'GET';
   readonly tensor_id: TensorId;
-  /** Only towards a peer that is known to be native: it may then answer out of order, and repeats `seq`. */
+  /** Only to a peer known to be native: it may then answer out of order, and repeats `seq`. */
   readonly native?: { readonly seq?: number };
 }
 
-/** What a tensor on the wire is made of. */
+/** The shape and type of a tensor on the wire. */
 export interface TensorForm {
   readonly shape: readonly number[];
   readonly dtype: Dtype;
-  /** Between native peers, of the prompt that it is KV of, where its sender knows it. */
+  /** Between native peers: the digest of the prompt that this is KV of, if the sender knows it. */
   readonly promptDigest?: string | undefined;
 }
 
@@ -75,7 +75,7 @@ export interface PutsMessage {
   readonly runs: readonly number[];
 }
 
-/** "Send me these tensors, in one operation." `bytes`: for which the asker has memory, in `runs` of neighbours; 0: it has none yet. */
+/** "Send me these tensors, in one operation." `bytes`: sizes that the requester has memory for, in `runs` of neighbours; 0: none yet. */
 export interface GetsMessage {
   readonly cmd: 'GETS';
   readonly seq: number;
@@ -83,12 +83,12 @@ export interface GetsMessage {
   readonly runs: readonly number[];
 }
 
-/** "Our pair is idle: end it with me." Of the side that sent NEW. */
+/** "Our pair is idle: close it with me." Sent by the side that sent NEW. */
 export interface CloseMessage {
   readonly cmd: 'CLOSE';
 }
 
-/** Everything but NEW, PUT and GET goes only to a peer whose hello lists the feature. */
+/** Everything except NEW, PUT and GET is sent only to a peer whose hello lists the feature. */
 export type WireMessage = NewMessage | PutMessage | GetMessage | PutsMessage | GetsMessage | CloseMessage;
 
 /** PUTS, GETS and their answers. */
@@ -96,7 +96,7 @@ export const BUNDLE_FEATURE = 'bundle';
 /** CLOSE and its answers. */
 export const CLOSE_FEATURE = 'close';
 
-/** Rank 0 of an instance tells the proxy that it lives. `P` is prefill, `D` decode. */
+/** From rank 0 of an instance to the proxy, as a heartbeat. `P` is prefill, `D` decode. */
 export interface PingMessage {
   readonly type: 'P' | 'D';
   readonly http_address: string;
@@ -106,13 +106,13 @@ export interface PingMessage {
 
 export interface PingHello {
   readonly version: number;
-  /** `Fingerprint.digest`: the proxy pairs only what is equal. */
+  /** `Fingerprint.digest`: the proxy pairs only equal ones. */
   readonly digest: string;
   /** `Fingerprint.model`, for people. */
   readonly model: string;
-  /** How it sends or asks: GET and PUT do not meet. Absent in pings of before it was told. */
+  /** How KV moves: instances that differ in GET or PUT are not paired. Absent in pings of older workers. */
   readonly sendType?: SendType;
-  /** Names that the reader does not know mean nothing. Absent in pings of before there were any. */
+  /** Unknown names are ignored. Absent in pings of older workers. */
   readonly features?: readonly string[];
   /** Absent in pings of before it was told. */
   readonly load?: WorkerLoad;
@@ -140,12 +140,12 @@ export interface WorkerLoad {
   readonly queuedTokens: number;
 }
 
-/** What is said of one tensor of PUTS. */
+/** The answer for one tensor of PUTS. */
 export type PutVerdict = 'send' | 'no-room' | 'unwanted';
-/** What is said of one tensor of GETS: its form where it is here. */
+/** The answer for one tensor of GETS: its form if it is here. */
 export type GetVerdict = TensorForm | 'missing' | 'gone';
 
-/** What a listener answers. */
+/** The answers of a listener. */
 export type Answer =
   /** PUT: send now. */
   | { readonly kind: 'send' }
@@ -168,7 +168,7 @@ export type Answer =
       readonly kind: 'get';
       readonly ret: 1;
       readonly seq?: number;
-      /** Between native peers: it was here and has been given up, so asking again is in vain. */
+      /** Between native peers: it was here and has been dropped, so asking again is pointless. */
       readonly gone?: true;
       /** Between native peers: tensors that are kept under another id of the same request. */
       readonly near?: readonly string[];
@@ -180,7 +180,7 @@ export type Answer =
       readonly verdicts: readonly PutVerdict[];
       readonly runs: readonly number[];
     }
-  /** GETS: what is here follows as one operation. `missing` may come yet, `gone` not (as with GET). `runs`: of those here, in the sender's memory. */
+  /** GETS: what is here follows as one operation. `missing` may still come, `gone` will not (as with GET). `runs`: of those here, in the sender's memory. */
   | {
       readonly kind: 'gets';
       readonly seq: number;
@@ -189,7 +189,7 @@ export type Answer =
       /** As with GET. */
       readonly near?: readonly string[];
     }
-  /** Between native peers, of the listener: `ask` that the other side closes the pair if it is idle; `done`: this end has closed it. */
+  /** Between native peers, from the listener: `ask` the other side to close the pair if it is idle; `done`: this end has closed it. */
   | { readonly kind: 'close'; readonly stage: 'ask' | 'done' }
   /** NEW, between native peers. With `refused` no pair is opened. */
   | {

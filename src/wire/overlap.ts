@@ -1,19 +1,19 @@
-/** What proxy and workers say of a request's KV in HTTP headers (docs/protocol.md, "Discovery"). */
+/** What proxy and workers tell each other about a request's KV in HTTP headers (docs/protocol.md, "Discovery"). */
 import { ERROR_TABLE, type ErrorCode, type ErrorContext, type ErrorData } from '../errors.ts';
 
-/** In the `features` of a ping: this worker may be asked while the other end of its pair is at work. */
+/** In the `features` of a ping: both ends of a pair of such workers may get a request at the same time. */
 export const OVERLAP_FEATURE = 'overlap';
 
 /** Likewise, and in its hello: this worker speaks the native hand-over. */
 export const NATIVE_FEATURE = 'native';
 
-/** To a consumer: KV of this request is still being computed, for at most so many milliseconds. */
+/** To a consumer: the KV of this request is still being computed, for at most this many milliseconds. */
 export const PREFILL_WITHIN_HEADER = 'x-pd-prefill-within';
 
 /** A longer time counts as this: a day, in milliseconds. */
 const LONGEST_MS = 86_400_000;
 
-/** The header's value; undefined where there is none, or none that makes sense. */
+/** The header's value; undefined if it is absent or invalid. */
 export function readPrefillWithin(value: unknown): number | undefined {
   if (typeof value !== 'string' || !/^[1-9]\d{0,14}$/.test(value)) return undefined;
   return Math.min(Number(value), LONGEST_MS);
@@ -31,16 +31,16 @@ export function readWire(value: unknown): Wire | undefined {
   return WIRES.find((wire) => wire === value);
 }
 
-/** Of a producer, with an answer that is well but for this: KV of the prompt will not come. ErrorData as JSON, URI-encoded. */
+/** From a producer, with an otherwise successful answer: the KV of the prompt will not come. ErrorData as JSON, URI-encoded. */
 export const KV_FAILED_HEADER = 'x-pd-kv-failed';
 
-/** Characters of the header; servers and clients take 16 KiB of all headers together. */
+/** Characters of the header; servers and clients accept 16 KiB of headers in all. */
 const LONGEST_HEADER = 4_096;
 /** Characters of a message or of one value of its context. */
 const LONGEST_TEXT = 512;
 const MOST_CAUSES = 4;
 
-/** Without its causes, or all but its code, where it would be too long. */
+/** Without its causes, or reduced to its code, if it would be too long. */
 export function writeKvFailed(error: ErrorData): string {
   const { code, message, context } = error;
   for (const part of [error, { code, message, context }, { code, message: '', context: {} }]) {
@@ -50,7 +50,7 @@ export function writeKvFailed(error: ErrorData): string {
   return '';
 }
 
-/** Undefined where there is none, or none that makes sense. */
+/** Undefined if it is absent or invalid. */
 export function readKvFailed(value: unknown): ErrorData | undefined {
   if (typeof value !== 'string' || value.length > LONGEST_HEADER) return undefined;
   try {
@@ -60,7 +60,7 @@ export function readKvFailed(value: unknown): ErrorData | undefined {
   }
 }
 
-/** An error that another instance has told; undefined where it is none. */
+/** An error reported by another instance; undefined if it is not one. */
 export function readErrorData(value: unknown, most = MOST_CAUSES): ErrorData | undefined {
   if (typeof value !== 'object' || value === null) return undefined;
   const { code, message, context, cause } = value as Record<string, unknown>;

@@ -1,9 +1,9 @@
-/** What a model says of one token: the scheduler reports it, and a producer tells it of the first token. */
+/** The log-probabilities of one token: the scheduler reports them, and a producer sends those of the first token. */
 export interface TokenLogprob {
   readonly token: number;
   readonly logprob: number;
   /** How many tokens are at least as likely, itself among them: 1 for the likeliest. Of tokens of a prompt alone. */
   readonly rank?: number;
-  /** The most likely first, the sampled one not necessarily among them. */
+  /** Most likely first; the sampled token is not necessarily among them. */
   readonly top: readonly { readonly token: number; readonly logprob: number }[];
 }

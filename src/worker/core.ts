@@ -22,6 +22,7 @@ import { firstTokens, type SchedulerStep } from '../scheduler/step.ts';
 import type { CacheChange, CoreRequest, ForwardResult, RequestOutput } from '../scheduler/types.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 import type { WorkerLoad } from '../wire/messages.ts';
+import { CoreGrammars } from './core-grammars.ts';
 import type { CoreState } from './core-messages.ts';
 import { CoreMetrics } from './core-metrics.ts';
 import { LoadReport } from './load-report.ts';
@@ -58,6 +59,7 @@ export class CoreLoop {
   readonly #throughput: ThroughputLog;
   readonly #load: LoadReport | undefined;
   readonly #saving: LayerHooks;
+  readonly #grammars: CoreGrammars;
   /** What has come since the last turn. */
   #commands: (() => void)[] = [];
   /** Set while the loop sleeps. */
@@ -81,6 +83,7 @@ export class CoreLoop {
     const { reportLoad } = options;
     this.#load = reportLoad && new LoadReport(() => loadOf(scheduler), reportLoad);
     this.#saving = saveHooks(options.executor, options.connector);
+    this.#grammars = new CoreGrammars(options.executor.vocabSize);
   }
 
   add(request: CoreRequest): void {
@@ -196,7 +199,11 @@ export class CoreLoop {
       // A mark per layer, which costs a GPU an event each, only where a save waits for it.
       const { saves, fills } = step.metadata ?? { saves: [], fills: [] };
       const marked = saves.length + fills.length > 0;
-      return await this.#options.executor.forward(step.batch, marked ? this.#saving : {});
+      const result = await this.#options.executor.forward(step.batch, {
+        ...(marked && this.#saving),
+        mask: (sequence) => this.#grammars.mask(sequence),
+      });
+      return this.#grammars.marked(step.batch, result);
     } catch (error) {
       return PdError.from(error);
     }

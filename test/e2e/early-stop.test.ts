@@ -56,7 +56,7 @@ it('a worker that cannot end its start in time exits 0 all the same', async () =
 it('a second signal ends a worker that starts at once', async () => {
   const program = await loadForEver();
   program.child.kill('SIGTERM');
-  await program.line(/giving up the start/);
+  await program.line(/during startup: exiting/);
   const ended = once(program.child, 'exit');
   program.child.kill('SIGINT');
   expect(await ended).toEqual([0, null]);

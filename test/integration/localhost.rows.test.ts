@@ -72,7 +72,7 @@ describe.skipIf(unavailable !== undefined)('localhost, where IPv4 is 127.0.0.1 a
     expect(kv).toMatch(`[${NETNS_IPV6}]:`);
     const said = [...system.findings, ...peer.findings].map(({ what }) => what).join('\n');
     // The completion that --proxy tries.
-    expect(said).toContain(`it went producer ${kv}, then consumer [${NETNS_IPV6}]:`);
+    expect(said).toContain(`it went to producer ${kv}, then consumer [${NETNS_IPV6}]:`);
     expect(said).toMatch(/its KV moved: [\d,]{4,} bytes/);
     expect(said).toContain('its KV listener answers; it is a pd-worker');
     const load = ['--num-requests', '2', '--warm-up', '0', '--prompt-tokens', '16', '--output-tokens', '4'];

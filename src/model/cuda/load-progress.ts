@@ -1,8 +1,8 @@
 /** What is said while weights load: a line of the log about once a second, on a terminal one that is redrawn; and one at the end. */
 import { writeSync } from 'node:fs';
 import { isatty } from 'node:tty';
+import { progressLine } from '../../observability/bytes.ts';
 import type { Logger } from '../../observability/log.ts';
-import { progressLine } from '../../observability/progress-line.ts';
 
 const LOG_MS = 1_000;
 const REDRAW_MS = 100;

@@ -71,9 +71,9 @@ describe('a supervised program', () => {
     process.kill(pids[1]!, 'SIGKILL');
     await started(3);
     expect(
-      said.filter((line) => line.includes('starting it again')).map((line) => line.slice(0, 40)),
-    ).toEqual(['worker ended: SIGKILL; starting it again', 'worker ended: SIGKILL; starting it again']);
-    expect(said.join('\n')).toMatch(/again in 1 ms[\s\S]*again in 2 ms/); // growing
+      said.filter((line) => line.includes('restarting')).map((line) => line.replace(/ in .*/, '')),
+    ).toEqual(['worker exited: SIGKILL; restarting it', 'worker exited: SIGKILL; restarting it']);
+    expect(said.join('\n')).toMatch(/it in 1 ms[\s\S]*it in 2 ms/); // growing
   });
 
   test('that keeps dying is given up at the fifth death; the whole fails, with its last lines said', async () => {
@@ -99,7 +99,7 @@ describe('a supervised program', () => {
     });
     supervisor.start();
     await supervisor.untilReady(async () => true, 60_000);
-    await saying('giving it up');
+    await saying('giving up on it');
     expect(failed).toBe(false);
     expect(supervisor.children[1]!.givenUp).toBe(false);
   });
@@ -174,7 +174,7 @@ describe('stopping', () => {
     supervisor.start();
     await started(1);
     process.kill(pids[0]!, 'SIGKILL');
-    await saying('again');
+    await saying('restarting');
     await supervisor.stop();
     expect(pids).toHaveLength(1);
   });

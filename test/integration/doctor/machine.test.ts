@@ -61,8 +61,8 @@ describe('without a GPU', () => {
     const { code, of } = await examine(['--device', 'cuda:0'], nothing);
     expect(code).toBe(1);
     const [cuda, , nccl] = of('Libraries');
-    expect(cuda).toMatchObject({ level: 'fail', mend: expect.stringContaining('install the NVIDIA driver') });
-    expect(nccl).toMatchObject({ level: 'fail', mend: expect.stringContaining('PD_NCCL_LIB') });
+    expect(cuda).toMatchObject({ level: 'fail', fix: expect.stringContaining('install the NVIDIA driver') });
+    expect(nccl).toMatchObject({ level: 'fail', fix: expect.stringContaining('PD_NCCL_LIB') });
   });
 
   test('pd-launch refuses GPUs with the reason and the way out', async () => {
@@ -96,9 +96,9 @@ describe('with two GPUs', () => {
       examine([], { ...standIns, PD_STANDIN_FAULTS: 'cudaGetDeviceCount=100' }),
       examine([], { ...standIns, PD_STANDIN_NCCL: '22005' }),
     ]);
-    expect(absent.failures[0]?.what).toMatch(/cuda:2 is not there: this process sees cuda:0 to cuda:1/);
+    expect(absent.failures[0]?.what).toMatch(/cuda:2 does not exist: this process sees cuda:0 to cuda:1/);
     expect(none.failures[0]?.what).toMatch(/no CUDA-capable device/);
-    expect(old.of('Libraries')[2]).toMatchObject({ level: 'warn', mend: expect.stringContaining('2.27') });
+    expect(old.of('Libraries')[2]).toMatchObject({ level: 'warn', fix: expect.stringContaining('2.27') });
   });
 
   test('a library that crashes as it loads is named; the rest of the page stands', async () => {
@@ -111,7 +111,9 @@ describe('with two GPUs', () => {
     execFileSync('gcc', ['-shared', '-fPIC', '-o', library, source]);
     const { code, failures, of } = await examine([], { ...standIns, PD_NCCL_LIB: library });
     expect(code).toBe(1);
-    expect(failures).toEqual([expect.objectContaining({ what: 'nccl: loading it ended with SIGABRT' })]);
+    expect(failures).toEqual([
+      expect.objectContaining({ what: 'nccl: the process that loads it ended with SIGABRT' }),
+    ]);
     expect(of('GPUs').length).toBe(3);
     expect(of('Ports').length).toBeGreaterThan(0);
   });

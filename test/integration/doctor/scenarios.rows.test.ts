@@ -59,7 +59,7 @@ async function start({
   return { proxy, producer: workers[0]!, consumer: workers[1]!, prefix };
 }
 
-/** The mend of each failure, by way of asking. `producerFails`: its own deadline may come after the consumer's. */
+/** The fix of each failure, by way of asking. `producerFails`: its own deadline may come after the consumer's. */
 async function diagnosed({ proxy, producer, consumer, prefix }: System, producerFails = true) {
   const system = await pdDoctor('System', ['--proxy', proxy.url], prefix);
   if (producerFails) await producer.program.line(/could not be sent/, 60_000);
@@ -67,17 +67,17 @@ async function diagnosed({ proxy, producer, consumer, prefix }: System, producer
     [producer, consumer].map(({ url }) => pdDoctor('Worker', ['--worker', url], prefix)),
   );
   expect(system.status).toBe(1);
-  const mends = (found: typeof system) => failed(found).map(({ mend }) => mend!);
+  const fixes = (found: typeof system) => failed(found).map(({ fix }) => fix!);
   return {
-    system: mends(system),
-    sender: mends(sender!),
-    receiver: mends(receiver!),
+    system: fixes(system),
+    sender: fixes(sender!),
+    receiver: fixes(receiver!),
     findings: system.findings,
   };
 }
 
-const scenario = (number: number, mend: string) =>
-  expect.stringMatching(new RegExp(`^hang scenario ${number} of the runbook, .*${mend}`));
+const scenario = (number: number, fix: string) =>
+  expect.stringMatching(new RegExp(`^hang scenario ${number} of the runbook, .*${fix}`));
 
 if (!withTheOthers) {
   test('1: the pair never opens: nobody takes data connections where the producer says', async () => {
@@ -101,7 +101,7 @@ if (!withTheOthers) {
     expect(findings).toContainEqual({
       level: 'warn',
       what: expect.stringMatching(/^consumer .* 127\.0\.0\.2:\d+: from here it refuses connections/),
-      mend: expect.stringContaining('--kv-announce-host'),
+      fix: expect.stringContaining('--kv-announce-host'),
     });
   });
 }
@@ -136,9 +136,9 @@ test.each(rows<'fail' | 'recompute'>(['fail'], ['recompute']))(
     const { system: all, sender, receiver } = await diagnosed(system);
     const expected = scenario(3, '--kv-buffer-size or --mem-pool-size-gb');
     if (loadFailure === 'recompute') expect(all.shift()).toMatch(/--kv-load-failure fail/);
-    for (const mends of [all, sender, receiver]) {
-      expect(mends.length).toBeGreaterThan(0);
-      for (const mend of mends) expect(mend).toEqual(expected);
+    for (const fixes of [all, sender, receiver]) {
+      expect(fixes.length).toBeGreaterThan(0);
+      for (const fix of fixes) expect(fix).toEqual(expected);
     }
   },
 );
@@ -168,8 +168,8 @@ if (!withTheOthers) {
     expect(status).toBe(1);
     expect(findings[0]).toMatchObject({
       level: 'fail',
-      what: expect.stringContaining(`${worker.kvAddress} takes connections and says nothing`),
-      mend: expect.stringContaining('kill -CONT'),
+      what: expect.stringContaining(`${worker.kvAddress} accepts connections but sends nothing`),
+      fix: expect.stringContaining('kill -CONT'),
     });
   });
 }

@@ -50,9 +50,9 @@ describe('a running system', () => {
     const section = await proxySection(proxy.url, TIMEOUT_MS);
     expect(section.findings.filter(({ level }) => level === 'fail' || level === 'warn')).toEqual([]);
     const text = section.findings.map(({ what }) => what).join('\n');
-    expect(text).toMatch(/fingerprints fit/);
+    expect(text).toMatch(/fingerprints match/);
     expect(text).toContain(
-      `it went producer ${workers[0]!.kvAddress}, then consumer ${workers[1]!.kvAddress}`,
+      `it went to producer ${workers[0]!.kvAddress}, then consumer ${workers[1]!.kvAddress}`,
     );
     expect(text).toMatch(/its KV moved: [\d,]{4,} bytes/);
   });
@@ -65,9 +65,9 @@ describe('a running system', () => {
 
   test('a worker is told from a proxy', async () => {
     const { findings } = await proxySection(workers[0]!.url, TIMEOUT_MS);
-    expect(findings).toMatchObject([{ level: 'fail', mend: expect.stringContaining("proxy's HTTP port") }]);
+    expect(findings).toMatchObject([{ level: 'fail', fix: expect.stringContaining("proxy's HTTP port") }]);
     const [finding] = (await peer(new URL(proxy.url).host)).findings;
-    expect(finding).toMatchObject({ level: 'fail', mend: expect.stringContaining('this is an HTTP port') });
+    expect(finding).toMatchObject({ level: 'fail', fix: expect.stringContaining('this is an HTTP port') });
   });
 });
 
@@ -100,7 +100,7 @@ describe('a system that is not whole', () => {
     const { findings } = await proxySection(`http://${proxy}`, TIMEOUT_MS);
     const failed = findings.filter(({ level }) => level === 'fail');
     expect(failed).toMatchObject([
-      { what: 'no consumer shows up', mend: expect.stringContaining('--role consumer --proxy') },
+      { what: 'no consumer is listed', fix: expect.stringContaining('--role consumer --proxy') },
       { what: expect.stringMatching(/does not answer \/health from here: connect ECONNREFUSED/) },
     ]);
   });
@@ -111,7 +111,7 @@ describe('a system that is not whole', () => {
     const proxy = await http(() => ({ status: 'ok', instances }));
     const { findings } = await proxySection(`http://${proxy}`, TIMEOUT_MS);
     expect(findings.find(({ level }) => level === 'fail')?.what).toMatch(
-      /no producer fits a consumer.*aaaa.*bbbb/,
+      /no producer matches a consumer.*aaaa.*bbbb/,
     );
   });
 
@@ -159,8 +159,8 @@ describe('a peer', () => {
     for (const { router } of routers) router.close();
     expect(sections.map(({ findings }) => findings[1])).toMatchObject([
       { level: 'ok', what: expect.stringContaining('not a pd-worker (vLLM?)') },
-      { level: 'fail', mend: expect.stringContaining('discovery port') },
-      { level: 'fail', what: expect.stringContaining('the protocol does not know') },
+      { level: 'fail', fix: expect.stringContaining('discovery port') },
+      { level: 'fail', what: expect.stringContaining('is not of the protocol') },
     ]);
     // one GET for nothing, and not a NEW or PUT, which would change something there
     expect(vllm!.asked).toEqual([{ cmd: 'GET', tensor_id: 'pd-doctor#probe', native: { seq: 0 } }]);
@@ -178,7 +178,7 @@ describe('a peer', () => {
     router.close();
     await gate.close();
     expect(gate.refused).toBeGreaterThan(0);
-    expect(findings[1]).toMatchObject({ level: 'fail', mend: expect.stringContaining('--allow-peers') });
+    expect(findings[1]).toMatchObject({ level: 'fail', fix: expect.stringContaining('--allow-peers') });
   });
 
   test('the way back is tried at the address that would be told', async () => {

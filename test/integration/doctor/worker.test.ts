@@ -47,9 +47,9 @@ test('a worker that waits for a producer that never comes', async () => {
     found = await workerSection(url, TIMEOUT_MS);
   }
   expect(failed()?.what).toMatch(
-    /waits for cmpl-___prefill_addr_127\.0\.0\.1:9.*#model\.layers\.0\.self_attn\.attn from 127\.0\.0\.1:9/,
+    /has waited .* for cmpl-___prefill_addr_127\.0\.0\.1:9.*#model\.layers\.0\.self_attn\.attn from 127\.0\.0\.1:9/,
   );
-  expect(failed()?.mend).toMatch(/hang scenario 2 of the runbook/);
+  expect(failed()?.fix).toMatch(/hang scenario 2 of the runbook/);
   abort.abort();
   await request;
 });
@@ -57,12 +57,14 @@ test('a worker that waits for a producer that never comes', async () => {
 test('one that was not started with --debug-state, one that is gone, and one of another kind', async () => {
   const { url } = await consumer();
   expect((await workerSection(url, TIMEOUT_MS)).findings).toMatchObject([
-    { level: 'fail', mend: expect.stringContaining('--debug-state') },
+    { level: 'fail', fix: expect.stringContaining('--debug-state') },
   ]);
   const other: Server = createServer((_, response) => response.end('{}'));
   await new Promise<void>((resolve) => other.listen(0, '127.0.0.1', resolve));
   const address = `http://127.0.0.1:${(other.address() as AddressInfo).port}`;
-  expect((await workerSection(address, TIMEOUT_MS)).findings[0]?.what).toContain('not a worker of ours');
+  expect((await workerSection(address, TIMEOUT_MS)).findings[0]?.what).toContain(
+    'not answered by a pd-worker',
+  );
   await new Promise((resolve) => other.close(resolve));
   const [gone] = (await workerSection(address, TIMEOUT_MS)).findings;
   expect(gone).toMatchObject({ level: 'fail', what: expect.stringContaining('ECONNREFUSED') });

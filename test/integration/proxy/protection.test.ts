@@ -44,7 +44,7 @@ const metric = async (proxy: PdProxy, name: string) => {
   );
 };
 
-test('over its limits requests wait, and beyond the line are answered 429 as OpenAI does', async () => {
+test('over its limits requests wait, and beyond the queue are answered 429 as OpenAI does', async () => {
   const proxy = await startProxy({ maxRunning: 1, maxQueued: 1 });
   const held: ServerResponse[] = [];
   const producer = await upstream(proxy, 'producer', (_, out) => void held.push(out));
@@ -58,7 +58,7 @@ test('over its limits requests wait, and beyond the line are answered 429 as Ope
   expect([third.status, third.headers.get('retry-after')]).toEqual([429, '1']);
   expect(await third.json()).toEqual({
     error: {
-      message: 'at most 1 requests are served at a time, and as many requests as may wait are waiting',
+      message: 'at most 1 requests are served at a time, and the queue is full',
       type: 'rate_limit_error',
       param: null,
       code: 'OVERLOADED',

@@ -3,8 +3,7 @@ import { createServer } from 'node:net';
 import { join } from 'node:path';
 import { describe, expect, test } from 'vitest';
 import { launchOptions } from '../../../src/cli/launch.ts';
-import { LogFiles } from '../../../src/cli/launch-log-files.ts';
-import { LaunchOutput } from '../../../src/cli/launch-output.ts';
+import { LaunchOutput, LogFiles } from '../../../src/cli/launch-output.ts';
 import { launchDevices, planLaunch } from '../../../src/cli/launch-plan.ts';
 import { tempDir } from '../../support/temp-dir.ts';
 
@@ -159,7 +158,7 @@ describe('--log-dir', () => {
     files.line('producer-0', 'three');
     files.close();
     expect(said).toEqual([
-      expect.stringMatching(/^LOG_UNWRITABLE: .*proxy\.log: ENOSPC.*what proxy says is kept no more/),
+      expect.stringMatching(/^LOG_UNWRITABLE: .*proxy\.log: ENOSPC.*the output of proxy is no longer kept/),
     ]);
     expect(readFileSync(join(dir, 'producer-0.log'), 'utf8')).toBe('three\n');
   });

@@ -42,7 +42,7 @@ describe('variables', () => {
 
 describe('the four hang scenarios', () => {
   const answer = (error: object) => diagnose(504, JSON.stringify({ error: { message: 'words', ...error } }));
-  const mend = (error: object) => answer(error).finding.mend;
+  const fix = (error: object) => answer(error).finding.fix;
   const error = (code: ErrorCode, context: ErrorContext = {}, cause?: ErrorData): ErrorData => ({
     code,
     message: 'words',
@@ -98,19 +98,19 @@ describe('the four hang scenarios', () => {
       /scenario 4.*vLLM producer with VLLM_DISABLE/,
     ],
   ])('%s', (_, failed, pattern) => {
-    expect(mend(failed)).toMatch(pattern);
+    expect(fix(failed)).toMatch(pattern);
   });
 
   test('a load that says nothing of its pair, or whose pair is open, is left to the workers', () => {
     for (const failed of [late({}), late({ pair: 'open' }), error('KV_LOAD_FAILED')]) {
       const { finding, ask } = answer(failed);
       expect(ask).toBe('workers');
-      expect(finding.mend).toMatch(/^the error does not say why: pd-doctor --worker/);
+      expect(finding.fix).toMatch(/^the error does not say why: pd-doctor --worker/);
     }
   });
 
   test('another code brings its own hint, and a body that is no JSON its words', () => {
-    expect(mend({ code: 'NO_INSTANCE' })).toMatch(/GET \/health lists/);
+    expect(fix({ code: 'NO_INSTANCE' })).toMatch(/GET \/health lists/);
     expect(diagnose(502, '<html>bad gateway').finding.what).toContain('bad gateway');
   });
 });
@@ -126,11 +126,11 @@ describe('the page', () => {
     const page = renderReport(report, { colour: false, width: 80 });
     expect(page).toContain('  warn busy\n       -> wait\n');
     expect(page).not.toContain('Nothing');
-    expect(page).toMatch(/nothing stands in the way, 1 warning\n$/);
+    expect(page).toMatch(/no problems found, 1 warning\n$/);
   });
 
   test('keeps within its width, and counts failures', () => {
-    const long = reportOf('1.2.3', [{ title: 'T', findings: [fail('word '.repeat(60).trim(), 'mend it')] }]);
+    const long = reportOf('1.2.3', [{ title: 'T', findings: [fail('word '.repeat(60).trim(), 'fix it')] }]);
     const page = renderReport(long, { colour: false, width: 60 });
     expect(long.sound).toBe(false);
     expect(Math.max(...page.split('\n').map((line) => line.length))).toBeLessThanOrEqual(60);

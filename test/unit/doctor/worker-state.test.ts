@@ -74,7 +74,7 @@ test('a wait for a prompt that is still being computed is no finding', () => {
 test('where something waits, it says how to tell a peer that computes from one that is stopped', () => {
   const last = (waiting: TransferState['waiting']) => findingsOf({ waiting, pairs: [pair('open')] }).at(-1);
   expect(last([])).toEqual({ level: 'ok', what: 'nothing waits longer than it should' });
-  const ask = `\`pd-doctor --peer ${PEER}\` tells whether the peer still answers`;
+  const ask = `\`pd-doctor --peer ${PEER}\` shows whether the peer still answers`;
   const prefilling = { ...wait(), prefilling: true as const };
   expect(last([prefilling])).toEqual({ level: 'info', what: `no deadline is near; ${ask}` });
   expect(last([{ ...prefilling, sinceMs: 50_000 }])).toEqual({ level: 'info', what: ask });
@@ -146,17 +146,17 @@ describe('a worker that waits is in scenario', () => {
       },
       /scenario 3.*--kv-buffer-size or --mem-pool-size-gb/,
     ],
-  ])('%s', (_, transfer, mend) => {
+  ])('%s', (_, transfer, fix) => {
     const found = examine(transfer);
     expect(found).toHaveLength(1);
-    expect(found[0]?.mend).toMatch(mend);
+    expect(found[0]?.fix).toMatch(fix);
   });
 
   test('4: the wait names the key, and what came instead', () => {
     const [found] = examine({ waiting: [wait(['cmpl-a-0-01234567#layer.0 (ready)'])] });
     expect(found?.what).toBe(
-      'cmpl-a-0-89abcdef waits for cmpl-a-0#layer.0 from 10.0.0.1:8082 since 20.0 s of 60.0 s; ' +
-        'here is instead: cmpl-a-0-01234567#layer.0 (ready)',
+      'cmpl-a-0-89abcdef has waited 20.0 s of 60.0 s for cmpl-a-0#layer.0 from 10.0.0.1:8082; ' +
+        'what came instead: cmpl-a-0-01234567#layer.0 (ready)',
     );
   });
 

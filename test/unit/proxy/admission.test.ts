@@ -49,7 +49,7 @@ test('without limits everybody begins at once', async () => {
   expect(all.every(({ state }) => state === 'begun')).toBe(true);
 });
 
-test('what is over the limit waits, a full line turns away at once, and says when to come again', async () => {
+test('what is over the limit waits, a full queue turns away at once, and says when to come again', async () => {
   const { all, ask, begun, reasons } = door();
   for (let i = 0; i < 8; i++) ask(`${i}`);
   await settle();
@@ -60,7 +60,7 @@ test('what is over the limit waits, a full line turns away at once, and says whe
   expect([error!.code, error!.status, error!.message]).toEqual([
     'OVERLOADED',
     429,
-    'at most 2 requests are served at a time, and as many requests as may wait are waiting',
+    'at most 2 requests are served at a time, and the queue is full',
   ]);
   expect(retryHeaders(error!)).toEqual({ 'retry-after': '1' });
   expect(reasons).toEqual(['full', 'full']);
@@ -83,7 +83,7 @@ test('prompt tokens are a limit, too; a prompt longer than it comes through alon
   expect(begun()).toEqual(['first']);
 });
 
-describe('in the line', () => {
+describe('in the queue', () => {
   test('lower priorities come first', async () => {
     const { all, ask, begun } = door({ requests: 1 });
     ask('running');

@@ -1,6 +1,5 @@
 import { expect, it } from 'vitest';
-import { binarySize, byteRate } from '../../../src/observability/bytes.ts';
-import { bar, progressLine } from '../../../src/observability/progress-line.ts';
+import { bar, binarySize, byteRate, progressLine } from '../../../src/observability/bytes.ts';
 
 it.each([
   [0, '0 bytes'],
