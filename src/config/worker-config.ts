@@ -2,6 +2,7 @@
 import type { HostPort } from '../net/address.ts';
 import type { CallDialect } from '../parsing/calls.ts';
 import type { ReasoningDialect } from '../parsing/reasoning.ts';
+import type { KvEventForm } from '../wire/kv-events.ts';
 import type { TransferOptions } from './transfer-options.ts';
 
 export const WORKER_ROLES = ['producer', 'consumer', 'both'] as const;
@@ -46,6 +47,9 @@ export interface WorkerConfig {
   readonly httpAnnounceHost: string;
   /** For the transfer engine; the device and the log are those of the whole worker. Address and fingerprint are added at start. */
   readonly transfer: TransferOptions;
+  /** First of the three ports of KV events; 0: any free ones. Absent: none are published. */
+  readonly kvEventsPort?: number;
+  readonly kvEventsForm: KvEventForm;
   /** Who may read GET /debug/state. Absent: nobody. */
   readonly debugState?: DebugAudience;
   /** The same on both ends of a pair, or `auto` on one. */

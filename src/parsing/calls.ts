@@ -24,6 +24,18 @@ interface Form {
   readonly listed: boolean;
   /** Tokens that a decoder must not leave out. */
   readonly tokens: readonly string[];
+  /** How calls are written where a grammar writes them. */
+  readonly written: WrittenForm;
+}
+
+/** Text before the first call, behind the last and between two; and within one before its name, before its arguments and behind them. */
+export interface WrittenForm {
+  readonly before: string;
+  readonly after: string;
+  readonly between: string;
+  readonly open: string;
+  readonly middle: string;
+  readonly close: string;
 }
 
 const FORMS: Readonly<Record<CallDialect, Form>> = {
@@ -33,6 +45,14 @@ const FORMS: Readonly<Record<CallDialect, Form>> = {
     bare: false,
     listed: false,
     tokens: ['<tool_call>', '</tool_call>'],
+    written: {
+      before: '',
+      after: '',
+      between: '\n',
+      open: '<tool_call>\n{"name": "',
+      middle: '", "arguments": ',
+      close: '}\n</tool_call>',
+    },
   },
   llama3_json: {
     begin: '<|python_tag|>',
@@ -40,6 +60,14 @@ const FORMS: Readonly<Record<CallDialect, Form>> = {
     bare: true,
     listed: false,
     tokens: ['<|python_tag|>'],
+    written: {
+      before: '',
+      after: '',
+      between: '; ',
+      open: '{"name": "',
+      middle: '", "parameters": ',
+      close: '}',
+    },
   },
   mistral: {
     begin: '[TOOL_CALLS]',
@@ -47,12 +75,25 @@ const FORMS: Readonly<Record<CallDialect, Form>> = {
     bare: false,
     listed: true,
     tokens: ['[TOOL_CALLS]', '[ARGS]', '[CALL_ID]'],
+    written: {
+      before: '[TOOL_CALLS][',
+      after: ']',
+      between: ', ',
+      open: '{"name": "',
+      middle: '", "arguments": ',
+      close: '}',
+    },
   },
 };
 
 /** Special tokens that are part of calls. */
 export function callTokens(dialect: CallDialect): readonly string[] {
   return FORMS[dialect].tokens;
+}
+
+/** How a grammar writes calls, so that a parser of the same dialect reads them. */
+export function writtenForm(dialect: CallDialect): WrittenForm {
+  return FORMS[dialect].written;
 }
 
 /** The form that a checkpoint's chat template teaches; undefined where it is none of ours. */

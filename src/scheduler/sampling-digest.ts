@@ -31,6 +31,7 @@ const PARTS: {
     const tokens = badWords.flatMap((word) => (word.length === 1 ? word : []));
     return tokens.length > 0 ? ascending(tokens) : undefined;
   },
+  grammar: ({ grammar }) => grammar?.key,
   logprobs: ({ logprobs }) => logprobs,
   // A prompt whose own log-probabilities are asked for is never loaded.
   promptLogprobs: () => undefined,

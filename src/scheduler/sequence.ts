@@ -152,7 +152,9 @@ export function sampledOutput(sequence: Sequence, sampled: SampledToken, maxLeng
   const tokens = sampling.maxTokens > 0 ? [sampled.token] : [];
   for (const token of tokens) sequence.append(token);
   sequence.answered = true;
-  const finishReason = finishReasonOf(sequence, sampled.token, maxLength);
+  const stopReason = finishReasonOf(sequence, sampled.token, maxLength);
+  const grammarEnded = sampled.ends === true && stopReason !== 'stop';
+  const finishReason = grammarEnded ? 'stop' : stopReason;
   return {
     requestId: request.requestId,
     index: sequence.index,
@@ -161,6 +163,7 @@ export function sampledOutput(sequence: Sequence, sampled: SampledToken, maxLeng
       sampled.logprob && { logprobs: tokens.length > 0 ? [sampled.logprob] : [] }),
     ...(withPromptLogprobs && { promptLogprobs: packLogprobs(sequence.promptLogprobs) }),
     ...(finishReason && { finishReason }),
+    ...(grammarEnded && { grammarEnded }),
     ...(ofPrompt && { promptSource: promptSourceOf(sequence) }),
   };
 }

@@ -1,5 +1,8 @@
 /** Requests as the scheduler sees them, and what one step is. Plain data, no I/O. */
 import type { ErrorData } from '../errors.ts';
+import type { CompiledGrammar } from '../grammar/compile.ts';
+import type { VocabularyData } from '../grammar/vocabulary.ts';
+import type { BlockHash } from '../kv/block-hash.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 import type { Wire } from '../wire/overlap.ts';
 import type { TokenLogprob } from '../wire/token-logprob.ts';
@@ -36,6 +39,16 @@ export interface SamplingParams {
   readonly allowedTokenIds?: readonly number[];
   /** Token sequences that the output may not have: the last token of one is banned where the output ends in those before it. */
   readonly badWords?: readonly (readonly number[])[];
+  /** The output is a text of this grammar; it ends where nothing can follow. */
+  readonly grammar?: GrammarUse;
+}
+
+export interface GrammarUse {
+  /** Equal where the grammars are. */
+  readonly key: string;
+  readonly tables: CompiledGrammar;
+  /** Of the served model, the same for all of its requests. */
+  readonly vocabulary: VocabularyData;
 }
 
 export interface CoreRequest {
@@ -63,6 +76,8 @@ export interface RequestOutput {
   readonly index: number;
   /** A stop token that ended the completion comes last. */
   readonly tokens: readonly number[];
+  /** What ended the completion is its grammar, so that the last token is part of the text. */
+  readonly grammarEnded?: boolean;
   /** Same length as `tokens` where asked for. */
   readonly logprobs?: readonly TokenLogprob[];
   /** With the first output of index 0. */
@@ -84,6 +99,18 @@ export interface TokenHistory {
   readonly length: number;
   tokens(start: number, end: number): Int32Array;
 }
+
+/** What a later prompt may find, or not any more. */
+export type CacheChange =
+  | {
+      readonly type: 'stored';
+      readonly hashes: readonly BlockHash[];
+      /** Of the block before the first; absent at the start of a sequence. */
+      readonly parent?: BlockHash;
+      /** Of all its blocks. */
+      readonly tokens: Int32Array;
+    }
+  | { readonly type: 'removed'; readonly hash: BlockHash };
 
 /** How one completion's token is to be sampled in this step. */
 export interface SampleSpec {
@@ -114,7 +141,11 @@ export interface ScheduledSequence {
 
 /** Whether what is drawn hangs on the tokens before it. */
 export function looksBack(params: SamplingParams): boolean {
-  return penalizes(params) || (params.badWords ?? []).some(({ length }) => length > 1);
+  return (
+    penalizes(params) ||
+    params.grammar !== undefined ||
+    (params.badWords ?? []).some(({ length }) => length > 1)
+  );
 }
 
 export function penalizes({
@@ -135,6 +166,8 @@ export interface SampledToken {
   readonly sequenceId: string;
   readonly token: number;
   readonly logprob?: TokenLogprob;
+  /** Nothing can follow it under the grammar of its request. */
+  readonly ends?: boolean;
 }
 
 export interface ForwardResult {

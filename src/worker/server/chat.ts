@@ -23,12 +23,14 @@ import {
   servedModel,
   splitBody,
 } from './fields.ts';
+import { grammarFields, takeGrammar } from './grammar-fields.ts';
 import { chatLogprobs, promptLogprobsOf } from './logprobs.ts';
 import { conversationFields, messagesSchema, offeredTools, renderChat } from './messages.ts';
 import { turns } from './turns.ts';
 
-const chatSchema = z.object({
+export const chatSchema = z.object({
   ...samplingFields,
+  ...grammarFields,
   ...conversationFields,
   messages: messagesSchema,
   max_completion_tokens: optional(z.int().min(0)),
@@ -40,12 +42,13 @@ const chatSchema = z.object({
 
 type ChatBody = z.output<typeof chatSchema>;
 
-export interface ChatReading extends Read<Omit<ChatBody, 'tools' | 'chat_template_kwargs'>> {
+export interface ChatReading
+  extends Read<Omit<ChatBody, 'tools' | 'chat_template_kwargs' | keyof typeof grammarFields>> {
   readonly parsing: Parsing;
 }
 
 export function readChat(served: Served, model: TextModel, json: unknown): ChatReading {
-  const { messages, ...given } = parseBody(chatSchema, json);
+  const [{ messages, ...given }, grammarWish] = takeGrammar(parseBody(chatSchema, json));
   const [body, constraints] = splitBody(given);
   const name = servedModel(served, body.model);
   const maxTokens = body.max_completion_tokens ?? body.max_tokens;
@@ -80,7 +83,7 @@ export function readChat(served: Served, model: TextModel, json: unknown): ChatR
     served,
     model,
     { ...body, ...constraints },
-    { prompts, maxTokens, echo: false, logprobs, keep: parsedTokens(parsing) },
+    { prompts, maxTokens, echo: false, logprobs, keep: parsedTokens(parsing), grammarWish },
   );
   const { tools: _, chat_template_kwargs: __, ...kept } = body;
   return { body: kept, model: name, asked, parsing };

@@ -106,7 +106,8 @@ export class Choice {
     let text = '';
     for (const [i, token] of output.tokens.entries()) {
       // The token that ended the completion (end of sequence, stop_token_ids) is counted but is no text.
-      const ending = finishReason === 'stop' && i === output.tokens.length - 1;
+      const last = i === output.tokens.length - 1;
+      const ending = finishReason === 'stop' && last && !output.grammarEnded;
       const logprob = output.logprobs?.[i];
       if (logprob) this.#pending.push({ logprob, offset: this.#decoded });
       this.#pendingTokens.push(token);

@@ -23,11 +23,12 @@ import {
   splitBody,
   tokenIds,
 } from './fields.ts';
+import { grammarFields, takeGrammar } from './grammar-fields.ts';
 import { completionLogprobs, promptLogprobsOf } from './logprobs.ts';
 
 const DEFAULT_MAX_TOKENS = 16;
 
-const promptForms = z
+export const promptForms = z
   .union([z.string(), z.array(z.string()).min(1), tokenIds.min(1), z.array(tokenIds.min(1)).min(1)], {
     error: 'expected a string, a list of strings, a list of token ids, or a list of lists of token ids',
   })
@@ -38,7 +39,7 @@ const promptForms = z
   .refine((list) => list.length <= MAX_PROMPTS, `more than ${MAX_PROMPTS} prompts`);
 
 /** One list of ids comes often and long, and a union of schemas tries each form on every id. */
-const prompts = z.unknown().transform((prompt, context): readonly (string | readonly number[])[] => {
+export const prompts = z.unknown().transform((prompt, context): readonly (string | readonly number[])[] => {
   if (isIds(prompt)) return [prompt];
   const { success, data, error } = promptForms.safeParse(prompt);
   if (success) return data;
@@ -52,18 +53,19 @@ function isIds(value: unknown): value is readonly number[] {
   return Array.isArray(value) && value.length > 0 && value.every((id) => Number.isSafeInteger(id) && id >= 0);
 }
 
-const completionSchema = z.object({
+export const completionSchema = z.object({
   ...samplingFields,
+  ...grammarFields,
   prompt: prompts,
   echo: optional(z.boolean()),
   logprobs: optional(z.int().min(0).max(MAX_LOGPROBS)),
   add_special_tokens: optional(z.boolean()),
 });
 
-export type CompletionReading = Read<z.output<typeof completionSchema>>;
+export type CompletionReading = Read<Omit<z.output<typeof completionSchema>, keyof typeof grammarFields>>;
 
 export function readCompletion(served: Served, model: TextModel, json: unknown): CompletionReading {
-  const { prompt, ...given } = parseBody(completionSchema, json);
+  const [{ prompt, ...given }, grammarWish] = takeGrammar(parseBody(completionSchema, json));
   const [body, constraints] = splitBody(given);
   const name = servedModel(served, body.model);
   const echo = body.echo ?? false;
@@ -83,7 +85,8 @@ export function readCompletion(served: Served, model: TextModel, json: unknown):
     const text = whole ? given : model.decode(tokens, { skipSpecialTokens: false });
     return { text: echo ? text : '', tokens };
   });
-  const own = { prompts, maxTokens: body.max_tokens ?? DEFAULT_MAX_TOKENS, echo, logprobs: body.logprobs };
+  const maxTokens = body.max_tokens ?? DEFAULT_MAX_TOKENS;
+  const own = { prompts, maxTokens, echo, logprobs: body.logprobs, grammarWish };
   return { body, model: name, asked: askedOf(served, model, { ...body, ...constraints }, own) };
 }
 

@@ -4,6 +4,7 @@
  */
 import { parse } from 'secure-json-parse';
 import { PdError } from '../../errors.ts';
+import type { GrammarSpec } from '../../grammar/grammar.ts';
 import type { Decoding, TextModel } from '../../model/tokenizer.ts';
 import type { CallDialect } from '../../parsing/calls.ts';
 import type { ReasoningDialect } from '../../parsing/reasoning.ts';
@@ -34,14 +35,18 @@ export const NOT_DONE: Readonly<Record<string, readonly unknown[]>> = {
   tool_choice: ['none', 'auto'],
   functions: [[]],
   function_call: ['none', 'auto'],
-  response_format: [{ type: 'text' }],
-  structured_outputs: [],
-  guided_json: [],
-  guided_regex: [],
-  guided_choice: [],
-  guided_grammar: [],
   chat_template: [],
   prompt_embeds: [],
+  documents: [[]],
+  echo: [false],
+  audio: [],
+  modalities: [['text']],
+  web_search_options: [],
+  verbosity: ['medium'],
+  mm_processor_kwargs: [{}],
+  logits_processors: [[]],
+  vllm_xargs: [{}],
+  cache_salt: [],
 };
 
 export const samplingFields = {
@@ -129,6 +134,12 @@ export interface TextOptions extends Decoding {
   readonly includeStop?: boolean;
 }
 
+/** What a request wants its text to be, and the field that says so. */
+export interface GrammarWish {
+  readonly spec: GrammarSpec;
+  readonly param: string;
+}
+
 /** What a completion or chat asks of the core. */
 export interface Asked {
   readonly prompts: readonly ReadPrompt[];
@@ -139,6 +150,8 @@ export interface Asked {
   readonly priority: number;
   readonly stops: readonly string[];
   readonly text: TextOptions;
+  /** To be built into `sampling.grammar` before it goes to the core. */
+  readonly grammarWish?: GrammarWish;
   readonly echo: boolean;
 }
 
@@ -238,10 +251,12 @@ export function askedOf(
   {
     logprobs,
     keep,
+    grammarWish,
     ...own
   }: Pick<Asked, 'prompts' | 'maxTokens' | 'echo'> & {
     readonly logprobs: number | undefined;
     readonly keep?: readonly string[];
+    readonly grammarWish?: GrammarWish | undefined;
   },
 ): Asked {
   const { eosTokenIds } = model;
@@ -262,6 +277,7 @@ export function askedOf(
     ...own,
     n: body.n ?? 1,
     priority: body.priority ?? 0,
+    ...(grammarWish && { grammarWish }),
     stops: body.stop ?? [],
     text: {
       skipSpecialTokens: body.skip_special_tokens ?? true,

@@ -20,20 +20,29 @@ import {
 import { chatLogprobs } from './logprobs.ts';
 import { turns } from './turns.ts';
 
-const {
-  n: _n,
-  best_of: _best,
-  stream_options: _options,
-  prompt_logprobs: _prompt,
-  ...sampling
-} = samplingFields;
+/** Fields that mean in a chat what they mean here. */
+const shared = z
+  .object({
+    ...samplingFields,
+    parallel_tool_calls: optional(z.boolean()),
+    chat_template_kwargs: optional(z.record(z.string(), z.unknown())),
+    top_logprobs: optional(z.int().min(0).max(MAX_LOGPROBS)),
+  })
+  .omit({
+    n: true,
+    best_of: true,
+    stream_options: true,
+    prompt_logprobs: true,
+    return_token_ids: true,
+    return_tokens_as_token_ids: true,
+  }).shape;
 
 const LOGPROBS = 'message.output_text.logprobs';
 
 const item = z.looseObject({ type: optional(z.string()), role: optional(z.string()) });
 
 export const responseSchema = z.object({
-  ...sampling,
+  ...shared,
   input: z.union([z.string(), z.array(item).min(1)], 'expected text, or a list of items'),
   instructions: optional(z.string()),
   max_output_tokens: optional(z.int().min(1)),
@@ -43,12 +52,9 @@ export const responseSchema = z.object({
       error: 'expected "none", "auto", "required" or {"type": "function", "name": ...}',
     }),
   ),
-  parallel_tool_calls: optional(z.boolean()),
   reasoning: optional(z.looseObject({ effort: optional(z.string()) })),
   text: optional(z.looseObject({ format: optional(z.looseObject({ type: z.string() })) })),
   include: optional(z.array(z.string())),
-  top_logprobs: optional(z.int().min(0).max(MAX_LOGPROBS)),
-  chat_template_kwargs: optional(z.record(z.string(), z.unknown())),
 });
 
 /** Fields of this API that are not done, with the values that ask for nothing. */
@@ -83,19 +89,19 @@ const NAMES = [
 
 export function readResponse(served: Served, model: TextModel, json: unknown): ResponseReading {
   const body = parseBody(responseSchema, json, RESPONSES_NOT_DONE);
-  const { input, instructions, max_output_tokens, tools, tool_choice, reasoning, text, include, ...rest } =
-    json as Record<string, unknown> & ResponseBody;
+  // As it was sent: what this API does not read itself, that of chats does.
+  const given = json as Readonly<Record<string, unknown>> & ResponseBody;
+  const { instructions, max_output_tokens, tools, tool_choice, reasoning, text, include } = given;
   const format = text?.format;
   const logprobs = include?.includes(LOGPROBS) || (body.top_logprobs ?? 0) > 0;
   const chat = {
-    ...rest,
+    ...Object.fromEntries(Object.keys(shared).map((name) => [name, given[name]])),
     messages: messagesOf(body),
     max_completion_tokens: max_output_tokens,
     tools: tools?.map(chatTool),
     tool_choice: typeof tool_choice === 'object' ? chatChoice(tool_choice) : tool_choice,
     reasoning_effort: reasoning?.effort,
     response_format: format?.type === 'json_schema' ? { type: format.type, json_schema: format } : format,
-    stream_options: undefined,
     ...(logprobs ? { logprobs: true } : { top_logprobs: undefined }),
   };
   const asked_for = {
@@ -109,8 +115,8 @@ export function readResponse(served: Served, model: TextModel, json: unknown): R
     top_logprobs: body.top_logprobs ?? 0,
     text: { ...text, format: format ?? { type: 'text' } },
     reasoning: { effort: null, summary: null, ...reasoning },
-    metadata: rest['metadata'] ?? {},
-    user: rest['user'] ?? null,
+    metadata: given['metadata'] ?? {},
+    user: given['user'] ?? null,
   };
   try {
     return { ...readChat(served, model, chat), asked_for };

@@ -10,6 +10,7 @@ import { chatFormat } from './chat.ts';
 import { completionFormat } from './completions.ts';
 import { readRequest, type ServerContext } from './context.ts';
 import { NOTICE_LIMIT, postFailed, postPrefilled, postRelease } from './notices.ts';
+import { openApi } from './openapi.ts';
 import { postGeneration } from './respond.ts';
 import { responseFormat } from './responses.ts';
 
@@ -103,6 +104,12 @@ export function createServer(context: ServerContext): FastifyInstance {
       return { role: config.role, requests: context.inFlight.size, core: await core.inspect() };
     });
   }
+  let document: Promise<string> | undefined;
+  server.get('/openapi.json', async (_request, reply) => {
+    document ??= openApi(context.version);
+    reply.type('application/json; charset=utf-8');
+    return await document;
+  });
   server.get('/version', async () => ({ version: context.version }));
   server.get('/metrics', async (_request, reply) => {
     reply.header('content-type', registry.contentType);

@@ -13,7 +13,7 @@ import {
 } from './fields.ts';
 import { conversationFields, messagesSchema, offeredTools, renderChat } from './messages.ts';
 
-const tokenizeSchema = z
+export const tokenizeSchema = z
   .object({
     model: optional(z.string()),
     prompt: optional(z.string()),
@@ -26,7 +26,7 @@ const tokenizeSchema = z
     path: ['prompt'],
   });
 
-const detokenizeSchema = z.object({ model: optional(z.string()), tokens: tokenIds });
+export const detokenizeSchema = z.object({ model: optional(z.string()), tokens: tokenIds });
 
 export function readTokenize(served: Served, model: TextModel, json: unknown): Uint8Array<ArrayBuffer> {
   const body = parseBody(tokenizeSchema, json);

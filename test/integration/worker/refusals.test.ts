@@ -122,7 +122,8 @@ describe('errors', () => {
     ['logprobs', { logprobs: 2 }],
     ['max_completion_tokens', { max_completion_tokens: 0 }],
     ['tools.0.function', { tools: [{ type: 'function' }] }],
-    ['response_format', { response_format: { type: 'json_object' } }],
+    ['response_format.type', { response_format: { type: 'xml' } }],
+    ['guided_json', { guided_json: {}, response_format: { type: 'json_object' } }],
   ])('name the field %s of a chat that is wrong: %j', async (param, change) => {
     const { json } = await startServer();
     const { status, body } = await json(CHAT, { messages: user('a'), ...change });

@@ -1,4 +1,5 @@
 import { describe, expect, it } from 'vitest';
+import { type BlockHash, extendHashes } from '../../../src/kv/block-hash.ts';
 import { GREEDY } from '../../../src/model/sampler.ts';
 import { Scheduler } from '../../../src/scheduler/scheduler.ts';
 import type { CoreRequest, SamplingParams } from '../../../src/scheduler/types.ts';
@@ -454,6 +455,23 @@ describe('KV for a peer', () => {
     expect(world.saves[0]?.meta.numTokens).toBe(14);
   });
 });
+describe('prompt tokens that are queued', () => {
+  it('are those to be computed here, less what is cached or comes from a peer', () => {
+    const world = new SchedulerWorld({ ...OPTIONS, maxNumBatchedTokens: 16 }, 'consumer');
+    const first = request(40);
+    world.add(first);
+    expect(world.scheduler.queuedTokens).toBe(40);
+    world.step();
+    expect(world.scheduler.queuedTokens).toBe(40 - 16 - 1);
+    world.drain();
+    expect(world.scheduler.queuedTokens).toBe(0);
+    const again = request(40, {}, { first: first.promptTokens[0]! });
+    world.add(again);
+    expect(world.scheduler.queuedTokens).toBe(4);
+    world.add(request(20, {}, { remote: true }));
+    expect(world.scheduler.queuedTokens).toBe(4 + 1);
+  });
+});
 
 describe('sampling', () => {
   it('ends the request that no token can be drawn for, all its completions, and no other', () => {
@@ -496,4 +514,33 @@ describe('sampling', () => {
     expect([...withHistory!.tokens(0, withHistory!.length)]).toEqual([10, 11, 12, 42]);
     expect(withHistory).toBe(first.batch.sequences[0]!.sample?.history);
   });
+});
+
+it('tells of all that enters and leaves the prefix cache, in that order', () => {
+  const world = new SchedulerWorld({ ...OPTIONS, numBlocks: 10, logCacheChanges: true });
+  const cached = new Map<BlockHash, Int32Array>();
+  const take = () => {
+    for (const change of world.scheduler.takeCacheChanges()) {
+      if (change.type === 'removed') {
+        expect(cached.delete(change.hash)).toBe(true);
+        continue;
+      }
+      for (const [at, hash] of change.hashes.entries()) {
+        expect(cached.has(hash)).toBe(false);
+        cached.set(hash, change.tokens.slice(at * 4, at * 4 + 4));
+      }
+    }
+  };
+  for (const first of [0, 500, 0, 900, 500, 0]) {
+    const one = request(13, {}, { first });
+    world.add(one);
+    while (world.step()) take();
+    take();
+    const hashes: BlockHash[] = [];
+    extendHashes(hashes, one.promptTokens, 4);
+    expect(hashes.map((hash) => cached.get(hash))).toEqual(
+      [0, 4, 8].map((at) => one.promptTokens.slice(at, at + 4)),
+    );
+  }
+  expect(cached.size).toBeLessThanOrEqual(10);
 });
