@@ -75,6 +75,14 @@ export const ERROR_TABLE = {
     status: 503,
     hint: 'Raise --kv-buffer-size or --mem-pool-size-gb on the receiver, or lower the load.',
   },
+  PROMPT_MISMATCH: {
+    status: 502,
+    hint: 'The two ends of a pair got different tokens from one request: compare their tokenizers, chat templates and versions. Or two requests have the same id.',
+  },
+  TRANSPORT_MISMATCH: {
+    status: 502,
+    hint: 'The two ends have no transport for KV in common: compare --transport and --device of both.',
+  },
   KV_SHAPE_MISMATCH: {
     status: 502,
     hint: 'Both ends must have the same layers, KV heads, head size and element type.',

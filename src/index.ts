@@ -21,6 +21,15 @@ export { TransferEngine, type TransferEngineExtras } from './transfer/engine.ts'
 export type { SendHandle, TransferEngineApi } from './transfer/engine-api.ts';
 export type { FailureKind, FailureState } from './transfer/failures.ts';
 export type {
+  Drawn,
+  FirstTokens,
+  HandOverApi,
+  HandOverBooks,
+  HandOverUser,
+  WantOutcome,
+  WantRequest,
+} from './transfer/native/hand-over-api.ts';
+export type {
   LoadRequest,
   LoadResult,
   PairState,
@@ -44,7 +53,8 @@ export type {
   SchedulerConnector,
   WorkerConnector,
 } from './connector/connector.ts';
-export type { ConnectorMetadata, LoadMeta, SaveMeta } from './connector/metadata.ts';
+export type { ConnectorMetadata, FillMeta, LoadMeta, SaveMeta, WantMeta } from './connector/metadata.ts';
+export type { NativeParts, SharedBlocks } from './connector/native-half.ts';
 export {
   type KvRole,
   P2pSchedulerConnector,
@@ -104,6 +114,8 @@ export {
   tensorIdOf,
   transferIdOf,
 } from './wire/ids.ts';
+export type { Wire } from './wire/overlap.ts';
+export type { TokenLogprob } from './wire/token-logprob.ts';
 
 // A whole worker and a whole proxy.
 

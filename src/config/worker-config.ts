@@ -9,6 +9,13 @@ export const LOAD_FAILURE_POLICIES = ['recompute', 'fail'] as const;
 /** What a consumer does when KV does not come: compute the prompt itself, or end the request with an error. */
 export type LoadFailurePolicy = (typeof LOAD_FAILURE_POLICIES)[number];
 
+export const WIRE_CHOICES = ['auto', 'native', 'frozen'] as const;
+/**
+ * How KV travels between two workers of ours. `auto`: natively where the proxy says so to both ends, which it does where both can. `native`:
+ * also where nobody says anything, for pairs without a proxy of ours. `frozen`: as between a worker of ours and one of vLLM.
+ */
+export type WireChoice = (typeof WIRE_CHOICES)[number];
+
 export const EXECUTORS = ['host', 'cuda'] as const;
 
 /** `loopback`: clients on this machine. */
@@ -35,6 +42,8 @@ export interface WorkerConfig {
   readonly transfer: TransferOptions;
   /** Who may read GET /debug/state. Absent: nobody. */
   readonly debugState?: DebugAudience;
+  /** The same on both ends of a pair, or `auto` on one. */
+  readonly wire: WireChoice;
   readonly loadFailure: LoadFailurePolicy;
   readonly maxNumSeqs: number;
   readonly maxNumBatchedTokens: number;

@@ -25,7 +25,13 @@ import {
 } from './kinds.ts';
 import { defineOptions, option, type ValuesOf } from './options.ts';
 import { DEFAULT_LIMITS, DEFAULT_TIMEOUTS, KV_KEYS } from './transfer-options.ts';
-import { EXECUTORS, LOAD_FAILURE_POLICIES, WORKER_ROLES, type WorkerConfig } from './worker-config.ts';
+import {
+  EXECUTORS,
+  LOAD_FAILURE_POLICIES,
+  WIRE_CHOICES,
+  WORKER_ROLES,
+  type WorkerConfig,
+} from './worker-config.ts';
 
 const MODEL = 'Model';
 const SERVER = 'HTTP server';
@@ -133,6 +139,13 @@ export const WORKER_OPTIONS = defineOptions({
     group: KV,
     help: 'how KV moves; the same on both ends',
     default: 'PUT_ASYNC',
+  }),
+  wire: option({
+    field: 'wire',
+    kind: oneOf(WIRE_CHOICES),
+    group: KV,
+    help: 'between workers of ours: native, written into place; frozen, as with vLLM; auto, native where the proxy sees that both can',
+    default: 'auto',
   }),
   kvBufferSize: option({
     field: 'transfer.kvBufferSize',

@@ -1,7 +1,9 @@
 /** The two halves of a KV connector. The scheduler half is pure; the worker half talks to the transfer engine. */
 import type { EventRef, PagedLayer } from '../device/device.ts';
 import type { ErrorData } from '../errors.ts';
+import type { FirstTokens } from '../transfer/native/hand-over-api.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
+import type { Wire } from '../wire/overlap.ts';
 import type { ConnectorMetadata } from './metadata.ts';
 
 /** What a connector needs to know of a request; any runtime's request fits it. */
@@ -12,6 +14,10 @@ export interface ConnectorRequest {
   readonly numPromptTokens: number;
   /** The prompt. Where both ends give it, KV of another prompt is never taken for this one's. */
   readonly promptTokens?: Int32Array;
+  /** How its KV travels, as both ends have been told; absent: frozen. `native` needs `promptTokens` and `samplingDigest`. */
+  readonly wire?: Wire;
+  /** Equal at both ends where they draw the prompt's first token alike: then the consumer takes the one that the producer drew. */
+  readonly samplingDigest?: string;
   /** False where the request needs logits of its whole prompt, so that loaded KV would not do. */
   readonly mayLoad: boolean;
   /** The other end may still compute the prompt for so many milliseconds. */
@@ -23,8 +29,10 @@ export interface ScheduledRequest {
   readonly requestId: EngineRequestId;
   readonly transferId: TransferId;
   readonly numPromptTokens: number;
-  /** As in ConnectorRequest. */
+  /** As in ConnectorRequest, these three. */
   readonly promptTokens?: Int32Array;
+  readonly wire?: Wire;
+  readonly samplingDigest?: string;
   /** Tokens whose KV was there before this step: cached, loaded or computed. */
   readonly numComputedTokens: number;
   /** Tokens computed in this step. */
@@ -48,7 +56,7 @@ export interface SchedulerConnector {
   ): void;
   /** Metadata of this step, once; what it carries is not repeated in the next. */
   buildConnectorMeta(scheduled: readonly ScheduledRequest[]): ConnectorMetadata;
-  /** A load ended without KV and the request will compute its prompt itself (or end). */
+  /** A load ended without KV and the request will compute its prompt itself (or end). Its blocks may be gone, where they are quarantined. */
   loadFailed(requestId: EngineRequestId): void;
   /** Preempted: its blocks are gone; a save not yet emitted will be emitted when its prompt is complete again. */
   requestPreempted(requestId: EngineRequestId): void;
@@ -62,8 +70,16 @@ export type LoadOutcome =
       readonly ok: true;
       readonly bytes: number;
       readonly milliseconds: number;
+      /** The prompt's first token, drawn by the producer as it would have been here. */
+      readonly draw?: FirstTokens;
     }
-  | { readonly requestId: EngineRequestId; readonly ok: false; readonly error: ErrorData };
+  | {
+      readonly requestId: EngineRequestId;
+      readonly ok: false;
+      readonly error: ErrorData;
+      /** Another process may still write into its blocks: the request lets go of them, and takes others if it goes on. */
+      readonly quarantined?: boolean;
+    };
 
 /** How a save stands at the end of its step, where that is not yet well. */
 export type SaveOutcome =
@@ -75,7 +91,10 @@ export type SaveOutcome =
       readonly settled: Promise<ErrorData | undefined>;
     };
 
-/** Worker side, on the core thread. One step: startLoadKv, (waitForLayerLoad, saveKvLayer) per layer, waitForSave, getFinished. */
+/**
+ * Worker side, on the core thread. One step: requestFinished, startLoadKv, (waitForLayerLoad, saveKvLayer) per layer, waitForSave,
+ * promptsDrawn, getFinished.
+ */
 export interface WorkerConnector {
   /** Starts the loads of this step in the background and remembers its saves. */
   startLoadKv(metadata: ConnectorMetadata): void;
@@ -91,11 +110,21 @@ export interface WorkerConnector {
    * is logged and counted, never thrown: the consumer's policy decides. Returns what its consumer must be told of.
    */
   waitForSave(): Promise<readonly SaveOutcome[]>;
+  /** The step has run: what was drawn at the end of each prompt that it completed. Before a block of theirs is freed. */
+  promptsDrawn(draws: ReadonlyMap<EngineRequestId, FirstTokens>): void;
   /** Loads that ended since the last call. */
   getFinished(): LoadOutcome[];
-  /** Resolves when a load has ended that `getFinished` has not told yet: an idle core waits here. */
+  /** Resolves when a load has ended that `getFinished` has not told yet, or blocks were given back: an idle core waits here. */
   readonly loadEnded: Promise<void>;
-  /** The request is over: frees what the engine holds for it; a producer's sends stay to be asked for, unless it was aborted. */
+  /**
+   * A prompt waits for `numBlocks` blocks: KV that is kept for a consumer and older than the time a consumer has to ask for it makes room.
+   * Whether it did; else in how many milliseconds some may, or undefined where none is kept.
+   */
+  makeRoom(numBlocks: number): true | number | undefined;
+  /**
+   * The request is over: frees what is held for it; a producer's KV stays to be asked for, unless it was aborted. Before its blocks are
+   * given to another request.
+   */
   requestFinished(request: FinishedRequest): void;
 }
 

@@ -1,17 +1,20 @@
 /**
  * The scheduler half of the P2P connector. Pure. Whom a request's KV goes to or comes from stands in its id (wire/ids.ts); a request
- * whose id names no peer is served locally.
+ * whose id names no peer is served locally. Which wire it takes is decided when it is first seen, by what both ends were told.
  *
- *   producer   emits a save with the step that schedules the last chunk of the prompt: all prompt blocks, cached ones too, once per
- *              request, also when it is preempted and resumed.
- *   consumer   claims all prompt tokens but the last, which it computes itself, less what the local prefix cache has; once per request.
+ *   frozen     a producer emits a save with the step that schedules the last chunk of the prompt: all prompt blocks, cached ones too, once
+ *              per request, also when it is preempted and resumed. A consumer claims all prompt tokens but the last, which it computes
+ *              itself, less what the local prefix cache has; once per request.
+ *   native     a producer emits a fill with each step that computes some of the prompt, which ends with the token that it draws. A consumer
+ *              claims all prompt tokens that it has not, the last one too.
  */
 
+import { PdError } from '../errors.ts';
 import { promptDigest } from '../kv/block-hash.ts';
 import type { HostPort } from '../net/address.ts';
 import { type EngineRequestId, peerAddressOf, type TransferId } from '../wire/ids.ts';
 import type { ConnectorRequest, ScheduledRequest, SchedulerConnector } from './connector.ts';
-import type { ConnectorMetadata, LoadMeta, SaveMeta } from './metadata.ts';
+import type { ConnectorMetadata, FillMeta, LoadMeta, SaveMeta, WantMeta } from './metadata.ts';
 
 export type KvRole = 'producer' | 'consumer';
 
@@ -19,28 +22,43 @@ export interface P2pSchedulerConnectorOptions {
   readonly role: KvRole;
   /** Tokens per block. */
   readonly blockSize: number;
+  /** Whether the worker side has a native hand-over; else every request takes the frozen wire, whatever it was told. Default: false. */
+  readonly native?: boolean;
 }
 
-/** Where the KV of one request stands. `local`: nothing (more) to transfer. */
-type TransferStage = 'unsaved' | 'unloaded' | 'loading' | 'local';
+/** Where the KV of one request stands. `filling`: some of it was announced by fills. `local`: nothing (more) to transfer. */
+type TransferStage = 'unsaved' | 'filling' | 'unloaded' | 'loading' | 'local';
 
 interface Transfer {
+  readonly transferId: TransferId;
   /** Rank 0 of the other side. */
   readonly peer: HostPort | undefined;
+  readonly native: NativeTerms | undefined;
   stage: TransferStage;
 }
+
+/** What both ends compare. */
+type NativeTerms = Pick<FillMeta, 'promptDigest' | 'samplingDigest'>;
+
+/** Of a request, whichever way it is seen first. */
+type Seen = Pick<ConnectorRequest, 'requestId' | 'transferId' | 'promptTokens' | 'wire' | 'samplingDigest'>;
 
 /** One per scheduler. It keeps what it must know of a request until `requestFinished`, which must come for every request. */
 export class P2pSchedulerConnector implements SchedulerConnector {
   readonly #role: KvRole;
   readonly #blockSize: number;
+  readonly #native: boolean;
   readonly #transfers = new Map<EngineRequestId, Transfer>();
   #loads: LoadMeta[] = [];
   #cancels: EngineRequestId[] = [];
+  #lost: TransferId[] = [];
+  #wants: WantMeta[] = [];
+  #unwanted: { readonly transferId: TransferId; readonly peer: HostPort }[] = [];
 
   constructor(options: P2pSchedulerConnectorOptions) {
     this.#role = options.role;
     this.#blockSize = options.blockSize;
+    this.#native = options.native ?? false;
   }
 
   transfersKv(transferId: TransferId): boolean {
@@ -49,8 +67,11 @@ export class P2pSchedulerConnector implements SchedulerConnector {
 
   getNumNewMatchedTokens(request: ConnectorRequest, numLocalTokens: number): number {
     if (this.#role === 'producer') return 0;
-    if (!request.mayLoad || this.#transferOf(request).stage !== 'unloaded') return 0;
-    return Math.max(0, request.numPromptTokens - 1 - numLocalTokens);
+    const { stage, native } = this.#transferOf(request);
+    if (!request.mayLoad || stage !== 'unloaded') return 0;
+    const before = Math.max(0, request.numPromptTokens - 1 - numLocalTokens);
+    // Where the last token alone is missing, computing it is quicker than asking.
+    return before > 0 && native ? before + 1 : before;
   }
 
   updateStateAfterAlloc(
@@ -59,32 +80,47 @@ export class P2pSchedulerConnector implements SchedulerConnector {
     numLocalTokens: number,
     numExternalTokens: number,
   ): void {
+    const { requestId, transferId, numPromptTokens, prefillWithinMs } = request;
     const transfer = this.#transferOf(request);
-    if (transfer.stage !== 'unloaded') return;
+    const { peer, native } = transfer;
+    if (transfer.stage !== 'unloaded' || !peer) return;
     // Once it has begun otherwise it stays so: its KV here may be freed, and the peer's is sent only once.
     transfer.stage = numExternalTokens > 0 ? 'loading' : 'local';
-    if (numExternalTokens === 0 || !transfer.peer) return;
-    const numBlocks = Math.ceil(request.numPromptTokens / this.#blockSize);
-    this.#loads.push({
-      requestId: request.requestId,
-      transferId: request.transferId,
-      ...digestOf(request),
-      peer: transfer.peer,
-      numTokens: numExternalTokens,
-      blockIds: blockIds.slice(0, numBlocks),
-      skipBlocks: Math.floor(numLocalTokens / this.#blockSize),
-      ...(request.prefillWithinMs !== undefined && { prefillWithinMs: request.prefillWithinMs }),
-    });
+    if (numExternalTokens === 0) {
+      if (native) this.#unwanted.push({ transferId, peer });
+      return;
+    }
+    const prompt = blockIds.slice(0, this.#blocksFor(numPromptTokens));
+    const skipBlocks = Math.floor(numLocalTokens / this.#blockSize);
+    const within = prefillWithinMs === undefined ? {} : { prefillWithinMs };
+    if (native) {
+      const blocks = prompt.slice(skipBlocks);
+      const ids = { requestId, transferId, ...native, peer };
+      this.#wants.push({ ...ids, numTokens: numPromptTokens, skipBlocks, blockIds: blocks, ...within });
+      return;
+    }
+    const ids = { requestId, transferId, ...digestOf(request), peer };
+    this.#loads.push({ ...ids, numTokens: numExternalTokens, blockIds: prompt, skipBlocks, ...within });
   }
 
   buildConnectorMeta(scheduled: readonly ScheduledRequest[]): ConnectorMetadata {
+    const saves: SaveMeta[] = [];
+    const fills: FillMeta[] = [];
+    if (this.#role === 'producer') for (const request of scheduled) this.#send(request, saves, fills);
     const metadata = {
-      saves: scheduled.flatMap((request) => this.#saveOf(request) ?? []),
+      saves,
       loads: this.#loads,
       cancels: this.#cancels,
+      lost: this.#lost,
+      fills,
+      wants: this.#wants,
+      unwanted: this.#unwanted,
     };
     this.#loads = [];
     this.#cancels = [];
+    this.#lost = [];
+    this.#wants = [];
+    this.#unwanted = [];
     return metadata;
   }
 
@@ -93,49 +129,67 @@ export class P2pSchedulerConnector implements SchedulerConnector {
     if (transfer) transfer.stage = 'local';
   }
 
-  requestPreempted(_requestId: EngineRequestId): void {
-    // Scheduled requests bring all their blocks with every step, so there is nothing to forget: a save that has been emitted stays
-    // emitted, one that has not comes with the step that completes the prompt.
+  requestPreempted(requestId: EngineRequestId): void {
+    // Of a save there is nothing to forget: one that has been emitted stays emitted, one that has not comes with the step that completes
+    // the prompt, with all its blocks.
+    const transfer = this.#transfers.get(requestId);
+    if (transfer?.stage === 'filling') this.#lost.push(transfer.transferId);
   }
 
   requestFinished(requestId: EngineRequestId): void {
-    const stage = this.#transfers.get(requestId)?.stage;
+    const transfer = this.#transfers.get(requestId);
     this.#transfers.delete(requestId);
+    if (!transfer) return;
+    const { stage, native, peer, transferId } = transfer;
     // Also for a load that has ended since or that no metadata has carried yet: the worker side starts loads before it cancels, and
     // every load is answered for, which is what the scheduler waits for.
     if (stage === 'loading') this.#cancels.push(requestId);
+    if (stage === 'unloaded' && native && peer) this.#unwanted.push({ transferId, peer });
   }
 
-  #saveOf(request: ScheduledRequest): SaveMeta | undefined {
-    const { requestId, transferId, numPromptTokens } = request;
-    if (request.numComputedTokens + request.numScheduledTokens < numPromptTokens) return undefined;
+  /** What of a step's request is to be sent, once the step has run. */
+  #send(request: ScheduledRequest, saves: SaveMeta[], fills: FillMeta[]): void {
+    const { requestId, transferId, numPromptTokens: numTokens } = request;
     const transfer = this.#transferOf(request);
-    if (transfer.stage !== 'unsaved' || !transfer.peer) return undefined;
-    transfer.stage = 'local';
-    const blockIds = request.blockIds.slice(0, Math.ceil(numPromptTokens / this.#blockSize));
-    return {
-      requestId,
-      transferId,
-      ...digestOf(request),
-      peer: transfer.peer,
-      numTokens: numPromptTokens,
-      blockIds,
-    };
+    const { peer, native, stage } = transfer;
+    if (!peer || stage === 'local') return;
+    const numComputed = Math.min(numTokens, request.numComputedTokens + request.numScheduledTokens);
+    const blockIds = request.blockIds.slice(0, this.#blocksFor(numComputed));
+    if (numComputed === numTokens) transfer.stage = 'local';
+    else if (native) transfer.stage = 'filling';
+    if (native) fills.push({ requestId, transferId, ...native, numTokens, numComputed, blockIds });
+    else if (numComputed === numTokens) {
+      saves.push({ requestId, transferId, ...digestOf(request), peer, numTokens, blockIds });
+    }
+  }
+
+  #blocksFor(numTokens: number): number {
+    return Math.ceil(numTokens / this.#blockSize);
   }
 
   #peerOf(transferId: TransferId): HostPort | undefined {
     return peerAddressOf(transferId, this.#role === 'producer' ? 'decode' : 'prefill');
   }
 
-  #transferOf({ requestId, transferId }: Pick<ConnectorRequest, 'requestId' | 'transferId'>): Transfer {
+  #transferOf(request: Seen): Transfer {
+    const { requestId, transferId } = request;
     const known = this.#transfers.get(requestId);
     if (known) return known;
     const peer = this.#peerOf(transferId);
     const first = this.#role === 'producer' ? 'unsaved' : 'unloaded';
-    const transfer: Transfer = { peer, stage: peer ? first : 'local' };
+    const native = peer && this.#native && request.wire === 'native' ? termsOf(request) : undefined;
+    const transfer: Transfer = { transferId, peer, native, stage: peer ? first : 'local' };
     this.#transfers.set(requestId, transfer);
     return transfer;
   }
+}
+
+function termsOf({ requestId, promptTokens, samplingDigest }: Seen): NativeTerms {
+  if (promptTokens === undefined || samplingDigest === undefined) {
+    const message = `request ${requestId}: the native hand-over needs its prompt and the digest of its sampling`;
+    throw new PdError('REQUEST_INVALID', message, { requestId });
+  }
+  return { promptDigest: promptDigest(promptTokens), samplingDigest };
 }
 
 function digestOf({ promptTokens }: Pick<ConnectorRequest, 'promptTokens'>): {

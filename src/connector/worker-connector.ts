@@ -7,10 +7,12 @@ import { formatHostPort, type HostPort } from '../net/address.ts';
 import { createLogger, type Logger } from '../observability/log.ts';
 import type { MetricsPage } from '../observability/metrics.ts';
 import type { TransferEngineApi } from '../transfer/engine-api.ts';
+import type { FirstTokens } from '../transfer/native/hand-over-api.ts';
 import { type EngineRequestId, tensorIdOf } from '../wire/ids.ts';
 import type { SendType } from '../wire/messages.ts';
 import type { FinishedRequest, LoadOutcome, SaveOutcome, WorkerConnector } from './connector.ts';
 import type { ConnectorMetadata, LoadMeta, SaveMeta } from './metadata.ts';
+import { NativeHalf, type NativeParts } from './native-half.ts';
 import type { KvRole } from './scheduler-connector.ts';
 
 /** One moment of one layer of one save, in milliseconds since the epoch, as this thread learned of it. */
@@ -32,6 +34,8 @@ export interface P2pWorkerConnectorOptions {
   /** Absent: warnings to stdout. */
   readonly log?: Logger;
   readonly metrics?: MetricsPage;
+  /** Absent: every request takes the frozen wire. */
+  readonly native?: NativeParts;
   readonly trace?: (event: SaveTrace) => void;
 }
 
@@ -48,6 +52,9 @@ interface SaveProgress {
 export class P2pWorkerConnector implements WorkerConnector {
   readonly #options: P2pWorkerConnectorOptions;
   readonly #log: Logger;
+  readonly #native: NativeHalf | undefined;
+  /** By its name. */
+  readonly #layerIndex: ReadonlyMap<string, number>;
   #saves: readonly SaveMeta[] = [];
   /** Moments that `waitForSave` waits for. None rejects. */
   #pending: Promise<void>[] = [];
@@ -57,10 +64,20 @@ export class P2pWorkerConnector implements WorkerConnector {
   #stepLoads: Promise<void>[] = [];
   #outcomes: LoadOutcome[] = [];
   #ended = deferred<void>();
+  /** `#ended` is resolved. */
+  #rung = false;
 
   constructor(options: P2pWorkerConnectorOptions) {
     this.#options = options;
     this.#log = options.log ?? createLogger({ level: 'warn', format: 'auto' }, 'connector');
+    this.#layerIndex = new Map(options.layers.map(({ name }, index) => [name, index]));
+    this.#native =
+      options.native &&
+      new NativeHalf(options.native, {
+        loadEnded: (outcome) => this.#loadEnded(outcome),
+        freed: () => this.#ring(),
+        ownRankOf: (rank0) => this.#ownRankOf(rank0),
+      });
   }
 
   get loadEnded(): Promise<void> {
@@ -68,13 +85,15 @@ export class P2pWorkerConnector implements WorkerConnector {
   }
 
   startLoadKv(metadata: ConnectorMetadata): void {
-    const { saves, loads, cancels } = metadata;
-    if (saves.length + loads.length + cancels.length > 0) {
+    const { saves, loads, cancels, fills, wants } = metadata;
+    if (saves.length + loads.length + cancels.length + fills.length + wants.length > 0) {
       this.#log.debug(
         {
           saves: saves.map(({ requestId }) => requestId),
           loads: loads.map(({ requestId }) => requestId),
           cancels,
+          ...(fills.length > 0 && { fills: fills.map(({ requestId }) => requestId) }),
+          ...(wants.length > 0 && { wants: wants.map(({ requestId }) => requestId) }),
         },
         'connector metadata built',
       );
@@ -84,6 +103,7 @@ export class P2pWorkerConnector implements WorkerConnector {
     for (const requestId of cancels) {
       if (this.#loads.has(requestId)) this.#options.engine.cancelLoad(requestId);
     }
+    this.#native?.start(metadata);
   }
 
   async waitForLayerLoad(layerName: string): Promise<void> {
@@ -102,6 +122,8 @@ export class P2pWorkerConnector implements WorkerConnector {
 
   saveKvLayer(layerName: string, layer: PagedLayer, ready?: EventRef): void {
     for (const save of this.#saves) this.#saveLayer(save, layerName, layer, ready);
+    const index = this.#layerIndex.get(layerName);
+    if (index !== undefined) this.#native?.layer(index, ready);
   }
 
   async waitForSave(): Promise<readonly SaveOutcome[]> {
@@ -112,6 +134,7 @@ export class P2pWorkerConnector implements WorkerConnector {
     const begun = performance.now();
     if (pending.length > 0) this.#log.debug({ layers: pending.length }, 'waitForSave: begins');
     await Promise.all(pending);
+    await this.#native?.stepEnded();
     const outcomes = [...this.#progress].flatMap(([{ requestId }, progress]): SaveOutcome | [] => {
       const { failure: error, opening, settled } = progress;
       if (error) return { requestId, state: 'failed', error };
@@ -126,15 +149,26 @@ export class P2pWorkerConnector implements WorkerConnector {
     return outcomes;
   }
 
+  promptsDrawn(draws: ReadonlyMap<EngineRequestId, FirstTokens>): void {
+    this.#native?.promptsDrawn(draws);
+  }
+
+  makeRoom(numBlocks: number): true | number | undefined {
+    return this.#native?.makeRoom(numBlocks);
+  }
+
   getFinished(): LoadOutcome[] {
-    if (this.#outcomes.length === 0) return [];
+    if (!this.#rung) return [];
+    this.#rung = false;
     const outcomes = this.#outcomes;
     this.#outcomes = [];
     this.#ended = deferred<void>();
     return outcomes;
   }
 
-  requestFinished({ transferId, aborted }: FinishedRequest): void {
+  requestFinished(request: FinishedRequest): void {
+    if (this.#native?.requestFinished(request)) return;
+    const { transferId, aborted } = request;
     // A producer is through when its part is kept or on its way; the consumer comes for it later. After an abort nobody comes.
     const keepSends = this.#options.role === 'producer' && !aborted;
     this.#options.engine.finish(transferId, { keepSends });
@@ -193,6 +227,11 @@ export class P2pWorkerConnector implements WorkerConnector {
   #loadEnded(outcome: LoadOutcome): void {
     this.#loads.delete(outcome.requestId);
     this.#outcomes.push(outcome);
+    this.#ring();
+  }
+
+  #ring(): void {
+    this.#rung = true;
     this.#ended.resolve();
   }
 

@@ -27,12 +27,6 @@ export interface BlockCopy {
   readonly target: number;
 }
 
-interface Lease {
-  readonly blocks: readonly number[];
-  /** On the caller's clock. */
-  readonly since: number;
-}
-
 interface BlockTable {
   readonly blocks: number[];
   /** Leading blocks that `commit` has dealt with. */
@@ -52,8 +46,7 @@ export class BlockManager {
   readonly #tables = new Map<string, BlockTable>();
   /** References that belong to no table: sources of copies not made yet, and of writes that have not landed. */
   readonly #holds = new Map<number, number>();
-  /** Oldest first. */
-  readonly #leases = new Map<string, Lease>();
+  readonly #leases = new Map<string, readonly number[]>();
   readonly #exposures = new Map<string, readonly number[]>();
   readonly #exposed = new Set<number>();
 
@@ -93,12 +86,17 @@ export class BlockManager {
   /** Blocks under a lease; one that sequences use too is among them. */
   get numLeased(): number {
     const leased = new Set<number>();
-    for (const { blocks } of this.#leases.values()) for (const block of blocks) leased.add(block);
+    for (const blocks of this.#leases.values()) for (const block of blocks) leased.add(block);
     return leased.size;
   }
 
   get numLeases(): number {
     return this.#leases.size;
+  }
+
+  /** Something else than sequences keeps blocks, and gives them back by itself. */
+  get isShared(): boolean {
+    return this.#leases.size + this.#exposures.size + this.#holds.size > 0;
   }
 
   blocksFor(numTokens: number): number {
@@ -126,10 +124,15 @@ export class BlockManager {
     return found;
   }
 
-  /** Whether `allocate` would find its blocks and leave `reserve` free ones. `cached` as `lookup` answered. */
-  canAllocate(numTokens: number, cached: readonly number[] = [], reserve = 0): boolean {
+  /** How many more free blocks `allocate` would need, to leave `reserve` of them; 0 or less: none. `cached` as `lookup` answered. */
+  missing(numTokens: number, cached: readonly number[] = [], reserve = 0): number {
     const revived = cached.reduce((count, block) => count + (this.#refs[block] === 0 ? 1 : 0), 0);
-    return this.blocksFor(numTokens) - cached.length + revived + reserve <= this.numFree;
+    return this.blocksFor(numTokens) - cached.length + revived + reserve - this.numFree;
+  }
+
+  /** Whether `allocate` would find its blocks and leave `reserve` free ones. */
+  canAllocate(numTokens: number, cached: readonly number[] = [], reserve = 0): boolean {
+    return this.missing(numTokens, cached, reserve) <= 0;
   }
 
   /** A table for `numTokens` tokens that begins with the cached blocks. */
@@ -205,36 +208,29 @@ export class BlockManager {
   }
 
   /**
-   * The sequence `id` is over, and the blocks of its first `numTokens` tokens stay under the lease `key` until `endLease`. Its table is
-   * gone. `now`: any clock, in ms, the one of `evictableLease`.
+   * `blocks`, in the order of their prompt, stay under the lease `key` until `endLease`, whatever becomes of the sequence that has them now.
    */
-  lease(id: string, key: string, numTokens: number, now: number): readonly number[] {
+  lease(key: string, blocks: readonly number[]): void {
     if (this.#leases.has(key)) throw new PdError('INTERNAL', `${key} is leased already`);
-    const blocks = this.#table(id).blocks.slice(0, this.blocksFor(numTokens));
-    this.#refuseExposed(blocks, `${id} cannot be leased`);
+    this.#refuseExposed(blocks, `${key} cannot be leased`);
+    for (const block of blocks) {
+      if (!this.#refs[block]) throw new PdError('INTERNAL', `block ${block} is free and cannot be leased`);
+    }
     for (const block of blocks) this.#retain(block);
-    this.#leases.set(key, { blocks, since: now });
-    this.free(id);
-    return blocks;
+    this.#leases.set(key, [...blocks]);
   }
 
   /** Blocks of a lease, in the order of the prompt. */
   leaseOf(key: string): readonly number[] | undefined {
-    return this.#leases.get(key)?.blocks;
-  }
-
-  /** The oldest lease, where it began at `until` or before: younger ones are not taken for a new prompt. */
-  evictableLease(until: number): string | undefined {
-    for (const [key, { since }] of this.#leases) return since <= until ? key : undefined;
-    return undefined;
+    return this.#leases.get(key);
   }
 
   /** Does nothing where there is none. */
   endLease(key: string): void {
-    const lease = this.#leases.get(key);
-    if (!lease) return;
+    const blocks = this.#leases.get(key);
+    if (!blocks) return;
     this.#leases.delete(key);
-    for (let i = lease.blocks.length - 1; i >= 0; i--) this.#release(lease.blocks[i]!);
+    for (let i = blocks.length - 1; i >= 0; i--) this.#release(blocks[i]!);
   }
 
   /**
@@ -308,8 +304,7 @@ export class BlockManager {
       for (const block of blocks) refs[block] = refs[block]! + 1;
     }
     for (const [block, count] of this.#holds) refs[block] = refs[block]! + count;
-    for (const { blocks } of this.#leases.values())
-      for (const block of blocks) refs[block] = refs[block]! + 1;
+    for (const blocks of this.#leases.values()) for (const block of blocks) refs[block] = refs[block]! + 1;
     const exposed = new Set<number>();
     for (const [key, blocks] of this.#exposures) {
       for (const block of blocks) {

@@ -21,7 +21,13 @@ import { PdError } from '../errors.ts';
 import { reasonOf } from '../net/resolve.ts';
 import type { Logger } from '../observability/log.ts';
 import { proxyRequestId } from '../wire/ids.ts';
-import { KV_FAILED_HEADER, PREFILL_WITHIN_HEADER, readKvFailed } from '../wire/overlap.ts';
+import {
+  KV_FAILED_HEADER,
+  PREFILL_WITHIN_HEADER,
+  readKvFailed,
+  WIRE_HEADER,
+  type Wire,
+} from '../wire/overlap.ts';
 import type { RequestBody } from './body.ts';
 import type { BodyReader } from './body-reader.ts';
 import type { ProxyMetrics } from './metrics.ts';
@@ -84,6 +90,8 @@ export class Attempt {
   readonly #pair: InstancePair;
   readonly #prefillCall: Call;
   readonly #decodeCall: Call;
+  /** Both ends speak the native hand-over, and are told to: then the consumer takes over the token that the producer draws. */
+  readonly #native: boolean;
   /** For both instances. */
   readonly #headers: Readonly<Record<string, string>>;
   readonly #notices: Notices;
@@ -110,7 +118,11 @@ export class Attempt {
       timeoutName: '--decode-idle-timeout',
     };
     this.requestId = proxyRequestId(producer.zmq, consumer.zmq, randomBytes(16).toString('hex'));
-    this.#headers = requestHeaders(request.headers, this.requestId);
+    this.#native = Boolean(producer.native && consumer.native);
+    this.#headers = {
+      ...requestHeaders(request.headers, this.requestId),
+      ...(this.#native && { [WIRE_HEADER]: 'native' satisfies Wire }),
+    };
     const { prompts } = request.body;
     const subject = { requestId: this.requestId, route, prompts };
     this.#notices = new Notices(context.upstream, context.log, pair, subject);
@@ -139,11 +151,15 @@ export class Attempt {
     }
   }
 
-  /** Both can, the producer is not busy, and there is one prompt: of several, the first may be answered before the last is computed. */
+  /**
+   * Both can, the producer is not busy, and there is one prompt: of several, the first may be answered before the last is computed. By the
+   * native hand-over several are always asked at both ends: a producer keeps KV in its own blocks, which all of them may not fit into.
+   */
   #mayOverlap(): boolean {
     const { registry, config } = this.#context;
     const { producer, consumer } = this.#pair;
-    if (!producer.overlaps || !consumer.overlaps || this.#request.body.prompts !== 1) return false;
+    if (!producer.overlaps || !consumer.overlaps) return false;
+    if (this.#request.body.prompts !== 1) return this.#native;
     return registry.prefilling(producer) < config.overlap;
   }
 
@@ -202,7 +218,7 @@ export class Attempt {
       const response = await upstream.ask(call, {
         path: this.#request.route,
         headers: this.#headers,
-        body: this.#request.body.prefill,
+        body: this.#native ? this.#request.body.nativePrefill : this.#request.body.prefill,
         signal,
         headersTimeoutMs: 0, // the timer runs to the end of the body
       });

@@ -6,6 +6,6 @@ import type { ToBodyThread } from './body-reader.ts';
 const read = ({ body }: ToBodyThread) => readBody(body);
 await answerReadings(() => read, buffersOf);
 
-function buffersOf({ original, prefill }: RequestBody): readonly ArrayBuffer[] {
-  return [original.buffer, prefill.buffer];
+function buffersOf({ original, prefill, nativePrefill }: RequestBody): readonly ArrayBuffer[] {
+  return [...new Set([original.buffer, prefill.buffer, nativePrefill.buffer])];
 }

@@ -14,17 +14,22 @@ export interface RequestBody {
   readonly prompts: number;
   /** The producer's: the same prompts, one token, nothing that only the answer needs. JSON in UTF-8. */
   readonly prefill: Uint8Array<ArrayBuffer>;
+  /** A producer's whose first token the consumer takes over: with all that the token and its log-probabilities depend on. May be `prefill`. */
+  readonly nativePrefill: Uint8Array<ArrayBuffer>;
 }
 
 /** Throws REQUEST_INVALID where it is no JSON object; BODY_TOO_COSTLY where it is nested deeper than the stack goes. */
 export function readBody(original: Uint8Array<ArrayBuffer>): RequestBody {
   const json = parseObject(original);
   const { model } = json;
+  const prefill = encode(prefillCopy(json));
+  const drawnBy = drawnByFields(json);
   return {
     original,
     model: typeof model === 'string' ? model : undefined,
     prompts: countPrompts(json['prompt']),
-    prefill: new TextEncoder().encode(stringify(prefillCopy(json))),
+    prefill,
+    nativePrefill: drawnBy ? encode({ ...prefillCopy(json), ...drawnBy }) : prefill,
   };
 }
 
@@ -41,9 +46,9 @@ function parseObject({ buffer, byteOffset, byteLength }: Uint8Array<ArrayBuffer>
   return json as JsonObject;
 }
 
-function stringify(json: JsonObject): string {
+function encode(json: JsonObject): Uint8Array<ArrayBuffer> {
   try {
-    return JSON.stringify(json);
+    return new TextEncoder().encode(JSON.stringify(json));
   } catch (cause) {
     if (!(cause instanceof RangeError)) throw cause;
     throw new PdError('BODY_TOO_COSTLY', `copying the body: ${cause.message}`, {}, { cause });
@@ -70,6 +75,19 @@ function prefillCopy(body: JsonObject): JsonObject {
   for (const field of DROPPED) delete copy[field];
   for (const [field, value] of Object.entries(REPLACED)) if (field in copy) copy[field] = value;
   return copy;
+}
+
+/** Of what a prefill copy drops: what the first token is drawn by, and told with. */
+const DRAWN_BY = ['min_tokens', 'logprobs', 'top_logprobs'] as const;
+
+function drawnByFields(body: JsonObject): JsonObject | undefined {
+  const present = DRAWN_BY.filter((field) => field in body);
+  if (present.length === 0) return undefined;
+  const kept: Record<string, unknown> = {};
+  for (const field of present) kept[field] = body[field];
+  // Of one token: whether it may be a stop token at all.
+  if (typeof kept['min_tokens'] === 'number') kept['min_tokens'] = Math.min(kept['min_tokens'], 1);
+  return kept;
 }
 
 function countPrompts(prompt: unknown): number {

@@ -8,7 +8,7 @@ import { ZapGate } from '../net/zap.ts';
 import { type Logger, RateLimitedLog } from '../observability/log.ts';
 import { decodePing } from '../wire/codec.ts';
 import { MAX_BODY_BYTES } from '../wire/limits.ts';
-import { OVERLAP_FEATURE } from '../wire/overlap.ts';
+import { NATIVE_FEATURE, OVERLAP_FEATURE } from '../wire/overlap.ts';
 import { type InstanceRegistry, instanceLabel, type RegistryChange } from './registry.ts';
 
 export interface DiscoveryOptions {
@@ -131,6 +131,7 @@ export class Discovery {
         ...(ping.native ? { fingerprint: { digest: ping.native.digest, model: ping.native.model } } : {}),
         ...(ping.native?.sendType ? { sendType: ping.native.sendType } : {}),
         ...(ping.native?.features?.includes(OVERLAP_FEATURE) ? { overlaps: true } : {}),
+        ...(ping.native?.features?.includes(NATIVE_FEATURE) ? { native: true } : {}),
       });
       if (!changes) throw new PdError('LIMIT_EXCEEDED', 'ping: too many instances');
       this.#apply(changes);

@@ -24,6 +24,8 @@ export interface InstancePing {
   readonly sendType?: SendType;
   /** It may be asked while the other instance of its pair is at work. Absent for a vLLM worker, and for older ones of ours. */
   readonly overlaps?: boolean;
+  /** It speaks the native hand-over. Absent likewise. */
+  readonly native?: boolean;
 }
 
 export interface Instance extends InstancePing {
@@ -263,6 +265,7 @@ function samePing(a: InstancePing, b: InstancePing): boolean {
     a.zmqAddress === b.zmqAddress &&
     a.fingerprint?.digest === b.fingerprint?.digest &&
     a.sendType === b.sendType &&
-    a.overlaps === b.overlaps
+    a.overlaps === b.overlaps &&
+    a.native === b.native
   );
 }

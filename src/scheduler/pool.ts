@@ -96,10 +96,15 @@ export class SequencePool {
     else this[state].insert(sequence);
   }
 
-  /** Its blocks go to others; it will compute everything again. */
-  preempt(sequence: Sequence): void {
+  /** Lets go of its blocks, to compute everything (again) in others. */
+  restart(sequence: Sequence): void {
     this.#giveBack(sequence);
     this.move(sequence, 'waiting');
+  }
+
+  /** Its blocks go to others. */
+  preempt(sequence: Sequence): void {
+    this.restart(sequence);
     this.stats.preemptions++;
     if (sequence.isLeader) this.#connector?.requestPreempted(sequence.group.request.requestId);
   }

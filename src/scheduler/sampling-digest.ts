@@ -1,5 +1,6 @@
 /** The digest by which two ends know that they draw a prompt's first token alike (docs/protocol.md, "Native hand-over"). Pure. */
 import { hash } from 'node:crypto';
+import type { TransferId } from '../wire/ids.ts';
 import type { SamplingParams } from './types.ts';
 
 /**
@@ -34,6 +35,11 @@ export function samplingDigest(params: SamplingParams): string {
     return part === undefined ? [] : [[name, part]];
   });
   return hash('sha256', JSON.stringify(parts), 'hex').slice(0, 32);
+}
+
+/** The seed of a request that names none, where both ends of a pair draw its first token: 31 bits of the id that they share. */
+export function sharedSeed(transferId: TransferId): number {
+  return Number.parseInt(hash('sha256', `seed of ${transferId}`, 'hex').slice(0, 8), 16) >>> 1;
 }
 
 function isGreedy({ temperature }: SamplingParams): boolean {

@@ -5,7 +5,8 @@
  *
  * First come, first served. A sequence that needs a block when none is free takes it from the last to come, which computes its prompt
  * again later. A request whose KV is on its way from a peer stands outside the batch and holds up nobody.
- * Between `schedule` and `update` the blocks belong to the executor: `abort` and `loadEnded` wait until the step is over.
+ * Between `schedule` and `update` the blocks of the batch belong to the executor: `abort` waits until the step is over. A load may end
+ * meanwhile, and say its first token, as it is in no batch.
  */
 
 import type { LoadFailurePolicy } from '../config/worker-config.ts';
@@ -16,7 +17,7 @@ import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 import { type SchedulerStats, SequencePool } from './pool.ts';
 import { endOutput, type Sequence, sampledOutput } from './sequence.ts';
 import { type SchedulerStep, StepBuilder } from './step.ts';
-import type { CoreRequest, ForwardResult, RequestOutput } from './types.ts';
+import type { CoreRequest, ForwardResult, RequestOutput, SampledToken } from './types.ts';
 
 interface SequenceLimits {
   readonly numBlocks: number;
@@ -30,6 +31,9 @@ interface SequenceLimits {
 export function maxSequenceLength({ numBlocks, blockSize, maxModelLen }: SequenceLimits): number {
   return Math.min(maxModelLen, numBlocks * blockSize);
 }
+
+/** What came along with a load that ended well. */
+type FirstDraw = Extract<LoadOutcome, { readonly ok: true }>['draw'];
 
 export interface SchedulerOptions extends SequenceLimits {
   /** Most sequences of one step. */
@@ -45,6 +49,7 @@ export class Scheduler {
   readonly #pool: SequencePool;
   readonly #maxLength: number;
   #step: SchedulerStep | undefined;
+  #missingBlocks = 0;
 
   constructor(options: SchedulerOptions, connector?: SchedulerConnector) {
     this.#options = options;
@@ -73,6 +78,16 @@ export class Scheduler {
   get blocks(): { readonly used: number; readonly cached: number; readonly total: number } {
     const { numUsed, numCached, numBlocks } = this.#pool.blocks;
     return { used: numUsed, cached: numCached, total: numBlocks };
+  }
+
+  /** By which a connector keeps blocks for other processes. */
+  get blockManager(): BlockManager {
+    return this.#pool.blocks;
+  }
+
+  /** Free blocks that the next request in line has lacked in the last `schedule`. */
+  get missingBlocks(): number {
+    return this.#missingBlocks;
   }
 
   /** Totals since the start. */
@@ -127,6 +142,7 @@ export class Scheduler {
   /** Decides the next step. An empty batch means that nothing can run before a request comes or a load ends. */
   schedule(): SchedulerStep {
     this.#assertNoStep('schedule');
+    this.#missingBlocks = 0;
     const builder = new StepBuilder(this.#options.maxNumBatchedTokens);
     this.#scheduleRunning(builder);
     if (builder.preempted.length === 0) this.#admitReady(builder);
@@ -152,12 +168,7 @@ export class Scheduler {
         sequence.promptLogprobs.push(...(result.promptLogprobs.get(sequence.id) ?? []));
       }
       const token = expected ? sampled.get(sequence.id) : undefined;
-      if (!token) continue;
-      const output = sampledOutput(sequence, token, this.#maxLength);
-      // Before the leader may end: its blocks are what the others share.
-      if (sequence.isLeader) this.#pool.forkFollowers(sequence);
-      outputs.push(output);
-      if (output.finishReason) this.#pool.end(sequence);
+      if (token) outputs.push(this.#sampled(sequence, token));
     }
     return outputs;
   }
@@ -168,28 +179,27 @@ export class Scheduler {
     return step.entries.flatMap(({ sequence }) => this.#pool.endGroup(sequence.group, 'error', error));
   }
 
-  /** A load that metadata had asked for is over, one way or the other; no write into its blocks can come any more. */
+  /**
+   * A load that metadata had asked for is over, one way or the other. No write into its blocks can come any more, unless it says that they
+   * are quarantined. With the first token that came along the request is past its prompt; without, it computes the last position itself.
+   */
   loadEnded(outcome: LoadOutcome, policy: LoadFailurePolicy): RequestOutput[] {
-    this.#assertNoStep('loadEnded');
     const sequence = this.#pool.loading.get(outcome.requestId);
     if (!sequence) return [];
     const { group } = sequence;
     group.loading = false;
+    if (outcome.ok) return this.#loaded(sequence, outcome.draw);
     const wanted = group.live > 0;
-    if (outcome.ok) {
-      this.#advance(sequence, sequence.numCached + sequence.numLoaded);
-    } else {
-      sequence.numLoaded = 0;
-      if (wanted) this.#connector?.loadFailed(outcome.requestId);
-    }
-    const fails = !outcome.ok && wanted && policy === 'fail';
+    const fails = wanted && policy === 'fail';
+    sequence.numLoaded = 0;
+    if (wanted) this.#connector?.loadFailed(outcome.requestId);
     if (sequence.silent) {
-      if (outcome.ok) this.#pool.forkFollowers(sequence);
       this.#pool.endSilently(sequence);
       if (!fails) this.#pool.promoteFollower(group);
+    } else if (outcome.quarantined) {
+      this.#pool.restart(sequence);
     } else {
       this.#pool.move(sequence, 'ready');
-      if (outcome.ok) this.#pool.forkFollowers(sequence);
     }
     return fails ? this.#pool.endGroup(group, 'error', outcome.error) : [];
   }
@@ -208,6 +218,32 @@ export class Scheduler {
   /** What is wrong, in words; empty when all is well. Holds between steps. */
   checkIntegrity(): string[] {
     return this.#pool.checkIntegrity();
+  }
+
+  #loaded(sequence: Sequence, draw: FirstDraw): RequestOutput[] {
+    const { group, promptLength, numCached } = sequence;
+    const first = sequence.silent ? undefined : firstToken(sequence, draw);
+    // The last position's KV may be there too, and is of no use without what was drawn from it.
+    sequence.numLoaded = Math.min(sequence.numLoaded, promptLength - numCached - (first ? 0 : 1));
+    this.#advance(sequence, numCached + sequence.numLoaded);
+    if (sequence.silent) {
+      this.#pool.forkFollowers(sequence);
+      this.#pool.endSilently(sequence);
+      this.#pool.promoteFollower(group);
+      return [];
+    }
+    this.#pool.move(sequence, 'ready');
+    if (first) return [this.#sampled(sequence, first)];
+    this.#pool.forkFollowers(sequence);
+    return [];
+  }
+
+  #sampled(sequence: Sequence, token: SampledToken): RequestOutput {
+    const output = sampledOutput(sequence, token, this.#maxLength);
+    // Before the leader may end: its blocks are what the others share.
+    if (sequence.isLeader) this.#pool.forkFollowers(sequence);
+    if (output.finishReason) this.#pool.end(sequence);
+    return output;
   }
 
   #scheduleRunning(builder: StepBuilder): void {
@@ -233,7 +269,11 @@ export class Scheduler {
       const needed = sequence.numComputed + Math.min(sequence.numRemaining, builder.budget);
       while (!blocks.canAppend(sequence.id, needed)) {
         const victim = ready.last;
-        if (!victim || victim === sequence) return;
+        if (!victim || victim === sequence) {
+          this.#missingBlocks =
+            blocks.blocksFor(needed) - blocks.tableOf(sequence.id).length - blocks.numFree;
+          return;
+        }
         this.#preempt(victim, builder);
       }
       this.#pool.move(sequence, 'running');
@@ -257,7 +297,11 @@ export class Scheduler {
         continue;
       }
       // One block for each running sequence to grow into: admitting up to the last block would preempt at once.
-      if (!blocks.canAllocate(sequence.length, cached, running.length)) return;
+      const missing = blocks.missing(sequence.length, cached, running.length);
+      if (missing > 0) {
+        this.#missingBlocks = missing;
+        return;
+      }
       const table = blocks.allocate(sequence.id, sequence.length, cached);
       connector?.updateStateAfterAlloc(request, table, numLocal, numExternal);
       if (this.#mayUseCache(sequence)) this.#pool.countLookup(sequence, numLocal);
@@ -317,6 +361,15 @@ export class Scheduler {
   #assertNoStep(what: string): void {
     if (this.#step) throw new PdError('INTERNAL', `${what} while a step is under way`);
   }
+}
+
+/** What the producer drew for the first completion, where that is all that its output needs. */
+function firstToken(sequence: Sequence, draw: FirstDraw): SampledToken | undefined {
+  const token = draw?.tokens[sequence.index];
+  const logprob = draw?.logprobs?.[sequence.index];
+  if (token === undefined) return undefined;
+  if (sequence.group.request.sampling.logprobs === undefined) return { sequenceId: sequence.id, token };
+  return logprob && { sequenceId: sequence.id, token, logprob };
 }
 
 /** Throws REQUEST_INVALID, or CONTEXT_EXCEEDED where the prompt and one token can never fit. */

@@ -5,6 +5,7 @@ import { type BlockHash, extendHashes } from '../kv/block-hash.ts';
 import type { BlockCopy } from '../kv/block-manager.ts';
 import type { TokenLogprob } from '../wire/token-logprob.ts';
 import { packLogprobs } from './prompt-logprobs.ts';
+import { samplingDigest } from './sampling-digest.ts';
 import type { CoreRequest, FinishReason, RequestOutput, SampledToken } from './types.ts';
 
 /**
@@ -54,6 +55,7 @@ export class Sequence {
   #tokens: Int32Array;
   #length: number;
   readonly #hashes: BlockHash[] = [];
+  #samplingDigest: string | undefined;
 
   constructor(group: RequestGroup, index: number) {
     const { request } = group;
@@ -109,14 +111,24 @@ export class Sequence {
 
   /** Its request as a connector sees it. */
   connectorRequest(): ConnectorRequest {
-    const { requestId, transferId, promptTokens, sampling, prefillWithinMs } = this.group.request;
+    const { sampling, prefillWithinMs } = this.group.request;
+    return {
+      ...this.transferRequest(),
+      mayLoad: sampling.promptLogprobs === undefined && this.numOutput === 0,
+      ...(prefillWithinMs !== undefined && !this.group.prefilled && { prefillWithinMs }),
+    };
+  }
+
+  /** What a connector is told with every step of it. */
+  transferRequest() {
+    const { requestId, transferId, promptTokens, sampling, wire } = this.group.request;
+    if (wire) this.#samplingDigest ??= samplingDigest(sampling);
     return {
       requestId,
       transferId,
       numPromptTokens: this.promptLength,
       promptTokens,
-      mayLoad: sampling.promptLogprobs === undefined && this.numOutput === 0,
-      ...(prefillWithinMs !== undefined && !this.group.prefilled && { prefillWithinMs }),
+      ...(wire && this.#samplingDigest && { wire, samplingDigest: this.#samplingDigest }),
     };
   }
 

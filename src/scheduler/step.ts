@@ -3,8 +3,9 @@ import type { ScheduledRequest } from '../connector/connector.ts';
 import type { ConnectorMetadata } from '../connector/metadata.ts';
 import type { BlockCopy } from '../kv/block-manager.ts';
 import type { EngineRequestId } from '../wire/ids.ts';
+import type { TokenLogprob } from '../wire/token-logprob.ts';
 import type { Sequence } from './sequence.ts';
-import type { ForwardBatch, ScheduledSequence } from './types.ts';
+import type { ForwardBatch, ForwardResult, ScheduledSequence } from './types.ts';
 
 export interface StepEntry {
   readonly sequence: Sequence;
@@ -62,10 +63,7 @@ export class StepBuilder {
     if (sequence.copy) this.#copies.push(sequence.copy);
     if (sequence.isLeader) {
       this.scheduled.push({
-        requestId: request.requestId,
-        transferId: request.transferId,
-        numPromptTokens: sequence.promptLength,
-        promptTokens: request.promptTokens,
+        ...sequence.transferRequest(),
         numComputedTokens: start,
         numScheduledTokens: numTokens,
         blockIds: blocks,
@@ -85,4 +83,20 @@ export class StepBuilder {
       numTokens: this.#fullBudget - this.budget,
     };
   }
+}
+
+/**
+ * The first token of each request whose prompt ends with this step, by its request. Of the first completion alone, which is the one that
+ * the other end of a pair draws likewise.
+ */
+export function firstTokens({ entries }: SchedulerStep, { sampled }: ForwardResult) {
+  const tokens = new Map(sampled.map((token) => [token.sequenceId, token]));
+  const first = new Map<EngineRequestId, { tokens: [number]; logprobs?: [TokenLogprob] }>();
+  for (const { sequence } of entries) {
+    const drawn = tokens.get(sequence.id);
+    if (!drawn || sequence.index > 0 || sequence.numOutput > 0) continue;
+    const { token, logprob } = drawn;
+    first.set(sequence.group.request.requestId, { tokens: [token], ...(logprob && { logprobs: [logprob] }) });
+  }
+  return first;
 }

@@ -1,6 +1,7 @@
 /** Requests as the scheduler sees them, and what one step is. Plain data, no I/O. */
 import type { ErrorData } from '../errors.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
+import type { Wire } from '../wire/overlap.ts';
 import type { TokenLogprob } from '../wire/token-logprob.ts';
 import type { PromptLogprobs } from './prompt-logprobs.ts';
 
@@ -33,6 +34,8 @@ export interface CoreRequest {
   readonly n: number;
   /** On a consumer: the producer may still compute the prompt for so long. Absent: its KV is on its way. */
   readonly prefillWithinMs?: number;
+  /** How its KV travels, as both ends were told. Absent: frozen. */
+  readonly wire?: Wire;
 }
 
 export type FinishReason = 'stop' | 'length' | 'abort' | 'error';

@@ -19,6 +19,8 @@ export interface DealerOptions {
   readonly peer: string;
   /** For the first message to find a connection, and for each later one. */
   readonly connectTimeoutMs: number;
+  /** Of an answer, bytes; what the frozen wire allows where nothing is said. */
+  readonly maxMessageSize?: number;
   onAnswer(body: Uint8Array): void;
   /** Once; the dealer is closed then. */
   onLost(error: PdError): void;
@@ -40,7 +42,7 @@ export class Dealer {
       immediate: true,
       ipv6: true,
       sendTimeout: options.connectTimeoutMs,
-      maxMessageSize: MAX_BODY_BYTES,
+      maxMessageSize: options.maxMessageSize ?? MAX_BODY_BYTES,
       reconnectInterval: 50,
     });
     this.#socket.events.on('disconnect', () => {

@@ -13,6 +13,7 @@ import { threadEntry } from '../thread-entry.ts';
 import type { TensorId, TransferId } from '../wire/ids.ts';
 import { checkLoad, checkSend } from './check-request.ts';
 import type { SendHandle, TransferEngineApi } from './engine-api.ts';
+import type { FromWire, NativeInit, ToWire } from './native/channel.ts';
 import { started } from './started.ts';
 import type { FromTransfer, ToTransfer, TransferInit } from './thread-messages.ts';
 import type {
@@ -43,6 +44,8 @@ type Pending =
 export interface TransferEngineExtras {
   /** `buffer` of the MetricsPage that the transfer thread writes. */
   readonly metrics?: SharedArrayBuffer;
+  /** For `HandOver`, which speaks through this engine. */
+  readonly native?: NativeInit;
 }
 
 /** Moves tensors and paged KV between peers. Dispose it: its thread keeps the process alive. */
@@ -56,6 +59,7 @@ export class TransferEngine implements TransferEngineApi {
   readonly #exited: Promise<void>;
   readonly #pending = new Map<number, Pending>();
   #seq = 0;
+  #hearNative: (event: FromWire) => void = () => {};
   /** Messages that are being collected to cross as one. */
   #together: ToTransfer[] | undefined;
   #closed: PdError | undefined;
@@ -191,6 +195,12 @@ export class TransferEngine implements TransferEngineApi {
     this.#tell({ type: 'stop-ping' });
   }
 
+  /** Where the native hand-over speaks; `hear` is told what comes, and nothing after `dispose`. */
+  native(hear: (event: FromWire) => void): (command: ToWire) => void {
+    this.#hearNative = hear;
+    return (command) => this.#tell({ type: 'native', command });
+  }
+
   state(): Promise<TransferState> {
     return new Promise((resolve, reject) =>
       this.#ask((seq) => ({ type: 'state', seq }), { kind: 'state', resolve, reject }),
@@ -294,6 +304,9 @@ export class TransferEngine implements TransferEngineApi {
         if (pending?.kind === 'load') pending.resolve(message.result);
         return;
       }
+      case 'native':
+        if (!this.#closed) this.#hearNative(message.event);
+        return;
       case 'state': {
         const pending = this.#take(message.seq);
         if (pending?.kind === 'state') pending.resolve(message.state);

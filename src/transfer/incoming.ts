@@ -9,6 +9,7 @@ import { countFailure, logJoining, type TransferContext } from './context.ts';
 import { mismatchOf } from './hello.ts';
 import type { Intake } from './intake.ts';
 import type { Keeper } from './keeper.ts';
+import type { NativeWire } from './native/wire.ts';
 import type { OpenPair } from './pair-limit.ts';
 import type { OutgoingPeer } from './peer.ts';
 import type { Router } from './router.ts';
@@ -34,6 +35,8 @@ export class Incoming {
   readonly #intake: Intake;
   readonly #answering: Answering;
   readonly #peers: IncomingPeers;
+  /** Its messages are not looked at here. */
+  readonly #native: NativeWire | undefined;
   readonly #sessions: Sessions;
   #closed = false;
   #opening = 0;
@@ -41,13 +44,19 @@ export class Incoming {
   constructor(
     context: TransferContext,
     router: Router,
-    parts: { readonly intake: Intake; readonly keeper: Keeper; readonly peers: IncomingPeers },
+    parts: {
+      readonly intake: Intake;
+      readonly keeper: Keeper;
+      readonly peers: IncomingPeers;
+      readonly native: NativeWire | undefined;
+    },
   ) {
     this.#context = context;
     this.#sessions = new Sessions(context.deadlines);
     this.#router = router;
     this.#intake = parts.intake;
     this.#peers = parts.peers;
+    this.#native = parts.native;
     const reply = (session: Session, answer: Answer) => this.#reply(session, answer);
     this.#answering = new Answering(context, { ...parts, reply });
   }
@@ -106,7 +115,7 @@ export class Incoming {
   }
 
   #message(identity: Buffer, body: Buffer): void {
-    if (this.#closed) return;
+    if (this.#closed || this.#native?.heard(identity, body)) return;
     const peer = identity.toString();
     let message: WireMessage;
     try {
@@ -261,6 +270,7 @@ export class Incoming {
   }
 
   #undelivered(identity: Buffer, error: PdError): void {
+    if (this.#native?.undelivered(identity, error)) return;
     const session = this.#sessions.get(identity);
     this.#bad('peer_lost', identity.toString(), error);
     if (session?.paired) this.#pairOver(session, error);

@@ -46,15 +46,23 @@ export class Router {
     this.#log = log;
   }
 
-  /** Throws PORT_IN_USE with the holder where that can be known. Port 0 lets the system choose. `gate` is the caller's to close, later. */
-  static async bind(address: HostPort, log: Logger, gate?: ZapGate): Promise<Router> {
+  /**
+   * Throws PORT_IN_USE with the holder where that can be known. Port 0 lets the system choose. `gate` is the caller's to close, later.
+   * `maxMessageSize`: bytes.
+   */
+  static async bind(
+    address: HostPort,
+    log: Logger,
+    gate?: ZapGate,
+    maxMessageSize = MAX_BODY_BYTES,
+  ): Promise<Router> {
     const socket = new zmq.Router({
       ...gate?.socketOptions,
       handover: true,
       mandatory: true,
       linger: 0,
       ipv6: true,
-      maxMessageSize: MAX_BODY_BYTES,
+      maxMessageSize,
       sendHighWaterMark: HIGH_WATER_MARK,
       receiveHighWaterMark: HIGH_WATER_MARK,
       sendTimeout: 0,

@@ -30,6 +30,9 @@ import { Intake } from './intake.ts';
 import { Keeper } from './keeper.ts';
 import { KvMemory } from './kv-memory.ts';
 import { Loads } from './loads.ts';
+import type { FromWire, NativeInit, ToWire } from './native/channel.ts';
+import { nativeBodyBytes } from './native/codec.ts';
+import { NativeWire } from './native/wire.ts';
 import { PairLimit } from './pair-limit.ts';
 import { OutgoingPeers } from './peers.ts';
 import { Pinger } from './ping.ts';
@@ -48,6 +51,8 @@ import type {
 
 export interface ServiceParts {
   readonly metrics?: MetricsPage;
+  /** Absent: the frozen wire alone is spoken. */
+  readonly native?: { readonly init: NativeInit; tell(event: FromWire): void };
   /** For tests: another device or transport than the options name; the service disposes them. */
   readonly device?: Device;
   readonly wrapTransport?: (transport: Transport) => Transport;
@@ -66,6 +71,7 @@ export class TransferService {
   readonly #keeper: Keeper;
   readonly #limit: PairLimit;
   readonly #incoming: Incoming;
+  readonly #native: NativeWire | undefined;
   readonly #loads: Loads;
   readonly #outgoing: OutgoingPeers;
   #pinger: Pinger | undefined;
@@ -76,6 +82,7 @@ export class TransferService {
     router: Router,
     address: HostPort,
     gate: ZapGate | undefined,
+    native: ServiceParts['native'],
   ) {
     this.#gate = gate;
     this.#context = context;
@@ -99,7 +106,18 @@ export class TransferService {
       pairs: (peer: string) => this.#pairs().filter((pair) => pair.peer === peer),
     };
     this.#loads = new Loads(context, this.#intake, peers);
-    this.#incoming = new Incoming(context, router, { intake: this.#intake, keeper: this.#keeper, peers });
+    this.#native =
+      native &&
+      new NativeWire(context, router, native.init, {
+        tell: (event) => native.tell(event),
+        pairsChanged: changed,
+      });
+    this.#incoming = new Incoming(context, router, {
+      intake: this.#intake,
+      keeper: this.#keeper,
+      peers,
+      native: this.#native,
+    });
   }
 
   static async create(options: TransferOptions, parts: ServiceParts = {}): Promise<TransferService> {
@@ -111,7 +129,9 @@ export class TransferService {
       const bound = { host: options.bind.host, port };
       const doors = await openDoors(options, bound, metrics, log);
       if (doors) undo.push(() => doors.gate.close());
-      const router = await Router.bind(bound, log, doors?.gate);
+      const { native } = parts;
+      const longest = native && nativeBodyBytes({ maxBlocks: native.init.shape.blocks });
+      const router = await Router.bind(bound, log, doors?.gate, longest);
       undo.push(() => router.close());
       const device = parts.device ?? (await createDevice(options.device));
       undo.push(() => device.dispose());
@@ -150,7 +170,7 @@ export class TransferService {
         limited: new RateLimitedLog(),
         failures: new Failures(deadlines),
       };
-      const service = new TransferService(context, router, address, doors?.gate);
+      const service = new TransferService(context, router, address, doors?.gate, native);
       service.#incoming.start();
       const localRank = /^cuda:(\d+)$/.exec(options.device)?.[1] ?? String(options.rank);
       log.info(
@@ -235,6 +255,11 @@ export class TransferService {
     this.#keeper.finish(id, keepSends);
   }
 
+  /** Of the native hand-over. */
+  native(command: ToWire): void {
+    this.#native?.command(command);
+  }
+
   startPing(ping: ProxyPing): void {
     if (this.#disposed) return;
     this.stopPing();
@@ -297,6 +322,7 @@ export class TransferService {
     this.#loads.dispose(reason);
     for (const peer of this.#outgoing.all()) peer.close(reason);
     this.#incoming.close(reason);
+    this.#native?.close(reason);
     this.#keeper.dispose();
     memory.dispose();
     await transport.dispose();
@@ -306,10 +332,14 @@ export class TransferService {
     device.dispose();
   }
 
+  get #numPairs(): number {
+    return this.#outgoing.open().length + this.#incoming.openPairs + (this.#native?.openPairs ?? 0);
+  }
+
   #pairsChanged(): void {
     if (this.#disposed) return;
     this.#limit.check();
-    this.#context.metrics.set('pd_pairs_open', this.#outgoing.open().length + this.#incoming.openPairs);
+    this.#context.metrics.set('pd_pairs_open', this.#numPairs);
   }
 }
 

@@ -4,6 +4,7 @@ import type { TransferOptions } from '../config/transfer-options.ts';
 import type { ErrorData } from '../errors.ts';
 import type { HostPort } from '../net/address.ts';
 import type { TensorId, TransferId } from '../wire/ids.ts';
+import type { FromWire, NativeInit, ToWire } from './native/channel.ts';
 import type {
   LoadRequest,
   LoadResult,
@@ -18,6 +19,8 @@ export interface TransferInit {
   readonly options: TransferOptions;
   /** Metrics page (observability/metrics.ts) that the thread writes; absent where nobody reads one. */
   readonly metrics?: SharedArrayBuffer;
+  /** Absent: the frozen wire alone is spoken. */
+  readonly native?: NativeInit;
 }
 
 export type ToTransfer =
@@ -36,6 +39,7 @@ export type ToTransfer =
   | { readonly type: 'finish'; readonly id: TransferId; readonly keepSends: boolean }
   | { readonly type: 'start-ping'; readonly ping: ProxyPing }
   | { readonly type: 'stop-ping' }
+  | { readonly type: 'native'; readonly command: ToWire }
   | { readonly type: 'state'; readonly seq: number }
   | { readonly type: 'shutdown' };
 
@@ -50,6 +54,7 @@ export type FromTransfer =
   | { readonly type: 'received'; readonly seq: number; readonly tensor: StoredTensor }
   | { readonly type: 'loaded'; readonly seq: number; readonly result: LoadResult }
   | { readonly type: 'state'; readonly seq: number; readonly state: TransferState }
+  | { readonly type: 'native'; readonly event: FromWire }
   /** Of a send, a receive or a load. */
   | { readonly type: 'failed'; readonly seq: number; readonly error: ErrorData }
   | { readonly type: 'closed' };

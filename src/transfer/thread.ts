@@ -2,6 +2,7 @@
 import { parentPort, workerData } from 'node:worker_threads';
 import { PdError, unreachable } from '../errors.ts';
 import { MetricsPage } from '../observability/metrics.ts';
+import type { FromWire } from './native/channel.ts';
 import { TransferService } from './service.ts';
 import type { FromTransfer, ToTransfer, TransferInit } from './thread-messages.ts';
 
@@ -19,11 +20,14 @@ function flush(): void {
   said = [];
   if (messages.length > 0) port?.postMessage(messages);
 }
-const { options, metrics } = workerData as TransferInit;
+const { options, metrics, native } = workerData as TransferInit;
 
 try {
-  const page = metrics && { metrics: new MetricsPage(metrics) };
-  serve(await TransferService.create(options, page ?? {}));
+  const parts = {
+    ...(metrics && { metrics: new MetricsPage(metrics) }),
+    ...(native && { native: { init: native, tell: (event: FromWire) => say({ type: 'native', event }) } }),
+  };
+  serve(await TransferService.create(options, parts));
 } catch (error) {
   say({ type: 'not-ready', error: PdError.from(error).toData() });
   flush();
@@ -87,6 +91,9 @@ function handle(service: TransferService, message: ToTransfer): void {
       return;
     case 'stop-ping':
       service.stopPing();
+      return;
+    case 'native':
+      service.native(message.command);
       return;
     case 'state':
       say({ type: 'state', seq: message.seq, state: service.state() });

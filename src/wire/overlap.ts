@@ -4,6 +4,9 @@ import { ERROR_TABLE, type ErrorCode, type ErrorContext, type ErrorData } from '
 /** In the `features` of a ping: both ends of a pair of such workers may get a request at the same time. */
 export const OVERLAP_FEATURE = 'overlap';
 
+/** Likewise, and in its hello: this worker supports the native hand-over. */
+export const NATIVE_FEATURE = 'native';
+
 /** To a consumer: the KV of this request is still being computed, for at most this many milliseconds. */
 export const PREFILL_WITHIN_HEADER = 'x-pd-prefill-within';
 
@@ -14,6 +17,18 @@ const LONGEST_MS = 86_400_000;
 export function readPrefillWithin(value: unknown): number | undefined {
   if (typeof value !== 'string' || !/^[1-9]\d{0,14}$/.test(value)) return undefined;
   return Math.min(Number(value), LONGEST_MS);
+}
+
+/** To both ends of a pair: the wire that this request's KV takes. Without it both use the frozen one. */
+export const WIRE_HEADER = 'x-pd-wire';
+
+const WIRES = ['native', 'frozen'] as const;
+/** `native`: written into place between pd-workers (transfer/native). `frozen`: NEW, PUT and GET. */
+export type Wire = (typeof WIRES)[number];
+
+/** The header's value; undefined if it is absent or invalid. */
+export function readWire(value: unknown): Wire | undefined {
+  return WIRES.find((wire) => wire === value);
 }
 
 /** From a producer, with an otherwise successful answer: the KV of the prompt will not come. ErrorData as JSON, URI-encoded. */

@@ -2,6 +2,7 @@
 import type { WorkerConfig } from '../config/worker-config.ts';
 import type { ErrorData } from '../errors.ts';
 import type { CoreRequest, RequestOutput } from '../scheduler/types.ts';
+import type { HandOverState } from '../transfer/native/hand-over-api.ts';
 import type { TransferState } from '../transfer/types.ts';
 import type { Fingerprint } from '../wire/fingerprint.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
@@ -31,6 +32,8 @@ export interface CoreState {
   /** What `checkIntegrity()` of scheduler and block manager says, where it was asked for: empty when all is well. */
   readonly integrity?: readonly string[];
   readonly transfer?: TransferState;
+  /** Of the native hand-over, where it is spoken. */
+  readonly handOver?: HandOverState;
 }
 
 export type ToCore =

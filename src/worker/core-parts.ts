@@ -1,15 +1,20 @@
 /** Puts the core together: device, model, transfer engine, connectors, scheduler, loop; and takes it apart again. */
+import { randomBytes } from 'node:crypto';
 import type { WorkerConfig } from '../config/worker-config.ts';
 import { P2pSchedulerConnector } from '../connector/scheduler-connector.ts';
 import { P2pWorkerConnector } from '../connector/worker-connector.ts';
 import { createDevice } from '../device/create-device.ts';
+import { blockBytes } from '../kv/layout.ts';
 import { createExecutor } from '../model/create-executor.ts';
 import type { Executor } from '../model/executor.ts';
 import { formatHostPort } from '../net/address.ts';
 import type { Logger } from '../observability/log.ts';
 import { MetricsPage } from '../observability/metrics.ts';
 import { maxSequenceLength, Scheduler } from '../scheduler/scheduler.ts';
-import type { TransferEngineApi } from '../transfer/engine-api.ts';
+import type { TransferEngine } from '../transfer/engine.ts';
+import type { NativeInit } from '../transfer/native/channel.ts';
+import type { HandOver } from '../transfer/native/hand-over.ts';
+import type { Nonce } from '../transfer/native/messages.ts';
 import type { Fingerprint } from '../wire/fingerprint.ts';
 import { CoreLoop, type CoreLoopOptions } from './core.ts';
 import type { CoreInfo, CoreInit } from './core-messages.ts';
@@ -18,7 +23,9 @@ export interface CoreParts {
   readonly loop: CoreLoop;
   readonly info: CoreInfo;
   /** Absent for role `both`. */
-  readonly engine?: TransferEngineApi;
+  readonly engine?: TransferEngine;
+  /** Absent where the frozen wire alone is spoken. */
+  readonly handOver?: HandOver;
   /** Once the loop has ended. Idempotent. The engine goes first: it writes into what the device holds. */
   dispose(): Promise<void>;
 }
@@ -43,11 +50,14 @@ export async function createCore(
       log,
     });
     undo.push(() => executor.dispose());
-    const engine = await createEngine(config, fingerprint, init.metrics.transfer);
+    const native = nativeInit(config, executor);
+    const engine = await createEngine(config, fingerprint, init.metrics.transfer, native);
     if (engine) undo.push(() => engine.dispose());
+    const handOver = engine && native && (await createHandOver(config, engine, native, log));
+    if (handOver) undo.push(() => handOver.close());
     const limits = { numBlocks, blockSize: config.blockSize, maxModelLen };
     return {
-      loop: createLoop(init, { executor, engine, limits, log, told }),
+      loop: createLoop(init, { executor, engine, handOver, limits, log, told }),
       info: {
         ...(engine && { kvAddress: formatHostPort(engine.address) }),
         maxModelLen: maxSequenceLength(limits),
@@ -57,6 +67,7 @@ export async function createCore(
         fingerprint,
       },
       ...(engine && { engine }),
+      ...(handOver && { handOver }),
       dispose,
     };
   } catch (error) {
@@ -67,7 +78,8 @@ export async function createCore(
 
 interface LoopParts {
   readonly executor: Executor;
-  readonly engine: TransferEngineApi | undefined;
+  readonly engine: TransferEngine | undefined;
+  readonly handOver: HandOver | undefined;
   readonly limits: { readonly numBlocks: number; readonly blockSize: number; readonly maxModelLen: number };
   readonly log: Logger;
   readonly told: Pick<CoreLoopOptions, 'post' | 'kvSaved'>;
@@ -75,10 +87,14 @@ interface LoopParts {
 
 function createLoop(init: CoreInit, parts: LoopParts): CoreLoop {
   const { config } = init;
-  const { executor, engine, limits, log, told } = parts;
+  const { executor, engine, handOver, limits, log, told } = parts;
   const { role, blockSize, maxNumSeqs, maxNumBatchedTokens, enablePrefixCaching } = config;
   const metrics = new MetricsPage(init.metrics.core);
   const split = role !== 'both' && engine ? { role, engine } : undefined;
+  const scheduler = new Scheduler(
+    { ...limits, maxNumSeqs, maxNumBatchedTokens, enablePrefixCaching },
+    split && new P2pSchedulerConnector({ role: split.role, blockSize, native: handOver !== undefined }),
+  );
   const connector =
     split &&
     new P2pWorkerConnector({
@@ -88,11 +104,10 @@ function createLoop(init: CoreInit, parts: LoopParts): CoreLoop {
       layers: executor.layers,
       log,
       metrics,
+      ...(handOver && {
+        native: { handOver, blocks: scheduler.blockManager, loadMs: config.transfer.timeouts.load },
+      }),
     });
-  const scheduler = new Scheduler(
-    { ...limits, maxNumSeqs, maxNumBatchedTokens, enablePrefixCaching },
-    split && new P2pSchedulerConnector({ role: split.role, blockSize }),
-  );
   return new CoreLoop({
     executor,
     scheduler,
@@ -108,7 +123,8 @@ async function createEngine(
   config: WorkerConfig,
   fingerprint: Fingerprint,
   metrics: SharedArrayBuffer,
-): Promise<TransferEngineApi | undefined> {
+  native: NativeInit | undefined,
+): Promise<TransferEngine | undefined> {
   if (config.role === 'both') return undefined;
   // An undivided worker needs neither ZeroMQ nor a transport.
   const { TransferEngine } = await import('../transfer/engine.ts');
@@ -123,6 +139,32 @@ async function createEngine(
         : { httpAddress: formatHostPort({ host: httpAnnounceHost, port: http.port }) }),
       ...(proxy && { proxyAddress: formatHostPort(proxy) }),
     },
-    { metrics },
+    { metrics, ...(native && { native }) },
   );
+}
+
+function nativeInit({ role, wire }: WorkerConfig, { layers }: Executor): NativeInit | undefined {
+  const [first] = layers;
+  if (role === 'both' || wire === 'frozen' || !first) return undefined;
+  const { layout, memory } = first.cache;
+  const { numBlocks: blocks, blockSize, family } = layout;
+  return {
+    nonce: randomBytes(16).toString('hex') as Nonce,
+    layers: layers.map(({ cache }) => cache),
+    shape: { blocks, blockSize, layers: layers.length, blockBytes: blockBytes(layout), family },
+    transports: [memory.kind === 'host' ? 'host' : 'nccl'],
+  };
+}
+
+async function createHandOver(
+  { role, transfer }: WorkerConfig,
+  engine: TransferEngine,
+  init: NativeInit,
+  log: Logger,
+): Promise<HandOver | undefined> {
+  if (role === 'both') return undefined;
+  const { HandOver } = await import('../transfer/native/hand-over.ts');
+  const { rank, timeouts } = transfer;
+  const wire = engine.native.bind(engine);
+  return new HandOver({ init, wire, role, rank, leaseMs: timeouts.orphan, log });
 }

@@ -2,7 +2,7 @@
 import { parentPort, workerData } from 'node:worker_threads';
 import { PdError, unreachable } from '../errors.ts';
 import { createLogger } from '../observability/log.ts';
-import { OVERLAP_FEATURE } from '../wire/overlap.ts';
+import { NATIVE_FEATURE, OVERLAP_FEATURE } from '../wire/overlap.ts';
 import type { CoreInit, FromCore, ToCore } from './core-messages.ts';
 import { type CoreParts, createCore } from './core-parts.ts';
 
@@ -48,6 +48,8 @@ async function main(): Promise<void> {
     });
     await Promise.race([ended, shutdown, broken]);
     core.loop.close();
+    // Every WANT is answered before its connection ends.
+    await core.handOver?.close();
     // Disposing the engine settles whatever the step under way waits for.
     await core.engine?.dispose();
     await ended;
@@ -71,16 +73,21 @@ function receive(core: CoreParts, message: Exclude<ToCore, { readonly type: 'shu
       for (const id of message.transferIds) {
         core.loop.released(id);
         core.engine?.finish(id);
+        core.handOver?.fail(id, 'KV_SEND_FAILED', 'nobody will decode it');
       }
       return;
     case 'prefilled':
       for (const id of message.transferIds) {
         core.loop.prefilled(id);
         core.engine?.prefilled(id);
+        core.handOver?.prefilled(id);
       }
       return;
     case 'kv-failed':
-      for (const id of message.transferIds) core.engine?.sendFailed(id, message.reason);
+      for (const id of message.transferIds) {
+        core.engine?.sendFailed(id, message.reason);
+        core.handOver?.sendFailed(id, message.reason);
+      }
       return;
     case 'serve':
       startPing(core, message.httpAddress);
@@ -97,7 +104,13 @@ async function answerState(
   core: CoreParts,
   { seq, integrity }: Extract<ToCore, { readonly type: 'state' }>,
 ): Promise<void> {
-  const state = core.loop.state(integrity);
+  const { handOver } = core;
+  const loop = core.loop.state(integrity);
+  const state = {
+    ...loop,
+    ...(loop.integrity && { integrity: [...loop.integrity, ...(handOver?.checkIntegrity() ?? [])] }),
+    ...(handOver && { handOver: handOver.state() }),
+  };
   try {
     const transfer = await core.engine?.state();
     post({ type: 'state', seq, state: { ...state, ...(transfer && { transfer }) } });
@@ -119,6 +132,6 @@ function startPing(core: CoreParts, httpAddress: string): void {
     type: role === 'producer' ? 'P' : 'D',
     httpAddress,
     intervalMs: pingIntervalMs,
-    features: [OVERLAP_FEATURE],
+    features: core.handOver ? [OVERLAP_FEATURE, NATIVE_FEATURE] : [OVERLAP_FEATURE],
   });
 }

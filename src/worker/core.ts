@@ -3,21 +3,22 @@
  *
  *   add, abort --+                      +--> executor.forward --(after each layer)--> connector.saveKvLayer
  *                +--> schedule() step --+                                                  |
- *   load ended --+                      +--> connector.startLoadKv        waitForSave <----+ --> update --> post
+ *   load ended --+                      +--> connector.startLoadKv        waitForSave <----+ --> promptsDrawn --> update --> post
  *
  * Outputs of a step are posted after `waitForSave`: a producer answers only once its KV is sent, or kept where the consumer finds it.
- * Between turns the event loop runs once, so that messages, aborts and ended loads are heard; with nothing to do it sleeps.
+ * Between turns the event loop runs once, so that messages and aborts are heard; with nothing to do it sleeps. Loads are heard while a step
+ * runs too: a first token that came with its KV is posted at once.
  */
 import { setImmediate } from 'node:timers/promises';
 import type { LoadFailurePolicy } from '../config/worker-config.ts';
-import type { SaveOutcome, WorkerConnector } from '../connector/connector.ts';
+import type { LoadOutcome, SaveOutcome, WorkerConnector } from '../connector/connector.ts';
 import { type Deferred, deferred } from '../deferred.ts';
 import { type ErrorData, PdError } from '../errors.ts';
 import type { Executor, LayerHooks } from '../model/executor.ts';
 import type { Logger } from '../observability/log.ts';
 import type { MetricsPage } from '../observability/metrics.ts';
 import type { Scheduler } from '../scheduler/scheduler.ts';
-import type { SchedulerStep } from '../scheduler/step.ts';
+import { firstTokens, type SchedulerStep } from '../scheduler/step.ts';
 import type { CoreRequest, ForwardResult, RequestOutput } from '../scheduler/types.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 import type { CoreState } from './core-messages.ts';
@@ -55,7 +56,10 @@ export class CoreLoop {
   /** Set while the loop sleeps. */
   #sleep: Deferred<void> | undefined;
   #watchedLoads: Promise<void> | undefined;
-  #loadsEnded = false;
+  /** Why the core cannot go on: its next turn says so. */
+  #lost: PdError | undefined;
+  /** Loads have ended, or blocks were given back, since the turn began. */
+  #heard = false;
   #failedSteps = 0;
   #closing = false;
 
@@ -126,15 +130,22 @@ export class CoreLoop {
   }
 
   async #turn(): Promise<void> {
+    this.#heard = false;
     this.#takeCommands();
     this.#takeLoads();
+    if (this.#lost) throw this.#lost;
+    // Before their blocks can be others': what was to be written from them must not be.
+    this.#tellFinished();
     if (this.#scheduler.numRequests > 0) this.#throughput.working();
     const step = this.#scheduler.schedule();
     if (step.metadata) this.#connector?.startLoadKv(step.metadata);
     if (step.entries.length > 0) await this.#run(step);
-    this.#collect();
-    if (step.entries.length > 0 || step.preempted.length > 0) await setImmediate();
-    else await this.#rest();
+    this.#tellFinished();
+    this.#metrics.scheduler(this.#scheduler);
+    const { missingBlocks } = this.#scheduler;
+    const room = missingBlocks > 0 ? this.#connector?.makeRoom(missingBlocks) : undefined;
+    if (step.entries.length > 0 || step.preempted.length > 0 || room === true) await setImmediate();
+    else await this.#rest(room);
   }
 
   async #run(step: SchedulerStep): Promise<void> {
@@ -142,7 +153,11 @@ export class CoreLoop {
     // Also after a failure: what was saved is still being gathered from the step's blocks.
     const unsaved = (await this.#connector?.waitForSave()) ?? [];
     if (result instanceof PdError) this.#fail(step, result);
-    else this.#update(step, result, unsaved);
+    else {
+      if (step.metadata && step.metadata.fills.length > 0)
+        this.#connector?.promptsDrawn(firstTokens(step, result));
+      this.#update(step, result, unsaved);
+    }
     for (const outcome of unsaved) {
       if (outcome.state === 'failed') this.#needEngine(outcome.error);
       else void outcome.settled.then((error) => this.#options.kvSaved?.(outcome.requestId, error));
@@ -160,14 +175,15 @@ export class CoreLoop {
 
   /** Without its transfer engine this instance is no half of a pair any more; it would only look like one. */
   #needEngine(error: ErrorData): void {
-    if (error.code === 'ENGINE_CLOSED' && !this.#closing) throw PdError.fromData(error);
+    if (error.code === 'ENGINE_CLOSED' && !this.#closing) this.#lost ??= PdError.fromData(error);
   }
 
   async #forward(step: SchedulerStep): Promise<ForwardResult | PdError> {
     try {
       // A mark per layer, which costs a GPU an event each, only where a save waits for it.
-      const saves = step.metadata?.saves.length ?? 0;
-      return await this.#options.executor.forward(step.batch, saves > 0 ? this.#saving : {});
+      const { saves, fills } = step.metadata ?? { saves: [], fills: [] };
+      const marked = saves.length + fills.length > 0;
+      return await this.#options.executor.forward(step.batch, marked ? this.#saving : {});
     } catch (error) {
       return PdError.from(error);
     }
@@ -215,10 +231,11 @@ export class CoreLoop {
     if (outputs.length > 0) this.#options.post(outputs);
   }
 
+  /** Also while a step is under way. */
   #takeLoads(): void {
-    this.#loadsEnded = false;
-    const { loadFailure } = this.#options;
-    for (const outcome of this.#connector?.getFinished() ?? []) {
+    const { loadFailure, executor } = this.#options;
+    for (const told of this.#connector?.getFinished() ?? []) {
+      const outcome = withinVocabulary(told, executor.vocabSize);
       const { requestId } = outcome;
       this.#metrics.load(outcome, loadFailure);
       if (outcome.ok) {
@@ -234,6 +251,7 @@ export class CoreLoop {
       this.#emit(this.#scheduler.loadEnded(outcome, loadFailure));
       if (!outcome.ok) this.#needEngine(outcome.error);
     }
+    this.#watchLoads();
   }
 
   #emit(outputs: readonly RequestOutput[]): void {
@@ -242,22 +260,22 @@ export class CoreLoop {
     this.#options.post(outputs);
   }
 
-  #collect(): void {
+  #tellFinished(): void {
     for (const finished of this.#scheduler.takeFinished()) this.#connector?.requestFinished(finished);
-    this.#metrics.scheduler(this.#scheduler);
   }
 
-  /** Sleeps until a message comes or a load ends. */
-  async #rest(): Promise<void> {
-    const { numRunning, numWaiting, numLoading } = this.#scheduler;
-    if (numRunning + numWaiting > 0 && numLoading === 0) {
+  /** Sleeps until a message comes, a load ends or blocks are given back; `ms`: at most, where blocks may be had then. */
+  async #rest(ms: number | undefined): Promise<void> {
+    if (this.#commands.length > 0 || this.#heard || this.#closing || this.#lost) return;
+    const { numRunning, numWaiting, numLoading, blockManager } = this.#scheduler;
+    if (numRunning + numWaiting > 0 && numLoading === 0 && !blockManager.isShared) {
       const stuck = `nothing can run, with ${numRunning} running and ${numWaiting} waiting requests`;
       throw new PdError('INTERNAL', stuck);
     }
-    this.#watchLoads();
-    if (this.#commands.length > 0 || this.#loadsEnded || this.#closing) return;
     this.#sleep = deferred<void>();
+    const timer = ms === undefined ? undefined : setTimeout(this.#sleep.resolve, ms);
     await this.#sleep.promise;
+    clearTimeout(timer);
     this.#sleep = undefined;
   }
 
@@ -266,11 +284,28 @@ export class CoreLoop {
     const promise = this.#connector?.loadEnded;
     if (!promise || promise === this.#watchedLoads) return;
     this.#watchedLoads = promise;
-    void promise.then(() => {
-      this.#loadsEnded = true;
-      this.#sleep?.resolve();
-    });
+    const hear = () => {
+      this.#takeLoads();
+      this.#heard = true;
+    };
+    void promise
+      .then(hear)
+      .catch((error: unknown) => {
+        this.#lost ??= PdError.from(error);
+      })
+      .then(() => this.#sleep?.resolve());
   }
+}
+
+/** Tokens that a peer names index tables here. */
+function withinVocabulary(outcome: LoadOutcome, vocabSize: number): LoadOutcome {
+  if (!outcome.ok || !outcome.draw) return outcome;
+  const { draw, ...rest } = outcome;
+  const alternatives = (draw.logprobs ?? []).flatMap(({ token, top }) => [
+    token,
+    ...top.map((one) => one.token),
+  ]);
+  return [...draw.tokens, ...alternatives].every((token) => token < vocabSize) ? outcome : rest;
 }
 
 /** Whoever asked for a prompt learns with its token that the KV is not on its way. */

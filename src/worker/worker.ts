@@ -195,14 +195,16 @@ export class PdWorker {
       over = true;
     });
     while (!over) {
-      const { transfer } = await this.#parts.core.state().catch(() => ({ transfer: undefined }));
+      const { transfer, handOver } = await this.#parts.core.state().catch((): Partial<CoreState> => ({}));
       const bytes = transfer ? transfer.buffer.usedBytes + transfer.pool.usedBytes : 0;
-      if (bytes === 0) return;
+      const prompts = handOver?.grants.requests ?? 0;
+      if (bytes + prompts === 0) return;
+      const what = prompts > 0 ? `KV of ${prompts} prompts` : `${bytes} bytes of KV`;
       if (performance.now() >= deadline) {
-        this.#parts.log.warn({ bytes }, `Gave up ${bytes} bytes of KV that no consumer has fetched`);
+        this.#parts.log.warn({ bytes, prompts }, `Gave up ${what} that no consumer has fetched`);
         return;
       }
-      if (!told) this.#parts.log.info({ bytes }, `Draining: ${bytes} bytes of KV are still to leave`);
+      if (!told) this.#parts.log.info({ bytes, prompts }, `Draining: ${what} are still to leave`);
       told = true;
       await Promise.race([setTimeout(HAND_OVER_POLL_MS), cut]);
     }

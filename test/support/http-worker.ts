@@ -43,6 +43,7 @@ export async function startServer(
     config: {
       servedModelNames: ['demo', 'alias'],
       randomizeRequestIds,
+      wire: 'auto',
       role,
       maxNumSeqs: 8,
       transfer: { kvKey: 'transfer' },

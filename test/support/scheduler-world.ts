@@ -3,12 +3,20 @@
  * token's slot, and checks that each slot of the context it reads holds the digest it should: a block that was reused too early, shared
  * wrongly or loaded badly shows at once. The "model" is a hash of the context, so what every request must generate is known beforehand.
  */
+import type { LoadFailurePolicy } from '../../src/config/worker-config.ts';
 import type { LoadOutcome } from '../../src/connector/connector.ts';
 import type { ConnectorMetadata, LoadMeta, SaveMeta } from '../../src/connector/metadata.ts';
+import { NativeHalf, type NativeParts } from '../../src/connector/native-half.ts';
 import { type KvRole, P2pSchedulerConnector } from '../../src/connector/scheduler-connector.ts';
 import { Scheduler, type SchedulerOptions } from '../../src/scheduler/scheduler.ts';
-import type { SchedulerStep } from '../../src/scheduler/step.ts';
-import type { CoreRequest, ForwardResult, RequestOutput, SampledToken } from '../../src/scheduler/types.ts';
+import { firstTokens, type SchedulerStep } from '../../src/scheduler/step.ts';
+import type {
+  CoreRequest,
+  ForwardResult,
+  RequestOutput,
+  SampledToken,
+  SamplingParams,
+} from '../../src/scheduler/types.ts';
 import { type EngineRequestId, engineRequestId } from '../../src/wire/ids.ts';
 import type { TokenLogprob } from '../../src/wire/token-logprob.ts';
 
@@ -20,8 +28,10 @@ function mix(digest: number, token: number): number {
   return Math.imul(digest ^ (token + 0x9e3779b9), 0x01000193) >>> 0;
 }
 
-function sampleFrom(digest: number, index: number): number {
-  return mix(mix(digest, index), 7) % VOCAB;
+/** Greedy: the context alone decides; else the seed too. */
+function sampleFrom(digest: number, index: number, { temperature, seed }: SamplingParams): number {
+  const drawn = mix(mix(digest, index), 7);
+  return (temperature === 0 ? drawn : mix(drawn, seed)) % VOCAB;
 }
 
 /** What completion `index` of a request must say, stop rules applied. */
@@ -30,7 +40,7 @@ export function expectedTokens(request: CoreRequest, index: number, maxModelLen:
   let digest = request.promptTokens.reduce(mix, SEED);
   const tokens: number[] = [];
   while (tokens.length < maxTokens && request.promptTokens.length + tokens.length < maxModelLen) {
-    const token = sampleFrom(digest, index);
+    const token = sampleFrom(digest, index, request.sampling);
     tokens.push(token);
     digest = mix(digest, token);
     if (tokens.length > minTokens && stopTokenIds.includes(token)) break;
@@ -66,13 +76,28 @@ export class SchedulerWorld {
   readonly finished: { readonly requestId: EngineRequestId; readonly aborted: boolean }[] = [];
   readonly steps: SchedulerStep[] = [];
   readonly canceled: EngineRequestId[] = [];
+  /** Of requests that take the native hand-over. */
+  readonly native: NativeHalf | undefined;
+  #outcomes: LoadOutcome[] = [];
   preempted = 0;
 
-  constructor(options: SchedulerOptions, role?: KvRole) {
+  /** `native`: the hand-over, where there is one, and how long it may not take what is kept for a consumer, ms. */
+  constructor(options: SchedulerOptions, role?: KvRole, native?: Omit<NativeParts, 'blocks'>) {
     this.options = options;
     this.blockSize = options.blockSize;
-    const connector = role && new P2pSchedulerConnector({ role, blockSize: options.blockSize });
+    const { blockSize } = options;
+    const connector = role && new P2pSchedulerConnector({ role, blockSize, native: native !== undefined });
     this.scheduler = new Scheduler(options, connector);
+    this.native =
+      native &&
+      new NativeHalf(
+        { ...native, blocks: this.scheduler.blockManager },
+        {
+          loadEnded: (outcome) => this.#outcomes.push(outcome),
+          freed: () => {},
+          ownRankOf: (peer) => peer,
+        },
+      );
     this.slots = new Uint32Array(options.numBlocks * options.blockSize);
   }
 
@@ -88,19 +113,40 @@ export class SchedulerWorld {
     this.check();
   }
 
-  /** One whole step, or undefined where there was nothing to run. `fail`: the executor throws after it wrote its KV. */
-  step(fail = false): SchedulerStep | undefined {
+  /**
+   * One whole step, or undefined where there was nothing to run. `fail`: the executor throws after it wrote its KV. `meanwhile`: what
+   * happens before the executor has written, and after.
+   */
+  step(fail = false, meanwhile: () => void = () => {}): SchedulerStep | undefined {
     const step = this.scheduler.schedule();
     this.check();
     this.preempted += step.preempted.length;
     if (step.metadata) this.#takeMetadata(step.metadata);
-    if (step.entries.length === 0) return step.preempted.length > 0 ? this.step(fail) : undefined;
+    const { missingBlocks } = this.scheduler;
+    if (step.entries.length === 0) {
+      const room = missingBlocks > 0 && this.native?.makeRoom(missingBlocks) === true;
+      return room || step.preempted.length > 0 ? this.step(fail, meanwhile) : undefined;
+    }
     this.steps.push(step);
+    meanwhile();
     const result = this.#forward(step);
+    this.native?.layer(0);
+    meanwhile();
+    void this.native?.stepEnded();
     const error = { code: 'INTERNAL', message: 'the executor broke', context: {} } as const;
+    if (!fail) this.native?.promptsDrawn(firstTokens(step, result));
     this.hear(fail ? this.scheduler.failStep(step, error) : this.scheduler.update(step, result));
     this.check();
     return step;
+  }
+
+  /** Tells the scheduler of native loads that have ended; answers with them. */
+  takeOutcomes(policy: LoadFailurePolicy): readonly LoadOutcome[] {
+    const outcomes = this.#outcomes;
+    this.#outcomes = [];
+    for (const outcome of outcomes) this.hear(this.scheduler.loadEnded(outcome, policy));
+    this.check();
+    return outcomes;
   }
 
   /** Ends a load: its blocks are written (all of them, junk after the last token), or half of them with rubbish. */
@@ -142,13 +188,19 @@ export class SchedulerWorld {
       if (!told) throw new Error(`output for ${output.requestId}/${output.index}, which nobody asked for`);
       if (told.ends > 0) throw new Error(`${output.requestId}/${output.index} spoke after its end`);
       told.tokens.push(...output.tokens);
+      const wanted = told.request.sampling.logprobs !== undefined ? output.tokens : [];
+      const said = (output.logprobs ?? []).map(({ token }) => token);
+      if (`${said}` !== `${wanted}`) throw new Error(`${output.requestId} has log-probabilities of ${said}`);
       told.first ??= output;
       if (output.finishReason) {
         told.ends++;
         told.last = output;
       }
     }
-    this.finished.push(...this.scheduler.takeFinished());
+    for (const finished of this.scheduler.takeFinished()) {
+      this.finished.push(finished);
+      this.native?.requestFinished(finished);
+    }
   }
 
   check(): void {
@@ -162,6 +214,7 @@ export class SchedulerWorld {
       this.loads.set(load.requestId, load);
     }
     this.canceled.push(...metadata.cancels);
+    this.native?.start(metadata);
     for (const meta of metadata.saves) this.saves.push({ meta, step: this.steps.length });
   }
 
@@ -190,6 +243,7 @@ export class SchedulerWorld {
     for (const { sequenceId, tokens: input, start, blockTable } of step.batch.sequences) {
       if (seen.has(sequenceId)) throw new Error(`${sequenceId} is in the step twice`);
       seen.add(sequenceId);
+      if (input.length === 0) throw new Error(`${sequenceId} is in the step with nothing to compute`);
       tokens += input.length;
       let digest = start === 0 ? SEED : slots[slotOf(blockTable, start - 1, blockSize)]!;
       input.forEach((token, i) => {
@@ -212,7 +266,11 @@ export class SchedulerWorld {
       }
       if ((sample !== undefined) !== (end === known.length)) throw new Error(`${sequenceId} samples midway`);
       if (sample && sample.outputPosition !== told.tokens.length) throw new Error(`${sequenceId} lost count`);
-      if (sample) sampled.push({ sequenceId, token: sampleFrom(digest, index) });
+      if (sample) {
+        const token = sampleFrom(digest, index, sample.params);
+        const logprob = sample.params.logprobs !== undefined && { token, logprob: -token, top: [] };
+        sampled.push({ sequenceId, token, ...(logprob && { logprob }) });
+      }
       const { promptLogprobs: wanted } = sequence;
       if (wanted) {
         wanted.targets.forEach((token, i) => {

@@ -1,7 +1,9 @@
 /** Messages of the native hand-over to bytes and back. Pure; decoding throws protocol errors (wire/limits.ts) and nothing else. */
 import { Decoder, Encoder } from '@msgpack/msgpack';
 import { ERROR_TABLE, type ErrorCode, PdError, unreachable } from '../../errors.ts';
-import { countField, type Fields, field, isFields, show, textField } from '../../wire/fields.ts';
+import type { LayoutFamily } from '../../kv/layout.ts';
+import { countField, type Fields, field, isFields, optionalMap, show, textField } from '../../wire/fields.ts';
+import { helloFields, readHello, readRefusal } from '../../wire/hello.ts';
 import { type TransferId, transferIdOf } from '../../wire/ids.ts';
 import {
   checkMsgpack,
@@ -12,16 +14,18 @@ import {
   MAX_TEXT,
   protocolError,
 } from '../../wire/limits.ts';
+import { UNIQUE_ID_BYTES, type UniqueId } from '../../wire/messages.ts';
 import type { TokenLogprob } from '../../wire/token-logprob.ts';
 import { blockListBytes, decodeBlocks, encodeBlocks } from './block-list.ts';
 import {
-  type ConsumerMessage,
+  type AnsweredMessage,
+  type AskedMessage,
   type DoneMessage,
   type DropMessage,
   HELD_STATES,
+  type HelloMessage,
   type NativeMessage,
   type Nonce,
-  type ProducerMessage,
   type Ticket,
   TRANSPORTS,
   type WantMessage,
@@ -38,6 +42,8 @@ export const MAX_DRAWN = 128;
 export const MAX_ALTERNATIVES = 128;
 export const MAX_SLOTS = 65_536;
 const MAX_LAYERS = 65_536;
+const MAX_CACHE_BLOCKS = 2 ** 31 - 1;
+const LAYOUT_FAMILIES = ['kv-first', 'blocks-first', 'mla'] as const satisfies readonly LayoutFamily[];
 const NONCE_BYTES = 16;
 const TICKET_BYTES = 16;
 
@@ -51,23 +57,25 @@ const encoder = new Encoder();
 const { maxBinLength: _, ...decoderLimits } = DECODER_LIMITS;
 const decoder = new Decoder(decoderLimits);
 
-const CONSUMER_COMMANDS = ['WANT', 'DROP', 'ACK'] as const satisfies readonly ConsumerMessage['cmd'][];
-const PRODUCER_COMMANDS = [
+const COMMANDS = [
+  'HELLO',
+  'PAIR',
+  'WANT',
+  'DROP',
+  'ACK',
   'HELD',
   'PART',
   'DONE',
   'FAIL',
   'DROPPED',
-] as const satisfies readonly ProducerMessage['cmd'][];
+] as const satisfies readonly NativeMessage['cmd'][];
 
 /** Whether `body` begins as one of these messages does, so that it is for this codec and not for the frozen wire's. */
 export function isNativeMessage(body: Uint8Array): boolean {
   // fixmap, then the key cmd and a short string; none of them has 16 keys
   if ((body[0] ?? 0) >> 4 !== 0x8) return false;
   const head = Buffer.from(body.buffer, body.byteOffset, Math.min(body.length, 16)).toString('latin1', 1);
-  return [...CONSUMER_COMMANDS, ...PRODUCER_COMMANDS].some((cmd) =>
-    head.startsWith(`\xa3cmd${String.fromCharCode(0xa0 + cmd.length)}${cmd}`),
-  );
+  return COMMANDS.some((cmd) => head.startsWith(`\xa3cmd${String.fromCharCode(0xa0 + cmd.length)}${cmd}`));
 }
 
 /** Throws what the other end would: a message that it must refuse does not leave. `limits`: what the other end allows. */
@@ -85,9 +93,11 @@ export function encodeNative(message: NativeMessage, limits: NativeLimits): Uint
 }
 
 /** What a ROUTER has read. */
-export function decodeFromConsumer(body: Uint8Array, limits: NativeLimits): ConsumerMessage {
+export function decodeAsked(body: Uint8Array, limits: NativeLimits): AskedMessage {
   const message = decodeNative(body, limits);
   switch (message.cmd) {
+    case 'HELLO':
+    case 'PAIR':
     case 'WANT':
     case 'DROP':
     case 'ACK':
@@ -98,9 +108,10 @@ export function decodeFromConsumer(body: Uint8Array, limits: NativeLimits): Cons
 }
 
 /** What a DEALER has read. */
-export function decodeFromProducer(body: Uint8Array, limits: NativeLimits): ProducerMessage {
+export function decodeAnswered(body: Uint8Array, limits: NativeLimits): AnsweredMessage {
   const message = decodeNative(body, limits);
   switch (message.cmd) {
+    case 'PAIR':
     case 'WANT':
     case 'DROP':
     case 'ACK':
@@ -113,7 +124,7 @@ export function decodeFromProducer(body: Uint8Array, limits: NativeLimits): Prod
 function decodeNative(body: Uint8Array, limits: NativeLimits): NativeMessage {
   checkMsgpack(body, {
     body: nativeBodyBytes(limits),
-    bin: Math.max(NONCE_BYTES, TICKET_BYTES, blockListBytes(limits.maxBlocks)),
+    bin: Math.max(UNIQUE_ID_BYTES, blockListBytes(limits.maxBlocks)),
   });
   let fields: unknown;
   try {
@@ -129,7 +140,9 @@ function decodeNative(body: Uint8Array, limits: NativeLimits): NativeMessage {
 
 function fieldsOf(message: NativeMessage): Fields {
   const { cmd } = message;
+  if (message.cmd === 'HELLO') return fieldsOfHello(message);
   const head = { cmd, from: bytesOf(message.from), to: bytesOf(message.to) };
+  if (message.cmd === 'PAIR') return { ...head, unique_id: message.uniqueId };
   if (message.cmd === 'DROP') {
     const { want, floor, id } = message;
     return { ...head, ...(want && { seq: want.seq, ticket: bytesOf(want.ticket) }), floor, id };
@@ -182,12 +195,17 @@ function fieldsOf(message: NativeMessage): Fields {
 
 function readMessage(fields: Fields, limits: NativeLimits): NativeMessage {
   const name = field(fields, 'cmd');
-  const cmd = [...CONSUMER_COMMANDS, ...PRODUCER_COMMANDS].find((known) => known === name);
+  const cmd = COMMANDS.find((known) => known === name);
   if (!cmd) throw protocolError('unknown_command', `unknown native command ${show(name)}`);
+  if (cmd === 'HELLO') return readHelloMessage(fields);
   const addressed = {
     from: hexField(fields, 'from', NONCE_BYTES, cmd) as Nonce,
     to: hexField(fields, 'to', NONCE_BYTES, cmd) as Nonce,
   };
+  if (cmd === 'PAIR') {
+    const uniqueId = bytesField(fields, 'unique_id', UNIQUE_ID_BYTES, cmd) as UniqueId;
+    return { cmd, ...addressed, uniqueId };
+  }
   if (cmd === 'DROP') return readDrop(fields, addressed);
   const of = { ...addressed, ...readWantRef(fields, cmd) };
   switch (cmd) {
@@ -221,6 +239,52 @@ function readMessage(fields: Fields, limits: NativeLimits): NativeMessage {
     default:
       return unreachable(cmd, 'command');
   }
+}
+
+function fieldsOfHello({ from, hello, cache, transports, direct, refused }: HelloMessage): Fields {
+  const { blocks, blockSize, layers, blockBytes, family } = cache;
+  return {
+    cmd: 'HELLO',
+    from: bytesOf(from),
+    ...helloFields(hello),
+    cache: { blocks, block_size: blockSize, layers, block_bytes: blockBytes, family },
+    transports,
+    ...(direct && { direct: { boot_id: direct.bootId, path: direct.path } }),
+    ...(refused && { refused: { code: refused.code, message: refused.message.slice(0, MAX_TEXT) } }),
+  };
+}
+
+function readHelloMessage(fields: Fields): HelloMessage {
+  const cmd = 'HELLO';
+  const cache = optionalMap(fields, 'cache', cmd);
+  if (!cache) throw protocolError('bad_field', `${cmd}: no cache`);
+  const transports = field(fields, 'transports');
+  if (!Array.isArray(transports)) {
+    throw protocolError('bad_field', `${cmd}: transports are ${show(transports)}, not a list`);
+  }
+  const direct = optionalMap(fields, 'direct', cmd);
+  const refused = readRefusal(fields);
+  return {
+    cmd,
+    from: hexField(fields, 'from', NONCE_BYTES, cmd) as Nonce,
+    hello: readHello(fields, cmd),
+    cache: {
+      blocks: boundedField(cache, 'blocks', 1, MAX_CACHE_BLOCKS, cmd),
+      blockSize: countField(cache, 'block_size', 1, cmd),
+      layers: boundedField(cache, 'layers', 1, MAX_LAYERS, cmd),
+      blockBytes: countField(cache, 'block_bytes', 1, cmd),
+      family: nameField(cache, 'family', LAYOUT_FAMILIES, cmd),
+    },
+    // a later version may have ways that this one does not know
+    transports: TRANSPORTS.filter((known) => transports.includes(known)),
+    ...(direct && {
+      direct: {
+        bootId: textField(direct, 'boot_id', MAX_DIGEST, cmd),
+        path: textField(direct, 'path', MAX_TEXT, cmd),
+      },
+    }),
+    ...(refused && { refused }),
+  };
 }
 
 type Addressed = Pick<WantMessage, 'from' | 'to'>;
@@ -354,12 +418,14 @@ function nameField<Name extends string>(
   throw protocolError('bad_field', `${what}: ${key} is ${show(value)}, not ${names.join(', ')}`);
 }
 
-function hexField(fields: Fields, key: string, length: number, what: string): string {
+function bytesField(fields: Fields, key: string, length: number, what: string): Uint8Array {
   const value = field(fields, key);
-  if (!(value instanceof Uint8Array) || value.length !== length) {
-    throw protocolError('bad_field', `${what}: ${key} is ${show(value)}, not ${length} bytes`);
-  }
-  return Buffer.from(value).toString('hex');
+  if (value instanceof Uint8Array && value.length === length) return value;
+  throw protocolError('bad_field', `${what}: ${key} is ${show(value)}, not ${length} bytes`);
+}
+
+function hexField(fields: Fields, key: string, length: number, what: string): string {
+  return Buffer.from(bytesField(fields, key, length, what)).toString('hex');
 }
 
 function bytesOf(hex: string): Uint8Array {

@@ -30,6 +30,7 @@ import type {
   NativeTransport,
   Nonce,
   ProducerMessage,
+  Ticket,
   WantMessage,
 } from './messages.ts';
 import { type Process, Processes } from './processes.ts';
@@ -82,6 +83,7 @@ export type GrantAction =
       readonly kind: 'write';
       readonly launch: number;
       readonly id: TransferId;
+      readonly ticket: Ticket;
       readonly slot?: number;
       readonly transport: NativeTransport;
       readonly place: number;
@@ -114,6 +116,8 @@ interface Grant {
   end: EndMessage | undefined;
   /** When the end was last said; undefined before. */
   saidAt: number | undefined;
+  /** Until it is said again: longer each time, as a peer that lives and does not acknowledge is asked for little. */
+  repeatMs: number;
 }
 
 interface Request {
@@ -143,6 +147,7 @@ interface EndedId {
 }
 
 const REPEAT_MS = 1_000;
+const LONGEST_REPEAT_MS = 60_000;
 const MAX_ENDED_IDS = 65_536;
 
 export class Grants {
@@ -175,6 +180,26 @@ export class Grants {
   died(peer: string, nonce: Nonce, now: number): GrantAction[] {
     const process = this.#processes.remove(peer, nonce);
     if (process) this.#bury(process, now);
+    return this.#take();
+  }
+
+  /**
+   * Its connection is gone: what travels on a pair has been given up by its consumer as well, so nothing is kept for it. By `direct` its
+   * process may live and come back, and hears then.
+   */
+  unreachable(peer: string, now: number): GrantAction[] {
+    const process = this.#processes.at(peer);
+    for (const grant of [...(process?.books.values() ?? [])]) {
+      const { seq, transport } = grant.want;
+      if (transport === 'direct') continue;
+      const message = 'its connection is gone';
+      if (!isTold(grant)) {
+        this.#end(grant, { cmd: 'FAIL', ...answerOf(grant), code: 'PEER_LOST', message }, now);
+      } else {
+        process?.books.delete(seq);
+        process?.settle(seq);
+      }
+    }
     return this.#take();
   }
 
@@ -298,7 +323,9 @@ export class Grants {
     for (const process of this.#processes.all()) {
       for (const grant of process.books.values()) {
         if (grant.saidAt !== undefined) {
-          if (now - grant.saidAt >= REPEAT_MS) this.#tell(grant, now);
+          if (now - grant.saidAt < grant.repeatMs) continue;
+          grant.repeatMs = Math.min(2 * grant.repeatMs, LONGEST_REPEAT_MS);
+          this.#tell(grant, now);
         } else if (!grant.request && grant.end === undefined && now >= grant.deadline) {
           const waited = `no request of that id came within ${this.#options.unboundMs / 1_000} s`;
           this.#end(grant, { cmd: 'FAIL', ...answerOf(grant), code: 'KV_SEND_FAILED', message: waited }, now);
@@ -423,6 +450,7 @@ export class Grants {
       launches: new Set(),
       end: undefined,
       saidAt: undefined,
+      repeatMs: REPEAT_MS,
     };
     process.books.set(want.seq, grant);
     const waiting = this.#unbound.get(want.id) ?? new Set();
@@ -469,7 +497,7 @@ export class Grants {
     const { promptDigest, tokens, id, seq, transport } = grant.want;
     if (promptDigest !== request.promptDigest || tokens !== request.tokens) {
       const message = `the request of that id has another prompt here (${request.tokens} tokens, digest ${request.promptDigest}; wanted ${tokens}, ${promptDigest})`;
-      this.#end(grant, { cmd: 'FAIL', ...answerOf(grant), code: 'KV_SEND_FAILED', message }, now);
+      this.#end(grant, { cmd: 'FAIL', ...answerOf(grant), code: 'PROMPT_MISMATCH', message }, now);
       return;
     }
     this.#leaveUnbound(grant);
@@ -484,7 +512,7 @@ export class Grants {
   /** Asks for the write of what has been computed since the last one, a block that was part-filled then from its start. */
   #write(grant: Grant, request: Request): void {
     if (grant.end !== undefined || request.computed <= grant.written) return;
-    const { skip, blocks, slot, transport, seq, id } = grant.want;
+    const { skip, blocks, slot, transport, seq, id, ticket } = grant.want;
     const first = Math.floor(grant.written / this.#options.blockSize);
     const end = this.#blocksFor(request.computed);
     const sources = request.sources.slice(first, end);
@@ -498,6 +526,7 @@ export class Grants {
       kind: 'write',
       launch,
       id,
+      ticket,
       peer: grant.owner.peer,
       nonce: grant.owner.nonce,
       seq,

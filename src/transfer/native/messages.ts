@@ -1,14 +1,18 @@
 /**
  * What two workers of ours say to hand KV over (docs/protocol.md, "Native hand-over"); `codec.ts` makes bytes of it. Pure data.
  *
- *   consumer's DEALER to the producer's ROUTER   WANT, DROP, ACK
- *   back on the same socket                      HELD, PART, DONE, FAIL, DROPPED
+ *   consumer's DEALER to the producer's ROUTER   HELLO, PAIR, WANT, DROP, ACK
+ *   back on the same socket                      HELLO, HELD, PART, DONE, FAIL, DROPPED
+ *
+ * HELLO and PAIR are the connection's (wire.ts); the ledgers (wants.ts, grants.ts) know the others alone.
  *
  * On one connection messages come in order or not at all. What is lost with a connection is said again: a consumer repeats WANT and DROP
  * until it hears an end (DONE, FAIL, DROPPED), a producer repeats an end until it hears ACK.
  */
 import type { ErrorCode } from '../../errors.ts';
+import type { LayoutFamily } from '../../kv/layout.ts';
 import type { TransferId } from '../../wire/ids.ts';
+import type { PeerHello, UniqueId } from '../../wire/messages.ts';
 import type { TokenLogprob } from '../../wire/token-logprob.ts';
 
 /** Feature in hello and ping of a worker that speaks all of this. */
@@ -24,7 +28,38 @@ export type Ticket = string & { readonly [brand]: 'Ticket' };
 export const TRANSPORTS = ['direct', 'nccl', 'host'] as const;
 export type NativeTransport = (typeof TRANSPORTS)[number];
 
-/** In every message: the processes that send it and that it is for. */
+/** A paged cache, as far as both ends must agree on it, and how many blocks it has. */
+export interface CacheShape {
+  /** May differ between ends. */
+  readonly blocks: number;
+  /** Tokens of a block. */
+  readonly blockSize: number;
+  readonly layers: number;
+  /** Of one block of one layer. */
+  readonly blockBytes: number;
+  readonly family: LayoutFamily;
+}
+
+/** "This is who speaks here." First of each connection, and its answer; with `refused` the two do not exchange KV. */
+export interface HelloMessage {
+  readonly cmd: 'HELLO';
+  readonly from: Nonce;
+  readonly hello: PeerHello;
+  readonly cache: CacheShape;
+  /** What this end can and may use. */
+  readonly transports: readonly NativeTransport[];
+  /** Where it meets writers of its own host: the host's boot id and the path of a Unix socket. */
+  readonly direct?: { readonly bootId: string; readonly path: string };
+  readonly refused?: { readonly code: ErrorCode; readonly message: string };
+}
+
+/** "Join a pair with me, I am rank 0": for PART, until this connection ends. In place of the one before. */
+export interface PairMessage extends Addressed {
+  readonly cmd: 'PAIR';
+  readonly uniqueId: UniqueId;
+}
+
+/** In every other message: the processes that send it and that it is for. */
 interface Addressed {
   readonly from: Nonce;
   readonly to: Nonce;
@@ -124,4 +159,8 @@ export interface DroppedMessage extends OfWant {
 export type ConsumerMessage = WantMessage | DropMessage | AckMessage;
 export type EndMessage = DoneMessage | FailMessage | DroppedMessage;
 export type ProducerMessage = HeldMessage | PartMessage | EndMessage;
-export type NativeMessage = ConsumerMessage | ProducerMessage;
+/** What a ROUTER hears. */
+export type AskedMessage = HelloMessage | PairMessage | ConsumerMessage;
+/** What a DEALER hears. */
+export type AnsweredMessage = HelloMessage | ProducerMessage;
+export type NativeMessage = AskedMessage | AnsweredMessage;

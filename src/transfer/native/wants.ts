@@ -95,6 +95,7 @@ export type WantAction =
   /** Receive what PART announced: into these blocks, or into scratch memory. */
   | {
       readonly kind: 'receive';
+      readonly peer: string;
       readonly receipt: number;
       readonly part: PartMessage;
       readonly into: readonly number[] | 'scratch';
@@ -286,6 +287,36 @@ export class Wants {
     return this.#take();
   }
 
+  /** It will not come, as is known by other ways than its producer's word to us; its owner is told. Idempotent. */
+  fail(seq: number, error: ErrorData, now: number): WantAction[] {
+    const want = this.#wants.get(seq);
+    if (!want || want.told) return this.#take();
+    this.#fail(want, error);
+    if (!want.end) this.#giveUp(want, now);
+    this.#settle(want);
+    return this.#take();
+  }
+
+  /** The connection to that peer, and the pair with it, is gone: whoever waits for it is told. Its process may live, and write by `direct`. */
+  unreachable(peer: string, error: ErrorData, now: number): WantAction[] {
+    const process = this.#processes.at(peer);
+    for (const want of [...(process?.books.values() ?? [])]) {
+      if (want.message.transport === 'direct') continue;
+      this.#fail(want, error);
+      if (!want.end) this.#giveUp(want, now);
+      // nothing comes on that pair any more, and its producer forgets it as well
+      want.end ??= { cmd: 'DROPPED', ...back(want) };
+      this.#settle(want);
+    }
+    return this.#take();
+  }
+
+  /** Its producer is done with the prompt: it is late `withinMs` from now, unless it was before. */
+  hasten(seq: number, withinMs: number, now: number): void {
+    const want = this.#wants.get(seq);
+    if (want) want.deadline = Math.min(want.deadline, now + withinMs);
+  }
+
   /** A request settled without its producer's KV, which so need not be kept. */
   unwanted(peer: string, id: TransferId): WantAction[] {
     const process = this.#processes.at(peer);
@@ -395,7 +426,7 @@ export class Wants {
       part.block + part.blocks <= want.message.blocks.length;
     this.#receipts.set(receipt, fits ? want : undefined);
     if (!fits) {
-      this.#do({ kind: 'receive', receipt, part, into: 'scratch' });
+      this.#do({ kind: 'receive', peer: process.peer, receipt, part, into: 'scratch' });
       return;
     }
     want.receipts.add(receipt);
@@ -405,7 +436,7 @@ export class Wants {
       if (part.block <= before) want.announced[layer] = Math.max(before, part.block + part.blocks);
     }
     const into = want.message.blocks.slice(part.block, part.block + part.blocks);
-    this.#do({ kind: 'receive', receipt, part, into });
+    this.#do({ kind: 'receive', peer: process.peer, receipt, part, into });
   }
 
   #ended(process: Process<Want>, want: Want | undefined, end: EndMessage, now: number): void {

@@ -12,7 +12,7 @@ import type { InFlight } from './in-flight.ts';
 export interface ServerContext {
   readonly config: Pick<
     WorkerConfig,
-    'servedModelNames' | 'randomizeRequestIds' | 'role' | 'maxNumSeqs' | 'debugState'
+    'servedModelNames' | 'randomizeRequestIds' | 'role' | 'maxNumSeqs' | 'debugState' | 'wire'
   > & { readonly transfer: Pick<TransferOptions, 'kvKey'> };
   readonly core: Pick<CoreClient, 'generate' | 'info' | 'inspect' | 'state' | 'tell'>;
   readonly reader: BodyReader;

@@ -2,7 +2,6 @@
  * What the bodies of several routes have in common: their fields, and what is checked of them. What changes the answer and is not done here
  * is refused by name. Nothing here waits or does I/O (request-reader.ts says why).
  */
-import { randomInt } from 'node:crypto';
 import { parse } from 'secure-json-parse';
 import { PdError } from '../../errors.ts';
 import type { TextModel } from '../../model/tokenizer.ts';
@@ -94,7 +93,7 @@ export interface ReadPrompt {
 export interface Asked {
   readonly prompts: readonly ReadPrompt[];
   readonly n: number;
-  readonly sampling: Omit<SamplingParams, 'maxTokens'>;
+  readonly sampling: Omit<SamplingParams, 'maxTokens' | 'seed'> & { readonly seed?: number };
   /** 0 scores the prompt alone (echo). Absent: as many as fit. */
   readonly maxTokens: number | undefined;
   readonly stops: readonly string[];
@@ -191,7 +190,7 @@ export function askedOf(
       temperature: body.temperature ?? 1,
       topP: body.top_p ?? 1,
       topK: Math.max(body.top_k ?? 0, 0),
-      seed: body.seed ?? randomInt(2 ** 31),
+      ...(body.seed !== undefined && { seed: body.seed }),
       minTokens: body.min_tokens ?? 0,
       stopTokenIds: [...new Set([...(body.ignore_eos ? [] : eosTokenIds), ...(body.stop_token_ids ?? [])])],
       ...(logprobs !== undefined && { logprobs }),

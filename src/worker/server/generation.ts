@@ -1,10 +1,12 @@
 /** Prompts of one HTTP request through the core: n completions of each, merged into one stream of events. */
-import { randomBytes } from 'node:crypto';
+import { randomBytes, randomInt } from 'node:crypto';
 import { setMaxListeners } from 'node:events';
 import { type ErrorData, PdError } from '../../errors.ts';
 import type { PromptLogprobs } from '../../scheduler/prompt-logprobs.ts';
+import { sharedSeed } from '../../scheduler/sampling-digest.ts';
 import type { RequestOutput } from '../../scheduler/types.ts';
 import { engineRequestId, kvKeyOf } from '../../wire/ids.ts';
+import type { Wire } from '../../wire/overlap.ts';
 import { AsyncQueue } from '../async-queue.ts';
 import { Choice, type ChoiceDelta, type ChoiceEvent, type Usage } from './choice.ts';
 import type { ServerContext } from './context.ts';
@@ -19,6 +21,8 @@ export interface Plan extends Asked {
   readonly serverIds: readonly string[];
   /** On a consumer: its producer may still compute the prompts for so long. */
   readonly prefillWithinMs?: number;
+  /** How their KV travels; absent: frozen. */
+  readonly wire?: Wire;
 }
 
 /** One run of a plan. Iterate once; `usage` is right when the iteration has ended. */
@@ -27,6 +31,8 @@ export class GenerationRun {
   readonly #plan: Plan;
   readonly #choices: Choice[] = [];
   readonly #abort = new AbortController();
+  /** Of a request that names none and is this worker's alone. */
+  readonly #seed = randomInt(2 ** 31);
   #kvFailure: ErrorData | undefined;
 
   constructor(context: ServerContext, plan: Plan) {
@@ -84,7 +90,7 @@ export class GenerationRun {
 
   async #pump(at: number, out: AsyncQueue<ChoiceEvent>, signal: AbortSignal): Promise<void> {
     const { core, metrics, config, model, inFlight, log } = this.#context;
-    const { n, sampling, stops, echo, maxTokens, prefillWithinMs } = this.#plan;
+    const { n, sampling, stops, echo, maxTokens, prefillWithinMs, wire } = this.#plan;
     const prompt = this.#plan.prompts[at]!;
     const serverId = this.#plan.serverIds[at]!;
     const offset = echo ? prompt.text.length : 0;
@@ -94,14 +100,16 @@ export class GenerationRun {
     const suffix = config.randomizeRequestIds ? randomBytes(4).toString('hex') : undefined;
     const requestId = engineRequestId(serverId, suffix);
     const transferId = kvKeyOf({ serverId, requestId }, config.transfer.kvKey);
+    const seed = sampling.seed ?? (wire === 'native' ? sharedSeed(transferId) : this.#seed);
     const generation = core.generate(
       {
         requestId,
         transferId,
         promptTokens: prompt.tokens,
-        sampling: { ...sampling, maxTokens: Math.max(Math.min(maxTokens ?? room, room), 1) },
+        sampling: { ...sampling, seed, maxTokens: Math.max(Math.min(maxTokens ?? room, room), 1) },
         n,
         ...(prefillWithinMs !== undefined && { prefillWithinMs }),
+        ...(wire && { wire }),
       },
       signal,
     );

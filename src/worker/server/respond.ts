@@ -8,6 +8,9 @@ import {
   KV_FAILED_HEADER,
   PREFILL_WITHIN_HEADER,
   readPrefillWithin,
+  readWire,
+  WIRE_HEADER,
+  type Wire,
   writeKvFailed,
 } from '../../wire/overlap.ts';
 import type { Readings } from '../request-reader.ts';
@@ -51,10 +54,12 @@ export async function postGeneration<R extends GenerationRoute>(
     const reading = await readRequest(context, route, request, gone);
     const { asked, body, model } = reading;
     const prefillWithinMs = prefillWithin(context, request);
+    const wire = wireOf(context, request);
     const plan = {
       ...asked,
       serverIds: promptIdsOf(route, id, asked.prompts.length),
       ...(prefillWithinMs !== undefined && { prefillWithinMs }),
+      ...(wire && { wire }),
     };
     const run = new GenerationRun(context, plan);
     const format = formatOf(context.model, reading);
@@ -82,6 +87,12 @@ function goneSignal({ log }: ServerContext, reply: FastifyReply, id: string): Ab
 /** What the proxy says of a prefill that goes on. Only a consumer waits for one. */
 function prefillWithin({ config }: ServerContext, { headers }: FastifyRequest): number | undefined {
   return config.role === 'consumer' ? readPrefillWithin(headers[PREFILL_WITHIN_HEADER]) : undefined;
+}
+
+/** What the proxy says; without a word `--wire native` decides, and `--wire frozen` in any case. */
+function wireOf({ config }: ServerContext, { headers }: FastifyRequest): Wire | undefined {
+  const said = config.wire === 'frozen' ? 'frozen' : readWire(headers[WIRE_HEADER]);
+  return said ?? (config.wire === 'native' ? 'native' : undefined);
 }
 
 async function answerWhole({ reply, run, format, base, gone }: Answering, count: number): Promise<string> {

@@ -1,5 +1,5 @@
 import { describe, expect, it } from 'vitest';
-import { P2pSchedulerConnector } from '../../../src/connector/scheduler-connector.ts';
+import { type KvRole, P2pSchedulerConnector } from '../../../src/connector/scheduler-connector.ts';
 import { promptDigest } from '../../../src/kv/block-hash.ts';
 import { engineRequestId, transferIdOf } from '../../../src/wire/ids.ts';
 
@@ -8,7 +8,7 @@ const transferId = transferIdOf(`cmpl-${PATTERN}-1`);
 const requestId = engineRequestId(transferId, 'deadbeef');
 const promptTokens = Int32Array.from({ length: 10 }, (_, i) => i);
 const request = { requestId, transferId, numPromptTokens: 10, promptTokens, mayLoad: true };
-const NOTHING = { saves: [], loads: [], cancels: [] };
+const NOTHING = { saves: [], loads: [], cancels: [], lost: [], fills: [], wants: [], unwanted: [] };
 
 function scheduled(numComputedTokens: number, numScheduledTokens: number, blockIds = [5, 3, 9]) {
   return [
@@ -132,5 +132,71 @@ describe('producer', () => {
       scheduled(0, 10).map((each) => ({ ...each, transferId: local })),
     );
     expect(metadata).toEqual(NOTHING);
+  });
+});
+
+describe('native', () => {
+  const peer = { host: '::1', port: 8082 };
+  const terms = { wire: 'native', samplingDigest: 'alike' } as const;
+  const digests = { promptDigest: promptDigest(promptTokens), samplingDigest: 'alike' };
+  const make = (role: KvRole) => new P2pSchedulerConnector({ role, blockSize: 4, native: true });
+  const chunk = (computed: number, count: number, blocks?: number[]) =>
+    scheduled(computed, count, blocks).map((each) => ({ ...each, ...terms }));
+
+  it('wants the whole prompt but what is here, once, unless its last token alone is missing', () => {
+    const connector = make('consumer');
+    const native = { ...request, ...terms };
+    expect(connector.getNumNewMatchedTokens(native, 4)).toBe(6);
+    connector.updateStateAfterAlloc(native, [5, 3, 9, 7], 4, 6);
+    expect(connector.buildConnectorMeta([])).toEqual({
+      ...NOTHING,
+      wants: [{ requestId, transferId, ...digests, peer, numTokens: 10, skipBlocks: 1, blockIds: [3, 9] }],
+    });
+    expect(connector.getNumNewMatchedTokens(native, 4)).toBe(0);
+    expect(make('consumer').getNumNewMatchedTokens({ ...native, numPromptTokens: 9 }, 8)).toBe(0);
+  });
+
+  it.each([
+    ['it lacks nothing but the last token', { numPromptTokens: 9 }, 8],
+    ['it needs the logits of its whole prompt', { mayLoad: false }, 0],
+  ])('tells the producer that nobody will ask where %s', (_, more, local) => {
+    const connector = make('consumer');
+    const settled = { ...request, ...terms, ...more };
+    expect(connector.getNumNewMatchedTokens(settled, local)).toBe(0);
+    connector.updateStateAfterAlloc(settled, [5, 3, 9], local, 0);
+    connector.requestFinished(requestId);
+    expect(connector.buildConnectorMeta([])).toEqual({ ...NOTHING, unwanted: [{ transferId, peer }] });
+  });
+
+  it('tells the producer that nobody will ask for a request that ends while it waits', () => {
+    const connector = make('consumer');
+    connector.getNumNewMatchedTokens({ ...request, ...terms }, 0);
+    connector.requestFinished(requestId);
+    expect(connector.buildConnectorMeta([])).toEqual({ ...NOTHING, unwanted: [{ transferId, peer }] });
+  });
+
+  it('fills with each step of the prompt, and begins again in other blocks after a preemption', () => {
+    const connector = make('producer');
+    const fill = { requestId, transferId, ...digests, numTokens: 10 };
+    expect(connector.buildConnectorMeta(chunk(4, 2))).toEqual({
+      ...NOTHING,
+      fills: [{ ...fill, numComputed: 6, blockIds: [5, 3] }],
+    });
+    connector.requestPreempted(requestId);
+    expect(connector.buildConnectorMeta(chunk(0, 10, [1, 2, 4]))).toEqual({
+      ...NOTHING,
+      lost: [transferId],
+      fills: [{ ...fill, numComputed: 10, blockIds: [1, 2, 4] }],
+    });
+    connector.requestPreempted(requestId);
+    expect(connector.buildConnectorMeta(chunk(0, 11))).toEqual(NOTHING);
+  });
+
+  it('takes the frozen wire where this end has no other, and refuses to guess what both ends compare', () => {
+    const frozen = new P2pSchedulerConnector({ role: 'producer', blockSize: 4 });
+    expect(frozen.buildConnectorMeta(chunk(0, 10)).saves).toHaveLength(1);
+    expect(() =>
+      make('producer').buildConnectorMeta(chunk(0, 10).map(({ promptTokens: _, ...rest }) => rest)),
+    ).toThrow(expect.objectContaining({ code: 'REQUEST_INVALID' }));
   });
 });

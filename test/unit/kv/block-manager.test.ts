@@ -144,22 +144,23 @@ describe('BlockManager', () => {
     expect(blocks.checkIntegrity()).toEqual([]);
   });
 
-  it('leases the blocks of a prompt beyond the end of its sequence, the oldest first to go', () => {
+  it('leases the blocks of a prompt beyond the end of its sequence', () => {
     const blocks = new BlockManager(6, BLOCK);
     const table = [...blocks.allocate('a', 12)];
-    expect(blocks.lease('a', 'first', 7, 100)).toEqual(table.slice(0, 2));
-    expect(blocks.has('a')).toBe(false);
-    blocks.allocate('b', 4);
-    blocks.lease('b', 'second', 4, 200);
+    blocks.lease('first', table.slice(0, 2));
+    expect(blocks.leaseOf('first')).toEqual(table.slice(0, 2));
+    expect(blocks.numFree).toBe(3);
+    blocks.free('a');
+    blocks.lease('second', blocks.allocate('b', 4));
+    blocks.free('b');
     expect([blocks.numLeased, blocks.numLeases, blocks.numFree]).toEqual([3, 2, 3]);
-    expect(blocks.evictableLease(99)).toBeUndefined();
-    expect(blocks.evictableLease(150)).toBe('first');
+    expect(() => blocks.lease('first', table.slice(0, 1))).toThrow(/leased already/);
+    expect(() => blocks.lease('third', [5])).toThrow(/is free/);
     // a write that reads them goes on
     blocks.hold(table.slice(0, 1));
     blocks.endLease('first');
     blocks.endLease('first');
     expect(blocks.numFree).toBe(4);
-    expect(blocks.evictableLease(150)).toBeUndefined();
     blocks.unhold(table.slice(0, 1));
     blocks.endLease('second');
     expect(blocks.numFree).toBe(6);
@@ -236,9 +237,9 @@ describe('BlockManager', () => {
                 alive.set(name, { tokens: range(64, 9_000 + serial), length: size });
               }
             } else if (kind === 'lease') {
-              blocks.lease(id, `lease ${id}`, Math.min(size, sequence.length), serial);
-              leases.push(`lease ${id}`);
-              alive.delete(id);
+              const key = `lease ${serial++}`;
+              blocks.lease(key, blocks.tableOf(id).slice(0, size));
+              leases.push(key);
             } else if (kind === 'hold') {
               const held = blocks.tableOf(id).slice(0, size);
               blocks.hold(held);

@@ -42,6 +42,19 @@ describe('the prefill copy', () => {
     });
   });
 
+  test('keeps what the first token is drawn by and told with, where the consumer takes it over', () => {
+    const nativeOf = (body: unknown): unknown =>
+      JSON.parse(new TextDecoder().decode(readBody(bytes(body)).nativePrefill));
+    const drawn = { prompt: 'Hello', temperature: 0.5, min_tokens: 5, logprobs: true, top_logprobs: 4 };
+    expect(nativeOf({ ...drawn, max_tokens: 50, return_token_ids: true })).toEqual({
+      ...drawn,
+      max_tokens: 1,
+      min_tokens: 1,
+    });
+    const plain = readBody(bytes({ prompt: 'Hello', n: 2 }));
+    expect(plain.nativePrefill).toBe(plain.prefill);
+  });
+
   test('adds nothing but max_tokens to a plain request', () => {
     expect(prefillOf({ model: 'm', prompt: 'Hello' })).toEqual({
       model: 'm',

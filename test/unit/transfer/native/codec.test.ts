@@ -4,8 +4,8 @@ import { describe, expect, it, test } from 'vitest';
 import { PdError } from '../../../../src/errors.ts';
 import { blockListBytes, decodeBlocks, encodeBlocks } from '../../../../src/transfer/native/block-list.ts';
 import {
-  decodeFromConsumer,
-  decodeFromProducer,
+  decodeAnswered,
+  decodeAsked,
   encodeNative,
   isNativeMessage,
   nativeBodyBytes,
@@ -87,8 +87,8 @@ const hex = (bytes: Uint8Array) => Buffer.from(bytes).toString('hex');
 const bytes = (text: string) => Uint8Array.from(Buffer.from(text, 'hex'));
 const decodeAny = (body: Uint8Array, { cmd }: Pick<NativeMessage, 'cmd'>) =>
   cmd === 'WANT' || cmd === 'DROP' || cmd === 'ACK'
-    ? decodeFromConsumer(body, limits)
-    : decodeFromProducer(body, limits);
+    ? decodeAsked(body, limits)
+    : decodeAnswered(body, limits);
 const kindOf = (run: () => unknown) => {
   try {
     run();
@@ -118,8 +118,8 @@ describe('bytes of the native hand-over', () => {
   });
 
   it('go one way each', () => {
-    expect(kindOf(() => decodeFromProducer(bytes(GOLDEN.WANT), limits))).toBe('unknown_command');
-    expect(kindOf(() => decodeFromConsumer(bytes(GOLDEN.DONE), limits))).toBe('unknown_command');
+    expect(kindOf(() => decodeAnswered(bytes(GOLDEN.WANT), limits))).toBe('unknown_command');
+    expect(kindOf(() => decodeAsked(bytes(GOLDEN.DONE), limits))).toBe('unknown_command');
   });
 });
 
@@ -151,7 +151,7 @@ describe('lists of blocks', () => {
       const blocks = listOf(count);
       expect(encodeBlocks(blocks).length).toBeLessThanOrEqual(most);
       const message = { ...want, tokens: count * 16, skip: 0, blocks };
-      expect(decodeFromConsumer(encodeNative(message, limits), limits)).toEqual(message);
+      expect(decodeAsked(encodeNative(message, limits), limits)).toEqual(message);
     });
   }
 
@@ -159,14 +159,14 @@ describe('lists of blocks', () => {
     const message = { ...want, blocks: range(8_193) };
     expect(kindOf(() => encodeNative(message, limits))).toBe('limit');
     const body = encodeNative(message, { maxBlocks: 8_193 });
-    expect(kindOf(() => decodeFromConsumer(body, limits))).toBe('limit');
+    expect(kindOf(() => decodeAsked(body, limits))).toBe('limit');
     // of a million tokens, scattered: far more than the frozen wire's 64 KiB
     const wide = { maxBlocks: 65_536 };
     const scattered = { ...want, blocks: range(65_536).map((i) => ((i * 40_503) % 65_536) * 16) };
     const long = encodeNative(scattered, wide);
     expect(long.length).toBeGreaterThan(128 * 1024);
     expect(long.length).toBeLessThan(nativeBodyBytes(wide));
-    expect(decodeFromConsumer(long, wide)).toEqual(scattered);
+    expect(decodeAsked(long, wide)).toEqual(scattered);
   });
 
   it('come back as they were, in no more bytes than are allowed', () => {
@@ -230,7 +230,7 @@ describe('what is refused', () => {
     ['a transport that does not exist', { transport: 'pigeon' }, 'bad_field'],
   ])('WANT: %s', (_name, change, kind) => {
     const body = encode({ ...fields, ...change }, { ignoreUndefined: true });
-    expect(kindOf(() => decodeFromConsumer(body, limits))).toBe(kind);
+    expect(kindOf(() => decodeAsked(body, limits))).toBe(kind);
   });
 
   test.each([
@@ -244,13 +244,13 @@ describe('what is refused', () => {
     ['more written than there can be', { written: 8_193 }, 'limit'],
   ])('DONE: %s', (_name, change, kind) => {
     const body = encode({ ...doneFields, ...change }, { ignoreUndefined: true });
-    expect(kindOf(() => decodeFromProducer(body, limits))).toBe(kind);
+    expect(kindOf(() => decodeAnswered(body, limits))).toBe(kind);
   });
 
   it('keeps keys that it does not know, and codes of a later version, from mattering', () => {
-    expect(decodeFromConsumer(encode({ ...fields, later: [1] }), limits)).toEqual(want);
+    expect(decodeAsked(encode({ ...fields, later: [1] }), limits)).toEqual(want);
     const fail = { ...(decode(bytes(GOLDEN.FAIL)) as object), code: 'OF_NEXT_YEAR' };
-    expect(decodeFromProducer(encode(fail), limits)).toMatchObject({ code: 'KV_SEND_FAILED' });
+    expect(decodeAnswered(encode(fail), limits)).toMatchObject({ code: 'KV_SEND_FAILED' });
   });
 
   it('is a protocol error for any bytes, and whatever passes can be said again', () => {
@@ -263,7 +263,7 @@ describe('what is refused', () => {
       });
     fc.assert(
       fc.property(fc.oneof(mutated, fc.uint8Array({ maxLength: 64 })), (body) => {
-        for (const decodeOne of [decodeFromConsumer, decodeFromProducer]) {
+        for (const decodeOne of [decodeAsked, decodeAnswered]) {
           let message: NativeMessage | undefined;
           const kind = kindOf(() => {
             message = decodeOne(body, limits);

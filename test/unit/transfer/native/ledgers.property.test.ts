@@ -1,13 +1,14 @@
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { BlockManager } from '../../../../src/kv/block-manager.ts';
-import {
-  decodeFromConsumer,
-  decodeFromProducer,
-  encodeNative,
-} from '../../../../src/transfer/native/codec.ts';
+import { decodeAnswered, decodeAsked, encodeNative } from '../../../../src/transfer/native/codec.ts';
 import { type GrantAction, Grants } from '../../../../src/transfer/native/grants.ts';
-import type { NativeMessage, Nonce, Ticket } from '../../../../src/transfer/native/messages.ts';
+import type {
+  AnsweredMessage,
+  AskedMessage,
+  Nonce,
+  Ticket,
+} from '../../../../src/transfer/native/messages.ts';
 import { type WantAction, Wants } from '../../../../src/transfer/native/wants.ts';
 import type { TransferId } from '../../../../src/wire/ids.ts';
 
@@ -63,10 +64,10 @@ class World {
   consumer = new Consumer();
   producer = new Producer();
   /** Consumers that died while a producer may still write to their memory. */
-  readonly toProducer: NativeMessage[] = [];
-  readonly toConsumer: NativeMessage[] = [];
+  readonly toProducer: AskedMessage[] = [];
+  readonly toConsumer: AnsweredMessage[] = [];
   /** What has reached this producer from this consumer: a copy of it may come late. */
-  readonly heard: NativeMessage[] = [];
+  readonly heard: AskedMessage[] = [];
   readonly running = new Map<TransferId, { prompt: string; tokens: number; computed: number }>();
   requests = 0;
 
@@ -82,7 +83,7 @@ class World {
     for (const action of actions) {
       switch (action.kind) {
         case 'send':
-          this.toConsumer.push(decodeFromProducer(encodeNative(action.message, limits), limits));
+          this.toConsumer.push(decodeAnswered(encodeNative(action.message, limits), limits));
           break;
         case 'write':
           producer.blocks.hold(action.sources);
@@ -92,7 +93,7 @@ class World {
           producer.blocks.unhold(action.sources);
           break;
         case 'lease':
-          producer.blocks.lease(action.id, action.id, this.running.get(action.id)!.tokens, this.now);
+          producer.blocks.lease(action.id, producer.blocks.tableOf(action.id));
           break;
         case 'release':
           producer.blocks.endLease(action.id);
@@ -111,7 +112,7 @@ class World {
     for (const action of actions) {
       switch (action.kind) {
         case 'send':
-          this.toProducer.push(decodeFromConsumer(encodeNative(action.message, limits), limits));
+          this.toProducer.push(decodeAsked(encodeNative(action.message, limits), limits));
           break;
         case 'expose':
           consumer.blocks.expose(`${action.seq}`, action.blocks);
@@ -233,7 +234,7 @@ class World {
         this.runGrants(this.producer.grants.message(C, message, this.now));
     } else {
       const message = this.toConsumer.shift();
-      if (!message || message.cmd === 'WANT' || message.cmd === 'DROP' || message.cmd === 'ACK') return;
+      if (!message || message.cmd === 'HELLO') return;
       this.runWants(this.consumer.wants.message(P, message, this.now));
     }
   }

@@ -123,7 +123,7 @@ describe('a producer', () => {
   });
 
   it.each<[string, Partial<WantMessage>, string]>([
-    ['another prompt', { promptDigest: 'another' }, 'KV_SEND_FAILED'],
+    ['another prompt', { promptDigest: 'another' }, 'PROMPT_MISMATCH'],
     ['a block beyond the cache', { blocks: [16] }, 'KV_SHAPE_MISMATCH'],
     ['more blocks than its tokens fill', { blocks: [7, 8] }, 'KV_SHAPE_MISMATCH'],
   ])('writes nothing for %s', (_, change, code) => {

@@ -1,0 +1,676 @@
+/**
+ * The native hand-over on the core thread: owns both ledgers, carries out what they decide, and tells the connector what came of it. Bytes
+ * that travel on pairs, and all messages, go by the transfer thread (wire.ts).
+ *
+ *   connector --want, cancel------------> Wants  --ask, receive--> wire --> producer
+ *             <--loadEnded--------------- Wants  <--answered------ wire <--
+ *   connector --begin, progress, finish-> Grants <--asked--------- wire <-- consumer
+ *             --layer-------------------> writes --answer, write-> wire -->
+ */
+import { randomBytes } from 'node:crypto';
+import { setImmediate } from 'node:timers';
+import { type Deferred, deferred } from '../../deferred.ts';
+import type { EventRef } from '../../device/device.ts';
+import { type ErrorCode, type ErrorData, PdError, unreachable } from '../../errors.ts';
+import { formatHostPort } from '../../net/address.ts';
+import type { Logger } from '../../observability/log.ts';
+import { type EngineRequestId, peerAddressOf, type TransferId } from '../../wire/ids.ts';
+import type { FromWire, NativeInit, ToWire } from './channel.ts';
+import { type GrantAction, Grants } from './grants.ts';
+import type {
+  Drawn,
+  HandOverApi,
+  HandOverBooks,
+  HandOverState,
+  HandOverUser,
+  WantOutcome,
+  WantRequest,
+} from './hand-over-api.ts';
+import type { HelloMessage, NativeTransport, Ticket } from './messages.ts';
+import { type WantAction, Wants } from './wants.ts';
+
+export interface HandOverOptions {
+  readonly init: NativeInit;
+  /** Where the wire is told what to do, and tells what came (`TransferEngine.native`). */
+  readonly wire: (hear: (event: FromWire) => void) => (command: ToWire) => void;
+  readonly role: 'producer' | 'consumer';
+  readonly rank: number;
+  /** How long KV that nobody asks for is kept, ms. */
+  readonly leaseMs: number;
+  readonly log: Logger;
+}
+
+/** A `want` that has no outcome yet. */
+interface Load {
+  readonly request: WantRequest;
+  readonly began: number;
+  /** While it has not been asked for. */
+  deadline: number;
+  /** Once it has been asked for. */
+  seq: number | undefined;
+}
+
+/** A producer that has said hello on the connection of now. */
+interface Producer {
+  readonly hello: HelloMessage;
+  /** How its bytes come; undefined while that is being found out. */
+  transport: NativeTransport | undefined;
+}
+
+/** A write that has not landed. */
+interface Write {
+  readonly action: Extract<GrantAction, { readonly kind: 'write' }>;
+  /** Layers below have been launched, or will not be. */
+  next: number;
+  /** Parts under way. */
+  parts: number;
+  failure: { readonly code: ErrorCode; readonly message: string } | undefined;
+}
+
+interface Step {
+  /** Requests that this step computes. */
+  readonly ids: Set<TransferId>;
+  /** Writes that wait for its layers. */
+  readonly writes: Set<Write>;
+  /** Layers that have been told, and the event of the last. */
+  layers: number;
+  ready: EventRef | undefined;
+  readonly number: number;
+  /** Parts that still need an event of it. */
+  gathering: number;
+  readonly gathered: Deferred<void>;
+}
+
+const TICK_MS = 250;
+/** How long a WANT may wait for its request, which may stand in the producer's queue; whoever gives up earlier says DROP. */
+const UNBOUND_MS = 600_000;
+/** Bytes of one PART, where its layers are there at once: no operation then takes longer than its deadline. */
+const PART_BYTES = 128 * 2 ** 20;
+/** Ids that a peer is still to be told of, or whose failure came before their want. */
+const MOST_REMEMBERED = 1_024;
+/** For peers to hear the ends of their WANTs when this worker stops. */
+const CLOSE_MS = 3_000;
+
+export class HandOver implements HandOverApi {
+  readonly #options: HandOverOptions;
+  readonly #grants: Grants;
+  readonly #wants: Wants;
+  readonly #tell: (command: ToWire) => void;
+  readonly #loads = new Map<EngineRequestId, Load>();
+  readonly #exposed = new Set<number>();
+  readonly #producers = new Map<string, Producer>();
+  readonly #writes = new Map<number, Write>();
+  /** Ids that nobody wants, by the producer that is to be told once it has said hello. */
+  readonly #unwanted = new Map<TransferId, string>();
+  /** What producers have told of requests that have not been wanted yet. */
+  readonly #failed = new Map<TransferId, ErrorData>();
+  #step: Step | undefined;
+  #numSteps = 0;
+  /** Steps with parts that still need an event of them. */
+  readonly #gathering = new Map<number, Step>();
+  #user: HandOverUser | undefined;
+  #tasks: (() => void)[] = [];
+  #working = false;
+  #timer: NodeJS.Timeout | undefined;
+  #closed: Promise<void> | undefined;
+  #settled = deferred<void>();
+
+  constructor(options: HandOverOptions) {
+    const { init, role, rank, leaseMs } = options;
+    const { nonce, shape } = init;
+    this.#options = options;
+    const other = role === 'producer' ? 'decode' : 'prefill';
+    this.#grants = new Grants({
+      nonce,
+      blockSize: shape.blockSize,
+      names: (id, peer) => {
+        const address = peerAddressOf(id, other);
+        return address !== undefined && formatHostPort({ ...address, port: address.port + rank }) === peer;
+      },
+      unboundMs: UNBOUND_MS,
+      leaseMs,
+    });
+    this.#wants = new Wants({
+      nonce,
+      cacheBlocks: shape.blocks,
+      layers: shape.layers,
+      newTicket: () => randomBytes(16).toString('hex') as Ticket,
+      slots: 0,
+    });
+    this.#tell = options.wire((event) => this.#hear(event));
+  }
+
+  serve(user: HandOverUser): void {
+    this.#user = user;
+  }
+
+  want(request: WantRequest): void {
+    const { requestId, transferId, peer, withinMs, prefillWithinMs = 0 } = request;
+    const began = now();
+    const load: Load = { request, began, deadline: began + withinMs + prefillWithinMs, seq: undefined };
+    this.#loads.set(requestId, load);
+    const failed = this.#failed.get(transferId);
+    this.#failed.delete(transferId);
+    if (failed) {
+      this.#fail(load, failed, false);
+      return;
+    }
+    if (this.#producers.get(peer)?.transport) this.#ask(load);
+    else this.#tell({ kind: 'connect', peer });
+    this.#arm();
+  }
+
+  cancel(requestId: EngineRequestId): void {
+    const load = this.#loads.get(requestId);
+    if (!load) return;
+    const { seq } = load;
+    if (seq !== undefined) this.#want(() => this.#wants.abort(seq, now()));
+    const error = {
+      code: 'REQUEST_ABORTED',
+      message: `request ${requestId} does not want its KV any more`,
+      context: {},
+    } as const;
+    // what the ledger had to say first has been said
+    this.#work(() => this.#fail(load, error, seq !== undefined && this.#exposed.has(seq)));
+  }
+
+  unwanted(transferId: TransferId, peer: string): void {
+    if (this.#producers.has(peer)) {
+      this.#want(() => this.#wants.unwanted(peer, transferId));
+      return;
+    }
+    remember(this.#unwanted, transferId, peer);
+    this.#tell({ kind: 'connect', peer });
+  }
+
+  prefilled(transferId: TransferId): void {
+    const load = this.#loadOf(transferId);
+    if (!load) return;
+    const { withinMs } = load.request;
+    load.deadline = Math.min(load.deadline, now() + withinMs);
+    if (load.seq !== undefined) this.#wants.hasten(load.seq, withinMs, now());
+  }
+
+  sendFailed(transferId: TransferId, reason: ErrorData): void {
+    const load = this.#loadOf(transferId);
+    if (!load) remember(this.#failed, transferId, reason);
+    else if (load.seq === undefined) this.#fail(load, reason, false);
+    else {
+      const { seq } = load;
+      this.#want(() => this.#wants.fail(seq, reason, now()));
+    }
+  }
+
+  begin(request: {
+    readonly transferId: TransferId;
+    readonly promptDigest: string;
+    readonly tokens: number;
+  }): void {
+    const { transferId, promptDigest, tokens } = request;
+    this.#grant(() => this.#grants.begin(transferId, promptDigest, tokens, now()));
+  }
+
+  progress(transferId: TransferId, computed: number, blocks: readonly number[]): void {
+    if (computed > 0) this.#stepOf().ids.add(transferId);
+    this.#grant(() => this.#grants.progress(transferId, computed, blocks));
+  }
+
+  layer(index: number, ready?: EventRef): void {
+    const step = this.#step;
+    if (!step) return;
+    step.layers = index + 1;
+    step.ready = ready;
+    for (const write of step.writes) this.#launch(write, step.layers, ready);
+  }
+
+  stepEnded(): Promise<void> {
+    const step = this.#step;
+    this.#step = undefined;
+    if (!step) return Promise.resolve();
+    for (const write of step.writes) {
+      if (write.next >= this.#layers) continue;
+      write.failure ??= {
+        code: 'KV_SEND_FAILED',
+        message: 'the step that was to compute it did not end well',
+      };
+      write.next = this.#layers;
+      this.#settle(write);
+    }
+    return step.gathering > 0 ? step.gathered.promise : Promise.resolve();
+  }
+
+  finish(transferId: TransferId, { tokens, logprobs, samplingDigest }: Drawn): void {
+    const draw = { drawn: tokens, ...(logprobs && { logprobs }), samplingDigest };
+    this.#grant(() => this.#grants.finish(transferId, draw, now()));
+  }
+
+  fail(transferId: TransferId, code: ErrorCode, why: string): void {
+    this.#grant(() => this.#grants.fail(transferId, code, why, now()));
+  }
+
+  state(): HandOverState {
+    const loads = [...this.#loads.values()];
+    return {
+      producers: [...this.#producers].map(([peer, { transport }]) => ({ peer, transport })),
+      connecting: loads.filter(({ seq }) => seq === undefined).length,
+      wants: this.#wants.stats(),
+      grants: this.#grants.stats(),
+    };
+  }
+
+  /** What is wrong, in words; empty when all is well. */
+  checkIntegrity(): string[] {
+    return [...this.#wants.checkIntegrity(), ...this.#grants.checkIntegrity()];
+  }
+
+  /**
+   * Nothing more is begun; every WANT is answered and every write lands, as far as that goes within seconds. Every load has ended then.
+   * Before the engine is disposed. Idempotent.
+   */
+  close(): Promise<void> {
+    this.#closed ??= this.#close();
+    return this.#closed;
+  }
+
+  async #close(): Promise<void> {
+    for (const requestId of [...this.#loads.keys()]) this.cancel(requestId);
+    this.#grant(() => this.#grants.shutdown(now()));
+    const late = setTimeout(() => this.#settled.resolve(), CLOSE_MS);
+    this.#checkSettled();
+    await this.#settled.promise;
+    clearTimeout(late);
+    clearTimeout(this.#timer);
+    this.#timer = undefined;
+  }
+
+  #stepOf(): Step {
+    this.#step ??= {
+      ids: new Set(),
+      writes: new Set(),
+      number: ++this.#numSteps,
+      layers: 0,
+      ready: undefined,
+      gathering: 0,
+      gathered: deferred<void>(),
+    };
+    return this.#step;
+  }
+
+  get #layers(): number {
+    return this.#options.init.shape.layers;
+  }
+
+  get #books(): HandOverBooks {
+    if (!this.#user) throw new PdError('INTERNAL', 'the hand-over serves nobody yet');
+    return this.#user.books;
+  }
+
+  #hear(event: FromWire): void {
+    switch (event.kind) {
+      case 'introduced':
+        if (event.way === 'to') this.#meet(event.peer, event.hello);
+        else this.#admit(event.peer, event.hello);
+        return;
+      case 'asked':
+        this.#grant(() => this.#grants.message(event.peer, event.message, now()));
+        return;
+      case 'answered':
+        this.#want(() => this.#wants.message(event.peer, event.message, now()));
+        return;
+      case 'lost':
+        if (event.way === 'from') this.#grant(() => this.#grants.unreachable(event.peer, now()));
+        else this.#lose(event.peer, event.error);
+        return;
+      case 'gathered': {
+        const step = this.#gathering.get(event.step);
+        if (!step || --step.gathering > 0) return;
+        this.#gathering.delete(step.number);
+        step.gathered.resolve();
+        return;
+      }
+      case 'written': {
+        const write = this.#writes.get(event.launch);
+        if (!write) return;
+        write.parts--;
+        if (event.error) write.failure ??= event.error;
+        this.#settle(write);
+        return;
+      }
+      case 'received':
+        this.#want(() => this.#wants.received(event.receipt, event.error === undefined, now()));
+        return;
+      default:
+        unreachable(event, 'event of the native wire');
+    }
+  }
+
+  /** A producer has answered our hello. */
+  #meet(peer: string, hello: HelloMessage): void {
+    const producer: Producer = { hello, transport: undefined };
+    this.#producers.set(peer, producer);
+    this.#wants.pairOpened(peer);
+    this.#want(() => this.#wants.introduced(peer, hello.from, now()));
+    for (const [id, whom] of this.#unwanted) {
+      if (whom !== peer) continue;
+      this.#unwanted.delete(id);
+      this.unwanted(id, peer);
+    }
+    this.#tell({ kind: 'pair', peer });
+    producer.transport = 'host';
+    for (const load of this.#waitingFor(peer)) this.#ask(load);
+  }
+
+  /** A consumer has said hello. */
+  #admit(peer: string, { from, cache }: HelloMessage): void {
+    this.#grant(() => this.#grants.introduced(peer, from, cache.blocks, now()));
+  }
+
+  /** The connection to a producer is over, or never was. */
+  #lose(peer: string, error: ErrorData): void {
+    this.#producers.delete(peer);
+    for (const [id, whom] of this.#unwanted) if (whom === peer) this.#unwanted.delete(id);
+    for (const load of this.#waitingFor(peer)) this.#fail(load, error, false);
+    this.#want(() => this.#wants.unreachable(peer, error, now()));
+  }
+
+  #waitingFor(peer: string): Load[] {
+    return [...this.#loads.values()].filter(({ seq, request }) => seq === undefined && request.peer === peer);
+  }
+
+  #loadOf(transferId: TransferId): Load | undefined {
+    for (const load of this.#loads.values()) if (load.request.transferId === transferId) return load;
+    return undefined;
+  }
+
+  /** Once its producer has said hello and the way of the bytes is known. */
+  #ask(load: Load): void {
+    this.#want(() => {
+      const { requestId, transferId, peer, promptDigest, samplingDigest, tokens, skip, blocks } =
+        load.request;
+      const producer = this.#producers.get(peer);
+      if (!producer?.transport || this.#loads.get(requestId) !== load || load.seq !== undefined) return [];
+      const most = producer.hello.cache.blocks;
+      if (skip + blocks.length > most) {
+        const message = `a prompt of ${skip + blocks.length} blocks does not fit the ${most} of ${peer}`;
+        this.#fail(load, { code: 'LIMIT_EXCEEDED', message, context: {} }, false);
+        return [];
+      }
+      const asked = this.#wants.ask(
+        {
+          peer,
+          id: transferId,
+          owner: requestId,
+          promptDigest,
+          samplingDigest,
+          tokens,
+          skip,
+          blocks,
+          transport: producer.transport,
+          withinMs: Math.max(load.deadline - now(), 0),
+        },
+        now(),
+      );
+      // where it has no slot free it is asked for again, as long as there is time
+      if (asked === 'slots' || asked === 'unknown') return [];
+      if (asked === 'quarantine') {
+        const message = `${peer} may still write to more than a quarter of this cache, so it is asked for nothing more`;
+        this.#fail(load, { code: 'KV_LOAD_FAILED', message, context: { peer } }, false);
+        return [];
+      }
+      load.seq = asked.seq;
+      this.#options.log.debug(
+        { requestId, transferId, peer, seq: asked.seq, tokens, skip, blocks: blocks.length },
+        `WANT ${asked.seq} of ${peer}`,
+      );
+      return asked.actions;
+    });
+  }
+
+  #fail(load: Load, error: ErrorData, quarantined: boolean): void {
+    const { requestId, transferId, peer } = load.request;
+    const own = ['KV_LOAD_TIMEOUT', 'KV_LOAD_FAILED', 'REQUEST_ABORTED', 'ENGINE_CLOSED'].includes(
+      error.code,
+    );
+    const message = `KV of ${transferId} did not come from ${peer}: ${error.message}`;
+    const told = own
+      ? error
+      : ({
+          code: 'KV_LOAD_FAILED',
+          message,
+          context: { requestId, transferId, peer },
+          cause: error,
+        } as const);
+    this.#end(load, { requestId, ok: false, error: told, quarantined });
+  }
+
+  #end(load: Load, outcome: WantOutcome): void {
+    if (this.#loads.get(outcome.requestId) !== load) return;
+    this.#loads.delete(outcome.requestId);
+    this.#user?.loadEnded(outcome);
+  }
+
+  #launch(write: Write, end: number, ready: EventRef | undefined): void {
+    const { launch, peer, nonce: to, seq, ticket, place, sources } = write.action;
+    if (write.next >= end) return;
+    if (!this.#grants.mayLaunch(launch)) {
+      write.next = this.#layers;
+      this.#settle(write);
+      return;
+    }
+    const { nonce: from, shape } = this.#options.init;
+    const most = Math.max(Math.floor(PART_BYTES / (sources.length * shape.blockBytes)), 1);
+    const blocks = Int32Array.from(sources);
+    const step = ready && ready.kind !== 'host' ? this.#step : undefined;
+    for (; write.next < end; ) {
+      const layers = Math.min(end - write.next, most);
+      write.parts++;
+      if (step) {
+        step.gathering++;
+        this.#gathering.set(step.number, step);
+      }
+      this.#tell({
+        kind: 'write',
+        peer,
+        launch,
+        part: {
+          cmd: 'PART',
+          from,
+          to,
+          seq,
+          ticket,
+          layer: write.next,
+          layers,
+          block: place,
+          blocks: sources.length,
+        },
+        blocks,
+        ...(step && ready && { ready: { event: ready, step: step.number } }),
+      });
+      write.next += layers;
+    }
+    this.#settle(write);
+  }
+
+  #settle(write: Write): void {
+    const { launch } = write.action;
+    if (write.next < this.#layers || write.parts > 0 || !this.#writes.delete(launch)) return;
+    this.#step?.writes.delete(write);
+    this.#grant(() => this.#grants.landed(launch, now(), write.failure));
+  }
+
+  #grant(told: () => readonly GrantAction[]): void {
+    this.#work(() => {
+      for (const action of told()) this.#doGrant(action);
+    });
+  }
+
+  #want(told: () => readonly WantAction[]): void {
+    this.#work(() => {
+      for (const action of told()) this.#doWant(action);
+    });
+  }
+
+  /** One after the other: what a ledger has decided is done before either is told anything else, whoever calls meanwhile. */
+  #work(task: () => void): void {
+    this.#tasks.push(task);
+    if (this.#working) return;
+    this.#working = true;
+    try {
+      for (let next = this.#tasks.shift(); next; next = this.#tasks.shift()) next();
+    } finally {
+      this.#working = false;
+    }
+    this.#arm();
+    if (this.#closed) this.#checkSettled();
+  }
+
+  #doGrant(action: GrantAction): void {
+    switch (action.kind) {
+      case 'send':
+        this.#tell({ kind: 'answer', peer: action.peer, message: action.message });
+        return;
+      case 'introduce':
+        this.#tell({ kind: 'introduce', peer: action.peer });
+        return;
+      case 'write':
+        this.#begin(action);
+        return;
+      case 'unhold':
+        this.#books.unhold(action.sources);
+        this.#user?.freed();
+        return;
+      case 'lease':
+        this.#books.lease(action.id);
+        return;
+      case 'release':
+        this.#books.endLease(action.id);
+        this.#user?.freed();
+        return;
+      case 'bound':
+      case 'ended':
+      case 'drained':
+        return;
+      default:
+        unreachable(action, 'action of the grants');
+    }
+  }
+
+  #begin(action: Write['action']): void {
+    this.#books.hold(action.sources);
+    const write: Write = { action, next: 0, parts: 0, failure: undefined };
+    this.#writes.set(action.launch, write);
+    const step = this.#step;
+    if (!step?.ids.has(action.id)) {
+      this.#launch(write, this.#layers, undefined);
+      return;
+    }
+    step.writes.add(write);
+    this.#launch(write, step.layers, step.ready);
+  }
+
+  #doWant(action: WantAction): void {
+    switch (action.kind) {
+      case 'send':
+        this.#tell({ kind: 'ask', peer: action.peer, message: action.message });
+        return;
+      case 'expose':
+        this.#books.expose(exposureOf(action.seq), action.blocks);
+        this.#exposed.add(action.seq);
+        return;
+      case 'retract':
+        this.#exposed.delete(action.seq);
+        this.#books.retract(exposureOf(action.seq));
+        this.#user?.freed();
+        return;
+      case 'loaded': {
+        const load = this.#loads.get(action.owner as EngineRequestId);
+        if (load?.seq === action.seq) this.#loaded(load, action);
+        return;
+      }
+      case 'failed': {
+        const load = this.#loads.get(action.owner as EngineRequestId);
+        if (load?.seq === action.seq) this.#fail(load, action.error, action.quarantined);
+        return;
+      }
+      case 'receive': {
+        const { peer, receipt, part, into } = action;
+        this.#tell({
+          kind: 'receive',
+          peer,
+          receipt,
+          part,
+          ...(into !== 'scratch' && { blocks: Int32Array.from(into) }),
+        });
+        return;
+      }
+      case 'reset-pair':
+        this.#tell({ kind: 'reset', peer: action.peer, why: 'PART is out of step' });
+        return;
+      case 'grant':
+        return;
+      default:
+        unreachable(action, 'action of the wants');
+    }
+  }
+
+  #loaded(load: Load, { seq, draw }: Extract<WantAction, { readonly kind: 'loaded' }>): void {
+    const { requestId, peer, blocks } = load.request;
+    const { layers, blockBytes } = this.#options.init.shape;
+    const milliseconds = now() - load.began;
+    this.#options.log.debug(
+      { requestId, peer, seq, milliseconds, drawn: draw !== undefined },
+      `WANT ${seq} is done`,
+    );
+    const { drawn, logprobs } = draw ?? {};
+    this.#end(load, {
+      requestId,
+      ok: true,
+      bytes: blocks.length * layers * blockBytes,
+      milliseconds,
+      ...(drawn && { draw: { tokens: drawn, ...(logprobs && { logprobs }) } }),
+    });
+  }
+
+  /** A quarter of a second from now, and after what has come by then has been heard, unless nothing is under way. */
+  #arm(): void {
+    this.#timer ??= setTimeout(() => setImmediate(() => this.#tick()), TICK_MS);
+  }
+
+  #tick(): void {
+    if (!this.#timer) return;
+    this.#timer = undefined;
+    for (const load of [...this.#loads.values()]) {
+      if (load.seq !== undefined) continue;
+      const { peer, transferId } = load.request;
+      if (now() >= load.deadline) {
+        const message = `KV of ${transferId} did not come from ${peer} in time: it has not been asked for, as there is no connection yet`;
+        this.#fail(load, { code: 'KV_LOAD_TIMEOUT', message, context: { peer } }, false);
+      } else if (this.#producers.get(peer)?.transport) this.#ask(load);
+    }
+    this.#grant(() => this.#grants.tick(now()));
+    this.#want(() => this.#wants.tick(now()));
+    if (this.#grants.isIdle && this.#wants.isIdle && this.#loads.size === 0) {
+      clearTimeout(this.#timer);
+      this.#timer = undefined;
+    }
+  }
+
+  #checkSettled(): void {
+    if (this.#writes.size === 0 && this.#grants.isIdle && this.#wants.isIdle) this.#settled.resolve();
+  }
+}
+
+function exposureOf(seq: number): string {
+  return `WANT ${seq}`;
+}
+
+function now(): number {
+  return performance.now();
+}
+
+/** The oldest goes where there are too many. */
+function remember<Value>(map: Map<TransferId, Value>, id: TransferId, value: Value): void {
+  map.delete(id);
+  map.set(id, value);
+  if (map.size > MOST_REMEMBERED) map.delete(map.keys().next().value!);
+}

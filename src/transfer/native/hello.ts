@@ -1,0 +1,52 @@
+/** What two ends of the native hand-over say of themselves first, and what must fit for them to exchange KV. Pure. */
+import type { TransferOptions } from '../../config/transfer-options.ts';
+import { helloOf, type Mismatch, mismatchOf } from '../hello.ts';
+import type { NativeInit } from './channel.ts';
+import { type HelloMessage, NATIVE_FEATURE } from './messages.ts';
+
+/** Ends the routing id of a native connection: beside a frozen one from the same end, of which a ROUTER knows one by each id. */
+const SUFFIX = '#native';
+
+export function identityOf(self: string): string {
+  return `${self}${SUFFIX}`;
+}
+
+/** `host:port` of whoever has connected under that routing id. */
+export function peerOf(identity: Buffer): string {
+  const text = identity.toString();
+  return text.endsWith(SUFFIX) ? text.slice(0, -SUFFIX.length) : text;
+}
+
+export function nativeHello(options: TransferOptions, init: NativeInit): HelloMessage {
+  const { nonce, shape, transports, direct } = init;
+  return {
+    cmd: 'HELLO',
+    from: nonce,
+    hello: helloOf(options, [NATIVE_FEATURE]),
+    cache: shape,
+    transports,
+    ...(direct && { direct }),
+  };
+}
+
+/** Why `mine` and `theirs` cannot exchange KV, with both values, or undefined. */
+export function refusalOf(
+  mine: HelloMessage,
+  theirs: HelloMessage,
+  self: string,
+  peer: string,
+): Mismatch | undefined {
+  // PUT, PUT_ASYNC and GET mean one thing here
+  const theirHello = { ...theirs.hello, sendType: mine.hello.sendType };
+  const other = mismatchOf(mine.hello, theirHello, self, peer);
+  if (other) return other;
+  for (const name of ['blockSize', 'layers', 'blockBytes'] as const) {
+    if (mine.cache[name] === theirs.cache[name]) continue;
+    const message = `caches differ: ${self} has ${name} ${mine.cache[name]}, ${peer} has ${theirs.cache[name]}`;
+    return { code: 'FINGERPRINT_MISMATCH', message };
+  }
+  if (mine.transports.some((transport) => theirs.transports.includes(transport))) return undefined;
+  const ways = ({ transports }: HelloMessage) => transports.join(', ') || 'none';
+  const message = `no way for KV is open at both ends: ${self} has ${ways(mine)}, ${peer} has ${ways(theirs)}`;
+  return { code: 'TRANSPORT_MISMATCH', message };
+}

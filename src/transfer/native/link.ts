@@ -1,0 +1,225 @@
+/**
+ * A consumer's connection to a producer: a DEALER and, where bytes come that way, a pair of which it is rank 0. Both end together; what was
+ * asked is said again on the next (wants.ts).
+ *
+ *   connecting (HELLO on its way) --> greeted (its answer has come) --> over
+ */
+import { type ErrorData, PdError } from '../../errors.ts';
+import type { Pair } from '../../transport/transport.ts';
+import { protocolErrorKind } from '../../wire/limits.ts';
+import { logJoining, type TransferContext } from '../context.ts';
+import { Dealer } from '../dealer.ts';
+import { makeRoom, unload } from './cargo.ts';
+import type { NativeInit, ToWire } from './channel.ts';
+import { decodeAnswered, encodeNative, nativeBodyBytes } from './codec.ts';
+import { identityOf, refusalOf } from './hello.ts';
+import type { ConsumerMessage, HelloMessage, NativeMessage, ProducerMessage } from './messages.ts';
+
+type ReceiveCommand = Extract<ToWire, { readonly kind: 'receive' }>;
+
+interface NativeLinkEvents {
+  /** Also where another process answers than before. */
+  introduced(hello: HelloMessage): void;
+  answered(message: ProducerMessage): void;
+  received(receipt: number, error?: ErrorData): void;
+  pairsChanged(): void;
+  /** Once; nothing follows it but `received`. */
+  lost(error: PdError): void;
+}
+
+export class NativeLink {
+  readonly peer: string;
+  readonly #context: TransferContext;
+  readonly #init: NativeInit;
+  readonly #hello: HelloMessage;
+  readonly #events: NativeLinkEvents;
+  readonly #dealer: Dealer;
+  readonly #limits: { maxBlocks: number };
+  readonly #patience: { cancel(): void };
+  #theirs: HelloMessage | undefined;
+  #pair: Promise<Pair> | undefined;
+  #openPair: Pair | undefined;
+  /** Receives are posted in the order in which they were asked for, though room for one may be long in coming. */
+  #posting: Promise<unknown> = Promise.resolve();
+  #lastUsedAt: number;
+  #over: PdError | undefined;
+
+  constructor(
+    context: TransferContext,
+    init: NativeInit,
+    hello: HelloMessage,
+    peer: string,
+    events: NativeLinkEvents,
+  ) {
+    this.#context = context;
+    this.#init = init;
+    this.#hello = hello;
+    this.peer = peer;
+    this.#events = events;
+    this.#lastUsedAt = context.deadlines.now();
+    this.#limits = { maxBlocks: init.shape.blocks };
+    const { connect, answer } = context.options.timeouts;
+    this.#dealer = new Dealer({
+      self: identityOf(context.self),
+      peer,
+      connectTimeoutMs: connect,
+      maxMessageSize: nativeBodyBytes(this.#limits),
+      onAnswer: (body) => this.#hear(body),
+      onLost: (error) => this.end(error),
+    });
+    this.#patience = context.deadlines.after(connect + answer, () => {
+      const text = `peer ${peer} does not answer HELLO within ${connect + answer} ms; a worker of another version or with --wire frozen does not know it`;
+      this.end(new PdError('PEER_ANSWER_TIMEOUT', text, { peer }));
+    });
+    this.#say(hello);
+  }
+
+  get paired(): boolean {
+    return this.#openPair !== undefined && !this.#over;
+  }
+
+  get lastUsedAt(): number {
+    return this.#lastUsedAt;
+  }
+
+  /** Whatever is no longer wanted by then is lost with it: only where nothing has been said for long. */
+  close(why: string): void {
+    this.end(new PdError('PAIR_CLOSED', `connection to ${this.peer}: ${why}`, { peer: this.peer }));
+  }
+
+  /** Dropped before the other end has said hello. */
+  ask(message: ConsumerMessage): void {
+    if (this.#theirs) this.#say(message);
+  }
+
+  /** Opens the pair; once, after `introduced`. Where it cannot be opened the connection ends. */
+  pair(): void {
+    const theirs = this.#theirs;
+    if (!theirs || this.#pair || this.#over) return;
+    const { transport, options, log, self } = this.#context;
+    const { peer } = this;
+    const uniqueId = transport.createUniqueId();
+    this.#say({ cmd: 'PAIR', from: this.#init.nonce, to: theirs.from, uniqueId });
+    logJoining(this.#context, peer, 0);
+    this.#pair = transport.open({ uniqueId, rank: 0, peer, timeoutMs: options.timeouts.pairInit });
+    this.#pair.then(
+      (pair) => {
+        this.#openPair = pair;
+        this.#events.pairsChanged();
+        void pair.over.then((reason) => this.end(reason));
+        if (this.#over) pair.abort(this.#over);
+        else log.info({ peer }, `🤝ncclCommInitRank Success, ${self}👈${peer}, MyRank:0`);
+      },
+      (error: unknown) => this.end(PdError.from(error, 'PAIR_INIT_TIMEOUT', { peer })),
+    );
+  }
+
+  receive(command: ReceiveCommand): void {
+    const { receipt } = command;
+    if (!this.#pair) {
+      // of the connection before: what it was to receive is lost with it
+      const lost = new PdError('PEER_LOST', `the pair with ${this.peer} is gone`, { peer: this.peer });
+      this.#events.received(receipt, lost.toData());
+      return;
+    }
+    const received = this.#posting.then(() => this.#post(command));
+    // the next is posted once this one is, and not only once it has come
+    this.#posting = received.then(({ posted }) => posted).catch(() => undefined);
+    received
+      .then(({ done }) => done)
+      .then(
+        () => this.#events.received(receipt),
+        (error: unknown) => {
+          const failed = PdError.from(error, 'PEER_LOST', { peer: this.peer });
+          this.#events.received(receipt, failed.toData());
+          // what is not received leaves the ends out of step
+          this.end(failed);
+        },
+      );
+  }
+
+  /** Idempotent. */
+  end(error: PdError): void {
+    if (this.#over) return;
+    this.#over = error;
+    this.#patience.cancel();
+    this.#dealer.close();
+    this.#openPair?.abort(error);
+    this.#events.lost(error);
+  }
+
+  async #post({ part, blocks }: ReceiveCommand): Promise<{ posted: true; done: Promise<void> }> {
+    const { seq, layer, layers, blocks: count } = part;
+    const { transfer } = this.#context.options.timeouts;
+    const pair = await this.#pair;
+    if (!pair || this.#over) throw this.#over ?? new PdError('INTERNAL', 'PART without a pair');
+    const what = `layers ${layer} to ${layer + layers - 1} of WANT ${seq} of ${this.peer}`;
+    const place = {
+      layers: this.#init.layers.slice(layer, layer + layers),
+      blocks: blocks ?? new Int32Array(),
+      what,
+    };
+    const bytes = layers * count * this.#init.shape.blockBytes;
+    const room = await makeRoom(this.#context, place, bytes);
+    const receiving = pair.receive(room.regions, { tensorId: what, timeoutMs: transfer });
+    const done = receiving
+      .then(() => {
+        this.#context.metrics.inc('pd_kv_received_bytes_total', bytes);
+        return unload(this.#context, place, room);
+      })
+      .then(() => room.free());
+    return { posted: true, done };
+  }
+
+  #say(message: NativeMessage): void {
+    this.#lastUsedAt = this.#context.deadlines.now();
+    const { log } = this.#context;
+    log.debug({ peer: this.peer, cmd: message.cmd }, `${message.cmd} to ${this.peer}`);
+    try {
+      // what the other end allows: its blocks, where they are known
+      const maxBlocks = Math.max(this.#theirs?.cache.blocks ?? 1, 1);
+      void this.#dealer.send(encodeNative(message, { maxBlocks }));
+    } catch (error) {
+      log.warn(
+        { peer: this.peer, cmd: message.cmd },
+        `${message.cmd} to ${this.peer} was not sent: ${PdError.from(error).message}`,
+      );
+    }
+  }
+
+  #hear(body: Uint8Array): void {
+    if (this.#over) return;
+    this.#lastUsedAt = this.#context.deadlines.now();
+    try {
+      const message = decodeAnswered(body, this.#limits);
+      this.#context.log.debug({ peer: this.peer, cmd: message.cmd }, `${message.cmd} from ${this.peer}`);
+      if (message.cmd === 'HELLO') this.#greeted(message);
+      else this.#events.answered(message);
+    } catch (error) {
+      this.#context.metrics.inc('pd_protocol_errors_total', 1, protocolErrorKind(error));
+      const { message } = PdError.from(error);
+      this.end(new PdError('MESSAGE_INVALID', `peer ${this.peer}: ${message}`, { peer: this.peer }));
+    }
+  }
+
+  #greeted(theirs: HelloMessage): void {
+    const { self, log, metrics } = this.#context;
+    const { peer } = this;
+    const refused = theirs.refused ?? refusalOf(this.#hello, theirs, self, peer);
+    if (refused) {
+      metrics.inc('pd_protocol_errors_total', 1, 'fingerprint');
+      this.end(new PdError(refused.code, `peer ${peer}: ${refused.message}`, { peer }));
+      return;
+    }
+    const before = this.#theirs;
+    if (before?.from === theirs.from) return;
+    this.#patience.cancel();
+    if (before) {
+      this.end(new PdError('PEER_LOST', `another process answers for ${peer} than before`, { peer }));
+      return;
+    }
+    this.#theirs = theirs;
+    log.debug({ peer, nonce: theirs.from, transports: theirs.transports }, `hello of ${peer}`);
+    this.#events.introduced(theirs);
+  }
+}

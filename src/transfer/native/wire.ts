@@ -1,0 +1,332 @@
+/**
+ * The native hand-over's part of the transfer thread: connections, messages and the bytes that travel on pairs. It decides nothing: what is
+ * said and written comes from the core thread (hand-over.ts), over `channel.ts`.
+ *
+ *   consumer   NativeLink (DEALER + pair), one for each producer        ask, receive
+ *   producer   a session for each process that has said HELLO (ROUTER)  answer, write
+ */
+import { type ErrorData, PdError, unreachable } from '../../errors.ts';
+import type { Pair } from '../../transport/transport.ts';
+import { protocolErrorKind } from '../../wire/limits.ts';
+import { logJoining, type TransferContext } from '../context.ts';
+import type { Router } from '../router.ts';
+import { loadCargo } from './cargo.ts';
+import type { FromWire, NativeInit, ToWire } from './channel.ts';
+import { decodeAsked, encodeNative, isNativeMessage } from './codec.ts';
+import { identityOf, nativeHello, peerOf, refusalOf } from './hello.ts';
+import { NativeLink } from './link.ts';
+import type { HelloMessage, NativeMessage, PairMessage } from './messages.ts';
+
+type WriteCommand = Extract<ToWire, { readonly kind: 'write' }>;
+
+/** A process that has connected to our ROUTER and may be answered. */
+interface Session {
+  readonly identity: Buffer;
+  readonly peer: string;
+  readonly hello: HelloMessage;
+  pair: Promise<Pair> | undefined;
+  openPair: Pair | undefined;
+  /** Of the pair. */
+  parts: number;
+  /** What is written leaves in the order in which it was asked for. */
+  loading: Promise<unknown>;
+}
+
+/** Sessions are small, but anybody can make routing ids up. */
+const MOST_SESSIONS = 4_096;
+/** Pairs that are being opened at one time: each is a connection to where its PAIR says. */
+const MOST_OPENING = 256;
+/** A connection that nothing has been said on for so long is closed where there are more than `--max-peers`. */
+const IDLE_MS = 10_000;
+
+export class NativeWire {
+  readonly #context: TransferContext;
+  readonly #router: Router;
+  readonly #init: NativeInit;
+  readonly #hello: HelloMessage;
+  readonly #tell: (event: FromWire) => void;
+  readonly #pairsChanged: () => void;
+  readonly #links = new Map<string, NativeLink>();
+  /** Oldest first. */
+  readonly #sessions = new Map<string, Session>();
+  #opening = 0;
+  #closed: PdError | undefined;
+
+  constructor(
+    context: TransferContext,
+    router: Router,
+    init: NativeInit,
+    on: { tell(event: FromWire): void; pairsChanged(): void },
+  ) {
+    this.#context = context;
+    this.#router = router;
+    this.#init = init;
+    this.#hello = nativeHello(context.options, init);
+    this.#tell = on.tell;
+    this.#pairsChanged = on.pairsChanged;
+  }
+
+  /** Open pairs, of both ways. */
+  get openPairs(): number {
+    let count = 0;
+    for (const { openPair } of this.#sessions.values()) if (openPair) count++;
+    return count + [...this.#links.values()].filter(({ paired }) => paired).length;
+  }
+
+  command(command: ToWire): void {
+    if (this.#closed) return;
+    switch (command.kind) {
+      case 'connect':
+        this.#link(command.peer);
+        return;
+      case 'pair':
+        this.#links.get(command.peer)?.pair();
+        return;
+      case 'ask':
+        this.#link(command.peer)?.ask(command.message);
+        return;
+      case 'answer':
+        this.#answer(command.peer, command.message);
+        return;
+      case 'introduce':
+        this.#answer(command.peer, this.#hello);
+        return;
+      case 'write':
+        this.#write(command);
+        return;
+      case 'receive': {
+        const link = this.#links.get(command.peer);
+        if (link) link.receive(command);
+        else this.#tell({ kind: 'received', receipt: command.receipt, error: gone(command.peer).toData() });
+        return;
+      }
+      case 'reset':
+        this.#links
+          .get(command.peer)
+          ?.end(new PdError('MESSAGE_INVALID', `peer ${command.peer}: ${command.why}`));
+        return;
+      default:
+        unreachable(command, 'command to the native wire');
+    }
+  }
+
+  /** What the ROUTER has read, where it is of this wire; false for what is not. */
+  heard(identity: Buffer, body: Buffer): boolean {
+    if (!isNativeMessage(body)) return false;
+    const peer = peerOf(identity);
+    try {
+      const message = decodeAsked(body, { maxBlocks: this.#init.shape.blocks });
+      this.#context.log.debug({ peer, cmd: message.cmd }, `${message.cmd} from ${peer}`);
+      if (message.cmd === 'HELLO') this.#introduced(identity, peer, message);
+      else if (message.cmd === 'PAIR') this.#join(peer, message);
+      else this.#tell({ kind: 'asked', peer, message });
+    } catch (error) {
+      const { metrics, limited, log } = this.#context;
+      const kind = protocolErrorKind(error);
+      metrics.inc('pd_protocol_errors_total', 1, kind);
+      limited.log(`bad ${kind} ${peer}`, (suppressed) =>
+        log.warn(
+          { peer, kind, suppressed },
+          `message of ${peer.slice(0, 128)}: ${PdError.from(error).message}`,
+        ),
+      );
+    }
+    return true;
+  }
+
+  /** An answer could not be delivered; false where it was not one of this wire. */
+  undelivered(identity: Buffer, error: PdError): boolean {
+    const peer = peerOf(identity);
+    if (identity.toString() !== identityOf(peer)) return false;
+    const session = this.#sessions.get(peer);
+    this.#sessions.delete(peer);
+    session?.openPair?.abort(error);
+    this.#tell({ kind: 'lost', way: 'from', peer, error: error.toData() });
+    return true;
+  }
+
+  /** Ends every connection and pair. */
+  close(reason: PdError): void {
+    this.#closed = reason;
+    for (const link of [...this.#links.values()]) link.end(reason);
+    for (const { openPair } of this.#sessions.values()) openPair?.abort(reason);
+    this.#sessions.clear();
+  }
+
+  #link(peer: string): NativeLink | undefined {
+    const known = this.#links.get(peer);
+    if (known) return known;
+    try {
+      const link = new NativeLink(this.#context, this.#init, this.#hello, peer, {
+        introduced: (theirs) => this.#tell({ kind: 'introduced', way: 'to', peer, hello: theirs }),
+        answered: (message) => this.#tell({ kind: 'answered', peer, message }),
+        received: (receipt, error) => this.#tell({ kind: 'received', receipt, ...(error && { error }) }),
+        lost: (error) => this.#lost(peer, error),
+        pairsChanged: this.#pairsChanged,
+      });
+      this.#closeIdle();
+      this.#links.set(peer, link);
+      return link;
+    } catch (error) {
+      this.#lost(peer, PdError.from(error));
+      return undefined;
+    }
+  }
+
+  #lost(peer: string, error: PdError): void {
+    this.#links.delete(peer);
+    if (this.#closed) return;
+    this.#pairsChanged();
+    const { log, limited } = this.#context;
+    const fields = { peer, code: error.code };
+    const text = `connection to ${peer} ended: ${error.message}`;
+    if (error.code === 'PAIR_CLOSED') log.info(fields, text);
+    else
+      limited.log(`native ${peer} ${error.code}`, (suppressed) => log.warn({ ...fields, suppressed }, text));
+    this.#tell({ kind: 'lost', way: 'to', peer, error: error.toData() });
+  }
+
+  #closeIdle(): void {
+    const { options, deadlines } = this.#context;
+    const excess = this.#links.size + 1 - options.limits.maxPeers;
+    if (excess <= 0) return;
+    const before = deadlines.now() - IDLE_MS;
+    const idle = [...this.#links.values()].filter(({ lastUsedAt }) => lastUsedAt < before);
+    idle.sort((a, b) => a.lastUsedAt - b.lastUsedAt);
+    for (const link of idle.slice(0, excess)) link.close('it is idle, and others are needed (--max-peers)');
+  }
+
+  #introduced(identity: Buffer, peer: string, hello: HelloMessage): void {
+    const { self, metrics, limited, log } = this.#context;
+    const before = this.#sessions.get(peer);
+    before?.openPair?.abort(new PdError('PAIR_CLOSED', `peer ${peer} has connected anew`, { peer }));
+    this.#sessions.delete(peer);
+    const refused = refusalOf(this.#hello, hello, self, peer);
+    this.#router.answer(identity, this.#encode(refused ? { ...this.#hello, refused } : this.#hello, 1));
+    if (refused) {
+      metrics.inc('pd_protocol_errors_total', 1, 'fingerprint');
+      limited.log(`mismatch ${peer}`, (suppressed) =>
+        log.error({ peer, code: refused.code, suppressed }, `HELLO of ${peer} refused: ${refused.message}`),
+      );
+      return;
+    }
+    if (this.#sessions.size >= MOST_SESSIONS) {
+      const [oldest] = this.#sessions.values();
+      oldest?.openPair?.abort(new PdError('LIMIT_EXCEEDED', 'too many others have connected'));
+      if (oldest) this.#sessions.delete(oldest.peer);
+    }
+    const fresh = { pair: undefined, openPair: undefined, parts: 0, loading: Promise.resolve() };
+    this.#sessions.set(peer, { identity, peer, hello, ...fresh });
+    this.#tell({ kind: 'introduced', way: 'from', peer, hello });
+  }
+
+  #join(peer: string, { from, to, uniqueId }: PairMessage): void {
+    const session = this.#sessions.get(peer);
+    const { transport, options, log, self, limited } = this.#context;
+    if (!session || session.pair || from !== session.hello.from || to !== this.#init.nonce) {
+      this.#answer(peer, this.#hello);
+      return;
+    }
+    if (this.#opening >= MOST_OPENING) {
+      limited.log('native opening', (suppressed) =>
+        log.warn({ peer, suppressed }, `PAIR of ${peer}: ${MOST_OPENING} pairs are being opened already`),
+      );
+      return;
+    }
+    this.#opening++;
+    logJoining(this.#context, peer, 1);
+    const pair = transport.open({ uniqueId, rank: 1, peer, timeoutMs: options.timeouts.pairInit });
+    session.pair = pair;
+    pair
+      .then(
+        (open) => {
+          session.openPair = open;
+          this.#pairsChanged();
+          void open.over.then((reason) => {
+            session.openPair = undefined;
+            this.#pairsChanged();
+            log.info({ peer, code: reason.code }, `pair with ${peer} is over: ${reason.message}`);
+          });
+          if (this.#sessions.get(peer) !== session) open.abort(gone(peer));
+          else log.info({ peer }, `🤝ncclCommInitRank Success, ${self}👉${peer}, MyRank:1`);
+        },
+        (error: unknown) =>
+          log.warn({ peer }, `pair with ${peer} could not be opened: ${PdError.from(error).message}`),
+      )
+      .finally(() => {
+        this.#opening--;
+      });
+  }
+
+  #write(command: WriteCommand): void {
+    const { launch, peer, ready } = command;
+    const session = this.#sessions.get(peer);
+    let step = ready?.step;
+    const gathered = () => {
+      if (step !== undefined) this.#tell({ kind: 'gathered', step });
+      step = undefined;
+    };
+    const ended = (error?: ErrorData) => {
+      gathered();
+      this.#tell({ kind: 'written', launch, ...(error && { error }) });
+    };
+    if (!session) {
+      ended(gone(peer).toData());
+      return;
+    }
+    const sent = session.loading.then(() => this.#load(session, command, gathered));
+    session.loading = sent.catch(() => undefined);
+    sent
+      .then(({ done }) => done)
+      .then(
+        () => ended(),
+        (error: unknown) => ended(PdError.from(error, 'PEER_LOST', { peer }).toData()),
+      );
+  }
+
+  async #load(
+    session: Session,
+    { part, blocks, ready }: WriteCommand,
+    gathered: () => void,
+  ): Promise<{ readonly done: Promise<void> }> {
+    const { peer } = session;
+    const { seq, layer, layers } = part;
+    const what = `layers ${layer} to ${layer + layers - 1} of WANT ${seq} of ${peer}`;
+    const place = { layers: this.#init.layers.slice(layer, layer + layers), blocks, what };
+    const cargo = await loadCargo(this.#context, place, ready?.event);
+    gathered();
+    try {
+      const pair = await session.pair;
+      if (!pair || this.#sessions.get(peer) !== session || !session.openPair) throw gone(peer);
+      const { transfer } = this.#context.options.timeouts;
+      this.#answer(peer, { ...part, part: ++session.parts });
+      const done = pair.send(cargo.regions, { tensorId: what, timeoutMs: transfer }).then(() => {
+        cargo.free();
+        this.#context.metrics.inc(
+          'pd_kv_sent_bytes_total',
+          layers * blocks.length * this.#init.shape.blockBytes,
+        );
+      });
+      return { done };
+    } catch (error) {
+      cargo.free();
+      throw error;
+    }
+  }
+
+  /** Nobody is told where there is no session: what matters is said again. */
+  #answer(peer: string, message: NativeMessage): void {
+    const session = this.#sessions.get(peer);
+    const identity = session?.identity ?? Buffer.from(identityOf(peer));
+    this.#context.log.debug({ peer, cmd: message.cmd }, `${message.cmd} to ${peer}`);
+    this.#router.answer(identity, this.#encode(message, session?.hello.cache.blocks ?? 1));
+  }
+
+  #encode(message: NativeMessage, maxBlocks: number): Uint8Array {
+    return encodeNative(message, { maxBlocks });
+  }
+}
+
+function gone(peer: string): PdError {
+  return new PdError('PEER_LOST', `there is no connection with ${peer} any more`, { peer });
+}

@@ -1,0 +1,104 @@
+/** A pair that hands KV over natively answers as an undivided worker, to the token, and computes nothing twice. */
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import type { CoreState } from '../../src/worker/core-messages.ts';
+import {
+  metricsOf,
+  type ProxyHandle,
+  startProxy,
+  startWorker,
+  untilListed,
+  type WorkerHandle,
+} from '../support/cluster.ts';
+import { CAPITAL, complete, eventually, mixedRequests } from '../support/requests.ts';
+
+const STORY = 'Once upon a time in a magical forest, there lived a wise old dragon who told the children of';
+
+/** What a client may ask for of a first token; each answered by both, and compared whole. */
+const BODIES: readonly (readonly [what: string, body: object])[] = [
+  ['greedy, with log-probabilities', { prompt: STORY, max_tokens: 6, temperature: 0, logprobs: 3 }],
+  ['drawn by a seed', { prompt: STORY, max_tokens: 6, temperature: 0.9, top_p: 0.8, seed: 11, logprobs: 2 }],
+  ['one token', { prompt: STORY, max_tokens: 1, temperature: 0 }],
+  ['none, echoed', { prompt: STORY, max_tokens: 0, echo: true, logprobs: 1 }],
+  [
+    'a first token that would stop',
+    { prompt: STORY, max_tokens: 5, temperature: 1.5, seed: 3, min_tokens: 4 },
+  ],
+  ['a stop string', { prompt: STORY, max_tokens: 20, temperature: 0, stop: ['the'] }],
+  ['two completions', { prompt: STORY, max_tokens: 5, temperature: 0.7, seed: 5, n: 2 }],
+  ['three prompts', { prompt: [STORY, 'Hello world', 'def fibonacci(n):'], max_tokens: 4, temperature: 0 }],
+  ['the same prompt again', { prompt: STORY, max_tokens: 6, temperature: 0 }],
+];
+
+describe('a native pair', () => {
+  let proxy: ProxyHandle;
+  let workers: WorkerHandle[] = [];
+
+  beforeAll(async () => {
+    proxy = await startProxy();
+    // Chunks of 16 tokens: a prompt leaves in several writes.
+    const args = ['--kv-load-failure', 'fail', '--max-num-batched-tokens', '16', '--debug-state'];
+    workers = await Promise.all([
+      startWorker('producer', proxy, args),
+      startWorker('consumer', proxy, args),
+      startWorker('both', undefined),
+    ]);
+    await untilListed(proxy, 1, 1);
+  });
+  afterAll(async () => {
+    await Promise.all([...workers, proxy].map(({ program }) => program.stop()));
+  });
+
+  const post = async (url: string, body: object) => {
+    const response = await fetch(`${url}/v1/completions`, {
+      method: 'POST',
+      headers: { 'content-type': 'application/json' },
+      body: JSON.stringify({ model: 'demo', ...body }),
+    });
+    const { choices, usage, error } = (await response.json()) as Record<string, unknown>;
+    return { choices, usage, error };
+  };
+
+  it.each(BODIES)('answers %s as the undivided worker', async (_, body) => {
+    const [pair, undivided] = await Promise.all([post(proxy.url, body), post(workers[2]!.url, body)]);
+    expect(pair).toEqual(undivided);
+  });
+
+  it('answers many at a time, streamed and not, and loads what it was asked for', async () => {
+    const [, consumer, both] = workers as [WorkerHandle, WorkerHandle, WorkerHandle];
+    const before = await metricsOf(consumer);
+    const requests = mixedRequests(12, 7);
+    const [pair, undivided] = await Promise.all(
+      [proxy.url, both.url].map((url) => Promise.all(requests.map((request) => complete(url, request)))),
+    );
+    expect(pair!.map(({ text, finishReason }) => [text, finishReason])).toEqual(
+      undivided!.map(({ text, finishReason }) => [text, finishReason]),
+    );
+    const after = await metricsOf(consumer);
+    const grown = (name: string) => (after.get(name) ?? 0) - (before.get(name) ?? 0);
+    expect(grown('pd_kv_loads_total{result="ok"}')).toBe(12);
+    expect(grown('pd_prompt_tokens_total{source="computed"}')).toBe(0);
+  });
+
+  it('loses nothing to a client that goes away', async () => {
+    const gone = AbortSignal.timeout(150);
+    const body = JSON.stringify({ ...CAPITAL, model: 'demo', prompt: STORY.repeat(20), max_tokens: 200 });
+    const headers = { 'content-type': 'application/json' };
+    const answer = fetch(`${proxy.url}/v1/completions`, { method: 'POST', headers, body, signal: gone });
+    await expect(answer.then((response) => response.text())).rejects.toThrow();
+    expect((await complete(proxy.url, CAPITAL)).text).toContain('Paris');
+  });
+
+  it('keeps nothing', async () => {
+    for (const { url } of workers.slice(0, 2)) {
+      let state: CoreState | undefined;
+      await eventually('books at zero', 60_000, async () => {
+        state = ((await (await fetch(`${url}/debug/state`)).json()) as { core: CoreState }).core;
+        const { wants, grants } = state.handOver!;
+        return (
+          state.blocks.used + wants.waiting + wants.quarantined + grants.requests + grants.launches === 0
+        );
+      });
+      expect(state).toMatchObject({ running: 0, waiting: 0, loading: 0, integrity: [] });
+    }
+  });
+});
