@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The unit tests, or the demo, on another version of Node, which comes from the npm registry and stays in a cache.
+# Runs the unit tests, or the demo, on another version of Node, which comes from the npm registry and is kept in a cache.
 #
 #   ./scripts/node-version.sh 24 unit
 #   ./scripts/node-version.sh 24 demo
-#   ./scripts/node-version.sh --others      the versions that pd-worker is for, but for the one that runs here
+#   ./scripts/node-version.sh --others      lists the supported versions other than the one that runs here
 set -euo pipefail
 cd "$(dirname "$0")/.."
 versions=(20 22 24)
