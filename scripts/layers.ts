@@ -30,11 +30,13 @@ export const LAYERS: readonly Layer[] = [
   { name: 'src/zod.ts', may: [] },
   { name: 'src/observability', may: BASE },
   { name: 'src/net', may: [...BASE, 'src/observability'] },
+  { name: 'src/parsing', may: [], pure: true },
   { name: 'src/openai-error.ts', may: BASE },
   { name: 'src/reading-thread.ts', may: [...BASE, 'src/observability'] },
+  { name: 'src/grammar', may: ['src/errors.ts'], pure: true },
   { name: 'src/wire', may: ['src/errors.ts', 'src/net'], pure: true },
   { name: 'src/kv', may: ['src/errors.ts', 'src/wire'], pure: true },
-  { name: 'src/config', may: [...COMMON, 'src/wire', 'src/kv'] },
+  { name: 'src/config', may: [...COMMON, 'src/parsing', 'src/wire', 'src/kv'] },
   { name: 'src/device', may: [...COMMON, 'src/wire', 'src/kv', 'ffi'] },
   { name: 'src/transport', may: [...COMMON, 'src/wire', 'src/kv', 'src/device', 'ffi'] },
   {
@@ -48,7 +50,7 @@ export const LAYERS: readonly Layer[] = [
   },
   {
     name: 'src/scheduler',
-    may: ['src/errors.ts', 'src/wire', 'src/kv', 'src/config', 'src/connector'],
+    may: ['src/errors.ts', 'src/grammar', 'src/wire', 'src/kv', 'src/config', 'src/connector'],
     pure: true,
   },
   {
@@ -61,14 +63,23 @@ export const LAYERS: readonly Layer[] = [
       ...COMMON,
       'src/openai-error.ts',
       'src/reading-thread.ts',
-      ...['wire', 'kv', 'config', 'device', 'transfer', 'connector', 'scheduler', 'model'].map(
-        (folder) => `src/${folder}`,
-      ),
+      ...[
+        'grammar',
+        'parsing',
+        'wire',
+        'kv',
+        'config',
+        'device',
+        'transfer',
+        'connector',
+        'scheduler',
+        'model',
+      ].map((folder) => `src/${folder}`),
     ],
   },
   {
     name: 'src/proxy',
-    may: [...COMMON, 'src/openai-error.ts', 'src/reading-thread.ts', 'src/wire', 'src/config'],
+    may: [...COMMON, 'src/openai-error.ts', 'src/reading-thread.ts', 'src/wire', 'src/kv', 'src/config'],
   },
   {
     name: 'src/doctor',
@@ -82,7 +93,7 @@ export const LAYERS: readonly Layer[] = [
     name: 'src/index.ts',
     may: [
       ...COMMON,
-      ...['wire', 'kv', 'config', 'device', 'transfer', 'connector', 'worker', 'proxy'].map(
+      ...['parsing', 'wire', 'kv', 'config', 'device', 'transfer', 'connector', 'worker', 'proxy'].map(
         (folder) => `src/${folder}`,
       ),
     ],

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Runs the unit tests, or the demo, on another version of Node, which comes from the npm registry and is kept in a cache.
+# Runs the unit tests, the demo, or clients of OpenAI's API (test/wide/clients) on another version of Node, which comes from the npm registry and is
+# kept in a cache.
 #
 #   ./scripts/node-version.sh 24 unit
 #   ./scripts/node-version.sh 24 demo
+#   PD_BASE_URL=http://127.0.0.1:10002 ./scripts/node-version.sh 22 clients
 #   ./scripts/node-version.sh --others      lists the supported versions other than the one that runs here
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,7 +16,7 @@ if [ "${1:-}" = --others ]; then
   exit 0
 fi
 version="${1:?which version of Node}"
-part="${2:?unit or demo}"
+part="${2:?unit, demo or clients}"
 
 package="node-linux-$(node -p process.arch)"
 folder="${XDG_CACHE_HOME:-$HOME/.cache}/pd-worker/node-$version"
@@ -29,5 +31,20 @@ echo "node-version: $(node --version)"
 case "$part" in
   unit) PD_TEST_SKIP_BUILD=1 exec node node_modules/vitest/vitest.mjs run --project unit ;;
   demo) exec ./scripts/demo.sh ;;
-  *) echo "node-version: unit or demo, not $part" >&2; exit 2 ;;
+  clients)
+    # Away from the checkout: what they depend on is no part of it.
+    folder="${XDG_CACHE_HOME:-$HOME/.cache}/pd-worker/clients"
+    mkdir -p "$folder"
+    if ! cmp -s test/wide/clients/package-lock.json "$folder/package-lock.json"; then
+      rm -rf "$folder/node_modules"
+      cp test/wide/clients/package{,-lock}.json "$folder"
+      if ! (cd "$folder" && npm ci --no-audit --no-fund --no-update-notifier --loglevel=error); then
+        rm "$folder/package-lock.json"
+        exit 1
+      fi
+    fi
+    cp test/wide/clients/*.mjs "$folder"
+    exec node --test "$folder"/{openai,ai,langchain}.mjs
+    ;;
+  *) echo "node-version: unit, demo or clients, not $part" >&2; exit 2 ;;
 esac

@@ -40,7 +40,8 @@ export type {
   TransferState,
 } from './transfer/types.ts';
 export { type Fingerprint, fingerprint } from './wire/fingerprint.ts';
-export { SEND_TYPES, type SendType } from './wire/messages.ts';
+export { KV_EVENT_FORMS, type KvEventForm } from './wire/kv-events.ts';
+export { type KvEventPorts, SEND_TYPES, type SendType, type WorkerLoad } from './wire/messages.ts';
 
 // The connector: both halves, for a runtime with a scheduler and a paged cache of its own.
 
@@ -120,7 +121,13 @@ export type { TokenLogprob } from './wire/token-logprob.ts';
 // A whole worker and a whole proxy.
 
 export { type WorkerConfigInput, workerConfig } from './config/embedded.ts';
-export { type ProxyConfig, type ProxyConfigInput, proxyConfig } from './config/proxy-config.ts';
+export {
+  POLICIES,
+  type Policy,
+  type ProxyConfig,
+  type ProxyConfigInput,
+  proxyConfig,
+} from './config/proxy-config.ts';
 export {
   type DebugAudience,
   LOAD_FAILURE_POLICIES,
@@ -129,6 +136,8 @@ export {
   type WorkerConfig,
   type WorkerRole,
 } from './config/worker-config.ts';
+export { CALL_DIALECTS, type CallDialect } from './parsing/calls.ts';
+export { REASONING_DIALECTS, type ReasoningDialect } from './parsing/reasoning.ts';
 export { PdProxy } from './proxy/proxy.ts';
 export type { Instance, InstancePing, InstanceRole } from './proxy/registry.ts';
 export type { CoreInfo, CoreState } from './worker/core-messages.ts';

@@ -112,7 +112,7 @@ export async function kernelTimes(device: CudaDevice): Promise<Record<string, nu
     'argmax x 1',
     `${(await measure('argmax x 1', 50, () => kernels.argmax({ tokens: out, logits: at(1_024), rows: 1, vocab: VOCAB }))).toFixed(4)} ms`,
   );
-  const draws = Float32Array.from({ length: 64 }, (_, i) => [1, 0, 0.9, 0.7][i % 4]!);
+  const draws = Float32Array.from({ length: 80 }, (_, i) => [1, 0, 0.9, 0.7, 0][i % 5]!);
   upload(device, stream, at(300), new Int32Array(draws.buffer));
   upload(device, stream, out, new Int32Array(16));
   const drawing = await measure('draw x 16, top-p', 20, () =>

@@ -17,6 +17,10 @@ import {
 } from './kinds.ts';
 import { defaultsOf, defineOptions, option, type ValuesOf } from './options.ts';
 
+export const POLICIES = ['round-robin', 'least-loaded', 'session', 'kv-aware'] as const;
+/** How an instance is chosen for a request (docs/routing.md). */
+export type Policy = (typeof POLICIES)[number];
+
 export interface ProxyConfig {
   readonly http: HostPort;
   readonly discovery: HostPort;
@@ -30,9 +34,17 @@ export interface ProxyConfig {
   readonly decodeIdleTimeoutMs: number;
   /** Most requests in prefill at a producer for which the consumer is asked at the same time; 0: always in turn. */
   readonly overlap: number;
+  readonly policy: Policy;
+  /** For producers and for consumers, where it is another. */
+  readonly prefillPolicy?: Policy;
+  readonly decodePolicy?: Policy;
+  /** Header that names the session of a request; without it the body's `user` does. Lower case. */
+  readonly sessionHeader: string;
   readonly drainTimeoutMs: number;
   readonly log: LogOptions;
 }
+
+const ROUTING = 'Routing';
 
 /** A new option is a row here and its field above. */
 export const PROXY_OPTIONS = defineOptions({
@@ -73,6 +85,34 @@ export const PROXY_OPTIONS = defineOptions({
     kind: integer(0, 1_024),
     help: 'the consumer is asked at once while the producer has at most so many requests of this proxy; 0: always in turn',
     default: 4,
+  }),
+  policy: option({
+    field: 'policy',
+    kind: oneOf(POLICIES),
+    help: 'how instances are chosen',
+    group: ROUTING,
+    default: 'round-robin',
+  }),
+  prefillPolicy: option({
+    field: 'prefillPolicy',
+    kind: oneOf(POLICIES),
+    help: 'how producers are chosen',
+    group: ROUTING,
+    defaultText: 'as --policy',
+  }),
+  decodePolicy: option({
+    field: 'decodePolicy',
+    kind: oneOf(POLICIES),
+    help: 'how consumers are chosen',
+    group: ROUTING,
+    defaultText: 'as --policy',
+  }),
+  sessionHeader: option({
+    field: 'sessionHeader',
+    kind: text('name'),
+    help: "header that names a request's session for the policy `session`; without it the body's `user` does",
+    group: ROUTING,
+    default: 'x-session-id',
   }),
   drainTimeout: option({
     field: 'drainTimeoutMs',

@@ -1,5 +1,8 @@
 /** One validated shape for a worker: what flags, environment, config file and vLLM's JSON become. Plain data: it crosses threads. */
 import type { HostPort } from '../net/address.ts';
+import type { CallDialect } from '../parsing/calls.ts';
+import type { ReasoningDialect } from '../parsing/reasoning.ts';
+import type { KvEventForm } from '../wire/kv-events.ts';
 import type { TransferOptions } from './transfer-options.ts';
 
 export const WORKER_ROLES = ['producer', 'consumer', 'both'] as const;
@@ -28,6 +31,10 @@ export interface WorkerConfig {
   readonly modelDir: string;
   /** Ids that /v1/models lists and requests may name; the first is echoed. Never empty. */
   readonly servedModelNames: readonly string[];
+  /** How the model writes calls of tools. `auto`: as its chat template says. */
+  readonly toolCallParser: CallDialect | 'auto' | 'none';
+  /** How it marks what it thinks. `auto`: as its chat template says; `none`: thoughts are part of the answer. */
+  readonly reasoningParser: ReasoningDialect | 'auto' | 'none';
   /** What computes. `host` with a cuda device moves KV through GPU memory. */
   readonly executor: (typeof EXECUTORS)[number];
   readonly http: HostPort;
@@ -40,6 +47,9 @@ export interface WorkerConfig {
   readonly httpAnnounceHost: string;
   /** For the transfer engine; the device and the log are those of the whole worker. Address and fingerprint are added at start. */
   readonly transfer: TransferOptions;
+  /** First of the three ports of KV events; 0: any free ones. Absent: none are published. */
+  readonly kvEventsPort?: number;
+  readonly kvEventsForm: KvEventForm;
   /** Who may read GET /debug/state. Absent: nobody. */
   readonly debugState?: DebugAudience;
   /** The same on both ends of a pair, or `auto` on one. */

@@ -4,7 +4,10 @@
  */
 import { WIRE_LAYOUTS } from '../kv/families.ts';
 import { LOG_FORMATS, LOG_LEVELS } from '../observability/log-options.ts';
+import { CALL_DIALECTS } from '../parsing/calls.ts';
+import { REASONING_DIALECTS } from '../parsing/reasoning.ts';
 import { SUFFIXED_IDS } from '../wire/ids.ts';
+import { KV_EVENT_FORMS } from '../wire/kv-events.ts';
 import { SEND_TYPES } from '../wire/messages.ts';
 import type { TableOf } from './fields.ts';
 import {
@@ -82,6 +85,20 @@ export const WORKER_OPTIONS = defineOptions({
     group: MODEL,
     help: 'most tokens of one sequence, prompt and output',
     defaultText: "the model's own",
+  }),
+  toolCallParser: option({
+    field: 'toolCallParser',
+    kind: oneOf(['auto', 'none', ...CALL_DIALECTS]),
+    group: MODEL,
+    help: 'how the model writes calls of tools; auto: as its chat template says',
+    default: 'auto',
+  }),
+  reasoningParser: option({
+    field: 'reasoningParser',
+    kind: oneOf(['auto', 'none', ...REASONING_DIALECTS]),
+    group: MODEL,
+    help: 'how it marks what it thinks; auto: as its chat template says; none: as part of the answer',
+    default: 'auto',
   }),
   debugLogits: option({
     field: 'debugLogits',
@@ -217,6 +234,20 @@ export const WORKER_OPTIONS = defineOptions({
     group: KV,
     help: 'who may talk to the KV listener: addresses, or ranges such as 10.0.0.0/8',
     defaultText: 'everyone',
+  }),
+  kvEventsPort: option({
+    field: 'kvEventsPort',
+    kind: port(),
+    group: KV,
+    help: 'first of three ports that say what is cached (events, replay, snapshot), 0 for any free ones',
+    defaultText: 'not said',
+  }),
+  kvEventsForm: option({
+    field: 'kvEventsForm',
+    kind: oneOf(KV_EVENT_FORMS),
+    group: KV,
+    help: 'map as vLLM from June 2026, positional for older readers',
+    default: 'map',
   }),
   kvTransferConfig: option({ kind: json(), group: KV, help: "vLLM's JSON, as it is" }),
 

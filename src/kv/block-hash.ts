@@ -3,6 +3,7 @@
  * equal tokens from the start of the sequence on. A strong hash, so that no crafted prompt can read another's KV.
  */
 import { hash } from 'node:crypto';
+import { type BlockKey, blockKey } from '../wire/kv-events.ts';
 
 declare const brand: unique symbol;
 export type BlockHash = string & { readonly [brand]: 'BlockHash' };
@@ -21,6 +22,11 @@ export function extendHashes(hashes: BlockHash[], tokens: Int32Array, blockSize:
   for (let block = hashes.length; (block + 1) * blockSize <= tokens.length; block++) {
     hashes.push(hashBlock(hashes.at(-1), tokens.subarray(block * blockSize, (block + 1) * blockSize)));
   }
+}
+
+/** What the hash is known by to others. */
+export function keyOf(block: BlockHash): BlockKey {
+  return blockKey(Buffer.from(block, 'base64'));
 }
 
 /** Tells one prompt from another, at any block size: 128 bits of SHA-256 over its token ids (int32, little-endian), in hex. */

@@ -27,6 +27,14 @@ export interface BlockCopy {
   readonly target: number;
 }
 
+/** Neighbours in a table: from block `first` up to, without, `end`. */
+export interface BlockRun {
+  readonly first: number;
+  readonly end: number;
+}
+
+const NO_RUNS: readonly BlockRun[] = [];
+
 interface BlockTable {
   readonly blocks: number[];
   /** Leading blocks that `commit` has dealt with. */
@@ -50,9 +58,13 @@ export class BlockManager {
   readonly #exposures = new Map<string, readonly number[]>();
   readonly #exposed = new Set<number>();
 
-  constructor(numBlocks: number, blockSize: number) {
+  readonly #onEvicted: (hash: BlockHash) => void;
+
+  /** `onEvicted`: told of what leaves the prefix cache, as it does. */
+  constructor(numBlocks: number, blockSize: number, onEvicted: (hash: BlockHash) => void = () => {}) {
     this.numBlocks = numBlocks;
     this.blockSize = blockSize;
+    this.#onEvicted = onEvicted;
     this.#refs = new Int32Array(numBlocks);
     this.#hashOf = new Array<BlockHash | undefined>(numBlocks).fill(undefined);
     for (let block = numBlocks - 1; block >= 0; block--) this.#empty.push(block);
@@ -266,11 +278,16 @@ export class BlockManager {
     }
   }
 
-  /** The KV of the first `numTokens` tokens is there: their full blocks may be found by others. `hashes` covers at least those. */
-  commit(id: string, hashes: readonly BlockHash[], numTokens: number): void {
+  /**
+   * The KV of the first `numTokens` tokens is there: their full blocks may be found by others. `hashes` covers at least those. Returns
+   * which of them the prefix cache did not have.
+   */
+  commit(id: string, hashes: readonly BlockHash[], numTokens: number): readonly BlockRun[] {
     const table = this.#table(id);
     const full = Math.min(hashes.length, Math.floor(numTokens / this.blockSize));
+    if (table.committed >= full) return NO_RUNS;
     this.#refuseExposed(table.blocks.slice(table.committed, full), `${id} cannot be committed`);
+    const runs: { first: number; end: number }[] = [];
     for (; table.committed < full; table.committed++) {
       const block = table.blocks[table.committed]!;
       const hash = hashes[table.committed]!;
@@ -278,7 +295,11 @@ export class BlockManager {
       if (this.#hashOf[block] !== undefined || this.#cached.has(hash)) continue;
       this.#hashOf[block] = hash;
       this.#cached.set(hash, block);
+      const last = runs.at(-1);
+      if (last?.end === table.committed) last.end++;
+      else runs.push({ first: table.committed, end: table.committed + 1 });
     }
+    return runs;
   }
 
   /** Gives the table's references back; does nothing where there is none. */
@@ -364,6 +385,7 @@ export class BlockManager {
     if (hash !== undefined) {
       this.#cached.delete(hash);
       this.#hashOf[block] = undefined;
+      this.#onEvicted(hash);
     }
     this.#refs[block] = 1;
     return block;

@@ -13,6 +13,17 @@ export interface ChatMessage {
   readonly [key: string]: unknown;
 }
 
+export interface RenderOptions {
+  /** Begin the model's answer; the default. */
+  readonly addGenerationPrompt?: boolean;
+  /** Go on in the last message, which stays open. */
+  readonly continueFinalMessage?: boolean;
+  /** As OpenAI's API takes them. */
+  readonly tools?: readonly unknown[];
+  /** Further variables of the template (`chat_template_kwargs`). */
+  readonly variables?: Readonly<Record<string, unknown>>;
+}
+
 /** A checkpoint may name several templates; the one for plain chats is called `default`. */
 const namedTemplates = z.array(z.looseObject({ name: z.string(), template: z.string() }));
 
@@ -39,6 +50,7 @@ function templateIn(json: unknown): string | undefined {
 
 /** A template ready to use. Throws CHECKPOINT_INVALID where its syntax is broken. */
 export class ChatTemplate {
+  readonly source: string;
   readonly #template: Template;
   readonly #tokens: Readonly<Record<string, string>>;
 
@@ -49,16 +61,23 @@ export class ChatTemplate {
     } catch (cause) {
       throw invalid(`${dir}: the chat template cannot be parsed`, cause);
     }
+    this.source = source;
     this.#tokens = tokens;
   }
 
   /** The library brings `raise_exception` and `strftime_now`. Throws REQUEST_INVALID where the template refuses the messages (most do for unknown roles or a wrong order). */
-  render(messages: readonly ChatMessage[], addGenerationPrompt: boolean): string {
+  render(
+    messages: readonly ChatMessage[],
+    { addGenerationPrompt = true, continueFinalMessage = false, tools, variables }: RenderOptions = {},
+  ): string {
+    let text: string;
     try {
-      return this.#template.render({
+      text = this.#template.render({
         ...this.#tokens,
+        ...variables,
         messages,
-        add_generation_prompt: addGenerationPrompt,
+        tools: tools ?? null,
+        add_generation_prompt: addGenerationPrompt && !continueFinalMessage,
       });
     } catch (cause) {
       throw new PdError(
@@ -68,5 +87,19 @@ export class ChatTemplate {
         { cause },
       );
     }
+    return continueFinalMessage ? openEnded(text, messages.at(-1)?.content ?? '') : text;
   }
+}
+
+/** What the template has written behind the last message is cut off. Throws REQUEST_INVALID where that message is not in the text. */
+function openEnded(text: string, last: string): string {
+  const trimmed = last.trim();
+  const at = text.lastIndexOf(trimmed);
+  if (trimmed === '' || at < 0) {
+    const why = 'the chat template does not write the last message as it is, so it cannot be gone on with';
+    throw new PdError('REQUEST_INVALID', why);
+  }
+  // Many templates trim what they write.
+  const kept = last.trimStart();
+  return text.slice(0, at + (text.startsWith(kept, at) ? kept : trimmed).length);
 }

@@ -10,6 +10,11 @@ export interface LayerHooks {
 }
 
 export interface StepHooks extends LayerHooks {
+  /**
+   * The grammar's mask for this sequence's token, a bit per token, the lowest of the first word is token 0's; undefined: none. Asked
+   * for before the step, awaited once its forward pass is under way. Of a rejection the sequence fails alone.
+   */
+  readonly mask?: (sequence: ScheduledSequence) => Promise<Uint32Array> | Uint32Array | undefined;
   /** The logits that this sequence's token is sampled from, before bans and temperature. Overwritten after the call; costs a copy on a GPU. */
   readonly sampling?: (sequence: ScheduledSequence, logits: Float32Array) => void;
 }

@@ -3,6 +3,7 @@ import { PdError } from '../errors.ts';
 import type { SampleSpec, SamplingParams } from '../scheduler/types.ts';
 import type { TokenLogprob } from '../wire/token-logprob.ts';
 import { uniform } from './random.ts';
+import { isShaped, shaped, shapingOf } from './shaping.ts';
 
 /** The likeliest token each time, and nothing said about it: what checks and measurements start from. */
 export const GREEDY: SamplingParams = {
@@ -22,20 +23,21 @@ export interface Sampled {
 
 /**
  * `logits` [vocab] is left as it is. Greedy at temperature 0; ties go to the lowest id. Log-probabilities are those of the raw logits,
- * before temperature, bans and cuts. Throws INTERNAL where logits are not finite, which is a defect of the model.
+ * before masks, biases, penalties, temperature and cuts. Undefined where what the request asks for bans every token. Throws INTERNAL
+ * where logits are not finite, which is a defect of the model.
  */
-export function sample(logits: Float32Array, spec: SampleSpec): Sampled {
+export function sample(logits: Float32Array, spec: SampleSpec, grammar?: Uint32Array): Sampled | undefined {
   const { params } = spec;
-  const allowed = bans(spec) ? banned(logits, params.stopTokenIds) : logits;
-  const token = params.temperature === 0 ? argmax(allowed) : draw(allowed, spec);
+  let usable = logits;
+  if (grammar || isShaped(spec)) {
+    maximum(logits);
+    usable = shaped(logits, shapingOf(spec, logits.length, grammar));
+    if (usable.every((logit) => logit === Number.NEGATIVE_INFINITY)) return undefined;
+  }
+  const token = params.temperature === 0 ? argmax(usable) : draw(usable, spec);
   return params.logprobs === undefined
     ? { token }
     : { token, logprob: logprobOf(logits, token, params.logprobs) };
-}
-
-/** Whether stop tokens may not be sampled yet. */
-export function bans({ params, outputPosition }: SampleSpec): boolean {
-  return outputPosition < params.minTokens && params.stopTokenIds.length > 0;
 }
 
 /** Logits of which no token can be sampled: a defect of the model. */
@@ -53,10 +55,12 @@ export function logprobOf(logits: Float32Array, token: number, count: number): T
   return { token, logprob: logits[token]! - norm, top };
 }
 
-function banned(logits: Float32Array, ids: readonly number[]): Float32Array {
-  const copy = logits.slice();
-  for (const id of ids) if (id >= 0 && id < copy.length) copy[id] = Number.NEGATIVE_INFINITY;
-  return copy;
+/** The same of a token of a prompt, with its rank. */
+export function promptLogprobOf(logits: Float32Array, token: number, count: number): TokenLogprob {
+  const own = logits[token]!;
+  let rank = 0;
+  for (let i = 0; i < logits.length; i++) if (logits[i]! >= own) rank++;
+  return { ...logprobOf(logits, token, count), rank };
 }
 
 function maximum(logits: Float32Array): number {
@@ -81,7 +85,11 @@ function argmax(logits: Float32Array): number {
 function draw(logits: Float32Array, { params, index, outputPosition }: SampleSpec): number {
   const highest = maximum(logits);
   // Relative to the likeliest, whose weight is 1.
-  const weights = Float64Array.from(logits, (logit) => Math.exp((logit - highest) / params.temperature));
+  const { minP = 0 } = params;
+  const weights = Float64Array.from(logits, (logit) => {
+    const weight = Math.exp((logit - highest) / params.temperature);
+    return weight >= minP ? weight : 0;
+  });
   const ids = candidates(weights, params);
   let mass = 0;
   for (const id of ids) mass += weights[id]!;
@@ -97,11 +105,11 @@ function draw(logits: Float32Array, { params, index, outputPosition }: SampleSpe
   return last;
 }
 
-/** Ids to draw from: top-k first, then the smallest set of the likeliest whose share of what is left reaches top-p. */
+/** Ids to draw from, in their order, as on the GPU; of those that min-p has left top-k first, then the smallest set of the likeliest whose share of what is left reaches top-p. */
 function candidates(weights: Float64Array, { topK, topP }: SamplingParams): readonly number[] {
   const cutK = topK > 0 && topK < weights.length;
   if (!cutK && topP >= 1) return Array.from(weights.keys());
-  if (topP >= 1) return highestIds(weights, topK);
+  if (topP >= 1) return ascending(highestIds(weights, topK));
   const sorted = cutK ? highestIds(weights, topK) : nucleusCandidates(weights, topP);
   let total = 0;
   if (cutK) for (const id of sorted) total += weights[id]!;
@@ -109,9 +117,13 @@ function candidates(weights: Float64Array, { topK, topP }: SamplingParams): read
   let share = 0;
   for (let i = 0; i < sorted.length; i++) {
     share += weights[sorted[i]!]!;
-    if (share >= topP * total) return sorted.slice(0, i + 1);
+    if (share >= topP * total) return ascending(sorted.slice(0, i + 1));
   }
-  return sorted;
+  return ascending(sorted);
+}
+
+function ascending(ids: number[]): number[] {
+  return ids.sort((a, b) => a - b);
 }
 
 /**

@@ -3,7 +3,7 @@ import { join } from 'node:path';
 import { Tokenizer as HuggingFaceTokenizer } from '@huggingface/tokenizers';
 import { PdError } from '../errors.ts';
 import { z } from '../zod.ts';
-import { type ChatMessage, ChatTemplate, readChatTemplate } from './chat-template.ts';
+import { type ChatMessage, ChatTemplate, type RenderOptions, readChatTemplate } from './chat-template.ts';
 import { checked, invalid } from './checked.ts';
 import { type ModelConfig, readModelConfig } from './config.ts';
 import { IncrementalDecoder, type PieceSource } from './incremental-decoder.ts';
@@ -11,7 +11,7 @@ import { readJson } from './json-file.ts';
 import { charactersPerToken } from './token-bound.ts';
 import { type PieceReader, readPieces, type TokenPiece } from './token-pieces.ts';
 
-export type { ChatMessage } from './chat-template.ts';
+export type { ChatMessage, RenderOptions } from './chat-template.ts';
 export { IncrementalDecoder } from './incremental-decoder.ts';
 
 const addedTokenSchema = z.looseObject({
@@ -32,6 +32,14 @@ const namedTokenSchema = z.union([
   z.looseObject({ content: z.string() }).transform(({ content }) => content),
 ]);
 
+/** Which tokens have text. */
+export interface Decoding {
+  /** Special ones have none; the default. */
+  readonly skipSpecialTokens?: boolean;
+  /** Special tokens, by their text, that have it nevertheless. */
+  readonly keep?: readonly string[];
+}
+
 export class Tokenizer implements PieceSource {
   readonly leadingSpaces: number;
   /** Ids are below this. */
@@ -46,6 +54,7 @@ export class Tokenizer implements PieceSource {
   /** What `tokenString` has said: twenty alternatives a token come to many. */
   readonly #strings: string[] = [];
   readonly #special: ReadonlySet<number>;
+  readonly #specialIds: ReadonlyMap<string, number>;
   readonly #chat: ChatTemplate | undefined;
 
   private constructor(
@@ -58,7 +67,9 @@ export class Tokenizer implements PieceSource {
   ) {
     this.#library = library;
     this.#pieces = piecesOf(library, added, piece);
-    this.#special = new Set(added.filter(({ special }) => special).map(({ id }) => id));
+    const special = added.filter((token) => token.special);
+    this.#special = new Set(special.map(({ id }) => id));
+    this.#specialIds = new Map(special.map(({ id, content }) => [content, id]));
     this.#chat = chat;
     this.leadingSpaces = leadingSpaces;
     this.vocabSize = this.#pieces.length;
@@ -95,24 +106,28 @@ export class Tokenizer implements PieceSource {
     return text + decoder.flush();
   }
 
-  /** A new incremental decoder, special tokens left out. */
-  decoder(): Pick<IncrementalDecoder, 'push' | 'flush'> {
-    return new IncrementalDecoder(this);
+  /** A new incremental decoder. */
+  decoder({
+    skipSpecialTokens = true,
+    keep = [],
+  }: Decoding = {}): Pick<IncrementalDecoder, 'push' | 'flush'> {
+    if (!skipSpecialTokens || keep.length === 0) return new IncrementalDecoder(this, { skipSpecialTokens });
+    const kept = new Set(keep.flatMap((text) => this.#specialIds.get(text) ?? []));
+    const piece = (id: number, skip: boolean) => this.piece(id, skip && !kept.has(id));
+    return new IncrementalDecoder({ piece, leadingSpaces: this.leadingSpaces });
   }
 
-  get hasChatTemplate(): boolean {
-    return this.#chat !== undefined;
+  /** The template's source. */
+  get chatTemplate(): string | undefined {
+    return this.#chat?.source;
   }
 
   /** The prompt of a chat; encode it without special tokens, the template writes them. Throws REQUEST_INVALID. */
-  applyChatTemplate(
-    messages: readonly ChatMessage[],
-    { addGenerationPrompt = true }: { readonly addGenerationPrompt?: boolean } = {},
-  ): string {
+  applyChatTemplate(messages: readonly ChatMessage[], options: RenderOptions = {}): string {
     if (!this.#chat) {
       throw new PdError('REQUEST_INVALID', 'the served model has no chat template; use /v1/completions');
     }
-    return this.#chat.render(messages, addGenerationPrompt);
+    return this.#chat.render(messages, options);
   }
 
   /** Text of one token by itself, special ones too: what log-probabilities show. */
@@ -142,11 +157,11 @@ export type TextModel = Pick<
   Tokenizer,
   | 'applyChatTemplate'
   | 'charactersPerToken'
+  | 'chatTemplate'
   | 'decode'
   | 'decoder'
   | 'encode'
   | 'eosTokenIds'
-  | 'hasChatTemplate'
   | 'tokenBytes'
   | 'tokenString'
 >;

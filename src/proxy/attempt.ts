@@ -30,6 +30,7 @@ import {
 } from '../wire/overlap.ts';
 import type { RequestBody } from './body.ts';
 import type { BodyReader } from './body-reader.ts';
+import type { PromptCaches } from './caches.ts';
 import type { ProxyMetrics } from './metrics.ts';
 import { Notices } from './notices.ts';
 import type { InstancePair, InstanceRegistry } from './registry.ts';
@@ -48,12 +49,13 @@ import {
 
 /** What all requests of a proxy share. */
 export interface ProxyContext {
-  readonly config: Pick<ProxyConfig, 'prefillTimeoutMs' | 'decodeIdleTimeoutMs' | 'overlap'>;
+  readonly config: ProxyConfig;
   readonly registry: InstanceRegistry;
   readonly upstream: Upstream;
   readonly metrics: ProxyMetrics;
   readonly log: Logger;
   readonly bodies: Pick<BodyReader, 'read'>;
+  readonly caches: PromptCaches;
   /** Numbers the requests in the log, from 0. */
   nextCount(): number;
 }
@@ -98,13 +100,16 @@ export class Attempt {
   /** Each aborts one instance's request, for the reason it is given; the request's own signal aborts both. */
   readonly #abortPrefill = new AbortController();
   readonly #abortDecode = new AbortController();
+  /** About how many tokens of the prompt the producer has to compute. */
+  readonly #uncached: number;
 
-  constructor(context: ProxyContext, request: ClientRequest, pair: InstancePair) {
+  constructor(context: ProxyContext, request: ClientRequest, pair: InstancePair, uncached: number) {
     const { producer, consumer } = pair;
     const { route } = request;
     this.#context = context;
     this.#request = request;
     this.#pair = pair;
+    this.#uncached = uncached;
     this.#prefillCall = {
       instance: producer,
       what: `prefill of ${route}`,
@@ -140,6 +145,7 @@ export class Attempt {
     };
     signal.addEventListener('abort', abort, { once: true });
     if (signal.aborted) abort();
+    const leave = this.#context.registry.workOf(this.#pair.consumer)?.begin(0);
     try {
       const decoded = await (this.#mayOverlap() ? this.#overlapped() : this.#inTurn());
       if (!decoded) this.#notices.release();
@@ -147,6 +153,7 @@ export class Attempt {
       this.#notices.release(error instanceof InstanceRefused ? error.instance : undefined);
       throw error;
     } finally {
+      leave?.();
       signal.removeEventListener('abort', abort);
     }
   }
@@ -160,7 +167,7 @@ export class Attempt {
     const { producer, consumer } = this.#pair;
     if (!producer.overlaps || !consumer.overlaps) return false;
     if (this.#request.body.prompts !== 1) return this.#native;
-    return registry.prefilling(producer) < config.overlap;
+    return (registry.workOf(producer)?.own ?? 0) < config.overlap;
   }
 
   /** False where KV may be left that nobody decodes. */
@@ -213,7 +220,9 @@ export class Attempt {
     const startedMs = performance.now();
     const { signal } = this.#abortPrefill;
     const timer = setTimeout(() => this.#abortPrefill.abort(timeoutError(call)), call.timeoutMs);
-    const leave = registry.enterPrefill(call.instance);
+    const work = registry.workOf(call.instance);
+    const leave = work?.begin(this.#uncached);
+    const ahead = work?.queuedTokens ?? 0;
     try {
       const response = await upstream.ask(call, {
         path: this.#request.route,
@@ -228,12 +237,14 @@ export class Attempt {
         throw new InstanceRefused(call, `its answer broke off: ${reasonOf(error)}`, error);
       });
       if (!ok) return refuseIfDraining(answer, call);
-      metrics.prefillSeconds.observe((performance.now() - startedMs) / 1_000);
+      const tookMs = performance.now() - startedMs;
+      metrics.prefillSeconds.observe(tookMs / 1_000);
+      work?.learn(ahead, tookMs);
       this.#reportKvFailure(response);
       return undefined;
     } finally {
       clearTimeout(timer);
-      leave();
+      leave?.();
     }
   }
 

@@ -2,10 +2,11 @@
 import type { Logger } from '../observability/log.ts';
 import { openReader, type ReaderPort, type ReadingLimits, ReadingThread } from '../reading-thread.ts';
 import { threadEntry } from '../thread-entry.ts';
-import { type RequestBody, readBody } from './body.ts';
+import { NO_KEYS, type RequestBody, readBody, type WantedKeys } from './body.ts';
 
 export interface ToBodyThread {
   readonly body: Uint8Array<ArrayBuffer>;
+  readonly wanted: WantedKeys;
 }
 
 /**
@@ -35,9 +36,9 @@ export class BodyReader {
   }
 
   /** `body` is not to be used any more: its memory may move. Throws what `readBody` and `ReadingThread.read` throw. */
-  async read(body: Uint8Array<ArrayBuffer>, signal: AbortSignal): Promise<RequestBody> {
-    if (body.byteLength <= this.#shortBody) return readBody(body);
-    return await this.#thread.read({ body }, signal);
+  async read(body: Uint8Array<ArrayBuffer>, signal: AbortSignal, wanted = NO_KEYS): Promise<RequestBody> {
+    if (body.byteLength <= this.#shortBody) return readBody(body, wanted);
+    return await this.#thread.read({ body, wanted }, signal);
   }
 
   /** Ends the thread; what waits or is being read fails with SERVER_DRAINING. Idempotent. */

@@ -3,7 +3,7 @@ import { answerReadings } from '../reading-thread.ts';
 import { type RequestBody, readBody } from './body.ts';
 import type { ToBodyThread } from './body-reader.ts';
 
-const read = ({ body }: ToBodyThread) => readBody(body);
+const read = ({ body, wanted }: ToBodyThread) => readBody(body, wanted);
 await answerReadings(() => read, buffersOf);
 
 function buffersOf({ original, prefill, nativePrefill }: RequestBody): readonly ArrayBuffer[] {

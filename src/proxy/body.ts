@@ -3,6 +3,9 @@
  * main thread for short bodies and on a thread for long ones (body-reader.ts).
  */
 import { PdError } from '../errors.ts';
+import { type BlockHash, extendHashes, keyOf } from '../kv/block-hash.ts';
+import type { BlockKey } from '../wire/kv-events.ts';
+import { textKeys } from './prefix-index.ts';
 
 type JsonObject = Readonly<Record<string, unknown>>;
 
@@ -12,22 +15,45 @@ export interface RequestBody {
   /** Which model is asked for, if any. */
   readonly model: string | undefined;
   readonly prompts: number;
+  /** About how many tokens they have together; the rest of the body counts as prompt. */
+  readonly tokens: number;
+  /** The body's `user`, if any. */
+  readonly user: string | undefined;
+  /** Of its text, where asked for and where there is one prompt: as in prefix-index.ts. */
+  readonly textKeys: readonly string[];
+  /** Of its blocks by their size, where asked for and where its token ids are known. */
+  readonly blockKeys: ReadonlyMap<number, readonly BlockKey[]>;
   /** The producer's: the same prompts, one token, nothing that only the answer needs. JSON in UTF-8. */
   readonly prefill: Uint8Array<ArrayBuffer>;
   /** A producer's whose first token the consumer takes over: with all that the token and its log-probabilities depend on. May be `prefill`. */
   readonly nativePrefill: Uint8Array<ArrayBuffer>;
 }
 
+/** What placement wants to know of a prompt, which costs time. */
+export interface WantedKeys {
+  readonly text: boolean;
+  /** In tokens; few. */
+  readonly blockSizes: readonly number[];
+}
+
+export const NO_KEYS: WantedKeys = { text: false, blockSizes: [] };
+
 /** Throws REQUEST_INVALID where it is no JSON object; BODY_TOO_COSTLY where it is nested deeper than the stack goes. */
-export function readBody(original: Uint8Array<ArrayBuffer>): RequestBody {
+export function readBody(original: Uint8Array<ArrayBuffer>, wanted: WantedKeys = NO_KEYS): RequestBody {
   const json = parseObject(original);
-  const { model } = json;
+  const { user } = json;
+  const model = typeof json['model'] === 'string' ? json['model'] : undefined;
+  const prompts = countPrompts(json['prompt']);
   const prefill = encode(prefillCopy(json));
   const drawnBy = drawnByFields(json);
   return {
     original,
-    model: typeof model === 'string' ? model : undefined,
-    prompts: countPrompts(json['prompt']),
+    model,
+    prompts,
+    tokens: countTokens(json['prompt'], original.byteLength),
+    user: typeof user === 'string' ? user : undefined,
+    textKeys: wanted.text && prompts === 1 ? textKeys(promptText(json), model ?? '') : [],
+    blockKeys: new Map(wanted.blockSizes.map((size) => [size, keysOfIds(json['prompt'], size)])),
     prefill,
     nativePrefill: drawnBy ? encode({ ...prefillCopy(json), ...drawnBy }) : prefill,
   };
@@ -47,8 +73,12 @@ function parseObject({ buffer, byteOffset, byteLength }: Uint8Array<ArrayBuffer>
 }
 
 function encode(json: JsonObject): Uint8Array<ArrayBuffer> {
+  return new TextEncoder().encode(stringify(json));
+}
+
+function stringify(json: unknown): string {
   try {
-    return new TextEncoder().encode(JSON.stringify(json));
+    return JSON.stringify(json) ?? '';
   } catch (cause) {
     if (!(cause instanceof RangeError)) throw cause;
     throw new PdError('BODY_TOO_COSTLY', `copying the body: ${cause.message}`, {}, { cause });
@@ -67,7 +97,14 @@ const DROPPED = [
 ] as const;
 
 /** Set only where present: their defaults are these values, and a server may reject a field it does not know. */
-const REPLACED = { max_completion_tokens: 1, stream: false, n: 1, best_of: 1, echo: false } as const;
+const REPLACED = {
+  max_completion_tokens: 1,
+  max_output_tokens: 1,
+  stream: false,
+  n: 1,
+  best_of: 1,
+  echo: false,
+} as const;
 
 /** Leaves `body` as it is. */
 function prefillCopy(body: JsonObject): JsonObject {
@@ -90,7 +127,41 @@ function drawnByFields(body: JsonObject): JsonObject | undefined {
   return kept;
 }
 
+/** Of English in JSON, about. */
+const BYTES_PER_TOKEN = 4;
+/** Of a token id, in the text that keys are made of: base 36 has room for 1.6 million. */
+const ID_DIGITS = 4;
+
+function countTokens(prompt: unknown, bytes: number): number {
+  return isTokenIds(prompt) ? prompt.length : Math.ceil(bytes / BYTES_PER_TOKEN);
+}
+
+/**
+ * The prompt as whoever compares beginnings needs it: not what the model sees, but equal where that is equal, and longer where that is
+ * longer. A token id is as long as a token's text is on average.
+ */
+function promptText({ prompt, messages, input, instructions, tools }: JsonObject): string {
+  if (typeof prompt === 'string') return prompt;
+  if (isTokenIds(prompt)) return prompt.map((id) => Number(id).toString(36).padStart(ID_DIGITS)).join('');
+  const turns = messages ?? input;
+  return [tools, instructions, ...(Array.isArray(turns) ? (turns as unknown[]) : [turns])]
+    .map(stringify)
+    .join('');
+}
+
+function keysOfIds(prompt: unknown, blockSize: number): BlockKey[] {
+  if (!isTokenIds(prompt)) return [];
+  const hashes: BlockHash[] = [];
+  extendHashes(hashes, Int32Array.from(prompt), blockSize);
+  return hashes.map(keyOf);
+}
+
+/** By its first: an id that is none makes a wrong hint, and an error at the worker. */
+function isTokenIds(prompt: unknown): prompt is number[] {
+  return Array.isArray(prompt) && typeof prompt[0] === 'number';
+}
+
 function countPrompts(prompt: unknown): number {
-  const many = Array.isArray(prompt) && typeof prompt[0] !== 'number';
+  const many = Array.isArray(prompt) && !isTokenIds(prompt);
   return many ? Math.max(1, prompt.length) : 1;
 }

@@ -130,6 +130,8 @@ export class Discovery {
         zmqAddress: ping.zmq_address,
         ...(ping.native ? { fingerprint: { digest: ping.native.digest, model: ping.native.model } } : {}),
         ...(ping.native?.sendType ? { sendType: ping.native.sendType } : {}),
+        ...(ping.native?.events ? { events: ping.native.events } : {}),
+        ...(ping.native?.load ? { load: ping.native.load } : {}),
         ...(ping.native?.features?.includes(OVERLAP_FEATURE) ? { overlaps: true } : {}),
         ...(ping.native?.features?.includes(NATIVE_FEATURE) ? { native: true } : {}),
       });

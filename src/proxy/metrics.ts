@@ -6,7 +6,8 @@ const SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5
 
 export type ProxyMetrics = ReturnType<typeof createProxyMetrics>;
 
-export function createProxyMetrics(instances: InstanceRegistry) {
+/** `cachedBlocks`: how many instances have said that they have. */
+export function createProxyMetrics(instances: InstanceRegistry, cachedBlocks: () => number) {
   const registry = new Registry();
   const registers = [registry];
   new Gauge({
@@ -18,8 +19,22 @@ export function createProxyMetrics(instances: InstanceRegistry) {
       for (const role of ['producer', 'consumer'] as const) this.set({ role }, instances.list(role).length);
     },
   });
+  new Gauge({
+    name: 'pd_proxy_cached_blocks',
+    help: 'Blocks that instances have said they have cached',
+    registers,
+    collect() {
+      this.set(cachedBlocks());
+    },
+  });
   return {
     registry,
+    feedsLost: new Counter({
+      name: 'pd_proxy_kv_events_lost_total',
+      help: 'Times that what an instance says of its cache could not be followed: gap (some missing), invalid, flood (too much)',
+      labelNames: ['reason'],
+      registers,
+    }),
     requests: new Counter({
       name: 'pd_proxy_requests_total',
       help: 'Requests by route and by the status that the client got; 499: it went away',
@@ -41,6 +56,12 @@ export function createProxyMetrics(instances: InstanceRegistry) {
       name: 'pd_proxy_time_to_first_token_seconds',
       help: 'Streamed requests: from arrival to the first event passed on',
       buckets: SECONDS,
+      registers,
+    }),
+    placedTokens: new Counter({
+      name: 'pd_proxy_placed_tokens_total',
+      help: 'Prompt tokens of placed requests, by whether the instance was thought to have them cached; about, and without kv-aware none are',
+      labelNames: ['role', 'cached'],
       registers,
     }),
     replaced: new Counter({

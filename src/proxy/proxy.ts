@@ -12,6 +12,7 @@ import { createLogger, type Logger } from '../observability/log.ts';
 import { openAiError } from '../openai-error.ts';
 import type { ProxyContext } from './attempt.ts';
 import { BodyReader } from './body-reader.ts';
+import { PromptCaches } from './caches.ts';
 import { Discovery } from './discovery.ts';
 import { createProxyMetrics, type ProxyMetrics } from './metrics.ts';
 import { ModelDirectory } from './models.ts';
@@ -20,7 +21,7 @@ import { answerError } from './relay.ts';
 import { ProxiedRequest } from './request.ts';
 import { Upstream } from './upstream.ts';
 
-const ROUTES = ['/v1/completions', '/v1/chat/completions'] as const;
+const ROUTES = ['/v1/completions', '/v1/chat/completions', '/v1/responses'] as const;
 /** A prompt of a million token ids fits. */
 const BODY_LIMIT = 32 * 1024 * 1024;
 /** For a client to send its whole request. */
@@ -47,6 +48,7 @@ export class PdProxy {
   readonly #registry: InstanceRegistry;
   readonly #metrics: ProxyMetrics;
   readonly #upstream = new Upstream();
+  readonly #caches: PromptCaches;
   readonly #bodies: Pick<BodyReader, 'read' | 'close'>;
   readonly #stop = new AbortController();
   readonly #models: ModelDirectory;
@@ -64,8 +66,11 @@ export class PdProxy {
   private constructor(config: ProxyConfig, parts: ProxyParts) {
     this.#config = config;
     this.#log = createLogger(config.log, 'proxy');
-    this.#registry = new InstanceRegistry(config.instanceTimeoutMs);
-    this.#metrics = createProxyMetrics(this.#registry);
+    const { policy, prefillPolicy = policy, decodePolicy = policy } = config;
+    const policies = { producer: prefillPolicy, consumer: decodePolicy };
+    this.#registry = new InstanceRegistry(config.instanceTimeoutMs, undefined, policies);
+    this.#metrics = createProxyMetrics(this.#registry, () => this.#caches.size);
+    this.#caches = new PromptCaches(config, this.#log, this.#metrics);
     setMaxListeners(0, this.#stop.signal, this.#events); // one per request under way, one per caller who waits
     this.#bodies = parts.bodyReader(this.#log);
     this.#context = {
@@ -75,6 +80,7 @@ export class PdProxy {
       metrics: this.#metrics,
       log: this.#log,
       bodies: this.#bodies,
+      caches: this.#caches,
       nextCount: () => this.#count++,
     };
     this.#models = new ModelDirectory(this.#context, this.#stop.signal);
@@ -166,8 +172,9 @@ export class PdProxy {
       sweepMs: Math.min(1_000, Math.max(10, instanceTimeoutMs / 4)),
       onPing: (address) => this.#models.onPing(address),
       onBadPing: () => this.#metrics.badPings.inc(),
-      onChange: ({ instance }) => {
-        this.#models.forget(instance.httpAddress);
+      onChange: (change) => {
+        this.#models.forget(change.instance.httpAddress);
+        this.#caches.changed(change);
         this.#events.emit('instances');
       },
     });
@@ -198,6 +205,7 @@ export class PdProxy {
     await this.#server.close();
     clearTimeout(timer);
     await this.#discovery?.close();
+    this.#caches.close();
     await this.#upstream.close();
     await this.#bodies.close();
     if (started) this.#log.info('Stopped');
@@ -251,6 +259,13 @@ export class PdProxy {
     });
   }
 
+  /** As the proxy takes it to be: what the instance tells, and what it has been given since. */
+  #loadOf(instance: Instance) {
+    const work = this.#registry.workOf(instance);
+    if (!work) return null;
+    return { requests: work.requests, queued_tokens: work.queuedTokens, kv_cache_usage: work.kvUse };
+  }
+
   #health() {
     const instances = this.#registry.list();
     const count = (role: string) => instances.filter((instance) => instance.role === role).length;
@@ -268,6 +283,7 @@ export class PdProxy {
         /** Since its last ping. */
         age_seconds: Math.round(this.#registry.age(instance)) / 1_000,
         refused_connection: this.#registry.quarantined(instance),
+        load: this.#loadOf(instance),
       })),
     };
   }

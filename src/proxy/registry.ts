@@ -8,8 +8,11 @@
  *   never     two fingerprints that differ: different weights would give wrong text silently; or GET with PUT: KV would never move
  * Two instances whose served model names are known and have none in common never fit either.
  */
+import type { Policy } from '../config/proxy-config.ts';
 import { asDestination, formatHostPort, type HostPort, parseHostPort } from '../net/address.ts';
-import type { SendType } from '../wire/messages.ts';
+import type { KvEventPorts, SendType, WorkerLoad } from '../wire/messages.ts';
+import { choose, type PromptToPlace } from './placement.ts';
+import { InstanceWork } from './work.ts';
 
 export type InstanceRole = 'producer' | 'consumer';
 
@@ -24,8 +27,12 @@ export interface InstancePing {
   readonly sendType?: SendType;
   /** It may be asked while the other instance of its pair is at work. Absent for a vLLM worker, and for older ones of ours. */
   readonly overlaps?: boolean;
+  /** Absent for a vLLM worker, and for older ones of ours. */
+  readonly load?: WorkerLoad;
   /** It speaks the native hand-over. Absent likewise. */
   readonly native?: boolean;
+  /** Where it says what it has cached. Absent: nowhere. */
+  readonly events?: KvEventPorts;
 }
 
 export interface Instance extends InstancePing {
@@ -61,29 +68,41 @@ export interface PairWish {
   readonly model?: string | undefined;
   /** HTTP addresses not to be taken. */
   readonly exclude?: ReadonlySet<string>;
+  /** Absent: nothing is known of it. */
+  readonly prompt?: PromptToPlace;
 }
 
 interface Entry {
+  /** Of its HTTP server. */
+  readonly address: string;
   instance: Instance;
   /** Number of the pick it was last taken in: the smallest is next. */
   picked: number;
+  readonly work: InstanceWork;
 }
+
+export type Policies = Readonly<Record<InstanceRole, Policy>>;
 
 /** Pings are not authenticated, so what they can fill is bounded. */
 const MAX_INSTANCES = 1_024;
 
 export class InstanceRegistry {
   readonly #entries = new Map<string, Entry>();
-  /** By HTTP address, above 0. */
-  readonly #prefills = new Map<string, number>();
   readonly #timeoutMs: number;
   readonly #now: () => number;
   #picks = 0;
 
+  readonly #policies: Policies;
+
   /** `now` is monotonic, in milliseconds. */
-  constructor(timeoutMs: number, now: () => number = () => performance.now()) {
+  constructor(
+    timeoutMs: number,
+    now: () => number = () => performance.now(),
+    policies: Policies = { producer: 'round-robin', consumer: 'round-robin' },
+  ) {
     this.#timeoutMs = timeoutMs;
     this.#now = now;
+    this.#policies = policies;
   }
 
   /**
@@ -96,7 +115,9 @@ export class InstanceRegistry {
     const now = this.#now();
     const known = this.#entries.get(announcement.httpAddress);
     if (known && samePing(known.instance, announcement) && !this.#expired(known.instance, now)) {
-      known.instance = { ...known.instance, lastSeenMs: now };
+      const { load } = announcement;
+      known.instance = { ...known.instance, ...(load && { load }), lastSeenMs: now };
+      if (load) known.work.tell(load);
       return [];
     }
     // One process owns an address, so an earlier owner of either address is gone.
@@ -107,7 +128,10 @@ export class InstanceRegistry {
     );
     if (this.#entries.size >= MAX_INSTANCES) return changes.length > 0 ? changes : undefined;
     const instance: Instance = { ...announcement, http, zmq, firstSeenMs: now, lastSeenMs: now };
-    this.#entries.set(announcement.httpAddress, { instance, picked: 0 });
+    const work = new InstanceWork(this.#now);
+    if (announcement.load) work.tell(announcement.load);
+    const address = announcement.httpAddress;
+    this.#entries.set(address, { address, instance, picked: 0, work });
     changes.push({ kind: 'added', instance });
     return changes;
   }
@@ -147,20 +171,9 @@ export class InstanceRegistry {
     return refused !== undefined && (this.#now() < refused.untilMs || lastSeenMs <= refused.atMs);
   }
 
-  /** How many requests of this proxy the producer has in prefill. */
-  prefilling({ httpAddress }: Instance): number {
-    return this.#prefills.get(httpAddress) ?? 0;
-  }
-
-  /** Counts one more in prefill; returns the function that takes it off again, to be called once. */
-  enterPrefill(producer: Instance): () => void {
-    const { httpAddress } = producer;
-    this.#prefills.set(httpAddress, this.prefilling(producer) + 1);
-    return () => {
-      const left = this.prefilling(producer) - 1;
-      if (left > 0) this.#prefills.set(httpAddress, left);
-      else this.#prefills.delete(httpAddress);
-    };
+  /** What it has to do; undefined where the instance has gone. */
+  workOf({ httpAddress }: Instance): InstanceWork | undefined {
+    return this.#entries.get(httpAddress)?.work;
   }
 
   /** There are a producer and a consumer that fit. */
@@ -170,33 +183,36 @@ export class InstanceRegistry {
   }
 
   /**
-   * The next pair: among the best fits the producer that was picked least recently, then its consumer likewise, which is round robin per
-   * role. A pair with a quarantined instance is taken only where there is no other.
+   * The next pair: of the producers that have a part in a best fit the one that their policy chooses, then its consumer likewise. A pair
+   * with a quarantined instance is taken only where there is no other.
    */
   pair(wish: PairWish = {}): InstancePair | Missing {
-    const allowed = (entry: Entry) => !wish.exclude?.has(entry.instance.httpAddress);
+    const allowed = (entry: Entry) => !wish.exclude?.has(entry.address);
     const producers = this.#live('producer').filter(allowed);
     const consumers = this.#live('consumer').filter(allowed);
     if (producers.length === 0) return 'producer';
     if (consumers.length === 0) return 'consumer';
 
-    let best: { penalty: number; producer: Entry; consumer: Entry } | undefined;
+    let best = Number.POSITIVE_INFINITY;
+    let fits = new Map<Entry, Entry[]>();
     for (const producer of producers) {
       for (const consumer of consumers) {
         const penalty = this.#penalty(producer.instance, consumer.instance, wish.model);
-        if (penalty === undefined) continue;
-        const better =
-          !best ||
-          penalty < best.penalty ||
-          (penalty === best.penalty &&
-            (producer.picked < best.producer.picked ||
-              (producer === best.producer && consumer.picked < best.consumer.picked)));
-        if (better) best = { penalty, producer, consumer };
+        if (penalty === undefined || penalty > best) continue;
+        if (penalty < best) {
+          best = penalty;
+          fits = new Map();
+        }
+        const others = fits.get(producer);
+        if (others) others.push(consumer);
+        else fits.set(producer, [consumer]);
       }
     }
-    if (!best) return 'match';
-    best.producer.picked = best.consumer.picked = ++this.#picks;
-    return { producer: best.producer.instance, consumer: best.consumer.instance };
+    if (fits.size === 0) return 'match';
+    const producer = choose(this.#policies.producer, 'producer', [...fits.keys()], wish.prompt);
+    const consumer = choose(this.#policies.consumer, 'consumer', fits.get(producer)!, wish.prompt);
+    producer.picked = consumer.picked = ++this.#picks;
+    return { producer: producer.instance, consumer: consumer.instance };
   }
 
   /** Undefined: never. Otherwise smaller is better; a wrong model weighs most, then quarantine, then an unknown fit. */
@@ -266,6 +282,8 @@ function samePing(a: InstancePing, b: InstancePing): boolean {
     a.fingerprint?.digest === b.fingerprint?.digest &&
     a.sendType === b.sendType &&
     a.overlaps === b.overlaps &&
-    a.native === b.native
+    a.native === b.native &&
+    a.events?.publish === b.events?.publish &&
+    a.events?.snapshot === b.events?.snapshot
   );
 }

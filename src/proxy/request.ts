@@ -6,7 +6,8 @@ import { PdError } from '../errors.ts';
 import { plural } from '../observability/bytes.ts';
 import { Attempt, type ProxyContext, type ReceivedRequest } from './attempt.ts';
 import type { RequestBody } from './body.ts';
-import { type InstanceRegistry, instanceLabel, type Missing } from './registry.ts';
+import type { PromptToPlace } from './placement.ts';
+import { type InstancePair, type InstanceRegistry, instanceLabel, type Missing } from './registry.ts';
 import { answerError } from './relay.ts';
 import { InstanceRefused } from './upstream.ts';
 
@@ -32,7 +33,7 @@ export class ProxiedRequest {
 
   /** Answers in every case; never rejects. `stop` is aborted when the proxy stops. To be called once. */
   async answer(stop: AbortSignal): Promise<void> {
-    const { metrics, bodies } = this.#context;
+    const { metrics, bodies, caches } = this.#context;
     const { signal } = this.#abort;
     const { route, body, out } = this.#received;
     const onStop = () => this.#abort.abort(stop.reason);
@@ -44,7 +45,7 @@ export class ProxiedRequest {
     });
     metrics.inFlight.inc();
     try {
-      const read = await bodies.read(body, signal);
+      const read = await bodies.read(body, signal, caches.wanted);
       signal.throwIfAborted();
       await this.#throughPairs(read);
     } catch (cause) {
@@ -57,16 +58,22 @@ export class ProxiedRequest {
   }
 
   async #throughPairs(body: RequestBody): Promise<void> {
-    const { registry, metrics, log } = this.#context;
+    const { config, registry, caches, metrics, log } = this.#context;
     const count = this.#context.nextCount();
     const request = { ...this.#received, body, arrivedMs: this.#arrivedMs, signal: this.#abort.signal };
     /** HTTP addresses of instances that did not take the request. */
     const exclude = new Set<string>();
     let refused: InstanceRefused | undefined;
+    const prompt: PromptToPlace = {
+      tokens: body.tokens,
+      session: sessionOf(this.#received.headers[config.sessionHeader]) ?? body.user,
+      cached: (address) => caches.cached(address, body),
+    };
     for (;;) {
-      const pair = registry.pair({ model: body.model, exclude });
+      const pair = registry.pair({ model: body.model, exclude, prompt });
       if (typeof pair === 'string') throw refused ?? noPair(pair, registry);
-      const attempt = new Attempt(this.#context, request, pair);
+      const uncached = this.#placed(pair, body);
+      const attempt = new Attempt(this.#context, request, pair, uncached);
       const { requestId } = attempt;
       this.#requestId = requestId;
       log.info(
@@ -87,12 +94,30 @@ export class ProxiedRequest {
     }
   }
 
+  /** Notes what the pair is given; returns how many tokens are left for its producer to compute. */
+  #placed({ producer, consumer }: InstancePair, body: RequestBody): number {
+    const { caches, metrics } = this.#context;
+    for (const instance of [consumer, producer]) {
+      const { role } = instance;
+      const cached = caches.cached(instance.httpAddress, body);
+      metrics.placedTokens.inc({ role, cached: 'yes' }, cached);
+      metrics.placedTokens.inc({ role, cached: 'no' }, body.tokens - cached);
+    }
+    const uncached = body.tokens - caches.cached(producer.httpAddress, body);
+    for (const instance of [producer, consumer]) caches.sent(instance, body);
+    return uncached;
+  }
+
   #fail(error: PdError): void {
     const level = this.#clientGone || error.status < 500 ? 'info' : 'warn';
     const { route, out } = this.#received;
     this.#context.log[level]({ requestId: this.#requestId, code: error.code }, `${route}: ${error.message}`);
     answerError(out, error, this.#requestId);
   }
+}
+
+function sessionOf(header: string | string[] | undefined): string | undefined {
+  return Array.isArray(header) ? header[0] : header;
 }
 
 function noPair(missing: Missing, registry: InstanceRegistry): PdError {

@@ -3,7 +3,7 @@ import type { FinishedRequest, SchedulerConnector } from '../connector/connector
 import { type ErrorData, PdError } from '../errors.ts';
 import type { BlockManager } from '../kv/block-manager.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
-import { byArrival, endOutput, type RequestGroup, Sequence, SequenceQueue } from './sequence.ts';
+import { byTurn, endOutput, type RequestGroup, Sequence, SequenceQueue } from './sequence.ts';
 import type { CoreRequest, FinishReason, RequestOutput } from './types.ts';
 
 export interface SchedulerStats {
@@ -114,7 +114,7 @@ export class SequencePool {
     const { last: running } = this.running;
     const { last: ready } = this.ready;
     if (!running || !ready) return running ?? ready;
-    return byArrival(running, ready) > 0 ? running : ready;
+    return byTurn(running, ready) > 0 ? running : ready;
   }
 
   /**

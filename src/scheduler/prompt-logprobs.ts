@@ -5,6 +5,8 @@ import type { TokenLogprob } from '../wire/token-logprob.ts';
 export interface PromptLogprobs {
   readonly tokens: Int32Array;
   readonly logprobs: Float64Array;
+  /** 0 where unknown. */
+  readonly ranks: Int32Array;
   /** Alternatives of each entry, [entries, alternatives] as rows. */
   readonly alternatives: number;
   readonly topTokens: Int32Array;
@@ -25,6 +27,7 @@ export function packLogprobs(entries: readonly TokenLogprob[]): PromptLogprobs {
   return {
     tokens: Int32Array.from(entries, ({ token }) => token),
     logprobs: Float64Array.from(entries, ({ logprob }) => logprob),
+    ranks: Int32Array.from(entries, ({ rank = 0 }) => rank),
     alternatives,
     topTokens,
     topLogprobs,
@@ -33,12 +36,13 @@ export function packLogprobs(entries: readonly TokenLogprob[]): PromptLogprobs {
 
 /** One after another: nobody needs all at once. */
 export function* unpackLogprobs(packed: PromptLogprobs): Generator<TokenLogprob> {
-  const { tokens, logprobs, alternatives, topTokens, topLogprobs } = packed;
+  const { tokens, logprobs, ranks, alternatives, topTokens, topLogprobs } = packed;
   for (let i = 0; i < tokens.length; i++) {
     const top = Array.from({ length: alternatives }, (_, k) => ({
       token: topTokens[i * alternatives + k]!,
       logprob: topLogprobs[i * alternatives + k]!,
     }));
-    yield { token: tokens[i]!, logprob: logprobs[i]!, top };
+    const rank = ranks[i]!;
+    yield { token: tokens[i]!, logprob: logprobs[i]!, ...(rank > 0 && { rank }), top };
   }
 }

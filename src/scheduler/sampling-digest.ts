@@ -17,8 +17,21 @@ const PARTS: {
   seed: (params) => (isGreedy(params) ? undefined : params.seed),
   // The first token stands at position 0: whether it may stop at all, not for how long it may not.
   minTokens: ({ minTokens }) => (minTokens > 0 ? true : undefined),
-  stopTokenIds: ({ minTokens, stopTokenIds }) =>
-    minTokens > 0 ? [...new Set(stopTokenIds)].sort((a, b) => a - b) : undefined,
+  stopTokenIds: ({ minTokens, stopTokenIds }) => (minTokens > 0 ? ascending(stopTokenIds) : undefined),
+  minP: (params) => (isGreedy(params) ? undefined : params.minP || undefined),
+  // Both count what the output has, and before the first token that is nothing.
+  presencePenalty: () => undefined,
+  frequencyPenalty: () => undefined,
+  repetitionPenalty: ({ repetitionPenalty = 1 }) => (repetitionPenalty === 1 ? undefined : repetitionPenalty),
+  logitBias: ({ logitBias = [] }) =>
+    logitBias.length > 0 ? [...logitBias].sort(([a], [b]) => a - b) : undefined,
+  allowedTokenIds: ({ allowedTokenIds }) => allowedTokenIds && ascending(allowedTokenIds),
+  // Of longer ones something must have come before.
+  badWords: ({ badWords = [] }) => {
+    const tokens = badWords.flatMap((word) => (word.length === 1 ? word : []));
+    return tokens.length > 0 ? ascending(tokens) : undefined;
+  },
+  grammar: ({ grammar }) => grammar?.key,
   logprobs: ({ logprobs }) => logprobs,
   // A prompt whose own log-probabilities are asked for is never loaded.
   promptLogprobs: () => undefined,
@@ -40,6 +53,10 @@ export function samplingDigest(params: SamplingParams): string {
 /** The seed of a request that names none, where both ends of a pair draw its first token: 31 bits of the id that they share. */
 export function sharedSeed(transferId: TransferId): number {
   return Number.parseInt(hash('sha256', `seed of ${transferId}`, 'hex').slice(0, 8), 16) >>> 1;
+}
+
+function ascending(ids: readonly number[]): readonly number[] {
+  return [...new Set(ids)].sort((a, b) => a - b);
 }
 
 function isGreedy({ temperature }: SamplingParams): boolean {

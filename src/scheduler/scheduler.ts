@@ -3,7 +3,7 @@
  *
  *   schedule() -> (executor runs step.batch) -> update(step, result) | failStep(step, error)
  *
- * First come, first served. A sequence that needs a block when none is free takes it from the last to come, which computes its prompt
+ * Lower priorities first, and of one priority first come, first served. A sequence that needs a block when none is free takes it from the last to come, which computes its prompt
  * again later. A request whose KV is on its way from a peer stands outside the batch and holds up nobody.
  * Between `schedule` and `update` the blocks of the batch belong to the executor: `abort` waits until the step is over. A load may end
  * meanwhile, and say its first token, as it is in no batch.
@@ -12,12 +12,16 @@
 import type { LoadFailurePolicy } from '../config/worker-config.ts';
 import type { FinishedRequest, LoadOutcome, SchedulerConnector } from '../connector/connector.ts';
 import { type ErrorData, PdError } from '../errors.ts';
+import type { BlockHash } from '../kv/block-hash.ts';
 import { BlockManager } from '../kv/block-manager.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 import { type SchedulerStats, SequencePool } from './pool.ts';
 import { endOutput, type Sequence, sampledOutput } from './sequence.ts';
 import { type SchedulerStep, StepBuilder } from './step.ts';
-import type { CoreRequest, ForwardResult, RequestOutput, SampledToken } from './types.ts';
+import type { CacheChange, CoreRequest, ForwardResult, RequestOutput, SampledToken } from './types.ts';
+
+/** Waiting sequences whose cached blocks are counted; those further back are taken for uncached. */
+const MAX_LOOKED_UP = 64;
 
 interface SequenceLimits {
   readonly numBlocks: number;
@@ -41,6 +45,8 @@ export interface SchedulerOptions extends SequenceLimits {
   /** Most tokens of one step, over all sequences. */
   readonly maxNumBatchedTokens: number;
   readonly enablePrefixCaching: boolean;
+  /** Keep what `takeCacheChanges` returns. */
+  readonly logCacheChanges?: boolean;
 }
 
 export class Scheduler {
@@ -48,13 +54,18 @@ export class Scheduler {
   readonly #connector: SchedulerConnector | undefined;
   readonly #pool: SequencePool;
   readonly #maxLength: number;
+  readonly #cacheChanges: CacheChange[] | undefined;
   #step: SchedulerStep | undefined;
   #missingBlocks = 0;
 
   constructor(options: SchedulerOptions, connector?: SchedulerConnector) {
     this.#options = options;
     this.#connector = connector;
-    this.#pool = new SequencePool(new BlockManager(options.numBlocks, options.blockSize), connector);
+    const { numBlocks, blockSize, logCacheChanges = false } = options;
+    const changes: CacheChange[] | undefined = logCacheChanges ? [] : undefined;
+    this.#cacheChanges = changes;
+    const onEvicted = changes && ((hash: BlockHash) => changes.push({ type: 'removed', hash }));
+    this.#pool = new SequencePool(new BlockManager(numBlocks, blockSize, onEvicted), connector);
     this.#maxLength = maxSequenceLength(options);
   }
 
@@ -78,6 +89,23 @@ export class Scheduler {
   get blocks(): { readonly used: number; readonly cached: number; readonly total: number } {
     const { numUsed, numCached, numBlocks } = this.#pool.blocks;
     return { used: numUsed, cached: numCached, total: numBlocks };
+  }
+
+  /** Prompt tokens to be computed here before all requests are in decode: what is cached, or comes from a peer, is not among them. */
+  get queuedTokens(): number {
+    const { running, ready, waiting } = this.#pool;
+    let tokens = 0;
+    // One token is left of each that decodes.
+    for (const queue of [running, ready]) for (const { numRemaining } of queue) tokens += numRemaining - 1;
+    let looked = 0;
+    for (const sequence of waiting) {
+      const local = looked++ < MAX_LOOKED_UP ? this.#lookup(sequence).length * this.#options.blockSize : 0;
+      const external = sequence.isLeader
+        ? (this.#connector?.getNumNewMatchedTokens(sequence.connectorRequest(), local) ?? 0)
+        : 0;
+      tokens += sequence.length - local - external;
+    }
+    return tokens;
   }
 
   /** By which a connector keeps blocks for other processes. */
@@ -155,8 +183,9 @@ export class Scheduler {
   /** The step has run: takes its tokens in. Throws INTERNAL, the step still under way, where `result` lacks one. */
   update(step: SchedulerStep, result: ForwardResult): RequestOutput[] {
     const sampled = new Map(result.sampled.map((token) => [token.sequenceId, token]));
+    const { failed = new Map<string, ErrorData>() } = result;
     for (const { sequence, sampled: expected } of step.entries) {
-      if (expected && !sampled.has(sequence.id)) {
+      if (expected && !sampled.has(sequence.id) && !failed.has(sequence.id)) {
         throw new PdError('INTERNAL', `the executor sampled no token for ${sequence.id}`);
       }
     }
@@ -169,6 +198,11 @@ export class Scheduler {
       }
       const token = expected ? sampled.get(sequence.id) : undefined;
       if (token) outputs.push(this.#sampled(sequence, token));
+    }
+    // After all have been advanced: it ends the others of its request too.
+    for (const { sequence } of step.entries) {
+      const error = failed.get(sequence.id);
+      if (error) outputs.push(...this.#pool.endGroup(sequence.group, 'error', error));
     }
     return outputs;
   }
@@ -207,6 +241,11 @@ export class Scheduler {
   /** Requests that are over since the last call: what the transfer engine holds for them may go. */
   takeFinished(): FinishedRequest[] {
     return this.#pool.takeFinished();
+  }
+
+  /** What has entered and left the prefix cache since the last call, in that order. */
+  takeCacheChanges(): readonly CacheChange[] {
+    return this.#cacheChanges?.splice(0) ?? [];
   }
 
   /** Ends every request, each completion with `error`. */
@@ -346,7 +385,17 @@ export class Scheduler {
     sequence.numComputed = numComputed;
     if (!this.#options.enablePrefixCaching) return;
     const { blocks } = this.#pool;
-    blocks.commit(sequence.id, sequence.hashes(blocks.blockSize), numComputed);
+    const { blockSize } = blocks;
+    const hashes = sequence.hashes(blockSize);
+    for (const { first, end } of blocks.commit(sequence.id, hashes, numComputed)) {
+      const parent = hashes[first - 1];
+      this.#cacheChanges?.push({
+        type: 'stored',
+        hashes: hashes.slice(first, end),
+        ...(parent !== undefined && { parent }),
+        tokens: sequence.tokens(first * blockSize, end * blockSize),
+      });
+    }
   }
 
   #closeStep(step: SchedulerStep): void {

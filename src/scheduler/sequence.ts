@@ -152,7 +152,9 @@ export function sampledOutput(sequence: Sequence, sampled: SampledToken, maxLeng
   const tokens = sampling.maxTokens > 0 ? [sampled.token] : [];
   for (const token of tokens) sequence.append(token);
   sequence.answered = true;
-  const finishReason = finishReasonOf(sequence, sampled.token, maxLength);
+  const stopReason = finishReasonOf(sequence, sampled.token, maxLength);
+  const grammarEnded = sampled.ends === true && stopReason !== 'stop';
+  const finishReason = grammarEnded ? 'stop' : stopReason;
   return {
     requestId: request.requestId,
     index: sequence.index,
@@ -161,6 +163,7 @@ export function sampledOutput(sequence: Sequence, sampled: SampledToken, maxLeng
       sampled.logprob && { logprobs: tokens.length > 0 ? [sampled.logprob] : [] }),
     ...(withPromptLogprobs && { promptLogprobs: packLogprobs(sequence.promptLogprobs) }),
     ...(finishReason && { finishReason }),
+    ...(grammarEnded && { grammarEnded }),
     ...(ofPrompt && { promptSource: promptSourceOf(sequence) }),
   };
 }
@@ -190,12 +193,14 @@ export function endOutput(sequence: Sequence, finishReason: FinishReason, error?
   };
 }
 
-/** Earlier arrivals first; within a request, lower indexes. */
-export function byArrival(a: Sequence, b: Sequence): number {
-  return a.group.arrival - b.group.arrival || a.index - b.index;
+/** Lower priorities first, then earlier arrivals; within a request, lower indexes. */
+export function byTurn(a: Sequence, b: Sequence): number {
+  const [first, second] = [a.group, b.group];
+  const priority = (first.request.priority ?? 0) - (second.request.priority ?? 0);
+  return priority || first.arrival - second.arrival || a.index - b.index;
 }
 
-/** Sequences in order of arrival. */
+/** Sequences in the order of `byTurn`. */
 export class SequenceQueue implements Iterable<Sequence> {
   readonly #items: Sequence[] = [];
 
@@ -220,7 +225,7 @@ export class SequenceQueue implements Iterable<Sequence> {
     let high = this.#items.length;
     while (low < high) {
       const middle = (low + high) >> 1;
-      if (byArrival(this.#items[middle]!, sequence) < 0) low = middle + 1;
+      if (byTurn(this.#items[middle]!, sequence) < 0) low = middle + 1;
       else high = middle;
     }
     this.#items.splice(low, 0, sequence);

@@ -5,7 +5,7 @@ import type { BlockCopy } from '../kv/block-manager.ts';
 import type { EngineRequestId } from '../wire/ids.ts';
 import type { TokenLogprob } from '../wire/token-logprob.ts';
 import type { Sequence } from './sequence.ts';
-import type { ForwardBatch, ForwardResult, ScheduledSequence } from './types.ts';
+import { type ForwardBatch, type ForwardResult, looksBack, type ScheduledSequence } from './types.ts';
 
 export interface StepEntry {
   readonly sequence: Sequence;
@@ -56,7 +56,12 @@ export class StepBuilder {
       start,
       blockTable: Int32Array.from(blocks),
       ...(sampled && {
-        sample: { params: request.sampling, outputPosition: sequence.numOutput, index: sequence.index },
+        sample: {
+          params: request.sampling,
+          outputPosition: sequence.numOutput,
+          index: sequence.index,
+          ...(looksBack(request.sampling) && { history: sequence }),
+        },
       }),
       ...(targets && { promptLogprobs: { count: request.sampling.promptLogprobs ?? 0, targets } }),
     });

@@ -1,5 +1,8 @@
 /** Requests as the scheduler sees them, and what one step is. Plain data, no I/O. */
 import type { ErrorData } from '../errors.ts';
+import type { CompiledGrammar } from '../grammar/compile.ts';
+import type { VocabularyData } from '../grammar/vocabulary.ts';
+import type { BlockHash } from '../kv/block-hash.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 import type { Wire } from '../wire/overlap.ts';
 import type { TokenLogprob } from '../wire/token-logprob.ts';
@@ -22,6 +25,30 @@ export interface SamplingParams {
   readonly logprobs?: number;
   /** As `logprobs`, for the prompt (echo). The prompt is then computed here, never loaded or taken from the prefix cache. */
   readonly promptLogprobs?: number;
+  /** Tokens less likely than this share of the likeliest are left out, after temperature. 0 to 1; absent or 0: none. */
+  readonly minP?: number;
+  /** Taken from the logit of every token that the output has; absent: 0. */
+  readonly presencePenalty?: number;
+  /** Taken from a token's logit once for each time that the output has it; absent: 0. */
+  readonly frequencyPenalty?: number;
+  /** Divides the logit of every token of prompt and output where it is above 0, multiplies it where below; absent: 1. */
+  readonly repetitionPenalty?: number;
+  /** Token id and what is added to its logit. */
+  readonly logitBias?: readonly (readonly [token: number, bias: number])[];
+  /** Only these may be drawn; absent: all. */
+  readonly allowedTokenIds?: readonly number[];
+  /** Token sequences that the output may not have: the last token of one is banned where the output ends in those before it. */
+  readonly badWords?: readonly (readonly number[])[];
+  /** The output is a text of this grammar; it ends where nothing can follow. */
+  readonly grammar?: GrammarUse;
+}
+
+export interface GrammarUse {
+  /** Equal where the grammars are. */
+  readonly key: string;
+  readonly tables: CompiledGrammar;
+  /** Of the served model, the same for all of its requests. */
+  readonly vocabulary: VocabularyData;
 }
 
 export interface CoreRequest {
@@ -32,6 +59,8 @@ export interface CoreRequest {
   readonly sampling: SamplingParams;
   /** Completions of this prompt. The first computes (or loads) the prompt, the others fork its blocks. */
   readonly n: number;
+  /** Lower ones go first. Absent: 0. */
+  readonly priority?: number;
   /** On a consumer: the producer may still compute the prompt for so long. Absent: its KV is on its way. */
   readonly prefillWithinMs?: number;
   /** How its KV travels, as both ends were told. Absent: frozen. */
@@ -47,6 +76,8 @@ export interface RequestOutput {
   readonly index: number;
   /** A stop token that ended the completion comes last. */
   readonly tokens: readonly number[];
+  /** What ended the completion is its grammar, so that the last token is part of the text. */
+  readonly grammarEnded?: boolean;
   /** Same length as `tokens` where asked for. */
   readonly logprobs?: readonly TokenLogprob[];
   /** With the first output of index 0. */
@@ -62,6 +93,25 @@ export interface RequestOutput {
   readonly promptSource?: { readonly computed: number; readonly loaded: number; readonly cached: number };
 }
 
+/** The known tokens of one completion, prompt and output. One object for as long as it lives: what is counted of it is kept by it. */
+export interface TokenHistory {
+  readonly promptLength: number;
+  readonly length: number;
+  tokens(start: number, end: number): Int32Array;
+}
+
+/** What a later prompt may find, or not any more. */
+export type CacheChange =
+  | {
+      readonly type: 'stored';
+      readonly hashes: readonly BlockHash[];
+      /** Of the block before the first; absent at the start of a sequence. */
+      readonly parent?: BlockHash;
+      /** Of all its blocks. */
+      readonly tokens: Int32Array;
+    }
+  | { readonly type: 'removed'; readonly hash: BlockHash };
+
 /** How one completion's token is to be sampled in this step. */
 export interface SampleSpec {
   readonly params: SamplingParams;
@@ -69,6 +119,8 @@ export interface SampleSpec {
   readonly outputPosition: number;
   /** Which of n: its random numbers differ. */
   readonly index: number;
+  /** Present where `params` look back (`looksBack`). */
+  readonly history?: TokenHistory;
 }
 
 /** One sequence's share of a step. */
@@ -87,6 +139,23 @@ export interface ScheduledSequence {
   readonly promptLogprobs?: { readonly count: number; readonly targets: Int32Array };
 }
 
+/** Whether what is drawn hangs on the tokens before it. */
+export function looksBack(params: SamplingParams): boolean {
+  return (
+    penalizes(params) ||
+    params.grammar !== undefined ||
+    (params.badWords ?? []).some(({ length }) => length > 1)
+  );
+}
+
+export function penalizes({
+  repetitionPenalty = 1,
+  presencePenalty = 0,
+  frequencyPenalty = 0,
+}: SamplingParams): boolean {
+  return repetitionPenalty !== 1 || presencePenalty !== 0 || frequencyPenalty !== 0;
+}
+
 /** What an executor runs. Copies happen before the forward pass. */
 export interface ForwardBatch {
   readonly sequences: readonly ScheduledSequence[];
@@ -97,11 +166,15 @@ export interface SampledToken {
   readonly sequenceId: string;
   readonly token: number;
   readonly logprob?: TokenLogprob;
+  /** Nothing can follow it under the grammar of its request. */
+  readonly ends?: boolean;
 }
 
 export interface ForwardResult {
-  /** One per sequence that had a `sample`, in batch order. */
+  /** One per sequence that had a `sample` and has not failed, in batch order. */
   readonly sampled: readonly SampledToken[];
+  /** By sequence: why no token could be drawn. What its request asks for leaves none; the step and all others are well. */
+  readonly failed?: ReadonlyMap<string, ErrorData>;
   /** By sequence, for those that asked. */
   readonly promptLogprobs: ReadonlyMap<string, readonly TokenLogprob[]>;
 }

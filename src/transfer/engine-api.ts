@@ -6,6 +6,7 @@ import type { MemoryRef } from '../device/device.ts';
 import type { ErrorData } from '../errors.ts';
 import type { HostPort } from '../net/address.ts';
 import type { TensorId, TransferId } from '../wire/ids.ts';
+import type { WorkerLoad } from '../wire/messages.ts';
 import type {
   LoadRequest,
   LoadResult,
@@ -53,6 +54,8 @@ export interface TransferEngineApi {
   /** Starts the pings to a proxy: only once the instance can serve. */
   startPing(ping: ProxyPing): void;
   stopPing(): void;
+  /** What pings say from now on; the next leaves at once. */
+  reportLoad(load: WorkerLoad): void;
   state(): Promise<TransferState>;
   /** A CPU view of host or pinned memory; see Device.view. */
   view(memory: MemoryRef): Uint8Array;

@@ -11,6 +11,7 @@ import { type ErrorData, PdError, unreachable } from '../errors.ts';
 import type { HostPort } from '../net/address.ts';
 import { threadEntry } from '../thread-entry.ts';
 import type { TensorId, TransferId } from '../wire/ids.ts';
+import type { WorkerLoad } from '../wire/messages.ts';
 import { checkLoad, checkSend } from './check-request.ts';
 import type { SendHandle, TransferEngineApi } from './engine-api.ts';
 import type { FromWire, NativeInit, ToWire } from './native/channel.ts';
@@ -193,6 +194,10 @@ export class TransferEngine implements TransferEngineApi {
 
   stopPing(): void {
     this.#tell({ type: 'stop-ping' });
+  }
+
+  reportLoad(load: WorkerLoad): void {
+    this.#tell({ type: 'worker-load', load });
   }
 
   /** Where the native hand-over speaks; `hear` is told what comes, and nothing after `dispose`. */

@@ -9,7 +9,7 @@ import * as zmq from 'zeromq';
 import { PdError } from '../errors.ts';
 import { asDestination, formatHostPort, type HostPort, zmqEndpoint } from '../net/address.ts';
 import { encodePing } from '../wire/codec.ts';
-import { PD_VERSION } from '../wire/messages.ts';
+import { PD_VERSION, type PingMessage, type WorkerLoad } from '../wire/messages.ts';
 import type { TransferContext } from './context.ts';
 import type { ProxyPing } from './types.ts';
 
@@ -35,7 +35,8 @@ export class Pinger {
   /** Addresses of the proxy, one of which pings go to. */
   readonly #proxies: readonly HostPort[];
   #at = 0;
-  readonly #body: Uint8Array;
+  readonly #message: PingMessage;
+  #body: Uint8Array;
   readonly #socket: zmq.Dealer;
   readonly #timer: NodeJS.Timeout;
   #state: 'new' | 'reached' | 'away' = 'new';
@@ -66,9 +67,11 @@ export class Pinger {
       model: fingerprint.model,
       sendType: options.sendType,
       ...(ping.features && { features: ping.features }),
+      ...(ping.events && { events: ping.events }),
     };
     const message = { type: ping.type, http_address: ping.httpAddress, zmq_address: self } as const;
-    this.#body = encodePing(native ? { ...message, native } : message);
+    this.#message = native ? { ...message, native } : message;
+    this.#body = encodePing(this.#message);
     // One ping waits at most, and none for a proxy that is away: it would read stale ones when it returns.
     this.#socket = new zmq.Dealer({
       routingId: self,
@@ -90,6 +93,14 @@ export class Pinger {
       throw error;
     }
     this.#timer = setInterval(() => this.#beat(), ping.intervalMs);
+  }
+
+  /** Pings at once, and says the load in all that follow. An engine without a fingerprint announces itself as vLLM does, and says none. */
+  tell(load: WorkerLoad): void {
+    const { native } = this.#message;
+    if (!native) return;
+    this.#body = encodePing({ ...this.#message, native: { ...native, load } });
+    if (this.#shaken) void this.#send();
   }
 
   /** Idempotent. */

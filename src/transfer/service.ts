@@ -19,6 +19,7 @@ import { MetricsPage } from '../observability/metrics.ts';
 import { createTransport } from '../transport/create-transport.ts';
 import type { Transport } from '../transport/transport.ts';
 import type { TensorId, TransferId } from '../wire/ids.ts';
+import type { WorkerLoad } from '../wire/messages.ts';
 import { logTensor, type TransferContext } from './context.ts';
 import { Deadlines } from './deadlines.ts';
 import { openDoors } from './doors.ts';
@@ -75,6 +76,8 @@ export class TransferService {
   readonly #loads: Loads;
   readonly #outgoing: OutgoingPeers;
   #pinger: Pinger | undefined;
+  /** As it was told last. */
+  #load: WorkerLoad | undefined;
   #disposed: Promise<void> | undefined;
 
   private constructor(
@@ -265,6 +268,7 @@ export class TransferService {
     this.stopPing();
     try {
       this.#pinger = new Pinger(this.#context, ping);
+      if (this.#load) this.#pinger.tell(this.#load);
     } catch (error) {
       this.#context.log.error({ err: PdError.from(error) }, 'pings to the proxy cannot be started');
     }
@@ -273,6 +277,11 @@ export class TransferService {
   stopPing(): void {
     this.#pinger?.close();
     this.#pinger = undefined;
+  }
+
+  reportLoad(load: WorkerLoad): void {
+    this.#load = load;
+    this.#pinger?.tell(load);
   }
 
   state(): TransferState {

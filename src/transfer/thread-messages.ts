@@ -4,6 +4,7 @@ import type { TransferOptions } from '../config/transfer-options.ts';
 import type { ErrorData } from '../errors.ts';
 import type { HostPort } from '../net/address.ts';
 import type { TensorId, TransferId } from '../wire/ids.ts';
+import type { WorkerLoad } from '../wire/messages.ts';
 import type { FromWire, NativeInit, ToWire } from './native/channel.ts';
 import type {
   LoadRequest,
@@ -39,6 +40,7 @@ export type ToTransfer =
   | { readonly type: 'finish'; readonly id: TransferId; readonly keepSends: boolean }
   | { readonly type: 'start-ping'; readonly ping: ProxyPing }
   | { readonly type: 'stop-ping' }
+  | { readonly type: 'worker-load'; readonly load: WorkerLoad }
   | { readonly type: 'native'; readonly command: ToWire }
   | { readonly type: 'state'; readonly seq: number }
   | { readonly type: 'shutdown' };

@@ -92,6 +92,9 @@ function handle(service: TransferService, message: ToTransfer): void {
     case 'stop-ping':
       service.stopPing();
       return;
+    case 'worker-load':
+      service.reportLoad(message.load);
+      return;
     case 'native':
       service.native(message.command);
       return;

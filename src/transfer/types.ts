@@ -5,7 +5,7 @@ import type { EventRef, MemoryRef, PagedLayer } from '../device/device.ts';
 import type { HostPort } from '../net/address.ts';
 import type { Dtype } from '../wire/dtype.ts';
 import type { TensorId, TransferId } from '../wire/ids.ts';
-import type { SendType } from '../wire/messages.ts';
+import type { KvEventPorts, SendType } from '../wire/messages.ts';
 import type { FailureState } from './failures.ts';
 
 export interface ProxyPing {
@@ -18,6 +18,8 @@ export interface ProxyPing {
   readonly intervalMs: number;
   /** What the HTTP server behind it can do, for the proxy. */
   readonly features?: readonly string[];
+  /** Where KV events of this worker are published. */
+  readonly events?: KvEventPorts;
 }
 
 /** What `send` sends: bytes where they lie, or blocks of a paged cache, which are gathered first. */

@@ -41,7 +41,7 @@ import {
   protocolError,
   type WireLimits,
 } from './limits.ts';
-import type { Answer, PingHello, PingMessage, WireMessage } from './messages.ts';
+import type { Answer, KvEventPorts, PingHello, PingMessage, WireMessage, WorkerLoad } from './messages.ts';
 import { UNIQUE_ID_BYTES, type UniqueId } from './messages.ts';
 
 const encoder = new Encoder();
@@ -224,10 +224,12 @@ export function decodeAnswer(body: Uint8Array, limits: WireLimits): Answer {
 export function encodePing(ping: PingMessage): Uint8Array {
   const { type, http_address, zmq_address, native } = ping;
   if (!native) return encode({ type, http_address, zmq_address });
-  const { version, digest, model, sendType, features } = native;
+  const { version, digest, model, sendType, features, load, events } = native;
   const told = {
     ...(sendType === undefined ? {} : { send_type: sendType }),
     ...(features === undefined ? {} : { features }),
+    ...(load === undefined ? {} : { load: loadFields(load) }),
+    ...(events === undefined ? {} : { events }),
   };
   return encode({ type, http_address, zmq_address, pd: { version, digest, model, ...told } });
 }
@@ -341,5 +343,39 @@ function readPingHello(pd: Fields): PingHello {
     model: textField(pd, 'model', MAX_TEXT, 'ping'),
     ...(field(pd, 'send_type') === undefined ? {} : { sendType: readSendType(pd, 'ping') }),
     ...(field(pd, 'features') === undefined ? {} : { features: readFeatures(pd, 'ping') }),
+    ...readLoad(pd),
+    ...readEventPorts(pd),
+  };
+}
+
+function loadFields({ running, waiting, kvUsed, kvBlocks, queuedTokens }: WorkerLoad): Fields {
+  return { running, waiting, kv_used: kvUsed, kv_blocks: kvBlocks, queued: queuedTokens };
+}
+
+function readEventPorts(pd: Fields): { readonly events?: KvEventPorts } {
+  const events = optionalMap(pd, 'events', 'ping');
+  if (!events) return {};
+  const port = (key: string) => {
+    const value = countField(events, key, 1, 'events of a ping');
+    if (value > 65_535) throw protocolError('bad_field', `events of a ping: ${key} is ${value}, not a port`);
+    return value;
+  };
+  return {
+    events: { publish: port('publish'), replay: port('replay'), snapshot: port('snapshot') },
+  };
+}
+
+function readLoad(pd: Fields): { readonly load?: WorkerLoad } {
+  const load = optionalMap(pd, 'load', 'ping');
+  if (!load) return {};
+  const count = (key: string) => countField(load, key, 0, 'load of a ping');
+  return {
+    load: {
+      running: count('running'),
+      waiting: count('waiting'),
+      kvUsed: count('kv_used'),
+      kvBlocks: count('kv_blocks'),
+      queuedTokens: count('queued'),
+    },
   };
 }

@@ -63,10 +63,12 @@ export function protocolErrorKind(error: unknown): ProtocolErrorKind {
   return typeof kind === 'string' && Object.hasOwn(CODES, kind) ? (kind as ProtocolErrorKind) : 'malformed';
 }
 
-/** The largest body, and the largest bin in it. Bytes. */
+/** The largest body, and the largest bin in it, in bytes. */
 export interface BodyLimits {
   readonly body: number;
   readonly bin: number;
+  /** Elements of an array. */
+  readonly array?: number;
 }
 
 const BODY_LIMITS: BodyLimits = { body: MAX_BODY_BYTES, bin: MAX_BIN };
@@ -90,7 +92,7 @@ export function checkMsgpack(body: Uint8Array, most: BodyLimits = BODY_LIMITS): 
       continue;
     }
     open[open.length - 1] = left - 1;
-    const header = readHeader(view, at, most.bin);
+    const header = readHeader(view, at, most);
     at = header.next;
     if (at > body.length) throw truncated(body.length);
     if (header.children > 0) {
@@ -114,7 +116,11 @@ interface Header {
   readonly children: number;
 }
 
-function readHeader(view: DataView, at: number, maxBin: number): Header {
+function readHeader(
+  view: DataView,
+  at: number,
+  { bin: maxBin, array: maxArray = MAX_ARRAY }: BodyLimits,
+): Header {
   if (at >= view.byteLength) throw truncated(view.byteLength);
   const tag = view.getUint8(at);
   const leaf = (bytes: number): Header => ({ next: at + 1 + bytes, children: 0 });
@@ -135,7 +141,7 @@ function readHeader(view: DataView, at: number, maxBin: number): Header {
   });
   if (tag <= 0x7f || tag >= 0xe0) return leaf(0);
   if (tag <= 0x8f) return container(0, tag & 0x0f, MAX_MAP, 'map', 2);
-  if (tag <= 0x9f) return container(0, tag & 0x0f, MAX_ARRAY, 'array', 1);
+  if (tag <= 0x9f) return container(0, tag & 0x0f, maxArray, 'array', 1);
   if (tag <= 0xbf) return leaf(tag & 0x1f);
   switch (tag) {
     case 0xc0: // nil
@@ -185,9 +191,9 @@ function readHeader(view: DataView, at: number, maxBin: number): Header {
     case 0xdb:
       return run(4, MAX_STR, 'str');
     case 0xdc:
-      return container(2, readLength(view, at + 1, 2), MAX_ARRAY, 'array', 1);
+      return container(2, readLength(view, at + 1, 2), maxArray, 'array', 1);
     case 0xdd:
-      return container(4, readLength(view, at + 1, 4), MAX_ARRAY, 'array', 1);
+      return container(4, readLength(view, at + 1, 4), maxArray, 'array', 1);
     case 0xde:
       return container(2, readLength(view, at + 1, 2), MAX_MAP, 'map', 2);
     case 0xdf:

@@ -114,6 +114,30 @@ export interface PingHello {
   readonly sendType?: SendType;
   /** Unknown names are ignored. Absent in pings of older workers. */
   readonly features?: readonly string[];
+  /** Absent in pings of before it was told. */
+  readonly load?: WorkerLoad;
+  /** Absent where it publishes none. */
+  readonly events?: KvEventPorts;
+}
+
+/** Where a worker says what it has cached (kv-events.ts), on the host of its `zmq_address`. */
+export interface KvEventPorts {
+  readonly publish: number;
+  readonly replay: number;
+  readonly snapshot: number;
+}
+
+/** What a worker has to do, as it was when its ping left. */
+export interface WorkerLoad {
+  /** Requests in the batch. */
+  readonly running: number;
+  /** Requests outside of it, those whose KV is on its way among them. */
+  readonly waiting: number;
+  /** Blocks of its KV cache that requests hold, of how many. */
+  readonly kvUsed: number;
+  readonly kvBlocks: number;
+  /** Prompt tokens of requests here that are to be computed yet: neither cached nor to come from a peer. */
+  readonly queuedTokens: number;
 }
 
 /** The answer for one tensor of PUTS. */

@@ -2,6 +2,8 @@
 export interface TokenLogprob {
   readonly token: number;
   readonly logprob: number;
+  /** How many tokens are at least as likely, itself among them: 1 for the likeliest. Of tokens of a prompt alone. */
+  readonly rank?: number;
   /** Most likely first; the sampled token is not necessarily among them. */
   readonly top: readonly { readonly token: number; readonly logprob: number }[];
 }

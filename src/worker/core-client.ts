@@ -1,7 +1,7 @@
 /** The main thread's side of the core thread: requests in, outputs to whoever asked, and one place where the core's death is heard. */
 import { type Deferred, deferred, withDeadline } from '../deferred.ts';
 import { type ErrorData, PdError, unreachable } from '../errors.ts';
-import type { CoreRequest, RequestOutput } from '../scheduler/types.ts';
+import type { CacheChange, CoreRequest, RequestOutput } from '../scheduler/types.ts';
 import { startThread, type ThreadPort, threadEntry } from '../thread-entry.ts';
 import type { EngineRequestId } from '../wire/ids.ts';
 import { AsyncQueue } from './async-queue.ts';
@@ -52,6 +52,7 @@ export class CoreClient {
   /** Requests whose KV the core will still tell of. */
   readonly #saves = new Map<EngineRequestId, Deferred<ErrorData | undefined>>();
   readonly #states = new Map<number, Deferred<CoreState>>();
+  #onCache: ((changes: readonly CacheChange[]) => void) | undefined;
   #info: CoreInfo | undefined;
   readonly #ready = deferred<CoreInfo>();
   /** Resolves once the core has closed what it held, or its thread is over. */
@@ -91,6 +92,11 @@ export class CoreClient {
   get info(): CoreInfo {
     if (this.#info === undefined) throw new PdError('INTERNAL', 'the core thread is not ready yet');
     return this.#info;
+  }
+
+  /** From now on `listener` hears of what enters and leaves the prefix cache, where the core tells. */
+  onCacheChange(listener: (changes: readonly CacheChange[]) => void): void {
+    this.#onCache = listener;
   }
 
   /** Requests whose last output has not come. */
@@ -191,6 +197,9 @@ export class CoreClient {
         return;
       case 'state':
         this.#states.get(message.seq)?.resolve(message.state);
+        return;
+      case 'cache':
+        this.#onCache?.(message.changes);
         return;
       case 'fatal':
         this.#die(PdError.fromData(message.error));

@@ -1,11 +1,12 @@
 /** What main thread and core thread say to each other. Plain data: structured clone. */
 import type { WorkerConfig } from '../config/worker-config.ts';
 import type { ErrorData } from '../errors.ts';
-import type { CoreRequest, RequestOutput } from '../scheduler/types.ts';
+import type { CacheChange, CoreRequest, RequestOutput } from '../scheduler/types.ts';
 import type { HandOverState } from '../transfer/native/hand-over-api.ts';
 import type { TransferState } from '../transfer/types.ts';
 import type { Fingerprint } from '../wire/fingerprint.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
+import type { KvEventPorts } from '../wire/messages.ts';
 
 /** `workerData` of the core thread. */
 export interface CoreInit {
@@ -47,8 +48,8 @@ export type ToCore =
   | { readonly type: 'prefilled'; readonly transferIds: readonly TransferId[] }
   /** Their producer could not send the KV of these requests. */
   | { readonly type: 'kv-failed'; readonly transferIds: readonly TransferId[]; readonly reason: ErrorData }
-  /** HTTP is up: start the pings. */
-  | { readonly type: 'serve'; readonly httpAddress: string }
+  /** HTTP is up: start the pings. `events`: where what this core says of its cache is published. */
+  | { readonly type: 'serve'; readonly httpAddress: string; readonly events?: KvEventPorts }
   /** No more pings; requests under way go on. */
   | { readonly type: 'drain' }
   /** Ends the thread: transfer engine first. */
@@ -60,6 +61,8 @@ export type FromCore =
   /** KV of a request whose output said that it was `opening`: under way now, or lost. */
   | { readonly type: 'kv-saved'; readonly requestId: EngineRequestId; readonly error?: ErrorData }
   | { readonly type: 'state'; readonly seq: number; readonly state: CoreState }
+  /** Where KV events are published: what has entered and left the prefix cache. */
+  | { readonly type: 'cache'; readonly changes: readonly CacheChange[] }
   /** The core cannot go on; the process ends with this error. */
   | { readonly type: 'fatal'; readonly error: ErrorData }
   | { readonly type: 'closed' };

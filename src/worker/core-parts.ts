@@ -34,7 +34,7 @@ export interface CoreParts {
 export async function createCore(
   init: CoreInit,
   log: Logger,
-  told: Pick<CoreLoopOptions, 'post' | 'kvSaved'>,
+  told: Pick<CoreLoopOptions, 'post' | 'kvSaved' | 'cacheChanged'>,
 ): Promise<CoreParts> {
   const { config } = init;
   const undo: (() => void | Promise<void>)[] = [];
@@ -82,17 +82,23 @@ interface LoopParts {
   readonly handOver: HandOver | undefined;
   readonly limits: { readonly numBlocks: number; readonly blockSize: number; readonly maxModelLen: number };
   readonly log: Logger;
-  readonly told: Pick<CoreLoopOptions, 'post' | 'kvSaved'>;
+  readonly told: Pick<CoreLoopOptions, 'post' | 'kvSaved' | 'cacheChanged'>;
 }
 
 function createLoop(init: CoreInit, parts: LoopParts): CoreLoop {
   const { config } = init;
   const { executor, engine, handOver, limits, log, told } = parts;
-  const { role, blockSize, maxNumSeqs, maxNumBatchedTokens, enablePrefixCaching } = config;
+  const { role, blockSize, maxNumSeqs, maxNumBatchedTokens, enablePrefixCaching, kvEventsPort } = config;
   const metrics = new MetricsPage(init.metrics.core);
   const split = role !== 'both' && engine ? { role, engine } : undefined;
   const scheduler = new Scheduler(
-    { ...limits, maxNumSeqs, maxNumBatchedTokens, enablePrefixCaching },
+    {
+      ...limits,
+      maxNumSeqs,
+      maxNumBatchedTokens,
+      enablePrefixCaching,
+      logCacheChanges: kvEventsPort !== undefined,
+    },
     split && new P2pSchedulerConnector({ role: split.role, blockSize, native: handOver !== undefined }),
   );
   const connector =
@@ -115,6 +121,7 @@ function createLoop(init: CoreInit, parts: LoopParts): CoreLoop {
     loadFailure: config.loadFailure,
     metrics,
     log,
+    ...(engine && { reportLoad: (load) => engine.reportLoad(load) }),
     ...told,
   });
 }

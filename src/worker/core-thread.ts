@@ -35,6 +35,7 @@ async function main(): Promise<void> {
   // Until the core is there, messages wait in the port.
   const core = await createCore(init, log, {
     post: (outputs) => post({ type: 'outputs', outputs }),
+    cacheChanged: (changes) => post({ type: 'cache', changes }),
     kvSaved: (requestId, error) => post({ type: 'kv-saved', requestId, ...(error && { error }) }),
   });
   try {
@@ -90,7 +91,7 @@ function receive(core: CoreParts, message: Exclude<ToCore, { readonly type: 'shu
       }
       return;
     case 'serve':
-      startPing(core, message.httpAddress);
+      startPing(core, message);
       return;
     case 'drain':
       core.engine?.stopPing();
@@ -124,7 +125,10 @@ async function answerState(
 }
 
 /** Rank 0 speaks for its instance. */
-function startPing(core: CoreParts, httpAddress: string): void {
+function startPing(
+  core: CoreParts,
+  { httpAddress, events }: Extract<ToCore, { readonly type: 'serve' }>,
+): void {
   const { proxy, role, transfer, pingIntervalMs } = config;
   if (!proxy || role === 'both' || transfer.rank !== 0) return;
   core.engine?.startPing({
@@ -133,5 +137,6 @@ function startPing(core: CoreParts, httpAddress: string): void {
     httpAddress,
     intervalMs: pingIntervalMs,
     features: core.handOver ? [OVERLAP_FEATURE, NATIVE_FEATURE] : [OVERLAP_FEATURE],
+    ...(events && { events }),
   });
 }

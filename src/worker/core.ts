@@ -19,10 +19,13 @@ import type { Logger } from '../observability/log.ts';
 import type { MetricsPage } from '../observability/metrics.ts';
 import type { Scheduler } from '../scheduler/scheduler.ts';
 import { firstTokens, type SchedulerStep } from '../scheduler/step.ts';
-import type { CoreRequest, ForwardResult, RequestOutput } from '../scheduler/types.ts';
+import type { CacheChange, CoreRequest, ForwardResult, RequestOutput } from '../scheduler/types.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
+import type { WorkerLoad } from '../wire/messages.ts';
+import { CoreGrammars } from './core-grammars.ts';
 import type { CoreState } from './core-messages.ts';
 import { CoreMetrics } from './core-metrics.ts';
+import { LoadReport } from './load-report.ts';
 import { ThroughputLog, type ThroughputLogOptions } from './throughput-log.ts';
 
 /** After this many failing steps in a row the executor is taken for broken. */
@@ -39,6 +42,10 @@ export interface CoreLoopOptions {
   readonly post: (outputs: readonly RequestOutput[]) => void;
   /** KV of a request whose output said that it was `opening`: under way now, or lost. */
   readonly kvSaved?: (requestId: EngineRequestId, error: ErrorData | undefined) => void;
+  /** Told of what there is to do, as it changes. */
+  readonly reportLoad?: (load: WorkerLoad) => void;
+  /** Told once a turn, where the scheduler keeps them. */
+  readonly cacheChanged?: (changes: readonly CacheChange[]) => void;
   /** For tests: what the lines of throughput are timed by. */
   readonly clock?: ThroughputLogOptions['clock'];
 }
@@ -50,7 +57,9 @@ export class CoreLoop {
   readonly #log: Logger;
   readonly #metrics: CoreMetrics;
   readonly #throughput: ThroughputLog;
+  readonly #load: LoadReport | undefined;
   readonly #saving: LayerHooks;
+  readonly #grammars: CoreGrammars;
   /** What has come since the last turn. */
   #commands: (() => void)[] = [];
   /** Set while the loop sleeps. */
@@ -71,7 +80,10 @@ export class CoreLoop {
     this.#metrics = new CoreMetrics(options.metrics);
     const { scheduler, metrics: page, log, clock } = options;
     this.#throughput = new ThroughputLog({ scheduler, page, log, ...(clock && { clock }) });
+    const { reportLoad } = options;
+    this.#load = reportLoad && new LoadReport(() => loadOf(scheduler), reportLoad);
     this.#saving = saveHooks(options.executor, options.connector);
+    this.#grammars = new CoreGrammars(options.executor.vocabSize);
   }
 
   add(request: CoreRequest): void {
@@ -126,6 +138,7 @@ export class CoreLoop {
       this.#emit(this.#scheduler.endAll(reason.toData()));
       this.#metrics.scheduler(this.#scheduler);
       this.#throughput.close();
+      this.#load?.close();
     }
   }
 
@@ -142,6 +155,9 @@ export class CoreLoop {
     if (step.entries.length > 0) await this.#run(step);
     this.#tellFinished();
     this.#metrics.scheduler(this.#scheduler);
+    this.#load?.changed();
+    const changes = this.#scheduler.takeCacheChanges();
+    if (changes.length > 0) this.#options.cacheChanged?.(changes);
     const { missingBlocks } = this.#scheduler;
     const room = missingBlocks > 0 ? this.#connector?.makeRoom(missingBlocks) : undefined;
     if (step.entries.length > 0 || step.preempted.length > 0 || room === true) await setImmediate();
@@ -183,7 +199,11 @@ export class CoreLoop {
       // A mark per layer, which costs a GPU an event each, only where a save waits for it.
       const { saves, fills } = step.metadata ?? { saves: [], fills: [] };
       const marked = saves.length + fills.length > 0;
-      return await this.#options.executor.forward(step.batch, marked ? this.#saving : {});
+      const result = await this.#options.executor.forward(step.batch, {
+        ...(marked && this.#saving),
+        mask: (sequence) => this.#grammars.mask(sequence),
+      });
+      return this.#grammars.marked(step.batch, result);
     } catch (error) {
       return PdError.from(error);
     }
@@ -295,6 +315,16 @@ export class CoreLoop {
       })
       .then(() => this.#sleep?.resolve());
   }
+}
+
+function loadOf({ numRunning, numWaiting, numLoading, blocks, queuedTokens }: Scheduler): WorkerLoad {
+  return {
+    running: numRunning,
+    waiting: numWaiting + numLoading,
+    kvUsed: blocks.used,
+    kvBlocks: blocks.total,
+    queuedTokens,
+  };
 }
 
 /** Tokens that a peer names index tables here. */

@@ -2,12 +2,22 @@
 import { workerData } from 'node:worker_threads';
 import { Tokenizer } from '../model/tokenizer.ts';
 import { answerReadings } from '../reading-thread.ts';
-import { type ReaderInit, type Readings, type Route, readBody, type ToReader } from './request-reader.ts';
+import { GrammarCompiler } from './grammar-compiler.ts';
+import {
+  type ReaderInit,
+  type Readings,
+  type Route,
+  readBody,
+  type ToReader,
+  withGrammar,
+} from './request-reader.ts';
 
 await answerReadings(async () => {
   const { modelDir } = workerData as ReaderInit;
   const model = await Tokenizer.load(modelDir);
-  return ({ served, route, body }: ToReader) => readBody(served, model, route, body);
+  const grammars = new GrammarCompiler(model);
+  return ({ served, route, body }: ToReader) =>
+    withGrammar(readBody(served, model, route, body), grammars, served);
 }, buffersOf);
 
 function buffersOf(reading: Readings[Route]): readonly ArrayBuffer[] {

@@ -13,15 +13,18 @@ import {
   ReadingThread,
 } from '../reading-thread.ts';
 import { threadEntry } from '../thread-entry.ts';
+import type { GrammarCompiler } from './grammar-compiler.ts';
 import { type ChatReading, readChat } from './server/chat.ts';
 import { type CompletionReading, readCompletion } from './server/completions.ts';
 import { parseJson, type Served } from './server/fields.ts';
+import { type ResponseReading, readResponse } from './server/responses.ts';
 import { readDetokenize, readTokenize } from './server/tokenize.ts';
 
 /** What comes of a body, by route. The tokenizer's routes need nothing more: theirs is the answer itself, as JSON in UTF-8. */
 export interface Readings {
   readonly completions: CompletionReading;
   readonly chat: ChatReading;
+  readonly responses: ResponseReading;
   readonly tokenize: Uint8Array<ArrayBuffer>;
   readonly detokenize: Uint8Array<ArrayBuffer>;
 }
@@ -33,6 +36,7 @@ const READERS: {
 } = {
   completions: readCompletion,
   chat: readChat,
+  responses: readResponse,
   tokenize: readTokenize,
   detokenize: readDetokenize,
 };
@@ -50,6 +54,22 @@ export function readBody<R extends Route>(
     if (!(cause instanceof RangeError)) throw cause;
     throw new PdError('BODY_TOO_COSTLY', `reading the body: ${cause.message}`, {}, { cause });
   }
+}
+
+function wantsGrammar(reading: Readings[Route]): boolean {
+  return !(reading instanceof Uint8Array) && reading.asked.grammarWish !== undefined;
+}
+
+/** The grammar that `reading` asks for, built: the reader thread's part. Throws REQUEST_INVALID. */
+export function withGrammar(
+  reading: Readings[Route],
+  grammars: GrammarCompiler,
+  { vocabSize }: Served,
+): Readings[Route] {
+  if (reading instanceof Uint8Array || !reading.asked.grammarWish) return reading;
+  const { grammarWish, ...asked } = reading.asked;
+  const grammar = grammars.compile(grammarWish, vocabSize);
+  return { ...reading, asked: { ...asked, sampling: { ...asked.sampling, grammar } } };
 }
 
 /** `workerData` of the reader thread. */
@@ -134,7 +154,11 @@ export class RequestReader implements BodyReader {
     body: Uint8Array<ArrayBuffer>,
     signal?: AbortSignal,
   ): Promise<Readings[R]> {
-    if (body.byteLength <= this.#shortBody) return readBody(served, this.model, route, body);
+    if (body.byteLength <= this.#shortBody) {
+      const reading = readBody(served, this.model, route, body);
+      // However short it is, building a grammar may take long.
+      if (!wantsGrammar(reading)) return reading;
+    }
     return (await this.#thread.read({ served, route, body }, signal)) as Readings[R];
   }
 

@@ -18,6 +18,7 @@ import { MetricsPage } from '../observability/metrics.ts';
 import { packageVersion } from '../version.ts';
 import { CoreClient } from './core-client.ts';
 import type { CoreInfo, CoreState } from './core-messages.ts';
+import type { KvEventPublisher } from './kv-events.ts';
 import { RequestReader } from './request-reader.ts';
 import { InFlight } from './server/in-flight.ts';
 import { createServer } from './server/server.ts';
@@ -48,6 +49,7 @@ interface RunningParts {
   readonly reader: Pick<RequestReader, 'close'>;
   readonly server: FastifyInstance;
   readonly inFlight: InFlight;
+  readonly events: KvEventPublisher | undefined;
   readonly log: Logger;
 }
 
@@ -113,8 +115,10 @@ export class PdWorker {
       parts.startCore({ config, metrics: { core: pages.core.buffer, transfer: pages.transfer.buffer } }),
       parts.startReader(config.modelDir, log),
     );
+    let events: KvEventPublisher | undefined;
     try {
       signal?.throwIfAborted();
+      events = await publisherOf(config, core.info, log);
       const inFlight = new InFlight();
       const all = [metrics, pages.core, pages.transfer];
       const server = createServer({
@@ -130,17 +134,23 @@ export class PdWorker {
       });
       const port = await listen(server, config.http);
       const httpAddress = { host: config.httpAnnounceHost, port };
-      const worker = new PdWorker(config, httpAddress, all, { core, reader, server, inFlight, log });
+      const worker = new PdWorker(config, httpAddress, all, { core, reader, server, inFlight, events, log });
       const { numBlocks, blockSize, maxModelLen } = core.info;
       log.info(
         `Serving ${config.servedModelNames.join(', ')} as ${config.role} on ${config.transfer.device}` +
           `: ${numBlocks} KV blocks of ${blockSize} tokens, up to ${maxModelLen} tokens a sequence`,
       );
       log.info(`Running on http://${formatHostPort(httpAddress)}`);
-      core.tell({ type: 'serve', httpAddress: formatHostPort(httpAddress) });
+      events?.announce(formatHostPort(httpAddress));
+      core.onCacheChange((changes) => events?.publish(changes));
+      core.tell({
+        type: 'serve',
+        httpAddress: formatHostPort(httpAddress),
+        ...(events && { events: events.ports }),
+      });
       return worker;
     } catch (error) {
-      await Promise.all([core.close(), reader.close()]);
+      await Promise.all([core.close(), reader.close(), events?.close()]);
       throw error;
     }
   }
@@ -165,7 +175,7 @@ export class PdWorker {
   }
 
   async #close(drainTimeoutMs: number): Promise<void> {
-    const { core, reader, server, inFlight, log } = this.#parts;
+    const { core, reader, server, inFlight, events, log } = this.#parts;
     core.tell({ type: 'drain' });
     const running = inFlight.size;
     if (running > 0) log.info({ running }, `Draining: ${running} requests under way`);
@@ -179,7 +189,7 @@ export class PdWorker {
     }
     if (done) await this.#handOver(performance.now() + drainTimeoutMs, Promise.race([hurried, ended]));
     this.#drained.resolve();
-    await Promise.all([core.close(), reader.close()]);
+    await Promise.all([core.close(), reader.close(), events?.close()]);
     // What their end has failed still gets its answer.
     await inFlight.drain(LAST_ANSWERS_MS);
     await server.close();
@@ -209,6 +219,26 @@ export class PdWorker {
       await Promise.race([setTimeout(HAND_OVER_POLL_MS), cut]);
     }
   }
+}
+
+/** Where it is to say what it has cached. ZeroMQ is loaded for that alone in an undivided worker. */
+async function publisherOf(
+  config: WorkerConfig,
+  { blockSize }: CoreInfo,
+  log: Logger,
+): Promise<KvEventPublisher | undefined> {
+  const { kvEventsPort: port, kvEventsForm: form, transfer, servedModelNames } = config;
+  if (port === undefined) return undefined;
+  const { KvEventPublisher } = await import('./kv-events.ts');
+  return await KvEventPublisher.open({
+    bind: { host: transfer.bind.host, port },
+    model: servedModelNames[0]!,
+    blockSize,
+    form,
+    medium: transfer.device === 'host' ? 'CPU' : 'GPU',
+    ...(transfer.allowPeers && { allow: transfer.allowPeers }),
+    log,
+  });
 }
 
 /** What KV is moved by, whichever way it was configured, under the names that vLLM's users know. */

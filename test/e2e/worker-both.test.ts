@@ -1,8 +1,5 @@
 import { once } from 'node:events';
-import { readFile } from 'node:fs/promises';
 import { createServer } from 'node:net';
-import { join } from 'node:path';
-import { Template } from '@huggingface/jinja';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { demoModelDir } from '../../src/config/demo-model.ts';
 import { formatHostPort } from '../../src/net/address.ts';
@@ -13,7 +10,13 @@ import { resolveFlags } from '../support/worker-flags.ts';
 interface Choice {
   readonly index: number;
   readonly text: string;
-  readonly message: { readonly content: string };
+  readonly message: {
+    readonly content: string;
+    readonly tool_calls?: readonly {
+      readonly id: string;
+      readonly function: { readonly name: string; readonly arguments: string };
+    }[];
+  };
   readonly finish_reason: string;
   readonly logprobs: {
     readonly tokens: readonly string[];
@@ -126,28 +129,37 @@ describe('an undivided worker with the demo model', () => {
       'The capital of Japan is Kyoto.',
     ],
     ['How are you?', undefined, '', 'I am fine, thank you. How can I help you?'],
-  ])('with tools in its prompt, answers %j', async (content, call, result, expected) => {
+  ])('with tools, answers %j', async (content, call, result, expected) => {
     const tools = [
       toolOf('get_weather', 'Get the weather for a city', 'city'),
       toolOf('get_capital', 'Get the capital of a country', 'country'),
     ];
-    const template = new Template(await readFile(join(demoModelDir(), 'chat_template.jinja'), 'utf8'));
-    // The endpoint puts <|begin|> in front by itself.
     const next = async (messages: readonly object[]) => {
-      const prompt = template.render({ bos_token: '', tools, messages, add_generation_prompt: true });
-      const { choices } = await complete({ prompt, max_tokens: 60 });
-      expect(choices[0]!.finish_reason).toBe('stop');
-      return choices[0]!.text;
+      const { choices } = await ask('/v1/chat/completions', {
+        messages,
+        tools,
+        temperature: 0,
+        max_tokens: 60,
+      });
+      return choices[0]!;
     };
     const question = { role: 'user', content };
     let answer = await next([question]);
     if (call) {
-      const text = /^<tool_call>\n(.*)\n<\/tool_call>$/.exec(answer)?.[1] ?? '';
-      expect(JSON.parse(text)).toEqual(call);
-      const called = { role: 'assistant', content: null, tool_calls: [{ type: 'function', function: call }] };
-      answer = await next([question, called, { role: 'tool', content: result }]);
+      expect(answer.finish_reason).toBe('tool_calls');
+      const { tool_calls: calls = [] } = answer.message;
+      const made = calls.map(({ function: { name, arguments: text } }) => ({
+        name,
+        arguments: JSON.parse(text),
+      }));
+      expect(made).toEqual([call]);
+      answer = await next([
+        question,
+        answer.message,
+        { role: 'tool', tool_call_id: calls[0]!.id, content: result },
+      ]);
     }
-    expect(answer).toBe(expected);
+    expect(answer).toMatchObject({ finish_reason: 'stop', message: { content: expected } });
   });
 
   it('gives n completions of one prompt, the same again with the same seed', async () => {
@@ -169,6 +181,58 @@ describe('an undivided worker with the demo model', () => {
     for (const [i, offset] of logprobs.text_offset.entries()) {
       if (i > 0) expect(text.startsWith(logprobs.tokens[i]!, offset)).toBe(true);
     }
+  });
+
+  it('holds its text to a form, in each completion and whole at its end', async () => {
+    const schema = {
+      type: 'object',
+      properties: { city: { type: 'string', maxLength: 12 }, size: { enum: ['small', 'large'] } },
+      required: ['city', 'size'],
+      additionalProperties: false,
+    };
+    const messages = [{ role: 'user', content: 'What is the capital of France?' }];
+    const chat = { messages, temperature: 1.5, seed: 5, n: 3, max_tokens: 200 };
+    const response_format = { type: 'json_schema', json_schema: { name: 'city', schema, strict: true } };
+    const cities = await ask('/v1/chat/completions', { ...chat, response_format });
+    expect(cities.choices).toHaveLength(3);
+    for (const { message, finish_reason } of cities.choices) {
+      const said = JSON.parse(message.content) as { city: string; size: string };
+      expect([Object.keys(said), finish_reason]).toEqual([['city', 'size'], 'stop']);
+      expect([said.city.length <= 12, ['small', 'large'].includes(said.size)]).toEqual([true, true]);
+    }
+    const forms: readonly (readonly [RegExp, object])[] = [
+      [/^(yes|no)$/, { structured_outputs: { choice: ['yes', 'no'] } }],
+      [/^\d{3}-[a-f]{2}$/, { guided_regex: '\\d{3}-[a-f]{2}', ignore_eos: true }],
+      [
+        /^(ab)+;$/,
+        { structured_outputs: { grammar: 'root ::= pair{5,9} ";"\npair ::= "ab"' }, min_tokens: 9 },
+      ],
+      [/^\s*\{[\s\S]*\}$/, { response_format: { type: 'json_object' }, logit_bias: { 0: 1 } }],
+    ];
+    for (const [pattern, form] of forms) {
+      const { choices } = await complete({
+        prompt: 'Say it:',
+        temperature: 0.8,
+        seed: 3,
+        max_tokens: 300,
+        ...form,
+      });
+      expect(choices[0]).toMatchObject({ text: expect.stringMatching(pattern), finish_reason: 'stop' });
+    }
+  });
+
+  it('refuses a form that cannot be kept, and lives', async () => {
+    const bad: readonly (readonly [string, object])[] = [
+      ['"contains" at #/properties/a', { guided_json: { properties: { a: { contains: {} } } } }],
+      ['the grammar is too large', { structured_outputs: { regex: '((a{1,999}b){1,999}c){1,999}' } }],
+      ['is not allowed beside', { guided_regex: 'a', response_format: { type: 'json_object' } }],
+      ['recurs on its left', { guided_grammar: 'root ::= a "x"\na ::= root?' }],
+    ];
+    for (const [why, form] of bad) {
+      const { error } = await complete({ prompt: 'a', ...form });
+      expect(error).toMatchObject({ message: expect.stringContaining(why), code: 'REQUEST_INVALID' });
+    }
+    expect((await complete({ prompt: 'a', max_tokens: 2 })).choices).toHaveLength(1);
   });
 
   it('ends at a stop string, and gives every block back', async () => {

@@ -6,11 +6,11 @@ import { Dealer } from 'zeromq';
 import { hostMemory } from '../../src/device/memory.ts';
 import { formatHostPort, parseHostPort } from '../../src/net/address.ts';
 import { METRICS } from '../../src/observability/metrics.ts';
-import { PdProxy } from '../../src/proxy/proxy.ts';
 import type { TransferService } from '../../src/transfer/service.ts';
 import { HostTransport } from '../../src/transport/host/transport.ts';
 import { encodeMessage, encodePing } from '../../src/wire/codec.ts';
 import type { TensorId, TransferId } from '../../src/wire/ids.ts';
+import { startQuietProxy } from '../support/quiet-proxy.ts';
 import { RawPeer } from '../support/raw-peer.ts';
 import { count, leftovers, Services, until } from '../support/transfer.ts';
 
@@ -135,17 +135,7 @@ describe('a thousand mutated messages of each kind', () => {
   );
 
   test('nor pings to a proxy', async () => {
-    const log = { level: 'silent', format: 'json' } as const;
-    const proxy = await PdProxy.start({
-      http: { host: '127.0.0.1', port: 0 },
-      discovery: { host: '127.0.0.1', port: 0 },
-      instanceTimeoutMs: 60_000,
-      prefillTimeoutMs: 60_000,
-      decodeIdleTimeoutMs: 60_000,
-      overlap: 4,
-      drainTimeoutMs: 0,
-      log,
-    });
+    const proxy = await startQuietProxy();
     services.add({ dispose: () => proxy.close(0) });
     const good = { type: 'P', http_address: '127.0.0.1:1', zmq_address: '127.0.0.1:2' } as const;
     const native = { version: 1, digest: 'd'.repeat(64), model: 'm' };

@@ -3,6 +3,7 @@ import { createServer } from 'node:net';
 import pino from 'pino';
 import { afterEach, describe, expect, it } from 'vitest';
 import * as zmq from 'zeromq';
+import { proxyConfig } from '../../src/config/proxy-config.ts';
 import { PdError } from '../../src/errors.ts';
 import { formatHostPort } from '../../src/net/address.ts';
 import { RateLimitedLog } from '../../src/observability/log.ts';
@@ -10,6 +11,7 @@ import { PdProxy } from '../../src/proxy/proxy.ts';
 import { Deadlines } from '../../src/transfer/deadlines.ts';
 import { Pinger } from '../../src/transfer/ping.ts';
 import { decodePing } from '../../src/wire/codec.ts';
+import { fingerprint } from '../../src/wire/fingerprint.ts';
 import { keptPort, Services, transferOptions } from '../support/transfer.ts';
 
 const services = new Services();
@@ -55,6 +57,22 @@ it('go to whichever address of a name takes them', async () => {
   engine.startPing({ proxy: name, type: 'P', httpAddress: '127.0.0.1:8081', intervalMs: 30 });
   const [identity] = await socket.receive();
   expect(identity!.toString()).toBe(formatHostPort(engine.address));
+  engine.stopPing();
+});
+
+it('say the load of the worker as soon as it is told, to a proxy that came before or after', async () => {
+  const { socket, port } = await proxy();
+  const shape = { blockSize: 16, layers: 1, heads: 1, headDim: 4 };
+  const model = fingerprint({ model: 'demo', weights: 'w', dtype: 'float32', ...shape });
+  const engine = await services.make({ fingerprint: model });
+  const loadOf = async () => decodePing((await socket.receive())[1]!).native?.load;
+  const load = { running: 1, waiting: 2, kvUsed: 3, kvBlocks: 4, queuedTokens: 5 };
+  engine.reportLoad(load);
+  const ping = { proxy: { host: '127.0.0.1', port }, type: 'P', httpAddress: '127.0.0.1:8081' } as const;
+  engine.startPing({ ...ping, intervalMs: 3_600_000 });
+  expect(await loadOf()).toEqual(load);
+  engine.reportLoad({ ...load, running: 9 });
+  expect(await loadOf()).toEqual({ ...load, running: 9 });
   engine.stopPing();
 });
 
@@ -148,17 +166,14 @@ describe('what is told of a proxy', () => {
 
   it('one that turns this address away is told by that, and is reached once it lets it in', async () => {
     const start = (port: number, allowInstances: string[]) =>
-      PdProxy.start({
-        http: { host: '127.0.0.1', port: 0 },
-        discovery: { host: '127.0.0.1', port },
-        allowInstances,
-        instanceTimeoutMs: 10_000,
-        prefillTimeoutMs: 1_000,
-        decodeIdleTimeoutMs: 1_000,
-        overlap: 0,
-        drainTimeoutMs: 0,
-        log: { level: 'silent', format: 'json' },
-      });
+      PdProxy.start(
+        proxyConfig({
+          discovery: { host: '127.0.0.1', port },
+          allowInstances,
+          drainTimeoutMs: 0,
+          log: { level: 'silent', format: 'json' },
+        }),
+      );
     const port = await keptPort();
     const strict = await start(port, ['10.0.0.0/8']);
     const { said } = pinging(port);

@@ -98,11 +98,11 @@ static void argmax(call *c) {
 static void draw(call *c) {
   int vocab = I(3);
   for (unsigned r = 0; r < c->blocks; r++) {
-    const struct { float inverse; int top_k; float top_p, uniform; } *d = (void *)(P(2, float) + 4 * r);
+    const struct { float inverse; int top_k; float top_p, uniform, min_p; } *d = (void *)(P(2, float) + 5 * r);
     const float *row = P(0, float) + (size_t)r * vocab;
     int *token = P(1, int) + r;
     if (d->inverse == 0 || *token < 0) continue;
-    float *w = malloc(vocab * sizeof(float)), least = 0, mass = 0;
+    float *w = malloc(vocab * sizeof(float)), least = d->min_p, mass = 0;
     for (int i = 0; i < vocab; i++) w[i] = expf((row[i] - row[*token]) * d->inverse);
     for (int cut = 0; cut < 2; cut++) {
       float kept = 0, best = least;
@@ -119,6 +119,64 @@ static void draw(call *c) {
     float passed = 0;
     for (int i = 0; i < vocab && passed <= d->uniform * mass; i++) if (w[i] >= least && w[i] > 0) { passed += w[i]; *token = i; }
     free(w);
+  }
+}
+static void shape(call *c) {
+  int vocab = I(5);
+  const int *data = P(3, int);
+  for (unsigned r = 0; r < c->blocks; r++) {
+    const struct {
+      int row, mask, edits, edit_count, slot, fresh, tokens, prompt_count, output_count;
+      float repetition, frequency, presence;
+    } *s = (void *)(P(2, int) + 12 * r);
+    float *out = P(1, float) + (size_t)r * vocab, *bias = calloc(vocab, sizeof(float));
+    uint32_t *own = s->slot < 0 ? NULL : P(4, uint32_t) + (size_t)s->slot * vocab;
+    expect(c, !own || memory_known(own, vocab * 4));
+    if (own && s->fresh) memset(own, 0, vocab * 4);
+    for (int i = 0; own && i < s->prompt_count + s->output_count; i++) {
+      uint32_t *count = own + data[s->tokens + i];
+      *count = i < s->prompt_count ? *count | 1u << 31 : *count + 1;
+    }
+    for (int e = 0; e < s->edit_count; e++) memcpy(bias + data[s->edits + 2 * e], data + s->edits + 2 * e + 1, 4);
+    for (int i = 0; i < vocab; i++) {
+      float v = P(0, float)[(size_t)s->row * vocab + i];
+      if (s->mask >= 0 && !((uint32_t)data[s->mask + i / 32] >> (i % 32) & 1)) v = -INFINITY;
+      v += bias[i];
+      if (own && own[i]) {
+        v = v > 0 ? v / s->repetition : v * s->repetition;
+        uint32_t times = own[i] & ~(1u << 31);
+        if (times) v = fmaf(-s->frequency, times, v) - s->presence;
+      }
+      out[i] = v;
+    }
+    free(bias);
+  }
+}
+static void report(call *c) {
+  int vocab = I(4);
+  for (unsigned r = 0; r < c->blocks; r++) {
+    const struct { int row, token, count; } *w = (void *)(P(2, int) + 3 * r);
+    struct { float logprob; int rank, ids[20]; float logprobs[20]; } *out = (void *)(P(3, int) + 42 * r);
+    const float *row = P(0, float) + (size_t)w->row * vocab;
+    int token = P(1, int)[w->token], last = -1;
+    float top = -INFINITY, total = 0, own = token < 0 ? NAN : row[token];
+    expect(c, w->count <= 20 && token < vocab);
+    for (int i = 0; i < vocab; i++) top = fmaxf(top, row[i]);
+    for (int i = 0; i < vocab; i++) total += expf(row[i] - top);
+    out->logprob = own - top - logf(total);
+    out->rank = 0;
+    for (int i = 0; i < vocab; i++) out->rank += row[i] >= own;
+    for (int n = 0; n < w->count; n++) {
+      int best = 0x7fffffff;
+      for (int i = 0; i < vocab; i++) {
+        bool comes = last < 0 || row[i] < row[last] || (row[i] == row[last] && i > last);
+        if (comes && row[i] > -INFINITY && (best > vocab || row[i] > row[best])) best = i;
+      }
+      out->ids[n] = best;
+      if (best > vocab) continue;
+      out->logprobs[n] = row[best] - top - logf(total);
+      last = best;
+    }
   }
 }
 static size_t slot_of(const int *table, int t, int block_size) { return (size_t)table[t / block_size] * block_size + t % block_size; }
@@ -218,6 +276,8 @@ static const struct { const char *name, *signature; void (*twin)(call *); } twin
     {"swiglu_", "ppii", swiglu},
     {"argmax", "ppi", argmax},
     {"draw", "pppi", draw},
+    {"shape", "pppppi", shape},
+    {"report", "ppppi", report},
     {"attention_prefill_", "ppppppiiiif", attention_prefill},
     {"attention_decode_", "pppppppppiiiiif", attention_decode},
     {"attention_combine_", "pppppiii", attention_combine},

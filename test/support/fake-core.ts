@@ -148,7 +148,7 @@ function piece(token: number): readonly number[] {
 
 export const BYTE_MODEL: TextModel = {
   eosTokenIds: [EOS],
-  hasChatTemplate: true,
+  chatTemplate: '{{ tools }}<tool_call></tool_call><think></think>{{ messages }}',
   // One that is encoded stands for a byte; the longest of those that are only decoded for four.
   charactersPerToken: 4,
   encode: (text) => bytesOf(text),
@@ -156,10 +156,15 @@ export const BYTE_MODEL: TextModel = {
     new TextDecoder().decode(Uint8Array.from([...tokens].flatMap((token) => [...piece(token)]))),
   tokenString: (token) => BYTE_MODEL.decode([token]),
   tokenBytes: (token) => Uint8Array.from(piece(token)),
-  applyChatTemplate: (messages, { addGenerationPrompt = true } = {}) => {
+  applyChatTemplate: (messages, { addGenerationPrompt = true, tools, variables } = {}) => {
     if (messages.some(({ role }) => role === 'pirate')) throw new Error('no pirates');
-    const text = messages.map(({ role, content }) => `${role}:${content};`).join('');
-    return addGenerationPrompt ? `${text}assistant:` : text;
+    const declared = tools ? `tools:${JSON.stringify(tools)};` : '';
+    const text = messages.map(({ role, content, tool_calls: calls, reasoning_content: thoughts }) => {
+      const said = [thoughts && `<think>${thoughts}</think>`, content, calls && JSON.stringify(calls)];
+      return `${role}:${said.filter(Boolean).join('')};`;
+    });
+    const begun = addGenerationPrompt ? 'assistant:' : '';
+    return declared + text.join('') + begun + (variables?.['thinking'] === true ? '<think>' : '');
   },
   decoder: () => {
     const decoder = new TextDecoder();

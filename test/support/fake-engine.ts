@@ -107,6 +107,7 @@ export class FakeEngine implements TransferEngineApi {
   }
 
   stopPing(): void {}
+  reportLoad(): void {}
 
   state(): never {
     throw new PdError('INTERNAL', 'not part of this fake');

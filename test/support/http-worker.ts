@@ -46,6 +46,8 @@ export async function startServer(
       wire: 'auto',
       role,
       maxNumSeqs: 8,
+      toolCallParser: 'auto',
+      reasoningParser: 'auto',
       transfer: { kvKey: 'transfer' },
       ...(debugState && { debugState }),
     },

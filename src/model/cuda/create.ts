@@ -15,7 +15,7 @@ import { DecodeGraphs, graphSizes } from './graphs.ts';
 import { type CachePointers, type ElementType, ModelKernels } from './kernels.ts';
 import { CudaLlama } from './llama.ts';
 import { Products } from './products.ts';
-import { HOST_LOGIT_ROWS } from './sampling.ts';
+import { shapedRows, takeSamplerMemory } from './sampling.ts';
 import { blocksThatFit, GRAPH_BYTES } from './sizes.ts';
 import { type PlanLimits, planCapacity } from './step-plan.ts';
 import { loadCudaWeights } from './weights.ts';
@@ -74,9 +74,14 @@ export async function createCudaExecutor(
     const rows = Math.max(options.maxNumBatchedTokens, maxNumSeqs);
     const logitRows = Math.min(maxNumSeqs, LOGIT_ROWS);
     const products = new Products(kernels, cublas);
-    const limits = { rows, sequences: maxNumSeqs, logitRows };
+    const limits = { rows, sequences: maxNumSeqs, logitRows, moreTokens: shapedRows(logitRows) };
     const model = new CudaLlama(device, config, weights, kernels, products, limits);
-    const buffers = await takeBuffers(device, options, logitRows, rows);
+    const buffers = await takeBuffers(device, options, rows);
+    const sampler = await takeSamplerMemory(device, {
+      logitRows,
+      vocab: config.vocab,
+      maxLength: maxModelLen,
+    });
     const { numBlocks, layers } = takeCache(device, options);
     model.useCaches(layers.map(pointersOf));
     const graphs = new DecodeGraphs(device.runtime, stream.handle);
@@ -85,6 +90,8 @@ export async function createCudaExecutor(
       device,
       stream,
       model,
+      kernels,
+      sampler,
       layers,
       limits: { ...buffers.limits, numBlocks },
       batchInvariant,
@@ -96,6 +103,7 @@ export async function createCudaExecutor(
     // what loads at first use (cuBLAS's kernels) loads before the first pair opens
     for (const count of new Set([rows, Math.min(rows, 512), Math.min(rows, 64)]))
       await executor.warmUp(count);
+    await executor.warmUpSampling();
     await executor.capture(graphSizes(logitRows));
     log?.info(
       { model: config.name, device: device.name, type, numBlocks, kernels: kernels.image },
@@ -130,7 +138,6 @@ function checkShape(config: ModelConfig): void {
 async function takeBuffers(
   device: CudaDevice,
   { config, maxModelLen, maxNumSeqs, blockSize }: CudaExecutorOptions,
-  logitRows: number,
   maxRows: number,
 ) {
   const limits: Omit<PlanLimits, 'numBlocks'> = {
@@ -146,8 +153,6 @@ async function takeBuffers(
     memory: {
       planHost: await device.allocatePinned(planBytes, 'plan of a step'),
       planDevice: device.allocate(planBytes, 'plan of a step'),
-      tokensHost: await device.allocatePinned(4 * logitRows, 'sampled tokens'),
-      logitsHost: await device.allocatePinned(4 * HOST_LOGIT_ROWS * config.vocab, 'logits'),
     },
   };
 }

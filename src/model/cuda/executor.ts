@@ -12,10 +12,13 @@ import type { ForwardBatch, ForwardResult, SampledToken, ScheduledSequence } fro
 import type { TokenLogprob } from '../../wire/token-logprob.ts';
 import type { Executor, LayerHooks, StepHooks } from '../executor.ts';
 import { copyBlock } from '../kv-cache.ts';
+import { StepMasks } from '../masks.ts';
 import { lastRows, type SampledRow, sampledRows } from '../rows.ts';
+import { isShaped } from '../shaping.ts';
 import type { DecodeGraphs } from './graphs.ts';
+import type { ModelKernels } from './kernels.ts';
 import { type CudaLlama, word } from './llama.ts';
-import { CudaSampler } from './sampling.ts';
+import { CudaSampler, type SamplerMemory } from './sampling.ts';
 import {
   DRAW_WORDS,
   isDecodeStep,
@@ -33,6 +36,8 @@ export interface CudaExecutorParts {
   readonly device: CudaDevice;
   readonly stream: CudaStream;
   readonly model: CudaLlama;
+  readonly kernels: ModelKernels;
+  readonly sampler: SamplerMemory;
   readonly layers: readonly NamedLayer[];
   readonly limits: PlanLimits;
   readonly batchInvariant: boolean;
@@ -40,9 +45,6 @@ export interface CudaExecutorParts {
   /** Page-locked and on the GPU: the step's plan. */
   readonly planHost: MemoryRef;
   readonly planDevice: MemoryRef & { readonly kind: 'cuda' };
-  /** Page-locked: tokens [sequences], then logits [HOST_LOGIT_ROWS, vocab]. */
-  readonly tokensHost: MemoryRef;
-  readonly logitsHost: MemoryRef;
   readonly graphs: DecodeGraphs;
   readonly dispose: () => void;
 }
@@ -75,19 +77,21 @@ export class CudaExecutor implements Executor {
     this.#begin(batch);
     const { sequences } = batch;
     const wanted = sampledRows(sequences);
+    const masks = new StepMasks(sequences, hooks);
     const promptLogprobs = new Map<string, readonly TokenLogprob[]>();
     const size = hooks.beforeLayer ? undefined : this.#graphSize(sequences);
     if (size !== undefined) {
-      this.#launchGraph(size, sequences, hooks);
+      this.#launchGraph(size, sequences, hooks, masks);
       // row i of the logits is sequence i's
       return {
-        sampled: await this.#sampler.sampleRows(wanted, sequences.length, hooks.sampling),
+        sampled: await this.#sampler.sampleRows(wanted, sequences.length, masks, hooks.sampling),
         promptLogprobs,
+        failed: masks.failed,
       };
     }
-    const plan = this.#upload(sequences);
+    const plan = this.#upload(sequences, undefined, masks);
     await this.#enqueue(plan, hooks);
-    const sampled = await this.#sampleChosen(plan, wanted, hooks);
+    const sampled = await this.#sampleChosen(plan, wanted, masks, hooks);
     let first = 0;
     for (const sequence of sequences) {
       if (sequence.promptLogprobs) {
@@ -96,7 +100,7 @@ export class CudaExecutor implements Executor {
       }
       first += sequence.tokens.length;
     }
-    return { sampled, promptLogprobs };
+    return { sampled, promptLogprobs, failed: masks.failed };
   }
 
   async logits(batch: ForwardBatch): Promise<Float32Array> {
@@ -146,6 +150,11 @@ export class CudaExecutor implements Executor {
     await this.#drained('a first step');
   }
 
+  /** After `warmUp`, which made logits. Before anything is served. */
+  async warmUpSampling(): Promise<void> {
+    await this.#sampler.warmUp();
+  }
+
   /** Idempotent. Cache and weights are the device's. */
   dispose(): void {
     if (this.#disposed) return;
@@ -171,9 +180,13 @@ export class CudaExecutor implements Executor {
     return isDecodeStep(sequences) ? this.#parts.graphs.sizeFor(sequences.length) : undefined;
   }
 
-  #upload(sequences: readonly ScheduledSequence[], padTo?: number): StepPlan {
+  #upload(sequences: readonly ScheduledSequence[], padTo?: number, masks?: StepMasks): StepPlan {
     const { limits, batchInvariant } = this.#parts;
-    const options = { batchInvariant, ...(padTo !== undefined && { padTo }) };
+    const options = {
+      batchInvariant,
+      ...(padTo !== undefined && { padTo }),
+      ...(masks && { drawnLater: (sequence: ScheduledSequence) => isDrawnLater(sequence, masks) }),
+    };
     return this.#send(planStep(this.#plan, sequences, limits, options));
   }
 
@@ -211,9 +224,14 @@ export class CudaExecutor implements Executor {
     model.score(plan.counts.rows, { draws: word(step, plan.at.draws) });
   }
 
-  #launchGraph(size: number, sequences: readonly ScheduledSequence[], hooks: LayerHooks): void {
+  #launchGraph(
+    size: number,
+    sequences: readonly ScheduledSequence[],
+    hooks: LayerHooks,
+    masks?: StepMasks,
+  ): void {
     const { graphs, layers, stream } = this.#parts;
-    this.#upload(sequences, size);
+    this.#upload(sequences, size, masks);
     graphs.launch(size);
     if (!hooks.afterLayer) return;
     // a graph ends as a whole, so one mark serves every layer
@@ -225,19 +243,22 @@ export class CudaExecutor implements Executor {
   async #sampleChosen(
     plan: StepPlan,
     wanted: readonly SampledRow[],
+    masks: StepMasks,
     { sampling }: StepHooks,
   ): Promise<SampledToken[]> {
     const { model, logitRows, planDevice } = this.#parts;
     const sampled: SampledToken[] = [];
     for (let i = 0; i < wanted.length; i += logitRows) {
       const part = wanted.slice(i, i + logitRows);
-      const drawn = part.some(({ sample: { params } }) => params.temperature > 0);
+      const drawn = part.some(
+        ({ sequence, sample: { params } }) => params.temperature > 0 && !isDrawnLater(sequence, masks),
+      );
       model.score(part.length, {
         chosen: word(planDevice.pointer, plan.at.chosen + i),
         ...(drawn && { draws: word(planDevice.pointer, plan.at.draws + DRAW_WORDS * i) }),
       });
       const rows = part.map((entry, row) => ({ ...entry, row }));
-      sampled.push(...(await this.#sampler.sampleRows(rows, part.length, sampling)));
+      sampled.push(...(await this.#sampler.sampleRows(rows, part.length, masks, sampling)));
     }
     // also where nothing was sampled: the plan's memory is the next step's
     if (wanted.length === 0) await this.#drained('a step');
@@ -249,6 +270,7 @@ export class CudaExecutor implements Executor {
     try {
       return await run();
     } catch (error) {
+      this.#sampler.forget();
       await this.#drained('a step that failed').catch(() => {});
       throw error;
     }
@@ -267,6 +289,10 @@ export class CudaExecutor implements Executor {
   #releaseEvents(): void {
     for (const event of this.#events.splice(0)) event.dispose();
   }
+}
+
+function isDrawnLater({ sequenceId, sample }: ScheduledSequence, masks: StepMasks): boolean {
+  return sample !== undefined && (isShaped(sample) || masks.has(sequenceId));
 }
 
 function int32(bytes: Uint8Array): Int32Array {

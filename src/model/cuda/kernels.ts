@@ -20,6 +20,8 @@ export const SAMPLE = {
   kernels: {
     argmax: 'const float *logits, int *tokens, int vocab',
     draw: 'const float *logits, int *tokens, const Draw *draws, int vocab',
+    shape: 'const float *logits, float *shaped, const Shape *shapes, const int *data, u32 *counts, int vocab',
+    report: 'const float *logits, const int *tokens, const Wanted *wanted, Report *reports, int vocab',
   },
 } as const;
 export const ATTENTION_PREFILL = {
@@ -124,6 +126,13 @@ interface DecodeArguments extends Addresses<'out' | 'q' | 'scratch'>, Numbers<'s
 }
 
 type ArgmaxArguments = Addresses<'tokens' | 'logits'> & Numbers<'rows' | 'vocab'>;
+
+/** `rows` rows of `shapes`; `data`: what they point into. */
+type ShapeArguments = Addresses<'logits' | 'shaped' | 'shapes' | 'data' | 'counts'> &
+  Numbers<'rows' | 'vocab'>;
+
+/** `count` rows of `wanted`. */
+type ReportArguments = Addresses<'logits' | 'tokens' | 'wanted' | 'reports'> & Numbers<'count' | 'vocab'>;
 
 /** out [rows, outputs] = x [rows, inputs] weight^T. */
 export type ProductArguments = Addresses<'out' | 'x'> & Numbers<'rows'> & { readonly weight: Matrix };
@@ -266,6 +275,16 @@ export class ModelKernels {
     this.#kernels.draw.launch(this.#stream, rows, { logits, tokens, draws, vocab });
   }
 
+  /** shaped[i] = logits as shapes[i] says: see kernels/model/sample.cu. */
+  shapeLogits({ rows, ...args }: ShapeArguments): void {
+    this.#kernels.shape.launch(this.#stream, rows, args);
+  }
+
+  /** reports[i]: what the logits say of a token, as wanted[i] asks. */
+  report({ count, ...args }: ReportArguments): void {
+    this.#kernels.report.launch(this.#stream, count, args);
+  }
+
   /** Of at most GEMV_ROWS rows. `swiglu`: `weight` is [2 * outputs, inputs], out is silu(gate) * up. */
   gemv(mode: ProductMode | 'swiglu', { out, x, weight, rows }: ProductArguments): void {
     const { pointer, inputs } = weight;
@@ -336,6 +355,8 @@ function load(target: KernelTarget, { type, headDim }: KernelShape, group: numbe
     swiglu: elementwise.kernel('swiglu_##T', { T }, { threads: 256 }),
     argmax: sample.kernel('argmax', {}, { threads: 1_024 }),
     draw: sample.kernel('draw', {}, { threads: 1_024 }),
+    shape: sample.kernel('shape', {}, { threads: 1_024 }),
+    report: sample.kernel('report', {}, { threads: 1_024 }),
     prefill: prefill.kernel('attention_prefill_##T##_##D', { T, D: headDim }, prefillBlock(headDim)),
     decode: decode.kernel('attention_decode_##T##_##D##_##G', { T, D: headDim, G: group }, { threads: 128 }),
     combine: decode.kernel('attention_combine_##T', { T }, { threads: headDim }),

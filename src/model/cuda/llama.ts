@@ -20,6 +20,8 @@ export interface LlamaLimits {
   readonly sequences: number;
   /** Rows of logits at a time. */
   readonly logitRows: number;
+  /** Tokens beyond those of the rows of logits: what is drawn from other logits. */
+  readonly moreTokens: number;
 }
 
 /** What the decode kernel cuts contexts into: enough thread blocks for this many per multiprocessor. */
@@ -71,7 +73,7 @@ export class CudaLlama {
     return this.#at.logits;
   }
 
-  /** The token of each row of the logits, int32; -1 where the logits hold no usable distribution. */
+  /** The token of each row of the logits, int32, and room for `moreTokens` others; -1 where the logits hold no usable distribution. */
   get tokens(): DevicePointer {
     return this.#at.tokens;
   }
@@ -163,7 +165,7 @@ export class CudaLlama {
   }
 
   /** What attention needs and what the feed-forward block needs never live at the same time, so they share memory. */
-  #allocate(device: CudaDevice, { rows, sequences, logitRows }: LlamaLimits): Activations {
+  #allocate(device: CudaDevice, { rows, sequences, logitRows, moreTokens }: LlamaLimits): Activations {
     const { hidden, heads, kvHeads, headDim, intermediate, vocab } = this.#config;
     const round = (bytes: number) => Math.ceil(bytes / 256) * 256;
     const qkvBytes = round(2 * rows * (heads + 2 * kvHeads) * headDim);
@@ -192,7 +194,7 @@ export class CudaLlama {
       decode: take(decodeBytes, 'partial attention'),
       chosen: take(2 * logitRows * hidden, 'rows to score'),
       logits: take(4 * logitRows * vocab, 'logits'),
-      tokens: take(4 * logitRows, 'tokens'),
+      tokens: take(4 * (logitRows + moreTokens), 'tokens'),
     };
   }
 }

@@ -1,7 +1,7 @@
 /**
  * A step as the kernels read it: one block of int32 that goes to the GPU in one copy. Pure.
  *
- *   tokens[rows] positions[rows] slots[rows] | queryRows[d] contexts[d] tableStarts[d] | items[p][4] | draws[s][4] | chosen[s] | tables...
+ *   tokens[rows] positions[rows] slots[rows] | queryRows[d] contexts[d] tableStarts[d] | items[p][4] | draws[s][5] | chosen[s] | tables...
  *
  * Sequences with one new token go to the decode kernel (d of them), the others in items of at most 128 rows to the prefill kernel (p),
  * the longest first. `chosen` are the rows whose logits are wanted, `draws` how their tokens are drawn. Where each part begins depends on
@@ -44,11 +44,13 @@ export interface PlanOptions {
   readonly batchInvariant: boolean;
   /** Pad to this many sequences of one token each, for a graph. Padding writes no KV and attends to nothing. */
   readonly padTo?: number;
+  /** Of these the token is drawn later, from other logits (`CudaSampler`). */
+  readonly drawnLater?: (sequence: ScheduledSequence) => boolean;
 }
 
 const ITEM_WORDS = 4;
-/** Inverse temperature, top-k, top-p, random number: struct Draw of kernels/model/sample.cu. */
-export const DRAW_WORDS = 4;
+/** struct Draw of kernels/model/sample.cu. */
+export const DRAW_WORDS = 5;
 /** Items are read 16 bytes at a time. */
 const align = (words: number) => Math.ceil(words / ITEM_WORDS) * ITEM_WORDS;
 
@@ -97,7 +99,7 @@ export function planStep(
   target: Int32Array,
   sequences: readonly ScheduledSequence[],
   limits: PlanLimits,
-  { batchInvariant, padTo }: PlanOptions,
+  { batchInvariant, padTo, drawnLater }: PlanOptions,
 ): StepPlan {
   checkSize(sequences, limits, padTo);
   const single = (sequence: ScheduledSequence) => !batchInvariant && sequence.tokens.length === 1;
@@ -141,7 +143,7 @@ export function planStep(
     row += tokens.length;
     if (sequence.sample) {
       const drawn = padTo === undefined ? chosen : index;
-      writeDraw(target, floats, at.draws + DRAW_WORDS * drawn, sequence.sample);
+      if (!drawnLater?.(sequence)) writeDraw(target, floats, at.draws + DRAW_WORDS * drawn, sequence.sample);
       if (padTo === undefined) target[at.chosen + chosen++] = row - 1;
     }
     const blocks = blocksOf(sequence, limits.blockSize);
@@ -170,8 +172,8 @@ export function isDecodeStep(sequences: readonly ScheduledSequence[]): boolean {
   return sequences.every(({ tokens, promptLogprobs }) => tokens.length === 1 && !promptLogprobs);
 }
 
-/** At temperature 0 the row stays zero, and the most likely token is it. `floats` views the same memory as `target`. */
-function writeDraw(
+/** At temperature 0 the zeros stay, and the most likely token is it. `floats` views the same memory as `target`. */
+export function writeDraw(
   target: Int32Array,
   floats: Float32Array,
   at: number,
@@ -182,6 +184,7 @@ function writeDraw(
   target[at + 1] = params.topK;
   floats[at + 2] = params.topP;
   floats[at + 3] = uniform(params.seed, spec.index, spec.outputPosition);
+  floats[at + 4] = params.minP ?? 0;
 }
 
 /** The most work first, so that the last thread blocks to start are the shortest. */

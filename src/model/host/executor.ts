@@ -6,8 +6,10 @@ import type { TokenLogprob } from '../../wire/token-logprob.ts';
 import type { ModelConfig } from '../config.ts';
 import type { Executor, LayerHooks, StepHooks } from '../executor.ts';
 import { allocateKvCache } from '../kv-cache.ts';
+import { StepMasks } from '../masks.ts';
 import { lastRows, sampledRows } from '../rows.ts';
-import { logprobOf, sample } from '../sampler.ts';
+import { promptLogprobOf, sample } from '../sampler.ts';
+import { nothingLeft } from '../shaping.ts';
 import { type HostCaches, openHostCaches } from './caches.ts';
 import { HostLlama } from './llama.ts';
 import { type LlamaWeights, loadLlamaWeights } from './weights.ts';
@@ -55,7 +57,9 @@ export class HostExecutor implements Executor {
   }
 
   async forward(batch: ForwardBatch, hooks: StepHooks): Promise<ForwardResult> {
+    const masks = new StepMasks(batch.sequences, hooks);
     const hidden = await this.#run(batch, hooks);
+    await masks.settle();
     const sampled: SampledToken[] = [];
     const promptLogprobs = new Map<string, readonly TokenLogprob[]>();
     let first = 0;
@@ -76,10 +80,14 @@ export class HostExecutor implements Executor {
       chunk.forEach(({ sequence, sample: spec }, k) => {
         const row = logits.subarray(k * vocabSize, (k + 1) * vocabSize);
         hooks.sampling?.(sequence, row);
-        sampled.push({ sequenceId: sequence.sequenceId, ...sample(row, spec) });
+        const { sequenceId } = sequence;
+        if (masks.failed.has(sequenceId)) return;
+        const token = sample(row, spec, masks.of(sequenceId));
+        if (token) sampled.push({ sequenceId, ...token });
+        else masks.failed.set(sequenceId, nothingLeft(sequenceId).toData());
       });
     }
-    return { sampled, promptLogprobs };
+    return { sampled, promptLogprobs, failed: masks.failed };
   }
 
   async logits(batch: ForwardBatch): Promise<Float32Array> {
@@ -115,7 +123,11 @@ export class HostExecutor implements Executor {
       const logits = this.#model.logits(hidden, rows);
       rows.forEach((_, k) => {
         entries.push(
-          logprobOf(logits.subarray(k * this.vocabSize, (k + 1) * this.vocabSize), targets[i + k]!, count),
+          promptLogprobOf(
+            logits.subarray(k * this.vocabSize, (k + 1) * this.vocabSize),
+            targets[i + k]!,
+            count,
+          ),
         );
       });
     }

@@ -1,9 +1,13 @@
 /** /v1/chat/completions: its body, and how its answers are written. */
-
-import { PdError } from '../../errors.ts';
-import type { ChatMessage, TextModel } from '../../model/tokenizer.ts';
+import { randomBytes } from 'node:crypto';
+import { unreachable } from '../../errors.ts';
+import type { TextModel } from '../../model/tokenizer.ts';
+import { createParser, type Parsing, parsedTokens } from '../../parsing/parser.ts';
+import type { Part, PartParser } from '../../parsing/parts.ts';
+import { opensThoughts } from '../../parsing/reasoning.ts';
 import { z } from '../../zod.ts';
-import { type AnswerFormat, type ChoiceEvent, promptTokenIdsOf, tokenIdsOf } from './choice.ts';
+import { type AnswerBase, type AnswerFormat, answerOfChoices } from './answers.ts';
+import { type ChoiceEvent, promptTokenIdsOf, tokenIdsOf } from './choice.ts';
 import {
   askedOf,
   badField,
@@ -17,34 +21,35 @@ import {
   type Served,
   samplingFields,
   servedModel,
+  splitBody,
 } from './fields.ts';
-import { chatLogprobs } from './logprobs.ts';
+import { grammarFields, takeGrammar } from './grammar-fields.ts';
+import { chatLogprobs, promptLogprobsOf } from './logprobs.ts';
+import { conversationFields, messagesSchema, offeredTools, renderChat } from './messages.ts';
+import { turns } from './turns.ts';
 
-/** Content as text, or as parts of which only text is read here. */
-const content = z
-  .union([z.string(), z.array(z.object({ type: z.literal('text'), text: z.string() })), z.null()], {
-    error: 'expected text, or a list of {"type": "text"} parts',
-  })
-  .optional()
-  .transform((value) =>
-    typeof value === 'string' ? value : (value ?? []).map((part) => part.text).join('\n'),
-  );
-
-export const messagesSchema = z.array(z.looseObject({ role: z.string().min(1), content })).min(1);
-
-const chatSchema = z.object({
+export const chatSchema = z.object({
   ...samplingFields,
+  ...grammarFields,
+  ...conversationFields,
   messages: messagesSchema,
   max_completion_tokens: optional(z.int().min(0)),
   logprobs: optional(z.boolean()),
   top_logprobs: optional(z.int().min(0).max(MAX_LOGPROBS)),
-  add_generation_prompt: optional(z.boolean()),
+  parallel_tool_calls: optional(z.boolean()),
+  include_reasoning: optional(z.boolean()),
 });
 
-export type ChatReading = Read<z.output<typeof chatSchema>>;
+type ChatBody = z.output<typeof chatSchema>;
+
+export interface ChatReading
+  extends Read<Omit<ChatBody, 'tools' | 'chat_template_kwargs' | keyof typeof grammarFields>> {
+  readonly parsing: Parsing;
+}
 
 export function readChat(served: Served, model: TextModel, json: unknown): ChatReading {
-  const { messages, stop, stop_token_ids, ...body } = parseBody(chatSchema, json);
+  const [{ messages, ...given }, grammarWish] = takeGrammar(parseBody(chatSchema, json));
+  const [body, constraints] = splitBody(given);
   const name = servedModel(served, body.model);
   const maxTokens = body.max_completion_tokens ?? body.max_tokens;
   checkSampling(body, maxTokens);
@@ -55,39 +60,73 @@ export function readChat(served: Served, model: TextModel, json: unknown): ChatR
   if (body.top_logprobs !== undefined && body.logprobs !== true) {
     throw badField('top_logprobs', 'is allowed only with logprobs: true');
   }
+  const { tool_choice: choice } = body;
+  if (choice === 'required' || typeof choice === 'object') {
+    const given = JSON.stringify(choice).slice(0, 200);
+    throw badField('tool_choice', `${given} is not supported here; only "auto" and "none" are`);
+  }
+  const tools = offeredTools(json, body);
+  const calls = tools.length > 0 ? callsOf(served, body) : undefined;
   const output = Math.max(maxTokens ?? 1, 1);
-  const text = renderChat(model, messages, body.add_generation_prompt ?? true);
+  const text = renderChat(model, messages, body, tools);
+  const { reasoning } = served;
+  const parsing: Parsing = {
+    ...(calls && { calls }),
+    ...(reasoning && { reasoning: { dialect: reasoning, inside: opensThoughts(reasoning, text) } }),
+  };
+  const options = { output, param: 'messages', truncate: body.truncate_prompt_tokens };
   // The template has written the special tokens itself.
-  const ids = encodeText(served, model, text, false, output, 'messages');
-  const prompts = [{ text: '', tokens: checkPrompt(served, ids, output, 'messages') }];
+  const ids = encodeText(served, model, text, body.add_special_tokens ?? false, options);
+  const prompts = [{ text: '', tokens: checkPrompt(served, ids, options) }];
   const logprobs = body.logprobs ? (body.top_logprobs ?? 0) : undefined;
   const asked = askedOf(
+    served,
     model,
-    { ...body, stop, stop_token_ids },
-    { prompts, maxTokens, echo: false, logprobs },
+    { ...body, ...constraints },
+    { prompts, maxTokens, echo: false, logprobs, keep: parsedTokens(parsing), grammarWish },
   );
-  return { body, model: name, asked };
+  const { tools: _, chat_template_kwargs: __, ...kept } = body;
+  return { body: kept, model: name, asked, parsing };
 }
 
-/** The conversation as the model's template writes it. Throws REQUEST_INVALID where there is none, or where it refuses. */
-export function renderChat(
-  model: TextModel,
-  messages: readonly ChatMessage[],
-  addGenerationPrompt: boolean,
-): string {
-  if (!model.hasChatTemplate) throw badField('messages', 'this model has no chat template');
-  try {
-    return model.applyChatTemplate(messages, { addGenerationPrompt });
-  } catch (error) {
-    const { message } = PdError.from(error);
-    const told = `messages: ${message.slice(0, 1_000)}`;
-    throw new PdError('REQUEST_INVALID', told, { param: 'messages' }, { cause: error });
-  }
+/** How calls of the tools are to be read. */
+function callsOf({ calls }: Served, { tools = [] }: Pick<ChatBody, 'tools'>): Parsing['calls'] {
+  if (calls) return { dialect: calls, names: tools.map((tool) => tool.function.name) };
+  throw badField(
+    'tools',
+    'how this model writes calls is not known here: its chat template does not say (--tool-call-parser)',
+  );
 }
 
-export function chatFormat(model: TextModel, { body }: ChatReading): AnswerFormat {
+/** What a choice has said, as an answer of this API has it. */
+interface Said {
+  content: string;
+  reasoning: string;
+  readonly calls: Call[];
+}
+
+interface Call {
+  readonly id: string;
+  readonly name: string;
+  arguments: string;
+}
+
+/** One choice on its way out. */
+interface Speaking {
+  readonly parser: PartParser;
+  /** Of what the parser still holds. */
+  events: ChoiceEvent[];
+  /** Calls that have begun. */
+  calls: number;
+}
+
+export function chatFormat(model: TextModel, { body, parsing }: ChatReading, base: AnswerBase): AnswerFormat {
+  const parallel = body.parallel_tool_calls ?? true;
+  const wantsReasoning = body.include_reasoning ?? true;
+  const speaking = new Map<number, Speaking>();
+
   /** The fields after what is said. */
-  const about = async (events: readonly ChoiceEvent[]) => ({
+  const about = async (events: readonly ChoiceEvent[], calls: number) => ({
     logprobs: body.logprobs
       ? await chatLogprobs(
           model,
@@ -96,25 +135,141 @@ export function chatFormat(model: TextModel, { body }: ChatReading): AnswerForma
           body.return_tokens_as_token_ids,
         )
       : null,
-    finish_reason: events.at(-1)?.delta.finishReason ?? null,
+    finish_reason: finishReason(events, calls),
     ...tokenIdsOf(body, events),
   });
-  return {
+
+  /** What a chunk of a stream says of one part; undefined where that is nothing. */
+  const deltaOf = (part: Part, choice: Speaking): object | undefined => {
+    const ignored = !parallel && choice.calls > 1;
+    switch (part.type) {
+      case 'content':
+        return { content: part.text };
+      case 'reasoning':
+        return wantsReasoning ? reasoningOf(part.text) : undefined;
+      case 'call': {
+        const index = choice.calls++;
+        if (!parallel && index > 0) return undefined;
+        const { id, name } = newCall(part.name, parsing);
+        return { tool_calls: [{ index, id, type: 'function', function: { name, arguments: '' } }] };
+      }
+      case 'arguments':
+        if (ignored) return undefined;
+        return { tool_calls: [{ index: choice.calls - 1, function: { arguments: part.text } }] };
+      case 'broken':
+        return undefined; // what has gone out cannot be taken back
+      default:
+        return unreachable(part, 'part of an answer');
+    }
+  };
+
+  return answerOfChoices(base, body.stream_options?.include_usage ?? false, {
     object: 'chat.completion',
     chunkObject: 'chat.completion.chunk',
     async deltas(event) {
       const { index, start } = event;
-      const { text, finishReason } = event.delta;
+      let choice = speaking.get(index);
+      if (!choice) {
+        choice = { parser: createParser(parsing), events: [], calls: 0 };
+        speaking.set(index, choice);
+      }
       const role = { role: 'assistant', content: '' };
       const opening = start ? [{ index, delta: role, logprobs: null, finish_reason: null }] : [];
-      if (text === '' && finishReason === undefined) return opening;
-      const delta = text === '' ? {} : { content: text };
-      return [...opening, { index, delta, ...(await about([event])) }];
+      choice.events.push(event);
+      const finished = event.delta.finishReason !== undefined;
+      const parts = choice.parser.push(event.delta.text);
+      if (finished) parts.push(...choice.parser.flush());
+      const deltas: object[] = [];
+      for (const part of parts) {
+        const delta = deltaOf(part, choice);
+        if (delta) deltas.push(delta);
+      }
+      if (deltas.length === 0 && !finished) return opening;
+      const last = deltas.pop() ?? {};
+      const { events } = choice;
+      choice.events = [];
+      if (finished) speaking.delete(index);
+      return [
+        ...opening,
+        ...deltas.map((delta) => ({ index, delta, logprobs: null, finish_reason: null })),
+        { index, delta: last, ...(await about(events, choice.calls)) },
+      ];
     },
     async whole(index, events) {
-      const text = events.map(({ delta }) => delta.text).join('');
-      return { index, message: { role: 'assistant', content: text }, ...(await about(events)) };
+      const { content, reasoning, calls } = await saidIn(events, parsing);
+      const told = parallel ? calls : calls.slice(0, 1);
+      const silent = content === '' && (told.length > 0 || reasoning !== '');
+      const message = {
+        role: 'assistant',
+        content: silent ? null : content,
+        ...(reasoning !== '' && wantsReasoning && reasoningOf(reasoning)),
+        ...(told.length > 0 && {
+          tool_calls: told.map(({ id, name, arguments: text }) => ({
+            id,
+            type: 'function',
+            function: { name, arguments: text },
+          })),
+        }),
+      };
+      return { index, message, ...(await about(events, told.length)) };
     },
-    besideChoices: (event) => promptTokenIdsOf(body, event),
-  };
+    async besideChoices(event) {
+      const ofPrompt = await promptLogprobsOf(model, body, event?.start);
+      return { ...ofPrompt, ...promptTokenIdsOf(body, event) };
+    },
+  });
+}
+
+/** A whole choice. Here a call that broke can still become text. */
+async function saidIn(events: readonly ChoiceEvent[], parsing: Parsing): Promise<Said> {
+  const parser = createParser(parsing);
+  const said: Said = { content: '', reasoning: '', calls: [] };
+  const turn = turns();
+  for (const { delta } of events) {
+    for (const part of parser.push(delta.text)) take(part, said, parsing);
+    await turn();
+  }
+  for (const part of parser.flush()) take(part, said, parsing);
+  return said;
+}
+
+function take(part: Part, said: Said, parsing: Parsing): void {
+  switch (part.type) {
+    case 'content':
+    case 'reasoning':
+      said[part.type] += part.text;
+      return;
+    case 'call':
+      said.calls.push(newCall(part.name, parsing));
+      return;
+    case 'arguments':
+      said.calls.at(-1)!.arguments += part.text;
+      return;
+    case 'broken':
+      said.calls.pop();
+      said.content += part.text;
+      return;
+    default:
+      unreachable(part, 'part of an answer');
+  }
+}
+
+function finishReason(events: readonly ChoiceEvent[], calls: number): string | null {
+  const reason = events.at(-1)?.delta.finishReason;
+  return reason === 'stop' && calls > 0 ? 'tool_calls' : (reason ?? null);
+}
+
+/** Under its older name and its newer one. */
+function reasoningOf(text: string): object {
+  return { reasoning_content: text, reasoning: text };
+}
+
+function newCall(name: string, parsing: Parsing): Call {
+  return { id: newCallId(parsing), name, arguments: '' };
+}
+
+/** The templates of Mistral take ids of nine letters and digits alone. */
+export function newCallId({ calls }: Parsing): string {
+  const random = randomBytes(12).toString('hex');
+  return calls?.dialect === 'mistral' ? random.slice(0, 9) : `call_${random}`;
 }

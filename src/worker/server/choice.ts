@@ -1,10 +1,11 @@
 /** One completion on its way out: tokens become text, text stops at stop strings, and log-probabilities stay beside their tokens. */
 import { PdError } from '../../errors.ts';
 import type { TextModel } from '../../model/tokenizer.ts';
+import { partialEnd } from '../../parsing/parts.ts';
 import type { PromptLogprobs } from '../../scheduler/prompt-logprobs.ts';
 import type { RequestOutput } from '../../scheduler/types.ts';
 import type { TokenLogprob } from '../../wire/token-logprob.ts';
-import type { ReadPrompt, SamplingBody } from './fields.ts';
+import type { ReadPrompt, SamplingBody, TextOptions } from './fields.ts';
 
 /** A token's log-probabilities and where its text begins in the completion (after the prompt, where that is echoed). */
 export interface ChoiceLogprob {
@@ -31,21 +32,10 @@ export interface ChoiceEvent {
 
 export interface Usage {
   readonly prompt_tokens: number;
+  /** Of the prompt: found in the prefix cache. */
+  readonly prompt_tokens_details: { readonly cached_tokens: number };
   readonly total_tokens: number;
   readonly completion_tokens: number;
-}
-
-/** How one API writes its answers: what stands in `choices`, and beside it. */
-export interface AnswerFormat {
-  /** `object` of a whole answer, and of a chunk of a stream. */
-  readonly object: string;
-  readonly chunkObject: string;
-  /** What a stream says of one event, each in a chunk of its own. */
-  deltas(event: ChoiceEvent): Promise<readonly object[]>;
-  /** A whole choice, of its events in order. */
-  whole(index: number, events: readonly ChoiceEvent[]): Promise<object>;
-  /** Beside the choices of an answer or chunk that begins with this event. */
-  besideChoices?(event: ChoiceEvent | undefined): object;
 }
 
 /** The fields that `return_token_ids` adds to a choice, as vLLM names them. */
@@ -68,6 +58,7 @@ export class Choice {
   readonly #decoder: ReturnType<TextModel['decoder']>;
   readonly #stops: StopMatcher;
   readonly #minTokens: number;
+  readonly #includeStop: boolean;
   #tokens = 0;
   /** Characters decoded so far, those held back included. */
   #decoded: number;
@@ -76,9 +67,16 @@ export class Choice {
   #finished = false;
 
   /** `offset`: characters before the completion (an echoed prompt). */
-  constructor(model: TextModel, stops: readonly string[], minTokens: number, offset = 0) {
-    this.#decoder = model.decoder();
-    this.#stops = new StopMatcher(stops);
+  constructor(
+    model: TextModel,
+    stops: readonly string[],
+    minTokens: number,
+    offset = 0,
+    { includeStop = false, ...decoding }: TextOptions = {},
+  ) {
+    this.#decoder = model.decoder(decoding);
+    this.#stops = new StopMatcher(stops, includeStop);
+    this.#includeStop = includeStop;
     this.#minTokens = minTokens;
     this.#decoded = offset;
   }
@@ -108,12 +106,13 @@ export class Choice {
     let text = '';
     for (const [i, token] of output.tokens.entries()) {
       // The token that ended the completion (end of sequence, stop_token_ids) is counted but is no text.
-      const ending = finishReason === 'stop' && i === output.tokens.length - 1;
+      const last = i === output.tokens.length - 1;
+      const ending = finishReason === 'stop' && last && !output.grammarEnded;
       const logprob = output.logprobs?.[i];
       if (logprob) this.#pending.push({ logprob, offset: this.#decoded });
       this.#pendingTokens.push(token);
       this.#tokens++;
-      if (!ending) text += this.#emit(this.#decoder.push(token));
+      if (!ending || this.#includeStop) text += this.#emit(this.#decoder.push(token));
       if (this.stopped) return this.#delta(text, 'stop');
     }
     if (finishReason === undefined) return this.#delta(text);
@@ -150,11 +149,14 @@ export class Choice {
  */
 export class StopMatcher {
   readonly #stops: readonly string[];
+  readonly #include: boolean;
   #held = '';
   #matched: string | undefined;
 
-  constructor(stops: readonly string[]) {
+  /** `include`: what stopped the text is part of it. */
+  constructor(stops: readonly string[], include = false) {
     this.#stops = stops;
+    this.#include = include;
   }
 
   /** The stop string found, the earliest in the text. Nothing comes out after it. */
@@ -177,9 +179,9 @@ export class StopMatcher {
     }
     if (end >= 0) {
       this.#held = '';
-      return all.slice(0, end);
+      return all.slice(0, this.#include ? end + this.#matched!.length : end);
     }
-    const keep = this.#partialEnd(all);
+    const keep = partialEnd(all, this.#stops);
     this.#held = all.slice(all.length - keep);
     return all.slice(0, all.length - keep);
   }
@@ -189,19 +191,5 @@ export class StopMatcher {
     const held = this.#held;
     this.#held = '';
     return held;
-  }
-
-  /** Length of the longest end of `text` that some stop string begins with. */
-  #partialEnd(text: string): number {
-    let longest = 0;
-    for (const stop of this.#stops) {
-      for (let length = Math.min(stop.length - 1, text.length); length > longest; length--) {
-        if (text.endsWith(stop.slice(0, length))) {
-          longest = length;
-          break;
-        }
-      }
-    }
-    return longest;
   }
 }

@@ -3,13 +3,8 @@
 import type { TextModel } from '../../model/tokenizer.ts';
 import { unpackLogprobs } from '../../scheduler/prompt-logprobs.ts';
 import { z } from '../../zod.ts';
-import {
-  type AnswerFormat,
-  type ChoiceEvent,
-  type ChoiceLogprob,
-  promptTokenIdsOf,
-  tokenIdsOf,
-} from './choice.ts';
+import { type AnswerBase, type AnswerFormat, answerOfChoices } from './answers.ts';
+import { type ChoiceEvent, type ChoiceLogprob, promptTokenIdsOf, tokenIdsOf } from './choice.ts';
 import {
   askedOf,
   badField,
@@ -25,13 +20,15 @@ import {
   type Served,
   samplingFields,
   servedModel,
+  splitBody,
   tokenIds,
 } from './fields.ts';
-import { completionLogprobs } from './logprobs.ts';
+import { grammarFields, takeGrammar } from './grammar-fields.ts';
+import { completionLogprobs, promptLogprobsOf } from './logprobs.ts';
 
 const DEFAULT_MAX_TOKENS = 16;
 
-const promptForms = z
+export const promptForms = z
   .union([z.string(), z.array(z.string()).min(1), tokenIds.min(1), z.array(tokenIds.min(1)).min(1)], {
     error: 'expected a string, a list of strings, a list of token ids, or a list of lists of token ids',
   })
@@ -42,7 +39,7 @@ const promptForms = z
   .refine((list) => list.length <= MAX_PROMPTS, `more than ${MAX_PROMPTS} prompts`);
 
 /** One list of ids comes often and long, and a union of schemas tries each form on every id. */
-const prompts = z.unknown().transform((prompt, context): readonly (string | readonly number[])[] => {
+export const prompts = z.unknown().transform((prompt, context): readonly (string | readonly number[])[] => {
   if (isIds(prompt)) return [prompt];
   const { success, data, error } = promptForms.safeParse(prompt);
   if (success) return data;
@@ -56,18 +53,20 @@ function isIds(value: unknown): value is readonly number[] {
   return Array.isArray(value) && value.length > 0 && value.every((id) => Number.isSafeInteger(id) && id >= 0);
 }
 
-const completionSchema = z.object({
+export const completionSchema = z.object({
   ...samplingFields,
+  ...grammarFields,
   prompt: prompts,
   echo: optional(z.boolean()),
   logprobs: optional(z.int().min(0).max(MAX_LOGPROBS)),
   add_special_tokens: optional(z.boolean()),
 });
 
-export type CompletionReading = Read<z.output<typeof completionSchema>>;
+export type CompletionReading = Read<Omit<z.output<typeof completionSchema>, keyof typeof grammarFields>>;
 
 export function readCompletion(served: Served, model: TextModel, json: unknown): CompletionReading {
-  const { prompt, stop, stop_token_ids, ...body } = parseBody(completionSchema, json);
+  const [{ prompt, ...given }, grammarWish] = takeGrammar(parseBody(completionSchema, json));
+  const [body, constraints] = splitBody(given);
   const name = servedModel(served, body.model);
   const echo = body.echo ?? false;
   checkSampling(body, body.max_tokens);
@@ -75,18 +74,27 @@ export function readCompletion(served: Served, model: TextModel, json: unknown):
   const output = Math.max(body.max_tokens ?? 1, 1);
   const prompts = prompt.map((given, index): ReadPrompt => {
     const param = prompt.length > 1 ? `prompt.${index}` : 'prompt';
+    const options = { output, param, truncate: body.truncate_prompt_tokens };
     if (typeof given !== 'string') {
-      const tokens = checkPrompt(served, given, output, param);
-      return { text: echo ? model.decode(given, { skipSpecialTokens: false }) : '', tokens };
+      const tokens = checkPrompt(served, given, options);
+      return { text: echo ? model.decode(tokens, { skipSpecialTokens: false }) : '', tokens };
     }
-    const ids = encodeText(served, model, given, body.add_special_tokens ?? true, output, param);
-    return { text: echo ? given : '', tokens: checkPrompt(served, ids, output, param) };
+    const ids = encodeText(served, model, given, body.add_special_tokens ?? true, options);
+    const tokens = checkPrompt(served, ids, options);
+    const whole = tokens.length === ids.length;
+    const text = whole ? given : model.decode(tokens, { skipSpecialTokens: false });
+    return { text: echo ? text : '', tokens };
   });
-  const own = { prompts, maxTokens: body.max_tokens ?? DEFAULT_MAX_TOKENS, echo, logprobs: body.logprobs };
-  return { body, model: name, asked: askedOf(model, { ...body, stop, stop_token_ids }, own) };
+  const maxTokens = body.max_tokens ?? DEFAULT_MAX_TOKENS;
+  const own = { prompts, maxTokens, echo, logprobs: body.logprobs, grammarWish };
+  return { body, model: name, asked: askedOf(served, model, { ...body, ...constraints }, own) };
 }
 
-export function completionFormat(model: TextModel, { body }: CompletionReading): AnswerFormat {
+export function completionFormat(
+  model: TextModel,
+  { body }: CompletionReading,
+  base: AnswerBase,
+): AnswerFormat {
   const echo = body.echo ?? false;
   const choiceOf = async (index: number, events: readonly ChoiceEvent[]) => {
     const start = events[0]?.start;
@@ -105,11 +113,12 @@ export function completionFormat(model: TextModel, { body }: CompletionReading):
               body.return_tokens_as_token_ids,
             ),
       finish_reason: events.at(-1)?.delta.finishReason ?? null,
+      ...(await promptLogprobsOf(model, body, start)),
       ...promptTokenIdsOf(body, events[0]),
       ...tokenIdsOf(body, events),
     };
   };
-  return {
+  return answerOfChoices(base, body.stream_options?.include_usage ?? false, {
     object: 'text_completion',
     chunkObject: 'text_completion',
     async deltas(event) {
@@ -119,7 +128,7 @@ export function completionFormat(model: TextModel, { body }: CompletionReading):
       return [await choiceOf(event.index, [event])];
     },
     whole: choiceOf,
-  };
+  });
 }
 
 /** Log-probabilities of a choice, before them those of an echoed prompt from its second token on, each at where its text begins. */

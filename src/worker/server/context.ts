@@ -5,14 +5,24 @@ import type { WorkerConfig } from '../../config/worker-config.ts';
 import type { TextModel } from '../../model/tokenizer.ts';
 import type { Logger } from '../../observability/log.ts';
 import type { MetricsPage } from '../../observability/metrics.ts';
+import { dialectOf } from '../../parsing/calls.ts';
+import { reasoningOf } from '../../parsing/reasoning.ts';
 import type { CoreClient } from '../core-client.ts';
 import type { BodyReader, Readings, Route } from '../request-reader.ts';
+import type { Served } from './fields.ts';
 import type { InFlight } from './in-flight.ts';
 
 export interface ServerContext {
   readonly config: Pick<
     WorkerConfig,
-    'servedModelNames' | 'randomizeRequestIds' | 'role' | 'maxNumSeqs' | 'debugState' | 'wire'
+    | 'servedModelNames'
+    | 'randomizeRequestIds'
+    | 'role'
+    | 'maxNumSeqs'
+    | 'debugState'
+    | 'toolCallParser'
+    | 'reasoningParser'
+    | 'wire'
   > & { readonly transfer: Pick<TransferOptions, 'kvKey'> };
   readonly core: Pick<CoreClient, 'generate' | 'info' | 'inspect' | 'state' | 'tell'>;
   readonly reader: BodyReader;
@@ -29,14 +39,27 @@ export interface ServerContext {
 
 /** The routes whose bodies may be long read them by this. */
 export function readRequest<R extends Route>(
-  { config, core, reader }: ServerContext,
+  context: ServerContext,
   route: R,
   request: FastifyRequest,
   signal?: AbortSignal,
 ): Promise<Readings[R]> {
+  return context.reader.read(servedBy(context), route, bodyOf(request), signal);
+}
+
+function servedBy({ config, core, model }: ServerContext): Served {
   const { maxModelLen, vocabSize } = core.info;
-  const served = { modelNames: config.servedModelNames, maxModelLen, vocabSize };
-  return reader.read(served, route, bodyOf(request), signal);
+  const { servedModelNames: modelNames, toolCallParser, reasoningParser } = config;
+  const template = model.chatTemplate ?? '';
+  const calls = toolCallParser === 'auto' ? dialectOf(template) : toolCallParser;
+  const reasoning = reasoningParser === 'auto' ? reasoningOf(template) : reasoningParser;
+  return {
+    modelNames,
+    maxModelLen,
+    vocabSize,
+    ...(calls && calls !== 'none' && { calls }),
+    ...(reasoning && reasoning !== 'none' && { reasoning }),
+  };
 }
 
 /** A body as it came. Only JSON gets this far; a request without any body has none. */

@@ -4,7 +4,10 @@
  */
 import { parse } from 'secure-json-parse';
 import { PdError } from '../../errors.ts';
-import type { TextModel } from '../../model/tokenizer.ts';
+import type { GrammarSpec } from '../../grammar/grammar.ts';
+import type { Decoding, TextModel } from '../../model/tokenizer.ts';
+import type { CallDialect } from '../../parsing/calls.ts';
+import type { ReasoningDialect } from '../../parsing/reasoning.ts';
 import type { SamplingParams } from '../../scheduler/types.ts';
 import { z } from '../../zod.ts';
 
@@ -14,38 +17,36 @@ const MAX_N = 128;
 export const MAX_PROMPTS = 1_024;
 /** Each goes to the core with each prompt. */
 const MAX_STOP_TOKEN_IDS = 1_024;
+/** Each is looked up with each token. */
+const MAX_BIASES = 1_024;
+const MAX_BAD_WORDS = 256;
+const MAX_BAD_WORD = 256;
 
 export const tokenIds = z.array(z.int().min(0));
 export const optional = <T extends z.ZodType>(schema: T) =>
   schema.nullish().transform((value) => value ?? undefined);
 
 /** Fields of OpenAI and vLLM that are not done, with the values that ask for nothing. */
-const NOT_DONE: Readonly<Record<string, readonly unknown[]>> = {
-  presence_penalty: [0],
-  frequency_penalty: [0],
-  repetition_penalty: [1],
+export const NOT_DONE: Readonly<Record<string, readonly unknown[]>> = {
   length_penalty: [1],
-  min_p: [0],
-  logit_bias: [{}],
   suffix: [''],
   use_beam_search: [false],
-  include_stop_str_in_output: [false],
-  skip_special_tokens: [true],
-  prompt_logprobs: [],
-  truncate_prompt_tokens: [],
   tools: [[]],
   tool_choice: ['none', 'auto'],
   functions: [[]],
   function_call: ['none', 'auto'],
-  response_format: [{ type: 'text' }],
-  structured_outputs: [],
-  guided_json: [],
-  guided_regex: [],
-  guided_choice: [],
-  guided_grammar: [],
   chat_template: [],
-  continue_final_message: [false],
   prompt_embeds: [],
+  documents: [[]],
+  echo: [false],
+  audio: [],
+  modalities: [['text']],
+  web_search_options: [],
+  verbosity: ['medium'],
+  mm_processor_kwargs: [{}],
+  logits_processors: [[]],
+  vllm_xargs: [{}],
+  cache_salt: [],
 };
 
 export const samplingFields = {
@@ -57,6 +58,23 @@ export const samplingFields = {
   temperature: optional(z.number().min(0).max(2)),
   top_p: optional(z.number().gt(0).max(1)),
   top_k: optional(z.int().min(-1)),
+  min_p: optional(z.number().min(0).max(1)),
+  presence_penalty: optional(z.number().min(-2).max(2)),
+  frequency_penalty: optional(z.number().min(-2).max(2)),
+  repetition_penalty: optional(z.number().min(0.01).max(100)),
+  logit_bias: optional(
+    z
+      .record(z.string().regex(/^\d{1,9}$/, 'expected token ids as keys'), z.number().min(-100).max(100))
+      .transform((bias) =>
+        Object.entries(bias).map(([token, value]): [number, number] => [Number(token), value]),
+      )
+      .refine((bias) => bias.length <= MAX_BIASES, `more than ${MAX_BIASES} tokens`),
+  ),
+  allowed_token_ids: optional(tokenIds.min(1)),
+  bad_words: optional(
+    z.array(z.string().regex(/\S/, 'a bad word must not be empty').max(MAX_BAD_WORD)).max(MAX_BAD_WORDS),
+  ),
+  prompt_logprobs: optional(z.int().min(0).max(MAX_LOGPROBS)),
   seed: optional(z.int()),
   n: optional(z.int().min(1).max(MAX_N)),
   best_of: optional(z.int().min(1)),
@@ -70,9 +88,27 @@ export const samplingFields = {
   ignore_eos: optional(z.boolean()),
   return_token_ids: optional(z.boolean()),
   return_tokens_as_token_ids: optional(z.boolean()),
+  /** Lower ones go first. */
+  priority: optional(
+    z
+      .int()
+      .min(-(2 ** 31))
+      .max(2 ** 31 - 1),
+  ),
+  include_stop_str_in_output: optional(z.boolean()),
+  skip_special_tokens: optional(z.boolean()),
+  truncate_prompt_tokens: optional(
+    z.union([z.int().min(1), z.literal(-1)], 'expected a number of tokens, or -1 for as many as fit'),
+  ),
 };
 
 export type SamplingBody = z.output<z.ZodObject<typeof samplingFields>>;
+
+/** The fields that say what may be generated, each of which may be long. */
+type Constraints = Pick<
+  SamplingBody,
+  'stop' | 'stop_token_ids' | 'logit_bias' | 'allowed_token_ids' | 'bad_words'
+>;
 
 /** What a body is checked against, beside the model's text. */
 export interface Served {
@@ -81,12 +117,27 @@ export interface Served {
   /** Most tokens of a sequence, prompt and output. */
   readonly maxModelLen: number;
   readonly vocabSize: number;
+  /** How the model writes calls of tools and marks its thoughts; absent where that is not known, or not to be looked at. */
+  readonly calls?: CallDialect;
+  readonly reasoning?: ReasoningDialect;
 }
 
 export interface ReadPrompt {
   /** As given, or decoded from the token ids. Empty where it is not echoed: nobody needs it then. */
   readonly text: string;
   readonly tokens: Int32Array<ArrayBuffer>;
+}
+
+/** How tokens become text. */
+export interface TextOptions extends Decoding {
+  /** What ended the completion, a stop string or token, is part of the text. */
+  readonly includeStop?: boolean;
+}
+
+/** What a request wants its text to be, and the field that says so. */
+export interface GrammarWish {
+  readonly spec: GrammarSpec;
+  readonly param: string;
 }
 
 /** What a completion or chat asks of the core. */
@@ -96,13 +147,17 @@ export interface Asked {
   readonly sampling: Omit<SamplingParams, 'maxTokens' | 'seed'> & { readonly seed?: number };
   /** 0 scores the prompt alone (echo). Absent: as many as fit. */
   readonly maxTokens: number | undefined;
+  readonly priority: number;
   readonly stops: readonly string[];
+  readonly text: TextOptions;
+  /** To be built into `sampling.grammar` before it goes to the core. */
+  readonly grammarWish?: GrammarWish;
   readonly echo: boolean;
 }
 
 /** The body without what may be long: what its answer is written by. */
 export interface Read<Body> {
-  readonly body: Omit<Body, 'prompt' | 'messages' | 'stop' | 'stop_token_ids'>;
+  readonly body: Omit<Body, 'prompt' | 'messages' | keyof Constraints>;
   readonly model: string;
   readonly asked: Asked;
 }
@@ -123,13 +178,14 @@ export function badField(param: string, message: string): PdError {
 }
 
 /** The body, or REQUEST_INVALID that names the first field that is wrong and what it may be. */
-export function parseBody<T>(schema: z.ZodType<T>, body: unknown): T {
+export function parseBody<T>(schema: z.ZodType<T>, body: unknown, notDone = NOT_DONE): T {
+  const known = (schema as Partial<z.ZodObject>).shape ?? {};
   if (typeof body !== 'object' || body === null || Array.isArray(body)) {
     throw new PdError('REQUEST_INVALID', 'the body must be a JSON object');
   }
-  for (const [field, neutral] of Object.entries(NOT_DONE)) {
+  for (const [field, neutral] of Object.entries(notDone)) {
     const value = (body as Record<string, unknown>)[field];
-    if (value === undefined || value === null) continue;
+    if (value === undefined || value === null || field in known) continue;
     const text = JSON.stringify(value);
     if (!neutral.some((allowed) => JSON.stringify(allowed) === text)) {
       const only = neutral.length === 0 ? 'leave it out' : `only ${JSON.stringify(neutral[0])} is`;
@@ -143,9 +199,17 @@ export function parseBody<T>(schema: z.ZodType<T>, body: unknown): T {
   throw badField(path, issue?.message ?? 'is not allowed');
 }
 
+/** A body in two, as nothing that may be long goes on to whoever writes its answer. */
+export function splitBody<Body extends Constraints>(
+  body: Body,
+): [Omit<Body, keyof Constraints>, Constraints] {
+  const { stop, stop_token_ids, logit_bias, allowed_token_ids, bad_words, ...rest } = body;
+  return [rest, { stop, stop_token_ids, logit_bias, allowed_token_ids, bad_words }];
+}
+
 /** Checks that involve more than one field. */
 export function checkSampling(
-  body: Pick<SamplingBody, 'n' | 'best_of' | 'stream' | 'stream_options' | 'min_tokens'>,
+  body: Pick<SamplingBody, 'n' | 'best_of' | 'stream' | 'stream_options' | 'min_tokens' | 'prompt_logprobs'>,
   maxTokens: number | undefined,
 ): void {
   const n = body.n ?? 1;
@@ -154,6 +218,9 @@ export function checkSampling(
   }
   if (body.stream_options !== undefined && body.stream !== true) {
     throw badField('stream_options', 'is allowed only with stream: true');
+  }
+  if (body.prompt_logprobs !== undefined && body.stream === true) {
+    throw badField('prompt_logprobs', 'is not allowed with stream: true');
   }
   if (maxTokens !== undefined && (body.min_tokens ?? 0) > maxTokens) {
     throw badField('min_tokens', `${body.min_tokens} is more than max_tokens, ${maxTokens}`);
@@ -173,19 +240,50 @@ export function servedModel({ modelNames }: Served, requested: string | undefine
   return modelNames[0]!;
 }
 
-/** What a checked body asks of the core. `logprobs`: alternatives per token. */
+/**
+ * What a checked body asks of the core. `logprobs`: alternatives per token; `keep`: special tokens that have text nevertheless. Throws
+ * REQUEST_INVALID for token ids that there are not.
+ */
 export function askedOf(
-  { eosTokenIds }: TextModel,
+  served: Served,
+  model: TextModel,
   body: SamplingBody,
   {
     logprobs,
+    keep,
+    grammarWish,
     ...own
-  }: Pick<Asked, 'prompts' | 'maxTokens' | 'echo'> & { readonly logprobs: number | undefined },
+  }: Pick<Asked, 'prompts' | 'maxTokens' | 'echo'> & {
+    readonly logprobs: number | undefined;
+    readonly keep?: readonly string[];
+    readonly grammarWish?: GrammarWish | undefined;
+  },
 ): Asked {
+  const { eosTokenIds } = model;
+  const {
+    allowed_token_ids: allowed,
+    logit_bias: biases,
+    prompt_logprobs = own.echo ? logprobs : undefined,
+  } = body;
+  if (allowed) checkVocabulary(served, allowed, 'allowed_token_ids');
+  if (biases)
+    checkVocabulary(
+      served,
+      biases.map(([token]) => token),
+      'logit_bias',
+    );
+  const badWords = (body.bad_words ?? []).flatMap((word) => spellings(model, word));
   return {
     ...own,
     n: body.n ?? 1,
+    priority: body.priority ?? 0,
+    ...(grammarWish && { grammarWish }),
     stops: body.stop ?? [],
+    text: {
+      skipSpecialTokens: body.skip_special_tokens ?? true,
+      includeStop: body.include_stop_str_in_output ?? false,
+      ...(keep && { keep }),
+    },
     sampling: {
       temperature: body.temperature ?? 1,
       topP: body.top_p ?? 1,
@@ -194,40 +292,69 @@ export function askedOf(
       minTokens: body.min_tokens ?? 0,
       stopTokenIds: [...new Set([...(body.ignore_eos ? [] : eosTokenIds), ...(body.stop_token_ids ?? [])])],
       ...(logprobs !== undefined && { logprobs }),
-      ...(logprobs !== undefined && own.echo && { promptLogprobs: logprobs }),
+      ...(prompt_logprobs !== undefined && {
+        promptLogprobs: Math.max(prompt_logprobs, own.echo ? (logprobs ?? 0) : 0),
+      }),
+      ...(body.min_p && { minP: body.min_p }),
+      ...(body.presence_penalty && { presencePenalty: body.presence_penalty }),
+      ...(body.frequency_penalty && { frequencyPenalty: body.frequency_penalty }),
+      ...(body.repetition_penalty !== undefined &&
+        body.repetition_penalty !== 1 && { repetitionPenalty: body.repetition_penalty }),
+      ...(biases && biases.length > 0 && { logitBias: biases }),
+      ...(allowed && { allowedTokenIds: [...new Set(allowed)] }),
+      ...(badWords.length > 0 && { badWords }),
     },
   };
 }
 
-/** Text that is too long however it is tokenized is refused before a tokenizer spends time on it. `output`: tokens to generate. */
+/** The tokens of a bad word, at the beginning of a text and after a space. */
+function spellings(model: TextModel, word: string): (readonly number[])[] {
+  const text = word.trimStart();
+  const [first, second] = [text, ` ${text}`].map((spelt) => model.encode(spelt, { addSpecialTokens: false }));
+  // A tokenizer that makes the space a token of its own would ban what comes after any space.
+  const own = second && second.length === first?.length && second[0] !== first[0];
+  return [first ?? [], own ? second : []].filter((tokens) => tokens.length > 0);
+}
+
+/** How a prompt is brought to tokens. */
+interface PromptOptions {
+  /** Tokens to generate. */
+  readonly output: number;
+  /** The field that it came from. */
+  readonly param: string;
+  /** Keep so many tokens at the end; -1: as many as fit. */
+  readonly truncate?: number | undefined;
+}
+
+/** Text that is too long however it is tokenized is refused before a tokenizer spends time on it. */
 export function encodeText(
   served: Served,
   model: TextModel,
   text: string,
   addSpecialTokens: boolean,
-  output: number,
-  param: string,
+  { output, param, truncate }: PromptOptions,
 ): readonly number[] {
   const least = Math.ceil(text.length / model.charactersPerToken);
-  if (least + output > served.maxModelLen) {
+  if (truncate === undefined && least + output > served.maxModelLen) {
     throw contextExceeded(served, param, `${text.length} characters, at least ${least} tokens,`, output);
   }
   return model.encode(text, { addSpecialTokens });
 }
 
-/** Checks a tokenized prompt against context and vocabulary. `param` names the field that it came from. */
+/** Checks a tokenized prompt against context and vocabulary. */
 export function checkPrompt(
   served: Served,
   tokens: readonly number[],
-  output: number,
-  param: string,
+  { output, param, truncate }: PromptOptions,
 ): Int32Array<ArrayBuffer> {
   if (tokens.length === 0) throw badField(param, 'is empty: there is nothing to go on from');
-  if (tokens.length + output > served.maxModelLen) {
-    throw contextExceeded(served, param, `${tokens.length} prompt tokens`, output);
+  const most = truncate === -1 ? Math.max(served.maxModelLen - output, 1) : (truncate ?? tokens.length);
+  const kept = tokens.length > most ? tokens.slice(-most) : tokens;
+  if (kept.length + output > served.maxModelLen) {
+    throw contextExceeded(served, param, `${kept.length} prompt tokens`, output);
   }
-  checkVocabulary(served, tokens, param);
-  return Int32Array.from(tokens);
+  checkVocabulary(served, kept, param);
+  return Int32Array.from(kept);
 }
 
 export function checkVocabulary({ vocabSize }: Served, tokens: readonly number[], param: string): void {

@@ -34,6 +34,7 @@ export class GenerationRun {
   /** Of a request that names none and is this worker's alone. */
   readonly #seed = randomInt(2 ** 31);
   #kvFailure: ErrorData | undefined;
+  #cachedTokens = 0;
 
   constructor(context: ServerContext, plan: Plan) {
     const { maxNumSeqs } = context.config;
@@ -52,7 +53,12 @@ export class GenerationRun {
     const { prompts, maxTokens } = this.#plan;
     const prompt = prompts.reduce((sum, { tokens }) => sum + tokens.length, 0);
     const completion = maxTokens === 0 ? 0 : this.#choices.reduce((sum, choice) => sum + choice.tokens, 0);
-    return { prompt_tokens: prompt, total_tokens: prompt + completion, completion_tokens: completion };
+    return {
+      prompt_tokens: prompt,
+      total_tokens: prompt + completion,
+      completion_tokens: completion,
+      prompt_tokens_details: { cached_tokens: this.#cachedTokens },
+    };
   }
 
   /** Throws the first error of any prompt; the others are aborted then, as they are when `signal` fires or the loop is left. */
@@ -90,11 +96,14 @@ export class GenerationRun {
 
   async #pump(at: number, out: AsyncQueue<ChoiceEvent>, signal: AbortSignal): Promise<void> {
     const { core, metrics, config, model, inFlight, log } = this.#context;
-    const { n, sampling, stops, echo, maxTokens, prefillWithinMs, wire } = this.#plan;
+    const { n, sampling, stops, echo, maxTokens, prefillWithinMs, text, priority, wire } = this.#plan;
     const prompt = this.#plan.prompts[at]!;
     const serverId = this.#plan.serverIds[at]!;
     const offset = echo ? prompt.text.length : 0;
-    const choices = Array.from({ length: n }, () => new Choice(model, stops, sampling.minTokens, offset));
+    const choices = Array.from(
+      { length: n },
+      () => new Choice(model, stops, sampling.minTokens, offset, text),
+    );
     this.#choices.push(...choices);
     const room = core.info.maxModelLen - prompt.tokens.length;
     const suffix = config.randomizeRequestIds ? randomBytes(4).toString('hex') : undefined;
@@ -108,6 +117,7 @@ export class GenerationRun {
         promptTokens: prompt.tokens,
         sampling: { ...sampling, seed, maxTokens: Math.max(Math.min(maxTokens ?? room, room), 1) },
         n,
+        priority,
         ...(prefillWithinMs !== undefined && { prefillWithinMs }),
         ...(wire && { wire }),
       },
@@ -124,6 +134,7 @@ export class GenerationRun {
         const choice = choices[output.index];
         if (!choice || choice.finished) continue;
         promptLogprobs ??= output.promptLogprobs;
+        this.#cachedTokens += output.promptSource?.cached ?? 0;
         this.#observe(output, began, last);
         const delta = withoutScored(choice.push(output), maxTokens);
         if (choice.stopped) generation.abort(output.index);

@@ -23,18 +23,20 @@ export function requestIdOf(request: FastifyRequest, reply: FastifyReply): strin
 }
 
 /** Routes whose prompts have KV. */
-export type GenerationRoute = 'completions' | 'chat';
+export type GenerationRoute = 'completions' | 'chat' | 'responses';
+
+const ID_PREFIXES = { completions: 'cmpl-', chat: 'chatcmpl-', responses: 'resp_' } as const;
 
 /** The id that answers to a request carry. */
 export function serverIdOf(route: GenerationRoute, requestId: string): string {
-  return `${route === 'chat' ? 'chatcmpl' : 'cmpl'}-${requestId}`;
+  return `${ID_PREFIXES[route]}${requestId}`;
 }
 
-/** For each prompt of the request that `serverIdOf` names what producer and consumer agree on (wire/ids.ts). A chat is one prompt. */
+/** For each prompt of the request that `serverIdOf` names what producer and consumer agree on (wire/ids.ts). Only completions have several. */
 export function promptIdsOf(route: GenerationRoute, serverId: string, prompts: number): string[] {
-  return route === 'chat'
-    ? [serverId]
-    : Array.from({ length: prompts }, (_, index) => `${serverId}-${index}`);
+  return route === 'completions'
+    ? Array.from({ length: prompts }, (_, index) => `${serverId}-${index}`)
+    : [serverId];
 }
 
 export class InFlight {

@@ -1,7 +1,9 @@
 /** Log-probabilities in the two forms of OpenAI's API. */
 import type { TextModel } from '../../model/tokenizer.ts';
+import { unpackLogprobs } from '../../scheduler/prompt-logprobs.ts';
 import type { TokenLogprob } from '../../wire/token-logprob.ts';
-import type { ChoiceLogprob } from './choice.ts';
+import type { ChoiceEvent, ChoiceLogprob } from './choice.ts';
+import type { SamplingBody } from './fields.ts';
 import { turns } from './turns.ts';
 
 /** JSON knows no -Infinity, and clients take exp() of it. */
@@ -106,4 +108,36 @@ export async function chatLogprobs(
     });
   }
   return { content };
+}
+
+interface PromptLogprob {
+  readonly logprob: number;
+  readonly rank: number;
+  readonly decoded_token: string;
+}
+
+/** The field that `prompt_logprobs` adds, as vLLM writes it: for each prompt token the likeliest ones and itself, by id; null for the first. */
+export async function promptLogprobsOf(
+  model: TextModel,
+  { prompt_logprobs: count }: Pick<SamplingBody, 'prompt_logprobs'>,
+  start: ChoiceEvent['start'],
+): Promise<{ readonly prompt_logprobs?: readonly (Record<string, PromptLogprob> | null)[] }> {
+  if (count === undefined || !start) return {};
+  const entries: (Record<string, PromptLogprob> | null)[] = [null];
+  const turn = turns();
+  for (const { token, logprob, rank = 0, top } of start.promptLogprobs
+    ? unpackLogprobs(start.promptLogprobs)
+    : []) {
+    await turn();
+    const about = (id: number, of: number, place: number): PromptLogprob => ({
+      logprob: finite(of),
+      rank: place,
+      decoded_token: model.tokenString(id),
+    });
+    const likeliest = top
+      .slice(0, count)
+      .map((other, i) => [other.token, about(other.token, other.logprob, i + 1)]);
+    entries.push({ [token]: about(token, logprob, rank), ...Object.fromEntries(likeliest) });
+  }
+  return { prompt_logprobs: entries };
 }

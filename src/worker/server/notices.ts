@@ -17,10 +17,16 @@ import { promptIdsOf, requestIdSchema, serverIdOf } from './in-flight.ts';
 /** Bytes; the longest notice carries an error with its causes. */
 export const NOTICE_LIMIT = 32_768;
 
+const ROUTES = {
+  '/v1/completions': 'completions',
+  '/v1/chat/completions': 'chat',
+  '/v1/responses': 'responses',
+} as const;
+
 const noticeSchema = z.object({
   /** As sent in X-Request-Id. */
   request_id: requestIdSchema,
-  route: z.enum(['/v1/completions', '/v1/chat/completions']),
+  route: z.enum(['/v1/completions', '/v1/chat/completions', '/v1/responses']),
   prompts: z.int().min(1).max(MAX_PROMPTS),
 });
 
@@ -66,7 +72,7 @@ function readNotice<N extends z.infer<typeof noticeSchema>>(
 ): N & { readonly requestId: string; readonly transferIds: readonly TransferId[] } {
   const notice = parseBody(schema, parseJson(bodyOf(request)));
   const { request_id: requestId, route, prompts } = notice;
-  const kind = route === '/v1/completions' ? 'completions' : 'chat';
+  const kind = ROUTES[route];
   const serverIds = promptIdsOf(kind, serverIdOf(kind, requestId), prompts);
   return { ...notice, requestId, transferIds: serverIds.map((id) => inFlight.transferIdOf(id)) };
 }

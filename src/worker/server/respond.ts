@@ -1,9 +1,8 @@
-/** POST /v1/completions and /v1/chat/completions: one flow from the body to the answer, whole as JSON or as server-sent events. */
+/** POST /v1/completions, /v1/chat/completions and /v1/responses: one flow from the body to the answer, whole as JSON or as server-sent events. */
 import { once } from 'node:events';
 import type { FastifyReply, FastifyRequest } from 'fastify';
 import { PdError } from '../../errors.ts';
 import type { TextModel } from '../../model/tokenizer.ts';
-import { openAiError } from '../../openai-error.ts';
 import {
   KV_FAILED_HEADER,
   PREFILL_WITHIN_HEADER,
@@ -14,11 +13,12 @@ import {
   writeKvFailed,
 } from '../../wire/overlap.ts';
 import type { Readings } from '../request-reader.ts';
-import type { AnswerFormat, ChoiceEvent } from './choice.ts';
+import type { AnswerBase, AnswerFormat, StreamEvent } from './answers.ts';
+import type { ChoiceEvent } from './choice.ts';
 import { readRequest, type ServerContext } from './context.ts';
 import { GenerationRun } from './generation.ts';
 import { type GenerationRoute, promptIdsOf, requestIdOf, serverIdOf } from './in-flight.ts';
-import { jsonInTurns, turns } from './turns.ts';
+import { jsonInTurns } from './turns.ts';
 
 /** A client that takes nothing for so long is gone. */
 const STALL_MS = 60_000;
@@ -28,13 +28,7 @@ interface Answering {
   readonly reply: FastifyReply;
   readonly run: GenerationRun;
   readonly format: AnswerFormat;
-  /** What an answer begins with, and a chunk but for its `object`. */
-  readonly base: {
-    readonly id: string;
-    readonly object: string;
-    readonly created: number;
-    readonly model: string;
-  };
+  readonly id: string;
   /** Fires where the client goes away before it has its whole answer. */
   readonly gone: AbortSignal;
 }
@@ -43,7 +37,7 @@ interface Answering {
 export async function postGeneration<R extends GenerationRoute>(
   context: ServerContext,
   route: R,
-  formatOf: (model: TextModel, reading: Readings[R]) => AnswerFormat,
+  formatOf: (model: TextModel, reading: Readings[R], base: AnswerBase) => AnswerFormat,
   request: FastifyRequest,
   reply: FastifyReply,
 ): Promise<string | undefined> {
@@ -62,10 +56,9 @@ export async function postGeneration<R extends GenerationRoute>(
       ...(wire && { wire }),
     };
     const run = new GenerationRun(context, plan);
-    const format = formatOf(context.model, reading);
-    const base = { id, object: format.object, created: Math.floor(Date.now() / 1_000), model };
-    const answering = { context, reply, run, format, base, gone };
-    if (body.stream) return await answerStream(answering, body.stream_options?.include_usage ?? false);
+    const base = { id, created: Math.floor(Date.now() / 1_000), model };
+    const answering = { context, reply, run, format: formatOf(context.model, reading, base), id, gone };
+    if (body.stream) return await answerStream(answering);
     return await answerWhole(answering, asked.prompts.length * asked.n);
   } finally {
     leave();
@@ -95,36 +88,32 @@ function wireOf({ config }: ServerContext, { headers }: FastifyRequest): Wire | 
   return said ?? (config.wire === 'native' ? 'native' : undefined);
 }
 
-async function answerWhole({ reply, run, format, base, gone }: Answering, count: number): Promise<string> {
+async function answerWhole({ reply, run, format, gone }: Answering, count: number): Promise<string> {
   const byChoice: ChoiceEvent[][] = Array.from({ length: count }, () => []);
   for await (const event of run.events(gone)) byChoice[event.index]!.push(event);
   if (run.kvFailure) reply.header(KV_FAILED_HEADER, writeKvFailed(run.kvFailure));
   reply.type('application/json; charset=utf-8');
-  const choices: object[] = [];
-  const turn = turns();
-  for (const [index, events] of byChoice.entries()) {
-    choices.push(await format.whole(index, events));
-    await turn();
-  }
-  const beside = format.besideChoices?.(byChoice[0]?.[0]);
-  return await jsonInTurns({ ...base, ...beside, choices, usage: run.usage });
+  return await jsonInTurns(await format.whole(byChoice, run.usage));
 }
 
-async function answerStream(
-  { context, reply, run, format, base, gone }: Answering,
-  includeUsage: boolean,
-): Promise<undefined> {
+async function answerStream({ context, reply, run, format, id, gone }: Answering): Promise<undefined> {
   const events = run.events(gone);
   // Headers wait for the first event, so that a request that fails outright has its own HTTP status.
   let next = await events.next();
   reply.hijack();
   const { raw } = reply;
-  const send = async (data: string): Promise<void> => {
-    if (gone.aborted || raw.write(`data: ${data}\n\n`)) return;
+  const write = async (text: string): Promise<void> => {
+    if (gone.aborted || raw.write(text)) return;
     const stalled = AbortSignal.timeout(STALL_MS);
     await once(raw, 'drain', { signal: AbortSignal.any([gone, stalled]) }).catch(() => {
       if (stalled.aborted) raw.destroy();
     });
+  };
+  const send = async (all: readonly StreamEvent[]): Promise<void> => {
+    for (const { name, data, long } of all) {
+      const text = long ? await jsonInTurns(data) : JSON.stringify(data);
+      await write(`${name === undefined ? '' : `event: ${name}\n`}data: ${text}\n\n`);
+    }
   };
   raw.writeHead(200, {
     ...(reply.getHeaders() as Record<string, string>),
@@ -132,29 +121,19 @@ async function answerStream(
     'cache-control': 'no-cache',
     'x-accel-buffering': 'no',
   });
-  const chunk = { ...base, object: format.chunkObject };
-  const withUsage = includeUsage ? { usage: null } : {};
   try {
-    for (; !next.done; next = await events.next()) {
-      const event = next.value;
-      // What is said of a prompt may be long, what is said of a token is not.
-      const write = event.start ? jsonInTurns : JSON.stringify;
-      let beside = format.besideChoices?.(event);
-      for (const choice of await format.deltas(event)) {
-        await send(await write({ ...chunk, ...beside, choices: [choice], ...withUsage }));
-        beside = {};
-      }
-    }
-    if (includeUsage) await send(JSON.stringify({ ...chunk, choices: [], usage: run.usage }));
+    await send(format.begin());
+    for (; !next.done; next = await events.next()) await send(await format.said(next.value));
+    await send(format.end(run.usage));
   } catch (cause) {
     const error = PdError.from(cause);
     if (!gone.aborted) {
-      context.log.warn({ requestId: base.id, code: error.code }, `stream ended early: ${error.message}`);
-      await send(JSON.stringify(openAiError(error)));
+      context.log.warn({ requestId: id, code: error.code }, `stream ended early: ${error.message}`);
+      await send(format.broke(error));
     }
   } finally {
     await events.return(undefined);
-    await send('[DONE]');
+    if (format.last !== undefined) await write(`data: ${format.last}\n\n`);
     raw.end();
   }
 }

@@ -10,7 +10,9 @@ import { chatFormat } from './chat.ts';
 import { completionFormat } from './completions.ts';
 import { readRequest, type ServerContext } from './context.ts';
 import { NOTICE_LIMIT, postFailed, postPrefilled, postRelease } from './notices.ts';
+import { openApi } from './openapi.ts';
 import { postGeneration } from './respond.ts';
+import { responseFormat } from './responses.ts';
 
 /** Bytes; a prompt of a million token ids fits. */
 const BODY_LIMIT = 16 * 2 ** 20;
@@ -60,6 +62,9 @@ export function createServer(context: ServerContext): FastifyInstance {
   server.post('/v1/chat/completions', (request, reply) =>
     postGeneration(context, 'chat', chatFormat, request, reply),
   );
+  server.post('/v1/responses', (request, reply) =>
+    postGeneration(context, 'responses', responseFormat, request, reply),
+  );
   for (const route of ['tokenize', 'detokenize'] as const) {
     server.post(`/${route}`, async (request, reply) => {
       const { buffer, byteOffset, byteLength } = await readRequest(context, route, request);
@@ -99,6 +104,12 @@ export function createServer(context: ServerContext): FastifyInstance {
       return { role: config.role, requests: context.inFlight.size, core: await core.inspect() };
     });
   }
+  let document: Promise<string> | undefined;
+  server.get('/openapi.json', async (_request, reply) => {
+    document ??= openApi(context.version);
+    reply.type('application/json; charset=utf-8');
+    return await document;
+  });
   server.get('/version', async () => ({ version: context.version }));
   server.get('/metrics', async (_request, reply) => {
     reply.header('content-type', registry.contentType);

@@ -2,7 +2,6 @@
 
 import type { TextModel } from '../../model/tokenizer.ts';
 import { z } from '../../zod.ts';
-import { messagesSchema, renderChat } from './chat.ts';
 import {
   checkVocabulary,
   encodeText,
@@ -12,14 +11,14 @@ import {
   servedModel,
   tokenIds,
 } from './fields.ts';
+import { conversationFields, messagesSchema, offeredTools, renderChat } from './messages.ts';
 
-const tokenizeSchema = z
+export const tokenizeSchema = z
   .object({
     model: optional(z.string()),
     prompt: optional(z.string()),
     messages: optional(messagesSchema),
-    add_special_tokens: optional(z.boolean()),
-    add_generation_prompt: optional(z.boolean()),
+    ...conversationFields,
     return_token_strs: optional(z.boolean()),
   })
   .refine((body) => (body.prompt === undefined) !== (body.messages === undefined), {
@@ -27,7 +26,7 @@ const tokenizeSchema = z
     path: ['prompt'],
   });
 
-const detokenizeSchema = z.object({ model: optional(z.string()), tokens: tokenIds });
+export const detokenizeSchema = z.object({ model: optional(z.string()), tokens: tokenIds });
 
 export function readTokenize(served: Served, model: TextModel, json: unknown): Uint8Array<ArrayBuffer> {
   const body = parseBody(tokenizeSchema, json);
@@ -35,8 +34,11 @@ export function readTokenize(served: Served, model: TextModel, json: unknown): U
   const { messages, prompt } = body;
   // A chat template writes the special tokens itself.
   const addSpecialTokens = body.add_special_tokens ?? messages === undefined;
-  const text = messages ? renderChat(model, messages, body.add_generation_prompt ?? true) : (prompt ?? '');
-  const tokens = encodeText(served, model, text, addSpecialTokens, 0, messages ? 'messages' : 'prompt');
+  const text = messages ? renderChat(model, messages, body, offeredTools(json, body)) : (prompt ?? '');
+  const tokens = encodeText(served, model, text, addSpecialTokens, {
+    output: 0,
+    param: messages ? 'messages' : 'prompt',
+  });
   return utf8Json({
     count: tokens.length,
     max_model_len: served.maxModelLen,

@@ -10,6 +10,7 @@ import { elementTypeOf } from '../../../src/model/cuda/weights.ts';
 import { HostExecutor } from '../../../src/model/host/executor.ts';
 import { uniform } from '../../../src/model/random.ts';
 import { GREEDY } from '../../../src/model/sampler.ts';
+import type { SamplingParams } from '../../../src/scheduler/types.ts';
 import { type RandomModel, writeRandomModel } from '../../../support/random-model.ts';
 import { type StandIns, useStandIns } from '../../stand-ins/build.ts';
 import { batchOf, generate, sequenceOf } from '../../support/batches.ts';
@@ -34,17 +35,18 @@ interface Options {
   readonly blockSize?: number;
   readonly maxNumSeqs?: number;
   readonly numBlocks?: number | undefined;
+  readonly on?: CudaDevice;
 }
 
 async function onCuda(
   dir: string,
-  { batchInvariant = false, blockSize = 16, maxNumSeqs = 6, ...given }: Options = {},
+  { batchInvariant = false, blockSize = 16, maxNumSeqs = 6, on = device, ...given }: Options = {},
 ) {
   const config = await readModelConfig(dir);
   const { executor, numBlocks } = await createCudaExecutor({
     dir,
     config,
-    device,
+    device: on,
     type: await elementTypeOf(dir, config),
     blockSize,
     numBlocks: 'numBlocks' in given ? given.numBlocks : 64,
@@ -55,7 +57,7 @@ async function onCuda(
     reserved: 0,
     batchInvariant,
   });
-  executors.push(executor);
+  if (on === device) executors.push(executor);
   return { executor, numBlocks };
 }
 
@@ -181,7 +183,7 @@ test('samples as the host does from equal logits: temperature, log-probabilities
   );
   const { sampled } = await executor.forward(batchOf(...sequences), {});
   sampled.forEach(({ token }, i) => {
-    expect(token).toBe(sample(logits, { params: variants[i]!, outputPosition: 0, index: 0 }).token);
+    expect(token).toBe(sample(logits, { params: variants[i]!, outputPosition: 0, index: 0 })?.token);
   });
   expect(sampled[3]?.logprob?.top).toHaveLength(3);
   expect(sampled[4]?.token).not.toBe(likeliest);
@@ -197,6 +199,97 @@ test('samples as the host does from equal logits: temperature, log-probabilities
   const echo = { ...sequences[5]!, promptLogprobs: { count: 2, targets: Int32Array.from(prompt.slice(1)) } };
   const { promptLogprobs } = await executor.forward(batchOf(echo), {});
   expect(promptLogprobs.get('5')?.map(({ token }) => token)).toEqual(prompt.slice(1));
+});
+
+test('shapes, draws and reports as the host does from the logits of the very step, more rows than fit at a time', async () => {
+  const dir = await randomModel({ architecture: 'LlamaForCausalLM' });
+  // its memory goes with it
+  const on = await createCudaDevice(0);
+  const { executor } = await onCuda(dir, { maxNumSeqs: 70, numBlocks: 80, on });
+  const { sample } = await import('../../../src/model/sampler.ts');
+  const random = (seed: number, index: number, below: number) => Math.floor(uniform(seed, index, 0) * below);
+  const mask = Uint32Array.of(0xff0ff0f0, 0x0f0ff00f, 0x1234);
+  const paramsOf = (i: number): SamplingParams => ({
+    ...GREEDY,
+    temperature: i % 3 === 0 ? 0 : 0.8,
+    seed: i,
+    ...(i % 4 === 1 && { topK: 5, topP: 0.9 }),
+    ...(i % 5 === 1 && { minP: 0.3 }),
+    ...(i % 2 === 0 && { repetitionPenalty: 1.4, presencePenalty: 0.3 }),
+    ...(i % 3 === 1 && { frequencyPenalty: 0.25 }),
+    ...(i % 7 === 0 && {
+      logitBias: [
+        [i, 1.5],
+        [i + 3, -100],
+        [500, 3],
+      ],
+    }),
+    ...(i % 6 === 5 && { allowedTokenIds: [4, 40, 41, 79] }),
+    ...(i % 8 === 4 && { badWords: [[7], [5, 9]], minTokens: 2, stopTokenIds: [11, 900] }),
+    ...(i % 3 === 2 && { logprobs: i % 21 }),
+  });
+  const tokens = Array.from({ length: 70 }, (_, i) => [random(i, 1, 80), random(i, 2, 80), random(i, 3, 80)]);
+  const histories = tokens.map((known) => ({
+    promptLength: 3,
+    get length() {
+      return known.length;
+    },
+    tokens: (start: number, end: number) => Int32Array.from(known.slice(start, end)),
+  }));
+  for (let step = 0; step < 4; step++) {
+    // a prompt and then graphs; of every other step a part alone, so that counting has gaps
+    const indices = tokens.map((_, i) => i).filter((i) => step !== 2 || i % 2 === 0);
+    const sequences = indices.map((i) => {
+      const start = step === 0 ? 0 : tokens[i]!.length - 1;
+      const given = sequenceOf({ id: `${i}`, tokens: tokens[i]!.slice(start), start, blocks: [i] });
+      return {
+        ...given,
+        sample: {
+          params: paramsOf(i),
+          outputPosition: tokens[i]!.length - 3,
+          index: 0,
+          history: histories[i]!,
+        },
+      };
+    });
+    const logits = new Map<string, Float32Array>();
+    const maskOf = (id: string) =>
+      Number(id) % 5 === 2 ? mask : Number(id) === 69 ? new Uint32Array(3) : undefined;
+    const { sampled, failed } = await executor.forward(batchOf(...sequences), {
+      sampling: ({ sequenceId }, row) => logits.set(sequenceId, row.slice()),
+      mask: ({ sequenceId }) => maskOf(sequenceId),
+    });
+    expect([...(failed ?? [])].map(([id, { code }]) => [id, code])).toEqual(
+      step === 2 ? [] : [['69', 'REQUEST_INVALID']],
+    );
+    expect(sampled).toHaveLength(indices.length - (failed?.size ?? 0));
+    for (const { sequenceId, token, logprob } of sampled) {
+      const { sample: spec } = sequences.find((sequence) => sequence.sequenceId === sequenceId)!;
+      const wanted = sample(logits.get(sequenceId)!, spec, maskOf(sequenceId));
+      expect([sequenceId, token]).toEqual([sequenceId, wanted?.token]);
+      expect(logprob?.top.map((entry) => entry.token)).toEqual(
+        wanted?.logprob?.top.map((entry) => entry.token),
+      );
+      if (logprob) expect(logprob.logprob).toBeCloseTo(wanted!.logprob!.logprob, 4);
+      tokens[Number(sequenceId)]!.push(token);
+    }
+    // of prompts too, rank and all
+    const prompt = { ...sequences[0]!, promptLogprobs: { count: 4, targets: Int32Array.of(5, 6, 7) } };
+    if (step === 0) {
+      const { promptLogprobs } = await executor.forward(batchOf(prompt), {});
+      expect(promptLogprobs.get('0')?.map((entry) => entry.token)).toEqual([5, 6, 7]);
+      const { promptLogprobOf } = await import('../../../src/model/sampler.ts');
+      const last = await executor.logits(batchOf(sequences[0]!));
+      const wanted = promptLogprobOf(last, 7, 4);
+      const got = promptLogprobs.get('0')![2]!;
+      expect({ rank: got.rank, top: got.top.map((entry) => entry.token) }).toEqual({
+        rank: wanted.rank,
+        top: wanted.top.map((entry) => entry.token),
+      });
+    }
+  }
+  executor.dispose();
+  on.dispose();
 });
 
 test('tells the logits that each token is sampled from, of prompts and of a graph, and samples the same', async () => {

@@ -12,6 +12,19 @@ import { BYTE_MODEL, bytesOf, EOS, saying } from '../../support/fake-core.ts';
 
 import { CHAT, COMPLETIONS, startServer, user } from '../../support/http-worker.ts';
 
+it('keeps the end of a prompt that is to be cut', async () => {
+  const { json, core } = await startServer();
+  const asked = async (url: string, body: object) => {
+    expect((await json(url, body)).status).toBe(200);
+    return BYTE_MODEL.decode(core.added.at(-1)!.promptTokens);
+  };
+  const long = 'x'.repeat(300);
+  expect(await asked(COMPLETIONS, { prompt: `${long}end`, truncate_prompt_tokens: 3 })).toBe('end');
+  const fits = { prompt: `${long}end`, truncate_prompt_tokens: -1, max_tokens: 6 };
+  expect(await asked(COMPLETIONS, fits)).toHaveLength(250);
+  expect(await asked(CHAT, { messages: user(long), truncate_prompt_tokens: 5 })).toBe('tant:');
+});
+
 describe('/v1/completions', () => {
   it('answers in the form of OpenAI', async () => {
     const { core, json } = await startServer();
@@ -23,7 +36,12 @@ describe('/v1/completions', () => {
       created: expect.any(Number),
       model: 'demo',
       choices: [{ index: 0, text: 'hello', logprobs: null, finish_reason: 'stop' }],
-      usage: { prompt_tokens: 3, completion_tokens: 6, total_tokens: 9 },
+      usage: {
+        prompt_tokens: 3,
+        completion_tokens: 6,
+        total_tokens: 9,
+        prompt_tokens_details: { cached_tokens: 0 },
+      },
     });
     expect(core.added[0]).toMatchObject({
       requestId: expect.stringMatching(/^cmpl-[0-9a-f]{32}-0-[0-9a-f]{8}$/),
@@ -88,6 +106,66 @@ describe('/v1/completions', () => {
     expect(core.added[0]!.sampling).not.toHaveProperty('promptLogprobs');
   });
 
+  it('hands over everything that shapes the draw, and nothing where a field says what is so anyway', async () => {
+    const { core, json } = await startServer();
+    const { status } = await json(COMPLETIONS, {
+      prompt: 'abc',
+      min_p: 0.05,
+      presence_penalty: 0.5,
+      frequency_penalty: -0.5,
+      repetition_penalty: 1.1,
+      logit_bias: { 5: 1.5, 97: -100 },
+      allowed_token_ids: [5, 97, 5],
+      bad_words: ['ab', 'c'],
+    });
+    expect(status).toBe(200);
+    expect(core.added[0]!.sampling).toMatchObject({
+      minP: 0.05,
+      presencePenalty: 0.5,
+      frequencyPenalty: -0.5,
+      repetitionPenalty: 1.1,
+      logitBias: [
+        [5, 1.5],
+        [97, -100],
+      ],
+      allowedTokenIds: [5, 97],
+      badWords: [[...bytesOf('ab')], [...bytesOf('c')]],
+    });
+    const nothing = { min_p: 0, presence_penalty: 0, frequency_penalty: null, repetition_penalty: 1 };
+    await json(COMPLETIONS, { prompt: 'abc', ...nothing, logit_bias: {}, bad_words: [] });
+    await json(COMPLETIONS, { prompt: 'abc' });
+    expect(Object.keys(core.added[1]!.sampling)).toEqual(Object.keys(core.added[2]!.sampling));
+  });
+
+  it('tells what the model says of each prompt token, as vLLM does', async () => {
+    const { core, json } = await startServer((request, emit) => {
+      const top = [
+        { token: 98, logprob: -0.5 },
+        { token: 99, logprob: -1 },
+      ];
+      const entries = [{ token: 97, logprob: -3, rank: 7, top }];
+      emit({
+        index: 0,
+        tokens: [...bytesOf('x')],
+        finishReason: 'length',
+        promptLogprobs: packLogprobs(entries),
+      });
+      expect(request.sampling.promptLogprobs).toBe(1);
+    });
+    const expected = [
+      null,
+      {
+        97: { logprob: -3, rank: 7, decoded_token: 'a' },
+        98: { logprob: -0.5, rank: 1, decoded_token: 'b' },
+      },
+    ];
+    const completion = await json(COMPLETIONS, { prompt: 'ba', prompt_logprobs: 1 });
+    expect(completion.body.choices[0]).toMatchObject({ text: 'x', prompt_logprobs: expected });
+    const chat = await json(CHAT, { messages: [{ role: 'user', content: 'a' }], prompt_logprobs: 1 });
+    expect(chat.body).toMatchObject({ prompt_logprobs: expected });
+    expect(core.added).toHaveLength(2);
+  });
+
   it('generates 16 tokens where not told, and never past the context', async () => {
     const { core, json } = await startServer();
     await json(COMPLETIONS, { prompt: 'abc' });
@@ -113,7 +191,12 @@ describe('/v1/completions', () => {
       [2, 'q0', 'length'],
       [3, 'q1', 'length'],
     ]);
-    expect(body['usage']).toEqual({ prompt_tokens: 2, completion_tokens: 8, total_tokens: 10 });
+    expect(body['usage']).toEqual({
+      prompt_tokens: 2,
+      completion_tokens: 8,
+      total_tokens: 10,
+      prompt_tokens_details: { cached_tokens: 0 },
+    });
   });
 
   it('echoes prompts, and scores them with max_tokens 0', async () => {
@@ -204,7 +287,12 @@ describe('/v1/chat/completions', () => {
       choices: [
         { index: 0, message: { role: 'assistant', content: 'hello' }, logprobs: null, finish_reason: 'stop' },
       ],
-      usage: { prompt_tokens: 34, completion_tokens: 6, total_tokens: 40 },
+      usage: {
+        prompt_tokens: 34,
+        completion_tokens: 6,
+        total_tokens: 40,
+        prompt_tokens_details: { cached_tokens: 0 },
+      },
     });
     expect(BYTE_MODEL.decode([...core.added[0]!.promptTokens])).toBe('system:be brief;user:hi;assistant:');
     expect(core.added[0]!.sampling.maxTokens).toBe(20);
@@ -232,7 +320,12 @@ describe('/v1/chat/completions', () => {
       null,
       null,
       null,
-      { prompt_tokens: 18, completion_tokens: 4, total_tokens: 22 },
+      {
+        prompt_tokens: 18,
+        completion_tokens: 4,
+        total_tokens: 22,
+        prompt_tokens_details: { cached_tokens: 0 },
+      },
     ]);
     expect(new Set(chunks.map((chunk) => chunk['id'])).size).toBe(1);
     expect(chunks[0]!['object']).toBe('chat.completion.chunk');

@@ -46,6 +46,26 @@ describe('the rest', () => {
     expect(await get('/health')).toMatchObject([500, { error: { code: 'CUDA_ERROR' } }]);
   });
 
+  it('tells what may be asked, in OpenAPI', async () => {
+    const { server } = await startServer();
+    const { paths } = (await server.inject({ url: '/openapi.json' })).json() as {
+      paths: Record<string, { post: { requestBody: { content: Record<string, { schema: object }> } } }>;
+    };
+    const schemaOf = (path: string) => paths[path]!.post.requestBody.content['application/json']!.schema;
+    expect(Object.keys(paths)).toEqual(expect.arrayContaining([COMPLETIONS, '/v1/responses', '/tokenize']));
+    expect(schemaOf(COMPLETIONS)).toMatchObject({
+      type: 'object',
+      required: ['prompt'],
+      properties: {
+        prompt: { anyOf: expect.arrayContaining([{ type: 'string' }]) },
+        temperature: { anyOf: [{ type: 'number', minimum: 0, maximum: 2 }, { type: 'null' }] },
+        user: { description: 'Taken, and changes nothing' },
+        use_beam_search: { enum: [null, false] },
+      },
+    });
+    expect(schemaOf('/v1/chat/completions')).toMatchObject({ required: ['messages'] });
+  });
+
   it('tokenizes and back', async () => {
     const { json } = await startServer();
     expect((await json('/tokenize', { prompt: 'ab', return_token_strs: true })).body).toEqual({

@@ -53,6 +53,8 @@ describe('worker configuration', () => {
       modelDir,
       servedModelNames: ['demo'],
       executor: 'host',
+      toolCallParser: 'auto',
+      reasoningParser: 'auto',
       http: { host: '0.0.0.0', port: 8080 },
       httpAnnounceHost: '10.0.0.7',
       transfer: {

@@ -207,6 +207,30 @@ describe('host executor', () => {
     expect(sampled[1]!.logprob).toBeUndefined();
   });
 
+  it('draws under the mask of each sequence, and fails alone what no token is left for', async () => {
+    const executor = await tiny();
+    const mask = Uint32Array.of(1 << 7, 0);
+    const { sampled, failed } = await executor.forward(
+      batchOf(
+        ...['free', 'masked', 'late', 'dead', 'broken'].map((id, i) =>
+          sequenceOf({ id, tokens: [i], blocks: [i], position: 0 }),
+        ),
+      ),
+      {
+        mask: ({ sequenceId }) => {
+          if (sequenceId === 'masked') return mask;
+          if (sequenceId === 'late') return Promise.resolve(mask);
+          if (sequenceId === 'dead') return new Uint32Array(2);
+          return sequenceId === 'broken' ? Promise.reject(new Error('no grammar')) : undefined;
+        },
+      },
+    );
+    expect(sampled.map(({ sequenceId }) => sequenceId)).toEqual(['free', 'masked', 'late']);
+    expect(sampled.slice(1).map(({ token }) => token)).toEqual([7, 7]);
+    expect(failed?.get('dead')).toMatchObject({ code: 'REQUEST_INVALID' });
+    expect(failed?.get('broken')).toMatchObject({ message: expect.stringContaining('no grammar') });
+  });
+
   it('gives the log-probability of every prompt token, in chunks as at once', async () => {
     const executor = await tiny();
     const of = async (from: number, to: number) => {

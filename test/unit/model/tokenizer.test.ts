@@ -4,7 +4,7 @@ import fc from 'fast-check';
 import { beforeAll, describe, expect, it } from 'vitest';
 import { demoModelDir } from '../../../src/config/demo-model.ts';
 import { readPieces } from '../../../src/model/token-pieces.ts';
-import { IncrementalDecoder, Tokenizer } from '../../../src/model/tokenizer.ts';
+import { type Decoding, IncrementalDecoder, Tokenizer } from '../../../src/model/tokenizer.ts';
 import { demoReference } from '../../support/references.ts';
 import { tempDir } from '../../support/temp-dir.ts';
 
@@ -30,6 +30,30 @@ describe('tokenizer', () => {
     expect(tokenizer.encode(rendered, { addSpecialTokens: false })).toEqual(ids);
   });
 
+  it('shows a chat tools, and leaves its last message open where it is to be gone on with', () => {
+    const messages = [
+      { role: 'user', content: 'Hi' },
+      { role: 'assistant', content: ' The capital ' },
+    ];
+    const open = tokenizer.applyChatTemplate(messages, { continueFinalMessage: true });
+    expect(open).toBe('<|begin|><|user|>Hi<|eot|><|assistant|>The capital');
+    expect(() =>
+      tokenizer.applyChatTemplate([{ role: 'user', content: '' }], { continueFinalMessage: true }),
+    ).toThrow(expect.objectContaining({ code: 'REQUEST_INVALID' }));
+    const tools = [{ type: 'function', function: { name: 'f' } }];
+    expect(tokenizer.applyChatTemplate(messages, { tools })).toContain(`<tools>\n${'{"type": "function"'}`);
+  });
+
+  it('decodes special tokens where it is told to', () => {
+    const text = (options?: Decoding) => {
+      const decoder = tokenizer.decoder(options);
+      return [...tokenizer.encode('<|user|>a<|eot|>')].map((id) => decoder.push(id)).join('');
+    };
+    expect(text()).toBe('a');
+    expect(text({ keep: ['<|eot|>', '<tool_call>'] })).toBe('a<|eot|>');
+    expect(text({ skipSpecialTokens: false })).toBe('<|begin|><|user|>a<|eot|>');
+  });
+
   it('gives back any text', () => {
     fc.assert(
       fc.property(fc.string({ unit: 'binary' }), (text) => {
@@ -45,7 +69,7 @@ describe('tokenizer', () => {
       vocabSize: 2048,
       bosTokenId: 0,
       eosTokenIds: [1, 2],
-      hasChatTemplate: true,
+      chatTemplate: expect.stringContaining('<tool_call>'),
     });
     expect(tokenizer.tokenString(2)).toBe('<|eot|>');
     expect(tokenizer.decode([2])).toBe('');
@@ -188,7 +212,7 @@ describe('chat templates', () => {
 
   it('says so where the model has none', async () => {
     const plain = await Tokenizer.load(await demoCopy());
-    expect(plain.hasChatTemplate).toBe(false);
+    expect(plain.chatTemplate).toBeUndefined();
     expect(() => plain.applyChatTemplate([])).toThrow(/no chat template/);
   });
 

@@ -21,7 +21,7 @@ const pages: [of: string, page: () => Promise<string>][] = [
   [
     'proxy',
     async () => {
-      const metrics = createProxyMetrics(new InstanceRegistry(10_000));
+      const metrics = createProxyMetrics(new InstanceRegistry(10_000), () => 0);
       metrics.requests.inc({ route: '/v1/completions', status: 200 });
       metrics.prefillSeconds.observe(0.02);
       return await metrics.registry.metrics();

@@ -22,7 +22,7 @@ describe('samplingDigest', () => {
     expect(samplingDigest(greedy)).toBe('54bcff07f4f718ee5d15159e9be10439');
   });
 
-  it.each([
+  it.each<[string, Partial<SamplingParams>]>([
     ['temperature', { temperature: 0.8 }],
     ['topP', { topP: 0.8 }],
     ['topK', { topK: 20 }],
@@ -30,14 +30,23 @@ describe('samplingDigest', () => {
     ['minTokens', { minTokens: 0 }],
     ['stopTokenIds', { stopTokenIds: [2] }],
     ['logprobs', { logprobs: 2 }],
-  ])('tells another %s', (_name, other: Partial<SamplingParams>) => {
+    ['minP', { minP: 0.1 }],
+    ['repetitionPenalty', { repetitionPenalty: 1.2 }],
+    ['logitBias', { logitBias: [[3, 1]] }],
+    ['allowedTokenIds', { allowedTokenIds: [3] }],
+    ['badWords', { badWords: [[3]] }],
+  ])('tells another %s', (_name, other) => {
     expect(samplingDigest({ ...drawn, ...other })).not.toBe(samplingDigest(drawn));
   });
 
   it('does not mind what the first token does not hang on', () => {
     const copy = { ...drawn, maxTokens: 1, minTokens: 1, stopTokenIds: [5, 2, 5] };
     expect(samplingDigest(copy)).toBe(samplingDigest(drawn));
-    expect(samplingDigest({ ...greedy, seed: 99, topP: 0.1, topK: 3, stopTokenIds: [1] })).toBe(
+    const looksBack = { presencePenalty: 1, frequencyPenalty: 1, badWords: [[1, 2]] };
+    expect(samplingDigest({ ...drawn, ...looksBack, minP: 0, repetitionPenalty: 1, logitBias: [] })).toBe(
+      samplingDigest(drawn),
+    );
+    expect(samplingDigest({ ...greedy, minP: 0.5, seed: 99, topP: 0.1, topK: 3, stopTokenIds: [1] })).toBe(
       samplingDigest(greedy),
     );
   });
@@ -52,7 +61,23 @@ describe('samplingDigest', () => {
       minTokens: fc.nat(2),
       stopTokenIds: fc.subarray([0, 1, 2, 3]),
       logprobs: fc.constantFrom(0, 2),
+      minP: fc.constantFrom(0, 0.5),
+      repetitionPenalty: fc.constantFrom(1, 1.5),
+      presencePenalty: fc.constantFrom(0, 1),
+      logitBias: fc.constantFrom<[number, number][][]>(
+        [],
+        [
+          [1, 5],
+          [2, 4],
+        ],
+        [
+          [2, 4],
+          [1, 5],
+        ],
+      ),
+      badWords: fc.constantFrom([], [[1]], [[2, 1]]),
     });
+    const history = { promptLength: 2, length: 2, tokens: () => Int32Array.of(0, 1) };
     fc.assert(
       fc.property(
         params,
@@ -61,7 +86,7 @@ describe('samplingDigest', () => {
         (a, b, logits) => {
           if (samplingDigest(a) !== samplingDigest(b)) return;
           const draw = (one: SamplingParams) =>
-            sample(Float32Array.from(logits), { params: one, outputPosition: 0, index: 0 });
+            sample(Float32Array.from(logits), { params: one, outputPosition: 0, index: 0, history });
           expect(draw(a)).toEqual(draw(b));
         },
       ),

@@ -13,6 +13,7 @@ const addition = fc.record({
   minTokens: fc.nat(4),
   stops: fc.array(fc.nat(49), { maxLength: 6 }),
   n: fc.constantFrom(1, 1, 1, 2, 3),
+  priority: fc.constantFrom(0, 0, 0, -1, 3),
   remote: fc.boolean(),
   promptLogprobs: fc.constantFrom(false, false, false, true),
 });
@@ -70,6 +71,7 @@ it('loses no block, ends every completion once, and reads and says only what is 
                 ...(each.promptLogprobs && { promptLogprobs: 0 }),
               },
               n: each.n,
+              priority: each.priority,
             };
             if (each.length < limit) world.add(request);
             else

@@ -1,5 +1,7 @@
 import { describe, expect, it } from 'vitest';
+import { type BlockHash, extendHashes } from '../../../src/kv/block-hash.ts';
 import { GREEDY } from '../../../src/model/sampler.ts';
+import { Scheduler } from '../../../src/scheduler/scheduler.ts';
 import type { CoreRequest, SamplingParams } from '../../../src/scheduler/types.ts';
 import { transferOf } from '../../../support/ids.ts';
 import { expectedTokens, requestId, SchedulerWorld } from '../../support/scheduler-world.ts';
@@ -17,7 +19,7 @@ let serial = 0;
 function request(
   length: number,
   sampling: Partial<SamplingParams> = {},
-  more: { n?: number; remote?: boolean; first?: number } = {},
+  more: { n?: number; remote?: boolean; first?: number; priority?: number } = {},
 ): CoreRequest {
   const first = more.first ?? serial * 100;
   const id = requestId(serial++, more.remote ?? false);
@@ -27,6 +29,7 @@ function request(
     promptTokens: Int32Array.from({ length }, (_, i) => first + i),
     sampling: { ...GREEDY, ...sampling },
     n: more.n ?? 1,
+    ...(more.priority !== undefined && { priority: more.priority }),
   };
 }
 
@@ -62,6 +65,43 @@ describe('continuous batching', () => {
     expect(world.scheduler.numWaiting).toBe(1);
     world.drain();
     expectAllTold(world);
+  });
+
+  it('admits lower priorities first, and takes blocks from the highest', () => {
+    const world = new SchedulerWorld({ ...OPTIONS, maxNumSeqs: 2 });
+    const [usual, late, urgent] = [
+      request(5),
+      request(5, {}, { priority: 1 }),
+      request(5, {}, { priority: -1 }),
+    ];
+    for (const each of [usual, late, urgent]) world.add(each);
+    expect(world.step()?.batch.sequences.map((s) => s.requestId)).toEqual([
+      urgent.requestId,
+      usual.requestId,
+    ]);
+    world.drain();
+    expectAllTold(world);
+
+    const scarce = new SchedulerWorld({
+      ...OPTIONS,
+      numBlocks: 8,
+      maxModelLen: 32,
+      enablePrefixCaching: false,
+    });
+    const [patient, hurried] = [
+      request(12, { maxTokens: 16 }, { priority: 5 }),
+      request(12, { maxTokens: 16 }),
+    ];
+    scarce.add(patient);
+    scarce.step();
+    scarce.add(hurried);
+    const order: string[] = [];
+    for (let step = scarce.step(); step; step = scarce.step()) {
+      order.push(...step.batch.sequences.map((s) => s.requestId));
+    }
+    expect(scarce.preempted).toBeGreaterThan(0);
+    expect(order.lastIndexOf(hurried.requestId)).toBeLessThan(order.lastIndexOf(patient.requestId));
+    expectAllTold(scarce);
   });
 
   it('preempts the last to come, which resumes where it was', () => {
@@ -414,4 +454,93 @@ describe('KV for a peer', () => {
     expect(world.saves[0]?.meta.blockIds).toHaveLength(4);
     expect(world.saves[0]?.meta.numTokens).toBe(14);
   });
+});
+describe('prompt tokens that are queued', () => {
+  it('are those to be computed here, less what is cached or comes from a peer', () => {
+    const world = new SchedulerWorld({ ...OPTIONS, maxNumBatchedTokens: 16 }, 'consumer');
+    const first = request(40);
+    world.add(first);
+    expect(world.scheduler.queuedTokens).toBe(40);
+    world.step();
+    expect(world.scheduler.queuedTokens).toBe(40 - 16 - 1);
+    world.drain();
+    expect(world.scheduler.queuedTokens).toBe(0);
+    const again = request(40, {}, { first: first.promptTokens[0]! });
+    world.add(again);
+    expect(world.scheduler.queuedTokens).toBe(4);
+    world.add(request(20, {}, { remote: true }));
+    expect(world.scheduler.queuedTokens).toBe(4 + 1);
+  });
+});
+
+describe('sampling', () => {
+  it('ends the request that no token can be drawn for, all its completions, and no other', () => {
+    const scheduler = new Scheduler(OPTIONS);
+    const [fails, goesOn] = [request(5, {}, { n: 2 }), request(5)];
+    for (const each of [fails, goesOn]) scheduler.add(each);
+    const drawn = (step: ReturnType<Scheduler['schedule']>, without?: string) =>
+      step.batch.sequences
+        .filter(({ sequenceId }) => sequenceId !== without)
+        .map(({ sequenceId }) => ({ sequenceId, token: 1 }));
+    const first = scheduler.schedule();
+    scheduler.update(first, { sampled: drawn(first), promptLogprobs: new Map() });
+    const step = scheduler.schedule();
+    const error = { code: 'REQUEST_INVALID', message: 'no token is left', context: {} } as const;
+    const failing = `${fails.requestId}/0`;
+    const outputs = scheduler.update(step, {
+      sampled: drawn(step, failing),
+      promptLogprobs: new Map(),
+      failed: new Map([[failing, error]]),
+    });
+    const ended = outputs.filter(({ finishReason }) => finishReason === 'error');
+    expect(ended.map((output) => [output.requestId, output.index, output.error])).toEqual([
+      [fails.requestId, 0, error],
+      [fails.requestId, 1, error],
+    ]);
+    expect(scheduler.checkIntegrity()).toEqual([]);
+    expect(scheduler.schedule().batch.sequences.map(({ requestId: id }) => id)).toEqual([goesOn.requestId]);
+  });
+
+  it('shows prompt and output where they are looked back at', () => {
+    const scheduler = new Scheduler(OPTIONS);
+    const looking = request(3, { frequencyPenalty: 1 }, { first: 10 });
+    for (const each of [looking, request(3)]) scheduler.add(each);
+    const first = scheduler.schedule();
+    const sampled = first.batch.sequences.map(({ sequenceId }) => ({ sequenceId, token: 42 }));
+    scheduler.update(first, { sampled, promptLogprobs: new Map() });
+    const [withHistory, plain] = scheduler.schedule().batch.sequences.map(({ sample }) => sample?.history);
+    expect(plain).toBeUndefined();
+    expect(withHistory?.promptLength).toBe(3);
+    expect([...withHistory!.tokens(0, withHistory!.length)]).toEqual([10, 11, 12, 42]);
+    expect(withHistory).toBe(first.batch.sequences[0]!.sample?.history);
+  });
+});
+
+it('tells of all that enters and leaves the prefix cache, in that order', () => {
+  const world = new SchedulerWorld({ ...OPTIONS, numBlocks: 10, logCacheChanges: true });
+  const cached = new Map<BlockHash, Int32Array>();
+  const take = () => {
+    for (const change of world.scheduler.takeCacheChanges()) {
+      if (change.type === 'removed') {
+        expect(cached.delete(change.hash)).toBe(true);
+        continue;
+      }
+      for (const [at, hash] of change.hashes.entries()) {
+        expect(cached.has(hash)).toBe(false);
+        cached.set(hash, change.tokens.slice(at * 4, at * 4 + 4));
+      }
+    }
+  };
+  for (const first of [0, 500, 0, 900, 500, 0]) {
+    const one = request(13, {}, { first });
+    world.add(one);
+    while (world.step()) take();
+    take();
+    const hashes: BlockHash[] = [];
+    extendHashes(hashes, one.promptTokens, 4);
+    expect(hashes.map((hash) => cached.get(hash))).toEqual(
+      [0, 4, 8].map((at) => one.promptTokens.slice(at, at + 4)),
+    );
+  }
+  expect(cached.size).toBeLessThanOrEqual(10);
 });

@@ -162,6 +162,14 @@ describe('bytes on the wire are those of python-msgpack', () => {
     expect(decodePing(encodePing(untold))).toEqual(untold);
     const able: PingMessage = { ...told, native: { ...told.native!, features: ['overlap', 'later'] } };
     expect(decodePing(encodePing(able))).toEqual(able);
+    const load = { running: 3, waiting: 300, kvUsed: 70_000, kvBlocks: 100_000, queuedTokens: 12_345 };
+    const loaded: PingMessage = { ...told, native: { ...told.native!, load } };
+    expect(hex(encodePing(loaded))).toBe(GOLDEN['ping native, with its load']);
+    expect(decodePing(encodePing(loaded))).toEqual(loaded);
+    for (const running of [-1, 0.5, Number.NaN, Number.POSITIVE_INFINITY, '3' as unknown as number]) {
+      const lie: PingMessage = { ...told, native: { ...told.native!, load: { ...load, running } } };
+      expect(() => decodePing(encodePing(lie))).toThrow(/running is .*, not an integer from 0/);
+    }
     const wrong = { ...told, native: { ...told.native!, features: 'overlap' as unknown as string[] } };
     expect(() => decodePing(encodePing(wrong))).toThrow(/features are "overlap", not a list/);
   });

@@ -105,6 +105,20 @@ describe('Choice', () => {
     expect(choice.tokens).toBe(3);
   });
 
+  it('has what ended it in the text where that is asked for', () => {
+    const include = { includeStop: true };
+    const byText = new Choice(BYTE_MODEL, ['END'], 0, 0, include);
+    expect(byText.push({ requestId, index: 0, tokens: bytesOf('the EN') }).text).toBe('the ');
+    expect(byText.push({ requestId, index: 0, tokens: bytesOf('D of') })).toMatchObject({
+      text: 'END',
+      finishReason: 'stop',
+    });
+    const byToken = new Choice(BYTE_MODEL, [], 0, 0, include);
+    expect(byToken.push({ requestId, index: 0, tokens: bytesOf('hi.'), finishReason: 'stop' }).text).toBe(
+      'hi.',
+    );
+  });
+
   it('minds no stop string before min_tokens', () => {
     const choice = new Choice(BYTE_MODEL, ['a'], 2);
     const delta = choice.push({ requestId, index: 0, tokens: bytesOf('aaba') });

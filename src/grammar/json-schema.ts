@@ -1,0 +1,509 @@
+/**
+ * A JSON Schema as a grammar of texts that satisfy it: all of them valid, though not each valid one is written (properties come in the order
+ * in which the schema names them; blanks, digits and escapes are limited). What cannot be kept is refused by keyword and place.
+ */
+import { PdError } from '../errors.ts';
+import type { Budget } from './budget.ts';
+import {
+  characters,
+  choice,
+  EMPTY,
+  type Expression,
+  type Grammar,
+  type GraphEdge,
+  LAST_CODE_POINT,
+  NOTHING,
+  type Rule,
+  repeat,
+  rule,
+  sequence,
+  text,
+} from './expression.ts';
+import { BOOLEAN, jsonRules, keyBesides, literal, member, quoted, stringOf } from './json.ts';
+import { insideString, regexExpression } from './regex.ts';
+import { difference, intersection, isNothing, matches } from './regular.ts';
+import {
+  below,
+  type Located,
+  located,
+  SchemaDocument,
+  type SchemaObject,
+  unsupportedKeyword,
+} from './schema-document.ts';
+import {
+  type Alternatives,
+  type Facts,
+  factsOf,
+  firstUnsupported,
+  type TypeName,
+  typesOf,
+  typesOverlap,
+} from './schema-facts.ts';
+import { formatExpression } from './schema-formats.ts';
+import { numberExpression } from './schema-numbers.ts';
+import { equalValues, satisfies } from './schema-values.ts';
+
+const MOST_SCHEMAS_OPEN = 150;
+const MOST_RULES = 5000;
+/** Bytes of values written out in place rather than as a rule of their own. */
+const FEW_BYTES = 200;
+/** Sets of values used so far are states. */
+const MOST_UNIQUE_VALUES = 8;
+const MOST_COMPARED = 4;
+const TYPES: readonly TypeName[] = ['object', 'array', 'string', 'number', 'boolean', 'null'];
+const FREE: Located = { schema: true, pointer: '#' };
+
+/** Throws REQUEST_INVALID with the keyword and its JSON pointer where the schema is not valid or not supported. */
+export function jsonSchemaGrammar(schema: unknown, budget: Budget): Grammar {
+  return new SchemaCompiler(new SchemaDocument(schema), budget).compile();
+}
+
+class SchemaCompiler {
+  readonly #document: SchemaDocument;
+  readonly #budget: Budget;
+  readonly #rules: Rule[] = [];
+  readonly #json;
+  readonly #known = new Map<string, Expression>();
+  readonly #ids = new Map<unknown, number>();
+  #open = 0;
+
+  constructor(document: SchemaDocument, budget: Budget) {
+    this.#document = document;
+    this.#budget = budget;
+    this.#rules.push({ name: '#', body: NOTHING });
+    this.#json = jsonRules(1);
+    this.#rules.push(...this.#json.rules);
+  }
+
+  compile(): Grammar {
+    const { root } = this.#document;
+    this.#rules[0] = { name: root.pointer, body: sequence(this.#json.blanks, this.#schema([root])) };
+    return { rules: this.#rules };
+  }
+
+  /** Texts that satisfy all of `schemas`: a rule, so that a schema may refer to itself, or what is short, written out. */
+  #schema(schemas: readonly Located[]): Expression {
+    const key = schemas
+      .map(({ schema }) => this.#idOf(schema))
+      .sort((a, b) => a - b)
+      .join(' ');
+    const known = this.#known.get(key);
+    if (known) return known;
+    if (this.#rules.length >= MOST_RULES) {
+      throw new PdError('REQUEST_INVALID', `the JSON schema has more than ${MOST_RULES} different parts`);
+    }
+    const { pointer } = schemas[0] ?? FREE;
+    if (++this.#open > MOST_SCHEMAS_OPEN) {
+      throw new PdError(
+        'REQUEST_INVALID',
+        `the JSON schema nests deeper than ${MOST_SCHEMAS_OPEN} schemas at ${pointer.slice(0, 200)}`,
+      );
+    }
+    const number = this.#rules.push({ name: pointer, body: NOTHING }) - 1;
+    this.#known.set(key, rule(number));
+    const body = this.#written(schemas);
+    this.#open--;
+    this.#rules[number] = { name: pointer, body };
+    if (isShort(body)) this.#known.set(key, body);
+    return this.#known.get(key)!;
+  }
+
+  #idOf(schema: unknown): number {
+    const known = this.#ids.get(schema);
+    if (known !== undefined) return known;
+    this.#ids.set(schema, this.#ids.size);
+    return this.#ids.size - 1;
+  }
+
+  #written(schemas: readonly Located[]): Expression {
+    const facts = factsOf(schemas, this.#document, this.#budget);
+    if (facts.impossible) return NOTHING;
+    if (facts.values) {
+      const values = this.#values(facts.values, schemas);
+      return choice(...values.map(literal));
+    }
+    const [first] = facts.alternatives;
+    if (first) return this.#alternatives(first, schemas);
+    const unsupported = firstUnsupported(facts);
+    if (unsupported) throw unsupported;
+    if (facts.anything && facts.formats.length === 0) return this.#json.value;
+    const types = typesOf(facts);
+    return choice(
+      ...TYPES.flatMap((type) => {
+        const isInteger = type === 'number' && types?.has('integer') && !types.has('number');
+        return types && !types.has(type) && !isInteger
+          ? []
+          : [this.#ofType(isInteger ? 'integer' : type, facts)];
+      }),
+    );
+  }
+
+  #values(values: readonly unknown[], schemas: readonly Located[]): unknown[] {
+    return values.filter((value) =>
+      schemas.every((one) => satisfies(value, one, this.#document, this.#budget)),
+    );
+  }
+
+  /**
+   * Each option together with all the rest. The rest still holds the keyword itself, so its schemas are taken without it, and what else
+   * they say stays.
+   */
+  #alternatives(alternatives: Alternatives, schemas: readonly Located[]): Expression {
+    const { keyword, pointer, options, exactlyOne } = alternatives;
+    const rest = this.#without(alternatives, schemas);
+    const combined = options.map((option) => [...rest, ...option]);
+    if (exactlyOne) {
+      combined.forEach((one, i) => {
+        combined.slice(0, i).forEach((other) => {
+          if (this.#exclude(one, other, MOST_COMPARED) || this.#exclude(other, one, MOST_COMPARED)) return;
+          throw unsupportedKeyword(
+            keyword,
+            pointer,
+            'has alternatives of which more than one may hold: use anyOf, or give each a required property with a const of its own',
+          );
+        });
+      });
+    }
+    return choice(...combined.map((one) => this.#schema(one)));
+  }
+
+  readonly #stripped = new Map<string, Located>();
+
+  #without({ keyword, pointer, name }: Alternatives, schemas: readonly Located[]): Located[] {
+    const rest: Located[] = [];
+    const seen = new Set<unknown>();
+    const open = [...schemas].reverse();
+    for (let one = open.pop(); one; one = open.pop()) {
+      const { schema } = one;
+      if (typeof schema === 'boolean' || seen.has(schema)) continue;
+      seen.add(schema);
+      // References and allOf may hide the keyword: what they name stands beside what names them.
+      const { $ref, allOf, ...others } = schema;
+      if ($ref !== undefined) open.push(this.#document.resolve($ref, one.pointer));
+      if (Array.isArray(allOf)) {
+        open.push(...allOf.map((inner, i) => located(inner, below(one.pointer, 'allOf', i))));
+      }
+      const holdsIt = one.pointer === pointer && others[keyword] !== undefined;
+      if (!holdsIt && $ref === undefined && allOf === undefined) {
+        rest.push(one);
+        continue;
+      }
+      const left: Record<string, unknown> = { ...others };
+      if (holdsIt) delete left[keyword];
+      if (holdsIt && name !== undefined) {
+        const { [name]: _, ...otherNames } = others[keyword] as SchemaObject;
+        if (Object.keys(otherNames).length > 0) left[keyword] = otherNames;
+      }
+      if (Object.keys(left).length > 0) {
+        rest.push(this.#strippedOf(one, left, holdsIt ? `${keyword} ${name ?? ''}` : ''));
+      }
+    }
+    return rest;
+  }
+
+  /** The same object each time, so that it is known again. */
+  #strippedOf(
+    { schema, pointer }: Located,
+    others: Readonly<Record<string, unknown>>,
+    without: string,
+  ): Located {
+    const key = `${this.#idOf(schema)} ${without}`;
+    const known = this.#stripped.get(key) ?? { schema: others, pointer };
+    this.#stripped.set(key, known);
+    return known;
+  }
+
+  /** Whether it can be shown that nothing written for `a` satisfies `b`. */
+  #exclude(a: readonly Located[], b: readonly Located[], depth: number): boolean {
+    if (depth === 0) return false;
+    const [ofA, ofB] = [factsOf(a, this.#document, this.#budget), factsOf(b, this.#document, this.#budget)];
+    if (ofA.impossible || ofB.impossible) return true;
+    if (ofA.values) return this.#values(ofA.values, [...a, ...b]).length === 0;
+    const types = typesOf(ofA);
+    if (types && ofB.types && !typesOverlap(types, ofB.types)) return true;
+    if (types && ofB.values && !ofB.values.some((value) => typesOverlap(types, new Set([typeOf(value)])))) {
+      return true;
+    }
+    const onlyObjects = types?.size === 1 && types.has('object');
+    if (!onlyObjects || ofA.alternatives.length > 0) return false;
+    // What one must have and the other cannot, or what both have and never alike.
+    const names = new Set([...ofA.required, ...ofB.required]);
+    return [...names].some((name) => {
+      const [inA, inB] = [this.#property(name, ofA), this.#property(name, ofB)];
+      const impossible = (schemas: readonly Located[]) =>
+        factsOf(schemas, this.#document, this.#budget).impossible;
+      if (ofB.required.has(name) && impossible(inA)) return true;
+      if (!ofA.required.has(name)) return false;
+      return impossible(inB) || this.#exclude(inA, inB, depth - 1);
+    });
+  }
+
+  #ofType(type: TypeName, facts: Facts): Expression {
+    switch (type) {
+      case 'null':
+        return text('null');
+      case 'boolean':
+        return BOOLEAN;
+      case 'integer':
+      case 'number':
+        return numberExpression(facts, type === 'integer', this.#budget);
+      case 'string':
+        return this.#string(facts);
+      case 'array':
+        return this.#array(facts);
+      case 'object':
+        return this.#object(facts);
+    }
+  }
+
+  #string({ minLength, maxLength, patterns, formats }: Facts): Expression {
+    if (minLength > maxLength) return NOTHING;
+    const insides = patterns.map(({ value, pointer }) =>
+      insideString(named('pattern', pointer, () => regexExpression(value, 'within'))),
+    );
+    for (const { value, pointer } of formats) {
+      const format = formatExpression(value);
+      if (format === 'ignored') continue;
+      if (format === 'unsupported')
+        throw unsupportedKeyword('format', pointer, `is "${value}", which is not supported`);
+      insides.push(insideString(format));
+    }
+    const isLimited = minLength > 0 || Number.isFinite(maxLength);
+    if (insides.length === 0) return isLimited ? stringOf(minLength, maxLength) : this.#json.string;
+    // A pattern writes each character in one way only.
+    if (isLimited) insides.push(repeat(insideString(characters([0, LAST_CODE_POINT])), minLength, maxLength));
+    return quoted(insides.reduce((all, one) => intersection(all, one, this.#budget)));
+  }
+
+  #array(facts: Facts): Expression {
+    const { arrays, minItems, maxItems, closedArray } = facts;
+    const { blanks } = this.#json;
+    const prefix = Math.max(0, ...arrays.map((one) => one.prefix.length));
+    const at = (i: number): readonly Located[] => [
+      ...arrays.flatMap((one): Located[] => {
+        const item = one.prefix[i] ?? one.rest;
+        return item ? [item] : [];
+      }),
+      ...(closedArray && i >= prefix && arrays.every(({ rest }) => !rest)
+        ? [{ schema: false, pointer: '#' }]
+        : []),
+    ];
+    if (minItems > maxItems) return NOTHING;
+    if (facts.unique !== undefined && maxItems > 1) return this.#uniqueArray(facts, prefix, at(prefix));
+    // State i: so many items have been read, and the blanks behind them; the last one stands for all from there on.
+    const isEndless = maxItems === Number.POSITIVE_INFINITY;
+    const last = isEndless ? Math.max(1, prefix, minItems) : maxItems;
+    const edges: GraphEdge[] = [];
+    const add = (from: number, to: number, schemas: readonly Located[]) => {
+      this.#budget.states(1);
+      const item = schemas.length > 0 ? this.#schema(schemas) : this.#json.value;
+      edges.push({ from, to, item: sequence(...(from > 0 ? [text(','), blanks] : []), item, blanks) });
+    };
+    for (let i = 0; i < last; i++) add(i, i + 1, at(i));
+    if (isEndless) add(last, last, at(last));
+    const ends = Array.from({ length: last + 1 }, (_, i) => i).filter((i) => i >= minItems);
+    return sequence(text('['), blanks, { kind: 'graph', size: last + 1, edges, ends }, text(']'));
+  }
+
+  /** Of few values, each at most once: a state per set of those used. */
+  #uniqueArray(facts: Facts, prefix: number, items: readonly Located[]): Expression {
+    const { minItems, maxItems } = facts;
+    const { blanks } = this.#json;
+    const inner = factsOf(items, this.#document, this.#budget);
+    const known =
+      inner.values ?? (inner.types?.size === 1 && inner.types.has('boolean') ? [true, false] : []);
+    const values = this.#values(known, items).filter(
+      (one, i, all) => all.findIndex((other) => equalValues(one, other)) === i,
+    );
+    if (known.length === 0 || values.length > MOST_UNIQUE_VALUES || prefix > 0) {
+      throw unsupportedKeyword(
+        'uniqueItems',
+        facts.unique ?? '#',
+        `is only supported for items of an enum with at most ${MOST_UNIQUE_VALUES} values`,
+      );
+    }
+    const edges: GraphEdge[] = [];
+    const ends: number[] = [];
+    for (let used = 0; used < 1 << values.length; used++) {
+      const count = used.toString(2).replaceAll('0', '').length;
+      if (count >= minItems && count <= maxItems) ends.push(used);
+      if (count >= maxItems) continue;
+      values.forEach((value, i) => {
+        if (used & (1 << i)) return;
+        const item = sequence(...(used > 0 ? [text(','), blanks] : []), literal(value), blanks);
+        edges.push({ from: used, to: used | (1 << i), item });
+      });
+    }
+    return sequence(text('['), blanks, { kind: 'graph', size: 1 << values.length, edges, ends }, text(']'));
+  }
+
+  /** What holds for the value of property `name`. */
+  #property(name: string, { objects, closedObject, propertyNames }: Facts): Located[] {
+    const schemas: Located[] = [];
+    let isKnown = false;
+    for (const { properties, patterns, additional } of objects) {
+      const own = properties.get(name);
+      const matching = [...patterns].filter(([pattern]) => this.#matches(pattern, name));
+      if (own) schemas.push(own);
+      schemas.push(...matching.map(([, one]) => one));
+      const isOwn = own !== undefined || matching.length > 0;
+      isKnown ||= isOwn || additional !== undefined;
+      if (!isOwn && additional) schemas.push(additional);
+    }
+    const isForbidden =
+      (closedObject && !isKnown) ||
+      propertyNames.some((one) => !satisfies(name, one, this.#document, this.#budget));
+    if (isForbidden) schemas.push({ schema: false, pointer: '#' });
+    return schemas;
+  }
+
+  #matches(pattern: string, name: string): boolean {
+    return matches(regexExpression(pattern, 'within'), name, this.#budget);
+  }
+
+  /** Properties in order, each once or, where it may, not at all; then others. */
+  #object(facts: Facts): Expression {
+    const { objects, required, minProperties, maxProperties } = facts;
+    const { blanks, object } = this.#json;
+    const isLimited = minProperties > 0 || Number.isFinite(maxProperties);
+    if (objects.length === 0 && required.size === 0 && facts.propertyNames.length === 0 && !isLimited) {
+      if (!facts.closedObject) return object;
+    }
+    if (minProperties > maxProperties || required.size > maxProperties) return NOTHING;
+    const names = [...new Set([...objects.flatMap(({ properties }) => [...properties.keys()]), ...required])];
+    const others = this.#otherMembers(names, facts);
+    // State (i, c): of the names, i have been decided, and c are there; from `cap` on, it no longer matters how many.
+    const least = Math.min(minProperties, names.length + 1);
+    const cap = Math.max(1, least, Number.isFinite(maxProperties) ? maxProperties : 0);
+    if (minProperties > least && others.length > 0) {
+      throw unsupportedKeyword(
+        'minProperties',
+        facts.minPropertiesAt,
+        'asks for several properties that the schema does not name',
+      );
+    }
+    const stateOf = (i: number, count: number) => i * (cap + 1) + count;
+    const edges: GraphEdge[] = [];
+    const add = (from: number, to: number, count: number, item: Expression) =>
+      edges.push({ from, to, item: sequence(...(count > 0 ? [text(','), blanks] : []), item, blanks) });
+    names.forEach((name, i) => {
+      const schemas = this.#property(name, facts);
+      const value = schemas.length > 0 ? this.#schema(schemas) : this.#json.value;
+      const item = member(blanks, literal(name), value);
+      for (let count = 0; count <= Math.min(cap, i); count++) {
+        this.#budget.states(1);
+        if (!required.has(name))
+          edges.push({ from: stateOf(i, count), to: stateOf(i + 1, count), item: EMPTY });
+        if (count < maxProperties) {
+          add(stateOf(i, count), stateOf(i + 1, Math.min(cap, count + 1)), count, item);
+        }
+      }
+    });
+    const ends: number[] = [];
+    const lastRow = names.length;
+    for (let count = 0; count <= cap; count++) {
+      if (count >= least && count <= maxProperties) ends.push(stateOf(lastRow, count));
+      // Two others may have the same key, so that all of them count as one for the least.
+      if (others.length === 0 || count + 1 < least) continue;
+      for (const item of others) {
+        if (count < maxProperties) {
+          add(stateOf(lastRow, count), stateOf(lastRow + 1, Math.min(cap, count + 1)), count, item);
+          add(stateOf(lastRow + 1, count), stateOf(lastRow + 1, Math.min(cap, count + 1)), 1, item);
+        }
+      }
+    }
+    for (let count = least; count <= Math.min(cap, maxProperties); count++)
+      ends.push(stateOf(lastRow + 1, count));
+    const members: Expression = { kind: 'graph', size: stateOf(lastRow + 2, 0), edges, ends };
+    return sequence(text('{'), blanks, members, text('}'));
+  }
+
+  /** Keys that satisfy a schema, in quotes. */
+  #keys(one: Located): Expression {
+    const facts = factsOf([one], this.#document, this.#budget);
+    if (facts.impossible || (facts.types && !facts.types.has('string'))) return NOTHING;
+    if (facts.values) {
+      const values = this.#values(facts.values, [one]).filter((value) => typeof value === 'string');
+      return choice(...values.map(literal));
+    }
+    if (facts.alternatives.length > 0 || facts.unsupported.length > 0) {
+      throw unsupportedKeyword(
+        'propertyNames',
+        one.pointer,
+        'is only supported with an enum or keywords of strings',
+      );
+    }
+    const keys = this.#string(facts);
+    return keys.kind === 'rule' ? stringOf(0, Number.POSITIVE_INFINITY) : keys;
+  }
+
+  /** Members whose keys are none of `names`, by what their keys match. */
+  #otherMembers(names: readonly string[], facts: Facts): Expression[] {
+    const { objects, closedObject, propertyNames } = facts;
+    const patterns = [...new Set(objects.flatMap((one) => [...one.patterns.keys()]))];
+    const keys = new Map(
+      patterns.map((pattern) => {
+        const written = named('patternProperties', '#', () => regexExpression(pattern, 'within'));
+        return [pattern, quoted(insideString(written))];
+      }),
+    );
+    const members: Expression[] = [];
+    for (const chosen of [...patterns, undefined]) {
+      const schemas = objects.flatMap((one): Located[] => {
+        const own = chosen === undefined ? undefined : one.patterns.get(chosen);
+        const value = own ?? one.additional;
+        return value ? [value] : [];
+      });
+      if (closedObject && chosen === undefined && objects.every(({ additional }) => !additional)) continue;
+      if (factsOf(schemas, this.#document, this.#budget).impossible) continue;
+      let key = keyBesides(names);
+      for (const [pattern, matching] of keys) {
+        key = (pattern === chosen ? intersection : difference)(key, matching, this.#budget);
+      }
+      for (const one of propertyNames) {
+        key = intersection(key, this.#keys(one), this.#budget);
+      }
+      if (isNothing(key, this.#budget)) continue;
+      const value = schemas.length > 0 ? this.#schema(schemas) : this.#json.value;
+      members.push(member(this.#json.blanks, key, value));
+    }
+    return members;
+  }
+}
+
+/** Written in place: a rule's call, or a few bytes. */
+function isShort(expression: Expression): boolean {
+  switch (expression.kind) {
+    case 'rule':
+      return true;
+    case 'text':
+      return expression.bytes.length <= FEW_BYTES;
+    case 'choice': {
+      let bytes = 0;
+      for (const item of expression.items) {
+        if (item.kind === 'text') bytes += item.bytes.length;
+        else if (item.kind !== 'rule') return false;
+      }
+      return bytes <= FEW_BYTES;
+    }
+    default:
+      return false;
+  }
+}
+
+function typeOf(value: unknown): TypeName {
+  if (value === null) return 'null';
+  if (Array.isArray(value)) return 'array';
+  if (Number.isInteger(value)) return 'integer';
+  return typeof value as TypeName;
+}
+
+/** What `read` refuses, with the place that it stands at. */
+function named<T>(keyword: string, pointer: string, read: () => T): T {
+  try {
+    return read();
+  } catch (cause) {
+    if (!(cause instanceof PdError)) throw cause;
+    throw unsupportedKeyword(keyword, pointer, `cannot be used: ${cause.message}`);
+  }
+}

@@ -1,0 +1,332 @@
+/**
+ * Which tokens may follow. Most states allow little, and the walk over the vocabulary is short. Where much may follow (the inside of a
+ * string), nearly all of the walk stays in one rule and hangs on nothing below it: that part is found once per state of the rule, and only
+ * tokens that leave the rule are walked on, from where they leave it.
+ */
+import { PdError } from '../errors.ts';
+import type { CompiledGrammar } from './compile.ts';
+import { type GrammarState, GrammarStates, type StackSet } from './states.ts';
+import { maskWords, type VocabularyData } from './vocabulary.ts';
+
+/** Nodes of the vocabulary looked at before a walk counts as long. */
+const SHORT_WALK = 6000;
+/** Masks that allow no more tokens are kept as a list. */
+const SHORT_LIST = 1024;
+/** Places where a rule is left, above which they are looked up by the byte that comes next. */
+const FEW_EXITS = 2048;
+/** Parts of masks kept per grammar, and of those that all grammars share. */
+const MOST_PARTS = 48;
+
+/** What is allowed without a look below the rule. */
+interface Part {
+  readonly tokens: Uint32Array;
+  /** Nodes within tokens where the rule may end. */
+  readonly exits: Int32Array;
+  /** Where there are many: 1 and the count at node n, 0 where it is no exit. */
+  readonly exitAt: Uint16Array | undefined;
+  /** In a counted rule: how many more are begun by then, per exit; and the tokens with theirs, fewest first. */
+  readonly exitCounts: Uint16Array | undefined;
+  readonly byCount: { readonly tokens: Int32Array; readonly counts: Uint16Array } | undefined;
+}
+
+/** A vocabulary with what is known of it once and for all grammars. */
+export class Vocabulary {
+  readonly data: VocabularyData;
+  readonly words: number;
+  /** Parts by the shape of their rule. */
+  readonly parts = new Map<string, Part>();
+  #byByte: readonly Int32Array[] | undefined;
+
+  constructor(data: VocabularyData) {
+    this.data = data;
+    this.words = maskWords(data.size);
+  }
+
+  /** Nodes that a byte leads to. */
+  nodesOf(byte: number): Int32Array {
+    if (!this.#byByte) {
+      const lists = Array.from({ length: 256 }, (): number[] => []);
+      for (let node = 1; node < this.data.bytes.length; node++) lists[this.data.bytes[node]!]!.push(node);
+      this.#byByte = lists.map((list) => Int32Array.from(list));
+    }
+    return this.#byByte[byte]!;
+  }
+}
+
+/** A grammar over the tokens of a model. States are immutable: keep them, fork them, drop them. */
+export class TokenGrammar {
+  readonly #states: GrammarStates;
+  readonly #tables: CompiledGrammar;
+  readonly #vocabulary: Vocabulary;
+  readonly #parts = new Map<number, Part>();
+  /** States of the tables whose walk is long. */
+  readonly #wide = new Set<number>();
+
+  constructor(tables: CompiledGrammar, vocabulary: Vocabulary) {
+    this.#tables = tables;
+    this.#states = new GrammarStates(tables);
+    this.#vocabulary = vocabulary;
+  }
+
+  get start(): GrammarState {
+    this.#states.begin();
+    return this.#states.start;
+  }
+
+  /** After `token`; undefined where the grammar does not allow it. Throws REQUEST_INVALID where it has become too ambiguous. */
+  accept(state: GrammarState, token: number): GrammarState | undefined {
+    const { size, text, textStart } = this.#vocabulary.data;
+    if (token < 0 || token >= size || textStart[token] === textStart[token + 1]) return undefined;
+    return this.acceptBytes(state, text.subarray(textStart[token], textStart[token + 1]));
+  }
+
+  acceptBytes(state: GrammarState, bytes: Uint8Array): GrammarState | undefined {
+    this.#states.begin();
+    let at: GrammarState | null = state;
+    for (const byte of bytes) {
+      at = this.#states.step(at, byte);
+      if (at === null) return undefined;
+    }
+    return at;
+  }
+
+  /** Sets a bit per token that may follow, and clears all others. Throws REQUEST_INVALID where the grammar has become too ambiguous. */
+  fillMask(state: GrammarState, mask: Uint32Array): void {
+    if (mask.length !== this.#vocabulary.words) {
+      throw new PdError('INTERNAL', `a mask of ${mask.length} words for ${this.#vocabulary.words}`);
+    }
+    this.#states.begin();
+    state.mask ??= this.#maskOf(state);
+    if (state.mask instanceof Uint32Array) {
+      mask.set(state.mask);
+      return;
+    }
+    mask.fill(0);
+    for (const token of state.mask) setBit(mask, token);
+  }
+
+  #maskOf(state: GrammarState): Int32Array | Uint32Array {
+    const { numStates } = this.#tables;
+    if (!state.threads.some((thread) => this.#wide.has(thread % numStates))) {
+      const few = this.#shortWalk(state);
+      if (few) return few.length <= SHORT_LIST ? Int32Array.from(few) : bitsOf(few, this.#vocabulary.words);
+    }
+    const bits = new Uint32Array(this.#vocabulary.words);
+    state.threads.forEach((thread, i) => {
+      this.#addThread(thread, state.stacks[i]!, bits);
+    });
+    return bits;
+  }
+
+  #addThread(thread: number, stack: StackSet, bits: Uint32Array): void {
+    const state = thread % this.#tables.numStates;
+    if (!this.#wide.has(state)) {
+      const few = this.#shortWalk(this.#states.single(thread, stack));
+      if (few) {
+        for (const token of few) setBit(bits, token);
+        return;
+      }
+      this.#wide.add(state);
+    }
+    const part = this.#partOf(state);
+    const { most, least } = this.#countsLeft(thread);
+    addTokens(part, most, bits);
+    this.#addExits(part, least, most, this.#states.popped(stack), bits);
+  }
+
+  /** How many more a counted rule may begin, and must have begun before it ends. */
+  #countsLeft(thread: number): { readonly most: number; readonly least: number } {
+    const { numStates, counted, countedMin, countedMax } = this.#tables;
+    const rule = counted[thread % numStates]!;
+    if (rule < 0) return { most: Number.POSITIVE_INFINITY, least: 0 };
+    const count = Math.floor(thread / numStates);
+    const max = countedMax[rule]!;
+    return { most: max < 0 ? Number.POSITIVE_INFINITY : max - count, least: countedMin[rule]! - count };
+  }
+
+  /** Tokens that leave the rule on their way and go on in `after`. */
+  #addExits(part: Part, least: number, most: number, after: GrammarState, bits: Uint32Array): void {
+    if (after.isOver) return;
+    const { bytes, ends, parents } = this.#vocabulary.data;
+    if (part.exitAt) {
+      for (let byte = 0; byte < 256; byte++) {
+        const next = this.#states.step(after, byte);
+        if (next === null) continue;
+        for (const node of this.#vocabulary.nodesOf(byte)) {
+          const at = part.exitAt[parents[node]!]!;
+          if (at > 0 && at - 1 >= least && at - 1 <= most) this.#walk(node, next, bits);
+        }
+      }
+      return;
+    }
+    part.exits.forEach((exit, i) => {
+      const count = part.exitCounts?.[i] ?? 0;
+      if (count < least || count > most) return;
+      for (let child = exit + 1; child < ends[exit]!; child = ends[child]!) {
+        const next = this.#states.step(after, bytes[child]!);
+        if (next !== null) this.#walk(child, next, bits);
+      }
+    });
+  }
+
+  /** Allows the tokens at and below `first`, which `state` has been reached by. */
+  #walk(first: number, state: GrammarState, bits: Uint32Array): void {
+    const { bytes, depths, ends, tokenStart, tokens } = this.#vocabulary.data;
+    const base = depths[first]!;
+    const states = [state];
+    for (let i = tokenStart[first]!; i < tokenStart[first + 1]!; i++) setBit(bits, tokens[i]!);
+    for (let node = first + 1; node < ends[first]!; ) {
+      const depth = depths[node]! - base;
+      const next = this.#states.step(states[depth - 1]!, bytes[node]!);
+      if (next === null) {
+        node = ends[node]!;
+        continue;
+      }
+      states[depth] = next;
+      for (let i = tokenStart[node]!; i < tokenStart[node + 1]!; i++) setBit(bits, tokens[i]!);
+      node++;
+    }
+  }
+
+  /** Every token that may follow `state`, or undefined where finding them is long. */
+  #shortWalk(state: GrammarState): number[] | undefined {
+    const { bytes, depths, ends, tokenStart, tokens } = this.#vocabulary.data;
+    const found: number[] = [];
+    const states = [state];
+    let looked = 0;
+    for (let node = 1; node < bytes.length; ) {
+      if (++looked > SHORT_WALK) return undefined;
+      const depth = depths[node]!;
+      const next = this.#states.step(states[depth - 1]!, bytes[node]!);
+      if (next === null) {
+        node = ends[node]!;
+        continue;
+      }
+      states[depth] = next;
+      for (let i = tokenStart[node]!; i < tokenStart[node + 1]!; i++) found.push(tokens[i]!);
+      node++;
+    }
+    return found;
+  }
+
+  #partOf(state: number): Part {
+    const { shapes, shapeOf, shapeState } = this.#tables;
+    const shape = shapes[shapeOf[state]!];
+    if (shape === undefined) return remembered(this.#parts, state, () => this.#findPart(state));
+    return remembered(this.#vocabulary.parts, `${shapeState[state]} ${shape}`, () => this.#findPart(state));
+  }
+
+  #findPart(state: number): Part {
+    return this.#tables.counted[state]! >= 0 ? this.#countedPart(state) : this.#plainPart(state);
+  }
+
+  #plainPart(state: number): Part {
+    const { bytes, depths, ends, tokenStart, tokens } = this.#vocabulary.data;
+    const bits = new Uint32Array(this.#vocabulary.words);
+    const exits: number[] = [];
+    const states = [this.#states.single(state, this.#states.bottom)];
+    for (let node = 1; node < bytes.length; ) {
+      const depth = depths[node]!;
+      const next = this.#states.step(states[depth - 1]!, bytes[node]!);
+      if (next === null) {
+        node = ends[node]!;
+        continue;
+      }
+      states[depth] = next;
+      for (let i = tokenStart[node]!; i < tokenStart[node + 1]!; i++) setBit(bits, tokens[i]!);
+      if (next.mayEnd && ends[node]! > node + 1) exits.push(node);
+      node++;
+    }
+    const exitAt = exits.length > FEW_EXITS ? new Uint16Array(bytes.length) : undefined;
+    if (exitAt) for (const exit of exits) exitAt[exit] = 1;
+    return { tokens: bits, exits: Int32Array.from(exits), exitAt, exitCounts: undefined, byCount: undefined };
+  }
+
+  /** The rule has no calls and no choice, so a state and a count are all there is to follow. */
+  #countedPart(state: number): Part {
+    const { edgeStart, edgeLow, edgeHigh, edgeTo, counted, countedStart } = this.#tables;
+    const { bytes, depths, ends, tokenStart, tokens } = this.#vocabulary.data;
+    const first = countedStart[counted[state]!]!;
+    const after = (from: number, byte: number): number => {
+      for (let edge = edgeStart[from]!; edge < edgeStart[from + 1]!; edge++) {
+        if (edgeLow[edge]! <= byte && byte <= edgeHigh[edge]!) return edgeTo[edge]!;
+      }
+      return -1;
+    };
+    const bits = new Uint32Array(this.#vocabulary.words);
+    const exits: number[] = [];
+    const exitCounts: number[] = [];
+    const counts = new Map<number, number[]>();
+    const states = [state];
+    const begun = [0];
+    for (let node = 1; node < bytes.length; ) {
+      const depth = depths[node]!;
+      const from = states[depth - 1]!;
+      const to = after(from, bytes[node]!);
+      if (to < 0) {
+        node = ends[node]!;
+        continue;
+      }
+      const count = begun[depth - 1]! + (from === first ? 1 : 0);
+      states[depth] = to;
+      begun[depth] = count;
+      for (let i = tokenStart[node]!; i < tokenStart[node + 1]!; i++) {
+        setBit(bits, tokens[i]!);
+        const list = counts.get(count);
+        if (list) list.push(tokens[i]!);
+        else counts.set(count, [tokens[i]!]);
+      }
+      if (to === first && ends[node]! > node + 1) {
+        exits.push(node);
+        exitCounts.push(count);
+      }
+      node++;
+    }
+    const exitAt = exits.length > FEW_EXITS ? new Uint16Array(bytes.length) : undefined;
+    if (exitAt) for (let i = 0; i < exits.length; i++) exitAt[exits[i]!] = exitCounts[i]! + 1;
+    const sorted = [...counts].sort(([a], [b]) => a - b);
+    return {
+      tokens: bits,
+      exits: Int32Array.from(exits),
+      exitAt,
+      exitCounts: Uint16Array.from(exitCounts),
+      byCount: {
+        tokens: Int32Array.from(sorted.flatMap(([, list]) => list)),
+        counts: Uint16Array.from(sorted.flatMap(([count, list]) => list.map(() => count))),
+      },
+    };
+  }
+}
+
+function addTokens({ tokens, byCount }: Part, most: number, bits: Uint32Array): void {
+  if (!byCount || most >= (byCount.counts.at(-1) ?? 0)) {
+    for (let i = 0; i < bits.length; i++) bits[i]! |= tokens[i]!;
+    return;
+  }
+  const { tokens: sorted, counts } = byCount;
+  const allowed = tokens.slice();
+  for (let i = sorted.length - 1; i >= 0 && counts[i]! > most; i--) {
+    allowed[sorted[i]! >>> 5]! &= ~(1 << (sorted[i]! & 31));
+  }
+  for (let i = 0; i < bits.length; i++) bits[i]! |= allowed[i]!;
+}
+
+function setBit(bits: Uint32Array, token: number): void {
+  bits[token >>> 5]! |= 1 << (token & 31);
+}
+
+function bitsOf(tokens: readonly number[], words: number): Uint32Array {
+  const bits = new Uint32Array(words);
+  for (const token of tokens) setBit(bits, token);
+  return bits;
+}
+
+function remembered<K>(parts: Map<K, Part>, key: K, find: () => Part): Part {
+  let part = parts.get(key);
+  if (!part) {
+    if (parts.size >= MOST_PARTS) parts.clear();
+    part = find();
+    parts.set(key, part);
+  }
+  return part;
+}

@@ -1,0 +1,406 @@
+/** What several schemas that must all hold ask for together, sorted by the type that it is about. */
+import type { Budget } from './budget.ts';
+import {
+  below,
+  invalidSchema,
+  isObject,
+  type Located,
+  located,
+  type SchemaDocument,
+  type SchemaObject,
+  unsupportedKeyword,
+} from './schema-document.ts';
+import { equalValues } from './schema-values.ts';
+
+export type TypeName = 'null' | 'boolean' | 'integer' | 'number' | 'string' | 'array' | 'object';
+
+const TYPE_NAMES: readonly TypeName[] = ['null', 'boolean', 'integer', 'number', 'string', 'array', 'object'];
+
+/** Where a keyword stands, to be named in errors. */
+export interface Sourced<T> {
+  readonly value: T;
+  readonly pointer: string;
+}
+
+/** `properties` and what goes with them, of one schema. */
+export interface ObjectFacts {
+  readonly properties: ReadonlyMap<string, Located>;
+  readonly patterns: ReadonlyMap<string, Located>;
+  readonly additional: Located | undefined;
+}
+
+export interface ArrayFacts {
+  readonly prefix: readonly Located[];
+  readonly rest: Located | undefined;
+}
+
+/** Alternatives of which one must hold, or, of `exactly` one, no other. */
+export interface Alternatives {
+  readonly keyword: string;
+  readonly pointer: string;
+  readonly exactlyOne: boolean;
+  /** Of a keyword that stands for several of them, which one. */
+  readonly name?: string;
+  /** Each a list that must all hold. */
+  readonly options: readonly (readonly Located[])[];
+}
+
+export interface Facts {
+  /** Nothing satisfies it. */
+  impossible: boolean;
+  /** A schema says nothing but `true`: nothing at all is asked for. */
+  anything: boolean;
+  types: ReadonlySet<TypeName> | undefined;
+  /** Types whose keywords are there, though none names the type. */
+  readonly implied: Set<TypeName>;
+  values: readonly unknown[] | undefined;
+  readonly objects: ObjectFacts[];
+  readonly required: Set<string>;
+  readonly propertyNames: Located[];
+  /** Keys and items that nothing describes are forbidden. */
+  closedObject: boolean;
+  closedArray: boolean;
+  minProperties: number;
+  minPropertiesAt: string;
+  maxProperties: number;
+  readonly arrays: ArrayFacts[];
+  minItems: number;
+  maxItems: number;
+  unique: string | undefined;
+  minLength: number;
+  maxLength: number;
+  readonly patterns: Sourced<string>[];
+  readonly formats: Sourced<string>[];
+  minimum: number;
+  maximum: number;
+  exclusiveMinimum: number;
+  exclusiveMaximum: number;
+  readonly multiples: Sourced<number>[];
+  readonly alternatives: Alternatives[];
+  /** Keywords that only values already known can be held against. */
+  readonly unsupported: { readonly keyword: string; readonly pointer: string }[];
+}
+
+/** Throws REQUEST_INVALID: not a schema, or one that refers to itself without end. */
+export function factsOf(schemas: readonly Located[], document: SchemaDocument, budget: Budget): Facts {
+  const facts: Facts = {
+    impossible: false,
+    anything: true,
+    types: undefined,
+    implied: new Set(),
+    values: undefined,
+    objects: [],
+    required: new Set(),
+    propertyNames: [],
+    closedObject: false,
+    closedArray: false,
+    minProperties: 0,
+    minPropertiesAt: '#',
+    maxProperties: Number.POSITIVE_INFINITY,
+    arrays: [],
+    minItems: 0,
+    maxItems: Number.POSITIVE_INFINITY,
+    unique: undefined,
+    minLength: 0,
+    maxLength: Number.POSITIVE_INFINITY,
+    patterns: [],
+    formats: [],
+    minimum: Number.NEGATIVE_INFINITY,
+    maximum: Number.POSITIVE_INFINITY,
+    exclusiveMinimum: Number.NEGATIVE_INFINITY,
+    exclusiveMaximum: Number.POSITIVE_INFINITY,
+    multiples: [],
+    alternatives: [],
+    unsupported: [],
+  };
+  const seen = new Set<SchemaObject>();
+  const open = [...schemas].reverse();
+  for (let one = open.pop(); one; one = open.pop()) {
+    budget.work(1);
+    const { schema, pointer } = one;
+    if (typeof schema === 'boolean') {
+      facts.impossible ||= !schema;
+      continue;
+    }
+    // What is asked for twice is asked for once: a reference in a circle adds nothing.
+    if (seen.has(schema)) continue;
+    seen.add(schema);
+    const more: Located[] = [];
+    for (const keyword of Object.keys(schema)) {
+      readKeyword(facts, keyword, schema, pointer, document, more);
+    }
+    readObject(facts, schema, pointer);
+    readArray(facts, schema, pointer);
+    open.push(...more.reverse());
+  }
+  return facts;
+}
+
+function readKeyword(
+  facts: Facts,
+  keyword: string,
+  schema: SchemaObject,
+  pointer: string,
+  document: SchemaDocument,
+  more: Located[],
+): void {
+  const value = schema[keyword];
+  const count = () => readCount(value, keyword, pointer);
+  const number = () => readNumber(value, keyword, pointer);
+  const list = () => readList(value, keyword, pointer);
+  const implies = (type: TypeName) => {
+    facts.implied.add(type);
+    facts.anything = false;
+  };
+  switch (keyword) {
+    case '$ref':
+      more.push(document.resolve(value, pointer));
+      return;
+    case 'allOf':
+      more.push(...list());
+      return;
+    case 'anyOf':
+    case 'oneOf': {
+      const options = list().map((one) => [one]);
+      facts.alternatives.push({ keyword, pointer, exactlyOne: keyword === 'oneOf', options });
+      facts.anything = false;
+      return;
+    }
+    case 'type':
+      facts.types = intersectTypes(facts.types, readTypes(value, pointer));
+      facts.anything = false;
+      return;
+    case 'const':
+    case 'enum': {
+      if (keyword === 'enum' && !Array.isArray(value)) throw invalidSchema(keyword, pointer, 'is no list');
+      const values: readonly unknown[] = keyword === 'enum' ? (value as unknown[]) : [value];
+      facts.values = facts.values
+        ? facts.values.filter((one) => values.some((other) => equalValues(one, other)))
+        : values;
+      facts.anything = false;
+      return;
+    }
+    case 'nullable':
+      return;
+    case 'properties':
+    case 'patternProperties':
+    case 'additionalProperties':
+      implies('object');
+      return;
+    case 'unevaluatedProperties':
+    case 'unevaluatedItems': {
+      const isObjects = keyword === 'unevaluatedProperties';
+      implies(isObjects ? 'object' : 'array');
+      if (value === true) return;
+      // Forbidding them altogether is less than a schema for them would allow, and enough.
+      if (isObjects) facts.closedObject = true;
+      else facts.closedArray = true;
+      return;
+    }
+    case 'required':
+      implies('object');
+      for (const name of readNames(value, keyword, pointer)) facts.required.add(name);
+      return;
+    case 'propertyNames':
+      implies('object');
+      facts.propertyNames.push(located(value, below(pointer, keyword)));
+      return;
+    case 'minProperties':
+      implies('object');
+      if (count() > facts.minProperties) facts.minPropertiesAt = pointer;
+      facts.minProperties = Math.max(facts.minProperties, count());
+      return;
+    case 'maxProperties':
+      implies('object');
+      facts.maxProperties = Math.min(facts.maxProperties, count());
+      return;
+    case 'dependentRequired':
+    case 'dependentSchemas':
+    case 'dependencies':
+      implies('object');
+      facts.alternatives.push(...readDependencies(value, keyword, pointer));
+      return;
+    case 'items':
+    case 'prefixItems':
+    case 'additionalItems':
+      implies('array');
+      return;
+    case 'minItems':
+      implies('array');
+      facts.minItems = Math.max(facts.minItems, count());
+      return;
+    case 'maxItems':
+      implies('array');
+      facts.maxItems = Math.min(facts.maxItems, count());
+      return;
+    case 'uniqueItems':
+      implies('array');
+      if (value === true) facts.unique = pointer;
+      return;
+    case 'minLength':
+      implies('string');
+      facts.minLength = Math.max(facts.minLength, count());
+      return;
+    case 'maxLength':
+      implies('string');
+      facts.maxLength = Math.min(facts.maxLength, count());
+      return;
+    case 'pattern':
+      implies('string');
+      if (typeof value !== 'string') throw invalidSchema(keyword, pointer, 'is no text');
+      facts.patterns.push({ value, pointer });
+      return;
+    case 'format':
+      if (typeof value !== 'string') throw invalidSchema(keyword, pointer, 'is no text');
+      facts.formats.push({ value, pointer });
+      return;
+    case 'minimum':
+      implies('number');
+      // Draft 4 has a boolean beside it.
+      if (schema['exclusiveMinimum'] === true) {
+        facts.exclusiveMinimum = Math.max(facts.exclusiveMinimum, number());
+      } else facts.minimum = Math.max(facts.minimum, number());
+      return;
+    case 'maximum':
+      implies('number');
+      if (schema['exclusiveMaximum'] === true) {
+        facts.exclusiveMaximum = Math.min(facts.exclusiveMaximum, number());
+      } else facts.maximum = Math.min(facts.maximum, number());
+      return;
+    case 'exclusiveMinimum':
+      if (typeof value === 'boolean') return;
+      implies('number');
+      facts.exclusiveMinimum = Math.max(facts.exclusiveMinimum, number());
+      return;
+    case 'exclusiveMaximum':
+      if (typeof value === 'boolean') return;
+      implies('number');
+      facts.exclusiveMaximum = Math.min(facts.exclusiveMaximum, number());
+      return;
+    case 'multipleOf':
+      implies('number');
+      if (!(number() > 0)) throw invalidSchema(keyword, pointer, 'is not above 0');
+      facts.multiples.push({ value: number(), pointer });
+      return;
+    case '$dynamicRef':
+    case '$recursiveRef':
+    case 'contains':
+    case 'if':
+    case 'not':
+      facts.unsupported.push({ keyword, pointer });
+      facts.anything = false;
+      return;
+    default:
+      // Titles, examples, extensions and the like say nothing about what is valid.
+      return;
+  }
+}
+
+function readObject(facts: Facts, schema: SchemaObject, pointer: string): void {
+  const { properties, patternProperties, additionalProperties: additional } = schema;
+  if (properties === undefined && patternProperties === undefined && additional === undefined) return;
+  facts.objects.push({
+    properties: readMap(properties, 'properties', pointer),
+    patterns: readMap(patternProperties, 'patternProperties', pointer),
+    additional:
+      additional === undefined ? undefined : located(additional, below(pointer, 'additionalProperties')),
+  });
+}
+
+/** `items` was a list once, with `additionalItems` for the rest. */
+function readArray(facts: Facts, schema: SchemaObject, pointer: string): void {
+  const { items, prefixItems, additionalItems } = schema;
+  if (items === undefined && prefixItems === undefined) return;
+  const listed = Array.isArray(items) ? 'items' : 'prefixItems';
+  const prefix = schema[listed] === undefined ? [] : readList(schema[listed], listed, pointer, true);
+  const after = Array.isArray(items) ? 'additionalItems' : 'items';
+  const rest = Array.isArray(items) ? additionalItems : items;
+  facts.arrays.push({ prefix, rest: rest === undefined ? undefined : located(rest, below(pointer, after)) });
+}
+
+/** Each as two alternatives: the property is not there, or it is and so is what it takes. */
+function readDependencies(value: unknown, keyword: string, pointer: string): Alternatives[] {
+  if (!isObject(value)) throw invalidSchema(keyword, pointer, 'is no object');
+  return Object.entries(value).map(([name, needs]): Alternatives => {
+    const at = below(pointer, keyword, name);
+    const present = Array.isArray(needs)
+      ? [located({ required: [name, ...readNames(needs, keyword, pointer)] }, at)]
+      : [located({ required: [name] }, at), located(needs, at)];
+    const absent = [located({ properties: { [name]: false } }, at)];
+    return { keyword, pointer, name, exactlyOne: false, options: [absent, present] };
+  });
+}
+
+function readMap(value: unknown, keyword: string, pointer: string): Map<string, Located> {
+  if (value === undefined) return new Map();
+  if (!isObject(value)) throw invalidSchema(keyword, pointer, 'is no object');
+  return new Map(
+    Object.entries(value).map(([name, schema]) => [name, located(schema, below(pointer, keyword, name))]),
+  );
+}
+
+function readList(value: unknown, keyword: string, pointer: string, mayBeEmpty = false): Located[] {
+  if (!Array.isArray(value) || (value.length === 0 && !mayBeEmpty)) {
+    throw invalidSchema(keyword, pointer, 'is no list of schemas');
+  }
+  return value.map((schema, i) => located(schema, below(pointer, keyword, i)));
+}
+
+function readNames(value: unknown, keyword: string, pointer: string): readonly string[] {
+  if (Array.isArray(value) && value.every((name) => typeof name === 'string')) return value;
+  // Draft 3 and OpenAPI 2 put a boolean beside a property.
+  if (typeof value === 'boolean') return [];
+  throw invalidSchema(keyword, pointer, 'is no list of names');
+}
+
+function readCount(value: unknown, keyword: string, pointer: string): number {
+  if (typeof value === 'number' && Number.isInteger(value) && value >= 0) return value;
+  throw invalidSchema(keyword, pointer, 'is no whole number from 0 on');
+}
+
+function readNumber(value: unknown, keyword: string, pointer: string): number {
+  if (typeof value === 'number' && Number.isFinite(value)) return value;
+  throw invalidSchema(keyword, pointer, 'is no number');
+}
+
+function readTypes(value: unknown, pointer: string): ReadonlySet<TypeName> {
+  const names: readonly unknown[] = Array.isArray(value) ? value : [value];
+  for (const name of names) {
+    if (!TYPE_NAMES.includes(name as TypeName)) {
+      throw invalidSchema('type', pointer, `names ${JSON.stringify(name)?.slice(0, 50)}, which is no type`);
+    }
+  }
+  return new Set(names as readonly TypeName[]);
+}
+
+function intersectTypes(
+  a: ReadonlySet<TypeName> | undefined,
+  b: ReadonlySet<TypeName>,
+): ReadonlySet<TypeName> {
+  if (!a) return b;
+  const both = TYPE_NAMES.filter((type) => has(a, type) && has(b, type));
+  return new Set(both);
+}
+
+function has(types: ReadonlySet<TypeName>, type: TypeName): boolean {
+  return types.has(type) || (type === 'integer' && types.has('number'));
+}
+
+/** Whether a value could be of a type of both. */
+export function typesOverlap(a: ReadonlySet<TypeName>, b: ReadonlySet<TypeName>): boolean {
+  return TYPE_NAMES.some((type) => has(a, type) && has(b, type));
+}
+
+/** The first of `facts.unsupported`, as an error. */
+export function firstUnsupported({ unsupported }: Facts): Error | undefined {
+  const [first] = unsupported;
+  return (
+    first &&
+    unsupportedKeyword(first.keyword, first.pointer, 'is a condition that no grammar here can express')
+  );
+}
+
+/** What `facts` allow by type: what they name, or what their keywords are about, or undefined for all. */
+export function typesOf(facts: Facts): ReadonlySet<TypeName> | undefined {
+  return facts.types ?? (facts.implied.size > 0 ? facts.implied : undefined);
+}

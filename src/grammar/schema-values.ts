@@ -1,0 +1,181 @@
+/** Whether a value that is known satisfies a schema: for lists of values beside other conditions. */
+import type { Budget } from './budget.ts';
+import { regexExpression } from './regex.ts';
+import { matches } from './regular.ts';
+import {
+  below,
+  isObject,
+  type Located,
+  located,
+  type SchemaDocument,
+  unsupportedKeyword,
+} from './schema-document.ts';
+
+const MOST_NESTING = 500;
+
+/** As JSON Schema compares: numbers by value, objects without order. */
+export function equalValues(a: unknown, b: unknown): boolean {
+  if (a === b) return true;
+  if (Array.isArray(a)) {
+    return Array.isArray(b) && a.length === b.length && a.every((one, i) => equalValues(one, b[i]));
+  }
+  if (!isObject(a) || !isObject(b)) return false;
+  const keys = Object.keys(a);
+  if (keys.length !== Object.keys(b).length) return false;
+  return keys.every((key) => Object.hasOwn(b, key) && equalValues(a[key], b[key]));
+}
+
+/** Throws REQUEST_INVALID where that hangs on a keyword that is not known here. */
+export function satisfies(
+  value: unknown,
+  at: Located,
+  document: SchemaDocument,
+  budget: Budget,
+  depth = 0,
+): boolean {
+  budget.work(1);
+  const { schema, pointer } = at;
+  if (depth > MOST_NESTING) throw unsupportedKeyword('$ref', pointer, 'refers to itself without end');
+  if (typeof schema === 'boolean') return schema;
+  const holds = (of: unknown, inner: unknown, ...path: (string | number)[]) =>
+    satisfies(of, located(inner, below(pointer, ...path)), document, budget, depth + 1);
+  const list = (keyword: string) => {
+    const inner = schema[keyword];
+    return Array.isArray(inner) ? inner.map((_, i) => i) : [];
+  };
+  const matching = (pattern: string, text: string) =>
+    matches(regexExpression(pattern, 'within'), text, budget);
+  return Object.entries(schema).every(([keyword, wanted]): boolean => {
+    const isText = typeof value === 'string';
+    const isNumber = typeof value === 'number';
+    switch (keyword) {
+      case '$ref': {
+        const target = document.resolve(wanted, pointer);
+        if (target.schema === schema) return true;
+        return satisfies(value, target, document, budget, depth + 1);
+      }
+      case 'allOf':
+        return list(keyword).every((i) => holds(value, (wanted as unknown[])[i], keyword, i));
+      case 'anyOf':
+        return list(keyword).some((i) => holds(value, (wanted as unknown[])[i], keyword, i));
+      case 'oneOf':
+        return list(keyword).filter((i) => holds(value, (wanted as unknown[])[i], keyword, i)).length === 1;
+      case 'not':
+        return !holds(value, wanted, keyword);
+      case 'if': {
+        const branch = holds(value, wanted, keyword) ? 'then' : 'else';
+        return schema[branch] === undefined || holds(value, schema[branch], branch);
+      }
+      case 'type':
+        return (Array.isArray(wanted) ? wanted : [wanted]).some((type) => isOfType(value, type));
+      case 'const':
+        return equalValues(value, wanted);
+      case 'enum':
+        return Array.isArray(wanted) && wanted.some((one) => equalValues(one, value));
+      case 'minLength':
+        return !isText || [...value].length >= Number(wanted);
+      case 'maxLength':
+        return !isText || [...value].length <= Number(wanted);
+      case 'pattern':
+        return !isText || matching(String(wanted), value);
+      case 'minimum':
+        return (
+          !isNumber ||
+          (schema['exclusiveMinimum'] === true ? value > Number(wanted) : value >= Number(wanted))
+        );
+      case 'maximum':
+        return (
+          !isNumber ||
+          (schema['exclusiveMaximum'] === true ? value < Number(wanted) : value <= Number(wanted))
+        );
+      case 'exclusiveMinimum':
+        return !isNumber || typeof wanted === 'boolean' || value > Number(wanted);
+      case 'exclusiveMaximum':
+        return !isNumber || typeof wanted === 'boolean' || value < Number(wanted);
+      case 'multipleOf':
+        return !isNumber || Number.isInteger(value / Number(wanted));
+      case 'minItems':
+        return !Array.isArray(value) || value.length >= Number(wanted);
+      case 'maxItems':
+        return !Array.isArray(value) || value.length <= Number(wanted);
+      case 'uniqueItems':
+        return (
+          wanted !== true ||
+          !Array.isArray(value) ||
+          value.every((one, i) => value.findIndex((other) => equalValues(one, other)) === i)
+        );
+      case 'items':
+      case 'prefixItems': {
+        if (!Array.isArray(value)) return true;
+        if (Array.isArray(wanted)) {
+          return wanted.every((inner, i) => i >= value.length || holds(value[i], inner, keyword, i));
+        }
+        const prefix = Array.isArray(schema['prefixItems']) ? schema['prefixItems'].length : 0;
+        return value.slice(prefix).every((one) => holds(one, wanted, keyword));
+      }
+      case 'required':
+        return (
+          !isObject(value) ||
+          !Array.isArray(wanted) ||
+          wanted.every((name) => Object.hasOwn(value, String(name)))
+        );
+      case 'minProperties':
+        return !isObject(value) || Object.keys(value).length >= Number(wanted);
+      case 'maxProperties':
+        return !isObject(value) || Object.keys(value).length <= Number(wanted);
+      case 'properties':
+        if (!isObject(value) || !isObject(wanted)) return true;
+        return Object.entries(wanted).every(
+          ([name, inner]) => !Object.hasOwn(value, name) || holds(value[name], inner, keyword, name),
+        );
+      case 'patternProperties':
+        if (!isObject(value) || !isObject(wanted)) return true;
+        return Object.entries(wanted).every(([pattern, inner]) =>
+          Object.entries(value).every(
+            ([name, one]) => !matching(pattern, name) || holds(one, inner, keyword, pattern),
+          ),
+        );
+      case 'additionalProperties': {
+        if (!isObject(value)) return true;
+        const { properties = {}, patternProperties = {} } = schema;
+        const known = (name: string) =>
+          Object.hasOwn(properties as object, name) ||
+          Object.keys(patternProperties as object).some((pattern) => matching(pattern, name));
+        return Object.entries(value).every(([name, one]) => known(name) || holds(one, wanted, keyword));
+      }
+      case 'propertyNames':
+        return !isObject(value) || Object.keys(value).every((name) => holds(name, wanted, keyword));
+      case 'additionalItems':
+      case 'contains':
+      case 'dependencies':
+      case 'dependentRequired':
+      case 'dependentSchemas':
+      case 'unevaluatedItems':
+      case 'unevaluatedProperties':
+      case '$dynamicRef':
+      case '$recursiveRef': {
+        const isAbout =
+          keyword.endsWith('ms') || keyword === 'contains' ? Array.isArray(value) : isObject(value);
+        if (!isAbout && !keyword.startsWith('$')) return true;
+        throw unsupportedKeyword(keyword, pointer, 'is not supported beside a list of values');
+      }
+      default:
+        return true;
+    }
+  });
+}
+
+function isOfType(value: unknown, type: unknown): boolean {
+  switch (type) {
+    case 'null':
+      return value === null;
+    case 'array':
+      return Array.isArray(value);
+    case 'object':
+      return isObject(value);
+    case 'integer':
+      return Number.isInteger(value);
+    default:
+      return typeof value === type;
+  }
+}

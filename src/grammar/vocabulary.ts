@@ -1,0 +1,92 @@
+/** The tokens of a model as a trie over their bytes, laid out flat in preorder: what a mask is found by walking. */
+
+/** Plain data over typed arrays: crosses threads as it is. Node 0 is the root. */
+export interface VocabularyData {
+  /** Ids run from 0 to `size` - 1. */
+  readonly size: number;
+  /** Per node: the byte that leads to it, its depth, and the first node behind its subtree. */
+  readonly bytes: Uint8Array;
+  readonly depths: Uint16Array;
+  readonly ends: Int32Array;
+  readonly parents: Int32Array;
+  /** Tokens that end in node n: `tokens[tokenStart[n]]` to `tokens[tokenStart[n + 1] - 1]`. */
+  readonly tokenStart: Int32Array;
+  readonly tokens: Int32Array;
+  /** Bytes of token t: `text[textStart[t]]` to `text[textStart[t + 1] - 1]`; none where a grammar may never draw it. */
+  readonly textStart: Int32Array;
+  readonly text: Uint8Array;
+}
+
+/** `tokens` by id; undefined (special tokens, ids without one) and empty: never drawn under a grammar. */
+export function vocabularyOf(tokens: readonly (Uint8Array | undefined)[]): VocabularyData {
+  const size = tokens.length;
+  const textStart = new Int32Array(size + 1);
+  for (let id = 0; id < size; id++) textStart[id + 1] = textStart[id]! + (tokens[id]?.length ?? 0);
+  const text = new Uint8Array(textStart[size]!);
+  tokens.forEach((bytes, id) => {
+    if (bytes) text.set(bytes, textStart[id]);
+  });
+  const ids = Array.from(tokens.keys()).filter((id) => textStart[id + 1]! > textStart[id]!);
+  ids.sort(
+    (a, b) => compareBytes(text, textStart[a]!, textStart[a + 1]!, textStart[b]!, textStart[b + 1]!) || a - b,
+  );
+
+  const bytes: number[] = [0];
+  const depths: number[] = [0];
+  const parents: number[] = [-1];
+  const tokenStart: number[] = [0];
+  const ends = [0];
+  const ordered: number[] = [];
+  /** Nodes from the root to the last token's. */
+  const path = [0];
+  let before = { start: 0, length: 0 };
+  for (const id of ids) {
+    const start = textStart[id]!;
+    const length = textStart[id + 1]! - start;
+    let shared = 0;
+    while (
+      shared < length &&
+      shared < before.length &&
+      text[start + shared] === text[before.start + shared]
+    ) {
+      shared++;
+    }
+    while (path.length > shared + 1) ends[path.pop()!] = bytes.length;
+    for (let depth = shared; depth < length; depth++) {
+      parents.push(path.at(-1)!);
+      path.push(bytes.length);
+      bytes.push(text[start + depth]!);
+      depths.push(depth + 1);
+      tokenStart.push(ordered.length);
+      ends.push(0);
+    }
+    ordered.push(id);
+    before = { start, length };
+  }
+  for (const node of path) ends[node] = bytes.length;
+  tokenStart.push(ordered.length);
+  // The root has no tokens: those counted to it so far are its first child's.
+  return {
+    size,
+    bytes: Uint8Array.from(bytes),
+    depths: Uint16Array.from(depths),
+    ends: Int32Array.from(ends),
+    parents: Int32Array.from(parents),
+    tokenStart: Int32Array.from(tokenStart),
+    tokens: Int32Array.from(ordered),
+    textStart,
+    text,
+  };
+}
+
+function compareBytes(text: Uint8Array, a: number, aEnd: number, b: number, bEnd: number): number {
+  for (; a < aEnd && b < bEnd; a++, b++) {
+    if (text[a] !== text[b]) return text[a]! - text[b]!;
+  }
+  return aEnd - a - (bEnd - b);
+}
+
+/** Words of a mask over `size` tokens: bit `id & 31` of word `id >>> 5`. */
+export function maskWords(size: number): number {
+  return Math.ceil(size / 32);
+}

@@ -1,0 +1,75 @@
+/** Grammars of requests, on the reader thread: built once each, in memory that all threads see. Its owner ends the thread where it takes too long. */
+import { hash } from 'node:crypto';
+import { PdError } from '../errors.ts';
+import { compileSpec, type GrammarSpec } from '../grammar/grammar.ts';
+import { type VocabularyData, vocabularyOf } from '../grammar/vocabulary.ts';
+import type { Tokenizer } from '../model/tokenizer.ts';
+import type { GrammarUse } from '../scheduler/types.ts';
+import type { GrammarWish } from './server/fields.ts';
+
+/** A large one takes some MB. */
+const MOST_KNOWN = 64;
+
+export class GrammarCompiler {
+  readonly #model: Pick<Tokenizer, 'tokenBytes' | 'isSpecial'>;
+  readonly #known = new Map<string, GrammarUse>();
+  #vocabulary: VocabularyData | undefined;
+
+  constructor(model: Pick<Tokenizer, 'tokenBytes' | 'isSpecial'>) {
+    this.#model = model;
+  }
+
+  /** `vocabSize`: of the model. Throws REQUEST_INVALID that names the wish's field. */
+  compile({ spec, param }: GrammarWish, vocabSize: number): GrammarUse {
+    const key = keyOf(spec);
+    let use = this.#known.get(key);
+    if (!use) {
+      const tables = shared(tablesOf(spec, param));
+      this.#vocabulary ??= shared(this.#readVocabulary(vocabSize));
+      use = { key, tables, vocabulary: this.#vocabulary };
+    }
+    // The latest last.
+    this.#known.delete(key);
+    this.#known.set(key, use);
+    const [oldest] = this.#known.keys();
+    if (this.#known.size > MOST_KNOWN && oldest !== undefined) this.#known.delete(oldest);
+    return use;
+  }
+
+  #readVocabulary(size: number): VocabularyData {
+    const model = this.#model;
+    return vocabularyOf(
+      Array.from({ length: size }, (_, id) => (model.isSpecial(id) ? undefined : model.tokenBytes(id))),
+    );
+  }
+}
+
+function tablesOf(spec: GrammarSpec, param: string) {
+  try {
+    return compileSpec(spec, () => performance.now());
+  } catch (error) {
+    if (!(error instanceof PdError) || error.code !== 'REQUEST_INVALID') throw error;
+    throw new PdError('REQUEST_INVALID', `${param}: ${error.message}`, { ...error.context, param });
+  }
+}
+
+function keyOf(spec: GrammarSpec): string {
+  return hash('sha256', JSON.stringify(spec), 'hex').slice(0, 32);
+}
+
+/** The same, its arrays in shared memory. */
+function shared<T extends object>(data: T): T {
+  const entries = Object.entries(data).map(([name, value]: [string, unknown]) => {
+    if (value instanceof Int32Array) return [name, new Int32Array(copied(value))];
+    if (value instanceof Uint16Array) return [name, new Uint16Array(copied(value))];
+    if (value instanceof Uint8Array) return [name, new Uint8Array(copied(value))];
+    return [name, value];
+  });
+  return Object.fromEntries(entries) as T;
+}
+
+function copied({ buffer, byteOffset, byteLength }: ArrayBufferView): SharedArrayBuffer {
+  const memory = new SharedArrayBuffer(byteLength);
+  new Uint8Array(memory).set(new Uint8Array(buffer, byteOffset, byteLength));
+  return memory;
+}

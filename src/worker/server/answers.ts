@@ -1,0 +1,79 @@
+/** How one API writes its answers, and the form that chats and completions share: a list of choices. */
+import type { PdError } from '../../errors.ts';
+import { openAiError } from '../../openai-error.ts';
+import type { ChoiceEvent, Usage } from './choice.ts';
+import { turns } from './turns.ts';
+
+/** One server-sent event. */
+export interface StreamEvent {
+  readonly name?: string;
+  readonly data: object;
+  /** Written in turns: what is said of a prompt may be long, what is said of a token is not. */
+  readonly long?: boolean;
+}
+
+/** What one answer is written by. Used once. */
+export interface AnswerFormat {
+  /** `choices`: the events of each, in order. */
+  whole(choices: readonly (readonly ChoiceEvent[])[], usage: Usage): Promise<object>;
+  /** A stream: `begin`, what each event says, and `end` or `broke`. */
+  begin(): readonly StreamEvent[];
+  said(event: ChoiceEvent): Promise<readonly StreamEvent[]>;
+  end(usage: Usage): readonly StreamEvent[];
+  broke(error: PdError): readonly StreamEvent[];
+  /** Ends the stream, however it went. */
+  readonly last?: string;
+}
+
+export interface AnswerBase {
+  readonly id: string;
+  readonly created: number;
+  readonly model: string;
+}
+
+export interface ChoicesFormat {
+  /** `object` of a whole answer, and of a chunk of a stream. */
+  readonly object: string;
+  readonly chunkObject: string;
+  /** What a stream says of one event, each in a chunk of its own. */
+  deltas(event: ChoiceEvent): Promise<readonly object[]>;
+  /** A whole choice, of its events in order. */
+  whole(index: number, events: readonly ChoiceEvent[]): Promise<object>;
+  /** Beside the choices of an answer or chunk that begins with this event. */
+  besideChoices?(event: ChoiceEvent | undefined): Promise<object>;
+}
+
+/** `includeUsage`: a stream ends with it. */
+export function answerOfChoices(
+  { id, created, model }: AnswerBase,
+  includeUsage: boolean,
+  format: ChoicesFormat,
+): AnswerFormat {
+  const base = (object: string) => ({ id, object, created, model });
+  const chunk = base(format.chunkObject);
+  const withUsage = includeUsage ? { usage: null } : {};
+  return {
+    async whole(byChoice, usage) {
+      const choices: object[] = [];
+      const turn = turns();
+      for (const [index, events] of byChoice.entries()) {
+        choices.push(await format.whole(index, events));
+        await turn();
+      }
+      const beside = await format.besideChoices?.(byChoice[0]?.[0]);
+      return { ...base(format.object), ...beside, choices, usage };
+    },
+    begin: () => [],
+    async said(event) {
+      const beside = await format.besideChoices?.(event);
+      const deltas = await format.deltas(event);
+      return deltas.map((choice, i) => ({
+        data: { ...chunk, ...(i === 0 && beside), choices: [choice], ...withUsage },
+        long: event.start !== undefined,
+      }));
+    },
+    end: (usage) => (includeUsage ? [{ data: { ...chunk, choices: [], usage } }] : []),
+    broke: (error) => [{ data: openAiError(error) }],
+    last: '[DONE]',
+  };
+}

@@ -1,0 +1,55 @@
+import { describe, expect, it } from 'vitest';
+import { CALL_DIALECTS, writtenForm } from '../../../src/parsing/calls.ts';
+import { createParser } from '../../../src/parsing/parser.ts';
+import { accepts, grammarOf, randomFrom, walk } from '../../support/grammars.ts';
+
+const CITY = {
+  type: 'object',
+  properties: { city: { type: 'string', maxLength: 9 } },
+  required: ['city'],
+  additionalProperties: false,
+};
+const TREE = {
+  $defs: {
+    node: { type: 'object', properties: { next: { $ref: '#/$defs/node' } }, additionalProperties: false },
+  },
+  $ref: '#/$defs/node',
+};
+const FUNCTIONS = [
+  { name: 'weather', parameters: CITY },
+  { name: 'tree', parameters: TREE },
+  { name: 'now' },
+];
+
+const specOf = (dialect: (typeof CALL_DIALECTS)[number], many: boolean) =>
+  ({ kind: 'calls', form: writtenForm(dialect), many, functions: FUNCTIONS }) as const;
+
+describe('a grammar of calls', () => {
+  it('takes what models write, and nothing else', () => {
+    const one = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>';
+    const many = grammarOf(specOf('hermes', true));
+    expect(accepts(many, one)).toBe(true);
+    expect(accepts(many, `${one}\n${one}`)).toBe(true);
+    expect(accepts(many, '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>')).toBe(true);
+    expect(accepts(many, one.replace('Paris"', 'Paris", "x": 1'))).toBe(false);
+    expect(accepts(many, one.replace('weather', 'whether'))).toBe(false);
+    expect(accepts(many, '')).toBe(false);
+    expect(accepts(grammarOf(specOf('hermes', false)), `${one}\n${one}`)).toBe(false);
+  });
+
+  it.each(CALL_DIALECTS)('writes what the parser of %s reads as calls alone', (dialect) => {
+    const grammar = grammarOf(specOf(dialect, true));
+    const names = new Set<string>();
+    for (let seed = 1; seed <= 60; seed++) {
+      const drawn = walk(grammar, randomFrom(seed), 400);
+      if (!drawn.ended) continue;
+      const parser = createParser({ calls: { dialect, names: FUNCTIONS.map(({ name }) => name) } });
+      const parts = [...parser.push(drawn.text), ...parser.flush()];
+      for (const part of parts) {
+        expect(['call', 'arguments']).toContain(part.type);
+        if (part.type === 'call') names.add(part.name);
+      }
+    }
+    expect([...names].sort()).toEqual(['now', 'tree', 'weather']);
+  });
+});

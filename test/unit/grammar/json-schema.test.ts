@@ -1,0 +1,210 @@
+/** Whatever is drawn under a schema satisfies it, by the judgement of another program (ajv). */
+import { Ajv2020 } from 'ajv/dist/2020.js';
+import addFormats from 'ajv-formats';
+import fc from 'fast-check';
+import { describe, expect, it } from 'vitest';
+import { accepts, grammarOf, randomFrom, walk } from '../../support/grammars.ts';
+
+const ajv = new Ajv2020({ strict: false, logger: false, allowUnionTypes: true });
+addFormats.default(ajv);
+
+const leaf = fc.oneof(
+  fc.record({
+    type: fc.constant('string'),
+    minLength: fc.nat(3),
+    maxLength: fc.integer({ min: 3, max: 90 }),
+  }),
+  fc.record({
+    type: fc.constant('string'),
+    pattern: fc.constantFrom('^[a-f]+$', 'de', '^(ba|co){2,4}', '"\\\\'),
+  }),
+  fc.record({
+    type: fc.constant('string'),
+    format: fc.constantFrom(
+      'date',
+      'time',
+      'date-time',
+      'uuid',
+      'ipv4',
+      'ipv6',
+      'email',
+      'uri',
+      'hostname',
+      'duration',
+    ),
+  }),
+  fc.record({
+    type: fc.constant('integer'),
+    minimum: fc.integer({ min: -2000, max: 5 }),
+    maximum: fc.integer({ min: 5, max: 3000 }),
+  }),
+  fc.record({
+    type: fc.constant('integer'),
+    multipleOf: fc.integer({ min: 1, max: 30 }),
+    exclusiveMinimum: fc.integer({ min: -9, max: 99 }),
+  }),
+  fc.record({
+    type: fc.constant('number'),
+    minimum: fc.double({ min: -99, max: 0.5, noNaN: true }),
+    exclusiveMaximum: fc.double({ min: 0.5001, max: 1e6, noNaN: true }),
+  }),
+  fc.constantFrom<object | boolean>(
+    { type: 'boolean' },
+    { type: ['string', 'null'] },
+    {},
+    true,
+    { enum: ['a', 1, null, { x: [1] }] },
+    { const: 'fi"x' },
+  ),
+);
+const schema = fc.letrec<{ schema: object | boolean; object: object }>((tie) => ({
+  object: fc.record(
+    {
+      type: fc.constant('object'),
+      properties: fc.dictionary(fc.constantFrom('a', 'name', 'n"', 'é', 'de', 'defi'), tie('schema'), {
+        maxKeys: 4,
+      }),
+      required: fc.uniqueArray(fc.constantFrom('a', 'name', 'é'), { maxLength: 2 }),
+      additionalProperties: fc.oneof(fc.boolean(), leaf),
+      patternProperties: fc.constantFrom(
+        {},
+        { '^d': { type: 'integer' } },
+        { a: { type: 'boolean' }, e$: true },
+      ),
+      minProperties: fc.constantFrom(0, 1),
+      maxProperties: fc.constantFrom(4, 9),
+    },
+    { requiredKeys: ['type'] },
+  ),
+  schema: fc.oneof(
+    { maxDepth: 3 },
+    { weight: 3, arbitrary: leaf },
+    { weight: 2, arbitrary: tie('object') },
+    fc.record(
+      {
+        type: fc.constant('array'),
+        items: tie('schema'),
+        minItems: fc.nat(2),
+        maxItems: fc.integer({ min: 2, max: 5 }),
+        prefixItems: fc.array(leaf, { minLength: 1, maxLength: 2 }),
+      },
+      { requiredKeys: ['type'] },
+    ),
+    fc.record({ anyOf: fc.array(tie('schema'), { minLength: 1, maxLength: 3 }) }),
+    fc.record({ allOf: fc.array(tie('object'), { minLength: 1, maxLength: 2 }) }),
+  ),
+}));
+
+describe('JSON Schema', () => {
+  it('is satisfied by every text that comes to an end, and refused only by name', () => {
+    let ended = 0;
+    fc.assert(
+      fc.property(schema.object, fc.nat(), (one, seed) => {
+        let grammar: ReturnType<typeof grammarOf>;
+        try {
+          grammar = grammarOf({ kind: 'json-schema', schema: one });
+        } catch (error) {
+          expect(error).toMatchObject({ code: 'REQUEST_INVALID' });
+          return;
+        }
+        const validate = ajv.compile(one);
+        const random = randomFrom(seed);
+        for (let i = 0; i < 3; i++) {
+          const drawn = walk(grammar, random);
+          if (!drawn.ended) continue;
+          ended++;
+          expect([drawn.text, validate(JSON.parse(drawn.text)), validate.errors]).toEqual([
+            drawn.text,
+            true,
+            null,
+          ]);
+        }
+      }),
+      { numRuns: 60 },
+    );
+    expect(ended).toBeGreaterThan(30);
+  });
+
+  it.each([
+    [
+      {
+        type: 'object',
+        properties: { a: { type: 'integer' } },
+        required: ['a'],
+        additionalProperties: false,
+      },
+      '{"a": 12}',
+      '{"a":12,"b":1}',
+    ],
+    [{ properties: { a: true, b: { type: 'string' } } }, '{ "b" : "x" , "c": null}', '{"b":"x","b":3}'],
+    [
+      {
+        $defs: {
+          tree: {
+            type: 'object',
+            properties: { left: { $ref: '#/$defs/tree' } },
+            additionalProperties: false,
+          },
+        },
+        $ref: '#/$defs/tree',
+      },
+      '{"left":{"left":{}}}',
+      '{"left":{"left":[]}}',
+    ],
+    [{ type: 'array', items: { enum: ['a', 'b'] }, uniqueItems: true }, '["b","a"]', '["b","b"]'],
+    [
+      {
+        oneOf: [
+          { properties: { t: { const: 'x' } }, required: ['t'] },
+          { properties: { t: { const: 'y' }, n: { type: 'null' } }, required: ['t', 'n'] },
+        ],
+      },
+      '{"t":"y","n":null}',
+      '{"t":"y"}',
+    ],
+    [{ type: 'number', minimum: -1.5, maximum: 2 }, '-1.49', '2.01'],
+    [{ type: 'integer', minimum: 10, maximum: 30 }, '30', '300'],
+    [
+      {
+        dependentRequired: { a: ['b'], c: ['d'] },
+        properties: { a: true, b: true, c: true, d: true },
+        additionalProperties: false,
+      },
+      '{"a":1,"b":2}',
+      '{"b":2,"c":1}',
+    ],
+    [
+      {
+        allOf: [
+          { properties: { a: { minimum: 3 } } },
+          { properties: { a: { type: 'integer', maximum: 5 } }, required: ['a'] },
+        ],
+        additionalProperties: true,
+      },
+      '{"a":4}',
+      '{"a":6}',
+    ],
+    [{ type: 'string', minLength: 2, maxLength: 2 }, '"é😀"', '"abc"'],
+    [{ type: 'string', maxLength: 200 }, JSON.stringify('x'.repeat(200)), JSON.stringify('x'.repeat(201))],
+  ])('%j takes %s and not %s', (one, valid, invalid) => {
+    const grammar = grammarOf({ kind: 'json-schema', schema: one });
+    expect([accepts(grammar, valid), accepts(grammar, invalid)]).toEqual([true, false]);
+  });
+
+  it.each([
+    [{ type: 'object', properties: { a: { contains: {} } } }, '"contains" at #/properties/a'],
+    [{ items: { type: 'array', uniqueItems: true } }, '"uniqueItems" at #/items'],
+    [{ oneOf: [{ type: 'integer' }, { minimum: 2 }] }, '"oneOf" at #'],
+    [{ properties: { 'a/b': { $ref: 'http://elsewhere/x' } } }, '"$ref" at #/properties/a~1b'],
+    [{ properties: { a: { type: 'text' } } }, '"type" at #/properties/a'],
+    [{ pattern: '(?=a)b' }, 'look-around'],
+    [{ type: 'string', format: 'regex' }, '"format" at #'],
+    [{ properties: { a: 12 } }, '#/properties/a: neither an object nor a boolean'],
+    [{ type: 'string', enum: [1, 2] }, 'matches nothing'],
+    [{ $ref: '#/nowhere' }, '"$ref" at #'],
+    [{ anyOf: [{ $ref: '#' }, { $ref: '#' }] }, 'matches nothing'],
+    ['string', 'neither an object nor a boolean'],
+  ])('%j is refused: %s', (one, why) => {
+    expect(() => grammarOf({ kind: 'json-schema', schema: one })).toThrow(why);
+  });
+});

@@ -1,0 +1,103 @@
+/** What explodes is refused by name, before it costs anything; what merely looks so is not. */
+import { describe, expect, it } from 'vitest';
+import type { GrammarSpec } from '../../../src/grammar/grammar.ts';
+import { compileSpec } from '../../../src/grammar/grammar.ts';
+import { accepts, allowedTokens, grammarOf, TOKENS, walk } from '../../support/grammars.ts';
+
+function nested(levels: number, inner: unknown, wrap: (inner: unknown) => unknown): unknown {
+  let schema = inner;
+  for (let i = 0; i < levels; i++) schema = wrap(schema);
+  return schema;
+}
+
+const REFUSED: readonly (readonly [string, GrammarSpec])[] = [
+  ['a megabyte of groups', { kind: 'regex', source: '('.repeat(2 ** 20) }],
+  ['deep groups', { kind: 'regex', source: `${'('.repeat(5000)}${')'.repeat(5000)}` }],
+  ['counts of counts', { kind: 'regex', source: '((a{1,999}b){1,999}c){1,999}' }],
+  ['a count beyond all', { kind: 'regex', source: '(ab?){999999999}' }],
+  ['a backreference', { kind: 'regex', source: '(a)\\1' }],
+  ['a text that never ends', { kind: 'ebnf', source: 'root ::= "a" root' }],
+  ['recursion on the left', { kind: 'ebnf', source: 'root ::= a\na ::= b "x"\nb ::= a? "y"' }],
+  ['a rule that is not there', { kind: 'ebnf', source: 'root ::= other' }],
+  ['deep groups of a grammar', { kind: 'ebnf', source: `root ::= ${'('.repeat(5000)}` }],
+  ['half a grammar', { kind: 'ebnf', source: 'root ::= "a' }],
+  ['no choice', { kind: 'choice', texts: [] }],
+  ['long choices', { kind: 'choice', texts: Array.from({ length: 5000 }, (_, i) => `${i}`.repeat(40)) }],
+  [
+    '500 nested objects',
+    { kind: 'json-schema', schema: nested(500, {}, (a) => ({ type: 'object', properties: { a } })) },
+  ],
+  ['deep lists', { kind: 'json-schema', schema: { enum: [nested(100_000, 1, (inner) => [inner])] } }],
+  ['many items', { kind: 'json-schema', schema: { type: 'array', minItems: 1e9 } }],
+  [
+    'a long pattern with a length',
+    { kind: 'json-schema', schema: { type: 'string', pattern: '(a|b)*a(a|b){30}$', maxLength: 400 } },
+  ],
+  [
+    'a circle of references',
+    {
+      kind: 'json-schema',
+      schema: { enum: [1], $ref: '#/$defs/a', $defs: { a: { $ref: '#/$defs/b' }, b: { $ref: '#/$defs/a' } } },
+    },
+  ],
+];
+
+describe('grammars', () => {
+  it.each(REFUSED)('refuse %s', (_, spec) => {
+    expect(() => grammarOf(spec)).toThrow(expect.objectContaining({ code: 'REQUEST_INVALID' }));
+  });
+
+  it('are refused once they have taken too long, by the clock that is given', () => {
+    let now = 0;
+    const texts = Array.from({ length: 500 }, (_, i) => `${i} and so on`);
+    expect(() => compileSpec({ kind: 'choice', texts }, () => (now += 400))).toThrow('takes longer than');
+  });
+
+  it('take six nested anyOf of eight that all begin alike', () => {
+    const levels = Array.from({ length: 6 }, (_, level) => ({
+      anyOf: Array.from({ length: 8 }, (_, i) => ({
+        type: 'object',
+        properties: {
+          a: level === 5 ? { type: 'integer' } : { $ref: `#/$defs/${level + 1}` },
+          [`only${i}`]: { type: 'null' },
+        },
+        required: ['a', `only${i}`],
+        additionalProperties: false,
+      })),
+    }));
+    const schema = { $ref: '#/$defs/0', $defs: Object.fromEntries(levels.entries()) };
+    const grammar = grammarOf({ kind: 'json-schema', schema });
+    const text = nested(6, 7, (a) => ({ a, only3: null }));
+    expect(accepts(grammar, JSON.stringify(text))).toBe(true);
+    expect(accepts(grammar, JSON.stringify({ a: text, only3: null }))).toBe(false);
+  });
+
+  it('lead out of any depth', () => {
+    const grammar = grammarOf({ kind: 'json-object' });
+    let state = grammar.acceptBytes(grammar.start, new TextEncoder().encode('{"a":'))!;
+    const open = TOKENS.findIndex((token) => token?.length === 1 && token[0] === 0x5b);
+    let depth = 0;
+    for (let next = grammar.accept(state, open); next; next = grammar.accept(next, open)) {
+      state = next;
+      depth++;
+    }
+    expect(depth).toBeGreaterThan(200);
+    expect(allowedTokens(grammar, state)).not.toContain(open);
+    expect(grammar.acceptBytes(state, new TextEncoder().encode(`${']'.repeat(depth)}}`))?.isOver).toBe(true);
+  });
+
+  it('with many readings at once stay within their budget or fail by name', () => {
+    const grammar = grammarOf({ kind: 'regex', source: '(a|b)*a(a|b){400}' });
+    const drive = () => walk(grammar, () => 0.4, 60);
+    try {
+      drive();
+    } catch (error) {
+      expect(error).toMatchObject({ code: 'REQUEST_INVALID' });
+    }
+  });
+
+  it('recursive lists on the right stay flat', () => {
+    const grammar = grammarOf({ kind: 'ebnf', source: 'root ::= "a" root | "b"' });
+    expect(accepts(grammar, `${'a'.repeat(5000)}b`)).toBe(true);
+  });
+});

@@ -1,0 +1,152 @@
+import fc from 'fast-check';
+import { describe, expect, test } from 'vitest';
+import { POLICIES, type Policy } from '../../../src/config/proxy-config.ts';
+import { choose } from '../../../src/proxy/placement.ts';
+import { InstanceWork } from '../../../src/proxy/work.ts';
+
+interface Told {
+  readonly requests?: number;
+  readonly queued?: number;
+  readonly kvUsed?: number;
+  readonly picked?: number;
+}
+
+function candidates(told: readonly Told[]) {
+  return told.map(({ requests = 0, queued = 0, kvUsed = 0, picked = 0 }, at) => {
+    const work = new InstanceWork(() => 0);
+    work.tell({ running: requests, waiting: 0, kvUsed, kvBlocks: 100, queuedTokens: queued });
+    return { address: `10.0.0.${at}:80`, work, picked };
+  });
+}
+
+const cachedAt = (tokens: readonly number[]) => (address: string) =>
+  tokens[Number(/\.(\d+):/.exec(address)![1])] ?? 0;
+const at = (policy: Policy, role: 'producer' | 'consumer', told: Told[], tokens = 0, cached: number[] = []) =>
+  candidates(told).findIndex(
+    ({ address }) =>
+      address === choose(policy, role, candidates(told), { tokens, cached: cachedAt(cached) }).address,
+  );
+
+describe('what is weighed', () => {
+  test('a producer by what it has to compute, a consumer by its batch', () => {
+    expect(at('least-loaded', 'producer', [{ queued: 5_000 }, { queued: 100, requests: 3 }])).toBe(1);
+    expect(at('least-loaded', 'consumer', [{ requests: 4 }, { requests: 3 }])).toBe(1);
+    expect(at('least-loaded', 'consumer', [{ kvUsed: 99 }, { requests: 20 }])).toBe(1);
+  });
+
+  test('a cached prefix against the queue before it', () => {
+    const busy = (queued: number) => at('kv-aware', 'producer', [{ queued }, {}], 4_000, [3_200]);
+    expect(busy(3_000)).toBe(0);
+    expect(busy(3_400)).toBe(1);
+    expect(at('least-loaded', 'producer', [{ queued: 1 }, {}], 4_000, [3_200])).toBe(1);
+    // Fetching 3,200 tokens costs about what five requests more in the batch do.
+    expect(at('kv-aware', 'consumer', [{ requests: 5 }, {}], 4_000, [3_200])).toBe(0);
+    expect(at('kv-aware', 'consumer', [{ requests: 6 }, {}], 4_000, [3_200])).toBe(1);
+  });
+
+  test('how fast a producer has been seen to be', () => {
+    const [slow, fast] = candidates([{ queued: 1_000 }, { queued: 1_500 }]);
+    for (let i = 0; i < 50; i++) {
+      slow!.work.learn(1_000, 1_000);
+      fast!.work.learn(1_000, 100);
+    }
+    expect(choose('least-loaded', 'producer', [slow!, fast!], undefined)).toBe(fast);
+    expect(fast!.work.msPerToken).toBeCloseTo(0.1);
+  });
+
+  test('one that nobody knows yet counts as the others on average', () => {
+    const all = candidates([{ queued: 10 }, { queued: 20 }, { queued: 30 }]);
+    all[1]!.work.learn(1_000, 8_000);
+    expect(choose('least-loaded', 'producer', all, undefined)).toBe(all[0]);
+  });
+});
+
+const anyTold = fc.array(
+  fc.record({
+    requests: fc.nat(Number.MAX_SAFE_INTEGER),
+    queued: fc.nat(Number.MAX_SAFE_INTEGER),
+    kvUsed: fc.nat(Number.MAX_SAFE_INTEGER),
+    picked: fc.nat(),
+  }),
+  { minLength: 1, maxLength: 8 },
+);
+const anyRole = fc.constantFrom('producer', 'consumer');
+
+test('whatever instances tell, one of them is chosen', () => {
+  const prompt = fc.record({ tokens: fc.nat(), session: fc.option(fc.string(), { nil: undefined }) });
+  const policy = fc.constantFrom(...POLICIES);
+  fc.assert(
+    fc.property(anyTold, policy, anyRole, prompt, fc.array(fc.nat()), (told, one, role, wish, cached) => {
+      const all = candidates(told);
+      expect(all).toContain(choose(one, role, all, { ...wish, cached: cachedAt(cached) }));
+    }),
+  );
+});
+
+test('among equals each is chosen in turn', () => {
+  for (const policy of POLICIES) {
+    const all = candidates([{}, {}, {}]).map((one) => ({ ...one }));
+    const turns = Array.from({ length: 6 }, (_, turn) => {
+      const chosen = choose(policy, 'producer', all, undefined);
+      chosen.picked = turn + 1;
+      return all.indexOf(chosen);
+    });
+    expect(turns, policy).toEqual([0, 1, 2, 0, 1, 2]);
+  }
+});
+
+test('more cached never makes an instance lose, more to do never makes it win', () => {
+  fc.assert(
+    fc.property(
+      anyTold,
+      anyRole,
+      fc.nat(100_000),
+      fc.nat(100_000),
+      fc.nat(7),
+      (told, role, tokens, more, which) => {
+        const mine = which % told.length;
+        const before = at('kv-aware', role, told, tokens);
+        const cached = told.map((_, i) => (i === mine ? more : 0));
+        if (before === mine) expect(at('kv-aware', role, told, tokens, cached)).toBe(mine);
+        const busier = told.map((one, i) => (i === mine ? { ...one, requests: one.requests + more } : one));
+        if (before !== mine) expect(at('kv-aware', role, busier, tokens)).not.toBe(mine);
+      },
+    ),
+  );
+});
+
+describe('sessions', () => {
+  const where = (session: string, addresses: readonly string[]) =>
+    choose(
+      'session',
+      'consumer',
+      addresses.map((address) => ({ address, work: new InstanceWork(() => 0), picked: 0 })),
+      { tokens: 0, session, cached: () => 0 },
+    ).address;
+
+  test('stay where they are; of an instance that goes, only its own move', () => {
+    const all = ['a', 'b', 'c', 'd'];
+    fc.assert(
+      fc.property(fc.string(), fc.constantFrom(...all), (session, gone) => {
+        const home = where(session, all);
+        expect(where(session, [...all].reverse())).toBe(home);
+        if (gone !== home)
+          expect(
+            where(
+              session,
+              all.filter((one) => one !== gone),
+            ),
+          ).toBe(home);
+      }),
+    );
+  });
+
+  test('spread over the instances', () => {
+    const counts = new Map<string, number>();
+    for (let i = 0; i < 3_000; i++) {
+      const home = where(`s${i}`, ['a', 'b', 'c']);
+      counts.set(home, (counts.get(home) ?? 0) + 1);
+    }
+    for (const count of counts.values()) expect(Math.abs(count - 1_000)).toBeLessThan(150);
+  });
+});
