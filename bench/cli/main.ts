@@ -1,6 +1,7 @@
 /** pd-bench: measures KV transfers with every byte checked, the faults they survive, and what clients of a server see. */
 import { readFileSync, writeFileSync } from 'node:fs';
 import { Command, Option } from 'commander';
+import { print } from '../../src/cli/run.ts';
 import { addOptions, type OptionTable, resolveOptions, type ValuesOf } from '../../src/config/options.ts';
 import { packageVersion } from '../../src/version.ts';
 import { NO_PROGRESS, terminalProgress } from '../measure/progress.ts';
@@ -134,9 +135,7 @@ function part<T extends OptionTable>(
     const result = await runPart(name, line, options, work(options, values));
     const json = `${JSON.stringify(result, undefined, 1)}\n`;
     if (common.output !== undefined) writeFileSync(common.output, json);
-    const text = common.json ? json : render(result);
-    // exit does not wait until a pipe has taken everything
-    await new Promise<void>((resolve) => process.stdout.write(text, () => resolve()));
+    await print(common.json ? json : render(result));
     process.exitCode = result.ok ? 0 : 1;
   });
 }

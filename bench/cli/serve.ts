@@ -1,6 +1,7 @@
 /** pd-bench serve: options, signals, output. */
 import { writeFileSync } from 'node:fs';
 import { Command } from 'commander';
+import { print } from '../../src/cli/run.ts';
 import { duration, integer, json, oneOf, real, text, toggle } from '../../src/config/kinds.ts';
 import {
   addOptions,
@@ -178,9 +179,7 @@ async function run(values: ServeValues): Promise<void> {
     };
     const jsonText = `${JSON.stringify(document, undefined, 1)}\n`;
     if (values.output !== undefined) writeFileSync(values.output, jsonText);
-    const out = values.json ? jsonText : `${headline(options, result.model)}\n${renderServe(result)}`;
-    // exit does not wait until a pipe has taken everything
-    await new Promise<void>((resolve) => process.stdout.write(out, () => resolve()));
+    await print(values.json ? jsonText : `${headline(options, result.model)}\n${renderServe(result)}`);
     process.exitCode = result.interrupted ? 130 : result.summary.requests.failed > 0 ? 1 : 0;
   } finally {
     progress.end();
