@@ -46,12 +46,15 @@ export async function workerSection(url: string, timeoutMs: number): Promise<Sec
 
 /** Empty if the page cannot be read. */
 export async function metricsOf(url: string, timeoutMs: number): Promise<Metrics> {
-  const metrics = new Map<string, number>();
-  const text = await ask(url, timeoutMs).then(
-    (answer) => answer.text,
-    () => '',
+  return await ask(url, timeoutMs).then(
+    ({ text }) => parseMetrics(text),
+    () => new Map(),
   );
-  for (const line of text.split('\n')) {
+}
+
+export function parseMetrics(page: string): Metrics {
+  const metrics = new Map<string, number>();
+  for (const line of page.split('\n')) {
     const match = /^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)$/.exec(line);
     if (!match) continue;
     const labels = (match[2] ?? '').replace(/model_name="[^"]*",?/, '').replace(/,$/, '');
