@@ -4,17 +4,17 @@
  *
  *   connecting (NEW on its way) --> opening (both ends join the pair) --> open (announcements, answers, data) --> over
  */
-import { deferred } from '../deferred.ts';
-import { PdError, unreachable } from '../errors.ts';
-import type { Pair } from '../transport/transport.ts';
-import { decodeAnswer, encodeMessage } from '../wire/codec.ts';
-import { protocolErrorKind } from '../wire/limits.ts';
-import { type Answer, BUNDLE_FEATURE, CLOSE_FEATURE, type PeerHello } from '../wire/messages.ts';
+import { deferred } from '../../deferred.ts';
+import { PdError, unreachable } from '../../errors.ts';
+import type { Pair } from '../../transport/transport.ts';
+import { decodeAnswer, encodeMessage } from '../../wire/codec.ts';
+import { protocolErrorKind } from '../../wire/limits.ts';
+import { type Answer, BUNDLE_FEATURE, CLOSE_FEATURE, type PeerHello } from '../../wire/messages.ts';
+import { logJoining, type TransferContext } from '../context.ts';
+import type { Deadline } from '../deadlines.ts';
+import { Dealer } from '../dealer.ts';
+import { mismatchOf } from '../hello.ts';
 import type { Direction, Unit } from './announcement.ts';
-import { logJoining, type TransferContext } from './context.ts';
-import type { Deadline } from './deadlines.ts';
-import { Dealer } from './dealer.ts';
-import { mismatchOf } from './hello.ts';
 import type { LinkEvents } from './link-events.ts';
 import { lateError, Outstanding } from './outstanding.ts';
 

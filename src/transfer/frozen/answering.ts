@@ -1,9 +1,9 @@
 /** What PUT and GET of peers, alone or in bundles, are answered. Data operations are posted in the order of the answers. */
-import { PdError } from '../errors.ts';
-import type { Pair } from '../transport/transport.ts';
-import { PROBE_TENSOR, type TransferId } from '../wire/ids.ts';
-import type { Answer, GetMessage, GetsMessage, PutMessage, PutsMessage } from '../wire/messages.ts';
-import { logTensor, standsFor, type TransferContext } from './context.ts';
+import { PdError } from '../../errors.ts';
+import type { Pair } from '../../transport/transport.ts';
+import { PROBE_TENSOR, type TransferId } from '../../wire/ids.ts';
+import type { Answer, GetMessage, GetsMessage, PutMessage, PutsMessage } from '../../wire/messages.ts';
+import { logTensor, standsFor, type TransferContext } from '../context.ts';
 import { sentAs } from './form.ts';
 import type { Intake } from './intake.ts';
 import type { Keeper } from './keeper.ts';

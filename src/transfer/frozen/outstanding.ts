@@ -1,7 +1,7 @@
 /** Messages of one link that are announced and not answered, oldest first, and the deadline of the oldest. */
-import { PdError } from '../errors.ts';
+import { PdError } from '../../errors.ts';
+import type { Deadline, Deadlines } from '../deadlines.ts';
 import type { Announcement, Unit } from './announcement.ts';
-import type { Deadline, Deadlines } from './deadlines.ts';
 
 interface Waiting {
   readonly unit: Unit;

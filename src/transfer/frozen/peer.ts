@@ -1,12 +1,12 @@
 /** A peer that we send to (PUT) or ask (GET): the queue towards it, and the link that is alive now. */
-import { PdError } from '../errors.ts';
-import type { Pair } from '../transport/transport.ts';
+import { PdError } from '../../errors.ts';
+import type { Pair } from '../../transport/transport.ts';
+import { countFailure, type TransferContext } from '../context.ts';
+import type { PairState } from '../types.ts';
 import type { Announcement } from './announcement.ts';
 import { takeUnit } from './bundling.ts';
-import { countFailure, type TransferContext } from './context.ts';
 import { Link } from './link.ts';
 import type { LinkEnd } from './link-events.ts';
-import type { PairState } from './types.ts';
 
 /** A peer that is dead or does not fit fails what comes meanwhile at once, instead of costing each request a deadline. */
 const REMEMBER_FAILURE_MS = 1_000;

@@ -1,21 +1,21 @@
 /** The listener: what NEW, PUT and GET of peers mean, and what they are answered. */
-import { PdError, unreachable } from '../errors.ts';
-import type { Pair } from '../transport/transport.ts';
-import { answerToInvalid, decodeMessage, encodeAnswer } from '../wire/codec.ts';
-import { protocolErrorKind } from '../wire/limits.ts';
-import type { Answer, NewMessage, WireMessage } from '../wire/messages.ts';
+import { PdError, unreachable } from '../../errors.ts';
+import type { Pair } from '../../transport/transport.ts';
+import { answerToInvalid, decodeMessage, encodeAnswer } from '../../wire/codec.ts';
+import { protocolErrorKind } from '../../wire/limits.ts';
+import type { Answer, NewMessage, WireMessage } from '../../wire/messages.ts';
+import { countFailure, logJoining, type TransferContext } from '../context.ts';
+import { mismatchOf } from '../hello.ts';
+import type { NativeWire } from '../native/wire.ts';
+import type { OpenPair } from '../pair-limit.ts';
+import type { Router } from '../router.ts';
+import type { PairState } from '../types.ts';
 import { Answering, type Asked } from './answering.ts';
-import { countFailure, logJoining, type TransferContext } from './context.ts';
-import { mismatchOf } from './hello.ts';
 import type { Intake } from './intake.ts';
 import type { Keeper } from './keeper.ts';
-import type { NativeWire } from './native/wire.ts';
-import type { OpenPair } from './pair-limit.ts';
 import type { OutgoingPeer } from './peer.ts';
-import type { Router } from './router.ts';
 import { Session } from './session.ts';
 import { Sessions } from './sessions.ts';
-import type { PairState } from './types.ts';
 
 /** Pairs that are being opened at one time: each is a connection to where its NEW says. Beyond it a NEW is in vain. */
 const MOST_OPENING = 256;

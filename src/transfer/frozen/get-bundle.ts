@@ -1,10 +1,10 @@
 /** GETs from one peer that are asked together: one announcement, one answer, one operation on the pair. */
-import { PdError } from '../errors.ts';
-import type { Pair } from '../transport/transport.ts';
-import { tensorBytes } from '../wire/dtype.ts';
-import type { Answer, GetsMessage } from '../wire/messages.ts';
+import { PdError } from '../../errors.ts';
+import type { Pair } from '../../transport/transport.ts';
+import { tensorBytes } from '../../wire/dtype.ts';
+import type { Answer, GetsMessage } from '../../wire/messages.ts';
+import type { TransferContext } from '../context.ts';
 import type { Reaction, Unit } from './announcement.ts';
-import type { TransferContext } from './context.ts';
 import type { GetAnnouncement, Incoming } from './get.ts';
 import { bundleName } from './put-bundle.ts';
 import { regionsOf, runsOf, runsOfTaken } from './regions.ts';

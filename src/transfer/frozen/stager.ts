@@ -2,12 +2,12 @@
  * Gathers what is to be sent. What is asked for in one turn of the event loop is gathered together, into neighbouring memory where that
  * can be had: the layers of one request then travel as one region, and cost one event.
  */
-import type { EventRef, LayerTensor } from '../device/device.ts';
-import { PdError } from '../errors.ts';
+import type { EventRef, LayerTensor } from '../../device/device.ts';
+import { PdError } from '../../errors.ts';
+import { logTensor, type TransferContext } from '../context.ts';
+import { passed, sendsInPlace } from '../staging.ts';
 import { MAX_BUNDLE_BYTES } from './bundling.ts';
-import { logTensor, type TransferContext } from './context.ts';
 import type { FormedRequest } from './form.ts';
-import { passed, sendsInPlace } from './staging.ts';
 import type { Held } from './store.ts';
 
 export interface StageJob {

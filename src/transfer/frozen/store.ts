@@ -6,9 +6,9 @@
  *                    |            +--> freed at finish, or as an orphan
  *                    +--> dropped: its request is over, but what was answered `0` is received all the same, then freed
  */
-import type { MemoryRef } from '../device/device.ts';
-import type { Dtype } from '../wire/dtype.ts';
-import { splitTensorId, type TensorId, type TransferId, withoutSuffix } from '../wire/ids.ts';
+import type { MemoryRef } from '../../device/device.ts';
+import type { Dtype } from '../../wire/dtype.ts';
+import { splitTensorId, type TensorId, type TransferId, withoutSuffix } from '../../wire/ids.ts';
 
 /** Memory that the books count; `free` gives it back. */
 export interface Held {

@@ -2,8 +2,8 @@
  * The books of KV kept for asking (GET): found by exactly its id, or by a peer that is not ours under that id with a random suffix; evicted
  * oldest first when room is short, but never while it is being sent. Pure.
  */
-import type { Dtype } from '../wire/dtype.ts';
-import { splitTensorId, type TensorId, type TransferId, tensorIdOf, withoutSuffix } from '../wire/ids.ts';
+import type { Dtype } from '../../wire/dtype.ts';
+import { splitTensorId, type TensorId, type TransferId, tensorIdOf, withoutSuffix } from '../../wire/ids.ts';
 import type { DenseBlocks } from './form.ts';
 import type { Held } from './store.ts';
 

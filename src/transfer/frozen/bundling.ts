@@ -1,7 +1,7 @@
 /** Which announcements at the head of a queue travel as one. */
-import { MAX_BODY_BYTES, MAX_BUNDLE } from '../wire/limits.ts';
+import { MAX_BODY_BYTES, MAX_BUNDLE } from '../../wire/limits.ts';
+import type { TransferContext } from '../context.ts';
 import type { Announcement, Unit } from './announcement.ts';
-import type { TransferContext } from './context.ts';
 import { GetAnnouncement } from './get.ts';
 import { GetBundle } from './get-bundle.ts';
 import { PutAnnouncement } from './put.ts';

@@ -1,10 +1,10 @@
 /** What the log is told of a load at half of its deadline: whoever reads it then can still look at the other end. */
-import type { ErrorContext, PdError } from '../errors.ts';
-import type { PortAnswer } from '../net/knock.ts';
-import type { TransferContext } from './context.ts';
+import type { ErrorContext, PdError } from '../../errors.ts';
+import type { PortAnswer } from '../../net/knock.ts';
+import type { TransferContext } from '../context.ts';
+import type { PairState } from '../types.ts';
 import type { Intake } from './intake.ts';
 import type { Load } from './load.ts';
-import type { PairState } from './types.ts';
 
 export interface PairsOfPeer {
   /** Why the last pair that this peer had with us is over, if it is and it has not sent NEW since. */

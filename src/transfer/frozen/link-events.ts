@@ -1,6 +1,6 @@
 /** What a link tells its owner. */
-import type { PdError } from '../errors.ts';
-import type { Pair } from '../transport/transport.ts';
+import type { PdError } from '../../errors.ts';
+import type { Pair } from '../../transport/transport.ts';
 import type { Announcement } from './announcement.ts';
 
 export interface LinkEnd {

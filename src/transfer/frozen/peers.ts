@@ -1,8 +1,8 @@
 /** Every peer that we announce to, by its address; those of no more use are forgotten in time. */
-import type { TransferContext } from './context.ts';
-import type { OpenPair } from './pair-limit.ts';
+import type { TransferContext } from '../context.ts';
+import type { OpenPair } from '../pair-limit.ts';
+import type { PairState } from '../types.ts';
 import { OutgoingPeer, type OutgoingPeerEvents } from './peer.ts';
-import type { PairState } from './types.ts';
 
 /** Fewer than this cost nothing worth a timer. */
 const KEPT_ANYWAY = 64;

@@ -3,8 +3,8 @@
  * request whose id it has but for a random suffix (`standsFor`). All tensors of a request come from one source, the id under which its
  * sender knows it, so that two requests are never mixed up. Pure.
  */
-import { PdError } from '../errors.ts';
-import type { TransferId } from '../wire/ids.ts';
+import { PdError } from '../../errors.ts';
+import type { TransferId } from '../../wire/ids.ts';
 import { contradicts } from './memories.ts';
 import type { StoreEntry } from './store.ts';
 

@@ -6,8 +6,8 @@
  *   receiver   |t0 t1|t2 t3 t4 t5|      runs 2 4
  *   regions    |t0 t1|t2 t3|t4 t5|
  */
-import type { MemoryRef } from '../device/device.ts';
-import { PdError } from '../errors.ts';
+import type { MemoryRef } from '../../device/device.ts';
+import { PdError } from '../../errors.ts';
 
 /** Lengths of the runs of neighbours, in tensors. One without memory is a run of its own. */
 export function runsOf(memory: readonly (MemoryRef | undefined)[]): number[] {

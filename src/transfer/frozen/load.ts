@@ -2,19 +2,19 @@
  * One load: the KV of one request, tensor by tensor as they come, into paged blocks. Its promise settles only when no write into the
  * blocks can happen any more.
  */
-import { PdError } from '../errors.ts';
-import { formOf, isAmbiguous, type WireForm, wireShape } from '../kv/families.ts';
-import { type CopyPlan, planCopy } from '../kv/reblock.ts';
-import { formatHostPort } from '../net/address.ts';
-import { type TensorId, type TransferId, tensorIdOf } from '../wire/ids.ts';
+import { PdError } from '../../errors.ts';
+import { formOf, isAmbiguous, type WireForm, wireShape } from '../../kv/families.ts';
+import { type CopyPlan, planCopy } from '../../kv/reblock.ts';
+import { formatHostPort } from '../../net/address.ts';
+import { type TensorId, type TransferId, tensorIdOf } from '../../wire/ids.ts';
+import { logTensor, type TransferContext } from '../context.ts';
+import { passed } from '../staging.ts';
+import type { LoadRequest, LoadResult } from '../types.ts';
 import type { Claimant } from './claims.ts';
-import { logTensor, type TransferContext } from './context.ts';
 import type { Intake } from './intake.ts';
 import type { Evidence } from './late-load.ts';
 import { contradicts } from './memories.ts';
-import { passed } from './staging.ts';
 import type { StoreEntry } from './store.ts';
-import type { LoadRequest, LoadResult } from './types.ts';
 
 type Layer = LoadRequest['layers'][number];
 

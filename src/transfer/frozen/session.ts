@@ -3,10 +3,10 @@
  * at, except GETs that carry a `seq`. A session that has been replaced answers nothing any more: its DEALER is gone, and an answer
  * would reach the peer's next one and shift every answer after it.
  */
-import type { PdError } from '../errors.ts';
-import type { Pair } from '../transport/transport.ts';
-import { CLOSE_FEATURE, type PeerHello } from '../wire/messages.ts';
-import type { PairState } from './types.ts';
+import type { PdError } from '../../errors.ts';
+import type { Pair } from '../../transport/transport.ts';
+import { CLOSE_FEATURE, type PeerHello } from '../../wire/messages.ts';
+import type { PairState } from '../types.ts';
 
 export class Session {
   readonly identity: Buffer;

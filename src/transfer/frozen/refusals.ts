@@ -1,6 +1,6 @@
 /** Answers for what cannot be given, and what the log says of it. */
-import type { Answer, GetMessage } from '../wire/messages.ts';
-import type { TransferContext } from './context.ts';
+import type { Answer, GetMessage } from '../../wire/messages.ts';
+import type { TransferContext } from '../context.ts';
 
 /** A GET for what is not here. */
 export function missing(get: GetMessage, gone = false, near: readonly string[] = []): Answer {

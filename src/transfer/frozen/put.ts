@@ -1,14 +1,14 @@
 /** A PUT of ours: gathered, announced, and sent when the peer has said `0`. */
-import type { MemoryRef } from '../device/device.ts';
-import { PdError } from '../errors.ts';
-import type { Pair } from '../transport/transport.ts';
-import type { TensorId } from '../wire/ids.ts';
-import type { Answer, PutMessage, TensorForm } from '../wire/messages.ts';
+import type { MemoryRef } from '../../device/device.ts';
+import { PdError } from '../../errors.ts';
+import type { Pair } from '../../transport/transport.ts';
+import type { TensorId } from '../../wire/ids.ts';
+import type { Answer, PutMessage, TensorForm } from '../../wire/messages.ts';
+import { logTensor, type TransferContext } from '../context.ts';
+import { checkSource, stagingMemory } from '../staging.ts';
 import { Announcement, type Reaction } from './announcement.ts';
-import { logTensor, type TransferContext } from './context.ts';
 import type { FormedRequest } from './form.ts';
 import type { Stager } from './stager.ts';
-import { checkSource, stagingMemory } from './staging.ts';
 import type { Held } from './store.ts';
 
 /** How a send goes on; each is called at most once. */

@@ -1,10 +1,10 @@
 /** PUTs to one peer that travel together: one announcement, one answer, one operation on the pair. */
-import type { MemoryRef } from '../device/device.ts';
-import { PdError } from '../errors.ts';
-import type { Pair } from '../transport/transport.ts';
-import type { Answer, PutsMessage } from '../wire/messages.ts';
+import type { MemoryRef } from '../../device/device.ts';
+import { PdError } from '../../errors.ts';
+import type { Pair } from '../../transport/transport.ts';
+import type { Answer, PutsMessage } from '../../wire/messages.ts';
+import type { TransferContext } from '../context.ts';
 import type { Reaction, Unit } from './announcement.ts';
-import type { TransferContext } from './context.ts';
 import type { PutAnnouncement } from './put.ts';
 import { regionsOf, runsOf, runsOfTaken } from './regions.ts';
 

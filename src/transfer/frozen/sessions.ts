@@ -1,6 +1,6 @@
 /** The peers that have talked to our ROUTER, by routing id. Bounded: a peer costs little, but anyone can make routing ids up. */
-import type { PdError } from '../errors.ts';
-import type { Deadlines } from './deadlines.ts';
+import type { PdError } from '../../errors.ts';
+import type { Deadlines } from '../deadlines.ts';
 import { Session } from './session.ts';
 
 const MOST = 4_096;

@@ -1,6 +1,6 @@
 /** What must be remembered of requests that hold no tensor: those that are over, and those that lost one. Pure, and bounded. */
-import type { PdError } from '../errors.ts';
-import type { TensorId } from '../wire/ids.ts';
+import type { PdError } from '../../errors.ts';
+import type { TensorId } from '../../wire/ids.ts';
 
 /** A tensor of which request it is, as its sender calls it, and which of ours that may mean besides. */
 interface Named {

@@ -1,20 +1,20 @@
 /** Loads and receives under way: their deadlines, and in GET the asking. */
-import { deferred } from '../deferred.ts';
-import { PdError } from '../errors.ts';
-import { blockBytes } from '../kv/layout.ts';
-import { formatHostPort } from '../net/address.ts';
-import { splitTensorId, type TensorId, type TransferId, transferIdOf } from '../wire/ids.ts';
+import { deferred } from '../../deferred.ts';
+import { PdError } from '../../errors.ts';
+import { blockBytes } from '../../kv/layout.ts';
+import { formatHostPort } from '../../net/address.ts';
+import { splitTensorId, type TensorId, type TransferId, transferIdOf } from '../../wire/ids.ts';
+import type { TransferContext } from '../context.ts';
+import { PeerWatch } from '../peer-watch.ts';
+import type { LoadRequest, LoadResult, StoredTensor, TransferState } from '../types.ts';
 import type { Claimant } from './claims.ts';
-import type { TransferContext } from './context.ts';
 import { GetAnnouncement } from './get.ts';
 import type { Intake } from './intake.ts';
 import { evidenceOf, type PairsOfPeer, warnLate } from './late-load.ts';
 import { heldInstead, Load } from './load.ts';
 import { contradicts } from './memories.ts';
 import type { OutgoingPeer } from './peer.ts';
-import { PeerWatch } from './peer-watch.ts';
 import type { Held, StoreEntry } from './store.ts';
-import type { LoadRequest, LoadResult, StoredTensor, TransferState } from './types.ts';
 
 /** Between a GET that was answered `{ret: 1}` and the next: doubled each time. */
 const FIRST_PAUSE_MS = 5;

@@ -1,12 +1,12 @@
 /** A GET of ours: asked of a producer, answered, and its data received. */
-import type { MemoryRef } from '../device/device.ts';
-import { PdError } from '../errors.ts';
-import type { Pair } from '../transport/transport.ts';
-import { tensorBytes } from '../wire/dtype.ts';
-import type { TensorId } from '../wire/ids.ts';
-import type { Answer, GetMessage, TensorForm } from '../wire/messages.ts';
+import type { MemoryRef } from '../../device/device.ts';
+import { PdError } from '../../errors.ts';
+import type { Pair } from '../../transport/transport.ts';
+import { tensorBytes } from '../../wire/dtype.ts';
+import type { TensorId } from '../../wire/ids.ts';
+import type { Answer, GetMessage, TensorForm } from '../../wire/messages.ts';
+import { logTensor, type TransferContext } from '../context.ts';
 import { Announcement, type Reaction } from './announcement.ts';
-import { logTensor, type TransferContext } from './context.ts';
 import { sentAs } from './form.ts';
 import type { Intake } from './intake.ts';
 import type { Held, StoreEntry } from './store.ts';

@@ -1,20 +1,20 @@
 /** The producer's side of GET: keeps what is sent until it is asked for, and lets who asks too early wait. */
-import type { MemoryRef } from '../device/device.ts';
-import { PdError } from '../errors.ts';
-import { formShape } from '../kv/families.ts';
-import type { Pair } from '../transport/transport.ts';
-import { tensorBytes } from '../wire/dtype.ts';
-import { splitTensorId, type TensorId, type TransferId, tensorIdOf } from '../wire/ids.ts';
-import { logTensor, type TransferContext, tensorFields } from './context.ts';
-import type { Deadline } from './deadlines.ts';
+import type { MemoryRef } from '../../device/device.ts';
+import { PdError } from '../../errors.ts';
+import { formShape } from '../../kv/families.ts';
+import type { Pair } from '../../transport/transport.ts';
+import { tensorBytes } from '../../wire/dtype.ts';
+import { splitTensorId, type TensorId, type TransferId, tensorIdOf } from '../../wire/ids.ts';
+import { logTensor, type TransferContext, tensorFields } from '../context.ts';
+import type { Deadline } from '../deadlines.ts';
+import { checkSource, passed } from '../staging.ts';
+import type { SendRequest } from '../types.ts';
 import { denseBlocks, foreignForm, reform } from './form.ts';
 import { GivenUpTensors } from './memories.ts';
 import type { SendReply } from './put.ts';
 import { type KeptTensor, SendStore } from './send-store.ts';
 import type { Stager } from './stager.ts';
-import { checkSource, passed } from './staging.ts';
 import type { Held } from './store.ts';
-import type { SendRequest } from './types.ts';
 
 export interface ForeignCopy {
   readonly shape: readonly number[];

@@ -3,14 +3,14 @@
  * `wireLayout` names. What leaves in another form than the cache's own is announced without our fields, and alone (see `sentAs`).
  */
 
-import type { TransferOptions } from '../config/transfer-options.ts';
-import type { Device, MemoryRef, Stream } from '../device/device.ts';
-import { capacity, formShape, type WireForm, type WireLayout, wireForm } from '../kv/families.ts';
-import { blockBytes, type PagedLayout } from '../kv/layout.ts';
-import { type CopyPlan, planCopy } from '../kv/reblock.ts';
-import { tensorBytes } from '../wire/dtype.ts';
-import type { PeerHello } from '../wire/messages.ts';
-import type { SendRequest } from './types.ts';
+import type { TransferOptions } from '../../config/transfer-options.ts';
+import type { Device, MemoryRef, Stream } from '../../device/device.ts';
+import { capacity, formShape, type WireForm, type WireLayout, wireForm } from '../../kv/families.ts';
+import { blockBytes, type PagedLayout } from '../../kv/layout.ts';
+import { type CopyPlan, planCopy } from '../../kv/reblock.ts';
+import { tensorBytes } from '../../wire/dtype.ts';
+import type { PeerHello } from '../../wire/messages.ts';
+import type { SendRequest } from '../types.ts';
 
 /** A send whose blocks are gathered by a plan, into a tensor of another family than the cache's. */
 export interface FormedRequest extends SendRequest {

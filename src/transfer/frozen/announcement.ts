@@ -1,8 +1,8 @@
 /** What is announced to a peer on a pair of ours, and answered by it: a PUT or a GET, by itself or in a bundle. */
-import type { PdError } from '../errors.ts';
-import type { Pair } from '../transport/transport.ts';
-import type { TensorId } from '../wire/ids.ts';
-import type { Answer, WireMessage } from '../wire/messages.ts';
+import type { PdError } from '../../errors.ts';
+import type { Pair } from '../../transport/transport.ts';
+import type { TensorId } from '../../wire/ids.ts';
+import type { Answer, WireMessage } from '../../wire/messages.ts';
 
 /** What an answer means to the announcement it answers. */
 export type Reaction =

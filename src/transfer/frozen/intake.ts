@@ -2,14 +2,14 @@
  * KV that comes in, whatever brought it: taken in if there is room, received, given to who waits for it, and freed when nobody does.
  * Memory is taken before an announcement is answered; what was answered `0` is received even if its request is over by then.
  */
-import type { MemoryRef } from '../device/device.ts';
-import { PdError } from '../errors.ts';
-import type { Pair } from '../transport/transport.ts';
-import { tensorBytes } from '../wire/dtype.ts';
-import { splitTensorId, type TensorId, type TransferId, withoutSuffix } from '../wire/ids.ts';
-import type { PutMessage, PutsMessage, TensorForm } from '../wire/messages.ts';
+import type { MemoryRef } from '../../device/device.ts';
+import { PdError } from '../../errors.ts';
+import type { Pair } from '../../transport/transport.ts';
+import { tensorBytes } from '../../wire/dtype.ts';
+import { splitTensorId, type TensorId, type TransferId, withoutSuffix } from '../../wire/ids.ts';
+import type { PutMessage, PutsMessage, TensorForm } from '../../wire/messages.ts';
+import { logTensor, type TransferContext, tensorFields } from '../context.ts';
 import { type Claimant, ClaimBook } from './claims.ts';
-import { logTensor, type TransferContext, tensorFields } from './context.ts';
 import { contradicts, FinishedRequests, LostRequests } from './memories.ts';
 import { type Held, ReceiveStore, type StoreEntry, type TensorInfo } from './store.ts';
 
