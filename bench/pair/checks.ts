@@ -1,4 +1,4 @@
-/** One load through a pair: its tokens must be the undivided worker's, and the metrics must show that KV moved. */
+/** One load through a pair: the tokens must be those of the undivided worker, and the metrics must show that KV moved. */
 
 import { inParallel } from '../../support/parallel.ts';
 import { metricsOf } from '../../support/serving.ts';
@@ -52,7 +52,7 @@ export async function checkLoad(options: CheckOptions): Promise<LoadCheck> {
 
   const problems = movedProblems(options, consumer);
   const effect = load.effect && effectOf(load.effect, producer, consumer);
-  if (effect && !effect.seen) problems.push(`the load did not cause what it is for: ${effect.text}`);
+  if (effect && !effect.seen) problems.push(`the load did not have its intended effect: ${effect.text}`);
   const partings = load.requests.flatMap((request, i) => partingOf(request, expected[i]!, answers[i]!) ?? []);
   const gaps: number[] = [];
   for (const parting of partings) {
@@ -104,7 +104,7 @@ export async function measureNoise(
   return { noise: Math.max(0, ...changes), positions: changes.length };
 }
 
-/** Teacher-forced on what both said before: the distance of the two tokens, undefined where one is not even among the likeliest. */
+/** Teacher-forced on what both generated before: the gap between the two tokens; undefined if one is not even among the likeliest. */
 async function gapAt(
   client: Client,
   { request, before, undivided, pair }: Parting,

@@ -40,9 +40,7 @@ export function problemsOf({ checks, times, errors, device, small }: PairResult)
     ),
     ...timed
       .filter((time) => extraMs(time) > EXTRA_MS)
-      .map(
-        (time) => `${time.sendType}: the first token takes ${ms(extraMs(time))} ms more than a step longer`,
-      ),
+      .map((time) => `${time.sendType}: the first token takes a step and ${ms(extraMs(time))} ms longer`),
   ];
 }
 
@@ -55,7 +53,7 @@ export function readResults(folder: string, names: readonly string[]): PairResul
 export function writeReport(results: readonly PairResult[], out: string, command: string): string {
   const { startedAt, device, machine, environment } = results[0]!;
   const page = {
-    ...{ kind: 'pair', title: 'A pair beside an undivided worker', date: startedAt.slice(0, 10) },
+    ...{ kind: 'pair', title: 'A pair compared with an undivided worker', date: startedAt.slice(0, 10) },
     hardware: device === 'host' ? 'host' : hardwareName(environment.gpus),
     machine: [`- ${machine.program}, Node ${machine.node}`, ...hardwareLines(machine, environment)],
     command,

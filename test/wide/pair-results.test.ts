@@ -39,6 +39,6 @@ test.each([
     for (const check of demo!.checks.filter(({ mode }) => mode === 'batch-invariant')) {
       expect(check.same).toBe(check.requests);
     }
-    expect(read('.md')).toContain('All as it should be.');
+    expect(read('.md')).toContain('All passed.');
   },
 );

@@ -17,6 +17,8 @@ import type { Logger } from '../../observability/log.ts';
 import type { MetricsPage } from '../../observability/metrics.ts';
 import { NO_TOKEN, type OwnerPage, SLOTS, type SlotState } from '../../transport/direct/page.ts';
 import { type EngineRequestId, peerAddressOf, type TransferId } from '../../wire/ids.ts';
+import { Failures } from '../failures.ts';
+import type { TransferState } from '../types.ts';
 import type { FromWire, NativeInit, ToWire } from './channel.ts';
 import type { DirectWays, DirectWrite } from './direct.ts';
 import { type GrantAction, Grants } from './grants.ts';
@@ -141,6 +143,7 @@ export class HandOver implements HandOverApi {
   readonly #writes = new Map<number, Write>();
   /** Ids that nobody wants, by the producer that is to be told once it has said hello. */
   readonly #unwanted = new Map<TransferId, string>();
+  readonly #failures = new Failures({ now });
   /** What producers have told of requests that have not been wanted yet. */
   readonly #failed = new Map<TransferId, ErrorData>();
   #step: Step | undefined;
@@ -305,6 +308,21 @@ export class HandOver implements HandOverApi {
       wants: this.#wants.stats(),
       grants: this.#grants.stats(),
     };
+  }
+
+  /** With the loads that are waited for and those that failed lately, as the transfer engine tells its own. */
+  told(): { readonly state: HandOverState } & Pick<TransferState, 'waiting' | 'failures'> {
+    const at = now();
+    const waiting = [...this.#loads.values()].map(({ request, began, deadline }) => ({
+      requestId: request.requestId,
+      tensorId: request.transferId,
+      peer: request.peer,
+      sinceMs: Math.round(at - began),
+      deadlineMs: Math.round(deadline - began),
+      nearMisses: [],
+      ...(deadline - began > request.withinMs && { prefilling: true as const }),
+    }));
+    return { state: this.state(), waiting, failures: this.#failures.state() };
   }
 
   /** What is wrong, in words; empty when all is well. */
@@ -552,6 +570,7 @@ export class HandOver implements HandOverApi {
       error.code,
     );
     const message = `KV of ${transferId} did not come from ${peer}: ${error.message}`;
+    this.#failures.note('load', peer, PdError.fromData(error));
     const told = own
       ? error
       : ({
@@ -851,6 +870,7 @@ export class HandOver implements HandOverApi {
     const { layers, blockBytes } = this.#options.init.shape;
     const milliseconds = now() - load.began;
     const bytes = blocks.length * layers * blockBytes;
+    this.#failures.wentWell('load', peer);
     const { metrics } = this.#options;
     metrics.observe('pd_transfer_seconds', milliseconds / 1_000);
     // what comes on a pair is counted by the transfer thread

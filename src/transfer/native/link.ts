@@ -35,6 +35,7 @@ interface NativeLinkEvents {
 
 export class NativeLink {
   readonly peer: string;
+  readonly since: number;
   readonly #context: TransferContext;
   readonly #init: NativeInit;
   readonly #hello: HelloMessage;
@@ -62,7 +63,8 @@ export class NativeLink {
     this.#hello = hello;
     this.peer = peer;
     this.#events = events;
-    this.#lastUsedAt = context.deadlines.now();
+    this.since = context.deadlines.now();
+    this.#lastUsedAt = this.since;
     this.#limits = { maxBlocks: init.shape.blocks };
     const { connect, answer } = context.options.timeouts;
     context.limited.log(`connecting ${peer}`, (suppressed) =>
@@ -85,6 +87,17 @@ export class NativeLink {
 
   get paired(): boolean {
     return this.#openPair !== undefined && !this.#over;
+  }
+
+  get state(): 'connecting' | 'opening' | 'open' | 'over' {
+    if (!this.#theirs) return 'connecting';
+    if (this.#openPair) return 'open';
+    // by direct there is none
+    return this.#pair ? 'opening' : 'over';
+  }
+
+  get outstanding(): number {
+    return this.#openPair?.pending ?? 0;
   }
 
   get lastUsedAt(): number {

@@ -10,6 +10,7 @@ import type { Pair } from '../../transport/transport.ts';
 import { protocolErrorKind } from '../../wire/limits.ts';
 import { logJoining, type TransferContext } from '../context.ts';
 import type { Router } from '../router.ts';
+import type { PairState } from '../types.ts';
 import { loadCargo } from './cargo.ts';
 import type { FromWire, NativeInit, ToWire } from './channel.ts';
 import { decodeAsked, encodeNative, isNativeMessage } from './codec.ts';
@@ -24,6 +25,7 @@ interface Session {
   readonly identity: Buffer;
   readonly peer: string;
   readonly hello: HelloMessage;
+  readonly since: number;
   pair: Promise<Pair> | undefined;
   openPair: Pair | undefined;
   /** Of the pair. */
@@ -71,6 +73,41 @@ export class NativeWire {
     let count = 0;
     for (const { openPair } of this.#sessions.values()) if (openPair) count++;
     return count + [...this.#links.values()].filter(({ paired }) => paired).length;
+  }
+
+  /** Connections to producers, and those of consumers, by their pairs where bytes come so. */
+  states(): PairState[] {
+    const incoming = [...this.#sessions.values()].map((session): PairState => {
+      const { peer, pair, openPair, since } = session;
+      const state = openPair ? 'open' : pair ? 'opening' : 'over';
+      const outstanding = openPair?.pending ?? 0;
+      return {
+        peer,
+        direction: 'incoming',
+        state,
+        ours: true,
+        queued: 0,
+        outstanding,
+        sinceMs: this.#ageOf(since),
+      };
+    });
+    const outgoing = [...this.#links.values()].map((link): PairState => {
+      const { peer, state, outstanding, since } = link;
+      return {
+        peer,
+        direction: 'outgoing',
+        state,
+        ours: true,
+        queued: 0,
+        outstanding,
+        sinceMs: this.#ageOf(since),
+      };
+    });
+    return [...outgoing, ...incoming].filter(({ state }) => state !== 'over');
+  }
+
+  #ageOf(since: number): number {
+    return Math.round(this.#context.deadlines.now() - since);
   }
 
   command(command: ToWire): void {
@@ -216,7 +253,8 @@ export class NativeWire {
       if (oldest) this.#sessions.delete(oldest.peer);
     }
     const fresh = { pair: undefined, openPair: undefined, parts: 0, loading: Promise.resolve() };
-    this.#sessions.set(peer, { identity, peer, hello, ...fresh });
+    const since = this.#context.deadlines.now();
+    this.#sessions.set(peer, { identity, peer, hello, since, ...fresh });
     this.#tell({ kind: 'introduced', way: 'from', peer, hello });
   }
 
