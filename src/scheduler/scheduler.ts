@@ -18,7 +18,15 @@ import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 import { type SchedulerStats, SequencePool } from './pool.ts';
 import { endOutput, type Sequence, sampledOutput } from './sequence.ts';
 import { type SchedulerStep, StepBuilder } from './step.ts';
-import type { CacheChange, CoreRequest, ForwardResult, RequestOutput, SampledToken } from './types.ts';
+import type {
+  CacheChange,
+  CoreRequest,
+  ForwardResult,
+  GrammarUse,
+  RequestOutput,
+  SampledToken,
+  TokenHistory,
+} from './types.ts';
 
 /** Waiting sequences whose cached blocks are counted; those further back are taken for uncached. */
 const MAX_LOOKED_UP = 64;
@@ -47,6 +55,8 @@ export interface SchedulerOptions extends SequenceLimits {
   readonly enablePrefixCaching: boolean;
   /** Keep what `takeCacheChanges` returns. */
   readonly logCacheChanges?: boolean;
+  /** Whether nothing can follow `token` behind the text that `history` is. Must not throw. */
+  readonly isLastToken?: (grammar: GrammarUse, history: TokenHistory, token: number) => boolean;
 }
 
 export class Scheduler {
@@ -278,7 +288,10 @@ export class Scheduler {
   }
 
   #sampled(sequence: Sequence, token: SampledToken): RequestOutput {
-    const output = sampledOutput(sequence, token, this.#maxLength);
+    const { grammar } = sequence.group.request.sampling;
+    const isLast =
+      grammar !== undefined && this.#options.isLastToken?.(grammar, sequence, token.token) === true;
+    const output = sampledOutput(sequence, token, this.#maxLength, isLast);
     // Before the leader may end: its blocks are what the others share.
     if (sequence.isLeader) this.#pool.forkFollowers(sequence);
     if (output.finishReason) this.#pool.end(sequence);

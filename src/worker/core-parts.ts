@@ -17,6 +17,7 @@ import type { HandOver } from '../transfer/native/hand-over.ts';
 import type { Nonce } from '../transfer/native/messages.ts';
 import type { Fingerprint } from '../wire/fingerprint.ts';
 import { CoreLoop, type CoreLoopOptions } from './core.ts';
+import { CoreGrammars } from './core-grammars.ts';
 import type { CoreInfo, CoreInit } from './core-messages.ts';
 
 export interface CoreParts {
@@ -91,6 +92,7 @@ function createLoop(init: CoreInit, parts: LoopParts): CoreLoop {
   const { role, blockSize, maxNumSeqs, maxNumBatchedTokens, enablePrefixCaching, kvEventsPort } = config;
   const metrics = new MetricsPage(init.metrics.core);
   const split = role !== 'both' && engine ? { role, engine } : undefined;
+  const grammars = new CoreGrammars(executor.vocabSize);
   const scheduler = new Scheduler(
     {
       ...limits,
@@ -98,6 +100,7 @@ function createLoop(init: CoreInit, parts: LoopParts): CoreLoop {
       maxNumBatchedTokens,
       enablePrefixCaching,
       logCacheChanges: kvEventsPort !== undefined,
+      isLastToken: (grammar, history, token) => grammars.isLastToken(grammar, history, token),
     },
     split && new P2pSchedulerConnector({ role: split.role, blockSize, native: handOver !== undefined }),
   );
@@ -117,6 +120,7 @@ function createLoop(init: CoreInit, parts: LoopParts): CoreLoop {
   return new CoreLoop({
     executor,
     scheduler,
+    grammars,
     ...(connector && { connector }),
     loadFailure: config.loadFailure,
     metrics,

@@ -26,6 +26,22 @@ const BODIES: readonly (readonly [what: string, body: object])[] = [
   ['a stop string', { prompt: STORY, max_tokens: 20, temperature: 0, stop: ['the'] }],
   ['two completions', { prompt: STORY, max_tokens: 5, temperature: 0.7, seed: 5, n: 2 }],
   ['three prompts', { prompt: [STORY, 'Hello world', 'def fibonacci(n):'], max_tokens: 4, temperature: 0 }],
+  [
+    'a form',
+    {
+      prompt: STORY,
+      max_tokens: 30,
+      temperature: 0.9,
+      seed: 2,
+      n: 2,
+      logprobs: 2,
+      structured_outputs: { regex: '[a-z]{3,8}( [0-9]+)?' },
+    },
+  ],
+  [
+    'a form that its first token ends',
+    { prompt: STORY, temperature: 0, structured_outputs: { choice: ['x', 'y'] } },
+  ],
   ['the same prompt again', { prompt: STORY, max_tokens: 6, temperature: 0 }],
 ];
 
