@@ -25,6 +25,7 @@ import type {
   GrammarUse,
   RequestOutput,
   SampledToken,
+  SamplingParams,
   TokenHistory,
 } from './types.ts';
 
@@ -116,6 +117,11 @@ export class Scheduler {
       tokens += sequence.length - local - external;
     }
     return tokens;
+  }
+
+  /** Of a request that is not over. */
+  samplingOf(requestId: EngineRequestId): SamplingParams | undefined {
+    return this.#pool.get(requestId)?.request.sampling;
   }
 
   /** By which a connector keeps blocks for other processes. */

@@ -44,6 +44,16 @@ export class CoreGrammars {
     }
   }
 
+  /** Whether a token that was drawn elsewhere may come first. */
+  mayBegin(use: GrammarUse, token: number): boolean {
+    try {
+      const grammar = this.#grammarOf(use);
+      return grammar.accept(grammar.start, token) !== undefined;
+    } catch {
+      return false;
+    }
+  }
+
   #maskOf(use: GrammarUse, history: TokenHistory, stopTokenIds: readonly number[]): Uint32Array {
     const { grammar, state } = this.#read(use, history);
     const mask = new Uint32Array(Math.ceil(this.#vocabSize / 32));
