@@ -1,4 +1,4 @@
-/** cuBLAS, for products of 16-bit matrices with float32 sums. One handle per stream; every method throws CUDA_ERROR with the library's text. */
+/** cuBLAS, for products of 16-bit matrices with float32 sums. One handle per stream; methods throw CUDA_ERROR with the library's text. */
 
 import { statusError } from './errors.ts';
 import { loadLibcuda } from './libcuda.ts';

@@ -1,4 +1,4 @@
-/** The CUDA runtime, 12 or 13: memory, streams, events, graphs. Every method throws CUDA_ERROR with the library's text unless it says otherwise. */
+/** The CUDA runtime, 12 or 13: memory, streams, events, graphs. Methods throw CUDA_ERROR with the library's text unless they say otherwise. */
 
 import { type CallContext, nativeError, statusError } from './errors.ts';
 import { loadLibcuda } from './libcuda.ts';

@@ -1,4 +1,4 @@
-/** Handles and addresses of the native libraries. koffi takes any BigInt for any `void *`: only these brands keep a stream from being passed as an event. */
+/** Handles and addresses of the native libraries. koffi accepts any BigInt as a `void *`: only brands keep a stream from passing as an event. */
 declare const brand: unique symbol;
 type Handle<B extends string> = bigint & { readonly [brand]: B };
 

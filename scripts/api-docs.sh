@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The reference of the public API (src/index.ts), as HTML from its docstrings, into dist-docs/. TypeDoc reads sources with a TypeScript older
-# than ours: both come from the npm registry, once, into a cache of their own.
+# Generates the reference of the public API (src/index.ts) from its docstrings, as HTML in dist-docs/. TypeDoc needs an older TypeScript
+# than ours: both come from the npm registry, once, into a separate cache.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ./scripts/install.sh
@@ -13,7 +13,7 @@ if [ ! -e "$folder/node_modules/typedoc/bin/typedoc" ]; then
   npm install --prefix "$folder" --no-save --no-audit --no-fund --no-update-notifier --loglevel=error "${packages[@]}"
 fi
 
-# Types are tsc's to check. A type that a signature mentions and src/index.ts does not export is an error, as any warning is.
+# tsc checks the types. Any warning is an error, such as a type that a signature mentions but src/index.ts does not export.
 exec node "$folder/node_modules/typedoc/bin/typedoc" --tsconfig tsconfig.build.json --entryPoints src/index.ts \
   --name pd-worker --includeVersion --readme docs/embedding.md --disableSources \
   --skipErrorChecking --excludeInternal --treatWarningsAsErrors --logLevel Warn --out dist-docs

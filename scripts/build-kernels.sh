@@ -1,9 +1,9 @@
 #!/bin/sh
-# Builds the CUDA kernels that are shipped: cubin for sm_80, sm_89 and sm_90, and PTX (compute_80) for what comes after.
+# Builds the CUDA kernels that are shipped: cubin for sm_80, sm_89 and sm_90, and PTX (compute_80) for later ones.
 #
 #   scripts/build-kernels.sh            build, and write kernels/manifest.json
-#   scripts/build-kernels.sh --check    the manifest is that of the sources and the shipped files
-#   scripts/build-kernels.sh --compile  and, where nvcc is found, the sources compile anew
+#   scripts/build-kernels.sh --check    check that the manifest matches the sources and the shipped files
+#   scripts/build-kernels.sh --compile  and, if nvcc is found, that the sources compile
 #
 # The manifest has the hashes of sources and images, and the parameters of each kernel as its source declares them: the product compares
 # them with its own tables of kernels when it loads an image (src/device/cuda/kernels.ts).
@@ -19,7 +19,7 @@ NVCC=${NVCC:-$(command -v nvcc || true)}
 hash_of() { sha256sum "$1" | cut -d' ' -f1; }
 nvcc_version() { "$NVCC" --version | sed -n 's/.*release \([0-9.]*\),.*/\1/p'; }
 
-# Names of the sources under kernels/, without .cu; what they include counts as source too.
+# Names of the sources under kernels/, without .cu; included files count as source too.
 names() { for source in kernels/*.cu kernels/model/*.cu; do source=${source#kernels/}; echo "${source%.cu}"; done; }
 included() { ls kernels/model/*.cuh; }
 
@@ -35,12 +35,12 @@ compile_ptx() {
   "$NVCC" -O3 -std=c++17 -ptx -arch "compute_$PTX_ARCH" -o "$2/$1.ptx" "kernels/$1.cu"
 }
 
-# `name|parameters` of each kernel in a source, as declared. Where a macro makes them, the name is the macro's: rms_norm_##T.
+# `name|parameters` of each kernel in a source, as declared. If a macro declares them, the name is the macro's: rms_norm_##T.
 parameters() {
   kernels=$(tr -d '\\\n' < "$1" | sed 's/extern "C" __global__/\n&/g' | tr -s ' ' |
     sed -n 's/^extern "C" __global__ void \(__launch_bounds__([^)]*) \)\{0,1\}\([A-Za-z0-9_#]*\)(\([^)]*\)) {.*/\2|\3/p')
   [ "$(echo "$kernels" | wc -l)" = "$(grep -o __global__ "$1" | wc -l)" ] || {
-    echo "$1 has a kernel that is declared in another way than this script reads" >&2
+    echo "$1 declares a kernel in a form that this script cannot read" >&2
     exit 1
   }
   echo "$kernels"
@@ -73,15 +73,15 @@ if [ "${1:-}" = --check ] || [ "${1:-}" = --compile ]; then
   trap 'rm -rf "$aside"' EXIT
   manifest "$(sed -n 's/.*"nvcc": "\(.*\)",/\1/p' kernels/manifest.json)" > "$aside/manifest.json"
   diff kernels/manifest.json "$aside/manifest.json" >&2 || {
-    echo "kernels/manifest.json (<) is not that of sources and images (>): run scripts/build-kernels.sh" >&2
+    echo "kernels/manifest.json (<) does not match sources and images (>): run scripts/build-kernels.sh" >&2
     exit 1
   }
   if [ "$1" = --compile ] && [ -n "$NVCC" ]; then
-    # as far as PTX: machine code takes a minute
+    # PTX only: machine code takes a minute
     for name in $(names); do compile_ptx "$name" "$aside"; done
-    echo "kernels: manifest fits, sources compile with nvcc $(nvcc_version)"
+    echo "kernels: the manifest matches, and the sources compile with nvcc $(nvcc_version)"
   else
-    echo "kernels: manifest fits (nothing compiled)"
+    echo "kernels: the manifest matches (nothing compiled)"
   fi
   exit 0
 fi

@@ -1,7 +1,7 @@
 # Sourced, from the root, by scripts that run compiled programs. They work in a checkout, which they install and build first, and in the archive
 # of `npm run bundle`, where they need neither npm nor Node.
 
-# prepare: sets `node`. With PD_SKIP_BUILD the last build is used as it is.
+# prepare: sets `node`. With PD_SKIP_BUILD it uses the last build.
 prepare() {
   if [ -x ./node ]; then
     node=./node
@@ -32,25 +32,25 @@ bounded() {
   timeout --kill-after=10 "$@" </dev/null
 }
 
-# Defaults of the results scripts: where results go, the device, a small trial run or not, and the command line as the page shows it, without
-# options that only say where files are.
+# Defaults of the results scripts: where results go, the device, whether it is a small trial run, and the command line as the page shows it,
+# without options that only say where files are.
 out=bench/results
 device=cuda
 small=()
 line="./scripts/${0##*/}"
 
-# results_option "$@": reads an option that all results scripts have and sets `taken`, the number of words to shift; fails on any other.
+# results_option "$@": reads an option common to all results scripts and sets `taken`, the number of words to shift; fails on any other.
 results_option() {
   taken=2
   case "$1" in
-    --out) out="${2:?--out needs a folder}" ;;
+    --out) out="${2:?--out needs a directory}" ;;
     --device) device="${2:?--device needs cuda or host}"; line+=" $1 $2" ;;
     --small) small=("$1"); line+=" $1"; taken=1 ;;
     *) return 1 ;;
   esac
 }
 
-# work_folder: sets `work`, a folder that is removed when the script ends
+# work_folder: sets `work`, a directory that is removed when the script ends
 work_folder() {
   work="$(mktemp -d)"
   trap 'rm -rf "$work"' EXIT

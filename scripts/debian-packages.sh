@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Debian's packages that tests need. Exit status 0 where they are there.
+# Installs the Debian packages that tests need. Exit status 0 if they are installed.
 #
 #   ./scripts/debian-packages.sh peer        the Python peer of the tests (support/peers): python3-msgpack, python3-zmq
 #   ./scripts/debian-packages.sh promtool    Prometheus' own check of metric pages: prometheus
@@ -23,9 +23,9 @@ install() {
 
 there && exit 0
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-  echo "debian-packages: ${packages[*]} are not there, and only root can install them, by apt-get" >&2
+  echo "debian-packages: ${packages[*]}: not installed, and only root can install them, with apt-get" >&2
   exit 1
 fi
 echo "debian-packages: installing ${packages[*]}"
 install || { timeout 120 apt-get update -qq >/dev/null 2>&1 && install; }
-there || { echo "debian-packages: ${packages[*]} could not be installed (offline?)" >&2; exit 1; }
+there || { echo "debian-packages: ${packages[*]}: installation failed (offline?)" >&2; exit 1; }

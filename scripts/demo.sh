@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Proxy, producer and consumer on this machine, and the runbook's four prompts through them: --help lists the options.
+# Starts proxy, producer and consumer on this machine and sends the runbook's four prompts through them. --help lists the options.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/common.sh

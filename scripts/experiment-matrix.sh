@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Which requests find their KV: ids randomized or not, each way of sending, keyed by transfer id or by full id. --help lists the options.
+# Which requests find their KV: ids randomized or not, each send type, keyed by transfer id or by full id. --help lists the options.
 #
 #   ./scripts/experiment-matrix.sh                    on host memory
 #   ./scripts/experiment-matrix.sh --device cuda      producer on cuda:0, consumer on cuda:1

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Everything that only two GPUs can show, in one go and in under eight minutes: times of transfers in all modes beside the ceilings,
-# engines that send crosswise, memory over a thousand requests, kill -9, a computation beside transfers, kernels and NCCL on one GPU, and
-# the demo from GPU to GPU.
+# Everything that only two GPUs can show, in one run of under eight minutes: transfer times in all modes next to the ceilings, engines that
+# send crosswise, memory over a thousand requests, kill -9, computation during transfers, kernels and NCCL on one GPU, and the demo from
+# GPU to GPU.
 # Writes bench/results/<date>-<GPUs>-transfer.{json,md} and ends with a short table. A part that fails or takes too long is
 # reported, and the next one runs; the exit status is then 1.
 #
 #   ./scripts/gpu-results.sh                      two GPUs; from a checkout, or from the archive of `npm run bundle`
 #   ./scripts/gpu-results.sh --out DIR            where the results go
 #   ./scripts/gpu-results.sh --only transfer,soak --seconds 120
-#   ./scripts/gpu-results.sh --device host --small      a trial run of seconds, without a GPU
+#   ./scripts/gpu-results.sh --device host --small      a trial run without a GPU, in seconds
 set -uo pipefail
 cd "$(dirname "$0")/.."
 . scripts/common.sh
 
 only=""
-# For all parts; each has its own limit, or the time that is left.
+# For all parts; each has its own limit, or the remaining time.
 seconds=450
 while [ $# -gt 0 ]; do
   taken=2
@@ -73,7 +73,7 @@ if [ "$device" != host ]; then
 elif [ ${#small[@]} = 0 ]; then
   run demo 120 ./scripts/demo.sh
 fi
-# last, as it may use the rest of the time
+# last, since it may use the remaining time
 [ ${#small[@]} -gt 0 ] || part soak 150
 
 ./bin/pd-bench report "$work" --out "$out" --command "$line"

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Installs dependencies where package-lock.json asks for others than are there. Offline once installed.
+# Installs the dependencies unless those in package-lock.json are installed already. Works offline once installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 wanted="20.19.0"
 if ! command -v node >/dev/null; then
-  echo "install: Node $wanted or later is needed, and there is no node in PATH (https://nodejs.org)" >&2
+  echo "install: Node $wanted or later is required, and there is no node in PATH (https://nodejs.org)" >&2
   exit 1
 fi
 if ! node -e '
   const [have, want] = [process.versions.node, process.argv[1]].map((v) => v.split(".").map(Number));
   const first = have.findIndex((part, i) => part !== want[i]);
   process.exit(first < 0 || have[first] > want[first] ? 0 : 1);' "$wanted"; then
-  echo "install: Node $wanted or later is needed, this is $(node --version) ($(command -v node))" >&2
+  echo "install: Node $wanted or later is required, this is $(node --version) ($(command -v node))" >&2
   exit 1
 fi
 
-# npm keeps a list of what it has put there: nothing to do where it holds every version that the lock file asks for.
+# npm keeps a list of what it installed: nothing to do if it has every version of the lock file.
 if node -e '
   const read = (path) => JSON.parse(require("node:fs").readFileSync(path, "utf8")).packages;
   const [wanted, there] = [read("package-lock.json"), read("node_modules/.package-lock.json")];

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The unit tests, the demo, or clients of OpenAI's API (test/wide/clients), on another version of Node, which comes from the npm registry and stays in a cache.
+# Runs the unit tests, the demo, or clients of OpenAI's API (test/wide/clients) on another version of Node, which comes from the npm registry and is
+# kept in a cache.
 #
 #   ./scripts/node-version.sh 24 unit
 #   ./scripts/node-version.sh 24 demo
 #   PD_BASE_URL=http://127.0.0.1:10002 ./scripts/node-version.sh 22 clients
-#   ./scripts/node-version.sh --others      the versions that pd-worker is for, but for the one that runs here
+#   ./scripts/node-version.sh --others      lists the supported versions other than the one that runs here
 set -euo pipefail
 cd "$(dirname "$0")/.."
 versions=(20 22 24)

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A pair (prompts on one GPU, decoding on another) against an undivided worker: are the tokens the same, and how much later is the first?
-# With the demo model and with a Llama of 8B shape and random weights, which scripts/model-reference/checkpoint.py makes (python3 with
+# Compares a pair (prefill on one GPU, decode on another) with an undivided worker: are the tokens the same, and how much later is the first?
+# With the demo model and with a Llama of 8B shape and random weights, which scripts/model-reference/checkpoint.py creates (python3 with
 # torch and transformers). First the runbook's four prompts (two-gpu.sh), then bench/pair. Writes
 # bench/results/<date>-<GPUs>-pair.{json,md}; failures are reported there, and the exit status is then 1.
 #
 #   ./scripts/pair-results.sh                      two GPUs; from a checkout, or from the archive of `npm run bundle`
-#   ./scripts/pair-results.sh --models DIR         a folder for 16 GB; a checkpoint in it is used
-#   ./scripts/pair-results.sh --only demo          or --only llama-8b; --send-types PUT,GET: instead of all three
-#   ./scripts/pair-results.sh --device host --only demo --small --out DIR      a trial run of a minute, without a GPU
+#   ./scripts/pair-results.sh --models DIR         a directory with room for 16 GB; a checkpoint in it is used
+#   ./scripts/pair-results.sh --only demo          or --only llama-8b; --send-types PUT,GET: instead of native and all three
+#   ./scripts/pair-results.sh --device host --only demo --small --out DIR      a trial run without a GPU, in a minute
 set -uo pipefail
 cd "$(dirname "$0")/.."
 . scripts/common.sh
@@ -18,9 +18,9 @@ types=()
 while [ $# -gt 0 ]; do
   taken=2
   case "$1" in
-    --models) models="${2:?--models needs a folder}" ;;
+    --models) models="${2:?--models needs a directory}" ;;
     --only) names=("${2:?--only needs demo or llama-8b}"); line+=" $1 $2" ;;
-    --send-types) types=("$1" "${2:?--send-types needs some of PUT,PUT_ASYNC,GET}"); line+=" $1 $2" ;;
+    --send-types) types=("$1" "${2:?--send-types needs some of native,PUT,PUT_ASYNC,GET}"); line+=" $1 $2" ;;
     *) results_option "$@" || usage ;;
   esac
   shift "$taken"
@@ -37,9 +37,9 @@ for name in "${names[@]}"; do
     folder="${models:-$work}"
     model="$folder/llama-8b"
     if [ ! -f "$model/config.json" ]; then
-      echo "pair-results: making $name" >&2
+      echo "pair-results: creating $name" >&2
       bounded 180 python3 scripts/model-reference/checkpoint.py --out "$folder" --shape llama-8b --tokenizer models/demo >&2 || {
-        echo "pair-results: $name could not be made" >&2
+        echo "pair-results: $name could not be created" >&2
         status=1
         continue
       }

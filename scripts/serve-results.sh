@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What clients see of a producer, a consumer and a proxy, and of one undivided worker, with the same prompts; on the host also the proxy
-# alone, and what one client's body does to another's stream. Exit status 1 if anything failed.
+# alone, and how one client's body affects another's stream. Exit status 1 if anything failed.
 # Writes bench/results/<date>-<device>[-<model>]-serve.md. Takes ten minutes, on a machine that does nothing else.
 #
 #   ./scripts/serve-results.sh [--device host|cuda] [--model DIR] [--executor host|cuda] [--out DIR] [-- flags of pd-bench serve]
@@ -25,7 +25,7 @@ while [ $# -gt 0 ]; do
   esac
   shift "$taken"
 done
-[ -f "$model/config.json" ] || { echo "serve-results: --model: there is no config.json in $model" >&2; exit 2; }
+[ -f "$model/config.json" ] || { echo "serve-results: --model: $model has no config.json" >&2; exit 2; }
 
 prepare || exit 1
 exec "$node" dist/bench/clients/main.js --device "$device" --model "$model" --out "$out" --command "$line" \

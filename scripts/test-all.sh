@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# What scripts/test.sh leaves out because it is long or wide: the archive for hosts without Node, the package (packed, installed elsewhere,
-# publint, API reference), benchmarks in small, other versions of Node, promtool. At most thirty minutes on two cores. Ends with one line:
-# "test-all: N passed, N failed"; a part that is no vitest run counts as one. Needs the npm registry, for the package and the versions of Node.
+# The long tests that scripts/test.sh leaves out: the archive for hosts without Node, the package (packed, installed elsewhere, publint, API
+# reference), small benchmarks, other versions of Node, OpenAI's clients, promtool. At most thirty minutes on two cores. Ends with one line:
+# "test-all: N passed, N failed"; a part that is not a vitest run counts as one. Needs the npm registry, for the package, the versions of Node and the clients.
 #
-# With CI=true a Debian package that the tests need and that cannot be installed is a failure; else its tests are skipped.
+# With CI=true it is a failure if a Debian package that the tests need cannot be installed; otherwise those tests are skipped.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 ./scripts/install.sh || exit 1

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Formatting, lint, layers, dead exports, types, build and every test that guards behaviour, in at most five minutes on two cores; what is long or wide is in
-# scripts/test-all.sh. Ends with one line: "test: N passed, N failed".
+# Formatting, lint, layers, dead exports, types, build and every test that guards behaviour, in at most five minutes on two cores; long tests
+# are in scripts/test-all.sh. Ends with one line: "test: N passed, N failed".
 # Arguments go to vitest: ./scripts/test.sh test/unit
 #
-# With CI=true a Debian package that the tests need and that cannot be installed is a failure; else its tests are skipped.
+# With CI=true it is a failure if a Debian package that the tests need cannot be installed; otherwise those tests are skipped.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 ./scripts/install.sh || exit 1
@@ -21,7 +21,7 @@ step() {
 if ! ./scripts/debian-packages.sh peer; then
   if [ "${CI:-}" = true ]; then broken=$((broken + 1)); else echo "test: the tests with a Python peer are skipped"; fi
 fi
-# On two cores: these beside the compiler.
+# Meant for two cores: these run in parallel with the compiler.
 (
   broken=0
   step "formatting and lint" ./node_modules/.bin/biome check --error-on-warnings .

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The frozen wire against an independent worker: the Python peer (support/peers; on GPUs with torch and NCCL, like vLLM's) with all send
 # types in both directions, tensor families, restarts on either end, and the experiment matrix. Every byte is compared, and every wait has
-# a deadline, so a hang is a failure that says where. Writes bench/results/<date>-<GPUs>-wire.{json,md} and ends with a few lines.
+# a deadline, so a hang is a failure that says where. Writes bench/results/<date>-<GPUs>-wire.{json,md} and ends with a summary.
 #
 #   ./scripts/wire-results.sh                      two GPUs; python3 with torch and msgpack, or PD_TEST_PYTHON
-#   ./scripts/wire-results.sh --device host --small --out DIR      a trial run of seconds, without a GPU
+#   ./scripts/wire-results.sh --device host --small --out DIR      a trial run without a GPU, in seconds
 #   ./scripts/wire-results.sh --only peer          or --only matrix
 #   ./scripts/wire-results.sh --patience 30        deadline of each wait on either end, seconds
 #

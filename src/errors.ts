@@ -81,11 +81,11 @@ export const ERROR_TABLE = {
   },
   PROMPT_MISMATCH: {
     status: 502,
-    hint: 'The two ends of a pair have made different tokens of one request: compare tokenizer, chat template and version of both, or two requests were given one id.',
+    hint: 'The two ends of a pair got different tokens from one request: compare their tokenizers, chat templates and versions. Or two requests have the same id.',
   },
   TRANSPORT_MISMATCH: {
     status: 502,
-    hint: 'No way for KV is open at both ends: compare --transport and --device of both.',
+    hint: 'The two ends have no transport for KV in common: compare --transport and --device of both.',
   },
   KV_SHAPE_MISMATCH: {
     status: 502,

@@ -1,4 +1,4 @@
-/** Ids as tests make them. */
+/** Ids for tests and benchmarks. */
 import { createHash } from 'node:crypto';
 import {
   type EngineRequestId,
@@ -8,7 +8,7 @@ import {
   withoutSuffix,
 } from '../src/wire/ids.ts';
 
-/** The id that a server gives a request which a proxy has made: the same for the same name. */
+/** The id that a server gives a request that came through a proxy: the same for the same name. */
 export function proxiedId(name: string): TransferId {
   const [prefill, decode] = [8082, 8084].map((port) => ({ host: '10.0.0.1', port })) as [Address, Address];
   const uuid = createHash('md5').update(name).digest('hex');
@@ -17,7 +17,7 @@ export function proxiedId(name: string): TransferId {
 
 type Address = Parameters<typeof proxyRequestId>[0];
 
-/** What an engine's id of a test is known by at both ends. Tests name no server id that itself ends like a suffix where they use this. */
+/** The transfer id of an engine's id. Tests that use this must not use server ids that end like a suffix themselves. */
 export function transferOf(requestId: EngineRequestId | string): TransferId {
   return transferIdOf(withoutSuffix(requestId) ?? requestId);
 }

@@ -10,7 +10,7 @@ export interface KvShape {
   readonly blockSize: number;
 }
 
-/** `elementBytes`: of one element in the cache: 4 where the host computes (float32), otherwise 2. */
+/** `elementBytes`: of one element in the cache: 4 if the host computes (float32), otherwise 2. */
 export function readKvShape(modelDir: string, elementBytes: number, blockSize: number): KvShape {
   const config = readConfig(modelDir);
   const heads = config['num_attention_heads'] ?? 1;

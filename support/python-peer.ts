@@ -1,4 +1,4 @@
-/** support/peers/peer.py as a child process: commands in, answers out. What vLLM would not understand ends it, and so the test. */
+/** support/peers/peer.py as a child process: commands in, answers out. A message that vLLM would not understand ends it, and so the test. */
 import { type ChildProcess, execFileSync, spawn } from 'node:child_process';
 import { createHash } from 'node:crypto';
 import { once } from 'node:events';
@@ -10,7 +10,7 @@ import { type HostPort, parseHostPort } from '../src/net/address.ts';
 import { type Dtype, tensorBytes } from '../src/wire/dtype.ts';
 
 const SCRIPT = fileURLToPath(new URL('./peers/peer.py', import.meta.url));
-/** Debian's, whose packages are python3-msgpack and python3-zmq; else what is in PATH. */
+/** Debian's, which has the packages python3-msgpack and python3-zmq; otherwise the one in PATH. */
 const PYTHONS = [process.env['PD_TEST_PYTHON'], '/usr/bin/python3', 'python3'];
 
 /** A Python that has the module, or undefined. */
@@ -27,7 +27,7 @@ export function pythonWith(module: string): string | undefined {
   return undefined;
 }
 
-/** What both ends make from a seed. */
+/** The data that both ends generate from a seed. */
 export function seededBytes(shape: readonly number[], dtype: Dtype, seed: number): Uint8Array {
   return createHash('shake128', { outputLength: tensorBytes(shape, dtype) })
     .update(String(seed))
@@ -52,16 +52,16 @@ export interface PythonPeerOptions {
   readonly transport?: 'host' | 'nccl';
   /** With `nccl`. */
   readonly device?: string;
-  /** Path of peer.py, for callers that were built into another folder. */
+  /** Path of peer.py, for callers that were built into another directory. */
   readonly script?: string;
   readonly env?: NodeJS.ProcessEnv;
   /** For each of its own waits, seconds. */
   readonly timeoutS?: number;
 }
 
-/** For one command, and for the start. It has shorter ones of its own: past this one it hangs where it should not. */
+/** For one command, and for the start. The peer has shorter deadlines itself: beyond this one it hangs. */
 const ANSWER_MS = 60_000;
-/** In which it writes where its threads are. */
+/** For the peer to write the stacks of its threads. */
 const STACKS_MS = 500;
 const STDERR_CHARS = 6_000;
 
@@ -96,19 +96,19 @@ export class PythonPeer {
     }
   }
 
-  /** The end of what it has said on stderr. */
+  /** The end of its stderr. */
   get stderr(): string {
     return this.#process.stderr;
   }
 
-  /** Rejects where the command failed, or the peer has ended. */
+  /** Rejects if the command failed, or the peer has exited. */
   async ask(op: string, fields: object = {}): Promise<PeerAnswer> {
     const answer = await this.attempt(op, fields);
     if (answer.error !== undefined) throw new Error(`${op}: ${answer.error}`);
     return answer;
   }
 
-  /** As `ask`, with `error` in the answer. */
+  /** Like `ask`, but with `error` in the answer. */
   async attempt(op: string, fields: object = {}): Promise<PeerAnswer> {
     const id = ++this.#seq;
     const answer = deferred<PeerAnswer>();
@@ -117,7 +117,7 @@ export class PythonPeer {
     return this.#process.answer(answer, op);
   }
 
-  /** Ends it well; rejects where something came that nobody had asked for. */
+  /** Ends it cleanly; rejects if it received something that nobody had asked for. */
   async quit(): Promise<void> {
     const { child } = this.#process;
     const exited = child.exitCode === null ? once(child, 'exit') : undefined;
@@ -125,7 +125,7 @@ export class PythonPeer {
     await exited;
   }
 
-  /** For clean-up, and as `kill -9`. Idempotent. */
+  /** For cleanup, and as `kill -9`. Idempotent. */
   async dispose(): Promise<void> {
     const { child, waiting } = this.#process;
     if (child.exitCode !== null || child.signalCode !== null) return;
@@ -151,7 +151,7 @@ class PeerProcess {
     child.stderr!.on('data', (chunk: Buffer) => {
       this.stderr = (this.stderr + chunk).slice(-STDERR_CHARS);
     });
-    // Ended in the middle of a command: `close` tells.
+    // It exited in the middle of a command: `close` reports that.
     child.stdin!.on('error', () => {});
     createInterface({ input: child.stdout! }).on('line', (line) => {
       if (!line.startsWith('{')) {
@@ -169,7 +169,7 @@ class PeerProcess {
     child.once('error', (error) => this.#fail(error));
   }
 
-  /** Rejects with where its threads are where none comes in time. */
+  /** If there is no answer in time, rejects with the stacks of its threads. */
   async answer<T>(pending: Deferred<T>, op: string): Promise<T> {
     const timer = setTimeout(async () => {
       this.child.kill('SIGUSR1');

@@ -1,4 +1,4 @@
-/** Checkpoints with random weights of any architecture and shape that the executors take. */
+/** Checkpoints with random weights, of any architecture and shape that the executors support. */
 import { writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { Architecture } from '../src/model/config.ts';

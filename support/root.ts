@@ -1,4 +1,4 @@
-/** Where this checkout or archive lies, whether its sources run or what was compiled of them into dist/. */
+/** Where this checkout or archive is, whether its sources run or the code compiled into dist/. */
 import { fileURLToPath } from 'node:url';
 
 /** Ends with a slash. */
@@ -6,7 +6,7 @@ export const ROOT = fileURLToPath(
   new URL(import.meta.url.includes('/dist/support/') ? '../../' : '../', import.meta.url),
 );
 
-/** The file of a program: `pd-worker`. */
+/** The file of a program such as `pd-worker`. */
 export function programFile(name: string): string {
   return `${ROOT}bin/${name}`;
 }

@@ -1,4 +1,4 @@
-/** Writes safetensors files, sound or broken as a test wants. */
+/** Writes safetensors files, valid or broken as a test needs them. */
 import { writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 
@@ -56,7 +56,7 @@ export function encodeTensors(tensors: TestTensors, type: FloatType): Buffer {
   return safetensorsFile(header, Buffer.concat(parts));
 }
 
-/** `shards` files and an index, or one file. Tensors are dealt to shards in turn. */
+/** `shards` files and an index, or one file. Tensors are distributed over the shards in turn. */
 export async function writeSafetensors(
   dir: string,
   tensors: TestTensors,

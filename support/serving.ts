@@ -1,4 +1,5 @@
 /** A system started by `pd-launch`: its addresses, and the metrics of its workers. */
+import { type Metrics, parseMetrics } from '../src/doctor/worker-state.ts';
 
 export interface Addresses {
   readonly proxy: { readonly url: string; readonly discovery: string };
@@ -8,15 +9,7 @@ export interface Addresses {
 
 const DEADLINE_MS = 60_000;
 
-/** `name{labels}` -> value; the label model_name, the same on all, is left out. */
-export async function metricsOf(url: string): Promise<ReadonlyMap<string, number>> {
+export async function metricsOf(url: string): Promise<Metrics> {
   const response = await fetch(`${url}/metrics`, { signal: AbortSignal.timeout(DEADLINE_MS) });
-  const metrics = new Map<string, number>();
-  for (const line of (await response.text()).split('\n')) {
-    const match = /^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)$/.exec(line);
-    if (!match) continue;
-    const labels = (match[2] ?? '').replace(/model_name="[^"]*",?/, '').replace(/,$/, '');
-    metrics.set(labels ? `${match[1]}{${labels}}` : match[1]!, Number(match[3]));
-  }
-  return metrics;
+  return parseMetrics(await response.text());
 }

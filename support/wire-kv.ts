@@ -1,4 +1,4 @@
-/** The KV of one request and layer as wire tensors of every family, element by element as the shapes say: slow and plain. */
+/** The KV of one request and layer as wire tensors of every family, element by element according to the shapes: slow and simple. */
 import { formShape, type WireForm } from '../src/kv/families.ts';
 import { type PagedLayout, runOffset, runsPerBlock } from '../src/kv/layout.ts';
 import { DTYPE_BYTES } from '../src/wire/dtype.ts';
@@ -23,7 +23,7 @@ function offsetOf(form: WireForm, half: number, token: number, dimensions: Dimen
   }
 }
 
-/** Bytes of token `token`, K or V: no two alike near each other. */
+/** Bytes of token `token`, K or V: neighbours differ. */
 export function tokenBytes(half: number, token: number, dimensions: Dimensions, seed: number): Uint8Array {
   const bytes = dimensions.heads * dimensions.headDim * DTYPE_BYTES[dimensions.dtype];
   return Uint8Array.from(
@@ -32,7 +32,7 @@ export function tokenBytes(half: number, token: number, dimensions: Dimensions, 
   );
 }
 
-/** Bytes of the tensor of `form`, `junk` behind the last token. */
+/** Bytes of the tensor of `form`, with `junk` after the last token. */
 export function wireTensor(
   form: WireForm,
   tokens: number,
@@ -70,7 +70,7 @@ export function tokenInCache({ bytes, layout, blocks }: CachedKv, half: number, 
   return bytes.subarray(at, at + size);
 }
 
-/** Tokens `from` to `to` of which cache and tensor differ. */
+/** Tokens `from` to `to` in which cache and tensor differ. */
 export function kvDifferences(
   cached: CachedKv,
   tensor: Uint8Array,
@@ -92,7 +92,7 @@ export function kvDifferences(
   return wrong;
 }
 
-/** What the cache becomes in a form; `tokens` are there, nothing but zeros behind them. */
+/** The cache as a tensor of that form; `tokens` are filled, with zeros after them. */
 export function tensorOfCache(cached: CachedKv, form: WireForm, tokens: number): Uint8Array {
   const { layout } = cached;
   const elements = formShape(form, layout).reduce((a, b) => a * b, 1);

@@ -1,6 +1,7 @@
-/** pd-bench: measures KV transfers (every byte checked), what they survive, and what the clients of a server see. */
+/** pd-bench: measures KV transfers with every byte checked, the faults they survive, and what clients of a server see. */
 import { readFileSync, writeFileSync } from 'node:fs';
 import { Command, Option } from 'commander';
+import { print } from '../../src/cli/run.ts';
 import { addOptions, type OptionTable, resolveOptions, type ValuesOf } from '../../src/config/options.ts';
 import { packageVersion } from '../../src/version.ts';
 import { NO_PROGRESS, terminalProgress } from '../measure/progress.ts';
@@ -34,14 +35,14 @@ Examples:
   pd-bench serve --url http://localhost:10002 --concurrency 8
   scripts/gpu-results.sh                             every part, into bench/results/
 
-Exit status 1 where a byte was wrong, something did not move, or a limit was not kept.`;
+Exit status 1 if a byte was wrong, a transfer failed, or a limit was exceeded.`;
 
 type CommonValues = Parameters<typeof benchOptions>[0];
 
 export function benchCommand(): Command {
   const program = new Command('pd-bench')
     .description(
-      'Measures the transfer engine between two processes, every byte checked, tries its faults, and puts servers under load.',
+      'Measures the transfer engine between two processes with every byte checked, injects faults, and load-tests servers.',
     )
     .version(packageVersion())
     .showHelpAfterError('(--help lists the options)')
@@ -50,7 +51,7 @@ export function benchCommand(): Command {
   part(
     program,
     'transfer',
-    'time and GB/s of one request, beside the raw transport and the device copy',
+    'time and GB/s of one request, compared with the raw transport and the device copy',
     TRANSFER_OPTIONS,
     (options, values) => async () => {
       const { sendType, source, rounds, warmUp } = values;
@@ -62,7 +63,7 @@ export function benchCommand(): Command {
   part(
     program,
     'exchange',
-    'engines that send to each other at once, both ways and crosswise',
+    'engines that send to each other at once, in both directions and crosswise',
     EXCHANGE_OPTIONS,
     (options, values) => async () => ({ rows: await exchange(options, values) }),
   );
@@ -86,7 +87,7 @@ export function benchCommand(): Command {
   part(
     program,
     'interference',
-    'what transfers cost a computation on the same GPU',
+    'how much transfers slow down computation on the same GPU',
     INTERFERENCE_OPTIONS,
     (options, { loop, time, tokens, window }) =>
       async () => ({
@@ -97,10 +98,10 @@ export function benchCommand(): Command {
   program.addCommand(serveCommand());
   program
     .command('report')
-    .description('combines the results in a folder into JSON, Markdown and a short table')
-    .argument('<folder>', 'with the files of --output')
+    .description('combines the results in a directory into JSON, Markdown and a short table')
+    .argument('<dir>', 'with the files of --output')
     .addOption(new Option('--out <dir>', 'where the report goes').default('bench/results'))
-    .addOption(new Option('--command <text>', 'how the results were made').default('pd-bench'))
+    .addOption(new Option('--command <text>', 'the command that produced the results').default('pd-bench'))
     .action((folder: string, { out, command }: { out: string; command: string }) => {
       const report = readReport(folder, command);
       const base = writeReport(report, out);
@@ -129,14 +130,12 @@ function part<T extends OptionTable>(
     const common = values as unknown as CommonValues;
     const progress = common.json ? NO_PROGRESS : terminalProgress();
     const options = benchOptions(common, progress);
-    // where the results were written says nothing about them
+    // where the results were written is of no interest to a reader
     const line = `pd-bench ${process.argv.slice(2).join(' ')}`.replace(/ --output[ =]\S+/, '');
     const result = await runPart(name, line, options, work(options, values));
     const json = `${JSON.stringify(result, undefined, 1)}\n`;
     if (common.output !== undefined) writeFileSync(common.output, json);
-    const text = common.json ? json : render(result);
-    // a pipe takes only so much at once, and a process that exits does not wait for it
-    await new Promise<void>((resolve) => process.stdout.write(text, () => resolve()));
+    await print(common.json ? json : render(result));
     process.exitCode = result.ok ? 0 : 1;
   });
 }
@@ -163,7 +162,7 @@ function render(result: PartResult): string {
   }
   if (rows) lines.push(checkLines(rows));
   if (error !== undefined) lines.push(`FAILED: ${error}`);
-  lines.push(result.ok ? 'all as it should be' : 'FAILED');
+  lines.push(result.ok ? 'all passed' : 'FAILED');
   return `${lines.join('\n')}\n`;
 }
 

@@ -1,4 +1,4 @@
-/** Options of pd-bench: those that every part takes, and each part's own. */
+/** Options of pd-bench: those common to all parts, and each part's own. */
 
 import { bytes, device, duration, integer, type Kind, oneOf, text, toggle } from '../../src/config/kinds.ts';
 import { defineOptions, option, type ValuesOf } from '../../src/config/options.ts';
@@ -17,9 +17,9 @@ import { blocksOf, MODEL_NAMES, modelShape } from '../transfer/shape.ts';
 import { DEFAULT_SOAK } from '../transfer/soak.ts';
 import { DEFAULT_TRANSFER, SOURCES } from '../transfer/transfer.ts';
 
-/** Several in one argument: `16,256`. Nothing twice. */
+/** Several in one argument: `16,256`. No duplicates. */
 function commas<T>(kind: Kind<T>): Kind<readonly T[]> {
-  const allowed = `${kind.allowed}; several with commas between`;
+  const allowed = `${kind.allowed}; several are separated by commas`;
   return {
     schema: z.string().transform((value, context): readonly T[] => {
       const items = value.split(',').map((item) => kind.schema.safeParse(item.trim()));
@@ -79,7 +79,7 @@ const COMMON = defineOptions({
     group: OUTPUT,
     default: 'error',
   }),
-  json: option({ kind: toggle(), help: 'the result as JSON on stdout', group: OUTPUT, default: false }),
+  json: option({ kind: toggle(), help: 'print the result as JSON', group: OUTPUT, default: false }),
   output: option({ kind: text('file'), help: 'write the JSON to a file as well', group: OUTPUT }),
 });
 
@@ -93,7 +93,7 @@ export const TRANSFER_OPTIONS = defineOptions({
   }),
   source: option({
     kind: commas(oneOf(SOURCES)),
-    help: 'paged: gather and scatter blocks; flat: dense tensors, sent as they are',
+    help: 'paged: gather and scatter blocks; flat: dense tensors',
     group: 'Measurement',
     default: DEFAULT_TRANSFER.sources,
   }),
@@ -121,7 +121,7 @@ export const EXCHANGE_OPTIONS = defineOptions({
   ...COMMON,
   tensors: option({
     kind: integer(1, 10_000),
-    help: 'tensors sent each way at once',
+    help: 'tensors sent in each direction at once',
     group: 'Measurement',
     default: DEFAULT_EXCHANGE.tensors,
   }),
@@ -173,7 +173,7 @@ export const SOAK_OPTIONS = defineOptions({
   }),
   settled: option({
     kind: integer(2, 1_000_000),
-    help: 'requests after which resident memory is read, to be compared with the end',
+    help: 'requests after which resident memory is read, for comparison with the end',
     group: 'Measurement',
     default: DEFAULT_SOAK.settled,
   }),
@@ -248,7 +248,7 @@ export function benchOptions(values: CommonValues, progress: Progress): BenchOpt
   };
 }
 
-/** `--tokens`, or the default for the device; on a host, sizes of which it can hold two. */
+/** `--tokens`, or the default for the device: on a host, sizes that fit into it twice. */
 export function tokensOf(
   given: readonly number[] | undefined,
   { devices, shape }: BenchOptions,
@@ -259,7 +259,7 @@ export function tokensOf(
 
 function devicesOf({ device: kind, devices }: CommonValues): readonly [string, string] {
   if (kind !== undefined && devices !== undefined) {
-    throw new PdError('CONFIG_INVALID', '--device and --devices: give one of them');
+    throw new PdError('CONFIG_INVALID', '--device and --devices: give only one of them');
   }
   if (kind === 'host') return ['host', 'host'];
   const names = (devices ?? 'cuda:0,cuda:1').split(',').map((name) => device().schema.safeParse(name));
@@ -276,7 +276,7 @@ function devicesOf({ device: kind, devices }: CommonValues): readonly [string, s
   if (producer === consumer && producer !== 'host') {
     throw new PdError(
       'CONFIG_INVALID',
-      `--devices: NCCL refuses both ends of a pair on one GPU, ${producer}`,
+      `--devices: both are ${producer}, and NCCL refuses to connect two ranks on one GPU`,
     );
   }
   return [producer, consumer];

@@ -1,6 +1,7 @@
 /** pd-bench serve: options, signals, output. */
 import { writeFileSync } from 'node:fs';
 import { Command } from 'commander';
+import { print } from '../../src/cli/run.ts';
 import { duration, integer, json, oneOf, real, text, toggle } from '../../src/config/kinds.ts';
 import {
   addOptions,
@@ -24,7 +25,7 @@ const TEXT = 'Prompts and answers';
 const OUTPUT = 'Output';
 
 export const SERVE_OPTIONS = defineOptions({
-  // Named apart from a worker's variables (PD_MODEL, say), which mean something else.
+  // Named differently from a worker's environment variables (PD_MODEL, say), which mean something else.
   servedUrl: option({
     flag: 'url',
     kind: text('url'),
@@ -50,11 +51,11 @@ export const SERVE_OPTIONS = defineOptions({
     kind: text('url'),
     help: 'server whose /tokenize counts prompts; with a proxy, one of its workers',
     group: SERVER,
-    defaultText: 'that of --url; where there is none, lengths are approximate',
+    defaultText: 'that of --url; if it has none, lengths are approximate',
   }),
   requestRate: option({
     kind: real(0.001, 100_000, 'per second'),
-    help: 'requests per second on average (Poisson arrivals), however fast the answers come',
+    help: 'requests per second on average (Poisson arrivals), regardless of the answers',
     group: LOAD,
   }),
   concurrency: option({
@@ -66,7 +67,7 @@ export const SERVE_OPTIONS = defineOptions({
   numRequests: option({ kind: integer(1, 10_000_000), help: 'requests', group: LOAD, default: 100 }),
   warmUp: option({
     kind: integer(0, 100_000),
-    help: 'requests sent first, which do not count',
+    help: 'requests sent first, which are not counted',
     group: LOAD,
     defaultText: 'that of --concurrency, or 4',
   }),
@@ -92,19 +93,19 @@ export const SERVE_OPTIONS = defineOptions({
   }),
   sharedPrefix: option({
     kind: integer(0, 10_000_000),
-    help: 'tokens that all prompts start with; without it they differ from the first words on, so that no prefix cache helps',
+    help: 'tokens of a prefix common to all prompts; without it they differ from the first word, so that no prefix cache helps',
     group: TEXT,
     default: 0,
   }),
   textSeed: option({
     kind: integer(0, Number.MAX_SAFE_INTEGER),
-    help: 'seed of the words (default: a new one each run, as prefix caches would find the same text)',
+    help: 'seed of the words; with the same one as in an earlier run, prefix caches would hit',
     group: TEXT,
-    defaultText: 'another one in every run',
+    defaultText: 'a new one in every run',
   }),
   promptFile: option({
     kind: text('file'),
-    help: 'take prompts from this file: one per line, or .jsonl with "prompt" and "output_tokens"; starts over at its end',
+    help: 'read prompts from this file: one per line, or .jsonl with "prompt" and "output_tokens"; starts over at the end',
     group: TEXT,
   }),
   ignoreEos: option({
@@ -113,8 +114,8 @@ export const SERVE_OPTIONS = defineOptions({
     group: TEXT,
     default: true,
   }),
-  temperature: option({ kind: real(0, 2), help: 'of sampling', group: TEXT, default: 0 }),
-  extraBody: option({ kind: json(), help: 'further fields of every request', group: TEXT }),
+  temperature: option({ kind: real(0, 2), help: 'sampling temperature', group: TEXT, default: 0 }),
+  extraBody: option({ kind: json(), help: 'additional fields of every request', group: TEXT }),
   sloTtft: option({
     kind: duration(0),
     help: 'for goodput: limit on the time to first token',
@@ -125,8 +126,13 @@ export const SERVE_OPTIONS = defineOptions({
     help: "for goodput: limit on a request's mean time per output token after the first",
     group: OUTPUT,
   }),
-  json: option({ kind: toggle(), help: 'the result as JSON on stdout', group: OUTPUT, default: false }),
-  details: option({ kind: toggle(), help: 'every request in the JSON', group: OUTPUT, default: false }),
+  json: option({ kind: toggle(), help: 'print the result as JSON', group: OUTPUT, default: false }),
+  details: option({
+    kind: toggle(),
+    help: 'include every request in the JSON',
+    group: OUTPUT,
+    default: false,
+  }),
   output: option({ kind: text('file'), help: 'write the JSON to a file as well', group: OUTPUT }),
 });
 
@@ -137,7 +143,7 @@ Examples:
     --prompt-tokens lognormal:1000,0.8,8000 --output-tokens 16-256 --slo-ttft 500ms --slo-itl 50ms --json
   pd-bench serve --url https://example.org/v1 --model NAME --endpoint chat --no-ignore-eos
 
-docs/benchmarks.md defines every number. Exit status 1 where a request failed, 130 after Ctrl-C.`;
+docs/benchmarks.md defines every number. Exit status 1 if a request failed, 130 after Ctrl-C.`;
 
 type ServeValues = ValuesOf<typeof SERVE_OPTIONS>;
 
@@ -156,7 +162,7 @@ async function run(values: ServeValues): Promise<void> {
   const stop = new AbortController();
   const interrupted = () => {
     if (stop.signal.aborted) process.exit(130);
-    stop.abort(new PdError('REQUEST_ABORTED', 'interrupted before the first request of the load was sent'));
+    stop.abort(new PdError('REQUEST_ABORTED', 'interrupted before the first request was sent'));
   };
   process.on('SIGINT', interrupted).on('SIGTERM', interrupted);
   try {
@@ -173,9 +179,7 @@ async function run(values: ServeValues): Promise<void> {
     };
     const jsonText = `${JSON.stringify(document, undefined, 1)}\n`;
     if (values.output !== undefined) writeFileSync(values.output, jsonText);
-    const out = values.json ? jsonText : `${headline(options, result.model)}\n${renderServe(result)}`;
-    // a pipe takes only so much at once, and a process that exits does not wait for it
-    await new Promise<void>((resolve) => process.stdout.write(out, () => resolve()));
+    await print(values.json ? jsonText : `${headline(options, result.model)}\n${renderServe(result)}`);
     process.exitCode = result.interrupted ? 130 : result.summary.requests.failed > 0 ? 1 : 0;
   } finally {
     progress.end();
@@ -183,11 +187,11 @@ async function run(values: ServeValues): Promise<void> {
   }
 }
 
-/** Throws CONFIG_INVALID for options that exclude each other. */
+/** Throws CONFIG_INVALID for options that are mutually exclusive. */
 export function serveOptions(values: ServeValues): ServeOptions {
   const { requestRate, concurrency, sloTtft, sloItl, extraBody, warmUp } = values;
   if (requestRate !== undefined && concurrency !== undefined) {
-    throw new PdError('CONFIG_INVALID', '--request-rate and --concurrency: give one of them');
+    throw new PdError('CONFIG_INVALID', '--request-rate and --concurrency: give only one of them');
   }
   const arrival: Arrival =
     requestRate === undefined
@@ -224,7 +228,7 @@ function objectOf(source: string): Record<string, unknown> {
     const parsed = z.record(z.string(), z.unknown()).safeParse(JSON.parse(source));
     if (parsed.success) return parsed.data;
   } catch {
-    // said below
+    // reported below
   }
   throw new PdError('CONFIG_INVALID', `--extra-body: ${source} is not a JSON object`);
 }

@@ -52,7 +52,7 @@ async function section(title: string, ...runs: readonly (readonly string[])[]): 
   const said: string[] = [];
   for (const [file = '', ...args] of runs) {
     const ended = await run(file, args);
-    // the server's address means nothing to a reader
+    // the server's address is of no interest to a reader
     said.push(ended.stdout.replace(/^http:\/\/[^,]*, /, '').trimEnd());
     if (ended.problem !== undefined) problems.push(`${title}: ${ended.problem}`);
   }
@@ -71,7 +71,7 @@ async function run(file: string, args: readonly string[]): Promise<{ stdout: str
   }
 }
 
-/** Both systems get the same text seeds, and so the same prompts. */
+/** Both systems get the same text seeds, hence the same prompts. */
 async function measure(title: string, url: string, tokenizeUrl: string): Promise<void> {
   for (const width of WIDTHS) {
     const load = [
@@ -93,7 +93,7 @@ async function measure(title: string, url: string, tokenizeUrl: string): Promise
   }
 }
 
-/** A system that cannot be started is a problem; the next one is measured all the same. */
+/** A system that cannot be started is a problem; the next one is measured anyway. */
 async function attempt<T extends { stop(): Promise<void> }>(
   title: string,
   start: () => Promise<T>,
@@ -145,7 +145,7 @@ await attempt(
   () => startPair(system),
   ({ client, consumerUrl }) => measure('producer, consumer and proxy', client.url, consumerUrl),
 );
-// Independent of what workers compute on, and minutes long.
+// Does not depend on what workers compute on, and takes minutes.
 if (device === 'host') {
   const proxy = fromDist('../proxy/main.js');
   await section('the proxy alone', [proxy], [proxy, '--stream']);

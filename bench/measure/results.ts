@@ -59,9 +59,9 @@ export function hardwareLines(
   ];
 }
 
-/** A line that says that all went well, or one list item for each problem. */
+/** One line if everything passed, else a list item for each problem. */
 export function problemLines(problems: readonly string[]): string[] {
-  return problems.length === 0 ? ['All as it should be.'] : problems.map((problem) => `- FAILED: ${problem}`);
+  return problems.length === 0 ? ['All passed.'] : problems.map((problem) => `- FAILED: ${problem}`);
 }
 
 /** The last lines of a log; empty if there is none. */

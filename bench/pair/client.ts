@@ -1,10 +1,10 @@
-/** What the checks ask of a server: completions by token ids, and the times of streamed ones. */
+/** The client of the checks: completions by token ids, and the times of streamed ones. */
 import type { Generated, TopLogprobs } from './compare.ts';
 import type { LoadRequest } from './loads.ts';
 
 /** Deadline of one answer: longer than a busy worker takes, and than `--kv-load-timeout`, whose error says more. */
 const ANSWER_MS = 90_000;
-/** The most that the API gives. */
+/** The maximum of the API. */
 const TOP = 20;
 
 interface Choice {
@@ -28,7 +28,7 @@ export class Client {
     return new Client(url, data[0]!.id);
   }
 
-  /** The tokens of the answer. Throws what the server says instead. */
+  /** The tokens of the answer. Throws the server's error. */
   async tokens(request: LoadRequest): Promise<readonly number[]> {
     return (await this.#complete(request, {})).token_ids;
   }

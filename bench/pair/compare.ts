@@ -1,16 +1,16 @@
-/** Two answers to one request, token by token, and what a difference is worth. Pure. */
+/** Compares two answers to one request token by token, and judges their differences. Pure. */
 import type { LoadRequest } from './loads.ts';
 
-/** The first token at which two answers part. */
+/** The first token at which two answers differ. */
 export interface Parting {
   readonly request: LoadRequest;
-  /** What both said before. */
+  /** What both generated before. */
   readonly before: readonly number[];
   readonly undivided: number;
   readonly pair: number;
 }
 
-/** Undefined: the same tokens, as many. Where one is the beginning of the other: -1 stands for the missing token. */
+/** Undefined if they are equal. If one is a prefix of the other, -1 stands for the missing token. */
 export function partingOf(
   request: LoadRequest,
   undivided: readonly number[],
@@ -25,7 +25,7 @@ export function partingOf(
   return undefined;
 }
 
-/** Of one generated token: the log-probabilities of the likeliest, by token. */
+/** For one generated token: the log-probabilities of the likeliest, by token. */
 export type TopLogprobs = ReadonlyMap<number, number>;
 
 export interface Generated {
@@ -34,8 +34,8 @@ export interface Generated {
 }
 
 /**
- * By how much the gap between the two likeliest tokens differs between two runs, at each position before which both said the same.
- * Positions where the second run does not tell both tokens are left out.
+ * By how much the gap between the two likeliest tokens differs between two runs, at each position up to which both generated the same.
+ * Positions where the second run does not report both tokens are left out.
  */
 export function gapChanges(one: Generated, other: Generated): number[] {
   const changes: number[] = [];
@@ -52,7 +52,7 @@ export function gapChanges(one: Generated, other: Generated): number[] {
   return changes;
 }
 
-/** Log-probability of `first` less that of `second`; undefined where one of them is not told. */
+/** Log-probability of `first` minus that of `second`; undefined if one of them is not reported. */
 export function gapOf(top: TopLogprobs, first: number, second: number): number | undefined {
   const [a, b] = [top.get(first), top.get(second)];
   return a === undefined || b === undefined ? undefined : a - b;

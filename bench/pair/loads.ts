@@ -23,10 +23,10 @@ export interface Load {
 export interface LoadOptions {
   /** Prompts have ids below this. */
   readonly vocab: number;
-  /** Otherwise all are greedy: another order of sums then changes a token only where two are about equally likely. */
+  /** Otherwise all are greedy: a different order of summation then changes a token only if two are about equally likely. */
   readonly sampled: boolean;
   readonly small: boolean;
-  /** Length of answers where blocks are meant to run out. A small model needs longer ones, or each ends before the next begins. */
+  /** Length of answers when blocks are meant to run out. A small model needs longer ones, or each ends before the next begins. */
   readonly growTo: number;
 }
 

@@ -28,10 +28,15 @@ const program = new Command('pair');
 program
   .command('check')
   .requiredOption('--model <dir>')
-  .option('--name <name>', 'name in the report (default: that of its folder)')
+  .option('--name <name>', 'name in the report (default: that of its directory)')
   .addOption(new Option('--device <device>').choices(['host', 'cuda']).default('cuda'))
   .requiredOption('--output <file>')
-  .option('--send-types <list>', 'send types, separated by commas', list, ['PUT', 'PUT_ASYNC', 'GET'])
+  .option('--send-types <list>', 'native, and send types of the frozen wire, separated by commas', list, [
+    'native',
+    'PUT',
+    'PUT_ASYNC',
+    'GET',
+  ])
   .option(
     '--modes <list>',
     'batch-invariant, usual (default: both; on the host, where they are one, usual)',
@@ -66,8 +71,6 @@ async function check({ output, modes, ...options }: CheckCommand): Promise<void>
   const result = await run.run();
   writeFileSync(output, JSON.stringify(result, undefined, 1));
   const problems = problemsOf(result);
-  console.log(
-    `${result.model}: ${problems.length === 0 ? 'all as it should be' : `${problems.length} FAILED`}`,
-  );
+  console.log(`${result.model}: ${problems.length === 0 ? 'all passed' : `${problems.length} FAILED`}`);
   process.exitCode = problems.length === 0 ? 0 : 1;
 }

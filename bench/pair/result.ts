@@ -40,9 +40,7 @@ export function problemsOf({ checks, times, errors, device, small }: PairResult)
     ),
     ...timed
       .filter((time) => extraMs(time) > EXTRA_MS)
-      .map(
-        (time) => `${time.sendType}: the first token takes ${ms(extraMs(time))} ms more than a step longer`,
-      ),
+      .map((time) => `${time.sendType}: the first token takes a step and ${ms(extraMs(time))} ms longer`),
   ];
 }
 
@@ -55,14 +53,14 @@ export function readResults(folder: string, names: readonly string[]): PairResul
 export function writeReport(results: readonly PairResult[], out: string, command: string): string {
   const { startedAt, device, machine, environment } = results[0]!;
   const page = {
-    ...{ kind: 'pair', title: 'A pair beside an undivided worker', date: startedAt.slice(0, 10) },
+    ...{ kind: 'pair', title: 'A pair compared with an undivided worker', date: startedAt.slice(0, 10) },
     hardware: device === 'host' ? 'host' : hardwareName(environment.gpus),
     machine: [`- ${machine.program}, Node ${machine.node}`, ...hardwareLines(machine, environment)],
     command,
     body: [
       'The same requests, as token ids, go to an undivided worker and to a proxy with a producer and a consumer. Consumers run with',
       '`--kv-load-failure fail`. A load passes only if the metrics show one KV load per request, none recomputed or failed, one computed prompt',
-      'token per request (except after preemption), and the expected bytes of KV (except where prefix caches held some).',
+      'token per request (natively none; any after preemption), and the expected bytes of KV (except where prefix caches held some).',
       ...results.flatMap(modelLines),
     ],
     json: { command, results },

@@ -1,4 +1,4 @@
-/** All checks of one model: in each mode an undivided worker, and beside it a pair for each send type. Failures are results, too. */
+/** All checks of one model: in each mode an undivided worker, and a pair for each send type. Failures are results, too. */
 import { readEnvironment, readMachine } from '../measure/machine.ts';
 import { type CheckpointShape, readShape } from './checkpoint.ts';
 import { answersOf, checkLoad, measureNoise } from './checks.ts';
@@ -115,7 +115,8 @@ export class PairRun {
     const pair = await startPair(system, sendType);
     try {
       for (const [i, load] of loads.entries()) {
-        const found = await checkLoad({ load, expected: expected[i]!, undivided, pair, blockBytes, noise });
+        const checked = { load, expected: expected[i]!, undivided, pair, way: sendType, blockBytes, noise };
+        const found = await checkLoad(checked);
         this.#checks.push({ mode, sendType, ...found });
         const { problems, same, requests, effect } = found;
         const text = [`${same} of ${requests} the same`, effect, ...problems.slice(0, 3)].filter(Boolean);
@@ -133,7 +134,7 @@ export class PairRun {
     const { timedTokens, warmUp, rounds } = this.#sizes;
     const promptTokens = Math.min(timedTokens, positions - TIMED_OUTPUT);
     const length = promptTokens + TIMED_OUTPUT;
-    // Room for all of them, as what happens in full caches is not to be timed.
+    // Room for all of them, so that full caches do not distort the times.
     const blocks = Math.ceil(length / BLOCK_SIZE) * (warmUp + rounds + 4);
     const system = this.#system(['--max-model-len', String(length), '--num-blocks', String(blocks)]);
     const undivided = await startUndivided(system);

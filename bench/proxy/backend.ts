@@ -1,5 +1,5 @@
 /**
- * An instance that answers at once, for measuring the proxy alone: no model, no KV, its pings and nothing else.
+ * An instance that answers at once, for measuring the proxy alone: it has no model and no KV, and only pings.
  *   argv: producer|consumer, HOST:PORT of the proxy's discovery, how many events a streamed answer has, milliseconds between them
  * With milliseconds given, there are as many events as `max_tokens` says. Long bodies are not parsed, as only the proxy's part is measured.
  * Prints its port on stdout and ends when its stdin closes.

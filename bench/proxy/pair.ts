@@ -13,7 +13,7 @@ export interface ProxyPair {
   readonly url: string;
   /** Of the consumer. */
   readonly instanceUrl: string;
-  /** Ends the process where a program does not end in time. */
+  /** Exits this process if a program does not exit in time. */
   stop(): Promise<void>;
 }
 
@@ -63,7 +63,7 @@ async function untilPaired(url: string): Promise<void> {
   for (;;) {
     const { counts } = (await (await fetch(`${url}/health`)).json()) as { counts: Record<string, number> };
     if (counts['producer'] === 1 && counts['consumer'] === 1) return;
-    if (monotonicMs() > deadline) throw new Error('the instances do not show up at the proxy');
+    if (monotonicMs() > deadline) throw new Error('the proxy does not list the instances');
     await new Promise((resolve) => setTimeout(resolve, 50));
   }
 }

@@ -6,21 +6,21 @@ import { z } from '../../src/zod.ts';
 
 export type Length =
   | { readonly kind: 'fixed'; readonly tokens: number }
-  /** Even, both ends included. */
+  /** Uniform, both ends included. */
   | { readonly kind: 'range'; readonly from: number; readonly to: number }
-  /** `sigma` is the standard deviation of the logarithm; longer draws are cut at `max`. */
+  /** `sigma` is the standard deviation of the logarithm; larger draws are cut at `max`. */
   | { readonly kind: 'lognormal'; readonly median: number; readonly sigma: number; readonly max: number };
 
-/** What is drawn: each has numbers of its own, so that changing one option leaves the others' draws as they were. */
+/** What is drawn: each from its own random numbers, so that changing one option does not affect the other draws. */
 export type Draw = 'arrival' | 'prompt-length' | 'output-length';
 const STREAMS: Readonly<Record<Draw, number>> = { arrival: 0, 'prompt-length': 2, 'output-length': 4 };
 
 const MAX_TOKENS = 10_000_000;
-/** Of a log-normal length without one of its own, in medians. */
+/** Default `max` of a log-normal length, in medians. */
 const DEFAULT_CUT = 16;
 
 const ALLOWED =
-  'tokens: 512, 128-1024 (even), or lognormal:MEDIAN,SIGMA[,MAX] such as lognormal:256,0.6,4096';
+  'tokens: 512, 128-1024 (uniform), or lognormal:MEDIAN,SIGMA[,MAX] such as lognormal:256,0.6,4096';
 
 export function lengthKind(): Kind<Length> {
   const schema = z.union([z.string(), z.number()]).transform((raw, context): Length => {
@@ -74,7 +74,7 @@ export function drawLength(length: Length, seed: number, draw: Draw, index: numb
     case 'range':
       return length.from + Math.floor(random * (length.to - length.from + 1));
     case 'lognormal': {
-      // Box and Muller; 1 - random is never 0
+      // Box-Muller; 1 - random is never 0
       const angle = 2 * Math.PI * uniform(seed, STREAMS[draw] + 1, index);
       const normal = Math.sqrt(-2 * Math.log(1 - random)) * Math.cos(angle);
       return Math.min(length.max, Math.max(1, Math.round(length.median * Math.exp(length.sigma * normal))));
@@ -83,8 +83,8 @@ export function drawLength(length: Length, seed: number, draw: Draw, index: numb
 }
 
 /**
- * When each of `count` requests is sent, milliseconds after the first: a Poisson process of `perSecond`, whose gaps are exponential and do
- * not wait for answers.
+ * When each of `count` requests is sent, in milliseconds after the first: a Poisson process of `perSecond`, whose gaps are exponential
+ * and do not depend on answers.
  */
 export function arrivalTimes(perSecond: number, count: number, seed: number): number[] {
   const times: number[] = [];

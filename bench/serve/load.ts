@@ -1,11 +1,11 @@
-/** Sends requests as the plan says and keeps what comes of each. Pure but for what it is given: clock and sender. */
+/** Sends requests as planned and records the outcome of each. Pure, given a clock and a sender. */
 import { arrivalTimes } from './lengths.ts';
 import type { PlannedRequest, RequestRecord } from './record.ts';
 
 export type Arrival =
-  /** On average so many a second, whatever the answers do. */
+  /** That many a second on average, regardless of the answers. */
   | { readonly kind: 'rate'; readonly perSecond: number }
-  /** So many under way at all times: the next is sent when one has ended. */
+  /** That many in flight at all times: the next is sent when one has ended. */
   | { readonly kind: 'concurrency'; readonly width: number };
 
 /** Milliseconds. */
@@ -25,7 +25,7 @@ export interface LoadOptions {
   readonly seed: number;
   readonly send: Send;
   readonly clock: Clock;
-  /** Aborted: nothing more is sent, and what is under way is interrupted. */
+  /** When aborted: nothing more is sent, and requests in flight are interrupted. */
   readonly signal: AbortSignal;
   readonly onChange?: (state: LoadState) => void;
 }
@@ -41,7 +41,7 @@ export interface LoadResult {
   readonly records: readonly RequestRecord[];
   /** From the first request sent to the end of the last answer, or to the interruption. */
   readonly durationMs: number;
-  /** How much later than planned each request left, of a rate: the benchmark's own lateness. */
+  /** For a rate: how much later than planned each request was sent, which is the benchmark's own lateness. */
   readonly lateMs: readonly number[];
   readonly mostRunning: number;
 }
@@ -67,16 +67,16 @@ export async function runLoad(options: LoadOptions): Promise<LoadResult> {
   };
 
   if (arrival.kind === 'rate') {
-    const underWay: Promise<void>[] = [];
+    const inFlight: Promise<void>[] = [];
     const times = arrivalTimes(arrival.perSecond, requests.length, options.seed);
     for (const [i, request] of requests.entries()) {
       const due = startMs + times[i]!;
       if (clock.now() < due) await clock.sleepUntil(due, signal);
       if (signal.aborted) break;
       lateMs.push(Math.max(0, clock.now() - due));
-      underWay.push(one(request));
+      inFlight.push(one(request));
     }
-    await Promise.all(underWay);
+    await Promise.all(inFlight);
   } else {
     let next = 0;
     const lane = async () => {

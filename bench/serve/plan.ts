@@ -1,7 +1,8 @@
-/** The requests of a run, made before it begins: their texts, and how long prompts and answers are. */
+/** The requests of a run, built before it begins: their texts, and the lengths of prompts and answers. */
 import { readFileSync } from 'node:fs';
 import { PdError } from '../../src/errors.ts';
 import { uniform } from '../../src/model/random.ts';
+import { inParallel } from '../../support/parallel.ts';
 import { drawLength, type Length } from './lengths.ts';
 import type { PlannedRequest } from './record.ts';
 import type { Target } from './target.ts';
@@ -32,19 +33,19 @@ export interface PlanOptions {
 export interface Plan {
   readonly warmUp: readonly PlannedRequest[];
   readonly requests: readonly PlannedRequest[];
-  /** How prompts came to their length. */
+  /** How the lengths of prompts were determined. */
   readonly sizedBy: 'file' | 'tokenizer' | 'estimate';
 }
 
-/** Texts asked about at once. */
+/** Texts counted at once. */
 const WIDTH = 8;
-/** Of English in common tokenizers, where the server tells nothing. */
+/** For English in common tokenizers, if the server reports nothing. */
 const USUAL_TOKENS_PER_WORD = 1.3;
-/** Indices whose words are drawn apart from those of the run. */
+/** Indices whose words are drawn separately from those of the run. */
 const WARM_UP_INDEX = 1e9;
 const PREFIX_INDEX = 2e9;
 
-/** Throws CONFIG_INVALID for a prompt file that cannot be read, and what the server answers to questions about tokens. */
+/** Throws CONFIG_INVALID for a prompt file that cannot be read, and errors of the server that counts tokens. */
 export async function makePlan(
   options: PlanOptions,
   target: Target,
@@ -72,17 +73,12 @@ export async function makePlan(
     return { index, prompt: text, promptTokens: tokens, outputTokens: outputTokens(index) };
   };
   const indices = [...list(warmUp, (i) => WARM_UP_INDEX + i), ...list(numRequests, (i) => i)];
-  const made: PlannedRequest[] = new Array(indices.length);
-  let next = 0;
   let done = 0;
-  const lane = async () => {
-    while (next < indices.length) {
-      const at = next++;
-      made[at] = await make(indices[at]!);
-      onProgress(++done, indices.length);
-    }
-  };
-  await Promise.all(Array.from({ length: WIDTH }, lane));
+  const made = await inParallel(indices, WIDTH, async (index) => {
+    const request = await make(index);
+    onProgress(++done, indices.length);
+    return request;
+  });
   return {
     warmUp: made.slice(0, warmUp),
     requests: made.slice(warmUp),
@@ -101,13 +97,13 @@ async function learnWords(
   }
   const count: Count = async (text) => {
     const tokens = await target.count(text, signal);
-    if (tokens === undefined) throw new PdError('UPSTREAM_FAILED', 'the server has stopped to tokenize');
+    if (tokens === undefined) throw new PdError('UPSTREAM_FAILED', 'the server no longer tokenizes');
     return tokens;
   };
   return { costs: await measureWords(count), count };
 }
 
-/** Lines of text, or, of a file named .jsonl, objects with `prompt` and, if wanted, `output_tokens`. */
+/** Lines of text, or, in a file named .jsonl, objects with `prompt` and optionally `output_tokens`. */
 export function readPrompts(
   path: string,
 ): readonly { readonly text: string; readonly outputTokens?: number }[] {
@@ -122,12 +118,12 @@ export function readPrompts(
     if (!path.endsWith('.jsonl')) return [{ text: line }];
     return [readPrompt(line, `${path}, line ${i + 1}`)];
   });
-  if (prompts.length === 0) throw new PdError('CONFIG_INVALID', `--prompt-file: ${path} holds no prompt`);
+  if (prompts.length === 0) throw new PdError('CONFIG_INVALID', `--prompt-file: ${path} contains no prompt`);
   return prompts;
 }
 
 function readPrompt(line: string, where: string): { readonly text: string; readonly outputTokens?: number } {
-  const expected = 'expected {"prompt": "...", "output_tokens": 64}, the latter if wanted';
+  const expected = 'expected {"prompt": "...", "output_tokens": 64}, the latter optional';
   let parsed: unknown;
   try {
     parsed = JSON.parse(line);

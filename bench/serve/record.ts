@@ -1,12 +1,12 @@
-/** What is sent, and what is known of it afterwards. */
+/** A planned request, and what is known about it afterwards. */
 
 export type Endpoint = 'completions' | 'chat';
 
 export interface PlannedRequest {
   readonly index: number;
-  /** Of a chat: what the user says. */
+  /** In a chat: the user's message. */
   readonly prompt: string;
-  /** As counted by the server's tokenizer or asked for; absent for prompts from a file. */
+  /** As counted by the server's tokenizer, else as requested; absent for prompts from a file. */
   readonly promptTokens?: number;
   readonly outputTokens: number;
 }
@@ -23,20 +23,20 @@ export interface Failure {
 /** All times in milliseconds. */
 export interface RequestRecord {
   readonly index: number;
-  /** interrupted: the benchmark was stopped before its end. */
+  /** interrupted: the benchmark was stopped before it finished. */
   readonly outcome: 'done' | 'failed' | 'interrupted';
   readonly failure?: Failure;
   /** After the start of the run. */
   readonly sentMs: number;
   /** From sending to the end of the answer. */
   readonly endToEndMs: number;
-  /** From sending to the first event with text; absent where none had any. */
+  /** From sending to the first event with text; absent if none had any. */
   readonly firstTokenMs?: number;
   /** From the first event with text to the last. */
   readonly textMs: number;
   /** Between each event with text and the next. */
   readonly gapsMs: readonly number[];
-  /** As the server counts; absent where it does not say. */
+  /** According to the server; absent if it does not say. */
   readonly promptTokens?: number;
   readonly outputTokens: number;
   /** By the server's usage, or one per event with text. */

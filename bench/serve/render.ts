@@ -44,34 +44,31 @@ export function renderServe({ summary, interrupted, sizedBy }: ServeResult): str
   return `${lines.join('\n').trimEnd()}\n`;
 }
 
-/** What a reader must know to read the numbers right. */
+/** What a reader must know to interpret the numbers. */
 function remarks(summary: ServeSummary, sizedBy: ServeResult['sizedBy']): string[] {
   const { requests, lateMs, ttftMs } = summary;
   const lines: string[] = [];
   const note = (condition: boolean, text: string) => {
     if (condition) lines.push(`note    ${text}`);
   };
-  note(sizedBy === 'estimate', 'nobody tokenizes there (--tokenize-url): prompt lengths are approximate');
+  note(sizedBy === 'estimate', 'no /tokenize there (--tokenize-url): prompt lengths are approximate');
   note(
     sizedBy === 'tokenizer' && summary.otherPromptLength > 0,
-    `${summary.otherPromptLength} prompts were of another length than counted`,
+    `${summary.otherPromptLength} prompts had a different length than counted`,
   );
   note(
     summary.otherOutputLength > 0,
-    `${summary.otherOutputLength} of ${requests.done} answers were of another length than asked for`,
+    `${summary.otherOutputLength} of ${requests.done} answers had a different length than requested`,
   );
-  note(
-    summary.withoutText > 0,
-    `${summary.withoutText} answers had no text: they have no time to first token`,
-  );
-  note(!summary.countedByServer, 'the server gives no usage: a token is an event with text');
+  note(summary.withoutText > 0, `${summary.withoutText} answers had no text, and so no time to first token`);
+  note(!summary.countedByServer, 'the server reports no usage: each event with text counts as a token');
   note(
     (summary.tokensPerEvent ?? 1) > 1.05,
-    `an event carries ${summary.tokensPerEvent?.toFixed(2)} tokens on average: inter-token latency is that between events`,
+    `an event carries ${summary.tokensPerEvent?.toFixed(2)} tokens on average: inter-token latency is the time between events`,
   );
   note(
     (lateMs?.p99 ?? 0) > Math.max(5, (ttftMs?.p50 ?? 0) / 10),
-    'requests left late: this machine was too busy to keep the rate',
+    'requests were sent late: this machine was too busy to keep the rate',
   );
   return lines;
 }

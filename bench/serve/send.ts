@@ -1,4 +1,4 @@
-/** One request, from its sending to the end of its answer. */
+/** One request, from sending to the end of its answer. */
 import { reasonOf } from '../../src/net/resolve.ts';
 import type { Clock } from './load.ts';
 import type { Endpoint, Failure, PlannedRequest, RequestRecord } from './record.ts';
@@ -8,12 +8,12 @@ import { readJson, type Target } from './target.ts';
 export interface SendOptions {
   readonly target: Target;
   readonly endpoint: Endpoint;
-  /** Of the whole answer, milliseconds. */
+  /** For the whole answer, milliseconds. */
   readonly timeoutMs: number;
   readonly clock: Pick<Clock, 'now'>;
 }
 
-/** Never rejects: what goes wrong is in the record. `signal` interrupts it. */
+/** Never rejects: failures are in the record. `signal` interrupts it. */
 export async function sendRequest(
   { target, endpoint, timeoutMs, clock }: SendOptions,
   request: PlannedRequest,
@@ -43,7 +43,10 @@ export async function sendRequest(
       };
     } else if (!String(headers['content-type'] ?? '').startsWith('text/event-stream')) {
       const answer = JSON.stringify(await readJson(body)) ?? '';
-      failure = { code: 'NOT_A_STREAM', message: `the answer is no event stream: ${answer.slice(0, 200)}` };
+      failure = {
+        code: 'NOT_A_STREAM',
+        message: `the answer is not an event stream: ${answer.slice(0, 200)}`,
+      };
     } else {
       for await (const chunk of body as AsyncIterable<Buffer>) {
         endedAt = clock.now();

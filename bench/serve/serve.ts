@@ -1,4 +1,4 @@
-/** pd-bench serve: what a client of a server sees, under load. */
+/** pd-bench serve: what clients of a server see under load. */
 import { setMaxListeners } from 'node:events';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { PdError } from '../../src/errors.ts';
@@ -27,15 +27,15 @@ export interface ServeResult {
 }
 
 export interface ServeSurroundings {
-  /** Aborted: stop, and say what there is so far. */
+  /** When aborted: stops, and returns the results so far. */
   readonly signal: AbortSignal;
   readonly progress: Progress;
   readonly clock?: Clock;
 }
 
-/** Between two states of the progress bar, milliseconds. */
+/** Between two updates of the progress bar, milliseconds. */
 const PROGRESS_MS = 100;
-/** Warm-up requests at once, of a rate. */
+/** Warm-up requests in flight, if the load is a rate. */
 const WARM_UP_WIDTH = 4;
 
 const REAL_CLOCK: Clock = {
@@ -50,12 +50,12 @@ const REAL_CLOCK: Clock = {
 };
 
 /**
- * Asks for the model, makes the prompts, warms up and runs. Throws what keeps it from starting: a server that is not there, and a
- * warm-up of which nothing succeeds. Once it runs, failures are results.
+ * Asks for the model, builds the prompts, warms up and runs. Throws what prevents a start: a server that is not there, or a warm-up of
+ * which no request succeeds. Once it runs, failures are results.
  */
 export async function serve(options: ServeOptions, surroundings: ServeSurroundings): Promise<ServeResult> {
   const { signal, progress, clock = REAL_CLOCK } = surroundings;
-  setMaxListeners(0, signal); // one per request under way
+  setMaxListeners(0, signal); // one per request in flight
   const target = await Target.open(options, signal);
   try {
     const plan = await makePlan(options, target, signal, (done, total) =>
@@ -82,7 +82,7 @@ export async function serve(options: ServeOptions, surroundings: ServeSurroundin
         if (now - shownAt < PROGRESS_MS) return;
         shownAt = now;
         progress.say(
-          `${running} under way${failed > 0 ? `, ${failed} failed` : ''}`,
+          `${running} in flight${failed > 0 ? `, ${failed} failed` : ''}`,
           ended,
           options.numRequests,
         );
@@ -102,7 +102,7 @@ export async function serve(options: ServeOptions, surroundings: ServeSurroundin
   }
 }
 
-/** Opens connections, and lets the server compile, capture and fill what it does on first use. */
+/** Opens connections, and lets the server compile, capture and allocate what it does on first use. */
 async function warmUp(
   options: ServeOptions,
   plan: Plan,
@@ -121,6 +121,6 @@ async function warmUp(
   const { code, message } = records[0]!.failure!;
   throw new PdError(
     'UPSTREAM_FAILED',
-    `no warm-up request of ${records.length} succeeded; the first: ${code}: ${message}`,
+    `none of ${records.length} warm-up requests succeeded; the first: ${code}: ${message}`,
   );
 }

@@ -1,12 +1,12 @@
 /**
- * A streamed answer as it comes in, and when. Pure: bytes and times are given. A first token is the first event that carries text, not
- * the event that only names the assistant's role.
+ * Reads a streamed answer, with times. Pure: bytes and times are passed in. The first token is the first event that carries text, not the
+ * event that only gives the assistant's role.
  */
 import type { Endpoint, Failure } from './record.ts';
 
-/** Lines of an event end with LF or CRLF; a lone CR, which the standard also allows, is sent by no server. */
+/** Lines of an event end with LF or CRLF; no server sends a lone CR, which the standard also allows. */
 const LINE = /\r?\n/;
-/** Characters of one line; more is no event. */
+/** Characters of one line. */
 const MAX_LINE = 64 * 1024 * 1024;
 
 export class StreamReading {
@@ -24,7 +24,7 @@ export class StreamReading {
     this.#endpoint = endpoint;
   }
 
-  /** `atMs`: when the bytes came. */
+  /** `atMs`: when the bytes arrived. */
   push(bytes: Uint8Array, atMs: number): void {
     const lines = (this.#rest + this.#decoder.decode(bytes, { stream: true })).split(LINE);
     this.#rest = lines.pop()!;
@@ -35,24 +35,24 @@ export class StreamReading {
     for (const line of lines) this.#line(line, atMs);
   }
 
-  /** The stream is over. Servers that leave out the last empty line are read all the same. */
+  /** The stream has ended. The last empty line may be missing, as with some servers. */
   end(atMs: number): void {
     if (this.#rest !== '') this.#line(this.#rest, atMs);
     this.#line('', atMs);
     this.#rest = '';
   }
 
-  /** When each event with text came. */
+  /** When each event with text arrived. */
   get textAtMs(): readonly number[] {
     return this.#textAt;
   }
 
-  /** By the server's own count; undefined where it gave none. */
+  /** As counted by the server; undefined if it did not say. */
   get usage(): { readonly promptTokens: number | undefined; readonly outputTokens: number | undefined } {
     return { promptTokens: this.#promptTokens, outputTokens: this.#outputTokens };
   }
 
-  /** What is wrong with the stream, once it has ended. */
+  /** What was wrong with the stream, once it has ended. */
   get failure(): Failure | undefined {
     if (this.#failure) return this.#failure;
     if (!this.#ended) {
@@ -110,7 +110,7 @@ export class StreamReading {
   }
 }
 
-/** Code and message of a server's error, in OpenAI's form or as near as it comes. */
+/** Code and message of a server's error, in OpenAI's form or something close to it. */
 export function serverError(body: unknown): { readonly code: string | undefined; readonly message: string } {
   const error = fieldOf(body, 'error') ?? body;
   const code = fieldOf(error, 'code') ?? fieldOf(error, 'type');

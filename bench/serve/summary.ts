@@ -1,13 +1,13 @@
-/** What a run comes to. Pure. Only requests that were answered in full enter times, tokens and throughput. */
+/** The summary of a run. Pure. Only requests that were answered in full count in times, tokens and throughput. */
 
 import { type Spread, spreadOf, sumOf } from '../measure/statistics.ts';
 import type { LoadResult } from './load.ts';
 import type { Failure, RequestRecord } from './record.ts';
 
-/** Milliseconds; a request is good that keeps all that are given. */
+/** Milliseconds; a request is good if it meets all that are given. */
 export interface Objectives {
   readonly ttftMs?: number;
-  /** Bound of the request's own mean time per output token after the first. */
+  /** Limit on the request's mean time per output token after the first. */
   readonly itlMs?: number;
 }
 
@@ -20,21 +20,21 @@ export interface ServeSummary {
     readonly planned: number;
     readonly done: number;
     readonly failed: number;
-    /** Sent, and not answered when the benchmark was stopped. */
+    /** Sent but not answered when the benchmark was stopped. */
     readonly interrupted: number;
   };
-  /** By code, the most frequent first, each with its first message. */
+  /** By code, most frequent first, each with its first message. */
   readonly failures: readonly FailureCount[];
   readonly durationMs: number;
   readonly mostRunning: number;
-  /** All times in milliseconds; absent where nothing was measured. */
+  /** All times in milliseconds; absent if nothing was measured. */
   readonly ttftMs?: Spread;
-  /** Between one event with text and the next, of all requests together. */
+  /** Between one event with text and the next, over all requests. */
   readonly itlMs?: Spread;
-  /** By request: from the first event with text to the last, per output token after the first. */
+  /** Per request: from the first event with text to the last, per output token after the first. */
   readonly tpotMs?: Spread;
   readonly e2eMs?: Spread;
-  /** Of a rate: how late requests left. */
+  /** For a rate: how late requests were sent. */
   readonly lateMs?: Spread;
   readonly requestsPerSecond: number;
   readonly outputTokensPerSecond: number;
@@ -45,11 +45,11 @@ export interface ServeSummary {
   /** Tokens of prompts and answers come from the server's usage, for all requests. */
   readonly countedByServer: boolean;
   readonly tokensPerEvent?: number;
-  /** Answers of another length than asked for. */
+  /** Answers of a different length than requested. */
   readonly otherOutputLength: number;
-  /** Prompts of another length than asked for, as the server counts. */
+  /** Prompts of a different length than requested, according to the server. */
   readonly otherPromptLength: number;
-  /** Answers without any text: they have no first token that a client could see. */
+  /** Answers without any text, and so without a first token that a client could see. */
   readonly withoutText: number;
   readonly goodput?: {
     readonly objectives: Objectives;
@@ -106,13 +106,13 @@ export function summarize(load: LoadResult, planned: number, objectives: Objecti
   };
 }
 
-/** Mean milliseconds per output token after the first; undefined of an answer of one token, or without text. */
+/** Mean milliseconds per output token after the first; undefined for an answer of one token or without text. */
 export function tpotOf(record: RequestRecord): number | undefined {
   if (!hasText(record) || record.outputTokens < 2) return undefined;
   return record.textMs / (record.outputTokens - 1);
 }
 
-/** Without text there is no first token to be in time. */
+/** An answer without text has no first token that could be in time. */
 export function isGood(record: RequestRecord, { ttftMs, itlMs }: Objectives): boolean {
   if (record.outcome !== 'done') return false;
   if (ttftMs !== undefined && (record.firstTokenMs ?? Infinity) > ttftMs) return false;

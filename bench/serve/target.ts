@@ -1,4 +1,4 @@
-/** The server under test: its addresses, its models, its tokenizer. Every question has a deadline. */
+/** The server under test: its addresses, models and tokenizer. Every request has a deadline. */
 import { Agent, type Dispatcher } from 'undici';
 import { PdError } from '../../src/errors.ts';
 import { EVERY_ADDRESS, reasonOf } from '../../src/net/resolve.ts';
@@ -6,25 +6,25 @@ import type { Endpoint, PlannedRequest } from './record.ts';
 import { fieldOf, serverError } from './stream-reading.ts';
 
 export interface TargetOptions {
-  /** With or without the /v1 at its end. */
+  /** With or without /v1 at the end. */
   readonly url: string;
-  /** Who tokenizes, where it is not the server itself; a proxy may not. */
+  /** The server that tokenizes, if it is not this one; a proxy may not. */
   readonly tokenizeUrl?: string | undefined;
-  /** The first of /v1/models where absent. */
+  /** Absent: the first of /v1/models. */
   readonly model?: string | undefined;
   readonly apiKey?: string | undefined;
   readonly endpoint: Endpoint;
   readonly temperature: number;
-  /** Answers go on to their full length whatever the model says. Not in OpenAI's own API. */
+  /** Answers have their full length whatever the model says. Not in OpenAI's own API. */
   readonly ignoreEos: boolean;
-  /** Further fields of every body; they win. */
+  /** Additional fields of every body; they override. */
   readonly extraBody?: Readonly<Record<string, unknown>> | undefined;
 }
 
 const CONNECT_TIMEOUT_MS = 10_000;
-/** Of questions beside the load. */
+/** Of requests that are not part of the load. */
 const ASK_TIMEOUT_MS = 60_000;
-/** Bytes of an answer that is no stream. */
+/** Bytes of an answer that is not a stream. */
 const MAX_ANSWER = 64 * 1024 * 1024;
 
 const PATHS = { completions: '/v1/completions', chat: '/v1/chat/completions' } as const;
@@ -46,14 +46,14 @@ export class Target {
     this.#agent = agent;
   }
 
-  /** Asks for the model's name where none is given. Throws UPSTREAM_FAILED or UPSTREAM_TIMEOUT, CONFIG_INVALID for an address that is none. */
+  /** Asks for the model's name if none is given. Throws UPSTREAM_FAILED or UPSTREAM_TIMEOUT, and CONFIG_INVALID for an invalid URL. */
   static async open(options: TargetOptions, signal: AbortSignal): Promise<Target> {
     const url = baseUrl(options.url, '--url');
     const agent = new Agent({
       connect: { timeout: CONNECT_TIMEOUT_MS, ...EVERY_ADDRESS },
-      connections: null, // as many as there are requests under way
+      connections: null, // as many as there are requests in flight
       pipelining: 1,
-      headersTimeout: 0, // requests have a deadline of their own
+      headersTimeout: 0, // each request has its own deadline
       bodyTimeout: 0,
       // Shorter than the 5 s after which Node's and vLLM's servers close an idle connection.
       keepAliveTimeout: 3_000,
@@ -92,7 +92,7 @@ export class Target {
     };
   }
 
-  /** Tokens of a prompt as the endpoint would see it, special tokens and chat template included; undefined where nobody tokenizes. */
+  /** Tokens of a prompt as the endpoint would see it, special tokens and chat template included; undefined if there is no tokenizer. */
   async count(prompt: string, signal: AbortSignal): Promise<number | undefined> {
     const what = `POST ${this.#tokenizeUrl}/tokenize`;
     const body = {
@@ -109,7 +109,7 @@ export class Target {
     throw failed(what, answer);
   }
 
-  /** Tokens of a prompt by the usage of an answer of one token; undefined where the server does not count. */
+  /** Tokens of a prompt by the usage of an answer of one token; undefined if the server does not report it. */
   async countByAnswering(prompt: string, signal: AbortSignal): Promise<number | undefined> {
     const path = PATHS[this.#options.endpoint];
     const what = `POST ${this.url}${path}`;
@@ -139,7 +139,7 @@ export class Target {
     const data = fieldOf(answer.body, 'data');
     const id = fieldOf(Array.isArray(data) ? data[0] : undefined, 'id');
     if (typeof id === 'string') return id;
-    throw new PdError('MODEL_NOT_FOUND', `${what}: it lists no model; name one with --model`);
+    throw new PdError('MODEL_NOT_FOUND', `${what} lists no model; give one with --model`);
   }
 
   async #ask(
@@ -154,7 +154,7 @@ export class Target {
     } catch (cause) {
       if (signal.aborted) throw signal.reason;
       if (deadline.aborted)
-        throw new PdError('UPSTREAM_TIMEOUT', `${what}: no answer in ${ASK_TIMEOUT_MS} ms`);
+        throw new PdError('UPSTREAM_TIMEOUT', `${what}: no answer within ${ASK_TIMEOUT_MS} ms`);
       throw new PdError('UPSTREAM_FAILED', `${what}: ${reasonOf(cause)}`, {}, { cause });
     }
   }
@@ -176,7 +176,7 @@ export class Target {
   }
 }
 
-/** The parsed body, or its text where it is not JSON. */
+/** The parsed body, or its text if it is not JSON. */
 export async function readJson(body: Dispatcher.ResponseData['body']): Promise<unknown> {
   const chunks: Buffer[] = [];
   let size = 0;
@@ -197,7 +197,7 @@ function baseUrl(text: string, flag: string): string {
   const url = URL.canParse(text) ? new URL(text) : undefined;
   if (!url || !/^https?:$/.test(url.protocol) || url.search !== '' || url.hash !== '') {
     const given = JSON.stringify(text);
-    throw new PdError('CONFIG_INVALID', `${flag}: ${given} is not an address such as http://localhost:10002`);
+    throw new PdError('CONFIG_INVALID', `${flag}: ${given} is not a URL such as http://localhost:10002`);
   }
   return (url.origin + url.pathname).replace(/\/+$/, '').replace(/\/v1$/, '');
 }

@@ -1,6 +1,6 @@
 /**
- * Texts of an exact number of tokens for a tokenizer that is only known by counting. Tokenizers split at spaces first, so that a word
- * costs the same wherever it stands; a last count of the whole text makes sure, and mends it by words of one token.
+ * Texts of an exact number of tokens, for a tokenizer that can only be asked for counts. Tokenizers split at spaces first, so a word costs
+ * the same wherever it stands; a final count of the whole text verifies this, and words of one token correct it.
  */
 
 const WORDS = (
@@ -9,9 +9,9 @@ const WORDS = (
   'fact river forest dragon city stone water light morning paper garden winter horse bread letter market window music silver'
 ).split(' ');
 
-/** What the tokenizer makes of our words. */
+/** How many tokens our words take. */
 export interface WordCosts {
-  /** Tokens of a text beside those of its words: special tokens, a chat template. */
+  /** Tokens of a text besides those of its words: special tokens, a chat template. */
   readonly fixed: number;
   readonly words: readonly { readonly word: string; readonly tokens: number }[];
 }
@@ -21,7 +21,7 @@ export type Count = (text: string) => Promise<number>;
 export type Random = (position: number) => number;
 
 const LEAD = 'the';
-/** Counts of one text before it is taken as it is. */
+/** Counts per text before it is accepted as it is. */
 const MAX_COUNTS = 12;
 
 export async function measureWords(count: Count): Promise<WordCosts> {
@@ -33,17 +33,17 @@ export async function measureWords(count: Count): Promise<WordCosts> {
   return { fixed: lead - cost, words: words.filter(({ tokens }) => tokens > 0) };
 }
 
-/** Where nobody tokenizes: every word alike. Texts then come near their length and no nearer. */
+/** Without a tokenizer: the same for every word. Lengths of texts are then approximate. */
 export function assumeWords(tokensPerWord: number): WordCosts {
   return { fixed: 0, words: WORDS.map((word) => ({ word, tokens: tokensPerWord })) };
 }
 
-/** All words, for finding out how many tokens they take on average. */
+/** All words, to find out how many tokens they take on average. */
 export function sampleText(): { readonly text: string; readonly words: number } {
   return { text: WORDS.join(' '), words: WORDS.length };
 }
 
-/** Words, the same for the same numbers, that cost `tokens` or as near below as these words come. At least one word. */
+/** Words, the same for the same random numbers, that cost `tokens`, or as few less as possible. At least one word. */
 export function composeWords({ words }: WordCosts, tokens: number, random: Random): string[] {
   const picked: string[] = [];
   let left = tokens;
@@ -59,8 +59,8 @@ export function composeWords({ words }: WordCosts, tokens: number, random: Rando
 }
 
 /**
- * A text that begins with `prefix` and has `tokens` tokens in all, as `count` says; as near as it comes where the tokenizer is not to be
- * had so. Without `count`, by the costs alone.
+ * A text that begins with `prefix` and has `tokens` tokens in all according to `count`, or as close as this tokenizer permits. Without
+ * `count`, according to the costs alone.
  */
 export async function composeText(
   costs: WordCosts,

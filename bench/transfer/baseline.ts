@@ -1,6 +1,6 @@
 /**
- * vLLM's own P2P NCCL engine on two H200 (NVLink, NCCL 2.28.9): 32 layers of Llama-3-8B KV, first send to last tensor received, 16
- * channels, a buffer from which nothing spills, contiguous tensors with no gather or scatter, best of 3 warm rounds. Milliseconds.
+ * vLLM's own P2P NCCL engine on two H200s (NVLink, NCCL 2.28.9): 32 layers of Llama-3-8B KV, first send to last tensor received, 16
+ * channels, a buffer from which nothing spills, contiguous tensors without gather and scatter, best of 3 warm rounds. Milliseconds.
  */
 import type { SendType } from '../../src/wire/messages.ts';
 

@@ -11,7 +11,7 @@ import { Peer } from './peer.ts';
 import type { KvShape } from './shape.ts';
 
 export interface BenchOptions {
-  /** Producers' and consumers': two GPUs, since NCCL refuses both ranks of a pair on one; or `host` twice. */
+  /** Of producers and of consumers: two GPUs, since NCCL refuses both ranks of a pair on one; or `host` twice. */
   readonly devices: readonly [string, string];
   readonly shape: KvShape;
   /** Device memory for received KV, per engine, bytes. */
@@ -38,7 +38,7 @@ export interface PeerWants {
   readonly sendType?: SendType;
   readonly port?: number;
   readonly compute?: boolean;
-  /** The largest that it will be asked to hold. */
+  /** The largest jobs that it will have to hold. */
   readonly jobs: readonly Job[];
   readonly timeouts?: Partial<TransferTimeouts>;
   readonly kvBufferSize?: number;
@@ -68,7 +68,7 @@ export function startPeer(options: BenchOptions, name: string, wants: PeerWants)
   });
 }
 
-/** Starts several at once; where one fails, all are killed. */
+/** Starts several at once; if one fails, all are killed. */
 export async function startPeers(
   options: BenchOptions,
   wanted: Readonly<Record<string, PeerWants>>,
@@ -86,7 +86,7 @@ export async function startPeers(
 export interface Moved {
   /** From the first send to the last tensor usable. */
   readonly milliseconds: number;
-  /** From the first send until the producer knows that all has left. */
+  /** From the first send until the producer knows that everything has been sent. */
   readonly sentMs: number;
   readonly movedBytes: number;
 }
@@ -95,13 +95,13 @@ export interface Checked extends Moved {
   readonly checkedBytes: number;
 }
 
-/** One job from one peer to another, every byte checked. Throws KV_SHAPE_MISMATCH where bytes differ, else what the engines fail with. */
+/** One job from one peer to another, every byte checked. Throws KV_SHAPE_MISMATCH if bytes differ, else the errors of the engines. */
 export async function move(from: Peer, to: Peer, job: Job, timeoutMs?: number): Promise<Checked> {
   const [moved] = await moveRow(from, to, [job], timeoutMs);
   return moved!;
 }
 
-/** Jobs of one content, one after the other without a pause; then every byte of each is checked. Throws as `move`. */
+/** Jobs with the same content, one after another without a pause; then every byte of each is checked. Throws as `move`. */
 export async function moveRow(
   from: Peer,
   to: Peer,
@@ -119,7 +119,7 @@ export async function moveRow(
     for (const [i, job] of jobs.entries()) {
       const { bytes = 0, wrong } = await to.ask({ do: 'check', job });
       if (wrong !== undefined)
-        throw new PdError('KV_SHAPE_MISMATCH', `bytes are not what was sent: ${wrong}`);
+        throw new PdError('KV_SHAPE_MISMATCH', `bytes differ from what was sent: ${wrong}`);
       checked.push({ ...moved[i]!, checkedBytes: bytes });
     }
     return checked;
@@ -154,7 +154,7 @@ export function messageOf(error: unknown): string {
   return `${code}: ${message}`;
 }
 
-/** Makes jobs; no two have an id, a block table or bytes in common. */
+/** Creates jobs; no two share an id, a block table or bytes. */
 export class JobMaker {
   readonly #prefix: string;
   readonly #layers: number;
@@ -166,7 +166,7 @@ export class JobMaker {
   }
 
   paged(tokens: number): PagedJob {
-    // layers of the source, and as many of what the target holds before
+    // for the layers of the source, and as many for what the target holds before
     const stream = this.#take(2 * this.#layers);
     return { kind: 'paged', id: `${this.#prefix}.${stream}`, tokens, stream, seed: stream, slot: 0 };
   }
@@ -176,7 +176,7 @@ export class JobMaker {
     return { kind: 'flat', id: `${this.#prefix}.${stream}`, count, bytes, stream, ...(order && { order }) };
   }
 
-  /** So many jobs that send what `first` sends, from and to other blocks, one behind the other: each can be looked at when all are done. */
+  /** `count` jobs that send what `first` sends, from and to different blocks in separate slots: each can be checked when all are done. */
   row<T extends Job>(first: T, count: number): T[] {
     return Array.from({ length: count }, (_, n) => {
       const id = `${first.id}.${n}`;

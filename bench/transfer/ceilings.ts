@@ -1,4 +1,4 @@
-/** What the link itself gives for the same bytes: the raw transport, flat and grouped, and the device's copy. No engine, no check. */
+/** What the link itself achieves with the same bytes: the raw transport, flat and grouped, and the device's copy. No engine, no checks. */
 
 import { best, median } from '../measure/statistics.ts';
 import { type BenchOptions, JobMaker, messageOf, startPeers } from './bench.ts';
@@ -21,7 +21,7 @@ export interface Ceiling {
   readonly bestGbps: number;
 }
 
-/** First operations set links up. */
+/** The first operations set links up. */
 const WARM_UP = 3;
 
 export async function measureCeilings(

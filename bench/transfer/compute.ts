@@ -1,6 +1,6 @@
 /**
- * Work for a GPU beside which transfers run: products on the tensor cores, bound by arithmetic as prefill is, and paged copies, bound by
- * memory as decode is. Kernels are compiled when the peer starts, since a module loads only while no receive waits for its sender.
+ * Work for a GPU during transfers: products on the tensor cores, compute-bound like prefill, and paged copies, memory-bound like decode.
+ * Kernels are compiled when the peer starts, since a module loads only while no receive waits for its sender.
  */
 import { allocateNative, nativeView } from '../../ffi/native.ts';
 import { loadNvrtc } from '../../ffi/nvrtc.ts';
@@ -20,7 +20,7 @@ const ITERATION_TIMEOUT_MS = 30_000;
 const THREADS = 256;
 /** Thread blocks per multiprocessor: several rounds of them, as in a large matrix product. */
 const WAVES = 8;
-/** Rounds of the product loop in one iteration: a millisecond or so. */
+/** Rounds of the product loop in one iteration: about a millisecond. */
 const PRODUCT_ROUNDS = 4_000;
 /** Paged copies in one iteration. */
 const COPIES = 2;
@@ -45,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(${THREADS}) products(float *out, un
   out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
 }`;
 
-/** 256 MiB of blocks, which no cache holds; on a small GPU, a 32nd of its memory. */
+/** 256 MiB of blocks, which fit in no cache; on a small GPU, a 32nd of its memory. */
 const LAYOUT: PagedLayout = {
   family: 'mla',
   numBlocks: 4_096,
@@ -62,7 +62,7 @@ export class Compute {
   readonly #layer: PagedLayer;
   readonly #tensor: MemoryRef;
   readonly #ids: Int32Array;
-  /** Absent where it could not be compiled; then the reason. */
+  /** The reason, if it could not be compiled. */
   readonly #products: CuFunctionHandle | PdError;
   readonly #arguments: DataView;
   readonly #argumentList: BigUint64Array;
@@ -92,7 +92,7 @@ export class Compute {
     return new Compute(device, poller, { ...LAYOUT, numBlocks: Math.min(LAYOUT.numBlocks, fitting) });
   }
 
-  /** Iterations in about `ms`, and how long they really took. Throws CUDA_ERROR where the loop's kernel could not be compiled. */
+  /** Iterations in about `ms`, and how long they really took. Throws CUDA_ERROR if the loop's kernel could not be compiled. */
   async run(loop: ComputeLoop, ms: number): Promise<{ readonly iterations: number; readonly ms: number }> {
     const inFlight: DeviceEvent[] = [];
     const enqueue = () => {
@@ -119,7 +119,7 @@ export class Compute {
     return { iterations, ms: took };
   }
 
-  /** One kernel that runs for about `ms`; without the compiler, a row of paged copies. Returns once they are enqueued. */
+  /** One kernel that runs for about `ms`; without the compiler, a series of paged copies. Returns once they are enqueued. */
   async occupy(ms: number): Promise<void> {
     if (this.#products instanceof PdError) {
       const one = () => this.#iterate('memory');
@@ -129,7 +129,7 @@ export class Compute {
     }
     const rounds = 200_000;
     const blocks = this.#device.multiProcessors;
-    // the first one may still be loading
+    // the first launch may still load the kernel
     await this.#timed(() => this.#launch(rounds, blocks));
     const each = (await this.#timed(() => this.#launch(rounds, blocks))) / rounds;
     this.#launch(Math.min(Math.round(ms / each), 2 ** 32 - 1), blocks);

@@ -1,4 +1,4 @@
-/** Engines that send to each other at once: both ways between two, and crosswise between two producers and two consumers. */
+/** Engines that send to each other at once: in both directions between two, and crosswise between two producers and two consumers. */
 
 import { monotonicMs } from '../measure/machine.ts';
 import { type BenchOptions, type CheckRow, JobMaker, messageOf, move, startPeers } from './bench.ts';
@@ -8,10 +8,10 @@ import type { Peer } from './peer.ts';
 const MIB = 2 ** 20;
 
 export interface ExchangeSettings {
-  /** Tensors each way. */
+  /** Tensors in each direction. */
   readonly tensors: number;
   readonly tensorBytes: number;
-  /** One tensor of the crossing, where NCCL's own buffers must not hide a deadlock: 256 MiB. */
+  /** One tensor of the crossing: large, so that NCCL's own buffers cannot hide a deadlock. */
   readonly crossingBytes: number;
   readonly crossingTensors: number;
   readonly crossingRounds: number;
@@ -71,7 +71,7 @@ async function crossing(options: BenchOptions, settings: ExchangeSettings): Prom
     const [a, b, c, d] = peers as [Peer, Peer, Peer, Peer];
     for (let round = 1; round <= crossingRounds; round++) {
       options.progress.say(`${name}, round ${round}`);
-      // A goes to C first and B to D first, and across the last tensor first. Both jobs of a producer lie in one place: the same bytes
+      // A sends to C first and B to D first; crosswise the last tensor goes first. Both jobs of a producer have the same source, so the same bytes
       const half = (id: string, order?: 'reverse') => ({
         ...sample,
         id: `${id}.${round}`,
@@ -97,7 +97,7 @@ async function crossing(options: BenchOptions, settings: ExchangeSettings): Prom
   return rows;
 }
 
-/** Moves all at once. The time is from the first send of any to the last tensor usable of any, checks not counted. */
+/** Moves all at once. The time is that of the longest, from its first send to its last tensor usable, without checks. */
 async function together(name: string, moves: readonly (readonly [Peer, Peer, Job])[]): Promise<CheckRow> {
   const start = monotonicMs();
   const done = await Promise.allSettled(moves.map(([from, to, job]) => move(from, to, job)));

@@ -1,5 +1,5 @@
-/** kill -9 in mid-transfer: what the survivor says and when, and that it serves a peer which takes the dead one's place. */
-
+/** kill -9 in mid-transfer: when the survivor notices and what it reports, and that it works with a peer that replaces the dead one. */
+import { setTimeout as sleep } from 'node:timers/promises';
 import { monotonicMs } from '../measure/machine.ts';
 import {
   type BenchOptions,
@@ -14,27 +14,27 @@ import type { PagedJob } from './messages.ts';
 import type { Ending, Peer } from './peer.ts';
 
 export interface FaultSettings {
-  /** One request. */
+  /** Of one request. */
   readonly tokens: number;
-  /** Each wait of the engines, in place of the product's longer ones; milliseconds. */
+  /** Of each wait of the engines, instead of the longer defaults. */
   readonly deadlineMs: number;
-  /** The long kernel. */
+  /** Run time of the long kernel. */
   readonly kernelMs: number;
 }
 
 export const DEFAULT_FAULTS: FaultSettings = { tokens: 4_096, deadlineMs: 2_000, kernelMs: 4_000 };
 
-/** Transfers run this long before somebody dies. */
+/** Transfers run this long before a process is killed. */
 const RUN_UP_MS = 300;
 const WINDOW = 2;
-/** A restarted peer is served within this. The dead one may be remembered for a second or so. */
+/** A restarted peer works within this. The dead one may be remembered for a second or so. */
 const SERVED_WITHIN_MS = 15_000;
 const EXIT_WITHIN_MS = 5_000;
-/** Answers and aborts that follow a deadline. */
+/** For answers and aborts after a deadline. */
 const SLACK_MS = 3_000;
 
 export async function faults(options: BenchOptions, settings: FaultSettings): Promise<CheckRow[]> {
-  const before = await freeMemory(options);
+  const before = await usedMemory(options);
   const rows: CheckRow[] = [];
   const parts = {
     'kill -9 of the consumer': () => killEnd(options, settings, 'consumer'),
@@ -53,8 +53,6 @@ export async function faults(options: BenchOptions, settings: FaultSettings): Pr
   return rows;
 }
 
-const sleep = (ms: number) => new Promise((resolve) => setTimeout(resolve, ms));
-
 function timeoutsOf({ deadlineMs }: FaultSettings) {
   return {
     connect: deadlineMs,
@@ -69,7 +67,7 @@ function wants(options: BenchOptions, settings: FaultSettings, device: 0 | 1, po
   const jobs = [new JobMaker('sample', options.shape).paged(settings.tokens)];
   const timeouts = timeoutsOf(settings);
   const kvBufferSize = Math.min(options.kvBufferSize, 8e9);
-  // the long kernel is compiled where it will run
+  // the long kernel is compiled on the GPU where it will run
   return {
     device,
     sendType: 'PUT_ASYNC' as const,
@@ -96,7 +94,7 @@ const END = {
   },
 } as const;
 
-/** kill -9 of one end in mid-transfer: the other knows, and works with the one that comes after on the same address. */
+/** kill -9 of one end in mid-transfer: the other notices, and works with the next one on the same address. */
 async function killEnd(
   options: BenchOptions,
   settings: FaultSettings,
@@ -161,14 +159,14 @@ async function killTwo(options: BenchOptions, settings: FaultSettings): Promise<
     for (const consumer of restarted) {
       rows.push(await served(`the producer serves ${consumer.name}`, producer, consumer, jobs, settings));
     }
-    // and once more, to end in the middle of it
+    // and once more, to exit in the middle of it
     const last = restarted.map((consumer) => start(producer, consumer, jobs.paged(settings.tokens)));
     await sleep(RUN_UP_MS);
     if (onGpu) await producer.ask({ do: 'occupy', ms: settings.kernelMs });
     await Promise.all(restarted.map((consumer) => consumer.kill()));
     const ending = await producer.quit();
     await Promise.allSettled(last.flatMap(({ pumping, draining }) => [pumping, draining]));
-    rows.push(exited(`the producer, told to end with both pairs stuck${kernel}`, ending));
+    rows.push(exited(`the producer, told to exit with both pairs stuck${kernel}`, ending));
     return rows;
   } finally {
     await Promise.all(peers.map((peer) => (peer.alive ? peer.quit() : undefined)));
@@ -201,16 +199,16 @@ async function noticing(
   );
   const ms = monotonicMs() - killed;
   const allowed = 2 * settings.deadlineMs + SLACK_MS;
-  if (error === undefined) return { name, ok: false, value: 'went on as if nobody had died' };
+  if (error === undefined) return { name, ok: false, value: 'did not notice' };
   return {
     name,
     ok: ms <= allowed,
-    value: `knows after ${ms.toFixed(0)} ms (allowed ${allowed}): ${error}`,
+    value: `noticed after ${ms.toFixed(0)} ms (allowed ${allowed}): ${error}`,
     data: { milliseconds: ms, allowed },
   };
 }
 
-/** Retried, as requests are: what was under way when the peer died may still fail. */
+/** Retried, as requests are: those in flight when the peer died may still fail. */
 async function served(
   name: string,
   from: Peer,
@@ -225,7 +223,7 @@ async function served(
       const { milliseconds } = await move(from, to, jobs.paged(settings.tokens), 2 * settings.deadlineMs);
       const ms = monotonicMs() - start;
       const tries =
-        failures.length === 0 ? '' : ` at try ${failures.length + 1} (before: ${failures.at(-1)})`;
+        failures.length === 0 ? '' : ` on try ${failures.length + 1} (before: ${failures.at(-1)})`;
       return {
         name,
         ok: ms <= SERVED_WITHIN_MS,
@@ -244,13 +242,13 @@ function exited(name: string, { milliseconds, code, signal }: Ending): CheckRow 
   return {
     name,
     ok: milliseconds < EXIT_WITHIN_MS,
-    value: `gone after ${milliseconds.toFixed(0)} ms (${signal ?? `status ${code}`})`,
+    value: `exited after ${milliseconds.toFixed(0)} ms (${signal ?? `status ${code}`})`,
     data: { milliseconds, how: signal ?? `status ${code}` },
   };
 }
 
-/** Of both devices, as a process sees it that holds nothing else. Undefined on the host. */
-async function freeMemory(options: BenchOptions): Promise<readonly number[] | undefined> {
+/** Of both devices, as seen by a process that holds nothing else. Undefined on the host. */
+async function usedMemory(options: BenchOptions): Promise<readonly number[] | undefined> {
   if (options.devices.includes('host')) return undefined;
   const jobs = [new JobMaker('probe', options.shape).flat(1, 256)];
   const used: number[] = [];
@@ -267,9 +265,9 @@ async function freeMemory(options: BenchOptions): Promise<readonly number[] | un
 
 async function memoryLeft(options: BenchOptions, before: readonly number[] | undefined): Promise<CheckRow[]> {
   if (!before) return [];
-  const name = 'GPU memory in use after all of it, against before';
+  const name = 'GPU memory in use afterwards, compared with before';
   try {
-    const after = (await freeMemory(options)) ?? [];
+    const after = (await usedMemory(options)) ?? [];
     const more = after.map((bytes, i) => bytes - (before[i] ?? 0));
     return [
       {

@@ -1,4 +1,5 @@
-/** What transfers cost a computation on the same GPU: iterations per second of a loop alone, and beside transfers that never pause. */
+/** How much transfers slow down computation on the same GPU: iterations per second of a loop alone, and during continuous transfers. */
+import { setTimeout as sleep } from 'node:timers/promises';
 import { PdError } from '../../src/errors.ts';
 import { monotonicMs } from '../measure/machine.ts';
 import { type BenchOptions, type CheckRow, JobMaker, messageOf, startPeers } from './bench.ts';
@@ -7,10 +8,10 @@ import type { Peer } from './peer.ts';
 
 export interface InterferenceSettings {
   readonly loops: readonly ComputeLoop[];
-  /** Each measurement. */
+  /** Duration of each measurement. */
   readonly ms: number;
   readonly tokens: number;
-  /** Requests under way at once. */
+  /** Requests in flight. */
   readonly window: number;
 }
 
@@ -21,7 +22,7 @@ export const DEFAULT_INTERFERENCE: InterferenceSettings = {
   window: 2,
 };
 
-/** A loop keeps at least this part of its speed. */
+/** A loop must keep at least this fraction of its speed. */
 const KEPT = 0.85;
 /** Transfers run this long before the loop does. */
 const RUN_UP_MS = 500;
@@ -31,7 +32,7 @@ export async function interference(
   settings: InterferenceSettings,
 ): Promise<CheckRow[]> {
   if (options.devices.includes('host')) {
-    throw new PdError('CONFIG_INVALID', '--devices: the compute loop runs on GPUs; it needs cuda:N,cuda:M');
+    throw new PdError('CONFIG_INVALID', '--devices: the compute loop needs GPUs: cuda:N,cuda:M');
   }
   const jobs = new JobMaker('beside', options.shape);
   const wants = { sendType: 'PUT_ASYNC', compute: true, jobs: [jobs.paged(settings.tokens)] } as const;
@@ -72,10 +73,10 @@ async function measure(
     const draining = consumer.ask({ do: 'drain', job, peer: producer.address, window });
     const began = monotonicMs();
     const pumping = producer.ask({ do: 'pump', job, peer: consumer.address, window });
-    // a failure of either is told below
+    // a failure of either is reported below
     draining.catch(() => undefined);
     pumping.catch(() => undefined);
-    await new Promise((resolve) => setTimeout(resolve, RUN_UP_MS));
+    await sleep(RUN_UP_MS);
     const beside = await speed();
     await producer.ask({ do: 'stop' });
     const { count = 0, bytes = 0 } = await pumping;
@@ -83,12 +84,12 @@ async function measure(
     await consumer.ask({ do: 'stop', count });
     await draining;
     const after = await speed();
-    // a GPU that grows warm slows down by itself: compared with the mean of before and after
+    // a GPU that warms up slows down by itself: compared with the mean of before and after
     const kept = beside / ((before + after) / 2);
     return {
       name,
       ok: kept >= KEPT,
-      value: `keeps ${(100 * kept).toFixed(1)} % of its speed beside ${gbps.toFixed(0)} GB/s (${count} requests of ${tokens} tokens); alone ${before.toFixed(0)} and ${after.toFixed(0)} per second, beside ${beside.toFixed(0)}`,
+      value: `keeps ${(100 * kept).toFixed(1)} % of its speed during ${gbps.toFixed(0)} GB/s of transfers (${count} requests of ${tokens} tokens); alone ${before.toFixed(0)} and ${after.toFixed(0)} per second, during them ${beside.toFixed(0)}`,
       data: { kept, before, beside, after, gbps, requests: count },
     };
   } catch (error) {

@@ -1,4 +1,4 @@
-/** What a peer does with its engine: jobs sent, loaded and received as the connector does it, and timed. */
+/** What a peer does with its engine: sends, loads and receives jobs the way the connector does, and times them. */
 import type { Device, Stream } from '../../src/device/device.ts';
 import { PdError } from '../../src/errors.ts';
 import { wireShape } from '../../src/kv/families.ts';
@@ -21,11 +21,11 @@ export class PeerJobs {
   readonly #kv: BenchKv;
   readonly #armed = new Map<string, Promise<Arrival>>();
   readonly #came = new Map<string, readonly StoredTensor[]>();
-  /** Of `pump` and `drain`: infinite while they run on. */
+  /** End of `pump` and `drain`: infinite until `stop`. */
   #last = Number.POSITIVE_INFINITY;
-  /** Loads of `drain` under way: number of the request and its id. */
+  /** Loads of `drain` in flight: number of the request and its id. */
   readonly #draining = new Map<number, string>();
-  /** On which the work is that sends wait for: none, as all has been written before. */
+  /** Sends wait for its work. There is none, since everything was written before. */
   readonly #stream: Stream;
 
   constructor(device: Device, engine: TransferEngineApi, sendType: SendType, kv: BenchKv) {
@@ -35,7 +35,7 @@ export class PeerJobs {
     this.#kv = kv;
   }
 
-  /** Resolves once the transfer thread has the load, so that what follows finds it waiting. */
+  /** Resolves once the transfer thread has the load, so that it is already waiting when the KV is sent. */
   async arm(job: Job, peer: HostPort, timeoutMs?: number): Promise<void> {
     const arrival = this.#arrival(job, peer, timeoutMs).then(
       (tensors) => ({ usableAt: monotonicMs(), tensors }),
@@ -83,14 +83,14 @@ export class PeerJobs {
       async (n) => {
         const id = `${job.id}.${n}`;
         bytes += await this.#sendAll(this.#requests({ ...job, id }, peer));
-        // in GET the consumer comes for it later
+        // in GET the consumer fetches it later
         this.#engine.finish(id as TransferId, { keepSends: true });
       },
     );
     return { count, bytes };
   }
 
-  /** Loads what `pump` sends. Requests that were never sent are given up at `stop`. */
+  /** Loads what `pump` sends. Requests that were never sent are cancelled at `stop`. */
   async drain(job: PagedJob, peer: HostPort, window: number): Promise<Reply> {
     this.#last = Number.POSITIVE_INFINITY;
     let count = 0;
@@ -137,7 +137,7 @@ export class PeerJobs {
       .then(() => []);
   }
 
-  /** Everything that `send` is given, so that building it is not timed. */
+  /** The arguments of `send`, so that building them is not timed. */
   #requests(job: Job, peer: HostPort): SendRequest[] {
     const to = this.#sendType === 'GET' ? {} : { peer };
     if (job.kind === 'flat') {
@@ -156,7 +156,7 @@ export class PeerJobs {
     }));
   }
 
-  /** As after a model's step, each gather waits for an event: that of the work which wrote the blocks. */
+  /** As after a model's step, each gather waits for an event: that of the work that wrote the blocks. */
   async #sendAll(requests: readonly SendRequest[]): Promise<number> {
     const ready = this.#stream.record();
     const handles = this.#engine.sendAll(requests.map((request) => ({ ...request, ready: ready.ref })));
@@ -174,7 +174,7 @@ function tensorIds(job: FlatJob): TensorId[] {
   return job.order === 'reverse' ? ids.reverse() : ids;
 }
 
-/** Runs `one(0), one(1), ...` with `window` under way until `last()` of them have been started; rejects with the first failure. */
+/** Runs `one(0), one(1), ...` with `window` in flight until `last()` of them have been started; rejects with the first failure. */
 async function windowed(
   window: number,
   last: () => number,

@@ -1,4 +1,4 @@
-/** The KV of one peer: an area of device memory, filled with the pattern and compared with it byte by byte, always outside of what is timed. */
+/** The KV of one peer: an area of device memory, filled with the pattern and compared with it byte by byte, never while timing. */
 import type { Device, MemoryRef, PagedLayer, Stream } from '../../src/device/device.ts';
 import { sliceMemory } from '../../src/device/memory.ts';
 import type { EventPoller } from '../../src/device/poller.ts';
@@ -8,19 +8,19 @@ import type { FlatJob, Job, PagedJob } from './messages.ts';
 import { Pattern } from './pattern.ts';
 import { blocksOf, blockTable, cacheBlocks, type KvShape, layerName, layoutOf } from './shape.ts';
 
-/** Tensors begin at multiples of this, as allocations of a model would. */
+/** Tensors begin at multiples of this, as a model's allocations would. */
 const ALIGN = 256;
 /** For filling and reading back one round. */
 const COPY_TIMEOUT_MS = 60_000;
 
 export interface CheckResult {
-  /** Compared. */
+  /** How many were compared. */
   readonly bytes: number;
-  /** The first difference; absent where there is none. */
+  /** The first difference, if any. */
   readonly wrong?: string;
 }
 
-/** Both ends compute the same from a job: where its blocks are on either side. */
+/** Where the blocks of a job are on either side; both ends compute the same. */
 interface Plan {
   readonly layout: PagedLayout;
   readonly source: Int32Array;
@@ -32,7 +32,7 @@ export class BenchKv {
   readonly #shape: KvShape;
   readonly #poller: EventPoller;
   readonly #stream: Stream;
-  /** All of it, for ceilings that move bytes without looking at them. */
+  /** All of it, for ceilings, which move bytes without checking them. */
   readonly area: MemoryRef;
   readonly #pattern: Pattern;
   readonly #scratch: MemoryRef;
@@ -58,7 +58,7 @@ export class BenchKv {
     this.#view = Buffer.from(view.buffer, view.byteOffset, view.byteLength);
   }
 
-  /** Throws OUT_OF_DEVICE_MEMORY. All of it is taken here: nothing is freed while the engine serves. */
+  /** Throws OUT_OF_DEVICE_MEMORY. All memory is allocated here, and none is freed while the engine serves. */
   static async create(
     device: Device,
     shape: KvShape,
@@ -89,7 +89,7 @@ export class BenchKv {
     return job.kind === 'flat' ? job.bytes : layerBytes(planOf(shape, job).layout);
   }
 
-  /** The source is one for all slots. */
+  /** All slots have the same source. */
   layers(job: PagedJob, side: 'source' | 'target'): { readonly name: string; readonly target: PagedLayer }[] {
     const { layout } = planOf(this.#shape, job);
     const first = this.#firstPart(job, side);
@@ -103,14 +103,14 @@ export class BenchKv {
     return planOf(this.#shape, job)[side];
   }
 
-  /** Tensor `index` of a flat job at its source. */
+  /** Tensor `index` of a flat job, at the source. */
   flat(job: FlatJob, index: number): MemoryRef {
     return this.#part(index, job.bytes);
   }
 
   async fill(job: Job, side: 'source' | 'target'): Promise<void> {
     if (job.kind === 'flat') {
-      // at the target the engine owns the memory, and takes it only when the tensor is announced
+      // at the target the engine owns the memory, and allocates it only when the tensor is announced
       if (side === 'target') return;
       for (let i = 0; i < job.count; i++) this.#write(this.#part(i, job.bytes), job.stream + i);
     } else {
@@ -122,17 +122,17 @@ export class BenchKv {
     await this.#settled('filling');
   }
 
-  /** The caches of the target: blocks of the request hold the source's, all others what they held before. */
+  /** The caches of the target: the request's blocks must hold the source's, all others what they held before. */
   checkPaged(job: PagedJob): Promise<CheckResult> {
     return this.#alone(() => this.#checkPaged(job));
   }
 
-  /** Tensors of a flat job, in order, wherever the engine has put them. */
+  /** Tensors of a flat job, in order, wherever the engine put them. */
   checkFlat(job: FlatJob, tensors: readonly MemoryRef[]): Promise<CheckResult> {
     return this.#alone(() => this.#checkFlat(job, tensors));
   }
 
-  /** One check after the other: they read back into the same memory. */
+  /** One check at a time: they read back into the same memory. */
   #alone(check: () => Promise<CheckResult>): Promise<CheckResult> {
     const result = this.#checking.then(check);
     this.#checking = result.catch(() => undefined);
@@ -155,8 +155,7 @@ export class BenchKv {
           const expected = runOffset(layout, layout.numBlocks, from ?? block, run);
           const differs = this.#pattern.differs(stream, expected, this.#view, at, length);
           if (differs < 0) continue;
-          const what =
-            from === undefined ? 'is not of the request and has changed' : `came from block ${from}`;
+          const what = from === undefined ? 'not of the request, but changed' : `came from block ${from}`;
           return {
             bytes: layer * bytes + at,
             wrong: `${job.id}: layer ${layer}, block ${block} (${what}), run ${run}: byte ${differs} of ${length} differs`,
@@ -169,7 +168,7 @@ export class BenchKv {
 
   async #checkFlat(job: FlatJob, tensors: readonly MemoryRef[]): Promise<CheckResult> {
     if (tensors.length !== job.count) {
-      return { bytes: 0, wrong: `${job.id}: ${tensors.length} tensors have come, not ${job.count}` };
+      return { bytes: 0, wrong: `${job.id}: ${tensors.length} tensors arrived, not ${job.count}` };
     }
     for (const [i, tensor] of tensors.entries()) {
       if (tensor.bytes !== job.bytes) {
@@ -227,7 +226,7 @@ function planOf(shape: KvShape, job: PagedJob): Plan {
   return { layout, source: table(2 * job.seed), target: table(2 * job.seed + 1) };
 }
 
-/** The first of the streams that a target holds before the request comes. */
+/** The first of the streams that the target holds before the request arrives. */
 function behind(job: PagedJob, shape: KvShape): number {
   return job.stream + shape.layers;
 }

@@ -1,4 +1,4 @@
-/** What the benchmark tells its peers (a process each, one engine on one device) and what they answer. Plain data over the process channel. */
+/** What the benchmark sends its peers (each a process with one engine on one device), and their replies. Plain data over the IPC channel. */
 
 import type { TransferTimeouts } from '../../src/config/transfer-options.ts';
 import type { ErrorData } from '../../src/errors.ts';
@@ -8,18 +8,18 @@ import type { SendType } from '../../src/wire/messages.ts';
 import type { Environment } from '../measure/machine.ts';
 import type { KvShape } from './shape.ts';
 
-/** How a peer starts: one argument, as JSON. */
+/** The one argument that a peer starts with, as JSON. */
 export interface PeerSetup {
   readonly device: string;
   readonly shape: KvShape;
-  /** Bytes of the area from which tensors are sent, or in which the paged caches lie. */
+  /** Bytes of the area that tensors are sent from, or that holds the paged caches. */
   readonly areaBytes: number;
-  /** The longest run of bytes that is filled and checked at once: a whole layer's cache, or the largest flat tensor. */
+  /** The most bytes that are filled and checked at once: a whole layer's cache, or the largest flat tensor. */
   readonly largestBytes: number;
   /** Absent for a peer without an engine: ceilings, memory readings. */
   readonly engine?: EngineSetup;
   readonly ncclNumChannels: number;
-  /** Loads the compute loop's kernels: only before the first pair opens. */
+  /** Loads the compute loop's kernels, which is only possible before the first pair opens. */
   readonly compute: boolean;
 }
 
@@ -33,20 +33,20 @@ export interface EngineSetup {
   readonly logLevel: LogLevel;
 }
 
-/** The KV of one request: all layers, paged blocks to paged blocks by two random block tables; gathered and scattered. */
+/** The KV of one request: all layers, paged blocks to paged blocks, by two random block tables; gathered and scattered. */
 export interface PagedJob {
   readonly kind: 'paged';
   readonly id: string;
   readonly tokens: number;
-  /** Pattern stream `stream + i` fills layer `i`; streams behind them hold what the target has before. */
+  /** Pattern stream `stream + i` fills layer `i`; the streams after them fill what the target holds before. */
   readonly stream: number;
   /** Chooses the block tables. */
   readonly seed: number;
-  /** Which of several caches of the target it goes to, so that a row of requests can be looked at afterwards. */
+  /** Which of several caches of the target it goes to, so that a series of requests can be checked afterwards. */
   readonly slot: number;
 }
 
-/** `count` dense tensors, as they lie; no gather, no scatter. */
+/** `count` dense tensors; no gather, no scatter. */
 export interface FlatJob {
   readonly kind: 'flat';
   readonly id: string;
@@ -54,7 +54,7 @@ export interface FlatJob {
   readonly bytes: number;
   /** Pattern stream `stream + i` fills tensor `i`. */
   readonly stream: number;
-  /** Tensors are sent, and asked for, last first. */
+  /** Tensors are sent and requested last first. */
   readonly order?: 'reverse';
 }
 
@@ -62,28 +62,28 @@ export interface FlatJob {
 export type Job = PagedJob | FlatJob;
 
 export type Command =
-  /** Writes the pattern: at the source what is sent, at a paged target what must be overwritten or left alone. */
+  /** Writes the pattern: at the source what is sent, at a paged target what must be overwritten or left unchanged. */
   | { readonly do: 'fill'; readonly job: Job; readonly side: 'source' | 'target' }
-  /** Starts a load or receives; answers once the transfer thread has taken them up. */
+  /** Starts a load or receives; replies once the transfer thread has them. */
   | { readonly do: 'arm'; readonly job: Job; readonly peer: HostPort; readonly timeoutMs?: number }
-  /** Answers when all of the job is usable here. */
+  /** Replies when all of the job is usable here. */
   | { readonly do: 'wait'; readonly id: string }
-  /** Sends all of the job; answers when all has left. */
+  /** Sends all of the job; replies when everything has been sent. */
   | { readonly do: 'send'; readonly job: Job; readonly peer: HostPort }
-  /** Compares every byte of what has come. */
+  /** Compares every byte that arrived. */
   | { readonly do: 'check'; readonly job: Job }
   | { readonly do: 'finish'; readonly id: string }
-  /** Sends request after request, `window` at a time, until `stop`; answers with how many. Not checked. */
+  /** Sends request after request, `window` at a time, until `stop`; replies with their number. Not checked. */
   | { readonly do: 'pump'; readonly job: PagedJob; readonly peer: HostPort; readonly window: number }
-  /** Takes what `pump` sends, until `stop` says how many there were. */
+  /** Loads what `pump` sends, until `stop` says how many there were. */
   | { readonly do: 'drain'; readonly job: PagedJob; readonly peer: HostPort; readonly window: number }
   | { readonly do: 'stop'; readonly count?: number }
-  /** The compute loop for `ms`. */
+  /** Runs the compute loop for `ms`. */
   | { readonly do: 'compute'; readonly loop: ComputeLoop; readonly ms: number }
-  /** One row of kernels that keeps the GPU busy for about `ms`; answers once they are enqueued. */
+  /** Keeps the GPU busy for about `ms`; replies once the kernels are enqueued. */
   | { readonly do: 'occupy'; readonly ms: number }
   | { readonly do: 'memory' }
-  /** The raw transport, without an engine: the ceiling. Rank 0 makes the id and sends, rank 1 receives. */
+  /** The raw transport, without an engine: the ceiling. Rank 0 creates the id and sends, rank 1 receives. */
   | { readonly do: 'raw-id' }
   | { readonly do: 'raw-open'; readonly uniqueId: Uint8Array; readonly rank: 0 | 1 }
   | {
@@ -99,18 +99,18 @@ export type Command =
   /** Disposes the engine and exits. */
   | { readonly do: 'quit' };
 
-/** `matmul`: tensor-core products in registers, bound by arithmetic. `memory`: paged copies, bound by memory. */
+/** `matmul`: tensor-core products in registers, compute-bound. `memory`: paged copies, memory-bound. */
 export const COMPUTE_LOOPS = ['matmul', 'memory'] as const;
 export type ComputeLoop = (typeof COMPUTE_LOOPS)[number];
 
-/** All times are `process.hrtime`, milliseconds: CLOCK_MONOTONIC, which all processes of one machine share. */
+/** All times are `monotonicMs()`, which all processes of a machine share. */
 export interface Reply {
   readonly at?: number;
   readonly firstSendAt?: number;
   readonly usableAt?: number;
   readonly sentAt?: number;
   readonly bytes?: number;
-  /** What was found unequal; absent where every byte is right. */
+  /** The first difference; absent if every byte is right. */
   readonly wrong?: string;
   readonly count?: number;
   readonly times?: readonly number[];

@@ -1,4 +1,4 @@
-/** A peer of the benchmark: one engine on one device, told what to do over the process channel. Ends when that closes. */
+/** A peer of the benchmark: one engine on one device, controlled over the IPC channel. Exits when that closes. */
 import { setFlagsFromString } from 'node:v8';
 import { runInNewContext } from 'node:vm';
 import { DEFAULT_LIMITS } from '../../src/config/transfer-options.ts';
@@ -15,7 +15,7 @@ import type { Command, PeerMessage, PeerSetup, Reply } from './messages.ts';
 import { deviceCopy, RawTransport } from './raw.ts';
 
 const LOOPBACK = '127.0.0.1';
-/** A process that cannot end by itself, since a native call does not return, is ended by the system after this. */
+/** If a native call does not return and the process cannot exit, the system ends it after this. */
 const QUIT_SECONDS = 4;
 
 const setup = JSON.parse(process.argv[2] ?? '{}') as PeerSetup;
@@ -24,13 +24,13 @@ const say = (message: PeerMessage) => process.send?.(message);
 try {
   const peer = await startPeer();
   process.on('message', ({ seq, command }: { seq: number; command: Command }) => {
-    // in an async function, so that what it throws is answered like what it rejects with
+    // in an async function, so that what it throws is reported like a rejection
     (async () => peer.run(command))().then(
       (reply) => say({ type: 'reply', seq, reply }),
       (error: unknown) => say({ type: 'failed', seq, error: PdError.from(error).toData() }),
     );
   });
-  // the parent has gone: nobody will say quit
+  // the parent is gone: there will be no `quit`
   process.on('disconnect', orphaned);
   say({ type: 'ready', address: peer.address });
 } catch (error) {
@@ -58,7 +58,7 @@ async function startPeer() {
     if (compute) return compute;
     throw new PdError(
       'DEVICE_UNAVAILABLE',
-      `the compute loop runs on a GPU, and this peer is on ${device.name}`,
+      `the compute loop needs a GPU, and this peer is on ${device.name}`,
     );
   }
 
@@ -118,7 +118,7 @@ async function startPeer() {
     }
   }
 
-  /** As a worker ends: bounded at every step, and by the system where a native call does not return. */
+  /** The way a worker exits: with a deadline at every step, and by the system if a native call does not return. */
   async function quit(): Promise<void> {
     if (device.kind === 'cuda') (await import('../../ffi/libc.ts')).killAfter(QUIT_SECONDS);
     await raw.dispose();
@@ -152,7 +152,7 @@ async function createCompute(device: unknown, poller: EventPoller): Promise<Comp
   return Compute.create(device as CudaDevice, poller);
 }
 
-/** What this thread of the benchmark has dropped must not count as held. The engine's own thread is left as it is. */
+/** Garbage of this thread must not count as memory held. The engine's own thread is left alone. */
 function collectGarbage(): void {
   setFlagsFromString('--expose-gc');
   (runInNewContext('gc') as () => void)();

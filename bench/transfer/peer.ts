@@ -1,6 +1,7 @@
-/** A peer process as the benchmark holds it. Every question has a deadline; a peer that dies fails what was asked of it. */
+/** A peer process as the benchmark sees it. Every command has a deadline; a peer that dies fails its pending commands. */
 import { type ChildProcess, fork } from 'node:child_process';
 import { fileURLToPath } from 'node:url';
+import { type Deferred, deferred, withDeadline } from '../../src/deferred.ts';
 import { PdError } from '../../src/errors.ts';
 import type { HostPort } from '../../src/net/address.ts';
 import { monotonicMs } from '../measure/machine.ts';
@@ -8,28 +9,26 @@ import type { Command, PeerMessage, PeerSetup, Reply } from './messages.ts';
 
 /** For libraries, kernels and the area. */
 const START_TIMEOUT_MS = 60_000;
-/** For one command, where it names no other. */
+/** For one command, unless given. */
 const COMMAND_TIMEOUT_MS = 60_000;
-/** A peer that is told to quit has this long; then it is killed. */
+/** A peer that is told to quit has this long before it is killed. */
 const QUIT_TIMEOUT_MS = 10_000;
 
-interface Question {
+interface Question extends Deferred<Reply> {
   readonly what: string;
-  resolve(reply: Reply): void;
-  reject(error: PdError): void;
 }
 
 export interface Ending {
   readonly code: number | null;
   readonly signal: NodeJS.Signals | null;
-  /** From the call to the end of the process. */
+  /** From the call to the exit of the process. */
   readonly milliseconds: number;
 }
 
 export class Peer {
   readonly name: string;
   readonly setup: PeerSetup;
-  /** The engine's. */
+  /** Of its engine. */
   address: HostPort = { host: '', port: 0 };
   readonly #process: ChildProcess;
   readonly #questions = new Map<number, Question>();
@@ -43,7 +42,7 @@ export class Peer {
     // what it prints (logs, NCCL_DEBUG) is not part of the results
     this.#process = fork(fileURLToPath(new URL('./peer-main.js', import.meta.url)), [JSON.stringify(setup)], {
       serialization: 'advanced',
-      // young generations of their final size from the start: growing, they would look like memory that is lost
+      // young generations of their final size from the start: growing ones would look like a leak
       execArgv: ['--min-semi-space-size=16'],
       stdio: ['ignore', 2, 2, 'ipc'],
     });
@@ -61,7 +60,7 @@ export class Peer {
     });
   }
 
-  /** Throws what its engine or device fails with at start. */
+  /** Throws the error of its engine or device at start. */
   static async start(name: string, setup: PeerSetup): Promise<Peer> {
     const peer = new Peer(name, setup);
     try {
@@ -77,37 +76,20 @@ export class Peer {
     return this.#gone === undefined;
   }
 
-  /** Rejects with what the command fails with, PEER_LOST where the process ends, or TRANSFER_TIMEOUT after `timeoutMs`. */
-  ask(command: Command, timeoutMs = COMMAND_TIMEOUT_MS): Promise<Reply> {
-    if (this.#gone) return Promise.reject(this.#gone);
+  /** Rejects with the error of the command, PEER_LOST if the process ends, or TRANSFER_TIMEOUT after `timeoutMs`. */
+  async ask(command: Command, timeoutMs = COMMAND_TIMEOUT_MS): Promise<Reply> {
+    if (this.#gone) throw this.#gone;
     const seq = ++this.#seq;
-    return new Promise((resolve, reject) => {
-      const what = `${this.name}: ${command.do}`;
-      const settle = () => {
-        clearTimeout(timer);
-        this.#questions.delete(seq);
-      };
-      const timer = setTimeout(() => {
-        settle();
-        reject(new PdError('TRANSFER_TIMEOUT', `${what} was not answered within ${timeoutMs} ms`));
-      }, timeoutMs);
-      this.#questions.set(seq, {
-        what,
-        resolve: (reply) => {
-          settle();
-          resolve(reply);
-        },
-        reject: (error) => {
-          settle();
-          reject(error);
-        },
-      });
-      // an error here is the end of the process, which is told on its own
-      this.#process.send({ seq, command }, () => undefined);
-    });
+    const question = { what: `${this.name}: ${command.do}`, ...deferred<Reply>() };
+    this.#questions.set(seq, question);
+    // an error here means that the process has ended, which is reported separately
+    this.#process.send({ seq, command }, () => undefined);
+    const reply = await withDeadline(question.promise, timeoutMs).finally(() => this.#questions.delete(seq));
+    if (reply) return reply;
+    throw new PdError('TRANSFER_TIMEOUT', `${question.what} was not answered within ${timeoutMs} ms`);
   }
 
-  /** kill -9. Resolves when it is gone. Idempotent. */
+  /** kill -9. Resolves when it has exited. Idempotent. */
   async kill(): Promise<Ending> {
     const start = monotonicMs();
     this.#process.kill('SIGKILL');
@@ -115,50 +97,38 @@ export class Peer {
     return { ...ended, milliseconds: monotonicMs() - start };
   }
 
-  /** Lets it dispose its engine and end; kills it where that takes too long. Idempotent. */
+  /** Lets it dispose its engine and exit; kills it if that takes too long. Idempotent. */
   async quit(): Promise<Ending> {
     const start = monotonicMs();
     this.ask({ do: 'quit' }, QUIT_TIMEOUT_MS).catch(() => undefined);
-    const timer = setTimeout(() => this.#process.kill('SIGKILL'), QUIT_TIMEOUT_MS);
-    const ended = await this.#ended;
-    clearTimeout(timer);
-    return { ...ended, milliseconds: monotonicMs() - start };
+    if (!(await withDeadline(this.#ended, QUIT_TIMEOUT_MS))) this.#process.kill('SIGKILL');
+    return { ...(await this.#ended), milliseconds: monotonicMs() - start };
   }
 
-  #ready(): Promise<HostPort> {
-    return new Promise((resolve, reject) => {
-      const timer = setTimeout(
-        () =>
-          reject(
-            new PdError('DEVICE_UNAVAILABLE', `${this.name} was not ready within ${START_TIMEOUT_MS} ms`),
-          ),
-        START_TIMEOUT_MS,
-      );
-      void this.#ended.then(() => {
-        clearTimeout(timer);
-        reject(this.#gone);
-      });
-      this.#process.on('message', (message: PeerMessage) => {
-        switch (message.type) {
-          case 'ready':
-            clearTimeout(timer);
-            resolve(message.address);
-            return;
-          case 'not-ready':
-            clearTimeout(timer);
-            reject(PdError.fromData(message.error));
-            return;
-          case 'reply':
-            this.#questions.get(message.seq)?.resolve(message.reply);
-            return;
-          case 'failed': {
-            const question = this.#questions.get(message.seq);
-            const { code, message: text, context } = message.error;
-            question?.reject(new PdError(code, `${question.what}: ${text}`, context));
-            return;
-          }
+  async #ready(): Promise<HostPort> {
+    const ready = deferred<HostPort>();
+    void this.#ended.then(() => ready.reject(this.#gone));
+    this.#process.on('message', (message: PeerMessage) => {
+      switch (message.type) {
+        case 'ready':
+          ready.resolve(message.address);
+          return;
+        case 'not-ready':
+          ready.reject(PdError.fromData(message.error));
+          return;
+        case 'reply':
+          this.#questions.get(message.seq)?.resolve(message.reply);
+          return;
+        case 'failed': {
+          const question = this.#questions.get(message.seq);
+          const { code, message: text, context } = message.error;
+          question?.reject(new PdError(code, `${question.what}: ${text}`, context));
+          return;
         }
-      });
+      }
     });
+    const address = await withDeadline(ready.promise, START_TIMEOUT_MS);
+    if (address) return address;
+    throw new PdError('DEVICE_UNAVAILABLE', `${this.name} was not ready within ${START_TIMEOUT_MS} ms`);
   }
 }

@@ -1,4 +1,4 @@
-/** Ceilings, measured in the same run: the bare transport between two peers, and the device's own copy from one memory to another. */
+/** Ceilings, measured in the same run: the bare transport between two peers, and the device's own memory copy. */
 import type { CudaDevice } from '../../src/device/cuda/device.ts';
 import type { Device, MemoryRef } from '../../src/device/device.ts';
 import { hostMemory, hostView, sliceMemory } from '../../src/device/memory.ts';
@@ -20,7 +20,7 @@ export class RawTransport {
   #transport: Transport | undefined;
   #pair: Pair | undefined;
 
-  /** Regions of what is sent and received are cut from `area`, one behind the other. */
+  /** The regions that are sent and received are cut from `area`, one after another. */
   constructor(device: Device, channels: number, area: MemoryRef) {
     this.#device = device;
     this.#channels = channels;
@@ -41,7 +41,7 @@ export class RawTransport {
     });
   }
 
-  /** One grouped operation per round, the next when the last has ended. When each was begun (send) or had ended (receive). */
+  /** One grouped operation per round, each after the last has ended. Returns when each began (send) or ended (receive). */
   async move(what: 'raw-send' | 'raw-receive', sizes: readonly number[], rounds: number): Promise<number[]> {
     const pair = this.#pair;
     if (!pair) throw new PdError('INTERNAL', 'the raw pair has not been opened');
@@ -78,7 +78,7 @@ export class RawTransport {
   }
 }
 
-/** Milliseconds of each copy of `bytes` of `source` to other memory: by the copy engine to another GPU, by memcpy on the host. */
+/** Milliseconds for each copy of `bytes` of `source` to other memory: by the copy engine to another GPU, by memcpy on the host. */
 export async function deviceCopy(
   device: Device,
   source: MemoryRef,
@@ -120,7 +120,7 @@ async function peerCopy(
   const memory = other.allocate(bytes, 'the peer copy');
   device.enter();
   if (!device.runtime.canAccessPeer(device.index, other.index)) {
-    throw new PdError('DEVICE_UNAVAILABLE', `${device.name} does not reach the memory of ${other.name}`);
+    throw new PdError('DEVICE_UNAVAILABLE', `${device.name} cannot access the memory of ${other.name}`);
   }
   device.runtime.enablePeerAccess(other.index);
   const from = sliceMemory(source, 0, bytes);

@@ -1,4 +1,4 @@
-/** All parts of one run as one document: JSON for programs, Markdown for people, and the few lines a script ends with. */
+/** All parts of one run as one document: JSON for programs, Markdown for people, and a few lines for the end of a script. */
 import { readdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { PdError } from '../../src/errors.ts';
@@ -8,12 +8,12 @@ import { markdownTable, plainTable } from '../measure/table.ts';
 import type { PartResult } from './result.ts';
 import { ceilingTable, checkTable, ms, slowerThanVllm, transferTable } from './tables.ts';
 
-/** A step of the script that is no part of pd-bench, or a part that left no result. */
+/** A step of the script that is not a part of pd-bench, or a part that left no result. */
 export interface StepResult {
   readonly step: string;
   readonly status: number;
   readonly seconds: number;
-  /** Last lines of what it said. */
+  /** Last lines of its output. */
   readonly tail: string;
 }
 
@@ -26,10 +26,10 @@ export interface Report {
 }
 
 const SUMMARY_WIDTH = 240;
-/** `timeout` says so. */
+/** Exit status of `timeout`. */
 const TIMED_OUT = 124;
 
-/** Reads `<name>.json` (results) and `<name>.step` (`status seconds`) with `<name>.log` from a folder. */
+/** Reads `<name>.json` (results) and `<name>.step` (`status seconds`) with `<name>.log` from a directory. */
 export function readReport(folder: string, command: string): Report {
   const files = readdirSync(folder).sort();
   const parts = files
@@ -38,7 +38,7 @@ export function readReport(folder: string, command: string): Report {
       try {
         return [JSON.parse(readFileSync(join(folder, file), 'utf8')) as PartResult];
       } catch {
-        return []; // cut off in the middle: its step tells
+        return []; // truncated: its step shows why
       }
     })
     .sort((a, b) => a.startedAt.localeCompare(b.startedAt));
@@ -46,7 +46,7 @@ export function readReport(folder: string, command: string): Report {
     .filter((file) => file.endsWith('.step'))
     .map((file) => stepOf(folder, file.slice(0, -'.step'.length)));
   if (parts.length + steps.length === 0) {
-    throw new PdError('CONFIG_INVALID', `${folder} holds no results (*.json, *.step)`);
+    throw new PdError('CONFIG_INVALID', `${folder} contains no results (*.json, *.step)`);
   }
   return {
     date: (parts[0]?.startedAt ?? new Date().toISOString()).slice(0, 10),
@@ -57,7 +57,7 @@ export function readReport(folder: string, command: string): Report {
   };
 }
 
-/** Writes `<date>-<hardware>-transfer.json` and `.md`; returns their paths without the ending. */
+/** Writes `<date>-<hardware>-transfer.json` and `.md`; returns their path without the extension. */
 export function writeReport(report: Report, folder: string): string {
   const { date, hardware, command, parts, steps } = report;
   const [first] = parts;
@@ -96,7 +96,7 @@ export function renderSummary(report: Report): string {
   }
   const bad =
     report.parts.filter((part) => !part.ok).length + report.steps.filter((step) => step.status !== 0).length;
-  lines.push(bad === 0 ? 'all as it should be' : `${bad} parts or steps FAILED`);
+  lines.push(bad === 0 ? 'all passed' : `${bad} parts or steps FAILED`);
   return lines.join('\n');
 }
 
@@ -104,7 +104,7 @@ function machineLines({ machine, environment, devices, clock }: PartResult): str
   return [
     `- ${machine.program}, Node ${machine.node}; ${devices.join(' to ')}`,
     ...hardwareLines(machine, environment),
-    `- clock: CLOCK_MONOTONIC of one machine; a peer's reading lies within ${clock.withinMs.toFixed(3)} ms of ours`,
+    `- clock: CLOCK_MONOTONIC of one machine; a peer's reading is within ${clock.withinMs.toFixed(3)} ms of ours`,
   ];
 }
 
@@ -119,8 +119,8 @@ function renderPart(part: PartResult): string[] {
   if (part.transfer) {
     const { rounds, warmUp } = part.transfer.settings;
     lines.push(
-      `From the first send on the producer to the last tensor usable on the consumer; best and median of ${rounds} rounds, one after the other, after ${2 * warmUp + rounds} to warm up.`,
-      '`paged`: random blocks gathered and scattered; `flat`: dense tensors as they lie. GB/s and its part of the grouped raw send are of the best round.',
+      `From the first send on the producer to the last tensor usable on the consumer; best and median of ${rounds} consecutive rounds after ${2 * warmUp + rounds} warm-up rounds.`,
+      '`paged`: random blocks gathered and scattered; `flat`: dense tensors. GB/s and its fraction of the grouped raw send are of the best round.',
       'Every byte of every round was compared.',
       '',
       markdownTable(transferTable(part, part.transfer)),
@@ -156,7 +156,7 @@ function shortened(text: string): string {
 
 function outcome({ status }: StepResult): string {
   if (status === 0) return 'ok';
-  return status === TIMED_OUT ? 'FAILED: not done within its time' : `FAILED, status ${status}`;
+  return status === TIMED_OUT ? 'FAILED: timed out' : `FAILED, status ${status}`;
 }
 
 function stepOf(folder: string, step: string): StepResult {

@@ -1,4 +1,4 @@
-/** What a part of the benchmark leaves: one JSON document with the numbers and with what they were measured on. */
+/** The result of a part of the benchmark: one JSON document with the numbers and what they were measured on. */
 import { PdError } from '../../src/errors.ts';
 import { type Environment, type Machine, monotonicMs, readMachine } from '../measure/machine.ts';
 import { best } from '../measure/statistics.ts';
@@ -11,7 +11,7 @@ export type Part = (typeof PARTS)[number];
 
 export interface PartResult {
   readonly part: Part;
-  /** Everything moved, every byte right, every limit kept. */
+  /** Everything moved, every byte was right, no limit was exceeded. */
   readonly ok: boolean;
   readonly startedAt: string;
   readonly seconds: number;
@@ -20,16 +20,16 @@ export interface PartResult {
   readonly options: Readonly<Record<string, unknown>>;
   readonly machine: Machine;
   readonly environment: Environment;
-  /** How well the clock of a peer agrees with the benchmark's own. */
+  /** How well a peer's clock agrees with the benchmark's. */
   readonly clock: ClockCheck;
   readonly transfer?: TransferResult;
   readonly rows?: readonly CheckRow[];
-  /** The part could not be run to its end. */
+  /** Why the part did not finish. */
   readonly error?: string;
 }
 
 export interface ClockCheck {
-  /** A peer's reading lay between two of ours that are this far apart, milliseconds. */
+  /** A peer's reading was between two of ours that are this far apart, milliseconds. */
   readonly withinMs: number;
   readonly agrees: boolean;
 }
@@ -82,12 +82,12 @@ function isRight(done: Awaited<ReturnType<PartWork>>): boolean {
   return done.transfer.rows.every((row) => row.error === undefined);
 }
 
-/** Asked of a process of its own: looking takes a context on every GPU. */
+/** Found out by a separate process, since it creates a context on every GPU. */
 async function surroundings(
   options: BenchOptions,
 ): Promise<{ readonly environment: Environment; readonly clock: ClockCheck }> {
-  const jobs = [new JobMaker('look', options.shape).flat(1, 256)];
-  const peer = await startPeer(options, 'peer that looks around', { device: 0, jobs });
+  const jobs = [new JobMaker('probe', options.shape).flat(1, 256)];
+  const peer = await startPeer(options, 'environment probe', { device: 0, jobs });
   try {
     const { environment = { libraries: [], gpus: [] } } = await peer.ask({ do: 'environment' });
     const spans: number[] = [];

@@ -1,4 +1,4 @@
-/** Shapes of KV that the benchmark moves, named after the models they belong to. Pure arithmetic. */
+/** Shapes of the KV that the benchmark moves, named after their models. Pure arithmetic. */
 import { PdError } from '../../src/errors.ts';
 import { blockBytes, type LayoutFamily, type PagedLayout } from '../../src/kv/layout.ts';
 import type { Dtype } from '../../src/wire/dtype.ts';
@@ -49,8 +49,8 @@ export function blocksOf(shape: KvShape, tokens: number): number {
 }
 
 /**
- * Blocks of the paged caches in which a request of `blocks` blocks lies: some more, so that block tables have gaps, and what lies
- * between a request's blocks can be seen to stay as it was.
+ * Blocks of the paged caches that hold a request of `blocks` blocks: some more, so that block tables have gaps, and it can be checked
+ * that what is between the request's blocks does not change.
  */
 export function cacheBlocks(blocks: number): number {
   return blocks + Math.max(4, blocks >> 2);
@@ -61,12 +61,12 @@ export function layoutOf(shape: KvShape, numBlocks: number): PagedLayout {
   return { family, numBlocks, blockSize, heads, headDim, dtype };
 }
 
-/** Bytes of one layer's tensor of `tokens` tokens, whole blocks. */
+/** Bytes of one layer's tensor for `tokens` tokens, in whole blocks. */
 export function tensorBytesOf(shape: KvShape, tokens: number): number {
   return blocksOf(shape, tokens) * blockBytes(layoutOf(shape, 1));
 }
 
-/** `count` different blocks of `numBlocks`, in an order that depends on `seed` alone. */
+/** `count` different blocks of `numBlocks`, in an order that depends only on `seed`. */
 export function blockTable(seed: number, count: number, numBlocks: number): Int32Array {
   if (count > numBlocks) throw new PdError('INTERNAL', `${count} blocks of a cache of ${numBlocks}`);
   const ids = Int32Array.from({ length: numBlocks }, (_, id) => id);

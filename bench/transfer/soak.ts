@@ -1,4 +1,4 @@
-/** Many requests of mixed sizes through one pair of engines: what device and process hold must not grow. */
+/** Many requests of mixed sizes through one pair of engines: memory of device and process must not grow. */
 import type { SendType } from '../../src/wire/messages.ts';
 import { type BenchOptions, type CheckRow, JobMaker, messageOf, move, startPeers } from './bench.ts';
 import type { Peer } from './peer.ts';
@@ -9,7 +9,7 @@ export interface SoakSettings {
   readonly requests: number;
   /** Largest request, tokens. */
   readonly maxTokens: number;
-  /** Requests before the readings with which the end is compared: device memory after the first of them, resident memory after all. */
+  /** Requests before the readings that the end is compared with: device memory after the first of them, resident memory after all. */
   readonly settled: number;
 }
 
@@ -22,7 +22,7 @@ export const DEFAULT_SOAK: SoakSettings = {
 
 /** Allowed growth of resident memory after `settled` requests. */
 const RESIDENT_GROWTH = 0.05;
-/** A process without CUDA is so small that its JavaScript heaps, between two collections, are more than that part of it. Bytes. */
+/** Without CUDA a process is so small that its JavaScript heaps vary by more than that between two collections. Bytes. */
 const HEAP_SWING = 64 * 2 ** 20;
 
 interface Reading {
@@ -50,11 +50,11 @@ export async function soak(options: BenchOptions, settings: SoakSettings): Promi
     let steady: Reading[] = [];
     for (; done < requests; done++) {
       if (done % 10 === 0) options.progress.say(name, done, requests);
-      // the pair, its buffers and the kernels are there after the first one
+      // the pair, its buffers and the kernels exist after the first one
       if (done === 1) before = await readings(peers);
       if (done === settled) steady = await readings(peers);
       const tokens = 1 + (random() % maxTokens);
-      // now and then tensors of odd sizes, which lie as they are
+      // now and then flat tensors of odd sizes
       const job = done % 8 === 7 ? flat(tokens) : jobs.paged(tokens);
       bytes += (await move(producer, consumer, job)).checkedBytes;
     }

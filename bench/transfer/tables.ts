@@ -1,4 +1,4 @@
-/** The tables of the parts of pd-bench. */
+/** The tables of pd-bench's parts. */
 import type { Table } from '../measure/table.ts';
 import { BASELINE_GPU, BASELINE_MODEL, vllmMs } from './baseline.ts';
 import type { CheckRow } from './bench.ts';
@@ -7,7 +7,7 @@ import { sizeOf } from './exchange.ts';
 import type { PartResult } from './result.ts';
 import type { TransferResult, TransferRow } from './transfer.ts';
 
-/** One line per send type, source and size. With vLLM's time where one was measured on such GPUs with such KV. */
+/** One line per send type, source and size. With vLLM's time if it was measured on the same GPUs with the same KV. */
 export function transferTable(result: PartResult, transfer: TransferResult): Table {
   const compared = isComparable(result);
   const head = ['send type', 'source', 'tokens', 'bytes', 'best', 'median', 'GB/s', 'of raw', 'checked'];
@@ -60,12 +60,12 @@ export function checkTable(rows: readonly CheckRow[]): Table {
   };
 }
 
-/** For a terminal: left-aligned, as values are sentences. */
+/** For a terminal: left-aligned, since values are sentences. */
 export function checkLines(rows: readonly CheckRow[]): string {
   return rows.map((row) => `${row.ok ? 'ok    ' : 'FAILED'}  ${row.name}\n          ${row.value}`).join('\n');
 }
 
-/** Rows slower than vLLM's engine; empty where there is nothing to compare with. */
+/** Rows slower than vLLM's engine; empty if there is nothing to compare with. */
 export function slowerThanVllm(result: PartResult): readonly TransferRow[] {
   if (!result.transfer || !isComparable(result)) return [];
   return result.transfer.rows.filter((row) => {

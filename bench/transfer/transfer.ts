@@ -1,4 +1,4 @@
-/** How long the KV of one request takes from GPU to GPU: every send type, with and without gather and scatter, beside the ceilings. */
+/** How long the KV of one request takes from GPU to GPU: every send type, with and without gather and scatter, next to the ceilings. */
 import { SEND_TYPES, type SendType } from '../../src/wire/messages.ts';
 import { best, median } from '../measure/statistics.ts';
 import { type BenchOptions, JobMaker, messageOf, moveRow, startPeers } from './bench.ts';
@@ -8,7 +8,7 @@ import type { Peer } from './peer.ts';
 import { type KvShape, tensorBytesOf } from './shape.ts';
 
 export const SOURCES = ['paged', 'flat'] as const;
-/** `paged`: blocks gathered at the producer and scattered at the consumer. `flat`: dense tensors as they lie, received as they come. */
+/** `paged`: blocks gathered at the producer and scattered at the consumer. `flat`: dense tensors, with neither. */
 export type SourceKind = (typeof SOURCES)[number];
 
 const TOKENS = [16, 256, 1_024, 4_096, 16_384] as const;
@@ -19,7 +19,7 @@ export interface TransferSettings {
   readonly tokens: readonly number[];
   /** Timed. */
   readonly rounds: number;
-  /** Before them, without a pause. Checked like the others; and before these, as many rounds again that nobody times. */
+  /** Before them, without a pause, and checked like them. All of these rounds together are preceded by as many untimed ones. */
   readonly warmUp: number;
 }
 
@@ -43,11 +43,11 @@ export interface TransferRow {
   /** Of the best and the median round, 10^9 bytes per second. */
   readonly bestGbps: number;
   readonly medianGbps: number;
-  /** Median until the producer knows that all has left. */
+  /** Median until the producer knows that everything has been sent. */
   readonly sentMs: number;
-  /** Compared, over all rounds, warm-up included. */
+  /** Over all rounds, warm-up included. */
   readonly checkedBytes: number;
-  /** Absent where every round moved and every byte was right. */
+  /** Absent if every round moved and every byte was right. */
   readonly error?: string;
 }
 
@@ -79,7 +79,7 @@ export async function measureTransfer(
           rows.push(await measureRow(peers, options.shape, settings, jobs, { sendType, source, tokens }));
         } catch (error) {
           rows.push(failedRow(options.shape, { sendType, source, tokens }, messageOf(error)));
-          // what one row broke must not spoil the next
+          // a failed row must not affect the next
           await Promise.all((peers ?? []).map((peer) => peer.kill()));
           peers = undefined;
         }
@@ -102,7 +102,7 @@ async function startPair(
   const jobs = settings.sources.map((source) =>
     jobOf(samples, options.shape, source, Math.max(...settings.tokens)),
   );
-  // every round goes to caches of its own, so that each can be looked at afterwards
+  // every round goes to its own caches, so that each can be checked afterwards
   const rows = jobs.flatMap((job) => samples.row(job, settings.warmUp + settings.rounds));
   const [producer, consumer] = await startPeers(options, {
     producer: { device: 0, sendType, jobs },
@@ -124,10 +124,10 @@ async function measureRow(
 ): Promise<TransferRow> {
   const row = () => {
     const job = jobOf(jobs, shape, key.source, key.tokens);
-    // without a pause between them, as under load; a GPU that has stood idle is slower by itself
+    // without a pause between them, as under load; a GPU that has been idle is slower by itself
     return moveRow(producer, consumer, jobs.row(job, settings.warmUp + settings.rounds));
   };
-  // the first row touches all memory that the second, which is timed, will use
+  // the first row touches all the memory that the second, timed one will use
   const untimed = await row();
   const moves = await row();
   const warm = moves.slice(settings.warmUp);

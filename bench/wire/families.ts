@@ -1,4 +1,4 @@
-/** Tensors of every family and of other block sizes: into our paged cache on the device, and out of it in the form of --wire-layout. */
+/** Tensors of every family and of different block sizes: into our paged cache on the device, and out of it in the form of --wire-layout. */
 import { formShape, WIRE_LAYOUTS, type WireForm, type WireLayout, wireShape } from '../../src/kv/families.ts';
 import { layerBytes, type PagedLayout, runBytes, runOffset, runsPerBlock } from '../../src/kv/layout.ts';
 import { formatHostPort } from '../../src/net/address.ts';
@@ -135,7 +135,7 @@ async function intoCache(
   return `${tokens} tokens, ${LAYERS} layers of ${bytesOf({ shape, dtype: layout.dtype })}`;
 }
 
-/** The skipped block, and all that is not the request's. */
+/** The skipped block, and all blocks that are not the request's. */
 function mustBeAsBefore({ bytes, layout, blocks }: CachedKv, before: Uint8Array): void {
   const written = new Set(blocks.slice(1));
   for (let block = 0; block < layout.numBlocks; block++) {
@@ -144,7 +144,7 @@ function mustBeAsBefore({ bytes, layout, blocks }: CachedKv, before: Uint8Array)
       const from = runOffset(layout, layout.numBlocks, block, run);
       const to = from + runBytes(layout);
       const same = Buffer.compare(bytes.subarray(from, to), before.subarray(from, to)) === 0;
-      must(same, `block ${block} is not the request's, and was written`);
+      must(same, `block ${block} is not the request's but was written`);
     }
   }
 }
@@ -172,13 +172,13 @@ async function outOfCache(
     numTokens: there,
     ...(sendType === 'PUT' && { peer: peer.address }),
   });
-  sent.catch(() => {}); // told by `await sent`, unless the peer's own error comes first
+  sent.catch(() => {}); // thrown by `await sent`, unless the peer's own error comes first
   if (sendType === 'GET') await sent;
   const asked = { tensor_id: `${id}#l`, peer: formatHostPort(producer.address) };
   const got = await peer.ask(sendType === 'PUT' ? 'received' : 'get', asked);
   await sent;
   must(String(got['shape']) === String(shape), `it came as [${got['shape']}]`);
-  must(got['sha256'] === expected, 'other bytes came than the cache has');
+  must(got['sha256'] === expected, 'the bytes differ from those in the cache');
   producer.finish(id as TransferId);
   return `${there} tokens, ${bytesOf({ shape, dtype: layout.dtype })}`;
 }

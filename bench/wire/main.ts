@@ -67,16 +67,16 @@ async function check({ device, output, small = undefined, patience }: CheckOptio
   try {
     const peer = await rig.peer();
     const { library, ...shown } = peer.about;
-    about = shown; // a path says nothing beyond the machine that it lies on
-    // The NCCL that comes with torch, as both ends need the same one.
+    about = shown; // a path means nothing on another machine
+    // The NCCL that comes with torch, since both ends need the same one.
     if (library) process.env['PD_NCCL_LIB'] ??= library;
     await checkModes(rig, peer);
     await checkFamilies(rig, peer);
     await checkRestarts(rig, peer);
-    if (peer.stderr) console.error(`What the Python peer said:\n${peer.stderr}`);
-    await rig.row('the whole', 'nothing came that vLLM would not understand', async () => {
+    if (peer.stderr) console.error(`stderr of the Python peer:\n${peer.stderr}`);
+    await rig.row('overall', 'no message that vLLM would not understand', async () => {
       await peer.quit();
-      return 'the peer ends at the first such message';
+      return 'the peer exits at the first such message';
     });
     if (device === 'cuda') await observeSettings(rig);
   } catch (cause) {
@@ -93,7 +93,7 @@ async function check({ device, output, small = undefined, patience }: CheckOptio
     rows: rig.rows,
     ...(error !== undefined && { error }),
   };
-  // First, as what follows may hang.
+  // First, since what follows may hang.
   writeFileSync(output, JSON.stringify(result, undefined, 1));
   await rig.clear();
   const bad = rig.rows.filter(({ ok, observed }) => !ok && !observed).length;
@@ -115,8 +115,6 @@ function pythonFor(device: 'host' | 'cuda'): string {
     }
   });
   if (!python)
-    throw new Error(
-      `no Python with ${modules.join(' and ')}: looked for ${pythons.join(', ')} (PD_TEST_PYTHON)`,
-    );
+    throw new Error(`no Python with ${modules.join(' and ')}: tried ${pythons.join(', ')} (PD_TEST_PYTHON)`);
   return python;
 }

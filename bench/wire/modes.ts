@@ -37,7 +37,7 @@ export async function checkModes(rig: Rig, peer: PythonPeer): Promise<void> {
       await rig.row(`${sendType}, ours to Python`, nameOf(form), async () => {
         const tensor_id = `cmpl-out-${sendType}-0#layer.${seed}`;
         const { sent } = producer.send(rig.tensor(tensor_id, form, seed, peer.address));
-        sent.catch(() => {}); // told by `await sent`, unless the peer's own error comes first
+        sent.catch(() => {}); // thrown by `await sent`, unless the peer's own error comes first
         const got = await peer.ask('received', { tensor_id });
         await sent;
         mustBe(got['sha256'], form, seed);
@@ -71,7 +71,9 @@ export async function checkModes(rig: Rig, peer: PythonPeer): Promise<void> {
     });
   }
   await consumer.dispose();
-  await rig.row('both ways on one pair', 'theirs, ours, theirs', () => bothWays(rig, peer, tensors[0]!));
+  await rig.row('both directions on one pair', 'theirs, ours, theirs', () =>
+    bothWays(rig, peer, tensors[0]!),
+  );
 }
 
 /** The peer's id has a random suffix that we do not know. */
@@ -85,7 +87,7 @@ export async function putToOurs(
 ): Promise<string> {
   const id = proxiedId(name);
   const waiting = consumer.receive(tensorIdOf(id, `layer.${seed}`), peer.address, 20_000);
-  waiting.catch(() => {}); // told below, unless the peer's own error comes first
+  waiting.catch(() => {}); // thrown below, unless the peer's own error comes first
   const to = formatHostPort(consumer.address);
   const put = await peer.ask('put', { peer: to, tensor_id: `${id}-0123abcd#layer.${seed}`, ...form, seed });
   must(put['answer'] === '0', `ours answered ${put['answer']}`);

@@ -24,7 +24,7 @@ interface Receiver {
 }
 
 export async function checkRestarts(rig: Rig, peer: PythonPeer): Promise<void> {
-  await rig.row(GROUP, 'our consumer, well ended: 1, NEW from ours, KV', async () => {
+  await rig.row(GROUP, 'our consumer, clean exit: 1, NEW from ours, KV', async () => {
     const before = await rig.engine({ sendType: 'PUT' });
     await put(peer, receiver(rig, before), 'cmpl-a-0');
     await before.dispose();
@@ -49,7 +49,7 @@ export async function checkRestarts(rig: Rig, peer: PythonPeer): Promise<void> {
     }
   });
 
-  await rig.row(GROUP, 'their producer, kill -9: its NEW takes the place of the pair, KV', async () => {
+  await rig.row(GROUP, 'their producer, kill -9: its NEW replaces the pair, KV', async () => {
     const consumer = await rig.engine({ sendType: 'PUT' });
     const theirs = await rig.peer();
     await put(theirs, receiver(rig, consumer), 'cmpl-e-0');
@@ -97,7 +97,7 @@ async function put(peer: PythonPeer, consumer: Receiver, id: string): Promise<nu
   const waiting = consumer.receive(tensorId, peer.address).finally(() => {
     over = true;
   });
-  waiting.catch(() => {}); // told below, unless the peer's own error comes first
+  waiting.catch(() => {}); // thrown below, unless the peer's own error comes first
   let refused = 0;
   while ((await announce(peer, to, tensorId)) === '1' && !over) {
     refused++;

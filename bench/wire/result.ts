@@ -13,7 +13,7 @@ export interface PeerResult {
   readonly devices: readonly string[];
   readonly machine: Machine;
   readonly environment: Environment;
-  /** What the Python peer says of itself. */
+  /** What the Python peer reports about itself. */
   readonly peer: Readonly<Record<string, string>>;
   readonly rows: readonly WireRow[];
   /** Why the checks ended early. */
@@ -66,7 +66,7 @@ export function readWireResult(folder: string, command: string, parts: readonly 
   }
   for (const row of matrix?.filter(({ asExpected }) => !asExpected) ?? []) {
     problems.push(
-      `matrix: ${settingOf(row).join(', ')}: ${row.result}, ${row.expected} was expected ${row.code}`,
+      `matrix: ${settingOf(row).join(', ')}: ${row.result}, expected ${row.expected} ${row.code}`,
     );
   }
   return {
@@ -83,7 +83,14 @@ export function readWireResult(folder: string, command: string, parts: readonly 
 export function writeWireResult(result: WireResult, folder: string): string {
   const { date, hardware, command, peer, matrix, problems } = result;
   const results = {
-    ...{ kind: 'wire', title: 'The wire beside another make', date, hardware, command, json: result },
+    ...{
+      kind: 'wire',
+      title: 'Wire compatibility with a Python peer',
+      date,
+      hardware,
+      command,
+      json: result,
+    },
     machine: peer ? machineLines(peer) : [],
     body: [
       ...problemLines(problems),
@@ -99,15 +106,15 @@ export function summarize({ peer, matrix, problems }: WireResult): string {
   const rows = peer?.rows ?? [];
   const required = rows.filter(({ observed }) => !observed);
   return [
-    `Python peer: ${required.filter(({ ok }) => ok).length} of ${required.length} as it should be`,
+    `Python peer: ${required.filter(({ ok }) => ok).length} of ${required.length} passed`,
     ...rows
       .filter(({ observed }) => observed)
-      .map(({ name, ok, value }) => `  seen, ${name}: ${ok ? '' : 'no KV: '}${value.split('\n')[0]}`),
+      .map(({ name, ok, value }) => `  observed, ${name}: ${ok ? '' : 'no KV: '}${value.split('\n')[0]}`),
     ...(matrix
       ? [`matrix: ${matrix.filter(({ asExpected }) => asExpected).length} of ${matrix.length} as expected`]
       : []),
     ...problems.map((problem) => `FAILED ${problem}`),
-    problems.length === 0 ? 'all as it should be' : `${problems.length} FAILED`,
+    problems.length === 0 ? 'all passed' : `${problems.length} FAILED`,
   ].join('\n');
 }
 
@@ -126,7 +133,7 @@ function peerLines({ rows, seconds }: PeerResult): string[] {
     `## A Python peer: ${seconds} s`,
     '',
     'Written from docs/protocol.md, it keeps one communicator per address and blocks in NCCL, as vLLM does. Every byte that arrived was compared',
-    'with what both ends make from a seed. Times are of the whole check, including making and comparing the data.',
+    'with what both ends generate from a seed. Times are of the whole check, including generating and comparing the data.',
     '',
     ...groups.flatMap((group) => [
       `### ${group}`,
@@ -147,7 +154,7 @@ function matrixLines(matrix: readonly MatrixRow[]): string[] {
   return [
     '## The experiment matrix',
     '',
-    'Ids randomized or not, each way of sending, KV keyed by transfer id or by full id (docs/operations.md).',
+    'Ids randomized or not, each send type, KV keyed by transfer id or by full id (docs/operations.md).',
     '',
     markdownTable({
       head: ['ids', 'send type', 'keyed by', 'result', 'KV', ''],
@@ -173,7 +180,7 @@ function settingOf({ randomized, sendType, kvKey }: MatrixRow): [string, string,
 }
 
 function outcome({ ok, observed }: WireRow): string {
-  if (observed) return ok ? 'seen: KV' : 'seen: no KV';
+  if (observed) return ok ? 'observed: KV' : 'observed: no KV';
   return ok ? 'ok' : 'FAILED';
 }
 

@@ -2,6 +2,7 @@
 import { setTimeout as sleep } from 'node:timers/promises';
 import { transferOptions } from '../../src/config/embedded.ts';
 import type { TransferOptions } from '../../src/config/transfer-options.ts';
+import { withDeadline } from '../../src/deferred.ts';
 import { createDevice } from '../../src/device/create-device.ts';
 import type { Device, MemoryRef, Stream } from '../../src/device/device.ts';
 import { hostMemory, hostView } from '../../src/device/memory.ts';
@@ -43,7 +44,7 @@ export interface TensorForm {
 const ROW_WAITS = 3;
 const PORT_MS = 5_000;
 const HOST = '127.0.0.1';
-/** Each failure may take its whole deadline; after this many, the rest is not tried. */
+/** Each failure may take its full deadline; after this many, the rest is not tried. */
 const MOST_FAILURES = 3;
 
 /** What vLLM's engine sets for its communicators, for 16 channels. Otherwise the user's settings, and none of ours. */
@@ -136,7 +137,7 @@ export class Rig {
     };
   }
 
-  /** One check: what `run` returns goes into the result, and so does what it throws. Throws after too many failures. */
+  /** One check: what it returns goes into the result, and so does what it throws. Throws after too many failures. */
   async row(group: string, name: string, check: () => Promise<string>, observed?: 'observed'): Promise<void> {
     const start = performance.now();
     let ok = true;
@@ -150,7 +151,7 @@ export class Rig {
       console.error(`${ok ? 'ok    ' : 'FAILED'} ${group}: ${name}: ${value} (${milliseconds} ms)`);
     const failures = this.rows.filter((row) => !row.ok && !row.observed).length;
     if (failures >= MOST_FAILURES)
-      throw new Error(`${failures} checks have failed: the rest was not tried. The last: ${name}: ${value}`);
+      throw new Error(`${failures} checks failed, so the rest was not tried. The last: ${name}: ${value}`);
   }
 
   /** Ends the peers and engines of the checks so far. */
@@ -160,16 +161,14 @@ export class Rig {
     );
   }
 
-  #deadline<T>(work: Promise<T>, what: string): Promise<T> {
+  async #deadline<T>(work: Promise<T>, what: string): Promise<T> {
     const seconds = ROW_WAITS * this.options.patienceS;
-    let timer: NodeJS.Timeout | undefined;
-    const late = new Promise<never>((_, reject) => {
-      timer = setTimeout(
-        () => reject(new Error(`${what}: not over after ${seconds} s; it goes on without`)),
-        seconds * 1_000,
-      );
-    });
-    return Promise.race([work, late]).finally(() => clearTimeout(timer));
+    const done = await withDeadline(
+      work.then((value) => ({ value })),
+      seconds * 1_000,
+    );
+    if (done) return done.value;
+    throw new Error(`${what}: not done after ${seconds} s; going on without it`);
   }
 
   #hold<T extends { dispose(): Promise<void> }>(one: T): T {
@@ -220,7 +219,7 @@ export function must(condition: boolean, message: string): void {
 
 /** Compares what arrived with what was made from the seed. */
 export function mustBe(got: unknown, { shape, dtype }: TensorForm, seed: number): void {
-  must(got === sha256(seededBytes(shape, dtype, seed)), 'other bytes came than were sent');
+  must(got === sha256(seededBytes(shape, dtype, seed)), 'the bytes differ from those sent');
 }
 
 export function bytesOf({ shape, dtype }: TensorForm): string {

@@ -5,7 +5,7 @@ import { putToOurs } from './modes.ts';
 import { mustBe, type Rig, type TensorForm } from './rig.ts';
 
 const FORM: TensorForm = { shape: [64, 2, 16, 8, 128], dtype: 'bfloat16' };
-const GROUP = 'other settings on their end';
+const GROUP = 'different settings on their end';
 const SYSTEM_NCCL = ['/usr/lib/x86_64-linux-gnu/libnccl.so.2', '/usr/lib64/libnccl.so.2'];
 
 interface Setting {

@@ -9,6 +9,7 @@ import { renderReport } from '../doctor/render.ts';
 import { PdError } from '../errors.ts';
 import { packageVersion } from '../version.ts';
 import { resolveWorkerHere } from './device-auto.ts';
+import { print, splitArguments } from './run.ts';
 
 /** Those of pd-worker that are accepted here too; all others go after `--`. */
 const WORKER_FLAGS = [
@@ -40,9 +41,7 @@ export interface DoctorCommand {
 }
 
 export async function doctorCommand(argv: readonly string[], env: NodeJS.ProcessEnv): Promise<DoctorCommand> {
-  const end = argv.indexOf('--');
-  const own = end < 0 ? argv : argv.slice(0, end);
-  const extra = end < 0 ? [] : argv.slice(end + 1);
+  const [own, extra] = splitArguments(argv);
   const command = new Command('pd-doctor')
     .description(
       'Checks Node, libraries, GPUs, environment variables, ports and addresses, and says how to fix what is wrong.',
@@ -124,7 +123,6 @@ export async function main(argv: readonly string[] = process.argv.slice(2)): Pro
   const text = json
     ? `${JSON.stringify(report, undefined, 2)}\n`
     : renderReport(report, { colour, width: Math.max(60, Math.min(process.stdout.columns ?? 120, 160)) });
-  // exit does not wait until a pipe has taken everything
-  await new Promise<void>((resolve) => process.stdout.write(text, () => resolve()));
+  await print(text);
   process.exit(report.sound ? 0 : 1);
 }

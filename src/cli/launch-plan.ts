@@ -45,7 +45,7 @@ export interface LaunchPlan {
 
 type DeviceSettings = Pick<LaunchSettings, 'device' | 'executor' | 'prefill' | 'decode'>;
 
-/** One choice for all workers, made before anything starts. Throws what `chooseDevices` throws; CONFIG_INVALID for `cuda:N`, one GPU for all. */
+/** One choice for all workers, made before anything starts. Throws what `chooseDevices` throws; CONFIG_INVALID for `cuda:N`. */
 export async function launchDevices(
   settings: DeviceSettings,
   env: NodeJS.ProcessEnv = process.env,

@@ -16,6 +16,7 @@ import { SEND_TYPES } from '../wire/messages.ts';
 import { LaunchOutput, LogFiles } from './launch-output.ts';
 import { type LaunchPlan, type LaunchSettings, launchDevices, planLaunch } from './launch-plan.ts';
 import { Supervisor } from './launch-supervisor.ts';
+import { splitArguments } from './run.ts';
 
 const WORKERS = 'Workers';
 const PORTS = 'Ports';
@@ -115,9 +116,7 @@ export interface LaunchOptions {
 }
 
 export function launchOptions(argv: readonly string[], env: NodeJS.ProcessEnv): LaunchOptions {
-  const end = argv.indexOf('--');
-  const own = end < 0 ? argv : argv.slice(0, end);
-  const extra = end < 0 ? [] : argv.slice(end + 1);
+  const [own, extra] = splitArguments(argv);
   const command = addOptions(new Command('pd-launch'), LAUNCH_OPTIONS)
     .description('Starts a proxy, producers and consumers on this machine, and keeps them running.')
     .usage('[options] [-- flags for every pd-worker]')

@@ -6,6 +6,17 @@ export function startErrorLine(program: string, error: PdError): string {
   return `${program}: ${error.code}: ${error.message}\n  ${error.hint}`;
 }
 
+/** The arguments before and after `--`. */
+export function splitArguments(argv: readonly string[]): [own: readonly string[], extra: readonly string[]] {
+  const end = argv.indexOf('--');
+  return end < 0 ? [argv, []] : [argv.slice(0, end), argv.slice(end + 1)];
+}
+
+/** To stdout, to the last byte: exit does not wait until a pipe has taken everything. */
+export function print(text: string): Promise<void> {
+  return new Promise((resolve) => process.stdout.write(text, () => resolve()));
+}
+
 /** Runs a program's main; a failure is that line on stderr and exit status 1, with the stack at log level debug or trace. */
 export async function runCli(program: string, main: () => Promise<void>): Promise<void> {
   try {

@@ -230,7 +230,7 @@ function libc(): string {
   return header?.glibcVersionRuntime === undefined ? '' : `, glibc ${header.glibcVersionRuntime}`;
 }
 
-/** Without the loader's words for a missing file, which add nothing to the list of folders, and without the fix, which is shown by itself. */
+/** Without the loader's words for a missing file, which add nothing to the list of directories, and without the fix, shown separately. */
 function compact(error: string): string {
   return error
     .replaceAll(/: cannot open shared object file: No such file or directory/g, '')

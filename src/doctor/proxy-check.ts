@@ -242,7 +242,7 @@ function idFindings(id: string, instances: Instance[]): Finding[] {
   ];
 }
 
-/** Whether the consumer loaded the prompt's KV or computed it itself. Other requests may run too: the counters rise by at least this one. */
+/** Whether the consumer loaded the prompt's KV or computed it. Other requests may run too: counters rise by at least this one. */
 function moved(
   id: string,
   instances: Instance[],

@@ -46,12 +46,15 @@ export async function workerSection(url: string, timeoutMs: number): Promise<Sec
 
 /** Empty if the page cannot be read. */
 export async function metricsOf(url: string, timeoutMs: number): Promise<Metrics> {
-  const metrics = new Map<string, number>();
-  const text = await ask(url, timeoutMs).then(
-    (answer) => answer.text,
-    () => '',
+  return await ask(url, timeoutMs).then(
+    ({ text }) => parseMetrics(text),
+    () => new Map(),
   );
-  for (const line of text.split('\n')) {
+}
+
+export function parseMetrics(page: string): Metrics {
+  const metrics = new Map<string, number>();
+  for (const line of page.split('\n')) {
     const match = /^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)$/.exec(line);
     if (!match) continue;
     const labels = (match[2] ?? '').replace(/model_name="[^"]*",?/, '').replace(/,$/, '');
@@ -95,6 +98,12 @@ export function workerFindings({ role, requests, core }: WorkerState, metrics: M
     findings.push(fail(`integrity check: ${wrong}`, 'this is a bug: please report it'));
   if (!transfer) return [...findings, info('no transfer engine: this worker does prefill and decode itself')];
   findings.push(...memoryFindings(role, transfer, metrics));
+  for (const { peer, transport } of core.handOver?.producers ?? [])
+    findings.push(
+      info(
+        `KV of ${peer} is handed over natively, ${transport ? `by ${transport}` : 'once it is known how'}`,
+      ),
+    );
   const explained = new Set<PairState | FailureState>();
   for (const wait of transfer.waiting.slice(0, MOST_WAITS))
     findings.push(waitFinding(wait, transfer, explained));

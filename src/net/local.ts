@@ -14,7 +14,7 @@ export interface LocalOptions {
   readonly interfaces?: ReturnType<typeof networkInterfaces>;
 }
 
-/** An address of `family` that other machines may reach: `PD_HOST_IP`, else that of the first interface that is not loopback, else loopback. */
+/** An address of `family` that others may reach: `PD_HOST_IP`, else that of the first interface that is not loopback, else loopback. */
 export function localAddress(family: Family, options: LocalOptions = {}): string {
   const given = (options.env ?? process.env)['PD_HOST_IP'];
   if (given) {

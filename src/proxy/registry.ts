@@ -9,7 +9,7 @@
  * Two instances whose served model names are known and have none in common never fit either.
  */
 import type { Policy } from '../config/proxy-config.ts';
-import { asDestination, formatHostPort, type HostPort, parseHostPort } from '../net/address.ts';
+import { asDestination, type HostPort, httpUrl, parseHostPort } from '../net/address.ts';
 import type { KvEventPorts, SendType, WorkerLoad } from '../wire/messages.ts';
 import { Breaker } from './breaker.ts';
 import { choose, type PromptToPlace } from './placement.ts';
@@ -323,7 +323,7 @@ export function instanceLabel(instance: Pick<Instance, 'httpAddress' | 'zmqAddre
 /** Base URL of an instance's HTTP server, without the zone id, for which URLs have no place (see Upstream). */
 export function instanceUrl(instance: Instance): string {
   const { host, port } = instance.http;
-  return `http://${formatHostPort({ host: host.replace(/%.*$/, ''), port })}`;
+  return httpUrl({ host: host.replace(/%.*$/, ''), port });
 }
 
 function samePing(a: InstancePing, b: InstancePing): boolean {

@@ -13,13 +13,13 @@ import { type Fields, field, isFields, show } from './fields.ts';
 import { type BodyLimits, checkMsgpack, protocolError } from './limits.ts';
 
 declare const brand: unique symbol;
-/** The last 64 bits of a block's hash: eight characters of one byte each, the most significant first. */
+/** The last 64 bits of a block's hash: eight characters of one byte each, most significant first. */
 export type BlockKey = string & { readonly [brand]: 'BlockKey' };
 
 const KEY_BYTES = 8;
 
 export type KvEvent =
-  /** Blocks of one sequence, one after the other. */
+  /** Consecutive blocks of one sequence. */
   | {
       readonly type: 'stored';
       readonly keys: readonly BlockKey[];
@@ -62,7 +62,7 @@ const decoder = new Decoder({
   maxExtLength: 64,
 });
 
-/** As llm-d reads it. `pod`: HTTP address of the worker, as it tells it to others. */
+/** As llm-d reads it. `pod`: the HTTP address that the worker announces. */
 export function kvTopic(pod: string, model: string): string {
   return `kv@${pod}@${model}`;
 }
@@ -73,7 +73,7 @@ export function encodeSequence(sequence: number): Buffer {
   return bytes;
 }
 
-/** Throws MESSAGE_INVALID where it is not 8 bytes, or no safe integer. */
+/** Throws MESSAGE_INVALID if it is not 8 bytes, or not a safe integer. */
 export function decodeSequence(bytes: Uint8Array): number {
   if (bytes.length !== 8) throw protocolError('malformed', `sequence of ${bytes.length} bytes, not 8`);
   const sequence = Number(Buffer.from(bytes).readBigInt64BE());
@@ -101,12 +101,12 @@ export function encodeKvEvents(
 function eventFields(event: KvEvent, form: KvEventForm, medium: KvMedium): unknown {
   const named = namedFields(event, medium);
   if (form === 'map') return named;
-  // What came to the end of the list later than `medium` is left off, as old readers do not know it.
+  // Fields that were appended after `medium` are left out, since old readers do not know them.
   const { lora_name: _, ...known } = named;
   return Object.values(known);
 }
 
-/** In vLLM's order, which is that of the list, too. */
+/** In vLLM's order, which is also that of the list. */
 function namedFields(event: KvEvent, medium: KvMedium): Fields {
   switch (event.type) {
     case 'stored':
@@ -127,7 +127,7 @@ function namedFields(event: KvEvent, medium: KvMedium): Fields {
   }
 }
 
-/** Takes either form; passes over events of types that it does not know. Throws MESSAGE_INVALID or LIMIT_EXCEEDED. */
+/** Reads either form; skips events of unknown types. Throws MESSAGE_INVALID or LIMIT_EXCEEDED. */
 export function decodeKvEvents(body: Uint8Array): KvEventBatch {
   const batch = decodeValue(body, LIMITS, 'KV events');
   if (!Array.isArray(batch) || typeof batch[0] !== 'number' || !Array.isArray(batch[1])) {
@@ -226,7 +226,7 @@ export interface KvSnapshot {
 /** Of the keys of a snapshot: a million blocks. Bytes. */
 export const MAX_SNAPSHOT_BYTES = 8 * 2 ** 20;
 
-/** Two frames. Of more keys than fit the first are left out, which is as if they had been evicted. */
+/** Two frames. If there are more keys than fit, the first are left out, as if they had been evicted. */
 export function encodeSnapshot({ sequence, blockSize, keys }: KvSnapshot): readonly [Uint8Array, Uint8Array] {
   const told = keys.slice(-MAX_SNAPSHOT_BYTES / KEY_BYTES);
   const bytes = Buffer.allocUnsafe(told.length * KEY_BYTES);

@@ -114,29 +114,29 @@ export interface PingHello {
   readonly sendType?: SendType;
   /** Unknown names are ignored. Absent in pings of older workers. */
   readonly features?: readonly string[];
-  /** Absent in pings of before it was told. */
+  /** Absent in pings of older workers. */
   readonly load?: WorkerLoad;
-  /** Absent where it publishes none. */
+  /** Absent if it publishes none. */
   readonly events?: KvEventPorts;
 }
 
-/** Where a worker says what it has cached (kv-events.ts), on the host of its `zmq_address`. */
+/** The ports on which a worker publishes what it has cached (kv-events.ts), on the host of its `zmq_address`. */
 export interface KvEventPorts {
   readonly publish: number;
   readonly replay: number;
   readonly snapshot: number;
 }
 
-/** What a worker has to do, as it was when its ping left. */
+/** The load of a worker when it sent its ping. */
 export interface WorkerLoad {
   /** Requests in the batch. */
   readonly running: number;
-  /** Requests outside of it, those whose KV is on its way among them. */
+  /** Requests outside the batch, including those whose KV is being loaded. */
   readonly waiting: number;
-  /** Blocks of its KV cache that requests hold, of how many. */
+  /** Blocks of its KV cache that requests hold, and blocks in all. */
   readonly kvUsed: number;
   readonly kvBlocks: number;
-  /** Prompt tokens of requests here that are to be computed yet: neither cached nor to come from a peer. */
+  /** Prompt tokens that are still to be computed here: neither cached nor coming from a peer. */
   readonly queuedTokens: number;
 }
 
@@ -180,7 +180,7 @@ export type Answer =
       readonly verdicts: readonly PutVerdict[];
       readonly runs: readonly number[];
     }
-  /** GETS: what is here follows as one operation. `missing` may still come, `gone` will not (as with GET). `runs`: of those here, in the sender's memory. */
+  /** GETS: what is here follows as one operation. `missing` may still come, `gone` will not. `runs`: of those here, in the sender's memory. */
   | {
       readonly kind: 'gets';
       readonly seq: number;

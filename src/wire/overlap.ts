@@ -4,7 +4,7 @@ import { ERROR_TABLE, type ErrorCode, type ErrorContext, type ErrorData } from '
 /** In the `features` of a ping: both ends of a pair of such workers may get a request at the same time. */
 export const OVERLAP_FEATURE = 'overlap';
 
-/** Likewise, and in its hello: this worker speaks the native hand-over. */
+/** Likewise, and in its hello: this worker supports the native hand-over. */
 export const NATIVE_FEATURE = 'native';
 
 /** To a consumer: the KV of this request is still being computed, for at most this many milliseconds. */
@@ -19,14 +19,14 @@ export function readPrefillWithin(value: unknown): number | undefined {
   return Math.min(Number(value), LONGEST_MS);
 }
 
-/** To both ends of a pair: the wire that this request's KV takes. Without it both take the frozen one. */
+/** To both ends of a pair: the wire that this request's KV takes. Without it both use the frozen one. */
 export const WIRE_HEADER = 'x-pd-wire';
 
 const WIRES = ['native', 'frozen'] as const;
-/** `native`: written into place between ours (transfer/native). `frozen`: NEW, PUT and GET. */
+/** `native`: written into place between pd-workers (transfer/native). `frozen`: NEW, PUT and GET. */
 export type Wire = (typeof WIRES)[number];
 
-/** The header's value; undefined where there is none, or none that makes sense. */
+/** The header's value; undefined if it is absent or invalid. */
 export function readWire(value: unknown): Wire | undefined {
   return WIRES.find((wire) => wire === value);
 }

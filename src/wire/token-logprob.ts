@@ -2,7 +2,7 @@
 export interface TokenLogprob {
   readonly token: number;
   readonly logprob: number;
-  /** How many tokens are at least as likely, itself among them: 1 for the likeliest. Of tokens of a prompt alone. */
+  /** How many tokens are at least as likely, including itself: 1 for the likeliest. Only for tokens of a prompt. */
   readonly rank?: number;
   /** Most likely first; the sampled token is not necessarily among them. */
   readonly top: readonly { readonly token: number; readonly logprob: number }[];

@@ -11,7 +11,7 @@ import type { WorkerConfig } from '../config/worker-config.ts';
 import { deferred } from '../deferred.ts';
 import { prepareNativeEnvironment } from '../device/native-env.ts';
 import type { PdError } from '../errors.ts';
-import { formatHostPort, type HostPort } from '../net/address.ts';
+import { formatHostPort, type HostPort, httpUrl } from '../net/address.ts';
 import { assertBindable, listenError } from '../net/port-holder.ts';
 import { createLogger, type Logger } from '../observability/log.ts';
 import { MetricsPage } from '../observability/metrics.ts';
@@ -140,7 +140,7 @@ export class PdWorker {
         `Serving ${config.servedModelNames.join(', ')} as ${config.role} on ${config.transfer.device}` +
           `: ${numBlocks} KV blocks of ${blockSize} tokens, up to ${maxModelLen} tokens a sequence`,
       );
-      log.info(`Running on http://${formatHostPort(httpAddress)}`);
+      log.info(`Running on ${httpUrl(httpAddress)}`);
       events?.announce(formatHostPort(httpAddress));
       core.onCacheChange((changes) => events?.publish(changes));
       core.tell({

@@ -1,5 +1,6 @@
 /** A proxy, producers and consumers as real processes on free ports, and what a check asks of them. */
 import { freePorts } from '../../src/net/free-ports.ts';
+import { metricsOf as metricsAt } from '../../support/serving.ts';
 import { Program } from './process.ts';
 
 export interface WorkerHandle {
@@ -90,18 +91,6 @@ export async function untilListed(
   }
 }
 
-/** One /metrics page as name{labels} -> value, the constant label model_name left out. */
-export async function metricsOf(worker: WorkerHandle): Promise<Map<string, number>> {
-  const text = await (await fetch(`${worker.url}/metrics`)).text();
-  const metrics = new Map<string, number>();
-  for (const line of text.split('\n')) {
-    const match = /^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)$/.exec(line);
-    if (!match) continue;
-    const labels = (match[2] ?? '')
-      .split(',')
-      .filter((label) => label && !label.startsWith('model_name='))
-      .join(',');
-    metrics.set(labels ? `${match[1]}{${labels}}` : match[1]!, Number(match[3]));
-  }
-  return metrics;
+export function metricsOf({ url }: WorkerHandle): Promise<ReadonlyMap<string, number>> {
+  return metricsAt(url);
 }

@@ -258,7 +258,7 @@ describe('pd-bench serve', () => {
     await expect(serve(options('--url', 'localhost:1'), quiet())).rejects.toMatchObject({
       code: 'CONFIG_INVALID',
     });
-    expect(() => options('--request-rate', '1', '--concurrency', '1')).toThrow('give one of them');
+    expect(() => options('--request-rate', '1', '--concurrency', '1')).toThrow('give only one of them');
     expect(() => options('--extra-body', '[1]')).toThrow('--extra-body');
   });
 });

@@ -39,9 +39,9 @@ test('lists, sizes in any order, and other GPUs', () => {
 
 test.each([
   [['--devices', 'cuda:0'], 'is not two devices'],
-  [['--devices', 'cuda:1,cuda:1'], 'NCCL refuses both ends of a pair on one GPU'],
+  [['--devices', 'cuda:1,cuda:1'], 'NCCL refuses to connect two ranks on one GPU'],
   [['--devices', 'host,cuda:0'], 'share no transport'],
-  [['--devices', 'host,host', '--device', 'host'], 'give one of them'],
+  [['--devices', 'host,host', '--device', 'host'], 'give only one of them'],
   [['--tokens', '16,0'], '--tokens'],
   [['--send-type', 'PUT,PUT'], '--send-type'],
   [['--rounds', '2'], '--rounds'],

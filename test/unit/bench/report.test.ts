@@ -81,7 +81,7 @@ test('a part that failed, one that was cut off and one that never ended are resu
   const report = readReport(folder, 'run');
   expect(isSound(report)).toBe(false);
   const summary = renderSummary(report);
-  expect(summary).toContain('soak: FAILED: not done within its time after 60 s');
+  expect(summary).toContain('soak: FAILED: timed out after 60 s');
   expect(summary).toContain('faults: FAILED, status 1');
   const text = readFileSync(`${writeReport(report, folder)}.md`, 'utf8');
   expect(text).toContain('last words');

@@ -44,7 +44,7 @@ afterEach(() => vi.unstubAllEnvs());
 
 test('the shipped kernels and the parameters in the manifest are those of their sources', () => {
   expect(execFileSync('scripts/build-kernels.sh', ['--check'], { encoding: 'utf8' })).toContain(
-    'manifest fits',
+    'manifest matches',
   );
 });
 

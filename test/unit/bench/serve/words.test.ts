@@ -74,7 +74,7 @@ describe('a file of prompts', () => {
     ]);
     expect(() => readPrompts(file('b.jsonl', '{"prompt":"x"}\n{"text":"y"}'))).toThrow('line 2');
     expect(() => readPrompts(file('c.jsonl', 'x'))).toThrow('line 1 is not JSON');
-    expect(() => readPrompts(file('d.txt', '\n'))).toThrow('holds no prompt');
+    expect(() => readPrompts(file('d.txt', '\n'))).toThrow('contains no prompt');
     expect(() => readPrompts(join(dir, 'none'))).toThrow('cannot read');
   });
 });
