@@ -34,8 +34,8 @@ const { values: options } = parseArgs({
 
 const HOST = '127.0.0.1';
 /** Of a system prompt that four conversations share, and of what each turn adds. Token ids, or words. */
-const SYSTEM = 192;
-const TURN = 48;
+const SYSTEM = 96;
+const TURN = 96;
 const OUTPUT = 16;
 const SHARED_BY = 4;
 const START_MS = 120_000;
