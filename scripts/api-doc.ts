@@ -33,7 +33,6 @@ const FIELDS: Readonly<Record<GenerationPath, string>> = {
 /** Where one word is not all. */
 const NOTES: Readonly<Record<string, string>> = {
   best_of: 'refused, but for the value of `n`',
-  tool_choice: '`auto`, `none`; others are refused',
 };
 
 /** Fields of OpenAI and vLLM that nothing is decided of, as `path field`. */

@@ -6,7 +6,7 @@
 #
 #   ./scripts/pair-results.sh                      two GPUs; from a checkout, or from the archive of `npm run bundle`
 #   ./scripts/pair-results.sh --models DIR         a directory with room for 16 GB; a checkpoint in it is used
-#   ./scripts/pair-results.sh --only demo          or --only llama-8b; --send-types PUT,GET: instead of all three
+#   ./scripts/pair-results.sh --only demo          or --only llama-8b; --send-types PUT,GET: instead of native and all three
 #   ./scripts/pair-results.sh --device host --only demo --small --out DIR      a trial run without a GPU, in a minute
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -20,7 +20,7 @@ while [ $# -gt 0 ]; do
   case "$1" in
     --models) models="${2:?--models needs a directory}" ;;
     --only) names=("${2:?--only needs demo or llama-8b}"); line+=" $1 $2" ;;
-    --send-types) types=("$1" "${2:?--send-types needs some of PUT,PUT_ASYNC,GET}"); line+=" $1 $2" ;;
+    --send-types) types=("$1" "${2:?--send-types needs some of native,PUT,PUT_ASYNC,GET}"); line+=" $1 $2" ;;
     *) results_option "$@" || usage ;;
   esac
   shift "$taken"

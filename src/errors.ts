@@ -34,6 +34,10 @@ export const ERROR_TABLE = {
     status: 499,
     hint: 'The client disconnected or the request was cancelled; nothing to do.',
   },
+  OVERLOADED: {
+    status: 429,
+    hint: 'The proxy is at its limit (--max-running, --max-running-tokens) and its queue is full: retry after the seconds in Retry-After.',
+  },
   SERVER_DRAINING: { status: 503, hint: 'The worker is stopping; send the request to another one.' },
   // wire
   MESSAGE_INVALID: {

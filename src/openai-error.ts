@@ -15,14 +15,23 @@ export interface OpenAiError {
 }
 
 /** Headers of an error response: when another try may succeed. */
-export function retryHeaders({ status }: PdError): { readonly 'retry-after'?: string } {
+export function retryHeaders({ status, context }: PdError): { readonly 'retry-after'?: string } {
+  const { retryAfter } = context;
+  if (status === 429) return { 'retry-after': typeof retryAfter === 'number' ? String(retryAfter) : '1' };
   return status === 503 ? { 'retry-after': '3' } : {};
 }
 
 export function openAiError(error: PdError): OpenAiError {
   const { status, code, message } = error;
   const { context, cause } = error.toData();
-  const type = status === 404 ? 'not_found_error' : status < 500 ? 'invalid_request_error' : 'server_error';
+  const type =
+    status === 404
+      ? 'not_found_error'
+      : status === 429
+        ? 'rate_limit_error'
+        : status < 500
+          ? 'invalid_request_error'
+          : 'server_error';
   const param = typeof context['param'] === 'string' ? context['param'] : null;
   const fields = { message, type, param, code };
   return { error: status < 500 ? fields : { ...fields, context, ...(cause && { cause }) } };

@@ -12,7 +12,7 @@ import { runBytes, runOffset, runsPerBlock } from '../../src/kv/layout.ts';
 import { DirectEndpoint, type DirectLink } from '../../src/transport/direct/endpoint.ts';
 import { createWhenFree, ExportedCache, processesWith } from '../../src/transport/direct/exported-cache.ts';
 import { CacheMapping } from '../../src/transport/direct/mapping.ts';
-import { OwnerPage, PAGE_BYTES, WriterPage } from '../../src/transport/direct/page.ts';
+import { OwnerPage, PAGE_BYTES, SLOTS, WriterPage } from '../../src/transport/direct/page.ts';
 import { type BlockTables, type DirectWriter, DirectWriters } from '../../src/transport/direct/writer.ts';
 import type { CacheCheck, DirectAnswer, DirectCommand } from './direct-rig.ts';
 
@@ -26,6 +26,7 @@ const admitted = new Set<string>();
 let cache: ExportedCache | undefined;
 /** As owner: the page that the last admitted process writes into. */
 let page: OwnerPage | undefined;
+let freeSlots: number[] = [];
 const links = new Set<DirectLink>();
 /** As writer. */
 let mapping: CacheMapping | undefined;
@@ -44,6 +45,7 @@ const endpoint = await DirectEndpoint.listen({
     if (!admitted.has(from) || !cache) return undefined;
     const made = OwnerPage.create();
     page = new OwnerPage(made.ref);
+    freeSlots = Array.from({ length: SLOTS }, (_, i) => SLOTS - i);
     // sent before this turn of the loop is over
     setImmediate(() => closeSync(made.descriptor));
     return { offer: { claims: cache.claims, cache: cache.descriptor, page: made.descriptor } };
@@ -179,7 +181,8 @@ async function unmapBesideKernel(repeat: number): Promise<Partial<DirectAnswer>>
     page: made.ref,
     pageOnDevice,
   });
-  const slot = owner.grant(1)!;
+  const slot = 1;
+  owner.grant(slot, 1);
   const all = Int32Array.from({ length: local.claims.blocks }, (_, i) => i);
   const lists = by.tables(all, all)!;
   const start = performance.now();
@@ -227,14 +230,17 @@ async function run(command: DirectCommand): Promise<Partial<DirectAnswer>> {
       await fill(command.seed);
       return {};
     case 'grant': {
-      const slot = page!.grant(command.seq);
-      return slot === undefined ? {} : { slot };
+      const slot = freeSlots.pop();
+      if (slot === undefined) return {};
+      page!.grant(slot, command.seq);
+      return { slot };
     }
     case 'revoke':
       page!.revoke(command.slot);
       return {};
     case 'give':
-      page!.give(command.slot);
+      page!.revoke(command.slot);
+      freeSlots.push(command.slot);
       return {};
     case 'tables':
       tables?.release();

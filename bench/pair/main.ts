@@ -31,7 +31,12 @@ program
   .option('--name <name>', 'name in the report (default: that of its directory)')
   .addOption(new Option('--device <device>').choices(['host', 'cuda']).default('cuda'))
   .requiredOption('--output <file>')
-  .option('--send-types <list>', 'send types, separated by commas', list, ['PUT', 'PUT_ASYNC', 'GET'])
+  .option('--send-types <list>', 'native, and send types of the frozen wire, separated by commas', list, [
+    'native',
+    'PUT',
+    'PUT_ASYNC',
+    'GET',
+  ])
   .option(
     '--modes <list>',
     'batch-invariant, usual (default: both; on the host, where they are one, usual)',

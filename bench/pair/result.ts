@@ -60,7 +60,7 @@ export function writeReport(results: readonly PairResult[], out: string, command
     body: [
       'The same requests, as token ids, go to an undivided worker and to a proxy with a producer and a consumer. Consumers run with',
       '`--kv-load-failure fail`. A load passes only if the metrics show one KV load per request, none recomputed or failed, one computed prompt',
-      'token per request (except after preemption), and the expected bytes of KV (except where prefix caches held some).',
+      'token per request (natively none; any after preemption), and the expected bytes of KV (except where prefix caches held some).',
       ...results.flatMap(modelLines),
     ],
     json: { command, results },

@@ -124,7 +124,8 @@ export class PairRun {
     const pair = await startPair(system, sendType);
     try {
       for (const [i, load] of loads.entries()) {
-        const found = await checkLoad({ load, expected: expected[i]!, undivided, pair, blockBytes, noise });
+        const checked = { load, expected: expected[i]!, undivided, pair, way: sendType, blockBytes, noise };
+        const found = await checkLoad(checked);
         this.#checks.push({ mode, sendType, ...found });
         const { problems, same, requests, effect } = found;
         const text = [`${same} of ${requests} the same`, effect, ...problems.slice(0, 3)].filter(Boolean);

@@ -41,15 +41,22 @@ export async function startUndivided(options: SystemOptions): Promise<Undivided>
   return { client: await Client.connect(found), url: found, stop };
 }
 
-/** A request whose KV does not arrive fails, so that every answer proves that KV moved. */
-export async function startPair(options: SystemOptions, sendType?: string): Promise<Pair> {
+/** KV goes by the native hand-over instead of the frozen wire with one of its send types. */
+export const NATIVE = 'native';
+
+/**
+ * `way`: `NATIVE` or a send type; absent: as workers choose by themselves. A request whose KV does not arrive fails, so that every answer
+ * proves that KV moved.
+ */
+export async function startPair(options: SystemOptions, way?: string): Promise<Pair> {
   const args = ['--json', '--free-ports', '--device', options.device];
-  if (sendType !== undefined) args.push('--send-type', sendType);
+  const wire = way === undefined ? [] : ['--wire', way === NATIVE ? 'native' : 'frozen'];
+  if (way !== undefined && way !== NATIVE) args.push('--send-type', way);
   const { found, stop } = await start(
     'pair',
     [
       ...[programFile('pd-launch'), ...args, '--model', options.model, '--kv-load-failure', 'fail'],
-      ...['--', ...options.flags],
+      ...['--', ...options.flags, ...wire],
     ],
     (line) => (line.startsWith('{"proxy"') ? (JSON.parse(line) as Addresses) : undefined),
     options.onLine,

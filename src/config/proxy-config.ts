@@ -40,11 +40,24 @@ export interface ProxyConfig {
   readonly decodePolicy?: Policy;
   /** Header that names the session of a request; without it the body's `user` does. Lower case. */
   readonly sessionHeader: string;
+  /** A prompt of which at most so many tokens are not cached on its consumer goes to that alone; 0: none does. */
+  readonly bypassTokens: number;
+  /** Requests under way at most; 0: any number. */
+  readonly maxRunning: number;
+  /** Prompt tokens of requests under way at most, about; 0: any number. */
+  readonly maxRunningTokens: number;
+  /** Requests that wait for their turn at most. */
+  readonly maxQueued: number;
+  /** For that turn to come. */
+  readonly queueTimeoutMs: number;
+  /** Between two looks at each instance's GET /health; 0: none. */
+  readonly healthIntervalMs: number;
   readonly drainTimeoutMs: number;
   readonly log: LogOptions;
 }
 
 const ROUTING = 'Routing';
+const LIMITS = 'Limits';
 
 /** A new option is a row here and its field above. */
 export const PROXY_OPTIONS = defineOptions({
@@ -113,6 +126,47 @@ export const PROXY_OPTIONS = defineOptions({
     help: "header that names a request's session for the policy `session`; without it the body's `user` does",
     group: ROUTING,
     default: 'x-session-id',
+  }),
+  bypassTokens: option({
+    field: 'bypassTokens',
+    kind: integer(0, 2 ** 20),
+    help: 'a prompt of which at most so many tokens are not cached on its consumer goes to that alone; 0: none does',
+    group: ROUTING,
+    default: 0,
+  }),
+  maxRunning: option({
+    field: 'maxRunning',
+    kind: integer(0, 2 ** 20),
+    help: 'most requests under way; 0: any number',
+    group: LIMITS,
+    default: 0,
+  }),
+  maxRunningTokens: option({
+    field: 'maxRunningTokens',
+    kind: integer(0, 2 ** 40),
+    help: 'most prompt tokens of requests under way, about; 0: any number',
+    group: LIMITS,
+    default: 0,
+  }),
+  maxQueued: option({
+    field: 'maxQueued',
+    kind: integer(0, 2 ** 20),
+    help: 'most requests that wait for their turn; others are answered 429',
+    group: LIMITS,
+    default: 256,
+  }),
+  queueTimeout: option({
+    field: 'queueTimeoutMs',
+    kind: duration(1),
+    help: 'for that turn to come; then 429',
+    group: LIMITS,
+    default: 30_000,
+  }),
+  healthInterval: option({
+    field: 'healthIntervalMs',
+    kind: duration(0),
+    help: "between two looks at each instance's GET /health; 0: none",
+    default: 5_000,
   }),
   drainTimeout: option({
     field: 'drainTimeoutMs',

@@ -91,6 +91,9 @@ export function toWorkerConfig(options: WorkerOptions, outside: WorkerEnvironmen
     throw new PdError('CONFIG_INVALID', '--executor: "cuda" needs --device cuda:N');
   }
   const http: HostPort = { host: options.host, port: options.port ?? HTTP_PORTS[options.role] };
+  if (options.transport !== 'auto' && (options.transport === 'host') === onCuda) {
+    throw new PdError('CONFIG_INVALID', `--transport ${options.transport} does not reach --device ${device}`);
+  }
   // Not every interface: the address told to peers is the one bound, so a firewall rule or a second network shows at once.
   // PD_HOST_IP is an address for others: the machine itself may not have it, so it is never bound.
   const kvHost = options.kvHost ?? defaultAddress(outside);
@@ -110,6 +113,11 @@ export function toWorkerConfig(options: WorkerOptions, outside: WorkerEnvironmen
     modelDir,
     servedModelNames: options.servedModelName ?? [options.model ?? 'demo'],
     executor,
+    // the connector that vLLM's JSON names moves KV by NCCL
+    transport:
+      options.transport === 'auto' && options.kvTransferConfig !== undefined && onCuda
+        ? 'nccl'
+        : options.transport,
     http,
     httpAnnounceHost,
     ...(options.proxy && { proxy: asDestination(options.proxy) }),

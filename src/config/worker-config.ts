@@ -19,6 +19,13 @@ export const WIRE_CHOICES = ['auto', 'native', 'frozen'] as const;
  */
 export type WireChoice = (typeof WIRE_CHOICES)[number];
 
+export const TRANSPORT_CHOICES = ['auto', 'direct', 'nccl', 'host'] as const;
+/**
+ * How the bytes of a native hand-over travel. `auto`: on a GPU `direct` where both workers are of one host, else `nccl`; on the host `host`.
+ * Of two settings the weaker holds.
+ */
+export type TransportChoice = (typeof TRANSPORT_CHOICES)[number];
+
 export const EXECUTORS = ['host', 'cuda'] as const;
 
 /** `loopback`: clients on this machine. */
@@ -54,6 +61,7 @@ export interface WorkerConfig {
   readonly debugState?: DebugAudience;
   /** The same on both ends of a pair, or `auto` on one. */
   readonly wire: WireChoice;
+  readonly transport: TransportChoice;
   readonly loadFailure: LoadFailurePolicy;
   readonly maxNumSeqs: number;
   readonly maxNumBatchedTokens: number;

@@ -31,6 +31,7 @@ import { DEFAULT_LIMITS, DEFAULT_TIMEOUTS, KV_KEYS } from './transfer-options.ts
 import {
   EXECUTORS,
   LOAD_FAILURE_POLICIES,
+  TRANSPORT_CHOICES,
   WIRE_CHOICES,
   WORKER_ROLES,
   type WorkerConfig,
@@ -163,6 +164,14 @@ export const WORKER_OPTIONS = defineOptions({
     group: KV,
     help: 'between workers of ours: native, written into place; frozen, as with vLLM; auto, native where the proxy sees that both can',
     default: 'auto',
+  }),
+  transport: option({
+    field: 'transport',
+    kind: oneOf(TRANSPORT_CHOICES),
+    group: KV,
+    help: "how a native hand-over's bytes travel: direct, into a cache of the same host; nccl; host; auto, the first that both can",
+    default: 'auto',
+    defaultText: "auto; nccl with vLLM's JSON",
   }),
   kvBufferSize: option({
     field: 'transfer.kvBufferSize',

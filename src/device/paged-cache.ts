@@ -14,6 +14,13 @@ export function attentionLayerName(index: number): string {
   return `model.layers.${index}.self_attn.attn`;
 }
 
+/** How a worker takes the memory of its cache. */
+export type CacheAllocator = (
+  device: Device,
+  layout: PagedLayout,
+  names: readonly string[],
+) => Promise<readonly NamedLayer[]> | readonly NamedLayer[];
+
 /** Allocates `names.length` layers, for the life of the device. Throws OUT_OF_DEVICE_MEMORY. */
 export function allocatePagedCache(
   device: Device,

@@ -98,6 +98,12 @@ export function workerFindings({ role, requests, core }: WorkerState, metrics: M
     findings.push(fail(`integrity check: ${wrong}`, 'this is a bug: please report it'));
   if (!transfer) return [...findings, info('no transfer engine: this worker does prefill and decode itself')];
   findings.push(...memoryFindings(role, transfer, metrics));
+  for (const { peer, transport } of core.handOver?.producers ?? [])
+    findings.push(
+      info(
+        `KV of ${peer} is handed over natively, ${transport ? `by ${transport}` : 'once it is known how'}`,
+      ),
+    );
   const explained = new Set<PairState | FailureState>();
   for (const wait of transfer.waiting.slice(0, MOST_WAITS))
     findings.push(waitFinding(wait, transfer, explained));

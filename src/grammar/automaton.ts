@@ -231,6 +231,7 @@ function subsets(nfa: Nfa, budget: Budget, mostStates: number | undefined): Auto
 
 /** Sorted. */
 function closure(nfa: Nfa, states: readonly number[], budget: Budget): readonly number[] {
+  if (states.length === 1 && nfa.empty[states[0]!]!.length === 0) return states;
   const seen = new Set(states);
   for (const state of seen) {
     const next = nfa.empty[state]!;
@@ -247,7 +248,8 @@ interface SplitEdge {
 }
 
 /** The edges again, cut so that none overlap; neighbours with the same targets are one. */
-function splitByByte(edges: readonly ByteEdge[], budget: Budget): SplitEdge[] {
+function splitByByte(edges: readonly ByteEdge[], budget: Budget): readonly SplitEdge[] {
+  if (edges.length < 2) return edges.map(({ low, high, to }) => ({ low, high, targets: [to] }));
   const cuts = [...new Set(edges.flatMap(({ low, high }) => [low, high + 1]))].sort((a, b) => a - b);
   const split: { low: number; high: number; targets: number[]; key: string }[] = [];
   const sorted = [...edges].sort((a, b) => a.low - b.low);

@@ -8,6 +8,7 @@ import { choice, type Expression, type Grammar, text } from './expression.ts';
 import { anyObject } from './json.ts';
 import { jsonSchemaGrammar } from './json-schema.ts';
 import { regexExpression } from './regex.ts';
+import { eitherGrammar, type ThoughtMarkers, thoughtfulGrammar } from './whole.ts';
 
 export type GrammarSpec =
   | { readonly kind: 'json-object' }
@@ -16,6 +17,9 @@ export type GrammarSpec =
   | { readonly kind: 'regex'; readonly source: string }
   | { readonly kind: 'choice'; readonly texts: readonly string[] }
   | ({ readonly kind: 'calls' } & CallSpec)
+  | { readonly kind: 'either'; readonly options: readonly GrammarSpec[] }
+  /** Thoughts, and behind them an answer of that form. */
+  | ({ readonly kind: 'thoughtful'; readonly answer: GrammarSpec } & ThoughtMarkers)
   /** Begun in rule `root`. */
   | { readonly kind: 'ebnf'; readonly source: string };
 
@@ -38,6 +42,10 @@ function grammarOf(spec: GrammarSpec, budget: Budget): Grammar {
       return only('choice', choice(...spec.texts.map(text)));
     case 'calls':
       return callGrammar(spec, budget);
+    case 'either':
+      return eitherGrammar(spec.options.map((option) => grammarOf(option, budget)));
+    case 'thoughtful':
+      return thoughtfulGrammar(spec, grammarOf(spec.answer, budget));
     case 'ebnf':
       return ebnfGrammar(spec.source);
   }

@@ -19,7 +19,7 @@ import {
   sequence,
   text,
 } from './expression.ts';
-import { BOOLEAN, jsonRules, keyBesides, literal, member, quoted, stringOf } from './json.ts';
+import { jsonRules, keyBesides, literal, member, quoted, stringOf } from './json.ts';
 import { insideString, regexExpression } from './regex.ts';
 import { difference, intersection, isNothing, matches } from './regular.ts';
 import {
@@ -40,6 +40,7 @@ import {
   typesOverlap,
 } from './schema-facts.ts';
 import { formatExpression } from './schema-formats.ts';
+import { negation } from './schema-negation.ts';
 import { numberExpression } from './schema-numbers.ts';
 import { equalValues, satisfies } from './schema-values.ts';
 
@@ -126,8 +127,15 @@ class SchemaCompiler {
     if (first) return this.#alternatives(first, schemas);
     const unsupported = firstUnsupported(facts);
     if (unsupported) throw unsupported;
-    if (facts.anything && facts.formats.length === 0) return this.#json.value;
     const types = typesOf(facts);
+    for (const type of ['array', 'object'] as const) {
+      if (types && !types.has(type)) continue;
+      if (facts.excluded.some((value) => typeOf(value) === type)) {
+        const { pointer } = schemas[0] ?? FREE;
+        throw unsupportedKeyword('not', pointer, `excludes an ${type}, which no grammar here can express`);
+      }
+    }
+    if (facts.anything && facts.formats.length === 0) return this.#json.value;
     return choice(
       ...TYPES.flatMap((type) => {
         const isInteger = type === 'number' && types?.has('integer') && !types.has('number');
@@ -153,9 +161,14 @@ class SchemaCompiler {
     const rest = this.#without(alternatives, schemas);
     const combined = options.map((option) => [...rest, ...option]);
     if (exactlyOne) {
-      combined.forEach((one, i) => {
-        combined.slice(0, i).forEach((other) => {
-          if (this.#exclude(one, other, MOST_COMPARED) || this.#exclude(other, one, MOST_COMPARED)) return;
+      options.forEach((option, i) => {
+        options.forEach((other, j) => {
+          if (i === j || this.#exclude([...rest, ...option], [...rest, ...other], MOST_COMPARED)) return;
+          const [{ schema }] = other as readonly [Located];
+          if (negation({ schema, pointer }, this.#document)) {
+            combined[i]!.push({ schema: this.#notOf(schema), pointer });
+            return;
+          }
           throw unsupportedKeyword(
             keyword,
             pointer,
@@ -169,7 +182,7 @@ class SchemaCompiler {
 
   readonly #stripped = new Map<string, Located>();
 
-  #without({ keyword, pointer, name }: Alternatives, schemas: readonly Located[]): Located[] {
+  #without({ keyword, schema: holder, name }: Alternatives, schemas: readonly Located[]): Located[] {
     const rest: Located[] = [];
     const seen = new Set<unknown>();
     const open = [...schemas].reverse();
@@ -183,7 +196,7 @@ class SchemaCompiler {
       if (Array.isArray(allOf)) {
         open.push(...allOf.map((inner, i) => located(inner, below(one.pointer, 'allOf', i))));
       }
-      const holdsIt = one.pointer === pointer && others[keyword] !== undefined;
+      const holdsIt = schema === holder;
       if (!holdsIt && $ref === undefined && allOf === undefined) {
         rest.push(one);
         continue;
@@ -213,6 +226,15 @@ class SchemaCompiler {
     return known;
   }
 
+  readonly #nots = new Map<unknown, SchemaObject>();
+
+  /** The same object each time, so that it is known again. */
+  #notOf(schema: SchemaObject | boolean): SchemaObject {
+    const known = this.#nots.get(schema) ?? { not: schema };
+    this.#nots.set(schema, known);
+    return known;
+  }
+
   /** Whether it can be shown that nothing written for `a` satisfies `b`. */
   #exclude(a: readonly Located[], b: readonly Located[], depth: number): boolean {
     if (depth === 0) return false;
@@ -239,11 +261,12 @@ class SchemaCompiler {
   }
 
   #ofType(type: TypeName, facts: Facts): Expression {
+    const { excluded } = facts;
     switch (type) {
       case 'null':
-        return text('null');
+        return excluded.includes(null) ? NOTHING : text('null');
       case 'boolean':
-        return BOOLEAN;
+        return choice(...[true, false].filter((value) => !excluded.includes(value)).map(literal));
       case 'integer':
       case 'number':
         return numberExpression(facts, type === 'integer', this.#budget);
@@ -256,7 +279,7 @@ class SchemaCompiler {
     }
   }
 
-  #string({ minLength, maxLength, patterns, formats }: Facts): Expression {
+  #string({ minLength, maxLength, patterns, notPatterns, formats, excluded }: Facts): Expression {
     if (minLength > maxLength) return NOTHING;
     const insides = patterns.map(({ value, pointer }) =>
       insideString(named('pattern', pointer, () => regexExpression(value, 'within'))),
@@ -269,10 +292,22 @@ class SchemaCompiler {
       insides.push(insideString(format));
     }
     const isLimited = minLength > 0 || Number.isFinite(maxLength);
-    if (insides.length === 0) return isLimited ? stringOf(minLength, maxLength) : this.#json.string;
+    const without = [
+      ...notPatterns.map(({ value, pointer }) =>
+        insideString(named('pattern', pointer, () => regexExpression(value, 'within'))),
+      ),
+      ...excluded.flatMap((value) =>
+        typeof value === 'string' ? [text(JSON.stringify(value).slice(1, -1))] : [],
+      ),
+    ];
+    if (insides.length === 0 && without.length === 0)
+      return isLimited ? stringOf(minLength, maxLength) : this.#json.string;
     // A pattern writes each character in one way only.
-    if (isLimited) insides.push(repeat(insideString(characters([0, LAST_CODE_POINT])), minLength, maxLength));
-    return quoted(insides.reduce((all, one) => intersection(all, one, this.#budget)));
+    if (isLimited || insides.length === 0) {
+      insides.push(repeat(insideString(characters([0, LAST_CODE_POINT])), minLength, maxLength));
+    }
+    const all = insides.reduce((some, one) => intersection(some, one, this.#budget));
+    return quoted(without.reduce((some, one) => difference(some, one, this.#budget), all));
   }
 
   #array(facts: Facts): Expression {
@@ -465,7 +500,9 @@ class SchemaCompiler {
       }
       if (isNothing(key, this.#budget)) continue;
       const value = schemas.length > 0 ? this.#schema(schemas) : this.#json.value;
-      members.push(member(this.#json.blanks, key, value));
+      // A rule of its own, without calls: masks inside of it are found the quick way.
+      const number = this.#rules.push({ name: 'other key', body: key }) - 1;
+      members.push(member(this.#json.blanks, rule(number), value));
     }
     return members;
   }

@@ -57,7 +57,7 @@ export const NUMBER: Expression = sequence(
   optional(sequence(text('.'), repeat(DIGIT, 1, MOST_DIGITS))),
   optional(sequence(oneOf('eE'), optional(oneOf('+-')), repeat(DIGIT, 1, 2))),
 );
-export const BOOLEAN: Expression = choice(text('true'), text('false'));
+const BOOLEAN: Expression = choice(text('true'), text('false'));
 
 /** A string of so many characters. */
 export function stringOf(min: number, max: number): Expression {

@@ -14,6 +14,8 @@ const SHORT_WALK = 6000;
 const SHORT_LIST = 1024;
 /** Places where a rule is left, above which they are looked up by the byte that comes next. */
 const FEW_EXITS = 2048;
+/** A table of a rule takes half a kilobyte a state. */
+const MOST_FLAT_STATES = 1024;
 /** Parts of masks kept per grammar, and of those that all grammars share. */
 const MOST_PARTS = 48;
 
@@ -35,21 +37,10 @@ export class Vocabulary {
   readonly words: number;
   /** Parts by the shape of their rule. */
   readonly parts = new Map<string, Part>();
-  #byByte: readonly Int32Array[] | undefined;
 
   constructor(data: VocabularyData) {
     this.data = data;
     this.words = maskWords(data.size);
-  }
-
-  /** Nodes that a byte leads to. */
-  nodesOf(byte: number): Int32Array {
-    if (!this.#byByte) {
-      const lists = Array.from({ length: 256 }, (): number[] => []);
-      for (let node = 1; node < this.data.bytes.length; node++) lists[this.data.bytes[node]!]!.push(node);
-      this.#byByte = lists.map((list) => Int32Array.from(list));
-    }
-    return this.#byByte[byte]!;
   }
 }
 
@@ -147,12 +138,13 @@ export class TokenGrammar {
   /** Tokens that leave the rule on their way and go on in `after`. */
   #addExits(part: Part, least: number, most: number, after: GrammarState, bits: Uint32Array): void {
     if (after.isOver) return;
-    const { bytes, ends, parents } = this.#vocabulary.data;
+    const { bytes, ends, parents, byByteStart, byByte } = this.#vocabulary.data;
     if (part.exitAt) {
       for (let byte = 0; byte < 256; byte++) {
         const next = this.#states.step(after, byte);
         if (next === null) continue;
-        for (const node of this.#vocabulary.nodesOf(byte)) {
+        for (let i = byByteStart[byte]!; i < byByteStart[byte + 1]!; i++) {
+          const node = byByte[i]!;
           const at = part.exitAt[parents[node]!]!;
           if (at > 0 && at - 1 >= least && at - 1 <= most) this.#walk(node, next, bits);
         }
@@ -217,7 +209,8 @@ export class TokenGrammar {
   }
 
   #findPart(state: number): Part {
-    return this.#tables.counted[state]! >= 0 ? this.#countedPart(state) : this.#plainPart(state);
+    const flat = this.#flatOf(state);
+    return flat ? this.#flatPart(flat, state) : this.#plainPart(state);
   }
 
   #plainPart(state: number): Part {
@@ -242,41 +235,50 @@ export class TokenGrammar {
     return { tokens: bits, exits: Int32Array.from(exits), exitAt, exitCounts: undefined, byCount: undefined };
   }
 
-  /** The rule has no calls and no choice, so a state and a count are all there is to follow. */
-  #countedPart(state: number): Part {
-    const { edgeStart, edgeLow, edgeHigh, edgeTo, counted, countedStart } = this.#tables;
+  readonly #flats = new Map<number, Flat | undefined>();
+
+  /** The rule of `state` as a table; undefined where it has calls or choices, or is large. Counted rules have neither. */
+  #flatOf(state: number): Flat | undefined {
+    const { shapeOf, shapeState, counted, countedStart } = this.#tables;
+    const rule = counted[state]!;
+    const first = state - shapeState[state]!;
+    if (!this.#flats.has(shapeOf[state]!)) {
+      this.#flats.set(
+        shapeOf[state]!,
+        flatten(this.#tables, first, rule >= 0 ? countedStart[rule] : undefined),
+      );
+    }
+    return this.#flats.get(shapeOf[state]!);
+  }
+
+  /** A state, and in a counted rule a count, are all there is to follow. */
+  #flatPart({ first, next, final, isCounted }: Flat, state: number): Part {
     const { bytes, depths, ends, tokenStart, tokens } = this.#vocabulary.data;
-    const first = countedStart[counted[state]!]!;
-    const after = (from: number, byte: number): number => {
-      for (let edge = edgeStart[from]!; edge < edgeStart[from + 1]!; edge++) {
-        if (edgeLow[edge]! <= byte && byte <= edgeHigh[edge]!) return edgeTo[edge]!;
-      }
-      return -1;
-    };
     const bits = new Uint32Array(this.#vocabulary.words);
     const exits: number[] = [];
     const exitCounts: number[] = [];
-    const counts = new Map<number, number[]>();
-    const states = [state];
-    const begun = [0];
+    /** Tokens by what they begin, in a counted rule. */
+    const counts = isCounted ? new Uint16Array(tokens.length) : undefined;
+    // By depth, which is 16 bits.
+    const states = new Int32Array(2 ** 16);
+    const begun = new Int32Array(2 ** 16);
+    states[0] = state - first;
     for (let node = 1; node < bytes.length; ) {
       const depth = depths[node]!;
       const from = states[depth - 1]!;
-      const to = after(from, bytes[node]!);
+      const to = next[from * 256 + bytes[node]!]!;
       if (to < 0) {
         node = ends[node]!;
         continue;
       }
-      const count = begun[depth - 1]! + (from === first ? 1 : 0);
       states[depth] = to;
+      const count = isCounted && from === 0 ? begun[depth - 1]! + 1 : begun[depth - 1]!;
       begun[depth] = count;
       for (let i = tokenStart[node]!; i < tokenStart[node + 1]!; i++) {
         setBit(bits, tokens[i]!);
-        const list = counts.get(count);
-        if (list) list.push(tokens[i]!);
-        else counts.set(count, [tokens[i]!]);
+        if (counts) counts[i] = count;
       }
-      if (to === first && ends[node]! > node + 1) {
+      if (final[to]! > 0 && ends[node]! > node + 1) {
         exits.push(node);
         exitCounts.push(count);
       }
@@ -284,18 +286,62 @@ export class TokenGrammar {
     }
     const exitAt = exits.length > FEW_EXITS ? new Uint16Array(bytes.length) : undefined;
     if (exitAt) for (let i = 0; i < exits.length; i++) exitAt[exits[i]!] = exitCounts[i]! + 1;
-    const sorted = [...counts].sort(([a], [b]) => a - b);
     return {
       tokens: bits,
       exits: Int32Array.from(exits),
       exitAt,
-      exitCounts: Uint16Array.from(exitCounts),
-      byCount: {
-        tokens: Int32Array.from(sorted.flatMap(([, list]) => list)),
-        counts: Uint16Array.from(sorted.flatMap(([count, list]) => list.map(() => count))),
-      },
+      exitCounts: counts && Uint16Array.from(exitCounts),
+      byCount: counts && sortedByCount(tokens, counts),
     };
   }
+}
+
+/** `counts` by place in `tokens`; 0: not allowed, or allowed whatever the count is. */
+function sortedByCount(tokens: Int32Array, counts: Uint16Array): Part['byCount'] {
+  let most = 0;
+  for (const count of counts) most = Math.max(most, count);
+  const next = new Int32Array(most + 2);
+  for (const count of counts) next[count + 1]!++;
+  // Those of 0 are left out.
+  next[0] = 0;
+  next[1] = 0;
+  for (let count = 1; count <= most; count++) next[count + 1]! += next[count]!;
+  const length = next[most + 1]!;
+  const sorted = { tokens: new Int32Array(length), counts: new Uint16Array(length) };
+  for (let i = 0; i < counts.length; i++) {
+    const count = counts[i]!;
+    if (count === 0) continue;
+    const at = next[count]!++;
+    sorted.tokens[at] = tokens[i]!;
+    sorted.counts[at] = count;
+  }
+  return sorted;
+}
+
+/** A rule as a table: state times 256 plus byte, -1 where nothing follows. States from `first` on; the counted begin again in state 0. */
+interface Flat {
+  readonly first: number;
+  readonly next: Int16Array;
+  readonly final: Uint8Array;
+  readonly isCounted: boolean;
+}
+
+function flatten(tables: CompiledGrammar, first: number, countedStart: number | undefined): Flat | undefined {
+  const { edgeStart, edgeLow, edgeHigh, edgeTo, callStart, shapeOf, final } = tables;
+  let end = first;
+  while (shapeOf[end] === shapeOf[first]) end++;
+  if (end - first > MOST_FLAT_STATES || callStart[first] !== callStart[end]) return undefined;
+  const next = new Int16Array((end - first) * 256).fill(-1);
+  for (let state = first; state < end; state++) {
+    for (let edge = edgeStart[state]!; edge < edgeStart[state + 1]!; edge++) {
+      for (let byte = edgeLow[edge]!; byte <= edgeHigh[edge]!; byte++) {
+        const at = (state - first) * 256 + byte;
+        if (next[at] !== -1) return undefined;
+        next[at] = edgeTo[edge]! - first;
+      }
+    }
+  }
+  return { first, next, final: final.slice(first, end), isCounted: countedStart !== undefined };
 }
 
 function addTokens({ tokens, byCount }: Part, most: number, bits: Uint32Array): void {

@@ -10,6 +10,7 @@ import {
   type SchemaObject,
   unsupportedKeyword,
 } from './schema-document.ts';
+import { EXCLUDED, NOT_PATTERN, negation } from './schema-negation.ts';
 import { equalValues } from './schema-values.ts';
 
 export type TypeName = 'null' | 'boolean' | 'integer' | 'number' | 'string' | 'array' | 'object';
@@ -37,6 +38,8 @@ export interface ArrayFacts {
 /** Alternatives of which one must hold, or, of `exactly` one, no other. */
 export interface Alternatives {
   readonly keyword: string;
+  /** Which the keyword stands in. */
+  readonly schema: SchemaObject;
   readonly pointer: string;
   readonly exactlyOne: boolean;
   /** Of a keyword that stands for several of them, which one. */
@@ -70,6 +73,9 @@ export interface Facts {
   minLength: number;
   maxLength: number;
   readonly patterns: Sourced<string>[];
+  readonly notPatterns: Sourced<string>[];
+  /** Values that are not to be. */
+  readonly excluded: unknown[];
   readonly formats: Sourced<string>[];
   minimum: number;
   maximum: number;
@@ -104,6 +110,8 @@ export function factsOf(schemas: readonly Located[], document: SchemaDocument, b
     minLength: 0,
     maxLength: Number.POSITIVE_INFINITY,
     patterns: [],
+    notPatterns: [],
+    excluded: [],
     formats: [],
     minimum: Number.NEGATIVE_INFINITY,
     maximum: Number.POSITIVE_INFINITY,
@@ -162,7 +170,7 @@ function readKeyword(
     case 'anyOf':
     case 'oneOf': {
       const options = list().map((one) => [one]);
-      facts.alternatives.push({ keyword, pointer, exactlyOne: keyword === 'oneOf', options });
+      facts.alternatives.push({ keyword, schema, pointer, exactlyOne: keyword === 'oneOf', options });
       facts.anything = false;
       return;
     }
@@ -218,7 +226,7 @@ function readKeyword(
     case 'dependentSchemas':
     case 'dependencies':
       implies('object');
-      facts.alternatives.push(...readDependencies(value, keyword, pointer));
+      facts.alternatives.push(...readDependencies(schema, keyword, pointer));
       return;
     case 'items':
     case 'prefixItems':
@@ -282,11 +290,27 @@ function readKeyword(
       if (!(number() > 0)) throw invalidSchema(keyword, pointer, 'is not above 0');
       facts.multiples.push({ value: number(), pointer });
       return;
+    case 'not':
+    case 'if': {
+      facts.anything = false;
+      const at = located(value, below(pointer, keyword));
+      const options = negation(at, document);
+      if (!options) facts.unsupported.push({ keyword, pointer });
+      else facts.alternatives.push(conditionOf(keyword, at, options, schema, pointer));
+      return;
+    }
+    case EXCLUDED:
+      facts.excluded.push(...(value as readonly unknown[]));
+      facts.anything = false;
+      return;
+    case NOT_PATTERN:
+      if (typeof value !== 'string') throw invalidSchema('pattern', pointer, 'is no text');
+      facts.notPatterns.push({ value, pointer });
+      facts.anything = false;
+      return;
     case '$dynamicRef':
     case '$recursiveRef':
     case 'contains':
-    case 'if':
-    case 'not':
       facts.unsupported.push({ keyword, pointer });
       facts.anything = false;
       return;
@@ -294,6 +318,24 @@ function readKeyword(
       // Titles, examples, extensions and the like say nothing about what is valid.
       return;
   }
+}
+
+/** `if` with what follows from it, or else without. */
+function conditionOf(
+  keyword: string,
+  at: Located,
+  otherwise: readonly (readonly Located[])[],
+  schema: SchemaObject,
+  pointer: string,
+): Alternatives {
+  const base = { keyword, schema, pointer, exactlyOne: false };
+  if (keyword === 'not') return { ...base, options: otherwise };
+  const branch = (name: 'then' | 'else') =>
+    schema[name] === undefined ? [] : [located(schema[name], below(pointer, name))];
+  return {
+    ...base,
+    options: [[at, ...branch('then')], ...otherwise.map((option) => [...option, ...branch('else')])],
+  };
 }
 
 function readObject(facts: Facts, schema: SchemaObject, pointer: string): void {
@@ -319,7 +361,8 @@ function readArray(facts: Facts, schema: SchemaObject, pointer: string): void {
 }
 
 /** Each as two alternatives: the property is not there, or it is and so is what it takes. */
-function readDependencies(value: unknown, keyword: string, pointer: string): Alternatives[] {
+function readDependencies(schema: SchemaObject, keyword: string, pointer: string): Alternatives[] {
+  const value = schema[keyword];
   if (!isObject(value)) throw invalidSchema(keyword, pointer, 'is no object');
   return Object.entries(value).map(([name, needs]): Alternatives => {
     const at = below(pointer, keyword, name);
@@ -327,7 +370,7 @@ function readDependencies(value: unknown, keyword: string, pointer: string): Alt
       ? [located({ required: [name, ...readNames(needs, keyword, pointer)] }, at)]
       : [located({ required: [name] }, at), located(needs, at)];
     const absent = [located({ properties: { [name]: false } }, at)];
-    return { keyword, pointer, name, exactlyOne: false, options: [absent, present] };
+    return { keyword, schema, pointer, name, exactlyOne: false, options: [absent, present] };
   });
 }
 

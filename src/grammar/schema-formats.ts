@@ -16,8 +16,10 @@ const LEAP_YEAR = '(?:\\d\\d(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][04
 const DATE = `(?:\\d{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12]\\d|3[01])|(?:0[469]|11)-(?:0[1-9]|[12]\\d|30)|02-(?:0[1-9]|1\\d|2[0-8]))|${LEAP_YEAR}-02-29)`;
 const CLOCK = '(?:[01]\\d|2[0-3]):[0-5]\\d';
 const TIME = `${CLOCK}:[0-5]\\d(?:\\.\\d{1,9})?(?:Z|[+-]${CLOCK})`;
-const LABEL = '[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?';
-const HOST = `${LABEL}(?:\\.${LABEL}){0,9}`;
+/** Loops rather than counts where a format allows any length: each count is a state, with masks of its own. */
+const LABEL = '[A-Za-z0-9]+(?:-+[A-Za-z0-9]+)*';
+const HOST = `${LABEL}(?:\\.${LABEL})*`;
+const SHORT_LABEL = '[A-Za-z0-9](?:[A-Za-z0-9-]{0,22}[A-Za-z0-9])?';
 const ATOM = '[A-Za-z0-9_+-]+';
 const UNRESERVED = "(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9a-fA-F]{2})";
 const PATH = `(?:/${UNRESERVED}*)*`;
@@ -32,8 +34,8 @@ const FORMATS: Readonly<Record<string, string>> = {
   date: DATE,
   time: TIME,
   duration: `P(?:\\d{1,9}W|${YMD}(?:${HMS})?|${HMS})`,
-  email: `${ATOM}(?:\\.${ATOM}){0,9}@(?:${LABEL}\\.){1,9}[A-Za-z]{2,24}`,
-  hostname: HOST,
+  email: `${ATOM}(?:\\.${ATOM})*@(?:${LABEL}\\.)+[A-Za-z]+`,
+  hostname: `${SHORT_LABEL}(?:\\.${SHORT_LABEL}){0,4}`,
   ipv4: IPV4,
   ipv6: IPV6,
   uri: URI,

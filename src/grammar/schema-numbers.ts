@@ -3,7 +3,6 @@ import type { Budget } from './budget.ts';
 import {
   characters,
   choice,
-  EMPTY,
   type Expression,
   type GraphEdge,
   NOTHING,
@@ -14,14 +13,14 @@ import {
   text,
 } from './expression.ts';
 import { DIGIT, INTEGER, NUMBER } from './json.ts';
-import { intersection } from './regular.ts';
+import { difference, intersection } from './regular.ts';
 import { unsupportedKeyword } from './schema-document.ts';
 import type { Facts } from './schema-facts.ts';
 
 const MOST_DIGITS = 20;
 const HIGHEST = 10n ** BigInt(MOST_DIGITS) - 1n;
-/** Remainders are states. */
-const MOST_DIVISOR = 2000;
+/** Remainders are states, for each number of digits behind the point. */
+const MOST_REMAINDERS = 2000;
 const ZERO = 0x30;
 const NINE = 0x39;
 
@@ -34,23 +33,34 @@ export function numberExpression(facts: Facts, integer: boolean, budget: Budget)
   const low = bound(facts.minimum, facts.exclusiveMinimum, Math.max);
   const high = bound(facts.maximum, facts.exclusiveMaximum, Math.min);
   const steps = facts.multiples.map(({ value, pointer }) => {
-    const digits = -Math.log10(value);
-    if (Number.isInteger(value) && value <= MOST_DIVISOR) return multiplesOf(value);
-    if (!integer && Number.isInteger(digits) && digits > 0 && digits <= MOST_DIGITS) return decimals(digits);
-    throw unsupportedKeyword(
-      'multipleOf',
-      pointer,
-      `is ${value}: only whole numbers to ${MOST_DIVISOR} and 0.1, 0.01, ... are supported`,
-    );
+    const { whole, digits } = decimal(value);
+    const scaled = Number(whole) * 10 ** digits.length + Number(digits.join('') || '0');
+    if (scaled * (digits.length + 1) <= MOST_REMAINDERS) return multiplesOf(scaled, digits.length);
+    throw unsupportedKeyword('multipleOf', pointer, `is ${value}, which takes too many states`);
   });
-  if (!low && !high && steps.length === 0) return integer ? INTEGER : NUMBER;
+  const excluded = facts.excluded.filter((value): value is number => typeof value === 'number');
+  if (!low && !high && steps.length + excluded.length === 0) return integer ? INTEGER : NUMBER;
   const parts = [
     ...(low ? [atLeast(low)] : []),
     ...(high ? [atMost(high)] : []),
     integer ? INTEGER : decimals(MOST_DIGITS),
     ...steps,
   ];
-  return parts.reduce((all, one) => intersection(all, one, budget));
+  const all = parts.reduce((some, one) => intersection(some, one, budget));
+  return excluded.reduce<Expression>((some, value) => difference(some, spellings(value), budget), all);
+}
+
+/** Every way to write `value` without an exponent. */
+function spellings(value: number): Expression {
+  const { whole, digits } = decimal(Math.abs(value));
+  const zeros = repeat(text('0'), 0, MOST_DIGITS);
+  const rest =
+    digits.length > 0
+      ? sequence(text(`.${digits.join('')}`), zeros)
+      : optional(sequence(text('.'), text('0'), zeros));
+  const magnitude = sequence(text(whole.toString()), rest);
+  if (value === 0) return sequence(optional(text('-')), magnitude);
+  return value < 0 ? sequence(text('-'), magnitude) : magnitude;
 }
 
 /** The tighter of an inclusive and an exclusive one. */
@@ -174,25 +184,34 @@ function fraction(digits: readonly number[], more: boolean, equalEnds: boolean):
   return { kind: 'graph', size: length + 4, edges, ends };
 }
 
-/** Whole numbers; a state per remainder. */
-function multiplesOf(divisor: number): Expression {
-  const start = divisor;
-  const edges: GraphEdge[] = [];
+/** Of `divisor` / 10^`decimals`. A state per remainder and digits behind the point; at its end the text has so many or fewer. */
+function multiplesOf(divisor: number, decimals: number): Expression {
+  // State 0 begins; then whole numbers, by remainder; then, by digits behind the point, the same.
+  const stateOf = (rest: number, behind: number) => 1 + behind * divisor + rest;
+  const start = { from: 0, item: digitsOf(0, 0), to: stateOf(0, decimals + 1) };
+  const zero = stateOf(0, decimals + 1);
+  const point = (rest: number) => stateOf(rest, decimals + 1) + 1;
+  const edges: GraphEdge[] = [start];
+  const ends: number[] = [zero];
   for (let digit = 0; digit <= 9; digit++) {
     const item = digitsOf(digit, digit);
-    if (digit > 0) edges.push({ from: start, to: digit % divisor, item });
+    if (digit > 0) edges.push({ from: 0, to: stateOf(digit % divisor, 0), item });
     for (let rest = 0; rest < divisor; rest++) {
-      edges.push({ from: rest, to: (rest * 10 + digit) % divisor, item });
+      const next = (rest * 10 + digit) % divisor;
+      edges.push({ from: stateOf(rest, 0), to: stateOf(next, 0), item });
+      if (decimals > 0) edges.push({ from: point(rest), to: stateOf(next, 1), item });
+      for (let behind = 1; behind < decimals; behind++) {
+        edges.push({ from: stateOf(rest, behind), to: stateOf(next, behind + 1), item });
+      }
     }
   }
-  const begun: Expression = {
-    kind: 'graph',
-    size: divisor + 2,
-    // A graph begins in its state 0, which is a remainder here.
-    edges: edges
-      .map(({ from, to, item }) => ({ from: from + 1, to: to + 1, item }))
-      .concat({ from: 0, to: start + 1, item: EMPTY }),
-    ends: [1],
-  };
-  return sequence(optional(text('-')), choice(text('0'), begun));
+  for (let rest = 0; rest < divisor; rest++) {
+    if (decimals > 0) edges.push({ from: stateOf(rest, 0), to: point(rest), item: text('.') });
+    for (let behind = 0; behind <= decimals; behind++) {
+      if ((rest * 10 ** (decimals - behind)) % divisor === 0) ends.push(stateOf(rest, behind));
+    }
+  }
+  if (decimals > 0) edges.push({ from: zero, to: point(0), item: text('.') });
+  const magnitude: Expression = { kind: 'graph', size: point(divisor), edges, ends };
+  return sequence(optional(text('-')), magnitude);
 }

@@ -9,6 +9,9 @@ export interface VocabularyData {
   readonly depths: Uint16Array;
   readonly ends: Int32Array;
   readonly parents: Int32Array;
+  /** Nodes that byte b leads to: `byByte[byByteStart[b]]` to `byByte[byByteStart[b + 1] - 1]`. */
+  readonly byByteStart: Int32Array;
+  readonly byByte: Int32Array;
   /** Tokens that end in node n: `tokens[tokenStart[n]]` to `tokens[tokenStart[n + 1] - 1]`. */
   readonly tokenStart: Int32Array;
   readonly tokens: Int32Array;
@@ -65,18 +68,28 @@ export function vocabularyOf(tokens: readonly (Uint8Array | undefined)[]): Vocab
   }
   for (const node of path) ends[node] = bytes.length;
   tokenStart.push(ordered.length);
-  // The root has no tokens: those counted to it so far are its first child's.
   return {
     size,
     bytes: Uint8Array.from(bytes),
     depths: Uint16Array.from(depths),
     ends: Int32Array.from(ends),
     parents: Int32Array.from(parents),
+    ...nodesByByte(bytes),
     tokenStart: Int32Array.from(tokenStart),
     tokens: Int32Array.from(ordered),
     textStart,
     text,
   };
+}
+
+function nodesByByte(bytes: readonly number[]): Pick<VocabularyData, 'byByteStart' | 'byByte'> {
+  const byByteStart = new Int32Array(257);
+  for (let node = 1; node < bytes.length; node++) byByteStart[bytes[node]! + 1]!++;
+  for (let byte = 0; byte < 256; byte++) byByteStart[byte + 1]! += byByteStart[byte]!;
+  const next = byByteStart.slice();
+  const byByte = new Int32Array(bytes.length - 1);
+  for (let node = 1; node < bytes.length; node++) byByte[next[bytes[node]!]!++] = node;
+  return { byByteStart, byByte };
 }
 
 function compareBytes(text: Uint8Array, a: number, aEnd: number, b: number, bEnd: number): number {

@@ -1,6 +1,7 @@
 /** From a worker's configuration to something that computes: reads the checkpoint, sizes the KV cache, makes the executor. */
 import type { WorkerConfig } from '../config/worker-config.ts';
 import type { Device } from '../device/device.ts';
+import type { CacheAllocator } from '../device/paged-cache.ts';
 import { PdError, unreachable } from '../errors.ts';
 import { blockBytes } from '../kv/layout.ts';
 import type { Logger } from '../observability/log.ts';
@@ -28,6 +29,8 @@ export interface CreatedExecutor {
 export interface CreateExecutorOptions {
   readonly config: WorkerConfig;
   readonly device: Device;
+  /** Where the cache lies, if not in plain memory of the device. */
+  readonly allocateCache?: CacheAllocator;
   /** Told how loading goes. */
   readonly log?: Logger;
 }
@@ -50,7 +53,12 @@ export async function createExecutor(options: CreateExecutorOptions): Promise<Cr
   return { ...created, executor: new DebugLogits(created.executor, files) };
 }
 
-async function createModel({ config, device, log }: CreateExecutorOptions): Promise<CreatedExecutor> {
+async function createModel({
+  config,
+  device,
+  log,
+  allocateCache,
+}: CreateExecutorOptions): Promise<CreatedExecutor> {
   const model = await readModelConfig(config.modelDir);
   const maxModelLen = modelLength(config, model);
   switch (config.executor) {
@@ -64,6 +72,7 @@ async function createModel({ config, device, log }: CreateExecutorOptions): Prom
         device,
         blockSize,
         numBlocks,
+        allocateCache,
       });
       return { executor, fingerprint, maxModelLen, numBlocks };
     }
@@ -88,6 +97,7 @@ async function createModel({ config, device, log }: CreateExecutorOptions): Prom
         utilization: config.gpuMemoryUtilization,
         reserved: role === 'both' ? 0 : transfer.kvBufferSize + PAIR_BYTES,
         batchInvariant: config.batchInvariant,
+        allocateCache,
         ...(log && { log }),
       });
       return { executor, fingerprint, maxModelLen, numBlocks };

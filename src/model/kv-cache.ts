@@ -1,7 +1,12 @@
 /** The paged KV cache of a model, as both executors keep it: `kv-first`, one layer for each of the model's. */
 import type { Device, MemoryRef, Stream } from '../device/device.ts';
 import { sliceMemory } from '../device/memory.ts';
-import { allocatePagedCache, attentionLayerName, type NamedLayer } from '../device/paged-cache.ts';
+import {
+  allocatePagedCache,
+  attentionLayerName,
+  type CacheAllocator,
+  type NamedLayer,
+} from '../device/paged-cache.ts';
 import { type PagedLayout, runBytes, runOffset, runsPerBlock } from '../kv/layout.ts';
 import type { Dtype } from '../wire/dtype.ts';
 import type { ModelConfig } from './config.ts';
@@ -21,15 +26,16 @@ export function kvLayout(
   return { family: 'kv-first', numBlocks, blockSize, heads: kvHeads, headDim, dtype };
 }
 
-/** For the life of the device. Throws OUT_OF_DEVICE_MEMORY. */
-export function allocateKvCache(
+/** For as long as `allocate` says. Throws OUT_OF_DEVICE_MEMORY. */
+export async function allocateKvCache(
   device: Device,
   config: ModelConfig,
   format: KvFormat,
   numBlocks: number,
-): readonly NamedLayer[] {
+  allocate: CacheAllocator = allocatePagedCache,
+): Promise<readonly NamedLayer[]> {
   const names = Array.from({ length: config.layers }, (_, index) => attentionLayerName(index));
-  return allocatePagedCache(device, kvLayout(config, format, numBlocks), names);
+  return allocate(device, kvLayout(config, format, numBlocks), names);
 }
 
 /** A block of a layer's cache. */

@@ -34,7 +34,7 @@ export function shapingOf(spec: SampleSpec, vocab: number, grammar?: Uint32Array
   const penalties = penaltiesOf(spec);
   const mask = bothMasks(fixed.mask, grammar);
   return {
-    edits: editsOf(spec, fixed.biases, vocab),
+    edits: editsOf(spec, fixed, vocab),
     ...(mask && { mask }),
     ...(penalties && { penalties }),
   };
@@ -51,10 +51,11 @@ export function nothingLeft(sequenceId: string): PdError {
 
 function editsOf(
   { params, outputPosition, history }: SampleSpec,
-  biases: ReadonlyMap<number, number>,
+  { biases, longestWord }: Fixed,
   vocab: number,
 ): ReadonlyMap<number, number> {
-  const words = (params.badWords ?? []).filter((word) => completes(word, history));
+  const tail = outputTail(history, longestWord - 1);
+  const words = (params.badWords ?? []).filter((word) => completes(word, tail));
   const stops = outputPosition < params.minTokens ? params.stopTokenIds : [];
   if (words.length + stops.length === 0) return biases;
   const edits = new Map(biases);
@@ -64,12 +65,17 @@ function editsOf(
   return edits;
 }
 
+/** The last tokens of the output, `most` at most. */
+function outputTail(history: TokenHistory | undefined, most: number): Int32Array {
+  if (!history || most <= 0) return new Int32Array();
+  const { length, promptLength } = history;
+  return history.tokens(Math.max(promptLength, length - most), length);
+}
+
 /** Whether the output ends in all of `word` but its last token. */
-function completes(word: readonly number[], history: TokenHistory | undefined): boolean {
-  const before = word.length - 1;
-  if (before === 0) return true;
-  if (!history || history.length - before < history.promptLength) return false;
-  return history.tokens(history.length - before, history.length).every((token, i) => token === word[i]);
+function completes(word: readonly number[], tail: Int32Array): boolean {
+  const from = tail.length - (word.length - 1);
+  return from >= 0 && tail.subarray(from).every((token, i) => token === word[i]);
 }
 
 function penaltiesOf({ params, history }: SampleSpec): Penalties | undefined {
@@ -86,6 +92,8 @@ function penaltiesOf({ params, history }: SampleSpec): Penalties | undefined {
 interface Fixed {
   readonly mask: Uint32Array | undefined;
   readonly biases: ReadonlyMap<number, number>;
+  /** Tokens of the longest bad word. */
+  readonly longestWord: number;
 }
 
 /** What is the same in every step of a request, whose lists may be long. */
@@ -94,12 +102,13 @@ const fixedParts = new WeakMap<SamplingParams, Fixed>();
 function fixedOf(params: SamplingParams, vocab: number): Fixed {
   const known = fixedParts.get(params);
   if (known) return known;
-  const { allowedTokenIds, logitBias = [] } = params;
+  const { allowedTokenIds, logitBias = [], badWords = [] } = params;
   const mask = allowedTokenIds && new Uint32Array(Math.ceil(vocab / 32));
   for (const token of allowedTokenIds ?? []) if (token < vocab) mask![token >>> 5]! |= 1 << (token & 31);
   const biases = new Map<number, number>();
   for (const [token, bias] of logitBias) if (token < vocab) biases.set(token, Math.fround(bias));
-  const fixed = { mask, biases };
+  const longestWord = badWords.reduce((most, { length }) => Math.max(most, length), 0);
+  const fixed = { mask, biases, longestWord };
   fixedParts.set(params, fixed);
   return fixed;
 }

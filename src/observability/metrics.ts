@@ -77,6 +77,18 @@ export const METRICS = {
   },
   pd_peers_refused_total: { type: 'counter', help: 'Connections refused because of --allow-peers' },
   pd_pairs_open: { type: 'gauge', help: 'Open pairs, both directions' },
+  pd_native_wants: { type: 'gauge', help: 'Prompts asked for by the native hand-over that have not come' },
+  pd_native_quarantined_blocks: {
+    type: 'gauge',
+    help: 'KV blocks of nobody, as a producer that was given up may still write to them',
+  },
+  pd_native_leases: { type: 'gauge', help: 'Prompts kept in this cache until their consumer asks for them' },
+  pd_native_connections: {
+    type: 'gauge',
+    help: 'Producers that this consumer asks natively, by how their bytes come',
+    label: 'transport',
+    values: ['direct', 'nccl', 'host'],
+  },
   'vllm:num_requests_running': { type: 'gauge', help: 'Requests in the batch' },
   'vllm:num_requests_waiting': { type: 'gauge', help: 'Requests waiting for the batch' },
   pd_requests_loading: { type: 'gauge', help: 'Requests whose KV is being loaded' },

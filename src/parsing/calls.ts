@@ -109,6 +109,9 @@ export function dialectOf(template: string): CallDialect | undefined {
 const HEADER = /^([\w.-]{1,64})\s*(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?\s*$/;
 const MAX_HEADER = 200;
 
+/** Of a call without a marker. */
+const FIRST_KEYS = ['name', 'type'];
+
 export class CallParser implements PartParser {
   readonly #form: Form;
   readonly #names: ReadonlySet<string>;
@@ -219,14 +222,14 @@ export class CallParser implements PartParser {
       if (char === '{') {
         const name = HEADER.exec(this.#raw.slice(this.#form.begin.length).trimStart())?.[1];
         if (name === undefined) return false;
-        this.#open(new CallReader(known, name));
+        this.#open(new CallReader(known, bare, name));
         return true;
       }
       if (this.#raw.length > MAX_HEADER) return false;
     } else if (/\s/.test(char)) {
       // Looked at below: it is kept.
     } else if (char === '{' && (this.#mode === 'begin' || bare || this.#inList)) {
-      this.#open(new CallReader(known));
+      this.#open(new CallReader(known, bare));
       return true;
     } else if (this.#mode === 'begin') {
       if (!listed) return false;
@@ -282,6 +285,8 @@ export class CallParser implements PartParser {
 class CallReader {
   began = false;
   readonly #known: (name: string) => boolean;
+  readonly #bare: boolean;
+  #refused = false;
   readonly #json = new JsonScanner();
   /** The object so far, until the call has begun. */
   #text = '';
@@ -294,14 +299,16 @@ class CallReader {
   #arguments: 'before' | 'inside' | 'behind' = 'before';
   #unsent = '';
 
-  constructor(known: (name: string) => boolean, name?: string) {
+  /** `bare`: it is an answer rather than a call unless its first key and its name are those of one. */
+  constructor(known: (name: string) => boolean, bare: boolean, name?: string) {
     this.#known = known;
+    this.#bare = bare;
     this.#name = name;
     this.#depth = name === undefined ? 1 : 0;
   }
 
   get state(): JsonScanner['state'] {
-    return this.#json.state;
+    return this.#refused ? 'broken' : this.#json.state;
   }
 
   /** False where the object has ended before, or cannot have this character. */
@@ -325,7 +332,7 @@ class CallReader {
     } else if (depth === 1 && char === '"' && !this.began && this.#depth === 1) {
       this.#string(expected !== undefined);
     }
-    return true;
+    return !this.#refused;
   }
 
   /** A string at the top begins or ends. */
@@ -337,8 +344,13 @@ class CallReader {
     const { expected } = this.#json;
     if (expected === undefined) return; // an escaped quote
     const string = JSON.parse(this.#text.slice(this.#stringAt)) as string;
-    if (expected === 'colon') this.#key = string;
-    else if (this.#key === 'name') this.#name = string;
+    if (expected === 'colon') {
+      if (this.#bare && this.#key === undefined) this.#refused = !FIRST_KEYS.includes(string);
+      this.#key = string;
+    } else if (this.#key === 'name') {
+      this.#name = string;
+      if (this.#bare) this.#refused = !this.#known(string);
+    }
   }
 
   /** What is certain by now. */

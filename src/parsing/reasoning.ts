@@ -16,6 +16,11 @@ export function reasoningTokens(dialect: ReasoningDialect): readonly string[] {
   return [begin, end];
 }
 
+/** Before thoughts, and behind them. */
+export function thoughtMarkers(dialect: ReasoningDialect): { readonly begin: string; readonly end: string } {
+  return MARKERS[dialect];
+}
+
 /** How a checkpoint's chat template marks thoughts; undefined where it does not. */
 export function reasoningOf(template: string): ReasoningDialect | undefined {
   return REASONING_DIALECTS.find((dialect) => template.includes(MARKERS[dialect].end));

@@ -28,6 +28,7 @@ import {
   WIRE_HEADER,
   type Wire,
 } from '../wire/overlap.ts';
+import type { Admission } from './admission.ts';
 import type { RequestBody } from './body.ts';
 import type { BodyReader } from './body-reader.ts';
 import type { PromptCaches } from './caches.ts';
@@ -35,6 +36,7 @@ import type { ProxyMetrics } from './metrics.ts';
 import { Notices } from './notices.ts';
 import type { InstancePair, InstanceRegistry } from './registry.ts';
 import { answerWhole, isEventStream, relay } from './relay.ts';
+import type { RetryBudget } from './retry-budget.ts';
 import {
   type Ask,
   type Call,
@@ -56,6 +58,8 @@ export interface ProxyContext {
   readonly log: Logger;
   readonly bodies: Pick<BodyReader, 'read'>;
   readonly caches: PromptCaches;
+  readonly admission: Admission;
+  readonly retries: RetryBudget;
   /** Numbers the requests in the log, from 0. */
   nextCount(): number;
 }
@@ -73,6 +77,14 @@ export interface ClientRequest extends Omit<ReceivedRequest, 'body'> {
   readonly arrivedMs: number;
   /** Aborted once the client has gone or the proxy stops. */
   readonly signal: AbortSignal;
+}
+
+/** What a pair is to do of a prompt. */
+export interface PlacedPrompt {
+  /** The consumer computes it, and the producer is not asked at all. */
+  readonly alone: boolean;
+  /** About how many tokens are left to compute for whoever computes it. */
+  readonly uncached: number;
 }
 
 /** Of an error answer, bytes. */
@@ -100,16 +112,15 @@ export class Attempt {
   /** Each aborts one instance's request, for the reason it is given; the request's own signal aborts both. */
   readonly #abortPrefill = new AbortController();
   readonly #abortDecode = new AbortController();
-  /** About how many tokens of the prompt the producer has to compute. */
-  readonly #uncached: number;
+  readonly #placed: PlacedPrompt;
 
-  constructor(context: ProxyContext, request: ClientRequest, pair: InstancePair, uncached: number) {
+  constructor(context: ProxyContext, request: ClientRequest, pair: InstancePair, placed: PlacedPrompt) {
     const { producer, consumer } = pair;
     const { route } = request;
     this.#context = context;
     this.#request = request;
     this.#pair = pair;
-    this.#uncached = uncached;
+    this.#placed = placed;
     this.#prefillCall = {
       instance: producer,
       what: `prefill of ${route}`,
@@ -122,8 +133,10 @@ export class Attempt {
       timeoutMs: context.config.decodeIdleTimeoutMs,
       timeoutName: '--decode-idle-timeout',
     };
-    this.requestId = proxyRequestId(producer.zmq, consumer.zmq, randomBytes(16).toString('hex'));
-    this.#native = Boolean(producer.native && consumer.native);
+    const random = randomBytes(16).toString('hex');
+    // An id that names nobody is computed where it comes to.
+    this.requestId = placed.alone ? random : proxyRequestId(producer.zmq, consumer.zmq, random);
+    this.#native = !placed.alone && Boolean(producer.native && consumer.native);
     this.#headers = {
       ...requestHeaders(request.headers, this.requestId),
       ...(this.#native && { [WIRE_HEADER]: 'native' satisfies Wire }),
@@ -145,12 +158,17 @@ export class Attempt {
     };
     signal.addEventListener('abort', abort, { once: true });
     if (signal.aborted) abort();
-    const leave = this.#context.registry.workOf(this.#pair.consumer)?.begin(0);
+    const { alone, uncached } = this.#placed;
+    const leave = this.#context.registry.workOf(this.#pair.consumer)?.begin(alone ? uncached : 0);
     try {
+      if (alone) {
+        await this.#passOn(await this.#askConsumer());
+        return;
+      }
       const decoded = await (this.#mayOverlap() ? this.#overlapped() : this.#inTurn());
       if (!decoded) this.#notices.release();
     } catch (error) {
-      this.#notices.release(error instanceof InstanceRefused ? error.instance : undefined);
+      if (!alone) this.#notices.release(error instanceof InstanceRefused ? error.instance : undefined);
       throw error;
     } finally {
       leave?.();
@@ -221,7 +239,7 @@ export class Attempt {
     const { signal } = this.#abortPrefill;
     const timer = setTimeout(() => this.#abortPrefill.abort(timeoutError(call)), call.timeoutMs);
     const work = registry.workOf(call.instance);
-    const leave = work?.begin(this.#uncached);
+    const leave = work?.begin(this.#placed.uncached);
     const ahead = work?.queuedTokens ?? 0;
     try {
       const response = await upstream.ask(call, {
@@ -236,10 +254,11 @@ export class Attempt {
         if (signal.aborted) throw signal.reason;
         throw new InstanceRefused(call, `its answer broke off: ${reasonOf(error)}`, error);
       });
-      if (!ok) return refuseIfDraining(answer, call);
+      if (!ok) return this.#judged(refuseIfDraining(answer, call), call);
       const tookMs = performance.now() - startedMs;
       metrics.prefillSeconds.observe(tookMs / 1_000);
-      work?.learn(ahead, tookMs);
+      registry.learn(call.instance, ahead, tookMs);
+      registry.breakerOf(call.instance)?.succeeded();
       this.#reportKvFailure(response);
       return undefined;
     } finally {
@@ -299,6 +318,7 @@ export class Attempt {
       signal,
       onFirstEvent: () => firstEventSeconds.observe((performance.now() - arrivedMs) / 1_000),
     });
+    this.#judge(this.#decodeCall, response.statusCode);
     return response.statusCode < 400;
   }
 
@@ -311,7 +331,19 @@ export class Attempt {
         throw PdError.from(error, 'UPSTREAM_FAILED', { peer: call.instance.httpAddress });
       })
       .finally(() => clearTimeout(timer));
-    return refuseIfDraining(answer, call);
+    return this.#judged(refuseIfDraining(answer, call), call);
+  }
+
+  #judged(answer: WholeAnswer, call: Call): WholeAnswer {
+    this.#judge(call, answer.response.statusCode);
+    return answer;
+  }
+
+  /** An error of the server speaks against an instance, one of the request does not. */
+  #judge({ instance }: Call, statusCode: number): void {
+    const breaker = this.#context.registry.breakerOf(instance);
+    if (statusCode >= 500) breaker?.failed();
+    else breaker?.succeeded();
   }
 
   /** The client has its answer, so what becomes of the producer's is only logged. */

@@ -19,6 +19,8 @@ export interface RequestBody {
   readonly tokens: number;
   /** The body's `user`, if any. */
   readonly user: string | undefined;
+  /** The body's `priority`, 0 where it is none. */
+  readonly priority: number;
   /** Of its text, where asked for and where there is one prompt: as in prefix-index.ts. */
   readonly textKeys: readonly string[];
   /** Of its blocks by their size, where asked for and where its token ids are known. */
@@ -41,7 +43,7 @@ export const NO_KEYS: WantedKeys = { text: false, blockSizes: [] };
 /** Throws REQUEST_INVALID where it is no JSON object; BODY_TOO_COSTLY where it is nested deeper than the stack goes. */
 export function readBody(original: Uint8Array<ArrayBuffer>, wanted: WantedKeys = NO_KEYS): RequestBody {
   const json = parseObject(original);
-  const { user } = json;
+  const { user, priority } = json;
   const model = typeof json['model'] === 'string' ? json['model'] : undefined;
   const prompts = countPrompts(json['prompt']);
   const prefill = encode(prefillCopy(json));
@@ -52,6 +54,7 @@ export function readBody(original: Uint8Array<ArrayBuffer>, wanted: WantedKeys =
     prompts,
     tokens: countTokens(json['prompt'], original.byteLength),
     user: typeof user === 'string' ? user : undefined,
+    priority: Number.isSafeInteger(priority) ? (priority as number) : 0,
     textKeys: wanted.text && prompts === 1 ? textKeys(promptText(json), model ?? '') : [],
     blockKeys: new Map(wanted.blockSizes.map((size) => [size, keysOfIds(json['prompt'], size)])),
     prefill,

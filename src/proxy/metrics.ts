@@ -6,8 +6,12 @@ const SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5
 
 export type ProxyMetrics = ReturnType<typeof createProxyMetrics>;
 
-/** `cachedBlocks`: how many instances have said that they have. */
-export function createProxyMetrics(instances: InstanceRegistry, cachedBlocks: () => number) {
+/** `cachedBlocks`: how many instances have said that they have. `queued`: requests in the queue. */
+export function createProxyMetrics(
+  instances: InstanceRegistry,
+  cachedBlocks: () => number,
+  queued: () => number,
+) {
   const registry = new Registry();
   const registers = [registry];
   new Gauge({
@@ -17,6 +21,26 @@ export function createProxyMetrics(instances: InstanceRegistry, cachedBlocks: ()
     registers,
     collect() {
       for (const role of ['producer', 'consumer'] as const) this.set({ role }, instances.list(role).length);
+    },
+  });
+  new Gauge({
+    name: 'pd_proxy_requests_queued',
+    help: 'Requests that wait for their turn',
+    registers,
+    collect() {
+      this.set(queued());
+    },
+  });
+  new Gauge({
+    name: 'pd_proxy_instances_ejected',
+    help: 'Instances that are let alone because they failed or were slow, by role',
+    labelNames: ['role'],
+    registers,
+    collect() {
+      for (const role of ['producer', 'consumer'] as const) {
+        const ejected = instances.list(role).filter((one) => instances.breakerOf(one)?.state === 'open');
+        this.set({ role }, ejected.length);
+      }
     },
   });
   new Gauge({
@@ -64,6 +88,24 @@ export function createProxyMetrics(instances: InstanceRegistry, cachedBlocks: ()
       labelNames: ['role', 'cached'],
       registers,
     }),
+    queueSeconds: new Histogram({
+      name: 'pd_proxy_queue_seconds',
+      help: 'From a request that has been read to its turn; those turned away are not in it',
+      buckets: SECONDS,
+      registers,
+    }),
+    turnedAway: new Counter({
+      name: 'pd_proxy_turned_away_total',
+      help: 'Requests answered 429: full (the queue was full), displaced (by one with more claim to it), late (waited too long)',
+      labelNames: ['reason'],
+      registers,
+    }),
+    retries: new Counter({
+      name: 'pd_proxy_retries_total',
+      help: 'Instances that did not take a request, by whether another pair was tried or too many had been of late',
+      labelNames: ['result'],
+      registers,
+    }),
     replaced: new Counter({
       name: 'pd_proxy_pairs_replaced_total',
       help: 'Requests that went to a second pair because an instance did not take them',
@@ -72,6 +114,11 @@ export function createProxyMetrics(instances: InstanceRegistry, cachedBlocks: ()
     overlapped: new Counter({
       name: 'pd_proxy_overlapped_total',
       help: 'Pairs whose consumer was asked while the producer was at work',
+      registers,
+    }),
+    bypassed: new Counter({
+      name: 'pd_proxy_bypassed_total',
+      help: 'Requests that a consumer computed alone, because little of their prompts was not cached there (--bypass-tokens)',
       registers,
     }),
     badPings: new Counter({

@@ -17,6 +17,8 @@ import type { InstanceWork } from './work.ts';
 const REQUEST_TOKENS = 64;
 /** What a prompt token takes where no instance has been seen to compute any: 8,192 in a second. */
 const UNKNOWN_MS = 1_000 / 8_192;
+/** Instances that differ by less than this factor from the others on average count as equally fast: it may be chance. */
+const DIFFERS = 1.5;
 /** What one more in the batch costs a request, over all its tokens. Measured on an H200 it is 0.02 to 0.1 ms a token. */
 const BATCH_MS = 10;
 /** KV on its way: 128 KiB a token at 8 GB/s. */
@@ -56,11 +58,13 @@ export function choose<C extends Candidate>(
   const tokens = prompt?.tokens ?? 0;
   const missing = (address: string) =>
     policy === 'kv-aware' && prompt ? Math.max(0, tokens - prompt.cached(address)) : tokens;
-  const msPerToken = usualMs(candidates);
+  const usual = usualMs(candidates);
   const costOf = role === 'producer' ? prefillMs : decodeMs;
-  return least(candidates, ({ address, work }) =>
-    costOf(work, missing(address), work.msPerToken ?? msPerToken),
-  );
+  return least(candidates, ({ address, work }) => {
+    const { msPerToken: own = usual } = work;
+    const differs = own > usual * DIFFERS || own * DIFFERS < usual;
+    return costOf(work, missing(address), differs ? own : usual);
+  });
 }
 
 /** What a token takes where it is not known: as the others on average, so that one nobody knows is neither sought nor shunned. */

@@ -3,22 +3,26 @@ import { EventEmitter, once, setMaxListeners } from 'node:events';
 import fastify, { type FastifyInstance, type FastifyRequest } from 'fastify';
 import type { ProxyConfig } from '../config/proxy-config.ts';
 import { PdError } from '../errors.ts';
-import { formatHostPort, type HostPort, isUnspecified } from '../net/address.ts';
+import { formatHostPort, type HostPort, isLoopback, isUnspecified } from '../net/address.ts';
 import { NO_JSON_SCHEMAS } from '../net/json-schemas.ts';
 import { announceHost, hostAddress } from '../net/local.ts';
 import { listenError } from '../net/port-holder.ts';
 import { plural } from '../observability/bytes.ts';
 import { createLogger, type Logger } from '../observability/log.ts';
 import { openAiError } from '../openai-error.ts';
+import { z } from '../zod.ts';
+import { Admission } from './admission.ts';
 import type { ProxyContext } from './attempt.ts';
 import { BodyReader } from './body-reader.ts';
 import { PromptCaches } from './caches.ts';
 import { Discovery } from './discovery.ts';
 import { createProxyMetrics, type ProxyMetrics } from './metrics.ts';
 import { ModelDirectory } from './models.ts';
+import { Probes } from './probes.ts';
 import { type Instance, InstanceRegistry } from './registry.ts';
 import { answerError } from './relay.ts';
 import { ProxiedRequest } from './request.ts';
+import { RetryBudget } from './retry-budget.ts';
 import { Upstream } from './upstream.ts';
 
 const ROUTES = ['/v1/completions', '/v1/chat/completions', '/v1/responses'] as const;
@@ -49,6 +53,8 @@ export class PdProxy {
   readonly #metrics: ProxyMetrics;
   readonly #upstream = new Upstream();
   readonly #caches: PromptCaches;
+  readonly #admission: Admission;
+  #probes: Probes | undefined;
   readonly #bodies: Pick<BodyReader, 'read' | 'close'>;
   readonly #stop = new AbortController();
   readonly #models: ModelDirectory;
@@ -69,8 +75,17 @@ export class PdProxy {
     const { policy, prefillPolicy = policy, decodePolicy = policy } = config;
     const policies = { producer: prefillPolicy, consumer: decodePolicy };
     this.#registry = new InstanceRegistry(config.instanceTimeoutMs, undefined, policies);
-    this.#metrics = createProxyMetrics(this.#registry, () => this.#caches.size);
+    this.#metrics = createProxyMetrics(
+      this.#registry,
+      () => this.#caches.size,
+      () => this.#admission.queued,
+    );
     this.#caches = new PromptCaches(config, this.#log, this.#metrics);
+    const { maxRunning, maxRunningTokens, maxQueued, queueTimeoutMs } = config;
+    this.#admission = new Admission(
+      { requests: maxRunning, tokens: maxRunningTokens, queued: maxQueued, waitMs: queueTimeoutMs },
+      (reason) => this.#metrics.turnedAway.inc({ reason }),
+    );
     setMaxListeners(0, this.#stop.signal, this.#events); // one per request under way, one per caller who waits
     this.#bodies = parts.bodyReader(this.#log);
     this.#context = {
@@ -81,6 +96,8 @@ export class PdProxy {
       log: this.#log,
       bodies: this.#bodies,
       caches: this.#caches,
+      admission: this.#admission,
+      retries: new RetryBudget(),
       nextCount: () => this.#count++,
     };
     this.#models = new ModelDirectory(this.#context, this.#stop.signal);
@@ -178,6 +195,11 @@ export class PdProxy {
         this.#events.emit('instances');
       },
     });
+    const { healthIntervalMs: intervalMs } = this.#config;
+    if (intervalMs > 0) {
+      const { registry, upstream, log } = this.#context;
+      this.#probes = new Probes({ registry, upstream, log, intervalMs });
+    }
     try {
       await this.#server.listen({ host: http.host, port: http.port });
     } catch (cause) {
@@ -206,6 +228,7 @@ export class PdProxy {
     clearTimeout(timer);
     await this.#discovery?.close();
     this.#caches.close();
+    this.#probes?.close();
     await this.#upstream.close();
     await this.#bodies.close();
     if (started) this.#log.info('Stopped');
@@ -231,7 +254,7 @@ export class PdProxy {
       const error = refused
         ? new PdError('REQUEST_INVALID', cause.message, {}, { cause })
         : PdError.from(cause);
-      if (!refused) this.#log.error({ err: cause }, error.message);
+      if (error.status >= 500) this.#log.error({ err: cause }, error.message);
       return reply.code(refused ? cause.statusCode! : error.status).send(openAiError(error));
     });
     for (const route of ROUTES) {
@@ -251,12 +274,28 @@ export class PdProxy {
         }
       });
     }
+    app.post('/admin/drain', async (request) => this.#drainInstance(request));
     app.get('/health', async () => this.#health());
     app.get('/v1/models', async () => ({ object: 'list', data: await this.#models.list() }));
     app.get('/metrics', async (_request, reply) => {
       const { registry } = this.#metrics;
       return reply.type(registry.contentType).send(await registry.metrics());
     });
+  }
+
+  /** `{"instance": "host:port", "drain": false}`, of clients on this machine: what that instance has goes on, and it gets nothing new. */
+  #drainInstance(request: FastifyRequest) {
+    if (!isLoopback(request.ip)) {
+      throw new PdError('REQUEST_INVALID', 'POST /admin/drain is for clients on this machine');
+    }
+    const { instance: address, drain } = readDrain(bodyOf(request));
+    if (!this.#registry.drain(address, drain)) {
+      throw new PdError('REQUEST_INVALID', `no instance ${address} pings this proxy`, { param: 'instance' });
+    }
+    this.#log.info(`${address} ${drain ? 'gets no new requests: it drains' : 'gets requests again'}`);
+    const instance = this.#registry.list().find(({ httpAddress }) => httpAddress === address);
+    const underWay = instance && this.#registry.workOf(instance)?.own;
+    return { instance: address, draining: drain, requests_under_way: underWay ?? 0 };
   }
 
   /** As the proxy takes it to be: what the instance tells, and what it has been given since. */
@@ -283,9 +322,23 @@ export class PdProxy {
         /** Since its last ping. */
         age_seconds: Math.round(this.#registry.age(instance)) / 1_000,
         refused_connection: this.#registry.quarantined(instance),
+        draining: this.#registry.draining(instance),
+        breaker: this.#registry.breakerOf(instance)?.state ?? null,
         load: this.#loadOf(instance),
       })),
     };
+  }
+}
+
+const DRAIN = z.strictObject({ instance: z.string(), drain: z.boolean().default(true) });
+
+/** Throws REQUEST_INVALID. */
+function readDrain(body: Uint8Array): z.infer<typeof DRAIN> {
+  try {
+    return DRAIN.parse(JSON.parse(Buffer.from(body).toString('utf8')));
+  } catch (cause) {
+    const form = 'the body must be {"instance": "host:port"}, with "drain": false to undo it';
+    throw new PdError('REQUEST_INVALID', form, {}, { cause });
   }
 }
 

@@ -11,6 +11,7 @@
 import type { Policy } from '../config/proxy-config.ts';
 import { asDestination, type HostPort, httpUrl, parseHostPort } from '../net/address.ts';
 import type { KvEventPorts, SendType, WorkerLoad } from '../wire/messages.ts';
+import { Breaker } from './breaker.ts';
 import { choose, type PromptToPlace } from './placement.ts';
 import { InstanceWork } from './work.ts';
 
@@ -79,9 +80,15 @@ interface Entry {
   /** Number of the pick it was last taken in: the smallest is next. */
   picked: number;
   readonly work: InstanceWork;
+  readonly breaker: Breaker;
+  /** An operator wants it to take nothing new. */
+  draining: boolean;
 }
 
 export type Policies = Readonly<Record<InstanceRole, Policy>>;
+
+const LAGGARD = 5;
+const LAGGARD_MS = 30_000;
 
 /** Pings are not authenticated, so what they can fill is bounded. */
 const MAX_INSTANCES = 1_024;
@@ -131,7 +138,8 @@ export class InstanceRegistry {
     const work = new InstanceWork(this.#now);
     if (announcement.load) work.tell(announcement.load);
     const address = announcement.httpAddress;
-    this.#entries.set(address, { address, instance, picked: 0, work });
+    const breaker = new Breaker(this.#now);
+    this.#entries.set(address, { address, instance, picked: 0, work, breaker, draining: false });
     changes.push({ kind: 'added', instance });
     return changes;
   }
@@ -176,6 +184,43 @@ export class InstanceRegistry {
     return this.#entries.get(httpAddress)?.work;
   }
 
+  /** Whether requests go there; undefined where the instance has gone. */
+  breakerOf({ httpAddress }: Instance): Breaker | undefined {
+    return this.#entries.get(httpAddress)?.breaker;
+  }
+
+  /** It takes no new requests, or takes them again. False where there is no such instance. */
+  drain(httpAddress: string, draining: boolean): boolean {
+    const entry = this.#entries.get(httpAddress);
+    if (entry) entry.draining = draining;
+    return entry !== undefined;
+  }
+
+  draining({ httpAddress }: Instance): boolean {
+    return this.#entries.get(httpAddress)?.draining ?? false;
+  }
+
+  /** A producer that takes this many times as long for a token as the others do is let alone for a while. */
+  #lags({ address, work, instance }: Entry): boolean {
+    if (work.msPerToken === undefined) return false;
+    const others = this.#live(instance.role)
+      .filter((other) => other.address !== address)
+      .flatMap((other) => other.work.msPerToken ?? [])
+      .sort((a, b) => a - b);
+    const usual = others[Math.floor(others.length / 2)];
+    return usual !== undefined && others.length > 1 && work.msPerToken > usual * LAGGARD;
+  }
+
+  /** A prompt has been computed there: see InstanceWork.learn. */
+  learn({ httpAddress }: Instance, tokens: number, ms: number): void {
+    const entry = this.#entries.get(httpAddress);
+    if (!entry) return;
+    entry.work.learn(tokens, ms);
+    if (!this.#lags(entry)) return;
+    entry.breaker.open(LAGGARD_MS);
+    entry.work.msPerToken = undefined;
+  }
+
   /** There are a producer and a consumer that fit. */
   get paired(): boolean {
     const consumers = this.list('consumer');
@@ -187,7 +232,7 @@ export class InstanceRegistry {
    * with a quarantined instance is taken only where there is no other.
    */
   pair(wish: PairWish = {}): InstancePair | Missing {
-    const allowed = (entry: Entry) => !wish.exclude?.has(entry.address);
+    const allowed = ({ address, draining }: Entry) => !draining && !wish.exclude?.has(address);
     const producers = this.#live('producer').filter(allowed);
     const consumers = this.#live('consumer').filter(allowed);
     if (producers.length === 0) return 'producer';
@@ -197,7 +242,7 @@ export class InstanceRegistry {
     let fits = new Map<Entry, Entry[]>();
     for (const producer of producers) {
       for (const consumer of consumers) {
-        const penalty = this.#penalty(producer.instance, consumer.instance, wish.model);
+        const penalty = this.#penalty(producer, consumer, wish.model);
         if (penalty === undefined || penalty > best) continue;
         if (penalty < best) {
           best = penalty;
@@ -212,18 +257,25 @@ export class InstanceRegistry {
     const producer = choose(this.#policies.producer, 'producer', [...fits.keys()], wish.prompt);
     const consumer = choose(this.#policies.consumer, 'consumer', fits.get(producer)!, wish.prompt);
     producer.picked = consumer.picked = ++this.#picks;
+    producer.breaker.chosen();
+    consumer.breaker.chosen();
     return { producer: producer.instance, consumer: consumer.instance };
   }
 
-  /** Undefined: never. Otherwise smaller is better; a wrong model weighs most, then quarantine, then an unknown fit. */
-  #penalty(producer: Instance, consumer: Instance, model: string | undefined): number | undefined {
+  /** Undefined: never. Otherwise smaller is better; a wrong model weighs most, then quarantine or a breaker, then an unknown fit. */
+  #penalty(
+    { instance: producer, breaker: first }: Entry,
+    { instance: consumer, breaker: second }: Entry,
+    model: string | undefined,
+  ): number | undefined {
+    const ejected = first.state === 'open' || second.state === 'open';
     const fit = fitOf(producer, consumer);
     if (fit === 'never') return undefined;
     const serves = (instance: Instance) =>
       model === undefined || instance.models === undefined || instance.models.includes(model);
     return (
       (serves(producer) && serves(consumer) ? 0 : 4) +
-      (this.quarantined(producer) || this.quarantined(consumer) ? 2 : 0) +
+      (ejected || this.quarantined(producer) || this.quarantined(consumer) ? 2 : 0) +
       (fit === 'same' ? 0 : 1)
     );
   }

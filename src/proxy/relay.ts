@@ -5,7 +5,14 @@ import { PdError } from '../errors.ts';
 import { reasonOf } from '../net/resolve.ts';
 import { openAiError, retryHeaders } from '../openai-error.ts';
 import { instanceLabel } from './registry.ts';
-import { type Call, timeoutError, type UpstreamResponse, type WholeAnswer } from './upstream.ts';
+import {
+  type Call,
+  InstanceRefused,
+  readWhole,
+  timeoutError,
+  type UpstreamResponse,
+  type WholeAnswer,
+} from './upstream.ts';
 
 export interface RelayOptions {
   /** Its timeout bounds the time without progress: for the next chunk to come, or for the client to take the one that waits. */
@@ -20,6 +27,8 @@ export interface RelayOptions {
 const MAX_HELD_ANSWER = 16 * 1024 * 1024;
 /** An unfinished event longer than this is passed on in parts. Bytes. */
 const MAX_HELD_EVENT = 64 * 1024;
+
+const BROKE_OFF = 'its answer broke off before a byte of it was passed on';
 
 /** Never passed on: they belong to one connection, or are set by the proxy itself. */
 const OWN_HEADERS = new Set([
@@ -49,6 +58,10 @@ export async function relay(
   out: ServerResponse,
   options: RelayOptions,
 ): Promise<void> {
+  if (out.headersSent && !isEventStream(response)) {
+    answerWhole(await readWhole(response, MAX_HELD_ANSWER), out, options.requestId);
+    return;
+  }
   const events = isEventStream(response) ? new SseEvents() : undefined;
   const writeHead = (extra: Record<string, string | number> = {}) =>
     out.writeHead(response.statusCode, {
@@ -61,7 +74,7 @@ export async function relay(
   let heldBytes = 0;
   let started = false;
   try {
-    if (events) {
+    if (events && !out.headersSent) {
       writeHead();
       out.flushHeaders();
     }
@@ -88,6 +101,10 @@ export async function relay(
   } catch (cause) {
     response.body.destroy();
     const error = failureOf(cause, watch, options);
+    // The client may have the head of a stream by then, which will do for another pair's.
+    if (!(events ? started : out.headersSent) && error.code === 'UPSTREAM_FAILED') {
+      throw new InstanceRefused(options.call, BROKE_OFF, cause);
+    }
     if (!out.headersSent || out.destroyed) throw error;
     if (events) out.end(errorEvents(error));
     else out.destroy(); // the rest of the length, or the last chunk, is missing: the client notices
@@ -179,6 +196,11 @@ function errorEvents(error: PdError): string {
 
 /** An instance's answer that has been read to its end. */
 export function answerWhole({ response, body }: WholeAnswer, out: ServerResponse, requestId: string): void {
+  if (out.headersSent) {
+    // Those of a stream, of a pair that broke off before its first event.
+    out.end(`data: ${body.toString('utf8').replace(/\s*\n\s*/g, ' ')}\n\ndata: [DONE]\n\n`);
+    return;
+  }
   out.writeHead(response.statusCode, {
     ...answerHeaders(response),
     'content-length': body.length,
@@ -187,9 +209,13 @@ export function answerWhole({ response, body }: WholeAnswer, out: ServerResponse
   out.end(body);
 }
 
-/** An error of the proxy's own, in OpenAI's form, where nothing has been sent yet. */
+/** An error of the proxy's own, in OpenAI's form, where nothing has been sent yet but perhaps the head of a stream. */
 export function answerError(out: ServerResponse, error: PdError, requestId?: string): void {
-  if (out.headersSent || out.destroyed) return;
+  if (out.writableEnded || out.destroyed) return;
+  if (out.headersSent) {
+    out.end(errorEvents(error));
+    return;
+  }
   const body = JSON.stringify(openAiError(error));
   out.writeHead(error.status, {
     'content-type': 'application/json',

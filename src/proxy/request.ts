@@ -1,18 +1,23 @@
 /**
- * A client's request from its arrival to its answer: it goes to a pair, and once more to another where an instance does not take it. What
+ * A client's request from its arrival to its answer: it goes to a pair, and to others where an instance does not take it. What
  * happens with one pair is in attempt.ts.
  */
+import { hash } from 'node:crypto';
+import { setTimeout } from 'node:timers/promises';
 import { PdError } from '../errors.ts';
 import { plural } from '../observability/bytes.ts';
-import { Attempt, type ProxyContext, type ReceivedRequest } from './attempt.ts';
+import { Attempt, type PlacedPrompt, type ProxyContext, type ReceivedRequest } from './attempt.ts';
 import type { RequestBody } from './body.ts';
 import type { PromptToPlace } from './placement.ts';
 import { type InstancePair, type InstanceRegistry, instanceLabel, type Missing } from './registry.ts';
 import { answerError } from './relay.ts';
+import { backoffMs, MOST_RETRIES } from './retry-budget.ts';
 import { InstanceRefused } from './upstream.ts';
 
 /** How long other instances are preferred to one that refused a connection. */
 const QUARANTINE_MS = 3_000;
+/** Classes on either side of 0; a priority beyond them counts as the last. */
+const MOST_PRIORITY = 100;
 /** nginx's number for a client that went away; only in logs and metrics. */
 const CLIENT_GONE = 499;
 
@@ -47,7 +52,12 @@ export class ProxiedRequest {
     try {
       const read = await bodies.read(body, signal, caches.wanted);
       signal.throwIfAborted();
-      await this.#throughPairs(read);
+      const release = await this.#admitted(read);
+      try {
+        await this.#throughPairs(read);
+      } finally {
+        release();
+      }
     } catch (cause) {
       this.#fail(PdError.from(cause));
     } finally {
@@ -58,7 +68,8 @@ export class ProxiedRequest {
   }
 
   async #throughPairs(body: RequestBody): Promise<void> {
-    const { config, registry, caches, metrics, log } = this.#context;
+    const { config, registry, caches, metrics, retries, log } = this.#context;
+    retries.earn();
     const count = this.#context.nextCount();
     const request = { ...this.#received, body, arrivedMs: this.#arrivedMs, signal: this.#abort.signal };
     /** HTTP addresses of instances that did not take the request. */
@@ -66,14 +77,13 @@ export class ProxiedRequest {
     let refused: InstanceRefused | undefined;
     const prompt: PromptToPlace = {
       tokens: body.tokens,
-      session: sessionOf(this.#received.headers[config.sessionHeader]) ?? body.user,
+      session: single(this.#received.headers[config.sessionHeader]) ?? body.user,
       cached: (address) => caches.cached(address, body),
     };
     for (;;) {
       const pair = registry.pair({ model: body.model, exclude, prompt });
       if (typeof pair === 'string') throw refused ?? noPair(pair, registry);
-      const uncached = this.#placed(pair, body);
-      const attempt = new Attempt(this.#context, request, pair, uncached);
+      const attempt = new Attempt(this.#context, request, pair, this.#placed(pair, body));
       const { requestId } = attempt;
       this.#requestId = requestId;
       log.info(
@@ -81,31 +91,69 @@ export class ProxiedRequest {
         `handle_request count: ${count}, ${instanceLabel(pair.producer)} 👉 ${instanceLabel(pair.consumer)}`,
       );
       try {
-        return await attempt.run();
+        await attempt.run();
+        return;
       } catch (error) {
+        this.#blame(PdError.from(error));
         if (!(error instanceof InstanceRefused)) throw error;
         registry.quarantine(error.instance.httpAddress, QUARANTINE_MS);
-        if (refused) throw error;
         refused = error;
         exclude.add(error.instance.httpAddress);
+        if (exclude.size > MOST_RETRIES) throw error;
+        if (!retries.spend()) {
+          metrics.retries.inc({ result: 'over_budget' });
+          throw error;
+        }
+        metrics.retries.inc({ result: 'tried' });
         metrics.replaced.inc();
         log.warn({ requestId }, `${error.message}; trying another pair`);
+        await setTimeout(backoffMs(exclude.size), undefined, { signal: this.#abort.signal });
       }
     }
   }
 
-  /** Notes what the pair is given; returns how many tokens are left for its producer to compute. */
-  #placed({ producer, consumer }: InstancePair, body: RequestBody): number {
-    const { caches, metrics } = this.#context;
-    for (const instance of [consumer, producer]) {
+  /** Resolves once it may begin. */
+  async #admitted({ tokens, priority }: RequestBody): Promise<() => void> {
+    const { admission, metrics } = this.#context;
+    const { headers } = this.#received;
+    const told = Number(single(headers['x-priority']) ?? priority);
+    const end = metrics.queueSeconds.startTimer();
+    const release = await admission.enter({
+      key: keyOf(single(headers.authorization)),
+      priority: Math.max(-MOST_PRIORITY, Math.min(MOST_PRIORITY, Number.isInteger(told) ? told : 0)),
+      tokens,
+      signal: this.#abort.signal,
+    });
+    end();
+    return release;
+  }
+
+  /** What speaks against the instance that it names. */
+  #blame({ code, context }: PdError): void {
+    if (code !== 'UPSTREAM_FAILED' && code !== 'UPSTREAM_TIMEOUT') return;
+    const { registry } = this.#context;
+    const instance = registry.list().find(({ httpAddress }) => httpAddress === context['peer']);
+    if (instance) registry.breakerOf(instance)?.failed();
+  }
+
+  /** Notes what the pair is given, and decides whether its consumer needs the producer. */
+  #placed({ producer, consumer }: InstancePair, body: RequestBody): PlacedPrompt {
+    const { caches, metrics, config } = this.#context;
+    const left = body.tokens - caches.cached(consumer.httpAddress, body);
+    const little = config.bypassTokens > 0 && left <= config.bypassTokens;
+    const alone = little && body.prompts === 1 && consumer.fingerprint !== undefined;
+    if (alone) metrics.bypassed.inc();
+    const asked = alone ? [consumer] : [consumer, producer];
+    let uncached = 0;
+    for (const instance of asked) {
       const { role } = instance;
       const cached = caches.cached(instance.httpAddress, body);
+      uncached = body.tokens - cached;
       metrics.placedTokens.inc({ role, cached: 'yes' }, cached);
-      metrics.placedTokens.inc({ role, cached: 'no' }, body.tokens - cached);
+      metrics.placedTokens.inc({ role, cached: 'no' }, uncached);
     }
-    const uncached = body.tokens - caches.cached(producer.httpAddress, body);
-    for (const instance of [producer, consumer]) caches.sent(instance, body);
-    return uncached;
+    for (const instance of asked) caches.sent(instance, body);
+    return { alone, uncached };
   }
 
   #fail(error: PdError): void {
@@ -116,8 +164,13 @@ export class ProxiedRequest {
   }
 }
 
-function sessionOf(header: string | string[] | undefined): string | undefined {
+function single(header: string | string[] | undefined): string | undefined {
   return Array.isArray(header) ? header[0] : header;
+}
+
+/** Whose request it is, without keeping what it is known by. */
+function keyOf(authorization: string | undefined): string {
+  return authorization === undefined ? '' : hash('sha256', authorization, 'base64');
 }
 
 function noPair(missing: Missing, registry: InstanceRegistry): PdError {

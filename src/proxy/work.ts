@@ -12,8 +12,8 @@ import type { WorkerLoad } from '../wire/messages.ts';
 /** For a request to reach a worker and be counted there, and for the worker's ping to come back. */
 const UNDER_WAY_MS = 50;
 
-/** A shorter prompt says more of HTTP than of computing. */
-const LEAST_LEARNT = 128;
+/** Fewer tokens say more of HTTP than of computing. */
+const LEAST_LEARNT = 1_024;
 /** What the latest prompt counts for. */
 const LEARNT_SHARE = 0.2;
 /** Of a token, so that one that lies or hangs is still compared by what it has to do. */

@@ -18,7 +18,14 @@ import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 import { type SchedulerStats, SequencePool } from './pool.ts';
 import { endOutput, type Sequence, sampledOutput } from './sequence.ts';
 import { type SchedulerStep, StepBuilder } from './step.ts';
-import type { CacheChange, CoreRequest, ForwardResult, RequestOutput, SampledToken } from './types.ts';
+import type {
+  CacheChange,
+  CoreRequest,
+  ForwardResult,
+  RequestOutput,
+  SampledToken,
+  SamplingParams,
+} from './types.ts';
 
 /** Waiting sequences whose cached blocks are counted; those further back are taken for uncached. */
 const MAX_LOOKED_UP = 64;
@@ -106,6 +113,11 @@ export class Scheduler {
       tokens += sequence.length - local - external;
     }
     return tokens;
+  }
+
+  /** Of a request that is not over. */
+  samplingOf(requestId: EngineRequestId): SamplingParams | undefined {
+    return this.#pool.get(requestId)?.request.sampling;
   }
 
   /** By which a connector keeps blocks for other processes. */

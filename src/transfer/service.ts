@@ -304,7 +304,7 @@ export class TransferService {
   }
 
   #pairs(): PairState[] {
-    return [...this.#outgoing.states(), ...this.#incoming.states()];
+    return [...this.#outgoing.states(), ...this.#incoming.states(), ...(this.#native?.states() ?? [])];
   }
 
   /** What is wrong with the books, in words. */

@@ -50,6 +50,13 @@ export class CoreGrammars {
     return { ...result, sampled };
   }
 
+  /** Whether a token that was drawn elsewhere may come first, and something may follow it. */
+  goesOn(use: GrammarUse, token: number): boolean {
+    const grammar = this.#grammarOf(use);
+    const state = grammar.accept(grammar.start, token);
+    return state !== undefined && !state.isOver;
+  }
+
   #maskOf(sequence: ScheduledSequence): Uint32Array {
     const { grammar, state } = this.#read(sequence);
     const mask = new Uint32Array(Math.ceil(this.#vocabSize / 32));

@@ -4,6 +4,8 @@ import type { WorkerConfig } from '../config/worker-config.ts';
 import { P2pSchedulerConnector } from '../connector/scheduler-connector.ts';
 import { P2pWorkerConnector } from '../connector/worker-connector.ts';
 import { createDevice } from '../device/create-device.ts';
+import type { Device } from '../device/device.ts';
+import { PdError } from '../errors.ts';
 import { blockBytes } from '../kv/layout.ts';
 import { createExecutor } from '../model/create-executor.ts';
 import type { Executor } from '../model/executor.ts';
@@ -13,6 +15,7 @@ import { MetricsPage } from '../observability/metrics.ts';
 import { maxSequenceLength, Scheduler } from '../scheduler/scheduler.ts';
 import type { TransferEngine } from '../transfer/engine.ts';
 import type { NativeInit } from '../transfer/native/channel.ts';
+import type { DirectWays, SharedCache } from '../transfer/native/direct.ts';
 import type { HandOver } from '../transfer/native/hand-over.ts';
 import type { Nonce } from '../transfer/native/messages.ts';
 import type { Fingerprint } from '../wire/fingerprint.ts';
@@ -44,16 +47,31 @@ export async function createCore(
   try {
     const device = await createDevice(config.transfer.device);
     undo.push(() => device.dispose());
+    const shared = await createSharedCache(config, device, log);
+    if (shared) undo.push(() => shared.dispose());
     const { executor, fingerprint, maxModelLen, numBlocks } = await createExecutor({
       config,
       device,
       log,
+      ...(shared && { allocateCache: shared.allocate }),
     });
     undo.push(() => executor.dispose());
-    const native = nativeInit(config, executor);
+    const nonce = randomBytes(16).toString('hex') as Nonce;
+    const direct = await openDirect(config, {
+      device,
+      layers: executor.layers,
+      exported: shared?.exported(),
+      nonce,
+      log,
+    });
+    if (direct) undo.push(() => direct.close());
+    const native = nativeInit(config, executor, nonce, direct);
     const engine = await createEngine(config, fingerprint, init.metrics.transfer, native);
     if (engine) undo.push(() => engine.dispose());
-    const handOver = engine && native && (await createHandOver(config, engine, native, log));
+    const handOver =
+      engine &&
+      native &&
+      (await createHandOver(config, { engine, init: native, direct, log, metrics: init.metrics.core }));
     if (handOver) undo.push(() => handOver.close());
     const limits = { numBlocks, blockSize: config.blockSize, maxModelLen };
     return {
@@ -150,28 +168,85 @@ async function createEngine(
   );
 }
 
-function nativeInit({ role, wire }: WorkerConfig, { layers }: Executor): NativeInit | undefined {
+/** Between GPUs of one host, where the settings allow it. */
+function wantsDirect({ role, wire, transport }: WorkerConfig, device: Device): boolean {
+  const allowed = transport === 'auto' || transport === 'direct';
+  return role !== 'both' && wire !== 'frozen' && allowed && device.kind === 'cuda';
+}
+
+/** Of a consumer whose cache others may write into. */
+async function createSharedCache(
+  config: WorkerConfig,
+  device: Device,
+  log: Logger,
+): Promise<SharedCache | undefined> {
+  if (config.role !== 'consumer' || !wantsDirect(config, device)) return undefined;
+  const { sharedCache } = await import('../transfer/native/direct.ts');
+  return sharedCache(log);
+}
+
+/** Undefined where it is not wanted, or `auto` and not possible here. */
+async function openDirect(
+  config: WorkerConfig,
+  options: Parameters<typeof DirectWays.open>[0],
+): Promise<DirectWays | undefined> {
+  if (!wantsDirect(config, options.device)) return undefined;
+  try {
+    const { DirectWays } = await import('../transfer/native/direct.ts');
+    return await DirectWays.open(options);
+  } catch (error) {
+    if (config.transport === 'direct') throw error;
+    const { code, message } = PdError.from(error);
+    options.log.warn({ code }, `direct writes are not possible here, KV goes by nccl: ${message}`);
+    return undefined;
+  }
+}
+
+function nativeInit(
+  { role, wire, transport }: WorkerConfig,
+  { layers }: Executor,
+  nonce: Nonce,
+  direct: DirectWays | undefined,
+): NativeInit | undefined {
   const [first] = layers;
   if (role === 'both' || wire === 'frozen' || !first) return undefined;
   const { layout, memory } = first.cache;
   const { numBlocks: blocks, blockSize, family } = layout;
+  const pairs =
+    memory.kind === 'host' ? (['host'] as const) : transport === 'direct' ? [] : (['nccl'] as const);
   return {
-    nonce: randomBytes(16).toString('hex') as Nonce,
+    nonce,
     layers: layers.map(({ cache }) => cache),
     shape: { blocks, blockSize, layers: layers.length, blockBytes: blockBytes(layout), family },
-    transports: [memory.kind === 'host' ? 'host' : 'nccl'],
+    transports: [...(direct ? (['direct'] as const) : []), ...pairs],
+    ...(direct && { direct: direct.place }),
   };
+}
+
+interface HandOverParts {
+  readonly engine: TransferEngine;
+  readonly init: NativeInit;
+  readonly direct: DirectWays | undefined;
+  readonly log: Logger;
+  readonly metrics: SharedArrayBuffer;
 }
 
 async function createHandOver(
   { role, transfer }: WorkerConfig,
-  engine: TransferEngine,
-  init: NativeInit,
-  log: Logger,
+  { engine, init, direct, log, metrics }: HandOverParts,
 ): Promise<HandOver | undefined> {
   if (role === 'both') return undefined;
   const { HandOver } = await import('../transfer/native/hand-over.ts');
   const { rank, timeouts } = transfer;
   const wire = engine.native.bind(engine);
-  return new HandOver({ init, wire, role, rank, leaseMs: timeouts.orphan, log });
+  return new HandOver({
+    init,
+    wire,
+    role,
+    rank,
+    leaseMs: timeouts.orphan,
+    log,
+    metrics: new MetricsPage(metrics),
+    ...(direct && { direct }),
+  });
 }

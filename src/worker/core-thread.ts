@@ -105,15 +105,22 @@ async function answerState(
   core: CoreParts,
   { seq, integrity }: Extract<ToCore, { readonly type: 'state' }>,
 ): Promise<void> {
-  const { handOver } = core;
   const loop = core.loop.state(integrity);
+  // what waits and what failed is told with that of the frozen wire: it means the same
+  const native = core.handOver?.told();
+  const wrong = core.handOver?.checkIntegrity() ?? [];
   const state = {
     ...loop,
-    ...(loop.integrity && { integrity: [...loop.integrity, ...(handOver?.checkIntegrity() ?? [])] }),
-    ...(handOver && { handOver: handOver.state() }),
+    ...(loop.integrity && { integrity: [...loop.integrity, ...wrong] }),
+    ...(native && { handOver: native.state }),
   };
   try {
-    const transfer = await core.engine?.state();
+    const told = await core.engine?.state();
+    const transfer = told && {
+      ...told,
+      waiting: [...told.waiting, ...(native?.waiting ?? [])],
+      failures: [...told.failures, ...(native?.failures ?? [])],
+    };
     post({ type: 'state', seq, state: { ...state, ...(transfer && { transfer }) } });
   } catch (error) {
     log.warn(

@@ -253,9 +253,9 @@ export class CoreLoop {
 
   /** Also while a step is under way. */
   #takeLoads(): void {
-    const { loadFailure, executor } = this.#options;
+    const { loadFailure } = this.#options;
     for (const told of this.#connector?.getFinished() ?? []) {
-      const outcome = withinVocabulary(told, executor.vocabSize);
+      const outcome = this.#withUsableDraw(told);
       const { requestId } = outcome;
       this.#metrics.load(outcome, loadFailure);
       if (outcome.ok) {
@@ -272,6 +272,22 @@ export class CoreLoop {
       if (!outcome.ok) this.#needEngine(outcome.error);
     }
     this.#watchLoads();
+  }
+
+  /** Without a first token that cannot be what would have been drawn here; one that ends its grammar is left to this end too. */
+  #withUsableDraw(outcome: LoadOutcome): LoadOutcome {
+    if (!outcome.ok || !outcome.draw) return outcome;
+    const { draw, ...rest } = outcome;
+    const { vocabSize } = this.#options.executor;
+    const grammar = this.#scheduler.samplingOf(outcome.requestId)?.grammar;
+    const alternatives = (draw.logprobs ?? []).flatMap(({ token, top }) => [
+      token,
+      ...top.map((one) => one.token),
+    ]);
+    // They index tables here.
+    const known = [...draw.tokens, ...alternatives].every((token) => token < vocabSize);
+    const allowed = !grammar || draw.tokens.every((token) => this.#grammars.goesOn(grammar, token));
+    return known && allowed ? outcome : rest;
   }
 
   #emit(outputs: readonly RequestOutput[]): void {
@@ -325,17 +341,6 @@ function loadOf({ numRunning, numWaiting, numLoading, blocks, queuedTokens }: Sc
     kvBlocks: blocks.total,
     queuedTokens,
   };
-}
-
-/** Tokens that a peer names index tables here. */
-function withinVocabulary(outcome: LoadOutcome, vocabSize: number): LoadOutcome {
-  if (!outcome.ok || !outcome.draw) return outcome;
-  const { draw, ...rest } = outcome;
-  const alternatives = (draw.logprobs ?? []).flatMap(({ token, top }) => [
-    token,
-    ...top.map((one) => one.token),
-  ]);
-  return [...draw.tokens, ...alternatives].every((token) => token < vocabSize) ? outcome : rest;
 }
 
 /** Whoever asked for a prompt learns with its token that the KV is not on its way. */

@@ -3,6 +3,7 @@ import { hash } from 'node:crypto';
 import { PdError } from '../errors.ts';
 import { compileSpec, type GrammarSpec } from '../grammar/grammar.ts';
 import { type VocabularyData, vocabularyOf } from '../grammar/vocabulary.ts';
+import { specialBytes } from '../grammar/whole.ts';
 import type { Tokenizer } from '../model/tokenizer.ts';
 import type { GrammarUse } from '../scheduler/types.ts';
 import type { GrammarWish } from './server/fields.ts';
@@ -11,11 +12,11 @@ import type { GrammarWish } from './server/fields.ts';
 const MOST_KNOWN = 64;
 
 export class GrammarCompiler {
-  readonly #model: Pick<Tokenizer, 'tokenBytes' | 'isSpecial'>;
+  readonly #model: Pick<Tokenizer, 'isSpecial' | 'tokenBytes' | 'tokenString'>;
   readonly #known = new Map<string, GrammarUse>();
   #vocabulary: VocabularyData | undefined;
 
-  constructor(model: Pick<Tokenizer, 'tokenBytes' | 'isSpecial'>) {
+  constructor(model: Pick<Tokenizer, 'isSpecial' | 'tokenBytes' | 'tokenString'>) {
     this.#model = model;
   }
 
@@ -39,7 +40,9 @@ export class GrammarCompiler {
   #readVocabulary(size: number): VocabularyData {
     const model = this.#model;
     return vocabularyOf(
-      Array.from({ length: size }, (_, id) => (model.isSpecial(id) ? undefined : model.tokenBytes(id))),
+      Array.from({ length: size }, (_, id) =>
+        model.isSpecial(id) ? specialBytes(model.tokenString(id)) : model.tokenBytes(id),
+      ),
     );
   }
 }

@@ -25,7 +25,7 @@ describe('batch-invariant producer on cuda:0, consumer on cuda:1', () => {
     '%s: the tokens of the undivided worker, and KV moved',
     async (sendType) => {
       const proxy = await startProxy();
-      const args = [...COMPUTING, '--send-type', sendType];
+      const args = [...COMPUTING, '--wire', 'frozen', '--send-type', sendType];
       const producer = await startWorker('producer', proxy, [...args, '--device', 'cuda:0']);
       const consumer = await startWorker('consumer', proxy, [...args, '--device', 'cuda:1']);
       try {
@@ -37,7 +37,7 @@ describe('batch-invariant producer on cuda:0, consumer on cuda:1', () => {
         const after = [await metricsOf(consumer)];
         expect(answers.map(({ error, text }) => error ?? text)).toEqual(expected.map(({ text }) => text));
         const promptTokens = answers.map((answer) => answer.promptTokens);
-        expect(kvMovedProblems(before, after, promptTokens, BFLOAT16)).toEqual([]);
+        expect(kvMovedProblems(before, after, promptTokens, { elementBytes: BFLOAT16 })).toEqual([]);
       } finally {
         await Promise.all([producer, consumer, proxy].map(({ program }) => program.stop()));
       }

@@ -23,6 +23,28 @@ const BODIES: readonly (readonly [what: string, body: object])[] = [
     'a first token that would stop',
     { prompt: STORY, max_tokens: 5, temperature: 1.5, seed: 3, min_tokens: 4 },
   ],
+  [
+    'drawn under penalties',
+    {
+      prompt: STORY,
+      max_tokens: 6,
+      temperature: 0.9,
+      seed: 4,
+      repetition_penalty: 1.3,
+      frequency_penalty: 0.5,
+      min_p: 0.05,
+      logit_bias: { 100: 2 },
+      logprobs: 1,
+    },
+  ],
+  [
+    'a text of a grammar',
+    { prompt: STORY, max_tokens: 8, temperature: 0, structured_outputs: { regex: ' [a-z]{3,9} [a-z]+' } },
+  ],
+  [
+    'a choice of one token',
+    { prompt: STORY, max_tokens: 8, temperature: 0, structured_outputs: { choice: [' the', ' a'] } },
+  ],
   ['a stop string', { prompt: STORY, max_tokens: 20, temperature: 0, stop: ['the'] }],
   ['two completions', { prompt: STORY, max_tokens: 5, temperature: 0.7, seed: 5, n: 2 }],
   ['three prompts', { prompt: [STORY, 'Hello world', 'def fibonacci(n):'], max_tokens: 4, temperature: 0 }],
@@ -58,9 +80,15 @@ describe('a native pair', () => {
     return { choices, usage, error };
   };
 
-  it.each(BODIES)('answers %s as the undivided worker', async (_, body) => {
+  const computed = async () =>
+    (await metricsOf(workers[1]!)).get('pd_prompt_tokens_total{source="computed"}') ?? 0;
+
+  it.each(BODIES)('answers %s as the undivided worker', async (what, body) => {
+    const before = await computed();
     const [pair, undivided] = await Promise.all([post(proxy.url, body), post(workers[2]!.url, body)]);
     expect(pair).toEqual(undivided);
+    // Log-probabilities of a prompt need all of it; and the end of a grammar is seen where the text is told.
+    expect((await computed()) > before).toBe('echo' in body || what === 'a choice of one token');
   });
 
   it('answers many at a time, streamed and not, and loads what it was asked for', async () => {

@@ -1,5 +1,5 @@
 /**
- * A producer that cannot send its KV says so with its answer, and the consumer computes the prompt, or fails, at once. Its deadline is far
+ * By the frozen wire: a producer that cannot send its KV says so with its answer, and the consumer computes the prompt, or fails, at once. Its deadline is far
  * longer than the test's.
  */
 import { afterEach, describe, expect, test } from 'vitest';
@@ -69,7 +69,16 @@ describe('a producer cannot send', () => {
     const { sendType, ofProducer, ofConsumer, code, policy, overlap } = row;
     const started = await startProxy(['--overlap', String(overlap)]);
     proxy = started;
-    const common = ['--send-type', sendType, '--kv-load-timeout', '600s', '--kv-load-failure', policy];
+    const common = [
+      '--wire',
+      'frozen',
+      '--send-type',
+      sendType,
+      '--kv-load-timeout',
+      '600s',
+      '--kv-load-failure',
+      policy,
+    ];
     workers = await Promise.all([
       startWorker('producer', started, [...common, ...ofProducer]),
       startWorker('consumer', started, [...common, ...ofConsumer]),

@@ -1,4 +1,4 @@
-/** What readers of the runbook grep for, word for word, in the logs of real processes; and what a debug log lets them follow. */
+/** What readers of the runbook grep for, word for word, in the logs of real processes; and what a debug log lets them follow of the frozen wire. */
 import { afterAll, beforeAll, expect, it } from 'vitest';
 import {
   keptPorts,
@@ -20,7 +20,17 @@ beforeAll(async () => {
   proxy = await startProxy();
   // The line under test tells the port that was asked for.
   [ports.producer, ports.consumer] = (await keptPorts(2)) as [number, number];
-  const args = ['--kv-load-failure', 'fail', '--nccl-num-channels', '16', '--log-level', 'debug', '--port'];
+  const args = [
+    '--kv-load-failure',
+    'fail',
+    '--nccl-num-channels',
+    '16',
+    '--log-level',
+    'debug',
+    '--wire',
+    'frozen',
+    '--port',
+  ];
   [producer, consumer] = await Promise.all([
     startWorker('producer', proxy, [...args, String(ports.producer)]),
     startWorker('consumer', proxy, [...args, String(ports.consumer)]),

@@ -207,7 +207,6 @@ describe('an undivided worker with the demo model', () => {
         /^(ab)+;$/,
         { structured_outputs: { grammar: 'root ::= pair{5,9} ";"\npair ::= "ab"' }, min_tokens: 9 },
       ],
-      [/^\s*\{[\s\S]*\}$/, { response_format: { type: 'json_object' }, logit_bias: { 0: 1 } }],
     ];
     for (const [pattern, form] of forms) {
       const { choices } = await complete({
@@ -218,6 +217,44 @@ describe('an undivided worker with the demo model', () => {
         ...form,
       });
       expect(choices[0]).toMatchObject({ text: expect.stringMatching(pattern), finish_reason: 'stop' });
+    }
+    const sum = await ask('/v1/chat/completions', {
+      messages: [{ role: 'user', content: 'What is 3 + 4? Answer in JSON.' }],
+      temperature: 0,
+      max_tokens: 30,
+      response_format: { type: 'json_object' },
+    });
+    expect(sum.choices[0]).toMatchObject({ message: { content: '{"sum": 7}' }, finish_reason: 'stop' });
+  });
+
+  it('calls the tool that it has to, whatever it would have said', async () => {
+    const tools = [
+      toolOf('get_weather', 'Get the weather for a city', 'city'),
+      toolOf('get_capital', 'Get the capital of a country', 'country'),
+    ];
+    const messages = [{ role: 'user', content: 'How are you?' }];
+    const choices: readonly (readonly [unknown, RegExp])[] = [
+      ['required', /^get_(weather|capital)$/],
+      [{ type: 'function', function: { name: 'get_capital' } }, /^get_capital$/],
+    ];
+    for (const [tool_choice, name] of choices) {
+      const asked = { messages, tools, tool_choice, temperature: 1.5, seed: 7, max_tokens: 400 };
+      const { choices } = await ask('/v1/chat/completions', asked);
+      const [choice] = choices as unknown as readonly {
+        readonly finish_reason: string;
+        readonly message: {
+          readonly content: string | null;
+          readonly tool_calls: readonly {
+            readonly function: { readonly name: string; readonly arguments: string };
+          }[];
+        };
+      }[];
+      expect([choice!.finish_reason, choice!.message.content]).toEqual(['tool_calls', null]);
+      for (const { function: called } of choice!.message.tool_calls) {
+        expect(called.name).toMatch(name);
+        const key = called.name === 'get_weather' ? 'city' : 'country';
+        expect(JSON.parse(called.arguments)).toMatchObject({ [key]: expect.any(String) });
+      }
     }
   });
 

@@ -19,6 +19,8 @@ let nextKvPort = 20_000; // only a name here: nothing listens
 
 export class FakeUpstream {
   readonly asked: Asked[] = [];
+  /** What GET /health says. */
+  healthy = true;
   /** `asked` after each request, `aborted` when a client breaks off. */
   readonly events = new EventEmitter();
   readonly role: 'producer' | 'consumer';
@@ -38,6 +40,10 @@ export class FakeUpstream {
       if (request.url === '/v1/models') {
         out.setHeader('content-type', 'application/json');
         out.end(JSON.stringify({ object: 'list', data: models.map((id) => ({ id, object: 'model' })) }));
+        return;
+      }
+      if (request.url === '/health') {
+        out.writeHead(this.healthy ? 200 : 503).end();
         return;
       }
       out.once('close', () => {

@@ -115,7 +115,8 @@ export function walk(grammar: TokenGrammar, random: () => number, mostTokens = 6
     states.push(next);
     drawn.push(TOKENS[token]!);
   }
-  return { text: textOf(drawn), ended: states.at(-1)!.mayEnd, states };
+  const ended = states.at(-1)!.mayEnd;
+  return { text: textOf(drawn, ended), ended, states };
 }
 
 function isClosing(bytes: Uint8Array): boolean {
@@ -126,6 +127,7 @@ function isMark(bytes: Uint8Array): boolean {
   return bytes.length <= 3 && !/[a-zA-Z]/.test(String.fromCharCode(bytes[0]!)) && bytes[0]! < 0x80;
 }
 
-function textOf(drawn: readonly Uint8Array[]): string {
-  return new TextDecoder('utf-8', { fatal: true }).decode(Buffer.concat(drawn));
+/** `whole`: no character is cut off. */
+function textOf(drawn: readonly Uint8Array[], whole = false): string {
+  return new TextDecoder('utf-8', { fatal: whole }).decode(Buffer.concat(drawn));
 }

@@ -19,9 +19,10 @@ export async function expectMixedLoad(
   sendType: 'PUT_ASYNC' | 'PUT' | 'GET',
   count: number,
   undivided: WorkerHandle,
+  wire: 'auto' | 'frozen',
 ): Promise<void> {
   const proxy: ProxyHandle = await startProxy();
-  const args = [...STRICT, '--send-type', sendType];
+  const args = [...STRICT, '--send-type', sendType, '--wire', wire];
   const producers = await Promise.all([0, 1].map(() => startWorker('producer', proxy, args)));
   const consumers = await Promise.all([0, 1].map(() => startWorker('consumer', proxy, args)));
   const all = [...producers, ...consumers];
@@ -47,6 +48,7 @@ export async function expectMixedLoad(
         before,
         after,
         answers.map((answer) => answer.promptTokens),
+        { wire: wire === 'auto' ? 'native' : wire },
       ),
     ).toEqual([]);
     for (const answer of answers) {

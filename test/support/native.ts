@@ -5,6 +5,7 @@ import { BlockManager } from '../../src/kv/block-manager.ts';
 import { blockBytes } from '../../src/kv/layout.ts';
 import { formatHostPort } from '../../src/net/address.ts';
 import { createLogger } from '../../src/observability/log.ts';
+import { MetricsPage } from '../../src/observability/metrics.ts';
 import type { FromWire, NativeInit } from '../../src/transfer/native/channel.ts';
 import { HandOver } from '../../src/transfer/native/hand-over.ts';
 import type { Drawn, WantOutcome, WantRequest } from '../../src/transfer/native/hand-over-api.ts';
@@ -57,6 +58,7 @@ export async function makeEnd(
     role,
     rank: 0,
     leaseMs,
+    metrics: new MetricsPage(),
     log: createLogger({ level: 'silent', format: 'json' }, 'test'),
   });
   const blocks = new BlockManager(LAYOUT.numBlocks, LAYOUT.blockSize);

@@ -17,8 +17,8 @@ import { type WantAction, Wants } from '../../src/transfer/native/wants.ts';
 import type { EngineRequestId, TransferId } from '../../src/wire/ids.ts';
 import { SchedulerWorld } from './scheduler-world.ts';
 
-export const PRODUCER = '10.0.0.1:8082';
-export const CONSUMER = '10.0.0.2:8084';
+const PRODUCER = '10.0.0.1:8082';
+const CONSUMER = '10.0.0.2:8084';
 const LEASE_MS = 4_000;
 const UNBOUND_MS = 5_000;
 const LOAD_MS = 3_000;

@@ -13,7 +13,7 @@ export async function expectStandInPair(
   undivided: WorkerHandle,
 ): Promise<void> {
   const proxy = await startProxy();
-  const args = [...ON_GPU, '--send-type', sendType];
+  const args = [...ON_GPU, '--wire', 'frozen', '--send-type', sendType];
   const producer = await startWorker('producer', proxy, [...args, '--device', 'cuda:0']);
   const consumer = await startWorker('consumer', proxy, [...args, '--device', 'cuda:1']);
   try {

@@ -12,14 +12,15 @@ describe('mixed requests through two producers and two consumers', () => {
   });
 
   test.each([
-    ['PUT_ASYNC', 200],
-    ['PUT', 40],
-    ['GET', 40],
+    ['PUT_ASYNC', 200, 'frozen'],
+    ['PUT', 40, 'frozen'],
+    ['GET', 40, 'frozen'],
+    ['PUT_ASYNC', 200, 'auto'],
   ] as const)(
-    '%s, %i requests: text equals the undivided worker, KV moved, nothing is left',
-    async (sendType, count) => {
+    '%s, %i requests, --wire %s: text equals the undivided worker, KV moved, nothing is left',
+    async (sendType, count, wire) => {
       expect.hasAssertions();
-      await expectMixedLoad(sendType, count, undivided);
+      await expectMixedLoad(sendType, count, undivided, wire);
     },
   );
 });

@@ -18,7 +18,7 @@ beforeEach(() => {
 afterEach(() => rmSync(out, { recursive: true, force: true }));
 
 test.each([
-  ['host', 'PUT_ASYNC,GET', {}],
+  ['host', 'native,GET', {}],
   ['cuda', 'PUT', standInEnvironment()],
 ] as const)(
   '%s, %s: a pair says what an undivided worker says, in chunks, with cached prefixes and after preemption',

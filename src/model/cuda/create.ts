@@ -2,7 +2,7 @@
 import { Cublas } from '../../../ffi/libcublas.ts';
 import { CudaDevice } from '../../device/cuda/device.ts';
 import type { Device, DevicePointer } from '../../device/device.ts';
-import type { NamedLayer } from '../../device/paged-cache.ts';
+import type { CacheAllocator, NamedLayer } from '../../device/paged-cache.ts';
 import { PdError } from '../../errors.ts';
 import { blockBytes, runBytes } from '../../kv/layout.ts';
 import { binarySize } from '../../observability/bytes.ts';
@@ -35,6 +35,7 @@ export interface CudaExecutorOptions {
   /** Bytes that others take on this GPU later: received KV, communicators. */
   readonly reserved: number;
   readonly batchInvariant: boolean;
+  readonly allocateCache?: CacheAllocator | undefined;
   readonly log?: Logger;
 }
 
@@ -82,7 +83,7 @@ export async function createCudaExecutor(
       vocab: config.vocab,
       maxLength: maxModelLen,
     });
-    const { numBlocks, layers } = takeCache(device, options);
+    const { numBlocks, layers } = await takeCache(device, options);
     model.useCaches(layers.map(pointersOf));
     const graphs = new DecodeGraphs(device.runtime, stream.handle);
     undo.push(() => graphs.dispose());
@@ -157,10 +158,10 @@ async function takeBuffers(
   };
 }
 
-function takeCache(
+async function takeCache(
   device: CudaDevice,
   options: CudaExecutorOptions,
-): { readonly numBlocks: number; readonly layers: readonly NamedLayer[] } {
+): Promise<{ readonly numBlocks: number; readonly layers: readonly NamedLayer[] }> {
   const { config, type, blockSize, maxModelLen, utilization, reserved } = options;
   const format = { dtype: type, blockSize };
   const numBlocks =
@@ -174,7 +175,8 @@ function takeCache(
       model: config.name,
       device: device.name,
     });
-  return { numBlocks, layers: allocateKvCache(device, config, format, numBlocks) };
+  const layers = await allocateKvCache(device, config, format, numBlocks, options.allocateCache);
+  return { numBlocks, layers };
 }
 
 /** `kv-first`: all of K, then all of V. */

@@ -1,6 +1,6 @@
 /** Runs steps on the host: float32 arithmetic over a paged KV cache that lies in host memory, or in GPU memory behind a mirror. */
 import type { Device } from '../../device/device.ts';
-import type { NamedLayer } from '../../device/paged-cache.ts';
+import type { CacheAllocator, NamedLayer } from '../../device/paged-cache.ts';
 import type { ForwardBatch, ForwardResult, SampledToken, ScheduledSequence } from '../../scheduler/types.ts';
 import type { TokenLogprob } from '../../wire/token-logprob.ts';
 import type { ModelConfig } from '../config.ts';
@@ -23,6 +23,7 @@ export interface HostExecutorOptions {
   readonly device: Device;
   readonly blockSize: number;
   readonly numBlocks: number;
+  readonly allocateCache?: CacheAllocator | undefined;
 }
 
 export class HostExecutor implements Executor {
@@ -50,9 +51,11 @@ export class HostExecutor implements Executor {
     device,
     blockSize,
     numBlocks,
+    allocateCache,
   }: HostExecutorOptions): Promise<HostExecutor> {
     const weights = await loadLlamaWeights(dir, config);
-    const layers = allocateKvCache(device, config, { dtype: 'float32', blockSize }, numBlocks);
+    const format = { dtype: 'float32', blockSize } as const;
+    const layers = await allocateKvCache(device, config, format, numBlocks, allocateCache);
     return new HostExecutor(config, weights, layers, await openHostCaches(device, layers));
   }
 

@@ -27,8 +27,6 @@ export interface NativeInit {
 export type ToWire =
   /** Say hello to that peer's ROUTER; `introduced` or `lost` follows. */
   | { readonly kind: 'connect'; readonly peer: string }
-  /** Open the pair that the peer's bytes come on. Once for each `introduced`. */
-  | { readonly kind: 'pair'; readonly peer: string }
   /** By the DEALER; where there is no connection it is one to make, and lost: it is said again anyway. */
   | { readonly kind: 'ask'; readonly peer: string; readonly message: ConsumerMessage }
   /** By the ROUTER, to who has connected. */

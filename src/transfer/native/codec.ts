@@ -97,7 +97,6 @@ export function decodeAsked(body: Uint8Array, limits: NativeLimits): AskedMessag
   const message = decodeNative(body, limits);
   switch (message.cmd) {
     case 'HELLO':
-    case 'PAIR':
     case 'WANT':
     case 'DROP':
     case 'ACK':
@@ -111,7 +110,6 @@ export function decodeAsked(body: Uint8Array, limits: NativeLimits): AskedMessag
 export function decodeAnswered(body: Uint8Array, limits: NativeLimits): AnsweredMessage {
   const message = decodeNative(body, limits);
   switch (message.cmd) {
-    case 'PAIR':
     case 'WANT':
     case 'DROP':
     case 'ACK':

@@ -14,8 +14,13 @@ import type { EventRef } from '../../device/device.ts';
 import { type ErrorCode, type ErrorData, PdError, unreachable } from '../../errors.ts';
 import { formatHostPort } from '../../net/address.ts';
 import type { Logger } from '../../observability/log.ts';
+import type { MetricsPage } from '../../observability/metrics.ts';
+import { NO_TOKEN, type OwnerPage, SLOTS, type SlotState } from '../../transport/direct/page.ts';
 import { type EngineRequestId, peerAddressOf, type TransferId } from '../../wire/ids.ts';
+import { Failures } from '../failures.ts';
+import type { TransferState } from '../types.ts';
 import type { FromWire, NativeInit, ToWire } from './channel.ts';
+import type { DirectWays, DirectWrite } from './direct.ts';
 import { type GrantAction, Grants } from './grants.ts';
 import type {
   Drawn,
@@ -26,7 +31,14 @@ import type {
   WantOutcome,
   WantRequest,
 } from './hand-over-api.ts';
-import type { HelloMessage, NativeTransport, Ticket } from './messages.ts';
+import {
+  type HelloMessage,
+  type NativeTransport,
+  type Nonce,
+  type ProducerMessage,
+  type Ticket,
+  TRANSPORTS,
+} from './messages.ts';
 import { type WantAction, Wants } from './wants.ts';
 
 export interface HandOverOptions {
@@ -37,7 +49,11 @@ export interface HandOverOptions {
   readonly rank: number;
   /** How long KV that nobody asks for is kept, ms. */
   readonly leaseMs: number;
+  /** Where `direct` may be used here. */
+  readonly direct?: DirectWays;
   readonly log: Logger;
+  /** Of the core thread. */
+  readonly metrics: MetricsPage;
 }
 
 /** A `want` that has no outcome yet. */
@@ -48,6 +64,7 @@ interface Load {
   deadline: number;
   /** Once it has been asked for. */
   seq: number | undefined;
+  transport: NativeTransport | undefined;
 }
 
 /** A producer that has said hello on the connection of now. */
@@ -55,6 +72,17 @@ interface Producer {
   readonly hello: HelloMessage;
   /** How its bytes come; undefined while that is being found out. */
   transport: NativeTransport | undefined;
+  /** Until when `direct` is waited for. */
+  patience: NodeJS.Timeout | undefined;
+}
+
+/** A slot in the page shared with a producer, granted to the want of that seq. */
+interface Slot {
+  readonly peer: string;
+  readonly nonce: Nonce;
+  readonly slot: number;
+  readonly seq: number;
+  flagged: boolean;
 }
 
 /** A write that has not landed. */
@@ -62,8 +90,10 @@ interface Write {
   readonly action: Extract<GrantAction, { readonly kind: 'write' }>;
   /** Layers below have been launched, or will not be. */
   next: number;
-  /** Parts under way. */
+  /** Parts under way, or one for all launches of `direct`. */
   parts: number;
+  /** By `direct`, once there is room for its lists. */
+  direct: DirectWrite | undefined;
   failure: { readonly code: ErrorCode; readonly message: string } | undefined;
 }
 
@@ -82,10 +112,15 @@ interface Step {
 }
 
 const TICK_MS = 250;
+/** For a producer of this host to map our cache, before its bytes go by a pair. */
+const DIRECT_MS = 5_000;
+const LOOK_MS = 1;
 /** How long a WANT may wait for its request, which may stand in the producer's queue; whoever gives up earlier says DROP. */
 const UNBOUND_MS = 600_000;
 /** Bytes of one PART, where its layers are there at once: no operation then takes longer than its deadline. */
 const PART_BYTES = 128 * 2 ** 20;
+/** Of a sampling digest. */
+const DIGEST_BYTES = 16;
 /** Ids that a peer is still to be told of, or whose failure came before their want. */
 const MOST_REMEMBERED = 1_024;
 /** For peers to hear the ends of their WANTs when this worker stops. */
@@ -99,9 +134,16 @@ export class HandOver implements HandOverApi {
   readonly #loads = new Map<EngineRequestId, Load>();
   readonly #exposed = new Set<number>();
   readonly #producers = new Map<string, Producer>();
+  /** Where a process was heard of last; those linked by `direct`. */
+  readonly #peers = new Map<Nonce, string>();
+  readonly #slots = new Map<number, Slot>();
+  #looking = false;
+  /** Writes by `direct` that wait for room. */
+  readonly #crowded = new Set<Write>();
   readonly #writes = new Map<number, Write>();
   /** Ids that nobody wants, by the producer that is to be told once it has said hello. */
   readonly #unwanted = new Map<TransferId, string>();
+  readonly #failures = new Failures({ now });
   /** What producers have told of requests that have not been wanted yet. */
   readonly #failed = new Map<TransferId, ErrorData>();
   #step: Step | undefined;
@@ -135,7 +177,12 @@ export class HandOver implements HandOverApi {
       cacheBlocks: shape.blocks,
       layers: shape.layers,
       newTicket: () => randomBytes(16).toString('hex') as Ticket,
-      slots: 0,
+      slots: SLOTS,
+    });
+    options.direct?.serve({
+      open: (nonce) => this.#directOpen(nonce),
+      refused: (nonce, why) => this.#directRefused(nonce, why),
+      died: (nonce) => this.#died(nonce),
     });
     this.#tell = options.wire((event) => this.#hear(event));
   }
@@ -147,7 +194,8 @@ export class HandOver implements HandOverApi {
   want(request: WantRequest): void {
     const { requestId, transferId, peer, withinMs, prefillWithinMs = 0 } = request;
     const began = now();
-    const load: Load = { request, began, deadline: began + withinMs + prefillWithinMs, seq: undefined };
+    const deadline = began + withinMs + prefillWithinMs;
+    const load: Load = { request, began, deadline, seq: undefined, transport: undefined };
     this.#loads.set(requestId, load);
     const failed = this.#failed.get(transferId);
     this.#failed.delete(transferId);
@@ -229,6 +277,10 @@ export class HandOver implements HandOverApi {
     if (!step) return Promise.resolve();
     for (const write of step.writes) {
       if (write.next >= this.#layers) continue;
+      if (this.#crowded.delete(write) && step.layers === this.#layers) {
+        this.#launch(write, this.#layers, undefined);
+        continue;
+      }
       write.failure ??= {
         code: 'KV_SEND_FAILED',
         message: 'the step that was to compute it did not end well',
@@ -256,6 +308,21 @@ export class HandOver implements HandOverApi {
       wants: this.#wants.stats(),
       grants: this.#grants.stats(),
     };
+  }
+
+  /** With the loads that are waited for and those that failed lately, as the transfer engine tells its own. */
+  told(): { readonly state: HandOverState } & Pick<TransferState, 'waiting' | 'failures'> {
+    const at = now();
+    const waiting = [...this.#loads.values()].map(({ request, began, deadline }) => ({
+      requestId: request.requestId,
+      tensorId: request.transferId,
+      peer: request.peer,
+      sinceMs: Math.round(at - began),
+      deadlineMs: Math.round(deadline - began),
+      nearMisses: [],
+      ...(deadline - began > request.withinMs && { prefilling: true as const }),
+    }));
+    return { state: this.state(), waiting, failures: this.#failures.state() };
   }
 
   /** What is wrong, in words; empty when all is well. */
@@ -346,7 +413,8 @@ export class HandOver implements HandOverApi {
 
   /** A producer has answered our hello. */
   #meet(peer: string, hello: HelloMessage): void {
-    const producer: Producer = { hello, transport: undefined };
+    const producer: Producer = { hello, transport: undefined, patience: undefined };
+    const { direct } = this.#options;
     this.#producers.set(peer, producer);
     this.#wants.pairOpened(peer);
     this.#want(() => this.#wants.introduced(peer, hello.from, now()));
@@ -355,18 +423,87 @@ export class HandOver implements HandOverApi {
       this.#unwanted.delete(id);
       this.unwanted(id, peer);
     }
-    this.#tell({ kind: 'pair', peer });
-    producer.transport = 'host';
+    if (!direct || !this.#mayBeDirect(hello)) {
+      this.#takePair(peer, producer);
+      return;
+    }
+    this.#peers.set(hello.from, peer);
+    if (direct.pageOf(hello.from)) {
+      this.#ready(peer, producer, 'direct');
+      return;
+    }
+    direct.expect(hello.from);
+    const why = `its producer has not mapped the cache within ${DIRECT_MS / 1_000} s`;
+    producer.patience = setTimeout(() => this.#directRefused(hello.from, why), DIRECT_MS);
+  }
+
+  #mayBeDirect({ transports, direct }: HelloMessage): boolean {
+    const { init } = this.#options;
+    const both = init.transports.includes('direct') && transports.includes('direct');
+    return both && direct !== undefined && direct.bootId === init.direct?.bootId;
+  }
+
+  /** By a pair: of both ends' ways the first that is one. */
+  #takePair(peer: string, producer: Producer): void {
+    const { transports } = producer.hello;
+    const way = this.#options.init.transports.find((one) => one !== 'direct' && transports.includes(one));
+    if (!way) {
+      const message = `no way for KV is open at both ends: direct is refused, and ${peer} has no other`;
+      this.#lose(peer, { code: 'TRANSPORT_MISMATCH', message, context: { peer } });
+      return;
+    }
+    this.#ready(peer, producer, way);
+  }
+
+  #ready(peer: string, producer: Producer, transport: NativeTransport): void {
+    clearTimeout(producer.patience);
+    producer.patience = undefined;
+    producer.transport = transport;
     for (const load of this.#waitingFor(peer)) this.#ask(load);
   }
 
+  #directOpen(nonce: Nonce): void {
+    const peer = this.#peers.get(nonce);
+    const producer = peer === undefined ? undefined : this.#producers.get(peer);
+    if (peer === undefined) return;
+    const { log, role } = this.#options;
+    log.info({ peer }, `🤝direct Success, ${role === 'producer' ? `👉${peer}` : `👈${peer}`}`);
+    // what is wanted already goes on as it began
+    if (producer?.hello.from === nonce) this.#ready(peer, producer, 'direct');
+  }
+
+  #directRefused(nonce: Nonce, why: string): void {
+    const peer = this.#peers.get(nonce);
+    if (peer === undefined) return;
+    this.#options.log.warn(
+      { peer },
+      `direct writes between this worker and ${peer} are not possible, KV goes another way: ${why}`,
+    );
+    const producer = this.#producers.get(peer);
+    if (producer?.hello.from === nonce && !producer.transport) this.#takePair(peer, producer);
+  }
+
+  /** Its socket has ended. */
+  #died(nonce: Nonce): void {
+    const peer = this.#peers.get(nonce);
+    if (peer === undefined) return;
+    this.#peers.delete(nonce);
+    this.#grant(() => this.#grants.died(peer, nonce, now()));
+    this.#want(() => this.#wants.died(peer, nonce, now()));
+  }
+
   /** A consumer has said hello. */
-  #admit(peer: string, { from, cache }: HelloMessage): void {
+  #admit(peer: string, hello: HelloMessage): void {
+    const { from, cache, direct } = hello;
     this.#grant(() => this.#grants.introduced(peer, from, cache.blocks, now()));
+    if (!direct || !this.#mayBeDirect(hello)) return;
+    this.#peers.set(from, peer);
+    this.#options.direct?.connect(peer, from, direct.path);
   }
 
   /** The connection to a producer is over, or never was. */
   #lose(peer: string, error: ErrorData): void {
+    clearTimeout(this.#producers.get(peer)?.patience);
     this.#producers.delete(peer);
     for (const [id, whom] of this.#unwanted) if (whom === peer) this.#unwanted.delete(id);
     for (const load of this.#waitingFor(peer)) this.#fail(load, error, false);
@@ -418,6 +555,7 @@ export class HandOver implements HandOverApi {
         return [];
       }
       load.seq = asked.seq;
+      load.transport = producer.transport;
       this.#options.log.debug(
         { requestId, transferId, peer, seq: asked.seq, tokens, skip, blocks: blocks.length },
         `WANT ${asked.seq} of ${peer}`,
@@ -432,6 +570,7 @@ export class HandOver implements HandOverApi {
       error.code,
     );
     const message = `KV of ${transferId} did not come from ${peer}: ${error.message}`;
+    this.#failures.note('load', peer, PdError.fromData(error));
     const told = own
       ? error
       : ({
@@ -449,14 +588,45 @@ export class HandOver implements HandOverApi {
     this.#user?.loadEnded(outcome);
   }
 
+  /** Layers up to `end`, as far as they have not been launched. */
   #launch(write: Write, end: number, ready: EventRef | undefined): void {
-    const { launch, peer, nonce: to, seq, ticket, place, sources } = write.action;
-    if (write.next >= end) return;
-    if (!this.#grants.mayLaunch(launch)) {
-      write.next = this.#layers;
-      this.#settle(write);
-      return;
+    const { launch, transport } = write.action;
+    if (write.next >= end || this.#crowded.has(write)) return;
+    if (!this.#grants.mayLaunch(launch)) write.next = this.#layers;
+    else if (transport === 'direct') this.#launchDirect(write, end, ready);
+    else this.#sendParts(write, end, ready);
+    this.#settle(write);
+  }
+
+  #launchDirect(write: Write, end: number, ready: EventRef | undefined): void {
+    try {
+      write.direct ??= this.#beginDirect(write);
+      // all of it once there is room, when its step is over
+      if (!write.direct) this.#crowded.add(write);
+      else {
+        write.direct.layers(write.next, end - write.next, ready);
+        write.next = end;
+      }
+    } catch (error) {
+      this.#giveUp(write, PdError.from(error));
     }
+  }
+
+  #beginDirect({ action }: Write): DirectWrite | undefined {
+    const { nonce, seq, slot, sources, targets, last } = action;
+    const { direct } = this.#options;
+    if (!direct || slot === undefined)
+      throw new PdError('DIRECT_REFUSED', 'a WANT by direct, which is off here');
+    return direct.begin(nonce, { seq, slot, sources, targets, last });
+  }
+
+  #giveUp(write: Write, { code, message }: PdError): void {
+    write.failure ??= { code, message };
+    write.next = this.#layers;
+  }
+
+  #sendParts(write: Write, end: number, ready: EventRef | undefined): void {
+    const { launch, peer, nonce: to, seq, ticket, place, sources } = write.action;
     const { nonce: from, shape } = this.#options.init;
     const most = Math.max(Math.floor(PART_BYTES / (sources.length * shape.blockBytes)), 1);
     const blocks = Int32Array.from(sources);
@@ -468,34 +638,51 @@ export class HandOver implements HandOverApi {
         step.gathering++;
         this.#gathering.set(step.number, step);
       }
+      const of = { from, to, seq, ticket } as const;
+      const what = { layer: write.next, layers, block: place, blocks: sources.length };
       this.#tell({
         kind: 'write',
         peer,
         launch,
-        part: {
-          cmd: 'PART',
-          from,
-          to,
-          seq,
-          ticket,
-          layer: write.next,
-          layers,
-          block: place,
-          blocks: sources.length,
-        },
+        part: { cmd: 'PART', ...of, ...what },
         blocks,
         ...(step && ready && { ready: { event: ready, step: step.number } }),
       });
       write.next += layers;
     }
-    this.#settle(write);
   }
 
   #settle(write: Write): void {
     const { launch } = write.action;
-    if (write.next < this.#layers || write.parts > 0 || !this.#writes.delete(launch)) return;
+    if (write.next < this.#layers || write.parts > 0) return;
+    const { direct } = write;
+    if (direct) {
+      write.direct = undefined;
+      write.parts++;
+      const { sources } = write.action;
+      const { shape } = this.#options.init;
+      direct
+        .landed()
+        .then(() => {
+          const bytes = sources.length * shape.layers * shape.blockBytes;
+          if (!write.failure) this.#options.metrics.inc('pd_kv_sent_bytes_total', bytes);
+        })
+        .catch((error: unknown) => this.#giveUp(write, PdError.from(error)))
+        .finally(() => {
+          write.parts--;
+          this.#settle(write);
+        });
+      return;
+    }
+    if (!this.#writes.delete(launch)) return;
+    this.#crowded.delete(write);
     this.#step?.writes.delete(write);
     this.#grant(() => this.#grants.landed(launch, now(), write.failure));
+    for (const other of [...this.#crowded]) {
+      if (this.#step?.writes.has(other)) continue;
+      this.#crowded.delete(other);
+      this.#launch(other, this.#layers, undefined);
+    }
   }
 
   #grant(told: () => readonly GrantAction[]): void {
@@ -528,6 +715,7 @@ export class HandOver implements HandOverApi {
     switch (action.kind) {
       case 'send':
         this.#tell({ kind: 'answer', peer: action.peer, message: action.message });
+        if (action.slot !== undefined) this.#endInPage(action.slot, action.message);
         return;
       case 'introduce':
         this.#tell({ kind: 'introduce', peer: action.peer });
@@ -546,9 +734,11 @@ export class HandOver implements HandOverApi {
         this.#books.endLease(action.id);
         this.#user?.freed();
         return;
+      case 'drained':
+        this.#options.direct?.release(action.nonce);
+        return;
       case 'bound':
       case 'ended':
-      case 'drained':
         return;
       default:
         unreachable(action, 'action of the grants');
@@ -557,7 +747,7 @@ export class HandOver implements HandOverApi {
 
   #begin(action: Write['action']): void {
     this.#books.hold(action.sources);
-    const write: Write = { action, next: 0, parts: 0, failure: undefined };
+    const write: Write = { action, next: 0, parts: 0, direct: undefined, failure: undefined };
     this.#writes.set(action.launch, write);
     const step = this.#step;
     if (!step?.ids.has(action.id)) {
@@ -607,16 +797,84 @@ export class HandOver implements HandOverApi {
         this.#tell({ kind: 'reset', peer: action.peer, why: 'PART is out of step' });
         return;
       case 'grant':
+        this.#grantSlot(action);
         return;
       default:
         unreachable(action, 'action of the wants');
     }
   }
 
+  #grantSlot({ peer, nonce, slot, seq }: Extract<WantAction, { readonly kind: 'grant' }>): void {
+    const page = this.#options.direct?.pageOf(nonce);
+    if (seq > 0) {
+      page?.grant(slot, seq);
+      this.#slots.set(seq, { peer, nonce, slot, seq, flagged: false });
+      this.#look();
+      return;
+    }
+    page?.revoke(slot);
+    for (const [one, held] of this.#slots) {
+      if (held.nonce === nonce && held.slot === slot) this.#slots.delete(one);
+    }
+  }
+
+  /** Looks into the pages until nothing is granted: each millisecond, and all the time once the last chunk of one is under way. */
+  #look(): void {
+    if (this.#looking || this.#slots.size === 0) return;
+    this.#looking = true;
+    let soon = false;
+    for (const held of [...this.#slots.values()]) {
+      const page = this.#options.direct?.pageOf(held.nonce);
+      if (page && this.#lookAt(held, page) === 'last') soon = true;
+    }
+    const again = () => {
+      this.#looking = false;
+      this.#look();
+    };
+    if (soon) setImmediate(again);
+    else setTimeout(again, LOOK_MS);
+  }
+
+  #lookAt(held: Slot, page: OwnerPage): SlotState {
+    const { peer, nonce, slot, seq } = held;
+    if (!held.flagged && page.flag(slot, seq)) {
+      held.flagged = true;
+      this.#want(() => this.#wants.flag(peer, nonce, slot, seq));
+    }
+    const state = page.state(slot, seq);
+    if (state !== 'done' || !held.flagged) return state;
+    const { token, digest } = page.result(slot, seq);
+    const draw = {
+      drawn: token === NO_TOKEN ? [] : [token],
+      samplingDigest: Buffer.from(digest.subarray(0, DIGEST_BYTES)).toString('hex'),
+    };
+    this.#want(() => this.#wants.doneInPage(held, draw, now()));
+    return state;
+  }
+
+  /** What a page has room for; the message says it too. */
+  #endInPage(slot: number, message: ProducerMessage): void {
+    const page = this.#options.direct?.targetPage(message.to);
+    if (!page || message.cmd !== 'DONE' || message.logprobs || message.drawn.length > 1) return;
+    if (message.written !== message.promised) return;
+    const digest = new Uint8Array(2 * DIGEST_BYTES);
+    const given = Buffer.from(message.samplingDigest, 'hex');
+    if (given.length !== DIGEST_BYTES) return;
+    digest.set(given);
+    const [token = NO_TOKEN] = message.drawn;
+    page.end(slot, message.seq, 'done', { token, digest });
+  }
+
   #loaded(load: Load, { seq, draw }: Extract<WantAction, { readonly kind: 'loaded' }>): void {
     const { requestId, peer, blocks } = load.request;
     const { layers, blockBytes } = this.#options.init.shape;
     const milliseconds = now() - load.began;
+    const bytes = blocks.length * layers * blockBytes;
+    this.#failures.wentWell('load', peer);
+    const { metrics } = this.#options;
+    metrics.observe('pd_transfer_seconds', milliseconds / 1_000);
+    // what comes on a pair is counted by the transfer thread
+    if (load.transport === 'direct') metrics.inc('pd_kv_received_bytes_total', bytes);
     this.#options.log.debug(
       { requestId, peer, seq, milliseconds, drawn: draw !== undefined },
       `WANT ${seq} is done`,
@@ -625,7 +883,7 @@ export class HandOver implements HandOverApi {
     this.#end(load, {
       requestId,
       ok: true,
-      bytes: blocks.length * layers * blockBytes,
+      bytes,
       milliseconds,
       ...(drawn && { draw: { tokens: drawn, ...(logprobs && { logprobs }) } }),
     });
@@ -649,9 +907,22 @@ export class HandOver implements HandOverApi {
     }
     this.#grant(() => this.#grants.tick(now()));
     this.#want(() => this.#wants.tick(now()));
+    this.#measure();
     if (this.#grants.isIdle && this.#wants.isIdle && this.#loads.size === 0) {
       clearTimeout(this.#timer);
       this.#timer = undefined;
+    }
+  }
+
+  #measure(): void {
+    const { metrics } = this.#options;
+    const { waiting, quarantined } = this.#wants.stats();
+    metrics.set('pd_native_wants', waiting);
+    metrics.set('pd_native_quarantined_blocks', quarantined);
+    metrics.set('pd_native_leases', this.#grants.stats().leases);
+    for (const way of TRANSPORTS) {
+      const producers = [...this.#producers.values()].filter(({ transport }) => transport === way);
+      metrics.set('pd_native_connections', producers.length, way);
     }
   }
 

@@ -1,8 +1,9 @@
 /** What two ends of the native hand-over say of themselves first, and what must fit for them to exchange KV. Pure. */
 import type { TransferOptions } from '../../config/transfer-options.ts';
+import { NATIVE_FEATURE } from '../../wire/overlap.ts';
 import { helloOf, type Mismatch, mismatchOf } from '../hello.ts';
 import type { NativeInit } from './channel.ts';
-import { type HelloMessage, NATIVE_FEATURE } from './messages.ts';
+import type { HelloMessage } from './messages.ts';
 
 /** Ends the routing id of a native connection: beside a frozen one from the same end, of which a ROUTER knows one by each id. */
 const SUFFIX = '#native';

@@ -1,5 +1,5 @@
 /**
- * A consumer's connection to a producer: a DEALER and, where bytes come that way, a pair of which it is rank 0. Both end together; what was
+ * A consumer's connection to a producer: a DEALER and, where bytes come that way, a pair of which it is rank 1. Both end together; what was
  * asked is said again on the next (wants.ts).
  *
  *   connecting (HELLO on its way) --> greeted (its answer has come) --> over
@@ -13,7 +13,13 @@ import { makeRoom, unload } from './cargo.ts';
 import type { NativeInit, ToWire } from './channel.ts';
 import { decodeAnswered, encodeNative, nativeBodyBytes } from './codec.ts';
 import { identityOf, refusalOf } from './hello.ts';
-import type { ConsumerMessage, HelloMessage, NativeMessage, ProducerMessage } from './messages.ts';
+import type {
+  ConsumerMessage,
+  HelloMessage,
+  NativeMessage,
+  PairMessage,
+  ProducerMessage,
+} from './messages.ts';
 
 type ReceiveCommand = Extract<ToWire, { readonly kind: 'receive' }>;
 
@@ -29,6 +35,7 @@ interface NativeLinkEvents {
 
 export class NativeLink {
   readonly peer: string;
+  readonly since: number;
   readonly #context: TransferContext;
   readonly #init: NativeInit;
   readonly #hello: HelloMessage;
@@ -56,9 +63,13 @@ export class NativeLink {
     this.#hello = hello;
     this.peer = peer;
     this.#events = events;
-    this.#lastUsedAt = context.deadlines.now();
+    this.since = context.deadlines.now();
+    this.#lastUsedAt = this.since;
     this.#limits = { maxBlocks: init.shape.blocks };
     const { connect, answer } = context.options.timeouts;
+    context.limited.log(`connecting ${peer}`, (suppressed) =>
+      context.log.info({ peer, suppressed }, `connecting to ${peer}`),
+    );
     this.#dealer = new Dealer({
       self: identityOf(context.self),
       peer,
@@ -78,6 +89,17 @@ export class NativeLink {
     return this.#openPair !== undefined && !this.#over;
   }
 
+  get state(): 'connecting' | 'opening' | 'open' | 'over' {
+    if (!this.#theirs) return 'connecting';
+    if (this.#openPair) return 'open';
+    // by direct there is none
+    return this.#pair ? 'opening' : 'over';
+  }
+
+  get outstanding(): number {
+    return this.#openPair?.pending ?? 0;
+  }
+
   get lastUsedAt(): number {
     return this.#lastUsedAt;
   }
@@ -90,28 +112,6 @@ export class NativeLink {
   /** Dropped before the other end has said hello. */
   ask(message: ConsumerMessage): void {
     if (this.#theirs) this.#say(message);
-  }
-
-  /** Opens the pair; once, after `introduced`. Where it cannot be opened the connection ends. */
-  pair(): void {
-    const theirs = this.#theirs;
-    if (!theirs || this.#pair || this.#over) return;
-    const { transport, options, log, self } = this.#context;
-    const { peer } = this;
-    const uniqueId = transport.createUniqueId();
-    this.#say({ cmd: 'PAIR', from: this.#init.nonce, to: theirs.from, uniqueId });
-    logJoining(this.#context, peer, 0);
-    this.#pair = transport.open({ uniqueId, rank: 0, peer, timeoutMs: options.timeouts.pairInit });
-    this.#pair.then(
-      (pair) => {
-        this.#openPair = pair;
-        this.#events.pairsChanged();
-        void pair.over.then((reason) => this.end(reason));
-        if (this.#over) pair.abort(this.#over);
-        else log.info({ peer }, `🤝ncclCommInitRank Success, ${self}👈${peer}, MyRank:0`);
-      },
-      (error: unknown) => this.end(PdError.from(error, 'PAIR_INIT_TIMEOUT', { peer })),
-    );
   }
 
   receive(command: ReceiveCommand): void {
@@ -194,12 +194,32 @@ export class NativeLink {
       const message = decodeAnswered(body, this.#limits);
       this.#context.log.debug({ peer: this.peer, cmd: message.cmd }, `${message.cmd} from ${this.peer}`);
       if (message.cmd === 'HELLO') this.#greeted(message);
+      else if (message.cmd === 'PAIR') this.#join(message);
       else this.#events.answered(message);
     } catch (error) {
       this.#context.metrics.inc('pd_protocol_errors_total', 1, protocolErrorKind(error));
       const { message } = PdError.from(error);
       this.end(new PdError('MESSAGE_INVALID', `peer ${this.peer}: ${message}`, { peer: this.peer }));
     }
+  }
+
+  /** The producer opens a pair. Where it cannot be joined the connection ends. */
+  #join({ from, to, uniqueId }: PairMessage): void {
+    const { transport, options, log, self } = this.#context;
+    const { peer } = this;
+    if (from !== this.#theirs?.from || to !== this.#init.nonce || this.#pair) return;
+    logJoining(this.#context, peer, 1);
+    this.#pair = transport.open({ uniqueId, rank: 1, peer, timeoutMs: options.timeouts.pairInit });
+    this.#pair.then(
+      (pair) => {
+        this.#openPair = pair;
+        this.#events.pairsChanged();
+        void pair.over.then((reason) => this.end(reason));
+        if (this.#over) pair.abort(this.#over);
+        else log.info({ peer }, `🤝ncclCommInitRank Success, ${self}👈${peer}, MyRank:1`);
+      },
+      (error: unknown) => this.end(PdError.from(error, 'PAIR_INIT_TIMEOUT', { peer })),
+    );
   }
 
   #greeted(theirs: HelloMessage): void {

@@ -1,8 +1,8 @@
 /**
  * What two workers of ours say to hand KV over (docs/protocol.md, "Native hand-over"); `codec.ts` makes bytes of it. Pure data.
  *
- *   consumer's DEALER to the producer's ROUTER   HELLO, PAIR, WANT, DROP, ACK
- *   back on the same socket                      HELLO, HELD, PART, DONE, FAIL, DROPPED
+ *   consumer's DEALER to the producer's ROUTER   HELLO, WANT, DROP, ACK
+ *   back on the same socket                      HELLO, PAIR, HELD, PART, DONE, FAIL, DROPPED
  *
  * HELLO and PAIR are the connection's (wire.ts); the ledgers (wants.ts, grants.ts) know the others alone.
  *
@@ -14,9 +14,6 @@ import type { LayoutFamily } from '../../kv/layout.ts';
 import type { TransferId } from '../../wire/ids.ts';
 import type { PeerHello, UniqueId } from '../../wire/messages.ts';
 import type { TokenLogprob } from '../../wire/token-logprob.ts';
-
-/** Feature in hello and ping of a worker that speaks all of this. */
-export const NATIVE_FEATURE = 'native';
 
 declare const brand: unique symbol;
 /** A process, from its start to its end: 16 random bytes, as 32 hex digits. */
@@ -53,7 +50,7 @@ export interface HelloMessage {
   readonly refused?: { readonly code: ErrorCode; readonly message: string };
 }
 
-/** "Join a pair with me, I am rank 0": for PART, until this connection ends. In place of the one before. */
+/** "Join a pair with me, I am rank 0": of a producer, before the first PART of a connection. */
 export interface PairMessage extends Addressed {
   readonly cmd: 'PAIR';
   readonly uniqueId: UniqueId;
@@ -160,7 +157,7 @@ export type ConsumerMessage = WantMessage | DropMessage | AckMessage;
 export type EndMessage = DoneMessage | FailMessage | DroppedMessage;
 export type ProducerMessage = HeldMessage | PartMessage | EndMessage;
 /** What a ROUTER hears. */
-export type AskedMessage = HelloMessage | PairMessage | ConsumerMessage;
+export type AskedMessage = HelloMessage | ConsumerMessage;
 /** What a DEALER hears. */
-export type AnsweredMessage = HelloMessage | ProducerMessage;
+export type AnsweredMessage = HelloMessage | PairMessage | ProducerMessage;
 export type NativeMessage = AskedMessage | AnsweredMessage;

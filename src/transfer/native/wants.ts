@@ -41,7 +41,7 @@ export interface WantsOptions {
   readonly layers: number;
   /** 16 random bytes in hex, for each want. */
   readonly newTicket: () => Ticket;
-  /** Slots of the page that is shared with a process; a want by `direct` takes one. */
+  /** Slots of the page that is shared with a process, from 1 on; a want by `direct` takes one. */
   readonly slots: number;
 }
 
@@ -256,6 +256,28 @@ export class Wants {
     }
     want.flagged = true;
     this.#settle(want);
+    return this.#take();
+  }
+
+  /** As DONE, told by the writer's CPU in the slot of the page shared with that process: all blocks are written. */
+  doneInPage(
+    at: { readonly peer: string; readonly nonce: Nonce; readonly slot: number; readonly seq: number },
+    draw: Draw,
+    now: number,
+  ): WantAction[] {
+    const process = this.#processes.find(at.peer, at.nonce);
+    const want = process?.books.get(at.seq);
+    if (!process || want?.message.slot !== at.slot) {
+      this.#processes.ignore('flag');
+      return this.#take();
+    }
+    const { length } = want.message.blocks;
+    this.#ended(
+      process,
+      want,
+      { cmd: 'DONE', ...back(want), ...draw, promised: length, written: length },
+      now,
+    );
     return this.#take();
   }
 
@@ -589,7 +611,7 @@ export class Wants {
   #slotsOf(process: Process<Want>): number[] {
     const known = this.#freeSlots.get(process);
     if (known) return known;
-    const slots = Array.from({ length: this.#options.slots }, (_, i) => this.#options.slots - 1 - i);
+    const slots = Array.from({ length: this.#options.slots }, (_, i) => this.#options.slots - i);
     this.#freeSlots.set(process, slots);
     return slots;
   }

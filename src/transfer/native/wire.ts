@@ -10,12 +10,13 @@ import type { Pair } from '../../transport/transport.ts';
 import { protocolErrorKind } from '../../wire/limits.ts';
 import { logJoining, type TransferContext } from '../context.ts';
 import type { Router } from '../router.ts';
+import type { PairState } from '../types.ts';
 import { loadCargo } from './cargo.ts';
 import type { FromWire, NativeInit, ToWire } from './channel.ts';
 import { decodeAsked, encodeNative, isNativeMessage } from './codec.ts';
 import { identityOf, nativeHello, peerOf, refusalOf } from './hello.ts';
 import { NativeLink } from './link.ts';
-import type { HelloMessage, NativeMessage, PairMessage } from './messages.ts';
+import type { HelloMessage, NativeMessage } from './messages.ts';
 
 type WriteCommand = Extract<ToWire, { readonly kind: 'write' }>;
 
@@ -24,6 +25,7 @@ interface Session {
   readonly identity: Buffer;
   readonly peer: string;
   readonly hello: HelloMessage;
+  readonly since: number;
   pair: Promise<Pair> | undefined;
   openPair: Pair | undefined;
   /** Of the pair. */
@@ -34,7 +36,7 @@ interface Session {
 
 /** Sessions are small, but anybody can make routing ids up. */
 const MOST_SESSIONS = 4_096;
-/** Pairs that are being opened at one time: each is a connection to where its PAIR says. */
+/** Pairs that are being opened at one time. */
 const MOST_OPENING = 256;
 /** A connection that nothing has been said on for so long is closed where there are more than `--max-peers`. */
 const IDLE_MS = 10_000;
@@ -73,14 +75,46 @@ export class NativeWire {
     return count + [...this.#links.values()].filter(({ paired }) => paired).length;
   }
 
+  /** Connections to producers, and those of consumers, by their pairs where bytes come so. */
+  states(): PairState[] {
+    const incoming = [...this.#sessions.values()].map((session): PairState => {
+      const { peer, pair, openPair, since } = session;
+      const state = openPair ? 'open' : pair ? 'opening' : 'over';
+      const outstanding = openPair?.pending ?? 0;
+      return {
+        peer,
+        direction: 'incoming',
+        state,
+        ours: true,
+        queued: 0,
+        outstanding,
+        sinceMs: this.#ageOf(since),
+      };
+    });
+    const outgoing = [...this.#links.values()].map((link): PairState => {
+      const { peer, state, outstanding, since } = link;
+      return {
+        peer,
+        direction: 'outgoing',
+        state,
+        ours: true,
+        queued: 0,
+        outstanding,
+        sinceMs: this.#ageOf(since),
+      };
+    });
+    return [...outgoing, ...incoming].filter(({ state }) => state !== 'over');
+  }
+
+  #ageOf(since: number): number {
+    return Math.round(this.#context.deadlines.now() - since);
+  }
+
   command(command: ToWire): void {
     if (this.#closed) return;
     switch (command.kind) {
       case 'connect':
         this.#link(command.peer);
-        return;
-      case 'pair':
-        this.#links.get(command.peer)?.pair();
         return;
       case 'ask':
         this.#link(command.peer)?.ask(command.message);
@@ -118,8 +152,11 @@ export class NativeWire {
       const message = decodeAsked(body, { maxBlocks: this.#init.shape.blocks });
       this.#context.log.debug({ peer, cmd: message.cmd }, `${message.cmd} from ${peer}`);
       if (message.cmd === 'HELLO') this.#introduced(identity, peer, message);
-      else if (message.cmd === 'PAIR') this.#join(peer, message);
-      else this.#tell({ kind: 'asked', peer, message });
+      else {
+        // as early as can be known: opening takes its time
+        if (message.cmd === 'WANT' && message.transport !== 'direct') this.#openPair(peer);
+        this.#tell({ kind: 'asked', peer, message });
+      }
     } catch (error) {
       const { metrics, limited, log } = this.#context;
       const kind = protocolErrorKind(error);
@@ -216,26 +253,27 @@ export class NativeWire {
       if (oldest) this.#sessions.delete(oldest.peer);
     }
     const fresh = { pair: undefined, openPair: undefined, parts: 0, loading: Promise.resolve() };
-    this.#sessions.set(peer, { identity, peer, hello, ...fresh });
+    const since = this.#context.deadlines.now();
+    this.#sessions.set(peer, { identity, peer, hello, since, ...fresh });
     this.#tell({ kind: 'introduced', way: 'from', peer, hello });
   }
 
-  #join(peer: string, { from, to, uniqueId }: PairMessage): void {
+  /** With a consumer that wants something over it; once for each connection. */
+  #openPair(peer: string): void {
     const session = this.#sessions.get(peer);
     const { transport, options, log, self, limited } = this.#context;
-    if (!session || session.pair || from !== session.hello.from || to !== this.#init.nonce) {
-      this.#answer(peer, this.#hello);
-      return;
-    }
+    if (!session || session.pair) return;
     if (this.#opening >= MOST_OPENING) {
       limited.log('native opening', (suppressed) =>
-        log.warn({ peer, suppressed }, `PAIR of ${peer}: ${MOST_OPENING} pairs are being opened already`),
+        log.warn({ peer, suppressed }, `WANT of ${peer}: ${MOST_OPENING} pairs are being opened already`),
       );
       return;
     }
     this.#opening++;
-    logJoining(this.#context, peer, 1);
-    const pair = transport.open({ uniqueId, rank: 1, peer, timeoutMs: options.timeouts.pairInit });
+    const uniqueId = transport.createUniqueId();
+    this.#answer(peer, { cmd: 'PAIR', from: this.#init.nonce, to: session.hello.from, uniqueId });
+    logJoining(this.#context, peer, 0);
+    const pair = transport.open({ uniqueId, rank: 0, peer, timeoutMs: options.timeouts.pairInit });
     session.pair = pair;
     pair
       .then(
@@ -248,7 +286,7 @@ export class NativeWire {
             log.info({ peer, code: reason.code }, `pair with ${peer} is over: ${reason.message}`);
           });
           if (this.#sessions.get(peer) !== session) open.abort(gone(peer));
-          else log.info({ peer }, `🤝ncclCommInitRank Success, ${self}👉${peer}, MyRank:1`);
+          else log.info({ peer }, `🤝ncclCommInitRank Success, ${self}👉${peer}, MyRank:0`);
         },
         (error: unknown) =>
           log.warn({ peer }, `pair with ${peer} could not be opened: ${PdError.from(error).message}`),

@@ -10,8 +10,8 @@
  * launch. Without a page DONE alone serves. Each thread makes its own view of the address; nobody ever unmaps a page, so that no
  * view outlives it: a peer that starts again costs 64 KiB.
  *
- * A slot belongs to one seq until DONE, FAIL or DROPPED has come for it or its writer is dead, like the blocks of its WANT: only then may
- * `give` be called. Whoever reads names the seq: what a slot says of another is as good as nothing.
+ * A slot belongs to one seq until DONE, FAIL or DROPPED has come for it or its writer is dead, like the blocks of its WANT: only then is it
+ * granted to another (transfer/native/wants.ts keeps that book). Whoever reads names the seq: what a slot says of another is as good as nothing.
  */
 import { closeSync } from 'node:fs';
 import { nativeView } from '../../../ffi/native.ts';
@@ -111,7 +111,7 @@ class View {
   }
 }
 
-/** The owner's view: who wants blocks. Of the owner's threads one grants and gives back; all may read. */
+/** The owner's view: who wants blocks. Of the owner's threads one grants; all may read. */
 export class OwnerPage extends View {
   /** Makes a page; `descriptor` is to be passed to the writer, and closed then. Throws SYSTEM_CALL_FAILED. */
   static create(): { readonly ref: PageRef; readonly descriptor: FileDescriptor } {
@@ -126,36 +126,18 @@ export class OwnerPage extends View {
     }
   }
 
-  readonly #free = Array.from({ length: SLOTS }, (_, i) => SLOTS - i);
-  readonly #taken = new Set<number>();
-
-  /** Slots that belong to a seq. */
-  get taken(): number {
-    return this.#taken.size;
-  }
-
-  /** A slot for `seq`, granted; undefined where all are taken. */
-  grant(seq: number): number | undefined {
+  /** For `seq` alone from now on: a slot that belongs to no other any more. */
+  grant(slot: number, seq: number): void {
+    checkSlot(slot);
     checkSeq(seq);
-    const slot = this.#free.pop();
-    if (slot === undefined) return undefined;
-    this.#taken.add(slot);
     for (let word = 1; word < SLOT_WORDS; word++) this.store(slot, word, 0n);
     this.store(slot, GRANT, BigInt(seq));
-    return slot;
   }
 
-  /** From now on no launch for this seq writes, but one that has begun goes on: the blocks stay in quarantine. Idempotent. */
+  /** From now on no launch for its seq writes, but one that has begun goes on: the blocks stay in quarantine. Idempotent. */
   revoke(slot: number): void {
-    this.#mustBeTaken(slot);
+    checkSlot(slot);
     this.store(slot, GRANT, 0n);
-  }
-
-  /** After DONE, FAIL, DROPPED or the writer's death. */
-  give(slot: number): void {
-    this.revoke(slot);
-    this.#taken.delete(slot);
-    this.#free.push(slot);
   }
 
   /** How far the launches of `seq` are; undefined where none has ended. */
@@ -184,10 +166,6 @@ export class OwnerPage extends View {
       digest: new Uint8Array(digest.buffer),
       time: Number(this.load(slot, TIME)),
     };
-  }
-
-  #mustBeTaken(slot: number): void {
-    if (!this.#taken.has(slot)) throw new PdError('INTERNAL', `slot ${slot} of a page belongs to nobody`);
   }
 }
 

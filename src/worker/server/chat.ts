@@ -6,6 +6,7 @@ import { createParser, type Parsing, parsedTokens } from '../../parsing/parser.t
 import type { Part, PartParser } from '../../parsing/parts.ts';
 import { opensThoughts } from '../../parsing/reasoning.ts';
 import { z } from '../../zod.ts';
+import { answerForm } from './answer-form.ts';
 import { type AnswerBase, type AnswerFormat, answerOfChoices } from './answers.ts';
 import { type ChoiceEvent, promptTokenIdsOf, tokenIdsOf } from './choice.ts';
 import {
@@ -48,7 +49,7 @@ export interface ChatReading
 }
 
 export function readChat(served: Served, model: TextModel, json: unknown): ChatReading {
-  const [{ messages, ...given }, grammarWish] = takeGrammar(parseBody(chatSchema, json));
+  const [{ messages, ...given }, wish] = takeGrammar(parseBody(chatSchema, json));
   const [body, constraints] = splitBody(given);
   const name = servedModel(served, body.model);
   const maxTokens = body.max_completion_tokens ?? body.max_tokens;
@@ -60,11 +61,6 @@ export function readChat(served: Served, model: TextModel, json: unknown): ChatR
   if (body.top_logprobs !== undefined && body.logprobs !== true) {
     throw badField('top_logprobs', 'is allowed only with logprobs: true');
   }
-  const { tool_choice: choice } = body;
-  if (choice === 'required' || typeof choice === 'object') {
-    const given = JSON.stringify(choice).slice(0, 200);
-    throw badField('tool_choice', `${given} is not supported here; only "auto" and "none" are`);
-  }
   const tools = offeredTools(json, body);
   const calls = tools.length > 0 ? callsOf(served, body) : undefined;
   const output = Math.max(maxTokens ?? 1, 1);
@@ -74,6 +70,7 @@ export function readChat(served: Served, model: TextModel, json: unknown): ChatR
     ...(calls && { calls }),
     ...(reasoning && { reasoning: { dialect: reasoning, inside: opensThoughts(reasoning, text) } }),
   };
+  const grammarWish = answerForm(body, { parallel: body.parallel_tool_calls ?? true, parsing }, wish);
   const options = { output, param: 'messages', truncate: body.truncate_prompt_tokens };
   // The template has written the special tokens itself.
   const ids = encodeText(served, model, text, body.add_special_tokens ?? false, options);

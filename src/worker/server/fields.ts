@@ -35,6 +35,7 @@ export const NOT_DONE: Readonly<Record<string, readonly unknown[]>> = {
   tool_choice: ['none', 'auto'],
   functions: [[]],
   function_call: ['none', 'auto'],
+  guided_whitespace_pattern: [],
   chat_template: [],
   prompt_embeds: [],
   documents: [[]],

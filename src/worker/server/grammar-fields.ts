@@ -10,7 +10,6 @@ const schema = z.union(
   'expected a JSON schema',
 );
 const choices = z.array(z.string()).min(1).max(MOST_CHOICES);
-const ignored = optional(z.unknown());
 
 export const grammarFields = {
   response_format: optional(
@@ -27,7 +26,7 @@ export const grammarFields = {
       grammar: optional(z.string()),
       json_object: optional(z.boolean()),
       disable_any_whitespace: optional(z.boolean()),
-      disable_fallback: ignored,
+      disable_fallback: optional(z.unknown()),
       disable_additional_properties: optional(z.literal(false, 'only false is supported here')),
       whitespace_pattern: optional(z.never('is not supported here')),
       structural_tag: optional(z.never('is not supported here')),
@@ -37,8 +36,6 @@ export const grammarFields = {
   guided_regex: optional(z.string()),
   guided_choice: optional(choices),
   guided_grammar: optional(z.string()),
-  guided_decoding_backend: ignored,
-  guided_whitespace_pattern: optional(z.never('is not supported here')),
 };
 
 type GrammarBody = z.output<z.ZodObject<typeof grammarFields>>;

@@ -9,6 +9,7 @@ import { turns } from './turns.ts';
 
 /** Fields that are taken and change nothing: they are about OpenAI's own service, or say what holds here anyway. */
 const IGNORED = [
+  'guided_decoding_backend',
   'kv_transfer_params',
   'metadata',
   'prediction',

@@ -17,6 +17,7 @@ import {
   type Served,
   samplingFields,
 } from './fields.ts';
+import { grammarFields } from './grammar-fields.ts';
 import { chatLogprobs } from './logprobs.ts';
 import { turns } from './turns.ts';
 
@@ -27,6 +28,7 @@ const shared = z
     parallel_tool_calls: optional(z.boolean()),
     chat_template_kwargs: optional(z.record(z.string(), z.unknown())),
     top_logprobs: optional(z.int().min(0).max(MAX_LOGPROBS)),
+    structured_outputs: grammarFields.structured_outputs,
   })
   .omit({
     n: true,
@@ -69,6 +71,11 @@ export const RESPONSES_NOT_DONE: typeof NOT_DONE = {
   n: [1],
   best_of: [1],
   prompt_logprobs: [],
+  response_format: [],
+  guided_json: [],
+  guided_regex: [],
+  guided_choice: [],
+  guided_grammar: [],
 };
 
 type ResponseBody = z.output<typeof responseSchema>;

@@ -257,7 +257,7 @@ describe('an instance that does not take the request', () => {
     });
   });
 
-  test('and whose substitute refuses too: 502, no third try', async () => {
+  test('and whose substitutes refuse too: 502, once each has been tried', async () => {
     const proxy = await startProxy();
     const producer = await startUpstream(proxy, 'producer');
     const dead = [
@@ -267,7 +267,7 @@ describe('an instance that does not take the request', () => {
     ];
     for (const consumer of dead) await consumer.kill();
     expect((await post(proxy, REQUEST)).status).toBe(502);
-    expect(producer.asked).toHaveLength(2);
+    expect(producer.asked).toHaveLength(3);
   });
 
   test('because it is stopping counts as refused', async () => {

@@ -72,6 +72,33 @@ test('kv-aware: a conversation goes on where it began, as long as that is there'
   expect(elsewhere).not.toBe(home[0]);
 });
 
+test('a prompt with little to compute goes to its consumer alone, where that is one of ours', async () => {
+  const proxy = await startQuietProxy({ policy: 'kv-aware', bypassTokens: 150 });
+  closing.push(() => proxy.close(0));
+  const start = async (role: 'producer' | 'consumer') => {
+    const upstream = await FakeUpstream.start(role, answerJson());
+    closing.push(() => upstream.kill());
+    await upstream.ping(proxy.discoveryAddress, 'd1');
+    return upstream;
+  };
+  const [producer, consumer] = await Promise.all([start('producer'), start('consumer')]);
+  while (proxy.instances.length < 2) await new Promise((resolve) => setImmediate(resolve));
+  const post = async (messages: object[]) => {
+    const body = JSON.stringify({ model: 'm', messages });
+    const response = await fetch(`http://${formatHostPort(proxy.httpAddress)}/v1/chat/completions`, {
+      method: 'POST',
+      body,
+    });
+    expect(response.status).toBe(200);
+    return consumer.asked.at(-1)!.headers['x-request-id'];
+  };
+  const messages = [say('user', 'a long story ')];
+  expect(await post(messages)).toContain('___prefill_addr_');
+  messages.push(say('assistant', 'ok '), { role: 'user', content: 'and then?' });
+  expect(await post(messages)).toMatch(/^[0-9a-f]{32}$/);
+  expect([producer.asked.length, consumer.asked.length]).toEqual([1, 2]);
+});
+
 describe('session', () => {
   test('by the header, by `user` where there is none, for consumers alone where so told', async () => {
     const { post } = await pool({ decodePolicy: 'session', sessionHeader: 'x-chat' });

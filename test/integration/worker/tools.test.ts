@@ -107,8 +107,8 @@ describe('tools', () => {
     ['tools.0.function.name', { tools: [tool('a b')] }],
     ['tools.0.type', { tools: [{ type: 'web_search' }] }],
     ['tools', { tools: Array.from({ length: 10_000 }, (_, i) => tool(`f${i}`)) }],
-    ['tool_choice', { tools: TOOLS, tool_choice: 'required' }],
-    ['tool_choice', { tools: TOOLS, tool_choice: { type: 'function', function: { name: 'f' } } }],
+    ['tool_choice', { tool_choice: 'required' }],
+    ['tool_choice', { tools: TOOLS, tool_choice: { type: 'function', function: { name: 'other' } } }],
     ['tool_choice', { tools: TOOLS, tool_choice: 'maybe' }],
     [
       'messages.0.tool_calls.0.function.arguments',

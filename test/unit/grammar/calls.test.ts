@@ -1,4 +1,5 @@
 import { describe, expect, it } from 'vitest';
+import { specialBytes } from '../../../src/grammar/whole.ts';
 import { CALL_DIALECTS, writtenForm } from '../../../src/parsing/calls.ts';
 import { createParser } from '../../../src/parsing/parser.ts';
 import { accepts, grammarOf, randomFrom, walk } from '../../support/grammars.ts';
@@ -35,6 +36,29 @@ describe('a grammar of calls', () => {
     expect(accepts(many, one.replace('weather', 'whether'))).toBe(false);
     expect(accepts(many, '')).toBe(false);
     expect(accepts(grammarOf(specOf('hermes', false)), `${one}\n${one}`)).toBe(false);
+  });
+
+  it('stands behind thoughts, beside another form, and has the special tokens of its model', () => {
+    const answer = {
+      kind: 'either',
+      options: [{ kind: 'choice', texts: ['yes'] }, specOf('mistral', false)],
+    } as const;
+    const markers = { kind: 'thoughtful', begin: '[THINK]', end: '[/THINK]', answer } as const;
+    const open = grammarOf({ ...markers, inside: false });
+    const call = '[TOOL_CALLS][{"name": "now", "arguments": {}}]';
+    for (const text of ['yes', call, '[THINK]so [/THIN [[/THINK]\n\nyes', ` [THINK][/THINK]${call}`]) {
+      expect([text, accepts(open, text)]).toEqual([text, true]);
+    }
+    for (const text of ['[THINK]yes', '[/THINK]yes', 'yes[THINK][/THINK]']) {
+      expect([text, accepts(open, text)]).toEqual([text, false]);
+    }
+    const inside = grammarOf({ ...markers, inside: true });
+    expect([accepts(inside, 'so[/THINK]yes'), accepts(inside, 'yes')]).toEqual([true, false]);
+    const end = inside.acceptBytes(inside.start, specialBytes('[/THINK]'));
+    expect(end && inside.acceptBytes(end, specialBytes('[TOOL_CALLS]'))).toBeUndefined();
+    const marked = grammarOf({ ...specOf('mistral', false), tokens: ['[TOOL_CALLS]'] });
+    const begun = marked.acceptBytes(marked.start, specialBytes('[TOOL_CALLS]'))!;
+    expect(marked.acceptBytes(begun, new TextEncoder().encode(call.slice(12)))?.isOver).toBe(true);
   });
 
   it.each(CALL_DIALECTS)('writes what the parser of %s reads as calls alone', (dialect) => {

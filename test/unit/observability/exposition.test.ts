@@ -21,7 +21,11 @@ const pages: [of: string, page: () => Promise<string>][] = [
   [
     'proxy',
     async () => {
-      const metrics = createProxyMetrics(new InstanceRegistry(10_000), () => 0);
+      const metrics = createProxyMetrics(
+        new InstanceRegistry(10_000),
+        () => 0,
+        () => 0,
+      );
       metrics.requests.inc({ route: '/v1/completions', status: 200 });
       metrics.prefillSeconds.observe(0.02);
       return await metrics.registry.metrics();

@@ -177,6 +177,19 @@ describe('calls', () => {
     expect(parser.flush()).toEqual([]);
   });
 
+  it('does not hold an answer in JSON back where it might have been a call', () => {
+    const parser = createParser(parsingOf('llama3_json'));
+    const pieces = ['{"', 'city', '": ', '"Oslo"'];
+    expect(pieces.map((piece) => joined(parser.push(piece)))).toEqual([
+      [],
+      [],
+      [content('{"city":')],
+      [content(' "Oslo"')],
+    ]);
+    const other = createParser(parsingOf('llama3_json'));
+    expect(joined(other.push('{"name": "Alice", "age"'))).toEqual([content('{"name": "Alice", "age"')]);
+  });
+
   it('says the same of any output, however it is cut, and its arguments are JSON', () => {
     const piece = fc.constantFrom(
       ...[

@@ -47,8 +47,8 @@ describe('what is weighed', () => {
   test('how fast a producer has been seen to be', () => {
     const [slow, fast] = candidates([{ queued: 1_000 }, { queued: 1_500 }]);
     for (let i = 0; i < 50; i++) {
-      slow!.work.learn(1_000, 1_000);
-      fast!.work.learn(1_000, 100);
+      slow!.work.learn(2_000, 2_000);
+      fast!.work.learn(2_000, 200);
     }
     expect(choose('least-loaded', 'producer', [slow!, fast!], undefined)).toBe(fast);
     expect(fast!.work.msPerToken).toBeCloseTo(0.1);
@@ -56,7 +56,7 @@ describe('what is weighed', () => {
 
   test('one that nobody knows yet counts as the others on average', () => {
     const all = candidates([{ queued: 10 }, { queued: 20 }, { queued: 30 }]);
-    all[1]!.work.learn(1_000, 8_000);
+    all[1]!.work.learn(2_000, 8_000);
     expect(choose('least-loaded', 'producer', all, undefined)).toBe(all[0]);
   });
 });

@@ -19,6 +19,7 @@ import type { SendType } from '../../../src/wire/messages.ts';
 import { CoreLoop } from '../../../src/worker/core.ts';
 import { transferOf } from '../../../support/ids.ts';
 import { FakeEngine } from '../../support/fake-engine.ts';
+import { FakeHandOver } from '../../support/fake-hand-over.ts';
 import { requestId } from '../../support/scheduler-world.ts';
 
 const cache: PagedLayer = {
@@ -34,6 +35,8 @@ class FakeExecutor implements Executor {
   /** Of each batch: was it asked to mark its layers? */
   readonly marked: boolean[] = [];
   failures = 0;
+  /** Within each step, after its last layer. */
+  within: () => Promise<void> = () => Promise.resolve();
 
   async forward(batch: ForwardBatch, hooks: LayerHooks): Promise<ForwardResult> {
     this.batches.push(batch);
@@ -45,6 +48,7 @@ class FakeExecutor implements Executor {
         throw new Error('layer 0 broke');
       }
     }
+    await this.within();
     const sampled = batch.sequences.flatMap(({ sequenceId, sample }) =>
       sample ? [{ sequenceId, token: 100 + sample.outputPosition }] : [],
     );
@@ -63,6 +67,9 @@ interface Settings {
   readonly sendType?: SendType;
   readonly loadFailure?: LoadFailurePolicy;
   readonly clock?: ManualClock;
+  readonly numBlocks?: number;
+  /** With a native hand-over, which keeps KV for so long, ms. */
+  readonly keepMs?: number;
 }
 
 /** A clock that stands until it is told to go on. */
@@ -98,6 +105,7 @@ class ManualClock {
 
 class Harness {
   readonly engine = new FakeEngine();
+  readonly handOver = new FakeHandOver();
   readonly executor = new FakeExecutor();
   readonly page = new MetricsPage();
   readonly outputs: RequestOutput[] = [];
@@ -109,8 +117,21 @@ class Harness {
     readonly resolve: () => void;
   }[] = [];
 
-  constructor({ role, sendType = 'PUT_ASYNC', loadFailure = 'recompute', clock }: Settings = {}) {
-    const { engine, executor, page } = this;
+  constructor(settings: Settings = {}) {
+    const { role, sendType = 'PUT_ASYNC', loadFailure = 'recompute', clock } = settings;
+    const { numBlocks = 32, keepMs } = settings;
+    const { engine, handOver, executor, page } = this;
+    const scheduler = new Scheduler(
+      {
+        numBlocks,
+        blockSize: 4,
+        maxModelLen: 64,
+        maxNumSeqs: 4,
+        maxNumBatchedTokens: 32,
+        enablePrefixCaching: true,
+      },
+      role && new P2pSchedulerConnector({ role, blockSize: 4, native: keepMs !== undefined }),
+    );
     const log = pino({ level: 'debug' }, { write: (line: string) => this.lines.push(JSON.parse(line)) });
     const connector =
       role &&
@@ -122,20 +143,13 @@ class Harness {
         layers: executor.layers,
         log,
         metrics: page,
+        ...(keepMs !== undefined && {
+          native: { handOver, blocks: scheduler.blockManager, loadMs: keepMs },
+        }),
       });
     this.loop = new CoreLoop({
       executor,
-      scheduler: new Scheduler(
-        {
-          numBlocks: 32,
-          blockSize: 4,
-          maxModelLen: 64,
-          maxNumSeqs: 4,
-          maxNumBatchedTokens: 32,
-          enablePrefixCaching: true,
-        },
-        role && new P2pSchedulerConnector({ role, blockSize: 4 }),
-      ),
+      scheduler,
       ...(connector && { connector }),
       loadFailure,
       metrics: page,
@@ -526,8 +540,151 @@ describe('CoreLoop', () => {
   });
 });
 
+describe('native hand-over', () => {
+  const open: Harness[] = [];
+  const start = (settings: Settings) => {
+    const harness = new Harness(settings);
+    open.push(harness);
+    return harness;
+  };
+  afterEach(async () => {
+    for (const { loop, ended } of open.splice(0)) {
+      loop.close();
+      expect(await ended).toBeUndefined();
+    }
+  });
+  const native = (length: number, maxTokens = 1): CoreRequest => ({
+    ...request(length, { remote: true, maxTokens }),
+    wire: 'native',
+  });
+  const KEPT = 600_000;
+
+  it('fills with every step of a prompt, and tells the token before its blocks are free', async () => {
+    const { handOver, generate, loop } = bind(start({ role: 'producer', keepMs: KEPT, numBlocks: 16 }));
+    expect(tokensOf(await generate(native(40)))).toEqual([100]);
+    const layers = ['layer 0', 'layer 1', 'layer 2', 'stepEnded'];
+    expect(handOver.told).toEqual([
+      'begin',
+      'progress 32',
+      ...layers,
+      'progress 40',
+      ...layers,
+      'finish 100',
+    ]);
+    expect(loop.state()).toMatchObject({ blocks: { used: 10 }, integrity: [] });
+  });
+
+  it('lets a prompt wait for blocks that are kept for a consumer, as long as they are', async () => {
+    const { handOver, generate, loop } = bind(start({ role: 'producer', keepMs: KEPT, numBlocks: 8 }));
+    const kept = native(20);
+    await generate(kept);
+    const waiting = generate(request(16));
+    await turn();
+    await turn();
+    expect(loop.state()).toMatchObject({ running: 0, waiting: 1, blocks: { used: 5 } });
+    handOver.user.books.endLease(kept.transferId);
+    handOver.user.freed();
+    expect(tokensOf(await waiting)).toHaveLength(3);
+    expect(handOver.told).not.toContain('fail');
+  });
+
+  it('makes room with what was kept for longer than a consumer has to ask', async () => {
+    const { handOver, generate, loop } = bind(start({ role: 'producer', keepMs: 0, numBlocks: 8 }));
+    await generate(native(20));
+    expect(tokensOf(await generate(request(16)))).toHaveLength(3);
+    expect(handOver.told.at(-1)).toBe('fail');
+    await turn();
+    expect(loop.state()).toMatchObject({ blocks: { used: 0 }, integrity: [] });
+  });
+
+  it.each([
+    ['aborted', 'its request is', (harness: Harness, id: CoreRequest) => harness.loop.abort(id.requestId)],
+    ['failed', 'its step has', (harness: Harness) => harness.executor.failures++],
+  ] as const)('says at once that KV will not come where %s: %s', async (_, __, end) => {
+    const harness = start({ role: 'producer', keepMs: KEPT, numBlocks: 16 });
+    const { handOver, executor, loop } = harness;
+    const long = native(40);
+    executor.within = () => {
+      executor.within = () => Promise.resolve();
+      end(harness, long);
+      return Promise.resolve();
+    };
+    await harness.generate(long);
+    await turn();
+    expect(handOver.told.at(-1)).toBe('fail');
+    expect(loop.state()).toMatchObject({ blocks: { used: 0 }, integrity: [] });
+  });
+
+  it('says the first token of a load in the middle of a step, and computes nothing of its prompt', async () => {
+    const harness = start({ role: 'consumer', keepMs: KEPT });
+    const { handOver, executor, loop, page } = harness;
+    const remote = native(9, 3);
+    const { requestId: id } = remote;
+    let saidWithin = -1;
+    let asked = new Promise<void>((resolve) => {
+      handOver.onWant = resolve;
+    });
+    executor.within = async () => {
+      await asked;
+      executor.within = () => Promise.resolve();
+      handOver.user.loadEnded({ requestId: id, ok: true, bytes: 1, milliseconds: 1, draw: { tokens: [7] } });
+      await harness.until((outputs) => outputs.some((output) => output.requestId === id));
+      saidWithin = harness.outputs.length;
+    };
+    loop.add(remote);
+    loop.add(request(5));
+    expect(tokensOf(await harness.outcome(remote))).toEqual([7, 101, 102]);
+    expect(saidWithin).toBe(1);
+    expect(
+      executor.batches.flatMap(({ sequences }) => sequences).filter(({ start: at }) => at < 9),
+    ).toHaveLength(3);
+    expect(readMetric([page], 'pd_prompt_tokens_total', 'loaded')).toBe(9);
+    asked = Promise.resolve();
+  });
+
+  it.each([
+    ['names no token of the vocabulary', { draw: { tokens: [200] } }],
+    [
+      'has no log-probability of it',
+      { draw: { tokens: [7], logprobs: [{ token: 999, logprob: 0, top: [] }] } },
+    ],
+    ['is not there', {}],
+  ])('computes the last position itself where the draw %s', async (_, more) => {
+    const harness = start({ role: 'consumer', keepMs: KEPT });
+    const { handOver, page } = harness;
+    const remote = native(9, 2);
+    const { requestId: id } = remote;
+    handOver.onWant = () =>
+      handOver.user.loadEnded({ requestId: id, ok: true, bytes: 1, milliseconds: 1, ...more });
+    expect(tokensOf(await harness.generate(remote))).toEqual([100, 101]);
+    expect(readMetric([page], 'pd_prompt_tokens_total', 'computed')).toBe(1);
+    expect(readMetric([page], 'pd_prompt_tokens_total', 'loaded')).toBe(8);
+  });
+
+  it('computes a prompt in other blocks while what was asked for may still be written', async () => {
+    const harness = start({ role: 'consumer', keepMs: KEPT });
+    const { handOver, executor, loop } = harness;
+    const remote = native(9, 2);
+    handOver.onWant = () => {
+      const [{ requestId, blocks }] = handOver.wants as [(typeof handOver.wants)[number]];
+      handOver.user.books.expose('WANT 1', blocks);
+      const error = { code: 'KV_LOAD_TIMEOUT', message: 'never came', context: {} } as const;
+      handOver.user.loadEnded({ requestId, ok: false, error, quarantined: true });
+    };
+    expect(tokensOf(await harness.generate(remote))).toEqual([100, 101]);
+    const written = executor.batches.flatMap(({ sequences }) =>
+      sequences.flatMap((one) => [...one.blockTable]),
+    );
+    expect(written.filter((block) => handOver.wants[0]?.blocks.includes(block))).toEqual([]);
+    await turn();
+    expect(loop.state()).toMatchObject({ blocks: { used: 3 }, integrity: [] });
+    handOver.user.books.retract('WANT 1');
+    expect(loop.state().blocks.used).toBe(0);
+  });
+});
+
 /** A harness whose methods may be taken apart. */
 function bind(harness: Harness) {
-  const { loop, page, executor, engine, lines, ended } = harness;
-  return { loop, page, executor, engine, lines, ended, generate: harness.generate.bind(harness) };
+  const { loop, page, executor, engine, handOver, lines, ended } = harness;
+  return { loop, page, executor, engine, handOver, lines, ended, generate: harness.generate.bind(harness) };
 }

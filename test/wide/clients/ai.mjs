@@ -3,7 +3,7 @@ import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import { createOpenAI } from '@ai-sdk/openai';
 import { createOpenAICompatible } from '@ai-sdk/openai-compatible';
-import { generateText, isStepCount, streamText, tool } from 'ai';
+import { generateText, isStepCount, Output, streamText, tool } from 'ai';
 import { z } from 'zod';
 import {
   ABOUT,
@@ -11,7 +11,9 @@ import {
   assertSunny,
   baseURL,
   CAPITAL,
+  IN_JSON,
   model,
+  OSLO,
   TWO_CITIES,
   WEATHER,
   weatherOf,
@@ -19,7 +21,12 @@ import {
 
 const openai = createOpenAI({ baseURL, apiKey });
 const models = {
-  'openai-compatible': createOpenAICompatible({ name: 'pd', baseURL, includeUsage: true })(model),
+  'openai-compatible': createOpenAICompatible({
+    name: 'pd',
+    baseURL,
+    includeUsage: true,
+    supportsStructuredOutputs: true,
+  })(model),
   'openai chat': openai.chat(model),
   'openai responses': openai.responses(model),
 };
@@ -59,6 +66,22 @@ for (const [name, served] of Object.entries(models)) {
     const stream = streamText(asked);
     assertSunny(await stream.text);
     assert.equal((await stream.steps)[0].finishReason, 'tool-calls');
+  });
+
+  test(`${name}: structured output, whole and streamed`, async () => {
+    const schema = z.object({ country: z.string(), capital: z.string() });
+    const asked = { ...common, model: served, prompt: IN_JSON, output: Output.object({ schema }) };
+    assert.deepEqual((await generateText(asked)).output, OSLO);
+    assert.deepEqual(await streamText(asked).output, OSLO);
+  });
+
+  test(`${name}: a call that has to be`, async () => {
+    const asked = { ...common, model: served, prompt: CAPITAL, tools: { get_weather: weather } };
+    for (const toolChoice of ['required', { type: 'tool', toolName: 'get_weather' }]) {
+      const { toolCalls } = await generateText({ ...asked, toolChoice });
+      assert.equal(toolCalls[0].toolName, 'get_weather');
+      assert.equal(toolCalls[0].invalid, undefined);
+    }
   });
 
   test(`${name}: two calls at once`, async () => {

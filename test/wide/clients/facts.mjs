@@ -9,6 +9,10 @@ export const CAPITAL = 'What is the capital of France?';
 export const WEATHER = 'What is the weather in Paris?';
 export const TWO_CITIES = 'What is the weather in Paris and London?';
 
+/** Asks for JSON of the schema below it. */
+export const IN_JSON = 'What is the capital of Norway? Answer in JSON with country and capital.';
+export const OSLO = { country: 'Norway', capital: 'Oslo' };
+
 /** As a program answers a call. */
 export const weatherOf = ({ city }) => ({
   city,

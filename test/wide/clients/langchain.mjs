@@ -5,7 +5,18 @@ import { HumanMessage } from '@langchain/core/messages';
 import { tool } from '@langchain/core/tools';
 import { ChatOpenAI, OpenAI } from '@langchain/openai';
 import { z } from 'zod';
-import { ABOUT, apiKey, assertSunny, baseURL, CAPITAL, model, WEATHER, weatherOf } from './facts.mjs';
+import {
+  ABOUT,
+  apiKey,
+  assertSunny,
+  baseURL,
+  CAPITAL,
+  IN_JSON,
+  model,
+  OSLO,
+  WEATHER,
+  weatherOf,
+} from './facts.mjs';
 
 const common = { model, apiKey, temperature: 0, maxRetries: 0, configuration: { baseURL } };
 const weather = tool(async (given) => JSON.stringify(weatherOf(given)), {
@@ -42,6 +53,16 @@ for (const useResponsesApi of [false, true]) {
     for await (const chunk of await bound.stream([question]))
       streamed = streamed ? streamed.concat(chunk) : chunk;
     assert.deepEqual(streamed.tool_calls[0].args, { city: 'Paris' });
+  });
+}
+
+for (const method of ['jsonSchema', 'functionCalling']) {
+  test(`structured output: ${method}`, async () => {
+    const schema = z.object({ country: z.string(), capital: z.string() });
+    const structured = new ChatOpenAI(common).withStructuredOutput(schema, { name: 'answer', method });
+    const answer = await structured.invoke(IN_JSON);
+    if (method === 'jsonSchema') assert.deepEqual(answer, OSLO);
+    else assert.deepEqual(Object.keys(answer).sort(), ['capital', 'country']); // the function is called, whatever it is about
   });
 }
 

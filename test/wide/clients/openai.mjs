@@ -2,13 +2,17 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import OpenAI from 'openai';
+import { zodResponseFormat, zodTextFormat } from 'openai/helpers/zod';
+import { z } from 'zod';
 import {
   ABOUT,
   apiKey,
   assertSunny,
   baseURL,
   CAPITAL,
+  IN_JSON,
   model,
+  OSLO,
   PARAMETERS,
   TWO_CITIES,
   WEATHER,
@@ -129,6 +133,47 @@ test('tools run by the client, whole and streamed', async () => {
     });
     assertSunny(await runner.finalContent());
   }
+});
+
+const Answer = z.object({ country: z.string(), capital: z.string() });
+
+test('structured output', async () => {
+  const asked = { ...common, messages: user(IN_JSON), response_format: zodResponseFormat(Answer, 'answer') };
+  const { choices } = await client.chat.completions.parse(asked);
+  assert.deepEqual(choices[0].message.parsed, OSLO);
+  const streamed = await client.chat.completions.stream(asked).finalChatCompletion();
+  assert.deepEqual(streamed.choices[0].message.parsed, OSLO);
+  const text = { format: zodTextFormat(Answer, 'answer') };
+  const { output_parsed } = await client.responses.parse({ model, temperature: 0, input: IN_JSON, text });
+  assert.deepEqual(output_parsed, OSLO);
+});
+
+test('a call that has to be, of any tool and of one', async () => {
+  const named = { type: 'function', function: { name: 'get_weather' } };
+  for (const tool_choice of ['required', named]) {
+    const { choices } = await client.chat.completions.create({
+      ...common,
+      messages: user(CAPITAL),
+      tools,
+      tool_choice,
+    });
+    const [call] = choices[0].message.tool_calls;
+    assert.equal(call.function.name, 'get_weather');
+    assert.deepEqual(Object.keys(JSON.parse(call.function.arguments)), ['city']);
+  }
+  const forced = { type: 'function', name: 'get_weather' };
+  const { output } = await client.responses.create({
+    model,
+    temperature: 0,
+    input: CAPITAL,
+    tools: flatTools,
+    tool_choice: forced,
+    store: false,
+  });
+  assert.deepEqual(
+    output.map(({ type }) => type),
+    ['function_call'],
+  );
 });
 
 test('responses', async () => {

@@ -14,6 +14,7 @@ import type { NativeMessage, Nonce, Ticket, WantMessage } from '../../../../src/
 import { encodeMessage } from '../../../../src/wire/codec.ts';
 import type { TensorId, TransferId } from '../../../../src/wire/ids.ts';
 import { protocolErrorKind } from '../../../../src/wire/limits.ts';
+import type { UniqueId } from '../../../../src/wire/messages.ts';
 import { GOLDEN } from './golden.ts';
 
 /** Blocks of a prompt of 131,072 tokens. */
@@ -47,6 +48,28 @@ const want: WantMessage = {
 const { slot: _, ...withoutPage } = want;
 const done = { cmd: 'DONE', ...back, samplingDigest, promised: 7, written: 7 } as const;
 const MESSAGES: Record<keyof typeof GOLDEN, NativeMessage> = {
+  HELLO: {
+    cmd: 'HELLO',
+    from: consumer,
+    hello: { version: 1, features: ['native'], sendType: 'PUT_ASYNC' },
+    cache: { blocks: 5_000, blockSize: 16, layers: 32, blockBytes: 65_536, family: 'kv-first' },
+    transports: ['direct', 'nccl'],
+    direct: { bootId: 'b-1', path: '/run/pd/0123456789abcdef' },
+  },
+  'HELLO refused': {
+    cmd: 'HELLO',
+    from: producer,
+    hello: { version: 1, features: ['native'], sendType: 'GET' },
+    cache: { blocks: 2, blockSize: 1, layers: 1, blockBytes: 8, family: 'mla' },
+    transports: ['host'],
+    refused: { code: 'FINGERPRINT_MISMATCH', message: 'other models' },
+  },
+  PAIR: {
+    cmd: 'PAIR',
+    from: producer,
+    to: consumer,
+    uniqueId: Uint8Array.from({ length: 128 }, (_, i) => i) as UniqueId,
+  },
   WANT: want,
   'WANT without a page': {
     ...withoutPage,

@@ -234,7 +234,7 @@ class World {
         this.runGrants(this.producer.grants.message(C, message, this.now));
     } else {
       const message = this.toConsumer.shift();
-      if (!message || message.cmd === 'HELLO') return;
+      if (!message || message.cmd === 'HELLO' || message.cmd === 'PAIR') return;
       this.runWants(this.consumer.wants.message(P, message, this.now));
     }
   }

@@ -227,12 +227,12 @@ describe('a consumer', () => {
 
   it('takes neither DONE nor the flag alone', () => {
     const flagFirst = start();
-    expect(kinds(flagFirst.flag('producer', PRODUCER, 0, 1))).toEqual([]);
+    expect(kinds(flagFirst.flag('producer', PRODUCER, 1, 1))).toEqual([]);
     expect(kinds(flagFirst.message('producer', done, 0))).toContain('loaded');
 
     const doneFirst = start();
     expect(kinds(doneFirst.message('producer', done, 0))).toEqual(['send']);
-    const flagged = kinds(doneFirst.flag('producer', PRODUCER, 0, 1));
+    const flagged = kinds(doneFirst.flag('producer', PRODUCER, 1, 1));
     expect(flagged.indexOf('retract')).toBeLessThan(flagged.indexOf('loaded'));
     expect(flagged).toContain('retract');
   });
@@ -242,14 +242,14 @@ describe('a consumer', () => {
     expect(wants.message('producer', { ...done, ticket: 'x'.repeat(32) as Ticket }, 0)).toEqual([]);
     expect(wants.message('producer', { ...done, from: 'x'.repeat(32) as Nonce }, 0)).toEqual([]);
     expect(wants.message('producer', { ...done, to: 'x'.repeat(32) as Nonce }, 0)).toEqual([]);
-    expect(wants.flag('producer', PRODUCER, 0, 2)).toEqual([]);
+    expect(wants.flag('producer', PRODUCER, 1, 2)).toEqual([]);
     expect(wants.stats().ignored).toMatchObject({ forged: 1, unintroduced: 1, misaddressed: 1, flag: 1 });
     expect(wants.stats().waiting).toBe(1);
   });
 
   it('takes no end that says less was written than was wanted', () => {
     const wants = start();
-    wants.flag('producer', PRODUCER, 0, 1);
+    wants.flag('producer', PRODUCER, 1, 1);
     const actions = wants.message('producer', { ...done, written: 0 }, 0);
     expect(kinds(actions)).toContain('failed');
     expect(kinds(actions)).not.toContain('loaded');

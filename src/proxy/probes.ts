@@ -1,0 +1,77 @@
+/** Looks at every instance's GET /health: one may ping on while its HTTP server hangs. */
+import type { Logger } from '../observability/log.ts';
+import { type Instance, type InstanceRegistry, instanceLabel } from './registry.ts';
+import type { Upstream } from './upstream.ts';
+
+const DEADLINE_MS = 2_000;
+/** Looks in a row that fail before an instance is let alone. */
+const FAILURES = 3;
+
+interface ProbesOptions {
+  readonly registry: InstanceRegistry;
+  readonly upstream: Upstream;
+  readonly log: Logger;
+  readonly intervalMs: number;
+}
+
+/** Close it. */
+export class Probes {
+  readonly #options: ProbesOptions;
+  /** By HTTP address: failures in a row; an address is here while it is looked at, too. */
+  readonly #failures = new Map<string, number>();
+  readonly #looking = new Set<string>();
+  readonly #timer: NodeJS.Timeout;
+  readonly #stop = new AbortController();
+
+  constructor(options: ProbesOptions) {
+    this.#options = options;
+    this.#timer = setInterval(() => this.#round(), options.intervalMs).unref();
+  }
+
+  close(): void {
+    clearInterval(this.#timer);
+    this.#stop.abort();
+  }
+
+  #round(): void {
+    const instances = this.#options.registry.list();
+    const known = new Set(instances.map(({ httpAddress }) => httpAddress));
+    for (const address of this.#failures.keys()) if (!known.has(address)) this.#failures.delete(address);
+    for (const instance of instances) if (!this.#looking.has(instance.httpAddress)) void this.#look(instance);
+  }
+
+  async #look(instance: Instance): Promise<void> {
+    const { registry, log, intervalMs } = this.#options;
+    const { httpAddress } = instance;
+    this.#looking.add(httpAddress);
+    const well = await this.#asks(instance);
+    this.#looking.delete(httpAddress);
+    if (this.#stop.signal.aborted) return;
+    const before = this.#failures.get(httpAddress) ?? 0;
+    if (well) {
+      if (before >= FAILURES)
+        log.info(`${instanceLabel(instance)} (${instance.role}) answers GET /health again`);
+      this.#failures.delete(httpAddress);
+      return;
+    }
+    this.#failures.set(httpAddress, before + 1);
+    if (before + 1 < FAILURES) return;
+    if (before + 1 === FAILURES) {
+      const why = `has not answered GET /health ${FAILURES} times in a row: others are preferred`;
+      log.warn({ role: instance.role }, `${instanceLabel(instance)} (${instance.role}) ${why}`);
+    }
+    registry.breakerOf(instance)?.open(2 * (intervalMs + DEADLINE_MS));
+  }
+
+  async #asks(instance: Instance): Promise<boolean> {
+    const call = { instance, what: 'GET /health', timeoutMs: DEADLINE_MS, timeoutName: 'fixed' };
+    const signal = AbortSignal.any([AbortSignal.timeout(DEADLINE_MS), this.#stop.signal]);
+    try {
+      const response = await this.#options.upstream.ask(call, { path: '/health', headers: {}, signal });
+      await response.body.dump();
+      return response.statusCode < 500;
+    } catch {
+      return false;
+    }
+  }
+}

@@ -1,0 +1,158 @@
+/** What a proxy does for its clients and its instances when there is too much to do, or one of them fails. */
+import { once } from 'node:events';
+import type { ServerResponse } from 'node:http';
+import { afterEach, describe, expect, test } from 'vitest';
+import { formatHostPort } from '../../../src/net/address.ts';
+import type { PdProxy } from '../../../src/proxy/proxy.ts';
+import { type Answer, answerJson, FakeUpstream } from '../../support/fake-upstream.ts';
+import { startQuietProxy } from '../../support/quiet-proxy.ts';
+
+const closing: (() => Promise<unknown>)[] = [];
+afterEach(async () => {
+  for (const close of closing.splice(0).reverse()) await close();
+});
+
+async function startProxy(settings: Parameters<typeof startQuietProxy>[0] = {}): Promise<PdProxy> {
+  const proxy = await startQuietProxy(settings);
+  closing.push(() => proxy.close(0));
+  return proxy;
+}
+
+async function upstream(proxy: PdProxy, role: 'producer' | 'consumer', answer: Answer = answerJson()) {
+  const one = await FakeUpstream.start(role, answer);
+  closing.push(() => one.kill());
+  await one.ping(proxy.discoveryAddress);
+  while (!proxy.instances.some(({ httpAddress }) => httpAddress === one.httpAddress))
+    await new Promise((resolve) => setImmediate(resolve));
+  return one;
+}
+
+const url = (proxy: PdProxy, path: string) => `http://${formatHostPort(proxy.httpAddress)}${path}`;
+const post = (proxy: PdProxy, more: object = {}, init: RequestInit = {}) =>
+  fetch(url(proxy, '/v1/completions'), {
+    method: 'POST',
+    body: JSON.stringify({ model: 'm', prompt: 'Hello', ...more }),
+    ...init,
+  });
+const metric = async (proxy: PdProxy, name: string) => {
+  const text = await (await fetch(url(proxy, '/metrics'))).text();
+  return Number(
+    text
+      .split('\n')
+      .find((line) => line.startsWith(`${name} `))
+      ?.split(' ')[1],
+  );
+};
+
+test('over its limits requests wait, and beyond the queue are answered 429 as OpenAI does', async () => {
+  const proxy = await startProxy({ maxRunning: 1, maxQueued: 1 });
+  const held: ServerResponse[] = [];
+  const producer = await upstream(proxy, 'producer', (_, out) => void held.push(out));
+  await upstream(proxy, 'consumer');
+  const asked = once(producer.events, 'asked');
+  const first = post(proxy);
+  await asked;
+  const second = post(proxy);
+  while ((await metric(proxy, 'pd_proxy_requests_queued')) !== 1);
+  const third = await post(proxy);
+  expect([third.status, third.headers.get('retry-after')]).toEqual([429, '1']);
+  expect(await third.json()).toEqual({
+    error: {
+      message: 'at most 1 requests are served at a time, and the queue is full',
+      type: 'rate_limit_error',
+      param: null,
+      code: 'OVERLOADED',
+    },
+  });
+  const urgent = post(proxy, {}, { headers: { 'x-priority': '-1' } });
+  expect((await second).status).toBe(429);
+  const again = once(producer.events, 'asked');
+  held.shift()!.end('{}');
+  expect((await first).status).toBe(200);
+  await again;
+  held.shift()!.end('{}');
+  expect((await urgent).status).toBe(200);
+});
+
+describe('before a byte has been passed on, another pair is tried', () => {
+  const dies: Answer = (_, out) => {
+    out.writeHead(200, { 'content-type': 'text/event-stream' });
+    out.flushHeaders();
+    out.socket!.resetAndDestroy();
+  };
+
+  const streams: Answer = (_, out) => {
+    out.writeHead(200, { 'content-type': 'text/event-stream' });
+    out.end('data: {}\n\ndata: [DONE]\n\n');
+  };
+
+  test('where a consumer dies after its headers', async () => {
+    const proxy = await startProxy();
+    await upstream(proxy, 'producer');
+    await upstream(proxy, 'producer');
+    await upstream(proxy, 'consumer', dies);
+    await upstream(proxy, 'consumer', streams);
+    for (let i = 0; i < 3; i++) {
+      const response = await post(proxy, { stream: true });
+      expect([response.status, await response.text()]).toEqual([200, 'data: {}\n\ndata: [DONE]\n\n']);
+    }
+    expect(await metric(proxy, 'pd_proxy_retries_total{result="tried"}')).toBe(1);
+  });
+
+  test('three times, and where all fail the last failure is told', async () => {
+    const proxy = await startProxy();
+    await upstream(proxy, 'producer');
+    for (let i = 0; i < 6; i++) await upstream(proxy, 'consumer', dies);
+    const response = await post(proxy, { stream: true });
+    expect(await response.text()).toMatch(
+      /^data: \{"error":.*broke off before a byte of it.*\n\ndata: \[DONE\]\n\n$/,
+    );
+    expect(await metric(proxy, 'pd_proxy_retries_total{result="tried"}')).toBe(3);
+  });
+});
+
+test('an instance that answers with errors of the server three times is let alone', async () => {
+  const proxy = await startProxy();
+  const bad = await upstream(proxy, 'producer', (_, out) => {
+    out.writeHead(500, { 'content-type': 'application/json' }).end('{"error":{"message":"broken"}}');
+  });
+  await upstream(proxy, 'producer');
+  await upstream(proxy, 'consumer');
+  const statuses = await Promise.all([1, 2, 3, 4, 5, 6].map(async () => (await post(proxy)).status));
+  expect(statuses.filter((status) => status === 500)).toHaveLength(3);
+  // When it is tried again is in test/unit/proxy/breaker.test.ts; here, that it is not asked as often as before.
+  for (let i = 0; i < 20; i++) await post(proxy);
+  expect(bad.asked.length).toBeLessThan(10);
+});
+
+test('an instance is drained and comes back by an admin’s word', async () => {
+  const proxy = await startProxy();
+  const one = await upstream(proxy, 'producer');
+  const other = await upstream(proxy, 'producer');
+  await upstream(proxy, 'consumer');
+  const drain = (body: unknown) =>
+    fetch(url(proxy, '/admin/drain'), { method: 'POST', body: JSON.stringify(body) });
+  expect(await (await drain({ instance: one.httpAddress })).json()).toEqual({
+    instance: one.httpAddress,
+    draining: true,
+    requests_under_way: 0,
+  });
+  for (let i = 0; i < 3; i++) await post(proxy);
+  expect([one.asked.length, other.asked.length]).toEqual([0, 3]);
+  const { instances } = (await (await fetch(url(proxy, '/health'))).json()) as {
+    instances: { draining: boolean }[];
+  };
+  expect(instances.map(({ draining }) => draining)).toEqual([true, false, false]);
+  await drain({ instance: one.httpAddress, drain: false });
+  for (let i = 0; i < 2; i++) await post(proxy);
+  expect(one.asked.length).toBe(1);
+  expect((await drain({ instance: '10.0.0.1:1' })).status).toBe(400);
+  expect((await drain('all')).status).toBe(400);
+});
+
+test('an instance that pings on while its HTTP server hangs is let alone', async () => {
+  const proxy = await startProxy({ healthIntervalMs: 20 });
+  const one = await upstream(proxy, 'producer');
+  one.healthy = false;
+  while ((await metric(proxy, 'pd_proxy_instances_ejected{role="producer"}')) !== 1);
+});
