@@ -4,7 +4,7 @@ import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { requestKvBytes } from '../../src/kv/layout.ts';
 import { parseHostPort } from '../../src/net/address.ts';
 import { readMetric } from '../../src/observability/metrics.ts';
-import type { CoreRequest, RequestOutput } from '../../src/scheduler/types.ts';
+import type { CoreRequest, RequestOutput, SamplingParams } from '../../src/scheduler/types.ts';
 import { engineRequestId, proxyRequestId } from '../../src/wire/ids.ts';
 import { SEND_TYPES, type SendType } from '../../src/wire/messages.ts';
 import type { CoreInfo } from '../../src/worker/core-messages.ts';
@@ -98,6 +98,30 @@ describe.each(SEND_TYPES)('%s', (sendType: SendType) => {
     const text = textOf(await consumer.core.generate(patient(greedy(engineId(consumerDoes), tokens))));
     expect(text).toEqual(textOf(await reference.generate(decode('ref', tokens))));
     expect(loads('ok') - before).toBe(1);
+  });
+
+  it('draws what an undivided worker draws, whatever shapes the draw', async () => {
+    const ways: readonly Partial<SamplingParams>[] = [
+      { temperature: 1, seed: 5, minP: 0.05, topK: 20, topP: 0.9 },
+      { repetitionPenalty: 1.5, presencePenalty: 0.4, frequencyPenalty: 0.4, logprobs: 3 },
+      { allowedTokenIds: [20, 30, 40, 50], logitBias: [[30, 4]], badWords: [[20, 30], [40]] },
+    ];
+    const outcomes = ways.map(async (sampling) => {
+      const tokens = prompt(20);
+      const id = serverId();
+      await prefill(id, tokens);
+      const asked = { temperature: 0, ...sampling };
+      const split = await consumer.core.generate(
+        patient(greedy(engineRequestId(id, suffix()), tokens, asked)),
+      );
+      const whole = await reference.generate(greedy(engineRequestId('ref', suffix()), tokens, asked));
+      const of = (outputs: readonly RequestOutput[]) =>
+        outputs.map(({ tokens: drawn, logprobs }) => ({ drawn, logprobs }));
+      expect(of(split)).toEqual(of(whole));
+      return textOf(split);
+    });
+    const [, , allowed] = await Promise.all(outcomes);
+    expect(allowed?.every((token) => [20, 30, 50].includes(token))).toBe(true);
   });
 
   it('forks n completions of loaded KV', async () => {
