@@ -34,11 +34,13 @@ const { values: options } = parseArgs({
 
 const HOST = '127.0.0.1';
 /** Of a system prompt that four conversations share, and of what each turn adds. Token ids, or words. */
-const SYSTEM = 192;
-const TURN = 48;
+const SYSTEM = 96;
+const TURN = 96;
 const OUTPUT = 16;
 const SHARED_BY = 4;
 const START_MS = 120_000;
+/** Of one request; none should come near it. */
+const REQUEST_MS = 120_000;
 
 type Workers = Record<'producer' | 'consumer', readonly string[]>;
 
@@ -117,6 +119,7 @@ async function ask(url: string, lane: Lane): Promise<{ readonly firstMs: number;
     method: 'POST',
     headers: { 'content-type': 'application/json', 'x-session-id': lane.session },
     body: JSON.stringify(body),
+    signal: AbortSignal.timeout(REQUEST_MS),
   });
   let firstMs = 0;
   let text = '';
@@ -200,12 +203,20 @@ async function untilReady(url: string, { producer, consumer }: Workers): Promise
   throw new Error(`${wanted} instances did not come within ${START_MS} ms`);
 }
 
+for (const signal of ['SIGINT', 'SIGTERM'] as const) {
+  process.once(signal, () => {
+    for (const child of children) child.kill('SIGTERM');
+    process.exit(1);
+  });
+}
 try {
   const [discovery] = await freePorts(1, HOST);
   const workers = await startWorkers(discovery!);
   const rows: string[][] = [];
   for (const [at, policy] of (options.policy as Policy[]).entries()) {
-    rows.push(await underPolicy(policy, at + 1, discovery!, workers));
+    const row = await underPolicy(policy, at + 1, discovery!, workers);
+    rows.push(row);
+    process.stderr.write(`${row.join('  ')}\n`);
   }
   const { producers, consumers, conversations, turns } = options;
   const load = `${conversations} conversations at a time, ${turns} turns each, as ${options.ids ? 'token ids' : 'chat'}`;

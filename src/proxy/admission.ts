@@ -9,6 +9,7 @@
  *                    +--> OVERLOADED: the queue is full and nobody in it has less claim to a place, or it has waited too long
  */
 import { PdError } from '../errors.ts';
+import { plural } from '../observability/bytes.ts';
 
 export interface AdmissionLimits {
   /** Requests under way; 0: any number. */
@@ -226,10 +227,13 @@ export class Admission {
   /** With when the queue will have been served, as far as can be told. */
   #overloaded(why: string): PdError {
     const { requests, tokens } = this.#limits;
-    const limits = [requests > 0 && `${requests} requests`, tokens > 0 && `${tokens} prompt tokens`];
+    const limits = [
+      requests > 0 && plural(requests, 'request'),
+      tokens > 0 && plural(tokens, 'prompt token'),
+    ];
     const most = limits.filter(Boolean).join(' or ');
     const seconds = Math.ceil((this.#betweenMs * (this.#queued + 1)) / 1_000);
     const retryAfter = Math.min(LONGEST_RETRY_S, Math.max(1, seconds));
-    return new PdError('OVERLOADED', `at most ${most} are served at a time, and ${why}`, { retryAfter });
+    return new PdError('OVERLOADED', `the limit is ${most} at a time, and ${why}`, { retryAfter });
   }
 }

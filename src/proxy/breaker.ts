@@ -54,6 +54,12 @@ export class Breaker {
     if (tried || (this.#openMs === 0 && this.#failures >= FAILURES)) this.open();
   }
 
+  /** There is reason to think that it is well again: the next request may try. */
+  mayTry(): void {
+    this.#untilMs = Math.min(this.#untilMs, this.#now());
+    this.#triedMs = undefined;
+  }
+
   /** At once, whatever the count. */
   open(ms = OPEN_MS): void {
     this.#openMs = Math.min(LONGEST_MS, Math.max(ms, this.#openMs * 2));

@@ -49,8 +49,10 @@ export class Probes {
     if (this.#stop.signal.aborted) return;
     const before = this.#failures.get(httpAddress) ?? 0;
     if (well) {
-      if (before >= FAILURES)
+      if (before >= FAILURES) {
         log.info(`${instanceLabel(instance)} (${instance.role}) answers GET /health again`);
+        registry.breakerOf(instance)?.mayTry();
+      }
       this.#failures.delete(httpAddress);
       return;
     }

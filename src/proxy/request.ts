@@ -107,7 +107,8 @@ export class ProxiedRequest {
         metrics.retries.inc({ result: 'tried' });
         metrics.replaced.inc();
         log.warn({ requestId }, `${error.message}; trying another pair`);
-        await setTimeout(backoffMs(exclude.size), undefined, { signal: this.#abort.signal });
+        const { signal } = this.#abort;
+        await setTimeout(backoffMs(exclude.size), undefined, { signal }).catch(() => signal.throwIfAborted());
       }
     }
   }

@@ -1,5 +1,6 @@
 /** The HTTP server of a worker: OpenAI's API, and what operators look at. */
 import fastify, { type FastifyError, type FastifyInstance } from 'fastify';
+import { Gauge, type Registry } from 'prom-client';
 import { PdError } from '../../errors.ts';
 import { isLoopback } from '../../net/address.ts';
 import { NO_JSON_SCHEMAS } from '../../net/json-schemas.ts';
@@ -17,6 +18,14 @@ import { responseFormat } from './responses.ts';
 /** Bytes; a prompt of a million token ids fits. */
 const BODY_LIMIT = 16 * 2 ** 20;
 
+/** What other routers (llm-d, Dynamo, AIBrix) go by to know a worker's cache, under vLLM's name: values as labels. */
+function registerCacheConfig(registry: Registry, { core }: ServerContext): void {
+  const { blockSize, numBlocks } = core.info;
+  const labels = { block_size: String(blockSize), cache_dtype: 'auto', num_gpu_blocks: String(numBlocks) };
+  const common = { name: 'vllm:cache_config_info', help: 'The paged KV cache: tokens per block, and blocks' };
+  new Gauge({ ...common, labelNames: Object.keys(labels), registers: [registry] }).set(labels, 1);
+}
+
 /** For the whole of a request to come in. */
 const REQUEST_TIMEOUT_MS = 60_000;
 
@@ -32,6 +41,7 @@ export function createServer(context: ServerContext): FastifyInstance {
     schemaController: NO_JSON_SCHEMAS,
   });
   const registry = createRegistry(context.pages, { model_name: config.servedModelNames[0] ?? '' });
+  registerCacheConfig(registry, context);
   const created = Math.floor(Date.now() / 1_000);
   const limited = new RateLimitedLog();
 

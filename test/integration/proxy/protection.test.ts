@@ -58,7 +58,7 @@ test('over its limits requests wait, and beyond the queue are answered 429 as Op
   expect([third.status, third.headers.get('retry-after')]).toEqual([429, '1']);
   expect(await third.json()).toEqual({
     error: {
-      message: 'at most 1 requests are served at a time, and the queue is full',
+      message: 'the limit is 1 request at a time, and the queue is full',
       type: 'rate_limit_error',
       param: null,
       code: 'OVERLOADED',
@@ -155,4 +155,6 @@ test('an instance that pings on while its HTTP server hangs is let alone', async
   const one = await upstream(proxy, 'producer');
   one.healthy = false;
   while ((await metric(proxy, 'pd_proxy_instances_ejected{role="producer"}')) !== 1);
+  one.healthy = true;
+  while ((await metric(proxy, 'pd_proxy_instances_ejected{role="producer"}')) !== 0);
 });

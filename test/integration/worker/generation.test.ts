@@ -496,6 +496,9 @@ describe('streams', () => {
     const page = await server.inject({ url: '/metrics' });
     expect(page.body).toContain('vllm:time_to_first_token_seconds_count{model_name="demo"} 1');
     expect(page.body).toContain('vllm:inter_token_latency_seconds_bucket{le="+Inf",model_name="demo"} 5');
+    expect(page.body).toMatch(
+      /^vllm:cache_config_info\{block_size="\d+",cache_dtype="auto",num_gpu_blocks="\d+",/m,
+    );
   });
 });
 

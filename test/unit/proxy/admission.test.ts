@@ -60,7 +60,7 @@ test('what is over the limit waits, a full queue turns away at once, and says wh
   expect([error!.code, error!.status, error!.message]).toEqual([
     'OVERLOADED',
     429,
-    'at most 2 requests are served at a time, and the queue is full',
+    'the limit is 2 requests at a time, and the queue is full',
   ]);
   expect(retryHeaders(error!)).toEqual({ 'retry-after': '1' });
   expect(reasons).toEqual(['full', 'full']);

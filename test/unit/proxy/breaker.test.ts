@@ -41,6 +41,19 @@ test('stays open twice as long each time that its trial fails, at most 30 s', ()
   expect(times).toEqual([1_000, 2_000, 4_000, 8_000, 16_000, 30_000, 30_000]);
 });
 
+test('may be tried before its time is over where there is reason to', () => {
+  const { clock, one } = breaker();
+  one.open(20_000);
+  clock.now += 10;
+  one.mayTry();
+  expect(one.state).toBe('half-open');
+  one.chosen();
+  one.succeeded();
+  expect(one.state).toBe('closed');
+  one.mayTry();
+  expect(one.state).toBe('closed');
+});
+
 test('a trial of which nothing is heard is not the last', () => {
   const { clock, one } = breaker();
   one.open();
