@@ -42,6 +42,10 @@ export class FakeUpstream {
         out.end(JSON.stringify({ object: 'list', data: models.map((id) => ({ id, object: 'model' })) }));
         return;
       }
+      if (request.url === '/openapi.json') {
+        out.end('{"openapi":"3.1.0"}');
+        return;
+      }
       if (request.url === '/health') {
         out.writeHead(this.healthy ? 200 : 503).end();
         return;

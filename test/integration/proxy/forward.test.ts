@@ -470,6 +470,17 @@ describe('what the proxy says about itself', () => {
     expect(models.data).toHaveLength(1);
   });
 
+  test("/openapi.json is a consumer's", async () => {
+    const proxy = await startProxy();
+    const ask = async () => {
+      const response = await fetch(url(proxy, '/openapi.json'));
+      return [response.status, await response.json()];
+    };
+    expect(await ask()).toMatchObject([503, { error: { code: 'NO_INSTANCE' } }]);
+    await startUpstream(proxy, 'consumer');
+    expect(await ask()).toEqual([200, { openapi: '3.1.0' }]);
+  });
+
   test('bad pings are counted', async () => {
     const proxy = await startProxy();
     await sendPing(proxy.discoveryAddress, { type: 'P', http_address: 'x', zmq_address: 'y' });
