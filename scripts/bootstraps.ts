@@ -27,7 +27,7 @@ export class Bootstraps {
     });
     const shown = [...this.#seen.values()].every((text) => text.includes(`:${host.replace(/%.*/, '')}`));
     if (shown) return lines.join(', ');
-    // NCCL passes over ::1 wherever it looks for an address: 127.0.0.1 is the same interface.
-    return `${lines.join(', ')}; ${host.includes(':') && isLoopback(host) ? 'NCCL never takes ::1: the same interface by IPv4' : `not ${host}`}`;
+    // NCCL ignores ::1 when it looks for an address: 127.0.0.1 is on the same interface.
+    return `${lines.join(', ')}; ${host.includes(':') && isLoopback(host) ? 'NCCL never uses ::1: the same interface over IPv4' : `not ${host}`}`;
   }
 }

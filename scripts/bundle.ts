@@ -212,7 +212,7 @@ function main(): void {
     }
     writeFileSync(join(to, 'README.md'), readme(leastGlibc(to)));
     const archive = join(options.out, `${name}.tar.xz`);
-    console.log(`bundle: packing (xz -${options.level}, which takes its time)`);
+    console.log(`bundle: packing (xz -${options.level}, which takes a while)`);
     execFileSync(
       'tar',
       [

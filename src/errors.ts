@@ -36,7 +36,7 @@ export const ERROR_TABLE = {
   },
   OVERLOADED: {
     status: 429,
-    hint: 'The proxy is at its limit (--max-running, --max-running-tokens) and its queue is full: retry after the seconds in Retry-After.',
+    hint: 'The proxy is at its limit (--max-running, --max-running-tokens) and its queue is full: retry after the number of seconds in Retry-After.',
   },
   SERVER_DRAINING: { status: 503, hint: 'The worker is stopping; send the request to another one.' },
   // wire

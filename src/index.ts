@@ -1,6 +1,6 @@
 /**
- * The public API: the transfer engine, the KV connector, and whole workers and proxies inside of your own program. What is not
- * exported here may change without notice. docs/embedding.md and examples/ show how it is used.
+ * The public API: the transfer engine, the KV connector, and whole workers and proxies inside your own program. Anything that is not
+ * exported here may change without notice. docs/embedding.md and examples/ show how to use it.
  */
 
 // The transfer engine: tensors and paged KV between two peers.
@@ -67,7 +67,7 @@ export {
   type SaveTrace,
 } from './connector/worker-connector.ts';
 
-// Memory, and how KV lies in it.
+// Memory, and the layout of KV in it.
 
 export { createDevice } from './device/create-device.ts';
 export type {
@@ -132,6 +132,10 @@ export {
   type DebugAudience,
   LOAD_FAILURE_POLICIES,
   type LoadFailurePolicy,
+  TRANSPORT_CHOICES,
+  type TransportChoice,
+  WIRE_CHOICES,
+  type WireChoice,
   WORKER_ROLES,
   type WorkerConfig,
   type WorkerRole,

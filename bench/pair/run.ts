@@ -1,6 +1,6 @@
 /** All checks of one model: in each mode an undivided worker, and a pair for each send type. Failures are results, too. */
+import { kvBlockBytes, readConfig, readKvShape } from '../../support/kv-shape.ts';
 import { readEnvironment, readMachine } from '../measure/machine.ts';
-import { type CheckpointShape, readShape } from './checkpoint.ts';
 import { answersOf, checkLoad, measureNoise } from './checks.ts';
 import { BLOCK_SIZE, type Load, type LoadLimits, limitsOf, makeLoads } from './loads.ts';
 import type { Mode, PairCheck, PairResult } from './result.ts';
@@ -33,6 +33,15 @@ const FULL: Sizes = { kvBuffer: '4e9', timedTokens: 2_048, warmUp: 20, rounds: 2
 const SMALL: Sizes = { kvBuffer: '64e6', timedTokens: 64, warmUp: 2, rounds: 2, noiseRequests: 2 };
 /** Positions left for the answer to a timed prompt. */
 const TIMED_OUTPUT = 32;
+
+/** What the checks need to know about a checkpoint. */
+interface CheckpointShape {
+  readonly vocab: number;
+  /** The longest sequence, tokens. */
+  readonly positions: number;
+  /** Bytes of KV of one block, over all layers, as it is transferred. */
+  readonly blockBytes: number;
+}
 
 export class PairRun {
   readonly #options: RunOptions;
@@ -192,4 +201,14 @@ export class PairRun {
       this.#options.say(`FAILED ${what}: ${(error as Error).message}`);
     }
   }
+}
+
+/** `elementBytes`: of the cache. */
+function readShape(dir: string, elementBytes: number): CheckpointShape {
+  const config = readConfig(dir);
+  return {
+    vocab: config['vocab_size'] ?? 0,
+    positions: config['max_position_embeddings'] ?? 0,
+    blockBytes: kvBlockBytes(readKvShape(dir, elementBytes, BLOCK_SIZE)),
+  };
 }

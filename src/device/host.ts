@@ -6,7 +6,7 @@ import { type CopyPlan, checkPlan, forEachPlannedRun } from '../kv/reblock.ts';
 import type { Device, DeviceEvent, EventRef, LayerTensor, MemoryRef, PagedLayer, Stream } from './device.ts';
 import { hostMemory, hostView } from './memory.ts';
 
-/** All work before it is done already, so one event serves every point. */
+/** All earlier work is already done, so one event serves every point. */
 const FIRED: DeviceEvent = {
   ref: { kind: 'host' },
   done: () => true,
@@ -104,7 +104,7 @@ export class HostDevice implements Device {
     return hostView(memory);
   }
 
-  /** The memory itself goes when nothing refers to it any more. */
+  /** The memory itself is garbage-collected. */
   dispose(): void {
     this.#disposed = true;
   }

@@ -100,9 +100,7 @@ export function workerFindings({ role, requests, core }: WorkerState, metrics: M
   findings.push(...memoryFindings(role, transfer, metrics));
   for (const { peer, transport } of core.handOver?.producers ?? [])
     findings.push(
-      info(
-        `KV of ${peer} is handed over natively, ${transport ? `by ${transport}` : 'once it is known how'}`,
-      ),
+      info(`KV from ${peer} is handed over natively, transport ${transport ?? 'not yet negotiated'}`),
     );
   const explained = new Set<PairState | FailureState>();
   for (const wait of transfer.waiting.slice(0, MOST_WAITS))

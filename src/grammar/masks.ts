@@ -6,7 +6,7 @@
 import { PdError } from '../errors.ts';
 import type { CompiledGrammar } from './compile.ts';
 import { type GrammarState, GrammarStates, type StackSet } from './states.ts';
-import { maskWords, type VocabularyData } from './vocabulary.ts';
+import { type MaskPart, maskWords, type VocabularyData } from './vocabulary.ts';
 
 /** Nodes of the vocabulary looked at before a walk counts as long. */
 const SHORT_WALK = 6000;
@@ -19,27 +19,16 @@ const MOST_FLAT_STATES = 1024;
 /** Parts of masks kept per grammar, and of those that all grammars share. */
 const MOST_PARTS = 48;
 
-/** What is allowed without a look below the rule. */
-interface Part {
-  readonly tokens: Uint32Array;
-  /** Nodes within tokens where the rule may end. */
-  readonly exits: Int32Array;
-  /** Where there are many: 1 and the count at node n, 0 where it is no exit. */
-  readonly exitAt: Uint16Array | undefined;
-  /** In a counted rule: how many more are begun by then, per exit; and the tokens with theirs, fewest first. */
-  readonly exitCounts: Uint16Array | undefined;
-  readonly byCount: { readonly tokens: Int32Array; readonly counts: Uint16Array } | undefined;
-}
-
 /** A vocabulary with what is known of it once and for all grammars. */
 export class Vocabulary {
   readonly data: VocabularyData;
   readonly words: number;
   /** Parts by the shape of their rule. */
-  readonly parts = new Map<string, Part>();
+  readonly parts: Map<string, MaskPart>;
 
   constructor(data: VocabularyData) {
     this.data = data;
+    this.parts = new Map(data.parts);
     this.words = maskWords(data.size);
   }
 }
@@ -49,7 +38,7 @@ export class TokenGrammar {
   readonly #states: GrammarStates;
   readonly #tables: CompiledGrammar;
   readonly #vocabulary: Vocabulary;
-  readonly #parts = new Map<number, Part>();
+  readonly #parts = new Map<number, MaskPart>();
   /** States of the tables whose walk is long. */
   readonly #wide = new Set<number>();
 
@@ -136,7 +125,7 @@ export class TokenGrammar {
   }
 
   /** Tokens that leave the rule on their way and go on in `after`. */
-  #addExits(part: Part, least: number, most: number, after: GrammarState, bits: Uint32Array): void {
+  #addExits(part: MaskPart, least: number, most: number, after: GrammarState, bits: Uint32Array): void {
     if (after.isOver) return;
     const { bytes, ends, parents, byByteStart, byByte } = this.#vocabulary.data;
     if (part.exitAt) {
@@ -201,19 +190,19 @@ export class TokenGrammar {
     return found;
   }
 
-  #partOf(state: number): Part {
+  #partOf(state: number): MaskPart {
     const { shapes, shapeOf, shapeState } = this.#tables;
     const shape = shapes[shapeOf[state]!];
     if (shape === undefined) return remembered(this.#parts, state, () => this.#findPart(state));
     return remembered(this.#vocabulary.parts, `${shapeState[state]} ${shape}`, () => this.#findPart(state));
   }
 
-  #findPart(state: number): Part {
+  #findPart(state: number): MaskPart {
     const flat = this.#flatOf(state);
     return flat ? this.#flatPart(flat, state) : this.#plainPart(state);
   }
 
-  #plainPart(state: number): Part {
+  #plainPart(state: number): MaskPart {
     const { bytes, depths, ends, tokenStart, tokens } = this.#vocabulary.data;
     const bits = new Uint32Array(this.#vocabulary.words);
     const exits: number[] = [];
@@ -252,7 +241,7 @@ export class TokenGrammar {
   }
 
   /** A state, and in a counted rule a count, are all there is to follow. */
-  #flatPart({ first, next, final, isCounted }: Flat, state: number): Part {
+  #flatPart({ first, next, final, isCounted }: Flat, state: number): MaskPart {
     const { bytes, depths, ends, tokenStart, tokens } = this.#vocabulary.data;
     const bits = new Uint32Array(this.#vocabulary.words);
     const exits: number[] = [];
@@ -297,7 +286,7 @@ export class TokenGrammar {
 }
 
 /** `counts` by place in `tokens`; 0: not allowed, or allowed whatever the count is. */
-function sortedByCount(tokens: Int32Array, counts: Uint16Array): Part['byCount'] {
+function sortedByCount(tokens: Int32Array, counts: Uint16Array): MaskPart['byCount'] {
   let most = 0;
   for (const count of counts) most = Math.max(most, count);
   const next = new Int32Array(most + 2);
@@ -344,7 +333,7 @@ function flatten(tables: CompiledGrammar, first: number, countedStart: number | 
   return { first, next, final: final.slice(first, end), isCounted: countedStart !== undefined };
 }
 
-function addTokens({ tokens, byCount }: Part, most: number, bits: Uint32Array): void {
+function addTokens({ tokens, byCount }: MaskPart, most: number, bits: Uint32Array): void {
   if (!byCount || most >= (byCount.counts.at(-1) ?? 0)) {
     for (let i = 0; i < bits.length; i++) bits[i]! |= tokens[i]!;
     return;
@@ -367,7 +356,7 @@ function bitsOf(tokens: readonly number[], words: number): Uint32Array {
   return bits;
 }
 
-function remembered<K>(parts: Map<K, Part>, key: K, find: () => Part): Part {
+function remembered<K>(parts: Map<K, MaskPart>, key: K, find: () => MaskPart): MaskPart {
   let part = parts.get(key);
   if (!part) {
     if (parts.size >= MOST_PARTS) parts.clear();

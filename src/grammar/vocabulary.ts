@@ -18,6 +18,20 @@ export interface VocabularyData {
   /** Bytes of token t: `text[textStart[t]]` to `text[textStart[t + 1] - 1]`; none where a grammar may never draw it. */
   readonly textStart: Int32Array;
   readonly text: Uint8Array;
+  /** Parts of masks found before, by the shape of their rule. */
+  readonly parts?: readonly (readonly [shape: string, part: MaskPart])[];
+}
+
+/** Of a state in a rule: what is allowed without a look below the rule. */
+export interface MaskPart {
+  readonly tokens: Uint32Array;
+  /** Nodes within tokens where the rule may end. */
+  readonly exits: Int32Array;
+  /** Where there are many: 1 and the count at node n, 0 where it is no exit. */
+  readonly exitAt: Uint16Array | undefined;
+  /** In a counted rule: how many more are begun by then, per exit; and the tokens with theirs, fewest first. */
+  readonly exitCounts: Uint16Array | undefined;
+  readonly byCount: { readonly tokens: Int32Array; readonly counts: Uint16Array } | undefined;
 }
 
 /** `tokens` by id; undefined (special tokens, ids without one) and empty: never drawn under a grammar. */

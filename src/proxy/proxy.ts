@@ -23,7 +23,7 @@ import { type Instance, InstanceRegistry } from './registry.ts';
 import { answerError } from './relay.ts';
 import { ProxiedRequest } from './request.ts';
 import { RetryBudget } from './retry-budget.ts';
-import { Upstream } from './upstream.ts';
+import { readWhole, Upstream, type WholeAnswer } from './upstream.ts';
 
 const ROUTES = ['/v1/completions', '/v1/chat/completions', '/v1/responses'] as const;
 /** A prompt of a million token ids fits. */
@@ -34,6 +34,9 @@ const REQUEST_TIMEOUT_MS = 120_000;
 const CLOSE_MS = 2_000;
 /** How long `untilPaired` waits by default. */
 const PAIR_TIMEOUT_MS = 60_000;
+/** For a consumer to say what may be asked of it, and bytes of that. */
+const OPENAPI_MS = 5_000;
+const OPENAPI_BYTES = 4 * 1024 * 1024;
 
 /**
  * Parts of a proxy that a test may replace.
@@ -277,6 +280,11 @@ export class PdProxy {
     app.post('/admin/drain', async (request) => this.#drainInstance(request));
     app.get('/health', async () => this.#health());
     app.get('/v1/models', async () => ({ object: 'list', data: await this.#models.list() }));
+    app.get('/openapi.json', async (_request, reply) => {
+      const { response, body } = await this.#openApi();
+      reply.code(response.statusCode).type(String(response.headers['content-type'] ?? 'application/json'));
+      return reply.send(body);
+    });
     app.get('/metrics', async (_request, reply) => {
       const { registry } = this.#metrics;
       return reply.type(registry.contentType).send(await registry.metrics());
@@ -303,6 +311,17 @@ export class PdProxy {
     const work = this.#registry.workOf(instance);
     if (!work) return null;
     return { requests: work.requests, queued_tokens: work.queuedTokens, kv_cache_usage: work.kvUse };
+  }
+
+  /** What a consumer says may be asked: the answer is its own. Throws NO_INSTANCE, or that it cannot be reached. */
+  async #openApi(): Promise<WholeAnswer> {
+    const [instance] = this.#registry.list('consumer');
+    if (!instance)
+      throw new PdError('NO_INSTANCE', 'no consumer pings this proxy, so nothing is known of what it takes');
+    const call = { instance, what: 'GET /openapi.json', timeoutMs: OPENAPI_MS, timeoutName: 'fixed' };
+    const signal = AbortSignal.any([AbortSignal.timeout(OPENAPI_MS), this.#stop.signal]);
+    const response = await this.#upstream.ask(call, { path: '/openapi.json', headers: {}, signal });
+    return await readWhole(response, OPENAPI_BYTES);
   }
 
   #health() {

@@ -22,9 +22,11 @@ import type {
   CacheChange,
   CoreRequest,
   ForwardResult,
+  GrammarUse,
   RequestOutput,
   SampledToken,
   SamplingParams,
+  TokenHistory,
 } from './types.ts';
 
 /** Waiting sequences whose cached blocks are counted; those further back are taken for uncached. */
@@ -54,6 +56,8 @@ export interface SchedulerOptions extends SequenceLimits {
   readonly enablePrefixCaching: boolean;
   /** Keep what `takeCacheChanges` returns. */
   readonly logCacheChanges?: boolean;
+  /** Whether nothing can follow `token` behind the text that `history` is. Must not throw. */
+  readonly isLastToken?: (grammar: GrammarUse, history: TokenHistory, token: number) => boolean;
 }
 
 export class Scheduler {
@@ -290,7 +294,10 @@ export class Scheduler {
   }
 
   #sampled(sequence: Sequence, token: SampledToken): RequestOutput {
-    const output = sampledOutput(sequence, token, this.#maxLength);
+    const { grammar } = sequence.group.request.sampling;
+    const isLast =
+      grammar !== undefined && this.#options.isLastToken?.(grammar, sequence, token.token) === true;
+    const output = sampledOutput(sequence, token, this.#maxLength, isLast);
     // Before the leader may end: its blocks are what the others share.
     if (sequence.isLeader) this.#pool.forkFollowers(sequence);
     if (output.finishReason) this.#pool.end(sequence);

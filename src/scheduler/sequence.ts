@@ -141,8 +141,16 @@ export class Sequence {
   }
 }
 
-/** Appends the token to `sequence`; what is told of it, and whether it ends there. `maxLength`: most tokens a sequence may have, prompt and output. */
-export function sampledOutput(sequence: Sequence, sampled: SampledToken, maxLength: number): RequestOutput {
+/**
+ * Appends the token to `sequence`; what is told of it, and whether it ends there. `maxLength`: most tokens a sequence may have, prompt and
+ * output; `isLast`: under its grammar nothing can follow the token.
+ */
+export function sampledOutput(
+  sequence: Sequence,
+  sampled: SampledToken,
+  maxLength: number,
+  isLast: boolean,
+): RequestOutput {
   const { request } = sequence.group;
   const { sampling } = request;
   const first = !sequence.answered;
@@ -153,7 +161,7 @@ export function sampledOutput(sequence: Sequence, sampled: SampledToken, maxLeng
   for (const token of tokens) sequence.append(token);
   sequence.answered = true;
   const stopReason = finishReasonOf(sequence, sampled.token, maxLength);
-  const grammarEnded = sampled.ends === true && stopReason !== 'stop';
+  const grammarEnded = isLast && stopReason !== 'stop';
   const finishReason = grammarEnded ? 'stop' : stopReason;
   return {
     requestId: request.requestId,

@@ -166,8 +166,6 @@ export interface SampledToken {
   readonly sequenceId: string;
   readonly token: number;
   readonly logprob?: TokenLogprob;
-  /** Nothing can follow it under the grammar of its request. */
-  readonly ends?: boolean;
 }
 
 export interface ForwardResult {

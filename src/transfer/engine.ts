@@ -45,7 +45,10 @@ type Pending =
 export interface TransferEngineExtras {
   /** `buffer` of the MetricsPage that the transfer thread writes. */
   readonly metrics?: SharedArrayBuffer;
-  /** For `HandOver`, which speaks through this engine. */
+  /**
+   * For `HandOver`, which speaks through this engine.
+   * @internal
+   */
   readonly native?: NativeInit;
 }
 
@@ -200,7 +203,10 @@ export class TransferEngine implements TransferEngineApi {
     this.#tell({ type: 'worker-load', load });
   }
 
-  /** Where the native hand-over speaks; `hear` is told what comes, and nothing after `dispose`. */
+  /**
+   * Where the native hand-over speaks; `hear` is told what comes, and nothing after `dispose`.
+   * @internal
+   */
   native(hear: (event: FromWire) => void): (command: ToWire) => void {
     this.#hearNative = hear;
     return (command) => this.#tell({ type: 'native', command });

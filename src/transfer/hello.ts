@@ -5,7 +5,7 @@ import type { ErrorCode } from '../errors.ts';
 import type { Fingerprint } from '../wire/fingerprint.ts';
 import { BUNDLE_FEATURE, CLOSE_FEATURE, PD_VERSION, type PeerHello } from '../wire/messages.ts';
 import { sameDirection } from './context.ts';
-import { layoutFeature } from './form.ts';
+import { layoutFeature } from './frozen/form.ts';
 
 const FEATURES = ['seq', BUNDLE_FEATURE, CLOSE_FEATURE];
 

@@ -24,22 +24,22 @@ import { logTensor, type TransferContext } from './context.ts';
 import { Deadlines } from './deadlines.ts';
 import { openDoors } from './doors.ts';
 import { Failures } from './failures.ts';
-import { formed } from './form.ts';
+import { formed } from './frozen/form.ts';
+import { Incoming } from './frozen/incoming.ts';
+import { Intake } from './frozen/intake.ts';
+import { Keeper } from './frozen/keeper.ts';
+import { Loads } from './frozen/loads.ts';
+import { OutgoingPeers } from './frozen/peers.ts';
+import { PutAnnouncement, type SendReply } from './frozen/put.ts';
+import { Stager } from './frozen/stager.ts';
 import { helloOf } from './hello.ts';
-import { Incoming } from './incoming.ts';
-import { Intake } from './intake.ts';
-import { Keeper } from './keeper.ts';
 import { KvMemory } from './kv-memory.ts';
-import { Loads } from './loads.ts';
 import type { FromWire, NativeInit, ToWire } from './native/channel.ts';
 import { nativeBodyBytes } from './native/codec.ts';
 import { NativeWire } from './native/wire.ts';
 import { PairLimit } from './pair-limit.ts';
-import { OutgoingPeers } from './peers.ts';
 import { Pinger } from './ping.ts';
-import { PutAnnouncement, type SendReply } from './put.ts';
 import { Router } from './router.ts';
-import { Stager } from './stager.ts';
 import type {
   LoadRequest,
   LoadResult,

@@ -3,8 +3,8 @@ import { PdError } from '../errors.ts';
 import { blockBytes } from '../kv/layout.ts';
 import { tensorBytes } from '../wire/dtype.ts';
 import type { TransferContext } from './context.ts';
-import type { FormedRequest } from './form.ts';
-import type { Held } from './store.ts';
+import type { FormedRequest } from './frozen/form.ts';
+import type { Held } from './frozen/store.ts';
 import type { SendRequest } from './types.ts';
 
 /** Throws KV_SHAPE_MISMATCH where shape and source have different sizes. Returns the bytes. */

@@ -2,14 +2,7 @@
 import { PdError } from '../errors.ts';
 import { TokenGrammar, Vocabulary } from '../grammar/masks.ts';
 import type { GrammarState } from '../grammar/states.ts';
-import type {
-  ForwardBatch,
-  ForwardResult,
-  GrammarUse,
-  SampledToken,
-  ScheduledSequence,
-  TokenHistory,
-} from '../scheduler/types.ts';
+import type { GrammarUse, ScheduledSequence, TokenHistory } from '../scheduler/types.ts';
 
 /** What they have found of their masks so far is worth keeping: the same schema comes again. */
 const MOST_GRAMMARS = 32;
@@ -35,50 +28,45 @@ export class CoreGrammars {
 
   /** Its bits, found once the caller has let go of the thread; undefined where the sequence is under no grammar. Rejects where it fails alone. */
   mask(sequence: ScheduledSequence): Promise<Uint32Array> | undefined {
-    if (!sequence.sample?.params.grammar) return undefined;
-    return Promise.resolve(sequence).then((one) => this.#maskOf(one));
+    const { params, history } = sequence.sample ?? {};
+    if (!params?.grammar || !history) return undefined;
+    const { grammar, stopTokenIds } = params;
+    return Promise.resolve().then(() => this.#maskOf(grammar, history, stopTokenIds));
   }
 
-  /** The same, with those tokens marked that end their grammar. */
-  marked(batch: ForwardBatch, result: ForwardResult): ForwardResult {
-    if (!batch.sequences.some(({ sample }) => sample?.params.grammar)) return result;
-    const sequences = new Map(batch.sequences.map((sequence) => [sequence.sequenceId, sequence]));
-    const sampled = result.sampled.map((one): SampledToken => {
-      const sequence = sequences.get(one.sequenceId);
-      return sequence && this.#ends(sequence, one.token) ? { ...one, ends: true } : one;
-    });
-    return { ...result, sampled };
+  /** Whether nothing can follow `token` behind the text that `history` is. What fails here does so again for its mask, and ends one sequence then. */
+  isLastToken(use: GrammarUse, history: TokenHistory, token: number): boolean {
+    try {
+      const { grammar, state } = this.#read(use, history);
+      return grammar.accept(state, token)?.isOver ?? false;
+    } catch {
+      return false;
+    }
   }
 
-  /** Whether a token that was drawn elsewhere may come first, and something may follow it. */
-  goesOn(use: GrammarUse, token: number): boolean {
-    const grammar = this.#grammarOf(use);
-    const state = grammar.accept(grammar.start, token);
-    return state !== undefined && !state.isOver;
+  /** Whether a token that was drawn elsewhere may come first. */
+  mayBegin(use: GrammarUse, token: number): boolean {
+    try {
+      const grammar = this.#grammarOf(use);
+      return grammar.accept(grammar.start, token) !== undefined;
+    } catch {
+      return false;
+    }
   }
 
-  #maskOf(sequence: ScheduledSequence): Uint32Array {
-    const { grammar, state } = this.#read(sequence);
+  #maskOf(use: GrammarUse, history: TokenHistory, stopTokenIds: readonly number[]): Uint32Array {
+    const { grammar, state } = this.#read(use, history);
     const mask = new Uint32Array(Math.ceil(this.#vocabSize / 32));
     grammar.fillMask(state, mask);
     if (!state.mayEnd) return mask;
-    for (const token of sequence.sample!.params.stopTokenIds) {
+    for (const token of stopTokenIds) {
       if (token < this.#vocabSize) mask[token >>> 5]! |= 1 << (token & 31);
     }
     return mask;
   }
 
-  #ends(sequence: ScheduledSequence, token: number): boolean {
-    if (!sequence.sample?.params.grammar) return false;
-    const { grammar, state } = this.#read(sequence);
-    return grammar.accept(state, token)?.isOver ?? false;
-  }
-
-  /** Also after tokens that were not drawn here, and at the start of a sequence that computes its prompt anew. */
-  #read({ sequenceId, sample }: ScheduledSequence): Progress {
-    const { params, history } = sample!;
-    const use = params.grammar!;
-    if (!history) throw new PdError('INTERNAL', `sequence ${sequenceId} has a grammar and no history`);
+  /** Also after tokens that were not drawn here, and where a prompt is computed anew. */
+  #read(use: GrammarUse, history: TokenHistory): Progress {
     let progress = this.#progress.get(history);
     if (!progress) {
       const grammar = this.#grammarOf(use);
@@ -87,9 +75,7 @@ export class CoreGrammars {
     }
     for (const token of history.tokens(progress.length, history.length)) {
       const state = progress.grammar.accept(progress.state, token);
-      if (!state) {
-        throw new PdError('INTERNAL', `sequence ${sequenceId} has token ${token}, which its grammar forbids`);
-      }
+      if (!state) throw new PdError('INTERNAL', `token ${token} was drawn, which the grammar forbids`);
       progress.state = state;
       progress.length++;
     }

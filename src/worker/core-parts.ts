@@ -20,6 +20,7 @@ import type { HandOver } from '../transfer/native/hand-over.ts';
 import type { Nonce } from '../transfer/native/messages.ts';
 import type { Fingerprint } from '../wire/fingerprint.ts';
 import { CoreLoop, type CoreLoopOptions } from './core.ts';
+import { CoreGrammars } from './core-grammars.ts';
 import type { CoreInfo, CoreInit } from './core-messages.ts';
 
 export interface CoreParts {
@@ -109,6 +110,7 @@ function createLoop(init: CoreInit, parts: LoopParts): CoreLoop {
   const { role, blockSize, maxNumSeqs, maxNumBatchedTokens, enablePrefixCaching, kvEventsPort } = config;
   const metrics = new MetricsPage(init.metrics.core);
   const split = role !== 'both' && engine ? { role, engine } : undefined;
+  const grammars = new CoreGrammars(executor.vocabSize);
   const scheduler = new Scheduler(
     {
       ...limits,
@@ -116,6 +118,7 @@ function createLoop(init: CoreInit, parts: LoopParts): CoreLoop {
       maxNumBatchedTokens,
       enablePrefixCaching,
       logCacheChanges: kvEventsPort !== undefined,
+      isLastToken: (grammar, history, token) => grammars.isLastToken(grammar, history, token),
     },
     split && new P2pSchedulerConnector({ role: split.role, blockSize, native: handOver !== undefined }),
   );
@@ -135,6 +138,7 @@ function createLoop(init: CoreInit, parts: LoopParts): CoreLoop {
   return new CoreLoop({
     executor,
     scheduler,
+    grammars,
     ...(connector && { connector }),
     loadFailure: config.loadFailure,
     metrics,

@@ -22,7 +22,7 @@ import { firstTokens, type SchedulerStep } from '../scheduler/step.ts';
 import type { CacheChange, CoreRequest, ForwardResult, RequestOutput } from '../scheduler/types.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 import type { WorkerLoad } from '../wire/messages.ts';
-import { CoreGrammars } from './core-grammars.ts';
+import type { CoreGrammars } from './core-grammars.ts';
 import type { CoreState } from './core-messages.ts';
 import { CoreMetrics } from './core-metrics.ts';
 import { LoadReport } from './load-report.ts';
@@ -36,6 +36,8 @@ export interface CoreLoopOptions {
   readonly scheduler: Scheduler;
   /** Absent in an undivided worker. */
   readonly connector?: WorkerConnector;
+  /** Absent: no request has one. */
+  readonly grammars?: CoreGrammars;
   readonly loadFailure: LoadFailurePolicy;
   readonly metrics: MetricsPage;
   readonly log: Logger;
@@ -59,7 +61,6 @@ export class CoreLoop {
   readonly #throughput: ThroughputLog;
   readonly #load: LoadReport | undefined;
   readonly #saving: LayerHooks;
-  readonly #grammars: CoreGrammars;
   /** What has come since the last turn. */
   #commands: (() => void)[] = [];
   /** Set while the loop sleeps. */
@@ -83,7 +84,6 @@ export class CoreLoop {
     const { reportLoad } = options;
     this.#load = reportLoad && new LoadReport(() => loadOf(scheduler), reportLoad);
     this.#saving = saveHooks(options.executor, options.connector);
-    this.#grammars = new CoreGrammars(options.executor.vocabSize);
   }
 
   add(request: CoreRequest): void {
@@ -199,11 +199,10 @@ export class CoreLoop {
       // A mark per layer, which costs a GPU an event each, only where a save waits for it.
       const { saves, fills } = step.metadata ?? { saves: [], fills: [] };
       const marked = saves.length + fills.length > 0;
-      const result = await this.#options.executor.forward(step.batch, {
+      return await this.#options.executor.forward(step.batch, {
         ...(marked && this.#saving),
-        mask: (sequence) => this.#grammars.mask(sequence),
+        mask: (sequence) => this.#options.grammars?.mask(sequence),
       });
-      return this.#grammars.marked(step.batch, result);
     } catch (error) {
       return PdError.from(error);
     }
@@ -274,7 +273,7 @@ export class CoreLoop {
     this.#watchLoads();
   }
 
-  /** Without a first token that cannot be what would have been drawn here; one that ends its grammar is left to this end too. */
+  /** Without a first token that cannot be what would have been drawn here. */
   #withUsableDraw(outcome: LoadOutcome): LoadOutcome {
     if (!outcome.ok || !outcome.draw) return outcome;
     const { draw, ...rest } = outcome;
@@ -286,7 +285,8 @@ export class CoreLoop {
     ]);
     // They index tables here.
     const known = [...draw.tokens, ...alternatives].every((token) => token < vocabSize);
-    const allowed = !grammar || draw.tokens.every((token) => this.#grammars.goesOn(grammar, token));
+    const allowed =
+      !grammar || draw.tokens.every((token) => this.#options.grammars?.mayBegin(grammar, token) === true);
     return known && allowed ? outcome : rest;
   }
 

@@ -2,6 +2,7 @@
 import { hash } from 'node:crypto';
 import { PdError } from '../errors.ts';
 import { compileSpec, type GrammarSpec } from '../grammar/grammar.ts';
+import { TokenGrammar, Vocabulary } from '../grammar/masks.ts';
 import { type VocabularyData, vocabularyOf } from '../grammar/vocabulary.ts';
 import { specialBytes } from '../grammar/whole.ts';
 import type { Tokenizer } from '../model/tokenizer.ts';
@@ -37,13 +38,22 @@ export class GrammarCompiler {
     return use;
   }
 
+  /** With the parts of masks that all JSON needs: the longest to find, and the core has no time for them. */
   #readVocabulary(size: number): VocabularyData {
     const model = this.#model;
-    return vocabularyOf(
+    const data = vocabularyOf(
       Array.from({ length: size }, (_, id) =>
         model.isSpecial(id) ? specialBytes(model.tokenString(id)) : model.tokenBytes(id),
       ),
     );
+    const vocabulary = new Vocabulary(data);
+    for (const schema of [{ type: 'string' }, { type: 'string', maxLength: 1_000 }]) {
+      const tables = compileSpec({ kind: 'json-schema', schema }, () => 0);
+      const grammar = new TokenGrammar(tables, vocabulary);
+      const inside = grammar.acceptBytes(grammar.start, new TextEncoder().encode('"'));
+      if (inside) grammar.fillMask(inside, new Uint32Array(vocabulary.words));
+    }
+    return { ...data, parts: [...vocabulary.parts] };
   }
 }
 
@@ -60,15 +70,18 @@ function keyOf(spec: GrammarSpec): string {
   return hash('sha256', JSON.stringify(spec), 'hex').slice(0, 32);
 }
 
-/** The same, its arrays in shared memory. */
-function shared<T extends object>(data: T): T {
-  const entries = Object.entries(data).map(([name, value]: [string, unknown]) => {
-    if (value instanceof Int32Array) return [name, new Int32Array(copied(value))];
-    if (value instanceof Uint16Array) return [name, new Uint16Array(copied(value))];
-    if (value instanceof Uint8Array) return [name, new Uint8Array(copied(value))];
-    return [name, value];
-  });
-  return Object.fromEntries(entries) as T;
+/** The same, its numbers in shared memory. */
+function shared<T>(data: T): T {
+  const share = (value: unknown): unknown => {
+    if (value instanceof Int32Array) return new Int32Array(copied(value));
+    if (value instanceof Uint32Array) return new Uint32Array(copied(value));
+    if (value instanceof Uint16Array) return new Uint16Array(copied(value));
+    if (value instanceof Uint8Array) return new Uint8Array(copied(value));
+    if (Array.isArray(value)) return value.map(share);
+    if (typeof value !== 'object' || value === null) return value;
+    return Object.fromEntries(Object.entries(value).map(([name, inner]) => [name, share(inner)]));
+  };
+  return share(data) as T;
 }
 
 function copied({ buffer, byteOffset, byteLength }: ArrayBufferView): SharedArrayBuffer {

@@ -90,7 +90,7 @@ describe('pd-worker', () => {
         /LIBRARY_NOT_FOUND: --device auto: a GPU is visible .*cannot load NCCL/,
       ],
       [{ PD_CUBLAS_LIB: '/no/libcublas.so' }, /LIBRARY_NOT_FOUND: .*cannot load cuBLAS/],
-      [{ PD_STANDIN_DRIVER: '11040' }, /LIBRARY_TOO_OLD: .*runs CUDA 11\.4/],
+      [{ PD_STANDIN_DRIVER: '11040' }, /LIBRARY_TOO_OLD: .*supports CUDA 11\.4/],
       [{ PD_STANDIN_FAULTS: 'cuInit=999' }, /DEVICE_UNAVAILABLE: .*cuInit failed with 999/],
       [{ CUDA_VISIBLE_DEVICES: '7' }, /DEVICE_UNAVAILABLE: .*=7 names no GPU of this machine, which has 2/],
       // A context is made only by who serves: the choice stood by then.

@@ -113,6 +113,15 @@ describe('a native hand-over on the host', () => {
     await expectNothingLeft(producer, consumer);
   });
 
+  it('asks nothing of a worker with which it has no way for KV in common', async () => {
+    const producer = await makeEnd(services, 'producer', { transports: ['nccl'] });
+    const consumer = await makeEnd(services, 'consumer');
+    const id = idFor(producer, consumer);
+    consumer.handOver.want(wantOf(producer, consumer, id, 9));
+    const cause = { code: 'TRANSPORT_MISMATCH', message: expect.stringMatching(/has nccl, .* has host$/) };
+    expect(await outcomeOf(consumer)).toMatchObject({ ok: false, error: { cause } });
+  });
+
   it('fails a want whose request fails there, with the reason', async () => {
     const { producer, consumer, id } = await pair();
     consumer.handOver.want(wantOf(producer, consumer, id, 9));

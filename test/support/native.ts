@@ -9,7 +9,7 @@ import { MetricsPage } from '../../src/observability/metrics.ts';
 import type { FromWire, NativeInit } from '../../src/transfer/native/channel.ts';
 import { HandOver } from '../../src/transfer/native/hand-over.ts';
 import type { Drawn, WantOutcome, WantRequest } from '../../src/transfer/native/hand-over-api.ts';
-import type { Nonce } from '../../src/transfer/native/messages.ts';
+import type { NativeTransport, Nonce } from '../../src/transfer/native/messages.ts';
 import type { TransferService } from '../../src/transfer/service.ts';
 import { type EngineRequestId, proxyRequestId, type TransferId, transferIdOf } from '../../src/wire/ids.ts';
 import { LAYOUT, pagedCache, type Services, type TestOptions, until } from './transfer.ts';
@@ -30,9 +30,12 @@ export interface End {
 export async function makeEnd(
   services: Services,
   role: 'producer' | 'consumer',
-  options: TestOptions & { readonly leaseMs?: number } = {},
+  options: TestOptions & {
+    readonly leaseMs?: number;
+    readonly transports?: readonly NativeTransport[];
+  } = {},
 ): Promise<End> {
-  const { leaseMs = 60_000, ...overrides } = options;
+  const { leaseMs = 60_000, transports = ['host'], ...overrides } = options;
   const cache = pagedCache(LAYERS, role === 'producer').map(({ target }) => target);
   const init: NativeInit = {
     nonce: randomBytes(16).toString('hex') as Nonce,
@@ -44,7 +47,7 @@ export async function makeEnd(
       blockBytes: blockBytes(LAYOUT),
       family: LAYOUT.family,
     },
-    transports: ['host'],
+    transports,
   };
   let hear: (event: FromWire) => void = () => {};
   const tell = (event: FromWire) => hear(event);

@@ -30,6 +30,8 @@ it('serves them through the proxy, prefill and decode apart', async () => {
   const workers = await Promise.all([startWorker('producer', proxy), startWorker('consumer', proxy)]);
   try {
     await untilListed(proxy, 1, 1);
+    const { paths } = (await (await fetch(`${proxy.url}/openapi.json`)).json()) as { paths: object };
+    expect(Object.keys(paths)).toContain('/v1/responses');
     expect(await runClients(proxy.url)).toBe('');
   } finally {
     await Promise.all([proxy.program, ...workers.map(({ program }) => program)].map((each) => each.stop()));

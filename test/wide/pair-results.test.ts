@@ -19,7 +19,7 @@ afterEach(() => rmSync(out, { recursive: true, force: true }));
 
 test.each([
   ['host', 'native,GET', {}],
-  ['cuda', 'PUT', standInEnvironment()],
+  ['cuda', 'native', standInEnvironment()],
 ] as const)(
   '%s, %s: a pair says what an undivided worker says, in chunks, with cached prefixes and after preemption',
   async (device, sendTypes, more) => {

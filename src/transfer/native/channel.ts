@@ -53,7 +53,7 @@ export type ToWire =
       readonly part: PartMessage;
       readonly blocks?: Int32Array;
     }
-  /** The ends have lost step: end the connection and its pair. */
+  /** The ends have lost step, or can do nothing with it: end the connection and its pair. */
   | { readonly kind: 'reset'; readonly peer: string; readonly why: string };
 
 export type FromWire =

@@ -38,9 +38,9 @@ export interface NativeLimits {
 }
 
 /** Completions of one prompt, alternatives of one token, and slots of one page. */
-export const MAX_DRAWN = 128;
-export const MAX_ALTERNATIVES = 128;
-export const MAX_SLOTS = 65_536;
+const MAX_DRAWN = 128;
+const MAX_ALTERNATIVES = 128;
+const MAX_SLOTS = 65_536;
 const MAX_LAYERS = 65_536;
 const MAX_CACHE_BLOCKS = 2 ** 31 - 1;
 const LAYOUT_FAMILIES = ['kv-first', 'blocks-first', 'mla'] as const satisfies readonly LayoutFamily[];

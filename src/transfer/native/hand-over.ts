@@ -450,6 +450,8 @@ export class HandOver implements HandOverApi {
     if (!way) {
       const message = `no way for KV is open at both ends: direct is refused, and ${peer} has no other`;
       this.#lose(peer, { code: 'TRANSPORT_MISMATCH', message, context: { peer } });
+      // the next want finds out anew
+      this.#tell({ kind: 'reset', peer, why: message });
       return;
     }
     this.#ready(peer, producer, way);

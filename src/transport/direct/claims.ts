@@ -28,7 +28,7 @@ const MAX_LAYERS = 1_024;
 const MAX_NAME = 256;
 
 /** Strides of a layout. K and V count as two runs wherever they lie, so that families of either end may differ. */
-export function stridesOf(layout: PagedLayout): BlockStrides {
+function stridesOf(layout: PagedLayout): BlockStrides {
   const runs = runsPerBlock(layout);
   return {
     runBytes: runBytes(layout),
@@ -75,7 +75,7 @@ export function readClaims(value: unknown): CacheClaims {
 }
 
 /** Throws DIRECT_REFUSED where the last byte of a claimed block lies outside of the memory, or K and V or neighbours overlap. */
-export function checkInside(claims: CacheClaims): void {
+function checkInside(claims: CacheClaims): void {
   const { bytes, blocks, runs, runBytes, blockStride, runStride, layers } = claims;
   if (blocks < 1 || blocks > 2 ** 31 - 1 || runBytes < 1)
     throw refused(`the cache has ${blocks} blocks of ${runBytes} bytes`);

@@ -114,7 +114,7 @@ function device(count: number): string {
 }
 
 /** Processes other than this one that have the GPU at this PCI address open, as far as /proc shows them. */
-export function gpuHolders(pciBusId: string): Holder[] {
+function gpuHolders(pciBusId: string): Holder[] {
   return processesWith(new RegExp(`^/dev/nvidia${deviceMinor(pciBusId) ?? '\\d+'}$`));
 }
 

@@ -55,6 +55,12 @@ describe('the prefill copy', () => {
     expect(plain.nativePrefill).toBe(plain.prefill);
   });
 
+  test('one token of a response too', () => {
+    const original = { input: 'a', max_output_tokens: 50, include: ['x'], stream: true };
+    const prefill = { input: 'a', max_tokens: 1, max_output_tokens: 1, include: ['x'], stream: false };
+    expect(prefillOf(original)).toEqual(prefill);
+  });
+
   test('adds nothing but max_tokens to a plain request', () => {
     expect(prefillOf({ model: 'm', prompt: 'Hello' })).toEqual({
       model: 'm',

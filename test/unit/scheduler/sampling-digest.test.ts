@@ -1,8 +1,9 @@
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { sample } from '../../../src/model/sampler.ts';
-import { samplingDigest } from '../../../src/scheduler/sampling-digest.ts';
+import { samplingDigest, sharedSeed } from '../../../src/scheduler/sampling-digest.ts';
 import type { SamplingParams } from '../../../src/scheduler/types.ts';
+import { transferIdOf } from '../../../src/wire/ids.ts';
 
 const drawn: SamplingParams = {
   temperature: 0.7,
@@ -93,4 +94,8 @@ describe('samplingDigest', () => {
       { numRuns: 500 },
     );
   });
+});
+
+it('makes one seed of one id, on every version and machine', () => {
+  expect(sharedSeed(transferIdOf('cmpl-x'))).toBe(1_769_315_233);
 });

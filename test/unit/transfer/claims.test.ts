@@ -2,8 +2,8 @@
 import { describe, expect, it } from 'vitest';
 import { hostMemory } from '../../../src/device/memory.ts';
 import type { PdError } from '../../../src/errors.ts';
-import { type Claimant, ClaimBook } from '../../../src/transfer/claims.ts';
-import { ReceiveStore, type StoreEntry } from '../../../src/transfer/store.ts';
+import { type Claimant, ClaimBook } from '../../../src/transfer/frozen/claims.ts';
+import { ReceiveStore, type StoreEntry } from '../../../src/transfer/frozen/store.ts';
 import { suffixedFor, type TensorId, transferIdOf } from '../../../src/wire/ids.ts';
 
 const collisions: string[][] = [];

@@ -8,13 +8,13 @@ import { describe, expect, it } from 'vitest';
 import { HostDevice } from '../../../src/device/host.ts';
 import { RateLimitedLog } from '../../../src/observability/log.ts';
 import { MetricsPage } from '../../../src/observability/metrics.ts';
-import type { Claimant } from '../../../src/transfer/claims.ts';
 import { standsFor, type TransferContext } from '../../../src/transfer/context.ts';
 import { Deadlines } from '../../../src/transfer/deadlines.ts';
-import { Intake } from '../../../src/transfer/intake.ts';
+import type { Claimant } from '../../../src/transfer/frozen/claims.ts';
+import { Intake } from '../../../src/transfer/frozen/intake.ts';
+import { SendStore } from '../../../src/transfer/frozen/send-store.ts';
+import type { StoreEntry } from '../../../src/transfer/frozen/store.ts';
 import { KvMemory } from '../../../src/transfer/kv-memory.ts';
-import { SendStore } from '../../../src/transfer/send-store.ts';
-import type { StoreEntry } from '../../../src/transfer/store.ts';
 import type { Pair } from '../../../src/transport/transport.ts';
 import {
   type EngineRequestId,

@@ -2,7 +2,7 @@
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { hostMemory, sliceMemory } from '../../../src/device/memory.ts';
-import { regionsOf, runsOf, runsOfTaken } from '../../../src/transfer/regions.ts';
+import { regionsOf, runsOf, runsOfTaken } from '../../../src/transfer/frozen/regions.ts';
 
 const area = hostMemory(1 << 20);
 

@@ -2,8 +2,8 @@
 import fc from 'fast-check';
 import { expect, it } from 'vitest';
 import { hostMemory } from '../../../src/device/memory.ts';
-import { type KeptTensor, SendStore } from '../../../src/transfer/send-store.ts';
-import { ReceiveStore, type StoreEntry } from '../../../src/transfer/store.ts';
+import { type KeptTensor, SendStore } from '../../../src/transfer/frozen/send-store.ts';
+import { ReceiveStore, type StoreEntry } from '../../../src/transfer/frozen/store.ts';
 import { suffixedFor, type TensorId, transferIdOf } from '../../../src/wire/ids.ts';
 
 /** Memory that fails a second free, and a total of what is out. */

@@ -106,6 +106,31 @@ describe('a producer', () => {
     expect(commands(grants.tick(60_000))).toEqual([]);
   });
 
+  it('repeats an end less and less often to a peer that lives and never acknowledges', () => {
+    const grants = done();
+    let said = 0;
+    for (let now = 250; now <= 600_000; now += 250) said += commands(grants.tick(now)).length;
+    // after 1, 3, 7, 15, 31 and 63 s, then each minute
+    expect(said).toBe(14);
+  });
+
+  it('keeps nothing for a consumer whose connection is gone, and writes nothing more', () => {
+    const told = done();
+    told.unreachable('consumer', 0);
+    expect(told.isIdle).toBe(true);
+
+    const bound = start();
+    bound.message('consumer', WANT, 0);
+    bound.begin(ID, DIGEST, 4, 0);
+    const { launch } = bound.progress(ID, 4, [3]).find((action) => action.kind === 'write')!;
+    bound.unreachable('consumer', 0);
+    expect(bound.mayLaunch(launch)).toBe(false);
+    expect(commands(bound.landed(launch, 0))).toEqual(['FAIL']);
+    // which cannot be delivered
+    bound.unreachable('consumer', 0);
+    expect(bound.stats()).toMatchObject({ told: 0, launches: 0 });
+  });
+
   it('does nothing for a late copy of a want whose end is acknowledged, whatever has its id by then', () => {
     const grants = done();
     grants.message('consumer', ack, 0);
@@ -259,5 +284,43 @@ describe('a consumer', () => {
     const wants = start();
     expect(wants.ask(ask, 0)).toBe('slots');
     expect(wants.ask({ ...ask, peer: 'stranger' }, 0)).toBe('unknown');
+  });
+
+  it('takes the end from the page as from DONE', () => {
+    const wants = start();
+    const at = { peer: 'producer', nonce: PRODUCER, slot: 1, seq: 1 };
+    wants.flag('producer', PRODUCER, 1, 1);
+    expect(wants.doneInPage({ ...at, slot: 2 }, DRAW, 0)).toEqual([]);
+    expect(wants.doneInPage(at, DRAW, 0)).toContainEqual(
+      expect.objectContaining({ kind: 'loaded', draw: DRAW }),
+    );
+    expect(commands(wants.message('producer', done, 0))).toEqual(['ACK']);
+  });
+
+  it('is late from when its producer was done, and not before', () => {
+    const wants = start();
+    wants.hasten(1, 3_000, 1_000);
+    wants.hasten(1, 60_000, 1_000);
+    for (let now = 1_000; now < 4_000; now += 1_000) expect(kinds(wants.tick(now))).not.toContain('failed');
+    expect(kinds(wants.tick(4_000))).toContain('failed');
+  });
+
+  it('goes on by direct when the connection is gone, and gives up what would have come on a pair', () => {
+    const error = { code: 'PEER_LOST', message: 'gone', context: {} } as const;
+    const direct = start();
+    expect(direct.unreachable('producer', error, 0)).toEqual([]);
+
+    const wants = new Wants({
+      nonce: CONSUMER,
+      cacheBlocks: 16,
+      layers: 1,
+      newTicket: () => TICKET,
+      slots: 0,
+    });
+    wants.introduced('producer', PRODUCER, 0);
+    wants.ask({ ...ask, transport: 'host' }, 0);
+    const actions = wants.unreachable('producer', error, 0);
+    expect(kinds(actions)).toEqual(expect.arrayContaining(['failed', 'retract']));
+    expect(wants.isIdle).toBe(true);
   });
 });

@@ -1,0 +1,327 @@
+/**
+ * KV that comes in, whatever brought it: taken in if there is room, received, given to who waits for it, and freed when nobody does.
+ * Memory is taken before an announcement is answered; what was answered `0` is received even if its request is over by then.
+ */
+import type { MemoryRef } from '../../device/device.ts';
+import { PdError } from '../../errors.ts';
+import type { Pair } from '../../transport/transport.ts';
+import { tensorBytes } from '../../wire/dtype.ts';
+import { splitTensorId, type TensorId, type TransferId, withoutSuffix } from '../../wire/ids.ts';
+import type { PutMessage, PutsMessage, TensorForm } from '../../wire/messages.ts';
+import { logTensor, type TransferContext, tensorFields } from '../context.ts';
+import { type Claimant, ClaimBook } from './claims.ts';
+import { contradicts, FinishedRequests, LostRequests } from './memories.ts';
+import { type Held, ReceiveStore, type StoreEntry, type TensorInfo } from './store.ts';
+
+export class Intake {
+  readonly store = new ReceiveStore();
+  readonly claims: ClaimBook;
+  readonly #finished = new FinishedRequests();
+  readonly #lost = new LostRequests();
+  readonly #context: TransferContext;
+  #sweeping = false;
+
+  constructor(context: TransferContext) {
+    this.#context = context;
+    this.claims = new ClaimBook((transferId, requestIds) => {
+      context.limited.log(`collision ${transferId}`, (suppressed) =>
+        context.log.warn(
+          { transferId, requestIds, suppressed },
+          `KV of ${requestIds.join(' and of ')} could both be meant for ${transferId}: only that of exactly its id is taken`,
+        ),
+      );
+    });
+  }
+
+  /** Memory for an announced tensor, or undefined: answer `1`. What comes for a request that is over is received all the same. */
+  async admit(
+    put: PutMessage,
+    peer: string,
+    told: Pick<TensorInfo, 'twoBlocks' | 'standsFor'>,
+  ): Promise<StoreEntry | undefined> {
+    const tensor = { ...tensorOf({ ...put, promptDigest: put.native?.promptDigest }, peer), ...told };
+    if (this.#isDuplicate(tensor)) return undefined;
+    const bytes = tensorBytes(put.shape, put.dtype);
+    return this.#enter(tensor, this.#mayHold(1) ? await this.#context.memory.allocate(bytes) : undefined);
+  }
+
+  /** As `admit` for the tensors of a bundle, in neighbouring memory where that can be had. What nobody wants any more is not sent. */
+  async admitAll(
+    tensors: PutsMessage['tensors'],
+    peer: string,
+  ): Promise<(StoreEntry | 'no-room' | 'unwanted')[]> {
+    const { memory, metrics } = this.#context;
+    const result = tensors.map((): StoreEntry | 'no-room' | 'unwanted' => 'no-room');
+    const wanted = new Map<string, { readonly index: number; readonly tensor: TensorInfo }>();
+    for (const [index, put] of tensors.entries()) {
+      const tensor = tensorOf(put, peer);
+      const named = namesOf(tensor);
+      if (this.#finished.has(named)) {
+        metrics.inc('pd_kv_late_dropped_total', 1);
+        this.#lost.add(named, overError(tensor), this.#context.deadlines.now());
+        result[index] = 'unwanted';
+      } else if (!this.#isDuplicate(tensor, wanted.has(tensor.tensorId))) {
+        wanted.set(tensor.tensorId, { index, tensor });
+      }
+    }
+    const list = [...wanted.values()];
+    const sizes = list.map(({ tensor }) => tensorBytes(tensor.shape, tensor.dtype));
+    const run = this.#mayHold(list.length) ? memory.tryAllocateRun(sizes) : undefined;
+    for (const [at, { index, tensor }] of list.entries()) {
+      const held = run ? run[at] : this.#mayHold(1) ? await memory.allocate(sizes[at]!) : undefined;
+      result[index] = this.#enter(tensor, held) ?? 'no-room';
+    }
+    return result;
+  }
+
+  /** Posts the receive of admitted tensors as one operation. The answer leaves after this, in the same turn. Never rejects. */
+  async post(entries: readonly StoreEntry[], regions: readonly MemoryRef[], pair: Pair): Promise<void> {
+    const { timeouts } = this.#context.options;
+    for (const entry of entries) logTensor(this.#context, 'receive', entry, entry.peer);
+    const [first] = entries;
+    const more = entries.length > 1 ? ` and ${entries.length - 1} more` : '';
+    try {
+      await pair.receive(regions, { tensorId: `${first?.tensorId}${more}`, timeoutMs: timeouts.transfer });
+    } catch (error) {
+      for (const entry of entries) this.#lose(entry, PdError.from(error, 'PEER_LOST'));
+      await pair.over;
+      for (const entry of entries) this.store.release(entry);
+      return;
+    }
+    for (const entry of entries) this.#arrived(entry);
+  }
+
+  /** Enters a tensor that a GET has been answered with; it belongs to who asked. */
+  adopt(tensor: TensorInfo, held: Held, as: 'claimed' | 'dropped'): StoreEntry {
+    return this.store.open(tensor, held, this.#context.deadlines.now(), as);
+  }
+
+  /** Somebody wants KV of this request, so it is not over, whatever was said before. */
+  expect(transferId: TransferId): void {
+    this.#finished.revive(transferId);
+  }
+
+  /** Starts waiting. What is known to be lost fails at once, what is there is taken at once. */
+  claim(claimant: Claimant): void {
+    const { transferId } = claimant;
+    this.expect(transferId);
+    const here = this.store.find(transferId).filter((entry) => {
+      if (entry.state === 'ready' && contradicts(claimant, entry)) this.#dropOther(entry, [claimant]);
+      return (entry.state === 'ready' || entry.state === 'receiving') && !contradicts(claimant, entry);
+    });
+    this.claims.register(claimant, here);
+    const lost = this.lostReason(claimant);
+    if (lost) claimant.fail(lost);
+  }
+
+  /** Its sender could not send it: whoever waits for it knows now, and who comes later too. */
+  lost(transferId: TransferId, reason: PdError): void {
+    this.#lose({ requestId: transferId }, reason);
+  }
+
+  /** Why KV of this request will not come, where that is known. */
+  lostReason(claimant: Pick<Claimant, 'transferId' | 'promptDigest'>): PdError | undefined {
+    return this.#lost.get(claimant.transferId, claimant);
+  }
+
+  /** All KV of a load has come. */
+  complete(transferId: TransferId): void {
+    this.claims.complete(transferId);
+  }
+
+  /** A pair that brought tensors of `peer` died: what is not complete will not be. */
+  peerLost(peer: string, reason: PdError): void {
+    for (const claimant of this.claims.all()) if (claimant.peer === peer) claimant.fail(reason);
+  }
+
+  /** The tensor belongs to a caller until its request is finished; if it is finished already, it goes now. */
+  own(entry: StoreEntry): boolean {
+    if (this.#finished.has(entry)) {
+      this.store.release(entry);
+      return false;
+    }
+    this.store.claim(entry, 'owned');
+    return true;
+  }
+
+  finish(id: TransferId): void {
+    const { log, deadlines } = this.#context;
+    const { promptDigest, complete } = this.claims.finish(id);
+    const { freed, dropped } = this.store.finish(id);
+    this.#lost.delete(id);
+    // Where all has come, what comes under the id from now on is a later request's.
+    if (!complete) this.#finished.add(id, { promptDigest }, deadlines.now());
+    log.debug({ transferId: id, freed, dropped }, 'request finished');
+    this.#armSweep();
+  }
+
+  #mayHold(tensors: number): boolean {
+    return this.store.size + tensors <= this.#context.options.limits.maxTensors;
+  }
+
+  /** Into the books; undefined where there is no memory, or no use for it any more. */
+  #enter(tensor: TensorInfo, held: Held | undefined): StoreEntry | undefined {
+    if (!held) {
+      this.#refuse(tensor);
+      return undefined;
+    }
+    // Room may have taken its time: the same tensor may have come from elsewhere, its request may have ended.
+    if (this.#isDuplicate(tensor)) {
+      held.free();
+      return undefined;
+    }
+    const named = namesOf(tensor);
+    const late = this.#finished.has(named);
+    if (late) this.#lost.add(named, overError(tensor), this.#context.deadlines.now());
+    this.#armSweep();
+    return this.store.open(tensor, held, this.#context.deadlines.now(), late ? 'dropped' : 'receiving');
+  }
+
+  #refuse(tensor: TensorInfo): void {
+    const { memory, metrics, limited, log, failures } = this.#context;
+    const { tensorId, peer, shape, dtype } = tensor;
+    metrics.inc('pd_kv_refused_total', 1);
+    const reason = new PdError(
+      'KV_BUFFER_FULL',
+      `no room for ${tensorId} of ${tensorBytes(shape, dtype)} bytes from ${peer}: ` +
+        `${memory.bufferUsed} of ${memory.thresholdBytes} bytes of the buffer and ${memory.poolUsed} of ` +
+        `${memory.limitBytes} bytes of the host pool are used, ${this.store.size} tensors held`,
+      { tensorId, peer },
+    );
+    limited.log('no room', (suppressed) =>
+      log.warn({ ...tensorFields(this.#context, tensor, peer), suppressed }, reason.message),
+    );
+    failures.note('refused', peer, reason);
+    this.#lose(namesOf(tensor), reason);
+  }
+
+  #isDuplicate(tensor: TensorInfo, twice = false): boolean {
+    const known = this.store.get(tensor.tensorId);
+    if (!twice && !known) return false;
+    if (known?.state === 'ready' && contradicts(known, tensor)) {
+      // The id has been given to another prompt, and nobody has come for the KV of the one before.
+      for (const entry of this.store.find(known.requestId)) {
+        if (entry.state === 'ready' && contradicts(entry, tensor)) this.#dropOther(entry, []);
+      }
+      return false;
+    }
+    const { metrics, limited, log } = this.#context;
+    metrics.inc('pd_protocol_errors_total', 1, 'duplicate');
+    limited.log(`duplicate ${tensor.peer}`, (suppressed) =>
+      log.warn(
+        { ...tensorFields(this.#context, tensor, tensor.peer), suppressed },
+        `${tensor.peer} announces ${tensor.tensorId}, which is held already: refused`,
+      ),
+    );
+    return true;
+  }
+
+  #arrived(entry: StoreEntry): void {
+    const { metrics } = this.#context;
+    metrics.inc('pd_kv_received_bytes_total', entry.held.bytes);
+    if (!this.store.arrived(entry)) {
+      metrics.inc('pd_kv_late_dropped_total', 1);
+      logTensor(this.#context, 'dropped, its request being over:', entry, entry.peer);
+      return;
+    }
+    logTensor(this.#context, 'received', entry, entry.peer);
+    const contradicted = this.claims.contradicted(entry);
+    if (contradicted.length > 0) this.#dropOther(entry, contradicted);
+    else if (!this.claims.arrived(entry)) this.#warnOfSuffix(entry);
+  }
+
+  /** KV of another prompt than the one that its id stands for now, and who waits for that. */
+  #dropOther(entry: StoreEntry, waiting: readonly Claimant[]): void {
+    const { metrics, limited, log } = this.#context;
+    const { tensorId, peer } = entry;
+    for (const claimant of waiting) claimant.otherPrompt?.(entry);
+    this.store.release(entry);
+    metrics.inc('pd_kv_late_dropped_total', 1);
+    limited.log(`other prompt ${entry.requestId}`, (suppressed) =>
+      log.warn(
+        { tensorId, peer, suppressed },
+        `${tensorId} from ${peer} is KV of another prompt than the request of that id here has: dropped. ` +
+          'Two requests were given one id',
+      ),
+    );
+  }
+
+  /** Somebody waits for this but for what looks like a random suffix, and is not given it. */
+  #warnOfSuffix({ tensorId, requestId, standsFor: meant, peer }: StoreEntry): void {
+    const { limited, log, options } = this.#context;
+    const stem = withoutSuffix(requestId);
+    if (meant !== undefined || stem === undefined) return;
+    if (options.kvKey === 'engine' || !this.claims.waits(stem)) return;
+    limited.log(`suffix ${stem}`, (suppressed) =>
+      log.warn(
+        { tensorId, peer, transferId: stem, suppressed },
+        `${tensorId} from ${peer} is nobody's: request ${stem} waits for KV, and this may be its own under a random suffix, ` +
+          'but no proxy has made that id, so it may as well be another request. VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1 ' +
+          'at the peer leaves the suffix off; --suffixed-ids any takes every such id for a suffixed one',
+      ),
+    );
+  }
+
+  /** It will not come: whoever waits for it knows now, and who comes later too. */
+  #lose(tensor: Names, reason: PdError): void {
+    if (this.#finished.has(tensor)) return;
+    this.#lost.add(tensor, reason, this.#context.deadlines.now());
+    this.#armSweep();
+    for (const claimant of this.claims.claimantsOf(tensor)) claimant.fail(reason);
+  }
+
+  /** Orphans and memories age together; with nothing to age, no timer runs. */
+  #armSweep(): void {
+    if (this.#sweeping) return;
+    this.#sweeping = true;
+    const { deadlines, options } = this.#context;
+    deadlines.after(options.timeouts.orphan / 4, () => {
+      this.#sweeping = false;
+      this.#sweep(deadlines.now() - options.timeouts.orphan);
+      if (this.store.size + this.#finished.size + this.#lost.size > 0) this.#armSweep();
+    });
+  }
+
+  #sweep(before: number): void {
+    const { metrics, log } = this.#context;
+    const orphans = this.store.freeOrphans(before);
+    this.#finished.sweep(before);
+    this.#lost.sweep(before);
+    if (orphans.length === 0) return;
+    metrics.inc('pd_kv_orphans_freed_total', orphans.length);
+    const requests = [...new Set(orphans.map((entry) => entry.requestId))];
+    const suffixed = requests.some((id) => withoutSuffix(id) !== undefined);
+    log.warn(
+      { tensors: orphans.length, requests: requests.slice(0, 5) },
+      `freed ${orphans.length} tensors that no request claimed in time, of ${requests[0]}` +
+        (requests.length > 1 ? ` and ${requests.length - 1} more requests` : '') +
+        (suffixed ? ' (a vLLM worker here: VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1 makes ids match)' : ''),
+    );
+  }
+}
+
+function tensorOf(put: TensorForm & { readonly tensor_id: TensorId }, peer: string): TensorInfo {
+  return {
+    tensorId: put.tensor_id,
+    shape: put.shape,
+    dtype: put.dtype,
+    peer,
+    promptDigest: put.promptDigest,
+  };
+}
+
+type Names = Pick<StoreEntry, 'requestId' | 'standsFor' | 'promptDigest'>;
+
+function namesOf({ tensorId, standsFor: meant, promptDigest }: TensorInfo): Names {
+  return { requestId: splitTensorId(tensorId).requestId, standsFor: meant, promptDigest };
+}
+
+/** For a request that is given the id of one that is over, and whose KV was taken for that one's. */
+function overError({ tensorId, peer }: TensorInfo): PdError {
+  return new PdError(
+    'KV_LOAD_FAILED',
+    `${tensorId} from ${peer} came when a request of that id and prompt was over before its KV had come, and was dropped: ` +
+      'the same prompt can have the same id again only after --kv-orphan-timeout',
+    { tensorId, peer },
+  );
+}

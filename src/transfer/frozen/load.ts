@@ -1,0 +1,293 @@
+/**
+ * One load: the KV of one request, tensor by tensor as they come, into paged blocks. Its promise settles only when no write into the
+ * blocks can happen any more.
+ */
+import { PdError } from '../../errors.ts';
+import { formOf, isAmbiguous, type WireForm, wireShape } from '../../kv/families.ts';
+import { type CopyPlan, planCopy } from '../../kv/reblock.ts';
+import { formatHostPort } from '../../net/address.ts';
+import { type TensorId, type TransferId, tensorIdOf } from '../../wire/ids.ts';
+import { logTensor, type TransferContext } from '../context.ts';
+import { passed } from '../staging.ts';
+import type { LoadRequest, LoadResult } from '../types.ts';
+import type { Claimant } from './claims.ts';
+import type { Intake } from './intake.ts';
+import type { Evidence } from './late-load.ts';
+import { contradicts } from './memories.ts';
+import type { StoreEntry } from './store.ts';
+
+type Layer = LoadRequest['layers'][number];
+
+/** A tensor that has come, and the layer that it goes to. */
+interface Taken {
+  readonly entry: StoreEntry;
+  readonly layer: Layer;
+  /** Where it does not lie as the cache does. */
+  readonly plan: CopyPlan | undefined;
+}
+
+export class Load implements Claimant {
+  readonly request: LoadRequest;
+  readonly peer: string;
+  readonly startedAt: number;
+  readonly #context: TransferContext;
+  readonly #intake: Intake;
+  readonly #missing: Map<string, Layer>;
+  readonly #settle: { resolve(result: LoadResult): void; reject(error: PdError): void };
+  #taken: Taken[] = [];
+  #atPeer: readonly string[] = [];
+  #otherPrompt: TensorId | undefined;
+  #writes = 0;
+  #bytes = 0;
+  #failure: PdError | undefined;
+  #settled = false;
+
+  constructor(
+    context: TransferContext,
+    intake: Intake,
+    request: LoadRequest,
+    settle: { resolve(result: LoadResult): void; reject(error: PdError): void },
+  ) {
+    this.#context = context;
+    this.#intake = intake;
+    this.request = request;
+    this.peer = formatHostPort(request.peer);
+    this.startedAt = context.deadlines.now();
+    this.#missing = new Map(request.layers.map((layer) => [layer.name, layer]));
+    this.#settle = settle;
+  }
+
+  get requestId(): string {
+    return this.request.requestId;
+  }
+
+  get transferId(): TransferId {
+    return this.request.transferId;
+  }
+
+  get promptDigest(): string | undefined {
+    return this.request.promptDigest;
+  }
+
+  get missing(): readonly string[] {
+    return [...this.#missing.keys()];
+  }
+
+  /** Failed, or everything has come. */
+  get decided(): boolean {
+    return this.#failure !== undefined || this.#missing.size === 0;
+  }
+
+  get settled(): boolean {
+    return this.#settled;
+  }
+
+  /** Under which the tensor of a layer is asked for, and looked for in messages. */
+  tensorId(layerName: string): TensorId {
+    return tensorIdOf(this.transferId, layerName);
+  }
+
+  wants(layerName: string): boolean {
+    return !this.#failure && this.#missing.has(layerName);
+  }
+
+  take(entry: StoreEntry): void {
+    const layer = this.#missing.get(entry.layerName);
+    if (!layer || this.#failure) {
+      this.#intake.store.release(entry);
+      return;
+    }
+    this.#intake.store.claim(entry, 'claimed');
+    let plan: CopyPlan | undefined;
+    try {
+      if (contradicts(this, entry)) {
+        const message = 'it is KV of another prompt than this request has: two requests were given one id';
+        throw new PdError('KV_LOAD_FAILED', message);
+      }
+      plan = planOf(entry, layer, this.request);
+    } catch (error) {
+      const { tensorId, peer } = entry;
+      const { code, message } = PdError.from(error);
+      this.#intake.store.release(entry);
+      this.fail(
+        new PdError(code, `${tensorId} from ${peer}: ${message}`, {
+          requestId: this.requestId,
+          tensorId,
+          peer,
+        }),
+      );
+      return;
+    }
+    this.#missing.delete(entry.layerName);
+    this.#taken.push({ entry, layer, plan });
+    // Tensors of one bundle come one after the other, and go into the cache together.
+    if (this.#taken.length === 1) queueMicrotask(() => void this.#scatter());
+  }
+
+  /** GET: what the producer keeps of this request under another id. */
+  seenAtPeer(tensorIds: readonly string[]): void {
+    this.#atPeer = tensorIds;
+  }
+
+  /** The same request under another id, here or at the producer. */
+  nearMisses(): string[] {
+    const there = this.#atPeer.map((id) => `${id} (at ${this.peer})`);
+    return [...this.#intake.store.nearMisses(this.transferId), ...there];
+  }
+
+  otherPrompt({ tensorId }: StoreEntry): void {
+    this.#otherPrompt ??= tensorId;
+  }
+
+  /** What it has been waiting beside, for messages. */
+  get #instead(): string {
+    const held = heldInstead(this.#intake.store.nearMisses(this.transferId), this.#atPeer, this.peer);
+    if (this.#otherPrompt === undefined) return held;
+    return `${this.#otherPrompt} came and was dropped, being KV of another prompt: two requests were given one id; ${held}`;
+  }
+
+  /** A layer that this end does not have: the other runs another model. Twice the same layer is told elsewhere. */
+  stray({ tensorId, layerName, peer, shape, dtype }: StoreEntry): void {
+    const { layers } = this.request;
+    if (layers.length === 0 || layers.some(({ name }) => name === layerName)) return;
+    const [first, last] = [layers[0], layers.at(-1)].map((layer) => layer?.name);
+    const message =
+      `${tensorId} from ${peer}, [${shape.join(', ')}] ${dtype}: there is no layer of that name here, ` +
+      `the ${layers.length} are ${first} to ${last}`;
+    this.fail(new PdError('KV_SHAPE_MISMATCH', message, { requestId: this.requestId, tensorId, peer }));
+  }
+
+  /** No more tensors are taken. Ignored once everything has come. */
+  fail(reason: PdError): void {
+    if (this.decided) return;
+    this.#failure = this.#asLoadError(reason);
+    this.#finishIfQuiet();
+  }
+
+  /** Given up, even where only the last copies are under way. */
+  cancel(reason: PdError): void {
+    if (this.#settled) return;
+    this.#failure ??= this.#asLoadError(reason);
+    this.#finishIfQuiet();
+  }
+
+  /** To be called once it is entered: a load of nothing is done. */
+  begin(): void {
+    this.#finishIfQuiet();
+  }
+
+  /** The deadline has passed: says what is missing, from whom, and what is there instead. */
+  timeOut(timeoutMs: number, { context, words, cause }: Evidence): void {
+    const [first] = this.#missing.keys();
+    if (first === undefined) return;
+    const total = this.request.layers.length;
+    this.fail(
+      new PdError(
+        'KV_LOAD_TIMEOUT',
+        `KV of ${this.requestId} from ${this.peer} did not come within ${timeoutMs} ms: waited for ` +
+          `${this.tensorId(first)}, ${total - this.#missing.size} of ${total} layers are here; ` +
+          `${this.#instead}; ${words}`,
+        { requestId: this.requestId, transferId: this.transferId, peer: this.peer, ...context },
+        { cause },
+      ),
+    );
+  }
+
+  #asLoadError(reason: PdError): PdError {
+    const { requestId, transferId, peer } = this;
+    switch (reason.code) {
+      case 'KV_LOAD_TIMEOUT':
+      case 'KV_LOAD_FAILED':
+      case 'KV_SHAPE_MISMATCH':
+      case 'REQUEST_ABORTED':
+      case 'ENGINE_CLOSED':
+        return reason;
+      default: {
+        const total = this.request.layers.length;
+        return new PdError(
+          'KV_LOAD_FAILED',
+          `KV of ${requestId} from ${peer} (${total - this.#missing.size} of ${total} layers here): ` +
+            `${reason.code}: ${reason.message}`,
+          { requestId, transferId, peer, cause: reason.code },
+          { cause: reason },
+        );
+      }
+    }
+  }
+
+  async #scatter(): Promise<void> {
+    const { device, stream } = this.#context;
+    const { blockIds, skipBlocks } = this.request;
+    const taken = this.#taken;
+    this.#taken = [];
+    this.#writes++;
+    try {
+      // A load that was given up meanwhile writes no more.
+      if (!this.#failure) {
+        for (const { entry } of taken) logTensor(this.#context, 'scatter', entry, entry.peer);
+        const parts = taken
+          .filter(({ plan }) => !plan)
+          .map(({ entry, layer }) => ({ layer: layer.target, tensor: entry.held.memory }));
+        if (parts.length > 0) device.scatterLayers(parts, blockIds, stream, skipBlocks);
+        for (const { entry, layer, plan } of taken) {
+          if (plan) device.reblock('scatter', layer.target.memory, entry.held.memory, plan, stream);
+        }
+        await passed(this.#context, `scatter of ${taken[0]?.entry.tensorId} and ${taken.length - 1} more`);
+        for (const { entry } of taken) this.#bytes += entry.held.bytes;
+      }
+    } catch (error) {
+      this.#failure ??= this.#asLoadError(PdError.from(error));
+    }
+    this.#writes--;
+    for (const { entry } of taken) this.#intake.store.release(entry);
+    this.#finishIfQuiet();
+  }
+
+  #finishIfQuiet(): void {
+    if (this.#settled || this.#writes > 0 || this.#taken.length > 0 || !this.decided) return;
+    this.#settled = true;
+    if (this.#failure) {
+      this.#settle.reject(this.#failure);
+      return;
+    }
+    const milliseconds = this.#context.deadlines.now() - this.startedAt;
+    this.#settle.resolve({ requestId: this.requestId, bytes: this.#bytes, milliseconds });
+  }
+}
+
+/** How a tensor goes into the blocks of a layer; undefined where it lies as they do. Throws KV_SHAPE_MISMATCH, naming both shapes. */
+function planOf(entry: StoreEntry, { target }: Layer, request: LoadRequest): CopyPlan | undefined {
+  const { layout } = target;
+  const { blockIds, skipBlocks } = request;
+  const asOurs =
+    entry.twoBlocks === undefined || entry.twoBlocks === layout.family || !isAmbiguous(entry.shape);
+  const exact = entry.dtype === layout.dtype && sameShape(entry.shape, wireShape(layout, blockIds.length));
+  if (exact && asOurs) return undefined;
+  const tokens = request.numTokens ?? blockIds.length * layout.blockSize;
+  const own = layout.family === 'blocks-first' ? 'blocks-first' : 'kv-first';
+  const takes = `this request takes [${wireShape(layout, blockIds.length).join(', ')}] ${layout.dtype}`;
+  let form: WireForm;
+  try {
+    form = formOf(entry, { layout, tokens, twoBlocks: entry.twoBlocks ?? own });
+  } catch (error) {
+    const { code, message, context } = PdError.from(error);
+    throw new PdError(code, `${message}; ${takes}`, context);
+  }
+  // Between ours another number of blocks is another prompt.
+  const likeOurs = entry.twoBlocks === undefined && form.family === layout.family;
+  if (likeOurs && form.blockSize === layout.blockSize && form.blocks !== blockIds.length) {
+    throw new PdError('KV_SHAPE_MISMATCH', `tensor [${entry.shape.join(', ')}] ${entry.dtype}; ${takes}`);
+  }
+  return planCopy(layout, blockIds, form, { tokens, skipBlocks });
+}
+
+/** For messages of what never came. */
+export function heldInstead(here: readonly string[], atPeer: readonly string[], peer: string): string {
+  if (here.length > 0) return `held instead: ${here.join(', ')}`;
+  if (atPeer.length > 0) return `held instead: ${atPeer.join(', ')} (at ${peer})`;
+  return 'nothing of a similar id is held';
+}
+
+function sameShape(a: readonly number[], b: readonly number[]): boolean {
+  return a.length === b.length && a.every((dim, at) => dim === b[at]);
+}

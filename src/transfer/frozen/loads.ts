@@ -1,0 +1,334 @@
+/** Loads and receives under way: their deadlines, and in GET the asking. */
+import { deferred } from '../../deferred.ts';
+import { PdError } from '../../errors.ts';
+import { blockBytes } from '../../kv/layout.ts';
+import { formatHostPort } from '../../net/address.ts';
+import { splitTensorId, type TensorId, type TransferId, transferIdOf } from '../../wire/ids.ts';
+import type { TransferContext } from '../context.ts';
+import { PeerWatch } from '../peer-watch.ts';
+import type { LoadRequest, LoadResult, StoredTensor, TransferState } from '../types.ts';
+import type { Claimant } from './claims.ts';
+import { GetAnnouncement } from './get.ts';
+import type { Intake } from './intake.ts';
+import { evidenceOf, type PairsOfPeer, warnLate } from './late-load.ts';
+import { heldInstead, Load } from './load.ts';
+import { contradicts } from './memories.ts';
+import type { OutgoingPeer } from './peer.ts';
+import type { Held, StoreEntry } from './store.ts';
+
+/** Between a GET that was answered `{ret: 1}` and the next: doubled each time. */
+const FIRST_PAUSE_MS = 5;
+const LONGEST_PAUSE_MS = 1_000;
+/** Of the answer deadline: a producer that took this long has held its answer back (for half of it, see Answering). */
+const HELD_SHARE = 0.25;
+
+/** How long a load may take, and what watches that. */
+interface Limit {
+  /** On the engine's clock. */
+  readonly at: number;
+  /** The producer may still be computing the prompt. */
+  readonly prefilling: boolean;
+  cancel(): void;
+}
+
+export interface LoadPeers extends PairsOfPeer {
+  outgoing(peer: string): OutgoingPeer;
+}
+
+interface Asking {
+  readonly tensorId: TensorId;
+  readonly peer: string;
+  readonly bytes?: number;
+  readonly deadlineAt: number;
+  /** False once nobody wants it any more. */
+  wanted(): boolean;
+  arrived(entry: StoreEntry): void;
+  /** KV of another prompt than this one's is dropped, and asked for again: the right one may come under the same id. */
+  readonly otherThan?: Load;
+  failed(error: PdError): void;
+  /** What the producer has of the same request under another id. */
+  near(tensorIds: readonly string[]): void;
+}
+
+export class Loads {
+  readonly #context: TransferContext;
+  readonly #intake: Intake;
+  readonly #peers: LoadPeers;
+  readonly #loads = new Map<Load, Limit>();
+  readonly #receives = new Set<{ fail(error: PdError): void }>();
+  /** Who looks after the producers of loads, in PUT. */
+  readonly #watches = new WeakMap<Load, PeerWatch>();
+  /** GETs that have not been answered, by who wants them. */
+  readonly #asked = new Map<Load, Set<GetAnnouncement>>();
+
+  constructor(context: TransferContext, intake: Intake, peers: LoadPeers) {
+    this.#context = context;
+    this.#intake = intake;
+    this.#peers = peers;
+  }
+
+  /** Loads and receives that have not settled. */
+  get size(): number {
+    return this.#loads.size + this.#receives.size;
+  }
+
+  load(request: LoadRequest): Promise<LoadResult> {
+    const { options, log, metrics, failures } = this.#context;
+    const { requestId, transferId, prefillWithinMs } = request;
+    const timeoutMs = this.#timeoutOf(request) + (prefillWithinMs ?? 0);
+    for (const other of this.#loads.keys()) {
+      if (other.transferId !== transferId) continue;
+      const message = `load of ${requestId}: another load of ${transferId} is under way`;
+      return Promise.reject(new PdError('REQUEST_INVALID', message, { requestId, transferId }));
+    }
+    const { promise, resolve, reject } = deferred<LoadResult>();
+    const load = new Load(this.#context, this.#intake, request, { resolve, reject });
+    const peer = load.peer;
+    log.debug({ requestId, transferId, peer, layers: request.layers.length }, `load ${requestId}`);
+    this.#limit(load, timeoutMs, prefillWithinMs !== undefined);
+    // A pair that was lost before the producer had anything to send is opened anew when it has, which is by the look after the notice.
+    let forgiven = prefillWithinMs === undefined ? undefined : this.#peers.lostPair(peer);
+    const lostPair = () => {
+      const lost = this.#peers.lostPair(peer);
+      if (lost !== forgiven) return lost;
+      if (!this.#loads.get(load)?.prefilling) forgiven = undefined;
+      return undefined;
+    };
+    // In GET our own link to the peer knows.
+    const watch =
+      options.sendType === 'GET'
+        ? undefined
+        : new PeerWatch(this.#context, load, request.peer, {
+            lost: lostPair,
+            last: () => this.#peers.lostPair(peer),
+          });
+    if (watch) {
+      this.#watches.set(load, watch);
+      this.#intake.claim(load);
+    } else {
+      this.#intake.expect(transferId);
+      const lost = this.#intake.lostReason(load);
+      if (lost) load.fail(lost);
+      else this.#askLayers(load);
+    }
+    load.begin();
+    return promise
+      .catch((error: unknown) => {
+        failures.note('load', peer, PdError.from(error));
+        throw error;
+      })
+      .then((result) => {
+        this.#intake.complete(transferId);
+        failures.wentWell('load', peer);
+        metrics.observe('pd_transfer_seconds', result.milliseconds / 1_000);
+        log.debug({ requestId, transferId, peer, bytes: result.bytes }, `loaded ${requestId}`);
+        return result;
+      })
+      .finally(() => {
+        this.#loads.get(load)?.cancel();
+        watch?.stop();
+        this.#loads.delete(load);
+        this.#intake.claims.unregister(load);
+        for (const get of this.#asked.get(load) ?? []) get.cancel();
+        this.#asked.delete(load);
+      });
+  }
+
+  /** Waits for one tensor of any size, or asks for it. */
+  receive(tensorId: TensorId, peerAddress: LoadRequest['peer'], timeoutMs?: number): Promise<StoredTensor> {
+    const { options, deadlines } = this.#context;
+    const ms = timeoutMs ?? options.timeouts.load;
+    const peer = formatHostPort(peerAddress);
+    const { requestId, layerName } = splitTensorId(tensorId);
+    const transferId = transferIdOf(requestId);
+    const { promise, resolve, reject } = deferred<StoredTensor>();
+    let open = true;
+    let atPeer: readonly string[] = [];
+    const take = (entry: StoreEntry) => {
+      if (!open) return this.#intake.store.release(entry);
+      if (!this.#intake.own(entry)) return fail(new PdError('REQUEST_ABORTED', `${tensorId}: finished`));
+      open = false;
+      const { shape, dtype, held } = entry;
+      resolve({ tensorId: entry.tensorId, shape, dtype, memory: held.memory });
+    };
+    const fail = (error: PdError) => {
+      if (!open) return;
+      open = false;
+      reject(error);
+    };
+    const waiting: Claimant = {
+      transferId,
+      peer,
+      wants: (layer) => open && layer === layerName,
+      take,
+      fail,
+    };
+    this.#receives.add(waiting);
+    const deadline = deadlines.after(ms, () => {
+      const held = heldInstead(this.#intake.store.nearMisses(requestId), atPeer, peer);
+      fail(
+        new PdError('KV_LOAD_TIMEOUT', `${tensorId} from ${peer} did not come within ${ms} ms; ${held}`, {
+          tensorId,
+          peer,
+        }),
+      );
+    });
+    if (options.sendType === 'GET') {
+      const deadlineAt = deadlines.now() + ms;
+      this.#intake.expect(transferId);
+      const near = (tensorIds: readonly string[]) => {
+        atPeer = tensorIds;
+      };
+      this.#ask({ tensorId, peer, deadlineAt, wanted: () => open, arrived: take, failed: fail, near });
+    } else {
+      this.#intake.claim(waiting);
+    }
+    return promise.finally(() => {
+      deadline.cancel();
+      this.#receives.delete(waiting);
+      this.#intake.claims.unregister(waiting);
+    });
+  }
+
+  cancel(requestId: string): void {
+    const reason = new PdError('REQUEST_ABORTED', `load of ${requestId} was given up`, { requestId });
+    for (const load of [...this.#loads.keys()]) if (load.requestId === requestId) load.cancel(reason);
+  }
+
+  /** The prompt of these is computed: from now on they wait no longer than for KV that is on its way. */
+  prefilled(transferId: TransferId): void {
+    for (const load of [...this.#loads.keys()]) {
+      const { request } = load;
+      if (request.prefillWithinMs === undefined || load.transferId !== transferId) continue;
+      if (!load.decided) this.#limit(load, this.#timeoutOf(request), false);
+    }
+  }
+
+  waiting(): TransferState['waiting'] {
+    const now = this.#context.deadlines.now();
+    return [...this.#loads]
+      .filter(([load]) => !load.decided)
+      .map(([load, { at, prefilling }]) => ({
+        requestId: load.requestId,
+        tensorId: load.tensorId(load.missing[0] ?? ''),
+        peer: load.peer,
+        sinceMs: Math.round(now - load.startedAt),
+        deadlineMs: Math.round(at - load.startedAt),
+        nearMisses: load.nearMisses(),
+        ...(prefilling && { prefilling }),
+      }));
+  }
+
+  /** The producer could not send it: whoever waits for it, now or later, knows at once. In GET too, where it would be asked for in vain. */
+  sendFailed(transferId: TransferId, reason: PdError): void {
+    this.#intake.lost(transferId, reason);
+    for (const load of [...this.#loads.keys()]) if (load.transferId === transferId) load.fail(reason);
+  }
+
+  /** Fails all of them. */
+  dispose(reason: PdError): void {
+    for (const load of [...this.#loads.keys()]) load.cancel(reason);
+    for (const receive of [...this.#receives]) receive.fail(reason);
+  }
+
+  #timeoutOf(request: LoadRequest): number {
+    return request.timeoutMs ?? this.#context.options.timeouts.load;
+  }
+
+  /** Gives it so long from now, in place of what it had; longer than that it never gets. */
+  #limit(load: Load, timeoutMs: number, prefilling: boolean): void {
+    const { deadlines } = this.#context;
+    const known = this.#loads.get(load);
+    const at = deadlines.now() + timeoutMs;
+    if (known && known.at <= at) return;
+    known?.cancel();
+    const half = deadlines.after(timeoutMs / 2, () =>
+      warnLate(this.#context, this.#intake, this.#peers, load, timeoutMs),
+    );
+    const end = deadlines.after(timeoutMs, () => {
+      const port = this.#watches.get(load)?.port;
+      const evidence = evidenceOf(this.#context, this.#peers, load, port);
+      const [roomless] = [...(this.#asked.get(load) ?? [])].flatMap(({ lacksRoom }) => lacksRoom ?? []);
+      load.timeOut(timeoutMs, roomless ? { ...evidence, cause: roomless } : evidence);
+    });
+    const cancel = () => {
+      half.cancel();
+      end.cancel();
+    };
+    this.#loads.set(load, { at, prefilling, cancel });
+  }
+
+  /** All layers at once, into neighbouring memory where that can be had. */
+  #askLayers(load: Load): void {
+    const { layers, blockIds } = load.request;
+    const sizes = layers.map(({ target }) => blockBytes(target.layout) * blockIds.length);
+    const run = this.#context.memory.tryAllocateRun(sizes);
+    for (const [index, { name }] of layers.entries()) {
+      this.#ask(
+        {
+          tensorId: load.tensorId(name),
+          peer: load.peer,
+          bytes: sizes[index]!,
+          deadlineAt: this.#loads.get(load)?.at ?? load.startedAt,
+          wanted: () => load.wants(name),
+          arrived: (entry) => load.take(entry),
+          otherThan: load,
+          failed: (error) => load.fail(error),
+          near: (tensorIds) => load.seenAtPeer(tensorIds),
+        },
+        { load, held: run?.[index] },
+      );
+    }
+  }
+
+  /**
+   * Asks, and asks again after `{ret: 1}`, until the deadline of who wants it. A producer of ours holds back that answer for a while, and
+   * is asked again at once then: the KV may come at any moment. `held`: memory for the first time.
+   */
+  #ask(
+    asking: Asking,
+    { load, held }: { readonly load?: Load; readonly held?: Held | undefined } = {},
+    pauseMs = FIRST_PAUSE_MS,
+  ): void {
+    const { deadlines, options } = this.#context;
+    const left = asking.deadlineAt - deadlines.now();
+    if (!asking.wanted() || left <= 0) {
+      held?.free();
+      return;
+    }
+    const askedAt = deadlines.now();
+    const asked = load ? (this.#asked.get(load) ?? new Set()) : undefined;
+    if (load && asked) this.#asked.set(load, asked);
+    const again = (ms: number) => {
+      const passedMs = deadlines.now() - askedAt;
+      const held = passedMs >= options.timeouts.answer * HELD_SHARE;
+      deadlines.after(held ? 0 : pauseMs, () => this.#ask(asking, load ? { load } : {}, ms));
+    };
+    const get: GetAnnouncement = new GetAnnouncement(this.#context, this.#intake, {
+      tensorId: asking.tensorId,
+      peer: asking.peer,
+      early: load?.request.prefillWithinMs === undefined ? undefined : load.requestId,
+      ...(asking.bytes === undefined ? {} : { bytes: asking.bytes }),
+      arrived: (entry) => {
+        asked?.delete(get);
+        if (!asking.otherThan || !contradicts(asking.otherThan, entry)) return asking.arrived(entry);
+        asking.otherThan.otherPrompt(entry);
+        this.#intake.store.release(entry);
+        again(Math.min(pauseMs * 2, LONGEST_PAUSE_MS));
+      },
+      failed: (error) => {
+        asked?.delete(get);
+        asking.failed(error);
+      },
+      missed: (near) => {
+        asked?.delete(get);
+        asking.near(near);
+        again(Math.min(pauseMs * 2, LONGEST_PAUSE_MS));
+      },
+    });
+    asked?.add(get);
+    this.#peers.outgoing(asking.peer).submit(get);
+    if (held) get.give(held);
+    else void get.reserve(left);
+  }
+}

@@ -1,0 +1,161 @@
+/**
+ * Gathers what is to be sent. What is asked for in one turn of the event loop is gathered together, into neighbouring memory where that
+ * can be had: the layers of one request then travel as one region, and cost one event.
+ */
+import type { EventRef, LayerTensor } from '../../device/device.ts';
+import { PdError } from '../../errors.ts';
+import { logTensor, type TransferContext } from '../context.ts';
+import { passed, sendsInPlace } from '../staging.ts';
+import { MAX_BUNDLE_BYTES } from './bundling.ts';
+import type { FormedRequest } from './form.ts';
+import type { Held } from './store.ts';
+
+export interface StageJob {
+  readonly request: FormedRequest;
+  readonly bytes: number;
+  /** False: it is copied even where the transport could send from the source. */
+  readonly mayLieInPlace: boolean;
+  /** Memory for it alone, waiting if need be. Throws KV_BUFFER_FULL. */
+  room(): Promise<Held>;
+  /** It is in `held`, and its source may be overwritten; or, undefined, it can be sent from where it lies. */
+  staged(held: Held | undefined): void;
+  failed(error: unknown): void;
+}
+
+interface Placed {
+  readonly job: StageJob;
+  readonly held: Held | undefined;
+}
+
+export class Stager {
+  readonly #context: TransferContext;
+  #jobs: StageJob[] = [];
+  #scheduled = false;
+
+  constructor(context: TransferContext) {
+    this.#context = context;
+  }
+
+  add(job: StageJob): void {
+    this.#jobs.push(job);
+    if (this.#scheduled) return;
+    this.#scheduled = true;
+    // After all messages of this turn, before anything waits.
+    setImmediate(() => this.#flush());
+  }
+
+  #flush(): void {
+    this.#scheduled = false;
+    const jobs = this.#jobs;
+    this.#jobs = [];
+    let chunk: StageJob[] = [];
+    let bytes = 0;
+    for (const job of jobs) {
+      if (job.mayLieInPlace && sendsInPlace(this.#context, job.request)) {
+        void this.#stage([{ job, held: undefined }]);
+        continue;
+      }
+      if (chunk.length > 0 && bytes + job.bytes > MAX_BUNDLE_BYTES) {
+        this.#place(chunk);
+        chunk = [];
+        bytes = 0;
+      }
+      chunk.push(job);
+      bytes += job.bytes;
+    }
+    if (chunk.length > 0) this.#place(chunk);
+  }
+
+  #place(jobs: readonly StageJob[]): void {
+    const run = this.#context.memory.tryAllocateRun(jobs.map(({ bytes }) => bytes));
+    if (!run) {
+      for (const job of jobs) void this.#placeAlone(job);
+      return;
+    }
+    // Layers wait for events of their own while the model computes: each group leaves as soon as its event has fired.
+    let group: Placed[] = [];
+    for (const [index, job] of jobs.entries()) {
+      const last = group[group.length - 1]?.job.request.ready;
+      if (group.length > 0 && !sameEvent(last, job.request.ready)) {
+        void this.#stage(group);
+        group = [];
+      }
+      group.push({ job, held: run[index]! });
+    }
+    void this.#stage(group);
+  }
+
+  async #placeAlone(job: StageJob): Promise<void> {
+    let held: Held;
+    try {
+      held = await job.room();
+    } catch (error) {
+      job.failed(error);
+      return;
+    }
+    await this.#stage([{ job, held }]);
+  }
+
+  /** All of `group` wait for one event, or for none. */
+  async #stage(group: readonly Placed[]): Promise<void> {
+    const [{ job: first }] = group as [Placed];
+    const inPlace = group.every(({ held }) => !held);
+    try {
+      if (first.request.ready) this.#context.stream.wait(first.request.ready);
+      if (!inPlace) this.#enqueue(group);
+      if (!inPlace || first.request.ready) {
+        await passed(
+          this.#context,
+          `${inPlace ? 'waiting for the source' : 'gather'} of ${first.request.tensorId}`,
+        );
+      }
+    } catch (error) {
+      for (const { job, held } of group) {
+        // The gather may still write: its memory is given up rather than given to somebody else.
+        if (this.#context.device.kind === 'host') held?.free();
+        job.failed(error);
+      }
+      return;
+    }
+    for (const { job, held } of group) job.staged(held);
+  }
+
+  #enqueue(group: readonly Placed[]): void {
+    const { device, stream } = this.#context;
+    let layers: LayerTensor[] = [];
+    let blocks: Int32Array | undefined;
+    const gather = () => {
+      if (blocks && layers.length > 0) device.gatherLayers(layers, blocks, stream);
+      layers = [];
+    };
+    for (const { job, held } of group) {
+      const { request } = job;
+      const { source } = request;
+      if (!held) throw new PdError('INTERNAL', `${request.tensorId} has no memory to be gathered in`);
+      logTensor(this.#context, 'gather', request);
+      if (source.kind === 'flat') {
+        device.copy(held.memory, source.memory, stream);
+        continue;
+      }
+      if (request.plan) {
+        device.reblock('gather', source.layer.memory, held.memory, request.plan, stream);
+        continue;
+      }
+      if (!blocks || !sameBlocks(blocks, source.blockIds)) {
+        gather();
+        blocks = source.blockIds;
+      }
+      layers.push({ layer: source.layer, tensor: held.memory });
+    }
+    gather();
+  }
+}
+
+function sameEvent(a: EventRef | undefined, b: EventRef | undefined): boolean {
+  if (!a || !b) return a === b;
+  return a.kind === 'host' ? b.kind === 'host' : b.kind === 'cuda' && a.handle === b.handle;
+}
+
+function sameBlocks(a: Int32Array, b: Int32Array): boolean {
+  return a === b || (a.length === b.length && a.every((id, index) => id === b[index]));
+}
