@@ -83,7 +83,9 @@ function wrongToken(logits: Float32Array, spec: SampleSpec, mask: Uint32Array | 
   const order = Array.from(weights.keys())
     .filter((id) => weights[id]! >= minP && weights[id]! > 0)
     .sort((a, b) => weights[b]! - weights[a]! || a - b);
-  const left = topK > 0 ? order.slice(0, topK) : order;
+  // As the kernel has it: tokens as likely as the last one of a cut stay too.
+  const asLikely = (ids: readonly number[], last: number) => ids.filter((id) => weights[id]! >= last);
+  const left = topK > 0 && topK < order.length ? asLikely(order, weights[order[topK - 1]!]!) : order;
   const total = left.reduce((sum, id) => sum + weights[id]!, 0);
   let count = 0;
   for (let share = 0; count < left.length && (count === 0 || share < topP * total); count++) {
@@ -91,7 +93,7 @@ function wrongToken(logits: Float32Array, spec: SampleSpec, mask: Uint32Array | 
   }
   const least = weights[left[Math.max(0, count - 1)]!]!;
   if (weights[token]! < least * (1 - 1e-3)) return `${token} was cut`;
-  const kept = left.slice(0, count);
+  const kept = asLikely(left, least);
   const mass = kept.reduce((sum, id) => sum + weights[id]!, 0);
   const target = uniform(seed, 0, spec.outputPosition) * mass;
   const before = kept.reduce((sum, id) => sum + (id < token ? weights[id]! : 0), 0);

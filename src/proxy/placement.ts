@@ -19,7 +19,7 @@ const REQUEST_TOKENS = 64;
 const UNKNOWN_MS = 1_000 / 8_192;
 /** Instances that differ by less than this factor from the others on average count as equally fast: it may be chance. */
 const DIFFERS = 1.5;
-/** What one more in the batch costs a request, over all its tokens. Measured on an H200 it is 0.02 to 0.1 ms a token. */
+/** What one more request in the batch costs, over all its tokens: a guess at 0.02 to 0.1 ms a token, not measured. */
 const BATCH_MS = 10;
 /** KV on its way: 128 KiB a token at 8 GB/s. */
 const FETCH_MS = 0.016;
