@@ -25,7 +25,8 @@ export interface ThreadPort<To, From> {
 }
 
 export function startThread<To, From>(entry: URL, options: WorkerOptions): ThreadPort<To, From> {
-  const worker = new Worker(entry, options);
+  // Descriptors that come over a Unix socket (transport/direct) are closed here and were opened nowhere: Node would warn of each.
+  const worker = new Worker(entry, { ...options, trackUnmanagedFds: false });
   let thrown: Error | undefined;
   worker.on('error', (error) => {
     thrown = error instanceof Error ? error : new Error(String(error));

@@ -172,10 +172,15 @@ async function createEngine(
   );
 }
 
+/** With `--kv-key engine` each end has an id of its own for a request, and nothing that is wanted would be found. */
+function speaksNative({ role, wire, transfer }: WorkerConfig): boolean {
+  return role !== 'both' && wire !== 'frozen' && transfer.kvKey === 'transfer';
+}
+
 /** Between GPUs of one host, where the settings allow it. */
-function wantsDirect({ role, wire, transport }: WorkerConfig, device: Device): boolean {
-  const allowed = transport === 'auto' || transport === 'direct';
-  return role !== 'both' && wire !== 'frozen' && allowed && device.kind === 'cuda';
+function wantsDirect(config: WorkerConfig, device: Device): boolean {
+  const allowed = config.transport === 'auto' || config.transport === 'direct';
+  return speaksNative(config) && allowed && device.kind === 'cuda';
 }
 
 /** Of a consumer whose cache others may write into. */
@@ -207,17 +212,17 @@ async function openDirect(
 }
 
 function nativeInit(
-  { role, wire, transport }: WorkerConfig,
+  config: WorkerConfig,
   { layers }: Executor,
   nonce: Nonce,
   direct: DirectWays | undefined,
 ): NativeInit | undefined {
   const [first] = layers;
-  if (role === 'both' || wire === 'frozen' || !first) return undefined;
+  if (!speaksNative(config) || !first) return undefined;
   const { layout, memory } = first.cache;
   const { numBlocks: blocks, blockSize, family } = layout;
   const pairs =
-    memory.kind === 'host' ? (['host'] as const) : transport === 'direct' ? [] : (['nccl'] as const);
+    memory.kind === 'host' ? (['host'] as const) : config.transport === 'direct' ? [] : (['nccl'] as const);
   return {
     nonce,
     layers: layers.map(({ cache }) => cache),

@@ -39,7 +39,7 @@ test.for(rows(few, others))(
     const program = new Program(
       'pd-launch',
       [...args, '--kv-load-failure', 'fail', '--log-format', 'json', '--', ...SMALL],
-      { ...standInEnvironment(), NCCL_DEBUG: 'INFO', PD_HOST_IP: '' },
+      { ...standInEnvironment(), NCCL_DEBUG: 'INFO', PD_HOST_IP: '', PD_TRANSPORT: 'nccl' },
     );
     programs.push(program);
     const [, url] = await program.line(/ready: (http:\/\/\S+) serves/);

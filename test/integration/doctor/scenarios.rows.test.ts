@@ -4,7 +4,13 @@
  * Deadlines are short by flags; nothing here is waited for but what those flags say.
  */
 import { afterEach, expect, test } from 'vitest';
-import { type ProxyHandle, startProxy, startWorker, type WorkerHandle } from '../../support/cluster.ts';
+import {
+  metricsOf,
+  type ProxyHandle,
+  startProxy,
+  startWorker,
+  type WorkerHandle,
+} from '../../support/cluster.ts';
 import { failed, pdDoctor } from '../../support/doctor.ts';
 import { NETNS_IPV4, NETNS_SILENT_IPV4, NetworkNamespace, netnsUnavailable } from '../../support/netns.ts';
 import { rows, withTheOthers } from '../../support/rows.ts';
@@ -14,6 +20,7 @@ if (unavailable) console.warn(`doctor: what a silent firewall does is skipped: $
 
 /** Only what is to pass: in scenarios 3 and 4 connections and KV must come first, however busy the machine. */
 const SOON = ['--kv-load-timeout', '3s', '--pair-init-timeout', '1500ms', '--connect-timeout', '1s'];
+const BY_FULL_ID = ['--kv-key', 'engine'];
 const SOON_ENOUGH = ['--kv-load-timeout', '6s'];
 
 interface Broken {
@@ -22,6 +29,8 @@ interface Broken {
   readonly loadFailure?: 'fail' | 'recompute';
   readonly deadlines?: readonly string[];
   readonly network?: NetworkNamespace;
+  /** `frozen`, whose ways to hang these are, unless it is said otherwise. */
+  readonly wire?: 'auto';
 }
 
 interface System {
@@ -42,11 +51,15 @@ async function start({
   loadFailure = 'fail',
   deadlines = SOON,
   network,
+  wire,
 }: Broken): Promise<System> {
   const prefix = network?.prefix ?? [];
   const proxy = await startProxy([], prefix);
   undo.push(() => proxy.program.stop());
-  const common = ['--num-blocks', '64', '--debug-state', '--kv-load-failure', loadFailure, ...deadlines];
+  const common = [
+    ...['--num-blocks', '64', '--debug-state', '--wire', wire ?? 'frozen'],
+    ...['--kv-load-failure', loadFailure, ...deadlines],
+  ];
   const workers = await Promise.all([
     startWorker('producer', proxy, [...common, ...producer], prefix),
     startWorker('consumer', proxy, [...common, ...consumer], prefix),
@@ -125,6 +138,33 @@ if (withTheOthers) {
   );
 }
 
+if (withTheOthers) {
+  test('natively, a producer that tells a wrong KV address is told apart as 2', async () => {
+    const system = await start({
+      wire: 'auto',
+      producer: ['--kv-host', '127.0.0.2', '--kv-announce-host', '127.0.0.1'],
+    });
+    const { system: all, receiver } = await diagnosed(system, false);
+    const expected = [scenario(2, '--kv-announce-host')];
+    expect({ all, receiver }).toEqual({ all: expected, receiver: expected });
+  });
+
+  test('natively, a wrong KV address of the consumer and no room to receive hinder nothing', async () => {
+    const { proxy, consumer } = await start({
+      wire: 'auto',
+      consumer: ['--kv-announce-host', '127.0.0.2', '--kv-buffer-size', '0', '--mem-pool-size-gb', '0'],
+    });
+    expect((await pdDoctor('System', ['--proxy', proxy.url])).status).toBe(0);
+    expect((await metricsOf(consumer)).get('pd_kv_loads_total{result="ok"}')).toBe(1);
+  });
+
+  test('4, wherever the wire is left to the workers', async () => {
+    const system = await start({ wire: 'auto', producer: BY_FULL_ID, deadlines: SOON_ENOUGH });
+    const { system: all } = await diagnosed(system, false);
+    expect(all).toEqual([scenario(4, 'start the producer with --kv-key transfer')]);
+  });
+}
+
 test.each(rows<'fail' | 'recompute'>(['fail'], ['recompute']))(
   '3: no memory for KV, and the consumer will %s',
   async (loadFailure) => {
@@ -143,7 +183,6 @@ test.each(rows<'fail' | 'recompute'>(['fail'], ['recompute']))(
   },
 );
 
-const BY_FULL_ID = ['--kv-key', 'engine'];
 test.each(
   rows<[string, Broken, string]>(
     [['the producer', { producer: BY_FULL_ID }, 'the producer']],
