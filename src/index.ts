@@ -25,10 +25,12 @@ export type {
   FirstTokens,
   HandOverApi,
   HandOverBooks,
+  HandOverState,
   HandOverUser,
   WantOutcome,
   WantRequest,
 } from './transfer/native/hand-over-api.ts';
+export type { IgnoredKind } from './transfer/native/processes.ts';
 export type {
   LoadRequest,
   LoadResult,
@@ -115,7 +117,7 @@ export {
   tensorIdOf,
   transferIdOf,
 } from './wire/ids.ts';
-export type { Wire } from './wire/overlap.ts';
+export { WIRES, type Wire } from './wire/overlap.ts';
 export type { TokenLogprob } from './wire/token-logprob.ts';
 
 // A whole worker and a whole proxy.

@@ -1,7 +1,7 @@
 /** One load through a pair: the tokens must be those of the undivided worker, and the metrics must show that KV moved. */
 
-import { inParallel } from '../../support/parallel.ts';
 import { metricsOf } from '../../support/serving.ts';
+import { inParallel } from '../measure/parallel.ts';
 import type { Client } from './client.ts';
 import { gapChanges, gapOf, type Parting, partingOf } from './compare.ts';
 import { BLOCK_SIZE, type Effect, type Load, type LoadRequest } from './loads.ts';

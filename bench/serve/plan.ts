@@ -2,7 +2,7 @@
 import { readFileSync } from 'node:fs';
 import { PdError } from '../../src/errors.ts';
 import { uniform } from '../../src/model/random.ts';
-import { inParallel } from '../../support/parallel.ts';
+import { inParallel } from '../measure/parallel.ts';
 import { drawLength, type Length } from './lengths.ts';
 import type { PlannedRequest } from './record.ts';
 import type { Target } from './target.ts';

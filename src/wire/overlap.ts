@@ -22,7 +22,7 @@ export function readPrefillWithin(value: unknown): number | undefined {
 /** To both ends of a pair: the wire that this request's KV takes. Without it both use the frozen one. */
 export const WIRE_HEADER = 'x-pd-wire';
 
-const WIRES = ['native', 'frozen'] as const;
+export const WIRES = ['native', 'frozen'] as const;
 /** `native`: written into place between pd-workers (transfer/native). `frozen`: NEW, PUT and GET. */
 export type Wire = (typeof WIRES)[number];
 

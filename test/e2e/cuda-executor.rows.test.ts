@@ -1,6 +1,6 @@
 /** The whole system computing on two stand-in GPUs: layers are sent while later ones are still being computed there. */
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
-import { inParallel } from '../../support/parallel.ts';
+import { inParallel } from '../../bench/measure/parallel.ts';
 import { standInEnvironment } from '../stand-ins/build.ts';
 import { metricsOf, startProxy, startWorker, untilListed, type WorkerHandle } from '../support/cluster.ts';
 import { kvMovedProblems } from '../support/kv-moved.ts';

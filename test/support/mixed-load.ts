@@ -1,6 +1,6 @@
 /** A mix of requests through two producers and two consumers, beside an undivided worker. */
 import { expect } from 'vitest';
-import { inParallel } from '../../support/parallel.ts';
+import { inParallel } from '../../bench/measure/parallel.ts';
 import {
   metricsOf,
   type ProxyHandle,

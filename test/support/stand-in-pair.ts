@@ -1,6 +1,6 @@
 /** A pair on two stand-in GPUs, beside an undivided worker. */
 import { expect } from 'vitest';
-import { inParallel } from '../../support/parallel.ts';
+import { inParallel } from '../../bench/measure/parallel.ts';
 import { metricsOf, startProxy, startWorker, untilListed, type WorkerHandle } from './cluster.ts';
 import { kvMovedProblems } from './kv-moved.ts';
 import { complete, mixedRequests } from './requests.ts';

@@ -1,5 +1,5 @@
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
-import { inParallel } from '../../support/parallel.ts';
+import { inParallel } from '../../bench/measure/parallel.ts';
 import {
   keptPorts,
   metricsOf,

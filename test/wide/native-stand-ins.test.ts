@@ -1,6 +1,6 @@
 /** Native pairs on stand-in GPUs: by direct on one host, on one GPU even, and by NCCL; each as the undivided worker, to the token. */
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
-import { inParallel } from '../../support/parallel.ts';
+import { inParallel } from '../../bench/measure/parallel.ts';
 import { standInEnvironment } from '../stand-ins/build.ts';
 import { metricsOf, startProxy, startWorker, untilListed, type WorkerHandle } from '../support/cluster.ts';
 import { complete, eventually, mixedRequests } from '../support/requests.ts';
