@@ -38,6 +38,8 @@ export interface WorkerParts {
 const LAST_ANSWERS_MS = 1_000;
 /** Between two looks at what a draining producer still holds. */
 const HAND_OVER_POLL_MS = 25;
+/** For what has left, and lies in the system's buffers, to be read at the other end. */
+const LAST_BYTES_MS = 1_000;
 
 const PARTS: WorkerParts = {
   startCore: (init) => CoreClient.start(init),
@@ -208,7 +210,11 @@ export class PdWorker {
       const { transfer, handOver } = await this.#parts.core.state().catch((): Partial<CoreState> => ({}));
       const bytes = transfer ? transfer.buffer.usedBytes + transfer.pool.usedBytes : 0;
       const prompts = handOver?.grants.requests ?? 0;
-      if (bytes + prompts === 0) return;
+      if (bytes + prompts === 0) {
+        // Nothing acknowledges the last bytes of the frozen wire: a busy consumer may still have to read them.
+        if (told) await Promise.race([setTimeout(LAST_BYTES_MS), cut]);
+        return;
+      }
       const what = prompts > 0 ? `KV of ${prompts} prompts` : `${bytes} bytes of KV`;
       if (performance.now() >= deadline) {
         this.#parts.log.warn({ bytes, prompts }, `Gave up ${what} that no consumer has fetched`);
