@@ -115,7 +115,8 @@ describe('JSON Schema', () => {
         const random = randomFrom(seed);
         for (let i = 0; i < 3; i++) {
           const drawn = walk(grammar, random);
-          if (!drawn.ended) continue;
+          // A number of more digits is another one to JSON.parse, and so to ajv.
+          if (!drawn.ended || /\d{16}/.test(drawn.text)) continue;
           ended++;
           expect([drawn.text, validate(JSON.parse(drawn.text)), validate.errors]).toEqual([
             drawn.text,
