@@ -30,6 +30,8 @@ export function textField(fields: Fields, key: string, most: number, what: strin
   if (value.length > most) {
     throw protocolError('limit', `${what}: ${key} has ${value.length} characters, ${most} are allowed`);
   }
+  // msgpack decodes short strings without looking: what is no UTF-8 comes out with half a surrogate pair.
+  if (/\p{Surrogate}/u.test(value)) throw protocolError('bad_field', `${what}: ${key} is not UTF-8`);
   return value;
 }
 

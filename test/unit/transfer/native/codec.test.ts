@@ -293,9 +293,8 @@ describe('what is refused', () => {
           });
           expect(kind).not.toBe('another error');
           if (!message) continue;
-          // A long string loses a byte order mark at its start: TextDecoder takes it for none of the text.
-          const { id = '' } = message as { readonly id?: string };
-          if (id.includes('\ufeff')) continue;
+          // A long string loses a byte order mark at its start: to TextDecoder it is not part of the text.
+          if (JSON.stringify(message).includes('\ufeff')) continue;
           expect(decodeOne(encodeNative(message, limits), limits)).toEqual(message);
         }
       }),
