@@ -202,6 +202,7 @@ export class PdWorker {
   async #handOver(deadline: number, cut: Promise<unknown>): Promise<void> {
     if (this.config.role !== 'producer') return;
     let told = false;
+    let frozen = false;
     let over = false;
     void cut.then(() => {
       over = true;
@@ -210,9 +211,10 @@ export class PdWorker {
       const { transfer, handOver } = await this.#parts.core.state().catch((): Partial<CoreState> => ({}));
       const bytes = transfer ? transfer.buffer.usedBytes + transfer.pool.usedBytes : 0;
       const prompts = handOver?.grants.requests ?? 0;
+      frozen ||= bytes > 0;
       if (bytes + prompts === 0) {
         // Nothing acknowledges the last bytes of the frozen wire: a busy consumer may still have to read them.
-        if (told) await Promise.race([setTimeout(LAST_BYTES_MS), cut]);
+        if (frozen) await Promise.race([setTimeout(LAST_BYTES_MS), cut]);
         return;
       }
       const what = prompts > 0 ? `KV of ${prompts} prompts` : `${bytes} bytes of KV`;

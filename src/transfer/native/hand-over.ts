@@ -348,6 +348,9 @@ export class HandOver implements HandOverApi {
     clearTimeout(late);
     clearTimeout(this.#timer);
     this.#timer = undefined;
+    // A producer that never answers must not keep this thread: neither its mapping nor its page is waited for any more.
+    for (const { patience } of this.#producers.values()) clearTimeout(patience);
+    this.#slots.clear();
   }
 
   #stepOf(): Step {
