@@ -166,6 +166,7 @@ export class CoreLoop {
 
   async #run(step: SchedulerStep): Promise<void> {
     const result = await this.#forward(step);
+    this.#metrics.step(step.numTokens);
     // Also after a failure: what was saved is still being gathered from the step's blocks.
     const unsaved = (await this.#connector?.waitForSave()) ?? [];
     if (result instanceof PdError) this.#fail(step, result);
