@@ -79,7 +79,12 @@ export const LAYERS: readonly Layer[] = [
   },
   {
     name: 'src/proxy',
-    may: [...COMMON, 'src/openai-error.ts', 'src/reading-thread.ts', 'src/wire', 'src/kv', 'src/config'],
+    may: [
+      ...COMMON,
+      ...['src/openai-error.ts', 'src/reading-thread.ts', 'src/wire', 'src/kv', 'src/config'],
+      // It reads prompts as workers do.
+      ...['src/parsing', 'src/model', 'src/worker'],
+    ],
   },
   {
     name: 'src/doctor',

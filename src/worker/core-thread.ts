@@ -3,6 +3,7 @@ import { parentPort, workerData } from 'node:worker_threads';
 import { PdError, unreachable } from '../errors.ts';
 import { createLogger } from '../observability/log.ts';
 import { NATIVE_FEATURE, OVERLAP_FEATURE } from '../wire/overlap.ts';
+import { PROMPT_IDS_FEATURE } from '../wire/prompt-ids.ts';
 import type { CoreInit, FromCore, ToCore } from './core-messages.ts';
 import { type CoreParts, createCore } from './core-parts.ts';
 
@@ -134,16 +135,21 @@ async function answerState(
 /** Rank 0 speaks for its instance. */
 function startPing(
   core: CoreParts,
-  { httpAddress, events }: Extract<ToCore, { readonly type: 'serve' }>,
+  { httpAddress, events, tokenizer }: Extract<ToCore, { readonly type: 'serve' }>,
 ): void {
-  const { proxy, role, transfer, pingIntervalMs } = config;
+  const { proxy, role, transfer, pingIntervalMs, promptIdsFrom } = config;
   if (!proxy || role === 'both' || transfer.rank !== 0) return;
   core.engine?.startPing({
     proxy,
     type: role === 'producer' ? 'P' : 'D',
     httpAddress,
     intervalMs: pingIntervalMs,
-    features: core.handOver ? [OVERLAP_FEATURE, NATIVE_FEATURE] : [OVERLAP_FEATURE],
+    features: [
+      OVERLAP_FEATURE,
+      ...(core.handOver ? [NATIVE_FEATURE] : []),
+      ...(promptIdsFrom ? [PROMPT_IDS_FEATURE] : []),
+    ],
+    tokenizer,
     ...(events && { events }),
   });
 }

@@ -12,8 +12,9 @@ import { deferred } from '../deferred.ts';
 import { prepareNativeEnvironment } from '../device/native-env.ts';
 import type { PdError } from '../errors.ts';
 import { formatHostPort, type HostPort, httpUrl } from '../net/address.ts';
+import { AllowList } from '../net/allow-list.ts';
 import { assertBindable, listenError } from '../net/port-holder.ts';
-import { createLogger, type Logger } from '../observability/log.ts';
+import { createLogger, type Logger, RateLimitedLog } from '../observability/log.ts';
 import { MetricsPage } from '../observability/metrics.ts';
 import { packageVersion } from '../version.ts';
 import { CoreClient } from './core-client.ts';
@@ -133,6 +134,8 @@ export class PdWorker {
         pages: all,
         version: packageVersion(),
         log,
+        limited: new RateLimitedLog(),
+        promptIdsFrom: config.promptIdsFrom && AllowList.parse(config.promptIdsFrom, '--prompt-ids-from'),
       });
       const port = await listen(server, config.http);
       const httpAddress = { host: config.httpAnnounceHost, port };
@@ -148,6 +151,7 @@ export class PdWorker {
       core.tell({
         type: 'serve',
         httpAddress: formatHostPort(httpAddress),
+        tokenizer: reader.model.digest,
         ...(events && { events: events.ports }),
       });
       return worker;

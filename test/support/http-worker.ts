@@ -1,6 +1,6 @@
 import { afterEach, expect } from 'vitest';
 import type { DebugAudience, WorkerConfig } from '../../src/config/worker-config.ts';
-import { createLogger } from '../../src/observability/log.ts';
+import { createLogger, RateLimitedLog } from '../../src/observability/log.ts';
 import { MetricsPage } from '../../src/observability/metrics.ts';
 import type { BodyReader } from '../../src/worker/request-reader.ts';
 import { InFlight } from '../../src/worker/server/in-flight.ts';
@@ -59,6 +59,7 @@ export async function startServer(
     pages: [metrics],
     version: '1.2.3',
     log: LOG,
+    limited: new RateLimitedLog(),
   });
   closers.push(async () => {
     await client.close();
