@@ -109,7 +109,7 @@ export const PROXY_OPTIONS = defineOptions({
     kind: oneOf(POLICIES),
     help: 'how instances are chosen; auto: kv-aware among pd-workers, round-robin where there is a vLLM worker',
     group: ROUTING,
-    default: 'round-robin',
+    default: 'auto',
   }),
   prefillPolicy: option({
     field: 'prefillPolicy',
