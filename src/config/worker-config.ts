@@ -3,6 +3,7 @@ import type { HostPort } from '../net/address.ts';
 import type { CallDialect } from '../parsing/calls.ts';
 import type { ReasoningDialect } from '../parsing/reasoning.ts';
 import type { KvEventForm } from '../wire/kv-events.ts';
+import type { AccessConfig } from './access-options.ts';
 import type { TransferOptions } from './transfer-options.ts';
 
 export const WORKER_ROLES = ['producer', 'consumer', 'both'] as const;
@@ -45,6 +46,7 @@ export interface WorkerConfig {
   /** What computes. `host` with a cuda device moves KV through GPU memory. */
   readonly executor: (typeof EXECUTORS)[number];
   readonly http: HostPort;
+  readonly access: AccessConfig;
   /** Absent: no ping. */
   readonly proxy?: HostPort & {
     /** Further addresses of its name, tried in turn. */
