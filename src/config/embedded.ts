@@ -49,8 +49,8 @@ export interface WorkerConfigInput
     readonly announceHost?: string;
     readonly rank?: number;
   };
-  /** Where a proxy takes pings (`PdProxy.discoveryAddress`). Absent: no ping. */
-  readonly proxy?: Address;
+  /** Where a proxy takes pings (`PdProxy.discoveryAddress`), or several do. Absent: no ping. */
+  readonly proxy?: Address | readonly Address[];
   readonly transfer?: TransferOptionsInput;
 }
 
@@ -93,7 +93,10 @@ const WORKER = z.strictObject({
   modelDir: name.optional(),
   http: address.default(LOOPBACK),
   access: z.strictObject(shapeOf(WORKER_OPTIONS, 'access.')).default({}),
-  proxy: address.transform(asDestination).optional(),
+  proxy: z
+    .union([address.transform((one) => [one]), z.array(address)])
+    .transform((all) => all.map(asDestination))
+    .optional(),
   debugState: z.enum(['loopback', 'anyone']).optional(),
   kv: z.strictObject(LISTENER).optional(),
   ...SHARED,

@@ -47,11 +47,8 @@ export interface WorkerConfig {
   readonly executor: (typeof EXECUTORS)[number];
   readonly http: HostPort;
   readonly access: AccessConfig;
-  /** Absent: no ping. */
-  readonly proxy?: HostPort & {
-    /** Further addresses of its name, tried in turn. */
-    readonly otherHosts?: readonly string[];
-  };
+  /** Where proxies take pings: addresses, or names that are looked up again and again, each for all its addresses. Empty: no ping. */
+  readonly proxy: readonly HostPort[];
   /** Host told to the proxy; the port is the one bound. */
   readonly httpAnnounceHost: string;
   /** For the transfer engine; the device and the log are those of the whole worker. Address and fingerprint are added at start. */

@@ -148,9 +148,10 @@ export const WORKER_OPTIONS = defineOptions({
   }),
   proxy: option({
     field: 'proxy',
-    kind: hostPort(),
+    kind: listOf(hostPort()),
     group: KV,
-    help: 'discovery address of the proxy, such as 127.0.0.1:30002',
+    help: 'discovery addresses of proxies, such as 127.0.0.1:30002; of a name, all its addresses',
+    default: [],
     defaultText: 'no ping',
   }),
   sendType: option({

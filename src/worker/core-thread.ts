@@ -137,9 +137,9 @@ function startPing(
   { httpAddress, events }: Extract<ToCore, { readonly type: 'serve' }>,
 ): void {
   const { proxy, role, transfer, pingIntervalMs } = config;
-  if (!proxy || role === 'both' || transfer.rank !== 0) return;
+  if (proxy.length === 0 || role === 'both' || transfer.rank !== 0) return;
   core.engine?.startPing({
-    proxy,
+    proxies: proxy,
     type: role === 'producer' ? 'P' : 'D',
     httpAddress,
     intervalMs: pingIntervalMs,
