@@ -37,6 +37,7 @@ export const LAYERS: readonly Layer[] = [
   { name: 'src/wire', may: ['src/errors.ts', 'src/net'], pure: true },
   { name: 'src/kv', may: ['src/errors.ts', 'src/wire'], pure: true },
   { name: 'src/config', may: [...COMMON, 'src/parsing', 'src/wire', 'src/kv'] },
+  { name: 'src/access', may: [...COMMON, 'src/openai-error.ts', 'src/config'] },
   { name: 'src/device', may: [...COMMON, 'src/wire', 'src/kv', 'ffi'] },
   { name: 'src/transport', may: [...COMMON, 'src/wire', 'src/kv', 'src/device', 'ffi'] },
   {
@@ -69,6 +70,7 @@ export const LAYERS: readonly Layer[] = [
         'wire',
         'kv',
         'config',
+        'access',
         'device',
         'transfer',
         'connector',
@@ -81,7 +83,7 @@ export const LAYERS: readonly Layer[] = [
     name: 'src/proxy',
     may: [
       ...COMMON,
-      ...['src/openai-error.ts', 'src/reading-thread.ts', 'src/wire', 'src/kv', 'src/config'],
+      ...['src/openai-error.ts', 'src/reading-thread.ts', 'src/wire', 'src/kv', 'src/config', 'src/access'],
       // It reads prompts as workers do.
       ...['src/parsing', 'src/model', 'src/worker'],
     ],

@@ -13,7 +13,6 @@ import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 import { demoModelDir } from '../../src/config/demo-model.ts';
 import { freePorts } from '../../src/net/free-ports.ts';
-import { PingRelay } from '../../support/ping-relay.ts';
 import { programFile } from '../../support/root.ts';
 import { metricsOf } from '../../support/serving.ts';
 import { monotonicMs, readMachine } from '../measure/machine.ts';
@@ -96,13 +95,14 @@ async function startSimulated(discovery: readonly string[]): Promise<Workers> {
   return { producer: urls.slice(0, producers), consumer: urls.slice(producers) };
 }
 
-async function startReal(proxy: string): Promise<Workers> {
+async function startReal(discovery: readonly string[]): Promise<Workers> {
   const workers = { producer: [] as string[], consumer: [] as string[] };
   for (const role of ['producer', 'consumer'] as const) {
     for (let i = 0; i < Number(options[`${role}s`]); i++) {
       const [http, kv] = await freePorts(2, HOST);
       const at = ['--host', HOST, '--port', String(http), '--kv-host', HOST, '--kv-port', String(kv)];
-      const told = ['--proxy', proxy, '--kv-events-port', '0', '--prompt-ids-from', HOST];
+      const proxies = discovery.flatMap((address) => ['--proxy', address]);
+      const told = [...proxies, '--kv-events-port', '0', '--prompt-ids-from', HOST];
       const own = ['--role', role, '--device', 'host', '--num-blocks', options.blocks];
       start(programFile('pd-worker'), [...own, ...at, ...told, '--log-level', 'error']).stdout!.resume();
       workers[role].push(`http://${HOST}:${http}`);
@@ -238,12 +238,10 @@ async function untilReady(url: string, { producer, consumer }: Workers): Promise
   throw new Error(`${wanted} instances did not come within ${START_MS} ms`);
 }
 
-let relay: PingRelay | undefined;
 try {
   const discoveries = await freePorts(Number(options.proxies), HOST);
   const addresses = discoveries.map((port) => `${HOST}:${port}`);
-  if (options.real) relay = await PingRelay.open(addresses);
-  const workers = await (relay ? startReal(relay.address) : startSimulated(addresses));
+  const workers = await (options.real ? startReal(addresses) : startSimulated(addresses));
   const rows: string[][] = [];
   for (const [at, row] of ROWS.entries()) {
     if (options.row.length > 0 && !options.row.includes(row.name)) continue;
@@ -268,7 +266,6 @@ try {
   ];
   process.stdout.write(`${markdownTable({ head: [...head, 'prompt tokens'], rows })}\n`);
 } finally {
-  relay?.close();
   for (const child of children.reverse()) await stopProgram(child);
 }
 process.exit(0);

@@ -49,7 +49,7 @@ export async function startProxy(
 
 export async function startWorker(
   role: WorkerHandle['role'],
-  proxy: Pick<ProxyHandle, 'discovery'> | undefined,
+  proxy: ProxyHandle | undefined,
   args: readonly string[] = [],
   prefix: readonly string[] = [],
 ): Promise<WorkerHandle> {

@@ -1,7 +1,6 @@
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { inParallel } from '../../bench/measure/parallel.ts';
 import { demoModelDir } from '../../src/config/demo-model.ts';
-import { PingRelay } from '../../support/ping-relay.ts';
 import {
   keptPorts,
   metricsOf,
@@ -148,7 +147,6 @@ describe('kill -9 under load', () => {
 
 describe('kill -9 under load, with three producers, three consumers and two proxies', () => {
   const requests = mixedRequests(120, 23);
-  let relay: PingRelay;
   let proxies: ProxyHandle[];
   let producers: WorkerHandle[];
   let consumers: WorkerHandle[];
@@ -161,9 +159,10 @@ describe('kill -9 under load, with three producers, three consumers and two prox
     await undivided.program.stop();
     const policy = ['--policy', 'kv-aware', '--tokenizer', demoModelDir()];
     proxies = await Promise.all([startProxy(policy), startProxy(policy)]);
-    relay = await PingRelay.open(proxies.map(({ discovery }) => discovery));
     const own = [...ARGS, '--kv-events-port', '0', '--prompt-ids-from', '127.0.0.1'];
-    const start = (role: 'producer' | 'consumer') => startWorker(role, { discovery: relay.address }, own);
+    const [first, second] = proxies;
+    const start = (role: 'producer' | 'consumer') =>
+      startWorker(role, first, ['--proxy', second!.discovery, ...own]);
     producers = await Promise.all([1, 2, 3].map(() => start('producer')));
     consumers = await Promise.all([1, 2, 3].map(() => start('consumer')));
     for (const proxy of proxies) await untilListed(proxy, 3, 3);
@@ -172,7 +171,6 @@ describe('kill -9 under load, with three producers, three consumers and two prox
   afterAll(async () => {
     const all = [...(proxies ?? []), ...(producers ?? []), ...(consumers ?? [])];
     await Promise.all(all.map(({ program }) => program.stop('SIGKILL')));
-    relay?.close();
   });
 
   interface Seen {

@@ -1,5 +1,6 @@
 /** What the routes share. */
 import type { FastifyRequest } from 'fastify';
+import type { Guard } from '../../access/guard.ts';
 import type { TransferOptions } from '../../config/transfer-options.ts';
 import type { WorkerConfig } from '../../config/worker-config.ts';
 import type { TextModel } from '../../model/tokenizer.ts';
@@ -30,6 +31,7 @@ export interface ServerContext {
   readonly reader: BodyReader;
   /** For the text of what is generated. */
   readonly model: TextModel;
+  readonly guard: Guard;
   readonly inFlight: InFlight;
   /** The main thread's own page. */
   readonly metrics: MetricsPage;
@@ -55,14 +57,14 @@ export async function readRequest<R extends Route>(
   return await context.reader.read(served, route, body, signal);
 }
 
-/** Whether the ids that a caller sends along with a prompt's text are taken for it. Whoever else sends some is asked for nothing less. */
-function trusts({ promptIdsFrom, limited, log }: ServerContext, { socket }: FastifyRequest): boolean {
+/** Whether the ids that a caller sends along with a prompt's text are taken for it: where callers show a key, this one has. */
+function trusts({ guard, promptIdsFrom, limited, log }: ServerContext, { socket }: FastifyRequest): boolean {
   const address = socket.remoteAddress ?? '';
-  if (promptIdsFrom?.allows(address)) return true;
+  if (guard.keyed || promptIdsFrom?.allows(address)) return true;
   limited.log('prompt ids', (suppressed) =>
     log.warn(
       { suppressed },
-      `token ids of a prompt from ${address} are passed over: --prompt-ids-from does not list it`,
+      `token ids of a prompt from ${address} are passed over: no key is asked for, and --prompt-ids-from does not list it`,
     ),
   );
   return false;

@@ -29,8 +29,10 @@ function registerCacheConfig(registry: Registry, { core }: ServerContext): void 
 const REQUEST_TIMEOUT_MS = 60_000;
 
 export function createServer(context: ServerContext): FastifyInstance {
-  const { config, core, log, limited } = context;
+  const { config, core, log, guard, limited } = context;
+  // Of a server with TLS everything that is used here has the same type.
   const server = fastify({
+    https: guard.https,
     bodyLimit: BODY_LIMIT,
     requestTimeout: REQUEST_TIMEOUT_MS,
     // The worker drains first; whatever connection is left then is cut.
@@ -38,7 +40,8 @@ export function createServer(context: ServerContext): FastifyInstance {
     // A worker that drains answers 503 itself, with the code that says so.
     return503OnClosing: false,
     schemaController: NO_JSON_SCHEMAS,
-  });
+  }) as unknown as FastifyInstance;
+  guard.attach(server);
   const registry = createRegistry(context.pages, { model_name: config.servedModelNames[0] ?? '' });
   registerCacheConfig(registry, context);
   const created = Math.floor(Date.now() / 1_000);
@@ -101,6 +104,11 @@ export function createServer(context: ServerContext): FastifyInstance {
     await core.state();
     if (context.inFlight.draining) reply.status(503);
     return { status: context.inFlight.draining ? 'draining' : 'ok', role: config.role };
+  });
+  server.get('/ready', async (_request, reply) => {
+    await core.state();
+    if (context.inFlight.draining) reply.status(503);
+    return { ready: !context.inFlight.draining };
   });
   if (config.debugState !== undefined) {
     server.get('/debug/state', async (request, reply) => {
