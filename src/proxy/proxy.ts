@@ -9,10 +9,11 @@ import { announceHost, hostAddress } from '../net/local.ts';
 import { listenError } from '../net/port-holder.ts';
 import { plural } from '../observability/bytes.ts';
 import { createLogger, type Logger } from '../observability/log.ts';
+import { Timelines } from '../observability/timelines.ts';
 import { openAiError } from '../openai-error.ts';
 import { z } from '../zod.ts';
 import { Admission } from './admission.ts';
-import type { ProxyContext } from './attempt.ts';
+import type { ProxyContext, ProxyStage } from './attempt.ts';
 import { BodyReader } from './body-reader.ts';
 import { PromptCaches } from './caches.ts';
 import { Discovery } from './discovery.ts';
@@ -61,6 +62,7 @@ export class PdProxy {
   readonly #bodies: Pick<BodyReader, 'read' | 'close'>;
   readonly #stop = new AbortController();
   readonly #models: ModelDirectory;
+  readonly #timelines = new Timelines<ProxyStage>();
   readonly #context: ProxyContext;
   readonly #server: FastifyInstance;
   #discovery: Discovery | undefined;
@@ -96,6 +98,7 @@ export class PdProxy {
       registry: this.#registry,
       upstream: this.#upstream,
       metrics: this.#metrics,
+      timelines: this.#timelines,
       log: this.#log,
       bodies: this.#bodies,
       caches: this.#caches,
@@ -279,6 +282,7 @@ export class PdProxy {
     }
     app.post('/admin/drain', async (request) => this.#drainInstance(request));
     app.get('/health', async () => this.#health());
+    if (this.#config.debugState) app.get('/debug/state', async (request) => this.#debugState(request));
     app.get('/v1/models', async () => ({ object: 'list', data: await this.#models.list() }));
     app.get('/openapi.json', async (_request, reply) => {
       const { response, body } = await this.#openApi();
@@ -304,6 +308,14 @@ export class PdProxy {
     const instance = this.#registry.list().find(({ httpAddress }) => httpAddress === address);
     const underWay = instance && this.#registry.workOf(instance)?.own;
     return { instance: address, draining: drain, requests_under_way: underWay ?? 0 };
+  }
+
+  /** Ids of other people's requests are for clients on this machine. */
+  #debugState(request: FastifyRequest) {
+    if (!isLoopback(request.ip)) {
+      throw new PdError('REQUEST_INVALID', 'GET /debug/state is for clients on this machine');
+    }
+    return { requests: this.#running, recentRequests: this.#timelines.recent() };
   }
 
   /** As the proxy takes it to be: what the instance tells, and what it has been given since. */
