@@ -72,6 +72,7 @@ export class ProxiedRequest {
     const { config, registry, caches, metrics, retries, log } = this.#context;
     retries.earn();
     const count = this.#context.nextCount();
+    const { holder } = this.#received;
     const { signal } = this.#abort;
     const request = { ...this.#received, body, receivedAt: this.#receivedAt, readAt, signal };
     /** HTTP addresses of instances that did not take the request. */
@@ -89,7 +90,7 @@ export class ProxiedRequest {
       const { requestId } = attempt;
       this.#requestId = requestId;
       log.info(
-        { requestId },
+        { requestId, ...(holder !== undefined && { key: holder }) },
         `handle_request count: ${count}, ${instanceLabel(pair.producer)} 👉 ${instanceLabel(pair.consumer)}`,
       );
       try {
@@ -117,11 +118,11 @@ export class ProxiedRequest {
   /** Resolves once it may begin. */
   async #admitted({ tokens, priority }: RequestBody): Promise<() => void> {
     const { admission, metrics } = this.#context;
-    const { headers } = this.#received;
+    const { headers, holder } = this.#received;
     const told = Number(single(headers['x-priority']) ?? priority);
     const end = metrics.queueSeconds.startTimer();
     const release = await admission.enter({
-      key: keyOf(single(headers.authorization)),
+      key: holder ?? keyOf(single(headers.authorization)),
       priority: Math.max(-MOST_PRIORITY, Math.min(MOST_PRIORITY, Number.isInteger(told) ? told : 0)),
       tokens,
       signal: this.#abort.signal,
