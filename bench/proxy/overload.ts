@@ -33,10 +33,15 @@ const SERVICE_MS = 100;
 const CAPACITY = (CONSUMERS * PLACES * 1_000) / SERVICE_MS;
 /** An answer that comes later is of no use. */
 const IN_TIME_MS = 1_000;
-/** As many as there are places, and a queue that is served within three service times. */
-const LIMITS = ['--max-running', String(CONSUMERS * PLACES), '--max-queued', String(CONSUMERS * PLACES * 3)];
-/** For stragglers after the last request. */
-const REST_MS = 3_000;
+/** A quarter more than there are places, so that none is free while HTTP is under way, and a queue that is served within three service times. */
+const LIMITS = [
+  '--max-running',
+  String(CONSUMERS * PLACES * 1.25),
+  '--max-queued',
+  String(CONSUMERS * PLACES * 3),
+];
+/** Under half the capacity, before anything counts: code gets hot. */
+const WARM_UP_SECONDS = 3;
 const PING_MS = 1_000;
 
 /** Prompts take no time; answers take theirs. */
@@ -80,7 +85,7 @@ interface Outcome {
   readonly ms: number;
 }
 
-async function load(url: string, perSecond: number): Promise<Outcome[]> {
+async function load(url: string, perSecond: number, seconds: number): Promise<Outcome[]> {
   const agent = new Agent({ connections: 4_096, pipelining: 1 });
   const body = JSON.stringify({ model: 'm', prompt: 'What is the capital of France?', max_tokens: 16 });
   const ask = async (): Promise<Outcome> => {
@@ -101,7 +106,7 @@ async function load(url: string, perSecond: number): Promise<Outcome[]> {
   };
   const all: Promise<Outcome>[] = [];
   const begin = monotonicMs();
-  const count = perSecond * Number(options.seconds);
+  const count = perSecond * seconds;
   for (let at = 0; at < count; at++) {
     const dueMs = begin + (at * 1_000) / perSecond - monotonicMs();
     if (dueMs > 0) await sleep(dueMs);
@@ -138,9 +143,10 @@ async function measure(times: number, limits: readonly string[]): Promise<Result
       if (instances.length === CONSUMERS + 1) break;
       await sleep(50);
     }
-    const outcomes = await load(url!, times * CAPACITY);
-    const refused = spreadOf(outcomes.filter(({ status }) => status === 429).map(({ ms }) => ms));
     const seconds = Number(options.seconds);
+    await load(url!, CAPACITY / 2, WARM_UP_SECONDS);
+    const outcomes = await load(url!, times * CAPACITY, seconds);
+    const refused = spreadOf(outcomes.filter(({ status }) => status === 429).map(({ ms }) => ms));
     const good = outcomes.filter(({ status, ms }) => status === 200 && ms <= IN_TIME_MS).length;
     const turnedAway = refused?.count ?? 0;
     return {
@@ -155,7 +161,6 @@ async function measure(times: number, limits: readonly string[]): Promise<Result
   } finally {
     for (const stop of stops) stop();
     await stopProgram(proxy);
-    await sleep(REST_MS / 10);
   }
 }
 
