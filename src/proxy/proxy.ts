@@ -148,7 +148,8 @@ export class PdProxy {
   static start(config: ProxyConfig, parts?: ProxyParts): Promise<PdProxy>;
   static async start(config: ProxyConfig, parts: ProxyParts = PARTS): Promise<PdProxy> {
     const { tokenizer: dir } = config;
-    const digest = dir && (await (await import('../model/tokenizer.ts')).Tokenizer.digestOf(dir));
+    // Whole, though the thread loads its own: one that cannot be used is to be known before anybody asks.
+    const digest = dir && (await (await import('../model/tokenizer.ts')).Tokenizer.load(dir)).digest;
     const proxy = new PdProxy(config, parts, digest);
     try {
       await proxy.#listen();

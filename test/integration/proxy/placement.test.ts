@@ -1,4 +1,6 @@
 /** Which instances a client's requests reach under each policy. What each policy decides is in test/unit/proxy/placement.test.ts. */
+import { dirname } from 'node:path';
+import { fileURLToPath } from 'node:url';
 import { afterEach, describe, expect, test } from 'vitest';
 import { demoModelDir } from '../../../src/config/demo-model.ts';
 import { type BlockHash, extendHashes } from '../../../src/kv/block-hash.ts';
@@ -135,6 +137,11 @@ describe('with a tokenizer', () => {
     await upstream.ping(proxy.discoveryAddress, 'd1', [PROMPT_IDS_FEATURE], more);
     return { upstream, publisher };
   }
+
+  test('a proxy whose tokenizer is not there does not start', async () => {
+    const tokenizer = dirname(fileURLToPath(import.meta.url));
+    await expect(startQuietProxy({ tokenizer })).rejects.toMatchObject({ code: 'CHECKPOINT_INVALID' });
+  });
 
   test('a prompt of text goes where its blocks are said to be, with its ids where these are the same', async () => {
     const dir = demoModelDir();
