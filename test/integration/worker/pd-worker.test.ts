@@ -177,7 +177,11 @@ it('takes the ids of a prompt’s tokens from those it was told to trust, and pa
     const { core, url } = await start(saying('hello'), args);
     const response = await fetch(`${url}/v1/completions`, {
       method: 'POST',
-      headers: { 'content-type': 'application/json', 'x-pd-prompt-ids': header },
+      headers: {
+        'content-type': 'application/json',
+        'x-pd-prompt-ids': header,
+        authorization: 'Bearer a-key-of-the-proxy',
+      },
       body: bytes,
     });
     const added = core.received.find((message) => message.type === 'add');
@@ -189,4 +193,10 @@ it('takes the ids of a prompt’s tokens from those it was told to trust, and pa
   expect(await ask([], sent, '2')).toEqual([200, bytesOf('abc')]);
   expect(await ask(['--prompt-ids-from', '10.0.0.1'], sent, '2')).toEqual([200, bytesOf('abc')]);
   expect(await ask(trusting, sent, '900')).toEqual([400, undefined]);
+  // Where callers need a key, whoever gets so far has one.
+  const keys = join(modelDir, 'keys');
+  writeFileSync(keys, 'proxy a-key-of-the-proxy\n');
+  expect(await ask(['--api-key-file', keys], sent, '2')).toEqual([200, [7, 8]]);
+  writeFileSync(join(modelDir, 'others'), 'proxy another-key-of-it\n');
+  expect(await ask(['--api-key-file', join(modelDir, 'others')], sent, '2')).toEqual([401, undefined]);
 });
