@@ -16,6 +16,7 @@ import {
   bytes,
   deviceOrAuto,
   duration,
+  etcdAddress,
   gibibytes,
   hostPort,
   integer,
@@ -153,6 +154,13 @@ export const WORKER_OPTIONS = defineOptions({
     help: 'discovery addresses of proxies, such as 127.0.0.1:30002; of a name, all its addresses',
     default: [],
     defaultText: 'no ping',
+  }),
+  registry: option({
+    field: 'registry',
+    kind: etcdAddress(),
+    group: KV,
+    help: 'etcd to register with, for proxies that read it: etcd://host:2379/prefix',
+    defaultText: 'none',
   }),
   sendType: option({
     field: 'transfer.sendType',
