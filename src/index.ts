@@ -21,15 +21,21 @@ export { TransferEngine, type TransferEngineExtras } from './transfer/engine.ts'
 export type { SendHandle, TransferEngineApi } from './transfer/engine-api.ts';
 export type { FailureKind, FailureState } from './transfer/failures.ts';
 export type {
+  ConnectionState,
   Drawn,
   FirstTokens,
   HandOverApi,
   HandOverBooks,
   HandOverState,
   HandOverUser,
+  MappingState,
+  PathState,
   WantOutcome,
   WantRequest,
 } from './transfer/native/hand-over-api.ts';
+export type { Fallback } from './transfer/native/hello.ts';
+export { KvCache } from './transfer/native/kv-cache.ts';
+export { NativeTransfer, type NativeTransferOptions } from './transfer/native/native-transfer.ts';
 export type { IgnoredKind } from './transfer/native/processes.ts';
 export type {
   LoadRequest,
