@@ -213,7 +213,7 @@ class ToyRuntime {
         unsaved.filter(({ state }) => state === 'failed'),
         [],
       );
-      token = states.at(-1)!;
+      token = states.at(-1)! & 0x7fff_ffff;
       computed += count;
       done += count;
       // natively it travels with the KV

@@ -34,9 +34,9 @@ it('two engines exchange tensors and paged KV in all modes', async () => {
 
 it('a foreign runtime loads KV through the connector, and computes what does not come', async () => {
   const text = await example('foreign-runtime.ts');
-  expect(text.match(/KV, equal/g)).toHaveLength(9);
+  expect(text.match(/KV, equal/g)).toHaveLength(12);
   expect(text.match(/as meant: no KV came \(KV_LOAD_TIMEOUT\), the prompt is computed here/g)).toHaveLength(
-    3,
+    4,
   );
 });
 

@@ -21,7 +21,7 @@ test('pd-launch --device cuda:0 serves with both on that GPU', async () => {
     'host',
   ];
   const child = spawn(process.execPath, [bin, ...own, '--', '--num-blocks', '256'], {
-    stdio: ['ignore', 'pipe', 'inherit'],
+    stdio: ['ignore', 'pipe', 'ignore'],
     // whose memory both take from
     env: { ...process.env, ...standInEnvironment(), PD_STANDIN_GPUS: `one-gpu-${process.pid}` },
   });

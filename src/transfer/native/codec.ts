@@ -382,7 +382,7 @@ function readLogprob(value: unknown, token: number): TokenLogprob {
   };
 }
 
-function isTokenId(value: unknown): value is number {
+export function isTokenId(value: unknown): value is number {
   return typeof value === 'number' && Number.isInteger(value) && value >= 0 && value < 2 ** 31;
 }
 

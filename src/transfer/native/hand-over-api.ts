@@ -177,7 +177,10 @@ export interface HandOverApi {
    * requests. Resolves when no event of the step is needed any more; bounded, never rejects. Without `progress` it costs nothing.
    */
   stepEnded(): Promise<void>;
-  /** The whole prompt is computed and its first token drawn. `books.lease` is called within, where the KV must outlive the sequence. */
+  /**
+   * The whole prompt is computed and its first token drawn. `books.lease` is called within, where the KV must outlive the sequence. Throws
+   * REQUEST_INVALID for what is no token id.
+   */
   finish(transferId: TransferId, drawn: Drawn): void;
   /** For how many ms the consumer that `transferId` names has waited for another prompt, which has not begun here; 0 where for none. */
   consumerWaits(transferId: TransferId): number;

@@ -21,6 +21,7 @@ import { type EngineRequestId, peerAddressOf, type TransferId } from '../../wire
 import { Failures } from '../failures.ts';
 import type { TransferState } from '../types.ts';
 import type { FromWire, NativeInit, ToWire } from './channel.ts';
+import { isTokenId } from './codec.ts';
 import { Connections } from './connections.ts';
 import type { DirectWays } from './direct.ts';
 import { type GrantAction, Grants } from './grants.ts';
@@ -242,6 +243,9 @@ export class HandOver implements HandOverApi {
   }
 
   finish(transferId: TransferId, { tokens, logprobs, samplingDigest }: Drawn): void {
+    // of a runtime that is not ours, perhaps: what cannot be said must not reach the wire
+    if (!tokens.every(isTokenId))
+      throw new PdError('REQUEST_INVALID', `${transferId}: drawn are ${tokens.join(', ')}, which are no token ids`);
     const draw = { drawn: tokens, ...(logprobs && { logprobs }), samplingDigest };
     this.#grant(() => this.#grants.finish(transferId, draw, now()));
     this.#probe(transferId);
