@@ -9,6 +9,7 @@ import type { Executor } from '../model/executor.ts';
 import { formatHostPort } from '../net/address.ts';
 import type { Logger } from '../observability/log.ts';
 import { MetricsPage } from '../observability/metrics.ts';
+import { Timelines } from '../observability/timelines.ts';
 import { maxSequenceLength, Scheduler } from '../scheduler/scheduler.ts';
 import type { TransferEngine } from '../transfer/engine.ts';
 import type { NativeInit } from '../transfer/native/channel.ts';
@@ -18,7 +19,7 @@ import type { NativeTransfer, NativeTransferParts } from '../transfer/native/nat
 import type { Fingerprint } from '../wire/fingerprint.ts';
 import { CoreLoop, type CoreLoopOptions } from './core.ts';
 import { CoreGrammars } from './core-grammars.ts';
-import type { CoreInfo, CoreInit } from './core-messages.ts';
+import type { CoreInfo, CoreInit, CoreStage } from './core-messages.ts';
 
 export interface CoreParts {
   readonly loop: CoreLoop;
@@ -62,6 +63,7 @@ export async function createCore(
       }),
     });
     undo.push(() => executor.dispose());
+    const timelines = new Timelines<CoreStage>();
     const openEngine = (native?: NativeInit) =>
       createEngine(config, fingerprint, init.metrics.transfer, native);
     const native = await createNative(config, {
@@ -71,6 +73,7 @@ export async function createCore(
       busy: () => loop?.isBusy ?? true,
       log,
       metrics: new MetricsPage(init.metrics.core),
+      onStage: (id, stage) => timelines.stamp(id, stage),
       openEngine,
     });
     if (native) undo.push(() => native.close());
@@ -80,7 +83,7 @@ export async function createCore(
     const engine = native?.engine ?? frozen;
     const handOver = native?.handOver;
     const limits = { numBlocks, blockSize: config.blockSize, maxModelLen };
-    loop = createLoop(init, { executor, engine, handOver, limits, log, told });
+    loop = createLoop(init, { executor, engine, handOver, timelines, limits, log, told });
     return {
       loop,
       info: {
@@ -105,6 +108,7 @@ interface LoopParts {
   readonly executor: Executor;
   readonly engine: TransferEngine | undefined;
   readonly handOver: HandOver | undefined;
+  readonly timelines: Timelines<CoreStage>;
   readonly limits: { readonly numBlocks: number; readonly blockSize: number; readonly maxModelLen: number };
   readonly log: Logger;
   readonly told: Pick<CoreLoopOptions, 'post' | 'kvSaved' | 'cacheChanged'>;
@@ -112,7 +116,7 @@ interface LoopParts {
 
 function createLoop(init: CoreInit, parts: LoopParts): CoreLoop {
   const { config } = init;
-  const { executor, engine, handOver, limits, log, told } = parts;
+  const { executor, engine, handOver, timelines, limits, log, told } = parts;
   const { role, blockSize, maxNumSeqs, maxNumBatchedTokens, enablePrefixCaching, kvEventsPort } = config;
   const metrics = new MetricsPage(init.metrics.core);
   const split = role !== 'both' && engine ? { role, engine } : undefined;
@@ -148,6 +152,7 @@ function createLoop(init: CoreInit, parts: LoopParts): CoreLoop {
     ...(connector && { connector }),
     loadFailure: config.loadFailure,
     metrics,
+    timelines,
     log,
     ...(engine && { reportLoad: (load) => engine.reportLoad(load) }),
     ...told,

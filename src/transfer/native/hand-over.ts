@@ -29,6 +29,7 @@ import type {
   Drawn,
   HandOverApi,
   HandOverBooks,
+  HandOverStage,
   HandOverState,
   HandOverUser,
   WantOutcome,
@@ -54,6 +55,7 @@ export interface HandOverOptions {
   readonly log: Logger;
   /** Of the core thread. */
   readonly metrics: MetricsPage;
+  readonly onStage?: (id: TransferId, stage: HandOverStage) => void;
 }
 
 /** A `want` that has no outcome yet. */
@@ -144,7 +146,11 @@ export class HandOver implements HandOverApi {
       },
     });
     this.#pages = new PageWatch((nonce) => direct?.pageOf(nonce), {
-      flag: ({ peer, nonce, slot, seq }) => this.#want(() => this.#wants.flag(peer, nonce, slot, seq)),
+      flag: ({ peer, nonce, slot, seq }) => {
+        const load = [...this.#loads.values()].find((one) => one.seq === seq);
+        if (load) this.#stage(load.request.transferId, 'flagged');
+        this.#want(() => this.#wants.flag(peer, nonce, slot, seq));
+      },
       done: (slot, draw) => this.#want(() => this.#wants.doneInPage(slot, draw, now())),
     });
     this.#tell = options.wire((event) => this.#hear(event));
@@ -153,6 +159,7 @@ export class HandOver implements HandOverApi {
       direct,
       metrics,
       tell: this.#tell,
+      onStage: (id, stage) => this.#stage(id, stage),
       mayLaunch: (launch) => this.#grants.mayLaunch(launch),
       landed: (launch, failure) => this.#grant(() => this.#grants.landed(launch, now(), failure)),
     });
@@ -168,6 +175,7 @@ export class HandOver implements HandOverApi {
     const deadline = began + withinMs + prefillWithinMs;
     const load: Load = { request, began, deadline, seq: undefined, transport: undefined, again: false };
     this.#loads.set(requestId, load);
+    this.#stage(transferId, 'wanted');
     const failed = this.#failed.get(transferId);
     this.#failed.delete(transferId);
     if (failed) {
@@ -244,8 +252,11 @@ export class HandOver implements HandOverApi {
 
   finish(transferId: TransferId, { tokens, logprobs, samplingDigest }: Drawn): void {
     // of a runtime that is not ours, perhaps: what cannot be said must not reach the wire
-    if (!tokens.every(isTokenId))
-      throw new PdError('REQUEST_INVALID', `${transferId}: drawn are ${tokens.join(', ')}, which are no token ids`);
+    if (!tokens.every((token) => isTokenId(token)))
+      throw new PdError(
+        'REQUEST_INVALID',
+        `${transferId}: drawn are ${tokens.join(', ')}, which are no token ids`,
+      );
     const draw = { drawn: tokens, ...(logprobs && { logprobs }), samplingDigest };
     this.#grant(() => this.#grants.finish(transferId, draw, now()));
     this.#probe(transferId);
@@ -461,6 +472,7 @@ export class HandOver implements HandOverApi {
       }
       load.seq = asked.seq;
       load.transport = producer.transport;
+      this.#stage(transferId, 'asked');
       this.#options.log.debug(
         { requestId, transferId, peer, seq: asked.seq, tokens, skip, blocks: blocks.length },
         `WANT ${asked.seq} of ${peer}`,
@@ -522,8 +534,9 @@ export class HandOver implements HandOverApi {
   #doGrant(action: GrantAction): void {
     switch (action.kind) {
       case 'send':
-        this.#tell({ kind: 'answer', peer: action.peer, message: action.message });
+        // first where its reader spins already
         if (action.slot !== undefined) this.#endInPage(action.slot, action.message);
+        this.#tell({ kind: 'answer', peer: action.peer, message: action.message });
         return;
       case 'introduce':
         this.#tell({ kind: 'introduce', peer: action.peer });
@@ -547,6 +560,8 @@ export class HandOver implements HandOverApi {
         this.#options.direct?.release(action.nonce);
         return;
       case 'bound':
+        this.#stage(action.id, 'bound');
+        return;
       case 'ended':
         return;
       default:
@@ -617,7 +632,8 @@ export class HandOver implements HandOverApi {
   }
 
   #loaded(load: Load, { seq, draw }: Extract<WantAction, { readonly kind: 'loaded' }>): void {
-    const { requestId, peer, blocks } = load.request;
+    const { requestId, transferId, peer, blocks } = load.request;
+    this.#stage(transferId, 'loaded');
     const { layers, blockBytes } = this.#options.init.shape;
     const milliseconds = now() - load.began;
     const bytes = blocks.length * layers * blockBytes;
@@ -638,6 +654,10 @@ export class HandOver implements HandOverApi {
       milliseconds,
       ...(drawn && { draw: { tokens: drawn, ...(logprobs && { logprobs }) } }),
     });
+  }
+
+  #stage(id: TransferId, stage: HandOverStage): void {
+    this.#options.onStage?.(id, stage);
   }
 
   /** A quarter of a second from now, and after what has come by then has been heard, unless nothing is under way. */

@@ -16,10 +16,12 @@ import { blockBytes } from '../../kv/layout.ts';
 import { createLogger, type Logger } from '../../observability/log.ts';
 import { MetricsPage } from '../../observability/metrics.ts';
 import type { ExportedCache } from '../../transport/direct/exported-cache.ts';
+import type { TransferId } from '../../wire/ids.ts';
 import type { TransferEngine } from '../engine.ts';
 import type { NativeInit } from './channel.ts';
 import type { DirectWays } from './direct.ts';
 import type { HandOver } from './hand-over.ts';
+import type { HandOverStage } from './hand-over-api.ts';
 import type { KvCache } from './kv-cache.ts';
 import type { Nonce } from './messages.ts';
 
@@ -52,6 +54,7 @@ export interface NativeTransferParts {
   readonly busy: () => boolean;
   readonly log: Logger;
   readonly metrics: MetricsPage;
+  readonly onStage?: (id: TransferId, stage: HandOverStage) => void;
   readonly openEngine: (native: NativeInit) => Promise<TransferEngine>;
 }
 
@@ -125,10 +128,21 @@ export class NativeTransfer {
     try {
       const init = initOf(parts, nonce, direct);
       engine = await parts.openEngine(init);
-      const { role, rank, leaseMs, busy, log, metrics } = parts;
+      const { role, rank, leaseMs, busy, log, metrics, onStage } = parts;
       const wire = engine.native.bind(engine);
       const { HandOver } = await import('./hand-over.ts');
-      const options = { init, wire, role, rank, leaseMs, busy, log, metrics, ...(direct && { direct }) };
+      const options = {
+        init,
+        wire,
+        role,
+        rank,
+        leaseMs,
+        busy,
+        log,
+        metrics,
+        ...(onStage && { onStage }),
+        ...(direct && { direct }),
+      };
       return new NativeTransfer(engine, new HandOver(options), direct, dispose);
     } catch (error) {
       await engine?.dispose();

@@ -1,6 +1,7 @@
 /**
- * Looks into the pages that this consumer shares with its producers, for as long as a slot is granted: each millisecond, and without a pause
- * once the last chunk of one is under way, for a while. A producer that then stands still costs this core thread no more than timers.
+ * Looks into the pages that this consumer shares with its producers, for as long as a slot is granted: each millisecond; without a pause once
+ * the last chunk of one is under way, for a while, and for a moment after its WANT, as KV that is computed already is written at once. A producer
+ * that stands still costs this core thread no more than timers.
  */
 import { NO_TOKEN, type OwnerPage, type SlotState } from '../../transport/direct/page.ts';
 import type { Draw } from './grants.ts';
@@ -16,8 +17,10 @@ export interface GrantedSlot {
 
 interface Watched extends GrantedSlot {
   flagged: boolean;
-  /** Once its last chunk has been seen to begin. */
-  spinUntil: number | undefined;
+  /** Without a pause until then. */
+  spinUntil: number;
+  /** Its last chunk has been seen to begin. */
+  ending: boolean;
 }
 
 interface PageEvents {
@@ -28,6 +31,8 @@ interface PageEvents {
 }
 
 const LOOK_MS = 1;
+/** From WANT to KV that its producer holds already. */
+const AT_ONCE_MS = 2;
 /** Longer than the last chunk of most prompts takes. */
 const SPIN_MS = 250;
 /** Of a sampling digest; a page has room for twice as many. */
@@ -47,7 +52,8 @@ export class PageWatch {
   grant(granted: GrantedSlot): void {
     const { nonce, slot, seq } = granted;
     this.#pageOf(nonce)?.grant(slot, seq);
-    this.#slots.set(seq, { ...granted, flagged: false, spinUntil: undefined });
+    const spinUntil = performance.now() + AT_ONCE_MS;
+    this.#slots.set(seq, { ...granted, flagged: false, spinUntil, ending: false });
     this.#look();
   }
 
@@ -69,7 +75,12 @@ export class PageWatch {
     let soon = false;
     for (const held of [...this.#slots.values()]) {
       const page = this.#pageOf(held.nonce);
-      if (page && this.#lookAt(held, page) === 'last' && spins(held)) soon = true;
+      if (!page) continue;
+      if (this.#lookAt(held, page) === 'last' && !held.ending) {
+        held.ending = true;
+        held.spinUntil = performance.now() + SPIN_MS;
+      }
+      if (performance.now() < held.spinUntil) soon = true;
     }
     const again = () => {
       this.#looking = false;
@@ -94,12 +105,6 @@ export class PageWatch {
     });
     return state;
   }
-}
-
-function spins(held: Watched): boolean {
-  const now = performance.now();
-  held.spinUntil ??= now + SPIN_MS;
-  return now < held.spinUntil;
 }
 
 /** What `PageWatch` reads as a digest; undefined where it is none that a page has room for. */

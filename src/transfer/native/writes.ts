@@ -25,6 +25,8 @@ interface WritesOptions {
   readonly direct: DirectWays | undefined;
   readonly metrics: MetricsPage;
   readonly tell: (command: ToWire) => void;
+  /** Of the write that ends a prompt. */
+  readonly onStage: (id: TransferId, stage: 'launched' | 'landed') => void;
   /** `Grants.mayLaunch`. */
   readonly mayLaunch: (launch: number) => boolean;
   /** Once for each write that was begun: nothing of it is under way any more. */
@@ -47,9 +49,8 @@ interface Step {
   readonly ids: Set<TransferId>;
   /** Writes that wait for its layers. */
   readonly writes: Set<Write>;
-  /** Layers that have been told, and the event of the last. */
-  layers: number;
-  ready: EventRef | undefined;
+  /** Of each layer that has been told. */
+  readonly events: (EventRef | undefined)[];
   readonly number: number;
   /** Parts that still need an event of it. */
   gathering: number;
@@ -86,8 +87,7 @@ export class Writes {
       ids: new Set(),
       writes: new Set(),
       number: ++this.#numSteps,
-      layers: 0,
-      ready: undefined,
+      events: [],
       gathering: 0,
       gathered: deferred<void>(),
     };
@@ -103,15 +103,18 @@ export class Writes {
       return;
     }
     step.writes.add(write);
-    this.#launch(write, step.layers, step.ready);
+    // Each layer behind its own event: a step is often enqueued before it has begun, and the last of it is far away.
+    const { events } = step;
+    for (let end = 1; end <= events.length; end++) {
+      if (end === events.length || events[end] !== events[end - 1]) this.#launch(write, end, events[end - 1]);
+    }
   }
 
   layer(index: number, ready: EventRef | undefined): void {
     const step = this.#step;
     if (!step) return;
-    step.layers = index + 1;
-    step.ready = ready;
-    for (const write of step.writes) this.#launch(write, step.layers, ready);
+    step.events.push(ready);
+    for (const write of step.writes) this.#launch(write, index + 1, ready);
   }
 
   /** Resolves when no event of the step is needed any more. */
@@ -121,7 +124,7 @@ export class Writes {
     if (!step) return Promise.resolve();
     for (const write of step.writes) {
       if (write.next >= this.#numLayers) continue;
-      if (this.#crowded.delete(write) && step.layers === this.#numLayers) {
+      if (this.#crowded.delete(write) && step.events.length === this.#numLayers) {
         this.#launch(write, this.#numLayers, undefined);
         continue;
       }
@@ -159,6 +162,8 @@ export class Writes {
     if (!this.#options.mayLaunch(launch)) write.next = this.#numLayers;
     else if (transport === 'direct') this.#launchDirect(write, end, ready);
     else this.#sendParts(write, end, ready);
+    if (write.next >= this.#numLayers && write.action.last)
+      this.#options.onStage(write.action.id, 'launched');
     this.#settle(write);
   }
 
@@ -228,6 +233,7 @@ export class Writes {
     if (!this.#writes.delete(launch)) return;
     this.#crowded.delete(write);
     this.#step?.writes.delete(write);
+    if (write.action.last) this.#options.onStage(write.action.id, 'landed');
     this.#options.landed(launch, write.failure);
     for (const other of [...this.#crowded]) {
       if (this.#step?.writes.has(other)) continue;
