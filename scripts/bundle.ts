@@ -124,6 +124,7 @@ CUDA runtime (12 or 13) and NCCL (2.27 or later) on hosts with GPUs. Needs glibc
     scripts/two-gpu.sh --host ::1 ipv6  the same on these addresses in turn, with the address that NCCL's bootstrap took
     scripts/runbook.sh                  the lines of docs/operations.md with vLLM's configuration, as written, on two GPUs
     scripts/serve-results.sh            what clients see of a pair and of an undivided worker (--device cuda: on two GPUs)
+    scripts/native-faults.sh            on two GPUs, the native hand-over under kill -9 and SIGSTOP, on one GPU, and over NCCL's sockets
     scripts/pair-results.sh             on two GPUs, whether a pair gives the answers of an undivided worker, and how much later
     scripts/hand-over-results.sh        on two GPUs, how fast KV is handed over, and where the time to a pair's first token goes
     scripts/goodput-results.sh          on two GPUs, how many requests per second a pair and two undivided workers answer within bounds
@@ -201,6 +202,7 @@ function main(): void {
       'scripts/wire-results.sh',
       'scripts/serve-results.sh',
       'scripts/pair-results.sh',
+      'scripts/native-faults.sh',
       'scripts/hand-over-results.sh',
       'scripts/goodput-results.sh',
       'bench/gpu/model.sh',

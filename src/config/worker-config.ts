@@ -76,6 +76,8 @@ export interface WorkerConfig {
   readonly numBlocks?: number;
   /** Share of the GPU's memory that may be filled, 0 to 1. Executor cuda only. */
   readonly gpuMemoryUtilization: number;
+  /** Workers that divide that share. Above 1, memory that other programs hold does not count. Executor cuda only. */
+  readonly workersPerGpu: number;
   /** A row's result depends on its own sequence alone, to the bit. The host always computes so. */
   readonly batchInvariant: boolean;
   readonly enablePrefixCaching: boolean;

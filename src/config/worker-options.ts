@@ -306,6 +306,13 @@ export const WORKER_OPTIONS = defineOptions({
     help: "share of the GPU's memory that weights, KV and buffers may fill",
     default: 0.9,
   }),
+  workersPerGpu: option({
+    field: 'workersPerGpu',
+    kind: integer(1, 64),
+    group: BATCH,
+    help: 'workers that share this GPU, each with an equal part of --gpu-memory-utilization; above 1 only what this worker itself holds counts',
+    default: 1,
+  }),
   batchInvariant: option({
     field: 'batchInvariant',
     kind: toggle(),

@@ -37,6 +37,7 @@ import { helloOf } from './hello.ts';
 import { KvMemory } from './kv-memory.ts';
 import type { FromWire, NativeInit, ToWire } from './native/channel.ts';
 import { nativeBodyBytes } from './native/codec.ts';
+import { NativeRefusal } from './native/probe.ts';
 import { NativeWire } from './native/wire.ts';
 import { PairLimit } from './pair-limit.ts';
 
@@ -122,7 +123,8 @@ export class TransferService {
       intake: this.#intake,
       keeper: this.#keeper,
       peers,
-      native: this.#native,
+      native:
+        this.#native ?? new NativeRefusal(context, router, (id, error) => this.#loads.sendFailed(id, error)),
     });
   }
 
