@@ -21,8 +21,8 @@ import {
 } from './kinds.ts';
 import { defaultsOf, defineOptions, option, type ValuesOf } from './options.ts';
 
-export const POLICIES = ['round-robin', 'least-loaded', 'session', 'kv-aware'] as const;
-/** How an instance is chosen for a request (docs/routing.md). */
+export const POLICIES = ['auto', 'round-robin', 'least-loaded', 'session', 'kv-aware'] as const;
+/** How an instance is chosen for a request (docs/routing.md). `auto`: kv-aware among pd-workers, else round-robin. */
 export type Policy = (typeof POLICIES)[number];
 
 /** What the proxy shows to instances, and what they must show. Paths of files. */
@@ -60,6 +60,11 @@ export interface ProxyConfig {
   /** For producers and for consumers, where it is another. */
   readonly prefillPolicy?: Policy;
   readonly decodePolicy?: Policy;
+  /**
+   * Directory of the checkpoint that the workers serve, for its tokenizer: weights need not be there. Workers with another one get text.
+   * Absent: prompts are placed by their text.
+   */
+  readonly tokenizer?: string;
   /** Header that names the session of a request; without it the body's `user` does. Lower case. */
   readonly sessionHeader: string;
   /** A prompt of which at most so many tokens are not cached on its consumer goes to that alone; 0: none does. */
@@ -168,9 +173,9 @@ export const PROXY_OPTIONS = defineOptions({
   policy: option({
     field: 'policy',
     kind: oneOf(POLICIES),
-    help: 'how instances are chosen',
+    help: 'how instances are chosen; auto: kv-aware among pd-workers, round-robin where there is a vLLM worker',
     group: ROUTING,
-    default: 'round-robin',
+    default: 'auto',
   }),
   prefillPolicy: option({
     field: 'prefillPolicy',
@@ -185,6 +190,13 @@ export const PROXY_OPTIONS = defineOptions({
     help: 'how consumers are chosen',
     group: ROUTING,
     defaultText: 'as --policy',
+  }),
+  tokenizer: option({
+    field: 'tokenizer',
+    kind: text('dir'),
+    help: 'checkpoint directory whose tokenizer the workers use: prompts are placed by their token ids, which is exact',
+    group: ROUTING,
+    defaultText: 'prompts are placed by their text',
   }),
   sessionHeader: option({
     field: 'sessionHeader',

@@ -59,6 +59,8 @@ export interface WorkerConfig {
   /** First of the three ports of KV events; 0: any free ones. Absent: none are published. */
   readonly kvEventsPort?: number;
   readonly kvEventsForm: KvEventForm;
+  /** Addresses and CIDR ranges of proxies whose token ids of a prompt are taken for its text. Absent: nobody's. */
+  readonly promptIdsFrom?: readonly string[];
   /** Who may read GET /debug/state. Absent: nobody. */
   readonly debugState?: DebugAudience;
   /** The same on both ends of a pair, or `auto` on one. */

@@ -134,6 +134,14 @@ export const WORKER_OPTIONS = defineOptions({
   debugStateRemote: option({ kind: toggle(), group: SERVER, help: 'and to any client', default: false }),
   ...ACCESS_OPTIONS,
 
+  promptIdsFrom: option({
+    field: 'promptIdsFrom',
+    kind: listOf(addressRange()),
+    group: SERVER,
+    help: 'proxies (addresses, or ranges such as 10.0.0.0/8) whose token ids of a prompt are taken for its text, unchecked',
+    defaultText: 'every prompt is tokenized here',
+  }),
+
   kvHost: option({
     kind: text('host'),
     group: KV,

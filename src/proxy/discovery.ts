@@ -9,6 +9,7 @@ import { type Logger, RateLimitedLog } from '../observability/log.ts';
 import { decodePing } from '../wire/codec.ts';
 import { MAX_BODY_BYTES } from '../wire/limits.ts';
 import { NATIVE_FEATURE, OVERLAP_FEATURE, TLS_FEATURE } from '../wire/overlap.ts';
+import { PROMPT_IDS_FEATURE } from '../wire/prompt-ids.ts';
 import { type InstanceRegistry, instanceLabel, type RegistryChange } from './registry.ts';
 
 export interface DiscoveryOptions {
@@ -146,6 +147,8 @@ export class Discovery {
         ...(ping.native?.load ? { load: ping.native.load } : {}),
         ...(ping.native?.features?.includes(OVERLAP_FEATURE) ? { overlaps: true } : {}),
         ...(ping.native?.features?.includes(NATIVE_FEATURE) ? { native: true } : {}),
+        ...(ping.native?.tokenizer ? { tokenizer: ping.native.tokenizer } : {}),
+        ...(ping.native?.features?.includes(PROMPT_IDS_FEATURE) ? { takesIds: true } : {}),
         ...(tls ? { tls } : {}),
       });
       if (!changes) throw new PdError('LIMIT_EXCEEDED', 'too many instances');

@@ -16,7 +16,7 @@ import { openAiError } from '../openai-error.ts';
 import { z } from '../zod.ts';
 import { Admission } from './admission.ts';
 import type { ProxyContext, ProxyStage } from './attempt.ts';
-import { BodyReader } from './body-reader.ts';
+import { BodyReader, type BodyReaderOptions } from './body-reader.ts';
 import { PromptCaches } from './caches.ts';
 import { Discovery } from './discovery.ts';
 import { EtcdInstances } from './etcd-instances.ts';
@@ -49,10 +49,10 @@ const OPENAPI_BYTES = 4 * 1024 * 1024;
  * @internal
  */
 export interface ProxyParts {
-  readonly bodyReader: (log: Logger) => Pick<BodyReader, 'read' | 'close'>;
+  readonly bodyReader: (log: Logger, options: BodyReaderOptions) => Pick<BodyReader, 'read' | 'close'>;
 }
 
-const PARTS: ProxyParts = { bodyReader: (log) => new BodyReader(log) };
+const PARTS: ProxyParts = { bodyReader: (log, options) => new BodyReader(log, options) };
 
 /** A proxy that is serving. Close it: its sockets keep the process alive. */
 export class PdProxy {
@@ -81,7 +81,8 @@ export class PdProxy {
   #draining = false;
   #closing: Promise<void> | undefined;
 
-  private constructor(config: ProxyConfig, parts: ProxyParts) {
+  /** `tokenizer`: its digest, where there is one. */
+  private constructor(config: ProxyConfig, parts: ProxyParts, tokenizer: string | undefined) {
     this.#config = config;
     this.#log = createLogger(config.log, 'proxy');
     if (config.upstream?.keyFile !== undefined && config.allowInstances === undefined) {
@@ -107,14 +108,17 @@ export class PdProxy {
       keyed: this.#guard.keyed,
       log: this.#log,
     });
-    this.#caches = new PromptCaches(config, this.#log, this.#metrics);
+    this.#caches = new PromptCaches(config, this.#log, this.#metrics, tokenizer);
     const { maxRunning, maxRunningTokens, maxQueued, queueTimeoutMs } = config;
     this.#admission = new Admission(
       { requests: maxRunning, tokens: maxRunningTokens, queued: maxQueued, waitMs: queueTimeoutMs },
       (reason) => this.#metrics.turnedAway.inc({ reason }),
     );
     setMaxListeners(0, this.#stop.signal, this.#events); // one per request under way, one per caller who waits
-    this.#bodies = parts.bodyReader(this.#log);
+    this.#bodies = parts.bodyReader(this.#log, {
+      tokenizer: config.tokenizer,
+      onTokenized: (result) => this.#metrics.tokenized.inc({ result }),
+    });
     this.#context = {
       config,
       registry: this.#registry,
@@ -141,12 +145,15 @@ export class PdProxy {
     this.#routes();
   }
 
-  /** Listens for pings and for requests. Throws PORT_IN_USE or ADDRESS_INVALID. */
+  /** Listens for pings and for requests. Throws PORT_IN_USE or ADDRESS_INVALID; of its tokenizer CHECKPOINT_INVALID or MODEL_UNSUPPORTED. */
   static start(config: ProxyConfig): Promise<PdProxy>;
   /** @internal */
   static start(config: ProxyConfig, parts?: ProxyParts): Promise<PdProxy>;
   static async start(config: ProxyConfig, parts: ProxyParts = PARTS): Promise<PdProxy> {
-    const proxy = new PdProxy(config, parts);
+    const { tokenizer: dir } = config;
+    // Whole, though the thread loads its own: one that cannot be used is to be known before anybody asks.
+    const digest = dir && (await (await import('../model/tokenizer.ts')).Tokenizer.load(dir)).digest;
+    const proxy = new PdProxy(config, parts, digest);
     try {
       await proxy.#listen();
       return proxy;

@@ -36,6 +36,10 @@ export interface InstancePing {
   readonly tls?: boolean;
   /** Where it says what it has cached. Absent: nowhere. */
   readonly events?: KvEventPorts;
+  /** Digest of what it tokenizes by. Absent for a vLLM worker, and for older ones of ours. */
+  readonly tokenizer?: string;
+  /** It takes the ids of a prompt's tokens, if from this proxy. */
+  readonly takesIds?: boolean;
 }
 
 export interface Instance extends InstancePing {
@@ -82,6 +86,7 @@ interface Entry {
   /** Number of the pick it was last taken in: the smallest is next. */
   picked: number;
   readonly work: InstanceWork;
+  readonly ours: boolean;
   readonly breaker: Breaker;
   /** An operator wants it to take nothing new. */
   draining: boolean;
@@ -107,7 +112,7 @@ export class InstanceRegistry {
   constructor(
     timeoutMs: number,
     now: () => number = () => performance.now(),
-    policies: Policies = { producer: 'round-robin', consumer: 'round-robin' },
+    policies: Policies = { producer: 'auto', consumer: 'auto' },
   ) {
     this.#timeoutMs = timeoutMs;
     this.#now = now;
@@ -141,7 +146,8 @@ export class InstanceRegistry {
     if (announcement.load) work.tell(announcement.load);
     const address = announcement.httpAddress;
     const breaker = new Breaker(this.#now);
-    this.#entries.set(address, { address, instance, picked: 0, work, breaker, draining: false });
+    const ours = announcement.fingerprint !== undefined;
+    this.#entries.set(address, { address, instance, picked: 0, work, ours, breaker, draining: false });
     changes.push({ kind: 'added', instance });
     return changes;
   }
@@ -348,6 +354,8 @@ function samePing(a: InstancePing, b: InstancePing): boolean {
     a.native === b.native &&
     a.tls === b.tls &&
     a.events?.publish === b.events?.publish &&
-    a.events?.snapshot === b.events?.snapshot
+    a.events?.snapshot === b.events?.snapshot &&
+    a.tokenizer === b.tokenizer &&
+    a.takesIds === b.takesIds
   );
 }

@@ -46,6 +46,7 @@ export class Announcer {
       sendType: options.sendType,
       ...(ping.features && { features: ping.features }),
       ...(ping.events && { events: ping.events }),
+      ...(ping.tokenizer !== undefined && { tokenizer: ping.tokenizer }),
     };
     const message = { type: ping.type, http_address: ping.httpAddress, zmq_address: self } as const;
     this.#message = native ? { ...message, native } : message;

@@ -21,6 +21,8 @@ export interface ProxyPing {
   readonly features?: readonly string[];
   /** Where KV events of this worker are published. */
   readonly events?: KvEventPorts;
+  /** `PingHello.tokenizer`. */
+  readonly tokenizer?: string;
 }
 
 /** What `send` sends: bytes where they lie, or blocks of a paged cache, which are gathered first. */
