@@ -311,11 +311,12 @@ export class Grants {
     const { grant, sources } = known;
     this.#launches.delete(launch);
     grant.launches.delete(launch);
-    this.#do({ kind: 'unhold', launch, sources });
     if (failure && (grant.end === undefined || grant.end.cmd === 'DONE')) {
       grant.end = { cmd: 'FAIL', ...answerOf(grant), ...failure };
     }
+    // the end first: its consumer waits
     this.#settle(grant, now);
+    this.#do({ kind: 'unhold', launch, sources });
     return this.#take();
   }
 

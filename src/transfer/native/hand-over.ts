@@ -381,7 +381,11 @@ export class HandOver implements HandOverApi {
         this.#writes.gathered(event.step);
         return;
       case 'written':
-        this.#writes.written(event.launch, event.error);
+        this.#writes.written(event);
+        return;
+      case 'sent':
+        this.#writes.sent();
+        if (this.#closed) this.#checkSettled();
         return;
       case 'received':
         this.#want(() => this.#wants.received(event.receipt, event.error === undefined, now()));
