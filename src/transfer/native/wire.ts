@@ -278,7 +278,15 @@ export class NativeWire {
       oldest?.openPair?.abort(new PdError('LIMIT_EXCEEDED', 'too many others have connected'));
       if (oldest) this.#sessions.delete(oldest.peer);
     }
-    const fresh = { pair: undefined, openPair: undefined, parts: 0, loading: [], leaving: Promise.resolve(), underWay: 0, crowded: [] };
+    const fresh = {
+      pair: undefined,
+      openPair: undefined,
+      parts: 0,
+      loading: [],
+      leaving: Promise.resolve(),
+      underWay: 0,
+      crowded: [],
+    };
     const since = this.#context.deadlines.now();
     this.#sessions.set(peer, { identity, peer, hello, since, ...fresh });
     this.#tell({ kind: 'introduced', way: 'from', peer, hello });
