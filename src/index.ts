@@ -154,7 +154,7 @@ export { CALL_DIALECTS, type CallDialect } from './parsing/calls.ts';
 export { REASONING_DIALECTS, type ReasoningDialect } from './parsing/reasoning.ts';
 export { PdProxy } from './proxy/proxy.ts';
 export type { Instance, InstancePing, InstanceRole } from './proxy/registry.ts';
-export type { CoreInfo, CoreState } from './worker/core-messages.ts';
+export type { CoreInfo, CoreStage, CoreState } from './worker/core-messages.ts';
 export { PdWorker } from './worker/worker.ts';
 
 // Errors and metrics.
@@ -171,3 +171,4 @@ export {
   readMetric,
 } from './observability/metrics.ts';
 export { createRegistry, type Labels } from './observability/registry.ts';
+export type { Timeline } from './observability/timelines.ts';

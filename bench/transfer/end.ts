@@ -164,7 +164,7 @@ export class End {
   /** Once so many WANTs wait for their prompts. Throws PEER_ANSWER_TIMEOUT. */
   async asked(count: number): Promise<void> {
     const deadline = monotonicMs() + ASKED_MS;
-    while (this.#parts.native.handOver.state().grants.unbound < count) {
+    while (this.#parts.native.state().grants.unbound < count) {
       if (monotonicMs() > deadline)
         throw new PdError('PEER_ANSWER_TIMEOUT', `${count} WANTs have not come within ${ASKED_MS} ms`);
       await sleep(1);

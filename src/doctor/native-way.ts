@@ -10,7 +10,7 @@ import { PdError } from '../errors.ts';
 import { type HostPort, zmqEndpoint } from '../net/address.ts';
 import { decodeAnswered, encodeNative } from '../transfer/native/codec.ts';
 import { directFallback, pairWay, type Ways } from '../transfer/native/hello.ts';
-import type { HelloMessage, Nonce } from '../transfer/native/messages.ts';
+import { type HelloMessage, type Nonce, PROBE_ONLY } from '../transfer/native/messages.ts';
 import { NATIVE_FEATURE } from '../wire/overlap.ts';
 import { type Finding, fail, info, ok, warn } from './finding.ts';
 
@@ -52,6 +52,7 @@ export async function wayFinding(
     return ok('KV would travel natively, by direct: both are on this host, and its socket answers');
   const way = pairWay(mine, theirs);
   const offered = theirs.transports.join(', ');
+  if (way === 'host') return ok('KV would travel natively, by host');
   if (way) return info(`KV would travel natively, by ${way}, not direct: ${fallback.why}`);
   return fail(
     `no way for KV is open at both ends: it offers ${offered}, a worker here ${mine.transports.join(', ')}; not direct: ${fallback.why}`,
@@ -124,6 +125,6 @@ function question(): HelloMessage {
     hello: { version: 1, features: [NATIVE_FEATURE], sendType: 'PUT_ASYNC' },
     cache: { blocks: 1, blockSize: 1, layers: 1, blockBytes: 1, family: 'mla' },
     transports: ['host'],
-    probe: '',
+    probe: PROBE_ONLY,
   };
 }

@@ -81,7 +81,7 @@ export async function createCore(
     const frozen = native || config.role === 'both' ? undefined : await openEngine();
     if (frozen) undo.push(() => frozen.dispose());
     const engine = native?.engine ?? frozen;
-    const handOver = native?.handOver;
+    const handOver = native?.whole;
     const limits = { numBlocks, blockSize: config.blockSize, maxModelLen };
     loop = createLoop(init, { executor, engine, handOver, timelines, limits, log, told });
     return {

@@ -1,6 +1,8 @@
 /** Two ends of the native hand-over on the host: their ledgers, and transfer services between them, in one process. */
 import { randomBytes } from 'node:crypto';
 import { afterEach, describe, expect, it } from 'vitest';
+import { workerConfig } from '../../src/config/embedded.ts';
+import { nativeWayFinding } from '../../src/doctor/native-way.ts';
 import { formatHostPort, type HostPort } from '../../src/net/address.ts';
 import { proxyRequestId, transferIdOf } from '../../src/wire/ids.ts';
 import { compute, type End, finish, idFor, LAYERS, makeEnd, outcomeOf, wantOf } from '../support/native.ts';
@@ -157,6 +159,17 @@ describe('a native hand-over on the host', () => {
     const cause = { code: 'TRANSPORT_MISMATCH', message: expect.stringContaining('--wire') };
     await expect(load).rejects.toMatchObject({ cause });
     await expectNothingLeft(producer);
+  });
+
+  it('says to pd-doctor which way KV would travel, and nothing comes of the question', async () => {
+    const producer = await makeEnd(services, 'producer');
+    const frozen = await services.make();
+    const here = workerConfig({ role: 'consumer' });
+    const ask = ({ address }: { readonly address: HostPort }) => nativeWayFinding(address, here, 10_000);
+    const natively = { level: 'ok', what: 'KV would travel natively, by host' };
+    expect(await ask(producer.service)).toMatchObject(natively);
+    expect(await ask(frozen)).toMatchObject({ level: 'warn', what: 'it speaks the frozen wire alone' });
+    expect(producer.service.state().pairs).toEqual([]);
   });
 
   it('fails a want whose request fails there, with the reason', async () => {

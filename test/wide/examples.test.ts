@@ -104,6 +104,6 @@ it('the packed package holds what it needs to run', async () => {
   expect(needed.filter((path) => !paths.has(path))).toEqual([]);
   expect([...paths].filter((path) => path.startsWith('kernels/')).length).toBeGreaterThan(0);
   const others =
-    /^(dist\/)?(test|support|scripts)\/|^bench\/|^dist\/bench\/(?!(cli|measure|serve|transfer)\/)/;
+    /^(dist\/)?(test|support|scripts)\/|^bench\/|^dist\/bench\/(?!(cli|goodput|measure|serve|transfer)\/)/;
   expect([...paths].filter((path) => others.test(path))).toEqual([]);
 });

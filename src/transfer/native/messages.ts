@@ -50,10 +50,13 @@ export interface HelloMessage {
   readonly refused?: { readonly code: ErrorCode; readonly message: string };
   /**
    * "Who speaks there?": answered with HELLO, and nothing comes of it. The id whose KV this end hands over natively, of which the other end
-   * has said nothing; empty where only the answer matters.
+   * has said nothing; PROBE_ONLY where only the answer matters.
    */
   readonly probe?: string;
 }
+
+/** Stands in `probe` for no id. */
+export const PROBE_ONLY = '-';
 
 /** "Join a pair with me, I am rank 0": of a producer, before the first PART of a connection. */
 export interface PairMessage extends Addressed {

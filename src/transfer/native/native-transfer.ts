@@ -21,7 +21,7 @@ import type { TransferEngine } from '../engine.ts';
 import type { NativeInit } from './channel.ts';
 import type { DirectWays } from './direct.ts';
 import type { HandOver, HandOverOptions } from './hand-over.ts';
-import type { HandOverStage } from './hand-over-api.ts';
+import type { HandOverApi, HandOverStage, HandOverState } from './hand-over-api.ts';
 import type { KvCache } from './kv-cache.ts';
 import type { Nonce } from './messages.ts';
 
@@ -61,8 +61,11 @@ export interface NativeTransferParts {
 
 export class NativeTransfer {
   readonly engine: TransferEngine;
-  /** For `NativeParts` of a `P2pWorkerConnector`. */
-  readonly handOver: HandOver;
+  /**
+   * As a worker's core holds it.
+   * @internal
+   */
+  readonly whole: HandOver;
   readonly #direct: DirectWays | undefined;
   readonly #dispose: () => void;
   #closing: Promise<void> | undefined;
@@ -74,7 +77,7 @@ export class NativeTransfer {
     dispose: () => void,
   ) {
     this.engine = engine;
-    this.handOver = handOver;
+    this.whole = handOver;
     this.#direct = direct;
     this.#dispose = dispose;
   }
@@ -153,6 +156,16 @@ export class NativeTransfer {
     }
   }
 
+  /** For `NativeParts` of a `P2pWorkerConnector`. */
+  get handOver(): HandOverApi {
+    return this.whole;
+  }
+
+  /** Connections, wants, leases, quarantine and mappings of now. */
+  state(): HandOverState {
+    return this.whole.state();
+  }
+
   /** After the last step: answers every WANT, ends the engine, then unmaps. Bounded by some ten seconds. Idempotent. */
   close(): Promise<void> {
     this.#closing ??= this.#close();
@@ -164,7 +177,7 @@ export class NativeTransfer {
   }
 
   async #close(): Promise<void> {
-    await this.handOver.close();
+    await this.whole.close();
     await this.engine.dispose();
     await this.#direct?.close();
     this.#dispose();

@@ -7,13 +7,13 @@
  */
 import { randomBytes } from 'node:crypto';
 import { type ErrorData, PdError } from '../../errors.ts';
-import type { TransferId } from '../../wire/ids.ts';
+import { type TransferId, transferIdOf } from '../../wire/ids.ts';
 import type { TransferContext } from '../context.ts';
 import { Dealer } from '../dealer.ts';
 import type { Router } from '../router.ts';
 import type { ToWire } from './channel.ts';
 import { decodeAnswered, decodeAsked, encodeNative, isNativeMessage } from './codec.ts';
-import type { HelloMessage, Nonce } from './messages.ts';
+import { type HelloMessage, type Nonce, PROBE_ONLY } from './messages.ts';
 
 /** A hello names no block, and its answer neither. */
 const LIMITS = { maxBlocks: 1 };
@@ -97,7 +97,9 @@ export class NativeRefusal {
         `HELLO of ${peer.slice(0, 128)} refused: ${refused.message}`,
       ),
     );
-    if (theirs.probe) this.#loadFails(theirs.probe as TransferId, PdError.fromData(refused));
+    const { probe } = theirs;
+    if (probe !== undefined && probe !== PROBE_ONLY)
+      this.#loadFails(transferIdOf(probe), PdError.fromData(refused));
     return true;
   }
 

@@ -134,6 +134,8 @@ export class SelfTests {
     for (let round = 0; round < ROUNDS; round++) {
       const large = await this.#write(path.tested, claims.scratch?.bytes ?? 0);
       const small = large && (await this.#write(path.tested, SMALL));
+      if (large && large.gpuSeconds <= 0)
+        throw new PdError('INTERNAL', 'the write of the self-test told no times');
       // what came meanwhile was measured too
       if (!large || !small || !idle() || !this.#paths.has(path.tested)) return;
       bytesPerSecond = Math.max(bytesPerSecond, large.bytes / large.gpuSeconds);
@@ -157,7 +159,6 @@ export class SelfTests {
       event.dispose();
     }
     const gpuSeconds = Number(page.probeNanoseconds) / 1e9;
-    if (gpuSeconds <= 0) throw new PdError('INTERNAL', 'the write of the self-test told no times');
     return { bytes, gpuSeconds, seconds: (performance.now() - began) / 1_000 };
   }
 
