@@ -132,9 +132,9 @@ async function ask(peer: HostPort, timeoutMs: number): Promise<Finding> {
   }
   if (answer.kind === 'get' && answer.ret === 1) {
     return ok(
-      answer.seq === undefined
-        ? 'its KV listener answers; it is not a pd-worker (vLLM?)'
-        : 'its KV listener answers; it is a pd-worker',
+      answer.gone
+        ? 'its KV listener answers; it is a pd-worker'
+        : 'its KV listener answers; it is not a pd-worker (vLLM?), or an older one',
     );
   }
   if (answer.kind === 'no-pair') return ok('its KV listener answers; it is a pd-worker');
@@ -158,7 +158,7 @@ async function getNothing(peer: HostPort, timeoutMs: number): Promise<Answer | '
   });
   try {
     dealer.connect(zmqEndpoint(peer));
-    await dealer.send(encodeMessage({ cmd: 'GET', tensor_id: PROBE_TENSOR, native: { seq: 0 } }));
+    await dealer.send(encodeMessage({ cmd: 'GET', tensor_id: PROBE_TENSOR }));
     const [body] = await dealer.receive();
     return decodeAnswer(body!, DEFAULT_LIMITS);
   } catch (error) {

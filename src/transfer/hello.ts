@@ -3,13 +3,11 @@
 import type { TransferOptions } from '../config/transfer-options.ts';
 import type { ErrorCode } from '../errors.ts';
 import type { Fingerprint } from '../wire/fingerprint.ts';
-import { BUNDLE_FEATURE, CLOSE_FEATURE, PD_VERSION, type PeerHello } from '../wire/messages.ts';
+import { PD_VERSION, type PeerHello } from '../wire/messages.ts';
 import { sameDirection } from './context.ts';
 import { layoutFeature } from './frozen/form.ts';
 
-const FEATURES = ['seq', BUNDLE_FEATURE, CLOSE_FEATURE];
-
-export function helloOf(options: TransferOptions, features: readonly string[] = FEATURES): PeerHello {
+export function helloOf(options: TransferOptions, features: readonly string[] = []): PeerHello {
   const all = [...features, ...layoutFeature(options.wireLayout)];
   const hello = { version: PD_VERSION, features: all, sendType: options.sendType };
   return options.fingerprint ? { ...hello, fingerprint: options.fingerprint } : hello;

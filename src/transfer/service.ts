@@ -29,7 +29,7 @@ import { Incoming } from './frozen/incoming.ts';
 import { Intake } from './frozen/intake.ts';
 import { Keeper } from './frozen/keeper.ts';
 import { Loads } from './frozen/loads.ts';
-import { OutgoingPeers } from './frozen/peers.ts';
+import { OutgoingPeers } from './frozen/peer.ts';
 import { PutAnnouncement, type SendReply } from './frozen/put.ts';
 import { Stager } from './frozen/stager.ts';
 import { helloOf } from './hello.ts';
@@ -37,7 +37,6 @@ import { KvMemory } from './kv-memory.ts';
 import type { FromWire, NativeInit, ToWire } from './native/channel.ts';
 import { nativeBodyBytes } from './native/codec.ts';
 import { NativeWire } from './native/wire.ts';
-import { PairLimit } from './pair-limit.ts';
 import { Pinger } from './ping.ts';
 import { Router } from './router.ts';
 import type {
@@ -57,8 +56,6 @@ export interface ServiceParts {
   /** For tests: another device or transport than the options name; the service disposes them. */
   readonly device?: Device;
   readonly wrapTransport?: (transport: Transport) => Transport;
-  /** For tests: what the hello lists; fewer than this version has, as an older one would. */
-  readonly features?: readonly string[];
 }
 
 export class TransferService {
@@ -70,7 +67,6 @@ export class TransferService {
   readonly #intake: Intake;
   readonly #stager: Stager;
   readonly #keeper: Keeper;
-  readonly #limit: PairLimit;
   readonly #incoming: Incoming;
   readonly #native: NativeWire | undefined;
   readonly #loads: Loads;
@@ -94,17 +90,13 @@ export class TransferService {
     this.#intake = new Intake(context);
     const changed = () => this.#pairsChanged();
     const newerPair = (peer: string, since: number) => this.#incoming.newerPair(peer, since);
-    this.#outgoing = new OutgoingPeers(context, { onOpen: changed, onEnd: changed, newerPair });
+    this.#outgoing = new OutgoingPeers(context, { pairsChanged: changed, newerPair });
     this.#stager = new Stager(context);
     this.#keeper = new Keeper(context, this.#stager);
-    this.#limit = new PairLimit(context.options.limits.maxPeers, context.deadlines, () => [
-      ...this.#outgoing.open(),
-      ...this.#incoming.closable(),
-    ]);
     const peers = {
       outgoing: (peer: string) => this.#outgoing.of(peer),
       known: (peer: string) => this.#outgoing.known(peer),
-      pairsChanged: () => this.#pairsChanged(),
+      pairsChanged: changed,
       lostPair: (peer: string) => this.#incoming.lostPair(peer),
       pairs: (peer: string) => this.#pairs().filter((pair) => pair.peer === peer),
     };
@@ -161,7 +153,7 @@ export class TransferService {
       const context: TransferContext = {
         options,
         self,
-        hello: helloOf(options, parts.features),
+        hello: helloOf(options),
         device,
         transport,
         stream: device.createStream(),
@@ -329,10 +321,9 @@ export class TransferService {
     await this.#router.close();
     await this.#gate?.close();
     this.#loads.dispose(reason);
-    for (const peer of this.#outgoing.all()) peer.close(reason);
+    this.#outgoing.close(reason);
     this.#incoming.close(reason);
     this.#native?.close(reason);
-    this.#keeper.dispose();
     memory.dispose();
     await transport.dispose();
     poller.dispose(reason);
@@ -342,12 +333,11 @@ export class TransferService {
   }
 
   get #numPairs(): number {
-    return this.#outgoing.open().length + this.#incoming.openPairs + (this.#native?.openPairs ?? 0);
+    return this.#outgoing.openPairs + this.#incoming.openPairs + (this.#native?.openPairs ?? 0);
   }
 
   #pairsChanged(): void {
     if (this.#disposed) return;
-    this.#limit.check();
     this.#context.metrics.set('pd_pairs_open', this.#numPairs);
   }
 }

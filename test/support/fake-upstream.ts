@@ -5,6 +5,7 @@ import type { AddressInfo } from 'node:net';
 import { Dealer } from 'zeromq';
 import { formatHostPort, type HostPort, zmqEndpoint } from '../../src/net/address.ts';
 import { encodePing } from '../../src/wire/codec.ts';
+import type { SendType } from '../../src/wire/messages.ts';
 
 export interface Asked {
   readonly path: string;
@@ -89,13 +90,24 @@ export class FakeUpstream {
   }
 
   /** Pings once. Without a digest, as vLLM does. */
-  async ping(discovery: HostPort, digest?: string, features?: readonly string[]): Promise<void> {
+  async ping(
+    discovery: HostPort,
+    digest?: string,
+    features?: readonly string[],
+    sendType?: SendType,
+  ): Promise<void> {
     await sendPing(discovery, {
       type: this.role === 'producer' ? 'P' : 'D',
       http_address: this.httpAddress,
       zmq_address: this.zmqAddress,
       ...(digest !== undefined && {
-        native: { version: 1, digest, model: `model-${digest}`, ...(features && { features }) },
+        native: {
+          version: 1,
+          digest,
+          model: `model-${digest}`,
+          ...(sendType && { sendType }),
+          ...(features && { features }),
+        },
       }),
     });
   }

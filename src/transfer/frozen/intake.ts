@@ -2,12 +2,11 @@
  * KV that comes in, whatever brought it: taken in if there is room, received, given to who waits for it, and freed when nobody does.
  * Memory is taken before an announcement is answered; what was answered `0` is received even if its request is over by then.
  */
-import type { MemoryRef } from '../../device/device.ts';
 import { PdError } from '../../errors.ts';
 import type { Pair } from '../../transport/transport.ts';
 import { tensorBytes } from '../../wire/dtype.ts';
-import { splitTensorId, type TensorId, type TransferId, withoutSuffix } from '../../wire/ids.ts';
-import type { PutMessage, PutsMessage, TensorForm } from '../../wire/messages.ts';
+import { splitTensorId, type TransferId, withoutSuffix } from '../../wire/ids.ts';
+import type { PutMessage } from '../../wire/messages.ts';
 import { logTensor, type TransferContext, tensorFields } from '../context.ts';
 import { type Claimant, ClaimBook } from './claims.ts';
 import { contradicts, FinishedRequests, LostRequests } from './memories.ts';
@@ -39,56 +38,42 @@ export class Intake {
     peer: string,
     told: Pick<TensorInfo, 'twoBlocks' | 'standsFor'>,
   ): Promise<StoreEntry | undefined> {
-    const tensor = { ...tensorOf({ ...put, promptDigest: put.native?.promptDigest }, peer), ...told };
+    const { tensor_id, shape, dtype, native } = put;
+    const tensor = { tensorId: tensor_id, shape, dtype, peer, promptDigest: native?.promptDigest, ...told };
     if (this.#isDuplicate(tensor)) return undefined;
-    const bytes = tensorBytes(put.shape, put.dtype);
-    return this.#enter(tensor, this.#mayHold(1) ? await this.#context.memory.allocate(bytes) : undefined);
+    const { memory, options } = this.#context;
+    const mayHold = this.store.size < options.limits.maxTensors;
+    const held = mayHold ? await memory.allocate(tensorBytes(shape, dtype)) : undefined;
+    if (!held) {
+      this.#refuse(tensor);
+      return undefined;
+    }
+    // Room may have taken its time: the same tensor may have come from elsewhere, its request may have ended.
+    if (this.#isDuplicate(tensor)) {
+      held.free();
+      return undefined;
+    }
+    const named = namesOf(tensor);
+    const late = this.#finished.has(named);
+    if (late) this.#lost.add(named, overError(tensor), this.#context.deadlines.now());
+    this.#armSweep();
+    return this.store.open(tensor, held, this.#context.deadlines.now(), late ? 'dropped' : 'receiving');
   }
 
-  /** As `admit` for the tensors of a bundle, in neighbouring memory where that can be had. What nobody wants any more is not sent. */
-  async admitAll(
-    tensors: PutsMessage['tensors'],
-    peer: string,
-  ): Promise<(StoreEntry | 'no-room' | 'unwanted')[]> {
-    const { memory, metrics } = this.#context;
-    const result = tensors.map((): StoreEntry | 'no-room' | 'unwanted' => 'no-room');
-    const wanted = new Map<string, { readonly index: number; readonly tensor: TensorInfo }>();
-    for (const [index, put] of tensors.entries()) {
-      const tensor = tensorOf(put, peer);
-      const named = namesOf(tensor);
-      if (this.#finished.has(named)) {
-        metrics.inc('pd_kv_late_dropped_total', 1);
-        this.#lost.add(named, overError(tensor), this.#context.deadlines.now());
-        result[index] = 'unwanted';
-      } else if (!this.#isDuplicate(tensor, wanted.has(tensor.tensorId))) {
-        wanted.set(tensor.tensorId, { index, tensor });
-      }
-    }
-    const list = [...wanted.values()];
-    const sizes = list.map(({ tensor }) => tensorBytes(tensor.shape, tensor.dtype));
-    const run = this.#mayHold(list.length) ? memory.tryAllocateRun(sizes) : undefined;
-    for (const [at, { index, tensor }] of list.entries()) {
-      const held = run ? run[at] : this.#mayHold(1) ? await memory.allocate(sizes[at]!) : undefined;
-      result[index] = this.#enter(tensor, held) ?? 'no-room';
-    }
-    return result;
-  }
-
-  /** Posts the receive of admitted tensors as one operation. The answer leaves after this, in the same turn. Never rejects. */
-  async post(entries: readonly StoreEntry[], regions: readonly MemoryRef[], pair: Pair): Promise<void> {
+  /** Posts the receive of an admitted tensor. The answer leaves after this, in the same turn. Never rejects. */
+  async post(entry: StoreEntry, pair: Pair): Promise<void> {
+    const { tensorId, held } = entry;
     const { timeouts } = this.#context.options;
-    for (const entry of entries) logTensor(this.#context, 'receive', entry, entry.peer);
-    const [first] = entries;
-    const more = entries.length > 1 ? ` and ${entries.length - 1} more` : '';
+    logTensor(this.#context, 'receive', entry, entry.peer);
     try {
-      await pair.receive(regions, { tensorId: `${first?.tensorId}${more}`, timeoutMs: timeouts.transfer });
+      await pair.receive([held.memory], { tensorId, timeoutMs: timeouts.transfer });
     } catch (error) {
-      for (const entry of entries) this.#lose(entry, PdError.from(error, 'PEER_LOST'));
+      this.#lose(entry, PdError.from(error, 'PEER_LOST'));
       await pair.over;
-      for (const entry of entries) this.store.release(entry);
+      this.store.release(entry);
       return;
     }
-    for (const entry of entries) this.#arrived(entry);
+    this.#arrived(entry);
   }
 
   /** Enters a tensor that a GET has been answered with; it belongs to who asked. */
@@ -155,28 +140,6 @@ export class Intake {
     this.#armSweep();
   }
 
-  #mayHold(tensors: number): boolean {
-    return this.store.size + tensors <= this.#context.options.limits.maxTensors;
-  }
-
-  /** Into the books; undefined where there is no memory, or no use for it any more. */
-  #enter(tensor: TensorInfo, held: Held | undefined): StoreEntry | undefined {
-    if (!held) {
-      this.#refuse(tensor);
-      return undefined;
-    }
-    // Room may have taken its time: the same tensor may have come from elsewhere, its request may have ended.
-    if (this.#isDuplicate(tensor)) {
-      held.free();
-      return undefined;
-    }
-    const named = namesOf(tensor);
-    const late = this.#finished.has(named);
-    if (late) this.#lost.add(named, overError(tensor), this.#context.deadlines.now());
-    this.#armSweep();
-    return this.store.open(tensor, held, this.#context.deadlines.now(), late ? 'dropped' : 'receiving');
-  }
-
   #refuse(tensor: TensorInfo): void {
     const { memory, metrics, limited, log, failures } = this.#context;
     const { tensorId, peer, shape, dtype } = tensor;
@@ -195,10 +158,10 @@ export class Intake {
     this.#lose(namesOf(tensor), reason);
   }
 
-  #isDuplicate(tensor: TensorInfo, twice = false): boolean {
+  #isDuplicate(tensor: TensorInfo): boolean {
     const known = this.store.get(tensor.tensorId);
-    if (!twice && !known) return false;
-    if (known?.state === 'ready' && contradicts(known, tensor)) {
+    if (!known) return false;
+    if (known.state === 'ready' && contradicts(known, tensor)) {
       // The id has been given to another prompt, and nobody has come for the KV of the one before.
       for (const entry of this.store.find(known.requestId)) {
         if (entry.state === 'ready' && contradicts(entry, tensor)) this.#dropOther(entry, []);
@@ -298,16 +261,6 @@ export class Intake {
         (suffixed ? ' (a vLLM worker here: VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1 makes ids match)' : ''),
     );
   }
-}
-
-function tensorOf(put: TensorForm & { readonly tensor_id: TensorId }, peer: string): TensorInfo {
-  return {
-    tensorId: put.tensor_id,
-    shape: put.shape,
-    dtype: put.dtype,
-    peer,
-    promptDigest: put.promptDigest,
-  };
 }
 
 type Names = Pick<StoreEntry, 'requestId' | 'standsFor' | 'promptDigest'>;

@@ -39,7 +39,7 @@ export function evidenceOf(
   );
   const is = (...states: PairState['state'][]) => bringing.find(({ state }) => states.includes(state));
   const lost = peers.lostPair(load.peer);
-  const open = is('open', 'closing');
+  const open = is('open');
   const pair = open
     ? 'open'
     : is('opening')

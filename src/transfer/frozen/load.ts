@@ -120,11 +120,10 @@ export class Load implements Claimant {
     }
     this.#missing.delete(entry.layerName);
     this.#taken.push({ entry, layer, plan });
-    // Tensors of one bundle come one after the other, and go into the cache together.
+    // What comes in one turn of the event loop goes into the cache together.
     if (this.#taken.length === 1) queueMicrotask(() => void this.#scatter());
   }
 
-  /** GET: what the producer keeps of this request under another id. */
   seenAtPeer(tensorIds: readonly string[]): void {
     this.#atPeer = tensorIds;
   }
