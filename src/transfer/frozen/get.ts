@@ -98,7 +98,10 @@ export class GetAnnouncement extends Announcement {
     this.#unreserve();
     if (this.#over) return;
     this.#over = true;
-    if (!gone) return this.#request.missed(near);
+    if (!gone) {
+      this.#request.missed(near);
+      return;
+    }
     const { peer, tensorId } = this.#request;
     const message = `${peer} does not have ${tensorId}: it had no room to keep it, had to make room for others (pd_kv_evicted_total), or nobody asked in time`;
     this.#request.failed(new PdError('KV_LOAD_FAILED', message, { tensorId, peer }));
