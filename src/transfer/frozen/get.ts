@@ -5,9 +5,9 @@ import { tensorBytes } from '../../wire/dtype.ts';
 import type { TensorId } from '../../wire/ids.ts';
 import type { Answer, GetMessage, TensorForm } from '../../wire/messages.ts';
 import { logTensor, type TransferContext } from '../context.ts';
-import { Announcement } from './announcement.ts';
 import { sentAs } from './form.ts';
 import type { Intake } from './intake.ts';
+import { Announcement } from './link.ts';
 import type { Held, StoreEntry } from './store.ts';
 
 export interface GetRequest {

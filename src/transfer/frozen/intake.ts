@@ -9,14 +9,16 @@ import { splitTensorId, type TransferId, withoutSuffix } from '../../wire/ids.ts
 import type { PutMessage } from '../../wire/messages.ts';
 import { logTensor, type TransferContext, tensorFields } from '../context.ts';
 import { type Claimant, ClaimBook } from './claims.ts';
-import { contradicts, FinishedRequests, LostRequests } from './memories.ts';
+import { Aging, contradicts } from './memories.ts';
 import { type Held, ReceiveStore, type StoreEntry, type TensorInfo } from './store.ts';
 
 export class Intake {
   readonly store = new ReceiveStore();
   readonly claims: ClaimBook;
-  readonly #finished = new FinishedRequests();
-  readonly #lost = new LostRequests();
+  /** Requests that are over, and of which prompt: tensors of theirs that still come are received, dropped and counted. */
+  readonly #finished = new Aging<Pick<Names, 'promptDigest'>>();
+  /** Requests of which a tensor was refused or lost: a load of one need not wait for its deadline. */
+  readonly #lost = new Aging<Pick<Names, 'promptDigest'> & { readonly reason: PdError }>();
   readonly #context: TransferContext;
   #sweeping = false;
 
@@ -54,8 +56,8 @@ export class Intake {
       return undefined;
     }
     const named = namesOf(tensor);
-    const late = this.#finished.has(named);
-    if (late) this.#lost.add(named, overError(tensor), this.#context.deadlines.now());
+    const late = this.#isOver(named);
+    if (late) this.#remember(named, overError(tensor));
     this.#armSweep();
     return this.store.open(tensor, held, this.#context.deadlines.now(), late ? 'dropped' : 'receiving');
   }
@@ -83,7 +85,7 @@ export class Intake {
 
   /** Somebody wants KV of this request, so it is not over, whatever was said before. */
   expect(transferId: TransferId): void {
-    this.#finished.revive(transferId);
+    this.#finished.delete(transferId);
   }
 
   /** Starts waiting. What is known to be lost fails at once, what is there is taken at once. */
@@ -106,7 +108,9 @@ export class Intake {
 
   /** Why KV of this request will not come, where that is known. */
   lostReason(claimant: Pick<Claimant, 'transferId' | 'promptDigest'>): PdError | undefined {
-    return this.#lost.get(claimant.transferId, claimant);
+    const lost = this.#lost.get(claimant.transferId);
+    // What another prompt has lost is nothing to it.
+    return lost && !contradicts(lost, claimant) ? lost.reason : undefined;
   }
 
   /** All KV of a load has come. */
@@ -121,7 +125,7 @@ export class Intake {
 
   /** The tensor belongs to a caller until its request is finished; if it is finished already, it goes now. */
   own(entry: StoreEntry): boolean {
-    if (this.#finished.has(entry)) {
+    if (this.#isOver(entry)) {
       this.store.release(entry);
       return false;
     }
@@ -135,7 +139,7 @@ export class Intake {
     const { freed, dropped } = this.store.finish(id);
     this.#lost.delete(id);
     // Where all has come, what comes under the id from now on is a later request's.
-    if (!complete) this.#finished.add(id, { promptDigest }, deadlines.now());
+    if (!complete) this.#finished.set(id, { promptDigest }, deadlines.now());
     log.debug({ transferId: id, freed, dropped }, 'request finished');
     this.#armSweep();
   }
@@ -227,10 +231,24 @@ export class Intake {
 
   /** It will not come: whoever waits for it knows now, and who comes later too. */
   #lose(tensor: Names, reason: PdError): void {
-    if (this.#finished.has(tensor)) return;
-    this.#lost.add(tensor, reason, this.#context.deadlines.now());
+    if (this.#isOver(tensor)) return;
+    this.#remember(tensor, reason);
     this.#armSweep();
     for (const claimant of this.claims.claimantsOf(tensor)) claimant.fail(reason);
+  }
+
+  /** Its request has ended. KV of another prompt is a later request's of the same id, and not late. */
+  #isOver({ requestId, standsFor: meant, promptDigest }: Names): boolean {
+    return [requestId, meant].some((id) => {
+      const over = id === undefined ? undefined : this.#finished.get(id);
+      return over !== undefined && !contradicts(over, { promptDigest });
+    });
+  }
+
+  #remember({ requestId, standsFor: meant, promptDigest }: Names, reason: PdError): void {
+    const now = this.#context.deadlines.now();
+    this.#lost.set(requestId, { promptDigest, reason }, now);
+    if (meant !== undefined) this.#lost.set(meant, { promptDigest, reason }, now);
   }
 
   /** Orphans and memories age together; with nothing to age, no timer runs. */

@@ -4,14 +4,13 @@ import { formShape, type WireForm } from '../../kv/families.ts';
 import type { Pair } from '../../transport/transport.ts';
 import { tensorBytes } from '../../wire/dtype.ts';
 import { splitTensorId, type TensorId, type TransferId } from '../../wire/ids.ts';
-import { logTensor, type TransferContext, tensorFields } from '../context.ts';
-import { checkSource, passed } from '../staging.ts';
+import { logTensor, passed, type TransferContext, tensorFields } from '../context.ts';
 import type { SendRequest } from '../types.ts';
 import { type DenseBlocks, denseBlocks, foreignForm, reform } from './form.ts';
-import { GivenUpTensors } from './memories.ts';
+import { Aging } from './memories.ts';
 import type { SendReply } from './put.ts';
 import { type KeptTensor, SendStore } from './send-store.ts';
-import type { Stager } from './stager.ts';
+import { checkSource, type Stager } from './stager.ts';
 import type { Held } from './store.ts';
 
 export interface ForeignCopy {
@@ -25,7 +24,8 @@ export class Keeper {
   readonly #stager: Stager;
   /** Requests being gathered; one that ends meanwhile is not kept. */
   readonly #gathering = new Set<{ readonly requestId: string; over: boolean }>();
-  readonly #givenUp = new GivenUpTensors();
+  /** Tensors that gave way to others before anybody asked: who asks now need not ask again. */
+  readonly #givenUp = new Aging<true>();
   #sweeping = false;
 
   constructor(context: TransferContext, stager: Stager) {
@@ -89,7 +89,7 @@ export class Keeper {
 
   /** It was kept, or was to be, and has had to go: it will not be here again. */
   gaveUp(tensorId: TensorId): boolean {
-    return this.#givenUp.has(tensorId);
+    return this.#givenUp.get(tensorId) ?? false;
   }
 
   /** Posts the send of a kept tensor. `leave`: it is fetched once and goes. The answer leaves after this, in the same turn. Never rejects. */
@@ -180,7 +180,7 @@ export class Keeper {
   }
 
   #giveUp(tensorId: TensorId): void {
-    this.#givenUp.add(tensorId, this.#context.deadlines.now());
+    this.#givenUp.set(tensorId, true, this.#context.deadlines.now());
     this.#armSweep();
   }
 

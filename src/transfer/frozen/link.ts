@@ -8,13 +8,13 @@ import { deferred } from '../../deferred.ts';
 import { PdError, unreachable } from '../../errors.ts';
 import type { Pair } from '../../transport/transport.ts';
 import { decodeAnswer, encodeMessage } from '../../wire/codec.ts';
+import type { TensorId } from '../../wire/ids.ts';
 import { protocolErrorKind } from '../../wire/limits.ts';
-import type { Answer, PeerHello } from '../../wire/messages.ts';
+import type { Answer, PeerHello, WireMessage } from '../../wire/messages.ts';
 import { logJoining, type TransferContext } from '../context.ts';
 import type { Deadline } from '../deadlines.ts';
 import { Dealer } from '../dealer.ts';
 import { mismatchOf } from '../hello.ts';
-import type { Announcement } from './announcement.ts';
 
 /** Announcements without an answer at one time: while one is answered, data of others moves. */
 const WINDOW = 64;
@@ -24,6 +24,44 @@ const WINDOW = 64;
  * ours none comes. What left before it would go without our field: no receiver could tell of which prompt it is.
  */
 const HELLO_GRACE_MS = 300;
+
+/** What is announced to a peer and answered by it: a PUT or a GET. */
+export abstract class Announcement {
+  abstract readonly tensorId: TensorId;
+  /** It has been announced on a pair that is gone: the second time is the last. */
+  renewed = false;
+  #ready = false;
+  #whenReady: (() => void) | undefined;
+
+  /** False while its memory is not there yet. What stands behind it in the queue waits, so that order is kept. */
+  get ready(): boolean {
+    return this.#ready;
+  }
+
+  markReady(): void {
+    this.#ready = true;
+    this.#whenReady?.();
+  }
+
+  onReady(run: () => void): void {
+    this.#whenReady = run;
+  }
+
+  /** There is a pair with the peer while it waits for its turn. Called again where the pair has been opened anew. */
+  pairOpened(): void {}
+
+  /** Given up by its owner: nothing more is done for it, except what the wire demands. */
+  abstract readonly cancelled: boolean;
+  /** `ours`: the peer is known to be ours, so that our field may go along. */
+  abstract message(ours: boolean): WireMessage;
+  /**
+   * Starts the transfer that the answer calls for: its operation on `pair` is posted before this returns, since data travels in the order of
+   * the answers. False where the answer belongs to another kind of announcement.
+   */
+  abstract answered(answer: Answer, pair: Pair, ours: boolean): boolean;
+  /** It will not be tried again. Idempotent. */
+  abstract fail(error: PdError): void;
+}
 
 type LinkState = 'connecting' | 'opening' | 'open' | 'over';
 

@@ -10,8 +10,7 @@ import type { LoadRequest, LoadResult, StoredTensor, TransferState } from '../ty
 import type { Claimant } from './claims.ts';
 import { GetAnnouncement } from './get.ts';
 import type { Intake } from './intake.ts';
-import { evidenceOf, type PairsOfPeer, warnLate } from './late-load.ts';
-import { heldInstead, Load } from './load.ts';
+import { heldInstead, Load, type PairsOfPeer } from './load.ts';
 import { contradicts } from './memories.ts';
 import type { OutgoingPeer } from './peer.ts';
 import type { StoreEntry } from './store.ts';
@@ -55,11 +54,6 @@ export class Loads {
     this.#context = context;
     this.#intake = intake;
     this.#peers = peers;
-  }
-
-  /** Loads and receives that have not settled. */
-  get size(): number {
-    return this.#loads.size + this.#receives.size;
   }
 
   load(request: LoadRequest): Promise<LoadResult> {
@@ -229,14 +223,10 @@ export class Loads {
     const at = deadlines.now() + timeoutMs;
     if (known && known.at <= at) return;
     known?.cancel();
-    const half = deadlines.after(timeoutMs / 2, () =>
-      warnLate(this.#context, this.#intake, this.#peers, load, timeoutMs),
-    );
+    const half = deadlines.after(timeoutMs / 2, () => load.warnLate(this.#peers, timeoutMs));
     const end = deadlines.after(timeoutMs, () => {
-      const port = this.#watches.get(load)?.port;
-      const evidence = evidenceOf(this.#context, this.#peers, load, port);
       const [roomless] = [...(this.#asked.get(load) ?? [])].flatMap(({ lacksRoom }) => lacksRoom ?? []);
-      load.timeOut(timeoutMs, roomless ? { ...evidence, cause: roomless } : evidence);
+      load.timeOut(timeoutMs, this.#peers, this.#watches.get(load)?.port, roomless);
     });
     const cancel = () => {
       half.cancel();

@@ -3,8 +3,7 @@ import { PdError } from '../../errors.ts';
 import type { Pair } from '../../transport/transport.ts';
 import { countFailure, type TransferContext } from '../context.ts';
 import type { PairState } from '../types.ts';
-import type { Announcement } from './announcement.ts';
-import { Link, type LinkEnd } from './link.ts';
+import { type Announcement, Link, type LinkEnd } from './link.ts';
 
 /** A peer that is dead or does not fit fails what comes meanwhile at once, instead of costing each request a deadline. */
 const REMEMBER_FAILURE_MS = 1_000;

@@ -5,10 +5,9 @@ import type { Pair } from '../../transport/transport.ts';
 import type { TensorId } from '../../wire/ids.ts';
 import type { Answer, PutMessage } from '../../wire/messages.ts';
 import { logTensor, type TransferContext } from '../context.ts';
-import { checkSource, stagingMemory } from '../staging.ts';
-import { Announcement } from './announcement.ts';
 import type { FormedRequest } from './form.ts';
-import type { Stager } from './stager.ts';
+import { Announcement } from './link.ts';
+import { checkSource, type Stager, stagingMemory } from './stager.ts';
 import type { Held } from './store.ts';
 
 /** How a send goes on; each is called at most once. */

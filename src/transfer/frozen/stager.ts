@@ -1,8 +1,10 @@
 /** Gathers what is to be sent. The layers of one request that are asked for in one turn of the event loop cost one launch and one event. */
 import type { EventRef, LayerTensor } from '../../device/device.ts';
 import { PdError } from '../../errors.ts';
-import { logTensor, type TransferContext } from '../context.ts';
-import { passed, sendsInPlace } from '../staging.ts';
+import { blockBytes } from '../../kv/layout.ts';
+import { tensorBytes } from '../../wire/dtype.ts';
+import { logTensor, passed, type TransferContext } from '../context.ts';
+import type { SendRequest } from '../types.ts';
 import type { FormedRequest } from './form.ts';
 import type { Held } from './store.ts';
 
@@ -145,4 +147,45 @@ function sameEvent(a: EventRef | undefined, b: EventRef | undefined): boolean {
 
 function sameBlocks(a: Int32Array, b: Int32Array): boolean {
   return a === b || (a.length === b.length && a.every((id, index) => id === b[index]));
+}
+
+/** Throws KV_SHAPE_MISMATCH where shape and source have different sizes. Returns the bytes. */
+export function checkSource(request: FormedRequest): number {
+  const { tensorId, shape, dtype, source, plan } = request;
+  const announced = tensorBytes(shape, dtype);
+  if (plan) return announced;
+  const there =
+    source.kind === 'flat' ? source.memory.bytes : blockBytes(source.layer.layout) * source.blockIds.length;
+  if (announced !== there) {
+    throw new PdError(
+      'KV_SHAPE_MISMATCH',
+      `${tensorId}: shape [${shape}] of ${dtype} takes ${announced} bytes, the source has ${there}`,
+      { tensorId },
+    );
+  }
+  return announced;
+}
+
+/** Can the transport send from where the source lies? */
+function sendsInPlace(context: TransferContext, request: SendRequest): boolean {
+  const { source } = request;
+  return source.kind === 'flat' && (context.device.kind === 'host' || source.memory.kind !== 'host');
+}
+
+/** Memory to stage in, waiting in line for it. Throws KV_BUFFER_FULL. */
+export async function stagingMemory(
+  context: TransferContext,
+  request: SendRequest,
+  bytes: number,
+): Promise<Held> {
+  const { memory, options } = context;
+  const held = await memory.waitFor(bytes, options.timeouts.transfer);
+  if (held) return held;
+  throw new PdError(
+    'KV_BUFFER_FULL',
+    `no memory to gather ${request.tensorId} of ${bytes} bytes within ${options.timeouts.transfer} ms: ` +
+      `${memory.bufferUsed} of ${memory.thresholdBytes} bytes of the buffer and ${memory.poolUsed} of ` +
+      `${memory.limitBytes} bytes of the host pool are used`,
+    { tensorId: request.tensorId },
+  );
 }
