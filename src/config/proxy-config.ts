@@ -1,6 +1,7 @@
 /** The configuration of a proxy: its options, one table for flags, environment, config file and what programs give in code. */
 
 import type { HostPort } from '../net/address.ts';
+import type { EtcdAddress } from '../net/etcd.ts';
 import { LOG_FORMATS, LOG_LEVELS, type LogOptions } from '../observability/log-options.ts';
 import { z } from '../zod.ts';
 import { ACCESS_OPTIONS, type AccessConfig } from './access-options.ts';
@@ -10,6 +11,7 @@ import {
   address,
   addressRange,
   duration,
+  etcdAddress,
   integer,
   listOf,
   oneOf,
@@ -44,6 +46,8 @@ export interface ProxyConfig {
   readonly upstream?: UpstreamAccess;
   /** Addresses and CIDR ranges whose pings are taken. Absent: everyone's. */
   readonly allowInstances?: readonly string[];
+  /** etcd, whose instances are taken too. */
+  readonly registry?: EtcdAddress;
   /** An instance whose last ping is older than this is removed. */
   readonly instanceTimeoutMs: number;
   /** For the prefill request, headers to end of body. */
@@ -100,6 +104,13 @@ export const PROXY_OPTIONS = defineOptions({
     kind: listOf(addressRange()),
     help: 'whose pings are taken: addresses, or ranges such as 10.0.0.0/8',
     defaultText: "everyone's",
+  }),
+  registry: option({
+    field: 'registry',
+    kind: etcdAddress(),
+    group: WORKERS,
+    help: 'etcd in which instances register: etcd://host:2379/prefix',
+    defaultText: 'none',
   }),
   ...ACCESS_OPTIONS,
   workerKeyFile: option({

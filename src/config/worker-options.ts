@@ -16,6 +16,7 @@ import {
   bytes,
   deviceOrAuto,
   duration,
+  etcdAddress,
   gibibytes,
   hostPort,
   integer,
@@ -162,6 +163,13 @@ export const WORKER_OPTIONS = defineOptions({
     default: [],
     defaultText: 'no ping',
   }),
+  registry: option({
+    field: 'registry',
+    kind: etcdAddress(),
+    group: KV,
+    help: 'etcd to register with, for proxies that read it: etcd://host:2379/prefix',
+    defaultText: 'none',
+  }),
   sendType: option({
     field: 'transfer.sendType',
     kind: oneOf(SEND_TYPES),
@@ -209,7 +217,7 @@ export const WORKER_OPTIONS = defineOptions({
     field: 'transfer.limits.maxPeers',
     kind: integer(1, 65_536),
     group: KV,
-    help: 'pairs that stay open; beyond it idle ones are closed, on both ends, and opened again when needed',
+    help: 'native connections to producers that stay open; beyond it idle ones are closed, and opened again when needed. Frozen pairs stay',
     default: DEFAULT_LIMITS.maxPeers,
   }),
   kvLoadFailure: option({
@@ -305,6 +313,13 @@ export const WORKER_OPTIONS = defineOptions({
     group: BATCH,
     help: "share of the GPU's memory that weights, KV and buffers may fill",
     default: 0.9,
+  }),
+  workersPerGpu: option({
+    field: 'workersPerGpu',
+    kind: integer(1, 64),
+    group: BATCH,
+    help: 'workers that share this GPU, each with an equal part of --gpu-memory-utilization; above 1 only what this worker itself holds counts',
+    default: 1,
   }),
   batchInvariant: option({
     field: 'batchInvariant',

@@ -5,6 +5,7 @@ import { Guard } from '../access/guard.ts';
 import type { ProxyConfig } from '../config/proxy-config.ts';
 import { PdError } from '../errors.ts';
 import { formatHostPort, type HostPort, isLoopback, isUnspecified } from '../net/address.ts';
+import { Etcd } from '../net/etcd.ts';
 import { NO_JSON_SCHEMAS } from '../net/json-schemas.ts';
 import { announceHost, hostAddress } from '../net/local.ts';
 import { listenError } from '../net/port-holder.ts';
@@ -18,6 +19,7 @@ import type { ProxyContext, ProxyStage } from './attempt.ts';
 import { BodyReader, type BodyReaderOptions } from './body-reader.ts';
 import { PromptCaches } from './caches.ts';
 import { Discovery } from './discovery.ts';
+import { EtcdInstances } from './etcd-instances.ts';
 import { createProxyMetrics, type ProxyMetrics } from './metrics.ts';
 import { ModelDirectory } from './models.ts';
 import { Probes } from './probes.ts';
@@ -70,6 +72,7 @@ export class PdProxy {
   readonly #context: ProxyContext;
   readonly #server: FastifyInstance;
   #discovery: Discovery | undefined;
+  #etcd: EtcdInstances | undefined;
   #http: HostPort | undefined;
   /** `instances`: one has come or gone. `idle`: no request is under way any more. */
   readonly #events = new EventEmitter<{ instances: []; idle: [] }>();
@@ -210,7 +213,7 @@ export class PdProxy {
   }
 
   async #listen(): Promise<void> {
-    const { instanceTimeoutMs, allowInstances, upstream } = this.#config;
+    const { instanceTimeoutMs, allowInstances, upstream, registry: etcd } = this.#config;
     const [http, discovery] = await Promise.all([
       bindAddress(this.#config.http),
       bindAddress(this.#config.discovery),
@@ -231,6 +234,15 @@ export class PdProxy {
         this.#events.emit('instances');
       },
     });
+    if (etcd) {
+      const discovery = this.#discovery;
+      this.#etcd = new EtcdInstances({
+        etcd: new Etcd(etcd),
+        log: this.#log,
+        take: (ping) => discovery.take(ping),
+        drop: (ping) => discovery.drop(ping),
+      });
+    }
     const { healthIntervalMs: intervalMs } = this.#config;
     if (intervalMs > 0) {
       const { registry, upstream, log } = this.#context;
@@ -262,6 +274,7 @@ export class PdProxy {
     const timer = setTimeout(() => this.#server.server.closeAllConnections(), CLOSE_MS);
     await this.#server.close();
     clearTimeout(timer);
+    await this.#etcd?.close();
     await this.#discovery?.close();
     this.#caches.close();
     this.#probes?.close();

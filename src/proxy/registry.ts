@@ -67,7 +67,7 @@ export type RegistryChange =
   | {
       readonly kind: 'removed';
       readonly instance: Instance;
-      readonly reason: 'expired' | 'replaced';
+      readonly reason: 'expired' | 'replaced' | 'left';
     };
 
 export interface PairWish {
@@ -156,6 +156,11 @@ export class InstanceRegistry {
   expire(): readonly RegistryChange[] {
     const now = this.#now();
     return this.#removeAll('expired', (instance) => this.#expired(instance, now));
+  }
+
+  /** Removes an instance that says that it leaves. */
+  leave(address: string): readonly RegistryChange[] {
+    return this.#removeAll('left', ({ httpAddress }) => httpAddress === address);
   }
 
   /** After a refused connection: others are preferred for `ms`, and until it pings again, which one that is dead or leaving does not. */
@@ -288,7 +293,10 @@ export class InstanceRegistry {
     );
   }
 
-  #removeAll(reason: 'expired' | 'replaced', isGone: (instance: Instance) => boolean): RegistryChange[] {
+  #removeAll(
+    reason: 'expired' | 'replaced' | 'left',
+    isGone: (instance: Instance) => boolean,
+  ): RegistryChange[] {
     const gone = [...this.#entries.values()].map(({ instance }) => instance).filter(isGone);
     for (const { httpAddress } of gone) this.#entries.delete(httpAddress);
     return gone.map((instance) => ({ kind: 'removed', instance, reason }));

@@ -137,10 +137,11 @@ function startPing(
   core: CoreParts,
   { httpAddress, events, tokenizer }: Extract<ToCore, { readonly type: 'serve' }>,
 ): void {
-  const { proxy, role, transfer, pingIntervalMs, promptIdsFrom, access } = config;
-  if (proxy.length === 0 || role === 'both' || transfer.rank !== 0) return;
+  const { proxy, registry, role, transfer, pingIntervalMs, promptIdsFrom, access } = config;
+  if ((proxy.length === 0 && !registry) || role === 'both' || transfer.rank !== 0) return;
   core.engine?.startPing({
     proxies: proxy,
+    ...(registry && { registry }),
     type: role === 'producer' ? 'P' : 'D',
     httpAddress,
     intervalMs: pingIntervalMs,

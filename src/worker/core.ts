@@ -121,6 +121,11 @@ export class CoreLoop {
     this.#sleep?.resolve();
   }
 
+  /** Some request is computed, loads or waits. */
+  get isBusy(): boolean {
+    return this.#scheduler.numRequests > 0 || this.#commands.length > 0;
+  }
+
   /** `integrity`: with a look through every block. */
   state(integrity = true): CoreState {
     const { numRunning, numWaiting, numLoading, blocks } = this.#scheduler;

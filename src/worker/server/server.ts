@@ -12,7 +12,7 @@ import { readRequest, type ServerContext } from './context.ts';
 import { NOTICE_LIMIT, postFailed, postPrefilled, postRelease } from './notices.ts';
 import { openApi } from './openapi.ts';
 import { postGeneration } from './respond.ts';
-import { responseFormat } from './responses.ts';
+import { responseFormat } from './response-answers.ts';
 
 /** Bytes; a prompt of a million token ids fits. */
 const BODY_LIMIT = 16 * 2 ** 20;

@@ -605,6 +605,18 @@ describe('native hand-over', () => {
     expect(handOver.told).not.toContain('fail');
   });
 
+  it('makes room sooner where the consumer waits for what cannot begin, as each would wait for the other', async () => {
+    const { handOver, generate, loop } = bind(start({ role: 'producer', keepMs: 400, numBlocks: 8 }));
+    handOver.waits = 100;
+    await generate(native(20));
+    const began = performance.now();
+    expect(tokensOf(await generate(request(16)))).toHaveLength(3);
+    expect(performance.now() - began).toBeGreaterThan(50);
+    expect(handOver.told.at(-1)).toBe('fail');
+    await turn();
+    expect(loop.state()).toMatchObject({ blocks: { used: 0 }, integrity: [] });
+  });
+
   it('makes room with what was kept for longer than a consumer has to ask', async () => {
     const { handOver, generate, loop } = bind(start({ role: 'producer', keepMs: 0, numBlocks: 8 }));
     await generate(native(20));
