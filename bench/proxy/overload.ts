@@ -29,16 +29,16 @@ const HOST = '127.0.0.1';
 const CONSUMERS = 2;
 /** Of each. */
 const PLACES = 8;
-const SERVICE_MS = 100;
+const SERVICE_MS = 200;
 const CAPACITY = (CONSUMERS * PLACES * 1_000) / SERVICE_MS;
 /** An answer that comes later is of no use. */
 const IN_TIME_MS = 1_000;
-/** A quarter more than there are places, so that none is free while HTTP is under way, and a queue that is served within three service times. */
+/** A quarter more than there are places, so that none is free while HTTP is under way, and a queue that is served within two service times. */
 const LIMITS = [
   '--max-running',
   String(CONSUMERS * PLACES * 1.25),
   '--max-queued',
-  String(CONSUMERS * PLACES * 3),
+  String(CONSUMERS * PLACES * 2),
 ];
 /** Under half the capacity, before anything counts: code gets hot. */
 const WARM_UP_SECONDS = 3;
