@@ -53,6 +53,8 @@ export interface ProxyConfig {
   /** Between two looks at each instance's GET /health; 0: none. */
   readonly healthIntervalMs: number;
   readonly drainTimeoutMs: number;
+  /** Processes that relay; with more than one, another that owns what they share. */
+  readonly workers: number;
   readonly log: LogOptions;
 }
 
@@ -173,6 +175,12 @@ export const PROXY_OPTIONS = defineOptions({
     kind: duration(0),
     help: 'after SIGTERM, for requests under way',
     default: 30_000,
+  }),
+  workers: option({
+    field: 'workers',
+    kind: integer(1, 64),
+    help: 'processes that relay, for more requests than one core can; with more than one, another places requests for all of them',
+    default: 1,
   }),
   logLevel: option({
     field: 'log.level',

@@ -17,6 +17,7 @@
 import { randomBytes } from 'node:crypto';
 import type { IncomingHttpHeaders, ServerResponse } from 'node:http';
 import type { ProxyConfig } from '../config/proxy-config.ts';
+import { Cancellation, type Signal } from '../deferred.ts';
 import { PdError } from '../errors.ts';
 import { reasonOf } from '../net/resolve.ts';
 import type { Logger } from '../observability/log.ts';
@@ -28,15 +29,12 @@ import {
   WIRE_HEADER,
   type Wire,
 } from '../wire/overlap.ts';
-import type { Admission } from './admission.ts';
 import type { RequestBody } from './body.ts';
 import type { BodyReader } from './body-reader.ts';
-import type { PromptCaches } from './caches.ts';
+import type { Coordinator, Placement, Visit } from './coordinator.ts';
 import type { ProxyMetrics } from './metrics.ts';
 import { Notices } from './notices.ts';
-import type { InstancePair, InstanceRegistry } from './registry.ts';
 import { answerWhole, isEventStream, relay } from './relay.ts';
-import type { RetryBudget } from './retry-budget.ts';
 import {
   type Ask,
   type Call,
@@ -52,16 +50,11 @@ import {
 /** What all requests of a proxy share. */
 export interface ProxyContext {
   readonly config: ProxyConfig;
-  readonly registry: InstanceRegistry;
+  readonly coordinator: Coordinator;
   readonly upstream: Upstream;
   readonly metrics: ProxyMetrics;
   readonly log: Logger;
-  readonly bodies: Pick<BodyReader, 'read'>;
-  readonly caches: PromptCaches;
-  readonly admission: Admission;
-  readonly retries: RetryBudget;
-  /** Numbers the requests in the log, from 0. */
-  nextCount(): number;
+  readonly bodies: Pick<BodyReader, 'read' | 'close'>;
 }
 
 /** A client's request as it came, and where its answer goes. */
@@ -76,15 +69,7 @@ export interface ClientRequest extends Omit<ReceivedRequest, 'body'> {
   readonly body: RequestBody;
   readonly arrivedMs: number;
   /** Aborted once the client has gone or the proxy stops. */
-  readonly signal: AbortSignal;
-}
-
-/** What a pair is to do of a prompt. */
-export interface PlacedPrompt {
-  /** The consumer computes it, and the producer is not asked at all. */
-  readonly alone: boolean;
-  /** About how many tokens are left to compute for whoever computes it. */
-  readonly uncached: number;
+  readonly signal: Signal;
 }
 
 /** Of an error answer, bytes. */
@@ -101,7 +86,6 @@ export class Attempt {
   readonly requestId: string;
   readonly #context: ProxyContext;
   readonly #request: ClientRequest;
-  readonly #pair: InstancePair;
   readonly #prefillCall: Call;
   readonly #decodeCall: Call;
   /** Both ends speak the native hand-over, and are told to: then the consumer takes over the token that the producer draws. */
@@ -110,17 +94,19 @@ export class Attempt {
   readonly #headers: Readonly<Record<string, string>>;
   readonly #notices: Notices;
   /** Each aborts one instance's request, for the reason it is given; the request's own signal aborts both. */
-  readonly #abortPrefill = new AbortController();
-  readonly #abortDecode = new AbortController();
-  readonly #placed: PlacedPrompt;
+  readonly #abortPrefill = new Cancellation();
+  readonly #abortDecode = new Cancellation();
+  readonly #visit: Visit;
+  readonly #placement: Placement;
 
-  constructor(context: ProxyContext, request: ClientRequest, pair: InstancePair, placed: PlacedPrompt) {
+  constructor(context: ProxyContext, request: ClientRequest, visit: Visit) {
+    const { pair, alone } = visit.placement;
     const { producer, consumer } = pair;
     const { route } = request;
     this.#context = context;
     this.#request = request;
-    this.#pair = pair;
-    this.#placed = placed;
+    this.#visit = visit;
+    this.#placement = visit.placement;
     this.#prefillCall = {
       instance: producer,
       what: `prefill of ${route}`,
@@ -135,8 +121,8 @@ export class Attempt {
     };
     const random = randomBytes(16).toString('hex');
     // An id that names nobody is computed where it comes to.
-    this.requestId = placed.alone ? random : proxyRequestId(producer.zmq, consumer.zmq, random);
-    this.#native = !placed.alone && Boolean(producer.native && consumer.native);
+    this.requestId = alone ? random : proxyRequestId(producer.zmq, consumer.zmq, random);
+    this.#native = !alone && Boolean(producer.native && consumer.native);
     this.#headers = {
       ...requestHeaders(request.headers, this.requestId),
       ...(this.#native && { [WIRE_HEADER]: 'native' satisfies Wire }),
@@ -158,8 +144,7 @@ export class Attempt {
     };
     signal.addEventListener('abort', abort, { once: true });
     if (signal.aborted) abort();
-    const { alone, uncached } = this.#placed;
-    const leave = this.#context.registry.workOf(this.#pair.consumer)?.begin(alone ? uncached : 0);
+    const { alone } = this.#placement;
     try {
       if (alone) {
         await this.#passOn(await this.#askConsumer());
@@ -171,7 +156,6 @@ export class Attempt {
       if (!alone) this.#notices.release(error instanceof InstanceRefused ? error.instance : undefined);
       throw error;
     } finally {
-      leave?.();
       signal.removeEventListener('abort', abort);
     }
   }
@@ -181,11 +165,9 @@ export class Attempt {
    * native hand-over several are always asked at both ends: a producer keeps KV in its own blocks, which all of them may not fit into.
    */
   #mayOverlap(): boolean {
-    const { registry, config } = this.#context;
-    const { producer, consumer } = this.#pair;
-    if (!producer.overlaps || !consumer.overlaps) return false;
-    if (this.#request.body.prompts !== 1) return this.#native;
-    return (registry.workOf(producer)?.own ?? 0) < config.overlap;
+    const { pair, early } = this.#placement;
+    if (!pair.producer.overlaps || !pair.consumer.overlaps) return false;
+    return this.#request.body.prompts === 1 ? early : this.#native;
   }
 
   /** False where KV may be left that nobody decodes. */
@@ -233,14 +215,12 @@ export class Attempt {
    * UPSTREAM_FAILED, UPSTREAM_TIMEOUT or why it was aborted.
    */
   async #prefill(): Promise<WholeAnswer | undefined> {
-    const { upstream, registry, metrics } = this.#context;
+    const { upstream, metrics } = this.#context;
     const call = this.#prefillCall;
+    let tookMs: number | undefined;
     const startedMs = performance.now();
-    const { signal } = this.#abortPrefill;
+    const signal = this.#abortPrefill;
     const timer = setTimeout(() => this.#abortPrefill.abort(timeoutError(call)), call.timeoutMs);
-    const work = registry.workOf(call.instance);
-    const leave = work?.begin(this.#placed.uncached);
-    const ahead = work?.queuedTokens ?? 0;
     try {
       const response = await upstream.ask(call, {
         path: this.#request.route,
@@ -255,15 +235,13 @@ export class Attempt {
         throw new InstanceRefused(call, `its answer broke off: ${reasonOf(error)}`, error);
       });
       if (!ok) return this.#judged(refuseIfDraining(answer, call), call);
-      const tookMs = performance.now() - startedMs;
+      tookMs = performance.now() - startedMs;
       metrics.prefillSeconds.observe(tookMs / 1_000);
-      registry.learn(call.instance, ahead, tookMs);
-      registry.breakerOf(call.instance)?.succeeded();
       this.#reportKvFailure(response);
       return undefined;
     } finally {
       clearTimeout(timer);
-      leave?.();
+      this.#visit.prefilled(this.#placement, tookMs);
     }
   }
 
@@ -280,7 +258,7 @@ export class Attempt {
   /** Resolves with the head of the answer. */
   #askConsumer(more?: Pick<Ask, 'headers' | 'headersTimeoutMs'>): Promise<UpstreamResponse> {
     const { route, body } = this.#request;
-    const { signal } = this.#abortDecode;
+    const signal = this.#abortDecode;
     const ask = { path: route, headers: this.#headers, body: body.original, signal, ...more };
     return this.#context.upstream.ask(this.#decodeCall, ask);
   }
@@ -325,7 +303,7 @@ export class Attempt {
   /** The consumer's whole error answer. Throws InstanceRefused where it is stopping. */
   async #decodeError(response: UpstreamResponse): Promise<WholeAnswer> {
     const call = this.#decodeCall;
-    const timer = setTimeout(() => response.body.destroy(timeoutError(call)), call.timeoutMs);
+    const timer = setTimeout(() => response.destroy(timeoutError(call)), call.timeoutMs);
     const answer = await readWhole(response, MAX_ERROR_BODY)
       .catch((error: unknown) => {
         throw PdError.from(error, 'UPSTREAM_FAILED', { peer: call.instance.httpAddress });
@@ -341,9 +319,7 @@ export class Attempt {
 
   /** An error of the server speaks against an instance, one of the request does not. */
   #judge({ instance }: Call, statusCode: number): void {
-    const breaker = this.#context.registry.breakerOf(instance);
-    if (statusCode >= 500) breaker?.failed();
-    else breaker?.succeeded();
+    this.#visit.judge(this.#placement, instance.role, statusCode < 500);
   }
 
   /** The client has its answer, so what becomes of the producer's is only logged. */

@@ -1,4 +1,5 @@
 /** Who reads clients' bodies (body.ts): the main thread, which relays all streams, where they are short; a thread of its own where long. */
+import type { Signal } from '../deferred.ts';
 import type { Logger } from '../observability/log.ts';
 import { openReader, type ReaderPort, type ReadingLimits, ReadingThread } from '../reading-thread.ts';
 import { threadEntry } from '../thread-entry.ts';
@@ -36,7 +37,7 @@ export class BodyReader {
   }
 
   /** `body` is not to be used any more: its memory may move. Throws what `readBody` and `ReadingThread.read` throw. */
-  async read(body: Uint8Array<ArrayBuffer>, signal: AbortSignal, wanted = NO_KEYS): Promise<RequestBody> {
+  async read(body: Uint8Array<ArrayBuffer>, signal: Signal, wanted = NO_KEYS): Promise<RequestBody> {
     if (body.byteLength <= this.#shortBody) return readBody(body, wanted);
     return await this.#thread.read({ body, wanted }, signal);
   }

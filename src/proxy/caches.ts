@@ -4,7 +4,7 @@
  */
 import type { ProxyConfig } from '../config/proxy-config.ts';
 import type { Logger } from '../observability/log.ts';
-import { NO_KEYS, type RequestBody, type WantedKeys } from './body.ts';
+import { NO_KEYS, type PromptFacts, type WantedKeys } from './body.ts';
 import { KvFeeds } from './kv-feeds.ts';
 import type { ProxyMetrics } from './metrics.ts';
 import { PrefixIndex, TEXT_CHUNK } from './prefix-index.ts';
@@ -50,7 +50,7 @@ export class PromptCaches {
   }
 
   /** About how many tokens of the prompt, from the first. */
-  cached(address: string, { textKeys, blockKeys, tokens }: RequestBody): number {
+  cached(address: string, { textKeys, blockKeys, tokens }: PromptFacts): number {
     const blockSize = this.#feeds?.blockSizeOf(address);
     const keys = blockSize === undefined ? undefined : blockKeys.get(blockSize);
     if (blockSize !== undefined && keys && keys.length > 0)
@@ -59,7 +59,7 @@ export class PromptCaches {
   }
 
   /** The prompt has been sent there, and will be cached once it has been computed. */
-  sent({ httpAddress, load }: Instance, { textKeys }: RequestBody): void {
+  sent({ httpAddress, load }: Instance, { textKeys }: PromptFacts): void {
     if (textKeys.length === 0) return;
     const most = load ? Math.floor((load.kvBlocks * USUAL_BLOCK) / TOKENS_PER_KEY) : MOST_TEXTS;
     this.#texts.use(httpAddress, textKeys, Math.min(most, MOST_TEXTS));

@@ -1,6 +1,6 @@
 /** Answers on their way to the client: an instance's events one by one as they come, anything else whole; and the proxy's own errors. */
-import { once } from 'node:events';
 import type { ServerResponse } from 'node:http';
+import type { Signal } from '../deferred.ts';
 import { PdError } from '../errors.ts';
 import { reasonOf } from '../net/resolve.ts';
 import { openAiError, retryHeaders } from '../openai-error.ts';
@@ -8,6 +8,7 @@ import { instanceLabel } from './registry.ts';
 import {
   type Call,
   InstanceRefused,
+  joined,
   readWhole,
   timeoutError,
   type UpstreamResponse,
@@ -19,7 +20,7 @@ export interface RelayOptions {
   readonly call: Call;
   readonly requestId: string;
   /** Aborted once the client has gone or the proxy stops. */
-  readonly signal: AbortSignal;
+  readonly signal: Signal;
   readonly onFirstEvent: () => void;
 }
 
@@ -27,6 +28,8 @@ export interface RelayOptions {
 const MAX_HELD_ANSWER = 16 * 1024 * 1024;
 /** An unfinished event longer than this is passed on in parts. Bytes. */
 const MAX_HELD_EVENT = 64 * 1024;
+
+const LF = 0x0a;
 
 const BROKE_OFF = 'its answer broke off before a byte of it was passed on';
 
@@ -70,36 +73,41 @@ export async function relay(
       ...extra,
     });
   const watch = new ProgressWatch(response, out, options.call);
+  const drained = () => {
+    watch.progress();
+    response.resume();
+  };
   let held: Buffer[] = [];
   let heldBytes = 0;
   let started = false;
   try {
     if (events && !out.headersSent) {
       writeHead();
-      out.flushHeaders();
+      if (!response.begun) out.flushHeaders();
     }
-    for await (const chunk of response.body as AsyncIterable<Buffer>) {
+    await response.read((chunk) => {
       watch.progress();
+      let bytes = chunk;
       if (events) {
         if (!started) options.onFirstEvent();
         started = true;
-        await write(out, events.push(chunk), options.signal);
-      } else if (out.headersSent) {
-        await write(out, chunk, options.signal);
-      } else {
+        bytes = events.push(chunk);
+      } else if (!out.headersSent) {
         held.push(chunk);
         heldBytes += chunk.length;
-        if (heldBytes <= MAX_HELD_ANSWER) continue;
+        if (heldBytes <= MAX_HELD_ANSWER) return true;
         writeHead();
-        for (const part of held) await write(out, part, options.signal);
+        bytes = joined(held);
         held = [];
       }
-      watch.progress();
-    }
+      if (bytes.length === 0 || out.write(bytes)) return true;
+      out.once('drain', drained);
+      return false;
+    });
     if (!out.headersSent) writeHead({ 'content-length': heldBytes });
-    out.end(events ? events.rest() : Buffer.concat(held));
+    out.end(events ? events.rest() : joined(held));
   } catch (cause) {
-    response.body.destroy();
+    response.destroy();
     const error = failureOf(cause, watch, options);
     // The client may have the head of a stream by then, which will do for another pair's.
     if (!(events ? started : out.headersSent) && error.code === 'UPSTREAM_FAILED') {
@@ -127,12 +135,6 @@ function failureOf(cause: unknown, watch: ProgressWatch, options: RelayOptions):
   );
 }
 
-/** Waits while the client's buffer is full. */
-async function write(out: ServerResponse, bytes: Buffer, signal: AbortSignal): Promise<void> {
-  if (bytes.length === 0 || out.write(bytes)) return;
-  await once(out, 'drain', { signal });
-}
-
 /** Ends the relay when nothing has moved for too long, on either side. */
 class ProgressWatch {
   /** Set once it has ended the relay. */
@@ -148,7 +150,7 @@ class ProgressWatch {
       } else {
         this.expired = timeoutError(call);
       }
-      response.body.destroy(this.expired);
+      response.destroy(this.expired);
     }, timeoutMs);
   }
 
@@ -171,6 +173,8 @@ export class SseEvents {
 
   /** What may go out now. */
   push(chunk: Buffer): Buffer {
+    // As servers write them.
+    if (this.#held.length === 0 && chunk.at(-1) === LF && chunk.at(-2) === LF) return chunk;
     const bytes = this.#held.length > 0 ? Buffer.concat([this.#held, chunk]) : chunk;
     const end = Math.max(endAfter(bytes, '\n\n'), endAfter(bytes, '\r\n\r\n'));
     const out = bytes.length - end > MAX_HELD_EVENT ? bytes.length : end;
