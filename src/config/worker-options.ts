@@ -9,6 +9,7 @@ import { REASONING_DIALECTS } from '../parsing/reasoning.ts';
 import { SUFFIXED_IDS } from '../wire/ids.ts';
 import { KV_EVENT_FORMS } from '../wire/kv-events.ts';
 import { SEND_TYPES } from '../wire/messages.ts';
+import { ACCESS_OPTIONS } from './access-options.ts';
 import type { TableOf } from './fields.ts';
 import {
   addressRange,
@@ -130,6 +131,7 @@ export const WORKER_OPTIONS = defineOptions({
     default: false,
   }),
   debugStateRemote: option({ kind: toggle(), group: SERVER, help: 'and to any client', default: false }),
+  ...ACCESS_OPTIONS,
 
   kvHost: option({
     kind: text('host'),
@@ -146,9 +148,10 @@ export const WORKER_OPTIONS = defineOptions({
   }),
   proxy: option({
     field: 'proxy',
-    kind: hostPort(),
+    kind: listOf(hostPort()),
     group: KV,
-    help: 'discovery address of the proxy, such as 127.0.0.1:30002',
+    help: 'discovery addresses of proxies, such as 127.0.0.1:30002; of a name, all its addresses',
+    default: [],
     defaultText: 'no ping',
   }),
   sendType: option({

@@ -1,6 +1,7 @@
 /** The proxy as a whole: its HTTP server, discovery, start and stop. */
 import { EventEmitter, once, setMaxListeners } from 'node:events';
 import type { FastifyRequest } from 'fastify';
+import type { Guard } from '../access/guard.ts';
 import type { ProxyConfig } from '../config/proxy-config.ts';
 import { PdError } from '../errors.ts';
 import { formatHostPort, type HostPort, isLoopback, isUnspecified } from '../net/address.ts';
@@ -8,8 +9,10 @@ import { announceHost, hostAddress } from '../net/local.ts';
 import { listenError } from '../net/port-holder.ts';
 import { plural } from '../observability/bytes.ts';
 import { createLogger, type Logger } from '../observability/log.ts';
+import { Timelines } from '../observability/timelines.ts';
 import { z } from '../zod.ts';
 import { Admission } from './admission.ts';
+import type { ProxyStage } from './attempt.ts';
 import { BodyReader } from './body-reader.ts';
 import { PromptCaches } from './caches.ts';
 import { type Coordinator, LocalCoordinator } from './coordinator.ts';
@@ -19,7 +22,7 @@ import { ModelDirectory } from './models.ts';
 import { Probes } from './probes.ts';
 import { type Instance, InstanceRegistry } from './registry.ts';
 import { Relays } from './relays.ts';
-import { bodyOf, Serving } from './serving.ts';
+import { bodyOf, proxyGuard, Serving } from './serving.ts';
 import { readWhole, Upstream, type WholeAnswer } from './upstream.ts';
 
 /** How long `untilPaired` waits by default. */
@@ -44,13 +47,15 @@ export class PdProxy {
   readonly #log: Logger;
   readonly #registry: InstanceRegistry;
   readonly #metrics: ProxyMetrics;
-  readonly #upstream = new Upstream();
+  readonly #guard: Guard;
+  readonly #upstream: Upstream;
   readonly #caches: PromptCaches;
   readonly #admission: Admission;
   #probes: Probes | undefined;
   readonly #bodies: Pick<BodyReader, 'read' | 'close'>;
   readonly #stop = new AbortController();
   readonly #models: ModelDirectory;
+  readonly #timelines = new Timelines<ProxyStage>();
   readonly #coordinator: Coordinator;
   /** What clients ask of the proxy itself, and where it is one process, everything. */
   readonly #serving: Serving;
@@ -66,6 +71,10 @@ export class PdProxy {
   private constructor(config: ProxyConfig, parts: ProxyParts) {
     this.#config = config;
     this.#log = createLogger(config.log, 'proxy');
+    if (config.upstream?.keyFile !== undefined && config.allowInstances === undefined) {
+      const why = 'anybody may ping, and would get that key';
+      throw new PdError('CONFIG_INVALID', `--worker-key-file needs --allow-instances: ${why}`);
+    }
     const { policy, prefillPolicy = policy, decodePolicy = policy } = config;
     const policies = { producer: prefillPolicy, consumer: decodePolicy };
     this.#registry = new InstanceRegistry(config.instanceTimeoutMs, undefined, policies);
@@ -73,6 +82,12 @@ export class PdProxy {
       instances: this.#registry,
       cachedBlocks: () => this.#caches.size,
       queued: () => this.#admission.queued,
+    });
+    this.#guard = proxyGuard(config, this.#log, this.#metrics);
+    this.#upstream = new Upstream({
+      access: config.upstream ?? {},
+      keyed: this.#guard.keyed,
+      log: this.#log,
     });
     this.#caches = new PromptCaches(config, this.#log, this.#metrics);
     const { maxRunning, maxRunningTokens, maxQueued, queueTimeoutMs } = config;
@@ -86,13 +101,14 @@ export class PdProxy {
       registry: this.#registry,
       upstream: this.#upstream,
       metrics: this.#metrics,
+      timelines: this.#timelines,
       log: this.#log,
     };
     const [caches, admission, bodies] = [this.#caches, this.#admission, this.#bodies];
     this.#coordinator = new LocalCoordinator({ ...shared, config, caches, admission });
     this.#models = new ModelDirectory(shared, this.#stop.signal);
     const context = { ...shared, config, coordinator: this.#coordinator, bodies };
-    this.#serving = new Serving(context, { trustProxy: config.workers > 1 });
+    this.#serving = new Serving(context, this.#guard, { behindRelays: config.workers > 1 });
     this.#routes();
   }
 
@@ -164,7 +180,7 @@ export class PdProxy {
   }
 
   async #listen(): Promise<void> {
-    const { instanceTimeoutMs, allowInstances } = this.#config;
+    const { instanceTimeoutMs, allowInstances, upstream } = this.#config;
     const [http, discovery] = await Promise.all([
       bindAddress(this.#config.http),
       bindAddress(this.#config.discovery),
@@ -172,6 +188,8 @@ export class PdProxy {
     this.#discovery = await Discovery.start({
       bind: discovery,
       ...(allowInstances && { allow: allowInstances }),
+      keyed: upstream?.keyFile !== undefined,
+      needsTls: upstream?.ca !== undefined,
       registry: this.#registry,
       log: this.#log,
       sweepMs: Math.min(1_000, Math.max(10, instanceTimeoutMs / 4)),
@@ -192,7 +210,7 @@ export class PdProxy {
     const port = this.#config.workers > 1 ? await this.#listenApart(http) : await this.#listenAlone(http);
     this.#http = { host: http.host, port };
     this.#log.info(`Discovery on tcp://${reachableAt(this.#discovery.address)}`);
-    this.#log.info(`Running on http://${reachableAt(this.#http)}`);
+    this.#log.info(`Running on http${this.#guard.https ? 's' : ''}://${reachableAt(this.#http)}`);
   }
 
   /** Clients connect to this process. Resolves with the port. */
@@ -231,6 +249,7 @@ export class PdProxy {
     this.#caches.close();
     this.#probes?.close();
     await this.#upstream.close();
+    this.#guard.close();
     await this.#bodies.close();
     if (started) this.#log.info('Stopped');
   }
@@ -239,6 +258,11 @@ export class PdProxy {
     const { app } = this.#serving;
     app.post('/admin/drain', async (request) => this.#drainInstance(request));
     app.get('/health', async () => this.#health());
+    if (this.#config.debugState) app.get('/debug/state', async (request) => this.#debugState(request));
+    app.get('/ready', async (_request, reply) => {
+      const ready = !this.#draining && this.#registry.paired;
+      return reply.code(ready ? 200 : 503).send({ ready });
+    });
     app.get('/v1/models', async () => ({ object: 'list', data: await this.#models.list() }));
     app.get('/openapi.json', async (_request, reply) => {
       const { response, body } = await this.#openApi();
@@ -254,9 +278,12 @@ export class PdProxy {
     });
   }
 
-  /** `{"instance": "host:port", "drain": false}`, of clients on this machine: what that instance has goes on, and it gets nothing new. */
+  /**
+   * `{"instance": "host:port", "drain": false}`, of holders of an admin key, or without keys of clients on this machine: what that instance
+   * has goes on, and it gets nothing new.
+   */
   #drainInstance(request: FastifyRequest) {
-    if (!isLoopback(request.ip)) {
+    if (!this.#guard.keyed && !isLoopback(request.ip)) {
       throw new PdError('REQUEST_INVALID', 'POST /admin/drain is for clients on this machine');
     }
     const { instance: address, drain } = readDrain(bodyOf(request));
@@ -267,6 +294,15 @@ export class PdProxy {
     const instance = this.#registry.list().find(({ httpAddress }) => httpAddress === address);
     const underWay = instance && this.#registry.workOf(instance)?.own;
     return { instance: address, draining: drain, requests_under_way: underWay ?? 0 };
+  }
+
+  /** Ids of other people's requests are for clients on this machine. */
+  async #debugState(request: FastifyRequest) {
+    if (!isLoopback(request.ip)) {
+      throw new PdError('REQUEST_INVALID', 'GET /debug/state is for clients on this machine');
+    }
+    const [own, others] = [this.#timelines.recent(), await this.#relays?.timelines()];
+    return { requests: this.#relays?.running ?? this.#serving.running, recentRequests: others ?? own };
   }
 
   /** As the proxy takes it to be: what the instance tells, and what it has been given since. */

@@ -1,6 +1,7 @@
 /** What relay processes and the process that owns what all requests share tell each other (relays.ts, relay-process.ts). */
 import type { ProxyConfig } from '../config/proxy-config.ts';
 import type { ErrorData } from '../errors.ts';
+import type { Timeline } from '../observability/timelines.ts';
 import type { BlockKey } from '../wire/kv-events.ts';
 import type { PromptFacts, WantedKeys } from './body.ts';
 import type { Placement, Wish } from './coordinator.ts';
@@ -39,7 +40,7 @@ export type FromRelay =
     }
   | { readonly type: 'retry'; readonly id: number; readonly refused: InstanceRole }
   | { readonly type: 'end'; readonly id: number }
-  | { readonly type: 'metrics'; readonly metrics: ExportedMetrics };
+  | { readonly type: 'metrics'; readonly metrics: ExportedMetrics; readonly timelines: readonly Timeline[] };
 
 export type ToRelay =
   | { readonly type: 'start'; readonly config: ProxyConfig; readonly folder: string; readonly number: number }

@@ -3,15 +3,18 @@ import { request as ask } from 'node:http';
 import { Socket } from 'node:net';
 import { join } from 'node:path';
 import type { FastifyReply, FastifyRequest } from 'fastify';
+import type { Guard } from '../access/guard.ts';
 import { PdError, unreachable } from '../errors.ts';
 import { createLogger } from '../observability/log.ts';
+import { Timelines } from '../observability/timelines.ts';
+import type { ProxyStage } from './attempt.ts';
 import { BodyReader } from './body-reader.ts';
 import { Channel } from './channel.ts';
 import { createProxyMetrics } from './metrics.ts';
 import type { FromRelay, ToRelay } from './relay-messages.ts';
 import { ownerPath } from './relays.ts';
 import { RemoteCoordinator } from './remote-coordinator.ts';
-import { Serving } from './serving.ts';
+import { proxyGuard, Serving } from './serving.ts';
 import { Upstream } from './upstream.ts';
 
 /** For the owner to begin an answer. */
@@ -23,7 +26,9 @@ class RelayProcess {
   readonly #channel: Channel<FromRelay, ToRelay>;
   readonly #coordinator: RemoteCoordinator;
   readonly #metrics = createProxyMetrics();
-  readonly #upstream = new Upstream();
+  readonly #timelines = new Timelines<ProxyStage>();
+  readonly #guard: Guard;
+  readonly #upstream: Upstream;
   readonly #bodies: BodyReader;
   readonly #serving: Serving;
   #draining = false;
@@ -32,16 +37,23 @@ class RelayProcess {
     const log = createLogger(config.log, 'proxy');
     this.#channel = channel;
     this.#coordinator = new RemoteCoordinator((message) => channel.send(message), config.queueTimeoutMs);
+    this.#guard = proxyGuard(config, log, this.#metrics);
+    this.#upstream = new Upstream({ access: config.upstream ?? {}, keyed: this.#guard.keyed, log });
     this.#bodies = new BodyReader(log);
-    this.#serving = new Serving({
+    const context = {
       config,
       coordinator: this.#coordinator,
       upstream: this.#upstream,
       metrics: this.#metrics,
+      timelines: this.#timelines,
       log,
       bodies: this.#bodies,
-    });
-    this.#serving.app.all('/*', (request, reply) => passToOwner(ownerPath(folder), request, reply));
+    };
+    this.#serving = new Serving(context, this.#guard);
+    // By name those that need no key.
+    for (const route of ['/health', '/ready', '/metrics', '/*']) {
+      this.#serving.app.all(route, (request, reply) => passToOwner(ownerPath(folder), request, reply));
+    }
     void this.#start(join(folder, `relay-${number}.sock`));
   }
 
@@ -54,7 +66,7 @@ class RelayProcess {
         this.#coordinator.receive(message);
         break;
       case 'metrics':
-        void this.#tellMetrics();
+        void this.#tellState();
         break;
       case 'drain':
         void this.#drain(message.ms);
@@ -83,8 +95,9 @@ class RelayProcess {
     }
   }
 
-  async #tellMetrics(): Promise<void> {
-    this.#channel.send({ type: 'metrics', metrics: await this.#metrics.registry.getMetricsAsJSON() });
+  async #tellState(): Promise<void> {
+    const metrics = await this.#metrics.registry.getMetricsAsJSON();
+    this.#channel.send({ type: 'metrics', metrics, timelines: this.#timelines.recent() });
   }
 
   async #drain(ms: number): Promise<void> {
@@ -95,7 +108,8 @@ class RelayProcess {
     this.#draining = true;
     await this.#serving.drain(ms);
     await this.#serving.close();
-    await this.#tellMetrics();
+    await this.#tellState();
+    this.#guard.close();
     await Promise.all([this.#upstream.close(), this.#bodies.close()]);
     await this.#channel.close();
     process.exit(0);

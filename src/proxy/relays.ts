@@ -20,6 +20,7 @@ import { PdError, unreachable } from '../errors.ts';
 import type { HostPort } from '../net/address.ts';
 import { listenError } from '../net/port-holder.ts';
 import type { Logger } from '../observability/log.ts';
+import type { Timeline } from '../observability/timelines.ts';
 import { threadEntry } from '../thread-entry.ts';
 import { Channel } from './channel.ts';
 import type { Coordinator, Placement, Visit } from './coordinator.ts';
@@ -58,6 +59,7 @@ interface Relay {
   ready: boolean;
   /** The last it has told. */
   metrics: ExportedMetrics;
+  timelines: readonly Timeline[];
   asked: Deferred<void> | undefined;
 }
 
@@ -126,13 +128,25 @@ export class Relays {
 
   /** All processes' together with `own`; of one that does not answer, what it told last. */
   async metrics(own: ExportedMetrics): Promise<string> {
+    await this.#ask();
+    const others = [...this.#relays.values()].map(({ metrics }) => metrics);
+    return await sumMetrics([own, await this.#gone, ...others]);
+  }
+
+  /** Likewise; the latest last. */
+  async timelines(): Promise<readonly Timeline[]> {
+    await this.#ask();
+    const all = [...this.#relays.values()].flatMap(({ timelines }) => timelines);
+    return all.sort((a, b) => a.stages[0]!.at - b.stages[0]!.at);
+  }
+
+  async #ask(): Promise<void> {
     const asking = [...this.#relays.values()].map((relay) => {
       relay.asked ??= deferred();
       relay.channel.send({ type: 'metrics' });
       return withDeadline(relay.asked.promise, METRICS_MS);
     });
     await Promise.all(asking);
-    return sumMetrics([own, await this.#gone, ...[...this.#relays.values()].map(({ metrics }) => metrics)]);
   }
 
   /** Takes no new requests, lets those under way end within `ms`; a later call with 0 breaks them off at once. */
@@ -172,7 +186,15 @@ export class Relays {
       (message) => this.#receive(relay, message, started),
       () => child.kill('SIGKILL'),
     );
-    const relay: Relay = { child, channel, entered, ready: false, metrics: [], asked: undefined };
+    const relay: Relay = {
+      child,
+      channel,
+      entered,
+      ready: false,
+      metrics: [],
+      timelines: [],
+      asked: undefined,
+    };
     this.#relays.set(number, relay);
     child.once('exit', (code, signal) => {
       const how = signal ?? `status ${code}`;
@@ -246,6 +268,7 @@ export class Relays {
         break;
       case 'metrics':
         relay.metrics = message.metrics;
+        relay.timelines = message.timelines;
         relay.asked?.resolve();
         relay.asked = undefined;
         break;

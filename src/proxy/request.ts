@@ -5,6 +5,7 @@
 import { hash } from 'node:crypto';
 import { Cancellation } from '../deferred.ts';
 import { PdError } from '../errors.ts';
+import { monotonicMs } from '../observability/timelines.ts';
 import { Attempt, type ProxyContext, type ReceivedRequest } from './attempt.ts';
 import type { RequestBody } from './body.ts';
 import type { Visit, Wish } from './coordinator.ts';
@@ -20,7 +21,7 @@ const CLIENT_GONE = 499;
 export class ProxiedRequest {
   readonly #context: ProxyContext;
   readonly #received: ReceivedRequest;
-  readonly #arrivedMs = performance.now();
+  readonly #receivedAt = monotonicMs();
   /** Ends whatever is under way: the client has gone, or the proxy stops. */
   readonly #abort = new Cancellation();
   #clientGone = false;
@@ -51,9 +52,10 @@ export class ProxiedRequest {
     try {
       const read = await bodies.read(body, signal, coordinator.wanted);
       signal.throwIfAborted();
+      const readAt = monotonicMs();
       const visit = await coordinator.enter(this.#wish(read), signal);
       try {
-        await this.#throughPairs(read, visit);
+        await this.#throughPairs(read, readAt, visit);
       } finally {
         visit.end();
       }
@@ -66,26 +68,27 @@ export class ProxiedRequest {
   }
 
   #wish(prompt: RequestBody): Wish {
-    const { headers } = this.#received;
+    const { headers, holder } = this.#received;
     const told = Number(single(headers['x-priority']) ?? prompt.priority);
     return {
-      key: keyOf(single(headers.authorization)),
+      key: holder ?? keyOf(single(headers.authorization)),
       priority: Math.max(-MOST_PRIORITY, Math.min(MOST_PRIORITY, Number.isInteger(told) ? told : 0)),
       session: single(headers[this.#context.config.sessionHeader]) ?? prompt.user,
       prompt,
     };
   }
 
-  async #throughPairs(body: RequestBody, visit: Visit): Promise<void> {
+  async #throughPairs(body: RequestBody, readAt: number, visit: Visit): Promise<void> {
     const { log } = this.#context;
-    const request = { ...this.#received, body, arrivedMs: this.#arrivedMs, signal: this.#abort };
+    const { holder } = this.#received;
+    const request = { ...this.#received, body, receivedAt: this.#receivedAt, readAt, signal: this.#abort };
     for (;;) {
       const { producer, consumer } = visit.placement.pair;
       const attempt = new Attempt(this.#context, request, visit);
       const { requestId } = attempt;
       this.#requestId = requestId;
       log.info(
-        { requestId },
+        { requestId, ...(holder !== undefined && { key: holder }) },
         `handle_request count: ${visit.count}, ${instanceLabel(producer)} 👉 ${instanceLabel(consumer)}`,
       );
       try {

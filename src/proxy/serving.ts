@@ -1,10 +1,14 @@
 /** The HTTP server of a process that relays: OpenAI's routes, and what becomes of them when it stops. */
 import { EventEmitter, once } from 'node:events';
 import fastify, { type FastifyInstance, type FastifyRequest } from 'fastify';
+import { Guard } from '../access/guard.ts';
+import type { ProxyConfig } from '../config/proxy-config.ts';
 import { PdError } from '../errors.ts';
 import { NO_JSON_SCHEMAS } from '../net/json-schemas.ts';
+import type { Logger } from '../observability/log.ts';
 import { openAiError } from '../openai-error.ts';
 import type { ProxyContext } from './attempt.ts';
+import type { ProxyMetrics } from './metrics.ts';
 import { answerError } from './relay.ts';
 import { ProxiedRequest } from './request.ts';
 
@@ -16,26 +20,43 @@ const REQUEST_TIMEOUT_MS = 120_000;
 /** For the last bytes of answers to leave. */
 const CLOSE_MS = 2_000;
 
+/** With keys, these take one that says `admin`. */
+const ADMIN_ROUTES = new Set(['/admin/drain', '/debug/state']);
+
+/** Close it. Throws CONFIG_INVALID. */
+export function proxyGuard(
+  { access: config }: ProxyConfig,
+  log: Logger,
+  metrics: Pick<ProxyMetrics, 'keysRefused'>,
+): Guard {
+  const onRefused = (reason: string) => metrics.keysRefused.inc({ reason });
+  return new Guard({ config, log, admin: ADMIN_ROUTES, onRefused });
+}
+
 /** Whoever made it adds routes of its own, has it listen, drains and closes it. */
 export class Serving {
   readonly app: FastifyInstance;
   readonly #context: ProxyContext;
+  readonly #guard: Guard;
   readonly #running = new Set<ProxiedRequest>();
   /** `idle`: no request is under way any more. */
   readonly #events = new EventEmitter<{ idle: [] }>();
   #draining = false;
 
-  /** `trustProxy`: clients' addresses are what the header says, as only this proxy's own processes connect. */
-  constructor(context: ProxyContext, { trustProxy = false } = {}) {
+  /** `behindRelays`: only this proxy's own processes connect, which say whose the request is. */
+  constructor(context: ProxyContext, guard: Guard, { behindRelays = false } = {}) {
     this.#context = context;
+    this.#guard = guard;
     this.app = fastify({
+      https: behindRelays ? null : guard.https,
       bodyLimit: BODY_LIMIT,
       requestTimeout: REQUEST_TIMEOUT_MS,
       forceCloseConnections: 'idle',
       logger: false,
       schemaController: NO_JSON_SCHEMAS,
-      trustProxy,
-    });
+      trustProxy: behindRelays,
+    }) as unknown as FastifyInstance;
+    guard.attach(this.app);
     this.#routes();
   }
 
@@ -96,7 +117,16 @@ export class Serving {
           metrics.requests.inc({ route, status: 503 });
           return answerError(out, new PdError('SERVER_DRAINING', 'this proxy is stopping'));
         }
-        const received = { route, headers: request.headers, body: bodyOf(request), out };
+        const holder = this.#guard.holder(request)?.name;
+        if (holder !== undefined) metrics.keyRequests.inc({ key: holder });
+        const { headers } = request;
+        const received = {
+          route,
+          headers,
+          body: bodyOf(request),
+          out,
+          ...(holder !== undefined && { holder }),
+        };
         const proxied = new ProxiedRequest(this.#context, received);
         this.#running.add(proxied);
         try {

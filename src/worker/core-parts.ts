@@ -12,6 +12,7 @@ import type { Executor } from '../model/executor.ts';
 import { formatHostPort } from '../net/address.ts';
 import type { Logger } from '../observability/log.ts';
 import { MetricsPage } from '../observability/metrics.ts';
+import { Timelines } from '../observability/timelines.ts';
 import { maxSequenceLength, Scheduler } from '../scheduler/scheduler.ts';
 import type { TransferEngine } from '../transfer/engine.ts';
 import type { NativeInit } from '../transfer/native/channel.ts';
@@ -21,7 +22,7 @@ import type { Nonce } from '../transfer/native/messages.ts';
 import type { Fingerprint } from '../wire/fingerprint.ts';
 import { CoreLoop, type CoreLoopOptions } from './core.ts';
 import { CoreGrammars } from './core-grammars.ts';
-import type { CoreInfo, CoreInit } from './core-messages.ts';
+import type { CoreInfo, CoreInit, CoreStage } from './core-messages.ts';
 
 export interface CoreParts {
   readonly loop: CoreLoop;
@@ -69,14 +70,13 @@ export async function createCore(
     const native = nativeInit(config, executor, nonce, direct);
     const engine = await createEngine(config, fingerprint, init.metrics.transfer, native);
     if (engine) undo.push(() => engine.dispose());
-    const handOver =
-      engine &&
-      native &&
-      (await createHandOver(config, { engine, init: native, direct, log, metrics: init.metrics.core }));
+    const timelines = new Timelines<CoreStage>();
+    const parts = { direct, log, metrics: init.metrics.core, timelines };
+    const handOver = engine && native && (await createHandOver(config, { engine, init: native, ...parts }));
     if (handOver) undo.push(() => handOver.close());
     const limits = { numBlocks, blockSize: config.blockSize, maxModelLen };
     return {
-      loop: createLoop(init, { executor, engine, handOver, limits, log, told }),
+      loop: createLoop(init, { executor, engine, handOver, timelines, limits, log, told }),
       info: {
         ...(engine && { kvAddress: formatHostPort(engine.address) }),
         maxModelLen: maxSequenceLength(limits),
@@ -99,6 +99,7 @@ interface LoopParts {
   readonly executor: Executor;
   readonly engine: TransferEngine | undefined;
   readonly handOver: HandOver | undefined;
+  readonly timelines: Timelines<CoreStage>;
   readonly limits: { readonly numBlocks: number; readonly blockSize: number; readonly maxModelLen: number };
   readonly log: Logger;
   readonly told: Pick<CoreLoopOptions, 'post' | 'kvSaved' | 'cacheChanged'>;
@@ -106,7 +107,7 @@ interface LoopParts {
 
 function createLoop(init: CoreInit, parts: LoopParts): CoreLoop {
   const { config } = init;
-  const { executor, engine, handOver, limits, log, told } = parts;
+  const { executor, engine, handOver, timelines, limits, log, told } = parts;
   const { role, blockSize, maxNumSeqs, maxNumBatchedTokens, enablePrefixCaching, kvEventsPort } = config;
   const metrics = new MetricsPage(init.metrics.core);
   const split = role !== 'both' && engine ? { role, engine } : undefined;
@@ -142,6 +143,7 @@ function createLoop(init: CoreInit, parts: LoopParts): CoreLoop {
     ...(connector && { connector }),
     loadFailure: config.loadFailure,
     metrics,
+    timelines,
     log,
     ...(engine && { reportLoad: (load) => engine.reportLoad(load) }),
     ...told,
@@ -166,7 +168,7 @@ async function createEngine(
       ...(http.port === 0
         ? {}
         : { httpAddress: formatHostPort({ host: httpAnnounceHost, port: http.port }) }),
-      ...(proxy && { proxyAddress: formatHostPort(proxy) }),
+      ...(proxy.length > 0 && { proxyAddress: proxy.map(formatHostPort).join(', ') }),
     },
     { metrics, ...(native && { native }) },
   );
@@ -238,11 +240,12 @@ interface HandOverParts {
   readonly direct: DirectWays | undefined;
   readonly log: Logger;
   readonly metrics: SharedArrayBuffer;
+  readonly timelines: Timelines<CoreStage>;
 }
 
 async function createHandOver(
   { role, transfer }: WorkerConfig,
-  { engine, init, direct, log, metrics }: HandOverParts,
+  { engine, init, direct, log, metrics, timelines }: HandOverParts,
 ): Promise<HandOver | undefined> {
   if (role === 'both') return undefined;
   const { HandOver } = await import('../transfer/native/hand-over.ts');
@@ -256,6 +259,7 @@ async function createHandOver(
     leaseMs: timeouts.orphan,
     log,
     metrics: new MetricsPage(metrics),
+    onStage: (id, stage) => timelines.stamp(id, stage),
     ...(direct && { direct }),
   });
 }

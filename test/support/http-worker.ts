@@ -1,4 +1,6 @@
 import { afterEach, expect } from 'vitest';
+import { Guard } from '../../src/access/guard.ts';
+import type { AccessConfig } from '../../src/config/access-options.ts';
 import type { DebugAudience, WorkerConfig } from '../../src/config/worker-config.ts';
 import { createLogger } from '../../src/observability/log.ts';
 import { MetricsPage } from '../../src/observability/metrics.ts';
@@ -34,11 +36,13 @@ export async function startServer(
   debugState?: DebugAudience,
   role: WorkerConfig['role'] = 'both',
   reader: BodyReader = BYTE_READER,
+  access: Partial<AccessConfig> = {},
 ) {
   const core = new FakeCore(script);
   const client = await core.connect();
   const metrics = new MetricsPage();
   const inFlight = new InFlight();
+  const guard = new Guard({ config: { corsOrigins: [], ...access }, log: LOG });
   const server = createServer({
     config: {
       servedModelNames: ['demo', 'alias'],
@@ -54,12 +58,14 @@ export async function startServer(
     core: client,
     reader,
     model: BYTE_MODEL,
+    guard,
     inFlight,
     metrics,
     pages: [metrics],
     version: '1.2.3',
     log: LOG,
   });
+  closers.push(async () => guard.close());
   closers.push(async () => {
     await client.close();
     await server.close();

@@ -1,5 +1,4 @@
 /** Long bodies at the proxy: the thread that reads them, and what clients see meanwhile. */
-import { once } from 'node:events';
 import fc from 'fast-check';
 import { afterEach, describe, expect, it } from 'vitest';
 import type { Signal } from '../../../src/deferred.ts';
