@@ -7,7 +7,7 @@ import { fileURLToPath } from 'node:url';
 import { freePorts } from '../../src/net/free-ports.ts';
 import { programFile } from '../../support/root.ts';
 import { monotonicMs } from '../measure/machine.ts';
-import type { LoadPlan, LoadResult } from './load.ts';
+import type { LoadPlan, LoadResult } from './load-plan.ts';
 
 const START_MS = 30_000;
 const STOP_MS = 5_000;

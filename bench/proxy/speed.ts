@@ -17,7 +17,7 @@ import type { Spread } from '../measure/statistics.ts';
 import { markdownTable } from '../measure/table.ts';
 import { type Layout, layoutFor } from './cores.ts';
 import { type Fleet, type FleetOptions, load, startFleet, startOn, stopAll } from './fleet.ts';
-import { type LoadPlan, PREFIXES } from './load.ts';
+import { type LoadPlan, PREFIXES } from './load-plan.ts';
 
 const PARTS = ['features', 'streams', 'workers', 'grid'] as const;
 
