@@ -14,7 +14,7 @@
  *             5xx             may be the producer's doing, so the producer's answer is waited for and goes first
  *             refused         the prefill is aborted; another pair is tried
  */
-import { randomBytes } from 'node:crypto';
+import { randomFillSync } from 'node:crypto';
 import type { IncomingHttpHeaders, ServerResponse } from 'node:http';
 import type { ProxyConfig } from '../config/proxy-config.ts';
 import { Cancellation, type Signal } from '../deferred.ts';
@@ -94,6 +94,20 @@ const NOTICE_MS = 250;
 /** For the producer to answer after the client has the consumer's whole answer. */
 const GRACE_MS = 2_000;
 
+/** Random bytes are drawn for many requests at a time: to draw them takes longer than to write them. */
+const RANDOM_BYTES = 16;
+const drawn = Buffer.alloc(RANDOM_BYTES * 256);
+let drawnAt = drawn.length;
+
+function randomHex(): string {
+  if (drawnAt === drawn.length) {
+    randomFillSync(drawn);
+    drawnAt = 0;
+  }
+  drawnAt += RANDOM_BYTES;
+  return drawn.toString('hex', drawnAt - RANDOM_BYTES, drawnAt);
+}
+
 export class Attempt {
   readonly requestId: string;
   readonly #context: ProxyContext;
@@ -131,7 +145,7 @@ export class Attempt {
       timeoutMs: context.config.decodeIdleTimeoutMs,
       timeoutName: '--decode-idle-timeout',
     };
-    const random = randomBytes(16).toString('hex');
+    const random = randomHex();
     // An id that names nobody is computed where it comes to.
     this.requestId = alone ? random : proxyRequestId(producer.zmq, consumer.zmq, random);
     this.#native = !alone && Boolean(producer.native && consumer.native);

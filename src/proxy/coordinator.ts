@@ -218,7 +218,8 @@ class LocalVisit implements Visit {
 
   #tally({ role }: Instance, uncached: number): void {
     const { placedTokens } = this.#parts.metrics;
-    placedTokens.inc({ role, cached: 'yes' }, this.#wish.prompt.tokens - uncached);
+    const cached = this.#wish.prompt.tokens - uncached;
+    if (cached > 0) placedTokens.inc({ role, cached: 'yes' }, cached);
     placedTokens.inc({ role, cached: 'no' }, uncached);
   }
 }

@@ -29,6 +29,7 @@ const MAX_HELD_ANSWER = 16 * 1024 * 1024;
 /** An unfinished event longer than this is passed on in parts. Bytes. */
 const MAX_HELD_EVENT = 64 * 1024;
 
+const CR = 0x0d;
 const LF = 0x0a;
 
 const BROKE_OFF = 'its answer broke off before a byte of it was passed on';
@@ -80,10 +81,13 @@ export async function relay(
   let held: Buffer[] = [];
   let heldBytes = 0;
   let started = false;
+  /** The head is on its way, so that chunks may go to the connection themselves. */
+  let headGone = false;
   try {
     if (events && !out.headersSent) {
       writeHead();
-      if (!response.begun) out.flushHeaders();
+      headGone = !response.begun;
+      if (headGone) out.flushHeaders();
     }
     await response.read((chunk) => {
       watch.progress();
@@ -100,12 +104,15 @@ export async function relay(
         bytes = joined(held);
         held = [];
       }
-      if (bytes.length === 0 || out.write(bytes)) return true;
-      out.once('drain', drained);
+      if (bytes.length === 0) return true;
+      const socket = headGone && out.chunkedEncoding ? out.socket : undefined;
+      headGone = true;
+      if (socket ? socket.write(chunkOf(bytes)) : out.write(bytes)) return true;
+      (socket ?? out).once('drain', drained);
       return false;
     });
     if (!out.headersSent) writeHead({ 'content-length': heldBytes });
-    out.end(events ? events.rest() : joined(held));
+    endWith(out, events ? events.rest() : joined(held));
   } catch (cause) {
     response.destroy();
     const error = failureOf(cause, watch, options);
@@ -120,6 +127,22 @@ export async function relay(
   } finally {
     watch.stop();
   }
+}
+
+/**
+ * As it stands on the connection: its size in hexadecimal, and line breaks. Through the answer it would be written in four pieces, which
+ * takes a third of the time of a relayed event.
+ */
+function chunkOf(bytes: Buffer): Buffer {
+  const size = bytes.length.toString(16);
+  const chunk = Buffer.allocUnsafe(bytes.length + size.length + 4);
+  chunk.write(size, 'latin1');
+  chunk[size.length] = CR;
+  chunk[size.length + 1] = LF;
+  chunk.set(bytes, size.length + 2);
+  chunk[chunk.length - 2] = CR;
+  chunk[chunk.length - 1] = LF;
+  return chunk;
 }
 
 function failureOf(cause: unknown, watch: ProgressWatch, options: RelayOptions): PdError {
@@ -144,7 +167,7 @@ class ProgressWatch {
   constructor(response: UpstreamResponse, out: ServerResponse, call: Call) {
     const { what, timeoutMs } = call;
     this.#timer = setTimeout(() => {
-      if (out.writableNeedDrain) {
+      if (out.writableNeedDrain || out.socket?.writableNeedDrain) {
         this.expired = new PdError('REQUEST_ABORTED', `${what}: the client took nothing for ${timeoutMs} ms`);
         out.destroy();
       } else {
@@ -210,7 +233,15 @@ export function answerWhole({ response, body }: WholeAnswer, out: ServerResponse
     'content-length': body.length,
     'x-request-id': requestId,
   });
-  out.end(body);
+  endWith(out, body);
+}
+
+/** Of a short body: then it goes out with the head as one text, which is quicker than two pieces. */
+const SHORT_BODY = 16_384;
+
+function endWith(out: ServerResponse, body: Buffer): void {
+  if (body.length > SHORT_BODY) out.end(body);
+  else out.end(body.toString('latin1'), 'latin1');
 }
 
 /** An error of the proxy's own, in OpenAI's form, where nothing has been sent yet but perhaps the head of a stream. */
