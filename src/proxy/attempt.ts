@@ -30,21 +30,23 @@ import {
   WIRE_HEADER,
   type Wire,
 } from '../wire/overlap.ts';
+import { appendPromptIds, PROMPT_IDS_HEADER } from '../wire/prompt-ids.ts';
 import type { RequestBody } from './body.ts';
 import type { BodyReader } from './body-reader.ts';
 import type { Coordinator, Placement, Visit } from './coordinator.ts';
 import type { ProxyMetrics } from './metrics.ts';
 import { Notices } from './notices.ts';
+import type { InstanceRole } from './registry.ts';
 import { answerWhole, isEventStream, relay } from './relay.ts';
 import {
   type Ask,
   type Call,
   InstanceRefused,
-  isDraining,
   readWhole,
   timeoutError,
   type Upstream,
   type UpstreamResponse,
+  unavailableCode,
   type WholeAnswer,
 } from './upstream.ts';
 
@@ -213,7 +215,7 @@ export class Attempt {
     metrics.overlapped.inc();
     const prefilling = this.#prefill();
     const within = { [PREFILL_WITHIN_HEADER]: String(config.prefillTimeoutMs) };
-    const asking = this.#askConsumer({ headers: { ...this.#headers, ...within }, headersTimeoutMs: 0 });
+    const asking = this.#askConsumer({ headers: within, headersTimeoutMs: 0 });
     try {
       const first = await Promise.race([settled(asking, 'consumer'), settled(prefilling, 'producer')]);
       if (first === 'producer') {
@@ -253,8 +255,10 @@ export class Attempt {
     try {
       const response = await upstream.ask(call, {
         path: this.#request.route,
-        headers: this.#headers,
-        body: this.#native ? this.#request.body.nativePrefill : this.#request.body.prefill,
+        ...this.#bodyFor(
+          'producer',
+          this.#native ? this.#request.body.nativePrefill : this.#request.body.prefill,
+        ),
         signal,
         headersTimeoutMs: 0, // the timer runs to the end of the body
       });
@@ -285,15 +289,27 @@ export class Attempt {
     this.#notices.failed(failure);
   }
 
-  /** Resolves with the head of the answer. */
+  /** Resolves with the head of the answer. `headers`: further ones. */
   async #askConsumer(more?: Pick<Ask, 'headers' | 'headersTimeoutMs'>): Promise<UpstreamResponse> {
     const { route, body } = this.#request;
+    const call = this.#decodeCall;
+    const { headers, ...sent } = this.#bodyFor('consumer', body.original);
     const signal = this.#abortDecode;
-    const ask = { path: route, headers: this.#headers, body: body.original, signal, ...more };
+    const ask = { path: route, signal, ...sent, ...more, headers: { ...headers, ...more?.headers } };
     this.#stamp('decode');
-    const response = await this.#context.upstream.ask(this.#decodeCall, ask);
+    const response = await this.#context.upstream.ask(call, ask);
     this.#stamp('answered');
     return response;
+  }
+
+  /** With the ids of the prompt behind it, where the instance takes them. */
+  #bodyFor(role: InstanceRole, body: Uint8Array): Pick<Ask, 'body' | 'headers'> {
+    const { ids } = this.#request.body;
+    if (!ids || !this.#placement.takesIds[role]) return { body, headers: this.#headers };
+    return {
+      body: appendPromptIds(body, ids),
+      headers: { ...this.#headers, [PROMPT_IDS_HEADER]: String(ids.length) },
+    };
   }
 
   /** The head of the consumer's answer where the producer has answered first: the time for decode begins now. */
@@ -353,7 +369,9 @@ export class Attempt {
   }
 
   #judged(answer: WholeAnswer, call: Call): WholeAnswer {
-    this.#judge(call, answer.response.statusCode);
+    // That one is well, and has much to read: its clients are to come again later.
+    const busy = unavailableCode(answer) === 'READER_BUSY';
+    this.#judge(call, busy ? 429 : answer.response.statusCode);
     return answer;
   }
 
@@ -392,7 +410,7 @@ function decided(): PdError {
 }
 
 function refuseIfDraining(answer: WholeAnswer, call: Call): WholeAnswer {
-  if (isDraining(answer)) throw new InstanceRefused(call, 'it is stopping');
+  if (unavailableCode(answer) === 'SERVER_DRAINING') throw new InstanceRefused(call, 'it is stopping');
   return answer;
 }
 

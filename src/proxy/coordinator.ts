@@ -34,6 +34,8 @@ export interface Placement {
   readonly alone: boolean;
   /** The producer is not busy: its consumer may be asked at once. */
   readonly early: boolean;
+  /** Whether each of them takes the ids of a prompt that has been tokenized here. */
+  readonly takesIds: Readonly<Record<InstanceRole, boolean>>;
 }
 
 /** One request, from its turn to its end. Those that return nothing return at once. */
@@ -106,6 +108,8 @@ class LocalVisit implements Visit {
   readonly #exclude = new Set<string>();
   #leaveProducer: (() => void) | undefined;
   #leaveConsumer: (() => void) | undefined;
+  /** The prompt has been computed there, or will not be. */
+  #computed: (() => void)[] = [];
   /** Tokens that the producer had to compute before and for it. */
   #ahead = 0;
   #over = false;
@@ -172,6 +176,7 @@ class LocalVisit implements Visit {
     this.#leaveProducer?.();
     this.#leaveConsumer?.();
     this.#leaveProducer = this.#leaveConsumer = undefined;
+    for (const computed of this.#computed.splice(0)) computed();
   }
 
   #pair(): InstancePair | Missing {
@@ -187,8 +192,9 @@ class LocalVisit implements Visit {
 
   /** Notes what the pair is given, and decides whether its consumer needs the producer. */
   #place(pair: InstancePair): Placement {
-    const { config, registry, metrics } = this.#parts;
+    const { config, registry, metrics, caches } = this.#parts;
     const { producer, consumer } = pair;
+    const takesIds = { producer: caches.takesIds(producer), consumer: caches.takesIds(consumer) };
     const { prompt } = this.#wish;
     const left = this.#uncached(consumer);
     const little = config.bypassTokens > 0 && left <= config.bypassTokens;
@@ -197,18 +203,17 @@ class LocalVisit implements Visit {
     this.#leaveConsumer = registry.workOf(consumer)?.begin(alone ? left : 0);
     if (alone) {
       metrics.bypassed.inc();
-      this.#parts.caches.sent(consumer, prompt);
-      return { pair, alone, early: false };
+      this.#computed.push(caches.sent(consumer, prompt));
+      return { pair, alone, early: false, takesIds };
     }
     const uncached = this.#uncached(producer);
     this.#tally(producer, uncached);
-    this.#parts.caches.sent(consumer, prompt);
-    this.#parts.caches.sent(producer, prompt);
+    this.#computed.push(caches.sent(consumer, prompt), caches.sent(producer, prompt));
     const work = registry.workOf(producer);
     const early = (work?.own ?? 0) < config.overlap;
     this.#leaveProducer = work?.begin(uncached);
     this.#ahead = work?.queuedTokens ?? 0;
-    return { pair, alone, early };
+    return { pair, alone, early, takesIds };
   }
 
   #uncached({ httpAddress }: Instance): number {

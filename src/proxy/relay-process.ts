@@ -39,7 +39,10 @@ class RelayProcess {
     this.#coordinator = new RemoteCoordinator((message) => channel.send(message), config.queueTimeoutMs);
     this.#guard = proxyGuard(config, log, this.#metrics);
     this.#upstream = new Upstream({ access: config.upstream ?? {}, keyed: this.#guard.keyed, log });
-    this.#bodies = new BodyReader(log);
+    this.#bodies = new BodyReader(log, {
+      tokenizer: config.tokenizer,
+      onTokenized: (result) => this.#metrics.tokenized.inc({ result }),
+    });
     const context = {
       config,
       coordinator: this.#coordinator,

@@ -349,8 +349,8 @@ export function ownerPath(folder: string): string {
   return join(folder, 'owner.sock');
 }
 
-function sent({ pair: { producer, consumer }, alone, early }: Placement): SentPlacement {
-  return { pair: { producer: producer.httpAddress, consumer: consumer.httpAddress }, alone, early };
+function sent({ pair: { producer, consumer }, ...placement }: Placement): SentPlacement {
+  return { ...placement, pair: { producer: producer.httpAddress, consumer: consumer.httpAddress } };
 }
 
 async function gone(child: ChildProcess): Promise<void> {

@@ -36,8 +36,8 @@ export class RemoteCoordinator implements Coordinator {
 
   async enter(wish: Wish, signal: Signal): Promise<Visit> {
     const id = this.#ids++;
-    const { model, prompts, tokens, textKeys, blockKeys } = wish.prompt;
-    const prompt = { model, prompts, tokens, textKeys, blockKeys: [...blockKeys] };
+    const { model, prompts, tokens, tokenized, textKeys, blockKeys } = wish.prompt;
+    const prompt = { model, prompts, tokens, tokenized, textKeys, blockKeys: [...blockKeys] };
     const placed = this.#answer(id);
     const leave = () => this.#waiting.get(id)?.reject(signal.reason);
     signal.addEventListener('abort', leave, { once: true });
@@ -78,10 +78,10 @@ export class RemoteCoordinator implements Coordinator {
   }
 
   /** One that an instance has been told of before, in the same order. */
-  #placement({ pair, alone, early }: SentPlacement): Placement {
+  #placement({ pair, ...placement }: SentPlacement): Placement {
     const producer = this.#instances.get(pair.producer)!;
     const consumer = this.#instances.get(pair.consumer)!;
-    return { pair: { producer, consumer }, alone, early };
+    return { ...placement, pair: { producer, consumer } };
   }
 
   #expire(): void {

@@ -50,7 +50,7 @@ export class ProxiedRequest {
     });
     metrics.inFlight.inc();
     try {
-      const read = await bodies.read(body, signal, coordinator.wanted);
+      const read = await bodies.read(body, signal, coordinator.wanted, route);
       signal.throwIfAborted();
       const readAt = monotonicMs();
       const visit = await coordinator.enter(this.#wish(read), signal);

@@ -4,6 +4,7 @@
  */
 import type { EventRef, PagedLayer } from '../../device/device.ts';
 import type { ErrorData } from '../../errors.ts';
+import type { TransferId } from '../../wire/ids.ts';
 import type {
   CacheShape,
   ConsumerMessage,
@@ -27,6 +28,8 @@ export interface NativeInit {
 export type ToWire =
   /** Say hello to that peer's ROUTER; `introduced` or `lost` follows. */
   | { readonly kind: 'connect'; readonly peer: string }
+  /** Ask the consumer at that address whether it will want KV of this id natively; `unwilling` follows where it says that it will not. */
+  | { readonly kind: 'probe'; readonly peer: string; readonly id: TransferId }
   /** By the DEALER; where there is no connection it is one to make, and lost: it is said again anyway. */
   | { readonly kind: 'ask'; readonly peer: string; readonly message: ConsumerMessage }
   /** By the ROUTER, to who has connected. */
@@ -71,6 +74,13 @@ export type FromWire =
       readonly kind: 'lost';
       readonly way: 'to' | 'from';
       readonly peer: string;
+      readonly error: ErrorData;
+    }
+  /** That consumer does not speak this wire, or not with us. */
+  | {
+      readonly kind: 'unwilling';
+      readonly peer: string;
+      readonly id: TransferId;
       readonly error: ErrorData;
     }
   | { readonly kind: 'gathered'; readonly step: number }

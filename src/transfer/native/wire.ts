@@ -11,12 +11,13 @@ import { protocolErrorKind } from '../../wire/limits.ts';
 import { logJoining, type TransferContext } from '../context.ts';
 import type { Router } from '../router.ts';
 import type { PairState } from '../types.ts';
-import { loadCargo } from './cargo.ts';
+import { type Cargo, loadCargo } from './cargo.ts';
 import type { FromWire, NativeInit, ToWire } from './channel.ts';
 import { decodeAsked, encodeNative, isNativeMessage } from './codec.ts';
 import { identityOf, nativeHello, peerOf, refusalOf } from './hello.ts';
 import { NativeLink } from './link.ts';
 import type { HelloMessage, NativeMessage } from './messages.ts';
+import { probeConsumer } from './probe.ts';
 
 type WriteCommand = Extract<ToWire, { readonly kind: 'write' }>;
 
@@ -30,14 +31,17 @@ interface Session {
   openPair: Pair | undefined;
   /** Of the pair. */
   parts: number;
-  /** What is written leaves in the order in which it was asked for. */
-  loading: Promise<unknown>;
+  /** What is written leaves in the order in which it was asked for: the gathers under way and those that wait, oldest first. */
+  readonly loading: Promise<unknown>[];
+  leaving: Promise<unknown>;
 }
 
 /** Sessions are small, but anybody can make routing ids up. */
 const MOST_SESSIONS = 4_096;
 /** Pairs that are being opened at one time. */
 const MOST_OPENING = 256;
+/** Parts of one connection that are gathered at a time: while one is on its way the next is made ready. */
+const GATHERS = 3;
 /** A connection that nothing has been said on for so long is closed where there are more than `--max-peers`. */
 const IDLE_MS = 10_000;
 
@@ -115,6 +119,11 @@ export class NativeWire {
     switch (command.kind) {
       case 'connect':
         this.#link(command.peer);
+        return;
+      case 'probe':
+        probeConsumer(this.#context, this.#hello, command, (error) =>
+          this.#tell({ kind: 'unwilling', peer: command.peer, id: command.id, error: error.toData() }),
+        );
         return;
       case 'ask':
         this.#link(command.peer)?.ask(command.message);
@@ -235,6 +244,14 @@ export class NativeWire {
 
   #introduced(identity: Buffer, peer: string, hello: HelloMessage): void {
     const { self, metrics, limited, log } = this.#context;
+    if (hello.probe !== undefined) {
+      const unfit = refusalOf(this.#hello, hello, self, peer);
+      this.#router.answer(
+        identity,
+        this.#encode(unfit ? { ...this.#hello, refused: unfit } : this.#hello, 1),
+      );
+      return;
+    }
     const before = this.#sessions.get(peer);
     before?.openPair?.abort(new PdError('PAIR_CLOSED', `peer ${peer} has connected anew`, { peer }));
     this.#sessions.delete(peer);
@@ -252,7 +269,7 @@ export class NativeWire {
       oldest?.openPair?.abort(new PdError('LIMIT_EXCEEDED', 'too many others have connected'));
       if (oldest) this.#sessions.delete(oldest.peer);
     }
-    const fresh = { pair: undefined, openPair: undefined, parts: 0, loading: Promise.resolve() };
+    const fresh = { pair: undefined, openPair: undefined, parts: 0, loading: [], leaving: Promise.resolve() };
     const since = this.#context.deadlines.now();
     this.#sessions.set(peer, { identity, peer, hello, since, ...fresh });
     this.#tell({ kind: 'introduced', way: 'from', peer, hello });
@@ -312,8 +329,13 @@ export class NativeWire {
       ended(gone(peer).toData());
       return;
     }
-    const sent = session.loading.then(() => this.#load(session, command, gathered));
-    session.loading = sent.catch(() => undefined);
+    // begins once few enough before it are still being gathered, and leaves behind all of them
+    const loaded = Promise.resolve(session.loading.at(-GATHERS)).then(() => this.#load(command));
+    const settled = loaded.then(gathered, gathered);
+    session.loading.push(settled);
+    void settled.then(() => session.loading.shift());
+    const sent = session.leaving.then(async () => this.#send(session, command, await loaded));
+    session.leaving = sent.catch(() => undefined);
     sent
       .then(({ done }) => done)
       .then(
@@ -322,28 +344,32 @@ export class NativeWire {
       );
   }
 
-  async #load(
+  #load({ peer, part, blocks, ready }: WriteCommand): Promise<Cargo> {
+    const { layer, layers } = part;
+    const place = {
+      layers: this.#init.layers.slice(layer, layer + layers),
+      blocks,
+      what: whatOf(part, peer),
+    };
+    return loadCargo(this.#context, place, ready?.event);
+  }
+
+  async #send(
     session: Session,
-    { part, blocks, ready }: WriteCommand,
-    gathered: () => void,
+    { part, blocks }: WriteCommand,
+    cargo: Cargo,
   ): Promise<{ readonly done: Promise<void> }> {
     const { peer } = session;
-    const { seq, layer, layers } = part;
-    const what = `layers ${layer} to ${layer + layers - 1} of WANT ${seq} of ${peer}`;
-    const place = { layers: this.#init.layers.slice(layer, layer + layers), blocks, what };
-    const cargo = await loadCargo(this.#context, place, ready?.event);
-    gathered();
     try {
       const pair = await session.pair;
       if (!pair || this.#sessions.get(peer) !== session || !session.openPair) throw gone(peer);
       const { transfer } = this.#context.options.timeouts;
       this.#answer(peer, { ...part, part: ++session.parts });
-      const done = pair.send(cargo.regions, { tensorId: what, timeoutMs: transfer }).then(() => {
+      const operation = { tensorId: whatOf(part, peer), timeoutMs: transfer };
+      const done = pair.send(cargo.regions, operation).then(() => {
         cargo.free();
-        this.#context.metrics.inc(
-          'pd_kv_sent_bytes_total',
-          layers * blocks.length * this.#init.shape.blockBytes,
-        );
+        const bytes = part.layers * blocks.length * this.#init.shape.blockBytes;
+        this.#context.metrics.inc('pd_kv_sent_bytes_total', bytes);
       });
       return { done };
     } catch (error) {
@@ -363,6 +389,10 @@ export class NativeWire {
   #encode(message: NativeMessage, maxBlocks: number): Uint8Array {
     return encodeNative(message, { maxBlocks });
   }
+}
+
+function whatOf({ seq, layer, layers }: WriteCommand['part'], peer: string): string {
+  return `layers ${layer} to ${layer + layers - 1} of WANT ${seq} of ${peer}`;
 }
 
 function gone(peer: string): PdError {

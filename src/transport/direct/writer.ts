@@ -29,7 +29,7 @@ import { hostMemory, sliceMemory } from '../../device/memory.ts';
 import type { NamedLayer } from '../../device/paged-cache.ts';
 import { PdError } from '../../errors.ts';
 import { type CacheClaims, checkSameGeometry, claimsOf } from './claims.ts';
-import { flagOf, type PageRef, slotOffsets } from './page.ts';
+import { flagOf, type PageRef, PROBE, slotOffsets } from './page.ts';
 
 /** Thread blocks of a launch beside a computation, which keeps its speed; they reach seven eighths of what NVLink gives. */
 export const CTAS_BESIDE_COMPUTE = 16;
@@ -239,6 +239,47 @@ export class DirectWriter {
       writeParameterBlock(this.#parameterView, write, element);
       this.#kernels[`write_${element}`].launch(this.#stream.handle, ctas, { p: this.#parameters });
     }
+  }
+
+  /**
+   * Writes up to `atMost` bytes of our cache, at least a block, into the scratch memory behind the peer's, as fast as it goes; the page tells
+   * how long that took (`WriterPage.probeNanoseconds`). Answers the bytes; undefined where there is no such memory, or no room for the lists now.
+   */
+  probe(atMost: number): number | undefined {
+    this.#open();
+    const { runBytes, runs, blocks: ours } = this.#source;
+    const { claims, pageOnDevice, pointer } = this.#target;
+    const { scratch } = claims;
+    const each = runs * runBytes;
+    if (!scratch || scratch.bytes < each) return undefined;
+    const blocks = Math.min(Math.max(Math.floor(Math.min(atMost, scratch.bytes) / each), 1), ours);
+    const ids = Int32Array.from({ length: blocks }, (_, i) => i);
+    const tables = this.#ring.take(ids, ids);
+    if (!tables) return undefined;
+    const { at } = this.#ring.entry(tables);
+    const target = { runBytes, runs, blockStride: each, runStride: runs === 2 ? runBytes : 0 };
+    const layers = [{ source: this.#layers[0]!.source, target: pointer + BigInt(scratch.offset) }];
+    const element = writeElement(this.#source, target, layers);
+    const write = {
+      source: this.#source,
+      target,
+      layers,
+      sourceIds: this.#ring.address + BigInt(ID_BYTES * at),
+      targetIds: this.#ring.address + BigInt(ID_BYTES * (at + blocks)),
+      blocks,
+      sourceBlocks: ours,
+      targetBlocks: blocks,
+      grant: pageOnDevice + BigInt(PROBE.grant),
+      seq: PROBE.seq,
+      marks: pageOnDevice + BigInt(PROBE.marks),
+      flag: PROBE.flag,
+      counter: addressOf(this.#parts.memory.counter),
+    };
+    this.#device.enter();
+    writeParameterBlock(this.#parameterView, write, element);
+    this.#kernels[`write_${element}`].launch(this.#stream.handle, CTAS_ALONE, { p: this.#parameters });
+    tables.release();
+    return blocks * each;
   }
 
   /** Fires when all that has been enqueued so far has ended. The caller disposes it. */
