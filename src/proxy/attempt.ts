@@ -193,10 +193,12 @@ export class Attempt {
   /**
    * Both can, the producer is not busy, and there is one prompt: of several, the first may be answered before the last is computed. By the
    * native hand-over several are always asked at both ends: a producer keeps KV in its own blocks, which all of them may not fit into.
+   * Without it a consumer in GET can only ask again and again for what is not there yet.
    */
   #mayOverlap(): boolean {
     const { pair, early } = this.#placement;
     if (!pair.producer.overlaps || !pair.consumer.overlaps) return false;
+    if (!this.#native && pair.consumer.sendType === 'GET') return false;
     return this.#request.body.prompts === 1 ? early : this.#native;
   }
 
