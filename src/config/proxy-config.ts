@@ -80,6 +80,8 @@ export interface ProxyConfig {
   /** Between two looks at each instance's GET /health; 0: none. */
   readonly healthIntervalMs: number;
   readonly drainTimeoutMs: number;
+  /** Processes that relay; with more than one, another that owns what they share. */
+  readonly workers: number;
   /** GET /debug/state is answered, to clients on this machine. */
   readonly debugState: boolean;
   readonly log: LogOptions;
@@ -251,6 +253,12 @@ export const PROXY_OPTIONS = defineOptions({
     kind: duration(0),
     help: 'after SIGTERM, for requests under way',
     default: 30_000,
+  }),
+  workers: option({
+    field: 'workers',
+    kind: integer(1, 64),
+    help: 'processes that relay, for more requests than one core can; with more than one, another places requests for all of them',
+    default: 1,
   }),
   debugState: option({
     field: 'debugState',
