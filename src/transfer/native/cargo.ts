@@ -10,7 +10,7 @@ import { passed, type TransferContext } from '../context.ts';
 import type { Allocation } from '../kv-memory.ts';
 
 /** Memory to send from or to receive into. `free`: when no operation uses it any more. */
-interface Cargo {
+export interface Cargo {
   readonly regions: readonly MemoryRef[];
   free(): void;
 }

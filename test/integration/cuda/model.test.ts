@@ -54,6 +54,7 @@ async function onCuda(
     maxNumSeqs,
     maxNumBatchedTokens: 256,
     utilization: 0.9,
+    sharers: 1,
     reserved: 0,
     batchInvariant,
   });

@@ -55,7 +55,7 @@ class Scripted {
       return answer?.(asked, out);
     });
     closing.push(() => upstream.kill());
-    await upstream.ping(proxy.discoveryAddress, 'd', features, sendType);
+    await upstream.ping(proxy.discoveryAddress, 'd', features, { ...(sendType && { sendType }) });
     while (!proxy.instances.some((known) => known.httpAddress === upstream.httpAddress)) {
       await new Promise((resolve) => setImmediate(resolve));
     }
