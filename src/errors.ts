@@ -148,6 +148,10 @@ export const ERROR_TABLE = {
     status: 503,
     hint: 'No instance of that role pings this proxy; GET /health lists those that do.',
   },
+  REGISTRY_FAILED: {
+    status: 502,
+    hint: 'Check that etcd runs at the address of --registry and that its JSON gateway (/v3) can be reached. Instances known so far are kept meanwhile.',
+  },
   UPSTREAM_FAILED: {
     status: 502,
     hint: 'The instance named in the message refused or dropped the connection.',

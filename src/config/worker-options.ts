@@ -16,6 +16,7 @@ import {
   bytes,
   deviceOrAuto,
   duration,
+  etcdAddress,
   gibibytes,
   hostPort,
   integer,
@@ -133,6 +134,14 @@ export const WORKER_OPTIONS = defineOptions({
   debugStateRemote: option({ kind: toggle(), group: SERVER, help: 'and to any client', default: false }),
   ...ACCESS_OPTIONS,
 
+  promptIdsFrom: option({
+    field: 'promptIdsFrom',
+    kind: listOf(addressRange()),
+    group: SERVER,
+    help: 'proxies (addresses, or ranges such as 10.0.0.0/8) whose token ids of a prompt are taken for its text, unchecked',
+    defaultText: 'every prompt is tokenized here',
+  }),
+
   kvHost: option({
     kind: text('host'),
     group: KV,
@@ -153,6 +162,13 @@ export const WORKER_OPTIONS = defineOptions({
     help: 'discovery addresses of proxies, such as 127.0.0.1:30002; of a name, all its addresses',
     default: [],
     defaultText: 'no ping',
+  }),
+  registry: option({
+    field: 'registry',
+    kind: etcdAddress(),
+    group: KV,
+    help: 'etcd to register with, for proxies that read it: etcd://host:2379/prefix',
+    defaultText: 'none',
   }),
   sendType: option({
     field: 'transfer.sendType',

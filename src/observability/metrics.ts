@@ -51,6 +51,10 @@ export const METRICS = {
     label: 'source',
     values: ['computed', 'loaded', 'cached'],
   },
+  pd_step_tokens_total: {
+    type: 'counter',
+    help: 'Tokens that steps have computed, of prompts and of outputs, whether their requests came to an end or not',
+  },
   pd_transfer_seconds: {
     type: 'histogram',
     help: 'From the first announcement (sender) or the start of the load (receiver) until all KV of a request is in place',

@@ -78,6 +78,8 @@ export class TransferService {
   readonly #loads: Loads;
   readonly #outgoing: OutgoingPeers;
   #announcer: Announcer | undefined;
+  /** The last one has taken back what it announced. */
+  #left: Promise<void> | undefined;
   /** As it was told last. */
   #load: WorkerLoad | undefined;
   #disposed: Promise<void> | undefined;
@@ -278,7 +280,7 @@ export class TransferService {
   }
 
   stopPing(): void {
-    this.#announcer?.close();
+    if (this.#announcer) this.#left = this.#announcer.close();
     this.#announcer = undefined;
   }
 
@@ -338,6 +340,7 @@ export class TransferService {
     this.#keeper.dispose();
     memory.dispose();
     await transport.dispose();
+    await this.#left;
     poller.dispose(reason);
     deadlines.clear();
     stream.dispose();

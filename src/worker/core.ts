@@ -185,6 +185,7 @@ export class CoreLoop {
     const unfinished = step.entries.filter(({ sequence }) => sequence.numOutput === 0);
     this.#stamp(unfinished, 'step');
     const result = await this.#forward(step);
+    this.#metrics.step(step.numTokens);
     this.#stamp(
       unfinished.filter(({ sampled }) => sampled),
       'drawn',

@@ -2,7 +2,7 @@ import { afterEach, expect } from 'vitest';
 import { Guard } from '../../src/access/guard.ts';
 import type { AccessConfig } from '../../src/config/access-options.ts';
 import type { DebugAudience, WorkerConfig } from '../../src/config/worker-config.ts';
-import { createLogger } from '../../src/observability/log.ts';
+import { createLogger, RateLimitedLog } from '../../src/observability/log.ts';
 import { MetricsPage } from '../../src/observability/metrics.ts';
 import type { BodyReader } from '../../src/worker/request-reader.ts';
 import { InFlight } from '../../src/worker/server/in-flight.ts';
@@ -64,6 +64,7 @@ export async function startServer(
     pages: [metrics],
     version: '1.2.3',
     log: LOG,
+    limited: new RateLimitedLog(),
   });
   closers.push(async () => guard.close());
   closers.push(async () => {
