@@ -22,8 +22,8 @@ import { KvCache } from '../../src/transfer/native/kv-cache.ts';
 import { NativeTransfer } from '../../src/transfer/native/native-transfer.ts';
 import { type EngineRequestId, engineRequestId, type TransferId } from '../../src/wire/ids.ts';
 import type { Compute } from './compute.ts';
-import type { EndSetup, PeerSetup, Reply } from './messages.ts';
-import { layerName, layoutOf, xorshift } from './shape.ts';
+import type { EndSetup, FlagTimes, PeerSetup, Reply } from './messages.ts';
+import { iterationsOf, layerName, layoutOf, xorshift } from './shape.ts';
 
 const LOOPBACK = '127.0.0.1';
 /** Of a step's last event. */
@@ -48,6 +48,7 @@ interface Parts {
   readonly layers: readonly PagedLayer[];
   readonly blocks: BlockManager;
   readonly timelines: Timelines<HandOverStage | 'begun'>;
+  readonly flags: ReadonlyMap<TransferId, FlagTimes>;
   readonly poller: EventPoller;
   /** After all else. */
   readonly dispose: () => void;
@@ -80,6 +81,7 @@ export class End {
     const named = cache?.layers ?? allocatePagedCache(device, layout, names);
     const { blockSize } = shape;
     const timelines = new Timelines<HandOverStage | 'begun'>();
+    const flags = new Map<TransferId, FlagTimes>();
     const options = {
       device: device.name,
       ncclNumChannels,
@@ -103,6 +105,9 @@ export class End {
       log,
       metrics: new MetricsPage(),
       onStage: (id, stage) => timelines.stamp(id, stage),
+      onFlag: (id, { began, ended }) => {
+        flags.set(id, { began: Number(began) / 1e6, ended: Number(ended) / 1e6, seen: monotonicMs() });
+      },
       openEngine: (init) => TransferEngine.create(options, { native: init }),
     });
     const { engine, handOver } = native;
@@ -119,7 +124,7 @@ export class End {
     });
     const layers = named.map((layer) => layer.cache);
     const dispose = () => cache?.dispose();
-    return new End({ native, connector, layers, blocks, timelines, poller, dispose });
+    return new End({ native, connector, layers, blocks, timelines, flags, poller, dispose });
   }
 
   get address(): HostPort {
@@ -169,7 +174,9 @@ export class End {
   /** When the last of them was there. Throws why one did not come. */
   async loaded(ids: readonly TransferId[]): Promise<Reply> {
     const ends = ids.map((id) => this.#loads.get(engineRequestId(id))?.promise ?? 0);
-    return { at: Math.max(...(await Promise.all(ends))) };
+    const at = Math.max(...(await Promise.all(ends)));
+    const flags = ids.flatMap((id) => this.#parts.flags.get(id) ?? []);
+    return { at, ...(flags.length > 0 && { flags }) };
   }
 
   /** `at`: the last layer was computed, as the core thread sees its event. */
@@ -191,7 +198,7 @@ export class End {
     connector.startLoadKv({ ...NOTHING, fills });
     const events: DeviceEvent[] = [];
     for (const [i, layer] of layers.entries()) {
-      const event = compute?.one(compute.prefillLoop);
+      const event = compute?.one(compute.prefillLoop, iterationsOf(tokens));
       if (event) events.push(event);
       connector.saveKvLayer(layerName(i), layer, event?.ref);
     }

@@ -37,8 +37,8 @@ export type ToWire =
   /** Our hello by the ROUTER, to who speaks to a process that is not this one. */
   | { readonly kind: 'introduce'; readonly peer: string }
   /**
-   * PART, and these blocks of its layers behind it on the pair with `peer`; `written` follows once they may be overwritten. They are there when
-   * `ready` has fired, an event of that step; `gathered` says that it is needed no more.
+   * PART, and these blocks of its layers behind it on the pair with `peer`; `written` follows once it is on its way and they may be overwritten
+   * (`leaving`: and `sent` once it has left). They are there when `ready` has fired, an event of that step; `gathered` says that it is needed no more.
    */
   | {
       readonly kind: 'write';
@@ -84,5 +84,12 @@ export type FromWire =
       readonly error: ErrorData;
     }
   | { readonly kind: 'gathered'; readonly step: number }
-  | { readonly kind: 'written'; readonly launch: number; readonly error?: ErrorData }
+  | {
+      readonly kind: 'written';
+      readonly launch: number;
+      readonly error?: ErrorData;
+      readonly leaving?: true;
+    }
+  /** A part that was told of as `leaving` is sent, or will not be. */
+  | { readonly kind: 'sent' }
   | { readonly kind: 'received'; readonly receipt: number; readonly error?: ErrorData };

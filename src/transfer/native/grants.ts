@@ -4,8 +4,8 @@
  *
  *   1. Actions are carried out at once, in order, before the ledger is told anything else.
  *   2. Each `write` is answered by exactly one `landed`, once no thread will launch anything for it any more and the event behind its
- *      last launch has fired; where nothing was launched, at once. Before each launch of it `mayLaunch` is asked. Writes to one process
- *      share one stream.
+ *      last launch has fired; where nothing was launched, at once. On a pair, whose reader alone writes to its blocks: once its parts
+ *      are on their way. Before each launch of it `mayLaunch` is asked. Writes to one process share one stream.
  *   3. `tick` comes every quarter of a second while `isIdle` is false, after what has arrived has been read.
  *   4. No message of a process is handed in before its hello.
  *
@@ -311,11 +311,12 @@ export class Grants {
     const { grant, sources } = known;
     this.#launches.delete(launch);
     grant.launches.delete(launch);
-    this.#do({ kind: 'unhold', launch, sources });
     if (failure && (grant.end === undefined || grant.end.cmd === 'DONE')) {
       grant.end = { cmd: 'FAIL', ...answerOf(grant), ...failure };
     }
+    // the end first: its consumer waits
     this.#settle(grant, now);
+    this.#do({ kind: 'unhold', launch, sources });
     return this.#take();
   }
 

@@ -16,7 +16,7 @@ import { type ErrorCode, type ErrorData, PdError, unreachable } from '../../erro
 import { formatHostPort } from '../../net/address.ts';
 import type { Logger } from '../../observability/log.ts';
 import type { MetricsPage } from '../../observability/metrics.ts';
-import { NO_TOKEN, SLOTS } from '../../transport/direct/page.ts';
+import { NO_TOKEN, SLOTS, type SlotFlag } from '../../transport/direct/page.ts';
 import { type EngineRequestId, peerAddressOf, type TransferId } from '../../wire/ids.ts';
 import { Failures } from '../failures.ts';
 import type { TransferState } from '../types.ts';
@@ -56,6 +56,8 @@ export interface HandOverOptions {
   /** Of the core thread. */
   readonly metrics: MetricsPage;
   readonly onStage?: (id: TransferId, stage: HandOverStage) => void;
+  /** The stage `flagged`, with the GPU's times of the write that set the flag: of the last layer, where each was written by itself. */
+  readonly onFlag?: (id: TransferId, times: SlotFlag) => void;
 }
 
 /** A `want` that has no outcome yet. */
@@ -146,9 +148,13 @@ export class HandOver implements HandOverApi {
       },
     });
     this.#pages = new PageWatch((nonce) => direct?.pageOf(nonce), {
-      flag: ({ peer, nonce, slot, seq }) => {
+      flag: ({ peer, nonce, slot, seq }, times) => {
         const load = [...this.#loads.values()].find((one) => one.seq === seq);
-        if (load) this.#stage(load.request.transferId, 'flagged');
+        if (load) {
+          const { transferId } = load.request;
+          this.#stage(transferId, 'flagged');
+          options.onFlag?.(transferId, times);
+        }
         this.#want(() => this.#wants.flag(peer, nonce, slot, seq));
       },
       done: (slot, draw) => this.#want(() => this.#wants.doneInPage(slot, draw, now())),
@@ -381,7 +387,11 @@ export class HandOver implements HandOverApi {
         this.#writes.gathered(event.step);
         return;
       case 'written':
-        this.#writes.written(event.launch, event.error);
+        this.#writes.written(event);
+        return;
+      case 'sent':
+        this.#writes.sent();
+        if (this.#closed) this.#checkSettled();
         return;
       case 'received':
         this.#want(() => this.#wants.received(event.receipt, event.error === undefined, now()));

@@ -20,7 +20,7 @@ import type { TransferId } from '../../wire/ids.ts';
 import type { TransferEngine } from '../engine.ts';
 import type { NativeInit } from './channel.ts';
 import type { DirectWays } from './direct.ts';
-import type { HandOver } from './hand-over.ts';
+import type { HandOver, HandOverOptions } from './hand-over.ts';
 import type { HandOverApi, HandOverStage, HandOverState } from './hand-over-api.ts';
 import type { KvCache } from './kv-cache.ts';
 import type { Nonce } from './messages.ts';
@@ -55,6 +55,7 @@ export interface NativeTransferParts {
   readonly log: Logger;
   readonly metrics: MetricsPage;
   readonly onStage?: (id: TransferId, stage: HandOverStage) => void;
+  readonly onFlag?: HandOverOptions['onFlag'];
   readonly openEngine: (native: NativeInit) => Promise<TransferEngine>;
 }
 
@@ -131,7 +132,7 @@ export class NativeTransfer {
     try {
       const init = initOf(parts, nonce, direct);
       engine = await parts.openEngine(init);
-      const { role, rank, leaseMs, busy, log, metrics, onStage } = parts;
+      const { role, rank, leaseMs, busy, log, metrics, onStage, onFlag } = parts;
       const wire = engine.native.bind(engine);
       const { HandOver } = await import('./hand-over.ts');
       const options = {
@@ -144,6 +145,7 @@ export class NativeTransfer {
         log,
         metrics,
         ...(onStage && { onStage }),
+        ...(onFlag && { onFlag }),
         ...(direct && { direct }),
       };
       return new NativeTransfer(engine, new HandOver(options), direct, dispose);

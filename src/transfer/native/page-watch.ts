@@ -3,7 +3,7 @@
  * the last chunk of one is under way, for a while, and for a moment after its WANT, as KV that is computed already is written at once. A producer
  * that stands still costs this core thread no more than timers.
  */
-import { NO_TOKEN, type OwnerPage, type SlotState } from '../../transport/direct/page.ts';
+import { NO_TOKEN, type OwnerPage, type SlotFlag, type SlotState } from '../../transport/direct/page.ts';
 import type { Draw } from './grants.ts';
 import type { Nonce } from './messages.ts';
 
@@ -24,8 +24,8 @@ interface Watched extends GrantedSlot {
 }
 
 interface PageEvents {
-  /** All bytes are there. */
-  flag(slot: GrantedSlot): void;
+  /** All bytes are there; when the last of them were written, on the GPU's clock. */
+  flag(slot: GrantedSlot, times: SlotFlag): void;
   /** And its writer says so, with what it drew. */
   done(slot: GrantedSlot, draw: Draw): void;
 }
@@ -92,9 +92,10 @@ export class PageWatch {
 
   #lookAt(held: Watched, page: OwnerPage): SlotState {
     const { slot, seq } = held;
-    if (!held.flagged && page.flag(slot, seq)) {
+    const times = held.flagged ? undefined : page.flag(slot, seq);
+    if (times) {
       held.flagged = true;
-      this.#on.flag(held);
+      this.#on.flag(held, times);
     }
     const state = page.state(slot, seq);
     if (state !== 'done' || !held.flagged) return state;

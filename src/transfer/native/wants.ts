@@ -488,8 +488,9 @@ export class Wants {
       want.end = end;
       want.saidAt = now;
     }
-    this.#acknowledge(process, end);
+    // whoever waits for it comes first
     this.#settle(want);
+    this.#acknowledge(process, end);
   }
 
   /** What follows from all that is known of a want: blocks back, its owner told, its entry gone. */

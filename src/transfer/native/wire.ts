@@ -34,6 +34,9 @@ interface Session {
   /** What is written leaves in the order in which it was asked for: the gathers under way and those that wait, oldest first. */
   readonly loading: Promise<unknown>[];
   leaving: Promise<unknown>;
+  /** Bytes of parts that are gathered or sent, and parts that wait until fewer are. */
+  underWay: number;
+  readonly crowded: { readonly bytes: number; readonly go: () => void }[];
 }
 
 /** Sessions are small, but anybody can make routing ids up. */
@@ -42,6 +45,12 @@ const MOST_SESSIONS = 4_096;
 const MOST_OPENING = 256;
 /** Parts of one connection that are gathered at a time: while one is on its way the next is made ready. */
 const GATHERS = 3;
+/**
+ * Bytes of one connection that are gathered or sent at a time. More would take all of `--kv-buffer-size` at either end, and go by host memory from
+ * there on, at a tenth of the speed.
+ */
+const WINDOW_BYTES = 512 * 2 ** 20;
+const WINDOW_SHARE = 0.6;
 /** A connection that nothing has been said on for so long is closed where there are more than `--max-peers`. */
 const IDLE_MS = 10_000;
 
@@ -269,7 +278,15 @@ export class NativeWire {
       oldest?.openPair?.abort(new PdError('LIMIT_EXCEEDED', 'too many others have connected'));
       if (oldest) this.#sessions.delete(oldest.peer);
     }
-    const fresh = { pair: undefined, openPair: undefined, parts: 0, loading: [], leaving: Promise.resolve() };
+    const fresh = {
+      pair: undefined,
+      openPair: undefined,
+      parts: 0,
+      loading: [],
+      leaving: Promise.resolve(),
+      underWay: 0,
+      crowded: [],
+    };
     const since = this.#context.deadlines.now();
     this.#sessions.set(peer, { identity, peer, hello, since, ...fresh });
     this.#tell({ kind: 'introduced', way: 'from', peer, hello });
@@ -329,19 +346,56 @@ export class NativeWire {
       ended(gone(peer).toData());
       return;
     }
-    // begins once few enough before it are still being gathered, and leaves behind all of them
-    const loaded = Promise.resolve(session.loading.at(-GATHERS)).then(() => this.#load(command));
+    const bytes = this.#bytesOf(command);
+    // begins once few enough before it are still being gathered or sent, and leaves behind all of them: so they enter in order
+    const before = session.loading.at(-GATHERS);
+    const loaded = this.#enter(session, bytes)
+      .then(() => before)
+      .then(() => this.#load(command));
     const settled = loaded.then(gathered, gathered);
     session.loading.push(settled);
     void settled.then(() => session.loading.shift());
     const sent = session.leaving.then(async () => this.#send(session, command, await loaded));
     session.leaving = sent.catch(() => undefined);
+    // A part that leaves from memory of its own needs its blocks no more: DONE may follow it, and whoever hears it waits for the part.
+    const staged = this.#context.device.kind !== 'host';
     sent
-      .then(({ done }) => done)
-      .then(
-        () => ended(),
-        (error: unknown) => ended(PdError.from(error, 'PEER_LOST', { peer }).toData()),
-      );
+      .then(({ done }) => {
+        if (!staged) return done.then(() => ended());
+        gathered();
+        this.#tell({ kind: 'written', launch, leaving: true });
+        // where it fails the pair has ended, which its receiver sees
+        return done.catch(() => undefined).then(() => this.#tell({ kind: 'sent' }));
+      })
+      .catch((error: unknown) => ended(PdError.from(error, 'PEER_LOST', { peer }).toData()))
+      .finally(() => this.#leave(session, bytes));
+  }
+
+  /** Resolves once there is room in the window: at once where nothing is under way, however large the part. */
+  #enter(session: Session, bytes: number): Promise<void> {
+    if (session.crowded.length === 0 && this.#fits(session, bytes)) {
+      session.underWay += bytes;
+      return Promise.resolve();
+    }
+    return new Promise((go) => session.crowded.push({ bytes, go }));
+  }
+
+  #leave(session: Session, bytes: number): void {
+    session.underWay -= bytes;
+    for (let [next] = session.crowded; next && this.#fits(session, next.bytes); [next] = session.crowded) {
+      session.crowded.shift();
+      session.underWay += next.bytes;
+      next.go();
+    }
+  }
+
+  #fits({ underWay }: Session, bytes: number): boolean {
+    const window = Math.min(WINDOW_BYTES, this.#context.options.kvBufferSize * WINDOW_SHARE);
+    return underWay === 0 || underWay + bytes <= window;
+  }
+
+  #bytesOf({ part, blocks }: WriteCommand): number {
+    return part.layers * blocks.length * this.#init.shape.blockBytes;
   }
 
   #load({ peer, part, blocks, ready }: WriteCommand): Promise<Cargo> {
@@ -356,10 +410,11 @@ export class NativeWire {
 
   async #send(
     session: Session,
-    { part, blocks }: WriteCommand,
+    command: WriteCommand,
     cargo: Cargo,
   ): Promise<{ readonly done: Promise<void> }> {
     const { peer } = session;
+    const { part } = command;
     try {
       const pair = await session.pair;
       if (!pair || this.#sessions.get(peer) !== session || !session.openPair) throw gone(peer);
@@ -368,8 +423,7 @@ export class NativeWire {
       const operation = { tensorId: whatOf(part, peer), timeoutMs: transfer };
       const done = pair.send(cargo.regions, operation).then(() => {
         cargo.free();
-        const bytes = part.layers * blocks.length * this.#init.shape.blockBytes;
-        this.#context.metrics.inc('pd_kv_sent_bytes_total', bytes);
+        this.#context.metrics.inc('pd_kv_sent_bytes_total', this.#bytesOf(command));
       });
       return { done };
     } catch (error) {

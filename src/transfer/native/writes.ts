@@ -9,7 +9,7 @@ import type { EventRef } from '../../device/device.ts';
 import { type ErrorCode, PdError } from '../../errors.ts';
 import type { MetricsPage } from '../../observability/metrics.ts';
 import type { TransferId } from '../../wire/ids.ts';
-import type { NativeInit, ToWire } from './channel.ts';
+import type { FromWire, NativeInit, ToWire } from './channel.ts';
 import type { DirectWays, DirectWrite } from './direct.ts';
 import type { GrantAction } from './grants.ts';
 
@@ -64,6 +64,8 @@ export class Writes {
   readonly #options: WritesOptions;
   readonly #numLayers: number;
   readonly #writes = new Map<number, Write>();
+  /** Parts that are on their way, of writes that may have landed. */
+  #leaving = 0;
   /** Writes by `direct` that wait for room. */
   readonly #crowded = new Set<Write>();
   #step: Step | undefined;
@@ -76,9 +78,9 @@ export class Writes {
     this.#numLayers = options.init.shape.layers;
   }
 
-  /** Writes that have not landed. */
+  /** Writes that have not landed, and parts that have not been sent. */
   get size(): number {
-    return this.#writes.size;
+    return this.#writes.size + this.#leaving;
   }
 
   /** The step that begins, or has begun, computes some of this request. */
@@ -146,13 +148,18 @@ export class Writes {
     step.gathered.resolve();
   }
 
-  /** A part is sent, or will not be. */
-  written(launch: number, error: WriteFailure | undefined): void {
+  /** A part is sent, or on its way from memory of its own, or will not be. */
+  written({ launch, error, leaving }: Extract<FromWire, { readonly kind: 'written' }>): void {
+    if (leaving) this.#leaving++;
     const write = this.#writes.get(launch);
     if (!write) return;
     write.parts--;
     if (error) write.failure ??= error;
     this.#settle(write);
+  }
+
+  sent(): void {
+    this.#leaving--;
   }
 
   /** Layers up to `end`, as far as they have not been launched. */

@@ -17,11 +17,13 @@ import { loadKernels } from '../../device/cuda/kernels.ts';
 import {
   layersPerWrite,
   WRITE_KERNELS,
+  WRITE_LAYER_BYTES,
   WRITE_PARAMETER_BYTES,
   WRITE_THREADS,
   type WriteLayer,
   writeElement,
   writeParameterBlock,
+  writeTable,
 } from '../../device/cuda/paged-write.ts';
 import { type CudaStream, hasDrained } from '../../device/cuda/stream.ts';
 import type { DeviceEvent, EventRef, MemoryRef } from '../../device/device.ts';
@@ -150,6 +152,7 @@ export class DirectWriter {
   readonly #source: CacheClaims;
   readonly #target: MappedCache;
   readonly #layers: readonly WriteLayer[];
+  readonly #table: Uint8Array;
   readonly #element: 16 | 1;
   readonly #kernels: Kernels;
   readonly #parameters: NativePointer = allocateNative(WRITE_PARAMETER_BYTES);
@@ -169,6 +172,7 @@ export class DirectWriter {
       source: layer,
       target: target.pointer + BigInt(target.claims.layers[i]!.offset),
     }));
+    this.#table = writeTable(this.#layers);
     this.#element = writeElement(source, target.claims, this.#layers);
     this.#kernels = kernels;
     this.#stream = device.createStream({ urgent: true });
@@ -215,16 +219,15 @@ export class DirectWriter {
     const flag = mark === undefined ? 0n : flagOf(seq, mark);
     const offsets = slotOffsets(slot);
     const { claims, pageOnDevice } = this.#target;
-    const all = this.#layers;
     const element = this.#element;
     const most = layersPerWrite(tables.blocks, this.#source, element);
     this.#device.enter();
     for (let at = 0; at < count; at += most) {
-      const part = all.slice(first + at, first + Math.min(count, at + most));
+      const end = first + Math.min(count, at + most);
       const write = {
         source: this.#source,
         target: claims,
-        layers: part,
+        table: this.#table.subarray(WRITE_LAYER_BYTES * (first + at), WRITE_LAYER_BYTES * end),
         sourceIds: this.#ring.address + BigInt(ID_BYTES * entry.at),
         targetIds: this.#ring.address + BigInt(ID_BYTES * (entry.at + entry.blocks)),
         blocks: entry.blocks,
@@ -263,7 +266,7 @@ export class DirectWriter {
     const write = {
       source: this.#source,
       target,
-      layers,
+      table: writeTable(layers),
       sourceIds: this.#ring.address + BigInt(ID_BYTES * at),
       targetIds: this.#ring.address + BigInt(ID_BYTES * (at + blocks)),
       blocks,

@@ -67,7 +67,7 @@ function producer() {
         ? [[command.part.layer, command.part.layers, command.ready?.event] as const]
         : [],
     );
-  return { handOver, want, writes };
+  return { handOver, want, writes, told, hear };
 }
 
 const event = (handle: bigint): EventRef => ({ kind: 'cuda', handle });
@@ -92,4 +92,28 @@ test('layers that are computed at one moment are written together', () => {
   for (let layer = 0; layer < 4; layer++) handOver.layer(layer, graph);
   want();
   expect(writes()).toEqual([[0, 4, graph]]);
+});
+
+test('DONE follows a part that is on its way, and a worker that stops waits until it is sent', async () => {
+  const { handOver, want, told, hear } = producer();
+  const ends = () => told.filter(({ kind }) => kind === 'answer');
+  handOver.begin({ transferId: ID, promptDigest: 'p', tokens: 8 });
+  handOver.progress(ID, 8, [1, 2]);
+  await handOver.stepEnded();
+  want();
+  handOver.finish(ID, { tokens: [3], samplingDigest: 's' });
+  expect(ends()).toEqual([]);
+  const write = told.find((command) => command.kind === 'write');
+  hear({ kind: 'written', launch: write?.launch ?? 0, leaving: true });
+  expect(ends()).toMatchObject([{ message: { cmd: 'DONE', seq: 1, drawn: [3] } }]);
+  const { from, to, seq, ticket } = WANT;
+  hear({ kind: 'asked', peer: PEER, message: { cmd: 'ACK', from, to, seq, ticket, floor: 2 } });
+  let closed = false;
+  const closing = handOver.close().then(() => {
+    closed = true;
+  });
+  await new Promise((resolve) => setImmediate(resolve));
+  expect(closed).toBe(false);
+  hear({ kind: 'sent' });
+  await closing;
 });
