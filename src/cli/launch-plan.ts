@@ -27,6 +27,8 @@ export interface LaunchSettings {
   readonly drainTimeoutMs: number;
   readonly logLevel: string;
   readonly logFormat: 'pretty' | 'json';
+  /** Checkpoint that the proxy tokenizes by, to place prompts by what workers say they have cached. Absent: there is nothing to choose from. */
+  readonly tokenizer?: string;
   /** For every worker, unchanged: `--model DIR --send-type GET`. */
   readonly workerFlags: readonly string[];
 }
@@ -79,7 +81,7 @@ function workerNames({ prefill, decode }: Pick<LaunchSettings, 'prefill' | 'deco
  * ADDRESS_INVALID for a host that cannot be bound or reached.
  */
 export async function planLaunch(settings: LaunchSettings, devices: readonly string[]): Promise<LaunchPlan> {
-  const { host, prefill } = settings;
+  const { host, prefill, tokenizer } = settings;
   const names = workerNames(settings);
   const count = 2 + 2 * names.length;
   await assertReachable(host, '--host');
@@ -102,6 +104,7 @@ export async function planLaunch(settings: LaunchSettings, devices: readonly str
     '--discovery-port',
     String(discovery),
     ...(settings.apiKeyFile === undefined ? [] : ['--api-key-file', settings.apiKeyFile]),
+    ...(tokenizer === undefined ? [] : ['--tokenizer', tokenizer]),
     ...common,
   ];
   const pings = formatHostPort(asDestination({ host, port: discovery! }));
@@ -114,6 +117,7 @@ export async function planLaunch(settings: LaunchSettings, devices: readonly str
     const args = [
       ...['--role', role, '--device', device, '--proxy', pings],
       ...['--host', host, '--port', String(httpPort), '--kv-host', host, '--kv-port', String(kvPort)],
+      ...(tokenizer === undefined ? [] : ['--kv-events-port', '0']),
       ...(sharesGpu(settings.device) ? [...SHARING, '--workers-per-gpu', String(names.length)] : []),
       ...common,
       ...settings.workerFlags,

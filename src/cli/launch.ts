@@ -1,5 +1,6 @@
 /** pd-launch: a proxy and its workers on one machine, started, supervised and stopped together. */
 import { Command } from 'commander';
+import { demoModelDir } from '../config/demo-model.ts';
 import { withWayOut } from '../config/device-choice.ts';
 import { duration, integer, oneOf, port, text, toggle } from '../config/kinds.ts';
 import { addOptions, defineOptions, option, resolveOptions } from '../config/options.ts';
@@ -159,6 +160,7 @@ export function launchOptions(argv: readonly string[], env: NodeJS.ProcessEnv): 
       drainTimeoutMs: values.drainTimeout,
       logLevel: values.logLevel,
       logFormat: values.logFormat,
+      ...(values.prefill + values.decode > 2 && { tokenizer: values.model ?? demoModelDir() }),
       workerFlags: [...passed, ...extra],
     },
     json: values.json,
