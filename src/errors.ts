@@ -234,6 +234,14 @@ export class PdError extends Error {
     const message = error instanceof Error ? error.message : String(error);
     return new PdError(code, message, context, { cause: error });
   }
+
+  /**
+   * `what` failed, in the words of its cause.
+   * @internal
+   */
+  static because(code: ErrorCode, what: string, cause: unknown, context: ErrorContext = {}): PdError {
+    return new PdError(code, `${what}: ${PdError.from(cause).message}`, context, { cause });
+  }
 }
 
 // ffi/ imports nothing of src/; this makes what it throws a PdError too

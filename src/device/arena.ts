@@ -1,5 +1,5 @@
 /**
- * Hands out offsets inside memory that is taken once, because taking and freeing device memory waits for the whole device. Best fit with
+ * Hands out offsets in memory that is allocated once, because allocating and freeing device memory waits for the whole device. Best fit with
  * coalescing, O(log n). Pure: it never looks at the memory.
  *
  *   | used | free | used | used | free            |      blocks in address order, each knows its neighbours;
@@ -61,16 +61,7 @@ export class Arena {
 
   /** Undefined where no free run is long enough; the arena is then as before. */
   allocate(bytes: number): Block | undefined {
-    const size = sizeOf(bytes);
-    const segment = this.#free.bestFit(size);
-    if (!segment) return undefined;
-    this.#free.remove(segment);
-    if (segment.size > size) this.#free.insert(cut(segment, size));
-    segment.free = false;
-    const block = { offset: segment.offset, bytes, size };
-    this.#held.set(block, segment);
-    this.#usedBytes += size;
-    return block;
+    return this.allocateRun([bytes])?.[0];
   }
 
   /**
