@@ -4,10 +4,9 @@ import { Tokenizer as HuggingFaceTokenizer } from '@huggingface/tokenizers';
 import { PdError } from '../errors.ts';
 import { z } from '../zod.ts';
 import { type ChatMessage, ChatTemplate, type RenderOptions, readChatTemplate } from './chat-template.ts';
-import { checked, invalid } from './checked.ts';
+import { checked, invalid, readJson } from './checked.ts';
 import { type ModelConfig, readModelConfig } from './config.ts';
 import { IncrementalDecoder, type PieceSource } from './incremental-decoder.ts';
-import { readJson } from './json-file.ts';
 import { charactersPerToken } from './token-bound.ts';
 import { type PieceReader, readPieces, type TokenPiece } from './token-pieces.ts';
 
@@ -36,7 +35,7 @@ const namedTokenSchema = z.union([
 export interface Decoding {
   /** Special ones have none; the default. */
   readonly skipSpecialTokens?: boolean;
-  /** Special tokens, by their text, that have it nevertheless. */
+  /** Special tokens, by their text, that keep it nevertheless. */
   readonly keep?: readonly string[];
 }
 
@@ -51,7 +50,7 @@ export class Tokenizer implements PieceSource {
   readonly charactersPerToken: number;
   readonly #library: HuggingFaceTokenizer;
   readonly #pieces: readonly (TokenPiece | undefined)[];
-  /** What `tokenString` has said: twenty alternatives a token come to many. */
+  /** Results of `tokenString`: with twenty alternatives a token it is called very often. */
   readonly #strings: string[] = [];
   readonly #special: ReadonlySet<number>;
   readonly #specialIds: ReadonlyMap<string, number>;
@@ -78,11 +77,11 @@ export class Tokenizer implements PieceSource {
     this.charactersPerToken = mostCharacters;
   }
 
-  /** Reads tokenizer.json and what stands beside it. Throws CHECKPOINT_INVALID or MODEL_UNSUPPORTED. */
+  /** Reads tokenizer.json and the files beside it. Throws CHECKPOINT_INVALID or MODEL_UNSUPPORTED. */
   static async load(dir: string): Promise<Tokenizer> {
     const path = join(dir, 'tokenizer.json');
     const json = await readJson(path);
-    if (json === undefined) throw new PdError('CHECKPOINT_INVALID', `${dir} holds no tokenizer.json`);
+    if (json === undefined) throw invalid(`${dir} holds no tokenizer.json`);
     const { added_tokens: added, decoder } = checked(tokenizerSchema, json, path);
     const settings = ((await readJson(join(dir, 'tokenizer_config.json'))) ?? {}) as Record<string, unknown>;
     const library = openLibrary(json, settings, path);
@@ -152,7 +151,7 @@ export class Tokenizer implements PieceSource {
   }
 }
 
-/** What a server needs of a tokenizer: tests put one of bytes in its place. */
+/** What a server needs of a tokenizer; tests substitute one of bytes. */
 export type TextModel = Pick<
   Tokenizer,
   | 'applyChatTemplate'
