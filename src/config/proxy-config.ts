@@ -15,7 +15,7 @@ import {
   port,
   text,
 } from './kinds.ts';
-import { defaultsOf, defineOptions, option, type ValuesOf } from './options.ts';
+import { defaultsOf, defineOptions, grouped, option, type ValuesOf } from './options.ts';
 
 export const POLICIES = ['round-robin', 'least-loaded', 'session', 'kv-aware'] as const;
 /** How an instance is chosen for a request (docs/routing.md). */
@@ -55,9 +55,6 @@ export interface ProxyConfig {
   readonly drainTimeoutMs: number;
   readonly log: LogOptions;
 }
-
-const ROUTING = 'Routing';
-const LIMITS = 'Limits';
 
 /** A new option is a row here and its field above. */
 export const PROXY_OPTIONS = defineOptions({
@@ -99,68 +96,63 @@ export const PROXY_OPTIONS = defineOptions({
     help: 'the consumer is asked at once while the producer has at most so many requests of this proxy; 0: always in turn',
     default: 4,
   }),
-  policy: option({
-    field: 'policy',
-    kind: oneOf(POLICIES),
-    help: 'how instances are chosen',
-    group: ROUTING,
-    default: 'round-robin',
+  ...grouped('Routing', {
+    policy: option({
+      field: 'policy',
+      kind: oneOf(POLICIES),
+      help: 'how instances are chosen',
+      default: 'round-robin',
+    }),
+    prefillPolicy: option({
+      field: 'prefillPolicy',
+      kind: oneOf(POLICIES),
+      help: 'how producers are chosen',
+      defaultText: 'as --policy',
+    }),
+    decodePolicy: option({
+      field: 'decodePolicy',
+      kind: oneOf(POLICIES),
+      help: 'how consumers are chosen',
+      defaultText: 'as --policy',
+    }),
+    sessionHeader: option({
+      field: 'sessionHeader',
+      kind: text('name'),
+      help: "header that names a request's session for the policy `session`; without it the body's `user` does",
+      default: 'x-session-id',
+    }),
+    bypassTokens: option({
+      field: 'bypassTokens',
+      kind: integer(0, 2 ** 20),
+      help: 'a prompt of which at most so many tokens are not cached on its consumer goes to that alone; 0: none does',
+      default: 0,
+    }),
   }),
-  prefillPolicy: option({
-    field: 'prefillPolicy',
-    kind: oneOf(POLICIES),
-    help: 'how producers are chosen',
-    group: ROUTING,
-    defaultText: 'as --policy',
-  }),
-  decodePolicy: option({
-    field: 'decodePolicy',
-    kind: oneOf(POLICIES),
-    help: 'how consumers are chosen',
-    group: ROUTING,
-    defaultText: 'as --policy',
-  }),
-  sessionHeader: option({
-    field: 'sessionHeader',
-    kind: text('name'),
-    help: "header that names a request's session for the policy `session`; without it the body's `user` does",
-    group: ROUTING,
-    default: 'x-session-id',
-  }),
-  bypassTokens: option({
-    field: 'bypassTokens',
-    kind: integer(0, 2 ** 20),
-    help: 'a prompt of which at most so many tokens are not cached on its consumer goes to that alone; 0: none does',
-    group: ROUTING,
-    default: 0,
-  }),
-  maxRunning: option({
-    field: 'maxRunning',
-    kind: integer(0, 2 ** 20),
-    help: 'most requests under way; 0: any number',
-    group: LIMITS,
-    default: 0,
-  }),
-  maxRunningTokens: option({
-    field: 'maxRunningTokens',
-    kind: integer(0, 2 ** 40),
-    help: 'most prompt tokens of requests under way, about; 0: any number',
-    group: LIMITS,
-    default: 0,
-  }),
-  maxQueued: option({
-    field: 'maxQueued',
-    kind: integer(0, 2 ** 20),
-    help: 'most requests that wait for their turn; others are answered 429',
-    group: LIMITS,
-    default: 256,
-  }),
-  queueTimeout: option({
-    field: 'queueTimeoutMs',
-    kind: duration(1),
-    help: 'for that turn to come; then 429',
-    group: LIMITS,
-    default: 30_000,
+  ...grouped('Limits', {
+    maxRunning: option({
+      field: 'maxRunning',
+      kind: integer(0, 2 ** 20),
+      help: 'most requests under way; 0: any number',
+      default: 0,
+    }),
+    maxRunningTokens: option({
+      field: 'maxRunningTokens',
+      kind: integer(0, 2 ** 40),
+      help: 'most prompt tokens of requests under way, about; 0: any number',
+      default: 0,
+    }),
+    maxQueued: option({
+      field: 'maxQueued',
+      kind: integer(0, 2 ** 20),
+      help: 'most requests that wait for their turn; others are answered 429',
+      default: 256,
+    }),
+    queueTimeout: option({
+      field: 'queueTimeoutMs',
+      kind: duration(1),
+      help: 'for that turn to come; then 429',
+      default: 30_000,
+    }),
   }),
   healthInterval: option({
     field: 'healthIntervalMs',
@@ -174,20 +166,20 @@ export const PROXY_OPTIONS = defineOptions({
     help: 'after SIGTERM, for requests under way',
     default: 30_000,
   }),
-  logLevel: option({
-    field: 'log.level',
-    kind: oneOf(LOG_LEVELS),
-    help: 'least severe level that is logged',
-    group: 'Log',
-    default: 'info',
-    defaultText: 'VLLM_LOGGING_LEVEL, or info',
-  }),
-  logFormat: option({
-    field: 'log.format',
-    kind: oneOf(LOG_FORMATS),
-    help: 'pretty for people, json for collectors, auto by whether stdout is a terminal',
-    group: 'Log',
-    default: 'auto',
+  ...grouped('Log', {
+    logLevel: option({
+      field: 'log.level',
+      kind: oneOf(LOG_LEVELS),
+      help: 'least severe level that is logged',
+      default: 'info',
+      defaultText: 'VLLM_LOGGING_LEVEL, or info',
+    }),
+    logFormat: option({
+      field: 'log.format',
+      kind: oneOf(LOG_FORMATS),
+      help: 'pretty for people, json for collectors, auto by whether stdout is a terminal',
+      default: 'auto',
+    }),
   }),
   config: option({ kind: text('file'), help: 'JSON file with any of these options' }),
 } satisfies TableOf<ProxyConfig>);
