@@ -12,7 +12,7 @@ import type { Executor } from '../model/executor.ts';
 import { formatHostPort } from '../net/address.ts';
 import type { Logger } from '../observability/log.ts';
 import { MetricsPage } from '../observability/metrics.ts';
-import { maxSequenceLength, Scheduler } from '../scheduler/scheduler.ts';
+import { maxSequenceLength, Scheduler, type SchedulerOptions } from '../scheduler/scheduler.ts';
 import type { TransferEngine } from '../transfer/engine.ts';
 import type { NativeInit } from '../transfer/native/channel.ts';
 import type { DirectWays, SharedCache } from '../transfer/native/direct.ts';
@@ -69,14 +69,11 @@ export async function createCore(
     const native = nativeInit(config, executor, nonce, direct);
     const engine = await createEngine(config, fingerprint, init.metrics.transfer, native);
     if (engine) undo.push(() => engine.dispose());
-    const handOver =
-      engine &&
-      native &&
-      (await createHandOver(config, { engine, init: native, direct, log, metrics: init.metrics.core }));
+    const handOver = await createHandOver(init, engine, native, direct, log);
     if (handOver) undo.push(() => handOver.close());
     const limits = { numBlocks, blockSize: config.blockSize, maxModelLen };
     return {
-      loop: createLoop(init, { executor, engine, handOver, limits, log, told }),
+      loop: createLoop(init, limits, executor, engine, handOver, { log, ...told }),
       info: {
         ...(engine && { kvAddress: formatHostPort(engine.address) }),
         maxModelLen: maxSequenceLength(limits),
@@ -95,18 +92,16 @@ export async function createCore(
   }
 }
 
-interface LoopParts {
-  readonly executor: Executor;
-  readonly engine: TransferEngine | undefined;
-  readonly handOver: HandOver | undefined;
-  readonly limits: { readonly numBlocks: number; readonly blockSize: number; readonly maxModelLen: number };
-  readonly log: Logger;
-  readonly told: Pick<CoreLoopOptions, 'post' | 'kvSaved' | 'cacheChanged'>;
-}
-
-function createLoop(init: CoreInit, parts: LoopParts): CoreLoop {
+function createLoop(
+  init: CoreInit,
+  limits: Pick<SchedulerOptions, 'numBlocks' | 'blockSize' | 'maxModelLen'>,
+  executor: Executor,
+  engine: TransferEngine | undefined,
+  handOver: HandOver | undefined,
+  reporting: Pick<CoreLoopOptions, 'post' | 'kvSaved' | 'cacheChanged' | 'log'>,
+): CoreLoop {
   const { config } = init;
-  const { executor, engine, handOver, limits, log, told } = parts;
+  const { log } = reporting;
   const { role, blockSize, maxNumSeqs, maxNumBatchedTokens, enablePrefixCaching, kvEventsPort } = config;
   const metrics = new MetricsPage(init.metrics.core);
   const split = role !== 'both' && engine ? { role, engine } : undefined;
@@ -142,9 +137,8 @@ function createLoop(init: CoreInit, parts: LoopParts): CoreLoop {
     ...(connector && { connector }),
     loadFailure: config.loadFailure,
     metrics,
-    log,
     ...(engine && { reportLoad: (load) => engine.reportLoad(load) }),
-    ...told,
+    ...reporting,
   });
 }
 
@@ -232,30 +226,23 @@ function nativeInit(
   };
 }
 
-interface HandOverParts {
-  readonly engine: TransferEngine;
-  readonly init: NativeInit;
-  readonly direct: DirectWays | undefined;
-  readonly log: Logger;
-  readonly metrics: SharedArrayBuffer;
-}
-
 async function createHandOver(
-  { role, transfer }: WorkerConfig,
-  { engine, init, direct, log, metrics }: HandOverParts,
+  { config: { role, transfer }, metrics }: CoreInit,
+  engine: TransferEngine | undefined,
+  native: NativeInit | undefined,
+  direct: DirectWays | undefined,
+  log: Logger,
 ): Promise<HandOver | undefined> {
-  if (role === 'both') return undefined;
+  if (role === 'both' || !engine || !native) return undefined;
   const { HandOver } = await import('../transfer/native/hand-over.ts');
-  const { rank, timeouts } = transfer;
-  const wire = engine.native.bind(engine);
   return new HandOver({
-    init,
-    wire,
+    init: native,
+    wire: engine.native.bind(engine),
     role,
-    rank,
-    leaseMs: timeouts.orphan,
+    rank: transfer.rank,
+    leaseMs: transfer.timeouts.orphan,
     log,
-    metrics: new MetricsPage(metrics),
+    metrics: new MetricsPage(metrics.core),
     ...(direct && { direct }),
   });
 }
