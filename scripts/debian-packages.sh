@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Installs the Debian packages that tests need. Exit status 0 if they are installed.
 #
-#   ./scripts/debian-packages.sh peer        the Python peer of the tests (support/peers): python3-msgpack, python3-zmq
+#   ./scripts/debian-packages.sh peer        the Python peer of the tests (support/peers) and openssl: python3-msgpack, python3-zmq, openssl
 #   ./scripts/debian-packages.sh promtool    Prometheus' own check of metric pages: prometheus
 set -uo pipefail
 
 case "${1:?peer or promtool}" in
   peer)
-    packages=(python3-msgpack python3-zmq)
-    there() { /usr/bin/python3 -c 'import msgpack, zmq' 2>/dev/null; }
+    packages=(python3-msgpack python3-zmq openssl)
+    there() { /usr/bin/python3 -c 'import msgpack, zmq' 2>/dev/null && command -v openssl >/dev/null; }
     ;;
   promtool)
     packages=(prometheus)

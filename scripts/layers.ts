@@ -37,6 +37,7 @@ export const LAYERS: readonly Layer[] = [
   { name: 'src/wire', may: ['src/errors.ts', 'src/net'], pure: true },
   { name: 'src/kv', may: ['src/errors.ts', 'src/wire'], pure: true },
   { name: 'src/config', may: [...COMMON, 'src/parsing', 'src/wire', 'src/kv'] },
+  { name: 'src/access', may: [...COMMON, 'src/openai-error.ts', 'src/config'] },
   { name: 'src/device', may: [...COMMON, 'src/wire', 'src/kv', 'ffi'] },
   { name: 'src/transport', may: [...COMMON, 'src/wire', 'src/kv', 'src/device', 'ffi'] },
   {
@@ -69,6 +70,7 @@ export const LAYERS: readonly Layer[] = [
         'wire',
         'kv',
         'config',
+        'access',
         'device',
         'transfer',
         'connector',
@@ -79,7 +81,10 @@ export const LAYERS: readonly Layer[] = [
   },
   {
     name: 'src/proxy',
-    may: [...COMMON, 'src/openai-error.ts', 'src/reading-thread.ts', 'src/wire', 'src/kv', 'src/config'],
+    may: [
+      ...COMMON,
+      ...['src/openai-error.ts', 'src/reading-thread.ts', 'src/wire', 'src/kv', 'src/config', 'src/access'],
+    ],
   },
   {
     name: 'src/doctor',

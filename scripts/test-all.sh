@@ -33,8 +33,8 @@ for version in $(./scripts/node-version.sh --others); do
 done
 
 if command -v promtool >/dev/null; then
-  echo "test-all: promtool check metrics"
-  if ./node_modules/.bin/vitest run --project unit test/unit/observability >"$results/promtool.log" 2>&1; then
+  echo "test-all: promtool check metrics, check rules"
+  if ./node_modules/.bin/vitest run --project unit test/unit/observability test/unit/deploy.test.ts >"$results/promtool.log" 2>&1; then
     passed=$((passed + 1))
   else
     failed=$((failed + 1))

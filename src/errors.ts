@@ -38,6 +38,14 @@ export const ERROR_TABLE = {
     status: 429,
     hint: 'The proxy is at its limit (--max-running, --max-running-tokens) and its queue is full: retry after the number of seconds in Retry-After.',
   },
+  KEY_REFUSED: {
+    status: 401,
+    hint: 'Send `Authorization: Bearer KEY` with a key of the --api-key-file of that server; the log says which name a key in use belongs to.',
+  },
+  KEY_FORBIDDEN: {
+    status: 403,
+    hint: 'Use a key whose line in the --api-key-file says `admin`.',
+  },
   SERVER_DRAINING: { status: 503, hint: 'The worker is stopping; send the request to another one.' },
   // wire
   MESSAGE_INVALID: {

@@ -122,6 +122,7 @@ export type { TokenLogprob } from './wire/token-logprob.ts';
 
 // A whole worker and a whole proxy.
 
+export type { AccessConfig } from './config/access-options.ts';
 export { type WorkerConfigInput, workerConfig } from './config/embedded.ts';
 export {
   POLICIES,
@@ -129,6 +130,7 @@ export {
   type ProxyConfig,
   type ProxyConfigInput,
   proxyConfig,
+  type UpstreamAccess,
 } from './config/proxy-config.ts';
 export {
   type DebugAudience,

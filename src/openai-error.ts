@@ -21,17 +21,17 @@ export function retryHeaders({ status, context }: PdError): { readonly 'retry-af
   return status === 503 ? { 'retry-after': '3' } : {};
 }
 
+const TYPES: Readonly<Record<number, string>> = {
+  401: 'authentication_error',
+  403: 'permission_error',
+  404: 'not_found_error',
+  429: 'rate_limit_error',
+};
+
 export function openAiError(error: PdError): OpenAiError {
   const { status, code, message } = error;
   const { context, cause } = error.toData();
-  const type =
-    status === 404
-      ? 'not_found_error'
-      : status === 429
-        ? 'rate_limit_error'
-        : status < 500
-          ? 'invalid_request_error'
-          : 'server_error';
+  const type = TYPES[status] ?? (status < 500 ? 'invalid_request_error' : 'server_error');
   const param = typeof context['param'] === 'string' ? context['param'] : null;
   const fields = { message, type, param, code };
   return { error: status < 500 ? fields : { ...fields, context, ...(cause && { cause }) } };

@@ -15,6 +15,8 @@ export interface LaunchSettings {
   readonly device: string;
   /** What computes; absent: the device. */
   readonly executor?: 'host' | 'cuda';
+  /** Of the proxy's clients. */
+  readonly apiKeyFile?: string;
   readonly host: string;
   /** The proxy's HTTP port. */
   readonly port: number;
@@ -98,6 +100,7 @@ export async function planLaunch(settings: LaunchSettings, devices: readonly str
     String(http),
     '--discovery-port',
     String(discovery),
+    ...(settings.apiKeyFile === undefined ? [] : ['--api-key-file', settings.apiKeyFile]),
     ...common,
   ];
   const pings = formatHostPort(asDestination({ host, port: discovery! }));
@@ -142,5 +145,11 @@ function program(name: string, script: string, args: readonly string[]): ChildSp
   const path = installedFile(`bin/${script}`);
   if (path === undefined) throw new PdError('INTERNAL', `bin/${script} of this installation is missing`);
   // The launcher's own configuration is not the children's: what concerns them is passed by flag.
-  return { name, args: [path, ...args], env: { PD_CONFIG: undefined } };
+  const env = {
+    PD_CONFIG: undefined,
+    PD_API_KEY_FILE: undefined,
+    PD_TLS_CERT: undefined,
+    PD_TLS_KEY: undefined,
+  };
+  return { name, args: [path, ...args], env };
 }

@@ -45,6 +45,11 @@ export const LAUNCH_OPTIONS = defineOptions({
     }),
   }),
   ...grouped('Ports', {
+    apiKeyFile: option({
+      kind: text('file'),
+      help: 'keys that clients of the proxy must show (pd-proxy --help); the workers need none',
+      defaultText: 'no key is needed',
+    }),
     host: option({ kind: text('address'), help: 'address all listen on', default: '127.0.0.1' }),
     port: option({ kind: port(), help: "the proxy's HTTP port", default: 10_002 }),
     discoveryPort: option({ kind: port(), help: "the proxy's discovery port", default: 30_002 }),
@@ -111,12 +116,20 @@ export function launchOptions(argv: readonly string[], env: NodeJS.ProcessEnv): 
     const value = values[name as keyof typeof PASSED_ON];
     return value === undefined ? [] : [flag, value];
   });
-  const { prefill, decode, device, executor, host, port, discoveryPort, basePort, freePorts } = values;
+  const { prefill, decode, device, executor, apiKeyFile } = values;
+  const { host, port, discoveryPort, basePort, freePorts } = values;
   const { logLevel, logFormat, logDir, json, drainTimeout: drainTimeoutMs, startTimeout } = values;
-  const ports = { host, port, discoveryPort, basePort, freePorts };
-  const workerFlags = [...passed, ...extra];
-  const common = { drainTimeoutMs, logLevel, logFormat, workerFlags };
-  const settings = { prefill, decode, device, ...(executor && { executor }), ...ports, ...common };
+  const settings = {
+    ...{
+      prefill,
+      decode,
+      device,
+      ...(executor && { executor }),
+      ...(apiKeyFile !== undefined && { apiKeyFile }),
+    },
+    ...{ host, port, discoveryPort, basePort, freePorts },
+    ...{ drainTimeoutMs, logLevel, logFormat, workerFlags: [...passed, ...extra] },
+  };
   return { settings, json, startTimeoutMs: startTimeout, ...(logDir && { logDir }), warnings };
 }
 

@@ -4,6 +4,7 @@ import { asDestination } from '../net/address.ts';
 import type { LogOptions } from '../observability/log-options.ts';
 import type { Fingerprint } from '../wire/fingerprint.ts';
 import { z } from '../zod.ts';
+import type { AccessConfig } from './access-options.ts';
 import { demoModelDir } from './demo-model.ts';
 import { checkInput, fieldsOf, QUIET_LOG, shapeOf, withoutUndefined } from './fields.ts';
 import { hostForOthers } from './hosts.ts';
@@ -37,18 +38,19 @@ type NotOfWorkers = 'bind' | 'announceHost' | 'rank' | 'fingerprint' | 'httpAddr
  * stands beside its `transfer` wins over what is in it.
  */
 export interface WorkerConfigInput
-  extends Partial<Omit<WorkerConfig, 'http' | 'proxy' | 'transfer'>>,
+  extends Partial<Omit<WorkerConfig, 'http' | 'access' | 'proxy' | 'transfer'>>,
     Omit<TransferOptionsInput, NotOfWorkers> {
   /** Where HTTP is bound. `127.0.0.1:0`: this machine only, any free port. */
   readonly http?: Address;
+  readonly access?: Partial<AccessConfig>;
   readonly kv?: {
     /** `127.0.0.1:0`. */
     readonly bind?: Address;
     readonly announceHost?: string;
     readonly rank?: number;
   };
-  /** Where a proxy takes pings (`PdProxy.discoveryAddress`). Absent: no ping. */
-  readonly proxy?: Address;
+  /** Where a proxy takes pings (`PdProxy.discoveryAddress`), or several do. Absent: no ping. */
+  readonly proxy?: Address | readonly Address[];
   readonly transfer?: TransferOptionsInput;
 }
 
@@ -90,7 +92,11 @@ const WORKER = z.strictObject({
   ...shapeOf(WORKER_OPTIONS, ''),
   modelDir: name.optional(),
   http: address.default(LOOPBACK),
-  proxy: address.transform(asDestination).optional(),
+  access: z.strictObject(shapeOf(WORKER_OPTIONS, 'access.')).default({}),
+  proxy: z
+    .union([address.transform((one) => [one]), z.array(address)])
+    .transform((all) => all.map(asDestination))
+    .optional(),
   debugState: z.enum(['loopback', 'anyone']).optional(),
   kv: z.strictObject(LISTENER).optional(),
   ...SHARED,
@@ -115,6 +121,7 @@ export function workerConfig(input: WorkerConfigInput = {}): WorkerConfig {
   const {
     modelDir,
     http,
+    access,
     kv,
     transfer: kept = {},
     ...given
@@ -126,9 +133,11 @@ export function workerConfig(input: WorkerConfigInput = {}): WorkerConfig {
   const defaults = defaultsOf(WORKER_OPTIONS);
   const { role = defaults.role, executor } = own;
   const options = { ...defaults, role, executor, device: transfer.device, model: modelDir };
+  const complete = toWorkerConfig(options, { env: {}, demoModelDir });
   return {
-    ...toWorkerConfig(options, { env: {}, demoModelDir }),
+    ...complete,
     http,
+    access: { ...complete.access, ...withoutUndefined(access) },
     httpAnnounceHost: hostForOthers(http.host),
     ...own,
     transfer,

@@ -3,6 +3,7 @@
 import type { HostPort } from '../net/address.ts';
 import { LOG_FORMATS, LOG_LEVELS, type LogOptions } from '../observability/log-options.ts';
 import { z } from '../zod.ts';
+import { ACCESS_OPTIONS, type AccessConfig } from './access-options.ts';
 import { checkInput, fieldsOf, QUIET_LOG, shapeOf, type TableOf, withoutUndefined } from './fields.ts';
 import {
   type Address,
@@ -21,9 +22,25 @@ export const POLICIES = ['round-robin', 'least-loaded', 'session', 'kv-aware'] a
 /** How an instance is chosen for a request (docs/routing.md). */
 export type Policy = (typeof POLICIES)[number];
 
+/** What the proxy shows to instances, and what they must show. Paths of files. */
+export interface UpstreamAccess {
+  /** The first of its keys that has not expired goes with every request, in place of the client's. */
+  readonly keyFile?: string;
+  /** Authorities of the instances' certificates (PEM). Given: an instance without TLS is not taken. Absent: those that Node trusts. */
+  readonly ca?: string;
+  /** The name that their certificates must carry. Absent: the host that each announces. */
+  readonly tlsName?: string;
+  /** A certificate for instances that ask for one, and its key (PEM). */
+  readonly cert?: string;
+  readonly key?: string;
+}
+
 export interface ProxyConfig {
   readonly http: HostPort;
   readonly discovery: HostPort;
+  readonly access: AccessConfig;
+  /** How instances are reached. Absent: over plain HTTP, with what the client shows. */
+  readonly upstream?: UpstreamAccess;
   /** Addresses and CIDR ranges whose pings are taken. Absent: everyone's. */
   readonly allowInstances?: readonly string[];
   /** An instance whose last ping is older than this is removed. */
@@ -71,6 +88,33 @@ export const PROXY_OPTIONS = defineOptions({
     kind: listOf(addressRange()),
     help: 'whose pings are taken: addresses, or ranges such as 10.0.0.0/8',
     defaultText: "everyone's",
+  }),
+  ...ACCESS_OPTIONS,
+  ...grouped('Instances', {
+    workerKeyFile: option({
+      field: 'upstream.keyFile',
+      kind: text('file'),
+      help: "key to show to instances, in the form of --api-key-file; a client's own key never reaches them",
+      defaultText: 'none',
+    }),
+    workerCa: option({
+      field: 'upstream.ca',
+      kind: text('file'),
+      help: 'authorities of their certificates (PEM); with it only instances with TLS are taken',
+      defaultText: 'those that Node trusts',
+    }),
+    workerTlsName: option({
+      field: 'upstream.tlsName',
+      kind: text('name'),
+      help: 'name that their certificates must carry',
+      defaultText: 'the host that each announces',
+    }),
+    workerTlsCert: option({
+      field: 'upstream.cert',
+      kind: text('file'),
+      help: 'certificate for instances that ask for one (PEM)',
+    }),
+    workerTlsKey: option({ field: 'upstream.key', kind: text('file'), help: 'its private key (PEM)' }),
   }),
   instanceTimeout: option({
     field: 'instanceTimeoutMs',
@@ -193,11 +237,14 @@ export function toProxyConfig(values: ValuesOf<typeof PROXY_OPTIONS>): ProxyConf
 }
 
 /** `ProxyConfig` with every field optional. */
-export interface ProxyConfigInput extends Partial<Omit<ProxyConfig, 'http' | 'discovery' | 'log'>> {
+export interface ProxyConfigInput
+  extends Partial<Omit<ProxyConfig, 'http' | 'discovery' | 'access' | 'upstream' | 'log'>> {
   /** Where clients connect. `127.0.0.1:0`: this machine only, any free port. */
   readonly http?: Address;
   /** Where instances ping. `127.0.0.1:0`. */
   readonly discovery?: Address;
+  readonly access?: Partial<AccessConfig>;
+  readonly upstream?: UpstreamAccess;
   readonly log?: Partial<LogOptions>;
 }
 
@@ -207,6 +254,8 @@ const INPUT = z.strictObject({
   ...shapeOf(PROXY_OPTIONS, ''),
   http: address.default(LOOPBACK),
   discovery: address.default(LOOPBACK),
+  access: z.strictObject(shapeOf(PROXY_OPTIONS, 'access.')).default({}),
+  upstream: z.strictObject(shapeOf(PROXY_OPTIONS, 'upstream.')).optional(),
   log: z.strictObject(shapeOf(PROXY_OPTIONS, 'log.')).default({}),
 } satisfies Record<keyof ProxyConfigInput, z.ZodType>);
 
@@ -215,10 +264,13 @@ const INPUT = z.strictObject({
  * port: `PdProxy.httpAddress` and `discoveryAddress` tell) and for the log (warnings alone). Throws CONFIG_INVALID that names the field.
  */
 export function proxyConfig(input: ProxyConfigInput = {}): ProxyConfig {
-  const { log, ...given } = checkInput(INPUT, input, 'proxy configuration');
+  const { access, upstream, log, ...given } = checkInput(INPUT, input, 'proxy configuration');
+  const defaults = toProxyConfig(defaultsOf(PROXY_OPTIONS));
   return {
-    ...toProxyConfig(defaultsOf(PROXY_OPTIONS)),
+    ...defaults,
     ...given,
+    access: { ...defaults.access, ...withoutUndefined(access) },
+    ...(upstream && { upstream: withoutUndefined(upstream) }),
     log: { ...QUIET_LOG, ...withoutUndefined(log) },
   };
 }

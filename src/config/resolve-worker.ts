@@ -120,7 +120,7 @@ export function toWorkerConfig(options: WorkerOptions, outside: WorkerEnvironmen
         : options.transport,
     http,
     httpAnnounceHost,
-    ...(options.proxy && { proxy: asDestination(options.proxy) }),
+    proxy: options.proxy.map(asDestination),
     transfer: {
       ...transfer,
       device,

@@ -3,6 +3,7 @@ import type { HostPort } from '../net/address.ts';
 import type { CallDialect } from '../parsing/calls.ts';
 import type { ReasoningDialect } from '../parsing/reasoning.ts';
 import type { KvEventForm } from '../wire/kv-events.ts';
+import type { AccessConfig } from './access-options.ts';
 import type { TransferOptions } from './transfer-options.ts';
 
 export const WORKER_ROLES = ['producer', 'consumer', 'both'] as const;
@@ -45,11 +46,9 @@ export interface WorkerConfig {
   /** What computes. `host` with a cuda device moves KV through GPU memory. */
   readonly executor: (typeof EXECUTORS)[number];
   readonly http: HostPort;
-  /** Absent: no ping. */
-  readonly proxy?: HostPort & {
-    /** Further addresses of its name, tried in turn. */
-    readonly otherHosts?: readonly string[];
-  };
+  readonly access: AccessConfig;
+  /** Where proxies take pings: addresses, or names that are looked up again and again, each for all its addresses. Empty: no ping. */
+  readonly proxy: readonly HostPort[];
   /** Host told to the proxy; the port is the one bound. */
   readonly httpAnnounceHost: string;
   /** For the transfer engine; the device and the log are those of the whole worker. Address and fingerprint are added at start. */

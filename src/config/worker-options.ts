@@ -9,6 +9,7 @@ import { REASONING_DIALECTS } from '../parsing/reasoning.ts';
 import { SUFFIXED_IDS } from '../wire/ids.ts';
 import { KV_EVENT_FORMS } from '../wire/kv-events.ts';
 import { SEND_TYPES } from '../wire/messages.ts';
+import { ACCESS_OPTIONS } from './access-options.ts';
 import type { TableOf } from './fields.ts';
 import {
   addressRange,
@@ -113,6 +114,7 @@ export const WORKER_OPTIONS = defineOptions({
     }),
     debugStateRemote: option({ kind: toggle(), help: 'and to any client', default: false }),
   }),
+  ...ACCESS_OPTIONS,
   ...grouped('KV transfer', {
     kvHost: option({
       kind: text('host'),
@@ -127,8 +129,9 @@ export const WORKER_OPTIONS = defineOptions({
     }),
     proxy: option({
       field: 'proxy',
-      kind: hostPort(),
-      help: 'discovery address of the proxy, such as 127.0.0.1:30002',
+      kind: listOf(hostPort()),
+      help: 'discovery addresses of proxies, such as 127.0.0.1:30002; of a name, all its addresses',
+      default: [],
       defaultText: 'no ping',
     }),
     sendType: option({

@@ -85,7 +85,7 @@ export function addressSection(config: WorkerConfig): Section {
   const kv = formatHostPort({ host: announceHost, port: bind.port });
   const http = formatHostPort({ host: config.httpAnnounceHost, port: config.http.port });
   const announced: readonly (readonly [string, string, string])[] = [
-    ...(config.role === 'both' && config.proxy === undefined
+    ...(config.role === 'both' && config.proxy.length === 0
       ? []
       : ([['KV', announceHost, '--kv-announce-host']] as const)),
     ['HTTP', config.httpAnnounceHost, '--http-announce-host'],

@@ -20,17 +20,26 @@ export interface Asked {
   readonly signal: AbortSignal;
 }
 
-/** The whole answer. Throws the error of the connection (`reasonOf` puts it into words), and the reason of `signal`. */
+/** What our own tools show to servers that need a key. */
+function keyHeader(): { readonly authorization?: string } {
+  const key = process.env['PD_API_KEY'];
+  return key ? { authorization: `Bearer ${key}` } : {};
+}
+
+/** The whole answer. Shows the key in PD_API_KEY, if there is one. Throws the error of the connection (`reasonOf` puts it into words), and the reason of `signal`. */
 export async function fetchAll(url: string, { json, signal }: Asked): Promise<Answer> {
   const open = url.startsWith('https:') ? requestSecurely : request;
-  const options = { ...EVERY_ADDRESS, agent: false, signal } as const;
+  const headers = keyHeader();
+  const options = { ...EVERY_ADDRESS, agent: false, signal, headers } as const;
   try {
     const sent =
       json === undefined
         ? open(url, options).end()
-        : open(url, { ...options, method: 'POST', headers: { 'content-type': 'application/json' } }).end(
-            JSON.stringify(json),
-          );
+        : open(url, {
+            ...options,
+            method: 'POST',
+            headers: { ...headers, 'content-type': 'application/json' },
+          }).end(JSON.stringify(json));
     sent.on('error', () => {}); // thrown by `once` before the response, by the response itself during it
     const [response] = (await once(sent, 'response')) as [IncomingMessage];
     const { statusCode: status = 0 } = response;

@@ -70,6 +70,8 @@ export interface ReceivedRequest {
   readonly headers: IncomingHttpHeaders;
   readonly body: Uint8Array<ArrayBuffer>;
   readonly out: ServerResponse;
+  /** Name of the client's key; absent where none is needed. */
+  readonly holder?: string;
 }
 
 export interface ClientRequest extends Omit<ReceivedRequest, 'body'> {

@@ -1,14 +1,14 @@
 /** Listens for pings and keeps the registry up to date: a ZeroMQ ROUTER that never answers. */
 import { Router } from 'zeromq';
 import { PdError } from '../errors.ts';
-import { type HostPort, isUnspecified, parseHostPort, zmqEndpoint } from '../net/address.ts';
+import { asDestination, type HostPort, isUnspecified, parseHostPort, zmqEndpoint } from '../net/address.ts';
 import { AllowList } from '../net/allow-list.ts';
 import { listenError } from '../net/port-holder.ts';
 import { ZapGate } from '../net/zap.ts';
 import { type Logger, RateLimitedLog } from '../observability/log.ts';
 import { decodePing } from '../wire/codec.ts';
 import { MAX_BODY_BYTES } from '../wire/limits.ts';
-import { NATIVE_FEATURE, OVERLAP_FEATURE } from '../wire/overlap.ts';
+import { NATIVE_FEATURE, OVERLAP_FEATURE, TLS_FEATURE } from '../wire/overlap.ts';
 import { type InstanceRegistry, instanceLabel, type RegistryChange } from './registry.ts';
 
 export interface DiscoveryOptions {
@@ -19,6 +19,10 @@ export interface DiscoveryOptions {
   readonly sweepMs: number;
   /** Addresses and ranges whose pings are taken; absent: everyone's. */
   readonly allow?: readonly string[];
+  /** Instances get a key: addresses that they announce must be allowed ones too. */
+  readonly keyed?: boolean;
+  /** Only instances with TLS are taken. */
+  readonly needsTls?: boolean;
   readonly onChange?: (change: RegistryChange) => void;
   /** Called for each ping that could not be used. */
   readonly onBadPing?: () => void;
@@ -39,6 +43,7 @@ export class Discovery {
   /** Closed after the router. */
   readonly #gate: ZapGate | undefined;
   readonly #options: DiscoveryOptions;
+  readonly #allowed: AllowList | undefined;
   readonly #bad = new RateLimitedLog();
   readonly #sweep: NodeJS.Timeout;
   readonly #listening: Promise<void>;
@@ -54,6 +59,7 @@ export class Discovery {
     this.#gate = gate;
     this.address = address;
     this.#options = options;
+    this.#allowed = options.allow && AllowList.parse(options.allow, '--allow-instances');
     this.#sweep = setInterval(() => this.#apply(options.registry.expire()), options.sweepMs).unref();
     this.#listening = this.#listen();
   }
@@ -124,6 +130,8 @@ export class Discovery {
           this.#warnOnce(address);
         }
       }
+      const tls = ping.native?.features?.includes(TLS_FEATURE) ?? false;
+      this.#trust(ping.http_address, tls);
       const changes = registry.announce({
         role: ping.type === 'P' ? 'producer' : 'consumer',
         httpAddress: ping.http_address,
@@ -134,6 +142,7 @@ export class Discovery {
         ...(ping.native?.load ? { load: ping.native.load } : {}),
         ...(ping.native?.features?.includes(OVERLAP_FEATURE) ? { overlaps: true } : {}),
         ...(ping.native?.features?.includes(NATIVE_FEATURE) ? { native: true } : {}),
+        ...(tls ? { tls } : {}),
       });
       if (!changes) throw new PdError('LIMIT_EXCEEDED', 'ping: too many instances');
       this.#apply(changes);
@@ -147,6 +156,16 @@ export class Discovery {
         ),
       );
     }
+  }
+
+  /** A ping is anybody's. What gets this proxy's key is where --allow-instances says, and has a certificate if one is to be checked. */
+  #trust(httpAddress: string, tls: boolean): void {
+    const { needsTls, keyed } = this.#options;
+    const { host } = asDestination(parseHostPort(httpAddress, 'HTTP address of a ping'));
+    if (needsTls && !tls)
+      throw new PdError('CONFIG_INVALID', `${httpAddress} serves without TLS, and --worker-ca asks for it`);
+    if (keyed && !this.#allowed?.allows(host))
+      throw new PdError('CONFIG_INVALID', `${httpAddress} is not in --allow-instances, so it gets no key`);
   }
 
   #warnOnce(address: string): void {

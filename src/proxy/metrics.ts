@@ -121,6 +121,18 @@ export function createProxyMetrics(
       help: 'Requests that a consumer computed alone, because little of their prompts was not cached there (--bypass-tokens)',
       registers,
     }),
+    keysRefused: new Counter({
+      name: 'pd_proxy_keys_refused_total',
+      help: 'Requests answered 401 or 403: missing, unknown, expired, or forbidden (an admin call with a key that is none)',
+      labelNames: ['reason'],
+      registers,
+    }),
+    keyRequests: new Counter({
+      name: 'pd_proxy_key_requests_total',
+      help: 'Requests by the name of the key they came with',
+      labelNames: ['key'],
+      registers,
+    }),
     badPings: new Counter({
       name: 'pd_proxy_bad_pings_total',
       help: 'Pings that could not be used',

@@ -1,6 +1,7 @@
 /** The proxy as a whole: its HTTP server, discovery, start and stop. */
 import { EventEmitter, once, setMaxListeners } from 'node:events';
 import fastify, { type FastifyInstance, type FastifyRequest } from 'fastify';
+import { Guard } from '../access/guard.ts';
 import type { ProxyConfig } from '../config/proxy-config.ts';
 import { PdError } from '../errors.ts';
 import { formatHostPort, type HostPort, isLoopback, isUnspecified } from '../net/address.ts';
@@ -25,6 +26,8 @@ import { ProxiedRequest } from './request.ts';
 import { RetryBudget } from './retry-budget.ts';
 import { readWhole, Upstream, type WholeAnswer } from './upstream.ts';
 
+/** With keys, these take one that says `admin`. */
+const ADMIN_ROUTES = new Set(['/admin/drain']);
 const ROUTES = ['/v1/completions', '/v1/chat/completions', '/v1/responses'] as const;
 /** A prompt of a million token ids fits. */
 const BODY_LIMIT = 32 * 1024 * 1024;
@@ -54,7 +57,8 @@ export class PdProxy {
   readonly #log: Logger;
   readonly #registry: InstanceRegistry;
   readonly #metrics: ProxyMetrics;
-  readonly #upstream = new Upstream();
+  readonly #guard: Guard;
+  readonly #upstream: Upstream;
   readonly #caches: PromptCaches;
   readonly #admission: Admission;
   #probes: Probes | undefined;
@@ -75,6 +79,10 @@ export class PdProxy {
   private constructor(config: ProxyConfig, parts: ProxyParts) {
     this.#config = config;
     this.#log = createLogger(config.log, 'proxy');
+    if (config.upstream?.keyFile !== undefined && config.allowInstances === undefined) {
+      const why = 'anybody may ping, and would get that key';
+      throw new PdError('CONFIG_INVALID', `--worker-key-file needs --allow-instances: ${why}`);
+    }
     const { policy, prefillPolicy = policy, decodePolicy = policy } = config;
     const policies = { producer: prefillPolicy, consumer: decodePolicy };
     this.#registry = new InstanceRegistry(config.instanceTimeoutMs, undefined, policies);
@@ -83,6 +91,17 @@ export class PdProxy {
       () => this.#caches.size,
       () => this.#admission.queued,
     );
+    this.#guard = new Guard({
+      config: config.access,
+      log: this.#log,
+      admin: ADMIN_ROUTES,
+      onRefused: (reason) => this.#metrics.keysRefused.inc({ reason }),
+    });
+    this.#upstream = new Upstream({
+      access: config.upstream ?? {},
+      keyed: this.#guard.keyed,
+      log: this.#log,
+    });
     this.#caches = new PromptCaches(config, this.#log, this.#metrics);
     const { maxRunning, maxRunningTokens, maxQueued, queueTimeoutMs } = config;
     this.#admission = new Admission(
@@ -105,12 +124,14 @@ export class PdProxy {
     };
     this.#models = new ModelDirectory(this.#context, this.#stop.signal);
     this.#server = fastify({
+      https: this.#guard.https,
       bodyLimit: BODY_LIMIT,
       requestTimeout: REQUEST_TIMEOUT_MS,
       forceCloseConnections: 'idle',
       logger: false,
       schemaController: NO_JSON_SCHEMAS,
-    });
+    }) as unknown as FastifyInstance;
+    this.#guard.attach(this.#server);
     this.#routes();
   }
 
@@ -179,7 +200,7 @@ export class PdProxy {
   }
 
   async #listen(): Promise<void> {
-    const { instanceTimeoutMs, allowInstances } = this.#config;
+    const { instanceTimeoutMs, allowInstances, upstream } = this.#config;
     const [http, discovery] = await Promise.all([
       bindAddress(this.#config.http),
       bindAddress(this.#config.discovery),
@@ -187,6 +208,8 @@ export class PdProxy {
     this.#discovery = await Discovery.start({
       bind: discovery,
       ...(allowInstances && { allow: allowInstances }),
+      keyed: upstream?.keyFile !== undefined,
+      needsTls: upstream?.ca !== undefined,
       registry: this.#registry,
       log: this.#log,
       sweepMs: Math.min(1_000, Math.max(10, instanceTimeoutMs / 4)),
@@ -212,7 +235,7 @@ export class PdProxy {
     if (bound === null || typeof bound === 'string') throw new PdError('INTERNAL', 'no TCP address');
     this.#http = { host: http.host, port: bound.port };
     this.#log.info(`Discovery on tcp://${reachableAt(this.#discovery.address)}`);
-    this.#log.info(`Running on http://${reachableAt(this.#http)}`);
+    this.#log.info(`Running on http${this.#guard.https ? 's' : ''}://${reachableAt(this.#http)}`);
   }
 
   async #drain(drainMs: number): Promise<void> {
@@ -233,6 +256,7 @@ export class PdProxy {
     this.#caches.close();
     this.#probes?.close();
     await this.#upstream.close();
+    this.#guard.close();
     await this.#bodies.close();
     if (started) this.#log.info('Stopped');
   }
@@ -270,7 +294,16 @@ export class PdProxy {
         }
         this.#running++;
         try {
-          const received = { route, headers: request.headers, body: bodyOf(request), out };
+          const holder = this.#guard.holder(request)?.name;
+          if (holder !== undefined) this.#metrics.keyRequests.inc({ key: holder });
+          const { headers } = request;
+          const received = {
+            route,
+            headers,
+            body: bodyOf(request),
+            out,
+            ...(holder !== undefined && { holder }),
+          };
           await new ProxiedRequest(this.#context, received).answer(this.#stop.signal);
         } finally {
           if (--this.#running === 0) this.#events.emit('idle');
@@ -279,6 +312,10 @@ export class PdProxy {
     }
     app.post('/admin/drain', async (request) => this.#drainInstance(request));
     app.get('/health', async () => this.#health());
+    app.get('/ready', async (_request, reply) => {
+      const ready = !this.#draining && this.#registry.paired;
+      return reply.code(ready ? 200 : 503).send({ ready });
+    });
     app.get('/v1/models', async () => ({ object: 'list', data: await this.#models.list() }));
     app.get('/openapi.json', async (_request, reply) => {
       const { response, body } = await this.#openApi();
@@ -291,9 +328,12 @@ export class PdProxy {
     });
   }
 
-  /** `{"instance": "host:port", "drain": false}`, of clients on this machine: what that instance has goes on, and it gets nothing new. */
+  /**
+   * `{"instance": "host:port", "drain": false}`, of holders of an admin key, or without keys of clients on this machine: what that instance
+   * has goes on, and it gets nothing new.
+   */
   #drainInstance(request: FastifyRequest) {
-    if (!isLoopback(request.ip)) {
+    if (!this.#guard.keyed && !isLoopback(request.ip)) {
       throw new PdError('REQUEST_INVALID', 'POST /admin/drain is for clients on this machine');
     }
     const { instance: address, drain } = readDrain(bodyOf(request));

@@ -32,6 +32,8 @@ export interface InstancePing {
   readonly load?: WorkerLoad;
   /** It speaks the native hand-over. Absent likewise. */
   readonly native?: boolean;
+  /** Its HTTP server takes TLS alone. */
+  readonly tls?: boolean;
   /** Where it says what it has cached. Absent: nowhere. */
   readonly events?: KvEventPorts;
 }
@@ -323,7 +325,8 @@ export function instanceLabel(instance: Pick<Instance, 'httpAddress' | 'zmqAddre
 /** Base URL of an instance's HTTP server, without the zone id, for which URLs have no place (see Upstream). */
 export function instanceUrl(instance: Instance): string {
   const { host, port } = instance.http;
-  return httpUrl({ host: host.replace(/%.*$/, ''), port });
+  const url = httpUrl({ host: host.replace(/%.*$/, ''), port });
+  return instance.tls ? url.replace('http:', 'https:') : url;
 }
 
 function samePing(a: InstancePing, b: InstancePing): boolean {
@@ -335,6 +338,7 @@ function samePing(a: InstancePing, b: InstancePing): boolean {
     a.sendType === b.sendType &&
     a.overlaps === b.overlaps &&
     a.native === b.native &&
+    a.tls === b.tls &&
     a.events?.publish === b.events?.publish &&
     a.events?.snapshot === b.events?.snapshot
   );

@@ -71,6 +71,7 @@ export class ProxiedRequest {
     const { config, registry, caches, metrics, retries, log } = this.#context;
     retries.earn();
     const count = this.#context.nextCount();
+    const { holder } = this.#received;
     const request = { ...this.#received, body, arrivedMs: this.#arrivedMs, signal: this.#abort.signal };
     /** HTTP addresses of instances that did not take the request. */
     const exclude = new Set<string>();
@@ -87,7 +88,7 @@ export class ProxiedRequest {
       const { requestId } = attempt;
       this.#requestId = requestId;
       log.info(
-        { requestId },
+        { requestId, ...(holder !== undefined && { key: holder }) },
         `handle_request count: ${count}, ${instanceLabel(pair.producer)} 👉 ${instanceLabel(pair.consumer)}`,
       );
       try {
@@ -116,11 +117,11 @@ export class ProxiedRequest {
   /** Resolves once it may begin. */
   async #admitted({ tokens, priority }: RequestBody): Promise<() => void> {
     const { admission, metrics } = this.#context;
-    const { headers } = this.#received;
+    const { headers, holder } = this.#received;
     const told = Number(single(headers['x-priority']) ?? priority);
     const end = metrics.queueSeconds.startTimer();
     const release = await admission.enter({
-      key: keyOf(single(headers.authorization)),
+      key: holder ?? keyOf(single(headers.authorization)),
       priority: Math.max(-MOST_PRIORITY, Math.min(MOST_PRIORITY, Number.isInteger(told) ? told : 0)),
       tokens,
       signal: this.#abort.signal,

@@ -1,9 +1,14 @@
 /** HTTP to the instances: a connection pool for each, and one reading of the ways in which a connection fails. */
 import { Agent, buildConnector, type Dispatcher } from 'undici';
+import { KeyFile } from '../access/keys.ts';
+import { readTls } from '../access/tls.ts';
+import type { UpstreamAccess } from '../config/proxy-config.ts';
 import { PdError } from '../errors.ts';
 import { EVERY_ADDRESS, reasonOf } from '../net/resolve.ts';
+import type { Logger } from '../observability/log.ts';
 import { type Instance, instanceLabel, instanceUrl } from './registry.ts';
 
+type Connect = ReturnType<typeof buildConnector>;
 export type UpstreamResponse = Dispatcher.ResponseData;
 
 const CONNECT_TIMEOUT_MS = 5_000;
@@ -60,10 +65,36 @@ export interface Ask {
   readonly headersTimeoutMs?: number;
 }
 
+const TLS_OPTIONS = { cert: '--worker-tls-cert', key: '--worker-tls-key', ca: '--worker-ca' } as const;
+
+export interface UpstreamOptions {
+  readonly access: UpstreamAccess;
+  /** Clients show keys of the proxy's own, which are nobody else's business. */
+  readonly keyed: boolean;
+  readonly log: Logger;
+}
+
 export class Upstream {
-  readonly #agent = agentTo();
+  readonly #connect: Connect;
+  readonly #agent: Agent;
   /** By host. URLs carry no zone id, so each IPv6 link-local host has an agent of its own to connect by. */
   readonly #zoned = new Map<string, Agent>();
+  readonly #key: KeyFile | undefined;
+  readonly #keyed: boolean;
+
+  /** Throws CONFIG_INVALID that names the option. */
+  constructor({ access, keyed, log }: UpstreamOptions) {
+    const { cert, key, ca, tlsName, keyFile } = access;
+    const tls = readTls({ cert, key, ca }, TLS_OPTIONS);
+    this.#connect = buildConnector({ timeout: CONNECT_TIMEOUT_MS, ...EVERY_ADDRESS, ...tls });
+    if (tlsName !== undefined) {
+      const connect = this.#connect;
+      this.#connect = (options, done) => connect({ ...options, servername: tlsName }, done);
+    }
+    this.#agent = this.#agentTo();
+    this.#key = keyFile === undefined ? undefined : KeyFile.open(keyFile, '--worker-key-file', log);
+    this.#keyed = keyed;
+  }
 
   /**
    * Resolves with status, headers and an unread body. Throws InstanceRefused, UPSTREAM_TIMEOUT, UPSTREAM_FAILED, or the signal's reason
@@ -77,7 +108,7 @@ export class Upstream {
         origin: instanceUrl(instance),
         path: ask.path,
         method: ask.body === undefined ? 'GET' : 'POST',
-        headers: ask.headers,
+        headers: this.#headers(ask.headers),
         body: ask.body ?? null,
         headersTimeout: ask.headersTimeoutMs ?? timeoutMs,
         bodyTimeout: 0,
@@ -99,6 +130,7 @@ export class Upstream {
 
   /** Aborts what is still under way. */
   async close(): Promise<void> {
+    this.#key?.close();
     await Promise.all([this.#agent, ...this.#zoned.values()].map((agent) => agent.destroy()));
   }
 
@@ -106,25 +138,32 @@ export class Upstream {
     if (!host.includes('%')) return this.#agent;
     const known = this.#zoned.get(host);
     if (known) return known;
-    const agent = agentTo(host);
+    const agent = this.#agentTo(host);
     this.#zoned.set(host, agent);
     return agent;
   }
-}
 
-/** `host`: where to connect, whatever the URL says. */
-function agentTo(host?: string): Agent {
-  const connector = buildConnector({ timeout: CONNECT_TIMEOUT_MS, ...EVERY_ADDRESS });
-  return new Agent({
-    connect: (options, done) =>
-      connector(host === undefined ? options : { ...options, hostname: host }, done),
-    pipelining: 1,
-    // Idle time between two chunks is bounded where the body is read; undici would count from another moment.
-    bodyTimeout: 0,
-    // Shorter than the 5 s after which vLLM's server closes an idle connection.
-    keepAliveTimeout: 3_000,
-    keepAliveMaxTimeout: 30_000,
-  });
+  /** A client's key goes on only where it is the instances' to check: without a key of either kind here. */
+  #headers(headers: Ask['headers']): Ask['headers'] {
+    if (this.#key) return { ...headers, authorization: `Bearer ${this.#key.current()}` };
+    if (!this.#keyed) return headers;
+    const { authorization: _, ...others } = headers;
+    return others;
+  }
+
+  /** `host`: where to connect, whatever the URL says. */
+  #agentTo(host?: string): Agent {
+    return new Agent({
+      connect: (options, done) =>
+        this.#connect(host === undefined ? options : { ...options, hostname: host }, done),
+      pipelining: 1,
+      // Idle time between two chunks is bounded where the body is read; undici would count from another moment.
+      bodyTimeout: 0,
+      // Shorter than the 5 s after which vLLM's server closes an idle connection.
+      keepAliveTimeout: 3_000,
+      keepAliveMaxTimeout: 30_000,
+    });
+  }
 }
 
 export function timeoutError({ instance, what, timeoutMs, timeoutName }: Call): PdError {

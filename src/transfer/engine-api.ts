@@ -51,7 +51,7 @@ export interface TransferEngineApi {
   sendFailed(id: TransferId, reason: ErrorData): void;
   /** The request is over: frees what is held for it, and drops and frees what still comes. `keep`: its sends in GET stay to be asked for. */
   finish(id: TransferId, options?: { readonly keepSends?: boolean }): void;
-  /** Starts the pings to a proxy: only once the instance can serve. */
+  /** Starts the pings to the proxies: only once the instance can serve. */
   startPing(ping: ProxyPing): void;
   stopPing(): void;
   /** What pings say from now on; the next leaves at once. */

@@ -1,5 +1,5 @@
 /**
- * The heartbeat by which a proxy finds this instance. No answer is expected, so what is told is what the socket knows: a ping has been
+ * The heartbeat by which one proxy finds this instance (announcer.ts has one for each). No answer is expected, so what is told is what the socket knows: a ping has been
  * sent once a ZeroMQ listener has shaken hands. TCP alone says nothing (an HTTP port takes connections, and bytes, too).
  *
  *   new --(handshake, ping)--> reached <--(handshake, ping)-- away
@@ -8,10 +8,18 @@
 import * as zmq from 'zeromq';
 import { PdError } from '../errors.ts';
 import { asDestination, formatHostPort, type HostPort, zmqEndpoint } from '../net/address.ts';
-import { encodePing } from '../wire/codec.ts';
-import { PD_VERSION, type PingMessage, type WorkerLoad } from '../wire/messages.ts';
 import type { TransferContext } from './context.ts';
-import type { ProxyPing } from './types.ts';
+
+/** What one ping after the other says. */
+export interface PingMessages {
+  readonly type: 'P' | 'D';
+  readonly httpAddress: string;
+  readonly intervalMs: number;
+  /** The next ping's bytes. */
+  body(): Uint8Array;
+  /** Whether another address of the same proxy takes pings, or another proxy does: then this one's silence is no fault. */
+  heardBy(other: Pinger): 'address' | 'proxy' | undefined;
+}
 
 /** While a proxy stays away it is told again so often. */
 const AGAIN_MS = 600_000;
@@ -27,16 +35,12 @@ const REASONS = {
   full: 'it takes no pings any more; it may hang',
 } as const;
 
-type PingContext = Pick<TransferContext, 'options' | 'self' | 'deadlines' | 'log' | 'limited'>;
+export type PingContext = Pick<TransferContext, 'options' | 'self' | 'deadlines' | 'log' | 'limited'>;
 
 export class Pinger {
   readonly #context: PingContext;
-  readonly #ping: ProxyPing;
-  /** Addresses of the proxy, one of which pings go to. */
-  readonly #proxies: readonly HostPort[];
-  #at = 0;
-  readonly #message: PingMessage;
-  #body: Uint8Array;
+  readonly #messages: PingMessages;
+  readonly #address: HostPort;
   readonly #socket: zmq.Dealer;
   readonly #timer: NodeJS.Timeout;
   #state: 'new' | 'reached' | 'away' = 'new';
@@ -54,31 +58,19 @@ export class Pinger {
   #busy = false;
   #closed = false;
 
-  constructor(context: PingContext, ping: ProxyPing) {
-    const { options, self } = context;
+  /** `address`: one of a proxy's, no name. */
+  constructor(context: PingContext, messages: PingMessages, address: HostPort) {
+    const { self } = context;
     this.#context = context;
-    this.#ping = ping;
-    const { host, port, otherHosts = [] } = ping.proxy;
-    this.#proxies = [host, ...otherHosts].map((one) => asDestination({ host: one, port }));
-    const { fingerprint } = options;
-    const native = fingerprint && {
-      version: PD_VERSION,
-      digest: fingerprint.digest,
-      model: fingerprint.model,
-      sendType: options.sendType,
-      ...(ping.features && { features: ping.features }),
-      ...(ping.events && { events: ping.events }),
-    };
-    const message = { type: ping.type, http_address: ping.httpAddress, zmq_address: self } as const;
-    this.#message = native ? { ...message, native } : message;
-    this.#body = encodePing(this.#message);
+    this.#messages = messages;
+    this.#address = asDestination(address);
     // One ping waits at most, and none for a proxy that is away: it would read stale ones when it returns.
     this.#socket = new zmq.Dealer({
       routingId: self,
       linger: 0,
       immediate: true,
       sendHighWaterMark: 1,
-      sendTimeout: Math.max(Math.floor(ping.intervalMs / 2), 1),
+      sendTimeout: Math.max(Math.floor(messages.intervalMs / 2), 1),
       ipv6: true,
       reconnectInterval: 100,
       reconnectMaxInterval: 1_000,
@@ -92,14 +84,16 @@ export class Pinger {
       this.#socket.close();
       throw error;
     }
-    this.#timer = setInterval(() => this.#beat(), ping.intervalMs);
+    this.#timer = setInterval(() => this.#beat(), messages.intervalMs);
   }
 
-  /** Pings at once, and says the load in all that follow. An engine without a fingerprint announces itself as vLLM does, and says none. */
-  tell(load: WorkerLoad): void {
-    const { native } = this.#message;
-    if (!native) return;
-    this.#body = encodePing({ ...this.#message, native: { ...native, load } });
+  /** A ZeroMQ listener takes pings there. */
+  get reached(): boolean {
+    return this.#shaken;
+  }
+
+  /** Pings at once, not at the next beat. */
+  ping(): void {
     if (this.#shaken) void this.#send();
   }
 
@@ -112,11 +106,11 @@ export class Pinger {
   }
 
   get #proxy(): string {
-    return formatHostPort(this.#proxies[this.#at]!);
+    return formatHostPort(this.#address);
   }
 
   get #endpoint(): string {
-    return zmqEndpoint(this.#proxies[this.#at]!);
+    return zmqEndpoint(this.#address);
   }
 
   #watch(): void {
@@ -155,28 +149,17 @@ export class Pinger {
       void this.#send();
       return;
     }
-    const now = this.#context.deadlines.now();
-    if (now - this.#since >= this.#ping.intervalMs / 2) {
-      // The proxy is away once none of its addresses has shaken hands.
-      const last = this.#at === this.#proxies.length - 1;
-      if (last) this.#away(this.#reason);
-      if (this.#proxies.length > 1) {
-        this.#connectAnew((this.#at + 1) % this.#proxies.length);
-        this.#since = now;
-        return;
-      }
-    }
+    const silentMs = this.#context.deadlines.now() - this.#since;
+    if (silentMs >= this.#messages.intervalMs / 2) this.#away(this.#reason);
     if (this.#given) this.#connectAnew();
   }
 
-  #connectAnew(at = this.#at): void {
+  #connectAnew(): void {
     try {
       this.#socket.disconnect(this.#endpoint);
     } catch {
       // It has let go of it already.
     }
-    if (at !== this.#at) this.#reason = 'nobody';
-    this.#at = at;
     try {
       this.#socket.connect(this.#endpoint);
       this.#given = false;
@@ -190,7 +173,7 @@ export class Pinger {
     if (this.#busy || this.#closed) return;
     this.#busy = true;
     try {
-      await this.#socket.send(this.#body);
+      await this.#socket.send(this.#messages.body());
       if (this.#shaken) this.#reached();
     } catch (error) {
       // One that was lost meanwhile is the next beat's.
@@ -202,7 +185,7 @@ export class Pinger {
 
   #reached(): void {
     const { log } = this.#context;
-    const { type, httpAddress } = this.#ping;
+    const { type, httpAddress } = this.#messages;
     if (!this.#sentFirst) {
       this.#sentFirst = true;
       log.info({ proxy: this.#proxy, type, httpAddress }, `first ping sent to proxy ${this.#proxy}`);
@@ -216,14 +199,16 @@ export class Pinger {
     const { log, limited, deadlines } = this.#context;
     const now = deadlines.now();
     // A proxy that has just come may be shaking hands.
-    if (reason === 'stranger' && now - this.#strangerSince < this.#ping.intervalMs / 2) return;
+    if (reason === 'stranger' && now - this.#strangerSince < this.#messages.intervalMs / 2) return;
     const changed = this.#state !== 'away' || reason !== this.#told;
     this.#state = 'away';
     if (!changed && now - this.#toldAt < AGAIN_MS) return;
+    const heard = this.#messages.heardBy(this);
+    const level = heard === 'address' ? 'debug' : heard === 'proxy' ? 'info' : 'warn';
     limited.log(`proxy ${this.#proxy}`, (suppressed) => {
       this.#told = reason;
       this.#toldAt = now;
-      log.warn(
+      log[level](
         { proxy: this.#proxy, code: 'PEER_UNREACHABLE', reason, suppressed, ...(cause && { err: cause }) },
         `proxy ${this.#proxy} cannot be reached: ${REASONS[reason]}. No request will come from it; trying again`,
       );

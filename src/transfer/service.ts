@@ -20,6 +20,7 @@ import { createTransport } from '../transport/create-transport.ts';
 import type { Transport } from '../transport/transport.ts';
 import type { TensorId, TransferId } from '../wire/ids.ts';
 import type { WorkerLoad } from '../wire/messages.ts';
+import { Announcer } from './announcer.ts';
 import { logTensor, type TransferContext } from './context.ts';
 import { Deadlines } from './deadlines.ts';
 import { openDoors } from './doors.ts';
@@ -38,7 +39,7 @@ import type { FromWire, NativeInit, ToWire } from './native/channel.ts';
 import { nativeBodyBytes } from './native/codec.ts';
 import { NativeWire } from './native/wire.ts';
 import { PairLimit } from './pair-limit.ts';
-import { Pinger } from './ping.ts';
+
 import { Router } from './router.ts';
 import type {
   LoadRequest,
@@ -75,7 +76,7 @@ export class TransferService {
   readonly #native: NativeWire | undefined;
   readonly #loads: Loads;
   readonly #outgoing: OutgoingPeers;
-  #pinger: Pinger | undefined;
+  #announcer: Announcer | undefined;
   /** As it was told last. */
   #load: WorkerLoad | undefined;
   #disposed: Promise<void> | undefined;
@@ -267,21 +268,21 @@ export class TransferService {
     if (this.#disposed) return;
     this.stopPing();
     try {
-      this.#pinger = new Pinger(this.#context, ping);
-      if (this.#load) this.#pinger.tell(this.#load);
+      this.#announcer = new Announcer(this.#context, ping);
+      if (this.#load) this.#announcer.tell(this.#load);
     } catch (error) {
       this.#context.log.error({ err: PdError.from(error) }, 'pings to the proxy cannot be started');
     }
   }
 
   stopPing(): void {
-    this.#pinger?.close();
-    this.#pinger = undefined;
+    this.#announcer?.close();
+    this.#announcer = undefined;
   }
 
   reportLoad(load: WorkerLoad): void {
     this.#load = load;
-    this.#pinger?.tell(load);
+    this.#announcer?.tell(load);
   }
 
   state(): TransferState {

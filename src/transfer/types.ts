@@ -9,10 +9,8 @@ import type { KvEventPorts, SendType } from '../wire/messages.ts';
 import type { FailureState } from './failures.ts';
 
 export interface ProxyPing {
-  readonly proxy: HostPort & {
-    /** Where its name has several addresses, the others: each is tried in turn until one takes a ping. */
-    readonly otherHosts?: readonly string[];
-  };
+  /** Where proxies take pings. Of a name every address is pinged that takes them, and it is looked up again every ten seconds. */
+  readonly proxies: readonly HostPort[];
   readonly type: 'P' | 'D';
   readonly httpAddress: string;
   readonly intervalMs: number;

@@ -7,6 +7,9 @@ export const OVERLAP_FEATURE = 'overlap';
 /** Likewise, and in its hello: this worker supports the native hand-over. */
 export const NATIVE_FEATURE = 'native';
 
+/** Likewise: its HTTP server takes TLS alone. */
+export const TLS_FEATURE = 'tls';
+
 /** To a consumer: the KV of this request is still being computed, for at most this many milliseconds. */
 export const PREFILL_WITHIN_HEADER = 'x-pd-prefill-within';
 

@@ -160,7 +160,7 @@ async function createEngine(
       ...(http.port === 0
         ? {}
         : { httpAddress: formatHostPort({ host: httpAnnounceHost, port: http.port }) }),
-      ...(proxy && { proxyAddress: formatHostPort(proxy) }),
+      ...(proxy.length > 0 && { proxyAddress: proxy.map(formatHostPort).join(', ') }),
     },
     { metrics, ...(native && { native }) },
   );

@@ -2,7 +2,7 @@
 import { parentPort, workerData } from 'node:worker_threads';
 import { PdError, unreachable } from '../errors.ts';
 import { createLogger } from '../observability/log.ts';
-import { NATIVE_FEATURE, OVERLAP_FEATURE } from '../wire/overlap.ts';
+import { NATIVE_FEATURE, OVERLAP_FEATURE, TLS_FEATURE } from '../wire/overlap.ts';
 import type { CoreInit, FromCore, ToCore } from './core-messages.ts';
 import { type CoreParts, createCore } from './core-parts.ts';
 
@@ -137,13 +137,17 @@ function startPing(
   { httpAddress, events }: Extract<ToCore, { readonly type: 'serve' }>,
 ): void {
   const { proxy, role, transfer, pingIntervalMs } = config;
-  if (!proxy || role === 'both' || transfer.rank !== 0) return;
+  if (proxy.length === 0 || role === 'both' || transfer.rank !== 0) return;
   core.engine?.startPing({
-    proxy,
+    proxies: proxy,
     type: role === 'producer' ? 'P' : 'D',
     httpAddress,
     intervalMs: pingIntervalMs,
-    features: core.handOver ? [OVERLAP_FEATURE, NATIVE_FEATURE] : [OVERLAP_FEATURE],
+    features: [
+      OVERLAP_FEATURE,
+      ...(core.handOver ? [NATIVE_FEATURE] : []),
+      ...(config.access.tlsCert === undefined ? [] : [TLS_FEATURE]),
+    ],
     ...(events && { events }),
   });
 }

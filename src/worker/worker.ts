@@ -7,6 +7,7 @@
  */
 import { setTimeout } from 'node:timers/promises';
 import type { FastifyInstance } from 'fastify';
+import { Guard } from '../access/guard.ts';
 import type { WorkerConfig } from '../config/worker-config.ts';
 import { deferred } from '../deferred.ts';
 import { prepareNativeEnvironment } from '../device/native-env.ts';
@@ -50,6 +51,7 @@ interface RunningParts {
   readonly core: CoreClient;
   readonly reader: Pick<RequestBodyReader, 'close'>;
   readonly server: FastifyInstance;
+  readonly guard: Guard;
   readonly inFlight: InFlight;
   readonly events: KvEventPublisher | undefined;
   readonly log: Logger;
@@ -111,12 +113,16 @@ export class PdWorker {
     logKvConfig(config, log);
     await assertBindable(config.http, 'HTTP server');
     signal?.throwIfAborted();
+    const guard = new Guard({ config: config.access, log });
     const metrics = new MetricsPage();
     const pages = { core: new MetricsPage(), transfer: new MetricsPage() };
     const [core, reader] = await bothOrNone(
       parts.startCore({ config, metrics: { core: pages.core.buffer, transfer: pages.transfer.buffer } }),
       parts.startReader(config.modelDir, log),
-    );
+    ).catch((error: unknown) => {
+      guard.close();
+      throw error;
+    });
     let events: KvEventPublisher | undefined;
     try {
       signal?.throwIfAborted();
@@ -128,6 +134,7 @@ export class PdWorker {
         core,
         reader,
         model: reader.model,
+        guard,
         inFlight,
         metrics,
         pages: all,
@@ -136,13 +143,15 @@ export class PdWorker {
       });
       const port = await listen(server, config.http);
       const httpAddress = { host: config.httpAnnounceHost, port };
-      const worker = new PdWorker(config, httpAddress, all, { core, reader, server, inFlight, events, log });
+      const parts = { core, reader, server, guard, inFlight, events, log };
+      const worker = new PdWorker(config, httpAddress, all, parts);
       const { numBlocks, blockSize, maxModelLen } = core.info;
       log.info(
         `Serving ${config.servedModelNames.join(', ')} as ${config.role} on ${config.transfer.device}` +
           `: ${numBlocks} KV blocks of ${blockSize} tokens, up to ${maxModelLen} tokens a sequence`,
       );
-      log.info(`Running on ${httpUrl(httpAddress)}`);
+      const url = httpUrl(httpAddress);
+      log.info(`Running on ${guard.https ? url.replace('http:', 'https:') : url}`);
       events?.announce(formatHostPort(httpAddress));
       core.onCacheChange((changes) => events?.publish(changes));
       core.tell({
@@ -152,6 +161,7 @@ export class PdWorker {
       });
       return worker;
     } catch (error) {
+      guard.close();
       await Promise.all([core.close(), reader.close(), events?.close()]);
       throw error;
     }
@@ -177,7 +187,7 @@ export class PdWorker {
   }
 
   async #close(drainTimeoutMs: number): Promise<void> {
-    const { core, reader, server, inFlight, events, log } = this.#parts;
+    const { core, reader, server, guard, inFlight, events, log } = this.#parts;
     core.tell({ type: 'drain' });
     const running = inFlight.size;
     if (running > 0) log.info({ running }, `Draining: ${running} requests under way`);
@@ -195,6 +205,7 @@ export class PdWorker {
     // Requests that this has failed still get their answers.
     await inFlight.drain(LAST_ANSWERS_MS);
     await server.close();
+    guard.close();
     log.info('Stopped');
   }
 

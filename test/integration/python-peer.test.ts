@@ -254,7 +254,7 @@ for (const ends of ENDS) {
         { httpAddress: http_address, zmqAddress: formatHostPort(peer.address) },
       ]);
       const engine = await services.make({ host: ends.host });
-      engine.startPing({ proxy: peer.address, type: 'D', httpAddress: http_address, intervalMs: 3_000 });
+      engine.startPing({ proxies: [peer.address], type: 'D', httpAddress: http_address, intervalMs: 3_000 });
       expect(await peer.ask('pinged')).toMatchObject({
         type: 'D',
         http_address,

@@ -8,13 +8,20 @@ import { PdError } from '../../src/errors.ts';
 import { formatHostPort } from '../../src/net/address.ts';
 import { RateLimitedLog } from '../../src/observability/log.ts';
 import { PdProxy } from '../../src/proxy/proxy.ts';
+import { Announcer } from '../../src/transfer/announcer.ts';
 import { Deadlines } from '../../src/transfer/deadlines.ts';
-import { Pinger } from '../../src/transfer/ping.ts';
+
 import { decodePing } from '../../src/wire/codec.ts';
 import { fingerprint } from '../../src/wire/fingerprint.ts';
 import { keptPort, Services, transferOptions } from '../support/transfer.ts';
 
 const services = new Services();
+const CONTEXT = {
+  options: transferOptions(),
+  self: '127.0.0.1:1',
+  deadlines: new Deadlines(),
+  limited: new RateLimitedLog(0),
+};
 afterEach(() => services.dispose());
 
 async function proxy(port = 0): Promise<{ socket: zmq.Router; port: number }> {
@@ -28,7 +35,7 @@ it('come from the KV address, go on after the proxy was away, and stop when told
   const first = await proxy(await keptPort());
   const engine = await services.make();
   const ping = {
-    proxy: { host: '0.0.0.0', port: first.port },
+    proxies: [{ host: '0.0.0.0', port: first.port }],
     type: 'P',
     httpAddress: '127.0.0.1:8081',
   } as const;
@@ -49,15 +56,35 @@ it('come from the KV address, go on after the proxy was away, and stop when told
   engine.stopPing();
 });
 
-it('go to whichever address of a name takes them', async () => {
-  const { socket, port } = await proxy();
-  const engine = await services.make();
-  // Nobody listens at the first.
-  const name = { host: '127.0.0.2', otherHosts: ['127.0.0.1'], port };
-  engine.startPing({ proxy: name, type: 'P', httpAddress: '127.0.0.1:8081', intervalMs: 30 });
-  const [identity] = await socket.receive();
-  expect(identity!.toString()).toBe(formatHostPort(engine.address));
-  engine.stopPing();
+it('go to every address that takes them, of several proxies and of a name that changes', async () => {
+  const [first, second] = [await proxy(), await proxy()];
+  let addresses = ['127.0.0.2', '127.0.0.1'];
+  const lookUp = async () => addresses.map((address) => ({ address, family: 4 }));
+  const lines: string[] = [];
+  const log = pino({ level: 'warn' }, { write: (line: string) => void lines.push(line) });
+  const proxies = [
+    { host: '127.0.0.1', port: first.port },
+    { host: 'proxies.example', port: second.port },
+  ];
+  const announcer = new Announcer(
+    { ...CONTEXT, log },
+    { proxies, type: 'P', httpAddress: '127.0.0.1:8081', intervalMs: 30 },
+    lookUp,
+    20,
+  );
+  services.add({ dispose: async () => announcer.close() });
+  const taken = async ({ socket }: { socket: zmq.Router }) =>
+    decodePing((await socket.receive())[1]!).http_address;
+  expect(await Promise.all([first, second].map(taken))).toEqual(['127.0.0.1:8081', '127.0.0.1:8081']);
+  // Another proxy comes to the name at another address of this machine.
+  const late = new zmq.Router({ linger: 0 });
+  await late.bind(`tcp://127.0.0.3:${second.port}`);
+  services.add({ dispose: async () => late.close() });
+  addresses = ['127.0.0.3'];
+  expect(await taken({ socket: late })).toBe('127.0.0.1:8081');
+  // Who still takes pings gets them, listed or not; nothing that is silent beside others is a warning.
+  expect(await taken(second)).toBe('127.0.0.1:8081');
+  expect(lines).toEqual([]);
 });
 
 it('say the load of the worker as soon as it is told, to a proxy that came before or after', async () => {
@@ -68,8 +95,8 @@ it('say the load of the worker as soon as it is told, to a proxy that came befor
   const loadOf = async () => decodePing((await socket.receive())[1]!).native?.load;
   const load = { running: 1, waiting: 2, kvUsed: 3, kvBlocks: 4, queuedTokens: 5 };
   engine.reportLoad(load);
-  const ping = { proxy: { host: '127.0.0.1', port }, type: 'P', httpAddress: '127.0.0.1:8081' } as const;
-  engine.startPing({ ...ping, intervalMs: 3_600_000 });
+  const proxies = [{ host: '127.0.0.1', port }];
+  engine.startPing({ proxies, type: 'P', httpAddress: '127.0.0.1:8081', intervalMs: 3_600_000 });
   expect(await loadOf()).toEqual(load);
   engine.reportLoad({ ...load, running: 9 });
   expect(await loadOf()).toEqual({ ...load, running: 9 });
@@ -78,7 +105,8 @@ it('say the load of the worker as soon as it is told, to a proxy that came befor
 
 it('to an address that is none leave the engine alive', async () => {
   const engine = await services.make();
-  engine.startPing({ proxy: { host: 'no host', port: 1 }, type: 'D', httpAddress: 'x:1', intervalMs: 1_000 });
+  const proxies = [{ host: 'no host', port: 1 }];
+  engine.startPing({ proxies, type: 'D', httpAddress: 'x:1', intervalMs: 1_000 });
   expect(engine.state().address).toBe(formatHostPort(engine.address));
 });
 
@@ -98,15 +126,9 @@ describe('what is told of a proxy', () => {
       wake();
     };
     const log = pino({ level: 'debug' }, { write });
-    const context = {
-      options: transferOptions(),
-      self: '127.0.0.1:1',
-      deadlines: new Deadlines(),
-      log,
-      limited: new RateLimitedLog(0),
-    };
-    const ping = { proxy: { host: '127.0.0.1', port }, type: 'P', httpAddress: '127.0.0.1:2' } as const;
-    const pinger = new Pinger(context, { ...ping, intervalMs: 50 });
+    const proxies = [{ host: '127.0.0.1', port }];
+    const ping = { proxies, type: 'P', httpAddress: '127.0.0.1:2', intervalMs: 50 } as const;
+    const pinger = new Announcer({ ...CONTEXT, log }, ping);
     services.add({ dispose: async () => pinger.close() });
     const said = async (pattern: RegExp): Promise<Line> => {
       for (;;) {

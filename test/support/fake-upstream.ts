@@ -1,10 +1,19 @@
 /** An instance as the proxy sees it: an HTTP server that records what it is asked and answers as the test says, and its pings. */
 import { EventEmitter, once } from 'node:events';
-import { createServer, type IncomingHttpHeaders, type Server, type ServerResponse } from 'node:http';
+import { readFileSync } from 'node:fs';
+import {
+  createServer,
+  type IncomingHttpHeaders,
+  type RequestListener,
+  type Server,
+  type ServerResponse,
+} from 'node:http';
+import { createServer as createSecureServer } from 'node:https';
 import type { AddressInfo } from 'node:net';
 import { Dealer } from 'zeromq';
 import { formatHostPort, type HostPort, zmqEndpoint } from '../../src/net/address.ts';
 import { encodePing } from '../../src/wire/codec.ts';
+import type { Certificate } from '../../support/certificates.ts';
 
 export interface Asked {
   readonly path: string;
@@ -16,6 +25,17 @@ export interface Asked {
 export type Answer = (asked: Asked, out: ServerResponse) => void | Promise<void>;
 
 let nextKvPort = 20_000; // only a name here: nothing listens
+
+export interface FakeUpstreamOptions {
+  readonly host?: string;
+  readonly models?: readonly string[];
+  /** It takes TLS alone, of clients with a certificate from `ca`. */
+  readonly tls?: Certificate & { readonly ca?: string };
+}
+
+function pem(files: Certificate & { readonly ca?: string }): object {
+  return Object.fromEntries(Object.entries(files).map(([name, path]) => [name, readFileSync(path)]));
+}
 
 export class FakeUpstream {
   readonly asked: Asked[] = [];
@@ -33,10 +53,15 @@ export class FakeUpstream {
     host: string,
     answer: Answer,
     models: readonly string[],
+    tls: (Certificate & { readonly ca?: string }) | undefined,
   ) {
     this.role = role;
     this.zmqAddress = formatHostPort({ host, port: nextKvPort++ });
-    this.#server = createServer(async (request, out) => {
+    const server = (answering: RequestListener) =>
+      tls
+        ? createSecureServer({ ...pem(tls), requestCert: true, rejectUnauthorized: true }, answering)
+        : createServer(answering);
+    this.#server = server(async (request, out) => {
       if (request.url === '/v1/models') {
         out.setHeader('content-type', 'application/json');
         out.end(JSON.stringify({ object: 'list', data: models.map((id) => ({ id, object: 'model' })) }));
@@ -71,9 +96,9 @@ export class FakeUpstream {
   static async start(
     role: 'producer' | 'consumer',
     answer: Answer,
-    { host = '127.0.0.1', models = ['m'] }: { host?: string; models?: readonly string[] } = {},
+    { host = '127.0.0.1', models = ['m'], tls }: FakeUpstreamOptions = {},
   ): Promise<FakeUpstream> {
-    const upstream = new FakeUpstream(role, host, answer, models);
+    const upstream = new FakeUpstream(role, host, answer, models, tls);
     upstream.#server.listen(0, host);
     await once(upstream.#server, 'listening');
     upstream.#http = { host, port: (upstream.#server.address() as AddressInfo).port };

@@ -1,4 +1,6 @@
 import { afterEach, expect } from 'vitest';
+import { Guard } from '../../src/access/guard.ts';
+import type { AccessConfig } from '../../src/config/access-options.ts';
 import { createLogger } from '../../src/observability/log.ts';
 import { MetricsPage } from '../../src/observability/metrics.ts';
 import type { ServerContext } from '../../src/worker/server/context.ts';
@@ -31,11 +33,13 @@ export async function startServer(
   script: Script = saying('hello'),
   config: Partial<ServerContext['config']> = {},
   reader: ServerContext['reader'] = BYTE_READER,
+  access: Partial<AccessConfig> = {},
 ) {
   const core = new FakeCore(script);
   const client = await core.connect();
   const metrics = new MetricsPage();
   const inFlight = new InFlight();
+  const guard = new Guard({ config: { corsOrigins: [], ...access }, log: LOG });
   const server = createServer({
     config: {
       servedModelNames: ['demo', 'alias'],
@@ -51,12 +55,14 @@ export async function startServer(
     core: client,
     reader,
     model: BYTE_MODEL,
+    guard,
     inFlight,
     metrics,
     pages: [metrics],
     version: '1.2.3',
     log: LOG,
   });
+  closers.push(async () => guard.close());
   closers.push(async () => {
     await client.close();
     await server.close();

@@ -1,5 +1,6 @@
 /** What the routes share. */
 import type { FastifyRequest } from 'fastify';
+import type { Guard } from '../../access/guard.ts';
 import type { TransferOptions } from '../../config/transfer-options.ts';
 import type { WorkerConfig } from '../../config/worker-config.ts';
 import type { TextModel } from '../../model/tokenizer.ts';
@@ -28,6 +29,7 @@ export interface ServerContext {
   readonly reader: Pick<RequestBodyReader, 'read'>;
   /** For the text of what is generated. */
   readonly model: TextModel;
+  readonly guard: Guard;
   readonly inFlight: InFlight;
   /** The main thread's own page. */
   readonly metrics: MetricsPage;

@@ -30,8 +30,10 @@ function registerCacheConfig(registry: Registry, { core }: ServerContext): void 
 const REQUEST_TIMEOUT_MS = 60_000;
 
 export function createServer(context: ServerContext): FastifyInstance {
-  const { config, core, log } = context;
+  const { config, core, log, guard } = context;
+  // Of a server with TLS everything that is used here has the same type.
   const server = fastify({
+    https: guard.https,
     bodyLimit: BODY_LIMIT,
     requestTimeout: REQUEST_TIMEOUT_MS,
     // The worker drains first; whatever connection is left then is cut.
@@ -39,7 +41,8 @@ export function createServer(context: ServerContext): FastifyInstance {
     // A worker that drains answers 503 itself, with the code that says so.
     return503OnClosing: false,
     schemaController: NO_JSON_SCHEMAS,
-  });
+  }) as unknown as FastifyInstance;
+  guard.attach(server);
   const registry = createRegistry(context.pages, { model_name: config.servedModelNames[0] ?? '' });
   registerCacheConfig(registry, context);
   const created = Math.floor(Date.now() / 1_000);
@@ -103,6 +106,11 @@ export function createServer(context: ServerContext): FastifyInstance {
     await core.state();
     if (context.inFlight.draining) reply.status(503);
     return { status: context.inFlight.draining ? 'draining' : 'ok', role: config.role };
+  });
+  server.get('/ready', async (_request, reply) => {
+    await core.state();
+    if (context.inFlight.draining) reply.status(503);
+    return { ready: !context.inFlight.draining };
   });
   if (config.debugState !== undefined) {
     server.get('/debug/state', async (request, reply) => {

@@ -63,7 +63,7 @@ it('fields that are given stand, nested ones beside the defaults of their neighb
       rank: 0,
       timeouts: { ...DEFAULT_TIMEOUTS, load: 5 },
     },
-    proxy: { host: '127.0.0.1', port: 30_002 },
+    proxy: [{ host: '127.0.0.1', port: 30_002 }],
     numBlocks: 7,
     blockSize: 16,
   });

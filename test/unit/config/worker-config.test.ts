@@ -71,7 +71,7 @@ describe('worker configuration', () => {
       drainTimeoutMs: 30_000,
       pingIntervalMs: 3_000,
     });
-    expect(config([])).not.toHaveProperty('proxy');
+    expect(config([]).proxy).toEqual([]);
   });
 
   it('has the ports of the runbook per role', () => {
@@ -151,7 +151,8 @@ describe('worker configuration', () => {
       http: { host: '127.0.0.1' },
       httpAnnounceHost: '127.0.0.1',
       transfer: { bind: { host: '127.0.0.1' }, announceHost: '127.0.0.1' },
-      proxy: { host: '127.0.0.1', port: 30_002, otherHosts: ['::1'] },
+      // for all its addresses, whenever they change
+      proxy: [{ host: 'localhost', port: 30_002 }],
     });
     expect(lines).toContain('KV host localhost is 127.0.0.1 (IPv4)');
     await expect(resolveHosts(config(['--kv-host', 'no.such.host.invalid']))).rejects.toThrow(
@@ -247,7 +248,7 @@ describe("vLLM's kv-transfer-config", () => {
     expect(worker).toMatchObject({
       role: 'producer',
       http: { port: 8081 },
-      proxy: { host: '127.0.0.1', port: 30_002 },
+      proxy: [{ host: '127.0.0.1', port: 30_002 }],
       transfer: { bind: { port: 8082 }, sendType: 'PUT_ASYNC', kvBufferSize: 1e9, ncclNumChannels: 16 },
     });
   });
@@ -302,9 +303,19 @@ describe("vLLM's kv-transfer-config", () => {
 
   it('reads an IPv6 proxy, and an empty one as none', () => {
     const extra = (values: object) => config(vllm({ ...RUNBOOK, kv_connector_extra_config: values }));
-    expect(extra({ proxy_ip: '::1', proxy_port: 30_002 }).proxy).toEqual({ host: '::1', port: 30_002 });
-    expect(extra({ proxy_ip: '::', proxy_port: '30002' }).proxy).toEqual({ host: '::1', port: 30_002 });
-    expect(extra({ proxy_ip: '', proxy_port: '' })).not.toHaveProperty('proxy');
+    expect(extra({ proxy_ip: '::1', proxy_port: 30_002 }).proxy).toEqual([{ host: '::1', port: 30_002 }]);
+    expect(extra({ proxy_ip: '::', proxy_port: '30002' }).proxy).toEqual([{ host: '::1', port: 30_002 }]);
+    expect(extra({ proxy_ip: '', proxy_port: '' }).proxy).toEqual([]);
+  });
+
+  it('takes several proxies, by flags and in the environment', () => {
+    const two = [
+      { host: '10.0.0.1', port: 30_002 },
+      { host: 'proxies', port: 30_003 },
+    ];
+    expect(config(['--proxy', '10.0.0.1:30002', 'proxies:30003']).proxy).toEqual(two);
+    expect(config(['--proxy', '10.0.0.1:30002', '--proxy', 'proxies:30003']).proxy).toEqual(two);
+    expect(config([], { PD_PROXY: '10.0.0.1:30002,proxies:30003' }).proxy).toEqual(two);
   });
 
   it('warns of unknown keys by name', () => {
