@@ -7,11 +7,12 @@ import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { parseHostPort } from '../../src/net/address.ts';
 import { proxyRequestId } from '../../src/wire/ids.ts';
 import { metricsOf, startWorker, type WorkerHandle } from '../support/cluster.ts';
+import { rows } from '../support/rows.ts';
 
 const FRANCE = 'What is the capital of France?';
 const ITALY = 'What is the capital of Italy?';
 
-describe.each(['PUT_ASYNC', 'GET'])('%s, ids not randomized', (sendType) => {
+describe.each(rows(['PUT_ASYNC'], ['GET']))('%s, ids not randomized', (sendType) => {
   let producer: WorkerHandle;
   let consumer: WorkerHandle;
 
@@ -23,7 +24,7 @@ describe.each(['PUT_ASYNC', 'GET'])('%s, ids not randomized', (sendType) => {
     ];
     [producer, consumer] = await Promise.all([
       startWorker('producer', undefined, args),
-      startWorker('consumer', undefined, [...args, '--kv-load-timeout', '3s']),
+      startWorker('consumer', undefined, [...args, '--kv-load-timeout', '1s']),
     ]);
   });
   afterAll(async () => {
