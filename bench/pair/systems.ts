@@ -9,6 +9,8 @@ export interface SystemOptions {
   readonly model: string;
   /** Options of every worker. */
   readonly flags: readonly string[];
+  /** Of every program: pd-launch passes no flags to its proxy. */
+  readonly env?: Readonly<Record<string, string>>;
   readonly onLine?: (line: string) => void;
 }
 
@@ -60,6 +62,7 @@ export async function startPair(options: SystemOptions, way?: string): Promise<P
     ],
     (line) => (line.startsWith('{"proxy"') ? (JSON.parse(line) as Addresses) : undefined),
     options.onLine,
+    options.env,
   );
   return {
     client: await Client.connect(found.proxy.url),
@@ -74,10 +77,11 @@ async function start<T>(
   args: readonly string[],
   find: (line: string) => T | undefined,
   onLine?: (line: string) => void,
+  env?: Readonly<Record<string, string>>,
 ): Promise<{ readonly found: T; stop(): Promise<void> }> {
   let found: T | undefined;
   const supervisor = new Supervisor({
-    groups: [[{ name, args }]],
+    groups: [[{ name, args, ...(env && { env }) }]],
     restart: { firstPauseMs: 0, maxPauseMs: 0, deaths: 1, windowMs: 1 }, // whatever ends is a failure
     killAfterMs: STOP_MS,
     onLine: (_, line) => {

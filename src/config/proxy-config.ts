@@ -15,6 +15,7 @@ import {
   oneOf,
   port,
   text,
+  toggle,
 } from './kinds.ts';
 import { defaultsOf, defineOptions, grouped, option, type ValuesOf } from './options.ts';
 
@@ -70,6 +71,8 @@ export interface ProxyConfig {
   /** Between two looks at each instance's GET /health; 0: none. */
   readonly healthIntervalMs: number;
   readonly drainTimeoutMs: number;
+  /** GET /debug/state is answered, to clients on this machine. */
+  readonly debugState: boolean;
   readonly log: LogOptions;
 }
 
@@ -209,6 +212,12 @@ export const PROXY_OPTIONS = defineOptions({
     kind: duration(0),
     help: 'after SIGTERM, for requests under way',
     default: 30_000,
+  }),
+  debugState: option({
+    field: 'debugState',
+    kind: toggle(),
+    help: 'answer GET /debug/state to clients on this machine',
+    default: false,
   }),
   ...grouped('Log', {
     logLevel: option({

@@ -20,6 +20,7 @@ import type { ProxyConfig } from '../config/proxy-config.ts';
 import { PdError } from '../errors.ts';
 import { reasonOf } from '../net/resolve.ts';
 import type { Logger } from '../observability/log.ts';
+import { monotonicMs, type Timelines } from '../observability/timelines.ts';
 import { proxyRequestId } from '../wire/ids.ts';
 import {
   KV_FAILED_HEADER,
@@ -49,12 +50,19 @@ import {
   type WholeAnswer,
 } from './upstream.ts';
 
+/**
+ * Of a request, which is known by the id that both workers get: `received` with its whole body, `read`, sent to the producer (`prefill`)
+ * and to the consumer (`decode`), whose whole answer (`prefilled`) and head (`answered`) have come, its first event `relayed`.
+ */
+export type ProxyStage = 'received' | 'read' | 'prefill' | 'decode' | 'prefilled' | 'answered' | 'relayed';
+
 /** What all requests of a proxy share. */
 export interface ProxyContext {
   readonly config: ProxyConfig;
   readonly registry: InstanceRegistry;
   readonly upstream: Upstream;
   readonly metrics: ProxyMetrics;
+  readonly timelines: Timelines<ProxyStage>;
   readonly log: Logger;
   readonly bodies: Pick<BodyReader, 'read'>;
   readonly caches: PromptCaches;
@@ -76,7 +84,9 @@ export interface ReceivedRequest {
 
 export interface ClientRequest extends Omit<ReceivedRequest, 'body'> {
   readonly body: RequestBody;
-  readonly arrivedMs: number;
+  /** `monotonicMs`. */
+  readonly receivedAt: number;
+  readonly readAt: number;
   /** Aborted once the client has gone or the proxy stops. */
   readonly signal: AbortSignal;
 }
@@ -143,6 +153,8 @@ export class Attempt {
       ...requestHeaders(request.headers, this.requestId),
       ...(this.#native && { [WIRE_HEADER]: 'native' satisfies Wire }),
     };
+    context.timelines.begin(this.requestId, 'received', request.receivedAt);
+    context.timelines.stamp(this.requestId, 'read', request.readAt);
     const { prompts } = request.body;
     const subject = { requestId: this.requestId, route, prompts };
     this.#notices = new Notices(context.upstream, context.log, pair, subject);
@@ -243,6 +255,7 @@ export class Attempt {
     const work = registry.workOf(call.instance);
     const leave = work?.begin(this.#placed.uncached);
     const ahead = work?.queuedTokens ?? 0;
+    this.#stamp('prefill');
     try {
       const response = await upstream.ask(call, {
         path: this.#request.route,
@@ -257,6 +270,7 @@ export class Attempt {
         throw new InstanceRefused(call, `its answer broke off: ${reasonOf(error)}`, error);
       });
       if (!ok) return this.#judged(refuseIfDraining(answer, call), call);
+      this.#stamp('prefilled');
       const tookMs = performance.now() - startedMs;
       metrics.prefillSeconds.observe(tookMs / 1_000);
       registry.learn(call.instance, ahead, tookMs);
@@ -280,11 +294,14 @@ export class Attempt {
   }
 
   /** Resolves with the head of the answer. */
-  #askConsumer(more?: Pick<Ask, 'headers' | 'headersTimeoutMs'>): Promise<UpstreamResponse> {
+  async #askConsumer(more?: Pick<Ask, 'headers' | 'headersTimeoutMs'>): Promise<UpstreamResponse> {
     const { route, body } = this.#request;
     const { signal } = this.#abortDecode;
     const ask = { path: route, headers: this.#headers, body: body.original, signal, ...more };
-    return this.#context.upstream.ask(this.#decodeCall, ask);
+    this.#stamp('decode');
+    const response = await this.#context.upstream.ask(this.#decodeCall, ask);
+    this.#stamp('answered');
+    return response;
   }
 
   /** The head of the consumer's answer where the producer has answered first: the time for decode begins now. */
@@ -309,7 +326,7 @@ export class Attempt {
   /** False where the consumer answered with an error. Throws InstanceRefused, with nothing passed on, where it is stopping. */
   async #passOn(response: UpstreamResponse): Promise<boolean> {
     const { firstEventSeconds } = this.#context.metrics;
-    const { out, signal, arrivedMs } = this.#request;
+    const { out, signal, receivedAt } = this.#request;
     if (response.statusCode === 503 && !isEventStream(response)) {
       answerWhole(await this.#decodeError(response), out, this.requestId);
       return false;
@@ -318,7 +335,10 @@ export class Attempt {
       call: this.#decodeCall,
       requestId: this.requestId,
       signal,
-      onFirstEvent: () => firstEventSeconds.observe((performance.now() - arrivedMs) / 1_000),
+      onFirstEvent: () => {
+        this.#stamp('relayed');
+        firstEventSeconds.observe((monotonicMs() - receivedAt) / 1_000);
+      },
     });
     this.#judge(this.#decodeCall, response.statusCode);
     return response.statusCode < 400;
@@ -334,6 +354,10 @@ export class Attempt {
       })
       .finally(() => clearTimeout(timer));
     return this.#judged(refuseIfDraining(answer, call), call);
+  }
+
+  #stamp(stage: ProxyStage): void {
+    this.#context.timelines.stamp(this.requestId, stage);
   }
 
   #judged(answer: WholeAnswer, call: Call): WholeAnswer {

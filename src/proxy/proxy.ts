@@ -10,10 +10,11 @@ import { announceHost, hostAddress } from '../net/local.ts';
 import { listenError } from '../net/port-holder.ts';
 import { plural } from '../observability/bytes.ts';
 import { createLogger, type Logger } from '../observability/log.ts';
+import { Timelines } from '../observability/timelines.ts';
 import { openAiError } from '../openai-error.ts';
 import { z } from '../zod.ts';
 import { Admission } from './admission.ts';
-import type { ProxyContext } from './attempt.ts';
+import type { ProxyContext, ProxyStage } from './attempt.ts';
 import { BodyReader } from './body-reader.ts';
 import { PromptCaches } from './caches.ts';
 import { Discovery } from './discovery.ts';
@@ -27,7 +28,7 @@ import { RetryBudget } from './retry-budget.ts';
 import { readWhole, Upstream, type WholeAnswer } from './upstream.ts';
 
 /** With keys, these take one that says `admin`. */
-const ADMIN_ROUTES = new Set(['/admin/drain']);
+const ADMIN_ROUTES = new Set(['/admin/drain', '/debug/state']);
 const ROUTES = ['/v1/completions', '/v1/chat/completions', '/v1/responses'] as const;
 /** A prompt of a million token ids fits. */
 const BODY_LIMIT = 32 * 1024 * 1024;
@@ -65,6 +66,7 @@ export class PdProxy {
   readonly #bodies: Pick<BodyReader, 'read' | 'close'>;
   readonly #stop = new AbortController();
   readonly #models: ModelDirectory;
+  readonly #timelines = new Timelines<ProxyStage>();
   readonly #context: ProxyContext;
   readonly #server: FastifyInstance;
   #discovery: Discovery | undefined;
@@ -115,6 +117,7 @@ export class PdProxy {
       registry: this.#registry,
       upstream: this.#upstream,
       metrics: this.#metrics,
+      timelines: this.#timelines,
       log: this.#log,
       bodies: this.#bodies,
       caches: this.#caches,
@@ -312,6 +315,7 @@ export class PdProxy {
     }
     app.post('/admin/drain', async (request) => this.#drainInstance(request));
     app.get('/health', async () => this.#health());
+    if (this.#config.debugState) app.get('/debug/state', async (request) => this.#debugState(request));
     app.get('/ready', async (_request, reply) => {
       const ready = !this.#draining && this.#registry.paired;
       return reply.code(ready ? 200 : 503).send({ ready });
@@ -344,6 +348,14 @@ export class PdProxy {
     const instance = this.#registry.list().find(({ httpAddress }) => httpAddress === address);
     const underWay = instance && this.#registry.workOf(instance)?.own;
     return { instance: address, draining: drain, requests_under_way: underWay ?? 0 };
+  }
+
+  /** Ids of other people's requests are for clients on this machine. */
+  #debugState(request: FastifyRequest) {
+    if (!isLoopback(request.ip)) {
+      throw new PdError('REQUEST_INVALID', 'GET /debug/state is for clients on this machine');
+    }
+    return { requests: this.#running, recentRequests: this.#timelines.recent() };
   }
 
   /** As the proxy takes it to be: what the instance tells, and what it has been given since. */

@@ -6,6 +6,7 @@ import { hash } from 'node:crypto';
 import { setTimeout } from 'node:timers/promises';
 import { PdError } from '../errors.ts';
 import { plural } from '../observability/bytes.ts';
+import { monotonicMs } from '../observability/timelines.ts';
 import { Attempt, type PlacedPrompt, type ProxyContext, type ReceivedRequest } from './attempt.ts';
 import type { RequestBody } from './body.ts';
 import type { PromptToPlace } from './placement.ts';
@@ -24,7 +25,7 @@ const CLIENT_GONE = 499;
 export class ProxiedRequest {
   readonly #context: ProxyContext;
   readonly #received: ReceivedRequest;
-  readonly #arrivedMs = performance.now();
+  readonly #receivedAt = monotonicMs();
   /** Ends whatever is under way: the client has gone, or the proxy stops. */
   readonly #abort = new AbortController();
   #clientGone = false;
@@ -54,7 +55,7 @@ export class ProxiedRequest {
       signal.throwIfAborted();
       const release = await this.#admitted(read);
       try {
-        await this.#throughPairs(read);
+        await this.#throughPairs(read, monotonicMs());
       } finally {
         release();
       }
@@ -67,12 +68,13 @@ export class ProxiedRequest {
     }
   }
 
-  async #throughPairs(body: RequestBody): Promise<void> {
+  async #throughPairs(body: RequestBody, readAt: number): Promise<void> {
     const { config, registry, caches, metrics, retries, log } = this.#context;
     retries.earn();
     const count = this.#context.nextCount();
     const { holder } = this.#received;
-    const request = { ...this.#received, body, arrivedMs: this.#arrivedMs, signal: this.#abort.signal };
+    const { signal } = this.#abort;
+    const request = { ...this.#received, body, receivedAt: this.#receivedAt, readAt, signal };
     /** HTTP addresses of instances that did not take the request. */
     const exclude = new Set<string>();
     let refused: InstanceRefused | undefined;
@@ -108,7 +110,6 @@ export class ProxiedRequest {
         metrics.retries.inc({ result: 'tried' });
         metrics.replaced.inc();
         log.warn({ requestId }, `${error.message}; trying another pair`);
-        const { signal } = this.#abort;
         await setTimeout(backoffMs(exclude.size), undefined, { signal }).catch(() => signal.throwIfAborted());
       }
     }

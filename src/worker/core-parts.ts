@@ -12,6 +12,7 @@ import type { Executor } from '../model/executor.ts';
 import { formatHostPort } from '../net/address.ts';
 import type { Logger } from '../observability/log.ts';
 import { MetricsPage } from '../observability/metrics.ts';
+import { Timelines } from '../observability/timelines.ts';
 import { maxSequenceLength, Scheduler, type SchedulerOptions } from '../scheduler/scheduler.ts';
 import type { TransferEngine } from '../transfer/engine.ts';
 import type { NativeInit } from '../transfer/native/channel.ts';
@@ -21,7 +22,7 @@ import type { Nonce } from '../transfer/native/messages.ts';
 import type { Fingerprint } from '../wire/fingerprint.ts';
 import { CoreLoop, type CoreLoopOptions } from './core.ts';
 import { CoreGrammars } from './core-grammars.ts';
-import type { CoreInfo, CoreInit } from './core-messages.ts';
+import type { CoreInfo, CoreInit, CoreStage } from './core-messages.ts';
 
 export interface CoreParts {
   readonly loop: CoreLoop;
@@ -69,11 +70,12 @@ export async function createCore(
     const native = nativeInit(config, executor, nonce, direct);
     const engine = await createEngine(config, fingerprint, init.metrics.transfer, native);
     if (engine) undo.push(() => engine.dispose());
-    const handOver = await createHandOver(init, engine, native, direct, log);
+    const timelines = new Timelines<CoreStage>();
+    const handOver = await createHandOver(init, engine, native, direct, log, timelines);
     if (handOver) undo.push(() => handOver.close());
     const limits = { numBlocks, blockSize: config.blockSize, maxModelLen };
     return {
-      loop: createLoop(init, limits, executor, engine, handOver, { log, ...told }),
+      loop: createLoop(init, limits, executor, engine, handOver, { log, timelines, ...told }),
       info: {
         ...(engine && { kvAddress: formatHostPort(engine.address) }),
         maxModelLen: maxSequenceLength(limits),
@@ -98,7 +100,7 @@ function createLoop(
   executor: Executor,
   engine: TransferEngine | undefined,
   handOver: HandOver | undefined,
-  reporting: Pick<CoreLoopOptions, 'post' | 'kvSaved' | 'cacheChanged' | 'log'>,
+  reporting: Pick<CoreLoopOptions, 'post' | 'kvSaved' | 'cacheChanged' | 'log' | 'timelines'>,
 ): CoreLoop {
   const { config } = init;
   const { log } = reporting;
@@ -232,6 +234,7 @@ async function createHandOver(
   native: NativeInit | undefined,
   direct: DirectWays | undefined,
   log: Logger,
+  timelines: Timelines<CoreStage>,
 ): Promise<HandOver | undefined> {
   if (role === 'both' || !engine || !native) return undefined;
   const { HandOver } = await import('../transfer/native/hand-over.ts');
@@ -243,6 +246,7 @@ async function createHandOver(
     leaseMs: transfer.timeouts.orphan,
     log,
     metrics: new MetricsPage(metrics.core),
+    onStage: (id, stage) => timelines.stamp(id, stage),
     ...(direct && { direct }),
   });
 }

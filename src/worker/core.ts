@@ -17,13 +17,14 @@ import { type ErrorData, PdError } from '../errors.ts';
 import type { Executor, LayerHooks } from '../model/executor.ts';
 import type { Logger } from '../observability/log.ts';
 import type { MetricsPage } from '../observability/metrics.ts';
+import { Timelines } from '../observability/timelines.ts';
 import type { Scheduler } from '../scheduler/scheduler.ts';
 import { firstTokens, type SchedulerStep } from '../scheduler/step.ts';
 import type { CacheChange, CoreRequest, ForwardResult, RequestOutput } from '../scheduler/types.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 import type { WorkerLoad } from '../wire/messages.ts';
 import type { CoreGrammars } from './core-grammars.ts';
-import type { CoreState } from './core-messages.ts';
+import type { CoreStage, CoreState } from './core-messages.ts';
 import { CoreMetrics } from './core-metrics.ts';
 import { LoadReport } from './load-report.ts';
 import { ThroughputLog, type ThroughputLogOptions } from './throughput-log.ts';
@@ -40,6 +41,8 @@ export interface CoreLoopOptions {
   readonly grammars?: CoreGrammars;
   readonly loadFailure: LoadFailurePolicy;
   readonly metrics: MetricsPage;
+  /** The hand-over stamps the same. Absent: the loop keeps its own. */
+  readonly timelines?: Timelines<CoreStage>;
   readonly log: Logger;
   readonly post: (outputs: readonly RequestOutput[]) => void;
   /** KV of a request whose output said that it was `opening`: under way now, or lost. */
@@ -61,6 +64,9 @@ export class CoreLoop {
   readonly #throughput: ThroughputLog;
   readonly #load: LoadReport | undefined;
   readonly #saving: LayerHooks;
+  readonly #timelines: Timelines<CoreStage>;
+  /** Requests without an output so far. */
+  readonly #unanswered = new Map<EngineRequestId, TransferId>();
   /** What has come since the last turn. */
   #commands: (() => void)[] = [];
   /** Set while the loop sleeps. */
@@ -77,6 +83,7 @@ export class CoreLoop {
     this.#options = options;
     this.#scheduler = options.scheduler;
     this.#connector = options.connector;
+    this.#timelines = options.timelines ?? new Timelines();
     this.#log = options.log;
     this.#metrics = new CoreMetrics(options.metrics);
     const { scheduler, metrics: page, log, clock } = options;
@@ -87,6 +94,8 @@ export class CoreLoop {
   }
 
   add(request: CoreRequest): void {
+    this.#timelines.begin(request.transferId, 'received');
+    this.#unanswered.set(request.requestId, request.transferId);
     this.#hear(() => this.#add(request));
   }
 
@@ -120,7 +129,10 @@ export class CoreLoop {
       waiting: numWaiting,
       loading: numLoading,
       blocks,
-      ...(integrity && { integrity: this.#scheduler.checkIntegrity() }),
+      ...(integrity && {
+        integrity: this.#scheduler.checkIntegrity(),
+        recentRequests: this.#timelines.recent(),
+      }),
     };
   }
 
@@ -165,7 +177,13 @@ export class CoreLoop {
   }
 
   async #run(step: SchedulerStep): Promise<void> {
+    const unfinished = step.entries.filter(({ sequence }) => sequence.numOutput === 0);
+    this.#stamp(unfinished, 'step');
     const result = await this.#forward(step);
+    this.#stamp(
+      unfinished.filter(({ sampled }) => sampled),
+      'drawn',
+    );
     // Also after a failure: what was saved is still being gathered from the step's blocks.
     const unsaved = (await this.#connector?.waitForSave()) ?? [];
     if (result instanceof PdError) this.#fail(step, result);
@@ -247,7 +265,7 @@ export class CoreLoop {
     const outputs = this.#scheduler.abort(requestId, index);
     // A single completion is given up at a stop string, a whole request when its client goes away.
     for (const _ of outputs) this.#metrics.finished(index === undefined ? 'abort' : 'stop');
-    if (outputs.length > 0) this.#options.post(outputs);
+    if (outputs.length > 0) this.#post(outputs);
   }
 
   /** Also while a step is under way. */
@@ -293,7 +311,23 @@ export class CoreLoop {
   #emit(outputs: readonly RequestOutput[]): void {
     if (outputs.length === 0) return;
     this.#metrics.outputs(outputs);
+    this.#post(outputs);
+  }
+
+  #post(outputs: readonly RequestOutput[]): void {
+    for (const { requestId } of outputs) {
+      const id = this.#unanswered.get(requestId);
+      if (id === undefined) continue;
+      this.#timelines.stamp(id, 'posted');
+      this.#unanswered.delete(requestId);
+    }
     this.#options.post(outputs);
+  }
+
+  #stamp(entries: SchedulerStep['entries'], stage: CoreStage): void {
+    for (const { sequence } of entries) {
+      if (sequence.isLeader) this.#timelines.stamp(sequence.group.request.transferId, stage);
+    }
   }
 
   #tellFinished(): void {

@@ -83,6 +83,12 @@ export interface HandOverBooks {
   endLease(transferId: TransferId): void;
 }
 
+/**
+ * Stages of a prompt on its way, told as they come. Consumer: its KV is `wanted`, `asked` for by WANT, `flagged` by the GPU that wrote it,
+ * `loaded`. Producer: a WANT is `bound` to it, the `launched` last layer has `landed`.
+ */
+export type HandOverStage = 'wanted' | 'asked' | 'flagged' | 'loaded' | 'bound' | 'launched' | 'landed';
+
 /** Who uses a hand-over. */
 export interface HandOverUser {
   readonly books: HandOverBooks;

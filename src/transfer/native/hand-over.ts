@@ -26,6 +26,7 @@ import type {
   Drawn,
   HandOverApi,
   HandOverBooks,
+  HandOverStage,
   HandOverState,
   HandOverUser,
   WantOutcome,
@@ -54,6 +55,7 @@ export interface HandOverOptions {
   readonly log: Logger;
   /** Of the core thread. */
   readonly metrics: MetricsPage;
+  readonly onStage?: (id: TransferId, stage: HandOverStage) => void;
 }
 
 /** A `want` that has no outcome yet. */
@@ -82,6 +84,7 @@ interface Slot {
   readonly nonce: Nonce;
   readonly slot: number;
   readonly seq: number;
+  readonly since: number;
   flagged: boolean;
 }
 
@@ -102,9 +105,8 @@ interface Step {
   readonly ids: Set<TransferId>;
   /** Writes that wait for its layers. */
   readonly writes: Set<Write>;
-  /** Layers that have been told, and the event of the last. */
-  layers: number;
-  ready: EventRef | undefined;
+  /** Of each layer that has been told. */
+  readonly events: (EventRef | undefined)[];
   readonly number: number;
   /** Parts that still need an event of it. */
   gathering: number;
@@ -115,6 +117,8 @@ const TICK_MS = 250;
 /** For a producer of this host to map our cache, before its bytes go by a pair. */
 const DIRECT_MS = 5_000;
 const LOOK_MS = 1;
+/** From WANT to KV that its producer holds already. */
+const AT_ONCE_MS = 2;
 /** How long a WANT may wait for its request, which may stand in the producer's queue; whoever gives up earlier says DROP. */
 const UNBOUND_MS = 600_000;
 /** Bytes of one PART, where its layers are there at once: no operation then takes longer than its deadline. */
@@ -197,6 +201,7 @@ export class HandOver implements HandOverApi {
     const deadline = began + withinMs + prefillWithinMs;
     const load: Load = { request, began, deadline, seq: undefined, transport: undefined };
     this.#loads.set(requestId, load);
+    this.#stage(transferId, 'wanted');
     const failed = this.#failed.get(transferId);
     this.#failed.delete(transferId);
     if (failed) {
@@ -266,9 +271,8 @@ export class HandOver implements HandOverApi {
   layer(index: number, ready?: EventRef): void {
     const step = this.#step;
     if (!step) return;
-    step.layers = index + 1;
-    step.ready = ready;
-    for (const write of step.writes) this.#launch(write, step.layers, ready);
+    step.events.push(ready);
+    for (const write of step.writes) this.#launch(write, index + 1, ready);
   }
 
   stepEnded(): Promise<void> {
@@ -277,7 +281,7 @@ export class HandOver implements HandOverApi {
     if (!step) return Promise.resolve();
     for (const write of step.writes) {
       if (write.next >= this.#layers) continue;
-      if (this.#crowded.delete(write) && step.layers === this.#layers) {
+      if (this.#crowded.delete(write) && step.events.length === this.#layers) {
         this.#launch(write, this.#layers, undefined);
         continue;
       }
@@ -358,8 +362,7 @@ export class HandOver implements HandOverApi {
       ids: new Set(),
       writes: new Set(),
       number: ++this.#numSteps,
-      layers: 0,
-      ready: undefined,
+      events: [],
       gathering: 0,
       gathered: deferred<void>(),
     };
@@ -561,6 +564,7 @@ export class HandOver implements HandOverApi {
       }
       load.seq = asked.seq;
       load.transport = producer.transport;
+      this.#stage(transferId, 'asked');
       this.#options.log.debug(
         { requestId, transferId, peer, seq: asked.seq, tokens, skip, blocks: blocks.length },
         `WANT ${asked.seq} of ${peer}`,
@@ -600,6 +604,7 @@ export class HandOver implements HandOverApi {
     if (!this.#grants.mayLaunch(launch)) write.next = this.#layers;
     else if (transport === 'direct') this.#launchDirect(write, end, ready);
     else this.#sendParts(write, end, ready);
+    if (write.next >= this.#layers && write.action.last) this.#stage(write.action.id, 'launched');
     this.#settle(write);
   }
 
@@ -682,6 +687,7 @@ export class HandOver implements HandOverApi {
     if (!this.#writes.delete(launch)) return;
     this.#crowded.delete(write);
     this.#step?.writes.delete(write);
+    if (write.action.last) this.#stage(write.action.id, 'landed');
     this.#grant(() => this.#grants.landed(launch, now(), write.failure));
     for (const other of [...this.#crowded]) {
       if (this.#step?.writes.has(other)) continue;
@@ -719,8 +725,9 @@ export class HandOver implements HandOverApi {
   #doGrant(action: GrantAction): void {
     switch (action.kind) {
       case 'send':
-        this.#tell({ kind: 'answer', peer: action.peer, message: action.message });
+        // first where its reader spins already
         if (action.slot !== undefined) this.#endInPage(action.slot, action.message);
+        this.#tell({ kind: 'answer', peer: action.peer, message: action.message });
         return;
       case 'introduce':
         this.#tell({ kind: 'introduce', peer: action.peer });
@@ -743,6 +750,8 @@ export class HandOver implements HandOverApi {
         this.#options.direct?.release(action.nonce);
         return;
       case 'bound':
+        this.#stage(action.id, 'bound');
+        return;
       case 'ended':
         return;
       default:
@@ -760,7 +769,11 @@ export class HandOver implements HandOverApi {
       return;
     }
     step.writes.add(write);
-    this.#launch(write, step.layers, step.ready);
+    // Each layer behind its own event: a step is often enqueued before it has begun, and the last of it is far away.
+    const { events } = step;
+    for (let end = 1; end <= events.length; end++) {
+      if (end === events.length || events[end] !== events[end - 1]) this.#launch(write, end, events[end - 1]);
+    }
   }
 
   #doWant(action: WantAction): void {
@@ -813,7 +826,7 @@ export class HandOver implements HandOverApi {
     const page = this.#options.direct?.pageOf(nonce);
     if (seq > 0) {
       page?.grant(slot, seq);
-      this.#slots.set(seq, { peer, nonce, slot, seq, flagged: false });
+      this.#slots.set(seq, { peer, nonce, slot, seq, since: now(), flagged: false });
       this.#look();
       return;
     }
@@ -823,14 +836,19 @@ export class HandOver implements HandOverApi {
     }
   }
 
-  /** Looks into the pages until nothing is granted: each millisecond, and all the time once the last chunk of one is under way. */
+  /**
+   * Looks into the pages until nothing is granted: each millisecond; all the time once the last chunk of one is under way, and for a moment
+   * after its WANT, as KV that is computed already is written at once.
+   */
   #look(): void {
     if (this.#looking || this.#slots.size === 0) return;
     this.#looking = true;
     let soon = false;
     for (const held of [...this.#slots.values()]) {
       const page = this.#options.direct?.pageOf(held.nonce);
-      if (page && this.#lookAt(held, page) === 'last') soon = true;
+      if (!page) continue;
+      const state = this.#lookAt(held, page);
+      if (state === 'last' || now() - held.since < AT_ONCE_MS) soon = true;
     }
     const again = () => {
       this.#looking = false;
@@ -844,6 +862,8 @@ export class HandOver implements HandOverApi {
     const { peer, nonce, slot, seq } = held;
     if (!held.flagged && page.flag(slot, seq)) {
       held.flagged = true;
+      const load = [...this.#loads.values()].find((one) => one.seq === seq);
+      if (load) this.#stage(load.request.transferId, 'flagged');
       this.#want(() => this.#wants.flag(peer, nonce, slot, seq));
     }
     const state = page.state(slot, seq);
@@ -871,7 +891,8 @@ export class HandOver implements HandOverApi {
   }
 
   #loaded(load: Load, { seq, draw }: Extract<WantAction, { readonly kind: 'loaded' }>): void {
-    const { requestId, peer, blocks } = load.request;
+    const { requestId, transferId, peer, blocks } = load.request;
+    this.#stage(transferId, 'loaded');
     const { layers, blockBytes } = this.#options.init.shape;
     const milliseconds = now() - load.began;
     const bytes = blocks.length * layers * blockBytes;
@@ -892,6 +913,10 @@ export class HandOver implements HandOverApi {
       milliseconds,
       ...(drawn && { draw: { tokens: drawn, ...(logprobs && { logprobs }) } }),
     });
+  }
+
+  #stage(id: TransferId, stage: HandOverStage): void {
+    this.#options.onStage?.(id, stage);
   }
 
   /** A quarter of a second from now, and after what has come by then has been heard, unless nothing is under way. */

@@ -119,7 +119,8 @@ export function createServer(context: ServerContext): FastifyInstance {
         const text = '/debug/state is for clients on this machine (--debug-state-remote: for all)';
         return reply.status(403).send(openAiError(new PdError('REQUEST_INVALID', text)));
       }
-      return { role: config.role, requests: context.inFlight.size, core: await core.inspect() };
+      const { size: requests, timelines } = context.inFlight;
+      return { role: config.role, requests, recentRequests: timelines.recent(), core: await core.inspect() };
     });
   }
   let document: Promise<string> | undefined;
