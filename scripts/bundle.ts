@@ -126,6 +126,7 @@ CUDA runtime (12 or 13) and NCCL (2.27 or later) on hosts with GPUs. Needs glibc
     scripts/serve-results.sh            what clients see of a pair and of an undivided worker (--device cuda: on two GPUs)
     scripts/pair-results.sh             on two GPUs, whether a pair gives the answers of an undivided worker, and how much later
     scripts/hand-over-results.sh        on two GPUs, how fast KV is handed over, and where the time to a pair's first token goes
+    scripts/goodput-results.sh          on two GPUs, how many requests per second a pair and two undivided workers answer within bounds
     bench/gpu/model.sh DIR              on one GPU, logits and times compared with transformers
     ./node dist/bench/gpu/sampling.js   on one GPU, sampling compared with the host's, and what it costs a decode step (16 GB in TMPDIR)
     python3 scripts/model-reference/checkpoint.py --out DIR --tokenizer models/demo
@@ -201,6 +202,7 @@ function main(): void {
       'scripts/serve-results.sh',
       'scripts/pair-results.sh',
       'scripts/hand-over-results.sh',
+      'scripts/goodput-results.sh',
       'bench/gpu/model.sh',
       'scripts/model-reference',
       'support/peers',

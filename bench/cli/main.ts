@@ -16,6 +16,7 @@ import { type Part, type PartResult, type PartWork, runPart } from '../transfer/
 import { soak } from '../transfer/soak.ts';
 import { ceilingTable, checkLines, nativeTable, slowerThanVllm, transferTable } from '../transfer/tables.ts';
 import { measureTransfer } from '../transfer/transfer.ts';
+import { goodputCommand } from './goodput.ts';
 import {
   benchOptions,
   EXCHANGE_OPTIONS,
@@ -35,6 +36,7 @@ Examples:
   pd-bench transfer --device host --tokens 16,1024   two processes without a GPU
   pd-bench transfer --send-type PUT_ASYNC --source paged --json
   pd-bench serve --url http://localhost:10002 --concurrency 8
+  pd-bench goodput --url http://localhost:10002 --slo-ttft 400ms --slo-itl 12ms,10ms
   scripts/gpu-results.sh                             every part, into bench/results/
 
 Exit status 1 if a byte was wrong, a transfer failed, or a limit was exceeded.`;
@@ -99,6 +101,7 @@ export function benchCommand(): Command {
   );
 
   program.addCommand(serveCommand());
+  program.addCommand(goodputCommand());
   program
     .command('report')
     .description('combines the results in a directory into JSON, Markdown and a short table')

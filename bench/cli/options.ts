@@ -19,7 +19,7 @@ import { DEFAULT_SOAK } from '../transfer/soak.ts';
 import { DEFAULT_TRANSFER, SOURCES, type TransferSettings, WIRES } from '../transfer/transfer.ts';
 
 /** Several in one argument: `16,256`. No duplicates. */
-function commas<T>(kind: Kind<T>): Kind<readonly T[]> {
+export function commas<T>(kind: Kind<T>): Kind<readonly T[]> {
   const allowed = `${kind.allowed}; several are separated by commas`;
   return {
     schema: z.string().transform((value, context): readonly T[] => {

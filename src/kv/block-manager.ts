@@ -21,6 +21,7 @@
  */
 import { PdError } from '../errors.ts';
 import type { BlockHash } from './block-hash.ts';
+import { BlockQueue } from './block-queue.ts';
 
 export interface BlockCopy {
   readonly source: number;
@@ -49,8 +50,8 @@ export class BlockManager {
   readonly #hashOf: (BlockHash | undefined)[];
   readonly #cached = new Map<BlockHash, number>();
   readonly #empty: number[] = [];
-  /** Free but cached; a Set keeps insertion order, so the first is the least recently used. */
-  readonly #evictable = new Set<number>();
+  /** Free but cached, the least recently used first. */
+  readonly #evictable: BlockQueue;
   readonly #tables = new Map<string, BlockTable>();
   /** References that belong to no table: sources of copies not made yet, and of writes that have not landed. */
   readonly #holds = new Map<number, number>();
@@ -65,6 +66,7 @@ export class BlockManager {
     this.numBlocks = numBlocks;
     this.blockSize = blockSize;
     this.#onEvicted = onEvicted;
+    this.#evictable = new BlockQueue(numBlocks);
     this.#refs = new Int32Array(numBlocks);
     this.#hashOf = new Array<BlockHash | undefined>(numBlocks).fill(undefined);
     for (let block = numBlocks - 1; block >= 0; block--) this.#empty.push(block);
@@ -378,7 +380,7 @@ export class BlockManager {
   }
 
   #take(): number {
-    const block = this.#empty.pop() ?? this.#evictable.values().next().value;
+    const block = this.#empty.pop() ?? this.#evictable.first;
     if (block === undefined) throw this.#exhausted('the caller', 1);
     this.#evictable.delete(block);
     const hash = this.#hashOf[block];

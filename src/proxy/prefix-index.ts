@@ -54,8 +54,8 @@ export class PrefixIndex {
       const before = known.size;
       known.add(key);
       this.#size += known.size - before;
-      this.#shrink(known, most);
     }
+    this.#shrink(known, most);
   }
 
   remove(address: string, keys: readonly string[]): void {
@@ -89,7 +89,9 @@ export class PrefixIndex {
     return known;
   }
 
+  /** Looking for the first key walks over all that have been deleted before it, so only where one is to go. */
   #shrink(known: Set<string>, most: number): void {
+    if (known.size <= most && this.#size <= this.#mostKeys) return;
     for (const key of known) {
       if (known.size <= most && this.#size <= this.#mostKeys) return;
       known.delete(key);
