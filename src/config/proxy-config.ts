@@ -1,10 +1,18 @@
 /** The configuration of a proxy: its options, one table for flags, environment, config file and what programs give in code. */
 
 import type { HostPort } from '../net/address.ts';
-import { LOG_FORMATS, LOG_LEVELS, type LogOptions } from '../observability/log-options.ts';
+import type { LogOptions } from '../observability/log-options.ts';
 import { z } from '../zod.ts';
 import { ACCESS_OPTIONS, type AccessConfig } from './access-options.ts';
-import { checkInput, fieldsOf, QUIET_LOG, shapeOf, type TableOf, withoutUndefined } from './fields.ts';
+import {
+  checkInput,
+  fieldsOf,
+  logOptions,
+  QUIET_LOG,
+  shapeOf,
+  type TableOf,
+  withoutUndefined,
+} from './fields.ts';
 import {
   type Address,
   address,
@@ -219,21 +227,7 @@ export const PROXY_OPTIONS = defineOptions({
     help: 'answer GET /debug/state to clients on this machine',
     default: false,
   }),
-  ...grouped('Log', {
-    logLevel: option({
-      field: 'log.level',
-      kind: oneOf(LOG_LEVELS),
-      help: 'least severe level that is logged',
-      default: 'info',
-      defaultText: 'VLLM_LOGGING_LEVEL, or info',
-    }),
-    logFormat: option({
-      field: 'log.format',
-      kind: oneOf(LOG_FORMATS),
-      help: 'pretty for people, json for collectors, auto by whether stdout is a terminal',
-      default: 'auto',
-    }),
-  }),
+  ...logOptions('log.'),
   config: option({ kind: text('file'), help: 'JSON file with any of these options' }),
 } satisfies TableOf<ProxyConfig>);
 

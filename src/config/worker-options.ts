@@ -3,14 +3,13 @@
  * and its field in WorkerConfig (worker-config.ts) or TransferOptions (transfer-options.ts).
  */
 import { WIRE_LAYOUTS } from '../kv/families.ts';
-import { LOG_FORMATS, LOG_LEVELS } from '../observability/log-options.ts';
 import { CALL_DIALECTS } from '../parsing/calls.ts';
 import { REASONING_DIALECTS } from '../parsing/reasoning.ts';
 import { SUFFIXED_IDS } from '../wire/ids.ts';
 import { KV_EVENT_FORMS } from '../wire/kv-events.ts';
 import { SEND_TYPES } from '../wire/messages.ts';
 import { ACCESS_OPTIONS } from './access-options.ts';
-import type { TableOf } from './fields.ts';
+import { logOptions, type TableOf } from './fields.ts';
 import {
   addressRange,
   bytes,
@@ -28,7 +27,7 @@ import {
   toggle,
 } from './kinds.ts';
 import { defineOptions, grouped, option, type ValuesOf } from './options.ts';
-import { DEFAULT_LIMITS, DEFAULT_TIMEOUTS, KV_KEYS } from './transfer-options.ts';
+import { DEFAULT_LIMITS, DEFAULT_TIMEOUTS, KV_KEYS, type TransferTimeouts } from './transfer-options.ts';
 import {
   EXECUTORS,
   LOAD_FAILURE_POLICIES,
@@ -37,6 +36,14 @@ import {
   WORKER_ROLES,
   type WorkerConfig,
 } from './worker-config.ts';
+
+const deadline = <Name extends keyof TransferTimeouts>(name: Name, help: string) =>
+  option({
+    field: `transfer.timeouts.${name}` as const,
+    kind: duration(1),
+    help,
+    default: DEFAULT_TIMEOUTS[name],
+  });
 
 export const WORKER_OPTIONS = defineOptions({
   role: option({
@@ -274,42 +281,12 @@ export const WORKER_OPTIONS = defineOptions({
     }),
   }),
   ...grouped('Deadlines (seconds, or 500ms, 2m)', {
-    connectTimeout: option({
-      field: 'transfer.timeouts.connect',
-      kind: duration(1),
-      help: 'reaching a peer',
-      default: DEFAULT_TIMEOUTS.connect,
-    }),
-    answerTimeout: option({
-      field: 'transfer.timeouts.answer',
-      kind: duration(1),
-      help: "a peer's answer to an announcement",
-      default: DEFAULT_TIMEOUTS.answer,
-    }),
-    pairInitTimeout: option({
-      field: 'transfer.timeouts.pairInit',
-      kind: duration(1),
-      help: 'opening a pair (communicator init)',
-      default: DEFAULT_TIMEOUTS.pairInit,
-    }),
-    kvTransferTimeout: option({
-      field: 'transfer.timeouts.transfer',
-      kind: duration(1),
-      help: 'one tensor on the wire',
-      default: DEFAULT_TIMEOUTS.transfer,
-    }),
-    kvLoadTimeout: option({
-      field: 'transfer.timeouts.load',
-      kind: duration(1),
-      help: 'all KV of a request',
-      default: DEFAULT_TIMEOUTS.load,
-    }),
-    kvOrphanTimeout: option({
-      field: 'transfer.timeouts.orphan',
-      kind: duration(1),
-      help: 'KV that no request claims is freed after this',
-      default: DEFAULT_TIMEOUTS.orphan,
-    }),
+    connectTimeout: deadline('connect', 'reaching a peer'),
+    answerTimeout: deadline('answer', "a peer's answer to an announcement"),
+    pairInitTimeout: deadline('pairInit', 'opening a pair (communicator init)'),
+    kvTransferTimeout: deadline('transfer', 'one tensor on the wire'),
+    kvLoadTimeout: deadline('load', 'all KV of a request'),
+    kvOrphanTimeout: deadline('orphan', 'KV that no request claims is freed after this'),
     drainTimeout: option({
       field: 'drainTimeoutMs',
       kind: duration(),
@@ -323,21 +300,7 @@ export const WORKER_OPTIONS = defineOptions({
       default: 3_000,
     }),
   }),
-  ...grouped('Log', {
-    logLevel: option({
-      field: 'transfer.log.level',
-      kind: oneOf(LOG_LEVELS),
-      help: 'least level logged',
-      default: 'info',
-      defaultText: 'VLLM_LOGGING_LEVEL, or info',
-    }),
-    logFormat: option({
-      field: 'transfer.log.format',
-      kind: oneOf(LOG_FORMATS),
-      help: 'pretty for people, json for collectors, auto by whether stdout is a terminal',
-      default: 'auto',
-    }),
-  }),
+  ...logOptions('transfer.log.'),
 } satisfies TableOf<WorkerConfig>);
 
 export type WorkerOptions = ValuesOf<typeof WORKER_OPTIONS>;
