@@ -117,6 +117,10 @@ export const ERROR_TABLE = {
   NCCL_ERROR: error(500, 'An NCCL call failed; run with NCCL_DEBUG=INFO for its own log.'),
   // proxy
   NO_INSTANCE: error(503, 'No instance of that role pings this proxy; GET /health lists those that do.'),
+  REGISTRY_FAILED: error(
+    502,
+    'Check that etcd runs at the address of --registry and that its JSON gateway (/v3) can be reached. Instances known so far are kept meanwhile.',
+  ),
   UPSTREAM_FAILED: error(502, 'The instance named in the message refused or dropped the connection.'),
   UPSTREAM_TIMEOUT: error(
     504,

@@ -97,6 +97,12 @@ export class ReadingThread<Job extends ReadingJob, Reading> {
     if (!this.#thread && !this.#closing) this.#open();
   }
 
+  /** Bytes of bodies that are being read or wait; Infinity while there is no thread that reads. */
+  get bytesAhead(): number {
+    if (!this.#thread?.ready) return Number.POSITIVE_INFINITY;
+    return this.#queue.reduce((sum, { bytes }) => sum + bytes, this.#thread.reading?.bytes ?? 0);
+  }
+
   /**
    * Throws the error that the body is refused with, READER_BUSY if the thread did not get to it in time or the queue was full,
    * BODY_TOO_COSTLY if it took too much time or memory, REQUEST_ABORTED if `signal` fired while it waited, SERVER_DRAINING once closed.

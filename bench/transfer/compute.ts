@@ -97,9 +97,9 @@ export class Compute {
     return this.#products instanceof PdError ? 'memory' : 'matmul';
   }
 
-  /** Enqueues one iteration; the event fires when it has ended. Throws CUDA_ERROR if the loop's kernel could not be compiled. */
-  one(loop: ComputeLoop): DeviceEvent {
-    this.#iterate(loop);
+  /** Enqueues one iteration, or several; the event fires when they have ended. Throws CUDA_ERROR if the loop's kernel could not be compiled. */
+  one(loop: ComputeLoop, times = 1): DeviceEvent {
+    for (let i = 0; i < times; i++) this.#iterate(loop);
     return this.#stream.record();
   }
 

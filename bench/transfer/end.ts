@@ -2,7 +2,6 @@
  * One end of the product's hand-over as a worker's core thread has it: a paged cache with its books, the connector and the hand-over, the
  * transfer thread behind them. The benchmark stands for scheduler and model: it says what a step computes and what is wanted.
  */
-import { randomBytes } from 'node:crypto';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { DEFAULT_LIMITS } from '../../src/config/transfer-options.ts';
 import type { ConnectorMetadata } from '../../src/connector/metadata.ts';
@@ -13,20 +12,18 @@ import { allocatePagedCache } from '../../src/device/paged-cache.ts';
 import type { EventPoller } from '../../src/device/poller.ts';
 import { PdError } from '../../src/errors.ts';
 import { BlockManager } from '../../src/kv/block-manager.ts';
-import { blockBytes } from '../../src/kv/layout.ts';
 import type { HostPort } from '../../src/net/address.ts';
 import { createLogger } from '../../src/observability/log.ts';
 import { MetricsPage } from '../../src/observability/metrics.ts';
 import { monotonicMs, type Timeline, Timelines } from '../../src/observability/timelines.ts';
 import { TransferEngine } from '../../src/transfer/engine.ts';
-import type { NativeInit } from '../../src/transfer/native/channel.ts';
-import { HandOver } from '../../src/transfer/native/hand-over.ts';
 import type { FirstTokens, HandOverStage } from '../../src/transfer/native/hand-over-api.ts';
-import type { Nonce } from '../../src/transfer/native/messages.ts';
+import { KvCache } from '../../src/transfer/native/kv-cache.ts';
+import { NativeTransfer } from '../../src/transfer/native/native-transfer.ts';
 import { type EngineRequestId, engineRequestId, type TransferId } from '../../src/wire/ids.ts';
 import type { Compute } from './compute.ts';
-import type { EndSetup, PeerSetup, Reply } from './messages.ts';
-import { layerName, layoutOf, xorshift } from './shape.ts';
+import type { EndSetup, FlagTimes, PeerSetup, Reply } from './messages.ts';
+import { iterationsOf, layerName, layoutOf, xorshift } from './shape.ts';
 
 const LOOPBACK = '127.0.0.1';
 /** Of a step's last event. */
@@ -46,15 +43,15 @@ const NOTHING: ConnectorMetadata = {
 };
 
 interface Parts {
-  readonly engine: TransferEngine;
-  readonly handOver: HandOver;
+  readonly native: NativeTransfer;
   readonly connector: P2pWorkerConnector;
   readonly layers: readonly PagedLayer[];
   readonly blocks: BlockManager;
   readonly timelines: Timelines<HandOverStage | 'begun'>;
+  readonly flags: ReadonlyMap<TransferId, FlagTimes>;
   readonly poller: EventPoller;
-  /** What is given back after all else. */
-  readonly closeDirect: () => Promise<void>;
+  /** After all else. */
+  readonly dispose: () => void;
 }
 
 export class End {
@@ -77,53 +74,43 @@ export class End {
     const log = createLogger({ level: logLevel, format: 'json' }, role);
     const layout = layoutOf(shape, numBlocks);
     const names = Array.from({ length: shape.layers }, (_, i) => layerName(i));
-    const nonce = randomBytes(16).toString('hex') as Nonce;
-    // loaded here, so that a machine without a GPU needs none of its libraries
-    const direct = transport === 'direct' ? await import('../../src/transfer/native/direct.ts') : undefined;
-    const shared = role === 'consumer' ? direct?.sharedCache(log) : undefined;
-    const named = await (shared?.allocate ?? allocatePagedCache)(device, layout, names);
-    const exported = shared?.exported();
-    const ways = await direct?.DirectWays.open({ device, layers: named, exported, nonce, log });
-    const layers = named.map(({ cache }) => cache);
-    const { blockSize, layers: numLayers } = shape;
-    const init: NativeInit = {
-      nonce,
-      layers,
-      shape: {
-        blocks: numBlocks,
-        blockSize,
-        layers: numLayers,
-        blockBytes: blockBytes(layout),
-        family: shape.family,
-      },
-      transports: [transport],
-      ...(ways && { direct: ways.place }),
-    };
-    const engine = await TransferEngine.create(
-      {
-        device: device.name,
-        ncclNumChannels,
-        bind: { host: LOOPBACK, port: 0 },
-        announceHost: LOOPBACK,
-        rank: 0,
-        timeouts,
-        limits: DEFAULT_LIMITS,
-        log: { level: logLevel, format: 'json' },
-      },
-      { native: init },
-    );
+    const cache =
+      role === 'consumer' && transport === 'direct'
+        ? await KvCache.allocate(device, layout, names, log)
+        : undefined;
+    const named = cache?.layers ?? allocatePagedCache(device, layout, names);
+    const { blockSize } = shape;
     const timelines = new Timelines<HandOverStage | 'begun'>();
-    const handOver = new HandOver({
-      init,
-      wire: engine.native.bind(engine),
+    const flags = new Map<TransferId, FlagTimes>();
+    const options = {
+      device: device.name,
+      ncclNumChannels,
+      bind: { host: LOOPBACK, port: 0 },
+      announceHost: LOOPBACK,
+      rank: 0,
+      timeouts,
+      limits: DEFAULT_LIMITS,
+      log: { level: logLevel, format: 'json' },
+    } as const;
+    const native = await NativeTransfer.open({
       role,
       rank: 0,
+      transport,
+      device,
+      layers: named,
+      exported: cache?.exported,
       leaseMs: timeouts.orphan,
+      // what is measured here is measured alone
+      busy: () => true,
       log,
       metrics: new MetricsPage(),
       onStage: (id, stage) => timelines.stamp(id, stage),
-      ...(ways && { direct: ways }),
+      onFlag: (id, { began, ended }) => {
+        flags.set(id, { began: Number(began) / 1e6, ended: Number(ended) / 1e6, seen: monotonicMs() });
+      },
+      openEngine: (init) => TransferEngine.create(options, { native: init }),
     });
+    const { engine, handOver } = native;
     const blocks = new BlockManager(numBlocks, blockSize);
     scatter(blocks);
     const connector = new P2pWorkerConnector({
@@ -135,15 +122,13 @@ export class End {
       log,
       native: { handOver, blocks, loadMs: timeouts.load },
     });
-    const closeDirect = async () => {
-      await ways?.close();
-      shared?.dispose();
-    };
-    return new End({ engine, handOver, connector, layers, blocks, timelines, poller, closeDirect });
+    const layers = named.map((layer) => layer.cache);
+    const dispose = () => cache?.dispose();
+    return new End({ native, connector, layers, blocks, timelines, flags, poller, dispose });
   }
 
   get address(): HostPort {
-    return this.#parts.engine.address;
+    return this.#parts.native.engine.address;
   }
 
   get layers(): readonly PagedLayer[] {
@@ -179,7 +164,7 @@ export class End {
   /** Once so many WANTs wait for their prompts. Throws PEER_ANSWER_TIMEOUT. */
   async asked(count: number): Promise<void> {
     const deadline = monotonicMs() + ASKED_MS;
-    while (this.#parts.handOver.state().grants.unbound < count) {
+    while (this.#parts.native.state().grants.unbound < count) {
       if (monotonicMs() > deadline)
         throw new PdError('PEER_ANSWER_TIMEOUT', `${count} WANTs have not come within ${ASKED_MS} ms`);
       await sleep(1);
@@ -189,7 +174,9 @@ export class End {
   /** When the last of them was there. Throws why one did not come. */
   async loaded(ids: readonly TransferId[]): Promise<Reply> {
     const ends = ids.map((id) => this.#loads.get(engineRequestId(id))?.promise ?? 0);
-    return { at: Math.max(...(await Promise.all(ends))) };
+    const at = Math.max(...(await Promise.all(ends)));
+    const flags = ids.flatMap((id) => this.#parts.flags.get(id) ?? []);
+    return { at, ...(flags.length > 0 && { flags }) };
   }
 
   /** `at`: the last layer was computed, as the core thread sees its event. */
@@ -211,7 +198,7 @@ export class End {
     connector.startLoadKv({ ...NOTHING, fills });
     const events: DeviceEvent[] = [];
     for (const [i, layer] of layers.entries()) {
-      const event = compute?.one(compute.prefillLoop);
+      const event = compute?.one(compute.prefillLoop, iterationsOf(tokens));
       if (event) events.push(event);
       connector.saveKvLayer(layerName(i), layer, event?.ref);
     }
@@ -230,9 +217,8 @@ export class End {
 
   async close(): Promise<void> {
     this.#closed = true;
-    await this.#parts.handOver.close();
-    await this.#parts.engine.dispose();
-    await this.#parts.closeDirect();
+    await this.#parts.native.close();
+    this.#parts.dispose();
   }
 
   async #collect(): Promise<void> {

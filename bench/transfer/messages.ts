@@ -152,6 +152,13 @@ export const COMPUTE_LOOPS = ['matmul', 'memory'] as const;
 export type ComputeLoop = (typeof COMPUTE_LOOPS)[number];
 
 /** All times are `monotonicMs()`, which all processes of a machine share. */
+/** Of the write that set a slot's flag, milliseconds: on the GPU's clock, and when this end's core thread saw it. */
+export interface FlagTimes {
+  readonly began: number;
+  readonly ended: number;
+  readonly seen: number;
+}
+
 export interface Reply {
   readonly at?: number;
   readonly firstSendAt?: number;
@@ -171,6 +178,8 @@ export interface Reply {
   readonly timelines?: readonly Timeline[];
   /** Of each request. */
   readonly blocks?: readonly (readonly number[])[];
+  /** The same, by `direct`. */
+  readonly flags?: readonly FlagTimes[];
 }
 
 export type PeerMessage =

@@ -10,9 +10,9 @@ import type { NativeTransport } from '../../src/transfer/native/messages.ts';
 import { proxyRequestId, type TransferId, transferIdOf } from '../../src/wire/ids.ts';
 import { best, median } from '../measure/statistics.ts';
 import { type BenchOptions, JobMaker, messageOf, startPeers } from './bench.ts';
-import type { Reply } from './messages.ts';
+import type { FlagTimes, Reply } from './messages.ts';
 import type { Peer } from './peer.ts';
-import { blocksOf, cacheBlocks, type KvShape, tensorBytesOf } from './shape.ts';
+import { blocksOf, cacheBlocks, iterationsOf, type KvShape, tensorBytesOf } from './shape.ts';
 
 export interface NativeSettings {
   readonly transports: readonly NativeTransport[];
@@ -43,13 +43,21 @@ export interface NativeRow extends RowKey {
   readonly medianMs: number;
   /** From the connector's call to the KV in place, median: with WANT's way, and with the prompt's computing in `layers`. */
   readonly wantedMs: number;
+  /**
+   * One request by `direct`, from the GPU's own clock, medians: how long the write that set the flag took (in `layers` that of the last layer),
+   * and from its begin, which is when the last layer was computed, to the KV in place.
+   */
+  readonly stamped?: { readonly writeMs: number; readonly knownMs: number };
   /** `layers` on a GPU: a step that nobody has asked for takes this fraction of one that is handed over, median. */
   readonly keeps?: number;
   readonly error?: string;
 }
 
-/** Of a round beside a decoding consumer, so that the stand-in runs on to the end of the last. */
-const ROUND_MS = 120;
+/** Of a round beside a decoding consumer, so that the stand-in runs on to the end of the last: its two steps, for each iteration, and the rest. */
+const STEPS_MS = 65;
+const ROUND_MS = 55;
+/** Rounds of one block that nobody counts, for programs that have just started: a worker has served for a while. */
+const STARTED_ROUNDS = 40;
 /** Pattern streams of the two ends. */
 const SOURCE = 1;
 const POISON = 10_001;
@@ -119,6 +127,14 @@ async function startEnds(
     consumer: { device: 1, compute, jobs: [layer], end: { role: 'consumer', transport, blocks } },
   });
   await producer!.ask({ do: 'fill-cache', stream: SOURCE });
+  const few = {
+    transport,
+    path: 'kept',
+    tokens: shape.blockSize,
+    inFlight: 1,
+    beside: 'nothing',
+  } as const;
+  for (let round = 0; round < STARTED_ROUNDS; round++) await keptRound([producer!, consumer!], few);
   return [producer!, consumer!];
 }
 
@@ -131,7 +147,7 @@ async function measureRow(
   const [, consumer] = ends;
   const compute = consumer.setup.compute && key.path === 'layers';
   const all = warmUp + rounds;
-  const loop = { loop: 'memory', ms: all * ROUND_MS } as const;
+  const loop = { loop: 'memory', ms: all * (ROUND_MS + STEPS_MS * iterationsOf(key.tokens)) } as const;
   const beside = key.beside === 'decode' ? consumer.ask({ do: 'compute', ...loop }) : undefined;
   // where it fails, so do the rounds
   beside?.catch(() => undefined);
@@ -159,11 +175,30 @@ async function measureRow(
     bestMs: best(milliseconds),
     medianMs: median(milliseconds),
     wantedMs: median(timed.map((round) => round.wantedMs)),
+    ...stampsOf(took, warmUp),
     ...(compute && { keeps: median(alone.slice(warmUp)) / median(timed.map((round) => round.stepMs)) }),
   };
 }
 
+/** The two clocks are read together when the flag is seen; the soonest look of all tells how far they are apart. */
+function stampsOf(rounds: readonly Round[], warmUp: number): Pick<NativeRow, 'stamped'> {
+  const all = rounds.flatMap(({ flag }) => flag ?? []);
+  const apart = Math.min(...all.map(({ seen, ended }) => seen - ended));
+  const timed = rounds.slice(warmUp).flatMap(({ flag, at }) => (flag ? [{ ...flag, at }] : []));
+  if (timed.length === 0) return {};
+  return {
+    stamped: {
+      writeMs: median(timed.map(({ began, ended }) => ended - began)),
+      knownMs: median(timed.map(({ began, at }) => at - (began + apart))),
+    },
+  };
+}
+
 interface Round {
+  /** The KV was there. */
+  readonly at: number;
+  /** Of the one request, by `direct`. */
+  readonly flag: FlagTimes | undefined;
   readonly ms: number;
   readonly wantedMs: number;
   /** The producer's step, to its last layer computed. */
@@ -212,8 +247,10 @@ function roundOf(
   from: number,
   { computed, wanted, loaded }: { readonly computed: Reply; readonly wanted: Reply; readonly loaded: Reply },
 ): Round {
-  const { at: to = 0 } = loaded;
+  const { at: to = 0, flags = [] } = loaded;
   return {
+    at: to,
+    flag: flags.length === 1 ? flags[0] : undefined,
     ms: to - from,
     wantedMs: to - (wanted.at ?? 0),
     stepMs: (computed.at ?? 0) - (computed.firstSendAt ?? 0),

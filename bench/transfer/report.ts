@@ -150,12 +150,13 @@ export function renderTransfer(part: PartResult, transfer: TransferResult): stri
 function renderNative(transfer: TransferResult): string[] {
   const { rounds, warmUp } = transfer.settings;
   return [
-    `The native hand-over, connector to connector between two processes: ${rounds} rounds after ${warmUp}. A round ends when the consumer's core`,
+    `The native hand-over, connector to connector between two processes: ${rounds} rounds after ${warmUp}, and 40 small ones at the start. A round ends when the consumer's core`,
     'thread has the KV of all its requests in place and knows it, with the first token. `kept`: computed before it is asked for; from WANT bound,',
     "which is the first launch. `layers`: asked for before; each layer is written behind its event, and the time runs from the last layer's, as the",
     "producer's core thread sees it fire. *From the call*: from the consumer's connector being told to load, WANT's way and in `layers` the",
     'prompt included. *Step keeps*: a step that nobody has asked for takes so much of the time of one that is handed over. *decode*: the',
-    "consumer's GPU reads memory all the time, as in decoding. After each row one more round goes into other bytes, and all of it is compared.",
+    "consumer's GPU reads memory all the time, as in decoding. *GPU: known*: from the begin of the write that sets the flag, on the GPU's clock, which in",
+    '`layers` is when the last layer was computed; *GPU: write*: to its end. That clock is set by the soonest look at a flag of the row. After each row one more round goes into other bytes, and all of it is compared.',
     '',
     markdownTable(nativeTable(transfer)),
     '',

@@ -11,7 +11,7 @@ import type { ChildSpec } from './launch-child.ts';
 export interface LaunchSettings {
   readonly prefill: number;
   readonly decode: number;
-  /** `auto`, `host`, `cuda` (a GPU for each worker, producers first) or `cuda:N`, which is refused. */
+  /** `auto`, `host`, `cuda` (a GPU for each worker, producers first) or `cuda:N` (one GPU, which they share). */
   readonly device: string;
   /** What computes; absent: the device. */
   readonly executor?: 'host' | 'cuda';
@@ -45,22 +45,24 @@ export interface LaunchPlan {
   readonly workers: readonly WorkerPlan[];
 }
 
+/** NCCL, which the frozen wire takes too, refuses two ranks on one GPU. */
+const SHARING = ['--wire', 'native', '--transport', 'direct'];
+
+/** `cuda:N` is one GPU for all. */
+function sharesGpu(device: string): boolean {
+  return device.startsWith('cuda:');
+}
+
 type DeviceSettings = Pick<LaunchSettings, 'device' | 'executor' | 'prefill' | 'decode'>;
 
-/** One choice for all workers, made before anything starts. Throws what `chooseDevices` throws; CONFIG_INVALID for `cuda:N`. */
+/** One choice for all workers, made before anything starts. Throws what `chooseDevices` throws. */
 export async function launchDevices(
   settings: DeviceSettings,
   env: NodeJS.ProcessEnv = process.env,
 ): Promise<DeviceChoice> {
   const { device, executor } = settings;
   const workers = workerNames(settings);
-  if (device === 'host') return namedDevice(device, workers.length);
-  if (device !== 'auto' && device !== 'cuda') {
-    throw new PdError(
-      'CONFIG_INVALID',
-      `--device ${device} puts producer and consumer on one GPU, where NCCL refuses to connect them: --device cuda gives each its own (CUDA_VISIBLE_DEVICES chooses which)`,
-    );
-  }
+  if (device !== 'auto' && device !== 'cuda') return namedDevice(device, workers.length);
   const libraries = neededLibraries('producer', executor);
   const facts = await gpuFacts({ insist: device === 'cuda', libraries, env });
   return chooseDevices({ device, workers, ...(executor && { executor }) }, facts);
@@ -113,6 +115,7 @@ export async function planLaunch(settings: LaunchSettings, devices: readonly str
     const args = [
       ...['--role', role, '--device', device, '--proxy', pings],
       ...['--host', host, '--port', String(httpPort), '--kv-host', host, '--kv-port', String(kvPort)],
+      ...(sharesGpu(settings.device) ? [...SHARING, '--workers-per-gpu', String(names.length)] : []),
       ...common,
       ...settings.workerFlags,
     ];

@@ -23,7 +23,7 @@ export const LAUNCH_OPTIONS = defineOptions({
   decode: option({ kind: integer(1, 64), help: 'consumers (decode instances)', default: 1 }),
   device: option({
     kind: text('device'),
-    help: 'cuda: a separate GPU for each worker, producers first; host; or auto: cuda if a GPU is visible, else host',
+    help: 'cuda: a separate GPU for each worker, producers first; cuda:N: one GPU, whose memory they divide; host; or auto: cuda if a GPU is visible, else host',
     default: 'auto',
   }),
   json: option({
@@ -109,7 +109,7 @@ export function launchOptions(argv: readonly string[], env: NodeJS.ProcessEnv): 
   if (!/^(auto|host|cuda(:\d+)?)$/.test(values.device)) {
     throw new PdError(
       'CONFIG_INVALID',
-      `--device: ${JSON.stringify(values.device)} is not allowed; expected auto, host or cuda`,
+      `--device: ${JSON.stringify(values.device)} is not allowed; expected auto, host, cuda or cuda:N`,
     );
   }
   const passed = Object.entries(PASSED_ON).flatMap(([name, flag]) => {

@@ -115,7 +115,8 @@ export function chooseDevices(wish: DeviceWish, facts: GpuFacts): DeviceChoice {
 /** For a device that was named. */
 export function namedDevice(device: string, workers = 1): DeviceChoice {
   const devices = Array.from({ length: workers }, () => device);
-  return { devices, line: `Device: ${device} (--device ${device})`, automaticGpu: false };
+  const shared = workers > 1 && device !== 'host' ? `, which ${workers} workers share` : '';
+  return { devices, line: `Device: ${device}${shared} (--device ${device})`, automaticGpu: false };
 }
 
 /** What a GPU may fail with when it comes to be used. */

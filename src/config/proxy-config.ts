@@ -1,6 +1,7 @@
 /** The configuration of a proxy: its options, one table for flags, environment, config file and what programs give in code. */
 
 import type { HostPort } from '../net/address.ts';
+import type { EtcdAddress } from '../net/etcd.ts';
 import type { LogOptions } from '../observability/log-options.ts';
 import { z } from '../zod.ts';
 import { ACCESS_OPTIONS, type AccessConfig } from './access-options.ts';
@@ -18,6 +19,7 @@ import {
   address,
   addressRange,
   duration,
+  etcdAddress,
   integer,
   listOf,
   oneOf,
@@ -27,8 +29,8 @@ import {
 } from './kinds.ts';
 import { defaultsOf, defineOptions, grouped, option, type ValuesOf } from './options.ts';
 
-export const POLICIES = ['round-robin', 'least-loaded', 'session', 'kv-aware'] as const;
-/** How an instance is chosen for a request (docs/routing.md). */
+export const POLICIES = ['auto', 'round-robin', 'least-loaded', 'session', 'kv-aware'] as const;
+/** How an instance is chosen for a request (docs/routing.md). `auto`: kv-aware among pd-workers, else round-robin. */
 export type Policy = (typeof POLICIES)[number];
 
 /** What the proxy shows to instances, and what they must show. Paths of files. */
@@ -52,6 +54,8 @@ export interface ProxyConfig {
   readonly upstream?: UpstreamAccess;
   /** Addresses and CIDR ranges whose pings are taken. Absent: everyone's. */
   readonly allowInstances?: readonly string[];
+  /** etcd, whose instances are taken too. */
+  readonly registry?: EtcdAddress;
   /** An instance whose last ping is older than this is removed. */
   readonly instanceTimeoutMs: number;
   /** For the prefill request, headers to end of body. */
@@ -64,6 +68,11 @@ export interface ProxyConfig {
   /** For producers and for consumers, where it is another. */
   readonly prefillPolicy?: Policy;
   readonly decodePolicy?: Policy;
+  /**
+   * Directory of the checkpoint that the workers serve, for its tokenizer: weights need not be there. Workers with another one get text.
+   * Absent: prompts are placed by their text.
+   */
+  readonly tokenizer?: string;
   /** Header that names the session of a request; without it the body's `user` does. Lower case. */
   readonly sessionHeader: string;
   /** A prompt of which at most so many tokens are not cached on its consumer goes to that alone; 0: none does. */
@@ -102,6 +111,12 @@ export const PROXY_OPTIONS = defineOptions({
   }),
   ...ACCESS_OPTIONS,
   ...grouped('Instances', {
+    registry: option({
+      field: 'registry',
+      kind: etcdAddress(),
+      help: 'etcd in which instances register: etcd://host:2379/prefix',
+      defaultText: 'none',
+    }),
     workerKeyFile: option({
       field: 'upstream.keyFile',
       kind: text('file'),
@@ -155,8 +170,8 @@ export const PROXY_OPTIONS = defineOptions({
     policy: option({
       field: 'policy',
       kind: oneOf(POLICIES),
-      help: 'how instances are chosen',
-      default: 'round-robin',
+      help: 'how instances are chosen; auto: kv-aware among pd-workers, round-robin where there is a vLLM worker',
+      default: 'auto',
     }),
     prefillPolicy: option({
       field: 'prefillPolicy',
@@ -169,6 +184,12 @@ export const PROXY_OPTIONS = defineOptions({
       kind: oneOf(POLICIES),
       help: 'how consumers are chosen',
       defaultText: 'as --policy',
+    }),
+    tokenizer: option({
+      field: 'tokenizer',
+      kind: text('dir'),
+      help: 'checkpoint directory whose tokenizer the workers use: prompts are placed by their token ids, which is exact',
+      defaultText: 'prompts are placed by their text',
     }),
     sessionHeader: option({
       field: 'sessionHeader',

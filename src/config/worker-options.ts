@@ -15,6 +15,7 @@ import {
   bytes,
   deviceOrAuto,
   duration,
+  etcdAddress,
   gibibytes,
   hostPort,
   integer,
@@ -122,6 +123,14 @@ export const WORKER_OPTIONS = defineOptions({
     debugStateRemote: option({ kind: toggle(), help: 'and to any client', default: false }),
   }),
   ...ACCESS_OPTIONS,
+  ...grouped('HTTP server', {
+    promptIdsFrom: option({
+      field: 'promptIdsFrom',
+      kind: listOf(addressRange()),
+      help: 'proxies (addresses, or ranges such as 10.0.0.0/8) whose token ids of a prompt are taken for its text, unchecked',
+      defaultText: 'every prompt is tokenized here',
+    }),
+  }),
   ...grouped('KV transfer', {
     kvHost: option({
       kind: text('host'),
@@ -140,6 +149,12 @@ export const WORKER_OPTIONS = defineOptions({
       help: 'discovery addresses of proxies, such as 127.0.0.1:30002; of a name, all its addresses',
       default: [],
       defaultText: 'no ping',
+    }),
+    registry: option({
+      field: 'registry',
+      kind: etcdAddress(),
+      help: 'etcd to register with, for proxies that read it: etcd://host:2379/prefix',
+      defaultText: 'none',
     }),
     sendType: option({
       field: 'transfer.sendType',
@@ -265,6 +280,12 @@ export const WORKER_OPTIONS = defineOptions({
       kind: real(0.01, 1),
       help: "share of the GPU's memory that weights, KV and buffers may fill",
       default: 0.9,
+    }),
+    workersPerGpu: option({
+      field: 'workersPerGpu',
+      kind: integer(1, 64),
+      help: 'workers that share this GPU, each with an equal part of --gpu-memory-utilization; above 1 only what this worker itself holds counts',
+      default: 1,
     }),
     batchInvariant: option({
       field: 'batchInvariant',

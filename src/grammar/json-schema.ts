@@ -35,11 +35,11 @@ import {
   type Facts,
   factsOf,
   firstUnsupported,
-  type TypeName,
   typesOf,
   typesOverlap,
 } from './schema-facts.ts';
 import { formatExpression } from './schema-formats.ts';
+import type { TypeName } from './schema-keywords.ts';
 import { negation } from './schema-negation.ts';
 import { numberExpression } from './schema-numbers.ts';
 import { equalValues, satisfies } from './schema-values.ts';

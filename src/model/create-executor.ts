@@ -75,7 +75,7 @@ async function createModel({
       const { createCudaExecutor } = await import('./cuda/create.ts');
       const { elementTypeOf } = await import('./cuda/weights.ts');
       const { PAIR_BYTES } = await import('./cuda/sizes.ts');
-      const { maxNumSeqs, maxNumBatchedTokens, role, transfer } = config;
+      const { maxNumSeqs, maxNumBatchedTokens, role, transfer, transport, wire } = config;
       const type = await elementTypeOf(dir, model);
       const fingerprint = await fingerprintOf(dir, model, { dtype: type, blockSize });
       const { executor, numBlocks } = await createCudaExecutor({
@@ -86,7 +86,12 @@ async function createModel({
         maxNumSeqs,
         maxNumBatchedTokens,
         utilization: config.gpuMemoryUtilization,
-        reserved: role === 'both' ? 0 : transfer.kvBufferSize + PAIR_BYTES,
+        sharers: config.workersPerGpu,
+        // neither received KV nor communicators where all is written into place
+        reserved:
+          role === 'both' || (transport === 'direct' && wire === 'native')
+            ? 0
+            : transfer.kvBufferSize + PAIR_BYTES,
         batchInvariant: config.batchInvariant,
         ...(log && { log }),
       });

@@ -1,4 +1,6 @@
 /** A checkpoint's tokenizer: text to token ids and back, and chat messages to text. */
+import { hash } from 'node:crypto';
+import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { Tokenizer as HuggingFaceTokenizer } from '@huggingface/tokenizers';
 import { PdError } from '../errors.ts';
@@ -40,6 +42,8 @@ export interface Decoding {
 }
 
 export class Tokenizer implements PieceSource {
+  /** Two of the same make the same ids of the same request: hex, over tokenizer, its settings, chat template and ends of text. */
+  readonly digest: string;
   readonly leadingSpaces: number;
   /** Ids are below this. */
   readonly vocabSize: number;
@@ -63,7 +67,9 @@ export class Tokenizer implements PieceSource {
     model: ModelConfig,
     chat: ChatTemplate | undefined,
     mostCharacters: number,
+    digest: string,
   ) {
+    this.digest = digest;
     this.#library = library;
     this.#pieces = piecesOf(library, added, piece);
     const special = added.filter((token) => token.special);
@@ -81,15 +87,25 @@ export class Tokenizer implements PieceSource {
   static async load(dir: string): Promise<Tokenizer> {
     const path = join(dir, 'tokenizer.json');
     const json = await readJson(path);
-    if (json === undefined) throw invalid(`${dir} holds no tokenizer.json`);
+    if (json === undefined) throw noTokenizer(dir);
     const { added_tokens: added, decoder } = checked(tokenizerSchema, json, path);
-    const settings = ((await readJson(join(dir, 'tokenizer_config.json'))) ?? {}) as Record<string, unknown>;
+    const { settings, template, model } = await readSettings(dir);
     const library = openLibrary(json, settings, path);
     const reader = readPieces(decoder, path);
-    const model = await readModelConfig(dir);
-    const template = await readChatTemplate(dir, settings);
     const chat = template === undefined ? undefined : new ChatTemplate(template, namedTokens(settings), dir);
-    return new Tokenizer(library, reader, added, model, chat, charactersPerToken(json, settings));
+    const most = charactersPerToken(json, settings);
+    return new Tokenizer(library, reader, added, model, chat, most, await Tokenizer.digestOf(dir));
+  }
+
+  /** What `digest` will be, without building the tokenizer. Throws as `load` does where a file is missing or broken. */
+  static async digestOf(dir: string): Promise<string> {
+    const { settings, template, model } = await readSettings(dir);
+    const { eosTokenIds, bosTokenId } = model;
+    const bytes = await readFile(join(dir, 'tokenizer.json')).catch(() => {
+      throw noTokenizer(dir);
+    });
+    const rest = JSON.stringify([settings, template, eosTokenIds, bosTokenId]);
+    return hash('sha256', `${hash('sha256', bytes, 'hex')}${rest}`, 'hex').slice(0, 32);
   }
 
   /** Token ids of `text`. Special tokens (a beginning-of-text) are added unless told otherwise, as for a prompt of a completion. */
@@ -159,11 +175,26 @@ export type TextModel = Pick<
   | 'chatTemplate'
   | 'decode'
   | 'decoder'
+  | 'digest'
   | 'encode'
   | 'eosTokenIds'
   | 'tokenBytes'
   | 'tokenString'
 >;
+
+/** What stands beside tokenizer.json. */
+async function readSettings(dir: string) {
+  const settings = ((await readJson(join(dir, 'tokenizer_config.json'))) ?? {}) as Record<string, unknown>;
+  return {
+    settings,
+    template: await readChatTemplate(dir, settings),
+    model: await readModelConfig(dir),
+  };
+}
+
+function noTokenizer(dir: string): PdError {
+  return invalid(`${dir} holds no tokenizer.json`);
+}
 
 function openLibrary(json: unknown, settings: Record<string, unknown>, path: string): HuggingFaceTokenizer {
   try {

@@ -29,24 +29,25 @@ import {
   WIRE_HEADER,
   type Wire,
 } from '../wire/overlap.ts';
+import { appendPromptIds, PROMPT_IDS_HEADER } from '../wire/prompt-ids.ts';
 import type { Admission } from './admission.ts';
 import type { RequestBody } from './body.ts';
 import type { BodyReader } from './body-reader.ts';
 import type { PromptCaches } from './caches.ts';
 import type { ProxyMetrics } from './metrics.ts';
 import { Notices } from './notices.ts';
-import type { InstancePair, InstanceRegistry } from './registry.ts';
+import type { Instance, InstancePair, InstanceRegistry } from './registry.ts';
 import { answerWhole, isEventStream, relay } from './relay.ts';
 import type { RetryBudget } from './retry-budget.ts';
 import {
   type Ask,
   type Call,
   InstanceRefused,
-  isDraining,
   readWhole,
   timeoutError,
   type Upstream,
   type UpstreamResponse,
+  unavailableCode,
   type WholeAnswer,
 } from './upstream.ts';
 
@@ -217,7 +218,7 @@ export class Attempt {
     metrics.overlapped.inc();
     const prefilling = this.#prefill();
     const within = { [PREFILL_WITHIN_HEADER]: String(config.prefillTimeoutMs) };
-    const asking = this.#askConsumer({ headers: { ...this.#headers, ...within }, headersTimeoutMs: 0 });
+    const asking = this.#askConsumer({ headers: within, headersTimeoutMs: 0 });
     try {
       const first = await Promise.race([settled(asking, 'consumer'), settled(prefilling, 'producer')]);
       if (first === 'producer') {
@@ -259,8 +260,10 @@ export class Attempt {
     try {
       const response = await upstream.ask(call, {
         path: this.#request.route,
-        headers: this.#headers,
-        body: this.#native ? this.#request.body.nativePrefill : this.#request.body.prefill,
+        ...this.#bodyFor(
+          call.instance,
+          this.#native ? this.#request.body.nativePrefill : this.#request.body.prefill,
+        ),
         signal,
         headersTimeoutMs: 0, // the timer runs to the end of the body
       });
@@ -293,15 +296,27 @@ export class Attempt {
     this.#notices.failed(failure);
   }
 
-  /** Resolves with the head of the answer. */
+  /** Resolves with the head of the answer. `headers`: further ones. */
   async #askConsumer(more?: Pick<Ask, 'headers' | 'headersTimeoutMs'>): Promise<UpstreamResponse> {
     const { route, body } = this.#request;
     const { signal } = this.#abortDecode;
-    const ask = { path: route, headers: this.#headers, body: body.original, signal, ...more };
+    const call = this.#decodeCall;
+    const { headers, ...sent } = this.#bodyFor(call.instance, body.original);
+    const ask = { path: route, signal, ...sent, ...more, headers: { ...headers, ...more?.headers } };
     this.#stamp('decode');
-    const response = await this.#context.upstream.ask(this.#decodeCall, ask);
+    const response = await this.#context.upstream.ask(call, ask);
     this.#stamp('answered');
     return response;
+  }
+
+  /** With the ids of the prompt behind it, where the instance takes them. */
+  #bodyFor(instance: Instance, body: Uint8Array): Pick<Ask, 'body' | 'headers'> {
+    const ids = this.#context.caches.idsFor(instance, this.#request.body);
+    if (!ids) return { body, headers: this.#headers };
+    return {
+      body: appendPromptIds(body, ids),
+      headers: { ...this.#headers, [PROMPT_IDS_HEADER]: String(ids.length) },
+    };
   }
 
   /** The head of the consumer's answer where the producer has answered first: the time for decode begins now. */
@@ -361,7 +376,9 @@ export class Attempt {
   }
 
   #judged(answer: WholeAnswer, call: Call): WholeAnswer {
-    this.#judge(call, answer.response.statusCode);
+    // That one is well, and has much to read: its clients are to come again later.
+    const busy = unavailableCode(answer) === 'READER_BUSY';
+    this.#judge(call, busy ? 429 : answer.response.statusCode);
     return answer;
   }
 
@@ -402,7 +419,7 @@ function decided(): PdError {
 }
 
 function refuseIfDraining(answer: WholeAnswer, call: Call): WholeAnswer {
-  if (isDraining(answer)) throw new InstanceRefused(call, 'it is stopping');
+  if (unavailableCode(answer) === 'SERVER_DRAINING') throw new InstanceRefused(call, 'it is stopping');
   return answer;
 }
 

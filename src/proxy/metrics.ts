@@ -116,6 +116,12 @@ export function createProxyMetrics(
       help: 'Pairs whose consumer was asked while the producer was at work',
       registers,
     }),
+    tokenized: new Counter({
+      name: 'pd_proxy_prompts_tokenized_total',
+      help: 'Prompts of text that were to be tokenized (--tokenizer): done, none (no prompt that workers take), busy (too many waited), failed',
+      labelNames: ['result'],
+      registers,
+    }),
     bypassed: new Counter({
       name: 'pd_proxy_bypassed_total',
       help: 'Requests that a consumer computed alone, because little of their prompts was not cached there (--bypass-tokens)',

@@ -64,12 +64,11 @@ export class PrefixIndex {
     for (const key of keys) if (known.delete(key)) this.#size--;
   }
 
-  /** How many of `keys` from the first the instance has. */
-  leading(address: string, keys: readonly string[]): number {
+  /** How many of `keys` from the first the instance has, or is about to have. */
+  leading(address: string, keys: readonly string[], coming?: ReadonlyMap<string, unknown>): number {
     const known = this.#known.get(address);
-    if (!known) return 0;
     let count = 0;
-    while (count < keys.length && known.has(keys[count]!)) count++;
+    while (count < keys.length && (known?.has(keys[count]!) || coming?.has(keys[count]!))) count++;
     return count;
   }
 

@@ -5,6 +5,7 @@ import { Guard } from '../access/guard.ts';
 import type { ProxyConfig } from '../config/proxy-config.ts';
 import { PdError } from '../errors.ts';
 import { formatHostPort, type HostPort, isLoopback, isUnspecified } from '../net/address.ts';
+import { Etcd } from '../net/etcd.ts';
 import { NO_JSON_SCHEMAS } from '../net/json-schemas.ts';
 import { announceHost, hostAddress } from '../net/local.ts';
 import { listenError } from '../net/port-holder.ts';
@@ -15,9 +16,10 @@ import { openAiError } from '../openai-error.ts';
 import { z } from '../zod.ts';
 import { Admission } from './admission.ts';
 import type { ProxyContext, ProxyStage } from './attempt.ts';
-import { BodyReader } from './body-reader.ts';
+import { BodyReader, type BodyReaderOptions } from './body-reader.ts';
 import { PromptCaches } from './caches.ts';
 import { Discovery } from './discovery.ts';
+import { EtcdInstances } from './etcd-instances.ts';
 import { createProxyMetrics, type ProxyMetrics } from './metrics.ts';
 import { ModelDirectory } from './models.ts';
 import { Probes } from './probes.ts';
@@ -47,10 +49,10 @@ const OPENAPI_BYTES = 4 * 1024 * 1024;
  * @internal
  */
 export interface ProxyParts {
-  readonly bodyReader: (log: Logger) => Pick<BodyReader, 'read' | 'close'>;
+  readonly bodyReader: (log: Logger, options: BodyReaderOptions) => Pick<BodyReader, 'read' | 'close'>;
 }
 
-const PARTS: ProxyParts = { bodyReader: (log) => new BodyReader(log) };
+const PARTS: ProxyParts = { bodyReader: (log, options) => new BodyReader(log, options) };
 
 /** A proxy that is serving. Close it: its sockets keep the process alive. */
 export class PdProxy {
@@ -70,6 +72,7 @@ export class PdProxy {
   readonly #context: ProxyContext;
   readonly #server: FastifyInstance;
   #discovery: Discovery | undefined;
+  #etcd: EtcdInstances | undefined;
   #http: HostPort | undefined;
   /** `instances`: one has come or gone. `idle`: no request is under way any more. */
   readonly #events = new EventEmitter<{ instances: []; idle: [] }>();
@@ -78,7 +81,8 @@ export class PdProxy {
   #draining = false;
   #closing: Promise<void> | undefined;
 
-  private constructor(config: ProxyConfig, parts: ProxyParts) {
+  /** `tokenizer`: its digest, where there is one. */
+  private constructor(config: ProxyConfig, parts: ProxyParts, tokenizer: string | undefined) {
     this.#config = config;
     this.#log = createLogger(config.log, 'proxy');
     if (config.upstream?.keyFile !== undefined && config.allowInstances === undefined) {
@@ -104,14 +108,17 @@ export class PdProxy {
       keyed: this.#guard.keyed,
       log: this.#log,
     });
-    this.#caches = new PromptCaches(config, this.#log, this.#metrics);
+    this.#caches = new PromptCaches(config, this.#log, this.#metrics, tokenizer);
     const { maxRunning, maxRunningTokens, maxQueued, queueTimeoutMs } = config;
     this.#admission = new Admission(
       { requests: maxRunning, tokens: maxRunningTokens, queued: maxQueued, waitMs: queueTimeoutMs },
       (reason) => this.#metrics.turnedAway.inc({ reason }),
     );
     setMaxListeners(0, this.#stop.signal, this.#events); // one per request under way, one per caller who waits
-    this.#bodies = parts.bodyReader(this.#log);
+    this.#bodies = parts.bodyReader(this.#log, {
+      tokenizer: config.tokenizer,
+      onTokenized: (result) => this.#metrics.tokenized.inc({ result }),
+    });
     this.#context = {
       config,
       registry: this.#registry,
@@ -138,12 +145,15 @@ export class PdProxy {
     this.#routes();
   }
 
-  /** Listens for pings and for requests. Throws PORT_IN_USE or ADDRESS_INVALID. */
+  /** Listens for pings and for requests. Throws PORT_IN_USE or ADDRESS_INVALID; of its tokenizer CHECKPOINT_INVALID or MODEL_UNSUPPORTED. */
   static start(config: ProxyConfig): Promise<PdProxy>;
   /** @internal */
   static start(config: ProxyConfig, parts?: ProxyParts): Promise<PdProxy>;
   static async start(config: ProxyConfig, parts: ProxyParts = PARTS): Promise<PdProxy> {
-    const proxy = new PdProxy(config, parts);
+    const { tokenizer: dir } = config;
+    // Whole, though the thread loads its own: one that cannot be used is to be known before anybody asks.
+    const digest = dir && (await (await import('../model/tokenizer.ts')).Tokenizer.load(dir)).digest;
+    const proxy = new PdProxy(config, parts, digest);
     try {
       await proxy.#listen();
       return proxy;
@@ -203,7 +213,7 @@ export class PdProxy {
   }
 
   async #listen(): Promise<void> {
-    const { instanceTimeoutMs, allowInstances, upstream } = this.#config;
+    const { instanceTimeoutMs, allowInstances, upstream, registry: etcd } = this.#config;
     const [http, discovery] = await Promise.all([
       bindAddress(this.#config.http),
       bindAddress(this.#config.discovery),
@@ -224,6 +234,15 @@ export class PdProxy {
         this.#events.emit('instances');
       },
     });
+    if (etcd) {
+      const discovery = this.#discovery;
+      this.#etcd = new EtcdInstances({
+        etcd: new Etcd(etcd),
+        log: this.#log,
+        take: (ping) => discovery.take(ping),
+        drop: (ping) => discovery.drop(ping),
+      });
+    }
     const { healthIntervalMs: intervalMs } = this.#config;
     if (intervalMs > 0) {
       const { registry, upstream, log } = this.#context;
@@ -255,6 +274,7 @@ export class PdProxy {
     const timer = setTimeout(() => this.#server.server.closeAllConnections(), CLOSE_MS);
     await this.#server.close();
     clearTimeout(timer);
+    await this.#etcd?.close();
     await this.#discovery?.close();
     this.#caches.close();
     this.#probes?.close();

@@ -51,7 +51,7 @@ export class ProxiedRequest {
     });
     metrics.inFlight.inc();
     try {
-      const read = await bodies.read(body, signal, caches.wanted);
+      const read = await bodies.read(body, signal, caches.wanted, route);
       signal.throwIfAborted();
       const release = await this.#admitted(read);
       try {
@@ -86,7 +86,8 @@ export class ProxiedRequest {
     for (;;) {
       const pair = registry.pair({ model: body.model, exclude, prompt });
       if (typeof pair === 'string') throw refused ?? noPair(pair, registry);
-      const attempt = new Attempt(this.#context, request, pair, this.#placed(pair, body));
+      const { over, ...placed } = this.#placed(pair, body);
+      const attempt = new Attempt(this.#context, request, pair, placed);
       const { requestId } = attempt;
       this.#requestId = requestId;
       log.info(
@@ -111,6 +112,8 @@ export class ProxiedRequest {
         metrics.replaced.inc();
         log.warn({ requestId }, `${error.message}; trying another pair`);
         await setTimeout(backoffMs(exclude.size), undefined, { signal }).catch(() => signal.throwIfAborted());
+      } finally {
+        over();
       }
     }
   }
@@ -139,8 +142,11 @@ export class ProxiedRequest {
     if (instance) registry.breakerOf(instance)?.failed();
   }
 
-  /** Notes what the pair is given, and decides whether its consumer needs the producer. */
-  #placed({ producer, consumer }: InstancePair, body: RequestBody): PlacedPrompt {
+  /** Notes what the pair is given until `over` is called, and decides whether its consumer needs the producer. */
+  #placed(
+    { producer, consumer }: InstancePair,
+    body: RequestBody,
+  ): PlacedPrompt & { readonly over: () => void } {
     const { caches, metrics, config } = this.#context;
     const left = body.tokens - caches.cached(consumer.httpAddress, body);
     const little = config.bypassTokens > 0 && left <= config.bypassTokens;
@@ -155,8 +161,11 @@ export class ProxiedRequest {
       metrics.placedTokens.inc({ role, cached: 'yes' }, cached);
       metrics.placedTokens.inc({ role, cached: 'no' }, uncached);
     }
-    for (const instance of asked) caches.sent(instance, body);
-    return { alone, uncached };
+    const overs = asked.map((instance) => caches.sent(instance, body));
+    const over = () => {
+      for (const each of overs) each();
+    };
+    return { alone, uncached, over };
   }
 
   #fail(error: PdError): void {

@@ -192,13 +192,13 @@ export async function readWhole(response: UpstreamResponse, keepBytes: number): 
   return { response, body: Buffer.concat(chunks) };
 }
 
-/** A worker of ours that got SIGTERM: as good as a refused connection. */
-export function isDraining({ response, body }: WholeAnswer): boolean {
-  if (response.statusCode !== 503) return false;
+/** Why a worker of ours cannot serve now: SERVER_DRAINING is as good as a refused connection. Undefined for any other answer. */
+export function unavailableCode({ response, body }: WholeAnswer): unknown {
+  if (response.statusCode !== 503) return undefined;
   try {
     const { error } = JSON.parse(body.toString('utf8')) as { error?: { code?: unknown } };
-    return error?.code === 'SERVER_DRAINING';
+    return error?.code;
   } catch {
-    return false;
+    return undefined;
   }
 }

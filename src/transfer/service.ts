@@ -37,6 +37,7 @@ import { helloOf } from './hello.ts';
 import { KvMemory } from './kv-memory.ts';
 import type { FromWire, NativeInit, ToWire } from './native/channel.ts';
 import { nativeBodyBytes } from './native/codec.ts';
+import { NativeRefusal } from './native/probe.ts';
 import { NativeWire } from './native/wire.ts';
 import { PairLimit } from './pair-limit.ts';
 
@@ -77,6 +78,8 @@ export class TransferService {
   readonly #loads: Loads;
   readonly #outgoing: OutgoingPeers;
   #announcer: Announcer | undefined;
+  /** The last one has taken back what it announced. */
+  #left: Promise<void> | undefined;
   /** As it was told last. */
   #load: WorkerLoad | undefined;
   #disposed: Promise<void> | undefined;
@@ -120,7 +123,8 @@ export class TransferService {
       intake: this.#intake,
       keeper: this.#keeper,
       peers,
-      native: this.#native,
+      native:
+        this.#native ?? new NativeRefusal(context, router, (id, error) => this.#loads.sendFailed(id, error)),
     });
   }
 
@@ -276,7 +280,7 @@ export class TransferService {
   }
 
   stopPing(): void {
-    this.#announcer?.close();
+    if (this.#announcer) this.#left = this.#announcer.close();
     this.#announcer = undefined;
   }
 
@@ -336,6 +340,7 @@ export class TransferService {
     this.#keeper.dispose();
     memory.dispose();
     await transport.dispose();
+    await this.#left;
     poller.dispose(reason);
     deadlines.clear();
     stream.dispose();

@@ -37,6 +37,7 @@ import {
   DECODER_LIMITS,
   MAX_BODY_BYTES,
   MAX_BUNDLE,
+  MAX_DIGEST,
   MAX_TEXT,
   protocolError,
   type WireLimits,
@@ -224,12 +225,13 @@ export function decodeAnswer(body: Uint8Array, limits: WireLimits): Answer {
 export function encodePing(ping: PingMessage): Uint8Array {
   const { type, http_address, zmq_address, native } = ping;
   if (!native) return encode({ type, http_address, zmq_address });
-  const { version, digest, model, sendType, features, load, events } = native;
+  const { version, digest, model, sendType, features, load, events, tokenizer } = native;
   const told = {
     ...(sendType === undefined ? {} : { send_type: sendType }),
     ...(features === undefined ? {} : { features }),
     ...(load === undefined ? {} : { load: loadFields(load) }),
     ...(events === undefined ? {} : { events }),
+    ...(tokenizer === undefined ? {} : { tokenizer }),
   };
   return encode({ type, http_address, zmq_address, pd: { version, digest, model, ...told } });
 }
@@ -345,6 +347,9 @@ function readPingHello(pd: Fields): PingHello {
     ...(field(pd, 'features') === undefined ? {} : { features: readFeatures(pd, 'ping') }),
     ...readLoad(pd),
     ...readEventPorts(pd),
+    ...(field(pd, 'tokenizer') === undefined
+      ? {}
+      : { tokenizer: textField(pd, 'tokenizer', MAX_DIGEST, 'ping') }),
   };
 }
 

@@ -118,6 +118,8 @@ export interface PingHello {
   readonly load?: WorkerLoad;
   /** Absent if it publishes none. */
   readonly events?: KvEventPorts;
+  /** Digest of tokenizer, chat template and ends of text: equal ones make the same ids of a request. Absent in pings of older workers. */
+  readonly tokenizer?: string;
 }
 
 /** The ports on which a worker publishes what it has cached (kv-events.ts), on the host of its `zmq_address`. */

@@ -57,8 +57,13 @@ export type ToCore =
   | { readonly type: 'prefilled'; readonly transferIds: readonly TransferId[] }
   /** Their producer could not send the KV of these requests. */
   | { readonly type: 'kv-failed'; readonly transferIds: readonly TransferId[]; readonly reason: ErrorData }
-  /** HTTP is up: start the pings. `events`: where what this core says of its cache is published. */
-  | { readonly type: 'serve'; readonly httpAddress: string; readonly events?: KvEventPorts }
+  /** HTTP is up: start the pings. `events`: where what this core says of its cache is published. `tokenizer`: digest of what it reads by. */
+  | {
+      readonly type: 'serve';
+      readonly httpAddress: string;
+      readonly tokenizer: string;
+      readonly events?: KvEventPorts;
+    }
   /** No more pings; requests under way go on. */
   | { readonly type: 'drain' }
   /** Ends the thread: transfer engine first. */

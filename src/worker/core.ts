@@ -121,6 +121,11 @@ export class CoreLoop {
     this.#sleep?.resolve();
   }
 
+  /** Some request is computed, loads or waits. */
+  get isBusy(): boolean {
+    return this.#scheduler.numRequests > 0 || this.#commands.length > 0;
+  }
+
   /** `integrity`: with a look through every block. */
   state(integrity = true): CoreState {
     const { numRunning, numWaiting, numLoading, blocks } = this.#scheduler;
@@ -180,6 +185,7 @@ export class CoreLoop {
     const unfinished = step.entries.filter(({ sequence }) => sequence.numOutput === 0);
     this.#stamp(unfinished, 'step');
     const result = await this.#forward(step);
+    this.#metrics.step(step.numTokens);
     this.#stamp(
       unfinished.filter(({ sampled }) => sampled),
       'drawn',

@@ -13,8 +13,9 @@ import { deferred } from '../deferred.ts';
 import { prepareNativeEnvironment } from '../device/native-env.ts';
 import type { PdError } from '../errors.ts';
 import { formatHostPort, type HostPort, httpUrl } from '../net/address.ts';
+import { AllowList } from '../net/allow-list.ts';
 import { assertBindable, listenError } from '../net/port-holder.ts';
-import { createLogger, type Logger } from '../observability/log.ts';
+import { createLogger, type Logger, RateLimitedLog } from '../observability/log.ts';
 import { MetricsPage } from '../observability/metrics.ts';
 import { packageVersion } from '../version.ts';
 import { CoreClient } from './core-client.ts';
@@ -140,6 +141,8 @@ export class PdWorker {
         pages: all,
         version: packageVersion(),
         log,
+        limited: new RateLimitedLog(),
+        promptIdsFrom: config.promptIdsFrom && AllowList.parse(config.promptIdsFrom, '--prompt-ids-from'),
       });
       const port = await listen(server, config.http);
       const httpAddress = { host: config.httpAnnounceHost, port };
@@ -157,6 +160,7 @@ export class PdWorker {
       core.tell({
         type: 'serve',
         httpAddress: formatHostPort(httpAddress),
+        tokenizer: reader.model.digest,
         ...(events && { events: events.ports }),
       });
       return worker;

@@ -35,6 +35,7 @@ export async function onCuda(
     maxNumSeqs,
     maxNumBatchedTokens: 256,
     utilization: 0.9,
+    sharers: 1,
     reserved: 0,
     batchInvariant,
   });

@@ -1,7 +1,7 @@
 import { afterEach, expect } from 'vitest';
 import { Guard } from '../../src/access/guard.ts';
 import type { AccessConfig } from '../../src/config/access-options.ts';
-import { createLogger } from '../../src/observability/log.ts';
+import { createLogger, RateLimitedLog } from '../../src/observability/log.ts';
 import { MetricsPage } from '../../src/observability/metrics.ts';
 import type { ServerContext } from '../../src/worker/server/context.ts';
 import { InFlight } from '../../src/worker/server/in-flight.ts';
@@ -61,6 +61,7 @@ export async function startServer(
     pages: [metrics],
     version: '1.2.3',
     log: LOG,
+    limited: new RateLimitedLog(),
   });
   closers.push(async () => guard.close());
   closers.push(async () => {

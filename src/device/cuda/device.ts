@@ -58,6 +58,7 @@ export class CudaDevice implements Device, CudaContext {
   readonly #pinned: PinnedBuffer[] = [];
   readonly #parameters: NativePointer;
   readonly #parameterView: DataView;
+  #allocatedBytes = 0;
   #disposed = false;
   #abandoned = false;
 
@@ -103,6 +104,11 @@ export class CudaDevice implements Device, CudaContext {
     this.runtime.setDevice(this.index);
   }
 
+  /** What `allocate` has taken. */
+  get allocatedBytes(): number {
+    return this.#allocatedBytes;
+  }
+
   allocate(bytes: number, what: string): MemoryRef & { readonly kind: 'cuda' } {
     this.#open(what);
     this.enter();
@@ -113,6 +119,7 @@ export class CudaDevice implements Device, CudaContext {
       throw this.noMemory(error, bytes, what);
     }
     this.#allocations.push(pointer);
+    this.#allocatedBytes += bytes;
     return { kind: 'cuda', device: this.index, pointer, bytes };
   }
 

@@ -16,7 +16,7 @@ import { type CachePointers, type ElementType, ModelKernels } from './kernels.ts
 import { CudaLlama } from './llama.ts';
 import { Products } from './products.ts';
 import { shapedRows, takeSamplerMemory } from './sampling.ts';
-import { blocksThatFit, GRAPH_BYTES } from './sizes.ts';
+import { blocksThatFit, CONTEXT_BYTES, GRAPH_BYTES } from './sizes.ts';
 import { type PlanLimits, planCapacity } from './step-plan.ts';
 import { loadCudaWeights } from './weights.ts';
 
@@ -32,6 +32,8 @@ export interface CudaExecutorOptions {
   readonly maxNumSeqs: number;
   readonly maxNumBatchedTokens: number;
   readonly utilization: number;
+  /** Workers that divide it. */
+  readonly sharers: number;
   /** Bytes that will be needed on this GPU later: received KV, communicators. */
   readonly reserved: number;
   readonly batchInvariant: boolean;
@@ -158,13 +160,17 @@ async function takeCache(
   device: CudaDevice,
   options: CudaExecutorOptions,
 ): Promise<{ readonly numBlocks: number; readonly layers: readonly NamedLayer[] }> {
-  const { config, type, blockSize, maxModelLen, utilization, reserved } = options;
+  const { config, type, blockSize, maxModelLen, utilization, sharers, reserved } = options;
   const format = { dtype: type, blockSize };
+  const { free, total } = device.runtime.memoryInfo();
   const numBlocks =
     options.numBlocks ??
     blocksThatFit({
-      ...device.runtime.memoryInfo(),
+      total,
+      // what the others hold is theirs, whoever has started first
+      free: sharers > 1 ? total - device.allocatedBytes - CONTEXT_BYTES : free,
       utilization,
+      sharers,
       reserved: reserved + GRAPH_BYTES,
       blockBytes: blockBytes(kvLayout(config, format)) * config.layers,
       perSequence: Math.ceil(maxModelLen / blockSize),

@@ -6,7 +6,6 @@ import { protocolErrorKind } from '../../wire/limits.ts';
 import type { Answer, NewMessage, WireMessage } from '../../wire/messages.ts';
 import { countFailure, logJoining, type TransferContext } from '../context.ts';
 import { mismatchOf } from '../hello.ts';
-import type { NativeWire } from '../native/wire.ts';
 import type { OpenPair } from '../pair-limit.ts';
 import type { Router } from '../router.ts';
 import type { PairState } from '../types.ts';
@@ -29,6 +28,12 @@ export interface IncomingPeers {
   pairsChanged(): void;
 }
 
+/** Whoever hears what is not of this wire; false for what is. */
+export interface NativeEar {
+  heard(identity: Buffer, body: Buffer): boolean;
+  undelivered(identity: Buffer, error: PdError): boolean;
+}
+
 export class Incoming {
   readonly #context: TransferContext;
   readonly #router: Router;
@@ -36,7 +41,7 @@ export class Incoming {
   readonly #answering: Answering;
   readonly #peers: IncomingPeers;
   /** Its messages are not looked at here. */
-  readonly #native: NativeWire | undefined;
+  readonly #native: NativeEar;
   readonly #sessions: Sessions;
   #closed = false;
   #opening = 0;
@@ -48,7 +53,7 @@ export class Incoming {
       readonly intake: Intake;
       readonly keeper: Keeper;
       readonly peers: IncomingPeers;
-      readonly native: NativeWire | undefined;
+      readonly native: NativeEar;
     },
   ) {
     this.#context = context;
@@ -115,7 +120,7 @@ export class Incoming {
   }
 
   #message(identity: Buffer, body: Buffer): void {
-    if (this.#closed || this.#native?.heard(identity, body)) return;
+    if (this.#closed || this.#native.heard(identity, body)) return;
     const peer = identity.toString();
     let message: WireMessage;
     try {
@@ -270,7 +275,7 @@ export class Incoming {
   }
 
   #undelivered(identity: Buffer, error: PdError): void {
-    if (this.#native?.undelivered(identity, error)) return;
+    if (this.#native.undelivered(identity, error)) return;
     const session = this.#sessions.get(identity);
     this.#bad('peer_lost', identity.toString(), error);
     if (session?.paired) this.#pairOver(session, error);

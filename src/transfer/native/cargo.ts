@@ -11,7 +11,7 @@ import type { Allocation } from '../kv-memory.ts';
 import { passed } from '../staging.ts';
 
 /** Memory to send from or to receive into. `free`: when no operation uses it any more. */
-interface Cargo {
+export interface Cargo {
   readonly regions: readonly MemoryRef[];
   free(): void;
 }

@@ -11,7 +11,7 @@ import type { ProgressGate } from './gate.ts';
 /** ncclInvalidUsage: what NCCL says of two ranks on one GPU, among other things. */
 const INVALID_USAGE = 5;
 const SAME_GPU =
-  ' (are both ends on one GPU? NCCL refuses that: CUDA_VISIBLE_DEVICES or --device cuda:N gives each its own)';
+  ' (are both ends on one GPU? NCCL refuses that: CUDA_VISIBLE_DEVICES or --device cuda:N gives each its own, --wire native --transport direct needs none)';
 
 export interface OpeningParts {
   readonly nccl: Libnccl;

@@ -118,6 +118,8 @@ export interface Served {
   /** Most tokens of a sequence, prompt and output. */
   readonly maxModelLen: number;
   readonly vocabSize: number;
+  /** Of the one prompt of this request, where whoever sent it has tokenized its text. */
+  readonly promptIds?: Uint32Array;
   /** How the model writes calls of tools and marks its thoughts; absent where that is not known, or not to be looked at. */
   readonly calls?: CallDialect;
   readonly reasoning?: ReasoningDialect;
@@ -334,6 +336,7 @@ export function encodeText(
   addSpecialTokens: boolean,
   { output, param, truncate }: PromptOptions,
 ): readonly number[] {
+  if (served.promptIds) return Array.from(served.promptIds);
   const least = Math.ceil(text.length / model.charactersPerToken);
   if (truncate === undefined && least + output > served.maxModelLen) {
     throw contextExceeded(served, param, `${text.length} characters, at least ${least} tokens,`, output);

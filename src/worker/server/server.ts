@@ -4,7 +4,6 @@ import { Gauge, type Registry } from 'prom-client';
 import { PdError } from '../../errors.ts';
 import { isLoopback } from '../../net/address.ts';
 import { NO_JSON_SCHEMAS } from '../../net/json-schemas.ts';
-import { RateLimitedLog } from '../../observability/log.ts';
 import { createRegistry } from '../../observability/registry.ts';
 import { openAiError, retryHeaders } from '../../openai-error.ts';
 import { chatFormat } from './chat.ts';
@@ -13,7 +12,7 @@ import { readRequest, type ServerContext } from './context.ts';
 import { NOTICE_LIMIT, postFailed, postPrefilled, postRelease } from './notices.ts';
 import { openApi } from './openapi.ts';
 import { postGeneration } from './respond.ts';
-import { responseFormat } from './responses.ts';
+import { responseFormat } from './response-answers.ts';
 
 /** Bytes; a prompt of a million token ids fits. */
 const BODY_LIMIT = 16 * 2 ** 20;
@@ -30,7 +29,7 @@ function registerCacheConfig(registry: Registry, { core }: ServerContext): void 
 const REQUEST_TIMEOUT_MS = 60_000;
 
 export function createServer(context: ServerContext): FastifyInstance {
-  const { config, core, log, guard } = context;
+  const { config, core, log, guard, limited } = context;
   // Of a server with TLS everything that is used here has the same type.
   const server = fastify({
     https: guard.https,
@@ -46,7 +45,6 @@ export function createServer(context: ServerContext): FastifyInstance {
   const registry = createRegistry(context.pages, { model_name: config.servedModelNames[0] ?? '' });
   registerCacheConfig(registry, context);
   const created = Math.floor(Date.now() / 1_000);
-  const limited = new RateLimitedLog();
 
   server.setErrorHandler((cause: FastifyError | PdError, request, reply) => {
     const { status, error } = asHttpError(cause);

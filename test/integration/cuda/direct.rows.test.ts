@@ -137,7 +137,7 @@ if (!withTheOthers) {
 
   test('an owner killed in mid-write: writes end without an error, the mapping goes, and its successor gets its memory back and is written into', async () => {
     // a GPU that holds one cache and not two
-    const env = { PD_STANDIN_GPUS: `direct-${process.pid}`, PD_STANDIN_MEMORY_MB: '5' };
+    const env = { PD_STANDIN_GPUS: `direct-${process.pid}`, PD_STANDIN_MEMORY_MB: '9' };
     const big = { ...LAYOUT, numBlocks: 170 };
     const owner = await start(big, env);
     const writer = await start(LAYOUT);

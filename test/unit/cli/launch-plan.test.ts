@@ -57,6 +57,22 @@ describe('pd-launch', () => {
     expect(workers.map(({ device }) => device)).toEqual(['cuda:0', 'cuda:1', 'cuda:2']);
   });
 
+  test('puts all workers on one GPU that is named, natively by direct, and divides its memory', async () => {
+    const { settings } = launchOptions(['--free-ports', '--device', 'cuda:1', '--decode', '2'], {});
+    const { devices, line } = await launchDevices(settings, {});
+    expect(line).toBe('Device: cuda:1, which 3 workers share (--device cuda:1)');
+    const { workers } = await planLaunch(settings, devices);
+    for (const { spec } of workers) {
+      expect(flag(spec.args, '--device')).toBe('cuda:1');
+      expect(flag(spec.args, '--wire')).toBe('native');
+      expect(flag(spec.args, '--transport')).toBe('direct');
+      expect(flag(spec.args, '--workers-per-gpu')).toBe('3');
+    }
+    for (const { spec } of (await plan('--free-ports')).workers) {
+      expect(spec.args).not.toContain('--workers-per-gpu');
+    }
+  });
+
   test("leaves the device to the machine, and takes vLLM's log level, unless told otherwise", () => {
     const options = launchOptions([], { VLLM_LOGGING_LEVEL: 'DEBUG' });
     expect(options.settings).toMatchObject({ device: 'auto', logLevel: 'debug' });

@@ -64,6 +64,14 @@ const MESSAGES: Record<keyof typeof GOLDEN, NativeMessage> = {
     transports: ['host'],
     refused: { code: 'FINGERPRINT_MISMATCH', message: 'other models' },
   },
+  'HELLO that asks': {
+    cmd: 'HELLO',
+    from: producer,
+    hello: { version: 1, features: ['native'], sendType: 'PUT' },
+    cache: { blocks: 2, blockSize: 1, layers: 1, blockBytes: 8, family: 'mla' },
+    transports: ['host'],
+    probe: short,
+  },
   PAIR: {
     cmd: 'PAIR',
     from: producer,

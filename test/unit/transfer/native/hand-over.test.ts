@@ -1,94 +1,172 @@
-import { expect, test } from 'vitest';
-import type { EventRef } from '../../../../src/device/device.ts';
+/** The hand-over on the core thread beside a wire that the test plays. */
+import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest';
 import { createLogger } from '../../../../src/observability/log.ts';
 import { MetricsPage } from '../../../../src/observability/metrics.ts';
-import type { FromWire, ToWire } from '../../../../src/transfer/native/channel.ts';
+import type { FromWire, NativeInit, ToWire } from '../../../../src/transfer/native/channel.ts';
 import { HandOver } from '../../../../src/transfer/native/hand-over.ts';
-import type { HelloMessage, Nonce, Ticket, WantMessage } from '../../../../src/transfer/native/messages.ts';
-import { proxyRequestId, transferIdOf } from '../../../../src/wire/ids.ts';
+import type { WantOutcome } from '../../../../src/transfer/native/hand-over-api.ts';
+import type { HelloMessage, Nonce } from '../../../../src/transfer/native/messages.ts';
+import {
+  type EngineRequestId,
+  proxyRequestId,
+  type TransferId,
+  transferIdOf,
+} from '../../../../src/wire/ids.ts';
 
-const SHAPE = { blocks: 8, blockSize: 4, layers: 4, blockBytes: 16, family: 'kv-first' } as const;
-const [PRODUCER, CONSUMER] = ['1'.repeat(32) as Nonce, '2'.repeat(32) as Nonce];
-const PEER = '127.0.0.1:2';
-const ID = transferIdOf(
-  `cmpl-${proxyRequestId({ host: '127.0.0.1', port: 1 }, { host: '127.0.0.1', port: 2 }, 'u')}-0`,
-);
+const PRODUCER = { host: '10.0.0.1', port: 8_082 };
+const CONSUMER = { host: '10.0.0.2', port: 8_084 };
+const PEER = '10.0.0.1:8082';
+const SHAPE = { blocks: 8, blockSize: 4, layers: 1, blockBytes: 64, family: 'kv-first' } as const;
 
-const WANT: WantMessage = {
-  cmd: 'WANT',
-  from: CONSUMER,
-  to: PRODUCER,
-  seq: 1,
-  floor: 1,
-  ticket: '3'.repeat(32) as Ticket,
-  id: ID,
-  transport: 'nccl',
-  promptDigest: 'p',
-  samplingDigest: 's',
-  tokens: 8,
-  skip: 0,
-  blocks: [5, 6],
-};
+let serial = 0;
+const newId = (): TransferId =>
+  transferIdOf(`cmpl-${proxyRequestId(PRODUCER, CONSUMER, (serial++).toString(16).padStart(32, '0'))}-0`);
 
-/** A producer that a consumer has said hello to, and what its wire is told. */
-function producer() {
-  const told: ToWire[] = [];
+function start(role: 'producer' | 'consumer') {
+  const init: NativeInit = {
+    nonce: 'c'.repeat(32) as Nonce,
+    layers: [],
+    shape: SHAPE,
+    transports: ['nccl'],
+  };
+  const said: ToWire[] = [];
+  const outcomes: WantOutcome[] = [];
   let hear: (event: FromWire) => void = () => {};
   const handOver = new HandOver({
-    init: { nonce: PRODUCER, layers: [], shape: SHAPE, transports: ['nccl'] },
+    init,
     wire: (listener) => {
       hear = listener;
-      return (command) => told.push(command);
+      return (command) => said.push(command);
     },
-    role: 'producer',
+    role,
     rank: 0,
     leaseMs: 60_000,
-    log: createLogger({ level: 'silent', format: 'json' }, 'test'),
+    busy: () => false,
     metrics: new MetricsPage(),
+    log: createLogger({ level: 'silent', format: 'json' }, 'test'),
   });
   const nothing = () => {};
-  const books = {
-    ...{ hold: nothing, unhold: nothing, expose: nothing },
-    ...{ retract: nothing, lease: nothing, endLease: nothing },
-  };
-  handOver.serve({ books, loadEnded: nothing, freed: nothing });
-  const hello = { cmd: 'HELLO', from: CONSUMER, cache: SHAPE, transports: ['nccl'] } as const;
-  hear({
-    kind: 'introduced',
-    way: 'from',
-    peer: PEER,
-    hello: { ...hello, hello: {} as HelloMessage['hello'] },
+  handOver.serve({
+    books: {
+      hold: nothing,
+      unhold: nothing,
+      expose: nothing,
+      retract: nothing,
+      lease: nothing,
+      endLease: nothing,
+    },
+    loadEnded: (outcome) => outcomes.push(outcome),
+    freed: nothing,
   });
-  const want = () => hear({ kind: 'asked', peer: PEER, message: WANT });
-  const writes = () =>
-    told.flatMap((command) =>
-      command.kind === 'write'
-        ? [[command.part.layer, command.part.layers, command.ready?.event] as const]
-        : [],
-    );
-  return { handOver, want, writes };
+  const want = (withinMs = 30_000) => {
+    const transferId = newId();
+    handOver.want({
+      requestId: `${transferId}-0` as EngineRequestId,
+      transferId,
+      peer: PEER,
+      promptDigest: 'prompt',
+      samplingDigest: 'sampling',
+      tokens: 4,
+      skip: 0,
+      blocks: [3],
+      withinMs,
+    });
+  };
+  return { handOver, said, outcomes, want, hear: (event: FromWire) => hear(event) };
 }
 
-const event = (handle: bigint): EventRef => ({ kind: 'cuda', handle });
+const hello: HelloMessage = {
+  cmd: 'HELLO',
+  from: 'p'.repeat(32) as Nonce,
+  hello: { version: 1, features: ['native'], sendType: 'PUT_ASYNC' },
+  cache: SHAPE,
+  transports: ['nccl'],
+};
+const introduced: FromWire = { kind: 'introduced', way: 'to', peer: PEER, hello };
+const lost: FromWire = {
+  kind: 'lost',
+  way: 'to',
+  peer: PEER,
+  error: { code: 'PEER_LOST', message: 'gone', context: {} },
+};
+const kinds = (said: readonly ToWire[]) =>
+  said.map((command) => (command.kind === 'ask' ? command.message.cmd : command.kind));
 
-test('a WANT that comes when its step is enqueued already has each layer written behind its own event', () => {
-  const { handOver, want, writes } = producer();
-  const events = [1n, 2n, 3n, 4n].map(event);
-  handOver.begin({ transferId: ID, promptDigest: 'p', tokens: 8 });
-  handOver.progress(ID, 8, [1, 2]);
-  for (let layer = 0; layer < 3; layer++) handOver.layer(layer, events[layer]);
-  want();
-  expect(writes()).toEqual([0, 1, 2].map((layer) => [layer, 1, events[layer]]));
-  handOver.layer(3, events[3]);
-  expect(writes().at(-1)).toEqual([3, 1, events[3]]);
-});
+describe('a hand-over', () => {
+  beforeEach(() => {
+    vi.useFakeTimers();
+  });
+  afterEach(() => {
+    vi.useRealTimers();
+  });
 
-test('layers that are computed at one moment are written together', () => {
-  const { handOver, want, writes } = producer();
-  const graph = event(1n);
-  handOver.begin({ transferId: ID, promptDigest: 'p', tokens: 8 });
-  handOver.progress(ID, 8, [1, 2]);
-  for (let layer = 0; layer < 4; layer++) handOver.layer(layer, graph);
-  want();
-  expect(writes()).toEqual([[0, 4, graph]]);
+  it('closes within seconds beside a producer that never says a word', async () => {
+    const { handOver, outcomes, want, hear } = start('consumer');
+    want();
+    hear(introduced);
+    let closed = false;
+    const closing = handOver.close().then(() => {
+      closed = true;
+    });
+    expect(outcomes).toMatchObject([{ ok: false, error: { code: 'REQUEST_ABORTED' } }]);
+    await vi.advanceTimersByTimeAsync(2_900);
+    expect(closed).toBe(false);
+    await vi.advanceTimersByTimeAsync(200);
+    await closing;
+    // and nothing keeps its thread
+    expect(vi.getTimerCount()).toBe(0);
+  });
+
+  it('asks again on the next connection what met the end of one, once, within its deadline', async () => {
+    const { said, outcomes, want, hear } = start('consumer');
+    want();
+    hear(introduced);
+    want();
+    expect(kinds(said)).toEqual(['connect', 'WANT', 'WANT']);
+    hear(lost);
+    expect(outcomes).toEqual([]);
+    expect(kinds(said).slice(3)).toEqual(['connect', 'connect']);
+    hear(introduced);
+    expect(kinds(said).slice(5)).toEqual(['WANT', 'WANT']);
+    hear(lost);
+    expect(outcomes).toMatchObject([
+      { ok: false, error: { cause: { code: 'PEER_LOST' } } },
+      { ok: false, error: { cause: { code: 'PEER_LOST' } } },
+    ]);
+  });
+
+  it('fails at once what waits for a peer that cannot be connected', () => {
+    const { outcomes, want, hear } = start('consumer');
+    want();
+    hear(lost);
+    expect(outcomes).toMatchObject([{ ok: false }]);
+  });
+
+  it('asks a consumer that has said nothing whether it speaks natively, and forgets KV that it will not want', async () => {
+    const { handOver, said, hear } = start('producer');
+    const compute = () => {
+      const id = newId();
+      handOver.begin({ transferId: id, promptDigest: 'prompt', tokens: 4 });
+      handOver.progress(id, 4, [2]);
+      handOver.finish(id, { tokens: [5], samplingDigest: 'sampling' });
+      return id;
+    };
+    const id = compute();
+    const peer = '10.0.0.2:8084';
+    expect(said).toEqual([{ kind: 'probe', peer, id }]);
+    compute();
+    expect(said).toHaveLength(1);
+    expect(handOver.state().grants.leases).toBe(2);
+    const error = { code: 'TRANSPORT_MISMATCH', message: 'frozen', context: {} } as const;
+    hear({ kind: 'unwilling', peer, id, error });
+    expect(handOver.state().grants.leases).toBe(1);
+    compute();
+    expect(said).toHaveLength(2);
+    hear({ kind: 'introduced', way: 'from', peer, hello });
+    compute();
+    expect(said).toHaveLength(2);
+    const closing = handOver.close();
+    await vi.advanceTimersByTimeAsync(3_100);
+    await closing;
+  });
 });
