@@ -21,7 +21,7 @@ export interface TransferLimits {
   readonly maxTensors: number;
   /** Announcements queued or outstanding towards one peer. */
   readonly maxQueuePerPeer: number;
-  /** Pairs that stay open at a time: beyond it those that are idle are closed, least recently used first. Frozen peers never are. */
+  /** Native connections to producers that stay open at a time: beyond it idle ones are closed, least recently used first. Frozen pairs stay. */
   readonly maxPeers: number;
 }
 

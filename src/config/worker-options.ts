@@ -196,7 +196,7 @@ export const WORKER_OPTIONS = defineOptions({
     maxPeers: option({
       field: 'transfer.limits.maxPeers',
       kind: integer(1, 65_536),
-      help: 'pairs that stay open; beyond it idle ones are closed, on both ends, and opened again when needed',
+      help: 'native connections to producers that stay open; beyond it idle ones are closed, and opened again when needed. Frozen pairs stay',
       default: DEFAULT_LIMITS.maxPeers,
     }),
     kvLoadFailure: option({

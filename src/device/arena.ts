@@ -61,31 +61,16 @@ export class Arena {
 
   /** Undefined where no free run is long enough; the arena is then as before. */
   allocate(bytes: number): Block | undefined {
-    return this.allocateRun([bytes])?.[0];
-  }
-
-  /**
-   * Blocks of these sizes one after the other, each freed by itself: where every size is a multiple of the alignment they touch, and are
-   * one run of bytes for who holds all of them. Undefined where no free run is long enough.
-   */
-  allocateRun(bytes: readonly number[]): Block[] | undefined {
-    const sizes = bytes.map(sizeOf);
-    const total = sizes.reduce((sum, size) => sum + size, 0);
-    let segment = this.#free.bestFit(total);
-    if (!segment || total === 0) return undefined;
+    const size = sizeOf(bytes);
+    const segment = this.#free.bestFit(size);
+    if (!segment) return undefined;
     this.#free.remove(segment);
-    if (segment.size > total) this.#free.insert(cut(segment, total));
-    const blocks: Block[] = [];
-    for (const [index, size] of sizes.entries()) {
-      const rest: Segment | undefined = segment.size > size ? cut(segment, size) : undefined;
-      segment.free = false;
-      const block = { offset: segment.offset, bytes: bytes[index]!, size };
-      this.#held.set(block, segment);
-      blocks.push(block);
-      if (rest) segment = rest;
-    }
-    this.#usedBytes += total;
-    return blocks;
+    if (segment.size > size) this.#free.insert(cut(segment, size));
+    segment.free = false;
+    const block = { offset: segment.offset, bytes, size };
+    this.#held.set(block, segment);
+    this.#usedBytes += size;
+    return block;
   }
 
   /** Throws INTERNAL for a block that this arena does not hold: freed before, or another's. */

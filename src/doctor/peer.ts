@@ -144,10 +144,12 @@ async function ask(
     );
     return { finding };
   }
-  const noSuchTensor = answer.kind === 'get' && answer.ret === 1 ? answer : undefined;
-  if (noSuchTensor && noSuchTensor.seq === undefined)
-    return { finding: ok('its KV listener answers; it is not a pd-worker (vLLM?)') };
-  if (noSuchTensor || answer.kind === 'no-pair')
+  if (answer.kind === 'get' && answer.ret === 1) {
+    return answer.gone
+      ? { finding: ok('its KV listener answers; it is a pd-worker'), ours: true }
+      : { finding: ok('its KV listener answers; it is not a pd-worker (vLLM?), or an older one') };
+  }
+  if (answer.kind === 'no-pair')
     return { finding: ok('its KV listener answers; it is a pd-worker'), ours: true };
   return {
     finding: warn(`its KV listener answers a GET for an unknown tensor with ${JSON.stringify(answer)}`),
@@ -171,7 +173,7 @@ async function getNothing(peer: HostPort, timeoutMs: number): Promise<Answer | '
   });
   try {
     dealer.connect(zmqEndpoint(peer));
-    await dealer.send(encodeMessage({ cmd: 'GET', tensor_id: PROBE_TENSOR, native: { seq: 0 } }));
+    await dealer.send(encodeMessage({ cmd: 'GET', tensor_id: PROBE_TENSOR }));
     const [body] = await dealer.receive();
     return decodeAnswer(body!, DEFAULT_LIMITS);
   } catch (error) {

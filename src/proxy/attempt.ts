@@ -194,11 +194,13 @@ export class Attempt {
   /**
    * Both can, the producer is not busy, and there is one prompt: of several, the first may be answered before the last is computed. By the
    * native hand-over several are always asked at both ends: a producer keeps KV in its own blocks, which all of them may not fit into.
+   * Without it a consumer in GET can only ask again and again for what is not there yet.
    */
   #mayOverlap(): boolean {
     const { registry, config } = this.#context;
     const { producer, consumer } = this.#pair;
     if (!producer.overlaps || !consumer.overlaps) return false;
+    if (!this.#native && consumer.sendType === 'GET') return false;
     if (this.#request.body.prompts !== 1) return this.#native;
     return (registry.workOf(producer)?.own ?? 0) < config.overlap;
   }

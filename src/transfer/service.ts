@@ -30,7 +30,7 @@ import { Incoming } from './frozen/incoming.ts';
 import { Intake } from './frozen/intake.ts';
 import { Keeper } from './frozen/keeper.ts';
 import { Loads } from './frozen/loads.ts';
-import { OutgoingPeers } from './frozen/peers.ts';
+import { OutgoingPeers } from './frozen/peer.ts';
 import { PutAnnouncement, type SendReply } from './frozen/put.ts';
 import { Stager } from './frozen/stager.ts';
 import { helloOf } from './hello.ts';
@@ -39,8 +39,6 @@ import type { FromWire, NativeInit, ToWire } from './native/channel.ts';
 import { nativeBodyBytes } from './native/codec.ts';
 import { NativeRefusal } from './native/probe.ts';
 import { NativeWire } from './native/wire.ts';
-import { PairLimit } from './pair-limit.ts';
-
 import { Router } from './router.ts';
 import type {
   LoadRequest,
@@ -59,8 +57,6 @@ export interface ServiceParts {
   /** For tests: another device or transport than the options name; the service disposes them. */
   readonly device?: Device;
   readonly wrapTransport?: (transport: Transport) => Transport;
-  /** For tests: what the hello lists; fewer than this version has, as an older one would. */
-  readonly features?: readonly string[];
 }
 
 export class TransferService {
@@ -72,7 +68,6 @@ export class TransferService {
   readonly #intake: Intake;
   readonly #stager: Stager;
   readonly #keeper: Keeper;
-  readonly #limit: PairLimit;
   readonly #incoming: Incoming;
   readonly #native: NativeWire | undefined;
   readonly #loads: Loads;
@@ -98,17 +93,13 @@ export class TransferService {
     this.#intake = new Intake(context);
     const changed = () => this.#pairsChanged();
     const newerPair = (peer: string, since: number) => this.#incoming.newerPair(peer, since);
-    this.#outgoing = new OutgoingPeers(context, { onOpen: changed, onEnd: changed, newerPair });
+    this.#outgoing = new OutgoingPeers(context, { pairsChanged: changed, newerPair });
     this.#stager = new Stager(context);
     this.#keeper = new Keeper(context, this.#stager);
-    this.#limit = new PairLimit(context.options.limits.maxPeers, context.deadlines, () => [
-      ...this.#outgoing.open(),
-      ...this.#incoming.closable(),
-    ]);
     const peers = {
       outgoing: (peer: string) => this.#outgoing.of(peer),
       known: (peer: string) => this.#outgoing.known(peer),
-      pairsChanged: () => this.#pairsChanged(),
+      pairsChanged: changed,
       lostPair: (peer: string) => this.#incoming.lostPair(peer),
       pairs: (peer: string) => this.#pairs().filter((pair) => pair.peer === peer),
     };
@@ -166,7 +157,7 @@ export class TransferService {
       const context: TransferContext = {
         options,
         self,
-        hello: helloOf(options, parts.features),
+        hello: helloOf(options),
         device,
         transport,
         stream: device.createStream(),
@@ -334,10 +325,9 @@ export class TransferService {
     await this.#router.close();
     await this.#gate?.close();
     this.#loads.dispose(reason);
-    for (const peer of this.#outgoing.all()) peer.close(reason);
+    this.#outgoing.close(reason);
     this.#incoming.close(reason);
     this.#native?.close(reason);
-    this.#keeper.dispose();
     memory.dispose();
     await transport.dispose();
     await this.#left;
@@ -348,12 +338,11 @@ export class TransferService {
   }
 
   get #numPairs(): number {
-    return this.#outgoing.open().length + this.#incoming.openPairs + (this.#native?.openPairs ?? 0);
+    return this.#outgoing.openPairs + this.#incoming.openPairs + (this.#native?.openPairs ?? 0);
   }
 
   #pairsChanged(): void {
     if (this.#disposed) return;
-    this.#limit.check();
     this.#context.metrics.set('pd_pairs_open', this.#numPairs);
   }
 }

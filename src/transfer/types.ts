@@ -88,7 +88,7 @@ export interface LoadResult {
 export interface PairState {
   readonly peer: string;
   readonly direction: 'outgoing' | 'incoming';
-  readonly state: 'connecting' | 'opening' | 'open' | 'closing' | 'over';
+  readonly state: 'connecting' | 'opening' | 'open' | 'over';
   readonly ours: boolean;
   readonly queued: number;
   readonly outstanding: number;

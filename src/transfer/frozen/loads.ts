@@ -10,18 +10,14 @@ import type { LoadRequest, LoadResult, StoredTensor, TransferState } from '../ty
 import type { Claimant } from './claims.ts';
 import { GetAnnouncement } from './get.ts';
 import type { Intake } from './intake.ts';
-import { evidenceOf, type PairsOfPeer, warnLate } from './late-load.ts';
-import { heldInstead, Load } from './load.ts';
+import { heldInstead, Load, type PairsOfPeer } from './load.ts';
 import { contradicts } from './memories.ts';
 import type { OutgoingPeer } from './peer.ts';
-import type { Held, StoreEntry } from './store.ts';
+import type { StoreEntry } from './store.ts';
 
 /** Between a GET that was answered `{ret: 1}` and the next: doubled each time. */
 const FIRST_PAUSE_MS = 5;
 const LONGEST_PAUSE_MS = 1_000;
-/** Of the answer deadline: a producer that took this long has held its answer back (for half of it, see Answering). */
-const HELD_SHARE = 0.25;
-
 /** How long a load may take, and what watches that. */
 interface Limit {
   /** On the engine's clock. */
@@ -31,23 +27,16 @@ interface Limit {
   cancel(): void;
 }
 
-export interface LoadPeers extends PairsOfPeer {
-  outgoing(peer: string): OutgoingPeer;
+/** What is asked for in GET. */
+interface Wanted {
+  readonly tensorId: TensorId;
+  /** Where they are known. */
+  readonly bytes: number | undefined;
+  readonly deadlineAt: number;
 }
 
-interface Asking {
-  readonly tensorId: TensorId;
-  readonly peer: string;
-  readonly bytes?: number;
-  readonly deadlineAt: number;
-  /** False once nobody wants it any more. */
-  wanted(): boolean;
-  arrived(entry: StoreEntry): void;
-  /** KV of another prompt than this one's is dropped, and asked for again: the right one may come under the same id. */
-  readonly otherThan?: Load;
-  failed(error: PdError): void;
-  /** What the producer has of the same request under another id. */
-  near(tensorIds: readonly string[]): void;
+export interface LoadPeers extends PairsOfPeer {
+  outgoing(peer: string): OutgoingPeer;
 }
 
 export class Loads {
@@ -55,21 +44,16 @@ export class Loads {
   readonly #intake: Intake;
   readonly #peers: LoadPeers;
   readonly #loads = new Map<Load, Limit>();
-  readonly #receives = new Set<{ fail(error: PdError): void }>();
+  readonly #receives = new Set<Claimant>();
   /** Who looks after the producers of loads, in PUT. */
   readonly #watches = new WeakMap<Load, PeerWatch>();
   /** GETs that have not been answered, by who wants them. */
-  readonly #asked = new Map<Load, Set<GetAnnouncement>>();
+  readonly #asked = new Map<Claimant, Set<GetAnnouncement>>();
 
   constructor(context: TransferContext, intake: Intake, peers: LoadPeers) {
     this.#context = context;
     this.#intake = intake;
     this.#peers = peers;
-  }
-
-  /** Loads and receives that have not settled. */
-  get size(): number {
-    return this.#loads.size + this.#receives.size;
   }
 
   load(request: LoadRequest): Promise<LoadResult> {
@@ -128,9 +112,7 @@ export class Loads {
         this.#loads.get(load)?.cancel();
         watch?.stop();
         this.#loads.delete(load);
-        this.#intake.claims.unregister(load);
-        for (const get of this.#asked.get(load) ?? []) get.cancel();
-        this.#asked.delete(load);
+        this.#forget(load);
       });
   }
 
@@ -162,6 +144,9 @@ export class Loads {
       wants: (layer) => open && layer === layerName,
       take,
       fail,
+      seenAtPeer: (tensorIds) => {
+        atPeer = tensorIds;
+      },
     };
     this.#receives.add(waiting);
     const deadline = deadlines.after(ms, () => {
@@ -174,19 +159,15 @@ export class Loads {
       );
     });
     if (options.sendType === 'GET') {
-      const deadlineAt = deadlines.now() + ms;
       this.#intake.expect(transferId);
-      const near = (tensorIds: readonly string[]) => {
-        atPeer = tensorIds;
-      };
-      this.#ask({ tensorId, peer, deadlineAt, wanted: () => open, arrived: take, failed: fail, near });
+      this.#ask(waiting, { tensorId, bytes: undefined, deadlineAt: deadlines.now() + ms });
     } else {
       this.#intake.claim(waiting);
     }
     return promise.finally(() => {
       deadline.cancel();
       this.#receives.delete(waiting);
-      this.#intake.claims.unregister(waiting);
+      this.#forget(waiting);
     });
   }
 
@@ -242,14 +223,10 @@ export class Loads {
     const at = deadlines.now() + timeoutMs;
     if (known && known.at <= at) return;
     known?.cancel();
-    const half = deadlines.after(timeoutMs / 2, () =>
-      warnLate(this.#context, this.#intake, this.#peers, load, timeoutMs),
-    );
+    const half = deadlines.after(timeoutMs / 2, () => load.warnLate(this.#peers, timeoutMs));
     const end = deadlines.after(timeoutMs, () => {
-      const port = this.#watches.get(load)?.port;
-      const evidence = evidenceOf(this.#context, this.#peers, load, port);
       const [roomless] = [...(this.#asked.get(load) ?? [])].flatMap(({ lacksRoom }) => lacksRoom ?? []);
-      load.timeOut(timeoutMs, roomless ? { ...evidence, cause: roomless } : evidence);
+      load.timeOut(timeoutMs, this.#peers, this.#watches.get(load)?.port, roomless);
     });
     const cancel = () => {
       half.cancel();
@@ -258,77 +235,56 @@ export class Loads {
     this.#loads.set(load, { at, prefilling, cancel });
   }
 
-  /** All layers at once, into neighbouring memory where that can be had. */
   #askLayers(load: Load): void {
     const { layers, blockIds } = load.request;
-    const sizes = layers.map(({ target }) => blockBytes(target.layout) * blockIds.length);
-    const run = this.#context.memory.tryAllocateRun(sizes);
-    for (const [index, { name }] of layers.entries()) {
-      this.#ask(
-        {
-          tensorId: load.tensorId(name),
-          peer: load.peer,
-          bytes: sizes[index]!,
-          deadlineAt: this.#loads.get(load)?.at ?? load.startedAt,
-          wanted: () => load.wants(name),
-          arrived: (entry) => load.take(entry),
-          otherThan: load,
-          failed: (error) => load.fail(error),
-          near: (tensorIds) => load.seenAtPeer(tensorIds),
-        },
-        { load, held: run?.[index] },
-      );
+    const deadlineAt = this.#loads.get(load)?.at ?? load.startedAt;
+    for (const { name, target } of layers) {
+      const bytes = blockBytes(target.layout) * blockIds.length;
+      this.#ask(load, { tensorId: load.tensorId(name), bytes, deadlineAt });
     }
   }
 
-  /**
-   * Asks, and asks again after `{ret: 1}`, until the deadline of who wants it. A producer of ours holds back that answer for a while, and
-   * is asked again at once then: the KV may come at any moment. `held`: memory for the first time.
-   */
-  #ask(
-    asking: Asking,
-    { load, held }: { readonly load?: Load; readonly held?: Held | undefined } = {},
-    pauseMs = FIRST_PAUSE_MS,
-  ): void {
-    const { deadlines, options } = this.#context;
-    const left = asking.deadlineAt - deadlines.now();
-    if (!asking.wanted() || left <= 0) {
-      held?.free();
-      return;
-    }
-    const askedAt = deadlines.now();
-    const asked = load ? (this.#asked.get(load) ?? new Set()) : undefined;
-    if (load && asked) this.#asked.set(load, asked);
-    const again = (ms: number) => {
-      const passedMs = deadlines.now() - askedAt;
-      const held = passedMs >= options.timeouts.answer * HELD_SHARE;
-      deadlines.after(held ? 0 : pauseMs, () => this.#ask(asking, load ? { load } : {}, ms));
-    };
+  /** Asks, and asks again after `{ret: 1}`, until the deadline of who wants it. */
+  #ask(claimant: Claimant, wanted: Wanted, pauseMs = FIRST_PAUSE_MS): void {
+    const { deadlines } = this.#context;
+    const { tensorId, bytes, deadlineAt } = wanted;
+    const left = deadlineAt - deadlines.now();
+    if (!claimant.wants(splitTensorId(tensorId).layerName) || left <= 0) return;
+    const asked = this.#asked.get(claimant) ?? new Set();
+    this.#asked.set(claimant, asked);
+    const again = () =>
+      deadlines.after(pauseMs, () => this.#ask(claimant, wanted, Math.min(pauseMs * 2, LONGEST_PAUSE_MS)));
+    const { peer } = claimant;
     const get: GetAnnouncement = new GetAnnouncement(this.#context, this.#intake, {
-      tensorId: asking.tensorId,
-      peer: asking.peer,
-      early: load?.request.prefillWithinMs === undefined ? undefined : load.requestId,
-      ...(asking.bytes === undefined ? {} : { bytes: asking.bytes }),
+      tensorId,
+      peer,
+      bytes,
       arrived: (entry) => {
-        asked?.delete(get);
-        if (!asking.otherThan || !contradicts(asking.otherThan, entry)) return asking.arrived(entry);
-        asking.otherThan.otherPrompt(entry);
+        asked.delete(get);
+        if (!contradicts(claimant, entry)) return claimant.take(entry);
+        // KV of another prompt is dropped, and asked for again: the right one may come under the same id.
+        claimant.otherPrompt?.(entry);
         this.#intake.store.release(entry);
-        again(Math.min(pauseMs * 2, LONGEST_PAUSE_MS));
+        again();
       },
       failed: (error) => {
-        asked?.delete(get);
-        asking.failed(error);
+        asked.delete(get);
+        claimant.fail(error);
       },
       missed: (near) => {
-        asked?.delete(get);
-        asking.near(near);
-        again(Math.min(pauseMs * 2, LONGEST_PAUSE_MS));
+        asked.delete(get);
+        claimant.seenAtPeer?.(near);
+        again();
       },
     });
-    asked?.add(get);
-    this.#peers.outgoing(asking.peer).submit(get);
-    if (held) get.give(held);
-    else void get.reserve(left);
+    asked.add(get);
+    this.#peers.outgoing(peer).submit(get);
+    void get.reserve(left);
+  }
+
+  #forget(claimant: Claimant): void {
+    this.#intake.claims.unregister(claimant);
+    for (const get of this.#asked.get(claimant) ?? []) get.cancel();
+    this.#asked.delete(claimant);
   }
 }

@@ -141,7 +141,7 @@ describe('bytes of the native hand-over', () => {
   it('are told from those of the frozen wire', () => {
     const tensor_id = 'r#l' as TensorId;
     expect(isNativeMessage(encodeMessage({ cmd: 'GET', tensor_id }))).toBe(false);
-    expect(isNativeMessage(encodeMessage({ cmd: 'CLOSE' }))).toBe(false);
+    expect(isNativeMessage(encode({ cmd: 'CLOSE' }))).toBe(false);
     expect(isNativeMessage(encode({ cmd: 'DROPS' }))).toBe(false);
     expect(isNativeMessage(encode({ ret: 1 }))).toBe(false);
     expect(isNativeMessage(Uint8Array.of())).toBe(false);

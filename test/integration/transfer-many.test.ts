@@ -1,10 +1,14 @@
-/** Many tensors as one message and one operation, between ours: what travels together, and what becomes of the parts. */
+/** Many tensors at once, between ours: announced one behind the other, and each with a fate of its own. */
+import { decode } from '@msgpack/msgpack';
 import fc from 'fast-check';
 import { afterEach, describe, expect, it } from 'vitest';
-import { hostView } from '../../src/device/memory.ts';
+import { hostMemory, hostView } from '../../src/device/memory.ts';
+import { parseHostPort } from '../../src/net/address.ts';
 import type { TransferService } from '../../src/transfer/service.ts';
-import type { TransferId } from '../../src/wire/ids.ts';
-import { SEND_TYPES } from '../../src/wire/messages.ts';
+import { encodeMessage } from '../../src/wire/codec.ts';
+import type { TensorId, TransferId } from '../../src/wire/ids.ts';
+import { SEND_TYPES, type SendType } from '../../src/wire/messages.ts';
+import { RawPeer } from '../support/raw-peer.ts';
 import {
   blockOf,
   count,
@@ -43,41 +47,25 @@ async function allFree(...ends: TransferService[]): Promise<void> {
 }
 
 describe.each(SEND_TYPES)('%s', (sendType) => {
-  it('moves all layers of a request as one region in one operation', async () => {
+  it('announces all layers before the first has moved, and moves each by itself, in order', async () => {
     const wire = new WatchedTransport();
     const producer = await services.make({ sendType }, { wrapTransport: wire.wrap });
     const consumer = await services.make({ sendType });
     await acquaint(producer, consumer);
     wire.sends.length = 0;
     const [source, target] = [pagedCache(32, true), pagedCache(32, false)];
+    wire.hold();
     const sends = sendCache(producer, 'r', source, [3, 1, 2], consumer.address);
     if (sendType === 'GET') await Promise.all(sends.map(({ sent }) => sent));
-    await consumer.load(loadRequest('r', target, [7, 8, 9], producer.address));
-    expect(wire.sends).toEqual([[32 * 3 * BLOCK]]);
+    const loaded = consumer.load(loadRequest('r', target, [7, 8, 9], producer.address));
+    await until('all are answered', () => wire.sends.length === 32);
+    expect(count(consumer, 'pd_kv_received_bytes_total')).toBe(8);
+    wire.release();
+    await loaded;
+    expect(wire.sends).toEqual(Array.from({ length: 32 }, () => [3 * BLOCK]));
     for (const [i, { target: layer }] of target.entries()) {
       expect(blockOf(layer, 9).equals(blockOf(source[i]!.target, 2))).toBe(true);
     }
-    for (const end of [producer, consumer]) end.finish('r' as TransferId);
-    await allFree(producer, consumer);
-  });
-
-  it.each([
-    ['producer', ['seq'], undefined],
-    ['consumer', undefined, ['seq']],
-  ] as const)('with a %s that knows no bundles goes tensor by tensor', async (_, mine, theirs) => {
-    const wire = new WatchedTransport();
-    const producer = await services.make(
-      { sendType },
-      { wrapTransport: wire.wrap, ...(mine && { features: mine }) },
-    );
-    const consumer = await services.make({ sendType }, theirs && { features: theirs });
-    await acquaint(producer, consumer);
-    wire.sends.length = 0;
-    const [source, target] = [pagedCache(5, true), pagedCache(5, false)];
-    sendCache(producer, 'r', source, [3], consumer.address);
-    await consumer.load(loadRequest('r', target, [7], producer.address));
-    expect(wire.sends).toEqual(Array.from({ length: 5 }, () => [BLOCK]));
-    expect(blockOf(target[4]!.target, 7).equals(blockOf(source[4]!.target, 3))).toBe(true);
     for (const end of [producer, consumer]) end.finish('r' as TransferId);
     await allFree(producer, consumer);
   });
@@ -112,7 +100,7 @@ describe.each(SEND_TYPES)('%s', (sendType) => {
   });
 });
 
-describe('of a bundle', () => {
+describe('of many', () => {
   it('what there is no room for is refused, and the rest arrives', async () => {
     const wire = new WatchedTransport();
     const producer = await services.make({}, { wrapTransport: wire.wrap });
@@ -128,7 +116,7 @@ describe('of a bundle', () => {
       'rejected',
     ]);
     expect((await failure(sends[5]!.sent)).code).toBe('KV_BUFFER_FULL');
-    expect(wire.sends).toEqual([[4 * BLOCK]]);
+    expect(wire.sends).toEqual(Array.from({ length: 4 }, () => [BLOCK]));
     await until('arrived', () => count(consumer, 'pd_kv_received_bytes_total') === 8 + 4 * BLOCK);
     consumer.finish('r' as TransferId);
     await allFree(producer, consumer);
@@ -159,17 +147,14 @@ describe('of a bundle', () => {
     expect(count(consumer, 'pd_protocol_errors_total', 'duplicate')).toBe(1);
   });
 
-  it('KV of a request that is over is not sent at all', async () => {
-    const wire = new WatchedTransport();
-    const producer = await services.make({}, { wrapTransport: wire.wrap });
+  it('KV of a request that is over is received, dropped and freed', async () => {
+    const producer = await services.make();
     const consumer = await services.make();
     await acquaint(producer, consumer);
-    wire.sends.length = 0;
     consumer.finish('over' as TransferId);
     const sends = sendCache(producer, 'over', pagedCache(3, true), [1], consumer.address);
     await Promise.all(sends.map(({ sent }) => sent));
-    expect(wire.sends).toEqual([]);
-    expect(count(consumer, 'pd_kv_late_dropped_total')).toBe(3);
+    await until('dropped', () => count(consumer, 'pd_kv_late_dropped_total') === 3);
     await allFree(producer, consumer);
   });
 
@@ -189,17 +174,17 @@ describe('of a bundle', () => {
     await allFree(producer, consumer);
   });
 
-  it('all parts fail when its pair dies, and nothing stays behind', async () => {
+  it('all that were answered fail when their pair dies, and nothing stays behind', async () => {
     const wire = new WatchedTransport();
     const producer = await services.make({}, { wrapTransport: wire.wrap });
     const consumer = await services.make();
     await acquaint(producer, consumer);
     wire.hold();
     const load = failure(consumer.load(loadRequest('d', pagedCache(4, false), [1], producer.address)));
-    const before = wire.sends.length;
+    wire.sends.length = 0;
     const sends = sendCache(producer, 'd', pagedCache(4, true), [1], consumer.address);
-    // Answered, too: what has no answer yet when its pair dies is sent again.
-    await until('data is under way', () => wire.sends.length > before);
+    // What has no answer yet when its pair dies is sent again.
+    await until('all are answered', () => wire.sends.length === 4);
     wire.kill();
     for (const { sent } of sends) expect((await failure(sent)).code).toBe('PEER_LOST');
     expect((await load).code).toBe('KV_LOAD_FAILED');
@@ -208,7 +193,7 @@ describe('of a bundle', () => {
   });
 });
 
-describe('asked for in a bundle', () => {
+describe('asked for', () => {
   it('what is not there yet is asked for again, and what is there comes', async () => {
     const producer = await services.make({ sendType: 'GET', timeouts: { answer: 60 } });
     const consumer = await services.make({ sendType: 'GET' });
@@ -260,23 +245,68 @@ describe('asked for in a bundle', () => {
   });
 });
 
-it('gathers for the next bundle while one is under way', async () => {
-  const wire = new WatchedTransport();
-  const producer = await services.make({}, { wrapTransport: wire.wrap });
-  const consumer = await services.make({ kvBufferSize: 2 ** 22 });
-  await acquaint(producer, consumer);
-  wire.sends.length = 0;
-  wire.hold();
-  const sends: Promise<number>[] = [];
-  for (let i = 0; i < 50; i++) {
-    sends.push(send(producer, flat(`r#l${i}`, 256, consumer.address)).sent);
-    await new Promise((resolve) => setImmediate(resolve));
+describe('a worker of an older version, which knows more of the wire', () => {
+  const features = ['seq', 'bundle', 'close'];
+
+  it('is offered none of it, and PUTs as vLLM does', async () => {
+    const consumer = await services.make();
+    const { peer, pair, hello } = await older(consumer, 'PUT');
+    expect(hello).toMatchObject({ features: [] });
+    const puts = { head: 'a#l.', tail: '', names: ['0'], forms: [[1, 'uint8', 4]], runs: [1] };
+    await peer.say({ cmd: 'PUTS', seq: 1, ...puts });
+    await peer.say({ cmd: 'CLOSE' });
+    const data = flat('a#l', 10);
+    await peer.say({ cmd: 'PUT', tensor_id: 'a#l', shape: [10], dtype: 'uint8', pd: { prompt: 'p' } });
+    expect(await peer.answer(2)).toBe('0');
+    await pair.send([data.data], { tensorId: 'a#l', timeoutMs: 60_000 });
+    const got = await consumer.receive(data.tensorId, parseHostPort(peer.self));
+    expect(Buffer.compare(hostView(got.memory), hostView(data.data))).toBe(0);
+    expect(count(consumer, 'pd_protocol_errors_total', 'unknown_command')).toBe(2);
+  });
+
+  it('GETs with a number, and is answered in order and without', async () => {
+    const producer = await services.make({ sendType: 'GET' });
+    const { peer, pair } = await older(producer, 'GET');
+    const tensor = flat('a#l', 10);
+    await send(producer, { ...tensor, promptDigest: 'p' }).sent;
+    await peer.say({ cmd: 'GET', tensor_id: 'nowhere#l', pd: { seq: 0 } });
+    await peer.say({ cmd: 'GET', tensor_id: 'a#l', pd: { seq: 1 } });
+    await peer.answer(3);
+    expect(peer.answers.slice(1).map((body) => decode(body))).toEqual([
+      { ret: 1 },
+      { ret: 0, shape: [10], dtype: 'uint8', pd: { prompt: 'p' } },
+    ]);
+    const target = hostMemory(10);
+    await pair.receive([target], { tensorId: 'a#l', timeoutMs: 60_000 });
+    expect(Buffer.compare(hostView(target), hostView(tensor.data))).toBe(0);
+    await allFree(producer);
+  });
+
+  async function older(engine: TransferService, sendType: SendType) {
+    const peer = services.add(new RawPeer(engine.address));
+    const transport = await peer.transport();
+    const unique_id = transport.createUniqueId();
+    const native = { version: 1, features, sendType };
+    await peer.say(encodeMessage({ cmd: 'NEW', unique_id, native }));
+    const pair = await transport.open({ uniqueId: unique_id, rank: 0, peer: 'engine', timeoutMs: 60_000 });
+    await peer.answer(1);
+    return { peer, pair, hello: (decode(peer.answers[0]!) as { pd: object }).pd };
   }
-  wire.release();
-  await Promise.all(sends);
-  // Three under way, and all that came meanwhile in the fourth.
-  expect(wire.sends.length).toBeLessThan(8);
-  expect(wire.sends.flat().reduce((sum, bytes) => sum + bytes, 0)).toBe(50 * 256);
-  consumer.finish('r' as TransferId);
-  await allFree(producer, consumer);
+});
+
+it('both ends opening at once end in two pairs, one for each direction', async () => {
+  const [a, b] = [await services.make(), await services.make()];
+  const both = [
+    send(a, flat('to-b#l', 1_000, b.address)).sent,
+    send(b, flat('to-a#l', 1_000, a.address)).sent,
+  ];
+  const got = [
+    a.receive('to-a#l' as TensorId, b.address, 60_000),
+    b.receive('to-b#l' as TensorId, a.address, 60_000),
+  ];
+  await Promise.all([...both, ...got]);
+  for (const end of [a, b]) {
+    const directions = end.state().pairs.map(({ direction, state }) => `${direction} ${state}`);
+    expect(directions.sort()).toEqual(['incoming open', 'outgoing open']);
+  }
 });
