@@ -6,7 +6,7 @@
  *              v                                           v
  *            READER_BUSY                                 BODY_TOO_COSTLY, INTERNAL; a new thread
  *
- * What is read, and which bodies are worth sending to the thread, is up to the owner (worker/request-reader.ts, proxy/body-reader.ts).
+ * What is read, and which bodies are worth sending to the thread, is up to the owner (worker/request-body-reader.ts, proxy/body-reader.ts).
  */
 import { parentPort } from 'node:worker_threads';
 import { type Deferred, deferred, type Signal, withDeadline } from './deferred.ts';
@@ -261,12 +261,7 @@ function deathOf(bytes: number | undefined, error: Error | undefined): PdError {
     const what = `reading a body of ${bytes} bytes took more than ${HEAP_MB} MB of memory`;
     return new PdError('BODY_TOO_COSTLY', what);
   }
-  return new PdError(
-    'INTERNAL',
-    `the reader thread ended unexpectedly: ${error?.message ?? 'no error'}`,
-    {},
-    { cause: error },
-  );
+  return PdError.because('INTERNAL', 'the reader thread ended unexpectedly', error ?? 'no error');
 }
 
 /** Starts `entry`, which calls `answerReadings`. */

@@ -1,9 +1,10 @@
 /** What pd-launch starts: names, ports, devices and arguments of each program. */
-import { fileURLToPath } from 'node:url';
 import { chooseDevices, type DeviceChoice, namedDevice } from '../config/device-choice.ts';
+import { PdError } from '../errors.ts';
 import { asDestination, formatHostPort } from '../net/address.ts';
 import { freePorts } from '../net/free-ports.ts';
 import { assertBindable, assertReachable } from '../net/port-holder.ts';
+import { installedFile } from '../version.ts';
 import { gpuFacts, neededLibraries } from './device-auto.ts';
 import type { ChildSpec } from './launch-child.ts';
 
@@ -27,6 +28,8 @@ export interface LaunchSettings {
   readonly drainTimeoutMs: number;
   readonly logLevel: string;
   readonly logFormat: 'pretty' | 'json';
+  /** Checkpoint that the proxy tokenizes by, to place prompts by what workers say they have cached. Absent: there is nothing to choose from. */
+  readonly tokenizer?: string;
   /** For every worker, unchanged: `--model DIR --send-type GET`. */
   readonly workerFlags: readonly string[];
 }
@@ -79,7 +82,7 @@ function workerNames({ prefill, decode }: Pick<LaunchSettings, 'prefill' | 'deco
  * ADDRESS_INVALID for a host that cannot be bound or reached.
  */
 export async function planLaunch(settings: LaunchSettings, devices: readonly string[]): Promise<LaunchPlan> {
-  const { host, prefill } = settings;
+  const { host, prefill, tokenizer } = settings;
   const names = workerNames(settings);
   const count = 2 + 2 * names.length;
   await assertReachable(host, '--host');
@@ -102,6 +105,7 @@ export async function planLaunch(settings: LaunchSettings, devices: readonly str
     '--discovery-port',
     String(discovery),
     ...(settings.apiKeyFile === undefined ? [] : ['--api-key-file', settings.apiKeyFile]),
+    ...(tokenizer === undefined ? [] : ['--tokenizer', tokenizer]),
     ...common,
   ];
   const pings = formatHostPort(asDestination({ host, port: discovery! }));
@@ -114,6 +118,7 @@ export async function planLaunch(settings: LaunchSettings, devices: readonly str
     const args = [
       ...['--role', role, '--device', device, '--proxy', pings],
       ...['--host', host, '--port', String(httpPort), '--kv-host', host, '--kv-port', String(kvPort)],
+      ...(tokenizer === undefined ? [] : ['--kv-events-port', '0']),
       ...(sharesGpu(settings.device) ? [...SHARING, '--workers-per-gpu', String(names.length)] : []),
       ...common,
       ...settings.workerFlags,
@@ -142,10 +147,10 @@ async function fixedPorts(settings: LaunchSettings): Promise<number[]> {
   return ports.map(({ port }) => port);
 }
 
-/** One of the programs in `bin/`, found both from src/cli and from dist/src/cli. */
+/** One of the programs in `bin/`. */
 function program(name: string, script: string, args: readonly string[]): ChildSpec {
-  const root = import.meta.url.includes('/dist/src/') ? '../../../' : '../../';
-  const path = fileURLToPath(new URL(`${root}bin/${script}`, import.meta.url));
+  const path = installedFile(`bin/${script}`);
+  if (path === undefined) throw new PdError('INTERNAL', `bin/${script} of this installation is missing`);
   // The launcher's own configuration is not the children's: what concerns them is passed by flag.
   const env = {
     PD_CONFIG: undefined,

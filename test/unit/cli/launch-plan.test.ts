@@ -50,6 +50,15 @@ describe('pd-launch', () => {
     expect(flag(proxy.spec.args, '--discovery-port')).toBe(String(proxy.discoveryPort));
   });
 
+  test('where there is something to choose from, the proxy knows what workers have cached', async () => {
+    const { proxy, workers } = await plan('--free-ports', '--prefill', '2', '--model', 'some/dir');
+    expect(flag(proxy.spec.args, '--tokenizer')).toBe('some/dir');
+    for (const { spec } of workers) expect(flag(spec.args, '--kv-events-port')).toBe('0');
+    const pair = await plan('--free-ports');
+    expect(pair.proxy.spec.args).not.toContain('--tokenizer');
+    for (const { spec } of pair.workers) expect(spec.args).not.toContain('--kv-events-port');
+  });
+
   test('starts each worker on the device that was chosen for it', async () => {
     const { settings } = launchOptions(['--free-ports', '--decode', '2'], {});
     const { workers } = await planLaunch(settings, ['cuda:0', 'cuda:1', 'cuda:2']);
