@@ -4,8 +4,9 @@
  * meanwhile, which waits for the HTTP thread alone; then the time to first token of a 16-token prompt on the idle worker. With --proxy
  * the bodies go through a pd-proxy instead, to instances that have no model and send an event every 2 ms.
  *
- *   ./scripts/build.sh && node dist/bench/http-stalls.js [--beside FILE] [--tries 3] [--only WORD] [--proxy] [--json]
+ *   ./scripts/build.sh && node dist/bench/http-stalls.js [--beside FILE] [--tries 3] [--only WORD] [--hostile] [--proxy] [--json]
  *
+ * `--hostile`: bodies that are short or long and whose fields explode, nest or name what is not there (support/hostile-bodies.ts).
  * `--beside ../other/bin/pd-worker` also measures the worker of another checkout, in turn, with the same client.
  */
 import { spawn } from 'node:child_process';
@@ -15,6 +16,7 @@ import { createInterface } from 'node:readline';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { isMainThread, parentPort, Worker } from 'node:worker_threads';
 import { Command } from 'commander';
+import { HOSTILE_BODIES, TAKEN_BODIES } from '../support/hostile-bodies.ts';
 import { programFile } from '../support/root.ts';
 import { monotonicMs, readMachine } from './measure/machine.ts';
 import { type Spread, spreadOf } from './measure/statistics.ts';
@@ -179,6 +181,7 @@ interface Options {
   readonly beside?: string;
   readonly tries: string;
   readonly only?: string;
+  readonly hostile?: true;
   readonly proxy?: true;
   readonly json?: true;
 }
@@ -209,6 +212,7 @@ async function main(): Promise<void> {
     )
     .option('--tries <n>', 'tries per body, of which the best counts', '5')
     .option('--only <word>', 'only bodies whose name or path contains this')
+    .option('--hostile', 'bodies whose fields explode, nest or name what is not there')
     .option('--proxy', 'measure pd-proxy instead of pd-worker')
     .option('--json', 'JSON on stdout')
     .allowExcessArguments(false)
@@ -223,7 +227,7 @@ async function main(): Promise<void> {
   try {
     for (const url of urls) await timed(url, () => sleep(WARM_UP_MS));
     const rows = [await measure(urls, IDLE, thrower, Number(options.tries))];
-    for (const one of CASES) {
+    for (const one of options.hostile ? [...HOSTILE_BODIES, ...TAKEN_BODIES] : CASES) {
       if (options.only !== undefined && !`${one.path} ${one.name}`.includes(options.only)) continue;
       if (options.proxy && !one.path.startsWith('/v1/')) continue;
       rows.push(await measure(urls, one, thrower, Number(options.tries)));

@@ -124,6 +124,7 @@ CUDA runtime (12 or 13) and NCCL (2.27 or later) on hosts with GPUs. Needs glibc
     scripts/two-gpu.sh --host ::1 ipv6  the same on these addresses in turn, with the address that NCCL's bootstrap took
     scripts/runbook.sh                  the lines of docs/operations.md with vLLM's configuration, as written, on two GPUs
     scripts/serve-results.sh            what clients see of a pair and of an undivided worker (--device cuda: on two GPUs)
+    scripts/proxy-results.sh            without a GPU, on 16 cores or more, how fast the proxy alone is
     scripts/native-faults.sh            on two GPUs, the native hand-over under kill -9 and SIGSTOP, on one GPU, and over NCCL's sockets
     scripts/pair-results.sh             on two GPUs, whether a pair gives the answers of an undivided worker, and how much later
     scripts/hand-over-results.sh        on two GPUs, how fast KV is handed over, and where the time to a pair's first token goes
@@ -204,6 +205,7 @@ function main(): void {
       'scripts/gpu-results.sh',
       'scripts/wire-results.sh',
       'scripts/serve-results.sh',
+      'scripts/proxy-results.sh',
       'scripts/pair-results.sh',
       'scripts/native-faults.sh',
       'scripts/hand-over-results.sh',

@@ -23,7 +23,7 @@ done
 
 prepare || exit 1
 status=0
-bounded 240 "$node" dist/scripts/native-faults.js --executor "$executor" --only "$only" || status=1
+[ "$only" = late ] || bounded 240 "$node" dist/scripts/native-faults.js --executor "$executor" --only "$only" || status=1
 case ",$only," in
   *,late,*) PD_SMALL="${PD_SMALL:-1}" bounded 120 "$node" dist/bench/gpu/direct.js grant faults || status=1 ;;
 esac

@@ -1,9 +1,10 @@
 /** What pd-launch starts: names, ports, devices and arguments of each program. */
-import { fileURLToPath } from 'node:url';
 import { chooseDevices, type DeviceChoice, namedDevice } from '../config/device-choice.ts';
+import { PdError } from '../errors.ts';
 import { asDestination, formatHostPort } from '../net/address.ts';
 import { freePorts } from '../net/free-ports.ts';
 import { assertBindable, assertReachable } from '../net/port-holder.ts';
+import { installedFile } from '../version.ts';
 import { gpuFacts, neededLibraries } from './device-auto.ts';
 import type { ChildSpec } from './launch-child.ts';
 
@@ -146,10 +147,10 @@ async function fixedPorts(settings: LaunchSettings): Promise<number[]> {
   return ports.map(({ port }) => port);
 }
 
-/** One of the programs in `bin/`, found both from src/cli and from dist/src/cli. */
+/** One of the programs in `bin/`. */
 function program(name: string, script: string, args: readonly string[]): ChildSpec {
-  const root = import.meta.url.includes('/dist/src/') ? '../../../' : '../../';
-  const path = fileURLToPath(new URL(`${root}bin/${script}`, import.meta.url));
+  const path = installedFile(`bin/${script}`);
+  if (path === undefined) throw new PdError('INTERNAL', `bin/${script} of this installation is missing`);
   // The launcher's own configuration is not the children's: what concerns them is passed by flag.
   const env = {
     PD_CONFIG: undefined,

@@ -2,10 +2,18 @@
 
 import type { HostPort } from '../net/address.ts';
 import type { EtcdAddress } from '../net/etcd.ts';
-import { LOG_FORMATS, LOG_LEVELS, type LogOptions } from '../observability/log-options.ts';
+import type { LogOptions } from '../observability/log-options.ts';
 import { z } from '../zod.ts';
 import { ACCESS_OPTIONS, type AccessConfig } from './access-options.ts';
-import { checkInput, fieldsOf, QUIET_LOG, shapeOf, type TableOf, withoutUndefined } from './fields.ts';
+import {
+  checkInput,
+  fieldsOf,
+  logOptions,
+  QUIET_LOG,
+  shapeOf,
+  type TableOf,
+  withoutUndefined,
+} from './fields.ts';
 import {
   type Address,
   address,
@@ -19,7 +27,7 @@ import {
   text,
   toggle,
 } from './kinds.ts';
-import { defaultsOf, defineOptions, option, type ValuesOf } from './options.ts';
+import { defaultsOf, defineOptions, grouped, option, type ValuesOf } from './options.ts';
 
 export const POLICIES = ['auto', 'round-robin', 'least-loaded', 'session', 'kv-aware'] as const;
 /** How an instance is chosen for a request (docs/routing.md). `auto`: kv-aware among pd-workers, else round-robin. */
@@ -80,14 +88,12 @@ export interface ProxyConfig {
   /** Between two looks at each instance's GET /health; 0: none. */
   readonly healthIntervalMs: number;
   readonly drainTimeoutMs: number;
+  /** Processes that relay; with more than one, another that owns what they share. */
+  readonly workers: number;
   /** GET /debug/state is answered, to clients on this machine. */
   readonly debugState: boolean;
   readonly log: LogOptions;
 }
-
-const ROUTING = 'Routing';
-const LIMITS = 'Limits';
-const WORKERS = 'Instances';
 
 /** A new option is a row here and its field above. */
 export const PROXY_OPTIONS = defineOptions({
@@ -105,46 +111,38 @@ export const PROXY_OPTIONS = defineOptions({
     help: 'whose pings are taken: addresses, or ranges such as 10.0.0.0/8',
     defaultText: "everyone's",
   }),
-  registry: option({
-    field: 'registry',
-    kind: etcdAddress(),
-    group: WORKERS,
-    help: 'etcd in which instances register: etcd://host:2379/prefix',
-    defaultText: 'none',
-  }),
   ...ACCESS_OPTIONS,
-  workerKeyFile: option({
-    field: 'upstream.keyFile',
-    kind: text('file'),
-    group: WORKERS,
-    help: "key to show to instances, in the form of --api-key-file; a client's own key never reaches them",
-    defaultText: 'none',
-  }),
-  workerCa: option({
-    field: 'upstream.ca',
-    kind: text('file'),
-    group: WORKERS,
-    help: 'authorities of their certificates (PEM); with it only instances with TLS are taken',
-    defaultText: 'those that Node trusts',
-  }),
-  workerTlsName: option({
-    field: 'upstream.tlsName',
-    kind: text('name'),
-    group: WORKERS,
-    help: 'name that their certificates must carry',
-    defaultText: 'the host that each announces',
-  }),
-  workerTlsCert: option({
-    field: 'upstream.cert',
-    kind: text('file'),
-    group: WORKERS,
-    help: 'certificate for instances that ask for one (PEM)',
-  }),
-  workerTlsKey: option({
-    field: 'upstream.key',
-    kind: text('file'),
-    group: WORKERS,
-    help: 'its private key (PEM)',
+  ...grouped('Instances', {
+    registry: option({
+      field: 'registry',
+      kind: etcdAddress(),
+      help: 'etcd in which instances register: etcd://host:2379/prefix',
+      defaultText: 'none',
+    }),
+    workerKeyFile: option({
+      field: 'upstream.keyFile',
+      kind: text('file'),
+      help: "key to show to instances, in the form of --api-key-file; a client's own key never reaches them",
+      defaultText: 'none',
+    }),
+    workerCa: option({
+      field: 'upstream.ca',
+      kind: text('file'),
+      help: 'authorities of their certificates (PEM); with it only instances with TLS are taken',
+      defaultText: 'those that Node trusts',
+    }),
+    workerTlsName: option({
+      field: 'upstream.tlsName',
+      kind: text('name'),
+      help: 'name that their certificates must carry',
+      defaultText: 'the host that each announces',
+    }),
+    workerTlsCert: option({
+      field: 'upstream.cert',
+      kind: text('file'),
+      help: 'certificate for instances that ask for one (PEM)',
+    }),
+    workerTlsKey: option({ field: 'upstream.key', kind: text('file'), help: 'its private key (PEM)' }),
   }),
   instanceTimeout: option({
     field: 'instanceTimeoutMs',
@@ -170,75 +168,69 @@ export const PROXY_OPTIONS = defineOptions({
     help: 'the consumer is asked at once while the producer has at most so many requests of this proxy; 0: always in turn',
     default: 4,
   }),
-  policy: option({
-    field: 'policy',
-    kind: oneOf(POLICIES),
-    help: 'how instances are chosen; auto: kv-aware among pd-workers, round-robin where there is a vLLM worker',
-    group: ROUTING,
-    default: 'auto',
+  ...grouped('Routing', {
+    policy: option({
+      field: 'policy',
+      kind: oneOf(POLICIES),
+      help: 'how instances are chosen; auto: kv-aware among pd-workers, round-robin where there is a vLLM worker',
+      default: 'auto',
+    }),
+    prefillPolicy: option({
+      field: 'prefillPolicy',
+      kind: oneOf(POLICIES),
+      help: 'how producers are chosen',
+      defaultText: 'as --policy',
+    }),
+    decodePolicy: option({
+      field: 'decodePolicy',
+      kind: oneOf(POLICIES),
+      help: 'how consumers are chosen',
+      defaultText: 'as --policy',
+    }),
+    tokenizer: option({
+      field: 'tokenizer',
+      kind: text('dir'),
+      help: 'checkpoint directory whose tokenizer the workers use: prompts are placed by their token ids, which is exact',
+      defaultText: 'prompts are placed by their text',
+    }),
+    sessionHeader: option({
+      field: 'sessionHeader',
+      kind: text('name'),
+      help: "header that names a request's session for the policy `session`; without it the body's `user` does",
+      default: 'x-session-id',
+    }),
+    bypassTokens: option({
+      field: 'bypassTokens',
+      kind: integer(0, 2 ** 20),
+      help: 'a prompt of which at most so many tokens are not cached on its consumer goes to that alone; 0: none does',
+      default: 0,
+    }),
   }),
-  prefillPolicy: option({
-    field: 'prefillPolicy',
-    kind: oneOf(POLICIES),
-    help: 'how producers are chosen',
-    group: ROUTING,
-    defaultText: 'as --policy',
-  }),
-  decodePolicy: option({
-    field: 'decodePolicy',
-    kind: oneOf(POLICIES),
-    help: 'how consumers are chosen',
-    group: ROUTING,
-    defaultText: 'as --policy',
-  }),
-  tokenizer: option({
-    field: 'tokenizer',
-    kind: text('dir'),
-    help: 'checkpoint directory whose tokenizer the workers use: prompts are placed by their token ids, which is exact',
-    group: ROUTING,
-    defaultText: 'prompts are placed by their text',
-  }),
-  sessionHeader: option({
-    field: 'sessionHeader',
-    kind: text('name'),
-    help: "header that names a request's session for the policy `session`; without it the body's `user` does",
-    group: ROUTING,
-    default: 'x-session-id',
-  }),
-  bypassTokens: option({
-    field: 'bypassTokens',
-    kind: integer(0, 2 ** 20),
-    help: 'a prompt of which at most so many tokens are not cached on its consumer goes to that alone; 0: none does',
-    group: ROUTING,
-    default: 0,
-  }),
-  maxRunning: option({
-    field: 'maxRunning',
-    kind: integer(0, 2 ** 20),
-    help: 'most requests under way; 0: any number',
-    group: LIMITS,
-    default: 0,
-  }),
-  maxRunningTokens: option({
-    field: 'maxRunningTokens',
-    kind: integer(0, 2 ** 40),
-    help: 'most prompt tokens of requests under way, about; 0: any number',
-    group: LIMITS,
-    default: 0,
-  }),
-  maxQueued: option({
-    field: 'maxQueued',
-    kind: integer(0, 2 ** 20),
-    help: 'most requests that wait for their turn; others are answered 429',
-    group: LIMITS,
-    default: 256,
-  }),
-  queueTimeout: option({
-    field: 'queueTimeoutMs',
-    kind: duration(1),
-    help: 'for that turn to come; then 429',
-    group: LIMITS,
-    default: 30_000,
+  ...grouped('Limits', {
+    maxRunning: option({
+      field: 'maxRunning',
+      kind: integer(0, 2 ** 20),
+      help: 'most requests under way; 0: any number',
+      default: 0,
+    }),
+    maxRunningTokens: option({
+      field: 'maxRunningTokens',
+      kind: integer(0, 2 ** 40),
+      help: 'most prompt tokens of requests under way, about; 0: any number',
+      default: 0,
+    }),
+    maxQueued: option({
+      field: 'maxQueued',
+      kind: integer(0, 2 ** 20),
+      help: 'most requests that wait for their turn; others are answered 429',
+      default: 256,
+    }),
+    queueTimeout: option({
+      field: 'queueTimeoutMs',
+      kind: duration(1),
+      help: 'for that turn to come; then 429',
+      default: 30_000,
+    }),
   }),
   healthInterval: option({
     field: 'healthIntervalMs',
@@ -252,27 +244,19 @@ export const PROXY_OPTIONS = defineOptions({
     help: 'after SIGTERM, for requests under way',
     default: 30_000,
   }),
+  workers: option({
+    field: 'workers',
+    kind: integer(1, 64),
+    help: 'processes that relay, for more requests than one core can; with more than one, another places requests for all of them',
+    default: 1,
+  }),
   debugState: option({
     field: 'debugState',
     kind: toggle(),
     help: 'answer GET /debug/state to clients on this machine',
     default: false,
   }),
-  logLevel: option({
-    field: 'log.level',
-    kind: oneOf(LOG_LEVELS),
-    help: 'least severe level that is logged',
-    group: 'Log',
-    default: 'info',
-    defaultText: 'VLLM_LOGGING_LEVEL, or info',
-  }),
-  logFormat: option({
-    field: 'log.format',
-    kind: oneOf(LOG_FORMATS),
-    help: 'pretty for people, json for collectors, auto by whether stdout is a terminal',
-    group: 'Log',
-    default: 'auto',
-  }),
+  ...logOptions('log.'),
   config: option({ kind: text('file'), help: 'JSON file with any of these options' }),
 } satisfies TableOf<ProxyConfig>);
 

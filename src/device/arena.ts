@@ -1,5 +1,5 @@
 /**
- * Hands out offsets inside memory that is taken once, because taking and freeing device memory waits for the whole device. Best fit with
+ * Hands out offsets in memory that is allocated once, because allocating and freeing device memory waits for the whole device. Best fit with
  * coalescing, O(log n). Pure: it never looks at the memory.
  *
  *   | used | free | used | used | free            |      blocks in address order, each knows its neighbours;

@@ -6,7 +6,7 @@ const MOST_STATES = 50_000;
 /** Edges looked at while automata are built and combined. */
 const MOST_WORK = 1_500_000;
 /** What is within the other limits takes well below a second; this ends what a very busy machine makes of it. */
-const MOST_MS = 3_000;
+const MOST_MS = 800;
 const CLOCK_EVERY = 1024;
 
 export class Budget {

@@ -18,6 +18,8 @@ const FEW_EXITS = 2048;
 const MOST_FLAT_STATES = 1024;
 /** Parts of masks kept per grammar, and of those that all grammars share. */
 const MOST_PARTS = 48;
+/** Nodes looked at that cost what following a thread does. */
+const NODES_A_STEP = 16;
 
 /** A vocabulary with what is known of it once and for all grammars. */
 export class Vocabulary {
@@ -109,6 +111,7 @@ export class TokenGrammar {
       this.#wide.add(state);
     }
     const part = this.#partOf(state);
+    this.#look(bits.length);
     const { most, least } = this.#countsLeft(thread);
     addTokens(part, most, bits);
     this.#addExits(part, least, most, this.#states.popped(stack), bits);
@@ -132,6 +135,7 @@ export class TokenGrammar {
       for (let byte = 0; byte < 256; byte++) {
         const next = this.#states.step(after, byte);
         if (next === null) continue;
+        this.#look(byByteStart[byte + 1]! - byByteStart[byte]!);
         for (let i = byByteStart[byte]!; i < byByteStart[byte + 1]!; i++) {
           const node = byByte[i]!;
           const at = part.exitAt[parents[node]!]!;
@@ -140,6 +144,7 @@ export class TokenGrammar {
       }
       return;
     }
+    this.#look(part.exits.length);
     part.exits.forEach((exit, i) => {
       const count = part.exitCounts?.[i] ?? 0;
       if (count < least || count > most) return;
@@ -155,8 +160,10 @@ export class TokenGrammar {
     const { bytes, depths, ends, tokenStart, tokens } = this.#vocabulary.data;
     const base = depths[first]!;
     const states = [state];
+    let looked = 1;
     for (let i = tokenStart[first]!; i < tokenStart[first + 1]!; i++) setBit(bits, tokens[i]!);
     for (let node = first + 1; node < ends[first]!; ) {
+      looked++;
       const depth = depths[node]! - base;
       const next = this.#states.step(states[depth - 1]!, bytes[node]!);
       if (next === null) {
@@ -167,6 +174,11 @@ export class TokenGrammar {
       for (let i = tokenStart[node]!; i < tokenStart[node + 1]!; i++) setBit(bits, tokens[i]!);
       node++;
     }
+    this.#look(looked);
+  }
+
+  #look(nodes: number): void {
+    this.#states.spend(nodes / NODES_A_STEP);
   }
 
   /** Every token that may follow `state`, or undefined where finding them is long. */
@@ -219,6 +231,7 @@ export class TokenGrammar {
       if (next.mayEnd && ends[node]! > node + 1) exits.push(node);
       node++;
     }
+    this.#look(bytes.length);
     const exitAt = exits.length > FEW_EXITS ? new Uint16Array(bytes.length) : undefined;
     if (exitAt) for (const exit of exits) exitAt[exit] = 1;
     return { tokens: bits, exits: Int32Array.from(exits), exitAt, exitCounts: undefined, byCount: undefined };

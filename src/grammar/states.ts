@@ -46,8 +46,13 @@ export class GrammarState {
 /** States and stacks that are remembered; beyond, all is forgotten and found anew. */
 const MOST_REMEMBERED = 20_000;
 const MOST_THREADS = 4096;
-/** Threads followed for one mask or one token. About a second; what stays below a millisecond needs a few thousand. */
-const MOST_WORK = 2_000_000;
+/**
+ * Steps that a grammar may save up, and what each mask and each token add to them: a thread followed is one, half a microsecond or so. Masks are
+ * found on the core thread, where everybody's streams wait for them. What is common takes a few thousand steps now and then, and hardly
+ * any in between.
+ */
+const MOST_CREDIT = 200_000;
+const CREDIT_EACH = 2_000;
 
 export class GrammarStates {
   readonly tables: CompiledGrammar;
@@ -55,7 +60,7 @@ export class GrammarStates {
   #states = new Map<string, GrammarState>();
   #stacks = new Map<string, StackSet>();
   #nextStack = 1;
-  #work = 0;
+  #credit = MOST_CREDIT;
   #start: GrammarState | undefined;
 
   constructor(tables: CompiledGrammar) {
@@ -71,9 +76,9 @@ export class GrammarStates {
     return this.#start;
   }
 
-  /** To be called before each mask and token: what follows may cost so much and no more. */
+  /** To be called before each mask and token. */
   begin(): void {
-    this.#work = MOST_WORK;
+    this.#credit = Math.min(MOST_CREDIT, this.#credit + CREDIT_EACH);
     if (this.#states.size + this.#stacks.size <= MOST_REMEMBERED) return;
     for (const state of this.#states.values()) {
       state.next.fill(undefined);
@@ -117,7 +122,7 @@ export class GrammarStates {
     const { numStates, edgeStart, edgeLow, edgeHigh, edgeTo, height, counted } = this.tables;
     const reach = this.#reach;
     reach.clear();
-    this.#spend(threads.length);
+    this.spend(threads.length);
     for (let i = 0; i < threads.length; i++) {
       const thread = threads[i]!;
       const state = thread % numStates;
@@ -161,7 +166,7 @@ export class GrammarStates {
     const { numStates, callStart, callTarget, callReturn, final, height, counted } = this.tables;
     const state = thread % numStates;
     const stack = this.#reach.stacks.get(thread)!;
-    this.#spend(1 + stack.frames.length);
+    this.spend(1 + stack.frames.length);
     const mayEnd =
       counted[state]! >= 0 ? this.#hasCounted(state, Math.floor(thread / numStates)) : final[state]! > 0;
     if (mayEnd) {
@@ -171,7 +176,7 @@ export class GrammarStates {
     for (let call = callStart[state]!; call < callStart[state + 1]!; call++) {
       const target = callTarget[call]!;
       const back = callReturn[call]!;
-      this.#spend(1);
+      this.spend(1);
       // Where nothing is left to do after a call, it takes its caller's place: lists by recursion stay flat.
       const isLast = final[back] === 2;
       if (!isLast && height[back]! + stack.depth > MOST_DEPTH) continue;
@@ -198,6 +203,7 @@ export class GrammarStates {
 
   #interned(threads: readonly number[], stacks: readonly StackSet[], mayEnd: boolean): GrammarState {
     if (threads.length > MOST_THREADS) throw tooAmbiguous();
+    this.spend(threads.length);
     let key = mayEnd ? '!' : '';
     for (let i = 0; i < threads.length; i++) key += `${threads[i]}:${stacks[i]!.id} `;
     let state = this.#states.get(key);
@@ -210,6 +216,7 @@ export class GrammarStates {
 
   /** `frames` sorted. */
   #stackOf(frames: StackSet['frames'], bottom: boolean): StackSet {
+    this.spend(frames.length);
     let key = bottom ? '!' : '';
     for (const { back, below } of frames) key += `${back}:${below.id} `;
     let stack = this.#stacks.get(key);
@@ -229,7 +236,7 @@ export class GrammarStates {
     let [ofA, ofB] = [0, 0];
     while (ofA < a.frames.length || ofB < b.frames.length) {
       const [one, other] = [a.frames[ofA], b.frames[ofB]];
-      this.#spend(1);
+      this.spend(1);
       if (one && (!other || one.back < other.back)) {
         frames.push(one);
         ofA++;
@@ -245,9 +252,12 @@ export class GrammarStates {
     return this.#stackOf(frames, a.bottom || b.bottom);
   }
 
-  #spend(steps: number): void {
-    this.#work -= steps;
-    if (this.#work < 0) throw tooAmbiguous();
+  /** Throws REQUEST_INVALID where the grammar has cost too much by now. */
+  spend(steps: number): void {
+    this.#credit -= steps;
+    if (this.#credit >= 0) return;
+    this.#credit = 0;
+    throw tooAmbiguous();
   }
 }
 

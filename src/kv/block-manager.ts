@@ -7,7 +7,7 @@
  *                         |   v
  *                       evictable (least recently used first) --take--> used, its cache entry forgotten
  *
- * A block enters the prefix cache only by `commit`, when its KV is really there: a load that fails leaves nothing behind.
+ * A block enters the prefix cache only by `commit`, once its KV is really there: a failed load leaves nothing behind.
  *
  * Four kinds of owners hold references: tables of sequences; holds, for what still reads a block (a copy, a write that is under way to
  * another worker); leases, for KV of a sequence that has ended and that a consumer may yet ask for; and exposures, for blocks that another
@@ -17,7 +17,7 @@
  *                        |
  *                        | free (abort, deadline, recompute)
  *                        v
- *                    quarantine --retract--> empty                  a write may still come: nobody has the block till none can
+ *                    quarantine --retract--> empty                  a write may still come: nobody gets the block until none can
  */
 import { PdError } from '../errors.ts';
 import type { BlockHash } from './block-hash.ts';
@@ -90,7 +90,7 @@ export class BlockManager {
     return this.#exposed.size;
   }
 
-  /** Exposed blocks that no table has any more: of no use to anybody until they are retracted. */
+  /** Exposed blocks that belong to no table any more: of no use to anyone until they are retracted. */
   get numQuarantined(): number {
     let count = 0;
     for (const block of this.#exposed) if (this.#refs[block] === 1) count++;
@@ -108,7 +108,7 @@ export class BlockManager {
     return this.#leases.size;
   }
 
-  /** Something else than sequences keeps blocks, and gives them back by itself. */
+  /** Something other than sequences holds blocks, and will give them back by itself. */
   get isShared(): boolean {
     return this.#leases.size + this.#exposures.size + this.#holds.size > 0;
   }
@@ -138,7 +138,7 @@ export class BlockManager {
     return found;
   }
 
-  /** How many more free blocks `allocate` would need, to leave `reserve` of them; 0 or less: none. `cached` as `lookup` answered. */
+  /** How many more free blocks `allocate` would need to leave `reserve` of them; 0 or less: none. `cached` as returned by `lookup`. */
   missing(numTokens: number, cached: readonly number[] = [], reserve = 0): number {
     const revived = cached.reduce((count, block) => count + (this.#refs[block] === 0 ? 1 : 0), 0);
     return this.blocksFor(numTokens) - cached.length + revived + reserve - this.numFree;
@@ -239,7 +239,7 @@ export class BlockManager {
     return this.#leases.get(key);
   }
 
-  /** Does nothing where there is none. */
+  /** Does nothing if there is none. */
   endLease(key: string): void {
     const blocks = this.#leases.get(key);
     if (!blocks) return;
@@ -304,7 +304,7 @@ export class BlockManager {
     return runs;
   }
 
-  /** Gives the table's references back; does nothing where there is none. */
+  /** Gives the table's references back; does nothing if there is none. */
   free(id: string): void {
     const table = this.#tables.get(id);
     if (!table) return;

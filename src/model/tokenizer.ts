@@ -6,10 +6,9 @@ import { Tokenizer as HuggingFaceTokenizer } from '@huggingface/tokenizers';
 import { PdError } from '../errors.ts';
 import { z } from '../zod.ts';
 import { type ChatMessage, ChatTemplate, type RenderOptions, readChatTemplate } from './chat-template.ts';
-import { checked, invalid } from './checked.ts';
+import { checked, invalid, readJson } from './checked.ts';
 import { type ModelConfig, readModelConfig } from './config.ts';
 import { IncrementalDecoder, type PieceSource } from './incremental-decoder.ts';
-import { readJson } from './json-file.ts';
 import { charactersPerToken } from './token-bound.ts';
 import { type PieceReader, readPieces, type TokenPiece } from './token-pieces.ts';
 
@@ -38,7 +37,7 @@ const namedTokenSchema = z.union([
 export interface Decoding {
   /** Special ones have none; the default. */
   readonly skipSpecialTokens?: boolean;
-  /** Special tokens, by their text, that have it nevertheless. */
+  /** Special tokens, by their text, that keep it nevertheless. */
   readonly keep?: readonly string[];
 }
 
@@ -55,7 +54,7 @@ export class Tokenizer implements PieceSource {
   readonly charactersPerToken: number;
   readonly #library: HuggingFaceTokenizer;
   readonly #pieces: readonly (TokenPiece | undefined)[];
-  /** What `tokenString` has said: twenty alternatives a token come to many. */
+  /** Results of `tokenString`: with twenty alternatives a token it is called very often. */
   readonly #strings: string[] = [];
   readonly #special: ReadonlySet<number>;
   readonly #specialIds: ReadonlyMap<string, number>;
@@ -84,7 +83,7 @@ export class Tokenizer implements PieceSource {
     this.charactersPerToken = mostCharacters;
   }
 
-  /** Reads tokenizer.json and what stands beside it. Throws CHECKPOINT_INVALID or MODEL_UNSUPPORTED. */
+  /** Reads tokenizer.json and the files beside it. Throws CHECKPOINT_INVALID or MODEL_UNSUPPORTED. */
   static async load(dir: string): Promise<Tokenizer> {
     const path = join(dir, 'tokenizer.json');
     const json = await readJson(path);
@@ -168,7 +167,7 @@ export class Tokenizer implements PieceSource {
   }
 }
 
-/** What a server needs of a tokenizer: tests put one of bytes in its place. */
+/** What a server needs of a tokenizer; tests substitute one of bytes. */
 export type TextModel = Pick<
   Tokenizer,
   | 'applyChatTemplate'
@@ -194,7 +193,7 @@ async function readSettings(dir: string) {
 }
 
 function noTokenizer(dir: string): PdError {
-  return new PdError('CHECKPOINT_INVALID', `${dir} holds no tokenizer.json`);
+  return invalid(`${dir} holds no tokenizer.json`);
 }
 
 function openLibrary(json: unknown, settings: Record<string, unknown>, path: string): HuggingFaceTokenizer {

@@ -14,9 +14,10 @@
  *             5xx             may be the producer's doing, so the producer's answer is waited for and goes first
  *             refused         the prefill is aborted; another pair is tried
  */
-import { randomBytes } from 'node:crypto';
+import { randomFillSync } from 'node:crypto';
 import type { IncomingHttpHeaders, ServerResponse } from 'node:http';
 import type { ProxyConfig } from '../config/proxy-config.ts';
+import { Cancellation, type Signal } from '../deferred.ts';
 import { PdError } from '../errors.ts';
 import { reasonOf } from '../net/resolve.ts';
 import type { Logger } from '../observability/log.ts';
@@ -30,15 +31,13 @@ import {
   type Wire,
 } from '../wire/overlap.ts';
 import { appendPromptIds, PROMPT_IDS_HEADER } from '../wire/prompt-ids.ts';
-import type { Admission } from './admission.ts';
 import type { RequestBody } from './body.ts';
 import type { BodyReader } from './body-reader.ts';
-import type { PromptCaches } from './caches.ts';
+import type { Coordinator, Placement, Visit } from './coordinator.ts';
 import type { ProxyMetrics } from './metrics.ts';
 import { Notices } from './notices.ts';
-import type { Instance, InstancePair, InstanceRegistry } from './registry.ts';
+import type { InstanceRole } from './registry.ts';
 import { answerWhole, isEventStream, relay } from './relay.ts';
-import type { RetryBudget } from './retry-budget.ts';
 import {
   type Ask,
   type Call,
@@ -60,17 +59,12 @@ export type ProxyStage = 'received' | 'read' | 'prefill' | 'decode' | 'prefilled
 /** What all requests of a proxy share. */
 export interface ProxyContext {
   readonly config: ProxyConfig;
-  readonly registry: InstanceRegistry;
+  readonly coordinator: Coordinator;
   readonly upstream: Upstream;
   readonly metrics: ProxyMetrics;
   readonly timelines: Timelines<ProxyStage>;
   readonly log: Logger;
-  readonly bodies: Pick<BodyReader, 'read'>;
-  readonly caches: PromptCaches;
-  readonly admission: Admission;
-  readonly retries: RetryBudget;
-  /** Numbers the requests in the log, from 0. */
-  nextCount(): number;
+  readonly bodies: Pick<BodyReader, 'read' | 'close'>;
 }
 
 /** A client's request as it came, and where its answer goes. */
@@ -89,15 +83,7 @@ export interface ClientRequest extends Omit<ReceivedRequest, 'body'> {
   readonly receivedAt: number;
   readonly readAt: number;
   /** Aborted once the client has gone or the proxy stops. */
-  readonly signal: AbortSignal;
-}
-
-/** What a pair is to do of a prompt. */
-export interface PlacedPrompt {
-  /** The consumer computes it, and the producer is not asked at all. */
-  readonly alone: boolean;
-  /** About how many tokens are left to compute for whoever computes it. */
-  readonly uncached: number;
+  readonly signal: Signal;
 }
 
 /** Of an error answer, bytes. */
@@ -110,11 +96,24 @@ const NOTICE_MS = 250;
 /** For the producer to answer after the client has the consumer's whole answer. */
 const GRACE_MS = 2_000;
 
+/** Random bytes are drawn for many requests at a time: to draw them takes longer than to write them. */
+const RANDOM_BYTES = 16;
+const drawn = Buffer.alloc(RANDOM_BYTES * 256);
+let drawnAt = drawn.length;
+
+function randomHex(): string {
+  if (drawnAt === drawn.length) {
+    randomFillSync(drawn);
+    drawnAt = 0;
+  }
+  drawnAt += RANDOM_BYTES;
+  return drawn.toString('hex', drawnAt - RANDOM_BYTES, drawnAt);
+}
+
 export class Attempt {
   readonly requestId: string;
   readonly #context: ProxyContext;
   readonly #request: ClientRequest;
-  readonly #pair: InstancePair;
   readonly #prefillCall: Call;
   readonly #decodeCall: Call;
   /** Both ends speak the native hand-over, and are told to: then the consumer takes over the token that the producer draws. */
@@ -123,17 +122,19 @@ export class Attempt {
   readonly #headers: Readonly<Record<string, string>>;
   readonly #notices: Notices;
   /** Each aborts one instance's request, for the reason it is given; the request's own signal aborts both. */
-  readonly #abortPrefill = new AbortController();
-  readonly #abortDecode = new AbortController();
-  readonly #placed: PlacedPrompt;
+  readonly #abortPrefill = new Cancellation();
+  readonly #abortDecode = new Cancellation();
+  readonly #visit: Visit;
+  readonly #placement: Placement;
 
-  constructor(context: ProxyContext, request: ClientRequest, pair: InstancePair, placed: PlacedPrompt) {
+  constructor(context: ProxyContext, request: ClientRequest, visit: Visit) {
+    const { pair, alone } = visit.placement;
     const { producer, consumer } = pair;
     const { route } = request;
     this.#context = context;
     this.#request = request;
-    this.#pair = pair;
-    this.#placed = placed;
+    this.#visit = visit;
+    this.#placement = visit.placement;
     this.#prefillCall = {
       instance: producer,
       what: `prefill of ${route}`,
@@ -146,10 +147,10 @@ export class Attempt {
       timeoutMs: context.config.decodeIdleTimeoutMs,
       timeoutName: '--decode-idle-timeout',
     };
-    const random = randomBytes(16).toString('hex');
+    const random = randomHex();
     // An id that names nobody is computed where it comes to.
-    this.requestId = placed.alone ? random : proxyRequestId(producer.zmq, consumer.zmq, random);
-    this.#native = !placed.alone && Boolean(producer.native && consumer.native);
+    this.requestId = alone ? random : proxyRequestId(producer.zmq, consumer.zmq, random);
+    this.#native = !alone && Boolean(producer.native && consumer.native);
     this.#headers = {
       ...requestHeaders(request.headers, this.requestId),
       ...(this.#native && { [WIRE_HEADER]: 'native' satisfies Wire }),
@@ -173,8 +174,7 @@ export class Attempt {
     };
     signal.addEventListener('abort', abort, { once: true });
     if (signal.aborted) abort();
-    const { alone, uncached } = this.#placed;
-    const leave = this.#context.registry.workOf(this.#pair.consumer)?.begin(alone ? uncached : 0);
+    const { alone } = this.#placement;
     try {
       if (alone) {
         await this.#passOn(await this.#askConsumer());
@@ -186,7 +186,6 @@ export class Attempt {
       if (!alone) this.#notices.release(error instanceof InstanceRefused ? error.instance : undefined);
       throw error;
     } finally {
-      leave?.();
       signal.removeEventListener('abort', abort);
     }
   }
@@ -197,12 +196,10 @@ export class Attempt {
    * Without it a consumer in GET can only ask again and again for what is not there yet.
    */
   #mayOverlap(): boolean {
-    const { registry, config } = this.#context;
-    const { producer, consumer } = this.#pair;
-    if (!producer.overlaps || !consumer.overlaps) return false;
-    if (!this.#native && consumer.sendType === 'GET') return false;
-    if (this.#request.body.prompts !== 1) return this.#native;
-    return (registry.workOf(producer)?.own ?? 0) < config.overlap;
+    const { pair, early } = this.#placement;
+    if (!pair.producer.overlaps || !pair.consumer.overlaps) return false;
+    if (!this.#native && pair.consumer.sendType === 'GET') return false;
+    return this.#request.body.prompts === 1 ? early : this.#native;
   }
 
   /** False where KV may be left that nobody decodes. */
@@ -250,20 +247,18 @@ export class Attempt {
    * UPSTREAM_FAILED, UPSTREAM_TIMEOUT or why it was aborted.
    */
   async #prefill(): Promise<WholeAnswer | undefined> {
-    const { upstream, registry, metrics } = this.#context;
+    const { upstream, metrics } = this.#context;
     const call = this.#prefillCall;
+    let tookMs: number | undefined;
     const startedMs = performance.now();
-    const { signal } = this.#abortPrefill;
+    const signal = this.#abortPrefill;
     const timer = setTimeout(() => this.#abortPrefill.abort(timeoutError(call)), call.timeoutMs);
-    const work = registry.workOf(call.instance);
-    const leave = work?.begin(this.#placed.uncached);
-    const ahead = work?.queuedTokens ?? 0;
     this.#stamp('prefill');
     try {
       const response = await upstream.ask(call, {
         path: this.#request.route,
         ...this.#bodyFor(
-          call.instance,
+          'producer',
           this.#native ? this.#request.body.nativePrefill : this.#request.body.prefill,
         ),
         signal,
@@ -276,15 +271,13 @@ export class Attempt {
       });
       if (!ok) return this.#judged(refuseIfDraining(answer, call), call);
       this.#stamp('prefilled');
-      const tookMs = performance.now() - startedMs;
+      tookMs = performance.now() - startedMs;
       metrics.prefillSeconds.observe(tookMs / 1_000);
-      registry.learn(call.instance, ahead, tookMs);
-      registry.breakerOf(call.instance)?.succeeded();
       this.#reportKvFailure(response);
       return undefined;
     } finally {
       clearTimeout(timer);
-      leave?.();
+      this.#visit.prefilled(this.#placement, tookMs);
     }
   }
 
@@ -301,9 +294,9 @@ export class Attempt {
   /** Resolves with the head of the answer. `headers`: further ones. */
   async #askConsumer(more?: Pick<Ask, 'headers' | 'headersTimeoutMs'>): Promise<UpstreamResponse> {
     const { route, body } = this.#request;
-    const { signal } = this.#abortDecode;
     const call = this.#decodeCall;
-    const { headers, ...sent } = this.#bodyFor(call.instance, body.original);
+    const { headers, ...sent } = this.#bodyFor('consumer', body.original);
+    const signal = this.#abortDecode;
     const ask = { path: route, signal, ...sent, ...more, headers: { ...headers, ...more?.headers } };
     this.#stamp('decode');
     const response = await this.#context.upstream.ask(call, ask);
@@ -312,9 +305,9 @@ export class Attempt {
   }
 
   /** With the ids of the prompt behind it, where the instance takes them. */
-  #bodyFor(instance: Instance, body: Uint8Array): Pick<Ask, 'body' | 'headers'> {
-    const ids = this.#context.caches.idsFor(instance, this.#request.body);
-    if (!ids) return { body, headers: this.#headers };
+  #bodyFor(role: InstanceRole, body: Uint8Array): Pick<Ask, 'body' | 'headers'> {
+    const { ids } = this.#request.body;
+    if (!ids || !this.#placement.takesIds[role]) return { body, headers: this.#headers };
     return {
       body: appendPromptIds(body, ids),
       headers: { ...this.#headers, [PROMPT_IDS_HEADER]: String(ids.length) },
@@ -364,7 +357,7 @@ export class Attempt {
   /** The consumer's whole error answer. Throws InstanceRefused where it is stopping. */
   async #decodeError(response: UpstreamResponse): Promise<WholeAnswer> {
     const call = this.#decodeCall;
-    const timer = setTimeout(() => response.body.destroy(timeoutError(call)), call.timeoutMs);
+    const timer = setTimeout(() => response.destroy(timeoutError(call)), call.timeoutMs);
     const answer = await readWhole(response, MAX_ERROR_BODY)
       .catch((error: unknown) => {
         throw PdError.from(error, 'UPSTREAM_FAILED', { peer: call.instance.httpAddress });
@@ -386,9 +379,7 @@ export class Attempt {
 
   /** An error of the server speaks against an instance, one of the request does not. */
   #judge({ instance }: Call, statusCode: number): void {
-    const breaker = this.#context.registry.breakerOf(instance);
-    if (statusCode >= 500) breaker?.failed();
-    else breaker?.succeeded();
+    this.#visit.judge(this.#placement, instance.role, statusCode < 500);
   }
 
   /** The client has its answer, so what becomes of the producer's is only logged. */

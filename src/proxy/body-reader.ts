@@ -2,6 +2,7 @@
  * Who reads clients' bodies (body.ts): the main thread, which relays all streams, where they are short; a thread of its own where long, and
  * where their prompts are to be tokenized. A prompt is tokenized only while the thread has little to do: then the request goes on without.
  */
+import type { Signal } from '../deferred.ts';
 import { PdError } from '../errors.ts';
 import type { Logger } from '../observability/log.ts';
 import { openReader, type ReaderPort, type ReadingLimits, ReadingThread } from '../reading-thread.ts';
@@ -68,7 +69,7 @@ export class BodyReader {
    */
   async read(
     body: Uint8Array<ArrayBuffer>,
-    signal: AbortSignal,
+    signal: Signal,
     wanted = NO_KEYS,
     path?: string,
   ): Promise<RequestBody> {
@@ -88,7 +89,7 @@ export class BodyReader {
 
   async #tokenized(
     body: Uint8Array<ArrayBuffer>,
-    signal: AbortSignal,
+    signal: Signal,
     wanted: WantedKeys,
     tokenize: string,
   ): Promise<RequestBody> {

@@ -9,24 +9,30 @@ import { textKeys } from './prefix-index.ts';
 
 type JsonObject = Readonly<Record<string, unknown>>;
 
-export interface RequestBody {
-  /** As it came, byte for byte: the consumer gets it. Only this may be used from now on; the memory that was read may have moved. */
-  readonly original: Uint8Array<ArrayBuffer>;
+/** What decides where a request goes. */
+export interface PromptFacts {
   /** Which model is asked for, if any. */
   readonly model: string | undefined;
   readonly prompts: number;
   /** How many tokens they have together; without ids about, and the rest of the body counts as prompt. */
   readonly tokens: number;
+  /** It is a text that has been tokenized here. */
+  readonly tokenized: boolean;
+  /** Of its text, where asked for and where there is one prompt: as in prefix-index.ts. */
+  readonly textKeys: readonly string[];
+  /** Of its blocks by their size, where asked for and where its token ids are known. */
+  readonly blockKeys: ReadonlyMap<number, readonly BlockKey[]>;
+}
+
+export interface RequestBody extends PromptFacts {
+  /** As it came, byte for byte: the consumer gets it. Only this may be used from now on; the memory that was read may have moved. */
+  readonly original: Uint8Array<ArrayBuffer>;
   /** Of its one prompt, a text that has been tokenized here. */
   readonly ids?: Uint32Array<ArrayBuffer>;
   /** The body's `user`, if any. */
   readonly user: string | undefined;
   /** The body's `priority`, 0 where it is none. */
   readonly priority: number;
-  /** Of its text, where asked for and where there is one prompt: as in prefix-index.ts. */
-  readonly textKeys: readonly string[];
-  /** Of its blocks by their size, where asked for and where its token ids are known. */
-  readonly blockKeys: ReadonlyMap<number, readonly BlockKey[]>;
   /** The producer's: the same prompts, one token, nothing that only the answer needs. JSON in UTF-8. */
   readonly prefill: Uint8Array<ArrayBuffer>;
   /** A producer's whose first token the consumer takes over: with all that the token and its log-probabilities depend on. May be `prefill`. */
@@ -69,6 +75,7 @@ export function readBody(
     model,
     prompts,
     tokens: known?.length ?? Math.ceil(original.byteLength / BYTES_PER_TOKEN),
+    tokenized: ids !== undefined,
     ...(ids && { ids }),
     user: typeof user === 'string' ? user : undefined,
     priority: Number.isSafeInteger(priority) ? (priority as number) : 0,

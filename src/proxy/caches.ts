@@ -5,7 +5,7 @@
 import type { ProxyConfig } from '../config/proxy-config.ts';
 import type { Logger } from '../observability/log.ts';
 import type { BlockKey } from '../wire/kv-events.ts';
-import { NO_KEYS, type RequestBody, type WantedKeys } from './body.ts';
+import { NO_KEYS, type PromptFacts, type WantedKeys } from './body.ts';
 import { KvFeeds } from './kv-feeds.ts';
 import type { ProxyMetrics } from './metrics.ts';
 import { PrefixIndex, TEXT_CHUNK } from './prefix-index.ts';
@@ -74,7 +74,7 @@ export class PromptCaches {
   }
 
   /** About how many tokens of the prompt, from the first. */
-  cached(address: string, body: RequestBody): number {
+  cached(address: string, body: PromptFacts): number {
     const { textKeys, tokens } = body;
     const known = this.#known.get(address);
     const blockSize = this.#feeds?.blockSizeOf(address);
@@ -85,13 +85,13 @@ export class PromptCaches {
     return Math.min(tokens, this.#texts.leading(address, textKeys) * TOKENS_PER_KEY);
   }
 
-  /** The ids of the prompt's tokens, where the instance takes them and would make the same. */
-  idsFor(instance: Instance, { ids }: RequestBody): Uint32Array | undefined {
-    return instance.takesIds && this.#reads(instance) ? ids : undefined;
+  /** It takes ids of a prompt's tokens, and would make the same. */
+  takesIds(instance: Instance): boolean {
+    return Boolean(instance.takesIds) && this.#reads(instance);
   }
 
   /** The prompt has been sent there, and will be cached once it has been computed. Returns what is to be called once it has, or will not. */
-  sent({ httpAddress, load }: Instance, body: RequestBody): () => void {
+  sent({ httpAddress, load }: Instance, body: PromptFacts): () => void {
     const { textKeys } = body;
     if (textKeys.length > 0) {
       const most = load ? Math.floor((load.kvBlocks * USUAL_BLOCK) / TOKENS_PER_KEY) : MOST_TEXTS;
@@ -136,8 +136,12 @@ export class PromptCaches {
   }
 
   /** None where the ids are not those that the instance would make. */
-  #keysFor(instance: Instance, { ids, blockKeys }: RequestBody, blockSize: number): readonly BlockKey[] {
-    if (ids && !this.#reads(instance)) return [];
+  #keysFor(
+    instance: Instance,
+    { tokenized, blockKeys }: PromptFacts,
+    blockSize: number,
+  ): readonly BlockKey[] {
+    if (tokenized && !this.#reads(instance)) return [];
     return blockKeys.get(blockSize) ?? [];
   }
 

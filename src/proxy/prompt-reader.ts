@@ -1,7 +1,7 @@
 /** From a client's body to the ids of its prompt, by the very code that workers read it with. On the proxy's reader thread alone. */
 import { type TextModel, Tokenizer } from '../model/tokenizer.ts';
 import { dialectOf } from '../parsing/calls.ts';
-import { type Route, readBody } from '../worker/request-reader.ts';
+import { type Route, readRequestBody } from '../worker/request-body-reader.ts';
 
 /** Paths whose bodies have a prompt. */
 const ROUTES: Readonly<Record<string, Route>> = {
@@ -34,7 +34,7 @@ export class PromptReader {
       calls: dialectOf(this.#model.chatTemplate ?? '') ?? ('hermes' as const),
     };
     try {
-      const reading = readBody(served, this.#model, route, body);
+      const reading = readRequestBody(served, this.#model, route, body);
       if (reading instanceof Uint8Array || reading.asked.prompts.length !== 1) return undefined;
       return Uint32Array.from(reading.asked.prompts[0]!.tokens);
     } catch {

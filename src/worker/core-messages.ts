@@ -51,7 +51,7 @@ export type ToCore =
   | { readonly type: 'abort'; readonly requestId: EngineRequestId; readonly index?: number }
   /** `integrity`: with a look through every block, which takes seconds where there are millions. */
   | { readonly type: 'state'; readonly seq: number; readonly integrity: boolean }
-  /** KV of these requests is of no use any more: nobody will come for it, or with it. */
+  /** KV of these requests is no longer of use: nobody will fetch it, or bring it. */
   | { readonly type: 'release'; readonly transferIds: readonly TransferId[] }
   /** The producer is done with the prompts of these requests. */
   | { readonly type: 'prefilled'; readonly transferIds: readonly TransferId[] }

@@ -10,7 +10,7 @@ import { formatHostPort } from '../net/address.ts';
 import type { Logger } from '../observability/log.ts';
 import { MetricsPage } from '../observability/metrics.ts';
 import { Timelines } from '../observability/timelines.ts';
-import { maxSequenceLength, Scheduler } from '../scheduler/scheduler.ts';
+import { maxSequenceLength, Scheduler, type SchedulerOptions } from '../scheduler/scheduler.ts';
 import type { TransferEngine } from '../transfer/engine.ts';
 import type { NativeInit } from '../transfer/native/channel.ts';
 import type { HandOver } from '../transfer/native/hand-over.ts';
@@ -83,7 +83,7 @@ export async function createCore(
     const engine = native?.engine ?? frozen;
     const handOver = native?.whole;
     const limits = { numBlocks, blockSize: config.blockSize, maxModelLen };
-    loop = createLoop(init, { executor, engine, handOver, timelines, limits, log, told });
+    loop = createLoop(init, limits, executor, engine, handOver, { log, timelines, ...told });
     return {
       loop,
       info: {
@@ -104,19 +104,16 @@ export async function createCore(
   }
 }
 
-interface LoopParts {
-  readonly executor: Executor;
-  readonly engine: TransferEngine | undefined;
-  readonly handOver: HandOver | undefined;
-  readonly timelines: Timelines<CoreStage>;
-  readonly limits: { readonly numBlocks: number; readonly blockSize: number; readonly maxModelLen: number };
-  readonly log: Logger;
-  readonly told: Pick<CoreLoopOptions, 'post' | 'kvSaved' | 'cacheChanged'>;
-}
-
-function createLoop(init: CoreInit, parts: LoopParts): CoreLoop {
+function createLoop(
+  init: CoreInit,
+  limits: Pick<SchedulerOptions, 'numBlocks' | 'blockSize' | 'maxModelLen'>,
+  executor: Executor,
+  engine: TransferEngine | undefined,
+  handOver: HandOver | undefined,
+  reporting: Pick<CoreLoopOptions, 'post' | 'kvSaved' | 'cacheChanged' | 'log' | 'timelines'>,
+): CoreLoop {
   const { config } = init;
-  const { executor, engine, handOver, timelines, limits, log, told } = parts;
+  const { log } = reporting;
   const { role, blockSize, maxNumSeqs, maxNumBatchedTokens, enablePrefixCaching, kvEventsPort } = config;
   const metrics = new MetricsPage(init.metrics.core);
   const split = role !== 'both' && engine ? { role, engine } : undefined;
@@ -152,10 +149,8 @@ function createLoop(init: CoreInit, parts: LoopParts): CoreLoop {
     ...(connector && { connector }),
     loadFailure: config.loadFailure,
     metrics,
-    timelines,
-    log,
     ...(engine && { reportLoad: (load) => engine.reportLoad(load) }),
-    ...told,
+    ...reporting,
   });
 }
 

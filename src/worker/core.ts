@@ -1,13 +1,13 @@
 /**
- * The core's loop. One turn: hear what came, schedule, run, update, collect.
+ * The core's loop. One turn: take what has arrived, schedule, run, update, collect.
  *
  *   add, abort --+                      +--> executor.forward --(after each layer)--> connector.saveKvLayer
  *                +--> schedule() step --+                                                  |
  *   load ended --+                      +--> connector.startLoadKv        waitForSave <----+ --> promptsDrawn --> update --> post
  *
  * Outputs of a step are posted after `waitForSave`: a producer answers only once its KV is sent, or kept where the consumer finds it.
- * Between turns the event loop runs once, so that messages and aborts are heard; with nothing to do it sleeps. Loads are heard while a step
- * runs too: a first token that came with its KV is posted at once.
+ * Between turns the event loop runs once, so that messages and aborts are received; with nothing to do it sleeps. The end of a load is
+ * handled during a step too: a first token that came with its KV is posted at once.
  */
 import { setImmediate } from 'node:timers/promises';
 import type { LoadFailurePolicy } from '../config/worker-config.ts';
@@ -29,7 +29,7 @@ import { CoreMetrics } from './core-metrics.ts';
 import { LoadReport } from './load-report.ts';
 import { ThroughputLog, type ThroughputLogOptions } from './throughput-log.ts';
 
-/** After this many failing steps in a row the executor is taken for broken. */
+/** After this many failed steps in a row the executor counts as broken. */
 const MAX_FAILED_STEPS = 3;
 
 export interface CoreLoopOptions {
@@ -47,9 +47,9 @@ export interface CoreLoopOptions {
   readonly post: (outputs: readonly RequestOutput[]) => void;
   /** KV of a request whose output said that it was `opening`: under way now, or lost. */
   readonly kvSaved?: (requestId: EngineRequestId, error: ErrorData | undefined) => void;
-  /** Told of what there is to do, as it changes. */
+  /** Receives the load as it changes. */
   readonly reportLoad?: (load: WorkerLoad) => void;
-  /** Told once a turn, where the scheduler keeps them. */
+  /** Receives them once a turn, if the scheduler keeps them. */
   readonly cacheChanged?: (changes: readonly CacheChange[]) => void;
   /** For tests: what the lines of throughput are timed by. */
   readonly clock?: ThroughputLogOptions['clock'];
@@ -150,7 +150,7 @@ export class CoreLoop {
       reason = PdError.from(error);
       throw reason;
     } finally {
-      // What came with the last messages has not been begun; it ends like the rest.
+      // What the last messages brought has not been started; it ends like the rest.
       this.#takeCommands();
       this.#emit(this.#scheduler.endAll(reason.toData()));
       this.#metrics.scheduler(this.#scheduler);
@@ -213,7 +213,7 @@ export class CoreLoop {
     }
   }
 
-  /** Without its transfer engine this instance is no half of a pair any more; it would only look like one. */
+  /** Without its transfer engine this instance is no longer half of a pair; it would only look like one. */
   #needEngine(error: ErrorData): void {
     if (error.code === 'ENGINE_CLOSED' && !this.#closing) this.#lost ??= PdError.fromData(error);
   }
@@ -340,7 +340,7 @@ export class CoreLoop {
     for (const finished of this.#scheduler.takeFinished()) this.#connector?.requestFinished(finished);
   }
 
-  /** Sleeps until a message comes, a load ends or blocks are given back; `ms`: at most, where blocks may be had then. */
+  /** Sleeps until a message comes, a load ends or blocks are given back; at most `ms`, after which blocks may be available. */
   async #rest(ms: number | undefined): Promise<void> {
     if (this.#commands.length > 0 || this.#heard || this.#closing || this.#lost) return;
     const { numRunning, numWaiting, numLoading, blockManager } = this.#scheduler;

@@ -23,7 +23,7 @@ export class GrammarCompiler {
 
   /** `vocabSize`: of the model. Throws REQUEST_INVALID that names the wish's field. */
   compile({ spec, param }: GrammarWish, vocabSize: number): GrammarUse {
-    const key = keyOf(spec);
+    const key = keyOf(spec, param);
     let use = this.#known.get(key);
     if (!use) {
       const tables = shared(tablesOf(spec, param));
@@ -66,8 +66,14 @@ function tablesOf(spec: GrammarSpec, param: string) {
   }
 }
 
-function keyOf(spec: GrammarSpec): string {
-  return hash('sha256', JSON.stringify(spec), 'hex').slice(0, 32);
+function keyOf(spec: GrammarSpec, param: string): string {
+  try {
+    return hash('sha256', JSON.stringify(spec), 'hex').slice(0, 32);
+  } catch (cause) {
+    // The one thing that it cannot do with what was JSON.
+    if (!(cause instanceof RangeError)) throw cause;
+    throw new PdError('REQUEST_INVALID', `${param}: is nested too deep`, { param }, { cause });
+  }
 }
 
 /** The same, its numbers in shared memory. */

@@ -20,6 +20,7 @@ import {
   flat,
   LAYOUT,
   leftovers,
+  loadRequest,
   pagedCache,
   Services,
   send,
@@ -362,6 +363,27 @@ describe('a listener that', () => {
       expect(error.code).toBe('MESSAGE_INVALID');
       expect(leftovers(producer)).toEqual([]);
     }
+  });
+
+  it('has nothing of a request yet is asked for one tensor at a time, each in its turn', async () => {
+    const asked: string[] = [];
+    const empty = services.add(
+      await RawListener.listen((body, reply, self) => {
+        const message = decodeMessage(body, { maxTensorBytes: 1_000 });
+        if (message.cmd === 'NEW') void self.join(message.unique_id).catch(() => undefined);
+        else {
+          asked.push(message.tensor_id.split('.')[2]!);
+          reply(encodeAnswer({ kind: 'get', ret: 1 }));
+        }
+      }),
+    );
+    const consumer = await services.make({ sendType: 'GET' });
+    const load = failure(consumer.load(loadRequest('cmpl-n-0', pagedCache(3, false), [1], empty.address)));
+    await until('asked again', () => asked.length >= 9);
+    consumer.cancelLoad('cmpl-n-0');
+    expect((await load).code).toBe('REQUEST_ABORTED');
+    expect(asked.slice(0, 9).join('')).toBe('012012012');
+    expect(leftovers(consumer)).toEqual([]);
   });
 
   it('is not there fails with PEER_UNREACHABLE within the connect deadline', async () => {

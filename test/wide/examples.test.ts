@@ -85,7 +85,7 @@ it('the packed package holds what it needs to run', async () => {
     'dist/src/transfer/thread.js',
     'dist/src/proxy/body-thread.js',
     'dist/src/worker/core-thread.js',
-    'dist/src/worker/reader-thread.js',
+    'dist/src/worker/request-body-thread.js',
     'dist/bench/cli/main.js',
     'dist/bench/transfer/peer-main.js',
     'bin/pd-worker',

@@ -1,4 +1,4 @@
-/** Makes a CudaExecutor: weights, activations, KV cache from what memory is left, graphs. In the order in which memory is spoken for. */
+/** Makes a CudaExecutor: weights, activations, KV cache from what memory is left, graphs. In the order in which memory is claimed. */
 import { Cublas } from '../../../ffi/libcublas.ts';
 import { CudaDevice } from '../../device/cuda/device.ts';
 import type { Device, DevicePointer } from '../../device/device.ts';
@@ -34,14 +34,14 @@ export interface CudaExecutorOptions {
   readonly utilization: number;
   /** Workers that divide it. */
   readonly sharers: number;
-  /** Bytes that others take on this GPU later: received KV, communicators. */
+  /** Bytes that will be needed on this GPU later: received KV, communicators. */
   readonly reserved: number;
   readonly batchInvariant: boolean;
   readonly allocateCache?: CacheAllocator | undefined;
   readonly log?: Logger;
 }
 
-/** What NVIDIA advises for Hopper; split sums of small products go there. */
+/** NVIDIA's recommendation for Hopper; partial sums of small products (split-K) are kept there. */
 const WORKSPACE_BYTES = 32 * 2 ** 20;
 /** Most rows of logits on the GPU at a time. */
 const LOGIT_ROWS = 256;
@@ -80,11 +80,7 @@ export async function createCudaExecutor(
     const limits = { rows, sequences: maxNumSeqs, logitRows, moreTokens: shapedRows(logitRows) };
     const model = new CudaLlama(device, config, weights, kernels, products, limits);
     const buffers = await takeBuffers(device, options, rows);
-    const sampler = await takeSamplerMemory(device, {
-      logitRows,
-      vocab: config.vocab,
-      maxLength: maxModelLen,
-    });
+    const sampler = await takeSamplerMemory(device, logitRows, config.vocab, maxModelLen);
     const { numBlocks, layers } = await takeCache(device, options);
     model.useCaches(layers.map(pointersOf));
     const graphs = new DecodeGraphs(device.runtime, stream.handle);
@@ -103,7 +99,7 @@ export async function createCudaExecutor(
       graphs,
       dispose,
     });
-    // what loads at first use (cuBLAS's kernels) loads before the first pair opens
+    // whatever loads at first use (cuBLAS's kernels) loads before the first pair opens
     for (const count of new Set([rows, Math.min(rows, 512), Math.min(rows, 64)]))
       await executor.warmUp(count);
     await executor.warmUpSampling();

@@ -15,9 +15,9 @@ import { contradicts } from './memories.ts';
 import type { OutgoingPeer } from './peer.ts';
 import type { StoreEntry } from './store.ts';
 
-/** Between a GET that was answered `{ret: 1}` and the next: doubled each time. */
-const FIRST_PAUSE_MS = 5;
-const LONGEST_PAUSE_MS = 1_000;
+/** Between GETs of one load that are answered `{ret: 1}`: this share of the time in which nothing has come, within these bounds. */
+const PAUSE = { share: 0.25, leastMs: 1, mostMs: 20 } as const;
+
 /** How long a load may take, and what watches that. */
 interface Limit {
   /** On the engine's clock. */
@@ -35,6 +35,17 @@ interface Wanted {
   readonly deadlineAt: number;
 }
 
+/** What has become of it. */
+interface Asking {
+  /** Not answered, or on their way. */
+  readonly gets: Set<GetAnnouncement>;
+  /** Not there when they were asked for. */
+  readonly missed: Wanted[];
+  /** When the last has come, or when the first was asked for; the engine's clock. */
+  since: number;
+  pausing: boolean;
+}
+
 export interface LoadPeers extends PairsOfPeer {
   outgoing(peer: string): OutgoingPeer;
 }
@@ -47,8 +58,8 @@ export class Loads {
   readonly #receives = new Set<Claimant>();
   /** Who looks after the producers of loads, in PUT. */
   readonly #watches = new WeakMap<Load, PeerWatch>();
-  /** GETs that have not been answered, by who wants them. */
-  readonly #asked = new Map<Claimant, Set<GetAnnouncement>>();
+  /** In GET. */
+  readonly #asked = new Map<Claimant, Asking>();
 
   constructor(context: TransferContext, intake: Intake, peers: LoadPeers) {
     this.#context = context;
@@ -225,7 +236,7 @@ export class Loads {
     known?.cancel();
     const half = deadlines.after(timeoutMs / 2, () => load.warnLate(this.#peers, timeoutMs));
     const end = deadlines.after(timeoutMs, () => {
-      const [roomless] = [...(this.#asked.get(load) ?? [])].flatMap(({ lacksRoom }) => lacksRoom ?? []);
+      const [roomless] = [...(this.#asked.get(load)?.gets ?? [])].flatMap(({ lacksRoom }) => lacksRoom ?? []);
       load.timeOut(timeoutMs, this.#peers, this.#watches.get(load)?.port, roomless);
     });
     const cancel = () => {
@@ -244,47 +255,66 @@ export class Loads {
     }
   }
 
-  /** Asks, and asks again after `{ret: 1}`, until the deadline of who wants it. */
-  #ask(claimant: Claimant, wanted: Wanted, pauseMs = FIRST_PAUSE_MS): void {
-    const { deadlines } = this.#context;
+  #ask(claimant: Claimant, wanted: Wanted): void {
     const { tensorId, bytes, deadlineAt } = wanted;
-    const left = deadlineAt - deadlines.now();
+    const now = this.#context.deadlines.now();
+    const left = deadlineAt - now;
     if (!claimant.wants(splitTensorId(tensorId).layerName) || left <= 0) return;
-    const asked = this.#asked.get(claimant) ?? new Set();
-    this.#asked.set(claimant, asked);
-    const again = () =>
-      deadlines.after(pauseMs, () => this.#ask(claimant, wanted, Math.min(pauseMs * 2, LONGEST_PAUSE_MS)));
+    const asking = this.#asked.get(claimant) ?? { gets: new Set(), missed: [], since: now, pausing: false };
+    this.#asked.set(claimant, asking);
+    const { gets } = asking;
     const { peer } = claimant;
     const get: GetAnnouncement = new GetAnnouncement(this.#context, this.#intake, {
       tensorId,
       peer,
       bytes,
       arrived: (entry) => {
-        asked.delete(get);
-        if (!contradicts(claimant, entry)) return claimant.take(entry);
-        // KV of another prompt is dropped, and asked for again: the right one may come under the same id.
-        claimant.otherPrompt?.(entry);
-        this.#intake.store.release(entry);
-        again();
+        gets.delete(get);
+        if (contradicts(claimant, entry)) {
+          // KV of another prompt is dropped, and asked for again: the right one may come under the same id.
+          claimant.otherPrompt?.(entry);
+          this.#intake.store.release(entry);
+          this.#askLater(claimant, asking, wanted);
+          return;
+        }
+        claimant.take(entry);
+        asking.since = this.#context.deadlines.now();
+        for (const one of asking.missed.splice(0)) this.#ask(claimant, one);
       },
       failed: (error) => {
-        asked.delete(get);
+        gets.delete(get);
         claimant.fail(error);
       },
       missed: (near) => {
-        asked.delete(get);
+        gets.delete(get);
         claimant.seenAtPeer?.(near);
-        again();
+        this.#askLater(claimant, asking, wanted);
       },
     });
-    asked.add(get);
+    gets.add(get);
     this.#peers.outgoing(peer).submit(get);
     void get.reserve(left);
   }
 
+  /** One tensor is asked for again while none comes, and all that are missed once one has: where a layer is, the others soon are. */
+  #askLater(claimant: Claimant, asking: Asking, wanted: Wanted): void {
+    asking.missed.push(wanted);
+    if (asking.pausing) return;
+    asking.pausing = true;
+    const { deadlines } = this.#context;
+    const waitedMs = deadlines.now() - asking.since;
+    const pauseMs = Math.min(Math.max(waitedMs * PAUSE.share, PAUSE.leastMs), PAUSE.mostMs);
+    deadlines.after(pauseMs, () => {
+      asking.pausing = false;
+      const next = asking.missed.shift();
+      if (next) this.#ask(claimant, next);
+    });
+  }
+
   #forget(claimant: Claimant): void {
     this.#intake.claims.unregister(claimant);
-    for (const get of this.#asked.get(claimant) ?? []) get.cancel();
+    const asking = this.#asked.get(claimant);
     this.#asked.delete(claimant);
+    for (const get of asking?.gets ?? []) get.cancel();
   }
 }

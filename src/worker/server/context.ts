@@ -11,7 +11,7 @@ import { dialectOf } from '../../parsing/calls.ts';
 import { reasoningOf } from '../../parsing/reasoning.ts';
 import { PROMPT_IDS_HEADER, splitPromptIds } from '../../wire/prompt-ids.ts';
 import type { CoreClient } from '../core-client.ts';
-import type { BodyReader, Readings, Route } from '../request-reader.ts';
+import type { Readings, RequestBodyReader, Route } from '../request-body-reader.ts';
 import type { Served } from './fields.ts';
 import type { InFlight } from './in-flight.ts';
 
@@ -28,7 +28,7 @@ export interface ServerContext {
     | 'wire'
   > & { readonly transfer: Pick<TransferOptions, 'kvKey'> };
   readonly core: Pick<CoreClient, 'generate' | 'info' | 'inspect' | 'state' | 'tell'>;
-  readonly reader: BodyReader;
+  readonly reader: Pick<RequestBodyReader, 'read'>;
   /** For the text of what is generated. */
   readonly model: TextModel;
   readonly guard: Guard;

@@ -13,7 +13,7 @@ import type { ServerContext } from './context.ts';
 import { type Asked, badField } from './fields.ts';
 import { turns } from './turns.ts';
 
-/** So many reach the core together. */
+/** This many reach the core together. */
 const PROMPTS_AT_ONCE = 16;
 
 export interface Plan extends Asked {
@@ -150,7 +150,7 @@ export class GenerationRun {
           ...(first && { start: { prompt, ...(promptLogprobs && { promptLogprobs }) } }),
         });
       }
-      // Whoever has asked for the prompt alone may tell the consumer, which would wait for its deadline.
+      // Whoever asked only for the prompt can tell the consumer, which would otherwise wait for its deadline.
       this.#kvFailure ??= await unless(signal, generation.kvSaved());
     } finally {
       forget();
@@ -181,7 +181,7 @@ function withoutScored(delta: ChoiceDelta, maxTokens: number | undefined): Choic
   return maxTokens === 0 ? { text: '', tokens: [], logprobs: [], finishReason: 'length' } : delta;
 }
 
-/** Undefined once the signal has fired: nobody is interested any more. */
+/** Undefined once the signal has fired: nobody is waiting for it any more. */
 function unless<T>(signal: AbortSignal, promise: Promise<T>): Promise<T | undefined> {
   if (signal.aborted) return Promise.resolve(undefined);
   return new Promise((resolve) => {

@@ -12,7 +12,7 @@ import {
   type Wire,
   writeKvFailed,
 } from '../../wire/overlap.ts';
-import type { Readings } from '../request-reader.ts';
+import type { Readings } from '../request-body-reader.ts';
 import type { AnswerBase, AnswerFormat, StreamEvent } from './answers.ts';
 import type { ChoiceEvent } from './choice.ts';
 import { readRequest, type ServerContext } from './context.ts';
@@ -20,7 +20,7 @@ import { GenerationRun } from './generation.ts';
 import { type GenerationRoute, promptIdsOf, requestIdOf, serverIdOf } from './in-flight.ts';
 import { jsonInTurns } from './turns.ts';
 
-/** A client that takes nothing for so long is gone. */
+/** A client that takes nothing for this long is gone. */
 const STALL_MS = 60_000;
 
 interface Answering {
@@ -84,7 +84,7 @@ function prefillWithin({ config }: ServerContext, { headers }: FastifyRequest): 
   return config.role === 'consumer' ? readPrefillWithin(headers[PREFILL_WITHIN_HEADER]) : undefined;
 }
 
-/** What the proxy says; without a word `--wire native` decides, and `--wire frozen` in any case. */
+/** What the proxy says; if it says nothing, `--wire native` decides; `--wire frozen` always does. */
 function wireOf({ config }: ServerContext, { headers }: FastifyRequest): Wire | undefined {
   const said = config.wire === 'frozen' ? 'frozen' : readWire(headers[WIRE_HEADER]);
   return said ?? (config.wire === 'native' ? 'native' : undefined);

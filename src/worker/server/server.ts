@@ -17,7 +17,7 @@ import { responseFormat } from './response-answers.ts';
 /** Bytes; a prompt of a million token ids fits. */
 const BODY_LIMIT = 16 * 2 ** 20;
 
-/** What other routers (llm-d, Dynamo, AIBrix) go by to know a worker's cache, under vLLM's name: values as labels. */
+/** How other routers (llm-d, Dynamo, AIBrix) learn about a worker's cache, under vLLM's name: values as labels. */
 function registerCacheConfig(registry: Registry, { core }: ServerContext): void {
   const { blockSize, numBlocks } = core.info;
   const labels = { block_size: String(blockSize), cache_dtype: 'auto', num_gpu_blocks: String(numBlocks) };
@@ -48,7 +48,7 @@ export function createServer(context: ServerContext): FastifyInstance {
 
   server.setErrorHandler((cause: FastifyError | PdError, request, reply) => {
     const { status, error } = asHttpError(cause);
-    // A flood of what is refused for want of time must not flood the log too.
+    // A flood of requests refused as busy must not flood the log too.
     if (status === 503)
       limited.log(error.code, (suppressed) =>
         log.warn({ code: error.code, url: request.url, suppressed }, error.message),
@@ -112,7 +112,7 @@ export function createServer(context: ServerContext): FastifyInstance {
   });
   if (config.debugState !== undefined) {
     server.get('/debug/state', async (request, reply) => {
-      // It tells ids and addresses of other people's requests.
+      // It reveals ids and addresses of other people's requests.
       if (config.debugState === 'loopback' && !isLoopback(request.socket.remoteAddress ?? '')) {
         const text = '/debug/state is for clients on this machine (--debug-state-remote: for all)';
         return reply.status(403).send(openAiError(new PdError('REQUEST_INVALID', text)));

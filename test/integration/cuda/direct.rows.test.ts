@@ -198,7 +198,7 @@ if (!withTheOthers) {
 
   test('more memory than there is does not map, and a cache of another geometry is refused', async () => {
     const owner = await start();
-    expect((await owner.try({ do: 'map-too-much', bytes: 64 * 2 ** 20 })).error).toContain(
+    expect((await owner.try({ do: 'map-too-much', more: 2 * 2 ** 20 })).error).toContain(
       'cuMemMap failed with 1',
     );
     const writer = await start({ ...LAYOUT, heads: 1 });

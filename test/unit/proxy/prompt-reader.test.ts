@@ -5,7 +5,7 @@ import { type BlockHash, extendHashes, keyOf } from '../../../src/kv/block-hash.
 import { Tokenizer } from '../../../src/model/tokenizer.ts';
 import { readBody as readAtProxy } from '../../../src/proxy/body.ts';
 import { PromptReader } from '../../../src/proxy/prompt-reader.ts';
-import { type Route, readBody } from '../../../src/worker/request-reader.ts';
+import { type Route, readRequestBody } from '../../../src/worker/request-body-reader.ts';
 
 const DIR = demoModelDir();
 const PATHS = { completions: '/v1/completions', chat: '/v1/chat/completions', responses: '/v1/responses' };
@@ -21,7 +21,7 @@ const say = (content: string, role = 'user') => ({ role, content });
 
 function atWorker(route: Exclude<Route, 'tokenize' | 'detokenize'>, body: object, more: object = {}) {
   const served = { modelNames: ['demo'], maxModelLen: 4_096, vocabSize: 1_000_000, ...more };
-  const { asked } = readBody(served, tokenizer, route, bytes(body));
+  const { asked } = readRequestBody(served, tokenizer, route, bytes(body));
   return asked.prompts.map(({ tokens }) => [...tokens]);
 }
 
@@ -59,14 +59,14 @@ test('a worker that is given the ids reads them, and all else of the body', () =
   const body = { prompt: STORY, max_tokens: 5, echo: true };
   const promptIds = Uint32Array.of(5, 6, 7);
   const served = { modelNames: ['demo'], maxModelLen: 4_096, vocabSize: 1_000, promptIds };
-  const { asked } = readBody(served, tokenizer, 'completions', bytes(body));
+  const { asked } = readRequestBody(served, tokenizer, 'completions', bytes(body));
   expect([[...asked.prompts[0]!.tokens], asked.prompts[0]!.text, asked.maxTokens]).toEqual([
     [5, 6, 7],
     STORY,
     5,
   ]);
   expect(() =>
-    readBody({ ...served, promptIds: Uint32Array.of(1_000) }, tokenizer, 'completions', bytes(body)),
+    readRequestBody({ ...served, promptIds: Uint32Array.of(1_000) }, tokenizer, 'completions', bytes(body)),
   ).toThrow('not in the vocabulary');
 });
 

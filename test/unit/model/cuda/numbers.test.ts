@@ -27,9 +27,8 @@ describe('float32 to 16 bits', () => {
     );
     const back = new Uint16Array(65_536);
     to(all, back);
-    all.forEach((value, bits) => {
-      if (!Number.isNaN(value)) expect(back[bits]).toBe(bits);
-    });
+    const changed = Array.from(back.keys()).filter((bits) => !Number.isNaN(all[bits]) && back[bits] !== bits);
+    expect(changed).toEqual([]);
     fc.assert(
       fc.property(
         fc.integer({ min: 0, max: 0x7bfe }),

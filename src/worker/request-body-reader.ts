@@ -1,6 +1,6 @@
 /**
- * From the bytes of a body to what is to be done: JSON, schema, template, tokens, checks. `readBody` does no I/O and never waits, so the same
- * function runs on the HTTP thread for short bodies and on the reader thread (reading-thread.ts) for long ones; what it returns is plain
+ * From the bytes of a body to what is to be done: JSON, schema, template, tokens, checks. `readRequestBody` does no I/O and never waits, so
+ * the same function runs on the HTTP thread for short bodies and on the reader thread (reading-thread.ts) for long ones; what it returns is plain
  * data.
  */
 import { PdError } from '../errors.ts';
@@ -42,7 +42,7 @@ const READERS: {
 };
 
 /** Throws REQUEST_INVALID, MODEL_NOT_FOUND or CONTEXT_EXCEEDED; BODY_TOO_COSTLY where it is nested deeper than the stack goes. */
-export function readBody<R extends Route>(
+export function readRequestBody<R extends Route>(
   served: Served,
   model: TextModel,
   route: R,
@@ -52,7 +52,7 @@ export function readBody<R extends Route>(
     return READERS[route](served, model, parseJson(body));
   } catch (cause) {
     if (!(cause instanceof RangeError)) throw cause;
-    throw new PdError('BODY_TOO_COSTLY', `reading the body: ${cause.message}`, {}, { cause });
+    throw PdError.because('BODY_TOO_COSTLY', 'reading the body', cause);
   }
 }
 
@@ -85,17 +85,6 @@ export interface ToReader {
 
 export type ReaderPort = ReaderPortOf<ToReader, Readings[Route]>;
 
-/** What the server needs of it. */
-export interface BodyReader {
-  /** Throws what `readBody` and `ReadingThread.read` throw. */
-  read<R extends Route>(
-    served: Served,
-    route: R,
-    body: Uint8Array<ArrayBuffer>,
-    signal?: AbortSignal,
-  ): Promise<Readings[R]>;
-}
-
 /**
  * Bytes of a body that is read at once. Measured with the demo model's tokenizer on a 2-core VM: 4 KiB take 3 ms at most (a thousand
  * prompts of one letter; one long word 2 ms, plain text 1.3 ms), some 10 ms while the code is not hot yet. The way to the thread and
@@ -109,7 +98,7 @@ const SHORT_BODY = 4_096;
  */
 const THREAD_AFTER_MS = 10_000;
 
-export interface RequestReaderOptions extends ReadingLimits {
+export interface RequestBodyReaderOptions extends ReadingLimits {
   /** Bytes up to which a body is read without the thread. */
   readonly shortBody?: number;
   /** Milliseconds until the thread starts where nobody needs it before; 0: at once. */
@@ -117,7 +106,7 @@ export interface RequestReaderOptions extends ReadingLimits {
   readonly openThread?: (init: ReaderInit) => ReaderPort;
 }
 
-export class RequestReader implements BodyReader {
+export class RequestBodyReader {
   /** The HTTP thread's own copy of the tokenizer. */
   readonly model: TextModel;
   readonly #thread: ReadingThread<ToReader, Readings[Route]>;
@@ -128,7 +117,7 @@ export class RequestReader implements BodyReader {
     model: TextModel,
     init: ReaderInit,
     log: Logger,
-    { shortBody = SHORT_BODY, openThread: open = openThread, ...limits }: RequestReaderOptions,
+    { shortBody = SHORT_BODY, openThread: open = openThread, ...limits }: RequestBodyReaderOptions,
   ) {
     this.model = model;
     this.#shortBody = shortBody;
@@ -139,15 +128,16 @@ export class RequestReader implements BodyReader {
   static async start(
     modelDir: string,
     log: Logger,
-    options: RequestReaderOptions = {},
-  ): Promise<RequestReader> {
-    const reader = new RequestReader(await Tokenizer.load(modelDir), { modelDir }, log, options);
+    options: RequestBodyReaderOptions = {},
+  ): Promise<RequestBodyReader> {
+    const reader = new RequestBodyReader(await Tokenizer.load(modelDir), { modelDir }, log, options);
     const { threadAfterMs = THREAD_AFTER_MS } = options;
     if (threadAfterMs === 0) reader.#thread.start();
     else reader.#timer = setTimeout(() => reader.#thread.start(), threadAfterMs).unref();
     return reader;
   }
 
+  /** Throws what `readRequestBody` and `ReadingThread.read` throw. */
   async read<R extends Route>(
     served: Served,
     route: R,
@@ -155,7 +145,7 @@ export class RequestReader implements BodyReader {
     signal?: AbortSignal,
   ): Promise<Readings[R]> {
     if (body.byteLength <= this.#shortBody) {
-      const reading = readBody(served, this.model, route, body);
+      const reading = readRequestBody(served, this.model, route, body);
       // However short it is, building a grammar may take long.
       if (!wantsGrammar(reading)) return reading;
     }
@@ -170,5 +160,5 @@ export class RequestReader implements BodyReader {
 }
 
 function openThread(init: ReaderInit): ReaderPort {
-  return openReader(threadEntry(import.meta.url, './reader-thread.js'), init);
+  return openReader(threadEntry(import.meta.url, './request-body-thread.js'), init);
 }

@@ -4,11 +4,11 @@ import { afterEach, describe, expect, it } from 'vitest';
 import { demoModelDir } from '../../../src/config/demo-model.ts';
 import { createLogger } from '../../../src/observability/log.ts';
 import {
-  RequestReader,
-  type RequestReaderOptions,
+  RequestBodyReader,
+  type RequestBodyReaderOptions,
   type Route,
-  readBody,
-} from '../../../src/worker/request-reader.ts';
+  readRequestBody,
+} from '../../../src/worker/request-body-reader.ts';
 import type { Served } from '../../../src/worker/server/fields.ts';
 
 const LOG = createLogger({ level: 'silent', format: 'json' }, 'main');
@@ -21,8 +21,8 @@ afterEach(async () => {
   for (const close of closers.splice(0)) await close();
 });
 
-async function start(options: RequestReaderOptions = {}): Promise<RequestReader> {
-  const reader = await RequestReader.start(demoModelDir(), LOG, options);
+async function start(options: RequestBodyReaderOptions = {}): Promise<RequestBodyReader> {
+  const reader = await RequestBodyReader.start(demoModelDir(), LOG, options);
   closers.push(() => reader.close());
   return reader;
 }
@@ -76,7 +76,7 @@ describe('the reader thread', () => {
     const reader = await start({ shortBody: 0 });
     await fc.assert(
       fc.asyncProperty(bodies, async ([route, body]) => {
-        const here = await outcome(() => readBody(SERVED, reader.model, route, bytes(body)));
+        const here = await outcome(() => readRequestBody(SERVED, reader.model, route, bytes(body)));
         expect(await outcome(() => reader.read(SERVED, route, bytes(body)))).toEqual(here);
       }),
       { numRuns: 300 },

@@ -4,14 +4,18 @@
  */
 import { randomBytes } from 'node:crypto';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { demoModelDir } from '../../src/config/demo-model.ts';
 import { parseHostPort } from '../../src/net/address.ts';
 import { proxyRequestId } from '../../src/wire/ids.ts';
+import { kvBlockBytes, readKvShape } from '../../support/kv-shape.ts';
 import { metricsOf, startWorker, type WorkerHandle } from '../support/cluster.ts';
+import { eventually } from '../support/requests.ts';
+import { rows } from '../support/rows.ts';
 
 const FRANCE = 'What is the capital of France?';
 const ITALY = 'What is the capital of Italy?';
 
-describe.each(['PUT_ASYNC', 'GET'])('%s, ids not randomized', (sendType) => {
+describe.each(rows(['PUT_ASYNC'], ['GET']))('%s, ids not randomized', (sendType) => {
   let producer: WorkerHandle;
   let consumer: WorkerHandle;
 
@@ -23,7 +27,7 @@ describe.each(['PUT_ASYNC', 'GET'])('%s, ids not randomized', (sendType) => {
     ];
     [producer, consumer] = await Promise.all([
       startWorker('producer', undefined, args),
-      startWorker('consumer', undefined, [...args, '--kv-load-timeout', '3s']),
+      startWorker('consumer', undefined, [...args, '--kv-load-timeout', '1s']),
     ]);
   });
   afterAll(async () => {
@@ -55,8 +59,13 @@ describe.each(['PUT_ASYNC', 'GET'])('%s, ids not randomized', (sendType) => {
 
   it('an id that is given to another prompt brings the KV of that prompt, or none', async () => {
     const id = newId();
-    await prefill(id, ITALY);
-    // Nobody has come for the KV of Italy; now the same id is France's.
+    const received = async () => (await metricsOf(consumer)).get('pd_kv_received_bytes_total') ?? 0;
+    const before = await received();
+    const { promptTokens = 0 } = await prefill(id, ITALY);
+    const shape = readKvShape(demoModelDir(), 4, 16);
+    const bytes = sendType === 'GET' ? 0 : kvBlockBytes(shape) * Math.ceil(promptTokens / shape.blockSize);
+    await eventually('KV of Italy', 60_000, async () => (await received()) >= before + bytes);
+    // Nobody has come for it; now the same id is France's.
     await prefill(id, FRANCE);
     const answer = await decode(id, FRANCE);
     expect(answer.status).toBe(200);
@@ -83,7 +92,9 @@ async function ask({ url }: WorkerHandle, id: string, question: string, maxToken
   });
   const body = (await response.json()) as {
     readonly choices?: readonly { readonly message: { readonly content: string } }[];
+    readonly usage?: { readonly prompt_tokens: number };
     readonly error?: { readonly code: string; readonly message: string };
   };
-  return { status: response.status, text: body.choices?.[0]?.message.content, ...body.error };
+  const text = body.choices?.[0]?.message.content;
+  return { status: response.status, text, promptTokens: body.usage?.prompt_tokens, ...body.error };
 }

@@ -2,21 +2,21 @@
 import { afterEach, expect, it, vi } from 'vitest';
 import { demoModelDir } from '../../../src/config/demo-model.ts';
 import { createLogger } from '../../../src/observability/log.ts';
-import { RequestReader, type RequestReaderOptions } from '../../../src/worker/request-reader.ts';
+import { RequestBodyReader, type RequestBodyReaderOptions } from '../../../src/worker/request-body-reader.ts';
 import type { Served } from '../../../src/worker/server/fields.ts';
 import { FakeReaderThread } from '../../support/fake-reader.ts';
 
 const LOG = createLogger({ level: 'silent', format: 'json' }, 'main');
 const SERVED: Served = { modelNames: ['demo'], maxModelLen: 100, vocabSize: 2_048 };
 
-const readers: RequestReader[] = [];
+const readers: RequestBodyReader[] = [];
 afterEach(async () => {
   await Promise.all(readers.splice(0).map((reader) => reader.close()));
 });
 
-async function start(options: RequestReaderOptions = {}) {
+async function start(options: RequestBodyReaderOptions = {}) {
   const threads: FakeReaderThread[] = [];
-  const reader = await RequestReader.start(demoModelDir(), LOG, {
+  const reader = await RequestBodyReader.start(demoModelDir(), LOG, {
     shortBody: 0,
     threadAfterMs: 0,
     openThread: () => {

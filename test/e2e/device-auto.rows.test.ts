@@ -5,6 +5,7 @@ import { afterEach, describe, expect, test } from 'vitest';
 import { standInEnvironment } from '../stand-ins/build.ts';
 import { Program } from '../support/process.ts';
 import { complete } from '../support/requests.ts';
+import { rows, withTheOthers } from '../support/rows.ts';
 import { tempDir } from '../support/temp-dir.ts';
 
 const GPUS = standInEnvironment();
@@ -43,18 +44,24 @@ async function chosen(program: Program): Promise<string[]> {
 }
 
 const onGpuMachine = existsSync('/dev/nvidia0');
+/** Tests for every change, and those for where all is tested. */
+const always = test.skipIf(withTheOthers);
+const seldom = test.skipIf(!withTheOthers);
 
 describe('pd-worker', () => {
-  test.skipIf(onGpuMachine)('serves on the host where there is no GPU, and says so', async () => {
-    // The runbook's line: it names a GPU that this machine has not.
-    const program = worker({ CUDA_VISIBLE_DEVICES: '0' }, ...PRODUCER);
-    expect(await chosen(program)).toEqual([
-      'Device: host, as no GPU is visible: there is no NVIDIA device file in /dev for CUDA_VISIBLE_DEVICES=0 to name (--device auto)',
-    ]);
-    await program.line(/^Serving demo as producer on host/);
-  });
+  test.skipIf(withTheOthers || onGpuMachine)(
+    'serves on the host where there is no GPU, and says so',
+    async () => {
+      // The runbook's line: it names a GPU that this machine has not.
+      const program = worker({ CUDA_VISIBLE_DEVICES: '0' }, ...PRODUCER);
+      expect(await chosen(program)).toEqual([
+        'Device: host, as no GPU is visible: there is no NVIDIA device file in /dev for CUDA_VISIBLE_DEVICES=0 to name (--device auto)',
+      ]);
+      await program.line(/^Serving demo as producer on host/);
+    },
+  );
 
-  test.skipIf(onGpuMachine)(
+  test.skipIf(!withTheOthers || onGpuMachine)(
     'serves on the host where the driver reports no GPU, and where all are hidden',
     async () => {
       const [none, hidden] = [
@@ -70,7 +77,7 @@ describe('pd-worker', () => {
     },
   );
 
-  test('takes the first visible GPU, and computes there', async () => {
+  always('takes the first visible GPU, and computes there', async () => {
     const program = worker({ ...GPUS, CUDA_VISIBLE_DEVICES: '1' }, ...PRODUCER);
     expect(await chosen(program)).toEqual([
       'Device: cuda:0 (Stand-in GPU 1), the only visible GPU, CUDA_VISIBLE_DEVICES=1 (--device auto)',
@@ -78,27 +85,31 @@ describe('pd-worker', () => {
     await program.line(/^Serving demo as producer on cuda:0/);
   });
 
-  test('needs no NCCL where it has no peers', async () => {
+  seldom('needs no NCCL where it has no peers', async () => {
     const program = worker({ ...GPUS, PD_NCCL_LIB: '/no/libnccl.so' });
     expect(await chosen(program)).toEqual([expect.stringContaining('the first of 2 visible GPUs')]);
   });
 
   test('ends where a visible GPU cannot be used, with why and the way to do without', async () => {
-    const cases: readonly (readonly [NodeJS.ProcessEnv, RegExp])[] = [
+    const cases = rows<readonly [NodeJS.ProcessEnv, RegExp]>(
       [
-        { PD_NCCL_LIB: '/no/libnccl.so' },
-        /LIBRARY_NOT_FOUND: --device auto: a GPU is visible .*cannot load NCCL/,
+        [
+          { PD_NCCL_LIB: '/no/libnccl.so' },
+          /LIBRARY_NOT_FOUND: --device auto: a GPU is visible .*cannot load NCCL/,
+        ],
+        // A context is made only by who serves: the choice stood by then.
+        [
+          { PD_STANDIN_FAULTS: 'cudaStreamCreateWithFlags=2' },
+          /OUT_OF_DEVICE_MEMORY: [\s\S]*auto chose cuda:0/,
+        ],
       ],
-      [{ PD_CUBLAS_LIB: '/no/libcublas.so' }, /LIBRARY_NOT_FOUND: .*cannot load cuBLAS/],
-      [{ PD_STANDIN_DRIVER: '11040' }, /LIBRARY_TOO_OLD: .*supports CUDA 11\.4/],
-      [{ PD_STANDIN_FAULTS: 'cuInit=999' }, /DEVICE_UNAVAILABLE: .*cuInit failed with 999/],
-      [{ CUDA_VISIBLE_DEVICES: '7' }, /DEVICE_UNAVAILABLE: .*=7 names no GPU of this machine, which has 2/],
-      // A context is made only by who serves: the choice stood by then.
       [
-        { PD_STANDIN_FAULTS: 'cudaStreamCreateWithFlags=2' },
-        /OUT_OF_DEVICE_MEMORY: [\s\S]*auto chose cuda:0/,
+        [{ PD_CUBLAS_LIB: '/no/libcublas.so' }, /LIBRARY_NOT_FOUND: .*cannot load cuBLAS/],
+        [{ PD_STANDIN_DRIVER: '11040' }, /LIBRARY_TOO_OLD: .*supports CUDA 11\.4/],
+        [{ PD_STANDIN_FAULTS: 'cuInit=999' }, /DEVICE_UNAVAILABLE: .*cuInit failed with 999/],
+        [{ CUDA_VISIBLE_DEVICES: '7' }, /DEVICE_UNAVAILABLE: .*=7 names no GPU of this machine, which has 2/],
       ],
-    ];
+    );
     const said = await Promise.all(cases.map(([env]) => refusal(worker({ ...GPUS, ...env }, ...PRODUCER))));
     for (const [i, [, pattern]] of cases.entries()) {
       expect(said[i]).toMatch(pattern);
@@ -106,7 +117,7 @@ describe('pd-worker', () => {
     }
   });
 
-  test('a stop while it asks for GPUs is a stop', async () => {
+  always('a stop while it asks for GPUs is a stop', async () => {
     const program = worker({ ...GPUS, PD_STANDIN_FAULTS: 'cuInit=hang', PD_LOG_LEVEL: 'debug' });
     await program.line(/^choosing a device/);
     expect(await program.stop('SIGTERM')).toBe(0);
@@ -121,7 +132,7 @@ describe('pd-launch', () => {
   const devices = ({ lines }: Program) =>
     lines.flatMap(({ msg, instance }) => (msg.startsWith('Device: ') ? [`${String(instance)} ${msg}`] : []));
 
-  test('gives each worker a GPU of its own, and serves', async () => {
+  always('gives each worker a GPU of its own, and serves', async () => {
     const dir = await tempDir();
     const program = launch(GPUS, '--log-dir', dir);
     const [url, device] = await ready(program);
@@ -144,7 +155,7 @@ describe('pd-launch', () => {
     }
   });
 
-  test('starts nothing where there are fewer GPUs than workers', async () => {
+  always('starts nothing where there are fewer GPUs than workers', async () => {
     const said = await refusal(launch({ ...GPUS, PD_STANDIN_DEVICES: '1' }));
     expect(said).toMatch(
       /^1 [\s\S]*DEVICE_UNAVAILABLE: --device auto: 2 workers want a GPU each, and this process sees 1 GPU .*no cuda:1 for consumer-0.*--device host/,
@@ -152,20 +163,23 @@ describe('pd-launch', () => {
     expect(said).not.toContain('started, pid');
   });
 
-  test('says how to do without where a worker cannot start on its GPU', async () => {
+  seldom('says how to do without where a worker cannot start on its GPU', async () => {
     const said = await refusal(launch({ ...GPUS, PD_STANDIN_FAULTS: 'cudaStreamCreateWithFlags=2' }));
     expect(said).toMatch(
       /did not start[\s\S]*OUT_OF_DEVICE_MEMORY[\s\S]*auto chose cuda:0 and cuda:1;.*--device host/,
     );
   });
 
-  test.skipIf(onGpuMachine)('serves on the host where there is no GPU, and says so once', async () => {
-    const program = launch({});
-    expect((await ready(program))[1]).toBe('host');
-    expect(devices(program).sort()).toEqual([
-      'consumer-0 Device: host (--device host)',
-      'launch Device: host, as no GPU is visible: there is no NVIDIA device file in /dev (--device auto)',
-      'producer-0 Device: host (--device host)',
-    ]);
-  });
+  test.skipIf(!withTheOthers || onGpuMachine)(
+    'serves on the host where there is no GPU, and says so once',
+    async () => {
+      const program = launch({});
+      expect((await ready(program))[1]).toBe('host');
+      expect(devices(program).sort()).toEqual([
+        'consumer-0 Device: host (--device host)',
+        'launch Device: host, as no GPU is visible: there is no NVIDIA device file in /dev (--device auto)',
+        'producer-0 Device: host (--device host)',
+      ]);
+    },
+  );
 });

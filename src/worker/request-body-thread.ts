@@ -1,4 +1,4 @@
-/** The reader thread's entry: `ReaderInit` in, one body after another, each answered. Its owner (request-reader.ts) ends it. */
+/** The reader thread's entry: `ReaderInit` in, one body after another, each answered. Its owner (request-body-reader.ts) ends it. */
 import { workerData } from 'node:worker_threads';
 import { Tokenizer } from '../model/tokenizer.ts';
 import { answerReadings } from '../reading-thread.ts';
@@ -7,17 +7,17 @@ import {
   type ReaderInit,
   type Readings,
   type Route,
-  readBody,
+  readRequestBody,
   type ToReader,
   withGrammar,
-} from './request-reader.ts';
+} from './request-body-reader.ts';
 
 await answerReadings(async () => {
   const { modelDir } = workerData as ReaderInit;
   const model = await Tokenizer.load(modelDir);
   const grammars = new GrammarCompiler(model);
   return ({ served, route, body }: ToReader) =>
-    withGrammar(readBody(served, model, route, body), grammars, served);
+    withGrammar(readRequestBody(served, model, route, body), grammars, served);
 }, buffersOf);
 
 function buffersOf(reading: Readings[Route]): readonly ArrayBuffer[] {
