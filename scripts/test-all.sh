@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The long tests that scripts/test.sh leaves out: the archive for hosts without Node, the package (packed, installed elsewhere, publint, API
-# reference), small benchmarks, other versions of Node, OpenAI's clients, promtool. At most thirty minutes on two cores. Ends with one line:
+# reference), small benchmarks, other versions of Node, OpenAI's clients, vocabularies of real models, promtool. At most thirty minutes on two cores. Ends with one line:
 # "test-all: N passed, N failed"; a part that is not a vitest run counts as one. Needs the npm registry, for the package, the versions of Node and the clients.
 #
 # With CI=true it is a failure if a Debian package that the tests need cannot be installed; otherwise those tests are skipped.
