@@ -1,6 +1,7 @@
 /**
  * The KV connector in a runtime that is not ours: it has its own scheduler, block allocator, paged cache and model, and calls the two
- * halves of the connector at the places that vLLM's connector interface has.
+ * halves of the connector at the places that vLLM's connector interface has. First natively: KV is written into the consumer's blocks while the
+ * producer computes, and the first token comes with it. Then by the wire that vLLM speaks, in each of its modes.
  *
  *   npx tsx examples/foreign-runtime.ts
  */
@@ -8,21 +9,23 @@ import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
 import {
   type ConnectorRequest,
+  createDevice,
   engineRequestId,
   fingerprint,
-  hostMemory,
   hostView,
+  KvCache,
   type KvRole,
-  layerBytes,
+  type LoadOutcome,
   type NamedLayer,
+  NativeTransfer,
   P2pSchedulerConnector,
   P2pWorkerConnector,
   type PagedLayout,
   proxyRequestId,
   requestKvBytes,
-  type ScheduledRequest,
   SEND_TYPES,
   type SendType,
+  type SharedBlocks,
   slotMapping,
   TransferEngine,
   transferIdOf,
@@ -30,6 +33,7 @@ import {
 
 const LAYERS = 3;
 const CHUNK = 5; // tokens that one step computes
+const LOAD_MS = 2_000;
 const LAYOUT: PagedLayout = {
   family: 'kv-first',
   numBlocks: 16,
@@ -77,46 +81,130 @@ interface Generated {
   readonly kv: readonly number[][];
 }
 
+/** Blocks, and how many have each: a request, a write that has not landed, KV that is kept to be asked for, another process that may write. */
+class ToyBlocks implements SharedBlocks {
+  readonly #owners = new Map<number, number>();
+  /** Handed out in an order of their own, so that producer and consumer hold one prompt in different places. */
+  readonly #free: number[];
+  readonly #kept = new Map<string, readonly number[]>();
+
+  constructor(order: number) {
+    this.#free = Array.from({ length: LAYOUT.numBlocks }, (_, i) => (i * order) % LAYOUT.numBlocks);
+  }
+
+  get numFree(): number {
+    return this.#free.length;
+  }
+
+  allocate(count: number): number[] {
+    const blocks = this.#free.splice(0, count);
+    assert.equal(blocks.length, count, 'a real runtime would wait');
+    this.hold(blocks);
+    return blocks;
+  }
+
+  hold(blocks: readonly number[]): void {
+    for (const block of blocks) this.#owners.set(block, (this.#owners.get(block) ?? 0) + 1);
+  }
+
+  unhold(blocks: readonly number[]): void {
+    for (const block of blocks) {
+      const left = this.#owners.get(block)! - 1;
+      this.#owners.set(block, left);
+      if (left === 0) this.#free.push(block);
+    }
+  }
+
+  expose(key: string, blocks: readonly number[]): void {
+    this.#keep(`exposed ${key}`, blocks);
+  }
+
+  retract(key: string): void {
+    this.#letGo(`exposed ${key}`);
+  }
+
+  lease(key: string, blocks: readonly number[]): void {
+    this.#keep(`leased ${key}`, blocks);
+  }
+
+  endLease(key: string): void {
+    this.#letGo(`leased ${key}`);
+  }
+
+  #keep(key: string, blocks: readonly number[]): void {
+    this.hold(blocks);
+    this.#kept.set(key, blocks);
+  }
+
+  #letGo(key: string): void {
+    this.unhold(this.#kept.get(key) ?? []);
+    this.#kept.delete(key);
+  }
+}
+
+interface ToyOptions {
+  readonly role: KvRole;
+  readonly cache: KvCache;
+  readonly sendType: SendType;
+  readonly engine: TransferEngine;
+  /** Absent: by the frozen wire. */
+  readonly native?: NativeTransfer;
+}
+
 class ToyRuntime {
+  readonly blocks: ToyBlocks;
   readonly #layers: readonly NamedLayer[];
   readonly #caches: readonly Int32Array[];
-  /** Blocks are handed out in an order of its own, so that producer and consumer hold one prompt in different places. */
-  readonly #freeBlocks: number[];
   readonly #scheduler: P2pSchedulerConnector;
   readonly #worker: P2pWorkerConnector;
+  readonly #native: boolean;
 
-  constructor(role: KvRole, engine: TransferEngine, sendType: SendType) {
-    this.#layers = Array.from({ length: LAYERS }, (_, i) => ({
-      name: `toy.layers.${i}`,
-      cache: { memory: hostMemory(layerBytes(LAYOUT)), layout: LAYOUT },
-    }));
-    this.#caches = this.#layers.map(({ cache }) => new Int32Array(hostView(cache.memory).buffer));
-    const order = role === 'producer' ? 5 : 11;
-    this.#freeBlocks = Array.from({ length: LAYOUT.numBlocks }, (_, i) => (i * order) % LAYOUT.numBlocks);
-    this.#scheduler = new P2pSchedulerConnector({ role, blockSize: LAYOUT.blockSize });
-    this.#worker = new P2pWorkerConnector({ engine, role, sendType, rank: 0, layers: this.#layers });
+  constructor({ role, cache, sendType, engine, native }: ToyOptions) {
+    this.#layers = cache.layers;
+    this.#caches = this.#layers.map(({ cache: { memory } }) => new Int32Array(hostView(memory).buffer));
+    this.#native = native !== undefined;
+    this.blocks = new ToyBlocks(role === 'producer' ? 5 : 11);
+    this.#scheduler = new P2pSchedulerConnector({ role, blockSize: LAYOUT.blockSize, native: this.#native });
+    this.#worker = new P2pWorkerConnector({
+      ...{ engine, role, sendType, rank: 0, layers: this.#layers },
+      ...(native && { native: { handOver: native.handOver, blocks: this.blocks, loadMs: LOAD_MS } }),
+    });
   }
 
   /** Computes (or loads) the prompt and makes one token. A real runtime has many requests in each step; the calls are the same. */
   async generate({ requestId, transferId }: Ids, prompt: readonly number[]): Promise<Generated> {
-    const promptTokens = Int32Array.from(prompt);
-    const request = { requestId, transferId, numPromptTokens: prompt.length, promptTokens, mayLoad: true };
+    const request = {
+      ...{ requestId, transferId, numPromptTokens: prompt.length, mayLoad: true },
+      promptTokens: Int32Array.from(prompt),
+      // what both ends were told; and equal where both would draw the same token
+      ...(this.#native && { wire: 'native' as const, samplingDigest: 'greedy' }),
+    };
     const external = this.#scheduler.getNumNewMatchedTokens(request, 0);
-    const blockIds = this.#freeBlocks.splice(0, Math.ceil(prompt.length / LAYOUT.blockSize));
+    let blockIds = this.blocks.allocate(Math.ceil(prompt.length / LAYOUT.blockSize));
     this.#scheduler.updateStateAfterAlloc(request, blockIds, 0, external);
-    const slots = slotMapping(blockIds, LAYOUT.blockSize, 0, prompt.length);
 
     let [done, computed, token] = [external, 0, 0];
+    if (external > 0) {
+      const outcome = await this.#load();
+      if (!outcome.ok) {
+        console.log(`  as meant: no KV came (${outcome.error.code}), the prompt is computed here`);
+        this.#scheduler.loadFailed(requestId);
+        done = 0;
+        // a write may still come into the old ones (`quarantined`): they are nobody's until none can
+        this.blocks.unhold(blockIds);
+        blockIds = this.blocks.allocate(blockIds.length);
+      } else if (outcome.draw) token = outcome.draw.tokens[0]!;
+      // all KV is there and no token: the last one is computed again, for its logits
+      else done = Math.min(done, prompt.length - 1);
+    }
+    const slots = slotMapping(blockIds, LAYOUT.blockSize, 0, prompt.length);
     while (done < prompt.length) {
       const count = Math.min(CHUNK, prompt.length - done);
       const scheduled = { ...request, numComputedTokens: done, numScheduledTokens: count, blockIds };
-      if (!(await this.#beginStep(scheduled))) {
-        done = 0; // the KV did not come: the prompt is computed here, from its start
-        continue;
-      }
+      this.#worker.startLoadKv(this.#scheduler.buildConnectorMeta([scheduled]));
       let states: readonly number[] = prompt.slice(done, done + count);
       for (const [i, { name, cache }] of this.#layers.entries()) {
-        await this.#worker.waitForLayerLoad(name);
+        await this.#worker.waitForLayerLoad(name); // only where a runtime loads within the step
         states = states.map((state, j) => toyLayer(this.#caches[i]!, slots, done + j, state));
         this.#worker.saveKvLayer(name, cache); // on a GPU, with an event of the stream that writes it
       }
@@ -125,31 +213,28 @@ class ToyRuntime {
         unsaved.filter(({ state }) => state === 'failed'),
         [],
       );
-      token = states.at(-1)!;
+      token = states.at(-1)! & 0x7fff_ffff;
       computed += count;
       done += count;
+      // natively it travels with the KV
+      if (done === prompt.length) this.#worker.promptsDrawn(new Map([[requestId, { tokens: [token] }]]));
     }
 
     const kv = this.#caches.map((cache) => slots.flatMap((slot) => kvOf(cache, slot)));
     this.#scheduler.requestFinished(requestId);
     this.#worker.requestFinished({ requestId, transferId, aborted: false });
-    this.#freeBlocks.push(...blockIds);
+    this.blocks.unhold(blockIds);
     return { token, computed, kv };
   }
 
-  /** Starts the saves and loads of a step. False where the load ended without KV. */
-  async #beginStep(scheduled: ScheduledRequest): Promise<boolean> {
-    const metadata = this.#scheduler.buildConnectorMeta([scheduled]);
-    this.#worker.startLoadKv(metadata);
-    if (metadata.loads.length === 0) return true;
-    await this.#worker.loadEnded; // a real runtime runs other requests meanwhile
-    for (const outcome of this.#worker.getFinished()) {
-      if (outcome.ok) continue;
-      console.log(`  as meant: no KV came (${outcome.error.code}), the prompt is computed here`);
-      this.#scheduler.loadFailed(outcome.requestId);
-      return false;
+  /** Starts the load of the request that was allocated last, and waits for its end; a real runtime runs other requests meanwhile. */
+  async #load(): Promise<LoadOutcome> {
+    this.#worker.startLoadKv(this.#scheduler.buildConnectorMeta([]));
+    for (;;) {
+      const [outcome] = this.#worker.getFinished();
+      if (outcome) return outcome;
+      await this.#worker.loadEnded;
     }
-    return true;
   }
 }
 
@@ -160,55 +245,90 @@ function kvOf(cache: Int32Array, slot: number): number[] {
   return [...cache.subarray(slot * headDim, (slot + 1) * headDim), ...cache.subarray(v, v + headDim)];
 }
 
-for (const sendType of SEND_TYPES) {
-  const options = {
-    sendType,
-    fingerprint: FINGERPRINT,
-    timeouts: { load: 2_000 },
-    log: { level: 'error' },
-  } as const;
-  await using sending = await TransferEngine.create(options);
-  await using receiving = await TransferEngine.create(options);
-  const producer = new ToyRuntime('producer', sending, sendType);
-  const consumer = new ToyRuntime('consumer', receiving, sendType);
+const OPTIONS = { fingerprint: FINGERPRINT, timeouts: { load: LOAD_MS }, log: { level: 'error' } } as const;
 
-  // The transfer id tells each side where the other one is, and KV is keyed by it. Each engine adds a random suffix for itself.
-  const idOf = (index: number) => {
-    const header = proxyRequestId(sending.address, receiving.address, randomBytes(16).toString('hex'));
-    const transferId = transferIdOf(`cmpl-${header}-${index}`);
-    const ids = () => ({
-      transferId,
-      requestId: engineRequestId(transferId, randomBytes(4).toString('hex')),
-    });
-    return { there: ids(), here: ids() };
-  };
+/** The transfer id tells each side where the other one is, and KV is keyed by it. Each engine adds a random suffix for itself. */
+function idOf(producer: TransferEngine, consumer: TransferEngine, index: number) {
+  const header = proxyRequestId(producer.address, consumer.address, randomBytes(16).toString('hex'));
+  const transferId = transferIdOf(`cmpl-${header}-${index}`);
+  const ids = () => ({ transferId, requestId: engineRequestId(transferId, randomBytes(4).toString('hex')) });
+  return { there: ids(), here: ids() };
+}
 
+/** Prompts of several lengths on both; then one whose KV nobody sends. */
+async function check(
+  how: string,
+  {
+    producer,
+    consumer,
+    sending,
+    receiving,
+  }: Record<'producer' | 'consumer', ToyRuntime> & Record<'sending' | 'receiving', TransferEngine>,
+  computedByConsumer: number,
+): Promise<void> {
   for (const length of [2, 4, 13]) {
     const prompt = Array.from({ length }, (_, i) => 100 + i * i);
-    const { there, here } = idOf(0);
+    const { there, here } = idOf(sending, receiving, 0);
     // Side by side: the KV leaves while the producer computes, and the consumer may be asked first.
     const [prefill, decode] = await Promise.all([
       producer.generate(there, prompt),
       consumer.generate(here, prompt),
     ]);
     assert.equal(prefill.computed, length);
-    assert.equal(decode.computed, 1, 'the consumer computes the last prompt token alone');
+    assert.equal(decode.computed, computedByConsumer);
     assert.deepEqual(decode.kv, prefill.kv);
     assert.equal(decode.token, prefill.token);
     const bytes = requestKvBytes(LAYOUT, LAYERS, length);
-    console.log(`${sendType}: ${length} tokens, ${bytes} bytes of KV, equal; token ${decode.token}`);
+    console.log(`${how}: ${length} tokens, ${bytes} bytes of KV, equal; token ${decode.token}`);
   }
-
   const { tensors, buffer } = await receiving.state();
   assert.deepEqual([tensors, buffer.usedBytes], [0, 0], 'all memory is free again');
 
   // KV that no producer sends: after the deadline the consumer computes the prompt itself.
   const prompt = [7, 8, 9];
-  const local = await consumer.generate(idOf(1).here, prompt);
+  const local = await consumer.generate(idOf(sending, receiving, 1).here, prompt);
   const alone = {
     requestId: engineRequestId('no-peer-in-this-id'),
     transferId: transferIdOf('no-peer-in-this-id'),
   };
   assert.equal(local.computed, prompt.length);
   assert.equal(local.token, (await producer.generate(alone, prompt)).token);
+}
+
+// On a GPU `KvCache` takes memory that producers of the same host write into (`direct`); layers in memory of your own come by `nccl`.
+const host = await createDevice('host');
+const names = Array.from({ length: LAYERS }, (_, i) => `toy.layers.${i}`);
+const [ours, theirs] = [
+  await KvCache.allocate(host, LAYOUT, names),
+  await KvCache.allocate(host, LAYOUT, names),
+];
+const sendType = 'PUT_ASYNC';
+
+{
+  await using from = await NativeTransfer.create({ ...OPTIONS, role: 'producer', cache: ours });
+  await using to = await NativeTransfer.create({ ...OPTIONS, role: 'consumer', cache: theirs });
+  const producer = new ToyRuntime({
+    role: 'producer',
+    cache: ours,
+    sendType,
+    engine: from.engine,
+    native: from,
+  });
+  const consumer = new ToyRuntime({
+    role: 'consumer',
+    cache: theirs,
+    sendType,
+    engine: to.engine,
+    native: to,
+  });
+  await check('native', { producer, consumer, sending: from.engine, receiving: to.engine }, 0);
+}
+
+for (const sendType of SEND_TYPES) {
+  await using sending = await TransferEngine.create({ ...OPTIONS, sendType });
+  await using receiving = await TransferEngine.create({ ...OPTIONS, sendType });
+  const producer = new ToyRuntime({ role: 'producer', cache: ours, sendType, engine: sending });
+  const consumer = new ToyRuntime({ role: 'consumer', cache: theirs, sendType, engine: receiving });
+  // by this wire the consumer computes the last prompt token alone
+  await check(sendType, { producer, consumer, sending, receiving }, 1);
 }

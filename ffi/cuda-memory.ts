@@ -11,56 +11,39 @@ type Out = BigUint64Array | Int32Array;
 
 const CUDA_MEMORY = {
   // CUresult cuDeviceGetAttribute(int *pi, CUdevice_attribute attrib, CUdevice dev)
-  cuDeviceGetAttribute: row<[value: Out, attribute: number, device: number]>('int', ['void *', 'int', 'int']),
+  cuDeviceGetAttribute: row<[value: Out, attribute: number, device: number]>('int(void *, int, int)'),
   // CUresult cuMemGetAllocationGranularity(size_t *granularity, const CUmemAllocationProp *prop, CUmemAllocationGranularity_flags option)
-  cuMemGetAllocationGranularity: row<[granularity: Out, properties: Uint8Array, option: number]>('int', [
-    'void *',
-    'void *',
-    'int',
-  ]),
+  cuMemGetAllocationGranularity:
+    row<[granularity: Out, properties: Uint8Array, option: number]>('int(void *, void *, int)'),
   // CUresult cuMemCreate(CUmemGenericAllocationHandle *handle, size_t size, const CUmemAllocationProp *prop, unsigned long long flags)
-  cuMemCreate: row<[handle: Out, bytes: number, properties: Uint8Array, flags: number]>('int', [
-    'void *',
-    'size_t',
-    'void *',
-    'unsigned long long',
-  ]),
+  cuMemCreate: row<[handle: Out, bytes: number, properties: Uint8Array, flags: number]>(
+    'int(void *, size_t, void *, unsigned long long)',
+  ),
   // CUresult cuMemRelease(CUmemGenericAllocationHandle handle)
-  cuMemRelease: row<[handle: CuMemoryHandle]>('int', ['unsigned long long']),
+  cuMemRelease: row<[handle: CuMemoryHandle]>('int(unsigned long long)'),
   // CUresult cuMemExportToShareableHandle(void *shareableHandle, CUmemGenericAllocationHandle handle,
   //                                       CUmemAllocationHandleType handleType, unsigned long long flags)
-  cuMemExportToShareableHandle: row<[fd: Out, handle: CuMemoryHandle, type: number, flags: number]>('int', [
-    'void *',
-    'unsigned long long',
-    'int',
-    'unsigned long long',
-  ]),
+  cuMemExportToShareableHandle: row<[fd: Out, handle: CuMemoryHandle, type: number, flags: number]>(
+    'int(void *, unsigned long long, int, unsigned long long)',
+  ),
   // CUresult cuMemImportFromShareableHandle(CUmemGenericAllocationHandle *handle, void *osHandle, CUmemAllocationHandleType shHandleType)
-  cuMemImportFromShareableHandle: row<[handle: Out, fd: bigint, type: number]>('int', [
-    'void *',
-    'void *',
-    'int',
-  ]),
+  cuMemImportFromShareableHandle: row<[handle: Out, fd: bigint, type: number]>('int(void *, void *, int)'),
   // CUresult cuMemAddressReserve(CUdeviceptr *ptr, size_t size, size_t alignment, CUdeviceptr addr, unsigned long long flags)
   cuMemAddressReserve: row<[pointer: Out, bytes: number, alignment: number, address: number, flags: number]>(
-    'int',
-    ['void *', 'size_t', 'size_t', 'unsigned long long', 'unsigned long long'],
+    'int(void *, size_t, size_t, unsigned long long, unsigned long long)',
   ),
   // CUresult cuMemAddressFree(CUdeviceptr ptr, size_t size)
-  cuMemAddressFree: row<[pointer: DevicePointer, bytes: number]>('int', ['unsigned long long', 'size_t']),
+  cuMemAddressFree: row<[pointer: DevicePointer, bytes: number]>('int(unsigned long long, size_t)'),
   // CUresult cuMemMap(CUdeviceptr ptr, size_t size, size_t offset, CUmemGenericAllocationHandle handle, unsigned long long flags)
   cuMemMap: row<
     [pointer: DevicePointer, bytes: number, offset: number, handle: CuMemoryHandle, flags: number]
-  >('int', ['unsigned long long', 'size_t', 'size_t', 'unsigned long long', 'unsigned long long']),
+  >('int(unsigned long long, size_t, size_t, unsigned long long, unsigned long long)'),
   // CUresult cuMemSetAccess(CUdeviceptr ptr, size_t size, const CUmemAccessDesc *desc, size_t count)
-  cuMemSetAccess: row<[pointer: DevicePointer, bytes: number, access: Uint8Array, count: number]>('int', [
-    'unsigned long long',
-    'size_t',
-    'void *',
-    'size_t',
-  ]),
+  cuMemSetAccess: row<[pointer: DevicePointer, bytes: number, access: Uint8Array, count: number]>(
+    'int(unsigned long long, size_t, void *, size_t)',
+  ),
   // CUresult cuMemUnmap(CUdeviceptr ptr, size_t size)
-  cuMemUnmap: row<[pointer: DevicePointer, bytes: number]>('int', ['unsigned long long', 'size_t']),
+  cuMemUnmap: row<[pointer: DevicePointer, bytes: number]>('int(unsigned long long, size_t)'),
 } as const;
 
 /** Sizes, offsets and values of <cuda.h>, which test/stand-ins/vmm.c declares too and test/integration/unix.test.ts compares. */

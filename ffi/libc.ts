@@ -3,17 +3,13 @@ import { type Bound, bind, dlopen, row } from './native.ts';
 
 const LIBC = {
   // char *getenv(const char *name)
-  getenv: row<[name: string], string | null>('const char *', ['const char *']),
+  getenv: row<[name: string], string | null>('const char *(const char *)'),
   // int setenv(const char *name, const char *value, int overwrite)
-  setenv: row<[name: string, value: string, overwrite: number]>('int', [
-    'const char *',
-    'const char *',
-    'int',
-  ]),
+  setenv: row<[name: string, value: string, overwrite: number]>('int(const char *, const char *, int)'),
   // unsigned int alarm(unsigned int seconds)
-  alarm: row<[seconds: number]>('unsigned int', ['unsigned int']),
+  alarm: row<[seconds: number]>('unsigned int(unsigned int)'),
   // void _exit(int status)
-  _exit: row<[status: number], void>('void', ['int']),
+  _exit: row<[status: number], void>('void(int)'),
 } as const;
 
 let bound: Bound<typeof LIBC> | undefined;
@@ -43,7 +39,7 @@ export function nativeEnvironment(name: string): string | undefined {
 
 /**
  * Has the kernel end this process (SIGALRM) after `seconds`, whatever its threads do: a thread in a blocking native call, such as an
- * abort that never returns, holds up `process.exit()` for ever. 0 cancels it.
+ * abort that never returns, blocks `process.exit()` forever. 0 cancels it.
  */
 export function killAfter(seconds: number): void {
   libc().alarm(seconds);

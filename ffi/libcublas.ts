@@ -8,65 +8,35 @@ import type { CublasHandle, CudaStreamHandle, DevicePointer } from './pointers.t
 
 const CUBLAS = {
   // cublasStatus_t cublasCreate_v2(cublasHandle_t *handle)
-  cublasCreate_v2: row<[handle: BigUint64Array]>('int', ['void *']),
+  cublasCreate_v2: row<[handle: BigUint64Array]>('int(void *)'),
   // cublasStatus_t cublasGetProperty(libraryPropertyType type, int *value)
-  cublasGetProperty: row<[type: number, value: Int32Array]>('int', ['int', 'void *']),
+  cublasGetProperty: row<[type: number, value: Int32Array]>('int(int, void *)'),
   // cublasStatus_t cublasDestroy_v2(cublasHandle_t handle)
-  cublasDestroy_v2: row<[handle: CublasHandle]>('int', ['void *']),
+  cublasDestroy_v2: row<[handle: CublasHandle]>('int(void *)'),
   // cublasStatus_t cublasSetStream_v2(cublasHandle_t handle, cudaStream_t streamId)
-  cublasSetStream_v2: row<[handle: CublasHandle, stream: CudaStreamHandle]>('int', ['void *', 'void *']),
+  cublasSetStream_v2: row<[handle: CublasHandle, stream: CudaStreamHandle]>('int(void *, void *)'),
   // cublasStatus_t cublasSetWorkspace_v2(cublasHandle_t handle, void *workspace, size_t workspaceSizeInBytes)
-  cublasSetWorkspace_v2: row<[handle: CublasHandle, workspace: DevicePointer, bytes: number]>('int', [
-    'void *',
-    'void *',
-    'size_t',
-  ]),
+  cublasSetWorkspace_v2: row<[handle: CublasHandle, workspace: DevicePointer, bytes: number]>(
+    'int(void *, void *, size_t)',
+  ),
   // cublasStatus_t cublasSetMathMode(cublasHandle_t handle, cublasMath_t mode)
-  cublasSetMathMode: row<[handle: CublasHandle, mode: number]>('int', ['void *', 'int']),
+  cublasSetMathMode: row<[handle: CublasHandle, mode: number]>('int(void *, int)'),
   // cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t transa, cublasOperation_t transb, int m, int n, int k,
   //   const void *alpha, const void *A, cudaDataType Atype, int lda, const void *B, cudaDataType Btype, int ldb,
   //   const void *beta, void *C, cudaDataType Ctype, int ldc, cublasComputeType_t computeType, cublasGemmAlgo_t algo)
   cublasGemmEx: row<
     [
-      handle: CublasHandle,
-      transA: number,
-      transB: number,
-      m: number,
-      n: number,
-      k: number,
-      alpha: Float32Array,
-      a: DevicePointer,
-      aType: number,
-      lda: number,
-      b: DevicePointer,
-      bType: number,
-      ldb: number,
-      beta: Float32Array,
-      c: DevicePointer,
-      cType: number,
-      ldc: number,
-      computeType: number,
-      algo: number,
+      ...[handle: CublasHandle, transA: number, transB: number, m: number, n: number, k: number],
+      ...[alpha: Float32Array, a: DevicePointer, aType: number, lda: number],
+      ...[b: DevicePointer, bType: number, ldb: number],
+      ...[beta: Float32Array, c: DevicePointer, cType: number, ldc: number],
+      ...[computeType: number, algo: number],
     ]
-  >('int', [
-    'void *',
-    ...Array<string>(5).fill('int'),
-    'void *',
-    'void *',
-    'int',
-    'int',
-    'void *',
-    'int',
-    'int',
-    'void *',
-    'void *',
-    'int',
-    'int',
-    'int',
-    'int',
-  ]),
+  >(
+    'int(void *, int, int, int, int, int, void *, void *, int, int, void *, int, int, void *, void *, int, int, int, int)',
+  ),
   // const char *cublasGetStatusString(cublasStatus_t status)
-  cublasGetStatusString: row<[status: number], string | null>('const char *', ['int']),
+  cublasGetStatusString: row<[status: number], string | null>('const char *(int)'),
 } as const;
 
 /** cudaDataType. */

@@ -9,52 +9,38 @@ type Out = BigUint64Array | Int32Array;
 
 const CUDA = {
   // CUresult cuInit(unsigned int Flags)
-  cuInit: row<[flags: number]>('int', ['unsigned int']),
+  cuInit: row<[flags: number]>('int(unsigned int)'),
   // CUresult cuDriverGetVersion(int *driverVersion)
-  cuDriverGetVersion: row<[version: Out]>('int', ['void *']),
+  cuDriverGetVersion: row<[version: Out]>('int(void *)'),
   // CUresult cuDeviceGetCount(int *count)
-  cuDeviceGetCount: row<[count: Out]>('int', ['void *']),
+  cuDeviceGetCount: row<[count: Out]>('int(void *)'),
   // CUresult cuDeviceGet(CUdevice *device, int ordinal)
-  cuDeviceGet: row<[device: Out, ordinal: number]>('int', ['void *', 'int']),
+  cuDeviceGet: row<[device: Out, ordinal: number]>('int(void *, int)'),
   // CUresult cuDeviceGetName(char *name, int len, CUdevice dev)
-  cuDeviceGetName: row<[name: Uint8Array, length: number, device: number]>('int', ['void *', 'int', 'int']),
+  cuDeviceGetName: row<[name: Uint8Array, length: number, device: number]>('int(void *, int, int)'),
   // CUresult cuModuleLoadData(CUmodule *module, const void *image)
-  cuModuleLoadData: row<[module: Out, image: Uint8Array]>('int', ['void *', 'void *']),
-  // CUresult cuModuleUnload(CUmodule hmod)
-  cuModuleUnload: row<[module: CuModuleHandle]>('int', ['void *']),
+  cuModuleLoadData: row<[module: Out, image: Uint8Array]>('int(void *, void *)'),
   // CUresult cuModuleGetFunction(CUfunction *hfunc, CUmodule hmod, const char *name)
-  cuModuleGetFunction: row<[fn: Out, module: CuModuleHandle, name: string]>('int', [
-    'void *',
-    'void *',
-    'const char *',
-  ]),
+  cuModuleGetFunction: row<[fn: Out, module: CuModuleHandle, name: string]>(
+    'int(void *, void *, const char *)',
+  ),
   // CUresult cuFuncSetAttribute(CUfunction hfunc, CUfunction_attribute attrib, int value)
-  cuFuncSetAttribute: row<[fn: CuFunctionHandle, attribute: number, value: number]>('int', [
-    'void *',
-    'int',
-    'int',
-  ]),
+  cuFuncSetAttribute: row<[fn: CuFunctionHandle, attribute: number, value: number]>('int(void *, int, int)'),
   // CUresult cuLaunchKernel(CUfunction f, unsigned int gridDimX, gridDimY, gridDimZ, blockDimX, blockDimY, blockDimZ,
   //                         unsigned int sharedMemBytes, CUstream hStream, void **kernelParams, void **extra)
   cuLaunchKernel: row<
     [
-      fn: CuFunctionHandle,
-      gridX: number,
-      gridY: number,
-      gridZ: number,
-      blockX: number,
-      blockY: number,
-      blockZ: number,
-      sharedBytes: number,
-      stream: CudaStreamHandle,
-      params: BigUint64Array,
-      extra: null,
+      ...[fn: CuFunctionHandle, gridX: number, gridY: number, gridZ: number],
+      ...[blockX: number, blockY: number, blockZ: number],
+      ...[sharedBytes: number, stream: CudaStreamHandle, params: BigUint64Array, extra: null],
     ]
-  >('int', ['void *', ...Array<string>(7).fill('unsigned int'), 'void *', 'void *', 'void *']),
+  >(
+    'int(void *, unsigned int, unsigned int, unsigned int, unsigned int, unsigned int, unsigned int, unsigned int, void *, void *, void *)',
+  ),
   // CUresult cuGetErrorName(CUresult error, const char **pStr)
-  cuGetErrorName: row<[error: number, text: [string | null]]>('int', ['int', '_Out_ const char **']),
+  cuGetErrorName: row<[error: number, text: [string | null]]>('int(int, _Out_ const char **)'),
   // CUresult cuGetErrorString(CUresult error, const char **pStr)
-  cuGetErrorString: row<[error: number, text: [string | null]]>('int', ['int', '_Out_ const char **']),
+  cuGetErrorString: row<[error: number, text: [string | null]]>('int(int, _Out_ const char **)'),
 } as const;
 
 const SUCCESS = 0;
@@ -109,10 +95,6 @@ export class Libcuda {
   moduleLoad(image: Uint8Array, what: string): CuModuleHandle {
     this.check(this.#call.cuModuleLoadData(this.#out, image), 'cuModuleLoadData', { what });
     return this.#out[0]! as CuModuleHandle;
-  }
-
-  moduleUnload(module: CuModuleHandle): void {
-    this.check(this.#call.cuModuleUnload(module), 'cuModuleUnload');
   }
 
   moduleFunction(module: CuModuleHandle, name: string): CuFunctionHandle {

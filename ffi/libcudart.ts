@@ -20,34 +20,23 @@ export type Address = DevicePointer | PinnedPointer | Uint8Array;
 
 const CUDART = {
   // cudaError_t cudaRuntimeGetVersion(int *runtimeVersion)
-  cudaRuntimeGetVersion: row<[version: Out]>('int', ['void *']),
+  cudaRuntimeGetVersion: row<[version: Out]>('int(void *)'),
   // cudaError_t cudaGetDeviceCount(int *count)
-  cudaGetDeviceCount: row<[count: Out]>('int', ['void *']),
+  cudaGetDeviceCount: row<[count: Out]>('int(void *)'),
   // cudaError_t cudaSetDevice(int device)
-  cudaSetDevice: row<[device: number]>('int', ['int']),
+  cudaSetDevice: row<[device: number]>('int(int)'),
   // cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attr, int device)
-  cudaDeviceGetAttribute: row<[value: Out, attribute: number, device: number]>('int', [
-    'void *',
-    'int',
-    'int',
-  ]),
+  cudaDeviceGetAttribute: row<[value: Out, attribute: number, device: number]>('int(void *, int, int)'),
   // cudaError_t cudaDeviceGetPCIBusId(char *pciBusId, int len, int device)
-  cudaDeviceGetPCIBusId: row<[id: Uint8Array, length: number, device: number]>('int', [
-    'void *',
-    'int',
-    'int',
-  ]),
+  cudaDeviceGetPCIBusId: row<[id: Uint8Array, length: number, device: number]>('int(void *, int, int)'),
   // cudaError_t cudaDeviceCanAccessPeer(int *canAccessPeer, int device, int peerDevice)
-  cudaDeviceCanAccessPeer: row<[can: Out, device: number, peer: number]>('int', ['void *', 'int', 'int']),
+  cudaDeviceCanAccessPeer: row<[can: Out, device: number, peer: number]>('int(void *, int, int)'),
   // cudaError_t cudaDeviceGetP2PAttribute(int *value, enum cudaDeviceP2PAttr attr, int srcDevice, int dstDevice)
-  cudaDeviceGetP2PAttribute: row<[value: Out, attribute: number, source: number, target: number]>('int', [
-    'void *',
-    'int',
-    'int',
-    'int',
-  ]),
+  cudaDeviceGetP2PAttribute: row<[value: Out, attribute: number, source: number, target: number]>(
+    'int(void *, int, int, int)',
+  ),
   // cudaError_t cudaDeviceEnablePeerAccess(int peerDevice, unsigned int flags)
-  cudaDeviceEnablePeerAccess: row<[peer: number, flags: number]>('int', ['int', 'unsigned int']),
+  cudaDeviceEnablePeerAccess: row<[peer: number, flags: number]>('int(int, unsigned int)'),
   // cudaError_t cudaMemcpyPeerAsync(void *dst, int dstDevice, const void *src, int srcDevice, size_t count, cudaStream_t stream)
   cudaMemcpyPeerAsync: row<
     [
@@ -58,87 +47,71 @@ const CUDART = {
       bytes: number,
       stream: CudaStreamHandle,
     ]
-  >('int', ['void *', 'int', 'void *', 'int', 'size_t', 'void *']),
+  >('int(void *, int, void *, int, size_t, void *)'),
   // cudaError_t cudaMemGetInfo(size_t *free, size_t *total)
-  cudaMemGetInfo: row<[free: Out, total: Out]>('int', ['void *', 'void *']),
+  cudaMemGetInfo: row<[free: Out, total: Out]>('int(void *, void *)'),
   // cudaError_t cudaMalloc(void **devPtr, size_t size)
-  cudaMalloc: row<[pointer: Out, bytes: number]>('int', ['void *', 'size_t']),
+  cudaMalloc: row<[pointer: Out, bytes: number]>('int(void *, size_t)'),
   // cudaError_t cudaFree(void *devPtr)
-  cudaFree: row<[pointer: bigint]>('int', ['void *']),
+  cudaFree: row<[pointer: bigint]>('int(void *)'),
   // cudaError_t cudaHostAlloc(void **pHost, size_t size, unsigned int flags)
-  cudaHostAlloc: row<[pointer: Out, bytes: number, flags: number]>('int', [
-    'void *',
-    'size_t',
-    'unsigned int',
-  ]),
+  cudaHostAlloc: row<[pointer: Out, bytes: number, flags: number]>('int(void *, size_t, unsigned int)'),
   // cudaError_t cudaFreeHost(void *ptr)
-  cudaFreeHost: row<[pointer: bigint]>('int', ['void *']),
+  cudaFreeHost: row<[pointer: bigint]>('int(void *)'),
   // cudaError_t cudaHostRegister(void *ptr, size_t size, unsigned int flags)
-  cudaHostRegister: row<[pointer: bigint, bytes: number, flags: number]>('int', [
-    'void *',
-    'size_t',
-    'unsigned int',
-  ]),
+  cudaHostRegister: row<[pointer: bigint, bytes: number, flags: number]>('int(void *, size_t, unsigned int)'),
   // cudaError_t cudaHostGetDevicePointer(void **pDevice, void *pHost, unsigned int flags)
-  cudaHostGetDevicePointer: row<[pointer: Out, host: bigint, flags: number]>('int', [
-    'void *',
-    'void *',
-    'unsigned int',
-  ]),
+  cudaHostGetDevicePointer: row<[pointer: Out, host: bigint, flags: number]>(
+    'int(void *, void *, unsigned int)',
+  ),
   // cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t count, enum cudaMemcpyKind kind, cudaStream_t stream)
   cudaMemcpyAsync: row<
     [target: Address, source: Address, bytes: number, kind: number, stream: CudaStreamHandle]
-  >('int', ['void *', 'void *', 'size_t', 'int', 'void *']),
+  >('int(void *, void *, size_t, int, void *)'),
   // cudaError_t cudaStreamCreateWithFlags(cudaStream_t *pStream, unsigned int flags)
-  cudaStreamCreateWithFlags: row<[stream: Out, flags: number]>('int', ['void *', 'unsigned int']),
+  cudaStreamCreateWithFlags: row<[stream: Out, flags: number]>('int(void *, unsigned int)'),
   // cudaError_t cudaStreamCreateWithPriority(cudaStream_t *pStream, unsigned int flags, int priority)
-  cudaStreamCreateWithPriority: row<[stream: Out, flags: number, priority: number]>('int', [
-    'void *',
-    'unsigned int',
-    'int',
-  ]),
+  cudaStreamCreateWithPriority: row<[stream: Out, flags: number, priority: number]>(
+    'int(void *, unsigned int, int)',
+  ),
   // cudaError_t cudaDeviceGetStreamPriorityRange(int *leastPriority, int *greatestPriority)
-  cudaDeviceGetStreamPriorityRange: row<[least: Out, greatest: Out]>('int', ['void *', 'void *']),
+  cudaDeviceGetStreamPriorityRange: row<[least: Out, greatest: Out]>('int(void *, void *)'),
   // cudaError_t cudaStreamDestroy(cudaStream_t stream)
-  cudaStreamDestroy: row<[stream: CudaStreamHandle]>('int', ['void *']),
+  cudaStreamDestroy: row<[stream: CudaStreamHandle]>('int(void *)'),
   // cudaError_t cudaStreamQuery(cudaStream_t stream)
-  cudaStreamQuery: row<[stream: CudaStreamHandle]>('int', ['void *']),
+  cudaStreamQuery: row<[stream: CudaStreamHandle]>('int(void *)'),
   // cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned int flags)
-  cudaStreamWaitEvent: row<[stream: CudaStreamHandle, event: CudaEventHandle, flags: number]>('int', [
-    'void *',
-    'void *',
-    'unsigned int',
-  ]),
+  cudaStreamWaitEvent: row<[stream: CudaStreamHandle, event: CudaEventHandle, flags: number]>(
+    'int(void *, void *, unsigned int)',
+  ),
   // cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned int flags)
-  cudaEventCreateWithFlags: row<[event: Out, flags: number]>('int', ['void *', 'unsigned int']),
+  cudaEventCreateWithFlags: row<[event: Out, flags: number]>('int(void *, unsigned int)'),
   // cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
-  cudaEventRecord: row<[event: CudaEventHandle, stream: CudaStreamHandle]>('int', ['void *', 'void *']),
+  cudaEventRecord: row<[event: CudaEventHandle, stream: CudaStreamHandle]>('int(void *, void *)'),
   // cudaError_t cudaEventQuery(cudaEvent_t event)
-  cudaEventQuery: row<[event: CudaEventHandle]>('int', ['void *']),
+  cudaEventQuery: row<[event: CudaEventHandle]>('int(void *)'),
   // cudaError_t cudaEventDestroy(cudaEvent_t event)
-  cudaEventDestroy: row<[event: CudaEventHandle]>('int', ['void *']),
+  cudaEventDestroy: row<[event: CudaEventHandle]>('int(void *)'),
   // cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode)
-  cudaStreamBeginCapture: row<[stream: CudaStreamHandle, mode: number]>('int', ['void *', 'int']),
+  cudaStreamBeginCapture: row<[stream: CudaStreamHandle, mode: number]>('int(void *, int)'),
   // cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *pGraph)
-  cudaStreamEndCapture: row<[stream: CudaStreamHandle, graph: Out]>('int', ['void *', 'void *']),
+  cudaStreamEndCapture: row<[stream: CudaStreamHandle, graph: Out]>('int(void *, void *)'),
   // cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *pGraphExec, cudaGraph_t graph, unsigned long long flags)
-  cudaGraphInstantiateWithFlags: row<[exec: Out, graph: CudaGraphHandle, flags: number]>('int', [
-    'void *',
-    'void *',
-    'unsigned long long',
-  ]),
+  cudaGraphInstantiateWithFlags: row<[exec: Out, graph: CudaGraphHandle, flags: number]>(
+    'int(void *, void *, unsigned long long)',
+  ),
   // cudaError_t cudaGraphDestroy(cudaGraph_t graph)
-  cudaGraphDestroy: row<[graph: CudaGraphHandle]>('int', ['void *']),
+  cudaGraphDestroy: row<[graph: CudaGraphHandle]>('int(void *)'),
   // cudaError_t cudaGraphUpload(cudaGraphExec_t graphExec, cudaStream_t stream)
-  cudaGraphUpload: row<[exec: CudaGraphExecHandle, stream: CudaStreamHandle]>('int', ['void *', 'void *']),
+  cudaGraphUpload: row<[exec: CudaGraphExecHandle, stream: CudaStreamHandle]>('int(void *, void *)'),
   // cudaError_t cudaGraphLaunch(cudaGraphExec_t graphExec, cudaStream_t stream)
-  cudaGraphLaunch: row<[exec: CudaGraphExecHandle, stream: CudaStreamHandle]>('int', ['void *', 'void *']),
+  cudaGraphLaunch: row<[exec: CudaGraphExecHandle, stream: CudaStreamHandle]>('int(void *, void *)'),
   // cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graphExec)
-  cudaGraphExecDestroy: row<[exec: CudaGraphExecHandle]>('int', ['void *']),
+  cudaGraphExecDestroy: row<[exec: CudaGraphExecHandle]>('int(void *)'),
   // const char *cudaGetErrorName(cudaError_t error)
-  cudaGetErrorName: row<[error: number], string | null>('const char *', ['int']),
+  cudaGetErrorName: row<[error: number], string | null>('const char *(int)'),
   // const char *cudaGetErrorString(cudaError_t error)
-  cudaGetErrorString: row<[error: number], string | null>('const char *', ['int']),
+  cudaGetErrorString: row<[error: number], string | null>('const char *(int)'),
 } as const;
 
 const SUCCESS = 0;

@@ -14,56 +14,42 @@ import {
 } from './native.ts';
 import type { CudaStreamHandle, NativePointer, NcclCommHandle } from './pointers.ts';
 
-const UNIQUE_ID_STRUCT = 'ncclUniqueId';
 /** NCCL_UNIQUE_ID_BYTES. */
 const UNIQUE_ID_BYTES = 128;
-byteArrayStruct(UNIQUE_ID_STRUCT, UNIQUE_ID_BYTES);
+byteArrayStruct('ncclUniqueId', UNIQUE_ID_BYTES);
+
+type Exchange = [
+  ...[buffer: bigint, count: number, type: number],
+  ...[peer: number, comm: NcclCommHandle, stream: CudaStreamHandle],
+];
 
 const NCCL = {
   // ncclResult_t ncclGetVersion(int *version)
-  ncclGetVersion: row<[version: Int32Array]>('int', ['void *']),
+  ncclGetVersion: row<[version: Int32Array]>('int(void *)'),
   // ncclResult_t ncclGetUniqueId(ncclUniqueId *uniqueId)
-  ncclGetUniqueId: row<[id: Uint8Array]>('int', ['void *']),
+  ncclGetUniqueId: row<[id: Uint8Array]>('int(void *)'),
   // ncclResult_t ncclCommInitRankConfig(ncclComm_t *comm, int nranks, ncclUniqueId commId, int rank, ncclConfig_t *config)
   ncclCommInitRankConfig: row<
     [comm: NativePointer, ranks: number, id: { internal: Uint8Array }, rank: number, config: Uint8Array]
-  >('int', ['void *', 'int', UNIQUE_ID_STRUCT, 'int', 'void *']),
+  >('int(void *, int, ncclUniqueId, int, void *)'),
   // ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *asyncError)
-  ncclCommGetAsyncError: row<[comm: NcclCommHandle, error: Int32Array]>('int', ['void *', 'void *']),
+  ncclCommGetAsyncError: row<[comm: NcclCommHandle, error: Int32Array]>('int(void *, void *)'),
   // ncclResult_t ncclCommFinalize(ncclComm_t comm)
-  ncclCommFinalize: row<[comm: NcclCommHandle]>('int', ['void *']),
+  ncclCommFinalize: row<[comm: NcclCommHandle]>('int(void *)'),
   // ncclResult_t ncclCommAbort(ncclComm_t comm)
-  ncclCommAbort: row<[comm: NcclCommHandle]>('int', ['void *']),
+  ncclCommAbort: row<[comm: NcclCommHandle]>('int(void *)'),
   // ncclResult_t ncclGroupStart(void)
-  ncclGroupStart: row<[]>('int', []),
+  ncclGroupStart: row<[]>('int()'),
   // ncclResult_t ncclGroupEnd(void)
-  ncclGroupEnd: row<[]>('int', []),
+  ncclGroupEnd: row<[]>('int()'),
   // ncclResult_t ncclSend(const void *sendbuff, size_t count, ncclDataType_t datatype, int peer, ncclComm_t comm, cudaStream_t stream)
-  ncclSend: row<
-    [
-      buffer: bigint,
-      count: number,
-      type: number,
-      peer: number,
-      comm: NcclCommHandle,
-      stream: CudaStreamHandle,
-    ]
-  >('int', ['void *', 'size_t', 'int', 'int', 'void *', 'void *']),
+  ncclSend: row<Exchange>('int(void *, size_t, int, int, void *, void *)'),
   // ncclResult_t ncclRecv(void *recvbuff, size_t count, ncclDataType_t datatype, int peer, ncclComm_t comm, cudaStream_t stream)
-  ncclRecv: row<
-    [
-      buffer: bigint,
-      count: number,
-      type: number,
-      peer: number,
-      comm: NcclCommHandle,
-      stream: CudaStreamHandle,
-    ]
-  >('int', ['void *', 'size_t', 'int', 'int', 'void *', 'void *']),
+  ncclRecv: row<Exchange>('int(void *, size_t, int, int, void *, void *)'),
   // const char *ncclGetErrorString(ncclResult_t result)
-  ncclGetErrorString: row<[result: number], string | null>('const char *', ['int']),
+  ncclGetErrorString: row<[result: number], string | null>('const char *(int)'),
   // const char *ncclGetLastError(ncclComm_t comm)
-  ncclGetLastError: row<[comm: NcclCommHandle | null], string | null>('const char *', ['void *']),
+  ncclGetLastError: row<[comm: NcclCommHandle | null], string | null>('const char *(void *)'),
 } as const;
 
 const SUCCESS = 0;

@@ -3,8 +3,6 @@ import koffi, { type LibraryHandle, type TypeObject } from 'koffi';
 import { nativeError } from './errors.ts';
 import type { NativePointer } from './pointers.ts';
 
-type TypeSpec = string | TypeObject;
-
 /** koffi runs calls on stacks of its own, 2 MiB by default; CUDA and NCCL overflow that (SIGSEGV). Bytes. */
 const CALL_STACK = 16 * 2 ** 20;
 let configured = false;
@@ -42,21 +40,15 @@ function keepLoaded(path: string): void {
   pin(path, KEEP);
 }
 
-/** One row of a table: C result and argument types for koffi, TypeScript ones for the caller. */
-export interface Row<Args extends readonly unknown[], Result> {
-  readonly result: TypeSpec;
-  readonly args: readonly TypeSpec[];
-  readonly optional: boolean;
+/** One row of a table: the types of a C function for koffi, `int(void *, size_t)`, and TypeScript ones for the caller. */
+interface Row<Args extends readonly unknown[], Result> {
+  readonly signature: string;
   /** Carries the types; never set. */
-  readonly signature?: (...args: Args) => Result;
+  readonly call?: (...args: Args) => Result;
 }
 
-/** A row for `result name(args)`. */
-export function row<Args extends readonly unknown[], Result = number>(
-  result: TypeSpec,
-  args: readonly TypeSpec[],
-): Row<Args, Result> {
-  return { result, args, optional: false };
+export function row<Args extends readonly unknown[], Result = number>(signature: string): Row<Args, Result> {
+  return { signature };
 }
 
 export type Bound<Table> = {
@@ -71,9 +63,10 @@ export function bind<Table extends Record<string, Row<never, unknown>>>(
   table: Table,
 ): Bound<Table> {
   const functions: Record<string, unknown> = {};
-  for (const [name, { result, args }] of Object.entries(table)) {
+  for (const [name, { signature }] of Object.entries(table)) {
+    const [, result = '', args = ''] = /^(.*?)\((.*)\)$/.exec(signature) ?? [];
     try {
-      functions[name] = library.handle.func(name, result, [...args]);
+      functions[name] = library.handle.func(name, result, args === '' ? [] : args.split(', '));
     } catch (error) {
       throw nativeError(
         'LIBRARY_TOO_OLD',

@@ -8,30 +8,28 @@ type Out = BigUint64Array | Int32Array | Uint8Array;
 
 const NVRTC = {
   // nvrtcResult nvrtcVersion(int *major, int *minor)
-  nvrtcVersion: row<[major: Out, minor: Out]>('int', ['void *', 'void *']),
+  nvrtcVersion: row<[major: Out, minor: Out]>('int(void *, void *)'),
   // nvrtcResult nvrtcCreateProgram(nvrtcProgram *prog, const char *src, const char *name, int numHeaders,
   //                                const char *const *headers, const char *const *includeNames)
   nvrtcCreateProgram: row<
     [program: Out, source: string, name: string, headers: number, bodies: null, names: null]
-  >('int', ['void *', 'const char *', 'const char *', 'int', 'void *', 'void *']),
+  >('int(void *, const char *, const char *, int, void *, void *)'),
   // nvrtcResult nvrtcCompileProgram(nvrtcProgram prog, int numOptions, const char *const *options)
-  nvrtcCompileProgram: row<[program: bigint, count: number, options: readonly string[]]>('int', [
-    'void *',
-    'int',
-    'const char **',
-  ]),
+  nvrtcCompileProgram: row<[program: bigint, count: number, options: readonly string[]]>(
+    'int(void *, int, const char **)',
+  ),
   // nvrtcResult nvrtcGetCUBINSize(nvrtcProgram prog, size_t *cubinSizeRet)
-  nvrtcGetCUBINSize: row<[program: bigint, size: Out]>('int', ['void *', 'void *']),
+  nvrtcGetCUBINSize: row<[program: bigint, size: Out]>('int(void *, void *)'),
   // nvrtcResult nvrtcGetCUBIN(nvrtcProgram prog, char *cubin)
-  nvrtcGetCUBIN: row<[program: bigint, cubin: Out]>('int', ['void *', 'void *']),
+  nvrtcGetCUBIN: row<[program: bigint, cubin: Out]>('int(void *, void *)'),
   // nvrtcResult nvrtcGetProgramLogSize(nvrtcProgram prog, size_t *logSizeRet)
-  nvrtcGetProgramLogSize: row<[program: bigint, size: Out]>('int', ['void *', 'void *']),
+  nvrtcGetProgramLogSize: row<[program: bigint, size: Out]>('int(void *, void *)'),
   // nvrtcResult nvrtcGetProgramLog(nvrtcProgram prog, char *log)
-  nvrtcGetProgramLog: row<[program: bigint, log: Out]>('int', ['void *', 'void *']),
+  nvrtcGetProgramLog: row<[program: bigint, log: Out]>('int(void *, void *)'),
   // nvrtcResult nvrtcDestroyProgram(nvrtcProgram *prog)
-  nvrtcDestroyProgram: row<[program: Out]>('int', ['void *']),
+  nvrtcDestroyProgram: row<[program: Out]>('int(void *)'),
   // const char *nvrtcGetErrorString(nvrtcResult result)
-  nvrtcGetErrorString: row<[result: number], string | null>('const char *', ['int']),
+  nvrtcGetErrorString: row<[result: number], string | null>('const char *(int)'),
 } as const;
 
 const SUCCESS = 0;

@@ -10,43 +10,34 @@ import type { FileDescriptor, SharedPointer } from './pointers.ts';
 
 const UNIX = {
   // int socket(int domain, int type, int protocol)
-  socket: row<[domain: number, type: number, protocol: number]>('int', ['int', 'int', 'int']),
+  socket: row<[domain: number, type: number, protocol: number]>('int(int, int, int)'),
   // int bind(int fd, const struct sockaddr *addr, socklen_t len)
-  bind: row<[fd: number, address: Uint8Array, length: number]>('int', ['int', 'void *', 'unsigned int']),
+  bind: row<[fd: number, address: Uint8Array, length: number]>('int(int, void *, unsigned int)'),
   // int listen(int fd, int backlog)
-  listen: row<[fd: number, backlog: number]>('int', ['int', 'int']),
+  listen: row<[fd: number, backlog: number]>('int(int, int)'),
   // int connect(int fd, const struct sockaddr *addr, socklen_t len)
-  connect: row<[fd: number, address: Uint8Array, length: number]>('int', ['int', 'void *', 'unsigned int']),
+  connect: row<[fd: number, address: Uint8Array, length: number]>('int(int, void *, unsigned int)'),
   // int accept4(int fd, struct sockaddr *addr, socklen_t *len, int flags)
-  accept4: row<[fd: number, address: null, length: null, flags: number]>('int', [
-    'int',
-    'void *',
-    'void *',
-    'int',
-  ]),
+  accept4: row<[fd: number, address: null, length: null, flags: number]>('int(int, void *, void *, int)'),
   // ssize_t sendmsg(int fd, const struct msghdr *msg, int flags)
-  sendmsg: row<[fd: number, message: bigint, flags: number]>('int64_t', ['int', 'void *', 'int']),
+  sendmsg: row<[fd: number, message: bigint, flags: number]>('int64_t(int, void *, int)'),
   // ssize_t recvmsg(int fd, struct msghdr *msg, int flags)
-  recvmsg: row<[fd: number, message: bigint, flags: number]>('int64_t', ['int', 'void *', 'int']),
+  recvmsg: row<[fd: number, message: bigint, flags: number]>('int64_t(int, void *, int)'),
   // int getsockopt(int fd, int level, int name, void *value, socklen_t *len)
-  getsockopt: row<[fd: number, level: number, name: number, value: Int32Array, length: Uint32Array]>('int', [
-    'int',
-    'int',
-    'int',
-    'void *',
-    'void *',
-  ]),
+  getsockopt: row<[fd: number, level: number, name: number, value: Int32Array, length: Uint32Array]>(
+    'int(int, int, int, void *, void *)',
+  ),
   // int memfd_create(const char *name, unsigned int flags)
-  memfd_create: row<[name: string, flags: number]>('int', ['const char *', 'unsigned int']),
+  memfd_create: row<[name: string, flags: number]>('int(const char *, unsigned int)'),
   // int fcntl(int fd, int command, int argument)
-  fcntl: row<[fd: number, command: number, argument: number]>('int', ['int', 'int', 'int']),
+  fcntl: row<[fd: number, command: number, argument: number]>('int(int, int, int)'),
   // void *mmap(void *addr, size_t length, int prot, int flags, int fd, off_t offset)
   mmap: row<
     [address: null, bytes: number, protection: number, flags: number, fd: number, offset: number],
     bigint | null
-  >('void *', ['void *', 'size_t', 'int', 'int', 'int', 'int64_t']),
+  >('void *(void *, size_t, int, int, int, int64_t)'),
   // int munmap(void *addr, size_t length)
-  munmap: row<[address: bigint, bytes: number]>('int', ['void *', 'size_t']),
+  munmap: row<[address: bigint, bytes: number]>('int(void *, size_t)'),
 } as const;
 
 // <sys/socket.h>, <linux/memfd.h>, <fcntl.h> and <sys/mman.h> of Linux; test/integration/unix.test.ts compares all of it with a C program

@@ -124,7 +124,12 @@ CUDA runtime (12 or 13) and NCCL (2.27 or later) on hosts with GPUs. Needs glibc
     scripts/two-gpu.sh --host ::1 ipv6  the same on these addresses in turn, with the address that NCCL's bootstrap took
     scripts/runbook.sh                  the lines of docs/operations.md with vLLM's configuration, as written, on two GPUs
     scripts/serve-results.sh            what clients see of a pair and of an undivided worker (--device cuda: on two GPUs)
+    scripts/proxy-results.sh            without a GPU, on 16 cores or more, how fast the proxy alone is
+    scripts/native-faults.sh            on two GPUs, the native hand-over under kill -9 and SIGSTOP, on one GPU, and over NCCL's sockets
     scripts/pair-results.sh             on two GPUs, whether a pair gives the answers of an undivided worker, and how much later
+    scripts/hand-over-results.sh        on two GPUs, how fast KV is handed over, and where the time to a pair's first token goes
+    scripts/goodput-results.sh          on two GPUs, how many requests per second a pair and two undivided workers answer within bounds
+    ./node dist/bench/proxy/policies.js what each policy of placement is worth, on simulated workers; overload.js, vanish.js beside it
     bench/gpu/model.sh DIR              on one GPU, logits and times compared with transformers
     ./node dist/bench/gpu/sampling.js   on one GPU, sampling compared with the host's, and what it costs a decode step (16 GB in TMPDIR)
     ./node dist/bench/gpu/serving.js DIR
@@ -200,7 +205,11 @@ function main(): void {
       'scripts/gpu-results.sh',
       'scripts/wire-results.sh',
       'scripts/serve-results.sh',
+      'scripts/proxy-results.sh',
       'scripts/pair-results.sh',
+      'scripts/native-faults.sh',
+      'scripts/hand-over-results.sh',
+      'scripts/goodput-results.sh',
       'bench/gpu/model.sh',
       'scripts/model-reference',
       'support/peers',

@@ -3,9 +3,10 @@
 #
 #   ./scripts/debian-packages.sh peer        the Python peer of the tests (support/peers) and openssl: python3-msgpack, python3-zmq, openssl
 #   ./scripts/debian-packages.sh promtool    Prometheus' own check of metric pages: prometheus
+#   ./scripts/debian-packages.sh etcd        a real etcd to register with: etcd-server
 set -uo pipefail
 
-case "${1:?peer or promtool}" in
+case "${1:?peer, promtool or etcd}" in
   peer)
     packages=(python3-msgpack python3-zmq openssl)
     there() { /usr/bin/python3 -c 'import msgpack, zmq' 2>/dev/null && command -v openssl >/dev/null; }
@@ -14,7 +15,11 @@ case "${1:?peer or promtool}" in
     packages=(prometheus)
     there() { command -v promtool >/dev/null; }
     ;;
-  *) echo "debian-packages: peer or promtool, not $1" >&2; exit 2 ;;
+  etcd)
+    packages=(etcd-server)
+    there() { command -v etcd >/dev/null; }
+    ;;
+  *) echo "debian-packages: peer, promtool or etcd, not $1" >&2; exit 2 ;;
 esac
 
 install() {

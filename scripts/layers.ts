@@ -84,6 +84,8 @@ export const LAYERS: readonly Layer[] = [
     may: [
       ...COMMON,
       ...['src/openai-error.ts', 'src/reading-thread.ts', 'src/wire', 'src/kv', 'src/config', 'src/access'],
+      // It reads prompts as workers do.
+      ...['src/parsing', 'src/model', 'src/worker'],
     ],
   },
   {

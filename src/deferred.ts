@@ -27,3 +27,55 @@ export async function withDeadline<T>(promise: Promise<T>, ms: number): Promise<
     clearTimeout(timer);
   }
 }
+
+/** What this code asks of an AbortSignal; a Cancellation has it, too. */
+export interface Signal {
+  readonly aborted: boolean;
+  readonly reason: unknown;
+  throwIfAborted(): void;
+  addEventListener(type: 'abort', listener: () => void, options?: { readonly once: true }): void;
+  removeEventListener(type: 'abort', listener: () => void): void;
+}
+
+/** Controller and signal in one. An AbortController with one listener takes some 5 microseconds, and a proxied request has several. */
+export class Cancellation implements Signal {
+  #aborted = false;
+  #reason: unknown;
+  /** In the order in which they are called; the first by itself, as there is seldom another. */
+  #listener: (() => void) | undefined;
+  #more: (() => void)[] = [];
+
+  get aborted(): boolean {
+    return this.#aborted;
+  }
+
+  get reason(): unknown {
+    return this.#reason;
+  }
+
+  throwIfAborted(): void {
+    if (this.#aborted) throw this.#reason;
+  }
+
+  /** Each listener is called once. One that is added afterwards is never called, as with an AbortSignal. */
+  addEventListener(_type: 'abort', listener: () => void): void {
+    if (!this.#listener) this.#listener = listener;
+    else this.#more.push(listener);
+  }
+
+  removeEventListener(_type: 'abort', listener: () => void): void {
+    if (this.#listener === listener) this.#listener = this.#more.shift();
+    else this.#more = this.#more.filter((other) => other !== listener);
+  }
+
+  /** Only the first reason counts. */
+  abort(reason: unknown): void {
+    if (this.#aborted) return;
+    this.#aborted = true;
+    this.#reason = reason;
+    const listeners = [this.#listener, ...this.#more];
+    this.#listener = undefined;
+    this.#more = [];
+    for (const listener of listeners) listener?.();
+  }
+}

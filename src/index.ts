@@ -21,15 +21,21 @@ export { TransferEngine, type TransferEngineExtras } from './transfer/engine.ts'
 export type { SendHandle, TransferEngineApi } from './transfer/engine-api.ts';
 export type { FailureKind, FailureState } from './transfer/failures.ts';
 export type {
+  ConnectionState,
   Drawn,
   FirstTokens,
   HandOverApi,
   HandOverBooks,
   HandOverState,
   HandOverUser,
+  MappingState,
+  PathState,
   WantOutcome,
   WantRequest,
 } from './transfer/native/hand-over-api.ts';
+export type { Fallback } from './transfer/native/hello.ts';
+export { KvCache } from './transfer/native/kv-cache.ts';
+export { NativeTransfer, type NativeTransferOptions } from './transfer/native/native-transfer.ts';
 export type { IgnoredKind } from './transfer/native/processes.ts';
 export type {
   LoadRequest,
@@ -148,7 +154,7 @@ export { CALL_DIALECTS, type CallDialect } from './parsing/calls.ts';
 export { REASONING_DIALECTS, type ReasoningDialect } from './parsing/reasoning.ts';
 export { PdProxy } from './proxy/proxy.ts';
 export type { Instance, InstancePing, InstanceRole } from './proxy/registry.ts';
-export type { CoreInfo, CoreState } from './worker/core-messages.ts';
+export type { CoreInfo, CoreStage, CoreState } from './worker/core-messages.ts';
 export { PdWorker } from './worker/worker.ts';
 
 // Errors and metrics.
@@ -165,3 +171,4 @@ export {
   readMetric,
 } from './observability/metrics.ts';
 export { createRegistry, type Labels } from './observability/registry.ts';
+export type { Timeline } from './observability/timelines.ts';

@@ -6,10 +6,10 @@
  *              v                                           v
  *            READER_BUSY                                 BODY_TOO_COSTLY, INTERNAL; a new thread
  *
- * What is read, and which bodies are worth sending to the thread, is up to the owner (worker/request-reader.ts, proxy/body-reader.ts).
+ * What is read, and which bodies are worth sending to the thread, is up to the owner (worker/request-body-reader.ts, proxy/body-reader.ts).
  */
 import { parentPort } from 'node:worker_threads';
-import { type Deferred, deferred, withDeadline } from './deferred.ts';
+import { type Deferred, deferred, type Signal, withDeadline } from './deferred.ts';
 import { type ErrorData, PdError, unreachable } from './errors.ts';
 import type { Logger } from './observability/log.ts';
 import { startThread, type ThreadPort } from './thread-entry.ts';
@@ -97,11 +97,17 @@ export class ReadingThread<Job extends ReadingJob, Reading> {
     if (!this.#thread && !this.#closing) this.#open();
   }
 
+  /** Bytes of bodies that are being read or wait; Infinity while there is no thread that reads. */
+  get bytesAhead(): number {
+    if (!this.#thread?.ready) return Number.POSITIVE_INFINITY;
+    return this.#queue.reduce((sum, { bytes }) => sum + bytes, this.#thread.reading?.bytes ?? 0);
+  }
+
   /**
    * Throws the error that the body is refused with, READER_BUSY if the thread did not get to it in time or the queue was full,
    * BODY_TOO_COSTLY if it took too much time or memory, REQUEST_ABORTED if `signal` fired while it waited, SERVER_DRAINING once closed.
    */
-  async read(job: Job, signal?: AbortSignal): Promise<Reading> {
+  async read(job: Job, signal?: Signal): Promise<Reading> {
     const { waitTimeoutMs, owner } = this.#options;
     if (this.#closing) throw new PdError('SERVER_DRAINING', `this ${owner} is stopping`);
     const bytes = job.body.byteLength;
@@ -255,12 +261,7 @@ function deathOf(bytes: number | undefined, error: Error | undefined): PdError {
     const what = `reading a body of ${bytes} bytes took more than ${HEAP_MB} MB of memory`;
     return new PdError('BODY_TOO_COSTLY', what);
   }
-  return new PdError(
-    'INTERNAL',
-    `the reader thread ended unexpectedly: ${error?.message ?? 'no error'}`,
-    {},
-    { cause: error },
-  );
+  return PdError.because('INTERNAL', 'the reader thread ended unexpectedly', error ?? 'no error');
 }
 
 /** Starts `entry`, which calls `answerReadings`. */

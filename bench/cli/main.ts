@@ -14,13 +14,15 @@ import { interference } from '../transfer/interference.ts';
 import { isSound, type Report, readReport, renderSummary, writeReport } from '../transfer/report.ts';
 import { type Part, type PartResult, type PartWork, runPart } from '../transfer/result.ts';
 import { soak } from '../transfer/soak.ts';
-import { ceilingTable, checkLines, slowerThanVllm, transferTable } from '../transfer/tables.ts';
+import { ceilingTable, checkLines, nativeTable, slowerThanVllm, transferTable } from '../transfer/tables.ts';
 import { measureTransfer } from '../transfer/transfer.ts';
+import { goodputCommand } from './goodput.ts';
 import {
   benchOptions,
   EXCHANGE_OPTIONS,
   FAULTS_OPTIONS,
   INTERFERENCE_OPTIONS,
+  nativeSettingsOf,
   SOAK_OPTIONS,
   TRANSFER_OPTIONS,
   tokensOf,
@@ -29,10 +31,12 @@ import { serveCommand } from './serve.ts';
 
 const EXAMPLES = `
 Examples:
-  pd-bench transfer                                  two GPUs, all send types, 16 to 16,384 tokens of Llama-3-8B KV
+  pd-bench transfer                                  two GPUs, both wires, 16 to 16,384 tokens of Llama-3-8B KV
+  pd-bench transfer --wire native --transport direct the product's hand-over by direct writes alone
   pd-bench transfer --device host --tokens 16,1024   two processes without a GPU
   pd-bench transfer --send-type PUT_ASYNC --source paged --json
   pd-bench serve --url http://localhost:10002 --concurrency 8
+  pd-bench goodput --url http://localhost:10002 --slo-ttft 400ms --slo-itl 12ms,10ms
   scripts/gpu-results.sh                             every part, into bench/results/
 
 Exit status 1 if a byte was wrong, a transfer failed, or a limit was exceeded.`;
@@ -54,9 +58,10 @@ export function benchCommand(): Command {
     'time and GB/s of one request, compared with the raw transport and the device copy',
     TRANSFER_OPTIONS,
     (options, values) => async () => {
-      const { sendType, source, rounds, warmUp } = values;
+      const { wire: wires, sendType: sendTypes, source: sources, rounds, warmUp } = values;
       const tokens = tokensOf(values.tokens, options);
-      const settings = { sendTypes: sendType, sources: source, tokens, rounds, warmUp };
+      const native = nativeSettingsOf(values, options);
+      const settings = { wires, sendTypes, sources, tokens, rounds, warmUp, native };
       return { transfer: await measureTransfer(options, settings) };
     },
   );
@@ -96,6 +101,7 @@ export function benchCommand(): Command {
   );
 
   program.addCommand(serveCommand());
+  program.addCommand(goodputCommand());
   program
     .command('report')
     .description('combines the results in a directory into JSON, Markdown and a short table')
@@ -151,7 +157,14 @@ function render(result: PartResult): string {
   if (transfer) {
     lines.push(plainTable(ceilingTable(transfer, devices.includes('host'))));
     lines.push(...transfer.ceilingErrors.map((text) => `ceilings: ${text}`), '');
-    lines.push(plainTable(transferTable(result, transfer)), '');
+    if (transfer.native) lines.push(plainTable(nativeTable(transfer)), '');
+    for (const { error, transport, path, beside, inFlight, tokens } of transfer.native ?? []) {
+      if (error !== undefined)
+        lines.push(
+          `FAILED ${transport}, ${path}, beside ${beside}, ${inFlight} x ${tokens} tokens: ${error}`,
+        );
+    }
+    if (transfer.rows.length > 0) lines.push(plainTable(transferTable(result, transfer)), '');
     for (const row of transfer.rows) {
       if (row.error !== undefined)
         lines.push(`FAILED ${row.sendType}, ${row.source}, ${row.tokens} tokens: ${row.error}`);

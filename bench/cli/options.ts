@@ -5,6 +5,7 @@ import { defineOptions, option, type ValuesOf } from '../../src/config/options.t
 import { DEFAULT_TIMEOUTS } from '../../src/config/transfer-options.ts';
 import { PdError } from '../../src/errors.ts';
 import { LOG_LEVELS } from '../../src/observability/log-options.ts';
+import { type NativeTransport, TRANSPORTS } from '../../src/transfer/native/messages.ts';
 import { SEND_TYPES } from '../../src/wire/messages.ts';
 import { z } from '../../src/zod.ts';
 import type { Progress } from '../measure/progress.ts';
@@ -15,10 +16,10 @@ import { DEFAULT_INTERFERENCE } from '../transfer/interference.ts';
 import { COMPUTE_LOOPS } from '../transfer/messages.ts';
 import { blocksOf, MODEL_NAMES, modelShape } from '../transfer/shape.ts';
 import { DEFAULT_SOAK } from '../transfer/soak.ts';
-import { DEFAULT_TRANSFER, SOURCES } from '../transfer/transfer.ts';
+import { DEFAULT_TRANSFER, SOURCES, type TransferSettings, WIRES } from '../transfer/transfer.ts';
 
 /** Several in one argument: `16,256`. No duplicates. */
-function commas<T>(kind: Kind<T>): Kind<readonly T[]> {
+export function commas<T>(kind: Kind<T>): Kind<readonly T[]> {
   const allowed = `${kind.allowed}; several are separated by commas`;
   return {
     schema: z.string().transform((value, context): readonly T[] => {
@@ -85,15 +86,33 @@ const COMMON = defineOptions({
 
 export const TRANSFER_OPTIONS = defineOptions({
   ...COMMON,
+  wire: option({
+    kind: commas(oneOf(WIRES)),
+    help: "native: the product's hand-over, connector to connector; frozen: vLLM's wire, engine to engine",
+    group: 'Measurement',
+    default: DEFAULT_TRANSFER.wires,
+  }),
+  transport: option({
+    kind: commas(oneOf(TRANSPORTS)),
+    help: 'ways of the native hand-over',
+    group: 'Measurement',
+    defaultText: 'direct,nccl, on the host host',
+  }),
+  inFlight: option({
+    kind: commas(integer(1, 64)),
+    help: 'native requests asked for at once',
+    group: 'Measurement',
+    default: [1, 8, 32],
+  }),
   sendType: option({
     kind: commas(oneOf(SEND_TYPES)),
-    help: 'send types',
+    help: 'send types of the frozen wire',
     group: 'Measurement',
     default: DEFAULT_TRANSFER.sendTypes,
   }),
   source: option({
     kind: commas(oneOf(SOURCES)),
-    help: 'paged: gather and scatter blocks; flat: dense tensors',
+    help: 'by the frozen wire; paged: gather and scatter blocks; flat: dense tensors',
     group: 'Measurement',
     default: DEFAULT_TRANSFER.sources,
   }),
@@ -255,6 +274,21 @@ export function tokensOf(
 ): readonly number[] {
   const tokens = given ?? (devices[0] === 'host' ? [16, 256, 1_024, 4_096] : DEFAULT_TRANSFER.tokens);
   return [...tokens].sort((a, b) => blocksOf(shape, a) - blocksOf(shape, b));
+}
+
+/** Requests of many at once are of 1,024 tokens, or the largest that is measured. */
+export function nativeSettingsOf(
+  { transport, inFlight, tokens }: ValuesOf<typeof TRANSFER_OPTIONS>,
+  options: BenchOptions,
+): TransferSettings['native'] {
+  const possible: readonly NativeTransport[] = options.devices[0] === 'host' ? ['host'] : ['direct', 'nccl'];
+  const transports = transport ?? possible;
+  const wrong = transports.find((one) => !possible.includes(one));
+  if (wrong !== undefined) {
+    const message = `--transport: there is no ${wrong} between ${options.devices.join(' and ')}`;
+    throw new PdError('CONFIG_INVALID', message);
+  }
+  return { transports, inFlight, manyTokens: Math.min(1_024, Math.max(...tokensOf(tokens, options))) };
 }
 
 function devicesOf({ device: kind, devices }: CommonValues): readonly [string, string] {

@@ -223,7 +223,8 @@ export function serveOptions(values: ServeValues): ServeOptions {
   };
 }
 
-function objectOf(source: string): Record<string, unknown> {
+/** Throws CONFIG_INVALID that names --extra-body. */
+export function objectOf(source: string): Record<string, unknown> {
   try {
     const parsed = z.record(z.string(), z.unknown()).safeParse(JSON.parse(source));
     if (parsed.success) return parsed.data;

@@ -23,6 +23,9 @@ const poller = new EventPoller();
 const nonce = randomBytes(8).toString('hex');
 const admitted = new Set<string>();
 
+/** Memory is mapped in steps of this. */
+const MAPPED_STEP = 2 * 2 ** 20;
+
 let cache: ExportedCache | undefined;
 /** As owner: the page that the last admitted process writes into. */
 let page: OwnerPage | undefined;
@@ -301,7 +304,8 @@ async function run(command: DirectCommand): Promise<Partial<DirectAnswer>> {
     case 'unmap-beside-kernel':
       return unmapBesideKernel(command.repeat);
     case 'map-too-much': {
-      SharedMemory.map(device, cache!.descriptor, command.bytes, 'a test').dispose();
+      const bytes = Math.ceil(cache!.claims.bytes / MAPPED_STEP) * MAPPED_STEP + command.more;
+      SharedMemory.map(device, cache!.descriptor, bytes, 'a test').dispose();
       return {};
     }
     case 'unmap-under-writes':

@@ -56,7 +56,8 @@ export type DirectCommand =
   /** Another, local cache under a launch of one thread block; how long unmapping the peer's takes meanwhile. */
   | { readonly do: 'unmap-beside-kernel'; readonly repeat: number }
   /** Maps its own cache's descriptor as if it had `bytes` bytes. */
-  | { readonly do: 'map-too-much'; readonly bytes: number }
+  /** `more`: bytes beyond what there is. */
+  | { readonly do: 'map-too-much'; readonly more: number }
   /** Unmaps at once, launches or not: what product code never does. */
   | { readonly do: 'unmap-under-writes' }
   | { readonly do: 'state' };

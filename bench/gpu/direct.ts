@@ -323,9 +323,7 @@ async function faults(): Promise<void> {
     `${ms(beside.milliseconds!)}, the kernel went on for ${ms(Number(beside.gpu) / 1e6)}`,
   );
 
-  const step = 2 * MIB;
-  const enough = Math.ceil((mib * MIB) / step) * step;
-  const tooMuch = await next.try({ do: 'map-too-much', bytes: enough + step });
+  const tooMuch = await next.try({ do: 'map-too-much', more: 2 * MIB });
   row(
     'mapping 2 MiB more than there is',
     tooMuch.error?.slice(0, 100) ?? 'went through',

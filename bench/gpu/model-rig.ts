@@ -41,6 +41,7 @@ export async function makeExecutor(dir: string, options: RigOptions): Promise<Ri
     maxNumSeqs: options.maxNumSeqs ?? 16,
     maxNumBatchedTokens: options.maxNumBatchedTokens ?? 2_048,
     utilization: 0.9,
+    sharers: 1,
     reserved: 0,
     batchInvariant: options.batchInvariant ?? false,
   });

@@ -21,7 +21,7 @@ import { TokenGrammar, Vocabulary } from '../../src/grammar/masks.ts';
 import { vocabularyOf } from '../../src/grammar/vocabulary.ts';
 import { startThread, threadEntry } from '../../src/thread-entry.ts';
 import { CoreClient, type CorePort } from '../../src/worker/core-client.ts';
-import { RequestReader } from '../../src/worker/request-reader.ts';
+import { RequestBodyReader } from '../../src/worker/request-body-reader.ts';
 import { PdWorker } from '../../src/worker/worker.ts';
 import { monotonicMs } from '../measure/machine.ts';
 import { type Spread, spreadOf } from '../measure/statistics.ts';
@@ -245,7 +245,7 @@ async function serve(setting: Setting): Promise<unknown> {
         watched(startThread(entry, { workerData: init, name: 'core' }), messages),
       );
     },
-    startReader: (dir, log) => RequestReader.start(dir, log, { threadAfterMs: 0 }),
+    startReader: (dir, log) => RequestBodyReader.start(dir, log, { threadAfterMs: 0 }),
   });
   row('worker ready', `${((monotonicMs() - began) / 1e3).toFixed(1)} s`);
   const client = new Worker(new URL(import.meta.url));

@@ -73,7 +73,4 @@ export function hardwareName(gpus: readonly string[]): string {
   return `${gpus.length}x-${name.toLowerCase().replace(/[^a-z0-9]+/g, '-')}`;
 }
 
-/** Milliseconds of CLOCK_MONOTONIC: the same clock in every process of one machine, so that a time from one process to another is a subtraction. */
-export function monotonicMs(): number {
-  return Number(process.hrtime.bigint()) / 1e6;
-}
+export { monotonicMs } from '../../src/observability/timelines.ts';

@@ -1,4 +1,5 @@
 /** The client of the checks: completions by token ids, and the times of streamed ones. */
+import { monotonicMs } from '../measure/machine.ts';
 import type { Generated, TopLogprobs } from './compare.ts';
 import type { LoadRequest } from './loads.ts';
 
@@ -43,29 +44,32 @@ export class Client {
     return { tokens: choice.token_ids, top };
   }
 
-  /** Milliseconds to the first event with text, and per token from there to the last (events may come several at a time). */
+  /**
+   * Milliseconds to the first event with text, and per token from there to the last (events may come several at a time). `sentAt`:
+   * `monotonicMs`.
+   */
   async timed(
     prompt: readonly number[],
     maxTokens: number,
-  ): Promise<{ readonly firstMs: number; readonly stepMs: number }> {
+  ): Promise<{ readonly sentAt: number; readonly firstMs: number; readonly stepMs: number }> {
     const body = this.#body({ prompt, maxTokens, temperature: 0, seed: 0 }, { stream: true });
-    const started = performance.now();
+    const sentAt = monotonicMs();
     const response = await this.#post(body);
     const times: number[] = [];
     const decoder = new TextDecoder();
     let held = '';
     for await (const bytes of response.body!) {
-      const now = performance.now();
+      const now = monotonicMs();
       const events = (held + decoder.decode(bytes, { stream: true })).split('\n\n');
       held = events.pop() ?? '';
       for (const event of events) {
         if (event.includes('"error"')) throw new Error(`${this.url}: ${event}`);
-        if (event.includes('"choices":[{') && !event.includes('"text":""')) times.push(now - started);
+        if (event.includes('"choices":[{') && !event.includes('"text":""')) times.push(now - sentAt);
       }
     }
     const [firstMs, lastMs] = [times[0], times.at(-1)];
     if (firstMs === undefined || lastMs === undefined) throw new Error(`${this.url}: an answer without text`);
-    return { firstMs, stepMs: (lastMs - firstMs) / (maxTokens - 1) };
+    return { sentAt, firstMs, stepMs: (lastMs - firstMs) / (maxTokens - 1) };
   }
 
   #body(request: LoadRequest, further: object): object {

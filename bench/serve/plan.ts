@@ -86,7 +86,8 @@ export async function makePlan(
   };
 }
 
-async function learnWords(
+/** Without `count` where the server has no tokenizer: lengths are approximate then. Throws errors of the server. */
+export async function learnWords(
   target: Target,
   signal: AbortSignal,
 ): Promise<{ readonly costs: WordCosts; readonly count?: Count }> {

@@ -4,8 +4,8 @@ export type Endpoint = 'completions' | 'chat';
 
 export interface PlannedRequest {
   readonly index: number;
-  /** In a chat: the user's message. */
-  readonly prompt: string;
+  /** In a chat: the user's message. Token ids: for completions alone. */
+  readonly prompt: string | readonly number[];
   /** As counted by the server's tokenizer, else as requested; absent for prompts from a file. */
   readonly promptTokens?: number;
   readonly outputTokens: number;
@@ -36,6 +36,8 @@ export interface RequestRecord {
   readonly textMs: number;
   /** Between each event with text and the next. */
   readonly gapsMs: readonly number[];
+  /** Of each event with text: the tokens that it says it carries. Absent where the server does not say (`return_token_ids`). */
+  readonly ids?: readonly (readonly number[])[];
   /** According to the server; absent if it does not say. */
   readonly promptTokens?: number;
   readonly outputTokens: number;

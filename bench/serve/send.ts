@@ -65,7 +65,7 @@ export async function sendRequest(
   }
   if (failure) endedAt = clock.now();
   const interrupted = failure !== undefined && !late && signal.aborted;
-  const { usage, textAtMs } = reading;
+  const { usage, textAtMs, ids } = reading;
   const first = textAtMs[0];
   return {
     index: request.index,
@@ -76,6 +76,7 @@ export async function sendRequest(
     ...(first !== undefined && { firstTokenMs: first - sentAt }),
     textMs: first === undefined ? 0 : textAtMs[textAtMs.length - 1]! - first,
     gapsMs: textAtMs.slice(1).map((at, i) => at - textAtMs[i]!),
+    ...(ids && { ids }),
     ...(usage.promptTokens !== undefined && { promptTokens: usage.promptTokens }),
     outputTokens: usage.outputTokens ?? textAtMs.length,
     countedBy: usage.outputTokens === undefined ? 'events' : 'usage',

@@ -38,7 +38,7 @@ const PROGRESS_MS = 100;
 /** Warm-up requests in flight, if the load is a rate. */
 const WARM_UP_WIDTH = 4;
 
-const REAL_CLOCK: Clock = {
+export const REAL_CLOCK: Clock = {
   now: monotonicMs,
   sleepUntil: async (atMs, signal) => {
     try {

@@ -13,6 +13,7 @@ export class StreamReading {
   readonly #endpoint: Endpoint;
   readonly #decoder = new TextDecoder();
   readonly #textAt: number[] = [];
+  readonly #ids: (readonly number[])[] = [];
   #rest = '';
   #data: string[] = [];
   #failure: Failure | undefined;
@@ -45,6 +46,11 @@ export class StreamReading {
   /** When each event with text arrived. */
   get textAtMs(): readonly number[] {
     return this.#textAt;
+  }
+
+  /** Of each event with text: the tokens that it says it carries; undefined unless all of them say. */
+  get ids(): readonly (readonly number[])[] | undefined {
+    return this.#ids.length > 0 && this.#ids.length === this.#textAt.length ? this.#ids : undefined;
   }
 
   /** As counted by the server; undefined if it did not say. */
@@ -95,7 +101,11 @@ export class StreamReading {
     this.#outputTokens = numberOf(fieldOf(usage, 'completion_tokens')) ?? this.#outputTokens;
     const choices = fieldOf(event, 'choices');
     const choice: unknown = Array.isArray(choices) ? choices[0] : undefined;
-    if (this.#hasText(choice)) this.#textAt.push(atMs);
+    if (this.#hasText(choice)) {
+      this.#textAt.push(atMs);
+      const ids = fieldOf(choice, 'token_ids');
+      if (Array.isArray(ids)) this.#ids.push(ids as readonly number[]);
+    }
     if (typeof fieldOf(choice, 'finish_reason') === 'string') this.#ended = true;
   }
 

@@ -124,7 +124,8 @@ function hasText(record: RequestRecord): boolean {
   return record.firstTokenMs !== undefined;
 }
 
-function failuresOf(failed: readonly RequestRecord[]): FailureCount[] {
+/** Records without a failure are passed over. */
+export function failuresOf(failed: readonly RequestRecord[]): FailureCount[] {
   const byCode = new Map<string, FailureCount>();
   for (const { failure } of failed) {
     if (!failure) continue;

@@ -94,6 +94,22 @@ export class Target {
 
   /** Tokens of a prompt as the endpoint would see it, special tokens and chat template included; undefined if there is no tokenizer. */
   async count(prompt: string, signal: AbortSignal): Promise<number | undefined> {
+    const { what, answer } = await this.#tokenized(prompt, signal);
+    if (answer.status === 404 || answer.status === 405 || answer.status === 501) return undefined;
+    const count = fieldOf(answer.body, 'count');
+    if (answer.status === 200 && typeof count === 'number') return count;
+    throw failed(what, answer);
+  }
+
+  /** The same, the tokens themselves. Throws UPSTREAM_FAILED where there is no tokenizer. */
+  async tokenize(prompt: string, signal: AbortSignal): Promise<readonly number[]> {
+    const { what, answer } = await this.#tokenized(prompt, signal);
+    const tokens = fieldOf(answer.body, 'tokens');
+    if (answer.status === 200 && Array.isArray(tokens)) return tokens as readonly number[];
+    throw failed(what, answer);
+  }
+
+  async #tokenized(prompt: string, signal: AbortSignal) {
     const what = `POST ${this.#tokenizeUrl}/tokenize`;
     const body = {
       ...(this.#tokenizeUrl === this.url && { model: this.model }),
@@ -103,10 +119,7 @@ export class Target {
     const answer = await this.#ask(what, signal, (limit) =>
       this.#post(`${this.#tokenizeUrl}/tokenize`, body, limit),
     );
-    if (answer.status === 404 || answer.status === 405 || answer.status === 501) return undefined;
-    const count = fieldOf(answer.body, 'count');
-    if (answer.status === 200 && typeof count === 'number') return count;
-    throw failed(what, answer);
+    return { what, answer };
   }
 
   /** Tokens of a prompt by the usage of an answer of one token; undefined if the server does not report it. */
@@ -121,7 +134,7 @@ export class Target {
     return typeof count === 'number' ? count : undefined;
   }
 
-  #promptFields(prompt: string): object {
+  #promptFields(prompt: string | readonly number[]): object {
     return this.#options.endpoint === 'chat' ? { messages: [{ role: 'user', content: prompt }] } : { prompt };
   }
 

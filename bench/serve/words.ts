@@ -20,7 +20,8 @@ export type Count = (text: string) => Promise<number>;
 /** In [0, 1), by position. */
 export type Random = (position: number) => number;
 
-const LEAD = 'the';
+/** Begins every text whose length is to be exact without a count: at a text's beginning another word may cost more or less. */
+export const LEAD = 'the';
 /** Counts per text before it is accepted as it is. */
 const MAX_COUNTS = 12;
 

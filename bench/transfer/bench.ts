@@ -6,7 +6,7 @@ import type { LogLevel } from '../../src/observability/log-options.ts';
 import type { SendType } from '../../src/wire/messages.ts';
 import type { Progress } from '../measure/progress.ts';
 import { BenchKv } from './kv.ts';
-import type { FlatJob, Job, PagedJob } from './messages.ts';
+import type { EndSetup, FlatJob, Job, PagedJob } from './messages.ts';
 import { Peer } from './peer.ts';
 import type { KvShape } from './shape.ts';
 
@@ -38,6 +38,8 @@ export interface PeerWants {
   readonly sendType?: SendType;
   readonly port?: number;
   readonly compute?: boolean;
+  /** Instead of `sendType`: an end of the product's hand-over. */
+  readonly end?: Pick<EndSetup, 'role' | 'transport' | 'blocks'>;
   /** The largest jobs that it will have to hold. */
   readonly jobs: readonly Job[];
   readonly timeouts?: Partial<TransferTimeouts>;
@@ -55,6 +57,7 @@ export function startPeer(options: BenchOptions, name: string, wants: PeerWants)
     largestBytes: largest(BenchKv.largestBytes),
     ncclNumChannels,
     compute: wants.compute ?? false,
+    ...(wants.end && { end: { ...wants.end, timeouts: options.timeouts, logLevel: options.logLevel } }),
     ...(wants.sendType && {
       engine: {
         sendType: wants.sendType,

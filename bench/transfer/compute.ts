@@ -92,13 +92,21 @@ export class Compute {
     return new Compute(device, poller, { ...LAYOUT, numBlocks: Math.min(LAYOUT.numBlocks, fitting) });
   }
 
+  /** What stands for the layers of a prefill: without the compiler, paged copies. */
+  get prefillLoop(): ComputeLoop {
+    return this.#products instanceof PdError ? 'memory' : 'matmul';
+  }
+
+  /** Enqueues one iteration, or several; the event fires when they have ended. Throws CUDA_ERROR if the loop's kernel could not be compiled. */
+  one(loop: ComputeLoop, times = 1): DeviceEvent {
+    for (let i = 0; i < times; i++) this.#iterate(loop);
+    return this.#stream.record();
+  }
+
   /** Iterations in about `ms`, and how long they really took. Throws CUDA_ERROR if the loop's kernel could not be compiled. */
   async run(loop: ComputeLoop, ms: number): Promise<{ readonly iterations: number; readonly ms: number }> {
     const inFlight: DeviceEvent[] = [];
-    const enqueue = () => {
-      this.#iterate(loop);
-      inFlight.push(this.#stream.record());
-    };
+    const enqueue = () => inFlight.push(this.one(loop));
     const take = async () => {
       const event = inFlight.shift();
       if (!event) return;

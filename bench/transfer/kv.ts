@@ -127,6 +127,22 @@ export class BenchKv {
     return this.#alone(() => this.#checkPaged(job));
   }
 
+  /** A cache that is not in the area: layer `i` holds stream `stream + i` then. */
+  async fillCache(layers: readonly PagedLayer[], stream: number): Promise<void> {
+    for (const [i, { memory }] of layers.entries()) this.#write(memory, stream + i);
+    await this.#settled('filling');
+  }
+
+  /** Blocks `target` of such a cache must hold what blocks `source` of one filled with `stream` hold. */
+  checkCache(
+    layers: readonly PagedLayer[],
+    stream: number,
+    source: readonly number[],
+    target: readonly number[],
+  ): Promise<CheckResult> {
+    return this.#alone(() => this.#checkCache(layers, stream, source, target));
+  }
+
   /** Tensors of a flat job, in order, wherever the engine put them. */
   checkFlat(job: FlatJob, tensors: readonly MemoryRef[]): Promise<CheckResult> {
     return this.#alone(() => this.#checkFlat(job, tensors));
@@ -164,6 +180,30 @@ export class BenchKv {
       }
     }
     return { bytes: bytes * this.#shape.layers };
+  }
+
+  async #checkCache(
+    layers: readonly PagedLayer[],
+    stream: number,
+    source: readonly number[],
+    target: readonly number[],
+  ): Promise<CheckResult> {
+    let bytes = 0;
+    for (const [layer, { memory, layout }] of layers.entries()) {
+      await this.#read(memory);
+      const length = runBytes(layout);
+      for (const [i, block] of target.entries()) {
+        for (let run = 0; run < runsPerBlock(layout); run++) {
+          const at = runOffset(layout, layout.numBlocks, block, run);
+          const expected = runOffset(layout, layout.numBlocks, source[i]!, run);
+          const differs = this.#pattern.differs(stream + layer, expected, this.#view, at, length);
+          if (differs >= 0)
+            return { bytes, wrong: `layer ${layer}, block ${block}, run ${run}: byte ${differs} differs` };
+          bytes += length;
+        }
+      }
+    }
+    return { bytes };
   }
 
   async #checkFlat(job: FlatJob, tensors: readonly MemoryRef[]): Promise<CheckResult> {

@@ -4,6 +4,9 @@ import type { TransferTimeouts } from '../../src/config/transfer-options.ts';
 import type { ErrorData } from '../../src/errors.ts';
 import type { HostPort } from '../../src/net/address.ts';
 import type { LogLevel } from '../../src/observability/log-options.ts';
+import type { Timeline } from '../../src/observability/timelines.ts';
+import type { NativeTransport } from '../../src/transfer/native/messages.ts';
+import type { TransferId } from '../../src/wire/ids.ts';
 import type { SendType } from '../../src/wire/messages.ts';
 import type { Environment } from '../measure/machine.ts';
 import type { KvShape } from './shape.ts';
@@ -18,6 +21,8 @@ export interface PeerSetup {
   readonly largestBytes: number;
   /** Absent for a peer without an engine: ceilings, memory readings. */
   readonly engine?: EngineSetup;
+  /** Instead of `engine`. */
+  readonly end?: EndSetup;
   readonly ncclNumChannels: number;
   /** Loads the compute loop's kernels, which is only possible before the first pair opens. */
   readonly compute: boolean;
@@ -29,6 +34,16 @@ export interface EngineSetup {
   readonly port: number;
   readonly kvBufferSize: number;
   readonly memPoolSize: number;
+  readonly timeouts: TransferTimeouts;
+  readonly logLevel: LogLevel;
+}
+
+/** One end of the product's hand-over. */
+export interface EndSetup {
+  readonly role: 'producer' | 'consumer';
+  readonly transport: NativeTransport;
+  /** Of its paged cache. */
+  readonly blocks: number;
   readonly timeouts: TransferTimeouts;
   readonly logLevel: LogLevel;
 }
@@ -78,6 +93,39 @@ export type Command =
   /** Loads what `pump` sends, until `stop` says how many there were. */
   | { readonly do: 'drain'; readonly job: PagedJob; readonly peer: HostPort; readonly window: number }
   | { readonly do: 'stop'; readonly count?: number }
+  /** An end: fills its whole cache, layer `i` with pattern stream `stream + i`; other streams at the two ends. */
+  | { readonly do: 'fill-cache'; readonly stream: number }
+  /** A consumer asks for the KV of these prompts, all in one step; replies as soon as it has. */
+  | {
+      readonly do: 'want';
+      readonly ids: readonly TransferId[];
+      readonly tokens: number;
+      readonly peer: HostPort;
+    }
+  /** A producer: replies once `count` WANTs wait for their prompts. */
+  | { readonly do: 'asked'; readonly count: number }
+  /** Replies when it has all of them. */
+  | { readonly do: 'loaded'; readonly ids: readonly TransferId[] }
+  /**
+   * A producer computes these prompts in one step. `compute`: each layer behind an iteration of the loop, as in a prefill; else all
+   * layers are there at once. `abandon`: nobody will ask for them.
+   */
+  | {
+      readonly do: 'prefill';
+      readonly ids: readonly TransferId[];
+      readonly tokens: number;
+      readonly compute: boolean;
+      readonly abandon: boolean;
+    }
+  /** What an end has stamped. */
+  | { readonly do: 'timelines' }
+  /** A consumer: blocks `target` must hold what blocks `source` of the producer do, which was filled with `stream`. */
+  | {
+      readonly do: 'check-cache';
+      readonly stream: number;
+      readonly source: readonly number[];
+      readonly target: readonly number[];
+    }
   /** Runs the compute loop for `ms`. */
   | { readonly do: 'compute'; readonly loop: ComputeLoop; readonly ms: number }
   /** Keeps the GPU busy for about `ms`; replies once the kernels are enqueued. */
@@ -104,6 +152,13 @@ export const COMPUTE_LOOPS = ['matmul', 'memory'] as const;
 export type ComputeLoop = (typeof COMPUTE_LOOPS)[number];
 
 /** All times are `monotonicMs()`, which all processes of a machine share. */
+/** Of the write that set a slot's flag, milliseconds: on the GPU's clock, and when this end's core thread saw it. */
+export interface FlagTimes {
+  readonly began: number;
+  readonly ended: number;
+  readonly seen: number;
+}
+
 export interface Reply {
   readonly at?: number;
   readonly firstSendAt?: number;
@@ -120,6 +175,11 @@ export interface Reply {
   readonly residentBytes?: number;
   readonly uniqueId?: Uint8Array;
   readonly environment?: Environment;
+  readonly timelines?: readonly Timeline[];
+  /** Of each request. */
+  readonly blocks?: readonly (readonly number[])[];
+  /** The same, by `direct`. */
+  readonly flags?: readonly FlagTimes[];
 }
 
 export type PeerMessage =

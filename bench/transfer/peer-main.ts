@@ -4,14 +4,16 @@ import { runInNewContext } from 'node:vm';
 import { DEFAULT_LIMITS } from '../../src/config/transfer-options.ts';
 import { createDevice } from '../../src/device/create-device.ts';
 import type { CudaDevice } from '../../src/device/cuda/device.ts';
+import type { Device } from '../../src/device/device.ts';
 import { EventPoller } from '../../src/device/poller.ts';
 import { PdError, unreachable } from '../../src/errors.ts';
 import { TransferEngine } from '../../src/transfer/engine.ts';
 import { monotonicMs, readEnvironment } from '../measure/machine.ts';
 import type { Compute } from './compute.ts';
+import type { End } from './end.ts';
 import { PeerJobs } from './jobs.ts';
 import { BenchKv } from './kv.ts';
-import type { Command, PeerMessage, PeerSetup, Reply } from './messages.ts';
+import type { Command, EndSetup, PeerMessage, PeerSetup, Reply } from './messages.ts';
 import { deviceCopy, RawTransport } from './raw.ts';
 
 const LOOPBACK = '127.0.0.1';
@@ -48,11 +50,16 @@ async function startPeer() {
   const compute = setup.compute && device.kind === 'cuda' ? await createCompute(device, poller) : undefined;
   const engine = setup.engine && (await createEngine(setup, setup.engine));
   const jobs = engine && new PeerJobs(device, engine, setup.engine.sendType, kv);
+  const end = setup.end && (await createEnd(device, setup.end, poller));
   const raw = new RawTransport(device, setup.ncclNumChannels, kv.area);
 
   function withEngine(): PeerJobs {
     if (jobs) return jobs;
     throw new PdError('INTERNAL', 'this peer of the benchmark has no engine');
+  }
+  function withEnd(): End {
+    if (end) return end;
+    throw new PdError('INTERNAL', 'this peer of the benchmark is no end of a hand-over');
   }
   function withCompute(): Compute {
     if (compute) return compute;
@@ -86,6 +93,24 @@ async function startPeer() {
       case 'stop':
         withEngine().stop(command.count);
         return {};
+      case 'fill-cache':
+        await kv.fillCache(withEnd().layers, command.stream);
+        return {};
+      case 'want':
+        return withEnd().want(command.ids, command.tokens, command.peer);
+      case 'asked':
+        await withEnd().asked(command.count);
+        return {};
+      case 'loaded':
+        return withEnd().loaded(command.ids);
+      case 'prefill': {
+        const { ids, tokens, abandon } = command;
+        return withEnd().prefill(ids, tokens, command.compute ? withCompute() : undefined, abandon);
+      }
+      case 'timelines':
+        return { timelines: withEnd().timelines() };
+      case 'check-cache':
+        return kv.checkCache(withEnd().layers, command.stream, command.source, command.target);
       case 'compute':
         return withCompute().run(command.loop, command.ms);
       case 'occupy':
@@ -122,12 +147,13 @@ async function startPeer() {
   async function quit(): Promise<void> {
     if (device.kind === 'cuda') (await import('../../ffi/libc.ts')).killAfter(QUIT_SECONDS);
     await raw.dispose();
+    await end?.close();
     await engine?.dispose();
     process.off('disconnect', orphaned);
     setImmediate(() => process.exit(0));
   }
 
-  return { run, address: engine?.address ?? { host: LOOPBACK, port: 0 } };
+  return { run, address: (end ?? engine)?.address ?? { host: LOOPBACK, port: 0 } };
 }
 
 function createEngine(
@@ -144,6 +170,12 @@ function createEngine(
     limits: DEFAULT_LIMITS,
     log: { level: logLevel, format: 'json' },
   });
+}
+
+/** Loaded here, as what frozen peers need is enough for them. */
+async function createEnd(device: Device, options: EndSetup, poller: EventPoller): Promise<End> {
+  const { End } = await import('./end.ts');
+  return End.create(device, setup, options, poller);
 }
 
 async function createCompute(device: unknown, poller: EventPoller): Promise<Compute> {

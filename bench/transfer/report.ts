@@ -6,7 +6,8 @@ import { hardwareName } from '../measure/machine.ts';
 import { hardwareLines, logTail, writeResults } from '../measure/results.ts';
 import { markdownTable, plainTable } from '../measure/table.ts';
 import type { PartResult } from './result.ts';
-import { ceilingTable, checkTable, ms, slowerThanVllm, transferTable } from './tables.ts';
+import { ceilingTable, checkTable, ms, nativeTable, slowerThanVllm, transferTable } from './tables.ts';
+import type { TransferResult } from './transfer.ts';
 
 /** A step of the script that is not a part of pd-bench, or a part that left no result. */
 export interface StepResult {
@@ -78,6 +79,7 @@ export function renderSummary(report: Report): string {
   const lines: string[] = [];
   for (const part of report.parts) {
     if (part.transfer) {
+      if (part.transfer.native) lines.push(plainTable(nativeTable(part.transfer)));
       const { head, rows } = transferTable(part, part.transfer);
       lines.push(plainTable({ head, rows: rows.filter((row) => row[1] === 'paged' || row[4] === 'FAILED') }));
       const slower = slowerThanVllm(part);
@@ -116,25 +118,52 @@ function renderPart(part: PartResult): string[] {
     '',
   ];
   if (part.error) lines.push(part.error, '');
-  if (part.transfer) {
-    const { rounds, warmUp } = part.transfer.settings;
-    lines.push(
-      `From the first send on the producer to the last tensor usable on the consumer; best and median of ${rounds} consecutive rounds after ${2 * warmUp + rounds} warm-up rounds.`,
-      '`paged`: random blocks gathered and scattered; `flat`: dense tensors. GB/s and its fraction of the grouped raw send are of the best round.',
-      'Every byte of every round was compared.',
-      '',
-      markdownTable(transferTable(part, part.transfer)),
-      '',
-      markdownTable(ceilingTable(part.transfer, part.devices.includes('host'))),
-      '',
-      ...part.transfer.ceilingErrors.map((error) => `Ceilings: ${error}`),
-      ...part.transfer.rows.flatMap(({ error, sendType, source, tokens }) =>
-        error === undefined ? [] : [`- ${sendType}, ${source}, ${tokens} tokens: ${error}`],
-      ),
-    );
-  }
+  if (part.transfer) lines.push(...renderTransfer(part, part.transfer));
   if (part.rows) lines.push(markdownTable(checkTable(part.rows)), '');
   return lines;
+}
+
+/** Tables of both wires, with what their columns mean, and the ceilings. */
+export function renderTransfer(part: PartResult, transfer: TransferResult): string[] {
+  const { rounds, warmUp } = transfer.settings;
+  return [
+    ...(transfer.native ? renderNative(transfer) : []),
+    markdownTable(ceilingTable(transfer, part.devices.includes('host'))),
+    '',
+    ...transfer.ceilingErrors.map((error) => `Ceilings: ${error}`),
+    ...(transfer.rows.length > 0
+      ? [
+          `The frozen wire, engine to engine: from the first send on the producer to the last tensor usable on the consumer; best and median of ${rounds} consecutive rounds after ${2 * warmUp + rounds} warm-up rounds.`,
+          '`paged`: random blocks gathered and scattered; `flat`: dense tensors. GB/s and its fraction of the grouped raw send are of the best round.',
+          'Every byte of every round was compared.',
+          '',
+          markdownTable(transferTable(part, transfer)),
+          '',
+        ]
+      : []),
+    ...transfer.rows.flatMap(({ error, sendType, source, tokens }) =>
+      error === undefined ? [] : [`- ${sendType}, ${source}, ${tokens} tokens: ${error}`],
+    ),
+  ];
+}
+
+function renderNative(transfer: TransferResult): string[] {
+  const { rounds, warmUp } = transfer.settings;
+  return [
+    `The native hand-over, connector to connector between two processes: ${rounds} rounds after ${warmUp}, and 40 small ones at the start. A round ends when the consumer's core`,
+    'thread has the KV of all its requests in place and knows it, with the first token. `kept`: computed before it is asked for; from WANT bound,',
+    "which is the first launch. `layers`: asked for before; each layer is written behind its event, and the time runs from the last layer's, as the",
+    "producer's core thread sees it fire. *From the call*: from the consumer's connector being told to load, WANT's way and in `layers` the",
+    'prompt included. *Step keeps*: a step that nobody has asked for takes so much of the time of one that is handed over. *decode*: the',
+    "consumer's GPU reads memory all the time, as in decoding. *GPU: known*: from the begin of the write that sets the flag, on the GPU's clock, which in",
+    '`layers` is when the last layer was computed; *GPU: write*: to its end. That clock is set by the soonest look at a flag of the row. After each row one more round goes into other bytes, and all of it is compared.',
+    '',
+    markdownTable(nativeTable(transfer)),
+    '',
+    ...(transfer.native ?? []).flatMap(({ error, transport, path, tokens, inFlight }) =>
+      error === undefined ? [] : [`- ${transport}, ${path}, ${inFlight} x ${tokens} tokens: ${error}`],
+    ),
+  ];
 }
 
 function renderSteps(steps: readonly StepResult[]): string[] {

@@ -79,7 +79,8 @@ function withWayOut(error: PdError): PdError {
 
 function isRight(done: Awaited<ReturnType<PartWork>>): boolean {
   if ('rows' in done) return done.rows.every((row) => row.ok);
-  return done.transfer.rows.every((row) => row.error === undefined);
+  const { native = [], rows } = done.transfer;
+  return [...native, ...rows].every((row) => row.error === undefined);
 }
 
 /** Found out by a separate process, since it creates a context on every GPU. */

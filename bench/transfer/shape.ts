@@ -89,3 +89,11 @@ export function xorshift(seed: number): () => number {
     return state;
   };
 }
+
+/** The 8B shape computes 2,016 tokens in 45.4 ms on an H200, 1.4 ms a layer; an iteration takes about one. */
+const TOKENS_PER_ITERATION = 1_400;
+
+/** Of the product loop, for one layer of a prompt of so many tokens: about as long as one of the 8B shape takes. */
+export function iterationsOf(tokens: number): number {
+  return Math.max(Math.round(tokens / TOKENS_PER_ITERATION), 1);
+}

@@ -44,18 +44,55 @@ export function transferTable(result: PartResult, transfer: TransferResult): Tab
   };
 }
 
+/** One line per row of the product's hand-over. */
+export function nativeTable({ native = [], ceilings }: TransferResult): Table {
+  const kinds = { direct: 'kernel', nccl: 'raw-grouped', host: 'raw-grouped' } as const;
+  return {
+    head: [
+      ...['transport', 'path', 'beside', 'requests', 'tokens', 'bytes', 'best', 'median', 'GB/s'],
+      ...['ceiling', 'GPU: known', 'GPU: write', 'from the call', 'step keeps'],
+    ],
+    rows: native.map((row) => {
+      const ceiling =
+        row.path === 'kept' && row.inFlight === 1
+          ? ceilingOf(ceilings, kinds[row.transport], row.tokens)
+          : undefined;
+      const key = [row.transport, row.path, row.beside, String(row.inFlight), String(row.tokens)];
+      if (row.error !== undefined) return [...key, megabytes(row.bytes), 'FAILED'];
+      return [
+        ...key,
+        megabytes(row.bytes),
+        ms(row.bestMs),
+        ms(row.medianMs),
+        row.path === 'kept' ? rate(row.bytes / row.medianMs / 1e6) : '',
+        ceiling ? ms(ceiling.medianMs) : '',
+        row.stamped ? ms(row.stamped.knownMs) : '',
+        row.stamped ? ms(row.stamped.writeMs) : '',
+        ms(row.wantedMs),
+        row.keeps === undefined ? '' : `${(100 * row.keeps).toFixed(1)} %`,
+      ];
+    }),
+  };
+}
+
 export function ceilingTable({ ceilings }: TransferResult, onHost: boolean): Table {
   const titles: Record<CeilingKind, string> = onHost
-    ? { 'raw-flat': 'raw TCP, flat', 'raw-grouped': 'raw TCP, a region per layer', 'device-copy': 'memcpy' }
+    ? {
+        'raw-flat': 'raw TCP, flat',
+        'raw-grouped': 'raw TCP, a region per layer',
+        'device-copy': 'memcpy',
+        kernel: '',
+      }
     : {
         'raw-flat': 'raw NCCL, flat',
         'raw-grouped': 'raw NCCL, a region per layer, grouped',
         'device-copy': 'cudaMemcpyPeerAsync',
+        kernel: 'one kernel, paged to paged, all layers',
       };
   const tokens = [...new Set(ceilings.map((ceiling) => ceiling.tokens))];
   return {
     head: ['ceiling', ...tokens.map((count) => `${count} tokens`)],
-    rows: CEILINGS.map((kind) => [
+    rows: CEILINGS.filter((kind) => ceilings.some((one) => one.kind === kind)).map((kind) => [
       titles[kind],
       ...tokens.map((count) => {
         const ceiling = ceilingOf(ceilings, kind, count);

@@ -1,9 +1,13 @@
-/** How long the KV of one request takes from GPU to GPU: every send type, with and without gather and scatter, next to the ceilings. */
+/**
+ * How long the KV of one request takes from GPU to GPU: by the product's hand-over, and by the frozen wire in every send type, with and
+ * without gather and scatter; next to the ceilings.
+ */
 import { SEND_TYPES, type SendType } from '../../src/wire/messages.ts';
 import { best, median } from '../measure/statistics.ts';
 import { type BenchOptions, JobMaker, messageOf, moveRow, startPeers } from './bench.ts';
 import { type Ceiling, measureCeilings } from './ceilings.ts';
 import type { Job } from './messages.ts';
+import { measureNative, type NativeRow, type NativeSettings } from './native.ts';
 import type { Peer } from './peer.ts';
 import { type KvShape, tensorBytesOf } from './shape.ts';
 
@@ -13,7 +17,10 @@ export type SourceKind = (typeof SOURCES)[number];
 
 const TOKENS = [16, 256, 1_024, 4_096, 16_384] as const;
 
+export const WIRES = ['native', 'frozen'] as const;
+
 export interface TransferSettings {
+  readonly wires: readonly (typeof WIRES)[number][];
   readonly sendTypes: readonly SendType[];
   readonly sources: readonly SourceKind[];
   readonly tokens: readonly number[];
@@ -21,9 +28,11 @@ export interface TransferSettings {
   readonly rounds: number;
   /** Before them, without a pause, and checked like them. All of these rounds together are preceded by as many untimed ones. */
   readonly warmUp: number;
+  readonly native: Pick<NativeSettings, 'transports' | 'inFlight' | 'manyTokens'>;
 }
 
-export const DEFAULT_TRANSFER: TransferSettings = {
+export const DEFAULT_TRANSFER: Omit<TransferSettings, 'native'> = {
+  wires: WIRES,
   sendTypes: SEND_TYPES,
   sources: SOURCES,
   tokens: TOKENS,
@@ -52,7 +61,10 @@ export interface TransferRow {
 }
 
 export interface TransferResult {
-  readonly settings: TransferSettings;
+  readonly settings: Omit<TransferSettings, 'native'>;
+  /** Absent in reports from before there were any. */
+  readonly native?: readonly NativeRow[];
+  /** By the frozen wire. */
   readonly rows: readonly TransferRow[];
   readonly ceilings: readonly Ceiling[];
   /** Ceilings that could not be measured, and why. */
@@ -64,11 +76,17 @@ export async function measureTransfer(
   settings: TransferSettings,
 ): Promise<TransferResult> {
   const { progress } = options;
+  const { wires, rounds, warmUp } = settings;
   const total = settings.sendTypes.length * settings.sources.length * settings.tokens.length;
   progress.say('ceilings: raw transport and device copy');
   const { ceilings, errors } = await measureCeilings(options, settings.tokens, settings.rounds);
+  const native = wires.includes('native')
+    ? {
+        native: await measureNative(options, { ...settings.native, tokens: settings.tokens, rounds, warmUp }),
+      }
+    : undefined;
   const rows: TransferRow[] = [];
-  for (const sendType of settings.sendTypes) {
+  for (const sendType of wires.includes('frozen') ? settings.sendTypes : []) {
     let peers: [Peer, Peer] | undefined;
     const jobs = new JobMaker(sendType.toLowerCase(), options.shape);
     for (const source of settings.sources) {
@@ -88,7 +106,7 @@ export async function measureTransfer(
     await Promise.all((peers ?? []).map((peer) => peer.quit()));
   }
   progress.end();
-  return { settings, rows, ceilings, ceilingErrors: errors };
+  return { settings, ...native, rows, ceilings, ceilingErrors: errors };
 }
 
 type RowKey = Pick<TransferRow, 'sendType' | 'source' | 'tokens'>;

@@ -64,12 +64,7 @@ export class LogFiles {
       }
     } catch (cause) {
       this.close();
-      throw new PdError(
-        'LOG_UNWRITABLE',
-        `--log-dir ${dir}: ${PdError.from(cause).message}`,
-        { path: dir },
-        { cause },
-      );
+      throw PdError.because('LOG_UNWRITABLE', `--log-dir ${dir}`, cause, { path: dir });
     }
   }
 

@@ -1,17 +1,17 @@
 /** What pd-launch starts: names, ports, devices and arguments of each program. */
-import { fileURLToPath } from 'node:url';
 import { chooseDevices, type DeviceChoice, namedDevice } from '../config/device-choice.ts';
 import { PdError } from '../errors.ts';
 import { asDestination, formatHostPort } from '../net/address.ts';
 import { freePorts } from '../net/free-ports.ts';
 import { assertBindable, assertReachable } from '../net/port-holder.ts';
+import { installedFile } from '../version.ts';
 import { gpuFacts, neededLibraries } from './device-auto.ts';
 import type { ChildSpec } from './launch-child.ts';
 
 export interface LaunchSettings {
   readonly prefill: number;
   readonly decode: number;
-  /** `auto`, `host`, `cuda` (a GPU for each worker, producers first) or `cuda:N`, which is refused. */
+  /** `auto`, `host`, `cuda` (a GPU for each worker, producers first) or `cuda:N` (one GPU, which they share). */
   readonly device: string;
   /** What computes; absent: the device. */
   readonly executor?: 'host' | 'cuda';
@@ -28,6 +28,8 @@ export interface LaunchSettings {
   readonly drainTimeoutMs: number;
   readonly logLevel: string;
   readonly logFormat: 'pretty' | 'json';
+  /** Checkpoint that the proxy tokenizes by, to place prompts by what workers say they have cached. Absent: there is nothing to choose from. */
+  readonly tokenizer?: string;
   /** For every worker, unchanged: `--model DIR --send-type GET`. */
   readonly workerFlags: readonly string[];
 }
@@ -45,22 +47,24 @@ export interface LaunchPlan {
   readonly workers: readonly WorkerPlan[];
 }
 
+/** NCCL, which the frozen wire takes too, refuses two ranks on one GPU. */
+const SHARING = ['--wire', 'native', '--transport', 'direct'];
+
+/** `cuda:N` is one GPU for all. */
+function sharesGpu(device: string): boolean {
+  return device.startsWith('cuda:');
+}
+
 type DeviceSettings = Pick<LaunchSettings, 'device' | 'executor' | 'prefill' | 'decode'>;
 
-/** One choice for all workers, made before anything starts. Throws what `chooseDevices` throws; CONFIG_INVALID for `cuda:N`. */
+/** One choice for all workers, made before anything starts. Throws what `chooseDevices` throws. */
 export async function launchDevices(
   settings: DeviceSettings,
   env: NodeJS.ProcessEnv = process.env,
 ): Promise<DeviceChoice> {
   const { device, executor } = settings;
   const workers = workerNames(settings);
-  if (device === 'host') return namedDevice(device, workers.length);
-  if (device !== 'auto' && device !== 'cuda') {
-    throw new PdError(
-      'CONFIG_INVALID',
-      `--device ${device} puts producer and consumer on one GPU, where NCCL refuses to connect them: --device cuda gives each its own (CUDA_VISIBLE_DEVICES chooses which)`,
-    );
-  }
+  if (device !== 'auto' && device !== 'cuda') return namedDevice(device, workers.length);
   const libraries = neededLibraries('producer', executor);
   const facts = await gpuFacts({ insist: device === 'cuda', libraries, env });
   return chooseDevices({ device, workers, ...(executor && { executor }) }, facts);
@@ -78,7 +82,7 @@ function workerNames({ prefill, decode }: Pick<LaunchSettings, 'prefill' | 'deco
  * ADDRESS_INVALID for a host that cannot be bound or reached.
  */
 export async function planLaunch(settings: LaunchSettings, devices: readonly string[]): Promise<LaunchPlan> {
-  const { host, prefill } = settings;
+  const { host, prefill, tokenizer } = settings;
   const names = workerNames(settings);
   const count = 2 + 2 * names.length;
   await assertReachable(host, '--host');
@@ -101,6 +105,7 @@ export async function planLaunch(settings: LaunchSettings, devices: readonly str
     '--discovery-port',
     String(discovery),
     ...(settings.apiKeyFile === undefined ? [] : ['--api-key-file', settings.apiKeyFile]),
+    ...(tokenizer === undefined ? [] : ['--tokenizer', tokenizer]),
     ...common,
   ];
   const pings = formatHostPort(asDestination({ host, port: discovery! }));
@@ -113,6 +118,8 @@ export async function planLaunch(settings: LaunchSettings, devices: readonly str
     const args = [
       ...['--role', role, '--device', device, '--proxy', pings],
       ...['--host', host, '--port', String(httpPort), '--kv-host', host, '--kv-port', String(kvPort)],
+      ...(tokenizer === undefined ? [] : ['--kv-events-port', '0']),
+      ...(sharesGpu(settings.device) ? [...SHARING, '--workers-per-gpu', String(names.length)] : []),
       ...common,
       ...settings.workerFlags,
     ];
@@ -140,10 +147,10 @@ async function fixedPorts(settings: LaunchSettings): Promise<number[]> {
   return ports.map(({ port }) => port);
 }
 
-/** One of the programs in `bin/`, found both from src/cli and from dist/src/cli. */
+/** One of the programs in `bin/`. */
 function program(name: string, script: string, args: readonly string[]): ChildSpec {
-  const root = import.meta.url.includes('/dist/src/') ? '../../../' : '../../';
-  const path = fileURLToPath(new URL(`${root}bin/${script}`, import.meta.url));
+  const path = installedFile(`bin/${script}`);
+  if (path === undefined) throw new PdError('INTERNAL', `bin/${script} of this installation is missing`);
   // The launcher's own configuration is not the children's: what concerns them is passed by flag.
   const env = {
     PD_CONFIG: undefined,

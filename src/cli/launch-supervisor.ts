@@ -1,4 +1,5 @@
 /** Everything that pd-launch starts, as one unit: start it, wait until it serves, stop it in order, give up on it. */
+import { deferred } from '../deferred.ts';
 import { PdError } from '../errors.ts';
 import {
   type ChildSpec,
@@ -22,20 +23,17 @@ export interface SupervisorOptions {
 }
 
 export class Supervisor {
+  readonly #failed = deferred<PdError>();
   /** Resolves with the reason when the system cannot go on: the last child of a group was given up on. */
-  readonly failed: Promise<PdError>;
+  readonly failed = this.#failed.promise;
   readonly #options: SupervisorOptions;
   readonly #groups: readonly (readonly SupervisedChild[])[];
-  #fail!: (error: PdError) => void;
   /** Meanwhile a child that exits with an error status fails the start: the cause will not go away. */
   #starting = true;
   #stopping: Promise<void> | undefined;
 
   constructor(options: SupervisorOptions) {
     this.#options = options;
-    this.failed = new Promise((resolve) => {
-      this.#fail = resolve;
-    });
     const restart = options.restart ?? DEFAULT_RESTART;
     this.#groups = options.groups.map((group) =>
       group.map(
@@ -105,7 +103,9 @@ export class Supervisor {
     if (this.#stopping) return;
     if (this.#starting && code !== null && code !== 0) {
       void child.stop(0); // not restarted, however long the others take to stop
-      this.#fail(new PdError('PROGRAM_FAILED', `${child.name} did not start: ${how}\n${tailOf(child)}`));
+      this.#failed.resolve(
+        new PdError('PROGRAM_FAILED', `${child.name} did not start: ${how}\n${tailOf(child)}`),
+      );
       return;
     }
     if (pauseMs !== undefined) {
@@ -115,12 +115,8 @@ export class Supervisor {
     say(`${child.name} exited: ${how}; ${count} times in a minute: giving up on it\n${tailOf(child)}`);
     const group = this.#groups.find((children) => children.includes(child)) ?? [];
     if (!group.every((other) => other.givenUp)) return;
-    this.#fail(
-      new PdError(
-        'PROGRAM_FAILED',
-        `${child.name} keeps exiting (${how}), and nothing is left to replace it`,
-      ),
-    );
+    const message = `${child.name} keeps exiting (${how}), and nothing is left to replace it`;
+    this.#failed.resolve(new PdError('PROGRAM_FAILED', message));
   }
 }
 

@@ -1,8 +1,9 @@
 /** pd-launch: a proxy and its workers on one machine, started, supervised and stopped together. */
 import { Command } from 'commander';
+import { demoModelDir } from '../config/demo-model.ts';
 import { withWayOut } from '../config/device-choice.ts';
 import { duration, integer, oneOf, port, text, toggle } from '../config/kinds.ts';
-import { addOptions, defineOptions, option, resolveOptions } from '../config/options.ts';
+import { addOptions, defineOptions, grouped, option, resolveOptions } from '../config/options.ts';
 import { vllmLogLevel } from '../config/vllm.ts';
 import { EXECUTORS, LOAD_FAILURE_POLICIES } from '../config/worker-config.ts';
 import { PdError } from '../errors.ts';
@@ -18,16 +19,12 @@ import { type LaunchPlan, type LaunchSettings, launchDevices, planLaunch } from 
 import { Supervisor } from './launch-supervisor.ts';
 import { splitArguments } from './run.ts';
 
-const WORKERS = 'Workers';
-const PORTS = 'Ports';
-const LOG = 'Log';
-
 export const LAUNCH_OPTIONS = defineOptions({
   prefill: option({ kind: integer(1, 64), help: 'producers (prefill instances)', default: 1 }),
   decode: option({ kind: integer(1, 64), help: 'consumers (decode instances)', default: 1 }),
   device: option({
     kind: text('device'),
-    help: 'cuda: a separate GPU for each worker, producers first; host; or auto: cuda if a GPU is visible, else host',
+    help: 'cuda: a separate GPU for each worker, producers first; cuda:N: one GPU, whose memory they divide; host; or auto: cuda if a GPU is visible, else host',
     default: 'auto',
   }),
   json: option({
@@ -38,69 +35,45 @@ export const LAUNCH_OPTIONS = defineOptions({
   startTimeout: option({ kind: duration(1), help: 'until everything serves', default: 600_000 }),
   drainTimeout: option({ kind: duration(0), help: 'when stopping, for requests in flight', default: 30_000 }),
   config: option({ kind: text('file'), help: 'JSON file with any of these options' }),
-  model: option({
-    kind: text('dir'),
-    group: WORKERS,
-    help: 'checkpoint directory',
-    defaultText: 'the bundled demo model',
+  ...grouped('Workers', {
+    model: option({ kind: text('dir'), help: 'checkpoint directory', defaultText: 'the bundled demo model' }),
+    sendType: option({ kind: oneOf(SEND_TYPES), help: 'how KV moves', defaultText: 'PUT_ASYNC' }),
+    executor: option({ kind: oneOf(EXECUTORS), help: 'what computes', defaultText: 'by device' }),
+    kvLoadFailure: option({
+      kind: oneOf(LOAD_FAILURE_POLICIES),
+      help: 'what a consumer does if KV does not arrive',
+      defaultText: 'recompute',
+    }),
   }),
-  sendType: option({
-    kind: oneOf(SEND_TYPES),
-    group: WORKERS,
-    help: 'how KV moves',
-    defaultText: 'PUT_ASYNC',
+  ...grouped('Ports', {
+    apiKeyFile: option({
+      kind: text('file'),
+      help: 'keys that clients of the proxy must show (pd-proxy --help); the workers need none',
+      defaultText: 'no key is needed',
+    }),
+    host: option({ kind: text('address'), help: 'address all listen on', default: '127.0.0.1' }),
+    port: option({ kind: port(), help: "the proxy's HTTP port", default: 10_002 }),
+    discoveryPort: option({ kind: port(), help: "the proxy's discovery port", default: 30_002 }),
+    basePort: option({
+      kind: integer(1, 65_000, 'port'),
+      help: "the first worker's HTTP port; its KV port is the next, and so on for the other workers",
+      default: 8_081,
+    }),
+    freePorts: option({ kind: toggle(), help: 'use any free ports instead', default: false }),
   }),
-  executor: option({
-    kind: oneOf(EXECUTORS),
-    group: WORKERS,
-    help: 'what computes',
-    defaultText: 'by device',
-  }),
-  kvLoadFailure: option({
-    kind: oneOf(LOAD_FAILURE_POLICIES),
-    group: WORKERS,
-    help: 'what a consumer does if KV does not arrive',
-    defaultText: 'recompute',
-  }),
-  apiKeyFile: option({
-    kind: text('file'),
-    group: PORTS,
-    help: 'keys that clients of the proxy must show (pd-proxy --help); the workers need none',
-    defaultText: 'no key is needed',
-  }),
-  host: option({ kind: text('address'), group: PORTS, help: 'address all listen on', default: '127.0.0.1' }),
-  port: option({ kind: port(), group: PORTS, help: "the proxy's HTTP port", default: 10_002 }),
-  discoveryPort: option({ kind: port(), group: PORTS, help: "the proxy's discovery port", default: 30_002 }),
-  basePort: option({
-    kind: integer(1, 65_000, 'port'),
-    group: PORTS,
-    help: "the first worker's HTTP port; its KV port is the next, and so on for the other workers",
-    default: 8_081,
-  }),
-  freePorts: option({
-    kind: toggle(),
-    group: PORTS,
-    help: 'use any free ports instead',
-    default: false,
-  }),
-  logLevel: option({
-    kind: oneOf(LOG_LEVELS),
-    group: LOG,
-    help: 'least severe level that is logged',
-    default: 'info',
-    defaultText: 'VLLM_LOGGING_LEVEL, or info',
-  }),
-  logFormat: option({
-    kind: oneOf(['pretty', 'json']),
-    group: LOG,
-    help: 'of every program',
-    default: 'pretty',
-  }),
-  logDir: option({
-    kind: text('dir'),
-    group: LOG,
-    help: 'also append the log of each program to a file of its own: proxy.log, producer-0.log, ...',
-    defaultText: 'terminal only',
+  ...grouped('Log', {
+    logLevel: option({
+      kind: oneOf(LOG_LEVELS),
+      help: 'least severe level that is logged',
+      default: 'info',
+      defaultText: 'VLLM_LOGGING_LEVEL, or info',
+    }),
+    logFormat: option({ kind: oneOf(['pretty', 'json']), help: 'of every program', default: 'pretty' }),
+    logDir: option({
+      kind: text('dir'),
+      help: 'also append the log of each program to a file of its own: proxy.log, producer-0.log, ...',
+      defaultText: 'terminal only',
+    }),
   }),
 });
 
@@ -137,35 +110,34 @@ export function launchOptions(argv: readonly string[], env: NodeJS.ProcessEnv): 
   if (!/^(auto|host|cuda(:\d+)?)$/.test(values.device)) {
     throw new PdError(
       'CONFIG_INVALID',
-      `--device: ${JSON.stringify(values.device)} is not allowed; expected auto, host or cuda`,
+      `--device: ${JSON.stringify(values.device)} is not allowed; expected auto, host, cuda or cuda:N`,
     );
   }
   const passed = Object.entries(PASSED_ON).flatMap(([name, flag]) => {
     const value = values[name as keyof typeof PASSED_ON];
     return value === undefined ? [] : [flag, value];
   });
-  return {
-    settings: {
-      prefill: values.prefill,
-      decode: values.decode,
-      device: values.device,
-      ...(values.executor && { executor: values.executor }),
-      ...(values.apiKeyFile !== undefined && { apiKeyFile: values.apiKeyFile }),
-      host: values.host,
-      port: values.port,
-      discoveryPort: values.discoveryPort,
-      basePort: values.basePort,
-      freePorts: values.freePorts,
-      drainTimeoutMs: values.drainTimeout,
-      logLevel: values.logLevel,
-      logFormat: values.logFormat,
-      workerFlags: [...passed, ...extra],
-    },
-    json: values.json,
-    startTimeoutMs: values.startTimeout,
-    ...(values.logDir && { logDir: values.logDir }),
-    warnings,
+  const { prefill, decode, device, executor, apiKeyFile } = values;
+  const { host, port, discoveryPort, basePort, freePorts } = values;
+  const { logLevel, logFormat, logDir, json, drainTimeout: drainTimeoutMs, startTimeout } = values;
+  const settings = {
+    prefill,
+    decode,
+    device,
+    ...(executor && { executor }),
+    ...(apiKeyFile !== undefined && { apiKeyFile }),
+    host,
+    port,
+    discoveryPort,
+    basePort,
+    freePorts,
+    drainTimeoutMs,
+    logLevel,
+    logFormat,
+    ...(prefill + decode > 2 && { tokenizer: values.model ?? demoModelDir() }),
+    workerFlags: [...passed, ...extra],
   };
+  return { settings, json, startTimeoutMs: startTimeout, ...(logDir && { logDir }), warnings };
 }
 
 /** After SIGTERM a program has its drain timeout, and this much more to exit. */

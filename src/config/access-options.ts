@@ -1,6 +1,6 @@
 /** Who may use an HTTP server, and how it is reached: the options that worker and proxy share. */
 import { listOf, text } from './kinds.ts';
-import { defineOptions, option } from './options.ts';
+import { grouped, option } from './options.ts';
 
 export interface AccessConfig {
   /** File of the keys that callers must show (access/keys.ts). Absent: anybody may call. */
@@ -14,36 +14,31 @@ export interface AccessConfig {
   readonly corsOrigins: readonly string[];
 }
 
-const ACCESS = 'Keys and TLS';
 const file = text('file');
 
-export const ACCESS_OPTIONS = defineOptions({
+export const ACCESS_OPTIONS = grouped('Keys and TLS', {
   apiKeyFile: option({
     field: 'access.apiKeyFile',
     kind: file,
-    group: ACCESS,
     help: 'keys that callers must show, a line each: NAME KEY [admin] [until=DATE]; read again when it changes',
     defaultText: 'no key is needed',
   }),
   tlsCert: option({
     field: 'access.tlsCert',
     kind: file,
-    group: ACCESS,
     help: 'certificate of this server, with its chain (PEM); read again when it changes',
     defaultText: 'plain HTTP',
   }),
-  tlsKey: option({ field: 'access.tlsKey', kind: file, group: ACCESS, help: 'its private key (PEM)' }),
+  tlsKey: option({ field: 'access.tlsKey', kind: file, help: 'its private key (PEM)' }),
   tlsClientCa: option({
     field: 'access.tlsClientCa',
     kind: file,
-    group: ACCESS,
     help: 'clients must show a certificate of one of these authorities (PEM)',
     defaultText: 'none is asked for',
   }),
   corsOrigins: option({
     field: 'access.corsOrigins',
     kind: listOf(text('origin')),
-    group: ACCESS,
     help: 'origins whose web pages may call, such as https://chat.example, or *',
     default: [],
     defaultText: 'none',

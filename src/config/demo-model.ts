@@ -1,17 +1,13 @@
-import { existsSync } from 'node:fs';
-import { dirname, join } from 'node:path';
-import { fileURLToPath } from 'node:url';
+import { dirname } from 'node:path';
 import { PdError } from '../errors.ts';
+import { installedFile } from '../version.ts';
 
-/** Directory of the bundled demo model, found from `src/` as from `dist/src/`. */
+/** Directory of the bundled demo model. */
 export function demoModelDir(): string {
-  const start = dirname(fileURLToPath(import.meta.url));
-  for (let dir = start; dir !== dirname(dir); dir = dirname(dir)) {
-    const candidate = join(dir, 'models', 'demo');
-    if (existsSync(join(candidate, 'config.json'))) return candidate;
-  }
+  const config = installedFile('models/demo/config.json');
+  if (config !== undefined) return dirname(config);
   throw new PdError(
     'CHECKPOINT_INVALID',
-    `the bundled demo model is missing: no models/demo in a directory above ${start}`,
+    'the bundled demo model is missing: models/demo of this installation',
   );
 }

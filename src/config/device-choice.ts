@@ -12,7 +12,7 @@ export type DriverAnswer =
   | { readonly kind: 'not-loadable'; readonly error: ErrorData }
   /** It runs and reports none; `unhidden`: how many it reports without CUDA_VISIBLE_DEVICES. */
   | { readonly kind: 'no-gpu'; readonly unhidden: number }
-  /** It fails otherwise, crashes or hangs: whether there is a GPU nobody knows. */
+  /** It fails otherwise, crashes or hangs: whether there is a GPU is unknown. */
   | { readonly kind: 'fails'; readonly error: ErrorData }
   /** `problem`: why a worker could not use them, such as a library that is missing. */
   | { readonly kind: 'gpus'; readonly names: readonly string[]; readonly problem?: ErrorData };
@@ -39,7 +39,7 @@ export interface DeviceChoice {
   readonly devices: readonly string[];
   /** For the log: what was chosen, by whom and why. */
   readonly line: string;
-  /** A GPU that nobody named: an error in using it says how to do without. */
+  /** The GPU was not named by anyone: an error in using it says how to run without one. */
   readonly automaticGpu: boolean;
 }
 
@@ -115,7 +115,8 @@ export function chooseDevices(wish: DeviceWish, facts: GpuFacts): DeviceChoice {
 /** For a device that was named. */
 export function namedDevice(device: string, workers = 1): DeviceChoice {
   const devices = Array.from({ length: workers }, () => device);
-  return { devices, line: `Device: ${device} (--device ${device})`, automaticGpu: false };
+  const shared = workers > 1 && device !== 'host' ? `, which ${workers} workers share` : '';
+  return { devices, line: `Device: ${device}${shared} (--device ${device})`, automaticGpu: false };
 }
 
 /** What a GPU may fail with when it comes to be used. */

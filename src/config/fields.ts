@@ -6,10 +6,10 @@
  */
 
 import { PdError } from '../errors.ts';
-import type { LogOptions } from '../observability/log-options.ts';
+import { LOG_FORMATS, LOG_LEVELS, type LogOptions } from '../observability/log-options.ts';
 import type { z } from '../zod.ts';
-import type { Kind } from './kinds.ts';
-import type { OptionSpec, OptionTable, ValuesOf } from './options.ts';
+import { type Kind, oneOf } from './kinds.ts';
+import { grouped, type OptionSpec, type OptionTable, option, type ValuesOf } from './options.ts';
 
 type Leaf = string | number | boolean | readonly unknown[];
 
@@ -93,6 +93,24 @@ export function shapeOf<T extends OptionTable, const P extends string>(table: T,
   }
   return shape as ShapeOf<T, P>;
 }
+
+/** How a program logs, where `at` is the path of its LogOptions: `log.`. */
+export const logOptions = <At extends string>(at: At) =>
+  grouped('Log', {
+    logLevel: option({
+      field: `${at}level` as const,
+      kind: oneOf(LOG_LEVELS),
+      help: 'least severe level that is logged',
+      default: 'info',
+      defaultText: 'VLLM_LOGGING_LEVEL, or info',
+    }),
+    logFormat: option({
+      field: `${at}format` as const,
+      kind: oneOf(LOG_FORMATS),
+      help: 'pretty for people, json for collectors, auto by whether stdout is a terminal',
+      default: 'auto',
+    }),
+  });
 
 /** For a program that has its own log: what it should not miss, and nothing else. */
 export const QUIET_LOG: LogOptions = { level: 'warn', format: 'auto' };

@@ -1,4 +1,4 @@
-/** The hosts of a worker: what others are told of them, whether they can make anything of it, and names looked up. */
+/** The hosts of a worker: which addresses are announced to others, whether these can reach them, and the lookup of names. */
 import { isIP, isIPv6 } from 'node:net';
 import { PdError } from '../errors.ts';
 import { isLoopback, isUnspecified } from '../net/address.ts';
@@ -12,7 +12,7 @@ export function hostForOthers(bound: string): string {
 
 type Addresses = Pick<WorkerConfig, 'role' | 'http' | 'httpAnnounceHost' | 'transfer' | 'proxy'>;
 
-/** Warnings. Throws CONFIG_INVALID for an address with a zone id that would be told to another machine: there it names another link. */
+/** Warnings. Throws CONFIG_INVALID for an address with a zone id that would be announced to another machine, where it names another link. */
 export function checkAnnounced(config: Addresses, outside: LocalOptions = {}): string[] {
   const { role, http, httpAnnounceHost, transfer, proxy } = config;
   if (role === 'both') return [];
@@ -30,9 +30,9 @@ export function checkAnnounced(config: Addresses, outside: LocalOptions = {}): s
   for (const { what, host, bound, flags } of told) {
     if (host.includes('%') && isIPv6(host)) {
       const why = `${what} address ${host} carries a zone id, which means something on this machine only`;
-      const mend = `bind an address without one (${flags[0]}), or say what others reach (${flags[1]})`;
-      if (!proxyHere) throw new PdError('CONFIG_INVALID', `${why}, and the proxy is on another: ${mend}`);
-      warnings.push(`${why}: proxy and peers must run here, or ${mend}`);
+      const fix = `bind an address without one (${flags[0]}), or say what others reach (${flags[1]})`;
+      if (!proxyHere) throw new PdError('CONFIG_INVALID', `${why}, and the proxy is on another: ${fix}`);
+      warnings.push(`${why}: proxy and peers must run here, or ${fix}`);
     } else if (proxy.length > 0 && isLoopback(host) && !isLoopback(bound)) {
       warnings.push(
         `${what} is bound to ${bound}, for which this machine has no address of its own: ${host} is told, so the proxy must be on this host ` +

@@ -3,8 +3,9 @@
  * what is allowed. What people write may be text or a JSON value alike, so that `"8082"` and `8082` mean the same everywhere.
  */
 
-import { type HostPort, parseHostPort } from '../net/address.ts';
+import { formatHostPort, type HostPort, parseHostPort } from '../net/address.ts';
 import { AllowList } from '../net/allow-list.ts';
+import { type EtcdAddress, parseEtcdAddress } from '../net/etcd.ts';
 import { z } from '../zod.ts';
 
 export interface Kind<T> {
@@ -106,6 +107,28 @@ export const address: z.ZodType<HostPort, Address> = z
 export function hostPort(): Kind<HostPort> {
   const allowed = 'HOST:PORT, with brackets round an IPv6 address';
   return parsed('host:port', allowed, address, itself, ({ host, port }) => `${host}:${port}`);
+}
+
+/** etcd, and the prefix of its keys. */
+export function etcdAddress(): Kind<EtcdAddress> {
+  const value = z.custom<EtcdAddress>(
+    (given) => typeof given === 'object' && given !== null && 'endpoints' in given,
+  );
+  const parse = (text: string) => {
+    try {
+      return parseEtcdAddress(text);
+    } catch {
+      return undefined;
+    }
+  };
+  const allowed = 'etcd://HOST:2379, further hosts after commas, a prefix after /; etcds:// for TLS';
+  return parsed(
+    'url',
+    allowed,
+    value,
+    parse,
+    ({ endpoints }) => `etcd://${endpoints.map(formatHostPort).join(',')}`,
+  );
 }
 
 /** An IP address or CIDR range, kept as text. */

@@ -54,6 +54,12 @@ export function defineOptions<const T extends OptionTable>(table: T): T {
   return table;
 }
 
+/** The same options under a heading of their own in --help. */
+export function grouped<const T extends OptionTable>(group: string, table: T): T {
+  const rows = Object.entries(table).map(([name, spec]) => [name, { ...spec, group }]);
+  return Object.fromEntries(rows) as T;
+}
+
 /** `kvPort` -> `kv-port`; also takes names already in kebab or snake case. */
 export function kebab(name: string): string {
   return name

@@ -1,25 +1,36 @@
 /** The configuration of a proxy: its options, one table for flags, environment, config file and what programs give in code. */
 
 import type { HostPort } from '../net/address.ts';
-import { LOG_FORMATS, LOG_LEVELS, type LogOptions } from '../observability/log-options.ts';
+import type { EtcdAddress } from '../net/etcd.ts';
+import type { LogOptions } from '../observability/log-options.ts';
 import { z } from '../zod.ts';
 import { ACCESS_OPTIONS, type AccessConfig } from './access-options.ts';
-import { checkInput, fieldsOf, QUIET_LOG, shapeOf, type TableOf, withoutUndefined } from './fields.ts';
+import {
+  checkInput,
+  fieldsOf,
+  logOptions,
+  QUIET_LOG,
+  shapeOf,
+  type TableOf,
+  withoutUndefined,
+} from './fields.ts';
 import {
   type Address,
   address,
   addressRange,
   duration,
+  etcdAddress,
   integer,
   listOf,
   oneOf,
   port,
   text,
+  toggle,
 } from './kinds.ts';
-import { defaultsOf, defineOptions, option, type ValuesOf } from './options.ts';
+import { defaultsOf, defineOptions, grouped, option, type ValuesOf } from './options.ts';
 
-export const POLICIES = ['round-robin', 'least-loaded', 'session', 'kv-aware'] as const;
-/** How an instance is chosen for a request (docs/routing.md). */
+export const POLICIES = ['auto', 'round-robin', 'least-loaded', 'session', 'kv-aware'] as const;
+/** How an instance is chosen for a request (docs/routing.md). `auto`: kv-aware among pd-workers, else round-robin. */
 export type Policy = (typeof POLICIES)[number];
 
 /** What the proxy shows to instances, and what they must show. Paths of files. */
@@ -43,6 +54,8 @@ export interface ProxyConfig {
   readonly upstream?: UpstreamAccess;
   /** Addresses and CIDR ranges whose pings are taken. Absent: everyone's. */
   readonly allowInstances?: readonly string[];
+  /** etcd, whose instances are taken too. */
+  readonly registry?: EtcdAddress;
   /** An instance whose last ping is older than this is removed. */
   readonly instanceTimeoutMs: number;
   /** For the prefill request, headers to end of body. */
@@ -55,6 +68,11 @@ export interface ProxyConfig {
   /** For producers and for consumers, where it is another. */
   readonly prefillPolicy?: Policy;
   readonly decodePolicy?: Policy;
+  /**
+   * Directory of the checkpoint that the workers serve, for its tokenizer: weights need not be there. Workers with another one get text.
+   * Absent: prompts are placed by their text.
+   */
+  readonly tokenizer?: string;
   /** Header that names the session of a request; without it the body's `user` does. Lower case. */
   readonly sessionHeader: string;
   /** A prompt of which at most so many tokens are not cached on its consumer goes to that alone; 0: none does. */
@@ -70,12 +88,12 @@ export interface ProxyConfig {
   /** Between two looks at each instance's GET /health; 0: none. */
   readonly healthIntervalMs: number;
   readonly drainTimeoutMs: number;
+  /** Processes that relay; with more than one, another that owns what they share. */
+  readonly workers: number;
+  /** GET /debug/state is answered, to clients on this machine. */
+  readonly debugState: boolean;
   readonly log: LogOptions;
 }
-
-const ROUTING = 'Routing';
-const LIMITS = 'Limits';
-const WORKERS = 'Instances';
 
 /** A new option is a row here and its field above. */
 export const PROXY_OPTIONS = defineOptions({
@@ -94,38 +112,37 @@ export const PROXY_OPTIONS = defineOptions({
     defaultText: "everyone's",
   }),
   ...ACCESS_OPTIONS,
-  workerKeyFile: option({
-    field: 'upstream.keyFile',
-    kind: text('file'),
-    group: WORKERS,
-    help: "key to show to instances, in the form of --api-key-file; a client's own key never reaches them",
-    defaultText: 'none',
-  }),
-  workerCa: option({
-    field: 'upstream.ca',
-    kind: text('file'),
-    group: WORKERS,
-    help: 'authorities of their certificates (PEM); with it only instances with TLS are taken',
-    defaultText: 'those that Node trusts',
-  }),
-  workerTlsName: option({
-    field: 'upstream.tlsName',
-    kind: text('name'),
-    group: WORKERS,
-    help: 'name that their certificates must carry',
-    defaultText: 'the host that each announces',
-  }),
-  workerTlsCert: option({
-    field: 'upstream.cert',
-    kind: text('file'),
-    group: WORKERS,
-    help: 'certificate for instances that ask for one (PEM)',
-  }),
-  workerTlsKey: option({
-    field: 'upstream.key',
-    kind: text('file'),
-    group: WORKERS,
-    help: 'its private key (PEM)',
+  ...grouped('Instances', {
+    registry: option({
+      field: 'registry',
+      kind: etcdAddress(),
+      help: 'etcd in which instances register: etcd://host:2379/prefix',
+      defaultText: 'none',
+    }),
+    workerKeyFile: option({
+      field: 'upstream.keyFile',
+      kind: text('file'),
+      help: "key to show to instances, in the form of --api-key-file; a client's own key never reaches them",
+      defaultText: 'none',
+    }),
+    workerCa: option({
+      field: 'upstream.ca',
+      kind: text('file'),
+      help: 'authorities of their certificates (PEM); with it only instances with TLS are taken',
+      defaultText: 'those that Node trusts',
+    }),
+    workerTlsName: option({
+      field: 'upstream.tlsName',
+      kind: text('name'),
+      help: 'name that their certificates must carry',
+      defaultText: 'the host that each announces',
+    }),
+    workerTlsCert: option({
+      field: 'upstream.cert',
+      kind: text('file'),
+      help: 'certificate for instances that ask for one (PEM)',
+    }),
+    workerTlsKey: option({ field: 'upstream.key', kind: text('file'), help: 'its private key (PEM)' }),
   }),
   instanceTimeout: option({
     field: 'instanceTimeoutMs',
@@ -151,68 +168,69 @@ export const PROXY_OPTIONS = defineOptions({
     help: 'the consumer is asked at once while the producer has at most so many requests of this proxy; 0: always in turn',
     default: 4,
   }),
-  policy: option({
-    field: 'policy',
-    kind: oneOf(POLICIES),
-    help: 'how instances are chosen',
-    group: ROUTING,
-    default: 'round-robin',
+  ...grouped('Routing', {
+    policy: option({
+      field: 'policy',
+      kind: oneOf(POLICIES),
+      help: 'how instances are chosen; auto: kv-aware among pd-workers, round-robin where there is a vLLM worker',
+      default: 'auto',
+    }),
+    prefillPolicy: option({
+      field: 'prefillPolicy',
+      kind: oneOf(POLICIES),
+      help: 'how producers are chosen',
+      defaultText: 'as --policy',
+    }),
+    decodePolicy: option({
+      field: 'decodePolicy',
+      kind: oneOf(POLICIES),
+      help: 'how consumers are chosen',
+      defaultText: 'as --policy',
+    }),
+    tokenizer: option({
+      field: 'tokenizer',
+      kind: text('dir'),
+      help: 'checkpoint directory whose tokenizer the workers use: prompts are placed by their token ids, which is exact',
+      defaultText: 'prompts are placed by their text',
+    }),
+    sessionHeader: option({
+      field: 'sessionHeader',
+      kind: text('name'),
+      help: "header that names a request's session for the policy `session`; without it the body's `user` does",
+      default: 'x-session-id',
+    }),
+    bypassTokens: option({
+      field: 'bypassTokens',
+      kind: integer(0, 2 ** 20),
+      help: 'a prompt of which at most so many tokens are not cached on its consumer goes to that alone; 0: none does',
+      default: 0,
+    }),
   }),
-  prefillPolicy: option({
-    field: 'prefillPolicy',
-    kind: oneOf(POLICIES),
-    help: 'how producers are chosen',
-    group: ROUTING,
-    defaultText: 'as --policy',
-  }),
-  decodePolicy: option({
-    field: 'decodePolicy',
-    kind: oneOf(POLICIES),
-    help: 'how consumers are chosen',
-    group: ROUTING,
-    defaultText: 'as --policy',
-  }),
-  sessionHeader: option({
-    field: 'sessionHeader',
-    kind: text('name'),
-    help: "header that names a request's session for the policy `session`; without it the body's `user` does",
-    group: ROUTING,
-    default: 'x-session-id',
-  }),
-  bypassTokens: option({
-    field: 'bypassTokens',
-    kind: integer(0, 2 ** 20),
-    help: 'a prompt of which at most so many tokens are not cached on its consumer goes to that alone; 0: none does',
-    group: ROUTING,
-    default: 0,
-  }),
-  maxRunning: option({
-    field: 'maxRunning',
-    kind: integer(0, 2 ** 20),
-    help: 'most requests under way; 0: any number',
-    group: LIMITS,
-    default: 0,
-  }),
-  maxRunningTokens: option({
-    field: 'maxRunningTokens',
-    kind: integer(0, 2 ** 40),
-    help: 'most prompt tokens of requests under way, about; 0: any number',
-    group: LIMITS,
-    default: 0,
-  }),
-  maxQueued: option({
-    field: 'maxQueued',
-    kind: integer(0, 2 ** 20),
-    help: 'most requests that wait for their turn; others are answered 429',
-    group: LIMITS,
-    default: 256,
-  }),
-  queueTimeout: option({
-    field: 'queueTimeoutMs',
-    kind: duration(1),
-    help: 'for that turn to come; then 429',
-    group: LIMITS,
-    default: 30_000,
+  ...grouped('Limits', {
+    maxRunning: option({
+      field: 'maxRunning',
+      kind: integer(0, 2 ** 20),
+      help: 'most requests under way; 0: any number',
+      default: 0,
+    }),
+    maxRunningTokens: option({
+      field: 'maxRunningTokens',
+      kind: integer(0, 2 ** 40),
+      help: 'most prompt tokens of requests under way, about; 0: any number',
+      default: 0,
+    }),
+    maxQueued: option({
+      field: 'maxQueued',
+      kind: integer(0, 2 ** 20),
+      help: 'most requests that wait for their turn; others are answered 429',
+      default: 256,
+    }),
+    queueTimeout: option({
+      field: 'queueTimeoutMs',
+      kind: duration(1),
+      help: 'for that turn to come; then 429',
+      default: 30_000,
+    }),
   }),
   healthInterval: option({
     field: 'healthIntervalMs',
@@ -226,21 +244,19 @@ export const PROXY_OPTIONS = defineOptions({
     help: 'after SIGTERM, for requests under way',
     default: 30_000,
   }),
-  logLevel: option({
-    field: 'log.level',
-    kind: oneOf(LOG_LEVELS),
-    help: 'least severe level that is logged',
-    group: 'Log',
-    default: 'info',
-    defaultText: 'VLLM_LOGGING_LEVEL, or info',
+  workers: option({
+    field: 'workers',
+    kind: integer(1, 64),
+    help: 'processes that relay, for more requests than one core can; with more than one, another places requests for all of them',
+    default: 1,
   }),
-  logFormat: option({
-    field: 'log.format',
-    kind: oneOf(LOG_FORMATS),
-    help: 'pretty for people, json for collectors, auto by whether stdout is a terminal',
-    group: 'Log',
-    default: 'auto',
+  debugState: option({
+    field: 'debugState',
+    kind: toggle(),
+    help: 'answer GET /debug/state to clients on this machine',
+    default: false,
   }),
+  ...logOptions('log.'),
   config: option({ kind: text('file'), help: 'JSON file with any of these options' }),
 } satisfies TableOf<ProxyConfig>);
 

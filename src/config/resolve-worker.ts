@@ -16,7 +16,7 @@ import { WORKER_OPTIONS, type WorkerOptions } from './worker-options.ts';
 /** HTTP ports of the runbook. */
 const HTTP_PORTS: Readonly<Record<WorkerRole, number>> = { producer: 8081, consumer: 8083, both: 8080 };
 
-/** What the config needs from outside: kept out so that resolving stays testable. */
+/** What the configuration needs from its environment, passed in so that resolving can be tested. */
 export interface WorkerEnvironment {
   readonly env: Readonly<Record<string, string | undefined>>;
   readonly interfaces?: NonNullable<LocalOptions['interfaces']>;
@@ -81,7 +81,7 @@ export function resolveGivenWorker(
   return { config, warnings: [...warnings, ...checkAnnounced(config, outside)] };
 }
 
-/** Validated options into the config. Throws CONFIG_INVALID, ADDRESS_INVALID; INTERNAL where nobody has decided what `auto` means. */
+/** Validated options into the config. Throws CONFIG_INVALID, ADDRESS_INVALID; INTERNAL if `auto` has not been decided. */
 export function toWorkerConfig(options: WorkerOptions, outside: WorkerEnvironment): WorkerConfig {
   const device = options.device === 'auto' ? outside.autoDevice : options.device;
   if (device === undefined) throw new PdError('INTERNAL', '--device auto has not been decided');

@@ -13,7 +13,7 @@ export const KV_KEYS = ['transfer', 'engine'] as const;
  */
 export type KvKey = (typeof KV_KEYS)[number];
 
-/** Bounds on what a peer may make us do; checked before a byte is taken. */
+/** Bounds on what a peer can make this end do; checked before a byte is accepted. */
 export interface TransferLimits {
   /** Largest single tensor, bytes. */
   readonly maxTensorBytes: number;
@@ -21,7 +21,7 @@ export interface TransferLimits {
   readonly maxTensors: number;
   /** Announcements queued or outstanding towards one peer. */
   readonly maxQueuePerPeer: number;
-  /** Pairs that stay open at a time: beyond it those that are idle are closed, least recently used first. Frozen peers never are. */
+  /** Native connections to producers that stay open at a time: beyond it idle ones are closed, least recently used first. Frozen pairs stay. */
   readonly maxPeers: number;
 }
 
@@ -85,7 +85,7 @@ export interface TransferOptions {
   /** Absent for an engine that exchanges tensors of any model (embedding): no fingerprint is compared. */
   readonly fingerprint?: Fingerprint;
   readonly log: LogOptions;
-  /** Told in the log line at start, where they are known by then. */
+  /** For the log line at start, if known by then. */
   readonly httpAddress?: string;
   readonly proxyAddress?: string;
 }

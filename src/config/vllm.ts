@@ -1,5 +1,5 @@
 /**
- * What users of vLLM have already: its `--kv-transfer-config` JSON (docs/protocol.md, "Configuration") and its environment variables,
+ * What users of vLLM already have: its `--kv-transfer-config` JSON (docs/protocol.md, "Configuration") and its environment variables,
  * read where ours say nothing. The JSON is taken as people have it: numbers may be strings, and a key that means nothing here is named
  * in a warning, never an error.
  */
@@ -168,8 +168,8 @@ const LEVELS: Readonly<Record<string, LogLevel>> = {
 };
 
 /**
- * A layer for the option `logLevel`, where that is not `given`. A value that is no level is told in `warnings`: it is another program's
- * variable, so it stops nobody.
+ * A layer for the option `logLevel`, where that is not `given`. A value that is not a level becomes a warning: it is another program's
+ * variable, so it stops nothing.
  */
 export function vllmLogLevel(
   given: LogLevel | undefined,

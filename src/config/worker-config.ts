@@ -1,5 +1,6 @@
 /** One validated shape for a worker: what flags, environment, config file and vLLM's JSON become. Plain data: it crosses threads. */
 import type { HostPort } from '../net/address.ts';
+import type { EtcdAddress } from '../net/etcd.ts';
 import type { CallDialect } from '../parsing/calls.ts';
 import type { ReasoningDialect } from '../parsing/reasoning.ts';
 import type { KvEventForm } from '../wire/kv-events.ts';
@@ -49,6 +50,8 @@ export interface WorkerConfig {
   readonly access: AccessConfig;
   /** Where proxies take pings: addresses, or names that are looked up again and again, each for all its addresses. Empty: no ping. */
   readonly proxy: readonly HostPort[];
+  /** etcd, where it registers too. */
+  readonly registry?: EtcdAddress;
   /** Host told to the proxy; the port is the one bound. */
   readonly httpAnnounceHost: string;
   /** For the transfer engine; the device and the log are those of the whole worker. Address and fingerprint are added at start. */
@@ -56,6 +59,8 @@ export interface WorkerConfig {
   /** First of the three ports of KV events; 0: any free ones. Absent: none are published. */
   readonly kvEventsPort?: number;
   readonly kvEventsForm: KvEventForm;
+  /** Addresses and CIDR ranges of proxies whose token ids of a prompt are taken for its text. Absent: nobody's. */
+  readonly promptIdsFrom?: readonly string[];
   /** Who may read GET /debug/state. Absent: nobody. */
   readonly debugState?: DebugAudience;
   /** The same on both ends of a pair, or `auto` on one. */
@@ -73,6 +78,8 @@ export interface WorkerConfig {
   readonly numBlocks?: number;
   /** Share of the GPU's memory that may be filled, 0 to 1. Executor cuda only. */
   readonly gpuMemoryUtilization: number;
+  /** Workers that divide that share. Above 1, memory that other programs hold does not count. Executor cuda only. */
+  readonly workersPerGpu: number;
   /** A row's result depends on its own sequence alone, to the bit. The host always computes so. */
   readonly batchInvariant: boolean;
   readonly enablePrefixCaching: boolean;

@@ -6,10 +6,10 @@ import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 import type { Wire } from '../wire/overlap.ts';
 import type { ConnectorMetadata } from './metadata.ts';
 
-/** What a connector needs to know of a request; any runtime's request fits it. */
+/** What a connector needs to know about a request, in any runtime. */
 export interface ConnectorRequest {
   readonly requestId: EngineRequestId;
-  /** What its KV is known by at both ends: of no other request that is under way. */
+  /** Identifies its KV at both ends; unique among requests under way. */
   readonly transferId: TransferId;
   readonly numPromptTokens: number;
   /** The prompt. Where both ends give it, KV of another prompt is never taken for this one's. */
@@ -20,19 +20,12 @@ export interface ConnectorRequest {
   readonly samplingDigest?: string;
   /** False where the request needs logits of its whole prompt, so that loaded KV would not do. */
   readonly mayLoad: boolean;
-  /** The other end may still compute the prompt for so many milliseconds. */
+  /** Milliseconds for which the other end may still be computing the prompt. */
   readonly prefillWithinMs?: number;
 }
 
-/** One step's work, as far as a connector looks at it. */
-export interface ScheduledRequest {
-  readonly requestId: EngineRequestId;
-  readonly transferId: TransferId;
-  readonly numPromptTokens: number;
-  /** As in ConnectorRequest, these three. */
-  readonly promptTokens?: Int32Array;
-  readonly wire?: Wire;
-  readonly samplingDigest?: string;
+/** One step's work, as far as it concerns a connector. */
+export interface ScheduledRequest extends Omit<ConnectorRequest, 'mayLoad' | 'prefillWithinMs'> {
   /** Tokens whose KV was there before this step: cached, loaded or computed. */
   readonly numComputedTokens: number;
   /** Tokens computed in this step. */
@@ -81,7 +74,7 @@ export type LoadOutcome =
       readonly quarantined?: boolean;
     };
 
-/** How a save stands at the end of its step, where that is not yet well. */
+/** The state of a save at the end of its step, unless all is well. */
 export type SaveOutcome =
   | { readonly requestId: EngineRequestId; readonly state: 'failed'; readonly error: ErrorData }
   /** PUT_ASYNC: a pair with the peer is still being opened. `settled` never rejects; it resolves with the error where there will be none. */

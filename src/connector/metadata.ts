@@ -2,11 +2,23 @@
 import type { HostPort } from '../net/address.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 
-/** KV of one request to be sent with this step: its prompt is complete once the step has run. */
-export interface SaveMeta {
+interface RequestKv {
   readonly requestId: EngineRequestId;
-  /** What both ends know its KV by. */
+  /** Identifies its KV at both ends. */
   readonly transferId: TransferId;
+}
+
+/** What the native hand-over compares. */
+interface NativeKv extends RequestKv {
+  readonly promptDigest: string;
+  /** Of the parameters that the prompt's first token is drawn under. */
+  readonly samplingDigest: string;
+  /** Of the prompt, all of them. */
+  readonly numTokens: number;
+}
+
+/** KV of one request to be sent with this step: its prompt is complete once the step has run. */
+export interface SaveMeta extends RequestKv {
   readonly promptDigest?: string;
   /** Decode instance, rank 0. */
   readonly peer: HostPort;
@@ -17,10 +29,7 @@ export interface SaveMeta {
 }
 
 /** KV of one request to be loaded; the request waits outside the batch until `getFinished` names it. */
-export interface LoadMeta {
-  readonly requestId: EngineRequestId;
-  /** What both ends know its KV by. */
-  readonly transferId: TransferId;
+export interface LoadMeta extends RequestKv {
   readonly promptDigest?: string;
   /** Prefill instance, rank 0. */
   readonly peer: HostPort;
@@ -29,40 +38,27 @@ export interface LoadMeta {
   readonly blockIds: readonly number[];
   /** Leading blocks of `blockIds` that the local prefix cache already has. */
   readonly skipBlocks: number;
-  /** The producer may still compute the prompt for so many milliseconds. */
+  /** Milliseconds for which the producer may still be computing the prompt. */
   readonly prefillWithinMs?: number;
 }
 
 /** What a step adds to the KV of a prompt that goes to its consumer by the native hand-over. */
-export interface FillMeta {
-  readonly requestId: EngineRequestId;
-  readonly transferId: TransferId;
-  readonly promptDigest: string;
-  /** Of the parameters that its first token is drawn under. */
-  readonly samplingDigest: string;
-  /** Of the prompt, all of them. */
-  readonly numTokens: number;
-  /** Of those, how many have their KV in `blockIds` once the step has run. */
+export interface FillMeta extends NativeKv {
+  /** Tokens of the prompt that have their KV in `blockIds` once the step has run. */
   readonly numComputed: number;
   /** From the prompt's first block on, as far as it is computed. */
   readonly blockIds: readonly number[];
 }
 
 /** KV of a prompt that is asked for by the native hand-over; the request waits outside the batch until `getFinished` names it. */
-export interface WantMeta {
-  readonly requestId: EngineRequestId;
-  readonly transferId: TransferId;
-  readonly promptDigest: string;
-  readonly samplingDigest: string;
+export interface WantMeta extends NativeKv {
   /** Prefill instance, rank 0. */
   readonly peer: HostPort;
-  /** Of the prompt, all of them. */
-  readonly numTokens: number;
   /** Leading blocks of the prompt that are here already. */
   readonly skipBlocks: number;
   /** The others, in order. */
   readonly blockIds: readonly number[];
-  /** The producer may still compute the prompt for so many milliseconds. */
+  /** Milliseconds for which the producer may still be computing the prompt. */
   readonly prefillWithinMs?: number;
 }
 

@@ -37,6 +37,12 @@ interface Told {
   readonly ownRankOf: (rank0: HostPort) => HostPort;
 }
 
+/**
+ * Of the time that KV is kept, where its consumer has waited as long for a prompt that cannot begin here. It may have no blocks left to ask by,
+ * and this end none to compute with: each would wait for the other.
+ */
+const CROSSED_SHARE = 0.25;
+
 /** How far a request is that is handed over, by its id here: of those a producer fills, of those a consumer has wanted. */
 type Stage = 'filling' | 'drawn' | 'wanted' | 'settled';
 
@@ -123,10 +129,16 @@ export class NativeHalf {
   makeRoom(numBlocks: number): true | number | undefined {
     const { handOver, blocks, loadMs } = this.#parts;
     const before = blocks.numFree;
-    const until = performance.now() - loadMs;
+    const now = performance.now();
+    const crossedMs = loadMs * CROSSED_SHARE;
+    let soonest: number | undefined;
     for (const [transferId, since] of this.#leases) {
       if (blocks.numFree - before >= numBlocks) break;
-      if (since > until) return blocks.numFree > before || since - until;
+      const left = since + (handOver.consumerWaits(transferId) >= crossedMs ? crossedMs : loadMs) - now;
+      if (left > 0) {
+        soonest = Math.min(soonest ?? crossedMs, left);
+        continue;
+      }
       handOver.fail(
         transferId,
         'KV_SEND_FAILED',
@@ -134,7 +146,7 @@ export class NativeHalf {
       );
       this.#endLease(transferId);
     }
-    return blocks.numFree > before || undefined;
+    return blocks.numFree > before || soonest;
   }
 
   #want(want: WantMeta): void {

@@ -13,6 +13,7 @@ import { PdError } from '../errors.ts';
 import { promptDigest } from '../kv/block-hash.ts';
 import type { HostPort } from '../net/address.ts';
 import { type EngineRequestId, peerAddressOf, type TransferId } from '../wire/ids.ts';
+import { MAX_DIGEST } from '../wire/limits.ts';
 import type { ConnectorRequest, ScheduledRequest, SchedulerConnector } from './connector.ts';
 import type { ConnectorMetadata, FillMeta, LoadMeta, SaveMeta, WantMeta } from './metadata.ts';
 
@@ -185,6 +186,10 @@ export class P2pSchedulerConnector implements SchedulerConnector {
 }
 
 function termsOf({ requestId, promptTokens, samplingDigest }: Seen): NativeTerms {
+  if (samplingDigest !== undefined && samplingDigest.length > MAX_DIGEST) {
+    const message = `request ${requestId}: a digest of ${samplingDigest.length} characters, ${MAX_DIGEST} are allowed`;
+    throw new PdError('REQUEST_INVALID', message, { requestId });
+  }
   if (promptTokens === undefined || samplingDigest === undefined) {
     const message = `request ${requestId}: the native hand-over needs its prompt and the digest of its sampling`;
     throw new PdError('REQUEST_INVALID', message, { requestId });

@@ -15,7 +15,7 @@ import type { ConnectorMetadata, LoadMeta, SaveMeta } from './metadata.ts';
 import { NativeHalf, type NativeParts } from './native-half.ts';
 import type { KvRole } from './scheduler-connector.ts';
 
-/** One moment of one layer of one save, in milliseconds since the epoch, as this thread learned of it. */
+/** One moment in the life of a layer's save, in milliseconds since the epoch, when this thread learned of it. */
 export interface SaveTrace {
   readonly requestId: EngineRequestId;
   readonly layer: string;
@@ -169,7 +169,7 @@ export class P2pWorkerConnector implements WorkerConnector {
   requestFinished(request: FinishedRequest): void {
     if (this.#native?.requestFinished(request)) return;
     const { transferId, aborted } = request;
-    // A producer is through when its part is kept or on its way; the consumer comes for it later. After an abort nobody comes.
+    // A producer is done once its part is kept or on its way; the consumer fetches it later. After an abort nobody does.
     const keepSends = this.#options.role === 'producer' && !aborted;
     this.#options.engine.finish(transferId, { keepSends });
   }

@@ -1,5 +1,5 @@
 /**
- * Hands out offsets inside memory that is taken once, because taking and freeing device memory waits for the whole device. Best fit with
+ * Hands out offsets in memory that is allocated once, because allocating and freeing device memory waits for the whole device. Best fit with
  * coalescing, O(log n). Pure: it never looks at the memory.
  *
  *   | used | free | used | used | free            |      blocks in address order, each knows its neighbours;
@@ -71,30 +71,6 @@ export class Arena {
     this.#held.set(block, segment);
     this.#usedBytes += size;
     return block;
-  }
-
-  /**
-   * Blocks of these sizes one after the other, each freed by itself: where every size is a multiple of the alignment they touch, and are
-   * one run of bytes for who holds all of them. Undefined where no free run is long enough.
-   */
-  allocateRun(bytes: readonly number[]): Block[] | undefined {
-    const sizes = bytes.map(sizeOf);
-    const total = sizes.reduce((sum, size) => sum + size, 0);
-    let segment = this.#free.bestFit(total);
-    if (!segment || total === 0) return undefined;
-    this.#free.remove(segment);
-    if (segment.size > total) this.#free.insert(cut(segment, total));
-    const blocks: Block[] = [];
-    for (const [index, size] of sizes.entries()) {
-      const rest: Segment | undefined = segment.size > size ? cut(segment, size) : undefined;
-      segment.free = false;
-      const block = { offset: segment.offset, bytes: bytes[index]!, size };
-      this.#held.set(block, segment);
-      blocks.push(block);
-      if (rest) segment = rest;
-    }
-    this.#usedBytes += total;
-    return blocks;
   }
 
   /** Throws INTERNAL for a block that this arena does not hold: freed before, or another's. */

@@ -2,11 +2,6 @@ import { PdError } from '../errors.ts';
 import type { Device } from './device.ts';
 import { HostDevice } from './host.ts';
 
-/** What `./cuda.ts` offers; it is loaded only where a GPU is asked for, so that a machine without one needs none of its libraries. */
-interface CudaModule {
-  createCudaDevice(index: number): Promise<Device>;
-}
-
 /** `host`, or `cuda:N`. Throws CONFIG_INVALID for another name and DEVICE_UNAVAILABLE where there is no such GPU. */
 export async function createDevice(name: string): Promise<Device> {
   if (name === 'host') return new HostDevice();
@@ -14,20 +9,10 @@ export async function createDevice(name: string): Promise<Device> {
   if (index === undefined) {
     throw new PdError('CONFIG_INVALID', `device ${JSON.stringify(name)} is neither host nor cuda:N`);
   }
-  const cuda = await loadCuda(name);
-  return cuda.createCudaDevice(Number(index));
-}
-
-async function loadCuda(name: string): Promise<CudaModule> {
-  try {
-    return await import('./cuda.ts');
-  } catch (cause) {
+  // Loaded only where a GPU is asked for, so that a machine without one needs none of its libraries.
+  const { createCudaDevice } = await import('./cuda.ts').catch((cause: unknown) => {
     if (cause instanceof PdError) throw cause;
-    throw new PdError(
-      'DEVICE_UNAVAILABLE',
-      `device ${name}: the CUDA part could not be loaded: ${PdError.from(cause).message}`,
-      {},
-      { cause },
-    );
-  }
+    throw PdError.because('DEVICE_UNAVAILABLE', `device ${name}: the CUDA part could not be loaded`, cause);
+  });
+  return createCudaDevice(Number(index));
 }

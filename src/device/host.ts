@@ -1,10 +1,9 @@
 /** The device for a machine without a GPU: memory shared between threads, work done when the call returns. */
 import { PdError } from '../errors.ts';
-import { forEachCopyRun } from '../kv/copy-runs.ts';
-import { blockBytes, layerBytes } from '../kv/layout.ts';
-import { type CopyPlan, checkPlan, forEachPlannedRun } from '../kv/reblock.ts';
+import { type CopyPlan, checkPlan, forEachPlannedRun, planBlocks } from '../kv/reblock.ts';
 import type { Device, DeviceEvent, EventRef, LayerTensor, MemoryRef, PagedLayer, Stream } from './device.ts';
 import { hostMemory, hostView } from './memory.ts';
+import { checkLayerTensor } from './paged-cache.ts';
 
 /** All earlier work is already done, so one event serves every point. */
 const FIRED: DeviceEvent = {
@@ -32,12 +31,8 @@ export class HostDevice implements Device {
     try {
       return hostMemory(bytes);
     } catch (cause) {
-      throw new PdError(
-        'OUT_OF_DEVICE_MEMORY',
-        `${what}: ${bytes} bytes of host memory could not be allocated: ${PdError.from(cause).message}`,
-        {},
-        { cause },
-      );
+      const failed = `${what}: ${bytes} bytes of host memory could not be allocated`;
+      throw PdError.because('OUT_OF_DEVICE_MEMORY', failed, cause);
     }
   }
 
@@ -56,22 +51,14 @@ export class HostDevice implements Device {
     hostView(target).set(hostView(source));
   }
 
-  gather(target: MemoryRef, layer: PagedLayer, blockIds: Int32Array, _stream: Stream): void {
-    checkSizes(target, layer, blockIds, 'gather');
-    const tensor = hostView(target);
-    const cache = hostView(layer.memory);
-    forEachCopyRun(layer.layout, blockIds, 0, (cacheOffset, tensorOffset, bytes) => {
-      tensor.set(cache.subarray(cacheOffset, cacheOffset + bytes), tensorOffset);
-    });
+  gather(tensor: MemoryRef, layer: PagedLayer, blockIds: Int32Array, stream: Stream): void {
+    checkLayerTensor('gather', { layer, tensor }, blockIds.length);
+    this.reblock('gather', layer.memory, tensor, planBlocks(layer.layout, blockIds), stream);
   }
 
-  scatter(layer: PagedLayer, blockIds: Int32Array, source: MemoryRef, _stream: Stream, skip = 0): void {
-    checkSizes(source, layer, blockIds, 'scatter');
-    const tensor = hostView(source);
-    const cache = hostView(layer.memory);
-    forEachCopyRun(layer.layout, blockIds, skip, (cacheOffset, tensorOffset, bytes) => {
-      cache.set(tensor.subarray(tensorOffset, tensorOffset + bytes), cacheOffset);
-    });
+  scatter(layer: PagedLayer, blockIds: Int32Array, tensor: MemoryRef, stream: Stream, skip = 0): void {
+    checkLayerTensor('scatter', { layer, tensor }, blockIds.length);
+    this.reblock('scatter', layer.memory, tensor, planBlocks(layer.layout, blockIds, skip), stream);
   }
 
   gatherLayers(parts: readonly LayerTensor[], blockIds: Int32Array, stream: Stream): void {
@@ -107,22 +94,5 @@ export class HostDevice implements Device {
   /** The memory itself is garbage-collected. */
   dispose(): void {
     this.#disposed = true;
-  }
-}
-
-function checkSizes(tensor: MemoryRef, layer: PagedLayer, blockIds: Int32Array, what: string): void {
-  const wanted = blockBytes(layer.layout) * blockIds.length;
-  if (tensor.bytes !== wanted) {
-    throw new PdError(
-      'INTERNAL',
-      `${what}: ${blockIds.length} blocks take ${wanted} bytes, the tensor has ${tensor.bytes}`,
-    );
-  }
-  const cache = layerBytes(layer.layout);
-  if (layer.memory.bytes < cache) {
-    throw new PdError(
-      'INTERNAL',
-      `${what}: the layer takes ${cache} bytes, its memory has ${layer.memory.bytes}`,
-    );
   }
 }

@@ -1,4 +1,4 @@
-/** Making and cutting MemoryRefs. */
+/** Creating and slicing MemoryRefs. */
 import { PdError } from '../errors.ts';
 import type { DevicePointer, EventRef, MemoryRef, PinnedPointer } from './device.ts';
 
@@ -50,6 +50,15 @@ export function sliceMemory(memory: MemoryRef, offset: number, length: number): 
         bytes: length,
       };
   }
+}
+
+/** The same memory as elements of four bytes. */
+export function int32View({ buffer, byteOffset, byteLength }: Uint8Array): Int32Array {
+  return new Int32Array(buffer, byteOffset, byteLength / 4);
+}
+
+export function float32View({ buffer, byteOffset, byteLength }: Uint8Array): Float32Array {
+  return new Float32Array(buffer, byteOffset, byteLength / 4);
 }
 
 /** Bytes of all regions together. */

@@ -1,11 +1,11 @@
-/** The environment that native libraries read, decided here and nowhere else; set before any of them loads. */
+/** The environment variables that native libraries read: decided only here, and set before any library loads. */
 import { isIP, isIPv6 } from 'node:net';
 import { type NetworkInterfaceInfo, networkInterfaces } from 'node:os';
 import { type HostPort, isUnspecified } from '../net/address.ts';
 import { plainAddress } from '../net/allow-list.ts';
 
 type Interfaces = Readonly<Record<string, readonly NetworkInterfaceInfo[] | undefined>>;
-/** What decides it, of a worker's transfer options. */
+/** The transfer options that decide it. */
 export interface NativeConfig {
   readonly device: string;
   readonly bind: HostPort;
@@ -79,7 +79,7 @@ function ncclSocket(bound: string, announced: string, interfaces: Interfaces): N
   return { name, family: family === 6 ? 6 : 4 };
 }
 
-/** Undefined for an address that this machine has not. A zone id names the interface itself. */
+/** Undefined for an address that this machine does not have. A zone id names the interface itself. */
 function interfaceOf(address: string, interfaces: Interfaces): string | undefined {
   const [plain = '', zone] = address.split('%');
   const has = (name: string) => interfaces[name]?.some((entry) => entry.address === plain) ?? false;

@@ -1,7 +1,8 @@
 /** The paged KV cache of a model: one PagedLayer per layer, all of one layout, in device memory. */
 
-import { layerBytes, type PagedLayout } from '../kv/layout.ts';
-import type { Device, PagedLayer } from './device.ts';
+import { PdError } from '../errors.ts';
+import { blockBytes, layerBytes, type PagedLayout } from '../kv/layout.ts';
+import type { Device, LayerTensor, PagedLayer } from './device.ts';
 
 export interface NamedLayer {
   /** Name on the wire: `model.layers.0.self_attn.attn`. */
@@ -31,4 +32,20 @@ export function allocatePagedCache(
     name,
     cache: { memory: device.allocate(layerBytes(layout), `KV cache of ${name}`), layout },
   }));
+}
+
+/** Throws INTERNAL where the tensor is not one of `blocks` blocks, or the layer's memory is too small: a copy would go anywhere. */
+export function checkLayerTensor(what: string, { layer, tensor }: LayerTensor, blocks: number): void {
+  const { layout, memory } = layer;
+  const wanted = blockBytes(layout) * blocks;
+  if (tensor.bytes !== wanted) {
+    throw new PdError(
+      'INTERNAL',
+      `${what}: ${blocks} blocks take ${wanted} bytes, the tensor has ${tensor.bytes}`,
+    );
+  }
+  const cache = layerBytes(layout);
+  if (memory.bytes < cache) {
+    throw new PdError('INTERNAL', `${what}: the layer takes ${cache} bytes, its memory has ${memory.bytes}`);
+  }
 }

@@ -1,89 +1,108 @@
 /**
- * Waiting for device events without blocking the thread. Polls with setImmediate only while something is in flight: a timer ticks at
- * about 1 ms, longer than most transfers take, and a loop that always polls would take a core.
+ * Waiting for device events without blocking the thread. Polls with setImmediate only while something is in flight: a timer has a resolution
+ * of about 1 ms, longer than most transfers take, and a loop that always polls would occupy a core.
  */
 import { PdError } from '../errors.ts';
-import type { DeviceEvent } from './device.ts';
+import type { DeviceEvent, Stream } from './device.ts';
 
-interface Wait {
-  readonly event: DeviceEvent;
-  readonly deadline: number;
-  readonly timeoutMs: number;
-  readonly what: string;
-  readonly resolve: () => void;
-  readonly reject: (error: PdError) => void;
-}
+/** Looks once. False: it is done and wants no more turns. */
+export type Poll = (now: number) => boolean;
 
-export class EventPoller {
-  #waits: Wait[] = [];
-  #scheduled = false;
-  #closed: PdError | undefined;
+/** One setImmediate chain while something is in flight, nothing at all while idle. */
+export class PollLoop {
+  readonly #polls = new Set<Poll>();
   readonly #now: () => number;
+  #scheduled = false;
 
   constructor(now: () => number = () => performance.now()) {
     this.#now = now;
   }
 
+  /** `poll` gets its turns from now on. It must not throw. Adding it again changes nothing. */
+  add(poll: Poll): void {
+    this.#polls.add(poll);
+    this.#schedule();
+  }
+
+  delete(poll: Poll): void {
+    this.#polls.delete(poll);
+  }
+
+  #schedule(): void {
+    if (this.#scheduled || this.#polls.size === 0) return;
+    this.#scheduled = true;
+    setImmediate(() => {
+      this.#scheduled = false;
+      const now = this.#now();
+      for (const poll of [...this.#polls]) if (!poll(now)) this.#polls.delete(poll);
+      this.#schedule();
+    });
+  }
+}
+
+export class EventPoller {
+  /** How to reject each wait that has not settled. */
+  readonly #waits = new Map<Poll, (reason: PdError) => void>();
+  readonly #now: () => number;
+  readonly #loop: PollLoop;
+  #closed: PdError | undefined;
+
+  constructor(now: () => number = () => performance.now()) {
+    this.#now = now;
+    this.#loop = new PollLoop(now);
+  }
+
   /** Waits that have not settled. */
   get pending(): number {
-    return this.#waits.length;
+    return this.#waits.size;
   }
 
   /**
-   * Resolves when the event has fired; at once, without a poll, where it already has. Rejects with TRANSFER_TIMEOUT after `timeoutMs`,
+   * Resolves when the event has fired; at once, without a poll, if it already has. Rejects with TRANSFER_TIMEOUT after `timeoutMs`,
    * with what `event.done()` throws, or with the reason of `dispose`. The caller disposes the event.
    */
   wait(event: DeviceEvent, timeoutMs: number, what: string): Promise<void> {
     if (this.#closed) return Promise.reject(this.#closed);
-    try {
-      if (event.done()) return Promise.resolve();
-    } catch (error) {
-      return Promise.reject(PdError.from(error));
-    }
+    const deadline = this.#now() + timeoutMs;
     return new Promise((resolve, reject) => {
-      this.#waits.push({ event, deadline: this.#now() + timeoutMs, timeoutMs, what, resolve, reject });
-      this.#schedule();
+      const poll = (now: number) => {
+        try {
+          // Also polled once after the deadline: a busy thread must not fail work that is done.
+          if (event.done()) resolve();
+          else if (now < deadline) return true;
+          else
+            reject(
+              new PdError('TRANSFER_TIMEOUT', `${what}: the device did not finish within ${timeoutMs} ms`),
+            );
+        } catch (error) {
+          reject(PdError.from(error));
+        }
+        this.#waits.delete(poll);
+        return false;
+      };
+      if (!poll(Number.NEGATIVE_INFINITY)) return;
+      this.#waits.set(poll, reject);
+      this.#loop.add(poll);
     });
+  }
+
+  /** Waits for all work enqueued on `stream` so far. */
+  async drained(stream: Stream, timeoutMs: number, what: string): Promise<void> {
+    const event = stream.record();
+    try {
+      await this.wait(event, timeoutMs, what);
+    } finally {
+      event.dispose();
+    }
   }
 
   /** Rejects all that waits, and every later wait. Idempotent. */
   dispose(reason: PdError = new PdError('ENGINE_CLOSED', 'the event poller has been disposed')): void {
     this.#closed ??= reason;
-    const waits = this.#waits;
-    this.#waits = [];
-    for (const wait of waits) wait.reject(this.#closed);
-  }
-
-  #schedule(): void {
-    if (this.#scheduled || this.#waits.length === 0) return;
-    this.#scheduled = true;
-    setImmediate(() => {
-      this.#scheduled = false;
-      this.#poll();
-      this.#schedule();
-    });
-  }
-
-  #poll(): void {
-    const now = this.#now();
-    this.#waits = this.#waits.filter((wait) => !this.#settle(wait, now));
-  }
-
-  #settle(wait: Wait, now: number): boolean {
-    try {
-      if (wait.event.done()) {
-        wait.resolve();
-        return true;
-      }
-    } catch (error) {
-      wait.reject(PdError.from(error));
-      return true;
+    for (const [poll, reject] of this.#waits) {
+      this.#loop.delete(poll);
+      reject(this.#closed);
     }
-    // The event is asked once more after the deadline has passed: a thread that was busy must not fail work that is done.
-    if (now < wait.deadline) return false;
-    wait.reject(
-      new PdError('TRANSFER_TIMEOUT', `${wait.what}: the device did not finish within ${wait.timeoutMs} ms`),
-    );
-    return true;
+    this.#waits.clear();
   }
 }

@@ -45,6 +45,7 @@ export async function examine(options: DoctorOptions): Promise<DoctorReport> {
           peerSection({
             peer: options.peer,
             timeoutMs,
+            ...(config && { config }),
             ...(config && inParticular ? { announced: config.transfer.announceHost } : {}),
           }),
         ]

@@ -182,7 +182,7 @@ function gpuFindings(
   } else if (gpus.length === 1) {
     findings.push(
       info(
-        'one GPU: a producer and a consumer need one each, since NCCL refuses two ranks on one; the other may be on another machine',
+        'one GPU: a producer and a consumer may share it natively (pd-launch --device cuda:0); by the frozen wire each needs its own, since NCCL refuses two ranks on one',
       ),
     );
   }

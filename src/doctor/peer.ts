@@ -6,6 +6,7 @@
 import { once } from 'node:events';
 import { type AddressInfo, connect, createServer, isIPv6, type Socket } from 'node:net';
 import { DEFAULT_LIMITS } from '../config/transfer-options.ts';
+import type { WorkerConfig } from '../config/worker-config.ts';
 import { withDeadline } from '../deferred.ts';
 import { PdError } from '../errors.ts';
 import { asDestination, formatHostPort, type HostPort, zmqEndpoint } from '../net/address.ts';
@@ -16,22 +17,29 @@ import { PROBE_TENSOR } from '../wire/ids.ts';
 import type { Answer } from '../wire/messages.ts';
 import { isLoopback } from './addresses.ts';
 import { type Finding, fail, info, ok, type Section, warn } from './finding.ts';
+import { nativeWayFinding } from './native-way.ts';
 
 export interface PeerQuestion {
   readonly peer: HostPort;
   /** The host that a worker here would announce; absent if no worker in particular was asked about. */
   readonly announced?: string;
+  /** Of the worker that would run here. */
+  readonly config?: WorkerConfig;
   readonly timeoutMs: number;
 }
 
-export async function peerSection({ peer, announced, timeoutMs }: PeerQuestion): Promise<Section> {
+export async function peerSection({ peer, announced, config, timeoutMs }: PeerQuestion): Promise<Section> {
   const named = asDestination(peer);
   // A name that does not resolve is reported where it is connected to.
   const there = await reachable(named, timeoutMs).catch(() => named);
   const findings: Finding[] = [];
   const reached = await greet(there, timeoutMs);
   findings.push(reached.finding);
-  if (reached.speaksZmq) findings.push(await ask(there, timeoutMs));
+  if (reached.speaksZmq) {
+    const answer = await ask(there, timeoutMs);
+    findings.push(answer.finding);
+    if (answer.ours && config) findings.push(await nativeWayFinding(there, config, timeoutMs));
+  }
   if (reached.seenAs !== undefined)
     findings.push(...(await backwards(there, reached.seenAs, announced, timeoutMs)));
   return { title: `Peer ${formatHostPort(peer)}`, findings };
@@ -108,37 +116,44 @@ function unreachable(where: string, error: NodeJS.ErrnoException, timeoutMs: num
   }
 }
 
-async function ask(peer: HostPort, timeoutMs: number): Promise<Finding> {
+async function ask(
+  peer: HostPort,
+  timeoutMs: number,
+): Promise<{ readonly finding: Finding; readonly ours?: true }> {
   let answer: Answer | 'refused' | 'silent';
   try {
     answer = await getNothing(peer, timeoutMs);
   } catch (cause) {
-    return fail(
+    const finding = fail(
       `its answer to a GET is not of the protocol: ${PdError.from(cause).message}`,
       'is this the KV port of a pd-worker or of vLLM?',
     );
+    return { finding };
   }
   if (answer === 'refused') {
-    return fail(
+    const finding = fail(
       'it speaks ZeroMQ but refuses connections from this machine',
       "is this machine's address in its --allow-peers? Is it a KV port (a ROUTER) and not some other ZeroMQ socket?",
     );
+    return { finding };
   }
   if (answer === 'silent') {
-    return fail(
+    const finding = fail(
       `it accepts messages but does not answer a GET within ${timeoutMs / 1_000} s`,
       "a proxy's discovery port never answers: give the KV port; the log shows whether a worker hangs; a vLLM listener answers only once its transfer is done",
     );
+    return { finding };
   }
   if (answer.kind === 'get' && answer.ret === 1) {
-    return ok(
-      answer.seq === undefined
-        ? 'its KV listener answers; it is not a pd-worker (vLLM?)'
-        : 'its KV listener answers; it is a pd-worker',
-    );
+    return answer.gone
+      ? { finding: ok('its KV listener answers; it is a pd-worker'), ours: true }
+      : { finding: ok('its KV listener answers; it is not a pd-worker (vLLM?), or an older one') };
   }
-  if (answer.kind === 'no-pair') return ok('its KV listener answers; it is a pd-worker');
-  return warn(`its KV listener answers a GET for an unknown tensor with ${JSON.stringify(answer)}`);
+  if (answer.kind === 'no-pair')
+    return { finding: ok('its KV listener answers; it is a pd-worker'), ours: true };
+  return {
+    finding: warn(`its KV listener answers a GET for an unknown tensor with ${JSON.stringify(answer)}`),
+  };
 }
 
 /** Within `timeoutMs`: `refused` if the handshake is not completed, `silent` if there is no answer. */
@@ -158,7 +173,7 @@ async function getNothing(peer: HostPort, timeoutMs: number): Promise<Answer | '
   });
   try {
     dealer.connect(zmqEndpoint(peer));
-    await dealer.send(encodeMessage({ cmd: 'GET', tensor_id: PROBE_TENSOR, native: { seq: 0 } }));
+    await dealer.send(encodeMessage({ cmd: 'GET', tensor_id: PROBE_TENSOR }));
     const [body] = await dealer.receive();
     return decodeAnswer(body!, DEFAULT_LIMITS);
   } catch (error) {

@@ -6,6 +6,7 @@ import { ask } from '../net/http.ts';
 import { reasonOf } from '../net/resolve.ts';
 import { plural } from '../observability/bytes.ts';
 import type { FailureKind, FailureState } from '../transfer/failures.ts';
+import type { PathState } from '../transfer/native/hand-over-api.ts';
 import type { PairState, TransferState } from '../transfer/types.ts';
 import type { CoreState } from '../worker/core-messages.ts';
 import { type Finding, fail, info, ok, type Section, warn } from './finding.ts';
@@ -98,10 +99,7 @@ export function workerFindings({ role, requests, core }: WorkerState, metrics: M
     findings.push(fail(`integrity check: ${wrong}`, 'this is a bug: please report it'));
   if (!transfer) return [...findings, info('no transfer engine: this worker does prefill and decode itself')];
   findings.push(...memoryFindings(role, transfer, metrics));
-  for (const { peer, transport } of core.handOver?.producers ?? [])
-    findings.push(
-      info(`KV from ${peer} is handed over natively, transport ${transport ?? 'not yet negotiated'}`),
-    );
+  findings.push(...nativeFindings(core.handOver));
   const explained = new Set<PairState | FailureState>();
   for (const wait of transfer.waiting.slice(0, MOST_WAITS))
     findings.push(waitFinding(wait, transfer, explained));
@@ -112,6 +110,35 @@ export function workerFindings({ role, requests, core }: WorkerState, metrics: M
   findings.push(...failureFindings(transfer.failures.filter((failure) => !explained.has(failure))));
   if (!findings.some(({ level }) => level === 'fail')) findings.push(calm(transfer.waiting));
   return findings;
+}
+
+/** How KV comes from each producer and why, and how fast it gets to each consumer by `direct`. */
+function nativeFindings(handOver: CoreState['handOver']): Finding[] {
+  const producers = handOver?.producers ?? [];
+  const ways = producers.map(({ peer, transport, fallback }) => {
+    const why = fallback ? `, not direct: ${fallback.why}` : '';
+    return info(`KV from ${peer} is handed over natively, by ${transport ?? 'a way not yet found'}${why}`);
+  });
+  // an older worker tells no mappings
+  const paths = (handOver?.mappings ?? []).flatMap(({ peer, path }) =>
+    path ? [pathFinding(peer, path)] : [],
+  );
+  return [...ways, ...paths];
+}
+
+function pathFinding(peer: string, path: PathState): Finding {
+  const what = `direct writes to ${peer}`;
+  if (path.state === 'waiting') return info(`${what}: not measured yet`);
+  if (path.state === 'not measured') return info(`${what}: not measured, ${path.why}`);
+  const { bytesPerSecond, expectedBytesPerSecond: expected, latencySeconds, link } = path;
+  const gb = (rate: number) => `${(rate / 1e9).toFixed(0)} GB/s`;
+  const should = expected === undefined ? '' : ` of about ${gb(expected)}`;
+  const text = `${what}: ${gb(bytesPerSecond)}${should} over ${link}, ${(latencySeconds * 1_000).toFixed(3)} ms for a block`;
+  if (expected === undefined || bytesPerSecond >= expected / 2) return ok(text);
+  return warn(
+    text,
+    'less than half: `nvidia-smi nvlink -s` and `nvidia-smi topo -m`; a busy GPU at its start explains it too',
+  );
 }
 
 /** No wait is a failure yet. This end cannot know whether the peer is computing or stopped. */
@@ -182,8 +209,8 @@ function pairFindings({ peer, direction, state, queued, outstanding, sinceMs }: 
       return [sinceMs > SLOW_MS ? fail(what, PAIR_INIT.fix) : info(what)];
     case 'over':
       return [queued > 0 ? fail(what, unreached(peer).fix) : info(what)];
-    case 'open':
-    case 'closing':
+    // open, or what another version calls its pairs
+    default:
       return [info(what)];
   }
 }

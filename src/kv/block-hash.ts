@@ -24,7 +24,7 @@ export function extendHashes(hashes: BlockHash[], tokens: Int32Array, blockSize:
   }
 }
 
-/** What the hash is known by to others. */
+/** The hash as others know it. */
 export function keyOf(block: BlockHash): BlockKey {
   return blockKey(Buffer.from(block, 'base64'));
 }

@@ -7,7 +7,7 @@
  *                         |   v
  *                       evictable (least recently used first) --take--> used, its cache entry forgotten
  *
- * A block enters the prefix cache only by `commit`, when its KV is really there: a load that fails leaves nothing behind.
+ * A block enters the prefix cache only by `commit`, once its KV is really there: a failed load leaves nothing behind.
  *
  * Four kinds of owners hold references: tables of sequences; holds, for what still reads a block (a copy, a write that is under way to
  * another worker); leases, for KV of a sequence that has ended and that a consumer may yet ask for; and exposures, for blocks that another
@@ -17,10 +17,11 @@
  *                        |
  *                        | free (abort, deadline, recompute)
  *                        v
- *                    quarantine --retract--> empty                  a write may still come: nobody has the block till none can
+ *                    quarantine --retract--> empty                  a write may still come: nobody gets the block until none can
  */
 import { PdError } from '../errors.ts';
 import type { BlockHash } from './block-hash.ts';
+import { BlockQueue } from './block-queue.ts';
 
 export interface BlockCopy {
   readonly source: number;
@@ -49,8 +50,8 @@ export class BlockManager {
   readonly #hashOf: (BlockHash | undefined)[];
   readonly #cached = new Map<BlockHash, number>();
   readonly #empty: number[] = [];
-  /** Free but cached; a Set keeps insertion order, so the first is the least recently used. */
-  readonly #evictable = new Set<number>();
+  /** Free but cached, the least recently used first. */
+  readonly #evictable: BlockQueue;
   readonly #tables = new Map<string, BlockTable>();
   /** References that belong to no table: sources of copies not made yet, and of writes that have not landed. */
   readonly #holds = new Map<number, number>();
@@ -65,6 +66,7 @@ export class BlockManager {
     this.numBlocks = numBlocks;
     this.blockSize = blockSize;
     this.#onEvicted = onEvicted;
+    this.#evictable = new BlockQueue(numBlocks);
     this.#refs = new Int32Array(numBlocks);
     this.#hashOf = new Array<BlockHash | undefined>(numBlocks).fill(undefined);
     for (let block = numBlocks - 1; block >= 0; block--) this.#empty.push(block);
@@ -88,7 +90,7 @@ export class BlockManager {
     return this.#exposed.size;
   }
 
-  /** Exposed blocks that no table has any more: of no use to anybody until they are retracted. */
+  /** Exposed blocks that belong to no table any more: of no use to anyone until they are retracted. */
   get numQuarantined(): number {
     let count = 0;
     for (const block of this.#exposed) if (this.#refs[block] === 1) count++;
@@ -106,7 +108,7 @@ export class BlockManager {
     return this.#leases.size;
   }
 
-  /** Something else than sequences keeps blocks, and gives them back by itself. */
+  /** Something other than sequences holds blocks, and will give them back by itself. */
   get isShared(): boolean {
     return this.#leases.size + this.#exposures.size + this.#holds.size > 0;
   }
@@ -136,7 +138,7 @@ export class BlockManager {
     return found;
   }
 
-  /** How many more free blocks `allocate` would need, to leave `reserve` of them; 0 or less: none. `cached` as `lookup` answered. */
+  /** How many more free blocks `allocate` would need to leave `reserve` of them; 0 or less: none. `cached` as returned by `lookup`. */
   missing(numTokens: number, cached: readonly number[] = [], reserve = 0): number {
     const revived = cached.reduce((count, block) => count + (this.#refs[block] === 0 ? 1 : 0), 0);
     return this.blocksFor(numTokens) - cached.length + revived + reserve - this.numFree;
@@ -237,7 +239,7 @@ export class BlockManager {
     return this.#leases.get(key);
   }
 
-  /** Does nothing where there is none. */
+  /** Does nothing if there is none. */
   endLease(key: string): void {
     const blocks = this.#leases.get(key);
     if (!blocks) return;
@@ -302,7 +304,7 @@ export class BlockManager {
     return runs;
   }
 
-  /** Gives the table's references back; does nothing where there is none. */
+  /** Gives the table's references back; does nothing if there is none. */
   free(id: string): void {
     const table = this.#tables.get(id);
     if (!table) return;
@@ -378,7 +380,7 @@ export class BlockManager {
   }
 
   #take(): number {
-    const block = this.#empty.pop() ?? this.#evictable.values().next().value;
+    const block = this.#empty.pop() ?? this.#evictable.first;
     if (block === undefined) throw this.#exhausted('the caller', 1);
     this.#evictable.delete(block);
     const hash = this.#hashOf[block];

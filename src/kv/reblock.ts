@@ -10,9 +10,11 @@
  */
 import { PdError } from '../errors.ts';
 import { DTYPE_BYTES } from '../wire/dtype.ts';
-import type { CopyRun } from './copy-runs.ts';
 import { capacity, type WireForm } from './families.ts';
 import { type PagedLayout, runsPerBlock } from './layout.ts';
+
+/** One contiguous copy; offsets in bytes, into the cache of the layer and into the tensor. */
+export type CopyRun = (cacheOffset: number, tensorOffset: number, bytes: number) => void;
 
 /** Units at equal distances in the tensor, anywhere in the cache. All in bytes, but `ids`. */
 export interface StridedCopy {
@@ -73,6 +75,12 @@ export function planCopy(
   const tail = tokens - whole * unit;
   if (tail > 0) plan.push(stridedCopy(geometry, [whole], tail));
   return plan;
+}
+
+/** The same for the dense tensor of `blockIds` in the cache's own family and block size, without its first `skipBlocks` blocks. */
+export function planBlocks(layout: PagedLayout, blockIds: Int32Array, skipBlocks = 0): CopyPlan {
+  const form = { family: layout.family, blocks: blockIds.length, blockSize: layout.blockSize };
+  return planCopy(layout, blockIds, form, { tokens: capacity(form), skipBlocks });
 }
 
 function stridedCopy(geometry: Geometry, units: readonly number[], tokens: number): StridedCopy {

@@ -1,11 +1,10 @@
-/** Chat messages into the text a model was trained on, by the template that comes with its checkpoint. */
+/** Renders chat messages as the text that a model was trained on, by the template that comes with its checkpoint. */
 import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { Template } from '@huggingface/jinja';
 import { PdError } from '../errors.ts';
 import { z } from '../zod.ts';
-import { invalid } from './checked.ts';
-import { readJson } from './json-file.ts';
+import { invalid, readJson } from './checked.ts';
 
 export interface ChatMessage {
   readonly role: string;
@@ -16,7 +15,7 @@ export interface ChatMessage {
 export interface RenderOptions {
   /** Begin the model's answer; the default. */
   readonly addGenerationPrompt?: boolean;
-  /** Go on in the last message, which stays open. */
+  /** Continue the last message, which stays open. */
   readonly continueFinalMessage?: boolean;
   /** As OpenAI's API takes them. */
   readonly tools?: readonly unknown[];
@@ -80,18 +79,13 @@ export class ChatTemplate {
         add_generation_prompt: addGenerationPrompt && !continueFinalMessage,
       });
     } catch (cause) {
-      throw new PdError(
-        'REQUEST_INVALID',
-        `messages do not fit the chat template: ${PdError.from(cause).message}`,
-        {},
-        { cause },
-      );
+      throw PdError.because('REQUEST_INVALID', 'messages do not fit the chat template', cause);
     }
     return continueFinalMessage ? openEnded(text, messages.at(-1)?.content ?? '') : text;
   }
 }
 
-/** What the template has written behind the last message is cut off. Throws REQUEST_INVALID where that message is not in the text. */
+/** Without what the template writes after the last message. Throws REQUEST_INVALID if that message is not in the text. */
 function openEnded(text: string, last: string): string {
   const trimmed = last.trim();
   const at = text.lastIndexOf(trimmed);

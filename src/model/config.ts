@@ -1,9 +1,8 @@
-/** What a checkpoint's config.json says, as one validated shape. What a model needs and we do not compute is refused by name, never ignored. */
+/** A checkpoint's config.json as one validated shape. What a model requires and no executor computes is refused by name, never ignored. */
 import { basename, join, resolve } from 'node:path';
 import { PdError } from '../errors.ts';
 import { z } from '../zod.ts';
-import { checked } from './checked.ts';
-import { readJson } from './json-file.ts';
+import { checked, invalid, readJson } from './checked.ts';
 import { type RopeConfig, readRope } from './rope-config.ts';
 
 /** Architectures with an executor, as `architectures[0]` names them. A new one gets a reader in READERS. */
@@ -68,7 +67,7 @@ const llamaSchema = z.looseObject({
 type LlamaJson = z.infer<typeof llamaSchema>;
 const stopsSchema = z.looseObject({ eos_token_id: tokenIds });
 
-/** Fields that change what a model computes, and the values under which it is what we compute. Absent and null count as the first. */
+/** Fields that change what a model computes, and the values that the executors support. Absent and null count as the first. */
 const REQUIRED: readonly { readonly field: string; readonly allowed: readonly unknown[] }[] = [
   { field: 'hidden_act', allowed: ['silu'] },
   { field: 'attention_bias', allowed: [false] },
@@ -111,10 +110,7 @@ const READERS: { readonly [A in Architecture]: (json: LlamaJson, where: string) 
 export async function readModelConfig(dir: string): Promise<ModelConfig> {
   const config = await readJson(join(dir, 'config.json'));
   if (config === undefined) {
-    throw new PdError(
-      'CHECKPOINT_INVALID',
-      `${dir} holds no config.json: it is not a Hugging Face checkpoint`,
-    );
+    throw invalid(`${dir} holds no config.json: it is not a Hugging Face checkpoint`);
   }
   const generation = await readJson(join(dir, 'generation_config.json'));
   return parseModelConfig(config, generation, dir);
@@ -131,15 +127,12 @@ export function parseModelConfig(config: unknown, generation: unknown, dir: stri
   const eosTokenIds = [...new Set([json.eos_token_id ?? [], stops.eos_token_id ?? []].flat())];
   const outside = eosTokenIds.find((id) => id >= shape.vocab);
   if (outside !== undefined) {
-    throw new PdError(
-      'CHECKPOINT_INVALID',
-      `${where}: eos_token_id ${outside} is outside of a vocabulary of ${shape.vocab}`,
-    );
+    throw invalid(`${where}: eos_token_id ${outside} is outside of a vocabulary of ${shape.vocab}`);
   }
   return { architecture, name: basename(resolve(dir)), ...shape, eosTokenIds };
 }
 
-/** A window as long as the longest context never hides anything. */
+/** A window at least as long as the longest context hides nothing. */
 function refuseWindow(tokens: number | null | undefined, json: LlamaJson, where: string): void {
   if (tokens == null || tokens >= json.max_position_embeddings) return;
   throw new PdError(
@@ -153,13 +146,10 @@ function readLlama(json: LlamaJson, where: string): Shape {
   const kvHeads = json.num_key_value_heads ?? heads;
   const headDim = json.head_dim ?? json.hidden_size / heads;
   if (heads % kvHeads !== 0) {
-    throw new PdError(
-      'CHECKPOINT_INVALID',
-      `${where}: ${heads} query heads cannot share ${kvHeads} KV heads evenly`,
-    );
+    throw invalid(`${where}: ${heads} query heads cannot share ${kvHeads} KV heads evenly`);
   }
   if (!Number.isInteger(headDim) || headDim % 2 !== 0) {
-    throw new PdError('CHECKPOINT_INVALID', `${where}: head size ${headDim} is not an even number`);
+    throw invalid(`${where}: head size ${headDim} is not an even number`);
   }
   return {
     layers: json.num_hidden_layers,
@@ -182,7 +172,7 @@ function readLlama(json: LlamaJson, where: string): Shape {
 function architectureOf(config: unknown, where: string): Architecture {
   const parsed = z.looseObject({ architectures: z.array(z.string()).min(1) }).safeParse(config);
   if (!parsed.success) {
-    throw new PdError('CHECKPOINT_INVALID', `${where} names no architecture ("architectures": [...])`);
+    throw invalid(`${where} names no architecture ("architectures": [...])`);
   }
   const name = parsed.data.architectures[0]!;
   const known = ARCHITECTURES.find((architecture) => architecture === name);

@@ -1,4 +1,4 @@
-/** From a worker's configuration to something that computes: reads the checkpoint, sizes the KV cache, makes the executor. */
+/** From a worker's configuration to an executor: reads the checkpoint and sizes the KV cache. */
 import type { WorkerConfig } from '../config/worker-config.ts';
 import type { Device } from '../device/device.ts';
 import type { CacheAllocator } from '../device/paged-cache.ts';
@@ -13,7 +13,7 @@ import { fingerprintOf } from './fingerprint.ts';
 import { HostExecutor } from './host/executor.ts';
 import { kvLayout } from './kv-cache.ts';
 
-/** What the default size of the KV cache on the host stays under, all layers together. */
+/** Limit of the default size of the KV cache on the host, all layers together. */
 const HOST_KV_BYTES = 2 ** 30;
 /** The default cache holds at most this many full-length sequences. */
 const FULL_SEQUENCES = 64;
@@ -29,9 +29,9 @@ export interface CreatedExecutor {
 export interface CreateExecutorOptions {
   readonly config: WorkerConfig;
   readonly device: Device;
-  /** Where the cache lies, if not in plain memory of the device. */
+  /** Allocates the cache, if it is not plain memory of the device. */
   readonly allocateCache?: CacheAllocator;
-  /** Told how loading goes. */
+  /** Reports the progress of loading. */
   readonly log?: Logger;
 }
 
@@ -43,7 +43,7 @@ export async function createExecutor(options: CreateExecutorOptions): Promise<Cr
   const { config, log } = options;
   if (config.debugLogits === undefined) return createModel(options);
   // before the model loads: that may take minutes
-  const files = LogitsFiles.open({ dir: config.debugLogits, role: config.role, ...(log && { log }) });
+  const files = new LogitsFiles(config.debugLogits, config.role, log);
   const created = await createModel(options);
   const bytes = 4 * created.executor.vocabSize;
   log?.warn(
@@ -59,21 +59,15 @@ async function createModel({
   log,
   allocateCache,
 }: CreateExecutorOptions): Promise<CreatedExecutor> {
-  const model = await readModelConfig(config.modelDir);
+  const { modelDir: dir, blockSize } = config;
+  const model = await readModelConfig(dir);
   const maxModelLen = modelLength(config, model);
+  const common = { dir, config: model, device, blockSize, allocateCache };
   switch (config.executor) {
     case 'host': {
       const numBlocks = config.numBlocks ?? defaultHostBlocks(config, model, maxModelLen);
-      const { blockSize } = config;
-      const fingerprint = await fingerprintOf(config.modelDir, model, { dtype: 'float32', blockSize });
-      const executor = await HostExecutor.create({
-        dir: config.modelDir,
-        config: model,
-        device,
-        blockSize,
-        numBlocks,
-        allocateCache,
-      });
+      const fingerprint = await fingerprintOf(dir, model, { dtype: 'float32', blockSize });
+      const executor = await HostExecutor.create({ ...common, numBlocks });
       return { executor, fingerprint, maxModelLen, numBlocks };
     }
     case 'cuda': {
@@ -81,23 +75,24 @@ async function createModel({
       const { createCudaExecutor } = await import('./cuda/create.ts');
       const { elementTypeOf } = await import('./cuda/weights.ts');
       const { PAIR_BYTES } = await import('./cuda/sizes.ts');
-      const { blockSize, maxNumSeqs, maxNumBatchedTokens, role, transfer } = config;
-      const type = await elementTypeOf(config.modelDir, model);
-      const fingerprint = await fingerprintOf(config.modelDir, model, { dtype: type, blockSize });
+      const { maxNumSeqs, maxNumBatchedTokens, role, transfer, transport, wire } = config;
+      const type = await elementTypeOf(dir, model);
+      const fingerprint = await fingerprintOf(dir, model, { dtype: type, blockSize });
       const { executor, numBlocks } = await createCudaExecutor({
-        dir: config.modelDir,
-        config: model,
-        device,
+        ...common,
         type,
-        blockSize,
         numBlocks: config.numBlocks,
         maxModelLen,
         maxNumSeqs,
         maxNumBatchedTokens,
         utilization: config.gpuMemoryUtilization,
-        reserved: role === 'both' ? 0 : transfer.kvBufferSize + PAIR_BYTES,
+        sharers: config.workersPerGpu,
+        // neither received KV nor communicators where all is written into place
+        reserved:
+          role === 'both' || (transport === 'direct' && wire === 'native')
+            ? 0
+            : transfer.kvBufferSize + PAIR_BYTES,
         batchInvariant: config.batchInvariant,
-        allocateCache,
         ...(log && { log }),
       });
       return { executor, fingerprint, maxModelLen, numBlocks };
@@ -118,7 +113,7 @@ function modelLength(config: WorkerConfig, model: ModelConfig): number {
   return maxModelLen;
 }
 
-/** Room for min(maxNumSeqs, 64) full sequences within 1 GiB, and for one in any case. */
+/** Room for min(maxNumSeqs, 64) full sequences within 1 GiB, but always for one. */
 function defaultHostBlocks(config: WorkerConfig, model: ModelConfig, maxModelLen: number): number {
   const perSequence = Math.ceil(maxModelLen / config.blockSize);
   const layout = kvLayout(model, { dtype: 'float32', blockSize: config.blockSize });

@@ -1,6 +1,6 @@
 /**
  * `--debug-logits`: the logits of every sampled token, in files, two per sequence: `<sequence>.<role>.f32`, a row of the vocabulary for
- * each token, and `.jsonl`, whose line i says what row i is. Opened for each row and closed, so that they can be read at any time.
+ * each token, and `.jsonl`, whose line i says what row i is. Each is opened and closed for every row, so that it can be read at any time.
  */
 import { accessSync, appendFileSync, constants, mkdirSync } from 'node:fs';
 import { join } from 'node:path';
@@ -10,7 +10,7 @@ import type { Logger } from '../observability/log.ts';
 import type { ForwardBatch, ForwardResult, ScheduledSequence } from '../scheduler/types.ts';
 import type { Executor, StepHooks } from './executor.ts';
 
-/** Put round an executor: everything is passed on, and the logits written. */
+/** Wraps an executor: passes everything on and writes the logits. */
 export class DebugLogits implements Executor {
   readonly layers: Executor['layers'];
   readonly vocabSize: number;
@@ -37,7 +37,7 @@ export class DebugLogits implements Executor {
       for (const { sequenceId, token } of result.sampled) tokens.set(sequenceId, token);
       return result;
     } finally {
-      // also where sampling failed: logits that are no numbers are what one looks for
+      // also if sampling failed: logits that are not numbers are what one is looking for
       for (const sequence of written) this.#files.writeLine(sequence, tokens.get(sequence.sequenceId));
     }
   }
@@ -51,49 +51,41 @@ export class DebugLogits implements Executor {
   }
 }
 
-/** File systems take 255 bytes. The end of an id is what tells it from others. */
+/** File systems allow 255 bytes. Ids differ at their ends. */
 const MOST_NAME = 200;
 
-export interface LogitsFilesOptions {
-  readonly dir: string;
-  /** In the names: both halves of a pair may write to one directory, and under one id. */
-  readonly role: WorkerRole;
-  readonly log?: Logger;
-}
-
 export class LogitsFiles {
-  readonly #options: LogitsFilesOptions;
+  readonly #dir: string;
+  readonly #role: WorkerRole;
+  readonly #log: Logger | undefined;
   #stopped = false;
 
-  private constructor(options: LogitsFilesOptions) {
-    this.#options = options;
-  }
-
-  /** Makes the directory where there is none. Throws CONFIG_INVALID where it cannot be written. */
-  static open(options: LogitsFilesOptions): LogitsFiles {
-    const { dir } = options;
+  /**
+   * Creates the directory if there is none. `role` is part of the names: both halves of a pair may write to one directory, and under one
+   * id. Throws CONFIG_INVALID if the directory is not writable.
+   */
+  constructor(dir: string, role: WorkerRole, log?: Logger) {
     try {
       mkdirSync(dir, { recursive: true });
       accessSync(dir, constants.W_OK | constants.X_OK);
     } catch (cause) {
-      throw new PdError(
-        'CONFIG_INVALID',
-        `--debug-logits ${dir}: expected a directory that can be written (${PdError.from(cause).message})`,
-        {},
-        { cause },
-      );
+      const { message } = PdError.from(cause);
+      const what = `--debug-logits ${dir}: expected a directory that can be written (${message})`;
+      throw new PdError('CONFIG_INVALID', what, {}, { cause });
     }
-    return new LogitsFiles(options);
+    this.#dir = dir;
+    this.#role = role;
+    this.#log = log;
   }
 
-  /** Whether it is there. After the first failure nothing is written any more: serving goes on. */
+  /** False if the row was not written. After the first failure no more is written, and serving goes on. */
   writeRow(sequence: ScheduledSequence, logits: Float32Array): boolean {
     if (this.#stopped) return false;
     const bytes = new Uint8Array(logits.buffer, logits.byteOffset, logits.byteLength);
     return this.#append(sequence, 'f32', bytes);
   }
 
-  /** What the last row of this sequence is; without `sampled`, one of a step that failed. */
+  /** Describes the last row of this sequence; without `sampled`, that of a step that failed. */
   writeLine(sequence: ScheduledSequence, sampled: number | undefined): void {
     const { transferId, sequenceId, sample, start, tokens } = sequence;
     const line = {
@@ -108,14 +100,13 @@ export class LogitsFiles {
   }
 
   #append({ sequenceId }: ScheduledSequence, ending: 'f32' | 'jsonl', data: Uint8Array | string): boolean {
-    const { dir, role, log } = this.#options;
-    const path = join(dir, `${fileName(sequenceId)}.${role}.${ending}`);
+    const path = join(this.#dir, `${fileName(sequenceId)}.${this.#role}.${ending}`);
     try {
       appendFileSync(path, data);
       return true;
     } catch (err) {
       if (!this.#stopped) {
-        log?.warn(
+        this.#log?.warn(
           { err },
           `--debug-logits: ${path} cannot be written; its last row may be cut off, and no more logits are written: ${PdError.from(err).message}`,
         );

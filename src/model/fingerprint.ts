@@ -1,4 +1,4 @@
-/** What tells two models apart on the wire: peers whose fingerprints differ never exchange KV. */
+/** Identifies a model on the wire: peers with different fingerprints never exchange KV. */
 import { createHash } from 'node:crypto';
 
 import { type Fingerprint, fingerprint } from '../wire/fingerprint.ts';

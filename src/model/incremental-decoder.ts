@@ -1,7 +1,7 @@
 /** Text of a growing token sequence, as it becomes certain. */
 import type { TokenPiece } from './token-pieces.ts';
 
-/** What the decoder asks a tokenizer. */
+/** What the decoder needs of a tokenizer. */
 export interface PieceSource {
   /** Undefined for a token without text: unknown, or special and skipped. */
   piece(id: number, skipSpecialTokens: boolean): TokenPiece | undefined;
@@ -40,7 +40,7 @@ export class IncrementalDecoder {
     );
   }
 
-  /** What is left when no token follows: a broken character becomes U+FFFD. The decoder can be reused afterwards. */
+  /** The rest, when no token follows: a broken character becomes U+FFFD. The decoder can be reused afterwards. */
   flush(): string {
     const rest = this.#cut(this.#utf8.decode());
     this.#spacesToCut = this.#source.leadingSpaces;

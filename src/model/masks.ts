@@ -1,4 +1,4 @@
-/** The grammars' masks of one step: asked for before it runs, there when its tokens are drawn. */
+/** The grammar masks of one step: requested before it runs, ready when its tokens are drawn. */
 import { type ErrorData, PdError } from '../errors.ts';
 import type { ScheduledSequence } from '../scheduler/types.ts';
 import type { StepHooks } from './executor.ts';
@@ -14,7 +14,7 @@ export class StepMasks {
       const mask = sequence.sample && maskOf?.(sequence);
       if (!mask) continue;
       this.#asked.set(sequence.sequenceId, mask);
-      // Heard of in `settle`, which the step may not reach.
+      // A rejection is handled in `settle`, which the step may not reach.
       if (mask instanceof Promise) mask.catch(() => {});
     }
   }

@@ -2,7 +2,7 @@
 
 import { PdError } from '../errors.ts';
 import { z } from '../zod.ts';
-import { checked } from './checked.ts';
+import { checked, invalid } from './checked.ts';
 
 export type RopeScaling =
   | { readonly kind: 'none' }
@@ -44,8 +44,7 @@ export function readRope(json: RopeJson, where: string): RopeConfig {
     .number()
     .positive()
     .safeParse(parameters['rope_theta'] ?? json.rope_theta ?? 10_000);
-  if (!theta.success)
-    throw new PdError('CHECKPOINT_INVALID', `${where}: rope_theta is not a positive number`);
+  if (!theta.success) throw invalid(`${where}: rope_theta is not a positive number`);
   const type = parameters['rope_type'] ?? parameters['type'] ?? 'default';
   return { theta: theta.data, scaling: readScaling(type, parameters, where) };
 }

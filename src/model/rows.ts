@@ -1,4 +1,4 @@
-/** A step's rows: all tokens of all its sequences, one after another. Which is where, said once for every executor. Pure. */
+/** A step's rows: all tokens of all its sequences, one after another. One layout for every executor. Pure. */
 import { PdError } from '../errors.ts';
 import type { SampleSpec, ScheduledSequence } from '../scheduler/types.ts';
 
@@ -44,7 +44,7 @@ export interface RowLimits {
 
 /**
  * Calls `put` for each token of a sequence, `index` from 0 on, with its position and the slot of its KV.
- * Throws INTERNAL for what no scheduler should make: it would be read from or written to anywhere.
+ * Throws INTERNAL for what no scheduler should produce: it would read or write arbitrary memory.
  */
 export function placeTokens(
   { tokens, start, blockTable, sequenceId }: ScheduledSequence,

@@ -1,6 +1,6 @@
-/** The JSON header of a safetensors file, checked as a whole. Pure. */
+/** The JSON header of a safetensors file, checked as a whole. */
 
-import { PdError } from '../errors.ts';
+import type { PdError } from '../errors.ts';
 import { z } from '../zod.ts';
 import { checked, invalid } from './checked.ts';
 
@@ -63,7 +63,7 @@ function parseObject(header: Buffer, path: string): Record<string, unknown> {
     throw invalid(`${path}: the header is not JSON`, cause);
   }
   if (typeof json !== 'object' || json === null || Array.isArray(json)) {
-    throw new PdError('CHECKPOINT_INVALID', `${path}: the header is not a JSON object`);
+    throw invalid(`${path}: the header is not a JSON object`);
   }
   return json as Record<string, unknown>;
 }
@@ -98,13 +98,10 @@ function checkCoverage(tensors: ReadonlyMap<string, TensorEntry>, dataBytes: num
     at = entry.end;
   }
   if (at !== dataBytes) {
-    throw new PdError(
-      'CHECKPOINT_INVALID',
-      `${path}: tensors take ${at} bytes, the file has ${dataBytes} bytes of data`,
-    );
+    throw invalid(`${path}: tensors take ${at} bytes, the file has ${dataBytes} bytes of data`);
   }
 }
 
 function tensorInvalid(path: string, tensor: string, what: string): PdError {
-  return new PdError('CHECKPOINT_INVALID', `${path}: tensor ${tensor}: ${what}`);
+  return invalid(`${path}: tensor ${tensor}: ${what}`);
 }

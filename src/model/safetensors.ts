@@ -9,9 +9,8 @@ import { type FileHandle, open } from 'node:fs/promises';
 import { join } from 'node:path';
 import { PdError } from '../errors.ts';
 import { z } from '../zod.ts';
-import { checked, invalid } from './checked.ts';
+import { checked, invalid, readJson } from './checked.ts';
 import { type FloatType, toFloat32 } from './float-convert.ts';
-import { readJson } from './json-file.ts';
 import { parseSafetensorsHeader, type TensorEntry } from './safetensors-header.ts';
 import type { Tensor } from './tensors.ts';
 
@@ -77,8 +76,7 @@ export class Checkpoint {
     const { file, entry } = this.#entry(tensor);
     const type = WEIGHT_TYPES[entry.dtype];
     if (type === undefined) {
-      throw new PdError(
-        'CHECKPOINT_INVALID',
+      throw invalid(
         `${join(this.dir, file.name)}: tensor ${tensor.name} is ${entry.dtype}; weights are F32, F16 or BF16`,
       );
     }
@@ -95,7 +93,7 @@ export class Checkpoint {
     await this.#read(file, name, entry.begin + from, target);
   }
 
-  /** Headers, and `samples` pieces of `bytes` bytes at even distances of each file: what tells two checkpoints apart cheaply. */
+  /** Headers, and `samples` pieces of `bytes` bytes at even distances of each file: a cheap way to tell two checkpoints apart. */
   async *sample(samples: number, bytes: number): AsyncGenerator<Uint8Array> {
     for (const file of this.#files) {
       yield file.header;
@@ -117,14 +115,12 @@ export class Checkpoint {
     const file = this.#fileOf.get(name);
     const entry = file?.tensors.get(name);
     if (!file || !entry) {
-      throw new PdError(
-        'CHECKPOINT_INVALID',
+      throw invalid(
         `${this.dir}: no file holds tensor ${name} [${shape}] (looked in ${this.#files.map((f) => f.name).join(', ')})`,
       );
     }
     if (entry.shape.length !== shape.length || entry.shape.some((dim, i) => dim !== shape[i])) {
-      throw new PdError(
-        'CHECKPOINT_INVALID',
+      throw invalid(
         `${join(this.dir, file.name)}: tensor ${name} has shape [${entry.shape}], config.json asks for [${shape}]`,
       );
     }
@@ -138,8 +134,7 @@ export class Checkpoint {
       const length = Math.min(READ_CHUNK_BYTES, target.length - done);
       const { bytesRead } = await file.handle.read(target, done, length, start + done);
       if (bytesRead === 0) {
-        throw new PdError(
-          'CHECKPOINT_INVALID',
+        throw invalid(
           `${join(this.dir, file.name)} ended after ${done} of ${target.length} bytes of tensor ${name}`,
         );
       }
@@ -150,8 +145,7 @@ export class Checkpoint {
   #checkIndex(index: ReadonlyMap<string, string>): void {
     for (const [tensor, fileName] of index) {
       if (this.#fileOf.get(tensor)?.name !== fileName) {
-        throw new PdError(
-          'CHECKPOINT_INVALID',
+        throw invalid(
           `${join(this.dir, fileName)} does not hold tensor ${tensor}, which the index places there`,
         );
       }
@@ -171,10 +165,7 @@ async function fileNames(
   const names = [...new Set(index.values())].sort();
   const outside = names.find((name) => name.includes('/') || name.includes('\\') || name.startsWith('.'));
   if (outside !== undefined) {
-    throw new PdError(
-      'CHECKPOINT_INVALID',
-      `${join(dir, INDEX_FILE)} names a file outside of the directory: ${outside}`,
-    );
+    throw invalid(`${join(dir, INDEX_FILE)} names a file outside of the directory: ${outside}`);
   }
   return { names, index };
 }
@@ -210,18 +201,12 @@ async function readHeader(handle: FileHandle, size: number, path: string): Promi
   await handle.read(prefix, 0, 8, 0);
   const length = size < 8 ? 0n : prefix.readBigUInt64LE();
   if (length < 2n || length > BigInt(Math.min(MAX_HEADER_BYTES, size - 8))) {
-    throw new PdError(
-      'CHECKPOINT_INVALID',
-      `${path}: a header of ${length} bytes does not fit a safetensors file of ${size} bytes`,
-    );
+    throw invalid(`${path}: a header of ${length} bytes does not fit a safetensors file of ${size} bytes`);
   }
   const header = Buffer.alloc(Number(length));
   const { bytesRead } = await handle.read(header, 0, header.length, 8);
   if (bytesRead !== header.length) {
-    throw new PdError(
-      'CHECKPOINT_INVALID',
-      `${path}: only ${bytesRead} of ${header.length} header bytes could be read`,
-    );
+    throw invalid(`${path}: only ${bytesRead} of ${header.length} header bytes could be read`);
   }
   return header;
 }

@@ -5,7 +5,7 @@ import type { TokenLogprob } from '../wire/token-logprob.ts';
 import { uniform } from './random.ts';
 import { isShaped, shaped, shapingOf } from './shaping.ts';
 
-/** The likeliest token each time, and nothing said about it: what checks and measurements start from. */
+/** The most likely token each time, without log-probabilities: the starting point of checks and measurements. */
 export const GREEDY: SamplingParams = {
   temperature: 0,
   topP: 1,
@@ -40,7 +40,7 @@ export function sample(logits: Float32Array, spec: SampleSpec, grammar?: Uint32A
     : { token, logprob: logprobOf(logits, token, params.logprobs) };
 }
 
-/** Logits of which no token can be sampled: a defect of the model. */
+/** For logits from which no token can be sampled: a defect of the model. */
 export function noDistribution(what: string): PdError {
   return new PdError('INTERNAL', `${what}: the model computed no usable distribution`);
 }
@@ -55,7 +55,7 @@ export function logprobOf(logits: Float32Array, token: number, count: number): T
   return { token, logprob: logits[token]! - norm, top };
 }
 
-/** The same of a token of a prompt, with its rank. */
+/** The same for a token of a prompt, with its rank. */
 export function promptLogprobOf(logits: Float32Array, token: number, count: number): TokenLogprob {
   const own = logits[token]!;
   let rank = 0;

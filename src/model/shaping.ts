@@ -40,7 +40,7 @@ export function shapingOf(spec: SampleSpec, vocab: number, grammar?: Uint32Array
   };
 }
 
-/** Of a request whose own fields ban every token. */
+/** For a request whose own fields ban every token. */
 export function nothingLeft(sequenceId: string): PdError {
   return new PdError(
     'REQUEST_INVALID',
@@ -96,7 +96,7 @@ interface Fixed {
   readonly longestWord: number;
 }
 
-/** What is the same in every step of a request, whose lists may be long. */
+/** Computed once per request, since its lists may be long. */
 const fixedParts = new WeakMap<SamplingParams, Fixed>();
 
 function fixedOf(params: SamplingParams, vocab: number): Fixed {

@@ -1,4 +1,4 @@
-/** The tensors of a checkpoint: their names, and the shapes that config.json implies. Said once, for every executor. Pure. */
+/** The tensors of a checkpoint: their names, and the shapes that config.json implies. One table for every executor. Pure. */
 import type { ModelConfig } from './config.ts';
 
 export interface Tensor {

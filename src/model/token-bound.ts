@@ -1,6 +1,6 @@
 /**
  * How much text one token can stand for, read from tokenizer.json: with it the length of a text alone says how many tokens it has at
- * least. Told only where the whole way from text to tokens is known to lose nothing but what is counted here; a prompt that fits must
+ * least. Finite only if every step from text to tokens is known to lose nothing but what is counted here; a prompt that fits must
  * never look too long.
  */
 import { z } from '../zod.ts';
@@ -33,7 +33,7 @@ type Step = z.infer<typeof stepSchema>;
 const NFC_SHRINKS = 4;
 
 /**
- * Most UTF-16 units of text that a single token stands for; Infinity where that cannot be told. `json` is tokenizer.json, `settings`
+ * Most UTF-16 units of text that a single token stands for; Infinity if that is unknown. `json` is tokenizer.json, `settings`
  * tokenizer_config.json.
  */
 export function charactersPerToken(json: unknown, settings: Readonly<Record<string, unknown>>): number {
@@ -43,7 +43,7 @@ export function charactersPerToken(json: unknown, settings: Readonly<Record<stri
   const loses =
     settings['remove_space'] === true ||
     settings['do_lowercase_and_remove_accent'] === true ||
-    // These swallow the blanks beside them, as many as there are.
+    // These absorb any number of adjacent blanks.
     added.some(({ lstrip, rstrip }) => lstrip || rstrip) ||
     !keepsText(preTokenizer) ||
     !hasTokenForAll(preTokenizer, model);
@@ -100,7 +100,7 @@ function keepsText(preTokenizer: Step | null | undefined): boolean {
   }
 }
 
-/** No text without a token, and no unknown token, which would stand for any amount. */
+/** Every text has tokens, none of them the unknown token, which could stand for any amount. */
 function hasTokenForAll(preTokenizer: Step | null | undefined, model: z.infer<typeof modelSchema>): boolean {
   const {
     continuing_subword_prefix: prefix,

@@ -6,11 +6,11 @@
 import { PdError } from '../errors.ts';
 import { z } from '../zod.ts';
 import { byteLevelBytes } from './byte-level.ts';
-import { checked } from './checked.ts';
+import { checked, invalid } from './checked.ts';
 
 /**
  * `bytes` join with their neighbours' before they are read as UTF-8, so that a character may be split over tokens. `text` stands alone:
- * bytes on either side of it never join over it.
+ * bytes on either side of it never join across it.
  */
 export type TokenPiece =
   | { readonly kind: 'bytes'; readonly bytes: Uint8Array }
@@ -40,7 +40,7 @@ const metaspaceSchema = z.looseObject({
 /** Throws MODEL_UNSUPPORTED where the decoder is of another family: text would come out wrong. */
 export function readPieces(decoder: unknown, where: string): PieceReader {
   const parsed = decoderSchema.safeParse(decoder);
-  if (!parsed.success) throw new PdError('CHECKPOINT_INVALID', `${where} has no decoder with a type`);
+  if (!parsed.success) throw invalid(`${where} has no decoder with a type`);
   switch (parsed.data.type) {
     case 'ByteLevel':
       return { piece: byteLevelPiece, leadingSpaces: 0 };

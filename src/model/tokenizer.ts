@@ -1,13 +1,14 @@
 /** A checkpoint's tokenizer: text to token ids and back, and chat messages to text. */
+import { hash } from 'node:crypto';
+import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { Tokenizer as HuggingFaceTokenizer } from '@huggingface/tokenizers';
 import { PdError } from '../errors.ts';
 import { z } from '../zod.ts';
 import { type ChatMessage, ChatTemplate, type RenderOptions, readChatTemplate } from './chat-template.ts';
-import { checked, invalid } from './checked.ts';
+import { checked, invalid, readJson } from './checked.ts';
 import { type ModelConfig, readModelConfig } from './config.ts';
 import { IncrementalDecoder, type PieceSource } from './incremental-decoder.ts';
-import { readJson } from './json-file.ts';
 import { charactersPerToken } from './token-bound.ts';
 import { type PieceReader, readPieces, type TokenPiece } from './token-pieces.ts';
 
@@ -36,11 +37,13 @@ const namedTokenSchema = z.union([
 export interface Decoding {
   /** Special ones have none; the default. */
   readonly skipSpecialTokens?: boolean;
-  /** Special tokens, by their text, that have it nevertheless. */
+  /** Special tokens, by their text, that keep it nevertheless. */
   readonly keep?: readonly string[];
 }
 
 export class Tokenizer implements PieceSource {
+  /** Two of the same make the same ids of the same request: hex, over tokenizer, its settings, chat template and ends of text. */
+  readonly digest: string;
   readonly leadingSpaces: number;
   /** Ids are below this. */
   readonly vocabSize: number;
@@ -51,7 +54,7 @@ export class Tokenizer implements PieceSource {
   readonly charactersPerToken: number;
   readonly #library: HuggingFaceTokenizer;
   readonly #pieces: readonly (TokenPiece | undefined)[];
-  /** What `tokenString` has said: twenty alternatives a token come to many. */
+  /** Results of `tokenString`: with twenty alternatives a token it is called very often. */
   readonly #strings: string[] = [];
   readonly #special: ReadonlySet<number>;
   readonly #specialIds: ReadonlyMap<string, number>;
@@ -64,7 +67,9 @@ export class Tokenizer implements PieceSource {
     model: ModelConfig,
     chat: ChatTemplate | undefined,
     mostCharacters: number,
+    digest: string,
   ) {
+    this.digest = digest;
     this.#library = library;
     this.#pieces = piecesOf(library, added, piece);
     const special = added.filter((token) => token.special);
@@ -78,19 +83,29 @@ export class Tokenizer implements PieceSource {
     this.charactersPerToken = mostCharacters;
   }
 
-  /** Reads tokenizer.json and what stands beside it. Throws CHECKPOINT_INVALID or MODEL_UNSUPPORTED. */
+  /** Reads tokenizer.json and the files beside it. Throws CHECKPOINT_INVALID or MODEL_UNSUPPORTED. */
   static async load(dir: string): Promise<Tokenizer> {
     const path = join(dir, 'tokenizer.json');
     const json = await readJson(path);
-    if (json === undefined) throw new PdError('CHECKPOINT_INVALID', `${dir} holds no tokenizer.json`);
+    if (json === undefined) throw noTokenizer(dir);
     const { added_tokens: added, decoder } = checked(tokenizerSchema, json, path);
-    const settings = ((await readJson(join(dir, 'tokenizer_config.json'))) ?? {}) as Record<string, unknown>;
+    const { settings, template, model } = await readSettings(dir);
     const library = openLibrary(json, settings, path);
     const reader = readPieces(decoder, path);
-    const model = await readModelConfig(dir);
-    const template = await readChatTemplate(dir, settings);
     const chat = template === undefined ? undefined : new ChatTemplate(template, namedTokens(settings), dir);
-    return new Tokenizer(library, reader, added, model, chat, charactersPerToken(json, settings));
+    const most = charactersPerToken(json, settings);
+    return new Tokenizer(library, reader, added, model, chat, most, await Tokenizer.digestOf(dir));
+  }
+
+  /** What `digest` will be, without building the tokenizer. Throws as `load` does where a file is missing or broken. */
+  static async digestOf(dir: string): Promise<string> {
+    const { settings, template, model } = await readSettings(dir);
+    const { eosTokenIds, bosTokenId } = model;
+    const bytes = await readFile(join(dir, 'tokenizer.json')).catch(() => {
+      throw noTokenizer(dir);
+    });
+    const rest = JSON.stringify([settings, template, eosTokenIds, bosTokenId]);
+    return hash('sha256', `${hash('sha256', bytes, 'hex')}${rest}`, 'hex').slice(0, 32);
   }
 
   /** Token ids of `text`. Special tokens (a beginning-of-text) are added unless told otherwise, as for a prompt of a completion. */
@@ -152,7 +167,7 @@ export class Tokenizer implements PieceSource {
   }
 }
 
-/** What a server needs of a tokenizer: tests put one of bytes in its place. */
+/** What a server needs of a tokenizer; tests substitute one of bytes. */
 export type TextModel = Pick<
   Tokenizer,
   | 'applyChatTemplate'
@@ -160,11 +175,26 @@ export type TextModel = Pick<
   | 'chatTemplate'
   | 'decode'
   | 'decoder'
+  | 'digest'
   | 'encode'
   | 'eosTokenIds'
   | 'tokenBytes'
   | 'tokenString'
 >;
+
+/** What stands beside tokenizer.json. */
+async function readSettings(dir: string) {
+  const settings = ((await readJson(join(dir, 'tokenizer_config.json'))) ?? {}) as Record<string, unknown>;
+  return {
+    settings,
+    template: await readChatTemplate(dir, settings),
+    model: await readModelConfig(dir),
+  };
+}
+
+function noTokenizer(dir: string): PdError {
+  return invalid(`${dir} holds no tokenizer.json`);
+}
 
 function openLibrary(json: unknown, settings: Record<string, unknown>, path: string): HuggingFaceTokenizer {
   try {

@@ -9,7 +9,8 @@ export interface HostPort {
 
 /** `10.0.0.1:80`, `[::1]:80`: an IPv6 address that a port follows is put in brackets. */
 export function formatHostPort({ host, port }: HostPort): string {
-  return `${isIPv6(host) ? `[${host}]` : host}:${port}`;
+  // Asked for every request; the sure test is a long expression.
+  return `${host.includes(':') && isIPv6(host) ? `[${host}]` : host}:${port}`;
 }
 
 /**

@@ -1,4 +1,4 @@
-/** For `schemaController` of a fastify server. */
+/** `schemaController` of our fastify servers. */
 import type { FastifyServerOptions } from 'fastify';
 import { PdError } from '../errors.ts';
 

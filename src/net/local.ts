@@ -70,15 +70,12 @@ export function announceHost(bindHost: string, options: LocalOptions = {}): stri
 
 /** The IP address of a host name, of `family` if given; an address is returned unchanged. Throws ADDRESS_INVALID naming `what`. */
 export async function hostAddress(host: string, family: Family | 0 = 0, what = 'host'): Promise<string> {
-  let why = 'none of this family';
-  let cause: unknown;
+  let why: unknown = 'none of this family';
   try {
     const [first] = await addressesOf(host, family);
     if (first) return first.address;
   } catch (error) {
-    cause = error;
-    why = PdError.from(error).message;
+    why = error;
   }
-  const message = `${what} ${JSON.stringify(host)} has no address: ${why}`;
-  throw new PdError('ADDRESS_INVALID', message, {}, { cause });
+  throw PdError.because('ADDRESS_INVALID', `${what} ${JSON.stringify(host)} has no address`, why);
 }

@@ -51,6 +51,10 @@ export const METRICS = {
     label: 'source',
     values: ['computed', 'loaded', 'cached'],
   },
+  pd_step_tokens_total: {
+    type: 'counter',
+    help: 'Tokens that steps have computed, of prompts and of outputs, whether their requests came to an end or not',
+  },
   pd_transfer_seconds: {
     type: 'histogram',
     help: 'From the first announcement (sender) or the start of the load (receiver) until all KV of a request is in place',
@@ -88,6 +92,30 @@ export const METRICS = {
     help: 'Native connections to producers, by transport',
     label: 'transport',
     values: ['direct', 'nccl', 'host'],
+  },
+  pd_native_fallbacks: {
+    type: 'gauge',
+    help: 'Native connections between GPUs that do not use direct, by reason',
+    label: 'reason',
+    values: ['off', 'peer_off', 'other_host', 'refused', 'late'],
+  },
+  pd_native_mappings: {
+    type: 'gauge',
+    help: 'Caches mapped for direct writes: ours, by producers; theirs, by this worker',
+    label: 'cache',
+    values: ['ours', 'theirs'],
+  },
+  pd_native_path_bytes_per_second: {
+    type: 'gauge',
+    help: 'Slowest measured path of direct writes to a consumer; 0 before one is measured',
+  },
+  pd_native_path_expected_bytes_per_second: {
+    type: 'gauge',
+    help: 'What direct writes reach over the link of that path; 0 if nothing is known of it',
+  },
+  pd_native_path_latency_seconds: {
+    type: 'gauge',
+    help: 'Time that a small direct write takes on that path',
   },
   'vllm:num_requests_running': { type: 'gauge', help: 'Requests in the batch' },
   'vllm:num_requests_waiting': { type: 'gauge', help: 'Requests waiting for the batch' },

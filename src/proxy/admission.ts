@@ -8,6 +8,7 @@
  *                    |
  *                    +--> OVERLOADED: the queue is full and nobody in it has less claim to a place, or it has waited too long
  */
+import type { Signal } from '../deferred.ts';
 import { PdError } from '../errors.ts';
 import { plural } from '../observability/bytes.ts';
 
@@ -28,7 +29,7 @@ export interface Entrant {
   /** Lower comes first. */
   readonly priority: number;
   readonly tokens: number;
-  readonly signal: AbortSignal;
+  readonly signal: Signal;
 }
 
 interface Waiting extends Entrant {

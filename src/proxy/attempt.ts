@@ -14,12 +14,14 @@
  *             5xx             may be the producer's doing, so the producer's answer is waited for and goes first
  *             refused         the prefill is aborted; another pair is tried
  */
-import { randomBytes } from 'node:crypto';
+import { randomFillSync } from 'node:crypto';
 import type { IncomingHttpHeaders, ServerResponse } from 'node:http';
 import type { ProxyConfig } from '../config/proxy-config.ts';
+import { Cancellation, type Signal } from '../deferred.ts';
 import { PdError } from '../errors.ts';
 import { reasonOf } from '../net/resolve.ts';
 import type { Logger } from '../observability/log.ts';
+import { monotonicMs, type Timelines } from '../observability/timelines.ts';
 import { proxyRequestId } from '../wire/ids.ts';
 import {
   KV_FAILED_HEADER,
@@ -28,40 +30,41 @@ import {
   WIRE_HEADER,
   type Wire,
 } from '../wire/overlap.ts';
-import type { Admission } from './admission.ts';
+import { appendPromptIds, PROMPT_IDS_HEADER } from '../wire/prompt-ids.ts';
 import type { RequestBody } from './body.ts';
 import type { BodyReader } from './body-reader.ts';
-import type { PromptCaches } from './caches.ts';
+import type { Coordinator, Placement, Visit } from './coordinator.ts';
 import type { ProxyMetrics } from './metrics.ts';
 import { Notices } from './notices.ts';
-import type { InstancePair, InstanceRegistry } from './registry.ts';
+import type { InstanceRole } from './registry.ts';
 import { answerWhole, isEventStream, relay } from './relay.ts';
-import type { RetryBudget } from './retry-budget.ts';
 import {
   type Ask,
   type Call,
   InstanceRefused,
-  isDraining,
   readWhole,
   timeoutError,
   type Upstream,
   type UpstreamResponse,
+  unavailableCode,
   type WholeAnswer,
 } from './upstream.ts';
+
+/**
+ * Of a request, which is known by the id that both workers get: `received` with its whole body, `read`, sent to the producer (`prefill`)
+ * and to the consumer (`decode`), whose whole answer (`prefilled`) and head (`answered`) have come, its first event `relayed`.
+ */
+export type ProxyStage = 'received' | 'read' | 'prefill' | 'decode' | 'prefilled' | 'answered' | 'relayed';
 
 /** What all requests of a proxy share. */
 export interface ProxyContext {
   readonly config: ProxyConfig;
-  readonly registry: InstanceRegistry;
+  readonly coordinator: Coordinator;
   readonly upstream: Upstream;
   readonly metrics: ProxyMetrics;
+  readonly timelines: Timelines<ProxyStage>;
   readonly log: Logger;
-  readonly bodies: Pick<BodyReader, 'read'>;
-  readonly caches: PromptCaches;
-  readonly admission: Admission;
-  readonly retries: RetryBudget;
-  /** Numbers the requests in the log, from 0. */
-  nextCount(): number;
+  readonly bodies: Pick<BodyReader, 'read' | 'close'>;
 }
 
 /** A client's request as it came, and where its answer goes. */
@@ -76,17 +79,11 @@ export interface ReceivedRequest {
 
 export interface ClientRequest extends Omit<ReceivedRequest, 'body'> {
   readonly body: RequestBody;
-  readonly arrivedMs: number;
+  /** `monotonicMs`. */
+  readonly receivedAt: number;
+  readonly readAt: number;
   /** Aborted once the client has gone or the proxy stops. */
-  readonly signal: AbortSignal;
-}
-
-/** What a pair is to do of a prompt. */
-export interface PlacedPrompt {
-  /** The consumer computes it, and the producer is not asked at all. */
-  readonly alone: boolean;
-  /** About how many tokens are left to compute for whoever computes it. */
-  readonly uncached: number;
+  readonly signal: Signal;
 }
 
 /** Of an error answer, bytes. */
@@ -99,11 +96,24 @@ const NOTICE_MS = 250;
 /** For the producer to answer after the client has the consumer's whole answer. */
 const GRACE_MS = 2_000;
 
+/** Random bytes are drawn for many requests at a time: to draw them takes longer than to write them. */
+const RANDOM_BYTES = 16;
+const drawn = Buffer.alloc(RANDOM_BYTES * 256);
+let drawnAt = drawn.length;
+
+function randomHex(): string {
+  if (drawnAt === drawn.length) {
+    randomFillSync(drawn);
+    drawnAt = 0;
+  }
+  drawnAt += RANDOM_BYTES;
+  return drawn.toString('hex', drawnAt - RANDOM_BYTES, drawnAt);
+}
+
 export class Attempt {
   readonly requestId: string;
   readonly #context: ProxyContext;
   readonly #request: ClientRequest;
-  readonly #pair: InstancePair;
   readonly #prefillCall: Call;
   readonly #decodeCall: Call;
   /** Both ends speak the native hand-over, and are told to: then the consumer takes over the token that the producer draws. */
@@ -112,17 +122,19 @@ export class Attempt {
   readonly #headers: Readonly<Record<string, string>>;
   readonly #notices: Notices;
   /** Each aborts one instance's request, for the reason it is given; the request's own signal aborts both. */
-  readonly #abortPrefill = new AbortController();
-  readonly #abortDecode = new AbortController();
-  readonly #placed: PlacedPrompt;
+  readonly #abortPrefill = new Cancellation();
+  readonly #abortDecode = new Cancellation();
+  readonly #visit: Visit;
+  readonly #placement: Placement;
 
-  constructor(context: ProxyContext, request: ClientRequest, pair: InstancePair, placed: PlacedPrompt) {
+  constructor(context: ProxyContext, request: ClientRequest, visit: Visit) {
+    const { pair, alone } = visit.placement;
     const { producer, consumer } = pair;
     const { route } = request;
     this.#context = context;
     this.#request = request;
-    this.#pair = pair;
-    this.#placed = placed;
+    this.#visit = visit;
+    this.#placement = visit.placement;
     this.#prefillCall = {
       instance: producer,
       what: `prefill of ${route}`,
@@ -135,14 +147,16 @@ export class Attempt {
       timeoutMs: context.config.decodeIdleTimeoutMs,
       timeoutName: '--decode-idle-timeout',
     };
-    const random = randomBytes(16).toString('hex');
+    const random = randomHex();
     // An id that names nobody is computed where it comes to.
-    this.requestId = placed.alone ? random : proxyRequestId(producer.zmq, consumer.zmq, random);
-    this.#native = !placed.alone && Boolean(producer.native && consumer.native);
+    this.requestId = alone ? random : proxyRequestId(producer.zmq, consumer.zmq, random);
+    this.#native = !alone && Boolean(producer.native && consumer.native);
     this.#headers = {
       ...requestHeaders(request.headers, this.requestId),
       ...(this.#native && { [WIRE_HEADER]: 'native' satisfies Wire }),
     };
+    context.timelines.begin(this.requestId, 'received', request.receivedAt);
+    context.timelines.stamp(this.requestId, 'read', request.readAt);
     const { prompts } = request.body;
     const subject = { requestId: this.requestId, route, prompts };
     this.#notices = new Notices(context.upstream, context.log, pair, subject);
@@ -160,8 +174,7 @@ export class Attempt {
     };
     signal.addEventListener('abort', abort, { once: true });
     if (signal.aborted) abort();
-    const { alone, uncached } = this.#placed;
-    const leave = this.#context.registry.workOf(this.#pair.consumer)?.begin(alone ? uncached : 0);
+    const { alone } = this.#placement;
     try {
       if (alone) {
         await this.#passOn(await this.#askConsumer());
@@ -173,7 +186,6 @@ export class Attempt {
       if (!alone) this.#notices.release(error instanceof InstanceRefused ? error.instance : undefined);
       throw error;
     } finally {
-      leave?.();
       signal.removeEventListener('abort', abort);
     }
   }
@@ -181,13 +193,13 @@ export class Attempt {
   /**
    * Both can, the producer is not busy, and there is one prompt: of several, the first may be answered before the last is computed. By the
    * native hand-over several are always asked at both ends: a producer keeps KV in its own blocks, which all of them may not fit into.
+   * Without it a consumer in GET can only ask again and again for what is not there yet.
    */
   #mayOverlap(): boolean {
-    const { registry, config } = this.#context;
-    const { producer, consumer } = this.#pair;
-    if (!producer.overlaps || !consumer.overlaps) return false;
-    if (this.#request.body.prompts !== 1) return this.#native;
-    return (registry.workOf(producer)?.own ?? 0) < config.overlap;
+    const { pair, early } = this.#placement;
+    if (!pair.producer.overlaps || !pair.consumer.overlaps) return false;
+    if (!this.#native && pair.consumer.sendType === 'GET') return false;
+    return this.#request.body.prompts === 1 ? early : this.#native;
   }
 
   /** False where KV may be left that nobody decodes. */
@@ -205,7 +217,7 @@ export class Attempt {
     metrics.overlapped.inc();
     const prefilling = this.#prefill();
     const within = { [PREFILL_WITHIN_HEADER]: String(config.prefillTimeoutMs) };
-    const asking = this.#askConsumer({ headers: { ...this.#headers, ...within }, headersTimeoutMs: 0 });
+    const asking = this.#askConsumer({ headers: within, headersTimeoutMs: 0 });
     try {
       const first = await Promise.race([settled(asking, 'consumer'), settled(prefilling, 'producer')]);
       if (first === 'producer') {
@@ -235,19 +247,20 @@ export class Attempt {
    * UPSTREAM_FAILED, UPSTREAM_TIMEOUT or why it was aborted.
    */
   async #prefill(): Promise<WholeAnswer | undefined> {
-    const { upstream, registry, metrics } = this.#context;
+    const { upstream, metrics } = this.#context;
     const call = this.#prefillCall;
+    let tookMs: number | undefined;
     const startedMs = performance.now();
-    const { signal } = this.#abortPrefill;
+    const signal = this.#abortPrefill;
     const timer = setTimeout(() => this.#abortPrefill.abort(timeoutError(call)), call.timeoutMs);
-    const work = registry.workOf(call.instance);
-    const leave = work?.begin(this.#placed.uncached);
-    const ahead = work?.queuedTokens ?? 0;
+    this.#stamp('prefill');
     try {
       const response = await upstream.ask(call, {
         path: this.#request.route,
-        headers: this.#headers,
-        body: this.#native ? this.#request.body.nativePrefill : this.#request.body.prefill,
+        ...this.#bodyFor(
+          'producer',
+          this.#native ? this.#request.body.nativePrefill : this.#request.body.prefill,
+        ),
         signal,
         headersTimeoutMs: 0, // the timer runs to the end of the body
       });
@@ -257,15 +270,14 @@ export class Attempt {
         throw new InstanceRefused(call, `its answer broke off: ${reasonOf(error)}`, error);
       });
       if (!ok) return this.#judged(refuseIfDraining(answer, call), call);
-      const tookMs = performance.now() - startedMs;
+      this.#stamp('prefilled');
+      tookMs = performance.now() - startedMs;
       metrics.prefillSeconds.observe(tookMs / 1_000);
-      registry.learn(call.instance, ahead, tookMs);
-      registry.breakerOf(call.instance)?.succeeded();
       this.#reportKvFailure(response);
       return undefined;
     } finally {
       clearTimeout(timer);
-      leave?.();
+      this.#visit.prefilled(this.#placement, tookMs);
     }
   }
 
@@ -279,12 +291,27 @@ export class Attempt {
     this.#notices.failed(failure);
   }
 
-  /** Resolves with the head of the answer. */
-  #askConsumer(more?: Pick<Ask, 'headers' | 'headersTimeoutMs'>): Promise<UpstreamResponse> {
+  /** Resolves with the head of the answer. `headers`: further ones. */
+  async #askConsumer(more?: Pick<Ask, 'headers' | 'headersTimeoutMs'>): Promise<UpstreamResponse> {
     const { route, body } = this.#request;
-    const { signal } = this.#abortDecode;
-    const ask = { path: route, headers: this.#headers, body: body.original, signal, ...more };
-    return this.#context.upstream.ask(this.#decodeCall, ask);
+    const call = this.#decodeCall;
+    const { headers, ...sent } = this.#bodyFor('consumer', body.original);
+    const signal = this.#abortDecode;
+    const ask = { path: route, signal, ...sent, ...more, headers: { ...headers, ...more?.headers } };
+    this.#stamp('decode');
+    const response = await this.#context.upstream.ask(call, ask);
+    this.#stamp('answered');
+    return response;
+  }
+
+  /** With the ids of the prompt behind it, where the instance takes them. */
+  #bodyFor(role: InstanceRole, body: Uint8Array): Pick<Ask, 'body' | 'headers'> {
+    const { ids } = this.#request.body;
+    if (!ids || !this.#placement.takesIds[role]) return { body, headers: this.#headers };
+    return {
+      body: appendPromptIds(body, ids),
+      headers: { ...this.#headers, [PROMPT_IDS_HEADER]: String(ids.length) },
+    };
   }
 
   /** The head of the consumer's answer where the producer has answered first: the time for decode begins now. */
@@ -309,7 +336,7 @@ export class Attempt {
   /** False where the consumer answered with an error. Throws InstanceRefused, with nothing passed on, where it is stopping. */
   async #passOn(response: UpstreamResponse): Promise<boolean> {
     const { firstEventSeconds } = this.#context.metrics;
-    const { out, signal, arrivedMs } = this.#request;
+    const { out, signal, receivedAt } = this.#request;
     if (response.statusCode === 503 && !isEventStream(response)) {
       answerWhole(await this.#decodeError(response), out, this.requestId);
       return false;
@@ -318,7 +345,10 @@ export class Attempt {
       call: this.#decodeCall,
       requestId: this.requestId,
       signal,
-      onFirstEvent: () => firstEventSeconds.observe((performance.now() - arrivedMs) / 1_000),
+      onFirstEvent: () => {
+        this.#stamp('relayed');
+        firstEventSeconds.observe((monotonicMs() - receivedAt) / 1_000);
+      },
     });
     this.#judge(this.#decodeCall, response.statusCode);
     return response.statusCode < 400;
@@ -327,7 +357,7 @@ export class Attempt {
   /** The consumer's whole error answer. Throws InstanceRefused where it is stopping. */
   async #decodeError(response: UpstreamResponse): Promise<WholeAnswer> {
     const call = this.#decodeCall;
-    const timer = setTimeout(() => response.body.destroy(timeoutError(call)), call.timeoutMs);
+    const timer = setTimeout(() => response.destroy(timeoutError(call)), call.timeoutMs);
     const answer = await readWhole(response, MAX_ERROR_BODY)
       .catch((error: unknown) => {
         throw PdError.from(error, 'UPSTREAM_FAILED', { peer: call.instance.httpAddress });
@@ -336,16 +366,20 @@ export class Attempt {
     return this.#judged(refuseIfDraining(answer, call), call);
   }
 
+  #stamp(stage: ProxyStage): void {
+    this.#context.timelines.stamp(this.requestId, stage);
+  }
+
   #judged(answer: WholeAnswer, call: Call): WholeAnswer {
-    this.#judge(call, answer.response.statusCode);
+    // That one is well, and has much to read: its clients are to come again later.
+    const busy = unavailableCode(answer) === 'READER_BUSY';
+    this.#judge(call, busy ? 429 : answer.response.statusCode);
     return answer;
   }
 
   /** An error of the server speaks against an instance, one of the request does not. */
   #judge({ instance }: Call, statusCode: number): void {
-    const breaker = this.#context.registry.breakerOf(instance);
-    if (statusCode >= 500) breaker?.failed();
-    else breaker?.succeeded();
+    this.#visit.judge(this.#placement, instance.role, statusCode < 500);
   }
 
   /** The client has its answer, so what becomes of the producer's is only logged. */
@@ -378,7 +412,7 @@ function decided(): PdError {
 }
 
 function refuseIfDraining(answer: WholeAnswer, call: Call): WholeAnswer {
-  if (isDraining(answer)) throw new InstanceRefused(call, 'it is stopping');
+  if (unavailableCode(answer) === 'SERVER_DRAINING') throw new InstanceRefused(call, 'it is stopping');
   return answer;
 }
 

@@ -1,11 +1,23 @@
 /** The entry of the proxy's reader thread: one body after another, each answered. Its owner (body-reader.ts) ends it. */
+import { workerData } from 'node:worker_threads';
 import { answerReadings } from '../reading-thread.ts';
 import { type RequestBody, readBody } from './body.ts';
-import type { ToBodyThread } from './body-reader.ts';
+import type { BodyThreadInit, ToBodyThread } from './body-reader.ts';
 
-const read = ({ body, wanted }: ToBodyThread) => readBody(body, wanted);
-await answerReadings(() => read, buffersOf);
+await answerReadings(async () => {
+  const { tokenizer } = workerData as BodyThreadInit;
+  // What reads prompts is a good part of a worker: only where it is asked for.
+  const prompts =
+    tokenizer === undefined
+      ? undefined
+      : await (await import('./prompt-reader.ts')).PromptReader.load(tokenizer);
+  return ({ body, wanted, tokenize: path }: ToBodyThread) => {
+    if (!prompts || path === undefined) return readBody(body, wanted);
+    return readBody(body, wanted, (model) => prompts.idsOf(path, body, model));
+  };
+}, buffersOf);
 
-function buffersOf({ original, prefill, nativePrefill }: RequestBody): readonly ArrayBuffer[] {
-  return [...new Set([original.buffer, prefill.buffer, nativePrefill.buffer])];
+function buffersOf({ original, prefill, nativePrefill, ids }: RequestBody): readonly ArrayBuffer[] {
+  const buffers = [original.buffer, prefill.buffer, nativePrefill.buffer];
+  return [...new Set(ids ? [...buffers, ids.buffer] : buffers)];
 }

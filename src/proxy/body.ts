@@ -9,22 +9,30 @@ import { textKeys } from './prefix-index.ts';
 
 type JsonObject = Readonly<Record<string, unknown>>;
 
-export interface RequestBody {
-  /** As it came, byte for byte: the consumer gets it. Only this may be used from now on; the memory that was read may have moved. */
-  readonly original: Uint8Array<ArrayBuffer>;
+/** What decides where a request goes. */
+export interface PromptFacts {
   /** Which model is asked for, if any. */
   readonly model: string | undefined;
   readonly prompts: number;
-  /** About how many tokens they have together; the rest of the body counts as prompt. */
+  /** How many tokens they have together; without ids about, and the rest of the body counts as prompt. */
   readonly tokens: number;
-  /** The body's `user`, if any. */
-  readonly user: string | undefined;
-  /** The body's `priority`, 0 where it is none. */
-  readonly priority: number;
+  /** It is a text that has been tokenized here. */
+  readonly tokenized: boolean;
   /** Of its text, where asked for and where there is one prompt: as in prefix-index.ts. */
   readonly textKeys: readonly string[];
   /** Of its blocks by their size, where asked for and where its token ids are known. */
   readonly blockKeys: ReadonlyMap<number, readonly BlockKey[]>;
+}
+
+export interface RequestBody extends PromptFacts {
+  /** As it came, byte for byte: the consumer gets it. Only this may be used from now on; the memory that was read may have moved. */
+  readonly original: Uint8Array<ArrayBuffer>;
+  /** Of its one prompt, a text that has been tokenized here. */
+  readonly ids?: Uint32Array<ArrayBuffer>;
+  /** The body's `user`, if any. */
+  readonly user: string | undefined;
+  /** The body's `priority`, 0 where it is none. */
+  readonly priority: number;
   /** The producer's: the same prompts, one token, nothing that only the answer needs. JSON in UTF-8. */
   readonly prefill: Uint8Array<ArrayBuffer>;
   /** A producer's whose first token the consumer takes over: with all that the token and its log-probabilities depend on. May be `prefill`. */
@@ -36,27 +44,43 @@ export interface WantedKeys {
   readonly text: boolean;
   /** In tokens; few. */
   readonly blockSizes: readonly number[];
+  /** Ids of a prompt that is text: there are workers that make the same of it. */
+  readonly ids: boolean;
 }
 
-export const NO_KEYS: WantedKeys = { text: false, blockSizes: [] };
+export const NO_KEYS: WantedKeys = { text: false, blockSizes: [], ids: false };
 
-/** Throws REQUEST_INVALID where it is no JSON object; BODY_TOO_COSTLY where it is nested deeper than the stack goes. */
-export function readBody(original: Uint8Array<ArrayBuffer>, wanted: WantedKeys = NO_KEYS): RequestBody {
+/**
+ * `tokenize`: ids of the body's one prompt, a text, for the model that it asks for; undefined where there are none. Throws REQUEST_INVALID
+ * where it is no JSON object; BODY_TOO_COSTLY where it is nested deeper than the stack goes.
+ */
+export function readBody(
+  original: Uint8Array<ArrayBuffer>,
+  wanted: WantedKeys = NO_KEYS,
+  tokenize?: (model: string | undefined) => Uint32Array<ArrayBuffer> | undefined,
+): RequestBody {
   const json = parseObject(original);
   const { user, priority } = json;
   const model = typeof json['model'] === 'string' ? json['model'] : undefined;
   const prompts = countPrompts(json['prompt']);
   const prefill = encode(prefillCopy(json));
   const drawnBy = drawnByFields(json);
+  const given = isTokenIds(json['prompt']) ? json['prompt'] : undefined;
+  // How much is cut off at the front depends on the worker.
+  const whole = !given && prompts === 1 && (json['truncate_prompt_tokens'] ?? undefined) === undefined;
+  const ids = whole ? tokenize?.(model) : undefined;
+  const known = given ?? ids;
   return {
     original,
     model,
     prompts,
-    tokens: countTokens(json['prompt'], original.byteLength),
+    tokens: known?.length ?? Math.ceil(original.byteLength / BYTES_PER_TOKEN),
+    tokenized: ids !== undefined,
+    ...(ids && { ids }),
     user: typeof user === 'string' ? user : undefined,
     priority: Number.isSafeInteger(priority) ? (priority as number) : 0,
     textKeys: wanted.text && prompts === 1 ? textKeys(promptText(json), model ?? '') : [],
-    blockKeys: new Map(wanted.blockSizes.map((size) => [size, keysOfIds(json['prompt'], size)])),
+    blockKeys: new Map(wanted.blockSizes.map((size) => [size, known ? keysOfIds(known, size) : []])),
     prefill,
     nativePrefill: drawnBy ? encode({ ...prefillCopy(json), ...drawnBy }) : prefill,
   };
@@ -135,10 +159,6 @@ const BYTES_PER_TOKEN = 4;
 /** Of a token id, in the text that keys are made of: base 36 has room for 1.6 million. */
 const ID_DIGITS = 4;
 
-function countTokens(prompt: unknown, bytes: number): number {
-  return isTokenIds(prompt) ? prompt.length : Math.ceil(bytes / BYTES_PER_TOKEN);
-}
-
 /**
  * The prompt as whoever compares beginnings needs it: not what the model sees, but equal where that is equal, and longer where that is
  * longer. A token id is as long as a token's text is on average.
@@ -152,10 +172,9 @@ function promptText({ prompt, messages, input, instructions, tools }: JsonObject
     .join('');
 }
 
-function keysOfIds(prompt: unknown, blockSize: number): BlockKey[] {
-  if (!isTokenIds(prompt)) return [];
+function keysOfIds(ids: ArrayLike<number>, blockSize: number): BlockKey[] {
   const hashes: BlockHash[] = [];
-  extendHashes(hashes, Int32Array.from(prompt), blockSize);
+  extendHashes(hashes, Int32Array.from(ids), blockSize);
   return hashes.map(keyOf);
 }
 

@@ -1,14 +1,15 @@
 /**
- * What this proxy thinks each instance has cached. Of one that says what it has (kv-feeds.ts), exactly that, where the prompt's token ids
- * are known; of all others, and else, by the text of the prompts that it was sent.
+ * What this proxy thinks each instance has cached. Of one that says what it has (kv-feeds.ts), exactly that, and what it is about to have
+ * computed, where the prompt's token ids are known; of all others, and else, by the text of the prompts that it was sent.
  */
 import type { ProxyConfig } from '../config/proxy-config.ts';
 import type { Logger } from '../observability/log.ts';
-import { NO_KEYS, type RequestBody, type WantedKeys } from './body.ts';
+import type { BlockKey } from '../wire/kv-events.ts';
+import { NO_KEYS, type PromptFacts, type WantedKeys } from './body.ts';
 import { KvFeeds } from './kv-feeds.ts';
 import type { ProxyMetrics } from './metrics.ts';
 import { PrefixIndex, TEXT_CHUNK } from './prefix-index.ts';
-import type { Instance, RegistryChange } from './registry.ts';
+import { type Instance, instanceLabel, type RegistryChange } from './registry.ts';
 
 const CHARACTERS_PER_TOKEN = 4;
 const TOKENS_PER_KEY = TEXT_CHUNK / CHARACTERS_PER_TOKEN;
@@ -19,19 +20,37 @@ const USUAL_BLOCK = 16;
 /** Blocks of one instance, whatever it tells. */
 const MOST_BLOCKS = 2 ** 20;
 
+/** An instance as a prompt meets it. */
+interface Known {
+  readonly instance: Instance;
+  /** Blocks of prompts that are under way there, by how many of these have them. */
+  readonly coming: Map<BlockKey, number>;
+}
+
 /** Close it. */
 export class PromptCaches {
   readonly #texts = new PrefixIndex();
   readonly #blocks = new PrefixIndex();
+  readonly #known = new Map<string, Known>();
+  readonly #log: Logger;
   /** Absent where nobody goes by what is cached. */
   readonly #feeds: KvFeeds | undefined;
+  /** Also of a vLLM worker. */
+  readonly #always: boolean;
+  /** Digest of this proxy's own tokenizer, if it has one. */
+  readonly #tokenizer: string | undefined;
 
   constructor(
     { policy, prefillPolicy = policy, decodePolicy = policy }: ProxyConfig,
     log: Logger,
     metrics: Pick<ProxyMetrics, 'feedsLost'>,
+    tokenizer?: string,
   ) {
-    if (prefillPolicy !== 'kv-aware' && decodePolicy !== 'kv-aware') return;
+    this.#log = log;
+    this.#tokenizer = tokenizer;
+    const policies = [prefillPolicy, decodePolicy];
+    this.#always = policies.includes('kv-aware');
+    if (!this.#always && !policies.includes('auto')) return;
     this.#feeds = new KvFeeds(
       log,
       (instance) => this.#blocksOf(instance),
@@ -41,7 +60,12 @@ export class PromptCaches {
 
   /** What is to be known of a prompt. */
   get wanted(): WantedKeys {
-    return this.#feeds ? { text: true, blockSizes: this.#feeds.blockSizes } : NO_KEYS;
+    const known = [...this.#known.values()];
+    // By whoever takes ids, or says what it has cached.
+    const ids = known.some(({ instance }) => this.#reads(instance) && (this.#feeds || instance.takesIds));
+    if (!this.#feeds) return ids ? { ...NO_KEYS, ids } : NO_KEYS;
+    const text = this.#always || known.some(({ instance }) => instance.fingerprint !== undefined);
+    return { text, blockSizes: this.#feeds.blockSizes, ids };
   }
 
   /** Blocks that instances have said they have. */
@@ -50,31 +74,75 @@ export class PromptCaches {
   }
 
   /** About how many tokens of the prompt, from the first. */
-  cached(address: string, { textKeys, blockKeys, tokens }: RequestBody): number {
+  cached(address: string, body: PromptFacts): number {
+    const { textKeys, tokens } = body;
+    const known = this.#known.get(address);
     const blockSize = this.#feeds?.blockSizeOf(address);
-    const keys = blockSize === undefined ? undefined : blockKeys.get(blockSize);
-    if (blockSize !== undefined && keys && keys.length > 0)
-      return this.#blocks.leading(address, keys) * blockSize;
+    const keys = known && blockSize !== undefined ? this.#keysFor(known.instance, body, blockSize) : [];
+    if (known && blockSize !== undefined && keys.length > 0) {
+      return this.#blocks.leading(address, keys, known.coming) * blockSize;
+    }
     return Math.min(tokens, this.#texts.leading(address, textKeys) * TOKENS_PER_KEY);
   }
 
-  /** The prompt has been sent there, and will be cached once it has been computed. */
-  sent({ httpAddress, load }: Instance, { textKeys }: RequestBody): void {
-    if (textKeys.length === 0) return;
-    const most = load ? Math.floor((load.kvBlocks * USUAL_BLOCK) / TOKENS_PER_KEY) : MOST_TEXTS;
-    this.#texts.use(httpAddress, textKeys, Math.min(most, MOST_TEXTS));
+  /** It takes ids of a prompt's tokens, and would make the same. */
+  takesIds(instance: Instance): boolean {
+    return Boolean(instance.takesIds) && this.#reads(instance);
+  }
+
+  /** The prompt has been sent there, and will be cached once it has been computed. Returns what is to be called once it has, or will not. */
+  sent({ httpAddress, load }: Instance, body: PromptFacts): () => void {
+    const { textKeys } = body;
+    if (textKeys.length > 0) {
+      const most = load ? Math.floor((load.kvBlocks * USUAL_BLOCK) / TOKENS_PER_KEY) : MOST_TEXTS;
+      this.#texts.use(httpAddress, textKeys, Math.min(most, MOST_TEXTS));
+    }
+    const known = this.#known.get(httpAddress);
+    const blockSize = this.#feeds?.blockSizeOf(httpAddress);
+    if (!known || blockSize === undefined) return () => {};
+    const { coming } = known;
+    const keys = this.#keysFor(known.instance, body, blockSize);
+    for (const key of keys) coming.set(key, (coming.get(key) ?? 0) + 1);
+    return () => {
+      for (const key of keys) {
+        const left = coming.get(key)! - 1;
+        if (left > 0) coming.set(key, left);
+        else coming.delete(key);
+      }
+    };
   }
 
   changed({ kind, instance }: RegistryChange): void {
-    const { httpAddress } = instance;
+    const { httpAddress, tokenizer } = instance;
     this.#feeds?.remove(httpAddress);
     this.#texts.forget(httpAddress);
     this.#blocks.forget(httpAddress);
-    if (kind === 'added') this.#feeds?.add(instance);
+    this.#known.delete(httpAddress);
+    if (kind !== 'added') return;
+    this.#known.set(httpAddress, { instance, coming: new Map() });
+    this.#feeds?.add(instance);
+    if (this.#tokenizer === undefined || tokenizer === undefined || this.#reads(instance)) return;
+    const why = 'tokenizes by something else than --tokenizer: its prompts are placed by their text';
+    this.#log.warn({ tokenizer, own: this.#tokenizer }, `${instanceLabel(instance)} ${why}`);
   }
 
   close(): void {
     this.#feeds?.close();
+  }
+
+  /** Ids that are made here are those that it would make. */
+  #reads({ tokenizer }: Instance): boolean {
+    return tokenizer !== undefined && tokenizer === this.#tokenizer;
+  }
+
+  /** None where the ids are not those that the instance would make. */
+  #keysFor(
+    instance: Instance,
+    { tokenized, blockKeys }: PromptFacts,
+    blockSize: number,
+  ): readonly BlockKey[] {
+    if (tokenized && !this.#reads(instance)) return [];
+    return blockKeys.get(blockSize) ?? [];
   }
 
   #blocksOf({ httpAddress, load }: Instance) {

@@ -9,6 +9,7 @@ import { type Logger, RateLimitedLog } from '../observability/log.ts';
 import { decodePing } from '../wire/codec.ts';
 import { MAX_BODY_BYTES } from '../wire/limits.ts';
 import { NATIVE_FEATURE, OVERLAP_FEATURE, TLS_FEATURE } from '../wire/overlap.ts';
+import { PROMPT_IDS_FEATURE } from '../wire/prompt-ids.ts';
 import { type InstanceRegistry, instanceLabel, type RegistryChange } from './registry.ts';
 
 export interface DiscoveryOptions {
@@ -34,6 +35,7 @@ export interface DiscoveryOptions {
 const REASONS = {
   expired: 'its pings have stopped',
   replaced: 'its address announces something else now',
+  left: 'it has left etcd, or its lease there has ended',
 } as const;
 
 export class Discovery {
@@ -115,20 +117,23 @@ export class Discovery {
   }
 
   #receive(frames: readonly Buffer[]): void {
-    const { registry, log, onPing, onBadPing } = this.#options;
+    const [routingId, body] = frames;
+    const from = { routingId: routingId?.toString('latin1').slice(0, 64) };
+    if (frames.length === 2) this.take(body!, from);
+    else
+      this.#refuse(
+        from,
+        new PdError('MESSAGE_INVALID', `expected routing id and body, got ${frames.length} frames`),
+      );
+  }
+
+  /** Takes a ping, whichever way it came; false where it cannot be used, which is logged with `from`. */
+  take(body: Uint8Array, from: object = {}): boolean {
+    const { registry, onPing } = this.#options;
     try {
-      const body = frames[1];
-      if (frames.length !== 2 || !body) {
-        throw new PdError(
-          'MESSAGE_INVALID',
-          `ping: expected routing id and body, got ${frames.length} frames`,
-        );
-      }
       const ping = decodePing(body);
       for (const address of [ping.http_address, ping.zmq_address]) {
-        if (isUnspecified(parseHostPort(address, 'address of a ping').host)) {
-          this.#warnOnce(address);
-        }
+        if (isUnspecified(parseHostPort(address, 'address of a ping').host)) this.#warnOnce(address);
       }
       const tls = ping.native?.features?.includes(TLS_FEATURE) ?? false;
       this.#trust(ping.http_address, tls);
@@ -142,20 +147,31 @@ export class Discovery {
         ...(ping.native?.load ? { load: ping.native.load } : {}),
         ...(ping.native?.features?.includes(OVERLAP_FEATURE) ? { overlaps: true } : {}),
         ...(ping.native?.features?.includes(NATIVE_FEATURE) ? { native: true } : {}),
+        ...(ping.native?.tokenizer ? { tokenizer: ping.native.tokenizer } : {}),
+        ...(ping.native?.features?.includes(PROMPT_IDS_FEATURE) ? { takesIds: true } : {}),
         ...(tls ? { tls } : {}),
       });
-      if (!changes) throw new PdError('LIMIT_EXCEEDED', 'ping: too many instances');
+      if (!changes) throw new PdError('LIMIT_EXCEEDED', 'too many instances');
       this.#apply(changes);
       onPing?.(ping.http_address);
+      return true;
     } catch (error) {
-      onBadPing?.();
-      this.#bad.log('ping', (suppressed) =>
-        log.warn(
-          { suppressed, routingId: frames[0]?.toString('latin1').slice(0, 64) },
-          `ignored a ping that cannot be used: ${PdError.from(error).message}`,
-        ),
-      );
+      this.#refuse(from, PdError.from(error));
+      return false;
     }
+  }
+
+  /** The instance of such a ping has left. */
+  drop(body: Uint8Array): void {
+    this.#apply(this.#options.registry.leave(decodePing(body).http_address));
+  }
+
+  #refuse(from: object, { message }: PdError): void {
+    const { log, onBadPing } = this.#options;
+    onBadPing?.();
+    this.#bad.log('ping', (suppressed) =>
+      log.warn({ suppressed, ...from }, `ignored a ping that cannot be used: ${message}`),
+    );
   }
 
   /** A ping is anybody's. What gets this proxy's key is where --allow-instances says, and has a certificate if one is to be checked. */

@@ -8,8 +8,9 @@
  */
 import type { BlockKey, KvEvent, KvEventBatch, KvSnapshot } from '../wire/kv-events.ts';
 
-/** Batches that are kept while a snapshot is on its way. */
+/** Batches that are kept while a snapshot is on its way, and keys in them. */
 const MOST_KEPT = 256;
+const MOST_KEPT_KEYS = 2 ** 16;
 
 /** Where the feed writes what the worker has. */
 export interface CachedBlocks {
@@ -22,7 +23,9 @@ export class KvFeed {
   readonly #blocks: CachedBlocks;
   /** Of the last batch that is in `#blocks`; undefined: a snapshot is needed. */
   #sequence: number | undefined;
-  #kept: { readonly sequence: number; readonly batch: KvEventBatch }[] = [];
+  #kept: { readonly sequence: number; readonly batch: KvEventBatch; readonly keys: number }[] = [];
+  /** In `#kept`. */
+  #keys = 0;
   /** Tokens per block, once it is known. */
   blockSize: number | undefined;
 
@@ -38,7 +41,7 @@ export class KvFeed {
   restart(): void {
     this.#sequence = undefined;
     // Published before the question, it will be in the answer.
-    this.#kept = [];
+    this.#takeKept();
   }
 
   /** True where a snapshot has to be asked for. */
@@ -49,9 +52,7 @@ export class KvFeed {
     }
     const lost = this.#sequence !== undefined;
     this.#sequence = undefined;
-    // Where one is missing then, another snapshot has to be asked for.
-    if (this.#kept.length === MOST_KEPT) this.#kept.shift();
-    this.#kept.push({ sequence, batch });
+    this.#keep(sequence, batch);
     return lost;
   }
 
@@ -60,14 +61,32 @@ export class KvFeed {
     this.blockSize = blockSize;
     this.#blocks.replace(keys);
     this.#sequence = sequence;
-    const kept = this.#kept.filter((one) => one.sequence > sequence);
-    this.#kept = [];
+    const kept = this.#takeKept().filter((one) => one.sequence > sequence);
     for (const one of kept) {
       if (!this.batch(one.sequence, one.batch)) continue;
       this.restart();
       return true;
     }
     return false;
+  }
+
+  /** The oldest go where there are too many: they will be missing, and another snapshot has to be asked for. */
+  #keep(sequence: number, { time, events }: KvEventBatch): void {
+    // Tokens are most of a batch, and of no use here.
+    const bare = events.map((event) => (event.type === 'stored' ? { ...event, tokens: [] } : event));
+    const keys = bare.reduce((sum, event) => sum + (event.type === 'cleared' ? 1 : event.keys.length), 0);
+    this.#kept.push({ sequence, batch: { time, events: bare }, keys });
+    this.#keys += keys;
+    while (this.#kept.length > MOST_KEPT || this.#keys > MOST_KEPT_KEYS) {
+      this.#keys -= this.#kept.shift()!.keys;
+    }
+  }
+
+  #takeKept() {
+    const kept = this.#kept;
+    this.#kept = [];
+    this.#keys = 0;
+    return kept;
   }
 
   #apply(sequence: number, { events }: KvEventBatch): void {

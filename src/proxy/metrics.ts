@@ -1,56 +1,47 @@
 /** The proxy's metrics. */
-import { Counter, Gauge, Histogram, Registry } from 'prom-client';
+import {
+  AggregatorRegistry,
+  Counter,
+  Gauge,
+  Histogram,
+  type MetricObjectWithValues,
+  type MetricValue,
+  Registry,
+} from 'prom-client';
 import type { InstanceRegistry } from './registry.ts';
 
 const SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60];
 
 export type ProxyMetrics = ReturnType<typeof createProxyMetrics>;
 
-/** `cachedBlocks`: how many instances have said that they have. `queued`: requests in the queue. */
-export function createProxyMetrics(
-  instances: InstanceRegistry,
-  cachedBlocks: () => number,
-  queued: () => number,
-) {
+/** Of one process, as it travels to another. */
+export type ExportedMetrics = readonly MetricObjectWithValues<MetricValue<string>>[];
+
+/** Counts of several processes together, in Prometheus' text form. */
+export function sumMetrics(exported: readonly ExportedMetrics[]): Promise<string> {
+  return AggregatorRegistry.aggregate(exported as object[]).metrics();
+}
+
+/** What a process that has gone had counted, with what others before it had; what is so many at a time is not, as it has no more of it. */
+export async function addCounts(before: ExportedMetrics, gone: ExportedMetrics): Promise<ExportedMetrics> {
+  const counted = gone.filter(({ type }) => String(type) !== 'gauge');
+  return await AggregatorRegistry.aggregate([before, counted] as object[]).getMetricsAsJSON();
+}
+
+/** What is not counted but looked at. */
+interface Watched {
+  readonly instances: InstanceRegistry;
+  /** How many blocks instances have said that they have. */
+  readonly cachedBlocks: () => number;
+  /** Requests in the queue. */
+  readonly queued: () => number;
+}
+
+/** `watched`: absent in a process that owns nothing of it. */
+export function createProxyMetrics(watched?: Watched) {
   const registry = new Registry();
   const registers = [registry];
-  new Gauge({
-    name: 'pd_proxy_instances',
-    help: 'Instances whose pings arrive, by role',
-    labelNames: ['role'],
-    registers,
-    collect() {
-      for (const role of ['producer', 'consumer'] as const) this.set({ role }, instances.list(role).length);
-    },
-  });
-  new Gauge({
-    name: 'pd_proxy_requests_queued',
-    help: 'Requests that wait for their turn',
-    registers,
-    collect() {
-      this.set(queued());
-    },
-  });
-  new Gauge({
-    name: 'pd_proxy_instances_ejected',
-    help: 'Instances that are let alone because they failed or were slow, by role',
-    labelNames: ['role'],
-    registers,
-    collect() {
-      for (const role of ['producer', 'consumer'] as const) {
-        const ejected = instances.list(role).filter((one) => instances.breakerOf(one)?.state === 'open');
-        this.set({ role }, ejected.length);
-      }
-    },
-  });
-  new Gauge({
-    name: 'pd_proxy_cached_blocks',
-    help: 'Blocks that instances have said they have cached',
-    registers,
-    collect() {
-      this.set(cachedBlocks());
-    },
-  });
+  if (watched) watch(watched, registers);
   return {
     registry,
     feedsLost: new Counter({
@@ -116,6 +107,12 @@ export function createProxyMetrics(
       help: 'Pairs whose consumer was asked while the producer was at work',
       registers,
     }),
+    tokenized: new Counter({
+      name: 'pd_proxy_prompts_tokenized_total',
+      help: 'Prompts of text that were to be tokenized (--tokenizer): done, none (no prompt that workers take), busy (too many waited), failed',
+      labelNames: ['result'],
+      registers,
+    }),
     bypassed: new Counter({
       name: 'pd_proxy_bypassed_total',
       help: 'Requests that a consumer computed alone, because little of their prompts was not cached there (--bypass-tokens)',
@@ -139,4 +136,44 @@ export function createProxyMetrics(
       registers,
     }),
   };
+}
+
+function watch({ instances, cachedBlocks, queued }: Watched, registers: Registry[]): void {
+  new Gauge({
+    name: 'pd_proxy_instances',
+    help: 'Instances whose pings arrive, by role',
+    labelNames: ['role'],
+    registers,
+    collect() {
+      for (const role of ['producer', 'consumer'] as const) this.set({ role }, instances.list(role).length);
+    },
+  });
+  new Gauge({
+    name: 'pd_proxy_requests_queued',
+    help: 'Requests that wait for their turn',
+    registers,
+    collect() {
+      this.set(queued());
+    },
+  });
+  new Gauge({
+    name: 'pd_proxy_instances_ejected',
+    help: 'Instances that are let alone because they failed or were slow, by role',
+    labelNames: ['role'],
+    registers,
+    collect() {
+      for (const role of ['producer', 'consumer'] as const) {
+        const ejected = instances.list(role).filter((one) => instances.breakerOf(one)?.state === 'open');
+        this.set({ role }, ejected.length);
+      }
+    },
+  });
+  new Gauge({
+    name: 'pd_proxy_cached_blocks',
+    help: 'Blocks that instances have said they have cached',
+    registers,
+    collect() {
+      this.set(cachedBlocks());
+    },
+  });
 }

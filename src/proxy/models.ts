@@ -1,9 +1,8 @@
 /** Which models the instances serve, by their own /v1/models: for pairing, and for the proxy's own list. */
 import { reasonOf } from '../net/resolve.ts';
 import type { Logger } from '../observability/log.ts';
-import type { ProxyContext } from './attempt.ts';
 import { type Instance, type InstanceRegistry, instanceLabel } from './registry.ts';
-import type { Upstream } from './upstream.ts';
+import { readWhole, type Upstream } from './upstream.ts';
 
 /** An entry of OpenAI's model list; whatever else an instance says about a model passes through. */
 export interface ModelEntry {
@@ -33,7 +32,7 @@ export class ModelDirectory {
 
   /** `stop`: aborted when the proxy stops. */
   constructor(
-    { registry, upstream, log }: Pick<ProxyContext, 'registry' | 'upstream' | 'log'>,
+    { registry, upstream, log }: { registry: InstanceRegistry; upstream: Upstream; log: Logger },
     stop: AbortSignal,
   ) {
     this.#registry = registry;
@@ -97,15 +96,10 @@ export class ModelDirectory {
       headers: {},
       signal: AbortSignal.any([AbortSignal.timeout(DEADLINE_MS), this.#stop]),
     });
-    const chunks: Buffer[] = [];
-    let size = 0;
-    for await (const chunk of response.body as AsyncIterable<Buffer>) {
-      size += chunk.length;
-      if (size > MAX_BODY) throw new Error(`the list is larger than ${MAX_BODY} bytes`);
-      chunks.push(chunk);
-    }
+    const { body } = await readWhole(response, MAX_BODY + 1);
+    if (body.length > MAX_BODY) throw new Error(`the list is larger than ${MAX_BODY} bytes`);
     if (response.statusCode !== 200) throw new Error(`status ${response.statusCode}`);
-    const { data } = JSON.parse(Buffer.concat(chunks).toString('utf8')) as { data?: unknown };
+    const { data } = JSON.parse(body.toString('utf8')) as { data?: unknown };
     if (!Array.isArray(data)) throw new Error('the list has no "data"');
     return data.filter(
       (entry: unknown): entry is ModelEntry =>

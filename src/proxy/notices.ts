@@ -63,7 +63,7 @@ export class Notices {
         body: JSON.stringify({ request_id: requestId, route, prompts, ...more }),
         signal: AbortSignal.timeout(TIMEOUT_MS),
       })
-      .then((response) => response.body.dump())
+      .then((response) => response.dump())
       .catch((error: unknown) => this.#log.debug({ requestId }, PdError.from(error).message));
   }
 }

@@ -5,6 +5,7 @@
  *   least-loaded   the one that would be done first, whatever it has cached
  *   session        of one session always the same, as long as it is there; without a session as least-loaded
  *   kv-aware       the one that would be done first, what it has cached taken into account
+ *   auto           kv-aware where all of them are pd-workers, which say what they have to do; else round-robin
  *
  * "Done first" is an estimate in milliseconds, and where two are equal the one picked least recently is taken. For a producer it is what
  * it has to compute before and for this prompt; for a consumer what its batch costs, and fetching what it does not have.
@@ -19,10 +20,17 @@ const REQUEST_TOKENS = 64;
 const UNKNOWN_MS = 1_000 / 8_192;
 /** Instances that differ by less than this factor from the others on average count as equally fast: it may be chance. */
 const DIFFERS = 1.5;
-/** What one more request in the batch costs, over all its tokens: a guess at 0.02 to 0.1 ms a token, not measured. */
+/**
+ * What a request pays for each other one in its batch: a step of an 8B is 0.030 (H200) to 0.039 ms (H100) longer for each sequence, measured
+ * from batch 1 to 64, and an answer takes some 256 to 330 steps.
+ */
 const BATCH_MS = 10;
-/** KV on its way: 128 KiB a token at 8 GB/s. */
-const FETCH_MS = 0.016;
+/**
+ * Of a token's KV on its way, as of a model of 8B: 128 KiB at 25 GB/s, a link of 200 Gb/s between hosts. On one host it is a tenth of that
+ * (measured: 0.4 to 0.8 microseconds), and much of it passes while the prompt is computed: so it decides between consumers that are about
+ * equally busy, and no more.
+ */
+const FETCH_MS = 0.005;
 /** A cache filled beyond this soon preempts, which costs seconds. */
 const FULL = 0.9;
 const FULL_MS = 20_000;
@@ -30,6 +38,8 @@ const FULL_MS = 20_000;
 export interface Candidate {
   readonly address: string;
   readonly work: InstanceWork;
+  /** A pd-worker. */
+  readonly ours: boolean;
   /** Number of the pick it was last taken in: the smallest is next. */
   readonly picked: number;
 }
@@ -45,11 +55,13 @@ export interface PromptToPlace {
 
 /** `candidates` is not empty. */
 export function choose<C extends Candidate>(
-  policy: Policy,
+  wish: Policy,
   role: 'producer' | 'consumer',
   candidates: readonly C[],
   prompt: PromptToPlace | undefined,
 ): C {
+  const auto = candidates.every(({ ours }) => ours) ? 'kv-aware' : 'round-robin';
+  const policy = wish === 'auto' ? auto : wish;
   if (policy === 'session' && prompt?.session !== undefined) {
     const { session } = prompt;
     return least(candidates, ({ address }) => -weight(session, address));

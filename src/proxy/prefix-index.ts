@@ -54,8 +54,8 @@ export class PrefixIndex {
       const before = known.size;
       known.add(key);
       this.#size += known.size - before;
-      this.#shrink(known, most);
     }
+    this.#shrink(known, most);
   }
 
   remove(address: string, keys: readonly string[]): void {
@@ -64,12 +64,11 @@ export class PrefixIndex {
     for (const key of keys) if (known.delete(key)) this.#size--;
   }
 
-  /** How many of `keys` from the first the instance has. */
-  leading(address: string, keys: readonly string[]): number {
+  /** How many of `keys` from the first the instance has, or is about to have. */
+  leading(address: string, keys: readonly string[], coming?: ReadonlyMap<string, unknown>): number {
     const known = this.#known.get(address);
-    if (!known) return 0;
     let count = 0;
-    while (count < keys.length && known.has(keys[count]!)) count++;
+    while (count < keys.length && (known?.has(keys[count]!) || coming?.has(keys[count]!))) count++;
     return count;
   }
 
@@ -89,7 +88,9 @@ export class PrefixIndex {
     return known;
   }
 
+  /** Looking for the first key walks over all that have been deleted before it, so only where one is to go. */
   #shrink(known: Set<string>, most: number): void {
+    if (known.size <= most && this.#size <= this.#mostKeys) return;
     for (const key of known) {
       if (known.size <= most && this.#size <= this.#mostKeys) return;
       known.delete(key);

@@ -70,7 +70,7 @@ export class Probes {
     const signal = AbortSignal.any([AbortSignal.timeout(DEADLINE_MS), this.#stop.signal]);
     try {
       const response = await this.#options.upstream.ask(call, { path: '/health', headers: {}, signal });
-      await response.body.dump();
+      await response.dump();
       return response.statusCode < 500;
     } catch {
       return false;

@@ -1,40 +1,32 @@
 /** The proxy as a whole: its HTTP server, discovery, start and stop. */
 import { EventEmitter, once, setMaxListeners } from 'node:events';
-import fastify, { type FastifyInstance, type FastifyRequest } from 'fastify';
-import { Guard } from '../access/guard.ts';
+import type { FastifyRequest } from 'fastify';
+import type { Guard } from '../access/guard.ts';
 import type { ProxyConfig } from '../config/proxy-config.ts';
 import { PdError } from '../errors.ts';
 import { formatHostPort, type HostPort, isLoopback, isUnspecified } from '../net/address.ts';
-import { NO_JSON_SCHEMAS } from '../net/json-schemas.ts';
+import { Etcd } from '../net/etcd.ts';
 import { announceHost, hostAddress } from '../net/local.ts';
 import { listenError } from '../net/port-holder.ts';
 import { plural } from '../observability/bytes.ts';
 import { createLogger, type Logger } from '../observability/log.ts';
-import { openAiError } from '../openai-error.ts';
+import { Timelines } from '../observability/timelines.ts';
 import { z } from '../zod.ts';
 import { Admission } from './admission.ts';
-import type { ProxyContext } from './attempt.ts';
-import { BodyReader } from './body-reader.ts';
+import type { ProxyStage } from './attempt.ts';
+import { BodyReader, type BodyReaderOptions } from './body-reader.ts';
 import { PromptCaches } from './caches.ts';
+import { type Coordinator, LocalCoordinator } from './coordinator.ts';
 import { Discovery } from './discovery.ts';
+import { EtcdInstances } from './etcd-instances.ts';
 import { createProxyMetrics, type ProxyMetrics } from './metrics.ts';
 import { ModelDirectory } from './models.ts';
 import { Probes } from './probes.ts';
 import { type Instance, InstanceRegistry } from './registry.ts';
-import { answerError } from './relay.ts';
-import { ProxiedRequest } from './request.ts';
-import { RetryBudget } from './retry-budget.ts';
+import { Relays } from './relays.ts';
+import { bodyOf, proxyGuard, Serving } from './serving.ts';
 import { readWhole, Upstream, type WholeAnswer } from './upstream.ts';
 
-/** With keys, these take one that says `admin`. */
-const ADMIN_ROUTES = new Set(['/admin/drain']);
-const ROUTES = ['/v1/completions', '/v1/chat/completions', '/v1/responses'] as const;
-/** A prompt of a million token ids fits. */
-const BODY_LIMIT = 32 * 1024 * 1024;
-/** For a client to send its whole request. */
-const REQUEST_TIMEOUT_MS = 120_000;
-/** For the last bytes of answers to leave. */
-const CLOSE_MS = 2_000;
 /** How long `untilPaired` waits by default. */
 const PAIR_TIMEOUT_MS = 60_000;
 /** For a consumer to say what may be asked of it, and bytes of that. */
@@ -46,10 +38,10 @@ const OPENAPI_BYTES = 4 * 1024 * 1024;
  * @internal
  */
 export interface ProxyParts {
-  readonly bodyReader: (log: Logger) => Pick<BodyReader, 'read' | 'close'>;
+  readonly bodyReader: (log: Logger, options: BodyReaderOptions) => Pick<BodyReader, 'read' | 'close'>;
 }
 
-const PARTS: ProxyParts = { bodyReader: (log) => new BodyReader(log) };
+const PARTS: ProxyParts = { bodyReader: (log, options) => new BodyReader(log, options) };
 
 /** A proxy that is serving. Close it: its sockets keep the process alive. */
 export class PdProxy {
@@ -65,18 +57,22 @@ export class PdProxy {
   readonly #bodies: Pick<BodyReader, 'read' | 'close'>;
   readonly #stop = new AbortController();
   readonly #models: ModelDirectory;
-  readonly #context: ProxyContext;
-  readonly #server: FastifyInstance;
+  readonly #timelines = new Timelines<ProxyStage>();
+  readonly #coordinator: Coordinator;
+  /** What clients ask of the proxy itself, and where it is one process, everything. */
+  readonly #serving: Serving;
+  /** Of a proxy of several processes. */
+  #relays: Relays | undefined;
   #discovery: Discovery | undefined;
+  #etcd: EtcdInstances | undefined;
   #http: HostPort | undefined;
-  /** `instances`: one has come or gone. `idle`: no request is under way any more. */
-  readonly #events = new EventEmitter<{ instances: []; idle: [] }>();
-  #count = 0;
-  #running = 0;
+  /** `instances`: one has come or gone. */
+  readonly #events = new EventEmitter<{ instances: [] }>();
   #draining = false;
   #closing: Promise<void> | undefined;
 
-  private constructor(config: ProxyConfig, parts: ProxyParts) {
+  /** `tokenizer`: its digest, where there is one. */
+  private constructor(config: ProxyConfig, parts: ProxyParts, tokenizer: string | undefined) {
     this.#config = config;
     this.#log = createLogger(config.log, 'proxy');
     if (config.upstream?.keyFile !== undefined && config.allowInstances === undefined) {
@@ -86,61 +82,53 @@ export class PdProxy {
     const { policy, prefillPolicy = policy, decodePolicy = policy } = config;
     const policies = { producer: prefillPolicy, consumer: decodePolicy };
     this.#registry = new InstanceRegistry(config.instanceTimeoutMs, undefined, policies);
-    this.#metrics = createProxyMetrics(
-      this.#registry,
-      () => this.#caches.size,
-      () => this.#admission.queued,
-    );
-    this.#guard = new Guard({
-      config: config.access,
-      log: this.#log,
-      admin: ADMIN_ROUTES,
-      onRefused: (reason) => this.#metrics.keysRefused.inc({ reason }),
+    this.#metrics = createProxyMetrics({
+      instances: this.#registry,
+      cachedBlocks: () => this.#caches.size,
+      queued: () => this.#admission.queued,
     });
+    this.#guard = proxyGuard(config, this.#log, this.#metrics);
     this.#upstream = new Upstream({
       access: config.upstream ?? {},
       keyed: this.#guard.keyed,
       log: this.#log,
     });
-    this.#caches = new PromptCaches(config, this.#log, this.#metrics);
+    this.#caches = new PromptCaches(config, this.#log, this.#metrics, tokenizer);
     const { maxRunning, maxRunningTokens, maxQueued, queueTimeoutMs } = config;
     this.#admission = new Admission(
       { requests: maxRunning, tokens: maxRunningTokens, queued: maxQueued, waitMs: queueTimeoutMs },
       (reason) => this.#metrics.turnedAway.inc({ reason }),
     );
-    setMaxListeners(0, this.#stop.signal, this.#events); // one per request under way, one per caller who waits
-    this.#bodies = parts.bodyReader(this.#log);
-    this.#context = {
-      config,
+    setMaxListeners(0, this.#stop.signal, this.#events); // one per caller who waits
+    this.#bodies = parts.bodyReader(this.#log, {
+      // Bodies are read where they come.
+      tokenizer: config.workers > 1 ? undefined : config.tokenizer,
+      onTokenized: (result) => this.#metrics.tokenized.inc({ result }),
+    });
+    const shared = {
       registry: this.#registry,
       upstream: this.#upstream,
       metrics: this.#metrics,
+      timelines: this.#timelines,
       log: this.#log,
-      bodies: this.#bodies,
-      caches: this.#caches,
-      admission: this.#admission,
-      retries: new RetryBudget(),
-      nextCount: () => this.#count++,
     };
-    this.#models = new ModelDirectory(this.#context, this.#stop.signal);
-    this.#server = fastify({
-      https: this.#guard.https,
-      bodyLimit: BODY_LIMIT,
-      requestTimeout: REQUEST_TIMEOUT_MS,
-      forceCloseConnections: 'idle',
-      logger: false,
-      schemaController: NO_JSON_SCHEMAS,
-    }) as unknown as FastifyInstance;
-    this.#guard.attach(this.#server);
+    const [caches, admission, bodies] = [this.#caches, this.#admission, this.#bodies];
+    this.#coordinator = new LocalCoordinator({ ...shared, config, caches, admission });
+    this.#models = new ModelDirectory(shared, this.#stop.signal);
+    const context = { ...shared, config, coordinator: this.#coordinator, bodies };
+    this.#serving = new Serving(context, this.#guard, { behindRelays: config.workers > 1 });
     this.#routes();
   }
 
-  /** Listens for pings and for requests. Throws PORT_IN_USE or ADDRESS_INVALID. */
+  /** Listens for pings and for requests. Throws PORT_IN_USE or ADDRESS_INVALID; of its tokenizer CHECKPOINT_INVALID or MODEL_UNSUPPORTED. */
   static start(config: ProxyConfig): Promise<PdProxy>;
   /** @internal */
   static start(config: ProxyConfig, parts?: ProxyParts): Promise<PdProxy>;
   static async start(config: ProxyConfig, parts: ProxyParts = PARTS): Promise<PdProxy> {
-    const proxy = new PdProxy(config, parts);
+    const { tokenizer: dir } = config;
+    // Whole, though the thread loads its own: one that cannot be used is to be known before anybody asks.
+    const digest = dir && (await (await import('../model/tokenizer.ts')).Tokenizer.load(dir)).digest;
+    const proxy = new PdProxy(config, parts, digest);
     try {
       await proxy.#listen();
       return proxy;
@@ -190,7 +178,10 @@ export class PdProxy {
   /** Takes no new requests, lets those under way end within `drainMs`, aborts the rest. Idempotent; a later call with 0 aborts at once. */
   close(drainMs: number = this.#config.drainTimeoutMs): Promise<void> {
     this.#draining = true;
-    if (drainMs === 0) this.#break();
+    if (this.#closing && drainMs === 0) {
+      this.#relays?.drain(0);
+      this.#serving.break();
+    }
     this.#closing ??= this.#drain(drainMs);
     return this.#closing;
   }
@@ -200,7 +191,7 @@ export class PdProxy {
   }
 
   async #listen(): Promise<void> {
-    const { instanceTimeoutMs, allowInstances, upstream } = this.#config;
+    const { instanceTimeoutMs, allowInstances, upstream, registry: etcd } = this.#config;
     const [http, discovery] = await Promise.all([
       bindAddress(this.#config.http),
       bindAddress(this.#config.discovery),
@@ -216,42 +207,65 @@ export class PdProxy {
       onPing: (address) => this.#models.onPing(address),
       onBadPing: () => this.#metrics.badPings.inc(),
       onChange: (change) => {
+        if (change.kind === 'added') this.#relays?.instanceAdded(change.instance);
         this.#models.forget(change.instance.httpAddress);
         this.#caches.changed(change);
         this.#events.emit('instances');
       },
     });
+    if (etcd) {
+      const discovery = this.#discovery;
+      this.#etcd = new EtcdInstances({
+        etcd: new Etcd(etcd),
+        log: this.#log,
+        take: (ping) => discovery.take(ping),
+        drop: (ping) => discovery.drop(ping),
+      });
+    }
     const { healthIntervalMs: intervalMs } = this.#config;
     if (intervalMs > 0) {
-      const { registry, upstream, log } = this.#context;
+      const [registry, upstream, log] = [this.#registry, this.#upstream, this.#log];
       this.#probes = new Probes({ registry, upstream, log, intervalMs });
     }
-    try {
-      await this.#server.listen({ host: http.host, port: http.port });
-    } catch (cause) {
-      throw await listenError(cause, http, 'listening for requests');
-    }
-    const bound = this.#server.server.address();
-    if (bound === null || typeof bound === 'string') throw new PdError('INTERNAL', 'no TCP address');
-    this.#http = { host: http.host, port: bound.port };
+    const port = this.#config.workers > 1 ? await this.#listenApart(http) : await this.#listenAlone(http);
+    this.#http = { host: http.host, port };
     this.#log.info(`Discovery on tcp://${reachableAt(this.#discovery.address)}`);
     this.#log.info(`Running on http${this.#guard.https ? 's' : ''}://${reachableAt(this.#http)}`);
   }
 
+  /** Clients connect to this process. Resolves with the port. */
+  async #listenAlone(http: HostPort): Promise<number> {
+    const { app } = this.#serving;
+    try {
+      await app.listen({ host: http.host, port: http.port });
+    } catch (cause) {
+      throw await listenError(cause, http, 'listening for requests');
+    }
+    const bound = app.server.address();
+    if (bound === null || typeof bound === 'string') throw new PdError('INTERNAL', 'no TCP address');
+    return bound.port;
+  }
+
+  /** Clients are handed on to processes that relay, which come here with what they do not answer themselves. */
+  async #listenApart(http: HostPort): Promise<number> {
+    const [config, coordinator, log] = [this.#config, this.#coordinator, this.#log];
+    this.#relays = await Relays.create({ config, coordinator, log, instances: () => this.instances });
+    await this.#serving.app.listen({ path: this.#relays.ownerPath });
+    return await this.#relays.start(http);
+  }
+
   async #drain(drainMs: number): Promise<void> {
     const started = this.#http !== undefined;
+    const running = this.#relays?.running ?? this.#serving.running;
     if (started)
-      this.#log.info(`draining, at most ${drainMs / 1_000} s: ${plural(this.#running, 'request')} under way`);
-    if (this.#running > 0) {
-      const timer = setTimeout(() => this.#break(), drainMs);
-      await once(this.#events, 'idle');
-      clearTimeout(timer);
-    }
-    this.#break();
-    // Idle connections are closed; answers still on their way are not cut.
-    const timer = setTimeout(() => this.#server.server.closeAllConnections(), CLOSE_MS);
-    await this.#server.close();
-    clearTimeout(timer);
+      this.#log.info(`draining, at most ${drainMs / 1_000} s: ${plural(running, 'request')} under way`);
+    this.#relays?.drain(drainMs);
+    await this.#serving.drain(drainMs);
+    await this.#relays?.drained();
+    this.#stop.abort(new PdError('SERVER_DRAINING', 'the proxy is stopping'));
+    await this.#serving.close();
+    await this.#relays?.close();
+    await this.#etcd?.close();
     await this.#discovery?.close();
     this.#caches.close();
     this.#probes?.close();
@@ -261,57 +275,11 @@ export class PdProxy {
     if (started) this.#log.info('Stopped');
   }
 
-  #break(): void {
-    if (this.#stop.signal.aborted) return;
-    void this.#bodies.close(); // who waits for it is to hear that the proxy stops
-    this.#stop.abort(new PdError('SERVER_DRAINING', 'the proxy is stopping'));
-  }
-
   #routes(): void {
-    const app = this.#server;
-    // Whatever its content type, the body is kept as it came: it goes on byte for byte, and curl sends JSON under other types.
-    app.removeAllContentTypeParsers();
-    app.addContentTypeParser('*', { parseAs: 'buffer' }, (_request, body, done) => done(null, body));
-    app.setNotFoundHandler((request, reply) => {
-      const error = new PdError('REQUEST_INVALID', `no route ${request.method} ${request.url}`);
-      return reply.code(404).send(openAiError(error));
-    });
-    app.setErrorHandler((cause: Error & { statusCode?: number }, _request, reply) => {
-      const refused = cause.statusCode !== undefined && cause.statusCode < 500;
-      const error = refused
-        ? new PdError('REQUEST_INVALID', cause.message, {}, { cause })
-        : PdError.from(cause);
-      if (error.status >= 500) this.#log.error({ err: cause }, error.message);
-      return reply.code(refused ? cause.statusCode! : error.status).send(openAiError(error));
-    });
-    for (const route of ROUTES) {
-      app.post(route, async (request, reply) => {
-        reply.hijack();
-        const out = reply.raw;
-        if (this.#draining) {
-          this.#metrics.requests.inc({ route, status: 503 });
-          return answerError(out, new PdError('SERVER_DRAINING', 'this proxy is stopping'));
-        }
-        this.#running++;
-        try {
-          const holder = this.#guard.holder(request)?.name;
-          if (holder !== undefined) this.#metrics.keyRequests.inc({ key: holder });
-          const { headers } = request;
-          const received = {
-            route,
-            headers,
-            body: bodyOf(request),
-            out,
-            ...(holder !== undefined && { holder }),
-          };
-          await new ProxiedRequest(this.#context, received).answer(this.#stop.signal);
-        } finally {
-          if (--this.#running === 0) this.#events.emit('idle');
-        }
-      });
-    }
+    const { app } = this.#serving;
     app.post('/admin/drain', async (request) => this.#drainInstance(request));
     app.get('/health', async () => this.#health());
+    if (this.#config.debugState) app.get('/debug/state', async (request) => this.#debugState(request));
     app.get('/ready', async (_request, reply) => {
       const ready = !this.#draining && this.#registry.paired;
       return reply.code(ready ? 200 : 503).send({ ready });
@@ -324,7 +292,10 @@ export class PdProxy {
     });
     app.get('/metrics', async (_request, reply) => {
       const { registry } = this.#metrics;
-      return reply.type(registry.contentType).send(await registry.metrics());
+      const text = this.#relays
+        ? await this.#relays.metrics(await registry.getMetricsAsJSON())
+        : await registry.metrics();
+      return reply.type(registry.contentType).send(text);
     });
   }
 
@@ -344,6 +315,15 @@ export class PdProxy {
     const instance = this.#registry.list().find(({ httpAddress }) => httpAddress === address);
     const underWay = instance && this.#registry.workOf(instance)?.own;
     return { instance: address, draining: drain, requests_under_way: underWay ?? 0 };
+  }
+
+  /** Ids of other people's requests are for clients on this machine. */
+  async #debugState(request: FastifyRequest) {
+    if (!isLoopback(request.ip)) {
+      throw new PdError('REQUEST_INVALID', 'GET /debug/state is for clients on this machine');
+    }
+    const [own, others] = [this.#timelines.recent(), await this.#relays?.timelines()];
+    return { requests: this.#relays?.running ?? this.#serving.running, recentRequests: others ?? own };
   }
 
   /** As the proxy takes it to be: what the instance tells, and what it has been given since. */
@@ -399,11 +379,6 @@ function readDrain(body: Uint8Array): z.infer<typeof DRAIN> {
     const form = 'the body must be {"instance": "host:port"}, with "drain": false to undo it';
     throw new PdError('REQUEST_INVALID', form, {}, { cause });
   }
-}
-
-/** A body as it came; a request without any has none. */
-function bodyOf({ body }: FastifyRequest): Uint8Array<ArrayBuffer> {
-  return body instanceof Uint8Array ? (body as Uint8Array<ArrayBuffer>) : new Uint8Array(0);
 }
 
 /** For the log: an address that can be opened, and what is bound where that is every address. */

@@ -36,6 +36,10 @@ export interface InstancePing {
   readonly tls?: boolean;
   /** Where it says what it has cached. Absent: nowhere. */
   readonly events?: KvEventPorts;
+  /** Digest of what it tokenizes by. Absent for a vLLM worker, and for older ones of ours. */
+  readonly tokenizer?: string;
+  /** It takes the ids of a prompt's tokens, if from this proxy. */
+  readonly takesIds?: boolean;
 }
 
 export interface Instance extends InstancePing {
@@ -63,7 +67,7 @@ export type RegistryChange =
   | {
       readonly kind: 'removed';
       readonly instance: Instance;
-      readonly reason: 'expired' | 'replaced';
+      readonly reason: 'expired' | 'replaced' | 'left';
     };
 
 export interface PairWish {
@@ -82,6 +86,7 @@ interface Entry {
   /** Number of the pick it was last taken in: the smallest is next. */
   picked: number;
   readonly work: InstanceWork;
+  readonly ours: boolean;
   readonly breaker: Breaker;
   /** An operator wants it to take nothing new. */
   draining: boolean;
@@ -107,7 +112,7 @@ export class InstanceRegistry {
   constructor(
     timeoutMs: number,
     now: () => number = () => performance.now(),
-    policies: Policies = { producer: 'round-robin', consumer: 'round-robin' },
+    policies: Policies = { producer: 'auto', consumer: 'auto' },
   ) {
     this.#timeoutMs = timeoutMs;
     this.#now = now;
@@ -141,7 +146,8 @@ export class InstanceRegistry {
     if (announcement.load) work.tell(announcement.load);
     const address = announcement.httpAddress;
     const breaker = new Breaker(this.#now);
-    this.#entries.set(address, { address, instance, picked: 0, work, breaker, draining: false });
+    const ours = announcement.fingerprint !== undefined;
+    this.#entries.set(address, { address, instance, picked: 0, work, ours, breaker, draining: false });
     changes.push({ kind: 'added', instance });
     return changes;
   }
@@ -150,6 +156,11 @@ export class InstanceRegistry {
   expire(): readonly RegistryChange[] {
     const now = this.#now();
     return this.#removeAll('expired', (instance) => this.#expired(instance, now));
+  }
+
+  /** Removes an instance that says that it leaves. */
+  leave(address: string): readonly RegistryChange[] {
+    return this.#removeAll('left', ({ httpAddress }) => httpAddress === address);
   }
 
   /** After a refused connection: others are preferred for `ms`, and until it pings again, which one that is dead or leaving does not. */
@@ -282,7 +293,10 @@ export class InstanceRegistry {
     );
   }
 
-  #removeAll(reason: 'expired' | 'replaced', isGone: (instance: Instance) => boolean): RegistryChange[] {
+  #removeAll(
+    reason: 'expired' | 'replaced' | 'left',
+    isGone: (instance: Instance) => boolean,
+  ): RegistryChange[] {
     const gone = [...this.#entries.values()].map(({ instance }) => instance).filter(isGone);
     for (const { httpAddress } of gone) this.#entries.delete(httpAddress);
     return gone.map((instance) => ({ kind: 'removed', instance, reason }));
@@ -340,6 +354,8 @@ function samePing(a: InstancePing, b: InstancePing): boolean {
     a.native === b.native &&
     a.tls === b.tls &&
     a.events?.publish === b.events?.publish &&
-    a.events?.snapshot === b.events?.snapshot
+    a.events?.snapshot === b.events?.snapshot &&
+    a.tokenizer === b.tokenizer &&
+    a.takesIds === b.takesIds
   );
 }

@@ -1,6 +1,6 @@
 /** Answers on their way to the client: an instance's events one by one as they come, anything else whole; and the proxy's own errors. */
-import { once } from 'node:events';
 import type { ServerResponse } from 'node:http';
+import type { Signal } from '../deferred.ts';
 import { PdError } from '../errors.ts';
 import { reasonOf } from '../net/resolve.ts';
 import { openAiError, retryHeaders } from '../openai-error.ts';
@@ -8,6 +8,7 @@ import { instanceLabel } from './registry.ts';
 import {
   type Call,
   InstanceRefused,
+  joined,
   readWhole,
   timeoutError,
   type UpstreamResponse,
@@ -19,7 +20,7 @@ export interface RelayOptions {
   readonly call: Call;
   readonly requestId: string;
   /** Aborted once the client has gone or the proxy stops. */
-  readonly signal: AbortSignal;
+  readonly signal: Signal;
   readonly onFirstEvent: () => void;
 }
 
@@ -27,6 +28,9 @@ export interface RelayOptions {
 const MAX_HELD_ANSWER = 16 * 1024 * 1024;
 /** An unfinished event longer than this is passed on in parts. Bytes. */
 const MAX_HELD_EVENT = 64 * 1024;
+
+const CR = 0x0d;
+const LF = 0x0a;
 
 const BROKE_OFF = 'its answer broke off before a byte of it was passed on';
 
@@ -70,36 +74,47 @@ export async function relay(
       ...extra,
     });
   const watch = new ProgressWatch(response, out, options.call);
+  const drained = () => {
+    watch.progress();
+    response.resume();
+  };
   let held: Buffer[] = [];
   let heldBytes = 0;
   let started = false;
+  /** The head is on its way, so that chunks may go to the connection themselves. */
+  let headGone = false;
   try {
     if (events && !out.headersSent) {
       writeHead();
-      out.flushHeaders();
+      headGone = !response.begun;
+      if (headGone) out.flushHeaders();
     }
-    for await (const chunk of response.body as AsyncIterable<Buffer>) {
+    await response.read((chunk) => {
       watch.progress();
+      let bytes = chunk;
       if (events) {
         if (!started) options.onFirstEvent();
         started = true;
-        await write(out, events.push(chunk), options.signal);
-      } else if (out.headersSent) {
-        await write(out, chunk, options.signal);
-      } else {
+        bytes = events.push(chunk);
+      } else if (!out.headersSent) {
         held.push(chunk);
         heldBytes += chunk.length;
-        if (heldBytes <= MAX_HELD_ANSWER) continue;
+        if (heldBytes <= MAX_HELD_ANSWER) return true;
         writeHead();
-        for (const part of held) await write(out, part, options.signal);
+        bytes = joined(held);
         held = [];
       }
-      watch.progress();
-    }
+      if (bytes.length === 0) return true;
+      const socket = headGone && out.chunkedEncoding ? out.socket : undefined;
+      headGone = true;
+      if (socket ? socket.write(chunkOf(bytes)) : out.write(bytes)) return true;
+      (socket ?? out).once('drain', drained);
+      return false;
+    });
     if (!out.headersSent) writeHead({ 'content-length': heldBytes });
-    out.end(events ? events.rest() : Buffer.concat(held));
+    endWith(out, events ? events.rest() : joined(held));
   } catch (cause) {
-    response.body.destroy();
+    response.destroy();
     const error = failureOf(cause, watch, options);
     // The client may have the head of a stream by then, which will do for another pair's.
     if (!(events ? started : out.headersSent) && error.code === 'UPSTREAM_FAILED') {
@@ -112,6 +127,22 @@ export async function relay(
   } finally {
     watch.stop();
   }
+}
+
+/**
+ * As it stands on the connection: its size in hexadecimal, and line breaks. Through the answer it would be written in four pieces, which
+ * takes a third of the time of a relayed event.
+ */
+function chunkOf(bytes: Buffer): Buffer {
+  const size = bytes.length.toString(16);
+  const chunk = Buffer.allocUnsafe(bytes.length + size.length + 4);
+  chunk.write(size, 'latin1');
+  chunk[size.length] = CR;
+  chunk[size.length + 1] = LF;
+  chunk.set(bytes, size.length + 2);
+  chunk[chunk.length - 2] = CR;
+  chunk[chunk.length - 1] = LF;
+  return chunk;
 }
 
 function failureOf(cause: unknown, watch: ProgressWatch, options: RelayOptions): PdError {
@@ -127,12 +158,6 @@ function failureOf(cause: unknown, watch: ProgressWatch, options: RelayOptions):
   );
 }
 
-/** Waits while the client's buffer is full. */
-async function write(out: ServerResponse, bytes: Buffer, signal: AbortSignal): Promise<void> {
-  if (bytes.length === 0 || out.write(bytes)) return;
-  await once(out, 'drain', { signal });
-}
-
 /** Ends the relay when nothing has moved for too long, on either side. */
 class ProgressWatch {
   /** Set once it has ended the relay. */
@@ -142,13 +167,13 @@ class ProgressWatch {
   constructor(response: UpstreamResponse, out: ServerResponse, call: Call) {
     const { what, timeoutMs } = call;
     this.#timer = setTimeout(() => {
-      if (out.writableNeedDrain) {
+      if (out.writableNeedDrain || out.socket?.writableNeedDrain) {
         this.expired = new PdError('REQUEST_ABORTED', `${what}: the client took nothing for ${timeoutMs} ms`);
         out.destroy();
       } else {
         this.expired = timeoutError(call);
       }
-      response.body.destroy(this.expired);
+      response.destroy(this.expired);
     }, timeoutMs);
   }
 
@@ -171,6 +196,8 @@ export class SseEvents {
 
   /** What may go out now. */
   push(chunk: Buffer): Buffer {
+    // As servers write them.
+    if (this.#held.length === 0 && chunk.at(-1) === LF && chunk.at(-2) === LF) return chunk;
     const bytes = this.#held.length > 0 ? Buffer.concat([this.#held, chunk]) : chunk;
     const end = Math.max(endAfter(bytes, '\n\n'), endAfter(bytes, '\r\n\r\n'));
     const out = bytes.length - end > MAX_HELD_EVENT ? bytes.length : end;
@@ -206,7 +233,15 @@ export function answerWhole({ response, body }: WholeAnswer, out: ServerResponse
     'content-length': body.length,
     'x-request-id': requestId,
   });
-  out.end(body);
+  endWith(out, body);
+}
+
+/** Of a short body: then it goes out with the head as one text, which is quicker than two pieces. */
+const SHORT_BODY = 16_384;
+
+function endWith(out: ServerResponse, body: Buffer): void {
+  if (body.length > SHORT_BODY) out.end(body);
+  else out.end(body.toString('latin1'), 'latin1');
 }
 
 /** An error of the proxy's own, in OpenAI's form, where nothing has been sent yet but perhaps the head of a stream. */

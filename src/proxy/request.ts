@@ -3,19 +3,16 @@
  * happens with one pair is in attempt.ts.
  */
 import { hash } from 'node:crypto';
-import { setTimeout } from 'node:timers/promises';
+import { Cancellation } from '../deferred.ts';
 import { PdError } from '../errors.ts';
-import { plural } from '../observability/bytes.ts';
-import { Attempt, type PlacedPrompt, type ProxyContext, type ReceivedRequest } from './attempt.ts';
+import { monotonicMs } from '../observability/timelines.ts';
+import { Attempt, type ProxyContext, type ReceivedRequest } from './attempt.ts';
 import type { RequestBody } from './body.ts';
-import type { PromptToPlace } from './placement.ts';
-import { type InstancePair, type InstanceRegistry, instanceLabel, type Missing } from './registry.ts';
+import type { Visit, Wish } from './coordinator.ts';
+import { instanceLabel } from './registry.ts';
 import { answerError } from './relay.ts';
-import { backoffMs, MOST_RETRIES } from './retry-budget.ts';
 import { InstanceRefused } from './upstream.ts';
 
-/** How long other instances are preferred to one that refused a connection. */
-const QUARANTINE_MS = 3_000;
 /** Classes on either side of 0; a priority beyond them counts as the last. */
 const MOST_PRIORITY = 100;
 /** nginx's number for a client that went away; only in logs and metrics. */
@@ -24,9 +21,9 @@ const CLIENT_GONE = 499;
 export class ProxiedRequest {
   readonly #context: ProxyContext;
   readonly #received: ReceivedRequest;
-  readonly #arrivedMs = performance.now();
+  readonly #receivedAt = monotonicMs();
   /** Ends whatever is under way: the client has gone, or the proxy stops. */
-  readonly #abort = new AbortController();
+  readonly #abort = new Cancellation();
   #clientGone = false;
   /** Of the last attempt. */
   #requestId: string | undefined;
@@ -36,13 +33,16 @@ export class ProxiedRequest {
     this.#received = received;
   }
 
-  /** Answers in every case; never rejects. `stop` is aborted when the proxy stops. To be called once. */
-  async answer(stop: AbortSignal): Promise<void> {
-    const { metrics, bodies, caches } = this.#context;
-    const { signal } = this.#abort;
+  /** The proxy stops: what is under way is broken off. */
+  abort(reason: PdError): void {
+    this.#abort.abort(reason);
+  }
+
+  /** Answers in every case; never rejects. To be called once. */
+  async answer(): Promise<void> {
+    const { metrics, bodies, coordinator } = this.#context;
+    const signal = this.#abort;
     const { route, body, out } = this.#received;
-    const onStop = () => this.#abort.abort(stop.reason);
-    stop.addEventListener('abort', onStop, { once: true });
     out.once('close', () => {
       if (out.writableFinished) return;
       this.#clientGone = true;
@@ -50,112 +50,62 @@ export class ProxiedRequest {
     });
     metrics.inFlight.inc();
     try {
-      const read = await bodies.read(body, signal, caches.wanted);
+      const read = await bodies.read(body, signal, coordinator.wanted, route);
       signal.throwIfAborted();
-      const release = await this.#admitted(read);
+      const readAt = monotonicMs();
+      const visit = await coordinator.enter(this.#wish(read), signal);
       try {
-        await this.#throughPairs(read);
+        await this.#throughPairs(read, readAt, visit);
       } finally {
-        release();
+        visit.end();
       }
     } catch (cause) {
       this.#fail(PdError.from(cause));
     } finally {
-      stop.removeEventListener('abort', onStop);
       metrics.inFlight.dec();
       metrics.requests.inc({ route, status: this.#clientGone ? CLIENT_GONE : out.statusCode });
     }
   }
 
-  async #throughPairs(body: RequestBody): Promise<void> {
-    const { config, registry, caches, metrics, retries, log } = this.#context;
-    retries.earn();
-    const count = this.#context.nextCount();
-    const { holder } = this.#received;
-    const request = { ...this.#received, body, arrivedMs: this.#arrivedMs, signal: this.#abort.signal };
-    /** HTTP addresses of instances that did not take the request. */
-    const exclude = new Set<string>();
-    let refused: InstanceRefused | undefined;
-    const prompt: PromptToPlace = {
-      tokens: body.tokens,
-      session: single(this.#received.headers[config.sessionHeader]) ?? body.user,
-      cached: (address) => caches.cached(address, body),
+  #wish(prompt: RequestBody): Wish {
+    const { headers, holder } = this.#received;
+    const told = Number(single(headers['x-priority']) ?? prompt.priority);
+    return {
+      key: holder ?? keyOf(single(headers.authorization)),
+      priority: Math.max(-MOST_PRIORITY, Math.min(MOST_PRIORITY, Number.isInteger(told) ? told : 0)),
+      session: single(headers[this.#context.config.sessionHeader]) ?? prompt.user,
+      prompt,
     };
+  }
+
+  async #throughPairs(body: RequestBody, readAt: number, visit: Visit): Promise<void> {
+    const { log } = this.#context;
+    const { holder } = this.#received;
+    const request = { ...this.#received, body, receivedAt: this.#receivedAt, readAt, signal: this.#abort };
     for (;;) {
-      const pair = registry.pair({ model: body.model, exclude, prompt });
-      if (typeof pair === 'string') throw refused ?? noPair(pair, registry);
-      const attempt = new Attempt(this.#context, request, pair, this.#placed(pair, body));
+      const { producer, consumer } = visit.placement.pair;
+      const attempt = new Attempt(this.#context, request, visit);
       const { requestId } = attempt;
       this.#requestId = requestId;
       log.info(
         { requestId, ...(holder !== undefined && { key: holder }) },
-        `handle_request count: ${count}, ${instanceLabel(pair.producer)} 👉 ${instanceLabel(pair.consumer)}`,
+        `handle_request count: ${visit.count}, ${instanceLabel(producer)} 👉 ${instanceLabel(consumer)}`,
       );
       try {
         await attempt.run();
         return;
-      } catch (error) {
-        this.#blame(PdError.from(error));
-        if (!(error instanceof InstanceRefused)) throw error;
-        registry.quarantine(error.instance.httpAddress, QUARANTINE_MS);
-        refused = error;
-        exclude.add(error.instance.httpAddress);
-        if (exclude.size > MOST_RETRIES) throw error;
-        if (!retries.spend()) {
-          metrics.retries.inc({ result: 'over_budget' });
+      } catch (cause) {
+        const error = PdError.from(cause);
+        if (!(error instanceof InstanceRefused)) {
+          blame(error, visit);
           throw error;
         }
-        metrics.retries.inc({ result: 'tried' });
-        metrics.replaced.inc();
+        const next = await visit.retry(error.instance.role);
+        this.#abort.throwIfAborted();
+        if (!next) throw error;
         log.warn({ requestId }, `${error.message}; trying another pair`);
-        const { signal } = this.#abort;
-        await setTimeout(backoffMs(exclude.size), undefined, { signal }).catch(() => signal.throwIfAborted());
       }
     }
-  }
-
-  /** Resolves once it may begin. */
-  async #admitted({ tokens, priority }: RequestBody): Promise<() => void> {
-    const { admission, metrics } = this.#context;
-    const { headers, holder } = this.#received;
-    const told = Number(single(headers['x-priority']) ?? priority);
-    const end = metrics.queueSeconds.startTimer();
-    const release = await admission.enter({
-      key: holder ?? keyOf(single(headers.authorization)),
-      priority: Math.max(-MOST_PRIORITY, Math.min(MOST_PRIORITY, Number.isInteger(told) ? told : 0)),
-      tokens,
-      signal: this.#abort.signal,
-    });
-    end();
-    return release;
-  }
-
-  /** What speaks against the instance that it names. */
-  #blame({ code, context }: PdError): void {
-    if (code !== 'UPSTREAM_FAILED' && code !== 'UPSTREAM_TIMEOUT') return;
-    const { registry } = this.#context;
-    const instance = registry.list().find(({ httpAddress }) => httpAddress === context['peer']);
-    if (instance) registry.breakerOf(instance)?.failed();
-  }
-
-  /** Notes what the pair is given, and decides whether its consumer needs the producer. */
-  #placed({ producer, consumer }: InstancePair, body: RequestBody): PlacedPrompt {
-    const { caches, metrics, config } = this.#context;
-    const left = body.tokens - caches.cached(consumer.httpAddress, body);
-    const little = config.bypassTokens > 0 && left <= config.bypassTokens;
-    const alone = little && body.prompts === 1 && consumer.fingerprint !== undefined;
-    if (alone) metrics.bypassed.inc();
-    const asked = alone ? [consumer] : [consumer, producer];
-    let uncached = 0;
-    for (const instance of asked) {
-      const { role } = instance;
-      const cached = caches.cached(instance.httpAddress, body);
-      uncached = body.tokens - cached;
-      metrics.placedTokens.inc({ role, cached: 'yes' }, cached);
-      metrics.placedTokens.inc({ role, cached: 'no' }, uncached);
-    }
-    for (const instance of asked) caches.sent(instance, body);
-    return { alone, uncached };
   }
 
   #fail(error: PdError): void {
@@ -175,14 +125,10 @@ function keyOf(authorization: string | undefined): string {
   return authorization === undefined ? '' : hash('sha256', authorization, 'base64');
 }
 
-function noPair(missing: Missing, registry: InstanceRegistry): PdError {
-  const counts = `known now: ${plural(registry.list('producer').length, 'producer')}, ${plural(registry.list('consumer').length, 'consumer')}`;
-  if (missing === 'match') {
-    return new PdError(
-      'NO_INSTANCE',
-      `no producer fits a consumer: their fingerprints, model names or send types differ (${counts}); GET /health lists them`,
-    );
-  }
-  const phase = missing === 'producer' ? 'prefill' : 'decode';
-  return new PdError('NO_INSTANCE', `no ${missing} (${phase} instance) pings this proxy (${counts})`);
+/** What speaks against the instance that it names. */
+function blame({ code, context }: PdError, visit: Visit): void {
+  if (code !== 'UPSTREAM_FAILED' && code !== 'UPSTREAM_TIMEOUT') return;
+  const { placement } = visit;
+  for (const { role, httpAddress } of Object.values(placement.pair))
+    if (httpAddress === context['peer']) visit.judge(placement, role, false);
 }

@@ -2,10 +2,12 @@
  * What one instance has to do, as far as this proxy can know: what its pings tell, and what this proxy has given it since. Pure.
  *
  *   requests   the larger of: told (running and waiting) and given since; given by this proxy and not over
- *   tokens     told and given since; without a word from the instance (vLLM's workers), given and not over
+ *   tokens     the larger of: told and given since; half of what was given and is not over, as the rest may have been computed. Without a
+ *              word from the instance (vLLM's workers), given and not over
  *
  * "Since" begins a little before the ping came: what was on its way then is not in it. A worker that tells too little is still known to
- * have what this proxy has given it, so it gets no more than others; one that tells too much gets less, which harms itself alone.
+ * have what this proxy has given it, so it gets at most about twice as much as others; one that tells too much gets less, which harms
+ * itself alone.
  */
 import type { WorkerLoad } from '../wire/messages.ts';
 
@@ -83,7 +85,8 @@ export class InstanceWork {
 
   /** Prompt tokens that are to be computed there. */
   get queuedTokens(): number {
-    return this.#told ? this.#told.queuedTokens + this.#tokensSince : this.#tokens;
+    if (!this.#told) return this.#tokens;
+    return Math.max(this.#told.queuedTokens + this.#tokensSince, this.#tokens / 2);
   }
 
   /** Share of its KV cache that is in use, 0 to 1; 0 where it is not told. */

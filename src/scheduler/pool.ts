@@ -1,4 +1,4 @@
-/** Every sequence of the scheduler, the queue it stands in and the blocks it holds. The scheduler decides; this keeps the books. */
+/** Every sequence of the scheduler, the queue it is in and the blocks it holds. The scheduler decides; this keeps the books. */
 import type { FinishedRequest, SchedulerConnector } from '../connector/connector.ts';
 import { type ErrorData, PdError } from '../errors.ts';
 import type { BlockManager } from '../kv/block-manager.ts';
@@ -81,7 +81,7 @@ export class SequencePool {
     }
   }
 
-  /** Nobody will come for KV of it, however it ends. */
+  /** Nobody will fetch its KV, however it ends. */
   released(transferId: TransferId): void {
     for (const group of this.#groups.values()) {
       if (group.request.transferId === transferId) group.aborted = true;
@@ -136,7 +136,7 @@ export class SequencePool {
     }
   }
 
-  /** The leader will not get to the end of the prompt: the next in line computes it. */
+  /** The leader will not reach the end of the prompt: the next in line computes it. */
   promoteFollower(group: RequestGroup): void {
     const next = group.sequences.find((sequence) => sequence.state === 'following');
     if (!next) return;
@@ -167,7 +167,7 @@ export class SequencePool {
     this.#retire(group);
   }
 
-  /** The load of a sequence that had ended is over: nothing writes to its blocks any more. */
+  /** The load of a sequence that had already ended is over: nothing writes to its blocks any more. */
   endSilently(sequence: Sequence): void {
     this.#giveBack(sequence);
     this.#leaveQueue(sequence);

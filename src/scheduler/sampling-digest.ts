@@ -4,8 +4,8 @@ import type { TransferId } from '../wire/ids.ts';
 import type { SamplingParams } from './types.ts';
 
 /**
- * What of each parameter the first token and its log-probabilities hang on; undefined: nothing. A parameter that is added must have its
- * row here, or the two ends could draw under different ones without a word.
+ * The part of each parameter that the first token and its log-probabilities depend on; undefined: none. A parameter that is added must have its
+ * row here, or the two ends could draw with different ones unnoticed.
  */
 const PARTS: {
   readonly [Name in keyof Required<SamplingParams>]: (params: SamplingParams) => unknown;

@@ -3,8 +3,8 @@
  *
  *   schedule() -> (executor runs step.batch) -> update(step, result) | failStep(step, error)
  *
- * Lower priorities first, and of one priority first come, first served. A sequence that needs a block when none is free takes it from the last to come, which computes its prompt
- * again later. A request whose KV is on its way from a peer stands outside the batch and holds up nobody.
+ * Lower priorities first, and within a priority first come, first served. A sequence that needs a block when none is free takes it from the
+ * last to come, which recomputes its prompt later. A request whose KV is on its way from a peer waits outside the batch and delays nobody.
  * Between `schedule` and `update` the blocks of the batch belong to the executor: `abort` waits until the step is over. A load may end
  * meanwhile, and say its first token, as it is in no batch.
  */
@@ -29,7 +29,7 @@ import type {
   TokenHistory,
 } from './types.ts';
 
-/** Waiting sequences whose cached blocks are counted; those further back are taken for uncached. */
+/** Waiting sequences whose cached blocks are counted; those further back count as uncached. */
 const MAX_LOOKED_UP = 64;
 
 interface SequenceLimits {
@@ -40,7 +40,7 @@ interface SequenceLimits {
   readonly maxModelLen: number;
 }
 
-/** Most tokens a sequence may have: one that could outgrow all blocks would preempt itself for ever. */
+/** Most tokens a sequence may have: one that could outgrow all blocks would preempt itself forever. */
 export function maxSequenceLength({ numBlocks, blockSize, maxModelLen }: SequenceLimits): number {
   return Math.min(maxModelLen, numBlocks * blockSize);
 }
@@ -56,7 +56,7 @@ export interface SchedulerOptions extends SequenceLimits {
   readonly enablePrefixCaching: boolean;
   /** Keep what `takeCacheChanges` returns. */
   readonly logCacheChanges?: boolean;
-  /** Whether nothing can follow `token` behind the text that `history` is. Must not throw. */
+  /** Whether nothing can follow `token` after the text of `history`. Must not throw. */
   readonly isLastToken?: (grammar: GrammarUse, history: TokenHistory, token: number) => boolean;
 }
 
@@ -154,7 +154,7 @@ export class Scheduler {
     this.#pool.add(request);
   }
 
-  /** Gives up one completion (a stop string), or all of a request (its client has left). Unknown ones are over already. */
+  /** Gives up one completion (a stop string), or all of a request (its client has left). Unknown ones have already ended. */
   abort(requestId: EngineRequestId, index?: number): RequestOutput[] {
     this.#assertNoStep('abort');
     const group = this.#pool.get(requestId);
@@ -230,7 +230,7 @@ export class Scheduler {
   }
 
   /**
-   * A load that metadata had asked for is over, one way or the other. No write into its blocks can come any more, unless it says that they
+   * A load that metadata requested has ended, one way or another. Nothing can write to its blocks any more, unless it says that they
    * are quarantined. With the first token that came along the request is past its prompt; without, it computes the last position itself.
    */
   loadEnded(outcome: LoadOutcome, policy: LoadFailurePolicy): RequestOutput[] {
@@ -259,7 +259,7 @@ export class Scheduler {
     return this.#pool.takeFinished();
   }
 
-  /** What has entered and left the prefix cache since the last call, in that order. */
+  /** What has entered and left the prefix cache since the last call, in order. */
   takeCacheChanges(): readonly CacheChange[] {
     return this.#cacheChanges?.splice(0) ?? [];
   }

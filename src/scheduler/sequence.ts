@@ -132,7 +132,7 @@ export class Sequence {
     };
   }
 
-  /** Its blocks are gone: all is to be computed anew. */
+  /** Its blocks are gone: everything must be computed again. */
   resetProgress(): void {
     this.numComputed = 0;
     this.numCached = 0;

@@ -14,7 +14,7 @@ export interface SamplingParams {
   readonly topP: number;
   /** 0: all. */
   readonly topK: number;
-  /** With a seed, the same prompt gives the same text on any instance; random numbers hang on (seed, output position) alone. */
+  /** With a seed, the same prompt gives the same text on any instance; random numbers depend on (seed, output position) only. */
   readonly seed: number;
   readonly maxTokens: number;
   /** Before this many tokens no stop token is sampled. */
@@ -100,7 +100,7 @@ export interface TokenHistory {
   tokens(start: number, end: number): Int32Array;
 }
 
-/** What a later prompt may find, or not any more. */
+/** What later prompts can find in the prefix cache from now on, or no longer. */
 export type CacheChange =
   | {
       readonly type: 'stored';
@@ -139,7 +139,7 @@ export interface ScheduledSequence {
   readonly promptLogprobs?: { readonly count: number; readonly targets: Int32Array };
 }
 
-/** Whether what is drawn hangs on the tokens before it. */
+/** Whether the draw depends on the tokens before it. */
 export function looksBack(params: SamplingParams): boolean {
   return (
     penalizes(params) ||

@@ -1,12 +1,14 @@
 /**
- * Announces this instance to its proxies: a heartbeat (ping.ts) for every address of each of them. A name stands for all its addresses, those
+ * Announces this instance to its proxies: by a heartbeat (ping.ts) for every address of each of them, and in etcd where that is configured. A name stands for all its addresses, those
  * of a headless Service for example, and is looked up again and again, since they change.
  */
 import { isIP } from 'node:net';
 import { formatHostPort, type HostPort } from '../net/address.ts';
+import { Etcd } from '../net/etcd.ts';
 import { addressesOf, isLocalhost, reasonOf } from '../net/resolve.ts';
 import { encodePing } from '../wire/codec.ts';
 import { PD_VERSION, type PingMessage, type WorkerLoad } from '../wire/messages.ts';
+import { EtcdRegistration } from './etcd-registration.ts';
 import { type PingContext, Pinger } from './ping.ts';
 import type { ProxyPing } from './types.ts';
 
@@ -28,6 +30,7 @@ export class Announcer {
   /** By address. */
   readonly #heartbeats = new Map<string, Heartbeat>();
   readonly #timer: NodeJS.Timeout | undefined;
+  readonly #registration: EtcdRegistration | undefined;
   #closed = false;
 
   constructor(context: PingContext, ping: ProxyPing, lookUp = addressesOf, lookUpMs = LOOKUP_MS) {
@@ -43,10 +46,20 @@ export class Announcer {
       sendType: options.sendType,
       ...(ping.features && { features: ping.features }),
       ...(ping.events && { events: ping.events }),
+      ...(ping.tokenizer !== undefined && { tokenizer: ping.tokenizer }),
     };
     const message = { type: ping.type, http_address: ping.httpAddress, zmq_address: self } as const;
     this.#message = native ? { ...message, native } : message;
     this.#body = encodePing(this.#message);
+    const { registry, httpAddress } = ping;
+    this.#registration =
+      registry &&
+      new EtcdRegistration({
+        etcd: new Etcd(registry),
+        key: httpAddress,
+        ping: () => this.#body,
+        log: context.log,
+      });
     const names: HostPort[] = [];
     for (const proxy of ping.proxies) {
       if (isIP(proxy.host.replace(/%.*$/, '')) === 0) names.push(proxy);
@@ -66,12 +79,13 @@ export class Announcer {
     for (const { pinger } of this.#heartbeats.values()) pinger.ping();
   }
 
-  /** Idempotent. */
-  close(): void {
+  /** Resolves once etcd, if any, has been told. Idempotent. */
+  async close(): Promise<void> {
     this.#closed = true;
     clearInterval(this.#timer);
     for (const { pinger } of this.#heartbeats.values()) pinger.close();
     this.#heartbeats.clear();
+    await this.#registration?.close();
   }
 
   async #find(name: HostPort): Promise<void> {

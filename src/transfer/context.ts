@@ -1,4 +1,4 @@
-/** What every part of one transfer engine shares, and the log lines and errors they have in common. */
+/** What every part of one transfer engine shares, and what all of them log, count and wait for. */
 
 import type { TransferOptions } from '../config/transfer-options.ts';
 import type { Device, Stream } from '../device/device.ts';
@@ -105,4 +105,14 @@ export function countFailure(context: TransferContext, peer: string, error: PdEr
   context.failures.note('pair', peer, error);
   const kind = Object.hasOwn(COUNTED, code) ? COUNTED[code as keyof typeof COUNTED] : undefined;
   if (kind) context.metrics.inc('pd_protocol_errors_total', 1, kind);
+}
+
+/** Resolves when the stream has done all that is enqueued on it now. */
+export async function passed(context: TransferContext, what: string): Promise<void> {
+  const event = context.stream.record();
+  try {
+    await context.poller.wait(event, context.options.timeouts.transfer, what);
+  } finally {
+    event.dispose();
+  }
 }

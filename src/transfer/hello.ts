@@ -3,15 +3,13 @@
 import type { TransferOptions } from '../config/transfer-options.ts';
 import type { ErrorCode } from '../errors.ts';
 import type { Fingerprint } from '../wire/fingerprint.ts';
-import { BUNDLE_FEATURE, CLOSE_FEATURE, PD_VERSION, type PeerHello } from '../wire/messages.ts';
+import { PD_VERSION, type PeerHello } from '../wire/messages.ts';
 import { sameDirection } from './context.ts';
-import { layoutFeature } from './frozen/form.ts';
 
-const FEATURES = ['seq', BUNDLE_FEATURE, CLOSE_FEATURE];
-
-export function helloOf(options: TransferOptions, features: readonly string[] = FEATURES): PeerHello {
-  const all = [...features, ...layoutFeature(options.wireLayout)];
-  const hello = { version: PD_VERSION, features: all, sendType: options.sendType };
+export function helloOf(options: TransferOptions, features: readonly string[] = []): PeerHello {
+  // what this end sends as long as it does not know that the peer is ours
+  const layout = options.wireLayout === 'blocks-first' ? ['layout:blocks-first'] : [];
+  const hello = { version: PD_VERSION, features: [...features, ...layout], sendType: options.sendType };
   return options.fingerprint ? { ...hello, fingerprint: options.fingerprint } : hello;
 }
 

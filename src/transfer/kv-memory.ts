@@ -98,14 +98,9 @@ export class KvMemory {
     return undefined;
   }
 
-  /**
-   * Memory of the buffer for tensors that travel together: neighbours where their sizes allow it, and each freed by itself. Undefined
-   * where it is not to be had now in one piece. Never before those that wait.
-   */
-  tryAllocateRun(bytes: readonly number[]): Allocation[] | undefined {
-    if (this.#waiters.length > 0) return undefined;
-    const blocks = this.#buffer.arena.allocateRun(bytes);
-    return blocks?.map((block) => this.#hand(this.#buffer, block));
+  /** As `tryAllocate`, but never before those that wait. */
+  tryInTurn(bytes: number): Allocation | undefined {
+    return this.#waiters.length === 0 ? this.tryAllocate(bytes) : undefined;
   }
 
   /** Grows the pool where it must; undefined where there is no room and none can be made. */
@@ -124,10 +119,8 @@ export class KvMemory {
    */
   async waitFor(bytes: number, timeoutMs: number): Promise<Allocation | undefined> {
     if (!this.canEverHold(bytes)) return undefined;
-    if (this.#waiters.length === 0) {
-      const now = this.tryAllocate(bytes);
-      if (now) return now;
-    }
+    const now = this.tryInTurn(bytes);
+    if (now) return now;
     return new Promise((resolve) => {
       const settle = (allocation: Allocation | undefined) => {
         deadline.cancel();

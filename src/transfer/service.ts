@@ -30,16 +30,15 @@ import { Incoming } from './frozen/incoming.ts';
 import { Intake } from './frozen/intake.ts';
 import { Keeper } from './frozen/keeper.ts';
 import { Loads } from './frozen/loads.ts';
-import { OutgoingPeers } from './frozen/peers.ts';
+import { OutgoingPeers } from './frozen/peer.ts';
 import { PutAnnouncement, type SendReply } from './frozen/put.ts';
 import { Stager } from './frozen/stager.ts';
 import { helloOf } from './hello.ts';
 import { KvMemory } from './kv-memory.ts';
 import type { FromWire, NativeInit, ToWire } from './native/channel.ts';
 import { nativeBodyBytes } from './native/codec.ts';
+import { NativeRefusal } from './native/probe.ts';
 import { NativeWire } from './native/wire.ts';
-import { PairLimit } from './pair-limit.ts';
-
 import { Router } from './router.ts';
 import type {
   LoadRequest,
@@ -58,8 +57,6 @@ export interface ServiceParts {
   /** For tests: another device or transport than the options name; the service disposes them. */
   readonly device?: Device;
   readonly wrapTransport?: (transport: Transport) => Transport;
-  /** For tests: what the hello lists; fewer than this version has, as an older one would. */
-  readonly features?: readonly string[];
 }
 
 export class TransferService {
@@ -71,12 +68,13 @@ export class TransferService {
   readonly #intake: Intake;
   readonly #stager: Stager;
   readonly #keeper: Keeper;
-  readonly #limit: PairLimit;
   readonly #incoming: Incoming;
   readonly #native: NativeWire | undefined;
   readonly #loads: Loads;
   readonly #outgoing: OutgoingPeers;
   #announcer: Announcer | undefined;
+  /** The last one has taken back what it announced. */
+  #left: Promise<void> | undefined;
   /** As it was told last. */
   #load: WorkerLoad | undefined;
   #disposed: Promise<void> | undefined;
@@ -95,17 +93,13 @@ export class TransferService {
     this.#intake = new Intake(context);
     const changed = () => this.#pairsChanged();
     const newerPair = (peer: string, since: number) => this.#incoming.newerPair(peer, since);
-    this.#outgoing = new OutgoingPeers(context, { onOpen: changed, onEnd: changed, newerPair });
+    this.#outgoing = new OutgoingPeers(context, { pairsChanged: changed, newerPair });
     this.#stager = new Stager(context);
     this.#keeper = new Keeper(context, this.#stager);
-    this.#limit = new PairLimit(context.options.limits.maxPeers, context.deadlines, () => [
-      ...this.#outgoing.open(),
-      ...this.#incoming.closable(),
-    ]);
     const peers = {
       outgoing: (peer: string) => this.#outgoing.of(peer),
       known: (peer: string) => this.#outgoing.known(peer),
-      pairsChanged: () => this.#pairsChanged(),
+      pairsChanged: changed,
       lostPair: (peer: string) => this.#incoming.lostPair(peer),
       pairs: (peer: string) => this.#pairs().filter((pair) => pair.peer === peer),
     };
@@ -120,7 +114,8 @@ export class TransferService {
       intake: this.#intake,
       keeper: this.#keeper,
       peers,
-      native: this.#native,
+      native:
+        this.#native ?? new NativeRefusal(context, router, (id, error) => this.#loads.sendFailed(id, error)),
     });
   }
 
@@ -162,7 +157,7 @@ export class TransferService {
       const context: TransferContext = {
         options,
         self,
-        hello: helloOf(options, parts.features),
+        hello: helloOf(options),
         device,
         transport,
         stream: device.createStream(),
@@ -276,7 +271,7 @@ export class TransferService {
   }
 
   stopPing(): void {
-    this.#announcer?.close();
+    if (this.#announcer) this.#left = this.#announcer.close();
     this.#announcer = undefined;
   }
 
@@ -330,12 +325,12 @@ export class TransferService {
     await this.#router.close();
     await this.#gate?.close();
     this.#loads.dispose(reason);
-    for (const peer of this.#outgoing.all()) peer.close(reason);
+    this.#outgoing.close(reason);
     this.#incoming.close(reason);
     this.#native?.close(reason);
-    this.#keeper.dispose();
     memory.dispose();
     await transport.dispose();
+    await this.#left;
     poller.dispose(reason);
     deadlines.clear();
     stream.dispose();
@@ -343,12 +338,11 @@ export class TransferService {
   }
 
   get #numPairs(): number {
-    return this.#outgoing.open().length + this.#incoming.openPairs + (this.#native?.openPairs ?? 0);
+    return this.#outgoing.openPairs + this.#incoming.openPairs + (this.#native?.openPairs ?? 0);
   }
 
   #pairsChanged(): void {
     if (this.#disposed) return;
-    this.#limit.check();
     this.#context.metrics.set('pd_pairs_open', this.#numPairs);
   }
 }

@@ -3,6 +3,7 @@
 import type { KvKey } from '../config/transfer-options.ts';
 import type { EventRef, MemoryRef, PagedLayer } from '../device/device.ts';
 import type { HostPort } from '../net/address.ts';
+import type { EtcdAddress } from '../net/etcd.ts';
 import type { Dtype } from '../wire/dtype.ts';
 import type { TensorId, TransferId } from '../wire/ids.ts';
 import type { KvEventPorts, SendType } from '../wire/messages.ts';
@@ -11,6 +12,8 @@ import type { FailureState } from './failures.ts';
 export interface ProxyPing {
   /** Where proxies take pings. Of a name every address is pinged that takes them, and it is looked up again every ten seconds. */
   readonly proxies: readonly HostPort[];
+  /** etcd, where this instance registers too. */
+  readonly registry?: EtcdAddress;
   readonly type: 'P' | 'D';
   readonly httpAddress: string;
   readonly intervalMs: number;
@@ -18,6 +21,8 @@ export interface ProxyPing {
   readonly features?: readonly string[];
   /** Where KV events of this worker are published. */
   readonly events?: KvEventPorts;
+  /** `PingHello.tokenizer`. */
+  readonly tokenizer?: string;
 }
 
 /** What `send` sends: bytes where they lie, or blocks of a paged cache, which are gathered first. */
@@ -83,7 +88,7 @@ export interface LoadResult {
 export interface PairState {
   readonly peer: string;
   readonly direction: 'outgoing' | 'incoming';
-  readonly state: 'connecting' | 'opening' | 'open' | 'closing' | 'over';
+  readonly state: 'connecting' | 'opening' | 'open' | 'over';
   readonly ours: boolean;
   readonly queued: number;
   readonly outstanding: number;

@@ -15,27 +15,16 @@ export interface CreateTransportOptions {
   readonly ncclNumChannels: number;
 }
 
-/** What `./nccl/transport.ts` offers; loaded only for a cuda device. */
-interface NcclModule {
-  createNcclTransport(device: Device, options: CreateTransportOptions): Promise<Transport>;
-}
-
 /** The transport that reaches the memory of `device`. */
 export async function createTransport(device: Device, options: CreateTransportOptions): Promise<Transport> {
   switch (device.kind) {
     case 'host':
       return HostTransport.create(options);
     case 'cuda': {
-      const nccl = await loadNccl(device.name);
-      return nccl.createNcclTransport(device, options);
+      const { createNcclTransport } = await import('./nccl/transport.ts').catch((cause: unknown) => {
+        throw PdError.from(cause, 'DEVICE_UNAVAILABLE', { device: device.name });
+      });
+      return createNcclTransport(device, options);
     }
-  }
-}
-
-async function loadNccl(device: string): Promise<NcclModule> {
-  try {
-    return await import('./nccl/transport.ts');
-  } catch (cause) {
-    throw PdError.from(cause, 'DEVICE_UNAVAILABLE', { device });
   }
 }

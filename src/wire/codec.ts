@@ -6,16 +6,6 @@
 import { Decoder, Encoder } from '@msgpack/msgpack';
 import { PdError, unreachable } from '../errors.ts';
 import {
-  getsAnswerFields,
-  getsFields,
-  putsAnswerFields,
-  putsFields,
-  readGets,
-  readGetsAnswer,
-  readPuts,
-  readPutsAnswer,
-} from './bundle.ts';
-import {
   checkDtype,
   checkShape,
   checkTensorId,
@@ -36,7 +26,7 @@ import {
   checkMsgpack,
   DECODER_LIMITS,
   MAX_BODY_BYTES,
-  MAX_BUNDLE,
+  MAX_DIGEST,
   MAX_TEXT,
   protocolError,
   type WireLimits,
@@ -68,16 +58,9 @@ export function encodeMessage(message: WireMessage): Uint8Array {
       );
     }
     case 'GET': {
-      const { cmd, native } = message;
-      const tensor_id = checkTensorId(message.tensor_id, cmd);
-      return encode(native ? { cmd, tensor_id, pd: seqFields(native.seq) } : { cmd, tensor_id });
+      const { cmd } = message;
+      return encode({ cmd, tensor_id: checkTensorId(message.tensor_id, cmd) });
     }
-    case 'PUTS':
-      return encode(putsFields(message));
-    case 'GETS':
-      return encode(getsFields(message));
-    case 'CLOSE':
-      return encode({ cmd: message.cmd });
     default:
       return unreachable(message, 'message');
   }
@@ -106,13 +89,7 @@ function readMessage(fields: Fields, limits: WireLimits): WireMessage {
     case 'PUT':
       return readPut(fields, limits);
     case 'GET':
-      return readGet(fields);
-    case 'PUTS':
-      return readPuts(fields, limits);
-    case 'GETS':
-      return readGets(fields);
-    case 'CLOSE':
-      return { cmd };
+      return { cmd, tensor_id: checkTensorId(field(fields, 'tensor_id'), cmd) };
     default:
       throw typeof cmd === 'string'
         ? protocolError('unknown_command', `unknown command ${show(cmd)}`)
@@ -121,24 +98,15 @@ function readMessage(fields: Fields, limits: WireLimits): WireMessage {
 }
 
 /**
- * The answer to a message that `decodeMessage` refused with `error`. Answers are matched by order, or by the `seq` of what they answer, so
- * every message that is recognizably an announcement must get one: its sender would wait, vLLM for ever. Undefined for anything else,
- * and for a GETS without the fields that its answer must repeat.
+ * The answer to a message that `decodeMessage` refused with `error`. Answers are matched by order, so every message that is recognizably
+ * an announcement must get one: its sender would wait, vLLM for ever. Undefined for anything else.
  */
 export function answerToInvalid(error: unknown): Answer | undefined {
-  if (!(error instanceof PdError)) return undefined;
-  const { cmd, seq, tensors } = error.context;
-  switch (cmd) {
+  switch (error instanceof PdError ? error.context['cmd'] : undefined) {
     case 'PUT':
-    case 'PUTS':
-      // For a bundle it means all of it: the sender then tries its tensors one by one.
       return { kind: 'no-room' };
     case 'GET':
-      return typeof seq === 'number' ? { kind: 'get', ret: 1, seq } : { kind: 'get', ret: 1 };
-    case 'GETS': {
-      if (typeof seq !== 'number' || typeof tensors !== 'number') return undefined;
-      return { kind: 'gets', seq, tensors: Array.from({ length: tensors }, () => 'missing'), runs: [] };
-    }
+      return { kind: 'get', ret: 1 };
     default:
       return undefined;
   }
@@ -151,21 +119,14 @@ export function encodeAnswer(answer: Answer): Uint8Array {
     case 'no-pair':
       return Uint8Array.of(RAW_ANSWERS[answer.kind]);
     case 'get': {
-      const { ret, seq } = answer;
+      const { ret } = answer;
       const fields = ret === 0 ? { ret, shape: answer.shape, dtype: answer.dtype } : { ret };
-      const prompt = ret === 0 ? promptFields(answer.promptDigest) : {};
-      const gone = ret === 1 && answer.gone ? { gone: true } : {};
-      const near = ret === 1 ? nearFields(answer.near) : {};
-      return encode(
-        seq === undefined ? fields : { ...fields, pd: { ...seqFields(seq), ...prompt, ...gone, ...near } },
-      );
+      const pd =
+        ret === 0
+          ? promptFields(answer.promptDigest)
+          : { ...(answer.gone ? { gone: true } : {}), ...nearFields(answer.near) };
+      return encode(Object.keys(pd).length > 0 ? { ...fields, pd } : fields);
     }
-    case 'puts':
-      return encode(putsAnswerFields(answer));
-    case 'gets':
-      return encode(getsAnswerFields(answer));
-    case 'close':
-      return encode({ close: answer.stage });
     case 'hello': {
       const { refused } = answer;
       const pd = helloFields(answer.hello);
@@ -190,10 +151,6 @@ export function decodeAnswer(body: Uint8Array, limits: WireLimits): Answer {
     }
   }
   const fields = decodeMap(body, 'answer');
-  if (field(fields, 'puts') !== undefined) return readPutsAnswer(fields);
-  if (field(fields, 'gets') !== undefined) return readGetsAnswer(fields, limits);
-  const close = field(fields, 'close');
-  if (close === 'ask' || close === 'done') return { kind: 'close', stage: close };
   const ret = field(fields, 'ret');
   const pd = optionalMap(fields, 'pd', 'answer');
   if (ret === undefined && pd) {
@@ -201,18 +158,16 @@ export function decodeAnswer(body: Uint8Array, limits: WireLimits): Answer {
     const refused = readRefusal(pd);
     return refused ? { kind: 'hello', hello, refused } : { kind: 'hello', hello };
   }
-  const seq = pd ? readSeq(pd, 'answer to GET') : {};
   switch (ret) {
     case 0: {
       const dtype = checkDtype(field(fields, 'dtype'), 'answer to GET');
       const shape = checkShape(field(fields, 'shape'), dtype, limits, 'answer to GET');
-      return { kind: 'get', ret, shape, dtype, ...seq, ...(pd && readPrompt(pd, 'answer to GET')) };
+      return { kind: 'get', ret, shape, dtype, ...(pd && readPrompt(pd, 'answer to GET')) };
     }
     case 1:
       return {
         kind: 'get',
         ret,
-        ...seq,
         ...(pd && field(pd, 'gone') === true ? { gone: true } : {}),
         ...(pd ? readNear(pd, 'answer to GET') : {}),
       };
@@ -224,12 +179,13 @@ export function decodeAnswer(body: Uint8Array, limits: WireLimits): Answer {
 export function encodePing(ping: PingMessage): Uint8Array {
   const { type, http_address, zmq_address, native } = ping;
   if (!native) return encode({ type, http_address, zmq_address });
-  const { version, digest, model, sendType, features, load, events } = native;
+  const { version, digest, model, sendType, features, load, events, tokenizer } = native;
   const told = {
     ...(sendType === undefined ? {} : { send_type: sendType }),
     ...(features === undefined ? {} : { features }),
     ...(load === undefined ? {} : { load: loadFields(load) }),
     ...(events === undefined ? {} : { events }),
+    ...(tokenizer === undefined ? {} : { tokenizer }),
   };
   return encode({ type, http_address, zmq_address, pd: { version, digest, model, ...told } });
 }
@@ -287,32 +243,12 @@ function readPut(fields: Fields, limits: WireLimits): WireMessage {
   return pd ? { ...put, native: readPrompt(pd, what) } : put;
 }
 
-function readGet(fields: Fields): WireMessage {
-  const cmd = 'GET';
-  const tensor_id = checkTensorId(field(fields, 'tensor_id'), cmd);
-  const pd = optionalMap(fields, 'pd', `${cmd} ${show(tensor_id)}`);
-  return pd ? { cmd, tensor_id, native: readSeq(pd, cmd) } : { cmd, tensor_id };
-}
-
-/** What a refused announcement asks for, as far as it is readable. `tensors`: how many a GETS names. */
-function askedInVain(
-  body: Uint8Array,
-  fields: Fields | undefined,
-): { readonly cmd?: string; readonly seq?: number; readonly tensors?: number } {
+/** What a refused announcement asks for, as far as it is readable. */
+function askedInVain(body: Uint8Array, fields: Fields | undefined): { readonly cmd?: string } {
   // Even if it is too large or too deep to decode, it begins as all do: a vLLM peer's id may be longer than we allow.
   if (!fields) return leadingCommand(body);
   const cmd = field(fields, 'cmd');
-  if (typeof cmd !== 'string') return {};
-  const pd = field(fields, 'pd');
-  const seq = cmd === 'GETS' ? field(fields, 'seq') : isFields(pd) ? field(pd, 'seq') : undefined;
-  const names = field(fields, 'names');
-  return {
-    cmd,
-    ...(typeof seq === 'number' && Number.isSafeInteger(seq) && seq >= 0 ? { seq } : {}),
-    ...(cmd === 'GETS' && Array.isArray(names) && names.length > 0 && names.length <= MAX_BUNDLE
-      ? { tensors: names.length }
-      : {}),
-  };
+  return typeof cmd === 'string' ? { cmd } : {};
 }
 
 /** `cmd` of a map that begins with it. */
@@ -322,18 +258,10 @@ function leadingCommand(body: Uint8Array): { readonly cmd?: string } {
   const at = first >> 4 === 0x8 ? 1 : first === 0xde ? 3 : first === 0xdf ? 5 : undefined;
   if (at === undefined) return {};
   const head = Buffer.from(body.subarray(at, at + 9)).toString('latin1');
-  const cmd = ['PUTS', 'GETS', 'PUT', 'GET'].find((name) =>
+  const cmd = ['PUT', 'GET'].find((name) =>
     head.startsWith(`\xa3cmd${String.fromCharCode(0xa0 + name.length)}${name}`),
   );
   return cmd ? { cmd } : {};
-}
-
-function seqFields(seq: number | undefined): Fields {
-  return seq === undefined ? {} : { seq };
-}
-
-function readSeq(pd: Fields, what: string): { seq?: number } {
-  return field(pd, 'seq') === undefined ? {} : { seq: countField(pd, 'seq', 0, what) };
 }
 
 function readPingHello(pd: Fields): PingHello {
@@ -345,6 +273,9 @@ function readPingHello(pd: Fields): PingHello {
     ...(field(pd, 'features') === undefined ? {} : { features: readFeatures(pd, 'ping') }),
     ...readLoad(pd),
     ...readEventPorts(pd),
+    ...(field(pd, 'tokenizer') === undefined
+      ? {}
+      : { tokenizer: textField(pd, 'tokenizer', MAX_DIGEST, 'ping') }),
   };
 }
 

@@ -18,9 +18,7 @@ export const MAX_DIGEST = 64;
 const MAX_STR = MAX_TENSOR_ID * 4;
 const MAX_BIN = 4096;
 const MAX_EXT = 256;
-/** Tensors of one bundle. */
-export const MAX_BUNDLE = 1024;
-const MAX_ARRAY = MAX_BUNDLE;
+const MAX_ARRAY = 1024;
 const MAX_MAP = 64;
 const MAX_DEPTH = 8;
 

@@ -55,8 +55,6 @@ export interface PutMessage {
 export interface GetMessage {
   readonly cmd: 'GET';
   readonly tensor_id: TensorId;
-  /** Only to a peer known to be native: it may then answer out of order, and repeats `seq`. */
-  readonly native?: { readonly seq?: number };
 }
 
 /** The shape and type of a tensor on the wire. */
@@ -67,34 +65,7 @@ export interface TensorForm {
   readonly promptDigest?: string | undefined;
 }
 
-/** "I want to send you these tensors, in one operation." `runs`: how many of them lie one after the other in the sender's memory. */
-export interface PutsMessage {
-  readonly cmd: 'PUTS';
-  readonly seq: number;
-  readonly tensors: readonly (TensorForm & { readonly tensor_id: TensorId })[];
-  readonly runs: readonly number[];
-}
-
-/** "Send me these tensors, in one operation." `bytes`: sizes that the requester has memory for, in `runs` of neighbours; 0: none yet. */
-export interface GetsMessage {
-  readonly cmd: 'GETS';
-  readonly seq: number;
-  readonly tensors: readonly { readonly tensor_id: TensorId; readonly bytes: number }[];
-  readonly runs: readonly number[];
-}
-
-/** "Our pair is idle: close it with me." Sent by the side that sent NEW. */
-export interface CloseMessage {
-  readonly cmd: 'CLOSE';
-}
-
-/** Everything except NEW, PUT and GET is sent only to a peer whose hello lists the feature. */
-export type WireMessage = NewMessage | PutMessage | GetMessage | PutsMessage | GetsMessage | CloseMessage;
-
-/** PUTS, GETS and their answers. */
-export const BUNDLE_FEATURE = 'bundle';
-/** CLOSE and its answers. */
-export const CLOSE_FEATURE = 'close';
+export type WireMessage = NewMessage | PutMessage | GetMessage;
 
 /** From rank 0 of an instance to the proxy, as a heartbeat. `P` is prefill, `D` decode. */
 export interface PingMessage {
@@ -118,6 +89,8 @@ export interface PingHello {
   readonly load?: WorkerLoad;
   /** Absent if it publishes none. */
   readonly events?: KvEventPorts;
+  /** Digest of tokenizer, chat template and ends of text: equal ones make the same ids of a request. Absent in pings of older workers. */
+  readonly tokenizer?: string;
 }
 
 /** The ports on which a worker publishes what it has cached (kv-events.ts), on the host of its `zmq_address`. */
@@ -140,11 +113,6 @@ export interface WorkerLoad {
   readonly queuedTokens: number;
 }
 
-/** The answer for one tensor of PUTS. */
-export type PutVerdict = 'send' | 'no-room' | 'unwanted';
-/** The answer for one tensor of GETS: its form if it is here. */
-export type GetVerdict = TensorForm | 'missing' | 'gone';
-
 /** The answers of a listener. */
 export type Answer =
   /** PUT: send now. */
@@ -154,43 +122,16 @@ export type Answer =
   /** PUT, between native peers: there is no pair, send NEW first. */
   | { readonly kind: 'no-pair' }
   /** GET: the data follows on the pair, in the order of these answers. */
-  | {
-      readonly kind: 'get';
-      readonly ret: 0;
-      readonly shape: readonly number[];
-      readonly dtype: Dtype;
-      readonly seq?: number;
-      /** Between native peers, as in TensorForm. */
-      readonly promptDigest?: string | undefined;
-    }
-  /** GET: not here (or, between native peers, not in time). */
+  | ({ readonly kind: 'get'; readonly ret: 0 } & TensorForm)
+  /** GET: not here. */
   | {
       readonly kind: 'get';
       readonly ret: 1;
-      readonly seq?: number;
       /** Between native peers: it was here and has been dropped, so asking again is pointless. */
-      readonly gone?: true;
+      readonly gone?: boolean;
       /** Between native peers: tensors that are kept under another id of the same request. */
       readonly near?: readonly string[];
     }
-  /** PUTS: per tensor; the data of those to `send` follows as one operation. `runs`: of those, in the receiver's memory. */
-  | {
-      readonly kind: 'puts';
-      readonly seq: number;
-      readonly verdicts: readonly PutVerdict[];
-      readonly runs: readonly number[];
-    }
-  /** GETS: what is here follows as one operation. `missing` may still come, `gone` will not. `runs`: of those here, in the sender's memory. */
-  | {
-      readonly kind: 'gets';
-      readonly seq: number;
-      readonly tensors: readonly GetVerdict[];
-      readonly runs: readonly number[];
-      /** As with GET. */
-      readonly near?: readonly string[];
-    }
-  /** Between native peers, from the listener: `ask` the other side to close the pair if it is idle; `done`: this end has closed it. */
-  | { readonly kind: 'close'; readonly stage: 'ask' | 'done' }
   /** NEW, between native peers. With `refused` no pair is opened. */
   | {
       readonly kind: 'hello';

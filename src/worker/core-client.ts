@@ -1,4 +1,4 @@
-/** The main thread's side of the core thread: requests in, outputs to whoever asked, and one place where the core's death is heard. */
+/** The main thread's side of the core thread: sends requests, delivers outputs to whoever asked, and is the first to learn of the core's death. */
 import { type Deferred, deferred, withDeadline } from '../deferred.ts';
 import { type ErrorData, PdError, unreachable } from '../errors.ts';
 import type { CacheChange, CoreRequest, RequestOutput } from '../scheduler/types.ts';
@@ -7,7 +7,7 @@ import type { EngineRequestId } from '../wire/ids.ts';
 import { AsyncQueue } from './async-queue.ts';
 import type { CoreInfo, CoreInit, CoreState, FromCore, ToCore } from './core-messages.ts';
 
-/** The core thread as its client has it. */
+/** The core thread as its client sees it. */
 export type CorePort = ThreadPort<ToCore, FromCore>;
 
 /** The outputs of one request, in order; throws where the request failed or was aborted by its signal. Leaving the loop aborts it. */
@@ -36,7 +36,7 @@ export interface CoreClientOptions {
   readonly shutdownTimeoutMs?: number;
 }
 
-/** A core that has failed takes itself apart, and has so long for it. */
+/** For a core that has failed to take itself apart. */
 const FAILED_END_MS = 2_000;
 
 /** A thread inside a native call that never returns cannot be ended; whoever ends the process knows how to (cli/worker.ts). */
@@ -58,7 +58,7 @@ export class CoreClient {
   /** Resolves once the core has closed what it held, or its thread is over. */
   readonly #gone = deferred<void>();
   #stateSeq = 0;
-  /** Set once the core takes nothing any more. */
+  /** Set once the core accepts nothing any more. */
   #over: PdError | undefined;
   #closing: Promise<void> | undefined;
 

@@ -65,7 +65,7 @@ export class CoreGrammars {
     return mask;
   }
 
-  /** Also after tokens that were not drawn here, and where a prompt is computed anew. */
+  /** Also after tokens that were not drawn here, and when a prompt is recomputed. */
   #read(use: GrammarUse, history: TokenHistory): Progress {
     let progress = this.#progress.get(history);
     if (!progress) {

@@ -1,8 +1,9 @@
 /** What main thread and core thread say to each other. Plain data: structured clone. */
 import type { WorkerConfig } from '../config/worker-config.ts';
 import type { ErrorData } from '../errors.ts';
+import type { Timeline } from '../observability/timelines.ts';
 import type { CacheChange, CoreRequest, RequestOutput } from '../scheduler/types.ts';
-import type { HandOverState } from '../transfer/native/hand-over-api.ts';
+import type { HandOverStage, HandOverState } from '../transfer/native/hand-over-api.ts';
 import type { TransferState } from '../transfer/types.ts';
 import type { Fingerprint } from '../wire/fingerprint.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
@@ -25,6 +26,12 @@ export interface CoreInfo {
   readonly fingerprint: Fingerprint;
 }
 
+/**
+ * Of a prompt in the core, which knows it by its transfer id: `received` from the main thread, computed in one or several steps (`step`: one
+ * begins) until its first token is `drawn` or has come with its KV, and `posted`.
+ */
+export type CoreStage = 'received' | 'step' | 'drawn' | 'posted' | HandOverStage;
+
 export interface CoreState {
   readonly running: number;
   readonly waiting: number;
@@ -32,6 +39,8 @@ export interface CoreState {
   readonly blocks: { readonly used: number; readonly cached: number; readonly total: number };
   /** What `checkIntegrity()` of scheduler and block manager says, where it was asked for: empty when all is well. */
   readonly integrity?: readonly string[];
+  /** With `integrity`. */
+  readonly recentRequests?: readonly Timeline<CoreStage>[];
   readonly transfer?: TransferState;
   /** Of the native hand-over, where it is spoken. */
   readonly handOver?: HandOverState;
@@ -42,14 +51,19 @@ export type ToCore =
   | { readonly type: 'abort'; readonly requestId: EngineRequestId; readonly index?: number }
   /** `integrity`: with a look through every block, which takes seconds where there are millions. */
   | { readonly type: 'state'; readonly seq: number; readonly integrity: boolean }
-  /** KV of these requests is of no use any more: nobody will come for it, or with it. */
+  /** KV of these requests is no longer of use: nobody will fetch it, or bring it. */
   | { readonly type: 'release'; readonly transferIds: readonly TransferId[] }
   /** The producer is done with the prompts of these requests. */
   | { readonly type: 'prefilled'; readonly transferIds: readonly TransferId[] }
   /** Their producer could not send the KV of these requests. */
   | { readonly type: 'kv-failed'; readonly transferIds: readonly TransferId[]; readonly reason: ErrorData }
-  /** HTTP is up: start the pings. `events`: where what this core says of its cache is published. */
-  | { readonly type: 'serve'; readonly httpAddress: string; readonly events?: KvEventPorts }
+  /** HTTP is up: start the pings. `events`: where what this core says of its cache is published. `tokenizer`: digest of what it reads by. */
+  | {
+      readonly type: 'serve';
+      readonly httpAddress: string;
+      readonly tokenizer: string;
+      readonly events?: KvEventPorts;
+    }
   /** No more pings; requests under way go on. */
   | { readonly type: 'drain' }
   /** Ends the thread: transfer engine first. */

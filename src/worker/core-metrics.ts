@@ -31,6 +31,10 @@ export class CoreMetrics {
     }
   }
 
+  step(tokens: number): void {
+    this.#page.inc('pd_step_tokens_total', tokens);
+  }
+
   finished(reason: FinishReason): void {
     this.#page.inc('vllm:request_success_total', 1, reason);
   }

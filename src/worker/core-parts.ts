@@ -1,27 +1,25 @@
 /** Puts the core together: device, model, transfer engine, connectors, scheduler, loop; and takes it apart again. */
-import { randomBytes } from 'node:crypto';
 import type { WorkerConfig } from '../config/worker-config.ts';
 import { P2pSchedulerConnector } from '../connector/scheduler-connector.ts';
 import { P2pWorkerConnector } from '../connector/worker-connector.ts';
 import { createDevice } from '../device/create-device.ts';
 import type { Device } from '../device/device.ts';
-import { PdError } from '../errors.ts';
-import { blockBytes } from '../kv/layout.ts';
 import { createExecutor } from '../model/create-executor.ts';
 import type { Executor } from '../model/executor.ts';
 import { formatHostPort } from '../net/address.ts';
 import type { Logger } from '../observability/log.ts';
 import { MetricsPage } from '../observability/metrics.ts';
-import { maxSequenceLength, Scheduler } from '../scheduler/scheduler.ts';
+import { Timelines } from '../observability/timelines.ts';
+import { maxSequenceLength, Scheduler, type SchedulerOptions } from '../scheduler/scheduler.ts';
 import type { TransferEngine } from '../transfer/engine.ts';
 import type { NativeInit } from '../transfer/native/channel.ts';
-import type { DirectWays, SharedCache } from '../transfer/native/direct.ts';
 import type { HandOver } from '../transfer/native/hand-over.ts';
-import type { Nonce } from '../transfer/native/messages.ts';
+import type { KvCache } from '../transfer/native/kv-cache.ts';
+import type { NativeTransfer, NativeTransferParts } from '../transfer/native/native-transfer.ts';
 import type { Fingerprint } from '../wire/fingerprint.ts';
 import { CoreLoop, type CoreLoopOptions } from './core.ts';
 import { CoreGrammars } from './core-grammars.ts';
-import type { CoreInfo, CoreInit } from './core-messages.ts';
+import type { CoreInfo, CoreInit, CoreStage } from './core-messages.ts';
 
 export interface CoreParts {
   readonly loop: CoreLoop;
@@ -42,41 +40,52 @@ export async function createCore(
 ): Promise<CoreParts> {
   const { config } = init;
   const undo: (() => void | Promise<void>)[] = [];
+  let loop: CoreLoop | undefined;
   const dispose = async () => {
     for (let last = undo.pop(); last; last = undo.pop()) await last();
   };
   try {
     const device = await createDevice(config.transfer.device);
     undo.push(() => device.dispose());
-    const shared = await createSharedCache(config, device, log);
-    if (shared) undo.push(() => shared.dispose());
+    const shared: { cache?: KvCache } = {};
     const { executor, fingerprint, maxModelLen, numBlocks } = await createExecutor({
       config,
       device,
       log,
-      ...(shared && { allocateCache: shared.allocate }),
+      ...(sharesCache(config, device) && {
+        allocateCache: async (on, layout, names) => {
+          const { KvCache } = await import('../transfer/native/kv-cache.ts');
+          const cache = await KvCache.allocate(on, layout, names, log);
+          undo.push(() => cache.dispose());
+          shared.cache = cache;
+          return cache.layers;
+        },
+      }),
     });
     undo.push(() => executor.dispose());
-    const nonce = randomBytes(16).toString('hex') as Nonce;
-    const direct = await openDirect(config, {
+    const timelines = new Timelines<CoreStage>();
+    const openEngine = (native?: NativeInit) =>
+      createEngine(config, fingerprint, init.metrics.transfer, native);
+    const native = await createNative(config, {
       device,
       layers: executor.layers,
-      exported: shared?.exported(),
-      nonce,
+      exported: shared.cache?.exported,
+      busy: () => loop?.isBusy ?? true,
       log,
+      metrics: new MetricsPage(init.metrics.core),
+      onStage: (id, stage) => timelines.stamp(id, stage),
+      openEngine,
     });
-    if (direct) undo.push(() => direct.close());
-    const native = nativeInit(config, executor, nonce, direct);
-    const engine = await createEngine(config, fingerprint, init.metrics.transfer, native);
-    if (engine) undo.push(() => engine.dispose());
-    const handOver =
-      engine &&
-      native &&
-      (await createHandOver(config, { engine, init: native, direct, log, metrics: init.metrics.core }));
-    if (handOver) undo.push(() => handOver.close());
+    if (native) undo.push(() => native.close());
+    // An undivided worker needs neither ZeroMQ nor a transport.
+    const frozen = native || config.role === 'both' ? undefined : await openEngine();
+    if (frozen) undo.push(() => frozen.dispose());
+    const engine = native?.engine ?? frozen;
+    const handOver = native?.whole;
     const limits = { numBlocks, blockSize: config.blockSize, maxModelLen };
+    loop = createLoop(init, limits, executor, engine, handOver, { log, timelines, ...told });
     return {
-      loop: createLoop(init, { executor, engine, handOver, limits, log, told }),
+      loop,
       info: {
         ...(engine && { kvAddress: formatHostPort(engine.address) }),
         maxModelLen: maxSequenceLength(limits),
@@ -95,18 +104,16 @@ export async function createCore(
   }
 }
 
-interface LoopParts {
-  readonly executor: Executor;
-  readonly engine: TransferEngine | undefined;
-  readonly handOver: HandOver | undefined;
-  readonly limits: { readonly numBlocks: number; readonly blockSize: number; readonly maxModelLen: number };
-  readonly log: Logger;
-  readonly told: Pick<CoreLoopOptions, 'post' | 'kvSaved' | 'cacheChanged'>;
-}
-
-function createLoop(init: CoreInit, parts: LoopParts): CoreLoop {
+function createLoop(
+  init: CoreInit,
+  limits: Pick<SchedulerOptions, 'numBlocks' | 'blockSize' | 'maxModelLen'>,
+  executor: Executor,
+  engine: TransferEngine | undefined,
+  handOver: HandOver | undefined,
+  reporting: Pick<CoreLoopOptions, 'post' | 'kvSaved' | 'cacheChanged' | 'log' | 'timelines'>,
+): CoreLoop {
   const { config } = init;
-  const { executor, engine, handOver, limits, log, told } = parts;
+  const { log } = reporting;
   const { role, blockSize, maxNumSeqs, maxNumBatchedTokens, enablePrefixCaching, kvEventsPort } = config;
   const metrics = new MetricsPage(init.metrics.core);
   const split = role !== 'both' && engine ? { role, engine } : undefined;
@@ -142,9 +149,8 @@ function createLoop(init: CoreInit, parts: LoopParts): CoreLoop {
     ...(connector && { connector }),
     loadFailure: config.loadFailure,
     metrics,
-    log,
     ...(engine && { reportLoad: (load) => engine.reportLoad(load) }),
-    ...told,
+    ...reporting,
   });
 }
 
@@ -153,9 +159,7 @@ async function createEngine(
   fingerprint: Fingerprint,
   metrics: SharedArrayBuffer,
   native: NativeInit | undefined,
-): Promise<TransferEngine | undefined> {
-  if (config.role === 'both') return undefined;
-  // An undivided worker needs neither ZeroMQ nor a transport.
+): Promise<TransferEngine> {
   const { TransferEngine } = await import('../transfer/engine.ts');
   const { transfer, http, httpAnnounceHost, proxy } = config;
   return TransferEngine.open(
@@ -177,85 +181,19 @@ function speaksNative({ role, wire, transfer }: WorkerConfig): boolean {
   return role !== 'both' && wire !== 'frozen' && transfer.kvKey === 'transfer';
 }
 
-/** Between GPUs of one host, where the settings allow it. */
-function wantsDirect(config: WorkerConfig, device: Device): boolean {
+/** Of a consumer on a GPU: producers of its host may write into it, where the settings allow it. */
+function sharesCache(config: WorkerConfig, device: Device): boolean {
   const allowed = config.transport === 'auto' || config.transport === 'direct';
-  return speaksNative(config) && allowed && device.kind === 'cuda';
+  return config.role === 'consumer' && speaksNative(config) && allowed && device.kind === 'cuda';
 }
 
-/** Of a consumer whose cache others may write into. */
-async function createSharedCache(
+async function createNative(
   config: WorkerConfig,
-  device: Device,
-  log: Logger,
-): Promise<SharedCache | undefined> {
-  if (config.role !== 'consumer' || !wantsDirect(config, device)) return undefined;
-  const { sharedCache } = await import('../transfer/native/direct.ts');
-  return sharedCache(log);
-}
-
-/** Undefined where it is not wanted, or `auto` and not possible here. */
-async function openDirect(
-  config: WorkerConfig,
-  options: Parameters<typeof DirectWays.open>[0],
-): Promise<DirectWays | undefined> {
-  if (!wantsDirect(config, options.device)) return undefined;
-  try {
-    const { DirectWays } = await import('../transfer/native/direct.ts');
-    return await DirectWays.open(options);
-  } catch (error) {
-    if (config.transport === 'direct') throw error;
-    const { code, message } = PdError.from(error);
-    options.log.warn({ code }, `direct writes are not possible here, KV goes by nccl: ${message}`);
-    return undefined;
-  }
-}
-
-function nativeInit(
-  config: WorkerConfig,
-  { layers }: Executor,
-  nonce: Nonce,
-  direct: DirectWays | undefined,
-): NativeInit | undefined {
-  const [first] = layers;
-  if (!speaksNative(config) || !first) return undefined;
-  const { layout, memory } = first.cache;
-  const { numBlocks: blocks, blockSize, family } = layout;
-  const pairs =
-    memory.kind === 'host' ? (['host'] as const) : config.transport === 'direct' ? [] : (['nccl'] as const);
-  return {
-    nonce,
-    layers: layers.map(({ cache }) => cache),
-    shape: { blocks, blockSize, layers: layers.length, blockBytes: blockBytes(layout), family },
-    transports: [...(direct ? (['direct'] as const) : []), ...pairs],
-    ...(direct && { direct: direct.place }),
-  };
-}
-
-interface HandOverParts {
-  readonly engine: TransferEngine;
-  readonly init: NativeInit;
-  readonly direct: DirectWays | undefined;
-  readonly log: Logger;
-  readonly metrics: SharedArrayBuffer;
-}
-
-async function createHandOver(
-  { role, transfer }: WorkerConfig,
-  { engine, init, direct, log, metrics }: HandOverParts,
-): Promise<HandOver | undefined> {
-  if (role === 'both') return undefined;
-  const { HandOver } = await import('../transfer/native/hand-over.ts');
+  parts: Omit<NativeTransferParts, 'role' | 'rank' | 'transport' | 'leaseMs'>,
+): Promise<NativeTransfer | undefined> {
+  const { role, transport, transfer } = config;
+  if (role === 'both' || !speaksNative(config) || parts.layers.length === 0) return undefined;
+  const { NativeTransfer } = await import('../transfer/native/native-transfer.ts');
   const { rank, timeouts } = transfer;
-  const wire = engine.native.bind(engine);
-  return new HandOver({
-    init,
-    wire,
-    role,
-    rank,
-    leaseMs: timeouts.orphan,
-    log,
-    metrics: new MetricsPage(metrics),
-    ...(direct && { direct }),
-  });
+  return NativeTransfer.open({ ...parts, role, rank, transport, leaseMs: timeouts.orphan });
 }

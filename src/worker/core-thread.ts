@@ -3,6 +3,7 @@ import { parentPort, workerData } from 'node:worker_threads';
 import { PdError, unreachable } from '../errors.ts';
 import { createLogger } from '../observability/log.ts';
 import { NATIVE_FEATURE, OVERLAP_FEATURE, TLS_FEATURE } from '../wire/overlap.ts';
+import { PROMPT_IDS_FEATURE } from '../wire/prompt-ids.ts';
 import type { CoreInit, FromCore, ToCore } from './core-messages.ts';
 import { type CoreParts, createCore } from './core-parts.ts';
 
@@ -134,20 +135,23 @@ async function answerState(
 /** Rank 0 speaks for its instance. */
 function startPing(
   core: CoreParts,
-  { httpAddress, events }: Extract<ToCore, { readonly type: 'serve' }>,
+  { httpAddress, events, tokenizer }: Extract<ToCore, { readonly type: 'serve' }>,
 ): void {
-  const { proxy, role, transfer, pingIntervalMs } = config;
-  if (proxy.length === 0 || role === 'both' || transfer.rank !== 0) return;
+  const { proxy, registry, role, transfer, pingIntervalMs, promptIdsFrom, access } = config;
+  if ((proxy.length === 0 && !registry) || role === 'both' || transfer.rank !== 0) return;
   core.engine?.startPing({
     proxies: proxy,
+    ...(registry && { registry }),
     type: role === 'producer' ? 'P' : 'D',
     httpAddress,
     intervalMs: pingIntervalMs,
     features: [
       OVERLAP_FEATURE,
       ...(core.handOver ? [NATIVE_FEATURE] : []),
-      ...(config.access.tlsCert === undefined ? [] : [TLS_FEATURE]),
+      ...(access.tlsCert === undefined ? [] : [TLS_FEATURE]),
+      ...(promptIdsFrom || access.apiKeyFile !== undefined ? [PROMPT_IDS_FEATURE] : []),
     ],
+    tokenizer,
     ...(events && { events }),
   });
 }

@@ -1,13 +1,13 @@
 /**
- * The core's loop. One turn: hear what came, schedule, run, update, collect.
+ * The core's loop. One turn: take what has arrived, schedule, run, update, collect.
  *
  *   add, abort --+                      +--> executor.forward --(after each layer)--> connector.saveKvLayer
  *                +--> schedule() step --+                                                  |
  *   load ended --+                      +--> connector.startLoadKv        waitForSave <----+ --> promptsDrawn --> update --> post
  *
  * Outputs of a step are posted after `waitForSave`: a producer answers only once its KV is sent, or kept where the consumer finds it.
- * Between turns the event loop runs once, so that messages and aborts are heard; with nothing to do it sleeps. Loads are heard while a step
- * runs too: a first token that came with its KV is posted at once.
+ * Between turns the event loop runs once, so that messages and aborts are received; with nothing to do it sleeps. The end of a load is
+ * handled during a step too: a first token that came with its KV is posted at once.
  */
 import { setImmediate } from 'node:timers/promises';
 import type { LoadFailurePolicy } from '../config/worker-config.ts';
@@ -17,18 +17,19 @@ import { type ErrorData, PdError } from '../errors.ts';
 import type { Executor, LayerHooks } from '../model/executor.ts';
 import type { Logger } from '../observability/log.ts';
 import type { MetricsPage } from '../observability/metrics.ts';
+import { Timelines } from '../observability/timelines.ts';
 import type { Scheduler } from '../scheduler/scheduler.ts';
 import { firstTokens, type SchedulerStep } from '../scheduler/step.ts';
 import type { CacheChange, CoreRequest, ForwardResult, RequestOutput } from '../scheduler/types.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 import type { WorkerLoad } from '../wire/messages.ts';
 import type { CoreGrammars } from './core-grammars.ts';
-import type { CoreState } from './core-messages.ts';
+import type { CoreStage, CoreState } from './core-messages.ts';
 import { CoreMetrics } from './core-metrics.ts';
 import { LoadReport } from './load-report.ts';
 import { ThroughputLog, type ThroughputLogOptions } from './throughput-log.ts';
 
-/** After this many failing steps in a row the executor is taken for broken. */
+/** After this many failed steps in a row the executor counts as broken. */
 const MAX_FAILED_STEPS = 3;
 
 export interface CoreLoopOptions {
@@ -40,13 +41,15 @@ export interface CoreLoopOptions {
   readonly grammars?: CoreGrammars;
   readonly loadFailure: LoadFailurePolicy;
   readonly metrics: MetricsPage;
+  /** The hand-over stamps the same. Absent: the loop keeps its own. */
+  readonly timelines?: Timelines<CoreStage>;
   readonly log: Logger;
   readonly post: (outputs: readonly RequestOutput[]) => void;
   /** KV of a request whose output said that it was `opening`: under way now, or lost. */
   readonly kvSaved?: (requestId: EngineRequestId, error: ErrorData | undefined) => void;
-  /** Told of what there is to do, as it changes. */
+  /** Receives the load as it changes. */
   readonly reportLoad?: (load: WorkerLoad) => void;
-  /** Told once a turn, where the scheduler keeps them. */
+  /** Receives them once a turn, if the scheduler keeps them. */
   readonly cacheChanged?: (changes: readonly CacheChange[]) => void;
   /** For tests: what the lines of throughput are timed by. */
   readonly clock?: ThroughputLogOptions['clock'];
@@ -61,6 +64,9 @@ export class CoreLoop {
   readonly #throughput: ThroughputLog;
   readonly #load: LoadReport | undefined;
   readonly #saving: LayerHooks;
+  readonly #timelines: Timelines<CoreStage>;
+  /** Requests without an output so far. */
+  readonly #unanswered = new Map<EngineRequestId, TransferId>();
   /** What has come since the last turn. */
   #commands: (() => void)[] = [];
   /** Set while the loop sleeps. */
@@ -77,6 +83,7 @@ export class CoreLoop {
     this.#options = options;
     this.#scheduler = options.scheduler;
     this.#connector = options.connector;
+    this.#timelines = options.timelines ?? new Timelines();
     this.#log = options.log;
     this.#metrics = new CoreMetrics(options.metrics);
     const { scheduler, metrics: page, log, clock } = options;
@@ -87,6 +94,8 @@ export class CoreLoop {
   }
 
   add(request: CoreRequest): void {
+    this.#timelines.begin(request.transferId, 'received');
+    this.#unanswered.set(request.requestId, request.transferId);
     this.#hear(() => this.#add(request));
   }
 
@@ -112,6 +121,11 @@ export class CoreLoop {
     this.#sleep?.resolve();
   }
 
+  /** Some request is computed, loads or waits. */
+  get isBusy(): boolean {
+    return this.#scheduler.numRequests > 0 || this.#commands.length > 0;
+  }
+
   /** `integrity`: with a look through every block. */
   state(integrity = true): CoreState {
     const { numRunning, numWaiting, numLoading, blocks } = this.#scheduler;
@@ -120,7 +134,10 @@ export class CoreLoop {
       waiting: numWaiting,
       loading: numLoading,
       blocks,
-      ...(integrity && { integrity: this.#scheduler.checkIntegrity() }),
+      ...(integrity && {
+        integrity: this.#scheduler.checkIntegrity(),
+        recentRequests: this.#timelines.recent(),
+      }),
     };
   }
 
@@ -133,7 +150,7 @@ export class CoreLoop {
       reason = PdError.from(error);
       throw reason;
     } finally {
-      // What came with the last messages has not been begun; it ends like the rest.
+      // What the last messages brought has not been started; it ends like the rest.
       this.#takeCommands();
       this.#emit(this.#scheduler.endAll(reason.toData()));
       this.#metrics.scheduler(this.#scheduler);
@@ -165,7 +182,14 @@ export class CoreLoop {
   }
 
   async #run(step: SchedulerStep): Promise<void> {
+    const unfinished = step.entries.filter(({ sequence }) => sequence.numOutput === 0);
+    this.#stamp(unfinished, 'step');
     const result = await this.#forward(step);
+    this.#metrics.step(step.numTokens);
+    this.#stamp(
+      unfinished.filter(({ sampled }) => sampled),
+      'drawn',
+    );
     // Also after a failure: what was saved is still being gathered from the step's blocks.
     const unsaved = (await this.#connector?.waitForSave()) ?? [];
     if (result instanceof PdError) this.#fail(step, result);
@@ -189,7 +213,7 @@ export class CoreLoop {
     }
   }
 
-  /** Without its transfer engine this instance is no half of a pair any more; it would only look like one. */
+  /** Without its transfer engine this instance is no longer half of a pair; it would only look like one. */
   #needEngine(error: ErrorData): void {
     if (error.code === 'ENGINE_CLOSED' && !this.#closing) this.#lost ??= PdError.fromData(error);
   }
@@ -247,7 +271,7 @@ export class CoreLoop {
     const outputs = this.#scheduler.abort(requestId, index);
     // A single completion is given up at a stop string, a whole request when its client goes away.
     for (const _ of outputs) this.#metrics.finished(index === undefined ? 'abort' : 'stop');
-    if (outputs.length > 0) this.#options.post(outputs);
+    if (outputs.length > 0) this.#post(outputs);
   }
 
   /** Also while a step is under way. */
@@ -293,14 +317,30 @@ export class CoreLoop {
   #emit(outputs: readonly RequestOutput[]): void {
     if (outputs.length === 0) return;
     this.#metrics.outputs(outputs);
+    this.#post(outputs);
+  }
+
+  #post(outputs: readonly RequestOutput[]): void {
+    for (const { requestId } of outputs) {
+      const id = this.#unanswered.get(requestId);
+      if (id === undefined) continue;
+      this.#timelines.stamp(id, 'posted');
+      this.#unanswered.delete(requestId);
+    }
     this.#options.post(outputs);
+  }
+
+  #stamp(entries: SchedulerStep['entries'], stage: CoreStage): void {
+    for (const { sequence } of entries) {
+      if (sequence.isLeader) this.#timelines.stamp(sequence.group.request.transferId, stage);
+    }
   }
 
   #tellFinished(): void {
     for (const finished of this.#scheduler.takeFinished()) this.#connector?.requestFinished(finished);
   }
 
-  /** Sleeps until a message comes, a load ends or blocks are given back; `ms`: at most, where blocks may be had then. */
+  /** Sleeps until a message comes, a load ends or blocks are given back; at most `ms`, after which blocks may be available. */
   async #rest(ms: number | undefined): Promise<void> {
     if (this.#commands.length > 0 || this.#heard || this.#closing || this.#lost) return;
     const { numRunning, numWaiting, numLoading, blockManager } = this.#scheduler;

@@ -1,6 +1,6 @@
 /**
- * Publishes what enters and leaves this worker's prefix cache (docs/protocol.md, "KV events"), from the main thread: readers never hold up a
- * step. Who reads too slowly loses batches, which he sees by their sequence, and asks for them again, or for all that is cached.
+ * Publishes what enters and leaves this worker's prefix cache (docs/protocol.md, "KV events"), from the main thread: readers never delay a
+ * step. One that reads too slowly loses batches, which it notices by their sequence; it can ask for them again, or for all that is cached.
  */
 import { Publisher, Router } from 'zeromq';
 import { PdError } from '../errors.ts';
@@ -41,7 +41,7 @@ export interface KvEventsOptions {
 /** Batches that can be asked for again, as in vLLM, and their bytes. */
 const REPLAY_BATCHES = 10_000;
 const REPLAY_BYTES = 64 * 2 ** 20;
-/** Batches that wait for a reader; beyond it he loses some. */
+/** Batches queued for a reader; beyond that it loses some. */
 const HIGH_WATER_MARK = 100_000;
 /** Tokens of a batch; what comes from more of them goes in several. */
 const BATCH_TOKENS = 131_072;
@@ -64,9 +64,7 @@ export class KvEventPublisher {
   readonly ports: KvEventPorts;
   readonly #options: KvEventsOptions;
   readonly #gate: ZapGate | undefined;
-  readonly #publisher: Publisher;
-  readonly #replay: Router;
-  readonly #snapshot: Router;
+  readonly #sockets: Sockets;
   readonly #cached = new Set<BlockKey>();
   readonly #batches: Batch[] = [];
   #batchBytes = 0;
@@ -80,17 +78,15 @@ export class KvEventPublisher {
   private constructor(options: KvEventsOptions, gate: ZapGate | undefined, sockets: Sockets) {
     this.#options = options;
     this.#gate = gate;
-    this.#publisher = sockets.publish;
-    this.#replay = sockets.replay;
-    this.#snapshot = sockets.snapshot;
+    this.#sockets = sockets;
     this.ports = {
       publish: portOf(sockets.publish),
       replay: portOf(sockets.replay),
       snapshot: portOf(sockets.snapshot),
     };
     this.#answering = Promise.all([
-      this.#answer(this.#replay, (question) => this.#replayed(question)),
-      this.#answer(this.#snapshot, () => [this.#snapshotFrames()]),
+      this.#answer(sockets.replay, (question) => this.#replayed(question)),
+      this.#answer(sockets.snapshot, () => [this.#snapshotFrames()]),
     ]);
   }
 
@@ -121,7 +117,7 @@ export class KvEventPublisher {
     }
   }
 
-  /** Batches go out under the name of this HTTP address, which is to be told before any. */
+  /** Batches are published under the name of this HTTP address, which must be announced before the first. */
   announce(httpAddress: string): void {
     const { model, bind, log } = this.#options;
     this.#topic = kvTopic(httpAddress, model);
@@ -132,7 +128,7 @@ export class KvEventPublisher {
     );
   }
 
-  /** What has happened to the cache, in that order. */
+  /** What has happened to the cache, in order. */
   publish(changes: readonly CacheChange[]): void {
     let events: KvEvent[] = [];
     let tokens = 0;
@@ -150,7 +146,7 @@ export class KvEventPublisher {
   async close(): Promise<void> {
     if (!this.#closed) {
       this.#closed = true;
-      for (const socket of [this.#publisher, this.#replay, this.#snapshot]) socket.close();
+      for (const socket of Object.values(this.#sockets)) socket.close();
     }
     await Promise.all([this.#sending, this.#answering]);
     await this.#gate?.close();
@@ -193,7 +189,7 @@ export class KvEventPublisher {
     }
     this.#sending = this.#sending
       .then(() =>
-        this.#closed ? undefined : this.#publisher.send([this.#topic, encodeSequence(sequence), bytes]),
+        this.#closed ? undefined : this.#sockets.publish.send([this.#topic, encodeSequence(sequence), bytes]),
       )
       .catch((error: unknown) => {
         if (!this.#closed)

@@ -1,4 +1,4 @@
-/** When others are told of a worker's load: soon after it has changed, and not at every step. */
+/** Decides when a worker's load is reported: soon after it changes, but not at every step. */
 import type { WorkerLoad } from '../wire/messages.ts';
 
 /** Between two reports. */
@@ -15,7 +15,7 @@ export class LoadReport {
   #lookedAt = Number.NEGATIVE_INFINITY;
   #timer: NodeJS.Timeout | undefined;
 
-  /** `read`: asked when a report is due, so that what it counts is not counted at every step. `now`: monotonic, ms. */
+  /** `read` is called when a report is due, so that nothing is counted at every step. `now`: monotonic, ms. */
   constructor(
     read: () => WorkerLoad,
     tell: (load: WorkerLoad) => void,

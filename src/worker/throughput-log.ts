@@ -1,5 +1,5 @@
 /**
- * Every ten seconds of work, one line of what was done in them and of what is under way. The last line comes after the work has ended; a
+ * Every ten seconds of work, one line about what was done and what is under way. The last line comes after the work has ended; a
  * worker with nothing to do has no timer.
  */
 import type { Logger } from '../observability/log.ts';

@@ -1,6 +1,6 @@
 /**
  * A worker: one process (or part of one) that serves a model. Main thread here, core thread behind `CoreClient`, reader thread behind
- * `RequestReader`.
+ * `RequestBodyReader`.
  *
  *   start: environment, port, core + tokenizer, HTTP, then the first ping
  *   close: no pings, 503 for what is new, what runs may end, HTTP, core
@@ -13,14 +13,15 @@ import { deferred } from '../deferred.ts';
 import { prepareNativeEnvironment } from '../device/native-env.ts';
 import type { PdError } from '../errors.ts';
 import { formatHostPort, type HostPort, httpUrl } from '../net/address.ts';
+import { AllowList } from '../net/allow-list.ts';
 import { assertBindable, listenError } from '../net/port-holder.ts';
-import { createLogger, type Logger } from '../observability/log.ts';
+import { createLogger, type Logger, RateLimitedLog } from '../observability/log.ts';
 import { MetricsPage } from '../observability/metrics.ts';
 import { packageVersion } from '../version.ts';
 import { CoreClient } from './core-client.ts';
 import type { CoreInfo, CoreState } from './core-messages.ts';
 import type { KvEventPublisher } from './kv-events.ts';
-import { RequestReader } from './request-reader.ts';
+import { RequestBodyReader } from './request-body-reader.ts';
 import { InFlight } from './server/in-flight.ts';
 import { createServer } from './server/server.ts';
 
@@ -33,23 +34,23 @@ export interface WorkerParts {
   readonly startReader: (
     modelDir: string,
     log: Logger,
-  ) => Promise<Pick<RequestReader, 'read' | 'model' | 'close'>>;
+  ) => Promise<Pick<RequestBodyReader, 'read' | 'model' | 'close'>>;
 }
 
 const LAST_ANSWERS_MS = 1_000;
 /** Between two looks at what a draining producer still holds. */
 const HAND_OVER_POLL_MS = 25;
-/** For what has left, and lies in the system's buffers, to be read at the other end. */
+/** For what has been sent, and is in the system's buffers, to be read at the other end. */
 const LAST_BYTES_MS = 1_000;
 
 const PARTS: WorkerParts = {
   startCore: (init) => CoreClient.start(init),
-  startReader: (modelDir, log) => RequestReader.start(modelDir, log),
+  startReader: (modelDir, log) => RequestBodyReader.start(modelDir, log),
 };
 
 interface RunningParts {
   readonly core: CoreClient;
-  readonly reader: Pick<RequestReader, 'close'>;
+  readonly reader: Pick<RequestBodyReader, 'close'>;
   readonly server: FastifyInstance;
   readonly guard: Guard;
   readonly inFlight: InFlight;
@@ -140,6 +141,8 @@ export class PdWorker {
         pages: all,
         version: packageVersion(),
         log,
+        limited: new RateLimitedLog(),
+        promptIdsFrom: config.promptIdsFrom && AllowList.parse(config.promptIdsFrom, '--prompt-ids-from'),
       });
       const port = await listen(server, config.http);
       const httpAddress = { host: config.httpAnnounceHost, port };
@@ -157,6 +160,7 @@ export class PdWorker {
       core.tell({
         type: 'serve',
         httpAddress: formatHostPort(httpAddress),
+        tokenizer: reader.model.digest,
         ...(events && { events: events.ports }),
       });
       return worker;
@@ -202,7 +206,7 @@ export class PdWorker {
     if (done) await this.#handOver(performance.now() + drainTimeoutMs, Promise.race([hurried, ended]));
     this.#drained.resolve();
     await Promise.all([core.close(), reader.close(), events?.close()]);
-    // What their end has failed still gets its answer.
+    // Requests that this has failed still get their answers.
     await inFlight.drain(LAST_ANSWERS_MS);
     await server.close();
     guard.close();
@@ -240,7 +244,7 @@ export class PdWorker {
   }
 }
 
-/** Where it is to say what it has cached. ZeroMQ is loaded for that alone in an undivided worker. */
+/** The publisher of KV events, if they are wanted. In an undivided worker nothing else loads ZeroMQ. */
 async function publisherOf(
   config: WorkerConfig,
   { blockSize }: CoreInfo,
@@ -260,7 +264,7 @@ async function publisherOf(
   });
 }
 
-/** What KV is moved by, whichever way it was configured, under the names that vLLM's users know. */
+/** Logs the settings of KV transfer, however they were configured, under the names that vLLM's users know. */
 function logKvConfig(config: WorkerConfig, log: Logger): void {
   const { role, transfer } = config;
   if (role === 'both') {

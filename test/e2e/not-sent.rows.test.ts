@@ -56,13 +56,12 @@ describe('a producer cannot send', () => {
         { ...GATHER, ...FAIL },
         { ...KEEP, ...IN_TURN },
         { ...PUT, ...RECOMPUTE },
-        { ...PUT_ASYNC, ...FAIL },
       ],
       [
         ...[RECOMPUTE, IN_TURN].map((how) => ({ ...GATHER, ...how })),
         ...[RECOMPUTE, FAIL].map((how) => ({ ...KEEP, ...how })),
         ...[IN_TURN, FAIL].map((how) => ({ ...PUT, ...how })),
-        ...[RECOMPUTE, IN_TURN].map((how) => ({ ...PUT_ASYNC, ...how })),
+        ...[RECOMPUTE, IN_TURN, FAIL].map((how) => ({ ...PUT_ASYNC, ...how })),
       ],
     ),
   )('$why ($sendType): $policy, at most $overlap asked at once', async (row) => {

@@ -30,28 +30,14 @@ async function validMessages(): Promise<Record<string, Uint8Array>> {
     await HostTransport.create({ bindHost: '127.0.0.1', announceHost: '127.0.0.1' }),
   );
   const unique_id = transport.createUniqueId();
-  const hello = { version: 1, features: ['seq', 'bundle', 'close'], sendType: 'PUT' } as const;
-  const tensors = [id('cmpl-a-0#l.0'), id('cmpl-a-0#l.1')];
+  const hello = { version: 1, features: ['layout:blocks-first'], sendType: 'PUT' } as const;
+  const tensor_id = id('cmpl-a-0#l.0');
   return {
     NEW: encodeMessage({ cmd: 'NEW', unique_id }),
     'NEW of ours': encodeMessage({ cmd: 'NEW', unique_id, native: hello }),
-    PUT: encodeMessage({ cmd: 'PUT', tensor_id: tensors[0]!, shape, dtype: 'float16' }),
-    'PUT of ours': encodeMessage({ cmd: 'PUT', tensor_id: tensors[0]!, shape, dtype: 'float16', native: {} }),
-    GET: encodeMessage({ cmd: 'GET', tensor_id: tensors[0]! }),
-    'GET of ours': encodeMessage({ cmd: 'GET', tensor_id: tensors[0]!, native: { seq: 7 } }),
-    PUTS: encodeMessage({
-      cmd: 'PUTS',
-      seq: 1,
-      tensors: tensors.map((tensor_id) => ({ tensor_id, shape, dtype: 'float16' as const })),
-      runs: [2],
-    }),
-    GETS: encodeMessage({
-      cmd: 'GETS',
-      seq: 1,
-      tensors: tensors.map((tensor_id) => ({ tensor_id, bytes: 768 })),
-      runs: [2],
-    }),
-    CLOSE: encodeMessage({ cmd: 'CLOSE' }),
+    PUT: encodeMessage({ cmd: 'PUT', tensor_id, shape, dtype: 'float16' }),
+    'PUT of ours': encodeMessage({ cmd: 'PUT', tensor_id, shape, dtype: 'float16', native: {} }),
+    GET: encodeMessage({ cmd: 'GET', tensor_id }),
   };
 }
 

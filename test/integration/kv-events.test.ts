@@ -2,15 +2,23 @@
 import { type ChildProcess, spawn } from 'node:child_process';
 import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
+import { encode } from '@msgpack/msgpack';
 import { afterEach, describe, expect, test } from 'vitest';
-import { Dealer } from 'zeromq';
+import { Dealer, Publisher, Router } from 'zeromq';
 import { type BlockHash, extendHashes, keyOf } from '../../src/kv/block-hash.ts';
 import type { HostPort } from '../../src/net/address.ts';
 import { createLogger } from '../../src/observability/log.ts';
 import { KvFeeds } from '../../src/proxy/kv-feeds.ts';
+import { PrefixIndex } from '../../src/proxy/prefix-index.ts';
 import { InstanceRegistry } from '../../src/proxy/registry.ts';
 import type { CacheChange } from '../../src/scheduler/types.ts';
-import { type BlockKey, decodeSnapshot } from '../../src/wire/kv-events.ts';
+import {
+  type BlockKey,
+  decodeSnapshot,
+  encodeKvEvents,
+  encodeSequence,
+  encodeSnapshot,
+} from '../../src/wire/kv-events.ts';
 import { KvEventPublisher, type KvEventsOptions } from '../../src/worker/kv-events.ts';
 import { pythonWith } from '../../support/python-peer.ts';
 import { keptPort } from '../support/transfer.ts';
@@ -204,6 +212,97 @@ describe('our own reader', () => {
     const after = prompt(300, 1);
     second.publish([after.stored]);
     await untilHeard(second, () => known.has(keyOf(after.hashes[0]!)) && known.size === 1);
+  });
+});
+
+describe('a publisher that means harm', () => {
+  async function hostile() {
+    const events = new Publisher({ linger: 0, sendHighWaterMark: 0 });
+    const snapshots = new Router({ linger: 0 });
+    closing.push(
+      () => events.close(),
+      () => snapshots.close(),
+    );
+    for (const socket of [events, snapshots]) await socket.bind('tcp://127.0.0.1:*');
+    const portOf = ({ lastEndpoint }: Publisher | Router) => Number(lastEndpoint!.split(':').at(-1));
+    const registry = new InstanceRegistry(60_000);
+    const ports = { publish: portOf(events), replay: 1, snapshot: portOf(snapshots) };
+    const ping = { role: 'producer', httpAddress: '127.0.0.1:8081', zmqAddress: '127.0.0.1:8082' } as const;
+    const [added] = registry.announce({ ...ping, events: ports })!;
+    const lost: string[] = [];
+    const index = new PrefixIndex(1_000);
+    const blocks = {
+      replace: (keys: readonly BlockKey[]) => {
+        index.forget('it');
+        index.insert('it', keys, 100);
+      },
+      insert: (keys: readonly BlockKey[]) => index.insert('it', keys, 100),
+      remove: (keys: readonly BlockKey[]) => index.remove('it', keys),
+    };
+    const feeds = new KvFeeds(
+      LOG,
+      () => blocks,
+      (reason) => lost.push(reason),
+    );
+    closing.push(() => feeds.close());
+    feeds.add(added!.instance);
+    let sequence = 0;
+    const batch = (body: Uint8Array) => events.send(['kv@x@y', encodeSequence(sequence++), body]);
+    const stored = (from: number, count: number) => {
+      const keys = Array.from({ length: count }, (_, i) => String(from + i).padStart(8) as BlockKey);
+      const tokens = new Array<number>(count * 16).fill(1);
+      return encodeKvEvents(
+        { time: 0, events: [{ type: 'stored', keys, tokens, blockSize: 16 }] },
+        'map',
+        'GPU',
+      );
+    };
+    return { events, snapshots, lost, index, feeds, batch, stored, address: ping.httpAddress };
+  }
+
+  test('junk, bombs and snapshots that lie are told and forgotten; what it claims to have is bounded', async () => {
+    const { snapshots, lost, index, batch, stored } = await hostile();
+    // It takes a moment until anybody hears.
+    while (!lost.includes('invalid')) {
+      await batch(Buffer.from('junk'));
+      await new Promise((resolve) => setTimeout(resolve, 20));
+    }
+    const seen = lost.length;
+    // Arrays of arrays, each of which says that it has four billion elements; one nested deeper than any stack.
+    await batch(Buffer.from('dd00000002cb0000000000000000ddffffffff', 'hex'));
+    await batch(Buffer.from('91'.repeat(100_000), 'hex'));
+    while (lost.length < seen + 2) await new Promise((resolve) => setTimeout(resolve, 5));
+
+    const [identity] = await snapshots.receive();
+    const answer = (header: Uint8Array, keys: Uint8Array) => snapshots.send([identity!, '', header, keys]);
+    const before = lost.length;
+    await answer(encode({ version: 1, sequence: -1, block_size: 16, count: 2 ** 40 }), Buffer.alloc(8));
+    while (lost.length === before) await new Promise((resolve) => setTimeout(resolve, 5));
+    const keys = Array.from({ length: 5_000 }, (_, i) => String(i).padStart(8) as BlockKey);
+    const [header, bytes] = encodeSnapshot({ sequence: 2 ** 40, blockSize: 16, keys });
+    await answer(header, bytes);
+    while (index.size === 0) await new Promise((resolve) => setTimeout(resolve, 5));
+    expect(index.size).toBe(100);
+    await batch(stored(10_000, 3_000));
+    await batch(Buffer.from('junk again'));
+    const then = lost.length;
+    while (lost.length === then) await new Promise((resolve) => setTimeout(resolve, 5));
+    expect(index.size).toBeLessThanOrEqual(100);
+  });
+
+  test('more than 64 MiB in a second are not read any more', async () => {
+    const { snapshots, lost, feeds, batch, stored, address } = await hostile();
+    const [identity] = await snapshots.receive();
+    const [header, bytes] = encodeSnapshot({ sequence: -1, blockSize: 16, keys: [] });
+    await snapshots.send([identity!, '', header, bytes]);
+    while (feeds.blockSizeOf(address) === undefined) await new Promise((resolve) => setTimeout(resolve, 5));
+    const much = stored(0, 60_000);
+    for (let sent = 0; !lost.includes('flood') && sent < 2 ** 30; sent += much.length) {
+      await batch(much);
+      await new Promise((resolve) => setImmediate(resolve));
+    }
+    expect(lost).toContain('flood');
+    expect(feeds.blockSizeOf(address)).toBeUndefined();
   });
 });
 

@@ -1,7 +1,12 @@
 /** Two ends of the native hand-over on the host: their ledgers, and transfer services between them, in one process. */
+import { randomBytes } from 'node:crypto';
 import { afterEach, describe, expect, it } from 'vitest';
+import { workerConfig } from '../../src/config/embedded.ts';
+import { nativeWayFinding } from '../../src/doctor/native-way.ts';
+import { formatHostPort, type HostPort } from '../../src/net/address.ts';
+import { proxyRequestId, transferIdOf } from '../../src/wire/ids.ts';
 import { compute, type End, finish, idFor, LAYERS, makeEnd, outcomeOf, wantOf } from '../support/native.ts';
-import { blockOf, Services, until } from '../support/transfer.ts';
+import { blockOf, pagedCache, Services, until } from '../support/transfer.ts';
 
 const services = new Services();
 afterEach(() => services.dispose());
@@ -16,6 +21,9 @@ const begin = ({ handOver, blocks }: End, transferId: ReturnType<typeof idFor>, 
   blocks.allocate(transferId, tokens);
   handOver.begin({ transferId, promptDigest: 'prompt', tokens });
 };
+
+const idBetween = (producer: HostPort, consumer: HostPort) =>
+  transferIdOf(`cmpl-${proxyRequestId(producer, consumer, randomBytes(16).toString('hex'))}-0`);
 
 function expectEqual(
   producer: End,
@@ -120,6 +128,48 @@ describe('a native hand-over on the host', () => {
     consumer.handOver.want(wantOf(producer, consumer, id, 9));
     const cause = { code: 'TRANSPORT_MISMATCH', message: expect.stringMatching(/has nccl, .* has host$/) };
     expect(await outcomeOf(consumer)).toMatchObject({ ok: false, error: { cause } });
+  });
+
+  it('fails a want at once, by name, where its producer speaks the frozen wire alone', async () => {
+    const frozen = await services.make();
+    const consumer = await makeEnd(services, 'consumer');
+    const id = idBetween(frozen.address, consumer.service.address);
+    const peer = formatHostPort(frozen.address);
+    consumer.handOver.want(wantOf(consumer, consumer, id, 9, { peer }));
+    const cause = { code: 'TRANSPORT_MISMATCH', message: expect.stringContaining('--wire') };
+    expect(await outcomeOf(consumer)).toMatchObject({ ok: false, error: { cause } });
+  });
+
+  it('fails a load at once, by name, where its producer hands over natively and it was told otherwise', async () => {
+    const producer = await makeEnd(services, 'producer');
+    const frozen = await services.make();
+    const id = idBetween(producer.service.address, frozen.address);
+    const cache = pagedCache(LAYERS, false);
+    const load = frozen.load({
+      requestId: `${id}-01234567`,
+      transferId: id,
+      peer: producer.service.address,
+      layers: cache,
+      blockIds: Int32Array.of(0, 1, 2),
+      skipBlocks: 0,
+    });
+    begin(producer, id, 9);
+    await compute(producer, id, 9);
+    finish(producer, id);
+    const cause = { code: 'TRANSPORT_MISMATCH', message: expect.stringContaining('--wire') };
+    await expect(load).rejects.toMatchObject({ cause });
+    await expectNothingLeft(producer);
+  });
+
+  it('says to pd-doctor which way KV would travel, and nothing comes of the question', async () => {
+    const producer = await makeEnd(services, 'producer');
+    const frozen = await services.make();
+    const here = workerConfig({ role: 'consumer' });
+    const ask = ({ address }: { readonly address: HostPort }) => nativeWayFinding(address, here, 10_000);
+    const natively = { level: 'ok', what: 'KV would travel natively, by host' };
+    expect(await ask(producer.service)).toMatchObject(natively);
+    expect(await ask(frozen)).toMatchObject({ level: 'warn', what: 'it speaks the frozen wire alone' });
+    expect(producer.service.state().pairs).toEqual([]);
   });
 
   it('fails a want whose request fails there, with the reason', async () => {

@@ -1,9 +1,7 @@
 /** Loads that begin while the producer still computes the prompt. */
 import { afterEach, describe, expect, it } from 'vitest';
-import { encodeMessage } from '../../src/wire/codec.ts';
 import type { TransferId } from '../../src/wire/ids.ts';
 import { SEND_TYPES } from '../../src/wire/messages.ts';
-import { RawPeer } from '../support/raw-peer.ts';
 import {
   failure,
   keptPort,
@@ -20,9 +18,7 @@ afterEach(() => services.dispose());
 
 describe.each(SEND_TYPES)('%s', (sendType) => {
   it('a load outlives its deadline by the time that prefill may take', async () => {
-    // In GET a producer answers within half of it, so what was given up is forgotten soon.
-    const timeouts = sendType === 'GET' ? { answer: 200 } : {};
-    const producer = await services.make({ sendType, timeouts });
+    const producer = await services.make({ sendType });
     const consumer = await services.make({ sendType, timeouts: { load: 30 } });
     const target = pagedCache(3, false);
     // The first shows that its deadline has passed for the second too.
@@ -60,12 +56,9 @@ describe.each(SEND_TYPES)('%s', (sendType) => {
 });
 
 describe('GET: of what is asked for early', () => {
-  // Held answers come long after the test.
-  const patient = { sendType: 'GET', timeouts: { answer: 120_000 } } as const;
-
   it('what is there first comes first', async () => {
-    const producer = await services.make(patient);
-    const consumer = await services.make(patient);
+    const producer = await services.make({ sendType: 'GET' });
+    const consumer = await services.make({ sendType: 'GET' });
     const target = pagedCache(2, false);
     const [slow, quick] = ['cmpl-h-0', 'cmpl-i-0'].map((id, at) =>
       consumer.load(loadRequest(id, target, [at], producer.address, { prefillWithinMs: 60_000 })),
@@ -77,22 +70,9 @@ describe('GET: of what is asked for early', () => {
     expect((await failed).code).toBe('REQUEST_ABORTED');
   });
 
-  it('one of ours that has not heard our hello, and so asks in order, holds up nothing behind it', async () => {
-    const producer = await services.make({ sendType: 'GET', timeouts: { answer: 600_000 } });
-    const peer = services.add(new RawPeer(producer.address));
-    const transport = await peer.transport();
-    const uniqueId = transport.createUniqueId();
-    const native = { version: 1, features: [], sendType: 'GET' } as const;
-    await peer.say(encodeMessage({ cmd: 'NEW', unique_id: uniqueId, native }));
-    await transport.open({ uniqueId, rank: 0, peer: 'engine', timeoutMs: 60_000 });
-    await peer.answer(1);
-    await peer.say({ cmd: 'GET', tensor_id: 'nowhere#l' });
-    expect(await peer.answer(2)).toContain('ret');
-  });
-
-  it('what cannot be kept is told to who waits', async () => {
-    const producer = await services.make({ ...patient, kvBufferSize: 64, memPoolSize: 0 });
-    const consumer = await services.make(patient);
+  it('what cannot be kept is told to who asks', async () => {
+    const producer = await services.make({ sendType: 'GET', kvBufferSize: 64, memPoolSize: 0 });
+    const consumer = await services.make({ sendType: 'GET' });
     const load = failure(
       consumer.load(
         loadRequest('cmpl-j-0', pagedCache(1, false), [1], producer.address, { prefillWithinMs: 60_000 }),

@@ -73,7 +73,8 @@ it('go to every address that takes them, of several proxies and of a name that c
     20,
   );
   services.add({ dispose: async () => announcer.close() });
-  const taken = async ({ socket }: { socket: zmq.Router }) => decodePing((await socket.receive())[1]!).http_address;
+  const taken = async ({ socket }: { socket: zmq.Router }) =>
+    decodePing((await socket.receive())[1]!).http_address;
   expect(await Promise.all([first, second].map(taken))).toEqual(['127.0.0.1:8081', '127.0.0.1:8081']);
   // Another proxy comes to the name at another address of this machine.
   const late = new zmq.Router({ linger: 0 });

@@ -10,6 +10,7 @@ import type { TransferService } from '../../src/transfer/service.ts';
 import type { Pair } from '../../src/transport/transport.ts';
 import { decodeMessage, encodeAnswer, encodeMessage } from '../../src/wire/codec.ts';
 import { type TensorId, type TransferId, tensorIdOf } from '../../src/wire/ids.ts';
+import type { Answer } from '../../src/wire/messages.ts';
 import { proxiedId } from '../../support/ids.ts';
 import { RawListener, RawPeer } from '../support/raw-peer.ts';
 import {
@@ -19,6 +20,7 @@ import {
   flat,
   LAYOUT,
   leftovers,
+  loadRequest,
   pagedCache,
   Services,
   send,
@@ -80,7 +82,7 @@ describe('a peer that speaks only vLLM', () => {
   });
 
   it('asks with GET and gets what is there, and ret 1 for what is not, in order', async () => {
-    const producer = await services.make({ sendType: 'GET', timeouts: { answer: 100 } });
+    const producer = await services.make({ sendType: 'GET' });
     const id = proxiedId('g');
     const tensor = flat(`${id}#l`, 300);
     await send(producer, tensor).sent;
@@ -213,50 +215,36 @@ describe('broken messages', () => {
     const consumer = await services.make();
     const peer = services.add(new RawPeer(consumer.address));
     const whole = encode(put('a#l', 10));
-    const puts = { cmd: 'PUTS', seq: 4, head: 'a#l.', tail: '', names: ['0', '1'], runs: [2] };
     const ignored = [
       { note: { cmd: 'PUT' } },
       { cmd: 'NEW', unique_id: new Uint8Array(5), note: { cmd: 'GET' } },
-      encode({ cmd: 'GETS', seq: 1 }),
+      { cmd: 'PUTS', seq: 1 },
     ];
     for (const message of ignored) await peer.say(message);
-    // An id of more bytes than are decoded, as a client can make a vLLM producer announce; a message cut off; a bundle.
+    // An id of more bytes than are decoded, as a client can make a vLLM producer announce; a message cut off.
     await peer.say(put(`${'x'.repeat(20_000)}#l`, 10));
     await peer.say(whole.subarray(0, whole.length - 1));
-    await peer.say({ ...puts, forms: [[2, 'uint8', 2 ** 40]] });
-    expect([await peer.answer(1), await peer.answer(2), await peer.answer(3)]).toEqual(['1', '1', '1']);
-    expect(count(consumer, 'pd_protocol_errors_total', 'limit')).toBe(2);
+    expect([await peer.answer(1), await peer.answer(2)]).toEqual(['1', '1']);
+    expect(count(consumer, 'pd_protocol_errors_total', 'limit')).toBe(1);
     await peer.pair();
     await peer.say(put('good#l', 10));
-    expect(await peer.answer(4)).toBe('0');
+    expect(await peer.answer(3)).toBe('0');
   });
 
-  it('a GET or GETS that cannot be taken is answered under its seq, and holds up or shifts no other', async () => {
-    const producer = await services.make({ sendType: 'GET', timeouts: { answer: 120_000 } });
+  it('a GET that cannot be taken is answered in its turn', async () => {
+    const producer = await services.make({ sendType: 'GET' });
     const peer = services.add(new RawPeer(producer.address));
     await peer.pair();
-    const text = (answer: Parameters<typeof encodeAnswer>[0]) =>
-      Buffer.from(encodeAnswer(answer)).toString('latin1');
-    // In its turn, behind one that the listener parks; those with a seq pass both.
-    await peer.say({ cmd: 'GET', tensor_id: 'nowhere#l' });
-    await peer.say({ cmd: 'GET', tensor_id: 1 });
-    await peer.say({ cmd: 'GET', tensor_id: 1, pd: { seq: 7 } });
-    await peer.say({
-      cmd: 'GETS',
-      seq: 8,
-      head: 'a#l.',
-      tail: '',
-      names: ['0', '1', '2'],
-      bytes: 'all',
-      runs: [3],
-    });
-    expect(await peer.answer(1)).toBe(text({ kind: 'get', ret: 1, seq: 7 }));
-    expect(await peer.answer(2)).toBe(
-      text({ kind: 'gets', seq: 8, tensors: ['missing', 'missing', 'missing'], runs: [] }),
-    );
-    await send(producer, flat('nowhere#l', 10)).sent;
-    expect(await peer.answer(3)).toBe(text({ kind: 'get', ret: 0, shape: [10], dtype: 'uint8' }));
-    expect(await peer.answer(4)).toBe(text({ kind: 'get', ret: 1 }));
+    await send(producer, flat('here#l', 10)).sent;
+    const asked = ['here#l', 1, 'nowhere#l'];
+    for (const tensor_id of asked) await peer.say({ cmd: 'GET', tensor_id });
+    await peer.answer(asked.length);
+    const answers: Answer[] = [
+      { kind: 'get', ret: 0, shape: [10], dtype: 'uint8' },
+      { kind: 'get', ret: 1 },
+      { kind: 'get', ret: 1 },
+    ];
+    expect(peer.answers).toEqual(answers.map((answer) => Buffer.from(encodeAnswer(answer))));
   });
 
   it('a duplicate tensor is refused and takes no memory', async () => {
@@ -375,6 +363,27 @@ describe('a listener that', () => {
       expect(error.code).toBe('MESSAGE_INVALID');
       expect(leftovers(producer)).toEqual([]);
     }
+  });
+
+  it('has nothing of a request yet is asked for one tensor at a time, each in its turn', async () => {
+    const asked: string[] = [];
+    const empty = services.add(
+      await RawListener.listen((body, reply, self) => {
+        const message = decodeMessage(body, { maxTensorBytes: 1_000 });
+        if (message.cmd === 'NEW') void self.join(message.unique_id).catch(() => undefined);
+        else {
+          asked.push(message.tensor_id.split('.')[2]!);
+          reply(encodeAnswer({ kind: 'get', ret: 1 }));
+        }
+      }),
+    );
+    const consumer = await services.make({ sendType: 'GET' });
+    const load = failure(consumer.load(loadRequest('cmpl-n-0', pagedCache(3, false), [1], empty.address)));
+    await until('asked again', () => asked.length >= 9);
+    consumer.cancelLoad('cmpl-n-0');
+    expect((await load).code).toBe('REQUEST_ABORTED');
+    expect(asked.slice(0, 9).join('')).toBe('012012012');
+    expect(leftovers(consumer)).toEqual([]);
   });
 
   it('is not there fails with PEER_UNREACHABLE within the connect deadline', async () => {

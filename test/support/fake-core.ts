@@ -4,7 +4,7 @@ import type { TextModel } from '../../src/model/tokenizer.ts';
 import type { CoreRequest, RequestOutput } from '../../src/scheduler/types.ts';
 import { CoreClient, type CoreClientOptions, type CorePort } from '../../src/worker/core-client.ts';
 import type { CoreInfo, CoreState, FromCore, ToCore } from '../../src/worker/core-messages.ts';
-import { type RequestReader, readBody } from '../../src/worker/request-reader.ts';
+import { type RequestBodyReader, readRequestBody } from '../../src/worker/request-body-reader.ts';
 
 export const EOS = 256;
 const VOCAB = 300;
@@ -147,6 +147,7 @@ function piece(token: number): readonly number[] {
 }
 
 export const BYTE_MODEL: TextModel = {
+  digest: 'bytes',
   eosTokenIds: [EOS],
   chatTemplate: '{{ tools }}<tool_call></tool_call><think></think>{{ messages }}',
   // One that is encoded stands for a byte; the longest of those that are only decoded for four.
@@ -175,9 +176,9 @@ export const BYTE_MODEL: TextModel = {
   },
 };
 
-/** Reads every body at once, as a RequestReader does short ones. */
-export const BYTE_READER: Pick<RequestReader, 'model' | 'read' | 'close'> = {
+/** Reads every body at once, as a RequestBodyReader does short ones. */
+export const BYTE_READER: Pick<RequestBodyReader, 'model' | 'read' | 'close'> = {
   model: BYTE_MODEL,
-  read: async (served, route, body) => readBody(served, BYTE_MODEL, route, body),
+  read: async (served, route, body) => readRequestBody(served, BYTE_MODEL, route, body),
   close: async () => {},
 };

@@ -64,6 +64,13 @@ export class FakeHandOver implements HandOverApi {
     this.user.books.lease(transferId);
   }
 
+  /** What `consumerWaits` answers. */
+  waits = 0;
+
+  consumerWaits(): number {
+    return this.waits;
+  }
+
   fail(): void {
     this.told.push('fail');
   }

@@ -1,6 +1,6 @@
 /** A reader thread that says what a test tells it to. */
 import type { FromReader, ReaderPort, ReadingJob } from '../../src/reading-thread.ts';
-import type { Readings, Route, ToReader } from '../../src/worker/request-reader.ts';
+import type { Readings, Route, ToReader } from '../../src/worker/request-body-reader.ts';
 
 export class ScriptedReader<Job extends ReadingJob, Reading> implements ReaderPort<Job, Reading> {
   readonly received: Job[] = [];

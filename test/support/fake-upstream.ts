@@ -13,6 +13,8 @@ import type { AddressInfo } from 'node:net';
 import { Dealer } from 'zeromq';
 import { formatHostPort, type HostPort, zmqEndpoint } from '../../src/net/address.ts';
 import { encodePing } from '../../src/wire/codec.ts';
+import type { PingHello } from '../../src/wire/messages.ts';
+import { PROMPT_IDS_HEADER, splitPromptIds } from '../../src/wire/prompt-ids.ts';
 import type { Certificate } from '../../support/certificates.ts';
 
 export interface Asked {
@@ -20,6 +22,8 @@ export interface Asked {
   readonly headers: IncomingHttpHeaders;
   readonly raw: string;
   readonly json: Record<string, unknown>;
+  /** Ids of the prompt's tokens that came behind the body. */
+  readonly ids?: Uint32Array;
 }
 
 export type Answer = (asked: Asked, out: ServerResponse) => void | Promise<void>;
@@ -80,12 +84,17 @@ export class FakeUpstream {
       });
       const chunks: Buffer[] = [];
       for await (const chunk of request) chunks.push(chunk as Buffer);
-      const raw = Buffer.concat(chunks).toString();
+      const { body, ids } = splitPromptIds(
+        new Uint8Array(Buffer.concat(chunks)),
+        request.headers[PROMPT_IDS_HEADER],
+      );
+      const raw = Buffer.from(body).toString();
       const asked = {
         path: request.url ?? '',
         headers: request.headers,
         raw,
         json: JSON.parse(raw) as Record<string, unknown>,
+        ...(ids && { ids }),
       };
       this.asked.push(asked);
       this.events.emit('asked', asked);
@@ -114,13 +123,18 @@ export class FakeUpstream {
   }
 
   /** Pings once. Without a digest, as vLLM does. */
-  async ping(discovery: HostPort, digest?: string, features?: readonly string[]): Promise<void> {
+  async ping(
+    discovery: HostPort,
+    digest?: string,
+    features?: readonly string[],
+    more: Partial<PingHello> = {},
+  ): Promise<void> {
     await sendPing(discovery, {
       type: this.role === 'producer' ? 'P' : 'D',
       http_address: this.httpAddress,
       zmq_address: this.zmqAddress,
       ...(digest !== undefined && {
-        native: { version: 1, digest, model: `model-${digest}`, ...(features && { features }) },
+        native: { version: 1, digest, model: `model-${digest}`, ...(features && { features }), ...more },
       }),
     });
   }

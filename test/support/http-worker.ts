@@ -1,10 +1,9 @@
 import { afterEach, expect } from 'vitest';
 import { Guard } from '../../src/access/guard.ts';
 import type { AccessConfig } from '../../src/config/access-options.ts';
-import type { DebugAudience, WorkerConfig } from '../../src/config/worker-config.ts';
-import { createLogger } from '../../src/observability/log.ts';
+import { createLogger, RateLimitedLog } from '../../src/observability/log.ts';
 import { MetricsPage } from '../../src/observability/metrics.ts';
-import type { BodyReader } from '../../src/worker/request-reader.ts';
+import type { ServerContext } from '../../src/worker/server/context.ts';
 import { InFlight } from '../../src/worker/server/in-flight.ts';
 import { createServer } from '../../src/worker/server/server.ts';
 import { BYTE_MODEL, BYTE_READER, FakeCore, type Script, saying } from './fake-core.ts';
@@ -32,10 +31,8 @@ afterEach(async () => {
 /** A server with a core that follows `script`, closed after the test. */
 export async function startServer(
   script: Script = saying('hello'),
-  randomizeRequestIds = true,
-  debugState?: DebugAudience,
-  role: WorkerConfig['role'] = 'both',
-  reader: BodyReader = BYTE_READER,
+  config: Partial<ServerContext['config']> = {},
+  reader: ServerContext['reader'] = BYTE_READER,
   access: Partial<AccessConfig> = {},
 ) {
   const core = new FakeCore(script);
@@ -46,14 +43,14 @@ export async function startServer(
   const server = createServer({
     config: {
       servedModelNames: ['demo', 'alias'],
-      randomizeRequestIds,
+      randomizeRequestIds: true,
       wire: 'auto',
-      role,
+      role: 'both',
       maxNumSeqs: 8,
       toolCallParser: 'auto',
       reasoningParser: 'auto',
       transfer: { kvKey: 'transfer' },
-      ...(debugState && { debugState }),
+      ...config,
     },
     core: client,
     reader,
@@ -64,6 +61,7 @@ export async function startServer(
     pages: [metrics],
     version: '1.2.3',
     log: LOG,
+    limited: new RateLimitedLog(),
   });
   closers.push(async () => guard.close());
   closers.push(async () => {

@@ -61,6 +61,7 @@ export async function makeEnd(
     role,
     rank: 0,
     leaseMs,
+    busy: () => false,
     metrics: new MetricsPage(),
     log: createLogger({ level: 'silent', format: 'json' }, 'test'),
   });

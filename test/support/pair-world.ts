@@ -69,6 +69,9 @@ class Half {
   }
   progress(_transferId: TransferId, _computed: number, _blocks: readonly number[]): void {}
   finish(_transferId: TransferId, _drawn: Drawn): void {}
+  consumerWaits(_transferId: TransferId): number {
+    return 0;
+  }
   fail(_transferId: TransferId, _code: ErrorCode, _why: string): void {}
 }
 

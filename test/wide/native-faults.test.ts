@@ -1,4 +1,4 @@
-/** By direct, on stand-in GPUs: a producer that stands still or dies costs its consumer time, never a wrong byte or a block. */
+/** By direct, on stand-in GPUs: a producer that stands still, dies or cannot map costs its consumer time, never a wrong byte or a block. */
 import { randomBytes } from 'node:crypto';
 import { afterAll, beforeAll, expect, test } from 'vitest';
 import { parseHostPort } from '../../src/net/address.ts';
@@ -8,17 +8,8 @@ import { standInEnvironment } from '../stand-ins/build.ts';
 import { metricsOf, startWorker, type WorkerHandle } from '../support/cluster.ts';
 import { eventually } from '../support/requests.ts';
 
-const ARGS = [
-  '--executor',
-  'host',
-  '--kv-buffer-size',
-  '64e6',
-  '--transport',
-  'direct',
-  '--wire',
-  'native',
-  '--debug-state',
-];
+const NATIVE = ['--executor', 'host', '--kv-buffer-size', '64e6', '--wire', 'native', '--debug-state'];
+const ARGS = [...NATIVE, '--transport', 'direct'];
 const PROMPT = 'Once upon a time in a magical forest, there lived a wise old dragon who';
 
 let producer: WorkerHandle;
@@ -32,14 +23,15 @@ beforeAll(async () => {
     startWorker('consumer', undefined, [...ARGS, '--device', 'cuda:1', '--kv-load-timeout', '5s']),
     startWorker('both', undefined),
   ]);
-  for (const name of ['second', 'third']) expected.set(name, await ask(undivided, newId(), name));
+  for (const name of ['second', 'third', 'fourth', 'fifth'])
+    expected.set(name, await ask(undivided, newId(), name));
 });
 afterAll(async () => {
   await Promise.all([producer, consumer, undivided].map((worker) => worker?.program.stop('SIGKILL')));
 });
 
-const newId = () => {
-  const [prefill, decode] = [producer, consumer].map(({ kvAddress }) => parseHostPort(kvAddress));
+const newId = (from = producer) => {
+  const [prefill, decode] = [from, consumer].map(({ kvAddress }) => parseHostPort(kvAddress));
   return proxyRequestId(prefill!, decode!, randomBytes(16).toString('hex'));
 };
 /** `before`: makes the prompt another from its first block on. */
@@ -54,21 +46,55 @@ async function ask({ url }: WorkerHandle, id: string, before: string, max_tokens
 }
 const metric = async (worker: WorkerHandle, name: string) =>
   (await metricsOf(worker)).get(name) ?? Number.NaN;
+async function handOverOf({ url }: WorkerHandle): Promise<NonNullable<CoreState['handOver']>> {
+  const { core } = (await (await fetch(`${url}/debug/state`)).json()) as { core: CoreState };
+  return core.handOver!;
+}
 /** The consumer is asked, and its producer never is: the WANT is heard there, and waits. */
 async function wanting(before: string): Promise<{ readonly answer: Promise<string> }> {
   const answer = ask(consumer, newId(), before);
-  await eventually('the WANT to be heard', 60_000, async () => {
-    const { core } = (await (await fetch(`${producer.url}/debug/state`)).json()) as { core: CoreState };
-    return (core.handOver?.grants.unbound ?? 0) > 0;
-  });
+  await eventually(
+    'the WANT to be heard',
+    60_000,
+    async () => (await handOverOf(producer)).grants.unbound > 0,
+  );
   return { answer };
 }
+/** A further producer, with settings of the stand-ins of its own. */
+async function startWith(env: Record<string, string>, args: readonly string[]): Promise<WorkerHandle> {
+  Object.assign(process.env, env);
+  try {
+    return await startWorker('producer', undefined, [...args, '--device', 'cuda:0']);
+  } finally {
+    for (const name of Object.keys(env)) delete process.env[name];
+  }
+}
+const free = async () => {
+  const [quarantined, used] = await Promise.all([
+    metric(consumer, 'pd_native_quarantined_blocks'),
+    metric(consumer, 'pd_kv_blocks_used'),
+  ]);
+  return quarantined === 0 && used === 0;
+};
 
 test('a producer that is stopped is given up; what it may still write to is nobody’s until it goes on', async () => {
   const id = newId();
   await ask(producer, id, 'first', 1);
   await ask(consumer, id, 'first');
   expect(await metric(consumer, 'pd_native_connections{transport="direct"}')).toBe(1);
+  // when it has nothing else to do
+  await eventually('the path to be measured', 60_000, async () => {
+    return (await metric(producer, 'pd_native_path_bytes_per_second')) > 0;
+  });
+  expect((await handOverOf(producer)).mappings).toEqual([
+    {
+      peer: consumer.kvAddress,
+      cache: 'theirs',
+      bytes: expect.any(Number),
+      path: expect.objectContaining({ state: 'measured', latencySeconds: expect.any(Number) }),
+    },
+  ]);
+  expect((await handOverOf(consumer)).mappings).toMatchObject([{ peer: producer.kvAddress, cache: 'ours' }]);
   const { answer } = await wanting('second');
   producer.program.child.kill('SIGSTOP');
   expect(await answer).toBe(expected.get('second'));
@@ -84,11 +110,50 @@ test('a producer that is killed is known to be dead, and its blocks are free', a
   const { answer } = await wanting('third');
   await producer.program.stop('SIGKILL');
   expect(await answer).toBe(expected.get('third'));
-  await eventually('no block in use', 60_000, async () => {
-    const [quarantined, used] = await Promise.all([
-      metric(consumer, 'pd_native_quarantined_blocks'),
-      metric(consumer, 'pd_kv_blocks_used'),
+  await eventually('no block in use', 60_000, free);
+});
+
+test('a producer that is stopped in the middle of its writes changes nothing that is another’s by then', async () => {
+  // a launch starts up to 2 s after its call
+  const slow = await startWith({ PD_STANDIN_WRITE_US: '2000000' }, ARGS);
+  try {
+    const id = newId(slow);
+    await ask(slow, id, 'fourth', 1);
+    const answer = ask(consumer, id, 'fourth');
+    await eventually(
+      'a write to be under way',
+      60_000,
+      async () => (await handOverOf(slow)).grants.launches > 0,
+    );
+    slow.program.child.kill('SIGSTOP');
+    expect(await answer).toBe(expected.get('fourth'));
+    expect(await ask(consumer, newId(), 'second')).toBe(expected.get('second'));
+    slow.program.child.kill('SIGCONT');
+    await eventually('no block in use', 60_000, free);
+    expect(await ask(consumer, newId(), 'third')).toBe(expected.get('third'));
+  } finally {
+    await slow.program.stop('SIGKILL');
+  }
+});
+
+test('a cache that cannot be mapped is filled by nccl, and the gauge and pd-doctor’s source say why', async () => {
+  const other = await startWorker('consumer', undefined, [...NATIVE, '--device', 'cuda:1']);
+  const unable = await startWith({ PD_STANDIN_FAULTS: 'cuMemImportFromShareableHandle=1' }, NATIVE);
+  try {
+    const [prefill, decode] = [unable, other].map(({ kvAddress }) => parseHostPort(kvAddress));
+    const id = proxyRequestId(prefill!, decode!, randomBytes(16).toString('hex'));
+    await ask(unable, id, 'fifth', 1);
+    expect(await ask(other, id, 'fifth')).toBe(expected.get('fifth'));
+    expect(await metric(other, 'pd_kv_loads_total{result="ok"}')).toBe(1);
+    expect(await metric(other, 'pd_native_connections{transport="nccl"}')).toBe(1);
+    expect(await metric(other, 'pd_native_fallbacks{reason="refused"}')).toBe(1);
+    expect((await handOverOf(other)).producers).toMatchObject([
+      {
+        transport: 'nccl',
+        fallback: { reason: 'refused', why: expect.stringContaining('cannot be mapped') },
+      },
     ]);
-    return quarantined === 0 && used === 0;
-  });
+  } finally {
+    await Promise.all([other, unable].map(({ program }) => program.stop('SIGKILL')));
+  }
 });

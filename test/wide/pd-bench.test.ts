@@ -71,7 +71,8 @@ describe.each(['host', 'cuda'] as const)('on %s', (device) => {
       expect(Math.min(...milliseconds)).toBeGreaterThan(0);
     }
     expect(result.transfer!.ceilingErrors).toEqual([]);
-    expect(result.transfer!.ceilings).toHaveLength(3 * 2);
+    expect(result.transfer!.ceilings).toHaveLength((device === 'host' ? 3 : 4) * 2);
+    expect(result.transfer!.native!.map((row) => row.error).filter(Boolean)).toEqual([]);
     expect(result.clock.agrees).toBe(true);
     expect(stderr).toBe('');
     expect(code).toBe(0);

@@ -1,10 +1,10 @@
-/** One GPU as this thread uses it. Several threads may each have their own CudaDevice of one GPU: addresses and events are common to all. */
+/** One GPU as this thread uses it. Several threads may each have a CudaDevice for the same GPU: addresses and events are common to all. */
 import { type Libcuda, loadLibcuda } from '../../../ffi/libcuda.ts';
 import { type Cudart, loadCudart } from '../../../ffi/libcudart.ts';
 import { allocateNative, freeNative, nativeView } from '../../../ffi/native.ts';
 import type { NativePointer } from '../../../ffi/pointers.ts';
 import { PdError } from '../../errors.ts';
-import { type CopyPlan, checkPlan } from '../../kv/reblock.ts';
+import { type CopyPlan, checkPlan, planBlocks, type StridedCopy } from '../../kv/reblock.ts';
 import type {
   Device,
   DevicePointer,
@@ -15,13 +15,11 @@ import type {
   Stream,
 } from '../device.ts';
 import { hostView } from '../memory.ts';
+import { checkLayerTensor } from '../paged-cache.ts';
 import { ArgumentSlots, type KernelTarget, loadKernels } from './kernels.ts';
 import {
   blocksPerLaunch,
   COPY_KERNELS,
-  type CopyShape,
-  checkCopies,
-  copyShape,
   elementBytes,
   type LayerAddresses,
   launches,
@@ -60,6 +58,7 @@ export class CudaDevice implements Device, CudaContext {
   readonly #pinned: PinnedBuffer[] = [];
   readonly #parameters: NativePointer;
   readonly #parameterView: DataView;
+  #allocatedBytes = 0;
   #disposed = false;
   #abandoned = false;
 
@@ -105,6 +104,11 @@ export class CudaDevice implements Device, CudaContext {
     this.runtime.setDevice(this.index);
   }
 
+  /** What `allocate` has taken. */
+  get allocatedBytes(): number {
+    return this.#allocatedBytes;
+  }
+
   allocate(bytes: number, what: string): MemoryRef & { readonly kind: 'cuda' } {
     this.#open(what);
     this.enter();
@@ -112,9 +116,10 @@ export class CudaDevice implements Device, CudaContext {
     try {
       pointer = this.runtime.malloc(bytes, what);
     } catch (error) {
-      throw this.#withFree(error, bytes, what);
+      throw this.noMemory(error, bytes, what);
     }
     this.#allocations.push(pointer);
+    this.#allocatedBytes += bytes;
     return { kind: 'cuda', device: this.index, pointer, bytes };
   }
 
@@ -173,12 +178,8 @@ export class CudaDevice implements Device, CudaContext {
   ): void {
     checkPlan(plan, cache.bytes, tensor.bytes);
     this.enter();
-    const flat = kernelAddress(tensor, direction);
-    for (const part of plan) {
-      const { ids, flatOffset } = part;
-      const pointers = [{ cache: kernelAddress(cache, direction), flat: flat + BigInt(flatOffset) }];
-      this.#launchCopies(direction, part, pointers, ids, 0, stream);
-    }
+    const addresses = [{ cache: kernelAddress(cache, direction), flat: kernelAddress(tensor, direction) }];
+    for (const part of plan) this.#launchCopies(direction, part, addresses, stream);
   }
 
   view(memory: MemoryRef): Uint8Array {
@@ -209,7 +210,7 @@ export class CudaDevice implements Device, CudaContext {
     if (this.#disposed) return;
     this.#disposed = true;
     released(() => this.enter());
-    // Freeing waits for the whole device. Where a stream of ours is stuck that would be for ever; the end of the process frees all.
+    // Freeing waits for the whole device: forever, if one of our streams is stuck. The end of the process frees everything.
     if (this.#abandoned || ![...this.#streams].every(hasDrained)) return;
     for (const stream of [...this.#streams]) stream.dispose();
     this.#events.dispose();
@@ -226,35 +227,36 @@ export class CudaDevice implements Device, CudaContext {
     stream: Stream,
     skip: number,
   ): void {
-    // All are checked before the first is launched.
-    checkCopies(direction, parts, blockIds);
-    this.enter();
-    for (const group of sameLayouts(parts)) {
-      const layers = group.map(({ layer, tensor }) => ({
+    // All are checked before the first is launched: a wrong size or id would let the kernel write anywhere in the GPU.
+    for (const part of parts) checkLayerTensor(direction, part, blockIds.length);
+    const groups = sameLayouts(parts).map((group) => ({
+      plan: planBlocks(group[0]!.layer.layout, blockIds, skip),
+      layers: group.map(({ layer, tensor }) => ({
         cache: kernelAddress(layer.memory, direction),
         flat: kernelAddress(tensor, direction),
-      }));
-      const shape = copyShape(group[0]!.layer.layout, blockIds.length);
-      this.#launchCopies(direction, shape, layers, blockIds, skip, stream);
+      })),
+    }));
+    this.enter();
+    for (const { plan, layers } of groups) {
+      for (const part of plan) this.#launchCopies(direction, part, layers, stream);
     }
   }
 
-  /** For each of `layers` the same copy. `flat` is the address of block 0 of `blockIds`, skipped or not. */
+  /** For each of `layers` the same copy. */
   #launchCopies(
     direction: 'gather' | 'scatter',
-    shape: CopyShape,
+    { ids: all, flatOffset, ...shape }: StridedCopy,
     layers: readonly LayerAddresses[],
-    blockIds: Int32Array,
-    skip: number,
     stream: Stream,
   ): void {
     const { handle } = cudaStream(stream);
-    for (const group of launches(layers, ({ cache, flat }) => elementBytes(shape, cache, flat))) {
+    const placed = layers.map(({ cache, flat }) => ({ cache, flat: flat + BigInt(flatOffset) }));
+    for (const group of launches(placed, ({ cache, flat }) => elementBytes(shape, cache, flat))) {
       const { element } = group;
       const most = blocksPerLaunch(group.layers.length, shape, element);
       const kernel = this.#copyKernels[`${direction}_${element}`];
-      for (let first = skip; first < blockIds.length; first += most) {
-        const ids = blockIds.subarray(first, first + most);
+      for (let first = 0; first < all.length; first += most) {
+        const ids = all.subarray(first, first + most);
         const offset = BigInt(first * shape.flatBlock);
         const at = group.layers.map(({ cache, flat }) => ({ cache, flat: flat + offset }));
         writeParameters(this.#parameterView, shape, at, ids, element);
@@ -270,17 +272,13 @@ export class CudaDevice implements Device, CudaContext {
       throw new PdError('DEVICE_UNAVAILABLE', `${what}: device ${this.name} has been disposed`);
   }
 
-  /** Says how much there was, which is what one needs to know to choose another size. */
-  #withFree(error: unknown, bytes: number, what: string): PdError {
+  /** Why memory could not be allocated, and how much there was, which one must know to choose another size. */
+  noMemory(error: unknown, bytes: number, what: string): PdError {
     const failed = PdError.from(error, 'CUDA_ERROR');
     if (failed.code !== 'OUT_OF_DEVICE_MEMORY') return failed;
     const { free, total } = this.runtime.memoryInfo();
-    return new PdError(
-      'OUT_OF_DEVICE_MEMORY',
-      `${what}: ${bytes} bytes are wanted on ${this.name}, which has ${free} of ${total} free`,
-      { ...failed.context, free, total },
-      { cause: error },
-    );
+    const message = `${what}: ${bytes} bytes are wanted on ${this.name}, which has ${free} of ${total} free`;
+    return new PdError(failed.code, message, { ...failed.context, bytes, free, total }, { cause: error });
   }
 }
 

@@ -1,4 +1,4 @@
-/** Kernels compiled here, kept on disk: compiling takes a second, and a worker restarts often. */
+/** Kernels compiled on this machine, cached on disk: compiling takes a second, and a worker restarts often. */
 import { createHash, randomBytes } from 'node:crypto';
 import { mkdirSync, readFileSync, renameSync, unlinkSync, writeFileSync } from 'node:fs';
 import { homedir } from 'node:os';
@@ -25,7 +25,7 @@ function kernelCacheKey(key: KernelKey): string {
   return hash.digest('hex');
 }
 
-/** What is kept under `key`, or the result of `compile`, which is then kept. A folder that cannot be written costs only time. */
+/** What is kept under `key`, or the result of `compile`, which is then kept. A folder that cannot be written to costs only time. */
 export function cachedKernel(folder: string, key: KernelKey, compile: () => Uint8Array): Uint8Array {
   const file = join(folder, `${kernelCacheKey(key)}.cubin`);
   try {

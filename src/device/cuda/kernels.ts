@@ -4,9 +4,8 @@
  * Loaded is the shipped machine code of this GPU, else the shipped PTX, which the driver compiles, else the source compiled here by NVRTC.
  * All before the first pair opens, since a load waits while any receive waits for its sender.
  */
-import { existsSync, readFileSync } from 'node:fs';
+import { readFileSync } from 'node:fs';
 import { dirname, join } from 'node:path';
-import { fileURLToPath } from 'node:url';
 import type { Libcuda } from '../../../ffi/libcuda.ts';
 import { allocateNative, freeNative, nativeView } from '../../../ffi/native.ts';
 import { loadNvrtc } from '../../../ffi/nvrtc.ts';
@@ -18,6 +17,7 @@ import type {
   NativePointer,
 } from '../../../ffi/pointers.ts';
 import { PdError } from '../../errors.ts';
+import { installedFile } from '../../version.ts';
 import { cachedKernel, kernelCacheFolder } from './kernel-cache.ts';
 
 /**
@@ -290,12 +290,9 @@ function compileKernels(text: string, name: string, target: KernelTarget): Uint8
   return cachedKernel(kernelCacheFolder(), key, () => nvrtc.compile(`${name}.cu`, text, options));
 }
 
-/** `kernels/` of this installation, beside `src/` or beside `dist/`. */
+/** `kernels/` of this installation. */
 function kernelFolder(): string {
-  for (let at = dirname(fileURLToPath(import.meta.url)); ; at = dirname(at)) {
-    const folder = join(at, 'kernels');
-    if (existsSync(join(folder, 'manifest.json'))) return folder;
-    if (at === dirname(at))
-      throw new PdError('DEVICE_UNAVAILABLE', 'the folder kernels/ of this installation is missing');
-  }
+  const manifest = installedFile('kernels/manifest.json');
+  if (manifest !== undefined) return dirname(manifest);
+  throw new PdError('DEVICE_UNAVAILABLE', 'the folder kernels/ of this installation is missing');
 }

@@ -4,15 +4,8 @@
  *   cache   |..|B7|..|B2|..      block b at b * cacheBlock, its second run (V) cacheRun further
  *   flat    |B7|B2|              block i at i * flatBlock, its second run flatRun further
  */
-import { PdError } from '../../errors.ts';
-import {
-  blockBytes,
-  layerBytes,
-  type PagedLayout,
-  runBytes,
-  runOffset,
-  runsPerBlock,
-} from '../../kv/layout.ts';
+import type { PagedLayout } from '../../kv/layout.ts';
+import type { StridedCopy } from '../../kv/reblock.ts';
 import type { LayerTensor } from '../device.ts';
 
 /** kernels/gather_scatter.cu. */
@@ -41,33 +34,7 @@ const MAX_TILES = 2 ** 31;
 const TILE = 1_024;
 
 /** How one layer's blocks and the dense tensor lie, in bytes. */
-export interface CopyShape {
-  readonly cacheBlock: number;
-  readonly cacheRun: number;
-  readonly flatBlock: number;
-  readonly flatRun: number;
-  readonly runBytes: number;
-  readonly runs: 1 | 2;
-}
-
-/** `blocks`: blocks of the whole dense tensor. */
-export function copyShape(layout: PagedLayout, blocks: number): CopyShape {
-  const both = runsPerBlock(layout) === 2;
-  if (!both || layout.family === 'blocks-first') {
-    // K and V of a block lie side by side in cache and tensor: one run
-    const bytes = blockBytes(layout);
-    return { cacheBlock: bytes, cacheRun: 0, flatBlock: bytes, flatRun: 0, runBytes: bytes, runs: 1 };
-  }
-  const bytes = runBytes(layout);
-  return {
-    cacheBlock: bytes,
-    cacheRun: runOffset(layout, layout.numBlocks, 0, 1),
-    flatBlock: bytes,
-    flatRun: runOffset(layout, blocks, 0, 1),
-    runBytes: bytes,
-    runs: 2,
-  };
-}
+export type CopyShape = Omit<StridedCopy, 'ids' | 'flatOffset'>;
 
 /** Element that a launch moves: 16 bytes where both bases and all strides allow it. */
 export function elementBytes(shape: CopyShape, cache: bigint, flat: bigint): 16 | 1 {
@@ -157,40 +124,4 @@ export function sameLayouts(parts: readonly LayerTensor[]): LayerTensor[][] {
     else groups.push([part]);
   }
   return groups;
-}
-
-/** A wrong size or id would let the kernel write anywhere in the GPU, so this is checked on every call. Throws INTERNAL. */
-export function checkCopies(
-  what: 'gather' | 'scatter',
-  parts: readonly LayerTensor[],
-  blockIds: Int32Array,
-): void {
-  let numBlocks: number | undefined;
-  for (const { layer, tensor } of parts) {
-    const { layout, memory } = layer;
-    const wanted = blockBytes(layout) * blockIds.length;
-    if (tensor.bytes !== wanted) {
-      throw new PdError(
-        'INTERNAL',
-        `${what}: ${blockIds.length} blocks take ${wanted} bytes, the tensor has ${tensor.bytes}`,
-      );
-    }
-    if (memory.bytes < layerBytes(layout)) {
-      throw new PdError(
-        'INTERNAL',
-        `${what}: the layer takes ${layerBytes(layout)} bytes, its memory has ${memory.bytes}`,
-      );
-    }
-    // Layers of one size share the list, which is looked through once.
-    if (layout.numBlocks !== numBlocks) checkBlockIds(what, layout.numBlocks, blockIds);
-    numBlocks = layout.numBlocks;
-  }
-}
-
-function checkBlockIds(what: string, numBlocks: number, blockIds: Int32Array): void {
-  for (let index = 0; index < blockIds.length; index++) {
-    const id = blockIds[index]!;
-    if (id >= 0 && id < numBlocks) continue;
-    throw new PdError('INTERNAL', `${what}: block ${id} is outside of the cache of ${numBlocks} blocks`);
-  }
 }

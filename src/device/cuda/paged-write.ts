@@ -46,7 +46,8 @@ export interface WriteLayer {
 export interface PagedWrite {
   readonly source: BlockStrides;
   readonly target: BlockStrides;
-  readonly layers: readonly WriteLayer[];
+  /** Of the launch's layers: part of what `writeTable` made. */
+  readonly table: Uint8Array;
   /** `blocks` ids of 32 bits each, in the device's memory. */
   readonly sourceIds: bigint;
   readonly targetIds: bigint;
@@ -97,11 +98,20 @@ export function layersPerWrite(blocks: number, { runs, runBytes }: BlockStrides,
   return Math.min(MAX_LAYERS_PER_WRITE, Math.max(1, Math.floor((MAX_UNITS - 1) / Math.max(1, units))));
 }
 
+/** Bytes of one layer in a table. */
+export const WRITE_LAYER_BYTES = 16;
+
+/** Where layers lie, as the kernel reads it; made once, as launches are many. */
+export function writeTable(layers: readonly WriteLayer[]): Uint8Array {
+  const table = new BigUint64Array(layers.flatMap(({ source, target }) => [source, target]));
+  return new Uint8Array(table.buffer);
+}
+
 /** Fills the kernel's parameter block. */
 export function writeParameterBlock(view: DataView, write: PagedWrite, element: 16 | 1): void {
-  const { source, target, layers } = write;
-  if (layers.length > MAX_LAYERS_PER_WRITE)
-    throw new PdError('INTERNAL', `${layers.length} layers in one write`);
+  const { source, target, table } = write;
+  const layers = table.length / WRITE_LAYER_BYTES;
+  if (layers > MAX_LAYERS_PER_WRITE) throw new PdError('INTERNAL', `${layers} layers in one write`);
   const words = [
     BigInt(source.blockStride),
     BigInt(source.runStride),
@@ -118,10 +128,7 @@ export function writeParameterBlock(view: DataView, write: PagedWrite, element: 
   ];
   for (let i = 0; i < words.length; i++) view.setBigUint64(8 * i, words[i]!, true);
   const units = unitsPerRun(source.runBytes, element);
-  const counts = [layers.length, write.blocks, source.runs, units, write.sourceBlocks, write.targetBlocks];
+  const counts = [layers, write.blocks, source.runs, units, write.sourceBlocks, write.targetBlocks];
   for (let i = 0; i < counts.length; i++) view.setUint32(96 + 4 * i, counts[i]!, true);
-  for (let i = 0; i < layers.length; i++) {
-    view.setBigUint64(TABLE_OFFSET + 16 * i, layers[i]!.source, true);
-    view.setBigUint64(TABLE_OFFSET + 16 * i + 8, layers[i]!.target, true);
-  }
+  new Uint8Array(view.buffer, view.byteOffset + TABLE_OFFSET, table.length).set(table);
 }

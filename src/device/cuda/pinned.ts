@@ -1,4 +1,4 @@
-/** Page-locked host memory, taken on a throwaway thread so that the thread that serves never stands still. */
+/** Page-locked host memory, allocated on a throwaway thread so that the thread that serves never stalls. */
 import { Worker } from 'node:worker_threads';
 import { type ErrorData, PdError } from '../../errors.ts';
 import { threadEntry } from '../../thread-entry.ts';
@@ -14,7 +14,7 @@ export type PinnedAnswer =
   | { readonly ok: true; readonly pointer: PinnedPointer }
   | { readonly ok: false; readonly error: ErrorData };
 
-/** Far past the 0.7 s that 1 GiB takes; milliseconds. */
+/** Far more than the 0.7 s that 1 GiB takes; milliseconds. */
 const DEADLINE = 60_000;
 
 /**

@@ -53,15 +53,7 @@ export class SharedMemory {
     try {
       handle = calls.create(device.index, mapped, what);
     } catch (error) {
-      const failed = PdError.from(error, 'CUDA_ERROR');
-      if (failed.code !== 'OUT_OF_DEVICE_MEMORY') throw failed;
-      const { free, total } = device.runtime.memoryInfo();
-      throw new PdError(
-        'OUT_OF_DEVICE_MEMORY',
-        `${what}: ${bytes} bytes are wanted on ${device.name}, which has ${free} of ${total} free`,
-        { ...failed.context, bytes, free, total },
-        { cause: error },
-      );
+      throw device.noMemory(error, bytes, what);
     }
     return SharedMemory.#mappedBy(device, calls, handle, bytes, mapped, what);
   }

@@ -13,8 +13,8 @@ export interface CudaContext {
 }
 
 /**
- * Gives something back to CUDA. On a GPU whose context is broken each of these calls fails with the error of the work that broke it, which
- * has been reported where that work was waited for; an end must go on to the next thing.
+ * Gives something back to CUDA. On a GPU with a broken context each of these calls fails with the error of the work that broke it, which
+ * has already been reported where that work was awaited; cleaning up must go on.
  */
 export function released(give: () => void): void {
   try {

@@ -1,4 +1,4 @@
-/** Makes a CudaExecutor: weights, activations, KV cache from what memory is left, graphs. In the order in which memory is spoken for. */
+/** Makes a CudaExecutor: weights, activations, KV cache from what memory is left, graphs. In the order in which memory is claimed. */
 import { Cublas } from '../../../ffi/libcublas.ts';
 import { CudaDevice } from '../../device/cuda/device.ts';
 import type { Device, DevicePointer } from '../../device/device.ts';
@@ -16,7 +16,7 @@ import { type CachePointers, type ElementType, ModelKernels } from './kernels.ts
 import { CudaLlama } from './llama.ts';
 import { Products } from './products.ts';
 import { shapedRows, takeSamplerMemory } from './sampling.ts';
-import { blocksThatFit, GRAPH_BYTES } from './sizes.ts';
+import { blocksThatFit, CONTEXT_BYTES, GRAPH_BYTES } from './sizes.ts';
 import { type PlanLimits, planCapacity } from './step-plan.ts';
 import { loadCudaWeights } from './weights.ts';
 
@@ -32,14 +32,16 @@ export interface CudaExecutorOptions {
   readonly maxNumSeqs: number;
   readonly maxNumBatchedTokens: number;
   readonly utilization: number;
-  /** Bytes that others take on this GPU later: received KV, communicators. */
+  /** Workers that divide it. */
+  readonly sharers: number;
+  /** Bytes that will be needed on this GPU later: received KV, communicators. */
   readonly reserved: number;
   readonly batchInvariant: boolean;
   readonly allocateCache?: CacheAllocator | undefined;
   readonly log?: Logger;
 }
 
-/** What NVIDIA advises for Hopper; split sums of small products go there. */
+/** NVIDIA's recommendation for Hopper; partial sums of small products (split-K) are kept there. */
 const WORKSPACE_BYTES = 32 * 2 ** 20;
 /** Most rows of logits on the GPU at a time. */
 const LOGIT_ROWS = 256;
@@ -78,11 +80,7 @@ export async function createCudaExecutor(
     const limits = { rows, sequences: maxNumSeqs, logitRows, moreTokens: shapedRows(logitRows) };
     const model = new CudaLlama(device, config, weights, kernels, products, limits);
     const buffers = await takeBuffers(device, options, rows);
-    const sampler = await takeSamplerMemory(device, {
-      logitRows,
-      vocab: config.vocab,
-      maxLength: maxModelLen,
-    });
+    const sampler = await takeSamplerMemory(device, logitRows, config.vocab, maxModelLen);
     const { numBlocks, layers } = await takeCache(device, options);
     model.useCaches(layers.map(pointersOf));
     const graphs = new DecodeGraphs(device.runtime, stream.handle);
@@ -101,7 +99,7 @@ export async function createCudaExecutor(
       graphs,
       dispose,
     });
-    // what loads at first use (cuBLAS's kernels) loads before the first pair opens
+    // whatever loads at first use (cuBLAS's kernels) loads before the first pair opens
     for (const count of new Set([rows, Math.min(rows, 512), Math.min(rows, 64)]))
       await executor.warmUp(count);
     await executor.warmUpSampling();
@@ -162,13 +160,17 @@ async function takeCache(
   device: CudaDevice,
   options: CudaExecutorOptions,
 ): Promise<{ readonly numBlocks: number; readonly layers: readonly NamedLayer[] }> {
-  const { config, type, blockSize, maxModelLen, utilization, reserved } = options;
+  const { config, type, blockSize, maxModelLen, utilization, sharers, reserved } = options;
   const format = { dtype: type, blockSize };
+  const { free, total } = device.runtime.memoryInfo();
   const numBlocks =
     options.numBlocks ??
     blocksThatFit({
-      ...device.runtime.memoryInfo(),
+      total,
+      // what the others hold is theirs, whoever has started first
+      free: sharers > 1 ? total - device.allocatedBytes - CONTEXT_BYTES : free,
       utilization,
+      sharers,
       reserved: reserved + GRAPH_BYTES,
       blockBytes: blockBytes(kvLayout(config, format)) * config.layers,
       perSequence: Math.ceil(maxModelLen / blockSize),

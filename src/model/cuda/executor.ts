@@ -1,11 +1,11 @@
 /**
- * Runs steps on a GPU. Everything is enqueued on one stream and the thread polls the end of it, so messages are heard while the GPU
- * computes. Memory is taken when the executor is made; a step takes none.
+ * Runs steps on a GPU. Everything is enqueued on one stream and the thread polls its end, so messages are handled while the GPU
+ * computes. Memory is allocated when the executor is created; a step allocates none.
  */
 import type { CudaDevice } from '../../device/cuda/device.ts';
 import type { CudaStream } from '../../device/cuda/stream.ts';
 import type { DeviceEvent, DevicePointer, MemoryRef } from '../../device/device.ts';
-import { sliceMemory } from '../../device/memory.ts';
+import { int32View, sliceMemory } from '../../device/memory.ts';
 import type { NamedLayer } from '../../device/paged-cache.ts';
 import { EventPoller } from '../../device/poller.ts';
 import type { ForwardBatch, ForwardResult, SampledToken, ScheduledSequence } from '../../scheduler/types.ts';
@@ -31,7 +31,7 @@ import {
 /** One step; the longest prompts in one step take a few seconds. */
 const STEP_TIMEOUT = 120_000;
 
-/** What `create.ts` has put together; the executor owns and disposes it. */
+/** Assembled by `create.ts`; the executor owns and disposes it. */
 export interface CudaExecutorParts {
   readonly device: CudaDevice;
   readonly stream: CudaStream;
@@ -64,8 +64,7 @@ export class CudaExecutor implements Executor {
     this.#parts = parts;
     this.layers = parts.layers;
     this.vocabSize = parts.limits.vocab;
-    const { device } = parts;
-    this.#plan = int32(device.view(parts.planHost));
+    this.#plan = int32View(parts.device.view(parts.planHost));
     this.#sampler = new CudaSampler(parts, (what) => this.#drained(what));
   }
 
@@ -213,7 +212,7 @@ export class CudaExecutor implements Executor {
     }
   }
 
-  /** What a graph holds: a whole step of single tokens, each with its logits. */
+  /** The content of a graph: a whole step of single tokens, each with its logits. */
   #decodeStep(plan: StepPlan, step: DevicePointer): void {
     const { model, layers } = this.#parts;
     model.embed(plan, step);
@@ -260,12 +259,12 @@ export class CudaExecutor implements Executor {
       const rows = part.map((entry, row) => ({ ...entry, row }));
       sampled.push(...(await this.#sampler.sampleRows(rows, part.length, masks, sampling)));
     }
-    // also where nothing was sampled: the plan's memory is the next step's
+    // also if nothing was sampled: the next step reuses the plan's memory
     if (wanted.length === 0) await this.#drained('a step');
     return sampled;
   }
 
-  /** A step that failed half-way still writes into its blocks, which will soon belong to others; so it is waited for even then. */
+  /** A step that failed half-way may still write to its blocks, which will soon belong to others, so it is waited for even then. */
   async #settled<T>(run: () => Promise<T>): Promise<T> {
     try {
       return await run();
@@ -276,14 +275,9 @@ export class CudaExecutor implements Executor {
     }
   }
 
-  async #drained(what: string): Promise<void> {
+  #drained(what: string): Promise<void> {
     const { stream, device } = this.#parts;
-    const event = stream.record();
-    try {
-      await this.#poller.wait(event, STEP_TIMEOUT, `${what} on ${device.name}`);
-    } finally {
-      event.dispose();
-    }
+    return this.#poller.drained(stream, STEP_TIMEOUT, `${what} on ${device.name}`);
   }
 
   #releaseEvents(): void {
@@ -293,8 +287,4 @@ export class CudaExecutor implements Executor {
 
 function isDrawnLater({ sequenceId, sample }: ScheduledSequence, masks: StepMasks): boolean {
   return sample !== undefined && (isShaped(sample) || masks.has(sequenceId));
-}
-
-function int32(bytes: Uint8Array): Int32Array {
-  return new Int32Array(bytes.buffer, bytes.byteOffset, bytes.byteLength / 4);
 }

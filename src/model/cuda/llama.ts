@@ -24,7 +24,7 @@ export interface LlamaLimits {
   readonly moreTokens: number;
 }
 
-/** What the decode kernel cuts contexts into: enough thread blocks for this many per multiprocessor. */
+/** The decode kernel splits contexts into enough thread blocks for this many per multiprocessor. */
 const BLOCKS_PER_MULTIPROCESSOR = 4;
 const MAX_SPLITS = 64;
 

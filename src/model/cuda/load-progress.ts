@@ -1,4 +1,4 @@
-/** What is said while weights load: a line of the log about once a second, on a terminal one that is redrawn; and one at the end. */
+/** Progress while weights load: a log line about once a second, on a terminal a line that is redrawn, and one at the end. */
 import { writeSync } from 'node:fs';
 import { isatty } from 'node:tty';
 import { progressLine } from '../../observability/bytes.ts';
@@ -7,7 +7,7 @@ import type { Logger } from '../../observability/log.ts';
 const LOG_MS = 1_000;
 const REDRAW_MS = 100;
 
-/** Takes the line on which the cursor stands away. */
+/** Clears the line that the cursor is on. */
 const CLEAR = '\r\x1b[K';
 /** Without line wrap between them, so that a narrow terminal cuts a long line off. The log goes on from the line's start. */
 const [BEGIN, END] = [`${CLEAR}\x1b[?7l`, '\x1b[?7h\r'];
@@ -61,7 +61,7 @@ export class LoadProgress {
     this.#loggedAt = this.#began;
   }
 
-  /** So many bytes more have arrived. */
+  /** `bytes` more have arrived. */
   add(bytes: number): void {
     this.#done += bytes;
     const now = this.#now();
@@ -76,7 +76,7 @@ export class LoadProgress {
     this.#log.info({ model: this.#model, bytes: this.#done, total: this.#total }, this.#line(now));
   }
 
-  /** Takes a drawn line away. Idempotent. */
+  /** Clears a drawn line. Idempotent. */
   end(): void {
     if (this.#drawnAt !== Number.NEGATIVE_INFINITY) this.#output.draw?.(CLEAR);
     this.#drawnAt = Number.NEGATIVE_INFINITY;

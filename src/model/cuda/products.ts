@@ -1,4 +1,4 @@
-/** Which program computes a matrix product: kernels of ours where few rows make it a matter of memory, cuBLAS for the rest. */
+/** Chooses what computes a matrix product: our own kernels for the few rows that are bound by memory, cuBLAS for the rest. */
 import type { Cublas } from '../../../ffi/libcublas.ts';
 import {
   type Addresses,

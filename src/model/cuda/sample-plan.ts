@@ -3,11 +3,10 @@
  *
  *   shapes[r][12] draws[r][5] wanted[w][3] | edits, masks, tokens to count, tokens to report...
  *
- * r: rows that are banned, biased or penalized before they are drawn from; w: rows of which log-probabilities are told.
+ * r: rows that are banned, biased or penalized before they are drawn from; w: rows whose log-probabilities are reported.
  */
-import type { SampleSpec } from '../../scheduler/types.ts';
+import type { SampleSpec, TokenHistory } from '../../scheduler/types.ts';
 import type { Shaping } from '../shaping.ts';
-import type { CountSlots } from './count-slots.ts';
 import { DRAW_WORDS, writeDraw } from './step-plan.ts';
 
 /** struct Shape, struct Wanted and struct Report of kernels/model/sample.cu. */
@@ -141,5 +140,56 @@ export class SamplePlan {
     this.#words.set(mask.subarray(0, count), at);
     this.#end += count;
     return at - this.at.data;
+  }
+}
+
+interface Slot {
+  readonly index: number;
+  counted: number;
+  used: number;
+}
+
+/** What must be counted before a slot holds a sequence's counts. */
+interface Counting {
+  readonly slot: number;
+  /** It holds another sequence's counts. */
+  readonly fresh: boolean;
+  /** The first token that is not counted. */
+  readonly from: number;
+}
+
+/** Which sequence's tokens each slot of counts on the GPU holds, and how many of them. The least recently used goes first. */
+export class CountSlots {
+  /** By slot; all that is left of a sequence that has ended. */
+  readonly #slots: (Slot | undefined)[];
+  /** Weak: a sequence that has ended is not kept alive. */
+  readonly #byHistory = new WeakMap<TokenHistory, Slot>();
+  #clock = 0;
+
+  constructor(count: number) {
+    this.#slots = new Array<Slot | undefined>(count).fill(undefined);
+  }
+
+  /** What `history` still needs, which counts as done from now on. Only as many sequences as there are slots keep theirs. */
+  take(history: TokenHistory): Counting {
+    this.#clock++;
+    const known = this.#byHistory.get(history);
+    if (known && this.#slots[known.index] === known && known.counted <= history.length) {
+      const from = known.counted;
+      known.counted = history.length;
+      known.used = this.#clock;
+      return { slot: known.index, fresh: false, from };
+    }
+    const used = this.#slots.map((slot) => slot?.used ?? 0);
+    const index = used.indexOf(Math.min(...used));
+    const slot = { index, counted: history.length, used: this.#clock };
+    this.#slots[index] = slot;
+    this.#byHistory.set(history, slot);
+    return { slot: index, fresh: true, from: 0 };
+  }
+
+  /** A step failed: the slots' contents are no longer known. */
+  forget(): void {
+    this.#slots.fill(undefined);
   }
 }

@@ -1,23 +1,23 @@
 /**
  * From logits on the GPU to tokens and log-probabilities. A plain draw comes with the logits (`CudaLlama.score`). Rows that are banned,
- * biased or penalized are drawn here, from a shaped copy of their logits, and log-probabilities are told of the raw ones: a few launches
- * behind the step, for those rows alone.
+ * biased or penalized are drawn here, from a shaped copy of their logits, and log-probabilities are computed from the raw ones: a few
+ * launches after the step, for those rows only.
  */
 import type { CudaDevice } from '../../device/cuda/device.ts';
 import type { CudaStream } from '../../device/cuda/stream.ts';
 import type { DevicePointer, MemoryRef } from '../../device/device.ts';
-import { sliceMemory } from '../../device/memory.ts';
+import { float32View, int32View, sliceMemory } from '../../device/memory.ts';
 import type { SampledToken, ScheduledSequence } from '../../scheduler/types.ts';
 import type { TokenLogprob } from '../../wire/token-logprob.ts';
 import type { StepHooks } from '../executor.ts';
 import type { StepMasks } from '../masks.ts';
 import type { SampledRow } from '../rows.ts';
-import { noDistribution } from '../sampler.ts';
+import { GREEDY, noDistribution } from '../sampler.ts';
 import { isShaped, nothingLeft, shapingOf } from '../shaping.ts';
-import { CountSlots } from './count-slots.ts';
 import type { ModelKernels } from './kernels.ts';
 import { type CudaLlama, word } from './llama.ts';
 import {
+  CountSlots,
   MOST_REPORTED,
   REPORT_WORDS,
   SamplePlan,
@@ -25,7 +25,7 @@ import {
   samplePlanCapacity,
 } from './sample-plan.ts';
 
-/** Rows of logits that the host reads at a time. */
+/** Rows of logits read by the host at a time. */
 const HOST_LOGIT_ROWS = 16;
 /** Most rows that are shaped at a time; 64 of 128k tokens take 31 MiB, and as much to count their tokens. */
 const SHAPED_ROWS = 64;
@@ -56,11 +56,9 @@ export function shapedRows(logitRows: number): number {
 /** `maxLength`: most tokens of a sequence. Throws OUT_OF_DEVICE_MEMORY. */
 export async function takeSamplerMemory(
   device: CudaDevice,
-  {
-    logitRows,
-    vocab,
-    maxLength,
-  }: { readonly logitRows: number; readonly vocab: number; readonly maxLength: number },
+  logitRows: number,
+  vocab: number,
+  maxLength: number,
 ): Promise<SamplerMemory> {
   const shapes = shapedRows(logitRows);
   const limits = { shapes, reports: logitRows, vocab, maxLength };
@@ -113,34 +111,22 @@ export class CudaSampler {
     this.#parts = parts;
     this.#drained = drained;
     this.#slots = new CountSlots(sampler.limits.shapes);
-    const plan = device.view(sampler.planHost);
-    const words = new Int32Array(plan.buffer, plan.byteOffset, plan.byteLength / 4);
-    this.#plan = new SamplePlan(words, sampler.limits, this.#slots);
-    const tokens = device.view(sampler.tokensHost);
-    this.#tokens = new Int32Array(tokens.buffer, tokens.byteOffset, tokens.byteLength / 4);
-    const logits = device.view(sampler.logitsHost);
-    this.#logits = new Float32Array(logits.buffer, logits.byteOffset, logits.byteLength / 4);
-    const { buffer, byteOffset, byteLength } = device.view(sampler.reportsHost);
-    this.#reports = new Int32Array(buffer, byteOffset, byteLength / 4);
-    this.#reportFloats = new Float32Array(buffer, byteOffset, byteLength / 4);
+    this.#plan = new SamplePlan(int32View(device.view(sampler.planHost)), sampler.limits, this.#slots);
+    this.#tokens = int32View(device.view(sampler.tokensHost));
+    this.#logits = float32View(device.view(sampler.logitsHost));
+    const reports = device.view(sampler.reportsHost);
+    this.#reports = int32View(reports);
+    this.#reportFloats = float32View(reports);
   }
 
-  /** A step failed: what the GPU has counted is not known any more. */
+  /** A step failed: the counts on the GPU are no longer known. */
   forget(): void {
     this.#slots.forget();
   }
 
   /** Runs every kernel once. Before anything is served. */
   async warmUp(): Promise<void> {
-    const params = {
-      temperature: 1,
-      topP: 1,
-      topK: 0,
-      seed: 0,
-      maxTokens: 1,
-      minTokens: 0,
-      stopTokenIds: [],
-    };
+    const params = { ...GREEDY, temperature: 1 };
     this.#plan.clear();
     this.#plan.shape(0, { edits: new Map() }, { params, index: 0, outputPosition: 0 });
     this.#plan.report(0, this.#parts.sampler.limits.reports, 0);
@@ -149,8 +135,8 @@ export class CudaSampler {
   }
 
   /**
-   * Of rows whose logits, and plain draws, are on their way. What gets no token is in `masks.failed` then. Throws INTERNAL where the
-   * model computed no usable distribution.
+   * Samples rows whose logits, and plain draws, are already enqueued. Sequences that get no token are in `masks.failed` afterwards. Throws
+   * INTERNAL if the model computed no usable distribution.
    */
   async sampleRows(
     rows: readonly SampledRow[],

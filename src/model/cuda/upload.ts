@@ -1,7 +1,7 @@
 /** Weights from a checkpoint's files into GPU memory, through page-locked buffers: several reads and copies are under way at a time. */
 import type { CudaDevice } from '../../device/cuda/device.ts';
 import type { CudaStream } from '../../device/cuda/stream.ts';
-import type { DeviceEvent, MemoryRef } from '../../device/device.ts';
+import type { MemoryRef } from '../../device/device.ts';
 import { sliceMemory } from '../../device/memory.ts';
 import { EventPoller } from '../../device/poller.ts';
 import { PdError } from '../../errors.ts';
@@ -11,10 +11,10 @@ import type { Checkpoint } from '../safetensors.ts';
 import type { Tensor } from '../tensors.ts';
 import type { ElementType } from './kernels.ts';
 
-/** Bytes of one buffer, and how many there are: Node reads files on four threads, and copies go on meanwhile. */
+/** Bytes of one buffer, and their number: Node reads files on four threads, and copies go on meanwhile. */
 const PIECE = 8 * 2 ** 20;
 const BUFFERS = 6;
-/** For one piece, milliseconds: far past what it takes. */
+/** For one piece, milliseconds: far more than it takes. */
 const COPY_TIMEOUT = 60_000;
 
 interface Buffer {
@@ -126,12 +126,8 @@ export class WeightUpload {
       convert(toFloat32(raw, stored), new Uint16Array(view.buffer, view.byteOffset, length));
     }
     this.#device.copy(target, source, this.#stream);
-    const copied: DeviceEvent = this.#stream.record();
-    try {
-      await this.#poller.wait(copied, COPY_TIMEOUT, `copying ${tensor.name} to ${this.#device.name}`);
-    } finally {
-      copied.dispose();
-    }
+    const what = `copying ${tensor.name} to ${this.#device.name}`;
+    await this.#poller.drained(this.#stream, COPY_TIMEOUT, what);
     this.#progress(2 * length);
   }
 

@@ -103,26 +103,27 @@ class Loader {
   async load(tensors: ModelTensors<Tensor>): Promise<Omit<CudaWeights, 'type' | 'bytes'>> {
     const embedding = await this.#matrix('embedding', [tensors.embedding]);
     const layers: CudaLayerWeights[] = [];
-    for (const layer of tensors.layers) layers.push(await this.#layer(layer));
+    for (const [index, layer] of tensors.layers.entries()) layers.push(await this.#layer(layer, index));
     const finalNorm = await this.#vector(tensors.finalNorm);
     const tied = tensors.head === tensors.embedding;
     const head = tied ? embedding : await this.#matrix('output head', [tensors.head]);
     return { embedding, layers, finalNorm, head };
   }
 
-  async #layer({ bias, headNorm, ...layer }: LayerTensors<Tensor>): Promise<CudaLayerWeights> {
+  async #layer({ bias, headNorm, ...layer }: LayerTensors<Tensor>, index: number): Promise<CudaLayerWeights> {
+    const of = (what: string) => `${what} of layer ${index}`;
     return {
       inputNorm: await this.#vector(layer.inputNorm),
-      qkv: await this.#matrix('q, k and v projection', [layer.query, layer.key, layer.value]),
-      ...(bias && { qkvBias: await this.#joined('q, k and v bias', [bias.query, bias.key, bias.value]) }),
+      qkv: await this.#matrix(of('q, k and v projection'), [layer.query, layer.key, layer.value]),
+      ...(bias && { qkvBias: await this.#joined(of('q, k and v bias'), [bias.query, bias.key, bias.value]) }),
       ...(headNorm && {
         queryNorm: await this.#vector(headNorm.query),
         keyNorm: await this.#vector(headNorm.key),
       }),
-      output: await this.#matrix('output projection', [layer.output]),
+      output: await this.#matrix(of('output projection'), [layer.output]),
       postNorm: await this.#vector(layer.postNorm),
-      gateUp: await this.#matrix('gate and up projection', [layer.gate, layer.up]),
-      down: await this.#matrix('down projection', [layer.down]),
+      gateUp: await this.#matrix(of('gate and up projection'), [layer.gate, layer.up]),
+      down: await this.#matrix(of('down projection'), [layer.down]),
     };
   }
 

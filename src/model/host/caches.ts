@@ -6,17 +6,17 @@
  *   loaded block     peer --transfer--> device --download before its sequence first computes--> mirror
  */
 import type { Device, MemoryRef, Stream } from '../../device/device.ts';
-import { hostView } from '../../device/memory.ts';
+import { float32View, hostView } from '../../device/memory.ts';
 import type { NamedLayer } from '../../device/paged-cache.ts';
 import { EventPoller } from '../../device/poller.ts';
 import { layerBytes, type PagedLayout } from '../../kv/layout.ts';
 import type { ForwardBatch, ScheduledSequence } from '../../scheduler/types.ts';
 import { copyBlock } from '../kv-cache.ts';
-import { asFloats, copyBlocks, type HostLayerCache } from './layer-cache.ts';
+import { copyBlocks, type HostLayerCache } from './layer-cache.ts';
 
 export interface HostCaches {
   readonly layers: readonly HostLayerCache[];
-  /** Makes the step's block copies, and whatever the step reads readable. */
+  /** Makes the step's block copies, and makes readable whatever the step reads. */
   prepare(batch: ForwardBatch): Promise<void> | void;
   /** The step's KV of `layer` has been written here; once this settles it is in the device's cache. */
   written(layer: number, batch: ForwardBatch): Promise<void> | void;
@@ -33,7 +33,7 @@ class InPlaceCaches implements HostCaches {
 
   constructor(layers: readonly NamedLayer[]) {
     this.layers = layers.map(({ cache }) => ({
-      values: asFloats(hostView(cache.memory)),
+      values: float32View(hostView(cache.memory)),
       layout: cache.layout,
     }));
   }
@@ -71,7 +71,7 @@ class MirroredCaches implements HostCaches {
     this.#device = device;
     this.#mirrored = mirrored;
     this.#stream = device.createStream();
-    this.layers = mirrored.map(({ host, layout }) => ({ values: asFloats(device.view(host)), layout }));
+    this.layers = mirrored.map(({ host, layout }) => ({ values: float32View(device.view(host)), layout }));
   }
 
   static async create(device: Device, layers: readonly NamedLayer[]): Promise<MirroredCaches> {
@@ -144,12 +144,7 @@ class MirroredCaches implements HostCaches {
     return sequence.blockTable.subarray(Math.floor(start / blockSize), Math.ceil(end / blockSize));
   }
 
-  async #settled(what: string): Promise<void> {
-    const event = this.#stream.record();
-    try {
-      await this.#poller.wait(event, COPY_TIMEOUT_MS, what);
-    } finally {
-      event.dispose();
-    }
+  #settled(what: string): Promise<void> {
+    return this.#poller.drained(this.#stream, COPY_TIMEOUT_MS, what);
   }
 }

@@ -27,10 +27,6 @@ export function writeKv(
   cache.values.set(v.subarray(row * width, (row + 1) * width), at + valuesOffset(cache.layout));
 }
 
-export function asFloats(bytes: Uint8Array): Float32Array {
-  return new Float32Array(bytes.buffer, bytes.byteOffset, bytes.byteLength / 4);
-}
-
 /** K and V of each copied block, in every layer. */
 export function copyBlocks(layers: readonly HostLayerCache[], batch: ForwardBatch): void {
   for (const { source, target } of batch.blockCopies) {

@@ -11,30 +11,19 @@ export async function loadLlamaWeights(dir: string, config: ModelConfig): Promis
   const tensors = modelTensors(config);
   const checkpoint = await Checkpoint.open(dir);
   const load = (tensor: Tensor) => checkpoint.tensor(tensor);
+  const loadAll = async <Name extends string>(named: Readonly<Record<Name, Tensor>>) => {
+    const loaded = {} as Record<Name, Float32Array>;
+    for (const name of Object.keys(named) as Name[]) loaded[name] = await load(named[name]);
+    return loaded;
+  };
   try {
     const embedding = await load(tensors.embedding);
     const layers: LlamaLayerWeights[] = [];
-    for (const { bias, headNorm, ...layer } of tensors.layers) {
+    for (const { bias, headNorm, ...plain } of tensors.layers) {
       layers.push({
-        inputNorm: await load(layer.inputNorm),
-        query: await load(layer.query),
-        key: await load(layer.key),
-        value: await load(layer.value),
-        ...(bias && {
-          bias: {
-            query: await load(bias.query),
-            key: await load(bias.key),
-            value: await load(bias.value),
-          },
-        }),
-        ...(headNorm && {
-          headNorm: { query: await load(headNorm.query), key: await load(headNorm.key) },
-        }),
-        output: await load(layer.output),
-        postNorm: await load(layer.postNorm),
-        gate: await load(layer.gate),
-        up: await load(layer.up),
-        down: await load(layer.down),
+        ...(await loadAll(plain)),
+        ...(bias && { bias: await loadAll(bias) }),
+        ...(headNorm && { headNorm: await loadAll(headNorm) }),
       });
     }
     const finalNorm = await load(tensors.finalNorm);

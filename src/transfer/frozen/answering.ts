@@ -1,20 +1,16 @@
-/** What PUT and GET of peers, alone or in bundles, are answered. Data operations are posted in the order of the answers. */
+/** What PUT and GET of peers are answered. Data operations are posted in the order of the answers. */
 import { PdError } from '../../errors.ts';
 import type { Pair } from '../../transport/transport.ts';
 import { PROBE_TENSOR, type TransferId } from '../../wire/ids.ts';
-import type { Answer, GetMessage, GetsMessage, PutMessage, PutsMessage } from '../../wire/messages.ts';
+import type { Answer, GetMessage, PutMessage } from '../../wire/messages.ts';
 import { logTensor, standsFor, type TransferContext } from '../context.ts';
 import { sentAs } from './form.ts';
 import type { Intake } from './intake.ts';
 import type { Keeper } from './keeper.ts';
 import type { OutgoingPeer } from './peer.ts';
-import { missing, refuseSendType } from './refusals.ts';
-import { regionsOf, runsOf, runsOfTaken } from './regions.ts';
-import type { KeptTensor } from './send-store.ts';
 import type { Session } from './session.ts';
-import type { StoreEntry } from './store.ts';
 
-export type Asked = PutMessage | GetMessage | PutsMessage | GetsMessage;
+export type Asked = PutMessage | GetMessage;
 
 export interface AnsweringParts {
   readonly intake: Intake;
@@ -36,20 +32,12 @@ export class Answering {
   /** Answers, in the end. What fails unforeseen is answered like what cannot be had. */
   async answer(session: Session, message: Asked): Promise<void> {
     try {
-      switch (message.cmd) {
-        case 'PUT':
-          return await this.#put(session, message);
-        case 'GET':
-          return await this.#get(session, message);
-        case 'PUTS':
-          return await this.#puts(session, message);
-        case 'GETS':
-          return await this.#gets(session, message);
-      }
+      if (message.cmd === 'PUT') await this.#put(session, message);
+      else await this.#get(session, message);
     } catch (error) {
       const { log } = this.#context;
       const err = PdError.from(error);
-      log.error({ peer: session.peer, err }, `${message.cmd} ${nameOf(message)} failed`);
+      log.error({ peer: session.peer, err }, `${message.cmd} ${message.tensor_id} failed`);
       this.#parts.reply(session, refusal(message));
     }
   }
@@ -58,136 +46,77 @@ export class Answering {
     const { intake, reply } = this.#parts;
     if (!(await this.#mayTransfer(session, put))) return;
     const twoBlocks = sentAs(this.#context.options, session.hello, put.native !== undefined);
-    const meant = this.#meantBy(session, put);
-    const entry = await intake.admit(put, session.peer, { twoBlocks, standsFor: meant });
+    const entry = await intake.admit(put, session.peer, {
+      twoBlocks,
+      standsFor: this.#meantBy(session, put),
+    });
     if (!entry) return reply(session, { kind: 'no-room' });
-    const pair = await this.#pairOf(session, put, [entry]);
-    if (!pair) return;
-    void session.busy(intake.post([entry], [entry.held.memory], pair));
+    const pair = await this.#pairOf(session, put);
+    if (!pair) return intake.store.release(entry);
+    void intake.post(entry, pair);
     reply(session, { kind: 'send' });
-  }
-
-  async #puts(session: Session, puts: PutsMessage): Promise<void> {
-    const { intake, reply } = this.#parts;
-    if (!(await this.#mayTransfer(session, puts))) return;
-    const admitted = await intake.admitAll(puts.tensors, session.peer);
-    const entries = admitted.filter((one) => typeof one === 'object');
-    const pair = await this.#pairOf(session, puts, entries);
-    if (!pair) return;
-    const memory = entries.map(({ held }) => held.memory);
-    const runs = runsOf(memory);
-    const taken = admitted.map((one) => typeof one === 'object');
-    if (entries.length > 0) {
-      const regions = regionsOf(memory, [runs, runsOfTaken(puts.runs, taken)]);
-      void session.busy(intake.post(entries, regions, pair));
-    }
-    const verdicts = admitted.map((one) => (typeof one === 'object' ? 'send' : one));
-    reply(session, { kind: 'puts', seq: puts.seq, verdicts, runs });
   }
 
   async #get(session: Session, get: GetMessage): Promise<void> {
     const { keeper, reply } = this.#parts;
-    // pd-doctor asks for it to see whether anybody answers: no peer's mistake, nothing to log or count.
-    if (get.tensor_id === PROBE_TENSOR) return reply(session, missing(get));
-    if (!(await this.#mayTransfer(session, get))) return;
-    // One of ours that has not heard our hello yet asks without a number, and what it asks next would wait behind this: it asks again at once.
-    const inOrder = session.hello !== undefined && get.native?.seq === undefined;
-    const meant = this.#meantBy(session, get);
-    const kept = await keeper.find(get.tensor_id, inOrder ? 0 : this.#parkMs, meant);
-    const pair = await this.#pairFor(session);
-    if (session.replaced) return;
-    if (!pair) return this.#noPair(session, get);
-    if (!kept || kept.gone) {
-      logTensor(this.#context, 'not here:', { tensorId: get.tensor_id }, session.peer);
-      const near = keeper.store.nearMisses(get.tensor_id);
-      return reply(session, missing(get, keeper.gaveUp(get.tensor_id, meant), near));
+    const { tensor_id: tensorId } = get;
+    // pd-doctor asks for it to see whether anybody answers, and whether it is one of ours: nothing to log or count.
+    if (tensorId === PROBE_TENSOR) return reply(session, { kind: 'get', ret: 1, gone: true });
+    let pair = await this.#mayTransfer(session, get);
+    if (!pair) return;
+    const kept = keeper.find(tensorId, this.#meantBy(session, get));
+    const ours = session.hello !== undefined;
+    if (!kept) {
+      logTensor(this.#context, 'not here:', { tensorId }, session.peer);
+      if (!ours) return reply(session, { kind: 'get', ret: 1 });
+      const near = keeper.store.nearMisses(tensorId);
+      return reply(session, { kind: 'get', ret: 1, gone: keeper.gaveUp(tensorId), near });
     }
-    const seq = get.native?.seq;
     const { shape, dtype, promptDigest } = kept;
-    if (session.hello === undefined) {
-      const copy = await keeper.foreignCopy(kept);
-      if (copy) {
-        const newest = await this.#pairFor(session);
-        if (session.replaced || !newest) {
-          copy.held.free();
-          return session.replaced ? undefined : this.#noPair(session, get);
-        }
-        void session.busy(keeper.sendCopy(kept, copy, newest));
-        return reply(session, { kind: 'get', ret: 0, shape: copy.shape, dtype });
-      }
+    const copying = ours ? undefined : keeper.foreignCopy(kept);
+    if (!copying) {
+      void keeper.send(kept, pair, ours);
+      return reply(session, { kind: 'get', ret: 0, shape, dtype, ...(ours && { promptDigest }) });
     }
-    void session.busy(keeper.send([kept], [kept.held.memory], pair, session.hello !== undefined));
-    const told = seq === undefined ? {} : { seq, promptDigest };
-    reply(session, { kind: 'get', ret: 0, shape, dtype, ...told });
-  }
-
-  /** Waits until all are there, or for as long as it may: what is there then goes, and the rest is asked for again. */
-  async #gets(session: Session, gets: GetsMessage): Promise<void> {
-    const { keeper, reply } = this.#parts;
-    if (!(await this.#mayTransfer(session, gets))) return;
-    const found = await Promise.all(gets.tensors.map((one) => keeper.find(one.tensor_id, this.#parkMs)));
-    const pair = await this.#pairFor(session);
-    if (session.replaced) return;
-    if (!pair) return this.#noPair(session, gets);
-    const kept: KeptTensor[] = [];
-    const alone: boolean[] = [];
-    const tensors = found.map((one, index) => {
-      // Two names may mean one tensor, which is sent once.
-      if (!one || one.gone || kept.includes(one)) {
-        return keeper.gaveUp(gets.tensors[index]!.tensor_id) ? 'gone' : 'missing';
-      }
-      kept.push(one);
-      alone.push(one.held.bytes !== gets.tensors[index]!.bytes);
-      return { shape: one.shape, dtype: one.dtype, promptDigest: one.promptDigest };
-    });
-    const memory = kept.map(({ held }) => held.memory);
-    const runs = runsOf(memory);
-    if (kept.length > 0) {
-      const taken = tensors.map((form) => typeof form === 'object');
-      const regions = regionsOf(memory, [runs, runsOfTaken(gets.runs, taken)], alone);
-      void session.busy(keeper.send(kept, regions, pair, true));
-    }
-    const near = gets.tensors
-      .filter((_, index) => tensors[index] === 'missing')
-      .slice(0, 1)
-      .flatMap((one) => keeper.store.nearMisses(one.tensor_id));
-    reply(session, { kind: 'gets', seq: gets.seq, tensors, runs, ...(near.length > 0 ? { near } : {}) });
+    const copy = await copying;
+    pair = await this.#pairOf(session, get);
+    if (!pair) return copy.held.free();
+    void keeper.sendCopy(kept, copy, pair);
+    reply(session, { kind: 'get', ret: 0, shape: copy.shape, dtype });
   }
 
   /** Only a peer that is not ours shows its engine's ids, with random suffixes. */
-  #meantBy(session: Session, message: PutMessage | GetMessage): TransferId | undefined {
-    const ours = session.hello !== undefined || message.native !== undefined;
-    return ours ? undefined : standsFor(this.#context, message.tensor_id);
-  }
-
-  /** Half of what the asker waits for an answer, so that its deadline means that we are dead. */
-  get #parkMs(): number {
-    return this.#context.options.timeouts.answer / 2;
+  #meantBy(session: Session, message: Asked): TransferId | undefined {
+    return isOurs(session, message) ? undefined : standsFor(this.#context, message.tensor_id);
   }
 
   /** The pair, where the message fits it; else it has been answered. */
   async #mayTransfer(session: Session, message: Asked): Promise<Pair | undefined> {
-    const direction = message.cmd === 'PUT' || message.cmd === 'PUTS' ? 'PUT' : 'GET';
-    if ((this.#context.options.sendType === 'GET') !== (direction === 'GET')) {
-      refuseSendType(this.#context, session.peer, direction);
-      this.#parts.reply(session, refusal(message));
-      return undefined;
-    }
-    const pair = await this.#pairFor(session);
-    if (!pair) this.#noPair(session, message);
-    return pair;
+    const { metrics, limited, log, options } = this.#context;
+    const { cmd } = message;
+    if ((options.sendType === 'GET') === (cmd === 'GET')) return await this.#pairOf(session, message);
+    const { peer } = session;
+    metrics.inc('pd_protocol_errors_total', 1, 'send_type');
+    const theirs = cmd === 'GET' ? 'GET' : 'PUT or PUT_ASYNC';
+    limited.log(`send_type ${peer}`, (suppressed) =>
+      log.error(
+        { peer, suppressed },
+        `send_type differs: ${peer} has ${theirs}, this engine has ${options.sendType}; its ${cmd} is refused`,
+      ),
+    );
+    this.#parts.reply(session, refusal(message));
+    return undefined;
   }
 
   /**
-   * The pair on which the data will come, once there is memory for it: finding that may have taken its time, and a peer that is not ours
-   * sends on the newest. Undefined where session or pair have gone: nobody would send.
+   * The pair on which the data travels, as of now: finding memory takes its time, and a peer that is not ours uses the newest. Undefined
+   * where session or pair have gone, so that nobody would send or receive: it has been answered where there is anybody to answer.
    */
-  async #pairOf(session: Session, message: Asked, entries: readonly StoreEntry[]): Promise<Pair | undefined> {
+  async #pairOf(session: Session, message: Asked): Promise<Pair | undefined> {
     const pair = await this.#pairFor(session);
-    if (!session.replaced && pair) return pair;
-    for (const entry of entries) this.#parts.intake.store.release(entry);
-    if (!session.replaced) this.#noPair(session, message);
-    return undefined;
+    if (session.replaced) return undefined;
+    if (!pair) this.#noPair(session, message);
+    return pair;
   }
 
   /** The peer's own pair. One that is not ours knows one per address, for both ways: the newest, whoever sent NEW. */
@@ -203,9 +132,9 @@ export class Answering {
     const { metrics, limited, log } = this.#context;
     metrics.inc('pd_protocol_errors_total', 1, 'no_pair');
     limited.log(`no pair ${peer}`, (suppressed) =>
-      log.warn({ peer, suppressed }, `${peer} announces ${nameOf(message)} and has no pair with us`),
+      log.warn({ peer, suppressed }, `${peer} announces ${message.tensor_id} and has no pair with us`),
     );
-    if (session.hello !== undefined || 'tensors' in message || message.native !== undefined) {
+    if (isOurs(session, message)) {
       this.#parts.reply(session, { kind: 'no-pair' });
       return;
     }
@@ -219,20 +148,11 @@ export class Answering {
   }
 }
 
-function nameOf(message: Asked): string {
-  if (!('tensors' in message)) return message.tensor_id;
-  return `${message.tensors[0]?.tensor_id} and ${message.tensors.length - 1} more`;
+/** It has sent a hello, or our field. */
+function isOurs({ hello }: Session, message: Asked): boolean {
+  return hello !== undefined || (message.cmd === 'PUT' && message.native !== undefined);
 }
 
-function refusal(message: Asked): Answer {
-  switch (message.cmd) {
-    case 'PUT':
-      return { kind: 'no-room' };
-    case 'GET':
-      return missing(message);
-    case 'PUTS':
-      return { kind: 'puts', seq: message.seq, verdicts: message.tensors.map(() => 'no-room'), runs: [] };
-    case 'GETS':
-      return { kind: 'gets', seq: message.seq, tensors: message.tensors.map(() => 'missing'), runs: [] };
-  }
+function refusal({ cmd }: Asked): Answer {
+  return cmd === 'PUT' ? { kind: 'no-room' } : { kind: 'get', ret: 1 };
 }

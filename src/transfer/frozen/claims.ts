@@ -21,6 +21,8 @@ export interface Claimant {
   stray?(entry: StoreEntry): void;
   /** KV of another prompt has come under its id, and has been dropped. */
   otherPrompt?(entry: StoreEntry): void;
+  /** GET: what the producer keeps of this request under another id. */
+  seenAtPeer?(tensorIds: readonly string[]): void;
   /** The KV will not come. */
   fail(reason: PdError): void;
 }

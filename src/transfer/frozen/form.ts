@@ -80,11 +80,6 @@ export function reform(
   device.reblock('gather', source, target, planCopy(layout, all, form, { tokens }), stream);
 }
 
-/** `layout:blocks-first` in a hello: what this end sends as long as it does not know that the peer is ours. */
-export function layoutFeature(wireLayout: WireLayout | undefined): string[] {
-  return wireLayout === 'blocks-first' ? ['layout:blocks-first'] : [];
-}
-
 /**
  * What two blocks in a message of a peer are: undefined, as in a cache of ours, where the message carries our fields; else what the peer
  * says of itself, or what this end has been told to expect.

@@ -6,27 +6,28 @@ import { protocolErrorKind } from '../../wire/limits.ts';
 import type { Answer, NewMessage, WireMessage } from '../../wire/messages.ts';
 import { countFailure, logJoining, type TransferContext } from '../context.ts';
 import { mismatchOf } from '../hello.ts';
-import type { NativeWire } from '../native/wire.ts';
-import type { OpenPair } from '../pair-limit.ts';
 import type { Router } from '../router.ts';
 import type { PairState } from '../types.ts';
 import { Answering, type Asked } from './answering.ts';
 import type { Intake } from './intake.ts';
 import type { Keeper } from './keeper.ts';
 import type { OutgoingPeer } from './peer.ts';
-import { Session } from './session.ts';
-import { Sessions } from './sessions.ts';
+import { Session, Sessions } from './session.ts';
 
 /** Pairs that are being opened at one time: each is a connection to where its NEW says. Beyond it a NEW is in vain. */
 const MOST_OPENING = 256;
-/** A peer that was asked to close its pair, and went on using it. */
-const ASK_AGAIN_MS = 1_000;
 
 export interface IncomingPeers {
   outgoing(peer: string): OutgoingPeer;
   known(peer: string): OutgoingPeer | undefined;
   /** A pair was opened or is over. */
   pairsChanged(): void;
+}
+
+/** Whoever hears what is not of this wire; false for what is. */
+export interface NativeEar {
+  heard(identity: Buffer, body: Buffer): boolean;
+  undelivered(identity: Buffer, error: PdError): boolean;
 }
 
 export class Incoming {
@@ -36,7 +37,7 @@ export class Incoming {
   readonly #answering: Answering;
   readonly #peers: IncomingPeers;
   /** Its messages are not looked at here. */
-  readonly #native: NativeWire | undefined;
+  readonly #native: NativeEar;
   readonly #sessions: Sessions;
   #closed = false;
   #opening = 0;
@@ -48,7 +49,7 @@ export class Incoming {
       readonly intake: Intake;
       readonly keeper: Keeper;
       readonly peers: IncomingPeers;
-      readonly native: NativeWire | undefined;
+      readonly native: NativeEar;
     },
   ) {
     this.#context = context;
@@ -84,22 +85,6 @@ export class Incoming {
     return this.#sessions.all().filter((session) => session.open).length;
   }
 
-  /** Pairs that peers have opened, for closing those that are idle: their side must do it, being the one that announces. */
-  closable(): OpenPair[] {
-    const { deadlines } = this.#context;
-    return this.#sessions
-      .all()
-      .filter(({ open }) => open)
-      .map((session) => ({
-        lastUsedAt: session.lastUsedAt,
-        closable: session.closable,
-        close: () => {
-          if (!session.mayAskToClose(deadlines.now(), ASK_AGAIN_MS)) return;
-          this.#reply(session, { kind: 'close', stage: 'ask' });
-        },
-      }));
-  }
-
   states(): PairState[] {
     const now = this.#context.deadlines.now();
     return this.#sessions
@@ -115,7 +100,7 @@ export class Incoming {
   }
 
   #message(identity: Buffer, body: Buffer): void {
-    if (this.#closed || this.#native?.heard(identity, body)) return;
+    if (this.#closed || this.#native.heard(identity, body)) return;
     const peer = identity.toString();
     let message: WireMessage;
     try {
@@ -124,7 +109,9 @@ export class Incoming {
       const kind = protocolErrorKind(error);
       this.#bad(kind, peer, PdError.from(error));
       const answer = answerToInvalid(error);
-      if (answer) this.#refuse(this.#sessions.of(identity), answer);
+      if (!answer) return;
+      const session = this.#sessions.of(identity);
+      session.enqueue(() => this.#reply(session, answer));
       return;
     }
     this.#context.log.debug({ peer, cmd: message.cmd }, `${message.cmd} from ${peer}`);
@@ -134,12 +121,7 @@ export class Incoming {
         return;
       case 'PUT':
       case 'GET':
-      case 'PUTS':
-      case 'GETS':
         this.#announced(this.#sessions.of(identity), message);
-        return;
-      case 'CLOSE':
-        this.#closePair(this.#sessions.of(identity));
         return;
       default:
         unreachable(message, 'message');
@@ -225,8 +207,7 @@ export class Incoming {
   }
 
   #announced(session: Session, message: Asked): void {
-    const { options, deadlines } = this.#context;
-    session.used(deadlines.now());
+    const { options } = this.#context;
     if (session.queued >= options.limits.maxQueuePerPeer) {
       // Out of turn, but a peer that has this many waiting does not count answers any more.
       const reason = new PdError('LIMIT_EXCEEDED', `${session.peer} has ${session.queued} messages waiting`, {
@@ -236,28 +217,7 @@ export class Incoming {
       this.#pairOver(session, reason);
       return;
     }
-    const run = () => this.#answering.answer(session, message);
-    // Answers to these find their GET by `seq`, so that one that waits holds up no other.
-    if (message.cmd === 'GETS' || (message.cmd === 'GET' && message.native?.seq !== undefined)) void run();
-    else session.enqueue(run);
-  }
-
-  /** The peer closes its pair, having nothing under way; what it has sent may still be on its way here. */
-  #closePair(session: Session): void {
-    session.enqueue(async () => {
-      await session.quiet();
-      const reason = new PdError('PAIR_CLOSED', 'the peer closed it', { peer: session.peer });
-      if (session.open) this.#context.log.info({ peer: session.peer }, `pair with ${session.peer} closed`);
-      session.end(reason);
-      this.#peers.pairsChanged();
-      this.#reply(session, { kind: 'close', stage: 'done' });
-    });
-  }
-
-  /** Answers an announcement that cannot be taken: one without a `seq` in its turn. */
-  #refuse(session: Session, answer: Answer): void {
-    if ('seq' in answer && answer.seq !== undefined) this.#reply(session, answer);
-    else session.enqueue(() => this.#reply(session, answer));
+    session.enqueue(() => this.#answering.answer(session, message));
   }
 
   #reply(session: Session, answer: Answer): void {
@@ -270,7 +230,7 @@ export class Incoming {
   }
 
   #undelivered(identity: Buffer, error: PdError): void {
-    if (this.#native?.undelivered(identity, error)) return;
+    if (this.#native.undelivered(identity, error)) return;
     const session = this.#sessions.get(identity);
     this.#bad('peer_lost', identity.toString(), error);
     if (session?.paired) this.#pairOver(session, error);

@@ -2,22 +2,23 @@
  * KV that comes in, whatever brought it: taken in if there is room, received, given to who waits for it, and freed when nobody does.
  * Memory is taken before an announcement is answered; what was answered `0` is received even if its request is over by then.
  */
-import type { MemoryRef } from '../../device/device.ts';
 import { PdError } from '../../errors.ts';
 import type { Pair } from '../../transport/transport.ts';
 import { tensorBytes } from '../../wire/dtype.ts';
-import { splitTensorId, type TensorId, type TransferId, withoutSuffix } from '../../wire/ids.ts';
-import type { PutMessage, PutsMessage, TensorForm } from '../../wire/messages.ts';
+import { splitTensorId, type TransferId, withoutSuffix } from '../../wire/ids.ts';
+import type { PutMessage } from '../../wire/messages.ts';
 import { logTensor, type TransferContext, tensorFields } from '../context.ts';
 import { type Claimant, ClaimBook } from './claims.ts';
-import { contradicts, FinishedRequests, LostRequests } from './memories.ts';
+import { Aging, contradicts } from './memories.ts';
 import { type Held, ReceiveStore, type StoreEntry, type TensorInfo } from './store.ts';
 
 export class Intake {
   readonly store = new ReceiveStore();
   readonly claims: ClaimBook;
-  readonly #finished = new FinishedRequests();
-  readonly #lost = new LostRequests();
+  /** Requests that are over, and of which prompt: tensors of theirs that still come are received, dropped and counted. */
+  readonly #finished = new Aging<Pick<Names, 'promptDigest'>>();
+  /** Requests of which a tensor was refused or lost: a load of one need not wait for its deadline. */
+  readonly #lost = new Aging<Pick<Names, 'promptDigest'> & { readonly reason: PdError }>();
   readonly #context: TransferContext;
   #sweeping = false;
 
@@ -39,56 +40,42 @@ export class Intake {
     peer: string,
     told: Pick<TensorInfo, 'twoBlocks' | 'standsFor'>,
   ): Promise<StoreEntry | undefined> {
-    const tensor = { ...tensorOf({ ...put, promptDigest: put.native?.promptDigest }, peer), ...told };
+    const { tensor_id, shape, dtype, native } = put;
+    const tensor = { tensorId: tensor_id, shape, dtype, peer, promptDigest: native?.promptDigest, ...told };
     if (this.#isDuplicate(tensor)) return undefined;
-    const bytes = tensorBytes(put.shape, put.dtype);
-    return this.#enter(tensor, this.#mayHold(1) ? await this.#context.memory.allocate(bytes) : undefined);
+    const { memory, options } = this.#context;
+    const mayHold = this.store.size < options.limits.maxTensors;
+    const held = mayHold ? await memory.allocate(tensorBytes(shape, dtype)) : undefined;
+    if (!held) {
+      this.#refuse(tensor);
+      return undefined;
+    }
+    // Room may have taken its time: the same tensor may have come from elsewhere, its request may have ended.
+    if (this.#isDuplicate(tensor)) {
+      held.free();
+      return undefined;
+    }
+    const named = namesOf(tensor);
+    const late = this.#isOver(named);
+    if (late) this.#remember(named, overError(tensor));
+    this.#armSweep();
+    return this.store.open(tensor, held, this.#context.deadlines.now(), late ? 'dropped' : 'receiving');
   }
 
-  /** As `admit` for the tensors of a bundle, in neighbouring memory where that can be had. What nobody wants any more is not sent. */
-  async admitAll(
-    tensors: PutsMessage['tensors'],
-    peer: string,
-  ): Promise<(StoreEntry | 'no-room' | 'unwanted')[]> {
-    const { memory, metrics } = this.#context;
-    const result = tensors.map((): StoreEntry | 'no-room' | 'unwanted' => 'no-room');
-    const wanted = new Map<string, { readonly index: number; readonly tensor: TensorInfo }>();
-    for (const [index, put] of tensors.entries()) {
-      const tensor = tensorOf(put, peer);
-      const named = namesOf(tensor);
-      if (this.#finished.has(named)) {
-        metrics.inc('pd_kv_late_dropped_total', 1);
-        this.#lost.add(named, overError(tensor), this.#context.deadlines.now());
-        result[index] = 'unwanted';
-      } else if (!this.#isDuplicate(tensor, wanted.has(tensor.tensorId))) {
-        wanted.set(tensor.tensorId, { index, tensor });
-      }
-    }
-    const list = [...wanted.values()];
-    const sizes = list.map(({ tensor }) => tensorBytes(tensor.shape, tensor.dtype));
-    const run = this.#mayHold(list.length) ? memory.tryAllocateRun(sizes) : undefined;
-    for (const [at, { index, tensor }] of list.entries()) {
-      const held = run ? run[at] : this.#mayHold(1) ? await memory.allocate(sizes[at]!) : undefined;
-      result[index] = this.#enter(tensor, held) ?? 'no-room';
-    }
-    return result;
-  }
-
-  /** Posts the receive of admitted tensors as one operation. The answer leaves after this, in the same turn. Never rejects. */
-  async post(entries: readonly StoreEntry[], regions: readonly MemoryRef[], pair: Pair): Promise<void> {
+  /** Posts the receive of an admitted tensor. The answer leaves after this, in the same turn. Never rejects. */
+  async post(entry: StoreEntry, pair: Pair): Promise<void> {
+    const { tensorId, held } = entry;
     const { timeouts } = this.#context.options;
-    for (const entry of entries) logTensor(this.#context, 'receive', entry, entry.peer);
-    const [first] = entries;
-    const more = entries.length > 1 ? ` and ${entries.length - 1} more` : '';
+    logTensor(this.#context, 'receive', entry, entry.peer);
     try {
-      await pair.receive(regions, { tensorId: `${first?.tensorId}${more}`, timeoutMs: timeouts.transfer });
+      await pair.receive([held.memory], { tensorId, timeoutMs: timeouts.transfer });
     } catch (error) {
-      for (const entry of entries) this.#lose(entry, PdError.from(error, 'PEER_LOST'));
+      this.#lose(entry, PdError.from(error, 'PEER_LOST'));
       await pair.over;
-      for (const entry of entries) this.store.release(entry);
+      this.store.release(entry);
       return;
     }
-    for (const entry of entries) this.#arrived(entry);
+    this.#arrived(entry);
   }
 
   /** Enters a tensor that a GET has been answered with; it belongs to who asked. */
@@ -98,7 +85,7 @@ export class Intake {
 
   /** Somebody wants KV of this request, so it is not over, whatever was said before. */
   expect(transferId: TransferId): void {
-    this.#finished.revive(transferId);
+    this.#finished.delete(transferId);
   }
 
   /** Starts waiting. What is known to be lost fails at once, what is there is taken at once. */
@@ -121,7 +108,9 @@ export class Intake {
 
   /** Why KV of this request will not come, where that is known. */
   lostReason(claimant: Pick<Claimant, 'transferId' | 'promptDigest'>): PdError | undefined {
-    return this.#lost.get(claimant.transferId, claimant);
+    const lost = this.#lost.get(claimant.transferId);
+    // What another prompt has lost is nothing to it.
+    return lost && !contradicts(lost, claimant) ? lost.reason : undefined;
   }
 
   /** All KV of a load has come. */
@@ -136,7 +125,7 @@ export class Intake {
 
   /** The tensor belongs to a caller until its request is finished; if it is finished already, it goes now. */
   own(entry: StoreEntry): boolean {
-    if (this.#finished.has(entry)) {
+    if (this.#isOver(entry)) {
       this.store.release(entry);
       return false;
     }
@@ -150,31 +139,9 @@ export class Intake {
     const { freed, dropped } = this.store.finish(id);
     this.#lost.delete(id);
     // Where all has come, what comes under the id from now on is a later request's.
-    if (!complete) this.#finished.add(id, { promptDigest }, deadlines.now());
+    if (!complete) this.#finished.set(id, { promptDigest }, deadlines.now());
     log.debug({ transferId: id, freed, dropped }, 'request finished');
     this.#armSweep();
-  }
-
-  #mayHold(tensors: number): boolean {
-    return this.store.size + tensors <= this.#context.options.limits.maxTensors;
-  }
-
-  /** Into the books; undefined where there is no memory, or no use for it any more. */
-  #enter(tensor: TensorInfo, held: Held | undefined): StoreEntry | undefined {
-    if (!held) {
-      this.#refuse(tensor);
-      return undefined;
-    }
-    // Room may have taken its time: the same tensor may have come from elsewhere, its request may have ended.
-    if (this.#isDuplicate(tensor)) {
-      held.free();
-      return undefined;
-    }
-    const named = namesOf(tensor);
-    const late = this.#finished.has(named);
-    if (late) this.#lost.add(named, overError(tensor), this.#context.deadlines.now());
-    this.#armSweep();
-    return this.store.open(tensor, held, this.#context.deadlines.now(), late ? 'dropped' : 'receiving');
   }
 
   #refuse(tensor: TensorInfo): void {
@@ -195,10 +162,10 @@ export class Intake {
     this.#lose(namesOf(tensor), reason);
   }
 
-  #isDuplicate(tensor: TensorInfo, twice = false): boolean {
+  #isDuplicate(tensor: TensorInfo): boolean {
     const known = this.store.get(tensor.tensorId);
-    if (!twice && !known) return false;
-    if (known?.state === 'ready' && contradicts(known, tensor)) {
+    if (!known) return false;
+    if (known.state === 'ready' && contradicts(known, tensor)) {
       // The id has been given to another prompt, and nobody has come for the KV of the one before.
       for (const entry of this.store.find(known.requestId)) {
         if (entry.state === 'ready' && contradicts(entry, tensor)) this.#dropOther(entry, []);
@@ -264,10 +231,24 @@ export class Intake {
 
   /** It will not come: whoever waits for it knows now, and who comes later too. */
   #lose(tensor: Names, reason: PdError): void {
-    if (this.#finished.has(tensor)) return;
-    this.#lost.add(tensor, reason, this.#context.deadlines.now());
+    if (this.#isOver(tensor)) return;
+    this.#remember(tensor, reason);
     this.#armSweep();
     for (const claimant of this.claims.claimantsOf(tensor)) claimant.fail(reason);
+  }
+
+  /** Its request has ended. KV of another prompt is a later request's of the same id, and not late. */
+  #isOver({ requestId, standsFor: meant, promptDigest }: Names): boolean {
+    return [requestId, meant].some((id) => {
+      const over = id === undefined ? undefined : this.#finished.get(id);
+      return over !== undefined && !contradicts(over, { promptDigest });
+    });
+  }
+
+  #remember({ requestId, standsFor: meant, promptDigest }: Names, reason: PdError): void {
+    const now = this.#context.deadlines.now();
+    this.#lost.set(requestId, { promptDigest, reason }, now);
+    if (meant !== undefined) this.#lost.set(meant, { promptDigest, reason }, now);
   }
 
   /** Orphans and memories age together; with nothing to age, no timer runs. */
@@ -298,16 +279,6 @@ export class Intake {
         (suffixed ? ' (a vLLM worker here: VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1 makes ids match)' : ''),
     );
   }
-}
-
-function tensorOf(put: TensorForm & { readonly tensor_id: TensorId }, peer: string): TensorInfo {
-  return {
-    tensorId: put.tensor_id,
-    shape: put.shape,
-    dtype: put.dtype,
-    peer,
-    promptDigest: put.promptDigest,
-  };
 }
 
 type Names = Pick<StoreEntry, 'requestId' | 'standsFor' | 'promptDigest'>;

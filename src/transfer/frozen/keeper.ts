@@ -1,19 +1,16 @@
-/** The producer's side of GET: keeps what is sent until it is asked for, and lets who asks too early wait. */
-import type { MemoryRef } from '../../device/device.ts';
+/** The producer's side of GET: keeps what is sent until it is asked for. */
 import { PdError } from '../../errors.ts';
-import { formShape } from '../../kv/families.ts';
+import { formShape, type WireForm } from '../../kv/families.ts';
 import type { Pair } from '../../transport/transport.ts';
 import { tensorBytes } from '../../wire/dtype.ts';
-import { splitTensorId, type TensorId, type TransferId, tensorIdOf } from '../../wire/ids.ts';
-import { logTensor, type TransferContext, tensorFields } from '../context.ts';
-import type { Deadline } from '../deadlines.ts';
-import { checkSource, passed } from '../staging.ts';
+import { splitTensorId, type TensorId, type TransferId } from '../../wire/ids.ts';
+import { logTensor, passed, type TransferContext, tensorFields } from '../context.ts';
 import type { SendRequest } from '../types.ts';
-import { denseBlocks, foreignForm, reform } from './form.ts';
-import { GivenUpTensors } from './memories.ts';
+import { type DenseBlocks, denseBlocks, foreignForm, reform } from './form.ts';
+import { Aging } from './memories.ts';
 import type { SendReply } from './put.ts';
 import { type KeptTensor, SendStore } from './send-store.ts';
-import type { Stager } from './stager.ts';
+import { checkSource, type Stager } from './stager.ts';
 import type { Held } from './store.ts';
 
 export interface ForeignCopy {
@@ -21,26 +18,14 @@ export interface ForeignCopy {
   readonly held: Held;
 }
 
-interface Parked {
-  readonly tensorId: TensorId;
-  /** Which of our requests a peer that is not ours may mean besides. */
-  readonly meant: TransferId | undefined;
-  readonly deadline: Deadline;
-  readonly resolve: (kept: KeptTensor | undefined) => void;
-}
-
-/** GETs that wait at one time; beyond it `{ret: 1}` at once. */
-const MOST_PARKED = 16_384;
-
 export class Keeper {
   readonly store = new SendStore();
   readonly #context: TransferContext;
   readonly #stager: Stager;
   /** Requests being gathered; one that ends meanwhile is not kept. */
   readonly #gathering = new Set<{ readonly requestId: string; over: boolean }>();
-  readonly #givenUp = new GivenUpTensors();
-  readonly #parked = new Map<string, Set<Parked>>();
-  #parkedCount = 0;
+  /** Tensors that gave way to others before anybody asked: who asks now need not ask again. */
+  readonly #givenUp = new Aging<true>();
   #sweeping = false;
 
   constructor(context: TransferContext, stager: Stager) {
@@ -76,10 +61,9 @@ export class Keeper {
         if (!held) return failed(new PdError('INTERNAL', `${tensorId} was not copied`));
         if (gathering.over) held.free();
         else {
-          const kept = this.store.keep({ ...request, dense: denseBlocks(request) }, held, deadlines.now());
+          this.store.keep({ ...request, dense: denseBlocks(request) }, held, deadlines.now());
           this.#givenUp.delete(tensorId);
           logTensor(this.#context, 'kept', request);
-          this.#wake(kept);
           this.#armSweep();
         }
         reply.gathered(true);
@@ -89,120 +73,8 @@ export class Keeper {
     });
   }
 
-  /** The tensor, when it is there; undefined after `waitMs`. */
-  async find(tensorId: TensorId, waitMs: number, meant?: TransferId): Promise<KeptTensor | undefined> {
-    const kept = this.#lookup(tensorId, meant);
-    if (kept || waitMs <= 0 || this.gaveUp(tensorId, meant) || this.#parkedCount >= MOST_PARKED) return kept;
-    const { layerName } = splitTensorId(tensorId);
-    return new Promise((resolve) => {
-      const deadline = this.#context.deadlines.after(waitMs, () => settle(undefined));
-      const settle = (found: KeptTensor | undefined) => {
-        deadline.cancel();
-        const set = this.#parked.get(layerName);
-        if (!set?.delete(parked)) return;
-        this.#parkedCount--;
-        if (set.size === 0) this.#parked.delete(layerName);
-        resolve(found);
-      };
-      const parked: Parked = { tensorId, meant, deadline, resolve: settle };
-      const set = this.#parked.get(layerName);
-      if (set) set.add(parked);
-      else this.#parked.set(layerName, new Set([parked]));
-      this.#parkedCount++;
-    });
-  }
-
-  /** It was kept, or was to be, and has had to go: it will not be here again. */
-  gaveUp(tensorId: TensorId, meant?: TransferId): boolean {
-    const { layerName } = splitTensorId(tensorId);
-    const given =
-      this.#givenUp.has(tensorId) || (meant !== undefined && this.#givenUp.has(tensorIdOf(meant, layerName)));
-    return given && !this.#lookup(tensorId, meant);
-  }
-
-  /**
-   * Posts the send of kept tensors as one operation. `leave`: they are fetched once and go. The answer leaves after this, in the same
-   * turn. Never rejects.
-   */
-  async send(
-    kept: readonly KeptTensor[],
-    regions: readonly MemoryRef[],
-    pair: Pair,
-    leave: boolean,
-  ): Promise<void> {
-    const { log, options, metrics } = this.#context;
-    const { peer } = pair;
-    for (const one of kept) {
-      this.store.beginSend(one);
-      logTensor(this.#context, 'send', one, peer);
-    }
-    const more = kept.length > 1 ? ` and ${kept.length - 1} more` : '';
-    const tensorId = `${kept[0]?.tensorId}${more}`;
-    try {
-      await pair.send(regions, { tensorId, timeoutMs: options.timeouts.transfer });
-    } catch (error) {
-      log.warn({ peer, tensors: kept.length }, PdError.from(error).message);
-      await pair.over;
-      for (const one of kept) this.store.endSend(one, false);
-      return;
-    }
-    for (const one of kept) {
-      metrics.inc('pd_kv_sent_bytes_total', one.held.bytes);
-      logTensor(this.#context, 'sent', one, peer);
-      this.store.endSend(one, leave);
-    }
-  }
-
-  /**
-   * A copy of a kept tensor in the form that peers get which are not ours; undefined where that is its own. Throws KV_BUFFER_FULL. Whoever
-   * asks frees it.
-   */
-  async foreignCopy(kept: KeptTensor): Promise<ForeignCopy | undefined> {
-    const { options, memory, device, stream } = this.#context;
-    const { dense, tensorId, dtype } = kept;
-    const form = dense && foreignForm(dense, options.wireLayout);
-    if (!form) return undefined;
-    const shape = formShape(form, dense.layout);
-    this.store.beginSend(kept);
-    try {
-      const held = await memory.waitFor(tensorBytes(shape, dtype), options.timeouts.transfer);
-      if (!held)
-        throw new PdError('KV_BUFFER_FULL', `no memory to bring ${tensorId} into the form [${shape}]`, {
-          tensorId,
-        });
-      reform(device, dense, kept.held.memory, held.memory, form, stream);
-      await passed(this.#context, `another form of ${tensorId}`);
-      return { shape, held };
-    } finally {
-      this.store.endSend(kept, false);
-    }
-  }
-
-  /** Posts the send of a copy, and frees it. The answer leaves after this, in the same turn. Never rejects. */
-  async sendCopy({ tensorId }: KeptTensor, { held }: ForeignCopy, pair: Pair): Promise<void> {
-    const { log, metrics, options } = this.#context;
-    try {
-      await pair.send([held.memory], { tensorId, timeoutMs: options.timeouts.transfer });
-      metrics.inc('pd_kv_sent_bytes_total', held.bytes);
-    } catch (error) {
-      log.warn({ peer: pair.peer, tensorId }, PdError.from(error).message);
-      await pair.over;
-    }
-    held.free();
-  }
-
-  finish(id: string, keepSends: boolean): void {
-    if (keepSends) return;
-    this.store.finish(id);
-    for (const one of this.#gathering) if (one.requestId === id) one.over = true;
-  }
-
-  /** Answers everybody who waits: there is nothing. */
-  dispose(): void {
-    for (const set of [...this.#parked.values()]) for (const parked of [...set]) parked.resolve(undefined);
-  }
-
-  #lookup(tensorId: TensorId, meant: TransferId | undefined): KeptTensor | undefined {
+  /** The tensor, where it is here. `meant`: which request of ours a peer that is not ours may mean besides. */
+  find(tensorId: TensorId, meant: TransferId | undefined): KeptTensor | undefined {
     const found = this.store.lookup(tensorId, meant);
     if (found.kind !== 'ambiguous') return found.kind === 'found' ? found.tensor : undefined;
     const { requestIds } = found;
@@ -215,10 +87,74 @@ export class Keeper {
     return undefined;
   }
 
-  #wake(kept: KeptTensor): void {
-    for (const parked of [...(this.#parked.get(kept.layerName) ?? [])]) {
-      if (this.#lookup(parked.tensorId, parked.meant) === kept) parked.resolve(kept);
+  /** It was kept, or was to be, and has had to go: it will not be here again. */
+  gaveUp(tensorId: TensorId): boolean {
+    return this.#givenUp.get(tensorId) ?? false;
+  }
+
+  /** Posts the send of a kept tensor. `leave`: it is fetched once and goes. The answer leaves after this, in the same turn. Never rejects. */
+  async send(kept: KeptTensor, pair: Pair, leave: boolean): Promise<void> {
+    this.store.beginSend(kept);
+    const sent = await this.#send(kept.tensorId, kept.held, pair);
+    this.store.endSend(kept, sent && leave);
+  }
+
+  /**
+   * A copy of a kept tensor in the form that peers get which are not ours; undefined where that is its own. Rejects with KV_BUFFER_FULL.
+   * Whoever asks frees it.
+   */
+  foreignCopy(kept: KeptTensor): Promise<ForeignCopy> | undefined {
+    const { dense } = kept;
+    const form = dense && foreignForm(dense, this.#context.options.wireLayout);
+    return form && this.#copy(kept, dense, form);
+  }
+
+  /** As `send`, of a copy, which is freed then. */
+  async sendCopy({ tensorId }: KeptTensor, { held }: ForeignCopy, pair: Pair): Promise<void> {
+    await this.#send(tensorId, held, pair);
+    held.free();
+  }
+
+  finish(id: string, keepSends: boolean): void {
+    if (keepSends) return;
+    this.store.finish(id);
+    for (const one of this.#gathering) if (one.requestId === id) one.over = true;
+  }
+
+  async #copy(kept: KeptTensor, dense: DenseBlocks, form: WireForm): Promise<ForeignCopy> {
+    const { options, memory, device, stream } = this.#context;
+    const { tensorId, dtype } = kept;
+    const shape = formShape(form, dense.layout);
+    this.store.beginSend(kept);
+    try {
+      const held = await memory.waitFor(tensorBytes(shape, dtype), options.timeouts.transfer);
+      if (!held) {
+        const message = `no memory to bring ${tensorId} into the form [${shape}]`;
+        throw new PdError('KV_BUFFER_FULL', message, { tensorId });
+      }
+      reform(device, dense, kept.held.memory, held.memory, form, stream);
+      await passed(this.#context, `another form of ${tensorId}`);
+      return { shape, held };
+    } finally {
+      this.store.endSend(kept, false);
     }
+  }
+
+  /** True once it has left; false where it has not, and its memory may be used for something else. */
+  async #send(tensorId: TensorId, { memory, bytes }: Held, pair: Pair): Promise<boolean> {
+    const { log, options, metrics } = this.#context;
+    const { peer } = pair;
+    logTensor(this.#context, 'send', { tensorId }, peer);
+    try {
+      await pair.send([memory], { tensorId, timeoutMs: options.timeouts.transfer });
+    } catch (error) {
+      log.warn({ peer, tensorId }, PdError.from(error).message);
+      await pair.over;
+      return false;
+    }
+    metrics.inc('pd_kv_sent_bytes_total', bytes);
+    logTensor(this.#context, 'sent', { tensorId }, peer);
+    return true;
   }
 
   /** Room for a tensor to keep: the oldest go for it, and while all are being sent it waits. */
@@ -244,11 +180,7 @@ export class Keeper {
   }
 
   #giveUp(tensorId: TensorId): void {
-    this.#givenUp.add(tensorId, this.#context.deadlines.now());
-    // Whoever waits for it waits in vain.
-    for (const parked of [...(this.#parked.get(splitTensorId(tensorId).layerName) ?? [])]) {
-      if (this.gaveUp(parked.tensorId, parked.meant)) parked.resolve(undefined);
-    }
+    this.#givenUp.set(tensorId, true, this.#context.deadlines.now());
     this.#armSweep();
   }
 

@@ -1,6 +1,6 @@
 /**
  * One life of our connection to a peer: DEALER and pair, opened by NEW and ended together. We are rank 0 and the only side that
- * announces here.
+ * announces here. Answers carry no id, so they belong to the announcements in their order, of which several may be unanswered.
  *
  *   connecting (NEW on its way) --> opening (both ends join the pair) --> open (announcements, answers, data) --> over
  */
@@ -8,31 +8,85 @@ import { deferred } from '../../deferred.ts';
 import { PdError, unreachable } from '../../errors.ts';
 import type { Pair } from '../../transport/transport.ts';
 import { decodeAnswer, encodeMessage } from '../../wire/codec.ts';
+import type { TensorId } from '../../wire/ids.ts';
 import { protocolErrorKind } from '../../wire/limits.ts';
-import { type Answer, BUNDLE_FEATURE, CLOSE_FEATURE, type PeerHello } from '../../wire/messages.ts';
+import type { Answer, PeerHello, WireMessage } from '../../wire/messages.ts';
 import { logJoining, type TransferContext } from '../context.ts';
 import type { Deadline } from '../deadlines.ts';
 import { Dealer } from '../dealer.ts';
 import { mismatchOf } from '../hello.ts';
-import type { Direction, Unit } from './announcement.ts';
-import type { LinkEvents } from './link-events.ts';
-import { lateError, Outstanding } from './outstanding.ts';
 
-/** Messages without an answer at one time. */
+/** Announcements without an answer at one time: while one is answered, data of others moves. */
 const WINDOW = 64;
-/**
- * Of PUTs in bundles, those unanswered and those whose data is under way: one on the wire, one to follow it without a gap, one being
- * announced. What comes meanwhile gathers for the next bundle.
- */
-const PUTS_UNDER_WAY = 3;
 
 /**
  * A listener of ours has sent its hello before it joins the pair, so once that is open the hello is a moment away; of a peer that is not
- * ours none comes. What left before it would go without our fields: no receiver could tell of which prompt it is.
+ * ours none comes. What left before it would go without our field: no receiver could tell of which prompt it is.
  */
 const HELLO_GRACE_MS = 300;
 
-type LinkState = 'connecting' | 'opening' | 'open' | 'closing' | 'over';
+/** What is announced to a peer and answered by it: a PUT or a GET. */
+export abstract class Announcement {
+  abstract readonly tensorId: TensorId;
+  /** It has been announced on a pair that is gone: the second time is the last. */
+  renewed = false;
+  #ready = false;
+  #whenReady: (() => void) | undefined;
+
+  /** False while its memory is not there yet. What stands behind it in the queue waits, so that order is kept. */
+  get ready(): boolean {
+    return this.#ready;
+  }
+
+  markReady(): void {
+    this.#ready = true;
+    this.#whenReady?.();
+  }
+
+  onReady(run: () => void): void {
+    this.#whenReady = run;
+  }
+
+  /** There is a pair with the peer while it waits for its turn. Called again where the pair has been opened anew. */
+  pairOpened(): void {}
+
+  /** Given up by its owner: nothing more is done for it, except what the wire demands. */
+  abstract readonly cancelled: boolean;
+  /** `ours`: the peer is known to be ours, so that our field may go along. */
+  abstract message(ours: boolean): WireMessage;
+  /**
+   * Starts the transfer that the answer calls for: its operation on `pair` is posted before this returns, since data travels in the order of
+   * the answers. False where the answer belongs to another kind of announcement.
+   */
+  abstract answered(answer: Answer, pair: Pair, ours: boolean): boolean;
+  /** It will not be tried again. Idempotent. */
+  abstract fail(error: PdError): void;
+}
+
+type LinkState = 'connecting' | 'opening' | 'open' | 'over';
+
+export interface LinkEnd {
+  readonly error: PdError;
+  /** Announced and not answered, oldest first. */
+  readonly unanswered: readonly Announcement[];
+  /** The peer has answered `2`: it knows no pair. */
+  readonly noPair: boolean;
+}
+
+/** What a link tells its owner. */
+export interface LinkEvents {
+  onOpen(): void;
+  /** What the peer is, is known: announcements may leave. */
+  onGreeted(): void;
+  /** There is room for another announcement. */
+  onAnswered(): void;
+  /** Once. */
+  onEnd(end: LinkEnd): void;
+  /** A peer that is not ours keeps one pair per address, the newest: its own, where it has sent NEW after us. */
+  newerPair(since: number): Pair | undefined;
+  /** A PUT goes to a peer that is not ours. */
+  onForeignPut(): void;
+}
 
 export class Link {
   readonly peer: string;
@@ -40,34 +94,25 @@ export class Link {
   readonly #context: TransferContext;
   readonly #dealer: Dealer;
   readonly #events: LinkEvents;
+  readonly #opened = deferred<Pair | undefined>();
   #state: LinkState = 'connecting';
-  #lastUsedAt: number;
-  /** Units whose data is under way. */
-  #moving = 0;
-  #closing: PdError | undefined;
   #pair: Pair | undefined;
   #hello: PeerHello | undefined;
   /** The hello has come, or its time is over. */
   #heard = false;
   #helloDeadline: Deadline | undefined;
-  readonly #outstanding: Outstanding;
-  readonly #opened = deferred<Pair | undefined>();
-  #seq = 0;
-  #answers = 0;
-  #closeDeadline: Deadline | undefined;
+  /** Announced and not answered, oldest first. */
+  #waiting: { readonly announcement: Announcement; readonly since: number }[] = [];
+  #answerDeadline: Deadline | undefined;
+  #progressAt = 0;
+  #numAnswered = 0;
+  #firstAnswer = true;
 
   constructor(context: TransferContext, peer: string, events: LinkEvents) {
     this.#context = context;
     this.peer = peer;
     this.since = context.deadlines.now();
-    this.#lastUsedAt = this.since;
     this.#events = events;
-    this.#outstanding = new Outstanding({
-      deadlines: context.deadlines,
-      answerTimeoutMs: context.options.timeouts.answer,
-      moving: () => (this.#pair?.pending ?? 0) > 0,
-      onLate: (unit, progress) => this.end(lateError(peer, unit, progress, context.options.timeouts.answer)),
-    });
     context.limited.log(`connecting ${peer}`, (suppressed) =>
       context.log.info({ peer, suppressed }, `connecting to ${peer}`),
     );
@@ -85,10 +130,6 @@ export class Link {
     return this.#state;
   }
 
-  get lastUsedAt(): number {
-    return this.#lastUsedAt;
-  }
-
   /** True once the peer has answered our NEW. */
   get ours(): boolean {
     return this.#hello !== undefined;
@@ -104,76 +145,53 @@ export class Link {
     return this.#opened.promise;
   }
 
-  /** Tensors that are announced and not answered. */
+  /** Announced and not answered. */
   get outstanding(): number {
-    return this.#outstanding.tensors;
+    return this.#waiting.length;
   }
 
-  /** Many tensors may travel as one. */
-  get bundles(): boolean {
-    return this.#both(BUNDLE_FEATURE);
+  get mayAnnounce(): boolean {
+    return this.#state === 'open' && this.#heard && this.#waiting.length < WINDOW;
   }
 
-  mayAnnounce(direction: Direction): boolean {
-    if (this.#state !== 'open' || !this.#heard) return false;
-    const waiting = this.#outstanding.length;
-    // A GET may wait at the producer for what is not there yet, and must hold up no other.
-    if (direction === 'get' || !this.bundles) return waiting < WINDOW;
-    return waiting + this.#moving < PUTS_UNDER_WAY;
-  }
-
-  announce(unit: Unit): void {
-    const seq = this.#seq++;
-    this.#lastUsedAt = this.#context.deadlines.now();
-    this.#outstanding.add(unit, seq);
-    const message = unit.message(this.ours, seq);
-    this.#context.log.debug(
-      { tensorId: unit.parts[0]?.tensorId, tensors: unit.parts.length, peer: this.peer, seq },
-      `${message.cmd} to ${this.peer}`,
-    );
-    void this.#dealer.send(encodeMessage(message));
-  }
-
-  /** Nothing is under way, and the peer knows how to close. */
-  get closable(): boolean {
-    const quiet = this.#outstanding.length === 0 && this.#moving === 0 && this.#pair?.pending === 0;
-    return this.#state === 'open' && quiet && this.#both(CLOSE_FEATURE);
-  }
-
-  /** Ends the pair on both ends, where it is `closable`. What is queued meanwhile opens another. */
-  close(why: string): void {
-    if (!this.closable) return;
-    this.#state = 'closing';
-    const { deadlines, options } = this.#context;
-    const closing = this.#closed(why);
-    this.#closing = closing;
-    this.#closeDeadline = deadlines.after(options.timeouts.answer, () => this.end(closing));
-    void this.#dealer.send(encodeMessage({ cmd: 'CLOSE' }));
+  announce(announcement: Announcement): void {
+    const { deadlines, log } = this.#context;
+    const { tensorId } = announcement;
+    let body: Uint8Array;
+    try {
+      const message = announcement.message(this.ours);
+      body = encodeMessage(message);
+      log.debug({ tensorId, peer: this.peer }, `${message.cmd} to ${this.peer}`);
+    } catch (error) {
+      announcement.fail(PdError.from(error));
+      return;
+    }
+    this.#waiting.push({ announcement, since: deadlines.now() });
+    if (this.#waiting.length === 1) this.#awaitAnswer();
+    void this.#dealer.send(body);
   }
 
   /** Ends DEALER and pair. Idempotent. */
   end(error: PdError, noPair = false): void {
-    if (this.#state === 'over') return;
+    if (this.#over) return;
     this.#state = 'over';
     this.#opened.resolve(undefined);
-    // A pair that both ends close may be seen to end before the peer has said so.
-    const reason = this.#closing ?? error;
-    this.#closeDeadline?.cancel();
     this.#helloDeadline?.cancel();
+    this.#answerDeadline?.cancel();
     this.#dealer.close();
-    this.#pair?.abort(reason);
-    const unanswered = this.#outstanding.clear();
-    this.#events.onEnd({ error: reason, unanswered, noPair, idle: this.#closing !== undefined });
+    this.#pair?.abort(error);
+    const unanswered = this.#waiting.map(({ announcement }) => announcement);
+    this.#waiting = [];
+    this.#events.onEnd({ error, unanswered, noPair });
   }
 
-  #both(feature: string): boolean {
-    return (
-      (this.#hello?.features.includes(feature) && this.#context.hello.features.includes(feature)) ?? false
-    );
+  /** Read anew after every await: an answer or a lost connection may have ended the link meanwhile. */
+  get #over(): boolean {
+    return this.#state === 'over';
   }
 
   async #open(): Promise<void> {
-    const { transport, hello, log, self, options } = this.#context;
+    const { transport, hello, log, self, options, deadlines } = this.#context;
     const { peer } = this;
     // The owner does not hold this link yet: it must not end before the constructor has returned.
     await Promise.resolve();
@@ -181,14 +199,15 @@ export class Link {
     try {
       const uniqueId = transport.createUniqueId();
       log.debug({ peer }, `NEW to ${peer}`);
-      if (!(await this.#dealer.send(encodeMessage({ cmd: 'NEW', unique_id: uniqueId, native: hello }))))
-        return;
-      if (this.#over) return;
+      const sent = await this.#dealer.send(encodeMessage({ cmd: 'NEW', unique_id: uniqueId, native: hello }));
+      if (!sent || this.#over) return;
       this.#state = 'opening';
       logJoining(this.#context, peer, 0);
       const pair = await transport.open({ uniqueId, rank: 0, peer, timeoutMs: options.timeouts.pairInit });
       if (this.#over) {
-        pair.abort(this.#closed('its link ended while it was opened'));
+        pair.abort(
+          new PdError('PAIR_CLOSED', `pair with ${peer}: its link ended while it was opened`, { peer }),
+        );
         return;
       }
       this.#pair = pair;
@@ -196,17 +215,34 @@ export class Link {
       this.#opened.resolve(pair);
       log.info({ peer }, `🤝ncclCommInitRank Success, ${self}👉${peer}, MyRank:0`);
       void pair.over.then((reason) => this.end(reason));
-      if (!this.#heard) {
-        this.#helloDeadline = this.#context.deadlines.after(HELLO_GRACE_MS, () => this.#mayBegin());
-      }
+      if (!this.#heard) this.#helloDeadline = deadlines.after(HELLO_GRACE_MS, () => this.#mayBegin());
       this.#events.onOpen();
     } catch (error) {
       this.end(PdError.from(error, 'INTERNAL', { peer }));
     }
   }
 
-  get #over(): boolean {
-    return this.#state === 'over';
+  /** The oldest has its deadline from its own start, or from the last answer; while data moves, that has deadlines of its own. */
+  #awaitAnswer(): void {
+    this.#answerDeadline?.cancel();
+    const [oldest] = this.#waiting;
+    if (!oldest) return;
+    const { deadlines, options } = this.#context;
+    const { answer } = options.timeouts;
+    const due = Math.max(oldest.since, this.#progressAt) + answer;
+    this.#answerDeadline = deadlines.after(due - deadlines.now(), () => {
+      if ((this.#pair?.pending ?? 0) > 0) {
+        // A serial listener answers after it.
+        this.#progressAt = deadlines.now();
+        this.#awaitAnswer();
+        return;
+      }
+      const { tensorId } = oldest.announcement;
+      const text =
+        `peer ${this.peer} did not answer the announcement of ${tensorId} within ${answer} ms` +
+        ` (${this.#waiting.length} outstanding, ${this.#numAnswered} answers so far)`;
+      this.end(new PdError('PEER_ANSWER_TIMEOUT', text, { peer: this.peer, tensorId }));
+    });
   }
 
   #receive(body: Uint8Array): void {
@@ -216,7 +252,7 @@ export class Link {
       answer = decodeAnswer(body, this.#context.options.limits);
     } catch (error) {
       this.#context.metrics.inc('pd_protocol_errors_total', 1, protocolErrorKind(error));
-      // Answers carry no id: after one that cannot be read, nobody knows what the next belongs to.
+      // After one that cannot be read, nobody knows what the next belongs to.
       this.end(PdError.from(error, 'MESSAGE_INVALID', { peer: this.peer }));
       return;
     }
@@ -228,25 +264,25 @@ export class Link {
   }
 
   #answer(answer: Answer): void {
-    const first = this.#answers++ === 0;
+    const first = this.#firstAnswer;
+    this.#firstAnswer = false;
     switch (answer.kind) {
       case 'hello':
         if (first) this.#greeted(answer.hello, answer.refused);
         else this.#unexpected('a second hello');
         return;
-      case 'no-pair':
-        this.end(this.#closed('the peer knows no pair with us'), true);
+      case 'no-pair': {
+        const { peer } = this;
+        this.end(
+          new PdError('PAIR_CLOSED', `pair with ${peer}: the peer knows no pair with us`, { peer }),
+          true,
+        );
         return;
-      case 'close':
-        if (answer.stage === 'ask') this.close('the peer closes idle pairs');
-        else this.end(this.#closed('closed on both ends'));
-        return;
+      }
       case 'send':
       case 'no-room':
       case 'get':
-      case 'puts':
-      case 'gets':
-        this.#answered(answer, 'seq' in answer ? answer.seq : undefined);
+        this.#answered(answer);
         return;
       default:
         unreachable(answer, 'answer');
@@ -254,50 +290,36 @@ export class Link {
     }
   }
 
-  #answered(answer: Answer, seq: number | undefined): void {
-    const unit = this.#outstanding.take(seq);
-    if (!unit || !this.#pair) {
-      this.#unexpected('an answer to nothing', unit);
+  #answered(answer: Answer): void {
+    const { deadlines, log } = this.#context;
+    const announcement = this.#waiting.shift()?.announcement;
+    this.#progressAt = deadlines.now();
+    this.#awaitAnswer();
+    if (!announcement || !this.#pair) {
+      this.#unexpected('an answer to nothing', announcement);
       return;
     }
-    this.#lastUsedAt = this.#context.deadlines.now();
-    const first = unit.parts[0]?.tensorId;
-    this.#context.log.debug(
-      { tensorId: first, tensors: unit.parts.length, peer: this.peer, answer: answer.kind },
-      `answer from ${this.peer}`,
-    );
-    for (const part of unit.parts) part.peerIsOurs = this.ours;
+    this.#numAnswered++;
+    const { tensorId } = announcement;
+    log.debug({ tensorId, peer: this.peer, answer: answer.kind }, `answer from ${this.peer}`);
     if (answer.kind === 'send' && !this.ours) this.#events.onForeignPut();
     const pair = (this.ours ? undefined : this.#events.newerPair(this.since)) ?? this.#pair;
-    const reaction = unit.answered(answer, pair);
-    if (reaction === 'unexpected') {
-      this.#unexpected(`${answer.kind} for ${first}`, unit);
+    if (!announcement.answered(answer, pair, this.ours)) {
+      this.#unexpected(`${answer.kind} for ${tensorId}`, announcement);
       return;
     }
-    if (reaction.moved) void this.#move(reaction.moved);
-    this.#events.onSpace(reaction.again ?? []);
-  }
-
-  #closed(why: string): PdError {
-    return new PdError('PAIR_CLOSED', `pair with ${this.peer}: ${why}`, { peer: this.peer });
-  }
-
-  async #move(moved: Promise<void>): Promise<void> {
-    this.#moving++;
-    await moved;
-    this.#moving--;
-    this.#lastUsedAt = this.#context.deadlines.now();
-    if (!this.#over) this.#events.onSpace([]);
+    this.#events.onAnswered();
   }
 
   #greeted(
     hello: PeerHello,
     refused: { readonly code: PdError['code']; readonly message: string } | undefined,
   ): void {
+    const { peer } = this;
     this.#hello = hello;
-    this.#context.log.debug({ peer: this.peer, version: hello.version, features: hello.features }, 'hello');
-    const bad = refused ?? mismatchOf(this.#context.hello, hello, this.#context.self, this.peer);
-    if (bad) this.end(new PdError(bad.code, `peer ${this.peer}: ${bad.message}`, { peer: this.peer }));
+    this.#context.log.debug({ peer, version: hello.version, features: hello.features }, 'hello');
+    const bad = refused ?? mismatchOf(this.#context.hello, hello, this.#context.self, peer);
+    if (bad) this.end(new PdError(bad.code, `peer ${peer}: ${bad.message}`, { peer }));
     else this.#mayBegin();
   }
 
@@ -307,14 +329,14 @@ export class Link {
     if (this.#state === 'open') this.#events.onGreeted();
   }
 
-  /** `unit`: what was answered so, and is answered by nothing any more. */
-  #unexpected(what: string, unit?: Unit): void {
+  /** `announcement`: what was answered so, and is answered by nothing any more. */
+  #unexpected(what: string, announcement?: Announcement): void {
     const { peer } = this;
     this.#context.metrics.inc('pd_protocol_errors_total', 1, 'unexpected_answer');
     const error = new PdError('MESSAGE_INVALID', `peer ${peer} sent an answer out of place: ${what}`, {
       peer,
     });
-    for (const part of unit?.parts ?? []) part.fail(error);
+    announcement?.fail(error);
     this.end(error);
   }
 }

@@ -2,17 +2,16 @@
  * One load: the KV of one request, tensor by tensor as they come, into paged blocks. Its promise settles only when no write into the
  * blocks can happen any more.
  */
-import { PdError } from '../../errors.ts';
+import { type ErrorContext, PdError } from '../../errors.ts';
 import { formOf, isAmbiguous, type WireForm, wireShape } from '../../kv/families.ts';
 import { type CopyPlan, planCopy } from '../../kv/reblock.ts';
 import { formatHostPort } from '../../net/address.ts';
+import type { PortAnswer } from '../../net/knock.ts';
 import { type TensorId, type TransferId, tensorIdOf } from '../../wire/ids.ts';
-import { logTensor, type TransferContext } from '../context.ts';
-import { passed } from '../staging.ts';
-import type { LoadRequest, LoadResult } from '../types.ts';
+import { logTensor, passed, type TransferContext } from '../context.ts';
+import type { LoadRequest, LoadResult, PairState } from '../types.ts';
 import type { Claimant } from './claims.ts';
 import type { Intake } from './intake.ts';
-import type { Evidence } from './late-load.ts';
 import { contradicts } from './memories.ts';
 import type { StoreEntry } from './store.ts';
 
@@ -24,6 +23,13 @@ interface Taken {
   readonly layer: Layer;
   /** Where it does not lie as the cache does. */
   readonly plan: CopyPlan | undefined;
+}
+
+export interface PairsOfPeer {
+  /** Why the last pair that this peer had with us is over, if it is and it has not sent NEW since. */
+  lostPair(peer: string): PdError | undefined;
+  /** Pairs with it, both directions. */
+  pairs(peer: string): PairState[];
 }
 
 export class Load implements Claimant {
@@ -78,10 +84,6 @@ export class Load implements Claimant {
     return this.#failure !== undefined || this.#missing.size === 0;
   }
 
-  get settled(): boolean {
-    return this.#settled;
-  }
-
   /** Under which the tensor of a layer is asked for, and looked for in messages. */
   tensorId(layerName: string): TensorId {
     return tensorIdOf(this.transferId, layerName);
@@ -120,11 +122,10 @@ export class Load implements Claimant {
     }
     this.#missing.delete(entry.layerName);
     this.#taken.push({ entry, layer, plan });
-    // Tensors of one bundle come one after the other, and go into the cache together.
+    // What comes in one turn of the event loop goes into the cache together.
     if (this.#taken.length === 1) queueMicrotask(() => void this.#scatter());
   }
 
-  /** GET: what the producer keeps of this request under another id. */
   seenAtPeer(tensorIds: readonly string[]): void {
     this.#atPeer = tensorIds;
   }
@@ -176,21 +177,90 @@ export class Load implements Claimant {
     this.#finishIfQuiet();
   }
 
-  /** The deadline has passed: says what is missing, from whom, and what is there instead. */
-  timeOut(timeoutMs: number, { context, words, cause }: Evidence): void {
+  /** Half of its time has passed: whoever reads this then can still look at the other end. */
+  warnLate(peers: PairsOfPeer, timeoutMs: number): void {
+    if (this.decided) return;
+    const { memory, log } = this.#context;
+    const { requestId, transferId, peer, missing } = this;
+    const nearMisses = this.nearMisses();
+    const pairs = peers.pairs(peer);
+    log.warn(
+      {
+        requestId,
+        transferId,
+        peer,
+        missing: missing.length,
+        layers: this.request.layers.length,
+        nearMisses,
+        lostPair: peers.lostPair(peer)?.message,
+        held: this.#intake.store.size,
+        pairs,
+        bufferUsed: memory.bufferUsed,
+        bufferThreshold: memory.thresholdBytes,
+        poolUsed: memory.poolUsed,
+        poolLimit: memory.limitBytes,
+      },
+      `KV of ${requestId} from ${peer} is not here after half of its ${timeoutMs} ms: waiting for ` +
+        `${this.tensorId(missing[0] ?? '')}; ${pairWords(pairs)}; ` +
+        (nearMisses.length > 0
+          ? `held instead: ${nearMisses.join(', ')}`
+          : 'nothing of a similar id is held'),
+    );
+  }
+
+  /**
+   * The deadline has passed: says what is missing, from whom, what is there instead, and what tells apart the ways in which that happens.
+   * `port`: what the producer's KV port did when it was last tried. `roomless`: why it was not asked.
+   */
+  timeOut(
+    timeoutMs: number,
+    peers: PairsOfPeer,
+    port: PortAnswer | undefined,
+    roomless: PdError | undefined,
+  ): void {
     const [first] = this.#missing.keys();
     if (first === undefined) return;
+    const { requestId, transferId, peer } = this;
     const total = this.request.layers.length;
+    const { bringing, told } = this.#pairNow(peers);
+    const [nearMiss] = this.nearMisses();
+    const context = { requestId, transferId, peer, ...told, ...(nearMiss !== undefined && { nearMiss }) };
+    const lost = told.pair === 'open' ? undefined : peers.lostPair(peer);
     this.fail(
       new PdError(
         'KV_LOAD_TIMEOUT',
-        `KV of ${this.requestId} from ${this.peer} did not come within ${timeoutMs} ms: waited for ` +
+        `KV of ${requestId} from ${peer} did not come within ${timeoutMs} ms: waited for ` +
           `${this.tensorId(first)}, ${total - this.#missing.size} of ${total} layers are here; ` +
-          `${this.#instead}; ${words}`,
-        { requestId: this.requestId, transferId: this.transferId, peer: this.peer, ...context },
-        { cause },
+          `${this.#instead}; ${pairWords(bringing)}`,
+        { ...context, ...(port && { peerPort: port }) },
+        { cause: roomless ?? lost },
       ),
     );
+  }
+
+  /** The pair that is to bring it. The end that announces opens it: who asks in GET, who sends otherwise. */
+  #pairNow(peers: PairsOfPeer): {
+    readonly bringing: readonly PairState[];
+    readonly told: Pick<ErrorContext, 'announced' | 'pair' | 'kvKey' | 'peerIsOurs'>;
+  } {
+    const { options, self } = this.#context;
+    const { sendType, kvKey } = options;
+    const way = sendType === 'GET' ? 'outgoing' : 'incoming';
+    const bringing = peers.pairs(this.peer).filter(({ direction }) => direction === way);
+    const found = (['open', 'opening', 'connecting'] as const).find((state) =>
+      bringing.some((one) => one.state === state),
+    );
+    const pair = found ?? (peers.lostPair(this.peer) ? 'lost' : 'none');
+    const open = bringing.find(({ state }) => state === 'open');
+    return {
+      bringing,
+      told: {
+        pair,
+        kvKey,
+        ...(sendType !== 'GET' && { announced: self }),
+        ...(open && { peerIsOurs: open.ours }),
+      },
+    };
   }
 
   #asLoadError(reason: PdError): PdError {
@@ -290,4 +360,14 @@ export function heldInstead(here: readonly string[], atPeer: readonly string[], 
 
 function sameShape(a: readonly number[], b: readonly number[]): boolean {
   return a.length === b.length && a.every((dim, at) => dim === b[at]);
+}
+
+function pairWords(pairs: readonly PairState[]): string {
+  if (pairs.length === 0) return 'there is no pair with it';
+  return pairs
+    .map(
+      ({ direction, state, sinceMs, queued, outstanding }) =>
+        `${direction} pair ${state} since ${sinceMs} ms, ${queued} queued, ${outstanding} outstanding`,
+    )
+    .join(', ');
 }

@@ -10,17 +10,13 @@ import type { LoadRequest, LoadResult, StoredTensor, TransferState } from '../ty
 import type { Claimant } from './claims.ts';
 import { GetAnnouncement } from './get.ts';
 import type { Intake } from './intake.ts';
-import { evidenceOf, type PairsOfPeer, warnLate } from './late-load.ts';
-import { heldInstead, Load } from './load.ts';
+import { heldInstead, Load, type PairsOfPeer } from './load.ts';
 import { contradicts } from './memories.ts';
 import type { OutgoingPeer } from './peer.ts';
-import type { Held, StoreEntry } from './store.ts';
+import type { StoreEntry } from './store.ts';
 
-/** Between a GET that was answered `{ret: 1}` and the next: doubled each time. */
-const FIRST_PAUSE_MS = 5;
-const LONGEST_PAUSE_MS = 1_000;
-/** Of the answer deadline: a producer that took this long has held its answer back (for half of it, see Answering). */
-const HELD_SHARE = 0.25;
+/** Between GETs of one load that are answered `{ret: 1}`: this share of the time in which nothing has come, within these bounds. */
+const PAUSE = { share: 0.25, leastMs: 1, mostMs: 20 } as const;
 
 /** How long a load may take, and what watches that. */
 interface Limit {
@@ -31,23 +27,27 @@ interface Limit {
   cancel(): void;
 }
 
-export interface LoadPeers extends PairsOfPeer {
-  outgoing(peer: string): OutgoingPeer;
+/** What is asked for in GET. */
+interface Wanted {
+  readonly tensorId: TensorId;
+  /** Where they are known. */
+  readonly bytes: number | undefined;
+  readonly deadlineAt: number;
 }
 
+/** What has become of it. */
 interface Asking {
-  readonly tensorId: TensorId;
-  readonly peer: string;
-  readonly bytes?: number;
-  readonly deadlineAt: number;
-  /** False once nobody wants it any more. */
-  wanted(): boolean;
-  arrived(entry: StoreEntry): void;
-  /** KV of another prompt than this one's is dropped, and asked for again: the right one may come under the same id. */
-  readonly otherThan?: Load;
-  failed(error: PdError): void;
-  /** What the producer has of the same request under another id. */
-  near(tensorIds: readonly string[]): void;
+  /** Not answered, or on their way. */
+  readonly gets: Set<GetAnnouncement>;
+  /** Not there when they were asked for. */
+  readonly missed: Wanted[];
+  /** When the last has come, or when the first was asked for; the engine's clock. */
+  since: number;
+  pausing: boolean;
+}
+
+export interface LoadPeers extends PairsOfPeer {
+  outgoing(peer: string): OutgoingPeer;
 }
 
 export class Loads {
@@ -55,21 +55,16 @@ export class Loads {
   readonly #intake: Intake;
   readonly #peers: LoadPeers;
   readonly #loads = new Map<Load, Limit>();
-  readonly #receives = new Set<{ fail(error: PdError): void }>();
+  readonly #receives = new Set<Claimant>();
   /** Who looks after the producers of loads, in PUT. */
   readonly #watches = new WeakMap<Load, PeerWatch>();
-  /** GETs that have not been answered, by who wants them. */
-  readonly #asked = new Map<Load, Set<GetAnnouncement>>();
+  /** In GET. */
+  readonly #asked = new Map<Claimant, Asking>();
 
   constructor(context: TransferContext, intake: Intake, peers: LoadPeers) {
     this.#context = context;
     this.#intake = intake;
     this.#peers = peers;
-  }
-
-  /** Loads and receives that have not settled. */
-  get size(): number {
-    return this.#loads.size + this.#receives.size;
   }
 
   load(request: LoadRequest): Promise<LoadResult> {
@@ -128,9 +123,7 @@ export class Loads {
         this.#loads.get(load)?.cancel();
         watch?.stop();
         this.#loads.delete(load);
-        this.#intake.claims.unregister(load);
-        for (const get of this.#asked.get(load) ?? []) get.cancel();
-        this.#asked.delete(load);
+        this.#forget(load);
       });
   }
 
@@ -162,6 +155,9 @@ export class Loads {
       wants: (layer) => open && layer === layerName,
       take,
       fail,
+      seenAtPeer: (tensorIds) => {
+        atPeer = tensorIds;
+      },
     };
     this.#receives.add(waiting);
     const deadline = deadlines.after(ms, () => {
@@ -174,19 +170,15 @@ export class Loads {
       );
     });
     if (options.sendType === 'GET') {
-      const deadlineAt = deadlines.now() + ms;
       this.#intake.expect(transferId);
-      const near = (tensorIds: readonly string[]) => {
-        atPeer = tensorIds;
-      };
-      this.#ask({ tensorId, peer, deadlineAt, wanted: () => open, arrived: take, failed: fail, near });
+      this.#ask(waiting, { tensorId, bytes: undefined, deadlineAt: deadlines.now() + ms });
     } else {
       this.#intake.claim(waiting);
     }
     return promise.finally(() => {
       deadline.cancel();
       this.#receives.delete(waiting);
-      this.#intake.claims.unregister(waiting);
+      this.#forget(waiting);
     });
   }
 
@@ -242,14 +234,10 @@ export class Loads {
     const at = deadlines.now() + timeoutMs;
     if (known && known.at <= at) return;
     known?.cancel();
-    const half = deadlines.after(timeoutMs / 2, () =>
-      warnLate(this.#context, this.#intake, this.#peers, load, timeoutMs),
-    );
+    const half = deadlines.after(timeoutMs / 2, () => load.warnLate(this.#peers, timeoutMs));
     const end = deadlines.after(timeoutMs, () => {
-      const port = this.#watches.get(load)?.port;
-      const evidence = evidenceOf(this.#context, this.#peers, load, port);
-      const [roomless] = [...(this.#asked.get(load) ?? [])].flatMap(({ lacksRoom }) => lacksRoom ?? []);
-      load.timeOut(timeoutMs, roomless ? { ...evidence, cause: roomless } : evidence);
+      const [roomless] = [...(this.#asked.get(load)?.gets ?? [])].flatMap(({ lacksRoom }) => lacksRoom ?? []);
+      load.timeOut(timeoutMs, this.#peers, this.#watches.get(load)?.port, roomless);
     });
     const cancel = () => {
       half.cancel();
@@ -258,77 +246,75 @@ export class Loads {
     this.#loads.set(load, { at, prefilling, cancel });
   }
 
-  /** All layers at once, into neighbouring memory where that can be had. */
   #askLayers(load: Load): void {
     const { layers, blockIds } = load.request;
-    const sizes = layers.map(({ target }) => blockBytes(target.layout) * blockIds.length);
-    const run = this.#context.memory.tryAllocateRun(sizes);
-    for (const [index, { name }] of layers.entries()) {
-      this.#ask(
-        {
-          tensorId: load.tensorId(name),
-          peer: load.peer,
-          bytes: sizes[index]!,
-          deadlineAt: this.#loads.get(load)?.at ?? load.startedAt,
-          wanted: () => load.wants(name),
-          arrived: (entry) => load.take(entry),
-          otherThan: load,
-          failed: (error) => load.fail(error),
-          near: (tensorIds) => load.seenAtPeer(tensorIds),
-        },
-        { load, held: run?.[index] },
-      );
+    const deadlineAt = this.#loads.get(load)?.at ?? load.startedAt;
+    for (const { name, target } of layers) {
+      const bytes = blockBytes(target.layout) * blockIds.length;
+      this.#ask(load, { tensorId: load.tensorId(name), bytes, deadlineAt });
     }
   }
 
-  /**
-   * Asks, and asks again after `{ret: 1}`, until the deadline of who wants it. A producer of ours holds back that answer for a while, and
-   * is asked again at once then: the KV may come at any moment. `held`: memory for the first time.
-   */
-  #ask(
-    asking: Asking,
-    { load, held }: { readonly load?: Load; readonly held?: Held | undefined } = {},
-    pauseMs = FIRST_PAUSE_MS,
-  ): void {
-    const { deadlines, options } = this.#context;
-    const left = asking.deadlineAt - deadlines.now();
-    if (!asking.wanted() || left <= 0) {
-      held?.free();
-      return;
-    }
-    const askedAt = deadlines.now();
-    const asked = load ? (this.#asked.get(load) ?? new Set()) : undefined;
-    if (load && asked) this.#asked.set(load, asked);
-    const again = (ms: number) => {
-      const passedMs = deadlines.now() - askedAt;
-      const held = passedMs >= options.timeouts.answer * HELD_SHARE;
-      deadlines.after(held ? 0 : pauseMs, () => this.#ask(asking, load ? { load } : {}, ms));
-    };
+  #ask(claimant: Claimant, wanted: Wanted): void {
+    const { tensorId, bytes, deadlineAt } = wanted;
+    const now = this.#context.deadlines.now();
+    const left = deadlineAt - now;
+    if (!claimant.wants(splitTensorId(tensorId).layerName) || left <= 0) return;
+    const asking = this.#asked.get(claimant) ?? { gets: new Set(), missed: [], since: now, pausing: false };
+    this.#asked.set(claimant, asking);
+    const { gets } = asking;
+    const { peer } = claimant;
     const get: GetAnnouncement = new GetAnnouncement(this.#context, this.#intake, {
-      tensorId: asking.tensorId,
-      peer: asking.peer,
-      early: load?.request.prefillWithinMs === undefined ? undefined : load.requestId,
-      ...(asking.bytes === undefined ? {} : { bytes: asking.bytes }),
+      tensorId,
+      peer,
+      bytes,
       arrived: (entry) => {
-        asked?.delete(get);
-        if (!asking.otherThan || !contradicts(asking.otherThan, entry)) return asking.arrived(entry);
-        asking.otherThan.otherPrompt(entry);
-        this.#intake.store.release(entry);
-        again(Math.min(pauseMs * 2, LONGEST_PAUSE_MS));
+        gets.delete(get);
+        if (contradicts(claimant, entry)) {
+          // KV of another prompt is dropped, and asked for again: the right one may come under the same id.
+          claimant.otherPrompt?.(entry);
+          this.#intake.store.release(entry);
+          this.#askLater(claimant, asking, wanted);
+          return;
+        }
+        claimant.take(entry);
+        asking.since = this.#context.deadlines.now();
+        for (const one of asking.missed.splice(0)) this.#ask(claimant, one);
       },
       failed: (error) => {
-        asked?.delete(get);
-        asking.failed(error);
+        gets.delete(get);
+        claimant.fail(error);
       },
       missed: (near) => {
-        asked?.delete(get);
-        asking.near(near);
-        again(Math.min(pauseMs * 2, LONGEST_PAUSE_MS));
+        gets.delete(get);
+        claimant.seenAtPeer?.(near);
+        this.#askLater(claimant, asking, wanted);
       },
     });
-    asked?.add(get);
-    this.#peers.outgoing(asking.peer).submit(get);
-    if (held) get.give(held);
-    else void get.reserve(left);
+    gets.add(get);
+    this.#peers.outgoing(peer).submit(get);
+    void get.reserve(left);
+  }
+
+  /** One tensor is asked for again while none comes, and all that are missed once one has: where a layer is, the others soon are. */
+  #askLater(claimant: Claimant, asking: Asking, wanted: Wanted): void {
+    asking.missed.push(wanted);
+    if (asking.pausing) return;
+    asking.pausing = true;
+    const { deadlines } = this.#context;
+    const waitedMs = deadlines.now() - asking.since;
+    const pauseMs = Math.min(Math.max(waitedMs * PAUSE.share, PAUSE.leastMs), PAUSE.mostMs);
+    deadlines.after(pauseMs, () => {
+      asking.pausing = false;
+      const next = asking.missed.shift();
+      if (next) this.#ask(claimant, next);
+    });
+  }
+
+  #forget(claimant: Claimant): void {
+    this.#intake.claims.unregister(claimant);
+    const asking = this.#asked.get(claimant);
+    this.#asked.delete(claimant);
+    for (const get of asking?.gets ?? []) get.cancel();
   }
 }

@@ -1,21 +1,21 @@
-/** A peer that we send to (PUT) or ask (GET): the queue towards it, and the link that is alive now. */
+/** The peers that we send to (PUT) or ask (GET): of each the queue towards it, and the link that is alive now. */
 import { PdError } from '../../errors.ts';
 import type { Pair } from '../../transport/transport.ts';
 import { countFailure, type TransferContext } from '../context.ts';
 import type { PairState } from '../types.ts';
-import type { Announcement } from './announcement.ts';
-import { takeUnit } from './bundling.ts';
-import { Link } from './link.ts';
-import type { LinkEnd } from './link-events.ts';
+import { type Announcement, Link, type LinkEnd } from './link.ts';
 
 /** A peer that is dead or does not fit fails what comes meanwhile at once, instead of costing each request a deadline. */
 const REMEMBER_FAILURE_MS = 1_000;
 /** Links that one announcement is tried on; ends that do not name it (the pair died before its turn) count too. */
 const MOST_TRIES = 2;
+/** Peers that are kept anyway: fewer cost nothing worth a timer. */
+const KEPT_ANYWAY = 64;
+const FORGET_EVERY_MS = 10_000;
 
 export interface OutgoingPeerEvents {
-  onOpen(): void;
-  onEnd(): void;
+  /** A pair was opened or is over. */
+  pairsChanged(): void;
   /** The pair that a peer which is not ours has opened to us after `since`, if it is open. */
   newerPair(peer: string, since: number): Pair | undefined;
 }
@@ -83,7 +83,7 @@ export class OutgoingPeer {
       return;
     }
     this.#queue.push(announcement);
-    if (this.openLink) announcement.pairOpened();
+    if (this.open) announcement.pairOpened();
     announcement.onReady(() => this.#schedule());
     this.#schedule();
   }
@@ -102,9 +102,9 @@ export class OutgoingPeer {
     this.#open();
   }
 
-  /** The link, where its pair is open: what may be closed when there are too many. */
-  get openLink(): Link | undefined {
-    return this.#link?.state === 'open' ? this.#link : undefined;
+  /** Its pair is open. */
+  get open(): boolean {
+    return this.#link?.state === 'open';
   }
 
   state(): PairState {
@@ -150,15 +150,14 @@ export class OutgoingPeer {
         onOpen: () => {
           opened = true;
           for (const announcement of this.#queue) announcement.pairOpened();
-          this.#events.onOpen();
+          this.#events.pairsChanged();
           this.#schedule();
         },
         newerPair: (since) => this.#events.newerPair(this.peer, since),
         onForeignPut: () => this.#warnOfIds(),
         onGreeted: () => this.#schedule(),
-        onSpace: (again) => {
+        onAnswered: () => {
           this.#reopened = 0;
-          this.#queue.unshift(...again);
           this.#schedule();
         },
         onEnd: (end) => this.#ended(end, opened),
@@ -168,7 +167,7 @@ export class OutgoingPeer {
     }
   }
 
-  /** Announces after this turn of the event loop: what gets ready in one turn travels together. */
+  /** Announces after this turn of the event loop. */
   #schedule(): void {
     if (this.#pumping) return;
     this.#pumping = true;
@@ -188,21 +187,18 @@ export class OutgoingPeer {
       const [first] = this.#queue;
       // One that was given up never gets ready, and must not hold up what stands behind it.
       if (!this.#link || !first || !(first.ready || first.cancelled)) return;
-      if (first.cancelled) {
-        this.#queue.shift();
-        first.fail(new PdError('REQUEST_ABORTED', 'given up'));
-      } else if (this.#link.mayAnnounce(first.direction)) {
-        this.#link.announce(takeUnit(this.#context, this.#queue, this.#link.bundles));
-      } else return;
+      if (!first.cancelled && !this.#link.mayAnnounce) return;
+      this.#queue.shift();
+      if (first.cancelled) first.fail(new PdError('REQUEST_ABORTED', 'given up'));
+      else this.#link.announce(first);
     }
   }
 
-  #ended({ error, unanswered, noPair, idle }: LinkEnd, opened: boolean): void {
+  #ended({ error, unanswered, noPair }: LinkEnd, opened: boolean): void {
     this.#link = undefined;
-    this.#events.onEnd();
+    this.#events.pairsChanged();
     const { log, deadlines, limited } = this.#context;
-    if (idle) log.info({ peer: this.peer }, `link to ${this.peer} closed: ${error.message}`);
-    else if (!this.#closed) {
+    if (!this.#closed) {
       const fields = {
         peer: this.peer,
         code: error.code,
@@ -232,7 +228,7 @@ export class OutgoingPeer {
     }
     this.#queue = [...again, ...this.#queue];
     // What was not announced is tried on a new link, unless this one never came to be, or dies again and again.
-    if (opened && (idle || ++this.#reopened <= MOST_TRIES)) {
+    if (opened && ++this.#reopened <= MOST_TRIES) {
       this.#schedule();
       return;
     }
@@ -245,5 +241,58 @@ export class OutgoingPeer {
     const queue = this.#queue;
     this.#queue = [];
     for (const announcement of queue) announcement.fail(error);
+  }
+}
+
+/** All of them, by address; those of no more use are forgotten in time. */
+export class OutgoingPeers {
+  readonly #context: TransferContext;
+  readonly #events: OutgoingPeerEvents;
+  readonly #peers = new Map<string, OutgoingPeer>();
+  #forgetting = false;
+
+  constructor(context: TransferContext, events: OutgoingPeerEvents) {
+    this.#context = context;
+    this.#events = events;
+  }
+
+  /** Throws ADDRESS_INVALID where `peer` is none, once something is sent to it. */
+  of(peer: string): OutgoingPeer {
+    const known = this.#peers.get(peer);
+    if (known) return known;
+    const made = new OutgoingPeer(this.#context, peer, this.#events);
+    this.#peers.set(peer, made);
+    this.#forget();
+    return made;
+  }
+
+  known(peer: string): OutgoingPeer | undefined {
+    return this.#peers.get(peer);
+  }
+
+  get openPairs(): number {
+    return [...this.#peers.values()].filter(({ open }) => open).length;
+  }
+
+  /** Of those that have a link, or something to send. */
+  states(): PairState[] {
+    return [...this.#peers.values()]
+      .map((peer) => peer.state())
+      .filter(({ state, queued }) => state !== 'over' || queued > 0);
+  }
+
+  /** Fails everything. */
+  close(reason: PdError): void {
+    for (const peer of this.#peers.values()) peer.close(reason);
+  }
+
+  #forget(): void {
+    if (this.#forgetting || this.#peers.size < KEPT_ANYWAY) return;
+    this.#forgetting = true;
+    this.#context.deadlines.after(FORGET_EVERY_MS, () => {
+      this.#forgetting = false;
+      for (const [key, peer] of this.#peers) if (peer.idle) this.#peers.delete(key);
+      this.#forget();
+    });
   }
 }

@@ -3,12 +3,11 @@ import type { MemoryRef } from '../../device/device.ts';
 import { PdError } from '../../errors.ts';
 import type { Pair } from '../../transport/transport.ts';
 import type { TensorId } from '../../wire/ids.ts';
-import type { Answer, PutMessage, TensorForm } from '../../wire/messages.ts';
+import type { Answer, PutMessage } from '../../wire/messages.ts';
 import { logTensor, type TransferContext } from '../context.ts';
-import { checkSource, stagingMemory } from '../staging.ts';
-import { Announcement, type Reaction } from './announcement.ts';
 import type { FormedRequest } from './form.ts';
-import type { Stager } from './stager.ts';
+import { Announcement } from './link.ts';
+import { checkSource, type Stager, stagingMemory } from './stager.ts';
 import type { Held } from './store.ts';
 
 /** How a send goes on; each is called at most once. */
@@ -22,7 +21,6 @@ export interface SendReply {
 }
 
 export class PutAnnouncement extends Announcement {
-  readonly direction = 'put';
   readonly #context: TransferContext;
   readonly #request: FormedRequest;
   readonly #peer: string;
@@ -30,7 +28,6 @@ export class PutAnnouncement extends Announcement {
   #bytes = 0;
   #staged: Held | undefined;
   #over = false;
-  #gathered = false;
   #underWay = false;
 
   constructor(context: TransferContext, request: FormedRequest, peer: string, reply: SendReply) {
@@ -39,32 +36,14 @@ export class PutAnnouncement extends Announcement {
     this.#request = request;
     this.#peer = peer;
     this.#reply = reply;
-    // In a bundle, and with our fields, a tensor is taken for one that lies as the cache does.
-    this.alone = request.plan !== undefined;
   }
 
   get tensorId(): TensorId {
     return this.#request.tensorId;
   }
 
-  get bytes(): number {
-    return this.#bytes;
-  }
-
-  get form(): TensorForm & { readonly tensor_id: TensorId } {
-    const { tensorId, shape, dtype, promptDigest } = this.#request;
-    return { tensor_id: tensorId, shape, dtype, promptDigest };
-  }
-
   get cancelled(): boolean {
     return this.#over;
-  }
-
-  /** Where its bytes lie once it is ready; undefined where it is over. */
-  get memory(): MemoryRef | undefined {
-    const { source } = this.#request;
-    if (this.#over) return undefined;
-    return this.#staged?.memory ?? (source.kind === 'flat' ? source.memory : undefined);
   }
 
   /** Makes it ready, or fails it. */
@@ -87,7 +66,6 @@ export class PutAnnouncement extends Announcement {
         if (this.#over) return held?.free();
         this.#staged = held;
         if (held) this.#reply.gathered(this.#underWay);
-        this.#gathered = held !== undefined;
         this.markReady();
       },
       failed: fail,
@@ -97,42 +75,30 @@ export class PutAnnouncement extends Announcement {
   override pairOpened(): void {
     if (this.#underWay || this.#over) return;
     this.#underWay = true;
-    if (this.#gathered) this.#reply.underWay();
+    if (this.#staged) this.#reply.underWay();
   }
 
   message(ours: boolean): PutMessage {
-    const { tensor_id, shape, dtype, promptDigest } = this.form;
-    const put = { cmd: 'PUT', tensor_id, shape, dtype } as const;
-    return ours && !this.#request.plan ? { ...put, native: { promptDigest } } : put;
+    const { tensorId, shape, dtype, plan, promptDigest } = this.#request;
+    const put = { cmd: 'PUT', tensor_id: tensorId, shape, dtype } as const;
+    // With our field a tensor is taken for one that lies as the cache does.
+    return ours && !plan ? { ...put, native: { promptDigest } } : put;
   }
 
-  answered(answer: Answer, pair: Pair): Reaction {
+  answered(answer: Answer, pair: Pair): boolean {
+    const { tensorId } = this;
     switch (answer.kind) {
       case 'send':
-        return { moved: this.#send(pair) };
-      case 'no-room':
-        this.refuse();
-        return {};
+        void this.#send(pair);
+        return true;
+      case 'no-room': {
+        const message = `${this.#peer} has no room for ${tensorId} (answered 1)`;
+        this.fail(new PdError('KV_BUFFER_FULL', message, { tensorId, peer: this.#peer }));
+        return true;
+      }
       default:
-        return 'unexpected';
+        return false;
     }
-  }
-
-  /** The peer has no room for it. */
-  refuse(): void {
-    const { tensorId } = this;
-    const message = `${this.#peer} has no room for ${tensorId} (answered 1)`;
-    this.fail(new PdError('KV_BUFFER_FULL', message, { tensorId, peer: this.#peer }));
-  }
-
-  /** Its bytes have left, or the peer does not want them any more. */
-  finish(bytesSent: number): void {
-    if (this.#over) return;
-    this.#over = true;
-    this.#staged?.free();
-    this.#context.metrics.inc('pd_kv_sent_bytes_total', bytesSent);
-    logTensor(this.#context, 'sent', this.#request, this.#peer);
-    this.#reply.sent(this.#bytes);
   }
 
   fail(error: PdError): void {
@@ -143,9 +109,16 @@ export class PutAnnouncement extends Announcement {
     this.#reply.failed(error);
   }
 
+  /** Where its bytes lie once it is ready. */
+  get #memory(): MemoryRef | undefined {
+    const { source } = this.#request;
+    return this.#staged?.memory ?? (source.kind === 'flat' ? source.memory : undefined);
+  }
+
   async #send(pair: Pair): Promise<void> {
-    const { tensorId, memory } = this;
-    if (!memory) {
+    const { tensorId } = this;
+    const memory = this.#memory;
+    if (!memory || this.#over) {
       const error = new PdError('INTERNAL', `${tensorId} was answered 0 and cannot be sent`, { tensorId });
       this.fail(error);
       pair.abort(error);
@@ -154,11 +127,17 @@ export class PutAnnouncement extends Announcement {
     logTensor(this.#context, 'send', this.#request, this.#peer);
     try {
       await pair.send([memory], { tensorId, timeoutMs: this.#context.options.timeouts.transfer });
-      this.finish(memory.bytes);
     } catch (error) {
       // The transport may read the memory until the pair is over; only then is it anybody else's.
       await pair.over;
       this.fail(PdError.from(error, 'KV_SEND_FAILED', { tensorId, peer: this.#peer }));
+      return;
     }
+    if (this.#over) return;
+    this.#over = true;
+    this.#staged?.free();
+    this.#context.metrics.inc('pd_kv_sent_bytes_total', memory.bytes);
+    logTensor(this.#context, 'sent', this.#request, this.#peer);
+    this.#reply.sent(this.#bytes);
   }
 }

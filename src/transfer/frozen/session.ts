@@ -1,11 +1,12 @@
 /**
  * One peer that talks to our ROUTER, from one NEW to the next. Its announcements are answered in order, each before the next is looked
- * at, except GETs that carry a `seq`. A session that has been replaced answers nothing any more: its DEALER is gone, and an answer
- * would reach the peer's next one and shift every answer after it.
+ * at. A session that has been replaced answers nothing any more: its DEALER is gone, and an answer would reach the peer's next one and
+ * shift every answer after it.
  */
 import type { PdError } from '../../errors.ts';
 import type { Pair } from '../../transport/transport.ts';
-import { CLOSE_FEATURE, type PeerHello } from '../../wire/messages.ts';
+import type { PeerHello } from '../../wire/messages.ts';
+import type { Deadlines } from '../deadlines.ts';
 import type { PairState } from '../types.ts';
 
 export class Session {
@@ -23,10 +24,6 @@ export class Session {
   #queued = 0;
   #ended: PdError | undefined;
   #replaced = false;
-  #receiving = 0;
-  #quiet: (() => void)[] = [];
-  #lastUsedAt: number;
-  #askedAt = Number.NEGATIVE_INFINITY;
 
   constructor(fields: {
     readonly identity: Buffer;
@@ -38,45 +35,8 @@ export class Session {
     this.identity = fields.identity;
     this.peer = fields.peer;
     this.since = fields.since;
-    this.#lastUsedAt = fields.since;
     this.hello = fields.hello;
     this.paired = fields.paired;
-  }
-
-  get lastUsedAt(): number {
-    return this.#lastUsedAt;
-  }
-
-  /** A message of it has come. */
-  used(now: number): void {
-    this.#lastUsedAt = now;
-  }
-
-  /** Open, of a peer that knows how to close, and nothing is under way. */
-  get closable(): boolean {
-    const knows = this.hello?.features.includes(CLOSE_FEATURE) ?? false;
-    return this.open && knows && this.#queued === 0 && this.#receiving === 0 && this.#pair?.pending === 0;
-  }
-
-  /** False where it has been asked to close less than `pauseMs` ago. */
-  mayAskToClose(now: number, pauseMs: number): boolean {
-    if (now - this.#askedAt < pauseMs) return false;
-    this.#askedAt = now;
-    return true;
-  }
-
-  /** Data is under way on the pair until `moved` settles. */
-  async busy(moved: Promise<void>): Promise<void> {
-    this.#receiving++;
-    await moved;
-    if (--this.#receiving > 0) return;
-    for (const resolve of this.#quiet.splice(0)) resolve();
-  }
-
-  /** Resolves when no data is under way. Each operation has a deadline, so this has one too. */
-  quiet(): Promise<void> {
-    if (this.#receiving === 0) return Promise.resolve();
-    return new Promise((resolve) => this.#quiet.push(resolve));
   }
 
   /** Why it is over, once it is. */
@@ -149,4 +109,70 @@ export class Session {
       sinceMs: Math.round(now - this.since),
     };
   }
+}
+
+/** Routing ids cost little, but anyone can make them up. */
+const MOST = 4_096;
+
+/** The peers that have talked to our ROUTER, by routing id; a bounded number. */
+export class Sessions {
+  readonly #clock: Deadlines;
+  /** Oldest first. Routing ids are bytes; latin1 keeps every one apart. */
+  readonly #byIdentity = new Map<string, Session>();
+  /** Peers whose last pair died, until they send NEW again. */
+  readonly #lost = new Map<string, PdError>();
+
+  constructor(clock: Deadlines) {
+    this.#clock = clock;
+  }
+
+  get(identity: Buffer): Session | undefined {
+    return this.#byIdentity.get(keyOf(identity));
+  }
+
+  all(): Session[] {
+    return [...this.#byIdentity.values()];
+  }
+
+  /** The session of a peer; one that never sent NEW gets one without a pair. */
+  of(identity: Buffer): Session {
+    const known = this.get(identity);
+    if (known) return known;
+    const since = this.#clock.now();
+    const session = new Session({ identity, peer: identity.toString(), since, paired: false });
+    this.enter(session);
+    return session;
+  }
+
+  /** In place of the one before, which the caller has ended. */
+  enter(session: Session): void {
+    if (session.paired) this.#lost.delete(session.peer);
+    this.#byIdentity.delete(keyOf(session.identity));
+    this.#evict();
+    this.#byIdentity.set(keyOf(session.identity), session);
+  }
+
+  /** Why the last pair that a peer had with us is over, if it is and it has not sent NEW since. */
+  lostPair(peer: string): PdError | undefined {
+    return this.#lost.get(peer);
+  }
+
+  lose(peer: string, reason: PdError): void {
+    this.#lost.delete(peer);
+    this.#lost.set(peer, reason);
+    if (this.#lost.size > MOST) this.#lost.delete(this.#lost.keys().next().value!);
+  }
+
+  /** Makes place by forgetting peers that have neither a pair nor a message waiting. */
+  #evict(): void {
+    if (this.#byIdentity.size < MOST) return;
+    for (const [key, session] of this.#byIdentity) {
+      if ((session.ended || !session.paired) && session.queued === 0) this.#byIdentity.delete(key);
+      if (this.#byIdentity.size < MOST) return;
+    }
+  }
+}
+
+function keyOf(identity: Buffer): string {
+  return identity.toString('latin1');
 }

@@ -1,14 +1,15 @@
-/**
- * Gathers what is to be sent. What is asked for in one turn of the event loop is gathered together, into neighbouring memory where that
- * can be had: the layers of one request then travel as one region, and cost one event.
- */
+/** Gathers what is to be sent. The layers of one request that are asked for in one turn of the event loop cost one launch and one event. */
 import type { EventRef, LayerTensor } from '../../device/device.ts';
 import { PdError } from '../../errors.ts';
-import { logTensor, type TransferContext } from '../context.ts';
-import { passed, sendsInPlace } from '../staging.ts';
-import { MAX_BUNDLE_BYTES } from './bundling.ts';
+import { blockBytes } from '../../kv/layout.ts';
+import { tensorBytes } from '../../wire/dtype.ts';
+import { logTensor, passed, type TransferContext } from '../context.ts';
+import type { SendRequest } from '../types.ts';
 import type { FormedRequest } from './form.ts';
 import type { Held } from './store.ts';
+
+/** Gathered together: what is to be sent next need not wait for all of a long prompt. */
+const MAX_GATHER_BYTES = 256 * 2 ** 20;
 
 export interface StageJob {
   readonly request: FormedRequest;
@@ -48,41 +49,29 @@ export class Stager {
     this.#scheduled = false;
     const jobs = this.#jobs;
     this.#jobs = [];
-    let chunk: StageJob[] = [];
+    let group: Placed[] = [];
     let bytes = 0;
     for (const job of jobs) {
       if (job.mayLieInPlace && sendsInPlace(this.#context, job.request)) {
         void this.#stage([{ job, held: undefined }]);
         continue;
       }
-      if (chunk.length > 0 && bytes + job.bytes > MAX_BUNDLE_BYTES) {
-        this.#place(chunk);
-        chunk = [];
-        bytes = 0;
+      const held = this.#context.memory.tryInTurn(job.bytes);
+      if (!held) {
+        void this.#placeAlone(job);
+        continue;
       }
-      chunk.push(job);
-      bytes += job.bytes;
-    }
-    if (chunk.length > 0) this.#place(chunk);
-  }
-
-  #place(jobs: readonly StageJob[]): void {
-    const run = this.#context.memory.tryAllocateRun(jobs.map(({ bytes }) => bytes));
-    if (!run) {
-      for (const job of jobs) void this.#placeAlone(job);
-      return;
-    }
-    // Layers wait for events of their own while the model computes: each group leaves as soon as its event has fired.
-    let group: Placed[] = [];
-    for (const [index, job] of jobs.entries()) {
-      const last = group[group.length - 1]?.job.request.ready;
-      if (group.length > 0 && !sameEvent(last, job.request.ready)) {
+      const last = group[group.length - 1]?.job.request;
+      // Layers wait for events of their own while the model computes: each group leaves as soon as its event has fired.
+      if (last && (bytes + job.bytes > MAX_GATHER_BYTES || !sameEvent(last.ready, job.request.ready))) {
         void this.#stage(group);
         group = [];
+        bytes = 0;
       }
-      group.push({ job, held: run[index]! });
+      group.push({ job, held });
+      bytes += job.bytes;
     }
-    void this.#stage(group);
+    if (group.length > 0) void this.#stage(group);
   }
 
   async #placeAlone(job: StageJob): Promise<void> {
@@ -158,4 +147,45 @@ function sameEvent(a: EventRef | undefined, b: EventRef | undefined): boolean {
 
 function sameBlocks(a: Int32Array, b: Int32Array): boolean {
   return a === b || (a.length === b.length && a.every((id, index) => id === b[index]));
+}
+
+/** Throws KV_SHAPE_MISMATCH where shape and source have different sizes. Returns the bytes. */
+export function checkSource(request: FormedRequest): number {
+  const { tensorId, shape, dtype, source, plan } = request;
+  const announced = tensorBytes(shape, dtype);
+  if (plan) return announced;
+  const there =
+    source.kind === 'flat' ? source.memory.bytes : blockBytes(source.layer.layout) * source.blockIds.length;
+  if (announced !== there) {
+    throw new PdError(
+      'KV_SHAPE_MISMATCH',
+      `${tensorId}: shape [${shape}] of ${dtype} takes ${announced} bytes, the source has ${there}`,
+      { tensorId },
+    );
+  }
+  return announced;
+}
+
+/** Can the transport send from where the source lies? */
+function sendsInPlace(context: TransferContext, request: SendRequest): boolean {
+  const { source } = request;
+  return source.kind === 'flat' && (context.device.kind === 'host' || source.memory.kind !== 'host');
+}
+
+/** Memory to stage in, waiting in line for it. Throws KV_BUFFER_FULL. */
+export async function stagingMemory(
+  context: TransferContext,
+  request: SendRequest,
+  bytes: number,
+): Promise<Held> {
+  const { memory, options } = context;
+  const held = await memory.waitFor(bytes, options.timeouts.transfer);
+  if (held) return held;
+  throw new PdError(
+    'KV_BUFFER_FULL',
+    `no memory to gather ${request.tensorId} of ${bytes} bytes within ${options.timeouts.transfer} ms: ` +
+      `${memory.bufferUsed} of ${memory.thresholdBytes} bytes of the buffer and ${memory.poolUsed} of ` +
+      `${memory.limitBytes} bytes of the host pool are used`,
+    { tensorId: request.tensorId },
+  );
 }

@@ -6,12 +6,11 @@ import type { EventRef, MemoryRef, PagedLayer } from '../../device/device.ts';
 import { sliceMemory } from '../../device/memory.ts';
 import { PdError } from '../../errors.ts';
 import { blockBytes, runBytes, runOffset, runsPerBlock } from '../../kv/layout.ts';
-import type { TransferContext } from '../context.ts';
+import { passed, type TransferContext } from '../context.ts';
 import type { Allocation } from '../kv-memory.ts';
-import { passed } from '../staging.ts';
 
 /** Memory to send from or to receive into. `free`: when no operation uses it any more. */
-interface Cargo {
+export interface Cargo {
   readonly regions: readonly MemoryRef[];
   free(): void;
 }

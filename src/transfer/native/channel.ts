@@ -4,6 +4,7 @@
  */
 import type { EventRef, PagedLayer } from '../../device/device.ts';
 import type { ErrorData } from '../../errors.ts';
+import type { TransferId } from '../../wire/ids.ts';
 import type {
   CacheShape,
   ConsumerMessage,
@@ -27,6 +28,8 @@ export interface NativeInit {
 export type ToWire =
   /** Say hello to that peer's ROUTER; `introduced` or `lost` follows. */
   | { readonly kind: 'connect'; readonly peer: string }
+  /** Ask the consumer at that address whether it will want KV of this id natively; `unwilling` follows where it says that it will not. */
+  | { readonly kind: 'probe'; readonly peer: string; readonly id: TransferId }
   /** By the DEALER; where there is no connection it is one to make, and lost: it is said again anyway. */
   | { readonly kind: 'ask'; readonly peer: string; readonly message: ConsumerMessage }
   /** By the ROUTER, to who has connected. */
@@ -34,8 +37,8 @@ export type ToWire =
   /** Our hello by the ROUTER, to who speaks to a process that is not this one. */
   | { readonly kind: 'introduce'; readonly peer: string }
   /**
-   * PART, and these blocks of its layers behind it on the pair with `peer`; `written` follows once they may be overwritten. They are there when
-   * `ready` has fired, an event of that step; `gathered` says that it is needed no more.
+   * PART, and these blocks of its layers behind it on the pair with `peer`; `written` follows once it is on its way and they may be overwritten
+   * (`leaving`: and `sent` once it has left). They are there when `ready` has fired, an event of that step; `gathered` says that it is needed no more.
    */
   | {
       readonly kind: 'write';
@@ -73,6 +76,20 @@ export type FromWire =
       readonly peer: string;
       readonly error: ErrorData;
     }
+  /** That consumer does not speak this wire, or not with us. */
+  | {
+      readonly kind: 'unwilling';
+      readonly peer: string;
+      readonly id: TransferId;
+      readonly error: ErrorData;
+    }
   | { readonly kind: 'gathered'; readonly step: number }
-  | { readonly kind: 'written'; readonly launch: number; readonly error?: ErrorData }
+  | {
+      readonly kind: 'written';
+      readonly launch: number;
+      readonly error?: ErrorData;
+      readonly leaving?: true;
+    }
+  /** A part that was told of as `leaving` is sent, or will not be. */
+  | { readonly kind: 'sent' }
   | { readonly kind: 'received'; readonly receipt: number; readonly error?: ErrorData };

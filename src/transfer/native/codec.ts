@@ -239,7 +239,8 @@ function readMessage(fields: Fields, limits: NativeLimits): NativeMessage {
   }
 }
 
-function fieldsOfHello({ from, hello, cache, transports, direct, refused }: HelloMessage): Fields {
+function fieldsOfHello(message: HelloMessage): Fields {
+  const { from, hello, cache, transports, direct, refused, probe } = message;
   const { blocks, blockSize, layers, blockBytes, family } = cache;
   return {
     cmd: 'HELLO',
@@ -249,6 +250,7 @@ function fieldsOfHello({ from, hello, cache, transports, direct, refused }: Hell
     transports,
     ...(direct && { direct: { boot_id: direct.bootId, path: direct.path } }),
     ...(refused && { refused: { code: refused.code, message: refused.message.slice(0, MAX_TEXT) } }),
+    ...(probe !== undefined && { probe }),
   };
 }
 
@@ -282,6 +284,7 @@ function readHelloMessage(fields: Fields): HelloMessage {
       },
     }),
     ...(refused && { refused }),
+    ...(field(fields, 'probe') !== undefined && { probe: textField(fields, 'probe', MAX_TENSOR_ID, cmd) }),
   };
 }
 
@@ -379,7 +382,7 @@ function readLogprob(value: unknown, token: number): TokenLogprob {
   };
 }
 
-function isTokenId(value: unknown): value is number {
+export function isTokenId(value: unknown): value is number {
   return typeof value === 'number' && Number.isInteger(value) && value >= 0 && value < 2 ** 31;
 }
 

@@ -9,10 +9,13 @@
 import { closeSync } from 'node:fs';
 import { CudaDevice } from '../../device/cuda/device.ts';
 import type { Device, EventRef } from '../../device/device.ts';
-import type { CacheAllocator, NamedLayer } from '../../device/paged-cache.ts';
+import type { NamedLayer } from '../../device/paged-cache.ts';
 import { EventPoller } from '../../device/poller.ts';
 import { PdError } from '../../errors.ts';
+import type { PagedLayout } from '../../kv/layout.ts';
 import type { Logger } from '../../observability/log.ts';
+import type { MetricsPage } from '../../observability/metrics.ts';
+import type { CacheClaims } from '../../transport/direct/claims.ts';
 import { bootId, DirectEndpoint, type DirectLink, type Offer } from '../../transport/direct/endpoint.ts';
 import { createWhenFree, ExportedCache } from '../../transport/direct/exported-cache.ts';
 import { CacheMapping } from '../../transport/direct/mapping.ts';
@@ -24,30 +27,21 @@ import {
   type DirectWriter,
   DirectWriters,
 } from '../../transport/direct/writer.ts';
+import type { MappingState } from './hand-over-api.ts';
 import type { HelloMessage, Nonce } from './messages.ts';
+import { SelfTests } from './self-test.ts';
 
-/** A cache that workers of this host may write into. */
-export interface SharedCache {
-  /** Takes it, waiting for a minute where the GPU's memory is held by others. */
-  readonly allocate: CacheAllocator;
-  /** Once it is taken. */
-  exported(): ExportedCache | undefined;
-  /** After the last use of its layers. */
-  dispose(): void;
-}
-
-export function sharedCache(log: Logger): SharedCache {
-  let cache: ExportedCache | undefined;
-  return {
-    allocate: async (device, layout, names) => {
-      const cuda = cudaOf(device);
-      const onWait = (why: string) => log.warn(`the KV cache waits for memory: ${why}`);
-      cache = await createWhenFree(cuda, () => new ExportedCache(cuda, layout, names), { onWait });
-      return cache.layers;
-    },
-    exported: () => cache,
-    dispose: () => cache?.dispose(),
-  };
+/** Waits for a minute where the GPU's memory is held by others. */
+export function exportedCache(
+  device: Device,
+  layout: PagedLayout,
+  names: readonly string[],
+  log: Logger,
+): Promise<ExportedCache> {
+  const cuda = cudaOf(device);
+  const onWait = (why: string) => log.warn(`the KV cache waits for memory: ${why}`);
+  const create = () => new ExportedCache(cuda, layout, names);
+  return createWhenFree(cuda, create, { onWait, own: cuda.allocatedBytes });
 }
 
 function cudaOf(device: Device): CudaDevice {
@@ -64,9 +58,12 @@ interface DirectOptions {
   /** Folder of sockets; the user's own where nothing is said. */
   readonly folder?: string;
   readonly log: Logger;
+  readonly metrics: MetricsPage;
 }
 
 interface DirectEvents {
+  /** Whether nothing is computed or written here: what measures itself waits for that. */
+  idle(): boolean;
   /** Writes between that process and this one can begin. */
   open(nonce: Nonce): void;
   /** They cannot, and why. */
@@ -83,6 +80,8 @@ interface Writing {
 
 /** A process whose cache we write into. */
 interface Target {
+  readonly peer: string;
+  readonly claims: CacheClaims;
   readonly link: DirectLink;
   readonly mapping: CacheMapping;
   readonly writer: DirectWriter;
@@ -107,6 +106,7 @@ export class DirectWays {
   readonly #targets = new Map<Nonce, Target>();
   readonly #connecting = new Set<Nonce>();
   readonly #poller = new EventPoller();
+  readonly #tests: SelfTests;
   #events: DirectEvents | undefined;
   #closed = false;
 
@@ -115,6 +115,13 @@ export class DirectWays {
     this.#device = cudaOf(options.device);
     this.#writers = writers;
     this.#endpoint = endpoint;
+    this.#tests = new SelfTests({
+      device: this.#device,
+      poller: this.#poller,
+      log: options.log,
+      idle: () => this.#events?.idle() ?? false,
+      onChange: () => this.#measure(),
+    });
   }
 
   /** Before the first NCCL pair opens, as it loads a kernel. Throws DIRECT_REFUSED, SYSTEM_CALL_FAILED or CUDA_ERROR. */
@@ -142,9 +149,17 @@ export class DirectWays {
     this.#events = events;
   }
 
-  /** Processes that write here, and those written to, that are linked now. */
-  get links(): number {
-    return this.#writing.size + this.#targets.size;
+  /** Caches that are written into now: ours, by other processes, and theirs. `peerOf`: where a process was heard of last. */
+  mappings(peerOf: (nonce: Nonce) => string | undefined): MappingState[] {
+    const bytes = this.#options.exported?.claims.bytes ?? 0;
+    const ours = [...this.#writing.keys()].map(
+      (nonce): MappingState => ({ peer: peerOf(nonce) ?? nonce, cache: 'ours', bytes }),
+    );
+    const theirs = [...this.#targets.values()].map((target): MappingState => {
+      const path = this.#tests.stateOf(target);
+      return { peer: target.peer, cache: 'theirs', bytes: target.claims.bytes, ...(path && { path }) };
+    });
+    return [...ours, ...theirs];
   }
 
   /** That producer has said hello: it may connect. */
@@ -198,6 +213,8 @@ export class DirectWays {
     this.#expected.delete(nonce);
     if (!target) return;
     this.#targets.delete(nonce);
+    this.#tests.remove(target);
+    this.#measure();
     void this.#unmap(target);
   }
 
@@ -205,6 +222,7 @@ export class DirectWays {
   async close(): Promise<void> {
     if (this.#closed) return;
     this.#closed = true;
+    this.#tests.close();
     const targets = [...this.#targets.values()];
     this.#targets.clear();
     await Promise.all(targets.map(({ mapping, writer }) => mapping.close([writer]).catch(() => undefined)));
@@ -240,6 +258,7 @@ export class DirectWays {
         return;
       }
       this.#writing.set(nonce, { link, page: offered.page });
+      this.#measure();
       void link.ended.then(() => setTimeout(() => this.#died(nonce), MARGIN_MS));
       this.#events?.open(nonce);
     });
@@ -248,7 +267,23 @@ export class DirectWays {
   #died(nonce: Nonce): void {
     this.#writing.delete(nonce);
     this.#expected.delete(nonce);
+    this.#measure();
     this.#events?.died(nonce);
+  }
+
+  #measure(): void {
+    const { metrics } = this.#options;
+    metrics.set('pd_native_mappings', this.#writing.size, 'ours');
+    metrics.set('pd_native_mappings', this.#targets.size, 'theirs');
+    const paths = [...this.#targets.values()].flatMap((target) => {
+      const path = this.#tests.stateOf(target);
+      return path?.state === 'measured' ? [path] : [];
+    });
+    paths.sort((a, b) => a.bytesPerSecond - b.bytesPerSecond);
+    const [slowest] = paths;
+    metrics.set('pd_native_path_bytes_per_second', slowest?.bytesPerSecond ?? 0);
+    metrics.set('pd_native_path_expected_bytes_per_second', slowest?.expectedBytesPerSecond ?? 0);
+    metrics.set('pd_native_path_latency_seconds', slowest?.latencySeconds ?? 0);
   }
 
   async #connect(peer: string, nonce: Nonce, path: string): Promise<void> {
@@ -261,8 +296,9 @@ export class DirectWays {
       mapping = CacheMapping.open(this.#device, offer, this.#writers.claims, peer);
       const writer = await this.#writers.open(mapping.cache);
       const page = new WriterPage(mapping.cache.page);
-      const target = { link, mapping, writer, page };
+      const target = { peer, claims: offer.claims, link, mapping, writer, page };
       this.#targets.set(nonce, target);
+      this.#measure();
       link.tell({ mapped: true });
       void link.ended.then(() => {
         // its owner is dead, so what still waits in the stream writes nothing, and drains at once
@@ -277,6 +313,8 @@ export class DirectWays {
     }
     log.debug({ peer, nonce, kernel: this.#writers.kernelImage }, `the KV cache of ${peer} is mapped`);
     this.#events?.open(nonce);
+    const target = this.#targets.get(nonce);
+    if (target) this.#tests.add(target);
   }
 
   async #reach(nonce: Nonce, path: string): Promise<DirectLink> {

@@ -4,8 +4,8 @@
  *
  *   1. Actions are carried out at once, in order, before the ledger is told anything else.
  *   2. Each `write` is answered by exactly one `landed`, once no thread will launch anything for it any more and the event behind its
- *      last launch has fired; where nothing was launched, at once. Before each launch of it `mayLaunch` is asked. Writes to one process
- *      share one stream.
+ *      last launch has fired; where nothing was launched, at once. On a pair, whose reader alone writes to its blocks: once its parts
+ *      are on their way. Before each launch of it `mayLaunch` is asked. Writes to one process share one stream.
  *   3. `tick` comes every quarter of a second while `isIdle` is false, after what has arrived has been read.
  *   4. No message of a process is handed in before its hello.
  *
@@ -107,7 +107,7 @@ interface Grant {
   /** Where it is unbound. */
   readonly deadline: number;
   request: Request | undefined;
-  /** Tokens whose write has been asked for, from the prompt's start; those that are skipped count as written. */
+  /** Blocks whose write has been asked for, from the prompt's start; those that are skipped count as written. */
   written: number;
   /** A write has been asked for. */
   begun: boolean;
@@ -161,7 +161,7 @@ export class Grants {
   #nextLaunch = 1;
   #draining = false;
   #actions: GrantAction[] = [];
-  /** Blocks that WANTs have named, and blocks written, those twice that were written again when they were full. */
+  /** `promised`: blocks that WANTs have named. `written`: blocks whose write was asked for. */
   readonly #counts = { wants: 0, promised: 0, written: 0, leasesEnded: 0 };
 
   constructor(options: GrantsOptions) {
@@ -275,7 +275,7 @@ export class Grants {
       throw new PdError('INTERNAL', `${id} has ${request.computed} of ${request.tokens} tokens computed`);
     }
     request.draw = draw;
-    for (const grant of [...request.grants]) this.#finishGrant(grant, request, draw, now);
+    for (const grant of [...request.grants]) this.#finishGrant(grant, draw, now);
     if (this.#requests.get(id) !== request) return this.#take();
     if (request.grants.size === 0 && (request.unwanted || this.#draining)) {
       this.#forget(request, 'its consumer has given it up', now);
@@ -311,11 +311,12 @@ export class Grants {
     const { grant, sources } = known;
     this.#launches.delete(launch);
     grant.launches.delete(launch);
-    this.#do({ kind: 'unhold', launch, sources });
     if (failure && (grant.end === undefined || grant.end.cmd === 'DONE')) {
       grant.end = { cmd: 'FAIL', ...answerOf(grant), ...failure };
     }
+    // the end first: its consumer waits
     this.#settle(grant, now);
+    this.#do({ kind: 'unhold', launch, sources });
     return this.#take();
   }
 
@@ -356,6 +357,19 @@ export class Grants {
       }
     }
     return this.#take();
+  }
+
+  /** Whether a process at that address has said hello, and is not known to be gone. */
+  knows(peer: string): boolean {
+    return this.#processes.at(peer) !== undefined;
+  }
+
+  /** For how long the WANT of that peer has waited that has waited longest for its request; 0 where none does. */
+  longestUnbound(peer: string, now: number): number {
+    let longest = 0;
+    for (const { request, end, deadline } of this.#processes.at(peer)?.books.values() ?? [])
+      if (!request && !end) longest = Math.max(longest, now - (deadline - this.#options.unboundMs));
+    return longest;
   }
 
   /** Nothing to wait for: no WANT that is not acknowledged, no write, no lease. */
@@ -445,7 +459,7 @@ export class Grants {
       want,
       deadline: now + this.#options.unboundMs,
       request: undefined,
-      written: want.skip * this.#options.blockSize,
+      written: want.skip,
       begun: false,
       launches: new Set(),
       end: undefined,
@@ -506,18 +520,20 @@ export class Grants {
     request.unwanted = false;
     this.#do({ kind: 'bound', id, transport, peer: grant.owner.peer, nonce: grant.owner.nonce, seq });
     this.#write(grant, request);
-    if (request.draw) this.#finishGrant(grant, request, request.draw, now);
+    if (request.draw) this.#finishGrant(grant, request.draw, now);
   }
 
-  /** Asks for the write of what has been computed since the last one, a block that was part-filled then from its start. */
+  /** Asks for the write of the blocks that have been filled since the last one; of the prompt's last one also where it will stay part-filled. */
   #write(grant: Grant, request: Request): void {
-    if (grant.end !== undefined || request.computed <= grant.written) return;
+    const { computed, tokens } = request;
+    const first = grant.written;
+    const last = computed === tokens;
+    const end = last ? this.#blocksFor(tokens) : Math.floor(computed / this.#options.blockSize);
+    if (grant.end !== undefined || end <= first) return;
     const { skip, blocks, slot, transport, seq, id, ticket } = grant.want;
-    const first = Math.floor(grant.written / this.#options.blockSize);
-    const end = this.#blocksFor(request.computed);
     const sources = request.sources.slice(first, end);
     const launch = this.#nextLaunch++;
-    grant.written = request.computed;
+    grant.written = end;
     grant.begun = true;
     grant.launches.add(launch);
     this.#launches.set(launch, { grant, sources });
@@ -535,15 +551,15 @@ export class Grants {
       place: first - skip,
       sources,
       targets: blocks.slice(first - skip, end - skip),
-      last: request.computed === request.tokens,
+      last,
     });
   }
 
-  #finishGrant(grant: Grant, request: Request, draw: Draw, now: number): void {
+  #finishGrant(grant: Grant, draw: Draw, now: number): void {
     if (grant.end !== undefined) return;
     const { blocks, skip } = grant.want;
-    const written = this.#blocksFor(Math.min(grant.written, request.tokens)) - skip;
-    this.#end(grant, { cmd: 'DONE', ...answerOf(grant), ...draw, promised: blocks.length, written }, now);
+    const end = { ...answerOf(grant), ...draw, promised: blocks.length, written: grant.written - skip };
+    this.#end(grant, { cmd: 'DONE', ...end }, now);
   }
 
   #drop(process: Process<Grant>, { id, want, to, from }: DropMessage, now: number): void {

@@ -10,6 +10,7 @@ import type { ErrorCode, ErrorData } from '../../errors.ts';
 import type { EngineRequestId, TransferId } from '../../wire/ids.ts';
 import type { TokenLogprob } from '../../wire/token-logprob.ts';
 import type { Grants } from './grants.ts';
+import type { Fallback } from './hello.ts';
 import type { NativeTransport } from './messages.ts';
 import type { Wants } from './wants.ts';
 
@@ -83,6 +84,12 @@ export interface HandOverBooks {
   endLease(transferId: TransferId): void;
 }
 
+/**
+ * Stages of a prompt on its way, told as they come. Consumer: its KV is `wanted`, `asked` for by WANT, `flagged` by the GPU that wrote it,
+ * `loaded`. Producer: a WANT is `bound` to it, the `launched` last layer has `landed`.
+ */
+export type HandOverStage = 'wanted' | 'asked' | 'flagged' | 'loaded' | 'bound' | 'launched' | 'landed';
+
 /** Who uses a hand-over. */
 export interface HandOverUser {
   readonly books: HandOverBooks;
@@ -92,10 +99,50 @@ export interface HandOverUser {
   freed(): void;
 }
 
+/** A connection to a producer. */
+export interface ConnectionState {
+  readonly peer: string;
+  /** How its bytes come; undefined while that is being found out. */
+  readonly transport: NativeTransport | undefined;
+  /** Between GPUs: why not by `direct`. */
+  readonly fallback?: Fallback;
+}
+
+/** A cache that one process writes into and another one owns, both on this host. */
+export interface MappingState {
+  /** The other process: `host:port` of its ROUTER. */
+  readonly peer: string;
+  /** `theirs`: its cache is mapped here. `ours`: it has ours mapped. */
+  readonly cache: 'ours' | 'theirs';
+  /** Of the cache. */
+  readonly bytes: number;
+  /** Of `theirs`: how fast writes get there. */
+  readonly path?: PathState;
+}
+
+/** What the self-test of a mapping found (self-test.ts). */
+export type PathState =
+  | { readonly state: 'waiting' }
+  /** Why not: the GPU was never idle, or the peer offers nowhere to write. */
+  | { readonly state: 'not measured'; readonly why: string }
+  | {
+      readonly state: 'measured';
+      readonly bytesPerSecond: number;
+      /** From the launch of a small write to its end as this process sees it. */
+      readonly latencySeconds: number;
+      /** What such writes reach over that link; absent where nothing is known of the link. */
+      readonly expectedBytesPerSecond?: number;
+      /** `nvlink`, `pcie`, `same GPU`, `unknown`. */
+      readonly link: string;
+    };
+
 /** As `/debug/state` shows it. */
 export interface HandOverState {
   /** Connections to producers of now. */
-  readonly producers: readonly { readonly peer: string; readonly transport: NativeTransport | undefined }[];
+  readonly producers: readonly ConnectionState[];
+  readonly mappings: readonly MappingState[];
+  /** Blocks that a producer that was given up on may still write to. */
+  readonly quarantine: readonly { readonly peer: string; readonly blocks: number }[];
   /** Not asked for yet: their producers have not said hello. */
   readonly connecting: number;
   readonly wants: ReturnType<Wants['stats']>;
@@ -136,8 +183,13 @@ export interface HandOverApi {
    * requests. Resolves when no event of the step is needed any more; bounded, never rejects. Without `progress` it costs nothing.
    */
   stepEnded(): Promise<void>;
-  /** The whole prompt is computed and its first token drawn. `books.lease` is called within, where the KV must outlive the sequence. */
+  /**
+   * The whole prompt is computed and its first token drawn. `books.lease` is called within, where the KV must outlive the sequence. Throws
+   * REQUEST_INVALID for what is no token id.
+   */
   finish(transferId: TransferId, drawn: Drawn): void;
+  /** For how many ms the consumer that `transferId` names has waited for another prompt, which has not begun here; 0 where for none. */
+  consumerWaits(transferId: TransferId): number;
   /**
    * Its KV will not come (abort, error), or its lease has had to make room. Unknown ids mean nothing. Writes under way keep their blocks by
    * themselves.

@@ -1,45 +1,44 @@
 /**
  * The native hand-over on the core thread: owns both ledgers, carries out what they decide, and tells the connector what came of it. Bytes
- * that travel on pairs, and all messages, go by the transfer thread (wire.ts).
+ * that travel on pairs, and all messages, go by the transfer thread (wire.ts). Beside it: whom it is connected with (connections.ts), what it
+ * writes (writes.ts), and where it looks for what is written here (page-watch.ts).
  *
  *   connector --want, cancel------------> Wants  --ask, receive--> wire --> producer
  *             <--loadEnded--------------- Wants  <--answered------ wire <--
  *   connector --begin, progress, finish-> Grants <--asked--------- wire <-- consumer
- *             --layer-------------------> writes --answer, write-> wire -->
+ *             --layer-------------------> Writes --answer, write-> wire -->
  */
 import { randomBytes } from 'node:crypto';
 import { setImmediate } from 'node:timers';
-import { type Deferred, deferred } from '../../deferred.ts';
+import { deferred } from '../../deferred.ts';
 import type { EventRef } from '../../device/device.ts';
 import { type ErrorCode, type ErrorData, PdError, unreachable } from '../../errors.ts';
 import { formatHostPort } from '../../net/address.ts';
 import type { Logger } from '../../observability/log.ts';
 import type { MetricsPage } from '../../observability/metrics.ts';
-import { NO_TOKEN, type OwnerPage, SLOTS, type SlotState } from '../../transport/direct/page.ts';
+import { NO_TOKEN, SLOTS, type SlotFlag } from '../../transport/direct/page.ts';
 import { type EngineRequestId, peerAddressOf, type TransferId } from '../../wire/ids.ts';
 import { Failures } from '../failures.ts';
 import type { TransferState } from '../types.ts';
 import type { FromWire, NativeInit, ToWire } from './channel.ts';
-import type { DirectWays, DirectWrite } from './direct.ts';
+import { isTokenId } from './codec.ts';
+import { Connections } from './connections.ts';
+import type { DirectWays } from './direct.ts';
 import { type GrantAction, Grants } from './grants.ts';
 import type {
   Drawn,
   HandOverApi,
   HandOverBooks,
+  HandOverStage,
   HandOverState,
   HandOverUser,
   WantOutcome,
   WantRequest,
 } from './hand-over-api.ts';
-import {
-  type HelloMessage,
-  type NativeTransport,
-  type Nonce,
-  type ProducerMessage,
-  type Ticket,
-  TRANSPORTS,
-} from './messages.ts';
+import type { HelloMessage, NativeTransport, ProducerMessage, Ticket } from './messages.ts';
+import { digestForPage, PageWatch } from './page-watch.ts';
 import { type WantAction, Wants } from './wants.ts';
+import { Writes } from './writes.ts';
 
 export interface HandOverOptions {
   readonly init: NativeInit;
@@ -47,6 +46,8 @@ export interface HandOverOptions {
   readonly wire: (hear: (event: FromWire) => void) => (command: ToWire) => void;
   readonly role: 'producer' | 'consumer';
   readonly rank: number;
+  /** Whether this worker computes now, or has something to. */
+  readonly busy: () => boolean;
   /** How long KV that nobody asks for is kept, ms. */
   readonly leaseMs: number;
   /** Where `direct` may be used here. */
@@ -54,6 +55,9 @@ export interface HandOverOptions {
   readonly log: Logger;
   /** Of the core thread. */
   readonly metrics: MetricsPage;
+  readonly onStage?: (id: TransferId, stage: HandOverStage) => void;
+  /** The stage `flagged`, with the GPU's times of the write that set the flag: of the last layer, where each was written by itself. */
+  readonly onFlag?: (id: TransferId, times: SlotFlag) => void;
 }
 
 /** A `want` that has no outcome yet. */
@@ -65,64 +69,17 @@ interface Load {
   /** Once it has been asked for. */
   seq: number | undefined;
   transport: NativeTransport | undefined;
-}
-
-/** A producer that has said hello on the connection of now. */
-interface Producer {
-  readonly hello: HelloMessage;
-  /** How its bytes come; undefined while that is being found out. */
-  transport: NativeTransport | undefined;
-  /** Until when `direct` is waited for. */
-  patience: NodeJS.Timeout | undefined;
-}
-
-/** A slot in the page shared with a producer, granted to the want of that seq. */
-interface Slot {
-  readonly peer: string;
-  readonly nonce: Nonce;
-  readonly slot: number;
-  readonly seq: number;
-  flagged: boolean;
-}
-
-/** A write that has not landed. */
-interface Write {
-  readonly action: Extract<GrantAction, { readonly kind: 'write' }>;
-  /** Layers below have been launched, or will not be. */
-  next: number;
-  /** Parts under way, or one for all launches of `direct`. */
-  parts: number;
-  /** By `direct`, once there is room for its lists. */
-  direct: DirectWrite | undefined;
-  failure: { readonly code: ErrorCode; readonly message: string } | undefined;
-}
-
-interface Step {
-  /** Requests that this step computes. */
-  readonly ids: Set<TransferId>;
-  /** Writes that wait for its layers. */
-  readonly writes: Set<Write>;
-  /** Layers that have been told, and the event of the last. */
-  layers: number;
-  ready: EventRef | undefined;
-  readonly number: number;
-  /** Parts that still need an event of it. */
-  gathering: number;
-  readonly gathered: Deferred<void>;
+  /** The connection that it waited for was lost: that of another one is the last. */
+  again: boolean;
 }
 
 const TICK_MS = 250;
-/** For a producer of this host to map our cache, before its bytes go by a pair. */
-const DIRECT_MS = 5_000;
-const LOOK_MS = 1;
 /** How long a WANT may wait for its request, which may stand in the producer's queue; whoever gives up earlier says DROP. */
 const UNBOUND_MS = 600_000;
-/** Bytes of one PART, where its layers are there at once: no operation then takes longer than its deadline. */
-const PART_BYTES = 128 * 2 ** 20;
-/** Of a sampling digest. */
-const DIGEST_BYTES = 16;
 /** Ids that a peer is still to be told of, or whose failure came before their want. */
 const MOST_REMEMBERED = 1_024;
+/** For a consumer to say whether it speaks natively; once it has said that it does not, it is told of each request. */
+const PROBE_AGAIN_MS = 1_000;
 /** For peers to hear the ends of their WANTs when this worker stops. */
 const CLOSE_MS = 3_000;
 
@@ -133,23 +90,16 @@ export class HandOver implements HandOverApi {
   readonly #tell: (command: ToWire) => void;
   readonly #loads = new Map<EngineRequestId, Load>();
   readonly #exposed = new Set<number>();
-  readonly #producers = new Map<string, Producer>();
-  /** Where a process was heard of last; those linked by `direct`. */
-  readonly #peers = new Map<Nonce, string>();
-  readonly #slots = new Map<number, Slot>();
-  #looking = false;
-  /** Writes by `direct` that wait for room. */
-  readonly #crowded = new Set<Write>();
-  readonly #writes = new Map<number, Write>();
+  readonly #connections: Connections;
+  readonly #pages: PageWatch;
+  readonly #writes: Writes;
   /** Ids that nobody wants, by the producer that is to be told once it has said hello. */
   readonly #unwanted = new Map<TransferId, string>();
   readonly #failures = new Failures({ now });
   /** What producers have told of requests that have not been wanted yet. */
   readonly #failed = new Map<TransferId, ErrorData>();
-  #step: Step | undefined;
-  #numSteps = 0;
-  /** Steps with parts that still need an event of them. */
-  readonly #gathering = new Map<number, Step>();
+  /** When a consumer was asked whether it speaks natively. */
+  readonly #probed = new Map<string, number>();
   #user: HandOverUser | undefined;
   #tasks: (() => void)[] = [];
   #working = false;
@@ -158,17 +108,13 @@ export class HandOver implements HandOverApi {
   #settled = deferred<void>();
 
   constructor(options: HandOverOptions) {
-    const { init, role, rank, leaseMs } = options;
+    const { init, role, leaseMs } = options;
     const { nonce, shape } = init;
     this.#options = options;
-    const other = role === 'producer' ? 'decode' : 'prefill';
     this.#grants = new Grants({
       nonce,
       blockSize: shape.blockSize,
-      names: (id, peer) => {
-        const address = peerAddressOf(id, other);
-        return address !== undefined && formatHostPort({ ...address, port: address.port + rank }) === peer;
-      },
+      names: (id, peer) => this.#otherOf(id) === peer,
       unboundMs: UNBOUND_MS,
       leaseMs,
     });
@@ -179,12 +125,50 @@ export class HandOver implements HandOverApi {
       newTicket: () => randomBytes(16).toString('hex') as Ticket,
       slots: SLOTS,
     });
-    options.direct?.serve({
-      open: (nonce) => this.#directOpen(nonce),
-      refused: (nonce, why) => this.#directRefused(nonce, why),
-      died: (nonce) => this.#died(nonce),
+    const { direct, log, metrics } = options;
+    this.#connections = new Connections({
+      init,
+      role,
+      direct,
+      log,
+      on: {
+        ready: (peer) => {
+          for (const load of this.#waitingFor(peer)) this.#ask(load);
+        },
+        useless: (peer, error) => {
+          this.#lose(peer, error, false);
+          // the next want finds out anew
+          this.#tell({ kind: 'reset', peer, why: error.message });
+        },
+        died: (peer, nonce) => {
+          this.#grant(() => this.#grants.died(peer, nonce, now()));
+          this.#want(() => this.#wants.died(peer, nonce, now()));
+        },
+        idle: () => this.#writes.size === 0 && !options.busy(),
+      },
+    });
+    this.#pages = new PageWatch((nonce) => direct?.pageOf(nonce), {
+      flag: ({ peer, nonce, slot, seq }, times) => {
+        const load = [...this.#loads.values()].find((one) => one.seq === seq);
+        if (load) {
+          const { transferId } = load.request;
+          this.#stage(transferId, 'flagged');
+          options.onFlag?.(transferId, times);
+        }
+        this.#want(() => this.#wants.flag(peer, nonce, slot, seq));
+      },
+      done: (slot, draw) => this.#want(() => this.#wants.doneInPage(slot, draw, now())),
     });
     this.#tell = options.wire((event) => this.#hear(event));
+    this.#writes = new Writes({
+      init,
+      direct,
+      metrics,
+      tell: this.#tell,
+      onStage: (id, stage) => this.#stage(id, stage),
+      mayLaunch: (launch) => this.#grants.mayLaunch(launch),
+      landed: (launch, failure) => this.#grant(() => this.#grants.landed(launch, now(), failure)),
+    });
   }
 
   serve(user: HandOverUser): void {
@@ -195,15 +179,16 @@ export class HandOver implements HandOverApi {
     const { requestId, transferId, peer, withinMs, prefillWithinMs = 0 } = request;
     const began = now();
     const deadline = began + withinMs + prefillWithinMs;
-    const load: Load = { request, began, deadline, seq: undefined, transport: undefined };
+    const load: Load = { request, began, deadline, seq: undefined, transport: undefined, again: false };
     this.#loads.set(requestId, load);
+    this.#stage(transferId, 'wanted');
     const failed = this.#failed.get(transferId);
     this.#failed.delete(transferId);
     if (failed) {
       this.#fail(load, failed, false);
       return;
     }
-    if (this.#producers.get(peer)?.transport) this.#ask(load);
+    if (this.#connections.ready(peer)) this.#ask(load);
     else this.#tell({ kind: 'connect', peer });
     this.#arm();
   }
@@ -223,7 +208,7 @@ export class HandOver implements HandOverApi {
   }
 
   unwanted(transferId: TransferId, peer: string): void {
-    if (this.#producers.has(peer)) {
+    if (this.#connections.has(peer)) {
       this.#want(() => this.#wants.unwanted(peer, transferId));
       return;
     }
@@ -259,41 +244,33 @@ export class HandOver implements HandOverApi {
   }
 
   progress(transferId: TransferId, computed: number, blocks: readonly number[]): void {
-    if (computed > 0) this.#stepOf().ids.add(transferId);
+    if (computed > 0) this.#writes.computes(transferId);
     this.#grant(() => this.#grants.progress(transferId, computed, blocks));
   }
 
   layer(index: number, ready?: EventRef): void {
-    const step = this.#step;
-    if (!step) return;
-    step.layers = index + 1;
-    step.ready = ready;
-    for (const write of step.writes) this.#launch(write, step.layers, ready);
+    this.#writes.layer(index, ready);
   }
 
   stepEnded(): Promise<void> {
-    const step = this.#step;
-    this.#step = undefined;
-    if (!step) return Promise.resolve();
-    for (const write of step.writes) {
-      if (write.next >= this.#layers) continue;
-      if (this.#crowded.delete(write) && step.layers === this.#layers) {
-        this.#launch(write, this.#layers, undefined);
-        continue;
-      }
-      write.failure ??= {
-        code: 'KV_SEND_FAILED',
-        message: 'the step that was to compute it did not end well',
-      };
-      write.next = this.#layers;
-      this.#settle(write);
-    }
-    return step.gathering > 0 ? step.gathered.promise : Promise.resolve();
+    return this.#writes.stepEnded();
   }
 
   finish(transferId: TransferId, { tokens, logprobs, samplingDigest }: Drawn): void {
+    // of a runtime that is not ours, perhaps: what cannot be said must not reach the wire
+    if (!tokens.every((token) => isTokenId(token)))
+      throw new PdError(
+        'REQUEST_INVALID',
+        `${transferId}: drawn are ${tokens.join(', ')}, which are no token ids`,
+      );
     const draw = { drawn: tokens, ...(logprobs && { logprobs }), samplingDigest };
     this.#grant(() => this.#grants.finish(transferId, draw, now()));
+    this.#probe(transferId);
+  }
+
+  consumerWaits(transferId: TransferId): number {
+    const peer = this.#otherOf(transferId);
+    return peer === undefined ? 0 : this.#grants.longestUnbound(peer, now());
   }
 
   fail(transferId: TransferId, code: ErrorCode, why: string): void {
@@ -303,7 +280,9 @@ export class HandOver implements HandOverApi {
   state(): HandOverState {
     const loads = [...this.#loads.values()];
     return {
-      producers: [...this.#producers].map(([peer, { transport }]) => ({ peer, transport })),
+      producers: this.#connections.states(),
+      mappings: this.#connections.mappings(),
+      quarantine: this.#wants.quarantine(),
       connecting: loads.filter(({ seq }) => seq === undefined).length,
       wants: this.#wants.stats(),
       grants: this.#grants.stats(),
@@ -349,25 +328,24 @@ export class HandOver implements HandOverApi {
     clearTimeout(this.#timer);
     this.#timer = undefined;
     // A producer that never answers must not keep this thread: neither its mapping nor its page is waited for any more.
-    for (const { patience } of this.#producers.values()) clearTimeout(patience);
-    this.#slots.clear();
+    this.#connections.close();
+    this.#pages.close();
   }
 
-  #stepOf(): Step {
-    this.#step ??= {
-      ids: new Set(),
-      writes: new Set(),
-      number: ++this.#numSteps,
-      layers: 0,
-      ready: undefined,
-      gathering: 0,
-      gathered: deferred<void>(),
-    };
-    return this.#step;
+  /** A consumer that has not said a word may have been told another wire, and would wait for what never comes. */
+  #probe(id: TransferId): void {
+    const peer = this.#otherOf(id);
+    if (peer === undefined || this.#grants.knows(peer)) return;
+    if (now() - (this.#probed.get(peer) ?? Number.NEGATIVE_INFINITY) < PROBE_AGAIN_MS) return;
+    remember(this.#probed, peer, now());
+    this.#tell({ kind: 'probe', peer, id });
   }
 
-  get #layers(): number {
-    return this.#options.init.shape.layers;
+  /** The rank's address of the other end that the id of a request names. */
+  #otherOf(id: TransferId): string | undefined {
+    const { role, rank } = this.#options;
+    const address = peerAddressOf(id, role === 'producer' ? 'decode' : 'prefill');
+    return address && formatHostPort({ ...address, port: address.port + rank });
   }
 
   get #books(): HandOverBooks {
@@ -379,7 +357,11 @@ export class HandOver implements HandOverApi {
     switch (event.kind) {
       case 'introduced':
         if (event.way === 'to') this.#meet(event.peer, event.hello);
-        else this.#admit(event.peer, event.hello);
+        else {
+          const { from, cache } = event.hello;
+          this.#grant(() => this.#grants.introduced(event.peer, from, cache.blocks, now()));
+          this.#connections.admitted(event.peer, event.hello);
+        }
         return;
       case 'asked':
         this.#grant(() => this.#grants.message(event.peer, event.message, now()));
@@ -389,23 +371,28 @@ export class HandOver implements HandOverApi {
         return;
       case 'lost':
         if (event.way === 'from') this.#grant(() => this.#grants.unreachable(event.peer, now()));
-        else this.#lose(event.peer, event.error);
+        else this.#lose(event.peer, event.error, this.#connections.has(event.peer));
         return;
-      case 'gathered': {
-        const step = this.#gathering.get(event.step);
-        if (!step || --step.gathering > 0) return;
-        this.#gathering.delete(step.number);
-        step.gathered.resolve();
-        return;
-      }
-      case 'written': {
-        const write = this.#writes.get(event.launch);
-        if (!write) return;
-        write.parts--;
-        if (event.error) write.failure ??= event.error;
-        this.#settle(write);
+      case 'unwilling': {
+        const { peer, id, error } = event;
+        this.#probed.delete(peer);
+        this.#options.log.error(
+          { peer, code: error.code },
+          `KV of ${id} will not be asked for: ${error.message}`,
+        );
+        this.fail(id, error.code, error.message);
         return;
       }
+      case 'gathered':
+        this.#writes.gathered(event.step);
+        return;
+      case 'written':
+        this.#writes.written(event);
+        return;
+      case 'sent':
+        this.#writes.sent();
+        if (this.#closed) this.#checkSettled();
+        return;
       case 'received':
         this.#want(() => this.#wants.received(event.receipt, event.error === undefined, now()));
         return;
@@ -416,103 +403,37 @@ export class HandOver implements HandOverApi {
 
   /** A producer has answered our hello. */
   #meet(peer: string, hello: HelloMessage): void {
-    const producer: Producer = { hello, transport: undefined, patience: undefined };
-    const { direct } = this.#options;
-    this.#producers.set(peer, producer);
     this.#wants.pairOpened(peer);
     this.#want(() => this.#wants.introduced(peer, hello.from, now()));
+    this.#connections.met(peer, hello);
     for (const [id, whom] of this.#unwanted) {
       if (whom !== peer) continue;
       this.#unwanted.delete(id);
       this.unwanted(id, peer);
     }
-    if (!direct || !this.#mayBeDirect(hello)) {
-      this.#takePair(peer, producer);
-      return;
-    }
-    this.#peers.set(hello.from, peer);
-    if (direct.pageOf(hello.from)) {
-      this.#ready(peer, producer, 'direct');
-      return;
-    }
-    direct.expect(hello.from);
-    const why = `its producer has not mapped the cache within ${DIRECT_MS / 1_000} s`;
-    producer.patience = setTimeout(() => this.#directRefused(hello.from, why), DIRECT_MS);
   }
 
-  #mayBeDirect({ transports, direct }: HelloMessage): boolean {
-    const { init } = this.#options;
-    const both = init.transports.includes('direct') && transports.includes('direct');
-    return both && direct !== undefined && direct.bootId === init.direct?.bootId;
-  }
-
-  /** By a pair: of both ends' ways the first that is one. */
-  #takePair(peer: string, producer: Producer): void {
-    const { transports } = producer.hello;
-    const way = this.#options.init.transports.find((one) => one !== 'direct' && transports.includes(one));
-    if (!way) {
-      const message = `no way for KV is open at both ends: direct is refused, and ${peer} has no other`;
-      this.#lose(peer, { code: 'TRANSPORT_MISMATCH', message, context: { peer } });
-      // the next want finds out anew
-      this.#tell({ kind: 'reset', peer, why: message });
-      return;
-    }
-    this.#ready(peer, producer, way);
-  }
-
-  #ready(peer: string, producer: Producer, transport: NativeTransport): void {
-    clearTimeout(producer.patience);
-    producer.patience = undefined;
-    producer.transport = transport;
-    for (const load of this.#waitingFor(peer)) this.#ask(load);
-  }
-
-  #directOpen(nonce: Nonce): void {
-    const peer = this.#peers.get(nonce);
-    const producer = peer === undefined ? undefined : this.#producers.get(peer);
-    if (peer === undefined) return;
-    const { log, role } = this.#options;
-    log.info({ peer }, `🤝direct Success, ${role === 'producer' ? `👉${peer}` : `👈${peer}`}`);
-    // what is wanted already goes on as it began
-    if (producer?.hello.from === nonce) this.#ready(peer, producer, 'direct');
-  }
-
-  #directRefused(nonce: Nonce, why: string): void {
-    const peer = this.#peers.get(nonce);
-    if (peer === undefined) return;
-    this.#options.log.warn(
-      { peer },
-      `direct writes between this worker and ${peer} are not possible, KV goes another way: ${why}`,
-    );
-    const producer = this.#producers.get(peer);
-    if (producer?.hello.from === nonce && !producer.transport) this.#takePair(peer, producer);
-  }
-
-  /** Its socket has ended. */
-  #died(nonce: Nonce): void {
-    const peer = this.#peers.get(nonce);
-    if (peer === undefined) return;
-    this.#peers.delete(nonce);
-    this.#grant(() => this.#grants.died(peer, nonce, now()));
-    this.#want(() => this.#wants.died(peer, nonce, now()));
-  }
-
-  /** A consumer has said hello. */
-  #admit(peer: string, hello: HelloMessage): void {
-    const { from, cache, direct } = hello;
-    this.#grant(() => this.#grants.introduced(peer, from, cache.blocks, now()));
-    if (!direct || !this.#mayBeDirect(hello)) return;
-    this.#peers.set(from, peer);
-    this.#options.direct?.connect(peer, from, direct.path);
-  }
-
-  /** The connection to a producer is over, or never was. */
-  #lose(peer: string, error: ErrorData): void {
-    clearTimeout(this.#producers.get(peer)?.patience);
-    this.#producers.delete(peer);
+  /** The connection to a producer is over, or never was. `again`: another may be tried for what waits. */
+  #lose(peer: string, error: ErrorData, again: boolean): void {
+    this.#connections.lost(peer);
     for (const [id, whom] of this.#unwanted) if (whom === peer) this.#unwanted.delete(id);
-    for (const load of this.#waitingFor(peer)) this.#fail(load, error, false);
+    for (const load of this.#waitingFor(peer)) {
+      if (again) this.#connectAgain(load, error);
+      else this.#fail(load, error, false);
+    }
     this.#want(() => this.#wants.unreachable(peer, error, now()));
+  }
+
+  /** Once, and within its deadline: a want that met the end of a connection has asked nobody yet. */
+  #connectAgain(load: Load, error: ErrorData): void {
+    if (load.again) {
+      this.#fail(load, error, false);
+      return;
+    }
+    load.again = true;
+    load.seq = undefined;
+    load.transport = undefined;
+    this.#tell({ kind: 'connect', peer: load.request.peer });
   }
 
   #waitingFor(peer: string): Load[] {
@@ -529,8 +450,8 @@ export class HandOver implements HandOverApi {
     this.#want(() => {
       const { requestId, transferId, peer, promptDigest, samplingDigest, tokens, skip, blocks } =
         load.request;
-      const producer = this.#producers.get(peer);
-      if (!producer?.transport || this.#loads.get(requestId) !== load || load.seq !== undefined) return [];
+      const producer = this.#connections.ready(peer);
+      if (!producer || this.#loads.get(requestId) !== load || load.seq !== undefined) return [];
       const most = producer.hello.cache.blocks;
       if (skip + blocks.length > most) {
         const message = `a prompt of ${skip + blocks.length} blocks does not fit the ${most} of ${peer}`;
@@ -561,6 +482,7 @@ export class HandOver implements HandOverApi {
       }
       load.seq = asked.seq;
       load.transport = producer.transport;
+      this.#stage(transferId, 'asked');
       this.#options.log.debug(
         { requestId, transferId, peer, seq: asked.seq, tokens, skip, blocks: blocks.length },
         `WANT ${asked.seq} of ${peer}`,
@@ -593,103 +515,6 @@ export class HandOver implements HandOverApi {
     this.#user?.loadEnded(outcome);
   }
 
-  /** Layers up to `end`, as far as they have not been launched. */
-  #launch(write: Write, end: number, ready: EventRef | undefined): void {
-    const { launch, transport } = write.action;
-    if (write.next >= end || this.#crowded.has(write)) return;
-    if (!this.#grants.mayLaunch(launch)) write.next = this.#layers;
-    else if (transport === 'direct') this.#launchDirect(write, end, ready);
-    else this.#sendParts(write, end, ready);
-    this.#settle(write);
-  }
-
-  #launchDirect(write: Write, end: number, ready: EventRef | undefined): void {
-    try {
-      write.direct ??= this.#beginDirect(write);
-      // all of it once there is room, when its step is over
-      if (!write.direct) this.#crowded.add(write);
-      else {
-        write.direct.layers(write.next, end - write.next, ready);
-        write.next = end;
-      }
-    } catch (error) {
-      this.#giveUp(write, PdError.from(error));
-    }
-  }
-
-  #beginDirect({ action }: Write): DirectWrite | undefined {
-    const { nonce, seq, slot, sources, targets, last } = action;
-    const { direct } = this.#options;
-    if (!direct || slot === undefined)
-      throw new PdError('DIRECT_REFUSED', 'a WANT by direct, which is off here');
-    return direct.begin(nonce, { seq, slot, sources, targets, last });
-  }
-
-  #giveUp(write: Write, { code, message }: PdError): void {
-    write.failure ??= { code, message };
-    write.next = this.#layers;
-  }
-
-  #sendParts(write: Write, end: number, ready: EventRef | undefined): void {
-    const { launch, peer, nonce: to, seq, ticket, place, sources } = write.action;
-    const { nonce: from, shape } = this.#options.init;
-    const most = Math.max(Math.floor(PART_BYTES / (sources.length * shape.blockBytes)), 1);
-    const blocks = Int32Array.from(sources);
-    const step = ready && ready.kind !== 'host' ? this.#step : undefined;
-    for (; write.next < end; ) {
-      const layers = Math.min(end - write.next, most);
-      write.parts++;
-      if (step) {
-        step.gathering++;
-        this.#gathering.set(step.number, step);
-      }
-      const of = { from, to, seq, ticket } as const;
-      const what = { layer: write.next, layers, block: place, blocks: sources.length };
-      this.#tell({
-        kind: 'write',
-        peer,
-        launch,
-        part: { cmd: 'PART', ...of, ...what },
-        blocks,
-        ...(step && ready && { ready: { event: ready, step: step.number } }),
-      });
-      write.next += layers;
-    }
-  }
-
-  #settle(write: Write): void {
-    const { launch } = write.action;
-    if (write.next < this.#layers || write.parts > 0) return;
-    const { direct } = write;
-    if (direct) {
-      write.direct = undefined;
-      write.parts++;
-      const { sources } = write.action;
-      const { shape } = this.#options.init;
-      direct
-        .landed()
-        .then(() => {
-          const bytes = sources.length * shape.layers * shape.blockBytes;
-          if (!write.failure) this.#options.metrics.inc('pd_kv_sent_bytes_total', bytes);
-        })
-        .catch((error: unknown) => this.#giveUp(write, PdError.from(error)))
-        .finally(() => {
-          write.parts--;
-          this.#settle(write);
-        });
-      return;
-    }
-    if (!this.#writes.delete(launch)) return;
-    this.#crowded.delete(write);
-    this.#step?.writes.delete(write);
-    this.#grant(() => this.#grants.landed(launch, now(), write.failure));
-    for (const other of [...this.#crowded]) {
-      if (this.#step?.writes.has(other)) continue;
-      this.#crowded.delete(other);
-      this.#launch(other, this.#layers, undefined);
-    }
-  }
-
   #grant(told: () => readonly GrantAction[]): void {
     this.#work(() => {
       for (const action of told()) this.#doGrant(action);
@@ -719,14 +544,16 @@ export class HandOver implements HandOverApi {
   #doGrant(action: GrantAction): void {
     switch (action.kind) {
       case 'send':
-        this.#tell({ kind: 'answer', peer: action.peer, message: action.message });
+        // first where its reader spins already
         if (action.slot !== undefined) this.#endInPage(action.slot, action.message);
+        this.#tell({ kind: 'answer', peer: action.peer, message: action.message });
         return;
       case 'introduce':
         this.#tell({ kind: 'introduce', peer: action.peer });
         return;
       case 'write':
-        this.#begin(action);
+        this.#books.hold(action.sources);
+        this.#writes.begin(action);
         return;
       case 'unhold':
         this.#books.unhold(action.sources);
@@ -743,24 +570,13 @@ export class HandOver implements HandOverApi {
         this.#options.direct?.release(action.nonce);
         return;
       case 'bound':
+        this.#stage(action.id, 'bound');
+        return;
       case 'ended':
         return;
       default:
         unreachable(action, 'action of the grants');
     }
-  }
-
-  #begin(action: Write['action']): void {
-    this.#books.hold(action.sources);
-    const write: Write = { action, next: 0, parts: 0, direct: undefined, failure: undefined };
-    this.#writes.set(action.launch, write);
-    const step = this.#step;
-    if (!step?.ids.has(action.id)) {
-      this.#launch(write, this.#layers, undefined);
-      return;
-    }
-    step.writes.add(write);
-    this.#launch(write, step.layers, step.ready);
   }
 
   #doWant(action: WantAction): void {
@@ -787,6 +603,11 @@ export class HandOver implements HandOverApi {
         if (load?.seq === action.seq) this.#fail(load, action.error, action.quarantined);
         return;
       }
+      case 'again': {
+        const load = this.#loads.get(action.owner as EngineRequestId);
+        if (load?.seq === action.seq) this.#connectAgain(load, action.error);
+        return;
+      }
       case 'receive': {
         const { peer, receipt, part, into } = action;
         this.#tell({
@@ -802,59 +623,12 @@ export class HandOver implements HandOverApi {
         this.#tell({ kind: 'reset', peer: action.peer, why: 'PART is out of step' });
         return;
       case 'grant':
-        this.#grantSlot(action);
+        if (action.seq > 0) this.#pages.grant(action);
+        else this.#pages.revoke(action.nonce, action.slot);
         return;
       default:
         unreachable(action, 'action of the wants');
     }
-  }
-
-  #grantSlot({ peer, nonce, slot, seq }: Extract<WantAction, { readonly kind: 'grant' }>): void {
-    const page = this.#options.direct?.pageOf(nonce);
-    if (seq > 0) {
-      page?.grant(slot, seq);
-      this.#slots.set(seq, { peer, nonce, slot, seq, flagged: false });
-      this.#look();
-      return;
-    }
-    page?.revoke(slot);
-    for (const [one, held] of this.#slots) {
-      if (held.nonce === nonce && held.slot === slot) this.#slots.delete(one);
-    }
-  }
-
-  /** Looks into the pages until nothing is granted: each millisecond, and all the time once the last chunk of one is under way. */
-  #look(): void {
-    if (this.#looking || this.#slots.size === 0) return;
-    this.#looking = true;
-    let soon = false;
-    for (const held of [...this.#slots.values()]) {
-      const page = this.#options.direct?.pageOf(held.nonce);
-      if (page && this.#lookAt(held, page) === 'last') soon = true;
-    }
-    const again = () => {
-      this.#looking = false;
-      this.#look();
-    };
-    if (soon) setImmediate(again);
-    else setTimeout(again, LOOK_MS);
-  }
-
-  #lookAt(held: Slot, page: OwnerPage): SlotState {
-    const { peer, nonce, slot, seq } = held;
-    if (!held.flagged && page.flag(slot, seq)) {
-      held.flagged = true;
-      this.#want(() => this.#wants.flag(peer, nonce, slot, seq));
-    }
-    const state = page.state(slot, seq);
-    if (state !== 'done' || !held.flagged) return state;
-    const { token, digest } = page.result(slot, seq);
-    const draw = {
-      drawn: token === NO_TOKEN ? [] : [token],
-      samplingDigest: Buffer.from(digest.subarray(0, DIGEST_BYTES)).toString('hex'),
-    };
-    this.#want(() => this.#wants.doneInPage(held, draw, now()));
-    return state;
   }
 
   /** What a page has room for; the message says it too. */
@@ -862,16 +636,14 @@ export class HandOver implements HandOverApi {
     const page = this.#options.direct?.targetPage(message.to);
     if (!page || message.cmd !== 'DONE' || message.logprobs || message.drawn.length > 1) return;
     if (message.written !== message.promised) return;
-    const digest = new Uint8Array(2 * DIGEST_BYTES);
-    const given = Buffer.from(message.samplingDigest, 'hex');
-    if (given.length !== DIGEST_BYTES) return;
-    digest.set(given);
+    const digest = digestForPage(message.samplingDigest);
     const [token = NO_TOKEN] = message.drawn;
-    page.end(slot, message.seq, 'done', { token, digest });
+    if (digest) page.end(slot, message.seq, 'done', { token, digest });
   }
 
   #loaded(load: Load, { seq, draw }: Extract<WantAction, { readonly kind: 'loaded' }>): void {
-    const { requestId, peer, blocks } = load.request;
+    const { requestId, transferId, peer, blocks } = load.request;
+    this.#stage(transferId, 'loaded');
     const { layers, blockBytes } = this.#options.init.shape;
     const milliseconds = now() - load.began;
     const bytes = blocks.length * layers * blockBytes;
@@ -894,6 +666,10 @@ export class HandOver implements HandOverApi {
     });
   }
 
+  #stage(id: TransferId, stage: HandOverStage): void {
+    this.#options.onStage?.(id, stage);
+  }
+
   /** A quarter of a second from now, and after what has come by then has been heard, unless nothing is under way. */
   #arm(): void {
     this.#timer ??= setTimeout(() => setImmediate(() => this.#tick()), TICK_MS);
@@ -908,7 +684,7 @@ export class HandOver implements HandOverApi {
       if (now() >= load.deadline) {
         const message = `KV of ${transferId} did not come from ${peer} in time: it has not been asked for, as there is no connection yet`;
         this.#fail(load, { code: 'KV_LOAD_TIMEOUT', message, context: { peer } }, false);
-      } else if (this.#producers.get(peer)?.transport) this.#ask(load);
+      } else if (this.#connections.ready(peer)) this.#ask(load);
     }
     this.#grant(() => this.#grants.tick(now()));
     this.#want(() => this.#wants.tick(now()));
@@ -925,10 +701,7 @@ export class HandOver implements HandOverApi {
     metrics.set('pd_native_wants', waiting);
     metrics.set('pd_native_quarantined_blocks', quarantined);
     metrics.set('pd_native_leases', this.#grants.stats().leases);
-    for (const way of TRANSPORTS) {
-      const producers = [...this.#producers.values()].filter(({ transport }) => transport === way);
-      metrics.set('pd_native_connections', producers.length, way);
-    }
+    this.#connections.measure(metrics);
   }
 
   #checkSettled(): void {
@@ -945,7 +718,7 @@ function now(): number {
 }
 
 /** The oldest goes where there are too many. */
-function remember<Value>(map: Map<TransferId, Value>, id: TransferId, value: Value): void {
+function remember<Key, Value>(map: Map<Key, Value>, id: Key, value: Value): void {
   map.delete(id);
   map.set(id, value);
   if (map.size > MOST_REMEMBERED) map.delete(map.keys().next().value!);

@@ -3,7 +3,7 @@ import type { TransferOptions } from '../../config/transfer-options.ts';
 import { NATIVE_FEATURE } from '../../wire/overlap.ts';
 import { helloOf, type Mismatch, mismatchOf } from '../hello.ts';
 import type { NativeInit } from './channel.ts';
-import type { HelloMessage } from './messages.ts';
+import type { HelloMessage, NativeTransport } from './messages.ts';
 
 /** Ends the routing id of a native connection: beside a frozen one from the same end, of which a ROUTER knows one by each id. */
 const SUFFIX = '#native';
@@ -28,6 +28,42 @@ export function nativeHello(options: TransferOptions, init: NativeInit): HelloMe
     transports,
     ...(direct && { direct }),
   };
+}
+
+/** What an end says of how its KV may travel. */
+export interface Ways {
+  readonly transports: readonly NativeTransport[];
+  readonly direct?: HelloMessage['direct'] | undefined;
+}
+
+/** Why bytes between two GPUs do not go by `direct`: the label of `pd_native_fallbacks`. */
+export const FALLBACK_REASONS = ['off', 'peer_off', 'other_host', 'refused', 'late'] as const;
+
+export interface Fallback {
+  readonly reason: (typeof FALLBACK_REASONS)[number];
+  /** In words. */
+  readonly why: string;
+}
+
+/** What rules `direct` out before it is tried; undefined where it may be tried. */
+export function directFallback(mine: Ways, theirs: Ways): Fallback | undefined {
+  if (!mine.direct || !mine.transports.includes('direct'))
+    return {
+      reason: 'off',
+      why: 'this worker does not offer direct (--transport, no GPU, or its log says why)',
+    };
+  if (!theirs.direct || !theirs.transports.includes('direct'))
+    return {
+      reason: 'peer_off',
+      why: 'the peer does not offer direct (--transport, no GPU, or its log says why)',
+    };
+  if (theirs.direct.bootId === mine.direct.bootId) return undefined;
+  return { reason: 'other_host', why: 'the peer is on another host' };
+}
+
+/** The way by a pair that both have, `mine` first. */
+export function pairWay(mine: Ways, theirs: Ways): NativeTransport | undefined {
+  return mine.transports.find((way) => way !== 'direct' && theirs.transports.includes(way));
 }
 
 /** Why `mine` and `theirs` cannot exchange KV, with both values, or undefined. */

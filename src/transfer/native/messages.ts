@@ -48,7 +48,15 @@ export interface HelloMessage {
   /** Where it meets writers of its own host: the host's boot id and the path of a Unix socket. */
   readonly direct?: { readonly bootId: string; readonly path: string };
   readonly refused?: { readonly code: ErrorCode; readonly message: string };
+  /**
+   * "Who speaks there?": answered with HELLO, and nothing comes of it. The id whose KV this end hands over natively, of which the other end
+   * has said nothing; PROBE_ONLY where only the answer matters.
+   */
+  readonly probe?: string;
 }
+
+/** Stands in `probe` for no id. */
+export const PROBE_ONLY = '-';
 
 /** "Join a pair with me, I am rank 0": of a producer, before the first PART of a connection. */
 export interface PairMessage extends Addressed {

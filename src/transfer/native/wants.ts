@@ -92,6 +92,8 @@ export type WantAction =
       readonly error: ErrorData;
       readonly quarantined: boolean;
     }
+  /** Its connection was lost, perhaps before its producer heard of it: it may be asked for once more. Comes after `retract`. */
+  | { readonly kind: 'again'; readonly seq: number; readonly owner: string; readonly error: ErrorData }
   /** Receive what PART announced: into these blocks, or into scratch memory. */
   | {
       readonly kind: 'receive';
@@ -114,6 +116,8 @@ interface Want {
   told: boolean;
   exposed: boolean;
   flagged: boolean;
+  /** Its producer has said something of it. */
+  heard: boolean;
   end: EndMessage | undefined;
   readonly receipts: Set<number>;
   /** By layer: how many of its blocks have been announced from the first one on. */
@@ -205,6 +209,7 @@ export class Wants {
       told: false,
       exposed: true,
       flagged: slot === undefined,
+      heard: false,
       end: undefined,
       receipts: new Set(),
       announced: new Array<number>(this.#options.layers).fill(0),
@@ -230,6 +235,7 @@ export class Wants {
       this.#processes.ignore('forged');
       return this.#take();
     }
+    if (want) want.heard = true;
     switch (message.cmd) {
       case 'HELD':
         break;
@@ -324,11 +330,14 @@ export class Wants {
     const process = this.#processes.at(peer);
     for (const want of [...(process?.books.values() ?? [])]) {
       if (want.message.transport === 'direct') continue;
-      this.#fail(want, error);
-      if (!want.end) this.#giveUp(want, now);
+      const unheard = !want.heard && !want.told;
+      if (unheard) want.told = true;
+      else this.#fail(want, error);
+      if (!want.end && !unheard) this.#giveUp(want, now);
       // nothing comes on that pair any more, and its producer forgets it as well
       want.end ??= { cmd: 'DROPPED', ...back(want) };
       this.#settle(want);
+      if (unheard) this.#do({ kind: 'again', seq: want.message.seq, owner: want.ask.owner, error });
     }
     return this.#take();
   }
@@ -390,6 +399,13 @@ export class Wants {
       if (want.process.peer === peer && isQuarantined(want)) count += want.message.blocks.length;
     }
     return count;
+  }
+
+  /** The same, of each peer that has some. */
+  quarantine(): { readonly peer: string; readonly blocks: number }[] {
+    const peers = new Set<string>();
+    for (const want of this.#wants.values()) if (isQuarantined(want)) peers.add(want.process.peer);
+    return [...peers].map((peer) => ({ peer, blocks: this.quarantinedBy(peer) }));
   }
 
   /** For metrics and `/debug/state`: wants by state, blocks in quarantine, receives under way, then totals. */
@@ -472,8 +488,9 @@ export class Wants {
       want.end = end;
       want.saidAt = now;
     }
-    this.#acknowledge(process, end);
+    // whoever waits for it comes first
     this.#settle(want);
+    this.#acknowledge(process, end);
   }
 
   /** What follows from all that is known of a want: blocks back, its owner told, its entry gone. */

@@ -11,12 +11,13 @@ import { protocolErrorKind } from '../../wire/limits.ts';
 import { logJoining, type TransferContext } from '../context.ts';
 import type { Router } from '../router.ts';
 import type { PairState } from '../types.ts';
-import { loadCargo } from './cargo.ts';
+import { type Cargo, loadCargo } from './cargo.ts';
 import type { FromWire, NativeInit, ToWire } from './channel.ts';
 import { decodeAsked, encodeNative, isNativeMessage } from './codec.ts';
 import { identityOf, nativeHello, peerOf, refusalOf } from './hello.ts';
 import { NativeLink } from './link.ts';
 import type { HelloMessage, NativeMessage } from './messages.ts';
+import { probeConsumer } from './probe.ts';
 
 type WriteCommand = Extract<ToWire, { readonly kind: 'write' }>;
 
@@ -30,14 +31,26 @@ interface Session {
   openPair: Pair | undefined;
   /** Of the pair. */
   parts: number;
-  /** What is written leaves in the order in which it was asked for. */
-  loading: Promise<unknown>;
+  /** What is written leaves in the order in which it was asked for: the gathers under way and those that wait, oldest first. */
+  readonly loading: Promise<unknown>[];
+  leaving: Promise<unknown>;
+  /** Bytes of parts that are gathered or sent, and parts that wait until fewer are. */
+  underWay: number;
+  readonly crowded: { readonly bytes: number; readonly go: () => void }[];
 }
 
 /** Sessions are small, but anybody can make routing ids up. */
 const MOST_SESSIONS = 4_096;
 /** Pairs that are being opened at one time. */
 const MOST_OPENING = 256;
+/** Parts of one connection that are gathered at a time: while one is on its way the next is made ready. */
+const GATHERS = 3;
+/**
+ * Bytes of one connection that are gathered or sent at a time. More would take all of `--kv-buffer-size` at either end, and go by host memory from
+ * there on, at a tenth of the speed.
+ */
+const WINDOW_BYTES = 512 * 2 ** 20;
+const WINDOW_SHARE = 0.6;
 /** A connection that nothing has been said on for so long is closed where there are more than `--max-peers`. */
 const IDLE_MS = 10_000;
 
@@ -115,6 +128,11 @@ export class NativeWire {
     switch (command.kind) {
       case 'connect':
         this.#link(command.peer);
+        return;
+      case 'probe':
+        probeConsumer(this.#context, this.#hello, command, (error) =>
+          this.#tell({ kind: 'unwilling', peer: command.peer, id: command.id, error: error.toData() }),
+        );
         return;
       case 'ask':
         this.#link(command.peer)?.ask(command.message);
@@ -235,6 +253,14 @@ export class NativeWire {
 
   #introduced(identity: Buffer, peer: string, hello: HelloMessage): void {
     const { self, metrics, limited, log } = this.#context;
+    if (hello.probe !== undefined) {
+      const unfit = refusalOf(this.#hello, hello, self, peer);
+      this.#router.answer(
+        identity,
+        this.#encode(unfit ? { ...this.#hello, refused: unfit } : this.#hello, 1),
+      );
+      return;
+    }
     const before = this.#sessions.get(peer);
     before?.openPair?.abort(new PdError('PAIR_CLOSED', `peer ${peer} has connected anew`, { peer }));
     this.#sessions.delete(peer);
@@ -252,7 +278,15 @@ export class NativeWire {
       oldest?.openPair?.abort(new PdError('LIMIT_EXCEEDED', 'too many others have connected'));
       if (oldest) this.#sessions.delete(oldest.peer);
     }
-    const fresh = { pair: undefined, openPair: undefined, parts: 0, loading: Promise.resolve() };
+    const fresh = {
+      pair: undefined,
+      openPair: undefined,
+      parts: 0,
+      loading: [],
+      leaving: Promise.resolve(),
+      underWay: 0,
+      crowded: [],
+    };
     const since = this.#context.deadlines.now();
     this.#sessions.set(peer, { identity, peer, hello, since, ...fresh });
     this.#tell({ kind: 'introduced', way: 'from', peer, hello });
@@ -312,38 +346,84 @@ export class NativeWire {
       ended(gone(peer).toData());
       return;
     }
-    const sent = session.loading.then(() => this.#load(session, command, gathered));
-    session.loading = sent.catch(() => undefined);
+    const bytes = this.#bytesOf(command);
+    // begins once few enough before it are still being gathered or sent, and leaves behind all of them: so they enter in order
+    const before = session.loading.at(-GATHERS);
+    const loaded = this.#enter(session, bytes)
+      .then(() => before)
+      .then(() => this.#load(command));
+    const settled = loaded.then(gathered, gathered);
+    session.loading.push(settled);
+    void settled.then(() => session.loading.shift());
+    const sent = session.leaving.then(async () => this.#send(session, command, await loaded));
+    session.leaving = sent.catch(() => undefined);
+    // A part that leaves from memory of its own needs its blocks no more: DONE may follow it, and whoever hears it waits for the part.
+    const staged = this.#context.device.kind !== 'host';
     sent
-      .then(({ done }) => done)
-      .then(
-        () => ended(),
-        (error: unknown) => ended(PdError.from(error, 'PEER_LOST', { peer }).toData()),
-      );
+      .then(({ done }) => {
+        if (!staged) return done.then(() => ended());
+        gathered();
+        this.#tell({ kind: 'written', launch, leaving: true });
+        // where it fails the pair has ended, which its receiver sees
+        return done.catch(() => undefined).then(() => this.#tell({ kind: 'sent' }));
+      })
+      .catch((error: unknown) => ended(PdError.from(error, 'PEER_LOST', { peer }).toData()))
+      .finally(() => this.#leave(session, bytes));
   }
 
-  async #load(
+  /** Resolves once there is room in the window: at once where nothing is under way, however large the part. */
+  #enter(session: Session, bytes: number): Promise<void> {
+    if (session.crowded.length === 0 && this.#fits(session, bytes)) {
+      session.underWay += bytes;
+      return Promise.resolve();
+    }
+    return new Promise((go) => session.crowded.push({ bytes, go }));
+  }
+
+  #leave(session: Session, bytes: number): void {
+    session.underWay -= bytes;
+    for (let [next] = session.crowded; next && this.#fits(session, next.bytes); [next] = session.crowded) {
+      session.crowded.shift();
+      session.underWay += next.bytes;
+      next.go();
+    }
+  }
+
+  #fits({ underWay }: Session, bytes: number): boolean {
+    const window = Math.min(WINDOW_BYTES, this.#context.options.kvBufferSize * WINDOW_SHARE);
+    return underWay === 0 || underWay + bytes <= window;
+  }
+
+  #bytesOf({ part, blocks }: WriteCommand): number {
+    return part.layers * blocks.length * this.#init.shape.blockBytes;
+  }
+
+  #load({ peer, part, blocks, ready }: WriteCommand): Promise<Cargo> {
+    const { layer, layers } = part;
+    const place = {
+      layers: this.#init.layers.slice(layer, layer + layers),
+      blocks,
+      what: whatOf(part, peer),
+    };
+    return loadCargo(this.#context, place, ready?.event);
+  }
+
+  async #send(
     session: Session,
-    { part, blocks, ready }: WriteCommand,
-    gathered: () => void,
+    command: WriteCommand,
+    cargo: Cargo,
   ): Promise<{ readonly done: Promise<void> }> {
     const { peer } = session;
-    const { seq, layer, layers } = part;
-    const what = `layers ${layer} to ${layer + layers - 1} of WANT ${seq} of ${peer}`;
-    const place = { layers: this.#init.layers.slice(layer, layer + layers), blocks, what };
-    const cargo = await loadCargo(this.#context, place, ready?.event);
-    gathered();
+    const { part } = command;
     try {
       const pair = await session.pair;
       if (!pair || this.#sessions.get(peer) !== session || !session.openPair) throw gone(peer);
       const { transfer } = this.#context.options.timeouts;
       this.#answer(peer, { ...part, part: ++session.parts });
-      const done = pair.send(cargo.regions, { tensorId: what, timeoutMs: transfer }).then(() => {
+      const operation = { tensorId: whatOf(part, peer), timeoutMs: transfer };
+      const done = pair.send(cargo.regions, operation).then(() => {
         cargo.free();
-        this.#context.metrics.inc(
-          'pd_kv_sent_bytes_total',
-          layers * blocks.length * this.#init.shape.blockBytes,
-        );
+        this.#context.metrics.inc('pd_kv_sent_bytes_total', this.#bytesOf(command));
       });
       return { done };
     } catch (error) {
@@ -363,6 +443,10 @@ export class NativeWire {
   #encode(message: NativeMessage, maxBlocks: number): Uint8Array {
     return encodeNative(message, { maxBlocks });
   }
+}
+
+function whatOf({ seq, layer, layers }: WriteCommand['part'], peer: string): string {
+  return `layers ${layer} to ${layer + layers - 1} of WANT ${seq} of ${peer}`;
 }
 
 function gone(peer: string): PdError {

@@ -15,6 +15,10 @@ export interface CacheClaims extends BlockStrides {
   readonly headDim: number;
   readonly dtype: string;
   readonly layers: readonly LayerClaim[];
+  /** Behind the layers, for whoever tests how fast it writes here: nobody reads it. Older workers have none. */
+  readonly scratch?: { readonly offset: number; readonly bytes: number };
+  /** That the memory is on. */
+  readonly gpu?: { readonly busId: string; readonly name: string };
 }
 
 export interface LayerClaim {
@@ -69,14 +73,28 @@ export function readClaims(value: unknown): CacheClaims {
       const each = record(layer, 'layer');
       return { name: text(each, 'name'), offset: whole(each, 'offset') };
     }),
+    ...readScratch(from['scratch']),
+    ...readGpu(from['gpu']),
   };
   checkInside(claims);
   return claims;
 }
 
+function readScratch(value: unknown): Pick<CacheClaims, 'scratch'> {
+  if (value === undefined) return {};
+  const from = record(value, 'scratch');
+  return { scratch: { offset: whole(from, 'offset'), bytes: whole(from, 'bytes') } };
+}
+
+function readGpu(value: unknown): Pick<CacheClaims, 'gpu'> {
+  if (value === undefined) return {};
+  const from = record(value, 'gpu');
+  return { gpu: { busId: text(from, 'busId'), name: text(from, 'name') } };
+}
+
 /** Throws DIRECT_REFUSED where the last byte of a claimed block lies outside of the memory, or K and V or neighbours overlap. */
 function checkInside(claims: CacheClaims): void {
-  const { bytes, blocks, runs, runBytes, blockStride, runStride, layers } = claims;
+  const { bytes, blocks, runs, runBytes, blockStride, runStride, layers, scratch } = claims;
   if (blocks < 1 || blocks > 2 ** 31 - 1 || runBytes < 1)
     throw refused(`the cache has ${blocks} blocks of ${runBytes} bytes`);
   if (blockStride < runBytes || (runs === 2 && runStride < runBytes))
@@ -89,6 +107,8 @@ function checkInside(claims: CacheClaims): void {
     if (offset + span <= bytes) continue;
     throw refused(`layer ${name} ends at byte ${offset + span} of a memory of ${bytes} bytes`);
   }
+  if (scratch && scratch.offset + scratch.bytes > bytes)
+    throw refused(`its scratch ends at byte ${scratch.offset + scratch.bytes} of a memory of ${bytes} bytes`);
 }
 
 /** Throws DIRECT_REFUSED with the first difference that would make other KV of the bytes. Numbers of blocks and strides may differ. */

@@ -10,6 +10,8 @@ import { type CacheClaims, claimsOf } from './claims.ts';
 
 /** Layers begin at multiples of this many bytes. */
 const LAYER_ALIGNMENT = 512;
+/** Behind them, for self-tests of peers: what a write of some 0.1 ms fills. No more than the cache itself. */
+const SCRATCH_BYTES = 32 * 2 ** 20;
 
 export class ExportedCache {
   readonly layers: readonly NamedLayer[];
@@ -20,7 +22,9 @@ export class ExportedCache {
   /** Takes one piece of memory for all layers. Throws OUT_OF_DEVICE_MEMORY or DEVICE_UNAVAILABLE. */
   constructor(device: CudaDevice, layout: PagedLayout, names: readonly string[]) {
     const each = Math.ceil(layerBytes(layout) / LAYER_ALIGNMENT) * LAYER_ALIGNMENT;
-    this.#memory = SharedMemory.create(device, each * names.length, 'the KV cache');
+    const offset = each * names.length;
+    const scratch = { offset, bytes: Math.min(SCRATCH_BYTES, offset) };
+    this.#memory = SharedMemory.create(device, offset + scratch.bytes, 'the KV cache');
     const { memory } = this.#memory;
     const bytes = layerBytes(layout);
     this.layers = names.map((name, i) => {
@@ -28,7 +32,11 @@ export class ExportedCache {
       return { name, cache: { memory: { ...memory, pointer, bytes }, layout } };
     });
     const layers = names.map((name, i) => ({ name, offset: i * each }));
-    this.claims = claimsOf(layout, memory.bytes, layers);
+    const gpu = {
+      busId: device.runtime.pciBusId(device.index),
+      name: device.driver.deviceName(device.index),
+    };
+    this.claims = { ...claimsOf(layout, memory.bytes, layers), scratch, gpu };
   }
 
   /** To be passed to peers, which map the memory behind it. Stays ours: do not close it. */
@@ -49,6 +57,8 @@ export class ExportedCache {
 export interface Holder {
   readonly pid: number;
   readonly command: string;
+  /** Started by whoever started this process, as pd-launch starts workers that share a GPU: it holds memory of its own. */
+  readonly beside: boolean;
 }
 
 /** Time as a wait sees it. */
@@ -106,7 +116,9 @@ export async function createWhenFree<Cache>(
 
 function named(holders: readonly Holder[]): string {
   if (holders.length === 0) return 'no process that can be seen from here has this GPU open';
-  const list = holders.map(({ pid, command }) => `${pid} (${command})`).join(', ');
+  const words = ({ pid, command, beside }: Holder) =>
+    `${pid} (${command}${beside ? '; started beside this one' : ''})`;
+  const list = holders.map(words).join(', ');
   return `${device(holders.length)} this GPU open: ${list}`;
 }
 function device(count: number): string {
@@ -132,7 +144,7 @@ export function processesWith(file: RegExp): Holder[] {
   const found: Holder[] = [];
   for (const name of readdirSync('/proc')) {
     if (!/^\d+$/.test(name) || Number(name) === process.pid || !opens(`/proc/${name}/fd`, file)) continue;
-    found.push({ pid: Number(name), command: commandOf(name) });
+    found.push({ pid: Number(name), command: commandOf(name), beside: parentOf(name) === process.ppid });
   }
   return found;
 }
@@ -152,6 +164,14 @@ function opens(folder: string, file: RegExp): boolean {
       return false;
     }
   });
+}
+
+function parentOf(pid: string): number | undefined {
+  try {
+    return Number(/^PPid:\s*(\d+)/m.exec(readFileSync(`/proc/${pid}/status`, 'utf8'))?.[1]);
+  } catch {
+    return undefined;
+  }
 }
 
 function commandOf(pid: string): string {

@@ -1,6 +1,7 @@
 /**
  * The page that two workers share: for each WANT under way a slot, in which its owner (who wants the blocks) grants, and its writer tells
- * how far it is. A memfd of 64 KiB, sealed in size; its first slot is a header. Words are 64 bits, little-endian, one writer each:
+ * how far it is. A memfd of 64 KiB, sealed in size; its first slot is a header, whose GPU words serve self-tests. Words are 64 bits,
+ * little-endian, one writer each:
  *
  *   owner    0 grant      the seq that may write; 0 none
  *   GPU      8 flag       seq and mark of the last launch that has ended, 9 began and 10 ended (ns of the GPU's clock), 11 fault (ids outside)
@@ -64,6 +65,9 @@ export function slotOffsets(slot: number): { readonly grant: number; readonly ma
   checkSlot(slot);
   return { grant: slot * SLOT_BYTES + 8 * GRANT, marks: slot * SLOT_BYTES + 8 * FLAG };
 }
+
+/** Where the launch of a self-test finds its words, and what it takes for its grant: the header's first word, which never changes. */
+export const PROBE = { grant: 8 * GRANT, seq: MAGIC, marks: 8 * FLAG, flag: 1n } as const;
 
 /** What a launch sets the flag to. `mark`: 1 to MAX_MARK, the number of the launch. */
 export function flagOf(seq: number, mark: number): bigint {
@@ -193,6 +197,11 @@ export class WriterPage extends View {
    */
   revokeAll(): void {
     for (let slot = 1; slot <= SLOTS; slot++) this.store(slot, GRANT, 0n);
+  }
+
+  /** How long the last write of a self-test took on the GPU. */
+  get probeNanoseconds(): bigint {
+    return this.load(0, ENDED) - this.load(0, BEGAN);
   }
 
   /** Ids outside of either cache that a launch for this slot met: a defect of one end. */

@@ -17,11 +17,13 @@ import { loadKernels } from '../../device/cuda/kernels.ts';
 import {
   layersPerWrite,
   WRITE_KERNELS,
+  WRITE_LAYER_BYTES,
   WRITE_PARAMETER_BYTES,
   WRITE_THREADS,
   type WriteLayer,
   writeElement,
   writeParameterBlock,
+  writeTable,
 } from '../../device/cuda/paged-write.ts';
 import { type CudaStream, hasDrained } from '../../device/cuda/stream.ts';
 import type { DeviceEvent, EventRef, MemoryRef } from '../../device/device.ts';
@@ -29,7 +31,7 @@ import { hostMemory, sliceMemory } from '../../device/memory.ts';
 import type { NamedLayer } from '../../device/paged-cache.ts';
 import { PdError } from '../../errors.ts';
 import { type CacheClaims, checkSameGeometry, claimsOf } from './claims.ts';
-import { flagOf, type PageRef, slotOffsets } from './page.ts';
+import { flagOf, type PageRef, PROBE, slotOffsets } from './page.ts';
 
 /** Thread blocks of a launch beside a computation, which keeps its speed; they reach seven eighths of what NVLink gives. */
 export const CTAS_BESIDE_COMPUTE = 16;
@@ -150,6 +152,7 @@ export class DirectWriter {
   readonly #source: CacheClaims;
   readonly #target: MappedCache;
   readonly #layers: readonly WriteLayer[];
+  readonly #table: Uint8Array;
   readonly #element: 16 | 1;
   readonly #kernels: Kernels;
   readonly #parameters: NativePointer = allocateNative(WRITE_PARAMETER_BYTES);
@@ -169,6 +172,7 @@ export class DirectWriter {
       source: layer,
       target: target.pointer + BigInt(target.claims.layers[i]!.offset),
     }));
+    this.#table = writeTable(this.#layers);
     this.#element = writeElement(source, target.claims, this.#layers);
     this.#kernels = kernels;
     this.#stream = device.createStream({ urgent: true });
@@ -215,16 +219,15 @@ export class DirectWriter {
     const flag = mark === undefined ? 0n : flagOf(seq, mark);
     const offsets = slotOffsets(slot);
     const { claims, pageOnDevice } = this.#target;
-    const all = this.#layers;
     const element = this.#element;
     const most = layersPerWrite(tables.blocks, this.#source, element);
     this.#device.enter();
     for (let at = 0; at < count; at += most) {
-      const part = all.slice(first + at, first + Math.min(count, at + most));
+      const end = first + Math.min(count, at + most);
       const write = {
         source: this.#source,
         target: claims,
-        layers: part,
+        table: this.#table.subarray(WRITE_LAYER_BYTES * (first + at), WRITE_LAYER_BYTES * end),
         sourceIds: this.#ring.address + BigInt(ID_BYTES * entry.at),
         targetIds: this.#ring.address + BigInt(ID_BYTES * (entry.at + entry.blocks)),
         blocks: entry.blocks,
@@ -239,6 +242,47 @@ export class DirectWriter {
       writeParameterBlock(this.#parameterView, write, element);
       this.#kernels[`write_${element}`].launch(this.#stream.handle, ctas, { p: this.#parameters });
     }
+  }
+
+  /**
+   * Writes up to `atMost` bytes of our cache, at least a block, into the scratch memory behind the peer's, as fast as it goes; the page tells
+   * how long that took (`WriterPage.probeNanoseconds`). Answers the bytes; undefined where there is no such memory, or no room for the lists now.
+   */
+  probe(atMost: number): number | undefined {
+    this.#open();
+    const { runBytes, runs, blocks: ours } = this.#source;
+    const { claims, pageOnDevice, pointer } = this.#target;
+    const { scratch } = claims;
+    const each = runs * runBytes;
+    if (!scratch || scratch.bytes < each) return undefined;
+    const blocks = Math.min(Math.max(Math.floor(Math.min(atMost, scratch.bytes) / each), 1), ours);
+    const ids = Int32Array.from({ length: blocks }, (_, i) => i);
+    const tables = this.#ring.take(ids, ids);
+    if (!tables) return undefined;
+    const { at } = this.#ring.entry(tables);
+    const target = { runBytes, runs, blockStride: each, runStride: runs === 2 ? runBytes : 0 };
+    const layers = [{ source: this.#layers[0]!.source, target: pointer + BigInt(scratch.offset) }];
+    const element = writeElement(this.#source, target, layers);
+    const write = {
+      source: this.#source,
+      target,
+      table: writeTable(layers),
+      sourceIds: this.#ring.address + BigInt(ID_BYTES * at),
+      targetIds: this.#ring.address + BigInt(ID_BYTES * (at + blocks)),
+      blocks,
+      sourceBlocks: ours,
+      targetBlocks: blocks,
+      grant: pageOnDevice + BigInt(PROBE.grant),
+      seq: PROBE.seq,
+      marks: pageOnDevice + BigInt(PROBE.marks),
+      flag: PROBE.flag,
+      counter: addressOf(this.#parts.memory.counter),
+    };
+    this.#device.enter();
+    writeParameterBlock(this.#parameterView, write, element);
+    this.#kernels[`write_${element}`].launch(this.#stream.handle, CTAS_ALONE, { p: this.#parameters });
+    tables.release();
+    return blocks * each;
   }
 
   /** Fires when all that has been enqueued so far has ended. The caller disposes it. */

@@ -21,7 +21,7 @@ const MAX_EXPECTED = 4096;
 export interface AcceptorTimeouts {
   /** A connection shows its token within this. */
   readonly handshake: number;
-  /** One that shows a token before this end's `open` waits so long for it. */
+  /** A connection that shows its token before this end's `open` waits this long for it. */
   readonly parked: number;
 }
 
@@ -62,7 +62,7 @@ export class Acceptor {
     return new Promise((resolve, reject) => {
       const fail = (cause: Error) => {
         const where = formatHostPort({ host, port: 0 });
-        reject(new PdError('ADDRESS_INVALID', `data port on ${where}: ${cause.message}`, {}, { cause }));
+        reject(PdError.because('ADDRESS_INVALID', `data port on ${where}`, cause));
       };
       server.once('error', fail);
       server.listen({ host, port: 0 }, () => {

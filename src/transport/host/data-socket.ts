@@ -1,6 +1,6 @@
 /**
  * A TCP connection that reads straight into memory of our choosing. Node reads 64 KiB at a time into fresh buffers otherwise, which
- * costs four fifths of the throughput (1.1 against 5.0 GB/s on loopback). Nothing is read while nobody has asked: then the kernel's
+ * costs four fifths of the throughput (1.1 against 5.0 GB/s on loopback). Nothing is read unless somebody has asked: then the kernel's
  * buffers fill and the sender waits.
  */
 import { connect, type OnReadOpts, Socket, type SocketConstructorOpts } from 'node:net';
@@ -9,11 +9,11 @@ import type { RegionCursor } from './region-cursor.ts';
 
 /** Headers and small tensors go through this buffer, several in one read; larger ones around it. Bytes. */
 const SCRATCH_BYTES = 16 * 1024;
-/** One read at the most, bytes. */
+/** Of one read, bytes. */
 const READ_WINDOW = 64 * 2 ** 20;
 
 export class DataSocket {
-  /** Resolves once the connection is closed and no memory is read or written any more, with why where that is known. */
+  /** Resolves once the connection is closed and memory is neither read nor written any more, with the reason if it is known. */
   readonly closed: Promise<Error | undefined>;
   readonly #socket: Socket;
   #onLost: ((error: Error | undefined) => void) | undefined;

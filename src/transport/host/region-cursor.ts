@@ -27,7 +27,7 @@ export class RegionCursor {
     return this.totalBytes - this.#position;
   }
 
-  /** The next bytes that lie together, `most` at the most; empty at the end. */
+  /** The next contiguous bytes, at most `most`; empty at the end. */
   window(most: number): Uint8Array {
     for (;;) {
       const region = this.#regions[this.#region];

@@ -24,8 +24,8 @@ export async function abortsReturned(): Promise<void> {
 }
 
 /**
- * Resolves when the abort has returned, with the error where it failed. That may take as long as the longest kernel on the GPU, or for
- * ever: nobody may wait for it without a deadline. It does not keep the process alive, but `process.exit` cannot cut it short either
+ * Resolves when the abort has returned, with the error where it failed. That may take as long as the longest kernel on the GPU, or
+ * forever: nobody may wait for it without a deadline. It does not keep the process alive, but `process.exit` cannot cut it short either
  * (`killAfter` in ffi/libc.ts can).
  */
 export function abortOnThread(job: AbortJob): Promise<PdError | undefined> {

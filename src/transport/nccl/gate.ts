@@ -1,6 +1,6 @@
 /**
- * Who may be in progress. Before NCCL 2.27 a thread has one slot for non-blocking work, and a second communicator's call overwrites the
- * first one's without an error; so there one at a time, in the order of asking. From 2.27 on everybody may.
+ * Decides who may be in progress. Before NCCL 2.27 a thread has one slot for non-blocking work, and a second communicator's call
+ * overwrites the first one's without an error; so there it is one at a time, in the order of asking. From 2.27 on everybody may.
  */
 export class ProgressGate {
   readonly #open: boolean;

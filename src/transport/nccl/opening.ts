@@ -1,16 +1,17 @@
 /** Opening a communicator: a non-blocking init that settles with its peer, or is aborted at its deadline. */
 import type { CommSlot, Libnccl } from '../../../ffi/libnccl.ts';
 import type { NcclCommHandle } from '../../../ffi/pointers.ts';
+import { deferred } from '../../deferred.ts';
+import type { Poll, PollLoop } from '../../device/poller.ts';
 import { PdError } from '../../errors.ts';
 import type { OpenOptions } from '../transport.ts';
 import { abortOnThread } from './abort.ts';
 import type { ProgressGate } from './gate.ts';
-import type { Poll, PollLoop } from './poll-loop.ts';
 
 /** ncclInvalidUsage: what NCCL says of two ranks on one GPU, among other things. */
 const INVALID_USAGE = 5;
 const SAME_GPU =
-  ' (are both ends on one GPU? NCCL refuses that: CUDA_VISIBLE_DEVICES or --device cuda:N gives each its own)';
+  ' (are both ends on one GPU? NCCL refuses that: CUDA_VISIBLE_DEVICES or --device cuda:N gives each its own, --wire native --transport direct needs none)';
 
 export interface OpeningParts {
   readonly nccl: Libnccl;
@@ -23,16 +24,15 @@ export interface OpeningParts {
 }
 
 export class Opening {
+  readonly #done = deferred<NcclCommHandle>();
   /** The communicator, once its peer has come. Rejects with PAIR_INIT_TIMEOUT, NCCL_ERROR or the reason of `cancel`. */
-  readonly done: Promise<NcclCommHandle>;
+  readonly done = this.#done.promise;
   readonly #parts: OpeningParts;
   readonly #options: OpenOptions;
   readonly #what: string;
   readonly #deadline: number;
   #slot: CommSlot | undefined;
   #through = false;
-  #resolve: (comm: NcclCommHandle) => void = () => {};
-  #reject: (error: PdError) => void = () => {};
   readonly #poll: Poll = (now) => this.#turn(now);
 
   constructor(parts: OpeningParts, options: OpenOptions) {
@@ -40,10 +40,6 @@ export class Opening {
     this.#options = options;
     this.#what = `opening a pair with ${options.peer} as rank ${options.rank}`;
     this.#deadline = performance.now() + options.timeoutMs;
-    this.done = new Promise((resolve, reject) => {
-      this.#resolve = resolve;
-      this.#reject = reject;
-    });
     parts.loop.add(this.#poll);
     this.#turn(performance.now());
   }
@@ -62,7 +58,7 @@ export class Opening {
         this.#through = true;
         this.#slot?.release();
         this.#parts.gate.leave(this);
-        this.#resolve(comm);
+        this.#done.resolve(comm);
         return false;
       }
     } catch (error) {
@@ -97,7 +93,7 @@ export class Opening {
         gate.leave(this);
       });
     }
-    this.#reject(error);
+    this.#done.reject(error);
   }
 
   #timeout(): PdError {
@@ -114,14 +110,9 @@ export class Opening {
 
   #describe(error: PdError): PdError {
     const sameGpu = error.context['status'] === INVALID_USAGE ? SAME_GPU : '';
-    return new PdError(
-      error.code,
-      `${error.message}${sameGpu}${this.#version()}`,
-      { ...error.context, peer: this.#options.peer, stage: 'pair-init' },
-      {
-        cause: error,
-      },
-    );
+    const context = { ...error.context, peer: this.#options.peer, stage: 'pair-init' } as const;
+    const message = `${error.message}${sameGpu}${this.#version()}`;
+    return new PdError(error.code, message, context, { cause: error });
   }
 
   #version(): string {

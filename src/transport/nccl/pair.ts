@@ -6,16 +6,16 @@
  * At most one operation is settling, since the next NCCL call must wait for it; many are in flight. A pair that has to end rejects all of
  * them at once, has the communicator aborted on another thread, and is over when its stream has drained.
  */
-import type { Libnccl } from '../../../ffi/libnccl.ts';
+import type { Libnccl, Region } from '../../../ffi/libnccl.ts';
 import type { NcclCommHandle } from '../../../ffi/pointers.ts';
+import { deferred } from '../../deferred.ts';
 import { type CudaStream, hasDrained } from '../../device/cuda/stream.ts';
-import type { MemoryRef } from '../../device/device.ts';
+import type { DeviceEvent, MemoryRef } from '../../device/device.ts';
+import type { Poll, PollLoop } from '../../device/poller.ts';
 import { PdError } from '../../errors.ts';
 import type { OperationOptions, Pair } from '../transport.ts';
 import { abortOnThread } from './abort.ts';
 import type { ProgressGate } from './gate.ts';
-import { deviceRegions, type Operation, operationBytes } from './operation.ts';
-import type { Poll, PollLoop } from './poll-loop.ts';
 
 /** Operations in the stream at a time; more would only lengthen what an abort has to clear away. */
 const MAX_IN_FLIGHT = 64;
@@ -27,6 +27,19 @@ const CLOSE_DEADLINE = 1_000;
 const LAUNCH_GRACE = 5_000;
 /** Between looks at the stream of a pair that ends; milliseconds. */
 const DRAIN_POLL = { first: 1, most: 50 } as const;
+
+/** One grouped send or receive on its way. */
+interface Operation {
+  readonly direction: 'send' | 'receive';
+  readonly regions: readonly Region[];
+  readonly options: OperationOptions;
+  readonly resolve: () => void;
+  readonly reject: (error: PdError) => void;
+  /** When nothing of this pair was ahead of it any more; the deadline counts from here. */
+  startedAt?: number;
+  /** Marks its end in the pair's stream, once NCCL has enqueued it. */
+  event?: DeviceEvent;
+}
 
 export interface PairParts {
   readonly nccl: Libnccl;
@@ -42,29 +55,23 @@ export interface PairParts {
 export class NcclPair implements Pair {
   readonly rank: 0 | 1;
   readonly peer: string;
-  readonly over: Promise<PdError>;
+  readonly #over = deferred<PdError>();
+  readonly over = this.#over.promise;
+  readonly #released = deferred<void>();
   /** Resolves when the abort call itself has returned: long after `over`, or never. */
-  readonly released: Promise<void>;
+  readonly released = this.#released.promise;
   readonly #parts: PairParts;
   readonly #queue: Operation[] = [];
   readonly #inFlight: Operation[] = [];
   #settling: Operation | undefined;
   #ended: PdError | undefined;
   #checkedAt = 0;
-  #setOver: (reason: PdError) => void = () => {};
-  #setReleased: () => void = () => {};
   readonly #poll: Poll = (now) => this.#turn(now);
 
   constructor(parts: PairParts) {
     this.#parts = parts;
     this.rank = parts.rank;
     this.peer = parts.peer;
-    this.over = new Promise((resolve) => {
-      this.#setOver = resolve;
-    });
-    this.released = new Promise((resolve) => {
-      this.#setReleased = resolve;
-    });
   }
 
   get pending(): number {
@@ -104,16 +111,9 @@ export class NcclPair implements Pair {
   ): Promise<void> {
     if (this.#ended) {
       const { code, message } = this.#ended;
-      return Promise.reject(
-        new PdError(
-          'PAIR_CLOSED',
-          `${options.tensorId}: the pair with ${this.peer} is over (${code}: ${message})`,
-          {
-            tensorId: options.tensorId,
-            peer: this.peer,
-          },
-        ),
-      );
+      const { tensorId } = options;
+      const what = `${tensorId}: the pair with ${this.peer} is over (${code}: ${message})`;
+      return Promise.reject(new PdError('PAIR_CLOSED', what, { tensorId, peer: this.peer }));
     }
     return new Promise((resolve, reject) => {
       const regions = deviceRegions(memory, this.#parts.device);
@@ -226,11 +226,11 @@ export class NcclPair implements Pair {
       const safe = !launching || returned || performance.now() - began >= LAUNCH_GRACE;
       if (!over && safe && hasDrained(stream)) {
         over = true;
-        this.#setOver(reason);
+        this.#over.resolve(reason);
       }
       if (over && returned) {
         stream.dispose();
-        this.#setReleased();
+        this.#released.resolve();
         return;
       }
       pause = Math.min(pause * 2, DRAIN_POLL.most);
@@ -257,13 +257,27 @@ export class NcclPair implements Pair {
   }
 
   #describe(error: PdError): PdError {
-    return new PdError(
-      error.code,
-      `pair with ${this.peer}: ${error.message}`,
-      { ...error.context, peer: this.peer },
-      {
-        cause: error,
-      },
-    );
+    const context = { ...error.context, peer: this.peer };
+    return PdError.because(error.code, `pair with ${this.peer}`, error, context);
   }
+}
+
+/** Regions as NCCL takes them: GPU memory of `device`, or page-locked memory. Empty ones are left out, on both ends alike. */
+function deviceRegions(memory: readonly MemoryRef[], device: number): Region[] {
+  const regions: Region[] = [];
+  for (const ref of memory) {
+    if (ref.kind === 'host') throw new PdError('INTERNAL', 'NCCL does not reach pageable host memory');
+    if (ref.kind === 'cuda' && ref.device !== device) {
+      throw new PdError(
+        'INTERNAL',
+        `memory of cuda:${ref.device} cannot travel over a pair of cuda:${device}`,
+      );
+    }
+    if (ref.bytes > 0) regions.push({ pointer: ref.pointer, bytes: ref.bytes });
+  }
+  return regions;
+}
+
+function operationBytes(operation: Operation): number {
+  return operation.regions.reduce((sum, region) => sum + region.bytes, 0);
 }

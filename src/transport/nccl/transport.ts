@@ -1,9 +1,11 @@
 /** The transport between GPUs. Lives on the transfer thread; the one owner of its communicators, so it needs no locks. */
 import { setNativeDefaults } from '../../../ffi/libc.ts';
 import { type Libnccl, loadLibnccl } from '../../../ffi/libnccl.ts';
+import { withDeadline } from '../../deferred.ts';
 import { CudaDevice } from '../../device/cuda/device.ts';
 import type { Device } from '../../device/device.ts';
 import { ncclEnvironment } from '../../device/native-env.ts';
+import { PollLoop } from '../../device/poller.ts';
 import { PdError } from '../../errors.ts';
 import type { UniqueId } from '../../wire/messages.ts';
 import type { OpenOptions, Pair, Transport } from '../transport.ts';
@@ -11,7 +13,6 @@ import { abortsReturned, abortsUnderWay } from './abort.ts';
 import { type ProgressGate, progressGate } from './gate.ts';
 import { Opening } from './opening.ts';
 import { NcclPair } from './pair.ts';
-import { PollLoop } from './poll-loop.ts';
 
 export interface NcclTransportOptions {
   /** Where the KV listener is bound, and what peers are told: by these NCCL's bootstrap chooses its interface. */
@@ -90,12 +91,7 @@ export class NcclTransport implements Transport {
       pair.abort(new PdError('ENGINE_CLOSED', `the pair with ${pair.peer} ends with its transport`));
     }
     const all = Promise.all([...this.#pairs].map((pair) => pair.released)).then(abortsReturned);
-    let timer: NodeJS.Timeout | undefined;
-    const deadline = new Promise<void>((resolve) => {
-      timer = setTimeout(resolve, DISPOSE_DEADLINE);
-    });
-    await Promise.race([all, deadline]);
-    clearTimeout(timer);
+    await withDeadline(all, DISPOSE_DEADLINE);
     // An abort that still runs blocks the whole device, and so would the call that frees its memory.
     if (this.#pairs.size > 0 || abortsUnderWay() > 0) this.#device.abandonMemory();
   }

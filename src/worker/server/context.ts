@@ -4,12 +4,14 @@ import type { Guard } from '../../access/guard.ts';
 import type { TransferOptions } from '../../config/transfer-options.ts';
 import type { WorkerConfig } from '../../config/worker-config.ts';
 import type { TextModel } from '../../model/tokenizer.ts';
-import type { Logger } from '../../observability/log.ts';
+import type { AllowList } from '../../net/allow-list.ts';
+import type { Logger, RateLimitedLog } from '../../observability/log.ts';
 import type { MetricsPage } from '../../observability/metrics.ts';
 import { dialectOf } from '../../parsing/calls.ts';
 import { reasoningOf } from '../../parsing/reasoning.ts';
+import { PROMPT_IDS_HEADER, splitPromptIds } from '../../wire/prompt-ids.ts';
 import type { CoreClient } from '../core-client.ts';
-import type { BodyReader, Readings, Route } from '../request-reader.ts';
+import type { Readings, RequestBodyReader, Route } from '../request-body-reader.ts';
 import type { Served } from './fields.ts';
 import type { InFlight } from './in-flight.ts';
 
@@ -26,7 +28,7 @@ export interface ServerContext {
     | 'wire'
   > & { readonly transfer: Pick<TransferOptions, 'kvKey'> };
   readonly core: Pick<CoreClient, 'generate' | 'info' | 'inspect' | 'state' | 'tell'>;
-  readonly reader: BodyReader;
+  readonly reader: Pick<RequestBodyReader, 'read'>;
   /** For the text of what is generated. */
   readonly model: TextModel;
   readonly guard: Guard;
@@ -37,16 +39,35 @@ export interface ServerContext {
   readonly pages: readonly MetricsPage[];
   readonly version: string;
   readonly log: Logger;
+  readonly limited: RateLimitedLog;
+  /** Whose token ids of a prompt are taken for its text. Absent: nobody's. */
+  readonly promptIdsFrom?: AllowList | undefined;
 }
 
-/** The routes whose bodies may be long read them by this. */
-export function readRequest<R extends Route>(
+/** The routes whose bodies may be long read them by this. Throws what `BodyReader.read` throws. */
+export async function readRequest<R extends Route>(
   context: ServerContext,
   route: R,
   request: FastifyRequest,
   signal?: AbortSignal,
 ): Promise<Readings[R]> {
-  return context.reader.read(servedBy(context), route, bodyOf(request), signal);
+  const { body, ids } = splitPromptIds(bodyOf(request), request.headers[PROMPT_IDS_HEADER]);
+  const promptIds = ids && trusts(context, request) ? ids : undefined;
+  const served = { ...servedBy(context), ...(promptIds && { promptIds }) };
+  return await context.reader.read(served, route, body, signal);
+}
+
+/** Whether the ids that a caller sends along with a prompt's text are taken for it: where callers show a key, this one has. */
+function trusts({ guard, promptIdsFrom, limited, log }: ServerContext, { socket }: FastifyRequest): boolean {
+  const address = socket.remoteAddress ?? '';
+  if (guard.keyed || promptIdsFrom?.allows(address)) return true;
+  limited.log('prompt ids', (suppressed) =>
+    log.warn(
+      { suppressed },
+      `token ids of a prompt from ${address} are passed over: no key is asked for, and --prompt-ids-from does not list it`,
+    ),
+  );
+  return false;
 }
 
 function servedBy({ config, core, model }: ServerContext): Served {

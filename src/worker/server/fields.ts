@@ -1,6 +1,6 @@
 /**
- * What the bodies of several routes have in common: their fields, and what is checked of them. What changes the answer and is not done here
- * is refused by name. Nothing here waits or does I/O (request-reader.ts says why).
+ * What the bodies of several routes have in common: their fields, and what is checked of them. What would change the answer and is not supported
+ * is refused by name. Nothing here waits or does I/O (request-body-reader.ts says why).
  */
 import { parse } from 'secure-json-parse';
 import { PdError } from '../../errors.ts';
@@ -26,7 +26,7 @@ export const tokenIds = z.array(z.int().min(0));
 export const optional = <T extends z.ZodType>(schema: T) =>
   schema.nullish().transform((value) => value ?? undefined);
 
-/** Fields of OpenAI and vLLM that are not done, with the values that ask for nothing. */
+/** Fields of OpenAI and vLLM that are not supported, with the values that ask for nothing. */
 export const NOT_DONE: Readonly<Record<string, readonly unknown[]>> = {
   length_penalty: [1],
   suffix: [''],
@@ -118,6 +118,8 @@ export interface Served {
   /** Most tokens of a sequence, prompt and output. */
   readonly maxModelLen: number;
   readonly vocabSize: number;
+  /** Of the one prompt of this request, where whoever sent it has tokenized its text. */
+  readonly promptIds?: Uint32Array;
   /** How the model writes calls of tools and marks its thoughts; absent where that is not known, or not to be looked at. */
   readonly calls?: CallDialect;
   readonly reasoning?: ReasoningDialect;
@@ -168,8 +170,7 @@ export function parseJson(body: Uint8Array): unknown {
   try {
     return parse(Buffer.from(body.buffer, body.byteOffset, body.byteLength).toString());
   } catch (cause) {
-    const { message } = PdError.from(cause);
-    throw new PdError('REQUEST_INVALID', `the body is not valid JSON: ${message}`, {}, { cause });
+    throw PdError.because('REQUEST_INVALID', 'the body is not valid JSON', cause);
   }
 }
 
@@ -323,7 +324,7 @@ interface PromptOptions {
   readonly output: number;
   /** The field that it came from. */
   readonly param: string;
-  /** Keep so many tokens at the end; -1: as many as fit. */
+  /** Keep this many tokens at the end; -1: as many as fit. */
   readonly truncate?: number | undefined;
 }
 
@@ -335,6 +336,7 @@ export function encodeText(
   addSpecialTokens: boolean,
   { output, param, truncate }: PromptOptions,
 ): readonly number[] {
+  if (served.promptIds) return Array.from(served.promptIds);
   const least = Math.ceil(text.length / model.charactersPerToken);
   if (truncate === undefined && least + output > served.maxModelLen) {
     throw contextExceeded(served, param, `${text.length} characters, at least ${least} tokens,`, output);

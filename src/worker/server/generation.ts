@@ -13,10 +13,12 @@ import type { ServerContext } from './context.ts';
 import { type Asked, badField } from './fields.ts';
 import { turns } from './turns.ts';
 
-/** So many reach the core together. */
+/** This many reach the core together. */
 const PROMPTS_AT_ONCE = 16;
 
 export interface Plan extends Asked {
+  /** Of the answer. */
+  readonly id: string;
   /** Of each prompt: what producer and consumer agree on. */
   readonly serverIds: readonly string[];
   /** On a consumer: its producer may still compute the prompts for so long. */
@@ -96,7 +98,7 @@ export class GenerationRun {
 
   async #pump(at: number, out: AsyncQueue<ChoiceEvent>, signal: AbortSignal): Promise<void> {
     const { core, metrics, config, model, inFlight, log } = this.#context;
-    const { n, sampling, stops, echo, maxTokens, prefillWithinMs, text, priority, wire } = this.#plan;
+    const { id, n, sampling, stops, echo, maxTokens, prefillWithinMs, text, priority, wire } = this.#plan;
     const prompt = this.#plan.prompts[at]!;
     const serverId = this.#plan.serverIds[at]!;
     const offset = echo ? prompt.text.length : 0;
@@ -123,6 +125,7 @@ export class GenerationRun {
       },
       signal,
     );
+    if (at === 0) inFlight.timelines.stamp(id, 'submitted');
     log.debug({ requestId, promptTokens: prompt.tokens.length, n, maxTokens }, 'request handed to the core');
     const began = performance.now();
     const last: (number | undefined)[] = [];
@@ -131,6 +134,7 @@ export class GenerationRun {
     const forget = inFlight.know(serverId, transferId);
     try {
       for await (const output of generation) {
+        if (at === 0 && started.size === 0) inFlight.timelines.stamp(id, 'heard');
         const choice = choices[output.index];
         if (!choice || choice.finished) continue;
         promptLogprobs ??= output.promptLogprobs;
@@ -146,7 +150,7 @@ export class GenerationRun {
           ...(first && { start: { prompt, ...(promptLogprobs && { promptLogprobs }) } }),
         });
       }
-      // Whoever has asked for the prompt alone may tell the consumer, which would wait for its deadline.
+      // Whoever asked only for the prompt can tell the consumer, which would otherwise wait for its deadline.
       this.#kvFailure ??= await unless(signal, generation.kvSaved());
     } finally {
       forget();
@@ -177,7 +181,7 @@ function withoutScored(delta: ChoiceDelta, maxTokens: number | undefined): Choic
   return maxTokens === 0 ? { text: '', tokens: [], logprobs: [], finishReason: 'length' } : delta;
 }
 
-/** Undefined once the signal has fired: nobody is interested any more. */
+/** Undefined once the signal has fired: nobody is waiting for it any more. */
 function unless<T>(signal: AbortSignal, promise: Promise<T>): Promise<T | undefined> {
   if (signal.aborted) return Promise.resolve(undefined);
   return new Promise((resolve) => {

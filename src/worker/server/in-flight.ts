@@ -3,6 +3,7 @@ import { randomBytes } from 'node:crypto';
 import type { FastifyReply, FastifyRequest } from 'fastify';
 import { deferred, withDeadline } from '../../deferred.ts';
 import { PdError } from '../../errors.ts';
+import { Timelines } from '../../observability/timelines.ts';
 import { type TransferId, transferIdOf } from '../../wire/ids.ts';
 import { z } from '../../zod.ts';
 import { badField } from './fields.ts';
@@ -39,7 +40,14 @@ export function promptIdsOf(route: GenerationRoute, serverId: string, prompts: n
     : [serverId];
 }
 
+/**
+ * Of a request on the main thread, which knows it by the id of its answer: `received` with its whole body, `parsed`, handed to the core by
+ * its first prompt (`submitted`), its first output `heard`, the first bytes of a stream or a whole answer `written`.
+ */
+export type AnswerStage = 'received' | 'parsed' | 'submitted' | 'heard' | 'written';
+
 export class InFlight {
+  readonly timelines = new Timelines<AnswerStage>();
   readonly #ids = new Set<string>();
   /** What the KV of a prompt is known by, where that is not the server's own id for it (`--kv-key engine`). */
   readonly #keys = new Map<string, TransferId>();
@@ -62,6 +70,7 @@ export class InFlight {
       throw new PdError('REQUEST_INVALID', `a request with id ${id} is under way`, { param: 'X-Request-Id' });
     }
     this.#ids.add(id);
+    this.timelines.begin(id, 'received');
     return () => {
       this.#ids.delete(id);
       this.#lookIdle();

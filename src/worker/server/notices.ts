@@ -1,8 +1,8 @@
 /**
- * Notices: what our proxy tells a worker about a request's KV, apart from the request itself (src/proxy/notices.ts sends them).
+ * Notices: what pd-proxy tells a worker about a request's KV, apart from the request itself (src/proxy/notices.ts sends them).
  *
  *   POST /kv/release    this pair will not decode it (its client went away, the consumer refused it or could not be reached): whatever
- *                       this worker holds of it can go now rather than at the orphan deadline
+ *                       this worker holds of it can be freed now rather than at the orphan deadline
  *   POST /kv/prefilled  the producer has answered, the consumer not yet: from now on it waits only for KV that is on its way
  *   POST /kv/failed     the producer has answered that it could not send the KV: the consumer computes the prompt, or fails, at once
  */

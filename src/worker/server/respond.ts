@@ -12,7 +12,7 @@ import {
   type Wire,
   writeKvFailed,
 } from '../../wire/overlap.ts';
-import type { Readings } from '../request-reader.ts';
+import type { Readings } from '../request-body-reader.ts';
 import type { AnswerBase, AnswerFormat, StreamEvent } from './answers.ts';
 import type { ChoiceEvent } from './choice.ts';
 import { readRequest, type ServerContext } from './context.ts';
@@ -20,7 +20,7 @@ import { GenerationRun } from './generation.ts';
 import { type GenerationRoute, promptIdsOf, requestIdOf, serverIdOf } from './in-flight.ts';
 import { jsonInTurns } from './turns.ts';
 
-/** A client that takes nothing for so long is gone. */
+/** A client that takes nothing for this long is gone. */
 const STALL_MS = 60_000;
 
 interface Answering {
@@ -46,11 +46,13 @@ export async function postGeneration<R extends GenerationRoute>(
   try {
     const gone = goneSignal(context, reply, id);
     const reading = await readRequest(context, route, request, gone);
+    context.inFlight.timelines.stamp(id, 'parsed');
     const { asked, body, model } = reading;
     const prefillWithinMs = prefillWithin(context, request);
     const wire = wireOf(context, request);
     const plan = {
       ...asked,
+      id,
       serverIds: promptIdsOf(route, id, asked.prompts.length),
       ...(prefillWithinMs !== undefined && { prefillWithinMs }),
       ...(wire && { wire }),
@@ -82,18 +84,23 @@ function prefillWithin({ config }: ServerContext, { headers }: FastifyRequest): 
   return config.role === 'consumer' ? readPrefillWithin(headers[PREFILL_WITHIN_HEADER]) : undefined;
 }
 
-/** What the proxy says; without a word `--wire native` decides, and `--wire frozen` in any case. */
+/** What the proxy says; if it says nothing, `--wire native` decides; `--wire frozen` always does. */
 function wireOf({ config }: ServerContext, { headers }: FastifyRequest): Wire | undefined {
   const said = config.wire === 'frozen' ? 'frozen' : readWire(headers[WIRE_HEADER]);
   return said ?? (config.wire === 'native' ? 'native' : undefined);
 }
 
-async function answerWhole({ reply, run, format, gone }: Answering, count: number): Promise<string> {
+async function answerWhole(
+  { context, reply, run, format, id, gone }: Answering,
+  count: number,
+): Promise<string> {
   const byChoice: ChoiceEvent[][] = Array.from({ length: count }, () => []);
   for await (const event of run.events(gone)) byChoice[event.index]!.push(event);
   if (run.kvFailure) reply.header(KV_FAILED_HEADER, writeKvFailed(run.kvFailure));
   reply.type('application/json; charset=utf-8');
-  return await jsonInTurns(await format.whole(byChoice, run.usage));
+  const text = await jsonInTurns(await format.whole(byChoice, run.usage));
+  context.inFlight.timelines.stamp(id, 'written');
+  return text;
 }
 
 async function answerStream({ context, reply, run, format, id, gone }: Answering): Promise<undefined> {
@@ -123,7 +130,10 @@ async function answerStream({ context, reply, run, format, id, gone }: Answering
   });
   try {
     await send(format.begin());
-    for (; !next.done; next = await events.next()) await send(await format.said(next.value));
+    for (let first = true; !next.done; first = false, next = await events.next()) {
+      await send(await format.said(next.value));
+      if (first) context.inFlight.timelines.stamp(id, 'written');
+    }
     await send(format.end(run.usage));
   } catch (cause) {
     const error = PdError.from(cause);

@@ -4,7 +4,6 @@ import { Gauge, type Registry } from 'prom-client';
 import { PdError } from '../../errors.ts';
 import { isLoopback } from '../../net/address.ts';
 import { NO_JSON_SCHEMAS } from '../../net/json-schemas.ts';
-import { RateLimitedLog } from '../../observability/log.ts';
 import { createRegistry } from '../../observability/registry.ts';
 import { openAiError, retryHeaders } from '../../openai-error.ts';
 import { chatFormat } from './chat.ts';
@@ -18,7 +17,7 @@ import { responseFormat } from './response-answers.ts';
 /** Bytes; a prompt of a million token ids fits. */
 const BODY_LIMIT = 16 * 2 ** 20;
 
-/** What other routers (llm-d, Dynamo, AIBrix) go by to know a worker's cache, under vLLM's name: values as labels. */
+/** How other routers (llm-d, Dynamo, AIBrix) learn about a worker's cache, under vLLM's name: values as labels. */
 function registerCacheConfig(registry: Registry, { core }: ServerContext): void {
   const { blockSize, numBlocks } = core.info;
   const labels = { block_size: String(blockSize), cache_dtype: 'auto', num_gpu_blocks: String(numBlocks) };
@@ -30,7 +29,7 @@ function registerCacheConfig(registry: Registry, { core }: ServerContext): void 
 const REQUEST_TIMEOUT_MS = 60_000;
 
 export function createServer(context: ServerContext): FastifyInstance {
-  const { config, core, log, guard } = context;
+  const { config, core, log, guard, limited } = context;
   // Of a server with TLS everything that is used here has the same type.
   const server = fastify({
     https: guard.https,
@@ -46,11 +45,10 @@ export function createServer(context: ServerContext): FastifyInstance {
   const registry = createRegistry(context.pages, { model_name: config.servedModelNames[0] ?? '' });
   registerCacheConfig(registry, context);
   const created = Math.floor(Date.now() / 1_000);
-  const limited = new RateLimitedLog();
 
   server.setErrorHandler((cause: FastifyError | PdError, request, reply) => {
     const { status, error } = asHttpError(cause);
-    // A flood of what is refused for want of time must not flood the log too.
+    // A flood of requests refused as busy must not flood the log too.
     if (status === 503)
       limited.log(error.code, (suppressed) =>
         log.warn({ code: error.code, url: request.url, suppressed }, error.message),
@@ -114,12 +112,13 @@ export function createServer(context: ServerContext): FastifyInstance {
   });
   if (config.debugState !== undefined) {
     server.get('/debug/state', async (request, reply) => {
-      // It tells ids and addresses of other people's requests.
+      // It reveals ids and addresses of other people's requests.
       if (config.debugState === 'loopback' && !isLoopback(request.socket.remoteAddress ?? '')) {
         const text = '/debug/state is for clients on this machine (--debug-state-remote: for all)';
         return reply.status(403).send(openAiError(new PdError('REQUEST_INVALID', text)));
       }
-      return { role: config.role, requests: context.inFlight.size, core: await core.inspect() };
+      const { size: requests, timelines } = context.inFlight;
+      return { role: config.role, requests, recentRequests: timelines.recent(), core: await core.inspect() };
     });
   }
   let document: Promise<string> | undefined;

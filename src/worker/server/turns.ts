@@ -1,6 +1,6 @@
 /**
- * Long work of the HTTP thread in short turns, between which others have theirs: what an answer holds is bounded by the context of the
- * model and the completions asked for, not by what a turn may take.
+ * Long work of the HTTP thread in short turns, between which other requests get theirs: the size of an answer is bounded by the model's
+ * context and the completions asked for, not by what a turn may take.
  */
 import { setImmediate } from 'node:timers/promises';
 

@@ -137,7 +137,7 @@ if (!withTheOthers) {
 
   test('an owner killed in mid-write: writes end without an error, the mapping goes, and its successor gets its memory back and is written into', async () => {
     // a GPU that holds one cache and not two
-    const env = { PD_STANDIN_GPUS: `direct-${process.pid}`, PD_STANDIN_MEMORY_MB: '5' };
+    const env = { PD_STANDIN_GPUS: `direct-${process.pid}`, PD_STANDIN_MEMORY_MB: '9' };
     const big = { ...LAYOUT, numBlocks: 170 };
     const owner = await start(big, env);
     const writer = await start(LAYOUT);
@@ -198,7 +198,7 @@ if (!withTheOthers) {
 
   test('more memory than there is does not map, and a cache of another geometry is refused', async () => {
     const owner = await start();
-    expect((await owner.try({ do: 'map-too-much', bytes: 64 * 2 ** 20 })).error).toContain(
+    expect((await owner.try({ do: 'map-too-much', more: 2 * 2 ** 20 })).error).toContain(
       'cuMemMap failed with 1',
     );
     const writer = await start({ ...LAYOUT, heads: 1 });

@@ -2,19 +2,13 @@ import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest';
 import { demoModelDir } from '../../../src/config/demo-model.ts';
 import type { CudaDevice } from '../../../src/device/cuda/device.ts';
 import { createCudaDevice } from '../../../src/device/cuda.ts';
-import { HostDevice } from '../../../src/device/host.ts';
-import { ARCHITECTURES, readModelConfig } from '../../../src/model/config.ts';
-import { createCudaExecutor } from '../../../src/model/cuda/create.ts';
 import type { CudaExecutor } from '../../../src/model/cuda/executor.ts';
-import { elementTypeOf } from '../../../src/model/cuda/weights.ts';
-import { HostExecutor } from '../../../src/model/host/executor.ts';
 import { uniform } from '../../../src/model/random.ts';
 import { GREEDY } from '../../../src/model/sampler.ts';
 import type { SamplingParams } from '../../../src/scheduler/types.ts';
-import { type RandomModel, writeRandomModel } from '../../../support/random-model.ts';
 import { type StandIns, useStandIns } from '../../stand-ins/build.ts';
 import { batchOf, generate, sequenceOf } from '../../support/batches.ts';
-import { tempDir } from '../../support/temp-dir.ts';
+import { error, onCuda, onHost, randomModel, TOLERANCE, tokensOf } from '../../support/cuda-model.ts';
 
 let standIns: StandIns;
 let device: CudaDevice;
@@ -30,114 +24,15 @@ afterAll(() => {
   device.dispose();
 });
 
-interface Options {
-  readonly batchInvariant?: boolean;
-  readonly blockSize?: number;
-  readonly maxNumSeqs?: number;
-  readonly numBlocks?: number | undefined;
-  readonly on?: CudaDevice;
+async function started(dir: string, options: Parameters<typeof onCuda>[2] = {}): Promise<CudaExecutor> {
+  const { executor } = await onCuda(device, dir, options);
+  executors.push(executor);
+  return executor;
 }
-
-async function onCuda(
-  dir: string,
-  { batchInvariant = false, blockSize = 16, maxNumSeqs = 6, on = device, ...given }: Options = {},
-) {
-  const config = await readModelConfig(dir);
-  const { executor, numBlocks } = await createCudaExecutor({
-    dir,
-    config,
-    device: on,
-    type: await elementTypeOf(dir, config),
-    blockSize,
-    numBlocks: 'numBlocks' in given ? given.numBlocks : 64,
-    maxModelLen: Math.min(512, config.maxPositionEmbeddings),
-    maxNumSeqs,
-    maxNumBatchedTokens: 256,
-    utilization: 0.9,
-    reserved: 0,
-    batchInvariant,
-  });
-  if (on === device) executors.push(executor);
-  return { executor, numBlocks };
-}
-
-async function onHost(dir: string, blockSize = 16) {
-  const config = await readModelConfig(dir);
-  return HostExecutor.create({ dir, config, device: new HostDevice(), blockSize, numBlocks: 64 });
-}
-
-async function randomModel(model: RandomModel): Promise<string> {
-  const dir = await tempDir();
-  await writeRandomModel(dir, model);
-  return dir;
-}
-
-const tokensOf = (count: number, seed: number, vocab = 80) =>
-  Array.from({ length: count }, (_, i) => Math.floor(uniform(seed, 0, i) * vocab));
-
-/** L2 norm of the difference over that of the reference. */
-function error(got: Float32Array, wanted: Float32Array): number {
-  let difference = 0;
-  let norm = 0;
-  for (let i = 0; i < wanted.length; i++) {
-    difference += (got[i]! - wanted[i]!) ** 2;
-    norm += wanted[i]! ** 2;
-  }
-  return Math.sqrt(difference / norm);
-}
-
-/** bfloat16 has 8 bits: two layers of it stay well below this, and a wrong index or a forgotten bias is far above. */
-const TOLERANCE = 0.04;
-
-const MODELS: readonly [string, RandomModel, number][] = [
-  ...ARCHITECTURES.map(
-    (architecture) => [architecture, { architecture }, 16] as [string, RandomModel, number],
-  ),
-  ['float16', { architecture: 'Qwen3ForCausalLM', type: 'F16' }, 16],
-  ['float32, kept as bfloat16', { architecture: 'LlamaForCausalLM', type: 'F32' }, 16],
-  ['a tied head, heads of 64', { architecture: 'Qwen2ForCausalLM', tied: true, headDim: 64 }, 16],
-  [
-    'seven query heads to one, heads of 128',
-    { architecture: 'LlamaForCausalLM', heads: 7, kvHeads: 1, headDim: 128 },
-    16,
-  ],
-  ['twelve query heads to one', { architecture: 'LlamaForCausalLM', heads: 12, kvHeads: 1 }, 8],
-  ['no shared heads, blocks of 12', { architecture: 'MistralForCausalLM', heads: 3, kvHeads: 3 }, 12],
-];
-
-describe.each(MODELS)('%s', (_, model, blockSize) => {
-  test.each([false, true])('logits equal the host (batch-invariant %s)', async (batchInvariant) => {
-    const dir = await randomModel(model);
-    const host = await onHost(dir, blockSize);
-    const { executor } = await onCuda(dir, { batchInvariant, blockSize });
-    const [a, b] = [tokensOf(150, 1), tokensOf(9, 2)];
-    const blocks = [...Array(20).keys()].map((i) => (i * 7 + 3) % 40);
-    const [blocksOfA, blocksOfB] = [blocks, [50, 41, 47]];
-    const steps = [
-      // a prompt whose last tile is not full; then its next chunk of one token beside another prompt; then both one by one
-      batchOf(sequenceOf({ id: 'a', tokens: a.slice(0, 140), blocks: blocksOfA })),
-      batchOf(
-        sequenceOf({ id: 'a', tokens: a.slice(140, 141), start: 140, blocks: blocksOfA }),
-        sequenceOf({ id: 'b', tokens: b.slice(0, 6), blocks: blocksOfB }),
-      ),
-      batchOf(
-        sequenceOf({ id: 'b', tokens: b.slice(6, 7), start: 6, blocks: blocksOfB }),
-        sequenceOf({ id: 'a', tokens: a.slice(141, 142), start: 141, blocks: blocksOfA }),
-      ),
-    ];
-    // five in a graph for six: padding must touch nobody's row
-    const five = [30, 31, 32, 33, 34].map((block, i) =>
-      sequenceOf({ id: `${i}`, tokens: [i], blocks: [block] }),
-    );
-    for (const step of [...steps, batchOf(...five)]) {
-      expect(error(await executor.logits(step), await host.logits(step))).toBeLessThan(TOLERANCE);
-    }
-  });
-});
 
 test('the demo model says what it says on the host, prompts in chunks, many at a time', async () => {
   const host = await onHost(demoModelDir());
-  const { executor } = await onCuda(demoModelDir());
+  const executor = await started(demoModelDir());
   for (const [seed, chunk] of [
     [1, 100],
     [2, 7],
@@ -151,7 +46,7 @@ test('the demo model says what it says on the host, prompts in chunks, many at a
 
 test('batch-invariant: the same bits alone, in chunks and in any batch', async () => {
   const dir = await randomModel({ architecture: 'LlamaForCausalLM' });
-  const { executor } = await onCuda(dir, { batchInvariant: true });
+  const executor = await started(dir, { batchInvariant: true });
   const tokens = tokensOf(90, 5);
   const whole = batchOf(sequenceOf({ tokens, blocks: [1, 2, 3, 4, 5, 6] }));
   const wanted = await executor.logits(whole);
@@ -164,7 +59,7 @@ test('batch-invariant: the same bits alone, in chunks and in any batch', async (
 
 test('samples as the host does from equal logits: temperature, log-probabilities, banned stop tokens, prompts', async () => {
   const dir = await randomModel({ architecture: 'LlamaForCausalLM' });
-  const { executor } = await onCuda(dir);
+  const executor = await started(dir);
   const prompt = tokensOf(20, 8);
   const probe = batchOf(sequenceOf({ tokens: prompt, blocks: [1, 2] }));
   const logits = await executor.logits(probe);
@@ -205,7 +100,7 @@ test('shapes, draws and reports as the host does from the logits of the very ste
   const dir = await randomModel({ architecture: 'LlamaForCausalLM' });
   // its memory goes with it
   const on = await createCudaDevice(0);
-  const { executor } = await onCuda(dir, { maxNumSeqs: 70, numBlocks: 80, on });
+  const { executor } = await onCuda(on, dir, { maxNumSeqs: 70, numBlocks: 80 });
   const { sample } = await import('../../../src/model/sampler.ts');
   const random = (seed: number, index: number, below: number) => Math.floor(uniform(seed, index, 0) * below);
   const mask = Uint32Array.of(0xff0ff0f0, 0x0f0ff00f, 0x1234);
@@ -294,7 +189,7 @@ test('shapes, draws and reports as the host does from the logits of the very ste
 
 test('tells the logits that each token is sampled from, of prompts and of a graph, and samples the same', async () => {
   const dir = await randomModel({ architecture: 'LlamaForCausalLM' });
-  const { executor } = await onCuda(dir, { maxNumSeqs: 20 });
+  const executor = await started(dir, { maxNumSeqs: 20 });
   const steps = [tokensOf(10, 8), [5]].map((tokens, step) =>
     batchOf(
       // more than are read at a time, one of them sampled on the host
@@ -326,7 +221,7 @@ test('tells the logits that each token is sampled from, of prompts and of a grap
 
 test('a step that fails ends with its error, and the next one runs', async () => {
   const dir = await randomModel({ architecture: 'LlamaForCausalLM' });
-  const { executor } = await onCuda(dir);
+  const executor = await started(dir);
   const step = batchOf(sequenceOf({ tokens: tokensOf(20, 3), blocks: [1, 2], position: 0 }));
   const wanted = await executor.forward(step, {});
   standIns.faults('cublasGemmEx=13@3');
@@ -340,7 +235,7 @@ test('a step that fails ends with its error, and the next one runs', async () =>
 
 test('draws among the likeliest alone, as often as they are likely', async () => {
   const dir = await randomModel({ architecture: 'LlamaForCausalLM' });
-  const { executor } = await onCuda(dir);
+  const executor = await started(dir);
   const tokens = tokensOf(10, 4);
   const logits = await executor.logits(batchOf(sequenceOf({ tokens, blocks: [1] })));
   const order = [...logits.keys()].sort((a, b) => logits[b]! - logits[a]!);
@@ -372,7 +267,7 @@ test('draws among the likeliest alone, as often as they are likely', async () =>
 
 test('tells each layer in order with an event, in a prompt and in a graph, and copies blocks first', async () => {
   const dir = await randomModel({ architecture: 'LlamaForCausalLM' });
-  const { executor } = await onCuda(dir);
+  const executor = await started(dir);
   const prompt = tokensOf(16, 9);
   const wanted = await executor.logits(batchOf(sequenceOf({ tokens: [...prompt, 7], blocks: [1, 2] })));
   for (const [tokens, start] of [
@@ -397,11 +292,12 @@ test('tells each layer in order with an event, in a prompt and in a graph, and c
 describe('memory', () => {
   test('blocks from what is free, and by how much it is too little', async () => {
     const dir = await randomModel({ architecture: 'LlamaForCausalLM' });
-    const { numBlocks } = await onCuda(dir, { numBlocks: undefined });
+    const { executor, numBlocks } = await onCuda(device, dir, { numBlocks: undefined });
+    executors.push(executor);
     // a block of two layers: 2 * 2 * 16 tokens * 2 heads * 32 * 2 bytes
     expect(numBlocks).toBeGreaterThan(10_000);
     expect(numBlocks * 2 * 2 * 16 * 2 * 32 * 2).toBeLessThan(0.9 * 2 ** 30);
-    await expect(onCuda(dir, { numBlocks: undefined })).rejects.toMatchObject({
+    await expect(onCuda(device, dir, { numBlocks: undefined })).rejects.toMatchObject({
       code: 'OUT_OF_DEVICE_MEMORY',
       message: expect.stringMatching(/one sequence of full length.*too little.*--max-model-len/s),
     });
@@ -409,7 +305,7 @@ describe('memory', () => {
 
   test('refuses by name what has no kernel', async () => {
     const dir = await randomModel({ architecture: 'LlamaForCausalLM', headDim: 16 });
-    await expect(onCuda(dir)).rejects.toMatchObject({
+    await expect(onCuda(device, dir)).rejects.toMatchObject({
       code: 'MODEL_UNSUPPORTED',
       message: expect.stringContaining('heads of 16'),
     });

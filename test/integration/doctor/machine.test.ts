@@ -119,15 +119,11 @@ describe('with two GPUs', () => {
   });
 
   test('pd-launch names the GPUs it lacks and who would have had them', async () => {
-    const [many, one] = await Promise.all([
-      run('pd-launch', ['--device', 'cuda', '--prefill', '2'], standIns),
-      run('pd-launch', ['--device', 'cuda:1'], standIns),
-    ]);
+    const many = await run('pd-launch', ['--device', 'cuda', '--prefill', '2'], standIns);
     expect(many.stderr).toMatch(
       /DEVICE_UNAVAILABLE: .*3 workers want a GPU each.*Stand-in GPU 1\): there is no cuda:2 for consumer-0/,
     );
-    expect(one.stderr).toMatch(/CONFIG_INVALID: --device cuda:1 puts producer and consumer on one GPU/);
-    expect([many.code, one.code]).toEqual([1, 1]);
+    expect(many.code).toBe(1);
   });
 });
 

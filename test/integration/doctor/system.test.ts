@@ -163,7 +163,7 @@ describe('a peer', () => {
       { level: 'fail', what: expect.stringContaining('is not of the protocol') },
     ]);
     // one GET for nothing, and not a NEW or PUT, which would change something there
-    expect(vllm!.asked).toEqual([{ cmd: 'GET', tensor_id: 'pd-doctor#probe', native: { seq: 0 } }]);
+    expect(vllm!.asked).toEqual([{ cmd: 'GET', tensor_id: 'pd-doctor#probe' }]);
   });
 
   test('one whose allow list leaves this machine out, on IPv6 too', async () => {

@@ -1,7 +1,7 @@
 /** Long bodies at the proxy: the thread that reads them, and what clients see meanwhile. */
-import { once } from 'node:events';
 import fc from 'fast-check';
 import { afterEach, describe, expect, it } from 'vitest';
+import type { Signal } from '../../../src/deferred.ts';
 import { formatHostPort } from '../../../src/net/address.ts';
 import { createLogger, type Logger } from '../../../src/observability/log.ts';
 import { type RequestBody, readBody } from '../../../src/proxy/body.ts';
@@ -116,7 +116,7 @@ describe('a long body at the proxy', () => {
       return thread;
     };
     /** Of each request, in order: aborted once the proxy knows that its client has gone. */
-    const signals: AbortSignal[] = [];
+    const signals: Signal[] = [];
     const bodyReader = (log: Logger) => {
       const reader = new BodyReader(log, { ...limits, openThread });
       const read: BodyReader['read'] = (body, signal) => {
@@ -201,7 +201,9 @@ describe('a long body at the proxy', () => {
     const thread = await reading();
     const second = post({ ...LONG, n: 3 }, client.signal).catch(() => 'gone');
     while (signals.length < 2) await new Promise(setImmediate);
-    const known = Promise.all(signals.map((signal) => once(signal, 'abort')));
+    const aborted = (signal: Signal) =>
+      new Promise<void>((resolve) => signal.addEventListener('abort', resolve, { once: true }));
+    const known = Promise.all(signals.map(aborted));
     client.abort();
     expect(await Promise.all([first, second])).toEqual(['gone', 'gone']);
     await known;

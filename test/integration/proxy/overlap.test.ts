@@ -4,6 +4,7 @@ import type { ServerResponse } from 'node:http';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { formatHostPort } from '../../../src/net/address.ts';
 import type { PdProxy } from '../../../src/proxy/proxy.ts';
+import type { SendType } from '../../../src/wire/messages.ts';
 import { OVERLAP_FEATURE } from '../../../src/wire/overlap.ts';
 import { type Answer, type Asked, answerJson, FakeUpstream } from '../../support/fake-upstream.ts';
 import { startQuietProxy } from '../../support/quiet-proxy.ts';
@@ -41,7 +42,11 @@ class Scripted {
   static async start(
     proxy: PdProxy,
     role: 'producer' | 'consumer',
-    { features = [OVERLAP_FEATURE], answer }: { features?: readonly string[]; answer?: Answer } = {},
+    {
+      features = [OVERLAP_FEATURE],
+      sendType,
+      answer,
+    }: { features?: readonly string[]; sendType?: SendType; answer?: Answer } = {},
   ): Promise<Scripted> {
     const outs: ServerResponse[] = [];
     const upstream = await FakeUpstream.start(role, (asked, out) => {
@@ -50,7 +55,7 @@ class Scripted {
       return answer?.(asked, out);
     });
     closing.push(() => upstream.kill());
-    await upstream.ping(proxy.discoveryAddress, 'd', features);
+    await upstream.ping(proxy.discoveryAddress, 'd', features, { ...(sendType && { sendType }) });
     while (!proxy.instances.some((known) => known.httpAddress === upstream.httpAddress)) {
       await new Promise((resolve) => setImmediate(resolve));
     }
@@ -223,10 +228,12 @@ describe('in turn all the same', () => {
     ['an end that does not know how', {}, [], REQUEST],
     ['--overlap 0', { overlap: 0 }, [OVERLAP_FEATURE], REQUEST],
     ['several prompts', {}, [OVERLAP_FEATURE], { ...REQUEST, prompt: ['a', 'b'] }],
-  ] as const)('%s', async (_, settings, features, body) => {
+    ['GET without the native hand-over', {}, [OVERLAP_FEATURE], REQUEST, 'GET'],
+  ] as const)('%s', async (_, settings, features, body, sendType?: SendType) => {
     const proxy = await startProxy(settings);
-    const producer = await Scripted.start(proxy, 'producer', { features });
-    const consumer = await Scripted.start(proxy, 'consumer', { answer: answerJson() });
+    const ends = sendType ? { sendType } : {};
+    const producer = await Scripted.start(proxy, 'producer', { features, ...ends });
+    const consumer = await Scripted.start(proxy, 'consumer', { answer: answerJson(), ...ends });
     const response = post(proxy, body);
     await producer.asked();
     await fetch(url(proxy, '/health')); // a whole round trip later

@@ -1,7 +1,16 @@
 /** Which instances a client's requests reach under each policy. What each policy decides is in test/unit/proxy/placement.test.ts. */
+import { dirname } from 'node:path';
+import { fileURLToPath } from 'node:url';
 import { afterEach, describe, expect, test } from 'vitest';
+import { demoModelDir } from '../../../src/config/demo-model.ts';
+import { type BlockHash, extendHashes } from '../../../src/kv/block-hash.ts';
+import { Tokenizer } from '../../../src/model/tokenizer.ts';
 import { formatHostPort } from '../../../src/net/address.ts';
+import { createLogger } from '../../../src/observability/log.ts';
+import { PromptReader } from '../../../src/proxy/prompt-reader.ts';
 import type { PdProxy } from '../../../src/proxy/proxy.ts';
+import { PROMPT_IDS_FEATURE } from '../../../src/wire/prompt-ids.ts';
+import { KvEventPublisher } from '../../../src/worker/kv-events.ts';
 import { answerJson, FakeUpstream } from '../../support/fake-upstream.ts';
 import { startQuietProxy } from '../../support/quiet-proxy.ts';
 
@@ -109,5 +118,80 @@ describe('session', () => {
     expect(second).not.toBe(first);
     const byUser = await post({ messages, user: 'one' });
     expect(byUser[1]).toBe(home);
+  });
+});
+
+describe('with a tokenizer', () => {
+  const LOG = createLogger({ level: 'silent', format: 'json' }, 'test');
+
+  /** A producer that publishes what it has cached, and pings with this digest of its tokenizer. */
+  async function publishing(proxy: PdProxy, tokenizer: string) {
+    const bind = { host: '127.0.0.1', port: 0 };
+    const told = { model: 'm', blockSize: 16, form: 'map', medium: 'CPU', log: LOG } as const;
+    const publisher = await KvEventPublisher.open({ bind, ...told });
+    closing.push(() => publisher.close());
+    const upstream = await FakeUpstream.start('producer', answerJson());
+    closing.push(() => upstream.kill());
+    publisher.announce(upstream.httpAddress);
+    const more = { events: publisher.ports, tokenizer };
+    await upstream.ping(proxy.discoveryAddress, 'd1', [PROMPT_IDS_FEATURE], more);
+    return { upstream, publisher };
+  }
+
+  test('a proxy whose tokenizer is not there does not start', async () => {
+    const tokenizer = dirname(fileURLToPath(import.meta.url));
+    await expect(startQuietProxy({ tokenizer })).rejects.toMatchObject({ code: 'CHECKPOINT_INVALID' });
+  });
+
+  test('a prompt of text goes where its blocks are said to be, with its ids where these are the same', async () => {
+    const dir = demoModelDir();
+    const reader = await PromptReader.load(dir);
+    const proxy = await startQuietProxy({ policy: 'kv-aware', tokenizer: dir });
+    closing.push(() => proxy.close(0));
+    const own = await Tokenizer.digestOf(dir);
+    const producers = await Promise.all([own, own, 'other'].map((digest) => publishing(proxy, digest)));
+    const consumer = await FakeUpstream.start('consumer', answerJson());
+    closing.push(() => consumer.kill());
+    await consumer.ping(proxy.discoveryAddress, 'd1', [], { tokenizer: own });
+    while (proxy.instances.length < 4) await new Promise((resolve) => setImmediate(resolve));
+
+    const messages = [{ role: 'user', content: 'a river that ran uphill, and nobody knew why '.repeat(30) }];
+    const body = JSON.stringify({ messages });
+    const path = '/v1/chat/completions';
+    const ids = reader.idsOf(path, new TextEncoder().encode(body), undefined)!;
+    const hashes: BlockHash[] = [];
+    extendHashes(hashes, Int32Array.from(ids), 16);
+    const url = `http://${formatHostPort(proxy.httpAddress)}`;
+    const counter = async (name: string) => {
+      const page = await (await fetch(`${url}/metrics`)).text();
+      return Number(
+        page
+          .split('\n')
+          .find((line) => line.startsWith(`${name} `))
+          ?.split(' ')[1] ?? 0,
+      );
+    };
+    // One that knows these blocks, and one whose hashes would say so too, were its tokens the same.
+    const tokens = Int32Array.from(ids.subarray(0, hashes.length * 16));
+    for (const { publisher } of producers.slice(1)) publisher.publish([{ type: 'stored', hashes, tokens }]);
+    while ((await counter('pd_proxy_cached_blocks')) < 2 * hashes.length);
+    const post = async (text = body) => {
+      const response = await fetch(url + path, { method: 'POST', body: text });
+      expect(response.status).toBe(200);
+    };
+    // The thread loads its tokenizer first.
+    while ((await counter('pd_proxy_prompts_tokenized_total{result="done"}')) === 0) await post();
+    const before = producers.map(({ upstream }) => upstream.asked.length);
+    for (let i = 0; i < 3; i++) await post();
+    const after = producers.map(({ upstream }, at) => upstream.asked.length - before[at]!);
+    expect(after).toEqual([0, 3, 0]);
+    expect(producers[1]!.upstream.asked.at(-1)!.ids).toEqual(ids);
+    expect(consumer.asked.at(-1)).toMatchObject({ raw: body });
+    expect(consumer.asked.at(-1)!.ids).toBeUndefined(); // it did not say that it takes any
+
+    // The one with another tokenizer gets text alone.
+    for (const { upstream } of producers.slice(0, 2)) await upstream.kill();
+    await post(JSON.stringify({ messages, user: 'somebody' }));
+    expect(producers[2]!.upstream.asked.at(-1)!.ids).toBeUndefined();
   });
 });

@@ -74,6 +74,34 @@ test('over its limits requests wait, and beyond the queue are answered 429 as Op
   expect((await urgent).status).toBe(200);
 });
 
+test('at several times its capacity as much is served as there is room for, and the rest is told at once', async () => {
+  const [room, queue, burst] = [4, 4, 24];
+  const proxy = await startProxy({ maxRunning: room, maxQueued: queue });
+  await upstream(proxy, 'producer');
+  const held: ServerResponse[] = [];
+  const consumer = await upstream(proxy, 'consumer', (_, out) => void held.push(out));
+  let served = 0;
+  let refused = 0;
+  for (let wave = 0; wave < 3; wave++) {
+    const answers = Array.from({ length: burst }, async () => {
+      const { status } = await post(proxy);
+      if (status === 429) refused++;
+      return status;
+    });
+    // Before any of those that are served has an answer.
+    while (refused < (wave + 1) * (burst - room - queue))
+      await new Promise((resolve) => setImmediate(resolve));
+    for (let left = room + queue; left > 0; left--) {
+      const busy = Math.min(room, left);
+      while (held.length < busy) await once(consumer.events, 'asked');
+      expect(held).toHaveLength(busy);
+      held.shift()!.end('{}');
+    }
+    served += (await Promise.all(answers)).filter((status) => status === 200).length;
+  }
+  expect([served, refused]).toEqual([3 * (room + queue), 3 * (burst - room - queue)]);
+});
+
 describe('before a byte has been passed on, another pair is tried', () => {
   const dies: Answer = (_, out) => {
     out.writeHead(200, { 'content-type': 'text/event-stream' });
@@ -123,6 +151,17 @@ test('an instance that answers with errors of the server three times is let alon
   // When it is tried again is in test/unit/proxy/breaker.test.ts; here, that it is not asked as often as before.
   for (let i = 0; i < 20; i++) await post(proxy);
   expect(bad.asked.length).toBeLessThan(10);
+});
+
+test('an instance that has too much to read is not held to have failed', async () => {
+  const proxy = await startProxy();
+  const busy = '{"error":{"message":"the reader was busy","code":"READER_BUSY"}}';
+  const reading = await upstream(proxy, 'producer', (_, out) => void out.writeHead(503).end(busy));
+  await upstream(proxy, 'producer');
+  await upstream(proxy, 'consumer');
+  const statuses = await Promise.all(Array.from({ length: 20 }, async () => (await post(proxy)).status));
+  expect(statuses.filter((status) => status === 503)).toHaveLength(10);
+  expect(reading.asked).toHaveLength(10);
 });
 
 test('an instance is drained and comes back by an admin’s word', async () => {

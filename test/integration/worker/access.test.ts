@@ -12,7 +12,9 @@ const DIR = sharedTempDir();
 it('asks for it on every route but those that probes and scrapers use', async () => {
   const apiKeyFile = join(DIR, 'keys');
   writeFileSync(apiKeyFile, `proxy ${KEY}\n`);
-  const { server } = await startServer(saying('hello'), true, 'anyone', 'both', BYTE_READER, { apiKeyFile });
+  const { server } = await startServer(saying('hello'), { debugState: 'anyone' }, BYTE_READER, {
+    apiKeyFile,
+  });
   const status = async (method: 'GET' | 'POST', url: string, authorization?: string) => {
     const headers = {
       'content-type': 'application/json',

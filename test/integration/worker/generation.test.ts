@@ -60,7 +60,7 @@ describe('/v1/completions', () => {
       `cmpl-${id}-0-`,
       `cmpl-${id}-1-`,
     ]);
-    const plain = await startServer(saying('x'), false);
+    const plain = await startServer(saying('x'), { randomizeRequestIds: false });
     await plain.json(CHAT, { messages: user('a') }, { 'x-request-id': id });
     expect(plain.core.added[0]!.requestId).toBe(`chatcmpl-${id}`);
     expect(
@@ -504,7 +504,7 @@ describe('streams', () => {
 
 describe('a request whose prompt is still being computed elsewhere', () => {
   const within = async (role: WorkerConfig['role'], header?: string) => {
-    const { core, json } = await startServer(saying('x'), true, undefined, role);
+    const { core, json } = await startServer(saying('x'), { role });
     const headers = header === undefined ? {} : { 'x-pd-prefill-within': header };
     expect((await json(COMPLETIONS, { prompt: 'Hi' }, headers)).status).toBe(200);
     expect((await json(CHAT, { messages: user('Hi') }, headers)).status).toBe(200);

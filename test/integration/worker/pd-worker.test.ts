@@ -6,6 +6,7 @@ import { networkInterfaces } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, expect, it } from 'vitest';
 import { formatHostPort } from '../../../src/net/address.ts';
+import { appendPromptIds } from '../../../src/wire/prompt-ids.ts';
 import { PdWorker, type WorkerParts } from '../../../src/worker/worker.ts';
 import { BYTE_READER, bytesOf, FakeCore, type Script, saying } from '../../support/fake-core.ts';
 import { sharedTempDir } from '../../support/temp-dir.ts';
@@ -43,7 +44,8 @@ const post = (url: string, body: object) =>
 it('serves on the port it was given, and lets the core ping only then', async () => {
   const { core, worker, url } = await start();
   expect(worker.httpAddress.port).toBeGreaterThan(0);
-  expect(core.received).toEqual([{ type: 'serve', httpAddress: formatHostPort(worker.httpAddress) }]);
+  const httpAddress = formatHostPort(worker.httpAddress);
+  expect(core.received).toEqual([{ type: 'serve', httpAddress, tokenizer: 'bytes' }]);
   const answer = (await (await post(url, { prompt: 'a' })).json()) as { choices: { text: string }[] };
   expect(answer.choices[0]!.text).toBe('hello');
   await worker.close();
@@ -167,4 +169,34 @@ it.skipIf(!hasIpv6)('listens on both families for ::', async () => {
   for (const host of ['127.0.0.1', '[::1]']) {
     expect((await fetch(`http://${host}:${worker.httpAddress.port}/health`)).status).toBe(200);
   }
+});
+
+it('takes the ids of a prompt’s tokens from those it was told to trust, and passes over anybody else’s', async () => {
+  const body = new TextEncoder().encode('{"prompt":"abc"}');
+  const ask = async (args: readonly string[], bytes: Uint8Array<ArrayBuffer>, header: string) => {
+    const { core, url } = await start(saying('hello'), args);
+    const response = await fetch(`${url}/v1/completions`, {
+      method: 'POST',
+      headers: {
+        'content-type': 'application/json',
+        'x-pd-prompt-ids': header,
+        authorization: 'Bearer a-key-of-the-proxy',
+      },
+      body: bytes,
+    });
+    const added = core.received.find((message) => message.type === 'add');
+    return [response.status, added && [...added.request.promptTokens]];
+  };
+  const sent = appendPromptIds(body, Uint32Array.of(7, 8));
+  const trusting = ['--prompt-ids-from', '127.0.0.0/8'];
+  expect(await ask(trusting, sent, '2')).toEqual([200, [7, 8]]);
+  expect(await ask([], sent, '2')).toEqual([200, bytesOf('abc')]);
+  expect(await ask(['--prompt-ids-from', '10.0.0.1'], sent, '2')).toEqual([200, bytesOf('abc')]);
+  expect(await ask(trusting, sent, '900')).toEqual([400, undefined]);
+  // Where callers need a key, whoever gets so far has one.
+  const keys = join(modelDir, 'keys');
+  writeFileSync(keys, 'proxy a-key-of-the-proxy\n');
+  expect(await ask(['--api-key-file', keys], sent, '2')).toEqual([200, [7, 8]]);
+  writeFileSync(join(modelDir, 'others'), 'proxy another-key-of-it\n');
+  expect(await ask(['--api-key-file', join(modelDir, 'others')], sent, '2')).toEqual([401, undefined]);
 });

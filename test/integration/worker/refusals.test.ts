@@ -1,11 +1,11 @@
 import { describe, expect, it } from 'vitest';
 import { demoModelDir } from '../../../src/config/demo-model.ts';
 import {
-  RequestReader,
-  type RequestReaderOptions,
+  RequestBodyReader,
+  type RequestBodyReaderOptions,
   type Route,
-  readBody,
-} from '../../../src/worker/request-reader.ts';
+  readRequestBody,
+} from '../../../src/worker/request-body-reader.ts';
 import { BYTE_MODEL, bytesOf, type Script, saying } from '../../support/fake-core.ts';
 import { FakeReaderThread } from '../../support/fake-reader.ts';
 
@@ -178,16 +178,16 @@ describe('errors', () => {
 describe('long bodies', () => {
   const long = { prompt: Array.from({ length: 200 }, () => 97), stop: 'x'.repeat(5_000) };
 
-  async function startSlow(limits: RequestReaderOptions = {}) {
+  async function startSlow(limits: RequestBodyReaderOptions = {}) {
     const thread = new FakeReaderThread();
-    const reader = await RequestReader.start(demoModelDir(), LOG, {
+    const reader = await RequestBodyReader.start(demoModelDir(), LOG, {
       threadAfterMs: 0,
       ...limits,
       openThread: () => thread,
     });
     closers.push(() => reader.close());
     thread.emit({ type: 'ready' });
-    return { thread, ...(await startServer(saying('x'), true, undefined, 'both', reader)) };
+    return { thread, ...(await startServer(saying('x'), {}, reader)) };
   }
 
   it('hold nobody up while they are read, and are answered like others', async () => {
@@ -197,7 +197,7 @@ describe('long bodies', () => {
     expect((await server.inject({ url: '/version' })).statusCode).toBe(200);
     expect((await json(COMPLETIONS, { prompt: [97] })).status).toBe(200);
     const { served, route, body } = thread.received[0]!;
-    thread.emit({ type: 'read', reading: readBody(served, BYTE_MODEL, route, body) });
+    thread.emit({ type: 'read', reading: readRequestBody(served, BYTE_MODEL, route, body) });
     expect(await pending).toMatchObject({ status: 200, body: { choices: [{ text: 'x' }] } });
   });
 
@@ -221,14 +221,14 @@ describe('long bodies', () => {
     expect(inFlight.size).toBe(1);
     expect((await json(COMPLETIONS, { prompt: [97] })).status).toBe(200);
     const { served, route, body: read } = thread.received[0]!;
-    thread.emit({ type: 'read', reading: readBody(served, BYTE_MODEL, route, read) });
+    thread.emit({ type: 'read', reading: readRequestBody(served, BYTE_MODEL, route, read) });
     expect((await first).status).toBe(200);
   });
 
   it('nested deeper than the stack goes have their code', () => {
     const served = { modelNames: ['demo'], maxModelLen: 256, vocabSize: 300 };
     const deep = `{"prompt":"a","tools":${'['.repeat(1e6)}${']'.repeat(1e6)}}`;
-    const read = () => readBody(served, BYTE_MODEL, 'completions', new TextEncoder().encode(deep));
+    const read = () => readRequestBody(served, BYTE_MODEL, 'completions', new TextEncoder().encode(deep));
     expect(read).toThrow(expect.objectContaining({ code: 'BODY_TOO_COSTLY' }));
   });
 
@@ -241,7 +241,7 @@ describe('long bodies', () => {
     };
     const served = { modelNames: ['demo'], maxModelLen: 256, vocabSize: 300 };
     const read = (route: Route, body: object) => () =>
-      readBody(served, model, route, new TextEncoder().encode(JSON.stringify(body)));
+      readRequestBody(served, model, route, new TextEncoder().encode(JSON.stringify(body)));
     // Four characters a token at most.
     expect(read('completions', { prompt: 'x'.repeat(1_021) })).toThrow(
       'prompt: 1021 characters, at least 256 tokens, and 1 to generate are more than the context of 256',

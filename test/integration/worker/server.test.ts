@@ -7,7 +7,7 @@ import { type Answer, COMPLETIONS, startServer, user } from '../../support/http-
 describe('the rest', () => {
   it('tells its state only where that was asked for, and by default to this machine alone', async () => {
     const ask = async (audience: DebugAudience | undefined, remoteAddress: string) => {
-      const { server } = await startServer(saying('hello'), true, audience);
+      const { server } = await startServer(saying('hello'), audience && { debugState: audience });
       const response = await server.inject({ url: '/debug/state', remoteAddress });
       return [response.statusCode, response.json() as Answer] as const;
     };

@@ -50,11 +50,36 @@ describe('pd-launch', () => {
     expect(flag(proxy.spec.args, '--discovery-port')).toBe(String(proxy.discoveryPort));
   });
 
+  test('where there is something to choose from, the proxy knows what workers have cached', async () => {
+    const { proxy, workers } = await plan('--free-ports', '--prefill', '2', '--model', 'some/dir');
+    expect(flag(proxy.spec.args, '--tokenizer')).toBe('some/dir');
+    for (const { spec } of workers) expect(flag(spec.args, '--kv-events-port')).toBe('0');
+    const pair = await plan('--free-ports');
+    expect(pair.proxy.spec.args).not.toContain('--tokenizer');
+    for (const { spec } of pair.workers) expect(spec.args).not.toContain('--kv-events-port');
+  });
+
   test('starts each worker on the device that was chosen for it', async () => {
     const { settings } = launchOptions(['--free-ports', '--decode', '2'], {});
     const { workers } = await planLaunch(settings, ['cuda:0', 'cuda:1', 'cuda:2']);
     expect(workers.map(({ spec }) => flag(spec.args, '--device'))).toEqual(['cuda:0', 'cuda:1', 'cuda:2']);
     expect(workers.map(({ device }) => device)).toEqual(['cuda:0', 'cuda:1', 'cuda:2']);
+  });
+
+  test('puts all workers on one GPU that is named, natively by direct, and divides its memory', async () => {
+    const { settings } = launchOptions(['--free-ports', '--device', 'cuda:1', '--decode', '2'], {});
+    const { devices, line } = await launchDevices(settings, {});
+    expect(line).toBe('Device: cuda:1, which 3 workers share (--device cuda:1)');
+    const { workers } = await planLaunch(settings, devices);
+    for (const { spec } of workers) {
+      expect(flag(spec.args, '--device')).toBe('cuda:1');
+      expect(flag(spec.args, '--wire')).toBe('native');
+      expect(flag(spec.args, '--transport')).toBe('direct');
+      expect(flag(spec.args, '--workers-per-gpu')).toBe('3');
+    }
+    for (const { spec } of (await plan('--free-ports')).workers) {
+      expect(spec.args).not.toContain('--workers-per-gpu');
+    }
   });
 
   test("leaves the device to the machine, and takes vLLM's log level, unless told otherwise", () => {

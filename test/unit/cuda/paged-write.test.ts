@@ -6,6 +6,7 @@ import {
   WRITE_PARAMETER_BYTES,
   writeElement,
   writeParameterBlock,
+  writeTable,
 } from '../../../src/device/cuda/paged-write.ts';
 
 const STRIDES = { runBytes: 4_096, runs: 2, blockStride: 4_096, runStride: 409_600 } as const;
@@ -32,10 +33,12 @@ test('the parameter block has every value where the kernel looks for it', () => 
   const write = {
     source: STRIDES,
     target: { ...STRIDES, blockStride: 8_192, runStride: 4_096 },
-    layers: Array.from({ length: MAX_LAYERS_PER_WRITE }, (_, i) => ({
-      source: BigInt(1_000 + i),
-      target: BigInt(2_000 + i),
-    })),
+    table: writeTable(
+      Array.from({ length: MAX_LAYERS_PER_WRITE }, (_, i) => ({
+        source: BigInt(1_000 + i),
+        target: BigInt(2_000 + i),
+      })),
+    ),
     sourceIds: 11n,
     targetIds: 12n,
     blocks: 7,

@@ -40,56 +40,6 @@ describe('arena', () => {
     expect(new Arena(1024).allocate(2 ** 50)).toBeUndefined();
   });
 
-  test('blocks of a run touch where their sizes allow it, and are freed one by one', () => {
-    const arena = new Arena(256 * 20);
-    const run = arena.allocateRun([512, 300, 256])!;
-    expect(run.map(({ offset, bytes }) => [offset, bytes])).toEqual([
-      [0, 512],
-      [512, 300],
-      [1024, 256],
-    ]);
-    arena.free(run[1]!);
-    expect([arena.usedBytes, arena.blocks]).toEqual([768, 2]);
-    expect(arena.allocate(500)!.offset).toBe(512);
-    expect(arena.allocateRun([256 * 10, 256 * 10])).toBeUndefined();
-    expect(arena.allocateRun([])).toBeUndefined();
-    expect(arena.checkIntegrity()).toEqual([]);
-  });
-
-  test('property: runs and blocks together never overlap, and counts are exact', () => {
-    const step = fc.oneof(
-      fc.record({ run: fc.array(fc.nat(1_500), { minLength: 1, maxLength: 8 }) }),
-      fc.record({ free: fc.nat() }),
-    );
-    fc.assert(
-      fc.property(fc.integer({ min: 0, max: 30_000 }), fc.array(step, { maxLength: 100 }), (total, steps) => {
-        const arena = new Arena(total);
-        const held: Block[] = [];
-        for (const step of steps) {
-          if ('free' in step) {
-            const block = held.splice(step.free % Math.max(held.length, 1), 1)[0];
-            if (block) arena.free(block);
-            continue;
-          }
-          const room = arena.largestFree;
-          const size = step.run.reduce((sum, bytes) => sum + Math.max(Math.ceil(bytes / 256), 1) * 256, 0);
-          const run = arena.allocateRun(step.run);
-          expect(run !== undefined).toBe(size <= room);
-          held.push(...(run ?? []));
-          expect(arena.checkIntegrity()).toEqual([]);
-        }
-        const spans = held
-          .map(({ offset, size }) => [offset, offset + size] as const)
-          .sort((a, b) => a[0] - b[0]);
-        for (const [index, [from]] of spans.entries()) {
-          expect(from).toBeGreaterThanOrEqual(spans[index - 1]?.[1] ?? 0);
-        }
-        for (const block of held) arena.free(block);
-        expect([arena.usedBytes, arena.largestFree]).toEqual([0, arena.totalBytes]);
-      }),
-    );
-  });
-
   test('property: blocks never overlap, counts are exact, and what fits is given', () => {
     const step = fc.oneof(
       { weight: 3, arbitrary: fc.record({ op: fc.constant('allocate' as const), bytes: fc.nat(4000) }) },

@@ -1,6 +1,5 @@
 import fc from 'fast-check';
 import { describe, expect, test } from 'vitest';
-import { forEachCopyRun } from '../../../src/kv/copy-runs.ts';
 import { wireShape } from '../../../src/kv/families.ts';
 import {
   blockBytes,
@@ -11,6 +10,7 @@ import {
   runOffset,
   runsPerBlock,
 } from '../../../src/kv/layout.ts';
+import { forEachPlannedRun, planBlocks } from '../../../src/kv/reblock.ts';
 import { tensorBytes } from '../../../src/wire/dtype.ts';
 
 const llama3 = { numBlocks: 100, blockSize: 16, heads: 8, headDim: 128, dtype: 'bfloat16' } as const;
@@ -48,21 +48,19 @@ describe('paged layout', () => {
   test.each(families)('%s: blocks that follow one another are one copy', (family) => {
     const layout: PagedLayout = { ...llama3, family, heads: family === 'mla' ? 1 : 8 };
     const copies: number[] = [];
-    forEachCopyRun(layout, Int32Array.of(7, 8, 9, 3, 4, 90), 0, (_cache, _tensor, bytes) =>
-      copies.push(bytes),
-    );
+    const plan = planBlocks(layout, Int32Array.of(7, 8, 9, 3, 4, 90));
+    forEachPlannedRun(plan, (_cache, _tensor, bytes) => copies.push(bytes));
     const halves = family === 'kv-first' ? 2 : 1;
     const unit = blockBytes(layout) / halves;
-    expect(copies).toEqual([3, 2, 1].flatMap((blocks) => Array(halves).fill(blocks * unit)));
+    const each = [3, 2, 1].map((blocks) => blocks * unit);
+    expect(copies).toEqual(Array.from({ length: halves }, () => each).flat());
   });
 
   test('property: skipping all blocks copies nothing, and ids of skipped blocks are not looked at', () => {
     fc.assert(
       fc.property(fc.nat(20), (blocks) => {
         const layout: PagedLayout = { ...llama3, family: 'kv-first' };
-        forEachCopyRun(layout, new Int32Array(blocks).fill(-1), blocks, () => {
-          throw new Error('copied');
-        });
+        expect(planBlocks(layout, new Int32Array(blocks).fill(-1), blocks)).toEqual([]);
       }),
     );
   });

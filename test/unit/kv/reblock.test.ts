@@ -2,7 +2,6 @@ import fc from 'fast-check';
 import { describe, expect, test } from 'vitest';
 import { HostDevice } from '../../../src/device/host.ts';
 import { hostMemory, hostView } from '../../../src/device/memory.ts';
-import { forEachCopyRun } from '../../../src/kv/copy-runs.ts';
 import { formOf, formShape, WIRE_LAYOUTS, type WireForm } from '../../../src/kv/families.ts';
 import { layerBytes, type PagedLayout, runBytes, runOffset, runsPerBlock } from '../../../src/kv/layout.ts';
 import { checkPlan, forEachPlannedRun, planCopy } from '../../../src/kv/reblock.ts';
@@ -100,23 +99,6 @@ describe('copy plans', () => {
         expect(hostView(cache)).toEqual(expected);
       }),
       { numRuns: 300 },
-    );
-  });
-
-  test('property: of the same family and block size, whole blocks are the copies of gather and scatter', () => {
-    fc.assert(
-      fc.property(cases, ({ layout, blockIds, skipBlocks }) => {
-        const form = { family: layout.family, blocks: blockIds.length, blockSize: layout.blockSize };
-        const tokens = blockIds.length * layout.blockSize;
-        const collect = () => {
-          const runs: string[] = [];
-          return { runs, add: (...run: number[]) => void runs.push(run.join(' ')) };
-        };
-        const [planned, plain] = [collect(), collect()];
-        forEachPlannedRun(planCopy(layout, blockIds, form, { tokens, skipBlocks }), planned.add);
-        forEachCopyRun(layout, blockIds, skipBlocks, plain.add);
-        expect(planned.runs.toSorted()).toEqual(plain.runs.toSorted());
-      }),
     );
   });
 

@@ -93,7 +93,7 @@ it('writes the row that no token could be sampled from', async () => {
     logits: async () => row,
     dispose: () => undefined,
   } satisfies Executor as Executor;
-  const executor = new DebugLogits(broken, LogitsFiles.open({ dir, role: 'consumer' }));
+  const executor = new DebugLogits(broken, new LogitsFiles(dir, 'consumer'));
   const step = batchOf(sequenceOf({ tokens: [1, 2], blocks: [0], position: 0 }));
   await expect(executor.forward(step, {})).rejects.toThrow('no usable distribution');
   expect(readLogits(dir, 'a.consumer', 4)).toMatchObject({

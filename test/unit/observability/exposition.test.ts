@@ -21,11 +21,11 @@ const pages: [of: string, page: () => Promise<string>][] = [
   [
     'proxy',
     async () => {
-      const metrics = createProxyMetrics(
-        new InstanceRegistry(10_000),
-        () => 0,
-        () => 0,
-      );
+      const metrics = createProxyMetrics({
+        instances: new InstanceRegistry(10_000),
+        cachedBlocks: () => 0,
+        queued: () => 0,
+      });
       metrics.requests.inc({ route: '/v1/completions', status: 200 });
       metrics.prefillSeconds.observe(0.02);
       return await metrics.registry.metrics();

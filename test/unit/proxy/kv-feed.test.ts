@@ -62,6 +62,22 @@ const step = fc.oneof(
   { weight: 1, arbitrary: fc.record({ do: fc.constant('answer' as const), late: fc.nat(4) }) },
 );
 
+test('a worker that never answers for its cache cannot make more than so much be kept of what it publishes', () => {
+  const { feed, known } = following();
+  const worker = new Worker();
+  const some = (from: number, count: number) => Array.from({ length: count }, (_, i) => key(from + i));
+  const publish = (keys: readonly BlockKey[]) => {
+    const { sequence, batch } = worker.publish({ type: 'stored', keys, tokens: [], blockSize: 16 });
+    return feed.batch(sequence, batch);
+  };
+  for (let i = 0; i < 40; i++) publish(some(i * 2_000, 2_000));
+  // The first are not kept any more: after a snapshot from before them, they are missing.
+  expect(feed.snapshot({ sequence: -1, blockSize: 16, keys: [] })).toBe(true);
+  publish(some(0, 70_000)); // more by itself than is kept
+  expect(feed.snapshot(worker.snapshot())).toBe(false);
+  expect(known).toEqual(worker.cached);
+});
+
 test('whatever is lost, late or begun anew: while it follows, what it knows is what the worker has', () => {
   fc.assert(
     fc.property(fc.array(step, { maxLength: 80 }), (steps) => {

@@ -15,7 +15,7 @@ function candidates(told: readonly Told[]) {
   return told.map(({ requests = 0, queued = 0, kvUsed = 0, picked = 0 }, at) => {
     const work = new InstanceWork(() => 0);
     work.tell({ running: requests, waiting: 0, kvUsed, kvBlocks: 100, queuedTokens: queued });
-    return { address: `10.0.0.${at}:80`, work, picked };
+    return { address: `10.0.0.${at}:80`, work, ours: true, picked };
   });
 }
 
@@ -39,9 +39,9 @@ describe('what is weighed', () => {
     expect(busy(3_000)).toBe(0);
     expect(busy(3_400)).toBe(1);
     expect(at('least-loaded', 'producer', [{ queued: 1 }, {}], 4_000, [3_200])).toBe(1);
-    // Fetching 3,200 tokens costs about what five requests more in the batch do.
-    expect(at('kv-aware', 'consumer', [{ requests: 5 }, {}], 4_000, [3_200])).toBe(0);
-    expect(at('kv-aware', 'consumer', [{ requests: 6 }, {}], 4_000, [3_200])).toBe(1);
+    // Fetching 3,200 tokens costs less than two requests more in the batch do.
+    expect(at('kv-aware', 'consumer', [{ requests: 1 }, {}], 4_000, [3_200])).toBe(0);
+    expect(at('kv-aware', 'consumer', [{ requests: 2 }, {}], 4_000, [3_200])).toBe(1);
   });
 
   test('how fast a producer has been seen to be', () => {
@@ -115,12 +115,20 @@ test('more cached never makes an instance lose, more to do never makes it win', 
   );
 });
 
+test('auto is kv-aware among pd-workers, and takes turns where one of them is none', () => {
+  const prompt = { tokens: 4_000, cached: cachedAt([0, 3_200]) };
+  const ours = candidates([{ picked: 1 }, { picked: 2 }]);
+  expect(choose('auto', 'producer', ours, prompt)).toBe(ours[1]);
+  const mixed = ours.map((one, index) => ({ ...one, ours: index === 1 }));
+  expect(choose('auto', 'producer', mixed, prompt)).toBe(mixed[0]);
+});
+
 describe('sessions', () => {
   const where = (session: string, addresses: readonly string[]) =>
     choose(
       'session',
       'consumer',
-      addresses.map((address) => ({ address, work: new InstanceWork(() => 0), picked: 0 })),
+      addresses.map((address) => ({ address, work: new InstanceWork(() => 0), ours: true, picked: 0 })),
       { tokens: 0, session, cached: () => 0 },
     ).address;
 

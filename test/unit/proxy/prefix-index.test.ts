@@ -17,6 +17,18 @@ test('texts have as many keys in common as full chunks from the start, and none 
   );
 });
 
+test('what is about to be cached counts as cached', () => {
+  const index = new PrefixIndex();
+  const coming = new Map([
+    ['b', 1],
+    ['c', 1],
+  ]);
+  expect(index.leading('x', ['a', 'b', 'c', 'd'], coming)).toBe(0);
+  index.insert('x', ['a'], 10);
+  expect(index.leading('x', ['a', 'b', 'c', 'd'], coming)).toBe(3);
+  expect(index.leading('x', ['a', 'b', 'c', 'd'])).toBe(1);
+});
+
 test('a text of any length has a bounded number of keys', () => {
   expect(textKeys('z'.repeat(32 * 2 ** 20), '').length).toBe(8_192);
 });

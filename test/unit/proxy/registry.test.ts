@@ -1,6 +1,11 @@
 import fc from 'fast-check';
 import { describe, expect, test } from 'vitest';
-import { type InstancePing, InstanceRegistry, type InstanceRole } from '../../../src/proxy/registry.ts';
+import {
+  type Instance,
+  type InstancePing,
+  InstanceRegistry,
+  type InstanceRole,
+} from '../../../src/proxy/registry.ts';
 import type { SendType } from '../../../src/wire/messages.ts';
 
 const TIMEOUT = 10_000;
@@ -231,4 +236,44 @@ describe('pairing', () => {
     registry.announce(ping('consumer', 3));
     expect(new Set([picked(registry), picked(registry)].map(String))).toEqual(new Set(['1,3', '1,5']));
   });
+});
+
+test('a producer that takes five times as long for a token as the others is let alone for half a minute', () => {
+  const { clock, registry } = setUp();
+  for (const port of [1, 3, 5]) registry.announce(ping('producer', port));
+  registry.announce(ping('consumer', 7));
+  const [slow, ...others] = registry.list('producer');
+  const computed = (instance: Instance, ms: number) => registry.learn(instance, 2_000, ms);
+  const producers = () => Array.from({ length: 9 }, () => (picked(registry) as number[])[0]);
+  for (const one of others) computed(one, 200);
+  // Four times as long is slow, and no reason to do without it.
+  computed(slow!, 800);
+  expect(new Set(producers())).toEqual(new Set([1, 3, 5]));
+  for (let i = 0; i < 20; i++) computed(slow!, 2_000);
+  expect(registry.breakerOf(slow!)?.state).toBe('open');
+  expect(new Set(producers())).toEqual(new Set([3, 5]));
+
+  const pingAgain = () => {
+    for (const port of [1, 3, 5]) registry.announce(ping('producer', port));
+    registry.announce(ping('consumer', 7));
+  };
+  for (let at = 0; at < 30_000; at += TIMEOUT / 2) {
+    clock.now += TIMEOUT / 2;
+    pingAgain();
+  }
+  // One request tries it, and that it was slow before is not held against it.
+  expect(registry.breakerOf(slow!)?.state).toBe('half-open');
+  expect(producers().filter((port) => port === 1)).toHaveLength(1);
+  registry.breakerOf(slow!)?.succeeded();
+  computed(slow!, 220);
+  expect(new Set(producers())).toEqual(new Set([1, 3, 5]));
+});
+
+test('two producers are no measure of each other: none of them is let alone for being slow', () => {
+  const { registry } = setUp();
+  for (const port of [1, 3]) registry.announce(ping('producer', port));
+  const [slow, fast] = registry.list('producer');
+  registry.learn(fast!, 2_000, 20);
+  registry.learn(slow!, 2_000, 20_000);
+  expect(registry.breakerOf(slow!)?.state).toBe('closed');
 });

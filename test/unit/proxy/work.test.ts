@@ -1,5 +1,6 @@
 import fc from 'fast-check';
 import { expect, test } from 'vitest';
+import { choose } from '../../../src/proxy/placement.ts';
 import { InstanceWork } from '../../../src/proxy/work.ts';
 import type { WorkerLoad } from '../../../src/wire/messages.ts';
 
@@ -44,6 +45,30 @@ test('an instance that tells too little is known to have what it was given', () 
   clock.now = 10_000;
   work.tell(load());
   expect(work.requests).toBe(8);
+});
+
+test('an instance that says it has nothing to do gets at most about twice as much as others', () => {
+  const clock = { now: 0 };
+  const all = ['liar', 'honest', 'other'].map((address) => ({
+    address,
+    work: new InstanceWork(() => clock.now),
+    ours: true,
+    picked: 0,
+  }));
+  const given = new Map(all.map(({ address }) => [address, 0]));
+  const tokens = 4_000;
+  for (let turn = 1; turn <= 60; turn++) {
+    const chosen = choose('least-loaded', 'producer', all, { tokens, cached: () => 0 });
+    chosen.picked = turn;
+    chosen.work.begin(tokens);
+    given.set(chosen.address, given.get(chosen.address)! + 1);
+    clock.now += 1_000;
+    for (const { address, work } of all) {
+      const waiting = address === 'liar' ? 0 : given.get(address)!;
+      work.tell(load({ waiting, queuedTokens: waiting * tokens }));
+    }
+  }
+  expect(given.get('liar')).toBeLessThanOrEqual(2 * given.get('honest')! + 1);
 });
 
 test('whatever begins, ends and is told, nothing is counted that is over, and nothing falls below zero', () => {

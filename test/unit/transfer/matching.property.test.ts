@@ -163,7 +163,7 @@ describe('property: nobody gets the KV of another request, and who can be matche
                 const put = { cmd: 'PUT', tensor_id, shape: [1], dtype: 'uint8' } as const;
                 const meant = setting.ours ? undefined : standsFor(context, tensor_id);
                 const entry = await intake.admit(put, 'p:1', { standsFor: meant });
-                if (entry) await intake.post([entry], [], PAIR);
+                if (entry) await intake.post(entry, PAIR);
               }),
             ),
           ];

@@ -20,6 +20,9 @@ const over = (what: object) => readClaims(JSON.parse(JSON.stringify({ ...claims,
 
 test('claims survive the way to the peer, and a memory that just holds them is believed', () => {
   expect(over({})).toEqual(claims);
+  const scratch = { offset: 40 * RUN - 512, bytes: 512 };
+  const gpu = { busId: '0000:10:00.0', name: 'NVIDIA H200' };
+  expect(over({ scratch, gpu, later: 1 })).toEqual({ ...claims, scratch, gpu });
 });
 
 test.each([
@@ -31,6 +34,7 @@ test.each([
   ['V on top of K', { runStride: 0 }],
   ['sizes near the end of whole numbers', { blockStride: 2 ** 53 - 1 }],
   ['no blocks', { blocks: 0 }],
+  ['scratch that ends outside', { scratch: { offset: 40 * RUN - 512, bytes: 513 } }],
 ])('refused, since a write would land outside: %s', (_, what) => {
   expect(() => over(what)).toThrow(expect.objectContaining({ code: 'DIRECT_REFUSED' }));
 });
@@ -43,6 +47,8 @@ test.each([
   ['layers', { layers: [] }],
   ['layers', { layers: Array.from({ length: 1_025 }, () => LAYERS[0]) }],
   ['offset', { layers: [{ name: 'a', offset: '0' }] }],
+  ['scratch', { scratch: 5 }],
+  ['busId', { gpu: { name: 'a' } }],
 ])('not read, by name: %s', (name, what) => {
   expect(() => over(what)).toThrow(
     expect.objectContaining({ code: 'MESSAGE_INVALID', message: expect.stringContaining(name) }),

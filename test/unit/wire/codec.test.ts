@@ -20,7 +20,6 @@ const limits = { maxTensorBytes: 2 ** 32 };
 const huge = { maxTensorBytes: Number.MAX_SAFE_INTEGER };
 const uniqueId = Uint8Array.from({ length: 128 }, (_, i) => i) as UniqueId;
 const tensor_id = 'cmpl-x-0#model.layers.0.self_attn.attn' as TensorId;
-const layerId = (layer: number) => tensor_id.replace('.0.', `.${layer}.`) as TensorId;
 const longId =
   'cmpl-___prefill_addr_10.0.0.1:8082___decode_addr_10.0.0.2:8084_0123456789abcdef0123456789abcdef-0-89abcdef#model.layers.31.self_attn.attn' as TensorId;
 const promptDigest = '0123456789abcdef0123456789abcdef';
@@ -39,15 +38,6 @@ const hello: PeerHello = {
     headDim: 64,
   },
 };
-const PUTS = {
-  cmd: 'PUTS',
-  seq: 0,
-  head: 'r#',
-  tail: '',
-  names: ['a', 'b'],
-  forms: [[2, 'uint8', 4]],
-  runs: [2],
-};
 const put = { cmd: 'PUT', tensor_id, shape: [2, 3, 16, 8, 128], dtype: 'bfloat16' } as const;
 const ret0 = { kind: 'get', ret: 0, shape: [4, 65535, 64], dtype: 'float16' } as const;
 const refused = { code: 'SEND_TYPE_MISMATCH', message: 'GET here, PUT there' } as const;
@@ -64,35 +54,6 @@ describe('bytes on the wire are those of python-msgpack', () => {
     'PUT native': { ...put, native: {} },
     'PUT native, of a prompt': { ...put, native: { promptDigest } },
     GET: { cmd: 'GET', tensor_id },
-    'GET native': { cmd: 'GET', tensor_id, native: { seq: 300 } },
-    PUTS: {
-      cmd: 'PUTS',
-      seq: 300,
-      tensors: [
-        { tensor_id: layerId(0), shape: put.shape, dtype: 'bfloat16' },
-        { tensor_id: layerId(1), shape: put.shape, dtype: 'bfloat16' },
-        { tensor_id: layerId(2), shape: [5], dtype: 'uint8' },
-      ],
-      runs: [2, 1],
-    },
-    GETS: {
-      cmd: 'GETS',
-      seq: 7,
-      tensors: [0, 1, 2].map((layer) => ({ tensor_id: layerId(layer), bytes: layer < 2 ? 196_608 : 0 })),
-      runs: [2, 1],
-    },
-    'PUTS of prompts': {
-      cmd: 'PUTS',
-      seq: 1,
-      tensors: [0, 1, 2].map((layer) => ({
-        tensor_id: layerId(layer),
-        shape: [5],
-        dtype: 'uint8',
-        promptDigest: layer < 2 ? promptDigest : undefined,
-      })),
-      runs: [3],
-    },
-    CLOSE: { cmd: 'CLOSE' },
   };
   test.each(Object.entries(messages))('%s', (name, message) => {
     const golden = GOLDEN[name as keyof typeof GOLDEN];
@@ -102,28 +63,10 @@ describe('bytes on the wire are those of python-msgpack', () => {
 
   const answers: Record<string, Answer> = {
     ret0,
-    'ret0 native': { ...ret0, seq: 300 },
-    'ret0 native, of a prompt': { ...ret0, seq: 300, promptDigest },
+    'ret0 native, of a prompt': { ...ret0, promptDigest },
     ret1: { kind: 'get', ret: 1 },
-    'ret1 native': { kind: 'get', ret: 1, seq: 0 },
-    'ret1 gone': { kind: 'get', ret: 1, seq: 7, gone: true },
-    'ret1 near': { kind: 'get', ret: 1, seq: 7, near: ['a-0-01234567#l'] },
-    'gets answer near': { kind: 'gets', seq: 7, tensors: ['missing'], runs: [], near: ['a-0-01234567#l'] },
-    'puts answer': { kind: 'puts', seq: 300, verdicts: ['send', 'no-room', 'unwanted'], runs: [1] },
-    'gets answer': {
-      kind: 'gets',
-      seq: 7,
-      tensors: [{ shape: put.shape, dtype: 'bfloat16' }, 'missing', 'gone'],
-      runs: [1],
-    },
-    'gets answer of a prompt': {
-      kind: 'gets',
-      seq: 7,
-      tensors: [{ shape: [5], dtype: 'uint8', promptDigest }, 'missing'],
-      runs: [1],
-    },
-    'close ask': { kind: 'close', stage: 'ask' },
-    'close done': { kind: 'close', stage: 'done' },
+    'ret1 gone': { kind: 'get', ret: 1, gone: true },
+    'ret1 near': { kind: 'get', ret: 1, near: ['a-0-01234567#l'] },
     hello: { kind: 'hello', hello },
     'hello refused': { kind: 'hello', hello: { version: 1, features: [], sendType: 'GET' }, refused },
   };
@@ -222,6 +165,7 @@ describe('what a peer must not send', () => {
     ['no command', encode({}), BAD_FIELD],
     ['a command that is a number', encode({ cmd: 1 }), BAD_FIELD],
     ['an unknown command', encode({ cmd: 'DROP' }), 'MESSAGE_INVALID unknown_command'],
+    ['a command of older versions of ours', encode({ cmd: 'CLOSE' }), 'MESSAGE_INVALID unknown_command'],
     ['NEW without id', encode({ cmd: 'NEW' }), BAD_FIELD],
     ['NEW with 127 bytes', encode({ cmd: 'NEW', unique_id: new Uint8Array(127) }), BAD_FIELD],
     ['NEW with a string', encode({ cmd: 'NEW', unique_id: 'x'.repeat(128) }), BAD_FIELD],
@@ -230,7 +174,6 @@ describe('what a peer must not send', () => {
     ['tensor id of 5000', encode({ ...put, tensor_id: `${'x'.repeat(5000)}#l` }), LIMIT],
     ['tensor id that is a number', encode({ ...put, tensor_id: 7 }), BAD_FIELD],
     ['GET without id', encode({ cmd: 'GET' }), BAD_FIELD],
-    ['GET with a negative seq', encode({ cmd: 'GET', tensor_id, pd: { seq: -1 } }), BAD_FIELD],
     ['negative dimension', encode({ ...put, shape: [2, -3] }), BAD_FIELD],
     ['zero dimension', encode({ ...put, shape: [0, 4] }), BAD_FIELD],
     ['fractional dimension', encode({ ...put, shape: [2, 1.5] }), BAD_FIELD],
@@ -253,23 +196,6 @@ describe('what a peer must not send', () => {
       'DTYPE_UNKNOWN unknown_dtype',
     ],
     ['dtype that is a number', encode({ ...put, dtype: 2 }), BAD_FIELD],
-    ['PUTS of nothing', encode({ ...PUTS, names: [], forms: [], runs: [] }), BAD_FIELD],
-    ['PUTS of 1,025', encode({ ...PUTS, names: Array(1_025).fill('x') }), LIMIT],
-    ['PUTS without #', encode({ ...PUTS, head: 'a' }), BAD_FIELD],
-    [
-      'PUTS with an id of 5,000',
-      encode({ ...PUTS, head: `${'x'.repeat(4_000)}#`, tail: 'y'.repeat(1_000) }),
-      LIMIT,
-    ],
-    ['PUTS with fewer forms than names', encode({ ...PUTS, forms: [[1, 'uint8', 4]] }), BAD_FIELD],
-    ['PUTS with a run of 2^40 forms', encode({ ...PUTS, forms: [[2 ** 40, 'uint8', 4]] }), BAD_FIELD],
-    ['PUTS with a form of no shape', encode({ ...PUTS, forms: [[2, 'uint8']] }), BAD_FIELD],
-    ['PUTS with a tensor beyond the limit', encode({ ...PUTS, forms: [[2, 'uint8', 2 ** 33]] }), LIMIT],
-    ['PUTS with runs of more than it has', encode({ ...PUTS, runs: [3] }), BAD_FIELD],
-    ['PUTS with runs of nothing', encode({ ...PUTS, runs: [2, 0] }), BAD_FIELD],
-    ['PUTS without seq', encode({ ...PUTS, seq: null }), BAD_FIELD],
-    ['GETS of negative bytes', encode({ ...PUTS, cmd: 'GETS', bytes: [[2, -1]] }), BAD_FIELD],
-    ['GETS of bytes that are no runs', encode({ ...PUTS, cmd: 'GETS', bytes: [4, 4] }), BAD_FIELD],
   ])('%s', (_name, body, expected) => {
     expect(kindOf(() => decodeMessage(body, limits))).toBe(expected);
   });
@@ -284,6 +210,13 @@ describe('what a peer must not send', () => {
     const body = encode({ ...put, extra: { deep: [1, [2]] }, when: new Date(0) });
     expect(decodeMessage(body, limits)).toEqual(put);
     expect(decodeAnswer(encode({ ret: 1, extra: 1 }), limits)).toEqual({ kind: 'get', ret: 1 });
+    // older versions of ours
+    const numbered = { pd: { seq: 7 } };
+    expect(decodeMessage(encode({ cmd: 'GET', tensor_id, ...numbered }), limits)).toEqual({
+      cmd: 'GET',
+      tensor_id,
+    });
+    expect(decodeAnswer(encode({ ret: 1, ...numbered }), limits)).toEqual({ kind: 'get', ret: 1 });
   });
 
   test('answers and pings', () => {
@@ -291,22 +224,11 @@ describe('what a peer must not send', () => {
     expect(kindOf(() => decodeAnswer(encode({ ret: 2 }), limits))).toBe(BAD_FIELD);
     expect(kindOf(() => decodeAnswer(encode({ ret: 0, shape: [2] }), limits))).toBe(BAD_FIELD);
     expect(kindOf(() => decodeAnswer(encode({ pd: { version: 1 } }), limits))).toBe(BAD_FIELD);
-    expect(kindOf(() => decodeAnswer(encode({ puts: 0, verdicts: '02', runs: [1] }), limits))).toBe(
-      BAD_FIELD,
-    );
-    expect(kindOf(() => decodeAnswer(encode({ puts: 0, verdicts: '', runs: [] }), limits))).toBe(BAD_FIELD);
-    expect(kindOf(() => decodeAnswer(encode({ puts: 0, verdicts: '01', runs: [2] }), limits))).toBe(
-      BAD_FIELD,
-    );
     for (const near of ['text', [1], Array.from({ length: 9 }, () => 'a')]) {
-      expect(kindOf(() => decodeAnswer(encode({ ret: 1, pd: { seq: 1, near } }), limits))).toBe(
+      expect(kindOf(() => decodeAnswer(encode({ ret: 1, pd: { near } }), limits))).toBe(
         'MESSAGE_INVALID bad_field',
       );
     }
-    expect(kindOf(() => decodeAnswer(encode({ gets: 0, verdicts: '0', forms: [], runs: [1] }), limits))).toBe(
-      BAD_FIELD,
-    );
-    expect(kindOf(() => decodeAnswer(encode({ close: 'now' }), limits))).toBe(BAD_FIELD);
     expect(kindOf(() => decodePing(encode({ type: 'X', http_address: 'a:1', zmq_address: 'a:2' })))).toBe(
       BAD_FIELD,
     );
@@ -346,7 +268,6 @@ const text = (most: number) => fc.string({ minLength: 1, maxLength: most, unit: 
 const dtype = fc.constantFrom(...(Object.keys(DTYPE_BYTES) as Dtype[]));
 const shape = fc.array(fc.integer({ min: 1, max: 40 }), { minLength: 1, maxLength: 5 });
 const tensorId = fc.tuple(text(200), text(40)).map(([id, layer]) => `${id}#${layer}` as TensorId);
-const seq = fc.nat({ max: Number.MAX_SAFE_INTEGER });
 const helloArb: fc.Arbitrary<PeerHello> = fc
   .record({
     version: fc.integer({ min: 1, max: 1000 }),
@@ -356,7 +277,7 @@ const helloArb: fc.Arbitrary<PeerHello> = fc
   .chain((base) => fc.constantFrom(base, { ...base, fingerprint: hello.fingerprint! }));
 const digest = text(64);
 const prompted = fc.record({ promptDigest: digest }, { requiredKeys: [], noNullPrototype: true });
-const singleArb: fc.Arbitrary<WireMessage> = fc.oneof(
+const messageArb: fc.Arbitrary<WireMessage> = fc.oneof(
   fc.record(
     {
       cmd: fc.constant('NEW' as const),
@@ -369,71 +290,7 @@ const singleArb: fc.Arbitrary<WireMessage> = fc.oneof(
     { cmd: fc.constant('PUT' as const), tensor_id: tensorId, shape, dtype, native: prompted },
     { requiredKeys: ['cmd', 'tensor_id', 'shape', 'dtype'], noNullPrototype: true },
   ),
-  fc.record(
-    {
-      cmd: fc.constant('GET' as const),
-      tensor_id: tensorId,
-      native: fc.record({ seq }, { noNullPrototype: true }),
-    },
-    { requiredKeys: ['cmd', 'tensor_id'], noNullPrototype: true },
-  ),
-);
-/** Lengths of runs that make up `total`. */
-const runsArb = (total: number): fc.Arbitrary<number[]> =>
-  fc.array(fc.boolean(), { minLength: total, maxLength: total }).map((joins) => {
-    const runs: number[] = [];
-    for (const joined of joins) {
-      if (joined && runs.length > 0) runs[runs.length - 1]!++;
-      else runs.push(1);
-    }
-    return runs;
-  });
-const form = fc.record(
-  { shape, dtype, promptDigest: digest },
-  { requiredKeys: ['shape', 'dtype'], noNullPrototype: true },
-);
-const bundleArb: fc.Arbitrary<WireMessage> = fc
-  .array(fc.tuple(tensorId, form, fc.nat()), { minLength: 1, maxLength: 12 })
-  .chain((tensors) =>
-    fc.tuple(seq, runsArb(tensors.length), fc.boolean()).map(
-      ([number, runs, put]): WireMessage =>
-        put
-          ? {
-              cmd: 'PUTS',
-              seq: number,
-              tensors: tensors.map(([tensor_id, of]) => ({ tensor_id, ...of })),
-              runs,
-            }
-          : {
-              cmd: 'GETS',
-              seq: number,
-              tensors: tensors.map(([tensor_id, , bytes]) => ({ tensor_id, bytes })),
-              runs,
-            },
-    ),
-  );
-const messageArb = fc.oneof(singleArb, bundleArb);
-const bundleAnswerArb: fc.Arbitrary<Answer> = fc.oneof(
-  fc
-    .array(fc.constantFrom('send' as const, 'no-room' as const, 'unwanted' as const), {
-      minLength: 1,
-      maxLength: 20,
-    })
-    .chain((verdicts) =>
-      fc
-        .tuple(seq, runsArb(verdicts.filter((one) => one === 'send').length))
-        .map(([number, runs]): Answer => ({ kind: 'puts', seq: number, verdicts, runs })),
-    ),
-  fc
-    .array(fc.oneof(form, fc.constantFrom('missing' as const, 'gone' as const)), {
-      minLength: 1,
-      maxLength: 20,
-    })
-    .chain((tensors) =>
-      fc
-        .tuple(seq, runsArb(tensors.filter((one) => typeof one === 'object').length))
-        .map(([number, runs]): Answer => ({ kind: 'gets', seq: number, tensors, runs })),
-    ),
+  fc.record({ cmd: fc.constant('GET' as const), tensor_id: tensorId }),
 );
 const answerArb: fc.Arbitrary<Answer> = fc.oneof(
   fc.constantFrom({ kind: 'send' as const }, { kind: 'no-room' as const }, { kind: 'no-pair' as const }),
@@ -443,14 +300,12 @@ const answerArb: fc.Arbitrary<Answer> = fc.oneof(
       ret: fc.constant(0 as const),
       shape,
       dtype,
-      seq,
       promptDigest: digest,
     },
-    { requiredKeys: ['kind', 'ret', 'shape', 'dtype', 'seq'], noNullPrototype: true },
+    { requiredKeys: ['kind', 'ret', 'shape', 'dtype'], noNullPrototype: true },
   ),
   fc.record({ kind: fc.constant('get' as const), ret: fc.constant(1 as const) }),
   fc.record({ kind: fc.constant('hello' as const), hello: helloArb }),
-  bundleAnswerArb,
 );
 
 describe('properties', () => {

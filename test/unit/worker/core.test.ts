@@ -266,6 +266,23 @@ describe('CoreLoop', () => {
     expect(readMetric([page], 'vllm:request_success_total', 'abort')).toBe(1);
   });
 
+  it('computes no prompt token beyond the step under way when a client leaves', async () => {
+    const harness = start();
+    const { loop, page, executor } = harness;
+    const long = request(60); // two steps of at most 32 tokens
+    let left = 0;
+    executor.within = async () => {
+      left++;
+      loop.abort(long.requestId);
+    };
+    loop.add(long);
+    expect(await harness.outcome(long)).toMatchObject([{ finishReason: 'abort' }]);
+    await turn();
+    expect(left).toBe(1);
+    expect(readMetric([page], 'pd_step_tokens_total')).toBe(32);
+    expect(loop.state()).toMatchObject({ waiting: 0, blocks: { used: 0 } });
+  });
+
   it('ends the requests of a failing step and serves the next', async () => {
     const { executor, generate, lines } = bind(start());
     executor.failures = 1;
@@ -586,6 +603,18 @@ describe('native hand-over', () => {
     handOver.user.freed();
     expect(tokensOf(await waiting)).toHaveLength(3);
     expect(handOver.told).not.toContain('fail');
+  });
+
+  it('makes room sooner where the consumer waits for what cannot begin, as each would wait for the other', async () => {
+    const { handOver, generate, loop } = bind(start({ role: 'producer', keepMs: 400, numBlocks: 8 }));
+    handOver.waits = 100;
+    await generate(native(20));
+    const began = performance.now();
+    expect(tokensOf(await generate(request(16)))).toHaveLength(3);
+    expect(performance.now() - began).toBeGreaterThan(50);
+    expect(handOver.told.at(-1)).toBe('fail');
+    await turn();
+    expect(loop.state()).toMatchObject({ blocks: { used: 0 }, integrity: [] });
   });
 
   it('makes room with what was kept for longer than a consumer has to ask', async () => {

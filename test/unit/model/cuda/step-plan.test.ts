@@ -57,10 +57,9 @@ describe('a step plan', () => {
         for (let i = 0; i < counts.items; i++) {
           const [row, rows, position, table] = words.subarray(at.items + 4 * i, at.items + 4 * i + 4);
           expect(rows).toBeLessThanOrEqual(128);
-          for (let k = 0; k < rows!; k++) {
-            expect(covered.has(row! + k)).toBe(false);
-            covered.set(row! + k, { table: table!, position: position! + k });
-          }
+          const known = covered.size;
+          for (let k = 0; k < rows!; k++) covered.set(row! + k, { table: table!, position: position! + k });
+          expect(covered.size).toBe(known + rows!);
         }
         for (let i = 0; i < counts.decodes; i++) {
           const row = words[at.queryRows + i]!;
@@ -68,18 +67,24 @@ describe('a step plan', () => {
           covered.set(row, { table: words[at.tableStarts + i]!, position: words[at.contexts + i]! - 1 });
         }
         let row = 0;
+        // one expectation for all rows: hundreds of thousands of them would take seconds
+        const wrong: string[] = [];
+        const check = (what: string, got: number | undefined, wanted: number | undefined) => {
+          if (got !== wanted) wrong.push(`row ${row}: ${what} ${got} is not ${wanted}`);
+        };
         for (const { tokens, start, blockTable } of all) {
           for (let i = 0; i < tokens.length; i++, row++) {
-            expect(words[at.tokens + row]).toBe(tokens[i]);
-            expect(words[at.positions + row]).toBe(start + i);
+            check('token', words[at.tokens + row], tokens[i]);
+            check('position', words[at.positions + row], start + i);
             const { table, position } = covered.get(row)!;
-            expect(position).toBe(start + i);
-            expect(words[at.slots + row]).toBe(slotAt(table, position));
+            check('covered position', position, start + i);
+            check('slot', words[at.slots + row], slotAt(table, position));
             for (let block = 0; block * 16 <= position; block++) {
-              expect(words[at.tables + table + block]).toBe(blockTable[block]);
+              check(`block ${block}`, words[at.tables + table + block], blockTable[block]);
             }
           }
         }
+        expect(wrong).toEqual([]);
         expect(covered.size).toBe(row);
         expect(at.items % 4).toBe(0);
         let last = -1;

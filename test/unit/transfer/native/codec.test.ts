@@ -64,6 +64,14 @@ const MESSAGES: Record<keyof typeof GOLDEN, NativeMessage> = {
     transports: ['host'],
     refused: { code: 'FINGERPRINT_MISMATCH', message: 'other models' },
   },
+  'HELLO that asks': {
+    cmd: 'HELLO',
+    from: producer,
+    hello: { version: 1, features: ['native'], sendType: 'PUT' },
+    cache: { blocks: 2, blockSize: 1, layers: 1, blockBytes: 8, family: 'mla' },
+    transports: ['host'],
+    probe: short,
+  },
   PAIR: {
     cmd: 'PAIR',
     from: producer,
@@ -133,7 +141,7 @@ describe('bytes of the native hand-over', () => {
   it('are told from those of the frozen wire', () => {
     const tensor_id = 'r#l' as TensorId;
     expect(isNativeMessage(encodeMessage({ cmd: 'GET', tensor_id }))).toBe(false);
-    expect(isNativeMessage(encodeMessage({ cmd: 'CLOSE' }))).toBe(false);
+    expect(isNativeMessage(encode({ cmd: 'CLOSE' }))).toBe(false);
     expect(isNativeMessage(encode({ cmd: 'DROPS' }))).toBe(false);
     expect(isNativeMessage(encode({ ret: 1 }))).toBe(false);
     expect(isNativeMessage(Uint8Array.of())).toBe(false);

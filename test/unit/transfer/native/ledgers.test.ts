@@ -78,6 +78,55 @@ describe('a producer', () => {
     want: { seq: 1, ticket: TICKET },
   };
 
+  it('writes each block once, when it is full, and the part-filled one with the last chunk', () => {
+    const grants = start();
+    const long = { ...WANT, tokens: 11, blocks: [7, 8, 9] };
+    grants.message('consumer', long, 0);
+    grants.begin(ID, DIGEST, 11, 0);
+    const sources = [3, 4, 5];
+    const written = [2, 5, 7, 10, 11].map((computed) =>
+      grants
+        .progress(ID, computed, sources)
+        .flatMap((action) => (action.kind === 'write' ? [[action.targets, action.last]] : [])),
+    );
+    expect(written).toEqual([[], [[[7], false]], [], [[[8], false]], [[[9], true]]]);
+    expect(grants.stats()).toMatchObject({ promised: 3, written: 3 });
+  });
+
+  it('fails a want of an id that is over at once, and one of an id that never comes at its deadline', () => {
+    const grants = start();
+    grants.begin(ID, DIGEST, 4, 0);
+    grants.fail(ID, 'REQUEST_ABORTED', 'its client went away', 0);
+    expect(said(grants.message('consumer', WANT, 0))).toMatchObject([
+      { cmd: 'FAIL', code: 'KV_SEND_FAILED', message: expect.stringContaining('its client went away') },
+    ]);
+    const never = { ...WANT, seq: 2, id: 'never' as TransferId };
+    expect(said(grants.message('consumer', never, 0))).toEqual([]);
+    expect(said(grants.tick(5_000))).toContainEqual(
+      expect.objectContaining({ cmd: 'FAIL', seq: 2, code: 'KV_SEND_FAILED' }),
+    );
+  });
+
+  it('tells how long a consumer has waited for what has not begun', () => {
+    const grants = start();
+    expect(grants.longestUnbound('consumer', 0)).toBe(0);
+    grants.message('consumer', WANT, 100);
+    expect(grants.longestUnbound('consumer', 1_100)).toBe(1_000);
+    grants.begin(ID, DIGEST, 4, 1_200);
+    expect(grants.longestUnbound('consumer', 1_300)).toBe(0);
+  });
+
+  it('binds no want of an address that its id does not name, and takes no DROP from there', () => {
+    const grants = start();
+    grants.introduced('stranger', CONSUMER, 16, 0);
+    grants.begin(ID, DIGEST, 4, 0);
+    expect(said(grants.message('stranger', WANT, 0))).toMatchObject([
+      { cmd: 'FAIL', code: 'MESSAGE_INVALID' },
+    ]);
+    grants.message('stranger', drop, 0);
+    expect(grants.stats().ignored).toMatchObject({ forged: 1 });
+  });
+
   it('tells no end before what was launched has landed', () => {
     const { grants, launch, finished } = written();
     expect(commands(finished)).toEqual([]);
@@ -280,6 +329,54 @@ describe('a consumer', () => {
     expect(kinds(actions)).not.toContain('loaded');
   });
 
+  it('asks a peer for nothing more while it may write to more than a quarter of the cache', () => {
+    const wants = new Wants({
+      nonce: CONSUMER,
+      cacheBlocks: 16,
+      layers: 1,
+      newTicket: () => TICKET,
+      slots: 9,
+    });
+    wants.introduced('producer', PRODUCER, 0);
+    for (const [seq, blocks] of [
+      [1, [1, 2, 3, 4]],
+      [2, [5]],
+    ] as const) {
+      expect(wants.ask({ ...ask, blocks }, 0)).toMatchObject({ seq });
+      wants.abort(seq, 0);
+    }
+    expect(wants.quarantine()).toEqual([{ peer: 'producer', blocks: 5 }]);
+    expect(wants.ask(ask, 0)).toBe('quarantine');
+    expect(kinds(wants.died('producer', PRODUCER, 0))).toContain('retract');
+    expect(wants.quarantine()).toEqual([]);
+  });
+
+  it('receives what was announced on a pair, into scratch where its want is over, and ends a pair that has lost step', () => {
+    const wants = new Wants({
+      nonce: CONSUMER,
+      cacheBlocks: 16,
+      layers: 1,
+      newTicket: () => TICKET,
+      slots: 0,
+    });
+    wants.introduced('producer', PRODUCER, 0);
+    wants.ask({ ...ask, transport: 'nccl' }, 0);
+    const { from, to, seq, ticket } = done;
+    const part = { cmd: 'PART', from, to, seq, ticket, layer: 0, layers: 1, block: 0, blocks: 1 } as const;
+    expect(wants.message('producer', { ...part, part: 1 }, 0)).toMatchObject([
+      { kind: 'receive', into: [7] },
+    ]);
+    wants.abort(1, 0);
+    expect(wants.message('producer', { ...part, part: 2 }, 0)).toMatchObject([
+      { kind: 'receive', into: 'scratch' },
+    ]);
+    // its blocks stay its own until what goes there has come
+    expect(wants.quarantinedBy('producer')).toBe(1);
+    expect(kinds(wants.received(1, true, 0))).toContain('retract');
+    const after = wants.message('producer', { ...part, part: 4 }, 0);
+    expect(kinds(after)).toEqual(['reset-pair', 'receive']);
+  });
+
   it('asks a peer for nothing more while no slot is free', () => {
     const wants = start();
     expect(wants.ask(ask, 0)).toBe('slots');
@@ -319,8 +416,27 @@ describe('a consumer', () => {
     });
     wants.introduced('producer', PRODUCER, 0);
     wants.ask({ ...ask, transport: 'host' }, 0);
+    const { from, to, seq, ticket } = done;
+    wants.message('producer', { cmd: 'HELD', from, to, seq, ticket, state: 'bound' }, 0);
     const actions = wants.unreachable('producer', error, 0);
     expect(kinds(actions)).toEqual(expect.arrayContaining(['failed', 'retract']));
     expect(wants.isIdle).toBe(true);
+  });
+
+  it('may ask once more for what its producer may not have heard of when the connection was lost', () => {
+    const wants = new Wants({
+      nonce: CONSUMER,
+      cacheBlocks: 16,
+      layers: 1,
+      newTicket: () => TICKET,
+      slots: 0,
+    });
+    wants.introduced('producer', PRODUCER, 0);
+    wants.ask({ ...ask, transport: 'nccl' }, 0);
+    const error = { code: 'PEER_LOST', message: 'gone', context: {} } as const;
+    const actions = wants.unreachable('producer', error, 0);
+    expect(kinds(actions)).toEqual(['retract', 'again']);
+    expect(wants.isIdle).toBe(true);
+    expect(wants.ask({ ...ask, transport: 'nccl' }, 0)).toMatchObject({ seq: 2 });
   });
 });

@@ -1,0 +1,246 @@
+/**
+ * What all requests of a proxy share: who may begin, which pair each goes to, and what becomes of that. One process has it; relay processes
+ * (--workers) ask it over their channels (remote-coordinator.ts).
+ */
+import type { ProxyConfig } from '../config/proxy-config.ts';
+import type { Signal } from '../deferred.ts';
+import { PdError } from '../errors.ts';
+import { plural } from '../observability/bytes.ts';
+import type { Admission } from './admission.ts';
+import type { PromptFacts, WantedKeys } from './body.ts';
+import type { PromptCaches } from './caches.ts';
+import type { ProxyMetrics } from './metrics.ts';
+import type { PromptToPlace } from './placement.ts';
+import type { Instance, InstancePair, InstanceRegistry, InstanceRole, Missing } from './registry.ts';
+import { backoffMs, MOST_RETRIES, RetryBudget } from './retry-budget.ts';
+
+/** How long other instances are preferred to one that refused a connection. */
+const QUARANTINE_MS = 3_000;
+
+/** What is asked for a request. Plain data. */
+export interface Wish {
+  /** Whose requests share alike with those of others. */
+  readonly key: string;
+  /** Lower comes first. */
+  readonly priority: number;
+  readonly session?: string | undefined;
+  readonly prompt: PromptFacts;
+}
+
+/** Where a request goes, and what its pair is to do. Plain data. */
+export interface Placement {
+  readonly pair: InstancePair;
+  /** The consumer computes it, and the producer is not asked at all. */
+  readonly alone: boolean;
+  /** The producer is not busy: its consumer may be asked at once. */
+  readonly early: boolean;
+  /** Whether each of them takes the ids of a prompt that has been tokenized here. */
+  readonly takesIds: Readonly<Record<InstanceRole, boolean>>;
+}
+
+/** One request, from its turn to its end. Those that return nothing return at once. */
+export interface Visit {
+  /** Numbers the requests in the log, from 0. */
+  readonly count: number;
+  readonly placement: Placement;
+  /** That placement's producer has no more to do for it; with how long it took where it did it. */
+  prefilled(placement: Placement, tookMs?: number): void;
+  /** That placement's instance has answered well, or not: an error of the server speaks against it, one of the request does not. */
+  judge(placement: Placement, role: InstanceRole, ok: boolean): void;
+  /** One of the pair has not taken it. Resolves with another pair, after a pause; with undefined where there is none, or no retry left. */
+  retry(refused: InstanceRole): Promise<Placement | undefined>;
+  /** It is over. Idempotent. */
+  end(): void;
+}
+
+export interface Coordinator {
+  /** What is to be known of prompts. */
+  readonly wanted: WantedKeys;
+  /** Resolves once it may begin. Throws OVERLOADED, NO_INSTANCE, or the reason of `signal`. End the visit. */
+  enter(wish: Wish, signal: Signal): Promise<Visit>;
+}
+
+interface CoordinatorParts {
+  readonly config: ProxyConfig;
+  readonly registry: InstanceRegistry;
+  readonly caches: PromptCaches;
+  readonly admission: Admission;
+  readonly metrics: ProxyMetrics;
+}
+
+export class LocalCoordinator implements Coordinator {
+  readonly #parts: CoordinatorParts;
+  readonly #retries = new RetryBudget();
+  #count = 0;
+
+  constructor(parts: CoordinatorParts) {
+    this.#parts = parts;
+  }
+
+  get wanted(): WantedKeys {
+    return this.#parts.caches.wanted;
+  }
+
+  async enter(wish: Wish, signal: Signal): Promise<Visit> {
+    const { admission, metrics } = this.#parts;
+    const { key, priority, prompt } = wish;
+    const cameMs = performance.now();
+    const release = await admission.enter({ key, priority, tokens: prompt.tokens, signal });
+    metrics.queueSeconds.observe((performance.now() - cameMs) / 1_000);
+    this.#retries.earn();
+    try {
+      return new LocalVisit(this.#parts, this.#retries, this.#count++, wish, release);
+    } catch (error) {
+      release();
+      throw error;
+    }
+  }
+}
+
+class LocalVisit implements Visit {
+  readonly count: number;
+  placement: Placement;
+  readonly #parts: CoordinatorParts;
+  readonly #retries: RetryBudget;
+  readonly #wish: Wish;
+  readonly #release: () => void;
+  /** HTTP addresses of instances that did not take it. */
+  readonly #exclude = new Set<string>();
+  #leaveProducer: (() => void) | undefined;
+  #leaveConsumer: (() => void) | undefined;
+  /** The prompt has been computed there, or will not be. */
+  #computed: (() => void)[] = [];
+  /** Tokens that the producer had to compute before and for it. */
+  #ahead = 0;
+  #over = false;
+
+  /** Throws NO_INSTANCE. */
+  constructor(parts: CoordinatorParts, retries: RetryBudget, count: number, wish: Wish, release: () => void) {
+    this.count = count;
+    this.#parts = parts;
+    this.#retries = retries;
+    this.#wish = wish;
+    this.#release = release;
+    const pair = this.#pair();
+    if (typeof pair === 'string') throw noPair(pair, parts.registry);
+    this.placement = this.#place(pair);
+  }
+
+  prefilled(placement: Placement, tookMs?: number): void {
+    if (!this.#leaveProducer || placement !== this.placement) return;
+    this.#leaveProducer();
+    this.#leaveProducer = undefined;
+    if (tookMs === undefined) return;
+    const { registry } = this.#parts;
+    const { producer } = placement.pair;
+    registry.learn(producer, this.#ahead, tookMs);
+    registry.breakerOf(producer)?.succeeded();
+  }
+
+  judge({ pair }: Placement, role: InstanceRole, ok: boolean): void {
+    const breaker = this.#parts.registry.breakerOf(pair[role]);
+    if (ok) breaker?.succeeded();
+    else breaker?.failed();
+  }
+
+  async retry(refused: InstanceRole): Promise<Placement | undefined> {
+    const { registry, metrics } = this.#parts;
+    const { httpAddress } = this.placement.pair[refused];
+    this.judge(this.placement, refused, false);
+    this.#leave();
+    registry.quarantine(httpAddress, QUARANTINE_MS);
+    this.#exclude.add(httpAddress);
+    if (this.#exclude.size > MOST_RETRIES) return undefined;
+    if (!this.#retries.spend()) {
+      metrics.retries.inc({ result: 'over_budget' });
+      return undefined;
+    }
+    metrics.retries.inc({ result: 'tried' });
+    metrics.replaced.inc();
+    await pause(backoffMs(this.#exclude.size));
+    if (this.#over) return undefined;
+    const pair = this.#pair();
+    if (typeof pair === 'string') return undefined;
+    this.placement = this.#place(pair);
+    return this.placement;
+  }
+
+  end(): void {
+    if (this.#over) return;
+    this.#over = true;
+    this.#leave();
+    this.#release();
+  }
+
+  #leave(): void {
+    this.#leaveProducer?.();
+    this.#leaveConsumer?.();
+    this.#leaveProducer = this.#leaveConsumer = undefined;
+    for (const computed of this.#computed.splice(0)) computed();
+  }
+
+  #pair(): InstancePair | Missing {
+    const { registry, caches } = this.#parts;
+    const { session, prompt: facts } = this.#wish;
+    const prompt: PromptToPlace = {
+      tokens: facts.tokens,
+      session,
+      cached: (address) => caches.cached(address, facts),
+    };
+    return registry.pair({ model: facts.model, exclude: this.#exclude, prompt });
+  }
+
+  /** Notes what the pair is given, and decides whether its consumer needs the producer. */
+  #place(pair: InstancePair): Placement {
+    const { config, registry, metrics, caches } = this.#parts;
+    const { producer, consumer } = pair;
+    const takesIds = { producer: caches.takesIds(producer), consumer: caches.takesIds(consumer) };
+    const { prompt } = this.#wish;
+    const left = this.#uncached(consumer);
+    const little = config.bypassTokens > 0 && left <= config.bypassTokens;
+    const alone = little && prompt.prompts === 1 && consumer.fingerprint !== undefined;
+    this.#tally(consumer, left);
+    this.#leaveConsumer = registry.workOf(consumer)?.begin(alone ? left : 0);
+    if (alone) {
+      metrics.bypassed.inc();
+      this.#computed.push(caches.sent(consumer, prompt));
+      return { pair, alone, early: false, takesIds };
+    }
+    const uncached = this.#uncached(producer);
+    this.#tally(producer, uncached);
+    this.#computed.push(caches.sent(consumer, prompt), caches.sent(producer, prompt));
+    const work = registry.workOf(producer);
+    const early = (work?.own ?? 0) < config.overlap;
+    this.#leaveProducer = work?.begin(uncached);
+    this.#ahead = work?.queuedTokens ?? 0;
+    return { pair, alone, early, takesIds };
+  }
+
+  #uncached({ httpAddress }: Instance): number {
+    const { prompt } = this.#wish;
+    return prompt.tokens - this.#parts.caches.cached(httpAddress, prompt);
+  }
+
+  #tally({ role }: Instance, uncached: number): void {
+    const { placedTokens } = this.#parts.metrics;
+    const cached = this.#wish.prompt.tokens - uncached;
+    if (cached > 0) placedTokens.inc({ role, cached: 'yes' }, cached);
+    placedTokens.inc({ role, cached: 'no' }, uncached);
+  }
+}
+
+function pause(ms: number): Promise<void> | undefined {
+  return ms > 0 ? new Promise((resolve) => setTimeout(resolve, ms)) : undefined;
+}
+
+function noPair(missing: Missing, registry: InstanceRegistry): PdError {
+  const counts = `known now: ${plural(registry.list('producer').length, 'producer')}, ${plural(registry.list('consumer').length, 'consumer')}`;
+  if (missing === 'match') {
+    return new PdError(
+      'NO_INSTANCE',
+      `no producer fits a consumer: their fingerprints, model names or send types differ (${counts}); GET /health lists them`,
+    );
+  }
+  const phase = missing === 'producer' ? 'prefill' : 'decode';
+  return new PdError('NO_INSTANCE', `no ${missing} (${phase} instance) pings this proxy (${counts})`);
+}

@@ -1,0 +1,157 @@
+/** The entry of a relay process (relays.ts): an HTTP server for connections that its owner hands to it. */
+import { request as ask } from 'node:http';
+import { Socket } from 'node:net';
+import { join } from 'node:path';
+import type { FastifyReply, FastifyRequest } from 'fastify';
+import type { Guard } from '../access/guard.ts';
+import { PdError, unreachable } from '../errors.ts';
+import { createLogger } from '../observability/log.ts';
+import { Timelines } from '../observability/timelines.ts';
+import type { ProxyStage } from './attempt.ts';
+import { BodyReader } from './body-reader.ts';
+import { Channel } from './channel.ts';
+import { createProxyMetrics } from './metrics.ts';
+import type { FromRelay, ToRelay } from './relay-messages.ts';
+import { ownerPath } from './relays.ts';
+import { RemoteCoordinator } from './remote-coordinator.ts';
+import { proxyGuard, Serving } from './serving.ts';
+import { Upstream } from './upstream.ts';
+
+/** For the owner to begin an answer. */
+const OWNER_MS = 30_000;
+
+type Start = Extract<ToRelay, { type: 'start' }>;
+
+class RelayProcess {
+  readonly #channel: Channel<FromRelay, ToRelay>;
+  readonly #coordinator: RemoteCoordinator;
+  readonly #metrics = createProxyMetrics();
+  readonly #timelines = new Timelines<ProxyStage>();
+  readonly #guard: Guard;
+  readonly #upstream: Upstream;
+  readonly #bodies: BodyReader;
+  readonly #serving: Serving;
+  #draining = false;
+
+  constructor({ config, folder, number }: Start, channel: Channel<FromRelay, ToRelay>) {
+    const log = createLogger(config.log, 'proxy');
+    this.#channel = channel;
+    this.#coordinator = new RemoteCoordinator((message) => channel.send(message), config.queueTimeoutMs);
+    this.#guard = proxyGuard(config, log, this.#metrics);
+    this.#upstream = new Upstream({ access: config.upstream ?? {}, keyed: this.#guard.keyed, log });
+    this.#bodies = new BodyReader(log, {
+      tokenizer: config.tokenizer,
+      onTokenized: (result) => this.#metrics.tokenized.inc({ result }),
+    });
+    const context = {
+      config,
+      coordinator: this.#coordinator,
+      upstream: this.#upstream,
+      metrics: this.#metrics,
+      timelines: this.#timelines,
+      log,
+      bodies: this.#bodies,
+    };
+    this.#serving = new Serving(context, this.#guard);
+    // By name those that need no key.
+    for (const route of ['/health', '/ready', '/metrics', '/*']) {
+      this.#serving.app.all(route, (request, reply) => passToOwner(ownerPath(folder), request, reply));
+    }
+    void this.#start(join(folder, `relay-${number}.sock`));
+  }
+
+  receive(message: Exclude<ToRelay, Start>): void {
+    switch (message.type) {
+      case 'instance':
+      case 'wanted':
+      case 'placed':
+      case 'refused':
+        this.#coordinator.receive(message);
+        break;
+      case 'metrics':
+        void this.#tellState();
+        break;
+      case 'drain':
+        void this.#drain(message.ms);
+        break;
+      default:
+        unreachable(message, 'message of the owner');
+    }
+  }
+
+  /** Nobody connects to `path`; but a server that listens keeps its timeouts. */
+  async #start(path: string): Promise<void> {
+    try {
+      await this.#serving.app.listen({ path });
+      const { server } = this.#serving.app;
+      process.on('message', (_message, socket) => {
+        if (!(socket instanceof Socket)) return; // it broke on its way
+        socket.allowHalfOpen = true;
+        socket.setNoDelay(true);
+        server.emit('connection', socket);
+      });
+      this.#channel.send({ type: 'ready' });
+    } catch (error) {
+      this.#channel.send({ type: 'failed', error: PdError.from(error).toData() });
+      await this.#channel.close();
+      process.exit(1);
+    }
+  }
+
+  async #tellState(): Promise<void> {
+    const metrics = await this.#metrics.registry.getMetricsAsJSON();
+    this.#channel.send({ type: 'metrics', metrics, timelines: this.#timelines.recent() });
+  }
+
+  async #drain(ms: number): Promise<void> {
+    if (this.#draining) {
+      if (ms === 0) this.#serving.break();
+      return;
+    }
+    this.#draining = true;
+    await this.#serving.drain(ms);
+    await this.#serving.close();
+    await this.#tellState();
+    this.#guard.close();
+    await Promise.all([this.#upstream.close(), this.#bodies.close()]);
+    await this.#channel.close();
+    process.exit(0);
+  }
+}
+
+/** Everything but requests to instances: what there is, how it is, what is to be changed. */
+async function passToOwner(path: string, request: FastifyRequest, reply: FastifyReply): Promise<void> {
+  reply.hijack();
+  const out = reply.raw;
+  const { connection: _, expect: __, ...headers } = request.headers;
+  const asked = ask(
+    {
+      socketPath: path,
+      method: request.method,
+      path: request.url,
+      // The owner believes it: nobody else connects there.
+      headers: { ...headers, 'x-forwarded-for': request.ip },
+      timeout: OWNER_MS,
+    },
+    (response) => {
+      out.writeHead(response.statusCode!, response.headers);
+      response.pipe(out);
+    },
+  );
+  asked.once('timeout', () => asked.destroy());
+  asked.once('error', () => out.destroy());
+  out.once('close', () => asked.destroy());
+  asked.end(request.body instanceof Uint8Array ? request.body : undefined);
+}
+
+// Its owner says when it ends; a terminal tells all of its processes.
+process.on('SIGTERM', () => {}).on('SIGINT', () => {});
+let relay: RelayProcess | undefined;
+const channel = new Channel<FromRelay, ToRelay>(
+  new Socket({ fd: 4, readable: true, writable: true }),
+  (message) => {
+    if (message.type === 'start') relay = new RelayProcess(message, channel);
+    else relay!.receive(message);
+  },
+  () => process.exit(1),
+);

@@ -1,0 +1,358 @@
+/**
+ * The processes that relay (--workers N), seen from the one that owns what all requests share. This one accepts connections and hands them
+ * out in turn; each relay process reads requests, asks here where they go (coordinator.ts), and streams. One that dies is replaced, and only
+ * its own requests are lost.
+ *
+ *   client -- connection --> owner -- socket --> relay process -- HTTP --> instances
+ *                             ^  coordinator, discovery, index, admin       |
+ *                             +---- channel: where to, what became of it ---+
+ */
+import { type ChildProcess, fork } from 'node:child_process';
+import { once } from 'node:events';
+import { mkdtemp, rm } from 'node:fs/promises';
+import { createServer, type Server, type Socket } from 'node:net';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import type { ProxyConfig } from '../config/proxy-config.ts';
+import { Cancellation, type Deferred, deferred, withDeadline } from '../deferred.ts';
+import { PdError, unreachable } from '../errors.ts';
+import type { HostPort } from '../net/address.ts';
+import { listenError } from '../net/port-holder.ts';
+import type { Logger } from '../observability/log.ts';
+import type { Timeline } from '../observability/timelines.ts';
+import { threadEntry } from '../thread-entry.ts';
+import { Channel } from './channel.ts';
+import type { Coordinator, Placement, Visit } from './coordinator.ts';
+import { addCounts, type ExportedMetrics, sumMetrics } from './metrics.ts';
+import type { Instance } from './registry.ts';
+import type { FromRelay, SentPlacement, SentWish, ToRelay } from './relay-messages.ts';
+
+const START_MS = 60_000;
+/** Beyond the time to drain. */
+const STOP_MS = 5_000;
+/** Before one that died is replaced: twice as long after each that did not get ready. */
+const REPLACE_MS = 100;
+const LONGEST_REPLACE_MS = 10_000;
+const METRICS_MS = 2_000;
+/** Between two looks at what is to be known of prompts. */
+const WANTED_MS = 1_000;
+
+interface RelaysOptions {
+  readonly config: ProxyConfig;
+  readonly coordinator: Coordinator;
+  readonly log: Logger;
+  readonly instances: () => readonly Instance[];
+}
+
+/** A request of a relay process, as its owner keeps it. */
+interface Entered {
+  readonly abort: Cancellation;
+  visit?: Visit;
+  readonly placements: Placement[];
+}
+
+interface Relay {
+  readonly child: ChildProcess;
+  readonly channel: Channel<ToRelay, FromRelay>;
+  readonly entered: Map<number, Entered>;
+  ready: boolean;
+  /** The last it has told. */
+  metrics: ExportedMetrics;
+  timelines: readonly Timeline[];
+  asked: Deferred<void> | undefined;
+}
+
+/** To be drained and closed. */
+export class Relays {
+  readonly #options: RelaysOptions;
+  readonly #folder: string;
+  readonly #relays = new Map<number, Relay>();
+  readonly #server: Server;
+  readonly #wantedTimer: NodeJS.Timeout;
+  #wanted = '';
+  #next = 0;
+  /** Connections that came while there was no process for them. */
+  readonly #unserved = new Set<Socket>();
+  /** What processes that have gone had counted. */
+  #gone: Promise<ExportedMetrics> = Promise.resolve([]);
+  #failures = 0;
+  #draining = false;
+  #killTimer: NodeJS.Timeout | undefined;
+
+  private constructor(options: RelaysOptions, folder: string) {
+    this.#options = options;
+    this.#folder = folder;
+    this.#server = createServer({ pauseOnConnect: true }, (socket) => this.#hand(socket));
+    this.#wantedTimer = setInterval(() => this.#tellWanted(), WANTED_MS).unref();
+  }
+
+  static async create(options: RelaysOptions): Promise<Relays> {
+    return new Relays(options, await mkdtemp(join(tmpdir(), 'pd-proxy-')));
+  }
+
+  /** Resolves with the port once all processes are ready. Throws what keeps one from starting, PORT_IN_USE, or ADDRESS_INVALID. */
+  async start(http: HostPort): Promise<number> {
+    const { workers } = this.#options.config;
+    await Promise.all(Array.from({ length: workers }, (_, number) => this.#open(number)));
+    return await this.#listen(http);
+  }
+
+  /** Where this process's own HTTP server is to listen, for what relay processes do not answer themselves. */
+  get ownerPath(): string {
+    return ownerPath(this.#folder);
+  }
+
+  /** Requests under way. */
+  get running(): number {
+    let running = 0;
+    for (const { entered } of this.#relays.values()) running += entered.size;
+    return running;
+  }
+
+  async #listen(http: HostPort): Promise<number> {
+    try {
+      this.#server.listen({ host: http.host, port: http.port });
+      await once(this.#server, 'listening');
+    } catch (cause) {
+      throw await listenError(cause, http, 'listening for requests');
+    }
+    const bound = this.#server.address();
+    if (bound === null || typeof bound === 'string') throw new PdError('INTERNAL', 'no TCP address');
+    return bound.port;
+  }
+
+  instanceAdded(instance: Instance): void {
+    for (const { channel } of this.#relays.values()) channel.send({ type: 'instance', instance });
+  }
+
+  /** All processes' together with `own`; of one that does not answer, what it told last. */
+  async metrics(own: ExportedMetrics): Promise<string> {
+    await this.#ask();
+    const others = [...this.#relays.values()].map(({ metrics }) => metrics);
+    return await sumMetrics([own, await this.#gone, ...others]);
+  }
+
+  /** Likewise; the latest last. */
+  async timelines(): Promise<readonly Timeline[]> {
+    await this.#ask();
+    const all = [...this.#relays.values()].flatMap(({ timelines }) => timelines);
+    return all.sort((a, b) => a.stages[0]!.at - b.stages[0]!.at);
+  }
+
+  async #ask(): Promise<void> {
+    const asking = [...this.#relays.values()].map((relay) => {
+      relay.asked ??= deferred();
+      relay.channel.send({ type: 'metrics' });
+      return withDeadline(relay.asked.promise, METRICS_MS);
+    });
+    await Promise.all(asking);
+  }
+
+  /** Takes no new requests, lets those under way end within `ms`; a later call with 0 breaks them off at once. */
+  drain(ms: number): void {
+    this.#draining = true;
+    for (const { channel } of this.#relays.values()) channel.send({ type: 'drain', ms });
+    clearTimeout(this.#killTimer);
+    this.#killTimer = setTimeout(() => {
+      for (const { child } of this.#relays.values()) child.kill('SIGKILL');
+    }, ms + STOP_MS);
+  }
+
+  /** After `drain`: resolves once no process is left. */
+  async drained(): Promise<void> {
+    await Promise.all([...this.#relays.values()].map(({ child }) => gone(child)));
+    clearTimeout(this.#killTimer);
+  }
+
+  /** After `drained`. */
+  async close(): Promise<void> {
+    clearInterval(this.#wantedTimer);
+    for (const socket of this.#unserved) socket.destroy();
+    // Not awaited: it still counts the connections of processes that have gone.
+    this.#server.close();
+    await rm(this.#folder, { recursive: true, force: true });
+  }
+
+  async #open(number: number): Promise<void> {
+    const { config, log, instances } = this.#options;
+    const entry = fileURLToPath(threadEntry(import.meta.url, './relay-process.js'));
+    // Its log is ours; the fourth is the channel, since on that of Node messages wait while a socket is handed over.
+    const child = fork(entry, [], { stdio: ['ignore', 'inherit', 'inherit', 'ipc', 'pipe'], execArgv: [] });
+    const started = deferred<void>();
+    const entered = new Map<number, Entered>();
+    const channel = new Channel<ToRelay, FromRelay>(
+      child.stdio[4] as Socket,
+      (message) => this.#receive(relay, message, started),
+      () => child.kill('SIGKILL'),
+    );
+    const relay: Relay = {
+      child,
+      channel,
+      entered,
+      ready: false,
+      metrics: [],
+      timelines: [],
+      asked: undefined,
+    };
+    this.#relays.set(number, relay);
+    child.once('exit', (code, signal) => {
+      const how = signal ?? `status ${code}`;
+      started.reject(new PdError('INTERNAL', `relay process ${number} ended (${how}) before it was ready`));
+      this.#lost(number, relay, how);
+    });
+    child.once('error', (error) => started.reject(error));
+    channel.send({ type: 'start', config, folder: this.#folder, number });
+    channel.send({ type: 'wanted', wanted: this.#options.coordinator.wanted });
+    for (const instance of instances()) channel.send({ type: 'instance', instance });
+    const timer = setTimeout(() => {
+      started.reject(new PdError('INTERNAL', `relay process ${number} was not ready within ${START_MS} ms`));
+      child.kill('SIGKILL');
+    }, START_MS);
+    try {
+      await started.promise;
+    } finally {
+      clearTimeout(timer);
+    }
+    relay.ready = true;
+    this.#failures = 0;
+    log.info({ pid: child.pid }, `relay process ${number} is ready`);
+    for (const socket of this.#unserved) this.#hand(socket);
+  }
+
+  /** Its requests are over; another takes its place. */
+  #lost(number: number, { ready, entered, metrics, asked }: Relay, how: string): void {
+    this.#relays.delete(number);
+    asked?.resolve();
+    this.#gone = this.#gone.then((before) => addCounts(before, metrics));
+    for (const { abort, visit } of entered.values()) {
+      abort.abort(new PdError('REQUEST_ABORTED', 'its relay process has ended'));
+      visit?.end();
+    }
+    if (this.#draining) return;
+    const { log } = this.#options;
+    if (ready)
+      log.error(
+        `relay process ${number} ended (${how}), and ${entered.size} requests with it: another takes over`,
+      );
+    const pauseMs = ready ? 0 : Math.min(LONGEST_REPLACE_MS, REPLACE_MS * 2 ** this.#failures++);
+    setTimeout(() => {
+      if (this.#draining) return;
+      this.#open(number).catch((error: unknown) => log.error(PdError.from(error).message));
+    }, pauseMs).unref();
+  }
+
+  /** In turn. */
+  #hand(socket: Socket): void {
+    this.#unserved.delete(socket);
+    const ready = [...this.#relays.values()].filter((relay) => relay.ready);
+    if (ready.length === 0) {
+      this.#unserved.add(socket);
+      socket.once('close', () => this.#unserved.delete(socket));
+      return;
+    }
+    const { child } = ready[this.#next++ % ready.length]!;
+    child.send('connection', socket, (error) => {
+      if (error) socket.destroy();
+    });
+  }
+
+  #receive(relay: Relay, message: FromRelay, started: Deferred<void>): void {
+    const { entered } = relay;
+    switch (message.type) {
+      case 'ready':
+        started.resolve();
+        break;
+      case 'failed':
+        started.reject(PdError.fromData(message.error));
+        break;
+      case 'metrics':
+        relay.metrics = message.metrics;
+        relay.timelines = message.timelines;
+        relay.asked?.resolve();
+        relay.asked = undefined;
+        break;
+      case 'enter':
+        void this.#enter(relay, message.id, message.wish);
+        break;
+      case 'retry':
+        void this.#retry(relay, message);
+        break;
+      case 'prefilled': {
+        const { visit, placements } = entered.get(message.id) ?? {};
+        visit?.prefilled(placements![message.at]!, message.tookMs);
+        break;
+      }
+      case 'judge': {
+        const { visit, placements } = entered.get(message.id) ?? {};
+        visit?.judge(placements![message.at]!, message.role, message.ok);
+        break;
+      }
+      case 'end': {
+        const request = entered.get(message.id);
+        entered.delete(message.id);
+        request?.abort.abort(new PdError('REQUEST_ABORTED', 'the client went away'));
+        request?.visit?.end();
+        break;
+      }
+      default:
+        unreachable(message, 'message of a relay process');
+    }
+  }
+
+  async #enter({ channel, entered }: Relay, id: number, { prompt, ...wish }: SentWish): Promise<void> {
+    const request: Entered = { abort: new Cancellation(), placements: [] };
+    entered.set(id, request);
+    try {
+      const blockKeys = new Map(prompt.blockKeys);
+      const visit = await this.#options.coordinator.enter(
+        { ...wish, prompt: { ...prompt, blockKeys } },
+        request.abort,
+      );
+      if (request.abort.aborted) {
+        visit.end();
+        return;
+      }
+      request.visit = visit;
+      request.placements.push(visit.placement);
+      channel.send({ type: 'placed', id, count: visit.count, placement: sent(visit.placement) });
+    } catch (error) {
+      channel.send({ type: 'refused', id, error: PdError.from(error).toData() });
+    }
+  }
+
+  async #retry(
+    { channel, entered }: Relay,
+    { id, refused }: Extract<FromRelay, { type: 'retry' }>,
+  ): Promise<void> {
+    const request = entered.get(id);
+    const placement = await request?.visit?.retry(refused);
+    if (!request || !placement) {
+      channel.send({ type: 'refused', id });
+      return;
+    }
+    request.placements.push(placement);
+    channel.send({ type: 'placed', id, count: request.visit!.count, placement: sent(placement) });
+  }
+
+  #tellWanted(): void {
+    const { wanted } = this.#options.coordinator;
+    const now = JSON.stringify(wanted);
+    if (now === this.#wanted) return;
+    this.#wanted = now;
+    for (const { channel } of this.#relays.values()) channel.send({ type: 'wanted', wanted });
+  }
+}
+
+/** In the folder that both ends know. */
+export function ownerPath(folder: string): string {
+  return join(folder, 'owner.sock');
+}
+
+function sent({ pair: { producer, consumer }, ...placement }: Placement): SentPlacement {
+  return { ...placement, pair: { producer: producer.httpAddress, consumer: consumer.httpAddress } };
+}
+
+async function gone(child: ChildProcess): Promise<void> {
+  if (child.exitCode === null && child.signalCode === null) await once(child, 'exit');
+}
