@@ -26,6 +26,7 @@ export type {
   FirstTokens,
   HandOverApi,
   HandOverBooks,
+  HandOverStage,
   HandOverState,
   HandOverUser,
   MappingState,
@@ -109,6 +110,7 @@ export { DTYPE_BYTES, type Dtype, tensorBytes } from './wire/dtype.ts';
 
 export type { Address } from './config/kinds.ts';
 export { formatHostPort, type HostPort, parseHostPort } from './net/address.ts';
+export type { EtcdAddress } from './net/etcd.ts';
 export {
   type EngineRequestId,
   engineRequestId,

@@ -134,6 +134,7 @@ export class HandOver implements HandOverApi {
       on: {
         ready: (peer) => {
           for (const load of this.#waitingFor(peer)) this.#ask(load);
+          this.#measure();
         },
         useless: (peer, error) => {
           this.#lose(peer, error, false);
