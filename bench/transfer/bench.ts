@@ -57,7 +57,15 @@ export function startPeer(options: BenchOptions, name: string, wants: PeerWants)
     largestBytes: largest(BenchKv.largestBytes),
     ncclNumChannels,
     compute: wants.compute ?? false,
-    ...(wants.end && { end: { ...wants.end, timeouts: options.timeouts, logLevel: options.logLevel } }),
+    ...(wants.end && {
+      end: {
+        ...wants.end,
+        // what a worker takes by default, unless there is less
+        kvBufferSize: Math.min(options.kvBufferSize, 1e9),
+        timeouts: options.timeouts,
+        logLevel: options.logLevel,
+      },
+    }),
     ...(wants.sendType && {
       engine: {
         sendType: wants.sendType,

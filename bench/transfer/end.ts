@@ -68,7 +68,7 @@ export class End {
   static async create(
     device: Device,
     { shape, ncclNumChannels }: PeerSetup,
-    { role, transport, blocks: numBlocks, timeouts, logLevel }: EndSetup,
+    { role, transport, blocks: numBlocks, kvBufferSize, timeouts, logLevel }: EndSetup,
     poller: EventPoller,
   ): Promise<End> {
     const log = createLogger({ level: logLevel, format: 'json' }, role);
@@ -85,6 +85,7 @@ export class End {
     const options = {
       device: device.name,
       ncclNumChannels,
+      kvBufferSize,
       bind: { host: LOOPBACK, port: 0 },
       announceHost: LOOPBACK,
       rank: 0,

@@ -44,6 +44,7 @@ export interface EndSetup {
   readonly transport: NativeTransport;
   /** Of its paged cache. */
   readonly blocks: number;
+  readonly kvBufferSize: number;
   readonly timeouts: TransferTimeouts;
   readonly logLevel: LogLevel;
 }
