@@ -436,8 +436,18 @@ export class NativeWire {
   #answer(peer: string, message: NativeMessage): void {
     const session = this.#sessions.get(peer);
     const identity = session?.identity ?? Buffer.from(identityOf(peer));
-    this.#context.log.debug({ peer, cmd: message.cmd }, `${message.cmd} to ${peer}`);
-    this.#router.answer(identity, this.#encode(message, session?.hello.cache.blocks ?? 1));
+    const { log } = this.#context;
+    log.debug({ peer, cmd: message.cmd }, `${message.cmd} to ${peer}`);
+    try {
+      this.#router.answer(
+        identity,
+        this.#encode(message, session?.hello.cache.blocks ?? this.#init.shape.blocks),
+      );
+    } catch (error) {
+      // A peer that has been started again may have fewer blocks than the one that this answers.
+      const why = PdError.from(error).message;
+      log.warn({ peer, cmd: message.cmd }, `${message.cmd} to ${peer} was not sent: ${why}`);
+    }
   }
 
   #encode(message: NativeMessage, maxBlocks: number): Uint8Array {
