@@ -6,7 +6,7 @@
 import { withDeadline } from '../deferred.ts';
 import { PdError } from '../errors.ts';
 import { asDestination, formatHostPort, httpUrl, parseHostPort } from '../net/address.ts';
-import { ask, fetchAll } from '../net/http.ts';
+import { ask, fetchAll, ownKey } from '../net/http.ts';
 import { knock } from '../net/knock.ts';
 import { reasonOf } from '../net/resolve.ts';
 import { plural } from '../observability/bytes.ts';
@@ -142,7 +142,7 @@ function pairing(producers: Instance[], consumers: Instance[]): Finding[] {
 }
 
 async function complete(base: string, instances: Instance[], timeoutMs: number): Promise<Finding[]> {
-  const models = (await ask(`${base}/v1/models`, timeoutMs)).json() as {
+  const models = (await ask(`${base}/v1/models`, timeoutMs, ownKey())).json() as {
     data?: readonly { id: string }[];
   };
   const model = models.data?.[0]?.id ?? instances.flatMap(({ models: ids }) => ids ?? [])[0];
@@ -152,7 +152,7 @@ async function complete(base: string, instances: Instance[], timeoutMs: number):
   const started = performance.now();
   const deadlineMs = timeoutMs * COMPLETION_FACTOR;
   const cancel = new AbortController();
-  const request = { json: { model, ...PROMPT }, signal: cancel.signal };
+  const request = { json: { model, ...PROMPT }, key: ownKey(), signal: cancel.signal };
   try {
     const response = await withDeadline(fetchAll(`${base}/v1/completions`, request), deadlineMs);
     // Asked before the request is cancelled: after that nothing waits any more.

@@ -2,7 +2,7 @@
  * `--worker URL`: what a running worker reports about its waits (GET /debug/state, /metrics), and which of the runbook's hang scenarios
  * that is. It asks nothing of any other process, so it works on a system that hangs.
  */
-import { ask } from '../net/http.ts';
+import { ask, ownKey } from '../net/http.ts';
 import { reasonOf } from '../net/resolve.ts';
 import { plural } from '../observability/bytes.ts';
 import type { FailureKind, FailureState } from '../transfer/failures.ts';
@@ -40,7 +40,7 @@ const MOST_WAITS = 8;
 export async function workerSection(url: string, timeoutMs: number): Promise<Section> {
   const base = url.replace(/\/+$/, '');
   const title = `Worker ${base}`;
-  const state = await stateOf(base, timeoutMs);
+  const state = await stateOf(base, timeoutMs, ownKey());
   if ('level' in state) return { title, findings: [state] };
   return { title, findings: workerFindings(state, await metricsOf(`${base}/metrics`, timeoutMs)) };
 }
@@ -65,9 +65,9 @@ export function parseMetrics(page: string): Metrics {
 }
 
 /** What a worker reports about itself, or why it reports nothing. */
-export async function stateOf(base: string, timeoutMs: number): Promise<WorkerState | Finding> {
+export async function stateOf(base: string, timeoutMs: number, key?: string): Promise<WorkerState | Finding> {
   try {
-    const response = await ask(`${base}/debug/state`, timeoutMs);
+    const response = await ask(`${base}/debug/state`, timeoutMs, key);
     if (!response.ok) return refused(response.status);
     const state = response.json() as WorkerState;
     const { core } = state;

@@ -17,19 +17,20 @@ export interface Answer {
 export interface Asked {
   /** The body of a POST; absent: GET. */
   readonly json?: object;
+  /** Shown as `Authorization: Bearer`. */
+  readonly key?: string | undefined;
   readonly signal: AbortSignal;
 }
 
-/** What our own tools show to servers that need a key. */
-function keyHeader(): { readonly authorization?: string } {
-  const key = process.env['PD_API_KEY'];
-  return key ? { authorization: `Bearer ${key}` } : {};
+/** The key that our own tools show, in PD_API_KEY: to servers that their user has named, never to one that was only announced to them. */
+export function ownKey(): string | undefined {
+  return process.env['PD_API_KEY'] || undefined;
 }
 
-/** The whole answer. Shows the key in PD_API_KEY, if there is one. Throws the error of the connection (`reasonOf` puts it into words), and the reason of `signal`. */
-export async function fetchAll(url: string, { json, signal }: Asked): Promise<Answer> {
+/** The whole answer. Throws the error of the connection (`reasonOf` puts it into words), and the reason of `signal`. */
+export async function fetchAll(url: string, { json, key, signal }: Asked): Promise<Answer> {
   const open = url.startsWith('https:') ? requestSecurely : request;
-  const headers = keyHeader();
+  const headers = key === undefined ? {} : { authorization: `Bearer ${key}` };
   const options = { ...EVERY_ADDRESS, agent: false, signal, headers } as const;
   try {
     const sent =
@@ -51,6 +52,6 @@ export async function fetchAll(url: string, { json, signal }: Asked): Promise<An
 }
 
 /** A GET with one deadline for all of it, body included. Past it: a `TimeoutError`. */
-export function ask(url: string, timeoutMs: number): Promise<Answer> {
-  return fetchAll(url, { signal: AbortSignal.timeout(timeoutMs) });
+export function ask(url: string, timeoutMs: number, key?: string): Promise<Answer> {
+  return fetchAll(url, { key, signal: AbortSignal.timeout(timeoutMs) });
 }

@@ -6,6 +6,7 @@ import { isIP } from 'node:net';
 import { formatHostPort, type HostPort } from '../net/address.ts';
 import { Etcd } from '../net/etcd.ts';
 import { addressesOf, isLocalhost, reasonOf } from '../net/resolve.ts';
+import { RateLimitedLog } from '../observability/log.ts';
 import { encodePing } from '../wire/codec.ts';
 import { PD_VERSION, type PingMessage, type WorkerLoad } from '../wire/messages.ts';
 import { EtcdRegistration } from './etcd-registration.ts';
@@ -14,6 +15,8 @@ import type { ProxyPing } from './types.ts';
 
 /** Between two lookups of a proxy's name. */
 const LOOKUP_MS = 10_000;
+/** While a name has no address that is told again so often. */
+const AGAIN_MS = 600_000;
 
 interface Heartbeat {
   readonly pinger: Pinger;
@@ -30,6 +33,7 @@ export class Announcer {
   /** By address. */
   readonly #heartbeats = new Map<string, Heartbeat>();
   readonly #timer: NodeJS.Timeout | undefined;
+  readonly #namelessLog = new RateLimitedLog(AGAIN_MS);
   readonly #registration: EtcdRegistration | undefined;
   #closed = false;
 
@@ -144,10 +148,9 @@ export class Announcer {
 
   #nameless(name: HostPort, why: string): void {
     if (this.#closed) return;
-    const { log, limited } = this.#context;
     const proxy = formatHostPort(name);
-    limited.log(`proxy name ${proxy}`, (suppressed) =>
-      log.warn(
+    this.#namelessLog.log(proxy, (suppressed) =>
+      this.#context.log.warn(
         { proxy, code: 'PEER_UNREACHABLE', reason: 'nameless', suppressed },
         `proxy ${proxy} cannot be reached: its name has no address (${why}). It is looked up again every ${LOOKUP_MS / 1_000} s`,
       ),
