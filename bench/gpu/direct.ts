@@ -14,7 +14,7 @@ import { loadLibcuda } from '../../ffi/libcuda.ts';
 import { loadCudart } from '../../ffi/libcudart.ts';
 import type { LayoutFamily, PagedLayout } from '../../src/kv/layout.ts';
 import type { Dtype } from '../../src/wire/dtype.ts';
-import { type BlockPairs, type DirectAnswer, DirectPeer, pair } from './direct-rig.ts';
+import { type BlockPairs, type DirectAnswer, DirectPeer, pair } from '../transfer/direct-rig.ts';
 
 const wanted = new Set(process.argv.slice(2));
 const wants = (name: string) => wanted.size === 0 || wanted.has(name);

@@ -8,9 +8,9 @@ import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 
 import { CTAS_ALONE } from '../../src/transport/direct/writer.ts';
-import { DirectPeer, pair } from '../gpu/direct-rig.ts';
 import { best, median } from '../measure/statistics.ts';
 import { type BenchOptions, JobMaker, messageOf, startPeers } from './bench.ts';
+import { DirectPeer, pair } from './direct-rig.ts';
 import type { Peer } from './peer.ts';
 import { blocksOf, blockTable, cacheBlocks, layoutOf, tensorBytesOf } from './shape.ts';
 

@@ -1,6 +1,6 @@
 /** Two processes that write into each other's caches, over stand-ins whose launches come late and whose memory outlives its owner. */
 import { afterEach, beforeAll, expect, test } from 'vitest';
-import { DirectPeer, pair } from '../../../bench/gpu/direct-rig.ts';
+import { DirectPeer, pair } from '../../../bench/transfer/direct-rig.ts';
 import type { PagedLayout } from '../../../src/kv/layout.ts';
 import { useStandIns } from '../../stand-ins/build.ts';
 import { rows, withTheOthers } from '../../support/rows.ts';
