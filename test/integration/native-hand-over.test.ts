@@ -165,7 +165,7 @@ describe('a native hand-over on the host', () => {
     const producer = await makeEnd(services, 'producer');
     const frozen = await services.make();
     const here = workerConfig({ role: 'consumer' });
-    const ask = ({ address }: { readonly address: HostPort }) => nativeWayFinding(address, here, 10_000);
+    const ask = ({ address }: { readonly address: HostPort }) => nativeWayFinding(address, here, 60_000);
     const natively = { level: 'ok', what: 'KV would travel natively, by host' };
     expect(await ask(producer.service)).toMatchObject(natively);
     expect(await ask(frozen)).toMatchObject({ level: 'warn', what: 'it speaks the frozen wire alone' });
