@@ -1,5 +1,5 @@
 /** What an engine knows of why KV did not come or go: in the error, and in its state. */
-import { afterEach, expect, test } from 'vitest';
+import { expect, test } from 'vitest';
 import type { TransferId } from '../../src/wire/ids.ts';
 import {
   failure,
@@ -7,14 +7,13 @@ import {
   leftovers,
   loadRequest,
   pagedCache,
-  Services,
   send,
   sendCache,
+  testServices,
   until,
 } from '../support/transfer.ts';
 
-const services = new Services();
-afterEach(() => services.dispose());
+const services = testServices();
 
 test('a load whose producer never opened a pair says so at its deadline', async () => {
   const producer = await services.make();
