@@ -1,7 +1,8 @@
 /**
  * Requests that this thread hands over to itself at its start: a consumer and a producer as they are on a core thread, joined by a page, with
  * launches and messages that are played here. Else the first requests of a process, and all of one that is asked now and then, meet code
- * that V8 has not compiled: some 15 ms for the first, 1 ms for each of the next dozens, 0.3 ms once it has (bench/transfer/stages.ts).
+ * that V8 has not compiled: some 15 ms for the first, 1 ms for each of the next dozens, 0.3 ms once it has (bench/transfer/stages.ts). Messages
+ * are rehearsed where they are said and read, on the transfer thread (codec.ts).
  */
 import { randomBytes } from 'node:crypto';
 import { closeSync } from 'node:fs';
