@@ -39,6 +39,7 @@ import {
   typesOverlap,
 } from './schema-facts.ts';
 import { formatExpression } from './schema-formats.ts';
+import { SchemaIdentities } from './schema-identity.ts';
 import type { TypeName } from './schema-keywords.ts';
 import { negation } from './schema-negation.ts';
 import { numberExpression } from './schema-numbers.ts';
@@ -65,12 +66,13 @@ class SchemaCompiler {
   readonly #rules: Rule[] = [];
   readonly #json;
   readonly #known = new Map<string, Expression>();
-  readonly #ids = new Map<unknown, number>();
+  readonly #identities: SchemaIdentities;
   #open = 0;
 
   constructor(document: SchemaDocument, budget: Budget) {
     this.#document = document;
     this.#budget = budget;
+    this.#identities = new SchemaIdentities(document);
     this.#rules.push({ name: '#', body: NOTHING });
     this.#json = jsonRules(1);
     this.#rules.push(...this.#json.rules);
@@ -83,9 +85,10 @@ class SchemaCompiler {
   }
 
   /** Texts that satisfy all of `schemas`: a rule, so that a schema may refer to itself, or what is short, written out. */
-  #schema(schemas: readonly Located[]): Expression {
+  #schema(all: readonly Located[]): Expression {
+    const schemas = this.#identities.flat(all);
     const key = schemas
-      .map(({ schema }) => this.#idOf(schema))
+      .map(({ schema }) => this.#identities.of(schema))
       .sort((a, b) => a - b)
       .join(' ');
     const known = this.#known.get(key);
@@ -107,13 +110,6 @@ class SchemaCompiler {
     this.#rules[number] = { name: pointer, body };
     if (isShort(body)) this.#known.set(key, body);
     return this.#known.get(key)!;
-  }
-
-  #idOf(schema: unknown): number {
-    const known = this.#ids.get(schema);
-    if (known !== undefined) return known;
-    this.#ids.set(schema, this.#ids.size);
-    return this.#ids.size - 1;
   }
 
   #written(schemas: readonly Located[]): Expression {
@@ -220,7 +216,7 @@ class SchemaCompiler {
     others: Readonly<Record<string, unknown>>,
     without: string,
   ): Located {
-    const key = `${this.#idOf(schema)} ${without}`;
+    const key = `${this.#identities.of(schema)} ${without}`;
     const known = this.#stripped.get(key) ?? { schema: others, pointer };
     this.#stripped.set(key, known);
     return known;
@@ -419,19 +415,26 @@ class SchemaCompiler {
     }
     const stateOf = (i: number, count: number) => i * (cap + 1) + count;
     const edges: GraphEdge[] = [];
+    let size = stateOf(names.length + 2, 0);
+    const comma = sequence(text(','), blanks);
     const add = (from: number, to: number, count: number, item: Expression) =>
-      edges.push({ from, to, item: sequence(...(count > 0 ? [text(','), blanks] : []), item, blanks) });
+      edges.push({ from, to, item: sequence(...(count > 0 ? [comma] : []), item, blanks) });
     names.forEach((name, i) => {
       const schemas = this.#property(name, facts);
       const value = schemas.length > 0 ? this.#schema(schemas) : this.#json.value;
-      const item = member(blanks, literal(name), value);
+      const item = sequence(member(blanks, literal(name), value), blanks);
+      // Written once for all counts that it leads to the same one from, behind a comma or not.
+      const begun = new Map<number, number>();
       for (let count = 0; count <= Math.min(cap, i); count++) {
         this.#budget.states(1);
         if (!required.has(name))
           edges.push({ from: stateOf(i, count), to: stateOf(i + 1, count), item: EMPTY });
-        if (count < maxProperties) {
-          add(stateOf(i, count), stateOf(i + 1, Math.min(cap, count + 1)), count, item);
-        }
+        if (count >= maxProperties) continue;
+        const after = Math.min(cap, count + 1);
+        const start = begun.get(after) ?? size++;
+        if (!begun.has(after)) edges.push({ from: start, to: stateOf(i + 1, after), item });
+        begun.set(after, start);
+        edges.push({ from: stateOf(i, count), to: start, item: count > 0 ? comma : EMPTY });
       }
     });
     const ends: number[] = [];
@@ -449,7 +452,7 @@ class SchemaCompiler {
     }
     for (let count = least; count <= Math.min(cap, maxProperties); count++)
       ends.push(stateOf(lastRow + 1, count));
-    const members: Expression = { kind: 'graph', size: stateOf(lastRow + 2, 0), edges, ends };
+    const members: Expression = { kind: 'graph', size, edges, ends };
     return sequence(text('{'), blanks, members, text('}'));
   }
 
