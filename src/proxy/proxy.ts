@@ -295,7 +295,7 @@ export class PdProxy {
     app.get('/metrics', async (_request, reply) => {
       const { registry } = this.#metrics;
       const text = this.#relays
-        ? await this.#relays.metrics(await registry.getMetricsAsJSON())
+        ? await this.#relays.metrics(() => registry.getMetricsAsJSON())
         : await registry.metrics();
       return reply.type(registry.contentType).send(text);
     });
