@@ -8,8 +8,9 @@ import { formatHostPort } from '../../src/net/address.ts';
 import { Etcd, parseEtcdAddress } from '../../src/net/etcd.ts';
 import { EtcdInstances } from '../../src/proxy/etcd-instances.ts';
 import { EtcdRegistration } from '../../src/transfer/etcd-registration.ts';
-import { startProxy, startWorker } from '../support/cluster.ts';
+import { startProxy, startWorker, untilListed } from '../support/cluster.ts';
 import { EtcdServer, NO_ETCD } from '../support/etcd.ts';
+import { askThrough, countsOf, load, RIGHT, startWorkers } from '../support/fleet.ts';
 import { sharedTempDir } from '../support/temp-dir.ts';
 
 const DIR = sharedTempDir();
@@ -209,53 +210,24 @@ describe.skipIf(NO_ETCD)('a fleet that knows itself by etcd alone', () => {
     closing.push(() => server.kill());
     const registry = ['--registry', `etcd://${formatHostPort(server.address)}/fleet`];
     const proxies = await Promise.all([startProxy(registry), startProxy(registry)]);
-    const roles = ['producer', 'consumer', 'producer', 'consumer'] as const;
-    const workers = await Promise.all(roles.map((role) => startWorker(role, undefined, registry)));
+    const workers = await startWorkers((role) => startWorker(role, undefined, registry));
     for (const { program } of [...proxies, ...workers]) closing.push(() => program.stop());
-    const counts = async (url: string) =>
-      ((await (await fetch(`${url}/health`)).json()) as { counts: { producer: number; consumer: number } })
-        .counts;
-    for (const { url } of proxies)
-      while (!(({ producer, consumer }) => producer === 2 && consumer === 2)(await counts(url)))
-        await new Promise((resolve) => setTimeout(resolve, 50));
-    const ask = async (url: string): Promise<string> => {
-      const response = await fetch(`${url}/v1/completions`, {
-        method: 'POST',
-        body: JSON.stringify({
-          model: 'demo',
-          prompt: 'What is the capital of France?',
-          max_tokens: 8,
-          temperature: 0,
-        }),
-      });
-      return `${response.status} ${await response.text()}`;
-    };
-    const right = /^200 .*Paris/;
-    let loading = true;
-    const load = Promise.all(
-      proxies.map(async ({ url }) => {
-        const answers: string[] = [];
-        while (loading) answers.push(await ask(url));
-        return answers;
-      }),
-    );
+    for (const proxy of proxies) await untilListed(proxy, 2, 2);
+    const clients = load(proxies);
     await server.kill();
     await proxies[0]!.program.line(/is kept; trying again/);
     await proxies[1]!.program.line(/is kept; trying again/);
     await server.start();
     await server.compact();
-    for (const { url } of proxies) expect(await counts(url)).toEqual({ producer: 2, consumer: 2 });
-    loading = false;
-    const answers = (await load).flat();
-    expect(answers.length).toBeGreaterThan(1);
-    for (const answer of answers) expect(answer).toMatch(right);
+    for (const proxy of proxies) expect(await countsOf(proxy)).toEqual({ producer: 2, consumer: 2 });
     await proxies[0]!.program.stop('SIGKILL');
-    expect(await ask(proxies[1]!.url)).toMatch(right);
+    await clients.more(2);
+    await clients.end();
     // A worker that ends leaves at once; a killed one when its lease ends.
     await workers[0]!.program.stop();
     await proxies[1]!.program.line(/Remove .*it has left etcd/);
-    expect(await counts(proxies[1]!.url)).toEqual({ producer: 1, consumer: 2 });
-    expect(await ask(proxies[1]!.url)).toMatch(right);
+    expect(await countsOf(proxies[1]!)).toEqual({ producer: 1, consumer: 2 });
+    expect(await askThrough([proxies[1]!])).toMatch(RIGHT);
   });
 });
 
