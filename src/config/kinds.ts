@@ -121,7 +121,8 @@ export function etcdAddress(): Kind<EtcdAddress> {
       return undefined;
     }
   };
-  const allowed = 'etcd://HOST:2379, further hosts after commas, a prefix after /; etcds:// for TLS';
+  const allowed =
+    'etcd://HOST:2379, further hosts after commas, a prefix after /, USER:PASSWORD@ before; etcds:// for TLS';
   return parsed(
     'url',
     allowed,
