@@ -9,7 +9,7 @@
  * Two instances whose served model names are known and have none in common never fit either.
  */
 import type { Policy } from '../config/proxy-config.ts';
-import { asDestination, type HostPort, httpUrl, parseHostPort } from '../net/address.ts';
+import { asDestination, formatHostPort, type HostPort, httpUrl, parseHostPort } from '../net/address.ts';
 import type { KvEventPorts, SendType, WorkerLoad } from '../wire/messages.ts';
 import { Breaker } from './breaker.ts';
 import { choose, type PromptToPlace } from './placement.ts';
@@ -41,6 +41,8 @@ export interface InstancePing {
   readonly tokenizer?: string;
   /** It takes the ids of a prompt's tokens, if from this proxy. */
   readonly takesIds?: boolean;
+  /** Of one that was named (--instances): where it has answered. Absent: requests go where it says. */
+  readonly at?: HostPort;
 }
 
 export interface Instance extends InstancePing {
@@ -126,7 +128,8 @@ export class InstanceRegistry {
    * Throws ADDRESS_INVALID; returns undefined where the registry is full.
    */
   announce(announcement: InstancePing): readonly RegistryChange[] | undefined {
-    const http = asDestination(parseHostPort(announcement.httpAddress, 'HTTP address of a ping'));
+    const told = asDestination(parseHostPort(announcement.httpAddress, 'HTTP address of a ping'));
+    const http = announcement.at ?? told;
     const zmq = asDestination(parseHostPort(announcement.zmqAddress, 'ZMQ address of a ping'));
     const now = this.#now();
     const known = this.#entries.get(announcement.httpAddress);
@@ -351,9 +354,11 @@ export function instanceUrl(instance: Instance): string {
   return instance.tls ? url.replace('http:', 'https:') : url;
 }
 
-function samePing(a: InstancePing, b: InstancePing): boolean {
+/** A ping says nothing of where an instance that was named is reached. */
+function samePing(a: Instance, b: InstancePing): boolean {
   return (
     a.role === b.role &&
+    (!b.at || formatHostPort(a.http) === formatHostPort(b.at)) &&
     a.httpAddress === b.httpAddress &&
     a.zmqAddress === b.zmqAddress &&
     a.fingerprint?.digest === b.fingerprint?.digest &&
