@@ -4,7 +4,7 @@ import type { FastifyRequest } from 'fastify';
 import type { Guard } from '../access/guard.ts';
 import type { ProxyConfig } from '../config/proxy-config.ts';
 import { PdError } from '../errors.ts';
-import { formatHostPort, type HostPort, isLoopback, isUnspecified } from '../net/address.ts';
+import { asDestination, formatHostPort, type HostPort, isLoopback, isUnspecified } from '../net/address.ts';
 import { Etcd } from '../net/etcd.ts';
 import { announceHost, hostAddress } from '../net/local.ts';
 import { listenError } from '../net/port-holder.ts';
@@ -141,14 +141,16 @@ export class PdProxy {
     }
   }
 
-  /** Where clients connect, with the port that was chosen where 0 was asked for. */
+  /**
+   * Where clients on this machine connect: loopback where every interface is bound, and the port that was chosen where 0 was asked for.
+   */
   get httpAddress(): HostPort {
-    return this.#http!;
+    return asDestination(this.#http!);
   }
 
-  /** Where instances send their pings. */
+  /** Where instances on this machine send their pings, likewise. */
   get discoveryAddress(): HostPort {
-    return this.#discovery!.address;
+    return asDestination(this.#discovery!.address);
   }
 
   /** Live instances. */
@@ -308,7 +310,7 @@ export class PdProxy {
     app.get('/metrics', async (_request, reply) => {
       const { registry } = this.#metrics;
       const text = this.#relays
-        ? await this.#relays.metrics(await registry.getMetricsAsJSON())
+        ? await this.#relays.metrics(() => registry.getMetricsAsJSON())
         : await registry.metrics();
       return reply.type(registry.contentType).send(text);
     });

@@ -13,6 +13,7 @@ import { asDestination, formatHostPort, type HostPort, httpUrl, parseHostPort } 
 import type { KvEventPorts, SendType, WorkerLoad } from '../wire/messages.ts';
 import { Breaker } from './breaker.ts';
 import { choose, type PromptToPlace } from './placement.ts';
+import { InstanceTally } from './tally.ts';
 import { InstanceWork } from './work.ts';
 
 export type InstanceRole = 'producer' | 'consumer';
@@ -90,6 +91,7 @@ interface Entry {
   readonly work: InstanceWork;
   readonly ours: boolean;
   readonly breaker: Breaker;
+  readonly tally: InstanceTally;
   /** An operator wants it to take nothing new. */
   draining: boolean;
 }
@@ -150,7 +152,8 @@ export class InstanceRegistry {
     const address = announcement.httpAddress;
     const breaker = new Breaker(this.#now);
     const ours = announcement.fingerprint !== undefined;
-    this.#entries.set(address, { address, instance, picked: 0, work, ours, breaker, draining: false });
+    const tally = new InstanceTally();
+    this.#entries.set(address, { address, instance, picked: 0, work, ours, breaker, tally, draining: false });
     changes.push({ kind: 'added', instance });
     return changes;
   }
@@ -203,6 +206,11 @@ export class InstanceRegistry {
   /** Whether requests go there; undefined where the instance has gone. */
   breakerOf({ httpAddress }: Instance): Breaker | undefined {
     return this.#entries.get(httpAddress)?.breaker;
+  }
+
+  /** What it was asked; undefined where the instance has gone. */
+  tallyOf({ httpAddress }: Instance): InstanceTally | undefined {
+    return this.#entries.get(httpAddress)?.tally;
   }
 
   /** It takes no new requests, or takes them again. False where there is no such instance. */
