@@ -44,23 +44,28 @@ export function readTls(files: TlsFiles, names: TlsOptionNames): SecureContextOp
   return options;
 }
 
-/** Calls `changed` with what the files hold whenever one of them changes; what cannot be used is logged, and changes nothing. */
+/** Calls `changed` with what the files hold, at once and whenever one of them changes; what cannot be used is logged, and changes nothing. */
 export function watchTls(
   files: TlsFiles,
   names: TlsOptionNames,
   log: Logger,
   changed: (options: SecureContextOptions) => void,
 ): () => void {
-  const look = (): void => {
+  const take = (): boolean => {
     try {
       changed(readTls(files, names));
-      log.info(`${names.cert} and ${names.key} have been read again`);
+      return true;
     } catch (error) {
       const { code, message } = PdError.from(error);
       // Certificate and key are replaced one after the other: the second change puts it right.
       log.error({ code }, `${message}. The certificate read before stays in use`);
+      return false;
     }
   };
   const paths = Object.values(files).filter((path) => path !== undefined);
-  return watchFiles(paths, look);
+  const unwatch = watchFiles(paths, () => {
+    if (take()) log.info(`${names.cert} and ${names.key} have been read again`);
+  });
+  take(); // what has been replaced since the server was given them
+  return unwatch;
 }
