@@ -29,6 +29,8 @@ export interface RequestBody extends PromptFacts {
   readonly original: Uint8Array<ArrayBuffer>;
   /** Of its one prompt, a text that has been tokenized here. */
   readonly ids?: Uint32Array<ArrayBuffer>;
+  /** `tokens` were counted. */
+  readonly tokensKnown: boolean;
   /** The body's `user`, if any. */
   readonly user: string | undefined;
   /** The body's `priority`, 0 where it is none. */
@@ -75,6 +77,7 @@ export function readBody(
     model,
     prompts,
     tokens: known?.length ?? Math.ceil(original.byteLength / BYTES_PER_TOKEN),
+    tokensKnown: known !== undefined,
     tokenized: ids !== undefined,
     ...(ids && { ids }),
     user: typeof user === 'string' ? user : undefined,

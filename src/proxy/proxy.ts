@@ -10,10 +10,9 @@ import { announceHost, hostAddress } from '../net/local.ts';
 import { listenError } from '../net/port-holder.ts';
 import { plural } from '../observability/bytes.ts';
 import { createLogger, type Logger } from '../observability/log.ts';
-import { Timelines } from '../observability/timelines.ts';
+import { openAiError } from '../openai-error.ts';
 import { z } from '../zod.ts';
 import { Admission } from './admission.ts';
-import type { ProxyStage } from './attempt.ts';
 import { BodyReader, type BodyReaderOptions } from './body-reader.ts';
 import { PromptCaches } from './caches.ts';
 import { type Coordinator, LocalCoordinator } from './coordinator.ts';
@@ -22,8 +21,10 @@ import { EtcdInstances } from './etcd-instances.ts';
 import { createProxyMetrics, type ProxyMetrics } from './metrics.ts';
 import { ModelDirectory } from './models.ts';
 import { Probes } from './probes.ts';
+import { type Receipt, Receipts, timelinesOf } from './receipts.ts';
 import { type Instance, InstanceRegistry } from './registry.ts';
 import { Relays } from './relays.ts';
+import { routeOf } from './route.ts';
 import { bodyOf, proxyGuard, Serving } from './serving.ts';
 import { readWhole, Upstream, type WholeAnswer } from './upstream.ts';
 
@@ -57,7 +58,7 @@ export class PdProxy {
   readonly #bodies: Pick<BodyReader, 'read' | 'close'>;
   readonly #stop = new AbortController();
   readonly #models: ModelDirectory;
-  readonly #timelines = new Timelines<ProxyStage>();
+  readonly #receipts = new Receipts();
   readonly #coordinator: Coordinator;
   /** What clients ask of the proxy itself, and where it is one process, everything. */
   readonly #serving: Serving;
@@ -109,7 +110,7 @@ export class PdProxy {
       registry: this.#registry,
       upstream: this.#upstream,
       metrics: this.#metrics,
-      timelines: this.#timelines,
+      receipts: this.#receipts,
       log: this.#log,
     };
     const [caches, admission, bodies] = [this.#caches, this.#admission, this.#bodies];
@@ -278,6 +279,15 @@ export class PdProxy {
   #routes(): void {
     const { app } = this.#serving;
     app.post('/admin/drain', async (request) => this.#drainInstance(request));
+    app.get<{ Params: { '*': string } }>('/v1/requests/*', async (request, reply) => {
+      const id = /^(.+)\/route$/.exec(request.params['*'])?.[1];
+      const receipt = id === undefined ? undefined : await this.#receiptOf(id);
+      if (receipt && this.#mayRead(request, receipt)) return await routeOf(receipt, this.#upstream);
+      // The same where it is another's, so that nobody learns of it.
+      const text =
+        'there is no such request: GET /v1/requests/ID/route, with the x-pd-request-id of a recent one';
+      return reply.code(404).send(openAiError(new PdError('REQUEST_INVALID', text)));
+    });
     app.get('/health', async () => this.#health());
     if (this.#config.debugState) app.get('/debug/state', async (request) => this.#debugState(request));
     app.get('/ready', async (_request, reply) => {
@@ -322,8 +332,21 @@ export class PdProxy {
     if (!isLoopback(request.ip)) {
       throw new PdError('REQUEST_INVALID', 'GET /debug/state is for clients on this machine');
     }
-    const [own, others] = [this.#timelines.recent(), await this.#relays?.timelines()];
-    return { requests: this.#relays?.running ?? this.#serving.running, recentRequests: others ?? own };
+    const receipts = (await this.#relays?.receipts()) ?? this.#receipts.recent();
+    return {
+      requests: this.#relays?.running ?? this.#serving.running,
+      recentRequests: receipts.flatMap(timelinesOf),
+    };
+  }
+
+  async #receiptOf(id: string): Promise<Receipt | undefined> {
+    return this.#relays ? (await this.#relays.receipts(id))[0] : this.#receipts.get(id);
+  }
+
+  /** The holder of the key that it came with, and admins. Without keys whoever knows its id, which cannot be guessed. */
+  #mayRead(request: FastifyRequest, receipt: Receipt): boolean {
+    const holder = this.#guard.holder(request);
+    return !holder || holder.admin || holder.name === receipt.holder;
   }
 
   /** As the proxy takes it to be: what the instance tells, and what it has been given since. */

@@ -6,11 +6,10 @@ import type { FastifyReply, FastifyRequest } from 'fastify';
 import type { Guard } from '../access/guard.ts';
 import { PdError, unreachable } from '../errors.ts';
 import { createLogger } from '../observability/log.ts';
-import { Timelines } from '../observability/timelines.ts';
-import type { ProxyStage } from './attempt.ts';
 import { BodyReader } from './body-reader.ts';
 import { Channel } from './channel.ts';
 import { createProxyMetrics } from './metrics.ts';
+import { Receipts } from './receipts.ts';
 import type { FromRelay, ToRelay } from './relay-messages.ts';
 import { ownerPath } from './relays.ts';
 import { RemoteCoordinator } from './remote-coordinator.ts';
@@ -26,7 +25,7 @@ class RelayProcess {
   readonly #channel: Channel<FromRelay, ToRelay>;
   readonly #coordinator: RemoteCoordinator;
   readonly #metrics = createProxyMetrics();
-  readonly #timelines = new Timelines<ProxyStage>();
+  readonly #receipts = new Receipts();
   readonly #guard: Guard;
   readonly #upstream: Upstream;
   readonly #bodies: BodyReader;
@@ -48,7 +47,7 @@ class RelayProcess {
       coordinator: this.#coordinator,
       upstream: this.#upstream,
       metrics: this.#metrics,
-      timelines: this.#timelines,
+      receipts: this.#receipts,
       log,
       bodies: this.#bodies,
     };
@@ -69,7 +68,10 @@ class RelayProcess {
         this.#coordinator.receive(message);
         break;
       case 'metrics':
-        void this.#tellState();
+        void this.#tellMetrics();
+        break;
+      case 'receipts':
+        this.#tellReceipts(message);
         break;
       case 'drain':
         void this.#drain(message.ms);
@@ -98,9 +100,15 @@ class RelayProcess {
     }
   }
 
-  async #tellState(): Promise<void> {
+  async #tellMetrics(): Promise<void> {
     const metrics = await this.#metrics.registry.getMetricsAsJSON();
-    this.#channel.send({ type: 'metrics', metrics, timelines: this.#timelines.recent() });
+    this.#channel.send({ type: 'metrics', metrics });
+  }
+
+  #tellReceipts({ seq, of }: Extract<ToRelay, { type: 'receipts' }>): void {
+    const one = of === undefined ? undefined : this.#receipts.get(of);
+    const receipts = of === undefined ? this.#receipts.recent() : one ? [one] : [];
+    this.#channel.send({ type: 'receipts', seq, receipts });
   }
 
   async #drain(ms: number): Promise<void> {
@@ -111,7 +119,7 @@ class RelayProcess {
     this.#draining = true;
     await this.#serving.drain(ms);
     await this.#serving.close();
-    await this.#tellState();
+    await this.#tellMetrics();
     this.#guard.close();
     await Promise.all([this.#upstream.close(), this.#bodies.close()]);
     await this.#channel.close();

@@ -63,6 +63,17 @@ const BODIES: readonly (readonly [what: string, body: object])[] = [
   ['the same prompt again', { prompt: STORY, max_tokens: 6, temperature: 0 }],
 ];
 
+/** Of `GET /v1/requests/ID/route`, as far as it is read here. */
+interface WorkerTold {
+  readonly server: { readonly prompt_tokens: number; readonly completion_tokens: number };
+  readonly prompts: readonly {
+    readonly stages: readonly { readonly stage: string; readonly tokens?: number }[];
+    readonly kv_bytes: number;
+    readonly cached_tokens: number;
+  }[];
+}
+type RouteAttempt = Readonly<Record<'producer' | 'consumer', { readonly worker: WorkerTold }>>;
+
 describe('a native pair', () => {
   let proxy: ProxyHandle;
   let workers: WorkerHandle[] = [];
@@ -117,6 +128,46 @@ describe('a native pair', () => {
     const grown = (name: string) => (after.get(name) ?? 0) - (before.get(name) ?? 0);
     expect(grown('pd_kv_loads_total{result="ok"}')).toBe(12);
     expect(grown('pd_prompt_tokens_total{source="computed"}')).toBe(0);
+  });
+
+  it('tells of a request where it went, when it was where, and what moved', async () => {
+    const body = JSON.stringify({ model: 'demo', prompt: STORY.repeat(3), max_tokens: 4, stream: true });
+    const headers = { 'content-type': 'application/json' };
+    const answer = await fetch(`${proxy.url}/v1/completions`, { method: 'POST', headers, body });
+    await answer.text();
+    const url = `${proxy.url}/v1/requests/${answer.headers.get('x-pd-request-id')}/route`;
+    let route: { status: number | null; attempts: RouteAttempt[] } | undefined;
+    await eventually('its end', 60_000, async () => {
+      route = (await (await fetch(url)).json()) as typeof route;
+      return route!.status !== null;
+    });
+    const [producer, consumer] = workers as [WorkerHandle, WorkerHandle];
+    const time = expect.any(Number);
+    expect(route).toMatchObject({
+      status: 200,
+      attempts: [
+        {
+          producer: { zmq_address: producer.kvAddress, policy: 'kv-aware', considered: 1 },
+          consumer: { zmq_address: consumer.kvAddress, policy: 'kv-aware', considered: 1 },
+          asked_early: true,
+          wire: 'native',
+          outcome: 'answered',
+          at_ms: { prefill: time, decode: time, answered: time, first_event: time, end: time },
+        },
+      ],
+    });
+    const { producer: from, consumer: into } = route!.attempts[0]!;
+    const { prompt_tokens: tokens, completion_tokens } = into.worker.server;
+    expect([tokens > 16, completion_tokens]).toEqual([true, 4]);
+    const moved = { wire: 'native', transport: 'host', kv_bytes: into.worker.prompts[0]!.kv_bytes };
+    expect(from.worker.prompts).toMatchObject([{ ...moved, kv_to: consumer.kvAddress }]);
+    expect(into.worker.prompts).toMatchObject([{ ...moved, kv_from: producer.kvAddress }]);
+    expect(into.worker.prompts[0]).toMatchObject({ computed_tokens: 0, loaded_tokens: expect.any(Number) });
+    // Chunk by chunk, all of the prompt that was not there already.
+    const chunks = from.worker.prompts[0]!.stages.flatMap(({ tokens: own }) => own ?? []);
+    const computed = chunks.reduce((sum, own) => sum + own, 0);
+    expect(computed).toBe(tokens - from.worker.prompts[0]!.cached_tokens);
+    expect(chunks.length).toBeGreaterThan(1);
   });
 
   it('loses nothing to a client that goes away', async () => {

@@ -64,6 +64,13 @@ test('answers from both processes, and tells of itself as one', async () => {
   expect(answers.map(({ statusCode }) => statusCode)).toEqual(Array(6).fill(200));
   for (const answer of answers) expect(answer.headers['x-request-id']).toContain(consumer.zmqAddress);
   expect(await completed()).toBe(6);
+  for (const { headers } of answers) {
+    const route = await fetch(url(`/v1/requests/${headers['x-pd-request-id']}/route`));
+    expect(await route.json()).toMatchObject({
+      status: 200,
+      attempts: [{ request_id: headers['x-request-id'], consumer: { considered: 1 }, outcome: 'answered' }],
+    });
+  }
   const health = (await (await fetch(url('/health'))).json()) as { counts: object };
   expect(health.counts).toEqual({ producer: 1, consumer: 1 });
   const body = JSON.stringify({ instance: consumer.httpAddress });

@@ -32,6 +32,7 @@ import type {
   HandOverStage,
   HandOverState,
   HandOverUser,
+  MovedKv,
   WantOutcome,
   WantRequest,
 } from './hand-over-api.ts';
@@ -55,7 +56,7 @@ export interface HandOverOptions {
   readonly log: Logger;
   /** Of the core thread. */
   readonly metrics: MetricsPage;
-  readonly onStage?: (id: TransferId, stage: HandOverStage) => void;
+  readonly onStage?: (id: TransferId, stage: HandOverStage, moved?: MovedKv) => void;
   /** The stage `flagged`, with the GPU's times of the write that set the flag: of the last layer, where each was written by itself. */
   readonly onFlag?: (id: TransferId, times: SlotFlag) => void;
 }
@@ -166,7 +167,7 @@ export class HandOver implements HandOverApi {
       direct,
       metrics,
       tell: this.#tell,
-      onStage: (id, stage) => this.#stage(id, stage),
+      onStage: (id, stage, moved) => this.#stage(id, stage, moved),
       mayLaunch: (launch) => this.#grants.mayLaunch(launch),
       landed: (launch, failure) => this.#grant(() => this.#grants.landed(launch, now(), failure)),
     });
@@ -644,15 +645,16 @@ export class HandOver implements HandOverApi {
 
   #loaded(load: Load, { seq, draw }: Extract<WantAction, { readonly kind: 'loaded' }>): void {
     const { requestId, transferId, peer, blocks } = load.request;
-    this.#stage(transferId, 'loaded');
     const { layers, blockBytes } = this.#options.init.shape;
     const milliseconds = now() - load.began;
     const bytes = blocks.length * layers * blockBytes;
+    const { transport } = load;
+    this.#stage(transferId, 'loaded', transport && { transport, kv_bytes: bytes, kv_from: peer });
     this.#failures.wentWell('load', peer);
     const { metrics } = this.#options;
     metrics.observe('pd_transfer_seconds', milliseconds / 1_000);
     // what comes on a pair is counted by the transfer thread
-    if (load.transport === 'direct') metrics.inc('pd_kv_received_bytes_total', bytes);
+    if (transport === 'direct') metrics.inc('pd_kv_received_bytes_total', bytes);
     this.#options.log.debug(
       { requestId, peer, seq, milliseconds, drawn: draw !== undefined },
       `WANT ${seq} is done`,
@@ -667,8 +669,8 @@ export class HandOver implements HandOverApi {
     });
   }
 
-  #stage(id: TransferId, stage: HandOverStage): void {
-    this.#options.onStage?.(id, stage);
+  #stage(id: TransferId, stage: HandOverStage, moved?: MovedKv): void {
+    this.#options.onStage?.(id, stage, moved);
   }
 
   /** A quarter of a second from now, and after what has come by then has been heard, unless nothing is under way. */

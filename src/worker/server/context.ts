@@ -27,7 +27,7 @@ export interface ServerContext {
     | 'reasoningParser'
     | 'wire'
   > & { readonly transfer: Pick<TransferOptions, 'kvKey'> };
-  readonly core: Pick<CoreClient, 'generate' | 'info' | 'inspect' | 'state' | 'tell'>;
+  readonly core: Pick<CoreClient, 'generate' | 'info' | 'inspect' | 'state' | 'tell' | 'timelines'>;
   readonly reader: Pick<RequestBodyReader, 'read'>;
   /** For the text of what is generated. */
   readonly model: TextModel;

@@ -60,8 +60,13 @@ export async function postGeneration<R extends GenerationRoute>(
     const run = new GenerationRun(context, plan);
     const base = { id, created: Math.floor(Date.now() / 1_000), model };
     const answering = { context, reply, run, format: formatOf(context.model, reading, base), id, gone };
-    if (body.stream) return await answerStream(answering);
-    return await answerWhole(answering, asked.prompts.length * asked.n);
+    try {
+      if (body.stream) return await answerStream(answering);
+      return await answerWhole(answering, asked.prompts.length * asked.n);
+    } finally {
+      const { prompt_tokens, completion_tokens } = run.usage;
+      context.inFlight.timelines.note(id, { prompt_tokens, completion_tokens });
+    }
   } finally {
     leave();
   }
