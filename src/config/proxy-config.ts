@@ -33,6 +33,10 @@ export const POLICIES = ['auto', 'round-robin', 'least-loaded', 'session', 'kv-a
 /** How an instance is chosen for a request (docs/routing.md). `auto`: kv-aware among pd-workers, else round-robin. */
 export type Policy = (typeof POLICIES)[number];
 
+const UI_AUDIENCES = ['local', 'open', 'off'] as const;
+/** `local`: clients on this machine; `open`: everyone; `off`: nobody, with keys too. */
+export type UiAudience = (typeof UI_AUDIENCES)[number];
+
 /** What the proxy shows to instances, and what they must show. Paths of files. */
 export interface UpstreamAccess {
   /** The first of its keys that has not expired goes with every request, in place of the client's. */
@@ -92,6 +96,8 @@ export interface ProxyConfig {
   readonly workers: number;
   /** GET /debug/state is answered, to clients on this machine. */
   readonly debugState: boolean;
+  /** Who sees the page at /ui, where no keys are asked for; with keys, those who hold an admin key. */
+  readonly ui: UiAudience;
   readonly log: LogOptions;
 }
 
@@ -255,6 +261,12 @@ export const PROXY_OPTIONS = defineOptions({
     kind: toggle(),
     help: 'answer GET /debug/state to clients on this machine',
     default: false,
+  }),
+  ui: option({
+    field: 'ui',
+    kind: oneOf(UI_AUDIENCES),
+    help: 'the page at /ui: for clients on this machine (with --api-key-file, for admin keys from anywhere), for everyone, or not at all',
+    default: 'local',
   }),
   ...logOptions('log.'),
   config: option({ kind: text('file'), help: 'JSON file with any of these options' }),

@@ -11,6 +11,7 @@ import { listenError } from '../net/port-holder.ts';
 import { plural } from '../observability/bytes.ts';
 import { createLogger, type Logger } from '../observability/log.ts';
 import { openAiError } from '../openai-error.ts';
+import { packageVersion } from '../version.ts';
 import { z } from '../zod.ts';
 import { Admission } from './admission.ts';
 import { BodyReader, type BodyReaderOptions } from './body-reader.ts';
@@ -26,6 +27,8 @@ import { type Instance, InstanceRegistry } from './registry.ts';
 import { Relays } from './relays.ts';
 import { routeOf } from './route.ts';
 import { bodyOf, proxyGuard, Serving } from './serving.ts';
+import { Ui } from './ui.ts';
+import { MOST_UI_REQUESTS, type UiSnapshot, uiInstance, uiRequest } from './ui-state.ts';
 import { readWhole, Upstream, type WholeAnswer } from './upstream.ts';
 
 /** How long `untilPaired` waits by default. */
@@ -33,6 +36,8 @@ const PAIR_TIMEOUT_MS = 60_000;
 /** For a consumer to say what may be asked of it, and bytes of that. */
 const OPENAPI_MS = 5_000;
 const OPENAPI_BYTES = 4 * 1024 * 1024;
+
+const VERSION = packageVersion();
 
 /**
  * Parts of a proxy that a test may replace.
@@ -59,6 +64,8 @@ export class PdProxy {
   readonly #stop = new AbortController();
   readonly #models: ModelDirectory;
   readonly #receipts = new Receipts();
+  readonly #ui: Ui | undefined;
+  readonly #startedAt = Date.now();
   readonly #coordinator: Coordinator;
   /** What clients ask of the proxy itself, and where it is one process, everything. */
   readonly #serving: Serving;
@@ -118,6 +125,9 @@ export class PdProxy {
     this.#models = new ModelDirectory(shared, this.#stop.signal);
     const context = { ...shared, config, coordinator: this.#coordinator, bodies };
     this.#serving = new Serving(context, this.#guard, { behindRelays: config.workers > 1 });
+    const snapshot = () => this.#uiSnapshot();
+    if (config.ui !== 'off')
+      this.#ui = new Ui({ config, log: this.#log, keyed: this.#guard.keyed, snapshot });
     this.#routes();
   }
 
@@ -260,6 +270,7 @@ export class PdProxy {
     const running = this.#relays?.running ?? this.#serving.running;
     if (started)
       this.#log.info(`draining, at most ${drainMs / 1_000} s: ${plural(running, 'request')} under way`);
+    await this.#ui?.close();
     this.#relays?.drain(drainMs);
     await this.#serving.drain(drainMs);
     await this.#relays?.drained();
@@ -289,6 +300,7 @@ export class PdProxy {
       return reply.code(404).send(openAiError(new PdError('REQUEST_INVALID', text)));
     });
     app.get('/health', async () => this.#health());
+    this.#ui?.attach(app);
     if (this.#config.debugState) app.get('/debug/state', async (request) => this.#debugState(request));
     app.get('/ready', async (_request, reply) => {
       const ready = !this.#draining && this.#registry.paired;
@@ -340,7 +352,7 @@ export class PdProxy {
   }
 
   async #receiptOf(id: string): Promise<Receipt | undefined> {
-    return this.#relays ? (await this.#relays.receipts(id))[0] : this.#receipts.get(id);
+    return this.#relays ? (await this.#relays.receipts({ of: id }))[0] : this.#receipts.get(id);
   }
 
   /** The holder of the key that it came with, and admins. Without keys whoever knows its id, which cannot be guessed. */
@@ -365,6 +377,24 @@ export class PdProxy {
     const signal = AbortSignal.any([AbortSignal.timeout(OPENAPI_MS), this.#stop.signal]);
     const response = await this.#upstream.ask(call, { path: '/openapi.json', headers: {}, signal });
     return await readWhole(response, OPENAPI_BYTES);
+  }
+
+  async #uiSnapshot(): Promise<UiSnapshot> {
+    const most = Math.ceil(MOST_UI_REQUESTS / this.#config.workers);
+    const receipts = (await this.#relays?.receipts({ most })) ?? this.#receipts.recent();
+    return {
+      proxy: {
+        status: this.#draining ? 'draining' : 'ok',
+        version: VERSION,
+        startedAt: this.#startedAt,
+        running: this.#relays?.running ?? this.#serving.running,
+        queued: this.#admission.queued,
+        paired: this.#registry.paired,
+        kept: MOST_UI_REQUESTS,
+      },
+      instances: this.#registry.list().map((instance) => uiInstance(instance, this.#registry, this.#caches)),
+      requests: receipts.slice(-MOST_UI_REQUESTS).map(uiRequest),
+    };
   }
 
   #health() {

@@ -52,6 +52,8 @@ export interface Receipt {
   /** They were counted, not guessed from the length of the body. */
   tokensKnown: boolean;
   prompts: number;
+  /** The answer is to come as a stream of events. */
+  streamed: boolean;
   readonly attempts: AttemptReceipt[];
   /** Of the answer; 499: the client went away. 0 while it is under way. */
   status: number;
@@ -91,6 +93,7 @@ export class Receipts {
       promptTokens: 0,
       tokensKnown: false,
       prompts: 0,
+      streamed: false,
       attempts: [],
       status: 0,
       code: undefined,

@@ -58,6 +58,11 @@ export type ToRelay =
   /** Absent: there is no other pair. */
   | { readonly type: 'refused'; readonly id: number; readonly error?: ErrorData }
   | { readonly type: 'metrics' }
-  /** `of`: an id of the one request that is asked for; absent: all. */
-  | { readonly type: 'receipts'; readonly seq: number; readonly of?: string | undefined }
+  /** `of`: an id of the one request that is asked for; absent: all, or the latest. */
+  | {
+      readonly type: 'receipts';
+      readonly seq: number;
+      readonly of?: string | undefined;
+      readonly most?: number | undefined;
+    }
   | { readonly type: 'drain'; readonly ms: number };

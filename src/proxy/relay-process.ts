@@ -2,6 +2,7 @@
 import { request as ask } from 'node:http';
 import { Socket } from 'node:net';
 import { join } from 'node:path';
+import { pipeline } from 'node:stream';
 import type { FastifyReply, FastifyRequest } from 'fastify';
 import type { Guard } from '../access/guard.ts';
 import { PdError, unreachable } from '../errors.ts';
@@ -14,6 +15,7 @@ import type { FromRelay, ToRelay } from './relay-messages.ts';
 import { ownerPath } from './relays.ts';
 import { RemoteCoordinator } from './remote-coordinator.ts';
 import { proxyGuard, Serving } from './serving.ts';
+import { UI_EVENTS_ROUTE, UI_PAGE_ROUTES } from './ui.ts';
 import { Upstream } from './upstream.ts';
 
 /** For the owner to begin an answer. */
@@ -52,8 +54,8 @@ class RelayProcess {
       bodies: this.#bodies,
     };
     this.#serving = new Serving(context, this.#guard);
-    // By name those that need no key.
-    for (const route of ['/health', '/ready', '/metrics', '/*']) {
+    // By name those that need no key, or an admin's.
+    for (const route of ['/health', '/ready', '/metrics', ...UI_PAGE_ROUTES, UI_EVENTS_ROUTE, '/*']) {
       this.#serving.app.all(route, (request, reply) => passToOwner(ownerPath(folder), request, reply));
     }
     void this.#start(join(folder, `relay-${number}.sock`));
@@ -105,9 +107,9 @@ class RelayProcess {
     this.#channel.send({ type: 'metrics', metrics });
   }
 
-  #tellReceipts({ seq, of }: Extract<ToRelay, { type: 'receipts' }>): void {
+  #tellReceipts({ seq, of, most = Number.POSITIVE_INFINITY }: Extract<ToRelay, { type: 'receipts' }>): void {
     const one = of === undefined ? undefined : this.#receipts.get(of);
-    const receipts = of === undefined ? this.#receipts.recent() : one ? [one] : [];
+    const receipts = of === undefined ? this.#receipts.recent().slice(-most) : one ? [one] : [];
     this.#channel.send({ type: 'receipts', seq, receipts });
   }
 
@@ -143,7 +145,7 @@ async function passToOwner(path: string, request: FastifyRequest, reply: Fastify
     },
     (response) => {
       out.writeHead(response.statusCode!, response.headers);
-      response.pipe(out);
+      pipeline(response, out, () => {}); // where one breaks off, so does the other
     },
   );
   asked.once('timeout', () => asked.destroy());

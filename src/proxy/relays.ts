@@ -136,13 +136,19 @@ export class Relays {
     return await sumMetrics([own, await this.#gone, ...others]);
   }
 
-  /** All processes' receipts, the latest last, or that of the request with the id `of`; without those of one that does not answer. */
-  async receipts(of?: string): Promise<readonly Receipt[]> {
+  /** All processes' receipts, the latest last, of each at most `most`, or that of the request with the id `of`; without those of one that does not answer. */
+  async receipts({
+    of,
+    most,
+  }: {
+    readonly of?: string;
+    readonly most?: number;
+  } = {}): Promise<readonly Receipt[]> {
     const asking = [...this.#relays.values()].map(async ({ channel, receipts }) => {
       const seq = this.#seq++;
       const answer = deferred<readonly Receipt[]>();
       receipts.set(seq, answer);
-      channel.send({ type: 'receipts', seq, of });
+      channel.send({ type: 'receipts', seq, of, most });
       const told = await withDeadline(answer.promise, RECEIPTS_MS);
       receipts.delete(seq);
       return told ?? [];

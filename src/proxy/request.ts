@@ -60,6 +60,7 @@ export class ProxiedRequest {
       receipt.readAt = monotonicMs();
       receipt.model = read.model;
       receipt.prompts = read.prompts;
+      receipt.streamed = read.streamed;
       receipt.promptTokens = read.tokens;
       receipt.tokensKnown = read.tokensKnown;
       const visit = await coordinator.enter(this.#wish(read), signal);
