@@ -12,6 +12,7 @@ import {
   QUIET_LOG,
   shapeOf,
   type TableOf,
+  TRACE_OPTIONS,
   withoutUndefined,
 } from './fields.ts';
 import {
@@ -93,6 +94,8 @@ export interface ProxyConfig {
   /** GET /debug/state is answered, to clients on this machine. */
   readonly debugState: boolean;
   readonly log: LogOptions;
+  /** Base URL of the OTLP receiver that gets traces. Absent: none are made. */
+  readonly otlpEndpoint?: string;
 }
 
 /** A new option is a row here and its field above. */
@@ -257,6 +260,7 @@ export const PROXY_OPTIONS = defineOptions({
     default: false,
   }),
   ...logOptions('log.'),
+  ...TRACE_OPTIONS,
   config: option({ kind: text('file'), help: 'JSON file with any of these options' }),
 } satisfies TableOf<ProxyConfig>);
 

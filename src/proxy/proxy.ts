@@ -13,6 +13,7 @@ import { createLogger, type Logger } from '../observability/log.ts';
 import { openAiError } from '../openai-error.ts';
 import { z } from '../zod.ts';
 import { Admission } from './admission.ts';
+import type { ProxyContext } from './attempt.ts';
 import { BodyReader, type BodyReaderOptions } from './body-reader.ts';
 import { PromptCaches } from './caches.ts';
 import { type Coordinator, LocalCoordinator } from './coordinator.ts';
@@ -60,6 +61,7 @@ export class PdProxy {
   readonly #models: ModelDirectory;
   readonly #receipts = new Receipts();
   readonly #coordinator: Coordinator;
+  readonly #context: ProxyContext;
   /** What clients ask of the proxy itself, and where it is one process, everything. */
   readonly #serving: Serving;
   /** Of a proxy of several processes. */
@@ -116,8 +118,8 @@ export class PdProxy {
     const [caches, admission, bodies] = [this.#caches, this.#admission, this.#bodies];
     this.#coordinator = new LocalCoordinator({ ...shared, config, caches, admission });
     this.#models = new ModelDirectory(shared, this.#stop.signal);
-    const context = { ...shared, config, coordinator: this.#coordinator, bodies };
-    this.#serving = new Serving(context, this.#guard, { behindRelays: config.workers > 1 });
+    this.#context = { ...shared, config, coordinator: this.#coordinator, bodies };
+    this.#serving = new Serving(this.#context, this.#guard, { behindRelays: config.workers > 1 });
     this.#routes();
   }
 
@@ -192,7 +194,19 @@ export class PdProxy {
   }
 
   async #listen(): Promise<void> {
-    const { instanceTimeoutMs, allowInstances, upstream, registry: etcd } = this.#config;
+    const {
+      instanceTimeoutMs,
+      allowInstances,
+      upstream,
+      registry: etcd,
+      otlpEndpoint,
+      workers,
+    } = this.#config;
+    // Of several processes those that relay make them.
+    if (otlpEndpoint !== undefined && workers === 1) {
+      const { RequestTraces } = await import('./request-trace.ts');
+      this.#context.traces = RequestTraces.open(this.#config, this.#metrics, this.#log);
+    }
     const [http, discovery] = await Promise.all([
       bindAddress(this.#config.http),
       bindAddress(this.#config.discovery),
@@ -270,6 +284,7 @@ export class PdProxy {
     await this.#discovery?.close();
     this.#caches.close();
     this.#probes?.close();
+    await this.#context.traces?.close();
     await this.#upstream.close();
     this.#guard.close();
     await this.#bodies.close();
