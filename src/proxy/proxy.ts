@@ -4,7 +4,7 @@ import type { FastifyRequest } from 'fastify';
 import type { Guard } from '../access/guard.ts';
 import type { ProxyConfig } from '../config/proxy-config.ts';
 import { PdError } from '../errors.ts';
-import { formatHostPort, type HostPort, isLoopback, isUnspecified } from '../net/address.ts';
+import { asDestination, formatHostPort, type HostPort, isLoopback, isUnspecified } from '../net/address.ts';
 import { Etcd } from '../net/etcd.ts';
 import { announceHost, hostAddress } from '../net/local.ts';
 import { listenError } from '../net/port-holder.ts';
@@ -141,14 +141,16 @@ export class PdProxy {
     }
   }
 
-  /** Where clients connect, with the port that was chosen where 0 was asked for. */
+  /**
+   * Where clients on this machine connect: loopback where every interface is bound, and the port that was chosen where 0 was asked for.
+   */
   get httpAddress(): HostPort {
-    return this.#http!;
+    return asDestination(this.#http!);
   }
 
-  /** Where instances send their pings. */
+  /** Where instances on this machine send their pings, likewise. */
   get discoveryAddress(): HostPort {
-    return this.#discovery!.address;
+    return asDestination(this.#discovery!.address);
   }
 
   /** Live instances. */
