@@ -261,7 +261,7 @@ function roundOf(
 
 let count = 0;
 
-function newIds(producer: Peer, consumer: Peer, inFlight: number): TransferId[] {
+export function newIds(producer: Peer, consumer: Peer, inFlight: number): TransferId[] {
   return Array.from({ length: inFlight }, () => {
     const uuid = (++count).toString(16).padStart(32, '0');
     return transferIdOf(`cmpl-${proxyRequestId(producer.address, consumer.address, uuid)}-0`);

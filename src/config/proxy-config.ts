@@ -12,6 +12,7 @@ import {
   QUIET_LOG,
   shapeOf,
   type TableOf,
+  TRACE_OPTIONS,
   withoutUndefined,
 } from './fields.ts';
 import {
@@ -99,6 +100,8 @@ export interface ProxyConfig {
   /** Who sees the page at /ui, where no keys are asked for; with keys, those who hold an admin key. */
   readonly ui: UiAudience;
   readonly log: LogOptions;
+  /** Base URL of the OTLP receiver that gets traces. Absent: none are made. */
+  readonly otlpEndpoint?: string;
 }
 
 /** A new option is a row here and its field above. */
@@ -269,6 +272,7 @@ export const PROXY_OPTIONS = defineOptions({
     default: 'local',
   }),
   ...logOptions('log.'),
+  ...TRACE_OPTIONS,
   config: option({ kind: text('file'), help: 'JSON file with any of these options' }),
 } satisfies TableOf<ProxyConfig>);
 

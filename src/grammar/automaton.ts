@@ -31,6 +31,7 @@ export class Nfa {
   readonly calls: CallEdge[][] = [];
   readonly #budget: Budget;
   readonly #counted: CountedRule;
+  readonly #ends = new Map<number, Map<string, number>>();
 
   constructor(expression: Expression, budget: Budget, counted: CountedRule) {
     this.#budget = budget;
@@ -113,8 +114,7 @@ export class Nfa {
   }
 
   #addCharacter(ranges: readonly CodePointRange[], from: number, to: number): void {
-    // Spellings that end alike share their ends.
-    const ends = new Map<string, number>([['', to]]);
+    const ends = this.#endsBefore(to);
     for (const [first, ...rest] of utf8Sequences(ranges)) {
       let at = to;
       for (let i = rest.length - 1; i >= 0; i--) {
@@ -130,6 +130,16 @@ export class Nfa {
       this.edges[from]!.push({ low: first![0], high: first![1], to: at });
       this.#budget.work(1);
     }
+  }
+
+  /** Spellings that end alike share their ends, by the ranges of the bytes that are left, with all others before `to`. */
+  #endsBefore(to: number): Map<string, number> {
+    let ends = this.#ends.get(to);
+    if (!ends) {
+      ends = new Map([['', to]]);
+      this.#ends.set(to, ends);
+    }
+    return ends;
   }
 
   #addRepeat({ item, min, max }: Expression & { kind: 'repeat' }, from: number, to: number): void {

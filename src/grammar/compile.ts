@@ -27,6 +27,8 @@ export interface CompiledGrammar {
   readonly countedMin: Int32Array;
   /** -1: no limit. */
   readonly countedMax: Int32Array;
+  /** First states of rules of arrays whose items differ. */
+  readonly uniqueStarts: Int32Array;
   /** Bytes that no edge tells apart have one class. */
   readonly classOf: Uint8Array;
   readonly classBytes: Uint8Array;
@@ -47,6 +49,7 @@ const SHAPE_EDGES = 512;
 interface BuiltRule {
   readonly name: string;
   readonly automaton: Automaton;
+  readonly unique?: boolean | undefined;
   readonly counted?: { readonly min: number; readonly max: number };
 }
 
@@ -90,9 +93,9 @@ function buildRules(grammar: Grammar, budget: Budget): BuiltRule[] {
     }
     return number;
   };
-  const rules = grammar.rules.map(({ name, body }): BuiltRule => {
+  const rules = grammar.rules.map(({ name, body, unique }): BuiltRule => {
     const nfa = new Nfa(body, budget, counted);
-    return { name, automaton: automatonOf(nfa, budget, nfa.size * 4 + 256, false) };
+    return { name, unique, automaton: automatonOf(nfa, budget, nfa.size * 4 + 256, false) };
   });
   return [...rules, ...extra];
 }
@@ -312,6 +315,7 @@ function flatten(
     countedStart: Int32Array.from(countedStart),
     countedMin: Int32Array.from(countedMin),
     countedMax: Int32Array.from(countedMax),
+    uniqueStarts: Int32Array.from(rules.flatMap(({ unique }, rule) => (unique ? [offsets[rule]!] : []))),
     classOf,
     classBytes,
     shapes,

@@ -33,6 +33,8 @@ export interface Rule {
   /** As errors name it. */
   readonly name: string;
   readonly body: Expression;
+  /** A JSON array whose items differ: `body` writes each of them in one way, but for blanks. */
+  readonly unique?: boolean | undefined;
 }
 
 /** The sentences of rule 0. */

@@ -19,11 +19,12 @@ import {
   sequence,
   text,
 } from './expression.ts';
-import { jsonRules, keyBesides, literal, member, quoted, stringOf } from './json.ts';
+import { jsonRules, keyBesides, literal, member, quoted, SINGLE_NUMBER, stringOf } from './json.ts';
 import { insideString, regexExpression } from './regex.ts';
 import { difference, intersection, isNothing, matches } from './regular.ts';
 import {
   below,
+  isObject,
   type Located,
   located,
   SchemaDocument,
@@ -39,19 +40,20 @@ import {
   typesOverlap,
 } from './schema-facts.ts';
 import { formatExpression } from './schema-formats.ts';
+import { SchemaIdentities } from './schema-identity.ts';
 import type { TypeName } from './schema-keywords.ts';
 import { negation } from './schema-negation.ts';
 import { numberExpression } from './schema-numbers.ts';
-import { equalValues, satisfies } from './schema-values.ts';
+import { satisfies } from './schema-values.ts';
 
 const MOST_SCHEMAS_OPEN = 150;
 const MOST_RULES = 5000;
 /** Bytes of values written out in place rather than as a rule of their own. */
 const FEW_BYTES = 200;
-/** Sets of values used so far are states. */
-const MOST_UNIQUE_VALUES = 8;
 const MOST_COMPARED = 4;
 const TYPES: readonly TypeName[] = ['object', 'array', 'string', 'number', 'boolean', 'null'];
+/** Of a string, in one way only. */
+const ONE_CHARACTER = insideString(characters([0, LAST_CODE_POINT]));
 const FREE: Located = { schema: true, pointer: '#' };
 
 /** Throws REQUEST_INVALID with the keyword and its JSON pointer where the schema is not valid or not supported. */
@@ -65,12 +67,18 @@ class SchemaCompiler {
   readonly #rules: Rule[] = [];
   readonly #json;
   readonly #known = new Map<string, Expression>();
-  readonly #ids = new Map<unknown, number>();
+  readonly #identities: SchemaIdentities;
+  /** Each value is written in one way, so that its text tells it from others. */
+  #singly = false;
+  /** Keys in the order in which they have been met first, which is theirs then. */
+  readonly #ranks = new Map<string, number>();
+  #singleString: Expression | undefined;
   #open = 0;
 
   constructor(document: SchemaDocument, budget: Budget) {
     this.#document = document;
     this.#budget = budget;
+    this.#identities = new SchemaIdentities(document);
     this.#rules.push({ name: '#', body: NOTHING });
     this.#json = jsonRules(1);
     this.#rules.push(...this.#json.rules);
@@ -83,11 +91,13 @@ class SchemaCompiler {
   }
 
   /** Texts that satisfy all of `schemas`: a rule, so that a schema may refer to itself, or what is short, written out. */
-  #schema(schemas: readonly Located[]): Expression {
+  #schema(all: readonly Located[]): Expression {
+    const schemas = this.#identities.flat(all);
     const key = schemas
-      .map(({ schema }) => this.#idOf(schema))
+      .map(({ schema }) => this.#identities.of(schema))
       .sort((a, b) => a - b)
-      .join(' ');
+      .join(' ')
+      .concat(this.#singly ? ' singly' : '');
     const known = this.#known.get(key);
     if (known) return known;
     if (this.#rules.length >= MOST_RULES) {
@@ -109,19 +119,12 @@ class SchemaCompiler {
     return this.#known.get(key)!;
   }
 
-  #idOf(schema: unknown): number {
-    const known = this.#ids.get(schema);
-    if (known !== undefined) return known;
-    this.#ids.set(schema, this.#ids.size);
-    return this.#ids.size - 1;
-  }
-
   #written(schemas: readonly Located[]): Expression {
     const facts = factsOf(schemas, this.#document, this.#budget);
     if (facts.impossible) return NOTHING;
     if (facts.values) {
       const values = this.#values(facts.values, schemas);
-      return choice(...values.map(literal));
+      return choice(...values.map((value) => this.#literal(value)));
     }
     const [first] = facts.alternatives;
     if (first) return this.#alternatives(first, schemas);
@@ -135,7 +138,7 @@ class SchemaCompiler {
         throw unsupportedKeyword('not', pointer, `excludes an ${type}, which no grammar here can express`);
       }
     }
-    if (facts.anything && facts.formats.length === 0) return this.#json.value;
+    if (facts.anything && facts.formats.length === 0 && !this.#singly) return this.#json.value;
     return choice(
       ...TYPES.flatMap((type) => {
         const isInteger = type === 'number' && types?.has('integer') && !types.has('number');
@@ -144,6 +147,28 @@ class SchemaCompiler {
           : [this.#ofType(isInteger ? 'integer' : type, facts)];
       }),
     );
+  }
+
+  #valueOf(schemas: readonly Located[]): Expression {
+    if (schemas.length > 0) return this.#schema(schemas);
+    return this.#singly ? this.#schema([FREE]) : this.#json.value;
+  }
+
+  #literal(value: unknown): Expression {
+    return literal(this.#singly ? this.#ordered(value) : value);
+  }
+
+  #ordered(value: unknown): unknown {
+    if (Array.isArray(value)) return value.map((one) => this.#ordered(one));
+    if (!isObject(value)) return value;
+    return Object.fromEntries(
+      this.#ranked(Object.keys(value)).map((key) => [key, this.#ordered(value[key])]),
+    );
+  }
+
+  #ranked(names: readonly string[]): readonly string[] {
+    for (const name of names) if (!this.#ranks.has(name)) this.#ranks.set(name, this.#ranks.size);
+    return [...names].sort((a, b) => this.#ranks.get(a)! - this.#ranks.get(b)!);
   }
 
   #values(values: readonly unknown[], schemas: readonly Located[]): unknown[] {
@@ -220,7 +245,7 @@ class SchemaCompiler {
     others: Readonly<Record<string, unknown>>,
     without: string,
   ): Located {
-    const key = `${this.#idOf(schema)} ${without}`;
+    const key = `${this.#identities.of(schema)} ${without}`;
     const known = this.#stripped.get(key) ?? { schema: others, pointer };
     this.#stripped.set(key, known);
     return known;
@@ -269,7 +294,7 @@ class SchemaCompiler {
         return choice(...[true, false].filter((value) => !excluded.includes(value)).map(literal));
       case 'integer':
       case 'number':
-        return numberExpression(facts, type === 'integer', this.#budget);
+        return this.#number(facts, type === 'integer');
       case 'string':
         return this.#string(facts);
       case 'array':
@@ -277,6 +302,11 @@ class SchemaCompiler {
       case 'object':
         return this.#object(facts);
     }
+  }
+
+  #number(facts: Facts, integer: boolean): Expression {
+    const written = numberExpression(facts, integer, this.#budget);
+    return this.#singly ? intersection(written, SINGLE_NUMBER, this.#budget) : written;
   }
 
   #string({ minLength, maxLength, patterns, notPatterns, formats, excluded }: Facts): Expression {
@@ -300,17 +330,31 @@ class SchemaCompiler {
         typeof value === 'string' ? [text(JSON.stringify(value).slice(1, -1))] : [],
       ),
     ];
-    if (insides.length === 0 && without.length === 0)
-      return isLimited ? stringOf(minLength, maxLength) : this.#json.string;
+    if (insides.length === 0 && without.length === 0 && !isLimited) {
+      return this.#singly ? this.#anySingleString() : this.#json.string;
+    }
+    if (insides.length === 0 && without.length === 0 && !this.#singly) return stringOf(minLength, maxLength);
     // A pattern writes each character in one way only.
     if (isLimited || insides.length === 0) {
-      insides.push(repeat(insideString(characters([0, LAST_CODE_POINT])), minLength, maxLength));
+      insides.push(repeat(ONE_CHARACTER, minLength, maxLength));
     }
     const all = insides.reduce((some, one) => intersection(some, one, this.#budget));
     return quoted(without.reduce((some, one) => difference(some, one, this.#budget), all));
   }
 
+  #anySingleString(): Expression {
+    if (!this.#singleString) {
+      const body = quoted(repeat(ONE_CHARACTER, 0, Number.POSITIVE_INFINITY));
+      this.#singleString = rule(this.#rules.push({ name: 'string', body }) - 1);
+    }
+    return this.#singleString;
+  }
+
   #array(facts: Facts): Expression {
+    return facts.unique && facts.maxItems > 1 ? this.#uniqueArray(facts) : this.#items(facts);
+  }
+
+  #items(facts: Facts): Expression {
     const { arrays, minItems, maxItems, closedArray } = facts;
     const { blanks } = this.#json;
     const prefix = Math.max(0, ...arrays.map((one) => one.prefix.length));
@@ -324,14 +368,13 @@ class SchemaCompiler {
         : []),
     ];
     if (minItems > maxItems) return NOTHING;
-    if (facts.unique !== undefined && maxItems > 1) return this.#uniqueArray(facts, prefix, at(prefix));
     // State i: so many items have been read, and the blanks behind them; the last one stands for all from there on.
     const isEndless = maxItems === Number.POSITIVE_INFINITY;
     const last = isEndless ? Math.max(1, prefix, minItems) : maxItems;
     const edges: GraphEdge[] = [];
     const add = (from: number, to: number, schemas: readonly Located[]) => {
       this.#budget.states(1);
-      const item = schemas.length > 0 ? this.#schema(schemas) : this.#json.value;
+      const item = this.#valueOf(schemas);
       edges.push({ from, to, item: sequence(...(from > 0 ? [text(','), blanks] : []), item, blanks) });
     };
     for (let i = 0; i < last; i++) add(i, i + 1, at(i));
@@ -340,36 +383,13 @@ class SchemaCompiler {
     return sequence(text('['), blanks, { kind: 'graph', size: last + 1, edges, ends }, text(']'));
   }
 
-  /** Of few values, each at most once: a state per set of those used. */
-  #uniqueArray(facts: Facts, prefix: number, items: readonly Located[]): Expression {
-    const { minItems, maxItems } = facts;
-    const { blanks } = this.#json;
-    const inner = factsOf(items, this.#document, this.#budget);
-    const known =
-      inner.values ?? (inner.types?.size === 1 && inner.types.has('boolean') ? [true, false] : []);
-    const values = this.#values(known, items).filter(
-      (one, i, all) => all.findIndex((other) => equalValues(one, other)) === i,
-    );
-    if (known.length === 0 || values.length > MOST_UNIQUE_VALUES || prefix > 0) {
-      throw unsupportedKeyword(
-        'uniqueItems',
-        facts.unique ?? '#',
-        `is only supported for items of an enum with at most ${MOST_UNIQUE_VALUES} values`,
-      );
-    }
-    const edges: GraphEdge[] = [];
-    const ends: number[] = [];
-    for (let used = 0; used < 1 << values.length; used++) {
-      const count = used.toString(2).replaceAll('0', '').length;
-      if (count >= minItems && count <= maxItems) ends.push(used);
-      if (count >= maxItems) continue;
-      values.forEach((value, i) => {
-        if (used & (1 << i)) return;
-        const item = sequence(...(used > 0 ? [text(','), blanks] : []), literal(value), blanks);
-        edges.push({ from: used, to: used | (1 << i), item });
-      });
-    }
-    return sequence(text('['), blanks, { kind: 'graph', size: 1 << values.length, edges, ends }, text(']'));
+  /** Each item other than all before it: what the rule marks is kept while texts are written. */
+  #uniqueArray(facts: Facts): Expression {
+    const before = this.#singly;
+    this.#singly = true;
+    const body = this.#items(facts);
+    this.#singly = before;
+    return rule(this.#rules.push({ name: 'array of unique items', body, unique: true }) - 1);
   }
 
   /** What holds for the value of property `name`. */
@@ -402,11 +422,14 @@ class SchemaCompiler {
     const { blanks, object } = this.#json;
     const isLimited = minProperties > 0 || Number.isFinite(maxProperties);
     if (objects.length === 0 && required.size === 0 && facts.propertyNames.length === 0 && !isLimited) {
-      if (!facts.closedObject) return object;
+      if (!facts.closedObject && !this.#singly) return object;
     }
     if (minProperties > maxProperties || required.size > maxProperties) return NOTHING;
-    const names = [...new Set([...objects.flatMap(({ properties }) => [...properties.keys()]), ...required])];
-    const others = this.#otherMembers(names, facts);
+    const named = [...new Set([...objects.flatMap(({ properties }) => [...properties.keys()]), ...required])];
+    const names = this.#singly ? this.#ranked(named) : named;
+    // Keys without an order of their own come in many; one alone is always in order.
+    const others = this.#singly && names.length > 0 ? [] : this.#otherMembers(names, facts);
+    const mostOthers = this.#singly ? 1 : Number.POSITIVE_INFINITY;
     // State (i, c): of the names, i have been decided, and c are there; from `cap` on, it no longer matters how many.
     const least = Math.min(minProperties, names.length + 1);
     const cap = Math.max(1, least, Number.isFinite(maxProperties) ? maxProperties : 0);
@@ -419,19 +442,26 @@ class SchemaCompiler {
     }
     const stateOf = (i: number, count: number) => i * (cap + 1) + count;
     const edges: GraphEdge[] = [];
+    let size = stateOf(names.length + 2, 0);
+    const comma = sequence(text(','), blanks);
     const add = (from: number, to: number, count: number, item: Expression) =>
-      edges.push({ from, to, item: sequence(...(count > 0 ? [text(','), blanks] : []), item, blanks) });
+      edges.push({ from, to, item: sequence(...(count > 0 ? [comma] : []), item, blanks) });
     names.forEach((name, i) => {
       const schemas = this.#property(name, facts);
-      const value = schemas.length > 0 ? this.#schema(schemas) : this.#json.value;
-      const item = member(blanks, literal(name), value);
+      const value = this.#valueOf(schemas);
+      const item = sequence(member(blanks, literal(name), value), blanks);
+      // Written once for all counts that it leads to the same one from, behind a comma or not.
+      const begun = new Map<number, number>();
       for (let count = 0; count <= Math.min(cap, i); count++) {
         this.#budget.states(1);
         if (!required.has(name))
           edges.push({ from: stateOf(i, count), to: stateOf(i + 1, count), item: EMPTY });
-        if (count < maxProperties) {
-          add(stateOf(i, count), stateOf(i + 1, Math.min(cap, count + 1)), count, item);
-        }
+        if (count >= maxProperties) continue;
+        const after = Math.min(cap, count + 1);
+        const start = begun.get(after) ?? size++;
+        if (!begun.has(after)) edges.push({ from: start, to: stateOf(i + 1, after), item });
+        begun.set(after, start);
+        edges.push({ from: stateOf(i, count), to: start, item: count > 0 ? comma : EMPTY });
       }
     });
     const ends: number[] = [];
@@ -443,13 +473,14 @@ class SchemaCompiler {
       for (const item of others) {
         if (count < maxProperties) {
           add(stateOf(lastRow, count), stateOf(lastRow + 1, Math.min(cap, count + 1)), count, item);
-          add(stateOf(lastRow + 1, count), stateOf(lastRow + 1, Math.min(cap, count + 1)), 1, item);
+          if (mostOthers > 1)
+            add(stateOf(lastRow + 1, count), stateOf(lastRow + 1, Math.min(cap, count + 1)), 1, item);
         }
       }
     }
     for (let count = least; count <= Math.min(cap, maxProperties); count++)
       ends.push(stateOf(lastRow + 1, count));
-    const members: Expression = { kind: 'graph', size: stateOf(lastRow + 2, 0), edges, ends };
+    const members: Expression = { kind: 'graph', size, edges, ends };
     return sequence(text('{'), blanks, members, text('}'));
   }
 
@@ -499,7 +530,7 @@ class SchemaCompiler {
         key = intersection(key, this.#keys(one), this.#budget);
       }
       if (isNothing(key, this.#budget)) continue;
-      const value = schemas.length > 0 ? this.#schema(schemas) : this.#json.value;
+      const value = this.#valueOf(schemas);
       // A rule of its own, without calls: masks inside of it are found the quick way.
       const number = this.#rules.push({ name: 'other key', body: key }) - 1;
       members.push(member(this.#json.blanks, rule(number), value));

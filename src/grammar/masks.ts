@@ -6,6 +6,7 @@
 import { PdError } from '../errors.ts';
 import type { CompiledGrammar } from './compile.ts';
 import { type GrammarState, GrammarStates, type StackSet } from './states.ts';
+import { UniqueItems, UniquePlace } from './unique.ts';
 import { type MaskPart, maskWords, type VocabularyData } from './vocabulary.ts';
 
 /** Nodes of the vocabulary looked at before a walk counts as long. */
@@ -35,11 +36,15 @@ export class Vocabulary {
   }
 }
 
-/** A grammar over the tokens of a model. States are immutable: keep them, fork them, drop them. */
+/** Where a text stands. Immutable: keep them, fork them, drop them. */
+export type GrammarPlace = GrammarState | UniquePlace;
+
+/** A grammar over the tokens of a model. */
 export class TokenGrammar {
   readonly #states: GrammarStates;
   readonly #tables: CompiledGrammar;
   readonly #vocabulary: Vocabulary;
+  readonly #unique: UniqueItems;
   readonly #parts = new Map<number, MaskPart>();
   /** States of the tables whose walk is long. */
   readonly #wide = new Set<number>();
@@ -47,44 +52,47 @@ export class TokenGrammar {
   constructor(tables: CompiledGrammar, vocabulary: Vocabulary) {
     this.#tables = tables;
     this.#states = new GrammarStates(tables);
+    this.#unique = new UniqueItems(this.#states);
     this.#vocabulary = vocabulary;
   }
 
-  get start(): GrammarState {
+  get start(): GrammarPlace {
     this.#states.begin();
-    return this.#states.start;
+    const { start } = this.#states;
+    return this.#unique.isNeeded ? new UniquePlace(start) : start;
   }
 
-  /** After `token`; undefined where the grammar does not allow it. Throws REQUEST_INVALID where it has become too ambiguous. */
-  accept(state: GrammarState, token: number): GrammarState | undefined {
+  /** Behind `token`; undefined where the grammar does not allow it. Throws REQUEST_INVALID where it has become too ambiguous. */
+  accept(place: GrammarPlace, token: number): GrammarPlace | undefined {
     const { size, text, textStart } = this.#vocabulary.data;
     if (token < 0 || token >= size || textStart[token] === textStart[token + 1]) return undefined;
-    return this.acceptBytes(state, text.subarray(textStart[token], textStart[token + 1]));
+    return this.acceptBytes(place, text.subarray(textStart[token], textStart[token + 1]));
   }
 
-  acceptBytes(state: GrammarState, bytes: Uint8Array): GrammarState | undefined {
+  acceptBytes(place: GrammarPlace, bytes: Uint8Array): GrammarPlace | undefined {
     this.#states.begin();
-    let at: GrammarState | null = state;
+    let at: GrammarPlace | null = place;
     for (const byte of bytes) {
-      at = this.#states.step(at, byte);
+      at = at instanceof UniquePlace ? this.#unique.step(at, byte) : this.#states.step(at, byte);
       if (at === null) return undefined;
     }
     return at;
   }
 
   /** Sets a bit per token that may follow, and clears all others. Throws REQUEST_INVALID where the grammar has become too ambiguous. */
-  fillMask(state: GrammarState, mask: Uint32Array): void {
+  fillMask(place: GrammarPlace, mask: Uint32Array): void {
     if (mask.length !== this.#vocabulary.words) {
       throw new PdError('INTERNAL', `a mask of ${mask.length} words for ${this.#vocabulary.words}`);
     }
     this.#states.begin();
+    const state = place instanceof UniquePlace ? place.state : place;
     state.mask ??= this.#maskOf(state);
-    if (state.mask instanceof Uint32Array) {
-      mask.set(state.mask);
-      return;
+    if (state.mask instanceof Uint32Array) mask.set(state.mask);
+    else {
+      mask.fill(0);
+      for (const token of state.mask) setBit(mask, token);
     }
-    mask.fill(0);
-    for (const token of state.mask) setBit(mask, token);
+    if (place instanceof UniquePlace) this.#unique.forbid(place, this.#vocabulary.data, mask);
   }
 
   #maskOf(state: GrammarState): Int32Array | Uint32Array {

@@ -75,7 +75,7 @@ export interface Facts {
   readonly arrays: ArrayFacts[];
   minItems: number;
   maxItems: number;
-  unique: string | undefined;
+  unique: boolean;
   minLength: number;
   maxLength: number;
   readonly patterns: Sourced<string>[];
@@ -112,7 +112,7 @@ export function factsOf(schemas: readonly Located[], document: SchemaDocument, b
     arrays: [],
     minItems: 0,
     maxItems: Number.POSITIVE_INFINITY,
-    unique: undefined,
+    unique: false,
     minLength: 0,
     maxLength: Number.POSITIVE_INFINITY,
     patterns: [],
@@ -249,7 +249,7 @@ function readKeyword(
       return;
     case 'uniqueItems':
       implies('array');
-      if (value === true) facts.unique = pointer;
+      facts.unique ||= value === true;
       return;
     case 'minLength':
       implies('string');

@@ -18,9 +18,14 @@ export interface VocabularyData {
   /** Bytes of token t: `text[textStart[t]]` to `text[textStart[t + 1] - 1]`; none where a grammar may never draw it. */
   readonly textStart: Int32Array;
   readonly text: Uint8Array;
+  /** Per node, what tokens do below it: bits of CROSSES. */
+  readonly crosses: Uint8Array;
   /** Parts of masks found before, by the shape of their rule. */
   readonly parts?: readonly (readonly [shape: string, part: MaskPart])[];
 }
+
+/** Marks of JSON in this order, perhaps with others between them: a comma; the end of a string and one; a bracket and one. */
+export const CROSSES = { item: 1, stringAndItem: 2, intoItem: 4 } as const;
 
 /** Of a state in a rule: what is allowed without a look below the rule. */
 export interface MaskPart {
@@ -93,7 +98,21 @@ export function vocabularyOf(tokens: readonly (Uint8Array | undefined)[]): Vocab
     tokens: Int32Array.from(ordered),
     textStart,
     text,
+    crosses: crossesOf(bytes, parents),
   };
+}
+
+function crossesOf(bytes: readonly number[], parents: readonly number[]): Uint8Array {
+  const crosses = new Uint8Array(bytes.length);
+  for (let node = bytes.length - 1; node > 0; node--) {
+    const below = crosses[node]!;
+    let own = below;
+    if (bytes[node] === 0x2c) own |= CROSSES.item;
+    if (bytes[node] === 0x22 && below & CROSSES.item) own |= CROSSES.stringAndItem;
+    if (bytes[node] === 0x5b && below & CROSSES.item) own |= CROSSES.intoItem;
+    crosses[parents[node]!]! |= own;
+  }
+  return crosses;
 }
 
 function nodesByByte(bytes: readonly number[]): Pick<VocabularyData, 'byByteStart' | 'byByte'> {

@@ -125,5 +125,5 @@ export function movedRules(rules: readonly Rule[], first: number): Rule[] {
         return rule(expression.rule + first);
     }
   };
-  return rules.map(({ name, body }) => ({ name, body: move(body) }));
+  return rules.map((one) => ({ ...one, body: move(one.body) }));
 }

@@ -38,6 +38,7 @@ import { Notices } from './notices.ts';
 import type { AttemptReceipt, AttemptStage, Receipt, Receipts } from './receipts.ts';
 import type { InstanceRole } from './registry.ts';
 import { answerWhole, isEventStream, relay } from './relay.ts';
+import type { RequestTraces } from './request-trace.ts';
 import {
   type Ask,
   type Call,
@@ -59,6 +60,8 @@ export interface ProxyContext {
   readonly receipts: Receipts;
   readonly log: Logger;
   readonly bodies: Pick<BodyReader, 'read' | 'close'>;
+  /** Where traces are made; set before it serves. */
+  traces?: RequestTraces;
 }
 
 /** A client's request as it came, and where its answer goes. */
@@ -130,10 +133,15 @@ export class Attempt {
     this.requestId = alone ? receipt.id : proxyRequestId(producer.zmq, consumer.zmq, receipt.id);
     this.#native = !alone && Boolean(producer.native && consumer.native);
     this.#headers = {
-      ...requestHeaders(request.headers, this.requestId),
+      ...requestHeaders(request, this.requestId),
       ...(this.#native && { [WIRE_HEADER]: 'native' satisfies Wire }),
     };
-    this.#receipt = context.receipts.attempt(receipt, this.requestId, visit.placement, this.#native);
+    this.#receipt = context.receipts.attempt(receipt, {
+      requestId: this.requestId,
+      placement: visit.placement,
+      native: this.#native,
+      spans: receipt.trace && context.traces?.attempt(),
+    });
     const { prompts } = request.body;
     const subject = { requestId: this.requestId, route, prompts };
     this.#notices = new Notices(context.upstream, context.log, pair, subject);
@@ -289,11 +297,19 @@ export class Attempt {
   /** With the ids of the prompt behind it, where the instance takes them. */
   #bodyFor(role: InstanceRole, body: Uint8Array): Pick<Ask, 'body' | 'headers'> {
     const { ids } = this.#request.body;
-    if (!ids || !this.#placement.takesIds[role]) return { body, headers: this.#headers };
+    const headers = this.#headersFor(role);
+    if (!ids || !this.#placement.takesIds[role]) return { body, headers };
     return {
       body: appendPromptIds(body, ids),
-      headers: { ...this.#headers, [PROMPT_IDS_HEADER]: String(ids.length) },
+      headers: { ...headers, [PROMPT_IDS_HEADER]: String(ids.length) },
     };
+  }
+
+  #headersFor(role: InstanceRole): Readonly<Record<string, string>> {
+    const { trace } = this.#request.receipt;
+    const { spans } = this.#receipt;
+    if (!trace || !spans) return this.#headers;
+    return { ...this.#headers, ...this.#context.traces?.headers(trace, spans[role]) };
   }
 
   /** The head of the consumer's answer where the producer has answered first: the time for decode begins now. */
@@ -400,10 +416,16 @@ function refuseIfDraining(answer: WholeAnswer, call: Call): WholeAnswer {
   return answer;
 }
 
-/** What both instances get of the client's headers: who asks, and which trace it belongs to. */
-function requestHeaders(incoming: IncomingHttpHeaders, requestId: string): Record<string, string> {
+const PASSED_ON = ['authorization', 'user-agent'] as const;
+const WITH_TRACE = [...PASSED_ON, 'traceparent', 'tracestate'] as const;
+
+/** What both instances get of the client's headers: who asks, and which trace it belongs to, unless they are told of a span here. */
+function requestHeaders(
+  { headers: incoming, receipt }: Pick<ClientRequest, 'headers' | 'receipt'>,
+  requestId: string,
+): Record<string, string> {
   const headers: Record<string, string> = { 'content-type': 'application/json', 'x-request-id': requestId };
-  for (const name of ['authorization', 'traceparent', 'tracestate', 'user-agent']) {
+  for (const name of receipt.trace ? PASSED_ON : WITH_TRACE) {
     const value = incoming[name];
     if (typeof value === 'string') headers[name] = value;
   }

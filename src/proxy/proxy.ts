@@ -4,7 +4,7 @@ import type { FastifyRequest } from 'fastify';
 import type { Guard } from '../access/guard.ts';
 import type { ProxyConfig } from '../config/proxy-config.ts';
 import { PdError } from '../errors.ts';
-import { formatHostPort, type HostPort, isLoopback, isUnspecified } from '../net/address.ts';
+import { asDestination, formatHostPort, type HostPort, isLoopback, isUnspecified } from '../net/address.ts';
 import { Etcd } from '../net/etcd.ts';
 import { announceHost, hostAddress } from '../net/local.ts';
 import { listenError } from '../net/port-holder.ts';
@@ -14,6 +14,7 @@ import { openAiError } from '../openai-error.ts';
 import { packageVersion } from '../version.ts';
 import { z } from '../zod.ts';
 import { Admission } from './admission.ts';
+import type { ProxyContext } from './attempt.ts';
 import { BodyReader, type BodyReaderOptions } from './body-reader.ts';
 import { PromptCaches } from './caches.ts';
 import { type Coordinator, LocalCoordinator } from './coordinator.ts';
@@ -67,6 +68,7 @@ export class PdProxy {
   readonly #ui: Ui | undefined;
   readonly #startedAt = Date.now();
   readonly #coordinator: Coordinator;
+  readonly #context: ProxyContext;
   /** What clients ask of the proxy itself, and where it is one process, everything. */
   readonly #serving: Serving;
   /** Of a proxy of several processes. */
@@ -123,8 +125,8 @@ export class PdProxy {
     const [caches, admission, bodies] = [this.#caches, this.#admission, this.#bodies];
     this.#coordinator = new LocalCoordinator({ ...shared, config, caches, admission });
     this.#models = new ModelDirectory(shared, this.#stop.signal);
-    const context = { ...shared, config, coordinator: this.#coordinator, bodies };
-    this.#serving = new Serving(context, this.#guard, { behindRelays: config.workers > 1 });
+    this.#context = { ...shared, config, coordinator: this.#coordinator, bodies };
+    this.#serving = new Serving(this.#context, this.#guard, { behindRelays: config.workers > 1 });
     const snapshot = () => this.#uiSnapshot();
     if (config.ui !== 'off')
       this.#ui = new Ui({ config, log: this.#log, keyed: this.#guard.keyed, snapshot });
@@ -149,14 +151,16 @@ export class PdProxy {
     }
   }
 
-  /** Where clients connect, with the port that was chosen where 0 was asked for. */
+  /**
+   * Where clients on this machine connect: loopback where every interface is bound, and the port that was chosen where 0 was asked for.
+   */
   get httpAddress(): HostPort {
-    return this.#http!;
+    return asDestination(this.#http!);
   }
 
-  /** Where instances send their pings. */
+  /** Where instances on this machine send their pings, likewise. */
   get discoveryAddress(): HostPort {
-    return this.#discovery!.address;
+    return asDestination(this.#discovery!.address);
   }
 
   /** Live instances. */
@@ -202,7 +206,19 @@ export class PdProxy {
   }
 
   async #listen(): Promise<void> {
-    const { instanceTimeoutMs, allowInstances, upstream, registry: etcd } = this.#config;
+    const {
+      instanceTimeoutMs,
+      allowInstances,
+      upstream,
+      registry: etcd,
+      otlpEndpoint,
+      workers,
+    } = this.#config;
+    // Of several processes those that relay make them.
+    if (otlpEndpoint !== undefined && workers === 1) {
+      const { RequestTraces } = await import('./request-trace.ts');
+      this.#context.traces = RequestTraces.open(this.#config, this.#metrics, this.#log);
+    }
     const [http, discovery] = await Promise.all([
       bindAddress(this.#config.http),
       bindAddress(this.#config.discovery),
@@ -281,6 +297,7 @@ export class PdProxy {
     await this.#discovery?.close();
     this.#caches.close();
     this.#probes?.close();
+    await this.#context.traces?.close();
     await this.#upstream.close();
     this.#guard.close();
     await this.#bodies.close();

@@ -5,6 +5,7 @@
 import { randomFillSync } from 'node:crypto';
 import type { ErrorCode } from '../errors.ts';
 import { monotonicMs, type Timeline, type TimelineStage } from '../observability/timelines.ts';
+import type { TraceContext } from '../observability/tracing.ts';
 import type { Placement } from './coordinator.ts';
 import type { InstanceRole } from './registry.ts';
 
@@ -13,6 +14,9 @@ import type { InstanceRole } from './registry.ts';
  * (`answered`) have come, its first event `relayed`, and its `end`.
  */
 export type AttemptStage = 'prefill' | 'decode' | 'prefilled' | 'answered' | 'relayed' | 'end';
+
+/** Ids of the spans that instances are asked under. */
+export type AttemptSpans = Readonly<Record<InstanceRole, string>>;
 
 export interface AttemptReceipt {
   /** `X-Request-Id`, as both workers and the client get it. */
@@ -28,6 +32,8 @@ export interface AttemptReceipt {
   refusedBy: InstanceRole | undefined;
   /** Why it did not end well, as the log has it. */
   failure: string | undefined;
+  /** Where the request has a trace. */
+  readonly spans: AttemptSpans | undefined;
 }
 
 export interface Receipt {
@@ -59,6 +65,8 @@ export interface Receipt {
   status: number;
   /** Of the proxy's own answer. */
   code: ErrorCode | undefined;
+  /** Where traces are made, and its client wants one. */
+  trace: TraceContext | undefined;
 }
 
 const ID_DIGITS = 32;
@@ -97,6 +105,7 @@ export class Receipts {
       attempts: [],
       status: 0,
       code: undefined,
+      trace: undefined,
     };
     this.#ring[this.#count++ % MOST_RECEIPTS] = receipt;
     this.#tell(receipt);
@@ -104,11 +113,16 @@ export class Receipts {
   }
 
   /** An attempt begins. */
-  attempt(receipt: Receipt, requestId: string, placement: Placement, native: boolean): AttemptReceipt {
+  attempt(
+    receipt: Receipt,
+    begun: Pick<AttemptReceipt, 'requestId' | 'placement' | 'native' | 'spans'>,
+  ): AttemptReceipt {
+    const { requestId, placement, native, spans } = begun;
     const attempt: AttemptReceipt = {
       requestId,
       placement,
       native,
+      spans,
       overlapped: false,
       at: { prefill: 0, decode: 0, prefilled: 0, answered: 0, relayed: 0, end: 0 },
       refusedBy: undefined,

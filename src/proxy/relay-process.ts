@@ -7,6 +7,7 @@ import type { FastifyReply, FastifyRequest } from 'fastify';
 import type { Guard } from '../access/guard.ts';
 import { PdError, unreachable } from '../errors.ts';
 import { createLogger } from '../observability/log.ts';
+import type { ProxyContext } from './attempt.ts';
 import { BodyReader } from './body-reader.ts';
 import { Channel } from './channel.ts';
 import { createProxyMetrics } from './metrics.ts';
@@ -31,6 +32,7 @@ class RelayProcess {
   readonly #guard: Guard;
   readonly #upstream: Upstream;
   readonly #bodies: BodyReader;
+  readonly #context: ProxyContext;
   readonly #serving: Serving;
   #draining = false;
 
@@ -44,7 +46,7 @@ class RelayProcess {
       tokenizer: config.tokenizer,
       onTokenized: (result) => this.#metrics.tokenized.inc({ result }),
     });
-    const context = {
+    this.#context = {
       config,
       coordinator: this.#coordinator,
       upstream: this.#upstream,
@@ -53,7 +55,7 @@ class RelayProcess {
       log,
       bodies: this.#bodies,
     };
-    this.#serving = new Serving(context, this.#guard);
+    this.#serving = new Serving(this.#context, this.#guard);
     // By name those that need no key, or an admin's.
     for (const route of ['/health', '/ready', '/metrics', ...UI_PAGE_ROUTES, UI_EVENTS_ROUTE, '/*']) {
       this.#serving.app.all(route, (request, reply) => passToOwner(ownerPath(folder), request, reply));
@@ -86,6 +88,11 @@ class RelayProcess {
   /** Nobody connects to `path`; but a server that listens keeps its timeouts. */
   async #start(path: string): Promise<void> {
     try {
+      const { config, log } = this.#context;
+      if (config.otlpEndpoint !== undefined) {
+        const { RequestTraces } = await import('./request-trace.ts');
+        this.#context.traces = RequestTraces.open(config, this.#metrics, log);
+      }
       await this.#serving.app.listen({ path });
       const { server } = this.#serving.app;
       process.on('message', (_message, socket) => {
@@ -121,6 +128,7 @@ class RelayProcess {
     this.#draining = true;
     await this.#serving.drain(ms);
     await this.#serving.close();
+    await this.#context.traces?.close();
     await this.#tellMetrics();
     this.#guard.close();
     await Promise.all([this.#upstream.close(), this.#bodies.close()]);

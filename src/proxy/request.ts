@@ -33,6 +33,7 @@ export class ProxiedRequest {
     this.#context = context;
     this.#received = received;
     this.#receipt = context.receipts.begin(received.route, received.holder);
+    this.#receipt.trace = context.traces?.begin(received.headers);
     this.#requestId = this.#receipt.id;
   }
 
@@ -43,7 +44,7 @@ export class ProxiedRequest {
 
   /** Answers in every case; never rejects. To be called once. */
   async answer(): Promise<void> {
-    const { metrics, bodies, coordinator, receipts } = this.#context;
+    const { metrics, bodies, coordinator, receipts, traces } = this.#context;
     const signal = this.#abort;
     const receipt = this.#receipt;
     let error: PdError | undefined;
@@ -79,6 +80,7 @@ export class ProxiedRequest {
       metrics.inFlight.dec();
       metrics.requests.inc({ route, status });
       receipts.end(receipt, status, error?.code);
+      traces?.ended(receipt);
     }
   }
 

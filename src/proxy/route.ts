@@ -20,6 +20,8 @@ export async function routeOf(receipt: Receipt, upstream?: Upstream) {
     object: 'request.route',
     route: receipt.route,
     model: receipt.model ?? null,
+    /** Of OpenTelemetry, where one is made. */
+    trace_id: receipt.trace?.traceId ?? null,
     /** Name of the key that it came with. */
     key: receipt.holder ?? null,
     received: new Date(receipt.receivedEpochMs).toISOString(),

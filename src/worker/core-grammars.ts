@@ -1,7 +1,6 @@
 /** The grammars of the requests on the core thread: what each sequence may draw next, and whether anything may. */
 import { PdError } from '../errors.ts';
-import { TokenGrammar, Vocabulary } from '../grammar/masks.ts';
-import type { GrammarState } from '../grammar/states.ts';
+import { type GrammarPlace, TokenGrammar, Vocabulary } from '../grammar/masks.ts';
 import type { GrammarUse, ScheduledSequence, TokenHistory } from '../scheduler/types.ts';
 
 /** What they have found of their masks so far is worth keeping: the same schema comes again. */
@@ -10,7 +9,7 @@ const MOST_GRAMMARS = 32;
 /** How far a sequence has been read. */
 interface Progress {
   readonly grammar: TokenGrammar;
-  state: GrammarState;
+  place: GrammarPlace;
   /** Tokens, the prompt's included. */
   length: number;
 }
@@ -37,8 +36,8 @@ export class CoreGrammars {
   /** Whether nothing can follow `token` behind the text that `history` is. What fails here does so again for its mask, and ends one sequence then. */
   isLastToken(use: GrammarUse, history: TokenHistory, token: number): boolean {
     try {
-      const { grammar, state } = this.#read(use, history);
-      return grammar.accept(state, token)?.isOver ?? false;
+      const { grammar, place } = this.#read(use, history);
+      return grammar.accept(place, token)?.isOver ?? false;
     } catch {
       return false;
     }
@@ -55,10 +54,10 @@ export class CoreGrammars {
   }
 
   #maskOf(use: GrammarUse, history: TokenHistory, stopTokenIds: readonly number[]): Uint32Array {
-    const { grammar, state } = this.#read(use, history);
+    const { grammar, place } = this.#read(use, history);
     const mask = new Uint32Array(Math.ceil(this.#vocabSize / 32));
-    grammar.fillMask(state, mask);
-    if (!state.mayEnd) return mask;
+    grammar.fillMask(place, mask);
+    if (!place.mayEnd) return mask;
     for (const token of stopTokenIds) {
       if (token < this.#vocabSize) mask[token >>> 5]! |= 1 << (token & 31);
     }
@@ -70,13 +69,13 @@ export class CoreGrammars {
     let progress = this.#progress.get(history);
     if (!progress) {
       const grammar = this.#grammarOf(use);
-      progress = { grammar, state: grammar.start, length: history.promptLength };
+      progress = { grammar, place: grammar.start, length: history.promptLength };
       this.#progress.set(history, progress);
     }
     for (const token of history.tokens(progress.length, history.length)) {
-      const state = progress.grammar.accept(progress.state, token);
-      if (!state) throw new PdError('INTERNAL', `token ${token} was drawn, which the grammar forbids`);
-      progress.state = state;
+      const place = progress.grammar.accept(progress.place, token);
+      if (!place) throw new PdError('INTERNAL', `token ${token} was drawn, which the grammar forbids`);
+      progress.place = place;
       progress.length++;
     }
     return progress;

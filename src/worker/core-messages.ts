@@ -29,9 +29,17 @@ export interface CoreInfo {
 /**
  * Of a prompt in the core, which knows it by its transfer id: `received` from the main thread, computed in one or several steps (`step`: one
  * begins) until its first token is `drawn` or has come with its KV, and `posted`. By the frozen wire, its KV has been `saved` at the
- * producer. The load of it is over, well or not (`load ended`).
+ * producer, and is `loading` at the consumer; of either wire the load is over, well or not (`load ended`).
  */
-export type CoreStage = 'received' | 'step' | 'drawn' | 'saved' | 'load ended' | 'posted' | HandOverStage;
+export type CoreStage =
+  | 'received'
+  | 'step'
+  | 'drawn'
+  | 'saved'
+  | 'loading'
+  | 'load ended'
+  | 'posted'
+  | HandOverStage;
 
 export interface CoreState {
   readonly running: number;

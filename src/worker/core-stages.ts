@@ -44,6 +44,7 @@ export class CoreStages {
   moving({ loads, wants, fills }: ConnectorMetadata): void {
     for (const { transferId, peer } of loads) {
       const told = { wire: 'frozen', transport: this.#pairs, kv_from: formatHostPort(peer) };
+      this.#timelines.stamp(transferId, 'loading');
       this.#timelines.note(transferId, told);
     }
     for (const { transferId, peer } of wants)

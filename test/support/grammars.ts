@@ -1,7 +1,6 @@
 /** Texts drawn through the masks of a grammar, over a vocabulary made up for it. */
 import { compileSpec, type GrammarSpec } from '../../src/grammar/grammar.ts';
-import { TokenGrammar, Vocabulary } from '../../src/grammar/masks.ts';
-import type { GrammarState } from '../../src/grammar/states.ts';
+import { type GrammarPlace, TokenGrammar, Vocabulary } from '../../src/grammar/masks.ts';
 import { vocabularyOf } from '../../src/grammar/vocabulary.ts';
 
 const SYLLABLES = ['a', 'ba', 'co', 'de', 'é', 'fi', 'name', '😀', '1', '20'];
@@ -61,13 +60,13 @@ export function isAllowed(mask: Uint32Array, token: number): boolean {
   return ((mask[token >>> 5]! >>> (token & 31)) & 1) === 1;
 }
 
-export function maskOf(grammar: TokenGrammar, state: GrammarState): Uint32Array {
+export function maskOf(grammar: TokenGrammar, state: GrammarPlace): Uint32Array {
   const mask = new Uint32Array(VOCABULARY.words);
   grammar.fillMask(state, mask);
   return mask;
 }
 
-export function allowedTokens(grammar: TokenGrammar, state: GrammarState): number[] {
+export function allowedTokens(grammar: TokenGrammar, state: GrammarPlace): number[] {
   const allowed: number[] = [];
   maskOf(grammar, state).forEach((word, i) => {
     for (let bit = 0; word !== 0 && bit < 32; bit++) if ((word >>> bit) & 1) allowed.push(i * 32 + bit);
@@ -93,7 +92,7 @@ export interface Walk {
   readonly text: string;
   /** The text ended before it was long enough. */
   readonly ended: boolean;
-  readonly states: readonly GrammarState[];
+  readonly states: readonly GrammarPlace[];
 }
 
 /** A text of tokens drawn by `random` (0 to below 1); where it grows long, it is led to an end by short tokens of JSON's marks. */

@@ -52,7 +52,10 @@ export interface HandOverOptions {
   /** How long KV that nobody asks for is kept, ms. */
   readonly leaseMs: number;
   /** Where `direct` may be used here. */
-  readonly direct?: DirectWays;
+  readonly direct?: Pick<
+    DirectWays,
+    'serve' | 'pageOf' | 'expect' | 'connect' | 'mappings' | 'begin' | 'targetPage' | 'release'
+  >;
   readonly log: Logger;
   /** Of the core thread. */
   readonly metrics: MetricsPage;

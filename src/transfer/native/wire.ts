@@ -13,7 +13,7 @@ import type { Router } from '../router.ts';
 import type { PairState } from '../types.ts';
 import { type Cargo, loadCargo } from './cargo.ts';
 import type { FromWire, NativeInit, ToWire } from './channel.ts';
-import { decodeAsked, encodeNative, isNativeMessage } from './codec.ts';
+import { decodeAsked, encodeNative, isNativeMessage, rehearseCodec } from './codec.ts';
 import { identityOf, nativeHello, peerOf, refusalOf } from './hello.ts';
 import { NativeLink } from './link.ts';
 import type { HelloMessage, NativeMessage } from './messages.ts';
@@ -79,6 +79,8 @@ export class NativeWire {
     this.#hello = nativeHello(context.options, init);
     this.#tell = on.tell;
     this.#pairsChanged = on.pairsChanged;
+    // as the core thread does with the rest (rehearsal.ts)
+    if (init.direct) rehearseCodec();
   }
 
   /** Open pairs, of both ways. */

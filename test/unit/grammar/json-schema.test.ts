@@ -89,6 +89,7 @@ const schema = fc.letrec<{ schema: object | boolean; object: object }>((tie) => 
         minItems: fc.nat(2),
         maxItems: fc.integer({ min: 2, max: 5 }),
         prefixItems: fc.array(leaf, { minLength: 1, maxLength: 2 }),
+        uniqueItems: fc.constant(true),
       },
       { requiredKeys: ['type'] },
     ),
@@ -157,6 +158,17 @@ describe('JSON Schema', () => {
       '{"left":{"left":[]}}',
     ],
     [{ type: 'array', items: { enum: ['a', 'b'] }, uniqueItems: true }, '["b","a"]', '["b","b"]'],
+    [{ type: 'array', items: { enum: ['a', 'b'] }, uniqueItems: true }, '["b"]', '["b","a",'],
+    [{ type: 'array', uniqueItems: true }, '[1, 12,"1",[1],[ 1,2 ],{"a":1}]', '[[1],{"a":1}, [ 1 ]]'],
+    [
+      {
+        type: 'array',
+        uniqueItems: true,
+        items: { properties: { a: { type: 'string' }, b: {} }, required: ['a'], type: 'object' },
+      },
+      '[{"a":"x"},{"a":"x","b":null},{"a":"xy"}]',
+      '[{"a":"x"},{"a":"x" }]',
+    ],
     [
       {
         oneOf: [
@@ -213,7 +225,6 @@ describe('JSON Schema', () => {
 
   it.each([
     [{ type: 'object', properties: { a: { contains: {} } } }, '"contains" at #/properties/a'],
-    [{ items: { type: 'array', uniqueItems: true } }, '"uniqueItems" at #/items'],
     [{ oneOf: [{ type: 'array' }, { items: { multipleOf: 2 } }] }, '"oneOf" at #'],
     [{ not: { const: [1] } }, '"not" at #'],
     [{ type: 'integer', not: {} }, 'matches nothing'],

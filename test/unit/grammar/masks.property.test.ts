@@ -26,6 +26,22 @@ const SPECS: readonly GrammarSpec[] = [
       required: ['name'],
     },
   },
+  {
+    kind: 'json-schema',
+    schema: {
+      type: 'array',
+      uniqueItems: true,
+      minItems: 3,
+      items: {
+        anyOf: [
+          { type: 'string', pattern: '^[ab"]{0,2}$' },
+          { type: 'integer', minimum: 0, maximum: 21 },
+          { type: 'array', items: { type: 'boolean' }, uniqueItems: true },
+          { type: 'object', properties: { a: { enum: ['a', 'ba'] } }, additionalProperties: false },
+        ],
+      },
+    },
+  },
 ];
 
 it.each(SPECS)('allows what goes on and nothing else: %j', (spec) => {
