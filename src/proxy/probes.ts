@@ -1,11 +1,16 @@
 /** Looks at every instance's GET /health: one may ping on while its HTTP server hangs. */
 import type { Logger } from '../observability/log.ts';
 import { type Instance, type InstanceRegistry, instanceLabel } from './registry.ts';
-import type { Upstream } from './upstream.ts';
+import type { Upstream, UpstreamResponse } from './upstream.ts';
 
 const DEADLINE_MS = 2_000;
 /** Looks in a row that fail before an instance is let alone. */
 const FAILURES = 3;
+
+/** Of an answer to GET /health: a server that has none, or wants a key, is well too. */
+export function isWell({ statusCode }: Pick<UpstreamResponse, 'statusCode'>): boolean {
+  return statusCode < 500;
+}
 
 interface ProbesOptions {
   readonly registry: InstanceRegistry;
@@ -71,7 +76,7 @@ export class Probes {
     try {
       const response = await this.#options.upstream.ask(call, { path: '/health', headers: {}, signal });
       await response.dump();
-      return response.statusCode < 500;
+      return isWell(response);
     } catch {
       return false;
     }

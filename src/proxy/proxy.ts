@@ -22,6 +22,7 @@ import { Discovery } from './discovery.ts';
 import { EtcdInstances } from './etcd-instances.ts';
 import { createProxyMetrics, type ProxyMetrics } from './metrics.ts';
 import { ModelDirectory } from './models.ts';
+import { NamedInstances } from './named-instances.ts';
 import { Probes } from './probes.ts';
 import { type Receipt, Receipts, timelinesOf } from './receipts.ts';
 import { type Instance, InstanceRegistry } from './registry.ts';
@@ -75,6 +76,7 @@ export class PdProxy {
   #relays: Relays | undefined;
   #discovery: Discovery | undefined;
   #etcd: EtcdInstances | undefined;
+  #named: NamedInstances | undefined;
   #http: HostPort | undefined;
   /** `instances`: one has come or gone. */
   readonly #events = new EventEmitter<{ instances: [] }>();
@@ -85,9 +87,10 @@ export class PdProxy {
   private constructor(config: ProxyConfig, parts: ProxyParts, tokenizer: string | undefined) {
     this.#config = config;
     this.#log = createLogger(config.log, 'proxy');
-    if (config.upstream?.keyFile !== undefined && config.allowInstances === undefined) {
+    const { allowInstances, instances } = config;
+    if (config.upstream?.keyFile !== undefined && allowInstances === undefined && instances.length === 0) {
       const why = 'anybody may ping, and would get that key';
-      throw new PdError('CONFIG_INVALID', `--worker-key-file needs --allow-instances: ${why}`);
+      throw new PdError('CONFIG_INVALID', `--worker-key-file needs --allow-instances or --instances: ${why}`);
     }
     const { policy, prefillPolicy = policy, decodePolicy = policy } = config;
     const policies = { producer: prefillPolicy, consumer: decodePolicy };
@@ -209,6 +212,7 @@ export class PdProxy {
     const {
       instanceTimeoutMs,
       allowInstances,
+      instances,
       upstream,
       registry: etcd,
       otlpEndpoint,
@@ -240,6 +244,17 @@ export class PdProxy {
         this.#events.emit('instances');
       },
     });
+    if (instances.length > 0) {
+      const discovery = this.#discovery;
+      this.#named = new NamedInstances({
+        instances,
+        upstream: this.#upstream,
+        needsTls: upstream?.ca !== undefined,
+        log: this.#log,
+        intervalMs: Math.min(1_000, Math.ceil(instanceTimeoutMs / 4)),
+        take: (ping, reached) => discovery.takeNamed(ping, reached),
+      });
+    }
     if (etcd) {
       const discovery = this.#discovery;
       this.#etcd = new EtcdInstances({
@@ -294,6 +309,7 @@ export class PdProxy {
     await this.#serving.close();
     await this.#relays?.close();
     await this.#etcd?.close();
+    this.#named?.close();
     await this.#discovery?.close();
     this.#caches.close();
     this.#probes?.close();
@@ -332,7 +348,7 @@ export class PdProxy {
     app.get('/metrics', async (_request, reply) => {
       const { registry } = this.#metrics;
       const text = this.#relays
-        ? await this.#relays.metrics(await registry.getMetricsAsJSON())
+        ? await this.#relays.metrics(() => registry.getMetricsAsJSON())
         : await registry.metrics();
       return reply.type(registry.contentType).send(text);
     });

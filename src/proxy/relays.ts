@@ -130,10 +130,11 @@ export class Relays {
   }
 
   /** All processes' together with `own`; of one that does not answer, what it told last. */
-  async metrics(own: ExportedMetrics): Promise<string> {
+  async metrics(own: () => Promise<ExportedMetrics>): Promise<string> {
     await this.#ask();
     const others = [...this.#relays.values()].map(({ metrics }) => metrics);
-    return await sumMetrics([own, await this.#gone, ...others]);
+    // By now it has heard of all that they have counted.
+    return await sumMetrics([await own(), await this.#gone, ...others]);
   }
 
   /** All processes' receipts, the latest last, of each at most `most`, or that of the request with the id `of`; without those of one that does not answer. */
@@ -305,7 +306,7 @@ export class Relays {
       }
       case 'judge': {
         const { visit, placements } = entered.get(message.id) ?? {};
-        visit?.judge(placements![message.at]!, message.role, message.ok);
+        visit?.judge(placements![message.at]!, message.role, message.ok, message.firstEventMs);
         break;
       }
       case 'end': {

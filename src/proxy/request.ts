@@ -78,8 +78,10 @@ export class ProxiedRequest {
     } finally {
       const status = this.#clientGone ? CLIENT_GONE : out.statusCode;
       metrics.inFlight.dec();
-      metrics.requests.inc({ route, status });
+      const tally = metrics.routeOf(route);
+      tally.statuses.inc(status);
       receipts.end(receipt, status, error?.code);
+      tally.seconds.observe((monotonicMs() - receipt.receivedAt) / 1_000);
       traces?.ended(receipt);
     }
   }
@@ -128,6 +130,7 @@ export class ProxiedRequest {
   #fail(error: PdError): void {
     const level = this.#clientGone || error.status < 500 ? 'info' : 'warn';
     const { route, out } = this.#received;
+    this.#context.metrics.routeOf(route).errors.inc(error.code);
     this.#context.log[level]({ requestId: this.#requestId, code: error.code }, `${route}: ${error.message}`);
     answerError(out, error, this.#requestId);
   }

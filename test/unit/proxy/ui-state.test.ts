@@ -75,7 +75,8 @@ describe('a request', () => {
         pair: { producer: { httpAddress: producer }, consumer: { httpAddress: 'c:1' } },
         alone,
       };
-      return receipts.attempt(receipt, 'id', placement as unknown as Placement, true);
+      const begun = { requestId: 'id', placement: placement as unknown as Placement, native: true, spans: undefined };
+      return receipts.attempt(receipt, begun);
     };
     return { receipt, attempt };
   }
