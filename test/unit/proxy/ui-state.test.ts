@@ -75,7 +75,12 @@ describe('a request', () => {
         pair: { producer: { httpAddress: producer }, consumer: { httpAddress: 'c:1' } },
         alone,
       };
-      const begun = { requestId: 'id', placement: placement as unknown as Placement, native: true, spans: undefined };
+      const begun = {
+        requestId: 'id',
+        placement: placement as unknown as Placement,
+        native: true,
+        spans: undefined,
+      };
       return receipts.attempt(receipt, begun);
     };
     return { receipt, attempt };
