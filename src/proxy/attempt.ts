@@ -96,6 +96,9 @@ const NOTICE_MS = 250;
 /** For the producer to answer after the client has the consumer's whole answer. */
 const GRACE_MS = 2_000;
 
+/** Of every request: an error of its own takes microseconds, for a stack that nobody reads. */
+const DECIDED = new PdError('REQUEST_ABORTED', 'the other instance of the pair has decided the request');
+
 /** Random bytes are drawn for many requests at a time: to draw them takes longer than to write them. */
 const RANDOM_BYTES = 16;
 const drawn = Buffer.alloc(RANDOM_BYTES * 256);
@@ -232,13 +235,13 @@ export class Attempt {
         answerWhole((await prefilling) ?? answer, out, this.requestId);
         return false;
       }
-      if (response.statusCode >= 400) this.#abortPrefill.abort(decided());
+      if (response.statusCode >= 400) this.#abortPrefill.abort(DECIDED);
       const decoded = await this.#passOn(response);
       if (decoded) await this.#logLatePrefill(prefilling);
       return decoded;
     } finally {
-      this.#abortPrefill.abort(decided());
-      this.#abortDecode.abort(decided());
+      this.#abortPrefill.abort(DECIDED);
+      this.#abortDecode.abort(DECIDED);
     }
   }
 
@@ -407,10 +410,6 @@ function settled<N extends string>(promise: Promise<unknown>, name: N): Promise<
     () => name,
     () => name,
   );
-}
-
-function decided(): PdError {
-  return new PdError('REQUEST_ABORTED', 'the other instance of the pair has decided the request');
 }
 
 function refuseIfDraining(answer: WholeAnswer, call: Call): WholeAnswer {
