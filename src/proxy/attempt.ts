@@ -96,9 +96,6 @@ const NOTICE_MS = 250;
 /** For the producer to answer after the client has the consumer's whole answer. */
 const GRACE_MS = 2_000;
 
-/** Of every request: an error of its own takes microseconds, for a stack that nobody reads. */
-const DECIDED = new PdError('REQUEST_ABORTED', 'the other instance of the pair has decided the request');
-
 /** Random bytes are drawn for many requests at a time: to draw them takes longer than to write them. */
 const RANDOM_BYTES = 16;
 const drawn = Buffer.alloc(RANDOM_BYTES * 256);
@@ -411,6 +408,9 @@ function settled<N extends string>(promise: Promise<unknown>, name: N): Promise<
     () => name,
   );
 }
+
+/** Of every request: an error of its own takes microseconds, for a stack that nobody reads. */
+const DECIDED = new PdError('REQUEST_ABORTED', 'the other instance of the pair has decided the request');
 
 function refuseIfDraining(answer: WholeAnswer, call: Call): WholeAnswer {
   if (unavailableCode(answer) === 'SERVER_DRAINING') throw new InstanceRefused(call, 'it is stopping');
