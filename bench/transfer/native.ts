@@ -57,7 +57,7 @@ export interface NativeRow extends RowKey {
 const STEPS_MS = 65;
 const ROUND_MS = 55;
 /** Rounds of one block that nobody counts, for programs that have just started: a worker has served for a while. */
-const STARTED_ROUNDS = 40;
+export const STARTED_ROUNDS = 40;
 /** Pattern streams of the two ends. */
 const SOURCE = 1;
 const POISON = 10_001;

@@ -272,10 +272,9 @@ class SchemaCompiler {
       return true;
     }
     const onlyObjects = types?.size === 1 && types.has('object');
-    if (!onlyObjects || ofA.alternatives.length > 0) return false;
     // What one must have and the other cannot, or what both have and never alike.
-    const names = new Set([...ofA.required, ...ofB.required]);
-    return [...names].some((name) => {
+    const names = onlyObjects ? new Set([...ofA.required, ...ofB.required]) : [];
+    const differ = [...names].some((name) => {
       const [inA, inB] = [this.#property(name, ofA), this.#property(name, ofB)];
       const impossible = (schemas: readonly Located[]) =>
         factsOf(schemas, this.#document, this.#budget).impossible;
@@ -283,6 +282,17 @@ class SchemaCompiler {
       if (!ofA.required.has(name)) return false;
       return impossible(inB) || this.#exclude(inA, inB, depth - 1);
     });
+    const every = (facts: Facts, all: readonly Located[], excluded: (one: readonly Located[]) => boolean) => {
+      const [first] = facts.alternatives;
+      if (!first) return false;
+      const rest = this.#without(first, all);
+      return first.options.every((option) => excluded([...rest, ...option]));
+    };
+    return (
+      differ ||
+      every(ofA, a, (one) => this.#exclude(one, b, depth - 1)) ||
+      every(ofB, b, (one) => this.#exclude(a, one, depth - 1))
+    );
   }
 
   #ofType(type: TypeName, facts: Facts): Expression {

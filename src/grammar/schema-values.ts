@@ -10,6 +10,7 @@ import {
   type SchemaDocument,
   unsupportedKeyword,
 } from './schema-document.ts';
+import { EXCLUDED, NOT_PATTERN } from './schema-negation.ts';
 
 const MOST_NESTING = 500;
 
@@ -72,6 +73,10 @@ export function satisfies(
         return equalValues(value, wanted);
       case 'enum':
         return Array.isArray(wanted) && wanted.some((one) => equalValues(one, value));
+      case EXCLUDED:
+        return !(wanted as unknown[]).some((one) => equalValues(one, value));
+      case NOT_PATTERN:
+        return !isText || !matching(String(wanted), value);
       case 'minLength':
         return !isText || [...value].length >= Number(wanted);
       case 'maxLength':

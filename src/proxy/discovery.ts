@@ -155,6 +155,8 @@ export class Discovery {
     const { registry, onPing } = this.#options;
     try {
       const ping = read();
+      // One of ours that was named as if it were not says more by its own pings.
+      if (named && !ping.native && this.#saysMore(ping.http_address)) return true;
       for (const address of [ping.http_address, ping.zmq_address]) {
         if (isUnspecified(parseHostPort(address, 'address of a ping').host)) this.#warnOnce(address);
       }
@@ -183,6 +185,11 @@ export class Discovery {
       this.#refuse(from, PdError.from(error));
       return false;
     }
+  }
+
+  #saysMore(httpAddress: string): boolean {
+    const known = this.#options.registry.list().find((one) => one.httpAddress === httpAddress);
+    return known?.fingerprint !== undefined;
   }
 
   /** The instance of such a ping has left. */

@@ -7,12 +7,12 @@ import { isIP } from 'node:net';
 import type { NamedInstance } from '../config/kinds.ts';
 import { PdError } from '../errors.ts';
 import { formatHostPort, type HostPort } from '../net/address.ts';
+import { isWell } from '../net/http.ts';
 import { addressesOf, reasonOf } from '../net/resolve.ts';
 import type { Logger } from '../observability/log.ts';
 import { readPing } from '../wire/codec.ts';
 import type { PingMessage } from '../wire/messages.ts';
 import type { Reached } from './discovery.ts';
-import { isWell } from './probes.ts';
 import type { Instance } from './registry.ts';
 import { readWhole, type Upstream } from './upstream.ts';
 
@@ -170,7 +170,8 @@ export class NamedInstances {
     const { role } = told!;
     const response = await this.#get('/health', role, reached);
     await response.dump();
-    if (!isWell(response)) throw new Error(`GET /health is answered with status ${response.statusCode}`);
+    if (!isWell(response.statusCode))
+      throw new Error(`GET /health is answered with status ${response.statusCode}`);
     const http_address = formatHostPort(reached.at);
     return { type: role === 'producer' ? 'P' : 'D', http_address, zmq_address: formatHostPort(kv!) };
   }

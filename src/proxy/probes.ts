@@ -1,16 +1,12 @@
 /** Looks at every instance's GET /health: one may ping on while its HTTP server hangs. */
+import { isWell } from '../net/http.ts';
 import type { Logger } from '../observability/log.ts';
 import { type Instance, type InstanceRegistry, instanceLabel } from './registry.ts';
-import type { Upstream, UpstreamResponse } from './upstream.ts';
+import type { Upstream } from './upstream.ts';
 
 const DEADLINE_MS = 2_000;
 /** Looks in a row that fail before an instance is let alone. */
 const FAILURES = 3;
-
-/** Of an answer to GET /health: a server that has none, or wants a key, is well too. */
-export function isWell({ statusCode }: Pick<UpstreamResponse, 'statusCode'>): boolean {
-  return statusCode < 500;
-}
 
 interface ProbesOptions {
   readonly registry: InstanceRegistry;
@@ -76,7 +72,7 @@ export class Probes {
     try {
       const response = await this.#options.upstream.ask(call, { path: '/health', headers: {}, signal });
       await response.dump();
-      return isWell(response);
+      return isWell(response.statusCode);
     } catch {
       return false;
     }

@@ -1,9 +1,10 @@
-/** Fleets that know themselves without etcd (test/wide/etcd.test.ts has that): by names of instances, and by pings to a name with two addresses. */
+/** Fleets that know themselves without etcd (test/wide/etcd.test.ts has that): by names of instances, pings to a name with two addresses, or who pings for them. */
 import { afterEach, describe, expect, it } from 'vitest';
 import { formatHostPort } from '../../src/net/address.ts';
 import { freePorts } from '../../src/net/free-ports.ts';
 import { startProxy, startWorker, untilListed } from '../support/cluster.ts';
 import { askThrough, countsOf, type FleetPrograms, load, RIGHT, startWorkers } from '../support/fleet.ts';
+import { Program } from '../support/process.ts';
 
 /** After which a killed worker is forgotten; live ones answer and ping every second. */
 const TIMEOUT = ['--instance-timeout', '30s'];
@@ -56,4 +57,24 @@ describe.each([
     expect(await askThrough([proxies[1]!])).toMatch(RIGHT);
     expect(await countsOf(proxies[1]!)).toEqual({ producer: 1, consumer: 2 });
   });
+});
+
+it('workers that others ping for are served by, and go as they are killed', async () => {
+  const proxy = await startProxy(TIMEOUT);
+  const workers = await Promise.all(
+    (['producer', 'consumer'] as const).map((role) => startWorker(role, undefined)),
+  );
+  const others = workers.map(({ role, url, kvAddress }) => {
+    const what = ['--role', role, '--http', url.replace('http://', ''), '--kv', kvAddress];
+    const to = ['--proxy', proxy.discovery, '--ping-interval', '1s', '--log-format', 'json'];
+    return new Program('pd-proxy', ['register', ...what, ...to]);
+  });
+  for (const { program } of [proxy, ...workers]) closing.push(() => program.stop('SIGKILL'));
+  for (const other of others) closing.push(() => other.stop('SIGKILL'));
+  await untilListed(proxy, 1, 1);
+  expect(await askThrough([proxy])).toMatch(RIGHT);
+  await workers[0]!.program.stop('SIGKILL');
+  await others[0]!.line(/is not well: .*ECONNREFUSED.*It is announced no more/);
+  await proxy.program.line(/Remove .*\(producer\): its pings have stopped/, 120_000);
+  for (const other of others) expect(await other.stop()).toBe(0);
 });

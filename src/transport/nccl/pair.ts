@@ -25,7 +25,7 @@ const MAX_IN_FLIGHT = 64;
  *
  * The other end need not group alike, and vLLM's never does. NCCL executes what a group has for one peer in the order in which it was given, a stream
  * executes groups in theirs, and how an operation is split over channels depends on its size alone; so what arrives where is the same. Nor can the ends wait
- * for each other: a group has one direction, its first operation waits for nothing but the peer's first, and none is ever held back for another to join it.
+ * for each other: a group has one direction, its first operation waits for nothing but the peer's first, and none is held back for longer than a turn of the event loop.
  */
 const JOINED = { operations: 32, bytes: 128 * 2 ** 20 } as const;
 /** NCCL reports a lost peer rarely and late, but where it does this is how soon it is heard; milliseconds. */
@@ -131,8 +131,9 @@ export class NcclPair implements Pair {
       if (regions.length === 0) return resolve();
       this.#queue.push({ direction, regions, options, resolve, reject });
       this.#parts.loop.add(this.#poll);
-      // The first operation goes out at once; those behind it wait for their turn in the loop.
-      this.#turn(performance.now());
+      // The first operation goes out at once; those behind it wait for their turn in the loop. Where they may be joined the first does too, but no group
+      // waits for more than it takes.
+      if (!this.#parts.joins || this.#joined() < this.#queue.length) this.#turn(performance.now());
     });
   }
 
@@ -175,7 +176,7 @@ export class NcclPair implements Pair {
     if (this.#settling.length > 0 || !first || this.#inFlight.length >= MAX_IN_FLIGHT) return;
     const { nccl, comm, gate, stream, rank } = this.#parts;
     if (!gate.enter(this)) return;
-    const group = this.#queue.splice(0, this.#joined(first));
+    const group = this.#queue.splice(0, this.#joined());
     this.#settling = group;
     stream.enter();
     const peer = rank === 0 ? 1 : 0;
@@ -184,8 +185,9 @@ export class NcclPair implements Pair {
   }
 
   /** How many of those that wait leave now. */
-  #joined({ direction }: Operation): number {
+  #joined(): number {
     if (!this.#parts.joins) return 1;
+    const direction = this.#queue[0]?.direction;
     let bytes = 0;
     const end = this.#queue.findIndex((operation, at) => {
       bytes += operationBytes(operation);

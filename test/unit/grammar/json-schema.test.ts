@@ -202,6 +202,7 @@ describe('JSON Schema', () => {
       '{"a":6}',
     ],
     [{ type: 'string', not: { enum: ['a', 'b"'] } }, '"c"', '"b\\""'],
+    [{ enum: ['a', 'b', 1], not: { anyOf: [{ const: 'a' }, { type: 'number' }] } }, '"b"', '"a"'],
     [{ type: 'object', not: { required: ['a'] } }, '{"b":1}', '{"a":1}'],
     [{ type: 'integer', not: { anyOf: [{ minimum: 9 }, { const: 3 }] } }, '4', '3'],
     [
