@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Compiles src/, ffi/, bench/ and the programs of scripts/ into dist/. Files that are up to date are left alone, so that a build does not
-# disturb programs that run from there.
+# disturb programs that run from there. Arguments go to tsc: --noCheck where types are checked anyway.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ -e dist ] && [ ! -w dist ]; then
@@ -11,4 +11,4 @@ fi
 for part in src/cli/worker.js ffi bench scripts support; do
   [ -e "dist/$part" ] || rm -f dist/*.tsbuildinfo
 done
-exec ./node_modules/.bin/tsc -p tsconfig.build.json
+exec ./node_modules/.bin/tsc -p tsconfig.build.json "$@"

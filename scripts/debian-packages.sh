@@ -2,7 +2,7 @@
 # Installs the Debian packages that tests need. Exit status 0 if they are installed.
 #
 #   ./scripts/debian-packages.sh peer        the Python peer of the tests (support/peers) and openssl: python3-msgpack, python3-zmq, openssl
-#   ./scripts/debian-packages.sh promtool    Prometheus' own check of metric pages: prometheus
+#   ./scripts/debian-packages.sh promtool    Prometheus, and its own check of metric pages: prometheus
 #   ./scripts/debian-packages.sh etcd        a real etcd to register with: etcd-server
 set -uo pipefail
 

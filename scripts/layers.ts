@@ -94,7 +94,19 @@ export const LAYERS: readonly Layer[] = [
   },
   {
     name: 'src/cli',
-    may: [...COMMON, 'src/wire', 'src/config', 'src/device', 'src/worker', 'src/proxy', 'src/doctor', 'ffi'],
+    may: [
+      ...COMMON,
+      ...[
+        'src/wire',
+        'src/config',
+        'src/device',
+        'src/transfer',
+        'src/worker',
+        'src/proxy',
+        'src/doctor',
+        'ffi',
+      ],
+    ],
   },
   {
     name: 'src/index.ts',

@@ -29,7 +29,7 @@ fi
 export PATH="$bin:$PATH"
 echo "node-version: $(node --version)"
 case "$part" in
-  unit) PD_TEST_SKIP_BUILD=1 exec node node_modules/vitest/vitest.mjs run --project unit ;;
+  unit) PD_TEST_SKIP_BUILD=1 exec node node_modules/vitest/vitest.mjs run --project unit test/unit ;;
   demo) exec ./scripts/demo.sh ;;
   clients)
     # Away from the checkout: what they depend on is no part of it.

@@ -50,7 +50,14 @@ export type {
 } from './transfer/types.ts';
 export { type Fingerprint, fingerprint } from './wire/fingerprint.ts';
 export { KV_EVENT_FORMS, type KvEventForm } from './wire/kv-events.ts';
-export { type KvEventPorts, SEND_TYPES, type SendType, type WorkerLoad } from './wire/messages.ts';
+export {
+  type KvEventPorts,
+  type PingHello,
+  type PingMessage,
+  SEND_TYPES,
+  type SendType,
+  type WorkerLoad,
+} from './wire/messages.ts';
 
 // The connector: both halves, for a runtime with a scheduler and a paged cache of its own.
 
@@ -108,7 +115,7 @@ export { DTYPE_BYTES, type Dtype, tensorBytes } from './wire/dtype.ts';
 
 // Ids and addresses.
 
-export type { Address } from './config/kinds.ts';
+export type { Address, NamedInstance } from './config/kinds.ts';
 export { formatHostPort, type HostPort, parseHostPort } from './net/address.ts';
 export type { EtcdAddress } from './net/etcd.ts';
 export {

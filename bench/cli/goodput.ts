@@ -1,4 +1,5 @@
 /** pd-bench goodput: options, signals, output. */
+
 import { Command } from 'commander';
 import { duration, integer, json, listOf, real, text, toggle } from '../../src/config/kinds.ts';
 import {
@@ -15,6 +16,7 @@ import { sweep } from '../goodput/sweep.ts';
 import { measureTurns, PUBLISHED_TURNS } from '../goodput/turns.ts';
 import { readMachine } from '../measure/machine.ts';
 import { conclude } from '../measure/results.ts';
+import { newTextSeed } from '../serve/plan.ts';
 import { commas } from './options.ts';
 import { objectOf } from './serve.ts';
 
@@ -205,7 +207,7 @@ function loadOf({ window, lead, drain, promptTokens, outputTokens, loadSeed, ...
     promptTokens,
     outputTokens,
     seed: loadSeed,
-    textSeed: values.textSeed ?? Math.floor(Math.random() * 2 ** 40),
+    textSeed: values.textSeed ?? newTextSeed(),
   };
 }
 

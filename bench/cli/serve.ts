@@ -16,6 +16,7 @@ import { readMachine } from '../measure/machine.ts';
 import { NO_PROGRESS, terminalProgress } from '../measure/progress.ts';
 import { formatLength, lengthKind } from '../serve/lengths.ts';
 import type { Arrival } from '../serve/load.ts';
+import { newTextSeed } from '../serve/plan.ts';
 import { renderServe } from '../serve/render.ts';
 import { type ServeOptions, serve } from '../serve/serve.ts';
 
@@ -214,7 +215,7 @@ export function serveOptions(values: ServeValues): ServeOptions {
     sharedPrefix: values.sharedPrefix,
     promptFile: values.promptFile,
     seed: values.loadSeed,
-    textSeed: values.textSeed ?? Math.floor(Math.random() * 2 ** 48),
+    textSeed: values.textSeed ?? newTextSeed(),
     timeoutMs: values.timeout,
     objectives: {
       ...(sloTtft !== undefined && { ttftMs: sloTtft }),

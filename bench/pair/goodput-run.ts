@@ -2,6 +2,7 @@
  * Systems one after another, under the same load, as many as there is time for. First the pair; then undivided workers with each chunk size, at
  * the coarse rates; then those with the best chunk, at more rates; then the pair with other chunk sizes.
  */
+
 import { basename } from 'node:path';
 import { bestOf, type GoodputResult, rateLine, type SystemKind, type SystemResult } from '../goodput/page.ts';
 import type { RateOptions, RateResult } from '../goodput/rate.ts';
@@ -10,6 +11,7 @@ import { sweep } from '../goodput/sweep.ts';
 import { measureTurns, PUBLISHED_TURNS, type TurnsShape } from '../goodput/turns.ts';
 import type { Phases } from '../goodput/window.ts';
 import { readEnvironment, readMachine } from '../measure/machine.ts';
+import { newTextSeed } from '../serve/plan.ts';
 import { NATIVE, type SystemOptions, startPair, startTwoUndivided } from './systems.ts';
 
 export const PARTS = ['pair', 'undivided', 'turns'] as const;
@@ -98,7 +100,7 @@ export class GoodputRun {
   readonly #signal: AbortSignal;
   readonly #began = performance.now();
   readonly #startedAt = new Date().toISOString();
-  readonly #textSeed = Math.floor(Math.random() * 2 ** 40);
+  readonly #textSeed = newTextSeed();
   readonly #systems = new Map<string, SystemResult>();
   readonly #problems: string[] = [];
   readonly #leftOut: string[] = [];

@@ -30,6 +30,9 @@ export interface PlanOptions {
   readonly textSeed: number;
 }
 
+/** Where none is given. Far from where a sum with it would lose digits. */
+export const newTextSeed = (): number => Math.floor(Math.random() * 2 ** 40);
+
 export interface Plan {
   readonly warmUp: readonly PlannedRequest[];
   readonly requests: readonly PlannedRequest[];

@@ -57,7 +57,7 @@ export interface NativeRow extends RowKey {
 const STEPS_MS = 65;
 const ROUND_MS = 55;
 /** Rounds of one block that nobody counts, for programs that have just started: a worker has served for a while. */
-const STARTED_ROUNDS = 40;
+export const STARTED_ROUNDS = 40;
 /** Pattern streams of the two ends. */
 const SOURCE = 1;
 const POISON = 10_001;
@@ -261,7 +261,7 @@ function roundOf(
 
 let count = 0;
 
-function newIds(producer: Peer, consumer: Peer, inFlight: number): TransferId[] {
+export function newIds(producer: Peer, consumer: Peer, inFlight: number): TransferId[] {
   return Array.from({ length: inFlight }, () => {
     const uuid = (++count).toString(16).padStart(32, '0');
     return transferIdOf(`cmpl-${proxyRequestId(producer.address, consumer.address, uuid)}-0`);

@@ -133,7 +133,7 @@ export function renderTransfer(part: PartResult, transfer: TransferResult): stri
     ...transfer.ceilingErrors.map((error) => `Ceilings: ${error}`),
     ...(transfer.rows.length > 0
       ? [
-          `The frozen wire, engine to engine: from the first send on the producer to the last tensor usable on the consumer; best and median of ${rounds} consecutive rounds after ${2 * warmUp + rounds} warm-up rounds.`,
+          `The frozen wire, engine to engine: from the first send on the producer to the last tensor usable on the consumer; best and median of ${rounds} consecutive rounds after ${2 * warmUp + rounds} warm-up rounds, and 40 small ones at the start.`,
           '`paged`: random blocks gathered and scattered; `flat`: dense tensors. GB/s and its fraction of the grouped raw send are of the best round.',
           'Every byte of every round was compared.',
           '',

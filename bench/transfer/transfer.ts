@@ -7,7 +7,7 @@ import { best, median } from '../measure/statistics.ts';
 import { type BenchOptions, JobMaker, messageOf, moveRow, startPeers } from './bench.ts';
 import { type Ceiling, measureCeilings } from './ceilings.ts';
 import type { Job } from './messages.ts';
-import { measureNative, type NativeRow, type NativeSettings } from './native.ts';
+import { measureNative, type NativeRow, type NativeSettings, STARTED_ROUNDS } from './native.ts';
 import type { Peer } from './peer.ts';
 import { type KvShape, tensorBytesOf } from './shape.ts';
 
@@ -93,7 +93,10 @@ export async function measureTransfer(
       for (const tokens of settings.tokens) {
         progress.say(`${sendType}, ${source}, ${tokens} tokens`, rows.length, total);
         try {
-          peers ??= await startPair(options, settings, sendType);
+          if (!peers) {
+            peers = await startPair(options, settings, sendType);
+            await getStarted(peers, options.shape, settings, jobs);
+          }
           rows.push(await measureRow(peers, options.shape, settings, jobs, { sendType, source, tokens }));
         } catch (error) {
           rows.push(failedRow(options.shape, { sendType, source, tokens }, messageOf(error)));
@@ -127,6 +130,21 @@ async function startPair(
     consumer: { device: 1, sendType, jobs: rows },
   });
   return [producer!, consumer!];
+}
+
+/** Nobody counts these. */
+async function getStarted(
+  [producer, consumer]: readonly [Peer, Peer],
+  shape: KvShape,
+  { sources, tokens, warmUp, rounds }: TransferSettings,
+  jobs: JobMaker,
+): Promise<void> {
+  const few = Math.min(shape.blockSize, ...tokens);
+  for (const source of sources) {
+    for (let round = 0; round < STARTED_ROUNDS; round += warmUp + rounds) {
+      await moveRow(producer, consumer, jobs.row(jobOf(jobs, shape, source, few), warmUp + rounds));
+    }
+  }
 }
 
 function jobOf(jobs: JobMaker, shape: KvShape, source: SourceKind, tokens: number): Job {

@@ -9,9 +9,10 @@
  * nothing about a key.
  */
 import { hash, timingSafeEqual } from 'node:crypto';
-import { readFileSync, unwatchFile, watchFile } from 'node:fs';
+import { readFileSync } from 'node:fs';
 import { PdError } from '../errors.ts';
 import type { Logger } from '../observability/log.ts';
+import { watchFiles } from './watch-files.ts';
 
 export interface KeyHolder {
   readonly name: string;
@@ -33,22 +34,27 @@ const NAME = /^[\w.@-]{1,64}$/;
 /** Visible ASCII: what a header can carry. */
 const KEY = /^[\x21-\x7e]{16,512}$/;
 const MOST_KEYS = 10_000;
-/** Between two looks at the file. Notifications are not used: they are lost where a mounted secret is replaced by a symbolic link. */
-const LOOK_MS = 1_000;
 
 export class KeyFile {
   readonly #path: string;
   readonly #log: Logger;
   readonly #option: string;
   #entries: readonly Entry[];
-  readonly #look = (): void => this.#reload();
+  /** Ends the watch. */
+  readonly close: () => void;
 
   private constructor(path: string, option: string, log: Logger) {
     this.#path = path;
     this.#option = option;
     this.#log = log;
-    this.#entries = readKeys(path, option);
-    watchFile(path, { interval: LOOK_MS, persistent: false }, this.#look);
+    const unwatch = watchFiles([path], () => this.#reload());
+    this.close = unwatch;
+    try {
+      this.#entries = readKeys(path, option);
+    } catch (error) {
+      unwatch();
+      throw error;
+    }
   }
 
   /** Throws CONFIG_INVALID that names `option`, the file and the line, never a key. */
@@ -74,10 +80,6 @@ export class KeyFile {
     const entry = this.#entries.find(({ until }) => now < until);
     if (entry) return entry.key;
     throw new PdError('CONFIG_INVALID', `${this.#option} ${this.#path}: every key in it has expired`);
-  }
-
-  close(): void {
-    unwatchFile(this.#path, this.#look);
   }
 
   #reload(): void {

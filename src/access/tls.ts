@@ -1,8 +1,9 @@
 /** Certificates of an HTTP server and of a client: PEM files, read again when they change. */
-import { readFileSync, unwatchFile, watchFile } from 'node:fs';
+import { readFileSync } from 'node:fs';
 import { createSecureContext, type SecureContextOptions } from 'node:tls';
 import { PdError } from '../errors.ts';
 import type { Logger } from '../observability/log.ts';
+import { watchFiles } from './watch-files.ts';
 
 /** Paths of PEM files. */
 export interface TlsFiles {
@@ -15,8 +16,6 @@ export interface TlsFiles {
 
 /** The option that each file was given by, for messages. */
 export type TlsOptionNames = Readonly<Record<keyof TlsFiles, string>>;
-
-const LOOK_MS = 1_000;
 
 /** Throws CONFIG_INVALID that names the option: a certificate without a key, a file that cannot be read, or that holds something else. */
 export function readTls(files: TlsFiles, names: TlsOptionNames): SecureContextOptions {
@@ -63,8 +62,5 @@ export function watchTls(
     }
   };
   const paths = Object.values(files).filter((path) => path !== undefined);
-  for (const path of paths) watchFile(path, { interval: LOOK_MS, persistent: false }, look);
-  return () => {
-    for (const path of paths) unwatchFile(path, look);
-  };
+  return watchFiles(paths, look);
 }

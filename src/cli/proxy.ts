@@ -16,6 +16,7 @@ export function proxyConfig(
     .description(
       'Sends each request to a prefill instance, then to a decode instance. Instances of pd-worker and vLLM find it by ping.',
     )
+    .addHelpText('after', '\npd-proxy register --help: announces a server that does not ping by itself.')
     .version(packageVersion())
     .allowExcessArguments(false)
     .showHelpAfterError('(--help lists the options)')
@@ -31,6 +32,7 @@ export function proxyConfig(
 
 /** Runs until SIGTERM or SIGINT; a second signal exits at once. */
 export async function main(argv: readonly string[] = process.argv.slice(2)): Promise<void> {
+  if (argv[0] === 'register') return await (await import('./register.ts')).main(argv.slice(1));
   const config = proxyConfig(argv, process.env, (text, { log }) => createLogger(log, 'proxy').warn(text));
   // Imported here: --help and a wrong flag need no server.
   const started = import('../proxy/proxy.ts').then(({ PdProxy }) => PdProxy.start(config));

@@ -121,7 +121,8 @@ export function etcdAddress(): Kind<EtcdAddress> {
       return undefined;
     }
   };
-  const allowed = 'etcd://HOST:2379, further hosts after commas, a prefix after /; etcds:// for TLS';
+  const allowed =
+    'etcd://HOST:2379, further hosts after commas, a prefix after /, USER:PASSWORD@ before; etcds:// for TLS';
   return parsed(
     'url',
     allowed,
@@ -129,6 +130,36 @@ export function etcdAddress(): Kind<EtcdAddress> {
     parse,
     ({ endpoints }) => `etcd://${endpoints.map(formatHostPort).join(',')}`,
   );
+}
+
+/** An instance that a proxy is told of, and need not wait for. */
+export interface NamedInstance {
+  /** Of its HTTP server. A name stands for all its addresses. */
+  readonly http: HostPort;
+  readonly tls: boolean;
+  /** Of a server that is not ours: what it cannot be asked. Absent: a pd-worker, which says it itself. */
+  readonly told?: { readonly role: 'producer' | 'consumer'; readonly kv: HostPort };
+}
+
+export function namedInstance(): Kind<NamedInstance> {
+  const endpoint = z.strictObject({ host: z.string().min(1), port: z.int().min(1).max(65_535) });
+  const told = z.strictObject({ role: z.enum(['producer', 'consumer']), kv: endpoint });
+  const value = z.strictObject({ http: endpoint, tls: z.boolean(), told: told.exactOptional() });
+  const parse = (text: string): NamedInstance | undefined => {
+    const [, role, scheme, http, kv] =
+      /^(?:(producer|consumer)=)?(https?:\/\/)?([^/=]+)(?:\/([^/=]+))?$/.exec(text) ?? [];
+    if (http === undefined || (role === undefined) !== (kv === undefined)) return undefined;
+    try {
+      const named = { http: parseHostPort(http), tls: scheme === 'https://' };
+      if (kv === undefined) return named;
+      return { ...named, told: { role: role as 'producer' | 'consumer', kv: parseHostPort(kv) } };
+    } catch {
+      return undefined;
+    }
+  };
+  const allowed =
+    'HOST:PORT of a pd-worker, or producer=HOST:PORT/KV_HOST:KV_PORT or consumer=... of a vLLM worker';
+  return parsed('instance', allowed, value, parse, ({ http }) => formatHostPort(http));
 }
 
 /** An IP address or CIDR range, kept as text. */

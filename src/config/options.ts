@@ -11,6 +11,7 @@
 import { readFileSync } from 'node:fs';
 import type { Command } from 'commander';
 import { PdError } from '../errors.ts';
+import { withoutPassword } from '../net/etcd.ts';
 import { z } from '../zod.ts';
 import type { Kind } from './kinds.ts';
 
@@ -175,7 +176,7 @@ export function parseValue<T>(kind: Kind<T>, raw: unknown, label: string): T {
   if (result.success) return result.data;
   throw new PdError(
     'CONFIG_INVALID',
-    `${label}: ${JSON.stringify(raw)} is not allowed; expected ${kind.allowed}`,
+    `${label}: ${withoutPassword(JSON.stringify(raw))} is not allowed; expected ${kind.allowed}`,
   );
 }
 

@@ -22,6 +22,8 @@ import {
   etcdAddress,
   integer,
   listOf,
+  type NamedInstance,
+  namedInstance,
   oneOf,
   port,
   text,
@@ -54,6 +56,8 @@ export interface ProxyConfig {
   readonly upstream?: UpstreamAccess;
   /** Addresses and CIDR ranges whose pings are taken. Absent: everyone's. */
   readonly allowInstances?: readonly string[];
+  /** Instances that need not ping: asked again and again, and taken for as long as they answer. */
+  readonly instances: readonly NamedInstance[];
   /** etcd, whose instances are taken too. */
   readonly registry?: EtcdAddress;
   /** An instance whose last ping is older than this is removed. */
@@ -113,6 +117,15 @@ export const PROXY_OPTIONS = defineOptions({
   }),
   ...ACCESS_OPTIONS,
   ...grouped('Instances', {
+    instances: option({
+      field: 'instances',
+      kind: listOf(namedInstance()),
+      help:
+        'instances that need not ping: HOST:PORT of the HTTP server of a pd-worker (of a name, all its addresses), or of a vLLM worker ' +
+        'producer=HOST:PORT/KV_HOST:KV_PORT or consumer=...; https:// before HOST for TLS',
+      default: [],
+      defaultText: 'those that ping',
+    }),
     registry: option({
       field: 'registry',
       kind: etcdAddress(),
@@ -147,7 +160,7 @@ export const PROXY_OPTIONS = defineOptions({
   instanceTimeout: option({
     field: 'instanceTimeoutMs',
     kind: duration(10),
-    help: 'an instance whose last ping is older is removed',
+    help: 'an instance whose last ping, or answer, is older is removed',
     default: 10_000,
   }),
   prefillTimeout: option({

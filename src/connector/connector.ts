@@ -1,7 +1,7 @@
 /** The two halves of a KV connector. The scheduler half is pure; the worker half talks to the transfer engine. */
 import type { EventRef, PagedLayer } from '../device/device.ts';
 import type { ErrorData } from '../errors.ts';
-import type { FirstTokens } from '../transfer/native/hand-over-api.ts';
+import type { FirstTokens, WantOutcome } from '../transfer/native/hand-over-api.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 import type { Wire } from '../wire/overlap.ts';
 import type { ConnectorMetadata } from './metadata.ts';
@@ -57,22 +57,8 @@ export interface SchedulerConnector {
   requestFinished(requestId: EngineRequestId): void;
 }
 
-export type LoadOutcome =
-  | {
-      readonly requestId: EngineRequestId;
-      readonly ok: true;
-      readonly bytes: number;
-      readonly milliseconds: number;
-      /** The prompt's first token, drawn by the producer as it would have been here. */
-      readonly draw?: FirstTokens;
-    }
-  | {
-      readonly requestId: EngineRequestId;
-      readonly ok: false;
-      readonly error: ErrorData;
-      /** Another process may still write into its blocks: the request lets go of them, and takes others if it goes on. */
-      readonly quarantined?: boolean;
-    };
+/** By either wire: exactly one for each load that was begun. */
+export type LoadOutcome = WantOutcome;
 
 /** The state of a save at the end of its step, unless all is well. */
 export type SaveOutcome =

@@ -217,7 +217,7 @@ export class P2pWorkerConnector implements WorkerConnector {
       },
       (error: unknown) => {
         const data = PdError.from(error, 'KV_LOAD_FAILED', { requestId, transferId }).toData();
-        this.#loadEnded({ requestId, ok: false, error: data });
+        this.#loadEnded({ requestId, ok: false, error: data, quarantined: false });
       },
     );
     this.#loads.set(requestId, ended);

@@ -175,7 +175,7 @@ function waitFinding(wait: Wait, transfer: TransferState, explained: Set<PairSta
   if (!open) {
     const none =
       transfer.sendType === 'GET' ? 'there is no pair with it' : 'it has not opened a pair with this worker';
-    const broke = transfer.failures.find((one) => one.kind === 'pair' && one.peer === peer && !one.mended);
+    const broke = transfer.failures.find((one) => one.kind === 'pair' && one.peer === peer && !one.recovered);
     const why = broke && scenarioOf(broke.error);
     if (broke && why) {
       explained.add(broke);
@@ -225,10 +225,10 @@ const FAILED: Readonly<Record<FailureKind, (peer: string) => string>> = {
 /** What failed and has not succeeded since: the newest for each peer and scenario. */
 function failureFindings(failures: TransferState['failures']): Finding[] {
   const seen = new Set<string>();
-  return failures.flatMap(({ kind, peer, error, count, agoMs, mended }: FailureState): Finding[] => {
+  return failures.flatMap(({ kind, peer, error, count, agoMs, recovered }: FailureState): Finding[] => {
     const found: Diagnosis | undefined = scenarioOf(error);
     const key = `${peer} ${found?.scenario ?? error.code}`;
-    if (mended || seen.has(key)) return [];
+    if (recovered || seen.has(key)) return [];
     seen.add(key);
     const times = count > 1 ? `, ${count} times` : '';
     const what = `${FAILED[kind](peer)}${times}, last ${seconds(agoMs)} ago: ${error.code}: ${error.message}`;

@@ -16,24 +16,45 @@ export interface EtcdAddress {
   readonly secure: boolean;
   /** Before every key; ends with `/`. */
   readonly prefix: string;
+  /** Whom it asks for a name and a password. */
+  readonly user?: { readonly name: string; readonly password: string };
 }
 
 const DEFAULT_PREFIX = 'pd-worker/';
 
-/** `etcd://host:2379,host:2379/prefix`, or `etcds://` for TLS. Throws CONFIG_INVALID. */
+/** A password in an address is nobody's business, however the address is malformed. */
+export function withoutPassword(text: string): string {
+  return text.replace(/(:\/\/).*@/s, '$1***@');
+}
+
+/** `etcd://user:password@host:2379,host:2379/prefix`, or `etcds://` for TLS. Throws CONFIG_INVALID. */
 export function parseEtcdAddress(text: string): EtcdAddress {
-  const [, secure, hosts = '', prefix = ''] = /^etcd(s?):\/\/([^/]+)(?:\/(.*))?$/.exec(text) ?? [];
+  const [, secure, name, password, hosts = '', prefix = ''] =
+    /^etcd(s?):\/\/(?:([^:@/]+):([^:@/]+)@)?([^/@]+)(?:\/([^@]*))?$/.exec(text) ?? [];
   if (hosts === '')
     throw new PdError(
       'CONFIG_INVALID',
-      `${JSON.stringify(text)} is not etcd://HOST:2379, with further hosts after commas and a prefix after /`,
+      `${JSON.stringify(withoutPassword(text))} is not etcd://HOST:2379, with further hosts after commas, a prefix after / and USER:PASSWORD@ before`,
     );
   const endpoints = hosts.split(',').map((host) => parseHostPort(host, 'address of etcd'));
   return {
     endpoints,
     secure: secure === 's',
     prefix: prefix === '' ? DEFAULT_PREFIX : `${prefix.replace(/\/+$/, '')}/`,
+    ...(name !== undefined &&
+      password !== undefined && { user: { name: plain(name), password: plain(password) } }),
   };
+}
+
+/** What stands percent-encoded in a URL. */
+function plain(text: string): string {
+  try {
+    return decodeURIComponent(text);
+  } catch (cause) {
+    const why =
+      'user and password of etcd: characters other than letters and digits are to be written as in a URL, % as %25';
+    throw new PdError('CONFIG_INVALID', why, {}, { cause });
+  }
 }
 
 export type EtcdChange =
@@ -50,11 +71,21 @@ const CALL_MS = 5_000;
 /** Of a whole answer, and of one line of news. */
 const MOST_BYTES = 16 * 2 ** 20;
 const MOST_KEYS = 4_096;
+/** Of an answer that says why not. */
+const MOST_REASON_BYTES = 65_536;
 
 const number64 = z.string().regex(/^-?\d{1,19}$/);
 const bytes = z.base64().default('');
 const header = z.object({ revision: number64.default('0') }).default({ revision: '0' });
 const kv = z.object({ key: bytes, value: bytes });
+const TOKEN = z.object({
+  token: z
+    .string()
+    .min(1)
+    .max(16_384)
+    .regex(/^[\x21-\x7e]+$/),
+});
+const REFUSED = z.object({ error: z.string() });
 const GRANTED = z.object({ ID: number64 });
 const ALIVE = z.object({ result: z.object({ TTL: number64.default('0') }) });
 const LISTED = z.object({ header, kvs: z.array(kv).default([]) });
@@ -71,6 +102,8 @@ export class Etcd {
   readonly #address: EtcdAddress;
   /** The endpoint that answered last. */
   #at = 0;
+  /** Of the user; empty where etcd asks nobody. Absent: to be asked for. */
+  #token: string | undefined;
 
   constructor(address: EtcdAddress) {
     this.#address = address;
@@ -167,17 +200,7 @@ export class Etcd {
     const bound = AbortSignal.any([signal, AbortSignal.timeout(CALL_MS)]);
     try {
       const response = await this.#send(path, body, bound);
-      const parts: Buffer[] = [];
-      let size = 0;
-      for await (const part of response) {
-        size += (part as Buffer).length;
-        if (size > MOST_BYTES) {
-          response.destroy();
-          throw this.#failure(path, `an answer of more than ${MOST_BYTES} bytes`);
-        }
-        parts.push(part as Buffer);
-      }
-      return this.#read(path, Buffer.concat(parts).toString('utf8'), schema);
+      return this.#read(path, await this.#whole(path, response, MOST_BYTES), schema);
     } catch (error) {
       if (signal.aborted) throw signal.reason;
       if (bound.aborted) throw this.#failure(path, `no answer within ${CALL_MS} ms`);
@@ -187,46 +210,119 @@ export class Etcd {
 
   /** Asks each endpoint in turn, beginning with the last that answered. Resolves with an answer of status 200. */
   async #send(path: string, body: object, signal: AbortSignal): Promise<IncomingMessage> {
-    const { endpoints, secure } = this.#address;
+    const { endpoints } = this.#address;
     const why: string[] = [];
     for (let i = 0; i < endpoints.length; i++) {
       const at = (this.#at + i) % endpoints.length;
-      const { host, port } = endpoints[at]!;
       // Of several, one that hangs must not use up the time of all.
       const mine =
         endpoints.length > 1 && i < endpoints.length - 1
           ? AbortSignal.timeout(Math.floor(CALL_MS / endpoints.length))
           : signal;
       try {
-        const options = {
-          host,
-          port,
-          path: `/v3/${path}`,
-          method: 'POST',
-          agent: false,
-          signal,
-          ...EVERY_ADDRESS,
-        };
-        const headers = { 'content-type': 'application/json' };
-        const asked: ClientRequest = (secure ? requestSecurely : request)({ ...options, headers });
-        asked.on('error', () => {}); // thrown by `once`
-        asked.end(JSON.stringify(body));
-        const [response] = (await once(asked, 'response', { signal: mine }).catch((error: unknown) => {
-          asked.destroy();
-          throw error;
-        })) as [IncomingMessage];
-        if (response.statusCode === 200) {
-          this.#at = at;
-          return response;
-        }
-        response.destroy();
-        why.push(`${formatHostPort(endpoints[at]!)}: status ${response.statusCode}`);
+        const response = await this.#sendAs(endpoints[at]!, path, body, signal, mine);
+        this.#at = at;
+        return response;
       } catch (error) {
         if (signal.aborted) throw error;
         why.push(`${formatHostPort(endpoints[at]!)}: ${reasonOf(error)}`);
       }
     }
     throw this.#failure(path, why.join('; '));
+  }
+
+  /** As the user, if there is one: with a token, of which etcd forgets those that are old, and all when it is restarted. */
+  async #sendAs(
+    endpoint: HostPort,
+    path: string,
+    body: object,
+    signal: AbortSignal,
+    mine: AbortSignal,
+  ): Promise<IncomingMessage> {
+    for (let first = true; ; first = false) {
+      if (this.#address.user)
+        this.#token ??= await this.#authenticate(endpoint, this.#address.user, signal, mine);
+      const response = await this.#post(endpoint, path, body, signal, mine);
+      if (response.statusCode === 200) return response;
+      const reason = await this.#refusal(path, response);
+      if (!first || !this.#address.user || !isStale(response.statusCode, reason)) throw new Error(reason);
+      this.#token = undefined;
+    }
+  }
+
+  async #authenticate(
+    endpoint: HostPort,
+    user: NonNullable<EtcdAddress['user']>,
+    signal: AbortSignal,
+    mine: AbortSignal,
+  ): Promise<string> {
+    const path = 'auth/authenticate';
+    const response = await this.#post(endpoint, path, user, signal, mine);
+    if (response.statusCode === 200)
+      return this.#read(path, await this.#whole(path, response, MOST_REASON_BYTES), TOKEN).token;
+    const reason = await this.#refusal(path, response);
+    if (/authentication is not enabled/.test(reason)) return '';
+    throw new Error(`${path} as user ${user.name}: ${reason}`);
+  }
+
+  /** Resolves with an answer of any status; within `mine`, then its body within `signal`. */
+  async #post(
+    { host, port }: HostPort,
+    path: string,
+    body: object,
+    signal: AbortSignal,
+    mine: AbortSignal,
+  ): Promise<IncomingMessage> {
+    const options = {
+      host,
+      port,
+      path: `/v3/${path}`,
+      method: 'POST',
+      agent: false,
+      signal,
+      ...EVERY_ADDRESS,
+    };
+    const headers = {
+      'content-type': 'application/json',
+      ...(this.#token && { authorization: this.#token }),
+    };
+    const open = this.#address.secure ? requestSecurely : request;
+    const asked: ClientRequest = open({ ...options, headers });
+    asked.on('error', () => {}); // thrown by `once`
+    asked.end(JSON.stringify(body));
+    const [response] = (await once(asked, 'response', { signal: mine }).catch((error: unknown) => {
+      asked.destroy();
+      throw error;
+    })) as [IncomingMessage];
+    return response;
+  }
+
+  /** Why it has not done it. */
+  async #refusal(path: string, response: IncomingMessage): Promise<string> {
+    const status = `status ${response.statusCode}`;
+    const timer = setTimeout(() => response.destroy(), CALL_MS);
+    try {
+      const said = REFUSED.safeParse(JSON.parse(await this.#whole(path, response, MOST_REASON_BYTES)));
+      return said.success ? `${status}: ${said.data.error.slice(0, 256)}` : status;
+    } catch {
+      return status;
+    } finally {
+      clearTimeout(timer);
+    }
+  }
+
+  async #whole(path: string, response: IncomingMessage, mostBytes: number): Promise<string> {
+    const parts: Buffer[] = [];
+    let size = 0;
+    for await (const part of response) {
+      size += (part as Buffer).length;
+      if (size > mostBytes) {
+        response.destroy();
+        throw this.#failure(path, `an answer of more than ${mostBytes} bytes`);
+      }
+      parts.push(part as Buffer);
+    }
+    return Buffer.concat(parts).toString('utf8');
   }
 
   #read<T>(path: string, text: string, schema: z.ZodType<T>): T {
@@ -249,4 +345,11 @@ export class Etcd {
   #failure(path: string, why: string, cause?: unknown): PdError {
     return new PdError('REGISTRY_FAILED', `${this}: ${path}: ${why}`, {}, { cause });
   }
+}
+
+/** The token has ended, etcd has begun to ask for one, or what users may do has changed since. */
+function isStale(status: number | undefined, reason: string): boolean {
+  return (
+    status === 401 || (status === 400 && /user name is empty|revision of auth store is old/.test(reason))
+  );
 }

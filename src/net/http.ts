@@ -51,6 +51,11 @@ export async function fetchAll(url: string, { json, key, signal }: Asked): Promi
   }
 }
 
+/** Of the status of an answer to GET /health: a server that has no such route, or wants a key for it, is well too. */
+export function isWell(status: number): boolean {
+  return status < 500;
+}
+
 /** A GET with one deadline for all of it, body included. Past it: a `TimeoutError`. */
 export function ask(url: string, timeoutMs: number, key?: string): Promise<Answer> {
   return fetchAll(url, { key, signal: AbortSignal.timeout(timeoutMs) });

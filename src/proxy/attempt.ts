@@ -341,16 +341,18 @@ export class Attempt {
       answerWhole(await this.#decodeError(response), out, this.requestId);
       return false;
     }
+    let firstEventMs: number | undefined;
     await relay(response, out, {
       call: this.#decodeCall,
       requestId: this.requestId,
       signal,
       onFirstEvent: () => {
         this.#stamp('relayed');
-        firstEventSeconds.observe((monotonicMs() - receivedAt) / 1_000);
+        firstEventMs = monotonicMs() - receivedAt;
+        firstEventSeconds.observe(firstEventMs / 1_000);
       },
     });
-    this.#judge(this.#decodeCall, response.statusCode);
+    this.#judge(this.#decodeCall, response.statusCode, firstEventMs);
     return response.statusCode < 400;
   }
 
@@ -378,8 +380,8 @@ export class Attempt {
   }
 
   /** An error of the server speaks against an instance, one of the request does not. */
-  #judge({ instance }: Call, statusCode: number): void {
-    this.#visit.judge(this.#placement, instance.role, statusCode < 500);
+  #judge({ instance }: Call, statusCode: number, firstEventMs?: number): void {
+    this.#visit.judge(this.#placement, instance.role, statusCode < 500, firstEventMs);
   }
 
   /** The client has its answer, so what becomes of the producer's is only logged. */

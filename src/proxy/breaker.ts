@@ -21,6 +21,8 @@ export class Breaker {
   #untilMs = 0;
   /** When the request that tries was let through. */
   #triedMs: number | undefined;
+  /** How often it has opened, or has again after a request that tried. */
+  ejections = 0;
 
   /** `now` is monotonic, in milliseconds. */
   constructor(now: () => number) {
@@ -62,6 +64,7 @@ export class Breaker {
 
   /** At once, whatever the count. */
   open(ms = OPEN_MS): void {
+    if (this.#openMs === 0 || this.#now() >= this.#untilMs) this.ejections++;
     this.#openMs = Math.min(LONGEST_MS, Math.max(ms, this.#openMs * 2));
     this.#untilMs = this.#now() + this.#openMs;
     this.#triedMs = undefined;

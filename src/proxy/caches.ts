@@ -39,6 +39,8 @@ export class PromptCaches {
   readonly #always: boolean;
   /** Digest of this proxy's own tokenizer, if it has one. */
   readonly #tokenizer: string | undefined;
+  /** As long as no instance comes or goes and no block size is news. */
+  #wanted: WantedKeys | undefined;
 
   constructor(
     { policy, prefillPolicy = policy, decodePolicy = policy }: ProxyConfig,
@@ -60,12 +62,17 @@ export class PromptCaches {
 
   /** What is to be known of a prompt. */
   get wanted(): WantedKeys {
-    const known = [...this.#known.values()];
-    // By whoever takes ids, or says what it has cached.
-    const ids = known.some(({ instance }) => this.#reads(instance) && (this.#feeds || instance.takesIds));
-    if (!this.#feeds) return ids ? { ...NO_KEYS, ids } : NO_KEYS;
-    const text = this.#always || known.some(({ instance }) => instance.fingerprint !== undefined);
-    return { text, blockSizes: this.#feeds.blockSizes, ids };
+    const { blockSizes } = this.#feeds ?? NO_KEYS;
+    if (this.#wanted?.blockSizes === blockSizes) return this.#wanted;
+    const instances = [...this.#known.values()].map(({ instance }) => instance);
+    const ours = instances.some(({ fingerprint }) => fingerprint !== undefined);
+    this.#wanted = {
+      text: this.#feeds !== undefined && (this.#always || ours),
+      blockSizes,
+      // By whoever takes ids, or says what it has cached.
+      ids: instances.some((instance) => this.#reads(instance) && (this.#feeds || instance.takesIds)),
+    };
+    return this.#wanted;
   }
 
   /** Blocks that instances have said they have. */
@@ -114,6 +121,7 @@ export class PromptCaches {
 
   changed({ kind, instance }: RegistryChange): void {
     const { httpAddress, tokenizer } = instance;
+    this.#wanted = undefined;
     this.#feeds?.remove(httpAddress);
     this.#texts.forget(httpAddress);
     this.#blocks.forget(httpAddress);

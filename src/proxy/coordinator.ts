@@ -13,6 +13,7 @@ import type { ProxyMetrics } from './metrics.ts';
 import type { PromptToPlace } from './placement.ts';
 import type { Instance, InstancePair, InstanceRegistry, InstanceRole, Missing } from './registry.ts';
 import { backoffMs, MOST_RETRIES, RetryBudget } from './retry-budget.ts';
+import type { InstanceTally, Outcome } from './tally.ts';
 
 /** How long other instances are preferred to one that refused a connection. */
 const QUARANTINE_MS = 3_000;
@@ -45,8 +46,11 @@ export interface Visit {
   readonly placement: Placement;
   /** That placement's producer has no more to do for it; with how long it took where it did it. */
   prefilled(placement: Placement, tookMs?: number): void;
-  /** That placement's instance has answered well, or not: an error of the server speaks against it, one of the request does not. */
-  judge(placement: Placement, role: InstanceRole, ok: boolean): void;
+  /**
+   * That placement's instance has answered well, or not: an error of the server speaks against it, one of the request does not.
+   * `firstEventMs`: of a streamed answer, from the request's arrival to its first event.
+   */
+  judge(placement: Placement, role: InstanceRole, ok: boolean, firstEventMs?: number): void;
   /** One of the pair has not taken it. Resolves with another pair, after a pause; with undefined where there is none, or no retry left. */
   retry(refused: InstanceRole): Promise<Placement | undefined>;
   /** It is over. Idempotent. */
@@ -134,19 +138,20 @@ class LocalVisit implements Visit {
     const { registry } = this.#parts;
     const { producer } = placement.pair;
     registry.learn(producer, this.#ahead, tookMs);
-    registry.breakerOf(producer)?.succeeded();
+    registry.tallyOf(producer)?.prefill.observe(tookMs / 1_000);
+    this.judge(placement, 'producer', true);
   }
 
-  judge({ pair }: Placement, role: InstanceRole, ok: boolean): void {
-    const breaker = this.#parts.registry.breakerOf(pair[role]);
-    if (ok) breaker?.succeeded();
-    else breaker?.failed();
+  judge({ pair }: Placement, role: InstanceRole, ok: boolean, firstEventMs?: number): void {
+    const tally = this.#judge(pair[role], ok, ok ? 'success' : 'failure');
+    if (firstEventMs !== undefined) tally?.firstEvent.observe(firstEventMs / 1_000);
   }
 
   async retry(refused: InstanceRole): Promise<Placement | undefined> {
     const { registry, metrics } = this.#parts;
-    const { httpAddress } = this.placement.pair[refused];
-    this.judge(this.placement, refused, false);
+    const instance = this.placement.pair[refused];
+    const { httpAddress } = instance;
+    const tally = this.#judge(instance, false, 'refused');
     this.#leave();
     registry.quarantine(httpAddress, QUARANTINE_MS);
     this.#exclude.add(httpAddress);
@@ -157,6 +162,7 @@ class LocalVisit implements Visit {
     }
     metrics.retries.inc({ result: 'tried' });
     metrics.replaced.inc();
+    if (tally) tally.retries++;
     await pause(backoffMs(this.#exclude.size));
     if (this.#over) return undefined;
     const pair = this.#pair();
@@ -170,6 +176,16 @@ class LocalVisit implements Visit {
     this.#over = true;
     this.#leave();
     this.#release();
+  }
+
+  #judge(instance: Instance, ok: boolean, outcome: Outcome): InstanceTally | undefined {
+    const { registry } = this.#parts;
+    const breaker = registry.breakerOf(instance);
+    if (ok) breaker?.succeeded();
+    else breaker?.failed();
+    const tally = registry.tallyOf(instance);
+    if (tally) tally.outcomes[outcome]++;
+    return tally;
   }
 
   #leave(): void {
@@ -222,10 +238,10 @@ class LocalVisit implements Visit {
   }
 
   #tally({ role }: Instance, uncached: number): void {
-    const { placedTokens } = this.#parts.metrics;
+    const placed = this.#parts.metrics.placedTokens[role];
     const cached = this.#wish.prompt.tokens - uncached;
-    if (cached > 0) placedTokens.inc({ role, cached: 'yes' }, cached);
-    placedTokens.inc({ role, cached: 'no' }, uncached);
+    if (cached > 0) placed.inc('yes', cached);
+    placed.inc('no', uncached);
   }
 }
 

@@ -1,13 +1,21 @@
 /** Listens for pings and keeps the registry up to date: a ZeroMQ ROUTER that never answers. */
 import { Router } from 'zeromq';
 import { PdError } from '../errors.ts';
-import { asDestination, type HostPort, isUnspecified, parseHostPort, zmqEndpoint } from '../net/address.ts';
+import {
+  asDestination,
+  formatHostPort,
+  type HostPort,
+  isUnspecified,
+  parseHostPort,
+  zmqEndpoint,
+} from '../net/address.ts';
 import { AllowList } from '../net/allow-list.ts';
 import { listenError } from '../net/port-holder.ts';
 import { ZapGate } from '../net/zap.ts';
 import { type Logger, RateLimitedLog } from '../observability/log.ts';
 import { decodePing } from '../wire/codec.ts';
 import { MAX_BODY_BYTES } from '../wire/limits.ts';
+import type { PingMessage } from '../wire/messages.ts';
 import { NATIVE_FEATURE, OVERLAP_FEATURE, TLS_FEATURE } from '../wire/overlap.ts';
 import { PROMPT_IDS_FEATURE } from '../wire/prompt-ids.ts';
 import { type InstanceRegistry, instanceLabel, type RegistryChange } from './registry.ts';
@@ -29,6 +37,12 @@ export interface DiscoveryOptions {
   readonly onBadPing?: () => void;
   /** Called for each good ping, with the HTTP address. */
   readonly onPing?: (httpAddress: string) => void;
+}
+
+/** Where an instance that was named has answered. */
+export interface Reached {
+  readonly at: HostPort;
+  readonly tls: boolean;
 }
 
 /** Why an instance was removed, for the log. */
@@ -129,14 +143,25 @@ export class Discovery {
 
   /** Takes a ping, whichever way it came; false where it cannot be used, which is logged with `from`. */
   take(body: Uint8Array, from: object = {}): boolean {
+    return this.#take(() => decodePing(body), from);
+  }
+
+  /** Takes what an instance says that was named, and answered there: it may get this proxy's key, wherever it is. */
+  takeNamed(ping: PingMessage, named: Reached): boolean {
+    return this.#take(() => ping, { named: formatHostPort(named.at) }, named);
+  }
+
+  #take(read: () => PingMessage, from: object, named?: Reached): boolean {
     const { registry, onPing } = this.#options;
     try {
-      const ping = decodePing(body);
+      const ping = read();
+      // One of ours that was named as if it were not says more by its own pings.
+      if (named && !ping.native && this.#saysMore(ping.http_address)) return true;
       for (const address of [ping.http_address, ping.zmq_address]) {
         if (isUnspecified(parseHostPort(address, 'address of a ping').host)) this.#warnOnce(address);
       }
-      const tls = ping.native?.features?.includes(TLS_FEATURE) ?? false;
-      this.#trust(ping.http_address, tls);
+      const tls = named?.tls ?? ping.native?.features?.includes(TLS_FEATURE) ?? false;
+      this.#trust(ping.http_address, tls, named !== undefined);
       const changes = registry.announce({
         role: ping.type === 'P' ? 'producer' : 'consumer',
         httpAddress: ping.http_address,
@@ -150,6 +175,7 @@ export class Discovery {
         ...(ping.native?.tokenizer ? { tokenizer: ping.native.tokenizer } : {}),
         ...(ping.native?.features?.includes(PROMPT_IDS_FEATURE) ? { takesIds: true } : {}),
         ...(tls ? { tls } : {}),
+        ...(named ? { at: named.at } : {}),
       });
       if (!changes) throw new PdError('LIMIT_EXCEEDED', 'too many instances');
       this.#apply(changes);
@@ -159,6 +185,11 @@ export class Discovery {
       this.#refuse(from, PdError.from(error));
       return false;
     }
+  }
+
+  #saysMore(httpAddress: string): boolean {
+    const known = this.#options.registry.list().find((one) => one.httpAddress === httpAddress);
+    return known?.fingerprint !== undefined;
   }
 
   /** The instance of such a ping has left. */
@@ -175,12 +206,12 @@ export class Discovery {
   }
 
   /** A ping is anybody's. What gets this proxy's key is where --allow-instances says, and has a certificate if one is to be checked. */
-  #trust(httpAddress: string, tls: boolean): void {
+  #trust(httpAddress: string, tls: boolean, named: boolean): void {
     const { needsTls, keyed } = this.#options;
     const { host } = asDestination(parseHostPort(httpAddress, 'HTTP address of a ping'));
     if (needsTls && !tls)
       throw new PdError('CONFIG_INVALID', `${httpAddress} serves without TLS, and --worker-ca asks for it`);
-    if (keyed && !this.#allowed?.allows(host))
+    if (keyed && !named && !this.#allowed?.allows(host))
       throw new PdError('CONFIG_INVALID', `${httpAddress} is not in --allow-instances, so it gets no key`);
   }
 
@@ -202,7 +233,7 @@ export class Discovery {
       } else {
         this.#options.log.warn(
           { role: instance.role },
-          `🔴Remove ${instanceLabel(instance)} (${instance.role}): ${REASONS[change.reason]}`,
+          `🔴Remove ${instanceLabel(instance)} (${instance.role}): ${change.reason === 'expired' && instance.at ? 'it answers no more' : REASONS[change.reason]}`,
         );
       }
       this.#options.onChange?.(change);

@@ -26,6 +26,7 @@ export class KvFeeds {
   readonly #blocksOf: (instance: Instance) => CachedBlocks;
   readonly #onLost: (reason: 'gap' | 'invalid' | 'flood') => void;
   readonly #feeds = new Map<string, Subscription>();
+  #blockSizes: readonly number[] | undefined;
 
   /** `onLost`: told of each time that what an instance says could not be followed. */
   constructor(
@@ -48,6 +49,9 @@ export class KvFeeds {
       feed,
       log: this.#log,
       onLost: this.#onLost,
+      onBlockSize: () => {
+        this.#blockSizes = undefined;
+      },
     });
     this.#feeds.set(instance.httpAddress, subscription);
   }
@@ -55,6 +59,7 @@ export class KvFeeds {
   remove(httpAddress: string): void {
     this.#feeds.get(httpAddress)?.close();
     this.#feeds.delete(httpAddress);
+    this.#blockSizes = undefined;
   }
 
   /** Tokens per block of an instance whose cache is known; undefined where it is not. */
@@ -63,10 +68,10 @@ export class KvFeeds {
     return feed?.following ? feed.blockSize : undefined;
   }
 
-  /** All that are known. */
+  /** All that are known; the same list until they change. */
   get blockSizes(): readonly number[] {
-    const sizes = [...this.#feeds.values()].flatMap(({ feed }) => feed.blockSize ?? []);
-    return [...new Set(sizes)];
+    this.#blockSizes ??= [...new Set([...this.#feeds.values()].flatMap(({ feed }) => feed.blockSize ?? []))];
+    return this.#blockSizes;
   }
 
   close(): void {
@@ -80,6 +85,8 @@ interface SubscriptionOptions {
   readonly feed: KvFeed;
   readonly log: Logger;
   readonly onLost: (reason: 'gap' | 'invalid' | 'flood') => void;
+  /** That of the feed is known now, or another. */
+  readonly onBlockSize: () => void;
 }
 
 class Subscription {
@@ -133,11 +140,13 @@ class Subscription {
     try {
       for await (const frames of socket) {
         if (this.#closed) return;
+        const { blockSize } = this.feed;
         try {
           take(frames as readonly Buffer[]);
         } catch (error) {
           this.#lost('invalid', PdError.from(error).message);
         }
+        if (this.feed.blockSize !== blockSize) this.#options.onBlockSize();
       }
     } catch (error) {
       if (!this.#closed) this.#lost('invalid', PdError.from(error).message);

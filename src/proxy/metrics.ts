@@ -3,14 +3,14 @@ import {
   AggregatorRegistry,
   Counter,
   Gauge,
-  Histogram,
   type MetricObjectWithValues,
   type MetricValue,
   Registry,
 } from 'prom-client';
-import type { InstanceRegistry } from './registry.ts';
-
-const SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60];
+import { ReadHistogram, readCounter } from '../observability/registry.ts';
+import { watchInstances } from './instance-metrics.ts';
+import type { InstanceRegistry, InstanceRole } from './registry.ts';
+import { Counts, Durations, RouteTally } from './tally.ts';
 
 export type ProxyMetrics = ReturnType<typeof createProxyMetrics>;
 
@@ -37,52 +37,64 @@ interface Watched {
   readonly queued: () => number;
 }
 
+const ROLES: readonly InstanceRole[] = ['producer', 'consumer'];
+
 /** `watched`: absent in a process that owns nothing of it. */
 export function createProxyMetrics(watched?: Watched) {
   const registry = new Registry();
   const registers = [registry];
   if (watched) watch(watched, registers);
+  const durations = (name: string, help: string) => {
+    const seconds = new Durations();
+    const read = () => [{ labels: {}, ...seconds.read() }];
+    registry.registerMetric(new ReadHistogram({ name, help, read }));
+    return seconds;
+  };
+  const placedTokens = { producer: new Counts<'yes' | 'no'>(), consumer: new Counts<'yes' | 'no'>() };
+  readCounter({
+    name: 'pd_proxy_placed_tokens_total',
+    help: 'Prompt tokens of placed requests, by whether the instance was thought to have them cached; about, and without kv-aware none are',
+    labelNames: ['role', 'cached'],
+    registers,
+    read: () =>
+      ROLES.flatMap((role) =>
+        [...placedTokens[role].read()].map(([cached, count]) => [{ role, cached }, count] as const),
+      ),
+  });
+  const keyRequests = new Counts<string>();
+  readCounter({
+    name: 'pd_proxy_key_requests_total',
+    help: 'Requests by the name of the key they came with',
+    labelNames: ['key'],
+    registers,
+    read: () => [...keyRequests.read()].map(([key, count]) => [{ key }, count] as const),
+  });
   return {
     registry,
+    routeOf: watchRoutes(registry),
+    placedTokens,
+    keyRequests,
+    prefillSeconds: durations(
+      'pd_proxy_prefill_seconds',
+      'From asking the producer to the end of its answer, successful ones',
+    ),
+    firstEventSeconds: durations(
+      'pd_proxy_time_to_first_token_seconds',
+      'Streamed requests: from arrival to the first event passed on',
+    ),
+    queueSeconds: durations(
+      'pd_proxy_queue_seconds',
+      'From a request that has been read to its turn; those turned away are not in it',
+    ),
     feedsLost: new Counter({
       name: 'pd_proxy_kv_events_lost_total',
       help: 'Times that what an instance says of its cache could not be followed: gap (some missing), invalid, flood (too much)',
       labelNames: ['reason'],
       registers,
     }),
-    requests: new Counter({
-      name: 'pd_proxy_requests_total',
-      help: 'Requests by route and by the status that the client got; 499: it went away',
-      labelNames: ['route', 'status'],
-      registers,
-    }),
     inFlight: new Gauge({
       name: 'pd_proxy_requests_in_flight',
       help: 'Requests under way',
-      registers,
-    }),
-    prefillSeconds: new Histogram({
-      name: 'pd_proxy_prefill_seconds',
-      help: 'From asking the producer to the end of its answer, successful ones',
-      buckets: SECONDS,
-      registers,
-    }),
-    firstEventSeconds: new Histogram({
-      name: 'pd_proxy_time_to_first_token_seconds',
-      help: 'Streamed requests: from arrival to the first event passed on',
-      buckets: SECONDS,
-      registers,
-    }),
-    placedTokens: new Counter({
-      name: 'pd_proxy_placed_tokens_total',
-      help: 'Prompt tokens of placed requests, by whether the instance was thought to have them cached; about, and without kv-aware none are',
-      labelNames: ['role', 'cached'],
-      registers,
-    }),
-    queueSeconds: new Histogram({
-      name: 'pd_proxy_queue_seconds',
-      help: 'From a request that has been read to its turn; those turned away are not in it',
-      buckets: SECONDS,
       registers,
     }),
     turnedAway: new Counter({
@@ -124,12 +136,6 @@ export function createProxyMetrics(watched?: Watched) {
       labelNames: ['reason'],
       registers,
     }),
-    keyRequests: new Counter({
-      name: 'pd_proxy_key_requests_total',
-      help: 'Requests by the name of the key they came with',
-      labelNames: ['key'],
-      registers,
-    }),
     badPings: new Counter({
       name: 'pd_proxy_bad_pings_total',
       help: 'Pings that could not be used',
@@ -138,14 +144,51 @@ export function createProxyMetrics(watched?: Watched) {
   };
 }
 
+/** Returns what is counted of requests to a path, of which there are few. */
+function watchRoutes(registry: Registry): (route: string) => RouteTally {
+  const tallies = new Map<string, RouteTally>();
+  const series = <Name extends string | number>(label: string, of: (tally: RouteTally) => Counts<Name>) =>
+    [...tallies].flatMap(([route, tally]) =>
+      [...of(tally).read()].map(([name, count]) => [{ route, [label]: String(name) }, count] as const),
+    );
+  const registers = [registry];
+  readCounter({
+    name: 'pd_proxy_requests_total',
+    help: 'Requests by route and by the status that the client got; 499: it went away',
+    labelNames: ['route', 'status'],
+    registers,
+    read: () => series('status', ({ statuses }) => statuses),
+  });
+  readCounter({
+    name: 'pd_proxy_request_errors_total',
+    help: 'Requests that the proxy answered or ended with an error of its own, by route and code (docs/errors.md)',
+    labelNames: ['route', 'code'],
+    registers,
+    read: () => series('code', ({ errors }) => errors),
+  });
+  registry.registerMetric(
+    new ReadHistogram({
+      name: 'pd_proxy_request_duration_seconds',
+      help: 'From the arrival of a request to the end of its answer, by route',
+      read: () => [...tallies].map(([route, { seconds }]) => ({ labels: { route }, ...seconds.read() })),
+    }),
+  );
+  return (route) => {
+    const tally = tallies.get(route) ?? new RouteTally();
+    tallies.set(route, tally);
+    return tally;
+  };
+}
+
 function watch({ instances, cachedBlocks, queued }: Watched, registers: Registry[]): void {
+  watchInstances(instances, registers);
   new Gauge({
     name: 'pd_proxy_instances',
     help: 'Instances whose pings arrive, by role',
     labelNames: ['role'],
     registers,
     collect() {
-      for (const role of ['producer', 'consumer'] as const) this.set({ role }, instances.list(role).length);
+      for (const role of ROLES) this.set({ role }, instances.list(role).length);
     },
   });
   new Gauge({
@@ -162,7 +205,7 @@ function watch({ instances, cachedBlocks, queued }: Watched, registers: Registry
     labelNames: ['role'],
     registers,
     collect() {
-      for (const role of ['producer', 'consumer'] as const) {
+      for (const role of ROLES) {
         const ejected = instances.list(role).filter((one) => instances.breakerOf(one)?.state === 'open');
         this.set({ role }, ejected.length);
       }

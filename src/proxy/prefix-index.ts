@@ -44,7 +44,7 @@ export class PrefixIndex {
       known.add(keys[i]!);
     }
     this.#size += known.size - before;
-    this.#shrink(known, most);
+    this.#shrink(known, most, Math.min(keys.length, most));
   }
 
   /** Keys that an instance has from now on. Where there are over `most` it has lied, or said so much that some must be forgotten. */
@@ -55,7 +55,7 @@ export class PrefixIndex {
       known.add(key);
       this.#size += known.size - before;
     }
-    this.#shrink(known, most);
+    this.#shrink(known, most, 0);
   }
 
   remove(address: string, keys: readonly string[]): void {
@@ -88,11 +88,17 @@ export class PrefixIndex {
     return known;
   }
 
-  /** Looking for the first key walks over all that have been deleted before it, so only where one is to go. */
-  #shrink(known: Set<string>, most: number): void {
-    if (known.size <= most && this.#size <= this.#mostKeys) return;
+  /**
+   * Where there are too many, so many go and an eighth of the rest: looking for the first key walks over all that have been deleted before
+   * it, so that is done seldom. `used`: those that came just now, at the end, which stay if they can.
+   */
+  #shrink(known: Set<string>, most: number, used: number): void {
+    const over = Math.max(known.size - most, this.#size - this.#mostKeys);
+    if (over <= 0) return;
+    const spare = Math.floor(known.size / 8);
+    let left = Math.max(over, Math.min(over + spare, known.size - used));
     for (const key of known) {
-      if (known.size <= most && this.#size <= this.#mostKeys) return;
+      if (left-- === 0) return;
       known.delete(key);
       this.#size--;
     }

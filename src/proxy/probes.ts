@@ -1,4 +1,5 @@
 /** Looks at every instance's GET /health: one may ping on while its HTTP server hangs. */
+import { isWell } from '../net/http.ts';
 import type { Logger } from '../observability/log.ts';
 import { type Instance, type InstanceRegistry, instanceLabel } from './registry.ts';
 import type { Upstream } from './upstream.ts';
@@ -71,7 +72,7 @@ export class Probes {
     try {
       const response = await this.#options.upstream.ask(call, { path: '/health', headers: {}, signal });
       await response.dump();
-      return response.statusCode < 500;
+      return isWell(response.statusCode);
     } catch {
       return false;
     }

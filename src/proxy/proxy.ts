@@ -4,7 +4,7 @@ import type { FastifyRequest } from 'fastify';
 import type { Guard } from '../access/guard.ts';
 import type { ProxyConfig } from '../config/proxy-config.ts';
 import { PdError } from '../errors.ts';
-import { formatHostPort, type HostPort, isLoopback, isUnspecified } from '../net/address.ts';
+import { asDestination, formatHostPort, type HostPort, isLoopback, isUnspecified } from '../net/address.ts';
 import { Etcd } from '../net/etcd.ts';
 import { announceHost, hostAddress } from '../net/local.ts';
 import { listenError } from '../net/port-holder.ts';
@@ -21,6 +21,7 @@ import { Discovery } from './discovery.ts';
 import { EtcdInstances } from './etcd-instances.ts';
 import { createProxyMetrics, type ProxyMetrics } from './metrics.ts';
 import { ModelDirectory } from './models.ts';
+import { NamedInstances } from './named-instances.ts';
 import { Probes } from './probes.ts';
 import { type Instance, InstanceRegistry } from './registry.ts';
 import { Relays } from './relays.ts';
@@ -65,6 +66,7 @@ export class PdProxy {
   #relays: Relays | undefined;
   #discovery: Discovery | undefined;
   #etcd: EtcdInstances | undefined;
+  #named: NamedInstances | undefined;
   #http: HostPort | undefined;
   /** `instances`: one has come or gone. */
   readonly #events = new EventEmitter<{ instances: [] }>();
@@ -75,9 +77,10 @@ export class PdProxy {
   private constructor(config: ProxyConfig, parts: ProxyParts, tokenizer: string | undefined) {
     this.#config = config;
     this.#log = createLogger(config.log, 'proxy');
-    if (config.upstream?.keyFile !== undefined && config.allowInstances === undefined) {
+    const { allowInstances, instances } = config;
+    if (config.upstream?.keyFile !== undefined && allowInstances === undefined && instances.length === 0) {
       const why = 'anybody may ping, and would get that key';
-      throw new PdError('CONFIG_INVALID', `--worker-key-file needs --allow-instances: ${why}`);
+      throw new PdError('CONFIG_INVALID', `--worker-key-file needs --allow-instances or --instances: ${why}`);
     }
     const { policy, prefillPolicy = policy, decodePolicy = policy } = config;
     const policies = { producer: prefillPolicy, consumer: decodePolicy };
@@ -138,14 +141,16 @@ export class PdProxy {
     }
   }
 
-  /** Where clients connect, with the port that was chosen where 0 was asked for. */
+  /**
+   * Where clients on this machine connect: loopback where every interface is bound, and the port that was chosen where 0 was asked for.
+   */
   get httpAddress(): HostPort {
-    return this.#http!;
+    return asDestination(this.#http!);
   }
 
-  /** Where instances send their pings. */
+  /** Where instances on this machine send their pings, likewise. */
   get discoveryAddress(): HostPort {
-    return this.#discovery!.address;
+    return asDestination(this.#discovery!.address);
   }
 
   /** Live instances. */
@@ -191,7 +196,7 @@ export class PdProxy {
   }
 
   async #listen(): Promise<void> {
-    const { instanceTimeoutMs, allowInstances, upstream, registry: etcd } = this.#config;
+    const { instanceTimeoutMs, allowInstances, instances, upstream, registry: etcd } = this.#config;
     const [http, discovery] = await Promise.all([
       bindAddress(this.#config.http),
       bindAddress(this.#config.discovery),
@@ -213,6 +218,17 @@ export class PdProxy {
         this.#events.emit('instances');
       },
     });
+    if (instances.length > 0) {
+      const discovery = this.#discovery;
+      this.#named = new NamedInstances({
+        instances,
+        upstream: this.#upstream,
+        needsTls: upstream?.ca !== undefined,
+        log: this.#log,
+        intervalMs: Math.min(1_000, Math.ceil(instanceTimeoutMs / 4)),
+        take: (ping, reached) => discovery.takeNamed(ping, reached),
+      });
+    }
     if (etcd) {
       const discovery = this.#discovery;
       this.#etcd = new EtcdInstances({
@@ -266,6 +282,7 @@ export class PdProxy {
     await this.#serving.close();
     await this.#relays?.close();
     await this.#etcd?.close();
+    this.#named?.close();
     await this.#discovery?.close();
     this.#caches.close();
     this.#probes?.close();
@@ -293,7 +310,7 @@ export class PdProxy {
     app.get('/metrics', async (_request, reply) => {
       const { registry } = this.#metrics;
       const text = this.#relays
-        ? await this.#relays.metrics(await registry.getMetricsAsJSON())
+        ? await this.#relays.metrics(() => registry.getMetricsAsJSON())
         : await registry.metrics();
       return reply.type(registry.contentType).send(text);
     });

@@ -9,10 +9,11 @@
  * Two instances whose served model names are known and have none in common never fit either.
  */
 import type { Policy } from '../config/proxy-config.ts';
-import { asDestination, type HostPort, httpUrl, parseHostPort } from '../net/address.ts';
+import { asDestination, formatHostPort, type HostPort, httpUrl, parseHostPort } from '../net/address.ts';
 import type { KvEventPorts, SendType, WorkerLoad } from '../wire/messages.ts';
 import { Breaker } from './breaker.ts';
 import { choose, type PromptToPlace } from './placement.ts';
+import { InstanceTally } from './tally.ts';
 import { InstanceWork } from './work.ts';
 
 export type InstanceRole = 'producer' | 'consumer';
@@ -40,6 +41,8 @@ export interface InstancePing {
   readonly tokenizer?: string;
   /** It takes the ids of a prompt's tokens, if from this proxy. */
   readonly takesIds?: boolean;
+  /** Of one that was named (--instances): where it has answered. Absent: requests go where it says. */
+  readonly at?: HostPort;
 }
 
 export interface Instance extends InstancePing {
@@ -88,6 +91,7 @@ interface Entry {
   readonly work: InstanceWork;
   readonly ours: boolean;
   readonly breaker: Breaker;
+  readonly tally: InstanceTally;
   /** An operator wants it to take nothing new. */
   draining: boolean;
 }
@@ -124,7 +128,8 @@ export class InstanceRegistry {
    * Throws ADDRESS_INVALID; returns undefined where the registry is full.
    */
   announce(announcement: InstancePing): readonly RegistryChange[] | undefined {
-    const http = asDestination(parseHostPort(announcement.httpAddress, 'HTTP address of a ping'));
+    const told = asDestination(parseHostPort(announcement.httpAddress, 'HTTP address of a ping'));
+    const http = announcement.at ?? told;
     const zmq = asDestination(parseHostPort(announcement.zmqAddress, 'ZMQ address of a ping'));
     const now = this.#now();
     const known = this.#entries.get(announcement.httpAddress);
@@ -147,7 +152,8 @@ export class InstanceRegistry {
     const address = announcement.httpAddress;
     const breaker = new Breaker(this.#now);
     const ours = announcement.fingerprint !== undefined;
-    this.#entries.set(address, { address, instance, picked: 0, work, ours, breaker, draining: false });
+    const tally = new InstanceTally();
+    this.#entries.set(address, { address, instance, picked: 0, work, ours, breaker, tally, draining: false });
     changes.push({ kind: 'added', instance });
     return changes;
   }
@@ -200,6 +206,11 @@ export class InstanceRegistry {
   /** Whether requests go there; undefined where the instance has gone. */
   breakerOf({ httpAddress }: Instance): Breaker | undefined {
     return this.#entries.get(httpAddress)?.breaker;
+  }
+
+  /** What it was asked; undefined where the instance has gone. */
+  tallyOf({ httpAddress }: Instance): InstanceTally | undefined {
+    return this.#entries.get(httpAddress)?.tally;
   }
 
   /** It takes no new requests, or takes them again. False where there is no such instance. */
@@ -343,9 +354,11 @@ export function instanceUrl(instance: Instance): string {
   return instance.tls ? url.replace('http:', 'https:') : url;
 }
 
-function samePing(a: InstancePing, b: InstancePing): boolean {
+/** A ping says nothing of where an instance that was named is reached. */
+function samePing(a: Instance, b: InstancePing): boolean {
   return (
     a.role === b.role &&
+    (!b.at || formatHostPort(a.http) === formatHostPort(b.at)) &&
     a.httpAddress === b.httpAddress &&
     a.zmqAddress === b.zmqAddress &&
     a.fingerprint?.digest === b.fingerprint?.digest &&

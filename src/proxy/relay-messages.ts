@@ -37,6 +37,7 @@ export type FromRelay =
       readonly at: number;
       readonly role: InstanceRole;
       readonly ok: boolean;
+      readonly firstEventMs?: number | undefined;
     }
   | { readonly type: 'retry'; readonly id: number; readonly refused: InstanceRole }
   | { readonly type: 'end'; readonly id: number }

@@ -127,10 +127,11 @@ export class Relays {
   }
 
   /** All processes' together with `own`; of one that does not answer, what it told last. */
-  async metrics(own: ExportedMetrics): Promise<string> {
+  async metrics(own: () => Promise<ExportedMetrics>): Promise<string> {
     await this.#ask();
     const others = [...this.#relays.values()].map(({ metrics }) => metrics);
-    return await sumMetrics([own, await this.#gone, ...others]);
+    // By now it has heard of all that they have counted.
+    return await sumMetrics([await own(), await this.#gone, ...others]);
   }
 
   /** Likewise; the latest last. */
@@ -285,7 +286,7 @@ export class Relays {
       }
       case 'judge': {
         const { visit, placements } = entered.get(message.id) ?? {};
-        visit?.judge(placements![message.at]!, message.role, message.ok);
+        visit?.judge(placements![message.at]!, message.role, message.ok, message.firstEventMs);
         break;
       }
       case 'end': {

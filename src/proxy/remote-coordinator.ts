@@ -118,8 +118,9 @@ class RemoteVisit implements Visit {
     this.#send({ type: 'prefilled', id: this.#id, at: this.#placements.indexOf(placement), tookMs });
   }
 
-  judge(placement: Placement, role: InstanceRole, ok: boolean): void {
-    this.#send({ type: 'judge', id: this.#id, at: this.#placements.indexOf(placement), role, ok });
+  judge(placement: Placement, role: InstanceRole, ok: boolean, firstEventMs?: number): void {
+    const at = this.#placements.indexOf(placement);
+    this.#send({ type: 'judge', id: this.#id, at, role, ok, firstEventMs });
   }
 
   async retry(refused: InstanceRole): Promise<Placement | undefined> {

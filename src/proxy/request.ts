@@ -63,7 +63,9 @@ export class ProxiedRequest {
       this.#fail(PdError.from(cause));
     } finally {
       metrics.inFlight.dec();
-      metrics.requests.inc({ route, status: this.#clientGone ? CLIENT_GONE : out.statusCode });
+      const tally = metrics.routeOf(route);
+      tally.statuses.inc(this.#clientGone ? CLIENT_GONE : out.statusCode);
+      tally.seconds.observe((monotonicMs() - this.#receivedAt) / 1_000);
     }
   }
 
@@ -111,6 +113,7 @@ export class ProxiedRequest {
   #fail(error: PdError): void {
     const level = this.#clientGone || error.status < 500 ? 'info' : 'warn';
     const { route, out } = this.#received;
+    this.#context.metrics.routeOf(route).errors.inc(error.code);
     this.#context.log[level]({ requestId: this.#requestId, code: error.code }, `${route}: ${error.message}`);
     answerError(out, error, this.#requestId);
   }

@@ -114,11 +114,11 @@ export class Serving {
         reply.hijack();
         const out = reply.raw;
         if (this.#draining) {
-          metrics.requests.inc({ route, status: 503 });
+          metrics.routeOf(route).statuses.inc(503);
           return answerError(out, new PdError('SERVER_DRAINING', 'this proxy is stopping'));
         }
         const holder = this.#guard.holder(request)?.name;
-        if (holder !== undefined) metrics.keyRequests.inc({ key: holder });
+        if (holder !== undefined) metrics.keyRequests.inc(holder);
         const { headers } = request;
         const received = {
           route,

@@ -8,8 +8,9 @@ import { Etcd } from '../net/etcd.ts';
 import { addressesOf, isLocalhost, reasonOf } from '../net/resolve.ts';
 import { RateLimitedLog } from '../observability/log.ts';
 import { encodePing } from '../wire/codec.ts';
-import { PD_VERSION, type PingMessage, type WorkerLoad } from '../wire/messages.ts';
+import type { PingMessage, WorkerLoad } from '../wire/messages.ts';
 import { EtcdRegistration } from './etcd-registration.ts';
+import { pingOf } from './hello.ts';
 import { type PingContext, Pinger } from './ping.ts';
 import type { ProxyPing } from './types.ts';
 
@@ -42,18 +43,7 @@ export class Announcer {
     this.#context = context;
     this.#ping = ping;
     this.#lookUp = lookUp;
-    const { fingerprint } = options;
-    const native = fingerprint && {
-      version: PD_VERSION,
-      digest: fingerprint.digest,
-      model: fingerprint.model,
-      sendType: options.sendType,
-      ...(ping.features && { features: ping.features }),
-      ...(ping.events && { events: ping.events }),
-      ...(ping.tokenizer !== undefined && { tokenizer: ping.tokenizer }),
-    };
-    const message = { type: ping.type, http_address: ping.httpAddress, zmq_address: self } as const;
-    this.#message = native ? { ...message, native } : message;
+    this.#message = pingOf(options, self, ping);
     this.#body = encodePing(this.#message);
     const { registry, httpAddress } = ping;
     this.#registration =

@@ -18,7 +18,7 @@ export interface FailureState {
   readonly count: number;
   readonly agoMs: number;
   /** The same has gone well with that peer since. */
-  readonly mended: boolean;
+  readonly recovered: boolean;
 }
 
 interface Noted {
@@ -27,14 +27,14 @@ interface Noted {
   error: PdError;
   count: number;
   at: number;
-  mended: boolean;
+  recovered: boolean;
 }
 
 const MOST = 32;
 /** Aborts and the engine's own end say nothing of a peer. */
 const NO_FAILURE: ReadonlySet<string> = new Set(['REQUEST_ABORTED', 'ENGINE_CLOSED']);
 /** What shows, by going well, that these are over. */
-const MENDED_BY: Readonly<Record<'load' | 'send', readonly FailureKind[]>> = {
+const RECOVERED_BY: Readonly<Record<'load' | 'send', readonly FailureKind[]>> = {
   load: ['load', 'refused', 'pair'],
   send: ['send', 'pair'],
 };
@@ -53,27 +53,27 @@ export class Failures {
     const key = `${kind} ${peer}`;
     const before = this.#noted.get(key);
     this.#noted.delete(key);
-    const same = before && !before.mended && before.error.code === error.code;
+    const same = before && !before.recovered && before.error.code === error.code;
     const count = same ? before.count + 1 : 1;
-    this.#noted.set(key, { kind, peer, error, count, at: this.#clock.now(), mended: false });
+    this.#noted.set(key, { kind, peer, error, count, at: this.#clock.now(), recovered: false });
     if (this.#noted.size > MOST) this.#noted.delete(this.#noted.keys().next().value!);
   }
 
   /** A load from `peer`, or a tensor to it, went well. */
   wentWell(what: 'load' | 'send', peer: string): void {
     if (this.#noted.size === 0) return;
-    for (const kind of MENDED_BY[what]) {
+    for (const kind of RECOVERED_BY[what]) {
       const noted = this.#noted.get(`${kind} ${peer}`);
-      if (noted) noted.mended = true;
+      if (noted) noted.recovered = true;
     }
   }
 
   /** Newest first. */
   state(): FailureState[] {
     const now = this.#clock.now();
-    return [...this.#noted.values()].reverse().map(({ kind, peer, error, count, at, mended }) => ({
+    return [...this.#noted.values()].reverse().map(({ kind, peer, error, count, at, recovered }) => ({
       ...{ kind, peer, error: error.toData(), count },
-      ...{ agoMs: Math.round(now - at), mended },
+      ...{ agoMs: Math.round(now - at), recovered },
     }));
   }
 }

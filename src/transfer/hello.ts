@@ -1,16 +1,37 @@
-/** What two ends of ours must agree on before they exchange KV. Pure. */
+/** What an end says of itself: to its peers, who must agree before they exchange KV, and to proxies. Pure. */
 
 import type { TransferOptions } from '../config/transfer-options.ts';
 import type { ErrorCode } from '../errors.ts';
 import type { Fingerprint } from '../wire/fingerprint.ts';
-import { PD_VERSION, type PeerHello } from '../wire/messages.ts';
+import { PD_VERSION, type PeerHello, type PingMessage } from '../wire/messages.ts';
 import { sameDirection } from './context.ts';
+import type { ProxyPing } from './types.ts';
 
 export function helloOf(options: TransferOptions, features: readonly string[] = []): PeerHello {
   // what this end sends as long as it does not know that the peer is ours
   const layout = options.wireLayout === 'blocks-first' ? ['layout:blocks-first'] : [];
   const hello = { version: PD_VERSION, features: [...features, ...layout], sendType: options.sendType };
   return options.fingerprint ? { ...hello, fingerprint: options.fingerprint } : hello;
+}
+
+/** Without a fingerprint it is the ping of a vLLM worker. */
+export function pingOf(
+  { fingerprint, sendType }: Pick<TransferOptions, 'fingerprint' | 'sendType'>,
+  self: string,
+  { type, httpAddress, features, events, tokenizer }: Omit<ProxyPing, 'proxies' | 'registry' | 'intervalMs'>,
+): PingMessage {
+  const message = { type, http_address: httpAddress, zmq_address: self } as const;
+  if (!fingerprint) return message;
+  const native = {
+    version: PD_VERSION,
+    digest: fingerprint.digest,
+    model: fingerprint.model,
+    sendType,
+    ...(features && { features }),
+    ...(events && { events }),
+    ...(tokenizer !== undefined && { tokenizer }),
+  };
+  return { ...message, native };
 }
 
 export interface Mismatch {

@@ -6,6 +6,7 @@
  *     +--(none for an interval)--> away      +--(lost for half an interval)--> away
  */
 import * as zmq from 'zeromq';
+import type { TransferOptions } from '../config/transfer-options.ts';
 import { PdError } from '../errors.ts';
 import { asDestination, formatHostPort, type HostPort, zmqEndpoint } from '../net/address.ts';
 import type { TransferContext } from './context.ts';
@@ -35,7 +36,9 @@ const REASONS = {
   full: 'it takes no pings any more; it may hang',
 } as const;
 
-export type PingContext = Pick<TransferContext, 'options' | 'self' | 'deadlines' | 'log' | 'limited'>;
+export type PingContext = Pick<TransferContext, 'self' | 'deadlines' | 'log' | 'limited'> & {
+  readonly options: Pick<TransferOptions, 'fingerprint' | 'sendType'>;
+};
 
 export class Pinger {
   readonly #context: PingContext;

@@ -10,12 +10,19 @@ const port = parentPort;
 if (!port) throw new PdError('INTERNAL', 'transfer/thread.ts runs as a worker thread only');
 
 let said: FromTransfer[] = [];
-/** What is said in one turn (the layers of a bundle) crosses as one message. */
+let soon = false;
+/** What is said in one turn (the layers of a request, gathered together) crosses as one message. That a tensor has left is told after the turn: others have too. */
 const say = (message: FromTransfer): void => {
   said.push(message);
-  if (said.length === 1) queueMicrotask(flush);
+  if (message.type === 'sent') {
+    if (said.length === 1) setImmediate(flush);
+  } else if (!soon) {
+    soon = true;
+    queueMicrotask(flush);
+  }
 };
 function flush(): void {
+  soon = false;
   const messages = said;
   said = [];
   if (messages.length > 0) port?.postMessage(messages);

@@ -177,8 +177,12 @@ export function decodeAnswer(body: Uint8Array, limits: WireLimits): Answer {
 }
 
 export function encodePing(ping: PingMessage): Uint8Array {
-  const { type, http_address, zmq_address, native } = ping;
-  if (!native) return encode({ type, http_address, zmq_address });
+  return encode(pingFields(ping));
+}
+
+/** A ping as it travels, before it is bytes: `GET /instance` answers with the same, as JSON. */
+export function pingFields({ type, http_address, zmq_address, native }: PingMessage): Fields {
+  if (!native) return { type, http_address, zmq_address };
   const { version, digest, model, sendType, features, load, events, tokenizer } = native;
   const told = {
     ...(sendType === undefined ? {} : { send_type: sendType }),
@@ -187,12 +191,17 @@ export function encodePing(ping: PingMessage): Uint8Array {
     ...(events === undefined ? {} : { events }),
     ...(tokenizer === undefined ? {} : { tokenizer }),
   };
-  return encode({ type, http_address, zmq_address, pd: { version, digest, model, ...told } });
+  return { type, http_address, zmq_address, pd: { version, digest, model, ...told } };
 }
 
 /** Addresses stay strings here; the reader parses them (`net/address.ts`). */
 export function decodePing(body: Uint8Array): PingMessage {
-  const fields = decodeMap(body, 'ping');
+  return readPing(decodeMap(body, 'ping'));
+}
+
+/** The reverse of `pingFields`. */
+export function readPing(fields: unknown): PingMessage {
+  if (!isFields(fields)) throw protocolError('malformed', `ping: ${show(fields)} is not a map`);
   const type = field(fields, 'type');
   if (type !== 'P' && type !== 'D') {
     throw protocolError('bad_field', `ping: type is ${show(type)}, not "P" or "D"`);

@@ -7,7 +7,7 @@ import type { HandOverStage, HandOverState } from '../transfer/native/hand-over-
 import type { TransferState } from '../transfer/types.ts';
 import type { Fingerprint } from '../wire/fingerprint.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
-import type { KvEventPorts } from '../wire/messages.ts';
+import type { KvEventPorts, PingMessage } from '../wire/messages.ts';
 
 /** `workerData` of the core thread. */
 export interface CoreInit {
@@ -44,6 +44,8 @@ export interface CoreState {
   readonly transfer?: TransferState;
   /** Of the native hand-over, where it is spoken. */
   readonly handOver?: HandOverState;
+  /** What a ping of this instance says now; absent before it serves, and for what is no instance of a pair. */
+  readonly ping?: PingMessage;
 }
 
 export type ToCore =

@@ -2,6 +2,8 @@
 import { parentPort, workerData } from 'node:worker_threads';
 import { PdError, unreachable } from '../errors.ts';
 import { createLogger } from '../observability/log.ts';
+import { pingOf } from '../transfer/hello.ts';
+import type { PingMessage } from '../wire/messages.ts';
 import { NATIVE_FEATURE, OVERLAP_FEATURE, TLS_FEATURE } from '../wire/overlap.ts';
 import { PROMPT_IDS_FEATURE } from '../wire/prompt-ids.ts';
 import type { CoreInit, FromCore, ToCore } from './core-messages.ts';
@@ -12,6 +14,8 @@ const port = parentPort;
 const init = workerData as CoreInit;
 const { config } = init;
 const log = createLogger(config.transfer.log, 'core');
+/** Without the load. */
+let ping: PingMessage | undefined;
 
 /** Resolves at what nobody caught. Left to Node it would cut off the transfer thread, whose sockets crash the process under that. */
 const broken = new Promise<void>((resolve) => {
@@ -92,7 +96,7 @@ function receive(core: CoreParts, message: Exclude<ToCore, { readonly type: 'shu
       }
       return;
     case 'serve':
-      startPing(core, message);
+      announce(core, message);
       return;
     case 'drain':
       core.engine?.stopPing();
@@ -114,6 +118,7 @@ async function answerState(
     ...loop,
     ...(loop.integrity && { integrity: [...loop.integrity, ...wrong] }),
     ...(native && { handOver: native.state }),
+    ...(ping?.native && { ping: { ...ping, native: { ...ping.native, load: core.loop.load } } }),
   };
   try {
     const told = await core.engine?.state();
@@ -132,19 +137,17 @@ async function answerState(
   }
 }
 
-/** Rank 0 speaks for its instance. */
-function startPing(
+/** Rank 0 speaks for its instance: to the proxies that it is told of, and to any that asks. */
+function announce(
   core: CoreParts,
   { httpAddress, events, tokenizer }: Extract<ToCore, { readonly type: 'serve' }>,
 ): void {
   const { proxy, registry, role, transfer, pingIntervalMs, promptIdsFrom, access } = config;
-  if ((proxy.length === 0 && !registry) || role === 'both' || transfer.rank !== 0) return;
-  core.engine?.startPing({
-    proxies: proxy,
-    ...(registry && { registry }),
+  const { fingerprint, kvAddress } = core.info;
+  if (role === 'both' || kvAddress === undefined || transfer.rank !== 0) return;
+  const said = {
     type: role === 'producer' ? 'P' : 'D',
     httpAddress,
-    intervalMs: pingIntervalMs,
     features: [
       OVERLAP_FEATURE,
       ...(core.handOver ? [NATIVE_FEATURE] : []),
@@ -153,5 +156,13 @@ function startPing(
     ],
     tokenizer,
     ...(events && { events }),
+  } as const;
+  ping = pingOf({ fingerprint, sendType: transfer.sendType }, kvAddress, said);
+  if (proxy.length === 0 && !registry) return;
+  core.engine?.startPing({
+    ...said,
+    proxies: proxy,
+    ...(registry && { registry }),
+    intervalMs: pingIntervalMs,
   });
 }

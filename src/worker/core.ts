@@ -141,6 +141,11 @@ export class CoreLoop {
     };
   }
 
+  /** What this worker has to do, now. */
+  get load(): WorkerLoad {
+    return loadOf(this.#scheduler);
+  }
+
   /** Serves until `close`. Rejects where the core cannot go on; every request has then ended with that error. */
   async run(): Promise<void> {
     let reason = new PdError('SERVER_DRAINING', 'the worker stopped before the request was done');

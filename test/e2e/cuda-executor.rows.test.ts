@@ -26,8 +26,10 @@ describe('batch-invariant producer on cuda:0, consumer on cuda:1', () => {
     async (sendType) => {
       const proxy = await startProxy();
       const args = [...COMPUTING, '--wire', 'frozen', '--send-type', sendType];
-      const producer = await startWorker('producer', proxy, [...args, '--device', 'cuda:0']);
-      const consumer = await startWorker('consumer', proxy, [...args, '--device', 'cuda:1']);
+      const [producer, consumer] = await Promise.all([
+        startWorker('producer', proxy, [...args, '--device', 'cuda:0']),
+        startWorker('consumer', proxy, [...args, '--device', 'cuda:1']),
+      ]);
       try {
         await untilListed(proxy, 1, 1);
         const requests = mixedRequests(4, 5);

@@ -1,6 +1,6 @@
 /** SIGTERM loses nothing: what a producer has answered for, it hands over before it ends. */
 import { afterEach, expect, it } from 'vitest';
-import { parseHostPort } from '../../src/net/address.ts';
+import { type HostPort, parseHostPort } from '../../src/net/address.ts';
 import { proxyRequestId } from '../../src/wire/ids.ts';
 import { metricsOf, startWorker, type WorkerHandle } from '../support/cluster.ts';
 
@@ -22,21 +22,23 @@ function complete(worker: WorkerHandle, id: string, maxTokens: number): Promise<
   });
 }
 
-async function pair(args: readonly string[] = []) {
-  const common = ['--send-type', 'GET', '--kv-load-failure', 'fail', ...args];
-  const [producer, consumer] = await Promise.all([
-    startWorker('producer', undefined, common),
-    startWorker('consumer', undefined, common),
-  ]);
-  workers = [producer, consumer];
-  const addresses = [parseHostPort(producer.kvAddress), parseHostPort(consumer.kvAddress)] as const;
-  const id = proxyRequestId(...addresses, 'ab'.repeat(16));
+async function start(role: 'producer' | 'consumer', args: readonly string[] = []): Promise<WorkerHandle> {
+  const common = ['--send-type', 'GET', '--kv-load-failure', 'fail'];
+  const worker = await startWorker(role, undefined, [...common, ...args]);
+  workers.push(worker);
+  return worker;
+}
+
+/** Has the producer compute a prompt for the consumer at `address`; its id. */
+async function prefilled(producer: WorkerHandle, address: HostPort): Promise<string> {
+  const id = proxyRequestId(parseHostPort(producer.kvAddress), address, 'ab'.repeat(16));
   expect((await complete(producer, id, 1)).status).toBe(200);
-  return { producer, consumer, id };
+  return id;
 }
 
 it('a producer keeps KV that has not been fetched until it is', async () => {
-  const { producer, consumer, id } = await pair();
+  const [producer, consumer] = await Promise.all([start('producer'), start('consumer')]);
+  const id = await prefilled(producer, parseHostPort(consumer.kvAddress));
   const ended = producer.program.stop('SIGTERM');
   await producer.program.line(/bytes of KV are still to leave/);
   expect((await complete(producer, `${id}0`, 1)).status).toBe(503);
@@ -48,7 +50,8 @@ it('a producer keeps KV that has not been fetched until it is', async () => {
 });
 
 it('but no longer than the drain timeout', async () => {
-  const { producer } = await pair(['--drain-timeout', '200ms']);
+  const producer = await start('producer', ['--drain-timeout', '200ms']);
+  await prefilled(producer, { host: '127.0.0.1', port: 1 });
   expect(await producer.program.stop('SIGTERM')).toBe(0);
   expect(producer.program.tail()).toContain('bytes of KV that no consumer has fetched');
 });

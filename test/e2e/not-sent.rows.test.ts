@@ -54,12 +54,11 @@ describe('a producer cannot send', () => {
     rows<Case>(
       [
         { ...GATHER, ...FAIL },
-        { ...KEEP, ...IN_TURN },
         { ...PUT, ...RECOMPUTE },
       ],
       [
         ...[RECOMPUTE, IN_TURN].map((how) => ({ ...GATHER, ...how })),
-        ...[RECOMPUTE, FAIL].map((how) => ({ ...KEEP, ...how })),
+        ...[RECOMPUTE, IN_TURN, FAIL].map((how) => ({ ...KEEP, ...how })),
         ...[IN_TURN, FAIL].map((how) => ({ ...PUT, ...how })),
         ...[RECOMPUTE, IN_TURN, FAIL].map((how) => ({ ...PUT_ASYNC, ...how })),
       ],

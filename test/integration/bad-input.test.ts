@@ -1,7 +1,7 @@
 /** What broken, hostile and too many messages do to a live listener: nothing that its other peers would notice. */
 import { encode } from '@msgpack/msgpack';
 import fc from 'fast-check';
-import { afterEach, describe, expect, test } from 'vitest';
+import { describe, expect, test } from 'vitest';
 import { Dealer } from 'zeromq';
 import { hostMemory } from '../../src/device/memory.ts';
 import { formatHostPort, parseHostPort } from '../../src/net/address.ts';
@@ -12,10 +12,9 @@ import { encodeMessage, encodePing } from '../../src/wire/codec.ts';
 import type { TensorId, TransferId } from '../../src/wire/ids.ts';
 import { startQuietProxy } from '../support/quiet-proxy.ts';
 import { RawPeer } from '../support/raw-peer.ts';
-import { count, leftovers, Services, until } from '../support/transfer.ts';
+import { count, leftovers, testServices, until } from '../support/transfer.ts';
 
-const services = new Services();
-afterEach(() => services.dispose());
+const services = testServices();
 
 const MIB = 2 ** 20;
 /** Of whatever a test makes itself, too: loose, but far below what one message could cost. */

@@ -1,15 +1,14 @@
 /** Two ends of the native hand-over on the host: their ledgers, and transfer services between them, in one process. */
 import { randomBytes } from 'node:crypto';
-import { afterEach, describe, expect, it } from 'vitest';
+import { describe, expect, it } from 'vitest';
 import { workerConfig } from '../../src/config/embedded.ts';
 import { nativeWayFinding } from '../../src/doctor/native-way.ts';
 import { formatHostPort, type HostPort } from '../../src/net/address.ts';
 import { proxyRequestId, transferIdOf } from '../../src/wire/ids.ts';
 import { compute, type End, finish, idFor, LAYERS, makeEnd, outcomeOf, wantOf } from '../support/native.ts';
-import { blockOf, pagedCache, Services, until } from '../support/transfer.ts';
+import { blockOf, pagedCache, testServices, until } from '../support/transfer.ts';
 
-const services = new Services();
-afterEach(() => services.dispose());
+const services = testServices();
 
 async function pair(options: { readonly leaseMs?: number } = {}) {
   const producer = await makeEnd(services, 'producer', options);
@@ -165,7 +164,7 @@ describe('a native hand-over on the host', () => {
     const producer = await makeEnd(services, 'producer');
     const frozen = await services.make();
     const here = workerConfig({ role: 'consumer' });
-    const ask = ({ address }: { readonly address: HostPort }) => nativeWayFinding(address, here, 10_000);
+    const ask = ({ address }: { readonly address: HostPort }) => nativeWayFinding(address, here, 60_000);
     const natively = { level: 'ok', what: 'KV would travel natively, by host' };
     expect(await ask(producer.service)).toMatchObject(natively);
     expect(await ask(frozen)).toMatchObject({ level: 'warn', what: 'it speaks the frozen wire alone' });

@@ -1,5 +1,5 @@
 /** What an engine knows of why KV did not come or go: in the error, and in its state. */
-import { afterEach, expect, test } from 'vitest';
+import { expect, test } from 'vitest';
 import type { TransferId } from '../../src/wire/ids.ts';
 import {
   failure,
@@ -7,14 +7,13 @@ import {
   leftovers,
   loadRequest,
   pagedCache,
-  Services,
   send,
   sendCache,
+  testServices,
   until,
 } from '../support/transfer.ts';
 
-const services = new Services();
-afterEach(() => services.dispose());
+const services = testServices();
 
 test('a load whose producer never opened a pair says so at its deadline', async () => {
   const producer = await services.make();
@@ -57,17 +56,17 @@ test('what was refused is remembered on both ends, until it goes well', async ()
   expect((await failure(first.loading)).cause).toMatchObject({ code: 'KV_BUFFER_FULL' });
   await failure(first.sent);
   const told = (service: typeof producer) =>
-    service.state().failures.map(({ kind, error, mended }) => ({ kind, code: error.code, mended }));
-  expect(told(producer)).toEqual([{ kind: 'send', code: 'KV_BUFFER_FULL', mended: false }]);
+    service.state().failures.map(({ kind, error, recovered }) => ({ kind, code: error.code, recovered }));
+  expect(told(producer)).toEqual([{ kind: 'send', code: 'KV_BUFFER_FULL', recovered: false }]);
   expect(told(consumer)).toEqual([
-    { kind: 'load', code: 'KV_LOAD_FAILED', mended: false },
-    { kind: 'refused', code: 'KV_BUFFER_FULL', mended: false },
+    { kind: 'load', code: 'KV_LOAD_FAILED', recovered: false },
+    { kind: 'refused', code: 'KV_BUFFER_FULL', recovered: false },
   ]);
   consumer.finish('held' as TransferId);
   const second = again('second');
   await Promise.all([second.loading, second.sent]);
-  expect(told(producer).map(({ mended }) => mended)).toEqual([true]);
-  expect(told(consumer).map(({ mended }) => mended)).toEqual([true, true]);
+  expect(told(producer).map(({ recovered }) => recovered)).toEqual([true]);
+  expect(told(consumer).map(({ recovered }) => recovered)).toEqual([true, true]);
   consumer.finish('first' as TransferId);
   consumer.finish('second' as TransferId);
   await until('all free', () => leftovers(consumer).length + leftovers(producer).length === 0);

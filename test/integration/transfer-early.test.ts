@@ -1,5 +1,5 @@
 /** Loads that begin while the producer still computes the prompt. */
-import { afterEach, describe, expect, it } from 'vitest';
+import { describe, expect, it } from 'vitest';
 import type { TransferId } from '../../src/wire/ids.ts';
 import { SEND_TYPES } from '../../src/wire/messages.ts';
 import {
@@ -8,13 +8,12 @@ import {
   leftovers,
   loadRequest,
   pagedCache,
-  Services,
   sendCache,
+  testServices,
   until,
 } from '../support/transfer.ts';
 
-const services = new Services();
-afterEach(() => services.dispose());
+const services = testServices();
 
 describe.each(SEND_TYPES)('%s', (sendType) => {
   it('a load outlives its deadline by the time that prefill may take', async () => {

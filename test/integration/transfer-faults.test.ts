@@ -1,5 +1,5 @@
 /** Loads that go wrong, requests that end early, peers that die and come back: each a hang or a leak in the engine this one replaces. */
-import { afterEach, describe, expect, it } from 'vitest';
+import { describe, expect, it } from 'vitest';
 import { deferred } from '../../src/deferred.ts';
 import { HostDevice } from '../../src/device/host.ts';
 import { hostMemory, hostView } from '../../src/device/memory.ts';
@@ -17,14 +17,13 @@ import {
   leftovers,
   loadRequest,
   pagedCache,
-  Services,
   send,
   sendCache,
+  testServices,
   until,
 } from '../support/transfer.ts';
 
-const services = new Services();
-afterEach(() => services.dispose());
+const services = testServices();
 
 /** Holds back every send of data until told, or ends every pair. */
 function valve() {

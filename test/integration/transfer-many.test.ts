@@ -1,7 +1,7 @@
 /** Many tensors at once, between ours: announced one behind the other, and each with a fate of its own. */
 import { decode } from '@msgpack/msgpack';
 import fc from 'fast-check';
-import { afterEach, describe, expect, it } from 'vitest';
+import { describe, expect, it } from 'vitest';
 import { hostMemory, hostView } from '../../src/device/memory.ts';
 import { parseHostPort } from '../../src/net/address.ts';
 import type { TransferService } from '../../src/transfer/service.ts';
@@ -18,15 +18,14 @@ import {
   leftovers,
   loadRequest,
   pagedCache,
-  Services,
   send,
   sendCache,
+  testServices,
   until,
 } from '../support/transfer.ts';
 import { WatchedTransport } from '../support/watched-transport.ts';
 
-const services = new Services();
-afterEach(() => services.dispose());
+const services = testServices();
 
 const BLOCK = 2 * LAYOUT.blockSize * LAYOUT.heads * LAYOUT.headDim * 4;
 

@@ -1,5 +1,5 @@
 /** Two engines exchange KV in all modes, in-process. */
-import { afterEach, describe, expect, it } from 'vitest';
+import { describe, expect, it } from 'vitest';
 import { hostView } from '../../src/device/memory.ts';
 import type { TransferService } from '../../src/transfer/service.ts';
 import { type TensorId, type TransferId, transferIdOf, withoutSuffix } from '../../src/wire/ids.ts';
@@ -13,16 +13,15 @@ import {
   leftovers,
   loadRequest,
   pagedCache,
-  Services,
   send,
   sendCache,
+  testServices,
   until,
 } from '../support/transfer.ts';
 
 type Cache = ReturnType<typeof pagedCache>;
 
-const services = new Services();
-afterEach(() => services.dispose());
+const services = testServices();
 
 describe.each(SEND_TYPES)('%s', (sendType) => {
   it('moves flat tensors', async () => {

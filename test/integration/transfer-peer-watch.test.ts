@@ -1,10 +1,9 @@
 /** A load whose producer is dead, and which nobody tells. */
 import { createServer } from 'node:net';
-import { afterEach, expect, test } from 'vitest';
-import { failure, leftovers, loadRequest, pagedCache, Services } from '../support/transfer.ts';
+import { expect, test } from 'vitest';
+import { failure, leftovers, loadRequest, pagedCache, testServices } from '../support/transfer.ts';
 
-const services = new Services();
-afterEach(() => services.dispose());
+const services = testServices();
 
 /** The watch looks soon; the deadlines that would end the load otherwise are far. */
 const timeouts = { connect: 50, load: 600_000 };

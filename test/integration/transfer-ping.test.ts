@@ -1,5 +1,6 @@
 /** Pings as a proxy sees them: from the engine's own address, again after it was away, and never a stale one. */
-import { createServer } from 'node:net';
+import { createServer as createHttpServer } from 'node:http';
+import { type AddressInfo, createServer } from 'node:net';
 import pino from 'pino';
 import { afterEach, describe, expect, it } from 'vitest';
 import * as zmq from 'zeromq';
@@ -10,7 +11,7 @@ import { RateLimitedLog } from '../../src/observability/log.ts';
 import { PdProxy } from '../../src/proxy/proxy.ts';
 import { Announcer } from '../../src/transfer/announcer.ts';
 import { Deadlines } from '../../src/transfer/deadlines.ts';
-
+import { OnBehalf } from '../../src/transfer/on-behalf.ts';
 import { decodePing } from '../../src/wire/codec.ts';
 import { fingerprint } from '../../src/wire/fingerprint.ts';
 import { keptPort, Services, transferOptions } from '../support/transfer.ts';
@@ -108,6 +109,52 @@ it('to an address that is none leave the engine alive', async () => {
   const proxies = [{ host: 'no host', port: 1 }];
   engine.startPing({ proxies, type: 'D', httpAddress: 'x:1', intervalMs: 1_000 });
   expect(engine.state().address).toBe(formatHostPort(engine.address));
+});
+
+describe('on behalf of a server', () => {
+  it('go out while it is well', async () => {
+    const { socket, port } = await proxy();
+    let status = 503;
+    const server = createHttpServer((_, out) => void out.writeHead(status).end());
+    await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve));
+    services.add({ dispose: async () => void server.close() });
+    const http = { host: '127.0.0.1', port: (server.address() as AddressInfo).port };
+    const lines: string[] = [];
+    let wake = () => {};
+    const write = (line: string) => {
+      lines.push((JSON.parse(line) as { msg: string }).msg);
+      wake();
+    };
+    const said = async (pattern: RegExp): Promise<void> => {
+      while (!lines.some((line) => pattern.test(line)))
+        await new Promise<void>((resolve) => {
+          wake = resolve;
+        });
+      lines.splice(0, lines.findIndex((line) => pattern.test(line)) + 1);
+    };
+    const one = new OnBehalf({
+      ...{ http, kv: { host: '127.0.0.1', port: 7 }, type: 'P', proxies: [{ host: '127.0.0.1', port }] },
+      ...{ intervalMs: 20, log: pino({}, { write }) },
+    });
+    services.add({ dispose: () => one.close() });
+    await said(/is not well yet: GET \/health is answered with status 503/);
+    status = 200;
+    const [identity, body] = await socket.receive();
+    expect(identity!.toString()).toBe('127.0.0.1:7');
+    const address = formatHostPort(http);
+    expect(decodePing(body!)).toEqual({ type: 'P', http_address: address, zmq_address: '127.0.0.1:7' });
+    const left = new Promise((resolve) => socket.events.on('disconnect', resolve));
+    status = 500;
+    await said(/is not well: .*status 500. It is announced no more until it is/);
+    await left;
+    // A server without that route is a server.
+    status = 404;
+    await said(/is well: it is announced with KV at 127.0.0.1:7/);
+    const ended = new Promise((resolve) => socket.events.on('disconnect', resolve));
+    await said(/first ping sent/);
+    await one.close();
+    await ended;
+  });
 });
 
 describe('what is told of a proxy', () => {

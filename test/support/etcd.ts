@@ -11,17 +11,22 @@ export class EtcdServer {
   readonly #dir: string;
   readonly #port: number;
   readonly #peerPort: number;
+  readonly #more: readonly string[];
   #process: ChildProcess | undefined;
+  /** Of its user root, once it asks for one. */
+  #token: string | undefined;
 
-  private constructor(dir: string, port: number, peerPort: number) {
+  private constructor(dir: string, port: number, peerPort: number, more: readonly string[]) {
     this.#dir = dir;
     this.#port = port;
     this.#peerPort = peerPort;
+    this.#more = more;
   }
 
-  static async start(dir: string): Promise<EtcdServer> {
+  /** `more`: flags of its own. */
+  static async start(dir: string, more: readonly string[] = []): Promise<EtcdServer> {
     const [port, peerPort] = await freePorts(2, HOST);
-    const server = new EtcdServer(dir, port!, peerPort!);
+    const server = new EtcdServer(dir, port!, peerPort!, more);
     await server.start();
     return server;
   }
@@ -46,6 +51,7 @@ export class EtcdServer {
           '--initial-cluster',
           `default=${peer}`,
         ],
+        ...this.#more,
       ],
       { stdio: 'ignore' },
     );
@@ -66,10 +72,26 @@ export class EtcdServer {
     await this.call('kv/compaction', { revision: header.revision, physical: true });
   }
 
+  /** From now on it asks who calls: root, who may do all, and `name`, who may read and write under `prefix`. All with `password`. */
+  async askForUsers(name: string, password: string, prefix: string): Promise<void> {
+    const key = Buffer.from(prefix).toString('base64');
+    const range_end = Buffer.from(prefix.replace(/\/$/, '0')).toString('base64'); // 0 comes after /
+    for (const user of ['root', name]) {
+      await this.call('auth/role/add', { name: user });
+      await this.call('auth/user/add', { name: user, password });
+      await this.call('auth/user/grant', { user, role: user });
+    }
+    await this.call('auth/role/grant', { name, perm: { permType: 'READWRITE', key, range_end } });
+    await this.call('auth/enable', {});
+    const { token } = (await this.call('auth/authenticate', { name: 'root', password })) as { token: string };
+    this.#token = token;
+  }
+
   async call(path: string, body: object): Promise<unknown> {
     const response = await fetch(`http://${HOST}:${this.#port}/v3/${path}`, {
       method: 'POST',
       body: JSON.stringify(body),
+      ...(this.#token !== undefined && { headers: { authorization: this.#token } }),
     });
     return await response.json();
   }

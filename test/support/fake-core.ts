@@ -63,6 +63,8 @@ export class FakeCore implements CorePort {
   readonly received: ToCore[] = [];
   script: Script;
   answersState = true;
+  /** Of an instance of a pair: what it pings. */
+  ping: CoreState['ping'];
   terminated = false;
   readonly #heard = new Set<() => void>();
   #message: (message: FromCore) => void = () => {};
@@ -114,7 +116,12 @@ export class FakeCore implements CorePort {
         return;
       }
       case 'state':
-        if (this.answersState) this.emit({ type: 'state', seq: message.seq, state: STATE });
+        if (this.answersState)
+          this.emit({
+            type: 'state',
+            seq: message.seq,
+            state: { ...STATE, ...(this.ping && { ping: this.ping }) },
+          });
         return;
       case 'shutdown':
         setImmediate(() => this.emit({ type: 'closed' }));

@@ -12,8 +12,8 @@ import { createServer as createSecureServer } from 'node:https';
 import type { AddressInfo } from 'node:net';
 import { Dealer } from 'zeromq';
 import { formatHostPort, type HostPort, zmqEndpoint } from '../../src/net/address.ts';
-import { encodePing } from '../../src/wire/codec.ts';
-import type { PingHello } from '../../src/wire/messages.ts';
+import { encodePing, pingFields } from '../../src/wire/codec.ts';
+import type { PingHello, PingMessage } from '../../src/wire/messages.ts';
 import { PROMPT_IDS_HEADER, splitPromptIds } from '../../src/wire/prompt-ids.ts';
 import type { Certificate } from '../../support/certificates.ts';
 
@@ -45,6 +45,10 @@ export class FakeUpstream {
   readonly asked: Asked[] = [];
   /** What GET /health says. */
   healthy = true;
+  /** What GET /instance says, as a worker of ours does. Absent: it is none. */
+  instance: PingMessage | undefined;
+  /** The key that GET /instance came with last. */
+  instanceKey: string | undefined;
   /** `asked` after each request, `aborted` when a client breaks off. */
   readonly events = new EventEmitter();
   readonly role: 'producer' | 'consumer';
@@ -77,6 +81,12 @@ export class FakeUpstream {
       }
       if (request.url === '/health') {
         out.writeHead(this.healthy ? 200 : 503).end();
+        return;
+      }
+      if (request.url === '/instance') {
+        this.instanceKey = request.headers.authorization;
+        if (this.instance) out.end(JSON.stringify(pingFields(this.instance)));
+        else out.writeHead(404).end();
         return;
       }
       out.once('close', () => {
@@ -129,14 +139,19 @@ export class FakeUpstream {
     features?: readonly string[],
     more: Partial<PingHello> = {},
   ): Promise<void> {
-    await sendPing(discovery, {
+    await sendPing(discovery, this.pingOf(digest, features, more));
+  }
+
+  /** What it pings. */
+  pingOf(digest?: string, features?: readonly string[], more: Partial<PingHello> = {}): PingMessage {
+    return {
       type: this.role === 'producer' ? 'P' : 'D',
       http_address: this.httpAddress,
       zmq_address: this.zmqAddress,
       ...(digest !== undefined && {
         native: { version: 1, digest, model: `model-${digest}`, ...(features && { features }), ...more },
       }),
-    });
+    };
   }
 
   /** Breaks every connection and refuses new ones, as a killed process does. */

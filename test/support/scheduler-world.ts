@@ -159,7 +159,7 @@ export class SchedulerWorld {
     const error = { code: 'KV_LOAD_TIMEOUT', message: 'never came', context: {} } as const;
     const outcome: LoadOutcome = ok
       ? { requestId: id, ok, bytes: 1, milliseconds: 1 }
-      : { requestId: id, ok, error };
+      : { requestId: id, ok, error, quarantined: false };
     this.hear(this.scheduler.loadEnded(outcome, policy));
     this.check();
   }

@@ -1,5 +1,6 @@
 /** Transfer services and engines for tests: on the host, on loopback, with deadlines that only end what hangs. */
 import { randomFillSync } from 'node:crypto';
+import { afterEach } from 'vitest';
 import { transferOptions as completeOptions } from '../../src/config/embedded.ts';
 import {
   DEFAULT_TIMEOUTS,
@@ -68,6 +69,13 @@ export class Services {
   async dispose(): Promise<void> {
     await Promise.all(this.#made.splice(0).map((one) => one.dispose()));
   }
+}
+
+/** Of a file's tests, disposed after each. */
+export function testServices(): Services {
+  const services = new Services();
+  afterEach(() => services.dispose());
+  return services;
 }
 
 export interface Sent {

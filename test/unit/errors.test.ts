@@ -1,11 +1,23 @@
-import { readFileSync } from 'node:fs';
+import { readdirSync, readFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
 import { expect, test } from 'vitest';
 import { ERRORS_DOC, renderErrors } from '../../scripts/errors-doc.ts';
-import { PdError } from '../../src/errors.ts';
+import { ERROR_TABLE, PdError } from '../../src/errors.ts';
 import { openAiError } from '../../src/openai-error.ts';
+
+const SRC = fileURLToPath(new URL('../../src', import.meta.url));
 
 test('docs/errors.md lists the codes as they are', () => {
   expect(readFileSync(ERRORS_DOC, 'utf8')).toBe(renderErrors());
+});
+
+test('every code is given by something', () => {
+  const sources = readdirSync(SRC, { recursive: true, encoding: 'utf8' }).filter((path) =>
+    path.endsWith('.ts'),
+  );
+  const text = sources.map((path) => readFileSync(join(SRC, path), 'utf8')).join();
+  expect(Object.keys(ERROR_TABLE).filter((code) => !text.includes(`'${code}'`))).toEqual([]);
 });
 
 test('an error keeps code, message and context across threads', () => {

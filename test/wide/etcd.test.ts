@@ -8,8 +8,9 @@ import { formatHostPort } from '../../src/net/address.ts';
 import { Etcd, parseEtcdAddress } from '../../src/net/etcd.ts';
 import { EtcdInstances } from '../../src/proxy/etcd-instances.ts';
 import { EtcdRegistration } from '../../src/transfer/etcd-registration.ts';
-import { startProxy, startWorker } from '../support/cluster.ts';
+import { startProxy, startWorker, untilListed } from '../support/cluster.ts';
 import { EtcdServer, NO_ETCD } from '../support/etcd.ts';
+import { askThrough, countsOf, load, RIGHT, startWorkers } from '../support/fleet.ts';
 import { sharedTempDir } from '../support/temp-dir.ts';
 
 const DIR = sharedTempDir();
@@ -142,6 +143,40 @@ describe.skipIf(NO_ETCD)('with etcd (skipped without it: Debian package etcd-ser
     await until(() => known.has('a:1'));
   });
 
+  it('one that asks for a user: with the password, while tokens end and it is restarted; without, it is told why', async () => {
+    const server = await EtcdServer.start(join(DIR, `${folders++}`), ['--auth-token-ttl', '1']);
+    closing.push(() => server.kill());
+    await server.askForUsers('fleet', 'p@ss:w/rd', 'fleet/');
+    const as = (user: string) =>
+      new Etcd(parseEtcdAddress(`etcd://${user}@${formatHostPort(server.address)}/fleet`));
+    const right = encodeURIComponent('p@ss:w/rd');
+    const { said } = register(as(`fleet:${right}`), 'a:1');
+    await said(/registered with etcd/);
+    const { known, lines, until } = follow(as(`fleet:${right}`));
+    await until(() => known.has('a:1'));
+    const wrong = follow(as('fleet:wr0ng-pass'));
+    await wrong.until(() => wrong.lines.length > 0);
+    expect(wrong.lines[0]).toMatch(/authenticate as user fleet: status 400: .*invalid user ID or password/);
+    const nobody = follow(new Etcd({ endpoints: [server.address], secure: false, prefix: 'fleet/' }));
+    await nobody.until(() => nobody.lines.length > 0);
+    expect(nobody.lines[0]).toMatch(/user name is empty/);
+    const elsewhere = follow(
+      new Etcd(parseEtcdAddress(`etcd://fleet:${right}@${formatHostPort(server.address)}/other`)),
+    );
+    await elsewhere.until(() => elsewhere.lines.length > 0);
+    expect(elsewhere.lines[0]).toMatch(/permission denied/);
+    // A restart takes every token with it; so does time, of which the lease needs some.
+    await server.kill();
+    await until(() => lines.some((line) => /is kept; trying again/.test(line)));
+    await server.start();
+    await until(() => lines.filter((line) => line.startsWith('instances are read from')).length === 2);
+    register(as(`fleet:${right}`), 'b:2');
+    await until(() => known.has('b:2'));
+    expect([...known.keys()]).toEqual(['a:1', 'b:2']);
+    for (const said of [...lines, ...wrong.lines, ...elsewhere.lines])
+      expect(said).not.toMatch(/p@ss|p%40ss|wr0ng/);
+  });
+
   it('of several endpoints, one that is away or hangs holds up nothing', async () => {
     const { server } = await start();
     const hanging = createTcpServer((socket) => void socket.on('error', () => {}));
@@ -185,22 +220,6 @@ describe('what is no etcd', () => {
     const { lines, until } = follow(await lying(answer));
     await until(() => lines.some((line) => message.test(line)));
   });
-
-  it.each(['etcd://', 'http://host:2379', 'etcd://host', 'host:2379'])('%s is no address of one', (text) => {
-    expect(() => parseEtcdAddress(text)).toThrow();
-  });
-
-  it('addresses may name several hosts, TLS and a prefix', () => {
-    expect(parseEtcdAddress('etcds://a:1,[::1]:2/fleet/one')).toEqual({
-      endpoints: [
-        { host: 'a', port: 1 },
-        { host: '::1', port: 2 },
-      ],
-      secure: true,
-      prefix: 'fleet/one/',
-    });
-    expect(parseEtcdAddress('etcd://a:1').prefix).toBe('pd-worker/');
-  });
 });
 
 describe.skipIf(NO_ETCD)('a fleet that knows itself by etcd alone', () => {
@@ -209,53 +228,24 @@ describe.skipIf(NO_ETCD)('a fleet that knows itself by etcd alone', () => {
     closing.push(() => server.kill());
     const registry = ['--registry', `etcd://${formatHostPort(server.address)}/fleet`];
     const proxies = await Promise.all([startProxy(registry), startProxy(registry)]);
-    const roles = ['producer', 'consumer', 'producer', 'consumer'] as const;
-    const workers = await Promise.all(roles.map((role) => startWorker(role, undefined, registry)));
+    const workers = await startWorkers((role) => startWorker(role, undefined, registry));
     for (const { program } of [...proxies, ...workers]) closing.push(() => program.stop());
-    const counts = async (url: string) =>
-      ((await (await fetch(`${url}/health`)).json()) as { counts: { producer: number; consumer: number } })
-        .counts;
-    for (const { url } of proxies)
-      while (!(({ producer, consumer }) => producer === 2 && consumer === 2)(await counts(url)))
-        await new Promise((resolve) => setTimeout(resolve, 50));
-    const ask = async (url: string): Promise<string> => {
-      const response = await fetch(`${url}/v1/completions`, {
-        method: 'POST',
-        body: JSON.stringify({
-          model: 'demo',
-          prompt: 'What is the capital of France?',
-          max_tokens: 8,
-          temperature: 0,
-        }),
-      });
-      return `${response.status} ${await response.text()}`;
-    };
-    const right = /^200 .*Paris/;
-    let loading = true;
-    const load = Promise.all(
-      proxies.map(async ({ url }) => {
-        const answers: string[] = [];
-        while (loading) answers.push(await ask(url));
-        return answers;
-      }),
-    );
+    for (const proxy of proxies) await untilListed(proxy, 2, 2);
+    const clients = load(proxies);
     await server.kill();
     await proxies[0]!.program.line(/is kept; trying again/);
     await proxies[1]!.program.line(/is kept; trying again/);
     await server.start();
     await server.compact();
-    for (const { url } of proxies) expect(await counts(url)).toEqual({ producer: 2, consumer: 2 });
-    loading = false;
-    const answers = (await load).flat();
-    expect(answers.length).toBeGreaterThan(1);
-    for (const answer of answers) expect(answer).toMatch(right);
+    for (const proxy of proxies) expect(await countsOf(proxy)).toEqual({ producer: 2, consumer: 2 });
     await proxies[0]!.program.stop('SIGKILL');
-    expect(await ask(proxies[1]!.url)).toMatch(right);
+    await clients.more(2);
+    await clients.end();
     // A worker that ends leaves at once; a killed one when its lease ends.
     await workers[0]!.program.stop();
     await proxies[1]!.program.line(/Remove .*it has left etcd/);
-    expect(await counts(proxies[1]!.url)).toEqual({ producer: 1, consumer: 2 });
-    expect(await ask(proxies[1]!.url)).toMatch(right);
+    expect(await countsOf(proxies[1]!)).toEqual({ producer: 1, consumer: 2 });
+    expect(await askThrough([proxies[1]!])).toMatch(RIGHT);
   });
 });
 

@@ -1,10 +1,9 @@
 /** A thousand requests that end in every way, between two ends on the host: afterwards every book is at zero. */
-import { afterEach, expect, it } from 'vitest';
+import { expect, it } from 'vitest';
 import { compute, finish, idFor, makeEnd, wantOf } from '../support/native.ts';
-import { Services, until } from '../support/transfer.ts';
+import { testServices, until } from '../support/transfer.ts';
 
-const services = new Services();
-afterEach(() => services.dispose());
+const services = testServices();
 
 const REQUESTS = 1_000;
 /** Under way at a time: four blocks each, of the sixteen of either cache. */

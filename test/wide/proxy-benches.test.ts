@@ -6,7 +6,7 @@ import { expect, test } from 'vitest';
 
 async function run(bench: string, ...args: string[]): Promise<string> {
   const file = fileURLToPath(new URL(`../../dist/bench/proxy/${bench}.js`, import.meta.url));
-  const { stdout } = await promisify(execFile)(process.execPath, [file, ...args], { timeout: 180_000 });
+  const { stdout } = await promisify(execFile)(process.execPath, [file, ...args], { timeout: 280_000 });
   return stdout;
 }
 

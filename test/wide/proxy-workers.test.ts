@@ -46,10 +46,11 @@ function post(body: object) {
   });
 }
 
-const completed = async () => {
+const counted = async (series: RegExp) => {
   const text = await (await fetch(url('/metrics'))).text();
-  return Number(/^pd_proxy_requests_total\{[^}]*status="200"[^}]*\} (\d+)$/m.exec(text)?.[1] ?? 0);
+  return Number(new RegExp(`^${series.source} (\\d+)$`, 'm').exec(text)?.[1] ?? 0);
 };
+const completed = () => counted(/pd_proxy_requests_total\{[^}]*status="200"[^}]*\}/);
 
 /** Of processes that relay. */
 function relayPids(): number[] {
@@ -64,6 +65,11 @@ test('answers from both processes, and tells of itself as one', async () => {
   expect(answers.map(({ statusCode }) => statusCode)).toEqual(Array(6).fill(200));
   for (const answer of answers) expect(answer.headers['x-request-id']).toContain(consumer.zmqAddress);
   expect(await completed()).toBe(6);
+  expect(await counted(/pd_proxy_request_duration_seconds_count\{[^}]*\}/)).toBe(6);
+  for (const role of ['producer', 'consumer'])
+    expect(
+      await counted(new RegExp(`pd_proxy_worker_requests_total\\{.*role="${role}",outcome="success"\\}`)),
+    ).toBe(6);
   const health = (await (await fetch(url('/health'))).json()) as { counts: object };
   expect(health.counts).toEqual({ producer: 1, consumer: 1 });
   const body = JSON.stringify({ instance: consumer.httpAddress });

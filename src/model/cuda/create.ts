@@ -46,6 +46,9 @@ const WORKSPACE_BYTES = 32 * 2 ** 20;
 /** Most rows of logits on the GPU at a time. */
 const LOGIT_ROWS = 256;
 
+/** Share of a GPU from which on it is worth a warning that others hold it: more than what a driver keeps for itself. */
+const MUCH_OF_OTHERS = 0.05;
+
 /**
  * Throws MODEL_UNSUPPORTED for shapes without a kernel, OUT_OF_DEVICE_MEMORY where weights or one full sequence do not fit, saying by
  * how much, and what loading libraries, kernels and the checkpoint throws. The caller disposes the executor, then the device.
@@ -160,9 +163,16 @@ async function takeCache(
   device: CudaDevice,
   options: CudaExecutorOptions,
 ): Promise<{ readonly numBlocks: number; readonly layers: readonly NamedLayer[] }> {
-  const { config, type, blockSize, maxModelLen, utilization, sharers, reserved } = options;
+  const { config, type, blockSize, maxModelLen, utilization, sharers, reserved, log } = options;
   const format = { dtype: type, blockSize };
   const { free, total } = device.runtime.memoryInfo();
+  const others = total - free - device.allocatedBytes - CONTEXT_BYTES;
+  if (options.numBlocks === undefined && sharers === 1 && others > total * MUCH_OF_OTHERS)
+    // a producer that is stopped keeps the cache of a dead consumer mapped, and nothing tells its memory from any other program's
+    log?.warn(
+      { device: device.name, others, total },
+      `${binarySize(others)} of ${device.name} are held by other processes, or for one that has died: the KV cache is so much smaller. With --num-blocks a start waits for its memory`,
+    );
   const numBlocks =
     options.numBlocks ??
     blocksThatFit({

@@ -86,11 +86,14 @@ export class ClaimBook {
     return this.#meant(entry).some((claim) => this.#arrivedFor(claim, entry));
   }
 
-  /** Claimants that wait for KV of another prompt than what has come under their id. */
+  /** Claimants that wait for the same layer of another prompt than what has come under their id. */
   contradicted(entry: StoreEntry): Claimant[] {
-    return this.#meant(entry).flatMap(({ claimants }) =>
-      [...claimants].filter((one) => contradicts(one, entry)),
-    );
+    return this.#waiting(entry).filter((one) => contradicts(one, entry));
+  }
+
+  /** Somebody waits for exactly this tensor. */
+  awaits(entry: StoreEntry): boolean {
+    return this.#waiting(entry).some((one) => !contradicts(one, entry));
   }
 
   complete(transferId: TransferId): void {
@@ -145,6 +148,12 @@ export class ClaimBook {
       }
     }
     return claim;
+  }
+
+  #waiting(entry: StoreEntry): Claimant[] {
+    return this.#meant(entry).flatMap(({ claimants }) =>
+      [...claimants].filter((one) => one.wants(entry.layerName)),
+    );
   }
 
   /** The request of exactly its id first. */

@@ -171,7 +171,7 @@ export class Incoming {
     try {
       const timeoutMs = options.timeouts.pairInit;
       logJoining(this.#context, peer, 1);
-      const pair = await transport.open({ uniqueId: unique_id, rank: 1, peer, timeoutMs });
+      const pair = await transport.open({ uniqueId: unique_id, rank: 1, peer, timeoutMs, joins: true });
       void pair.over.then((reason) => this.#pairOver(session, reason));
       if (session.ended) {
         pair.abort(session.ended);

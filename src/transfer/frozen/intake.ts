@@ -136,7 +136,7 @@ export class Intake {
   finish(id: TransferId): void {
     const { log, deadlines } = this.#context;
     const { promptDigest, complete } = this.claims.finish(id);
-    const { freed, dropped } = this.store.finish(id);
+    const { freed, dropped } = this.store.finish(id, promptDigest);
     this.#lost.delete(id);
     // Where all has come, what comes under the id from now on is a later request's.
     if (!complete) this.#finished.set(id, { promptDigest }, deadlines.now());
@@ -165,10 +165,15 @@ export class Intake {
   #isDuplicate(tensor: TensorInfo): boolean {
     const known = this.store.get(tensor.tensorId);
     if (!known) return false;
-    if (known.state === 'ready' && contradicts(known, tensor)) {
-      // The id has been given to another prompt, and nobody has come for the KV of the one before.
+    if (contradicts(known, tensor)) {
+      // The id has been given to another prompt. What nobody has come for of the one before goes, though it may be on its way still.
       for (const entry of this.store.find(known.requestId)) {
-        if (entry.state === 'ready' && contradicts(entry, tensor)) this.#dropOther(entry, []);
+        if (!contradicts(entry, tensor)) continue;
+        if (entry.state === 'ready') this.#dropOther(entry, []);
+        else if (entry.state === 'receiving' && !this.claims.awaits(entry)) {
+          this.store.drop(entry);
+          this.#warnOfOther(entry);
+        }
       }
       return false;
     }
@@ -199,12 +204,15 @@ export class Intake {
 
   /** KV of another prompt than the one that its id stands for now, and who waits for that. */
   #dropOther(entry: StoreEntry, waiting: readonly Claimant[]): void {
-    const { metrics, limited, log } = this.#context;
-    const { tensorId, peer } = entry;
     for (const claimant of waiting) claimant.otherPrompt?.(entry);
     this.store.release(entry);
-    metrics.inc('pd_kv_late_dropped_total', 1);
-    limited.log(`other prompt ${entry.requestId}`, (suppressed) =>
+    this.#context.metrics.inc('pd_kv_late_dropped_total', 1);
+    this.#warnOfOther(entry);
+  }
+
+  #warnOfOther({ tensorId, requestId, peer }: StoreEntry): void {
+    const { limited, log } = this.#context;
+    limited.log(`other prompt ${requestId}`, (suppressed) =>
       log.warn(
         { tensorId, peer, suppressed },
         `${tensorId} from ${peer} is KV of another prompt than the request of that id here has: dropped. ` +

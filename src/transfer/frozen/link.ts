@@ -203,7 +203,8 @@ export class Link {
       if (!sent || this.#over) return;
       this.#state = 'opening';
       logJoining(this.#context, peer, 0);
-      const pair = await transport.open({ uniqueId, rank: 0, peer, timeoutMs: options.timeouts.pairInit });
+      const timeoutMs = options.timeouts.pairInit;
+      const pair = await transport.open({ uniqueId, rank: 0, peer, timeoutMs, joins: true });
       if (this.#over) {
         pair.abort(
           new PdError('PAIR_CLOSED', `pair with ${peer}: its link ended while it was opened`, { peer }),

@@ -9,6 +9,7 @@
 import type { MemoryRef } from '../../device/device.ts';
 import type { Dtype } from '../../wire/dtype.ts';
 import { splitTensorId, type TensorId, type TransferId, withoutSuffix } from '../../wire/ids.ts';
+import { contradicts } from './memories.ts';
 
 /** Memory that the books count; `free` gives it back. */
 export interface Held {
@@ -110,6 +111,13 @@ export class ReceiveStore {
     return true;
   }
 
+  /** Nobody may find what is on its way; it is freed when it has come. */
+  drop(entry: StoreEntry): void {
+    this.#unindex(mutable(entry));
+    mutable(entry).state = 'dropped';
+    mutable(entry).visible = false;
+  }
+
   /** For a load: it will be released when it is in the cache. For a caller (`owned`): at finish. */
   claim(entry: StoreEntry, as: 'claimed' | 'owned'): void {
     mutable(entry).state = as;
@@ -142,16 +150,20 @@ export class ReceiveStore {
     return [...(this.#byId.get(id) ?? [])];
   }
 
-  /** What a request that is over leaves: freed at once, or dropped when it has come. Tensors claimed by a load are the load's to free. */
-  finish(id: string): { freed: number; dropped: number } {
+  /**
+   * What a request that is over leaves: freed at once, or dropped when it has come. Tensors claimed by a load are the load's to free, those of another prompt
+   * a later request's.
+   */
+  finish(id: string, promptDigest?: string): { freed: number; dropped: number } {
     let freed = 0;
     let dropped = 0;
     for (const entry of this.find(id)) {
+      if (contradicts(entry, { promptDigest })) continue;
       if (entry.state === 'ready' || entry.state === 'owned') {
         this.release(entry);
         freed++;
       } else if (entry.state === 'receiving') {
-        this.#drop(mutable(entry));
+        this.drop(entry);
         dropped++;
       }
     }
@@ -205,12 +217,6 @@ export class ReceiveStore {
       for (const entry of entries) if (!this.#all.has(entry)) wrong.push(`${id} names a tensor that is gone`);
     }
     return wrong;
-  }
-
-  #drop(entry: Mutable): void {
-    this.#unindex(entry);
-    entry.state = 'dropped';
-    entry.visible = false;
   }
 
   #index(entry: Mutable): void {

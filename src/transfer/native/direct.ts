@@ -191,7 +191,7 @@ export class DirectWays {
       DirectWriteOptions,
       'seq' | 'slot' | 'last'
     >,
-  ): DirectWrite | undefined {
+  ): LayerWrites | undefined {
     const target = this.#targets.get(nonce);
     if (!target) throw new PdError('DIRECT_REFUSED', "the consumer's cache is not mapped here");
     const { sources, targets, ...options } = write;
@@ -355,7 +355,14 @@ interface DirectWriteOptions {
 }
 
 /** Launches of one write, layer by layer. */
-export class DirectWrite {
+export interface LayerWrites {
+  /** Behind `ready`; without one all of it is there, and nothing is computed beside. */
+  layers(first: number, count: number, ready: EventRef | undefined): void;
+  /** No launch follows. Resolves once those made have ended; rejects where they failed, and with the GPU all else. */
+  landed(): Promise<void>;
+}
+
+class DirectWrite implements LayerWrites {
   readonly #target: Target;
   readonly #tables: BlockTables;
   readonly #poller: EventPoller;
@@ -370,7 +377,6 @@ export class DirectWrite {
     if (options.last) target.page.progress(options.slot, options.seq, 'last');
   }
 
-  /** Behind `ready`; without one all of it is there, and nothing is computed beside. */
   layers(first: number, count: number, ready: EventRef | undefined): void {
     const { seq, slot, last, numLayers } = this.#options;
     const { writer } = this.#target;
@@ -389,7 +395,6 @@ export class DirectWrite {
     );
   }
 
-  /** No launch follows. Resolves once those made have ended; rejects where they failed, and with the GPU all else. */
   async landed(): Promise<void> {
     this.#tables.release();
     if (!this.#launched) return;

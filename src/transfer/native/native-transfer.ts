@@ -131,8 +131,11 @@ export class NativeTransfer {
     let engine: TransferEngine | undefined;
     try {
       const init = initOf(parts, nonce, direct);
-      engine = await parts.openEngine(init);
       const { role, rank, leaseMs, busy, log, metrics, onStage, onFlag } = parts;
+      // while the other thread starts
+      const rehearsed = direct && rehearseHere(init, log);
+      engine = await parts.openEngine(init);
+      await rehearsed;
       const wire = engine.native.bind(engine);
       const { HandOver } = await import('./hand-over.ts');
       const options = {
@@ -181,6 +184,18 @@ export class NativeTransfer {
     await this.engine.dispose();
     await this.#direct?.close();
     this.#dispose();
+  }
+}
+
+/** Never rejects: requests are handed over without it as well, the first ones more slowly. */
+async function rehearseHere({ shape }: NativeInit, log: Logger): Promise<void> {
+  try {
+    const { rehearse } = await import('./rehearsal.ts');
+    const began = performance.now();
+    const requests = await rehearse(shape);
+    log.debug({ requests, milliseconds: performance.now() - began }, 'the hand-over has been rehearsed');
+  } catch (error) {
+    log.warn({ err: PdError.from(error) }, 'the hand-over could not be rehearsed');
   }
 }
 

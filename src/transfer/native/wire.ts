@@ -2,55 +2,26 @@
  * The native hand-over's part of the transfer thread: connections, messages and the bytes that travel on pairs. It decides nothing: what is
  * said and written comes from the core thread (hand-over.ts), over `channel.ts`.
  *
- *   consumer   NativeLink (DEALER + pair), one for each producer        ask, receive
- *   producer   a session for each process that has said HELLO (ROUTER)  answer, write
+ *   consumer   NativeLink (DEALER + pair), one for each producer                      ask, receive
+ *   producer   NativeSession (ROUTER + pair), for each process that has said HELLO    answer, write
  */
-import { type ErrorData, PdError, unreachable } from '../../errors.ts';
-import type { Pair } from '../../transport/transport.ts';
+import { PdError, unreachable } from '../../errors.ts';
 import { protocolErrorKind } from '../../wire/limits.ts';
-import { logJoining, type TransferContext } from '../context.ts';
+import type { TransferContext } from '../context.ts';
 import type { Router } from '../router.ts';
 import type { PairState } from '../types.ts';
-import { type Cargo, loadCargo } from './cargo.ts';
 import type { FromWire, NativeInit, ToWire } from './channel.ts';
-import { decodeAsked, encodeNative, isNativeMessage } from './codec.ts';
+import { decodeAsked, encodeNative, isNativeMessage, rehearseCodec } from './codec.ts';
 import { identityOf, nativeHello, peerOf, refusalOf } from './hello.ts';
 import { NativeLink } from './link.ts';
 import type { HelloMessage, NativeMessage } from './messages.ts';
 import { probeConsumer } from './probe.ts';
-
-type WriteCommand = Extract<ToWire, { readonly kind: 'write' }>;
-
-/** A process that has connected to our ROUTER and may be answered. */
-interface Session {
-  readonly identity: Buffer;
-  readonly peer: string;
-  readonly hello: HelloMessage;
-  readonly since: number;
-  pair: Promise<Pair> | undefined;
-  openPair: Pair | undefined;
-  /** Of the pair. */
-  parts: number;
-  /** What is written leaves in the order in which it was asked for: the gathers under way and those that wait, oldest first. */
-  readonly loading: Promise<unknown>[];
-  leaving: Promise<unknown>;
-  /** Bytes of parts that are gathered or sent, and parts that wait until fewer are. */
-  underWay: number;
-  readonly crowded: { readonly bytes: number; readonly go: () => void }[];
-}
+import { gone, NativeSession, type WriteCommand } from './session.ts';
 
 /** Sessions are small, but anybody can make routing ids up. */
 const MOST_SESSIONS = 4_096;
 /** Pairs that are being opened at one time. */
 const MOST_OPENING = 256;
-/** Parts of one connection that are gathered at a time: while one is on its way the next is made ready. */
-const GATHERS = 3;
-/**
- * Bytes of one connection that are gathered or sent at a time. More would take all of `--kv-buffer-size` at either end, and go by host memory from
- * there on, at a tenth of the speed.
- */
-const WINDOW_BYTES = 512 * 2 ** 20;
-const WINDOW_SHARE = 0.6;
 /** A connection that nothing has been said on for so long is closed where there are more than `--max-peers`. */
 const IDLE_MS = 10_000;
 
@@ -63,7 +34,7 @@ export class NativeWire {
   readonly #pairsChanged: () => void;
   readonly #links = new Map<string, NativeLink>();
   /** Oldest first. */
-  readonly #sessions = new Map<string, Session>();
+  readonly #sessions = new Map<string, NativeSession>();
   #opening = 0;
   #closed: PdError | undefined;
 
@@ -79,44 +50,26 @@ export class NativeWire {
     this.#hello = nativeHello(context.options, init);
     this.#tell = on.tell;
     this.#pairsChanged = on.pairsChanged;
+    // as the core thread does with the rest (rehearsal.ts)
+    if (init.direct) rehearseCodec();
   }
 
   /** Open pairs, of both ways. */
   get openPairs(): number {
-    let count = 0;
-    for (const { openPair } of this.#sessions.values()) if (openPair) count++;
-    return count + [...this.#links.values()].filter(({ paired }) => paired).length;
+    const ends = [...this.#sessions.values(), ...this.#links.values()];
+    return ends.filter(({ paired }) => paired).length;
   }
 
   /** Connections to producers, and those of consumers, by their pairs where bytes come so. */
   states(): PairState[] {
-    const incoming = [...this.#sessions.values()].map((session): PairState => {
-      const { peer, pair, openPair, since } = session;
-      const state = openPair ? 'open' : pair ? 'opening' : 'over';
-      const outstanding = openPair?.pending ?? 0;
-      return {
-        peer,
-        direction: 'incoming',
-        state,
-        ours: true,
-        queued: 0,
-        outstanding,
-        sinceMs: this.#ageOf(since),
-      };
-    });
-    const outgoing = [...this.#links.values()].map((link): PairState => {
-      const { peer, state, outstanding, since } = link;
-      return {
-        peer,
-        direction: 'outgoing',
-        state,
-        ours: true,
-        queued: 0,
-        outstanding,
-        sinceMs: this.#ageOf(since),
-      };
-    });
-    return [...outgoing, ...incoming].filter(({ state }) => state !== 'over');
+    const stateOf = (end: NativeLink | NativeSession, direction: PairState['direction']): PairState => {
+      const { peer, state, outstanding, since } = end;
+      return { peer, direction, state, ours: true, queued: 0, outstanding, sinceMs: this.#ageOf(since) };
+    };
+    return [
+      ...[...this.#links.values()].map((link) => stateOf(link, 'outgoing')),
+      ...[...this.#sessions.values()].map((session) => stateOf(session, 'incoming')),
+    ].filter(({ state }) => state !== 'over');
   }
 
   #ageOf(since: number): number {
@@ -195,7 +148,7 @@ export class NativeWire {
     if (identity.toString() !== identityOf(peer)) return false;
     const session = this.#sessions.get(peer);
     this.#sessions.delete(peer);
-    session?.openPair?.abort(error);
+    session?.end(error);
     this.#tell({ kind: 'lost', way: 'from', peer, error: error.toData() });
     return true;
   }
@@ -204,7 +157,7 @@ export class NativeWire {
   close(reason: PdError): void {
     this.#closed = reason;
     for (const link of [...this.#links.values()]) link.end(reason);
-    for (const { openPair } of this.#sessions.values()) openPair?.abort(reason);
+    for (const session of this.#sessions.values()) session.end(reason);
     this.#sessions.clear();
   }
 
@@ -262,7 +215,7 @@ export class NativeWire {
       return;
     }
     const before = this.#sessions.get(peer);
-    before?.openPair?.abort(new PdError('PAIR_CLOSED', `peer ${peer} has connected anew`, { peer }));
+    before?.end(new PdError('PAIR_CLOSED', `peer ${peer} has connected anew`, { peer }));
     this.#sessions.delete(peer);
     const refused = refusalOf(this.#hello, hello, self, peer);
     this.#router.answer(identity, this.#encode(refused ? { ...this.#hello, refused } : this.#hello, 1));
@@ -275,28 +228,28 @@ export class NativeWire {
     }
     if (this.#sessions.size >= MOST_SESSIONS) {
       const [oldest] = this.#sessions.values();
-      oldest?.openPair?.abort(new PdError('LIMIT_EXCEEDED', 'too many others have connected'));
+      oldest?.end(new PdError('LIMIT_EXCEEDED', 'too many others have connected'));
       if (oldest) this.#sessions.delete(oldest.peer);
     }
-    const fresh = {
-      pair: undefined,
-      openPair: undefined,
-      parts: 0,
-      loading: [],
-      leaving: Promise.resolve(),
-      underWay: 0,
-      crowded: [],
-    };
-    const since = this.#context.deadlines.now();
-    this.#sessions.set(peer, { identity, peer, hello, since, ...fresh });
+    const session = new NativeSession(
+      this.#context,
+      this.#init,
+      { identity, peer, hello },
+      {
+        answer: (message) => this.#answer(peer, message),
+        tell: this.#tell,
+        pairsChanged: this.#pairsChanged,
+      },
+    );
+    this.#sessions.set(peer, session);
     this.#tell({ kind: 'introduced', way: 'from', peer, hello });
   }
 
   /** With a consumer that wants something over it; once for each connection. */
   #openPair(peer: string): void {
     const session = this.#sessions.get(peer);
-    const { transport, options, log, self, limited } = this.#context;
-    if (!session || session.pair) return;
+    const { log, limited } = this.#context;
+    if (!session || session.opens) return;
     if (this.#opening >= MOST_OPENING) {
       limited.log('native opening', (suppressed) =>
         log.warn({ peer, suppressed }, `WANT of ${peer}: ${MOST_OPENING} pairs are being opened already`),
@@ -304,132 +257,20 @@ export class NativeWire {
       return;
     }
     this.#opening++;
-    const uniqueId = transport.createUniqueId();
-    this.#answer(peer, { cmd: 'PAIR', from: this.#init.nonce, to: session.hello.from, uniqueId });
-    logJoining(this.#context, peer, 0);
-    const pair = transport.open({ uniqueId, rank: 0, peer, timeoutMs: options.timeouts.pairInit });
-    session.pair = pair;
-    pair
-      .then(
-        (open) => {
-          session.openPair = open;
-          this.#pairsChanged();
-          void open.over.then((reason) => {
-            session.openPair = undefined;
-            this.#pairsChanged();
-            log.info({ peer, code: reason.code }, `pair with ${peer} is over: ${reason.message}`);
-          });
-          if (this.#sessions.get(peer) !== session) open.abort(gone(peer));
-          else log.info({ peer }, `🤝ncclCommInitRank Success, ${self}👉${peer}, MyRank:0`);
-        },
-        (error: unknown) =>
-          log.warn({ peer }, `pair with ${peer} could not be opened: ${PdError.from(error).message}`),
-      )
-      .finally(() => {
-        this.#opening--;
-      });
+    void session.openPair().finally(() => {
+      this.#opening--;
+    });
   }
 
   #write(command: WriteCommand): void {
     const { launch, peer, ready } = command;
     const session = this.#sessions.get(peer);
-    let step = ready?.step;
-    const gathered = () => {
-      if (step !== undefined) this.#tell({ kind: 'gathered', step });
-      step = undefined;
-    };
-    const ended = (error?: ErrorData) => {
-      gathered();
-      this.#tell({ kind: 'written', launch, ...(error && { error }) });
-    };
-    if (!session) {
-      ended(gone(peer).toData());
+    if (session) {
+      session.write(command);
       return;
     }
-    const bytes = this.#bytesOf(command);
-    // begins once few enough before it are still being gathered or sent, and leaves behind all of them: so they enter in order
-    const before = session.loading.at(-GATHERS);
-    const loaded = this.#enter(session, bytes)
-      .then(() => before)
-      .then(() => this.#load(command));
-    const settled = loaded.then(gathered, gathered);
-    session.loading.push(settled);
-    void settled.then(() => session.loading.shift());
-    const sent = session.leaving.then(async () => this.#send(session, command, await loaded));
-    session.leaving = sent.catch(() => undefined);
-    // A part that leaves from memory of its own needs its blocks no more: DONE may follow it, and whoever hears it waits for the part.
-    const staged = this.#context.device.kind !== 'host';
-    sent
-      .then(({ done }) => {
-        if (!staged) return done.then(() => ended());
-        gathered();
-        this.#tell({ kind: 'written', launch, leaving: true });
-        // where it fails the pair has ended, which its receiver sees
-        return done.catch(() => undefined).then(() => this.#tell({ kind: 'sent' }));
-      })
-      .catch((error: unknown) => ended(PdError.from(error, 'PEER_LOST', { peer }).toData()))
-      .finally(() => this.#leave(session, bytes));
-  }
-
-  /** Resolves once there is room in the window: at once where nothing is under way, however large the part. */
-  #enter(session: Session, bytes: number): Promise<void> {
-    if (session.crowded.length === 0 && this.#fits(session, bytes)) {
-      session.underWay += bytes;
-      return Promise.resolve();
-    }
-    return new Promise((go) => session.crowded.push({ bytes, go }));
-  }
-
-  #leave(session: Session, bytes: number): void {
-    session.underWay -= bytes;
-    for (let [next] = session.crowded; next && this.#fits(session, next.bytes); [next] = session.crowded) {
-      session.crowded.shift();
-      session.underWay += next.bytes;
-      next.go();
-    }
-  }
-
-  #fits({ underWay }: Session, bytes: number): boolean {
-    const window = Math.min(WINDOW_BYTES, this.#context.options.kvBufferSize * WINDOW_SHARE);
-    return underWay === 0 || underWay + bytes <= window;
-  }
-
-  #bytesOf({ part, blocks }: WriteCommand): number {
-    return part.layers * blocks.length * this.#init.shape.blockBytes;
-  }
-
-  #load({ peer, part, blocks, ready }: WriteCommand): Promise<Cargo> {
-    const { layer, layers } = part;
-    const place = {
-      layers: this.#init.layers.slice(layer, layer + layers),
-      blocks,
-      what: whatOf(part, peer),
-    };
-    return loadCargo(this.#context, place, ready?.event);
-  }
-
-  async #send(
-    session: Session,
-    command: WriteCommand,
-    cargo: Cargo,
-  ): Promise<{ readonly done: Promise<void> }> {
-    const { peer } = session;
-    const { part } = command;
-    try {
-      const pair = await session.pair;
-      if (!pair || this.#sessions.get(peer) !== session || !session.openPair) throw gone(peer);
-      const { transfer } = this.#context.options.timeouts;
-      this.#answer(peer, { ...part, part: ++session.parts });
-      const operation = { tensorId: whatOf(part, peer), timeoutMs: transfer };
-      const done = pair.send(cargo.regions, operation).then(() => {
-        cargo.free();
-        this.#context.metrics.inc('pd_kv_sent_bytes_total', this.#bytesOf(command));
-      });
-      return { done };
-    } catch (error) {
-      cargo.free();
-      throw error;
-    }
+    if (ready) this.#tell({ kind: 'gathered', step: ready.step });
+    this.#tell({ kind: 'written', launch, error: gone(peer).toData() });
   }
 
   /** Nobody is told where there is no session: what matters is said again. */
@@ -453,12 +294,4 @@ export class NativeWire {
   #encode(message: NativeMessage, maxBlocks: number): Uint8Array {
     return encodeNative(message, { maxBlocks });
   }
-}
-
-function whatOf({ seq, layer, layers }: WriteCommand['part'], peer: string): string {
-  return `layers ${layer} to ${layer + layers - 1} of WANT ${seq} of ${peer}`;
-}
-
-function gone(peer: string): PdError {
-  return new PdError('PEER_LOST', `there is no connection with ${peer} any more`, { peer });
 }

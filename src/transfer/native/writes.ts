@@ -10,7 +10,7 @@ import { type ErrorCode, PdError } from '../../errors.ts';
 import type { MetricsPage } from '../../observability/metrics.ts';
 import type { TransferId } from '../../wire/ids.ts';
 import type { FromWire, NativeInit, ToWire } from './channel.ts';
-import type { DirectWays, DirectWrite } from './direct.ts';
+import type { DirectWays, LayerWrites } from './direct.ts';
 import type { GrantAction } from './grants.ts';
 
 export type WriteAction = Extract<GrantAction, { readonly kind: 'write' }>;
@@ -22,7 +22,7 @@ export interface WriteFailure {
 
 interface WritesOptions {
   readonly init: NativeInit;
-  readonly direct: DirectWays | undefined;
+  readonly direct: Pick<DirectWays, 'begin'> | undefined;
   readonly metrics: MetricsPage;
   readonly tell: (command: ToWire) => void;
   /** Of the write that ends a prompt. */
@@ -40,7 +40,7 @@ interface Write {
   /** Parts under way, or one for all launches of `direct`. */
   parts: number;
   /** By `direct`, once there is room for its lists. */
-  direct: DirectWrite | undefined;
+  direct: LayerWrites | undefined;
   failure: WriteFailure | undefined;
 }
 
@@ -188,7 +188,7 @@ export class Writes {
     }
   }
 
-  #beginDirect({ action }: Write): DirectWrite | undefined {
+  #beginDirect({ action }: Write): LayerWrites | undefined {
     const { nonce, seq, slot, sources, targets, last } = action;
     const { direct } = this.#options;
     if (!direct || slot === undefined)
@@ -249,7 +249,7 @@ export class Writes {
     }
   }
 
-  #awaitLaunches(write: Write, direct: DirectWrite): void {
+  #awaitLaunches(write: Write, direct: LayerWrites): void {
     const { init, metrics } = this.#options;
     const { sources } = write.action;
     write.parts++;

@@ -199,6 +199,11 @@ export class WriterPage extends View {
     for (let slot = 1; slot <= SLOTS; slot++) this.store(slot, GRANT, 0n);
   }
 
+  /** What a launch for `seq` leaves, where no GPU launches: in a rehearsal. */
+  play(slot: number, seq: number): void {
+    this.store(slot, FLAG, flagOf(seq, 1));
+  }
+
   /** How long the last write of a self-test took on the GPU. */
   get probeNanoseconds(): bigint {
     return this.load(0, ENDED) - this.load(0, BEGAN);

@@ -16,6 +16,7 @@ import type { CudaDevice } from '../../device/cuda/device.ts';
 import { loadKernels } from '../../device/cuda/kernels.ts';
 import {
   layersPerWrite,
+  type PagedWrite,
   WRITE_KERNELS,
   WRITE_LAYER_BYTES,
   WRITE_PARAMETER_BYTES,
@@ -74,6 +75,14 @@ interface Entry extends BlockTables {
   readonly length: number;
   released: boolean;
   event: DeviceEvent | undefined;
+}
+
+/** What launches differ in. */
+interface Launch extends Pick<PagedWrite, 'target' | 'targetBlocks' | 'table' | 'seq' | 'flag'> {
+  readonly element: 16 | 1;
+  /** Where the slot's words lie in the page. */
+  readonly words: { readonly grant: number; readonly marks: number };
+  readonly ctas: number;
 }
 
 /** What a closed writer leaves to the next one: device and pinned memory last as long as the device. */
@@ -218,29 +227,20 @@ export class DirectWriter {
     const { seq, slot, mark, ctas = CTAS_BESIDE_COMPUTE } = options;
     const flag = mark === undefined ? 0n : flagOf(seq, mark);
     const offsets = slotOffsets(slot);
-    const { claims, pageOnDevice } = this.#target;
-    const element = this.#element;
-    const most = layersPerWrite(tables.blocks, this.#source, element);
-    this.#device.enter();
+    const { claims } = this.#target;
+    const most = layersPerWrite(tables.blocks, this.#source, this.#element);
     for (let at = 0; at < count; at += most) {
       const end = first + Math.min(count, at + most);
-      const write = {
-        source: this.#source,
+      this.#launch(entry, {
         target: claims,
-        table: this.#table.subarray(WRITE_LAYER_BYTES * (first + at), WRITE_LAYER_BYTES * end),
-        sourceIds: this.#ring.address + BigInt(ID_BYTES * entry.at),
-        targetIds: this.#ring.address + BigInt(ID_BYTES * (entry.at + entry.blocks)),
-        blocks: entry.blocks,
-        sourceBlocks: this.#source.blocks,
         targetBlocks: claims.blocks,
-        grant: pageOnDevice + BigInt(offsets.grant),
+        table: this.#table.subarray(WRITE_LAYER_BYTES * (first + at), WRITE_LAYER_BYTES * end),
+        element: this.#element,
+        words: offsets,
         seq: BigInt(seq),
-        marks: pageOnDevice + BigInt(offsets.marks),
         flag: at + most < count ? 0n : flag,
-        counter: addressOf(this.#parts.memory.counter),
-      };
-      writeParameterBlock(this.#parameterView, write, element);
-      this.#kernels[`write_${element}`].launch(this.#stream.handle, ctas, { p: this.#parameters });
+        ctas,
+      });
     }
   }
 
@@ -251,7 +251,7 @@ export class DirectWriter {
   probe(atMost: number): number | undefined {
     this.#open();
     const { runBytes, runs, blocks: ours } = this.#source;
-    const { claims, pageOnDevice, pointer } = this.#target;
+    const { claims, pointer } = this.#target;
     const { scratch } = claims;
     const each = runs * runBytes;
     if (!scratch || scratch.bytes < each) return undefined;
@@ -259,28 +259,18 @@ export class DirectWriter {
     const ids = Int32Array.from({ length: blocks }, (_, i) => i);
     const tables = this.#ring.take(ids, ids);
     if (!tables) return undefined;
-    const { at } = this.#ring.entry(tables);
-    const target = { runBytes, runs, blockStride: each, runStride: runs === 2 ? runBytes : 0 };
     const layers = [{ source: this.#layers[0]!.source, target: pointer + BigInt(scratch.offset) }];
-    const element = writeElement(this.#source, target, layers);
-    const write = {
-      source: this.#source,
+    const target = { runBytes, runs, blockStride: each, runStride: runs === 2 ? runBytes : 0 };
+    this.#launch(this.#ring.entry(tables), {
       target,
-      table: writeTable(layers),
-      sourceIds: this.#ring.address + BigInt(ID_BYTES * at),
-      targetIds: this.#ring.address + BigInt(ID_BYTES * (at + blocks)),
-      blocks,
-      sourceBlocks: ours,
       targetBlocks: blocks,
-      grant: pageOnDevice + BigInt(PROBE.grant),
+      table: writeTable(layers),
+      element: writeElement(this.#source, target, layers),
+      words: PROBE,
       seq: PROBE.seq,
-      marks: pageOnDevice + BigInt(PROBE.marks),
       flag: PROBE.flag,
-      counter: addressOf(this.#parts.memory.counter),
-    };
-    this.#device.enter();
-    writeParameterBlock(this.#parameterView, write, element);
-    this.#kernels[`write_${element}`].launch(this.#stream.handle, CTAS_ALONE, { p: this.#parameters });
+      ctas: CTAS_ALONE,
+    });
     tables.release();
     return blocks * each;
   }
@@ -311,6 +301,26 @@ export class DirectWriter {
     this.#stream.dispose();
     freeNative(this.#parameters);
     this.#parts.onClose();
+  }
+
+  /** The one way to the GPU: what the self-test launches so often that it is compiled is what a request launches. */
+  #launch(entry: Entry, launch: Launch): void {
+    const { element, words, ctas, ...what } = launch;
+    const { pageOnDevice } = this.#target;
+    const write = {
+      ...what,
+      source: this.#source,
+      sourceBlocks: this.#source.blocks,
+      sourceIds: this.#ring.address + BigInt(ID_BYTES * entry.at),
+      targetIds: this.#ring.address + BigInt(ID_BYTES * (entry.at + entry.blocks)),
+      blocks: entry.blocks,
+      grant: pageOnDevice + BigInt(words.grant),
+      marks: pageOnDevice + BigInt(words.marks),
+      counter: addressOf(this.#parts.memory.counter),
+    };
+    this.#device.enter();
+    writeParameterBlock(this.#parameterView, write, element);
+    this.#kernels[`write_${element}`].launch(this.#stream.handle, ctas, { p: this.#parameters });
   }
 
   #open(): void {

@@ -6,6 +6,7 @@ import { isLoopback } from '../../net/address.ts';
 import { NO_JSON_SCHEMAS } from '../../net/json-schemas.ts';
 import { createRegistry } from '../../observability/registry.ts';
 import { openAiError, retryHeaders } from '../../openai-error.ts';
+import { pingFields } from '../../wire/codec.ts';
 import { chatFormat } from './chat.ts';
 import { completionFormat } from './completions.ts';
 import { readRequest, type ServerContext } from './context.ts';
@@ -109,6 +110,13 @@ export function createServer(context: ServerContext): FastifyInstance {
     await core.state();
     if (context.inFlight.draining) reply.status(503);
     return { ready: !context.inFlight.draining };
+  });
+  server.get('/instance', async (_request, reply) => {
+    if (context.inFlight.draining) throw new PdError('SERVER_DRAINING', 'the worker is stopping');
+    const { ping } = await core.state();
+    if (ping) return pingFields(ping);
+    const text = 'this worker is no instance of a pair: its role is both, or it is not rank 0';
+    return reply.status(404).send(openAiError(new PdError('REQUEST_INVALID', text)));
   });
   if (config.debugState !== undefined) {
     server.get('/debug/state', async (request, reply) => {

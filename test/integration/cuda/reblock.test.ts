@@ -73,7 +73,7 @@ test('property: scatter and gather of every family equal those of the host', asy
       const gathered = hostMemory(arrived.length);
       device.copy(gathered, deviceTensor, stream);
       const event = stream.record();
-      await poller.wait(event, 10_000, 'test');
+      await poller.wait(event, 60_000, 'test');
       event.dispose();
       expect(hostView(scattered)).toEqual(hostView(cache));
       expect(hostView(gathered)).toEqual(wireTensor(form, tokens, layout, 9, 0));

@@ -1,4 +1,4 @@
-import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
+import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test, vi } from 'vitest';
 import type { CudaDevice } from '../../../src/device/cuda/device.ts';
 import { createCudaDevice } from '../../../src/device/cuda.ts';
 import type { MemoryRef } from '../../../src/device/device.ts';
@@ -51,11 +51,14 @@ function read(device: CudaDevice, memory: MemoryRef): Uint8Array {
   return hostView(host);
 }
 
-async function openPair(timeoutMs = 60_000): Promise<readonly [Pair, Pair]> {
+async function openPair(
+  timeoutMs = 60_000,
+  joins: readonly [boolean, boolean] = [false, false],
+): Promise<readonly [Pair, Pair]> {
   const uniqueId = left.createUniqueId();
   return Promise.all([
-    left.open({ uniqueId, rank: 0, peer: '10.0.0.2:2', timeoutMs }),
-    right.open({ uniqueId, rank: 1, peer: '10.0.0.1:1', timeoutMs }),
+    left.open({ uniqueId, rank: 0, peer: '10.0.0.2:2', timeoutMs, joins: joins[0] }),
+    right.open({ uniqueId, rank: 1, peer: '10.0.0.1:1', timeoutMs, joins: joins[1] }),
   ]);
 }
 
@@ -94,6 +97,51 @@ describe('a pair', () => {
     await Promise.all(work);
     expect(Buffer.compare(read(devices[1], there), read(devices[0], outgoing))).toBe(0);
     expect(Buffer.compare(read(devices[0], here), read(devices[1], incoming))).toBe(0);
+  });
+
+  test.each([
+    { joins: [true, false], joined: 'send', single: 'receive' },
+    { joins: [false, true], joined: 'receive', single: 'send' },
+  ] as const)(
+    'that joins what waits gives NCCL every $joined of a group, though the other end does not',
+    async (row) => {
+      const [a, b] = await openPair(60_000, row.joins);
+      const exchange = vi.spyOn(left.nccl, 'exchange');
+      const sizes = Array.from({ length: 150 }, (_, i) => 1 + ((i * 7919) % 3_000));
+      const ends = sizes.map((_, i) => sizes.slice(0, i + 1).reduce((sum, size) => sum + size));
+      const from = fill(devices[0], ends.at(-1)!, 5);
+      const to = devices[1].allocate(ends.at(-1)!, 'test');
+      const each = (move: (at: number, bytes: number, id: string) => Promise<void>) =>
+        sizes.map((bytes, i) => move(ends[i]! - bytes, bytes, `t${i}`));
+      const send = () => each((at, bytes, id) => a.send([sliceMemory(from, at, bytes)], options(id)));
+      const receive = () => each((at, bytes, id) => b.receive([sliceMemory(to, at, bytes)], options(id)));
+      // The end that joins goes first: its stream takes 64 and one group at most, and the others wait until the other end has come.
+      const work = row.joined === 'send' ? [...send(), ...receive()] : [...receive(), ...send()];
+      await Promise.all(work);
+      expect(Buffer.compare(read(devices[1], to), read(devices[0], from))).toBe(0);
+      const regionsOf = (direction: string) =>
+        exchange.mock.calls.filter(([way]) => way === direction).map(([, regions]) => regions.length);
+      expect(regionsOf(row.single)).toEqual(sizes.map(() => 1));
+      expect(Math.max(...regionsOf(row.joined))).toBe(32);
+      expect(regionsOf(row.joined).reduce((sum, count) => sum + count)).toBe(sizes.length);
+      exchange.mockRestore();
+    },
+  );
+
+  test('keeps the order of operations that go both ways on a pair that joins', async () => {
+    const [a, b] = await openPair(60_000, [true, true]);
+    const source = fill(devices[0], 64, 1);
+    const back = fill(devices[1], 48, 2);
+    const [there, home] = [devices[1].allocate(64, 'test'), devices[0].allocate(48, 'test')];
+    const work: Promise<void>[] = [];
+    for (let i = 0; i < 40; i++) {
+      const forth = i % 5 !== 4;
+      work.push(forth ? a.send([source], options(`${i}`)) : a.receive([home], options(`${i}`)));
+      work.push(forth ? b.receive([there], options(`${i}`)) : b.send([back], options(`${i}`)));
+    }
+    await Promise.all(work);
+    expect(Buffer.compare(read(devices[1], there), read(devices[0], source))).toBe(0);
+    expect(Buffer.compare(read(devices[0], home), read(devices[1], back))).toBe(0);
   });
 
   test('of its own stream: transfers of two pairs in crossing order do not deadlock', async () => {

@@ -6,7 +6,7 @@ import { request } from 'node:https';
 import { join } from 'node:path';
 import { text } from 'node:stream/consumers';
 import { afterEach, beforeAll, describe, expect, it, test } from 'vitest';
-import { formatHostPort } from '../../../src/net/address.ts';
+import { formatHostPort, parseHostPort } from '../../../src/net/address.ts';
 import type { PdProxy } from '../../../src/proxy/proxy.ts';
 import { Authority, type Certificate } from '../../../support/certificates.ts';
 import { answerJson, FakeUpstream } from '../../support/fake-upstream.ts';
@@ -139,6 +139,35 @@ describe('with keys', () => {
       /pd_proxy_bad_pings_total (\d+)/.exec(await (await fetch(url(proxy, '/metrics'))).text())?.[1];
     while ((await badPings()) !== '1');
     expect(proxy.instances).toEqual([]);
+  });
+
+  it('instances that are named get it without --allow-instances, and who pings does not', async () => {
+    const [producer, consumer, other] = await Promise.all(
+      (['producer', 'consumer', 'consumer'] as const).map((role) => FakeUpstream.start(role, answerJson())),
+    );
+    for (const one of [producer!, consumer!, other!]) closing.push(() => one.kill());
+    // One of ours, and one that is not.
+    producer!.instance = producer!.pingOf();
+    const told = { role: 'consumer', kv: parseHostPort(consumer!.zmqAddress) } as const;
+    const proxy = await startProxy({
+      upstream: { keyFile: fileOf(`proxy ${WORKER}\n`) },
+      instances: [
+        { http: parseHostPort(producer!.httpAddress), tls: false },
+        { http: parseHostPort(consumer!.httpAddress), tls: false, told },
+      ],
+    });
+    await proxy.untilPaired();
+    await other!.ping(proxy.discoveryAddress);
+    await consumer!.ping(proxy.discoveryAddress);
+    const badPings = async () =>
+      /pd_proxy_bad_pings_total (\d+)/.exec(await (await fetch(url(proxy, '/metrics'))).text())?.[1];
+    while ((await badPings()) !== '2');
+    expect(proxy.instances.map(({ httpAddress }) => httpAddress).sort()).toEqual(
+      [producer!.httpAddress, consumer!.httpAddress].sort(),
+    );
+    expect((await post(proxy)).status).toBe(200);
+    const shown = [producer!.instanceKey, consumer!.asked[0]!.headers.authorization];
+    expect(shown).toEqual([`Bearer ${WORKER}`, `Bearer ${WORKER}`]);
   });
 });
 

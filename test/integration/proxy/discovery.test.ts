@@ -5,6 +5,7 @@ import { afterEach, describe, expect, test } from 'vitest';
 import type { HostPort } from '../../../src/net/address.ts';
 import { Discovery } from '../../../src/proxy/discovery.ts';
 import { InstanceRegistry, type RegistryChange } from '../../../src/proxy/registry.ts';
+import { encodePing } from '../../../src/wire/codec.ts';
 import { sendPing, sendRaw } from '../../support/fake-upstream.ts';
 
 /** A discovery whose changes and log lines can be awaited one by one. */
@@ -78,6 +79,19 @@ describe('pings', () => {
     await producer(address);
     expect((await next()).kind).toBe('added');
     expect(lines.filter((line) => line.startsWith('ignored a ping'))).toHaveLength(1); // the rest are suppressed
+  });
+
+  test('of an instance that was named as well are of the same one, also if it was taken for one of vLLM', async () => {
+    const { registry, discovery, next, lines } = await setUp();
+    const [at, http_address] = [{ host: '127.0.0.1', port: 8081 }, '127.0.0.1:8081'];
+    const said = { type: 'P', http_address, zmq_address: '127.0.0.1:8082' } as const;
+    const ping = { ...said, native: { version: 1, digest: 'abc', model: 'demo' } };
+    discovery.take(encodePing(ping));
+    await next();
+    for (const more of [said, ping]) expect(discovery.takeNamed(more, { at, tls: false })).toBe(true);
+    discovery.take(encodePing(ping));
+    expect(registry.list()).toMatchObject([{ fingerprint: { digest: 'abc' } }]);
+    expect(lines).toHaveLength(1);
   });
 
   test('that stop remove the instance; one that comes back is added again', async () => {

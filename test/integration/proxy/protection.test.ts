@@ -118,13 +118,24 @@ describe('before a byte has been passed on, another pair is tried', () => {
     const proxy = await startProxy();
     await upstream(proxy, 'producer');
     await upstream(proxy, 'producer');
-    await upstream(proxy, 'consumer', dies);
-    await upstream(proxy, 'consumer', streams);
+    const dead = await upstream(proxy, 'consumer', dies);
+    const well = await upstream(proxy, 'consumer', streams);
     for (let i = 0; i < 3; i++) {
       const response = await post(proxy, { stream: true });
       expect([response.status, await response.text()]).toEqual([200, 'data: {}\n\ndata: [DONE]\n\n']);
     }
     expect(await metric(proxy, 'pd_proxy_retries_total{result="tried"}')).toBe(1);
+    const of = ({ httpAddress }: typeof dead) => `worker="${httpAddress}",role="consumer"`;
+    expect(
+      await Promise.all(
+        [
+          `retries_total{${of(dead)}}`,
+          `requests_total{${of(dead)},outcome="refused"}`,
+          `requests_total{${of(well)},outcome="success"}`,
+          `time_to_first_token_seconds_count{${of(well)}}`,
+        ].map((series) => metric(proxy, `pd_proxy_worker_${series}`)),
+      ),
+    ).toEqual([1, 1, 3, 3]);
   });
 
   test('three times, and where all fail the last failure is told', async () => {
@@ -148,6 +159,8 @@ test('an instance that answers with errors of the server three times is let alon
   await upstream(proxy, 'consumer');
   const statuses = await Promise.all([1, 2, 3, 4, 5, 6].map(async () => (await post(proxy)).status));
   expect(statuses.filter((status) => status === 500)).toHaveLength(3);
+  const labels = `worker="${bad.httpAddress}",role="producer"`;
+  expect(await metric(proxy, `pd_proxy_worker_requests_total{${labels},outcome="failure"}`)).toBe(3);
   // When it is tried again is in test/unit/proxy/breaker.test.ts; here, that it is not asked as often as before.
   for (let i = 0; i < 20; i++) await post(proxy);
   expect(bad.asked.length).toBeLessThan(10);

@@ -24,7 +24,7 @@ it('asks for it on every route but those that probes and scrapers use', async ()
     return (await server.inject({ method, url, headers, ...(payload && { payload }) })).statusCode;
   };
   for (const url of ['/health', '/ready', '/metrics']) expect(await status('GET', url)).toBe(200);
-  for (const url of ['/v1/models', '/debug/state', '/version', '/openapi.json', '/nowhere'])
+  for (const url of ['/v1/models', '/instance', '/debug/state', '/version', '/openapi.json', '/nowhere'])
     expect(await status('GET', url)).toBe(401);
   for (const url of [COMPLETIONS, '/kv/release', '/kv/prefilled', '/kv/failed', '/tokenize'])
     expect(await status('POST', url)).toBe(401);

@@ -1,5 +1,6 @@
 import { describe, expect, it } from 'vitest';
 import type { DebugAudience } from '../../../src/config/worker-config.ts';
+import { readPing } from '../../../src/wire/codec.ts';
 import { saying } from '../../support/fake-core.ts';
 
 import { type Answer, COMPLETIONS, startServer, user } from '../../support/http-worker.ts';
@@ -20,6 +21,25 @@ describe('the rest', () => {
       expect((await ask('loopback', remote))[0]).toBe(403);
       expect((await ask('anyone', remote))[0]).toBe(200);
     }
+  });
+
+  it('says what it pings to whoever asks, and nothing where it is no instance or stops', async () => {
+    const { server, core, inFlight } = await startServer();
+    const get = async () => {
+      const response = await server.inject({ url: '/instance' });
+      return [response.statusCode, response.json()] as const;
+    };
+    expect(await get()).toMatchObject([404, { error: { code: 'REQUEST_INVALID' } }]);
+    const load = { running: 1, waiting: 2, kvUsed: 3, kvBlocks: 4, queuedTokens: 5 };
+    core.ping = {
+      ...{ type: 'D', http_address: '10.0.0.1:8083', zmq_address: '10.0.0.1:8084' },
+      native: { version: 1, digest: 'd', model: 'm', sendType: 'PUT', features: ['native'], load },
+    };
+    const [status, said] = await get();
+    expect([status, said]).toMatchObject([200, { type: 'D', pd: { send_type: 'PUT', load: { queued: 5 } } }]);
+    expect(readPing(said)).toEqual(core.ping);
+    await inFlight.drain(0);
+    expect(await get()).toMatchObject([503, { error: { code: 'SERVER_DRAINING' } }]);
   });
 
   it('lists models, version and health', async () => {

@@ -31,7 +31,7 @@ const failure = (kind: FailureKind, code: ErrorCode, context: ErrorContext = {})
   error: { code, message: 'words', context },
   count: 1,
   agoMs: 5_000,
-  mended: false,
+  recovered: false,
 });
 
 function findingsOf(transfer: Partial<TransferState>, metrics: Record<string, number> = {}) {
@@ -167,7 +167,7 @@ describe('a worker that waits is in scenario', () => {
 
   test('none: what failed has gone well since, or was long ago', () => {
     const past = failure('load', 'KV_BUFFER_FULL');
-    expect(examine({ failures: [{ ...past, mended: true }] })).toEqual([]);
+    expect(examine({ failures: [{ ...past, recovered: true }] })).toEqual([]);
     expect(examine({ failures: [{ ...past, agoMs: 3_600_000 }] })).toEqual([]);
   });
 });

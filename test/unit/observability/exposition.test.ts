@@ -21,12 +21,14 @@ const pages: [of: string, page: () => Promise<string>][] = [
   [
     'proxy',
     async () => {
-      const metrics = createProxyMetrics({
-        instances: new InstanceRegistry(10_000),
-        cachedBlocks: () => 0,
-        queued: () => 0,
-      });
-      metrics.requests.inc({ route: '/v1/completions', status: 200 });
+      const instances = new InstanceRegistry(10_000);
+      const load = { running: 1, waiting: 2, kvUsed: 3, kvBlocks: 4, queuedTokens: 5 };
+      instances.announce({ role: 'producer', httpAddress: '[::1]:1', zmqAddress: '[::1]:2', load });
+      const metrics = createProxyMetrics({ instances, cachedBlocks: () => 0, queued: () => 0 });
+      const route = metrics.routeOf('/v1/completions');
+      route.statuses.inc(200);
+      route.errors.inc('NO_INSTANCE');
+      route.seconds.observe(0.3);
       metrics.prefillSeconds.observe(0.02);
       return await metrics.registry.metrics();
     },

@@ -9,6 +9,7 @@ import {
   encodeNative,
   isNativeMessage,
   nativeBodyBytes,
+  rehearseCodec,
 } from '../../../../src/transfer/native/codec.ts';
 import type { NativeMessage, Nonce, Ticket, WantMessage } from '../../../../src/transfer/native/messages.ts';
 import { encodeMessage } from '../../../../src/wire/codec.ts';
@@ -309,4 +310,8 @@ describe('what is refused', () => {
       { numRuns: 2_000 },
     );
   });
+});
+
+it('rehearses with messages that it takes', () => {
+  expect(rehearseCodec).not.toThrow();
 });

@@ -5,6 +5,11 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
 import { afterEach, expect, test } from 'vitest';
 import { complete } from '../support/requests.ts';
+import { withTheOthers } from '../support/rows.ts';
+
+/** Tests for every change, and those for where all is tested. */
+const always = test.skipIf(withTheOthers);
+const seldom = test.skipIf(!withTheOthers);
 
 interface Started {
   readonly child: ChildProcess;
@@ -76,7 +81,7 @@ const REQUEST = {
   temperature: 0,
 };
 
-test('pd-launch serves, starts again what is killed, and leaves nothing behind', async () => {
+always('pd-launch serves, starts again what is killed, and leaves nothing behind', async () => {
   const { child, addresses, pids, untilStarted } = await launch();
   const { proxy, producers, consumers } = addresses;
   const first = await complete(proxy.url, REQUEST);
@@ -101,7 +106,7 @@ test('pd-launch serves, starts again what is killed, and leaves nothing behind',
   expect([...pids.values()].flat().filter(alive)).toEqual([]);
 });
 
-test('no program outlives a pd-launch that is killed outright', async () => {
+seldom('no program outlives a pd-launch that is killed outright', async () => {
   const { child, pids } = await launch();
   const all = [...pids.values()].flat();
   expect(all).toHaveLength(3);
@@ -112,7 +117,7 @@ test('no program outlives a pd-launch that is killed outright', async () => {
   }
 });
 
-test('a worker that cannot start ends pd-launch with its words', async () => {
+always('a worker that cannot start ends pd-launch with its words', async () => {
   await expect(launch('--', '--block-size', 'many')).rejects.toThrow(
     /CONFIG_INVALID: --block-size[\s\S]*did not start/,
   );

@@ -1,4 +1,4 @@
-/** A whole system on two stand-in GPUs; that it says what an undivided worker says is seen in cuda-executor.rows.test.ts and test/wide. */
+/** A whole system on two stand-in GPUs; that it says what an undivided worker says is seen in cuda-stand-ins.test.ts. */
 import { expect, test } from 'vitest';
 import { standInEnvironment } from '../stand-ins/build.ts';
 import { startProxy, startWorker, untilListed } from '../support/cluster.ts';

@@ -8,6 +8,11 @@ import { fileURLToPath } from 'node:url';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import type { DoctorReport, Finding } from '../../../src/doctor/finding.ts';
 import { standInEnvironment } from '../../stand-ins/build.ts';
+import { withTheOthers } from '../../support/rows.ts';
+
+/** Tests for every change, and those for where all is tested. */
+const always = test.skipIf(withTheOthers);
+const seldom = test.skipIf(!withTheOthers);
 
 const BIN = fileURLToPath(new URL('../../../bin/', import.meta.url));
 
@@ -49,7 +54,7 @@ beforeAll(() => {
 afterAll(() => rmSync(folder, { recursive: true }));
 
 describe('without a GPU', () => {
-  test('nothing is wrong, and it says so plainly', async () => {
+  always('nothing is wrong, and it says so plainly', async () => {
     const { code, failures, of } = await examine([], nothing);
     expect(failures).toEqual([]);
     expect(code).toBe(0);
@@ -57,7 +62,7 @@ describe('without a GPU', () => {
     expect(of('Node').map(({ level }) => level)).toEqual(['ok', 'ok', 'ok']);
   });
 
-  test('asked for one, it fails with what to install, library by library', async () => {
+  seldom('asked for one, it fails with what to install, library by library', async () => {
     const { code, of } = await examine(['--device', 'cuda:0'], nothing);
     expect(code).toBe(1);
     const [cuda, , nccl] = of('Libraries');
@@ -65,7 +70,7 @@ describe('without a GPU', () => {
     expect(nccl).toMatchObject({ level: 'fail', fix: expect.stringContaining('PD_NCCL_LIB') });
   });
 
-  test('pd-launch refuses GPUs with the reason and the way out', async () => {
+  always('pd-launch refuses GPUs with the reason and the way out', async () => {
     const { code, stderr } = await run('pd-launch', ['--device', 'cuda'], nothing);
     expect(code).toBe(1);
     expect(stderr).toMatch(/LIBRARY_NOT_FOUND: --device cuda: no GPU can be used here.*--device host/);
@@ -73,7 +78,7 @@ describe('without a GPU', () => {
 });
 
 describe('with two GPUs', () => {
-  test('lists libraries with versions and files, GPUs, and how they reach each other', async () => {
+  always('lists libraries with versions and files, GPUs, and how they reach each other', async () => {
     const { code, of } = await examine([], standIns);
     expect(code).toBe(0);
     expect(of('Libraries').map(({ what }) => what)).toEqual([
@@ -90,7 +95,7 @@ describe('with two GPUs', () => {
     ]);
   });
 
-  test('a GPU that is not there, no GPU behind the driver, and an old NCCL are told', async () => {
+  seldom('a GPU that is not there, no GPU behind the driver, and an old NCCL are told', async () => {
     const [absent, none, old] = await Promise.all([
       examine(['--device', 'cuda:2'], standIns),
       examine([], { ...standIns, PD_STANDIN_FAULTS: 'cudaGetDeviceCount=100' }),
@@ -101,7 +106,7 @@ describe('with two GPUs', () => {
     expect(old.of('Libraries')[2]).toMatchObject({ level: 'warn', fix: expect.stringContaining('2.27') });
   });
 
-  test('a library that crashes as it loads is named; the rest of the page stands', async () => {
+  always('a library that crashes as it loads is named; the rest of the page stands', async () => {
     const source = join(folder, 'crash.c');
     const library = join(folder, 'libcrash.so');
     writeFileSync(
@@ -118,7 +123,7 @@ describe('with two GPUs', () => {
     expect(of('Ports').length).toBeGreaterThan(0);
   });
 
-  test('pd-launch names the GPUs it lacks and who would have had them', async () => {
+  seldom('pd-launch names the GPUs it lacks and who would have had them', async () => {
     const many = await run('pd-launch', ['--device', 'cuda', '--prefill', '2'], standIns);
     expect(many.stderr).toMatch(
       /DEVICE_UNAVAILABLE: .*3 workers want a GPU each.*Stand-in GPU 1\): there is no cuda:2 for consumer-0/,
@@ -127,7 +132,7 @@ describe('with two GPUs', () => {
   });
 });
 
-test('a port that is taken stops the worker that wants it, with who holds it', async () => {
+always('a port that is taken stops the worker that wants it, with who holds it', async () => {
   const server = createServer();
   await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve));
   const { port } = server.address() as { port: number };
@@ -140,7 +145,7 @@ test('a port that is taken stops the worker that wants it, with who holds it', a
   expect(failures[0]?.what).toMatch(new RegExp(`KV: port ${port} .*pid ${process.pid}`));
 });
 
-test('a wrong kv_rank stops a worker', async () => {
+seldom('a wrong kv_rank stops a worker', async () => {
   const json = { kv_connector: 'P2pNcclConnector', kv_role: 'kv_producer', kv_rank: 1, kv_parallel_size: 2 };
   const { code, failures } = await examine(['--kv-transfer-config', JSON.stringify(json)], nothing);
   expect(code).toBe(1);

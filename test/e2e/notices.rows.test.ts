@@ -10,6 +10,7 @@ import {
   type WorkerHandle,
 } from '../support/cluster.ts';
 import { eventually } from '../support/requests.ts';
+import { rows } from '../support/rows.ts';
 
 const NONE = [
   'pd_kv_buffer_used_bytes',
@@ -22,12 +23,17 @@ const NONE = [
 /** More than the context, which the producer, asked for one token, cannot see. */
 const TOO_MANY = 10_000;
 
-describe.each(SEND_TYPES)('%s', (sendType) => {
+const MODES = rows(
+  [['native']],
+  SEND_TYPES.map((sendType) => ['frozen', '--send-type', sendType]),
+);
+
+describe.each(MODES)('--wire %s %s %s', (...mode) => {
   let proxy: ProxyHandle;
   let workers: WorkerHandle[] = [];
   beforeAll(async () => {
     proxy = await startProxy();
-    const args = ['--send-type', sendType, '--log-level', 'debug'];
+    const args = ['--wire', ...mode, '--log-level', 'debug'];
     workers = await Promise.all([startWorker('producer', proxy, args), startWorker('consumer', proxy, args)]);
     await untilListed(proxy, 1, 1);
   });

@@ -17,6 +17,7 @@ import { type Dtype, tensorBytes } from '../../src/wire/dtype.ts';
 import { type TensorId, tensorIdOf } from '../../src/wire/ids.ts';
 import { proxiedId } from '../../support/ids.ts';
 import { PythonPeer, pythonWith, seededBytes, sha256 } from '../../support/python-peer.ts';
+import { rows, withTheOthers } from '../support/rows.ts';
 import {
   failure,
   keptPort,
@@ -88,11 +89,13 @@ const TENSORS: readonly { readonly shape: number[]; readonly dtype: Dtype }[] = 
   { shape: [2, 100, 16, 8, 32], dtype: 'bfloat16' },
 ];
 
-const ENDS: readonly (Ends & { readonly name: string; readonly there: boolean })[] = [
-  { name: 'own ZMTP, IPv4', sockets: 'zmtp', host: '127.0.0.1', there: python !== undefined },
-  { name: 'own ZMTP, IPv6', sockets: 'zmtp', host: '::1', there: python !== undefined && hasIpv6 },
-  { name: 'pyzmq, IPv4', sockets: 'pyzmq', host: '127.0.0.1', there: pyzmq !== undefined },
-];
+const ENDS = rows<Ends & { readonly name: string; readonly there: boolean }>(
+  [
+    { name: 'own ZMTP, IPv4', sockets: 'zmtp', host: '127.0.0.1', there: python !== undefined },
+    { name: 'pyzmq, IPv4', sockets: 'pyzmq', host: '127.0.0.1', there: pyzmq !== undefined },
+  ],
+  [{ name: 'own ZMTP, IPv6', sockets: 'zmtp', host: '::1', there: python !== undefined && hasIpv6 }],
+);
 
 if (python === undefined) console.warn('python-peer: skipped, no Python with msgpack (python3-msgpack)');
 else if (pyzmq === undefined)
@@ -390,7 +393,7 @@ for (const ends of ENDS) {
   });
 }
 
-describe.skipIf(python === undefined)('the peer itself', () => {
+describe.skipIf(python === undefined || withTheOthers)('the peer itself', () => {
   const answers: [what: string, op: string, answers: (cmd: string) => Uint8Array[]][] = [
     ['an answer to NEW', 'put', () => [Uint8Array.of(0x80)]],
     ['an answer 2', 'put', (cmd) => (cmd === 'PUT' ? [Buffer.from('2')] : [])],
