@@ -26,12 +26,13 @@ const NODES_A_STEP = 16;
 export class Vocabulary {
   readonly data: VocabularyData;
   readonly words: number;
-  /** Parts by the shape of their rule. */
-  readonly parts: Map<string, MaskPart>;
+  /** Parts by the shape of their rule: those that came along, and those found since. */
+  readonly known: ReadonlyMap<string, MaskPart>;
+  readonly parts = new Map<string, MaskPart>();
 
   constructor(data: VocabularyData) {
     this.data = data;
-    this.parts = new Map(data.parts);
+    this.known = new Map(data.parts);
     this.words = maskWords(data.size);
   }
 }
@@ -214,7 +215,9 @@ export class TokenGrammar {
     const { shapes, shapeOf, shapeState } = this.#tables;
     const shape = shapes[shapeOf[state]!];
     if (shape === undefined) return remembered(this.#parts, state, () => this.#findPart(state));
-    return remembered(this.#vocabulary.parts, `${shapeState[state]} ${shape}`, () => this.#findPart(state));
+    const { known, parts } = this.#vocabulary;
+    const key = `${shapeState[state]} ${shape}`;
+    return known.get(key) ?? remembered(parts, key, () => this.#findPart(state));
   }
 
   #findPart(state: number): MaskPart {

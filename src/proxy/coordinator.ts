@@ -259,11 +259,17 @@ class LocalVisit implements Visit {
     return prompt.tokens - this.#parts.caches.cached(httpAddress, prompt);
   }
 
-  #tally({ role }: Instance, uncached: number): void {
-    const placed = this.#parts.metrics.placedTokens[role];
+  #tally(instance: Instance, uncached: number): void {
+    const { metrics, registry } = this.#parts;
+    const placed = metrics.placedTokens[instance.role];
     const cached = this.#wish.prompt.tokens - uncached;
     if (cached > 0) placed.inc('yes', cached);
     placed.inc('no', uncached);
+    const there = registry.tallyOf(instance)?.placed;
+    if (!there) return;
+    there.requests++;
+    there.cached += cached;
+    there.uncached += uncached;
   }
 }
 

@@ -118,8 +118,14 @@ export function choose<C extends Candidate>(
 
 /** What a token takes where it is not known: as the others on average, so that one nobody knows is neither sought nor shunned. */
 function usualMs(candidates: readonly Candidate[]): number {
-  const known = candidates.flatMap(({ work }) => work.msPerToken ?? []);
-  return known.length > 0 ? known.reduce((sum, ms) => sum + ms) / known.length : UNKNOWN_MS;
+  let sum = 0;
+  let known = 0;
+  for (const { work } of candidates) {
+    if (work.msPerToken === undefined) continue;
+    sum += work.msPerToken;
+    known++;
+  }
+  return known > 0 ? sum / known : UNKNOWN_MS;
 }
 
 function prefillMs(work: InstanceWork, tokens: number, msPerToken: number): number {

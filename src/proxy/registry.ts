@@ -210,6 +210,10 @@ export class InstanceRegistry {
     return this.#entries.get(httpAddress)?.breaker;
   }
 
+  policyOf(role: InstanceRole): Policy {
+    return this.#policies[role];
+  }
+
   /** What it was asked; undefined where the instance has gone. */
   tallyOf({ httpAddress }: Instance): InstanceTally | undefined {
     return this.#entries.get(httpAddress)?.tally;

@@ -2,13 +2,20 @@
 import { hash } from 'node:crypto';
 import { PdError } from '../errors.ts';
 import { compileSpec, type GrammarSpec } from '../grammar/grammar.ts';
-import { TokenGrammar, Vocabulary } from '../grammar/masks.ts';
+import { type GrammarPlace, TokenGrammar, Vocabulary } from '../grammar/masks.ts';
 import { type VocabularyData, vocabularyOf } from '../grammar/vocabulary.ts';
 import { specialBytes, textBytes } from '../grammar/whole.ts';
 import type { Tokenizer } from '../model/tokenizer.ts';
 import type { GrammarUse } from '../scheduler/types.ts';
 import type { GrammarWish } from './server/fields.ts';
 
+/** Strings of all kinds with one that leads through their states, whose masks are the longest to find. */
+const STRINGS: readonly (readonly [schema: object, text: string])[] = [
+  [{ type: 'string' }, '"a'],
+  [{ type: 'string', maxLength: 1_000 }, '"a'],
+  [{ type: 'string', format: 'email' }, '"a.b@c-d.ef'],
+  [{ type: 'array', items: { type: 'string' }, uniqueItems: true }, '["a'],
+];
 /** A large one takes some MB. */
 const MOST_KNOWN = 64;
 
@@ -47,11 +54,15 @@ export class GrammarCompiler {
       ),
     );
     const vocabulary = new Vocabulary(data);
-    for (const schema of [{ type: 'string' }, { type: 'string', maxLength: 1_000 }]) {
+    const mask = new Uint32Array(vocabulary.words);
+    for (const [schema, text] of STRINGS) {
       const tables = compileSpec({ kind: 'json-schema', schema }, () => 0);
       const grammar = new TokenGrammar(tables, vocabulary);
-      const inside = grammar.acceptBytes(grammar.start, new TextEncoder().encode('"'));
-      if (inside) grammar.fillMask(inside, new Uint32Array(vocabulary.words));
+      let place: GrammarPlace | undefined = grammar.start;
+      for (const byte of new TextEncoder().encode(text)) {
+        place = place && grammar.acceptBytes(place, Uint8Array.of(byte));
+        if (place) grammar.fillMask(place, mask);
+      }
     }
     return { ...data, parts: [...vocabulary.parts] };
   }
