@@ -196,6 +196,7 @@ function main(): void {
     for (const path of [
       'package.json',
       'models',
+      'ui',
       'kernels',
       'docs',
       'scripts/common.sh',

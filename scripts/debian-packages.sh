@@ -4,9 +4,10 @@
 #   ./scripts/debian-packages.sh peer        the Python peer of the tests (support/peers) and openssl: python3-msgpack, python3-zmq, openssl
 #   ./scripts/debian-packages.sh promtool    Prometheus, and its own check of metric pages: prometheus
 #   ./scripts/debian-packages.sh etcd        a real etcd to register with: etcd-server
+#   ./scripts/debian-packages.sh browser     a browser for the page at /ui: chromium, fonts-dejavu-core
 set -uo pipefail
 
-case "${1:?peer, promtool or etcd}" in
+case "${1:?peer, promtool, etcd or browser}" in
   peer)
     packages=(python3-msgpack python3-zmq openssl)
     there() { /usr/bin/python3 -c 'import msgpack, zmq' 2>/dev/null && command -v openssl >/dev/null; }
@@ -19,7 +20,11 @@ case "${1:?peer, promtool or etcd}" in
     packages=(etcd-server)
     there() { command -v etcd >/dev/null; }
     ;;
-  *) echo "debian-packages: peer, promtool or etcd, not $1" >&2; exit 2 ;;
+  browser)
+    packages=(chromium fonts-dejavu-core)
+    there() { command -v chromium >/dev/null; }
+    ;;
+  *) echo "debian-packages: peer, promtool, etcd or browser, not $1" >&2; exit 2 ;;
 esac
 
 install() {

@@ -117,6 +117,8 @@ export const LAYERS: readonly Layer[] = [
       ),
     ],
   },
+  // The page; of the proxy the types of what it is told.
+  { name: 'ui', may: ['src/proxy'] },
   { name: 'examples', may: ['src/index.ts'] },
   { name: 'support', may: ['src'] },
   { name: 'bench', may: ['src', 'ffi', 'support'] },

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The long tests that scripts/test.sh leaves out: the archive for hosts without Node, the package (packed, installed elsewhere, publint, API
-# reference), small benchmarks, other versions of Node, OpenAI's clients, promtool, etcd. At most thirty minutes on two cores. Ends with one line:
+# reference), small benchmarks, other versions of Node, OpenAI's clients, promtool, etcd, Chromium. At most thirty minutes on two cores. Ends with one line:
 # "test-all: N passed, N failed"; a part that is not a vitest run counts as one. Needs the npm registry, for the package, the versions of Node, clients and vocabularies.
 #
 # With CI=true it is a failure if a Debian package that the tests need cannot be installed; otherwise those tests are skipped.
@@ -13,7 +13,7 @@ trap 'rm -rf "$results"' EXIT
 passed=0
 failed=0
 
-for part in peer promtool etcd; do
+for part in peer promtool etcd browser; do
   if ! ./scripts/debian-packages.sh "$part"; then
     if [ "${CI:-}" = true ]; then failed=$((failed + 1)); else echo "test-all: the tests that need them are skipped"; fi
   fi

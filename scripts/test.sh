@@ -31,6 +31,7 @@ fi
 ) &
 checks=$!
 step "types" ./node_modules/.bin/tsc -p tsconfig.json
+step "types of the page" ./node_modules/.bin/tsc -p ui/tsconfig.json
 step "build" ./scripts/build.sh --noCheck
 wait "$checks"
 broken=$((broken + $?))

@@ -180,4 +180,4 @@ export {
   readMetric,
 } from './observability/metrics.ts';
 export { createRegistry, type Labels } from './observability/registry.ts';
-export type { Timeline } from './observability/timelines.ts';
+export type { Facts, Timeline, TimelineStage } from './observability/timelines.ts';

@@ -101,27 +101,36 @@ async function withFleet<T>(
 
 const REQUEST = { connections: CONNECTIONS, bodyBytes: PROMPT_BYTES, prefixes: 'cold' } as const;
 
-/** From the least to the defaults, one more at a time. */
+const KEY = 'sk-00000000000000000000';
+const WORK = mkdtempSync(join(tmpdir(), 'pd-proxy-speed-'));
+process.on('exit', () => rmSync(WORK, { recursive: true }));
+writeFileSync(join(WORK, 'keys'), `a ${KEY}\nb sk-11111111111111111111\n`);
+const KEYED = ['--api-key-file', join(WORK, 'keys')];
+const SHOWN = { authorization: `Bearer ${KEY}` };
+const LIMITED = ['--max-running', '10000', '--max-running-tokens', '100000000'];
 const BARE = ['--policy', 'round-robin', '--health-interval', '0', '--log-level', 'warn'];
-const FEATURES: readonly (readonly [string, Partial<FleetOptions>])[] = [
+/** From the least to all that is on where keys are, one more at a time. */
+const FEATURES: readonly (readonly [string, Partial<FleetOptions>, LoadPlan['headers']?])[] = [
   ['two hops, nothing else (round robin, no probes, warnings only)', { proxyArgs: BARE }],
   ['+ a line in the log for each', { proxyArgs: BARE.slice(0, 4) }],
   ['+ probes: the defaults', { proxyArgs: [] }],
   ['+ kv-aware', { proxyArgs: ['--policy', 'kv-aware'] }],
+  ['+ keys', { proxyArgs: ['--policy', 'kv-aware', ...KEYED] }, SHOWN],
+  ['+ limits', { proxyArgs: ['--policy', 'kv-aware', ...KEYED, ...LIMITED] }, SHOWN],
   [
-    '+ limits',
-    { proxyArgs: ['--policy', 'kv-aware', '--max-running', '10000', '--max-running-tokens', '100000000'] },
+    'kv-aware and keys, workers of ours: both asked at once',
+    { proxyArgs: ['--policy', 'kv-aware', ...KEYED], kind: 'ours' },
+    SHOWN,
   ],
-  ['kv-aware, workers of ours: both asked at once', { proxyArgs: ['--policy', 'kv-aware'], kind: 'ours' }],
 ];
 
 async function features(): Promise<void> {
   const rows: string[][] = [];
   const kept: object[] = [];
-  for (const [name, settings] of FEATURES) {
+  for (const [name, settings, headers = {}] of FEATURES) {
     await withFleet(settings, async (fleet) => {
-      const whole = await measure(fleet, { ...REQUEST, answers: 'whole' });
-      const streamed = await measure(fleet, { ...REQUEST, answers: 'streamed' });
+      const whole = await measure(fleet, { ...REQUEST, headers, answers: 'whole' });
+      const streamed = await measure(fleet, { ...REQUEST, headers, answers: 'streamed' });
       kept.push({ name, whole, streamed });
       rows.push([
         name,

@@ -26,6 +26,8 @@ export interface GuardOptions {
   readonly log: Logger;
   /** Routes for holders of an admin key alone. */
   readonly admin?: ReadonlySet<string>;
+  /** Further routes that anybody may ask for. */
+  readonly open?: ReadonlySet<string>;
   readonly onRefused?: (reason: KeyRefusal | 'forbidden') => void;
 }
 
@@ -92,13 +94,14 @@ export class Guard {
   /** Throws KEY_REFUSED, KEY_FORBIDDEN. */
   #admit(request: FastifyRequest, reply: FastifyReply): void {
     const route = request.routeOptions.url;
-    if (this.#keys === undefined || (route !== undefined && OPEN.has(route))) return;
+    const { open, admin } = this.#options;
+    if (this.#keys === undefined || (route !== undefined && (OPEN.has(route) || open?.has(route)))) return;
     const holder = this.#keys.holder(request.headers.authorization);
     if (typeof holder === 'string') {
       reply.header('www-authenticate', 'Bearer');
       throw this.#refused(request, holder, new PdError('KEY_REFUSED', REFUSALS[holder]));
     }
-    if (route !== undefined && this.#options.admin?.has(route) && !holder.admin) {
+    if (route !== undefined && admin?.has(route) && !holder.admin) {
       const what = `${request.method} ${route} takes an admin key, which that of ${holder.name} is not`;
       throw this.#refused(request, 'forbidden', new PdError('KEY_FORBIDDEN', what));
     }

@@ -1,5 +1,6 @@
 /** pd-proxy: options, signals, exit. */
 import { Command } from 'commander';
+import { otelLayer } from '../config/fields.ts';
 import { addOptions, resolveOptions } from '../config/options.ts';
 import { PROXY_OPTIONS, type ProxyConfig, toProxyConfig } from '../config/proxy-config.ts';
 import { vllmLogLevel } from '../config/vllm.ts';
@@ -22,9 +23,10 @@ export function proxyConfig(
     .showHelpAfterError('(--help lists the options)')
     .parse(argv, { from: 'user' });
   const warnings: string[] = [];
-  const values = resolveOptions(PROXY_OPTIONS, command, env, ({ logLevel }) =>
-    vllmLogLevel(logLevel, env, warnings),
-  );
+  const values = resolveOptions(PROXY_OPTIONS, command, env, ({ logLevel }) => [
+    ...vllmLogLevel(logLevel, env, warnings),
+    ...otelLayer(env),
+  ]);
   const config = toProxyConfig(values);
   for (const warning of warnings) warn(warning, config);
   return config;

@@ -8,8 +8,15 @@
 import { PdError } from '../errors.ts';
 import { LOG_FORMATS, LOG_LEVELS, type LogOptions } from '../observability/log-options.ts';
 import type { z } from '../zod.ts';
-import { type Kind, oneOf } from './kinds.ts';
-import { grouped, type OptionSpec, type OptionTable, option, type ValuesOf } from './options.ts';
+import { type Kind, oneOf, webUrl } from './kinds.ts';
+import {
+  grouped,
+  type OptionLayer,
+  type OptionSpec,
+  type OptionTable,
+  option,
+  type ValuesOf,
+} from './options.ts';
 
 type Leaf = string | number | boolean | readonly unknown[];
 
@@ -111,6 +118,22 @@ export const logOptions = <At extends string>(at: At) =>
       default: 'auto',
     }),
   });
+
+export const TRACE_OPTIONS = grouped('Traces', {
+  otlpEndpoint: option({
+    field: 'otlpEndpoint',
+    kind: webUrl(),
+    help: 'OpenTelemetry receiver of OTLP over HTTP, whose /v1/traces gets a trace of each request as JSON',
+    defaultText: 'OTEL_EXPORTER_OTLP_ENDPOINT, or none',
+  }),
+});
+
+/** What OpenTelemetry's own variable says, where no option of ours does. */
+export function otelLayer(env: Readonly<Record<string, string | undefined>>): OptionLayer[] {
+  const name = 'OTEL_EXPORTER_OTLP_ENDPOINT';
+  const value = env[name];
+  return value ? [{ values: { otlpEndpoint: { value, label: `${name} (environment)` } } }] : [];
+}
 
 /** For a program that has its own log: what it should not miss, and nothing else. */
 export const QUIET_LOG: LogOptions = { level: 'warn', format: 'auto' };

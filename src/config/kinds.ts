@@ -109,6 +109,14 @@ export function hostPort(): Kind<HostPort> {
   return parsed('host:port', allowed, address, itself, ({ host, port }) => `${host}:${port}`);
 }
 
+export function webUrl(): Kind<string> {
+  const allowed = 'a URL such as http://localhost:4318';
+  const value = z.string().refine((given) => /^https?:\/\/./.test(given) && URL.canParse(given), {
+    error: `expected ${allowed}`,
+  });
+  return parsed('url', allowed, value, itself);
+}
+
 /** etcd, and the prefix of its keys. */
 export function etcdAddress(): Kind<EtcdAddress> {
   const value = z.custom<EtcdAddress>(

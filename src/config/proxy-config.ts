@@ -12,6 +12,7 @@ import {
   QUIET_LOG,
   shapeOf,
   type TableOf,
+  TRACE_OPTIONS,
   withoutUndefined,
 } from './fields.ts';
 import {
@@ -34,6 +35,10 @@ import { defaultsOf, defineOptions, grouped, option, type ValuesOf } from './opt
 export const POLICIES = ['auto', 'round-robin', 'least-loaded', 'session', 'kv-aware'] as const;
 /** How an instance is chosen for a request (docs/routing.md). `auto`: kv-aware among pd-workers, else round-robin. */
 export type Policy = (typeof POLICIES)[number];
+
+const UI_AUDIENCES = ['local', 'open', 'off'] as const;
+/** `local`: clients on this machine; `open`: everyone; `off`: nobody, with keys too. */
+export type UiAudience = (typeof UI_AUDIENCES)[number];
 
 /** What the proxy shows to instances, and what they must show. Paths of files. */
 export interface UpstreamAccess {
@@ -96,7 +101,11 @@ export interface ProxyConfig {
   readonly workers: number;
   /** GET /debug/state is answered, to clients on this machine. */
   readonly debugState: boolean;
+  /** Who sees the page at /ui, where no keys are asked for; with keys, those who hold an admin key. */
+  readonly ui: UiAudience;
   readonly log: LogOptions;
+  /** Base URL of the OTLP receiver that gets traces. Absent: none are made. */
+  readonly otlpEndpoint?: string;
 }
 
 /** A new option is a row here and its field above. */
@@ -269,7 +278,14 @@ export const PROXY_OPTIONS = defineOptions({
     help: 'answer GET /debug/state to clients on this machine',
     default: false,
   }),
+  ui: option({
+    field: 'ui',
+    kind: oneOf(UI_AUDIENCES),
+    help: 'the page at /ui: for clients on this machine (with --api-key-file, for admin keys from anywhere), for everyone, or not at all',
+    default: 'local',
+  }),
   ...logOptions('log.'),
+  ...TRACE_OPTIONS,
   config: option({ kind: text('file'), help: 'JSON file with any of these options' }),
 } satisfies TableOf<ProxyConfig>);
 

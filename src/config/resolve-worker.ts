@@ -5,7 +5,7 @@ import type { Command } from 'commander';
 import { PdError } from '../errors.ts';
 import { asDestination, type HostPort } from '../net/address.ts';
 import { announceHost, defaultAddress, type LocalOptions } from '../net/local.ts';
-import { fieldsOf } from './fields.ts';
+import { fieldsOf, otelLayer } from './fields.ts';
 import { checkAnnounced } from './hosts.ts';
 import { type OptionLayer, resolveOptions } from './options.ts';
 import { DEFAULT_LIMITS } from './transfer-options.ts';
@@ -48,7 +48,7 @@ export function readWorkerOptions(command: Command, env: WorkerEnvironment['env'
       vllm = parseVllmKvConfig(given.kvTransferConfig);
       layers.push(vllm.layer);
     }
-    layers.push(...vllmLogLevel(given.logLevel, env, warnings));
+    layers.push(...vllmLogLevel(given.logLevel, env, warnings), ...otelLayer(env));
     if (env['VLLM_DISABLE_REQUEST_ID_RANDOMIZATION'] === '1') {
       const label = 'VLLM_DISABLE_REQUEST_ID_RANDOMIZATION (environment)';
       layers.push({ values: { randomizeRequestIds: { value: false, label } } });

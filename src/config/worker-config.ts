@@ -87,4 +87,6 @@ export interface WorkerConfig {
   readonly randomizeRequestIds: boolean;
   readonly drainTimeoutMs: number;
   readonly pingIntervalMs: number;
+  /** Base URL of the OTLP receiver that gets traces. Absent: none are made. */
+  readonly otlpEndpoint?: string;
 }

@@ -9,7 +9,7 @@ import { SUFFIXED_IDS } from '../wire/ids.ts';
 import { KV_EVENT_FORMS } from '../wire/kv-events.ts';
 import { SEND_TYPES } from '../wire/messages.ts';
 import { ACCESS_OPTIONS } from './access-options.ts';
-import { logOptions, type TableOf } from './fields.ts';
+import { logOptions, type TableOf, TRACE_OPTIONS } from './fields.ts';
 import {
   addressRange,
   bytes,
@@ -322,6 +322,7 @@ export const WORKER_OPTIONS = defineOptions({
     }),
   }),
   ...logOptions('transfer.log.'),
+  ...TRACE_OPTIONS,
 } satisfies TableOf<WorkerConfig>);
 
 export type WorkerOptions = ValuesOf<typeof WORKER_OPTIONS>;

@@ -117,6 +117,12 @@ export const METRICS = {
     type: 'gauge',
     help: 'Time that a small direct write takes on that path',
   },
+  pd_trace_spans_total: {
+    type: 'counter',
+    help: 'Spans for --otlp-endpoint: exported, failed (the receiver did not take them), dropped (too many waited)',
+    label: 'result',
+    values: ['exported', 'failed', 'dropped'],
+  },
   'vllm:num_requests_running': { type: 'gauge', help: 'Requests in the batch' },
   'vllm:num_requests_waiting': { type: 'gauge', help: 'Requests waiting for the batch' },
   pd_requests_loading: { type: 'gauge', help: 'Requests whose KV is being loaded' },

@@ -14,14 +14,13 @@
  *             5xx             may be the producer's doing, so the producer's answer is waited for and goes first
  *             refused         the prefill is aborted; another pair is tried
  */
-import { randomFillSync } from 'node:crypto';
 import type { IncomingHttpHeaders, ServerResponse } from 'node:http';
 import type { ProxyConfig } from '../config/proxy-config.ts';
 import { Cancellation, type Signal } from '../deferred.ts';
 import { PdError } from '../errors.ts';
 import { reasonOf } from '../net/resolve.ts';
 import type { Logger } from '../observability/log.ts';
-import { monotonicMs, type Timelines } from '../observability/timelines.ts';
+import { monotonicMs } from '../observability/timelines.ts';
 import { proxyRequestId } from '../wire/ids.ts';
 import {
   KV_FAILED_HEADER,
@@ -36,8 +35,10 @@ import type { BodyReader } from './body-reader.ts';
 import type { Coordinator, Placement, Visit } from './coordinator.ts';
 import type { ProxyMetrics } from './metrics.ts';
 import { Notices } from './notices.ts';
+import type { AttemptReceipt, AttemptStage, Receipt, Receipts } from './receipts.ts';
 import type { InstanceRole } from './registry.ts';
 import { answerWhole, isEventStream, relay } from './relay.ts';
+import type { RequestTraces } from './request-trace.ts';
 import {
   type Ask,
   type Call,
@@ -50,21 +51,17 @@ import {
   type WholeAnswer,
 } from './upstream.ts';
 
-/**
- * Of a request, which is known by the id that both workers get: `received` with its whole body, `read`, sent to the producer (`prefill`)
- * and to the consumer (`decode`), whose whole answer (`prefilled`) and head (`answered`) have come, its first event `relayed`.
- */
-export type ProxyStage = 'received' | 'read' | 'prefill' | 'decode' | 'prefilled' | 'answered' | 'relayed';
-
 /** What all requests of a proxy share. */
 export interface ProxyContext {
   readonly config: ProxyConfig;
   readonly coordinator: Coordinator;
   readonly upstream: Upstream;
   readonly metrics: ProxyMetrics;
-  readonly timelines: Timelines<ProxyStage>;
+  readonly receipts: Receipts;
   readonly log: Logger;
   readonly bodies: Pick<BodyReader, 'read' | 'close'>;
+  /** Where traces are made; set before it serves. */
+  traces?: RequestTraces;
 }
 
 /** A client's request as it came, and where its answer goes. */
@@ -79,9 +76,7 @@ export interface ReceivedRequest {
 
 export interface ClientRequest extends Omit<ReceivedRequest, 'body'> {
   readonly body: RequestBody;
-  /** `monotonicMs`. */
-  readonly receivedAt: number;
-  readonly readAt: number;
+  readonly receipt: Receipt;
   /** Aborted once the client has gone or the proxy stops. */
   readonly signal: Signal;
 }
@@ -95,20 +90,6 @@ const MAX_ERROR_BODY = 1024 * 1024;
 const NOTICE_MS = 250;
 /** For the producer to answer after the client has the consumer's whole answer. */
 const GRACE_MS = 2_000;
-
-/** Random bytes are drawn for many requests at a time: to draw them takes longer than to write them. */
-const RANDOM_BYTES = 16;
-const drawn = Buffer.alloc(RANDOM_BYTES * 256);
-let drawnAt = drawn.length;
-
-function randomHex(): string {
-  if (drawnAt === drawn.length) {
-    randomFillSync(drawn);
-    drawnAt = 0;
-  }
-  drawnAt += RANDOM_BYTES;
-  return drawn.toString('hex', drawnAt - RANDOM_BYTES, drawnAt);
-}
 
 export class Attempt {
   readonly requestId: string;
@@ -126,11 +107,12 @@ export class Attempt {
   readonly #abortDecode = new Cancellation();
   readonly #visit: Visit;
   readonly #placement: Placement;
+  readonly #receipt: AttemptReceipt;
 
   constructor(context: ProxyContext, request: ClientRequest, visit: Visit) {
     const { pair, alone } = visit.placement;
     const { producer, consumer } = pair;
-    const { route } = request;
+    const { route, receipt } = request;
     this.#context = context;
     this.#request = request;
     this.#visit = visit;
@@ -147,16 +129,19 @@ export class Attempt {
       timeoutMs: context.config.decodeIdleTimeoutMs,
       timeoutName: '--decode-idle-timeout',
     };
-    const random = randomHex();
-    // An id that names nobody is computed where it comes to.
-    this.requestId = alone ? random : proxyRequestId(producer.zmq, consumer.zmq, random);
+    // An id that names nobody is computed where it comes to. No two attempts have the same pair, so no instance gets one id twice.
+    this.requestId = alone ? receipt.id : proxyRequestId(producer.zmq, consumer.zmq, receipt.id);
     this.#native = !alone && Boolean(producer.native && consumer.native);
     this.#headers = {
-      ...requestHeaders(request.headers, this.requestId),
+      ...requestHeaders(request, this.requestId),
       ...(this.#native && { [WIRE_HEADER]: 'native' satisfies Wire }),
     };
-    context.timelines.begin(this.requestId, 'received', request.receivedAt);
-    context.timelines.stamp(this.requestId, 'read', request.readAt);
+    this.#receipt = context.receipts.attempt(receipt, {
+      requestId: this.requestId,
+      placement: visit.placement,
+      native: this.#native,
+      spans: receipt.trace && context.traces?.attempt(),
+    });
     const { prompts } = request.body;
     const subject = { requestId: this.requestId, route, prompts };
     this.#notices = new Notices(context.upstream, context.log, pair, subject);
@@ -183,9 +168,13 @@ export class Attempt {
       const decoded = await (this.#mayOverlap() ? this.#overlapped() : this.#inTurn());
       if (!decoded) this.#notices.release();
     } catch (error) {
-      if (!alone) this.#notices.release(error instanceof InstanceRefused ? error.instance : undefined);
+      const refusal = error instanceof InstanceRefused ? error.instance : undefined;
+      if (!alone) this.#notices.release(refusal);
+      this.#receipt.refusedBy = refusal?.role;
+      this.#receipt.failure = PdError.from(error).message;
       throw error;
     } finally {
+      if (this.#receipt.at.end === 0) this.#stamp('end');
       signal.removeEventListener('abort', abort);
     }
   }
@@ -215,6 +204,7 @@ export class Attempt {
     const { config, metrics } = this.#context;
     const { out } = this.#request;
     metrics.overlapped.inc();
+    this.#receipt.overlapped = true;
     const prefilling = this.#prefill();
     const within = { [PREFILL_WITHIN_HEADER]: String(config.prefillTimeoutMs) };
     const asking = this.#askConsumer({ headers: within, headersTimeoutMs: 0 });
@@ -232,13 +222,13 @@ export class Attempt {
         answerWhole((await prefilling) ?? answer, out, this.requestId);
         return false;
       }
-      if (response.statusCode >= 400) this.#abortPrefill.abort(decided());
+      if (response.statusCode >= 400) this.#abortPrefill.abort(DECIDED);
       const decoded = await this.#passOn(response);
       if (decoded) await this.#logLatePrefill(prefilling);
       return decoded;
     } finally {
-      this.#abortPrefill.abort(decided());
-      this.#abortDecode.abort(decided());
+      this.#abortPrefill.abort(DECIDED);
+      this.#abortDecode.abort(DECIDED);
     }
   }
 
@@ -307,11 +297,19 @@ export class Attempt {
   /** With the ids of the prompt behind it, where the instance takes them. */
   #bodyFor(role: InstanceRole, body: Uint8Array): Pick<Ask, 'body' | 'headers'> {
     const { ids } = this.#request.body;
-    if (!ids || !this.#placement.takesIds[role]) return { body, headers: this.#headers };
+    const headers = this.#headersFor(role);
+    if (!ids || !this.#placement.takesIds[role]) return { body, headers };
     return {
       body: appendPromptIds(body, ids),
-      headers: { ...this.#headers, [PROMPT_IDS_HEADER]: String(ids.length) },
+      headers: { ...headers, [PROMPT_IDS_HEADER]: String(ids.length) },
     };
+  }
+
+  #headersFor(role: InstanceRole): Readonly<Record<string, string>> {
+    const { trace } = this.#request.receipt;
+    const { spans } = this.#receipt;
+    if (!trace || !spans) return this.#headers;
+    return { ...this.#headers, ...this.#context.traces?.headers(trace, spans[role]) };
   }
 
   /** The head of the consumer's answer where the producer has answered first: the time for decode begins now. */
@@ -336,7 +334,7 @@ export class Attempt {
   /** False where the consumer answered with an error. Throws InstanceRefused, with nothing passed on, where it is stopping. */
   async #passOn(response: UpstreamResponse): Promise<boolean> {
     const { firstEventSeconds } = this.#context.metrics;
-    const { out, signal, receivedAt } = this.#request;
+    const { out, signal, receipt } = this.#request;
     if (response.statusCode === 503 && !isEventStream(response)) {
       answerWhole(await this.#decodeError(response), out, this.requestId);
       return false;
@@ -348,10 +346,12 @@ export class Attempt {
       signal,
       onFirstEvent: () => {
         this.#stamp('relayed');
-        firstEventMs = monotonicMs() - receivedAt;
+        firstEventMs = monotonicMs() - receipt.receivedAt;
         firstEventSeconds.observe(firstEventMs / 1_000);
       },
     });
+    // The client has it, whatever is still to be heard of the producer.
+    this.#stamp('end');
     this.#judge(this.#decodeCall, response.statusCode, firstEventMs);
     return response.statusCode < 400;
   }
@@ -368,8 +368,8 @@ export class Attempt {
     return this.#judged(refuseIfDraining(answer, call), call);
   }
 
-  #stamp(stage: ProxyStage): void {
-    this.#context.timelines.stamp(this.requestId, stage);
+  #stamp(stage: AttemptStage): void {
+    this.#receipt.at[stage] = monotonicMs();
   }
 
   #judged(answer: WholeAnswer, call: Call): WholeAnswer {
@@ -409,19 +409,24 @@ function settled<N extends string>(promise: Promise<unknown>, name: N): Promise<
   );
 }
 
-function decided(): PdError {
-  return new PdError('REQUEST_ABORTED', 'the other instance of the pair has decided the request');
-}
+/** Of every request: an error of its own takes microseconds, for a stack that nobody reads. */
+const DECIDED = new PdError('REQUEST_ABORTED', 'the other instance of the pair has decided the request');
 
 function refuseIfDraining(answer: WholeAnswer, call: Call): WholeAnswer {
   if (unavailableCode(answer) === 'SERVER_DRAINING') throw new InstanceRefused(call, 'it is stopping');
   return answer;
 }
 
-/** What both instances get of the client's headers: who asks, and which trace it belongs to. */
-function requestHeaders(incoming: IncomingHttpHeaders, requestId: string): Record<string, string> {
+const PASSED_ON = ['authorization', 'user-agent'] as const;
+const WITH_TRACE = [...PASSED_ON, 'traceparent', 'tracestate'] as const;
+
+/** What both instances get of the client's headers: who asks, and which trace it belongs to, unless they are told of a span here. */
+function requestHeaders(
+  { headers: incoming, receipt }: Pick<ClientRequest, 'headers' | 'receipt'>,
+  requestId: string,
+): Record<string, string> {
   const headers: Record<string, string> = { 'content-type': 'application/json', 'x-request-id': requestId };
-  for (const name of ['authorization', 'traceparent', 'tracestate', 'user-agent']) {
+  for (const name of receipt.trace ? PASSED_ON : WITH_TRACE) {
     const value = incoming[name];
     if (typeof value === 'string') headers[name] = value;
   }

@@ -29,6 +29,10 @@ export interface RequestBody extends PromptFacts {
   readonly original: Uint8Array<ArrayBuffer>;
   /** Of its one prompt, a text that has been tokenized here. */
   readonly ids?: Uint32Array<ArrayBuffer>;
+  /** `tokens` were counted. */
+  readonly tokensKnown: boolean;
+  /** Its answer is to come as a stream of events. */
+  readonly streamed: boolean;
   /** The body's `user`, if any. */
   readonly user: string | undefined;
   /** The body's `priority`, 0 where it is none. */
@@ -75,6 +79,8 @@ export function readBody(
     model,
     prompts,
     tokens: known?.length ?? Math.ceil(original.byteLength / BYTES_PER_TOKEN),
+    tokensKnown: known !== undefined,
+    streamed: json['stream'] === true,
     tokenized: ids !== undefined,
     ...(ids && { ids }),
     user: typeof user === 'string' ? user : undefined,

@@ -80,6 +80,11 @@ export class PromptCaches {
     return this.#blocks.size;
   }
 
+  /** Of those, an instance's; undefined where it does not say. */
+  blocksOf(address: string): number | undefined {
+    return this.#feeds?.blockSizeOf(address) === undefined ? undefined : this.#blocks.sizeOf(address);
+  }
+
   /** About how many tokens of the prompt, from the first. */
   cached(address: string, body: PromptFacts): number {
     const { textKeys, tokens } = body;

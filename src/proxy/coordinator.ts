@@ -10,7 +10,7 @@ import type { Admission } from './admission.ts';
 import type { PromptFacts, WantedKeys } from './body.ts';
 import type { PromptCaches } from './caches.ts';
 import type { ProxyMetrics } from './metrics.ts';
-import type { PromptToPlace } from './placement.ts';
+import type { Choices, PromptToPlace } from './placement.ts';
 import type { Instance, InstancePair, InstanceRegistry, InstanceRole, Missing } from './registry.ts';
 import { backoffMs, MOST_RETRIES, RetryBudget } from './retry-budget.ts';
 import type { InstanceTally, Outcome } from './tally.ts';
@@ -37,12 +37,18 @@ export interface Placement {
   readonly early: boolean;
   /** Whether each of them takes the ids of a prompt that has been tokenized here. */
   readonly takesIds: Readonly<Record<InstanceRole, boolean>>;
+  /** How many tokens of the prompt each of them was thought to have cached; 0 of a producer that is not asked. */
+  readonly cachedTokens: Readonly<Record<InstanceRole, number>>;
+  /** How the pair was chosen. */
+  readonly choices: Choices;
 }
 
 /** One request, from its turn to its end. Those that return nothing return at once. */
 export interface Visit {
   /** Numbers the requests in the log, from 0. */
   readonly count: number;
+  /** For its turn, ms. */
+  readonly queuedMs: number;
   readonly placement: Placement;
   /** That placement's producer has no more to do for it; with how long it took where it did it. */
   prefilled(placement: Placement, tookMs?: number): void;
@@ -90,10 +96,12 @@ export class LocalCoordinator implements Coordinator {
     const { key, priority, prompt } = wish;
     const cameMs = performance.now();
     const release = await admission.enter({ key, priority, tokens: prompt.tokens, signal });
-    metrics.queueSeconds.observe((performance.now() - cameMs) / 1_000);
+    const queuedMs = performance.now() - cameMs;
+    metrics.queueSeconds.observe(queuedMs / 1_000);
     this.#retries.earn();
     try {
-      return new LocalVisit(this.#parts, this.#retries, this.#count++, wish, release);
+      const turn = { count: this.#count++, queuedMs, release };
+      return new LocalVisit(this.#parts, this.#retries, wish, turn);
     } catch (error) {
       release();
       throw error;
@@ -101,8 +109,14 @@ export class LocalCoordinator implements Coordinator {
   }
 }
 
+interface Turn extends Pick<Visit, 'count' | 'queuedMs'> {
+  /** Lets the next one in. */
+  readonly release: () => void;
+}
+
 class LocalVisit implements Visit {
   readonly count: number;
+  readonly queuedMs: number;
   placement: Placement;
   readonly #parts: CoordinatorParts;
   readonly #retries: RetryBudget;
@@ -117,10 +131,13 @@ class LocalVisit implements Visit {
   /** Tokens that the producer had to compute before and for it. */
   #ahead = 0;
   #over = false;
+  #choices: Choices = {};
 
   /** Throws NO_INSTANCE. */
-  constructor(parts: CoordinatorParts, retries: RetryBudget, count: number, wish: Wish, release: () => void) {
+  constructor(parts: CoordinatorParts, retries: RetryBudget, wish: Wish, turn: Turn) {
+    const { count, queuedMs, release } = turn;
     this.count = count;
+    this.queuedMs = queuedMs;
     this.#parts = parts;
     this.#retries = retries;
     this.#wish = wish;
@@ -203,7 +220,8 @@ class LocalVisit implements Visit {
       session,
       cached: (address) => caches.cached(address, facts),
     };
-    return registry.pair({ model: facts.model, exclude: this.#exclude, prompt });
+    this.#choices = {};
+    return registry.pair({ model: facts.model, exclude: this.#exclude, prompt, choices: this.#choices });
   }
 
   /** Notes what the pair is given, and decides whether its consumer needs the producer. */
@@ -215,12 +233,15 @@ class LocalVisit implements Visit {
     const left = this.#uncached(consumer);
     const little = config.bypassTokens > 0 && left <= config.bypassTokens;
     const alone = little && prompt.prompts === 1 && consumer.fingerprint !== undefined;
+    const { tokens } = prompt;
+    const why = { takesIds, choices: this.#choices };
     this.#tally(consumer, left);
     this.#leaveConsumer = registry.workOf(consumer)?.begin(alone ? left : 0);
     if (alone) {
       metrics.bypassed.inc();
       this.#computed.push(caches.sent(consumer, prompt));
-      return { pair, alone, early: false, takesIds };
+      const cachedTokens = { producer: 0, consumer: tokens - left };
+      return { pair, alone, early: false, cachedTokens, ...why };
     }
     const uncached = this.#uncached(producer);
     this.#tally(producer, uncached);
@@ -229,7 +250,8 @@ class LocalVisit implements Visit {
     const early = (work?.own ?? 0) < config.overlap;
     this.#leaveProducer = work?.begin(uncached);
     this.#ahead = work?.queuedTokens ?? 0;
-    return { pair, alone, early, takesIds };
+    const cachedTokens = { producer: tokens - uncached, consumer: tokens - left };
+    return { pair, alone, early, cachedTokens, ...why };
   }
 
   #uncached({ httpAddress }: Instance): number {
@@ -237,11 +259,17 @@ class LocalVisit implements Visit {
     return prompt.tokens - this.#parts.caches.cached(httpAddress, prompt);
   }
 
-  #tally({ role }: Instance, uncached: number): void {
-    const placed = this.#parts.metrics.placedTokens[role];
+  #tally(instance: Instance, uncached: number): void {
+    const { metrics, registry } = this.#parts;
+    const placed = metrics.placedTokens[instance.role];
     const cached = this.#wish.prompt.tokens - uncached;
     if (cached > 0) placed.inc('yes', cached);
     placed.inc('no', uncached);
+    const there = registry.tallyOf(instance)?.placed;
+    if (!there) return;
+    there.requests++;
+    there.cached += cached;
+    there.uncached += uncached;
   }
 }
 

@@ -88,6 +88,33 @@ export function watchInstances(instances: InstanceRegistry, registers: Registry[
     'Requests that went to another pair because an instance did not take them',
     (instance) => instances.tallyOf(instance)?.retries ?? 0,
   );
+  const policy = ({ role }: Instance) => instances.policyOf(role);
+  readCounter({
+    name: 'pd_proxy_worker_selections_total',
+    help: 'Requests that were to go to an instance, by the policy of its role',
+    labelNames: [...LABELS, 'policy'],
+    registers,
+    read: () =>
+      instances.list().map((instance) => {
+        const { requests } = instances.tallyOf(instance)!.placed;
+        return [{ ...labelsOf(instance), policy: policy(instance) }, requests] as const;
+      }),
+  });
+  readCounter({
+    name: 'pd_proxy_worker_placed_tokens_total',
+    help: 'Prompt tokens of those requests, by whether the instance was thought to have them cached; about',
+    labelNames: [...LABELS, 'policy', 'cached'],
+    registers,
+    read: () =>
+      instances.list().flatMap((instance) => {
+        const labels = { ...labelsOf(instance), policy: policy(instance) };
+        const { cached, uncached } = instances.tallyOf(instance)!.placed;
+        return [
+          [{ ...labels, cached: 'yes' }, cached],
+          [{ ...labels, cached: 'no' }, uncached],
+        ] as const;
+      }),
+  });
   readCounter({
     name: 'pd_proxy_worker_requests_total',
     help: 'What became of requests at an instance: success (answered, be it that the request was at fault), failure, refused (not taken)',

@@ -136,6 +136,12 @@ export function createProxyMetrics(watched?: Watched) {
       labelNames: ['reason'],
       registers,
     }),
+    traceSpans: new Counter({
+      name: 'pd_proxy_trace_spans_total',
+      help: 'Spans for --otlp-endpoint: exported, failed (the receiver did not take them), dropped (too many waited)',
+      labelNames: ['result'],
+      registers,
+    }),
     badPings: new Counter({
       name: 'pd_proxy_bad_pings_total',
       help: 'Pings that could not be used',

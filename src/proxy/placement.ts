@@ -53,36 +53,79 @@ export interface PromptToPlace {
   readonly cached: (address: string) => number;
 }
 
+/** Why one was chosen: what it was compared with. Plain data. */
+export interface Choice {
+  /** By which it was. */
+  readonly policy: Exclude<Policy, 'auto'>;
+  /** How many there were to choose from. */
+  readonly considered: number;
+  /** The first of them, the chosen one among them or behind. */
+  readonly candidates: readonly Compared[];
+}
+
+export interface Compared {
+  /** Of its HTTP server. */
+  readonly address: string;
+  /** The smaller was taken; absent where the policy does not go by that. */
+  readonly costMs?: number;
+  /** Tokens of the prompt that it was thought to have; absent where the policy does not ask. */
+  readonly cachedTokens?: number;
+}
+
+/** Where `choose` says why. */
+export type Choices = Partial<Record<'producer' | 'consumer', Choice>>;
+
+/** That are told of. */
+const MOST_COMPARED = 16;
+
 /** `candidates` is not empty. */
 export function choose<C extends Candidate>(
   wish: Policy,
   role: 'producer' | 'consumer',
   candidates: readonly C[],
   prompt: PromptToPlace | undefined,
+  choices: Choices = {},
 ): C {
   const auto = candidates.every(({ ours }) => ours) ? 'kv-aware' : 'round-robin';
-  const policy = wish === 'auto' ? auto : wish;
-  if (policy === 'session' && prompt?.session !== undefined) {
-    const { session } = prompt;
-    return least(candidates, ({ address }) => -weight(session, address));
-  }
-  if (policy === 'round-robin') return least(candidates, () => 0);
+  const asked = wish === 'auto' ? auto : wish;
+  const session = prompt?.session;
+  const policy = asked === 'session' && session === undefined ? 'least-loaded' : asked;
+  const compared: Compared[] = [];
+  const note = (one: Compared) => {
+    if (compared.length < MOST_COMPARED) compared.push(one);
+  };
   const tokens = prompt?.tokens ?? 0;
-  const missing = (address: string) =>
-    policy === 'kv-aware' && prompt ? Math.max(0, tokens - prompt.cached(address)) : tokens;
-  const usual = usualMs(candidates);
-  const costOf = role === 'producer' ? prefillMs : decodeMs;
-  return least(candidates, ({ address, work }) => {
+  const estimates = policy !== 'session' && policy !== 'round-robin';
+  const usual = estimates ? usualMs(candidates) : 0;
+  const estimate = role === 'producer' ? prefillMs : decodeMs;
+  const chosen = least(candidates, ({ address, work }) => {
+    if (!estimates) {
+      note({ address });
+      return policy === 'session' ? -weight(session!, address) : 0;
+    }
     const { msPerToken: own = usual } = work;
     const differs = own > usual * DIFFERS || own * DIFFERS < usual;
-    return costOf(work, missing(address), differs ? own : usual);
+    const cachedTokens = policy === 'kv-aware' && prompt ? prompt.cached(address) : undefined;
+    const costMs = estimate(work, Math.max(0, tokens - (cachedTokens ?? 0)), differs ? own : usual);
+    note(cachedTokens === undefined ? { address, costMs } : { address, costMs, cachedTokens });
+    return costMs;
   });
+  if (candidates.length > MOST_COMPARED && !compared.some(({ address }) => address === chosen.address))
+    compared.push({ address: chosen.address });
+  choices[role] = { policy, considered: candidates.length, candidates: compared };
+  return chosen;
 }
 
 /** What a token takes where it is not known: as the others on average, so that one nobody knows is neither sought nor shunned. */
 function usualMs(candidates: readonly Candidate[]): number {
-  const known = candidates.flatMap(({ work }) => work.msPerToken ?? []);
-  return known.length > 0 ? known.reduce((sum, ms) => sum + ms) / known.length : UNKNOWN_MS;
+  let sum = 0;
+  let known = 0;
+  for (const { work } of candidates) {
+    if (work.msPerToken === undefined) continue;
+    sum += work.msPerToken;
+    known++;
+  }
+  return known > 0 ? sum / known : UNKNOWN_MS;
 }
 
 function prefillMs(work: InstanceWork, tokens: number, msPerToken: number): number {

@@ -78,6 +78,10 @@ export class PrefixIndex {
     this.#known.delete(address);
   }
 
+  sizeOf(address: string): number {
+    return this.#known.get(address)?.size ?? 0;
+  }
+
   get size(): number {
     return this.#size;
   }

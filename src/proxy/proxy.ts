@@ -10,10 +10,11 @@ import { announceHost, hostAddress } from '../net/local.ts';
 import { listenError } from '../net/port-holder.ts';
 import { plural } from '../observability/bytes.ts';
 import { createLogger, type Logger } from '../observability/log.ts';
-import { Timelines } from '../observability/timelines.ts';
+import { openAiError } from '../openai-error.ts';
+import { packageVersion } from '../version.ts';
 import { z } from '../zod.ts';
 import { Admission } from './admission.ts';
-import type { ProxyStage } from './attempt.ts';
+import type { ProxyContext } from './attempt.ts';
 import { BodyReader, type BodyReaderOptions } from './body-reader.ts';
 import { PromptCaches } from './caches.ts';
 import { type Coordinator, LocalCoordinator } from './coordinator.ts';
@@ -23,9 +24,13 @@ import { createProxyMetrics, type ProxyMetrics } from './metrics.ts';
 import { ModelDirectory } from './models.ts';
 import { NamedInstances } from './named-instances.ts';
 import { Probes } from './probes.ts';
+import { type Receipt, Receipts, timelinesOf } from './receipts.ts';
 import { type Instance, InstanceRegistry } from './registry.ts';
 import { Relays } from './relays.ts';
+import { routeOf } from './route.ts';
 import { bodyOf, proxyGuard, Serving } from './serving.ts';
+import { Ui } from './ui.ts';
+import { MOST_UI_REQUESTS, type UiSnapshot, uiInstance, uiRequest } from './ui-state.ts';
 import { readWhole, Upstream, type WholeAnswer } from './upstream.ts';
 
 /** How long `untilPaired` waits by default. */
@@ -33,6 +38,8 @@ const PAIR_TIMEOUT_MS = 60_000;
 /** For a consumer to say what may be asked of it, and bytes of that. */
 const OPENAPI_MS = 5_000;
 const OPENAPI_BYTES = 4 * 1024 * 1024;
+
+const VERSION = packageVersion();
 
 /**
  * Parts of a proxy that a test may replace.
@@ -58,8 +65,11 @@ export class PdProxy {
   readonly #bodies: Pick<BodyReader, 'read' | 'close'>;
   readonly #stop = new AbortController();
   readonly #models: ModelDirectory;
-  readonly #timelines = new Timelines<ProxyStage>();
+  readonly #receipts = new Receipts();
+  readonly #ui: Ui | undefined;
+  readonly #startedAt = Date.now();
   readonly #coordinator: Coordinator;
+  readonly #context: ProxyContext;
   /** What clients ask of the proxy itself, and where it is one process, everything. */
   readonly #serving: Serving;
   /** Of a proxy of several processes. */
@@ -112,14 +122,17 @@ export class PdProxy {
       registry: this.#registry,
       upstream: this.#upstream,
       metrics: this.#metrics,
-      timelines: this.#timelines,
+      receipts: this.#receipts,
       log: this.#log,
     };
     const [caches, admission, bodies] = [this.#caches, this.#admission, this.#bodies];
     this.#coordinator = new LocalCoordinator({ ...shared, config, caches, admission });
     this.#models = new ModelDirectory(shared, this.#stop.signal);
-    const context = { ...shared, config, coordinator: this.#coordinator, bodies };
-    this.#serving = new Serving(context, this.#guard, { behindRelays: config.workers > 1 });
+    this.#context = { ...shared, config, coordinator: this.#coordinator, bodies };
+    this.#serving = new Serving(this.#context, this.#guard, { behindRelays: config.workers > 1 });
+    const snapshot = () => this.#uiSnapshot();
+    if (config.ui !== 'off')
+      this.#ui = new Ui({ config, log: this.#log, keyed: this.#guard.keyed, snapshot });
     this.#routes();
   }
 
@@ -196,7 +209,20 @@ export class PdProxy {
   }
 
   async #listen(): Promise<void> {
-    const { instanceTimeoutMs, allowInstances, instances, upstream, registry: etcd } = this.#config;
+    const {
+      instanceTimeoutMs,
+      allowInstances,
+      instances,
+      upstream,
+      registry: etcd,
+      otlpEndpoint,
+      workers,
+    } = this.#config;
+    // Of several processes those that relay make them.
+    if (otlpEndpoint !== undefined && workers === 1) {
+      const { RequestTraces } = await import('./request-trace.ts');
+      this.#context.traces = RequestTraces.open(this.#config, this.#metrics, this.#log);
+    }
     const [http, discovery] = await Promise.all([
       bindAddress(this.#config.http),
       bindAddress(this.#config.discovery),
@@ -275,6 +301,7 @@ export class PdProxy {
     const running = this.#relays?.running ?? this.#serving.running;
     if (started)
       this.#log.info(`draining, at most ${drainMs / 1_000} s: ${plural(running, 'request')} under way`);
+    await this.#ui?.close();
     this.#relays?.drain(drainMs);
     await this.#serving.drain(drainMs);
     await this.#relays?.drained();
@@ -286,6 +313,7 @@ export class PdProxy {
     await this.#discovery?.close();
     this.#caches.close();
     this.#probes?.close();
+    await this.#context.traces?.close();
     await this.#upstream.close();
     this.#guard.close();
     await this.#bodies.close();
@@ -295,7 +323,17 @@ export class PdProxy {
   #routes(): void {
     const { app } = this.#serving;
     app.post('/admin/drain', async (request) => this.#drainInstance(request));
+    app.get<{ Params: { '*': string } }>('/v1/requests/*', async (request, reply) => {
+      const id = /^(.+)\/route$/.exec(request.params['*'])?.[1];
+      const receipt = id === undefined ? undefined : await this.#receiptOf(id);
+      if (receipt && this.#mayRead(request, receipt)) return await routeOf(receipt, this.#upstream);
+      // The same where it is another's, so that nobody learns of it.
+      const text =
+        'there is no such request: GET /v1/requests/ID/route, with the x-pd-request-id of a recent one';
+      return reply.code(404).send(openAiError(new PdError('REQUEST_INVALID', text)));
+    });
     app.get('/health', async () => this.#health());
+    this.#ui?.attach(app);
     if (this.#config.debugState) app.get('/debug/state', async (request) => this.#debugState(request));
     app.get('/ready', async (_request, reply) => {
       const ready = !this.#draining && this.#registry.paired;
@@ -339,8 +377,21 @@ export class PdProxy {
     if (!isLoopback(request.ip)) {
       throw new PdError('REQUEST_INVALID', 'GET /debug/state is for clients on this machine');
     }
-    const [own, others] = [this.#timelines.recent(), await this.#relays?.timelines()];
-    return { requests: this.#relays?.running ?? this.#serving.running, recentRequests: others ?? own };
+    const receipts = (await this.#relays?.receipts()) ?? this.#receipts.recent();
+    return {
+      requests: this.#relays?.running ?? this.#serving.running,
+      recentRequests: receipts.flatMap(timelinesOf),
+    };
+  }
+
+  async #receiptOf(id: string): Promise<Receipt | undefined> {
+    return this.#relays ? (await this.#relays.receipts({ of: id }))[0] : this.#receipts.get(id);
+  }
+
+  /** The holder of the key that it came with, and admins. Without keys whoever knows its id, which cannot be guessed. */
+  #mayRead(request: FastifyRequest, receipt: Receipt): boolean {
+    const holder = this.#guard.holder(request);
+    return !holder || holder.admin || holder.name === receipt.holder;
   }
 
   /** As the proxy takes it to be: what the instance tells, and what it has been given since. */
@@ -359,6 +410,24 @@ export class PdProxy {
     const signal = AbortSignal.any([AbortSignal.timeout(OPENAPI_MS), this.#stop.signal]);
     const response = await this.#upstream.ask(call, { path: '/openapi.json', headers: {}, signal });
     return await readWhole(response, OPENAPI_BYTES);
+  }
+
+  async #uiSnapshot(): Promise<UiSnapshot> {
+    const most = Math.ceil(MOST_UI_REQUESTS / this.#config.workers);
+    const receipts = (await this.#relays?.receipts({ most })) ?? this.#receipts.recent();
+    return {
+      proxy: {
+        status: this.#draining ? 'draining' : 'ok',
+        version: VERSION,
+        startedAt: this.#startedAt,
+        running: this.#relays?.running ?? this.#serving.running,
+        queued: this.#admission.queued,
+        paired: this.#registry.paired,
+        kept: MOST_UI_REQUESTS,
+      },
+      instances: this.#registry.list().map((instance) => uiInstance(instance, this.#registry, this.#caches)),
+      requests: receipts.slice(-MOST_UI_REQUESTS).map(uiRequest),
+    };
   }
 
   #health() {

@@ -12,7 +12,7 @@ import type { Policy } from '../config/proxy-config.ts';
 import { asDestination, formatHostPort, type HostPort, httpUrl, parseHostPort } from '../net/address.ts';
 import type { KvEventPorts, SendType, WorkerLoad } from '../wire/messages.ts';
 import { Breaker } from './breaker.ts';
-import { choose, type PromptToPlace } from './placement.ts';
+import { type Choices, choose, type PromptToPlace } from './placement.ts';
 import { InstanceTally } from './tally.ts';
 import { InstanceWork } from './work.ts';
 
@@ -80,6 +80,8 @@ export interface PairWish {
   readonly exclude?: ReadonlySet<string>;
   /** Absent: nothing is known of it. */
   readonly prompt?: PromptToPlace;
+  /** Where it is said why that pair. */
+  readonly choices?: Choices;
 }
 
 interface Entry {
@@ -208,6 +210,10 @@ export class InstanceRegistry {
     return this.#entries.get(httpAddress)?.breaker;
   }
 
+  policyOf(role: InstanceRole): Policy {
+    return this.#policies[role];
+  }
+
   /** What it was asked; undefined where the instance has gone. */
   tallyOf({ httpAddress }: Instance): InstanceTally | undefined {
     return this.#entries.get(httpAddress)?.tally;
@@ -278,8 +284,9 @@ export class InstanceRegistry {
       }
     }
     if (fits.size === 0) return 'match';
-    const producer = choose(this.#policies.producer, 'producer', [...fits.keys()], wish.prompt);
-    const consumer = choose(this.#policies.consumer, 'consumer', fits.get(producer)!, wish.prompt);
+    const { prompt, choices } = wish;
+    const producer = choose(this.#policies.producer, 'producer', [...fits.keys()], prompt, choices);
+    const consumer = choose(this.#policies.consumer, 'consumer', fits.get(producer)!, prompt, choices);
     producer.picked = consumer.picked = ++this.#picks;
     producer.breaker.chosen();
     consumer.breaker.chosen();

@@ -2,19 +2,21 @@
 import { request as ask } from 'node:http';
 import { Socket } from 'node:net';
 import { join } from 'node:path';
+import { pipeline } from 'node:stream';
 import type { FastifyReply, FastifyRequest } from 'fastify';
 import type { Guard } from '../access/guard.ts';
 import { PdError, unreachable } from '../errors.ts';
 import { createLogger } from '../observability/log.ts';
-import { Timelines } from '../observability/timelines.ts';
-import type { ProxyStage } from './attempt.ts';
+import type { ProxyContext } from './attempt.ts';
 import { BodyReader } from './body-reader.ts';
 import { Channel } from './channel.ts';
 import { createProxyMetrics } from './metrics.ts';
+import { Receipts } from './receipts.ts';
 import type { FromRelay, ToRelay } from './relay-messages.ts';
 import { ownerPath } from './relays.ts';
 import { RemoteCoordinator } from './remote-coordinator.ts';
 import { proxyGuard, Serving } from './serving.ts';
+import { UI_EVENTS_ROUTE, UI_PAGE_ROUTES } from './ui.ts';
 import { Upstream } from './upstream.ts';
 
 /** For the owner to begin an answer. */
@@ -26,10 +28,11 @@ class RelayProcess {
   readonly #channel: Channel<FromRelay, ToRelay>;
   readonly #coordinator: RemoteCoordinator;
   readonly #metrics = createProxyMetrics();
-  readonly #timelines = new Timelines<ProxyStage>();
+  readonly #receipts = new Receipts();
   readonly #guard: Guard;
   readonly #upstream: Upstream;
   readonly #bodies: BodyReader;
+  readonly #context: ProxyContext;
   readonly #serving: Serving;
   #draining = false;
 
@@ -43,18 +46,18 @@ class RelayProcess {
       tokenizer: config.tokenizer,
       onTokenized: (result) => this.#metrics.tokenized.inc({ result }),
     });
-    const context = {
+    this.#context = {
       config,
       coordinator: this.#coordinator,
       upstream: this.#upstream,
       metrics: this.#metrics,
-      timelines: this.#timelines,
+      receipts: this.#receipts,
       log,
       bodies: this.#bodies,
     };
-    this.#serving = new Serving(context, this.#guard);
-    // By name those that need no key.
-    for (const route of ['/health', '/ready', '/metrics', '/*']) {
+    this.#serving = new Serving(this.#context, this.#guard);
+    // By name those that need no key, or an admin's.
+    for (const route of ['/health', '/ready', '/metrics', ...UI_PAGE_ROUTES, UI_EVENTS_ROUTE, '/*']) {
       this.#serving.app.all(route, (request, reply) => passToOwner(ownerPath(folder), request, reply));
     }
     void this.#start(join(folder, `relay-${number}.sock`));
@@ -69,7 +72,10 @@ class RelayProcess {
         this.#coordinator.receive(message);
         break;
       case 'metrics':
-        void this.#tellState();
+        void this.#tellMetrics();
+        break;
+      case 'receipts':
+        this.#tellReceipts(message);
         break;
       case 'drain':
         void this.#drain(message.ms);
@@ -82,6 +88,11 @@ class RelayProcess {
   /** Nobody connects to `path`; but a server that listens keeps its timeouts. */
   async #start(path: string): Promise<void> {
     try {
+      const { config, log } = this.#context;
+      if (config.otlpEndpoint !== undefined) {
+        const { RequestTraces } = await import('./request-trace.ts');
+        this.#context.traces = RequestTraces.open(config, this.#metrics, log);
+      }
       await this.#serving.app.listen({ path });
       const { server } = this.#serving.app;
       process.on('message', (_message, socket) => {
@@ -98,9 +109,15 @@ class RelayProcess {
     }
   }
 
-  async #tellState(): Promise<void> {
+  async #tellMetrics(): Promise<void> {
     const metrics = await this.#metrics.registry.getMetricsAsJSON();
-    this.#channel.send({ type: 'metrics', metrics, timelines: this.#timelines.recent() });
+    this.#channel.send({ type: 'metrics', metrics });
+  }
+
+  #tellReceipts({ seq, of, most = Number.POSITIVE_INFINITY }: Extract<ToRelay, { type: 'receipts' }>): void {
+    const one = of === undefined ? undefined : this.#receipts.get(of);
+    const receipts = of === undefined ? this.#receipts.recent().slice(-most) : one ? [one] : [];
+    this.#channel.send({ type: 'receipts', seq, receipts });
   }
 
   async #drain(ms: number): Promise<void> {
@@ -111,7 +128,8 @@ class RelayProcess {
     this.#draining = true;
     await this.#serving.drain(ms);
     await this.#serving.close();
-    await this.#tellState();
+    await this.#context.traces?.close();
+    await this.#tellMetrics();
     this.#guard.close();
     await Promise.all([this.#upstream.close(), this.#bodies.close()]);
     await this.#channel.close();
@@ -135,7 +153,7 @@ async function passToOwner(path: string, request: FastifyRequest, reply: Fastify
     },
     (response) => {
       out.writeHead(response.statusCode!, response.headers);
-      response.pipe(out);
+      pipeline(response, out, () => {}); // where one breaks off, so does the other
     },
   );
   asked.once('timeout', () => asked.destroy());

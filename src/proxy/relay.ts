@@ -4,6 +4,7 @@ import type { Signal } from '../deferred.ts';
 import { PdError } from '../errors.ts';
 import { reasonOf } from '../net/resolve.ts';
 import { openAiError, retryHeaders } from '../openai-error.ts';
+import { receiptIdOf } from './receipts.ts';
 import { instanceLabel } from './registry.ts';
 import {
   type Call,
@@ -47,7 +48,11 @@ const OWN_HEADERS = new Set([
   'content-length',
   'date',
   'x-request-id',
+  'x-pd-request-id',
 ]);
+
+/** By which its client can ask for its receipt (route.ts). */
+const RECEIPT_HEADER = 'x-pd-request-id';
 
 export function isEventStream(response: UpstreamResponse): boolean {
   return String(response.headers['content-type'] ?? '').startsWith('text/event-stream');
@@ -71,6 +76,7 @@ export async function relay(
     out.writeHead(response.statusCode, {
       ...answerHeaders(response),
       'x-request-id': options.requestId,
+      [RECEIPT_HEADER]: receiptIdOf(options.requestId),
       ...extra,
     });
   const watch = new ProgressWatch(response, out, options.call);
@@ -232,6 +238,7 @@ export function answerWhole({ response, body }: WholeAnswer, out: ServerResponse
     ...answerHeaders(response),
     'content-length': body.length,
     'x-request-id': requestId,
+    [RECEIPT_HEADER]: receiptIdOf(requestId),
   });
   endWith(out, body);
 }
@@ -244,7 +251,10 @@ function endWith(out: ServerResponse, body: Buffer): void {
   else out.end(body.toString('latin1'), 'latin1');
 }
 
-/** An error of the proxy's own, in OpenAI's form, where nothing has been sent yet but perhaps the head of a stream. */
+/**
+ * An error of the proxy's own, in OpenAI's form, where nothing has been sent yet but perhaps the head of a stream. `requestId`: of its last
+ * attempt, or of its receipt where it did not come to one.
+ */
 export function answerError(out: ServerResponse, error: PdError, requestId?: string): void {
   if (out.writableEnded || out.destroyed) return;
   if (out.headersSent) {
@@ -255,7 +265,9 @@ export function answerError(out: ServerResponse, error: PdError, requestId?: str
   out.writeHead(error.status, {
     'content-type': 'application/json',
     'content-length': Buffer.byteLength(body),
-    ...(requestId === undefined ? {} : { 'x-request-id': requestId }),
+    ...(requestId === undefined
+      ? {}
+      : { 'x-request-id': requestId, [RECEIPT_HEADER]: receiptIdOf(requestId) }),
     ...retryHeaders(error),
   });
   out.end(body);

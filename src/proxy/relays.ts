@@ -20,11 +20,11 @@ import { PdError, unreachable } from '../errors.ts';
 import type { HostPort } from '../net/address.ts';
 import { listenError } from '../net/port-holder.ts';
 import type { Logger } from '../observability/log.ts';
-import type { Timeline } from '../observability/timelines.ts';
 import { threadEntry } from '../thread-entry.ts';
 import { Channel } from './channel.ts';
 import type { Coordinator, Placement, Visit } from './coordinator.ts';
 import { addCounts, type ExportedMetrics, sumMetrics } from './metrics.ts';
+import type { Receipt } from './receipts.ts';
 import type { Instance } from './registry.ts';
 import type { FromRelay, SentPlacement, SentWish, ToRelay } from './relay-messages.ts';
 
@@ -35,6 +35,7 @@ const STOP_MS = 5_000;
 const REPLACE_MS = 100;
 const LONGEST_REPLACE_MS = 10_000;
 const METRICS_MS = 2_000;
+const RECEIPTS_MS = 2_000;
 /** Between two looks at what is to be known of prompts. */
 const WANTED_MS = 1_000;
 
@@ -59,8 +60,9 @@ interface Relay {
   ready: boolean;
   /** The last it has told. */
   metrics: ExportedMetrics;
-  timelines: readonly Timeline[];
   asked: Deferred<void> | undefined;
+  /** Questions for its receipts that it has not answered. */
+  readonly receipts: Map<number, Deferred<readonly Receipt[]>>;
 }
 
 /** To be drained and closed. */
@@ -72,6 +74,7 @@ export class Relays {
   readonly #wantedTimer: NodeJS.Timeout;
   #wanted = '';
   #next = 0;
+  #seq = 0;
   /** Connections that came while there was no process for them. */
   readonly #unserved = new Set<Socket>();
   /** What processes that have gone had counted. */
@@ -134,11 +137,25 @@ export class Relays {
     return await sumMetrics([await own(), await this.#gone, ...others]);
   }
 
-  /** Likewise; the latest last. */
-  async timelines(): Promise<readonly Timeline[]> {
-    await this.#ask();
-    const all = [...this.#relays.values()].flatMap(({ timelines }) => timelines);
-    return all.sort((a, b) => a.stages[0]!.at - b.stages[0]!.at);
+  /** All processes' receipts, the latest last, of each at most `most`, or that of the request with the id `of`; without those of one that does not answer. */
+  async receipts({
+    of,
+    most,
+  }: {
+    readonly of?: string;
+    readonly most?: number;
+  } = {}): Promise<readonly Receipt[]> {
+    const asking = [...this.#relays.values()].map(async ({ channel, receipts }) => {
+      const seq = this.#seq++;
+      const answer = deferred<readonly Receipt[]>();
+      receipts.set(seq, answer);
+      channel.send({ type: 'receipts', seq, of, most });
+      const told = await withDeadline(answer.promise, RECEIPTS_MS);
+      receipts.delete(seq);
+      return told ?? [];
+    });
+    const all = (await Promise.all(asking)).flat();
+    return all.sort((a, b) => a.receivedAt - b.receivedAt);
   }
 
   async #ask(): Promise<void> {
@@ -193,8 +210,8 @@ export class Relays {
       entered,
       ready: false,
       metrics: [],
-      timelines: [],
       asked: undefined,
+      receipts: new Map(),
     };
     this.#relays.set(number, relay);
     child.once('exit', (code, signal) => {
@@ -222,9 +239,10 @@ export class Relays {
   }
 
   /** Its requests are over; another takes its place. */
-  #lost(number: number, { ready, entered, metrics, asked }: Relay, how: string): void {
+  #lost(number: number, { ready, entered, metrics, asked, receipts }: Relay, how: string): void {
     this.#relays.delete(number);
     asked?.resolve();
+    for (const answer of receipts.values()) answer.resolve([]);
     this.#gone = this.#gone.then((before) => addCounts(before, metrics));
     for (const { abort, visit } of entered.values()) {
       abort.abort(new PdError('REQUEST_ABORTED', 'its relay process has ended'));
@@ -269,9 +287,11 @@ export class Relays {
         break;
       case 'metrics':
         relay.metrics = message.metrics;
-        relay.timelines = message.timelines;
         relay.asked?.resolve();
         relay.asked = undefined;
+        break;
+      case 'receipts':
+        relay.receipts.get(message.seq)?.resolve(message.receipts);
         break;
       case 'enter':
         void this.#enter(relay, message.id, message.wish);
@@ -316,7 +336,7 @@ export class Relays {
       }
       request.visit = visit;
       request.placements.push(visit.placement);
-      channel.send({ type: 'placed', id, count: visit.count, placement: sent(visit.placement) });
+      channel.send(placed(id, visit, visit.placement));
     } catch (error) {
       channel.send({ type: 'refused', id, error: PdError.from(error).toData() });
     }
@@ -333,7 +353,7 @@ export class Relays {
       return;
     }
     request.placements.push(placement);
-    channel.send({ type: 'placed', id, count: request.visit!.count, placement: sent(placement) });
+    channel.send(placed(id, request.visit!, placement));
   }
 
   #tellWanted(): void {
@@ -350,8 +370,13 @@ export function ownerPath(folder: string): string {
   return join(folder, 'owner.sock');
 }
 
-function sent({ pair: { producer, consumer }, ...placement }: Placement): SentPlacement {
-  return { ...placement, pair: { producer: producer.httpAddress, consumer: consumer.httpAddress } };
+function placed(id: number, { count, queuedMs }: Visit, { pair, ...others }: Placement): ToRelay {
+  const { producer, consumer } = pair;
+  const placement: SentPlacement = {
+    ...others,
+    pair: { producer: producer.httpAddress, consumer: consumer.httpAddress },
+  };
+  return { type: 'placed', id, count, queuedMs, placement };
 }
 
 async function gone(child: ChildProcess): Promise<void> {

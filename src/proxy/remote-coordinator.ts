@@ -12,6 +12,7 @@ const CHECK_MS = 1_000;
 
 interface Answer {
   readonly count: number;
+  readonly queuedMs: number;
   readonly placement: Placement;
 }
 
@@ -43,8 +44,7 @@ export class RemoteCoordinator implements Coordinator {
     signal.addEventListener('abort', leave, { once: true });
     this.#send({ type: 'enter', id, wish: { ...wish, prompt } });
     try {
-      const { count, placement } = (await placed)!;
-      return new RemoteVisit(id, count, placement, this.#send, () => this.#answer(id));
+      return new RemoteVisit(id, (await placed)!, this.#send, () => this.#answer(id));
     } catch (error) {
       this.#send({ type: 'end', id });
       throw error;
@@ -62,7 +62,7 @@ export class RemoteCoordinator implements Coordinator {
       const waiting = this.#waiting.get(message.id);
       if (!waiting) return;
       if (message.type === 'placed')
-        waiting.resolve({ count: message.count, placement: this.#placement(message.placement) });
+        waiting.resolve({ ...message, placement: this.#placement(message.placement) });
       else if (message.error) waiting.reject(PdError.fromData(message.error));
       else waiting.resolve(undefined);
     }
@@ -93,6 +93,7 @@ export class RemoteCoordinator implements Coordinator {
 
 class RemoteVisit implements Visit {
   readonly count: number;
+  readonly queuedMs: number;
   placement: Placement;
   readonly #id: number;
   readonly #send: (message: FromRelay) => void;
@@ -101,12 +102,12 @@ class RemoteVisit implements Visit {
 
   constructor(
     id: number,
-    count: number,
-    placement: Placement,
+    { count, queuedMs, placement }: Answer,
     send: (message: FromRelay) => void,
     answer: () => Promise<Answer | undefined>,
   ) {
     this.count = count;
+    this.queuedMs = queuedMs;
     this.placement = placement;
     this.#id = id;
     this.#send = send;

@@ -9,6 +9,7 @@ import { monotonicMs } from '../observability/timelines.ts';
 import { Attempt, type ProxyContext, type ReceivedRequest } from './attempt.ts';
 import type { RequestBody } from './body.ts';
 import type { Visit, Wish } from './coordinator.ts';
+import type { Receipt } from './receipts.ts';
 import { instanceLabel } from './registry.ts';
 import { answerError } from './relay.ts';
 import { InstanceRefused } from './upstream.ts';
@@ -21,16 +22,19 @@ const CLIENT_GONE = 499;
 export class ProxiedRequest {
   readonly #context: ProxyContext;
   readonly #received: ReceivedRequest;
-  readonly #receivedAt = monotonicMs();
+  readonly #receipt: Receipt;
   /** Ends whatever is under way: the client has gone, or the proxy stops. */
   readonly #abort = new Cancellation();
   #clientGone = false;
-  /** Of the last attempt. */
-  #requestId: string | undefined;
+  /** Of the last attempt, if there was one. */
+  #requestId: string;
 
   constructor(context: ProxyContext, received: ReceivedRequest) {
     this.#context = context;
     this.#received = received;
+    this.#receipt = context.receipts.begin(received.route, received.holder);
+    this.#receipt.trace = context.traces?.begin(received.headers);
+    this.#requestId = this.#receipt.id;
   }
 
   /** The proxy stops: what is under way is broken off. */
@@ -40,8 +44,10 @@ export class ProxiedRequest {
 
   /** Answers in every case; never rejects. To be called once. */
   async answer(): Promise<void> {
-    const { metrics, bodies, coordinator } = this.#context;
+    const { metrics, bodies, coordinator, receipts, traces } = this.#context;
     const signal = this.#abort;
+    const receipt = this.#receipt;
+    let error: PdError | undefined;
     const { route, body, out } = this.#received;
     out.once('close', () => {
       if (out.writableFinished) return;
@@ -52,20 +58,31 @@ export class ProxiedRequest {
     try {
       const read = await bodies.read(body, signal, coordinator.wanted, route);
       signal.throwIfAborted();
-      const readAt = monotonicMs();
+      receipt.readAt = monotonicMs();
+      receipt.model = read.model;
+      receipt.prompts = read.prompts;
+      receipt.streamed = read.streamed;
+      receipt.promptTokens = read.tokens;
+      receipt.tokensKnown = read.tokensKnown;
       const visit = await coordinator.enter(this.#wish(read), signal);
+      receipt.placedAt = monotonicMs();
+      receipt.queuedMs = visit.queuedMs;
       try {
-        await this.#throughPairs(read, readAt, visit);
+        await this.#throughPairs(read, visit);
       } finally {
         visit.end();
       }
     } catch (cause) {
-      this.#fail(PdError.from(cause));
+      error = PdError.from(cause);
+      this.#fail(error);
     } finally {
+      const status = this.#clientGone ? CLIENT_GONE : out.statusCode;
       metrics.inFlight.dec();
       const tally = metrics.routeOf(route);
-      tally.statuses.inc(this.#clientGone ? CLIENT_GONE : out.statusCode);
-      tally.seconds.observe((monotonicMs() - this.#receivedAt) / 1_000);
+      tally.statuses.inc(status);
+      receipts.end(receipt, status, error?.code);
+      tally.seconds.observe((monotonicMs() - receipt.receivedAt) / 1_000);
+      traces?.ended(receipt);
     }
   }
 
@@ -80,10 +97,10 @@ export class ProxiedRequest {
     };
   }
 
-  async #throughPairs(body: RequestBody, readAt: number, visit: Visit): Promise<void> {
+  async #throughPairs(body: RequestBody, visit: Visit): Promise<void> {
     const { log } = this.#context;
     const { holder } = this.#received;
-    const request = { ...this.#received, body, receivedAt: this.#receivedAt, readAt, signal: this.#abort };
+    const request = { ...this.#received, body, receipt: this.#receipt, signal: this.#abort };
     for (;;) {
       const { producer, consumer } = visit.placement.pair;
       const attempt = new Attempt(this.#context, request, visit);

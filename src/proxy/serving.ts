@@ -11,6 +11,7 @@ import type { ProxyContext } from './attempt.ts';
 import type { ProxyMetrics } from './metrics.ts';
 import { answerError } from './relay.ts';
 import { ProxiedRequest } from './request.ts';
+import { UI_EVENTS_ROUTE, UI_PAGE_ROUTES } from './ui.ts';
 
 const ROUTES = ['/v1/completions', '/v1/chat/completions', '/v1/responses'] as const;
 /** A prompt of a million token ids fits. */
@@ -21,7 +22,7 @@ const REQUEST_TIMEOUT_MS = 120_000;
 const CLOSE_MS = 2_000;
 
 /** With keys, these take one that says `admin`. */
-const ADMIN_ROUTES = new Set(['/admin/drain', '/debug/state']);
+const ADMIN_ROUTES = new Set(['/admin/drain', '/debug/state', UI_EVENTS_ROUTE]);
 
 /** Close it. Throws CONFIG_INVALID. */
 export function proxyGuard(
@@ -30,7 +31,8 @@ export function proxyGuard(
   metrics: Pick<ProxyMetrics, 'keysRefused'>,
 ): Guard {
   const onRefused = (reason: string) => metrics.keysRefused.inc({ reason });
-  return new Guard({ config, log, admin: ADMIN_ROUTES, onRefused });
+  const open = new Set<string>(UI_PAGE_ROUTES);
+  return new Guard({ config, log, admin: ADMIN_ROUTES, open, onRefused });
 }
 
 /** Whoever made it adds routes of its own, has it listen, drains and closes it. */

@@ -58,6 +58,8 @@ export type Outcome = 'success' | 'failure' | 'refused';
 /** What one instance was asked by this proxy, since it first pinged. */
 export class InstanceTally {
   readonly outcomes: Record<Outcome, number> = { success: 0, failure: 0, refused: 0 };
+  /** Requests that were to go there, and the tokens of their prompts, by whether it was thought to have them cached. */
+  readonly placed = { requests: 0, cached: 0, uncached: 0 };
   /** Requests that went to another pair, as this one did not take them. */
   retries = 0;
   /** From asking to the end of the answer, of prompts that were computed. */

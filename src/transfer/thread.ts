@@ -11,7 +11,10 @@ if (!port) throw new PdError('INTERNAL', 'transfer/thread.ts runs as a worker th
 
 let said: FromTransfer[] = [];
 let soon = false;
-/** What is said in one turn (the layers of a request, gathered together) crosses as one message. That a tensor has left is told after the turn: others have too. */
+/**
+ * What is said in one turn (the layers of a request, gathered together) crosses as one message. That a tensor has left is told after the
+ * turn: others have too.
+ */
 const say = (message: FromTransfer): void => {
   said.push(message);
   if (message.type === 'sent') {

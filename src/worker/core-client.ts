@@ -1,11 +1,12 @@
 /** The main thread's side of the core thread: sends requests, delivers outputs to whoever asked, and is the first to learn of the core's death. */
 import { type Deferred, deferred, withDeadline } from '../deferred.ts';
 import { type ErrorData, PdError, unreachable } from '../errors.ts';
+import type { Timeline } from '../observability/timelines.ts';
 import type { CacheChange, CoreRequest, RequestOutput } from '../scheduler/types.ts';
 import { startThread, type ThreadPort, threadEntry } from '../thread-entry.ts';
-import type { EngineRequestId } from '../wire/ids.ts';
+import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 import { AsyncQueue } from './async-queue.ts';
-import type { CoreInfo, CoreInit, CoreState, FromCore, ToCore } from './core-messages.ts';
+import type { CoreInfo, CoreInit, CoreStage, CoreState, FromCore, ToCore } from './core-messages.ts';
 
 /** The core thread as its client sees it. */
 export type CorePort = ThreadPort<ToCore, FromCore>;
@@ -52,6 +53,7 @@ export class CoreClient {
   /** Requests whose KV the core will still tell of. */
   readonly #saves = new Map<EngineRequestId, Deferred<ErrorData | undefined>>();
   readonly #states = new Map<number, Deferred<CoreState>>();
+  readonly #timelines = new Map<number, Deferred<readonly Timeline<CoreStage>[]>>();
   #onCache: ((changes: readonly CacheChange[]) => void) | undefined;
   #info: CoreInfo | undefined;
   readonly #ready = deferred<CoreInfo>();
@@ -143,18 +145,35 @@ export class CoreClient {
     return this.#state(true, timeoutMs);
   }
 
-  async #state(integrity: boolean, timeoutMs: number): Promise<CoreState> {
+  /** When these requests passed which stages in the core; without those that it does not know any more. Throws likewise. */
+  timelines(transferIds: readonly TransferId[], timeoutMs = 2_000): Promise<readonly Timeline<CoreStage>[]> {
+    return this.#ask(this.#timelines, (seq) => ({ type: 'timelines', seq, transferIds }), timeoutMs);
+  }
+
+  #state(integrity: boolean, timeoutMs: number): Promise<CoreState> {
+    return this.#ask(this.#states, (seq) => ({ type: 'state', seq, integrity }), timeoutMs);
+  }
+
+  async #ask<T>(
+    answers: Map<number, Deferred<T>>,
+    question: (seq: number) => ToCore & { readonly seq: number },
+    timeoutMs: number,
+  ): Promise<T> {
     if (this.#over) throw this.#over;
-    const seq = ++this.#stateSeq;
-    const answer = deferred<CoreState>();
-    this.#states.set(seq, answer);
-    this.#port.post({ type: 'state', seq, integrity });
+    const asked = question(++this.#stateSeq);
+    const { seq, type } = asked;
+    const answer = deferred<T>();
+    answers.set(seq, answer);
+    this.#port.post(asked);
     try {
-      const state = await withDeadline(answer.promise, timeoutMs);
-      if (state) return state;
-      throw new PdError('INTERNAL', `the core thread did not answer a state request within ${timeoutMs} ms`);
+      const told = await withDeadline(answer.promise, timeoutMs);
+      if (told !== undefined) return told;
+      throw new PdError(
+        'INTERNAL',
+        `the core thread did not answer a ${type} request within ${timeoutMs} ms`,
+      );
     } finally {
-      this.#states.delete(seq);
+      answers.delete(seq);
     }
   }
 
@@ -197,6 +216,9 @@ export class CoreClient {
         return;
       case 'state':
         this.#states.get(message.seq)?.resolve(message.state);
+        return;
+      case 'timelines':
+        this.#timelines.get(message.seq)?.resolve(message.timelines);
         return;
       case 'cache':
         this.#onCache?.(message.changes);
@@ -272,6 +294,6 @@ export class CoreClient {
       pending.queue.fail(error);
     }
     for (const saved of this.#saves.values()) saved.resolve(error.toData());
-    for (const answer of this.#states.values()) answer.reject(error);
+    for (const answer of [...this.#states.values(), ...this.#timelines.values()]) answer.reject(error);
   }
 }

@@ -28,9 +28,18 @@ export interface CoreInfo {
 
 /**
  * Of a prompt in the core, which knows it by its transfer id: `received` from the main thread, computed in one or several steps (`step`: one
- * begins) until its first token is `drawn` or has come with its KV, and `posted`.
+ * begins) until its first token is `drawn` or has come with its KV, and `posted`. By the frozen wire, its KV has been `saved` at the
+ * producer, and is `loading` at the consumer; of either wire the load is over, well or not (`load ended`).
  */
-export type CoreStage = 'received' | 'step' | 'drawn' | 'posted' | HandOverStage;
+export type CoreStage =
+  | 'received'
+  | 'step'
+  | 'drawn'
+  | 'saved'
+  | 'loading'
+  | 'load ended'
+  | 'posted'
+  | HandOverStage;
 
 export interface CoreState {
   readonly running: number;
@@ -53,6 +62,8 @@ export type ToCore =
   | { readonly type: 'abort'; readonly requestId: EngineRequestId; readonly index?: number }
   /** `integrity`: with a look through every block, which takes seconds where there are millions. */
   | { readonly type: 'state'; readonly seq: number; readonly integrity: boolean }
+  /** When these requests passed which stages. */
+  | { readonly type: 'timelines'; readonly seq: number; readonly transferIds: readonly TransferId[] }
   /** KV of these requests is no longer of use: nobody will fetch it, or bring it. */
   | { readonly type: 'release'; readonly transferIds: readonly TransferId[] }
   /** The producer is done with the prompts of these requests. */
@@ -77,6 +88,12 @@ export type FromCore =
   /** KV of a request whose output said that it was `opening`: under way now, or lost. */
   | { readonly type: 'kv-saved'; readonly requestId: EngineRequestId; readonly error?: ErrorData }
   | { readonly type: 'state'; readonly seq: number; readonly state: CoreState }
+  /** Without those that are not known, or not any more. */
+  | {
+      readonly type: 'timelines';
+      readonly seq: number;
+      readonly timelines: readonly Timeline<CoreStage>[];
+    }
   /** Where KV events are published: what has entered and left the prefix cache. */
   | { readonly type: 'cache'; readonly changes: readonly CacheChange[] }
   /** The core cannot go on; the process ends with this error. */

@@ -73,7 +73,10 @@ export async function createCore(
       busy: () => loop?.isBusy ?? true,
       log,
       metrics: new MetricsPage(init.metrics.core),
-      onStage: (id, stage) => timelines.stamp(id, stage),
+      onStage: (id, stage, facts) => {
+        timelines.stamp(id, stage);
+        if (facts) timelines.note(id, { ...facts });
+      },
       openEngine,
     });
     if (native) undo.push(() => native.close());
@@ -83,7 +86,8 @@ export async function createCore(
     const engine = native?.engine ?? frozen;
     const handOver = native?.whole;
     const limits = { numBlocks, blockSize: config.blockSize, maxModelLen };
-    loop = createLoop(init, limits, executor, engine, handOver, { log, timelines, ...told });
+    const pairs = device.kind === 'cuda' ? 'nccl' : 'host';
+    loop = createLoop(init, limits, executor, engine, handOver, { log, timelines, pairs, ...told });
     return {
       loop,
       info: {
@@ -110,7 +114,7 @@ function createLoop(
   executor: Executor,
   engine: TransferEngine | undefined,
   handOver: HandOver | undefined,
-  reporting: Pick<CoreLoopOptions, 'post' | 'kvSaved' | 'cacheChanged' | 'log' | 'timelines'>,
+  reporting: Pick<CoreLoopOptions, 'post' | 'kvSaved' | 'cacheChanged' | 'log' | 'timelines' | 'pairs'>,
 ): CoreLoop {
   const { config } = init;
   const { log } = reporting;

@@ -75,6 +75,9 @@ function receive(core: CoreParts, message: Exclude<ToCore, { readonly type: 'shu
     case 'state':
       void answerState(core, message);
       return;
+    case 'timelines':
+      post({ type: 'timelines', seq: message.seq, timelines: core.loop.timelines(message.transferIds) });
+      return;
     case 'release':
       for (const id of message.transferIds) {
         core.loop.released(id);

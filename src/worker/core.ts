@@ -14,10 +14,11 @@ import type { LoadFailurePolicy } from '../config/worker-config.ts';
 import type { LoadOutcome, SaveOutcome, WorkerConnector } from '../connector/connector.ts';
 import { type Deferred, deferred } from '../deferred.ts';
 import { type ErrorData, PdError } from '../errors.ts';
+import { blockBytes } from '../kv/layout.ts';
 import type { Executor, LayerHooks } from '../model/executor.ts';
 import type { Logger } from '../observability/log.ts';
 import type { MetricsPage } from '../observability/metrics.ts';
-import { Timelines } from '../observability/timelines.ts';
+import { type Timeline, Timelines } from '../observability/timelines.ts';
 import type { Scheduler } from '../scheduler/scheduler.ts';
 import { firstTokens, type SchedulerStep } from '../scheduler/step.ts';
 import type { CacheChange, CoreRequest, ForwardResult, RequestOutput } from '../scheduler/types.ts';
@@ -26,6 +27,7 @@ import type { WorkerLoad } from '../wire/messages.ts';
 import type { CoreGrammars } from './core-grammars.ts';
 import type { CoreStage, CoreState } from './core-messages.ts';
 import { CoreMetrics } from './core-metrics.ts';
+import { CoreStages } from './core-stages.ts';
 import { LoadReport } from './load-report.ts';
 import { ThroughputLog, type ThroughputLogOptions } from './throughput-log.ts';
 
@@ -43,6 +45,8 @@ export interface CoreLoopOptions {
   readonly metrics: MetricsPage;
   /** The hand-over stamps the same. Absent: the loop keeps its own. */
   readonly timelines?: Timelines<CoreStage>;
+  /** By which KV travels on pairs. */
+  readonly pairs?: 'host' | 'nccl';
   readonly log: Logger;
   readonly post: (outputs: readonly RequestOutput[]) => void;
   /** KV of a request whose output said that it was `opening`: under way now, or lost. */
@@ -64,9 +68,7 @@ export class CoreLoop {
   readonly #throughput: ThroughputLog;
   readonly #load: LoadReport | undefined;
   readonly #saving: LayerHooks;
-  readonly #timelines: Timelines<CoreStage>;
-  /** Requests without an output so far. */
-  readonly #unanswered = new Map<EngineRequestId, TransferId>();
+  readonly #stages: CoreStages;
   /** What has come since the last turn. */
   #commands: (() => void)[] = [];
   /** Set while the loop sleeps. */
@@ -83,7 +85,9 @@ export class CoreLoop {
     this.#options = options;
     this.#scheduler = options.scheduler;
     this.#connector = options.connector;
-    this.#timelines = options.timelines ?? new Timelines();
+    const { timelines = new Timelines<CoreStage>(), pairs = 'host', executor } = options;
+    const ofBlock = executor.layers.reduce((sum, { cache }) => sum + blockBytes(cache.layout), 0);
+    this.#stages = new CoreStages(timelines, ofBlock, pairs);
     this.#log = options.log;
     this.#metrics = new CoreMetrics(options.metrics);
     const { scheduler, metrics: page, log, clock } = options;
@@ -94,8 +98,7 @@ export class CoreLoop {
   }
 
   add(request: CoreRequest): void {
-    this.#timelines.begin(request.transferId, 'received');
-    this.#unanswered.set(request.requestId, request.transferId);
+    this.#stages.received(request);
     this.#hear(() => this.#add(request));
   }
 
@@ -126,6 +129,11 @@ export class CoreLoop {
     return this.#scheduler.numRequests > 0 || this.#commands.length > 0;
   }
 
+  /** Of those of these requests that are known. */
+  timelines(transferIds: readonly TransferId[]): readonly Timeline<CoreStage>[] {
+    return this.#stages.of(transferIds);
+  }
+
   /** `integrity`: with a look through every block. */
   state(integrity = true): CoreState {
     const { numRunning, numWaiting, numLoading, blocks } = this.#scheduler;
@@ -136,7 +144,7 @@ export class CoreLoop {
       blocks,
       ...(integrity && {
         integrity: this.#scheduler.checkIntegrity(),
-        recentRequests: this.#timelines.recent(),
+        recentRequests: this.#stages.recent(),
       }),
     };
   }
@@ -173,7 +181,10 @@ export class CoreLoop {
     this.#tellFinished();
     if (this.#scheduler.numRequests > 0) this.#throughput.working();
     const step = this.#scheduler.schedule();
-    if (step.metadata) this.#connector?.startLoadKv(step.metadata);
+    if (step.metadata) {
+      this.#stages.moving(step.metadata);
+      this.#connector?.startLoadKv(step.metadata);
+    }
     if (step.entries.length > 0) await this.#run(step);
     this.#tellFinished();
     this.#metrics.scheduler(this.#scheduler);
@@ -188,15 +199,16 @@ export class CoreLoop {
 
   async #run(step: SchedulerStep): Promise<void> {
     const unfinished = step.entries.filter(({ sequence }) => sequence.numOutput === 0);
-    this.#stamp(unfinished, 'step');
+    this.#stages.stepped(unfinished, 'step');
     const result = await this.#forward(step);
     this.#metrics.step(step.numTokens);
-    this.#stamp(
+    this.#stages.stepped(
       unfinished.filter(({ sampled }) => sampled),
       'drawn',
     );
     // Also after a failure: what was saved is still being gathered from the step's blocks.
     const unsaved = (await this.#connector?.waitForSave()) ?? [];
+    if (step.metadata) this.#stages.saved(step.metadata.saves);
     if (result instanceof PdError) this.#fail(step, result);
     else {
       if (step.metadata && step.metadata.fills.length > 0)
@@ -286,6 +298,7 @@ export class CoreLoop {
       const outcome = this.#withUsableDraw(told);
       const { requestId } = outcome;
       this.#metrics.load(outcome, loadFailure);
+      this.#stages.loaded(outcome);
       if (outcome.ok) {
         const { bytes, milliseconds } = outcome;
         this.#log.debug({ requestId, bytes, milliseconds }, 'load done');
@@ -326,19 +339,8 @@ export class CoreLoop {
   }
 
   #post(outputs: readonly RequestOutput[]): void {
-    for (const { requestId } of outputs) {
-      const id = this.#unanswered.get(requestId);
-      if (id === undefined) continue;
-      this.#timelines.stamp(id, 'posted');
-      this.#unanswered.delete(requestId);
-    }
+    this.#stages.posted(outputs);
     this.#options.post(outputs);
-  }
-
-  #stamp(entries: SchedulerStep['entries'], stage: CoreStage): void {
-    for (const { sequence } of entries) {
-      if (sequence.isLeader) this.#timelines.stamp(sequence.group.request.transferId, stage);
-    }
   }
 
   #tellFinished(): void {

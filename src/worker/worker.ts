@@ -22,6 +22,7 @@ import { CoreClient } from './core-client.ts';
 import type { CoreInfo, CoreState } from './core-messages.ts';
 import type { KvEventPublisher } from './kv-events.ts';
 import { RequestBodyReader } from './request-body-reader.ts';
+import type { WorkerTraces } from './request-trace.ts';
 import { InFlight } from './server/in-flight.ts';
 import { createServer } from './server/server.ts';
 
@@ -55,6 +56,7 @@ interface RunningParts {
   readonly guard: Guard;
   readonly inFlight: InFlight;
   readonly events: KvEventPublisher | undefined;
+  readonly traces: WorkerTraces | undefined;
   readonly log: Logger;
 }
 
@@ -125,10 +127,12 @@ export class PdWorker {
       throw error;
     });
     let events: KvEventPublisher | undefined;
+    let traces: WorkerTraces | undefined;
     try {
       signal?.throwIfAborted();
       events = await publisherOf(config, core.info, log);
       const inFlight = new InFlight();
+      traces = config.otlpEndpoint === undefined ? undefined : await tracesOf(config, core, metrics, log);
       const all = [metrics, pages.core, pages.transfer];
       const server = createServer({
         config,
@@ -138,6 +142,7 @@ export class PdWorker {
         guard,
         inFlight,
         metrics,
+        traces,
         pages: all,
         version: packageVersion(),
         log,
@@ -146,7 +151,7 @@ export class PdWorker {
       });
       const port = await listen(server, config.http);
       const httpAddress = { host: config.httpAnnounceHost, port };
-      const parts = { core, reader, server, guard, inFlight, events, log };
+      const parts = { core, reader, server, guard, inFlight, events, traces, log };
       const worker = new PdWorker(config, httpAddress, all, parts);
       const { numBlocks, blockSize, maxModelLen } = core.info;
       log.info(
@@ -166,7 +171,7 @@ export class PdWorker {
       return worker;
     } catch (error) {
       guard.close();
-      await Promise.all([core.close(), reader.close(), events?.close()]);
+      await Promise.all([core.close(), reader.close(), events?.close(), traces?.close()]);
       throw error;
     }
   }
@@ -191,7 +196,7 @@ export class PdWorker {
   }
 
   async #close(drainTimeoutMs: number): Promise<void> {
-    const { core, reader, server, guard, inFlight, events, log } = this.#parts;
+    const { core, reader, server, guard, inFlight, events, traces, log } = this.#parts;
     core.tell({ type: 'drain' });
     const running = inFlight.size;
     if (running > 0) log.info({ running }, `Draining: ${running} requests under way`);
@@ -205,6 +210,7 @@ export class PdWorker {
     }
     if (done) await this.#handOver(performance.now() + drainTimeoutMs, Promise.race([hurried, ended]));
     this.#drained.resolve();
+    await traces?.close();
     await Promise.all([core.close(), reader.close(), events?.close()]);
     // Requests that this has failed still get their answers.
     await inFlight.drain(LAST_ANSWERS_MS);
@@ -242,6 +248,16 @@ export class PdWorker {
       await Promise.race([setTimeout(HAND_OVER_POLL_MS), cut]);
     }
   }
+}
+
+async function tracesOf(
+  config: WorkerConfig,
+  core: CoreClient,
+  metrics: MetricsPage,
+  log: Logger,
+): Promise<WorkerTraces> {
+  const { WorkerTraces } = await import('./request-trace.ts');
+  return WorkerTraces.open(config, core, metrics, log);
 }
 
 /** The publisher of KV events, if they are wanted. In an undivided worker nothing else loads ZeroMQ. */

@@ -9,6 +9,7 @@ import {
   untilListed,
   type WorkerHandle,
 } from '../support/cluster.ts';
+import { OtlpReceiver } from '../support/otlp-receiver.ts';
 import { CAPITAL, complete, eventually, mixedRequests } from '../support/requests.ts';
 
 const STORY = 'Once upon a time in a magical forest, there lived a wise old dragon who told the children of';
@@ -63,14 +64,28 @@ const BODIES: readonly (readonly [what: string, body: object])[] = [
   ['the same prompt again', { prompt: STORY, max_tokens: 6, temperature: 0 }],
 ];
 
+/** Of `GET /v1/requests/ID/route`, as far as it is read here. */
+interface WorkerTold {
+  readonly server: { readonly prompt_tokens: number; readonly completion_tokens: number };
+  readonly prompts: readonly {
+    readonly stages: readonly { readonly stage: string; readonly tokens?: number }[];
+    readonly kv_bytes: number;
+    readonly cached_tokens: number;
+  }[];
+}
+type RouteAttempt = Readonly<Record<'producer' | 'consumer', { readonly worker: WorkerTold }>>;
+
 describe('a native pair', () => {
   let proxy: ProxyHandle;
   let workers: WorkerHandle[] = [];
+  let receiver: OtlpReceiver;
 
   beforeAll(async () => {
-    proxy = await startProxy();
+    receiver = await OtlpReceiver.start();
+    const traced = ['--otlp-endpoint', receiver.url];
+    proxy = await startProxy(traced);
     // Chunks of 16 tokens: a prompt leaves in several writes.
-    const args = ['--kv-load-failure', 'fail', '--max-num-batched-tokens', '16', '--debug-state'];
+    const args = ['--kv-load-failure', 'fail', '--max-num-batched-tokens', '16', '--debug-state', ...traced];
     workers = await Promise.all([
       startWorker('producer', proxy, args),
       startWorker('consumer', proxy, args),
@@ -80,6 +95,7 @@ describe('a native pair', () => {
   });
   afterAll(async () => {
     await Promise.all([...workers, proxy].map(({ program }) => program.stop()));
+    await receiver.close();
   });
 
   const post = async (url: string, body: object) => {
@@ -117,6 +133,112 @@ describe('a native pair', () => {
     const grown = (name: string) => (after.get(name) ?? 0) - (before.get(name) ?? 0);
     expect(grown('pd_kv_loads_total{result="ok"}')).toBe(12);
     expect(grown('pd_prompt_tokens_total{source="computed"}')).toBe(0);
+  });
+
+  it('tells of a request where it went, when it was where, and what moved', async () => {
+    const body = JSON.stringify({ model: 'demo', prompt: STORY.repeat(3), max_tokens: 4, stream: true });
+    const headers = { 'content-type': 'application/json' };
+    const answer = await fetch(`${proxy.url}/v1/completions`, { method: 'POST', headers, body });
+    await answer.text();
+    const url = `${proxy.url}/v1/requests/${answer.headers.get('x-pd-request-id')}/route`;
+    let route: { status: number | null; attempts: RouteAttempt[] } | undefined;
+    await eventually('its end', 60_000, async () => {
+      route = (await (await fetch(url)).json()) as typeof route;
+      return route!.status !== null;
+    });
+    const [producer, consumer] = workers as [WorkerHandle, WorkerHandle];
+    const time = expect.any(Number);
+    expect(route).toMatchObject({
+      status: 200,
+      attempts: [
+        {
+          producer: { zmq_address: producer.kvAddress, policy: 'kv-aware', considered: 1 },
+          consumer: { zmq_address: consumer.kvAddress, policy: 'kv-aware', considered: 1 },
+          asked_early: true,
+          wire: 'native',
+          outcome: 'answered',
+          at_ms: { prefill: time, decode: time, answered: time, first_event: time, end: time },
+        },
+      ],
+    });
+    const { producer: from, consumer: into } = route!.attempts[0]!;
+    const { prompt_tokens: tokens, completion_tokens } = into.worker.server;
+    expect([tokens > 16, completion_tokens]).toEqual([true, 4]);
+    const moved = { wire: 'native', transport: 'host', kv_bytes: into.worker.prompts[0]!.kv_bytes };
+    expect(from.worker.prompts).toMatchObject([{ ...moved, kv_to: consumer.kvAddress }]);
+    expect(into.worker.prompts).toMatchObject([{ ...moved, kv_from: producer.kvAddress }]);
+    expect(into.worker.prompts[0]).toMatchObject({ computed_tokens: 0, loaded_tokens: expect.any(Number) });
+    // Chunk by chunk, all of the prompt that was not there already.
+    const chunks = from.worker.prompts[0]!.stages.flatMap(({ tokens: own }) => own ?? []);
+    const computed = chunks.reduce((sum, own) => sum + own, 0);
+    expect(computed).toBe(tokens - from.worker.prompts[0]!.cached_tokens);
+    expect(chunks.length).toBeGreaterThan(1);
+  });
+
+  it("is one trace, in that of its client, with the proxy's spans and those of both workers", async () => {
+    const [traceId, client] = ['1'.repeat(32), '2'.repeat(16)];
+    const prompt = `${STORY.repeat(2)} the sea`;
+    const answer = await fetch(`${proxy.url}/v1/completions`, {
+      method: 'POST',
+      headers: { 'content-type': 'application/json', traceparent: `00-${traceId}-${client}-01` },
+      body: JSON.stringify({ model: 'demo', prompt, max_tokens: 4, stream: true }),
+    });
+    await answer.text();
+    const [producer, consumer] = workers as [WorkerHandle, WorkerHandle];
+    const named = (name: string, service: string) =>
+      receiver.traceOf(traceId).filter((span) => span.name === name && span.service === service);
+    const one = (name: string, service: string) => named(name, service)[0];
+    await eventually('the spans of all three', 60_000, async () =>
+      Boolean(
+        one('pd.decode', 'pd-proxy') &&
+          one('pd.hand_over', 'pd-worker-producer') &&
+          one('pd.decode', 'pd-worker-consumer'),
+      ),
+    );
+    const roots = ['pd-proxy', 'pd-worker-producer', 'pd-worker-consumer'].map(
+      (service) => one('POST /v1/completions', service)!,
+    );
+    const [root, prefilled, decoded] = roots;
+    const [prefill, decode] = ['pd.prefill', 'pd.decode'].map((name) => one(name, 'pd-proxy')!);
+    expect(root!.parentSpanId).toBe(client);
+    expect([prefill!.parentSpanId, decode!.parentSpanId]).toEqual([root!.spanId, root!.spanId]);
+    expect([prefilled!.parentSpanId, decoded!.parentSpanId]).toEqual([prefill!.spanId, decode!.spanId]);
+    for (const name of ['pd.queue', 'pd.placement'])
+      expect(one(name, 'pd-proxy')!.parentSpanId).toBe(root!.spanId);
+    expect(root!.attributes).toMatchObject({
+      'http.route': '/v1/completions',
+      'http.response.status_code': 200,
+      'gen_ai.operation.name': 'text_completion',
+      'gen_ai.request.model': 'demo',
+      'pd.request_id': answer.headers.get('x-pd-request-id'),
+    });
+    expect(decode!.attributes).toMatchObject({
+      'pd.producer': producer.kvAddress,
+      'pd.consumer': consumer.kvAddress,
+      'pd.wire': 'native',
+    });
+    // At the producer: its queue, the prompt chunk by chunk, and the KV that left.
+    const computed = one('pd.prefill', 'pd-worker-producer')!;
+    const chunks = named('pd.prefill.chunk', 'pd-worker-producer');
+    expect(chunks.length).toBeGreaterThan(1);
+    for (const chunk of chunks) expect(chunk.parentSpanId).toBe(computed.spanId);
+    const tokens = chunks.reduce((sum, { attributes }) => sum + Number(attributes['pd.tokens']), 0);
+    expect(tokens).toBe(computed.attributes['pd.computed_tokens']);
+    const moved = {
+      'pd.kv.wire': 'native',
+      'pd.kv.transport': 'host',
+      'pd.kv.from': producer.kvAddress,
+      'pd.kv.to': consumer.kvAddress,
+    };
+    const sent = one('pd.hand_over', 'pd-worker-producer')!;
+    const came = one('pd.hand_over', 'pd-worker-consumer')!;
+    expect(sent).toMatchObject({ parentSpanId: prefilled!.spanId, attributes: moved });
+    expect(came).toMatchObject({ parentSpanId: decoded!.spanId, attributes: moved });
+    expect(came.attributes['pd.kv.bytes']).toBe(sent.attributes['pd.kv.bytes']);
+    expect(one('pd.decode', 'pd-worker-consumer')!.parentSpanId).toBe(decoded!.spanId);
+    expect(decoded!.attributes['gen_ai.usage.output_tokens']).toBe(4);
+    for (const { startTimeUnixNano: from, endTimeUnixNano: to } of receiver.traceOf(traceId))
+      expect(BigInt(to)).toBeGreaterThanOrEqual(BigInt(from));
   });
 
   it('loses nothing to a client that goes away', async () => {

@@ -7,16 +7,19 @@ import { afterAll, beforeAll, expect, test } from 'vitest';
 import { formatHostPort } from '../../src/net/address.ts';
 import type { PdProxy } from '../../src/proxy/proxy.ts';
 import { answerJson, FakeUpstream } from '../support/fake-upstream.ts';
+import { OtlpReceiver } from '../support/otlp-receiver.ts';
 import { startQuietProxy } from '../support/quiet-proxy.ts';
 
 let proxy: PdProxy;
 let producer: FakeUpstream;
 let consumer: FakeUpstream;
+let receiver: OtlpReceiver;
 /** Answers to `stream` are the test's. */
 const streams: ServerResponse[] = [];
 
 beforeAll(async () => {
-  proxy = await startQuietProxy({ workers: 2 });
+  receiver = await OtlpReceiver.start();
+  proxy = await startQuietProxy({ workers: 2, otlpEndpoint: receiver.url });
   producer = await FakeUpstream.start('producer', answerJson());
   consumer = await FakeUpstream.start('consumer', async (asked, out) => {
     if (asked.json['stream'] !== true) return await answerJson()(asked, out);
@@ -32,6 +35,7 @@ afterAll(async () => {
   await proxy.close(0);
   await producer.kill();
   await consumer.kill();
+  await receiver.close();
 });
 
 const url = (path: string) => `http://${formatHostPort(proxy.httpAddress)}${path}`;
@@ -70,6 +74,18 @@ test('answers from both processes, and tells of itself as one', async () => {
     expect(
       await counted(new RegExp(`pd_proxy_worker_requests_total\\{.*role="${role}",outcome="success"\\}`)),
     ).toBe(6);
+  for (const { headers } of answers) {
+    const route = await fetch(url(`/v1/requests/${headers['x-pd-request-id']}/route`));
+    expect(await route.json()).toMatchObject({
+      status: 200,
+      attempts: [{ request_id: headers['x-request-id'], consumer: { considered: 1 }, outcome: 'answered' }],
+    });
+  }
+  const roots = () => receiver.spans.filter(({ name }) => name === 'POST /v1/completions');
+  while (roots().length < 6) await once(receiver.events, 'post');
+  expect(roots().map(({ attributes }) => attributes['pd.request_id'])).toEqual(
+    expect.arrayContaining(answers.map(({ headers }) => headers['x-pd-request-id'])),
+  );
   const health = (await (await fetch(url('/health'))).json()) as { counts: object };
   expect(health.counts).toEqual({ producer: 1, consumer: 1 });
   const body = JSON.stringify({ instance: consumer.httpAddress });

@@ -151,8 +151,8 @@ export class ReceiveStore {
   }
 
   /**
-   * What a request that is over leaves: freed at once, or dropped when it has come. Tensors claimed by a load are the load's to free, those of another prompt
-   * a later request's.
+   * What a request that is over leaves: freed at once, or dropped when it has come. Tensors claimed by a load are the load's to free, those
+   * of another prompt a later request's.
    */
   finish(id: string, promptDigest?: string): { freed: number; dropped: number } {
     let freed = 0;

@@ -12,7 +12,7 @@ import type { FromWire, NativeInit, ToWire } from './channel.ts';
 import { isTokenId } from './codec.ts';
 import type { DirectWays } from './direct.ts';
 import { type GrantAction, Grants } from './grants.ts';
-import type { Drawn, HandOverUser } from './hand-over-api.ts';
+import type { Drawn, HandOverUser, MovedKv } from './hand-over-api.ts';
 import type { ConsumerMessage, Nonce, ProducerMessage } from './messages.ts';
 import { digestForPage } from './page-watch.ts';
 import { Writes } from './writes.ts';
@@ -29,7 +29,7 @@ export interface FillsOptions {
   /** Of the one queue of both halves (`HandOver`). */
   readonly work: (task: () => void) => void;
   readonly user: () => HandOverUser;
-  readonly onStage: (id: TransferId, stage: 'bound' | 'launched' | 'landed') => void;
+  readonly onStage: (id: TransferId, stage: 'bound' | 'launched' | 'landed', moved?: MovedKv) => void;
 }
 
 /** How long a WANT may wait for its request, which may stand in the producer's queue; whoever gives up earlier says DROP. */

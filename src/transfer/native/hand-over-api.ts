@@ -90,6 +90,14 @@ export interface HandOverBooks {
  */
 export type HandOverStage = 'wanted' | 'asked' | 'flagged' | 'loaded' | 'bound' | 'launched' | 'landed';
 
+/** With `loaded` and `landed`: how KV came or went, how much of it, and with whom (`host:port` of its ROUTER). */
+export interface MovedKv {
+  readonly transport: NativeTransport;
+  readonly kv_bytes: number;
+  readonly kv_from?: string;
+  readonly kv_to?: string;
+}
+
 /** Who uses a hand-over. */
 export interface HandOverUser {
   readonly books: HandOverBooks;

@@ -28,6 +28,7 @@ import type {
   HandOverStage,
   HandOverState,
   HandOverUser,
+  MovedKv,
   WantRequest,
 } from './hand-over-api.ts';
 import { Loads, remember } from './loads.ts';
@@ -50,7 +51,7 @@ export interface HandOverOptions {
   readonly log: Logger;
   /** Of the core thread. */
   readonly metrics: MetricsPage;
-  readonly onStage?: (id: TransferId, stage: HandOverStage) => void;
+  readonly onStage?: (id: TransferId, stage: HandOverStage, moved?: MovedKv) => void;
   /** The stage `flagged`, with the GPU's times of the write that set the flag: of the last layer, where each was written by itself. */
   readonly onFlag?: (id: TransferId, times: SlotFlag) => void;
 }
@@ -109,7 +110,7 @@ export class HandOver implements HandOverApi {
       tell: this.#tell,
       work: (task: () => void) => this.#work(task),
       user: () => this.#served,
-      onStage: (id: TransferId, stage: HandOverStage) => options.onStage?.(id, stage),
+      onStage: (id: TransferId, stage: HandOverStage, moved?: MovedKv) => options.onStage?.(id, stage, moved),
     };
     this.#loads = new Loads({ ...half, log, connections: this.#connections, onFlag });
     this.#fills = new Fills({ ...half, leaseMs, names: (id, peer) => this.#otherOf(id) === peer });

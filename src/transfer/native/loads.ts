@@ -15,7 +15,7 @@ import type { TransferState } from '../types.ts';
 import type { NativeInit, ToWire } from './channel.ts';
 import type { Connections } from './connections.ts';
 import type { DirectWays } from './direct.ts';
-import type { HandOverState, HandOverUser, WantOutcome, WantRequest } from './hand-over-api.ts';
+import type { HandOverState, HandOverUser, MovedKv, WantOutcome, WantRequest } from './hand-over-api.ts';
 import type { HelloMessage, NativeTransport, Nonce, ProducerMessage, Ticket } from './messages.ts';
 import { PageWatch } from './page-watch.ts';
 import { type WantAction, Wants } from './wants.ts';
@@ -30,7 +30,11 @@ export interface LoadsOptions {
   /** Of the one queue of both halves (`HandOver`). */
   readonly work: (task: () => void) => void;
   readonly user: () => HandOverUser;
-  readonly onStage: (id: TransferId, stage: 'wanted' | 'asked' | 'flagged' | 'loaded') => void;
+  readonly onStage: (
+    id: TransferId,
+    stage: 'wanted' | 'asked' | 'flagged' | 'loaded',
+    moved?: MovedKv,
+  ) => void;
   /** The stage `flagged`, with the GPU's times of the write that set the flag. */
   readonly onFlag: ((id: TransferId, times: SlotFlag) => void) | undefined;
 }
@@ -393,15 +397,16 @@ export class Loads {
 
   #loaded(load: Load, { seq, draw }: Extract<WantAction, { readonly kind: 'loaded' }>): void {
     const { requestId, transferId, peer, blocks } = load.request;
-    this.#options.onStage(transferId, 'loaded');
+    const { transport } = load;
     const { layers, blockBytes } = this.#options.init.shape;
     const milliseconds = now() - load.began;
     const bytes = blocks.length * layers * blockBytes;
+    this.#options.onStage(transferId, 'loaded', transport && { transport, kv_bytes: bytes, kv_from: peer });
     this.#failures.wentWell('load', peer);
     const { metrics } = this.#options;
     metrics.observe('pd_transfer_seconds', milliseconds / 1_000);
     // what comes on a pair is counted by the transfer thread
-    if (load.transport === 'direct') metrics.inc('pd_kv_received_bytes_total', bytes);
+    if (transport === 'direct') metrics.inc('pd_kv_received_bytes_total', bytes);
     this.#options.log.debug(
       { requestId, peer, seq, milliseconds, drawn: draw !== undefined },
       `WANT ${seq} is done`,

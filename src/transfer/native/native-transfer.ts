@@ -21,7 +21,7 @@ import type { TransferEngine } from '../engine.ts';
 import type { NativeInit } from './channel.ts';
 import type { DirectWays } from './direct.ts';
 import type { HandOver, HandOverOptions } from './hand-over.ts';
-import type { HandOverApi, HandOverStage, HandOverState } from './hand-over-api.ts';
+import type { HandOverApi, HandOverStage, HandOverState, MovedKv } from './hand-over-api.ts';
 import type { KvCache } from './kv-cache.ts';
 import type { Nonce } from './messages.ts';
 
@@ -54,7 +54,7 @@ export interface NativeTransferParts {
   readonly busy: () => boolean;
   readonly log: Logger;
   readonly metrics: MetricsPage;
-  readonly onStage?: (id: TransferId, stage: HandOverStage) => void;
+  readonly onStage?: (id: TransferId, stage: HandOverStage, moved?: MovedKv) => void;
   readonly onFlag?: HandOverOptions['onFlag'];
   readonly openEngine: (native: NativeInit) => Promise<TransferEngine>;
 }

@@ -12,6 +12,7 @@ import type { TransferId } from '../../wire/ids.ts';
 import type { FromWire, NativeInit, ToWire } from './channel.ts';
 import type { DirectWays, LayerWrites } from './direct.ts';
 import type { GrantAction } from './grants.ts';
+import type { MovedKv } from './hand-over-api.ts';
 
 export type WriteAction = Extract<GrantAction, { readonly kind: 'write' }>;
 
@@ -26,7 +27,7 @@ interface WritesOptions {
   readonly metrics: MetricsPage;
   readonly tell: (command: ToWire) => void;
   /** Of the write that ends a prompt. */
-  readonly onStage: (id: TransferId, stage: 'launched' | 'landed') => void;
+  readonly onStage: (id: TransferId, stage: 'launched' | 'landed', moved?: MovedKv) => void;
   /** `Grants.mayLaunch`. */
   readonly mayLaunch: (launch: number) => boolean;
   /** Once for each write that was begun: nothing of it is under way any more. */
@@ -240,13 +241,20 @@ export class Writes {
     if (!this.#writes.delete(launch)) return;
     this.#crowded.delete(write);
     this.#step?.writes.delete(write);
-    if (write.action.last) this.#options.onStage(write.action.id, 'landed');
+    if (write.action.last) this.#options.onStage(write.action.id, 'landed', this.#moved(write));
     this.#options.landed(launch, write.failure);
     for (const other of [...this.#crowded]) {
       if (this.#step?.writes.has(other)) continue;
       this.#crowded.delete(other);
       this.#launch(other, this.#numLayers, undefined);
     }
+  }
+
+  /** By this write, the last of its WANT, and those before it. */
+  #moved({ action: { transport, place, targets, peer }, failure }: Write): MovedKv | undefined {
+    if (failure) return undefined;
+    const { layers, blockBytes } = this.#options.init.shape;
+    return { transport, kv_bytes: (place + targets.length) * layers * blockBytes, kv_to: peer };
   }
 
   #awaitLaunches(write: Write, direct: LayerWrites): void {

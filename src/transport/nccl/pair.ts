@@ -3,8 +3,8 @@
  *
  *   queued --exchange()--> settling --NCCL has enqueued it--> in flight --its event fires--> resolved
  *
- * At most one group is settling, since the next NCCL call must wait for it; many operations are in flight. A pair that has to end rejects all of
- * them at once, has the communicator aborted on another thread, and is over when its stream has drained.
+ * At most one group is settling, since the next NCCL call must wait for it; many operations are in flight. A pair that has to end rejects
+ * all of them at once, has the communicator aborted on another thread, and is over when its stream has drained.
  */
 import type { Libnccl, Region } from '../../../ffi/libnccl.ts';
 import type { NcclCommHandle } from '../../../ffi/pointers.ts';
@@ -20,12 +20,13 @@ import type { ProgressGate } from './gate.ts';
 /** Operations in the stream at a time; more would only lengthen what an abort has to clear away. */
 const MAX_IN_FLIGHT = 64;
 /**
- * Where a pair joins operations: how many become one group at most, and how many bytes that has. To enqueue one costs 60 to 85 us whatever its size, which
- * is what 25 MB take on NVLink. `operations: 1` gives every one to NCCL by itself.
+ * Where a pair joins operations: how many become one group at most, and how many bytes that has. To enqueue one costs 60 to 85 us whatever
+ * its size, which is what 25 MB take on NVLink. `operations: 1` gives every one to NCCL by itself.
  *
- * The other end need not group alike, and vLLM's never does. NCCL executes what a group has for one peer in the order in which it was given, a stream
- * executes groups in theirs, and how an operation is split over channels depends on its size alone; so what arrives where is the same. Nor can the ends wait
- * for each other: a group has one direction, its first operation waits for nothing but the peer's first, and none is held back for longer than a turn of the event loop.
+ * The other end need not group alike, and vLLM's never does. NCCL executes what a group has for one peer in the order in which it was given
+ * (its user guide, "Point-to-point communication"), a stream executes groups in theirs, and how an operation is split over channels depends
+ * on its size alone; so what arrives where is the same. Nor can the ends wait for each other: a group has one direction, its first operation
+ * waits for nothing but the peer's first, and none is held back for longer than a turn of the event loop.
  */
 const JOINED = { operations: 32, bytes: 128 * 2 ** 20 } as const;
 /** NCCL reports a lost peer rarely and late, but where it does this is how soon it is heard; milliseconds. */
@@ -131,8 +132,8 @@ export class NcclPair implements Pair {
       if (regions.length === 0) return resolve();
       this.#queue.push({ direction, regions, options, resolve, reject });
       this.#parts.loop.add(this.#poll);
-      // The first operation goes out at once; those behind it wait for their turn in the loop. Where they may be joined the first does too, but no group
-      // waits for more than it takes.
+      // The first operation goes out at once; those behind it wait for their turn in the loop. Where they may be joined the first does too,
+      // but no group waits for more than it takes.
       if (!this.#parts.joins || this.#joined() < this.#queue.length) this.#turn(performance.now());
     });
   }

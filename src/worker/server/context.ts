@@ -12,6 +12,7 @@ import { reasoningOf } from '../../parsing/reasoning.ts';
 import { PROMPT_IDS_HEADER, splitPromptIds } from '../../wire/prompt-ids.ts';
 import type { CoreClient } from '../core-client.ts';
 import type { Readings, RequestBodyReader, Route } from '../request-body-reader.ts';
+import type { WorkerTraces } from '../request-trace.ts';
 import type { Served } from './fields.ts';
 import type { InFlight } from './in-flight.ts';
 
@@ -27,7 +28,7 @@ export interface ServerContext {
     | 'reasoningParser'
     | 'wire'
   > & { readonly transfer: Pick<TransferOptions, 'kvKey'> };
-  readonly core: Pick<CoreClient, 'generate' | 'info' | 'inspect' | 'state' | 'tell'>;
+  readonly core: Pick<CoreClient, 'generate' | 'info' | 'inspect' | 'state' | 'tell' | 'timelines'>;
   readonly reader: Pick<RequestBodyReader, 'read'>;
   /** For the text of what is generated. */
   readonly model: TextModel;
@@ -38,6 +39,8 @@ export interface ServerContext {
   /** Every thread's page, for /metrics. */
   readonly pages: readonly MetricsPage[];
   readonly version: string;
+  /** Where traces are made. */
+  readonly traces?: Pick<WorkerTraces, 'begin' | 'ended'> | undefined;
   readonly log: Logger;
   readonly limited: RateLimitedLog;
   /** Whose token ids of a prompt are taken for its text. Absent: nobody's. */

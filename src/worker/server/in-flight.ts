@@ -42,9 +42,9 @@ export function promptIdsOf(route: GenerationRoute, serverId: string, prompts: n
 
 /**
  * Of a request on the main thread, which knows it by the id of its answer: `received` with its whole body, `parsed`, handed to the core by
- * its first prompt (`submitted`), its first output `heard`, the first bytes of a stream or a whole answer `written`.
+ * its first prompt (`submitted`), its first output `heard`, the first bytes of a stream or a whole answer `written`, all of it `ended`.
  */
-export type AnswerStage = 'received' | 'parsed' | 'submitted' | 'heard' | 'written';
+export type AnswerStage = 'received' | 'parsed' | 'submitted' | 'heard' | 'written' | 'ended';
 
 export class InFlight {
   readonly timelines = new Timelines<AnswerStage>();
@@ -72,6 +72,7 @@ export class InFlight {
     this.#ids.add(id);
     this.timelines.begin(id, 'received');
     return () => {
+      this.timelines.stamp(id, 'ended');
       this.#ids.delete(id);
       this.#lookIdle();
     };

@@ -5,8 +5,13 @@
  *                       this worker holds of it can be freed now rather than at the orphan deadline
  *   POST /kv/prefilled  the producer has answered, the consumer not yet: from now on it waits only for KV that is on its way
  *   POST /kv/failed     the producer has answered that it could not send the KV: the consumer computes the prompt, or fails, at once
+ *
+ * And what it asks:
+ *
+ *   POST /kv/receipt    when the request passed which stage here, and what came or went of its KV
  */
 import type { FastifyRequest } from 'fastify';
+import type { Timeline } from '../../observability/timelines.ts';
 import type { TransferId } from '../../wire/ids.ts';
 import { readErrorData } from '../../wire/overlap.ts';
 import { z } from '../../zod.ts';
@@ -64,15 +69,48 @@ export function postPrefilled(context: ServerContext, request: FastifyRequest): 
   return { prefilled: transferIds.length };
 }
 
+/**
+ * In both, `at_ms` counts from the arrival of the request here: `server`, of the main thread, for the whole request, with its tokens;
+ * `prompts`, of the core thread, for each prompt, with what is known of its KV. Null, and left out: what is not known any more.
+ */
+export async function postReceipt(context: ServerContext, request: FastifyRequest): Promise<object> {
+  const { serverId, transferIds } = readNotice(noticeSchema, context, request);
+  const { core, inFlight, config } = context;
+  const own = inFlight.timelines.get(serverId);
+  const from = own?.stages[0]?.at;
+  const prompts = from === undefined ? [] : await core.timelines(transferIds);
+  return {
+    role: config.role,
+    server: own && from !== undefined ? receiptOf(own, from) : null,
+    prompts: prompts.map((timeline) => receiptOf(timeline, from!)),
+  };
+}
+
+function receiptOf({ stages, facts }: Timeline, from: number): object {
+  return {
+    stages: stages.map(({ stage, at, tokens }) => ({
+      stage,
+      at_ms: Math.round((at - from) * 1_000) / 1_000,
+      ...(tokens !== undefined && { tokens }),
+    })),
+    ...facts,
+  };
+}
+
 /** With the id of each prompt's KV. */
 function readNotice<N extends z.infer<typeof noticeSchema>>(
   schema: z.ZodType<N>,
   { inFlight }: ServerContext,
   request: FastifyRequest,
-): N & { readonly requestId: string; readonly transferIds: readonly TransferId[] } {
+): N & {
+  readonly requestId: string;
+  readonly serverId: string;
+  readonly transferIds: readonly TransferId[];
+} {
   const notice = parseBody(schema, parseJson(bodyOf(request)));
   const { request_id: requestId, route, prompts } = notice;
   const kind = ROUTES[route];
-  const serverIds = promptIdsOf(kind, serverIdOf(kind, requestId), prompts);
-  return { ...notice, requestId, transferIds: serverIds.map((id) => inFlight.transferIdOf(id)) };
+  const serverId = serverIdOf(kind, requestId);
+  const serverIds = promptIdsOf(kind, serverId, prompts);
+  return { ...notice, requestId, serverId, transferIds: serverIds.map((id) => inFlight.transferIdOf(id)) };
 }

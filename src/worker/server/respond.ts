@@ -41,29 +41,49 @@ export async function postGeneration<R extends GenerationRoute>(
   request: FastifyRequest,
   reply: FastifyReply,
 ): Promise<string | undefined> {
+  const { inFlight, traces } = context;
   const id = serverIdOf(route, requestIdOf(request, reply));
-  const leave = context.inFlight.enter(id);
+  const leave = inFlight.enter(id);
+  const trace = traces?.begin(request.headers);
+  let serverIds: readonly string[] = [];
+  let asModel: string | undefined;
+  let failure: PdError | undefined;
   try {
     const gone = goneSignal(context, reply, id);
     const reading = await readRequest(context, route, request, gone);
-    context.inFlight.timelines.stamp(id, 'parsed');
+    inFlight.timelines.stamp(id, 'parsed');
     const { asked, body, model } = reading;
+    asModel = model;
+    serverIds = promptIdsOf(route, id, asked.prompts.length);
     const prefillWithinMs = prefillWithin(context, request);
     const wire = wireOf(context, request);
     const plan = {
       ...asked,
       id,
-      serverIds: promptIdsOf(route, id, asked.prompts.length),
+      serverIds,
       ...(prefillWithinMs !== undefined && { prefillWithinMs }),
       ...(wire && { wire }),
     };
     const run = new GenerationRun(context, plan);
     const base = { id, created: Math.floor(Date.now() / 1_000), model };
     const answering = { context, reply, run, format: formatOf(context.model, reading, base), id, gone };
-    if (body.stream) return await answerStream(answering);
-    return await answerWhole(answering, asked.prompts.length * asked.n);
+    try {
+      if (body.stream) return await answerStream(answering);
+      return await answerWhole(answering, asked.prompts.length * asked.n);
+    } finally {
+      const { prompt_tokens, completion_tokens } = run.usage;
+      inFlight.timelines.note(id, { prompt_tokens, completion_tokens });
+    }
+  } catch (error) {
+    failure = PdError.from(error);
+    throw error;
   } finally {
     leave();
+    const timeline = trace && inFlight.timelines.get(id);
+    if (timeline) {
+      const transferIds = serverIds.map((one) => inFlight.transferIdOf(one));
+      traces?.ended({ trace, route, timeline, transferIds, model: asModel, failure });
+    }
   }
 }
 
@@ -138,6 +158,7 @@ async function answerStream({ context, reply, run, format, id, gone }: Answering
   } catch (cause) {
     const error = PdError.from(cause);
     if (!gone.aborted) {
+      context.inFlight.timelines.note(id, { error: error.code });
       context.log.warn({ requestId: id, code: error.code }, `stream ended early: ${error.message}`);
       await send(format.broke(error));
     }

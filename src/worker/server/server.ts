@@ -10,7 +10,7 @@ import { pingFields } from '../../wire/codec.ts';
 import { chatFormat } from './chat.ts';
 import { completionFormat } from './completions.ts';
 import { readRequest, type ServerContext } from './context.ts';
-import { NOTICE_LIMIT, postFailed, postPrefilled, postRelease } from './notices.ts';
+import { NOTICE_LIMIT, postFailed, postPrefilled, postReceipt, postRelease } from './notices.ts';
 import { openApi } from './openapi.ts';
 import { postGeneration } from './respond.ts';
 import { responseFormat } from './response-answers.ts';
@@ -88,6 +88,7 @@ export function createServer(context: ServerContext): FastifyInstance {
   server.post('/kv/release', notice, async (request) => postRelease(context, request));
   server.post('/kv/prefilled', notice, async (request) => postPrefilled(context, request));
   server.post('/kv/failed', notice, async (request) => postFailed(context, request));
+  server.post('/kv/receipt', notice, async (request) => postReceipt(context, request));
   server.get('/v1/models', async () => ({
     object: 'list',
     data: config.servedModelNames.map((id) => ({

@@ -74,6 +74,16 @@ test('kv-aware: a conversation goes on where it began, as long as that is there'
   const metrics = await (await fetch(`http://${formatHostPort(proxy.httpAddress)}/metrics`)).text();
   const cached = /pd_proxy_placed_tokens_total\{role="producer",cached="yes"\} (\d+)/.exec(metrics);
   expect(Number(cached?.[1])).toBeGreaterThan(1_000);
+  // The same by instance: each has had four turns of one conversation.
+  const ofProducers = (name: string, more: string) =>
+    producers.map(({ httpAddress }) => {
+      const series = `pd_proxy_worker_${name}{worker="${httpAddress}",role="producer",policy="kv-aware"${more}} `;
+      const line = metrics.split('\n').find((one) => one.startsWith(series))!;
+      return Number(line.slice(series.length));
+    });
+  expect(ofProducers('selections_total', '')).toEqual([4, 4, 4]);
+  const hits = ofProducers('placed_tokens_total', ',cached="yes"');
+  expect(hits.reduce((sum, tokens) => sum + tokens)).toBe(Number(cached?.[1]));
 
   const home = homes[0]!;
   await producers[home[0]]!.kill();

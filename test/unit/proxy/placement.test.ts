@@ -1,7 +1,7 @@
 import fc from 'fast-check';
 import { describe, expect, test } from 'vitest';
 import { POLICIES, type Policy } from '../../../src/config/proxy-config.ts';
-import { choose } from '../../../src/proxy/placement.ts';
+import { type Choices, choose } from '../../../src/proxy/placement.ts';
 import { InstanceWork } from '../../../src/proxy/work.ts';
 
 interface Told {
@@ -42,6 +42,38 @@ describe('what is weighed', () => {
     // Fetching 3,200 tokens costs less than two requests more in the batch do.
     expect(at('kv-aware', 'consumer', [{ requests: 1 }, {}], 4_000, [3_200])).toBe(0);
     expect(at('kv-aware', 'consumer', [{ requests: 2 }, {}], 4_000, [3_200])).toBe(1);
+  });
+
+  test('is told: what each would have cost, and what it had', () => {
+    const all = candidates([{ queued: 3_000 }, {}]);
+    const choices: Choices = {};
+    choose('kv-aware', 'producer', all, { tokens: 4_000, cached: cachedAt([3_200]) }, choices);
+    choose('round-robin', 'consumer', all, undefined, choices);
+    const costs = [(3_000 + 800) / 8.192, 4_000 / 8.192];
+    expect(choices).toEqual({
+      producer: {
+        policy: 'kv-aware',
+        considered: 2,
+        candidates: [
+          { address: '10.0.0.0:80', costMs: expect.closeTo(costs[0]!), cachedTokens: 3_200 },
+          { address: '10.0.0.1:80', costMs: expect.closeTo(costs[1]!), cachedTokens: 0 },
+        ],
+      },
+      consumer: {
+        policy: 'round-robin',
+        considered: 2,
+        candidates: [{ address: '10.0.0.0:80' }, { address: '10.0.0.1:80' }],
+      },
+    });
+  });
+
+  test('of many the first are told, and the one that was chosen', () => {
+    const all = candidates(Array.from({ length: 40 }, (_, i) => ({ queued: 100 - i })));
+    const choices: Choices = {};
+    expect(choose('least-loaded', 'producer', all, undefined, choices)).toBe(all[39]);
+    expect(choices.producer?.considered).toBe(40);
+    expect(choices.producer?.candidates).toHaveLength(17);
+    expect(choices.producer?.candidates.at(-1)).toEqual({ address: all[39]!.address });
   });
 
   test('how fast a producer has been seen to be', () => {
