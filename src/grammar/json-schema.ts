@@ -395,11 +395,23 @@ class SchemaCompiler {
 
   /** Each item other than all before it: what the rule marks is kept while texts are written. */
   #uniqueArray(facts: Facts): Expression {
+    if (this.#tooFew(facts)) return NOTHING;
     const before = this.#singly;
     this.#singly = true;
     const body = this.#items(facts);
     this.#singly = before;
     return rule(this.#rules.push({ name: 'array of unique items', body, unique: true }) - 1);
+  }
+
+  /** Whether items of a few known values cannot be as many as there must be without one of them twice. */
+  #tooFew({ arrays, minItems }: Facts): boolean {
+    if (minItems < 2 || arrays.some(({ prefix }) => prefix.length > 0)) return false;
+    const items = arrays.flatMap(({ rest }) => (rest ? [rest] : []));
+    const { values, types } = factsOf(items, this.#document, this.#budget);
+    const sizes: Partial<Record<TypeName, number>> = { null: 1, boolean: 2 };
+    if (!values)
+      return types ? [...types].reduce((sum, type) => sum + (sizes[type] ?? minItems), 0) < minItems : false;
+    return new Set(this.#values(values, items).map((value) => JSON.stringify(value))).size < minItems;
   }
 
   /** What holds for the value of property `name`. */

@@ -36,7 +36,7 @@ const SPECS: readonly GrammarSpec[] = [
         anyOf: [
           { type: 'string', pattern: '^[ab"]{0,2}$' },
           { type: 'integer', minimum: 0, maximum: 21 },
-          { type: 'array', items: { type: 'boolean' }, uniqueItems: true },
+          { type: 'array', items: { type: 'boolean' }, maxItems: 2 },
           { type: 'object', properties: { a: { enum: ['a', 'ba'] } }, additionalProperties: false },
         ],
       },
