@@ -3,6 +3,7 @@ import { EventEmitter, once, setMaxListeners } from 'node:events';
 import type { FastifyRequest } from 'fastify';
 import type { Guard } from '../access/guard.ts';
 import type { ProxyConfig } from '../config/proxy-config.ts';
+import { within } from '../deferred.ts';
 import { PdError } from '../errors.ts';
 import { asDestination, formatHostPort, type HostPort, isLoopback, isUnspecified } from '../net/address.ts';
 import { Etcd } from '../net/etcd.ts';
@@ -407,7 +408,7 @@ export class PdProxy {
     if (!instance)
       throw new PdError('NO_INSTANCE', 'no consumer pings this proxy, so nothing is known of what it takes');
     const call = { instance, what: 'GET /openapi.json', timeoutMs: OPENAPI_MS, timeoutName: 'fixed' };
-    const signal = AbortSignal.any([AbortSignal.timeout(OPENAPI_MS), this.#stop.signal]);
+    const signal = within(OPENAPI_MS, this.#stop.signal);
     const response = await this.#upstream.ask(call, { path: '/openapi.json', headers: {}, signal });
     return await readWhole(response, OPENAPI_BYTES);
   }
