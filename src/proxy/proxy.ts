@@ -360,8 +360,9 @@ export class PdProxy {
    * has goes on, and it gets nothing new.
    */
   #drainInstance(request: FastifyRequest) {
-    if (!this.#guard.keyed && !isLoopback(request.ip)) {
-      throw new PdError('REQUEST_INVALID', 'POST /admin/drain is for clients on this machine');
+    // Whatever page a browser here has open may send this, too; only it says where it comes from.
+    if (!this.#guard.keyed && (!isLoopback(request.ip) || request.headers.origin !== undefined)) {
+      throw new PdError('REQUEST_INVALID', 'POST /admin/drain is for clients on this machine, not for pages');
     }
     const { instance: address, drain } = readDrain(bodyOf(request));
     if (!this.#registry.drain(address, drain)) {
