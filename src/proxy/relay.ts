@@ -111,7 +111,9 @@ export async function relay(
         held = [];
       }
       if (bytes.length === 0) return true;
-      const socket = headGone && out.chunkedEncoding ? out.socket : undefined;
+      // Node 24 holds back what was written to the answer in this turn, the first chunk with its head; nothing may overtake it.
+      const straight = headGone && out.chunkedEncoding && out.writableCorked === 0;
+      const socket = straight ? out.socket : undefined;
       headGone = true;
       if (socket ? socket.write(chunkOf(bytes)) : out.write(bytes)) return true;
       (socket ?? out).once('drain', drained);
