@@ -119,18 +119,30 @@ export function readResponse(served: Served, model: TextModel, json: unknown): R
     user: given['user'] ?? null,
   };
   try {
-    return { ...readChat(served, model, chat), asked_for };
+    const { asked, ...reading } = readChat(served, model, chat);
+    const { grammarWish: wish } = asked;
+    // What is wrong with a form is found once it is built.
+    const own = wish && { grammarWish: { ...wish, param: ownName(wish.param) } };
+    return { ...reading, asked: { ...asked, ...own }, asked_for };
   } catch (error) {
     throw inOwnWords(error);
   }
+}
+
+/** A field of the chat by its name here. */
+function ownName(param: string): string {
+  const [, ours] = NAMES.find(([name]) => param.startsWith(name)) ?? [];
+  return ours ?? param.replace(/^(tools\.\d+|tool_choice)\.function\b/, '$1');
 }
 
 /** An error about a field of the chat, by the name that the field has here. */
 function inOwnWords(error: unknown): unknown {
   if (!(error instanceof PdError)) return error;
   const param = error.context['param'];
-  const [theirs, ours] = NAMES.find(([name]) => typeof param === 'string' && param.startsWith(name)) ?? [];
-  if (theirs === undefined) return error;
+  if (typeof param !== 'string') return error;
+  const ours = ownName(param);
+  if (ours === param) return error;
+  const [theirs = param] = NAMES.find(([, name]) => name === ours) ?? [];
   const message = error.message.replaceAll(theirs, ours);
   return new PdError(error.code, message, { ...error.context, param: ours }, { cause: error });
 }
