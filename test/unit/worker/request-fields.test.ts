@@ -45,6 +45,14 @@ describe('a field that is wrong', () => {
     const schema = { type: 'json_schema', name: 'n', schema: { type: 'object' } };
     const { asked } = read('responses', { input: 'a', text: { format: schema } });
     expect(asked.grammarWish).toMatchObject({ param: 'text.format', spec: { schema: schema.schema } });
+    const call = { type: 'function_call', name: 'f', arguments: '{' };
+    const input = [{ role: 'user', content: 'a' }, { role: 'assistant', content: 'b' }, call];
+    expect(() => read('responses', { instructions: 'i', input })).toThrow(
+      'input.2.arguments: expected a JSON',
+    );
+    expect(() => read('responses', { instructions: 'i', input: user(IMAGE) })).toThrow(
+      'input.0.content: a part',
+    );
     expect(() => read('responses', { input: 'a', text: { format: { type: 'xml' } } })).toThrow(
       'text.format.type: "xml" is not supported',
     );
