@@ -4,6 +4,7 @@ import { once } from 'node:events';
 import { extname } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
+import { within } from '../../src/deferred.ts';
 import { formatHostPort, type HostPort } from '../../src/net/address.ts';
 import type { TransferEngine } from '../../src/transfer/engine.ts';
 import type { TensorId } from '../../src/wire/ids.ts';
@@ -158,7 +159,7 @@ class Consumer implements Receiver {
 
 async function next({ options }: Rig, child: ChildProcess): Promise<ConsumerMessage> {
   const over = new AbortController();
-  const signal = AbortSignal.any([AbortSignal.timeout(2_000 * options.patienceS), over.signal]);
+  const signal = within(2_000 * options.patienceS, over.signal);
   try {
     return await Promise.race([
       once(child, 'message', { signal }).then(([message]) => message as ConsumerMessage),

@@ -5,6 +5,7 @@
 import { once } from 'node:events';
 import { type ClientRequest, type IncomingMessage, request } from 'node:http';
 import { request as requestSecurely } from 'node:https';
+import { within } from '../deferred.ts';
 import { PdError } from '../errors.ts';
 import { z } from '../zod.ts';
 import { formatHostPort, type HostPort, parseHostPort } from './address.ts';
@@ -197,7 +198,7 @@ export class Etcd {
   }
 
   async #call<T>(path: string, body: object, schema: z.ZodType<T>, signal: AbortSignal): Promise<T> {
-    const bound = AbortSignal.any([signal, AbortSignal.timeout(CALL_MS)]);
+    const bound = within(CALL_MS, signal);
     try {
       const response = await this.#send(path, body, bound);
       return this.#read(path, await this.#whole(path, response, MOST_BYTES), schema);

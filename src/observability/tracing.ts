@@ -10,6 +10,7 @@ import { randomBytes } from 'node:crypto';
 import { type IncomingHttpHeaders, Agent as PlainAgent, request as requestPlainly } from 'node:http';
 import { request as requestSecurely, Agent as SecureAgent } from 'node:https';
 import { hostname } from 'node:os';
+import { within } from '../deferred.ts';
 import { PdError } from '../errors.ts';
 import { packageVersion } from '../version.ts';
 import { type Logger, RateLimitedLog } from './log.ts';
@@ -182,7 +183,7 @@ export class Tracing {
   #send(body: string): Promise<number> {
     const { postMs = POST_MS } = this.#options;
     const bytes = Buffer.from(body);
-    const signal = AbortSignal.any([AbortSignal.timeout(postMs), this.#closing.signal]);
+    const signal = within(postMs, this.#closing.signal);
     return new Promise((resolve, reject) => {
       const open = this.#url.protocol === 'https:' ? requestSecurely : requestPlainly;
       const headers = {

@@ -1,4 +1,5 @@
 /** Which models the instances serve, by their own /v1/models: for pairing, and for the proxy's own list. */
+import { within } from '../deferred.ts';
 import { reasonOf } from '../net/resolve.ts';
 import type { Logger } from '../observability/log.ts';
 import { type Instance, type InstanceRegistry, instanceLabel } from './registry.ts';
@@ -94,7 +95,7 @@ export class ModelDirectory {
     const response = await this.#upstream.ask(call, {
       path: '/v1/models',
       headers: {},
-      signal: AbortSignal.any([AbortSignal.timeout(DEADLINE_MS), this.#stop]),
+      signal: within(DEADLINE_MS, this.#stop),
     });
     const { body } = await readWhole(response, MAX_BODY + 1);
     if (body.length > MAX_BODY) throw new Error(`the list is larger than ${MAX_BODY} bytes`);

@@ -5,11 +5,12 @@
  */
 import { isIP } from 'node:net';
 import type { NamedInstance } from '../config/kinds.ts';
+import { within } from '../deferred.ts';
 import { PdError } from '../errors.ts';
 import { formatHostPort, type HostPort } from '../net/address.ts';
 import { isWell } from '../net/http.ts';
 import { addressesOf, reasonOf } from '../net/resolve.ts';
-import type { Logger } from '../observability/log.ts';
+import { type Logger, RateLimitedLog } from '../observability/log.ts';
 import { readPing } from '../wire/codec.ts';
 import type { PingMessage } from '../wire/messages.ts';
 import type { Reached } from './discovery.ts';
@@ -39,6 +40,10 @@ interface Target {
   asking: boolean;
   /** Absent: it has not been asked yet. */
   well?: boolean;
+  /** Why it is not well. */
+  why?: string;
+  /** The HTTP address that it announces. */
+  as?: string;
 }
 
 /** What was named, as it was given. */
@@ -48,14 +53,17 @@ interface Named {
   readonly targets: Map<string, Target>;
   /** Of a server that is not ours: where its KV is, once known. */
   kv?: HostPort;
-  /** Whether the log says that it answers; absent: nothing yet. */
-  told?: boolean;
+  /** Why it does not answer, as the log says; empty: it does. Absent: the log says nothing yet. */
+  told?: string;
 }
 
 function whyOf(error: unknown): string {
   if (error instanceof DOMException && error.name === 'TimeoutError')
     return `no answer within ${DEADLINE_MS} ms`;
-  return reasonOf(error instanceof PdError ? (error.cause ?? error) : error);
+  const cause = error instanceof PdError ? (error.cause ?? error) : error;
+  // What OpenSSL says of it is no help.
+  if ((cause as NodeJS.ErrnoException).code === 'ERR_SSL_WRONG_VERSION_NUMBER') return 'it speaks no TLS';
+  return reasonOf(cause);
 }
 
 /** Close it. */
@@ -66,6 +74,7 @@ export class NamedInstances {
   /** Which address an instance is reached at, where several lead to it: by the HTTP address that it announces. */
   readonly #ways = new Map<string, Target>();
   readonly #stop = new AbortController();
+  readonly #limited = new RateLimitedLog();
   readonly #timers: readonly NodeJS.Timeout[];
 
   constructor(options: NamedInstancesOptions, lookUp = addressesOf, lookUpMs = LOOKUP_MS) {
@@ -100,7 +109,7 @@ export class NamedInstances {
       if (told) named.kv = { host: (await this.#lookUp(told.kv.host))[0]!.address, port: told.kv.port };
     } catch (error) {
       // What was found before stays: a name server that fails says nothing of the instances.
-      if (named.targets.size === 0) this.#tell(named, false, `its name has no address (${reasonOf(error)})`);
+      if (named.targets.size === 0) this.#tell(named, `its name has no address (${reasonOf(error)})`);
       return;
     }
     if (this.#stop.signal.aborted) return;
@@ -125,28 +134,31 @@ export class NamedInstances {
 
   async #ask(named: Named, target: Target): Promise<void> {
     target.asking = true;
-    let why = '';
     try {
       const ping = named.given.told ? await this.#health(named, target) : await this.#instance(target);
       target.well = true;
       if (this.#stop.signal.aborted || !this.#leads(target, ping.http_address)) return;
       target.well = this.#options.take(ping, target.reached);
-      if (!target.well) why = 'what it says cannot be used';
+      if (!target.well) target.why = 'what it says cannot be used';
     } catch (error) {
       target.well = false;
-      why = whyOf(error);
+      target.why = whyOf(error);
     } finally {
       target.asking = false;
     }
     if (this.#stop.signal.aborted) return;
-    if (target.well) this.#tell(named, true, '');
-    else if ([...named.targets.values()].every(({ well }) => well === false)) this.#tell(named, false, why);
+    const targets = [...named.targets.values()];
+    if (target.well) this.#tell(named, '');
+    else if (targets.every(({ well }) => well === false)) this.#tell(named, (targets[0] ?? target).why!);
   }
 
   /** It is by this address that the instance is reached, not by another that leads to the same. */
   #leads(target: Target, httpAddress: string): boolean {
     const other = this.#ways.get(httpAddress);
     if (other !== target && other?.well) return false;
+    const { as: before } = target;
+    if (before !== undefined && this.#ways.get(before) === target) this.#ways.delete(before);
+    target.as = httpAddress;
     this.#ways.set(httpAddress, target);
     return true;
   }
@@ -184,22 +196,28 @@ export class NamedInstances {
       ...(tls && { tls }),
     };
     const call = { instance, what: `GET ${path}`, timeoutMs: DEADLINE_MS, timeoutName: 'fixed' };
-    const signal = AbortSignal.any([AbortSignal.timeout(DEADLINE_MS), this.#stop.signal]);
+    const signal = within(DEADLINE_MS, this.#stop.signal);
     return this.#options.upstream.ask(call, { path, headers: {}, signal });
   }
 
-  #tell(named: Named, answers: boolean, why: string): void {
-    if (named.told === answers) return;
-    // That it answers at first is told by its being added.
-    const again = answers && named.told === false;
-    named.told = answers;
+  /** `why` it does not answer; empty: it does. */
+  #tell(named: Named, why: string): void {
+    const { told } = named;
+    if (told === why) return;
     const { log } = this.#options;
     const address = formatHostPort(named.given.http);
-    if (again) log.info({ instance: address }, `${address} (--instances) answers now`);
-    if (!answers)
-      log.warn(
-        { instance: address, code: 'PEER_UNREACHABLE' },
-        `${address} (--instances) does not answer as an instance: ${why}. Asking again`,
-      );
+    const write = () => {
+      named.told = why;
+      if (why !== '')
+        log.warn(
+          { instance: address, code: 'PEER_UNREACHABLE' },
+          `${address} (--instances) does not answer as an instance: ${why}. Asking again`,
+        );
+      // That it answers at first is told by its being added.
+      else if (told !== undefined) log.info({ instance: address }, `${address} (--instances) answers now`);
+    };
+    // It may give another reason each time.
+    if (told && why !== '') this.#limited.log(address, write);
+    else write();
   }
 }

@@ -1,4 +1,5 @@
 /** Looks at every instance's GET /health: one may ping on while its HTTP server hangs. */
+import { within } from '../deferred.ts';
 import { isWell } from '../net/http.ts';
 import type { Logger } from '../observability/log.ts';
 import { type Instance, type InstanceRegistry, instanceLabel } from './registry.ts';
@@ -68,7 +69,7 @@ export class Probes {
 
   async #asks(instance: Instance): Promise<boolean> {
     const call = { instance, what: 'GET /health', timeoutMs: DEADLINE_MS, timeoutName: 'fixed' };
-    const signal = AbortSignal.any([AbortSignal.timeout(DEADLINE_MS), this.#stop.signal]);
+    const signal = within(DEADLINE_MS, this.#stop.signal);
     try {
       const response = await this.#options.upstream.ask(call, { path: '/health', headers: {}, signal });
       await response.dump();

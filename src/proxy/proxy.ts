@@ -3,6 +3,7 @@ import { EventEmitter, once, setMaxListeners } from 'node:events';
 import type { FastifyRequest } from 'fastify';
 import type { Guard } from '../access/guard.ts';
 import type { ProxyConfig } from '../config/proxy-config.ts';
+import { within } from '../deferred.ts';
 import { PdError } from '../errors.ts';
 import { asDestination, formatHostPort, type HostPort, isLoopback, isUnspecified } from '../net/address.ts';
 import { Etcd } from '../net/etcd.ts';
@@ -359,8 +360,9 @@ export class PdProxy {
    * has goes on, and it gets nothing new.
    */
   #drainInstance(request: FastifyRequest) {
-    if (!this.#guard.keyed && !isLoopback(request.ip)) {
-      throw new PdError('REQUEST_INVALID', 'POST /admin/drain is for clients on this machine');
+    // Whatever page a browser here has open may send this, too; only it says where it comes from.
+    if (!this.#guard.keyed && (!isLoopback(request.ip) || request.headers.origin !== undefined)) {
+      throw new PdError('REQUEST_INVALID', 'POST /admin/drain is for clients on this machine, not for pages');
     }
     const { instance: address, drain } = readDrain(bodyOf(request));
     if (!this.#registry.drain(address, drain)) {
@@ -407,7 +409,7 @@ export class PdProxy {
     if (!instance)
       throw new PdError('NO_INSTANCE', 'no consumer pings this proxy, so nothing is known of what it takes');
     const call = { instance, what: 'GET /openapi.json', timeoutMs: OPENAPI_MS, timeoutName: 'fixed' };
-    const signal = AbortSignal.any([AbortSignal.timeout(OPENAPI_MS), this.#stop.signal]);
+    const signal = within(OPENAPI_MS, this.#stop.signal);
     const response = await this.#upstream.ask(call, { path: '/openapi.json', headers: {}, signal });
     return await readWhole(response, OPENAPI_BYTES);
   }

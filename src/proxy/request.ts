@@ -56,6 +56,7 @@ export class ProxiedRequest {
     });
     metrics.inFlight.inc();
     try {
+      this.#refuseOwn();
       const read = await bodies.read(body, signal, coordinator.wanted, route);
       signal.throwIfAborted();
       receipt.readAt = monotonicMs();
@@ -84,6 +85,14 @@ export class ProxiedRequest {
       tally.seconds.observe((monotonicMs() - receipt.receivedAt) / 1_000);
       traces?.ended(receipt);
     }
+  }
+
+  /** One that this proxy has sent itself would be sent again, without end. */
+  #refuseOwn(): void {
+    const id = single(this.#received.headers['x-request-id']);
+    const sent = id === undefined ? undefined : this.#context.receipts.get(id);
+    if (!sent || sent.endedAt > 0) return;
+    throw new PdError('REQUEST_INVALID', `${id} is under way here: an instance of this proxy leads back to it`);
   }
 
   #wish(prompt: RequestBody): Wish {

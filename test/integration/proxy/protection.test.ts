@@ -182,8 +182,10 @@ test('an instance is drained and comes back by an admin’s word', async () => {
   const one = await upstream(proxy, 'producer');
   const other = await upstream(proxy, 'producer');
   await upstream(proxy, 'consumer');
-  const drain = (body: unknown) =>
-    fetch(url(proxy, '/admin/drain'), { method: 'POST', body: JSON.stringify(body) });
+  const drain = (body: unknown, headers = {}) =>
+    fetch(url(proxy, '/admin/drain'), { method: 'POST', body: JSON.stringify(body), headers });
+  const page = { origin: 'https://elsewhere.example' };
+  expect((await drain({ instance: one.httpAddress }, page)).status).toBe(400);
   expect(await (await drain({ instance: one.httpAddress })).json()).toEqual({
     instance: one.httpAddress,
     draining: true,

@@ -163,6 +163,18 @@ it.each([
   expect(taken).toEqual([]);
 });
 
+it('another reason is told, as one that refuses connections may want a key once it is there', async () => {
+  const answers: Answers = {};
+  const { lines, until } = ask(['10.0.0.1:80'], answers);
+  await until(() => lines.length > 0);
+  answers['10.0.0.1:80/instance'] = { status: 401 };
+  await until(() => lines.length > 1);
+  expect(lines).toEqual([
+    expect.stringContaining('ECONNREFUSED'),
+    expect.stringContaining('--worker-key-file has none that it knows'),
+  ]);
+});
+
 it('a name without an address is told', async () => {
   const { lines, until } = ask(['nowhere:80', '10.0.0.1:80'], {});
   await until(() => lines.length > 1);
