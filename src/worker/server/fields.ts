@@ -182,10 +182,13 @@ export interface Read<Body> {
   readonly asked: Asked;
 }
 
+/** A prompt with replacement characters in place of what was sent would be another one. */
+const UTF8 = new TextDecoder('utf-8', { fatal: true });
+
 /** Throws REQUEST_INVALID, also where the JSON would set a prototype. */
 export function parseJson(body: Uint8Array): unknown {
   try {
-    return parse(Buffer.from(body.buffer, body.byteOffset, body.byteLength).toString());
+    return parse(UTF8.decode(body));
   } catch (cause) {
     throw PdError.because('REQUEST_INVALID', 'the body is not valid JSON', cause);
   }

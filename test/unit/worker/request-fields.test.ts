@@ -59,6 +59,13 @@ describe('a field that is wrong', () => {
   });
 });
 
+it('a body that is no UTF-8 is refused, and a byte order mark is passed over', () => {
+  const body = new TextEncoder().encode('\ufeff{"prompt":"a"}');
+  expect(readRequestBody(SERVED, tokenizer, 'completions', body).asked.prompts).toHaveLength(1);
+  const broken = body.map((byte) => (byte === 0x61 ? 0xff : byte));
+  expect(() => readRequestBody(SERVED, tokenizer, 'completions', broken)).toThrow('not valid JSON: ');
+});
+
 it('a bad word is banned at the beginning of a text and behind a space, however many tokens it is there', () => {
   const encode = (text: string) => tokenizer.encode(text, { addSpecialTokens: false });
   expect(encode('Paris').length).not.toBe(encode(' Paris').length);
