@@ -20,10 +20,12 @@ const BOTH =
 const FIELDS: Readonly<Record<GenerationPath, string>> = {
   '/v1/chat/completions':
     `${BOTH} add_generation_prompt add_special_tokens audio best_of chat_template chat_template_kwargs continue_final_message documents echo ` +
-    'function_call functions guided_choice guided_grammar guided_json guided_regex include_reasoning logprobs max_completion_tokens messages ' +
-    'mm_processor_kwargs modalities parallel_tool_calls prediction prompt_cache_key prompt_cache_retention reasoning_effort response_format ' +
+    'function_call functions guided_choice guided_grammar guided_json guided_regex guided_whitespace_pattern include_reasoning logprobs ' +
+    'max_completion_tokens messages mm_processor_kwargs modalities parallel_tool_calls prediction prompt_cache_key prompt_cache_retention reasoning_effort response_format ' +
     'safety_identifier store tool_choice tools top_logprobs verbosity web_search_options',
-  '/v1/completions': `${BOTH} add_special_tokens best_of echo guided_choice guided_grammar guided_json guided_regex logprobs prompt prompt_embeds response_format suffix`,
+  '/v1/completions':
+    `${BOTH} add_special_tokens best_of echo guided_choice guided_grammar guided_json guided_regex guided_whitespace_pattern logprobs prompt ` +
+    'prompt_embeds response_format suffix',
   '/v1/responses':
     'background cache_salt conversation include input instructions max_output_tokens max_tool_calls metadata model parallel_tool_calls ' +
     'previous_response_id priority prompt prompt_cache_key prompt_cache_retention reasoning safety_identifier seed service_tier store stream ' +

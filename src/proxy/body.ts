@@ -92,10 +92,13 @@ export function readBody(
   };
 }
 
-function parseObject({ buffer, byteOffset, byteLength }: Uint8Array<ArrayBuffer>): JsonObject {
+/** As workers read it: a byte order mark is passed over, and what is no UTF-8 is refused. */
+const UTF8 = new TextDecoder('utf-8', { fatal: true });
+
+function parseObject(body: Uint8Array<ArrayBuffer>): JsonObject {
   let json: unknown;
   try {
-    json = JSON.parse(Buffer.from(buffer, byteOffset, byteLength).toString('utf8'));
+    json = JSON.parse(UTF8.decode(body));
   } catch (error) {
     throw new PdError('REQUEST_INVALID', `the body is not JSON: ${(error as Error).message}`);
   }

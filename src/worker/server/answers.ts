@@ -2,6 +2,7 @@
 import type { PdError } from '../../errors.ts';
 import { openAiError } from '../../openai-error.ts';
 import type { ChoiceEvent, Usage } from './choice.ts';
+import type { SamplingBody } from './fields.ts';
 import { turns } from './turns.ts';
 
 /** One server-sent event. */
@@ -25,6 +26,8 @@ export interface AnswerFormat {
   readonly last?: string;
 }
 
+type StreamOptions = Partial<NonNullable<SamplingBody['stream_options']>>;
+
 export interface AnswerBase {
   readonly id: string;
   readonly created: number;
@@ -43,15 +46,24 @@ export interface ChoicesFormat {
   besideChoices?(event: ChoiceEvent | undefined): Promise<object>;
 }
 
-/** `includeUsage`: a stream ends with it. */
+/** With `include_usage` a stream ends with its usage; with `continuous_usage_stats` too each chunk has its choice's so far, as vLLM writes it. */
 export function answerOfChoices(
   { id, created, model }: AnswerBase,
-  includeUsage: boolean,
+  { include_usage: includeUsage = false, continuous_usage_stats: continuous = false }: StreamOptions = {},
   format: ChoicesFormat,
 ): AnswerFormat {
   const base = (object: string) => ({ id, object, created, model });
   const chunk = base(format.chunkObject);
-  const withUsage = includeUsage ? { usage: null } : {};
+  const counted = new Map<number, { readonly prompt: number; readonly completion: number }>();
+  const usageOf = ({ index, start, delta }: ChoiceEvent): object => {
+    if (!includeUsage) return {};
+    if (!continuous) return { usage: null };
+    const before = counted.get(index) ?? { prompt: start?.prompt.tokens.length ?? 0, completion: 0 };
+    const { prompt, completion } = { ...before, completion: before.completion + delta.tokens.length };
+    counted.set(index, { prompt, completion });
+    const usage = { prompt_tokens: prompt, total_tokens: prompt + completion, completion_tokens: completion };
+    return { usage };
+  };
   return {
     async whole(byChoice, usage) {
       const choices: object[] = [];
@@ -67,8 +79,9 @@ export function answerOfChoices(
     async said(event) {
       const beside = await format.besideChoices?.(event);
       const deltas = await format.deltas(event);
+      const usage = usageOf(event);
       return deltas.map((choice, i) => ({
-        data: { ...chunk, ...(i === 0 && beside), choices: [choice], ...withUsage },
+        data: { ...chunk, ...(i === 0 && beside), choices: [choice], ...usage },
         long: event.start !== undefined,
       }));
     },

@@ -160,7 +160,7 @@ export function chatFormat(model: TextModel, { body, parsing }: ChatReading, bas
     }
   };
 
-  return answerOfChoices(base, body.stream_options?.include_usage ?? false, {
+  return answerOfChoices(base, body.stream_options, {
     object: 'chat.completion',
     chunkObject: 'chat.completion.chunk',
     async deltas(event) {

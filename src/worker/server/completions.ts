@@ -118,7 +118,7 @@ export function completionFormat(
       ...tokenIdsOf(body, events),
     };
   };
-  return answerOfChoices(base, body.stream_options?.include_usage ?? false, {
+  return answerOfChoices(base, body.stream_options, {
     object: 'text_completion',
     chunkObject: 'text_completion',
     async deltas(event) {

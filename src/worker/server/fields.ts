@@ -21,6 +21,7 @@ const MAX_STOP_TOKEN_IDS = 1_024;
 const MAX_BIASES = 1_024;
 const MAX_BAD_WORDS = 256;
 const MAX_BAD_WORD = 256;
+const MAX_STOPS = 16;
 
 export const tokenIds = z.array(z.int().min(0));
 export const optional = <T extends z.ZodType>(schema: T) =>
@@ -53,7 +54,9 @@ export const NOT_DONE: Readonly<Record<string, readonly unknown[]>> = {
 export const samplingFields = {
   model: optional(z.string()),
   stream: optional(z.boolean()),
-  stream_options: optional(z.object({ include_usage: optional(z.boolean()) })),
+  stream_options: optional(
+    z.object({ include_usage: optional(z.boolean()), continuous_usage_stats: optional(z.boolean()) }),
+  ),
   max_tokens: optional(z.int().min(0)),
   min_tokens: optional(z.int().min(0)),
   temperature: optional(z.number().min(0).max(2)),
@@ -76,12 +79,26 @@ export const samplingFields = {
     z.array(z.string().regex(/\S/, 'a bad word must not be empty').max(MAX_BAD_WORD)).max(MAX_BAD_WORDS),
   ),
   prompt_logprobs: optional(z.int().min(0).max(MAX_LOGPROBS)),
-  seed: optional(z.int()),
+  /** Of 64 bits. JSON has rounded those of more than 53, which are folded into what the core takes. */
+  seed: optional(
+    z
+      .number()
+      .min(-(2 ** 63))
+      .max(2 ** 63)
+      .meta({ type: 'integer' })
+      .refine(Number.isInteger, 'expected an integer')
+      .transform((seed) => (Number.isSafeInteger(seed) ? seed : seed % Number.MAX_SAFE_INTEGER)),
+  ),
   n: optional(z.int().min(1).max(MAX_N)),
   best_of: optional(z.int().min(1)),
   stop: optional(
     z
-      .union([z.string(), z.array(z.string()).max(16)])
+      .union([z.string(), z.array(z.string()).max(MAX_STOPS)], {
+        error: ({ input }) =>
+          Array.isArray(input) && input.length > MAX_STOPS
+            ? `more than ${MAX_STOPS} stop strings`
+            : 'expected a string, or a list of strings',
+      })
       .transform((stop) => (typeof stop === 'string' ? [stop] : stop))
       .pipe(z.array(z.string().min(1, 'a stop string must not be empty'))),
   ),
@@ -165,10 +182,13 @@ export interface Read<Body> {
   readonly asked: Asked;
 }
 
+/** A prompt with replacement characters in place of what was sent would be another one. */
+const UTF8 = new TextDecoder('utf-8', { fatal: true });
+
 /** Throws REQUEST_INVALID, also where the JSON would set a prototype. */
 export function parseJson(body: Uint8Array): unknown {
   try {
-    return parse(Buffer.from(body.buffer, body.byteOffset, body.byteLength).toString());
+    return parse(UTF8.decode(body));
   } catch (cause) {
     throw PdError.because('REQUEST_INVALID', 'the body is not valid JSON', cause);
   }
@@ -190,7 +210,10 @@ export function parseBody<T>(schema: z.ZodType<T>, body: unknown, notDone = NOT_
     if (value === undefined || value === null || field in known) continue;
     const text = JSON.stringify(value);
     if (!neutral.some((allowed) => JSON.stringify(allowed) === text)) {
-      const only = neutral.length === 0 ? 'leave it out' : `only ${JSON.stringify(neutral[0])} is`;
+      const only =
+        neutral.length === 0
+          ? 'leave it out'
+          : `only ${neutral.map((allowed) => JSON.stringify(allowed)).join(' or ')} is`;
       throw badField(field, `${text.slice(0, 100)} is not supported here; ${only}`);
     }
   }
@@ -309,13 +332,15 @@ export function askedOf(
   };
 }
 
-/** The tokens of a bad word, at the beginning of a text and after a space. */
-function spellings(model: TextModel, word: string): (readonly number[])[] {
+/** The tokens of a bad word, at the beginning of a text and after a space: one list where both end alike. */
+function spellings(model: TextModel, word: string): readonly (readonly number[])[] {
   const text = word.trimStart();
-  const [first, second] = [text, ` ${text}`].map((spelt) => model.encode(spelt, { addSpecialTokens: false }));
-  // A tokenizer that makes the space a token of its own would ban what comes after any space.
-  const own = second && second.length === first?.length && second[0] !== first[0];
-  return [first ?? [], own ? second : []].filter((tokens) => tokens.length > 0);
+  const encode = (spelt: string) => model.encode(spelt, { addSpecialTokens: false });
+  const first = encode(text);
+  if (first.length === 0) return []; // no token says it, and those of the space alone are not it
+  const second = encode(` ${text}`);
+  const same = first.every((token, i) => token === second.at(i - first.length));
+  return same ? [first] : [first, second];
 }
 
 /** How a prompt is brought to tokens. */

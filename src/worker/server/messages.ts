@@ -13,24 +13,19 @@ const TEXT_PARTS = ['text', 'input_text', 'output_text'];
 
 /** Content as text, or as parts of which only text is read here. */
 const content = z
-  .union(
-    [
-      z.string(),
-      z.array(z.looseObject({ type: z.string(), text: optional(z.string()) })).superRefine((parts, check) => {
-        for (const { type, text } of parts) {
-          if (!TEXT_PARTS.includes(type)) {
-            check.addIssue(
-              `a part of type ${type.slice(0, 100)} is not supported: this model reads text alone`,
-            );
-          } else if (text === undefined) {
-            check.addIssue(`a part of type ${type} has no text`);
-          }
-        }
-      }),
-      z.null(),
-    ],
-    { error: 'expected text, or a list of {"type": "text"} parts' },
-  )
+  .union([z.string(), z.array(z.looseObject({ type: z.string(), text: optional(z.string()) })), z.null()], {
+    error: 'expected text, or a list of {"type": "text"} parts',
+  })
+  // Behind the union, which would say its own error in place of these.
+  .superRefine((value, check) => {
+    for (const { type, text } of Array.isArray(value) ? value : []) {
+      if (!TEXT_PARTS.includes(type)) {
+        check.addIssue(`a part of type ${type.slice(0, 100)} is not supported: this model reads text alone`);
+      } else if (text === undefined) {
+        check.addIssue(`a part of type ${type} has no text`);
+      }
+    }
+  })
   .optional()
   .transform((value) =>
     typeof value === 'string' ? value : (value ?? []).map((part) => part.text).join('\n'),

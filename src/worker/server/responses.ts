@@ -94,9 +94,10 @@ export function readResponse(served: Served, model: TextModel, json: unknown): R
   const { instructions, max_output_tokens, tools, tool_choice, reasoning, text, include } = given;
   const format = text?.format;
   const logprobs = include?.includes(LOGPROBS) || (body.top_logprobs ?? 0) > 0;
+  const { messages, origins } = messagesOf(body);
   const chat = {
     ...Object.fromEntries(Object.keys(shared).map((name) => [name, given[name]])),
-    messages: messagesOf(body),
+    messages,
     max_completion_tokens: max_output_tokens,
     tools: tools?.map(chatTool),
     tool_choice: typeof tool_choice === 'object' ? chatChoice(tool_choice) : tool_choice,
@@ -119,18 +120,34 @@ export function readResponse(served: Served, model: TextModel, json: unknown): R
     user: given['user'] ?? null,
   };
   try {
-    return { ...readChat(served, model, chat), asked_for };
+    const { asked, ...reading } = readChat(served, model, chat);
+    const { grammarWish: wish } = asked;
+    // What is wrong with a form is found once it is built.
+    const own = wish && { grammarWish: { ...wish, param: ownName(wish.param, origins) } };
+    return { ...reading, asked: { ...asked, ...own }, asked_for };
   } catch (error) {
-    throw inOwnWords(error);
+    throw inOwnWords(error, origins);
   }
 }
 
+/** A field of the chat by its name here. */
+function ownName(param: string, origins: Origins): string {
+  for (let end = param.length; end > 0; end = param.lastIndexOf('.', end - 1)) {
+    const origin = origins.get(param.slice(0, end));
+    if (origin !== undefined) return origin + param.slice(end);
+  }
+  const [, ours] = NAMES.find(([name]) => param.startsWith(name)) ?? [];
+  return ours ?? param.replace(/^(tools\.\d+|tool_choice)\.function\b/, '$1');
+}
+
 /** An error about a field of the chat, by the name that the field has here. */
-function inOwnWords(error: unknown): unknown {
+function inOwnWords(error: unknown, origins: Origins): unknown {
   if (!(error instanceof PdError)) return error;
   const param = error.context['param'];
-  const [theirs, ours] = NAMES.find(([name]) => typeof param === 'string' && param.startsWith(name)) ?? [];
-  if (theirs === undefined) return error;
+  if (typeof param !== 'string') return error;
+  const ours = ownName(param, origins);
+  if (ours === param) return error;
+  const [theirs = param] = NAMES.find(([, name]) => name === ours) ?? [];
   const message = error.message.replaceAll(theirs, ours);
   return new PdError(error.code, message, { ...error.context, param: ours }, { cause: error });
 }
@@ -150,10 +167,18 @@ interface Turn {
   readonly [key: string]: unknown;
 }
 
+/** Where a message of the chat, or a call in one, stands in the body: `messages.2.tool_calls.0.function` is `input.1`. */
+type Origins = ReadonlyMap<string, string>;
+
 /** Items as the messages of a chat: what the model has thought, said and called in one turn is one message. */
-function messagesOf({ input, instructions }: ResponseBody): Turn[] {
+function messagesOf({ input, instructions }: ResponseBody): {
+  readonly messages: readonly Turn[];
+  readonly origins: Origins;
+} {
   const messages: Turn[] = instructions === undefined ? [] : [{ role: 'system', content: instructions }];
-  if (typeof input === 'string') return [...messages, { role: 'user', content: input }];
+  const origins = new Map<string, string>();
+  if (typeof input === 'string')
+    return { messages: [...messages, { role: 'user', content: input }], origins };
   let thoughts = '';
   const said = (content: unknown, calls?: object[]) => {
     messages.push({
@@ -199,8 +224,11 @@ function messagesOf({ input, instructions }: ResponseBody): Turn[] {
       default:
         throw badField(`input.${index}`, `an item of type ${type.slice(0, 100)} is not supported`);
     }
+    const last = `messages.${messages.length - 1}`;
+    if (calls) origins.set(`${last}.tool_calls.${calls.length - 1}.function`, `input.${index}`);
+    else if (type !== 'reasoning') origins.set(last, `input.${index}`);
   }
-  return messages;
+  return { messages, origins };
 }
 
 function textsOf(parts: unknown): string {

@@ -139,7 +139,7 @@ describe('responses', () => {
     ['background', { background: true }],
     ['conversation', { conversation: 'conv_1' }],
     ['input', { input: [] }],
-    ['input', { input: [{ role: 'user', content: [{ type: 'input_image', image_url: 'x' }] }] }],
+    ['input.0.content', { input: [{ role: 'user', content: [{ type: 'input_image', image_url: 'x' }] }] }],
     ['input.0', { input: [{ type: 'item_reference', id: 'msg_1' }] }],
     ['input.0', { input: [{ type: 'computer_call' }] }],
     ['tools.0.type', { tools: [{ type: 'web_search' }] }],

@@ -97,6 +97,13 @@ test.each([
   expect(readBody(bytes(body))).toMatchObject(asked);
 });
 
+test('what is no UTF-8 is refused, and a byte order mark is passed over', () => {
+  const body = bytes('\ufeff{"prompt":"a"}');
+  expect(readBody(body)).toMatchObject({ prompts: 1, original: body });
+  const broken = body.map((byte) => (byte === 0x61 ? 0xff : byte));
+  expect(() => readBody(broken)).toThrow('the body is not JSON: ');
+});
+
 test.each([
   ['', 'REQUEST_INVALID', /^the body is not JSON: /],
   ['{"a":', 'REQUEST_INVALID', /^the body is not JSON: /],
