@@ -92,7 +92,10 @@ export class ProxiedRequest {
     const id = single(this.#received.headers['x-request-id']);
     const sent = id === undefined ? undefined : this.#context.receipts.get(id);
     if (!sent || sent.endedAt > 0) return;
-    throw new PdError('REQUEST_INVALID', `${id} is under way here: an instance of this proxy leads back to it`);
+    throw new PdError(
+      'REQUEST_INVALID',
+      `${id} is under way here: an instance of this proxy leads back to it`,
+    );
   }
 
   #wish(prompt: RequestBody): Wish {
