@@ -99,7 +99,7 @@ export class PrefixIndex {
   #shrink(known: Set<string>, most: number, used: number): void {
     const over = Math.max(known.size - most, this.#size - this.#mostKeys);
     if (over <= 0) return;
-    const spare = Math.floor(known.size / 8);
+    const spare = Math.floor(Math.max(0, known.size - over) / 8);
     let left = Math.max(over, Math.min(over + spare, known.size - used));
     for (const key of known) {
       if (left-- === 0) return;

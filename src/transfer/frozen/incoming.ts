@@ -11,6 +11,7 @@ import type { PairState } from '../types.ts';
 import { Answering, type Asked } from './answering.ts';
 import type { Intake } from './intake.ts';
 import type { Keeper } from './keeper.ts';
+import { JOINS } from './link.ts';
 import type { OutgoingPeer } from './peer.ts';
 import { Session, Sessions } from './session.ts';
 
@@ -171,7 +172,7 @@ export class Incoming {
     try {
       const timeoutMs = options.timeouts.pairInit;
       logJoining(this.#context, peer, 1);
-      const pair = await transport.open({ uniqueId: unique_id, rank: 1, peer, timeoutMs, joins: true });
+      const pair = await transport.open({ uniqueId: unique_id, rank: 1, peer, timeoutMs, joins: JOINS });
       void pair.over.then((reason) => this.#pairOver(session, reason));
       if (session.ended) {
         pair.abort(session.ended);

@@ -25,6 +25,12 @@ const WINDOW = 64;
  */
 const HELLO_GRACE_MS = 300;
 
+/**
+ * Whether tensors that wait may go to NCCL together (`OpenOptions.joins`). Not until groups whose bounds differ between the ends have run on
+ * GPUs (scripts/wire-results.sh with `true` here): stand-ins say nothing of NCCL's own order.
+ */
+export const JOINS: boolean = false;
+
 /** What is announced to a peer and answered by it: a PUT or a GET. */
 export abstract class Announcement {
   abstract readonly tensorId: TensorId;
@@ -204,7 +210,7 @@ export class Link {
       this.#state = 'opening';
       logJoining(this.#context, peer, 0);
       const timeoutMs = options.timeouts.pairInit;
-      const pair = await transport.open({ uniqueId, rank: 0, peer, timeoutMs, joins: true });
+      const pair = await transport.open({ uniqueId, rank: 0, peer, timeoutMs, joins: JOINS });
       if (this.#over) {
         pair.abort(
           new PdError('PAIR_CLOSED', `pair with ${peer}: its link ended while it was opened`, { peer }),

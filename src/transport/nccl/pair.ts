@@ -21,15 +21,14 @@ import type { ProgressGate } from './gate.ts';
 const MAX_IN_FLIGHT = 64;
 /**
  * Where a pair joins operations: how many become one group at most, and how many bytes that has. To enqueue one costs 60 to 85 us whatever
- * its size, which is what 25 MB take on NVLink. `operations: 1` gives every one to NCCL by itself, and stays until groups whose bounds differ
- * between the ends have run on GPUs (scripts/wire-results.sh with 32 here): stand-ins say nothing of NCCL's own order.
+ * its size, which is what 25 MB take on NVLink.
  *
  * The other end need not group alike, and vLLM's never does. NCCL executes what a group has for one peer in the order in which it was given
  * (its user guide, "Point-to-point communication"), a stream executes groups in theirs, and how an operation is split over channels depends
  * on its size alone; so what arrives where is the same. Nor can the ends wait for each other: a group has one direction, its first operation
  * waits for nothing but the peer's first, and none is held back for longer than a turn of the event loop.
  */
-const JOINED = { operations: 1, bytes: 128 * 2 ** 20 } as const;
+const JOINED = { operations: 32, bytes: 128 * 2 ** 20 } as const;
 /** NCCL reports a lost peer rarely and late, but where it does this is how soon it is heard; milliseconds. */
 const ERROR_CHECK_EVERY = 10;
 /** For the peer to close as well; milliseconds. */
