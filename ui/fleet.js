@@ -5,7 +5,7 @@ import { byId, compact, count, duration, h, plural, setText } from './dom.js';
 /** @import { Known, Link, Model } from './model.js' */
 
 const SVG = 'http://www.w3.org/2000/svg';
-const SPARK = { width: 72, height: 18 };
+const SPARK = { width: 84, height: 16 };
 
 /**
  * In a word, and how serious that is.
@@ -122,7 +122,9 @@ class Card {
     spark.setAttribute('class', 'spark');
     spark.setAttribute('viewBox', `0 0 ${SPARK.width} ${SPARK.height}`);
     spark.setAttribute('aria-hidden', 'true');
-    spark.append(this.#spark);
+    const what = document.createElementNS(SVG, 'title');
+    what.textContent = 'Requests there, in the last 90 s';
+    spark.append(what, this.#spark);
     this.#address.textContent = address;
     const dot = h('span', { class: 'dot' });
     const name = h('span', { class: 'name' }, dot, this.#address, this.#state);
@@ -144,13 +146,15 @@ class Card {
     this.#button.dataset.grade = grade;
     this.#button.setAttribute('aria-pressed', String(selected));
     setText(this.#state, state);
-    setText(this.#load, loadText(instance));
+    const load = loadText(instance);
+    setText(this.#load, load);
+    if (this.#load.title !== load) this.#load.title = load;
     const { kvUse, cachedBlocks } = instance;
     this.#meter.hidden = kvUse === null;
     setText(this.#kv, kvUse === null ? 'KV unknown' : `KV ${Math.round(kvUse * 100)} %`);
     this.#fill.style.width = `${(kvUse ?? 0) * 100}%`;
     this.#fill.classList.toggle('full', (kvUse ?? 0) > 0.9);
-    setText(this.#cached, cachedBlocks === null ? '' : `${count(cachedBlocks)} cached`);
+    setText(this.#cached, cachedBlocks === null ? '' : `${compact(cachedBlocks)} cached`);
     const most = Math.max(4, ...samples);
     const step = SPARK.width / 89;
     const start = SPARK.width - (samples.length - 1) * step;
@@ -158,7 +162,9 @@ class Card {
       const y = SPARK.height - 1 - (value / most) * (SPARK.height - 2);
       return `${(start + index * step).toFixed(1)},${y.toFixed(1)}`;
     });
-    this.#spark.setAttribute('points', points.join(' '));
+    const ground = SPARK.height;
+    const [from, to] = [`${start.toFixed(1)},${ground}`, `${SPARK.width},${ground}`];
+    this.#spark.setAttribute('points', samples.length < 2 ? '' : [from, ...points, to].join(' '));
   }
 }
 

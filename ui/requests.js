@@ -174,10 +174,9 @@ class Row {
     const name = (/** @type {string} */ address) => names.get(address) ?? address;
     setText(this.#time, clock(request.at));
     setText(this.#id, request.id.slice(0, 8));
-    setText(
-      this.#pair,
-      pair ? `${request.wire === 'none' ? '' : `${name(pair.producer)} → `}${name(pair.consumer)}` : '',
-    );
+    const alone = request.wire === 'none';
+    setText(this.#pair, pair ? `${alone ? '' : `${name(pair.producer)} → `}${name(pair.consumer)}` : '');
+    this.#pair.title = pair ? `${alone ? '' : `${pair.producer} → `}${pair.consumer}` : '';
     setText(this.#tokens, promptText(request));
     setText(this.#total, duration(took(request, now)));
     setText(this.#status, resultText(request));
@@ -223,17 +222,26 @@ export function resultText({ status, code }) {
   return code === null ? String(status) : `${status} ${code}`;
 }
 
-/** Addresses without the host or the port that all have in common. @param {readonly string[]} addresses @returns {Map<string, string>} */
+/** Addresses without what all have in common: the host or the port, or how hosts begin. @param {readonly string[]} addresses @returns {Map<string, string>} */
 function shortNames(addresses) {
   const cut = (/** @type {string} */ address) => address.lastIndexOf(':');
   const hosts = new Set(addresses.map((address) => address.slice(0, cut(address))));
   const ports = new Set(addresses.map((address) => address.slice(cut(address))));
+  const common = commonStart([...hosts]);
   return new Map(
     addresses.map((address) => {
       if (hosts.size === 1) return [address, address.slice(cut(address))];
-      return [address, ports.size === 1 ? address.slice(0, cut(address)) : address];
+      const name = ports.size === 1 ? address.slice(0, cut(address)) : address;
+      return [address, common > 3 ? `…${name.slice(common)}` : name];
     }),
   );
+}
+
+/** Up to where all begin alike, in whole parts of a name. @param {readonly string[]} hosts */
+function commonStart([first = '', ...others]) {
+  let end = 0;
+  while (end < first.length && others.every((other) => other[end] === first[end])) end++;
+  return Math.max(first.lastIndexOf('.', end - 1), first.lastIndexOf('-', end - 1)) + 1;
 }
 
 /** 1, 2, 4 or 8 times a power of ten, or the next. @param {number} ms */

@@ -79,7 +79,7 @@ export class Ui {
     if (this.#closed) return;
     this.#closed = true;
     if (this.#running) await this.#tell();
-    for (const out of [...this.#watchers, ...this.#fresh]) out.end();
+    for (const out of [...this.#watchers, ...this.#fresh]) this.#end(out);
     this.#wake();
   }
 
@@ -122,7 +122,11 @@ export class Ui {
       'cache-control': 'no-store',
       'x-accel-buffering': 'no',
     });
-    const timer = setTimeout(() => out.end(), LONGEST_MS);
+    let timer = setTimeout(() => {
+      this.#end(out);
+      // One that takes nothing would stay.
+      timer = setTimeout(() => out.destroy(), HEARTBEAT_MS);
+    }, LONGEST_MS);
     this.#fresh.add(out);
     out.once('close', () => {
       clearTimeout(timer);
@@ -133,6 +137,13 @@ export class Ui {
     if (this.#running) this.#wake();
     else void this.#run();
     return reply;
+  }
+
+  /** It is told nothing more, however long it takes to close: what is written after the end is an error that nobody catches. */
+  #end(out: ServerResponse): void {
+    this.#watchers.delete(out);
+    this.#fresh.delete(out);
+    out.end();
   }
 
   /** For as long as somebody watches. */
