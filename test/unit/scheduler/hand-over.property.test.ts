@@ -45,150 +45,150 @@ const END = 30;
 
 it('says what one scheduler alone would, writes to nobody else’s blocks, and keeps none', () => {
   const seen = { drawn: 0, loaded: 0, quarantined: 0, failed: 0, madeRoom: 0, midStep: 0, ended: 0 };
-  fc.assert(
-    fc.property(
-      settings,
-      settings,
-      fc.constantFrom(0, Number.POSITIVE_INFINITY),
-      fc.constantFrom('recompute' as const, 'recompute' as const, 'fail' as const),
-      fc.array(event, { minLength: 60, maxLength: 250, size: 'max' }),
-      (consumerOptions, producerOptions, keepMs, policy, events) => {
-        const pair = new PairWorld(consumerOptions, producerOptions, keepMs);
-        const toCome: { readonly at: 'producer' | 'consumer'; readonly request: CoreRequest }[] = [];
-        const excused = new Set<string>();
-        let requests = 0;
-        const come = (at: 'producer' | 'consumer', which = 0) => {
-          const mine = toCome.filter((one) => one.at === at);
-          const next = mine[which % Math.max(1, mine.length)];
-          if (!next) return;
-          toCome.splice(toCome.indexOf(next), 1);
-          pair[at].world.add(next.request);
-        };
-        const hear = (meanwhile: boolean) => {
-          for (const outcome of pair.consumer.world.takeOutcomes(policy)) {
-            if (meanwhile) seen.midStep++;
-            if (outcome.ok) seen.loaded++;
-            if (outcome.ok && outcome.draw) seen.drawn++;
-            if (outcome.ok) continue;
-            seen.failed++;
-            if (outcome.quarantined) seen.quarantined++;
-            if (outcome.error.message.includes('made room')) seen.madeRoom++;
-            if (policy === 'fail') excused.add(outcome.requestId);
-          }
-        };
-        const spread = (many: number) => {
-          for (let i = 0; i < many; i++) {
-            pair.land();
-            pair.deliver('producer');
-            pair.deliver('consumer');
-          }
-        };
-        const produce = (fail: boolean, many: number) => {
-          const step = pair.producer.world.step(fail, () => spread(many));
-          if (fail)
-            for (const { sequence } of step?.entries ?? []) excused.add(sequence.group.request.requestId);
-        };
-        const consume = (fail: boolean, many: number) => {
-          hear(false);
-          const step = pair.consumer.world.step(fail, () => {
-            spread(many);
-            hear(true);
-          });
-          if (fail)
-            for (const { sequence } of step?.entries ?? []) excused.add(sequence.group.request.requestId);
-          hear(false);
-        };
-        const finish = (world: PairWorld['consumer']['world']) => {
-          for (const [name, { request, tokens, ends, last }] of world.told) {
-            const expected = expectedTokens(request, Number(name.slice(name.lastIndexOf('/') + 1)), END);
-            expect(ends, name).toBe(1);
-            const isCut = last?.finishReason === 'abort' || last?.finishReason === 'error';
-            if (isCut) expect(excused.has(request.requestId), name).toBe(true);
-            expect(tokens, name).toEqual(isCut ? expected.slice(0, tokens.length) : expected);
-            seen.ended++;
-          }
-        };
-        for (const each of events) {
-          if (each.kind === 'add') {
-            const { family, length, at, n, seed, maxTokens, minTokens, stops, scored, ...sampling } = each;
-            const id = requestId(requests++, at !== 'local');
-            const { kind: _, logprobs, temperature } = sampling;
-            const request = {
-              requestId: id,
-              transferId: transferOf(id),
-              promptTokens: Int32Array.from({ length }, (_, i) => family * 1_000 + i),
-              wire: 'native',
-              n,
-              sampling: {
-                ...GREEDY,
-                temperature,
-                seed: 1,
-                maxTokens,
-                minTokens,
-                stopTokenIds: stops,
-                ...(logprobs !== undefined && { logprobs }),
-              },
-            } as const;
-            const copy = { ...request.sampling, seed, maxTokens: 1, minTokens: Math.min(1, minTokens) };
-            const scoring = { ...request.sampling, ...(scored && { promptLogprobs: 0 }) };
-            if (at === 'local') toCome.push({ at: 'producer', request });
-            else if (at !== 'consumer')
-              toCome.push({ at: 'producer', request: { ...request, n: 1, sampling: copy } });
-            if (at === 'both' || at === 'consumer')
-              toCome.push({ at: 'consumer', request: { ...request, sampling: scoring } });
-          } else {
-            const { kind, who, many } = each;
-            if (kind === 'come to producer') come('producer', who);
-            else if (kind === 'come to consumer') come('consumer', who);
-            else if (kind === 'produce') produce(false, many);
-            else if (kind === 'consume') consume(false, many);
-            else if (kind === 'fail step') (who % 2 === 0 ? produce : consume)(true, many);
-            else if (kind === 'deliver to producer') pair.deliver('producer');
-            else if (kind === 'deliver to consumer') pair.deliver('consumer');
-            else if (kind === 'land') pair.land();
-            else if (kind === 'tick') pair.tick(250);
-            else if (kind === 'long tick') pair.tick(1_500);
-            else if (kind === 'stop') pair.tick(10_000);
-            else if (kind === 'reconnect') pair.connect();
-            else if (kind === 'kill producer') pair.killProducer();
-            else if (kind === 'kill consumer') pair.killConsumer();
+  const property = fc.property(
+    settings,
+    settings,
+    fc.constantFrom(0, Number.POSITIVE_INFINITY),
+    fc.constantFrom('recompute' as const, 'recompute' as const, 'fail' as const),
+    fc.array(event, { minLength: 60, maxLength: 250, size: 'max' }),
+    (consumerOptions, producerOptions, keepMs, policy, events) => {
+      const pair = new PairWorld(consumerOptions, producerOptions, keepMs);
+      const toCome: { readonly at: 'producer' | 'consumer'; readonly request: CoreRequest }[] = [];
+      const excused = new Set<string>();
+      let requests = 0;
+      const come = (at: 'producer' | 'consumer', which = 0) => {
+        const mine = toCome.filter((one) => one.at === at);
+        const next = mine[which % Math.max(1, mine.length)];
+        if (!next) return;
+        toCome.splice(toCome.indexOf(next), 1);
+        pair[at].world.add(next.request);
+      };
+      const hear = (meanwhile: boolean) => {
+        for (const outcome of pair.consumer.world.takeOutcomes(policy)) {
+          if (meanwhile) seen.midStep++;
+          if (outcome.ok) seen.loaded++;
+          if (outcome.ok && outcome.draw) seen.drawn++;
+          if (outcome.ok) continue;
+          seen.failed++;
+          if (outcome.quarantined) seen.quarantined++;
+          if (outcome.error.message.includes('made room')) seen.madeRoom++;
+          if (policy === 'fail') excused.add(outcome.requestId);
+        }
+      };
+      const spread = (many: number) => {
+        for (let i = 0; i < many; i++) {
+          pair.land();
+          pair.deliver('producer');
+          pair.deliver('consumer');
+        }
+      };
+      const produce = (fail: boolean, many: number) => {
+        const step = pair.producer.world.step(fail, () => spread(many));
+        if (fail)
+          for (const { sequence } of step?.entries ?? []) excused.add(sequence.group.request.requestId);
+      };
+      const consume = (fail: boolean, many: number) => {
+        hear(false);
+        const step = pair.consumer.world.step(fail, () => {
+          spread(many);
+          hear(true);
+        });
+        if (fail)
+          for (const { sequence } of step?.entries ?? []) excused.add(sequence.group.request.requestId);
+        hear(false);
+      };
+      const finish = (world: PairWorld['consumer']['world']) => {
+        for (const [name, { request, tokens, ends, last }] of world.told) {
+          const expected = expectedTokens(request, Number(name.slice(name.lastIndexOf('/') + 1)), END);
+          expect(ends, name).toBe(1);
+          const isCut = last?.finishReason === 'abort' || last?.finishReason === 'error';
+          if (isCut) expect(excused.has(request.requestId), name).toBe(true);
+          expect(tokens, name).toEqual(isCut ? expected.slice(0, tokens.length) : expected);
+          seen.ended++;
+        }
+      };
+      for (const each of events) {
+        if (each.kind === 'add') {
+          const { family, length, at, n, seed, maxTokens, minTokens, stops, scored, ...sampling } = each;
+          const id = requestId(requests++, at !== 'local');
+          const { kind: _, logprobs, temperature } = sampling;
+          const request = {
+            requestId: id,
+            transferId: transferOf(id),
+            promptTokens: Int32Array.from({ length }, (_, i) => family * 1_000 + i),
+            wire: 'native',
+            n,
+            sampling: {
+              ...GREEDY,
+              temperature,
+              seed: 1,
+              maxTokens,
+              minTokens,
+              stopTokenIds: stops,
+              ...(logprobs !== undefined && { logprobs }),
+            },
+          } as const;
+          const copy = { ...request.sampling, seed, maxTokens: 1, minTokens: Math.min(1, minTokens) };
+          const scoring = { ...request.sampling, ...(scored && { promptLogprobs: 0 }) };
+          if (at === 'local') toCome.push({ at: 'producer', request });
+          else if (at !== 'consumer')
+            toCome.push({ at: 'producer', request: { ...request, n: 1, sampling: copy } });
+          if (at === 'both' || at === 'consumer')
+            toCome.push({ at: 'consumer', request: { ...request, sampling: scoring } });
+        } else {
+          const { kind, who, many } = each;
+          if (kind === 'come to producer') come('producer', who);
+          else if (kind === 'come to consumer') come('consumer', who);
+          else if (kind === 'produce') produce(false, many);
+          else if (kind === 'consume') consume(false, many);
+          else if (kind === 'fail step') (who % 2 === 0 ? produce : consume)(true, many);
+          else if (kind === 'deliver to producer') pair.deliver('producer');
+          else if (kind === 'deliver to consumer') pair.deliver('consumer');
+          else if (kind === 'land') pair.land();
+          else if (kind === 'tick') pair.tick(250);
+          else if (kind === 'long tick') pair.tick(1_500);
+          else if (kind === 'stop') pair.tick(10_000);
+          else if (kind === 'reconnect') pair.connect();
+          else if (kind === 'kill producer') pair.killProducer();
+          else if (kind === 'kill consumer') pair.killConsumer();
+          else {
+            const { world } = who % 2 === 0 ? pair.producer : pair.consumer;
+            const told = [...world.told.values()];
+            const { request } = told[(who >> 1) % Math.max(1, told.length)] ?? {};
+            if (!request) continue;
+            if (kind === 'release') world.scheduler.released(request.transferId);
             else {
-              const { world } = who % 2 === 0 ? pair.producer : pair.consumer;
-              const told = [...world.told.values()];
-              const { request } = told[(who >> 1) % Math.max(1, told.length)] ?? {};
-              if (!request) continue;
-              if (kind === 'release') world.scheduler.released(request.transferId);
-              else {
-                excused.add(request.requestId);
-                world.abort(request.requestId, kind === 'abort one' ? 0 : undefined);
-              }
+              excused.add(request.requestId);
+              world.abort(request.requestId, kind === 'abort one' ? 0 : undefined);
             }
           }
-          pair.check();
         }
-        // and now everything gets its turn
-        for (const { at } of [...toCome]) come(at);
-        for (let round = 0; round < 400; round++) {
-          produce(false, 2);
-          consume(false, 2);
-          spread(20);
-          pair.tick(500);
-          pair.check();
-          const { consumer, producer } = pair;
-          const left = consumer.world.scheduler.numRequests + producer.world.scheduler.numRequests;
-          if (left === 0 && pair.isIdle) break;
-        }
-        finish(pair.consumer.world);
-        finish(pair.producer.world);
-        expect(pair.isIdle).toBe(true);
-        expect([
-          pair.consumer.world.scheduler.blocks.used,
-          pair.producer.world.scheduler.blocks.used,
-        ]).toEqual([0, 0]);
-      },
-    ),
-    { numRuns: 100 },
+        pair.check();
+      }
+      // and now everything gets its turn
+      for (const { at } of [...toCome]) come(at);
+      for (let round = 0; round < 400; round++) {
+        produce(false, 2);
+        consume(false, 2);
+        spread(20);
+        pair.tick(500);
+        pair.check();
+        const { consumer, producer } = pair;
+        const left = consumer.world.scheduler.numRequests + producer.world.scheduler.numRequests;
+        if (left === 0 && pair.isIdle) break;
+      }
+      finish(pair.consumer.world);
+      finish(pair.producer.world);
+      expect(pair.isIdle).toBe(true);
+      expect([pair.consumer.world.scheduler.blocks.used, pair.producer.world.scheduler.blocks.used]).toEqual([
+        0, 0,
+      ]);
+    },
   );
+  // What is rare may take another round.
+  for (let round = 0; round < 8 && Object.values(seen).includes(0); round++) {
+    fc.assert(property, { numRuns: 100 });
+  }
   for (const [what, count] of Object.entries(seen)) expect(count, what).toBeGreaterThan(0);
 });
 
