@@ -141,10 +141,16 @@ export class Tracing {
   /** Sends what waits, if that can be done soon. */
   async close(): Promise<void> {
     clearTimeout(this.#timer);
-    const late = setTimeout(() => this.#closing.abort(), CLOSE_MS);
+    const late = setTimeout(() => this.#closing.abort(new Error('the program ends')), CLOSE_MS);
     await this.#posting;
     while (this.#queue.length > 0 && !this.#closing.signal.aborted) await this.#post();
     clearTimeout(late);
+    const { count, log } = this.#options;
+    const left = this.#queue.splice(0).length;
+    if (left > 0) {
+      count('dropped', left);
+      log.warn(`${left} spans were not sent to ${this.#url.origin} before the end`);
+    }
     this.#agent.destroy();
   }
 
@@ -185,6 +191,8 @@ export class Tracing {
     const bytes = Buffer.from(body);
     const signal = within(postMs, this.#closing.signal);
     return new Promise((resolve, reject) => {
+      const failed = (error = new Error('the connection broke')) =>
+        reject(signal.aborted ? signal.reason : error);
       const open = this.#url.protocol === 'https:' ? requestSecurely : requestPlainly;
       const headers = {
         'content-type': 'application/json',
@@ -192,13 +200,11 @@ export class Tracing {
         ...this.#headers,
       };
       const sent = open(this.#url, { method: 'POST', agent: this.#agent, signal, headers }, (answer) => {
-        answer.once('error', reject);
+        answer.once('error', failed);
         answer.once('end', () => resolve(answer.statusCode ?? 0));
         // Of no interest, and perhaps long.
         answer.resume();
       });
-      const failed = (error = new Error('the connection broke')) =>
-        reject(signal.aborted ? new Error(`no answer within ${postMs} ms`) : error);
       sent.once('error', failed).once('close', failed);
       sent.end(bytes);
     });

@@ -143,7 +143,13 @@ export class Receipts {
   /** By any id that the request has. */
   get(anyId: string): Receipt | undefined {
     const id = anyId.match(ID)?.at(-1);
-    return id === undefined ? undefined : this.recent().findLast((receipt) => receipt.id === id);
+    if (id === undefined) return undefined;
+    // Asked for each request that brings an id of its own: the latest first, and without a copy of the ring.
+    for (let at = this.#count - 1; at >= Math.max(0, this.#count - MOST_RECEIPTS); at--) {
+      const receipt = this.#ring[at % MOST_RECEIPTS];
+      if (receipt?.id === id) return receipt;
+    }
+    return undefined;
   }
 
   /** The latest request last. */

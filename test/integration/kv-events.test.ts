@@ -282,7 +282,8 @@ describe('a publisher that means harm', () => {
     const [header, bytes] = encodeSnapshot({ sequence: 2 ** 40, blockSize: 16, keys });
     await answer(header, bytes);
     while (index.size === 0) await new Promise((resolve) => setTimeout(resolve, 5));
-    expect(index.size).toBeLessThanOrEqual(100);
+    // The limit, and an eighth of it to spare.
+    expect(index.size).toBe(100 - Math.floor(100 / 8));
     await batch(stored(10_000, 3_000));
     await batch(Buffer.from('junk again'));
     const then = lost.length;
