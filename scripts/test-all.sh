@@ -13,12 +13,17 @@ trap 'rm -rf "$results"' EXIT
 passed=0
 failed=0
 
+broken() {
+  failed=$((failed + 1))
+  echo "test-all: failed: $1"
+}
+
 for part in peer promtool etcd browser; do
   if ! ./scripts/debian-packages.sh "$part"; then
-    if [ "${CI:-}" = true ]; then failed=$((failed + 1)); else echo "test-all: the tests that need them are skipped"; fi
+    if [ "${CI:-}" = true ]; then broken "the Debian packages for $part"; else echo "test-all: the tests that need them are skipped"; fi
   fi
 done
-./scripts/build.sh || failed=$((failed + 1))
+./scripts/build.sh || broken "build"
 
 for version in $(./scripts/node-version.sh --others); do
   for part in unit demo; do
@@ -26,8 +31,8 @@ for version in $(./scripts/node-version.sh --others); do
     if ./scripts/node-version.sh "$version" "$part" >"$results/node.log" 2>&1; then
       passed=$((passed + 1))
     else
-      failed=$((failed + 1))
-      tail -n 60 "$results/node.log"
+      broken "Node $version, $part"
+      tail -n 60 "$results/node.log" | sed 's/^/test-all: | /'
     fi
   done
 done
@@ -37,8 +42,8 @@ if command -v promtool >/dev/null; then
   if ./node_modules/.bin/vitest run --project unit test/unit/observability test/unit/deploy.test.ts >"$results/promtool.log" 2>&1; then
     passed=$((passed + 1))
   else
-    failed=$((failed + 1))
-    tail -n 60 "$results/promtool.log"
+    broken "promtool"
+    tail -n 60 "$results/promtool.log" | sed 's/^/test-all: | /'
   fi
 fi
 

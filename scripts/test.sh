@@ -13,13 +13,21 @@ trap 'rm -rf "$results"' EXIT
 broken=0
 
 step() {
-  echo "test: $1"
+  local name="$1"
+  echo "test: $name"
   shift
-  "$@" || broken=$((broken + 1))
+  "$@" && return
+  broken=$((broken + 1))
+  echo "test: failed: $name"
 }
 
 if ! ./scripts/debian-packages.sh peer; then
-  if [ "${CI:-}" = true ]; then broken=$((broken + 1)); else echo "test: the tests with a Python peer are skipped"; fi
+  if [ "${CI:-}" = true ]; then
+    broken=$((broken + 1))
+    echo "test: failed: the Debian packages of the Python peer"
+  else
+    echo "test: the tests with a Python peer are skipped"
+  fi
 fi
 # Meant for two cores: these run in parallel with the compiler.
 (
