@@ -51,7 +51,8 @@ async function launch(...args: string[]): Promise<Started> {
     events.emit('started');
   });
   const output = createInterface({ input: child.stdout });
-  const first = await Promise.race([once(output, 'line'), once(child, 'exit').then(() => undefined)]);
+  // `close`: by then its last words have been read.
+  const first = await Promise.race([once(output, 'line'), once(child, 'close').then(() => undefined)]);
   if (!first) throw new Error(`pd-launch ended\n${log.join('\n')}`);
   return {
     child,
@@ -84,12 +85,13 @@ const REQUEST = {
 always('pd-launch serves, starts again what is killed, and leaves nothing behind', async () => {
   const { child, addresses, pids, untilStarted } = await launch();
   const { proxy, producers, consumers } = addresses;
+  const victim = await untilStarted('consumer-0', 1);
   const first = await complete(proxy.url, REQUEST);
   expect(first.error).toBeUndefined();
   expect(first.text).toContain('Paris');
   for (const { kv } of [producers[0]!, consumers[0]!]) expect(first.id).toContain(kv);
 
-  process.kill(pids.get('consumer-0')![0]!, 'SIGKILL');
+  process.kill(victim, 'SIGKILL');
   await untilStarted('consumer-0', 2);
   for (const deadline = performance.now() + 60_000; ; await sleep(100)) {
     const again = await complete(proxy.url, REQUEST);
@@ -107,7 +109,9 @@ always('pd-launch serves, starts again what is killed, and leaves nothing behind
 });
 
 seldom('no program outlives a pd-launch that is killed outright', async () => {
-  const { child, pids } = await launch();
+  const { child, pids, untilStarted } = await launch();
+  // Told on stderr, that all are ready on stdout: the one may be read before the other.
+  for (const name of ['proxy', 'producer-0', 'consumer-0']) await untilStarted(name, 1);
   const all = [...pids.values()].flat();
   expect(all).toHaveLength(3);
   child.kill('SIGKILL');
