@@ -4,6 +4,7 @@ import { createInterface } from 'node:readline';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
 import { afterEach, expect, test } from 'vitest';
+import { PATIENT } from '../support/cluster.ts';
 import { complete } from '../support/requests.ts';
 import { withTheOthers } from '../support/rows.ts';
 
@@ -38,6 +39,7 @@ async function launch(...args: string[]): Promise<Started> {
   const bin = fileURLToPath(new URL('../../bin/pd-launch', import.meta.url));
   const child = spawn(process.execPath, [bin, '--json', '--free-ports', '--device', 'host', ...args], {
     stdio: ['ignore', 'pipe', 'pipe'],
+    env: { ...process.env, ...PATIENT },
   });
   launched.push(child);
   const pids = new Map<string, number[]>();
