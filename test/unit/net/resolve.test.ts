@@ -1,7 +1,8 @@
-import { createServer } from 'node:net';
+import { once } from 'node:events';
+import { connect, createServer } from 'node:net';
 import { afterEach, describe, expect, test } from 'vitest';
 import { knock, reachable } from '../../../src/net/knock.ts';
-import { addressesOf, lookupAll, reasonOf } from '../../../src/net/resolve.ts';
+import { addressesOf, EVERY_ADDRESS, lookupAll, reasonOf } from '../../../src/net/resolve.ts';
 
 const servers: { close(): unknown }[] = [];
 afterEach(() => {
@@ -65,4 +66,13 @@ test('a port is knocked at by name, on every address', async () => {
   expect(await reachable({ host, port: open }, 60_000)).toEqual({ host: '127.0.0.1', port: open });
   const closed = await port('127.0.0.1', false);
   expect(await knock({ host: '127.0.0.1', port: closed }, 60_000)).toBe('refuses');
+});
+
+test('a connection to the first address of a name is not lost to a program that is busy just then', async () => {
+  const socket = connect({ host: 'localhost', port: await port('127.0.0.1'), ...EVERY_ADDRESS });
+  socket.once('connectionAttempt', () =>
+    process.nextTick(() => Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 400)),
+  );
+  await once(socket, 'connect');
+  expect(socket.remoteAddress).toBe('127.0.0.1');
 });
