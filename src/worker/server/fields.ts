@@ -6,6 +6,7 @@ import { parse } from 'secure-json-parse';
 import { PdError } from '../../errors.ts';
 import type { GrammarSpec } from '../../grammar/grammar.ts';
 import type { Decoding, TextModel } from '../../model/tokenizer.ts';
+import { modelNotFound } from '../../openai-error.ts';
 import type { CallDialect } from '../../parsing/calls.ts';
 import type { ReasoningDialect } from '../../parsing/reasoning.ts';
 import type { SamplingParams } from '../../scheduler/types.ts';
@@ -254,14 +255,7 @@ export function checkSampling(
 
 /** The name that answers carry. Throws MODEL_NOT_FOUND where a request names one that is not served. */
 export function servedModel({ modelNames }: Served, requested: string | undefined): string {
-  if (requested !== undefined && !modelNames.includes(requested)) {
-    const name = JSON.stringify(requested.slice(0, 200));
-    throw new PdError(
-      'MODEL_NOT_FOUND',
-      `model ${name} is not served here; served: ${modelNames.join(', ')}`,
-      { param: 'model' },
-    );
-  }
+  if (requested !== undefined && !modelNames.includes(requested)) throw modelNotFound(requested, modelNames);
   return modelNames[0]!;
 }
 
@@ -393,7 +387,7 @@ export function checkVocabulary({ vocabSize }: Served, tokens: readonly number[]
 
 function contextExceeded({ maxModelLen }: Served, param: string, what: string, output: number): PdError {
   const asked = output > 0 ? `${what} and ${output} to generate are` : `${what} are`;
-  return new PdError('CONTEXT_EXCEEDED', `${param}: ${asked} more than the context of ${maxModelLen}`, {
-    param,
-  });
+  // In words that clients look for.
+  const most = `this model's maximum context length is ${maxModelLen} tokens`;
+  return new PdError('CONTEXT_EXCEEDED', `${param}: ${asked} too many: ${most}`, { param });
 }

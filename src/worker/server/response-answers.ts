@@ -2,6 +2,7 @@
 import { randomBytes } from 'node:crypto';
 import { unreachable } from '../../errors.ts';
 import type { TextModel } from '../../model/tokenizer.ts';
+import { codeInAnswers } from '../../openai-error.ts';
 import { createParser } from '../../parsing/parser.ts';
 import type { Part } from '../../parsing/parts.ts';
 import type { AnswerBase, AnswerFormat, StreamEvent } from './answers.ts';
@@ -181,7 +182,7 @@ export function responseFormat(
       return [...closing, event(`response.${status}`, { response: response(status, usage) }, true)];
     },
     broke({ code, message, context }) {
-      return [event('error', { code, message, param: context['param'] ?? null })];
+      return [event('error', { code: codeInAnswers(code), message, param: context['param'] ?? null })];
     },
   };
 }

@@ -149,6 +149,8 @@ describe('responses', () => {
     const { json, core } = await startServer();
     const { status, body } = await json(RESPONSES, { input: 'a', ...change });
     expect([status, body.error]).toMatchObject([400, { param, type: 'invalid_request_error' }]);
+    if ('input' in change && change.input.length > 100)
+      expect(body.error).toMatchObject({ code: 'context_length_exceeded' });
     expect(core.added).toEqual([]);
   });
 });
