@@ -8,7 +8,7 @@ import { opensThoughts } from '../../parsing/reasoning.ts';
 import { z } from '../../zod.ts';
 import { answerForm } from './answer-form.ts';
 import { type AnswerBase, type AnswerFormat, answerOfChoices } from './answers.ts';
-import { type ChoiceEvent, promptTokenIdsOf, tokenIdsOf } from './choice.ts';
+import { type ChoiceEvent, endOf, promptTokenIdsOf, ThoughtCount, tokenIdsOf } from './choice.ts';
 import {
   askedOf,
   badField,
@@ -100,6 +100,7 @@ interface Said {
   content: string;
   reasoning: string;
   readonly calls: Call[];
+  readonly thoughts: ThoughtCount;
 }
 
 interface Call {
@@ -111,6 +112,7 @@ interface Call {
 /** One choice on its way out. */
 interface Speaking {
   readonly parser: PartParser;
+  readonly thoughts: ThoughtCount;
   /** Of what the parser still holds. */
   events: ChoiceEvent[];
   /** Calls that have begun. */
@@ -121,6 +123,7 @@ export function chatFormat(model: TextModel, { body, parsing }: ChatReading, bas
   const parallel = body.parallel_tool_calls ?? true;
   const wantsReasoning = body.include_reasoning ?? true;
   const speaking = new Map<number, Speaking>();
+  const thoughts: ThoughtCount[] = [];
 
   /** The fields after what is said. */
   const about = async (events: readonly ChoiceEvent[], calls: number) => ({
@@ -132,7 +135,8 @@ export function chatFormat(model: TextModel, { body, parsing }: ChatReading, bas
           body.return_tokens_as_token_ids,
         )
       : null,
-    finish_reason: finishReason(events, calls),
+    ...endOf(events),
+    ...(calls > 0 && events.at(-1)?.delta.finishReason === 'stop' && { finish_reason: 'tool_calls' }),
     ...tokenIdsOf(body, events),
   });
 
@@ -163,19 +167,27 @@ export function chatFormat(model: TextModel, { body, parsing }: ChatReading, bas
   return answerOfChoices(base, body.stream_options, {
     object: 'chat.completion',
     chunkObject: 'chat.completion.chunk',
+    more: { service_tier: 'default' },
+    usageDetails() {
+      const reasoning_tokens = thoughts.reduce((sum, { tokens }) => sum + tokens, 0);
+      return { completion_tokens_details: { reasoning_tokens } };
+    },
     async deltas(event) {
       const { index, start } = event;
       let choice = speaking.get(index);
       if (!choice) {
-        choice = { parser: createParser(parsing), events: [], calls: 0 };
+        const counted = new ThoughtCount(parsing.reasoning?.inside);
+        choice = { parser: createParser(parsing), thoughts: counted, events: [], calls: 0 };
+        thoughts.push(counted);
         speaking.set(index, choice);
       }
-      const role = { role: 'assistant', content: '' };
+      const role = { role: 'assistant', content: '', refusal: null };
       const opening = start ? [{ index, delta: role, logprobs: null, finish_reason: null }] : [];
       choice.events.push(event);
       const finished = event.delta.finishReason !== undefined;
       const parts = choice.parser.push(event.delta.text);
       if (finished) parts.push(...choice.parser.flush());
+      choice.thoughts.add(parts, event.delta);
       const deltas: object[] = [];
       for (const part of parts) {
         const delta = deltaOf(part, choice);
@@ -193,12 +205,15 @@ export function chatFormat(model: TextModel, { body, parsing }: ChatReading, bas
       ];
     },
     async whole(index, events) {
-      const { content, reasoning, calls } = await saidIn(events, parsing);
+      const { content, reasoning, calls, thoughts: counted } = await saidIn(events, parsing);
+      thoughts.push(counted);
       const told = parallel ? calls : calls.slice(0, 1);
       const silent = content === '' && (told.length > 0 || reasoning !== '');
       const message = {
         role: 'assistant',
         content: silent ? null : content,
+        refusal: null,
+        annotations: [],
         ...(reasoning !== '' && wantsReasoning && reasoningOf(reasoning)),
         ...(told.length > 0 && {
           tool_calls: told.map(({ id, name, arguments: text }) => ({
@@ -220,13 +235,16 @@ export function chatFormat(model: TextModel, { body, parsing }: ChatReading, bas
 /** A whole choice. Here a call that broke can still become text. */
 async function saidIn(events: readonly ChoiceEvent[], parsing: Parsing): Promise<Said> {
   const parser = createParser(parsing);
-  const said: Said = { content: '', reasoning: '', calls: [] };
+  const thoughts = new ThoughtCount(parsing.reasoning?.inside);
+  const said: Said = { content: '', reasoning: '', calls: [], thoughts };
   const turn = turns();
   for (const { delta } of events) {
-    for (const part of parser.push(delta.text)) take(part, said, parsing);
+    const parts = parser.push(delta.text);
+    if (delta.finishReason !== undefined) parts.push(...parser.flush());
+    for (const part of parts) take(part, said, parsing);
+    thoughts.add(parts, delta);
     await turn();
   }
-  for (const part of parser.flush()) take(part, said, parsing);
   return said;
 }
 
@@ -249,11 +267,6 @@ function take(part: Part, said: Said, parsing: Parsing): void {
     default:
       unreachable(part, 'part of an answer');
   }
-}
-
-function finishReason(events: readonly ChoiceEvent[], calls: number): string | null {
-  const reason = events.at(-1)?.delta.finishReason;
-  return reason === 'stop' && calls > 0 ? 'tool_calls' : (reason ?? null);
 }
 
 /** Under its older name and its newer one. */

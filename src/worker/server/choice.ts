@@ -1,7 +1,7 @@
 /** One completion on its way out: tokens become text, text stops at stop strings, and log-probabilities stay beside their tokens. */
 import { PdError } from '../../errors.ts';
 import type { TextModel } from '../../model/tokenizer.ts';
-import { partialEnd } from '../../parsing/parts.ts';
+import { type Part, partialEnd } from '../../parsing/parts.ts';
 import type { PromptLogprobs } from '../../scheduler/prompt-logprobs.ts';
 import type { RequestOutput } from '../../scheduler/types.ts';
 import type { TokenLogprob } from '../../wire/token-logprob.ts';
@@ -20,6 +20,8 @@ export interface ChoiceDelta {
   readonly tokens: readonly number[];
   readonly logprobs: readonly ChoiceLogprob[];
   readonly finishReason?: 'stop' | 'length';
+  /** The stop string, or the id of the stop token, that ended the completion; absent where its text just ended. */
+  readonly stopReason?: string | number;
 }
 
 /** Something new about choice `index` = prompt x n + completion. */
@@ -54,11 +56,36 @@ export function promptTokenIdsOf(
   return body.return_token_ids && event?.start ? { prompt_token_ids: [...event.start.prompt.tokens] } : {};
 }
 
+/** `finish_reason` of a choice and, with it, `stop_reason`, as vLLM gives it. */
+export function endOf(events: readonly ChoiceEvent[]): object {
+  const { finishReason = null, stopReason = null } = events.at(-1)?.delta ?? {};
+  return { finish_reason: finishReason, ...(finishReason && { stop_reason: stopReason }) };
+}
+
+/** Counts the tokens of thoughts in one choice. */
+export class ThoughtCount {
+  tokens = 0;
+  #inside: boolean;
+
+  /** `inside`: the text begins within thoughts. */
+  constructor(inside = false) {
+    this.#inside = inside;
+  }
+
+  /** `parts`: what a parser took the delta's text for. Nothing where it still holds it: then it is taken for what came last. */
+  add(parts: readonly Part[], { tokens }: ChoiceDelta): void {
+    const last = parts.at(-1);
+    if (last) this.#inside = last.type === 'reasoning';
+    if (this.#inside) this.tokens += tokens.length;
+  }
+}
+
 export class Choice {
   readonly #decoder: ReturnType<TextModel['decoder']>;
   readonly #stops: StopMatcher;
   readonly #minTokens: number;
   readonly #includeStop: boolean;
+  readonly #eos: number | undefined;
   #tokens = 0;
   /** Characters decoded so far, those held back included. */
   #decoded: number;
@@ -72,11 +99,12 @@ export class Choice {
     stops: readonly string[],
     minTokens: number,
     offset = 0,
-    { includeStop = false, ...decoding }: TextOptions = {},
+    { includeStop = false, eos, ...decoding }: TextOptions = {},
   ) {
     this.#decoder = model.decoder(decoding);
     this.#stops = new StopMatcher(stops, includeStop);
     this.#includeStop = includeStop;
+    this.#eos = eos;
     this.#minTokens = minTokens;
     this.#decoded = offset;
   }
@@ -104,10 +132,12 @@ export class Choice {
       throw new PdError('REQUEST_ABORTED', `request ${requestId} was given up by the worker`, { requestId });
     }
     let text = '';
+    let stopToken: number | undefined;
     for (const [i, token] of output.tokens.entries()) {
       // The token that ended the completion (end of sequence, stop_token_ids) is counted but is no text.
       const last = i === output.tokens.length - 1;
       const ending = finishReason === 'stop' && last && !output.grammarEnded;
+      if (ending && token !== this.#eos) stopToken = token;
       const logprob = output.logprobs?.[i];
       if (logprob) this.#pending.push({ logprob, offset: this.#decoded });
       this.#pendingTokens.push(token);
@@ -118,7 +148,7 @@ export class Choice {
     if (finishReason === undefined) return this.#delta(text);
     text += this.#emit(this.#decoder.flush());
     if (!this.stopped) text += this.#stops.flush();
-    return this.#delta(text, this.stopped ? 'stop' : finishReason);
+    return this.#delta(text, this.stopped ? 'stop' : finishReason, stopToken);
   }
 
   #emit(text: string): string {
@@ -127,8 +157,9 @@ export class Choice {
     return this.#tokens <= this.#minTokens ? text : this.#stops.push(text);
   }
 
-  #delta(text: string, finishReason?: 'stop' | 'length'): ChoiceDelta {
+  #delta(text: string, finishReason?: 'stop' | 'length', stopToken?: number): ChoiceDelta {
     if (finishReason !== undefined) this.#finished = true;
+    const stopReason = this.#stops.matched ?? stopToken;
     // Tokens and log-probabilities go out with text, so that none is ahead of what a client can see.
     const take = text !== '' || finishReason !== undefined;
     const tokens = take ? this.#pendingTokens : [];
@@ -137,7 +168,12 @@ export class Choice {
       this.#pendingTokens = [];
       this.#pending = [];
     }
-    return { text, tokens, logprobs, ...(finishReason === undefined ? {} : { finishReason }) };
+    return {
+      text,
+      tokens,
+      logprobs,
+      ...(finishReason !== undefined && { finishReason, ...(stopReason !== undefined && { stopReason }) }),
+    };
   }
 }
 

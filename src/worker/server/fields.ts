@@ -153,6 +153,8 @@ export interface ReadPrompt {
 export interface TextOptions extends Decoding {
   /** What ended the completion, a stop string or token, is part of the text. */
   readonly includeStop?: boolean;
+  /** The stop token that is told as the end of the text, not by its id. */
+  readonly eos?: number;
 }
 
 /** What a request wants its text to be, and the field that says so. */
@@ -278,7 +280,7 @@ export function askedOf(
     readonly grammarWish?: GrammarWish | undefined;
   },
 ): Asked {
-  const { eosTokenIds } = model;
+  const { eosTokenId, eosTokenIds } = model;
   const {
     allowed_token_ids: allowed,
     logit_bias: biases,
@@ -301,6 +303,7 @@ export function askedOf(
     text: {
       skipSpecialTokens: body.skip_special_tokens ?? true,
       includeStop: body.include_stop_str_in_output ?? false,
+      ...(!body.ignore_eos && eosTokenId !== undefined && { eos: eosTokenId }),
       ...(keep && { keep }),
     },
     sampling: {

@@ -7,7 +7,7 @@ import { createParser } from '../../parsing/parser.ts';
 import type { Part } from '../../parsing/parts.ts';
 import type { AnswerBase, AnswerFormat, StreamEvent } from './answers.ts';
 import { newCallId } from './chat.ts';
-import type { ChoiceEvent, ChoiceLogprob, Usage } from './choice.ts';
+import { type ChoiceEvent, type ChoiceLogprob, ThoughtCount, type Usage } from './choice.ts';
 import { chatLogprobs } from './logprobs.ts';
 import type { ResponseReading } from './responses.ts';
 import { turns } from './turns.ts';
@@ -40,7 +40,7 @@ export function responseFormat(
   /** Log-probabilities whose text the parser still holds. */
   let held: ChoiceLogprob[] = [];
   let calls = 0;
-  let reasoningTokens = 0;
+  const thoughts = new ThoughtCount(parsing.reasoning?.inside);
   let finish: 'stop' | 'length' = 'stop';
   let sequence = 0;
 
@@ -53,10 +53,12 @@ export function responseFormat(
     id,
     object: 'response',
     created_at: created,
+    completed_at: status === 'completed' ? Math.floor(Date.now() / 1_000) : null,
     status,
     background: false,
     error: null,
     incomplete_details: status === 'incomplete' ? { reason: 'max_output_tokens' } : null,
+    max_tool_calls: null,
     model: name,
     output: [...done],
     previous_response_id: null,
@@ -64,7 +66,7 @@ export function responseFormat(
     store: false,
     truncation: 'disabled',
     ...asked_for,
-    usage: usage ? usageOf(usage, reasoningTokens) : null,
+    usage: usage ? usageOf(usage, thoughts.tokens) : null,
   });
   /** Where deltas of the item under way belong. */
   const place = (of: Output) => ({
@@ -149,8 +151,7 @@ export function responseFormat(
       finish = delta.finishReason;
       parts.push(...parser.flush());
     }
-    const last = parts.at(-1) ?? { type: output?.type };
-    if (last.type === 'reasoning') reasoningTokens += delta.tokens.length;
+    thoughts.add(parts, delta);
     const events: StreamEvent[] = [];
     for (const part of parts) {
       // A call ends where something else begins: its arguments are whole then.

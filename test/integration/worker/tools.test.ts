@@ -18,6 +18,7 @@ const called = (name: string, text: string) => ({
   function: { name, arguments: text },
 });
 
+const SAID = { role: 'assistant', refusal: null, annotations: [] };
 const messageOf = (body: Answer) => (body.choices[0] as unknown as { message: object }).message;
 const promptOf = (core: { added: { promptTokens: Int32Array }[] }) =>
   BYTE_MODEL.decode(core.added.at(-1)!.promptTokens);
@@ -28,7 +29,7 @@ describe('tools', () => {
     const { body } = await json(CHAT, asking);
     expect(promptOf(core)).toBe(`tools:${JSON.stringify(TOOLS)};user:?;assistant:`);
     expect(messageOf(body)).toEqual({
-      role: 'assistant',
+      ...SAID,
       content: 'I look.',
       tool_calls: [called('weather', '{"city": "Paris"}'), called('f', '{}')],
     });
@@ -62,7 +63,7 @@ describe('tools', () => {
     const text = '<tool_call>\n{"name": "f", "arguments": {"a": "b';
     const { json } = await startServer(saying(text));
     const { body } = await json(CHAT, asking);
-    expect(messageOf(body)).toEqual({ role: 'assistant', content: text });
+    expect(messageOf(body)).toEqual({ ...SAID, content: text });
     expect(body.choices[0]!.finish_reason).toBe('stop');
   });
 
@@ -73,7 +74,7 @@ describe('tools', () => {
       { messages: user('?') },
       { ...asking, tools: [] },
     ]) {
-      expect(messageOf((await json(CHAT, body)).body)).toEqual({ role: 'assistant', content: CALL });
+      expect(messageOf((await json(CHAT, body)).body)).toEqual({ ...SAID, content: CALL });
       expect(promptOf(core)).toBe('user:?;assistant:');
     }
   });
@@ -132,8 +133,12 @@ describe('thoughts', () => {
       reasoning: 'Well.',
       tool_calls: [{ function: { name: 'weather' } }],
     });
+    const { completion_tokens_details } = body['usage'] as Record<string, object>;
+    expect(completion_tokens_details).toEqual({ reasoning_tokens: 'Well.\n</think>\n\n'.length });
+    const streamed = await events(CHAT, { ...asking, stream_options: { include_usage: true } });
+    expect(streamed.events.at(-1)!['usage']).toMatchObject({ completion_tokens_details });
     const quiet = await json(CHAT, { messages: user('?'), include_reasoning: false });
-    expect(messageOf(quiet.body)).toEqual({ role: 'assistant', content: `Paris ${CALL}` });
+    expect(messageOf(quiet.body)).toEqual({ ...SAID, content: `Paris ${CALL}` });
     type Delta = { reasoning_content?: string; reasoning?: string; content?: string };
     const deltas = (await events(CHAT, asking)).events.map(({ choices }) => choices[0]!.delta as Delta);
     const of = (key: keyof Delta) => deltas.map((delta) => delta[key] ?? '').join('');
