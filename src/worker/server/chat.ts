@@ -70,7 +70,7 @@ export function readChat(served: Served, model: TextModel, json: unknown): ChatR
     ...(calls && { calls }),
     ...(reasoning && { reasoning: { dialect: reasoning, inside: opensThoughts(reasoning, text) } }),
   };
-  const grammarWish = answerForm(body, { parallel: body.parallel_tool_calls ?? true, parsing }, wish);
+  const grammarWish = answerForm(body, parsing, wish);
   const options = { output, param: 'messages', truncate: body.truncate_prompt_tokens };
   // The template has written the special tokens itself.
   const ids = encodeText(served, model, text, body.add_special_tokens ?? false, options);
@@ -80,15 +80,23 @@ export function readChat(served: Served, model: TextModel, json: unknown): ChatR
     served,
     model,
     { ...body, ...constraints },
-    { prompts, maxTokens, echo: false, logprobs, keep: parsedTokens(parsing), grammarWish },
+    {
+      ...{ prompts, maxTokens, echo: false, logprobs, grammarWish },
+      keep: parsedTokens(parsing),
+      oneCall: calls?.single ? parsing : undefined,
+    },
   );
   const { tools: _, chat_template_kwargs: __, ...kept } = body;
   return { body: kept, model: name, asked, parsing };
 }
 
 /** How calls of the tools are to be read. */
-function callsOf({ calls }: Served, { tools = [] }: Pick<ChatBody, 'tools'>): Parsing['calls'] {
-  if (calls) return { dialect: calls, names: tools.map((tool) => tool.function.name) };
+function callsOf(
+  { calls }: Served,
+  { tools = [], parallel_tool_calls: parallel }: Pick<ChatBody, 'tools' | 'parallel_tool_calls'>,
+): Parsing['calls'] {
+  const names = tools.map((tool) => tool.function.name);
+  if (calls) return { dialect: calls, names, single: parallel === false };
   throw badField(
     'tools',
     'how this model writes calls is not known here: its chat template does not say (--tool-call-parser)',
@@ -120,7 +128,6 @@ interface Speaking {
 }
 
 export function chatFormat(model: TextModel, { body, parsing }: ChatReading, base: AnswerBase): AnswerFormat {
-  const parallel = body.parallel_tool_calls ?? true;
   const wantsReasoning = body.include_reasoning ?? true;
   const speaking = new Map<number, Speaking>();
   const thoughts: ThoughtCount[] = [];
@@ -142,7 +149,6 @@ export function chatFormat(model: TextModel, { body, parsing }: ChatReading, bas
 
   /** What a chunk of a stream says of one part; undefined where that is nothing. */
   const deltaOf = (part: Part, choice: Speaking): object | undefined => {
-    const ignored = !parallel && choice.calls > 1;
     switch (part.type) {
       case 'content':
         return { content: part.text };
@@ -150,12 +156,10 @@ export function chatFormat(model: TextModel, { body, parsing }: ChatReading, bas
         return wantsReasoning ? reasoningOf(part.text) : undefined;
       case 'call': {
         const index = choice.calls++;
-        if (!parallel && index > 0) return undefined;
         const { id, name } = newCall(part.name, parsing);
         return { tool_calls: [{ index, id, type: 'function', function: { name, arguments: '' } }] };
       }
       case 'arguments':
-        if (ignored) return undefined;
         return { tool_calls: [{ index: choice.calls - 1, function: { arguments: part.text } }] };
       case 'broken':
         return undefined; // what has gone out cannot be taken back
@@ -207,23 +211,22 @@ export function chatFormat(model: TextModel, { body, parsing }: ChatReading, bas
     async whole(index, events) {
       const { content, reasoning, calls, thoughts: counted } = await saidIn(events, parsing);
       thoughts.push(counted);
-      const told = parallel ? calls : calls.slice(0, 1);
-      const silent = content === '' && (told.length > 0 || reasoning !== '');
+      const silent = content === '' && (calls.length > 0 || reasoning !== '');
       const message = {
         role: 'assistant',
         content: silent ? null : content,
         refusal: null,
         annotations: [],
         ...(reasoning !== '' && wantsReasoning && reasoningOf(reasoning)),
-        ...(told.length > 0 && {
-          tool_calls: told.map(({ id, name, arguments: text }) => ({
+        ...(calls.length > 0 && {
+          tool_calls: calls.map(({ id, name, arguments: text }) => ({
             id,
             type: 'function',
             function: { name, arguments: text },
           })),
         }),
       };
-      return { index, message, ...(await about(events, told.length)) };
+      return { index, message, ...(await about(events, calls.length)) };
     },
     async besideChoices(event) {
       const ofPrompt = await promptLogprobsOf(model, body, event?.start);

@@ -1,7 +1,8 @@
 /** One completion on its way out: tokens become text, text stops at stop strings, and log-probabilities stay beside their tokens. */
 import { PdError } from '../../errors.ts';
 import type { TextModel } from '../../model/tokenizer.ts';
-import { type Part, partialEnd } from '../../parsing/parts.ts';
+import { createParser } from '../../parsing/parser.ts';
+import { type Part, type PartParser, partialEnd } from '../../parsing/parts.ts';
 import type { PromptLogprobs } from '../../scheduler/prompt-logprobs.ts';
 import type { RequestOutput } from '../../scheduler/types.ts';
 import type { TokenLogprob } from '../../wire/token-logprob.ts';
@@ -86,6 +87,8 @@ export class Choice {
   readonly #minTokens: number;
   readonly #includeStop: boolean;
   readonly #eos: number | undefined;
+  /** Looks for the end of the one call. */
+  readonly #oneCall: PartParser | undefined;
   #tokens = 0;
   /** Characters decoded so far, those held back included. */
   #decoded: number;
@@ -99,12 +102,13 @@ export class Choice {
     stops: readonly string[],
     minTokens: number,
     offset = 0,
-    { includeStop = false, eos, ...decoding }: TextOptions = {},
+    { includeStop = false, eos, oneCall, ...decoding }: TextOptions = {},
   ) {
     this.#decoder = model.decoder(decoding);
     this.#stops = new StopMatcher(stops, includeStop);
     this.#includeStop = includeStop;
     this.#eos = eos;
+    this.#oneCall = oneCall && createParser(oneCall);
     this.#minTokens = minTokens;
     this.#decoded = offset;
   }
@@ -118,9 +122,9 @@ export class Choice {
     return this.#finished;
   }
 
-  /** True once a stop string ended the completion, which the core does not know of. */
+  /** True once a stop string or the end of the one call ended the completion, which the core does not know of. */
   get stopped(): boolean {
-    return this.#stops.matched !== undefined;
+    return this.#stops.matched !== undefined || this.#oneCall?.done === true;
   }
 
   /** Throws the output's error, or REQUEST_ABORTED where the core gave the completion up. */
@@ -154,7 +158,9 @@ export class Choice {
   #emit(text: string): string {
     this.#decoded += text.length;
     // Before min_tokens nothing stops a completion.
-    return this.#tokens <= this.#minTokens ? text : this.#stops.push(text);
+    const out = this.#tokens <= this.#minTokens ? text : this.#stops.push(text);
+    this.#oneCall?.push(out);
+    return out;
   }
 
   #delta(text: string, finishReason?: 'stop' | 'length', stopToken?: number): ChoiceDelta {

@@ -8,6 +8,7 @@ import type { GrammarSpec } from '../../grammar/grammar.ts';
 import type { Decoding, TextModel } from '../../model/tokenizer.ts';
 import { modelNotFound } from '../../openai-error.ts';
 import type { CallDialect } from '../../parsing/calls.ts';
+import type { Parsing } from '../../parsing/parser.ts';
 import type { ReasoningDialect } from '../../parsing/reasoning.ts';
 import type { SamplingParams } from '../../scheduler/types.ts';
 import { z } from '../../zod.ts';
@@ -155,6 +156,8 @@ export interface TextOptions extends Decoding {
   readonly includeStop?: boolean;
   /** The stop token that is told as the end of the text, not by its id. */
   readonly eos?: number;
+  /** Nothing is generated behind the one call that may be made, read so. */
+  readonly oneCall?: Parsing;
 }
 
 /** What a request wants its text to be, and the field that says so. */
@@ -272,11 +275,13 @@ export function askedOf(
   {
     logprobs,
     keep,
+    oneCall,
     grammarWish,
     ...own
   }: Pick<Asked, 'prompts' | 'maxTokens' | 'echo'> & {
     readonly logprobs: number | undefined;
     readonly keep?: readonly string[];
+    readonly oneCall?: Parsing | undefined;
     readonly grammarWish?: GrammarWish | undefined;
   },
 ): Asked {
@@ -305,6 +310,7 @@ export function askedOf(
       includeStop: body.include_stop_str_in_output ?? false,
       ...(!body.ignore_eos && eosTokenId !== undefined && { eos: eosTokenId }),
       ...(keep && { keep }),
+      ...(oneCall && { oneCall }),
     },
     sampling: {
       temperature: body.temperature ?? 1,

@@ -34,12 +34,10 @@ export function responseFormat(
   { id, created, model: name }: AnswerBase,
 ): AnswerFormat {
   const parser = createParser(parsing);
-  const parallel = body.parallel_tool_calls ?? true;
   const done: object[] = [];
   let output: Output | undefined;
   /** Log-probabilities whose text the parser still holds. */
   let held: ChoiceLogprob[] = [];
-  let calls = 0;
   const thoughts = new ThoughtCount(parsing.reasoning?.inside);
   let finish: 'stop' | 'length' = 'stop';
   let sequence = 0;
@@ -129,7 +127,6 @@ export function responseFormat(
         return [...events, event('response.output_text.delta', { ...data, logprobs: told })];
       }
       case 'call': {
-        if (++calls > 1 && !parallel) return [];
         const callId = newCallId(parsing);
         return open({ type: 'function_call', id: newId('function_call'), callId, name: part.name, text: '' });
       }

@@ -1,6 +1,6 @@
 /** Calls of tools and thoughts, from a body to its answer. */
 import { describe, expect, it } from 'vitest';
-import { BYTE_MODEL, saying } from '../../support/fake-core.ts';
+import { BYTE_MODEL, bytesOf, saying } from '../../support/fake-core.ts';
 import { type Answer, CHAT, startServer, user } from '../../support/http-worker.ts';
 
 const tool = (name: string) => ({ type: 'function', function: { name, parameters: { type: 'object' } } });
@@ -34,8 +34,46 @@ describe('tools', () => {
       tool_calls: [called('weather', '{"city": "Paris"}'), called('f', '{}')],
     });
     expect(body.choices[0]!.finish_reason).toBe('tool_calls');
-    const one = await json(CHAT, { ...asking, parallel_tool_calls: false });
-    expect(messageOf(one.body)).toMatchObject({ tool_calls: [{ function: { name: 'weather' } }] });
+  });
+
+  it('end what is generated behind the first where there may be one, whole and streamed', async () => {
+    const first = `<think>f?</think>I look. ${CALL}`;
+    // Nothing else ends it.
+    const { json, events, core } = await startServer((request, emit) => {
+      for (let index = 0; index < request.n; index++)
+        for (const token of bytesOf(`${first}${OTHER} Done.`)) emit({ index, tokens: [token] });
+    });
+    const one = { ...asking, parallel_tool_calls: false, return_token_ids: true, n: 2 };
+    const { body } = await json(CHAT, one);
+    const ended = { finish_reason: 'tool_calls', stop_reason: null };
+    const message = { content: 'I look.', tool_calls: [called('weather', '{"city": "Paris"}')] };
+    const whole = { ...ended, message, token_ids: bytesOf(first) };
+    expect(body.choices).toMatchObject([whole, whole]);
+    expect(body['usage']).toMatchObject({ completion_tokens: 2 * first.length });
+    expect(core.aborted.map(({ index }) => index)).toEqual([0, 1]);
+    const streamed = await events(CHAT, { ...one, stream_options: { include_usage: true } });
+    const chunks = streamed.events.flatMap(({ choices }) => choices.filter(({ index }) => index === 1));
+    expect(chunks.at(-1)).toMatchObject(ended);
+    expect(chunks.flatMap((chunk) => (chunk as { token_ids?: number[] }).token_ids ?? [])).toEqual(
+      bytesOf(first),
+    );
+    expect(JSON.stringify(chunks)).not.toContain('"name":"f"');
+    expect(streamed.events.at(-1)!['usage']).toEqual(body['usage']);
+    const tools = [{ type: 'function', name: 'weather' }];
+    const items = await json('/v1/responses', { input: '?', tools, parallel_tool_calls: false });
+    expect(items.body['output']).toMatchObject([
+      { type: 'reasoning' },
+      { type: 'message', status: 'completed' },
+      { type: 'function_call', status: 'completed', arguments: '{"city": "Paris"}' },
+    ]);
+    // Without tools nothing is a call.
+    const plain = await json(CHAT, {
+      messages: user('?'),
+      parallel_tool_calls: false,
+      max_tokens: 9,
+      stop: 'Done',
+    });
+    expect(messageOf(plain.body)).toMatchObject({ content: `I look. ${CALL}${OTHER} ` });
   });
 
   it('stream: a name first, then arguments in pieces, under one id', async () => {
@@ -55,8 +93,6 @@ describe('tools', () => {
     expect([text(0), text(1)]).toEqual(['{"city": "Paris"}', '{}']);
     expect(deltas.length).toBeGreaterThan(10);
     expect(all.at(-1)!.choices[0]).toMatchObject({ delta: {}, finish_reason: 'tool_calls' });
-    const alone = await events(CHAT, { ...asking, parallel_tool_calls: false });
-    expect(JSON.stringify(alone.events)).not.toContain('"index":1,');
   });
 
   it('that break off are text in a whole answer', async () => {
