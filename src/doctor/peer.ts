@@ -9,7 +9,7 @@ import { DEFAULT_LIMITS } from '../config/transfer-options.ts';
 import type { WorkerConfig } from '../config/worker-config.ts';
 import { withDeadline } from '../deferred.ts';
 import { PdError } from '../errors.ts';
-import { asDestination, formatHostPort, type HostPort, zmqEndpoint } from '../net/address.ts';
+import { asDestination, formatHostPort, type HostPort } from '../net/address.ts';
 import { reachable } from '../net/knock.ts';
 import { EVERY_ADDRESS, reasonOf } from '../net/resolve.ts';
 import { decodeAnswer, encodeMessage } from '../wire/codec.ts';
@@ -17,7 +17,7 @@ import { PROBE_TENSOR } from '../wire/ids.ts';
 import type { Answer } from '../wire/messages.ts';
 import { isLoopback } from './addresses.ts';
 import { type Finding, fail, info, ok, type Section, warn } from './finding.ts';
-import { nativeWayFinding } from './native-way.ts';
+import { askRouter, nativeWayFinding } from './native-way.ts';
 
 export interface PeerQuestion {
   readonly peer: HostPort;
@@ -122,7 +122,9 @@ async function ask(
 ): Promise<{ readonly finding: Finding; readonly ours?: true }> {
   let answer: Answer | 'refused' | 'silent';
   try {
-    answer = await getNothing(peer, timeoutMs);
+    const message = encodeMessage({ cmd: 'GET', tensor_id: PROBE_TENSOR });
+    const body = await askRouter(peer, '', message, timeoutMs);
+    answer = typeof body === 'string' ? body : decodeAnswer(body, DEFAULT_LIMITS);
   } catch (cause) {
     const finding = fail(
       `its answer to a GET is not of the protocol: ${PdError.from(cause).message}`,
@@ -154,34 +156,6 @@ async function ask(
   return {
     finding: warn(`its KV listener answers a GET for an unknown tensor with ${JSON.stringify(answer)}`),
   };
-}
-
-/** Within `timeoutMs`: `refused` if the handshake is not completed, `silent` if there is no answer. */
-async function getNothing(peer: HostPort, timeoutMs: number): Promise<Answer | 'refused' | 'silent'> {
-  const { Dealer } = await import('zeromq');
-  const dealer = new Dealer({
-    routingId: `pd-doctor-${process.pid}`,
-    linger: 0,
-    immediate: true,
-    ipv6: true,
-    sendTimeout: timeoutMs,
-    receiveTimeout: timeoutMs,
-  });
-  let late: 'refused' | 'silent' = 'refused';
-  dealer.events.on('handshake', () => {
-    late = 'silent';
-  });
-  try {
-    dealer.connect(zmqEndpoint(peer));
-    await dealer.send(encodeMessage({ cmd: 'GET', tensor_id: PROBE_TENSOR }));
-    const [body] = await dealer.receive();
-    return decodeAnswer(body!, DEFAULT_LIMITS);
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === 'EAGAIN') return late;
-    throw error;
-  } finally {
-    dealer.close();
-  }
 }
 
 /** The other direction, as far as it can be tested from here: the address announced to the peer must lead back to this machine. */
