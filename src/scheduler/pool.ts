@@ -25,7 +25,7 @@ export class SequencePool {
   readonly loading = new Map<EngineRequestId, Sequence>();
   readonly #groups = new Map<EngineRequestId, RequestGroup>();
   readonly #connector: SchedulerConnector | undefined;
-  #finished: FinishedRequest[] = [];
+  readonly #finished: FinishedRequest[] = [];
   #arrivals = 0;
 
   constructor(blocks: BlockManager, connector: SchedulerConnector | undefined) {
@@ -170,9 +170,7 @@ export class SequencePool {
 
   /** Requests that are over since the last call. */
   takeFinished(): FinishedRequest[] {
-    const finished = this.#finished;
-    this.#finished = [];
-    return finished;
+    return this.#finished.splice(0);
   }
 
   /** What is wrong, in words; empty when all is well. */

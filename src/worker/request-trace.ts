@@ -56,7 +56,7 @@ export class WorkerTraces {
   readonly #core: Pick<CoreClient, 'timelines'>;
   readonly #worker: TracedWorker;
   readonly #log: Logger;
-  #lingering: EndedRequest[] = [];
+  readonly #lingering: EndedRequest[] = [];
   #timer: NodeJS.Timeout | undefined;
   #telling: Promise<void> = Promise.resolve();
 
@@ -105,8 +105,7 @@ export class WorkerTraces {
   #tell(): void {
     clearTimeout(this.#timer);
     this.#timer = undefined;
-    const requests = this.#lingering;
-    this.#lingering = [];
+    const requests = this.#lingering.splice(0);
     if (requests.length > 0) this.#telling = this.#telling.then(() => this.#add(requests));
   }
 
