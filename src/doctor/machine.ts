@@ -110,7 +110,7 @@ function libraryFinding(library: LibraryReport, needed: boolean): Finding {
 /** One of them brought the child process down: which? */
 async function crashFindings(crash: PdError, timeoutMs: number): Promise<Finding[]> {
   if (!hasCrashed(crash)) return [fail(crash.message, 'run npm ci again')];
-  return Promise.all(
+  const findings = await Promise.all(
     NEEDED.concat('nvrtc', 'cublas').map(async (name): Promise<Finding> => {
       try {
         await probe(`load-${name}`, timeoutMs);
@@ -124,17 +124,12 @@ async function crashFindings(crash: PdError, timeoutMs: number): Promise<Finding
         );
       }
     }),
-  ).then((findings) =>
-    findings.some(({ level }) => level === 'fail')
-      ? findings
-      : [
-          ...findings,
-          fail(
-            `the process that asks the libraries ${crash.message}`,
-            'check whether nvidia-smi works; reinstall the driver',
-          ),
-        ],
   );
+  if (!findings.some(({ level }) => level === 'fail')) {
+    const fix = 'check whether nvidia-smi works; reinstall the driver';
+    findings.push(fail(`the process that asks the libraries ${crash.message}`, fix));
+  }
+  return findings;
 }
 
 function gpuFindings(

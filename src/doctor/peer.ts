@@ -126,36 +126,29 @@ async function ask(
     const body = await askRouter(peer, '', message, timeoutMs);
     answer = typeof body === 'string' ? body : decodeAnswer(body, DEFAULT_LIMITS);
   } catch (cause) {
-    const finding = fail(
-      `its answer to a GET is not of the protocol: ${PdError.from(cause).message}`,
-      'is this the KV port of a pd-worker or of vLLM?',
-    );
-    return { finding };
+    const what = `its answer to a GET is not of the protocol: ${PdError.from(cause).message}`;
+    return { finding: fail(what, 'is this the KV port of a pd-worker or of vLLM?') };
   }
   if (answer === 'refused') {
-    const finding = fail(
-      'it speaks ZeroMQ but refuses connections from this machine',
-      "is this machine's address in its --allow-peers? Is it a KV port (a ROUTER) and not some other ZeroMQ socket?",
-    );
-    return { finding };
+    const fix =
+      "is this machine's address in its --allow-peers? Is it a KV port (a ROUTER) and not some other ZeroMQ socket?";
+    return { finding: fail('it speaks ZeroMQ but refuses connections from this machine', fix) };
   }
   if (answer === 'silent') {
-    const finding = fail(
-      `it accepts messages but does not answer a GET within ${timeoutMs / 1_000} s`,
-      "a proxy's discovery port never answers: give the KV port; the log shows whether a worker hangs; a vLLM listener answers only once its transfer is done",
-    );
-    return { finding };
+    const fix =
+      "a proxy's discovery port never answers: give the KV port; the log shows whether a worker hangs; a vLLM listener answers only once its transfer is done";
+    return {
+      finding: fail(`it accepts messages but does not answer a GET within ${timeoutMs / 1_000} s`, fix),
+    };
   }
   if (answer.kind === 'get' && answer.ret === 1) {
-    return answer.gone
-      ? { finding: ok('its KV listener answers; it is a pd-worker'), ours: true }
-      : { finding: ok('its KV listener answers; it is not a pd-worker (vLLM?), or an older one') };
+    if (!answer.gone)
+      return { finding: ok('its KV listener answers; it is not a pd-worker (vLLM?), or an older one') };
+  } else if (answer.kind !== 'no-pair') {
+    const what = `its KV listener answers a GET for an unknown tensor with ${JSON.stringify(answer)}`;
+    return { finding: warn(what) };
   }
-  if (answer.kind === 'no-pair')
-    return { finding: ok('its KV listener answers; it is a pd-worker'), ours: true };
-  return {
-    finding: warn(`its KV listener answers a GET for an unknown tensor with ${JSON.stringify(answer)}`),
-  };
+  return { finding: ok('its KV listener answers; it is a pd-worker'), ours: true };
 }
 
 /** The other direction, as far as it can be tested from here: the address announced to the peer must lead back to this machine. */
