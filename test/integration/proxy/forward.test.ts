@@ -1,43 +1,22 @@
 import { once } from 'node:events';
 import type { ServerResponse } from 'node:http';
-import { afterEach, describe, expect, test } from 'vitest';
+import { describe, expect, test } from 'vitest';
 import { formatHostPort } from '../../../src/net/address.ts';
 import type { PdProxy } from '../../../src/proxy/proxy.ts';
-import { type Answer, type Asked, answerJson, FakeUpstream, sendPing } from '../../support/fake-upstream.ts';
-import { startQuietProxy } from '../../support/quiet-proxy.ts';
+import {
+  type Answer,
+  type Asked,
+  answerJson,
+  type FakeUpstream,
+  sendPing,
+} from '../../support/fake-upstream.ts';
+import { startProxy, startUpstream, url } from '../../support/proxies.ts';
 import { withStoppedClock } from '../../support/stopped-clock.ts';
-
-const closing: (() => Promise<unknown>)[] = [];
-afterEach(async () => {
-  for (const close of closing.splice(0).reverse()) await close();
-});
-
-async function startProxy(settings?: Parameters<typeof startQuietProxy>[0]): Promise<PdProxy> {
-  const proxy = await startQuietProxy(settings);
-  closing.push(() => proxy.close(0));
-  return proxy;
-}
-
-async function startUpstream(
-  proxy: PdProxy,
-  role: 'producer' | 'consumer',
-  answer: Answer = answerJson(),
-  options: { host?: string; models?: readonly string[]; digest?: string } = {},
-): Promise<FakeUpstream> {
-  const upstream = await FakeUpstream.start(role, answer, options);
-  closing.push(() => upstream.kill());
-  await upstream.ping(proxy.discoveryAddress, options.digest);
-  await until(() => proxy.instances.some((known) => known.httpAddress === upstream.httpAddress));
-  return upstream;
-}
 
 /** For what announces itself by no event here. */
 async function until(condition: () => boolean | Promise<boolean>): Promise<void> {
   while (!(await condition())) await new Promise((resolve) => setImmediate(resolve));
 }
-
-const url = (proxy: PdProxy, path = '/v1/completions') =>
-  `http://${formatHostPort(proxy.httpAddress)}${path}`;
 
 function post(proxy: PdProxy, body: unknown, init: RequestInit & { path?: string } = {}): Promise<Response> {
   return fetch(url(proxy, init.path), {
