@@ -7,7 +7,7 @@ import { logTensor, standsFor, type TransferContext } from '../context.ts';
 import { sentAs } from './form.ts';
 import type { Intake } from './intake.ts';
 import type { Keeper } from './keeper.ts';
-import type { OutgoingPeer } from './peer.ts';
+import type { OutgoingPeers } from './peer.ts';
 import type { Session } from './session.ts';
 
 export type Asked = PutMessage | GetMessage;
@@ -15,7 +15,7 @@ export type Asked = PutMessage | GetMessage;
 export interface AnsweringParts {
   readonly intake: Intake;
   readonly keeper: Keeper;
-  readonly peers: { outgoing(peer: string): OutgoingPeer; known(peer: string): OutgoingPeer | undefined };
+  readonly outgoing: OutgoingPeers;
   /** Sends an answer, unless the session has been replaced. */
   reply(session: Session, answer: Answer): void;
 }
@@ -123,7 +123,7 @@ export class Answering {
   async #pairFor(session: Session): Promise<Pair | undefined> {
     const own = await session.pair();
     if (session.hello) return own;
-    const known = this.#parts.peers.known(session.peer);
+    const known = this.#parts.outgoing.known(session.peer);
     return own ? ((await known?.newerPair(session.since)) ?? own) : known?.foreignPair;
   }
 
@@ -141,7 +141,7 @@ export class Answering {
     this.#parts.reply(session, refusal(message));
     // vLLM never opens a pair anew by itself, but its listener takes ours in place of the one it has.
     try {
-      this.#parts.peers.outgoing(peer).connect();
+      this.#parts.outgoing.of(peer).connect();
     } catch (error) {
       log.debug({ peer, err: PdError.from(error) }, 'no address to send NEW to');
     }

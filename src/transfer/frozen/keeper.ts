@@ -5,9 +5,10 @@ import type { Pair } from '../../transport/transport.ts';
 import { tensorBytes } from '../../wire/dtype.ts';
 import { splitTensorId, type TensorId, type TransferId } from '../../wire/ids.ts';
 import { logTensor, passed, type TransferContext, tensorFields } from '../context.ts';
+import { Sweep } from '../deadlines.ts';
+import { Aging } from '../memories.ts';
 import type { SendRequest } from '../types.ts';
 import { type DenseBlocks, denseBlocks, foreignForm, reform } from './form.ts';
-import { Aging } from './memories.ts';
 import type { SendReply } from './put.ts';
 import { type KeptTensor, SendStore } from './send-store.ts';
 import { checkSource, type Stager } from './stager.ts';
@@ -26,11 +27,13 @@ export class Keeper {
   readonly #gathering = new Set<{ readonly requestId: string; over: boolean }>();
   /** Tensors that gave way to others before anybody asked: who asks now need not ask again. */
   readonly #givenUp = new Aging<true>();
-  #sweeping = false;
+  readonly #sweep: Sweep;
 
   constructor(context: TransferContext, stager: Stager) {
     this.#context = context;
     this.#stager = stager;
+    const { deadlines, options } = context;
+    this.#sweep = new Sweep(deadlines, options.timeouts.orphan / 4, () => this.#age());
   }
 
   /** Gathers and keeps one tensor. */
@@ -64,7 +67,7 @@ export class Keeper {
           this.store.keep({ ...request, dense: denseBlocks(request) }, held, deadlines.now());
           this.#givenUp.delete(tensorId);
           logTensor(this.#context, 'kept', request);
-          this.#armSweep();
+          this.#sweep.arm();
         }
         reply.gathered(true);
         reply.sent(bytes);
@@ -181,27 +184,23 @@ export class Keeper {
 
   #giveUp(tensorId: TensorId): void {
     this.#givenUp.set(tensorId, true, this.#context.deadlines.now());
-    this.#armSweep();
+    this.#sweep.arm();
   }
 
-  #armSweep(): void {
-    if (this.#sweeping) return;
-    this.#sweeping = true;
+  /** Whether anything is left that may age. */
+  #age(): boolean {
     const { deadlines, options, metrics, log } = this.#context;
-    deadlines.after(options.timeouts.orphan / 4, () => {
-      this.#sweeping = false;
-      const before = deadlines.now() - options.timeouts.orphan;
-      const orphans = this.store.freeOrphans(before);
-      this.#givenUp.sweep(before);
-      for (const { tensorId } of orphans) this.#giveUp(tensorId);
-      if (orphans.length > 0) {
-        metrics.inc('pd_kv_orphans_freed_total', orphans.length);
-        log.warn(
-          { tensors: orphans.length, first: orphans[0]!.tensorId },
-          `freed ${orphans.length} tensors that nobody has asked for in time`,
-        );
-      }
-      if (this.store.size + this.#givenUp.size > 0) this.#armSweep();
-    });
+    const before = deadlines.now() - options.timeouts.orphan;
+    const orphans = this.store.freeOrphans(before);
+    this.#givenUp.sweep(before);
+    for (const { tensorId } of orphans) this.#giveUp(tensorId);
+    if (orphans.length > 0) {
+      metrics.inc('pd_kv_orphans_freed_total', orphans.length);
+      log.warn(
+        { tensors: orphans.length, first: orphans[0]!.tensorId },
+        `freed ${orphans.length} tensors that nobody has asked for in time`,
+      );
+    }
+    return this.store.size + this.#givenUp.size > 0;
   }
 }

@@ -11,7 +11,7 @@ import { decodeAnswer, encodeMessage } from '../../wire/codec.ts';
 import type { TensorId } from '../../wire/ids.ts';
 import { protocolErrorKind } from '../../wire/limits.ts';
 import type { Answer, PeerHello, WireMessage } from '../../wire/messages.ts';
-import { logJoining, type TransferContext } from '../context.ts';
+import { joinPair, logJoined, type TransferContext } from '../context.ts';
 import type { Deadline } from '../deadlines.ts';
 import { Dealer } from '../dealer.ts';
 import { mismatchOf } from '../hello.ts';
@@ -197,7 +197,7 @@ export class Link {
   }
 
   async #open(): Promise<void> {
-    const { transport, hello, log, self, options, deadlines } = this.#context;
+    const { transport, hello, log, deadlines } = this.#context;
     const { peer } = this;
     // The owner does not hold this link yet: it must not end before the constructor has returned.
     await Promise.resolve();
@@ -208,9 +208,7 @@ export class Link {
       const sent = await this.#dealer.send(encodeMessage({ cmd: 'NEW', unique_id: uniqueId, native: hello }));
       if (!sent || this.#over) return;
       this.#state = 'opening';
-      logJoining(this.#context, peer, 0);
-      const timeoutMs = options.timeouts.pairInit;
-      const pair = await transport.open({ uniqueId, rank: 0, peer, timeoutMs, joins: JOINS });
+      const pair = await joinPair(this.#context, { uniqueId, rank: 0, peer, joins: JOINS });
       if (this.#over) {
         pair.abort(
           new PdError('PAIR_CLOSED', `pair with ${peer}: its link ended while it was opened`, { peer }),
@@ -220,7 +218,7 @@ export class Link {
       this.#pair = pair;
       this.#state = 'open';
       this.#opened.resolve(pair);
-      log.info({ peer }, `🤝ncclCommInitRank Success, ${self}👉${peer}, MyRank:0`);
+      logJoined(this.#context, pair);
       void pair.over.then((reason) => this.end(reason));
       if (!this.#heard) this.#helloDeadline = deadlines.after(HELLO_GRACE_MS, () => this.#mayBegin());
       this.#events.onOpen();

@@ -2,6 +2,7 @@
 import { PdError } from '../../errors.ts';
 import type { Pair } from '../../transport/transport.ts';
 import { countFailure, type TransferContext } from '../context.ts';
+import { Sweep } from '../deadlines.ts';
 import type { PairState } from '../types.ts';
 import { type Announcement, Link, type LinkEnd } from './link.ts';
 
@@ -249,11 +250,12 @@ export class OutgoingPeers {
   readonly #context: TransferContext;
   readonly #events: OutgoingPeerEvents;
   readonly #peers = new Map<string, OutgoingPeer>();
-  #forgetting = false;
+  readonly #sweep: Sweep;
 
   constructor(context: TransferContext, events: OutgoingPeerEvents) {
     this.#context = context;
     this.#events = events;
+    this.#sweep = new Sweep(context.deadlines, FORGET_EVERY_MS, () => this.#forgetIdle());
   }
 
   /** Throws ADDRESS_INVALID where `peer` is none, once something is sent to it. */
@@ -262,7 +264,7 @@ export class OutgoingPeers {
     if (known) return known;
     const made = new OutgoingPeer(this.#context, peer, this.#events);
     this.#peers.set(peer, made);
-    this.#forget();
+    if (this.#peers.size >= KEPT_ANYWAY) this.#sweep.arm();
     return made;
   }
 
@@ -286,13 +288,8 @@ export class OutgoingPeers {
     for (const peer of this.#peers.values()) peer.close(reason);
   }
 
-  #forget(): void {
-    if (this.#forgetting || this.#peers.size < KEPT_ANYWAY) return;
-    this.#forgetting = true;
-    this.#context.deadlines.after(FORGET_EVERY_MS, () => {
-      this.#forgetting = false;
-      for (const [key, peer] of this.#peers) if (peer.idle) this.#peers.delete(key);
-      this.#forget();
-    });
+  #forgetIdle(): boolean {
+    for (const [key, peer] of this.#peers) if (peer.idle) this.#peers.delete(key);
+    return this.#peers.size >= KEPT_ANYWAY;
   }
 }

@@ -11,6 +11,7 @@ import type { MetricsPage } from '../../observability/metrics.ts';
 import { SLOTS, type SlotFlag } from '../../transport/direct/page.ts';
 import type { EngineRequestId, TransferId } from '../../wire/ids.ts';
 import { Failures } from '../failures.ts';
+import { remember } from '../memories.ts';
 import type { TransferState } from '../types.ts';
 import type { NativeInit, ToWire } from './channel.ts';
 import type { Connections } from './connections.ts';
@@ -127,7 +128,7 @@ export class Loads {
       this.#want(() => this.#wants.unwanted(peer, transferId));
       return;
     }
-    remember(this.#unwanted, transferId, peer);
+    remember(this.#unwanted, transferId, peer, MOST_REMEMBERED);
     this.#options.tell({ kind: 'connect', peer });
   }
 
@@ -141,7 +142,7 @@ export class Loads {
 
   sendFailed(transferId: TransferId, reason: ErrorData): void {
     const load = this.#loadOf(transferId);
-    if (!load) remember(this.#failed, transferId, reason);
+    if (!load) remember(this.#failed, transferId, reason, MOST_REMEMBERED);
     else if (load.seq === undefined) this.#fail(load, reason, false);
     else {
       const { seq } = load;
@@ -428,11 +429,4 @@ function exposureOf(seq: number): string {
 
 function now(): number {
   return performance.now();
-}
-
-/** The oldest goes where there are too many. */
-export function remember<Key, Value>(map: Map<Key, Value>, id: Key, value: Value): void {
-  map.delete(id);
-  map.set(id, value);
-  if (map.size > MOST_REMEMBERED) map.delete(map.keys().next().value!);
 }
