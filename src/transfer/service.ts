@@ -207,7 +207,7 @@ export class TransferService {
       return;
     }
     const outgoing = this.#outgoing.of(peer);
-    const leaving = outgoing.ours ? request : formed(request, options);
+    const leaving = outgoing.native ? request : formed(request, options);
     const put = new PutAnnouncement(this.#context, leaving, peer, {
       gathered: (underWay) => reply.gathered(underWay),
       underWay: () => reply.underWay(),

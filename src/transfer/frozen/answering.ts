@@ -65,18 +65,18 @@ export class Answering {
     let pair = await this.#mayTransfer(session, get);
     if (!pair) return;
     const kept = keeper.find(tensorId, this.#meantBy(session, get));
-    const ours = session.hello !== undefined;
+    const native = session.hello !== undefined;
     if (!kept) {
       logTensor(this.#context, 'not here:', { tensorId }, session.peer);
-      if (!ours) return reply(session, { kind: 'get', ret: 1 });
+      if (!native) return reply(session, { kind: 'get', ret: 1 });
       const near = keeper.store.nearMisses(tensorId);
       return reply(session, { kind: 'get', ret: 1, gone: keeper.gaveUp(tensorId), near });
     }
     const { shape, dtype, promptDigest } = kept;
-    const copying = ours ? undefined : keeper.foreignCopy(kept);
+    const copying = native ? undefined : keeper.frozenCopy(kept);
     if (!copying) {
-      void keeper.send(kept, pair, ours);
-      return reply(session, { kind: 'get', ret: 0, shape, dtype, ...(ours && { promptDigest }) });
+      void keeper.send(kept, pair, native);
+      return reply(session, { kind: 'get', ret: 0, shape, dtype, ...(native && { promptDigest }) });
     }
     const copy = await copying;
     pair = await this.#pairOf(session, get);
@@ -87,7 +87,7 @@ export class Answering {
 
   /** Only a peer that is not ours shows its engine's ids, with random suffixes. */
   #meantBy(session: Session, message: Asked): TransferId | undefined {
-    return isOurs(session, message) ? undefined : standsFor(this.#context, message.tensor_id);
+    return isNative(session, message) ? undefined : standsFor(this.#context, message.tensor_id);
   }
 
   /** The pair, where the message fits it; else it has been answered. */
@@ -124,7 +124,7 @@ export class Answering {
     const own = await session.pair();
     if (session.hello) return own;
     const known = this.#parts.outgoing.known(session.peer);
-    return own ? ((await known?.newerPair(session.since)) ?? own) : known?.foreignPair;
+    return own ? ((await known?.newerPair(session.since)) ?? own) : known?.frozenPair;
   }
 
   #noPair(session: Session, message: Asked): void {
@@ -134,7 +134,7 @@ export class Answering {
     limited.log(`no pair ${peer}`, (suppressed) =>
       log.warn({ peer, suppressed }, `${peer} announces ${message.tensor_id} and has no pair with us`),
     );
-    if (isOurs(session, message)) {
+    if (isNative(session, message)) {
       this.#parts.reply(session, { kind: 'no-pair' });
       return;
     }
@@ -149,7 +149,7 @@ export class Answering {
 }
 
 /** It has sent a hello, or our field. */
-function isOurs({ hello }: Session, message: Asked): boolean {
+function isNative({ hello }: Session, message: Asked): boolean {
   return hello !== undefined || (message.cmd === 'PUT' && message.native !== undefined);
 }
 

@@ -8,13 +8,13 @@ import { logTensor, passed, type TransferContext, tensorFields } from '../contex
 import { Sweep } from '../deadlines.ts';
 import { Aging } from '../memories.ts';
 import type { SendRequest } from '../types.ts';
-import { type DenseBlocks, denseBlocks, foreignForm, reform } from './form.ts';
+import { type DenseBlocks, denseBlocks, frozenForm, reform } from './form.ts';
 import type { SendReply } from './put.ts';
 import { type KeptTensor, SendStore } from './send-store.ts';
 import { checkSource, type Stager } from './stager.ts';
 import type { Held } from './store.ts';
 
-export interface ForeignCopy {
+export interface FrozenCopy {
   readonly shape: readonly number[];
   readonly held: Held;
 }
@@ -106,14 +106,14 @@ export class Keeper {
    * A copy of a kept tensor in the form that peers get which are not ours; undefined where that is its own. Rejects with KV_BUFFER_FULL.
    * Whoever asks frees it.
    */
-  foreignCopy(kept: KeptTensor): Promise<ForeignCopy> | undefined {
+  frozenCopy(kept: KeptTensor): Promise<FrozenCopy> | undefined {
     const { dense } = kept;
-    const form = dense && foreignForm(dense, this.#context.options.wireLayout);
+    const form = dense && frozenForm(dense, this.#context.options.wireLayout);
     return form && this.#copy(kept, dense, form);
   }
 
   /** As `send`, of a copy, which is freed then. */
-  async sendCopy({ tensorId }: KeptTensor, { held }: ForeignCopy, pair: Pair): Promise<void> {
+  async sendCopy({ tensorId }: KeptTensor, { held }: FrozenCopy, pair: Pair): Promise<void> {
     await this.#send(tensorId, held, pair);
     held.free();
   }
@@ -124,7 +124,7 @@ export class Keeper {
     for (const one of this.#gathering) if (one.requestId === id) one.over = true;
   }
 
-  async #copy(kept: KeptTensor, dense: DenseBlocks, form: WireForm): Promise<ForeignCopy> {
+  async #copy(kept: KeptTensor, dense: DenseBlocks, form: WireForm): Promise<FrozenCopy> {
     const { options, memory, device, stream } = this.#context;
     const { tensorId, dtype } = kept;
     const shape = formShape(form, dense.layout);

@@ -257,7 +257,7 @@ export class Load implements Claimant {
         pair,
         kvKey,
         ...(sendType !== 'GET' && { announced: self }),
-        ...(open && { peerIsOurs: open.ours }),
+        ...(open && { peerIsOurs: open.native }),
       },
     };
   }

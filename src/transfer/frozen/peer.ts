@@ -45,21 +45,21 @@ export class OutgoingPeer {
   }
 
   /** Known to be ours: its last link has said so. */
-  get ours(): boolean {
-    return this.#link?.ours ?? false;
+  get native(): boolean {
+    return this.#link?.native ?? false;
   }
 
   /** The pair of a link to a peer that is not ours. */
-  get foreignPair(): Pair | undefined {
-    return this.#link && !this.#link.ours ? this.#link.pair : undefined;
+  get frozenPair(): Pair | undefined {
+    return this.#link && !this.#link.native ? this.#link.pair : undefined;
   }
 
-  /** As `foreignPair`, of a link that was begun after `since`, once it is open. */
+  /** As `frozenPair`, of a link that was begun after `since`, once it is open. */
   async newerPair(since: number): Promise<Pair | undefined> {
     const link = this.#link;
-    if (!link || link.ours || link.state === 'connecting' || link.since <= since) return undefined;
+    if (!link || link.native || link.state === 'connecting' || link.since <= since) return undefined;
     const pair = await link.opened;
-    return link.ours ? undefined : pair;
+    return link.native ? undefined : pair;
   }
 
   get queued(): number {
@@ -114,7 +114,7 @@ export class OutgoingPeer {
       peer: this.peer,
       direction: 'outgoing',
       state: link?.state ?? 'over',
-      ours: link?.ours ?? false,
+      native: link?.native ?? false,
       queued: this.#queue.length,
       outstanding: link?.outstanding ?? 0,
       sinceMs: link ? Math.round(this.#context.deadlines.now() - link.since) : 0,
@@ -155,7 +155,7 @@ export class OutgoingPeer {
           this.#schedule();
         },
         newerPair: (since) => this.#events.newerPair(this.peer, since),
-        onForeignPut: () => this.#warnOfIds(),
+        onFrozenPut: () => this.#warnOfIds(),
         onGreeted: () => this.#schedule(),
         onAnswered: () => {
           this.#reopened = 0;

@@ -94,7 +94,7 @@ export class Session {
       peer: this.peer,
       direction: 'incoming',
       state: this.#ended ? 'over' : this.#pair ? 'open' : 'opening',
-      ours: this.hello !== undefined,
+      native: this.hello !== undefined,
       queued: this.#queued,
       outstanding: this.#pair?.pending ?? 0,
       sinceMs: Math.round(now - this.since),

@@ -16,7 +16,7 @@ import type { TransferState } from '../types.ts';
 import type { NativeInit, ToWire } from './channel.ts';
 import type { Connections } from './connections.ts';
 import type { DirectWays } from './direct.ts';
-import type { HandOverState, HandOverUser, MovedKv, WantOutcome, WantRequest } from './hand-over-api.ts';
+import type { HandOverState, HandOverUser, LoadOutcome, MovedKv, WantRequest } from './hand-over-api.ts';
 import type { HelloMessage, NativeTransport, Nonce, ProducerMessage, Ticket } from './messages.ts';
 import { PageWatch } from './page-watch.ts';
 import { type WantAction, Wants } from './wants.ts';
@@ -263,7 +263,7 @@ export class Loads {
     this.#end(load, { requestId, ok: false, error: told, quarantined });
   }
 
-  #end(load: Load, outcome: WantOutcome): void {
+  #end(load: Load, outcome: LoadOutcome): void {
     if (this.#loads.get(outcome.requestId) !== load) return;
     this.#loads.delete(outcome.requestId);
     this.#options.user().loadEnded(outcome);
