@@ -13,13 +13,14 @@ import type { EngineRequestId, TransferId } from '../../wire/ids.ts';
 import { Failures } from '../failures.ts';
 import { remember } from '../memories.ts';
 import type { TransferState } from '../types.ts';
+import type { WantAction } from './actions.ts';
 import type { NativeInit, ToWire } from './channel.ts';
 import type { Connections } from './connections.ts';
 import type { DirectWays } from './direct.ts';
 import type { HandOverState, HandOverUser, LoadOutcome, MovedKv, WantRequest } from './hand-over-api.ts';
 import type { HelloMessage, NativeTransport, Nonce, ProducerMessage, Ticket } from './messages.ts';
 import { PageWatch } from './page-watch.ts';
-import { type WantAction, Wants } from './wants.ts';
+import { Wants } from './wants.ts';
 
 export interface LoadsOptions {
   readonly init: NativeInit;
