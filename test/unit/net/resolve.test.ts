@@ -68,7 +68,7 @@ test('a port is knocked at by name, on every address', async () => {
 });
 
 test('a connection to the first address of a name is not lost to a program that is busy just then', async () => {
-  const socket = connect({ host: 'localhost', port: await port('127.0.0.1'), ...EVERY_ADDRESS });
+  const socket = connect({ host: 'localhost', port: await portAt('127.0.0.1'), ...EVERY_ADDRESS });
   socket.once('connectionAttempt', () =>
     process.nextTick(() => Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 400)),
   );
