@@ -6,7 +6,7 @@ import { nativeWayFinding } from '../../src/doctor/native-way.ts';
 import { formatHostPort, type HostPort } from '../../src/net/address.ts';
 import { proxyRequestId, transferIdOf } from '../../src/wire/ids.ts';
 import { compute, type End, finish, idFor, LAYERS, makeEnd, outcomeOf, wantOf } from '../support/native.ts';
-import { blockOf, failure, pagedCache, testServices, until } from '../support/transfer.ts';
+import { blockOf, failure, keptPort, pagedCache, testServices, until } from '../support/transfer.ts';
 
 const services = testServices();
 
@@ -216,8 +216,10 @@ describe('a native hand-over on the host', () => {
   });
 
   it('fails wants at once when the producer is gone, and asks the one that comes after it', async () => {
-    const { producer, consumer, id } = await pair();
-    const { port } = producer.service.address;
+    const port = await keptPort();
+    const producer = await makeEnd(services, 'producer', { port });
+    const consumer = await makeEnd(services, 'consumer');
+    const id = idFor(producer, consumer);
     consumer.handOver.want(wantOf(producer, consumer, id, 9));
     begin(producer, id, 9);
     await compute(producer, id, 6);
