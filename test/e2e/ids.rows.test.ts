@@ -37,7 +37,7 @@ describe.each(rows(['PUT_ASYNC'], ['GET']))('%s, ids not randomized', (sendType)
     await decode(id, FRANCE);
     await eventually('the two know each other', 60_000, async () => {
       const pairs = await Promise.all([producer, consumer].map(pairsOf));
-      return pairs.flat().some(({ direction, ours }) => direction === 'outgoing' && ours);
+      return pairs.flat().some(({ direction, native }) => direction === 'outgoing' && native);
     });
   });
   afterAll(async () => {
