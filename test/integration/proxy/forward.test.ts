@@ -144,6 +144,25 @@ describe('errors', () => {
     expect(consumer.asked).toHaveLength(1); // an answer, if a bad one: not asked again
   });
 
+  test('of the head alone are told before the body is read: methods that a path has not, bodies that are encoded', async () => {
+    const proxy = await startProxy();
+    const ask = async (method: string, path: string, headers: Record<string, string> = {}) => {
+      const response = await fetch(url(proxy, path), {
+        method,
+        headers,
+        ...(method === 'POST' && { body: 'x' }),
+      });
+      const { error } = JSON.parse((await response.text()) || '{}') as { error?: { code: string } };
+      return [response.status, response.headers.get('allow'), error?.code];
+    };
+    expect(await ask('GET', '/v1/responses')).toEqual([405, 'POST', 'METHOD_NOT_ALLOWED']);
+    expect(await ask('POST', '/v1/requests/1/route')).toEqual([405, 'GET, HEAD', 'METHOD_NOT_ALLOWED']);
+    expect(await ask('HEAD', '/v1/models')).toEqual([200, null, undefined]);
+    expect(await ask('POST', '/v1/embeddings')).toEqual([404, null, 'REQUEST_INVALID']);
+    const encoded = { 'content-encoding': 'gzip' };
+    expect(await ask('POST', '/v1/completions', encoded)).toEqual([415, null, 'BODY_ENCODED']);
+  });
+
   test('no instance of a role: 503 naming the role', async () => {
     const proxy = await startProxy();
     const nobody = await post(proxy, REQUEST);
@@ -430,6 +449,12 @@ describe('what the proxy says about itself', () => {
     const models = (await (await fetch(url(proxy, '/v1/models'))).json()) as { data: { id: string }[] };
     expect(models).toMatchObject({ object: 'list' });
     expect(models.data.map((model) => model.id)).toEqual(['a', 'b', 'c']);
+    expect(await (await fetch(url(proxy, '/v1/models/c'))).json()).toEqual(models.data[2]);
+    const unknown = await fetch(url(proxy, '/v1/models/org%2Fd'));
+    expect([unknown.status, await unknown.json()]).toMatchObject([
+      404,
+      { error: { message: expect.stringContaining('"org/d"'), param: 'model', code: 'model_not_found' } },
+    ]);
     const health = await (await fetch(url(proxy, '/health'))).json();
     expect(health).toMatchObject({
       status: 'ok',

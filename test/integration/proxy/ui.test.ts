@@ -95,6 +95,8 @@ describe('who sees it', () => {
     expect(await type('icon.svg')).toBe('image/svg+xml');
     for (const path of ['/ui/tsconfig.json', '/ui/%2e%2e%2fpackage.json'])
       expect((await fetch(url(proxy, path))).status).toBe(404);
+    // Of a stream without end: it would have none, too.
+    expect((await fetch(url(proxy, '/ui/events'), { method: 'HEAD' })).status).toBe(404);
   });
 
   test('--ui open shows it by any name, off to nobody', async () => {
