@@ -77,6 +77,8 @@ export interface LinkEnd {
   readonly unanswered: readonly Announcement[];
   /** The peer has answered `2`: it knows no pair. */
   readonly noPair: boolean;
+  /** Its pair was open. */
+  readonly opened: boolean;
 }
 
 /** What a link tells its owner. */
@@ -188,7 +190,7 @@ export class Link {
     this.#pair?.abort(error);
     const unanswered = this.#waiting.map(({ announcement }) => announcement);
     this.#waiting = [];
-    this.#events.onEnd({ error, unanswered, noPair });
+    this.#events.onEnd({ error, unanswered, noPair, opened: this.#pair !== undefined });
   }
 
   /** Read anew after every await: an answer or a lost connection may have ended the link meanwhile. */
