@@ -2,7 +2,7 @@
 import type { FastifyRequest } from 'fastify';
 import { PdError } from '../errors.ts';
 import { isLoopback } from '../net/address.ts';
-import { openAiError } from '../openai-error.ts';
+import { modelNotFound, openAiError } from '../openai-error.ts';
 import { packageVersion } from '../version.ts';
 import { z } from '../zod.ts';
 import type { Admission } from './admission.ts';
@@ -67,6 +67,13 @@ export class AboutProxy {
       return reply.code(ready ? 200 : 503).send({ ready });
     });
     app.get('/v1/models', async () => ({ object: 'list', data: await this.#parts.models.list() }));
+    app.get<{ Params: { '*': string } }>('/v1/models/*', async ({ params: { '*': name } }) => {
+      const models = await this.#parts.models.list();
+      const model = models.find(({ id }) => id === name);
+      if (model) return model;
+      const ids = models.map(({ id }) => id);
+      throw modelNotFound(name, ids);
+    });
     app.get('/openapi.json', async (request, reply) => {
       const { response, body } = await this.#openApi(request);
       reply.code(response.statusCode).type(String(response.headers['content-type'] ?? 'application/json'));

@@ -11,6 +11,7 @@ import type { ProxyConfig } from '../config/proxy-config.ts';
 import { Cancellation } from '../deferred.ts';
 import { PdError } from '../errors.ts';
 import { NO_JSON_SCHEMAS } from '../net/json-schemas.ts';
+import { checkHeads } from '../net/request-head.ts';
 import type { Logger } from '../observability/log.ts';
 import { monotonicMs } from '../observability/timelines.ts';
 import { openAiError } from '../openai-error.ts';
@@ -103,6 +104,7 @@ export class Serving implements ProxyContext {
       trustProxy: behindRelays,
     }) as unknown as FastifyInstance;
     this.guard.attach(this.app);
+    checkHeads(this.app);
     this.#routes();
   }
 
