@@ -206,15 +206,7 @@ export class PdProxy {
         take: (ping, reached) => discovery.takeNamed(ping, reached),
       });
     }
-    if (etcd) {
-      const discovery = this.#discovery;
-      this.#etcd = new EtcdInstances({
-        etcd: new Etcd(etcd),
-        log: this.#log,
-        take: (ping) => discovery.take(ping),
-        drop: (ping) => discovery.drop(ping),
-      });
-    }
+    if (etcd) this.#etcd = new EtcdInstances(new Etcd(etcd), this.#log, this.#discovery);
     const { healthIntervalMs: intervalMs } = this.#config;
     if (intervalMs > 0) {
       this.#probes = new Probes(this.#registry, this.#serving.upstream, this.#log, intervalMs);
