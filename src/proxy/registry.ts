@@ -298,9 +298,11 @@ export class InstanceRegistry {
     }
     if (fits.size === 0) return 'match';
     const { prompt, choices } = wish;
-    const able = [...fits.keys()].flatMap(({ members }) => members);
+    const able: Entry[] = [];
+    for (const { members } of fits.keys()) able.push(...members);
     const producer = choose(this.#policies.producer, 'producer', able, prompt, choices);
-    const [, fitting] = [...fits].find(([{ members }]) => members.includes(producer))!;
+    let fitting: readonly Entry[] = [];
+    for (const [{ members }, others] of fits) if (members.includes(producer)) fitting = others;
     const consumer = choose(this.#policies.consumer, 'consumer', fitting, prompt, choices);
     producer.picked = consumer.picked = ++this.#picks;
     producer.breaker.chosen();
