@@ -184,9 +184,13 @@ describe('errors', () => {
     'instances that lead back to a proxy, %i in a ring: 400 that says so, not the same request without end',
     async (count) => {
       const proxies: PdProxy[] = [];
-      for (let i = 0; i < count; i++) proxies.push(await startProxy());
-      for (const [i, proxy] of proxies.entries()) {
+      for (let i = 0; i < count; i++) {
+        const proxy = await startProxy();
+        // Before others ask it which models it has.
         await startUpstream(proxy, 'consumer');
+        proxies.push(proxy);
+      }
+      for (const [i, proxy] of proxies.entries()) {
         const http_address = formatHostPort(proxies[(i + 1) % count]!.httpAddress);
         await sendPing(proxy.discoveryAddress, { type: 'P', http_address, zmq_address: '127.0.0.1:1' });
         await until(() => proxy.instances.length === 2);
