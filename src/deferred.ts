@@ -86,18 +86,18 @@ export class Cancellation implements Signal {
  * Aborted as `signal` is, or after `ms` with a TimeoutError. AbortSignal.any([AbortSignal.timeout(ms), signal]) is no substitute: Node lets go of a
  * timeout that only another signal has, which then never comes, and keeps some bytes of each for as long as `signal` lives.
  */
-export function within(ms: number, signal: AbortSignal): AbortSignal {
+export function within(ms: number, signal?: AbortSignal): AbortSignal {
   const bound = new AbortController();
   const end = () => {
     clearTimeout(timer);
-    bound.abort(signal.reason);
+    bound.abort(signal?.reason);
   };
   const timer = setTimeout(() => {
-    signal.removeEventListener('abort', end);
+    signal?.removeEventListener('abort', end);
     bound.abort(new DOMException(`no answer within ${ms} ms`, 'TimeoutError'));
   }, ms).unref();
-  if (signal.aborted) end();
-  else {
+  if (signal?.aborted) end();
+  else if (signal) {
     setMaxListeners(0, signal); // as many as there are questions under way
     signal.addEventListener('abort', end, { once: true });
   }

@@ -6,7 +6,7 @@
  *              v                                           v
  *            READER_BUSY                                 BODY_TOO_COSTLY, INTERNAL; a new thread
  *
- * What is read, and which bodies are worth sending to the thread, is up to the owner (worker/request-body-reader.ts, proxy/body-reader.ts).
+ * What is read, and which bodies are worth sending to the thread, is up to the owner (worker/request-body-reader.ts, proxy/body.ts).
  */
 import { parentPort } from 'node:worker_threads';
 import { type Deferred, deferred, type Signal, withDeadline } from './deferred.ts';

@@ -31,8 +31,7 @@ import {
 } from '../wire/overlap.ts';
 import { appendPromptIds, PROMPT_IDS_HEADER } from '../wire/prompt-ids.ts';
 import type { RequestBody } from './body.ts';
-import type { BodyReader } from './body-reader.ts';
-import type { Coordinator, Placement, Visit } from './coordinator.ts';
+import type { Placement, Visit } from './coordinator.ts';
 import type { ProxyMetrics } from './metrics.ts';
 import { Notices } from './notices.ts';
 import type { AttemptReceipt, AttemptStage, Receipt, Receipts } from './receipts.ts';
@@ -40,7 +39,6 @@ import type { InstanceRole } from './registry.ts';
 import { answerWhole, isEventStream, relay } from './relay.ts';
 import type { RequestTraces } from './request-trace.ts';
 import {
-  type Ask,
   type Call,
   InstanceRefused,
   readWhole,
@@ -51,31 +49,24 @@ import {
   type WholeAnswer,
 } from './upstream.ts';
 
-/** What all requests of a proxy share. */
+/** What attempts have in common. */
 export interface ProxyContext {
   readonly config: ProxyConfig;
-  readonly coordinator: Coordinator;
   readonly upstream: Upstream;
   readonly metrics: ProxyMetrics;
   readonly receipts: Receipts;
   readonly log: Logger;
-  readonly bodies: Pick<BodyReader, 'read' | 'close'>;
-  /** Where traces are made; set before it serves. */
-  traces?: RequestTraces;
+  /** Where traces are made. */
+  readonly traces: RequestTraces | undefined;
 }
 
-/** A client's request as it came, and where its answer goes. */
-export interface ReceivedRequest {
+/** A client's request, and where its answer goes. */
+export interface ClientRequest {
   readonly route: string;
   readonly headers: IncomingHttpHeaders;
-  readonly body: Uint8Array<ArrayBuffer>;
+  /** What instances are told of the proxies that it has passed, this one among them. */
+  readonly via: string;
   readonly out: ServerResponse;
-  /** Name of the client's key; absent where none is needed. */
-  readonly holder?: string;
-}
-
-export interface ClientRequest extends Omit<ReceivedRequest, 'body'> {
-  readonly body: RequestBody;
   readonly receipt: Receipt;
   /** Aborted once the client has gone or the proxy stops. */
   readonly signal: Signal;
@@ -83,11 +74,6 @@ export interface ClientRequest extends Omit<ReceivedRequest, 'body'> {
 
 /** Of an error answer, bytes. */
 const MAX_ERROR_BODY = 1024 * 1024;
-/**
- * KV that is on its way comes sooner; a consumer that still has none is told then that the prompt has been computed. It is told again
- * after twice the time, and so on: one that missed the notice would wait as long as prefill may take.
- */
-const NOTICE_MS = 250;
 /** For the producer to answer after the client has the consumer's whole answer. */
 const GRACE_MS = 2_000;
 
@@ -95,12 +81,11 @@ export class Attempt {
   readonly requestId: string;
   readonly #context: ProxyContext;
   readonly #request: ClientRequest;
+  readonly #body: RequestBody;
   readonly #prefillCall: Call;
   readonly #decodeCall: Call;
   /** Both ends speak the native hand-over, and are told to: then the consumer takes over the token that the producer draws. */
   readonly #native: boolean;
-  /** For both instances. */
-  readonly #headers: Readonly<Record<string, string>>;
   readonly #notices: Notices;
   /** Each aborts one instance's request, for the reason it is given; the request's own signal aborts both. */
   readonly #abortPrefill = new Cancellation();
@@ -109,12 +94,13 @@ export class Attempt {
   readonly #placement: Placement;
   readonly #receipt: AttemptReceipt;
 
-  constructor(context: ProxyContext, request: ClientRequest, visit: Visit) {
+  constructor(context: ProxyContext, request: ClientRequest, body: RequestBody, visit: Visit) {
     const { pair, alone } = visit.placement;
     const { producer, consumer } = pair;
     const { route, receipt } = request;
     this.#context = context;
     this.#request = request;
+    this.#body = body;
     this.#visit = visit;
     this.#placement = visit.placement;
     this.#prefillCall = {
@@ -132,18 +118,13 @@ export class Attempt {
     // An id that names nobody is computed where it comes to. No two attempts have the same pair, so no instance gets one id twice.
     this.requestId = alone ? receipt.id : proxyRequestId(producer.zmq, consumer.zmq, receipt.id);
     this.#native = !alone && Boolean(producer.native && consumer.native);
-    this.#headers = {
-      ...requestHeaders(request, this.requestId),
-      ...(this.#native && { [WIRE_HEADER]: 'native' satisfies Wire }),
-    };
     this.#receipt = context.receipts.attempt(receipt, {
       requestId: this.requestId,
       placement: visit.placement,
       native: this.#native,
       spans: receipt.trace && context.traces?.attempt(),
     });
-    const { prompts } = request.body;
-    const subject = { requestId: this.requestId, route, prompts };
+    const subject = { requestId: this.requestId, route, prompts: body.prompts };
     this.#notices = new Notices(context.upstream, context.log, pair, subject);
   }
 
@@ -188,7 +169,7 @@ export class Attempt {
     const { pair, early } = this.#placement;
     if (!pair.producer.overlaps || !pair.consumer.overlaps) return false;
     if (!this.#native && pair.consumer.sendType === 'GET') return false;
-    return this.#request.body.prompts === 1 ? early : this.#native;
+    return this.#body.prompts === 1 ? early : this.#native;
   }
 
   /** False where KV may be left that nobody decodes. */
@@ -201,13 +182,11 @@ export class Attempt {
 
   /** Likewise; both are asked at once. */
   async #overlapped(): Promise<boolean> {
-    const { config, metrics } = this.#context;
     const { out } = this.#request;
-    metrics.overlapped.inc();
+    this.#context.metrics.overlapped.inc();
     this.#receipt.overlapped = true;
     const prefilling = this.#prefill();
-    const within = { [PREFILL_WITHIN_HEADER]: String(config.prefillTimeoutMs) };
-    const asking = this.#askConsumer({ headers: within, headersTimeoutMs: 0 });
+    const asking = this.#askConsumer(true);
     try {
       const first = await Promise.race([settled(asking, 'consumer'), settled(prefilling, 'producer')]);
       if (first === 'producer') {
@@ -246,11 +225,7 @@ export class Attempt {
     this.#stamp('prefill');
     try {
       const response = await upstream.ask(call, {
-        path: this.#request.route,
-        ...this.#bodyFor(
-          'producer',
-          this.#native ? this.#request.body.nativePrefill : this.#request.body.prefill,
-        ),
+        ...this.#sentTo('producer', this.#native ? this.#body.nativePrefill : this.#body.prefill),
         signal,
         headersTimeoutMs: 0, // the timer runs to the end of the body
       });
@@ -259,7 +234,7 @@ export class Attempt {
         if (signal.aborted) throw signal.reason;
         throw new InstanceRefused(call, `its answer broke off: ${reasonOf(error)}`, error);
       });
-      if (!ok) return this.#judged(refuseIfDraining(answer, call), call);
+      if (!ok) return this.#judged(answer, call);
       this.#stamp('prefilled');
       tookMs = performance.now() - startedMs;
       metrics.prefillSeconds.observe(tookMs / 1_000);
@@ -281,52 +256,62 @@ export class Attempt {
     this.#notices.failed(failure);
   }
 
-  /** Resolves with the head of the answer. `headers`: further ones. */
-  async #askConsumer(more?: Pick<Ask, 'headers' | 'headersTimeoutMs'>): Promise<UpstreamResponse> {
-    const { route, body } = this.#request;
-    const call = this.#decodeCall;
-    const { headers, ...sent } = this.#bodyFor('consumer', body.original);
-    const signal = this.#abortDecode;
-    const ask = { path: route, signal, ...sent, ...more, headers: { ...headers, ...more?.headers } };
+  /** Resolves with the head of the answer. `early`: while the prompt is computed, so that it may take as long as that. */
+  async #askConsumer(early = false): Promise<UpstreamResponse> {
+    const { config, upstream } = this.#context;
+    const sent = this.#sentTo('consumer', this.#body.original);
+    if (early) sent.headers[PREFILL_WITHIN_HEADER] = String(config.prefillTimeoutMs);
     this.#stamp('decode');
-    const response = await this.#context.upstream.ask(call, ask);
+    const response = await upstream.ask(this.#decodeCall, {
+      ...sent,
+      signal: this.#abortDecode,
+      ...(early && { headersTimeoutMs: 0 }),
+    });
     this.#stamp('answered');
     return response;
   }
 
-  /** With the ids of the prompt behind it, where the instance takes them. */
-  #bodyFor(role: InstanceRole, body: Uint8Array): Pick<Ask, 'body' | 'headers'> {
-    const { ids } = this.#request.body;
-    const headers = this.#headersFor(role);
-    if (!ids || !this.#placement.takesIds[role]) return { body, headers };
-    return {
-      body: appendPromptIds(body, ids),
-      headers: { ...headers, [PROMPT_IDS_HEADER]: String(ids.length) },
-    };
+  /** With the ids of the prompt behind the body, where the instance takes them. */
+  #sentTo(role: InstanceRole, body: Uint8Array) {
+    const { route: path } = this.#request;
+    const headers = this.#headersTo(role);
+    const { ids } = this.#body;
+    if (!ids || !this.#placement.takesIds[role]) return { path, body, headers };
+    headers[PROMPT_IDS_HEADER] = String(ids.length);
+    return { path, body: appendPromptIds(body, ids), headers };
   }
 
-  #headersFor(role: InstanceRole): Readonly<Record<string, string>> {
-    const { trace } = this.#request.receipt;
+  /** Who asks, by which way, and which trace it belongs to: the client's, unless one is made here. */
+  #headersTo(role: InstanceRole): Record<string, string> {
+    const { upstream, traces } = this.#context;
+    const { via, receipt, headers: incoming } = this.#request;
+    const headers: Record<string, string> = { 'x-request-id': this.requestId, via };
+    headers['content-type'] = 'application/json';
+    const pass = (name: string) => {
+      const value = incoming[name];
+      if (typeof value === 'string') headers[name] = value;
+    };
+    if (upstream.passesKeys) pass('authorization');
+    pass('user-agent');
     const { spans } = this.#receipt;
-    if (!trace || !spans) return this.#headers;
-    return { ...this.#headers, ...this.#context.traces?.headers(trace, spans[role]) };
+    if (receipt.trace && spans) Object.assign(headers, traces?.headers(receipt.trace, spans[role]));
+    else {
+      pass('traceparent');
+      pass('tracestate');
+    }
+    if (this.#native) headers[WIRE_HEADER] = 'native' satisfies Wire;
+    return headers;
   }
 
   /** The head of the consumer's answer where the producer has answered first: the time for decode begins now. */
   async #headAfterPrefill(asking: Promise<UpstreamResponse>): Promise<UpstreamResponse> {
-    let pauseMs = NOTICE_MS;
-    const tell = () => {
-      this.#notices.prefilled();
-      pauseMs *= 2;
-      notice = setTimeout(tell, pauseMs);
-    };
-    let notice = setTimeout(tell, pauseMs);
+    const told = this.#notices.prefilled();
     const call = this.#decodeCall;
     const late = setTimeout(() => this.#abortDecode.abort(timeoutError(call)), call.timeoutMs);
     try {
       return await asking;
     } finally {
-      clearTimeout(notice);
+      told();
       clearTimeout(late);
     }
   }
@@ -365,17 +350,19 @@ export class Attempt {
         throw PdError.from(error, 'UPSTREAM_FAILED', { peer: call.instance.httpAddress });
       })
       .finally(() => clearTimeout(timer));
-    return this.#judged(refuseIfDraining(answer, call), call);
+    return this.#judged(answer, call);
   }
 
   #stamp(stage: AttemptStage): void {
     this.#receipt.at[stage] = monotonicMs();
   }
 
+  /** Throws InstanceRefused where the instance is stopping. */
   #judged(answer: WholeAnswer, call: Call): WholeAnswer {
+    const code = unavailableCode(answer);
+    if (code === 'SERVER_DRAINING') throw new InstanceRefused(call, 'it is stopping');
     // That one is well, and has much to read: its clients are to come again later.
-    const busy = unavailableCode(answer) === 'READER_BUSY';
-    this.#judge(call, busy ? 429 : answer.response.statusCode);
+    this.#judge(call, code === 'READER_BUSY' ? 429 : answer.response.statusCode);
     return answer;
   }
 
@@ -411,24 +398,3 @@ function settled<N extends string>(promise: Promise<unknown>, name: N): Promise<
 
 /** Of every request: an error of its own takes microseconds, for a stack that nobody reads. */
 const DECIDED = new PdError('REQUEST_ABORTED', 'the other instance of the pair has decided the request');
-
-function refuseIfDraining(answer: WholeAnswer, call: Call): WholeAnswer {
-  if (unavailableCode(answer) === 'SERVER_DRAINING') throw new InstanceRefused(call, 'it is stopping');
-  return answer;
-}
-
-const PASSED_ON = ['authorization', 'user-agent'] as const;
-const WITH_TRACE = [...PASSED_ON, 'traceparent', 'tracestate'] as const;
-
-/** What both instances get of the client's headers: who asks, and which trace it belongs to, unless they are told of a span here. */
-function requestHeaders(
-  { headers: incoming, receipt }: Pick<ClientRequest, 'headers' | 'receipt'>,
-  requestId: string,
-): Record<string, string> {
-  const headers: Record<string, string> = { 'content-type': 'application/json', 'x-request-id': requestId };
-  for (const name of receipt.trace ? PASSED_ON : WITH_TRACE) {
-    const value = incoming[name];
-    if (typeof value === 'string') headers[name] = value;
-  }
-  return headers;
-}

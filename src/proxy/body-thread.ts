@@ -1,8 +1,7 @@
-/** The entry of the proxy's reader thread: one body after another, each answered. Its owner (body-reader.ts) ends it. */
+/** The entry of the proxy's reader thread: one body after another, each answered. Its owner (body.ts) ends it. */
 import { workerData } from 'node:worker_threads';
 import { answerReadings } from '../reading-thread.ts';
-import { type RequestBody, readBody } from './body.ts';
-import type { BodyThreadInit, ToBodyThread } from './body-reader.ts';
+import { type BodyThreadInit, type RequestBody, readBody, type ToBodyThread } from './body.ts';
 
 await answerReadings(async () => {
   const { tokenizer } = workerData as BodyThreadInit;

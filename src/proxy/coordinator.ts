@@ -1,6 +1,6 @@
 /**
  * What all requests of a proxy share: who may begin, which pair each goes to, and what becomes of that. One process has it; relay processes
- * (--workers) ask it over their channels (remote-coordinator.ts).
+ * (--workers) ask it over their channels (relay-process.ts).
  */
 import type { ProxyConfig } from '../config/proxy-config.ts';
 import type { Signal } from '../deferred.ts';
@@ -12,11 +12,17 @@ import type { PromptCaches } from './caches.ts';
 import type { ProxyMetrics } from './metrics.ts';
 import type { Choices, PromptToPlace } from './placement.ts';
 import type { Instance, InstancePair, InstanceRegistry, InstanceRole, Missing } from './registry.ts';
-import { backoffMs, MOST_RETRIES, RetryBudget } from './retry-budget.ts';
 import type { InstanceTally, Outcome } from './tally.ts';
 
 /** How long other instances are preferred to one that refused a connection. */
 const QUARANTINE_MS = 3_000;
+/** Retries may be a fifth of the requests. */
+const RETRY_SHARE = 0.2;
+/** Retries that may be saved up, and that there are at first. */
+const MOST_SAVED = 50;
+/** Of one request. */
+const MOST_RETRIES = 3;
+const BACKOFF_MS = 25;
 
 /** What is asked for a request. Plain data. */
 export interface Wish {
@@ -76,6 +82,23 @@ interface CoordinatorParts {
   readonly caches: PromptCaches;
   readonly admission: Admission;
   readonly metrics: ProxyMetrics;
+}
+
+/** How much of what this proxy does may be trying again, so that instances that fail are not buried under retries. */
+export class RetryBudget {
+  #left = MOST_SAVED;
+
+  /** A request has come. */
+  earn(): void {
+    this.#left = Math.min(MOST_SAVED, this.#left + RETRY_SHARE);
+  }
+
+  /** False where no retry is left. */
+  spend(): boolean {
+    if (this.#left < 1) return false;
+    this.#left--;
+    return true;
+  }
 }
 
 export class LocalCoordinator implements Coordinator {
@@ -155,7 +178,7 @@ class LocalVisit implements Visit {
     const { registry } = this.#parts;
     const { producer } = placement.pair;
     registry.learn(producer, this.#ahead, tookMs);
-    registry.tallyOf(producer)?.prefill.observe(tookMs / 1_000);
+    registry.standing(producer)?.tally.prefill.observe(tookMs / 1_000);
     this.judge(placement, 'producer', true);
   }
 
@@ -196,12 +219,12 @@ class LocalVisit implements Visit {
   }
 
   #judge(instance: Instance, ok: boolean, outcome: Outcome): InstanceTally | undefined {
-    const { registry } = this.#parts;
-    const breaker = registry.breakerOf(instance);
-    if (ok) breaker?.succeeded();
-    else breaker?.failed();
-    const tally = registry.tallyOf(instance);
-    if (tally) tally.outcomes[outcome]++;
+    const standing = this.#parts.registry.standing(instance);
+    if (!standing) return undefined;
+    const { breaker, tally } = standing;
+    if (ok) breaker.succeeded();
+    else breaker.failed();
+    tally.outcomes[outcome]++;
     return tally;
   }
 
@@ -236,7 +259,7 @@ class LocalVisit implements Visit {
     const { tokens } = prompt;
     const why = { takesIds, choices: this.#choices };
     this.#tally(consumer, left);
-    this.#leaveConsumer = registry.workOf(consumer)?.begin(alone ? left : 0);
+    this.#leaveConsumer = registry.standing(consumer)?.work.begin(alone ? left : 0);
     if (alone) {
       metrics.bypassed.inc();
       this.#computed.push(caches.sent(consumer, prompt));
@@ -246,7 +269,7 @@ class LocalVisit implements Visit {
     const uncached = this.#uncached(producer);
     this.#tally(producer, uncached);
     this.#computed.push(caches.sent(consumer, prompt), caches.sent(producer, prompt));
-    const work = registry.workOf(producer);
+    const work = registry.standing(producer)?.work;
     const early = (work?.own ?? 0) < config.overlap;
     this.#leaveProducer = work?.begin(uncached);
     this.#ahead = work?.queuedTokens ?? 0;
@@ -265,12 +288,17 @@ class LocalVisit implements Visit {
     const cached = this.#wish.prompt.tokens - uncached;
     if (cached > 0) placed.inc('yes', cached);
     placed.inc('no', uncached);
-    const there = registry.tallyOf(instance)?.placed;
+    const there = registry.standing(instance)?.tally.placed;
     if (!there) return;
     there.requests++;
     there.cached += cached;
     there.uncached += uncached;
   }
+}
+
+/** Before the retry of that number, from 1: none before the first, then at random up to 25, 50, 100 ms. `random`: 0 to 1. */
+export function backoffMs(retry: number, random: number = Math.random()): number {
+  return retry <= 1 ? 0 : random * BACKOFF_MS * 2 ** (retry - 2);
 }
 
 function pause(ms: number): Promise<void> | undefined {

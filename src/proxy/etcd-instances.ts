@@ -7,6 +7,7 @@ import { PdError } from '../errors.ts';
 import type { Etcd } from '../net/etcd.ts';
 import { plural } from '../observability/bytes.ts';
 import type { Logger } from '../observability/log.ts';
+import type { Discovery } from './discovery.ts';
 
 /** Between two announcements of the same instance. */
 const AGAIN_MS = 1_000;
@@ -17,17 +18,10 @@ const [FIRST_PAUSE_MS, LONGEST_PAUSE_MS] = [200, 5_000];
 /** Anybody who may write to etcd could fill this. */
 const MOST_INSTANCES = 4_096;
 
-export interface EtcdInstancesOptions {
-  readonly etcd: Etcd;
-  readonly log: Logger;
-  /** Takes a ping; false where it cannot be used. */
-  readonly take: (ping: Uint8Array) => boolean;
-  /** An instance has taken back what it registered, or its lease has ended. */
-  readonly drop: (ping: Uint8Array) => void;
-}
-
 export class EtcdInstances {
-  readonly #options: EtcdInstancesOptions;
+  readonly #etcd: Etcd;
+  readonly #log: Logger;
+  readonly #discovery: Pick<Discovery, 'take' | 'drop'>;
   /** By key. */
   readonly #pings = new Map<string, Uint8Array>();
   readonly #stop = new AbortController();
@@ -36,8 +30,10 @@ export class EtcdInstances {
   /** Undefined: not known yet. */
   #reached: boolean | undefined;
 
-  constructor(options: EtcdInstancesOptions) {
-    this.#options = options;
+  constructor(etcd: Etcd, log: Logger, discovery: Pick<Discovery, 'take' | 'drop'>) {
+    this.#etcd = etcd;
+    this.#log = log;
+    this.#discovery = discovery;
     this.#again = setInterval(() => {
       for (const [key, ping] of this.#pings) this.#put(key, ping);
     }, AGAIN_MS);
@@ -68,14 +64,13 @@ export class EtcdInstances {
 
   /** Lists what is there, then follows the news until it ends, or is old enough to be listed anew. */
   async #once(signal: AbortSignal): Promise<void> {
-    const { etcd } = this.#options;
-    const { entries, revision } = await etcd.list(signal);
+    const { entries, revision } = await this.#etcd.list(signal);
     for (const key of [...this.#pings.keys()]) if (!entries.has(key)) this.#delete(key);
     for (const [key, ping] of entries) this.#put(key, ping);
     this.#tell(true);
     const old = AbortSignal.timeout(LIST_MS);
     try {
-      for await (const changes of etcd.watch(revision + 1n, AbortSignal.any([signal, old]))) {
+      for await (const changes of this.#etcd.watch(revision + 1n, AbortSignal.any([signal, old]))) {
         for (const change of changes) {
           if (change.kind === 'put') this.#put(change.key, change.value);
           else this.#delete(change.key);
@@ -90,22 +85,22 @@ export class EtcdInstances {
     if (!this.#pings.has(key) && this.#pings.size >= MOST_INSTANCES) return;
     this.#pings.set(key, ping);
     // It would be refused again every second.
-    if (!this.#options.take(ping)) this.#pings.delete(key);
+    if (!this.#discovery.take(ping)) this.#pings.delete(key);
   }
 
   #delete(key: string): void {
     const ping = this.#pings.get(key);
     if (!ping) return;
     this.#pings.delete(key);
-    this.#options.drop(ping);
+    this.#discovery.drop(ping);
   }
 
   #tell(reached: boolean, error?: PdError): void {
     if (this.#reached === reached) return;
     this.#reached = reached;
-    const { log, etcd } = this.#options;
+    const log = this.#log;
     const known = plural(this.#pings.size, 'instance');
-    if (reached) log.info(`instances are read from ${etcd}: ${known} there`);
+    if (reached) log.info(`instances are read from ${this.#etcd}: ${known} there`);
     else
       log.warn({ code: error?.code }, `${error?.message}. What is known of ${known} is kept; trying again`);
   }

@@ -7,10 +7,10 @@ import {
   type MetricValue,
   Registry,
 } from 'prom-client';
-import { ReadHistogram, readCounter } from '../observability/registry.ts';
-import { watchInstances } from './instance-metrics.ts';
-import type { InstanceRegistry, InstanceRole } from './registry.ts';
-import { Counts, Durations, RouteTally } from './tally.ts';
+import { ReadHistogram, readCounter, readGauge } from '../observability/registry.ts';
+import type { BreakerState } from './breaker.ts';
+import type { Instance, InstanceRegistry, InstanceRole } from './registry.ts';
+import { Counts, Durations, type InstanceTally, RouteTally } from './tally.ts';
 
 export type ProxyMetrics = ReturnType<typeof createProxyMetrics>;
 
@@ -188,41 +188,158 @@ function watchRoutes(registry: Registry): (route: string) => RouteTally {
 
 function watch({ instances, cachedBlocks, queued }: Watched, registers: Registry[]): void {
   watchInstances(instances, registers);
-  new Gauge({
-    name: 'pd_proxy_instances',
-    help: 'Instances whose pings arrive, by role',
-    labelNames: ['role'],
+  const gauge = (name: string, help: string, read: () => number) =>
+    readGauge({ name, help, labelNames: [], registers, read: () => [[{}, read()]] });
+  const byRole = (name: string, help: string, counts: (instance: Instance) => boolean) =>
+    readGauge({
+      ...{ name, help, labelNames: ['role'], registers },
+      read: () => ROLES.map((role) => [{ role }, instances.list(role).filter(counts).length] as const),
+    });
+  byRole('pd_proxy_instances', 'Instances whose pings arrive, by role', () => true);
+  gauge('pd_proxy_requests_queued', 'Requests that wait for their turn', queued);
+  byRole(
+    'pd_proxy_instances_ejected',
+    'Instances that are let alone because they failed or were slow, by role',
+    (one) => instances.standing(one)?.breaker.state === 'open',
+  );
+  gauge('pd_proxy_cached_blocks', 'Blocks that instances have said they have cached', cachedBlocks);
+}
+
+/** As other routers number them. */
+const BREAKER_STATES: Readonly<Record<BreakerState, number>> = { closed: 0, open: 1, 'half-open': 2 };
+
+const LABELS = ['worker', 'role'];
+const labelsOf = ({ httpAddress, role }: Instance) => ({ worker: httpAddress, role });
+
+/**
+ * By instance. Routers of others call an instance `worker` and count the same things by that label, so it is that here. Series are made when
+ * somebody looks, from what the registry has then: an instance that has gone has none, and there are never more than it holds.
+ */
+function watchInstances(instances: InstanceRegistry, registers: Registry[]): void {
+  const gauge = (name: string, help: string, read: (instance: Instance) => number | undefined) =>
+    readGauge({
+      ...{ name, help, labelNames: LABELS, registers },
+      read: () =>
+        instances.list().flatMap((instance) => {
+          const value = read(instance);
+          return value === undefined ? [] : [[labelsOf(instance), value] as const];
+        }),
+    });
+  const counter = (name: string, help: string, read: (instance: Instance) => number) =>
+    readCounter({
+      ...{ name, help, labelNames: LABELS, registers },
+      read: () => instances.list().map((instance) => [labelsOf(instance), read(instance)] as const),
+    });
+  const histogram = (
+    name: string,
+    help: string,
+    role: Instance['role'],
+    of: (tally: InstanceTally) => InstanceTally['prefill'],
+  ) => {
+    const read = () =>
+      instances.list(role).map((instance) => ({
+        labels: labelsOf(instance),
+        ...of(instances.standing(instance)!.tally).read(),
+      }));
+    registers[0]!.registerMetric(new ReadHistogram({ name, help, read }));
+  };
+
+  gauge(
+    'pd_proxy_worker_requests_active',
+    'Requests that this proxy has under way at an instance; a producer is done with one once its prompt is computed',
+    (instance) => instances.standing(instance)?.work.own,
+  );
+  gauge(
+    'pd_proxy_worker_requests_running',
+    'Requests in its batch, whoever sent them, as the instance tells',
+    ({ load }) => load?.running,
+  );
+  gauge(
+    'pd_proxy_worker_requests_waiting',
+    'Requests outside its batch, whoever sent them, as the instance tells',
+    ({ load }) => load?.waiting,
+  );
+  gauge(
+    'pd_proxy_worker_queued_tokens',
+    'Prompt tokens that are still to be computed there, as the instance tells',
+    ({ load }) => load?.queuedTokens,
+  );
+  gauge(
+    'pd_proxy_worker_kv_cache_usage_ratio',
+    'Share of its KV cache that requests hold, 0 to 1, as the instance tells',
+    (instance) => (instance.load ? instances.standing(instance)?.work.kvUse : undefined),
+  );
+  gauge(
+    'pd_proxy_worker_breaker_state',
+    'Whether an instance is let alone: 0 closed (it is asked), 1 open, 2 half-open (one request tries)',
+    (instance) => BREAKER_STATES[instances.standing(instance)?.breaker.state ?? 'closed'],
+  );
+  gauge(
+    'pd_proxy_worker_draining',
+    '1 where an operator has it take nothing new (POST /admin/drain), else 0',
+    (instance) => Number(instances.standing(instance)!.draining),
+  );
+  counter(
+    'pd_proxy_worker_ejections_total',
+    'Times that the breaker of an instance has opened',
+    (instance) => instances.standing(instance)?.breaker.ejections ?? 0,
+  );
+  counter(
+    'pd_proxy_worker_retries_total',
+    'Requests that went to another pair because an instance did not take them',
+    (instance) => instances.standing(instance)?.tally.retries ?? 0,
+  );
+  const policy = ({ role }: Instance) => instances.policyOf(role);
+  readCounter({
+    name: 'pd_proxy_worker_selections_total',
+    help: 'Requests that were to go to an instance, by the policy of its role',
+    labelNames: [...LABELS, 'policy'],
     registers,
-    collect() {
-      for (const role of ROLES) this.set({ role }, instances.list(role).length);
-    },
+    read: () =>
+      instances.list().map((instance) => {
+        const { requests } = instances.standing(instance)!.tally.placed;
+        return [{ ...labelsOf(instance), policy: policy(instance) }, requests] as const;
+      }),
   });
-  new Gauge({
-    name: 'pd_proxy_requests_queued',
-    help: 'Requests that wait for their turn',
+  readCounter({
+    name: 'pd_proxy_worker_placed_tokens_total',
+    help: 'Prompt tokens of those requests, by whether the instance was thought to have them cached; about',
+    labelNames: [...LABELS, 'policy', 'cached'],
     registers,
-    collect() {
-      this.set(queued());
-    },
+    read: () =>
+      instances.list().flatMap((instance) => {
+        const labels = { ...labelsOf(instance), policy: policy(instance) };
+        const { cached, uncached } = instances.standing(instance)!.tally.placed;
+        return [
+          [{ ...labels, cached: 'yes' }, cached],
+          [{ ...labels, cached: 'no' }, uncached],
+        ] as const;
+      }),
   });
-  new Gauge({
-    name: 'pd_proxy_instances_ejected',
-    help: 'Instances that are let alone because they failed or were slow, by role',
-    labelNames: ['role'],
+  readCounter({
+    name: 'pd_proxy_worker_requests_total',
+    help: 'What became of requests at an instance: success (answered, be it that the request was at fault), failure, refused (not taken)',
+    labelNames: [...LABELS, 'outcome'],
     registers,
-    collect() {
-      for (const role of ROLES) {
-        const ejected = instances.list(role).filter((one) => instances.breakerOf(one)?.state === 'open');
-        this.set({ role }, ejected.length);
-      }
-    },
+    read: () =>
+      instances
+        .list()
+        .flatMap((instance) =>
+          Object.entries(instances.standing(instance)!.tally.outcomes).map(
+            ([outcome, count]) => [{ ...labelsOf(instance), outcome }, count] as const,
+          ),
+        ),
   });
-  new Gauge({
-    name: 'pd_proxy_cached_blocks',
-    help: 'Blocks that instances have said they have cached',
-    registers,
-    collect() {
-      this.set(cachedBlocks());
-    },
-  });
+  histogram(
+    'pd_proxy_worker_prefill_seconds',
+    'Producers: from asking to the end of the answer, successful ones',
+    'producer',
+    ({ prefill }) => prefill,
+  );
+  histogram(
+    'pd_proxy_worker_time_to_first_token_seconds',
+    'Consumers: streamed requests, from arrival at the proxy to the first event passed on',
+    'consumer',
+    ({ firstEvent }) => firstEvent,
+  );
 }

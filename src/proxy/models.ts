@@ -1,9 +1,8 @@
 /** Which models the instances serve, by their own /v1/models: for pairing, and for the proxy's own list. */
-import { within } from '../deferred.ts';
 import { reasonOf } from '../net/resolve.ts';
 import type { Logger } from '../observability/log.ts';
 import { type Instance, type InstanceRegistry, instanceLabel } from './registry.ts';
-import { readWhole, type Upstream } from './upstream.ts';
+import type { Upstream } from './upstream.ts';
 
 /** An entry of OpenAI's model list; whatever else an instance says about a model passes through. */
 export interface ModelEntry {
@@ -32,10 +31,7 @@ export class ModelDirectory {
   readonly #stop: AbortSignal;
 
   /** `stop`: aborted when the proxy stops. */
-  constructor(
-    { registry, upstream, log }: { registry: InstanceRegistry; upstream: Upstream; log: Logger },
-    stop: AbortSignal,
-  ) {
+  constructor(registry: InstanceRegistry, upstream: Upstream, log: Logger, stop: AbortSignal) {
     this.#registry = registry;
     this.#upstream = upstream;
     this.#log = log;
@@ -91,14 +87,8 @@ export class ModelDirectory {
   }
 
   async #fetch(instance: Instance): Promise<readonly ModelEntry[]> {
-    const call = { instance, what: 'GET /v1/models', timeoutMs: DEADLINE_MS, timeoutName: 'fixed' };
-    const response = await this.#upstream.ask(call, {
-      path: '/v1/models',
-      headers: {},
-      signal: within(DEADLINE_MS, this.#stop),
-    });
-    const { body } = await readWhole(response, MAX_BODY + 1);
-    if (body.length > MAX_BODY) throw new Error(`the list is larger than ${MAX_BODY} bytes`);
+    const asked = { most: MAX_BODY, stop: this.#stop };
+    const { response, body } = await this.#upstream.inquire(instance, '/v1/models', DEADLINE_MS, asked);
     if (response.statusCode !== 200) throw new Error(`status ${response.statusCode}`);
     const { data } = JSON.parse(body.toString('utf8')) as { data?: unknown };
     if (!Array.isArray(data)) throw new Error('the list has no "data"');

@@ -5,7 +5,6 @@
  */
 import { isIP } from 'node:net';
 import type { NamedInstance } from '../config/kinds.ts';
-import { within } from '../deferred.ts';
 import { PdError } from '../errors.ts';
 import { formatHostPort, type HostPort } from '../net/address.ts';
 import { isWell } from '../net/http.ts';
@@ -14,8 +13,8 @@ import { type Logger, RateLimitedLog } from '../observability/log.ts';
 import { readPing } from '../wire/codec.ts';
 import type { PingMessage } from '../wire/messages.ts';
 import type { Reached } from './discovery.ts';
-import type { Instance } from './registry.ts';
-import { readWhole, type Upstream } from './upstream.ts';
+import { type Instance, instanceUrl } from './registry.ts';
+import type { Upstream } from './upstream.ts';
 
 /** For an answer. */
 const DEADLINE_MS = 2_000;
@@ -25,7 +24,7 @@ const LOOKUP_MS = 10_000;
 
 export interface NamedInstancesOptions {
   readonly instances: readonly NamedInstance[];
-  readonly upstream: Pick<Upstream, 'ask'>;
+  readonly upstream: Pick<Upstream, 'inquire'>;
   /** They are asked by TLS, whatever their names say. */
   readonly needsTls: boolean;
   readonly log: Logger;
@@ -165,8 +164,7 @@ export class NamedInstances {
 
   /** What a worker of ours says of itself. */
   async #instance({ reached }: Target): Promise<PingMessage> {
-    const response = await this.#get('/instance', 'producer', reached);
-    const { body } = await readWhole(response, MOST_BYTES);
+    const { response, body } = await this.#get('/instance', 'producer', reached, MOST_BYTES);
     const { statusCode } = response;
     if (statusCode === 401) throw new Error('it needs a key: --worker-key-file has none that it knows');
     if (statusCode === 404) {
@@ -180,24 +178,22 @@ export class NamedInstances {
   /** What has been said of a server that is not ours, if it is well. */
   async #health({ given: { told }, kv }: Named, { reached }: Target): Promise<PingMessage> {
     const { role } = told!;
-    const response = await this.#get('/health', role, reached);
-    await response.dump();
+    const { response } = await this.#get('/health', role, reached);
     if (!isWell(response.statusCode))
       throw new Error(`GET /health is answered with status ${response.statusCode}`);
     const http_address = formatHostPort(reached.at);
     return { type: role === 'producer' ? 'P' : 'D', http_address, zmq_address: formatHostPort(kv!) };
   }
 
-  #get(path: string, role: Instance['role'], { at, tls }: Reached) {
+  #get(path: string, role: Instance['role'], { at, tls }: Reached, most?: number) {
     const httpAddress = formatHostPort(at);
     // Not known as an instance yet: all that is needed of one is where it is.
     const instance: Instance = {
-      ...{ role, httpAddress, zmqAddress: '', http: at, zmq: at, firstSeenMs: 0, lastSeenMs: 0 },
-      ...(tls && { tls }),
+      ...{ role, httpAddress, zmqAddress: '', http: at, url: instanceUrl(at, tls), zmq: at },
+      ...{ firstSeenMs: 0, lastSeenMs: 0 },
     };
-    const call = { instance, what: `GET ${path}`, timeoutMs: DEADLINE_MS, timeoutName: 'fixed' };
-    const signal = within(DEADLINE_MS, this.#stop.signal);
-    return this.#options.upstream.ask(call, { path, headers: {}, signal });
+    const { upstream } = this.#options;
+    return upstream.inquire(instance, path, DEADLINE_MS, { most, stop: this.#stop.signal });
   }
 
   /** `why` it does not answer; empty: it does. */

@@ -8,6 +8,11 @@ import type { Instance, InstancePair } from './registry.ts';
 import type { Upstream } from './upstream.ts';
 
 const TIMEOUT_MS = 2_000;
+/**
+ * KV that is on its way comes sooner; a consumer that still has none is told then that the prompt has been computed. It is told again
+ * after twice the time, and so on: one that missed the notice would wait as long as prefill may take.
+ */
+const FIRST_MS = 250;
 
 /** The request, as notices name it. */
 interface NoticeSubject {
@@ -42,9 +47,19 @@ export class Notices {
     }
   }
 
-  /** The prompt has been computed: from now on the consumer waits only for KV that is on its way. */
-  prefilled(): void {
-    this.#post(this.#pair.consumer, '/kv/prefilled');
+  /**
+   * The prompt has been computed: from now on the consumer waits only for KV that is on its way. It is told so again and again, until what
+   * this returns is called.
+   */
+  prefilled(): () => void {
+    let pauseMs = FIRST_MS;
+    const tell = () => {
+      this.#post(this.#pair.consumer, '/kv/prefilled');
+      pauseMs *= 2;
+      timer = setTimeout(tell, pauseMs);
+    };
+    let timer = setTimeout(tell, pauseMs);
+    return () => clearTimeout(timer);
   }
 
   /** The producer could not send the KV: the consumer computes the prompt itself, or fails, at once. */
@@ -55,15 +70,11 @@ export class Notices {
 
   #post(instance: Instance, path: string, more: object = {}): void {
     const { requestId, route, prompts } = this.#subject;
-    const call = { instance, what: path, timeoutMs: TIMEOUT_MS, timeoutName: 'fixed' };
     this.#upstream
-      .ask(call, {
-        path,
-        headers: { 'content-type': 'application/json', 'x-request-id': requestId },
-        body: JSON.stringify({ request_id: requestId, route, prompts, ...more }),
-        signal: AbortSignal.timeout(TIMEOUT_MS),
+      .inquire(instance, path, TIMEOUT_MS, {
+        headers: { 'x-request-id': requestId },
+        json: { request_id: requestId, route, prompts, ...more },
       })
-      .then((response) => response.dump())
       .catch((error: unknown) => this.#log.debug({ requestId }, PdError.from(error).message));
   }
 }

@@ -1,5 +1,4 @@
 /** Looks at every instance's GET /health: one may ping on while its HTTP server hangs. */
-import { within } from '../deferred.ts';
 import { isWell } from '../net/http.ts';
 import type { Logger } from '../observability/log.ts';
 import { type Instance, type InstanceRegistry, instanceLabel } from './registry.ts';
@@ -9,25 +8,24 @@ const DEADLINE_MS = 2_000;
 /** Looks in a row that fail before an instance is let alone. */
 const FAILURES = 3;
 
-interface ProbesOptions {
-  readonly registry: InstanceRegistry;
-  readonly upstream: Upstream;
-  readonly log: Logger;
-  readonly intervalMs: number;
-}
-
 /** Close it. */
 export class Probes {
-  readonly #options: ProbesOptions;
+  readonly #registry: InstanceRegistry;
+  readonly #upstream: Upstream;
+  readonly #log: Logger;
+  readonly #intervalMs: number;
   /** By HTTP address: failures in a row; an address is here while it is looked at, too. */
   readonly #failures = new Map<string, number>();
   readonly #looking = new Set<string>();
   readonly #timer: NodeJS.Timeout;
   readonly #stop = new AbortController();
 
-  constructor(options: ProbesOptions) {
-    this.#options = options;
-    this.#timer = setInterval(() => this.#round(), options.intervalMs).unref();
+  constructor(registry: InstanceRegistry, upstream: Upstream, log: Logger, intervalMs: number) {
+    this.#registry = registry;
+    this.#upstream = upstream;
+    this.#log = log;
+    this.#intervalMs = intervalMs;
+    this.#timer = setInterval(() => this.#round(), intervalMs).unref();
   }
 
   close(): void {
@@ -36,14 +34,14 @@ export class Probes {
   }
 
   #round(): void {
-    const instances = this.#options.registry.list();
+    const instances = this.#registry.list();
     const known = new Set(instances.map(({ httpAddress }) => httpAddress));
     for (const address of this.#failures.keys()) if (!known.has(address)) this.#failures.delete(address);
     for (const instance of instances) if (!this.#looking.has(instance.httpAddress)) void this.#look(instance);
   }
 
   async #look(instance: Instance): Promise<void> {
-    const { registry, log, intervalMs } = this.#options;
+    const [registry, log] = [this.#registry, this.#log];
     const { httpAddress } = instance;
     this.#looking.add(httpAddress);
     const well = await this.#asks(instance);
@@ -53,7 +51,7 @@ export class Probes {
     if (well) {
       if (before >= FAILURES) {
         log.info(`${instanceLabel(instance)} (${instance.role}) answers GET /health again`);
-        registry.breakerOf(instance)?.mayTry();
+        registry.standing(instance)?.breaker.mayTry();
       }
       this.#failures.delete(httpAddress);
       return;
@@ -64,15 +62,13 @@ export class Probes {
       const why = `has not answered GET /health ${FAILURES} times in a row: others are preferred`;
       log.warn({ role: instance.role }, `${instanceLabel(instance)} (${instance.role}) ${why}`);
     }
-    registry.breakerOf(instance)?.open(2 * (intervalMs + DEADLINE_MS));
+    registry.standing(instance)?.breaker.open(2 * (this.#intervalMs + DEADLINE_MS));
   }
 
   async #asks(instance: Instance): Promise<boolean> {
-    const call = { instance, what: 'GET /health', timeoutMs: DEADLINE_MS, timeoutName: 'fixed' };
-    const signal = within(DEADLINE_MS, this.#stop.signal);
+    const stop = this.#stop.signal;
     try {
-      const response = await this.#options.upstream.ask(call, { path: '/health', headers: {}, signal });
-      await response.dump();
+      const { response } = await this.#upstream.inquire(instance, '/health', DEADLINE_MS, { stop });
       return isWell(response.statusCode);
     } catch {
       return false;

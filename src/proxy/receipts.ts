@@ -84,7 +84,6 @@ export class Receipts {
   readonly #ring: (Receipt | undefined)[] = Array.from({ length: MOST_RECEIPTS });
   /** How many there have been. */
   #count = 0;
-  readonly #listeners = new Set<(receipt: Receipt) => void>();
 
   begin(route: string, holder: string | undefined): Receipt {
     const receipt: Receipt = {
@@ -108,7 +107,6 @@ export class Receipts {
       trace: undefined,
     };
     this.#ring[this.#count++ % MOST_RECEIPTS] = receipt;
-    this.#tell(receipt);
     return receipt;
   }
 
@@ -129,7 +127,6 @@ export class Receipts {
       failure: undefined,
     };
     receipt.attempts.push(attempt);
-    this.#tell(receipt);
     return attempt;
   }
 
@@ -137,7 +134,6 @@ export class Receipts {
     receipt.endedAt = receipt.attempts.at(-1)?.at.end || monotonicMs();
     receipt.status = status;
     receipt.code = code;
-    this.#tell(receipt);
   }
 
   /** By any id that the request has. */
@@ -156,16 +152,6 @@ export class Receipts {
   recent(): readonly Receipt[] {
     const oldest = this.#count % MOST_RECEIPTS;
     return [...this.#ring.slice(oldest), ...this.#ring.slice(0, oldest)].filter((one) => one !== undefined);
-  }
-
-  /** Hears of each that begins, is given a pair, or ends. Returns what ends that. */
-  subscribe(listener: (receipt: Receipt) => void): () => void {
-    this.#listeners.add(listener);
-    return () => void this.#listeners.delete(listener);
-  }
-
-  #tell(receipt: Receipt): void {
-    for (const listener of this.#listeners) listener(receipt);
   }
 }
 

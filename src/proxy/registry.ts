@@ -48,6 +48,8 @@ export interface InstancePing {
 export interface Instance extends InstancePing {
   /** Where requests go; an unspecified address in the ping stands for this host. */
   readonly http: HostPort;
+  /** Likewise, with the scheme; without the zone id, for which URLs have no place (see Upstream). */
+  readonly url: string;
   readonly zmq: HostPort;
   readonly firstSeenMs: number;
   readonly lastSeenMs: number;
@@ -84,19 +86,39 @@ export interface PairWish {
   readonly choices?: Choices;
 }
 
-interface Entry {
+/** How an instance fares. */
+export interface Standing {
+  /** What it has to do. */
+  readonly work: InstanceWork;
+  /** Whether requests go there. */
+  readonly breaker: Breaker;
+  /** What it was asked. */
+  readonly tally: InstanceTally;
+  /** An operator wants it to take nothing new. */
+  readonly draining: boolean;
+}
+
+interface Entry extends Standing {
   /** Of its HTTP server. */
   readonly address: string;
   instance: Instance;
+  /** All of it that `fitOf` looks at. */
+  kind: string;
   /** Number of the pick it was last taken in: the smallest is next. */
   picked: number;
-  readonly work: InstanceWork;
   readonly ours: boolean;
-  readonly breaker: Breaker;
-  readonly tally: InstanceTally;
-  /** An operator wants it to take nothing new. */
   draining: boolean;
 }
+
+/** Instances that fit the same others equally well. */
+interface Group {
+  readonly kind: string;
+  readonly demerits: number;
+  readonly members: Entry[];
+}
+
+/** What speaks against a pair, the worst first; of one instance all but the last. */
+const [WRONG_MODEL, SHUNNED, UNKNOWN_FIT] = [4, 2, 1];
 
 export type Policies = Readonly<Record<InstanceRole, Policy>>;
 
@@ -148,14 +170,17 @@ export class InstanceRegistry {
         httpAddress === announcement.httpAddress || zmqAddress === announcement.zmqAddress,
     );
     if (this.#entries.size >= MAX_INSTANCES) return changes.length > 0 ? changes : undefined;
-    const instance: Instance = { ...announcement, http, zmq, firstSeenMs: now, lastSeenMs: now };
+    const url = instanceUrl(http, announcement.tls);
+    const instance: Instance = { ...announcement, http, url, zmq, firstSeenMs: now, lastSeenMs: now };
     const work = new InstanceWork(this.#now);
     if (announcement.load) work.tell(announcement.load);
     const address = announcement.httpAddress;
     const breaker = new Breaker(this.#now);
     const ours = announcement.fingerprint !== undefined;
     const tally = new InstanceTally();
-    this.#entries.set(address, { address, instance, picked: 0, work, ours, breaker, tally, draining: false });
+    const kind = kindOf(instance);
+    const entry = { address, instance, kind, picked: 0, work, ours, breaker, tally, draining: false };
+    this.#entries.set(address, entry);
     changes.push({ kind: 'added', instance });
     return changes;
   }
@@ -181,7 +206,10 @@ export class InstanceRegistry {
   /** False where the instance has gone in the meantime. */
   setModels(httpAddress: string, models: readonly string[]): boolean {
     const entry = this.#entries.get(httpAddress);
-    if (entry) entry.instance = { ...entry.instance, models };
+    if (entry) {
+      entry.instance = { ...entry.instance, models };
+      entry.kind = kindOf(entry.instance);
+    }
     return entry !== undefined;
   }
 
@@ -200,23 +228,13 @@ export class InstanceRegistry {
     return refused !== undefined && (this.#now() < refused.untilMs || lastSeenMs <= refused.atMs);
   }
 
-  /** What it has to do; undefined where the instance has gone. */
-  workOf({ httpAddress }: Instance): InstanceWork | undefined {
-    return this.#entries.get(httpAddress)?.work;
-  }
-
-  /** Whether requests go there; undefined where the instance has gone. */
-  breakerOf({ httpAddress }: Instance): Breaker | undefined {
-    return this.#entries.get(httpAddress)?.breaker;
+  /** What is known of how it fares; undefined where the instance has gone. */
+  standing({ httpAddress }: Instance): Standing | undefined {
+    return this.#entries.get(httpAddress);
   }
 
   policyOf(role: InstanceRole): Policy {
     return this.#policies[role];
-  }
-
-  /** What it was asked; undefined where the instance has gone. */
-  tallyOf({ httpAddress }: Instance): InstanceTally | undefined {
-    return this.#entries.get(httpAddress)?.tally;
   }
 
   /** It takes no new requests, or takes them again. False where there is no such instance. */
@@ -224,10 +242,6 @@ export class InstanceRegistry {
     const entry = this.#entries.get(httpAddress);
     if (entry) entry.draining = draining;
     return entry !== undefined;
-  }
-
-  draining({ httpAddress }: Instance): boolean {
-    return this.#entries.get(httpAddress)?.draining ?? false;
   }
 
   /** A producer that takes this many times as long for a token as the others do is let alone for a while. */
@@ -262,53 +276,56 @@ export class InstanceRegistry {
    * with a quarantined instance is taken only where there is no other.
    */
   pair(wish: PairWish = {}): InstancePair | Missing {
-    const allowed = ({ address, draining }: Entry) => !draining && !wish.exclude?.has(address);
-    const producers = this.#live('producer').filter(allowed);
-    const consumers = this.#live('consumer').filter(allowed);
+    const producers = this.#groups('producer', wish);
+    const consumers = this.#groups('consumer', wish);
     if (producers.length === 0) return 'producer';
     if (consumers.length === 0) return 'consumer';
 
     let best = Number.POSITIVE_INFINITY;
-    let fits = new Map<Entry, Entry[]>();
-    for (const producer of producers) {
-      for (const consumer of consumers) {
-        const penalty = this.#penalty(producer, consumer, wish.model);
-        if (penalty === undefined || penalty > best) continue;
-        if (penalty < best) {
-          best = penalty;
-          fits = new Map();
-        }
-        const others = fits.get(producer);
-        if (others) others.push(consumer);
-        else fits.set(producer, [consumer]);
+    /** Of each group of producers, the consumers that fit it best. */
+    let fits = new Map<Group, readonly Entry[]>();
+    for (const some of producers) {
+      for (const others of consumers) {
+        const fit = fitOf(some.members[0]!.instance, others.members[0]!.instance);
+        if (fit === 'never') continue;
+        const penalty = some.demerits | others.demerits | (fit === 'same' ? 0 : UNKNOWN_FIT);
+        if (penalty > best) continue;
+        if (penalty < best) fits = new Map();
+        best = penalty;
+        const before = fits.get(some);
+        fits.set(some, before ? [...before, ...others.members] : others.members);
       }
     }
     if (fits.size === 0) return 'match';
     const { prompt, choices } = wish;
-    const producer = choose(this.#policies.producer, 'producer', [...fits.keys()], prompt, choices);
-    const consumer = choose(this.#policies.consumer, 'consumer', fits.get(producer)!, prompt, choices);
+    const able: Entry[] = [];
+    for (const { members } of fits.keys()) able.push(...members);
+    const producer = choose(this.#policies.producer, 'producer', able, prompt, choices);
+    let fitting: readonly Entry[] = [];
+    for (const [{ members }, others] of fits) if (members.includes(producer)) fitting = others;
+    const consumer = choose(this.#policies.consumer, 'consumer', fitting, prompt, choices);
     producer.picked = consumer.picked = ++this.#picks;
     producer.breaker.chosen();
     consumer.breaker.chosen();
     return { producer: producer.instance, consumer: consumer.instance };
   }
 
-  /** Undefined: never. Otherwise smaller is better; a wrong model weighs most, then quarantine or a breaker, then an unknown fit. */
-  #penalty(
-    { instance: producer, breaker: first }: Entry,
-    { instance: consumer, breaker: second }: Entry,
-    model: string | undefined,
-  ): number | undefined {
-    const ejected = first.state === 'open' || second.state === 'open';
-    const fit = fitOf(producer, consumer);
-    if (fit === 'never') return undefined;
-    const serves = (instance: Instance) =>
-      model === undefined || instance.models === undefined || instance.models.includes(model);
-    return (
-      (serves(producer) && serves(consumer) ? 0 : 4) +
-      (ejected || this.quarantined(producer) || this.quarantined(consumer) ? 2 : 0) +
-      (fit === 'same' ? 0 : 1)
-    );
+  /** Those that may be taken, by what decides whom they fit: seldom more than one or two groups, however many instances. */
+  #groups(role: InstanceRole, { model, exclude }: PairWish): Group[] {
+    const groups: Group[] = [];
+    const now = this.#now();
+    for (const entry of this.#entries.values()) {
+      const { kind, address, draining, instance, breaker } = entry;
+      if (instance.role !== role || draining || this.#expired(instance, now) || exclude?.has(address))
+        continue;
+      const serves = model === undefined || (instance.models?.includes(model) ?? true);
+      const shunned = breaker.state === 'open' || this.quarantined(instance);
+      const demerits = (serves ? 0 : WRONG_MODEL) | (shunned ? SHUNNED : 0);
+      const known = groups.find((group) => group.kind === kind && group.demerits === demerits);
+      if (known) known.members.push(entry);
+      else groups.push({ kind, demerits, members: [entry] });
+    }
+    return groups;
   }
 
   #removeAll(
@@ -330,6 +347,10 @@ export class InstanceRegistry {
   #expired(instance: Instance, now: number): boolean {
     return now - instance.lastSeenMs > this.#timeoutMs;
   }
+}
+
+function kindOf({ fingerprint, sendType, models }: Instance): string {
+  return JSON.stringify([fingerprint?.digest, sendType, models]);
 }
 
 function fitOf(producer: Instance, consumer: Instance): 'same' | 'unknown' | 'never' {
@@ -354,11 +375,10 @@ export function instanceLabel(instance: Pick<Instance, 'httpAddress' | 'zmqAddre
   return `[HTTP:${instance.httpAddress}, ZMQ:${instance.zmqAddress}]`;
 }
 
-/** Base URL of an instance's HTTP server, without the zone id, for which URLs have no place (see Upstream). */
-export function instanceUrl(instance: Instance): string {
-  const { host, port } = instance.http;
+/** Of an HTTP server, as in `Instance`. */
+export function instanceUrl({ host, port }: HostPort, tls = false): string {
   const url = httpUrl({ host: host.replace(/%.*$/, ''), port });
-  return instance.tls ? url.replace('http:', 'https:') : url;
+  return tls ? url.replace('http:', 'https:') : url;
 }
 
 /** A ping says nothing of where an instance that was named is reached. */

@@ -4,58 +4,39 @@ import { Socket } from 'node:net';
 import { join } from 'node:path';
 import { pipeline } from 'node:stream';
 import type { FastifyReply, FastifyRequest } from 'fastify';
-import type { Guard } from '../access/guard.ts';
+import { type Deferred, deferred, type Signal } from '../deferred.ts';
 import { PdError, unreachable } from '../errors.ts';
 import { createLogger } from '../observability/log.ts';
-import type { ProxyContext } from './attempt.ts';
-import { BodyReader } from './body-reader.ts';
-import { Channel } from './channel.ts';
+import { NO_KEYS, type WantedKeys } from './body.ts';
+import { Channel, type FromRelay, type SentPlacement, type ToRelay } from './channel.ts';
+import type { Coordinator, Placement, Visit, Wish } from './coordinator.ts';
 import { createProxyMetrics } from './metrics.ts';
-import { Receipts } from './receipts.ts';
-import type { FromRelay, ToRelay } from './relay-messages.ts';
+import type { Instance, InstanceRole } from './registry.ts';
 import { ownerPath } from './relays.ts';
-import { RemoteCoordinator } from './remote-coordinator.ts';
-import { proxyGuard, Serving } from './serving.ts';
+import { Serving } from './serving.ts';
 import { UI_EVENTS_ROUTE, UI_PAGE_ROUTES } from './ui.ts';
-import { Upstream } from './upstream.ts';
 
 /** For the owner to begin an answer. */
 const OWNER_MS = 30_000;
+
+/** Beyond what a request may wait for its turn: an owner that is this late hangs. */
+const ANSWER_MS = 10_000;
+const CHECK_MS = 1_000;
 
 type Start = Extract<ToRelay, { type: 'start' }>;
 
 class RelayProcess {
   readonly #channel: Channel<FromRelay, ToRelay>;
   readonly #coordinator: RemoteCoordinator;
-  readonly #metrics = createProxyMetrics();
-  readonly #receipts = new Receipts();
-  readonly #guard: Guard;
-  readonly #upstream: Upstream;
-  readonly #bodies: BodyReader;
-  readonly #context: ProxyContext;
   readonly #serving: Serving;
   #draining = false;
 
-  constructor({ config, folder, number }: Start, channel: Channel<FromRelay, ToRelay>) {
-    const log = createLogger(config.log, 'proxy');
+  constructor({ config, pseudonym, folder, number }: Start, channel: Channel<FromRelay, ToRelay>) {
     this.#channel = channel;
-    this.#coordinator = new RemoteCoordinator((message) => channel.send(message), config.queueTimeoutMs);
-    this.#guard = proxyGuard(config, log, this.#metrics);
-    this.#upstream = new Upstream({ access: config.upstream ?? {}, keyed: this.#guard.keyed, log });
-    this.#bodies = new BodyReader(log, {
-      tokenizer: config.tokenizer,
-      onTokenized: (result) => this.#metrics.tokenized.inc({ result }),
-    });
-    this.#context = {
-      config,
-      coordinator: this.#coordinator,
-      upstream: this.#upstream,
-      metrics: this.#metrics,
-      receipts: this.#receipts,
-      log,
-      bodies: this.#bodies,
-    };
-    this.#serving = new Serving(this.#context, this.#guard);
+    const coordinator = new RemoteCoordinator((message) => channel.send(message), config.queueTimeoutMs);
+    this.#coordinator = coordinator;
+    const log = createLogger(config.log, 'proxy');
+    this.#serving = new Serving({ config, log, metrics: createProxyMetrics(), coordinator, pseudonym });
     // By name those that need no key, or an admin's.
     for (const route of ['/health', '/ready', '/metrics', ...UI_PAGE_ROUTES, UI_EVENTS_ROUTE, '/*']) {
       this.#serving.app.all(route, (request, reply) => passToOwner(ownerPath(folder), request, reply));
@@ -88,11 +69,7 @@ class RelayProcess {
   /** Nobody connects to `path`; but a server that listens keeps its timeouts. */
   async #start(path: string): Promise<void> {
     try {
-      const { config, log } = this.#context;
-      if (config.otlpEndpoint !== undefined) {
-        const { RequestTraces } = await import('./request-trace.ts');
-        this.#context.traces = RequestTraces.open(config, this.#metrics, log);
-      }
+      await this.#serving.openTraces();
       await this.#serving.app.listen({ path });
       const { server } = this.#serving.app;
       process.on('message', (_message, socket) => {
@@ -110,13 +87,14 @@ class RelayProcess {
   }
 
   async #tellMetrics(): Promise<void> {
-    const metrics = await this.#metrics.registry.getMetricsAsJSON();
+    const metrics = await this.#serving.metrics.registry.getMetricsAsJSON();
     this.#channel.send({ type: 'metrics', metrics });
   }
 
   #tellReceipts({ seq, of, most = Number.POSITIVE_INFINITY }: Extract<ToRelay, { type: 'receipts' }>): void {
-    const one = of === undefined ? undefined : this.#receipts.get(of);
-    const receipts = of === undefined ? this.#receipts.recent().slice(-most) : one ? [one] : [];
+    const kept = this.#serving.receipts;
+    const one = of === undefined ? undefined : kept.get(of);
+    const receipts = of === undefined ? kept.recent().slice(-most) : one ? [one] : [];
     this.#channel.send({ type: 'receipts', seq, receipts });
   }
 
@@ -128,12 +106,139 @@ class RelayProcess {
     this.#draining = true;
     await this.#serving.drain(ms);
     await this.#serving.close();
-    await this.#context.traces?.close();
     await this.#tellMetrics();
-    this.#guard.close();
-    await Promise.all([this.#upstream.close(), this.#bodies.close()]);
     await this.#channel.close();
     process.exit(0);
+  }
+}
+
+interface Answer {
+  readonly count: number;
+  readonly queuedMs: number;
+  readonly placement: Placement;
+}
+
+interface Waiting extends Deferred<Answer | undefined> {
+  readonly untilMs: number;
+}
+
+/** This process's side of what all requests share: it asks the owner. */
+class RemoteCoordinator implements Coordinator {
+  wanted: WantedKeys = NO_KEYS;
+  readonly #send: (message: FromRelay) => void;
+  readonly #queueMs: number;
+  readonly #instances = new Map<string, Instance>();
+  readonly #waiting = new Map<number, Waiting>();
+  #ids = 0;
+
+  /** `queueMs`: how long a request may wait for its turn. */
+  constructor(send: (message: FromRelay) => void, queueMs: number) {
+    this.#send = send;
+    this.#queueMs = queueMs;
+    setInterval(() => this.#expire(), CHECK_MS).unref();
+  }
+
+  async enter(wish: Wish, signal: Signal): Promise<Visit> {
+    const id = this.#ids++;
+    const { model, prompts, tokens, tokenized, textKeys, blockKeys } = wish.prompt;
+    const prompt = { model, prompts, tokens, tokenized, textKeys, blockKeys: [...blockKeys] };
+    const placed = this.#answer(id);
+    const leave = () => this.#waiting.get(id)?.reject(signal.reason);
+    signal.addEventListener('abort', leave, { once: true });
+    this.#send({ type: 'enter', id, wish: { ...wish, prompt } });
+    try {
+      return new RemoteVisit(id, (await placed)!, this.#send, () => this.#answer(id));
+    } catch (error) {
+      this.#send({ type: 'end', id });
+      throw error;
+    } finally {
+      signal.removeEventListener('abort', leave);
+    }
+  }
+
+  receive(message: Extract<ToRelay, { type: 'instance' | 'wanted' | 'placed' | 'refused' }>): void {
+    if (message.type === 'instance') {
+      this.#instances.set(message.instance.httpAddress, message.instance);
+    } else if (message.type === 'wanted') {
+      this.wanted = message.wanted;
+    } else {
+      const waiting = this.#waiting.get(message.id);
+      if (!waiting) return;
+      if (message.type === 'placed')
+        waiting.resolve({ ...message, placement: this.#placement(message.placement) });
+      else if (message.error) waiting.reject(PdError.fromData(message.error));
+      else waiting.resolve(undefined);
+    }
+  }
+
+  #answer(id: number): Promise<Answer | undefined> {
+    const waiting = {
+      ...deferred<Answer | undefined>(),
+      untilMs: performance.now() + this.#queueMs + ANSWER_MS,
+    };
+    this.#waiting.set(id, waiting);
+    return waiting.promise.finally(() => this.#waiting.delete(id));
+  }
+
+  /** One that an instance has been told of before, in the same order. */
+  #placement({ pair, ...placement }: SentPlacement): Placement {
+    const producer = this.#instances.get(pair.producer)!;
+    const consumer = this.#instances.get(pair.consumer)!;
+    return { ...placement, pair: { producer, consumer } };
+  }
+
+  #expire(): void {
+    const now = performance.now();
+    for (const { untilMs, reject } of this.#waiting.values())
+      if (untilMs < now) reject(new PdError('INTERNAL', 'the process that places requests does not answer'));
+  }
+}
+
+class RemoteVisit implements Visit {
+  readonly count: number;
+  readonly queuedMs: number;
+  placement: Placement;
+  readonly #id: number;
+  readonly #send: (message: FromRelay) => void;
+  readonly #answer: () => Promise<Answer | undefined>;
+  readonly #placements: Placement[];
+
+  constructor(
+    id: number,
+    { count, queuedMs, placement }: Answer,
+    send: (message: FromRelay) => void,
+    answer: () => Promise<Answer | undefined>,
+  ) {
+    this.count = count;
+    this.queuedMs = queuedMs;
+    this.placement = placement;
+    this.#id = id;
+    this.#send = send;
+    this.#answer = answer;
+    this.#placements = [placement];
+  }
+
+  prefilled(placement: Placement, tookMs?: number): void {
+    this.#send({ type: 'prefilled', id: this.#id, at: this.#placements.indexOf(placement), tookMs });
+  }
+
+  judge(placement: Placement, role: InstanceRole, ok: boolean, firstEventMs?: number): void {
+    const at = this.#placements.indexOf(placement);
+    this.#send({ type: 'judge', id: this.#id, at, role, ok, firstEventMs });
+  }
+
+  async retry(refused: InstanceRole): Promise<Placement | undefined> {
+    const answer = this.#answer();
+    this.#send({ type: 'retry', id: this.#id, refused });
+    const placement = (await answer)?.placement;
+    if (!placement) return undefined;
+    this.placement = placement;
+    this.#placements.push(placement);
+    return placement;
+  }
+
+  end(): void {
+    this.#send({ type: 'end', id: this.#id });
   }
 }
 

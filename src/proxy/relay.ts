@@ -51,8 +51,10 @@ const OWN_HEADERS = new Set([
   'x-pd-request-id',
 ]);
 
-/** By which its client can ask for its receipt (route.ts). */
-const RECEIPT_HEADER = 'x-pd-request-id';
+/** By which its client finds it in logs, and asks for its receipt (route.ts). */
+function idHeaders(requestId: string): Record<string, string> {
+  return { 'x-request-id': requestId, 'x-pd-request-id': receiptIdOf(requestId) };
+}
 
 export function isEventStream(response: UpstreamResponse): boolean {
   return String(response.headers['content-type'] ?? '').startsWith('text/event-stream');
@@ -73,12 +75,7 @@ export async function relay(
   }
   const events = isEventStream(response) ? new SseEvents() : undefined;
   const writeHead = (extra: Record<string, string | number> = {}) =>
-    out.writeHead(response.statusCode, {
-      ...answerHeaders(response),
-      'x-request-id': options.requestId,
-      [RECEIPT_HEADER]: receiptIdOf(options.requestId),
-      ...extra,
-    });
+    out.writeHead(response.statusCode, { ...answerHeaders(response, options.requestId), ...extra });
   const watch = new ProgressWatch(response, out, options.call);
   const drained = () => {
     watch.progress();
@@ -237,10 +234,8 @@ export function answerWhole({ response, body }: WholeAnswer, out: ServerResponse
     return;
   }
   out.writeHead(response.statusCode, {
-    ...answerHeaders(response),
+    ...answerHeaders(response, requestId),
     'content-length': body.length,
-    'x-request-id': requestId,
-    [RECEIPT_HEADER]: receiptIdOf(requestId),
   });
   endWith(out, body);
 }
@@ -267,17 +262,15 @@ export function answerError(out: ServerResponse, error: PdError, requestId?: str
   out.writeHead(error.status, {
     'content-type': 'application/json',
     'content-length': Buffer.byteLength(body),
-    ...(requestId === undefined
-      ? {}
-      : { 'x-request-id': requestId, [RECEIPT_HEADER]: receiptIdOf(requestId) }),
+    ...(requestId !== undefined && idHeaders(requestId)),
     ...retryHeaders(error),
   });
   out.end(body);
 }
 
 /** The headers of an instance's answer as the client gets them. */
-function answerHeaders(response: UpstreamResponse): Record<string, string | string[]> {
-  const headers: Record<string, string | string[]> = {};
+function answerHeaders(response: UpstreamResponse, requestId: string): Record<string, string | string[]> {
+  const headers: Record<string, string | string[]> = idHeaders(requestId);
   for (const [name, value] of Object.entries(response.headers)) {
     if (value !== undefined && !OWN_HEADERS.has(name)) headers[name] = value;
   }

@@ -21,12 +21,11 @@ import type { HostPort } from '../net/address.ts';
 import { listenError } from '../net/port-holder.ts';
 import type { Logger } from '../observability/log.ts';
 import { threadEntry } from '../thread-entry.ts';
-import { Channel } from './channel.ts';
+import { Channel, type FromRelay, type SentPlacement, type SentWish, type ToRelay } from './channel.ts';
 import type { Coordinator, Placement, Visit } from './coordinator.ts';
 import { addCounts, type ExportedMetrics, sumMetrics } from './metrics.ts';
 import type { Receipt } from './receipts.ts';
 import type { Instance } from './registry.ts';
-import type { FromRelay, SentPlacement, SentWish, ToRelay } from './relay-messages.ts';
 
 const START_MS = 60_000;
 /** Beyond the time to drain. */
@@ -43,6 +42,7 @@ interface RelaysOptions {
   readonly config: ProxyConfig;
   readonly coordinator: Coordinator;
   readonly log: Logger;
+  readonly pseudonym: string;
   readonly instances: () => readonly Instance[];
 }
 
@@ -193,7 +193,7 @@ export class Relays {
   }
 
   async #open(number: number): Promise<void> {
-    const { config, log, instances } = this.#options;
+    const { config, log, pseudonym, instances } = this.#options;
     const entry = fileURLToPath(threadEntry(import.meta.url, './relay-process.js'));
     // Its log is ours; the fourth is the channel, since on that of Node messages wait while a socket is handed over.
     const child = fork(entry, [], { stdio: ['ignore', 'inherit', 'inherit', 'ipc', 'pipe'], execArgv: [] });
@@ -220,7 +220,7 @@ export class Relays {
       this.#lost(number, relay, how);
     });
     child.once('error', (error) => started.reject(error));
-    channel.send({ type: 'start', config, folder: this.#folder, number });
+    channel.send({ type: 'start', config, pseudonym, folder: this.#folder, number });
     channel.send({ type: 'wanted', wanted: this.#options.coordinator.wanted });
     for (const instance of instances()) channel.send({ type: 'instance', instance });
     const timer = setTimeout(() => {

@@ -5,7 +5,7 @@
 import type { Compared } from './placement.ts';
 import type { AttemptReceipt, Receipt } from './receipts.ts';
 import type { Instance, InstanceRole } from './registry.ts';
-import { readWhole, type Upstream } from './upstream.ts';
+import type { Upstream } from './upstream.ts';
 
 /** For a worker to tell what it knows. */
 const WORKER_MS = 1_000;
@@ -123,18 +123,12 @@ async function told(
   { requestId, at }: AttemptReceipt,
   upstream: Upstream,
 ): Promise<unknown> {
-  const asked = instance.role === 'producer' ? at.prefill : at.decode;
-  if (!instance.fingerprint || asked === 0) return null;
-  const call = { instance, what: 'POST /kv/receipt', timeoutMs: WORKER_MS, timeoutName: 'fixed' };
+  const askedAt = instance.role === 'producer' ? at.prefill : at.decode;
+  if (!instance.fingerprint || askedAt === 0) return null;
+  const asked = { most: MOST_TOLD, json: { request_id: requestId, route, prompts } };
   try {
-    const response = await upstream.ask(call, {
-      path: '/kv/receipt',
-      headers: { 'content-type': 'application/json' },
-      body: JSON.stringify({ request_id: requestId, route, prompts }),
-      signal: AbortSignal.timeout(WORKER_MS),
-    });
-    const { body } = await readWhole(response, MOST_TOLD + 1);
-    if (response.statusCode !== 200 || body.length > MOST_TOLD) return null;
+    const { response, body } = await upstream.inquire(instance, '/kv/receipt', WORKER_MS, asked);
+    if (response.statusCode !== 200) return null;
     return JSON.parse(body.toString('utf8')) as unknown;
   } catch {
     // Gone, late, or not what it says it is: the receipt does without.

@@ -1,6 +1,6 @@
 /**
- * What has been counted of requests, in plain numbers: a request adds to them, and a metric reads them when somebody looks (metrics.ts,
- * instance-metrics.ts). A library's counter makes a text of its labels each time. Pure.
+ * What has been counted of requests, in plain numbers: a request adds to them, and a metric reads them when somebody looks (metrics.ts). A
+ * library's counter makes a text of its labels each time. Pure.
  */
 
 /** Seconds: upper bounds of a histogram's buckets. */

@@ -105,7 +105,7 @@ export interface UiMessage {
 /** As the proxy takes it to be: what the instance tells, and what it has been given since. */
 export function uiInstance(instance: Instance, registry: InstanceRegistry, caches: PromptCaches): UiInstance {
   const { httpAddress: address, load } = instance;
-  const work = registry.workOf(instance);
+  const work = registry.standing(instance)?.work;
   const silentSeconds = Math.floor(registry.age(instance) / 1_000);
   return {
     address,
@@ -121,8 +121,8 @@ export function uiInstance(instance: Instance, registry: InstanceRegistry, cache
     kvUse: load && work ? Math.round(work.kvUse * 1_000) / 1_000 : null,
     kvBlocks: load?.kvBlocks ?? null,
     cachedBlocks: caches.blocksOf(address) ?? null,
-    breaker: registry.breakerOf(instance)?.state ?? 'closed',
-    draining: registry.draining(instance),
+    breaker: registry.standing(instance)?.breaker.state ?? 'closed',
+    draining: registry.standing(instance)?.draining ?? false,
     refused: registry.quarantined(instance),
     silentSeconds: silentSeconds >= OVERDUE_SECONDS ? silentSeconds : 0,
   };

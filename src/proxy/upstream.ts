@@ -4,11 +4,11 @@ import { Agent, buildConnector, type Dispatcher } from 'undici';
 import { KeyFile } from '../access/keys.ts';
 import { readTls } from '../access/tls.ts';
 import type { UpstreamAccess } from '../config/proxy-config.ts';
-import { type Deferred, deferred, type Signal } from '../deferred.ts';
+import { type Deferred, deferred, type Signal, within } from '../deferred.ts';
 import { PdError } from '../errors.ts';
 import { EVERY_ADDRESS, reasonOf } from '../net/resolve.ts';
 import type { Logger } from '../observability/log.ts';
-import { type Instance, instanceLabel, instanceUrl } from './registry.ts';
+import { type Instance, instanceLabel } from './registry.ts';
 
 type Connect = ReturnType<typeof buildConnector>;
 
@@ -60,10 +60,20 @@ export interface Ask {
   readonly path: string;
   readonly headers: Readonly<Record<string, string>>;
   /** Absent: GET. */
-  readonly body?: string | Uint8Array;
+  readonly body?: string | Uint8Array | undefined;
   readonly signal: Signal;
   /** To the head of the answer; 0: whoever can abort `signal` watches. Default: the call's. */
   readonly headersTimeoutMs?: number;
+}
+
+/** Of a question of the proxy's own. */
+export interface Inquiry {
+  /** Of the answer, bytes. */
+  readonly most?: number | undefined;
+  /** Ends the wait. */
+  readonly stop?: AbortSignal;
+  readonly json?: object;
+  readonly headers?: Ask['headers'];
 }
 
 /** Of an answer that nobody reads yet; then its connection is not read any more. Bytes. */
@@ -120,11 +130,6 @@ export class UpstreamResponse {
     if (this.#failure) this.#whole!.reject(this.#failure.cause);
     else if (this.#ended) this.#whole!.resolve();
     else this.#controller.resume();
-  }
-
-  /** Reads to the end what is of no interest. */
-  async dump(): Promise<void> {
-    await this.read(() => true);
   }
 
   /** Breaks it off, with the connection. */
@@ -211,23 +216,17 @@ class Exchange implements Dispatcher.DispatchHandler {
 
 const TLS_OPTIONS = { cert: '--worker-tls-cert', key: '--worker-tls-key', ca: '--worker-ca' } as const;
 
-export interface UpstreamOptions {
-  readonly access: UpstreamAccess;
-  /** Clients show keys of the proxy's own, which are nobody else's business. */
-  readonly keyed: boolean;
-  readonly log: Logger;
-}
-
 export class Upstream {
   readonly #connect: Connect;
   readonly #agent: Agent;
   /** By host. URLs carry no zone id, so each IPv6 link-local host has an agent of its own to connect by. */
   readonly #zoned = new Map<string, Agent>();
   readonly #key: KeyFile | undefined;
-  readonly #keyed: boolean;
+  /** A client's key goes on only where it is the instances' to check: without a key of either kind here. */
+  readonly passesKeys: boolean;
 
-  /** Throws CONFIG_INVALID that names the option. */
-  constructor({ access, keyed, log }: UpstreamOptions) {
+  /** `keyed`: clients show keys of the proxy's own, which are nobody else's business. Throws CONFIG_INVALID that names the option. */
+  constructor(access: UpstreamAccess, keyed: boolean, log: Logger) {
     const { cert, key, ca, tlsName, keyFile } = access;
     const tls = readTls({ cert, key, ca }, TLS_OPTIONS);
     this.#connect = buildConnector({ timeout: CONNECT_TIMEOUT_MS, ...EVERY_ADDRESS, ...tls });
@@ -237,7 +236,7 @@ export class Upstream {
     }
     this.#agent = this.#agentTo();
     this.#key = keyFile === undefined ? undefined : new KeyFile(keyFile, '--worker-key-file', log);
-    this.#keyed = keyed;
+    this.passesKeys = !this.#key && !keyed;
   }
 
   /**
@@ -252,10 +251,12 @@ export class Upstream {
       const exchange = new Exchange(signal);
       this.#agentOf(instance).dispatch(
         {
-          origin: instanceUrl(instance),
+          origin: instance.url,
           path: ask.path,
           method: ask.body === undefined ? 'GET' : 'POST',
-          headers: this.#headers(ask.headers),
+          headers: this.#key
+            ? { ...ask.headers, authorization: `Bearer ${this.#key.current()}` }
+            : ask.headers,
           body: ask.body ?? null,
           headersTimeout: ask.headersTimeoutMs ?? timeoutMs,
           bodyTimeout: 0,
@@ -277,6 +278,32 @@ export class Upstream {
     }
   }
 
+  /**
+   * A question of the proxy's own, answered to the end within `ms`: a GET, or with `json` a POST. Throws also where the answer has more bytes
+   * than `most`; without `most` they are of no interest.
+   */
+  async inquire(
+    instance: Instance,
+    path: string,
+    ms: number,
+    { most, stop, json, headers }: Inquiry = {},
+  ): Promise<WholeAnswer> {
+    const what = `${json ? 'POST' : 'GET'} ${path}`;
+    const call = { instance, what, timeoutMs: ms, timeoutName: 'fixed' };
+    const response = await this.ask(call, {
+      path,
+      headers: { ...(json && { 'content-type': 'application/json' }), ...headers },
+      body: json && JSON.stringify(json),
+      signal: within(ms, stop),
+    });
+    const answer = await readWhole(response, most === undefined ? 0 : most + 1);
+    if (most !== undefined && answer.body.length > most) {
+      const why = `${what}: ${instance.role} ${instanceLabel(instance)} answers with more than ${most} bytes`;
+      throw new PdError('UPSTREAM_FAILED', why, { peer: instance.httpAddress });
+    }
+    return answer;
+  }
+
   /** Aborts what is still under way. */
   async close(): Promise<void> {
     this.#key?.close();
@@ -290,14 +317,6 @@ export class Upstream {
     const agent = this.#agentTo(host);
     this.#zoned.set(host, agent);
     return agent;
-  }
-
-  /** A client's key goes on only where it is the instances' to check: without a key of either kind here. */
-  #headers(headers: Ask['headers']): Ask['headers'] {
-    if (this.#key) return { ...headers, authorization: `Bearer ${this.#key.current()}` };
-    if (!this.#keyed) return headers;
-    const { authorization: _, ...others } = headers;
-    return others;
   }
 
   /** `host`: where to connect, whatever the URL says. */

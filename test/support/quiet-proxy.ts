@@ -1,13 +1,14 @@
 /** A proxy in this process, on free ports, that says nothing and forgets no instance; with fake-upstream.ts on either side of it. */
 import { type ProxyConfigInput, proxyConfig } from '../../src/config/proxy-config.ts';
-import { PdProxy, type ProxyParts } from '../../src/proxy/proxy.ts';
+import { PdProxy } from '../../src/proxy/proxy.ts';
+import type { OpenBodies } from '../../src/proxy/serving.ts';
 
 type QuietSettings = Omit<ProxyConfigInput, 'http' | 'discovery' | 'log'> & { readonly host?: string };
 
 /** The caller closes it. */
 export function startQuietProxy(
   { host = '127.0.0.1', ...settings }: QuietSettings = {},
-  parts?: ProxyParts,
+  openBodies?: OpenBodies,
 ): Promise<PdProxy> {
   const config = proxyConfig({
     http: { host, port: 0 },
@@ -19,5 +20,5 @@ export function startQuietProxy(
     log: { level: 'silent', format: 'json' },
     ...settings,
   });
-  return PdProxy.start(config, parts);
+  return PdProxy.start(config, openBodies);
 }

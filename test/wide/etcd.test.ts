@@ -31,9 +31,7 @@ function follow(etcd: Etcd) {
     changed();
   };
   const log = pino({}, { write });
-  const instances = new EtcdInstances({
-    etcd,
-    log,
+  const instances = new EtcdInstances(etcd, log, {
     take: (ping) => {
       const text = Buffer.from(ping).toString();
       if (text === 'nonsense') return false;

@@ -4,8 +4,13 @@ import { afterEach, describe, expect, it } from 'vitest';
 import type { Signal } from '../../../src/deferred.ts';
 import { formatHostPort } from '../../../src/net/address.ts';
 import { createLogger, type Logger } from '../../../src/observability/log.ts';
-import { type RequestBody, readBody } from '../../../src/proxy/body.ts';
-import { BodyReader, type BodyReaderOptions, type ToBodyThread } from '../../../src/proxy/body-reader.ts';
+import {
+  BodyReader,
+  type BodyReaderOptions,
+  type RequestBody,
+  readBody,
+  type ToBodyThread,
+} from '../../../src/proxy/body.ts';
 import { ScriptedReader } from '../../support/fake-reader.ts';
 import { answerJson, FakeUpstream } from '../../support/fake-upstream.ts';
 import { startQuietProxy } from '../../support/quiet-proxy.ts';
@@ -117,7 +122,7 @@ describe('a long body at the proxy', () => {
     };
     /** Of each request, in order: aborted once the proxy knows that its client has gone. */
     const signals: Signal[] = [];
-    const bodyReader = (log: Logger) => {
+    const openBodies = (log: Logger) => {
       const reader = new BodyReader(log, { ...limits, openThread });
       const read: BodyReader['read'] = (body, signal) => {
         signals.push(signal);
@@ -125,7 +130,7 @@ describe('a long body at the proxy', () => {
       };
       return { read, close: () => reader.close() };
     };
-    const proxy = await startQuietProxy({}, { bodyReader });
+    const proxy = await startQuietProxy({}, openBodies);
     closers.push(() => proxy.close(0));
     const instances: FakeUpstream[] = [];
     for (const role of ['producer', 'consumer'] as const) {

@@ -180,18 +180,28 @@ describe('errors', () => {
     });
   });
 
-  test('an instance that leads back to this proxy: 400 that says so, not the same request without end', async () => {
-    const proxy = await startProxy();
-    await startUpstream(proxy, 'consumer');
-    const http_address = formatHostPort(proxy.httpAddress);
-    await sendPing(proxy.discoveryAddress, { type: 'P', http_address, zmq_address: '127.0.0.1:1' });
-    await until(() => proxy.instances.length === 2);
-    const response = await post(proxy, REQUEST);
-    expect(response.status).toBe(400);
-    expect(await response.json()).toMatchObject({
-      error: { code: 'REQUEST_INVALID', message: expect.stringContaining('leads back') },
-    });
-  });
+  test.each([1, 2])(
+    'instances that lead back to a proxy, %i in a ring: 400 that says so, not the same request without end',
+    async (count) => {
+      const proxies: PdProxy[] = [];
+      for (let i = 0; i < count; i++) {
+        const proxy = await startProxy();
+        // Before others ask it which models it has.
+        await startUpstream(proxy, 'consumer');
+        proxies.push(proxy);
+      }
+      for (const [i, proxy] of proxies.entries()) {
+        const http_address = formatHostPort(proxies[(i + 1) % count]!.httpAddress);
+        await sendPing(proxy.discoveryAddress, { type: 'P', http_address, zmq_address: '127.0.0.1:1' });
+        await until(() => proxy.instances.length === 2);
+      }
+      const response = await post(proxies[0]!, REQUEST);
+      expect(response.status).toBe(400);
+      expect(await response.json()).toMatchObject({
+        error: { code: 'REQUEST_INVALID', message: expect.stringContaining('leads back') },
+      });
+    },
+  );
 
   test.each(['{broken', '[1]', '"text"', ''])('a body that is no JSON object (%j): 400', async (body) => {
     const proxy = await startProxy();

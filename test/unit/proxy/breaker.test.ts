@@ -1,6 +1,6 @@
 import { expect, test } from 'vitest';
 import { Breaker } from '../../../src/proxy/breaker.ts';
-import { backoffMs, RetryBudget } from '../../../src/proxy/retry-budget.ts';
+import { backoffMs, RetryBudget } from '../../../src/proxy/coordinator.ts';
 
 function breaker() {
   const clock = { now: 0 };

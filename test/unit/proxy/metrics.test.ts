@@ -26,10 +26,10 @@ test('an instance shows what it tells and what it was asked, and nothing once it
   instances.announce({ ...PRODUCER, load });
   instances.announce(CONSUMER);
   const [producer, consumer] = instances.list();
-  instances.workOf(producer!)!.begin(100);
-  instances.tallyOf(producer!)!.outcomes.success += 2;
-  instances.tallyOf(producer!)!.prefill.observe(0.3);
-  instances.tallyOf(consumer!)!.firstEvent.observe(2);
+  instances.standing(producer!)!.work.begin(100);
+  instances.standing(producer!)!.tally.outcomes.success += 2;
+  instances.standing(producer!)!.tally.prefill.observe(0.3);
+  instances.standing(consumer!)!.tally.firstEvent.observe(2);
   instances.drain(PRODUCER.httpAddress, true);
   const shown = await series();
   const value = (name: string, more?: string) => shown.get(ofProducer(name, more));
@@ -57,7 +57,7 @@ test('an instance shows what it tells and what it was asked, and nothing once it
 test('a breaker shows its state, and each time that it has opened', async () => {
   const { instances, series, pass } = watched();
   instances.announce(PRODUCER);
-  const breaker = instances.breakerOf(instances.list()[0]!)!;
+  const breaker = instances.standing(instances.list()[0]!)!.breaker;
   const states: unknown[] = [];
   const look = async () => {
     const shown = await series();
@@ -89,7 +89,7 @@ test('a breaker shows its state, and each time that it has opened', async () => 
 test('what several processes have counted of routes is summed, an instance is shown by their owner', async () => {
   const { instances, metrics } = watched();
   instances.announce(PRODUCER);
-  instances.workOf(instances.list()[0]!)!.begin(1);
+  instances.standing(instances.list()[0]!)!.work.begin(1);
   const relays = [createProxyMetrics(), createProxyMetrics()];
   for (const relay of relays) {
     const route = relay.routeOf('/v1/completions');

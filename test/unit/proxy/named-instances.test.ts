@@ -6,7 +6,7 @@ import { parseValue } from '../../../src/config/options.ts';
 import { formatHostPort } from '../../../src/net/address.ts';
 import { NamedInstances } from '../../../src/proxy/named-instances.ts';
 import { InstanceRegistry } from '../../../src/proxy/registry.ts';
-import { type Ask, type Call, UpstreamResponse } from '../../../src/proxy/upstream.ts';
+import { UpstreamResponse } from '../../../src/proxy/upstream.ts';
 
 /** What a server answers: status and body, or nothing at all. */
 type Answers = Record<string, { readonly status?: number; readonly body?: object | string } | undefined>;
@@ -41,18 +41,15 @@ function ask(texts: readonly string[], answers: Answers, names: Record<string, r
       log,
       intervalMs: 2,
       upstream: {
-        ask: async ({ instance }: Call, { path }: Ask) => {
-          const key = `${instance.tls ? 'https://' : ''}${formatHostPort(instance.http)}${path}`;
+        inquire: async ({ url }, path) => {
+          const key = `${url.replace('http://', '')}${path}`;
           asked.push(key);
           setImmediate(() => wake());
           const answer = answers[key];
           if (!answer) throw new Error('connect ECONNREFUSED');
           const { status = 200, body = {} } = answer;
-          const controller = { pause: () => {}, resume: () => {}, abort: () => {} };
-          const response = new UpstreamResponse(status, {}, controller as never);
-          response.push(Buffer.from(typeof body === 'string' ? body : JSON.stringify(body)));
-          response.end();
-          return response;
+          const text = typeof body === 'string' ? body : JSON.stringify(body);
+          return { response: new UpstreamResponse(status, {}, {} as never), body: Buffer.from(text) };
         },
       },
       take: (message, { at, tls }) => {

@@ -250,7 +250,7 @@ test('a producer that takes five times as long for a token as the others is let 
   computed(slow!, 800);
   expect(new Set(producers())).toEqual(new Set([1, 3, 5]));
   for (let i = 0; i < 20; i++) computed(slow!, 2_000);
-  expect(registry.breakerOf(slow!)?.state).toBe('open');
+  expect(registry.standing(slow!)?.breaker.state).toBe('open');
   expect(new Set(producers())).toEqual(new Set([3, 5]));
 
   const pingAgain = () => {
@@ -262,9 +262,9 @@ test('a producer that takes five times as long for a token as the others is let 
     pingAgain();
   }
   // One request tries it, and that it was slow before is not held against it.
-  expect(registry.breakerOf(slow!)?.state).toBe('half-open');
+  expect(registry.standing(slow!)?.breaker.state).toBe('half-open');
   expect(producers().filter((port) => port === 1)).toHaveLength(1);
-  registry.breakerOf(slow!)?.succeeded();
+  registry.standing(slow!)?.breaker.succeeded();
   computed(slow!, 220);
   expect(new Set(producers())).toEqual(new Set([1, 3, 5]));
 });
@@ -275,5 +275,5 @@ test('two producers are no measure of each other: none of them is let alone for 
   const [slow, fast] = registry.list('producer');
   registry.learn(fast!, 2_000, 20);
   registry.learn(slow!, 2_000, 20_000);
-  expect(registry.breakerOf(slow!)?.state).toBe('closed');
+  expect(registry.standing(slow!)?.breaker.state).toBe('closed');
 });
