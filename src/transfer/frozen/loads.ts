@@ -226,11 +226,11 @@ export class Loads {
     return request.timeoutMs ?? this.#context.options.timeouts.load;
   }
 
-  /** Gives it so long from now, in place of what it had; longer than that it never gets. */
+  /** Gives it so long from its start, and later from now in place of what it had; longer than that it never gets. */
   #limit(load: Load, timeoutMs: number, prefilling: boolean): void {
     const { deadlines } = this.#context;
     const known = this.#loads.get(load);
-    const at = deadlines.now() + timeoutMs;
+    const at = (known ? deadlines.now() : load.startedAt) + timeoutMs;
     if (known && known.at <= at) return;
     known?.cancel();
     const half = deadlines.after(timeoutMs / 2, () => load.warnLate(this.#peers, timeoutMs));
