@@ -2,13 +2,13 @@
 import { randomBytes } from 'node:crypto';
 import { unreachable } from '../../errors.ts';
 import type { TextModel } from '../../model/tokenizer.ts';
-import { createParser, type Parsing, parsedTokens } from '../../parsing/parser.ts';
-import type { Part, PartParser } from '../../parsing/parts.ts';
+import { type Parsing, parsedTokens } from '../../parsing/parser.ts';
+import type { Part } from '../../parsing/parts.ts';
 import { opensThoughts } from '../../parsing/reasoning.ts';
 import { z } from '../../zod.ts';
 import { answerForm } from './answer-form.ts';
 import { type AnswerBase, type AnswerFormat, answerOfChoices } from './answers.ts';
-import { type ChoiceEvent, endOf, promptTokenIdsOf, ThoughtCount, tokenIdsOf } from './choice.ts';
+import { type ChoiceEvent, endOf, promptTokenIdsOf, Speech, tokenIdsOf } from './choice.ts';
 import {
   askedOf,
   badField,
@@ -108,7 +108,6 @@ interface Said {
   content: string;
   reasoning: string;
   readonly calls: Call[];
-  readonly thoughts: ThoughtCount;
 }
 
 interface Call {
@@ -119,8 +118,7 @@ interface Call {
 
 /** One choice on its way out. */
 interface Speaking {
-  readonly parser: PartParser;
-  readonly thoughts: ThoughtCount;
+  readonly speech: Speech;
   /** Of what the parser still holds. */
   events: ChoiceEvent[];
   /** Calls that have begun. */
@@ -130,7 +128,12 @@ interface Speaking {
 export function chatFormat(model: TextModel, { body, parsing }: ChatReading, base: AnswerBase): AnswerFormat {
   const wantsReasoning = body.include_reasoning ?? true;
   const speaking = new Map<number, Speaking>();
-  const thoughts: ThoughtCount[] = [];
+  const speeches: Speech[] = [];
+  const newSpeech = (): Speech => {
+    const speech = new Speech(parsing);
+    speeches.push(speech);
+    return speech;
+  };
 
   /** The fields after what is said. */
   const about = async (events: readonly ChoiceEvent[], calls: number) => ({
@@ -173,27 +176,22 @@ export function chatFormat(model: TextModel, { body, parsing }: ChatReading, bas
     chunkObject: 'chat.completion.chunk',
     more: { service_tier: 'default' },
     usageDetails() {
-      const reasoning_tokens = thoughts.reduce((sum, { tokens }) => sum + tokens, 0);
+      const reasoning_tokens = speeches.reduce((sum, { thoughtTokens }) => sum + thoughtTokens, 0);
       return { completion_tokens_details: { reasoning_tokens } };
     },
     async deltas(event) {
       const { index, start } = event;
       let choice = speaking.get(index);
       if (!choice) {
-        const counted = new ThoughtCount(parsing.reasoning?.inside);
-        choice = { parser: createParser(parsing), thoughts: counted, events: [], calls: 0 };
-        thoughts.push(counted);
+        choice = { speech: newSpeech(), events: [], calls: 0 };
         speaking.set(index, choice);
       }
       const role = { role: 'assistant', content: '', refusal: null };
       const opening = start ? [{ index, delta: role, logprobs: null, finish_reason: null }] : [];
       choice.events.push(event);
       const finished = event.delta.finishReason !== undefined;
-      const parts = choice.parser.push(event.delta.text);
-      if (finished) parts.push(...choice.parser.flush());
-      choice.thoughts.add(parts, event.delta);
       const deltas: object[] = [];
-      for (const part of parts) {
+      for (const part of choice.speech.read(event.delta)) {
         const delta = deltaOf(part, choice);
         if (delta) deltas.push(delta);
       }
@@ -209,8 +207,7 @@ export function chatFormat(model: TextModel, { body, parsing }: ChatReading, bas
       ];
     },
     async whole(index, events) {
-      const { content, reasoning, calls, thoughts: counted } = await saidIn(events, parsing);
-      thoughts.push(counted);
+      const { content, reasoning, calls } = await saidIn(events, parsing, newSpeech());
       const silent = content === '' && (calls.length > 0 || reasoning !== '');
       const message = {
         role: 'assistant',
@@ -236,16 +233,11 @@ export function chatFormat(model: TextModel, { body, parsing }: ChatReading, bas
 }
 
 /** A whole choice. Here a call that broke can still become text. */
-async function saidIn(events: readonly ChoiceEvent[], parsing: Parsing): Promise<Said> {
-  const parser = createParser(parsing);
-  const thoughts = new ThoughtCount(parsing.reasoning?.inside);
-  const said: Said = { content: '', reasoning: '', calls: [], thoughts };
+async function saidIn(events: readonly ChoiceEvent[], parsing: Parsing, speech: Speech): Promise<Said> {
+  const said: Said = { content: '', reasoning: '', calls: [] };
   const turn = turns();
   for (const { delta } of events) {
-    const parts = parser.push(delta.text);
-    if (delta.finishReason !== undefined) parts.push(...parser.flush());
-    for (const part of parts) take(part, said, parsing);
-    thoughts.add(parts, delta);
+    for (const part of speech.read(delta)) take(part, said, parsing);
     await turn();
   }
   return said;

@@ -1,7 +1,7 @@
 /** One completion on its way out: tokens become text, text stops at stop strings, and log-probabilities stay beside their tokens. */
 import { PdError } from '../../errors.ts';
 import type { TextModel } from '../../model/tokenizer.ts';
-import { createParser } from '../../parsing/parser.ts';
+import { createParser, type Parsing } from '../../parsing/parser.ts';
 import { type Part, type PartParser, partialEnd } from '../../parsing/parts.ts';
 import type { PromptLogprobs } from '../../scheduler/prompt-logprobs.ts';
 import type { RequestOutput } from '../../scheduler/types.ts';
@@ -63,21 +63,25 @@ export function endOf(events: readonly ChoiceEvent[]): object {
   return { finish_reason: finishReason, ...(finishReason && { stop_reason: stopReason }) };
 }
 
-/** Counts the tokens of thoughts in one choice. */
-export class ThoughtCount {
-  tokens = 0;
+/** What the text of a choice says, part by part, and how many of its tokens were thoughts. */
+export class Speech {
+  thoughtTokens = 0;
+  readonly #parser: PartParser;
   #inside: boolean;
 
-  /** `inside`: the text begins within thoughts. */
-  constructor(inside = false) {
-    this.#inside = inside;
+  constructor(parsing: Parsing) {
+    this.#parser = createParser(parsing);
+    this.#inside = parsing.reasoning?.inside ?? false;
   }
 
-  /** `parts`: what a parser took the delta's text for. Nothing where it still holds it: then it is taken for what came last. */
-  add(parts: readonly Part[], { tokens }: ChoiceDelta): void {
+  /** What becomes certain with `delta`. Where that is nothing, its tokens are taken for what came last. */
+  read({ text, tokens, finishReason }: ChoiceDelta): readonly Part[] {
+    const parts = this.#parser.push(text);
+    if (finishReason !== undefined) parts.push(...this.#parser.flush());
     const last = parts.at(-1);
     if (last) this.#inside = last.type === 'reasoning';
-    if (this.#inside) this.tokens += tokens.length;
+    if (this.#inside) this.thoughtTokens += tokens.length;
+    return parts;
   }
 }
 

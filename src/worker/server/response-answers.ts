@@ -3,11 +3,10 @@ import { randomBytes } from 'node:crypto';
 import { unreachable } from '../../errors.ts';
 import type { TextModel } from '../../model/tokenizer.ts';
 import { codeInAnswers } from '../../openai-error.ts';
-import { createParser } from '../../parsing/parser.ts';
 import type { Part } from '../../parsing/parts.ts';
 import type { AnswerBase, AnswerFormat, StreamEvent } from './answers.ts';
 import { newCallId } from './chat.ts';
-import { type ChoiceEvent, type ChoiceLogprob, ThoughtCount, type Usage } from './choice.ts';
+import { type ChoiceEvent, type ChoiceLogprob, Speech, type Usage } from './choice.ts';
 import { chatLogprobs } from './logprobs.ts';
 import type { ResponseReading } from './responses.ts';
 import { turns } from './turns.ts';
@@ -33,12 +32,11 @@ export function responseFormat(
   { body, parsing, asked_for }: ResponseReading,
   { id, created, model: name }: AnswerBase,
 ): AnswerFormat {
-  const parser = createParser(parsing);
+  const speech = new Speech(parsing);
   const done: object[] = [];
   let output: Output | undefined;
   /** Log-probabilities whose text the parser still holds. */
   let held: ChoiceLogprob[] = [];
-  const thoughts = new ThoughtCount(parsing.reasoning?.inside);
   let finish: 'stop' | 'length' = 'stop';
   let sequence = 0;
 
@@ -64,7 +62,7 @@ export function responseFormat(
     store: false,
     truncation: 'disabled',
     ...asked_for,
-    usage: usage ? usageOf(usage, thoughts.tokens) : null,
+    usage: usage ? usageOf(usage, speech.thoughtTokens) : null,
   });
   /** Where deltas of the item under way belong. */
   const place = (of: Output) => ({
@@ -143,14 +141,9 @@ export function responseFormat(
 
   async function said({ delta }: ChoiceEvent): Promise<readonly StreamEvent[]> {
     held.push(...delta.logprobs);
-    const parts = parser.push(delta.text);
-    if (delta.finishReason) {
-      finish = delta.finishReason;
-      parts.push(...parser.flush());
-    }
-    thoughts.add(parts, delta);
+    finish = delta.finishReason ?? finish;
     const events: StreamEvent[] = [];
-    for (const part of parts) {
+    for (const part of speech.read(delta)) {
       // A call ends where something else begins: its arguments are whole then.
       if (part.type === 'content' && output?.type === 'function_call') events.push(...close('completed'));
       events.push(...(await take(part)));
