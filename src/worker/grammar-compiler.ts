@@ -7,6 +7,7 @@ import { type VocabularyData, vocabularyOf } from '../grammar/vocabulary.ts';
 import { specialBytes, textBytes } from '../grammar/whole.ts';
 import type { Tokenizer } from '../model/tokenizer.ts';
 import type { GrammarUse } from '../scheduler/types.ts';
+import { remember } from '../transfer/memories.ts';
 import type { GrammarWish } from './server/fields.ts';
 
 /** Strings of all kinds with one that leads through their states, whose masks are the longest to find. */
@@ -37,11 +38,7 @@ export class GrammarCompiler {
       this.#vocabulary ??= shared(this.#readVocabulary(vocabSize));
       use = { key, tables, vocabulary: this.#vocabulary };
     }
-    // The latest last.
-    this.#known.delete(key);
-    this.#known.set(key, use);
-    const [oldest] = this.#known.keys();
-    if (this.#known.size > MOST_KNOWN && oldest !== undefined) this.#known.delete(oldest);
+    remember(this.#known, key, use, MOST_KNOWN);
     return use;
   }
 

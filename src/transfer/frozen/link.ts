@@ -271,6 +271,11 @@ export class Link {
   }
 
   #answer(answer: Answer): void {
+    // Nothing has been announced here yet: it is to what the link before announced, whose DEALER had the same name.
+    if (!this.#heard && answer.kind !== 'hello') {
+      this.#context.log.debug({ peer: this.peer, answer: answer.kind }, `late answer from ${this.peer}`);
+      return;
+    }
     const first = this.#firstAnswer;
     this.#firstAnswer = false;
     switch (answer.kind) {
