@@ -7,7 +7,10 @@ import { PD_VERSION, type PeerHello, type PingMessage } from '../wire/messages.t
 import { sameDirection } from './context.ts';
 import type { ProxyPing } from './types.ts';
 
-export function helloOf(options: TransferOptions, features: readonly string[] = []): PeerHello {
+export function helloOf(
+  options: Pick<TransferOptions, 'sendType' | 'wireLayout' | 'fingerprint'>,
+  features: readonly string[] = [],
+): PeerHello {
   // what this end sends as long as it does not know that the peer is ours
   const layout = options.wireLayout === 'blocks-first' ? ['layout:blocks-first'] : [];
   const hello = { version: PD_VERSION, features: [...features, ...layout], sendType: options.sendType };

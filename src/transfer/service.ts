@@ -209,8 +209,7 @@ export class TransferService {
     const outgoing = this.#outgoing.of(peer);
     const leaving = outgoing.native ? request : formed(request, options);
     const put = new PutAnnouncement(this.#context, leaving, peer, {
-      gathered: (underWay) => reply.gathered(underWay),
-      underWay: () => reply.underWay(),
+      ...reply,
       sent: (bytes) => {
         failures.wentWell('send', peer);
         reply.sent(bytes);

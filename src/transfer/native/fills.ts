@@ -138,30 +138,14 @@ export class Fills {
     this.#grant(() => this.#grants.shutdown(performance.now()));
   }
 
-  knows(peer: string): boolean {
-    return this.#grants.knows(peer);
-  }
-
-  longestUnbound(peer: string): number {
-    return this.#grants.longestUnbound(peer, performance.now());
-  }
-
   /** Nothing is written, or on its way. */
   get hasLanded(): boolean {
     return this.#writes.size === 0;
   }
 
-  /** No WANT that is not acknowledged, no write that the ledger waits for, no lease. */
-  get isIdle(): boolean {
-    return this.#grants.isIdle;
-  }
-
-  stats(): ReturnType<Grants['stats']> {
-    return this.#grants.stats();
-  }
-
-  checkIntegrity(): string[] {
-    return this.#grants.checkIntegrity();
+  /** To be asked; what it is told goes through here. */
+  get grants(): Pick<Grants, 'knows' | 'longestUnbound' | 'isIdle' | 'stats' | 'checkIntegrity'> {
+    return this.#grants;
   }
 
   #grant(told: () => readonly GrantAction[]): void {

@@ -171,7 +171,7 @@ export class HandOver implements HandOverApi {
 
   consumerWaits(transferId: TransferId): number {
     const peer = this.#otherOf(transferId);
-    return peer === undefined ? 0 : this.#fills.longestUnbound(peer);
+    return peer === undefined ? 0 : this.#fills.grants.longestUnbound(peer, performance.now());
   }
 
   fail(transferId: TransferId, code: ErrorCode, why: string): void {
@@ -183,7 +183,7 @@ export class HandOver implements HandOverApi {
       producers: this.#connections.states(),
       mappings: this.#connections.mappings(),
       ...this.#loads.state(),
-      grants: this.#fills.stats(),
+      grants: this.#fills.grants.stats(),
     };
   }
 
@@ -194,7 +194,7 @@ export class HandOver implements HandOverApi {
 
   /** What is wrong, in words; empty when all is well. */
   checkIntegrity(): string[] {
-    return [...this.#loads.checkIntegrity(), ...this.#fills.checkIntegrity()];
+    return [...this.#loads.wants.checkIntegrity(), ...this.#fills.grants.checkIntegrity()];
   }
 
   /**
@@ -223,7 +223,7 @@ export class HandOver implements HandOverApi {
   /** A consumer that has not said a word may have been told another wire, and would wait for what never comes. */
   #probe(id: TransferId): void {
     const peer = this.#otherOf(id);
-    if (peer === undefined || this.#fills.knows(peer)) return;
+    if (peer === undefined || this.#fills.grants.knows(peer)) return;
     if (performance.now() - (this.#probed.get(peer) ?? Number.NEGATIVE_INFINITY) < PROBE_AGAIN_MS) return;
     remember(this.#probed, peer, performance.now(), MOST_PROBED);
     this.#tell({ kind: 'probe', peer, id });
@@ -311,7 +311,7 @@ export class HandOver implements HandOverApi {
     this.#fills.tick();
     this.#loads.tick();
     this.#measure();
-    if (this.#fills.isIdle && this.#loads.isIdle && this.#loads.size === 0) {
+    if (this.#fills.grants.isIdle && this.#loads.wants.isIdle && this.#loads.size === 0) {
       clearTimeout(this.#timer);
       this.#timer = undefined;
     }
@@ -319,14 +319,15 @@ export class HandOver implements HandOverApi {
 
   #measure(): void {
     const { metrics } = this.#options;
-    const { waiting, quarantined } = this.#loads.state().wants;
+    const { waiting, quarantined } = this.#loads.wants.stats();
     metrics.set('pd_native_wants', waiting);
     metrics.set('pd_native_quarantined_blocks', quarantined);
-    metrics.set('pd_native_leases', this.#fills.stats().leases);
+    metrics.set('pd_native_leases', this.#fills.grants.stats().leases);
     this.#connections.measure(metrics);
   }
 
   #checkSettled(): void {
-    if (this.#fills.hasLanded && this.#fills.isIdle && this.#loads.isIdle) this.#settled.resolve();
+    if (this.#fills.hasLanded && this.#fills.grants.isIdle && this.#loads.wants.isIdle)
+      this.#settled.resolve();
   }
 }

@@ -1,5 +1,4 @@
 /** What two ends of the native hand-over say of themselves first, and what must fit for them to exchange KV. Pure. */
-import type { TransferOptions } from '../../config/transfer-options.ts';
 import { NATIVE_FEATURE } from '../../wire/overlap.ts';
 import { helloOf, type Mismatch, mismatchOf } from '../hello.ts';
 import type { NativeInit } from './channel.ts';
@@ -18,7 +17,7 @@ export function peerOf(identity: Buffer): string {
   return text.endsWith(SUFFIX) ? text.slice(0, -SUFFIX.length) : text;
 }
 
-export function nativeHello(options: TransferOptions, init: NativeInit): HelloMessage {
+export function nativeHello(options: Parameters<typeof helloOf>[0], init: NativeInit): HelloMessage {
   const { nonce, shape, transports, direct } = init;
   return {
     cmd: 'HELLO',
@@ -47,16 +46,11 @@ export interface Fallback {
 
 /** What rules `direct` out before it is tried; undefined where it may be tried. */
 export function directFallback(mine: Ways, theirs: Ways): Fallback | undefined {
+  const why = 'does not offer direct (--transport, no GPU, or its log says why)';
   if (!mine.direct || !mine.transports.includes('direct'))
-    return {
-      reason: 'off',
-      why: 'this worker does not offer direct (--transport, no GPU, or its log says why)',
-    };
+    return { reason: 'off', why: `this worker ${why}` };
   if (!theirs.direct || !theirs.transports.includes('direct'))
-    return {
-      reason: 'peer_off',
-      why: 'the peer does not offer direct (--transport, no GPU, or its log says why)',
-    };
+    return { reason: 'peer_off', why: `the peer ${why}` };
   if (theirs.direct.bootId === mine.direct.bootId) return undefined;
   return { reason: 'other_host', why: 'the peer is on another host' };
 }

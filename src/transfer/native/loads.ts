@@ -300,9 +300,9 @@ export class Loads {
     return this.#loads.size;
   }
 
-  /** Nothing that has been asked for is waited for, or may be written to. */
-  get isIdle(): boolean {
-    return this.#wants.isIdle;
+  /** To be asked; what it is told goes through here. */
+  get wants(): Pick<Wants, 'isIdle' | 'stats' | 'checkIntegrity'> {
+    return this.#wants;
   }
 
   /** Every want ends. */
@@ -333,10 +333,6 @@ export class Loads {
       ...(deadline - began > request.withinMs && { prefilling: true as const }),
     }));
     return { waiting, failures: this.#failures.state() };
-  }
-
-  checkIntegrity(): string[] {
-    return this.#wants.checkIntegrity();
   }
 
   #want(told: () => readonly WantAction[]): void {

@@ -17,7 +17,8 @@ import type { FromWire, NativeInit, ToWire } from './channel.ts';
 import type { LayerWrites } from './direct.ts';
 import { HandOver, type HandOverOptions } from './hand-over.ts';
 import type { LoadOutcome } from './hand-over-api.ts';
-import type { CacheShape, HelloMessage, Nonce } from './messages.ts';
+import { nativeHello } from './hello.ts';
+import type { CacheShape, Nonce } from './messages.ts';
 
 /** From here on more of them change little. */
 const REQUESTS = 150;
@@ -29,6 +30,7 @@ const BLOCKS = 16;
 const ADDRESSES = { producer: { host: '127.0.0.1', port: 1 }, consumer: { host: '127.0.0.1', port: 2 } };
 const PEERS = { producer: '127.0.0.1:1', consumer: '127.0.0.1:2' };
 const DIGEST = '00'.repeat(16);
+const SENDS = { sendType: 'PUT_ASYNC' } as const;
 
 /** Leaves nothing behind but a page of 64 KiB. Tells how many requests there were. Throws INTERNAL where one did not come. */
 export async function rehearse(shape: CacheShape): Promise<number> {
@@ -146,31 +148,19 @@ class Stage {
         kind: 'introduced',
         way: 'from',
         peer: consumer,
-        hello: this.#hello('consumer'),
+        hello: nativeHello(SENDS, this.#inits.consumer),
       });
       this.#hear.consumer?.({
         kind: 'introduced',
         way: 'to',
         peer: producer,
-        hello: this.#hello('producer'),
+        hello: nativeHello(SENDS, this.#inits.producer),
       });
     } else if (command.kind === 'ask') {
       this.#hear.producer?.({ kind: 'asked', peer: consumer, message: command.message });
     } else if (command.kind === 'answer') {
       this.#mail.push({ kind: 'answered', peer: producer, message: command.message });
     }
-  }
-
-  #hello(role: 'producer' | 'consumer'): HelloMessage {
-    const { nonce, shape, transports, direct } = this.#inits[role];
-    return {
-      cmd: 'HELLO',
-      from: nonce,
-      hello: { version: 1, features: [], sendType: 'PUT_ASYNC' },
-      cache: shape,
-      transports,
-      ...(direct && { direct }),
-    };
   }
 
   #direct(): NonNullable<HandOverOptions['direct']> {

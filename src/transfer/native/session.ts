@@ -7,15 +7,10 @@ import type { Pair } from '../../transport/transport.ts';
 import { joinPair, logJoined, type TransferContext } from '../context.ts';
 import { type Cargo, loadCargo } from './cargo.ts';
 import type { FromWire, NativeInit, ToWire } from './channel.ts';
+import { peerOf } from './hello.ts';
 import type { HelloMessage, NativeMessage } from './messages.ts';
 
 export type WriteCommand = Extract<ToWire, { readonly kind: 'write' }>;
-
-interface SessionOf {
-  readonly identity: Buffer;
-  readonly peer: string;
-  readonly hello: HelloMessage;
-}
 
 interface SessionEvents {
   /** By the ROUTER. */
@@ -56,13 +51,14 @@ export class NativeSession {
   constructor(
     context: TransferContext,
     init: NativeInit,
-    { identity, peer, hello }: SessionOf,
+    identity: Buffer,
+    hello: HelloMessage,
     events: SessionEvents,
   ) {
     this.#context = context;
     this.#init = init;
     this.identity = identity;
-    this.peer = peer;
+    this.peer = peerOf(identity);
     this.hello = hello;
     this.#events = events;
     this.since = context.deadlines.now();

@@ -300,6 +300,7 @@ export class Wants {
     return this.#take();
   }
 
+  /** Nothing that has been asked for is waited for, or may be written to. */
   get isIdle(): boolean {
     return this.#wants.size === 0 && this.#receipts.size === 0;
   }

@@ -227,16 +227,11 @@ export class NativeWire {
       oldest?.end(new PdError('LIMIT_EXCEEDED', 'too many others have connected'));
       if (oldest) this.#sessions.delete(oldest.peer);
     }
-    const session = new NativeSession(
-      this.#context,
-      this.#init,
-      { identity, peer, hello },
-      {
-        answer: (message) => this.#answer(peer, message),
-        tell: this.#tell,
-        pairsChanged: this.#pairsChanged,
-      },
-    );
+    const session = new NativeSession(this.#context, this.#init, identity, hello, {
+      answer: (message) => this.#answer(peer, message),
+      tell: this.#tell,
+      pairsChanged: this.#pairsChanged,
+    });
     this.#sessions.set(peer, session);
     this.#tell({ kind: 'introduced', way: 'from', peer, hello });
   }
