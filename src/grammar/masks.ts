@@ -47,8 +47,8 @@ export class TokenGrammar {
   readonly #vocabulary: Vocabulary;
   readonly #unique: UniqueItems;
   readonly #parts = new Map<number, MaskPart>();
-  /** States of the tables whose walk is long. */
-  readonly #wide = new Set<number>();
+  /** Of states of the tables: whether their part is worth to be found. */
+  readonly #wide = new Map<number, boolean>();
 
   constructor(tables: CompiledGrammar, vocabulary: Vocabulary) {
     this.#tables = tables;
@@ -97,29 +97,42 @@ export class TokenGrammar {
   }
 
   #maskOf(state: GrammarState): Int32Array | Uint32Array {
-    const { numStates } = this.#tables;
-    if (!state.threads.some((thread) => this.#wide.has(thread % numStates))) {
-      const few = this.#shortWalk(state);
-      if (few) return few.length <= SHORT_LIST ? Int32Array.from(few) : bitsOf(few, this.#vocabulary.words);
-    }
-    const bits = new Uint32Array(this.#vocabulary.words);
+    const [wide, narrow]: [number[], number[]] = [[], []];
     state.threads.forEach((thread, i) => {
-      this.#addThread(thread, state.stacks[i]!, bits);
+      (this.#isWide(thread) ? wide : narrow).push(i);
     });
-    return bits;
+    const few = narrow.length > 0 ? this.#shortWalk(this.#states.part(state, narrow)) : [];
+    if (few && few.length <= SHORT_LIST && wide.length === 0) return Int32Array.from(few);
+    const bits = new Uint32Array(this.#vocabulary.words);
+    if (few) for (const token of few) setBit(bits, token);
+    else for (const i of narrow) this.#addNarrow(state.threads[i]!, state.stacks[i]!, bits);
+    for (const i of wide) this.#addWide(state.threads[i]!, state.stacks[i]!, bits);
+    return listOf(bits) ?? bits;
   }
 
-  #addThread(thread: number, stack: StackSet, bits: Uint32Array): void {
+  /** Whether what `thread` allows is found as a part: of a counted rule it serves for all counts, and what is known is there. */
+  #isWide(thread: number): boolean {
     const state = thread % this.#tables.numStates;
-    if (!this.#wide.has(state)) {
-      const few = this.#shortWalk(this.#states.single(thread, stack));
-      if (few) {
-        for (const token of few) setBit(bits, token);
-        return;
-      }
-      this.#wide.add(state);
+    let isWide = this.#wide.get(state);
+    if (isWide === undefined) {
+      isWide = this.#tables.counted[state]! >= 0 || this.#knownPart(state) !== undefined;
+      this.#wide.set(state, isWide);
     }
-    const part = this.#partOf(state);
+    return isWide;
+  }
+
+  #addNarrow(thread: number, stack: StackSet, bits: Uint32Array): void {
+    const few = this.#shortWalk(this.#states.single(thread, stack));
+    if (few) {
+      for (const token of few) setBit(bits, token);
+      return;
+    }
+    this.#wide.set(thread % this.#tables.numStates, true);
+    this.#addWide(thread, stack, bits);
+  }
+
+  #addWide(thread: number, stack: StackSet, bits: Uint32Array): void {
+    const part = this.#partOf(thread % this.#tables.numStates);
     this.#look(bits.length);
     const { most, least } = this.#countsLeft(thread);
     addTokens(part, most, bits);
@@ -212,12 +225,22 @@ export class TokenGrammar {
   }
 
   #partOf(state: number): MaskPart {
+    const key = this.#shapeKey(state);
+    if (key === undefined) return remembered(this.#parts, state, () => this.#findPart(state));
+    const { known, parts } = this.#vocabulary;
+    return known.get(key) ?? remembered(parts, key, () => this.#findPart(state));
+  }
+
+  #knownPart(state: number): MaskPart | undefined {
+    const key = this.#shapeKey(state);
+    if (key === undefined) return this.#parts.get(state);
+    return this.#vocabulary.known.get(key) ?? this.#vocabulary.parts.get(key);
+  }
+
+  #shapeKey(state: number): string | undefined {
     const { shapes, shapeOf, shapeState } = this.#tables;
     const shape = shapes[shapeOf[state]!];
-    if (shape === undefined) return remembered(this.#parts, state, () => this.#findPart(state));
-    const { known, parts } = this.#vocabulary;
-    const key = `${shapeState[state]} ${shape}`;
-    return known.get(key) ?? remembered(parts, key, () => this.#findPart(state));
+    return shape === undefined ? undefined : `${shapeState[state]} ${shape}`;
   }
 
   #findPart(state: number): MaskPart {
@@ -374,10 +397,16 @@ function setBit(bits: Uint32Array, token: number): void {
   bits[token >>> 5]! |= 1 << (token & 31);
 }
 
-function bitsOf(tokens: readonly number[], words: number): Uint32Array {
-  const bits = new Uint32Array(words);
-  for (const token of tokens) setBit(bits, token);
-  return bits;
+/** The tokens of `bits`; undefined where they are many. */
+function listOf(bits: Uint32Array): Int32Array | undefined {
+  const tokens: number[] = [];
+  for (let i = 0; i < bits.length; i++) {
+    for (let word = bits[i]!; word !== 0; word = (word & (word - 1)) >>> 0) {
+      if (tokens.length === SHORT_LIST) return undefined;
+      tokens.push(i * 32 + 31 - Math.clz32(word & -word));
+    }
+  }
+  return Int32Array.from(tokens);
 }
 
 function remembered<K>(parts: Map<K, MaskPart>, key: K, find: () => MaskPart): MaskPart {

@@ -107,6 +107,17 @@ export class GrammarStates {
     return this.#interned([thread], [stack], false);
   }
 
+  /** Some of its threads, by their places. */
+  part(state: GrammarState, places: readonly number[]): GrammarState {
+    const { threads, stacks } = state;
+    if (places.length === threads.length) return state;
+    return this.#interned(
+      places.map((i) => threads[i]!),
+      places.map((i) => stacks[i]!),
+      false,
+    );
+  }
+
   /** What goes on where the innermost rule over `stack` ends. */
   popped(stack: StackSet): GrammarState {
     if (!stack.popped) {
