@@ -6,8 +6,8 @@
  */
 import { Command } from 'commander';
 import { compileSpec, type GrammarSpec } from '../src/grammar/grammar.ts';
-import { TokenGrammar, Vocabulary } from '../src/grammar/masks.ts';
-import { vocabularyOf } from '../src/grammar/vocabulary.ts';
+import { TokenGrammar } from '../src/grammar/masks.ts';
+import { Vocabulary, vocabularyOf } from '../src/grammar/vocabulary.ts';
 import { type Spread, spreadOf } from './measure/statistics.ts';
 import { plainTable } from './measure/table.ts';
 import { madeUpTokens, tokensOf } from './measure/tokens.ts';
