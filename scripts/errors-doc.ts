@@ -1,14 +1,17 @@
 /** Writes docs/errors.md from the table in src/errors.ts: `npx tsx scripts/errors-doc.ts`. A test checks that it is current. */
 import { writeFileSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
-import { ERROR_TABLE } from '../src/errors.ts';
+import { ERROR_TABLE, type ErrorCode } from '../src/errors.ts';
+import { codeInAnswers } from '../src/openai-error.ts';
 
 export const ERRORS_DOC = fileURLToPath(new URL('../docs/errors.md', import.meta.url));
 
 export function renderErrors(): string {
-  const rows = Object.entries(ERROR_TABLE).map(
-    ([code, { status, hint }]) => `| \`${code}\` | ${status} | ${hint.replaceAll('|', '\\|')} |`,
-  );
+  const rows = Object.entries(ERROR_TABLE).map(([code, { status, hint }]) => {
+    const answered = codeInAnswers(code as ErrorCode);
+    const codes = answered === code ? `\`${code}\`` : `\`${code}\`, in HTTP responses \`${answered}\``;
+    return `| ${codes} | ${status} | ${hint.replaceAll('|', '\\|')} |`;
+  });
   return `# Errors
 
 Every failure carries one of these codes: as \`code\` in logs, \`error.code\` in HTTP responses, \`PdError.code\` in the library. The message says

@@ -48,7 +48,7 @@ if command -v promtool >/dev/null; then
 fi
 
 echo "test-all: vitest"
-PD_TEST_SKIP_BUILD=1 ./node_modules/.bin/vitest run --project wide --reporter=default --reporter=json \
-  --outputFile.json="$results/vitest.json" "$@"
+PD_TEST_SKIP_BUILD=1 PD_TEST_PART=test-all ./node_modules/.bin/vitest run --project wide --reporter=default --reporter=json \
+  --reporter=./scripts/stray-errors.mjs --outputFile.json="$results/vitest.json" "$@"
 status=$?
 node scripts/test-summary.mjs test-all "$results/vitest.json" "$status" "$passed" "$failed"

@@ -44,7 +44,7 @@ step "build" ./scripts/build.sh --noCheck
 wait "$checks"
 broken=$((broken + $?))
 echo "test: vitest"
-PD_TEST_SKIP_BUILD=1 ./node_modules/.bin/vitest run --project unit --project main --reporter=default --reporter=json \
-  --outputFile.json="$results/vitest.json" "$@"
+PD_TEST_SKIP_BUILD=1 PD_TEST_PART=test ./node_modules/.bin/vitest run --project unit --project main --reporter=default --reporter=json \
+  --reporter=./scripts/stray-errors.mjs --outputFile.json="$results/vitest.json" "$@"
 status=$?
 node scripts/test-summary.mjs test "$results/vitest.json" "$status" 0 "$broken"

@@ -16,6 +16,8 @@ export const ERROR_TABLE = {
   ),
   // requests
   REQUEST_INVALID: error(400, 'Fix the field that the message names.'),
+  METHOD_NOT_ALLOWED: error(405, 'Use one of the methods in the Allow header of the answer.'),
+  BODY_ENCODED: error(415, 'Send the body as it is, without Content-Encoding.'),
   MODEL_NOT_FOUND: error(404, 'GET /v1/models lists the models served.'),
   CONTEXT_EXCEEDED: error(
     400,

@@ -31,7 +31,6 @@ export type {
   HandOverUser,
   MappingState,
   PathState,
-  WantOutcome,
   WantRequest,
 } from './transfer/native/hand-over-api.ts';
 export type { Fallback } from './transfer/native/hello.ts';

@@ -1,5 +1,5 @@
 /** Errors in the form that clients of an OpenAI server expect. */
-import type { ErrorData, PdError } from './errors.ts';
+import { type ErrorCode, type ErrorData, PdError } from './errors.ts';
 
 export interface OpenAiError {
   readonly error: {
@@ -24,15 +24,32 @@ export function retryHeaders({ status, context }: PdError): { readonly 'retry-af
 const TYPES: Readonly<Record<number, string>> = {
   401: 'authentication_error',
   403: 'permission_error',
-  404: 'not_found_error',
   429: 'rate_limit_error',
 };
 
+/** What clients of OpenAI look for by name has it in answers. */
+const CODES: Partial<Record<ErrorCode, string>> = {
+  MODEL_NOT_FOUND: 'model_not_found',
+  CONTEXT_EXCEEDED: 'context_length_exceeded',
+};
+
+/** A code as answers have it. */
+export function codeInAnswers(code: ErrorCode): string {
+  return CODES[code] ?? code;
+}
+
+/** MODEL_NOT_FOUND. */
+export function modelNotFound(requested: string, served: readonly string[]): PdError {
+  const name = JSON.stringify(requested.slice(0, 200));
+  const text = `model ${name} is not served here; served: ${served.join(', ') || 'none'}`;
+  return new PdError('MODEL_NOT_FOUND', text, { param: 'model' });
+}
+
 export function openAiError(error: PdError): OpenAiError {
-  const { status, code, message } = error;
+  const { status, message } = error;
   const { context, cause } = error.toData();
   const type = TYPES[status] ?? (status < 500 ? 'invalid_request_error' : 'server_error');
   const param = typeof context['param'] === 'string' ? context['param'] : null;
-  const fields = { message, type, param, code };
+  const fields = { message, type, param, code: codeInAnswers(error.code) };
   return { error: status < 500 ? fields : { ...fields, context, ...(cause && { cause }) } };
 }

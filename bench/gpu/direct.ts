@@ -207,9 +207,6 @@ async function grant(): Promise<void> {
     const poison = 10 + round;
     await owner.ask({ do: 'fill', seed: poison });
     const stopped = seq;
-    const about = new Promise<void>((resolve) => {
-      writer.about = resolve;
-    });
     const writing = writer.ask({
       do: 'write',
       seq: stopped,
@@ -218,11 +215,9 @@ async function grant(): Promise<void> {
       each: 1,
       ctas: 16,
       drain: true,
-      pauseMs: 50,
+      stop: true,
     });
-    await about;
-    writer.process.kill('SIGSTOP');
-    await pause(200);
+    await writer.stopped();
     await owner.ask({ do: 'give', slot: slot! });
     const again = await owner.ask({ do: 'grant', seq: ++seq });
     const before = slot!;

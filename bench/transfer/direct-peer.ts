@@ -216,6 +216,7 @@ async function run(command: DirectCommand): Promise<Partial<DirectAnswer>> {
             holders: () => processesWith(/^\/dev\/nvidia\d+$|^\/memfd:pd-standin-gpu/),
             onWait: (why) => {
               waited = why;
+              process.send?.('waits');
             },
           })
         : make();
@@ -251,12 +252,9 @@ async function run(command: DirectCommand): Promise<Partial<DirectAnswer>> {
       if (!tables) throw new PdError('INTERNAL', 'no room for tables');
       return {};
     case 'write': {
-      const { seq, slot, each, ctas, repeat = 1, pauseMs } = command;
+      const { seq, slot, each, ctas, repeat = 1, stop } = command;
       let { mark } = command;
-      if (pauseMs !== undefined) {
-        process.send?.('about to launch');
-        await new Promise((resolve) => setTimeout(resolve, pauseMs));
-      }
+      if (stop) process.kill(process.pid, 'SIGSTOP');
       const layers = cache!.layers.length;
       // awake, as a core thread is
       for (const since = performance.now(); performance.now() - since < 0.5; );

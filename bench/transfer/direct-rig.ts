@@ -1,5 +1,7 @@
 /** Two processes that write into each other's caches, and what is asked of them: for the check on GPUs and for tests on stand-ins. */
 import { type ChildProcess, fork } from 'node:child_process';
+import { readFileSync } from 'node:fs';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
 import type { PagedLayout } from '../../src/kv/layout.ts';
 
@@ -15,7 +17,7 @@ export type DirectCommand =
       readonly do: 'cache';
       readonly layout: PagedLayout;
       readonly layers: number;
-      /** Waits where others hold the memory. */
+      /** Waits where others hold the memory, and says so: `waits` is called. */
       readonly whenFree?: boolean;
     }
   /** Lets a process with this nonce connect. */
@@ -38,8 +40,8 @@ export type DirectCommand =
       readonly ctas: number;
       readonly repeat?: number;
       readonly drain?: boolean;
-      /** Says `about to launch` and waits so long first, in which it can be stopped. */
-      readonly pauseMs?: number;
+      /** Stops itself (SIGSTOP) before the first launch: `stopped` resolves then. */
+      readonly stop?: true;
     }
   /** Spins until the flag shows `mark`; with `check`, reads the cache back at once. */
   | {
@@ -101,8 +103,7 @@ export interface Ready {
 export class DirectPeer {
   readonly process: ChildProcess;
   readonly ready: Promise<Ready>;
-  /** Resolves at `about to launch`. */
-  about: () => void = () => {};
+  waits: () => void = () => {};
   #next = 0;
   readonly #waiting = new Map<number, (answer: DirectAnswer) => void>();
 
@@ -124,8 +125,8 @@ export class DirectPeer {
       });
     });
     this.ready.catch(() => {});
-    this.process.on('message', (message: DirectAnswer | 'about to launch') => {
-      if (message === 'about to launch') this.about();
+    this.process.on('message', (message: DirectAnswer | 'waits') => {
+      if (message === 'waits') this.waits();
       else this.#waiting.get(message.id)?.(message);
     });
   }
@@ -146,6 +147,12 @@ export class DirectPeer {
     const answer = await this.try(command);
     if (answer.error !== undefined) throw new Error(`${command.do}: ${answer.error}`);
     return answer;
+  }
+
+  /** Resolves once SIGSTOP has stopped it, its own or another's; SIGCONT resumes it. Throws where it has ended. */
+  async stopped(): Promise<void> {
+    // The third field, behind a name that may have spaces in it.
+    while (!/\) T [^)]*$/.test(readFileSync(`/proc/${this.process.pid}/stat`, 'utf8'))) await sleep(5);
   }
 
   get exit(): Promise<NodeJS.Signals | number | null> {

@@ -14,9 +14,9 @@ export interface LaunchSettings {
   /** `auto`, `host`, `cuda` (a GPU for each worker, producers first) or `cuda:N` (one GPU, which they share). */
   readonly device: string;
   /** What computes; absent: the device. */
-  readonly executor?: 'host' | 'cuda';
+  readonly executor?: 'host' | 'cuda' | undefined;
   /** Of the proxy's clients. */
-  readonly apiKeyFile?: string;
+  readonly apiKeyFile?: string | undefined;
   readonly host: string;
   /** The proxy's HTTP port. */
   readonly port: number;
@@ -90,20 +90,11 @@ export async function planLaunch(settings: LaunchSettings, devices: readonly str
   const [http, discovery, ...rest] = ports;
   const drain = String(settings.drainTimeoutMs / 1_000);
   const common = [
-    '--drain-timeout',
-    drain,
-    '--log-level',
-    settings.logLevel,
-    '--log-format',
-    settings.logFormat,
+    ...['--drain-timeout', drain],
+    ...['--log-level', settings.logLevel, '--log-format', settings.logFormat],
   ];
   const proxyArgs = [
-    '--host',
-    host,
-    '--port',
-    String(http),
-    '--discovery-port',
-    String(discovery),
+    ...['--host', host, '--port', String(http), '--discovery-port', String(discovery)],
     ...(settings.apiKeyFile === undefined ? [] : ['--api-key-file', settings.apiKeyFile]),
     ...(tokenizer === undefined ? [] : ['--tokenizer', tokenizer]),
     ...common,

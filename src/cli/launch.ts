@@ -117,24 +117,11 @@ export function launchOptions(argv: readonly string[], env: NodeJS.ProcessEnv): 
     const value = values[name as keyof typeof PASSED_ON];
     return value === undefined ? [] : [flag, value];
   });
-  const { prefill, decode, device, executor, apiKeyFile } = values;
-  const { host, port, discoveryPort, basePort, freePorts } = values;
-  const { logLevel, logFormat, logDir, json, drainTimeout: drainTimeoutMs, startTimeout } = values;
+  const { prefill, decode, model, json, logDir, drainTimeout, startTimeout } = values;
   const settings = {
-    prefill,
-    decode,
-    device,
-    ...(executor && { executor }),
-    ...(apiKeyFile !== undefined && { apiKeyFile }),
-    host,
-    port,
-    discoveryPort,
-    basePort,
-    freePorts,
-    drainTimeoutMs,
-    logLevel,
-    logFormat,
-    ...(prefill + decode > 2 && { tokenizer: values.model ?? demoModelDir() }),
+    ...values,
+    drainTimeoutMs: drainTimeout,
+    ...(prefill + decode > 2 && { tokenizer: model ?? demoModelDir() }),
     workerFlags: [...passed, ...extra],
   };
   return { settings, json, startTimeoutMs: startTimeout, ...(logDir && { logDir }), warnings };

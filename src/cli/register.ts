@@ -55,7 +55,7 @@ export function registerOptions(argv: readonly string[], env: NodeJS.ProcessEnv)
     throw new PdError('CONFIG_INVALID', `pd-proxy register needs ${needs}`);
   }
   const log = { level: logLevel, format: logFormat };
-  return { role, http, kv, proxy, registry, intervalMs: pingInterval, log, warnings };
+  return { role, http, kv, proxy, ...(registry && { registry }), intervalMs: pingInterval, log, warnings };
 }
 
 /** Runs until SIGTERM or SIGINT. */
@@ -64,26 +64,24 @@ export async function main(argv: readonly string[]): Promise<void> {
     role,
     http,
     kv,
-    proxy,
-    registry,
-    intervalMs,
-    log: options,
+    proxy: proxies,
+    log: logging,
     warnings,
+    ...more
   } = registerOptions(argv, process.env);
   const told = new Promise<void>((resolve) => {
     for (const signal of ['SIGTERM', 'SIGINT'] as const) process.on(signal, () => resolve());
   });
-  const log = createLogger(options, 'register');
+  const log = createLogger(logging, 'register');
   for (const warning of warnings) log.warn(warning);
   const addresses = { http: await reached(http, '--http'), kv: await reached(kv, '--kv') };
   // Imported here: --help and a wrong flag need no sockets.
   const { OnBehalf } = await import('../transfer/on-behalf.ts');
   const one = new OnBehalf({
     ...addresses,
+    ...more,
     type: role === 'producer' ? 'P' : 'D',
-    proxies: proxy,
-    ...(registry && { registry }),
-    intervalMs,
+    proxies,
     log,
   });
   await told;

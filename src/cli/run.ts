@@ -25,12 +25,8 @@ export async function runCli(program: string, main: () => Promise<void>): Promis
     const error = PdError.from(cause);
     console.error(startErrorLine(program, error));
     const { PD_LOG_LEVEL, VLLM_LOGGING_LEVEL } = process.env;
-    if (/^(debug|trace)$/i.test(PD_LOG_LEVEL ?? VLLM_LOGGING_LEVEL ?? '') || debugFlag())
-      console.error(cause);
+    const flag = /--log-level[= ](debug|trace)\b/.test(process.argv.join(' '));
+    if (flag || /^(debug|trace)$/i.test(PD_LOG_LEVEL ?? VLLM_LOGGING_LEVEL ?? '')) console.error(cause);
     process.exit(1);
   }
-}
-
-function debugFlag(): boolean {
-  return /--log-level[= ](debug|trace)\b/.test(process.argv.join(' '));
 }

@@ -38,7 +38,7 @@ export type TableOf<C> = Readonly<
   Record<
     string,
     | { [P in FieldPath<C>]: OptionSpec<FieldAt<C, P>> & { readonly field: P } }[FieldPath<C>]
-    | (OptionSpec<unknown> & { readonly field?: never })
+    | (OptionSpec<unknown> & { readonly field: false })
   >
 >;
 
@@ -65,7 +65,7 @@ export function fieldsOf<T extends OptionTable>(table: T, values: ValuesOf<T>): 
   const fields: Record<string, unknown> = {};
   for (const [name, { field }] of Object.entries(table)) {
     const value = values[name];
-    if (field === undefined || value === undefined) continue;
+    if (!field || value === undefined) continue;
     const path = field.split('.');
     const last = path.pop() ?? field;
     let at = fields;
@@ -95,7 +95,7 @@ export type ShapeOf<T extends OptionTable, P extends string> = {
 export function shapeOf<T extends OptionTable, const P extends string>(table: T, prefix: P): ShapeOf<T, P> {
   const shape: Record<string, z.ZodType> = {};
   for (const { field, kind } of Object.values(table)) {
-    const name = field?.startsWith(prefix) ? field.slice(prefix.length) : undefined;
+    const name = field !== false && field?.startsWith(prefix) ? field.slice(prefix.length) : undefined;
     if (name !== undefined && !name.includes('.')) shape[name] = (kind.value ?? kind.schema).optional();
   }
   return shape as ShapeOf<T, P>;
@@ -121,7 +121,6 @@ export const logOptions = <At extends string>(at: At) =>
 
 export const TRACE_OPTIONS = grouped('Traces', {
   otlpEndpoint: option({
-    field: 'otlpEndpoint',
     kind: webUrl(),
     help: 'OpenTelemetry receiver of OTLP over HTTP, whose /v1/traces gets a trace of each request as JSON',
     defaultText: 'OTEL_EXPORTER_OTLP_ENDPOINT, or none',

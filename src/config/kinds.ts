@@ -45,6 +45,15 @@ function parsed<T>(
   return { schema, value, allowed, argument, render };
 }
 
+/** Undefined where it throws. */
+function attempt<T>(parse: () => T): T | undefined {
+  try {
+    return parse();
+  } catch {
+    return undefined;
+  }
+}
+
 const itself = (text: string): string => text;
 const numberOf = (text: string): number => (text === '' ? Number.NaN : Number(text));
 
@@ -93,15 +102,11 @@ export const address: z.ZodType<HostPort, Address> = z
   })
   .transform((given, context): HostPort => {
     if (typeof given !== 'string') return given;
-    try {
-      return parseHostPort(given);
-    } catch {
-      context.addIssue({
-        code: 'custom',
-        message: `${JSON.stringify(given)} is not HOST:PORT (an IPv6 address in brackets: [::1]:14579)`,
-      });
-      return z.NEVER;
-    }
+    const parsed = attempt(() => parseHostPort(given));
+    if (parsed) return parsed;
+    const message = `${JSON.stringify(given)} is not HOST:PORT (an IPv6 address in brackets: [::1]:14579)`;
+    context.addIssue({ code: 'custom', message });
+    return z.NEVER;
   });
 
 export function hostPort(): Kind<HostPort> {
@@ -122,13 +127,7 @@ export function etcdAddress(): Kind<EtcdAddress> {
   const value = z.custom<EtcdAddress>(
     (given) => typeof given === 'object' && given !== null && 'endpoints' in given,
   );
-  const parse = (text: string) => {
-    try {
-      return parseEtcdAddress(text);
-    } catch {
-      return undefined;
-    }
-  };
+  const parse = (text: string) => attempt(() => parseEtcdAddress(text));
   const allowed =
     'etcd://HOST:2379, further hosts after commas, a prefix after /, USER:PASSWORD@ before; etcds:// for TLS';
   return parsed(
@@ -157,13 +156,11 @@ export function namedInstance(): Kind<NamedInstance> {
     const [, role, scheme, http, kv] =
       /^(?:(producer|consumer)=)?(https?:\/\/)?([^/=]+)(?:\/([^/=]+))?$/.exec(text) ?? [];
     if (http === undefined || (role === undefined) !== (kv === undefined)) return undefined;
-    try {
+    return attempt(() => {
       const named = { http: parseHostPort(http), tls: scheme === 'https://' };
       if (kv === undefined) return named;
       return { ...named, told: { role: role as 'producer' | 'consumer', kv: parseHostPort(kv) } };
-    } catch {
-      return undefined;
-    }
+    });
   };
   const allowed =
     'HOST:PORT of a pd-worker, or producer=HOST:PORT/KV_HOST:KV_PORT or consumer=... of a vLLM worker';
@@ -177,12 +174,7 @@ export function addressRange(): Kind<string> {
 }
 
 function isRange(text: string): boolean {
-  try {
-    AllowList.parse([text]);
-    return text.trim() !== '';
-  } catch {
-    return false;
-  }
+  return text.trim() !== '' && attempt(() => AllowList.parse([text])) !== undefined;
 }
 
 /** A device, or `auto`: what this machine has decides. A program names one. */

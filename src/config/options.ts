@@ -25,8 +25,8 @@ export interface OptionSpec<T> {
   readonly defaultText?: string;
   /** Flag, without dashes, where it is not the name in kebab case. */
   readonly flag?: string;
-  /** Where the value lies in the configuration: `log.level`. Absent: the program makes something of it. */
-  readonly field?: string;
+  /** Where the value lies in the configuration: `log.level`. Absent: under the option's name. False: the program makes something of it. */
+  readonly field?: string | false;
 }
 
 export type OptionTable = Readonly<Record<string, OptionSpec<unknown>>>;
@@ -50,9 +50,17 @@ export function option<T, const S extends OptionSpec<T>>(spec: S & { readonly ki
   return spec;
 }
 
+/** Every row with its field, where it has named none. */
+type Named<T> = {
+  readonly [K in keyof T & string]: T[K] extends { readonly field: string | false }
+    ? T[K]
+    : T[K] & { readonly field: K };
+};
+
 /** Keeps the type of a table. A program that reads a config file has an option named `config`. */
-export function defineOptions<const T extends OptionTable>(table: T): T {
-  return table;
+export function defineOptions<const T extends OptionTable>(table: T): Named<T> {
+  const rows = Object.entries(table).map(([name, spec]) => [name, { field: name, ...spec }]);
+  return Object.fromEntries(rows) as Named<T>;
 }
 
 /** The same options under a heading of their own in --help. */

@@ -110,16 +110,21 @@ export interface ProxyConfig {
 
 /** A new option is a row here and its field above. */
 export const PROXY_OPTIONS = defineOptions({
-  host: option({ kind: text('address'), help: 'address to listen on', default: '0.0.0.0' }),
-  port: option({ kind: port(), help: 'HTTP port for clients', default: 10_002 }),
+  host: option({ field: false, kind: text('address'), help: 'address to listen on', default: '0.0.0.0' }),
+  port: option({ field: false, kind: port(), help: 'HTTP port for clients', default: 10_002 }),
   discoveryHost: option({
+    field: false,
     kind: text('address'),
     help: 'address to listen on for pings',
     defaultText: 'that of --host',
   }),
-  discoveryPort: option({ kind: port(), help: 'port that instances ping (ZeroMQ)', default: 30_002 }),
+  discoveryPort: option({
+    field: false,
+    kind: port(),
+    help: 'port that instances ping (ZeroMQ)',
+    default: 30_002,
+  }),
   allowInstances: option({
-    field: 'allowInstances',
     kind: listOf(addressRange()),
     help: 'whose pings are taken: addresses, or ranges such as 10.0.0.0/8',
     defaultText: "everyone's",
@@ -127,7 +132,6 @@ export const PROXY_OPTIONS = defineOptions({
   ...ACCESS_OPTIONS,
   ...grouped('Instances', {
     instances: option({
-      field: 'instances',
       kind: listOf(namedInstance()),
       help:
         'instances that need not ping: HOST:PORT of the HTTP server of a pd-worker (of a name, all its addresses), or of a vLLM worker ' +
@@ -136,7 +140,6 @@ export const PROXY_OPTIONS = defineOptions({
       defaultText: 'those that ping',
     }),
     registry: option({
-      field: 'registry',
       kind: etcdAddress(),
       help: 'etcd in which instances register: etcd://host:2379/prefix',
       defaultText: 'none',
@@ -185,44 +188,37 @@ export const PROXY_OPTIONS = defineOptions({
     default: 600_000,
   }),
   overlap: option({
-    field: 'overlap',
     kind: integer(0, 1_024),
     help: 'the consumer is asked at once while the producer has at most so many requests of this proxy; 0: always in turn',
     default: 4,
   }),
   ...grouped('Routing', {
     policy: option({
-      field: 'policy',
       kind: oneOf(POLICIES),
       help: 'how instances are chosen; auto: kv-aware among pd-workers, round-robin where there is a vLLM worker',
       default: 'auto',
     }),
     prefillPolicy: option({
-      field: 'prefillPolicy',
       kind: oneOf(POLICIES),
       help: 'how producers are chosen',
       defaultText: 'as --policy',
     }),
     decodePolicy: option({
-      field: 'decodePolicy',
       kind: oneOf(POLICIES),
       help: 'how consumers are chosen',
       defaultText: 'as --policy',
     }),
     tokenizer: option({
-      field: 'tokenizer',
       kind: text('dir'),
       help: 'checkpoint directory whose tokenizer the workers use: prompts are placed by their token ids, which is exact',
       defaultText: 'prompts are placed by their text',
     }),
     sessionHeader: option({
-      field: 'sessionHeader',
       kind: text('name'),
       help: "header that names a request's session for the policy `session`; without it the body's `user` does",
       default: 'x-session-id',
     }),
     bypassTokens: option({
-      field: 'bypassTokens',
       kind: integer(0, 2 ** 20),
       help: 'a prompt of which at most so many tokens are not cached on its consumer goes to that alone; 0: none does',
       default: 0,
@@ -230,19 +226,16 @@ export const PROXY_OPTIONS = defineOptions({
   }),
   ...grouped('Limits', {
     maxRunning: option({
-      field: 'maxRunning',
       kind: integer(0, 2 ** 20),
       help: 'most requests under way; 0: any number',
       default: 0,
     }),
     maxRunningTokens: option({
-      field: 'maxRunningTokens',
       kind: integer(0, 2 ** 40),
       help: 'most prompt tokens of requests under way, about; 0: any number',
       default: 0,
     }),
     maxQueued: option({
-      field: 'maxQueued',
       kind: integer(0, 2 ** 20),
       help: 'most requests that wait for their turn; others are answered 429',
       default: 256,
@@ -267,27 +260,24 @@ export const PROXY_OPTIONS = defineOptions({
     default: 30_000,
   }),
   workers: option({
-    field: 'workers',
     kind: integer(1, 64),
     help: 'processes that relay, for more requests than one core can; with more than one, another places requests for all of them',
     default: 1,
   }),
   debugState: option({
-    field: 'debugState',
     kind: toggle(),
     help: 'answer GET /debug/state to clients on this machine',
     default: false,
   }),
   ui: option({
-    field: 'ui',
     kind: oneOf(UI_AUDIENCES),
     help: 'the page at /ui: for clients on this machine (with --api-key-file, for admin keys from anywhere), for everyone, or not at all',
     default: 'local',
   }),
   ...logOptions('log.'),
   ...TRACE_OPTIONS,
-  config: option({ kind: text('file'), help: 'JSON file with any of these options' }),
-} satisfies TableOf<ProxyConfig>);
+  config: option({ field: false, kind: text('file'), help: 'JSON file with any of these options' }),
+}) satisfies TableOf<ProxyConfig>;
 
 export function toProxyConfig(values: ValuesOf<typeof PROXY_OPTIONS>): ProxyConfig {
   return {

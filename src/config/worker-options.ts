@@ -48,14 +48,14 @@ const deadline = <Name extends keyof TransferTimeouts>(name: Name, help: string)
 
 export const WORKER_OPTIONS = defineOptions({
   role: option({
-    field: 'role',
     kind: oneOf(WORKER_ROLES),
     help: 'compute prompts, generate, or both undivided',
     default: 'both',
   }),
-  config: option({ kind: text('file'), help: 'JSON file of options' }),
+  config: option({ field: false, kind: text('file'), help: 'JSON file of options' }),
   ...grouped('Model', {
     model: option({
+      field: false,
       kind: text('dir'),
       help: 'directory of a Hugging Face checkpoint',
       defaultText: 'the bundled demo model',
@@ -73,59 +73,51 @@ export const WORKER_OPTIONS = defineOptions({
       default: 'auto',
     }),
     executor: option({
-      field: 'executor',
       kind: oneOf(EXECUTORS),
       help: 'what computes; host with a cuda device moves KV through GPU memory',
       defaultText: 'as --device',
     }),
     maxModelLen: option({
-      field: 'maxModelLen',
       kind: integer(2, 2 ** 24, 'tokens'),
       help: 'most tokens of one sequence, prompt and output',
       defaultText: "the model's own",
     }),
     toolCallParser: option({
-      field: 'toolCallParser',
       kind: oneOf(['auto', 'none', ...CALL_DIALECTS]),
       help: 'how the model writes calls of tools; auto: as its chat template says',
       default: 'auto',
     }),
     reasoningParser: option({
-      field: 'reasoningParser',
       kind: oneOf(['auto', 'none', ...REASONING_DIALECTS]),
       help: 'how it marks what it thinks; auto: as its chat template says; none: as part of the answer',
       default: 'auto',
     }),
-    debugLogits: option({
-      field: 'debugLogits',
-      kind: text('dir'),
-      help: 'logits of every sampled token go here: slow',
-    }),
+    debugLogits: option({ kind: text('dir'), help: 'logits of every sampled token go here: slow' }),
   }),
   ...grouped('HTTP server', {
-    host: option({ kind: text('host'), help: 'address to bind', default: '0.0.0.0' }),
+    host: option({ field: false, kind: text('host'), help: 'address to bind', default: '0.0.0.0' }),
     port: option({
+      field: false,
       kind: port(),
       help: 'port to bind, 0 for any free one',
       defaultText: '8081 producer, 8083 consumer, 8080 both',
     }),
     httpAnnounceHost: option({
-      field: 'httpAnnounceHost',
       kind: text('host'),
       help: 'host told to the proxy',
       defaultText: "PD_HOST_IP, or the one bound, or this machine's address",
     }),
     debugState: option({
+      field: false,
       kind: toggle(),
       help: 'answer GET /debug/state to clients on this machine',
       default: false,
     }),
-    debugStateRemote: option({ kind: toggle(), help: 'and to any client', default: false }),
+    debugStateRemote: option({ field: false, kind: toggle(), help: 'and to any client', default: false }),
   }),
   ...ACCESS_OPTIONS,
   ...grouped('HTTP server', {
     promptIdsFrom: option({
-      field: 'promptIdsFrom',
       kind: listOf(addressRange()),
       help: 'proxies (addresses, or ranges such as 10.0.0.0/8) whose token ids of a prompt are taken for its text, unchecked',
       defaultText: 'every prompt is tokenized here',
@@ -133,25 +125,25 @@ export const WORKER_OPTIONS = defineOptions({
   }),
   ...grouped('KV transfer', {
     kvHost: option({
+      field: false,
       kind: text('host'),
       help: 'address that the KV listener binds',
       defaultText: "this machine's address",
     }),
-    kvPort: option({ kind: port(), help: 'base port of the KV listener', default: 14_579 }),
+    kvPort: option({ field: false, kind: port(), help: 'base port of the KV listener', default: 14_579 }),
     kvAnnounceHost: option({
+      field: false,
       kind: text('host'),
       help: 'KV host told to others',
       defaultText: 'PD_HOST_IP, or the one bound',
     }),
     proxy: option({
-      field: 'proxy',
       kind: listOf(hostPort()),
       help: 'discovery addresses of proxies, such as 127.0.0.1:30002; of a name, all its addresses',
       default: [],
       defaultText: 'no ping',
     }),
     registry: option({
-      field: 'registry',
       kind: etcdAddress(),
       help: 'etcd to register with, for proxies that read it: etcd://host:2379/prefix',
       defaultText: 'none',
@@ -163,13 +155,11 @@ export const WORKER_OPTIONS = defineOptions({
       default: 'PUT_ASYNC',
     }),
     wire: option({
-      field: 'wire',
       kind: oneOf(WIRE_CHOICES),
       help: 'between workers of ours: native, written into place; frozen, as with vLLM; auto, native where the proxy sees that both can',
       default: 'auto',
     }),
     transport: option({
-      field: 'transport',
       kind: oneOf(TRANSPORT_CHOICES),
       help: "how a native hand-over's bytes travel: direct, into a cache of the same host; nccl; host; auto, the first that both can",
       default: 'auto',
@@ -206,7 +196,6 @@ export const WORKER_OPTIONS = defineOptions({
       default: 'recompute',
     }),
     randomizeRequestIds: option({
-      field: 'randomizeRequestIds',
       kind: toggle(),
       help: 'leave the random suffix off engine request ids',
       default: true,
@@ -237,64 +226,50 @@ export const WORKER_OPTIONS = defineOptions({
       defaultText: 'everyone',
     }),
     kvEventsPort: option({
-      field: 'kvEventsPort',
       kind: port(),
       help: 'first of three ports that say what is cached (events, replay, snapshot), 0 for any free ones',
       defaultText: 'not said',
     }),
     kvEventsForm: option({
-      field: 'kvEventsForm',
       kind: oneOf(KV_EVENT_FORMS),
       help: 'map as vLLM from June 2026, positional for older readers',
       default: 'map',
     }),
-    kvTransferConfig: option({ kind: json(), help: "vLLM's JSON, as it is" }),
+    kvTransferConfig: option({ field: false, kind: json(), help: "vLLM's JSON, as it is" }),
   }),
   ...grouped('Scheduler and KV cache', {
     maxNumSeqs: option({
-      field: 'maxNumSeqs',
       kind: integer(1, 65_536),
       help: 'most sequences in a batch',
       defaultText: '32 on host, 256 on cuda',
     }),
     maxNumBatchedTokens: option({
-      field: 'maxNumBatchedTokens',
       kind: integer(1, 2 ** 24, 'tokens'),
       help: 'most tokens in a step; longer prompts go in chunks',
       defaultText: '512 on host, 8192 on cuda',
     }),
-    blockSize: option({
-      field: 'blockSize',
-      kind: integer(1, 1_024, 'tokens'),
-      help: 'tokens per KV block',
-      default: 16,
-    }),
+    blockSize: option({ kind: integer(1, 1_024, 'tokens'), help: 'tokens per KV block', default: 16 }),
     numBlocks: option({
-      field: 'numBlocks',
       kind: integer(2, 2 ** 31 - 1),
       help: 'KV blocks',
       defaultText: 'by what the batch needs, or free GPU memory',
     }),
     gpuMemoryUtilization: option({
-      field: 'gpuMemoryUtilization',
       kind: real(0.01, 1),
       help: "share of the GPU's memory that weights, KV and buffers may fill",
       default: 0.9,
     }),
     workersPerGpu: option({
-      field: 'workersPerGpu',
       kind: integer(1, 64),
       help: 'workers that share this GPU, each with an equal part of --gpu-memory-utilization; above 1 only what this worker itself holds counts',
       default: 1,
     }),
     batchInvariant: option({
-      field: 'batchInvariant',
       kind: toggle(),
       help: 'on cuda, the same bits for a sequence in any batch; slower',
       default: false,
     }),
     enablePrefixCaching: option({
-      field: 'enablePrefixCaching',
       kind: toggle(),
       help: 'compute equal prompt prefixes anew each time',
       default: true,
@@ -323,6 +298,6 @@ export const WORKER_OPTIONS = defineOptions({
   }),
   ...logOptions('transfer.log.'),
   ...TRACE_OPTIONS,
-} satisfies TableOf<WorkerConfig>);
+}) satisfies TableOf<WorkerConfig>;
 
 export type WorkerOptions = ValuesOf<typeof WORKER_OPTIONS>;

@@ -1,10 +1,12 @@
 /** The two halves of a KV connector. The scheduler half is pure; the worker half talks to the transfer engine. */
 import type { EventRef, PagedLayer } from '../device/device.ts';
 import type { ErrorData } from '../errors.ts';
-import type { FirstTokens, WantOutcome } from '../transfer/native/hand-over-api.ts';
+import type { FirstTokens, LoadOutcome } from '../transfer/native/hand-over-api.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
 import type { Wire } from '../wire/overlap.ts';
 import type { ConnectorMetadata } from './metadata.ts';
+
+export type { LoadOutcome };
 
 /** What a connector needs to know about a request, in any runtime. */
 export interface ConnectorRequest {
@@ -56,9 +58,6 @@ export interface SchedulerConnector {
   /** Finished or aborted, in any state. */
   requestFinished(requestId: EngineRequestId): void;
 }
-
-/** By either wire: exactly one for each load that was begun. */
-export type LoadOutcome = WantOutcome;
 
 /** The state of a save at the end of its step, unless all is well. */
 export type SaveOutcome =

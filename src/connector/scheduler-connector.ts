@@ -50,11 +50,11 @@ export class P2pSchedulerConnector implements SchedulerConnector {
   readonly #blockSize: number;
   readonly #native: boolean;
   readonly #transfers = new Map<EngineRequestId, Transfer>();
-  #loads: LoadMeta[] = [];
-  #cancels: EngineRequestId[] = [];
-  #lost: TransferId[] = [];
-  #wants: WantMeta[] = [];
-  #unwanted: { readonly transferId: TransferId; readonly peer: HostPort }[] = [];
+  readonly #loads: LoadMeta[] = [];
+  readonly #cancels: EngineRequestId[] = [];
+  readonly #lost: TransferId[] = [];
+  readonly #wants: WantMeta[] = [];
+  readonly #unwanted: { readonly transferId: TransferId; readonly peer: HostPort }[] = [];
 
   constructor(options: P2pSchedulerConnectorOptions) {
     this.#role = options.role;
@@ -108,21 +108,15 @@ export class P2pSchedulerConnector implements SchedulerConnector {
     const saves: SaveMeta[] = [];
     const fills: FillMeta[] = [];
     if (this.#role === 'producer') for (const request of scheduled) this.#send(request, saves, fills);
-    const metadata = {
+    return {
       saves,
-      loads: this.#loads,
-      cancels: this.#cancels,
-      lost: this.#lost,
+      loads: this.#loads.splice(0),
+      cancels: this.#cancels.splice(0),
+      lost: this.#lost.splice(0),
       fills,
-      wants: this.#wants,
-      unwanted: this.#unwanted,
+      wants: this.#wants.splice(0),
+      unwanted: this.#unwanted.splice(0),
     };
-    this.#loads = [];
-    this.#cancels = [];
-    this.#lost = [];
-    this.#wants = [];
-    this.#unwanted = [];
-    return metadata;
   }
 
   loadFailed(requestId: EngineRequestId): void {

@@ -57,12 +57,12 @@ export class P2pWorkerConnector implements WorkerConnector {
   readonly #layerIndex: ReadonlyMap<string, number>;
   #saves: readonly SaveMeta[] = [];
   /** Moments that `waitForSave` waits for. None rejects. */
-  #pending: Promise<void>[] = [];
+  readonly #pending: Promise<void>[] = [];
   readonly #progress = new Map<SaveMeta, SaveProgress>();
   /** Loads under way; none rejects. */
   readonly #loads = new Map<EngineRequestId, Promise<void>>();
   #stepLoads: Promise<void>[] = [];
-  #outcomes: LoadOutcome[] = [];
+  readonly #outcomes: LoadOutcome[] = [];
   #ended = deferred<void>();
   /** `#ended` is resolved. */
   #rung = false;
@@ -127,8 +127,7 @@ export class P2pWorkerConnector implements WorkerConnector {
   }
 
   async waitForSave(): Promise<readonly SaveOutcome[]> {
-    const pending = this.#pending;
-    this.#pending = [];
+    const pending = this.#pending.splice(0);
     this.#saves = [];
     // Where something is saved: most steps of a decode have nothing to wait for.
     const begun = performance.now();
@@ -160,10 +159,8 @@ export class P2pWorkerConnector implements WorkerConnector {
   getFinished(): LoadOutcome[] {
     if (!this.#rung) return [];
     this.#rung = false;
-    const outcomes = this.#outcomes;
-    this.#outcomes = [];
     this.#ended = deferred<void>();
-    return outcomes;
+    return this.#outcomes.splice(0);
   }
 
   requestFinished(request: FinishedRequest): void {

@@ -87,7 +87,7 @@ export class EventPoller {
   }
 
   /** Waits for all work enqueued on `stream` so far. */
-  async drained(stream: Stream, timeoutMs: number, what: string): Promise<void> {
+  async drained(stream: Pick<Stream, 'record'>, timeoutMs: number, what: string): Promise<void> {
     const event = stream.record();
     try {
       await this.wait(event, timeoutMs, what);

@@ -78,7 +78,6 @@ async function portFinding(address: HostPort, what: string, flag: string): Promi
 }
 
 export function addressSection(config: WorkerConfig): Section {
-  const findings: Finding[] = [];
   const own = Object.values(networkInterfaces()).flatMap((list) => list ?? []);
   const others = own.filter(({ internal }) => !internal).map(({ address }) => address);
   const { announceHost, bind } = config.transfer;
@@ -90,46 +89,37 @@ export function addressSection(config: WorkerConfig): Section {
       : ([['KV', announceHost, '--kv-announce-host']] as const)),
     ['HTTP', config.httpAnnounceHost, '--http-announce-host'],
   ];
-  findings.push(info(`addresses of this machine: ${others.join(', ') || 'loopback only'}`));
-  for (const [what, host, flag] of announced) {
+  const findings = announced.map(([what, host, flag]): Finding => {
     const text = `${what} address announced to others: ${what === 'KV' ? kv : http}`;
-    if (isUnspecified(host)) {
-      findings.push(fail(`${text}, which nobody else can reach`, `give this machine's address with ${flag}`));
-    } else if (isLoopback(host)) {
-      findings.push(
-        warn(
-          `${text}: only this machine can reach it`,
-          others.length > 0
-            ? `for peers on other machines: --${what === 'KV' ? 'kv-' : ''}host ${others[0]}`
-            : 'peers on other machines need this one to be on a network',
-        ),
-      );
-    } else if (isIP(host) !== 0 && !own.some(({ address }) => address === host)) {
-      findings.push(
-        warn(
-          `${text}, which is not an address of this machine`,
-          'correct behind NAT; otherwise fix PD_HOST_IP',
-        ),
-      );
-    } else findings.push(ok(text));
-  }
-  return { title: 'Addresses', findings };
+    if (isUnspecified(host))
+      return fail(`${text}, which nobody else can reach`, `give this machine's address with ${flag}`);
+    if (isLoopback(host)) {
+      const fix =
+        others.length > 0
+          ? `for peers on other machines: --${what === 'KV' ? 'kv-' : ''}host ${others[0]}`
+          : 'peers on other machines need this one to be on a network';
+      return warn(`${text}: only this machine can reach it`, fix);
+    }
+    if (isIP(host) === 0 || own.some(({ address }) => address === host)) return ok(text);
+    return warn(
+      `${text}, which is not an address of this machine`,
+      'correct behind NAT; otherwise fix PD_HOST_IP',
+    );
+  });
+  const here = info(`addresses of this machine: ${others.join(', ') || 'loopback only'}`);
+  return { title: 'Addresses', findings: [here, ...findings] };
 }
 
 /** When no worker in particular was asked about: what one would announce by default. */
 export function defaultAddresses(): Section {
+  const title = 'Addresses';
   try {
     const host = localAddress(4);
     const text = `workers here announce ${host}, unless --kv-host or PD_HOST_IP says otherwise`;
-    return {
-      title: 'Addresses',
-      findings: [isLoopback(host) ? warn(`${text}: only this machine can reach it`) : ok(text)],
-    };
+    const finding = isLoopback(host) ? warn(`${text}: only this machine can reach it`) : ok(text);
+    return { title, findings: [finding] };
   } catch (cause) {
-    return {
-      title: 'Addresses',
-      findings: [fail(PdError.from(cause).message, 'fix or unset PD_HOST_IP')],
-    };
+    return { title, findings: [fail(PdError.from(cause).message, 'fix or unset PD_HOST_IP')] };
   }
 }
 

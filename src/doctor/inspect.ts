@@ -24,6 +24,8 @@ export interface GpuReport {
   readonly index: number;
   readonly name: string;
   readonly computeCapability: string;
+  /** The shipped machine code that runs on it; null if kernels come from PTX or the compiler. */
+  readonly machineCode: string | null;
   readonly busId: string;
   readonly freeBytes: number;
   readonly totalBytes: number;
@@ -38,24 +40,14 @@ export function answerNative(question: string, args: readonly string[]): unknown
       return { version: koffiVersion() };
     case 'libraries':
       return { libraries: inspectLibraries() };
-    case 'gpus': {
-      const { gpus, ...rest } = inspectGpus();
-      return {
-        ...rest,
-        gpus: gpus.map((gpu) => ({ ...gpu, machineCode: machineCode(gpu.computeCapability) })),
-      };
-    }
+    case 'gpus':
+      return inspectGpus();
     case 'visible-gpus':
       return visibleGpus(args.map(libraryName));
     default:
       loadLibrary(libraryName(question.replace(/^load-/, '')));
       return { loads: true };
   }
-}
-
-function machineCode(computeCapability: string): string | null {
-  const [major = 0, minor = 0] = computeCapability.split('.').map(Number);
-  return shippedArch(major, minor) ?? null;
 }
 
 function libraryName(text: string): LibraryName {
@@ -98,10 +90,13 @@ export function inspectGpus(): { readonly gpus: readonly GpuReport[]; readonly e
     for (const index of all) {
       runtime.setDevice(index);
       const { free, total } = runtime.memoryInfo();
+      const major = runtime.attribute(index, 'computeMajor');
+      const minor = runtime.attribute(index, 'computeMinor');
       gpus.push({
         index,
         name: driver.deviceName(index),
-        computeCapability: `${runtime.attribute(index, 'computeMajor')}.${runtime.attribute(index, 'computeMinor')}`,
+        computeCapability: `${major}.${minor}`,
+        machineCode: shippedArch(major, minor) ?? null,
         busId: runtime.pciBusId(index),
         freeBytes: free,
         totalBytes: total,

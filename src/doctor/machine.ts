@@ -4,8 +4,8 @@ import { LIBRARIES, type LibraryName } from '../../ffi/find.ts';
 import { PdError } from '../errors.ts';
 import { binarySize } from '../observability/bytes.ts';
 import { type Finding, fail, info, ok, type Section, warn } from './finding.ts';
-import type { LibraryReport } from './inspect.ts';
-import { type Answers, hasCrashed, type LoadQuestion, probe } from './probe.ts';
+import type { GpuReport, LibraryReport } from './inspect.ts';
+import { hasCrashed, probe } from './probe.ts';
 
 /** package.json: engines. */
 const LEAST_NODE = [20, 19] as const;
@@ -46,7 +46,7 @@ async function moduleFinding(name: 'koffi' | 'zeromq', does: string, timeoutMs: 
 
 export interface Gpus {
   readonly sections: readonly Section[];
-  readonly gpus: Answers['gpus']['gpus'];
+  readonly gpus: readonly GpuReport[];
 }
 
 /** `device` as given to a worker: `host` or `cuda:N`. A machine without a GPU is fine unless one is asked for. */
@@ -110,37 +110,30 @@ function libraryFinding(library: LibraryReport, needed: boolean): Finding {
 /** One of them brought the child process down: which? */
 async function crashFindings(crash: PdError, timeoutMs: number): Promise<Finding[]> {
   if (!hasCrashed(crash)) return [fail(crash.message, 'run npm ci again')];
-  return Promise.all(
+  const findings = await Promise.all(
     NEEDED.concat('nvrtc', 'cublas').map(async (name): Promise<Finding> => {
-      const variable = LIBRARIES[name].env[0] ?? '';
       try {
-        const question: LoadQuestion = `load-${name}`;
-        await probe(question, timeoutMs);
+        await probe(`load-${name}`, timeoutMs);
         return info(`${name} loads by itself`);
       } catch (cause) {
         const error = PdError.from(cause);
         if (!hasCrashed(error)) return info(`${name}: ${error.message}`);
         return fail(
           `${name}: the process that loads it ${error.message}`,
-          `${LIBRARIES[name].install}, or set ${variable} to another file`,
+          `${LIBRARIES[name].install}, or set ${LIBRARIES[name].env[0]} to another file`,
         );
       }
     }),
-  ).then((findings) =>
-    findings.some(({ level }) => level === 'fail')
-      ? findings
-      : [
-          ...findings,
-          fail(
-            `the process that asks the libraries ${crash.message}`,
-            'check whether nvidia-smi works; reinstall the driver',
-          ),
-        ],
   );
+  if (!findings.some(({ level }) => level === 'fail')) {
+    const fix = 'check whether nvidia-smi works; reinstall the driver';
+    findings.push(fail(`the process that asks the libraries ${crash.message}`, fix));
+  }
+  return findings;
 }
 
 function gpuFindings(
-  gpus: Answers['gpus']['gpus'],
+  gpus: readonly GpuReport[],
   error: string | undefined,
   device: string,
   driver: string | undefined,
@@ -196,7 +189,7 @@ const LINKS = {
 } as const;
 
 /** One line per kind of connection, with the pairs it holds for. */
-function linkFindings(gpus: Answers['gpus']['gpus']): Finding[] {
+function linkFindings(gpus: readonly GpuReport[]): Finding[] {
   return (['nvlink', 'pcie', 'none'] as const).flatMap((kind): Finding[] => {
     const pairs = gpus.flatMap(({ index, links }) =>
       links.flatMap((link, peer) => (link === kind && index < peer ? [`${index}-${peer}`] : [])),

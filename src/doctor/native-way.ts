@@ -93,25 +93,42 @@ async function knock(path: string): Promise<string | undefined> {
 
 /** Throws where nothing of the native wire answers in time. */
 async function helloOf(peer: HostPort, timeoutMs: number): Promise<HelloMessage> {
+  const body = await askRouter(peer, '#native', encodeNative(question(), LIMITS), timeoutMs);
+  if (typeof body === 'string')
+    throw new PdError('PEER_ANSWER_TIMEOUT', `no answer within ${timeoutMs / 1_000} s`);
+  const answer = decodeAnswered(body, LIMITS);
+  if (answer.cmd === 'HELLO') return answer;
+  throw new PdError('MESSAGE_INVALID', `it answers HELLO with ${answer.cmd}`);
+}
+
+/** The answer to one message, within `timeoutMs`: `refused` if the handshake is not completed, `silent` if there is none. `wire`: the end of our id. */
+export async function askRouter(
+  peer: HostPort,
+  wire: '' | '#native',
+  message: Uint8Array,
+  timeoutMs: number,
+): Promise<Buffer | 'refused' | 'silent'> {
   const { Dealer } = await import('zeromq');
   const dealer = new Dealer({
-    routingId: `pd-doctor-${process.pid}#native`,
+    routingId: `pd-doctor-${process.pid}${wire}`,
     linger: 0,
     immediate: true,
     ipv6: true,
     sendTimeout: timeoutMs,
     receiveTimeout: timeoutMs,
   });
+  let late: 'refused' | 'silent' = 'refused';
+  dealer.events.on('handshake', () => {
+    late = 'silent';
+  });
   try {
     dealer.connect(zmqEndpoint(peer));
-    await dealer.send(encodeNative(question(), LIMITS));
+    await dealer.send(message);
     const [body] = await dealer.receive();
-    const answer = decodeAnswered(body!, LIMITS);
-    if (answer.cmd === 'HELLO') return answer;
-    throw new PdError('MESSAGE_INVALID', `it answers HELLO with ${answer.cmd}`);
+    return body!;
   } catch (error) {
-    if ((error as NodeJS.ErrnoException).code !== 'EAGAIN') throw error;
-    throw new PdError('PEER_ANSWER_TIMEOUT', `no answer within ${timeoutMs / 1_000} s`, {}, { cause: error });
+    if ((error as NodeJS.ErrnoException).code === 'EAGAIN') return late;
+    throw error;
   } finally {
     dealer.close();
   }

@@ -9,7 +9,7 @@ import { DEFAULT_LIMITS } from '../config/transfer-options.ts';
 import type { WorkerConfig } from '../config/worker-config.ts';
 import { withDeadline } from '../deferred.ts';
 import { PdError } from '../errors.ts';
-import { asDestination, formatHostPort, type HostPort, zmqEndpoint } from '../net/address.ts';
+import { asDestination, formatHostPort, type HostPort } from '../net/address.ts';
 import { reachable } from '../net/knock.ts';
 import { EVERY_ADDRESS, reasonOf } from '../net/resolve.ts';
 import { decodeAnswer, encodeMessage } from '../wire/codec.ts';
@@ -17,7 +17,7 @@ import { PROBE_TENSOR } from '../wire/ids.ts';
 import type { Answer } from '../wire/messages.ts';
 import { isLoopback } from './addresses.ts';
 import { type Finding, fail, info, ok, type Section, warn } from './finding.ts';
-import { nativeWayFinding } from './native-way.ts';
+import { askRouter, nativeWayFinding } from './native-way.ts';
 
 export interface PeerQuestion {
   readonly peer: HostPort;
@@ -122,66 +122,33 @@ async function ask(
 ): Promise<{ readonly finding: Finding; readonly ours?: true }> {
   let answer: Answer | 'refused' | 'silent';
   try {
-    answer = await getNothing(peer, timeoutMs);
+    const message = encodeMessage({ cmd: 'GET', tensor_id: PROBE_TENSOR });
+    const body = await askRouter(peer, '', message, timeoutMs);
+    answer = typeof body === 'string' ? body : decodeAnswer(body, DEFAULT_LIMITS);
   } catch (cause) {
-    const finding = fail(
-      `its answer to a GET is not of the protocol: ${PdError.from(cause).message}`,
-      'is this the KV port of a pd-worker or of vLLM?',
-    );
-    return { finding };
+    const what = `its answer to a GET is not of the protocol: ${PdError.from(cause).message}`;
+    return { finding: fail(what, 'is this the KV port of a pd-worker or of vLLM?') };
   }
   if (answer === 'refused') {
-    const finding = fail(
-      'it speaks ZeroMQ but refuses connections from this machine',
-      "is this machine's address in its --allow-peers? Is it a KV port (a ROUTER) and not some other ZeroMQ socket?",
-    );
-    return { finding };
+    const fix =
+      "is this machine's address in its --allow-peers? Is it a KV port (a ROUTER) and not some other ZeroMQ socket?";
+    return { finding: fail('it speaks ZeroMQ but refuses connections from this machine', fix) };
   }
   if (answer === 'silent') {
-    const finding = fail(
-      `it accepts messages but does not answer a GET within ${timeoutMs / 1_000} s`,
-      "a proxy's discovery port never answers: give the KV port; the log shows whether a worker hangs; a vLLM listener answers only once its transfer is done",
-    );
-    return { finding };
+    const fix =
+      "a proxy's discovery port never answers: give the KV port; the log shows whether a worker hangs; a vLLM listener answers only once its transfer is done";
+    return {
+      finding: fail(`it accepts messages but does not answer a GET within ${timeoutMs / 1_000} s`, fix),
+    };
   }
   if (answer.kind === 'get' && answer.ret === 1) {
-    return answer.gone
-      ? { finding: ok('its KV listener answers; it is a pd-worker'), ours: true }
-      : { finding: ok('its KV listener answers; it is not a pd-worker (vLLM?), or an older one') };
+    if (!answer.gone)
+      return { finding: ok('its KV listener answers; it is not a pd-worker (vLLM?), or an older one') };
+  } else if (answer.kind !== 'no-pair') {
+    const what = `its KV listener answers a GET for an unknown tensor with ${JSON.stringify(answer)}`;
+    return { finding: warn(what) };
   }
-  if (answer.kind === 'no-pair')
-    return { finding: ok('its KV listener answers; it is a pd-worker'), ours: true };
-  return {
-    finding: warn(`its KV listener answers a GET for an unknown tensor with ${JSON.stringify(answer)}`),
-  };
-}
-
-/** Within `timeoutMs`: `refused` if the handshake is not completed, `silent` if there is no answer. */
-async function getNothing(peer: HostPort, timeoutMs: number): Promise<Answer | 'refused' | 'silent'> {
-  const { Dealer } = await import('zeromq');
-  const dealer = new Dealer({
-    routingId: `pd-doctor-${process.pid}`,
-    linger: 0,
-    immediate: true,
-    ipv6: true,
-    sendTimeout: timeoutMs,
-    receiveTimeout: timeoutMs,
-  });
-  let late: 'refused' | 'silent' = 'refused';
-  dealer.events.on('handshake', () => {
-    late = 'silent';
-  });
-  try {
-    dealer.connect(zmqEndpoint(peer));
-    await dealer.send(encodeMessage({ cmd: 'GET', tensor_id: PROBE_TENSOR }));
-    const [body] = await dealer.receive();
-    return decodeAnswer(body!, DEFAULT_LIMITS);
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === 'EAGAIN') return late;
-    throw error;
-  } finally {
-    dealer.close();
-  }
+  return { finding: ok('its KV listener answers; it is a pd-worker'), ours: true };
 }
 
 /** The other direction, as far as it can be tested from here: the address announced to the peer must lead back to this machine. */

@@ -8,16 +8,11 @@ import { type ErrorData, PdError } from '../errors.ts';
 import { threadEntry } from '../thread-entry.ts';
 import type { GpuReport, LibraryReport } from './inspect.ts';
 
-export interface ProbedGpu extends GpuReport {
-  /** The shipped machine code that runs on it; null if kernels come from PTX or the compiler. */
-  readonly machineCode: string | null;
-}
-
 export interface Answers {
   readonly koffi: { readonly version: string };
   readonly zeromq: { readonly version: string };
   readonly libraries: { readonly libraries: readonly LibraryReport[] };
-  readonly gpus: { readonly gpus: readonly ProbedGpu[]; readonly error?: string };
+  readonly gpus: { readonly gpus: readonly GpuReport[]; readonly error?: string };
   /** Creates no context on any GPU, so it is cheap and takes no memory from whatever runs there. `args`: other libraries to load. */
   readonly 'visible-gpus': DriverAnswer;
 }

@@ -205,7 +205,7 @@ async function askWorkers(instances: Instance[], timeoutMs: number): Promise<Fin
 
 /** Whether each end can be reached, from here, at the KV address that it announces. */
 async function kvAddresses(instances: Instance[], timeoutMs: number): Promise<Finding[]> {
-  const tried = await Promise.all(
+  return await Promise.all(
     instances.map(async ({ role, http_address, zmq_address }) => {
       const port = await knock(parseHostPort(zmq_address), timeoutMs);
       const what = `${role} ${http_address} announces the KV address ${zmq_address}`;
@@ -216,7 +216,6 @@ async function kvAddresses(instances: Instance[], timeoutMs: number): Promise<Fi
       );
     }),
   );
-  return tried;
 }
 
 function idFindings(id: string, instances: Instance[]): Finding[] {

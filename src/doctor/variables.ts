@@ -3,8 +3,7 @@ import { networkInterfaces } from 'node:os';
 import { type NativeConfig, nativeEnvironment } from '../device/native-env.ts';
 import { type Finding, fail, info, type Section, warn } from './finding.ts';
 
-type Verdict = Omit<Finding, 'what'> & { readonly what: string };
-type Judge = (value: string, context: VariableContext) => Verdict;
+type Judge = (value: string, context: VariableContext) => Finding;
 
 export interface VariableContext {
   /** False: GPU variables have no effect. */
@@ -91,7 +90,7 @@ const KNOWN: Readonly<Record<string, Judge>> = {
 /** Set by NVIDIA's container images to say what they contain; no library reads them. */
 const NOT_VARIABLES = /^(CUDA_VERSION|NCCL_VERSION|CUDA_VERSION_\w+)$/;
 
-function interfaceVerdict(value: string, interfaces: readonly string[]): Verdict {
+function interfaceVerdict(value: string, interfaces: readonly string[]): Finding {
   const exclude = value.startsWith('^');
   const exact = /^\^?=/.test(value);
   const names = value

@@ -161,7 +161,7 @@ function waitFinding(wait: Wait, transfer: TransferState, explained: Set<PairSta
   if (prefilling) return info(`${what}; its prompt may still be computed there`);
   const stuck = pairs.find((pair) => pair.state === 'opening' || pair.state === 'connecting');
   const open = pairs.find((pair) => pair.state === 'open');
-  const differ = idsDiffer(transfer.kvKey, open?.ours);
+  const differ = idsDiffer(transfer.kvKey, open?.native);
   if (nearMisses.length > 0) {
     return finding(`${what}; what came instead: ${nearMisses.join(', ')}`, differ.fix);
   }

@@ -49,16 +49,10 @@ export function capacity(form: WireForm): number {
 
 /** The form in which a cache of `layout` is sent: `tokens` of the prompt, in blocks of the cache's own size. */
 export function wireForm(layout: PagedLayout, wire: WireLayout, tokens: number): WireForm {
-  const { blockSize } = layout;
-  const blocks = Math.ceil(tokens / blockSize);
-  if (layout.family === 'mla') {
-    return wire === 'tokens'
-      ? { family: 'mla-tokens', blocks: tokens, blockSize: 1 }
-      : { family: 'mla', blocks, blockSize };
-  }
-  return wire === 'tokens'
-    ? { family: 'tokens', blocks: tokens, blockSize: 1 }
-    : { family: wire, blocks, blockSize };
+  const { family, blockSize } = layout;
+  const mla = family === 'mla';
+  if (wire === 'tokens') return { family: mla ? 'mla-tokens' : 'tokens', blocks: tokens, blockSize: 1 };
+  return { family: mla ? 'mla' : wire, blocks: Math.ceil(tokens / blockSize), blockSize };
 }
 
 /** The shape of the tensor that `form` describes, with the heads and head size of `layout`. */
@@ -151,15 +145,7 @@ function misfit({ shape, dtype }: WireTensor, layout: PagedLayout, why: string):
   );
 }
 
-function describeCache({ family, blockSize, heads, headDim, dtype }: PagedLayout): string {
-  switch (family) {
-    case 'kv-first':
-      return `[2, blocks, ${blockSize}, ${heads}, ${headDim}] ${dtype}`;
-    case 'blocks-first':
-      return `[blocks, 2, ${blockSize}, ${heads}, ${headDim}] ${dtype}`;
-    case 'mla':
-      return `[blocks, ${blockSize}, ${headDim}] ${dtype} (MLA)`;
-    default:
-      return unreachable(family, 'cache family');
-  }
+function describeCache(layout: PagedLayout): string {
+  const shape = wireShape(layout, Number.NaN).map((dim) => (Number.isNaN(dim) ? 'blocks' : dim));
+  return `[${shape.join(', ')}] ${layout.dtype}${layout.family === 'mla' ? ' (MLA)' : ''}`;
 }

@@ -3,8 +3,6 @@ import type { EventRef, PagedLayer } from '../device/device.ts';
 import type { ForwardBatch, ForwardResult, ScheduledSequence } from '../scheduler/types.ts';
 
 export interface LayerHooks {
-  /** Before layer `index` reads its cache. Absent where loads happen outside the batch. */
-  readonly beforeLayer?: (index: number) => Promise<void>;
   /** Layer `index` has written its KV of this step, or will have when `ready` fires (absent: it has). */
   readonly afterLayer?: (index: number, ready?: EventRef) => void;
 }

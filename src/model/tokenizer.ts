@@ -49,6 +49,8 @@ export class Tokenizer implements PieceSource {
   readonly vocabSize: number;
   /** Tokens that end a text, from config.json and generation_config.json. */
   readonly eosTokenIds: readonly number[];
+  /** The one of the tokenizer's own settings, or the first of the model's. */
+  readonly eosTokenId: number | undefined;
   readonly bosTokenId: number | undefined;
   /** Most UTF-16 units of text that one token stands for; Infinity where that cannot be told. */
   readonly charactersPerToken: number;
@@ -66,6 +68,7 @@ export class Tokenizer implements PieceSource {
     added: readonly AddedToken[],
     model: ModelConfig,
     chat: ChatTemplate | undefined,
+    eosToken: string | undefined,
     mostCharacters: number,
     digest: string,
   ) {
@@ -79,6 +82,7 @@ export class Tokenizer implements PieceSource {
     this.leadingSpaces = leadingSpaces;
     this.vocabSize = this.#pieces.length;
     this.eosTokenIds = model.eosTokenIds;
+    this.eosTokenId = this.#specialIds.get(eosToken ?? '') ?? model.eosTokenIds[0];
     this.bosTokenId = model.bosTokenId;
     this.charactersPerToken = mostCharacters;
   }
@@ -92,9 +96,11 @@ export class Tokenizer implements PieceSource {
     const { settings, template, model } = await readSettings(dir);
     const library = openLibrary(json, settings, path);
     const reader = readPieces(decoder, path);
-    const chat = template === undefined ? undefined : new ChatTemplate(template, namedTokens(settings), dir);
+    const named = namedTokens(settings);
+    const chat = template === undefined ? undefined : new ChatTemplate(template, named, dir);
     const most = charactersPerToken(json, settings);
-    return new Tokenizer(library, reader, added, model, chat, most, await Tokenizer.digestOf(dir));
+    const digest = await Tokenizer.digestOf(dir);
+    return new Tokenizer(library, reader, added, model, chat, named['eos_token'], most, digest);
   }
 
   /** What `digest` will be, without building the tokenizer. Throws as `load` does where a file is missing or broken. */
@@ -177,6 +183,7 @@ export type TextModel = Pick<
   | 'decoder'
   | 'digest'
   | 'encode'
+  | 'eosTokenId'
   | 'eosTokenIds'
   | 'tokenBytes'
   | 'tokenString'

@@ -30,17 +30,13 @@ export function ownKey(): string | undefined {
 /** The whole answer. Throws the error of the connection (`reasonOf` puts it into words), and the reason of `signal`. */
 export async function fetchAll(url: string, { json, key, signal }: Asked): Promise<Answer> {
   const open = url.startsWith('https:') ? requestSecurely : request;
-  const headers = key === undefined ? {} : { authorization: `Bearer ${key}` };
-  const options = { ...EVERY_ADDRESS, agent: false, signal, headers } as const;
+  const headers = {
+    ...(key !== undefined && { authorization: `Bearer ${key}` }),
+    ...(json && { 'content-type': 'application/json' }),
+  };
+  const options = { ...EVERY_ADDRESS, agent: false, signal, method: json ? 'POST' : 'GET', headers } as const;
   try {
-    const sent =
-      json === undefined
-        ? open(url, options).end()
-        : open(url, {
-            ...options,
-            method: 'POST',
-            headers: { ...headers, 'content-type': 'application/json' },
-          }).end(JSON.stringify(json));
+    const sent = open(url, options).end(json && JSON.stringify(json));
     sent.on('error', () => {}); // thrown by `once` before the response, by the response itself during it
     const [response] = (await once(sent, 'response')) as [IncomingMessage];
     const { statusCode: status = 0 } = response;

@@ -130,20 +130,32 @@ export class CallParser implements PartParser {
   #inList = false;
   #call: CallReader | undefined;
   #called = false;
+  /** Of calls that came out whole, there has been one. */
+  #whole = false;
+  readonly #single: boolean;
   #hasContent = false;
 
-  /** `names`: the tools that there are. */
-  constructor(dialect: CallDialect, names: readonly string[]) {
+  /** `names`: the tools that there are; `single`: there may be one call at most, and what stands behind one that broke is text. */
+  constructor(dialect: CallDialect, names: readonly string[], single = false) {
+    this.#single = single;
     this.#form = FORMS[dialect];
     this.#names = new Set(names);
     this.#finder = new MarkerFinder(this.#form.begin);
     this.#mode = this.#form.bare ? 'after' : 'text';
   }
 
+  get done(): boolean {
+    const closing = this.#mode === 'after' && this.#form.end !== '';
+    return this.#single && this.#whole && !closing;
+  }
+
   push(text: string): Part[] {
     const parts: Part[] = [];
-    for (let at = 0; at < text.length; ) {
-      if (this.#mode === 'text') {
+    for (let at = 0; at < text.length && !this.done; ) {
+      if (this.#mode === 'text' && this.#single && this.#called) {
+        this.#say(text.slice(at), parts);
+        break;
+      } else if (this.#mode === 'text') {
         const { before, after } = this.#finder.push(text.slice(at));
         this.#say(before, parts);
         if (after === undefined) break;
@@ -198,6 +210,7 @@ export class CallParser implements PartParser {
     }
     if (whole) {
       this.#raw = '';
+      this.#whole = true;
       this.#mode = 'after';
     } else if (call.state !== 'open') {
       this.#break(parts);

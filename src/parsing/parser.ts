@@ -5,8 +5,12 @@ import { type ReasoningDialect, ReasoningParser, reasoningTokens } from './reaso
 
 /** Plain data: it crosses threads. */
 export interface Parsing {
-  /** Absent: the request has no tools. `names`: theirs. */
-  readonly calls?: { readonly dialect: CallDialect; readonly names: readonly string[] };
+  /** Absent: the request has no tools. `names`: theirs; `single`: there may be one call at most. */
+  readonly calls?: {
+    readonly dialect: CallDialect;
+    readonly names: readonly string[];
+    readonly single?: boolean;
+  };
   /** Absent: the model does not think. `inside`: the prompt has opened the thoughts. */
   readonly reasoning?: { readonly dialect: ReasoningDialect; readonly inside: boolean };
 }
@@ -14,10 +18,11 @@ export interface Parsing {
 const PLAIN: PartParser = {
   push: (text) => (text === '' ? [] : [{ type: 'content', text }]),
   flush: () => [],
+  done: false,
 };
 
 export function createParser({ calls, reasoning }: Parsing): PartParser {
-  const answer = calls ? new CallParser(calls.dialect, calls.names) : PLAIN;
+  const answer = calls ? new CallParser(calls.dialect, calls.names, calls.single) : PLAIN;
   return reasoning ? new ReasoningParser(reasoning.dialect, reasoning.inside, answer) : answer;
 }
 

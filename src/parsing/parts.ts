@@ -17,6 +17,8 @@ export interface PartParser {
   push(text: string): Part[];
   /** The text is over. */
   flush(): Part[];
+  /** It has read the one call that there may be, and reads nothing that follows. */
+  readonly done: boolean;
 }
 
 /** Length of the longest end of `text` that is the beginning, and no more, of one of `markers`. */

@@ -55,6 +55,10 @@ export class ReasoningParser implements PartParser {
     this.#answer = answer;
   }
 
+  get done(): boolean {
+    return this.#answer.done;
+  }
+
   push(text: string): Part[] {
     if (this.#mode === 'start') return this.#start(text);
     if (this.#mode === 'thoughts') return this.#think(text);

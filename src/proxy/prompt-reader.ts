@@ -2,13 +2,10 @@
 import { type TextModel, Tokenizer } from '../model/tokenizer.ts';
 import { dialectOf } from '../parsing/calls.ts';
 import { type Route, readRequestBody } from '../worker/request-body-reader.ts';
+import { GENERATION_ROUTES } from '../worker/server/in-flight.ts';
 
 /** Paths whose bodies have a prompt. */
-const ROUTES: Readonly<Record<string, Route>> = {
-  '/v1/completions': 'completions',
-  '/v1/chat/completions': 'chat',
-  '/v1/responses': 'responses',
-};
+const ROUTES: Readonly<Record<string, Route>> = GENERATION_ROUTES;
 
 export class PromptReader {
   readonly #model: TextModel;

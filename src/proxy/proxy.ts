@@ -11,7 +11,7 @@ import { announceHost, hostAddress } from '../net/local.ts';
 import { listenError } from '../net/port-holder.ts';
 import { plural } from '../observability/bytes.ts';
 import { createLogger, type Logger } from '../observability/log.ts';
-import { openAiError } from '../openai-error.ts';
+import { modelNotFound, openAiError } from '../openai-error.ts';
 import { packageVersion } from '../version.ts';
 import { z } from '../zod.ts';
 import { Admission } from './admission.ts';
@@ -341,6 +341,13 @@ export class PdProxy {
       return reply.code(ready ? 200 : 503).send({ ready });
     });
     app.get('/v1/models', async () => ({ object: 'list', data: await this.#models.list() }));
+    app.get<{ Params: { '*': string } }>('/v1/models/*', async ({ params: { '*': name } }) => {
+      const models = await this.#models.list();
+      const model = models.find(({ id }) => id === name);
+      if (model) return model;
+      const ids = models.map(({ id }) => id);
+      throw modelNotFound(name, ids);
+    });
     app.get('/openapi.json', async (_request, reply) => {
       const { response, body } = await this.#openApi();
       reply.code(response.statusCode).type(String(response.headers['content-type'] ?? 'application/json'));

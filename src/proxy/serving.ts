@@ -5,6 +5,7 @@ import { Guard } from '../access/guard.ts';
 import type { ProxyConfig } from '../config/proxy-config.ts';
 import { PdError } from '../errors.ts';
 import { NO_JSON_SCHEMAS } from '../net/json-schemas.ts';
+import { checkHeads } from '../net/request-head.ts';
 import type { Logger } from '../observability/log.ts';
 import { openAiError } from '../openai-error.ts';
 import type { ProxyContext } from './attempt.ts';
@@ -59,6 +60,7 @@ export class Serving {
       trustProxy: behindRelays,
     }) as unknown as FastifyInstance;
     guard.attach(this.app);
+    checkHeads(this.app);
     this.#routes();
   }
 

@@ -71,7 +71,9 @@ export class Ui {
     app.get(file, async (request, reply) => {
       return this.#file(request, reply, (request.params as { file: string }).file);
     });
-    app.get(UI_EVENTS_ROUTE, async (request, reply) => this.#watch(request, reply));
+    // HEAD of a stream without end would be one, too.
+    const get = { exposeHeadRoute: false };
+    app.get(UI_EVENTS_ROUTE, get, async (request, reply) => this.#watch(request, reply));
   }
 
   /** Whoever watches is told what there is now, and the answers end. Idempotent. */

@@ -25,7 +25,7 @@ export class SequencePool {
   readonly loading = new Map<EngineRequestId, Sequence>();
   readonly #groups = new Map<EngineRequestId, RequestGroup>();
   readonly #connector: SchedulerConnector | undefined;
-  #finished: FinishedRequest[] = [];
+  readonly #finished: FinishedRequest[] = [];
   #arrivals = 0;
 
   constructor(blocks: BlockManager, connector: SchedulerConnector | undefined) {
@@ -41,14 +41,10 @@ export class SequencePool {
     return this.#groups.get(requestId);
   }
 
-  /** Another request under way is known by the same transfer id. */
-  hasTransfer(transferId: TransferId): boolean {
-    for (const { request } of this.#groups.values()) if (request.transferId === transferId) return true;
-    return false;
-  }
-
-  groups(): RequestGroup[] {
-    return [...this.#groups.values()];
+  /** All, or those that are known by `transferId`. */
+  groups(transferId?: TransferId): RequestGroup[] {
+    const all = [...this.#groups.values()];
+    return transferId === undefined ? all : all.filter(({ request }) => request.transferId === transferId);
   }
 
   add(request: CoreRequest): void {
@@ -72,20 +68,6 @@ export class SequencePool {
     group.leader = leader;
     this.#groups.set(request.requestId, group as RequestGroup);
     this.waiting.insert(leader);
-  }
-
-  /** The producer is done with the prompt. */
-  prefilled(transferId: TransferId): void {
-    for (const group of this.#groups.values()) {
-      if (group.request.transferId === transferId) group.prefilled = true;
-    }
-  }
-
-  /** Nobody will fetch its KV, however it ends. */
-  released(transferId: TransferId): void {
-    for (const group of this.#groups.values()) {
-      if (group.request.transferId === transferId) group.aborted = true;
-    }
   }
 
   /** Moves a sequence to the queue of `state`; blocks are the caller's business. */
@@ -188,9 +170,7 @@ export class SequencePool {
 
   /** Requests that are over since the last call. */
   takeFinished(): FinishedRequest[] {
-    const finished = this.#finished;
-    this.#finished = [];
-    return finished;
+    return this.#finished.splice(0);
   }
 
   /** What is wrong, in words; empty when all is well. */

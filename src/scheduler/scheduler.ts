@@ -146,7 +146,7 @@ export class Scheduler {
       throw new PdError('REQUEST_INVALID', `request ${requestId} is here already`, { requestId });
     }
     // KV that comes for one of the two could be the other's.
-    if (this.#connector?.transfersKv(transferId) && this.#pool.hasTransfer(transferId)) {
+    if (this.#connector?.transfersKv(transferId) && this.#pool.groups(transferId).length > 0) {
       const message = `request ${requestId}: another request of the id ${transferId} is under way`;
       throw new PdError('REQUEST_INVALID', message, { requestId, transferId });
     }
@@ -175,12 +175,12 @@ export class Scheduler {
 
   /** The producer is done with the prompt: a load that begins later waits for no prefill. */
   prefilled(transferId: TransferId): void {
-    this.#pool.prefilled(transferId);
+    for (const group of this.#pool.groups(transferId)) group.prefilled = true;
   }
 
   /** The other end of the pair will not decode it: however it ends, its KV is not kept. Also while a step is under way. */
   released(transferId: TransferId): void {
-    this.#pool.released(transferId);
+    for (const group of this.#pool.groups(transferId)) group.aborted = true;
   }
 
   /** Decides the next step. An empty batch means that nothing can run before a request comes or a load ends. */

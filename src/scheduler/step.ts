@@ -17,8 +17,6 @@ export interface SchedulerStep {
   readonly batch: ForwardBatch;
   /** Absent without a connector. */
   readonly metadata?: ConnectorMetadata;
-  /** Leaders alone: those whose prompt KV a connector may save. */
-  readonly scheduled: readonly ScheduledRequest[];
   readonly preempted: readonly EngineRequestId[];
   readonly entries: readonly StepEntry[];
   readonly numTokens: number;
@@ -29,6 +27,7 @@ export class StepBuilder {
   budget: number;
   readonly preempted: EngineRequestId[] = [];
   readonly entries: StepEntry[] = [];
+  /** Leaders alone: those whose prompt KV a connector may save. */
   readonly scheduled: ScheduledRequest[] = [];
   readonly #sequences: ScheduledSequence[] = [];
   readonly #copies: BlockCopy[] = [];
@@ -82,7 +81,6 @@ export class StepBuilder {
     return {
       batch: { sequences: this.#sequences, blockCopies: this.#copies },
       ...(metadata && { metadata }),
-      scheduled: this.scheduled,
       preempted: this.preempted,
       entries: this.entries,
       numTokens: this.#fullBudget - this.budget,

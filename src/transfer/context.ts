@@ -6,7 +6,7 @@ import type { EventPoller } from '../device/poller.ts';
 import type { ErrorCode, PdError } from '../errors.ts';
 import type { Logger, RateLimitedLog } from '../observability/log.ts';
 import type { MetricsPage } from '../observability/metrics.ts';
-import type { Transport } from '../transport/transport.ts';
+import type { OpenOptions, Pair, Transport } from '../transport/transport.ts';
 import { splitTensorId, suffixedFor, type TensorId, type TransferId } from '../wire/ids.ts';
 import type { PeerHello, SendType } from '../wire/messages.ts';
 import type { Deadlines } from './deadlines.ts';
@@ -82,10 +82,20 @@ export function logTensor(
   context.log.debug(tensorFields(context, tensor, peer), `${what} ${tensor.tensorId}`);
 }
 
-/** Before a communicator is set up, which both ends must join: what each takes itself for. */
-export function logJoining({ log, transport }: TransferContext, peer: string, rank: 0 | 1): void {
+/** As `Transport.open`, within `timeouts.pairInit`. Both ends must join it, so what each takes itself for is logged first. */
+export function joinPair(
+  { log, transport, options }: TransferContext,
+  ends: Omit<OpenOptions, 'timeoutMs'>,
+): Promise<Pair> {
+  const { peer, rank } = ends;
   const by = transport.kind === 'nccl' ? 'ncclCommInitRank' : 'host transport';
   log.info({ peer, rank, size: 2 }, `joining a communicator with ${peer}: rank ${rank}, size 2 (${by})`);
+  return transport.open({ ...ends, timeoutMs: options.timeouts.pairInit });
+}
+
+export function logJoined({ log, self }: TransferContext, { peer, rank }: Pair): void {
+  const way = rank === 0 ? '👉' : '👈';
+  log.info({ peer }, `🤝ncclCommInitRank Success, ${self}${way}${peer}, MyRank:${rank}`);
 }
 
 /** Failures of peers that pd_protocol_errors_total counts, and under which kind. */
@@ -108,11 +118,6 @@ export function countFailure(context: TransferContext, peer: string, error: PdEr
 }
 
 /** Resolves when the stream has done all that is enqueued on it now. */
-export async function passed(context: TransferContext, what: string): Promise<void> {
-  const event = context.stream.record();
-  try {
-    await context.poller.wait(event, context.options.timeouts.transfer, what);
-  } finally {
-    event.dispose();
-  }
+export function passed({ poller, stream, options }: TransferContext, what: string): Promise<void> {
+  return poller.drained(stream, options.timeouts.transfer, what);
 }

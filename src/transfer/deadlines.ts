@@ -134,3 +134,28 @@ export class Deadlines {
     return top;
   }
 }
+
+/** Looks after what grows old, every so many milliseconds; with nothing of it there, no timer runs. */
+export class Sweep {
+  readonly #deadlines: Deadlines;
+  readonly #everyMs: number;
+  readonly #run: () => boolean;
+  #armed = false;
+
+  /** `run` tells whether anything is left. */
+  constructor(deadlines: Deadlines, everyMs: number, run: () => boolean) {
+    this.#deadlines = deadlines;
+    this.#everyMs = everyMs;
+    this.#run = run;
+  }
+
+  /** There is something. Idempotent. */
+  arm(): void {
+    if (this.#armed) return;
+    this.#armed = true;
+    this.#deadlines.after(this.#everyMs, () => {
+      this.#armed = false;
+      if (this.#run()) this.arm();
+    });
+  }
+}

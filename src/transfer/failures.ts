@@ -1,6 +1,7 @@
 /** What went wrong lately, for `/debug/state`: by peer and kind, with the cause. Bounded. */
 import type { ErrorData, PdError } from '../errors.ts';
 import type { Deadlines } from './deadlines.ts';
+import { remember } from './memories.ts';
 
 /**
  * `load`: KV of a request did not come. `send`: a tensor could not be sent or kept. `refused`: a tensor of a peer found no room here.
@@ -52,11 +53,10 @@ export class Failures {
     if (NO_FAILURE.has(error.code)) return;
     const key = `${kind} ${peer}`;
     const before = this.#noted.get(key);
-    this.#noted.delete(key);
     const same = before && !before.recovered && before.error.code === error.code;
     const count = same ? before.count + 1 : 1;
-    this.#noted.set(key, { kind, peer, error, count, at: this.#clock.now(), recovered: false });
-    if (this.#noted.size > MOST) this.#noted.delete(this.#noted.keys().next().value!);
+    const noted = { kind, peer, error, count, at: this.#clock.now(), recovered: false };
+    remember(this.#noted, key, noted, MOST);
   }
 
   /** A load from `peer`, or a tensor to it, went well. */

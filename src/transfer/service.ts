@@ -91,29 +91,27 @@ export class TransferService {
     this.#router = router;
     this.address = address;
     this.#intake = new Intake(context);
-    const changed = () => this.#pairsChanged();
+    const pairsChanged = () => this.#pairsChanged();
     const newerPair = (peer: string, since: number) => this.#incoming.newerPair(peer, since);
-    this.#outgoing = new OutgoingPeers(context, { pairsChanged: changed, newerPair });
+    this.#outgoing = new OutgoingPeers(context, { pairsChanged, newerPair });
     this.#stager = new Stager(context);
     this.#keeper = new Keeper(context, this.#stager);
-    const peers = {
-      outgoing: (peer: string) => this.#outgoing.of(peer),
-      known: (peer: string) => this.#outgoing.known(peer),
-      pairsChanged: changed,
-      lostPair: (peer: string) => this.#incoming.lostPair(peer),
-      pairs: (peer: string) => this.#pairs().filter((pair) => pair.peer === peer),
-    };
-    this.#loads = new Loads(context, this.#intake, peers);
+    this.#loads = new Loads(context, this.#intake, {
+      outgoing: this.#outgoing,
+      lostPair: (peer) => this.#incoming.lostPair(peer),
+      pairs: (peer) => this.#pairs().filter((pair) => pair.peer === peer),
+    });
     this.#native =
       native &&
       new NativeWire(context, router, native.init, {
         tell: (event) => native.tell(event),
-        pairsChanged: changed,
+        pairsChanged,
       });
     this.#incoming = new Incoming(context, router, {
       intake: this.#intake,
       keeper: this.#keeper,
-      peers,
+      outgoing: this.#outgoing,
+      pairsChanged,
       native:
         this.#native ?? new NativeRefusal(context, router, (id, error) => this.#loads.sendFailed(id, error)),
     });
@@ -209,7 +207,7 @@ export class TransferService {
       return;
     }
     const outgoing = this.#outgoing.of(peer);
-    const leaving = outgoing.ours ? request : formed(request, options);
+    const leaving = outgoing.native ? request : formed(request, options);
     const put = new PutAnnouncement(this.#context, leaving, peer, {
       gathered: (underWay) => reply.gathered(underWay),
       underWay: () => reply.underWay(),

@@ -89,7 +89,8 @@ export interface PairState {
   readonly peer: string;
   readonly direction: 'outgoing' | 'incoming';
   readonly state: 'connecting' | 'opening' | 'open' | 'over';
-  readonly ours: boolean;
+  /** The peer is known to be a pd-worker; else it is taken for one that speaks the frozen wire alone. */
+  readonly native: boolean;
   readonly queued: number;
   readonly outstanding: number;
   readonly sinceMs: number;

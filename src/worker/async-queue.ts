@@ -27,10 +27,6 @@ export class AsyncQueue<T> implements AsyncIterableIterator<T> {
     this.#finish({ error });
   }
 
-  get ended(): boolean {
-    return this.#end !== undefined;
-  }
-
   #finish(end: { readonly error?: unknown }): void {
     if (this.#end) return;
     this.#end = end;

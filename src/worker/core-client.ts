@@ -37,6 +37,15 @@ export interface CoreClientOptions {
   readonly shutdownTimeoutMs?: number;
 }
 
+type Question =
+  | Omit<Extract<ToCore, { readonly type: 'state' }>, 'seq'>
+  | Omit<Extract<ToCore, { readonly type: 'timelines' }>, 'seq'>;
+
+interface Answers {
+  readonly state: CoreState;
+  readonly timelines: readonly Timeline<CoreStage>[];
+}
+
 /** For a core that has failed to take itself apart. */
 const FAILED_END_MS = 2_000;
 
@@ -52,14 +61,14 @@ export class CoreClient {
   readonly #pending = new Map<EngineRequestId, Pending>();
   /** Requests whose KV the core will still tell of. */
   readonly #saves = new Map<EngineRequestId, Deferred<ErrorData | undefined>>();
-  readonly #states = new Map<number, Deferred<CoreState>>();
-  readonly #timelines = new Map<number, Deferred<readonly Timeline<CoreStage>[]>>();
+  /** Questions under way. */
+  readonly #answers = new Map<number, Deferred<unknown>>();
   #onCache: ((changes: readonly CacheChange[]) => void) | undefined;
   #info: CoreInfo | undefined;
   readonly #ready = deferred<CoreInfo>();
   /** Resolves once the core has closed what it held, or its thread is over. */
   readonly #gone = deferred<void>();
-  #stateSeq = 0;
+  #asked = 0;
   /** Set once the core accepts nothing any more. */
   #over: PdError | undefined;
   #closing: Promise<void> | undefined;
@@ -137,43 +146,32 @@ export class CoreClient {
 
   /** What the core says of itself. Throws INTERNAL where it does not answer in time. */
   state(timeoutMs = 2_000): Promise<CoreState> {
-    return this.#state(false, timeoutMs);
+    return this.#ask({ type: 'state', integrity: false }, timeoutMs);
   }
 
   /** The same after a look through every block, of which there may be millions. */
   inspect(timeoutMs = 30_000): Promise<CoreState> {
-    return this.#state(true, timeoutMs);
+    return this.#ask({ type: 'state', integrity: true }, timeoutMs);
   }
 
   /** When these requests passed which stages in the core; without those that it does not know any more. Throws likewise. */
   timelines(transferIds: readonly TransferId[], timeoutMs = 2_000): Promise<readonly Timeline<CoreStage>[]> {
-    return this.#ask(this.#timelines, (seq) => ({ type: 'timelines', seq, transferIds }), timeoutMs);
+    return this.#ask({ type: 'timelines', transferIds }, timeoutMs);
   }
 
-  #state(integrity: boolean, timeoutMs: number): Promise<CoreState> {
-    return this.#ask(this.#states, (seq) => ({ type: 'state', seq, integrity }), timeoutMs);
-  }
-
-  async #ask<T>(
-    answers: Map<number, Deferred<T>>,
-    question: (seq: number) => ToCore & { readonly seq: number },
-    timeoutMs: number,
-  ): Promise<T> {
+  async #ask<Q extends Question>(question: Q, timeoutMs: number): Promise<Answers[Q['type']]> {
     if (this.#over) throw this.#over;
-    const asked = question(++this.#stateSeq);
-    const { seq, type } = asked;
-    const answer = deferred<T>();
-    answers.set(seq, answer);
-    this.#port.post(asked);
+    const seq = ++this.#asked;
+    const answer = deferred<unknown>();
+    this.#answers.set(seq, answer);
+    this.#port.post({ ...question, seq });
     try {
       const told = await withDeadline(answer.promise, timeoutMs);
-      if (told !== undefined) return told;
-      throw new PdError(
-        'INTERNAL',
-        `the core thread did not answer a ${type} request within ${timeoutMs} ms`,
-      );
+      if (told !== undefined) return told as Answers[Q['type']];
+      const late = `the core thread did not answer a ${question.type} request within ${timeoutMs} ms`;
+      throw new PdError('INTERNAL', late);
     } finally {
-      answers.delete(seq);
+      this.#answers.delete(seq);
     }
   }
 
@@ -215,10 +213,10 @@ export class CoreClient {
         this.#saves.delete(message.requestId);
         return;
       case 'state':
-        this.#states.get(message.seq)?.resolve(message.state);
+        this.#answers.get(message.seq)?.resolve(message.state);
         return;
       case 'timelines':
-        this.#timelines.get(message.seq)?.resolve(message.timelines);
+        this.#answers.get(message.seq)?.resolve(message.timelines);
         return;
       case 'cache':
         this.#onCache?.(message.changes);
@@ -294,6 +292,6 @@ export class CoreClient {
       pending.queue.fail(error);
     }
     for (const saved of this.#saves.values()) saved.resolve(error.toData());
-    for (const answer of [...this.#states.values(), ...this.#timelines.values()]) answer.reject(error);
+    for (const answer of this.#answers.values()) answer.reject(error);
   }
 }

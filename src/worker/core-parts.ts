@@ -5,12 +5,11 @@ import { P2pWorkerConnector } from '../connector/worker-connector.ts';
 import { createDevice } from '../device/create-device.ts';
 import type { Device } from '../device/device.ts';
 import { createExecutor } from '../model/create-executor.ts';
-import type { Executor } from '../model/executor.ts';
 import { formatHostPort } from '../net/address.ts';
 import type { Logger } from '../observability/log.ts';
 import { MetricsPage } from '../observability/metrics.ts';
 import { Timelines } from '../observability/timelines.ts';
-import { maxSequenceLength, Scheduler, type SchedulerOptions } from '../scheduler/scheduler.ts';
+import { maxSequenceLength, Scheduler } from '../scheduler/scheduler.ts';
 import type { TransferEngine } from '../transfer/engine.ts';
 import type { NativeInit } from '../transfer/native/channel.ts';
 import type { HandOver } from '../transfer/native/hand-over.ts';
@@ -66,13 +65,14 @@ export async function createCore(
     const timelines = new Timelines<CoreStage>();
     const openEngine = (native?: NativeInit) =>
       createEngine(config, fingerprint, init.metrics.transfer, native);
+    const metrics = new MetricsPage(init.metrics.core);
     const native = await createNative(config, {
       device,
       layers: executor.layers,
       exported: shared.cache?.exported,
       busy: () => loop?.isBusy ?? true,
       log,
-      metrics: new MetricsPage(init.metrics.core),
+      metrics,
       onStage: (id, stage, facts) => {
         timelines.stamp(id, stage);
         if (facts) timelines.note(id, { ...facts });
@@ -85,16 +85,54 @@ export async function createCore(
     if (frozen) undo.push(() => frozen.dispose());
     const engine = native?.engine ?? frozen;
     const handOver = native?.whole;
-    const limits = { numBlocks, blockSize: config.blockSize, maxModelLen };
-    const pairs = device.kind === 'cuda' ? 'nccl' : 'host';
-    loop = createLoop(init, limits, executor, engine, handOver, { log, timelines, pairs, ...told });
+    const { role, blockSize, maxNumSeqs, maxNumBatchedTokens, enablePrefixCaching, transfer } = config;
+    const limits = { numBlocks, blockSize, maxModelLen };
+    const split = role !== 'both' && engine ? { role, engine } : undefined;
+    const grammars = new CoreGrammars(executor.vocabSize);
+    const scheduler = new Scheduler(
+      {
+        ...limits,
+        maxNumSeqs,
+        maxNumBatchedTokens,
+        enablePrefixCaching,
+        logCacheChanges: config.kvEventsPort !== undefined,
+        isLastToken: (grammar, history, token) => grammars.isLastToken(grammar, history, token),
+      },
+      split && new P2pSchedulerConnector({ role: split.role, blockSize, native: handOver !== undefined }),
+    );
+    const connector =
+      split &&
+      new P2pWorkerConnector({
+        ...split,
+        sendType: transfer.sendType,
+        rank: transfer.rank,
+        layers: executor.layers,
+        log,
+        metrics,
+        ...(handOver && {
+          native: { handOver, blocks: scheduler.blockManager, loadMs: transfer.timeouts.load },
+        }),
+      });
+    loop = new CoreLoop({
+      executor,
+      scheduler,
+      grammars,
+      ...(connector && { connector }),
+      loadFailure: config.loadFailure,
+      metrics,
+      ...(engine && { reportLoad: (load) => engine.reportLoad(load) }),
+      log,
+      timelines,
+      pairs: device.kind === 'cuda' ? 'nccl' : 'host',
+      ...told,
+    });
     return {
       loop,
       info: {
         ...(engine && { kvAddress: formatHostPort(engine.address) }),
         maxModelLen: maxSequenceLength(limits),
         numBlocks,
-        blockSize: config.blockSize,
+        blockSize,
         vocabSize: executor.vocabSize,
         fingerprint,
       },
@@ -106,56 +144,6 @@ export async function createCore(
     await dispose();
     throw error;
   }
-}
-
-function createLoop(
-  init: CoreInit,
-  limits: Pick<SchedulerOptions, 'numBlocks' | 'blockSize' | 'maxModelLen'>,
-  executor: Executor,
-  engine: TransferEngine | undefined,
-  handOver: HandOver | undefined,
-  reporting: Pick<CoreLoopOptions, 'post' | 'kvSaved' | 'cacheChanged' | 'log' | 'timelines' | 'pairs'>,
-): CoreLoop {
-  const { config } = init;
-  const { log } = reporting;
-  const { role, blockSize, maxNumSeqs, maxNumBatchedTokens, enablePrefixCaching, kvEventsPort } = config;
-  const metrics = new MetricsPage(init.metrics.core);
-  const split = role !== 'both' && engine ? { role, engine } : undefined;
-  const grammars = new CoreGrammars(executor.vocabSize);
-  const scheduler = new Scheduler(
-    {
-      ...limits,
-      maxNumSeqs,
-      maxNumBatchedTokens,
-      enablePrefixCaching,
-      logCacheChanges: kvEventsPort !== undefined,
-      isLastToken: (grammar, history, token) => grammars.isLastToken(grammar, history, token),
-    },
-    split && new P2pSchedulerConnector({ role: split.role, blockSize, native: handOver !== undefined }),
-  );
-  const connector =
-    split &&
-    new P2pWorkerConnector({
-      ...split,
-      sendType: config.transfer.sendType,
-      rank: config.transfer.rank,
-      layers: executor.layers,
-      log,
-      metrics,
-      ...(handOver && {
-        native: { handOver, blocks: scheduler.blockManager, loadMs: config.transfer.timeouts.load },
-      }),
-    });
-  return new CoreLoop({
-    executor,
-    scheduler,
-    grammars,
-    ...(connector && { connector }),
-    loadFailure: config.loadFailure,
-    metrics,
-    ...(engine && { reportLoad: (load) => engine.reportLoad(load) }),
-    ...reporting,
-  });
 }
 
 async function createEngine(

@@ -70,7 +70,7 @@ export class CoreLoop {
   readonly #saving: LayerHooks;
   readonly #stages: CoreStages;
   /** What has come since the last turn. */
-  #commands: (() => void)[] = [];
+  readonly #commands: (() => void)[] = [];
   /** Set while the loop sleeps. */
   #sleep: Deferred<void> | undefined;
   #watchedLoads: Promise<void> | undefined;
@@ -268,9 +268,7 @@ export class CoreLoop {
   }
 
   #takeCommands(): void {
-    const commands = this.#commands;
-    this.#commands = [];
-    for (const command of commands) command();
+    for (const command of this.#commands.splice(0)) command();
   }
 
   #add(request: CoreRequest): void {

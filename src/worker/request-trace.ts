@@ -20,7 +20,7 @@ import {
 import type { TransferId } from '../wire/ids.ts';
 import type { CoreClient } from './core-client.ts';
 import type { CoreStage } from './core-messages.ts';
-import type { AnswerStage, GenerationRoute } from './server/in-flight.ts';
+import { type AnswerStage, GENERATION_ROUTES, type GenerationRoute } from './server/in-flight.ts';
 
 /** A request that is over. */
 export interface EndedRequest {
@@ -46,11 +46,9 @@ const LINGER_MS = 500;
 /** Requests whose core stages are asked for together; the core remembers 256. */
 const MOST_LINGERING = 64;
 
-const PATHS = {
-  completions: '/v1/completions',
-  chat: '/v1/chat/completions',
-  responses: '/v1/responses',
-} as const;
+const PATHS = Object.fromEntries(
+  Object.entries(GENERATION_ROUTES).map(([path, route]) => [route, path]),
+) as Readonly<Record<GenerationRoute, string>>;
 const OPERATIONS = { completions: 'text_completion', chat: 'chat', responses: 'chat' } as const;
 
 export class WorkerTraces {
@@ -58,7 +56,7 @@ export class WorkerTraces {
   readonly #core: Pick<CoreClient, 'timelines'>;
   readonly #worker: TracedWorker;
   readonly #log: Logger;
-  #lingering: EndedRequest[] = [];
+  readonly #lingering: EndedRequest[] = [];
   #timer: NodeJS.Timeout | undefined;
   #telling: Promise<void> = Promise.resolve();
 
@@ -107,8 +105,7 @@ export class WorkerTraces {
   #tell(): void {
     clearTimeout(this.#timer);
     this.#timer = undefined;
-    const requests = this.#lingering;
-    this.#lingering = [];
+    const requests = this.#lingering.splice(0);
     if (requests.length > 0) this.#telling = this.#telling.then(() => this.#add(requests));
   }
 

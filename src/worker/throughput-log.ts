@@ -21,20 +21,16 @@ export interface ThroughputLogOptions {
   readonly clock?: Pick<Deadlines, 'now' | 'after'>;
 }
 
-/** Totals since the start. */
-interface Totals {
-  readonly promptTokens: number;
-  readonly generationTokens: number;
-  readonly prefixQueries: number;
-  readonly prefixHits: number;
-}
-
 export class ThroughputLog {
   readonly #options: ThroughputLogOptions;
   readonly #clock: Pick<Deadlines, 'now' | 'after'>;
   /** The interval under way. */
   #interval:
-    | { readonly since: number; readonly before: Totals; readonly end: { cancel(): void } }
+    | {
+        readonly since: number;
+        readonly before: ReturnType<typeof totalsOf>;
+        readonly end: { cancel(): void };
+      }
     | undefined;
   /** 0 to 1, of the last interval in which anything was looked up. */
   #prefixHitRate = 0;
@@ -51,7 +47,7 @@ export class ThroughputLog {
       this.#write();
       if (this.#options.scheduler.numRequests > 0) this.working();
     });
-    this.#interval = { since: this.#clock.now(), before: this.#totals(), end };
+    this.#interval = { since: this.#clock.now(), before: totalsOf(this.#options), end };
   }
 
   /** Writes what the interval under way has come to. Idempotent. */
@@ -66,7 +62,7 @@ export class ThroughputLog {
     if (!interval) return;
     this.#interval = undefined;
     const { since, before } = interval;
-    const now = this.#totals();
+    const now = totalsOf(this.#options);
     const seconds = Math.max(this.#clock.now() - since, 1) / 1_000;
     const queries = now.prefixQueries - before.prefixQueries;
     if (queries > 0) this.#prefixHitRate = (now.prefixHits - before.prefixHits) / queries;
@@ -89,17 +85,15 @@ export class ThroughputLog {
         `prefix cache hit rate ${fields.prefixHitPercent.toFixed(1)} %`,
     );
   }
+}
 
-  #totals(): Totals {
-    const { page, scheduler } = this.#options;
-    const { prefixQueries, prefixHits } = scheduler.stats;
-    return {
-      promptTokens: readMetric([page], 'vllm:prompt_tokens_total'),
-      generationTokens: readMetric([page], 'vllm:generation_tokens_total'),
-      prefixQueries,
-      prefixHits,
-    };
-  }
+/** Since the start. */
+function totalsOf({ page, scheduler: { stats } }: ThroughputLogOptions) {
+  return {
+    ...stats,
+    promptTokens: readMetric([page], 'vllm:prompt_tokens_total'),
+    generationTokens: readMetric([page], 'vllm:generation_tokens_total'),
+  };
 }
 
 function rounded(value: number): number {

@@ -132,7 +132,10 @@ export class PdWorker {
       signal?.throwIfAborted();
       events = await publisherOf(config, core.info, log);
       const inFlight = new InFlight();
-      traces = config.otlpEndpoint === undefined ? undefined : await tracesOf(config, core, metrics, log);
+      if (config.otlpEndpoint !== undefined) {
+        const { WorkerTraces } = await import('./request-trace.ts');
+        traces = WorkerTraces.open(config, core, metrics, log);
+      }
       const all = [metrics, pages.core, pages.transfer];
       const server = createServer({
         config,
@@ -248,16 +251,6 @@ export class PdWorker {
       await Promise.race([setTimeout(HAND_OVER_POLL_MS), cut]);
     }
   }
-}
-
-async function tracesOf(
-  config: WorkerConfig,
-  core: CoreClient,
-  metrics: MetricsPage,
-  log: Logger,
-): Promise<WorkerTraces> {
-  const { WorkerTraces } = await import('./request-trace.ts');
-  return WorkerTraces.open(config, core, metrics, log);
 }
 
 /** The publisher of KV events, if they are wanted. In an undivided worker nothing else loads ZeroMQ. */

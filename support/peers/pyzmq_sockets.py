@@ -46,15 +46,23 @@ def _bracketed(host):
 
 class Dealer:
     def __init__(self, identity, host, port, timeout=50.0):
+        self.lost = threading.Event()
+
+        def watch(events):
+            events.recv_multipart()  # libzmq connects anew without telling but here
+            self.lost.set()
+            events.close()
+
         def make(context):
             sock = context.socket(zmq.DEALER)
             sock.setsockopt_string(zmq.IDENTITY, identity)
             sock.setsockopt(zmq.IPV6, 1)
+            events = sock.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            threading.Thread(target=watch, args=(events,), daemon=True).start()
             sock.connect("tcp://%s:%d" % (_bracketed(host), port))
             return sock, port
 
         self.pump = _Pump(make)
-        self.lost = threading.Event()  # libzmq connects anew without telling
 
     def send(self, body):
         self.pump.outbox.put([body])

@@ -3,6 +3,7 @@ import { once } from 'node:events';
 import { existsSync } from 'node:fs';
 import { afterEach, describe, expect, test } from 'vitest';
 import { standInEnvironment } from '../stand-ins/build.ts';
+import { PATIENT } from '../support/cluster.ts';
 import { Program } from '../support/process.ts';
 import { complete } from '../support/requests.ts';
 import { rows, withTheOthers } from '../support/rows.ts';
@@ -22,7 +23,7 @@ afterEach(async () => {
 });
 
 function start(name: string, args: readonly string[], env: NodeJS.ProcessEnv): Program {
-  const program = new Program(name, [...LOCAL, ...args], env);
+  const program = new Program(name, [...LOCAL, ...args], { ...PATIENT, ...env });
   programs.push(program);
   return program;
 }

@@ -4,6 +4,7 @@ import { createInterface } from 'node:readline';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
 import { afterEach, expect, test } from 'vitest';
+import { PATIENT } from '../support/cluster.ts';
 import { complete } from '../support/requests.ts';
 import { withTheOthers } from '../support/rows.ts';
 
@@ -38,6 +39,7 @@ async function launch(...args: string[]): Promise<Started> {
   const bin = fileURLToPath(new URL('../../bin/pd-launch', import.meta.url));
   const child = spawn(process.execPath, [bin, '--json', '--free-ports', '--device', 'host', ...args], {
     stdio: ['ignore', 'pipe', 'pipe'],
+    env: { ...process.env, ...PATIENT },
   });
   launched.push(child);
   const pids = new Map<string, number[]>();
@@ -51,7 +53,8 @@ async function launch(...args: string[]): Promise<Started> {
     events.emit('started');
   });
   const output = createInterface({ input: child.stdout });
-  const first = await Promise.race([once(output, 'line'), once(child, 'exit').then(() => undefined)]);
+  // `close`: by then its last words have been read.
+  const first = await Promise.race([once(output, 'line'), once(child, 'close').then(() => undefined)]);
   if (!first) throw new Error(`pd-launch ended\n${log.join('\n')}`);
   return {
     child,
@@ -84,12 +87,13 @@ const REQUEST = {
 always('pd-launch serves, starts again what is killed, and leaves nothing behind', async () => {
   const { child, addresses, pids, untilStarted } = await launch();
   const { proxy, producers, consumers } = addresses;
+  const victim = await untilStarted('consumer-0', 1);
   const first = await complete(proxy.url, REQUEST);
   expect(first.error).toBeUndefined();
   expect(first.text).toContain('Paris');
   for (const { kv } of [producers[0]!, consumers[0]!]) expect(first.id).toContain(kv);
 
-  process.kill(pids.get('consumer-0')![0]!, 'SIGKILL');
+  process.kill(victim, 'SIGKILL');
   await untilStarted('consumer-0', 2);
   for (const deadline = performance.now() + 60_000; ; await sleep(100)) {
     const again = await complete(proxy.url, REQUEST);
@@ -107,7 +111,9 @@ always('pd-launch serves, starts again what is killed, and leaves nothing behind
 });
 
 seldom('no program outlives a pd-launch that is killed outright', async () => {
-  const { child, pids } = await launch();
+  const { child, pids, untilStarted } = await launch();
+  // Told on stderr, that all are ready on stdout: the one may be read before the other.
+  for (const name of ['proxy', 'producer-0', 'consumer-0']) await untilStarted(name, 1);
   const all = [...pids.values()].flat();
   expect(all).toHaveLength(3);
   child.kill('SIGKILL');

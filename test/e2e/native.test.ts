@@ -73,7 +73,7 @@ interface WorkerTold {
     readonly cached_tokens: number;
   }[];
 }
-type RouteAttempt = Readonly<Record<'producer' | 'consumer', { readonly worker: WorkerTold }>>;
+type RouteAttempt = Readonly<Record<'producer' | 'consumer', { readonly worker: WorkerTold | null }>>;
 
 describe('a native pair', () => {
   let proxy: ProxyHandle;
@@ -142,9 +142,11 @@ describe('a native pair', () => {
     await answer.text();
     const url = `${proxy.url}/v1/requests/${answer.headers.get('x-pd-request-id')}/route`;
     let route: { status: number | null; attempts: RouteAttempt[] } | undefined;
-    await eventually('its end', 60_000, async () => {
+    // Without a worker that does not tell within a second.
+    await eventually('its end, told by both', 60_000, async () => {
       route = (await (await fetch(url)).json()) as typeof route;
-      return route!.status !== null;
+      const [attempt] = route!.attempts;
+      return route!.status !== null && attempt?.producer.worker !== null && attempt?.consumer.worker !== null;
     });
     const [producer, consumer] = workers as [WorkerHandle, WorkerHandle];
     const time = expect.any(Number);
@@ -161,43 +163,51 @@ describe('a native pair', () => {
         },
       ],
     });
-    const { producer: from, consumer: into } = route!.attempts[0]!;
-    const { prompt_tokens: tokens, completion_tokens } = into.worker.server;
+    const [from, into] = (['producer', 'consumer'] as const).map(
+      (role) => route!.attempts[0]![role].worker!,
+    ) as [WorkerTold, WorkerTold];
+    const { prompt_tokens: tokens, completion_tokens } = into.server;
     expect([tokens > 16, completion_tokens]).toEqual([true, 4]);
-    const moved = { wire: 'native', transport: 'host', kv_bytes: into.worker.prompts[0]!.kv_bytes };
-    expect(from.worker.prompts).toMatchObject([{ ...moved, kv_to: consumer.kvAddress }]);
-    expect(into.worker.prompts).toMatchObject([{ ...moved, kv_from: producer.kvAddress }]);
-    expect(into.worker.prompts[0]).toMatchObject({ computed_tokens: 0, loaded_tokens: expect.any(Number) });
+    const moved = { wire: 'native', transport: 'host', kv_bytes: into.prompts[0]!.kv_bytes };
+    expect(from.prompts).toMatchObject([{ ...moved, kv_to: consumer.kvAddress }]);
+    expect(into.prompts).toMatchObject([{ ...moved, kv_from: producer.kvAddress }]);
+    expect(into.prompts[0]).toMatchObject({ computed_tokens: 0, loaded_tokens: expect.any(Number) });
     // Chunk by chunk, all of the prompt that was not there already.
-    const chunks = from.worker.prompts[0]!.stages.flatMap(({ tokens: own }) => own ?? []);
+    const chunks = from.prompts[0]!.stages.flatMap(({ tokens: own }) => own ?? []);
     const computed = chunks.reduce((sum, own) => sum + own, 0);
-    expect(computed).toBe(tokens - from.worker.prompts[0]!.cached_tokens);
+    expect(computed).toBe(tokens - from.prompts[0]!.cached_tokens);
     expect(chunks.length).toBeGreaterThan(1);
   });
 
   it("is one trace, in that of its client, with the proxy's spans and those of both workers", async () => {
-    const [traceId, client] = ['1'.repeat(32), '2'.repeat(16)];
-    const prompt = `${STORY.repeat(2)} the sea`;
-    const answer = await fetch(`${proxy.url}/v1/completions`, {
-      method: 'POST',
-      headers: { 'content-type': 'application/json', traceparent: `00-${traceId}-${client}-01` },
-      body: JSON.stringify({ model: 'demo', prompt, max_tokens: 4, stream: true }),
-    });
-    await answer.text();
+    const client = '2'.repeat(16);
+    const services = ['pd-proxy', 'pd-worker-producer', 'pd-worker-consumer'];
     const [producer, consumer] = workers as [WorkerHandle, WorkerHandle];
+    let traceId = '';
+    let answer: Response | undefined;
     const named = (name: string, service: string) =>
       receiver.traceOf(traceId).filter((span) => span.name === name && span.service === service);
     const one = (name: string, service: string) => named(name, service)[0];
-    await eventually('the spans of all three', 60_000, async () =>
-      Boolean(
-        one('pd.decode', 'pd-proxy') &&
-          one('pd.hand_over', 'pd-worker-producer') &&
-          one('pd.decode', 'pd-worker-consumer'),
-      ),
-    );
-    const roots = ['pd-proxy', 'pd-worker-producer', 'pd-worker-consumer'].map(
-      (service) => one('POST /v1/completions', service)!,
-    );
+    const whole = () => services.slice(1).every((service) => one('pd.hand_over', service));
+    // A worker tells all its spans at once, half a second after its end: without the hand-over where a busy machine takes longer for that.
+    for (let tries = 1; tries < 10 && !whole(); tries++) {
+      traceId = `${tries}`.repeat(32);
+      answer = await fetch(`${proxy.url}/v1/completions`, {
+        method: 'POST',
+        headers: { 'content-type': 'application/json', traceparent: `00-${traceId}-${client}-01` },
+        body: JSON.stringify({
+          model: 'demo',
+          prompt: `${tries} ${STORY.repeat(2)}`,
+          max_tokens: 4,
+          stream: true,
+        }),
+      });
+      await answer.text();
+      await eventually('the spans of all three', 60_000, async () =>
+        services.every((service) => one('POST /v1/completions', service)),
+      );
+    }
+    const roots = services.map((service) => one('POST /v1/completions', service)!);
     const [root, prefilled, decoded] = roots;
     const [prefill, decode] = ['pd.prefill', 'pd.decode'].map((name) => one(name, 'pd-proxy')!);
     expect(root!.parentSpanId).toBe(client);
@@ -210,7 +220,7 @@ describe('a native pair', () => {
       'http.response.status_code': 200,
       'gen_ai.operation.name': 'text_completion',
       'gen_ai.request.model': 'demo',
-      'pd.request_id': answer.headers.get('x-pd-request-id'),
+      'pd.request_id': answer!.headers.get('x-pd-request-id'),
     });
     expect(decode!.attributes).toMatchObject({
       'pd.producer': producer.kvAddress,
@@ -254,7 +264,8 @@ describe('a native pair', () => {
     for (const { url } of workers.slice(0, 2)) {
       let state: CoreState | undefined;
       await eventually('books at zero', 60_000, async () => {
-        state = ((await (await fetch(`${url}/debug/state`)).json()) as { core: CoreState }).core;
+        state = ((await (await fetch(`${url}/debug/state`)).json()) as { core?: CoreState }).core;
+        if (!state) return false; // not within two seconds
         const { wants, grants } = state.handOver!;
         return (
           state.blocks.used + wants.waiting + wants.quarantined + grants.requests + grants.launches === 0

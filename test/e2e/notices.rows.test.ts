@@ -78,7 +78,8 @@ describe.each(MODES)('--wire %s %s %s', (...mode) => {
     const since = here();
     const client = new AbortController();
     const prompt = 'Once upon a time '.repeat(25);
-    const asked = ask({ prompt, max_tokens: 50 }, client.signal).catch(String);
+    // Far more tokens than the machine can make until this process has read both lines.
+    const asked = ask({ prompt, max_tokens: 1_500, ignore_eos: true }, client.signal).catch(String);
     for (const [i, { program }] of workers.entries()) {
       await program.line(/request handed to the core/, 60_000, since[i]);
     }

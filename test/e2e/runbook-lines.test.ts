@@ -4,12 +4,13 @@ import { existsSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
 import { expect, test } from 'vitest';
+import { PATIENT } from '../support/cluster.ts';
 
 const script = fileURLToPath(new URL('../../scripts/runbook.sh', import.meta.url));
 
 test("the runbook's lines serve, its four prompts move KV, and the log says on which device", async () => {
   const { stdout } = await promisify(execFile)(script, ['--free-ports'], {
-    env: { ...process.env, PD_SKIP_BUILD: '1' },
+    env: { ...process.env, ...PATIENT, PD_SKIP_BUILD: '1' },
   });
   expect(stdout).toMatch(/\n1\d passed, 0 failed\n$/);
   if (existsSync('/dev/nvidia0')) return;

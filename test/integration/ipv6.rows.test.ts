@@ -4,6 +4,7 @@
  */
 import { networkInterfaces } from 'node:os';
 import { afterEach, describe, expect, test } from 'vitest';
+import { PATIENT } from '../support/cluster.ts';
 import {
   type Families,
   NETNS_IPV4,
@@ -46,7 +47,12 @@ interface Running {
 }
 
 function start(name: string, args: readonly string[], namespace?: NetworkNamespace): Program {
-  const program = new Program(name, [...args, ...LOG], { PD_HOST_IP: '' }, namespace?.prefix ?? []);
+  const program = new Program(
+    name,
+    [...args, ...LOG],
+    { ...PATIENT, PD_HOST_IP: '' },
+    namespace?.prefix ?? [],
+  );
   programs.push(program);
   return program;
 }

@@ -6,7 +6,7 @@ import { nativeWayFinding } from '../../src/doctor/native-way.ts';
 import { formatHostPort, type HostPort } from '../../src/net/address.ts';
 import { proxyRequestId, transferIdOf } from '../../src/wire/ids.ts';
 import { compute, type End, finish, idFor, LAYERS, makeEnd, outcomeOf, wantOf } from '../support/native.ts';
-import { blockOf, pagedCache, testServices, until } from '../support/transfer.ts';
+import { blockOf, failure, keptPort, pagedCache, testServices, until } from '../support/transfer.ts';
 
 const services = testServices();
 
@@ -144,19 +144,21 @@ describe('a native hand-over on the host', () => {
     const frozen = await services.make();
     const id = idBetween(producer.service.address, frozen.address);
     const cache = pagedCache(LAYERS, false);
-    const load = frozen.load({
-      requestId: `${id}-01234567`,
-      transferId: id,
-      peer: producer.service.address,
-      layers: cache,
-      blockIds: Int32Array.of(0, 1, 2),
-      skipBlocks: 0,
-    });
+    const refused = failure(
+      frozen.load({
+        requestId: `${id}-01234567`,
+        transferId: id,
+        peer: producer.service.address,
+        layers: cache,
+        blockIds: Int32Array.of(0, 1, 2),
+        skipBlocks: 0,
+      }),
+    );
     begin(producer, id, 9);
     await compute(producer, id, 9);
     finish(producer, id);
     const cause = { code: 'TRANSPORT_MISMATCH', message: expect.stringContaining('--wire') };
-    await expect(load).rejects.toMatchObject({ cause });
+    expect(await refused).toMatchObject({ cause });
     await expectNothingLeft(producer);
   });
 
@@ -214,8 +216,10 @@ describe('a native hand-over on the host', () => {
   });
 
   it('fails wants at once when the producer is gone, and asks the one that comes after it', async () => {
-    const { producer, consumer, id } = await pair();
-    const { port } = producer.service.address;
+    const port = await keptPort();
+    const producer = await makeEnd(services, 'producer', { port });
+    const consumer = await makeEnd(services, 'consumer');
+    const id = idFor(producer, consumer);
     consumer.handOver.want(wantOf(producer, consumer, id, 9));
     begin(producer, id, 9);
     await compute(producer, id, 6);

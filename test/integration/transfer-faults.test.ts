@@ -144,7 +144,8 @@ describe('a load', () => {
     const cache = pagedCache(3, true);
     const load = failure(consumer.load(loadRequest('k', cache, [0], producer.address)));
     const sends = sendCache(producer, 'k', cache, [0], consumer.address);
-    await until('answers', () => held.sends > 0 && producer.state().pairs[0]?.outstanding === 0);
+    // What has no answer yet when its pair dies is sent again.
+    await until('all are answered', () => held.sends === sends.length);
     held.kill();
     const error = await load;
     expect(error.code).toBe('KV_LOAD_FAILED');

@@ -163,8 +163,12 @@ describe.each(SEND_TYPES)('%s', (sendType) => {
       const both = await ends();
       const [producer, consumer] = both;
       await Promise.all(put(both, rome).map((one) => one.sent));
-      const request = loadRequest('a', pagedCache(2, false), [0, 1], producer.address, { timeoutMs: 1_000 });
-      const error = await failure(consumer.load({ ...request, ...paris }));
+      const times = { timeoutMs: 50, prefillWithinMs: 600_000 };
+      const request = loadRequest('a', pagedCache(2, false), [0, 1], producer.address, times);
+      const failed = failure(consumer.load({ ...request, ...paris }));
+      await until('come', () => count(consumer, 'pd_kv_received_bytes_total') > 0);
+      consumer.prefilled(request.transferId);
+      const error = await failed;
       expect(error).toMatchObject({ code: 'KV_LOAD_TIMEOUT' });
       expect(error.message).toContain('came and was dropped, being KV of another prompt');
     });

@@ -1,7 +1,7 @@
 /** A load whose producer is dead, and which nobody tells. */
 import { createServer } from 'node:net';
 import { expect, test } from 'vitest';
-import { failure, leftovers, loadRequest, pagedCache, testServices } from '../support/transfer.ts';
+import { failure, keptPort, leftovers, loadRequest, pagedCache, testServices } from '../support/transfer.ts';
 
 const services = testServices();
 
@@ -9,7 +9,7 @@ const services = testServices();
 const timeouts = { connect: 50, load: 600_000 };
 
 test('a producer that died before it had a pair with us fails the load long before its deadline', async () => {
-  const producer = await services.make();
+  const producer = await services.make({ port: await keptPort() });
   const consumer = await services.make({ timeouts });
   const load = failure(consumer.load(loadRequest('r', pagedCache(2, false), [0], producer.address)));
   await producer.dispose();

@@ -2,7 +2,7 @@
 import { createServer as createHttpServer } from 'node:http';
 import { type AddressInfo, createServer } from 'node:net';
 import pino from 'pino';
-import { afterEach, describe, expect, it } from 'vitest';
+import { afterEach, describe, expect, it, vi } from 'vitest';
 import * as zmq from 'zeromq';
 import { proxyConfig } from '../../src/config/proxy-config.ts';
 import { PdError } from '../../src/errors.ts';
@@ -23,7 +23,10 @@ const CONTEXT = {
   deadlines: new Deadlines(),
   limited: new RateLimitedLog(0),
 };
-afterEach(() => services.dispose());
+afterEach(async () => {
+  await services.dispose();
+  vi.useRealTimers();
+});
 
 async function proxy(port = 0): Promise<{ socket: zmq.Router; port: number }> {
   const socket = new zmq.Router({ linger: 0, handover: true });
@@ -58,6 +61,13 @@ it('come from the KV address, go on after the proxy was away, and stop when told
 });
 
 it('go to every address that takes them, of several proxies and of a name that changes', async () => {
+  // The first beat comes when the proxies have shaken hands, however long that takes: before, nobody takes pings, which is a warning.
+  vi.useFakeTimers({ toFake: ['setInterval', 'clearInterval'] });
+  let now = 0;
+  const pass = (ms: number) => {
+    now += ms;
+    vi.advanceTimersByTime(ms);
+  };
   const [first, second] = [await proxy(), await proxy()];
   let addresses = ['127.0.0.2', '127.0.0.1'];
   const lookUp = async () => addresses.map((address) => ({ address, family: 4 }));
@@ -68,21 +78,25 @@ it('go to every address that takes them, of several proxies and of a name that c
     { host: 'proxies.example', port: second.port },
   ];
   const announcer = new Announcer(
-    { ...CONTEXT, log },
-    { proxies, type: 'P', httpAddress: '127.0.0.1:8081', intervalMs: 30 },
+    { ...CONTEXT, deadlines: new Deadlines(() => now), log },
+    { proxies, type: 'P', httpAddress: '127.0.0.1:8081', intervalMs: 1_000 },
     lookUp,
-    20,
+    700,
   );
   services.add({ dispose: async () => announcer.close() });
   const taken = async ({ socket }: { socket: zmq.Router }) =>
     decodePing((await socket.receive())[1]!).http_address;
+  expect(await Promise.all([first, second].map(taken))).toEqual(['127.0.0.1:8081', '127.0.0.1:8081']);
+  pass(1_000);
   expect(await Promise.all([first, second].map(taken))).toEqual(['127.0.0.1:8081', '127.0.0.1:8081']);
   // Another proxy comes to the name at another address of this machine.
   const late = new zmq.Router({ linger: 0 });
   await late.bind(`tcp://127.0.0.3:${second.port}`);
   services.add({ dispose: async () => late.close() });
   addresses = ['127.0.0.3'];
+  pass(700);
   expect(await taken({ socket: late })).toBe('127.0.0.1:8081');
+  pass(300);
   // Who still takes pings gets them, listed or not; nothing that is silent beside others is a warning.
   expect(await taken(second)).toBe('127.0.0.1:8081');
   expect(lines).toEqual([]);

@@ -18,6 +18,7 @@ import {
   count,
   failure,
   flat,
+  keptPort,
   LAYOUT,
   leftovers,
   loadRequest,
@@ -387,9 +388,7 @@ describe('a listener that', () => {
   });
 
   it('is not there fails with PEER_UNREACHABLE within the connect deadline', async () => {
-    const gone = await services.make();
-    const { address } = gone;
-    await gone.dispose();
+    const address = { host: '127.0.0.1', port: await keptPort() };
     const producer = await services.make({ timeouts: { connect: 150 } });
     const error = await failure(send(producer, flat('a#l', 10, address)).sent);
     expect(error.code).toBe('PEER_UNREACHABLE');

@@ -20,8 +20,8 @@ export interface ProxyHandle {
 }
 
 const QUIET = ['--log-format', 'json', '--log-level', 'info'];
-/** A busy machine is slow, not broken. Tests give a flag where a deadline is to pass. */
-const PATIENT = {
+/** For the environment of our programs: a busy machine is slow, not broken. Tests give a flag where a deadline is to pass. */
+export const PATIENT = {
   PD_CONNECT_TIMEOUT: '60s',
   PD_ANSWER_TIMEOUT: '60s',
   PD_PAIR_INIT_TIMEOUT: '60s',

@@ -11,13 +11,14 @@ export interface Examined {
   readonly status: number;
 }
 
-/** `prefix`: before the command line, such as that of a network namespace. */
+/** `prefix`: before the command line, such as that of a network namespace. Each check is waited for, unless `args` say how long. */
 export function pdDoctor(
   title: 'System' | 'Worker' | 'Peer',
   args: readonly string[],
   prefix: readonly string[] = [],
 ): Promise<Examined> {
-  const [command, ...rest] = [...prefix, process.execPath, bin, '--json', ...args];
+  const patient = args.includes('--timeout') ? [] : ['--timeout', '60s'];
+  const [command, ...rest] = [...prefix, process.execPath, bin, '--json', ...patient, ...args];
   return new Promise((resolve, reject) => {
     execFile(command!, rest, (error, stdout, stderr) => {
       const status = error ? error.code : 0;

@@ -156,6 +156,7 @@ function piece(token: number): readonly number[] {
 export const BYTE_MODEL: TextModel = {
   digest: 'bytes',
   eosTokenIds: [EOS],
+  eosTokenId: EOS,
   chatTemplate: '{{ tools }}<tool_call></tool_call><think></think>{{ messages }}',
   // One that is encoded stands for a byte; the longest of those that are only decoded for four.
   charactersPerToken: 4,

@@ -10,6 +10,7 @@ import {
 } from 'node:http';
 import { createServer as createSecureServer } from 'node:https';
 import type { AddressInfo } from 'node:net';
+import { buffer } from 'node:stream/consumers';
 import { Dealer } from 'zeromq';
 import { formatHostPort, type HostPort, zmqEndpoint } from '../../src/net/address.ts';
 import { encodePing, pingFields } from '../../src/wire/codec.ts';
@@ -92,12 +93,9 @@ export class FakeUpstream {
       out.once('close', () => {
         if (!out.writableFinished) this.events.emit('aborted');
       });
-      const chunks: Buffer[] = [];
-      for await (const chunk of request) chunks.push(chunk as Buffer);
-      const { body, ids } = splitPromptIds(
-        new Uint8Array(Buffer.concat(chunks)),
-        request.headers[PROMPT_IDS_HEADER],
-      );
+      const whole = await buffer(request).catch(() => undefined);
+      if (!whole) return; // broken off before it had come
+      const { body, ids } = splitPromptIds(new Uint8Array(whole), request.headers[PROMPT_IDS_HEADER]);
       const raw = Buffer.from(body).toString();
       const asked = {
         path: request.url ?? '',

@@ -1,6 +1,7 @@
 import { afterEach, expect } from 'vitest';
 import { Guard } from '../../src/access/guard.ts';
 import type { AccessConfig } from '../../src/config/access-options.ts';
+import { workerConfig } from '../../src/config/embedded.ts';
 import { createLogger, RateLimitedLog } from '../../src/observability/log.ts';
 import { MetricsPage } from '../../src/observability/metrics.ts';
 import type { ServerContext } from '../../src/worker/server/context.ts';
@@ -41,17 +42,7 @@ export async function startServer(
   const inFlight = new InFlight();
   const guard = new Guard({ config: { corsOrigins: [], ...access }, log: LOG });
   const server = createServer({
-    config: {
-      servedModelNames: ['demo', 'alias'],
-      randomizeRequestIds: true,
-      wire: 'auto',
-      role: 'both',
-      maxNumSeqs: 8,
-      toolCallParser: 'auto',
-      reasoningParser: 'auto',
-      transfer: { kvKey: 'transfer' },
-      ...config,
-    },
+    config: { ...workerConfig(), servedModelNames: ['demo', 'alias'], maxNumSeqs: 8, ...config },
     core: client,
     reader,
     model: BYTE_MODEL,

@@ -8,7 +8,7 @@ import { createLogger } from '../../src/observability/log.ts';
 import { MetricsPage } from '../../src/observability/metrics.ts';
 import type { FromWire, NativeInit } from '../../src/transfer/native/channel.ts';
 import { HandOver } from '../../src/transfer/native/hand-over.ts';
-import type { Drawn, WantOutcome, WantRequest } from '../../src/transfer/native/hand-over-api.ts';
+import type { Drawn, LoadOutcome, WantRequest } from '../../src/transfer/native/hand-over-api.ts';
 import type { NativeTransport, Nonce } from '../../src/transfer/native/messages.ts';
 import type { TransferService } from '../../src/transfer/service.ts';
 import { type EngineRequestId, proxyRequestId, type TransferId, transferIdOf } from '../../src/wire/ids.ts';
@@ -22,7 +22,7 @@ export interface End {
   readonly handOver: HandOver;
   readonly blocks: BlockManager;
   readonly cache: readonly PagedLayer[];
-  readonly outcomes: WantOutcome[];
+  readonly outcomes: LoadOutcome[];
   /** Its ledgers and its books, in words. */
   leftovers(): string[];
 }
@@ -66,7 +66,7 @@ export async function makeEnd(
     log: createLogger({ level: 'silent', format: 'json' }, 'test'),
   });
   const blocks = new BlockManager(LAYOUT.numBlocks, LAYOUT.blockSize);
-  const outcomes: WantOutcome[] = [];
+  const outcomes: LoadOutcome[] = [];
   handOver.serve({
     books: {
       hold: (list) => blocks.hold(list),
@@ -139,7 +139,7 @@ export function finish({ handOver, blocks }: End, id: TransferId, drawn: Drawn =
   blocks.free(id);
 }
 
-export async function outcomeOf({ outcomes }: End): Promise<WantOutcome> {
+export async function outcomeOf({ outcomes }: End): Promise<LoadOutcome> {
   await until('an outcome', () => outcomes.length > 0);
   return outcomes.shift()!;
 }

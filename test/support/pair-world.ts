@@ -5,7 +5,8 @@
  */
 import { type ErrorCode, PdError } from '../../src/errors.ts';
 import type { SchedulerOptions } from '../../src/scheduler/scheduler.ts';
-import { type GrantAction, Grants } from '../../src/transfer/native/grants.ts';
+import type { GrantAction, WantAction } from '../../src/transfer/native/actions.ts';
+import { Grants } from '../../src/transfer/native/grants.ts';
 import type {
   Drawn,
   HandOverApi,
@@ -13,7 +14,7 @@ import type {
   WantRequest,
 } from '../../src/transfer/native/hand-over-api.ts';
 import type { NativeMessage, Nonce, Ticket } from '../../src/transfer/native/messages.ts';
-import { type WantAction, Wants } from '../../src/transfer/native/wants.ts';
+import { Wants } from '../../src/transfer/native/wants.ts';
 import type { EngineRequestId, TransferId } from '../../src/wire/ids.ts';
 import { SchedulerWorld } from './scheduler-world.ts';
 

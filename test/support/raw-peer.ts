@@ -84,7 +84,9 @@ export class RawListener {
     void (async () => {
       for await (const [identity, body] of socket) {
         listener.messages.push(body!);
-        onMessage(body!, (bytes) => void socket.send([identity!, bytes]), listener);
+        const answer = (bytes: Uint8Array | string) =>
+          socket.send([identity!, bytes]).catch((error: unknown) => socket.closed || Promise.reject(error));
+        onMessage(body!, (bytes) => void answer(bytes), listener);
       }
     })();
     return listener;

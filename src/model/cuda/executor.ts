@@ -78,7 +78,7 @@ export class CudaExecutor implements Executor {
     const wanted = sampledRows(sequences);
     const masks = new StepMasks(sequences, hooks);
     const promptLogprobs = new Map<string, readonly TokenLogprob[]>();
-    const size = hooks.beforeLayer ? undefined : this.#graphSize(sequences);
+    const size = this.#graphSize(sequences);
     if (size !== undefined) {
       this.#launchGraph(size, sequences, hooks, masks);
       // row i of the logits is sequence i's
@@ -89,7 +89,7 @@ export class CudaExecutor implements Executor {
       };
     }
     const plan = this.#upload(sequences, undefined, masks);
-    await this.#enqueue(plan, hooks);
+    this.#enqueue(plan, hooks);
     const sampled = await this.#sampleChosen(plan, wanted, masks, hooks);
     let first = 0;
     for (const sequence of sequences) {
@@ -119,7 +119,7 @@ export class CudaExecutor implements Executor {
       );
       return all;
     }
-    await this.#enqueue(this.#upload(sequences), {});
+    this.#enqueue(this.#upload(sequences), {});
     for (const [i, first] of lastRows(sequences).entries()) {
       this.#parts.model.score(1, { first });
       await this.#sampler.readLogits([0], (logits) => all.set(logits, i * this.vocabSize));
@@ -196,12 +196,11 @@ export class CudaExecutor implements Executor {
     return plan;
   }
 
-  async #enqueue(plan: StepPlan, hooks: LayerHooks): Promise<void> {
+  #enqueue(plan: StepPlan, hooks: LayerHooks): void {
     const { model, planDevice, layers, stream } = this.#parts;
     const step = planDevice.pointer;
     model.embed(plan, step);
     for (let layer = 0; layer < layers.length; layer++) {
-      if (hooks.beforeLayer) await hooks.beforeLayer(layer);
       model.project(layer, plan, step);
       if (hooks.afterLayer) {
         const event = stream.record();

@@ -105,13 +105,10 @@ export class HostExecutor implements Executor {
 
   async #run(batch: ForwardBatch, hooks: LayerHooks): Promise<Float32Array> {
     await this.#caches.prepare(batch);
-    return this.#model.hidden(batch.sequences, {
-      ...(hooks.beforeLayer && { before: hooks.beforeLayer }),
-      written: (layer) => {
-        const uploaded = this.#caches.written(layer, batch);
-        if (uploaded) return uploaded.then(() => hooks.afterLayer?.(layer));
-        return hooks.afterLayer?.(layer);
-      },
+    return this.#model.hidden(batch.sequences, (layer) => {
+      const uploaded = this.#caches.written(layer, batch);
+      if (uploaded) return uploaded.then(() => hooks.afterLayer?.(layer));
+      return hooks.afterLayer?.(layer);
     });
   }
 
@@ -125,13 +122,8 @@ export class HostExecutor implements Executor {
       const rows = Array.from({ length: Math.min(LOGIT_ROWS, targets.length - i) }, (_, k) => first + i + k);
       const logits = this.#model.logits(hidden, rows);
       rows.forEach((_, k) => {
-        entries.push(
-          promptLogprobOf(
-            logits.subarray(k * this.vocabSize, (k + 1) * this.vocabSize),
-            targets[i + k]!,
-            count,
-          ),
-        );
+        const row = logits.subarray(k * this.vocabSize, (k + 1) * this.vocabSize);
+        entries.push(promptLogprobOf(row, targets[i + k]!, count));
       });
     }
     return entries;

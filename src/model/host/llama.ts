@@ -16,11 +16,8 @@ import { addBias, addInto, applyRope, matmul, rmsNorm, swiglu } from './kernels.
 import { type HostLayerCache, writeKv } from './layer-cache.ts';
 import type { LlamaLayerWeights, LlamaWeights } from './weights.ts';
 
-export interface LayerSteps {
-  before?(layer: number): Promise<void>;
-  /** The step's KV of `layer` is in the cache. */
-  written?(layer: number): Promise<void> | void;
-}
+/** The step's KV of `layer` is in the cache. */
+export type Written = (layer: number) => Promise<void> | void;
 
 export class HostLlama {
   readonly config: ModelConfig;
@@ -40,7 +37,7 @@ export class HostLlama {
   }
 
   /** Runs the step and writes its KV. The residual stream of all rows, [rows, hidden], valid until the next call. */
-  async hidden(sequences: readonly ScheduledSequence[], steps: LayerSteps): Promise<Float32Array> {
+  async hidden(sequences: readonly ScheduledSequence[], written: Written): Promise<Float32Array> {
     const rows = this.#rowsOf(sequences);
     const count = rows.tokens.length;
     if (count > this.#scratch.rows) this.#scratch = allocateActivations(this.config, count);
@@ -51,11 +48,10 @@ export class HostLlama {
       writeAngles(angles, row, position, this.#frequencies);
     });
     for (let layer = 0; layer < this.config.layers; layer++) {
-      if (steps.before) await steps.before(layer);
       const weights = this.#weights.layers[layer]!;
       this.#project(weights, count, angles, layer, rows.slots);
-      const written = steps.written?.(layer);
-      if (written) await written;
+      const uploaded = written(layer);
+      if (uploaded) await uploaded;
       this.#attend(weights, layer, sequences, count);
       this.#feedForward(weights, count);
     }

@@ -7,7 +7,7 @@ import { logTensor, standsFor, type TransferContext } from '../context.ts';
 import { sentAs } from './form.ts';
 import type { Intake } from './intake.ts';
 import type { Keeper } from './keeper.ts';
-import type { OutgoingPeer } from './peer.ts';
+import type { OutgoingPeers } from './peer.ts';
 import type { Session } from './session.ts';
 
 export type Asked = PutMessage | GetMessage;
@@ -15,7 +15,7 @@ export type Asked = PutMessage | GetMessage;
 export interface AnsweringParts {
   readonly intake: Intake;
   readonly keeper: Keeper;
-  readonly peers: { outgoing(peer: string): OutgoingPeer; known(peer: string): OutgoingPeer | undefined };
+  readonly outgoing: OutgoingPeers;
   /** Sends an answer, unless the session has been replaced. */
   reply(session: Session, answer: Answer): void;
 }
@@ -65,18 +65,18 @@ export class Answering {
     let pair = await this.#mayTransfer(session, get);
     if (!pair) return;
     const kept = keeper.find(tensorId, this.#meantBy(session, get));
-    const ours = session.hello !== undefined;
+    const native = session.hello !== undefined;
     if (!kept) {
       logTensor(this.#context, 'not here:', { tensorId }, session.peer);
-      if (!ours) return reply(session, { kind: 'get', ret: 1 });
+      if (!native) return reply(session, { kind: 'get', ret: 1 });
       const near = keeper.store.nearMisses(tensorId);
       return reply(session, { kind: 'get', ret: 1, gone: keeper.gaveUp(tensorId), near });
     }
     const { shape, dtype, promptDigest } = kept;
-    const copying = ours ? undefined : keeper.foreignCopy(kept);
+    const copying = native ? undefined : keeper.frozenCopy(kept);
     if (!copying) {
-      void keeper.send(kept, pair, ours);
-      return reply(session, { kind: 'get', ret: 0, shape, dtype, ...(ours && { promptDigest }) });
+      void keeper.send(kept, pair, native);
+      return reply(session, { kind: 'get', ret: 0, shape, dtype, ...(native && { promptDigest }) });
     }
     const copy = await copying;
     pair = await this.#pairOf(session, get);
@@ -87,7 +87,7 @@ export class Answering {
 
   /** Only a peer that is not ours shows its engine's ids, with random suffixes. */
   #meantBy(session: Session, message: Asked): TransferId | undefined {
-    return isOurs(session, message) ? undefined : standsFor(this.#context, message.tensor_id);
+    return isNative(session, message) ? undefined : standsFor(this.#context, message.tensor_id);
   }
 
   /** The pair, where the message fits it; else it has been answered. */
@@ -123,8 +123,8 @@ export class Answering {
   async #pairFor(session: Session): Promise<Pair | undefined> {
     const own = await session.pair();
     if (session.hello) return own;
-    const known = this.#parts.peers.known(session.peer);
-    return own ? ((await known?.newerPair(session.since)) ?? own) : known?.foreignPair;
+    const known = this.#parts.outgoing.known(session.peer);
+    return own ? ((await known?.newerPair(session.since)) ?? own) : known?.frozenPair;
   }
 
   #noPair(session: Session, message: Asked): void {
@@ -134,14 +134,14 @@ export class Answering {
     limited.log(`no pair ${peer}`, (suppressed) =>
       log.warn({ peer, suppressed }, `${peer} announces ${message.tensor_id} and has no pair with us`),
     );
-    if (isOurs(session, message)) {
+    if (isNative(session, message)) {
       this.#parts.reply(session, { kind: 'no-pair' });
       return;
     }
     this.#parts.reply(session, refusal(message));
     // vLLM never opens a pair anew by itself, but its listener takes ours in place of the one it has.
     try {
-      this.#parts.peers.outgoing(peer).connect();
+      this.#parts.outgoing.of(peer).connect();
     } catch (error) {
       log.debug({ peer, err: PdError.from(error) }, 'no address to send NEW to');
     }
@@ -149,7 +149,7 @@ export class Answering {
 }
 
 /** It has sent a hello, or our field. */
-function isOurs({ hello }: Session, message: Asked): boolean {
+function isNative({ hello }: Session, message: Asked): boolean {
   return hello !== undefined || (message.cmd === 'PUT' && message.native !== undefined);
 }
 

@@ -5,8 +5,7 @@
  */
 import { PdError } from '../../errors.ts';
 import type { TransferId } from '../../wire/ids.ts';
-import { contradicts } from './memories.ts';
-import type { StoreEntry } from './store.ts';
+import { contradicts, type StoreEntry } from './store.ts';
 
 export interface Claimant {
   readonly transferId: TransferId;

@@ -34,7 +34,7 @@ export function formed(request: SendRequest, { wireLayout }: TransferOptions): F
   const { layout, memory } = source.layer;
   const blocks = source.blockIds.length;
   if (tensorBytes(request.shape, request.dtype) !== blocks * blockBytes(layout)) return request;
-  const form = foreignForm(
+  const form = frozenForm(
     { layout: { ...layout, numBlocks: blocks }, tokens: tokensOf(request) },
     wireLayout,
   );
@@ -51,7 +51,7 @@ export function formed(request: SendRequest, { wireLayout }: TransferOptions): F
 }
 
 /** The form for peers that are not ours, where it is another than the cache's own. */
-export function foreignForm(
+export function frozenForm(
   { layout, tokens }: DenseBlocks,
   wire: WireLayout | undefined,
 ): WireForm | undefined {

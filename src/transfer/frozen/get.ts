@@ -69,9 +69,9 @@ export class GetAnnouncement extends Announcement {
     return { cmd: 'GET', tensor_id: this.tensorId };
   }
 
-  answered(answer: Answer, pair: Pair, ours: boolean): boolean {
+  answered(answer: Answer, pair: Pair, native: boolean): boolean {
     if (answer.kind !== 'get') return false;
-    if (answer.ret === 0) this.#accept(answer, pair, ours);
+    if (answer.ret === 0) this.#accept(answer, pair, native);
     else this.#miss(answer.gone ?? false, answer.near ?? []);
     return true;
   }
@@ -108,7 +108,7 @@ export class GetAnnouncement extends Announcement {
   }
 
   /** Enters what is to come, and posts its receive. Without room for it the pair ends: it would be sent all the same. */
-  #accept({ shape, dtype, promptDigest }: TensorForm, pair: Pair, ours: boolean): void {
+  #accept({ shape, dtype, promptDigest }: TensorForm, pair: Pair, native: boolean): void {
     const { peer, tensorId } = this.#request;
     const bytes = tensorBytes(shape, dtype);
     if (this.#reserved?.bytes !== bytes) {
@@ -126,7 +126,7 @@ export class GetAnnouncement extends Announcement {
     }
     const wanted = !this.#over;
     this.#over = true;
-    const twoBlocks = sentAs(this.#context.options, undefined, ours);
+    const twoBlocks = sentAs(this.#context.options, undefined, native);
     const tensor = { tensorId, shape, dtype, peer, twoBlocks, promptDigest };
     logTensor(this.#context, 'receive', tensor, peer);
     void this.#receive(this.#intake.adopt(tensor, held, wanted ? 'claimed' : 'dropped'), pair, wanted);

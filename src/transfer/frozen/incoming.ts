@@ -4,7 +4,7 @@ import type { Pair } from '../../transport/transport.ts';
 import { answerToInvalid, decodeMessage, encodeAnswer } from '../../wire/codec.ts';
 import { protocolErrorKind } from '../../wire/limits.ts';
 import type { Answer, NewMessage, WireMessage } from '../../wire/messages.ts';
-import { countFailure, logJoining, type TransferContext } from '../context.ts';
+import { countFailure, joinPair, logJoined, type TransferContext } from '../context.ts';
 import { mismatchOf } from '../hello.ts';
 import type { Router } from '../router.ts';
 import type { PairState } from '../types.ts';
@@ -12,18 +12,11 @@ import { Answering, type Asked } from './answering.ts';
 import type { Intake } from './intake.ts';
 import type { Keeper } from './keeper.ts';
 import { JOINS } from './link.ts';
-import type { OutgoingPeer } from './peer.ts';
+import type { OutgoingPeers } from './peer.ts';
 import { Session, Sessions } from './session.ts';
 
 /** Pairs that are being opened at one time: each is a connection to where its NEW says. Beyond it a NEW is in vain. */
 const MOST_OPENING = 256;
-
-export interface IncomingPeers {
-  outgoing(peer: string): OutgoingPeer;
-  known(peer: string): OutgoingPeer | undefined;
-  /** A pair was opened or is over. */
-  pairsChanged(): void;
-}
 
 /** Whoever hears what is not of this wire; false for what is. */
 export interface NativeEar {
@@ -36,7 +29,7 @@ export class Incoming {
   readonly #router: Router;
   readonly #intake: Intake;
   readonly #answering: Answering;
-  readonly #peers: IncomingPeers;
+  readonly #pairsChanged: () => void;
   /** Its messages are not looked at here. */
   readonly #native: NativeEar;
   readonly #sessions: Sessions;
@@ -49,15 +42,17 @@ export class Incoming {
     parts: {
       readonly intake: Intake;
       readonly keeper: Keeper;
-      readonly peers: IncomingPeers;
+      readonly outgoing: OutgoingPeers;
       readonly native: NativeEar;
+      /** A pair was opened or is over. */
+      pairsChanged(): void;
     },
   ) {
     this.#context = context;
     this.#sessions = new Sessions(context.deadlines);
     this.#router = router;
     this.#intake = parts.intake;
-    this.#peers = parts.peers;
+    this.#pairsChanged = parts.pairsChanged;
     this.#native = parts.native;
     const reply = (session: Session, answer: Answer) => this.#reply(session, answer);
     this.#answering = new Answering(context, { ...parts, reply });
@@ -83,7 +78,7 @@ export class Incoming {
   }
 
   get openPairs(): number {
-    return this.#sessions.all().filter((session) => session.open).length;
+    return this.#sessions.all().filter(({ openPair }) => openPair).length;
   }
 
   states(): PairState[] {
@@ -138,13 +133,13 @@ export class Incoming {
     this.#sessions.get(identity)?.replace(replaced);
     const theirs = message.native;
     const bad = theirs ? mismatchOf(hello, theirs, self, peer) : undefined;
-    const session = new Session({ identity, peer, since: deadlines.now(), hello: theirs, paired: !bad });
+    const session = new Session(identity, deadlines.now(), !bad, theirs);
     this.#sessions.enter(session);
     if (theirs) {
       this.#answer(identity, bad ? { kind: 'hello', hello, refused: bad } : { kind: 'hello', hello });
     }
     if (!bad) {
-      session.opening(this.#open(session, message), () => this.#peers.pairsChanged());
+      session.opening(this.#open(session, message), () => this.#pairsChanged());
       return;
     }
     metrics.inc(
@@ -157,8 +152,7 @@ export class Incoming {
     );
   }
 
-  async #open(session: Session, { unique_id }: NewMessage): Promise<Pair | undefined> {
-    const { transport, options, log, self } = this.#context;
+  async #open(session: Session, { unique_id: uniqueId }: NewMessage): Promise<Pair | undefined> {
     const { peer } = session;
     if (this.#opening >= MOST_OPENING) {
       const reason = new PdError('LIMIT_EXCEEDED', `${MOST_OPENING} pairs are being opened already`, {
@@ -170,15 +164,13 @@ export class Incoming {
     }
     this.#opening++;
     try {
-      const timeoutMs = options.timeouts.pairInit;
-      logJoining(this.#context, peer, 1);
-      const pair = await transport.open({ uniqueId: unique_id, rank: 1, peer, timeoutMs, joins: JOINS });
+      const pair = await joinPair(this.#context, { uniqueId, rank: 1, peer, joins: JOINS });
       void pair.over.then((reason) => this.#pairOver(session, reason));
       if (session.ended) {
         pair.abort(session.ended);
         return undefined;
       }
-      log.info({ peer }, `🤝ncclCommInitRank Success, ${self}👈${peer}, MyRank:1`);
+      logJoined(this.#context, pair);
       return pair;
     } catch (error) {
       this.#pairOver(session, PdError.from(error, 'INTERNAL', { peer }));
@@ -193,7 +185,7 @@ export class Incoming {
     const known = session.ended !== undefined;
     const receiving = this.#intake.store.receivingFrom(peer);
     session.end(reason);
-    this.#peers.pairsChanged();
+    this.#pairsChanged();
     if (known || this.#closed) return;
     this.#sessions.lose(peer, reason);
     const fields = { peer, code: reason.code, receiving };

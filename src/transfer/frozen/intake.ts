@@ -8,9 +8,10 @@ import { tensorBytes } from '../../wire/dtype.ts';
 import { splitTensorId, type TransferId, withoutSuffix } from '../../wire/ids.ts';
 import type { PutMessage } from '../../wire/messages.ts';
 import { logTensor, type TransferContext, tensorFields } from '../context.ts';
+import { Sweep } from '../deadlines.ts';
+import { Aging } from '../memories.ts';
 import { type Claimant, ClaimBook } from './claims.ts';
-import { Aging, contradicts } from './memories.ts';
-import { type Held, ReceiveStore, type StoreEntry, type TensorInfo } from './store.ts';
+import { contradicts, type Held, ReceiveStore, type StoreEntry, type TensorInfo } from './store.ts';
 
 export class Intake {
   readonly store = new ReceiveStore();
@@ -20,10 +21,13 @@ export class Intake {
   /** Requests of which a tensor was refused or lost: a load of one need not wait for its deadline. */
   readonly #lost = new Aging<Pick<Names, 'promptDigest'> & { readonly reason: PdError }>();
   readonly #context: TransferContext;
-  #sweeping = false;
+  /** Orphans and memories age together. */
+  readonly #sweep: Sweep;
 
   constructor(context: TransferContext) {
     this.#context = context;
+    const { deadlines, options } = context;
+    this.#sweep = new Sweep(deadlines, options.timeouts.orphan / 4, () => this.#age());
     this.claims = new ClaimBook((transferId, requestIds) => {
       context.limited.log(`collision ${transferId}`, (suppressed) =>
         context.log.warn(
@@ -58,7 +62,7 @@ export class Intake {
     const named = namesOf(tensor);
     const late = this.#isOver(named);
     if (late) this.#remember(named, overError(tensor));
-    this.#armSweep();
+    this.#sweep.arm();
     return this.store.open(tensor, held, this.#context.deadlines.now(), late ? 'dropped' : 'receiving');
   }
 
@@ -141,7 +145,7 @@ export class Intake {
     // Where all has come, what comes under the id from now on is a later request's.
     if (!complete) this.#finished.set(id, { promptDigest }, deadlines.now());
     log.debug({ transferId: id, freed, dropped }, 'request finished');
-    this.#armSweep();
+    this.#sweep.arm();
   }
 
   #refuse(tensor: TensorInfo): void {
@@ -241,7 +245,7 @@ export class Intake {
   #lose(tensor: Names, reason: PdError): void {
     if (this.#isOver(tensor)) return;
     this.#remember(tensor, reason);
-    this.#armSweep();
+    this.#sweep.arm();
     for (const claimant of this.claims.claimantsOf(tensor)) claimant.fail(reason);
   }
 
@@ -259,24 +263,19 @@ export class Intake {
     if (meant !== undefined) this.#lost.set(meant, { promptDigest, reason }, now);
   }
 
-  /** Orphans and memories age together; with nothing to age, no timer runs. */
-  #armSweep(): void {
-    if (this.#sweeping) return;
-    this.#sweeping = true;
+  /** Whether anything is left that may age. */
+  #age(): boolean {
     const { deadlines, options } = this.#context;
-    deadlines.after(options.timeouts.orphan / 4, () => {
-      this.#sweeping = false;
-      this.#sweep(deadlines.now() - options.timeouts.orphan);
-      if (this.store.size + this.#finished.size + this.#lost.size > 0) this.#armSweep();
-    });
-  }
-
-  #sweep(before: number): void {
-    const { metrics, log } = this.#context;
+    const before = deadlines.now() - options.timeouts.orphan;
     const orphans = this.store.freeOrphans(before);
     this.#finished.sweep(before);
     this.#lost.sweep(before);
-    if (orphans.length === 0) return;
+    if (orphans.length > 0) this.#tellOrphans(orphans);
+    return this.store.size + this.#finished.size + this.#lost.size > 0;
+  }
+
+  #tellOrphans(orphans: readonly StoreEntry[]): void {
+    const { metrics, log } = this.#context;
     metrics.inc('pd_kv_orphans_freed_total', orphans.length);
     const requests = [...new Set(orphans.map((entry) => entry.requestId))];
     const suffixed = requests.some((id) => withoutSuffix(id) !== undefined);

@@ -5,15 +5,16 @@ import type { Pair } from '../../transport/transport.ts';
 import { tensorBytes } from '../../wire/dtype.ts';
 import { splitTensorId, type TensorId, type TransferId } from '../../wire/ids.ts';
 import { logTensor, passed, type TransferContext, tensorFields } from '../context.ts';
+import { Sweep } from '../deadlines.ts';
+import { Aging } from '../memories.ts';
 import type { SendRequest } from '../types.ts';
-import { type DenseBlocks, denseBlocks, foreignForm, reform } from './form.ts';
-import { Aging } from './memories.ts';
+import { type DenseBlocks, denseBlocks, frozenForm, reform } from './form.ts';
 import type { SendReply } from './put.ts';
 import { type KeptTensor, SendStore } from './send-store.ts';
 import { checkSource, type Stager } from './stager.ts';
 import type { Held } from './store.ts';
 
-export interface ForeignCopy {
+export interface FrozenCopy {
   readonly shape: readonly number[];
   readonly held: Held;
 }
@@ -26,11 +27,13 @@ export class Keeper {
   readonly #gathering = new Set<{ readonly requestId: string; over: boolean }>();
   /** Tensors that gave way to others before anybody asked: who asks now need not ask again. */
   readonly #givenUp = new Aging<true>();
-  #sweeping = false;
+  readonly #sweep: Sweep;
 
   constructor(context: TransferContext, stager: Stager) {
     this.#context = context;
     this.#stager = stager;
+    const { deadlines, options } = context;
+    this.#sweep = new Sweep(deadlines, options.timeouts.orphan / 4, () => this.#age());
   }
 
   /** Gathers and keeps one tensor. */
@@ -64,7 +67,7 @@ export class Keeper {
           this.store.keep({ ...request, dense: denseBlocks(request) }, held, deadlines.now());
           this.#givenUp.delete(tensorId);
           logTensor(this.#context, 'kept', request);
-          this.#armSweep();
+          this.#sweep.arm();
         }
         reply.gathered(true);
         reply.sent(bytes);
@@ -103,14 +106,14 @@ export class Keeper {
    * A copy of a kept tensor in the form that peers get which are not ours; undefined where that is its own. Rejects with KV_BUFFER_FULL.
    * Whoever asks frees it.
    */
-  foreignCopy(kept: KeptTensor): Promise<ForeignCopy> | undefined {
+  frozenCopy(kept: KeptTensor): Promise<FrozenCopy> | undefined {
     const { dense } = kept;
-    const form = dense && foreignForm(dense, this.#context.options.wireLayout);
+    const form = dense && frozenForm(dense, this.#context.options.wireLayout);
     return form && this.#copy(kept, dense, form);
   }
 
   /** As `send`, of a copy, which is freed then. */
-  async sendCopy({ tensorId }: KeptTensor, { held }: ForeignCopy, pair: Pair): Promise<void> {
+  async sendCopy({ tensorId }: KeptTensor, { held }: FrozenCopy, pair: Pair): Promise<void> {
     await this.#send(tensorId, held, pair);
     held.free();
   }
@@ -121,7 +124,7 @@ export class Keeper {
     for (const one of this.#gathering) if (one.requestId === id) one.over = true;
   }
 
-  async #copy(kept: KeptTensor, dense: DenseBlocks, form: WireForm): Promise<ForeignCopy> {
+  async #copy(kept: KeptTensor, dense: DenseBlocks, form: WireForm): Promise<FrozenCopy> {
     const { options, memory, device, stream } = this.#context;
     const { tensorId, dtype } = kept;
     const shape = formShape(form, dense.layout);
@@ -181,27 +184,23 @@ export class Keeper {
 
   #giveUp(tensorId: TensorId): void {
     this.#givenUp.set(tensorId, true, this.#context.deadlines.now());
-    this.#armSweep();
+    this.#sweep.arm();
   }
 
-  #armSweep(): void {
-    if (this.#sweeping) return;
-    this.#sweeping = true;
+  /** Whether anything is left that may age. */
+  #age(): boolean {
     const { deadlines, options, metrics, log } = this.#context;
-    deadlines.after(options.timeouts.orphan / 4, () => {
-      this.#sweeping = false;
-      const before = deadlines.now() - options.timeouts.orphan;
-      const orphans = this.store.freeOrphans(before);
-      this.#givenUp.sweep(before);
-      for (const { tensorId } of orphans) this.#giveUp(tensorId);
-      if (orphans.length > 0) {
-        metrics.inc('pd_kv_orphans_freed_total', orphans.length);
-        log.warn(
-          { tensors: orphans.length, first: orphans[0]!.tensorId },
-          `freed ${orphans.length} tensors that nobody has asked for in time`,
-        );
-      }
-      if (this.store.size + this.#givenUp.size > 0) this.#armSweep();
-    });
+    const before = deadlines.now() - options.timeouts.orphan;
+    const orphans = this.store.freeOrphans(before);
+    this.#givenUp.sweep(before);
+    for (const { tensorId } of orphans) this.#giveUp(tensorId);
+    if (orphans.length > 0) {
+      metrics.inc('pd_kv_orphans_freed_total', orphans.length);
+      log.warn(
+        { tensors: orphans.length, first: orphans[0]!.tensorId },
+        `freed ${orphans.length} tensors that nobody has asked for in time`,
+      );
+    }
+    return this.store.size + this.#givenUp.size > 0;
   }
 }

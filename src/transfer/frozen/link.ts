@@ -11,7 +11,7 @@ import { decodeAnswer, encodeMessage } from '../../wire/codec.ts';
 import type { TensorId } from '../../wire/ids.ts';
 import { protocolErrorKind } from '../../wire/limits.ts';
 import type { Answer, PeerHello, WireMessage } from '../../wire/messages.ts';
-import { logJoining, type TransferContext } from '../context.ts';
+import { joinPair, logJoined, type TransferContext } from '../context.ts';
 import type { Deadline } from '../deadlines.ts';
 import { Dealer } from '../dealer.ts';
 import { mismatchOf } from '../hello.ts';
@@ -58,13 +58,13 @@ export abstract class Announcement {
 
   /** Given up by its owner: nothing more is done for it, except what the wire demands. */
   abstract readonly cancelled: boolean;
-  /** `ours`: the peer is known to be ours, so that our field may go along. */
-  abstract message(ours: boolean): WireMessage;
+  /** `native`: the peer is known to be ours, so that our field may go along. */
+  abstract message(native: boolean): WireMessage;
   /**
    * Starts the transfer that the answer calls for: its operation on `pair` is posted before this returns, since data travels in the order of
    * the answers. False where the answer belongs to another kind of announcement.
    */
-  abstract answered(answer: Answer, pair: Pair, ours: boolean): boolean;
+  abstract answered(answer: Answer, pair: Pair, native: boolean): boolean;
   /** It will not be tried again. Idempotent. */
   abstract fail(error: PdError): void;
 }
@@ -91,7 +91,7 @@ export interface LinkEvents {
   /** A peer that is not ours keeps one pair per address, the newest: its own, where it has sent NEW after us. */
   newerPair(since: number): Pair | undefined;
   /** A PUT goes to a peer that is not ours. */
-  onForeignPut(): void;
+  onFrozenPut(): void;
 }
 
 export class Link {
@@ -137,7 +137,7 @@ export class Link {
   }
 
   /** True once the peer has answered our NEW. */
-  get ours(): boolean {
+  get native(): boolean {
     return this.#hello !== undefined;
   }
 
@@ -165,7 +165,7 @@ export class Link {
     const { tensorId } = announcement;
     let body: Uint8Array;
     try {
-      const message = announcement.message(this.ours);
+      const message = announcement.message(this.native);
       body = encodeMessage(message);
       log.debug({ tensorId, peer: this.peer }, `${message.cmd} to ${this.peer}`);
     } catch (error) {
@@ -197,7 +197,7 @@ export class Link {
   }
 
   async #open(): Promise<void> {
-    const { transport, hello, log, self, options, deadlines } = this.#context;
+    const { transport, hello, log, deadlines } = this.#context;
     const { peer } = this;
     // The owner does not hold this link yet: it must not end before the constructor has returned.
     await Promise.resolve();
@@ -208,9 +208,7 @@ export class Link {
       const sent = await this.#dealer.send(encodeMessage({ cmd: 'NEW', unique_id: uniqueId, native: hello }));
       if (!sent || this.#over) return;
       this.#state = 'opening';
-      logJoining(this.#context, peer, 0);
-      const timeoutMs = options.timeouts.pairInit;
-      const pair = await transport.open({ uniqueId, rank: 0, peer, timeoutMs, joins: JOINS });
+      const pair = await joinPair(this.#context, { uniqueId, rank: 0, peer, joins: JOINS });
       if (this.#over) {
         pair.abort(
           new PdError('PAIR_CLOSED', `pair with ${peer}: its link ended while it was opened`, { peer }),
@@ -220,7 +218,7 @@ export class Link {
       this.#pair = pair;
       this.#state = 'open';
       this.#opened.resolve(pair);
-      log.info({ peer }, `🤝ncclCommInitRank Success, ${self}👉${peer}, MyRank:0`);
+      logJoined(this.#context, pair);
       void pair.over.then((reason) => this.end(reason));
       if (!this.#heard) this.#helloDeadline = deadlines.after(HELLO_GRACE_MS, () => this.#mayBegin());
       this.#events.onOpen();
@@ -309,9 +307,9 @@ export class Link {
     this.#numAnswered++;
     const { tensorId } = announcement;
     log.debug({ tensorId, peer: this.peer, answer: answer.kind }, `answer from ${this.peer}`);
-    if (answer.kind === 'send' && !this.ours) this.#events.onForeignPut();
-    const pair = (this.ours ? undefined : this.#events.newerPair(this.since)) ?? this.#pair;
-    if (!announcement.answered(answer, pair, this.ours)) {
+    if (answer.kind === 'send' && !this.native) this.#events.onFrozenPut();
+    const pair = (this.native ? undefined : this.#events.newerPair(this.since)) ?? this.#pair;
+    if (!announcement.answered(answer, pair, this.native)) {
       this.#unexpected(`${answer.kind} for ${tensorId}`, announcement);
       return;
     }

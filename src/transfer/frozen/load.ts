@@ -12,8 +12,7 @@ import { logTensor, passed, type TransferContext } from '../context.ts';
 import type { LoadRequest, LoadResult, PairState } from '../types.ts';
 import type { Claimant } from './claims.ts';
 import type { Intake } from './intake.ts';
-import { contradicts } from './memories.ts';
-import type { StoreEntry } from './store.ts';
+import { contradicts, type StoreEntry } from './store.ts';
 
 type Layer = LoadRequest['layers'][number];
 
@@ -258,7 +257,7 @@ export class Load implements Claimant {
         pair,
         kvKey,
         ...(sendType !== 'GET' && { announced: self }),
-        ...(open && { peerIsOurs: open.ours }),
+        ...(open && { peerIsOurs: open.native }),
       },
     };
   }

@@ -11,9 +11,8 @@ import type { Claimant } from './claims.ts';
 import { GetAnnouncement } from './get.ts';
 import type { Intake } from './intake.ts';
 import { heldInstead, Load, type PairsOfPeer } from './load.ts';
-import { contradicts } from './memories.ts';
-import type { OutgoingPeer } from './peer.ts';
-import type { StoreEntry } from './store.ts';
+import type { OutgoingPeers } from './peer.ts';
+import { contradicts, type StoreEntry } from './store.ts';
 
 /** Between GETs of one load that are answered `{ret: 1}`: this share of the time in which nothing has come, within these bounds. */
 const PAUSE = { share: 0.25, leastMs: 1, mostMs: 20 } as const;
@@ -47,7 +46,7 @@ interface Asking {
 }
 
 export interface LoadPeers extends PairsOfPeer {
-  outgoing(peer: string): OutgoingPeer;
+  readonly outgoing: OutgoingPeers;
 }
 
 export class Loads {
@@ -292,7 +291,7 @@ export class Loads {
       },
     });
     gets.add(get);
-    this.#peers.outgoing(peer).submit(get);
+    this.#peers.outgoing.of(peer).submit(get);
     void get.reserve(left);
   }
 

@@ -2,6 +2,7 @@
 import { PdError } from '../../errors.ts';
 import type { Pair } from '../../transport/transport.ts';
 import { countFailure, type TransferContext } from '../context.ts';
+import { Sweep } from '../deadlines.ts';
 import type { PairState } from '../types.ts';
 import { type Announcement, Link, type LinkEnd } from './link.ts';
 
@@ -44,21 +45,21 @@ export class OutgoingPeer {
   }
 
   /** Known to be ours: its last link has said so. */
-  get ours(): boolean {
-    return this.#link?.ours ?? false;
+  get native(): boolean {
+    return this.#link?.native ?? false;
   }
 
   /** The pair of a link to a peer that is not ours. */
-  get foreignPair(): Pair | undefined {
-    return this.#link && !this.#link.ours ? this.#link.pair : undefined;
+  get frozenPair(): Pair | undefined {
+    return this.#link && !this.#link.native ? this.#link.pair : undefined;
   }
 
-  /** As `foreignPair`, of a link that was begun after `since`, once it is open. */
+  /** As `frozenPair`, of a link that was begun after `since`, once it is open. */
   async newerPair(since: number): Promise<Pair | undefined> {
     const link = this.#link;
-    if (!link || link.ours || link.state === 'connecting' || link.since <= since) return undefined;
+    if (!link || link.native || link.state === 'connecting' || link.since <= since) return undefined;
     const pair = await link.opened;
-    return link.ours ? undefined : pair;
+    return link.native ? undefined : pair;
   }
 
   get queued(): number {
@@ -113,7 +114,7 @@ export class OutgoingPeer {
       peer: this.peer,
       direction: 'outgoing',
       state: link?.state ?? 'over',
-      ours: link?.ours ?? false,
+      native: link?.native ?? false,
       queued: this.#queue.length,
       outstanding: link?.outstanding ?? 0,
       sinceMs: link ? Math.round(this.#context.deadlines.now() - link.since) : 0,
@@ -154,7 +155,7 @@ export class OutgoingPeer {
           this.#schedule();
         },
         newerPair: (since) => this.#events.newerPair(this.peer, since),
-        onForeignPut: () => this.#warnOfIds(),
+        onFrozenPut: () => this.#warnOfIds(),
         onGreeted: () => this.#schedule(),
         onAnswered: () => {
           this.#reopened = 0;
@@ -249,11 +250,12 @@ export class OutgoingPeers {
   readonly #context: TransferContext;
   readonly #events: OutgoingPeerEvents;
   readonly #peers = new Map<string, OutgoingPeer>();
-  #forgetting = false;
+  readonly #sweep: Sweep;
 
   constructor(context: TransferContext, events: OutgoingPeerEvents) {
     this.#context = context;
     this.#events = events;
+    this.#sweep = new Sweep(context.deadlines, FORGET_EVERY_MS, () => this.#forgetIdle());
   }
 
   /** Throws ADDRESS_INVALID where `peer` is none, once something is sent to it. */
@@ -262,7 +264,7 @@ export class OutgoingPeers {
     if (known) return known;
     const made = new OutgoingPeer(this.#context, peer, this.#events);
     this.#peers.set(peer, made);
-    this.#forget();
+    if (this.#peers.size >= KEPT_ANYWAY) this.#sweep.arm();
     return made;
   }
 
@@ -286,13 +288,8 @@ export class OutgoingPeers {
     for (const peer of this.#peers.values()) peer.close(reason);
   }
 
-  #forget(): void {
-    if (this.#forgetting || this.#peers.size < KEPT_ANYWAY) return;
-    this.#forgetting = true;
-    this.#context.deadlines.after(FORGET_EVERY_MS, () => {
-      this.#forgetting = false;
-      for (const [key, peer] of this.#peers) if (peer.idle) this.#peers.delete(key);
-      this.#forget();
-    });
+  #forgetIdle(): boolean {
+    for (const [key, peer] of this.#peers) if (peer.idle) this.#peers.delete(key);
+    return this.#peers.size >= KEPT_ANYWAY;
   }
 }

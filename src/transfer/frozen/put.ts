@@ -78,11 +78,11 @@ export class PutAnnouncement extends Announcement {
     if (this.#staged) this.#reply.underWay();
   }
 
-  message(ours: boolean): PutMessage {
+  message(native: boolean): PutMessage {
     const { tensorId, shape, dtype, plan, promptDigest } = this.#request;
     const put = { cmd: 'PUT', tensor_id: tensorId, shape, dtype } as const;
     // With our field a tensor is taken for one that lies as the cache does.
-    return ours && !plan ? { ...put, native: { promptDigest } } : put;
+    return native && !plan ? { ...put, native: { promptDigest } } : put;
   }
 
   answered(answer: Answer, pair: Pair): boolean {

@@ -7,6 +7,7 @@ import type { PdError } from '../../errors.ts';
 import type { Pair } from '../../transport/transport.ts';
 import type { PeerHello } from '../../wire/messages.ts';
 import type { Deadlines } from '../deadlines.ts';
+import { remember } from '../memories.ts';
 import type { PairState } from '../types.ts';
 
 export class Session {
@@ -25,18 +26,12 @@ export class Session {
   #ended: PdError | undefined;
   #replaced = false;
 
-  constructor(fields: {
-    readonly identity: Buffer;
-    readonly peer: string;
-    readonly since: number;
-    readonly hello?: PeerHello | undefined;
-    readonly paired: boolean;
-  }) {
-    this.identity = fields.identity;
-    this.peer = fields.peer;
-    this.since = fields.since;
-    this.hello = fields.hello;
-    this.paired = fields.paired;
+  constructor(identity: Buffer, since: number, paired: boolean, hello?: PeerHello) {
+    this.identity = identity;
+    this.peer = identity.toString();
+    this.since = since;
+    this.paired = paired;
+    this.hello = hello;
   }
 
   /** Why it is over, once it is. */
@@ -47,10 +42,6 @@ export class Session {
   /** The peer has sent NEW anew: nothing of this session is answered any more. */
   get replaced(): boolean {
     return this.#replaced;
-  }
-
-  get open(): boolean {
-    return this.#pair !== undefined && this.#ended === undefined;
   }
 
   get openPair(): Pair | undefined {
@@ -103,7 +94,7 @@ export class Session {
       peer: this.peer,
       direction: 'incoming',
       state: this.#ended ? 'over' : this.#pair ? 'open' : 'opening',
-      ours: this.hello !== undefined,
+      native: this.hello !== undefined,
       queued: this.#queued,
       outstanding: this.#pair?.pending ?? 0,
       sinceMs: Math.round(now - this.since),
@@ -138,8 +129,7 @@ export class Sessions {
   of(identity: Buffer): Session {
     const known = this.get(identity);
     if (known) return known;
-    const since = this.#clock.now();
-    const session = new Session({ identity, peer: identity.toString(), since, paired: false });
+    const session = new Session(identity, this.#clock.now(), false);
     this.enter(session);
     return session;
   }
@@ -158,9 +148,7 @@ export class Sessions {
   }
 
   lose(peer: string, reason: PdError): void {
-    this.#lost.delete(peer);
-    this.#lost.set(peer, reason);
-    if (this.#lost.size > MOST) this.#lost.delete(this.#lost.keys().next().value!);
+    remember(this.#lost, peer, reason, MOST);
   }
 
   /** Makes place by forgetting peers that have neither a pair nor a message waiting. */

@@ -9,7 +9,15 @@
 import type { MemoryRef } from '../../device/device.ts';
 import type { Dtype } from '../../wire/dtype.ts';
 import { splitTensorId, type TensorId, type TransferId, withoutSuffix } from '../../wire/ids.ts';
-import { contradicts } from './memories.ts';
+
+interface Prompted {
+  readonly promptDigest?: string | undefined;
+}
+
+/** Both know of which prompt they are, and it is not the same one. */
+export function contradicts(a: Prompted, b: Prompted): boolean {
+  return a.promptDigest !== undefined && b.promptDigest !== undefined && a.promptDigest !== b.promptDigest;
+}
 
 /** Memory that the books count; `free` gives it back. */
 export interface Held {

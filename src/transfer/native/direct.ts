@@ -398,14 +398,10 @@ class DirectWrite implements LayerWrites {
   async landed(): Promise<void> {
     this.#tables.release();
     if (!this.#launched) return;
-    const event = this.#target.writer.record();
-    try {
-      await this.#poller.wait(event, Number.POSITIVE_INFINITY, "a write into a consumer's cache");
-    } finally {
-      event.dispose();
-    }
+    const { writer, page } = this.#target;
+    await this.#poller.drained(writer, Number.POSITIVE_INFINITY, "a write into a consumer's cache");
     const { slot, seq } = this.#options;
-    const faults = this.#target.page.faults(slot);
+    const faults = page.faults(slot);
     if (faults > 0)
       throw new PdError('INTERNAL', `write of WANT ${seq} met ${faults} blocks outside of a cache`);
   }

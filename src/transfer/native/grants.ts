@@ -20,23 +20,20 @@
  */
 import { type ErrorCode, PdError, unreachable } from '../../errors.ts';
 import type { TransferId } from '../../wire/ids.ts';
-import type {
-  AckMessage,
-  ConsumerMessage,
-  DoneMessage,
-  DropMessage,
-  EndMessage,
-  HeldState,
-  NativeTransport,
-  Nonce,
-  ProducerMessage,
-  Ticket,
-  WantMessage,
+import type { Draw, GrantAction } from './actions.ts';
+import { type Grant, GrantBooks, isTold, type Request, stateOf } from './grant-books.ts';
+import {
+  type AckMessage,
+  answerTo,
+  type ConsumerMessage,
+  type DropMessage,
+  type EndMessage,
+  type Failure,
+  type Nonce,
+  type ProducerMessage,
+  type WantMessage,
 } from './messages.ts';
-import { type Process, Processes } from './processes.ts';
-
-/** What the producer drew at the prompt's last position. */
-export type Draw = Pick<DoneMessage, 'drawn' | 'logprobs' | 'samplingDigest'>;
+import type { Process, Processes } from './processes.ts';
 
 export interface GrantsOptions {
   /** Of this process. */
@@ -56,108 +53,13 @@ export interface GrantsOptions {
   readonly maxWants?: number;
 }
 
-/** One WANT, for a driver that keeps something for each (its block table on the device). */
-export interface WantRef {
-  readonly peer: string;
-  /** Of the consumer's process. */
-  readonly nonce: Nonce;
-  readonly seq: number;
-}
-
-export type GrantAction =
-  /** `slot`: an end may go through the page instead, or as well. */
-  | {
-      readonly kind: 'send';
-      readonly peer: string;
-      readonly message: ProducerMessage;
-      readonly slot?: number;
-    }
-  /** The peer speaks to a process that is not this one, or has not introduced itself: send it our hello. */
-  | { readonly kind: 'introduce'; readonly peer: string }
-  | ({ readonly kind: 'bound'; readonly id: TransferId; readonly transport: NativeTransport } & WantRef)
-  /**
-   * Hold the source blocks, and write each, all layers, to the target at the same place. `place`: of the first of them in the WANT's
-   * list. The KV is there in the order of the compute stream, so a write of a layer waits for that layer's event.
-   */
-  | ({
-      readonly kind: 'write';
-      readonly launch: number;
-      readonly id: TransferId;
-      readonly ticket: Ticket;
-      readonly slot?: number;
-      readonly transport: NativeTransport;
-      readonly place: number;
-      readonly sources: readonly number[];
-      readonly targets: readonly number[];
-      /** No other write of this WANT follows. */
-      readonly last: boolean;
-    } & WantRef)
-  | { readonly kind: 'unhold'; readonly launch: number; readonly sources: readonly number[] }
-  /** Nothing is kept for this WANT any more but its end. */
-  | ({ readonly kind: 'ended' } & WantRef)
-  /** Not all of it has been handed over, or nobody has asked yet: lease the blocks of the prompt. */
-  | { readonly kind: 'lease'; readonly id: TransferId }
-  | { readonly kind: 'release'; readonly id: TransferId }
-  /** A process is gone, or another has its place, and nothing of ours writes to its memory: it may be unmapped. */
-  | { readonly kind: 'drained'; readonly peer: string; readonly nonce: Nonce };
-
-interface Grant {
-  readonly owner: Process<Grant>;
-  readonly want: WantMessage;
-  /** Where it is unbound. */
-  readonly deadline: number;
-  request: Request | undefined;
-  /** Blocks whose write has been asked for, from the prompt's start; those that are skipped count as written. */
-  written: number;
-  /** A write has been asked for. */
-  begun: boolean;
-  readonly launches: Set<number>;
-  /** Decided. Told once no launch is left. */
-  end: EndMessage | undefined;
-  /** When the end was last said; undefined before. */
-  saidAt: number | undefined;
-  /** Until it is said again: longer each time, as a peer that lives and does not acknowledge is asked for little. */
-  repeatMs: number;
-}
-
-interface Request {
-  readonly id: TransferId;
-  readonly promptDigest: string;
-  readonly tokens: number;
-  readonly grants: Set<Grant>;
-  computed: number;
-  sources: readonly number[];
-  draw: Draw | undefined;
-  /** Where its KV is leased: when that ends. */
-  leasedUntil: number | undefined;
-  /** Its consumer has said that it will not ask (again). */
-  unwanted: boolean;
-}
-
-interface Launch {
-  readonly grant: Grant;
-  readonly sources: readonly number[];
-}
-
-interface EndedId {
-  readonly why: string;
-  readonly until: number;
-  /** Before its request had begun. */
-  readonly unwanted: boolean;
-}
-
-const REPEAT_MS = 1_000;
 const LONGEST_REPEAT_MS = 60_000;
-const MAX_ENDED_IDS = 65_536;
 
 export class Grants {
   readonly #options: Required<GrantsOptions>;
-  readonly #processes = new Processes<Grant>();
-  readonly #requests = new Map<TransferId, Request>();
-  readonly #unbound = new Map<TransferId, Set<Grant>>();
-  readonly #launches = new Map<number, Launch>();
-  /** Oldest first. */
-  readonly #endedIds = new Map<TransferId, EndedId>();
+  readonly #books: GrantBooks;
+  readonly #processes: Processes<Grant>;
+  readonly #requests: Map<TransferId, Request>;
   #nextLaunch = 1;
   #draining = false;
   #actions: GrantAction[] = [];
@@ -166,6 +68,9 @@ export class Grants {
 
   constructor(options: GrantsOptions) {
     this.#options = { endedMs: 600_000, maxUnbound: 1_024, maxWants: 8_192, ...options };
+    this.#books = new GrantBooks(options.nonce);
+    this.#processes = this.#books.processes;
+    this.#requests = this.#books.requests;
   }
 
   /** A peer has said hello. `cacheBlocks`: what its cache has; a WANT names none beyond. Again after each reconnect. */
@@ -192,9 +97,8 @@ export class Grants {
     for (const grant of [...(process?.books.values() ?? [])]) {
       const { seq, transport } = grant.want;
       if (transport === 'direct') continue;
-      const message = 'its connection is gone';
       if (!isTold(grant)) {
-        this.#end(grant, { cmd: 'FAIL', ...answerOf(grant), code: 'PEER_LOST', message }, now);
+        this.#fail(grant, { code: 'PEER_LOST', message: 'its connection is gone' }, now);
       } else {
         process?.books.delete(seq);
         process?.settle(seq);
@@ -205,9 +109,8 @@ export class Grants {
 
   /** What the ROUTER has read of a peer that has said hello. */
   message(peer: string, message: ConsumerMessage, now: number): GrantAction[] {
-    const process = this.#processes.find(peer, message.from);
-    if (message.to !== this.#options.nonce || !process) {
-      this.#processes.ignore(message.to !== this.#options.nonce ? 'misaddressed' : 'unintroduced');
+    const process = this.#processes.sender(peer, message);
+    if (!process) {
       this.#do({ kind: 'introduce', peer });
       return this.#take();
     }
@@ -232,8 +135,9 @@ export class Grants {
   begin(id: TransferId, promptDigest: string, tokens: number, now: number): GrantAction[] {
     const before = this.#requests.get(id);
     if (before) this.#endRequest(before, 'KV_SEND_FAILED', 'a later request has its id', now);
-    const ended = this.#endedIds.get(id);
-    this.#endedIds.delete(id);
+    const { endedIds } = this.#books;
+    const ended = endedIds.get(id);
+    endedIds.delete(id);
     const request: Request = {
       id,
       promptDigest,
@@ -246,7 +150,7 @@ export class Grants {
       unwanted: ended?.unwanted ?? false,
     };
     this.#requests.set(id, request);
-    for (const grant of this.#unbound.get(id) ?? []) this.#bind(grant, request, now);
+    for (const grant of this.#books.unboundTo(id)) this.#bind(grant, request, now);
     return this.#take();
   }
 
@@ -296,23 +200,19 @@ export class Grants {
 
   /** Whether a launch of that write may still be made. False: what is left of it is not written, and `landed` follows. */
   mayLaunch(launch: number): boolean {
-    const grant = this.#launches.get(launch)?.grant;
+    const grant = this.#books.launches.get(launch)?.grant;
     return grant !== undefined && !grant.owner.dead && (grant.end === undefined || grant.end.cmd === 'DONE');
   }
 
   /** Nothing of that write is under way any more. `failure`: not all of it was written. */
-  landed(
-    launch: number,
-    now: number,
-    failure?: { readonly code: ErrorCode; readonly message: string },
-  ): GrantAction[] {
-    const known = this.#launches.get(launch);
+  landed(launch: number, now: number, failure?: Failure): GrantAction[] {
+    const known = this.#books.launches.get(launch);
     if (!known) throw new PdError('INTERNAL', `write ${launch} has landed before, or never was`);
     const { grant, sources } = known;
-    this.#launches.delete(launch);
+    this.#books.launches.delete(launch);
     grant.launches.delete(launch);
     if (failure && (grant.end === undefined || grant.end.cmd === 'DONE')) {
-      grant.end = { cmd: 'FAIL', ...answerOf(grant), ...failure };
+      grant.end = { cmd: 'FAIL', ...answerTo(grant.want), ...failure };
     }
     // the end first: its consumer waits
     this.#settle(grant, now);
@@ -329,7 +229,7 @@ export class Grants {
           this.#tell(grant, now);
         } else if (!grant.request && grant.end === undefined && now >= grant.deadline) {
           const waited = `no request of that id came within ${this.#options.unboundMs / 1_000} s`;
-          this.#end(grant, { cmd: 'FAIL', ...answerOf(grant), code: 'KV_SEND_FAILED', message: waited }, now);
+          this.#fail(grant, { code: 'KV_SEND_FAILED', message: waited }, now);
         }
       }
     }
@@ -337,10 +237,7 @@ export class Grants {
       if (request.leasedUntil === undefined || request.grants.size > 0 || now < request.leasedUntil) continue;
       this.#forget(request, `nobody asked for it within ${this.#options.leaseMs / 1_000} s`, now);
     }
-    for (const [id, { until }] of this.#endedIds) {
-      if (now < until) break;
-      this.#endedIds.delete(id);
-    }
+    this.#books.endedIds.sweep(now - this.#options.endedMs);
     return this.#take();
   }
 
@@ -351,11 +248,8 @@ export class Grants {
     for (const request of [...this.#requests.values()]) {
       this.#endRequest(request, 'SERVER_DRAINING', why, now);
     }
-    for (const grants of [...this.#unbound.values()]) {
-      for (const grant of grants) {
-        this.#end(grant, { cmd: 'FAIL', ...answerOf(grant), code: 'SERVER_DRAINING', message: why }, now);
-      }
-    }
+    for (const grant of this.#books.unbound())
+      this.#fail(grant, { code: 'SERVER_DRAINING', message: why }, now);
     return this.#take();
   }
 
@@ -380,53 +274,12 @@ export class Grants {
 
   /** For metrics and `/debug/state`. WANTs by state, `told` being those whose end is not acknowledged; then the other books; then totals. */
   stats() {
-    const states = { unbound: 0, bound: 0, writing: 0, ending: 0, told: 0 };
-    for (const process of this.#processes.all()) {
-      for (const grant of process.books.values()) states[isTold(grant) ? 'told' : stateOf(grant)]++;
-    }
-    let leases = 0;
-    for (const { leasedUntil } of this.#requests.values()) if (leasedUntil !== undefined) leases++;
-    const books = {
-      requests: this.#requests.size,
-      leases,
-      launches: this.#launches.size,
-      endedIds: this.#endedIds.size,
-      /** Seqs that are over and above their process's floor. */
-      settled: this.#processes.numSettled,
-    };
-    return { ...states, ...books, ...this.#counts, ignored: this.#processes.ignored };
+    return { ...this.#books.stats(), ...this.#counts, ignored: this.#processes.ignored };
   }
 
   /** What is wrong, in words; empty when all is well. */
   checkIntegrity(): string[] {
-    const problems: string[] = [];
-    const launches = new Set<number>();
-    const bound = new Set<Grant>();
-    for (const request of this.#requests.values()) for (const grant of request.grants) bound.add(grant);
-    for (const process of this.#processes.all()) {
-      for (const grant of process.books.values()) {
-        const { seq } = grant.want;
-        for (const launch of grant.launches) launches.add(launch);
-        if (isTold(grant) && grant.launches.size > 0) problems.push(`${seq} is told and is written to`);
-        if (grant.end !== undefined && grant.launches.size === 0 && !isTold(grant))
-          problems.push(`${seq} has ended untold`);
-        // a request that was failed is in no book, but for the WANTs whose writes have not landed
-        if (bound.has(grant) && !grant.request) problems.push(`${seq} is bound on one side only`);
-        if (grant.request && !grant.request.grants.has(grant))
-          problems.push(`${seq} is not in its request's book`);
-        if (isTold(grant) && bound.has(grant)) problems.push(`${seq} is told and bound`);
-        const waits = this.#unbound.get(grant.want.id)?.has(grant) ?? false;
-        if (waits !== (grant.end === undefined && grant.request === undefined))
-          problems.push(`${seq} is ${waits ? '' : 'not '}among the unbound`);
-      }
-    }
-    for (const [launch, { grant }] of this.#launches) {
-      if (!launches.has(launch)) problems.push(`write ${launch} of ${grant.want.seq} is nobody's`);
-    }
-    if (launches.size !== this.#launches.size) problems.push('a write under way is not in the book');
-    for (const grants of this.#unbound.values())
-      if (grants.size === 0) problems.push('an empty set of unbound');
-    return problems;
+    return this.#books.checkIntegrity();
   }
 
   #want(process: Process<Grant>, want: WantMessage, now: number): void {
@@ -449,34 +302,16 @@ export class Grants {
     this.#counts.promised += want.blocks.length;
     const refusal = this.#refusalOf(process, want);
     const request = this.#requests.get(want.id);
-    if (refusal) this.#end(grant, { cmd: 'FAIL', ...answerOf(grant), ...refusal }, now);
+    if (refusal) this.#fail(grant, refusal, now);
     else if (request) this.#bind(grant, request, now);
   }
 
   #open(process: Process<Grant>, want: WantMessage, now: number): Grant {
-    const grant: Grant = {
-      owner: process,
-      want,
-      deadline: now + this.#options.unboundMs,
-      request: undefined,
-      written: want.skip,
-      begun: false,
-      launches: new Set(),
-      end: undefined,
-      saidAt: undefined,
-      repeatMs: REPEAT_MS,
-    };
-    process.books.set(want.seq, grant);
-    const waiting = this.#unbound.get(want.id) ?? new Set();
-    this.#unbound.set(want.id, waiting.add(grant));
-    return grant;
+    return this.#books.open(process, want, now + this.#options.unboundMs);
   }
 
   /** Why a WANT fails before anything is written, as far as it can be told without its request. */
-  #refusalOf(
-    process: Process<Grant>,
-    { id, tokens, skip, blocks }: WantMessage,
-  ): { readonly code: ErrorCode; readonly message: string } | undefined {
+  #refusalOf(process: Process<Grant>, { id, tokens, skip, blocks }: WantMessage): Failure | undefined {
     if (this.#draining) return { code: 'SERVER_DRAINING', message: 'the worker is stopping' };
     if (!this.#options.names(id, process.peer)) {
       return { code: 'MESSAGE_INVALID', message: `the id of the request does not name ${process.peer}` };
@@ -496,7 +331,7 @@ export class Grants {
       };
     }
     if (this.#requests.has(id)) return undefined;
-    const ended = this.#endedIds.get(id);
+    const ended = this.#books.endedIds.get(id);
     if (ended) return { code: 'KV_SEND_FAILED', message: `the request is over: ${ended.why}` };
     let unbound = 0;
     for (const grant of process.books.values()) if (!grant.request && !grant.end) unbound++;
@@ -511,10 +346,10 @@ export class Grants {
     const { promptDigest, tokens, id, seq, transport } = grant.want;
     if (promptDigest !== request.promptDigest || tokens !== request.tokens) {
       const message = `the request of that id has another prompt here (${request.tokens} tokens, digest ${request.promptDigest}; wanted ${tokens}, ${promptDigest})`;
-      this.#end(grant, { cmd: 'FAIL', ...answerOf(grant), code: 'PROMPT_MISMATCH', message }, now);
+      this.#fail(grant, { code: 'PROMPT_MISMATCH', message }, now);
       return;
     }
-    this.#leaveUnbound(grant);
+    this.#books.leaveUnbound(grant);
     grant.request = request;
     request.grants.add(grant);
     request.unwanted = false;
@@ -536,7 +371,7 @@ export class Grants {
     grant.written = end;
     grant.begun = true;
     grant.launches.add(launch);
-    this.#launches.set(launch, { grant, sources });
+    this.#books.launches.set(launch, { grant, sources });
     this.#counts.written += sources.length;
     this.#do({
       kind: 'write',
@@ -558,7 +393,7 @@ export class Grants {
   #finishGrant(grant: Grant, draw: Draw, now: number): void {
     if (grant.end !== undefined) return;
     const { blocks, skip } = grant.want;
-    const end = { ...answerOf(grant), ...draw, promised: blocks.length, written: grant.written - skip };
+    const end = { ...answerTo(grant.want), ...draw, promised: blocks.length, written: grant.written - skip };
     this.#end(grant, { cmd: 'DONE', ...end }, now);
   }
 
@@ -582,7 +417,7 @@ export class Grants {
         return;
       }
       const isUnbound = grant.request === undefined;
-      this.#end(grant, { cmd: 'DROPPED', ...answerOf(grant) }, now);
+      this.#end(grant, { cmd: 'DROPPED', ...answerTo(grant.want) }, now);
       if (isUnbound) this.#giveUp(id, now);
       if (!isTold(grant)) this.#answerAgain(grant, now);
       return;
@@ -598,7 +433,7 @@ export class Grants {
       return;
     }
     const open = this.#open(process, unheard, now);
-    this.#end(open, { cmd: 'DROPPED', ...answerOf(open) }, now);
+    this.#end(open, { cmd: 'DROPPED', ...answerTo(open.want) }, now);
     this.#giveUp(id, now);
   }
 
@@ -637,8 +472,12 @@ export class Grants {
   #end(grant: Grant, end: EndMessage, now: number): void {
     if (grant.end !== undefined) return;
     grant.end = end;
-    this.#leaveUnbound(grant);
+    this.#books.leaveUnbound(grant);
     this.#settle(grant, now);
+  }
+
+  #fail(grant: Grant, { code, message }: Failure, now: number): void {
+    this.#end(grant, { cmd: 'FAIL', ...answerTo(grant.want), code, message }, now);
   }
 
   /** Tells an end that is decided, once nothing is being written for it. */
@@ -666,7 +505,7 @@ export class Grants {
       this.#tell(grant, now);
       return;
     }
-    this.#send(grant, { cmd: 'HELD', ...answerOf(grant), state: stateOf(grant) });
+    this.#send(grant, { cmd: 'HELD', ...answerTo(grant.want), state: stateOf(grant) });
   }
 
   #tell(grant: Grant, now: number): void {
@@ -682,8 +521,7 @@ export class Grants {
   #endRequest(request: Request, code: ErrorCode, why: string, now: number): void {
     this.#forget(request, why, now);
     for (const grant of [...request.grants]) {
-      if (grant.end?.cmd === 'DONE') continue;
-      this.#end(grant, { cmd: 'FAIL', ...answerOf(grant), code, message: why }, now);
+      if (grant.end?.cmd !== 'DONE') this.#fail(grant, { code, message: why }, now);
     }
   }
 
@@ -698,20 +536,14 @@ export class Grants {
   }
 
   #rememberId(id: TransferId, why: string, unwanted: boolean, now: number): void {
-    this.#endedIds.delete(id);
-    this.#endedIds.set(id, { why, unwanted, until: now + this.#options.endedMs });
-    if (this.#endedIds.size <= MAX_ENDED_IDS) return;
-    const [oldest] = this.#endedIds.keys();
-    if (oldest !== undefined) this.#endedIds.delete(oldest);
+    this.#books.endedIds.set(id, { why, unwanted }, now);
   }
 
   /** Nobody hears the answers to that process's WANTs, and nothing more is launched for them. */
   #bury(process: Process<Grant>, now: number): void {
-    const message = 'its process is gone';
     for (const grant of [...process.books.values()]) {
       if (isTold(grant)) process.books.delete(grant.want.seq);
-      else if (grant.end === undefined)
-        this.#end(grant, { cmd: 'FAIL', ...answerOf(grant), code: 'PEER_LOST', message }, now);
+      else this.#fail(grant, { code: 'PEER_LOST', message: 'its process is gone' }, now);
     }
     if (process.books.size === 0) this.#drained(process);
   }
@@ -720,11 +552,6 @@ export class Grants {
     if (this.#processes.bury(process)) {
       this.#do({ kind: 'drained', peer: process.peer, nonce: process.nonce });
     }
-  }
-
-  #leaveUnbound(grant: Grant): void {
-    const waiting = this.#unbound.get(grant.want.id);
-    if (waiting?.delete(grant) && waiting.size === 0) this.#unbound.delete(grant.want.id);
   }
 
   /** Undefined for one that has been failed meanwhile. */
@@ -766,18 +593,3 @@ const NEVER_HEARD = {
   samplingDigest: '',
   transport: 'host',
 } as const satisfies Partial<WantMessage>;
-
-function isTold(grant: Grant): boolean {
-  return grant.saidAt !== undefined;
-}
-
-function stateOf({ end, request, begun }: Grant): HeldState {
-  if (end !== undefined) return 'ending';
-  if (!request) return 'unbound';
-  return begun ? 'writing' : 'bound';
-}
-
-/** What every answer to a WANT repeats. */
-function answerOf({ want: { from, to, seq, ticket } }: Grant) {
-  return { from: to, to: from, seq, ticket };
-}

@@ -49,8 +49,8 @@ export interface Drawn extends FirstTokens {
   readonly samplingDigest: string;
 }
 
-/** Exactly one for each `want`. */
-export type WantOutcome =
+/** By either wire: exactly one for each `want`, and for each load that was begun. */
+export type LoadOutcome =
   | {
       readonly requestId: EngineRequestId;
       readonly ok: true;
@@ -102,7 +102,7 @@ export interface MovedKv {
 export interface HandOverUser {
   readonly books: HandOverBooks;
   /** A want is over. May come within `want` and `cancel`, and while a step is under way; the blocks are retracted before, where they can be. */
-  loadEnded(outcome: WantOutcome): void;
+  loadEnded(outcome: LoadOutcome): void;
   /** Blocks were given back by `unhold`, `retract` or `endLease` outside of a call of the user's: a prompt that waits for room may go on. */
   freed(): void;
 }

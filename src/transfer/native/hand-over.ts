@@ -17,6 +17,7 @@ import type { Logger } from '../../observability/log.ts';
 import type { MetricsPage } from '../../observability/metrics.ts';
 import type { SlotFlag } from '../../transport/direct/page.ts';
 import { type EngineRequestId, peerAddressOf, type TransferId } from '../../wire/ids.ts';
+import { remember } from '../memories.ts';
 import type { TransferState } from '../types.ts';
 import type { FromWire, NativeInit, ToWire } from './channel.ts';
 import { Connections } from './connections.ts';
@@ -31,7 +32,7 @@ import type {
   MovedKv,
   WantRequest,
 } from './hand-over-api.ts';
-import { Loads, remember } from './loads.ts';
+import { Loads } from './loads.ts';
 
 export interface HandOverOptions {
   readonly init: NativeInit;
@@ -59,6 +60,8 @@ export interface HandOverOptions {
 const TICK_MS = 250;
 /** For a consumer to say whether it speaks natively; once it has said that it does not, it is told of each request. */
 const PROBE_AGAIN_MS = 1_000;
+/** Consumers of which it is remembered when they were asked. */
+const MOST_PROBED = 1_024;
 /** For peers to hear the ends of their WANTs when this worker stops. */
 const CLOSE_MS = 3_000;
 
@@ -222,7 +225,7 @@ export class HandOver implements HandOverApi {
     const peer = this.#otherOf(id);
     if (peer === undefined || this.#fills.knows(peer)) return;
     if (now() - (this.#probed.get(peer) ?? Number.NEGATIVE_INFINITY) < PROBE_AGAIN_MS) return;
-    remember(this.#probed, peer, now());
+    remember(this.#probed, peer, now(), MOST_PROBED);
     this.#tell({ kind: 'probe', peer, id });
   }
 

@@ -7,7 +7,7 @@
 import { type ErrorData, PdError } from '../../errors.ts';
 import type { Pair } from '../../transport/transport.ts';
 import { protocolErrorKind } from '../../wire/limits.ts';
-import { logJoining, type TransferContext } from '../context.ts';
+import { joinPair, logJoined, type TransferContext } from '../context.ts';
 import { Dealer } from '../dealer.ts';
 import { makeRoom, unload } from './cargo.ts';
 import type { NativeInit, ToWire } from './channel.ts';
@@ -205,18 +205,16 @@ export class NativeLink {
 
   /** The producer opens a pair. Where it cannot be joined the connection ends. */
   #join({ from, to, uniqueId }: PairMessage): void {
-    const { transport, options, log, self } = this.#context;
     const { peer } = this;
     if (from !== this.#theirs?.from || to !== this.#init.nonce || this.#pair) return;
-    logJoining(this.#context, peer, 1);
-    this.#pair = transport.open({ uniqueId, rank: 1, peer, timeoutMs: options.timeouts.pairInit });
+    this.#pair = joinPair(this.#context, { uniqueId, rank: 1, peer });
     this.#pair.then(
       (pair) => {
         this.#openPair = pair;
         this.#events.pairsChanged();
         void pair.over.then((reason) => this.end(reason));
         if (this.#over) pair.abort(this.#over);
-        else log.info({ peer }, `🤝ncclCommInitRank Success, ${self}👈${peer}, MyRank:1`);
+        else logJoined(this.#context, pair);
       },
       (error: unknown) => this.end(PdError.from(error, 'PAIR_INIT_TIMEOUT', { peer })),
     );

@@ -11,14 +11,16 @@ import type { MetricsPage } from '../../observability/metrics.ts';
 import { SLOTS, type SlotFlag } from '../../transport/direct/page.ts';
 import type { EngineRequestId, TransferId } from '../../wire/ids.ts';
 import { Failures } from '../failures.ts';
+import { remember } from '../memories.ts';
 import type { TransferState } from '../types.ts';
+import type { WantAction } from './actions.ts';
 import type { NativeInit, ToWire } from './channel.ts';
 import type { Connections } from './connections.ts';
 import type { DirectWays } from './direct.ts';
-import type { HandOverState, HandOverUser, MovedKv, WantOutcome, WantRequest } from './hand-over-api.ts';
+import type { HandOverState, HandOverUser, LoadOutcome, MovedKv, WantRequest } from './hand-over-api.ts';
 import type { HelloMessage, NativeTransport, Nonce, ProducerMessage, Ticket } from './messages.ts';
 import { PageWatch } from './page-watch.ts';
-import { type WantAction, Wants } from './wants.ts';
+import { Wants } from './wants.ts';
 
 export interface LoadsOptions {
   readonly init: NativeInit;
@@ -127,7 +129,7 @@ export class Loads {
       this.#want(() => this.#wants.unwanted(peer, transferId));
       return;
     }
-    remember(this.#unwanted, transferId, peer);
+    remember(this.#unwanted, transferId, peer, MOST_REMEMBERED);
     this.#options.tell({ kind: 'connect', peer });
   }
 
@@ -141,7 +143,7 @@ export class Loads {
 
   sendFailed(transferId: TransferId, reason: ErrorData): void {
     const load = this.#loadOf(transferId);
-    if (!load) remember(this.#failed, transferId, reason);
+    if (!load) remember(this.#failed, transferId, reason, MOST_REMEMBERED);
     else if (load.seq === undefined) this.#fail(load, reason, false);
     else {
       const { seq } = load;
@@ -262,7 +264,7 @@ export class Loads {
     this.#end(load, { requestId, ok: false, error: told, quarantined });
   }
 
-  #end(load: Load, outcome: WantOutcome): void {
+  #end(load: Load, outcome: LoadOutcome): void {
     if (this.#loads.get(outcome.requestId) !== load) return;
     this.#loads.delete(outcome.requestId);
     this.#options.user().loadEnded(outcome);
@@ -428,11 +430,4 @@ function exposureOf(seq: number): string {
 
 function now(): number {
   return performance.now();
-}
-
-/** The oldest goes where there are too many. */
-export function remember<Key, Value>(map: Map<Key, Value>, id: Key, value: Value): void {
-  map.delete(id);
-  map.set(id, value);
-  if (map.size > MOST_REMEMBERED) map.delete(map.keys().next().value!);
 }

@@ -37,6 +37,12 @@ export interface CacheShape {
   readonly family: LayoutFamily;
 }
 
+/** Why KV does not come. */
+export interface Failure {
+  readonly code: ErrorCode;
+  readonly message: string;
+}
+
 /** "This is who speaks here." First of each connection, and its answer; with `refused` the two do not exchange KV. */
 export interface HelloMessage {
   readonly cmd: 'HELLO';
@@ -47,7 +53,7 @@ export interface HelloMessage {
   readonly transports: readonly NativeTransport[];
   /** Where it meets writers of its own host: the host's boot id and the path of a Unix socket. */
   readonly direct?: { readonly bootId: string; readonly path: string };
-  readonly refused?: { readonly code: ErrorCode; readonly message: string };
+  readonly refused?: Failure;
   /**
    * "Who speaks there?": answered with HELLO, and nothing comes of it. The id whose KV this end hands over natively, of which the other end
    * has said nothing; PROBE_ONLY where only the answer matters.
@@ -150,10 +156,8 @@ export interface DoneMessage extends OfWant {
 }
 
 /** "It will not come, and nothing will be written any more." */
-export interface FailMessage extends OfWant {
+export interface FailMessage extends OfWant, Failure {
   readonly cmd: 'FAIL';
-  readonly code: ErrorCode;
-  readonly message: string;
 }
 
 /** "You gave it up, and nothing will be written any more." */
@@ -169,3 +173,8 @@ export type AskedMessage = HelloMessage | ConsumerMessage;
 /** What a DEALER hears. */
 export type AnsweredMessage = HelloMessage | PairMessage | ProducerMessage;
 export type NativeMessage = AskedMessage | AnsweredMessage;
+
+/** What every answer to a WANT repeats. */
+export function answerTo({ from, to, seq, ticket }: WantMessage): OfWant {
+  return { from: to, to: from, seq, ticket };
+}

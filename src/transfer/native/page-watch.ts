@@ -4,7 +4,7 @@
  * that stands still costs this core thread no more than timers.
  */
 import { NO_TOKEN, type OwnerPage, type SlotFlag, type SlotState } from '../../transport/direct/page.ts';
-import type { Draw } from './grants.ts';
+import type { Draw } from './actions.ts';
 import type { Nonce } from './messages.ts';
 
 /** A slot, granted to the want of that seq. */

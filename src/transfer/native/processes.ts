@@ -70,6 +70,7 @@ export class Process<Entry> {
 const MAX_FORMER = 8;
 
 export class Processes<Entry> {
+  readonly #nonce: Nonce;
   readonly #present = new Map<string, Process<Entry>>();
   /** Dead or displaced, with entries that are not over. */
   readonly #departed = new Set<Process<Entry>>();
@@ -82,6 +83,11 @@ export class Processes<Entry> {
     overfull: 0,
     flag: 0,
   };
+
+  /** `nonce`: of this process. */
+  constructor(nonce: Nonce) {
+    this.#nonce = nonce;
+  }
 
   /** `process`: the one that has said hello, unless it is one of before. `before`: the one that it displaces. */
   introduce(
@@ -108,6 +114,16 @@ export class Processes<Entry> {
   find(peer: string, nonce: Nonce): Process<Entry> | undefined {
     const process = this.#present.get(peer);
     return process?.nonce === nonce ? process : undefined;
+  }
+
+  /** The process that sends such a message, where it is for this one; else it is counted, and means nothing. */
+  sender(
+    peer: string,
+    { from, to }: { readonly from: Nonce; readonly to: Nonce },
+  ): Process<Entry> | undefined {
+    const process = to === this.#nonce ? this.find(peer, from) : undefined;
+    if (!process) this.ignore(to === this.#nonce ? 'unintroduced' : 'misaddressed');
+    return process;
   }
 
   at(peer: string): Process<Entry> | undefined {

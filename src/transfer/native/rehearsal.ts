@@ -16,7 +16,7 @@ import { engineRequestId, proxyRequestId, type TransferId, transferIdOf } from '
 import type { FromWire, NativeInit, ToWire } from './channel.ts';
 import type { LayerWrites } from './direct.ts';
 import { HandOver, type HandOverOptions } from './hand-over.ts';
-import type { WantOutcome } from './hand-over-api.ts';
+import type { LoadOutcome } from './hand-over-api.ts';
 import type { CacheShape, HelloMessage, Nonce } from './messages.ts';
 
 /** From here on more of them change little. */
@@ -53,7 +53,7 @@ class Stage {
   readonly #hear: Partial<Record<'producer' | 'consumer', (event: FromWire) => void>> = {};
   /** Answers, which come after the page has said the same. */
   #mail: FromWire[] = [];
-  #loaded: Deferred<WantOutcome> = deferred();
+  #loaded: Deferred<LoadOutcome> = deferred();
 
   constructor(shape: CacheShape) {
     this.#shape = shape;

@@ -157,12 +157,8 @@ export class SelfTests {
     const began = performance.now();
     const bytes = writer.probe(atMost);
     if (bytes === undefined) return undefined;
-    const event = writer.record();
-    try {
-      await this.#options.poller.wait(event, WRITE_MS, "the self-test of a path into a consumer's cache");
-    } finally {
-      event.dispose();
-    }
+    const { poller } = this.#options;
+    await poller.drained(writer, WRITE_MS, "the self-test of a path into a consumer's cache");
     const gpuSeconds = Number(page.probeNanoseconds) / 1e9;
     return { bytes, gpuSeconds, seconds: (performance.now() - began) / 1_000 };
   }

@@ -4,7 +4,7 @@
  */
 import { type ErrorData, PdError } from '../../errors.ts';
 import type { Pair } from '../../transport/transport.ts';
-import { logJoining, type TransferContext } from '../context.ts';
+import { joinPair, logJoined, type TransferContext } from '../context.ts';
 import { type Cargo, loadCargo } from './cargo.ts';
 import type { FromWire, NativeInit, ToWire } from './channel.ts';
 import type { HelloMessage, NativeMessage } from './messages.ts';
@@ -91,12 +91,11 @@ export class NativeSession {
   /** With a consumer that wants something over it; once. Resolves when it is open, or will not be; never rejects. */
   async openPair(): Promise<void> {
     const { peer } = this;
-    const { transport, options, log, self } = this.#context;
+    const { transport, log } = this.#context;
     try {
       const uniqueId = transport.createUniqueId();
       this.#events.answer({ cmd: 'PAIR', from: this.#init.nonce, to: this.hello.from, uniqueId });
-      logJoining(this.#context, peer, 0);
-      this.#pair = transport.open({ uniqueId, rank: 0, peer, timeoutMs: options.timeouts.pairInit });
+      this.#pair = joinPair(this.#context, { uniqueId, rank: 0, peer });
       const open = await this.#pair;
       this.#openPair = open;
       this.#events.pairsChanged();
@@ -106,7 +105,7 @@ export class NativeSession {
         log.info({ peer, code: reason.code }, `pair with ${peer} is over: ${reason.message}`);
       });
       if (this.#over) open.abort(gone(peer));
-      else log.info({ peer }, `🤝ncclCommInitRank Success, ${self}👉${peer}, MyRank:0`);
+      else logJoined(this.#context, open);
     } catch (error) {
       log.warn({ peer }, `pair with ${peer} could not be opened: ${PdError.from(error).message}`);
     }

@@ -20,18 +20,18 @@
  */
 import { type ErrorData, PdError, unreachable } from '../../errors.ts';
 import type { TransferId } from '../../wire/ids.ts';
-import type { Draw } from './grants.ts';
-import type {
-  ConsumerMessage,
-  EndMessage,
-  NativeTransport,
-  Nonce,
-  PartMessage,
-  ProducerMessage,
-  Ticket,
-  WantMessage,
+import type { Ask, Draw, WantAction } from './actions.ts';
+import {
+  answerTo,
+  type EndMessage,
+  type Nonce,
+  type PartMessage,
+  type ProducerMessage,
+  type Ticket,
+  type WantMessage,
 } from './messages.ts';
-import { type Process, Processes } from './processes.ts';
+import type { Process, Processes } from './processes.ts';
+import { type Want, WantBooks } from './want-books.ts';
 
 export interface WantsOptions {
   /** Of this process. */
@@ -45,84 +45,8 @@ export interface WantsOptions {
   readonly slots: number;
 }
 
-export interface Ask {
-  /** Rank's address of the producer. */
-  readonly peer: string;
-  readonly id: TransferId;
-  /** Whose blocks they are; comes back with what becomes of them. */
-  readonly owner: string;
-  readonly promptDigest: string;
-  readonly samplingDigest: string;
-  /** Of the prompt; and leading blocks that are here already. */
-  readonly tokens: number;
-  readonly skip: number;
-  readonly blocks: readonly number[];
-  readonly transport: NativeTransport;
-  readonly withinMs: number;
-}
-
 /** Why nothing was asked. `unknown`: no process there has said hello. */
 export type Refusal = 'unknown' | 'quarantine' | 'slots';
-
-export type WantAction =
-  | { readonly kind: 'send'; readonly peer: string; readonly message: ConsumerMessage }
-  /** `BlockManager.expose`, before anything is sent. */
-  | { readonly kind: 'expose'; readonly seq: number; readonly blocks: readonly number[] }
-  | { readonly kind: 'retract'; readonly seq: number }
-  /** The grant word of a slot in the page shared with that process; seq 0: nobody writes. */
-  | {
-      readonly kind: 'grant';
-      readonly peer: string;
-      readonly nonce: Nonce;
-      readonly slot: number;
-      readonly seq: number;
-    }
-  /** All KV is there. Without `draw` the last position is computed here. Comes after `retract`. */
-  | {
-      readonly kind: 'loaded';
-      readonly seq: number;
-      readonly owner: string;
-      readonly draw?: Draw;
-    }
-  /** `quarantined`: the owner lets go of these blocks now, and takes others if it goes on. */
-  | {
-      readonly kind: 'failed';
-      readonly seq: number;
-      readonly owner: string;
-      readonly error: ErrorData;
-      readonly quarantined: boolean;
-    }
-  /** Its connection was lost, perhaps before its producer heard of it: it may be asked for once more. Comes after `retract`. */
-  | { readonly kind: 'again'; readonly seq: number; readonly owner: string; readonly error: ErrorData }
-  /** Receive what PART announced: into these blocks, or into scratch memory. */
-  | {
-      readonly kind: 'receive';
-      readonly peer: string;
-      readonly receipt: number;
-      readonly part: PartMessage;
-      readonly into: readonly number[] | 'scratch';
-    }
-  /** The ends have lost step on the pair: end it. */
-  | { readonly kind: 'reset-pair'; readonly peer: string };
-
-interface Want {
-  readonly process: Process<Want>;
-  readonly ask: Ask;
-  readonly message: WantMessage;
-  deadline: number;
-  saidAt: number;
-  givenUp: boolean;
-  /** Its owner has been told, or has given it up itself. */
-  told: boolean;
-  exposed: boolean;
-  flagged: boolean;
-  /** Its producer has said something of it. */
-  heard: boolean;
-  end: EndMessage | undefined;
-  readonly receipts: Set<number>;
-  /** By layer: how many of its blocks have been announced from the first one on. */
-  readonly announced: number[];
-}
 
 const REPEAT_MS = 1_000;
 /** Where no tick came for so long, this process was stopped: what has arrived meanwhile is read before anything is late. */
@@ -131,10 +55,10 @@ const GRACE_MS = 1_000;
 
 export class Wants {
   readonly #options: WantsOptions;
-  readonly #processes = new Processes<Want>();
-  readonly #wants = new Map<number, Want>();
+  readonly #books: WantBooks;
+  readonly #processes: Processes<Want>;
+  readonly #wants: Map<number, Want>;
   readonly #receipts = new Map<number, Want | undefined>();
-  readonly #freeSlots = new Map<Process<Want>, number[]>();
   readonly #nextParts = new Map<string, number>();
   #nextSeq = 1;
   #nextReceipt = 1;
@@ -144,6 +68,9 @@ export class Wants {
 
   constructor(options: WantsOptions) {
     this.#options = options;
+    this.#books = new WantBooks(options.nonce, options.slots);
+    this.#processes = this.#books.processes;
+    this.#wants = this.#books.wants;
   }
 
   /** A peer has said hello, or again after a reconnect: what it may not have heard is said again. */
@@ -160,10 +87,9 @@ export class Wants {
     if (!process) return this.#take();
     this.#displaced(process, now);
     for (const want of [...process.books.values()]) {
-      if (want.end === undefined) want.end = { cmd: 'DROPPED', ...back(want) };
+      if (want.end === undefined) want.end = { cmd: 'DROPPED', ...answerTo(want.message) };
       this.#settle(want);
     }
-    this.#freeSlots.delete(process);
     return this.#take();
   }
 
@@ -181,7 +107,7 @@ export class Wants {
     }
     if (this.#wants.size === 0) this.#lastTick = now;
     const seq = this.#nextSeq++;
-    const slot = ask.transport === 'direct' ? this.#slotsOf(process).pop() : undefined;
+    const slot = ask.transport === 'direct' ? this.#books.slotsOf(process).pop() : undefined;
     const { id, promptDigest, samplingDigest, tokens, skip, blocks, transport } = ask;
     const message: WantMessage = {
       cmd: 'WANT',
@@ -214,8 +140,7 @@ export class Wants {
       receipts: new Set(),
       announced: new Array<number>(this.#options.layers).fill(0),
     };
-    this.#wants.set(seq, want);
-    process.books.set(seq, want);
+    this.#books.enter(want);
     this.#counts.asked++;
     this.#do({ kind: 'expose', seq, blocks: message.blocks });
     if (slot !== undefined) this.#do({ kind: 'grant', peer: ask.peer, nonce: process.nonce, slot, seq });
@@ -225,11 +150,8 @@ export class Wants {
 
   /** What the DEALER to that peer has read. */
   message(peer: string, message: ProducerMessage, now: number): WantAction[] {
-    const process = this.#processes.find(peer, message.from);
-    if (message.to !== this.#options.nonce || !process) {
-      this.#processes.ignore(message.to !== this.#options.nonce ? 'misaddressed' : 'unintroduced');
-      return this.#take();
-    }
+    const process = this.#processes.sender(peer, message);
+    if (!process) return this.#take();
     const want = process.books.get(message.seq);
     if (want && want.message.ticket !== message.ticket) {
       this.#processes.ignore('forged');
@@ -281,7 +203,7 @@ export class Wants {
     this.#ended(
       process,
       want,
-      { cmd: 'DONE', ...back(want), ...draw, promised: length, written: length },
+      { cmd: 'DONE', ...answerTo(want.message), ...draw, promised: length, written: length },
       now,
     );
     return this.#take();
@@ -296,11 +218,9 @@ export class Wants {
     this.#receipts.delete(receipt);
     if (!want) return this.#take();
     want.receipts.delete(receipt);
-    if (!ok) {
-      this.#fail(want, { code: 'PEER_LOST', message: 'the pair ended in the middle of its KV', context: {} });
-      if (!want.end) this.#giveUp(want, now);
-    }
-    this.#settle(want);
+    const message = 'the pair ended in the middle of its KV';
+    if (ok) this.#settle(want);
+    else this.#abandon(want, { code: 'PEER_LOST', message, context: {} }, now);
     return this.#take();
   }
 
@@ -318,10 +238,7 @@ export class Wants {
   /** It will not come, as is known by other ways than its producer's word to us; its owner is told. Idempotent. */
   fail(seq: number, error: ErrorData, now: number): WantAction[] {
     const want = this.#wants.get(seq);
-    if (!want || want.told) return this.#take();
-    this.#fail(want, error);
-    if (!want.end) this.#giveUp(want, now);
-    this.#settle(want);
+    if (want && !want.told) this.#abandon(want, error, now);
     return this.#take();
   }
 
@@ -335,7 +252,7 @@ export class Wants {
       else this.#fail(want, error);
       if (!want.end && !unheard) this.#giveUp(want, now);
       // nothing comes on that pair any more, and its producer forgets it as well
-      want.end ??= { cmd: 'DROPPED', ...back(want) };
+      want.end ??= { cmd: 'DROPPED', ...answerTo(want.message) };
       this.#settle(want);
       if (unheard) this.#do({ kind: 'again', seq: want.message.seq, owner: want.ask.owner, error });
     }
@@ -374,13 +291,8 @@ export class Wants {
         const message = want.end
           ? 'its KV is said to be written and its flag never came'
           : 'its KV did not come';
-        this.#fail(want, {
-          code: 'KV_LOAD_TIMEOUT',
-          message: `${message} within ${withinMs / 1_000} s`,
-          context: {},
-        });
-        if (!want.end) this.#giveUp(want, now);
-        this.#settle(want);
+        const text = `${message} within ${withinMs / 1_000} s`;
+        this.#abandon(want, { code: 'KV_LOAD_TIMEOUT', message: text, context: {} }, now);
       } else if (!want.end && now - want.saidAt >= REPEAT_MS) {
         this.#repeat(want, now);
       }
@@ -394,31 +306,18 @@ export class Wants {
 
   /** Blocks that were given up and may still be written to, of one peer's processes. */
   quarantinedBy(peer: string): number {
-    let count = 0;
-    for (const want of this.#wants.values()) {
-      if (want.process.peer === peer && isQuarantined(want)) count += want.message.blocks.length;
-    }
-    return count;
+    return this.#books.quarantinedBy(peer);
   }
 
   /** The same, of each peer that has some. */
-  quarantine(): { readonly peer: string; readonly blocks: number }[] {
-    const peers = new Set<string>();
-    for (const want of this.#wants.values()) if (isQuarantined(want)) peers.add(want.process.peer);
-    return [...peers].map((peer) => ({ peer, blocks: this.quarantinedBy(peer) }));
+  quarantine(): ReturnType<WantBooks['quarantine']> {
+    return this.#books.quarantine();
   }
 
   /** For metrics and `/debug/state`: wants by state, blocks in quarantine, receives under way, then totals. */
   stats() {
-    const states = { waiting: 0, givenUp: 0, ended: 0 };
-    let quarantined = 0;
-    for (const want of this.#wants.values()) {
-      states[want.end ? 'ended' : want.givenUp ? 'givenUp' : 'waiting']++;
-      if (isQuarantined(want)) quarantined += want.message.blocks.length;
-    }
     return {
-      ...states,
-      quarantined,
+      ...this.#books.stats(),
       receipts: this.#receipts.size,
       ...this.#counts,
       ignored: this.#processes.ignored,
@@ -427,26 +326,13 @@ export class Wants {
 
   /** What is wrong, in words; empty when all is well. */
   checkIntegrity(): string[] {
-    const problems: string[] = [];
-    const slots = new Set<string>();
-    for (const [seq, want] of this.#wants) {
-      const { slot } = want.message;
-      if (want.process.books.get(seq) !== want) problems.push(`want ${seq} is in no process's book`);
-      if (want.told && !want.givenUp && !want.end) problems.push(`want ${seq} is told and goes on`);
-      if (!want.exposed && want.receipts.size > 0) problems.push(`want ${seq} is retracted and written to`);
-      if (slot === undefined) continue;
-      const place = `${want.process.peer} ${want.process.nonce} ${slot}`;
-      if (slots.has(place)) problems.push(`slot ${slot} has two wants`);
-      slots.add(place);
-      if (this.#freeSlots.get(want.process)?.includes(slot)) problems.push(`slot ${slot} is free and in use`);
-    }
-    return problems;
+    return this.#books.checkIntegrity();
   }
 
   #refusalOf(ask: Ask, process: Process<Want> | undefined): Refusal | undefined {
     if (!process) return 'unknown';
     if (this.quarantinedBy(ask.peer) > this.#options.cacheBlocks / 4) return 'quarantine';
-    if (ask.transport === 'direct' && this.#slotsOf(process).length === 0) return 'slots';
+    if (ask.transport === 'direct' && this.#books.slotsOf(process).length === 0) return 'slots';
     return undefined;
   }
 
@@ -495,7 +381,7 @@ export class Wants {
 
   /** What follows from all that is known of a want: blocks back, its owner told, its entry gone. */
   #settle(want: Want): void {
-    const { process, end, message } = want;
+    const { end, message } = want;
     if (want.receipts.size > 0) return;
     // Where this process alone writes, giving up and having received all is enough.
     const isOver = end !== undefined || (want.givenUp && message.transport !== 'direct');
@@ -508,16 +394,8 @@ export class Wants {
     }
     if (end === undefined) return;
     if (!want.told) this.#conclude(want, end);
-    this.#wants.delete(message.seq);
-    process.books.delete(message.seq);
-    if (message.slot !== undefined) {
-      if (!want.givenUp) this.#revoke(want);
-      this.#freeSlots.get(process)?.push(message.slot);
-    }
-    if (process.dead && process.books.size === 0) {
-      this.#processes.bury(process);
-      this.#freeSlots.delete(process);
-    }
+    if (!want.givenUp) this.#revoke(want);
+    this.#books.remove(want);
   }
 
   #conclude(want: Want, end: EndMessage): void {
@@ -569,6 +447,13 @@ export class Wants {
     });
   }
 
+  /** It will not come: its owner is told, and its producer where that does not know. */
+  #abandon(want: Want, error: ErrorData, now: number): void {
+    this.#fail(want, error);
+    if (!want.end) this.#giveUp(want, now);
+    this.#settle(want);
+  }
+
   #giveUp(want: Want, now: number): void {
     if (want.givenUp) return;
     want.givenUp = true;
@@ -591,13 +476,10 @@ export class Wants {
       });
       if (!want.end) this.#giveUp(want, now);
       // On a pair nobody else writes, and nobody is left to say DROPPED.
-      if (want.message.transport !== 'direct') want.end ??= { cmd: 'DROPPED', ...back(want) };
+      if (want.message.transport !== 'direct') want.end ??= { cmd: 'DROPPED', ...answerTo(want.message) };
       this.#settle(want);
     }
-    if (process.books.size === 0) {
-      this.#processes.bury(process);
-      this.#freeSlots.delete(process);
-    }
+    this.#books.bury(process);
   }
 
   /** Says what a producer may not have heard. */
@@ -625,14 +507,6 @@ export class Wants {
     return this.#nextSeq;
   }
 
-  #slotsOf(process: Process<Want>): number[] {
-    const known = this.#freeSlots.get(process);
-    if (known) return known;
-    const slots = Array.from({ length: this.#options.slots }, (_, i) => this.#options.slots - i);
-    this.#freeSlots.set(process, slots);
-    return slots;
-  }
-
   #do(action: WantAction): void {
     this.#actions.push(action);
   }
@@ -642,13 +516,4 @@ export class Wants {
     this.#actions = [];
     return actions;
   }
-}
-
-function isQuarantined(want: Want): boolean {
-  return want.exposed && want.told;
-}
-
-/** What an answer to it would repeat. */
-function back({ message: { from, to, seq, ticket } }: Want) {
-  return { from: to, to: from, seq, ticket };
 }

@@ -64,7 +64,7 @@ export class NativeWire {
   states(): PairState[] {
     const stateOf = (end: NativeLink | NativeSession, direction: PairState['direction']): PairState => {
       const { peer, state, outstanding, since } = end;
-      return { peer, direction, state, ours: true, queued: 0, outstanding, sinceMs: this.#ageOf(since) };
+      return { peer, direction, state, native: true, queued: 0, outstanding, sinceMs: this.#ageOf(since) };
     };
     return [
       ...[...this.#links.values()].map((link) => stateOf(link, 'outgoing')),

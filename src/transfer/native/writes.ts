@@ -6,20 +6,16 @@
  */
 import { type Deferred, deferred } from '../../deferred.ts';
 import type { EventRef } from '../../device/device.ts';
-import { type ErrorCode, PdError } from '../../errors.ts';
+import { PdError } from '../../errors.ts';
 import type { MetricsPage } from '../../observability/metrics.ts';
 import type { TransferId } from '../../wire/ids.ts';
+import type { GrantAction } from './actions.ts';
 import type { FromWire, NativeInit, ToWire } from './channel.ts';
 import type { DirectWays, LayerWrites } from './direct.ts';
-import type { GrantAction } from './grants.ts';
 import type { MovedKv } from './hand-over-api.ts';
+import type { Failure } from './messages.ts';
 
-export type WriteAction = Extract<GrantAction, { readonly kind: 'write' }>;
-
-export interface WriteFailure {
-  readonly code: ErrorCode;
-  readonly message: string;
-}
+type WriteAction = Extract<GrantAction, { readonly kind: 'write' }>;
 
 interface WritesOptions {
   readonly init: NativeInit;
@@ -31,7 +27,7 @@ interface WritesOptions {
   /** `Grants.mayLaunch`. */
   readonly mayLaunch: (launch: number) => boolean;
   /** Once for each write that was begun: nothing of it is under way any more. */
-  readonly landed: (launch: number, failure: WriteFailure | undefined) => void;
+  readonly landed: (launch: number, failure: Failure | undefined) => void;
 }
 
 interface Write {
@@ -42,7 +38,7 @@ interface Write {
   parts: number;
   /** By `direct`, once there is room for its lists. */
   direct: LayerWrites | undefined;
-  failure: WriteFailure | undefined;
+  failure: Failure | undefined;
 }
 
 interface Step {

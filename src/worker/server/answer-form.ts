@@ -9,10 +9,10 @@ import type { ConversationBody } from './messages.ts';
 /** `wish`: of the answer without calls. Undefined where any text will do. Throws REQUEST_INVALID. */
 export function answerForm(
   { tools = [], tool_choice: choice }: ConversationBody,
-  { parallel, parsing }: { readonly parallel: boolean; readonly parsing: Parsing },
+  parsing: Parsing,
   wish: GrammarWish | undefined,
 ): GrammarWish | undefined {
-  const calls = callsSpec(tools, choice, parallel, parsing);
+  const calls = callsSpec(tools, choice, parsing);
   const mustCall = choice === 'required' || typeof choice === 'object';
   const form = mustCall ? calls && { spec: calls, param: 'tools' } : wish && besideCalls(wish, calls);
   if (!form || !parsing.reasoning) return form;
@@ -28,7 +28,6 @@ function besideCalls({ spec, param }: GrammarWish, calls: GrammarSpec | undefine
 function callsSpec(
   tools: NonNullable<ConversationBody['tools']>,
   choice: ConversationBody['tool_choice'],
-  parallel: boolean,
   { calls }: Parsing,
 ): GrammarSpec | undefined {
   const named = typeof choice === 'object' ? choice.function.name : undefined;
@@ -44,7 +43,7 @@ function callsSpec(
     kind: 'calls',
     form: writtenForm(calls.dialect),
     tokens: callTokens(calls.dialect),
-    many: parallel && named === undefined,
+    many: !calls.single && named === undefined,
     // A model that may call is held to the names alone, as it is without a form of its answer.
     functions: chosen.map(({ function: { name, parameters } }) => ({
       name,

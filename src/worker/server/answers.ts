@@ -32,6 +32,8 @@ export interface AnswerBase {
   readonly id: string;
   readonly created: number;
   readonly model: string;
+  /** `system_fingerprint`: of one that draws the same from the same seed. */
+  readonly fingerprint: string;
 }
 
 export interface ChoicesFormat {
@@ -42,17 +44,22 @@ export interface ChoicesFormat {
   deltas(event: ChoiceEvent): Promise<readonly object[]>;
   /** A whole choice, of its events in order. */
   whole(index: number, events: readonly ChoiceEvent[]): Promise<object>;
+  /** Beside what all answers and chunks have. */
+  readonly more?: object;
+  /** In the usage of the whole, once all of it has been written. */
+  usageDetails?(): object;
   /** Beside the choices of an answer or chunk that begins with this event. */
   besideChoices?(event: ChoiceEvent | undefined): Promise<object>;
 }
 
 /** With `include_usage` a stream ends with its usage; with `continuous_usage_stats` too each chunk has its choice's so far, as vLLM writes it. */
 export function answerOfChoices(
-  { id, created, model }: AnswerBase,
+  { id, created, model, fingerprint }: AnswerBase,
   { include_usage: includeUsage = false, continuous_usage_stats: continuous = false }: StreamOptions = {},
   format: ChoicesFormat,
 ): AnswerFormat {
-  const base = (object: string) => ({ id, object, created, model });
+  const own = { created, model, ...format.more, system_fingerprint: fingerprint };
+  const base = (object: string) => ({ id, object, ...own });
   const chunk = base(format.chunkObject);
   const counted = new Map<number, { readonly prompt: number; readonly completion: number }>();
   const usageOf = ({ index, start, delta }: ChoiceEvent): object => {
@@ -73,7 +80,7 @@ export function answerOfChoices(
         await turn();
       }
       const beside = await format.besideChoices?.(byChoice[0]?.[0]);
-      return { ...base(format.object), ...beside, choices, usage };
+      return { ...base(format.object), ...beside, choices, usage: { ...usage, ...format.usageDetails?.() } };
     },
     begin: () => [],
     async said(event) {
@@ -85,7 +92,10 @@ export function answerOfChoices(
         long: event.start !== undefined,
       }));
     },
-    end: (usage) => (includeUsage ? [{ data: { ...chunk, choices: [], usage } }] : []),
+    end(usage) {
+      if (!includeUsage) return [];
+      return [{ data: { ...chunk, choices: [], usage: { ...usage, ...format.usageDetails?.() } } }];
+    },
     broke: (error) => [{ data: openAiError(error) }],
     last: '[DONE]',
   };

@@ -8,7 +8,7 @@ import { opensThoughts } from '../../parsing/reasoning.ts';
 import { z } from '../../zod.ts';
 import { answerForm } from './answer-form.ts';
 import { type AnswerBase, type AnswerFormat, answerOfChoices } from './answers.ts';
-import { type ChoiceEvent, promptTokenIdsOf, tokenIdsOf } from './choice.ts';
+import { type ChoiceEvent, endOf, promptTokenIdsOf, ThoughtCount, tokenIdsOf } from './choice.ts';
 import {
   askedOf,
   badField,
@@ -70,7 +70,7 @@ export function readChat(served: Served, model: TextModel, json: unknown): ChatR
     ...(calls && { calls }),
     ...(reasoning && { reasoning: { dialect: reasoning, inside: opensThoughts(reasoning, text) } }),
   };
-  const grammarWish = answerForm(body, { parallel: body.parallel_tool_calls ?? true, parsing }, wish);
+  const grammarWish = answerForm(body, parsing, wish);
   const options = { output, param: 'messages', truncate: body.truncate_prompt_tokens };
   // The template has written the special tokens itself.
   const ids = encodeText(served, model, text, body.add_special_tokens ?? false, options);
@@ -80,15 +80,23 @@ export function readChat(served: Served, model: TextModel, json: unknown): ChatR
     served,
     model,
     { ...body, ...constraints },
-    { prompts, maxTokens, echo: false, logprobs, keep: parsedTokens(parsing), grammarWish },
+    {
+      ...{ prompts, maxTokens, echo: false, logprobs, grammarWish },
+      keep: parsedTokens(parsing),
+      oneCall: calls?.single ? parsing : undefined,
+    },
   );
   const { tools: _, chat_template_kwargs: __, ...kept } = body;
   return { body: kept, model: name, asked, parsing };
 }
 
 /** How calls of the tools are to be read. */
-function callsOf({ calls }: Served, { tools = [] }: Pick<ChatBody, 'tools'>): Parsing['calls'] {
-  if (calls) return { dialect: calls, names: tools.map((tool) => tool.function.name) };
+function callsOf(
+  { calls }: Served,
+  { tools = [], parallel_tool_calls: parallel }: Pick<ChatBody, 'tools' | 'parallel_tool_calls'>,
+): Parsing['calls'] {
+  const names = tools.map((tool) => tool.function.name);
+  if (calls) return { dialect: calls, names, single: parallel === false };
   throw badField(
     'tools',
     'how this model writes calls is not known here: its chat template does not say (--tool-call-parser)',
@@ -100,6 +108,7 @@ interface Said {
   content: string;
   reasoning: string;
   readonly calls: Call[];
+  readonly thoughts: ThoughtCount;
 }
 
 interface Call {
@@ -111,6 +120,7 @@ interface Call {
 /** One choice on its way out. */
 interface Speaking {
   readonly parser: PartParser;
+  readonly thoughts: ThoughtCount;
   /** Of what the parser still holds. */
   events: ChoiceEvent[];
   /** Calls that have begun. */
@@ -118,9 +128,9 @@ interface Speaking {
 }
 
 export function chatFormat(model: TextModel, { body, parsing }: ChatReading, base: AnswerBase): AnswerFormat {
-  const parallel = body.parallel_tool_calls ?? true;
   const wantsReasoning = body.include_reasoning ?? true;
   const speaking = new Map<number, Speaking>();
+  const thoughts: ThoughtCount[] = [];
 
   /** The fields after what is said. */
   const about = async (events: readonly ChoiceEvent[], calls: number) => ({
@@ -132,13 +142,13 @@ export function chatFormat(model: TextModel, { body, parsing }: ChatReading, bas
           body.return_tokens_as_token_ids,
         )
       : null,
-    finish_reason: finishReason(events, calls),
+    ...endOf(events),
+    ...(calls > 0 && events.at(-1)?.delta.finishReason === 'stop' && { finish_reason: 'tool_calls' }),
     ...tokenIdsOf(body, events),
   });
 
   /** What a chunk of a stream says of one part; undefined where that is nothing. */
   const deltaOf = (part: Part, choice: Speaking): object | undefined => {
-    const ignored = !parallel && choice.calls > 1;
     switch (part.type) {
       case 'content':
         return { content: part.text };
@@ -146,12 +156,10 @@ export function chatFormat(model: TextModel, { body, parsing }: ChatReading, bas
         return wantsReasoning ? reasoningOf(part.text) : undefined;
       case 'call': {
         const index = choice.calls++;
-        if (!parallel && index > 0) return undefined;
         const { id, name } = newCall(part.name, parsing);
         return { tool_calls: [{ index, id, type: 'function', function: { name, arguments: '' } }] };
       }
       case 'arguments':
-        if (ignored) return undefined;
         return { tool_calls: [{ index: choice.calls - 1, function: { arguments: part.text } }] };
       case 'broken':
         return undefined; // what has gone out cannot be taken back
@@ -163,19 +171,27 @@ export function chatFormat(model: TextModel, { body, parsing }: ChatReading, bas
   return answerOfChoices(base, body.stream_options, {
     object: 'chat.completion',
     chunkObject: 'chat.completion.chunk',
+    more: { service_tier: 'default' },
+    usageDetails() {
+      const reasoning_tokens = thoughts.reduce((sum, { tokens }) => sum + tokens, 0);
+      return { completion_tokens_details: { reasoning_tokens } };
+    },
     async deltas(event) {
       const { index, start } = event;
       let choice = speaking.get(index);
       if (!choice) {
-        choice = { parser: createParser(parsing), events: [], calls: 0 };
+        const counted = new ThoughtCount(parsing.reasoning?.inside);
+        choice = { parser: createParser(parsing), thoughts: counted, events: [], calls: 0 };
+        thoughts.push(counted);
         speaking.set(index, choice);
       }
-      const role = { role: 'assistant', content: '' };
+      const role = { role: 'assistant', content: '', refusal: null };
       const opening = start ? [{ index, delta: role, logprobs: null, finish_reason: null }] : [];
       choice.events.push(event);
       const finished = event.delta.finishReason !== undefined;
       const parts = choice.parser.push(event.delta.text);
       if (finished) parts.push(...choice.parser.flush());
+      choice.thoughts.add(parts, event.delta);
       const deltas: object[] = [];
       for (const part of parts) {
         const delta = deltaOf(part, choice);
@@ -193,22 +209,24 @@ export function chatFormat(model: TextModel, { body, parsing }: ChatReading, bas
       ];
     },
     async whole(index, events) {
-      const { content, reasoning, calls } = await saidIn(events, parsing);
-      const told = parallel ? calls : calls.slice(0, 1);
-      const silent = content === '' && (told.length > 0 || reasoning !== '');
+      const { content, reasoning, calls, thoughts: counted } = await saidIn(events, parsing);
+      thoughts.push(counted);
+      const silent = content === '' && (calls.length > 0 || reasoning !== '');
       const message = {
         role: 'assistant',
         content: silent ? null : content,
+        refusal: null,
+        annotations: [],
         ...(reasoning !== '' && wantsReasoning && reasoningOf(reasoning)),
-        ...(told.length > 0 && {
-          tool_calls: told.map(({ id, name, arguments: text }) => ({
+        ...(calls.length > 0 && {
+          tool_calls: calls.map(({ id, name, arguments: text }) => ({
             id,
             type: 'function',
             function: { name, arguments: text },
           })),
         }),
       };
-      return { index, message, ...(await about(events, told.length)) };
+      return { index, message, ...(await about(events, calls.length)) };
     },
     async besideChoices(event) {
       const ofPrompt = await promptLogprobsOf(model, body, event?.start);
@@ -220,13 +238,16 @@ export function chatFormat(model: TextModel, { body, parsing }: ChatReading, bas
 /** A whole choice. Here a call that broke can still become text. */
 async function saidIn(events: readonly ChoiceEvent[], parsing: Parsing): Promise<Said> {
   const parser = createParser(parsing);
-  const said: Said = { content: '', reasoning: '', calls: [] };
+  const thoughts = new ThoughtCount(parsing.reasoning?.inside);
+  const said: Said = { content: '', reasoning: '', calls: [], thoughts };
   const turn = turns();
   for (const { delta } of events) {
-    for (const part of parser.push(delta.text)) take(part, said, parsing);
+    const parts = parser.push(delta.text);
+    if (delta.finishReason !== undefined) parts.push(...parser.flush());
+    for (const part of parts) take(part, said, parsing);
+    thoughts.add(parts, delta);
     await turn();
   }
-  for (const part of parser.flush()) take(part, said, parsing);
   return said;
 }
 
@@ -249,11 +270,6 @@ function take(part: Part, said: Said, parsing: Parsing): void {
     default:
       unreachable(part, 'part of an answer');
   }
-}
-
-function finishReason(events: readonly ChoiceEvent[], calls: number): string | null {
-  const reason = events.at(-1)?.delta.finishReason;
-  return reason === 'stop' && calls > 0 ? 'tool_calls' : (reason ?? null);
 }
 
 /** Under its older name and its newer one. */

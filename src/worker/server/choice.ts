@@ -1,7 +1,8 @@
 /** One completion on its way out: tokens become text, text stops at stop strings, and log-probabilities stay beside their tokens. */
 import { PdError } from '../../errors.ts';
 import type { TextModel } from '../../model/tokenizer.ts';
-import { partialEnd } from '../../parsing/parts.ts';
+import { createParser } from '../../parsing/parser.ts';
+import { type Part, type PartParser, partialEnd } from '../../parsing/parts.ts';
 import type { PromptLogprobs } from '../../scheduler/prompt-logprobs.ts';
 import type { RequestOutput } from '../../scheduler/types.ts';
 import type { TokenLogprob } from '../../wire/token-logprob.ts';
@@ -20,6 +21,8 @@ export interface ChoiceDelta {
   readonly tokens: readonly number[];
   readonly logprobs: readonly ChoiceLogprob[];
   readonly finishReason?: 'stop' | 'length';
+  /** The stop string, or the id of the stop token, that ended the completion; absent where its text just ended. */
+  readonly stopReason?: string | number;
 }
 
 /** Something new about choice `index` = prompt x n + completion. */
@@ -54,11 +57,38 @@ export function promptTokenIdsOf(
   return body.return_token_ids && event?.start ? { prompt_token_ids: [...event.start.prompt.tokens] } : {};
 }
 
+/** `finish_reason` of a choice and, with it, `stop_reason`, as vLLM gives it. */
+export function endOf(events: readonly ChoiceEvent[]): object {
+  const { finishReason = null, stopReason = null } = events.at(-1)?.delta ?? {};
+  return { finish_reason: finishReason, ...(finishReason && { stop_reason: stopReason }) };
+}
+
+/** Counts the tokens of thoughts in one choice. */
+export class ThoughtCount {
+  tokens = 0;
+  #inside: boolean;
+
+  /** `inside`: the text begins within thoughts. */
+  constructor(inside = false) {
+    this.#inside = inside;
+  }
+
+  /** `parts`: what a parser took the delta's text for. Nothing where it still holds it: then it is taken for what came last. */
+  add(parts: readonly Part[], { tokens }: ChoiceDelta): void {
+    const last = parts.at(-1);
+    if (last) this.#inside = last.type === 'reasoning';
+    if (this.#inside) this.tokens += tokens.length;
+  }
+}
+
 export class Choice {
   readonly #decoder: ReturnType<TextModel['decoder']>;
   readonly #stops: StopMatcher;
   readonly #minTokens: number;
   readonly #includeStop: boolean;
+  readonly #eos: number | undefined;
+  /** Looks for the end of the one call. */
+  readonly #oneCall: PartParser | undefined;
   #tokens = 0;
   /** Characters decoded so far, those held back included. */
   #decoded: number;
@@ -72,11 +102,13 @@ export class Choice {
     stops: readonly string[],
     minTokens: number,
     offset = 0,
-    { includeStop = false, ...decoding }: TextOptions = {},
+    { includeStop = false, eos, oneCall, ...decoding }: TextOptions = {},
   ) {
     this.#decoder = model.decoder(decoding);
     this.#stops = new StopMatcher(stops, includeStop);
     this.#includeStop = includeStop;
+    this.#eos = eos;
+    this.#oneCall = oneCall && createParser(oneCall);
     this.#minTokens = minTokens;
     this.#decoded = offset;
   }
@@ -90,9 +122,9 @@ export class Choice {
     return this.#finished;
   }
 
-  /** True once a stop string ended the completion, which the core does not know of. */
+  /** True once a stop string or the end of the one call ended the completion, which the core does not know of. */
   get stopped(): boolean {
-    return this.#stops.matched !== undefined;
+    return this.#stops.matched !== undefined || this.#oneCall?.done === true;
   }
 
   /** Throws the output's error, or REQUEST_ABORTED where the core gave the completion up. */
@@ -104,10 +136,12 @@ export class Choice {
       throw new PdError('REQUEST_ABORTED', `request ${requestId} was given up by the worker`, { requestId });
     }
     let text = '';
+    let stopToken: number | undefined;
     for (const [i, token] of output.tokens.entries()) {
       // The token that ended the completion (end of sequence, stop_token_ids) is counted but is no text.
       const last = i === output.tokens.length - 1;
       const ending = finishReason === 'stop' && last && !output.grammarEnded;
+      if (ending && token !== this.#eos) stopToken = token;
       const logprob = output.logprobs?.[i];
       if (logprob) this.#pending.push({ logprob, offset: this.#decoded });
       this.#pendingTokens.push(token);
@@ -118,17 +152,20 @@ export class Choice {
     if (finishReason === undefined) return this.#delta(text);
     text += this.#emit(this.#decoder.flush());
     if (!this.stopped) text += this.#stops.flush();
-    return this.#delta(text, this.stopped ? 'stop' : finishReason);
+    return this.#delta(text, this.stopped ? 'stop' : finishReason, stopToken);
   }
 
   #emit(text: string): string {
     this.#decoded += text.length;
     // Before min_tokens nothing stops a completion.
-    return this.#tokens <= this.#minTokens ? text : this.#stops.push(text);
+    const out = this.#tokens <= this.#minTokens ? text : this.#stops.push(text);
+    this.#oneCall?.push(out);
+    return out;
   }
 
-  #delta(text: string, finishReason?: 'stop' | 'length'): ChoiceDelta {
+  #delta(text: string, finishReason?: 'stop' | 'length', stopToken?: number): ChoiceDelta {
     if (finishReason !== undefined) this.#finished = true;
+    const stopReason = this.#stops.matched ?? stopToken;
     // Tokens and log-probabilities go out with text, so that none is ahead of what a client can see.
     const take = text !== '' || finishReason !== undefined;
     const tokens = take ? this.#pendingTokens : [];
@@ -137,7 +174,12 @@ export class Choice {
       this.#pendingTokens = [];
       this.#pending = [];
     }
-    return { text, tokens, logprobs, ...(finishReason === undefined ? {} : { finishReason }) };
+    return {
+      text,
+      tokens,
+      logprobs,
+      ...(finishReason !== undefined && { finishReason, ...(stopReason !== undefined && { stopReason }) }),
+    };
   }
 }
 

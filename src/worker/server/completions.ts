@@ -4,7 +4,7 @@ import type { TextModel } from '../../model/tokenizer.ts';
 import { unpackLogprobs } from '../../scheduler/prompt-logprobs.ts';
 import { z } from '../../zod.ts';
 import { type AnswerBase, type AnswerFormat, answerOfChoices } from './answers.ts';
-import { type ChoiceEvent, type ChoiceLogprob, promptTokenIdsOf, tokenIdsOf } from './choice.ts';
+import { type ChoiceEvent, type ChoiceLogprob, endOf, promptTokenIdsOf, tokenIdsOf } from './choice.ts';
 import {
   askedOf,
   badField,
@@ -112,7 +112,7 @@ export function completionFormat(
               echoed && { token: echoed.prompt.tokens[0]! },
               body.return_tokens_as_token_ids,
             ),
-      finish_reason: events.at(-1)?.delta.finishReason ?? null,
+      ...endOf(events),
       ...(await promptLogprobsOf(model, body, start)),
       ...promptTokenIdsOf(body, events[0]),
       ...tokenIdsOf(body, events),

@@ -1,7 +1,6 @@
 /** What the routes share. */
 import type { FastifyRequest } from 'fastify';
 import type { Guard } from '../../access/guard.ts';
-import type { TransferOptions } from '../../config/transfer-options.ts';
 import type { WorkerConfig } from '../../config/worker-config.ts';
 import type { TextModel } from '../../model/tokenizer.ts';
 import type { AllowList } from '../../net/allow-list.ts';
@@ -17,17 +16,7 @@ import type { Served } from './fields.ts';
 import type { InFlight } from './in-flight.ts';
 
 export interface ServerContext {
-  readonly config: Pick<
-    WorkerConfig,
-    | 'servedModelNames'
-    | 'randomizeRequestIds'
-    | 'role'
-    | 'maxNumSeqs'
-    | 'debugState'
-    | 'toolCallParser'
-    | 'reasoningParser'
-    | 'wire'
-  > & { readonly transfer: Pick<TransferOptions, 'kvKey'> };
+  readonly config: WorkerConfig;
   readonly core: Pick<CoreClient, 'generate' | 'info' | 'inspect' | 'state' | 'tell' | 'timelines'>;
   readonly reader: Pick<RequestBodyReader, 'read'>;
   /** For the text of what is generated. */

@@ -6,7 +6,9 @@ import { parse } from 'secure-json-parse';
 import { PdError } from '../../errors.ts';
 import type { GrammarSpec } from '../../grammar/grammar.ts';
 import type { Decoding, TextModel } from '../../model/tokenizer.ts';
+import { modelNotFound } from '../../openai-error.ts';
 import type { CallDialect } from '../../parsing/calls.ts';
+import type { Parsing } from '../../parsing/parser.ts';
 import type { ReasoningDialect } from '../../parsing/reasoning.ts';
 import type { SamplingParams } from '../../scheduler/types.ts';
 import { z } from '../../zod.ts';
@@ -152,6 +154,10 @@ export interface ReadPrompt {
 export interface TextOptions extends Decoding {
   /** What ended the completion, a stop string or token, is part of the text. */
   readonly includeStop?: boolean;
+  /** The stop token that is told as the end of the text, not by its id. */
+  readonly eos?: number;
+  /** Nothing is generated behind the one call that may be made, read so. */
+  readonly oneCall?: Parsing;
 }
 
 /** What a request wants its text to be, and the field that says so. */
@@ -254,14 +260,7 @@ export function checkSampling(
 
 /** The name that answers carry. Throws MODEL_NOT_FOUND where a request names one that is not served. */
 export function servedModel({ modelNames }: Served, requested: string | undefined): string {
-  if (requested !== undefined && !modelNames.includes(requested)) {
-    const name = JSON.stringify(requested.slice(0, 200));
-    throw new PdError(
-      'MODEL_NOT_FOUND',
-      `model ${name} is not served here; served: ${modelNames.join(', ')}`,
-      { param: 'model' },
-    );
-  }
+  if (requested !== undefined && !modelNames.includes(requested)) throw modelNotFound(requested, modelNames);
   return modelNames[0]!;
 }
 
@@ -276,15 +275,17 @@ export function askedOf(
   {
     logprobs,
     keep,
+    oneCall,
     grammarWish,
     ...own
   }: Pick<Asked, 'prompts' | 'maxTokens' | 'echo'> & {
     readonly logprobs: number | undefined;
     readonly keep?: readonly string[];
+    readonly oneCall?: Parsing | undefined;
     readonly grammarWish?: GrammarWish | undefined;
   },
 ): Asked {
-  const { eosTokenIds } = model;
+  const { eosTokenId, eosTokenIds } = model;
   const {
     allowed_token_ids: allowed,
     logit_bias: biases,
@@ -307,7 +308,9 @@ export function askedOf(
     text: {
       skipSpecialTokens: body.skip_special_tokens ?? true,
       includeStop: body.include_stop_str_in_output ?? false,
+      ...(!body.ignore_eos && eosTokenId !== undefined && { eos: eosTokenId }),
       ...(keep && { keep }),
+      ...(oneCall && { oneCall }),
     },
     sampling: {
       temperature: body.temperature ?? 1,
@@ -393,7 +396,7 @@ export function checkVocabulary({ vocabSize }: Served, tokens: readonly number[]
 
 function contextExceeded({ maxModelLen }: Served, param: string, what: string, output: number): PdError {
   const asked = output > 0 ? `${what} and ${output} to generate are` : `${what} are`;
-  return new PdError('CONTEXT_EXCEEDED', `${param}: ${asked} more than the context of ${maxModelLen}`, {
-    param,
-  });
+  // In words that clients look for.
+  const most = `this model's maximum context length is ${maxModelLen} tokens`;
+  return new PdError('CONTEXT_EXCEEDED', `${param}: ${asked} too many: ${most}`, { param });
 }

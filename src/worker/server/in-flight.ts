@@ -23,8 +23,14 @@ export function requestIdOf(request: FastifyRequest, reply: FastifyReply): strin
   return id;
 }
 
-/** Routes whose prompts have KV. */
-export type GenerationRoute = 'completions' | 'chat' | 'responses';
+/** Routes whose prompts have KV, by their paths. */
+export const GENERATION_ROUTES = {
+  '/v1/completions': 'completions',
+  '/v1/chat/completions': 'chat',
+  '/v1/responses': 'responses',
+} as const;
+export type GenerationPath = keyof typeof GENERATION_ROUTES;
+export type GenerationRoute = (typeof GENERATION_ROUTES)[GenerationPath];
 
 const ID_PREFIXES = { completions: 'cmpl-', chat: 'chatcmpl-', responses: 'resp_' } as const;
 

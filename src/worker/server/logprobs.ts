@@ -84,6 +84,7 @@ interface ChatToken {
 
 export interface ChatLogprobs {
   readonly content: readonly (ChatToken & { readonly top_logprobs: readonly ChatToken[] })[];
+  readonly refusal: null;
 }
 
 /** For /v1/chat/completions. */
@@ -107,7 +108,7 @@ export async function chatLogprobs(
       top_logprobs: logprob.top.slice(0, top).map((entry) => chatToken(entry.token, entry.logprob)),
     });
   }
-  return { content };
+  return { content, refusal: null };
 }
 
 interface PromptLogprob {

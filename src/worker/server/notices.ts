@@ -17,21 +17,21 @@ import { readErrorData } from '../../wire/overlap.ts';
 import { z } from '../../zod.ts';
 import { bodyOf, type ServerContext } from './context.ts';
 import { MAX_PROMPTS, parseBody, parseJson } from './fields.ts';
-import { promptIdsOf, requestIdSchema, serverIdOf } from './in-flight.ts';
+import {
+  GENERATION_ROUTES,
+  type GenerationPath,
+  promptIdsOf,
+  requestIdSchema,
+  serverIdOf,
+} from './in-flight.ts';
 
 /** Bytes; the longest notice carries an error with its causes. */
 export const NOTICE_LIMIT = 32_768;
 
-const ROUTES = {
-  '/v1/completions': 'completions',
-  '/v1/chat/completions': 'chat',
-  '/v1/responses': 'responses',
-} as const;
-
 const noticeSchema = z.object({
   /** As sent in X-Request-Id. */
   request_id: requestIdSchema,
-  route: z.enum(['/v1/completions', '/v1/chat/completions', '/v1/responses']),
+  route: z.enum(Object.keys(GENERATION_ROUTES) as GenerationPath[]),
   prompts: z.int().min(1).max(MAX_PROMPTS),
 });
 
@@ -109,7 +109,7 @@ function readNotice<N extends z.infer<typeof noticeSchema>>(
 } {
   const notice = parseBody(schema, parseJson(bodyOf(request)));
   const { request_id: requestId, route, prompts } = notice;
-  const kind = ROUTES[route];
+  const kind = GENERATION_ROUTES[route];
   const serverId = serverIdOf(kind, requestId);
   const serverIds = promptIdsOf(kind, serverId, prompts);
   return { ...notice, requestId, serverId, transferIds: serverIds.map((id) => inFlight.transferIdOf(id)) };

@@ -76,6 +76,7 @@ const ERROR = {
 
 const GETS = {
   '/v1/models': 'Names that requests may give',
+  '/v1/models/{model}': 'One of them',
   '/health': '200 while requests are taken, 503 while the worker drains',
   '/metrics': "Prometheus' text format",
   '/version': 'Version of pd-worker',
@@ -110,7 +111,11 @@ export async function openApi(version: string): Promise<string> {
     paths[path] = post(jsonSchema(schema), json);
   }
   for (const [path, summary] of Object.entries(GETS)) {
-    paths[path] = { get: { summary, responses: { 200: { description: 'The answer' } } } };
+    const parameters = [...path.matchAll(/\{(\w+)\}/g)].map(([, name]) => ({
+      ...{ name, in: 'path', required: true, schema: { type: 'string' } },
+    }));
+    const responses = { 200: { description: 'The answer' }, default: ERROR };
+    paths[path] = { get: { summary, ...(parameters.length > 0 && { parameters }), responses } };
   }
   return JSON.stringify({ openapi: '3.1.0', info: { title: 'pd-worker', version }, paths });
 }

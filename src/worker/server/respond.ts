@@ -65,7 +65,8 @@ export async function postGeneration<R extends GenerationRoute>(
       ...(wire && { wire }),
     };
     const run = new GenerationRun(context, plan);
-    const base = { id, created: Math.floor(Date.now() / 1_000), model };
+    const fingerprint = `fp_${context.core.info.fingerprint.digest.slice(0, 12)}`;
+    const base = { id, created: Math.floor(Date.now() / 1_000), model, fingerprint };
     const answering = { context, reply, run, format: formatOf(context.model, reading, base), id, gone };
     try {
       if (body.stream) return await answerStream(answering);

@@ -2,11 +2,12 @@
 import { randomBytes } from 'node:crypto';
 import { unreachable } from '../../errors.ts';
 import type { TextModel } from '../../model/tokenizer.ts';
+import { codeInAnswers } from '../../openai-error.ts';
 import { createParser } from '../../parsing/parser.ts';
 import type { Part } from '../../parsing/parts.ts';
 import type { AnswerBase, AnswerFormat, StreamEvent } from './answers.ts';
 import { newCallId } from './chat.ts';
-import type { ChoiceEvent, ChoiceLogprob, Usage } from './choice.ts';
+import { type ChoiceEvent, type ChoiceLogprob, ThoughtCount, type Usage } from './choice.ts';
 import { chatLogprobs } from './logprobs.ts';
 import type { ResponseReading } from './responses.ts';
 import { turns } from './turns.ts';
@@ -33,13 +34,11 @@ export function responseFormat(
   { id, created, model: name }: AnswerBase,
 ): AnswerFormat {
   const parser = createParser(parsing);
-  const parallel = body.parallel_tool_calls ?? true;
   const done: object[] = [];
   let output: Output | undefined;
   /** Log-probabilities whose text the parser still holds. */
   let held: ChoiceLogprob[] = [];
-  let calls = 0;
-  let reasoningTokens = 0;
+  const thoughts = new ThoughtCount(parsing.reasoning?.inside);
   let finish: 'stop' | 'length' = 'stop';
   let sequence = 0;
 
@@ -52,10 +51,12 @@ export function responseFormat(
     id,
     object: 'response',
     created_at: created,
+    completed_at: status === 'completed' ? Math.floor(Date.now() / 1_000) : null,
     status,
     background: false,
     error: null,
     incomplete_details: status === 'incomplete' ? { reason: 'max_output_tokens' } : null,
+    max_tool_calls: null,
     model: name,
     output: [...done],
     previous_response_id: null,
@@ -63,7 +64,7 @@ export function responseFormat(
     store: false,
     truncation: 'disabled',
     ...asked_for,
-    usage: usage ? usageOf(usage, reasoningTokens) : null,
+    usage: usage ? usageOf(usage, thoughts.tokens) : null,
   });
   /** Where deltas of the item under way belong. */
   const place = (of: Output) => ({
@@ -126,7 +127,6 @@ export function responseFormat(
         return [...events, event('response.output_text.delta', { ...data, logprobs: told })];
       }
       case 'call': {
-        if (++calls > 1 && !parallel) return [];
         const callId = newCallId(parsing);
         return open({ type: 'function_call', id: newId('function_call'), callId, name: part.name, text: '' });
       }
@@ -148,8 +148,7 @@ export function responseFormat(
       finish = delta.finishReason;
       parts.push(...parser.flush());
     }
-    const last = parts.at(-1) ?? { type: output?.type };
-    if (last.type === 'reasoning') reasoningTokens += delta.tokens.length;
+    thoughts.add(parts, delta);
     const events: StreamEvent[] = [];
     for (const part of parts) {
       // A call ends where something else begins: its arguments are whole then.
@@ -181,7 +180,7 @@ export function responseFormat(
       return [...closing, event(`response.${status}`, { response: response(status, usage) }, true)];
     },
     broke({ code, message, context }) {
-      return [event('error', { code, message, param: context['param'] ?? null })];
+      return [event('error', { code: codeInAnswers(code), message, param: context['param'] ?? null })];
     },
   };
 }

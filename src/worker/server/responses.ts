@@ -113,11 +113,15 @@ export function readResponse(served: Served, model: TextModel, json: unknown): R
     parallel_tool_calls: body.parallel_tool_calls ?? true,
     temperature: body.temperature ?? 1,
     top_p: body.top_p ?? 1,
+    presence_penalty: body.presence_penalty ?? 0,
+    frequency_penalty: body.frequency_penalty ?? 0,
     top_logprobs: body.top_logprobs ?? 0,
     text: { ...text, format: format ?? { type: 'text' } },
     reasoning: { effort: null, summary: null, ...reasoning },
     metadata: given['metadata'] ?? {},
     user: given['user'] ?? null,
+    safety_identifier: given['safety_identifier'] ?? null,
+    prompt_cache_key: given['prompt_cache_key'] ?? null,
   };
   try {
     const { asked, ...reading } = readChat(served, model, chat);

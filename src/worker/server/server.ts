@@ -4,8 +4,9 @@ import { Gauge, type Registry } from 'prom-client';
 import { PdError } from '../../errors.ts';
 import { isLoopback } from '../../net/address.ts';
 import { NO_JSON_SCHEMAS } from '../../net/json-schemas.ts';
+import { checkHeads } from '../../net/request-head.ts';
 import { createRegistry } from '../../observability/registry.ts';
-import { openAiError, retryHeaders } from '../../openai-error.ts';
+import { modelNotFound, openAiError, retryHeaders } from '../../openai-error.ts';
 import { pingFields } from '../../wire/codec.ts';
 import { chatFormat } from './chat.ts';
 import { completionFormat } from './completions.ts';
@@ -43,6 +44,7 @@ export function createServer(context: ServerContext): FastifyInstance {
     schemaController: NO_JSON_SCHEMAS,
   }) as unknown as FastifyInstance;
   guard.attach(server);
+  checkHeads(server);
   const registry = createRegistry(context.pages, { model_name: config.servedModelNames[0] ?? '' });
   registerCacheConfig(registry, context);
   const created = Math.floor(Date.now() / 1_000);
@@ -89,18 +91,22 @@ export function createServer(context: ServerContext): FastifyInstance {
   server.post('/kv/prefilled', notice, async (request) => postPrefilled(context, request));
   server.post('/kv/failed', notice, async (request) => postFailed(context, request));
   server.post('/kv/receipt', notice, async (request) => postReceipt(context, request));
-  server.get('/v1/models', async () => ({
-    object: 'list',
-    data: config.servedModelNames.map((id) => ({
-      id,
-      object: 'model',
-      created,
-      owned_by: 'pd-worker',
-      root: id,
-      parent: null,
-      max_model_len: core.info.maxModelLen,
-    })),
+  const models = config.servedModelNames.map((id) => ({
+    id,
+    object: 'model',
+    created,
+    owned_by: 'pd-worker',
+    root: id,
+    parent: null,
+    max_model_len: core.info.maxModelLen,
   }));
+  server.get('/v1/models', async () => ({ object: 'list', data: models }));
+  // Names of models have slashes, which some clients escape.
+  server.get<{ Params: { '*': string } }>('/v1/models/*', async ({ params: { '*': name } }) => {
+    const model = models.find(({ id }) => id === name);
+    if (!model) throw modelNotFound(name, config.servedModelNames);
+    return model;
+  });
   server.get('/health', async (_request, reply) => {
     // A core that hangs must not look healthy.
     await core.state();

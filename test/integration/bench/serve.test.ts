@@ -1,5 +1,4 @@
 import { EventEmitter, once } from 'node:events';
-import { createServer } from 'node:net';
 import { Command } from 'commander';
 import { describe, expect, it, onTestFinished } from 'vitest';
 import { SERVE_OPTIONS, serveOptions } from '../../../bench/cli/serve.ts';
@@ -15,6 +14,7 @@ import {
   json,
   writeEvent,
 } from '../../support/fake-openai.ts';
+import { keptPort } from '../../support/transfer.ts';
 
 /** The options of a command line. */
 function options(...args: readonly string[]): ServeOptions {
@@ -241,11 +241,7 @@ describe('pd-bench serve', () => {
   });
 
   it('says at once what keeps it from starting', async () => {
-    const holder = createServer().listen(0, '127.0.0.1');
-    await once(holder, 'listening');
-    const { port } = holder.address() as { port: number };
-    holder.close();
-    const nobody = serve(options('--url', `http://127.0.0.1:${port}`), quiet());
+    const nobody = serve(options('--url', `http://127.0.0.1:${await keptPort()}`), quiet());
     await expect(nobody).rejects.toMatchObject({ code: 'UPSTREAM_FAILED' });
     await expect(nobody).rejects.toThrow('ECONNREFUSED');
 

@@ -20,7 +20,7 @@ const poller = new EventPoller();
 
 const drained = async () => {
   const event = stream.record();
-  await poller.wait(event, 10_000, 'test');
+  await poller.wait(event, 60_000, 'test');
   event.dispose();
 };
 
@@ -200,7 +200,7 @@ test('an event of one stream holds another one up, across devices', async () => 
   const result = upload(new Uint8Array(64));
   device.copy(result, first, other);
   const done = other.record();
-  await poller.wait(done, 10_000, 'test');
+  await poller.wait(done, 60_000, 'test');
   expect(download(result)[0]).toBe(2);
   for (const held of [event, done, other]) held.dispose();
 });

@@ -18,20 +18,19 @@ import {
   untilListed,
   type WorkerHandle,
 } from '../../support/cluster.ts';
+import { keptPort } from '../../support/transfer.ts';
 
 const TIMEOUT_MS = 60_000;
+/** To pass, but not before a connection and a greeting have been made. */
+const GREETED_MS = 1_500;
 const levels = (section: { findings: readonly { level: string }[] }) =>
   section.findings.map(({ level }) => level);
 const peer = (address: string, announced?: string, timeoutMs = TIMEOUT_MS) =>
   peerSection({ peer: parseHostPort(address), timeoutMs, ...(announced === undefined ? {} : { announced }) });
 
-/** Free a moment ago. */
+/** Where nobody listens. */
 async function closedAddress(): Promise<string> {
-  const server = createServer();
-  await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve));
-  const { port } = server.address() as AddressInfo;
-  await new Promise((resolve) => server.close(resolve));
-  return `127.0.0.1:${port}`;
+  return `127.0.0.1:${await keptPort()}`;
 }
 
 describe('a running system', () => {
@@ -153,7 +152,7 @@ describe('a peer', () => {
     const [vllm, silent, nonsense] = routers;
     const sections = await Promise.all([
       peer(vllm!.address),
-      peer(silent!.address, undefined, 300),
+      peer(silent!.address, undefined, GREETED_MS),
       peer(nonsense!.address),
     ]);
     for (const { router } of routers) router.close();
@@ -174,7 +173,7 @@ describe('a peer', () => {
     });
     const router = new Router({ linger: 0, ipv6: true, ...gate.socketOptions });
     await router.bind('tcp://[::1]:*');
-    const { findings } = await peer(router.lastEndpoint!.replace('tcp://', ''), undefined, 500);
+    const { findings } = await peer(router.lastEndpoint!.replace('tcp://', ''), undefined, GREETED_MS);
     router.close();
     await gate.close();
     expect(gate.refused).toBeGreaterThan(0);

@@ -6,6 +6,7 @@ import { formatHostPort } from '../../../src/net/address.ts';
 import type { PdProxy } from '../../../src/proxy/proxy.ts';
 import { type Answer, answerJson, FakeUpstream } from '../../support/fake-upstream.ts';
 import { startQuietProxy } from '../../support/quiet-proxy.ts';
+import { withStoppedClock } from '../../support/stopped-clock.ts';
 
 const MIB = 2 ** 20;
 
@@ -95,13 +96,21 @@ test('of an answer that its client never reads little is taken in, and in the en
       if (!out.write(event)) await Promise.race([once(out, 'drain'), gone]);
     }
   };
-  const { proxy, consumer } = await start(endless, { decodeIdleTimeoutMs: 300 });
-  const aborted = once(consumer.events, 'aborted');
-  const body = '{"model":"m","prompt":"Hello","stream":true}';
-  const socket = await open(proxy);
-  socket.pause();
-  socket.write(`POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: ${body.length}\r\n\r\n${body}`);
-  await aborted;
+  const { proxy, consumer } = await start(endless, { decodeIdleTimeoutMs: 10_000 });
+  await withStoppedClock(async (clock) => {
+    const [asked, aborted] = [once(consumer.events, 'asked'), once(consumer.events, 'aborted')];
+    const body = '{"model":"m","prompt":"Hello","stream":true}';
+    const socket = await open(proxy);
+    socket.pause();
+    socket.write(`POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: ${body.length}\r\n\r\n${body}`);
+    await asked;
+    // Until no more is taken in for as long as a request takes there and back.
+    for (let before = -1; before !== taken; ) {
+      before = taken;
+      await fetch(`http://${formatHostPort(proxy.httpAddress)}/health`);
+    }
+    await clock.passesUntil(aborted);
+  });
   // What fits into the buffers of four sockets.
   expect(taken).toBeLessThan(64 * MIB);
 });

@@ -179,11 +179,12 @@ describe('a long body at the proxy', () => {
   });
 
   it('that finds no room to wait in is answered so, and told when to come again', async () => {
-    const { post, reading } = await startProxy({ maxWaitingBytes: 100_000 });
+    const { post, reading, signals } = await startProxy({ maxWaitingBytes: 100_000 });
     const first = post(LONG);
     const thread = await reading();
-    const [one, two] = [post(LONG), post({ ...LONG, prompt: 'x'.repeat(80_000) })];
-    const busy = await two;
+    const one = post(LONG);
+    while (signals.length < 2) await new Promise(setImmediate); // over connections of their own either may come first
+    const busy = await post({ ...LONG, prompt: 'x'.repeat(80_000) });
     expect(busy.status).toBe(503);
     expect(busy.headers.get('retry-after')).toBe('3');
     expect(await busy.json()).toMatchObject({ error: { type: 'server_error', code: 'READER_BUSY' } });

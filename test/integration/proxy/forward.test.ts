@@ -1,43 +1,22 @@
 import { once } from 'node:events';
 import type { ServerResponse } from 'node:http';
-import { afterEach, describe, expect, test } from 'vitest';
+import { describe, expect, test } from 'vitest';
 import { formatHostPort } from '../../../src/net/address.ts';
 import type { PdProxy } from '../../../src/proxy/proxy.ts';
-import { type Answer, type Asked, answerJson, FakeUpstream, sendPing } from '../../support/fake-upstream.ts';
-import { startQuietProxy } from '../../support/quiet-proxy.ts';
+import {
+  type Answer,
+  type Asked,
+  answerJson,
+  type FakeUpstream,
+  sendPing,
+} from '../../support/fake-upstream.ts';
+import { startProxy, startUpstream, url } from '../../support/proxies.ts';
 import { withStoppedClock } from '../../support/stopped-clock.ts';
-
-const closing: (() => Promise<unknown>)[] = [];
-afterEach(async () => {
-  for (const close of closing.splice(0).reverse()) await close();
-});
-
-async function startProxy(settings?: Parameters<typeof startQuietProxy>[0]): Promise<PdProxy> {
-  const proxy = await startQuietProxy(settings);
-  closing.push(() => proxy.close(0));
-  return proxy;
-}
-
-async function startUpstream(
-  proxy: PdProxy,
-  role: 'producer' | 'consumer',
-  answer: Answer = answerJson(),
-  options: { host?: string; models?: readonly string[]; digest?: string } = {},
-): Promise<FakeUpstream> {
-  const upstream = await FakeUpstream.start(role, answer, options);
-  closing.push(() => upstream.kill());
-  await upstream.ping(proxy.discoveryAddress, options.digest);
-  await until(() => proxy.instances.some((known) => known.httpAddress === upstream.httpAddress));
-  return upstream;
-}
 
 /** For what announces itself by no event here. */
 async function until(condition: () => boolean | Promise<boolean>): Promise<void> {
   while (!(await condition())) await new Promise((resolve) => setImmediate(resolve));
 }
-
-const url = (proxy: PdProxy, path = '/v1/completions') =>
-  `http://${formatHostPort(proxy.httpAddress)}${path}`;
 
 function post(proxy: PdProxy, body: unknown, init: RequestInit & { path?: string } = {}): Promise<Response> {
   return fetch(url(proxy, init.path), {
@@ -163,6 +142,25 @@ describe('errors', () => {
     expect(response.status).toBe(504);
     expect(await response.json()).toMatchObject({ error: { code: 'KV_LOAD_TIMEOUT' } });
     expect(consumer.asked).toHaveLength(1); // an answer, if a bad one: not asked again
+  });
+
+  test('of the head alone are told before the body is read: methods that a path has not, bodies that are encoded', async () => {
+    const proxy = await startProxy();
+    const ask = async (method: string, path: string, headers: Record<string, string> = {}) => {
+      const response = await fetch(url(proxy, path), {
+        method,
+        headers,
+        ...(method === 'POST' && { body: 'x' }),
+      });
+      const { error } = JSON.parse((await response.text()) || '{}') as { error?: { code: string } };
+      return [response.status, response.headers.get('allow'), error?.code];
+    };
+    expect(await ask('GET', '/v1/responses')).toEqual([405, 'POST', 'METHOD_NOT_ALLOWED']);
+    expect(await ask('POST', '/v1/requests/1/route')).toEqual([405, 'GET, HEAD', 'METHOD_NOT_ALLOWED']);
+    expect(await ask('HEAD', '/v1/models')).toEqual([200, null, undefined]);
+    expect(await ask('POST', '/v1/embeddings')).toEqual([404, null, 'REQUEST_INVALID']);
+    const encoded = { 'content-encoding': 'gzip' };
+    expect(await ask('POST', '/v1/completions', encoded)).toEqual([415, null, 'BODY_ENCODED']);
   });
 
   test('no instance of a role: 503 naming the role', async () => {
@@ -451,6 +449,12 @@ describe('what the proxy says about itself', () => {
     const models = (await (await fetch(url(proxy, '/v1/models'))).json()) as { data: { id: string }[] };
     expect(models).toMatchObject({ object: 'list' });
     expect(models.data.map((model) => model.id)).toEqual(['a', 'b', 'c']);
+    expect(await (await fetch(url(proxy, '/v1/models/c'))).json()).toEqual(models.data[2]);
+    const unknown = await fetch(url(proxy, '/v1/models/org%2Fd'));
+    expect([unknown.status, await unknown.json()]).toMatchObject([
+      404,
+      { error: { message: expect.stringContaining('"org/d"'), param: 'model', code: 'model_not_found' } },
+    ]);
     const health = await (await fetch(url(proxy, '/health'))).json();
     expect(health).toMatchObject({
       status: 'ok',

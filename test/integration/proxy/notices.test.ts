@@ -1,30 +1,16 @@
 /** KV of a request that no consumer will decode is released on both ends, at once. */
 import { once } from 'node:events';
-import { afterEach, expect, test } from 'vitest';
-import { formatHostPort } from '../../../src/net/address.ts';
-import { type Answer, type Asked, answerJson, FakeUpstream } from '../../support/fake-upstream.ts';
-import { startQuietProxy } from '../../support/quiet-proxy.ts';
-
-const closing: (() => Promise<unknown>)[] = [];
-afterEach(async () => {
-  for (const close of closing.splice(0).reverse()) await close();
-});
+import { expect, test } from 'vitest';
+import { type Answer, type Asked, answerJson, type FakeUpstream } from '../../support/fake-upstream.ts';
+import { startProxy, startUpstream, url } from '../../support/proxies.ts';
 
 async function pair(answers: { producer?: Answer; consumer?: Answer }, digest: string | null = 'd') {
-  const proxy = await startQuietProxy();
-  closing.push(() => proxy.close(0));
-  const start = async (role: 'producer' | 'consumer') => {
-    const upstream = await FakeUpstream.start(role, answers[role] ?? answerJson());
-    closing.push(() => upstream.kill());
-    await upstream.ping(proxy.discoveryAddress, digest ?? undefined);
-    while (!proxy.instances.some((known) => known.httpAddress === upstream.httpAddress)) {
-      await new Promise((resolve) => setImmediate(resolve));
-    }
-    return upstream;
-  };
+  const proxy = await startProxy();
+  const start = (role: 'producer' | 'consumer') =>
+    startUpstream(proxy, role, answers[role], { digest: digest ?? undefined });
   const [producer, consumer] = [await start('producer'), await start('consumer')];
   const ask = (body: object, signal?: AbortSignal) =>
-    fetch(`http://${formatHostPort(proxy.httpAddress)}/v1/completions`, {
+    fetch(url(proxy), {
       method: 'POST',
       headers: { 'content-type': 'application/json' },
       body: JSON.stringify(body),

@@ -1,7 +1,7 @@
 /** Which instances a client's requests reach under each policy. What each policy decides is in test/unit/proxy/placement.test.ts. */
 import { dirname } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { afterEach, describe, expect, test } from 'vitest';
+import { describe, expect, onTestFinished, test } from 'vitest';
 import { demoModelDir } from '../../../src/config/demo-model.ts';
 import { type BlockHash, extendHashes } from '../../../src/kv/block-hash.ts';
 import { Tokenizer } from '../../../src/model/tokenizer.ts';
@@ -12,12 +12,8 @@ import type { PdProxy } from '../../../src/proxy/proxy.ts';
 import { PROMPT_IDS_FEATURE } from '../../../src/wire/prompt-ids.ts';
 import { KvEventPublisher } from '../../../src/worker/kv-events.ts';
 import { answerJson, FakeUpstream } from '../../support/fake-upstream.ts';
+import { startProxy, startUpstream } from '../../support/proxies.ts';
 import { startQuietProxy } from '../../support/quiet-proxy.ts';
-
-const closing: (() => Promise<unknown>)[] = [];
-afterEach(async () => {
-  for (const close of closing.splice(0).reverse()) await close();
-});
 
 interface Pool {
   readonly proxy: PdProxy;
@@ -28,17 +24,9 @@ interface Pool {
 }
 
 async function pool(settings: Parameters<typeof startQuietProxy>[0]): Promise<Pool> {
-  const proxy = await startQuietProxy(settings);
-  closing.push(() => proxy.close(0));
-  const start = async (role: 'producer' | 'consumer') => {
-    const upstream = await FakeUpstream.start(role, answerJson());
-    closing.push(() => upstream.kill());
-    await upstream.ping(proxy.discoveryAddress);
-    return upstream;
-  };
-  const producers = await Promise.all([1, 2, 3].map(() => start('producer')));
-  const consumers = await Promise.all([1, 2, 3].map(() => start('consumer')));
-  while (proxy.instances.length < 6) await new Promise((resolve) => setImmediate(resolve));
+  const proxy = await startProxy(settings);
+  const producers = await Promise.all([1, 2, 3].map(() => startUpstream(proxy, 'producer')));
+  const consumers = await Promise.all([1, 2, 3].map(() => startUpstream(proxy, 'consumer')));
   const post: Pool['post'] = async (body, headers = {}) => {
     const before = [producers, consumers].map((all) => all.map(({ asked }) => asked.length));
     const response = await fetch(`http://${formatHostPort(proxy.httpAddress)}/v1/chat/completions`, {
@@ -92,16 +80,9 @@ test('kv-aware: a conversation goes on where it began, as long as that is there'
 });
 
 test('a prompt with little to compute goes to its consumer alone, where that is one of ours', async () => {
-  const proxy = await startQuietProxy({ policy: 'kv-aware', bypassTokens: 150 });
-  closing.push(() => proxy.close(0));
-  const start = async (role: 'producer' | 'consumer') => {
-    const upstream = await FakeUpstream.start(role, answerJson());
-    closing.push(() => upstream.kill());
-    await upstream.ping(proxy.discoveryAddress, 'd1');
-    return upstream;
-  };
+  const proxy = await startProxy({ policy: 'kv-aware', bypassTokens: 150 });
+  const start = (role: 'producer' | 'consumer') => startUpstream(proxy, role, answerJson(), { digest: 'd1' });
   const [producer, consumer] = await Promise.all([start('producer'), start('consumer')]);
-  while (proxy.instances.length < 2) await new Promise((resolve) => setImmediate(resolve));
   const post = async (messages: object[]) => {
     const body = JSON.stringify({ model: 'm', messages });
     const response = await fetch(`http://${formatHostPort(proxy.httpAddress)}/v1/chat/completions`, {
@@ -139,9 +120,9 @@ describe('with a tokenizer', () => {
     const bind = { host: '127.0.0.1', port: 0 };
     const told = { model: 'm', blockSize: 16, form: 'map', medium: 'CPU', log: LOG } as const;
     const publisher = await KvEventPublisher.open({ bind, ...told });
-    closing.push(() => publisher.close());
+    onTestFinished(() => publisher.close());
     const upstream = await FakeUpstream.start('producer', answerJson());
-    closing.push(() => upstream.kill());
+    onTestFinished(() => upstream.kill());
     publisher.announce(upstream.httpAddress);
     const more = { events: publisher.ports, tokenizer };
     await upstream.ping(proxy.discoveryAddress, 'd1', [PROMPT_IDS_FEATURE], more);
@@ -156,12 +137,11 @@ describe('with a tokenizer', () => {
   test('a prompt of text goes where its blocks are said to be, with its ids where these are the same', async () => {
     const dir = demoModelDir();
     const reader = await PromptReader.load(dir);
-    const proxy = await startQuietProxy({ policy: 'kv-aware', tokenizer: dir });
-    closing.push(() => proxy.close(0));
+    const proxy = await startProxy({ policy: 'kv-aware', tokenizer: dir });
     const own = await Tokenizer.digestOf(dir);
     const producers = await Promise.all([own, own, 'other'].map((digest) => publishing(proxy, digest)));
     const consumer = await FakeUpstream.start('consumer', answerJson());
-    closing.push(() => consumer.kill());
+    onTestFinished(() => consumer.kill());
     await consumer.ping(proxy.discoveryAddress, 'd1', [], { tokenizer: own });
     while (proxy.instances.length < 4) await new Promise((resolve) => setImmediate(resolve));
 

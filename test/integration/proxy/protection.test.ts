@@ -1,33 +1,11 @@
 /** What a proxy does for its clients and its instances when there is too much to do, or one of them fails. */
 import { once } from 'node:events';
 import type { ServerResponse } from 'node:http';
-import { afterEach, describe, expect, test } from 'vitest';
-import { formatHostPort } from '../../../src/net/address.ts';
+import { describe, expect, test } from 'vitest';
 import type { PdProxy } from '../../../src/proxy/proxy.ts';
-import { type Answer, answerJson, FakeUpstream } from '../../support/fake-upstream.ts';
-import { startQuietProxy } from '../../support/quiet-proxy.ts';
+import type { Answer } from '../../support/fake-upstream.ts';
+import { startProxy, startUpstream, url } from '../../support/proxies.ts';
 
-const closing: (() => Promise<unknown>)[] = [];
-afterEach(async () => {
-  for (const close of closing.splice(0).reverse()) await close();
-});
-
-async function startProxy(settings: Parameters<typeof startQuietProxy>[0] = {}): Promise<PdProxy> {
-  const proxy = await startQuietProxy(settings);
-  closing.push(() => proxy.close(0));
-  return proxy;
-}
-
-async function upstream(proxy: PdProxy, role: 'producer' | 'consumer', answer: Answer = answerJson()) {
-  const one = await FakeUpstream.start(role, answer);
-  closing.push(() => one.kill());
-  await one.ping(proxy.discoveryAddress);
-  while (!proxy.instances.some(({ httpAddress }) => httpAddress === one.httpAddress))
-    await new Promise((resolve) => setImmediate(resolve));
-  return one;
-}
-
-const url = (proxy: PdProxy, path: string) => `http://${formatHostPort(proxy.httpAddress)}${path}`;
 const post = (proxy: PdProxy, more: object = {}, init: RequestInit = {}) =>
   fetch(url(proxy, '/v1/completions'), {
     method: 'POST',
@@ -47,8 +25,8 @@ const metric = async (proxy: PdProxy, name: string) => {
 test('over its limits requests wait, and beyond the queue are answered 429 as OpenAI does', async () => {
   const proxy = await startProxy({ maxRunning: 1, maxQueued: 1 });
   const held: ServerResponse[] = [];
-  const producer = await upstream(proxy, 'producer', (_, out) => void held.push(out));
-  await upstream(proxy, 'consumer');
+  const producer = await startUpstream(proxy, 'producer', (_, out) => void held.push(out));
+  await startUpstream(proxy, 'consumer');
   const asked = once(producer.events, 'asked');
   const first = post(proxy);
   await asked;
@@ -77,9 +55,9 @@ test('over its limits requests wait, and beyond the queue are answered 429 as Op
 test('at several times its capacity as much is served as there is room for, and the rest is told at once', async () => {
   const [room, queue, burst] = [4, 4, 24];
   const proxy = await startProxy({ maxRunning: room, maxQueued: queue });
-  await upstream(proxy, 'producer');
+  await startUpstream(proxy, 'producer');
   const held: ServerResponse[] = [];
-  const consumer = await upstream(proxy, 'consumer', (_, out) => void held.push(out));
+  const consumer = await startUpstream(proxy, 'consumer', (_, out) => void held.push(out));
   let served = 0;
   let refused = 0;
   for (let wave = 0; wave < 3; wave++) {
@@ -116,10 +94,10 @@ describe('before a byte has been passed on, another pair is tried', () => {
 
   test('where a consumer dies after its headers', async () => {
     const proxy = await startProxy();
-    await upstream(proxy, 'producer');
-    await upstream(proxy, 'producer');
-    const dead = await upstream(proxy, 'consumer', dies);
-    const well = await upstream(proxy, 'consumer', streams);
+    await startUpstream(proxy, 'producer');
+    await startUpstream(proxy, 'producer');
+    const dead = await startUpstream(proxy, 'consumer', dies);
+    const well = await startUpstream(proxy, 'consumer', streams);
     for (let i = 0; i < 3; i++) {
       const response = await post(proxy, { stream: true });
       expect([response.status, await response.text()]).toEqual([200, 'data: {}\n\ndata: [DONE]\n\n']);
@@ -140,8 +118,8 @@ describe('before a byte has been passed on, another pair is tried', () => {
 
   test('three times, and where all fail the last failure is told', async () => {
     const proxy = await startProxy();
-    await upstream(proxy, 'producer');
-    for (let i = 0; i < 6; i++) await upstream(proxy, 'consumer', dies);
+    await startUpstream(proxy, 'producer');
+    for (let i = 0; i < 6; i++) await startUpstream(proxy, 'consumer', dies);
     const response = await post(proxy, { stream: true });
     expect(await response.text()).toMatch(
       /^data: \{"error":.*broke off before a byte of it.*\n\ndata: \[DONE\]\n\n$/,
@@ -152,11 +130,11 @@ describe('before a byte has been passed on, another pair is tried', () => {
 
 test('an instance that answers with errors of the server three times is let alone', async () => {
   const proxy = await startProxy();
-  const bad = await upstream(proxy, 'producer', (_, out) => {
+  const bad = await startUpstream(proxy, 'producer', (_, out) => {
     out.writeHead(500, { 'content-type': 'application/json' }).end('{"error":{"message":"broken"}}');
   });
-  await upstream(proxy, 'producer');
-  await upstream(proxy, 'consumer');
+  await startUpstream(proxy, 'producer');
+  await startUpstream(proxy, 'consumer');
   const statuses = await Promise.all([1, 2, 3, 4, 5, 6].map(async () => (await post(proxy)).status));
   expect(statuses.filter((status) => status === 500)).toHaveLength(3);
   const labels = `worker="${bad.httpAddress}",role="producer"`;
@@ -169,9 +147,9 @@ test('an instance that answers with errors of the server three times is let alon
 test('an instance that has too much to read is not held to have failed', async () => {
   const proxy = await startProxy();
   const busy = '{"error":{"message":"the reader was busy","code":"READER_BUSY"}}';
-  const reading = await upstream(proxy, 'producer', (_, out) => void out.writeHead(503).end(busy));
-  await upstream(proxy, 'producer');
-  await upstream(proxy, 'consumer');
+  const reading = await startUpstream(proxy, 'producer', (_, out) => void out.writeHead(503).end(busy));
+  await startUpstream(proxy, 'producer');
+  await startUpstream(proxy, 'consumer');
   const statuses = await Promise.all(Array.from({ length: 20 }, async () => (await post(proxy)).status));
   expect(statuses.filter((status) => status === 503)).toHaveLength(10);
   expect(reading.asked).toHaveLength(10);
@@ -179,9 +157,9 @@ test('an instance that has too much to read is not held to have failed', async (
 
 test('an instance is drained and comes back by an admin’s word', async () => {
   const proxy = await startProxy();
-  const one = await upstream(proxy, 'producer');
-  const other = await upstream(proxy, 'producer');
-  await upstream(proxy, 'consumer');
+  const one = await startUpstream(proxy, 'producer');
+  const other = await startUpstream(proxy, 'producer');
+  await startUpstream(proxy, 'consumer');
   const drain = (body: unknown, headers = {}) =>
     fetch(url(proxy, '/admin/drain'), { method: 'POST', body: JSON.stringify(body), headers });
   const page = { origin: 'https://elsewhere.example' };
@@ -206,7 +184,7 @@ test('an instance is drained and comes back by an admin’s word', async () => {
 
 test('an instance that pings on while its HTTP server hangs is let alone', async () => {
   const proxy = await startProxy({ healthIntervalMs: 20 });
-  const one = await upstream(proxy, 'producer');
+  const one = await startUpstream(proxy, 'producer');
   one.healthy = false;
   while ((await metric(proxy, 'pd_proxy_instances_ejected{role="producer"}')) !== 1);
   one.healthy = true;

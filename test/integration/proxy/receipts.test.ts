@@ -1,37 +1,14 @@
 /** Receipts: where a request went, why, and who may read that. What workers of ours add to one is in test/e2e/native.test.ts. */
 import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { afterEach, expect, test } from 'vitest';
-import { formatHostPort } from '../../../src/net/address.ts';
+import { expect, test } from 'vitest';
 import type { PdProxy } from '../../../src/proxy/proxy.ts';
-import { type Answer, answerJson, FakeUpstream } from '../../support/fake-upstream.ts';
-import { startQuietProxy } from '../../support/quiet-proxy.ts';
+import type { Answer } from '../../support/fake-upstream.ts';
+import { startProxy, startUpstream, url } from '../../support/proxies.ts';
 import { sharedTempDir } from '../../support/temp-dir.ts';
 
-const closing: (() => Promise<unknown>)[] = [];
-afterEach(async () => {
-  for (const close of closing.splice(0).reverse()) await close();
-});
 const DIR = sharedTempDir();
 
-async function startProxy(settings: Parameters<typeof startQuietProxy>[0] = {}): Promise<PdProxy> {
-  const proxy = await startQuietProxy(settings);
-  closing.push(() => proxy.close(0));
-  return proxy;
-}
-
-async function startUpstream(proxy: PdProxy, role: 'producer' | 'consumer', answer: Answer = answerJson()) {
-  const upstream = await FakeUpstream.start(role, answer);
-  closing.push(() => upstream.kill());
-  await upstream.ping(proxy.discoveryAddress);
-  return upstream;
-}
-
-async function untilListed(proxy: PdProxy, count: number): Promise<void> {
-  while (proxy.instances.length < count) await new Promise((resolve) => setImmediate(resolve));
-}
-
-const url = (proxy: PdProxy, path: string) => `http://${formatHostPort(proxy.httpAddress)}${path}`;
 const post = (proxy: PdProxy, body: object = {}, headers: Record<string, string> = {}) =>
   fetch(url(proxy, '/v1/completions'), {
     method: 'POST',
@@ -55,7 +32,6 @@ test('a streamed answer: the pair, what it was chosen among, and the time of eac
     await startUpstream(proxy, 'consumer', stream),
     await startUpstream(proxy, 'consumer', stream),
   ];
-  await untilListed(proxy, 3);
   const answer = await post(proxy, { stream: true, prompt: [1, 2, 3] });
   await answer.text();
   const id = answer.headers.get('x-pd-request-id')!;
@@ -100,7 +76,6 @@ test('a pair that did not take it comes before the one that did, with why', asyn
   const proxy = await startProxy();
   const producer = await startUpstream(proxy, 'producer');
   const [dead, alive] = [await startUpstream(proxy, 'consumer'), await startUpstream(proxy, 'consumer')];
-  await untilListed(proxy, 3);
   await dead.kill();
   const answers = [await post(proxy), await post(proxy)];
   const routes = await Promise.all(

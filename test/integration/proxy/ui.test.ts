@@ -2,27 +2,13 @@
 import { writeFileSync } from 'node:fs';
 import { request } from 'node:http';
 import { join } from 'node:path';
-import { afterEach, describe, expect, test } from 'vitest';
-import { formatHostPort } from '../../../src/net/address.ts';
+import { describe, expect, test } from 'vitest';
 import type { PdProxy } from '../../../src/proxy/proxy.ts';
 import type { UiMessage } from '../../../src/proxy/ui-state.ts';
-import { answerJson, FakeUpstream } from '../../support/fake-upstream.ts';
-import { startQuietProxy } from '../../support/quiet-proxy.ts';
+import { startProxy, startUpstream, url } from '../../support/proxies.ts';
 import { sharedTempDir } from '../../support/temp-dir.ts';
 
 const DIR = sharedTempDir();
-const closing: (() => Promise<unknown>)[] = [];
-afterEach(async () => {
-  for (const close of closing.splice(0).reverse()) await close();
-});
-
-async function startProxy(settings: Parameters<typeof startQuietProxy>[0] = {}): Promise<PdProxy> {
-  const proxy = await startQuietProxy(settings);
-  closing.push(() => proxy.close(0));
-  return proxy;
-}
-
-const url = (proxy: PdProxy, path: string) => `http://${formatHostPort(proxy.httpAddress)}${path}`;
 
 /** Events as they come; ends with the answer. */
 async function* eventsOf(proxy: PdProxy, headers: Record<string, string> = {}) {
@@ -59,11 +45,8 @@ test('a watcher is told everything, then what comes, changes and goes, and that 
     kind: 'state',
     message: { instances: [], requests: [], proxy: { status: 'ok' } },
   });
-  for (const role of ['producer', 'consumer'] as const) {
-    const one = await FakeUpstream.start(role, answerJson());
-    closing.push(() => one.kill());
-    await one.ping(proxy.discoveryAddress);
-  }
+  await startUpstream(proxy, 'producer');
+  await startUpstream(proxy, 'consumer');
   const roles = new Set<string>();
   while (roles.size < 2) {
     const { kind, message } = (await events.next()).value!;
@@ -112,6 +95,8 @@ describe('who sees it', () => {
     expect(await type('icon.svg')).toBe('image/svg+xml');
     for (const path of ['/ui/tsconfig.json', '/ui/%2e%2e%2fpackage.json'])
       expect((await fetch(url(proxy, path))).status).toBe(404);
+    // Of a stream without end: it would have none, too.
+    expect((await fetch(url(proxy, '/ui/events'), { method: 'HEAD' })).status).toBe(404);
   });
 
   test('--ui open shows it by any name, off to nobody', async () => {

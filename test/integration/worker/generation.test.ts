@@ -8,7 +8,7 @@ import type { WorkerConfig } from '../../../src/config/worker-config.ts';
 import { readHistogram } from '../../../src/observability/metrics.ts';
 import { packLogprobs } from '../../../src/scheduler/prompt-logprobs.ts';
 import type { TokenLogprob } from '../../../src/wire/token-logprob.ts';
-import { BYTE_MODEL, bytesOf, EOS, saying } from '../../support/fake-core.ts';
+import { BYTE_MODEL, bytesOf, EOS, type Script, saying } from '../../support/fake-core.ts';
 
 import { CHAT, COMPLETIONS, startServer, user } from '../../support/http-worker.ts';
 
@@ -35,7 +35,8 @@ describe('/v1/completions', () => {
       object: 'text_completion',
       created: expect.any(Number),
       model: 'demo',
-      choices: [{ index: 0, text: 'hello', logprobs: null, finish_reason: 'stop' }],
+      system_fingerprint: 'fp_dddddddddddd',
+      choices: [{ index: 0, text: 'hello', logprobs: null, finish_reason: 'stop', stop_reason: null }],
       usage: {
         prompt_tokens: 3,
         completion_tokens: 6,
@@ -284,14 +285,23 @@ describe('/v1/chat/completions', () => {
       object: 'chat.completion',
       created: expect.any(Number),
       model: 'demo',
+      service_tier: 'default',
+      system_fingerprint: 'fp_dddddddddddd',
       choices: [
-        { index: 0, message: { role: 'assistant', content: 'hello' }, logprobs: null, finish_reason: 'stop' },
+        {
+          index: 0,
+          message: { role: 'assistant', content: 'hello', refusal: null, annotations: [] },
+          logprobs: null,
+          finish_reason: 'stop',
+          stop_reason: null,
+        },
       ],
       usage: {
         prompt_tokens: 34,
         completion_tokens: 6,
         total_tokens: 40,
         prompt_tokens_details: { cached_tokens: 0 },
+        completion_tokens_details: { reasoning_tokens: 0 },
       },
     });
     expect(BYTE_MODEL.decode([...core.added[0]!.promptTokens])).toBe('system:be brief;user:hi;assistant:');
@@ -309,7 +319,7 @@ describe('/v1/chat/completions', () => {
     expect(
       chunks.map((chunk) => chunk.choices.map((choice) => [choice.delta, choice.finish_reason])),
     ).toEqual([
-      [[{ role: 'assistant', content: '' }, null]],
+      [[{ role: 'assistant', content: '', refusal: null }, null]],
       [[{ content: 'h' }, null]],
       [[{ content: 'é' }, null]],
       [[{}, 'stop']],
@@ -325,9 +335,11 @@ describe('/v1/chat/completions', () => {
         completion_tokens: 4,
         total_tokens: 22,
         prompt_tokens_details: { cached_tokens: 0 },
+        completion_tokens_details: { reasoning_tokens: 0 },
       },
     ]);
     expect(new Set(chunks.map((chunk) => chunk['id'])).size).toBe(1);
+    expect(new Set(chunks.map((chunk) => chunk['system_fingerprint']))).toEqual(new Set(['fp_dddddddddddd']));
     expect(chunks[0]!['object']).toBe('chat.completion.chunk');
   });
 
@@ -351,6 +363,7 @@ describe('/v1/chat/completions', () => {
           top_logprobs: [{ token: 'a', logprob: -0.5, bytes: [97] }],
         },
       ],
+      refusal: null,
     });
     const byId = { messages: user('hi'), logprobs: true, top_logprobs: 1, return_tokens_as_token_ids: true };
     expect((await json(CHAT, byId)).body.choices[0]!.logprobs).toMatchObject({
@@ -442,6 +455,31 @@ describe('streams', () => {
       }),
       { numRuns: 40 },
     );
+  });
+
+  it('and whole answers tell what stopped them, as vLLM does', async () => {
+    const stopping = (token: number): Script => {
+      return (_, emit) => emit({ index: 0, tokens: [...bytesOf('one.two'), token], finishReason: 'stop' });
+    };
+    for (const [token, stop, ended] of [
+      [EOS, {}, null],
+      [257, { stop_token_ids: [257] }, 257],
+      [EOS, { stop_token_ids: [EOS], ignore_eos: true }, EOS],
+      [257, { stop: ['!', '.'] }, '.'],
+    ] as const) {
+      const { json, events } = await startServer(stopping(token));
+      for (const [url, asked] of [
+        [COMPLETIONS, { prompt: 'p' }],
+        [CHAT, { messages: user('p') }],
+      ] as const) {
+        const body = { ...asked, ...stop };
+        const told = { finish_reason: 'stop', stop_reason: ended };
+        expect((await json(url, body)).body.choices[0]).toMatchObject(told);
+        const chunks = (await events(url, body)).events.map(({ choices }) => choices[0]!);
+        expect(chunks.pop()).toMatchObject(told);
+        for (const chunk of chunks) expect(chunk).not.toHaveProperty('stop_reason');
+      }
+    }
   });
 
   it('end the request in the core at a stop string, one completion at a time', async () => {

@@ -132,27 +132,31 @@ describe('errors', () => {
   });
 
   it('are of their own kind for unknown models, long prompts, broken JSON, other types and paths', async () => {
-    const { json, server } = await startServer();
+    const { json, post, server } = await startServer();
     const unknown = await json(COMPLETIONS, { model: 'gpt', prompt: 'a' });
     expect(unknown).toMatchObject({
       status: 404,
-      body: { error: { code: 'MODEL_NOT_FOUND', param: 'model' } },
+      body: { error: { type: 'invalid_request_error', code: 'model_not_found', param: 'model' } },
     });
     expect((await json(CHAT, { model: 'gpt', messages: user('a') })).status).toBe(404);
     for (const change of [{ prompt: 'x'.repeat(256) }, { prompt: 'x'.repeat(250), max_tokens: 7 }]) {
       const long = await json(COMPLETIONS, change);
       expect(long).toMatchObject({
         status: 400,
-        body: { error: { code: 'CONTEXT_EXCEEDED', param: 'prompt' } },
+        body: { error: { code: 'context_length_exceeded', param: 'prompt' } },
       });
     }
     const huge = await json(CHAT, { messages: user('x'.repeat(100_000)) });
-    expect(huge).toMatchObject({ status: 400, body: { error: { code: 'CONTEXT_EXCEEDED' } } });
+    expect(huge).toMatchObject({ status: 400, body: { error: { code: 'context_length_exceeded' } } });
     expect((await json(COMPLETIONS, '{"prompt": "a"')).status).toBe(400);
     expect((await json(COMPLETIONS, '[1]')).status).toBe(400);
     expect((await json(COMPLETIONS, '')).body.error).toMatchObject({ code: 'REQUEST_INVALID' });
     const type = await json(COMPLETIONS, 'prompt=a', { 'content-type': 'application/x-www-form-urlencoded' });
     expect(type.status).toBe(415);
+    const zipped = await post(COMPLETIONS, { prompt: 'a' }, { 'content-encoding': 'gzip' });
+    expect([zipped.status, zipped.headers['accept-encoding']]).toEqual([415, 'identity']);
+    expect(zipped.body).toMatch(/gzip.*BODY_ENCODED/);
+    expect((await post(COMPLETIONS, { prompt: 'a' }, { 'content-encoding': 'identity' })).status).toBe(200);
     const nowhere = await server.inject({ url: '/v1/nothing' });
     expect([nowhere.statusCode, nowhere.json()]).toMatchObject([404, { error: { code: 'REQUEST_INVALID' } }]);
     const big = await json(COMPLETIONS, { prompt: 'x'.repeat(17 * 2 ** 20) });
@@ -244,12 +248,12 @@ describe('long bodies', () => {
       readRequestBody(served, model, route, new TextEncoder().encode(JSON.stringify(body)));
     // Four characters a token at most.
     expect(read('completions', { prompt: 'x'.repeat(1_021) })).toThrow(
-      'prompt: 1021 characters, at least 256 tokens, and 1 to generate are more than the context of 256',
+      "prompt: 1021 characters, at least 256 tokens, and 1 to generate are too many: this model's maximum context length is 256 tokens",
     );
     expect(read('completions', { prompt: 'x'.repeat(980), max_tokens: 12 })).toThrow('at least 245 tokens');
     expect(read('completions', { prompt: 'x'.repeat(976), max_tokens: 12 })).toThrow('tokenized');
     expect(read('chat', { messages: user('x'.repeat(2_000)) })).toThrow('messages: 2016 characters');
-    expect(read('tokenize', { prompt: 'x'.repeat(1_025) })).toThrow('at least 257 tokens, are more than');
+    expect(read('tokenize', { prompt: 'x'.repeat(1_025) })).toThrow('at least 257 tokens, are too many');
     expect(read('tokenize', { prompt: 'x'.repeat(1_024) })).toThrow('tokenized');
   });
 });

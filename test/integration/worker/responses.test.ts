@@ -20,6 +20,7 @@ describe('responses', () => {
       tools: [TOOL],
       temperature: 0,
       metadata: { a: 'b' },
+      prompt_cache_key: 'k',
     });
     expect(promptOf(core)).toMatch(/^tools:.*"name":"f".*;system:Be kind;user:Hi;assistant:$/);
     expect([status, body]).toMatchObject([
@@ -34,6 +35,10 @@ describe('responses', () => {
         temperature: 0,
         store: false,
         metadata: { a: 'b' },
+        created_at: expect.any(Number),
+        completed_at: expect.any(Number),
+        ...{ presence_penalty: 0, frequency_penalty: 0, max_tool_calls: null },
+        ...{ safety_identifier: null, prompt_cache_key: 'k' },
         output: [
           { type: 'reasoning', summary: [], content: [{ type: 'reasoning_text', text: 'Hm.' }] },
           {
@@ -58,6 +63,7 @@ describe('responses', () => {
     const { json } = await startServer(cutOff);
     expect((await json(RESPONSES, { input: 'Hi', max_output_tokens: 2 })).body).toMatchObject({
       status: 'incomplete',
+      completed_at: null,
       incomplete_details: { reason: 'max_output_tokens' },
       output: [{ type: 'message', status: 'incomplete', content: [{ text: 'so' }] }],
     });
@@ -149,6 +155,8 @@ describe('responses', () => {
     const { json, core } = await startServer();
     const { status, body } = await json(RESPONSES, { input: 'a', ...change });
     expect([status, body.error]).toMatchObject([400, { param, type: 'invalid_request_error' }]);
+    if ('input' in change && change.input.length > 100)
+      expect(body.error).toMatchObject({ code: 'context_length_exceeded' });
     expect(core.added).toEqual([]);
   });
 });

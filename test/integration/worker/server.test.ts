@@ -66,6 +66,49 @@ describe('the rest', () => {
     expect(await get('/health')).toMatchObject([500, { error: { code: 'CUDA_ERROR' } }]);
   });
 
+  it('tells of one model, whose name may have slashes, or that there is none', async () => {
+    const { server } = await startServer(saying('hello'), { servedModelNames: ['org/demo', 'alias'] });
+    const get = async (name: string) => {
+      const response = await server.inject({ url: `/v1/models/${name}` });
+      return [response.statusCode, response.json()] as const;
+    };
+    const { data } = (await server.inject({ url: '/v1/models' })).json() as Answer;
+    for (const name of ['org/demo', 'org%2Fdemo']) expect(await get(name)).toEqual([200, data[0]]);
+    expect(await get('alias')).toEqual([200, data[1]]);
+    const error = { type: 'invalid_request_error', param: 'model', code: 'model_not_found' };
+    for (const name of ['org', 'demo', '']) expect(await get(name)).toMatchObject([404, { error }]);
+  });
+
+  it('tells which methods a path has, and answers HEAD as it would GET, without a body', async () => {
+    const { server, core } = await startServer();
+    const ask = async (method: 'GET' | 'HEAD' | 'PUT' | 'OPTIONS' | 'POST', url: string) => {
+      // What cannot be read is not looked at.
+      const headers = { 'content-type': 'text/plain' };
+      const { statusCode, headers: said, body } = await server.inject({ method, url, headers });
+      return [statusCode, said['allow'], body] as const;
+    };
+    for (const method of ['GET', 'PUT', 'OPTIONS'] as const) {
+      const [status, allow, body] = await ask(method, '/v1/chat/completions?x=1');
+      expect([status, allow, JSON.parse(body)]).toMatchObject([
+        405,
+        'POST',
+        { error: { type: 'invalid_request_error', param: null, code: 'METHOD_NOT_ALLOWED' } },
+      ]);
+    }
+    expect((await ask('POST', '/v1/models')).slice(0, 2)).toEqual([405, 'GET, HEAD']);
+    expect((await ask('POST', '/v1/models/demo')).slice(0, 2)).toEqual([405, 'GET, HEAD']);
+    expect(await ask('HEAD', COMPLETIONS)).toEqual([405, 'POST', '']);
+    expect((await ask('GET', '/v1/other')).slice(0, 2)).toEqual([404, undefined]);
+    const { headers, body } = await server.inject({ method: 'HEAD', url: '/v1/models/demo' });
+    const whole = await server.inject({ url: '/v1/models/demo' });
+    expect([headers['content-length'], headers['content-type'], body]).toEqual([
+      whole.headers['content-length'],
+      whole.headers['content-type'],
+      '',
+    ]);
+    expect(core.added).toEqual([]);
+  });
+
   it('tells what may be asked, in OpenAPI', async () => {
     const { server } = await startServer();
     const { paths } = (await server.inject({ url: '/openapi.json' })).json() as {
@@ -73,6 +116,9 @@ describe('the rest', () => {
     };
     const schemaOf = (path: string) => paths[path]!.post.requestBody.content['application/json']!.schema;
     expect(Object.keys(paths)).toEqual(expect.arrayContaining([COMPLETIONS, '/v1/responses', '/tokenize']));
+    expect(paths['/v1/models/{model}']).toMatchObject({
+      get: { parameters: [{ name: 'model', in: 'path' }] },
+    });
     expect(schemaOf(COMPLETIONS)).toMatchObject({
       type: 'object',
       required: ['prompt'],

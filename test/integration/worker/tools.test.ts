@@ -1,6 +1,6 @@
 /** Calls of tools and thoughts, from a body to its answer. */
 import { describe, expect, it } from 'vitest';
-import { BYTE_MODEL, saying } from '../../support/fake-core.ts';
+import { BYTE_MODEL, bytesOf, saying } from '../../support/fake-core.ts';
 import { type Answer, CHAT, startServer, user } from '../../support/http-worker.ts';
 
 const tool = (name: string) => ({ type: 'function', function: { name, parameters: { type: 'object' } } });
@@ -18,6 +18,7 @@ const called = (name: string, text: string) => ({
   function: { name, arguments: text },
 });
 
+const SAID = { role: 'assistant', refusal: null, annotations: [] };
 const messageOf = (body: Answer) => (body.choices[0] as unknown as { message: object }).message;
 const promptOf = (core: { added: { promptTokens: Int32Array }[] }) =>
   BYTE_MODEL.decode(core.added.at(-1)!.promptTokens);
@@ -28,13 +29,51 @@ describe('tools', () => {
     const { body } = await json(CHAT, asking);
     expect(promptOf(core)).toBe(`tools:${JSON.stringify(TOOLS)};user:?;assistant:`);
     expect(messageOf(body)).toEqual({
-      role: 'assistant',
+      ...SAID,
       content: 'I look.',
       tool_calls: [called('weather', '{"city": "Paris"}'), called('f', '{}')],
     });
     expect(body.choices[0]!.finish_reason).toBe('tool_calls');
-    const one = await json(CHAT, { ...asking, parallel_tool_calls: false });
-    expect(messageOf(one.body)).toMatchObject({ tool_calls: [{ function: { name: 'weather' } }] });
+  });
+
+  it('end what is generated behind the first where there may be one, whole and streamed', async () => {
+    const first = `<think>f?</think>I look. ${CALL}`;
+    // Nothing else ends it.
+    const { json, events, core } = await startServer((request, emit) => {
+      for (let index = 0; index < request.n; index++)
+        for (const token of bytesOf(`${first}${OTHER} Done.`)) emit({ index, tokens: [token] });
+    });
+    const one = { ...asking, parallel_tool_calls: false, return_token_ids: true, n: 2 };
+    const { body } = await json(CHAT, one);
+    const ended = { finish_reason: 'tool_calls', stop_reason: null };
+    const message = { content: 'I look.', tool_calls: [called('weather', '{"city": "Paris"}')] };
+    const whole = { ...ended, message, token_ids: bytesOf(first) };
+    expect(body.choices).toMatchObject([whole, whole]);
+    expect(body['usage']).toMatchObject({ completion_tokens: 2 * first.length });
+    expect(core.aborted.map(({ index }) => index)).toEqual([0, 1]);
+    const streamed = await events(CHAT, { ...one, stream_options: { include_usage: true } });
+    const chunks = streamed.events.flatMap(({ choices }) => choices.filter(({ index }) => index === 1));
+    expect(chunks.at(-1)).toMatchObject(ended);
+    expect(chunks.flatMap((chunk) => (chunk as { token_ids?: number[] }).token_ids ?? [])).toEqual(
+      bytesOf(first),
+    );
+    expect(JSON.stringify(chunks)).not.toContain('"name":"f"');
+    expect(streamed.events.at(-1)!['usage']).toEqual(body['usage']);
+    const tools = [{ type: 'function', name: 'weather' }];
+    const items = await json('/v1/responses', { input: '?', tools, parallel_tool_calls: false });
+    expect(items.body['output']).toMatchObject([
+      { type: 'reasoning' },
+      { type: 'message', status: 'completed' },
+      { type: 'function_call', status: 'completed', arguments: '{"city": "Paris"}' },
+    ]);
+    // Without tools nothing is a call.
+    const plain = await json(CHAT, {
+      messages: user('?'),
+      parallel_tool_calls: false,
+      max_tokens: 9,
+      stop: 'Done',
+    });
+    expect(messageOf(plain.body)).toMatchObject({ content: `I look. ${CALL}${OTHER} ` });
   });
 
   it('stream: a name first, then arguments in pieces, under one id', async () => {
@@ -54,15 +93,13 @@ describe('tools', () => {
     expect([text(0), text(1)]).toEqual(['{"city": "Paris"}', '{}']);
     expect(deltas.length).toBeGreaterThan(10);
     expect(all.at(-1)!.choices[0]).toMatchObject({ delta: {}, finish_reason: 'tool_calls' });
-    const alone = await events(CHAT, { ...asking, parallel_tool_calls: false });
-    expect(JSON.stringify(alone.events)).not.toContain('"index":1,');
   });
 
   it('that break off are text in a whole answer', async () => {
     const text = '<tool_call>\n{"name": "f", "arguments": {"a": "b';
     const { json } = await startServer(saying(text));
     const { body } = await json(CHAT, asking);
-    expect(messageOf(body)).toEqual({ role: 'assistant', content: text });
+    expect(messageOf(body)).toEqual({ ...SAID, content: text });
     expect(body.choices[0]!.finish_reason).toBe('stop');
   });
 
@@ -73,7 +110,7 @@ describe('tools', () => {
       { messages: user('?') },
       { ...asking, tools: [] },
     ]) {
-      expect(messageOf((await json(CHAT, body)).body)).toEqual({ role: 'assistant', content: CALL });
+      expect(messageOf((await json(CHAT, body)).body)).toEqual({ ...SAID, content: CALL });
       expect(promptOf(core)).toBe('user:?;assistant:');
     }
   });
@@ -132,8 +169,12 @@ describe('thoughts', () => {
       reasoning: 'Well.',
       tool_calls: [{ function: { name: 'weather' } }],
     });
+    const { completion_tokens_details } = body['usage'] as Record<string, object>;
+    expect(completion_tokens_details).toEqual({ reasoning_tokens: 'Well.\n</think>\n\n'.length });
+    const streamed = await events(CHAT, { ...asking, stream_options: { include_usage: true } });
+    expect(streamed.events.at(-1)!['usage']).toMatchObject({ completion_tokens_details });
     const quiet = await json(CHAT, { messages: user('?'), include_reasoning: false });
-    expect(messageOf(quiet.body)).toEqual({ role: 'assistant', content: `Paris ${CALL}` });
+    expect(messageOf(quiet.body)).toEqual({ ...SAID, content: `Paris ${CALL}` });
     type Delta = { reasoning_content?: string; reasoning?: string; content?: string };
     const deltas = (await events(CHAT, asking)).events.map(({ choices }) => choices[0]!.delta as Delta);
     const of = (key: keyof Delta) => deltas.map((delta) => delta[key] ?? '').join('');

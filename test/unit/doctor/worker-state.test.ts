@@ -10,7 +10,7 @@ const pair = (state: PairState['state'], more: Partial<PairState> = {}): PairSta
   peer: PEER,
   direction: 'incoming',
   state,
-  ours: true,
+  native: true,
   queued: 0,
   outstanding: 0,
   sinceMs: 20_000,
@@ -114,7 +114,7 @@ describe('a worker that waits is in scenario', () => {
       '4: likewise, from vLLM',
       {
         waiting: [wait(['cmpl-a-0-01234567#layer.0 (ready)'])],
-        pairs: [pair('open', { ours: false })],
+        pairs: [pair('open', { native: false })],
       },
       /scenario 4.*vLLM producer with VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1/,
     ],

@@ -69,6 +69,7 @@ describe('tokenizer', () => {
       vocabSize: 2048,
       bosTokenId: 0,
       eosTokenIds: [1, 2],
+      eosTokenId: 1,
       chatTemplate: expect.stringContaining('<tool_call>'),
     });
     expect(tokenizer.tokenString(2)).toBe('<|eot|>');

@@ -1,21 +1,21 @@
-import { createServer } from 'node:net';
+import { once } from 'node:events';
+import { connect, createServer } from 'node:net';
 import { afterEach, describe, expect, test } from 'vitest';
+import { freePorts } from '../../../src/net/free-ports.ts';
 import { knock, reachable } from '../../../src/net/knock.ts';
-import { addressesOf, lookupAll, reasonOf } from '../../../src/net/resolve.ts';
+import { addressesOf, EVERY_ADDRESS, lookupAll, reasonOf } from '../../../src/net/resolve.ts';
 
 const servers: { close(): unknown }[] = [];
 afterEach(() => {
   for (const server of servers.splice(0)) server.close();
 });
 
-/** A listener at `host`, or where there was one: nobody is told the port again. */
-async function port(host: string, open = true): Promise<number> {
+/** The port of a listener at `host`. */
+async function portAt(host: string): Promise<number> {
   const server = createServer((socket) => socket.destroy());
   await new Promise<void>((resolve) => server.listen(0, host, resolve));
-  const { port: bound } = server.address() as { port: number };
-  if (open) servers.push(server);
-  else await new Promise((resolve) => server.close(resolve));
-  return bound;
+  servers.push(server);
+  return (server.address() as { port: number }).port;
 }
 
 const looked = (host: string, options: { all?: boolean; family?: number }) =>
@@ -60,9 +60,18 @@ test('what several addresses said is told in one line', () => {
 
 test('a port is knocked at by name, on every address', async () => {
   const host = 'localhost';
-  const open = await port('127.0.0.1');
+  const open = await portAt('127.0.0.1');
   expect(await knock({ host, port: open }, 60_000)).toBe('answers');
   expect(await reachable({ host, port: open }, 60_000)).toEqual({ host: '127.0.0.1', port: open });
-  const closed = await port('127.0.0.1', false);
-  expect(await knock({ host: '127.0.0.1', port: closed }, 60_000)).toBe('refuses');
+  const [closed] = await freePorts(1, '127.0.0.1');
+  expect(await knock({ host: '127.0.0.1', port: closed! }, 60_000)).toBe('refuses');
+});
+
+test('a connection to the first address of a name is not lost to a program that is busy just then', async () => {
+  const socket = connect({ host: 'localhost', port: await portAt('127.0.0.1'), ...EVERY_ADDRESS });
+  socket.once('connectionAttempt', () =>
+    process.nextTick(() => Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 400)),
+  );
+  await once(socket, 'connect');
+  expect(socket.remoteAddress).toBe('127.0.0.1');
 });

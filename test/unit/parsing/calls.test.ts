@@ -234,19 +234,22 @@ describe('calls', () => {
     const cuts = fc.array(fc.integer({ min: 1, max: 7 }), { minLength: 1, maxLength: 8 });
     const parsings = fc.record({
       dialect: fc.constantFrom(...CALL_DIALECTS),
+      single: fc.boolean(),
       reasoning: fc.option(fc.record({ dialect: fc.constant('qwen3' as const), inside: fc.boolean() }), {
         nil: undefined,
       }),
     });
     fc.assert(
-      fc.property(texts, cuts, parsings, (text, lengths, { dialect, reasoning }) => {
-        const parsing = { ...parsingOf(dialect), ...(reasoning && { reasoning }) };
+      fc.property(texts, cuts, parsings, (text, lengths, { dialect, single, reasoning }) => {
+        const calls = { dialect, names: NAMES, single };
+        const parsing = { calls, ...(reasoning && { reasoning }) };
         const pieces: string[] = [];
         for (let at = 0, i = 0; at < text.length; at += lengths[i++ % lengths.length]!) {
           pieces.push(text.slice(at, at + lengths[i % lengths.length]!));
         }
         const whole = parse(parsing, [text]);
         expect(parse(parsing, pieces)).toEqual(whole);
+        if (single) expect(whole.filter(({ type }) => type === 'call').length).toBeLessThan(2);
         for (const [i, part] of whole.entries()) {
           if (part.type === 'arguments' && whole[i + 1]?.type !== 'broken')
             expect(JSON.parse(part.text)).toBeTypeOf('object');
@@ -254,6 +257,47 @@ describe('calls', () => {
       }),
       { numRuns: 1_000 },
     );
+  });
+
+  it.each([
+    [
+      'hermes',
+      `So. <tool_call>{"name": "f", "arguments": ${PARIS}}\n</tool_call>`,
+      '\n<tool_call>{"name": "add"}',
+    ],
+    ['llama3_json', `{"name": "f", "parameters": ${PARIS}}`, '; {"name": "add", "parameters": {}}'],
+    ['mistral', `So. [TOOL_CALLS][{"name": "f", "arguments": ${PARIS}}`, ', {"name": "add"}]'],
+    ['mistral', `So. [TOOL_CALLS]f[ARGS]${PARIS}`, '[TOOL_CALLS]add[ARGS]{}'],
+  ] as const)('is done behind the one that there may be (%s): %s', (dialect, first, more) => {
+    const parsing = { calls: { dialect, names: NAMES, single: true } };
+    for (const size of [1, 3, 1_000]) {
+      const parser = createParser(parsing);
+      const text = first + more;
+      const parts: Part[] = [];
+      let at = 0;
+      for (; at < text.length && !parser.done; at += size)
+        parts.push(...parser.push(text.slice(at, at + size)));
+      expect([parser.done, Math.min(at, text.length)]).toEqual([
+        true,
+        Math.min(Math.ceil(first.length / size) * size, text.length),
+      ]);
+      parts.push(...parser.push(more), ...parser.flush());
+      expect(joined(parts).filter(({ type }) => type !== 'content')).toEqual(call('f', PARIS));
+    }
+  });
+
+  it('are text behind one that broke, where there may be one', () => {
+    const bad = '<tool_call>{"name": "f", "arguments": {"a": oops';
+    const text = `${bad}}}</tool_call><tool_call>{"name": "f"}</tool_call>`;
+    const parsing: Parsing = { calls: { dialect: 'hermes', names: NAMES, single: true } };
+    for (const pieces of [[text], [...text]])
+      expect(parse(parsing, pieces)).toEqual([
+        ...call('f', '{"a": oops'),
+        broken(bad),
+        content(text.slice(bad.length)),
+      ]);
+    const { done } = createParser(parsing);
+    expect(done).toBe(false);
   });
 
   it('are told by the template', () => {

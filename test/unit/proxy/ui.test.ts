@@ -44,8 +44,8 @@ function start() {
   });
   const ui = new Ui({ config: proxyConfig({}), log: pino({ level: 'silent' }), keyed: true, snapshot });
   let watch: (request: object, reply: object) => Promise<unknown> = async () => {};
-  const get = (path: string, handler: typeof watch) => {
-    if (path === UI_EVENTS_ROUTE) watch = handler;
+  const get = (path: string, ...given: [typeof watch] | [object, typeof watch]) => {
+    if (path === UI_EVENTS_ROUTE) watch = given[given.length - 1] as typeof watch;
   };
   ui.attach({ get } as unknown as Parameters<Ui['attach']>[0]);
   return {

@@ -4,7 +4,7 @@ import type { ChoiceEvent } from '../../../src/worker/server/choice.ts';
 
 /** The usage in each chunk of a stream of two choices. */
 async function usages(options: { include_usage?: boolean; continuous_usage_stats?: boolean }) {
-  const format = answerOfChoices({ id: 'cmpl-1', created: 0, model: 'm' }, options, {
+  const format = answerOfChoices({ id: 'cmpl-1', created: 0, model: 'm', fingerprint: 'fp_1' }, options, {
     object: 'text_completion',
     chunkObject: 'text_completion',
     deltas: async ({ index }) => [{ index }],

@@ -2,6 +2,7 @@ import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { engineRequestId } from '../../../src/wire/ids.ts';
 import { Choice, StopMatcher } from '../../../src/worker/server/choice.ts';
+import type { TextOptions } from '../../../src/worker/server/fields.ts';
 import { BYTE_MODEL, bytesOf, EOS } from '../../support/fake-core.ts';
 
 const requestId = engineRequestId('cmpl-1-0');
@@ -101,8 +102,21 @@ describe('Choice', () => {
     const choice = new Choice(BYTE_MODEL, [], 0);
     const delta = choice.push({ requestId, index: 0, tokens: [...bytesOf('hi'), 46], finishReason: 'stop' });
     const tokens = [...bytesOf('hi'), 46];
-    expect(delta).toEqual({ text: 'hi', tokens, logprobs: [], finishReason: 'stop' });
+    expect(delta).toEqual({ text: 'hi', tokens, logprobs: [], finishReason: 'stop', stopReason: 46 });
     expect(choice.tokens).toBe(3);
+  });
+
+  it('tells the stop string or token that ended it, and nothing where its text just ended', () => {
+    const ended = (tokens: number[], options: TextOptions = {}, grammarEnded = false) => {
+      const choice = new Choice(BYTE_MODEL, ['END', 'ND'], 0, 0, options);
+      return choice.push({ requestId, index: 0, tokens, finishReason: 'stop', grammarEnded });
+    };
+    expect(ended(bytesOf('the END.'))).toMatchObject({ text: 'the ', stopReason: 'END' });
+    expect(ended([97, EOS], { eos: EOS })).not.toHaveProperty('stopReason');
+    // Asked for in place of the end of text.
+    expect(ended([97, EOS])).toMatchObject({ stopReason: EOS });
+    expect(ended([97, 257], { eos: EOS })).toMatchObject({ text: 'a', stopReason: 257 });
+    expect(ended(bytesOf('{}'), {}, true)).not.toHaveProperty('stopReason');
   });
 
   it('has what ended it in the text where that is asked for', () => {

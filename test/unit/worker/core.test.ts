@@ -1,5 +1,5 @@
 import pino from 'pino';
-import { afterEach, describe, expect, it } from 'vitest';
+import { afterEach, describe, expect, it, vi } from 'vitest';
 import type { LoadFailurePolicy } from '../../../src/config/worker-config.ts';
 import { type KvRole, P2pSchedulerConnector } from '../../../src/connector/scheduler-connector.ts';
 import { P2pWorkerConnector } from '../../../src/connector/worker-connector.ts';
@@ -565,6 +565,7 @@ describe('native hand-over', () => {
     return harness;
   };
   afterEach(async () => {
+    vi.useRealTimers();
     for (const { loop, ended } of open.splice(0)) {
       loop.close();
       expect(await ended).toBeUndefined();
@@ -608,11 +609,19 @@ describe('native hand-over', () => {
   it('makes room sooner where the consumer waits for what cannot begin, as each would wait for the other', async () => {
     const { handOver, generate, loop } = bind(start({ role: 'producer', keepMs: 400, numBlocks: 8 }));
     handOver.waits = 100;
+    vi.useFakeTimers({ toFake: ['setTimeout', 'clearTimeout', 'performance'] });
     await generate(native(20));
-    const began = performance.now();
-    expect(tokensOf(await generate(request(16)))).toHaveLength(3);
-    expect(performance.now() - began).toBeGreaterThan(50);
-    expect(handOver.told.at(-1)).toBe('fail');
+    const waiting = generate(request(16));
+    for (const [ms, made] of [
+      [99, false],
+      [1, true],
+    ] as const) {
+      vi.advanceTimersByTime(ms);
+      await turn();
+      await turn();
+      expect(handOver.told.includes('fail')).toBe(made);
+    }
+    expect(tokensOf(await waiting)).toHaveLength(3);
     await turn();
     expect(loop.state()).toMatchObject({ blocks: { used: 0 }, integrity: [] });
   });

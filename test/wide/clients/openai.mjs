@@ -30,6 +30,7 @@ const flatTools = tools.map(({ type, function: declared }) => ({ type, ...declar
 test('models', async () => {
   const { data } = await client.models.list();
   assert.equal(data[0].id, model);
+  assert.deepEqual(await client.models.retrieve(model), data[0]);
 });
 
 test('chat, whole and streamed, says the same', async () => {
@@ -37,6 +38,8 @@ test('chat, whole and streamed, says the same', async () => {
   const { content } = whole.choices[0].message;
   assert.match(content, /Paris/);
   assert.equal(whole.choices[0].finish_reason, 'stop');
+  assert.equal(whole.choices[0].message.refusal, null);
+  assert.equal(whole.usage.completion_tokens_details.reasoning_tokens, 0);
   assert.equal(whole.usage.total_tokens, whole.usage.prompt_tokens + whole.usage.completion_tokens);
   assert.equal(typeof whole.usage.prompt_tokens_details.cached_tokens, 'number');
   const stream = await client.chat.completions.create({
@@ -109,6 +112,26 @@ test('two calls at once, streamed', async () => {
   const cities = message.tool_calls.map((call) => JSON.parse(call.function.arguments).city);
   assert.deepEqual(cities, ['Paris', 'London']);
   assert.equal(new Set(message.tool_calls.map(({ id }) => id)).size, 2);
+});
+
+test('one call at most, whole and streamed', async () => {
+  const asked = { ...common, messages: user(TWO_CITIES), tools, parallel_tool_calls: false };
+  const whole = await client.chat.completions.create(asked);
+  const streamed = await client.chat.completions
+    .stream({ ...asked, stream_options: { include_usage: true } })
+    .finalChatCompletion();
+  for (const { choices, usage } of [whole, streamed]) {
+    const [{ message, finish_reason }] = choices;
+    assert.equal(finish_reason, 'tool_calls');
+    assert.deepEqual(
+      message.tool_calls.map((call) => JSON.parse(call.function.arguments).city),
+      ['Paris'],
+    );
+    assert.equal(message.content, null);
+    assert.equal(usage.completion_tokens, whole.usage.completion_tokens);
+  }
+  const both = await client.chat.completions.create({ ...asked, parallel_tool_calls: true });
+  assert(whole.usage.completion_tokens < both.usage.completion_tokens);
 });
 
 test('tools run by the client, whole and streamed', async () => {
@@ -225,6 +248,10 @@ test('errors', async () => {
       assert.equal(error.param, param);
       return true;
     });
+  await refused(client.models.retrieve('org/none'), OpenAI.NotFoundError, 'model');
+  await assert.rejects(client.completions.create({ model, prompt: 'a '.repeat(1e5) }), {
+    code: 'context_length_exceeded',
+  });
   await refused(client.embeddings.create({ model, input: 'a' }), OpenAI.NotFoundError, null);
   await refused(
     client.responses.create({ model, input: 'a', previous_response_id: 'resp_1' }),

@@ -4,7 +4,7 @@ import { createLogger } from '../../../../src/observability/log.ts';
 import { MetricsPage } from '../../../../src/observability/metrics.ts';
 import type { FromWire, NativeInit, ToWire } from '../../../../src/transfer/native/channel.ts';
 import { HandOver } from '../../../../src/transfer/native/hand-over.ts';
-import type { WantOutcome } from '../../../../src/transfer/native/hand-over-api.ts';
+import type { LoadOutcome } from '../../../../src/transfer/native/hand-over-api.ts';
 import type { HelloMessage, Nonce } from '../../../../src/transfer/native/messages.ts';
 import {
   type EngineRequestId,
@@ -30,7 +30,7 @@ function start(role: 'producer' | 'consumer') {
     transports: ['nccl'],
   };
   const said: ToWire[] = [];
-  const outcomes: WantOutcome[] = [];
+  const outcomes: LoadOutcome[] = [];
   let hear: (event: FromWire) => void = () => {};
   const handOver = new HandOver({
     init,

@@ -1,15 +1,16 @@
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { BlockManager } from '../../../../src/kv/block-manager.ts';
+import type { GrantAction, WantAction } from '../../../../src/transfer/native/actions.ts';
 import { decodeAnswered, decodeAsked, encodeNative } from '../../../../src/transfer/native/codec.ts';
-import { type GrantAction, Grants } from '../../../../src/transfer/native/grants.ts';
+import { Grants } from '../../../../src/transfer/native/grants.ts';
 import type {
   AnsweredMessage,
   AskedMessage,
   Nonce,
   Ticket,
 } from '../../../../src/transfer/native/messages.ts';
-import { type WantAction, Wants } from '../../../../src/transfer/native/wants.ts';
+import { Wants } from '../../../../src/transfer/native/wants.ts';
 import type { TransferId } from '../../../../src/wire/ids.ts';
 
 const BLOCK = 4;

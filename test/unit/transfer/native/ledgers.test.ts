@@ -1,6 +1,7 @@
 /** What one ledger says when the other end is slow, late or false; both against each other in ledgers.property.test.ts. */
 import { describe, expect, it } from 'vitest';
-import { type GrantAction, Grants } from '../../../../src/transfer/native/grants.ts';
+import type { Ask, GrantAction, WantAction } from '../../../../src/transfer/native/actions.ts';
+import { Grants } from '../../../../src/transfer/native/grants.ts';
 import type {
   AckMessage,
   ConsumerMessage,
@@ -11,7 +12,7 @@ import type {
   Ticket,
   WantMessage,
 } from '../../../../src/transfer/native/messages.ts';
-import { type Ask, type WantAction, Wants } from '../../../../src/transfer/native/wants.ts';
+import { Wants } from '../../../../src/transfer/native/wants.ts';
 import type { TransferId } from '../../../../src/wire/ids.ts';
 
 const ID = 'request' as TransferId;

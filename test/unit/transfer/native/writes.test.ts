@@ -1,4 +1,4 @@
-import { expect, test } from 'vitest';
+import { afterEach, beforeEach, expect, test, vi } from 'vitest';
 import type { EventRef } from '../../../../src/device/device.ts';
 import { createLogger } from '../../../../src/observability/log.ts';
 import { MetricsPage } from '../../../../src/observability/metrics.ts';
@@ -29,6 +29,10 @@ const WANT: WantMessage = {
   skip: 0,
   blocks: [5, 6],
 };
+
+// A hand-over that still waits for something looks at its clock again and again: that ends with the test.
+beforeEach(() => void vi.useFakeTimers({ toFake: ['setTimeout', 'clearTimeout'] }));
+afterEach(() => void vi.useRealTimers());
 
 /** A producer that a consumer has said hello to, and what its wire is told. */
 function producer() {

@@ -1,24 +1,20 @@
-/** What must be remembered of requests that hold no tensor. Pure, and bounded. */
-
-interface Prompted {
-  readonly promptDigest?: string | undefined;
-}
-
-/** Both know of which prompt they are, and it is not the same one. */
-export function contradicts(a: Prompted, b: Prompted): boolean {
-  return a.promptDigest !== undefined && b.promptDigest !== undefined && a.promptDigest !== b.promptDigest;
-}
+/** What must be remembered of what is over. Pure, and bounded. */
 
 const MOST = 65_536;
+
+/** Enters it as the newest; beyond `most` the oldest goes. */
+export function remember<Key, Value>(map: Map<Key, Value>, key: Key, value: Value, most = MOST): void {
+  map.delete(key);
+  map.set(key, value);
+  if (map.size > most) map.delete(map.keys().next().value!);
+}
 
 /** A map that forgets its oldest entries: beyond `MOST`, and when told that a time has passed. */
 export class Aging<V> {
   readonly #map = new Map<string, { readonly value: V; readonly since: number }>();
 
   set(key: string, value: V, now: number): void {
-    this.#map.delete(key);
-    this.#map.set(key, { value, since: now });
-    if (this.#map.size > MOST) this.#map.delete(this.#map.keys().next().value!);
+    remember(this.#map, key, { value, since: now });
   }
 
   get(key: string): V | undefined {
@@ -33,6 +29,7 @@ export class Aging<V> {
     return this.#map.size;
   }
 
+  /** Forgets what was entered before that time. */
   sweep(before: number): void {
     for (const [key, { since }] of this.#map) {
       if (since >= before) return;
