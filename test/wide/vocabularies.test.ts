@@ -146,8 +146,8 @@ describe.each(NAMES)('%s', (name) => {
     const compiler = new GrammarCompiler(tokenizers[name]);
     const { vocab } = MODELS[name];
     for (const [spec, texts] of MASKED) {
-      const { tables, vocabulary } = compiler.compile({ spec, param: 'test' }, vocab);
-      const grammar = new TokenGrammar(tables, new Vocabulary(vocabulary));
+      const { tables, ahead, vocabulary } = compiler.compile({ spec, param: 'test' }, vocab);
+      const grammar = new TokenGrammar(tables, new Vocabulary(vocabulary), ahead);
       const mask = new Uint32Array(Math.ceil(vocab / 32));
       for (const text of texts) {
         const state = grammar.acceptBytes(grammar.start, new TextEncoder().encode(text));
