@@ -5,6 +5,8 @@ import { join } from 'node:path';
 export type LibraryName = 'cuda' | 'cudart' | 'nccl' | 'nvrtc' | 'cublas' | 'cublasLt';
 
 interface LibrarySpec {
+  /** For messages. */
+  readonly title: string;
   /** Environment variables that name the file, ours first; command line flags set ours. */
   readonly env: readonly string[];
   /** In order of preference. */
@@ -16,18 +18,21 @@ interface LibrarySpec {
 
 export const LIBRARIES: Readonly<Record<LibraryName, LibrarySpec>> = {
   cuda: {
+    title: 'the CUDA driver library (libcuda)',
     env: ['PD_CUDA_LIB'],
     sonames: ['libcuda.so.1'],
     pip: [],
     install: 'install the NVIDIA driver (or start the container with --gpus all)',
   },
   cudart: {
+    title: 'the CUDA runtime (libcudart)',
     env: ['PD_CUDART_LIB'],
     sonames: ['libcudart.so.13', 'libcudart.so.12'],
     pip: ['cu13', 'cuda_runtime'],
     install: 'install the CUDA 12 or 13 runtime, for example: pip install nvidia-cuda-runtime',
   },
   nccl: {
+    title: 'NCCL (libnccl)',
     env: ['PD_NCCL_LIB', 'VLLM_NCCL_SO_PATH'],
     sonames: ['libnccl.so.2'],
     pip: ['nccl'],
@@ -35,18 +40,21 @@ export const LIBRARIES: Readonly<Record<LibraryName, LibrarySpec>> = {
       'install NCCL 2.27 or later (libnccl2, or pip install nvidia-nccl-cu13), the same version as on the peers',
   },
   nvrtc: {
+    title: 'the CUDA runtime compiler (libnvrtc)',
     env: ['PD_NVRTC_LIB'],
     sonames: ['libnvrtc.so.13', 'libnvrtc.so.12'],
     pip: ['cu13', 'cuda_nvrtc'],
     install: 'install the CUDA runtime compiler, for example: pip install nvidia-cuda-nvrtc',
   },
   cublas: {
+    title: 'cuBLAS (libcublas)',
     env: ['PD_CUBLAS_LIB'],
     sonames: ['libcublas.so.13', 'libcublas.so.12'],
     pip: ['cu13', 'cublas'],
     install: 'install cuBLAS, for example: pip install nvidia-cublas',
   },
   cublasLt: {
+    title: 'cuBLASLt (libcublasLt)',
     env: ['PD_CUBLASLT_LIB'],
     sonames: ['libcublasLt.so.13', 'libcublasLt.so.12'],
     pip: ['cu13', 'cublas'],

@@ -4,16 +4,6 @@ import { nativeError } from './errors.ts';
 import { candidates, explicitCandidate, LIBRARIES, type LibraryName } from './find.ts';
 import { dlopen, type NativeLibrary } from './native.ts';
 
-/** Names for messages. */
-const TITLES: Readonly<Record<LibraryName, string>> = {
-  cuda: 'the CUDA driver library (libcuda)',
-  cudart: 'the CUDA runtime (libcudart)',
-  nccl: 'NCCL (libnccl)',
-  nvrtc: 'the CUDA runtime compiler (libnvrtc)',
-  cublas: 'cuBLAS (libcublas)',
-  cublasLt: 'cuBLASLt (libcublasLt)',
-};
-
 const loaded = new Map<LibraryName, NativeLibrary>();
 
 /**
@@ -38,7 +28,7 @@ export function loadLibrary(name: LibraryName, major?: number): NativeLibrary {
   }
   throw nativeError(
     'LIBRARY_NOT_FOUND',
-    `cannot load ${TITLES[name]}; tried ${tried.join('; ')}. To fix it: ${LIBRARIES[name].install}, or set ${LIBRARIES[name].env[0]} to the file`,
+    `cannot load ${LIBRARIES[name].title}; tried ${tried.join('; ')}. To fix it: ${LIBRARIES[name].install}, or set ${LIBRARIES[name].env[0]} to the file`,
     { library: name },
   );
 }

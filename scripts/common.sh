@@ -55,3 +55,14 @@ work_folder() {
   work="$(mktemp -d)"
   trap 'rm -rf "$work"' EXIT
 }
+
+# llama_8b FOLDER: sets `model` to the checkpoint llama-8b in it, and creates that if it is not there
+llama_8b() {
+  local script="${0##*/}"
+  model="$1/llama-8b"
+  [ -f "$model/config.json" ] && return
+  echo "${script%.sh}: creating llama-8b" >&2
+  bounded 180 python3 scripts/model-reference/checkpoint.py --out "$1" --shape llama-8b --tokenizer models/demo >&2 && return
+  echo "${script%.sh}: llama-8b could not be created" >&2
+  return 1
+}

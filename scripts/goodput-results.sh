@@ -41,15 +41,7 @@ status=0
 
 model=models/demo
 if [ "$device" = cuda ] && [ ${#small[@]} = 0 ]; then
-  folder="${models:-$work}"
-  model="$folder/llama-8b"
-  if [ ! -f "$model/config.json" ]; then
-    echo "goodput-results: creating llama-8b" >&2
-    bounded 180 python3 scripts/model-reference/checkpoint.py --out "$folder" --shape llama-8b --tokenizer models/demo >&2 || {
-      echo "goodput-results: llama-8b could not be created" >&2
-      exit 1
-    }
-  fi
+  llama_8b "${models:-$work}" || exit 1
 fi
 
 # The program keeps within its time by itself, and needs some for a last system to end.

@@ -33,17 +33,9 @@ status=0
 
 for name in "${names[@]}"; do
   model=models/demo
-  if [ "$name" = llama-8b ]; then
-    folder="${models:-$work}"
-    model="$folder/llama-8b"
-    if [ ! -f "$model/config.json" ]; then
-      echo "pair-results: creating $name" >&2
-      bounded 180 python3 scripts/model-reference/checkpoint.py --out "$folder" --shape llama-8b --tokenizer models/demo >&2 || {
-        echo "pair-results: $name could not be created" >&2
-        status=1
-        continue
-      }
-    fi
+  if [ "$name" = llama-8b ] && ! llama_8b "${models:-$work}"; then
+    status=1
+    continue
   fi
   if [ "$device" = cuda ] && [ ${#small[@]} = 0 ]; then
     echo "pair-results: four prompts, $name" >&2

@@ -51,7 +51,7 @@ export class Guard {
       throw new PdError('CONFIG_INVALID', '--tls-client-ca needs --tls-cert and --tls-key');
     this.https = cert === undefined ? null : { ...tls, ...(ca !== undefined && { requestCert: true }) };
     this.#keys =
-      apiKeyFile === undefined ? undefined : KeyFile.open(apiKeyFile, '--api-key-file', options.log);
+      apiKeyFile === undefined ? undefined : new KeyFile(apiKeyFile, '--api-key-file', options.log);
   }
 
   /** Callers need a key. */

@@ -43,7 +43,8 @@ export class KeyFile {
   /** Ends the watch. */
   readonly close: () => void;
 
-  private constructor(path: string, option: string, log: Logger) {
+  /** Throws CONFIG_INVALID that names `option`, the file and the line, never a key. */
+  constructor(path: string, option: string, log: Logger) {
     this.#path = path;
     this.#option = option;
     this.#log = log;
@@ -55,11 +56,6 @@ export class KeyFile {
       unwatch();
       throw error;
     }
-  }
-
-  /** Throws CONFIG_INVALID that names `option`, the file and the line, never a key. */
-  static open(path: string, option: string, log: Logger): KeyFile {
-    return new KeyFile(path, option, log);
   }
 
   /** Whose key `authorization` (`Bearer KEY`) carries. */

@@ -236,7 +236,7 @@ export class Upstream {
       this.#connect = (options, done) => connect({ ...options, servername: tlsName }, done);
     }
     this.#agent = this.#agentTo();
-    this.#key = keyFile === undefined ? undefined : KeyFile.open(keyFile, '--worker-key-file', log);
+    this.#key = keyFile === undefined ? undefined : new KeyFile(keyFile, '--worker-key-file', log);
     this.#keyed = keyed;
   }
 

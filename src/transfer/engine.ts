@@ -15,7 +15,6 @@ import type { WorkerLoad } from '../wire/messages.ts';
 import { checkLoad, checkSend } from './check-request.ts';
 import type { SendHandle, TransferEngineApi } from './engine-api.ts';
 import type { FromWire, NativeInit, ToWire } from './native/channel.ts';
-import { started } from './started.ts';
 import type { FromTransfer, ToTransfer, TransferInit } from './thread-messages.ts';
 import type {
   LoadRequest,
@@ -334,4 +333,31 @@ export class TransferEngine implements TransferEngineApi {
     this.#pending.delete(seq);
     return pending;
   }
+}
+
+/** The address, once the thread is ready; what it says instead where it cannot be. */
+function started(worker: Worker): Promise<HostPort> {
+  return new Promise((resolve, reject) => {
+    const end = () => {
+      worker.off('message', onMessage);
+      worker.off('error', onError);
+      worker.off('exit', onExit);
+    };
+    const onMessage = ([message]: readonly FromTransfer[]) => {
+      end();
+      if (!message) return reject(new PdError('INTERNAL', 'the transfer thread began with nothing'));
+      if (message.type === 'ready') resolve(message.address);
+      else if (message.type === 'not-ready') reject(PdError.fromData(message.error));
+      else reject(new PdError('INTERNAL', `the transfer thread began with ${message.type}`));
+    };
+    const onError = (error: unknown) => {
+      end();
+      reject(PdError.from(error));
+    };
+    const onExit = (code: number) => {
+      end();
+      reject(new PdError('INTERNAL', `the transfer thread ended at its start with code ${code}`));
+    };
+    worker.on('message', onMessage).on('error', onError).on('exit', onExit);
+  });
 }

@@ -13,8 +13,9 @@ import type { Device } from '../device/device.ts';
 import { EventPoller } from '../device/poller.ts';
 import { PdError } from '../errors.ts';
 import { formatHostPort, type HostPort } from '../net/address.ts';
-import type { ZapGate } from '../net/zap.ts';
-import { createLogger, RateLimitedLog } from '../observability/log.ts';
+import { AllowList } from '../net/allow-list.ts';
+import { ZapGate } from '../net/zap.ts';
+import { createLogger, type Logger, RateLimitedLog } from '../observability/log.ts';
 import { MetricsPage } from '../observability/metrics.ts';
 import { createTransport } from '../transport/create-transport.ts';
 import type { Transport } from '../transport/transport.ts';
@@ -23,7 +24,6 @@ import type { WorkerLoad } from '../wire/messages.ts';
 import { Announcer } from './announcer.ts';
 import { logTensor, type TransferContext } from './context.ts';
 import { Deadlines } from './deadlines.ts';
-import { openDoors } from './doors.ts';
 import { Failures } from './failures.ts';
 import { formed } from './frozen/form.ts';
 import { Incoming } from './frozen/incoming.ts';
@@ -347,4 +347,21 @@ export class TransferService {
 
 function closed(): PdError {
   return new PdError('ENGINE_CLOSED', 'the transfer engine has been disposed');
+}
+
+/**
+ * `--allow-peers`, at both doors of an engine: the KV listener, whose gate is to be closed after it, and the data port of the host transport.
+ * Undefined where everyone may come. Throws CONFIG_INVALID for a list that is none.
+ */
+async function openDoors(
+  { allowPeers }: TransferOptions,
+  listener: HostPort,
+  metrics: MetricsPage,
+  log: Logger,
+) {
+  if (!allowPeers) return undefined;
+  const allow = AllowList.parse(allowPeers);
+  const onRefused = () => metrics.inc('pd_peers_refused_total', 1);
+  const gate = await ZapGate.open({ allow, what: `KV listener ${formatHostPort(listener)}`, log, onRefused });
+  return { gate, guard: { allow, log, onRefused } };
 }

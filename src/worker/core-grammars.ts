@@ -3,6 +3,7 @@ import { PdError } from '../errors.ts';
 import { type GrammarPlace, TokenGrammar } from '../grammar/masks.ts';
 import { Vocabulary } from '../grammar/vocabulary.ts';
 import type { GrammarUse, ScheduledSequence, TokenHistory } from '../scheduler/types.ts';
+import { remember } from '../transfer/memories.ts';
 
 /** What they have found of their masks so far is worth keeping: the same schema comes again. */
 const MOST_GRAMMARS = 32;
@@ -86,11 +87,7 @@ export class CoreGrammars {
     const known = this.#grammars.get(key);
     this.#vocabulary ??= new Vocabulary(vocabulary);
     const grammar = known ?? new TokenGrammar(tables, this.#vocabulary, ahead);
-    // The latest last.
-    this.#grammars.delete(key);
-    this.#grammars.set(key, grammar);
-    const [oldest] = this.#grammars.keys();
-    if (this.#grammars.size > MOST_GRAMMARS && oldest !== undefined) this.#grammars.delete(oldest);
+    remember(this.#grammars, key, grammar, MOST_GRAMMARS);
     return grammar;
   }
 }

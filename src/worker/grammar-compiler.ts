@@ -7,6 +7,7 @@ import { Vocabulary, type VocabularyData, vocabularyOf } from '../grammar/vocabu
 import { specialBytes, textBytes } from '../grammar/whole.ts';
 import type { Tokenizer } from '../model/tokenizer.ts';
 import type { GrammarUse } from '../scheduler/types.ts';
+import { remember } from '../transfer/memories.ts';
 import type { GrammarWish } from './server/fields.ts';
 
 /** What many schemas have: strings of all kinds, numbers, blanks. */
@@ -45,11 +46,7 @@ export class GrammarCompiler {
       const ahead = partsAhead(tables, this.#vocabulary, this.#now);
       use = { key, tables: shared(tables), ahead: shared(ahead), vocabulary: this.#vocabulary.data };
     }
-    // The latest last.
-    this.#known.delete(key);
-    this.#known.set(key, use);
-    const [oldest] = this.#known.keys();
-    if (this.#known.size > MOST_KNOWN && oldest !== undefined) this.#known.delete(oldest);
+    remember(this.#known, key, use, MOST_KNOWN);
     return use;
   }
 

@@ -44,7 +44,7 @@ beforeAll(async () => {
   expect(response.status).toBe(200);
   const { id } = (await response.json()) as { id: string };
   requestId = id.replace('cmpl-', '');
-  await consumer.program.line(/request done/);
+  for (const { program } of [producer, consumer]) await program.line(/request done/);
 });
 
 afterAll(async () => {

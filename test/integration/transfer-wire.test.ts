@@ -365,6 +365,24 @@ describe('a listener that', () => {
     }
   });
 
+  it('answers a link before, after its DEALER has given up its name to the next, harms nobody', async () => {
+    const late = services.add(
+      await RawListener.listen((body, reply, self) => {
+        const message = decodeMessage(body, { maxTensorBytes: 1_000 });
+        if (message.cmd !== 'NEW') return reply('0');
+        reply(encodeAnswer({ kind: 'no-pair' }));
+        reply('0');
+        void self
+          .join(message.unique_id)
+          .then((pair) => pair.receive([hostMemory(10)], { tensorId: 'a#l', timeoutMs: 60_000 }))
+          .catch(() => undefined);
+      }),
+    );
+    const producer = await services.make();
+    expect(await send(producer, flat('a#l', 10, late.address)).sent).toBe(10);
+    expect(late.messages).toHaveLength(2);
+  });
+
   it('has nothing of a request yet is asked for one tensor at a time, each in its turn', async () => {
     const asked: string[] = [];
     const empty = services.add(

@@ -4,7 +4,7 @@ import type { Pair } from '../../transport/transport.ts';
 import { tensorBytes } from '../../wire/dtype.ts';
 import type { TensorId } from '../../wire/ids.ts';
 import type { Answer, GetMessage, TensorForm } from '../../wire/messages.ts';
-import { logTensor, type TransferContext } from '../context.ts';
+import type { TransferContext } from '../context.ts';
 import { sentAs } from './form.ts';
 import type { Intake } from './intake.ts';
 import { Announcement } from './link.ts';
@@ -128,26 +128,13 @@ export class GetAnnouncement extends Announcement {
     this.#over = true;
     const twoBlocks = sentAs(this.#context.options, undefined, native);
     const tensor = { tensorId, shape, dtype, peer, twoBlocks, promptDigest };
-    logTensor(this.#context, 'receive', tensor, peer);
-    void this.#receive(this.#intake.adopt(tensor, held, wanted ? 'claimed' : 'dropped'), pair, wanted);
-  }
-
-  async #receive(entry: StoreEntry, pair: Pair, wanted: boolean): Promise<void> {
-    const { options, metrics } = this.#context;
-    const { held, tensorId } = entry;
-    try {
-      await pair.receive([held.memory], { tensorId, timeoutMs: options.timeouts.transfer });
-    } catch (error) {
-      // Its asker knows at once; its memory is free once the pair is over.
-      if (wanted) this.#request.failed(PdError.from(error, 'PEER_LOST'));
-      await pair.over;
-      this.#intake.store.release(entry);
-      return;
-    }
-    metrics.inc('pd_kv_received_bytes_total', held.bytes);
-    if (wanted) return this.#request.arrived(entry);
-    metrics.inc('pd_kv_late_dropped_total', 1);
-    this.#intake.store.release(entry);
+    const entry = this.#intake.adopt(tensor, held, wanted ? 'claimed' : 'dropped');
+    void this.#intake.receive(entry, pair, {
+      arrived: () => this.#request.arrived(entry),
+      lost: (error) => {
+        if (wanted) this.#request.failed(error);
+      },
+    });
   }
 
   #noRoom(): PdError {

@@ -66,20 +66,38 @@ export class Intake {
     return this.store.open(tensor, held, this.#context.deadlines.now(), late ? 'dropped' : 'receiving');
   }
 
-  /** Posts the receive of an admitted tensor. The answer leaves after this, in the same turn. Never rejects. */
-  async post(entry: StoreEntry, pair: Pair): Promise<void> {
-    const { tensorId, held } = entry;
-    const { timeouts } = this.#context.options;
-    logTensor(this.#context, 'receive', entry, entry.peer);
+  /** As `receive`, of an admitted tensor: it goes to who waits for it. */
+  post(entry: StoreEntry, pair: Pair): Promise<void> {
+    return this.receive(entry, pair, {
+      arrived: () => this.#arrived(entry),
+      lost: (reason) => this.#lose(entry, reason),
+    });
+  }
+
+  /**
+   * Posts the receive of an entered tensor. In PUT the answer leaves after this, in the same turn. `lost` is told at once; the memory is free once
+   * the pair is over. What was dropped is freed when it has come, and `arrived` is not told. Never rejects.
+   */
+  async receive(
+    entry: StoreEntry,
+    pair: Pair,
+    on: { arrived(): void; lost(reason: PdError): void },
+  ): Promise<void> {
+    const { options, metrics } = this.#context;
+    const { tensorId, held, peer } = entry;
+    logTensor(this.#context, 'receive', entry, peer);
     try {
-      await pair.receive([held.memory], { tensorId, timeoutMs: timeouts.transfer });
+      await pair.receive([held.memory], { tensorId, timeoutMs: options.timeouts.transfer });
     } catch (error) {
-      this.#lose(entry, PdError.from(error, 'PEER_LOST'));
+      on.lost(PdError.from(error, 'PEER_LOST'));
       await pair.over;
       this.store.release(entry);
       return;
     }
-    this.#arrived(entry);
+    metrics.inc('pd_kv_received_bytes_total', held.bytes);
+    if (this.store.arrived(entry)) return on.arrived();
+    metrics.inc('pd_kv_late_dropped_total', 1);
+    logTensor(this.#context, 'dropped, its request being over:', entry, peer);
   }
 
   /** Enters a tensor that a GET has been answered with; it belongs to who asked. */
@@ -193,13 +211,6 @@ export class Intake {
   }
 
   #arrived(entry: StoreEntry): void {
-    const { metrics } = this.#context;
-    metrics.inc('pd_kv_received_bytes_total', entry.held.bytes);
-    if (!this.store.arrived(entry)) {
-      metrics.inc('pd_kv_late_dropped_total', 1);
-      logTensor(this.#context, 'dropped, its request being over:', entry, entry.peer);
-      return;
-    }
     logTensor(this.#context, 'received', entry, entry.peer);
     const contradicted = this.claims.contradicted(entry);
     if (contradicted.length > 0) this.#dropOther(entry, contradicted);

@@ -77,6 +77,8 @@ export interface LinkEnd {
   readonly unanswered: readonly Announcement[];
   /** The peer has answered `2`: it knows no pair. */
   readonly noPair: boolean;
+  /** Its pair was open. */
+  readonly opened: boolean;
 }
 
 /** What a link tells its owner. */
@@ -188,7 +190,7 @@ export class Link {
     this.#pair?.abort(error);
     const unanswered = this.#waiting.map(({ announcement }) => announcement);
     this.#waiting = [];
-    this.#events.onEnd({ error, unanswered, noPair });
+    this.#events.onEnd({ error, unanswered, noPair, opened: this.#pair !== undefined });
   }
 
   /** Read anew after every await: an answer or a lost connection may have ended the link meanwhile. */
@@ -269,6 +271,11 @@ export class Link {
   }
 
   #answer(answer: Answer): void {
+    // Nothing has been announced here yet: it is to what the link before announced, whose DEALER had the same name.
+    if (!this.#heard && answer.kind !== 'hello') {
+      this.#context.log.debug({ peer: this.peer, answer: answer.kind }, `late answer from ${this.peer}`);
+      return;
+    }
     const first = this.#firstAnswer;
     this.#firstAnswer = false;
     switch (answer.kind) {

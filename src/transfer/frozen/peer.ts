@@ -145,11 +145,9 @@ export class OutgoingPeer {
   }
 
   #open(): void {
-    let opened = false;
     try {
       this.#link = new Link(this.#context, this.peer, {
         onOpen: () => {
-          opened = true;
           for (const announcement of this.#queue) announcement.pairOpened();
           this.#events.pairsChanged();
           this.#schedule();
@@ -161,7 +159,7 @@ export class OutgoingPeer {
           this.#reopened = 0;
           this.#schedule();
         },
-        onEnd: (end) => this.#ended(end, opened),
+        onEnd: (end) => this.#ended(end),
       });
     } catch (error) {
       this.#failQueue(PdError.from(error, 'INTERNAL', { peer: this.peer }));
@@ -195,7 +193,7 @@ export class OutgoingPeer {
     }
   }
 
-  #ended({ error, unanswered, noPair }: LinkEnd, opened: boolean): void {
+  #ended({ error, unanswered, noPair, opened }: LinkEnd): void {
     this.#link = undefined;
     this.#events.pairsChanged();
     const { log, deadlines, limited } = this.#context;

@@ -53,7 +53,7 @@ export class Fills {
       tell,
       onStage,
       mayLaunch: (launch) => this.#grants.mayLaunch(launch),
-      landed: (launch, failure) => this.#grant(() => this.#grants.landed(launch, now(), failure)),
+      landed: (launch, failure) => this.#grant(() => this.#grants.landed(launch, performance.now(), failure)),
     });
   }
 
@@ -63,7 +63,7 @@ export class Fills {
     readonly tokens: number;
   }): void {
     const { transferId, promptDigest, tokens } = request;
-    this.#grant(() => this.#grants.begin(transferId, promptDigest, tokens, now()));
+    this.#grant(() => this.#grants.begin(transferId, promptDigest, tokens, performance.now()));
   }
 
   progress(transferId: TransferId, computed: number, blocks: readonly number[]): void {
@@ -87,29 +87,29 @@ export class Fills {
         `${transferId}: drawn are ${tokens.join(', ')}, which are no token ids`,
       );
     const draw = { drawn: tokens, ...(logprobs && { logprobs }), samplingDigest };
-    this.#grant(() => this.#grants.finish(transferId, draw, now()));
+    this.#grant(() => this.#grants.finish(transferId, draw, performance.now()));
   }
 
   fail(transferId: TransferId, code: ErrorCode, why: string): void {
-    this.#grant(() => this.#grants.fail(transferId, code, why, now()));
+    this.#grant(() => this.#grants.fail(transferId, code, why, performance.now()));
   }
 
   /** A consumer has said hello. */
   introduced(peer: string, nonce: Nonce, cacheBlocks: number): void {
-    this.#grant(() => this.#grants.introduced(peer, nonce, cacheBlocks, now()));
+    this.#grant(() => this.#grants.introduced(peer, nonce, cacheBlocks, performance.now()));
   }
 
   asked(peer: string, message: ConsumerMessage): void {
-    this.#grant(() => this.#grants.message(peer, message, now()));
+    this.#grant(() => this.#grants.message(peer, message, performance.now()));
   }
 
   /** Its connection is gone. */
   unreachable(peer: string): void {
-    this.#grant(() => this.#grants.unreachable(peer, now()));
+    this.#grant(() => this.#grants.unreachable(peer, performance.now()));
   }
 
   died(peer: string, nonce: Nonce): void {
-    this.#grant(() => this.#grants.died(peer, nonce, now()));
+    this.#grant(() => this.#grants.died(peer, nonce, performance.now()));
   }
 
   /** What the wire says of parts. */
@@ -130,12 +130,12 @@ export class Fills {
   }
 
   tick(): void {
-    this.#grant(() => this.#grants.tick(now()));
+    this.#grant(() => this.#grants.tick(performance.now()));
   }
 
   /** Nothing more is begun. */
   shutdown(): void {
-    this.#grant(() => this.#grants.shutdown(now()));
+    this.#grant(() => this.#grants.shutdown(performance.now()));
   }
 
   knows(peer: string): boolean {
@@ -143,7 +143,7 @@ export class Fills {
   }
 
   longestUnbound(peer: string): number {
-    return this.#grants.longestUnbound(peer, now());
+    return this.#grants.longestUnbound(peer, performance.now());
   }
 
   /** Nothing is written, or on its way. */
@@ -217,8 +217,4 @@ export class Fills {
     const [token = NO_TOKEN] = message.drawn;
     if (digest) page.end(slot, message.seq, 'done', { token, digest });
   }
-}
-
-function now(): number {
-  return performance.now();
 }

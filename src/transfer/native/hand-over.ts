@@ -224,8 +224,8 @@ export class HandOver implements HandOverApi {
   #probe(id: TransferId): void {
     const peer = this.#otherOf(id);
     if (peer === undefined || this.#fills.knows(peer)) return;
-    if (now() - (this.#probed.get(peer) ?? Number.NEGATIVE_INFINITY) < PROBE_AGAIN_MS) return;
-    remember(this.#probed, peer, now(), MOST_PROBED);
+    if (performance.now() - (this.#probed.get(peer) ?? Number.NEGATIVE_INFINITY) < PROBE_AGAIN_MS) return;
+    remember(this.#probed, peer, performance.now(), MOST_PROBED);
     this.#tell({ kind: 'probe', peer, id });
   }
 
@@ -329,8 +329,4 @@ export class HandOver implements HandOverApi {
   #checkSettled(): void {
     if (this.#fills.hasLanded && this.#fills.isIdle && this.#loads.isIdle) this.#settled.resolve();
   }
-}
-
-function now(): number {
-  return performance.now();
 }

@@ -65,7 +65,7 @@ export class Loads {
   readonly #pages: PageWatch;
   /** Ids that nobody wants, by the producer that is to be told once it has said hello. */
   readonly #unwanted = new Map<TransferId, string>();
-  readonly #failures = new Failures({ now });
+  readonly #failures = new Failures(performance);
   /** What producers have told of requests that have not been wanted yet. */
   readonly #failed = new Map<TransferId, ErrorData>();
 
@@ -89,13 +89,13 @@ export class Loads {
         }
         this.#want(() => this.#wants.flag(peer, nonce, slot, seq));
       },
-      done: (slot, draw) => this.#want(() => this.#wants.doneInPage(slot, draw, now())),
+      done: (slot, draw) => this.#want(() => this.#wants.doneInPage(slot, draw, performance.now())),
     });
   }
 
   want(request: WantRequest): void {
     const { requestId, transferId, peer, withinMs, prefillWithinMs = 0 } = request;
-    const began = now();
+    const began = performance.now();
     const deadline = began + withinMs + prefillWithinMs;
     const load: Load = { request, began, deadline, seq: undefined, transport: undefined, again: false };
     this.#loads.set(requestId, load);
@@ -114,7 +114,7 @@ export class Loads {
     const load = this.#loads.get(requestId);
     if (!load) return;
     const { seq } = load;
-    if (seq !== undefined) this.#want(() => this.#wants.abort(seq, now()));
+    if (seq !== undefined) this.#want(() => this.#wants.abort(seq, performance.now()));
     const error = {
       code: 'REQUEST_ABORTED',
       message: `request ${requestId} does not want its KV any more`,
@@ -137,8 +137,8 @@ export class Loads {
     const load = this.#loadOf(transferId);
     if (!load) return;
     const { withinMs } = load.request;
-    load.deadline = Math.min(load.deadline, now() + withinMs);
-    if (load.seq !== undefined) this.#wants.hasten(load.seq, withinMs, now());
+    load.deadline = Math.min(load.deadline, performance.now() + withinMs);
+    if (load.seq !== undefined) this.#wants.hasten(load.seq, withinMs, performance.now());
   }
 
   sendFailed(transferId: TransferId, reason: ErrorData): void {
@@ -147,7 +147,7 @@ export class Loads {
     else if (load.seq === undefined) this.#fail(load, reason, false);
     else {
       const { seq } = load;
-      this.#want(() => this.#wants.fail(seq, reason, now()));
+      this.#want(() => this.#wants.fail(seq, reason, performance.now()));
     }
   }
 
@@ -159,7 +159,7 @@ export class Loads {
   /** A producer has answered our hello. */
   met(peer: string, hello: HelloMessage): void {
     this.#wants.pairOpened(peer);
-    this.#want(() => this.#wants.introduced(peer, hello.from, now()));
+    this.#want(() => this.#wants.introduced(peer, hello.from, performance.now()));
     this.#options.connections.met(peer, hello);
     for (const [id, whom] of this.#unwanted) {
       if (whom !== peer) continue;
@@ -176,7 +176,7 @@ export class Loads {
       if (again) this.#connectAgain(load, error);
       else this.#fail(load, error, false);
     }
-    this.#want(() => this.#wants.unreachable(peer, error, now()));
+    this.#want(() => this.#wants.unreachable(peer, error, performance.now()));
   }
 
   /** Once, and within its deadline: a want that met the end of a connection has asked nobody yet. */
@@ -224,9 +224,9 @@ export class Loads {
           skip,
           blocks,
           transport: producer.transport,
-          withinMs: Math.max(load.deadline - now(), 0),
+          withinMs: Math.max(load.deadline - performance.now(), 0),
         },
-        now(),
+        performance.now(),
       );
       // where it has no slot free it is asked for again, as long as there is time
       if (asked === 'slots' || asked === 'unknown') return [];
@@ -271,15 +271,15 @@ export class Loads {
   }
 
   died(peer: string, nonce: Nonce): void {
-    this.#want(() => this.#wants.died(peer, nonce, now()));
+    this.#want(() => this.#wants.died(peer, nonce, performance.now()));
   }
 
   answered(peer: string, message: ProducerMessage): void {
-    this.#want(() => this.#wants.message(peer, message, now()));
+    this.#want(() => this.#wants.message(peer, message, performance.now()));
   }
 
   received(receipt: number, ok: boolean): void {
-    this.#want(() => this.#wants.received(receipt, ok, now()));
+    this.#want(() => this.#wants.received(receipt, ok, performance.now()));
   }
 
   /** Each quarter of a second, unless nothing is under way. */
@@ -287,12 +287,12 @@ export class Loads {
     for (const load of [...this.#loads.values()]) {
       if (load.seq !== undefined) continue;
       const { peer, transferId } = load.request;
-      if (now() >= load.deadline) {
+      if (performance.now() >= load.deadline) {
         const message = `KV of ${transferId} did not come from ${peer} in time: it has not been asked for, as there is no connection yet`;
         this.#fail(load, { code: 'KV_LOAD_TIMEOUT', message, context: { peer } }, false);
       } else if (this.#options.connections.ready(peer)) this.#ask(load);
     }
-    this.#want(() => this.#wants.tick(now()));
+    this.#want(() => this.#wants.tick(performance.now()));
   }
 
   /** Wants that have no outcome yet. */
@@ -322,7 +322,7 @@ export class Loads {
 
   /** The loads that are waited for and those that failed lately, as the transfer engine tells its own. */
   told(): Pick<TransferState, 'waiting' | 'failures'> {
-    const at = now();
+    const at = performance.now();
     const waiting = [...this.#loads.values()].map(({ request, began, deadline }) => ({
       requestId: request.requestId,
       tensorId: request.transferId,
@@ -359,19 +359,14 @@ export class Loads {
         this.#options.user().books.retract(exposureOf(action.seq));
         this.#options.user().freed();
         return;
-      case 'loaded': {
-        const load = this.#loads.get(action.owner as EngineRequestId);
-        if (load?.seq === action.seq) this.#loaded(load, action);
-        return;
-      }
-      case 'failed': {
-        const load = this.#loads.get(action.owner as EngineRequestId);
-        if (load?.seq === action.seq) this.#fail(load, action.error, action.quarantined);
-        return;
-      }
+      case 'loaded':
+      case 'failed':
       case 'again': {
         const load = this.#loads.get(action.owner as EngineRequestId);
-        if (load?.seq === action.seq) this.#connectAgain(load, action.error);
+        if (load?.seq !== action.seq) return;
+        if (action.kind === 'loaded') this.#loaded(load, action);
+        else if (action.kind === 'failed') this.#fail(load, action.error, action.quarantined);
+        else this.#connectAgain(load, action.error);
         return;
       }
       case 'receive': {
@@ -401,7 +396,7 @@ export class Loads {
     const { requestId, transferId, peer, blocks } = load.request;
     const { transport } = load;
     const { layers, blockBytes } = this.#options.init.shape;
-    const milliseconds = now() - load.began;
+    const milliseconds = performance.now() - load.began;
     const bytes = blocks.length * layers * blockBytes;
     this.#options.onStage(transferId, 'loaded', transport && { transport, kv_bytes: bytes, kv_from: peer });
     this.#failures.wentWell('load', peer);
@@ -426,8 +421,4 @@ export class Loads {
 
 function exposureOf(seq: number): string {
   return `WANT ${seq}`;
-}
-
-function now(): number {
-  return performance.now();
 }

@@ -55,7 +55,7 @@ export interface NativeTransferParts {
   readonly log: Logger;
   readonly metrics: MetricsPage;
   readonly onStage?: (id: TransferId, stage: HandOverStage, moved?: MovedKv) => void;
-  readonly onFlag?: HandOverOptions['onFlag'];
+  readonly onFlag?: NonNullable<HandOverOptions['onFlag']>;
   readonly openEngine: (native: NativeInit) => Promise<TransferEngine>;
 }
 
@@ -131,27 +131,14 @@ export class NativeTransfer {
     let engine: TransferEngine | undefined;
     try {
       const init = initOf(parts, nonce, direct);
-      const { role, rank, leaseMs, busy, log, metrics, onStage, onFlag } = parts;
       // while the other thread starts
-      const rehearsed = direct && rehearseHere(init, log);
+      const rehearsed = direct && rehearseHere(init, parts.log);
       engine = await parts.openEngine(init);
       await rehearsed;
       const wire = engine.native.bind(engine);
       const { HandOver } = await import('./hand-over.ts');
-      const options = {
-        init,
-        wire,
-        role,
-        rank,
-        leaseMs,
-        busy,
-        log,
-        metrics,
-        ...(onStage && { onStage }),
-        ...(onFlag && { onFlag }),
-        ...(direct && { direct }),
-      };
-      return new NativeTransfer(engine, new HandOver(options), direct, dispose);
+      const handOver = new HandOver({ ...parts, init, wire, ...(direct && { direct }) });
+      return new NativeTransfer(engine, handOver, direct, dispose);
     } catch (error) {
       await engine?.dispose();
       await direct?.close();

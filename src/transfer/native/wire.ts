@@ -206,19 +206,15 @@ export class NativeWire {
 
   #introduced(identity: Buffer, peer: string, hello: HelloMessage): void {
     const { self, metrics, limited, log } = this.#context;
-    if (hello.probe !== undefined) {
-      const unfit = refusalOf(this.#hello, hello, self, peer);
-      this.#router.answer(
-        identity,
-        this.#encode(unfit ? { ...this.#hello, refused: unfit } : this.#hello, 1),
-      );
-      return;
+    const isProbe = hello.probe !== undefined;
+    if (!isProbe) {
+      const before = this.#sessions.get(peer);
+      before?.end(new PdError('PAIR_CLOSED', `peer ${peer} has connected anew`, { peer }));
+      this.#sessions.delete(peer);
     }
-    const before = this.#sessions.get(peer);
-    before?.end(new PdError('PAIR_CLOSED', `peer ${peer} has connected anew`, { peer }));
-    this.#sessions.delete(peer);
     const refused = refusalOf(this.#hello, hello, self, peer);
     this.#router.answer(identity, this.#encode(refused ? { ...this.#hello, refused } : this.#hello, 1));
+    if (isProbe) return;
     if (refused) {
       metrics.inc('pd_protocol_errors_total', 1, 'fingerprint');
       limited.log(`mismatch ${peer}`, (suppressed) =>

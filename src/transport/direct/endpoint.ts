@@ -155,11 +155,7 @@ export class DirectEndpoint {
       fd = connectUnix(path);
       if (fd === undefined) throw new PdError('DIRECT_REFUSED', `too many connections wait at ${path}`);
       this.#checkUser(fd);
-      sendFrame(
-        fd,
-        { version: VERSION, nonce: this.#options.nonce, to: nonce, offer: offer?.claims ?? null },
-        offer,
-      );
+      this.#introduce(fd, nonce, offer);
       await ring(path + BELL, timeoutMs);
       if (this.#disposed)
         throw new PdError('ENGINE_CLOSED', 'the endpoint for direct writes was disposed meanwhile');
@@ -212,14 +208,7 @@ export class DirectEndpoint {
             : 'this is another process than its hello said';
         throw new PdError('DIRECT_REFUSED', why, { nonce: frame.nonce });
       }
-      const { offer } = admitted;
-      const answer = {
-        version: VERSION,
-        nonce: this.#options.nonce,
-        to: frame.nonce,
-        offer: offer?.claims ?? null,
-      };
-      sendFrame(fd, answer, offer);
+      this.#introduce(fd, frame.nonce, admitted.offer);
       link = this.#linked(fd, frame, frame.nonce);
     } catch (error) {
       const failed = PdError.from(error, 'DIRECT_REFUSED');
@@ -233,6 +222,11 @@ export class DirectEndpoint {
       return;
     }
     this.#options.onLink(link);
+  }
+
+  #introduce(fd: FileDescriptor, to: string, offer: Offer | undefined): void {
+    const { nonce } = this.#options;
+    sendFrame(fd, { version: VERSION, nonce, to, offer: offer?.claims ?? null }, offer);
   }
 
   #linked(fd: FileDescriptor, frame: Frame | undefined, nonce: string): DirectLink {

@@ -29,8 +29,7 @@ export const GENERATION_ROUTES = {
   '/v1/chat/completions': 'chat',
   '/v1/responses': 'responses',
 } as const;
-export type GenerationPath = keyof typeof GENERATION_ROUTES;
-export type GenerationRoute = (typeof GENERATION_ROUTES)[GenerationPath];
+export type GenerationRoute = (typeof GENERATION_ROUTES)[keyof typeof GENERATION_ROUTES];
 
 const ID_PREFIXES = { completions: 'cmpl-', chat: 'chatcmpl-', responses: 'resp_' } as const;
 

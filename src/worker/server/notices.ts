@@ -17,13 +17,8 @@ import { readErrorData } from '../../wire/overlap.ts';
 import { z } from '../../zod.ts';
 import { bodyOf, type ServerContext } from './context.ts';
 import { MAX_PROMPTS, parseBody, parseJson } from './fields.ts';
-import {
-  GENERATION_ROUTES,
-  type GenerationPath,
-  promptIdsOf,
-  requestIdSchema,
-  serverIdOf,
-} from './in-flight.ts';
+import { GENERATION_ROUTES, promptIdsOf, requestIdSchema, serverIdOf } from './in-flight.ts';
+import type { GenerationPath } from './openapi.ts';
 
 /** Bytes; the longest notice carries an error with its causes. */
 export const NOTICE_LIMIT = 32_768;

@@ -20,7 +20,7 @@ class Lines {
   readonly log = {
     info: (_: object, text: string) => this.#next?.(text),
     error: (_: object, text: string) => this.#next?.(text),
-  } as unknown as Parameters<typeof KeyFile.open>[2];
+  } as unknown as ConstructorParameters<typeof KeyFile>[2];
 
   next(): Promise<string> {
     return new Promise((resolve) => {
@@ -32,7 +32,7 @@ class Lines {
 function keysOf(text: string, lines = new Lines()): { keys: KeyFile; path: string } {
   const path = join(DIR, `${files++}`);
   writeFileSync(path, text);
-  const keys = KeyFile.open(path, '--api-key-file', lines.log);
+  const keys = new KeyFile(path, '--api-key-file', lines.log);
   open.push(keys);
   return { keys, path };
 }
