@@ -4,16 +4,14 @@
  *
  *   ./scripts/build.sh && node dist/bench/grammar.js [--tokenizer tokenizer.json] [--json]
  */
-import { readFileSync } from 'node:fs';
 import { Command } from 'commander';
 import { compileSpec, type GrammarSpec } from '../src/grammar/grammar.ts';
-import { TokenGrammar, Vocabulary } from '../src/grammar/masks.ts';
-import { vocabularyOf } from '../src/grammar/vocabulary.ts';
-import { byteLevelBytes } from '../src/model/byte-level.ts';
+import { TokenGrammar } from '../src/grammar/masks.ts';
+import { Vocabulary, vocabularyOf } from '../src/grammar/vocabulary.ts';
 import { type Spread, spreadOf } from './measure/statistics.ts';
 import { plainTable } from './measure/table.ts';
+import { madeUpTokens, tokensOf } from './measure/tokens.ts';
 
-const MADE_UP_TOKENS = 128_000;
 const LONGEST_TOKEN = 64;
 
 const PERSON = {
@@ -85,7 +83,7 @@ const command = new Command('grammar')
   .option('--json', 'print JSON')
   .parse();
 const { tokenizer, json } = command.opts<{ tokenizer?: string; json?: boolean }>();
-const tokens = tokenizer === undefined ? madeUp() : tokensOf(tokenizer);
+const tokens = tokenizer === undefined ? madeUpTokens() : tokensOf(tokenizer);
 const ids = new Map(
   tokens.flatMap((bytes, id) => (bytes ? [[Buffer.from(bytes).toString('latin1'), id]] : [])),
 );
@@ -145,62 +143,4 @@ function read(grammar: TokenGrammar, text: string): number[] {
     at += length;
   }
   return times;
-}
-
-function tokensOf(file: string): (Uint8Array | undefined)[] {
-  const { model } = JSON.parse(readFileSync(file, 'utf8')) as { model: { vocab: Record<string, number> } };
-  const found: (Uint8Array | undefined)[] = [];
-  for (const [token, id] of Object.entries(model.vocab)) found[id] = byteLevelBytes(token);
-  return Array.from(found, (bytes) => bytes);
-}
-
-function madeUp(): Uint8Array[] {
-  const found = Array.from({ length: 256 }, (_, byte) => Uint8Array.of(byte));
-  const syllables = [
-    'a',
-    'be',
-    'cor',
-    'di',
-    'en',
-    'fra',
-    'go',
-    'hu',
-    'il',
-    'ju',
-    'ka',
-    'lo',
-    'mi',
-    'ne',
-    'os',
-    'pre',
-    'qu',
-    'ra',
-    'st',
-    'tion',
-    'un',
-    'ver',
-    'wi',
-    'é',
-    '你',
-    'ß',
-  ];
-  const around = ['', ' ', ' "', '"', '."', '",', '":', ')', ',', '\n', '  ', '_', '-', '1', '000'];
-  const encoder = new TextEncoder();
-  for (const mark of [...around, '{"', '"}', '"},', '[{"', '":"', '": "', '", "'])
-    found.push(encoder.encode(mark));
-  for (const one of syllables) {
-    for (const two of ['', ...syllables]) {
-      for (const three of ['', ...syllables]) {
-        for (const mark of around) {
-          if (found.length >= MADE_UP_TOKENS) return found;
-          found.push(
-            encoder.encode(
-              mark === ' ' || mark === ' "' ? mark + one + two + three : one + two + three + mark,
-            ),
-          );
-        }
-      }
-    }
-  }
-  return found;
 }

@@ -5,37 +5,15 @@
  */
 import { PdError } from '../errors.ts';
 import type { CompiledGrammar } from './compile.ts';
+import { MaskParts, type PartsAhead } from './mask-parts.ts';
 import { type GrammarState, GrammarStates, type StackSet } from './states.ts';
 import { UniqueItems, UniquePlace } from './unique.ts';
-import { type MaskPart, maskWords, type VocabularyData } from './vocabulary.ts';
+import { type MaskPart, setBit, type Vocabulary } from './vocabulary.ts';
 
-/** Nodes of the vocabulary looked at before a walk counts as long. */
-const SHORT_WALK = 6000;
 /** Masks that allow no more tokens are kept as a list. */
 const SHORT_LIST = 1024;
-/** Places where a rule is left, above which they are looked up by the byte that comes next. */
-const FEW_EXITS = 2048;
-/** A table of a rule takes half a kilobyte a state. */
-const MOST_FLAT_STATES = 1024;
-/** Parts of masks kept per grammar, and of those that all grammars share. */
-const MOST_PARTS = 48;
 /** Nodes looked at that cost what following a thread does. */
 const NODES_A_STEP = 16;
-
-/** A vocabulary with what is known of it once and for all grammars. */
-export class Vocabulary {
-  readonly data: VocabularyData;
-  readonly words: number;
-  /** Parts by the shape of their rule: those that came along, and those found since. */
-  readonly known: ReadonlyMap<string, MaskPart>;
-  readonly parts = new Map<string, MaskPart>();
-
-  constructor(data: VocabularyData) {
-    this.data = data;
-    this.known = new Map(data.parts);
-    this.words = maskWords(data.size);
-  }
-}
 
 /** Where a text stands. Immutable: keep them, fork them, drop them. */
 export type GrammarPlace = GrammarState | UniquePlace;
@@ -46,15 +24,15 @@ export class TokenGrammar {
   readonly #tables: CompiledGrammar;
   readonly #vocabulary: Vocabulary;
   readonly #unique: UniqueItems;
-  readonly #parts = new Map<number, MaskPart>();
-  /** States of the tables whose walk is long. */
-  readonly #wide = new Set<number>();
+  readonly #parts: MaskParts;
 
-  constructor(tables: CompiledGrammar, vocabulary: Vocabulary) {
+  /** `ahead`: what has been found of its masks before. */
+  constructor(tables: CompiledGrammar, vocabulary: Vocabulary, ahead?: PartsAhead) {
     this.#tables = tables;
     this.#states = new GrammarStates(tables);
     this.#unique = new UniqueItems(this.#states);
     this.#vocabulary = vocabulary;
+    this.#parts = new MaskParts(tables, this.#states, vocabulary, ahead);
   }
 
   get start(): GrammarPlace {
@@ -96,34 +74,48 @@ export class TokenGrammar {
     if (place instanceof UniquePlace) this.#unique.forbid(place, this.#vocabulary.data, mask);
   }
 
-  #maskOf(state: GrammarState): Int32Array | Uint32Array {
+  #maskOf({ threads, stacks }: GrammarState): Int32Array | Uint32Array {
     const { numStates } = this.#tables;
-    if (!state.threads.some((thread) => this.#wide.has(thread % numStates))) {
-      const few = this.#shortWalk(state);
-      if (few) return few.length <= SHORT_LIST ? Int32Array.from(few) : bitsOf(few, this.#vocabulary.words);
-    }
-    const bits = new Uint32Array(this.#vocabulary.words);
-    state.threads.forEach((thread, i) => {
-      this.#addThread(thread, state.stacks[i]!, bits);
+    const mask = new Mask(this.#vocabulary.words);
+    const narrow: number[] = [];
+    threads.forEach((thread, i) => {
+      const part = this.#parts.ready(thread % numStates, stacks[i]!.depth);
+      if (part) this.#addPart(part, thread, stacks[i]!, mask);
+      else narrow.push(i);
     });
-    return bits;
+    // Together first: the same bytes lead on from many of them.
+    if (narrow.length > 0 && !this.#addNarrow(threads, stacks, narrow, mask)) {
+      for (const i of narrow) {
+        if (this.#addNarrow(threads, stacks, [i], mask)) continue;
+        this.#addPart(this.#parts.wide(threads[i]! % numStates), threads[i]!, stacks[i]!, mask);
+      }
+    }
+    return mask.done();
   }
 
-  #addThread(thread: number, stack: StackSet, bits: Uint32Array): void {
-    const state = thread % this.#tables.numStates;
-    if (!this.#wide.has(state)) {
-      const few = this.#shortWalk(this.#states.single(thread, stack));
-      if (few) {
-        for (const token of few) setBit(bits, token);
-        return;
-      }
-      this.#wide.add(state);
-    }
-    const part = this.#partOf(state);
-    this.#look(bits.length);
+  /** Whether finding what some of the threads allow was short, and has been done. */
+  #addNarrow(
+    threads: readonly number[],
+    stacks: readonly StackSet[],
+    places: readonly number[],
+    mask: Mask,
+  ): boolean {
+    const some = this.#states.some(
+      places.map((i) => threads[i]!),
+      places.map((i) => stacks[i]!),
+    );
+    const found = this.#parts.shortWalk(some);
+    found?.tokens.forEach((token) => {
+      mask.add(token);
+    });
+    return found !== undefined;
+  }
+
+  #addPart(part: MaskPart, thread: number, stack: StackSet, mask: Mask): void {
     const { most, least } = this.#countsLeft(thread);
-    addTokens(part, most, bits);
-    this.#addExits(part, least, most, this.#states.popped(stack), bits);
+    if (part.tokens instanceof Uint32Array) this.#look(part.tokens.length);
+    mask.addPart(part, most);
+    this.#addExits(part, least, most, this.#states.popped(stack), mask);
   }
 
   /** How many more a counted rule may begin, and must have begun before it ends. */
@@ -137,7 +129,7 @@ export class TokenGrammar {
   }
 
   /** Tokens that leave the rule on their way and go on in `after`. */
-  #addExits(part: MaskPart, least: number, most: number, after: GrammarState, bits: Uint32Array): void {
+  #addExits(part: MaskPart, least: number, most: number, after: GrammarState, mask: Mask): void {
     if (after.isOver) return;
     const { bytes, ends, parents, byByteStart, byByte } = this.#vocabulary.data;
     if (part.exitAt) {
@@ -148,7 +140,7 @@ export class TokenGrammar {
         for (let i = byByteStart[byte]!; i < byByteStart[byte + 1]!; i++) {
           const node = byByte[i]!;
           const at = part.exitAt[parents[node]!]!;
-          if (at > 0 && at - 1 >= least && at - 1 <= most) this.#walk(node, next, bits);
+          if (at > 0 && at - 1 >= least && at - 1 <= most) this.#walk(node, next, mask);
         }
       }
       return;
@@ -159,18 +151,18 @@ export class TokenGrammar {
       if (count < least || count > most) return;
       for (let child = exit + 1; child < ends[exit]!; child = ends[child]!) {
         const next = this.#states.step(after, bytes[child]!);
-        if (next !== null) this.#walk(child, next, bits);
+        if (next !== null) this.#walk(child, next, mask);
       }
     });
   }
 
   /** Allows the tokens at and below `first`, which `state` has been reached by. */
-  #walk(first: number, state: GrammarState, bits: Uint32Array): void {
+  #walk(first: number, state: GrammarState, mask: Mask): void {
     const { bytes, depths, ends, tokenStart, tokens } = this.#vocabulary.data;
     const base = depths[first]!;
     const states = [state];
     let looked = 1;
-    for (let i = tokenStart[first]!; i < tokenStart[first + 1]!; i++) setBit(bits, tokens[i]!);
+    for (let i = tokenStart[first]!; i < tokenStart[first + 1]!; i++) mask.add(tokens[i]!);
     for (let node = first + 1; node < ends[first]!; ) {
       looked++;
       const depth = depths[node]! - base;
@@ -180,7 +172,7 @@ export class TokenGrammar {
         continue;
       }
       states[depth] = next;
-      for (let i = tokenStart[node]!; i < tokenStart[node + 1]!; i++) setBit(bits, tokens[i]!);
+      for (let i = tokenStart[node]!; i < tokenStart[node + 1]!; i++) mask.add(tokens[i]!);
       node++;
     }
     this.#look(looked);
@@ -189,203 +181,53 @@ export class TokenGrammar {
   #look(nodes: number): void {
     this.#states.spend(nodes / NODES_A_STEP);
   }
+}
 
-  /** Every token that may follow `state`, or undefined where finding them is long. */
-  #shortWalk(state: GrammarState): number[] | undefined {
-    const { bytes, depths, ends, tokenStart, tokens } = this.#vocabulary.data;
-    const found: number[] = [];
-    const states = [state];
-    let looked = 0;
-    for (let node = 1; node < bytes.length; ) {
-      if (++looked > SHORT_WALK) return undefined;
-      const depth = depths[node]!;
-      const next = this.#states.step(states[depth - 1]!, bytes[node]!);
-      if (next === null) {
-        node = ends[node]!;
-        continue;
-      }
-      states[depth] = next;
-      for (let i = tokenStart[node]!; i < tokenStart[node + 1]!; i++) found.push(tokens[i]!);
-      node++;
+/** Tokens that are allowed as they are found: most as bits at once, others one by one, perhaps twice. */
+class Mask {
+  readonly #words: number;
+  readonly #few: number[] = [];
+  #bits: Uint32Array | undefined;
+
+  constructor(words: number) {
+    this.#words = words;
+  }
+
+  add(token: number): void {
+    if (this.#bits) setBit(this.#bits, token);
+    else this.#few.push(token);
+  }
+
+  /** Of a counted rule, tokens that begin `most` at most. */
+  addPart({ tokens, byCount }: MaskPart, most: number): void {
+    if (tokens instanceof Uint32Array) {
+      const bits = this.#asBits();
+      const allowed = without(tokens, byCount, most);
+      for (let i = 0; i < bits.length; i++) bits[i]! |= allowed[i]!;
+      return;
     }
-    return found;
+    for (let i = 0; i < tokens.length && (!byCount || byCount.counts[i]! <= most); i++) this.add(tokens[i]!);
   }
 
-  #partOf(state: number): MaskPart {
-    const { shapes, shapeOf, shapeState } = this.#tables;
-    const shape = shapes[shapeOf[state]!];
-    if (shape === undefined) return remembered(this.#parts, state, () => this.#findPart(state));
-    const { known, parts } = this.#vocabulary;
-    const key = `${shapeState[state]} ${shape}`;
-    return known.get(key) ?? remembered(parts, key, () => this.#findPart(state));
+  done(): Int32Array | Uint32Array {
+    return this.#bits || this.#few.length > SHORT_LIST ? this.#asBits() : Int32Array.from(this.#few);
   }
 
-  #findPart(state: number): MaskPart {
-    const flat = this.#flatOf(state);
-    return flat ? this.#flatPart(flat, state) : this.#plainPart(state);
-  }
-
-  #plainPart(state: number): MaskPart {
-    const { bytes, depths, ends, tokenStart, tokens } = this.#vocabulary.data;
-    const bits = new Uint32Array(this.#vocabulary.words);
-    const exits: number[] = [];
-    const states = [this.#states.single(state, this.#states.bottom)];
-    for (let node = 1; node < bytes.length; ) {
-      const depth = depths[node]!;
-      const next = this.#states.step(states[depth - 1]!, bytes[node]!);
-      if (next === null) {
-        node = ends[node]!;
-        continue;
-      }
-      states[depth] = next;
-      for (let i = tokenStart[node]!; i < tokenStart[node + 1]!; i++) setBit(bits, tokens[i]!);
-      if (next.mayEnd && ends[node]! > node + 1) exits.push(node);
-      node++;
+  #asBits(): Uint32Array {
+    if (!this.#bits) {
+      this.#bits = new Uint32Array(this.#words);
+      for (const token of this.#few) setBit(this.#bits, token);
     }
-    this.#look(bytes.length);
-    const exitAt = exits.length > FEW_EXITS ? new Uint16Array(bytes.length) : undefined;
-    if (exitAt) for (const exit of exits) exitAt[exit] = 1;
-    return { tokens: bits, exits: Int32Array.from(exits), exitAt, exitCounts: undefined, byCount: undefined };
-  }
-
-  readonly #flats = new Map<number, Flat | undefined>();
-
-  /** The rule of `state` as a table; undefined where it has calls or choices, or is large. Counted rules have neither. */
-  #flatOf(state: number): Flat | undefined {
-    const { shapeOf, shapeState, counted, countedStart } = this.#tables;
-    const rule = counted[state]!;
-    const first = state - shapeState[state]!;
-    if (!this.#flats.has(shapeOf[state]!)) {
-      this.#flats.set(
-        shapeOf[state]!,
-        flatten(this.#tables, first, rule >= 0 ? countedStart[rule] : undefined),
-      );
-    }
-    return this.#flats.get(shapeOf[state]!);
-  }
-
-  /** A state, and in a counted rule a count, are all there is to follow. */
-  #flatPart({ first, next, final, isCounted }: Flat, state: number): MaskPart {
-    const { bytes, depths, ends, tokenStart, tokens } = this.#vocabulary.data;
-    const bits = new Uint32Array(this.#vocabulary.words);
-    const exits: number[] = [];
-    const exitCounts: number[] = [];
-    /** Tokens by what they begin, in a counted rule. */
-    const counts = isCounted ? new Uint16Array(tokens.length) : undefined;
-    // By depth, which is 16 bits.
-    const states = new Int32Array(2 ** 16);
-    const begun = new Int32Array(2 ** 16);
-    states[0] = state - first;
-    for (let node = 1; node < bytes.length; ) {
-      const depth = depths[node]!;
-      const from = states[depth - 1]!;
-      const to = next[from * 256 + bytes[node]!]!;
-      if (to < 0) {
-        node = ends[node]!;
-        continue;
-      }
-      states[depth] = to;
-      const count = isCounted && from === 0 ? begun[depth - 1]! + 1 : begun[depth - 1]!;
-      begun[depth] = count;
-      for (let i = tokenStart[node]!; i < tokenStart[node + 1]!; i++) {
-        setBit(bits, tokens[i]!);
-        if (counts) counts[i] = count;
-      }
-      if (final[to]! > 0 && ends[node]! > node + 1) {
-        exits.push(node);
-        exitCounts.push(count);
-      }
-      node++;
-    }
-    const exitAt = exits.length > FEW_EXITS ? new Uint16Array(bytes.length) : undefined;
-    if (exitAt) for (let i = 0; i < exits.length; i++) exitAt[exits[i]!] = exitCounts[i]! + 1;
-    return {
-      tokens: bits,
-      exits: Int32Array.from(exits),
-      exitAt,
-      exitCounts: counts && Uint16Array.from(exitCounts),
-      byCount: counts && sortedByCount(tokens, counts),
-    };
+    return this.#bits;
   }
 }
 
-/** `counts` by place in `tokens`; 0: not allowed, or allowed whatever the count is. */
-function sortedByCount(tokens: Int32Array, counts: Uint16Array): MaskPart['byCount'] {
-  let most = 0;
-  for (const count of counts) most = Math.max(most, count);
-  const next = new Int32Array(most + 2);
-  for (const count of counts) next[count + 1]!++;
-  // Those of 0 are left out.
-  next[0] = 0;
-  next[1] = 0;
-  for (let count = 1; count <= most; count++) next[count + 1]! += next[count]!;
-  const length = next[most + 1]!;
-  const sorted = { tokens: new Int32Array(length), counts: new Uint16Array(length) };
-  for (let i = 0; i < counts.length; i++) {
-    const count = counts[i]!;
-    if (count === 0) continue;
-    const at = next[count]!++;
-    sorted.tokens[at] = tokens[i]!;
-    sorted.counts[at] = count;
-  }
-  return sorted;
-}
-
-/** A rule as a table: state times 256 plus byte, -1 where nothing follows. States from `first` on; the counted begin again in state 0. */
-interface Flat {
-  readonly first: number;
-  readonly next: Int16Array;
-  readonly final: Uint8Array;
-  readonly isCounted: boolean;
-}
-
-function flatten(tables: CompiledGrammar, first: number, countedStart: number | undefined): Flat | undefined {
-  const { edgeStart, edgeLow, edgeHigh, edgeTo, callStart, shapeOf, final } = tables;
-  let end = first;
-  while (shapeOf[end] === shapeOf[first]) end++;
-  if (end - first > MOST_FLAT_STATES || callStart[first] !== callStart[end]) return undefined;
-  const next = new Int16Array((end - first) * 256).fill(-1);
-  for (let state = first; state < end; state++) {
-    for (let edge = edgeStart[state]!; edge < edgeStart[state + 1]!; edge++) {
-      for (let byte = edgeLow[edge]!; byte <= edgeHigh[edge]!; byte++) {
-        const at = (state - first) * 256 + byte;
-        if (next[at] !== -1) return undefined;
-        next[at] = edgeTo[edge]! - first;
-      }
-    }
-  }
-  return { first, next, final: final.slice(first, end), isCounted: countedStart !== undefined };
-}
-
-function addTokens({ tokens, byCount }: MaskPart, most: number, bits: Uint32Array): void {
-  if (!byCount || most >= (byCount.counts.at(-1) ?? 0)) {
-    for (let i = 0; i < bits.length; i++) bits[i]! |= tokens[i]!;
-    return;
-  }
+function without(tokens: Uint32Array, byCount: MaskPart['byCount'], most: number): Uint32Array {
+  if (!byCount || most >= (byCount.counts.at(-1) ?? 0)) return tokens;
   const { tokens: sorted, counts } = byCount;
   const allowed = tokens.slice();
   for (let i = sorted.length - 1; i >= 0 && counts[i]! > most; i--) {
     allowed[sorted[i]! >>> 5]! &= ~(1 << (sorted[i]! & 31));
   }
-  for (let i = 0; i < bits.length; i++) bits[i]! |= allowed[i]!;
-}
-
-function setBit(bits: Uint32Array, token: number): void {
-  bits[token >>> 5]! |= 1 << (token & 31);
-}
-
-function bitsOf(tokens: readonly number[], words: number): Uint32Array {
-  const bits = new Uint32Array(words);
-  for (const token of tokens) setBit(bits, token);
-  return bits;
-}
-
-function remembered<K>(parts: Map<K, MaskPart>, key: K, find: () => MaskPart): MaskPart {
-  let part = parts.get(key);
-  if (!part) {
-    if (parts.size >= MOST_PARTS) parts.clear();
-    part = find();
-    parts.set(key, part);
-  }
-  return part;
+  return allowed;
 }

@@ -62,9 +62,15 @@ export class GrammarStates {
   #nextStack = 1;
   #credit = MOST_CREDIT;
   #start: GrammarState | undefined;
+  #deepest = 0;
 
   constructor(tables: CompiledGrammar) {
     this.tables = tables;
+  }
+
+  /** Calls open at once, at most, in whatever has been followed so far. */
+  get deepest(): number {
+    return this.#deepest;
   }
 
   get start(): GrammarState {
@@ -102,9 +108,9 @@ export class GrammarStates {
     return next;
   }
 
-  /** A state of one thread alone, whose calls are not entered. */
-  single(thread: number, stack: StackSet): GrammarState {
-    return this.#interned([thread], [stack], false);
+  /** A state of some threads alone, whose calls are not entered. */
+  some(threads: readonly number[], stacks: readonly StackSet[]): GrammarState {
+    return this.#interned(threads, stacks, false);
   }
 
   /** What goes on where the innermost rule over `stack` ends. */
@@ -132,12 +138,18 @@ export class GrammarStates {
         const to = edgeTo[edge]!;
         if (counted[state]! >= 0) {
           reach.add(to + this.#count(state, Math.floor(thread / numStates)) * numStates, stack);
-        } else if (height[to]! + stack.depth <= MOST_DEPTH) {
+        } else if (this.#fits(height[to]! + stack.depth)) {
           reach.add(to, stack);
         }
       }
     }
     return reach.stacks.size === 0 ? null : this.#closed();
+  }
+
+  /** Whether so many calls may be open. */
+  #fits(depth: number): boolean {
+    if (depth > this.#deepest) this.#deepest = depth;
+    return depth <= MOST_DEPTH;
   }
 
   /** What a counted rule has counted once it leaves `state`. */
@@ -179,9 +191,9 @@ export class GrammarStates {
       this.spend(1);
       // Where nothing is left to do after a call, it takes its caller's place: lists by recursion stay flat.
       const isLast = final[back] === 2;
-      if (!isLast && height[back]! + stack.depth > MOST_DEPTH) continue;
+      if (!isLast && !this.#fits(height[back]! + stack.depth)) continue;
       const depth = stack.depth + (isLast ? 0 : 1);
-      if (height[target]! + depth > MOST_DEPTH) continue;
+      if (!this.#fits(height[target]! + depth)) continue;
       this.#reach.add(target, isLast ? stack : this.#stackOf([{ back, below: stack }], false));
     }
   }

@@ -29,14 +29,30 @@ export const CROSSES = { item: 1, stringAndItem: 2, intoItem: 4 } as const;
 
 /** Of a state in a rule: what is allowed without a look below the rule. */
 export interface MaskPart {
-  readonly tokens: Uint32Array;
+  /** A bit per token; of few their ids, in a counted rule those first that begin fewest. */
+  readonly tokens: Uint32Array | Int32Array;
   /** Nodes within tokens where the rule may end. */
   readonly exits: Int32Array;
   /** Where there are many: 1 and the count at node n, 0 where it is no exit. */
   readonly exitAt: Uint16Array | undefined;
-  /** In a counted rule: how many more are begun by then, per exit; and the tokens with theirs, fewest first. */
+  /** In a counted rule: how many more are begun by then, per exit; and the tokens with theirs, fewest first (of bits, those that begin any). */
   readonly exitCounts: Uint16Array | undefined;
   readonly byCount: { readonly tokens: Int32Array; readonly counts: Uint16Array } | undefined;
+}
+
+/** A vocabulary with what is known of it once and for all grammars. */
+export class Vocabulary {
+  readonly data: VocabularyData;
+  readonly words: number;
+  /** Parts by the shape of their rule: those that came along, and those found since. */
+  readonly known: ReadonlyMap<string, MaskPart>;
+  readonly parts = new Map<string, MaskPart>();
+
+  constructor(data: VocabularyData) {
+    this.data = data;
+    this.known = new Map(data.parts);
+    this.words = maskWords(data.size);
+  }
 }
 
 /** `tokens` by id; undefined (special tokens, ids without one) and empty: never drawn under a grammar. */
@@ -133,6 +149,10 @@ function compareBytes(text: Uint8Array, a: number, aEnd: number, b: number, bEnd
 }
 
 /** Words of a mask over `size` tokens: bit `id & 31` of word `id >>> 5`. */
-export function maskWords(size: number): number {
+function maskWords(size: number): number {
   return Math.ceil(size / 32);
+}
+
+export function setBit(bits: Uint32Array, token: number): void {
+  bits[token >>> 5]! |= 1 << (token & 31);
 }

@@ -1,6 +1,7 @@
 /** Requests as the scheduler sees them, and what one step is. Plain data, no I/O. */
 import type { ErrorData } from '../errors.ts';
 import type { CompiledGrammar } from '../grammar/compile.ts';
+import type { PartsAhead } from '../grammar/mask-parts.ts';
 import type { VocabularyData } from '../grammar/vocabulary.ts';
 import type { BlockHash } from '../kv/block-hash.ts';
 import type { EngineRequestId, TransferId } from '../wire/ids.ts';
@@ -47,6 +48,8 @@ export interface GrammarUse {
   /** Equal where the grammars are. */
   readonly key: string;
   readonly tables: CompiledGrammar;
+  /** What its masks begin with, so that steps need not wait until it is found. */
+  readonly ahead: PartsAhead;
   /** Of the served model, the same for all of its requests. */
   readonly vocabulary: VocabularyData;
 }

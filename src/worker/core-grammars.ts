@@ -1,6 +1,7 @@
 /** The grammars of the requests on the core thread: what each sequence may draw next, and whether anything may. */
 import { PdError } from '../errors.ts';
-import { type GrammarPlace, TokenGrammar, Vocabulary } from '../grammar/masks.ts';
+import { type GrammarPlace, TokenGrammar } from '../grammar/masks.ts';
+import { Vocabulary } from '../grammar/vocabulary.ts';
 import type { GrammarUse, ScheduledSequence, TokenHistory } from '../scheduler/types.ts';
 import { remember } from '../transfer/memories.ts';
 
@@ -82,10 +83,10 @@ export class CoreGrammars {
     return progress;
   }
 
-  #grammarOf({ key, tables, vocabulary }: GrammarUse): TokenGrammar {
+  #grammarOf({ key, tables, ahead, vocabulary }: GrammarUse): TokenGrammar {
     const known = this.#grammars.get(key);
     this.#vocabulary ??= new Vocabulary(vocabulary);
-    const grammar = known ?? new TokenGrammar(tables, this.#vocabulary);
+    const grammar = known ?? new TokenGrammar(tables, this.#vocabulary, ahead);
     remember(this.#grammars, key, grammar, MOST_GRAMMARS);
     return grammar;
   }

@@ -2,31 +2,38 @@
 import { hash } from 'node:crypto';
 import { PdError } from '../errors.ts';
 import { compileSpec, type GrammarSpec } from '../grammar/grammar.ts';
-import { type GrammarPlace, TokenGrammar, Vocabulary } from '../grammar/masks.ts';
-import { type VocabularyData, vocabularyOf } from '../grammar/vocabulary.ts';
+import { commonParts, partsAhead } from '../grammar/parts-ahead.ts';
+import { Vocabulary, type VocabularyData, vocabularyOf } from '../grammar/vocabulary.ts';
 import { specialBytes, textBytes } from '../grammar/whole.ts';
 import type { Tokenizer } from '../model/tokenizer.ts';
 import type { GrammarUse } from '../scheduler/types.ts';
 import { remember } from '../transfer/memories.ts';
 import type { GrammarWish } from './server/fields.ts';
 
-/** Strings of all kinds with one that leads through their states, whose masks are the longest to find. */
-const STRINGS: readonly (readonly [schema: object, text: string])[] = [
-  [{ type: 'string' }, '"a'],
-  [{ type: 'string', maxLength: 1_000 }, '"a'],
-  [{ type: 'string', format: 'email' }, '"a.b@c-d.ef'],
-  [{ type: 'array', items: { type: 'string' }, uniqueItems: true }, '["a'],
+/** What many schemas have: strings of all kinds, numbers, blanks. */
+const COMMON: readonly object[] = [
+  {},
+  { type: 'string', maxLength: 1_000 },
+  { type: 'string', format: 'email' },
+  { type: 'integer' },
+  { type: 'array', items: { type: 'string' }, uniqueItems: true },
 ];
 /** A large one takes some MB. */
 const MOST_KNOWN = 64;
 
 export class GrammarCompiler {
   readonly #model: Pick<Tokenizer, 'isSpecial' | 'tokenBytes' | 'tokenString'>;
+  readonly #now: () => number;
   readonly #known = new Map<string, GrammarUse>();
-  #vocabulary: VocabularyData | undefined;
+  #vocabulary: Vocabulary | undefined;
 
-  constructor(model: Pick<Tokenizer, 'isSpecial' | 'tokenBytes' | 'tokenString'>) {
+  /** `now` in milliseconds: what building a grammar may take is counted by it. */
+  constructor(
+    model: Pick<Tokenizer, 'isSpecial' | 'tokenBytes' | 'tokenString'>,
+    now: () => number = () => performance.now(),
+  ) {
     this.#model = model;
+    this.#now = now;
   }
 
   /** `vocabSize`: of the model. Throws REQUEST_INVALID that names the wish's field. */
@@ -34,9 +41,10 @@ export class GrammarCompiler {
     const key = keyOf(spec, param);
     let use = this.#known.get(key);
     if (!use) {
-      const tables = shared(tablesOf(spec, param));
-      this.#vocabulary ??= shared(this.#readVocabulary(vocabSize));
-      use = { key, tables, vocabulary: this.#vocabulary };
+      const tables = tablesOf(spec, param, this.#now);
+      this.#vocabulary ??= new Vocabulary(shared(this.#readVocabulary(vocabSize)));
+      const ahead = partsAhead(tables, this.#vocabulary, this.#now);
+      use = { key, tables: shared(tables), ahead: shared(ahead), vocabulary: this.#vocabulary.data };
     }
     remember(this.#known, key, use, MOST_KNOWN);
     return use;
@@ -50,24 +58,14 @@ export class GrammarCompiler {
         model.isSpecial(id) ? specialBytes(model.tokenString(id)) : textBytes(model.tokenBytes(id)),
       ),
     );
-    const vocabulary = new Vocabulary(data);
-    const mask = new Uint32Array(vocabulary.words);
-    for (const [schema, text] of STRINGS) {
-      const tables = compileSpec({ kind: 'json-schema', schema }, () => 0);
-      const grammar = new TokenGrammar(tables, vocabulary);
-      let place: GrammarPlace | undefined = grammar.start;
-      for (const byte of new TextEncoder().encode(text)) {
-        place = place && grammar.acceptBytes(place, Uint8Array.of(byte));
-        if (place) grammar.fillMask(place, mask);
-      }
-    }
-    return { ...data, parts: [...vocabulary.parts] };
+    const grammars = COMMON.map((schema) => compileSpec({ kind: 'json-schema', schema }, () => 0));
+    return { ...data, parts: commonParts(grammars, new Vocabulary(data)) };
   }
 }
 
-function tablesOf(spec: GrammarSpec, param: string) {
+function tablesOf(spec: GrammarSpec, param: string, now: () => number) {
   try {
-    return compileSpec(spec, () => performance.now());
+    return compileSpec(spec, now);
   } catch (error) {
     if (!(error instanceof PdError) || error.code !== 'REQUEST_INVALID') throw error;
     throw new PdError('REQUEST_INVALID', `${param}: ${error.message}`, { ...error.context, param });

@@ -1,7 +1,9 @@
 /** Texts drawn through the masks of a grammar, over a vocabulary made up for it. */
 import { compileSpec, type GrammarSpec } from '../../src/grammar/grammar.ts';
-import { type GrammarPlace, TokenGrammar, Vocabulary } from '../../src/grammar/masks.ts';
-import { vocabularyOf } from '../../src/grammar/vocabulary.ts';
+import type { PartsAhead } from '../../src/grammar/mask-parts.ts';
+import { type GrammarPlace, TokenGrammar } from '../../src/grammar/masks.ts';
+import { commonParts, partsAhead } from '../../src/grammar/parts-ahead.ts';
+import { Vocabulary, vocabularyOf } from '../../src/grammar/vocabulary.ts';
 
 const SYLLABLES = ['a', 'ba', 'co', 'de', 'é', 'fi', 'name', '😀', '1', '20'];
 const MARKS = [
@@ -54,6 +56,18 @@ export function grammarOf(spec: GrammarSpec): TokenGrammar {
     compileSpec(spec, () => 0),
     VOCABULARY,
   );
+}
+
+/** The same with parts of its masks found beforehand, as a worker has it. */
+export function grammarAheadOf(
+  spec: GrammarSpec,
+  now = () => 0,
+): { grammar: TokenGrammar; ahead: PartsAhead } {
+  const tables = compileSpec(spec, () => 0);
+  const common = commonParts([tables], new Vocabulary(VOCABULARY.data));
+  const vocabulary = new Vocabulary({ ...VOCABULARY.data, parts: common.slice(0, common.length >> 1) });
+  const ahead = structuredClone(partsAhead(tables, vocabulary, now));
+  return { grammar: new TokenGrammar(tables, vocabulary, ahead), ahead };
 }
 
 export function isAllowed(mask: Uint32Array, token: number): boolean {

@@ -7,7 +7,8 @@ import fc from 'fast-check';
 import { beforeAll, describe, expect, it } from 'vitest';
 import { workerConfig } from '../../src/config/embedded.ts';
 import type { GrammarSpec } from '../../src/grammar/grammar.ts';
-import { TokenGrammar, Vocabulary } from '../../src/grammar/masks.ts';
+import { TokenGrammar } from '../../src/grammar/masks.ts';
+import { Vocabulary } from '../../src/grammar/vocabulary.ts';
 import { readModelConfig } from '../../src/model/config.ts';
 import { Tokenizer } from '../../src/model/tokenizer.ts';
 import { dialectOf } from '../../src/parsing/calls.ts';
@@ -145,8 +146,8 @@ describe.each(NAMES)('%s', (name) => {
     const compiler = new GrammarCompiler(tokenizers[name]);
     const { vocab } = MODELS[name];
     for (const [spec, texts] of MASKED) {
-      const { tables, vocabulary } = compiler.compile({ spec, param: 'test' }, vocab);
-      const grammar = new TokenGrammar(tables, new Vocabulary(vocabulary));
+      const { tables, ahead, vocabulary } = compiler.compile({ spec, param: 'test' }, vocab);
+      const grammar = new TokenGrammar(tables, new Vocabulary(vocabulary), ahead);
       const mask = new Uint32Array(Math.ceil(vocab / 32));
       for (const text of texts) {
         const state = grammar.acceptBytes(grammar.start, new TextEncoder().encode(text));

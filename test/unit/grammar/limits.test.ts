@@ -2,7 +2,16 @@
 import { describe, expect, it } from 'vitest';
 import type { GrammarSpec } from '../../../src/grammar/grammar.ts';
 import { compileSpec } from '../../../src/grammar/grammar.ts';
-import { accepts, allowedTokens, grammarOf, TOKENS, walk } from '../../support/grammars.ts';
+import {
+  accepts,
+  allowedTokens,
+  grammarAheadOf,
+  grammarOf,
+  maskOf,
+  randomFrom,
+  TOKENS,
+  walk,
+} from '../../support/grammars.ts';
 
 function nested(levels: number, inner: unknown, wrap: (inner: unknown) => unknown): unknown {
   let schema = inner;
@@ -70,6 +79,37 @@ describe('grammars', () => {
     const text = nested(6, 7, (a) => ({ a, only3: null }));
     expect(accepts(grammar, JSON.stringify(text))).toBe(true);
     expect(accepts(grammar, JSON.stringify({ a: text, only3: null }))).toBe(false);
+  });
+
+  it('have parts found ahead within bounds of time and memory', () => {
+    const spec = { kind: 'regex', source: '([^x]{0,30}x){20}' } as const;
+    const { grammar, ahead } = grammarAheadOf(spec);
+    const bytes = Object.values(ahead).reduce(
+      (sum, one) => sum + (one instanceof Int32Array ? one.byteLength : 0),
+      0,
+    );
+    expect(bytes).toBeLessThan(1.1 * 2 ** 20);
+    const plain = grammarOf(spec);
+    const [a, b] = [walk(plain, randomFrom(1), 30), walk(grammar, randomFrom(1), 30)];
+    b.states.forEach((state, i) => {
+      expect(maskOf(grammar, state)).toEqual(maskOf(plain, a.states[i]!));
+    });
+    let now = 0;
+    const late = grammarAheadOf(spec, () => (now += 60));
+    expect(late.ahead.tokenStart.length).toBeLessThan(4);
+  });
+
+  it('mask alike at any depth, with parts found ahead or without', () => {
+    const spec = { kind: 'json-object' } as const;
+    const open = TOKENS.findIndex((token) => token?.length === 1 && token[0] === 0x5b);
+    const begin = new TextEncoder().encode('{"a":');
+    const [plain, { grammar }] = [grammarOf(spec), grammarAheadOf(spec)];
+    let [a, b] = [plain.acceptBytes(plain.start, begin), grammar.acceptBytes(grammar.start, begin)];
+    for (let depth = 0; a && b; depth++) {
+      if (depth < 8 || depth > 490) expect(maskOf(grammar, b)).toEqual(maskOf(plain, a));
+      [a, b] = [plain.accept(a, open), grammar.accept(b, open)];
+    }
+    expect([a, b]).toEqual([undefined, undefined]);
   });
 
   it('lead out of any depth', () => {

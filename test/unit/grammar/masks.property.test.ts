@@ -2,7 +2,16 @@
 import fc from 'fast-check';
 import { expect, it } from 'vitest';
 import type { GrammarSpec } from '../../../src/grammar/grammar.ts';
-import { accepts, grammarOf, isAllowed, maskOf, randomFrom, TOKENS, walk } from '../../support/grammars.ts';
+import {
+  accepts,
+  grammarAheadOf,
+  grammarOf,
+  isAllowed,
+  maskOf,
+  randomFrom,
+  TOKENS,
+  walk,
+} from '../../support/grammars.ts';
 
 const SPECS: readonly GrammarSpec[] = [
   { kind: 'json-object' },
@@ -59,6 +68,19 @@ it.each(SPECS)('allows what goes on and nothing else: %j', (spec) => {
     }),
     { numRuns: 5 },
   );
+});
+
+it.each(SPECS)('are the same with parts that were found ahead: %j', (spec) => {
+  const { grammar, ahead } = grammarAheadOf(spec);
+  expect(ahead.tokens.length).toBeGreaterThan(0);
+  const plain = grammarOf(spec);
+  for (const seed of [1, 2, 3]) {
+    const [a, b] = [walk(plain, randomFrom(seed), 30), walk(grammar, randomFrom(seed), 30)];
+    expect(b.text).toBe(a.text);
+    a.states.forEach((state, i) => {
+      expect(maskOf(grammar, b.states[i]!)).toEqual(maskOf(plain, state));
+    });
+  }
 });
 
 const atom = fc.constantFrom(
