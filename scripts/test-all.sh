@@ -13,9 +13,11 @@ trap 'rm -rf "$results"' EXIT
 passed=0
 failed=0
 
+# broken PART [LOG]: it failed; LOG's last lines say how.
 broken() {
   failed=$((failed + 1))
   echo "test-all: failed: $1"
+  [ $# = 1 ] || grep -v '✓' "$2" | tail -n 60 | sed 's/^/test-all: | /'
 }
 
 for part in peer promtool etcd browser; do
@@ -31,8 +33,7 @@ for version in $(./scripts/node-version.sh --others); do
     if ./scripts/node-version.sh "$version" "$part" >"$results/node.log" 2>&1; then
       passed=$((passed + 1))
     else
-      broken "Node $version, $part"
-      tail -n 60 "$results/node.log" | sed 's/^/test-all: | /'
+      broken "Node $version, $part" "$results/node.log"
     fi
   done
 done
@@ -42,8 +43,7 @@ if command -v promtool >/dev/null; then
   if ./node_modules/.bin/vitest run --project unit test/unit/observability test/unit/deploy.test.ts >"$results/promtool.log" 2>&1; then
     passed=$((passed + 1))
   else
-    broken "promtool"
-    tail -n 60 "$results/promtool.log" | sed 's/^/test-all: | /'
+    broken "promtool" "$results/promtool.log"
   fi
 fi
 

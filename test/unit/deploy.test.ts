@@ -155,12 +155,7 @@ describe('rules and dashboard', () => {
   const shown = panels.flatMap(({ targets }) => targets.map(({ expr }) => expr));
 
   it('ask for metrics that there are', () => {
-    const sources = [
-      'src/observability/metrics.ts',
-      'src/proxy/metrics.ts',
-      'src/proxy/instance-metrics.ts',
-      'src/worker/server/server.ts',
-    ]
+    const sources = ['src/observability/metrics.ts', 'src/proxy/metrics.ts', 'src/worker/server/server.ts']
       .map((file) => readFileSync(join(ROOT, file), 'utf8'))
       .join('\n');
     const exprs = [...groups.flatMap(({ rules }) => rules.map(({ expr }) => expr)), ...shown];
