@@ -23,9 +23,9 @@ export type GrammarSpec =
   /** Begun in rule `root`. */
   | { readonly kind: 'ebnf'; readonly source: string };
 
-/** Tables for texts of `spec`. Takes under a second; `now` in milliseconds. Throws REQUEST_INVALID, saying what is wrong or not supported. */
-export function compileSpec(spec: GrammarSpec, now: () => number): CompiledGrammar {
-  const budget = new Budget(now);
+/** Tables for texts of `spec`. Takes under a second of CPU time; `now` and `cpu` as `Budget` has them. Throws REQUEST_INVALID, saying what is wrong or not supported. */
+export function compileSpec(spec: GrammarSpec, now: () => number, cpu = now): CompiledGrammar {
+  const budget = new Budget(now, cpu);
   return compileGrammar(grammarOf(spec, budget), budget);
 }
 

@@ -1,11 +1,13 @@
 /** Grammars of requests, on the reader thread: built once each, in memory that all threads see. Its owner ends the thread where it takes too long. */
 import { hash } from 'node:crypto';
+import { readFileSync } from 'node:fs';
 import { PdError } from '../errors.ts';
 import { compileSpec, type GrammarSpec } from '../grammar/grammar.ts';
 import { commonParts, partsAhead } from '../grammar/parts-ahead.ts';
 import { Vocabulary, type VocabularyData, vocabularyOf } from '../grammar/vocabulary.ts';
 import { specialBytes, textBytes } from '../grammar/whole.ts';
 import type { Tokenizer } from '../model/tokenizer.ts';
+import { monotonicMs } from '../observability/timelines.ts';
 import type { GrammarUse } from '../scheduler/types.ts';
 import { remember } from '../transfer/memories.ts';
 import type { GrammarWish } from './server/fields.ts';
@@ -28,10 +30,7 @@ export class GrammarCompiler {
   #vocabulary: Vocabulary | undefined;
 
   /** `now` in milliseconds: what building a grammar may take is counted by it. */
-  constructor(
-    model: Pick<Tokenizer, 'isSpecial' | 'tokenBytes' | 'tokenString'>,
-    now: () => number = () => performance.now(),
-  ) {
+  constructor(model: Pick<Tokenizer, 'isSpecial' | 'tokenBytes' | 'tokenString'>, now = monotonicMs) {
     this.#model = model;
     this.#now = now;
   }
@@ -65,7 +64,7 @@ export class GrammarCompiler {
 
 function tablesOf(spec: GrammarSpec, param: string, now: () => number) {
   try {
-    return compileSpec(spec, now);
+    return compileSpec(spec, now, threadCpuMs);
   } catch (error) {
     if (!(error instanceof PdError) || error.code !== 'REQUEST_INVALID') throw error;
     throw new PdError('REQUEST_INVALID', `${param}: ${error.message}`, { ...error.context, param });
@@ -100,4 +99,13 @@ function copied({ buffer, byteOffset, byteLength }: ArrayBufferView): SharedArra
   const memory = new SharedArrayBuffer(byteLength);
   new Uint8Array(memory).set(new Uint8Array(buffer, byteOffset, byteLength));
   return memory;
+}
+
+/** CPU time of the calling thread; where the system does not tell it, time. */
+function threadCpuMs(): number {
+  try {
+    return Number.parseInt(readFileSync('/proc/thread-self/schedstat', 'latin1'), 10) / 1e6;
+  } catch {
+    return monotonicMs();
+  }
 }

@@ -56,10 +56,37 @@ describe('grammars', () => {
     expect(() => grammarOf(spec)).toThrow(expect.objectContaining({ code: 'REQUEST_INVALID' }));
   });
 
+  const texts = Array.from({ length: 500 }, (_, i) => `${i} and so on`);
   it('are refused once they have taken too long, by the clock that is given', () => {
     let now = 0;
-    const texts = Array.from({ length: 500 }, (_, i) => `${i} and so on`);
-    expect(() => compileSpec({ kind: 'choice', texts }, () => (now += 400))).toThrow('takes longer than');
+    const clock = () => (now += 400);
+    expect(() => compileSpec({ kind: 'choice', texts }, clock)).toThrow('takes longer than 800 ms');
+  });
+
+  it('are not refused for what else the machine did meanwhile, for ten times as long', () => {
+    let now = 0;
+    let cpu = 0;
+    let looks = 0;
+    const spec = { kind: 'choice', texts } as const;
+    compileSpec(
+      spec,
+      () => (looks++ === 0 ? 0 : 7_999),
+      () => 799,
+    );
+    expect(() =>
+      compileSpec(
+        spec,
+        () => (now += 4_000),
+        () => 0,
+      ),
+    ).toThrow('takes longer than 8000 ms');
+    expect(() =>
+      compileSpec(
+        spec,
+        () => (now += 400),
+        () => (cpu += 300),
+      ),
+    ).toThrow('takes longer than 800 ms');
   });
 
   it('take six nested anyOf of eight that all begin alike', () => {
