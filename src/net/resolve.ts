@@ -47,12 +47,13 @@ export const lookupAll: LookupFunction = (host, options, done) => {
 
 /**
  * Options for Node's `connect`, or undici's, to try every address of a name. Node gives up an address after 250 ms unless told otherwise, and
- * looks at its clock before its sockets: a program that is busy for that long loses a connection that was made at once.
+ * looks at its clock before its sockets: a program that is busy for that long loses a connection that was made at once. Short enough that
+ * a probe (2 s) comes to the second of two.
  */
 export const EVERY_ADDRESS = {
   lookup: lookupAll,
   autoSelectFamily: true,
-  autoSelectFamilyAttemptTimeout: 2_000,
+  autoSelectFamilyAttemptTimeout: 1_000,
 } as const;
 
 /** `code: message` of a failed connection; of each address, if several were tried. */

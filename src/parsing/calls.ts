@@ -281,7 +281,8 @@ export class CallParser implements PartParser {
     this.#raw = '';
     this.#inList = false;
     this.#mode = 'text';
-    this.#say(raw, parts);
+    // Behind the one call that there may be nothing is told, a piece of a marker neither.
+    if (!this.#single || !this.#whole) this.#say(raw, parts);
   }
 
   /** Blanks between content and calls are left out. */

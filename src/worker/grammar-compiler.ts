@@ -101,10 +101,11 @@ function copied({ buffer, byteOffset, byteLength }: ArrayBufferView): SharedArra
   return memory;
 }
 
-/** CPU time of the calling thread; where the system does not tell it, time. */
+/** CPU time of the calling thread; time, where the system does not tell it or does not count it. */
 function threadCpuMs(): number {
   try {
-    return Number.parseInt(readFileSync('/proc/thread-self/schedstat', 'latin1'), 10) / 1e6;
+    const ns = Number.parseInt(readFileSync('/proc/thread-self/schedstat', 'latin1'), 10);
+    return ns > 0 ? ns / 1e6 : monotonicMs();
   } catch {
     return monotonicMs();
   }

@@ -286,6 +286,15 @@ describe('calls', () => {
     }
   });
 
+  it.each(['\n<tool_call>', '</toolx'])(
+    'leave nothing of what follows the one that there may be: %s',
+    (more) => {
+      const parsing: Parsing = { calls: { dialect: 'hermes', names: NAMES, single: true } };
+      const text = `<tool_call>{"name": "f", "arguments": ${PARIS}}${more}`;
+      for (const pieces of [[text], [...text]]) expect(parse(parsing, pieces)).toEqual(call('f', PARIS));
+    },
+  );
+
   it('are text behind one that broke, where there may be one', () => {
     const bad = '<tool_call>{"name": "f", "arguments": {"a": oops';
     const text = `${bad}}}</tool_call><tool_call>{"name": "f"}</tool_call>`;
