@@ -27,7 +27,7 @@ export interface PartsAhead {
   readonly exits: Int32Array;
   /** Those of other states that are long, or of counted rules. */
   readonly large: readonly (readonly [state: number, part: MaskPart])[];
-  /** Calls that had to be possible above the state to find them. Where so many are not, other tokens may follow. */
+  /** Of the deepest row. */
   readonly depth: number;
 }
 
@@ -36,6 +36,10 @@ interface Found {
   readonly tokens: number[];
   /** Nodes within tokens where the text, or the rule of a state alone, may end. */
   readonly exits: number[];
+  /** As in a `MaskPart`. */
+  depth: number;
+  /** Nodes. */
+  looked: number;
 }
 
 export class MaskParts {
@@ -64,13 +68,12 @@ export class MaskParts {
   /** Of a state that `depth` calls are open below; undefined where a walk from there is short, for all that is known. */
   ready(state: number, depth: number): MaskPart | undefined {
     const ahead = this.#ahead;
-    if (ahead && depth + ahead.depth <= MOST_DEPTH) {
+    if (ahead) {
       const row = ahead.rows[state]!;
-      if (row >= 0) return partOfRow(ahead, row);
-      const large = this.#large.get(state);
-      if (large) return large;
+      const part = row >= 0 ? partOfRow(ahead, row) : this.#large.get(state);
+      if (part && serves(part, depth)) return part;
     }
-    return this.#isWide(state) ? this.wide(state) : undefined;
+    return this.#isWide(state) ? this.wide(state, depth) : undefined;
   }
 
   /** Of a counted rule it serves for all counts, and what is known is there. */
@@ -88,8 +91,13 @@ export class MaskParts {
     return key !== undefined && (this.#vocabulary.known.has(key) || this.#vocabulary.parts.has(key));
   }
 
-  /** Of a state from which a walk is long. */
-  wide(state: number): MaskPart {
+  /** Of a state from which a walk is long; undefined where fewer calls may follow than the part has. */
+  wide(state: number, depth: number): MaskPart | undefined {
+    const part = this.#widePart(state);
+    return serves(part, depth) ? part : undefined;
+  }
+
+  #widePart(state: number): MaskPart {
     this.#wide.set(state, true);
     const key = this.shapeKey(state);
     if (key === undefined) return remembered(this.#own, state, () => this.#find(state));
@@ -101,9 +109,9 @@ export class MaskParts {
   first(state: number): MaskPart | undefined {
     const key = this.shapeKey(state);
     if (key !== undefined && this.#vocabulary.known.has(key)) return undefined;
-    if (this.#isWide(state)) return this.wide(state);
+    if (this.#isWide(state)) return this.#widePart(state);
     const found = this.shortWalk(this.#alone(state));
-    return found ? plainPart(Int32Array.from(found.tokens), found.exits) : this.wide(state);
+    return found ? plainPart(Int32Array.from(found.tokens), found) : this.#widePart(state);
   }
 
   /** Equal where a part of one grammar is one of another; undefined where there may be none. */
@@ -122,13 +130,19 @@ export class MaskParts {
     return this.#walk(state, SHORT_WALK);
   }
 
+  /** The same, however long. */
+  longWalk(state: GrammarState): Found {
+    const found = this.#walk(state, Number.POSITIVE_INFINITY)!;
+    this.#states.spend(found.looked / NODES_A_STEP);
+    return found;
+  }
+
   #walk(state: GrammarState, most: number): Found | undefined {
     const { bytes, depths, ends, tokenStart, tokens } = this.#vocabulary.data;
-    const found: Found = { tokens: [], exits: [] };
+    const found: Found = { tokens: [], exits: [], depth: 0, looked: 0 };
     const states = [state];
-    let looked = 0;
     for (let node = 1; node < bytes.length; ) {
-      if (++looked > most) return undefined;
+      if (++found.looked > most) return undefined;
       const depth = depths[node]!;
       const next = this.#states.step(states[depth - 1]!, bytes[node]!);
       if (next === null) {
@@ -136,6 +150,7 @@ export class MaskParts {
         continue;
       }
       states[depth] = next;
+      if (next.deepest > found.depth) found.depth = next.deepest;
       for (let i = tokenStart[node]!; i < tokenStart[node + 1]!; i++) found.tokens.push(tokens[i]!);
       if (next.mayEnd && ends[node]! > node + 1) found.exits.push(node);
       node++;
@@ -147,11 +162,11 @@ export class MaskParts {
     const flat = this.#flatOf(state);
     if (flat) return this.#flatPart(flat, state);
     const { bytes } = this.#vocabulary.data;
-    const { tokens, exits } = this.#walk(this.#alone(state), Number.POSITIVE_INFINITY)!;
+    const found = this.#walk(this.#alone(state), Number.POSITIVE_INFINITY)!;
     this.#states.spend(bytes.length / NODES_A_STEP);
     const bits = new Uint32Array(this.#vocabulary.words);
-    for (const token of tokens) setBit(bits, token);
-    return plainPart(bits, exits, bytes.length);
+    for (const token of found.tokens) setBit(bits, token);
+    return plainPart(bits, found, bytes.length);
   }
 
   readonly #flats = new Map<number, Flat | undefined>();
@@ -211,6 +226,7 @@ export class MaskParts {
       exits: Int32Array.from(exits),
       exitAt,
       exitCounts: counts && Uint16Array.from(exitCounts),
+      depth: 0,
     };
     if (found.length > FEW_TOKENS) {
       return { ...left, tokens: bits, byCount: counts && sortedByCount(tokens, counts) };
@@ -225,21 +241,26 @@ export class MaskParts {
 }
 
 /** Without a copy. */
-function partOfRow({ tokenStart, tokens, exitStart, exits }: PartsAhead, row: number): MaskPart {
+function partOfRow({ tokenStart, tokens, exitStart, exits, depth }: PartsAhead, row: number): MaskPart {
   return {
     tokens: tokens.subarray(tokenStart[row], tokenStart[row + 1]),
     exits: exits.subarray(exitStart[row], exitStart[row + 1]),
     exitAt: undefined,
     exitCounts: undefined,
     byCount: undefined,
+    depth,
   };
 }
 
+function serves(part: MaskPart, depth: number): boolean {
+  return depth + part.depth <= MOST_DEPTH;
+}
+
 /** `nodes`: of the vocabulary, where exits are to be looked up by node once they are many. */
-function plainPart(tokens: MaskPart['tokens'], exits: readonly number[], nodes?: number): MaskPart {
+function plainPart(tokens: MaskPart['tokens'], { exits, depth }: Found, nodes?: number): MaskPart {
   const exitAt = nodes !== undefined && exits.length > FEW_EXITS ? new Uint16Array(nodes) : undefined;
   if (exitAt) for (const exit of exits) exitAt[exit] = 1;
-  return { tokens, exits: Int32Array.from(exits), exitAt, exitCounts: undefined, byCount: undefined };
+  return { tokens, exits: Int32Array.from(exits), exitAt, exitCounts: undefined, byCount: undefined, depth };
 }
 
 /** `counts` by place in `tokens`; 0: not allowed, or allowed whatever the count is. */

@@ -84,31 +84,23 @@ export class TokenGrammar {
       else narrow.push(i);
     });
     // Together first: the same bytes lead on from many of them.
-    if (narrow.length > 0 && !this.#addNarrow(threads, stacks, narrow, mask)) {
+    const some = (places: readonly number[]) =>
+      this.#states.some(
+        places.map((i) => threads[i]!),
+        places.map((i) => stacks[i]!),
+      );
+    const together = narrow.length > 0 ? this.#parts.shortWalk(some(narrow)) : undefined;
+    if (together) mask.addAll(together.tokens);
+    else {
       for (const i of narrow) {
-        if (this.#addNarrow(threads, stacks, [i], mask)) continue;
-        this.#addPart(this.#parts.wide(threads[i]! % numStates), threads[i]!, stacks[i]!, mask);
+        const one = some([i]);
+        const short = this.#parts.shortWalk(one);
+        const part = short ? undefined : this.#parts.wide(threads[i]! % numStates, stacks[i]!.depth);
+        if (part) this.#addPart(part, threads[i]!, stacks[i]!, mask);
+        else mask.addAll((short ?? this.#parts.longWalk(one)).tokens);
       }
     }
     return mask.done();
-  }
-
-  /** Whether finding what some of the threads allow was short, and has been done. */
-  #addNarrow(
-    threads: readonly number[],
-    stacks: readonly StackSet[],
-    places: readonly number[],
-    mask: Mask,
-  ): boolean {
-    const some = this.#states.some(
-      places.map((i) => threads[i]!),
-      places.map((i) => stacks[i]!),
-    );
-    const found = this.#parts.shortWalk(some);
-    found?.tokens.forEach((token) => {
-      mask.add(token);
-    });
-    return found !== undefined;
   }
 
   #addPart(part: MaskPart, thread: number, stack: StackSet, mask: Mask): void {
@@ -196,6 +188,10 @@ class Mask {
   add(token: number): void {
     if (this.#bits) setBit(this.#bits, token);
     else this.#few.push(token);
+  }
+
+  addAll(tokens: readonly number[]): void {
+    for (const token of tokens) this.add(token);
   }
 
   /** Of a counted rule, tokens that begin `most` at most. */

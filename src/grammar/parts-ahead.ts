@@ -23,6 +23,7 @@ export function partsAhead(tables: CompiledGrammar, vocabulary: Vocabulary, now:
   const until = now() + MOST_MS;
   const near = new Set([start]);
   let bytes = 0;
+  let depth = 0;
   for (const state of near) {
     if (now() >= until) break;
     for (let edge = edgeStart[state]!; edge < edgeStart[state + 1]!; edge++) near.add(edgeTo[edge]!);
@@ -40,6 +41,7 @@ export function partsAhead(tables: CompiledGrammar, vocabulary: Vocabulary, now:
       continue;
     }
     rows[state] = tokenStart.length - 1;
+    depth = Math.max(depth, part.depth);
     for (const token of part.tokens) tokens.push(token);
     for (const exit of part.exits) exits.push(exit);
     tokenStart.push(tokens.length);
@@ -52,7 +54,7 @@ export function partsAhead(tables: CompiledGrammar, vocabulary: Vocabulary, now:
     exitStart: Int32Array.from(exitStart),
     exits: Int32Array.from(exits),
     large,
-    depth: states.deepest,
+    depth,
   };
 }
 

@@ -25,6 +25,8 @@ export class GrammarState {
   readonly stacks: readonly StackSet[];
   /** The text may end here. */
   readonly mayEnd: boolean;
+  /** Calls that had to be possible at once on the way here from the state before, at most: where fewer are left, other threads are reached. */
+  deepest = 0;
   /** By class of byte; null: no text goes on so. */
   next: (GrammarState | null | undefined)[];
   /** Which tokens may follow: their ids, or a bit each. Kept by masks.ts. */
@@ -62,15 +64,9 @@ export class GrammarStates {
   #nextStack = 1;
   #credit = MOST_CREDIT;
   #start: GrammarState | undefined;
-  #deepest = 0;
 
   constructor(tables: CompiledGrammar) {
     this.tables = tables;
-  }
-
-  /** Calls open at once, at most, in whatever has been followed so far. */
-  get deepest(): number {
-    return this.#deepest;
   }
 
   get start(): GrammarState {
@@ -148,7 +144,7 @@ export class GrammarStates {
 
   /** Whether so many calls may be open. */
   #fits(depth: number): boolean {
-    if (depth > this.#deepest) this.#deepest = depth;
+    if (depth > this.#reach.deepest) this.#reach.deepest = depth;
     return depth <= MOST_DEPTH;
   }
 
@@ -169,7 +165,9 @@ export class GrammarStates {
     for (const thread of reach.stacks.keys()) if (this.#reads(thread)) threads.push(thread);
     if (threads.length > 1) threads.sort((a, b) => a - b);
     const stacks = threads.map((thread) => reach.stacks.get(thread)!);
-    return this.#interned(threads, stacks, reach.mayEnd);
+    const state = this.#interned(threads, stacks, reach.mayEnd);
+    if (reach.deepest > state.deepest) state.deepest = reach.deepest;
+    return state;
   }
 
   readonly #reach = new Reach((a, b) => this.#union(a, b));
@@ -277,6 +275,8 @@ export class GrammarStates {
 class Reach {
   readonly stacks = new Map<number, StackSet>();
   mayEnd = false;
+  /** Calls open at once, as far as was looked. */
+  deepest = 0;
   readonly #open: number[] = [];
   readonly #union: (a: StackSet, b: StackSet) => StackSet;
 
@@ -288,6 +288,7 @@ class Reach {
     this.stacks.clear();
     this.#open.length = 0;
     this.mayEnd = false;
+    this.deepest = 0;
   }
 
   add(thread: number, stack: StackSet): void {

@@ -38,6 +38,8 @@ export interface MaskPart {
   /** In a counted rule: how many more are begun by then, per exit; and the tokens with theirs, fewest first (of bits, those that begin any). */
   readonly exitCounts: Uint16Array | undefined;
   readonly byCount: { readonly tokens: Int32Array; readonly counts: Uint16Array } | undefined;
+  /** Calls that had to be possible above the state to find it. Where so many are not, other tokens may follow. */
+  readonly depth: number;
 }
 
 /** A vocabulary with what is known of it once and for all grammars. */
