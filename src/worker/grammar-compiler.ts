@@ -101,12 +101,14 @@ function copied({ buffer, byteOffset, byteLength }: ArrayBufferView): SharedArra
   return memory;
 }
 
-/** CPU time of the calling thread; time, where the system does not tell it or does not count it. */
-function threadCpuMs(): number {
+const CPU_TIME = '/proc/thread-self/schedstat';
+
+/** CPU time of the calling thread in milliseconds; undefined where the system does not count it. */
+function threadCpuMs(): number | undefined {
   try {
-    const ns = Number.parseInt(readFileSync('/proc/thread-self/schedstat', 'latin1'), 10);
-    return ns > 0 ? ns / 1e6 : monotonicMs();
+    const ns = Number.parseInt(readFileSync(CPU_TIME, 'latin1'), 10);
+    return ns > 0 ? ns / 1e6 : undefined;
   } catch {
-    return monotonicMs();
+    return undefined;
   }
 }
