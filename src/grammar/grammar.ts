@@ -24,7 +24,11 @@ export type GrammarSpec =
   | { readonly kind: 'ebnf'; readonly source: string };
 
 /** Tables for texts of `spec`. Takes under a second of CPU time; `now` and `cpu` as `Budget` has them. Throws REQUEST_INVALID, saying what is wrong or not supported. */
-export function compileSpec(spec: GrammarSpec, now: () => number, cpu = now): CompiledGrammar {
+export function compileSpec(
+  spec: GrammarSpec,
+  now: () => number,
+  cpu: () => number | undefined = now,
+): CompiledGrammar {
   const budget = new Budget(now, cpu);
   return compileGrammar(grammarOf(spec, budget), budget);
 }

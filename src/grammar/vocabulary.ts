@@ -1,4 +1,5 @@
 /** The tokens of a model as a trie over their bytes, laid out flat in preorder: what a mask is found by walking. */
+import { deserialize } from 'node:v8';
 
 /** Plain data over typed arrays: crosses threads as it is. Node 0 is the root. */
 export interface VocabularyData {
@@ -20,8 +21,8 @@ export interface VocabularyData {
   readonly text: Uint8Array;
   /** Per node, what tokens do below it: bits of CROSSES. */
   readonly crosses: Uint8Array;
-  /** Parts of masks found before, by the shape of their rule. */
-  readonly parts?: readonly (readonly [shape: string, part: MaskPart])[];
+  /** Parts of masks found before (what `commonParts` returns, serialized): as hundreds of arrays they would cost every request that carries them. */
+  readonly parts?: Uint8Array;
 }
 
 /** Marks of JSON in this order, perhaps with others between them: a comma; the end of a string and one; a bracket and one. */
@@ -52,7 +53,7 @@ export class Vocabulary {
 
   constructor(data: VocabularyData) {
     this.data = data;
-    this.known = new Map(data.parts);
+    this.known = new Map(data.parts && (deserialize(data.parts) as [string, MaskPart][]));
     this.words = maskWords(data.size);
   }
 }

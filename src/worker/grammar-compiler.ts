@@ -1,6 +1,7 @@
 /** Grammars of requests, on the reader thread: built once each, in memory that all threads see. Its owner ends the thread where it takes too long. */
 import { hash } from 'node:crypto';
 import { readFileSync } from 'node:fs';
+import { serialize } from 'node:v8';
 import { PdError } from '../errors.ts';
 import { compileSpec, type GrammarSpec } from '../grammar/grammar.ts';
 import { commonParts, partsAhead } from '../grammar/parts-ahead.ts';
@@ -58,7 +59,7 @@ export class GrammarCompiler {
       ),
     );
     const grammars = COMMON.map((schema) => compileSpec({ kind: 'json-schema', schema }, () => 0));
-    return { ...data, parts: commonParts(grammars, new Vocabulary(data)) };
+    return { ...data, parts: serialize(commonParts(grammars, new Vocabulary(data))) };
   }
 }
 
@@ -101,12 +102,14 @@ function copied({ buffer, byteOffset, byteLength }: ArrayBufferView): SharedArra
   return memory;
 }
 
-/** CPU time of the calling thread; time, where the system does not tell it or does not count it. */
-function threadCpuMs(): number {
+const CPU_TIME = '/proc/thread-self/schedstat';
+
+/** CPU time of the calling thread in milliseconds; undefined where the system does not count it. */
+function threadCpuMs(): number | undefined {
   try {
-    const ns = Number.parseInt(readFileSync('/proc/thread-self/schedstat', 'latin1'), 10);
-    return ns > 0 ? ns / 1e6 : monotonicMs();
+    const ns = Number.parseInt(readFileSync(CPU_TIME, 'latin1'), 10);
+    return ns > 0 ? ns / 1e6 : undefined;
   } catch {
-    return monotonicMs();
+    return undefined;
   }
 }

@@ -1,4 +1,5 @@
 /** Texts drawn through the masks of a grammar, over a vocabulary made up for it. */
+import { serialize } from 'node:v8';
 import { compileSpec, type GrammarSpec } from '../../src/grammar/grammar.ts';
 import type { PartsAhead } from '../../src/grammar/mask-parts.ts';
 import { type GrammarPlace, TokenGrammar } from '../../src/grammar/masks.ts';
@@ -65,7 +66,8 @@ export function grammarAheadOf(
 ): { grammar: TokenGrammar; ahead: PartsAhead } {
   const tables = compileSpec(spec, () => 0);
   const common = commonParts([tables], new Vocabulary(VOCABULARY.data));
-  const vocabulary = new Vocabulary({ ...VOCABULARY.data, parts: common.slice(0, common.length >> 1) });
+  const parts = serialize(common.slice(0, common.length >> 1));
+  const vocabulary = new Vocabulary({ ...VOCABULARY.data, parts });
   const ahead = structuredClone(partsAhead(tables, vocabulary, now));
   return { grammar: new TokenGrammar(tables, vocabulary, ahead), ahead };
 }
