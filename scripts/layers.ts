@@ -127,7 +127,10 @@ export const LAYERS: readonly Layer[] = [
   { name: 'test', may: ['src', 'ffi', 'support', 'bench', 'scripts'] },
 ];
 
-/** What pure layers may import from outside: computes, and reads or writes nothing. `isIP` of node:net and `deserialize` of node:v8 look at what they are given alone. */
+/**
+ * What pure layers may import from outside: computes, and reads or writes nothing. `isIP` of node:net and `deserialize` of node:v8 look at
+ * what they are given alone.
+ */
 const PURE_PACKAGES = ['node:crypto', 'node:net', 'node:v8', '@msgpack/msgpack'];
 
 interface Import {

@@ -51,6 +51,8 @@ export class MaskParts {
   readonly #own = new Map<number, MaskPart>();
   /** Of states of the tables: whether their part is worth finding. */
   readonly #wide = new Map<number, boolean>();
+  /** By the shape of the rule: its table, if it can be one. */
+  readonly #flats = new Map<number, Flat | undefined>();
 
   constructor(
     tables: CompiledGrammar,
@@ -168,8 +170,6 @@ export class MaskParts {
     for (const token of found.tokens) setBit(bits, token);
     return plainPart(bits, found, bytes.length);
   }
-
-  readonly #flats = new Map<number, Flat | undefined>();
 
   /** The rule of `state` as a table; undefined where it has calls or choices, or is large. Counted rules have neither. */
   #flatOf(state: number): Flat | undefined {
