@@ -14,7 +14,7 @@ import { loadLibcuda } from '../../ffi/libcuda.ts';
 import { loadCudart } from '../../ffi/libcudart.ts';
 import type { LayoutFamily, PagedLayout } from '../../src/kv/layout.ts';
 import type { Dtype } from '../../src/wire/dtype.ts';
-import { type BlockPairs, type DirectAnswer, DirectPeer, pair } from '../transfer/direct-rig.ts';
+import { type BlockPairs, type DirectAnswer, DirectPeer, pair, tryPair } from '../transfer/direct-rig.ts';
 
 const wanted = new Set(process.argv.slice(2));
 const wants = (name: string) => wanted.size === 0 || wanted.has(name);
@@ -360,11 +360,11 @@ async function faults(): Promise<void> {
     `${ms(beside.milliseconds!)}, the kernel went on for ${ms(Number(beside.gpu) / 1e6)}`,
   );
 
-  const tooMuch = await next.try({ do: 'map-too-much', more: 2 * MIB });
+  const tooMuch = await tryPair(writer, next, 2 * MIB);
   row(
-    'mapping 2 MiB more than there is',
-    tooMuch.error?.slice(0, 100) ?? 'went through',
-    tooMuch.error !== undefined,
+    'a cache that claims 2 MiB more than there is',
+    `${tooMuch.code}: ${tooMuch.error?.slice(0, 160) ?? 'went through'}`,
+    tooMuch.code === 'DIRECT_REFUSED',
   );
 
   // the writer dies with launches queued: how long do they land after the end of its socket

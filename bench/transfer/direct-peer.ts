@@ -1,7 +1,6 @@
 /** One process of a check of direct writes: does as its parent says, with the product's own parts. */
 import { randomBytes } from 'node:crypto';
 import { closeSync } from 'node:fs';
-import { SharedMemory } from '../../src/device/cuda/shared-memory.ts';
 import { createCudaDevice } from '../../src/device/cuda.ts';
 import { hostMemory, hostView } from '../../src/device/memory.ts';
 import { attentionLayerName } from '../../src/device/paged-cache.ts';
@@ -21,7 +20,8 @@ const device = await createCudaDevice(Number(index));
 const stream = device.createStream();
 const poller = new EventPoller();
 const nonce = randomBytes(8).toString('hex');
-const admitted = new Set<string>();
+/** And how many bytes more than there are it is told of. */
+const admitted = new Map<string, number>();
 
 /** Memory is mapped in steps of this. */
 const MAPPED_STEP = 2 * 2 ** 20;
@@ -45,13 +45,16 @@ const endpoint = await DirectEndpoint.listen({
   folder,
   nonce,
   admit: (from) => {
-    if (!admitted.has(from) || !cache) return undefined;
+    const more = admitted.get(from);
+    if (more === undefined || !cache) return undefined;
     const made = OwnerPage.create();
     page = new OwnerPage(made.ref);
     freeSlots = Array.from({ length: SLOTS }, (_, i) => SLOTS - i);
     // sent before this turn of the loop is over
     setImmediate(() => closeSync(made.descriptor));
-    return { offer: { claims: cache.claims, cache: cache.descriptor, page: made.descriptor } };
+    const mapped = Math.ceil(cache.claims.bytes / MAPPED_STEP) * MAPPED_STEP;
+    const claims = more > 0 ? { ...cache.claims, bytes: mapped + more } : cache.claims;
+    return { offer: { claims, cache: cache.descriptor, page: made.descriptor } };
   },
   onLink: (linked) => {
     links.add(linked);
@@ -223,7 +226,7 @@ async function run(command: DirectCommand): Promise<Partial<DirectAnswer>> {
       return { waited };
     }
     case 'admit':
-      admitted.add(command.nonce);
+      admitted.set(command.nonce, command.more ?? 0);
       return {};
     case 'connect':
       return connect(command.path, command.nonce);
@@ -301,11 +304,6 @@ async function run(command: DirectCommand): Promise<Partial<DirectAnswer>> {
     }
     case 'unmap-beside-kernel':
       return unmapBesideKernel(command.repeat);
-    case 'map-too-much': {
-      const bytes = Math.ceil(cache!.claims.bytes / MAPPED_STEP) * MAPPED_STEP + command.more;
-      SharedMemory.map(device, cache!.descriptor, bytes, 'a test').dispose();
-      return {};
-    }
     case 'unmap-under-writes':
       await mapping!.close([]);
       return {};

@@ -20,8 +20,8 @@ export type DirectCommand =
       /** Waits where others hold the memory, and says so: `waits` is called. */
       readonly whenFree?: boolean;
     }
-  /** Lets a process with this nonce connect. */
-  | { readonly do: 'admit'; readonly nonce: string }
+  /** Lets a process with this nonce connect. `more`: it is told of as many bytes beyond what there is. */
+  | { readonly do: 'admit'; readonly nonce: string; readonly more?: number }
   | { readonly do: 'connect'; readonly path: string; readonly nonce: string }
   | { readonly do: 'disconnect' }
   /** Every byte of the cache by a rule, and the writing of it drained. */
@@ -57,9 +57,6 @@ export type DirectCommand =
   | { readonly do: 'last-flag'; readonly seq: number; readonly slot: number }
   /** Another, local cache under a launch of one thread block; how long unmapping the peer's takes meanwhile. */
   | { readonly do: 'unmap-beside-kernel'; readonly repeat: number }
-  /** Maps its own cache's descriptor as if it had `bytes` bytes. */
-  /** `more`: bytes beyond what there is. */
-  | { readonly do: 'map-too-much'; readonly more: number }
   /** Unmaps at once, launches or not: what product code never does. */
   | { readonly do: 'unmap-under-writes' }
   | { readonly do: 'state' };
@@ -170,7 +167,14 @@ export class DirectPeer {
 
 /** Connects `writer` to `owner`, whose cache it may write into then. */
 export async function pair(writer: DirectPeer, owner: DirectPeer): Promise<DirectAnswer> {
+  const answer = await tryPair(writer, owner);
+  if (answer.error !== undefined) throw new Error(`connect: ${answer.error}`);
+  return answer;
+}
+
+/** `more`: bytes that the owner claims beyond those that there are. */
+export async function tryPair(writer: DirectPeer, owner: DirectPeer, more = 0): Promise<DirectAnswer> {
   const [{ nonce }, to] = await Promise.all([writer.ready, owner.ready]);
-  await owner.ask({ do: 'admit', nonce });
-  return writer.ask({ do: 'connect', ...to });
+  await owner.ask({ do: 'admit', nonce, more });
+  return writer.try({ do: 'connect', ...to });
 }

@@ -44,7 +44,7 @@ export class CacheMapping {
         ? failed
         : new PdError(
             'DIRECT_REFUSED',
-            `the KV cache of ${peer} cannot be mapped: ${failed.message}`,
+            `the KV cache of ${peer} cannot be mapped as ${offer.claims.bytes} bytes: ${failed.message}`,
             { peer },
             { cause: failed },
           );

@@ -1,6 +1,6 @@
 /** Two processes that write into each other's caches, over stand-ins whose launches come late and whose memory outlives its owner. */
 import { afterEach, beforeAll, expect, test } from 'vitest';
-import { DirectPeer, pair } from '../../../bench/transfer/direct-rig.ts';
+import { DirectPeer, pair, tryPair } from '../../../bench/transfer/direct-rig.ts';
 import type { PagedLayout } from '../../../src/kv/layout.ts';
 import { useStandIns } from '../../stand-ins/build.ts';
 import { rows, withTheOthers } from '../../support/rows.ts';
@@ -201,13 +201,15 @@ if (!withTheOthers) {
 
   test('more memory than there is does not map, and a cache of another geometry is refused', async () => {
     const owner = await start();
-    expect((await owner.try({ do: 'map-too-much', more: 2 * 2 ** 20 })).error).toContain(
-      'cuMemMap failed with 1',
-    );
+    const alike = await start();
+    expect(await tryPair(alike, owner, 2 * 2 ** 20)).toMatchObject({
+      code: 'DIRECT_REFUSED',
+      error: expect.stringMatching(
+        /^the KV cache of the owner cannot be mapped as \d+ bytes: .*cuMemMap failed/,
+      ),
+    });
     const writer = await start({ ...LAYOUT, heads: 1 });
-    const [{ nonce }, to] = await Promise.all([writer.ready, owner.ready]);
-    await owner.ask({ do: 'admit', nonce });
-    expect(await writer.try({ do: 'connect', ...to })).toMatchObject({
+    expect(await tryPair(writer, owner)).toMatchObject({
       code: 'DIRECT_REFUSED',
       error: expect.stringContaining('heads is 2 there and 1 here'),
     });
