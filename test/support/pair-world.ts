@@ -205,6 +205,10 @@ class ProducerHalf extends Half implements HandOverApi {
     this.run(this.grants.finish(transferId, draw, this.outside.now()));
   }
 
+  override consumerWaits(): number {
+    return this.grants.longestUnbound(CONSUMER, this.outside.now());
+  }
+
   override fail(transferId: TransferId, code: ErrorCode, why: string): void {
     this.run(this.grants.fail(transferId, code, why, this.outside.now()));
   }

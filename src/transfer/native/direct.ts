@@ -329,11 +329,17 @@ export class DirectWays {
   }
 
   /** As soon as launches under way have ended, however long that takes: an unmapping under them would end our context. */
-  async #unmap({ link, mapping, writer }: Target): Promise<void> {
+  async #unmap({ peer, link, mapping, writer }: Target): Promise<void> {
+    const since = performance.now();
     for (;;) {
       try {
         await mapping.close([writer]);
         link.close();
+        const milliseconds = Math.round(performance.now() - since);
+        this.#options.log.info(
+          { peer, milliseconds },
+          `the KV cache of ${peer} is unmapped, its memory free`,
+        );
         return;
       } catch (error) {
         this.#options.log.warn(

@@ -1,6 +1,6 @@
 /** Two schedulers hand KV over by the native way, through faults and late messages: every token is what one alone would say. */
 import fc from 'fast-check';
-import { expect, it } from 'vitest';
+import { expect, it, vi } from 'vitest';
 import { GREEDY } from '../../../src/model/sampler.ts';
 import type { CoreRequest } from '../../../src/scheduler/types.ts';
 import { transferOf } from '../../../support/ids.ts';
@@ -224,4 +224,91 @@ it('writes nothing from blocks that a preemption has taken from a prompt, and al
   const [told] = consumer.world.told.values();
   expect(told?.tokens).toEqual(expectedTokens(make(1, true, 16, 3), 0, END));
   expect(told?.first?.promptSource).toEqual({ computed: 0, loaded: 16, cached: 0 });
+});
+
+/**
+ * Each end may hold what the other needs: a consumer's blocks are allocated to wants of prompts that its producer cannot begin, whose own are
+ * kept for prompts that the consumer has no blocks left to ask for.
+ */
+it('two ends whose caches are full of what the other waits for go on, in whatever order requests came to either', () => {
+  const KEEP_MS = 3_000;
+  const LENGTH = 12;
+  const one = { blockSize: 4, maxNumSeqs: 4, maxNumBatchedTokens: 16, maxModelLen: END };
+  const seen = { crossed: 0, kept: 0, loaded: 0 };
+  const orders = fc.integer({ min: 4, max: 9 }).chain((count) => {
+    const all = Array.from({ length: count }, (_, i) => i);
+    const order = fc.shuffledSubarray(all, { minLength: count, maxLength: count });
+    return fc.tuple(order, order);
+  });
+  const clock = vi.spyOn(performance, 'now');
+  const property = fc.property(
+    orders,
+    fc.integer({ min: 4, max: 7 }),
+    fc.integer({ min: 4, max: 7 }),
+    fc.array(fc.constantFrom('produce', 'consume', 'spread', 'tick'), { minLength: 40, maxLength: 120 }),
+    ([toProducer, toConsumer], ofProducer, ofConsumer, turns) => {
+      const options = { ...one, enablePrefixCaching: false };
+      const pair = new PairWorld(
+        { ...options, numBlocks: ofConsumer },
+        { ...options, numBlocks: ofProducer },
+        KEEP_MS,
+      );
+      clock.mockImplementation(() => pair.now);
+      const { producer, consumer } = pair;
+      const leasedAt = new Map<string, number>();
+      const { run, fail } = producer.half;
+      producer.half.run = (actions) => {
+        for (const action of actions) if (action.kind === 'lease') leasedAt.set(action.id, pair.now);
+        run.call(producer.half, actions);
+      };
+      producer.half.fail = (id, code, why) => {
+        const age = pair.now - (leasedAt.get(id) ?? Number.NaN);
+        const crossed = producer.half.consumerWaits() >= KEEP_MS / 4;
+        if (why.includes('made room')) expect(age).toBeGreaterThanOrEqual(crossed ? KEEP_MS / 4 : KEEP_MS);
+        if (why.includes('made room') && age < KEEP_MS) seen.crossed++;
+        fail.call(producer.half, id, code, why);
+      };
+      const make = (name: number) => {
+        const id = requestId(name, true);
+        const promptTokens = Int32Array.from({ length: LENGTH }, (_, i) => name * 1_000 + i);
+        const more = { wire: 'native', n: 1, sampling: { ...GREEDY, maxTokens: 3 } } as const;
+        return { requestId: id, transferId: transferOf(id), promptTokens, ...more };
+      };
+      for (const name of toProducer) {
+        const request = make(name);
+        producer.world.add({ ...request, sampling: { ...request.sampling, maxTokens: 1 } });
+      }
+      for (const name of toConsumer) consumer.world.add(make(name));
+      const hear = () => {
+        for (const { ok } of consumer.world.takeOutcomes('recompute')) if (ok) seen.loaded++;
+      };
+      const spread = () => {
+        while (pair.land() || pair.deliver('producer') || pair.deliver('consumer'));
+      };
+      const left = () => consumer.world.scheduler.numRequests + producer.world.scheduler.numRequests;
+      for (let at = 0; left() > 0 || !pair.isIdle; at++) {
+        // in an order of its own, and then each in its turn
+        const turn = turns[at] ?? (['produce', 'spread', 'consume', 'spread', 'tick'] as const)[at % 5];
+        if (turn === 'produce') producer.world.step();
+        else if (turn === 'consume') consumer.world.step();
+        else if (turn === 'spread') spread();
+        else pair.tick(250);
+        hear();
+        pair.check();
+        // at the worst one after the other, each given up by both ends
+        const most = 2 * KEEP_MS * (toProducer.length + 1) + 250 * turns.length;
+        expect(pair.now, JSON.stringify(consumer.world.counts())).toBeLessThan(most);
+      }
+      if (leasedAt.size > 0) seen.kept++;
+      for (const { request, tokens } of consumer.world.told.values())
+        expect(tokens).toEqual(expectedTokens(request, 0, END));
+    },
+  );
+  try {
+    for (let round = 0; round < 4 && Object.values(seen).includes(0); round++)
+      fc.assert(property, { numRuns: 60 });
+  } finally {
+    clock.mockRestore();
+  }
+  for (const [what, count] of Object.entries(seen)) expect(count, what).toBeGreaterThan(0);
 });

@@ -116,6 +116,10 @@ const RULES: readonly (readonly [rule: string, tests: readonly (readonly [file: 
       [
         [PAIR, 'keeps what is computed before it is asked for under a lease, and hands it over then'],
         [PAIR, 'ends the lease of KV that nobody wants'],
+        [
+          'unit/scheduler/hand-over.property.test.ts',
+          'two ends whose caches are full of what the other waits for go on, in whatever order requests came to either',
+        ],
         [BLOCKS, 'leases the blocks of a prompt beyond the end of its sequence'],
       ],
     ],
