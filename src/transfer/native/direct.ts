@@ -177,7 +177,9 @@ export class DirectWays {
     if (this.#closed || this.#targets.has(nonce) || this.#connecting.has(nonce)) return;
     this.#connecting.add(nonce);
     this.#connect(peer, nonce, path)
-      .catch((error: unknown) => this.#events?.refused(nonce, PdError.from(error).message))
+      .catch((error: unknown) => {
+        if (!this.#closed) this.#events?.refused(nonce, PdError.from(error).message);
+      })
       .finally(() => this.#connecting.delete(nonce));
   }
 
@@ -295,6 +297,10 @@ export class DirectWays {
       if (!offer) throw new PdError('DIRECT_REFUSED', `${peer} offers no cache`);
       mapping = CacheMapping.open(this.#device, offer, this.#writers.claims, peer);
       const writer = await this.#writers.open(mapping.cache);
+      if (this.#closed) {
+        await mapping.close([writer]);
+        throw new PdError('ENGINE_CLOSED', 'this worker has stopped meanwhile');
+      }
       const page = new WriterPage(mapping.cache.page);
       const target = { peer, claims: offer.claims, link, mapping, writer, page };
       this.#targets.set(nonce, target);

@@ -85,6 +85,8 @@ export class Grants {
   died(peer: string, nonce: Nonce, now: number): GrantAction[] {
     const process = this.#processes.remove(peer, nonce);
     if (process) this.#bury(process, now);
+    // its cache may have been mapped after another had taken its address
+    else this.#do({ kind: 'drained', peer, nonce });
     return this.#take();
   }
 

@@ -190,6 +190,16 @@ describe('a producer', () => {
     expect(grants.stats().ignored).toMatchObject({ stale: 1 });
   });
 
+  it('writes where a want named first, whatever its seq names later', () => {
+    const grants = start();
+    grants.message('consumer', WANT, 0);
+    expect(commands(grants.message('consumer', { ...WANT, blocks: [9] }, 0))).toEqual(['HELD']);
+    const other = { ...WANT, ticket: 'x'.repeat(32) as Ticket, blocks: [9] };
+    expect(grants.message('consumer', other, 0)).toEqual([]);
+    grants.begin(ID, DIGEST, 4, 0);
+    expect(grants.progress(ID, 4, [3])).toMatchObject([{ kind: 'write', targets: [7] }]);
+  });
+
   it('forgets nothing for an acknowledgement with another ticket', () => {
     const grants = done();
     grants.message('consumer', { ...ack, ticket: 'x'.repeat(32) as Ticket }, 0);
@@ -208,6 +218,17 @@ describe('a producer', () => {
     const actions = grants.message('consumer', { ...WANT, ...change }, 0);
     expect(actions.filter(({ kind }) => kind === 'write')).toEqual([]);
     expect(said(actions)).toMatchObject([{ cmd: 'FAIL', code }]);
+  });
+
+  it('says that a dead process may be unmapped, once its writes have landed, and also where another had its address before', () => {
+    const drained = { kind: 'drained', peer: 'consumer', nonce: CONSUMER };
+    const { grants, launch } = written();
+    expect(grants.died('consumer', CONSUMER, 0)).not.toContainEqual(drained);
+    expect(grants.landed(launch, 0)).toContainEqual(drained);
+
+    const replaced = start();
+    replaced.introduced('consumer', 'd'.repeat(32) as Nonce, 16, 0);
+    expect(replaced.died('consumer', CONSUMER, 0)).toEqual([drained]);
   });
 
   it('fails a want whose request does not come in time, and one of a process that has been replaced', () => {
@@ -320,6 +341,20 @@ describe('a consumer', () => {
     expect(wants.flag('producer', PRODUCER, 1, 2)).toEqual([]);
     expect(wants.stats().ignored).toMatchObject({ forged: 1, unintroduced: 1, misaddressed: 1, flag: 1 });
     expect(wants.stats().waiting).toBe(1);
+  });
+
+  it('hears what a slot that it has revoked still says of its seq, and nothing of it once the slot is another’s', () => {
+    const wants = start();
+    wants.abort(1, 0);
+    const at = { peer: 'producer', nonce: PRODUCER, slot: 1, seq: 1 };
+    expect(wants.flag('producer', PRODUCER, 1, 1)).toEqual([]);
+    expect(wants.quarantinedBy('producer')).toBe(1);
+    const ended = kinds(wants.doneInPage(at, DRAW, 0));
+    expect(ended).toContain('retract');
+    expect(ended).not.toContain('loaded');
+    expect(wants.ask(ask, 0)).toMatchObject({ seq: 2 });
+    expect([wants.flag('producer', PRODUCER, 1, 1), wants.doneInPage(at, DRAW, 0)]).toEqual([[], []]);
+    expect(wants.stats()).toMatchObject({ waiting: 1, ignored: { flag: 2 } });
   });
 
   it('takes no end that says less was written than was wanted', () => {
