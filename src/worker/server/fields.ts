@@ -8,7 +8,7 @@ import type { GrammarSpec } from '../../grammar/grammar.ts';
 import type { Decoding, TextModel } from '../../model/tokenizer.ts';
 import { modelNotFound } from '../../openai-error.ts';
 import type { CallDialect } from '../../parsing/calls.ts';
-import type { Parsing } from '../../parsing/parser.ts';
+import { type Parsing, parsedTokens } from '../../parsing/parser.ts';
 import type { ReasoningDialect } from '../../parsing/reasoning.ts';
 import type { SamplingParams } from '../../scheduler/types.ts';
 import { z } from '../../zod.ts';
@@ -156,8 +156,8 @@ export interface TextOptions extends Decoding {
   readonly includeStop?: boolean;
   /** The stop token that is told as the end of the text, not by its id. */
   readonly eos?: number;
-  /** Nothing is generated behind the one call that may be made, read so. */
-  readonly oneCall?: Parsing;
+  /** How what it says is told apart. Nothing is generated behind the one call that there may be. */
+  readonly parsing?: Parsing;
 }
 
 /** What a request wants its text to be, and the field that says so. */
@@ -265,8 +265,7 @@ export function servedModel({ modelNames }: Served, requested: string | undefine
 }
 
 /**
- * What a checked body asks of the core. `logprobs`: alternatives per token; `keep`: special tokens that have text nevertheless. Throws
- * REQUEST_INVALID for token ids that there are not.
+ * What a checked body asks of the core. `logprobs`: alternatives per token. Throws REQUEST_INVALID for token ids that there are not.
  */
 export function askedOf(
   served: Served,
@@ -274,14 +273,12 @@ export function askedOf(
   body: SamplingBody,
   {
     logprobs,
-    keep,
-    oneCall,
+    parsing,
     grammarWish,
     ...own
   }: Pick<Asked, 'prompts' | 'maxTokens' | 'echo'> & {
     readonly logprobs: number | undefined;
-    readonly keep?: readonly string[];
-    readonly oneCall?: Parsing | undefined;
+    readonly parsing?: Parsing;
     readonly grammarWish?: GrammarWish | undefined;
   },
 ): Asked {
@@ -309,8 +306,7 @@ export function askedOf(
       skipSpecialTokens: body.skip_special_tokens ?? true,
       includeStop: body.include_stop_str_in_output ?? false,
       ...(!body.ignore_eos && eosTokenId !== undefined && { eos: eosTokenId }),
-      ...(keep && { keep }),
-      ...(oneCall && { oneCall }),
+      ...(parsing && { keep: parsedTokens(parsing), parsing }),
     },
     sampling: {
       temperature: body.temperature ?? 1,

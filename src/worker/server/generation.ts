@@ -52,14 +52,16 @@ export class GenerationRun {
   }
 
   get usage(): Usage {
-    const { prompts, maxTokens } = this.#plan;
+    const { prompts, maxTokens, text } = this.#plan;
     const prompt = prompts.reduce((sum, { tokens }) => sum + tokens.length, 0);
     const completion = maxTokens === 0 ? 0 : this.#choices.reduce((sum, choice) => sum + choice.tokens, 0);
+    const thoughts = this.#choices.reduce((sum, { thoughtTokens }) => sum + thoughtTokens, 0);
     return {
       prompt_tokens: prompt,
       total_tokens: prompt + completion,
       completion_tokens: completion,
       prompt_tokens_details: { cached_tokens: this.#cachedTokens },
+      ...(text.parsing && { completion_tokens_details: { reasoning_tokens: thoughts } }),
     };
   }
 
@@ -178,7 +180,7 @@ export class GenerationRun {
 
 /** With `max_tokens: 0` the core still generates one token, as it knows no request for none; it is left out. */
 function withoutScored(delta: ChoiceDelta, maxTokens: number | undefined): ChoiceDelta {
-  return maxTokens === 0 ? { text: '', tokens: [], logprobs: [], finishReason: 'length' } : delta;
+  return maxTokens === 0 ? { text: '', parts: [], tokens: [], logprobs: [], finishReason: 'length' } : delta;
 }
 
 /** Undefined once the signal has fired: nobody is waiting for it any more. */

@@ -135,9 +135,14 @@ describe('responses', () => {
       emit({ index: 0, tokens: [], finishReason: 'error', error });
     });
     const { body } = await post(RESPONSES, { input: 'Hi', stream: true });
-    expect(body.trim().split('\n\n').at(-1)).toMatch(
-      /^event: error\ndata: \{"type":"error".*"code":"INTERNAL"/,
-    );
+    const events = body.trim().split('\n\n');
+    const [error, failed] = events.slice(-2);
+    expect(error).toMatch(/^event: error\ndata: \{"type":"error".*"code":"INTERNAL"/);
+    const [, response] = /^event: response.failed\ndata: (.*)$/.exec(failed!)!;
+    expect(JSON.parse(response!)).toMatchObject({
+      sequence_number: events.length - 1,
+      response: { status: 'failed', error: { code: 'server_error', message: 'gone' } },
+    });
   });
 
   it.each([
