@@ -2,7 +2,7 @@
 import { PdError } from '../../errors.ts';
 import type { TextModel } from '../../model/tokenizer.ts';
 import { createParser } from '../../parsing/parser.ts';
-import { type Part, type PartParser, partialEnd } from '../../parsing/parts.ts';
+import type { Part, PartParser } from '../../parsing/parts.ts';
 import type { PromptLogprobs } from '../../scheduler/prompt-logprobs.ts';
 import type { RequestOutput } from '../../scheduler/types.ts';
 import type { TokenLogprob } from '../../wire/token-logprob.ts';
@@ -88,7 +88,7 @@ export class Choice {
   /** `offset`: characters before the completion (an echoed prompt). */
   constructor(
     model: TextModel,
-    stops: readonly string[],
+    stops: readonly StopString[],
     minTokens: number,
     offset = 0,
     { includeStop = false, eos, parsing, ...decoding }: TextOptions = {},
@@ -190,25 +190,47 @@ export class Choice {
   }
 }
 
+/** A stop string, and for each of its beginnings the length of the longest end of it that is a beginning too: where to go on behind a mismatch. */
+export interface StopString {
+  readonly text: string;
+  readonly back: Int32Array;
+}
+
+export function stopString(text: string): StopString {
+  const stop = { text, back: new Int32Array(text.length) };
+  for (let i = 1; i < text.length; i++) stop.back[i] = longer(stop, stop.back[i - 1]!, text.charCodeAt(i));
+  return stop;
+}
+
+/** Of a stop string: how much of it stands at the end, once `code` follows `length` of it. */
+function longer({ text, back }: StopString, length: number, code: number): number {
+  let at = length;
+  while (at > 0 && text.charCodeAt(at) !== code) at = back[at - 1]!;
+  return text.charCodeAt(at) === code ? at + 1 : 0;
+}
+
 /**
- * Finds stop strings in text that comes in pieces. What could still become one is held back, so that no part of a stop string is
- * ever seen outside:
+ * Finds stop strings in text that comes in pieces, looking at each character once. What could still become one is held back, so that no
+ * part of a stop string is ever seen outside:
  *
  *   stop "END"    push "the E" -> "the "    push "ND of" -> "", matched    (or push "asy" -> "Easy")
  */
 export class StopMatcher {
-  readonly #stops: readonly string[];
+  readonly #stops: readonly StopString[];
   readonly #include: boolean;
+  /** Of each: how much of it stands at the end of the text. */
+  readonly #lengths: Int32Array;
   #held = '';
   #matched: string | undefined;
 
   /** `include`: what stopped the text is part of it. */
-  constructor(stops: readonly string[], include = false) {
+  constructor(stops: readonly StopString[], include = false) {
     this.#stops = stops;
     this.#include = include;
+    this.#lengths = new Int32Array(stops.length);
   }
 
-  /** The stop string found, the earliest in the text. Nothing comes out after it. */
+  /** The stop string found, the first to end in the text; of several that end there the longest. Nothing comes out after it. */
   get matched(): string | undefined {
     return this.#matched;
   }
@@ -218,21 +240,28 @@ export class StopMatcher {
     if (this.#matched !== undefined) return '';
     if (this.#stops.length === 0) return text;
     const all = this.#held + text;
-    let end = -1;
-    for (const stop of this.#stops) {
-      const at = all.indexOf(stop);
-      if (at >= 0 && (end < 0 || at < end)) {
-        end = at;
-        this.#matched = stop;
-      }
-    }
-    if (end >= 0) {
+    for (let i = 0; i < text.length; i++) {
+      const found = this.#take(text.charCodeAt(i));
+      if (found === undefined) continue;
+      const end = this.#held.length + i + 1;
       this.#held = '';
-      return all.slice(0, this.#include ? end + this.#matched!.length : end);
+      this.#matched = found;
+      return all.slice(0, this.#include ? end : end - found.length);
     }
-    const keep = partialEnd(all, this.#stops);
-    this.#held = all.slice(all.length - keep);
-    return all.slice(0, all.length - keep);
+    const certain = all.length - Math.max(...this.#lengths);
+    this.#held = all.slice(certain);
+    return all.slice(0, certain);
+  }
+
+  /** The stop string that ends with `code`. */
+  #take(code: number): string | undefined {
+    let found: string | undefined;
+    for (const [i, stop] of this.#stops.entries()) {
+      const length = longer(stop, this.#lengths[i]!, code);
+      this.#lengths[i] = length;
+      if (length === stop.text.length && length > (found?.length ?? 0)) found = stop.text;
+    }
+    return found;
   }
 
   /** The text is over: what was held back is no stop string. */

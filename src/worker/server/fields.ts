@@ -24,6 +24,7 @@ const MAX_BIASES = 1_024;
 const MAX_BAD_WORDS = 256;
 const MAX_BAD_WORD = 256;
 const MAX_STOPS = 16;
+const MAX_STOP = 4_096;
 
 export const tokenIds = z.array(z.int().min(0));
 export const optional = <T extends z.ZodType>(schema: T) =>
@@ -102,7 +103,14 @@ export const samplingFields = {
             : 'expected a string, or a list of strings',
       })
       .transform((stop) => (typeof stop === 'string' ? [stop] : stop))
-      .pipe(z.array(z.string().min(1, 'a stop string must not be empty'))),
+      .pipe(
+        z.array(
+          z
+            .string()
+            .min(1, 'a stop string must not be empty')
+            .max(MAX_STOP, `a stop string has more than ${MAX_STOP} characters`),
+        ),
+      ),
   ),
   stop_token_ids: optional(tokenIds.max(MAX_STOP_TOKEN_IDS)),
   ignore_eos: optional(z.boolean()),

@@ -8,7 +8,14 @@ import type { RequestOutput } from '../../scheduler/types.ts';
 import { engineRequestId, kvKeyOf } from '../../wire/ids.ts';
 import type { Wire } from '../../wire/overlap.ts';
 import { AsyncQueue } from '../async-queue.ts';
-import { Choice, type ChoiceDelta, type ChoiceEvent, type Usage } from './choice.ts';
+import {
+  Choice,
+  type ChoiceDelta,
+  type ChoiceEvent,
+  type StopString,
+  stopString,
+  type Usage,
+} from './choice.ts';
 import type { ServerContext } from './context.ts';
 import { type Asked, badField } from './fields.ts';
 import { turns } from './turns.ts';
@@ -31,6 +38,7 @@ export interface Plan extends Asked {
 export class GenerationRun {
   readonly #context: ServerContext;
   readonly #plan: Plan;
+  readonly #stops: readonly StopString[];
   readonly #choices: Choice[] = [];
   readonly #abort = new AbortController();
   /** Of a request that names none and is this worker's alone. */
@@ -44,6 +52,7 @@ export class GenerationRun {
       throw badField('n', `${plan.n} is more than this worker's batch of ${maxNumSeqs}`);
     this.#context = context;
     this.#plan = plan;
+    this.#stops = plan.stops.map(stopString);
   }
 
   /** On a producer, once the iteration has ended: why KV of a prompt will not come to its consumer. */
@@ -100,13 +109,13 @@ export class GenerationRun {
 
   async #pump(at: number, out: AsyncQueue<ChoiceEvent>, signal: AbortSignal): Promise<void> {
     const { core, metrics, config, model, inFlight, log } = this.#context;
-    const { id, n, sampling, stops, echo, maxTokens, prefillWithinMs, text, priority, wire } = this.#plan;
+    const { id, n, sampling, echo, maxTokens, prefillWithinMs, text, priority, wire } = this.#plan;
     const prompt = this.#plan.prompts[at]!;
     const serverId = this.#plan.serverIds[at]!;
     const offset = echo ? prompt.text.length : 0;
     const choices = Array.from(
       { length: n },
-      () => new Choice(model, stops, sampling.minTokens, offset, text),
+      () => new Choice(model, this.#stops, sampling.minTokens, offset, text),
     );
     this.#choices.push(...choices);
     const room = core.info.maxModelLen - prompt.tokens.length;

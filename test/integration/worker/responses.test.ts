@@ -155,6 +155,10 @@ describe('responses', () => {
     ['input.0', { input: [{ type: 'computer_call' }] }],
     ['tools.0.type', { tools: [{ type: 'web_search' }] }],
     ['max_output_tokens', { max_output_tokens: 0 }],
+    ['text.verbosity', { text: { verbosity: 'low' } }],
+    ['text.format.schema', { text: { format: { type: 'json_schema', name: 'n' } } }],
+    ['metadata', { metadata: JSON.parse('['.repeat(600) + ']'.repeat(600)) as object }],
+    ['tools', { tools: [{ ...TOOL, description: 'x'.repeat(2 ** 20) }], tool_choice: 'none' }],
     ['input', { input: 'x'.repeat(300) }],
   ])('name what is wrong: %s', async (param, change) => {
     const { json, core } = await startServer();
