@@ -59,6 +59,15 @@ describe('a field that is wrong', () => {
   });
 });
 
+it('a choice of a tool goes on as its name alone: what stands beside it may be nested deeper than threads can tell each other', () => {
+  const tools = [{ type: 'function', function: { name: 'f' } }];
+  const named = { type: 'function', function: { name: 'f' } };
+  const tool_choice = { ...named, x: [[]] };
+  const served = { ...SERVED, calls: 'hermes' } as const;
+  const body = new TextEncoder().encode(JSON.stringify({ messages: user('a'), tools, tool_choice }));
+  expect(readRequestBody(served, tokenizer, 'chat', body).body.tool_choice).toEqual(named);
+});
+
 it('a body that is no UTF-8 is refused, and a byte order mark is passed over', () => {
   const body = new TextEncoder().encode('\ufeff{"prompt":"a"}');
   expect(readRequestBody(SERVED, tokenizer, 'completions', body).asked.prompts).toHaveLength(1);
