@@ -23,6 +23,8 @@ const MAX_STOP_TOKEN_IDS = 1_024;
 const MAX_BIASES = 1_024;
 const MAX_BAD_WORDS = 256;
 const MAX_BAD_WORD = 256;
+/** Token ids of such fields, of all prompts together: each prompt goes to the core with its own copy. */
+const MAX_LISTED = 2 ** 22;
 const MAX_STOPS = 16;
 const MAX_STOP = 4_096;
 
@@ -304,6 +306,14 @@ export function askedOf(
       'logit_bias',
     );
   const badWords = (body.bad_words ?? []).flatMap((word) => spellings(model, word));
+  const lists = [allowed, body.stop_token_ids, biases, ...badWords];
+  const listed = own.prompts.length * lists.reduce((sum, list) => sum + (list?.length ?? 0), 0);
+  if (listed > MAX_LISTED) {
+    throw badField(
+      'prompt',
+      `allowed_token_ids, logit_bias, bad_words and stop_token_ids have ${listed} tokens for all prompts together; at most ${MAX_LISTED} are supported`,
+    );
+  }
   return {
     ...own,
     n: body.n ?? 1,

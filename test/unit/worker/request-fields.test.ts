@@ -81,6 +81,17 @@ it('a bad word is banned at the beginning of a text and behind a space, however 
   expect(ask({ bad_words: ['Paris'] }).sampling.badWords).toEqual([encode('Paris'), encode(' Paris')]);
 });
 
+it('long lists are refused where there are many prompts, each of which has them', () => {
+  const served = { ...SERVED, vocabSize: 200_000 };
+  const allowed_token_ids = Array.from({ length: 200_000 }, (_, id) => id);
+  const ask = (prompts: number) => {
+    const body = { prompt: Array(prompts).fill([1]), allowed_token_ids };
+    return readRequestBody(served, tokenizer, 'completions', new TextEncoder().encode(JSON.stringify(body)));
+  };
+  expect(ask(20).asked.prompts).toHaveLength(20);
+  expect(() => ask(21)).toThrow('prompt: allowed_token_ids, logit_bias,');
+});
+
 it('a seed of 64 bits is taken, and two of them are two', () => {
   const seeds = ['9223372036854775807', '-9223372036854775808', '9007199254740994'].map((seed) => {
     const body = new TextEncoder().encode(`{"prompt":"Hi","seed":${seed}}`);
