@@ -11,6 +11,7 @@ import { openReader, type ReaderPort, type ReadingLimits, ReadingThread } from '
 import { threadEntry } from '../thread-entry.ts';
 import type { BlockKey } from '../wire/kv-events.ts';
 import { fieldsOf, type JsonField, withFields } from './json-fields.ts';
+import { ReadingTurns } from './reading-turns.ts';
 import { BYTES_PER_TOKEN, textKeys } from './text-index.ts';
 
 type JsonObject = Readonly<Record<string, unknown>>;
@@ -102,6 +103,7 @@ export class BodyReader {
   readonly #shortBody: number;
   readonly #onTokenized: ((result: Tokenized) => void) | undefined;
   readonly #tokenizes: boolean;
+  readonly #turns = new ReadingTurns();
 
   constructor(log: Logger, options: BodyReaderOptions = {}) {
     const { shortBody = SHORT_BODY, tokenizer, onTokenized, ...limits } = options;
@@ -129,7 +131,10 @@ export class BodyReader {
       if (this.#thread.bytesAhead <= MOST_AHEAD) return await this.#tokenized(body, signal, wanted, path);
       this.#onTokenized?.('busy');
     }
-    if (short) return readBody(body, wanted);
+    if (short) {
+      await this.#turns.begin(body.byteLength);
+      return readBody(body, wanted);
+    }
     return await this.#thread.read({ body, wanted }, signal);
   }
 
