@@ -17,8 +17,12 @@ export {
 } from './config/transfer-options.ts';
 export type { Logger } from './observability/log.ts';
 export { LOG_FORMATS, LOG_LEVELS, type LogLevel, type LogOptions } from './observability/log-options.ts';
-export { TransferEngine, type TransferEngineExtras } from './transfer/engine.ts';
-export type { SendHandle, TransferEngineApi } from './transfer/engine-api.ts';
+export {
+  type SendHandle,
+  TransferEngine,
+  type TransferEngineApi,
+  type TransferEngineExtras,
+} from './transfer/engine.ts';
 export type { FailureKind, FailureState } from './transfer/failures.ts';
 export type {
   ConnectionState,

@@ -3,7 +3,7 @@ import type { Device, Stream } from '../../src/device/device.ts';
 import { PdError } from '../../src/errors.ts';
 import { wireShape } from '../../src/kv/families.ts';
 import type { HostPort } from '../../src/net/address.ts';
-import type { TransferEngineApi } from '../../src/transfer/engine-api.ts';
+import type { TransferEngineApi } from '../../src/transfer/engine.ts';
 import type { SendRequest, StoredTensor } from '../../src/transfer/types.ts';
 import { type TensorId, type TransferId, tensorIdOf } from '../../src/wire/ids.ts';
 import type { SendType } from '../../src/wire/messages.ts';

@@ -6,7 +6,7 @@ import { wireShape } from '../kv/families.ts';
 import { formatHostPort, type HostPort } from '../net/address.ts';
 import { createLogger, type Logger } from '../observability/log.ts';
 import type { MetricsPage } from '../observability/metrics.ts';
-import type { TransferEngineApi } from '../transfer/engine-api.ts';
+import type { TransferEngineApi } from '../transfer/engine.ts';
 import type { FirstTokens } from '../transfer/native/hand-over-api.ts';
 import { type EngineRequestId, tensorIdOf } from '../wire/ids.ts';
 import type { SendType } from '../wire/messages.ts';

@@ -1,6 +1,5 @@
 /**
- * Every deadline of the engine on one timer: there may be thousands of waits, and an idle engine has none. The timer never keeps a
- * process alive by itself; whoever waits does.
+ * Every deadline of the engine, so that all of them can be dropped at its end. None keeps a process alive by itself; whoever waits does.
  */
 
 export interface Deadline {
@@ -8,22 +7,15 @@ export interface Deadline {
   cancel(): void;
 }
 
-interface Entry {
-  readonly at: number;
-  /** Absent once cancelled or run. */
-  run: (() => void) | undefined;
-}
-
 /** setTimeout takes a 32-bit number of milliseconds. */
 const LONGEST_MS = 2 ** 31 - 1;
+/** Of Node's timers. */
+const RESOLUTION_MS = 1;
 
 export class Deadlines {
-  /** A binary heap by `at`; cancelled entries stay until they come up, or until they are most of it. */
-  #heap: Entry[] = [];
-  #cancelled = 0;
-  #timer: NodeJS.Timeout | undefined;
-  #timerAt = Number.POSITIVE_INFINITY;
   readonly #now: () => number;
+  /** Of each that has neither run nor been cancelled. */
+  readonly #pending = new Set<{ timer: NodeJS.Timeout | undefined }>();
 
   constructor(now: () => number = () => performance.now()) {
     this.#now = now;
@@ -34,104 +26,33 @@ export class Deadlines {
     return this.#now();
   }
 
-  /** Deadlines that have neither run nor been cancelled. */
-  get pending(): number {
-    return this.#heap.length - this.#cancelled;
-  }
-
   after(ms: number, run: () => void): Deadline {
-    const entry: Entry = { at: this.#now() + Math.max(ms, 0), run };
-    this.#push(entry);
-    this.#arm();
+    const at = this.#now() + Math.max(ms, 0);
+    const one: { timer: NodeJS.Timeout | undefined } = { timer: undefined };
+    const wait = () => {
+      const left = Math.max(Math.ceil(at - this.#now()), 1);
+      one.timer = setTimeout(look, Math.min(left, LONGEST_MS)).unref();
+    };
+    // Node counts from the beginning of the turn in which a timer was set, so that one set late in a long turn fires too early.
+    const look = () => {
+      if (at - this.#now() >= RESOLUTION_MS) return wait();
+      this.#pending.delete(one);
+      run();
+    };
+    this.#pending.add(one);
+    wait();
     return {
       cancel: () => {
-        if (!entry.run) return;
-        entry.run = undefined;
-        this.#cancelled++;
-        this.#compact();
+        clearTimeout(one.timer);
+        this.#pending.delete(one);
       },
     };
   }
 
   /** Forgets all of them. */
   clear(): void {
-    this.#heap = [];
-    this.#cancelled = 0;
-    this.#disarm();
-  }
-
-  #arm(): void {
-    const first = this.#heap[0];
-    if (!first) {
-      this.#disarm();
-      return;
-    }
-    if (this.#timer && this.#timerAt <= first.at) return;
-    this.#disarm();
-    this.#timerAt = first.at;
-    this.#timer = setTimeout(
-      () => this.#fire(),
-      Math.min(Math.max(Math.ceil(first.at - this.#now()), 1), LONGEST_MS),
-    );
-    this.#timer.unref();
-  }
-
-  #disarm(): void {
-    clearTimeout(this.#timer);
-    this.#timer = undefined;
-    this.#timerAt = Number.POSITIVE_INFINITY;
-  }
-
-  #fire(): void {
-    this.#disarm();
-    const now = this.#now();
-    while (this.#heap[0] && (this.#heap[0].at <= now || !this.#heap[0].run)) {
-      const entry = this.#pop();
-      const run = entry.run;
-      entry.run = undefined;
-      if (run) run();
-      else this.#cancelled--;
-    }
-    this.#arm();
-  }
-
-  #compact(): void {
-    if (this.#cancelled < 64 || this.#cancelled * 2 < this.#heap.length) return;
-    const live = this.#heap.filter((entry) => entry.run);
-    this.#heap = [];
-    this.#cancelled = 0;
-    for (const entry of live) this.#push(entry);
-    this.#arm();
-  }
-
-  #push(entry: Entry): void {
-    const heap = this.#heap;
-    let at = heap.push(entry) - 1;
-    while (at > 0) {
-      const up = (at - 1) >> 1;
-      if (heap[up]!.at <= entry.at) break;
-      heap[at] = heap[up]!;
-      at = up;
-    }
-    heap[at] = entry;
-  }
-
-  #pop(): Entry {
-    const heap = this.#heap;
-    const top = heap[0]!;
-    const last = heap.pop()!;
-    if (heap.length === 0) return top;
-    let at = 0;
-    for (;;) {
-      let down = at * 2 + 1;
-      if (down >= heap.length) break;
-      if (down + 1 < heap.length && heap[down + 1]!.at < heap[down]!.at) down++;
-      if (heap[down]!.at >= last.at) break;
-      heap[at] = heap[down]!;
-      at = down;
-    }
-    heap[at] = last;
-    return top;
+    for (const { timer } of this.#pending) clearTimeout(timer);
+    this.#pending.clear();
   }
 }
 

@@ -1,8 +1,9 @@
 /** The transfer engine as its users hold it: starts the transfer thread, and turns calls into messages and messages into promises. */
+import { once } from 'node:events';
 import { Worker } from 'node:worker_threads';
 import type { TransferOptionsInput } from '../config/embedded.ts';
 import type { TransferOptions } from '../config/transfer-options.ts';
-import { deferred } from '../deferred.ts';
+import { deferred, withDeadline } from '../deferred.ts';
 import { createDevice } from '../device/create-device.ts';
 import type { Device, MemoryRef } from '../device/device.ts';
 import { hostView } from '../device/memory.ts';
@@ -13,7 +14,6 @@ import { threadEntry } from '../thread-entry.ts';
 import type { TensorId, TransferId } from '../wire/ids.ts';
 import type { WorkerLoad } from '../wire/messages.ts';
 import { checkLoad, checkSend } from './check-request.ts';
-import type { SendHandle, TransferEngineApi } from './engine-api.ts';
 import type { FromWire, NativeInit, ToWire } from './native/channel.ts';
 import type { FromTransfer, ToTransfer, TransferInit } from './thread-messages.ts';
 import type {
@@ -28,7 +28,7 @@ import type {
 /** For the thread to close its pairs and sockets; after it, it is ended by force. */
 const CLOSE_TIMEOUT_MS = 5_000;
 
-/** What waits for a message of the thread. Each kind of question is answered by its own kinds of message. */
+/** What waits for messages of the thread. */
 type Pending =
   | {
       readonly kind: 'send';
@@ -37,9 +37,27 @@ type Pending =
       sent(bytes: number): void;
       reject(error: PdError): void;
     }
-  | { readonly kind: 'receive'; resolve(tensor: StoredTensor): void; reject(error: PdError): void }
-  | { readonly kind: 'load'; resolve(result: LoadResult): void; reject(error: PdError): void }
-  | { readonly kind: 'state'; resolve(state: TransferState): void; reject(error: PdError): void };
+  | { readonly kind: 'question'; resolve(answer: unknown): void; reject(error: PdError): void };
+
+/** What each question is answered with. */
+interface Answers {
+  readonly receive: StoredTensor;
+  readonly load: LoadResult;
+  readonly state: TransferState;
+}
+
+/** The moments of a send. None rejects unhandled: a caller may look at one and ignore the others. */
+export interface SendHandle {
+  /** The source may be overwritten. */
+  readonly gathered: Promise<void>;
+  /**
+   * PUT, PUT_ASYNC: there is a pair with the peer, so that the peer knows by itself of whatever goes wrong from now on. GET: as `sent`.
+   * Never later than `sent`.
+   */
+  readonly underWay: Promise<void>;
+  /** PUT, PUT_ASYNC: the peer has it. GET: kept, to be asked for. Resolves with the bytes. */
+  readonly sent: Promise<number>;
+}
 
 export interface TransferEngineExtras {
   /** `buffer` of the MetricsPage that the transfer thread writes. */
@@ -51,15 +69,19 @@ export interface TransferEngineExtras {
   readonly native?: NativeInit;
 }
 
-/** Moves tensors and paged KV between peers. Dispose it: its thread keeps the process alive. */
-export class TransferEngine implements TransferEngineApi {
+/** What a connector needs of an engine. */
+export type TransferEngineApi = Omit<TransferEngine, 'native' | typeof Symbol.asyncDispose>;
+
+/** Moves tensors and paged KV between peers, from any thread. Dispose it: its thread keeps the process alive. */
+export class TransferEngine {
+  /** The ROUTER's `host:port` as told to others. */
   readonly address: HostPort;
   /** `host` or `cuda:N`. */
   readonly #deviceName: string;
   readonly #worker: Worker;
   /** For views of pinned memory; host memory needs none. */
   readonly #device: Device | undefined;
-  readonly #exited: Promise<void>;
+  readonly #exited: Promise<true>;
   readonly #pending = new Map<number, Pending>();
   #seq = 0;
   #hearNative: (event: FromWire) => void = () => {};
@@ -73,7 +95,7 @@ export class TransferEngine implements TransferEngineApi {
     this.#worker = worker;
     this.address = address;
     this.#device = device;
-    this.#exited = new Promise((resolve) => worker.once('exit', () => resolve()));
+    this.#exited = new Promise((resolve) => worker.once('exit', () => resolve(true)));
     worker.on('message', (messages: readonly FromTransfer[]) => {
       for (const message of messages) this.#hear(message);
     });
@@ -107,10 +129,11 @@ export class TransferEngine implements TransferEngineApi {
       return new TransferEngine(worker, await started(worker), device);
     } catch (error) {
       device?.dispose();
-      throw error;
+      throw PdError.from(error);
     }
   }
 
+  /** Never throws: failures come by the handle's promises. Order per peer is kept. */
   send(request: SendRequest): SendHandle {
     const gathered = deferred<void>();
     const underWay = deferred<void>();
@@ -123,7 +146,7 @@ export class TransferEngine implements TransferEngineApi {
       checkSend(request, this.#deviceName);
       return { type: 'send', seq, request };
     };
-    this.#ask(message, {
+    this.#expect(message, {
       kind: 'send',
       gathered: () => gathered.resolve(),
       underWay: () => underWay.resolve(),
@@ -141,6 +164,10 @@ export class TransferEngine implements TransferEngineApi {
     return { gathered: gathered.promise, underWay: underWay.promise, sent: sent.promise };
   }
 
+  /**
+   * As `send` for each. In one message to the transfer thread, so that tensors of one request (its layers) are gathered and sent
+   * together. Where the model computes layer by layer, `send` each as it is there instead.
+   */
   sendAll(requests: readonly SendRequest[]): SendHandle[] {
     const together: ToTransfer[] = [];
     this.#together = together;
@@ -156,40 +183,40 @@ export class TransferEngine implements TransferEngineApi {
     return handles;
   }
 
+  /** Waits for one tensor (PUT) or asks `peer` for it (GET). It belongs to the caller until `finish` names its request. */
   receive(tensorId: TensorId, peer: HostPort, timeoutMs?: number): Promise<StoredTensor> {
-    return new Promise((resolve, reject) =>
-      this.#ask((seq) => ({ type: 'receive', seq, tensorId, peer, timeoutMs }), {
-        kind: 'receive',
-        resolve,
-        reject,
-      }),
-    );
+    return this.#ask<'receive'>((seq) => ({ type: 'receive', seq, tensorId, peer, timeoutMs }));
   }
 
+  /** Takes the KV of one request into paged blocks. Rejects with KV_LOAD_TIMEOUT or KV_LOAD_FAILED (cause inside the message). */
   load(request: LoadRequest): Promise<LoadResult> {
-    const message = (seq: number): ToTransfer => {
+    return this.#ask<'load'>((seq) => {
       checkLoad(request, this.#deviceName);
       return { type: 'load', seq, request };
-    };
-    return new Promise((resolve, reject) => this.#ask(message, { kind: 'load', resolve, reject }));
+    });
   }
 
-  prefilled(id: TransferId): void {
-    this.#tell({ type: 'prefilled', id });
-  }
-
-  sendFailed(id: TransferId, reason: ErrorData): void {
-    this.#tell({ type: 'send-failed', id, reason });
-  }
-
+  /** Gives up a load under way; its promise rejects with REQUEST_ABORTED once no write into the blocks can happen any more. */
   cancelLoad(requestId: string): void {
     this.#tell({ type: 'cancel-load', requestId });
   }
 
+  /** The producer is done with the prompt: loads of it that were told `prefillWithinMs` have `timeouts.load` from now. */
+  prefilled(id: TransferId): void {
+    this.#tell({ type: 'prefilled', id });
+  }
+
+  /** The producer has told that it could not send this KV: a load of it, under way or to come, fails at once, with `reason` inside. */
+  sendFailed(id: TransferId, reason: ErrorData): void {
+    this.#tell({ type: 'send-failed', id, reason });
+  }
+
+  /** The request is over: frees what is held for it, and drops and frees what still comes. `keepSends`: its sends in GET stay to be asked for. */
   finish(id: TransferId, options: { readonly keepSends?: boolean } = {}): void {
     this.#tell({ type: 'finish', id, keepSends: options.keepSends ?? false });
   }
 
+  /** Starts the pings to the proxies: only once the instance can serve. */
   startPing(ping: ProxyPing): void {
     this.#tell({ type: 'start-ping', ping });
   }
@@ -198,6 +225,7 @@ export class TransferEngine implements TransferEngineApi {
     this.#tell({ type: 'stop-ping' });
   }
 
+  /** What pings say from now on; the next leaves at once. */
   reportLoad(load: WorkerLoad): void {
     this.#tell({ type: 'worker-load', load });
   }
@@ -212,15 +240,15 @@ export class TransferEngine implements TransferEngineApi {
   }
 
   state(): Promise<TransferState> {
-    return new Promise((resolve, reject) =>
-      this.#ask((seq) => ({ type: 'state', seq }), { kind: 'state', resolve, reject }),
-    );
+    return this.#ask<'state'>((seq) => ({ type: 'state', seq }));
   }
 
+  /** A CPU view of host or pinned memory; see Device.view. */
   view(memory: MemoryRef): Uint8Array {
     return this.#device ? this.#device.view(memory) : hostView(memory);
   }
 
+  /** Ends every pair and the thread. Idempotent, bounded in time. */
   dispose(): Promise<void> {
     this.#disposed ??= this.#close();
     return this.#disposed;
@@ -233,17 +261,20 @@ export class TransferEngine implements TransferEngineApi {
   async #close(): Promise<void> {
     this.#tell({ type: 'shutdown' });
     this.#closed ??= new PdError('ENGINE_CLOSED', 'the transfer engine has been disposed');
-    let timer: NodeJS.Timeout | undefined;
-    const late = new Promise<'late'>((resolve) => {
-      timer = setTimeout(() => resolve('late'), CLOSE_TIMEOUT_MS);
-    });
-    if ((await Promise.race([this.#exited, late])) === 'late') await this.#worker.terminate();
-    clearTimeout(timer);
+    if (!(await withDeadline(this.#exited, CLOSE_TIMEOUT_MS))) await this.#worker.terminate();
     this.#fail('the transfer engine has been disposed');
     this.#device?.dispose();
   }
 
-  #ask(message: (seq: number) => ToTransfer, pending: Pending): void {
+  #ask<Type extends keyof Answers>(
+    question: (seq: number) => Extract<ToTransfer, { readonly type: Type }>,
+  ): Promise<Answers[Type]> {
+    const { promise, resolve, reject } = deferred<unknown>();
+    this.#expect(question, { kind: 'question', resolve, reject });
+    return promise as Promise<Answers[Type]>;
+  }
+
+  #expect(message: (seq: number) => ToTransfer, pending: Pending): void {
     if (this.#closed) {
       pending.reject(this.#closed);
       return;
@@ -304,24 +335,14 @@ export class TransferEngine implements TransferEngineApi {
         if (pending?.kind === 'send') pending.sent(message.bytes);
         return;
       }
-      case 'received': {
+      case 'answer': {
         const pending = this.#take(message.seq);
-        if (pending?.kind === 'receive') pending.resolve(message.tensor);
-        return;
-      }
-      case 'loaded': {
-        const pending = this.#take(message.seq);
-        if (pending?.kind === 'load') pending.resolve(message.result);
+        if (pending?.kind === 'question') pending.resolve(message.answer);
         return;
       }
       case 'native':
         if (!this.#closed) this.#hearNative(message.event);
         return;
-      case 'state': {
-        const pending = this.#take(message.seq);
-        if (pending?.kind === 'state') pending.resolve(message.state);
-        return;
-      }
       default:
         unreachable(message, 'message of the transfer thread');
         return;
@@ -335,29 +356,15 @@ export class TransferEngine implements TransferEngineApi {
   }
 }
 
-/** The address, once the thread is ready; what it says instead where it cannot be. */
-function started(worker: Worker): Promise<HostPort> {
-  return new Promise((resolve, reject) => {
-    const end = () => {
-      worker.off('message', onMessage);
-      worker.off('error', onError);
-      worker.off('exit', onExit);
-    };
-    const onMessage = ([message]: readonly FromTransfer[]) => {
-      end();
-      if (!message) return reject(new PdError('INTERNAL', 'the transfer thread began with nothing'));
-      if (message.type === 'ready') resolve(message.address);
-      else if (message.type === 'not-ready') reject(PdError.fromData(message.error));
-      else reject(new PdError('INTERNAL', `the transfer thread began with ${message.type}`));
-    };
-    const onError = (error: unknown) => {
-      end();
-      reject(PdError.from(error));
-    };
-    const onExit = (code: number) => {
-      end();
-      reject(new PdError('INTERNAL', `the transfer thread ended at its start with code ${code}`));
-    };
-    worker.on('message', onMessage).on('error', onError).on('exit', onExit);
+/** The address, once the thread is ready. Throws what it says instead where it cannot be. */
+async function started(worker: Worker): Promise<HostPort> {
+  const ended = once(worker, 'exit').then(([code]: unknown[]) => {
+    throw new PdError('INTERNAL', `the transfer thread ended at its start with code ${code}`);
   });
+  // Either rejects with what the thread has thrown.
+  const first = (await Promise.race([once(worker, 'message'), ended])) as [readonly FromTransfer[]];
+  const [[message]] = first;
+  if (message?.type === 'ready') return message.address;
+  if (message?.type === 'not-ready') throw PdError.fromData(message.error);
+  throw new PdError('INTERNAL', `the transfer thread began with ${message?.type ?? 'nothing'}`);
 }

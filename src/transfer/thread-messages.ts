@@ -53,9 +53,12 @@ export type FromTransfer =
   | { readonly type: 'gathered'; readonly seq: number; readonly underWay: boolean }
   | { readonly type: 'under-way'; readonly seq: number }
   | { readonly type: 'sent'; readonly seq: number; readonly bytes: number }
-  | { readonly type: 'received'; readonly seq: number; readonly tensor: StoredTensor }
-  | { readonly type: 'loaded'; readonly seq: number; readonly result: LoadResult }
-  | { readonly type: 'state'; readonly seq: number; readonly state: TransferState }
+  /** To a receive, a load or a question about the state. */
+  | {
+      readonly type: 'answer';
+      readonly seq: number;
+      readonly answer: StoredTensor | LoadResult | TransferState;
+    }
   | { readonly type: 'native'; readonly event: FromWire }
   /** Of a send, a receive or a load. */
   | { readonly type: 'failed'; readonly seq: number; readonly error: ErrorData }

@@ -5,6 +5,7 @@ import { MetricsPage } from '../observability/metrics.ts';
 import type { FromWire } from './native/channel.ts';
 import { TransferService } from './service.ts';
 import type { FromTransfer, ToTransfer, TransferInit } from './thread-messages.ts';
+import type { LoadResult, StoredTensor } from './types.ts';
 
 const port = parentPort;
 if (!port) throw new PdError('INTERNAL', 'transfer/thread.ts runs as a worker thread only');
@@ -70,20 +71,12 @@ function handle(service: TransferService, message: ToTransfer): void {
       });
       return;
     }
-    case 'receive': {
-      const { seq, tensorId, peer, timeoutMs } = message;
-      answer(seq, service.receive(tensorId, peer, timeoutMs), (tensor) => ({
-        type: 'received',
-        seq,
-        tensor,
-      }));
+    case 'receive':
+      answer(message.seq, service.receive(message.tensorId, message.peer, message.timeoutMs));
       return;
-    }
-    case 'load': {
-      const { seq } = message;
-      answer(seq, service.load(message.request), (result) => ({ type: 'loaded', seq, result }));
+    case 'load':
+      answer(message.seq, service.load(message.request));
       return;
-    }
     case 'cancel-load':
       service.cancelLoad(message.requestId);
       return;
@@ -109,7 +102,7 @@ function handle(service: TransferService, message: ToTransfer): void {
       service.native(message.command);
       return;
     case 'state':
-      say({ type: 'state', seq: message.seq, state: service.state() });
+      say({ type: 'answer', seq: message.seq, answer: service.state() });
       return;
     case 'shutdown':
       void service.dispose().finally(() => {
@@ -124,9 +117,9 @@ function handle(service: TransferService, message: ToTransfer): void {
   }
 }
 
-function answer<T>(seq: number, promise: Promise<T>, told: (value: T) => FromTransfer): void {
+function answer(seq: number, promise: Promise<StoredTensor | LoadResult>): void {
   promise.then(
-    (value) => say(told(value)),
+    (found) => say({ type: 'answer', seq, answer: found }),
     (error: unknown) => say({ type: 'failed', seq, error: PdError.from(error).toData() }),
   );
 }

@@ -16,8 +16,6 @@ export interface OpenOptions {
   readonly peer: string;
   /** After this long without a peer, `open` rejects with PAIR_INIT_TIMEOUT and all that it took is given back. */
   readonly timeoutMs: number;
-  /** Small operations that wait for those before them may be started together, and then end together. Both ends need not say the same. */
-  readonly joins?: boolean;
 }
 
 export interface OperationOptions {

@@ -2,7 +2,7 @@
 import { type Deferred, deferred } from '../../src/deferred.ts';
 import { type ErrorData, PdError } from '../../src/errors.ts';
 import type { HostPort } from '../../src/net/address.ts';
-import type { SendHandle, TransferEngineApi } from '../../src/transfer/engine-api.ts';
+import type { SendHandle, TransferEngineApi } from '../../src/transfer/engine.ts';
 import type {
   LoadRequest,
   LoadResult,

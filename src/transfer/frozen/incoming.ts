@@ -11,7 +11,6 @@ import type { PairState } from '../types.ts';
 import { Answering, type Asked } from './answering.ts';
 import type { Intake } from './intake.ts';
 import type { Keeper } from './keeper.ts';
-import { JOINS } from './link.ts';
 import type { OutgoingPeers } from './peer.ts';
 import { Session, Sessions } from './session.ts';
 
@@ -164,7 +163,7 @@ export class Incoming {
     }
     this.#opening++;
     try {
-      const pair = await joinPair(this.#context, { uniqueId, rank: 1, peer, joins: JOINS });
+      const pair = await joinPair(this.#context, { uniqueId, rank: 1, peer });
       void pair.over.then((reason) => this.#pairOver(session, reason));
       if (session.ended) {
         pair.abort(session.ended);

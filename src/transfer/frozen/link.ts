@@ -26,12 +26,6 @@ const WINDOW = 64;
  */
 const HELLO_GRACE_MS = 300;
 
-/**
- * Whether tensors that wait may go to NCCL together (`OpenOptions.joins`). Not until groups whose bounds differ between the ends have run on
- * GPUs (scripts/wire-results.sh with `true` here): stand-ins say nothing of NCCL's own order.
- */
-export const JOINS: boolean = false;
-
 /** What is announced to a peer and answered by it: a PUT or a GET. */
 export abstract class Announcement {
   abstract readonly tensorId: TensorId;
@@ -211,7 +205,7 @@ export class Link {
       const sent = await this.#dealer.send(encodeMessage({ cmd: 'NEW', unique_id: uniqueId, native: hello }));
       if (!sent || this.#over) return;
       this.#state = 'opening';
-      const pair = await joinPair(this.#context, { uniqueId, rank: 0, peer, joins: JOINS });
+      const pair = await joinPair(this.#context, { uniqueId, rank: 0, peer });
       if (this.#over) {
         pair.abort(
           new PdError('PAIR_CLOSED', `pair with ${peer}: its link ended while it was opened`, { peer }),

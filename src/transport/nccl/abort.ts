@@ -11,9 +11,9 @@ export interface AbortJob {
 
 export type AbortAnswer = { readonly ok: true } | { readonly ok: false; readonly error: ErrorData };
 
-/** Aborts of this thread that have not returned. */
 const underWay = new Set<Promise<unknown>>();
 
+/** Aborts of this thread that have not returned. At the end of a process they hold it up: see `killAfter` in ffi/libc.ts. */
 export function abortsUnderWay(): number {
   return underWay.size;
 }

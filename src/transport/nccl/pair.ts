@@ -3,7 +3,7 @@
  *
  *   queued --exchange()--> settling --NCCL has enqueued it--> in flight --its event fires--> resolved
  *
- * At most one group is settling, since the next NCCL call must wait for it; many operations are in flight. A pair that has to end rejects
+ * At most one is settling, since the next NCCL call must wait for it; many are in flight. A pair that has to end rejects
  * all of them at once, has the communicator aborted on another thread, and is over when its stream has drained.
  */
 import type { Libnccl, Region } from '../../../ffi/libnccl.ts';
@@ -19,16 +19,6 @@ import type { ProgressGate } from './gate.ts';
 
 /** Operations in the stream at a time; more would only lengthen what an abort has to clear away. */
 const MAX_IN_FLIGHT = 64;
-/**
- * Where a pair joins operations: how many become one group at most, and how many bytes that has. To enqueue one costs 60 to 85 us whatever
- * its size, which is what 25 MB take on NVLink.
- *
- * The other end need not group alike, and vLLM's never does. NCCL executes what a group has for one peer in the order in which it was given
- * (its user guide, "Point-to-point communication"), a stream executes groups in theirs, and how an operation is split over channels depends
- * on its size alone; so what arrives where is the same. Nor can the ends wait for each other: a group has one direction, its first operation
- * waits for nothing but the peer's first, and none is held back for longer than a turn of the event loop.
- */
-const JOINED = { operations: 32, bytes: 128 * 2 ** 20 } as const;
 /** NCCL reports a lost peer rarely and late, but where it does this is how soon it is heard; milliseconds. */
 const ERROR_CHECK_EVERY = 10;
 /** For the peer to close as well; milliseconds. */
@@ -60,7 +50,6 @@ export interface PairParts {
   readonly gate: ProgressGate;
   readonly rank: 0 | 1;
   readonly peer: string;
-  readonly joins: boolean;
 }
 
 export class NcclPair implements Pair {
@@ -74,8 +63,7 @@ export class NcclPair implements Pair {
   readonly #parts: PairParts;
   readonly #queue: Operation[] = [];
   readonly #inFlight: Operation[] = [];
-  /** One group. */
-  #settling: readonly Operation[] = [];
+  #settling: Operation | undefined;
   #ended: PdError | undefined;
   #checkedAt = 0;
   readonly #poll: Poll = (now) => this.#turn(now);
@@ -87,7 +75,7 @@ export class NcclPair implements Pair {
   }
 
   get pending(): number {
-    return this.#queue.length + this.#inFlight.length + this.#settling.length;
+    return this.#queue.length + this.#inFlight.length + (this.#settling ? 1 : 0);
   }
 
   send(regions: readonly MemoryRef[], options: OperationOptions): Promise<void> {
@@ -102,11 +90,11 @@ export class NcclPair implements Pair {
     if (this.#ended) return;
     this.#ended = reason;
     const idle = this.pending === 0;
-    const launching = this.#settling.length > 0;
-    const unsettled = [...this.#inFlight, ...this.#settling, ...this.#queue];
+    const launching = this.#settling !== undefined;
+    const unsettled = [...this.#inFlight, ...(this.#settling ? [this.#settling] : []), ...this.#queue];
     this.#inFlight.length = 0;
     this.#queue.length = 0;
-    this.#settling = [];
+    this.#settling = undefined;
     this.#parts.loop.delete(this.#poll);
     for (const operation of unsettled) {
       operation.event?.dispose();
@@ -132,9 +120,8 @@ export class NcclPair implements Pair {
       if (regions.length === 0) return resolve();
       this.#queue.push({ direction, regions, options, resolve, reject });
       this.#parts.loop.add(this.#poll);
-      // The first operation goes out at once; those behind it wait for their turn in the loop. Where they may be joined the first does too,
-      // but no group waits for more than it takes.
-      if (!this.#parts.joins || this.#joined() < this.#queue.length) this.#turn(performance.now());
+      // The first operation goes out at once; those behind it wait for their turn in the loop.
+      this.#turn(performance.now());
     });
   }
 
@@ -148,7 +135,7 @@ export class NcclPair implements Pair {
       this.abort(this.#describe(PdError.from(error, 'NCCL_ERROR')));
       return false;
     }
-    const head = this.#inFlight[0] ?? this.#settling[0] ?? this.#queue[0];
+    const head = this.#inFlight[0] ?? this.#settling ?? this.#queue[0];
     if (head === undefined) return false;
     head.startedAt ??= now;
     if (now - head.startedAt < head.options.timeoutMs) return true;
@@ -158,60 +145,42 @@ export class NcclPair implements Pair {
 
   /** Has NCCL enqueued what was given to it last? */
   #settle(now: number): void {
-    const group = this.#settling;
-    const [first] = group;
-    if (!first) return;
+    const operation = this.#settling;
+    if (!operation) return;
     const { nccl, comm, gate, stream } = this.#parts;
-    if (nccl.state(comm, first.options.tensorId) === 'in-progress') return;
+    if (nccl.state(comm, operation.options.tensorId) === 'in-progress') return;
     gate.leave(this);
     this.#checkedAt = now;
-    this.#settling = [];
+    this.#settling = undefined;
     // Only now is the work in the stream: an event recorded earlier would mark a point before it.
-    const event = stream.record();
-    for (const operation of group) operation.event = event;
-    this.#inFlight.push(...group);
+    operation.event = stream.record();
+    this.#inFlight.push(operation);
   }
 
   #start(): void {
-    const [first] = this.#queue;
-    if (this.#settling.length > 0 || !first || this.#inFlight.length >= MAX_IN_FLIGHT) return;
+    const [next] = this.#queue;
+    if (this.#settling || !next || this.#inFlight.length >= MAX_IN_FLIGHT) return;
     const { nccl, comm, gate, stream, rank } = this.#parts;
     if (!gate.enter(this)) return;
-    const group = this.#queue.splice(0, this.#joined());
-    this.#settling = group;
+    this.#queue.shift();
+    this.#settling = next;
     stream.enter();
     const peer = rank === 0 ? 1 : 0;
-    const regions = group.flatMap((operation) => operation.regions);
-    nccl.exchange(first.direction, regions, comm, peer, stream.handle, first.options.tensorId);
-  }
-
-  /** How many of those that wait leave now. */
-  #joined(): number {
-    if (!this.#parts.joins) return 1;
-    const direction = this.#queue[0]?.direction;
-    let bytes = 0;
-    const end = this.#queue.findIndex((operation, at) => {
-      bytes += operationBytes(operation);
-      return (
-        at > 0 && (at === JOINED.operations || operation.direction !== direction || bytes > JOINED.bytes)
-      );
-    });
-    return end < 0 ? this.#queue.length : end;
+    nccl.exchange(next.direction, next.regions, comm, peer, stream.handle, next.options.tensorId);
   }
 
   #complete(now: number): void {
     for (let head = this.#inFlight[0]; head?.event?.done(); head = this.#inFlight[0]) {
       head.event.dispose();
       this.#inFlight.shift();
-      const next = this.#inFlight[0] ?? this.#settling[0];
+      const next = this.#inFlight[0] ?? this.#settling;
       if (next) next.startedAt = now;
       head.resolve();
     }
   }
 
   #checkPeer(now: number): void {
-    if (this.#settling.length > 0 || this.#inFlight.length === 0 || now - this.#checkedAt < ERROR_CHECK_EVERY)
-      return;
+    if (this.#settling || this.#inFlight.length === 0 || now - this.#checkedAt < ERROR_CHECK_EVERY) return;
     this.#checkedAt = now;
     this.#parts.nccl.state(this.#parts.comm, `pair with ${this.peer}`);
   }

@@ -62,8 +62,8 @@ export class NcclTransport implements Transport {
     this.#openings.add(opening);
     try {
       const comm = await opening.done;
-      const { rank, peer, joins = false } = options;
-      const pair = new NcclPair({ ...parts, comm, rank, peer, joins, stream: this.#device.createStream() });
+      const { rank, peer } = options;
+      const pair = new NcclPair({ ...parts, comm, rank, peer, stream: this.#device.createStream() });
       this.#pairs.add(pair);
       void pair.released.then(() => this.#pairs.delete(pair));
       // disposed in the moment between: it ends like the others
@@ -72,11 +72,6 @@ export class NcclTransport implements Transport {
     } finally {
       this.#openings.delete(opening);
     }
-  }
-
-  /** Aborts of this thread that have not returned. At the end of a process they hold it up: see `killAfter`. */
-  get ending(): number {
-    return abortsUnderWay();
   }
 
   /** Aborts every pair and waits for them, for 3 s at most. Idempotent. */

@@ -1,9 +1,10 @@
-import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test, vi } from 'vitest';
+import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
 import type { CudaDevice } from '../../../src/device/cuda/device.ts';
 import { createCudaDevice } from '../../../src/device/cuda.ts';
 import type { MemoryRef } from '../../../src/device/device.ts';
 import { hostMemory, hostView, sliceMemory } from '../../../src/device/memory.ts';
 import { PdError } from '../../../src/errors.ts';
+import { abortsUnderWay } from '../../../src/transport/nccl/abort.ts';
 import { createNcclTransport, type NcclTransport } from '../../../src/transport/nccl/transport.ts';
 import type { Pair } from '../../../src/transport/transport.ts';
 import type { UniqueId } from '../../../src/wire/messages.ts';
@@ -51,14 +52,11 @@ function read(device: CudaDevice, memory: MemoryRef): Uint8Array {
   return hostView(host);
 }
 
-async function openPair(
-  timeoutMs = 60_000,
-  joins: readonly [boolean, boolean] = [false, false],
-): Promise<readonly [Pair, Pair]> {
+async function openPair(timeoutMs = 60_000): Promise<readonly [Pair, Pair]> {
   const uniqueId = left.createUniqueId();
   return Promise.all([
-    left.open({ uniqueId, rank: 0, peer: '10.0.0.2:2', timeoutMs, joins: joins[0] }),
-    right.open({ uniqueId, rank: 1, peer: '10.0.0.1:1', timeoutMs, joins: joins[1] }),
+    left.open({ uniqueId, rank: 0, peer: '10.0.0.2:2', timeoutMs }),
+    right.open({ uniqueId, rank: 1, peer: '10.0.0.1:1', timeoutMs }),
   ]);
 }
 
@@ -99,37 +97,8 @@ describe('a pair', () => {
     expect(Buffer.compare(read(devices[0], here), read(devices[1], incoming))).toBe(0);
   });
 
-  test.each([
-    { joins: [true, false], joined: 'send', single: 'receive' },
-    { joins: [false, true], joined: 'receive', single: 'send' },
-  ] as const)(
-    'that joins what waits gives NCCL every $joined of a group, though the other end does not',
-    async (row) => {
-      const [a, b] = await openPair(60_000, row.joins);
-      const exchange = vi.spyOn(left.nccl, 'exchange');
-      const sizes = Array.from({ length: 150 }, (_, i) => 1 + ((i * 7919) % 3_000));
-      const ends = sizes.map((_, i) => sizes.slice(0, i + 1).reduce((sum, size) => sum + size));
-      const from = fill(devices[0], ends.at(-1)!, 5);
-      const to = devices[1].allocate(ends.at(-1)!, 'test');
-      const each = (move: (at: number, bytes: number, id: string) => Promise<void>) =>
-        sizes.map((bytes, i) => move(ends[i]! - bytes, bytes, `t${i}`));
-      const send = () => each((at, bytes, id) => a.send([sliceMemory(from, at, bytes)], options(id)));
-      const receive = () => each((at, bytes, id) => b.receive([sliceMemory(to, at, bytes)], options(id)));
-      // The end that joins goes first: its stream takes 64 and one group at most, and the others wait until the other end has come.
-      const work = row.joined === 'send' ? [...send(), ...receive()] : [...receive(), ...send()];
-      await Promise.all(work);
-      expect(Buffer.compare(read(devices[1], to), read(devices[0], from))).toBe(0);
-      const regionsOf = (direction: string) =>
-        exchange.mock.calls.filter(([way]) => way === direction).map(([, regions]) => regions.length);
-      expect(regionsOf(row.single)).toEqual(sizes.map(() => 1));
-      expect(Math.max(...regionsOf(row.joined))).toBe(32);
-      expect(regionsOf(row.joined).reduce((sum, count) => sum + count)).toBe(sizes.length);
-      exchange.mockRestore();
-    },
-  );
-
-  test('keeps the order of operations that go both ways on a pair that joins', async () => {
-    const [a, b] = await openPair(60_000, [true, true]);
+  test('keeps the order of operations that go both ways', async () => {
+    const [a, b] = await openPair();
     const source = fill(devices[0], 64, 1);
     const back = fill(devices[1], 48, 2);
     const [there, home] = [devices[1].allocate(64, 'test'), devices[0].allocate(48, 'test')];
@@ -198,7 +167,7 @@ describe('an operation that its peer does not meet', () => {
     const receive = a.receive([target], options('t', 100));
     await expect(receive).rejects.toMatchObject({ code: 'TRANSFER_TIMEOUT' });
     expect((await a.over).code).toBe('TRANSFER_TIMEOUT');
-    expect(left.ending).toBe(1);
+    expect(abortsUnderWay()).toBe(1);
     // what the end of the device must not do now is to wait for that abort
     standIns.faults('ncclCommAbort=hang,cudaFree=hang');
     const device = await createCudaDevice(0);
