@@ -50,7 +50,11 @@ export async function makeEnd(
     transports,
   };
   let hear: (event: FromWire) => void = () => {};
-  const tell = (event: FromWire) => hear(event);
+  const peers = new Set<string>();
+  const tell = (event: FromWire) => {
+    if ('peer' in event) peers.add(event.peer);
+    hear(event);
+  };
   const service = await services.make(overrides, { native: { init, tell } });
   const handOver = new HandOver({
     init,
@@ -64,6 +68,15 @@ export async function makeEnd(
     busy: () => false,
     metrics: new MetricsPage(),
     log: createLogger({ level: 'silent', format: 'json' }, 'test'),
+  });
+  // Else its timer outlives the test, in a process that other files share. Nobody is left to acknowledge anything.
+  services.add({
+    dispose: () => {
+      const error = { code: 'PEER_LOST', message: 'the test is over', context: {} } as const;
+      for (const peer of peers)
+        for (const way of ['to', 'from'] as const) hear({ kind: 'lost', way, peer, error });
+      return handOver.close();
+    },
   });
   const blocks = new BlockManager(LAYOUT.numBlocks, LAYOUT.blockSize);
   const outcomes: LoadOutcome[] = [];
