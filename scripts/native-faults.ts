@@ -20,10 +20,12 @@ import { metricsOf } from '../support/serving.ts';
 
 const options = new Command('native-faults.sh')
   .addOption(new Option('--executor <name>').choices(['cuda', 'host']).default('cuda'))
+  // cuda:0 where there is one GPU: the parts sockets and refused need two
+  .addOption(new Option('--consumer-device <name>').default('cuda:1'))
   .addOption(new Option('--only <parts>').default('faults,one-gpu,sockets,refused'))
   .allowExcessArguments(false)
   .parse()
-  .opts<{ readonly executor: string; readonly only: string }>();
+  .opts<{ readonly executor: string; readonly consumerDevice: string; readonly only: string }>();
 
 const START_MS = 120_000;
 const ANSWER_MS = 60_000;
@@ -178,6 +180,8 @@ interface Pair {
   producer: Worker;
   consumer: Worker;
 }
+const ENDS = ['producer', 'consumer'] as const satisfies readonly (keyof Pair)[];
+const DEVICES: Record<keyof Pair, string> = { producer: 'cuda:0', consumer: options.consumerDevice };
 
 /** A request by the pair, right and by KV that was loaded. */
 async function works({ producer, consumer }: Pair): Promise<string | undefined> {
@@ -190,10 +194,11 @@ async function works({ producer, consumer }: Pair): Promise<string | undefined> 
   return loaded === 1 ? undefined : 'its KV did not come';
 }
 
-type When = 'before' | 'while' | 'after';
+const MOMENTS = ['before', 'while', 'after'] as const;
+type When = (typeof MOMENTS)[number];
 
-/** Signals `victim` at that moment of a request. Its answer, what the undivided worker says, and whether the moment was met. */
-async function signalled(pair: Pair, victim: keyof Pair, when: When, signal: NodeJS.Signals) {
+/** Signals the victims at that moment of a request. Its prompt and answer, and whether the moment was met. */
+async function signalled(pair: Pair, victims: readonly (keyof Pair)[], when: When, signal: NodeJS.Signals) {
   const { producer, consumer } = pair;
   for (let tries = 1; ; tries++) {
     const prompt = promptOf(LONG_WORDS);
@@ -207,14 +212,14 @@ async function signalled(pair: Pair, victim: keyof Pair, when: When, signal: Nod
       else await Promise.all([answer, prefill]);
     }
     if (!met && tries < TRIES) continue;
-    pair[victim].child.kill(signal);
+    for (const victim of victims) pair[victim].child.kill(signal);
     return { prompt, answer, met };
   }
 }
 
 async function stopped(pair: Pair, victim: keyof Pair, when: When): Promise<void> {
   const name = `SIGSTOP of the ${victim} ${when} writes, then SIGCONT`;
-  const { prompt, answer, met } = await signalled(pair, victim, when, 'SIGSTOP');
+  const { prompt, answer, met } = await signalled(pair, [victim], when, 'SIGSTOP');
   const other = victim === 'producer' ? pair.consumer : pair.producer;
   let quarantined = 0;
   if (victim === 'producer') {
@@ -241,17 +246,55 @@ async function stopped(pair: Pair, victim: keyof Pair, when: When): Promise<void
 
 async function killed(pair: Pair, victim: keyof Pair, when: When): Promise<void> {
   const name = `kill -9 of the ${victim} ${when} writes`;
-  const { prompt, answer, met } = await signalled(pair, victim, when, 'SIGKILL');
+  const { prompt, answer, met } = await signalled(pair, [victim], when, 'SIGKILL');
   const survivor = victim === 'producer' ? pair.consumer : pair.producer;
   const text = await answer;
   const right = victim === 'consumer' || text === (await whole(prompt));
   // a consumer's death is seen by its socket: what it had asked for ends then, other KV at its lease's end
-  const left = await books(survivor);
+  const left = (await books(survivor)) ?? (await mapped(survivor));
   // in the memory of its predecessor, which the survivor must have unmapped
-  pair[victim] = await start(victim, victim === 'producer' ? 'cuda:0' : 'cuda:1', DIRECT);
+  pair[victim] = await start(victim, DEVICES[victim], DIRECT);
   const after = await works(pair);
   const said = [met ? 'met' : 'moment missed', right ? '' : text, left, after && `its successor: ${after}`];
   row(name, said.filter(Boolean).join('; '), right && met && !left && !after);
+}
+
+/** In words, whose cache it still has mapped, or who has its; undefined once nobody. */
+async function mapped(worker: Worker): Promise<string | undefined> {
+  let peers: readonly string[] = [];
+  for (const end = performance.now() + BOOKS_MS; performance.now() < end; await sleep(50)) {
+    peers = (await stateOf(worker)).handOver!.mappings.map(({ peer, cache }) => `${cache} with ${peer}`);
+    if (peers.length === 0) return undefined;
+  }
+  return `still mapped: ${peers.join(', ')}`;
+}
+
+/** Both ends, and their successors at the same addresses: what the dead had under way is nobody's, also not a bystander's on that GPU. */
+async function killedTogether(pair: Pair, when: When): Promise<void> {
+  const witness = promptOf(LONG_WORDS);
+  const expected = await whole(witness);
+  const { answer, met } = await signalled(pair, ENDS, when, 'SIGKILL');
+  await answer;
+  await Promise.all(
+    ENDS.map(async (end) => {
+      const { child, kv } = pair[end];
+      if (child.exitCode === null && child.signalCode === null) await once(child, 'exit');
+      const { port } = parseHostPort(kv);
+      pair[end] = await start(end, DEVICES[end], [...DIRECT, '--kv-port', String(port)]);
+    }),
+  );
+  const after = await works(pair);
+  const left = await books(pair.producer, pair.consumer);
+  // its KV of that prompt lies there since before
+  const text = await whole(witness);
+  const said = [
+    met ? 'met' : 'moment missed',
+    after && `their successors: ${after}`,
+    left,
+    text === expected ? '' : `a bystander's text changed: ${text}`,
+  ];
+  const right = met && !after && !left && text === expected;
+  row(`kill -9 of both ends ${when} writes`, said.filter(Boolean).join('; '), right);
 }
 
 const DIRECT = ['--transport', 'direct', '--kv-orphan-timeout', '3s'];
@@ -259,16 +302,18 @@ const DIRECT = ['--transport', 'direct', '--kv-orphan-timeout', '3s'];
 async function faults(): Promise<void> {
   const [producer, consumer] = await Promise.all([
     start('producer', 'cuda:0', DIRECT),
-    start('consumer', 'cuda:1', DIRECT),
+    start('consumer', DEVICES.consumer, DIRECT),
   ]);
   const pair = { producer, consumer };
   const first = await works(pair);
   row('a pair by direct', first ?? 'right', first === undefined);
-  await selfTest(pair.producer, 'between two GPUs');
-  for (const victim of ['producer', 'consumer'] as const)
-    for (const when of ['before', 'while', 'after'] as const) await stopped(pair, victim, when);
-  for (const victim of ['producer', 'consumer'] as const)
-    for (const when of ['before', 'while', 'after'] as const) await killed(pair, victim, when);
+  await selfTest(
+    pair.producer,
+    DEVICES.consumer === DEVICES.producer ? 'within one GPU' : 'between two GPUs',
+  );
+  for (const victim of ENDS) for (const when of MOMENTS) await stopped(pair, victim, when);
+  for (const victim of ENDS) for (const when of MOMENTS) await killed(pair, victim, when);
+  for (const when of MOMENTS) await killedTogether(pair, when);
   await Promise.all([kill(pair.consumer), kill(pair.producer)]);
 }
 
@@ -334,7 +379,7 @@ async function another(
 ): Promise<void> {
   const [producer, consumer] = await Promise.all([
     start('producer', 'cuda:0', args, { ...env, ...envOfProducer }),
-    start('consumer', 'cuda:1', args, env),
+    start('consumer', DEVICES.consumer, args, env),
   ]);
   const pair = { producer, consumer };
   const problems: string[] = [];

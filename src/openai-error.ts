@@ -22,7 +22,6 @@ export function retryHeaders({ status, context }: PdError): { readonly 'retry-af
 }
 
 const TYPES: Readonly<Record<number, string>> = {
-  401: 'authentication_error',
   403: 'permission_error',
   429: 'rate_limit_error',
 };
@@ -31,6 +30,8 @@ const TYPES: Readonly<Record<number, string>> = {
 const CODES: Partial<Record<ErrorCode, string>> = {
   MODEL_NOT_FOUND: 'model_not_found',
   CONTEXT_EXCEEDED: 'context_length_exceeded',
+  KEY_REFUSED: 'invalid_api_key',
+  OVERLOADED: 'rate_limit_exceeded',
 };
 
 /** A code as answers have it. */

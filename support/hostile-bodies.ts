@@ -140,6 +140,7 @@ const BODIES: readonly HostileBody[] = [
     ...completion('a bias that is NaN', '', () => '"logit_bias":{"5":NaN}'),
     param: null,
   },
+  completion('a stop string of a megabyte', 'stop.0', () => `"stop":["${'a'.repeat(MB)}"]`),
   completion('a bias beyond all numbers', 'logit_bias.5', () => '"logit_bias":{"5":1e999}'),
   completion('a bias in words', 'logit_bias.5', () => '"logit_bias":{"5":"NaN"}'),
   completion('a bias of a token that is not there', 'logit_bias', () => '"logit_bias":{"99999999":1}'),
@@ -168,6 +169,12 @@ const BODIES: readonly HostileBody[] = [
     path: '/v1/completions',
     param: 'prompt',
     body: () => '{"prompt":[1,99999999],"max_tokens":4}',
+  },
+  {
+    name: 'a response with metadata of 5,000 levels',
+    path: '/v1/responses',
+    param: 'metadata',
+    body: () => `{"input":"?","metadata":${deep(5_000, ['[', ']'], '')}}`,
   },
   {
     name: 'a response with 10,000 tools',

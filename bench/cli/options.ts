@@ -47,7 +47,7 @@ const COMMON = defineOptions({
   }),
   devices: option({
     kind: text('device,device', 'two GPUs such as cuda:0,cuda:1'),
-    help: "the producer's and the consumer's device, instead of --device",
+    help: "the producer's and the consumer's device, instead of --device; one GPU for both with --wire native --transport direct",
     group: WHERE,
   }),
   shape: option({
@@ -251,8 +251,13 @@ export const INTERFERENCE_OPTIONS = defineOptions({
 type CommonValues = ValuesOf<typeof COMMON>;
 
 /** Throws CONFIG_INVALID for devices between which nothing can move. */
-export function benchOptions(values: CommonValues, progress: Progress): BenchOptions {
-  const devices = devicesOf(values);
+export function benchOptions(
+  values: CommonValues & Partial<Pick<ValuesOf<typeof TRANSFER_OPTIONS>, 'wire' | 'transport'>>,
+  progress: Progress,
+): BenchOptions {
+  const { wire, transport } = values;
+  const byDirect = wire?.join() === 'native' && transport?.join() === 'direct';
+  const devices = devicesOf(values, byDirect);
   const { layers, blockSize } = values;
   const onHost = devices[0] === 'host';
   return {
@@ -291,7 +296,8 @@ export function nativeSettingsOf(
   return { transports, inFlight, manyTokens: Math.min(1_024, Math.max(...tokensOf(tokens, options))) };
 }
 
-function devicesOf({ device: kind, devices }: CommonValues): readonly [string, string] {
+/** `byDirect`: nothing is to go by NCCL. */
+function devicesOf({ device: kind, devices }: CommonValues, byDirect: boolean): readonly [string, string] {
   if (kind !== undefined && devices !== undefined) {
     throw new PdError('CONFIG_INVALID', '--device and --devices: give only one of them');
   }
@@ -307,10 +313,10 @@ function devicesOf({ device: kind, devices }: CommonValues): readonly [string, s
   if ((producer === 'host') !== (consumer === 'host')) {
     throw new PdError('CONFIG_INVALID', `--devices: ${producer} and ${consumer} share no transport`);
   }
-  if (producer === consumer && producer !== 'host') {
+  if (producer === consumer && producer !== 'host' && !byDirect) {
     throw new PdError(
       'CONFIG_INVALID',
-      `--devices: both are ${producer}, and NCCL refuses to connect two ranks on one GPU`,
+      `--devices: both are ${producer}, and NCCL refuses to connect two ranks on one GPU; --wire native --transport direct does without`,
     );
   }
   return [producer, consumer];

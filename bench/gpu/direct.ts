@@ -4,7 +4,7 @@
  *   node dist/bench/gpu/direct.js [correct|grant|faults|times ...]        PD_RESULTS=FILE takes the rows as JSON
  *
  * `correct`: every block poisoned and the poison drained, another source each round, the whole cache read back as soon as the flag is seen.
- * `grant`: launches that come when their grant is gone. `faults`: kill -9 of either end in mid-write, unmapping beside a kernel, claims
+ * `grant`: launches that come when their grant is gone. `faults`: kill -9 of either end and of both in mid-write, unmapping beside a kernel, claims
  * that the memory does not hold. `times`: from the launch to the flag in the other process, median of 15.
  */
 import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
@@ -310,6 +310,48 @@ async function faults(): Promise<void> {
     writer.ask({ do: 'write', seq, slot: slot!, mark: 1, each: layers, ctas: 64 }),
   ]);
   row('its successor is written into', 'flag seen');
+
+  // both ends die while a long queue of writes is under way: a bystander on that GPU, and who takes the memory next, find what they had
+  const bystander = await start(OWNER_GPU);
+  await bystander.ask({ do: 'cache', layout: layout(64), layers: 4 });
+  await bystander.ask({ do: 'fill', seed: 40 });
+  const [lastWriter, lastOwner] = await Promise.all([start(0), start(OWNER_GPU)]);
+  await shape({ writer: lastWriter, owner: lastOwner }, theirs, layers);
+  ({ slot } = await lastOwner.ask({ do: 'grant', seq: ++seq }));
+  await lastWriter.ask({ do: 'tables', ...all });
+  void lastWriter.try({
+    do: 'write',
+    seq,
+    slot: slot!,
+    mark: 1,
+    each: 1,
+    ctas: 8,
+    repeat: small ? 20 : 60,
+    drain: true,
+  });
+  await lastOwner.ask({ do: 'watch', seq, slot: slot!, mark: 1 });
+  for (const peer of [lastWriter, lastOwner]) peer.process.kill('SIGKILL');
+  await Promise.all([lastWriter.exit, lastOwner.exit]);
+  const heir = await start(OWNER_GPU);
+  for (const peer of [lastWriter, lastOwner]) peers.delete(peer);
+  await heir.ask({ do: 'cache', layout: theirs, layers, whenFree: true });
+  await heir.ask({ do: 'fill', seed: 41 });
+  await pause(50);
+  const nothing = { source: [], target: [] };
+  const changed = await Promise.all([
+    bystander.ask({ do: 'check', seed: 40, from: 0, ...nothing }),
+    heir.ask({ do: 'check', seed: 41, from: 0, ...nothing }),
+  ]);
+  const [wrong, runs] = [changed[0].wrong! + changed[1].wrong!, changed[0].runs! + changed[1].runs!];
+  row(
+    `both ends killed (-9) in mid-write of ${mib} MiB`,
+    `${wrong} of ${runs} runs of a bystander and of the memory's next owner changed`,
+    wrong === 0,
+  );
+  for (const peer of [bystander, heir]) {
+    peers.delete(peer);
+    await peer.kill();
+  }
 
   // unmapping beside a kernel of this process that runs for long
   const beside = await writer.ask({ do: 'unmap-beside-kernel', repeat: small ? 2 : 24 });

@@ -11,7 +11,7 @@ import { Peer } from './peer.ts';
 import type { KvShape } from './shape.ts';
 
 export interface BenchOptions {
-  /** Of producers and of consumers: two GPUs, since NCCL refuses both ranks of a pair on one; or `host` twice. */
+  /** Of producers and of consumers: two GPUs, since NCCL refuses both ranks of a pair on one; by `direct` alone also one GPU twice; or `host` twice. */
   readonly devices: readonly [string, string];
   readonly shape: KvShape;
   /** Device memory for received KV, per engine, bytes. */

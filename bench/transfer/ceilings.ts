@@ -44,7 +44,6 @@ export async function measureCeilings(
   const ceilings: Ceiling[] = [];
   const errors: string[] = [];
   const { shape } = options;
-  const largest = new JobMaker('raw', shape).flat(shape.layers, tensorBytesOf(shape, Math.max(...tokens)));
   const add = (kind: CeilingKind, count: number, times: readonly number[]) => {
     const warm = times.slice(WARM_UP);
     const bytes = shape.layers * tensorBytesOf(shape, count);
@@ -58,6 +57,27 @@ export async function measureCeilings(
       bestGbps: bytes / bestMs / 1e6,
     });
   };
+  const [from, to] = options.devices;
+  const onOne = from === to && from !== 'host';
+  if (onOne) errors.push(`raw NCCL and cudaMemcpyPeerAsync are between GPUs, and both ends are on ${from}`);
+  else errors.push(...(await measureRaw(options, tokens, rounds, add)));
+  try {
+    for (const [count, times] of await kernelTimes(options, tokens, rounds)) add('kernel', count, times);
+  } catch (error) {
+    errors.push(messageOf(error));
+  }
+  return { ceilings, errors };
+}
+
+/** Why it ended before its time. */
+async function measureRaw(
+  options: BenchOptions,
+  tokens: readonly number[],
+  rounds: number,
+  add: (kind: CeilingKind, count: number, times: readonly number[]) => void,
+): Promise<string[]> {
+  const { shape } = options;
+  const largest = new JobMaker('raw', shape).flat(shape.layers, tensorBytesOf(shape, Math.max(...tokens)));
   let peers: Peer[] = [];
   try {
     peers = await startPeers(options, {
@@ -78,17 +98,12 @@ export async function measureCeilings(
       const { times = [] } = await sender.ask({ do: 'device-copy', bytes, ...copied });
       add('device-copy', count, times);
     }
+    return [];
   } catch (error) {
-    errors.push(messageOf(error));
+    return [messageOf(error)];
   } finally {
     await Promise.all(peers.map((peer) => peer.quit()));
   }
-  try {
-    for (const [count, times] of await kernelTimes(options, tokens, rounds)) add('kernel', count, times);
-  } catch (error) {
-    errors.push(messageOf(error));
-  }
-  return { ceilings, errors };
 }
 
 async function openRaw(sender: Peer, receiver: Peer): Promise<void> {

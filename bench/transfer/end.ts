@@ -30,6 +30,8 @@ const LOOPBACK = '127.0.0.1';
 const STEP_TIMEOUT_MS = 30_000;
 /** For WANTs to reach a producer. */
 const ASKED_MS = 20_000;
+/** For a write that has just been launched to land and to be told of. */
+const REPLY_MS = 2;
 const DIGEST = '00'.repeat(16);
 const DRAWN: FirstTokens = { tokens: [7] };
 const NOTHING: ConnectorMetadata = {
@@ -180,7 +182,7 @@ export class End {
     return { at, ...(flags.length > 0 && { flags }) };
   }
 
-  /** `at`: the last layer was computed, as the core thread sees its event. */
+  /** `at`: the last layer was computed, as the core thread sees its event; `sentAt`: the connector knew what was drawn. */
   async prefill(
     ids: readonly TransferId[],
     tokens: number,
@@ -208,12 +210,15 @@ export class End {
     const at = monotonicMs();
     await connector.waitForSave();
     if (!abandon) connector.promptsDrawn(new Map(fills.map(({ requestId }) => [requestId, DRAWN])));
+    const sentAt = monotonicMs();
     for (const { requestId, transferId } of fills) {
       connector.requestFinished({ requestId, transferId, aborted: abandon });
       blocks.free(requestId);
     }
     for (const event of events) event.dispose();
-    return { at, firstSendAt, blocks: fills.map(({ blockIds }) => blockIds) };
+    // what is said to the benchmark must not stand in the way of what ends the hand-over
+    await sleep(REPLY_MS);
+    return { at, firstSendAt, sentAt, blocks: fills.map(({ blockIds }) => blockIds) };
   }
 
   async close(): Promise<void> {

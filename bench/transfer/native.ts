@@ -6,6 +6,7 @@
  *   layers   asked for before it is computed, each layer written behind its event: from the last layer computed
  */
 import { PdError } from '../../src/errors.ts';
+import type { HostPort } from '../../src/net/address.ts';
 import type { NativeTransport } from '../../src/transfer/native/messages.ts';
 import { proxyRequestId, type TransferId, transferIdOf } from '../../src/wire/ids.ts';
 import { best, median } from '../measure/statistics.ts';
@@ -45,9 +46,10 @@ export interface NativeRow extends RowKey {
   readonly wantedMs: number;
   /**
    * One request by `direct`, from the GPU's own clock, medians: how long the write that set the flag took (in `layers` that of the last layer),
-   * and from its begin, which is when the last layer was computed, to the KV in place.
+   * and from its begin, which is when the last layer was computed, until the consumer's core thread knew that the KV is there (`kvMs`; absent in
+   * reports from before it was told), and until it knew that and the first token.
    */
-  readonly stamped?: { readonly writeMs: number; readonly knownMs: number };
+  readonly stamped?: { readonly writeMs: number; readonly kvMs?: number; readonly knownMs: number };
   /** `layers` on a GPU: a step that nobody has asked for takes this fraction of one that is handed over, median. */
   readonly keeps?: number;
   readonly error?: string;
@@ -189,6 +191,7 @@ function stampsOf(rounds: readonly Round[], warmUp: number): Pick<NativeRow, 'st
   return {
     stamped: {
       writeMs: median(timed.map(({ began, ended }) => ended - began)),
+      kvMs: median(timed.map(({ began, seen }) => seen - (began + apart))),
       knownMs: median(timed.map(({ began, at }) => at - (began + apart))),
     },
   };
@@ -212,8 +215,7 @@ async function keptRound([producer, consumer]: readonly [Peer, Peer], key: RowKe
   const ids = newIds(producer, consumer, key.inFlight);
   const { tokens } = key;
   const computed = await producer.ask({ do: 'prefill', ids, tokens, compute: false, abandon: false });
-  const wanted = await consumer.ask({ do: 'want', ids, tokens, peer: producer.address });
-  const loaded = await consumer.ask({ do: 'loaded', ids });
+  const [wanted, loaded] = await wantAndLoad(consumer, ids, tokens, producer.address);
   const { timelines = [] } = await producer.ask({ do: 'timelines' });
   const bound = timelines
     .filter(({ id }) => ids.includes(id as TransferId))
@@ -228,11 +230,23 @@ async function layersRound(
 ): Promise<Round> {
   const ids = newIds(producer, consumer, key.inFlight);
   const { tokens } = key;
-  const wanted = await consumer.ask({ do: 'want', ids, tokens, peer: producer.address });
+  const loading = wantAndLoad(consumer, ids, tokens, producer.address);
+  // it may fail first
+  loading.catch(() => undefined);
   await producer.ask({ do: 'asked', count: ids.length });
   const computed = await producer.ask({ do: 'prefill', ids, tokens, compute, abandon: false });
-  const loaded = await consumer.ask({ do: 'loaded', ids });
+  const [wanted, loaded] = await loading;
   return roundOf(computed.at ?? 0, { computed, wanted, loaded });
+}
+
+/** Both said at once: a message to this end that came while its KV does would take of the time that is measured. */
+export function wantAndLoad(
+  consumer: Peer,
+  ids: readonly TransferId[],
+  tokens: number,
+  peer: HostPort,
+): Promise<[Reply, Reply]> {
+  return Promise.all([consumer.ask({ do: 'want', ids, tokens, peer }), consumer.ask({ do: 'loaded', ids })]);
 }
 
 /** Milliseconds. */

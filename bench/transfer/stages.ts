@@ -3,9 +3,12 @@
  * rounds beside late ones, as the code of the first is not compiled yet. On two GPUs, or on stand-ins (PD_STANDIN_WRITE_US=0).
  *
  *   node dist/bench/transfer/stages.js [--devices cuda:0,cuda:1] [--shape llama-3-8b] [--tokens 16] [--rounds 300] [--starts 1] [--pause MS]
+ *                                        [--compute] [--paths kept,layers]
  *
  *   kept     WANT .. bound .. launched .. flag .. landed .. loaded    all of it was computed before
- *   layers   computed .. flag .. loaded                               asked for before
+ *   layers   computed .. drawn .. landed .. loaded, beside it flag    asked for before; with --compute each layer takes its time on the GPU
+ *
+ * `GPU:` columns begin with the write that sets the flag, on the GPU's clock: its end, the flag as the consumer sees it, KV and token there.
  */
 import { setTimeout as sleep } from 'node:timers/promises';
 import { Command } from 'commander';
@@ -15,7 +18,7 @@ import { percentile } from '../measure/statistics.ts';
 import { plainTable } from '../measure/table.ts';
 import { type BenchOptions, JobMaker, startPeers } from './bench.ts';
 import type { Reply } from './messages.ts';
-import { newIds } from './native.ts';
+import { newIds, wantAndLoad } from './native.ts';
 import type { Peer } from './peer.ts';
 import { blocksOf, cacheBlocks, MODEL_NAMES, type ModelName, modelShape, tensorBytesOf } from './shape.ts';
 
@@ -26,6 +29,8 @@ interface StagesCommand {
   readonly rounds: string;
   readonly starts: string;
   readonly pause: string;
+  readonly compute?: true;
+  readonly paths: string;
 }
 
 /** From one stage to another, ms. */
@@ -47,8 +52,19 @@ const program = new Command('stages')
   .option('--tokens <n>', 'of a prompt', '16')
   .option('--rounds <n>', 'of each path', '300')
   .option('--starts <n>', 'of both programs, each with so many rounds', '1')
-  .option('--pause <ms>', 'between two requests', '0');
-const { devices, shape, tokens, rounds, starts, pause } = program.parse().opts<StagesCommand>();
+  .option('--pause <ms>', 'between two requests', '0')
+  .option('--compute', 'layers behind a stand-in for a prefill')
+  .option('--paths <list>', 'kept, layers', 'kept,layers');
+const {
+  devices,
+  shape,
+  tokens,
+  rounds,
+  starts,
+  pause,
+  compute = false,
+  paths,
+} = program.parse().opts<StagesCommand>();
 const [ofProducer = 'cuda:0', ofConsumer = 'cuda:1'] = devices.split(',');
 await main(
   {
@@ -66,6 +82,8 @@ await main(
     rounds: Number(rounds),
     starts: Number(starts),
     pauseMs: Number(pause),
+    compute,
+    paths: paths.split(','),
   },
 );
 
@@ -74,10 +92,13 @@ interface Times {
   readonly rounds: number;
   readonly starts: number;
   readonly pauseMs: number;
+  readonly compute: boolean;
+  readonly paths: readonly string[];
 }
 
 async function main(options: BenchOptions, times: Times): Promise<void> {
   for (const path of ['kept', 'layers'] as const) {
+    if (!times.paths.includes(path)) continue;
     const all: Round[][] = [];
     for (let start = 0; start < times.starts; start++) all.push(await roundsOf(options, path, times));
     const names = Object.keys(all[0]?.[0] ?? {});
@@ -95,22 +116,23 @@ async function main(options: BenchOptions, times: Times): Promise<void> {
 async function roundsOf(
   options: BenchOptions,
   path: 'kept' | 'layers',
-  { tokens: count, rounds: most, pauseMs }: Times,
+  { tokens: count, rounds: most, pauseMs, compute }: Times,
 ): Promise<Round[]> {
   const { shape: kv } = options;
   const blocks = cacheBlocks(blocksOf(kv, count));
   const jobs = [new JobMaker('layer', kv).flat(1, blocks * tensorBytesOf(kv, kv.blockSize))];
   const [producer, consumer] = await startPeers(options, {
-    producer: { device: 0, jobs, end: { role: 'producer', transport: 'direct', blocks } },
+    producer: { device: 0, compute, jobs, end: { role: 'producer', transport: 'direct', blocks } },
     consumer: { device: 1, jobs, end: { role: 'consumer', transport: 'direct', blocks } },
   });
-  const took: Round[] = [];
+  const took: Seen[] = [];
   for (let round = 0; round < most; round++) {
     if (pauseMs > 0) await sleep(pauseMs);
-    took.push(await (path === 'kept' ? kept : layers)(producer!, consumer!, count));
+    const ends = [producer!, consumer!] as const;
+    took.push(await (path === 'kept' ? kept(ends, count) : layers(ends, count, compute)));
   }
   await Promise.all([producer!.quit(), consumer!.quit()]);
-  return took;
+  return stamped(took);
 }
 
 function quartiles(values: readonly number[]): string {
@@ -118,11 +140,35 @@ function quartiles(values: readonly number[]): string {
   return [25, 50].map((p) => percentile(ascending, p).toFixed(2)).join(' ');
 }
 
-async function kept(producer: Peer, consumer: Peer, count: number): Promise<Round> {
+interface Seen extends Round {
+  /** On the GPU's clock. */
+  readonly began: number;
+  readonly ended: number;
+  /** On the host's. */
+  readonly seen: number;
+  readonly at: number;
+}
+
+/** With times since the last write began: what both clocks say when the flag is seen soonest is taken for one moment. */
+function stamped(rounds: readonly Seen[]): Round[] {
+  const apart = Math.min(...rounds.map(({ seen, ended }) => seen - ended));
+  return rounds.map(({ began, ended, seen, at, ...round }) => ({
+    ...round,
+    'GPU: write': ended - began,
+    'GPU: KV known': seen - began - apart,
+    'GPU: token known': at - began - apart,
+  }));
+}
+
+function seenIn({ flags = [], at = 0 }: Reply): { began: number; ended: number; seen: number; at: number } {
+  const { began = 0, ended = 0, seen = 0 } = flags[0] ?? {};
+  return { began, ended, seen, at };
+}
+
+async function kept([producer, consumer]: readonly [Peer, Peer], count: number): Promise<Seen> {
   const ids = newIds(producer, consumer, 1);
   await producer.ask({ do: 'prefill', ids, tokens: count, compute: false, abandon: false });
-  const { at: called = 0 } = await consumer.ask({ do: 'want', ids, tokens: count, peer: producer.address });
-  const loaded = await consumer.ask({ do: 'loaded', ids });
+  const [{ at: called = 0 }, loaded] = await wantAndLoad(consumer, ids, count, producer.address);
   const writer = stagesOf(await producer.ask({ do: 'timelines' }));
   const reader = stagesOf(await consumer.ask({ do: 'timelines' }));
   const { bound = 0, launched = 0, landed = 0 } = writer;
@@ -137,24 +183,34 @@ async function kept(producer: Peer, consumer: Peer, count: number): Promise<Roun
     '(launched to landed)': landed - launched,
     '(landed to loaded)': at - landed,
     'bound to loaded': at - bound,
+    ...seenIn(loaded),
   };
 }
 
-async function layers(producer: Peer, consumer: Peer, count: number): Promise<Round> {
+async function layers(
+  [producer, consumer]: readonly [Peer, Peer],
+  count: number,
+  compute: boolean,
+): Promise<Seen> {
   const ids = newIds(producer, consumer, 1);
-  await consumer.ask({ do: 'want', ids, tokens: count, peer: producer.address });
+  const loading = wantAndLoad(consumer, ids, count, producer.address);
+  // it may fail first
+  loading.catch(() => undefined);
   await producer.ask({ do: 'asked', count: 1 });
-  const computed = await producer.ask({ do: 'prefill', ids, tokens: count, compute: false, abandon: false });
-  const loaded = await consumer.ask({ do: 'loaded', ids });
-  const { launched = 0, landed = 0 } = stagesOf(await producer.ask({ do: 'timelines' }));
-  const { flagged = 0 } = stagesOf(await consumer.ask({ do: 'timelines' }));
+  const prefill = { do: 'prefill', ids, tokens: count, compute, abandon: false } as const;
+  const { at: computed = 0, sentAt: drawn = 0 } = await producer.ask(prefill);
+  const [, loaded] = await loading;
+  const { landed = 0 } = stagesOf(await producer.ask({ do: 'timelines' }));
+  const { flagged = 0, loaded: told = 0 } = stagesOf(await consumer.ask({ do: 'timelines' }));
   const { at = 0 } = loaded;
   return {
-    'launched to computed': (computed.at ?? 0) - launched,
-    'computed to landed': landed - (computed.at ?? 0),
-    'landed to loaded': at - landed,
-    'flag to loaded': at - flagged,
-    'computed to loaded': at - (computed.at ?? 0),
+    'computed to drawn': drawn - computed,
+    'to landed': landed - drawn,
+    'to told': told - landed,
+    'to loaded': at - told,
+    '(computed to flag)': flagged - computed,
+    'computed to loaded': at - computed,
+    ...seenIn(loaded),
   };
 }
 

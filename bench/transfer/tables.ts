@@ -50,7 +50,7 @@ export function nativeTable({ native = [], ceilings }: TransferResult): Table {
   return {
     head: [
       ...['transport', 'path', 'beside', 'requests', 'tokens', 'bytes', 'best', 'median', 'GB/s'],
-      ...['ceiling', 'GPU: known', 'GPU: write', 'from the call', 'step keeps'],
+      ...['ceiling', 'GPU: write', 'GPU: KV known', 'GPU: token known', 'from the call', 'step keeps'],
     ],
     rows: native.map((row) => {
       const ceiling =
@@ -66,8 +66,9 @@ export function nativeTable({ native = [], ceilings }: TransferResult): Table {
         ms(row.medianMs),
         row.path === 'kept' ? rate(row.bytes / row.medianMs / 1e6) : '',
         ceiling ? ms(ceiling.medianMs) : '',
-        row.stamped ? ms(row.stamped.knownMs) : '',
-        row.stamped ? ms(row.stamped.writeMs) : '',
+        ...[row.stamped?.writeMs, row.stamped?.kvMs, row.stamped?.knownMs].map((time) =>
+          time === undefined ? '' : ms(time),
+        ),
         ms(row.wantedMs),
         row.keeps === undefined ? '' : `${(100 * row.keeps).toFixed(1)} %`,
       ];

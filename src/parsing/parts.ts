@@ -21,18 +21,11 @@ export interface PartParser {
   readonly done: boolean;
 }
 
-/** Length of the longest end of `text` that is the beginning, and no more, of one of `markers`. */
-export function partialEnd(text: string, markers: readonly string[]): number {
-  let longest = 0;
-  for (const marker of markers) {
-    for (let length = Math.min(marker.length - 1, text.length); length > longest; length--) {
-      if (text.endsWith(marker.slice(0, length))) {
-        longest = length;
-        break;
-      }
-    }
-  }
-  return longest;
+/** Length of the longest end of `text` that is the beginning, and no more, of `marker`. */
+function partialEnd(text: string, marker: string): number {
+  let length = Math.min(marker.length - 1, text.length);
+  while (length > 0 && !text.endsWith(marker.slice(0, length))) length--;
+  return length;
 }
 
 /** Looks for one marker in text that comes in pieces. */
@@ -52,7 +45,7 @@ export class MarkerFinder {
       this.#held = '';
       return { before: all.slice(0, at), after: all.slice(at + this.marker.length) };
     }
-    const keep = partialEnd(all, [this.marker]);
+    const keep = partialEnd(all, this.marker);
     this.#held = all.slice(all.length - keep);
     return { before: all.slice(0, all.length - keep) };
   }

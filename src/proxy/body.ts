@@ -10,7 +10,9 @@ import type { Logger } from '../observability/log.ts';
 import { openReader, type ReaderPort, type ReadingLimits, ReadingThread } from '../reading-thread.ts';
 import { threadEntry } from '../thread-entry.ts';
 import type { BlockKey } from '../wire/kv-events.ts';
-import { textKeys } from './prefix-index.ts';
+import { fieldsOf, type JsonField, withFields } from './json-fields.ts';
+import { ReadingTurns } from './reading-turns.ts';
+import { BYTES_PER_TOKEN, textKeys } from './text-index.ts';
 
 type JsonObject = Readonly<Record<string, unknown>>;
 
@@ -23,8 +25,8 @@ export interface PromptFacts {
   readonly tokens: number;
   /** It is a text that has been tokenized here. */
   readonly tokenized: boolean;
-  /** Of its text, where asked for and where there is one prompt: as in prefix-index.ts. */
-  readonly textKeys: readonly string[];
+  /** Of its text, where asked for and where there is one prompt: as in text-index.ts. */
+  readonly textKeys: readonly number[];
   /** Of its blocks by their size, where asked for and where its token ids are known. */
   readonly blockKeys: ReadonlyMap<number, readonly BlockKey[]>;
 }
@@ -73,9 +75,9 @@ export interface ToBodyThread {
 }
 
 /**
- * Bytes of a body that is read at once. Measured on a 2-core VM, medians: 64 KiB of text take 0.1 ms, of token ids 0.5 ms, of junk up to
- * 1.6 ms (some 10 ms where it is nested as deep as the stack goes), 256 KiB up to 22 ms. So prompts of some ten thousand tokens do not
- * pay the way to the thread.
+ * Bytes of a body that is read at once. Measured on a 2-core VM: 64 KiB of text take 0.2 ms, of token ids 2 ms with the keys of their blocks,
+ * of junk up to 5 ms, where it is thousands of fields or nested as deep as may be. So prompts of some ten thousand tokens do not pay the way
+ * to the thread.
  */
 const SHORT_BODY = 65_536;
 /** Longer prompts are not tokenized here: the thread would be theirs for a second. */
@@ -101,6 +103,7 @@ export class BodyReader {
   readonly #shortBody: number;
   readonly #onTokenized: ((result: Tokenized) => void) | undefined;
   readonly #tokenizes: boolean;
+  readonly #turns = new ReadingTurns();
 
   constructor(log: Logger, options: BodyReaderOptions = {}) {
     const { shortBody = SHORT_BODY, tokenizer, onTokenized, ...limits } = options;
@@ -128,7 +131,10 @@ export class BodyReader {
       if (this.#thread.bytesAhead <= MOST_AHEAD) return await this.#tokenized(body, signal, wanted, path);
       this.#onTokenized?.('busy');
     }
-    if (short) return readBody(body, wanted);
+    if (short) {
+      await this.#turns.begin(body.byteLength);
+      return readBody(body, wanted);
+    }
     return await this.#thread.read({ body, wanted }, signal);
   }
 
@@ -184,8 +190,10 @@ export function readBody(
   const { user, priority } = json;
   const model = typeof json['model'] === 'string' ? json['model'] : undefined;
   const prompts = countPrompts(json['prompt']);
-  const prefill = encode(prefillCopy(json));
-  const drawnBy = drawnByFields(json);
+  const bytes = Buffer.from(original.buffer, original.byteOffset, original.byteLength);
+  const fields = fieldsOf(bytes);
+  const changes = prefillChanges(json);
+  const prefill = withFields(bytes, fields, changes);
   const given = isTokenIds(json['prompt']) ? json['prompt'] : undefined;
   // How much is cut off at the front depends on the worker.
   const whole = !given && prompts === 1 && (json['truncate_prompt_tokens'] ?? undefined) === undefined;
@@ -202,10 +210,13 @@ export function readBody(
     ...(ids && { ids }),
     user: typeof user === 'string' ? user : undefined,
     priority: Number.isSafeInteger(priority) ? (priority as number) : 0,
-    textKeys: wanted.text && prompts === 1 ? textKeys(promptText(json), model ?? '') : [],
+    textKeys:
+      wanted.text && prompts === 1
+        ? textKeys(given ? bytesOfIds(given) : promptText(bytes, fields), model ?? '')
+        : [],
     blockKeys: new Map(wanted.blockSizes.map((size) => [size, known ? keysOfIds(known, size) : []])),
     prefill,
-    nativePrefill: drawnBy ? encode({ ...prefillCopy(json), ...drawnBy }) : prefill,
+    nativePrefill: keepDrawnBy(json, changes) ? withFields(bytes, fields, changes) : prefill,
   };
 }
 
@@ -223,19 +234,6 @@ function parseObject(body: Uint8Array<ArrayBuffer>): JsonObject {
     throw new PdError('REQUEST_INVALID', 'the body must be a JSON object');
   }
   return json as JsonObject;
-}
-
-function encode(json: JsonObject): Uint8Array<ArrayBuffer> {
-  return new TextEncoder().encode(stringify(json));
-}
-
-function stringify(json: unknown): string {
-  try {
-    return JSON.stringify(json) ?? '';
-  } catch (cause) {
-    if (!(cause instanceof RangeError)) throw cause;
-    throw new PdError('BODY_TOO_COSTLY', `copying the body: ${cause.message}`, {}, { cause });
-  }
 }
 
 /** Only the answer needs them, and servers reject some of them with `max_tokens` 1 or without streaming. */
@@ -259,43 +257,42 @@ const REPLACED = {
   echo: false,
 } as const;
 
-/** Leaves `body` as it is. */
-function prefillCopy(body: JsonObject): JsonObject {
-  const copy: Record<string, unknown> = { ...body, max_tokens: 1 };
-  for (const field of DROPPED) delete copy[field];
-  for (const [field, value] of Object.entries(REPLACED)) if (field in copy) copy[field] = value;
-  return copy;
+function prefillChanges(body: JsonObject): Map<string, unknown> {
+  const changes = new Map<string, unknown>();
+  for (const field of DROPPED) if (field in body) changes.set(field, undefined);
+  for (const [field, value] of Object.entries(REPLACED)) if (field in body) changes.set(field, value);
+  return changes.set('max_tokens', 1);
 }
 
 /** Of what a prefill copy drops: what the first token is drawn by, and told with. */
 const DRAWN_BY = ['min_tokens', 'logprobs', 'top_logprobs'] as const;
 
-function drawnByFields(body: JsonObject): JsonObject | undefined {
+/** False where there is nothing of it. */
+function keepDrawnBy(body: JsonObject, changes: Map<string, unknown>): boolean {
   const present = DRAWN_BY.filter((field) => field in body);
-  if (present.length === 0) return undefined;
-  const kept: Record<string, unknown> = {};
-  for (const field of present) kept[field] = body[field];
+  for (const field of present) changes.delete(field);
+  const { min_tokens: least } = body;
   // Of one token: whether it may be a stop token at all.
-  if (typeof kept['min_tokens'] === 'number') kept['min_tokens'] = Math.min(kept['min_tokens'], 1);
-  return kept;
+  if (typeof least === 'number') changes.set('min_tokens', Math.min(least, 1));
+  return present.length > 0;
 }
-
-/** Of English in JSON, about. */
-const BYTES_PER_TOKEN = 4;
-/** Of a token id, in the text that keys are made of: base 36 has room for 1.6 million. */
-const ID_DIGITS = 4;
 
 /**
  * The prompt as whoever compares beginnings needs it: not what the model sees, but equal where that is equal, and longer where that is
- * longer. A token id is as long as a token's text is on average.
+ * longer. As it came, since a client writes what it has written before as it did then.
  */
-function promptText({ prompt, messages, input, instructions, tools }: JsonObject): string {
-  if (typeof prompt === 'string') return prompt;
-  if (isTokenIds(prompt)) return prompt.map((id) => Number(id).toString(36).padStart(ID_DIGITS)).join('');
-  const turns = messages ?? input;
-  return [tools, instructions, ...(Array.isArray(turns) ? (turns as unknown[]) : [turns])]
-    .map(stringify)
-    .join('');
+function promptText(body: Buffer, fields: readonly JsonField[]): Uint8Array {
+  const named = (name: string) => fields.findLast((field) => field.name === name);
+  const prompt = named('prompt');
+  if (prompt && body[prompt.valueFrom] === QUOTE) return body.subarray(prompt.valueFrom + 1, prompt.to - 1);
+  const parts = [named('tools'), named('instructions'), named('messages') ?? named('input')];
+  return Buffer.concat(parts.flatMap((part) => (part ? body.subarray(part.valueFrom, part.to) : [])));
+}
+
+const QUOTE = 0x22;
+
+function bytesOfIds(ids: readonly number[]): Uint8Array {
+  return new Uint8Array(Int32Array.from(ids).buffer);
 }
 
 function keysOfIds(ids: ArrayLike<number>, blockSize: number): BlockKey[] {

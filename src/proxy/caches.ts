@@ -8,13 +8,12 @@ import type { BlockKey } from '../wire/kv-events.ts';
 import { NO_KEYS, type PromptFacts, type WantedKeys } from './body.ts';
 import { KvFeeds } from './kv-feeds.ts';
 import type { ProxyMetrics } from './metrics.ts';
-import { PrefixIndex, TEXT_CHUNK } from './prefix-index.ts';
+import { PrefixIndex } from './prefix-index.ts';
 import { type Instance, instanceLabel, type RegistryChange } from './registry.ts';
+import { TextIndex } from './text-index.ts';
 
-const CHARACTERS_PER_TOKEN = 4;
-const TOKENS_PER_KEY = TEXT_CHUNK / CHARACTERS_PER_TOKEN;
-/** Texts of one instance, where it does not tell how large its cache is. */
-const MOST_TEXTS = 16_384;
+/** Of the texts of one instance, tokens, where it does not tell how large its cache is. */
+const MOST_TEXT_TOKENS = 2 ** 19;
 /** Tokens of a block, where it is not told. */
 const USUAL_BLOCK = 16;
 /** Blocks of one instance, whatever it tells. */
@@ -29,7 +28,7 @@ interface Known {
 
 /** Close it. */
 export class PromptCaches {
-  readonly #texts = new PrefixIndex();
+  readonly #texts = new TextIndex();
   readonly #blocks = new PrefixIndex();
   readonly #known = new Map<string, Known>();
   readonly #log: Logger;
@@ -94,7 +93,7 @@ export class PromptCaches {
     if (known && blockSize !== undefined && keys.length > 0) {
       return this.#blocks.leading(address, keys, known.coming) * blockSize;
     }
-    return Math.min(tokens, this.#texts.leading(address, textKeys) * TOKENS_PER_KEY);
+    return Math.min(tokens, this.#texts.leading(address, textKeys));
   }
 
   /** It takes ids of a prompt's tokens, and would make the same. */
@@ -106,8 +105,8 @@ export class PromptCaches {
   sent({ httpAddress, load }: Instance, body: PromptFacts): () => void {
     const { textKeys } = body;
     if (textKeys.length > 0) {
-      const most = load ? Math.floor((load.kvBlocks * USUAL_BLOCK) / TOKENS_PER_KEY) : MOST_TEXTS;
-      this.#texts.use(httpAddress, textKeys, Math.min(most, MOST_TEXTS));
+      const most = load ? load.kvBlocks * USUAL_BLOCK : MOST_TEXT_TOKENS;
+      this.#texts.use(httpAddress, textKeys, Math.min(most, MOST_TEXT_TOKENS));
     }
     const known = this.#known.get(httpAddress);
     const blockSize = this.#feeds?.blockSizeOf(httpAddress);

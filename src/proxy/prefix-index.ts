@@ -1,25 +1,7 @@
 /**
- * Who has the KV of which beginnings of prompts. A prompt is a chain of keys, each of which stands for all of it up to there; what an
- * instance has is a set of them. Pure, bounded, and only ever a hint: whoever goes by it and errs has computed a prompt anew.
+ * Which blocks instances have, by the keys that they publish (kv-feeds.ts). A prompt is a chain of keys, each of which stands for all of it up
+ * to there. Pure, bounded, and only ever a hint: whoever goes by it and errs has computed a prompt anew.
  */
-import { hash } from 'node:crypto';
-
-/** Characters of a prompt that one key of its text stands for: some 32 tokens. */
-export const TEXT_CHUNK = 128;
-/** Of one text. */
-const MAX_TEXT_KEYS = 8_192;
-
-/** Keys of a text, one for each full chunk. `scope`: what else its KV depends on, such as the model's name. */
-export function textKeys(text: string, scope: string): string[] {
-  const keys: string[] = [];
-  let before = scope;
-  const end = Math.min(text.length, MAX_TEXT_KEYS * TEXT_CHUNK);
-  for (let at = 0; at + TEXT_CHUNK <= end; at += TEXT_CHUNK) {
-    before = hash('sha256', `${before}\n${text.slice(at, at + TEXT_CHUNK)}`, 'base64').slice(0, 12);
-    keys.push(before);
-  }
-  return keys;
-}
 
 /** Keys of all instances together; some 100 bytes each. */
 const MOST_KEYS = 4 * 2 ** 20;
@@ -34,19 +16,6 @@ export class PrefixIndex {
     this.#mostKeys = mostKeys;
   }
 
-  /** Keys that an instance has used just now, in the order of the prompt. The least recently used go where there are over `most`. */
-  use(address: string, keys: readonly string[], most: number): void {
-    const known = this.#setOf(address);
-    const before = known.size;
-    // The last first: of a prompt whose beginning has gone the rest is of no use.
-    for (let i = Math.min(keys.length, most) - 1; i >= 0; i--) {
-      known.delete(keys[i]!);
-      known.add(keys[i]!);
-    }
-    this.#size += known.size - before;
-    this.#shrink(known, most, Math.min(keys.length, most));
-  }
-
   /** Keys that an instance has from now on. Where there are over `most` it has lied, or said so much that some must be forgotten. */
   insert(address: string, keys: readonly string[], most: number): void {
     const known = this.#setOf(address);
@@ -55,7 +24,7 @@ export class PrefixIndex {
       known.add(key);
       this.#size += known.size - before;
     }
-    this.#shrink(known, most, 0);
+    this.#shrink(known, most);
   }
 
   remove(address: string, keys: readonly string[]): void {
@@ -94,13 +63,12 @@ export class PrefixIndex {
 
   /**
    * Where there are too many, so many go and an eighth of the rest: looking for the first key walks over all that have been deleted before
-   * it, so that is done seldom. `used`: those that came just now, at the end, which stay if they can.
+   * it, so that is done seldom.
    */
-  #shrink(known: Set<string>, most: number, used: number): void {
+  #shrink(known: Set<string>, most: number): void {
     const over = Math.max(known.size - most, this.#size - this.#mostKeys);
     if (over <= 0) return;
-    const spare = Math.floor(Math.max(0, known.size - over) / 8);
-    let left = Math.max(over, Math.min(over + spare, known.size - used));
+    let left = over + Math.floor(Math.max(0, known.size - over) / 8);
     for (const key of known) {
       if (left-- === 0) return;
       known.delete(key);

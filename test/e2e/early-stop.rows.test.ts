@@ -40,11 +40,11 @@ async function loadForEver(): Promise<Program> {
 
 it.each(
   rows<[string, RegExp]>(
+    [['as the transfer thread begins', /P2pNcclEngine init/]],
     [
-      ['as the transfer thread begins', /P2pNcclEngine init/],
+      ['with the core ready', /Serving demo/],
       ['once it serves', /Running on/],
     ],
-    [['with the core ready', /Serving demo/]],
   ),
 )('a worker that is told to stop %s exits 0', async (_, line) => {
   const program = startConsumer();

@@ -21,7 +21,7 @@ const prompt = (length: number) => {
   return Array.from({ length }, (_, i) => 10 + ((first * 131 + i * 17) % 700));
 };
 
-describe.each(rows<SendType>(['PUT_ASYNC', 'GET'], ['PUT']))('%s', (sendType) => {
+describe.each(rows<SendType>(['PUT_ASYNC'], ['PUT', 'GET']))('%s', (sendType) => {
   let reference: CoreHarness;
   let producer: { core: CoreHarness; info: CoreInfo };
   let consumer: { core: CoreHarness; info: CoreInfo };

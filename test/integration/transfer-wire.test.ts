@@ -10,7 +10,7 @@ import type { TransferService } from '../../src/transfer/service.ts';
 import type { Pair } from '../../src/transport/transport.ts';
 import { decodeMessage, encodeAnswer, encodeMessage } from '../../src/wire/codec.ts';
 import { type TensorId, type TransferId, tensorIdOf } from '../../src/wire/ids.ts';
-import type { Answer } from '../../src/wire/messages.ts';
+import type { Answer, PeerHello } from '../../src/wire/messages.ts';
 import { proxiedId } from '../../support/ids.ts';
 import { RawListener, RawPeer } from '../support/raw-peer.ts';
 import {
@@ -381,6 +381,64 @@ describe('a listener that', () => {
     const producer = await services.make();
     expect(await send(producer, flat('a#l', 10, late.address)).sent).toBe(10);
     expect(late.messages).toHaveLength(2);
+  });
+
+  it.each([
+    ['says hello to the link before as well', 2],
+    ['says hello once', 1],
+  ])('is one of ours and %s stays connected, and is known to be ours', async (_, hellos) => {
+    const ours = services.add(
+      await RawListener.listen((body, reply, self) => {
+        const message = decodeMessage(body, { maxTensorBytes: 1_000 });
+        if (message.cmd !== 'NEW') return reply('0');
+        for (let i = 0; i < hellos; i++) reply(encodeAnswer({ kind: 'hello', hello: message.native! }));
+        void self
+          .join(message.unique_id)
+          .then(async (pair) => {
+            for (const tensorId of ['a#l', 'b#l'])
+              await pair.receive([hostMemory(10)], { tensorId, timeoutMs: 60_000 });
+          })
+          .catch(() => undefined);
+      }),
+    );
+    const producer = await services.make();
+    for (const id of ['a#l', 'b#l']) expect(await send(producer, flat(id, 10, ours.address)).sent).toBe(10);
+    const [fresh, , last] = ours.messages.map((body) => decodeMessage(body, { maxTensorBytes: 1_000 }));
+    expect(ours.messages).toHaveLength(3);
+    expect([fresh?.cmd, last]).toMatchObject(['NEW', { cmd: 'PUT', native: {} }]);
+  });
+
+  it('is one of ours and stalls before its hello is sent what is frozen, then on the same link as to one of ours', async () => {
+    let native: PeerHello;
+    const stalled = services.add(
+      await RawListener.listen((body, reply, self) => {
+        const message = decodeMessage(body, { maxTensorBytes: 1_000 });
+        if (message.cmd === 'NEW') {
+          native = message.native!;
+          void self
+            .join(message.unique_id)
+            .then(async (pair) => {
+              for (const tensorId of ['a#l', 'b#l'])
+                await pair.receive([hostMemory(10)], { tensorId, timeoutMs: 60_000 });
+            })
+            .catch(() => undefined);
+          return;
+        }
+        if (message.cmd === 'PUT' && message.tensor_id === 'a#l')
+          reply(encodeAnswer({ kind: 'hello', hello: native }));
+        reply('0');
+      }),
+    );
+    const producer = await services.make();
+    for (const id of ['a#l', 'b#l'])
+      expect(await send(producer, flat(id, 10, stalled.address)).sent).toBe(10);
+    const [fresh, first, second] = stalled.messages.map((body) =>
+      decodeMessage(body, { maxTensorBytes: 1_000 }),
+    );
+    expect([fresh?.cmd, first?.cmd, second?.cmd]).toEqual(['NEW', 'PUT', 'PUT']);
+    expect(first).not.toHaveProperty('native');
+    expect(second).toHaveProperty('native');
+    expect(producer.state().pairs).toMatchObject([{ native: true }]);
   });
 
   it('has nothing of a request yet is asked for one tensor at a time, each in its turn', async () => {

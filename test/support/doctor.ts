@@ -1,7 +1,9 @@
-/** pd-doctor as a program: what it finds, and its exit status. */
+/** What pd-doctor finds: as a program, with its exit status, or one section of it. */
 import { execFile } from 'node:child_process';
 import { fileURLToPath } from 'node:url';
 import type { DoctorReport, Finding } from '../../src/doctor/finding.ts';
+import { proxySection } from '../../src/doctor/proxy-check.ts';
+import { workerSection } from '../../src/doctor/worker-state.ts';
 
 const bin = fileURLToPath(new URL('../../bin/pd-doctor', import.meta.url));
 
@@ -35,5 +37,20 @@ export function pdDoctor(
   });
 }
 
-export const failed = ({ findings }: Examined): readonly Finding[] =>
+/**
+ * What `--proxy` or `--worker` says. By the program only in a network namespace: it asks the libraries and GPUs of this machine too, each
+ * in a process of its own.
+ */
+export function examine(
+  what: 'proxy' | 'worker',
+  url: string,
+  prefix: readonly string[],
+): Promise<Pick<Examined, 'findings'>> {
+  if (prefix.length === 0) return (what === 'proxy' ? proxySection : workerSection)(url, 60_000);
+  // What a firewall drops has to be given up.
+  const timeout = what === 'proxy' ? ['--timeout', '5s'] : [];
+  return pdDoctor(what === 'proxy' ? 'System' : 'Worker', [`--${what}`, url, ...timeout], prefix);
+}
+
+export const failed = ({ findings }: Pick<Examined, 'findings'>): readonly Finding[] =>
   findings.filter(({ level }) => level === 'fail');

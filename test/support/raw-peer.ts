@@ -84,8 +84,12 @@ export class RawListener {
     void (async () => {
       for await (const [identity, body] of socket) {
         listener.messages.push(body!);
-        const answer = (bytes: Uint8Array | string) =>
-          socket.send([identity!, bytes]).catch((error: unknown) => socket.closed || Promise.reject(error));
+        const answer = async (bytes: Uint8Array | string) => {
+          if (!socket.closed)
+            await socket
+              .send([identity!, bytes])
+              .catch((error: unknown) => socket.closed || Promise.reject(error));
+        };
         onMessage(body!, (bytes) => void answer(bytes), listener);
       }
     })();

@@ -21,7 +21,8 @@ const WINDOW = 64;
 
 /**
  * A listener of ours has sent its hello before it joins the pair, so once that is open the hello is a moment away; of a peer that is not
- * ours none comes. What left before it would go without our field: no receiver could tell of which prompt it is.
+ * ours none comes. What left before it would go without our field: no receiver could tell of which prompt it is. A peer of ours that takes
+ * longer is sent what is frozen until its hello does come, which precedes all of its other answers.
  */
 const HELLO_GRACE_MS = 300;
 
@@ -216,7 +217,9 @@ export class Link {
       this.#opened.resolve(pair);
       logJoined(this.#context, pair);
       void pair.over.then((reason) => this.end(reason));
-      if (!this.#heard) this.#helloDeadline = deadlines.after(HELLO_GRACE_MS, () => this.#mayBegin());
+      // Where this thread stood still, the hello may lie here unread: a turn of the event loop reads it first.
+      if (!this.#heard)
+        this.#helloDeadline = deadlines.after(HELLO_GRACE_MS, () => setImmediate(() => this.#mayBegin()));
       this.#events.onOpen();
     } catch (error) {
       this.end(PdError.from(error, 'INTERNAL', { peer }));
@@ -274,8 +277,11 @@ export class Link {
     this.#firstAnswer = false;
     switch (answer.kind) {
       case 'hello':
-        if (first) this.#greeted(answer.hello, answer.refused);
-        else this.#unexpected('a second hello');
+        // Nobody says hello but to NEW: the other one was to that of the link before, whose DEALER had the same name.
+        if (this.#hello)
+          this.#context.log.debug({ peer: this.peer }, `another hello from ${this.peer}, to the link before`);
+        else if (first) this.#greeted(answer.hello, answer.refused);
+        else this.#unexpected('a hello after other answers');
         return;
       case 'no-pair': {
         const { peer } = this;

@@ -37,10 +37,11 @@ export interface NativeLimits {
   readonly maxBlocks: number;
 }
 
-/** Completions of one prompt, alternatives of one token, and slots of one page. */
+/** Completions of one prompt, and alternatives of one token. */
 const MAX_DRAWN = 128;
 const MAX_ALTERNATIVES = 128;
-const MAX_SLOTS = 65_536;
+/** Of a page, which has a header in the place of slot 0 (transport/direct/page.ts). */
+const MAX_SLOT = 255;
 const MAX_LAYERS = 65_536;
 const MAX_CACHE_BLOCKS = 2 ** 31 - 1;
 const LAYOUT_FAMILIES = ['kv-first', 'blocks-first', 'mla'] as const satisfies readonly LayoutFamily[];
@@ -337,7 +338,7 @@ function readWant(fields: Fields, of: OfWant, { maxBlocks }: NativeLimits): Want
     skip: boundedField(fields, 'skip', 0, maxBlocks, cmd),
     blocks: decodeBlocks(blocks, count, cmd),
     ...(field(fields, 'slot') !== undefined && {
-      slot: boundedField(fields, 'slot', 0, MAX_SLOTS - 1, cmd),
+      slot: boundedField(fields, 'slot', 1, MAX_SLOT, cmd),
     }),
     samplingDigest: textField(fields, 'sampling', MAX_DIGEST, cmd),
     transport: nameField(fields, 'transport', TRANSPORTS, cmd),

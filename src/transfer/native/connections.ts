@@ -176,7 +176,12 @@ export class Connections {
       `direct writes between this worker and ${peer} are not possible, KV goes another way: ${fallback.why}`,
     );
     const producer = this.#producers.get(peer);
-    if (producer?.hello.from !== nonce || producer.transport) return;
+    if (producer?.hello.from !== nonce) {
+      // its next hello tries anew
+      this.#peers.delete(nonce);
+      return;
+    }
+    if (producer.transport) return;
     producer.fallback = fallback;
     this.#takePair(peer, producer);
   }
@@ -186,6 +191,12 @@ export class Connections {
     const peer = this.#peers.get(nonce);
     if (peer === undefined) return;
     this.#peers.delete(nonce);
-    this.#options.on.died(peer, nonce);
+    const { on, log } = this.#options;
+    log.info({ peer, nonce }, `the process of ${peer} that was linked by direct is gone`);
+    on.died(peer, nonce);
+    // Its connection should be over as well. Where it is not, it would be asked in vain.
+    if (this.#producers.get(peer)?.hello.from !== nonce) return;
+    const message = `${peer} has ended its link for direct writes`;
+    on.useless(peer, { code: 'PEER_LOST', message, context: { peer } });
   }
 }

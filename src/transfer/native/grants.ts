@@ -77,7 +77,7 @@ export class Grants {
   introduced(peer: string, nonce: Nonce, cacheBlocks: number, now: number): GrantAction[] {
     const { process, before } = this.#processes.introduce(peer, nonce, cacheBlocks);
     if (before) this.#bury(before, now);
-    if (process) for (const grant of process.books.values()) if (isTold(grant)) this.#tell(grant, now);
+    for (const grant of process.books.values()) if (isTold(grant)) this.#tell(grant, now);
     return this.#take();
   }
 

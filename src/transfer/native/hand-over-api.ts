@@ -138,7 +138,7 @@ export type PathState =
       readonly bytesPerSecond: number;
       /** From the launch of a small write to its end as this process sees it. */
       readonly latencySeconds: number;
-      /** What such writes reach over that link; absent where nothing is known of the link. */
+      /** What a write of that size reaches over that link; absent where nothing is known of the link. */
       readonly expectedBytesPerSecond?: number;
       /** `nvlink`, `pcie`, `same GPU`, `unknown`. */
       readonly link: string;

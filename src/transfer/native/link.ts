@@ -44,6 +44,9 @@ export class NativeLink {
   readonly #limits: { maxBlocks: number };
   readonly #patience: { cancel(): void };
   #theirs: HelloMessage | undefined;
+  /** Hellos of ours that are to be answered, and hellos of theirs that answer none. */
+  #due = 0;
+  #unasked = 0;
   #pair: Promise<Pair> | undefined;
   #openPair: Pair | undefined;
   /** Receives are posted in the order in which they were asked for, though room for one may be long in coming. */
@@ -82,7 +85,7 @@ export class NativeLink {
       const text = `peer ${peer} does not answer HELLO within ${connect + answer} ms; a worker of another version or with --wire frozen does not know it`;
       this.end(new PdError('PEER_ANSWER_TIMEOUT', text, { peer }));
     });
-    this.#say(hello);
+    this.#introduce();
   }
 
   get paired(): boolean {
@@ -153,6 +156,9 @@ export class NativeLink {
     const { transfer } = this.#context.options.timeouts;
     const pair = await this.#pair;
     if (!pair || this.#over) throw this.#over ?? new PdError('INTERNAL', 'PART without a pair');
+    const most = this.#init.layers.length;
+    if (layer + layers > most)
+      throw new PdError('MESSAGE_INVALID', `PART of layers ${layer} to ${layer + layers - 1} of ${most}`);
     const what = `layers ${layer} to ${layer + layers - 1} of WANT ${seq} of ${this.peer}`;
     const place = {
       layers: this.#init.layers.slice(layer, layer + layers),
@@ -169,6 +175,11 @@ export class NativeLink {
       })
       .then(() => room.free());
     return { posted: true, done };
+  }
+
+  #introduce(): void {
+    this.#due++;
+    this.#say(this.#hello);
   }
 
   #say(message: NativeMessage): void {
@@ -194,6 +205,8 @@ export class NativeLink {
       const message = decodeAnswered(body, this.#limits);
       this.#context.log.debug({ peer: this.peer, cmd: message.cmd }, `${message.cmd} from ${this.peer}`);
       if (message.cmd === 'HELLO') this.#greeted(message);
+      // Nothing has been asked here yet: it is of the connection before, whose DEALER had the same name.
+      else if (!this.#theirs) return;
       else if (message.cmd === 'PAIR') this.#join(message);
       else this.#events.answered(message);
     } catch (error) {
@@ -230,7 +243,15 @@ export class NativeLink {
       return;
     }
     const before = this.#theirs;
-    if (before?.from === theirs.from) return;
+    if (this.#due > 0) this.#due--;
+    else this.#unasked++;
+    if (before?.from === theirs.from) {
+      // One may be to the hello of the connection before. Another is to what was asked: this producer does not know us any more.
+      if (this.#unasked < 2) return;
+      this.#unasked = 0;
+      this.#introduce();
+      return;
+    }
     this.#patience.cancel();
     if (before) {
       this.end(new PdError('PEER_LOST', `another process answers for ${peer} than before`, { peer }));

@@ -3,11 +3,11 @@
  * of each. Pure. A message counts only where it names the process that has said hello at that address last.
  *
  *   hello --> present --another says hello there--> displaced --its last entry is over--> forgotten
- *                |                                     |
+ *                |   <----------- hello ------------   |
  *                +---------------- died ---------------+
  *
  * Displaced is not dead: a process that has been stopped may have lost its port and still write when it goes on. Whoever has memory that it
- * may write to keeps it until `died`.
+ * may write to keeps it until `died`. It may come back, too: whoever took its name for a moment must not keep it from its peers for good.
  */
 import type { Nonce } from './messages.ts';
 
@@ -34,7 +34,7 @@ export class Process<Entry> {
   cacheBlocks: number;
   /** By seq. */
   readonly books = new Map<number, Entry>();
-  /** Gone, or displaced: it is told nothing, and nothing of it is heard. */
+  /** Gone, or displaced for now: it is told nothing, and nothing of it is heard. */
   dead = false;
   #floor = 1;
   readonly #settled = new Set<number>();
@@ -55,7 +55,11 @@ export class Process<Entry> {
   }
 
   settle(seq: number): void {
-    if (seq >= this.#floor) this.#settled.add(seq);
+    if (seq < this.#floor) return;
+    this.#settled.add(seq);
+    if (this.#settled.size <= MAX_SETTLED) return;
+    const inOrder = [...this.#settled].sort((a, b) => a - b);
+    this.raiseFloor(inOrder[inOrder.length >> 1]!);
   }
 
   /** Every seq below is settled. */
@@ -66,15 +70,16 @@ export class Process<Entry> {
   }
 }
 
-/** Nonces of an address that are remembered as over, so that a late hello of one does not displace the process there. */
-const MAX_FORMER = 8;
+/** Processes that nothing is open with are forgotten from here on, the oldest first: whoever asks again is asked for its hello. */
+const MAX_PRESENT = 8_192;
+/** Seqs of a process that are over, above its floor: beyond as many the floor is that of the newer half. */
+const MAX_SETTLED = 65_536;
 
 export class Processes<Entry> {
   readonly #nonce: Nonce;
   readonly #present = new Map<string, Process<Entry>>();
   /** Dead or displaced, with entries that are not over. */
   readonly #departed = new Set<Process<Entry>>();
-  readonly #former = new Map<string, Nonce[]>();
   readonly #ignored: Record<IgnoredKind, number> = {
     misaddressed: 0,
     unintroduced: 0,
@@ -89,24 +94,24 @@ export class Processes<Entry> {
     this.#nonce = nonce;
   }
 
-  /** `process`: the one that has said hello, unless it is one of before. `before`: the one that it displaces. */
+  /** `process`: the one that has said hello. `before`: the one that it displaces. */
   introduce(
     peer: string,
     nonce: Nonce,
     cacheBlocks: number,
-  ): { readonly process?: Process<Entry>; readonly before?: Process<Entry> } {
+  ): { readonly process: Process<Entry>; readonly before?: Process<Entry> } {
     const present = this.#present.get(peer);
     if (present?.nonce === nonce) {
       present.cacheBlocks = cacheBlocks;
       return { process: present };
     }
-    if (this.#former.get(peer)?.includes(nonce)) {
-      this.ignore('unintroduced');
-      return {};
-    }
-    const process = new Process<Entry>(peer, nonce, cacheBlocks);
+    const process = this.#departedAt(peer, nonce) ?? new Process<Entry>(peer, nonce, cacheBlocks);
+    this.#departed.delete(process);
+    process.dead = false;
+    process.cacheBlocks = cacheBlocks;
     if (present) this.#depart(present);
     this.#present.set(peer, process);
+    this.#forgetIdle();
     return present ? { process, before: present } : { process };
   }
 
@@ -137,10 +142,7 @@ export class Processes<Entry> {
       this.#depart(process);
       return process;
     }
-    for (const departed of this.#departed) {
-      if (departed.peer === peer && departed.nonce === nonce) return departed;
-    }
-    return undefined;
+    return this.#departedAt(peer, nonce);
   }
 
   /** Its last entry is over. False where that had been said before. */
@@ -172,7 +174,18 @@ export class Processes<Entry> {
     process.dead = true;
     if (this.#present.get(process.peer) === process) this.#present.delete(process.peer);
     this.#departed.add(process);
-    const former = [...(this.#former.get(process.peer) ?? []), process.nonce];
-    this.#former.set(process.peer, former.slice(-MAX_FORMER));
+  }
+
+  #departedAt(peer: string, nonce: Nonce): Process<Entry> | undefined {
+    for (const departed of this.#departed)
+      if (departed.peer === peer && departed.nonce === nonce) return departed;
+    return undefined;
+  }
+
+  #forgetIdle(): void {
+    for (const [peer, { books }] of this.#present) {
+      if (this.#present.size <= MAX_PRESENT) return;
+      if (books.size === 0) this.#present.delete(peer);
+    }
   }
 }

@@ -77,7 +77,7 @@ export class Wants {
   introduced(peer: string, nonce: Nonce, now: number): WantAction[] {
     const { process, before } = this.#processes.introduce(peer, nonce, 0);
     if (before) this.#displaced(before, now);
-    if (process) for (const want of process.books.values()) this.#repeat(want, now);
+    for (const want of process.books.values()) this.#repeat(want, now);
     return this.#take();
   }
 

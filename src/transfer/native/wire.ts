@@ -123,6 +123,8 @@ export class NativeWire {
       const message = decodeAsked(body, { maxBlocks: this.#init.shape.blocks });
       this.#context.log.debug({ peer, cmd: message.cmd }, `${message.cmd} from ${peer}`);
       if (message.cmd === 'HELLO') this.#introduced(identity, peer, message);
+      // forgotten meanwhile, for others: it says hello again, and what it asked too
+      else if (!this.#sessions.has(peer)) this.#answer(peer, this.#hello);
       else {
         // as early as can be known: opening takes its time
         if (message.cmd === 'WANT' && message.transport !== 'direct') this.#openPair(peer);

@@ -16,6 +16,7 @@ import type { CudaDevice } from '../../device/cuda/device.ts';
 import { loadKernels } from '../../device/cuda/kernels.ts';
 import {
   layersPerWrite,
+  MAX_LAYERS_PER_WRITE,
   type PagedWrite,
   WRITE_KERNELS,
   WRITE_LAYER_BYTES,
@@ -255,11 +256,17 @@ export class DirectWriter {
     const { scratch } = claims;
     const each = runs * runBytes;
     if (!scratch || scratch.bytes < each) return undefined;
-    const blocks = Math.min(Math.max(Math.floor(Math.min(atMost, scratch.bytes) / each), 1), ours);
+    const bytes = Math.min(atMost, scratch.bytes);
+    const blocks = Math.min(Math.max(Math.floor(bytes / each), 1), ours);
     const ids = Int32Array.from({ length: blocks }, (_, i) => i);
     const tables = this.#ring.take(ids, ids);
     if (!tables) return undefined;
-    const layers = [{ source: this.#layers[0]!.source, target: pointer + BigInt(scratch.offset) }];
+    // a small cache's one layer would be over before the launch is
+    const count = Math.min(Math.max(Math.floor(bytes / (blocks * each)), 1), MAX_LAYERS_PER_WRITE);
+    const layers = this.#layers.slice(0, count).map(({ source }, i) => ({
+      source,
+      target: pointer + BigInt(scratch.offset + i * blocks * each),
+    }));
     const target = { runBytes, runs, blockStride: each, runStride: runs === 2 ? runBytes : 0 };
     this.#launch(this.#ring.entry(tables), {
       target,
@@ -272,7 +279,7 @@ export class DirectWriter {
       ctas: CTAS_ALONE,
     });
     tables.release();
-    return blocks * each;
+    return layers.length * blocks * each;
   }
 
   /** Fires when all that has been enqueued so far has ended. The caller disposes it. */

@@ -46,8 +46,6 @@ export interface ChoicesFormat {
   whole(index: number, events: readonly ChoiceEvent[]): Promise<object>;
   /** Beside what all answers and chunks have. */
   readonly more?: object;
-  /** In the usage of the whole, once all of it has been written. */
-  usageDetails?(): object;
   /** Beside the choices of an answer or chunk that begins with this event. */
   besideChoices?(event: ChoiceEvent | undefined): Promise<object>;
 }
@@ -80,7 +78,7 @@ export function answerOfChoices(
         await turn();
       }
       const beside = await format.besideChoices?.(byChoice[0]?.[0]);
-      return { ...base(format.object), ...beside, choices, usage: { ...usage, ...format.usageDetails?.() } };
+      return { ...base(format.object), ...beside, choices, usage };
     },
     begin: () => [],
     async said(event) {
@@ -94,7 +92,7 @@ export function answerOfChoices(
     },
     end(usage) {
       if (!includeUsage) return [];
-      return [{ data: { ...chunk, choices: [], usage: { ...usage, ...format.usageDetails?.() } } }];
+      return [{ data: { ...chunk, choices: [], usage } }];
     },
     broke: (error) => [{ data: openAiError(error) }],
     last: '[DONE]',

@@ -2,13 +2,13 @@
 import { randomBytes } from 'node:crypto';
 import { unreachable } from '../../errors.ts';
 import type { TextModel } from '../../model/tokenizer.ts';
-import { type Parsing, parsedTokens } from '../../parsing/parser.ts';
+import type { Parsing } from '../../parsing/parser.ts';
 import type { Part } from '../../parsing/parts.ts';
 import { opensThoughts } from '../../parsing/reasoning.ts';
 import { z } from '../../zod.ts';
 import { answerForm } from './answer-form.ts';
 import { type AnswerBase, type AnswerFormat, answerOfChoices } from './answers.ts';
-import { type ChoiceEvent, endOf, promptTokenIdsOf, Speech, tokenIdsOf } from './choice.ts';
+import { type ChoiceEvent, endOf, promptTokenIdsOf, tokenIdsOf } from './choice.ts';
 import {
   askedOf,
   badField,
@@ -27,7 +27,6 @@ import {
 import { grammarFields, takeGrammar } from './grammar-fields.ts';
 import { chatLogprobs, promptLogprobsOf } from './logprobs.ts';
 import { conversationFields, messagesSchema, offeredTools, renderChat } from './messages.ts';
-import { turns } from './turns.ts';
 
 export const chatSchema = z.object({
   ...samplingFields,
@@ -76,16 +75,8 @@ export function readChat(served: Served, model: TextModel, json: unknown): ChatR
   const ids = encodeText(served, model, text, body.add_special_tokens ?? false, options);
   const prompts = [{ text: '', tokens: checkPrompt(served, ids, options) }];
   const logprobs = body.logprobs ? (body.top_logprobs ?? 0) : undefined;
-  const asked = askedOf(
-    served,
-    model,
-    { ...body, ...constraints },
-    {
-      ...{ prompts, maxTokens, echo: false, logprobs, grammarWish },
-      keep: parsedTokens(parsing),
-      oneCall: calls?.single ? parsing : undefined,
-    },
-  );
+  const own = { prompts, maxTokens, echo: false, logprobs, grammarWish, parsing };
+  const asked = askedOf(served, model, { ...body, ...constraints }, own);
   const { tools: _, chat_template_kwargs: __, ...kept } = body;
   return { body: kept, model: name, asked, parsing };
 }
@@ -118,7 +109,6 @@ interface Call {
 
 /** One choice on its way out. */
 interface Speaking {
-  readonly speech: Speech;
   /** Of what the parser still holds. */
   events: ChoiceEvent[];
   /** Calls that have begun. */
@@ -128,12 +118,6 @@ interface Speaking {
 export function chatFormat(model: TextModel, { body, parsing }: ChatReading, base: AnswerBase): AnswerFormat {
   const wantsReasoning = body.include_reasoning ?? true;
   const speaking = new Map<number, Speaking>();
-  const speeches: Speech[] = [];
-  const newSpeech = (): Speech => {
-    const speech = new Speech(parsing);
-    speeches.push(speech);
-    return speech;
-  };
 
   /** The fields after what is said. */
   const about = async (events: readonly ChoiceEvent[], calls: number) => ({
@@ -175,23 +159,16 @@ export function chatFormat(model: TextModel, { body, parsing }: ChatReading, bas
     object: 'chat.completion',
     chunkObject: 'chat.completion.chunk',
     more: { service_tier: 'default' },
-    usageDetails() {
-      const reasoning_tokens = speeches.reduce((sum, { thoughtTokens }) => sum + thoughtTokens, 0);
-      return { completion_tokens_details: { reasoning_tokens } };
-    },
     async deltas(event) {
       const { index, start } = event;
-      let choice = speaking.get(index);
-      if (!choice) {
-        choice = { speech: newSpeech(), events: [], calls: 0 };
-        speaking.set(index, choice);
-      }
+      const choice = speaking.get(index) ?? { events: [], calls: 0 };
+      speaking.set(index, choice);
       const role = { role: 'assistant', content: '', refusal: null };
       const opening = start ? [{ index, delta: role, logprobs: null, finish_reason: null }] : [];
       choice.events.push(event);
       const finished = event.delta.finishReason !== undefined;
       const deltas: object[] = [];
-      for (const part of choice.speech.read(event.delta)) {
+      for (const part of event.delta.parts) {
         const delta = deltaOf(part, choice);
         if (delta) deltas.push(delta);
       }
@@ -207,7 +184,7 @@ export function chatFormat(model: TextModel, { body, parsing }: ChatReading, bas
       ];
     },
     async whole(index, events) {
-      const { content, reasoning, calls } = await saidIn(events, parsing, newSpeech());
+      const { content, reasoning, calls } = saidIn(events, parsing);
       const silent = content === '' && (calls.length > 0 || reasoning !== '');
       const message = {
         role: 'assistant',
@@ -233,13 +210,9 @@ export function chatFormat(model: TextModel, { body, parsing }: ChatReading, bas
 }
 
 /** A whole choice. Here a call that broke can still become text. */
-async function saidIn(events: readonly ChoiceEvent[], parsing: Parsing, speech: Speech): Promise<Said> {
+function saidIn(events: readonly ChoiceEvent[], parsing: Parsing): Said {
   const said: Said = { content: '', reasoning: '', calls: [] };
-  const turn = turns();
-  for (const { delta } of events) {
-    for (const part of speech.read(delta)) take(part, said, parsing);
-    await turn();
-  }
+  for (const { delta } of events) for (const part of delta.parts) take(part, said, parsing);
   return said;
 }
 

@@ -69,7 +69,8 @@ export function readCompletion(served: Served, model: TextModel, json: unknown):
   const [body, constraints] = splitBody(given);
   const name = servedModel(served, body.model);
   const echo = body.echo ?? false;
-  checkSampling(body, body.max_tokens);
+  const maxTokens = body.max_tokens ?? DEFAULT_MAX_TOKENS;
+  checkSampling(body, maxTokens);
   if (body.max_tokens === 0 && !echo) throw badField('max_tokens', 'must be at least 1 without echo');
   const output = Math.max(body.max_tokens ?? 1, 1);
   const prompts = prompt.map((given, index): ReadPrompt => {
@@ -85,7 +86,6 @@ export function readCompletion(served: Served, model: TextModel, json: unknown):
     const text = whole ? given : model.decode(tokens, { skipSpecialTokens: false });
     return { text: echo ? text : '', tokens };
   });
-  const maxTokens = body.max_tokens ?? DEFAULT_MAX_TOKENS;
   const own = { prompts, maxTokens, echo, logprobs: body.logprobs, grammarWish };
   return { body, model: name, asked: askedOf(served, model, { ...body, ...constraints }, own) };
 }

@@ -8,7 +8,7 @@ import type { GrammarSpec } from '../../grammar/grammar.ts';
 import type { Decoding, TextModel } from '../../model/tokenizer.ts';
 import { modelNotFound } from '../../openai-error.ts';
 import type { CallDialect } from '../../parsing/calls.ts';
-import type { Parsing } from '../../parsing/parser.ts';
+import { type Parsing, parsedTokens } from '../../parsing/parser.ts';
 import type { ReasoningDialect } from '../../parsing/reasoning.ts';
 import type { SamplingParams } from '../../scheduler/types.ts';
 import { z } from '../../zod.ts';
@@ -23,7 +23,10 @@ const MAX_STOP_TOKEN_IDS = 1_024;
 const MAX_BIASES = 1_024;
 const MAX_BAD_WORDS = 256;
 const MAX_BAD_WORD = 256;
+/** Token ids of such fields, of all prompts together: each prompt goes to the core with its own copy. */
+const MAX_LISTED = 2 ** 22;
 const MAX_STOPS = 16;
+const MAX_STOP = 4_096;
 
 export const tokenIds = z.array(z.int().min(0));
 export const optional = <T extends z.ZodType>(schema: T) =>
@@ -102,7 +105,14 @@ export const samplingFields = {
             : 'expected a string, or a list of strings',
       })
       .transform((stop) => (typeof stop === 'string' ? [stop] : stop))
-      .pipe(z.array(z.string().min(1, 'a stop string must not be empty'))),
+      .pipe(
+        z.array(
+          z
+            .string()
+            .min(1, 'a stop string must not be empty')
+            .max(MAX_STOP, `a stop string has more than ${MAX_STOP} characters`),
+        ),
+      ),
   ),
   stop_token_ids: optional(tokenIds.max(MAX_STOP_TOKEN_IDS)),
   ignore_eos: optional(z.boolean()),
@@ -156,8 +166,8 @@ export interface TextOptions extends Decoding {
   readonly includeStop?: boolean;
   /** The stop token that is told as the end of the text, not by its id. */
   readonly eos?: number;
-  /** Nothing is generated behind the one call that may be made, read so. */
-  readonly oneCall?: Parsing;
+  /** How what it says is told apart. Nothing is generated behind the one call that there may be. */
+  readonly parsing?: Parsing;
 }
 
 /** What a request wants its text to be, and the field that says so. */
@@ -265,8 +275,7 @@ export function servedModel({ modelNames }: Served, requested: string | undefine
 }
 
 /**
- * What a checked body asks of the core. `logprobs`: alternatives per token; `keep`: special tokens that have text nevertheless. Throws
- * REQUEST_INVALID for token ids that there are not.
+ * What a checked body asks of the core. `logprobs`: alternatives per token. Throws REQUEST_INVALID for token ids that there are not.
  */
 export function askedOf(
   served: Served,
@@ -274,14 +283,12 @@ export function askedOf(
   body: SamplingBody,
   {
     logprobs,
-    keep,
-    oneCall,
+    parsing,
     grammarWish,
     ...own
   }: Pick<Asked, 'prompts' | 'maxTokens' | 'echo'> & {
     readonly logprobs: number | undefined;
-    readonly keep?: readonly string[];
-    readonly oneCall?: Parsing | undefined;
+    readonly parsing?: Parsing;
     readonly grammarWish?: GrammarWish | undefined;
   },
 ): Asked {
@@ -299,6 +306,14 @@ export function askedOf(
       'logit_bias',
     );
   const badWords = (body.bad_words ?? []).flatMap((word) => spellings(model, word));
+  const lists = [allowed, body.stop_token_ids, biases, ...badWords];
+  const listed = own.prompts.length * lists.reduce((sum, list) => sum + (list?.length ?? 0), 0);
+  if (listed > MAX_LISTED) {
+    throw badField(
+      'prompt',
+      `allowed_token_ids, logit_bias, bad_words and stop_token_ids have ${listed} tokens for all prompts together; at most ${MAX_LISTED} are supported`,
+    );
+  }
   return {
     ...own,
     n: body.n ?? 1,
@@ -309,8 +324,7 @@ export function askedOf(
       skipSpecialTokens: body.skip_special_tokens ?? true,
       includeStop: body.include_stop_str_in_output ?? false,
       ...(!body.ignore_eos && eosTokenId !== undefined && { eos: eosTokenId }),
-      ...(keep && { keep }),
-      ...(oneCall && { oneCall }),
+      ...(parsing && { keep: parsedTokens(parsing), parsing }),
     },
     sampling: {
       temperature: body.temperature ?? 1,

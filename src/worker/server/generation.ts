@@ -8,7 +8,14 @@ import type { RequestOutput } from '../../scheduler/types.ts';
 import { engineRequestId, kvKeyOf } from '../../wire/ids.ts';
 import type { Wire } from '../../wire/overlap.ts';
 import { AsyncQueue } from '../async-queue.ts';
-import { Choice, type ChoiceDelta, type ChoiceEvent, type Usage } from './choice.ts';
+import {
+  Choice,
+  type ChoiceDelta,
+  type ChoiceEvent,
+  type StopString,
+  stopString,
+  type Usage,
+} from './choice.ts';
 import type { ServerContext } from './context.ts';
 import { type Asked, badField } from './fields.ts';
 import { turns } from './turns.ts';
@@ -31,6 +38,7 @@ export interface Plan extends Asked {
 export class GenerationRun {
   readonly #context: ServerContext;
   readonly #plan: Plan;
+  readonly #stops: readonly StopString[];
   readonly #choices: Choice[] = [];
   readonly #abort = new AbortController();
   /** Of a request that names none and is this worker's alone. */
@@ -44,6 +52,7 @@ export class GenerationRun {
       throw badField('n', `${plan.n} is more than this worker's batch of ${maxNumSeqs}`);
     this.#context = context;
     this.#plan = plan;
+    this.#stops = plan.stops.map(stopString);
   }
 
   /** On a producer, once the iteration has ended: why KV of a prompt will not come to its consumer. */
@@ -52,14 +61,16 @@ export class GenerationRun {
   }
 
   get usage(): Usage {
-    const { prompts, maxTokens } = this.#plan;
+    const { prompts, maxTokens, text } = this.#plan;
     const prompt = prompts.reduce((sum, { tokens }) => sum + tokens.length, 0);
     const completion = maxTokens === 0 ? 0 : this.#choices.reduce((sum, choice) => sum + choice.tokens, 0);
+    const thoughts = this.#choices.reduce((sum, { thoughtTokens }) => sum + thoughtTokens, 0);
     return {
       prompt_tokens: prompt,
       total_tokens: prompt + completion,
       completion_tokens: completion,
       prompt_tokens_details: { cached_tokens: this.#cachedTokens },
+      ...(text.parsing && { completion_tokens_details: { reasoning_tokens: thoughts } }),
     };
   }
 
@@ -98,13 +109,13 @@ export class GenerationRun {
 
   async #pump(at: number, out: AsyncQueue<ChoiceEvent>, signal: AbortSignal): Promise<void> {
     const { core, metrics, config, model, inFlight, log } = this.#context;
-    const { id, n, sampling, stops, echo, maxTokens, prefillWithinMs, text, priority, wire } = this.#plan;
+    const { id, n, sampling, echo, maxTokens, prefillWithinMs, text, priority, wire } = this.#plan;
     const prompt = this.#plan.prompts[at]!;
     const serverId = this.#plan.serverIds[at]!;
     const offset = echo ? prompt.text.length : 0;
     const choices = Array.from(
       { length: n },
-      () => new Choice(model, stops, sampling.minTokens, offset, text),
+      () => new Choice(model, this.#stops, sampling.minTokens, offset, text),
     );
     this.#choices.push(...choices);
     const room = core.info.maxModelLen - prompt.tokens.length;
@@ -178,7 +189,7 @@ export class GenerationRun {
 
 /** With `max_tokens: 0` the core still generates one token, as it knows no request for none; it is left out. */
 function withoutScored(delta: ChoiceDelta, maxTokens: number | undefined): ChoiceDelta {
-  return maxTokens === 0 ? { text: '', tokens: [], logprobs: [], finishReason: 'length' } : delta;
+  return maxTokens === 0 ? { text: '', parts: [], tokens: [], logprobs: [], finishReason: 'length' } : delta;
 }
 
 /** Undefined once the signal has fired: nobody is waiting for it any more. */

@@ -91,7 +91,7 @@ const functionTool = z.looseObject({
 const toolChoice = z.union(
   [
     z.enum(['none', 'auto', 'required']),
-    z.looseObject({ type: z.literal('function'), function: z.looseObject({ name: z.string() }) }),
+    z.object({ type: z.literal('function'), function: z.object({ name: z.string() }) }),
   ],
   { error: 'expected "none", "auto", "required" or {"type": "function", "function": {"name": ...}}' },
 );

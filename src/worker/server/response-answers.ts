@@ -6,7 +6,7 @@ import { codeInAnswers } from '../../openai-error.ts';
 import type { Part } from '../../parsing/parts.ts';
 import type { AnswerBase, AnswerFormat, StreamEvent } from './answers.ts';
 import { newCallId } from './chat.ts';
-import { type ChoiceEvent, type ChoiceLogprob, Speech, type Usage } from './choice.ts';
+import type { ChoiceEvent, ChoiceLogprob, Usage } from './choice.ts';
 import { chatLogprobs } from './logprobs.ts';
 import type { ResponseReading } from './responses.ts';
 import { turns } from './turns.ts';
@@ -23,7 +23,7 @@ type Output =
       text: string;
     };
 
-type Status = 'in_progress' | 'completed' | 'incomplete';
+type Status = 'in_progress' | 'completed' | 'incomplete' | 'failed';
 
 const PREFIXES = { message: 'msg', reasoning: 'rs', function_call: 'fc' } as const;
 
@@ -32,7 +32,6 @@ export function responseFormat(
   { body, parsing, asked_for }: ResponseReading,
   { id, created, model: name }: AnswerBase,
 ): AnswerFormat {
-  const speech = new Speech(parsing);
   const done: object[] = [];
   let output: Output | undefined;
   /** Log-probabilities whose text the parser still holds. */
@@ -45,14 +44,15 @@ export function responseFormat(
     data: { type, sequence_number: sequence++, ...data },
     long,
   });
-  const response = (status: Status, usage?: Usage) => ({
+  const response = (status: Status, usage?: Usage, failure?: string) => ({
     id,
     object: 'response',
     created_at: created,
     completed_at: status === 'completed' ? Math.floor(Date.now() / 1_000) : null,
     status,
     background: false,
-    error: null,
+    // Clients know this code; our own stands in the event before.
+    error: failure === undefined ? null : { code: 'server_error', message: failure },
     incomplete_details: status === 'incomplete' ? { reason: 'max_output_tokens' } : null,
     max_tool_calls: null,
     model: name,
@@ -62,7 +62,7 @@ export function responseFormat(
     store: false,
     truncation: 'disabled',
     ...asked_for,
-    usage: usage ? usageOf(usage, speech.thoughtTokens) : null,
+    usage: usage ? usageOf(usage) : null,
   });
   /** Where deltas of the item under way belong. */
   const place = (of: Output) => ({
@@ -143,7 +143,7 @@ export function responseFormat(
     held.push(...delta.logprobs);
     finish = delta.finishReason ?? finish;
     const events: StreamEvent[] = [];
-    for (const part of speech.read(delta)) {
+    for (const part of delta.parts) {
       // A call ends where something else begins: its arguments are whole then.
       if (part.type === 'content' && output?.type === 'function_call') events.push(...close('completed'));
       events.push(...(await take(part)));
@@ -173,7 +173,10 @@ export function responseFormat(
       return [...closing, event(`response.${status}`, { response: response(status, usage) }, true)];
     },
     broke({ code, message, context }) {
-      return [event('error', { code: codeInAnswers(code), message, param: context['param'] ?? null })];
+      return [
+        event('error', { code: codeInAnswers(code), message, param: context['param'] ?? null }),
+        event('response.failed', { response: response('failed', undefined, message) }, true),
+      ];
     },
   };
 }
@@ -210,15 +213,12 @@ function itemOf(output: Output, status: Status): object {
   }
 }
 
-function usageOf(
-  { prompt_tokens, prompt_tokens_details, completion_tokens, total_tokens }: Usage,
-  reasoningTokens: number,
-): object {
+function usageOf(usage: Usage): object {
   return {
-    input_tokens: prompt_tokens,
-    input_tokens_details: prompt_tokens_details,
-    output_tokens: completion_tokens,
-    output_tokens_details: { reasoning_tokens: reasoningTokens },
-    total_tokens,
+    input_tokens: usage.prompt_tokens,
+    input_tokens_details: usage.prompt_tokens_details,
+    output_tokens: usage.completion_tokens,
+    output_tokens_details: usage.completion_tokens_details,
+    total_tokens: usage.total_tokens,
   };
 }

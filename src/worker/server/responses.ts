@@ -34,6 +34,10 @@ const shared = z
 
 const LOGPROBS = 'message.output_text.logprobs';
 
+/** Of what an answer repeats of its body: levels, which cross threads and are written one call within another, and characters as JSON. */
+const MOST_LEVELS = 500;
+const MOST_REPEATED = 2 ** 20;
+
 const item = z.looseObject({ type: optional(z.string()), role: optional(z.string()) });
 
 export const responseSchema = z.object({
@@ -48,7 +52,12 @@ export const responseSchema = z.object({
     }),
   ),
   reasoning: optional(z.looseObject({ effort: optional(z.string()) })),
-  text: optional(z.looseObject({ format: optional(z.looseObject({ type: z.string() })) })),
+  text: optional(
+    z.looseObject({
+      format: optional(z.looseObject({ type: z.string() })),
+      verbosity: optional(z.literal('medium', 'only "medium" is supported here')),
+    }),
+  ),
   include: optional(z.array(z.string())),
 });
 
@@ -83,6 +92,7 @@ export interface ResponseReading extends ChatReading {
 const NAMES = [
   ['messages', 'input'],
   ['max_completion_tokens', 'max_output_tokens'],
+  ['response_format.json_schema', 'text.format'],
   ['response_format', 'text.format'],
   ['reasoning_effort', 'reasoning.effort'],
 ] as const;
@@ -123,6 +133,7 @@ export function readResponse(served: Served, model: TextModel, json: unknown): R
     safety_identifier: given['safety_identifier'] ?? null,
     prompt_cache_key: given['prompt_cache_key'] ?? null,
   };
+  for (const [field, value] of Object.entries(asked_for)) checkRepeated(field, value);
   try {
     const { asked, ...reading } = readChat(served, model, chat);
     const { grammarWish: wish } = asked;
@@ -134,14 +145,27 @@ export function readResponse(served: Served, model: TextModel, json: unknown): R
   }
 }
 
+function checkRepeated(field: string, value: unknown): void {
+  if (nestsDeeper(value, MOST_LEVELS)) throw badField(field, `is nested deeper than ${MOST_LEVELS} levels`);
+  if (JSON.stringify(value).length > MOST_REPEATED) {
+    throw badField(field, `is longer than ${MOST_REPEATED} characters as JSON, and answers repeat it`);
+  }
+}
+
+function nestsDeeper(value: unknown, levels: number): boolean {
+  if (typeof value !== 'object' || value === null) return false;
+  return levels === 0 || Object.values(value).some((one) => nestsDeeper(one, levels - 1));
+}
+
 /** A field of the chat by its name here. */
 function ownName(param: string, origins: Origins): string {
   for (let end = param.length; end > 0; end = param.lastIndexOf('.', end - 1)) {
     const origin = origins.get(param.slice(0, end));
     if (origin !== undefined) return origin + param.slice(end);
   }
-  const [, ours] = NAMES.find(([name]) => param.startsWith(name)) ?? [];
-  return ours ?? param.replace(/^(tools\.\d+|tool_choice)\.function\b/, '$1');
+  const [name, ours] = NAMES.find(([name]) => param.startsWith(name)) ?? [];
+  if (name !== undefined) return ours + param.slice(name.length);
+  return param.replace(/^(tools\.\d+|tool_choice)\.function\b/, '$1');
 }
 
 /** An error about a field of the chat, by the name that the field has here. */
@@ -151,8 +175,7 @@ function inOwnWords(error: unknown, origins: Origins): unknown {
   if (typeof param !== 'string') return error;
   const ours = ownName(param, origins);
   if (ours === param) return error;
-  const [theirs = param] = NAMES.find(([, name]) => name === ours) ?? [];
-  const message = error.message.replaceAll(theirs, ours);
+  const message = error.message.replaceAll(param, ours);
   return new PdError(error.code, message, { ...error.context, param: ours }, { cause: error });
 }
 

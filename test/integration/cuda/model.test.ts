@@ -6,21 +6,28 @@ import type { CudaExecutor } from '../../../src/model/cuda/executor.ts';
 import { uniform } from '../../../src/model/random.ts';
 import { GREEDY } from '../../../src/model/sampler.ts';
 import type { SamplingParams } from '../../../src/scheduler/types.ts';
+import { writeRandomModel } from '../../../support/random-model.ts';
 import { type StandIns, useStandIns } from '../../stand-ins/build.ts';
 import { batchOf, generate, sequenceOf } from '../../support/batches.ts';
 import { error, onCuda, onHost, randomModel, TOLERANCE, tokensOf } from '../../support/cuda-model.ts';
+import { sharedTempDir } from '../../support/temp-dir.ts';
 
 let standIns: StandIns;
 let device: CudaDevice;
+/** A random checkpoint, and an executor of it for whatever does not ask for another. */
+const dir = sharedTempDir();
+let executor: CudaExecutor;
 const executors: CudaExecutor[] = [];
 
 beforeAll(async () => {
   standIns = useStandIns();
   device = await createCudaDevice(0);
+  await writeRandomModel(dir, { architecture: 'LlamaForCausalLM' });
+  executor = await started(dir);
 });
 afterEach(() => standIns.faults(''));
 afterAll(() => {
-  for (const executor of executors) executor.dispose();
+  for (const each of executors) each.dispose();
   device.dispose();
 });
 
@@ -45,7 +52,6 @@ test('the demo model says what it says on the host, prompts in chunks, many at a
 });
 
 test('batch-invariant: the same bits alone, in chunks and in any batch', async () => {
-  const dir = await randomModel({ architecture: 'LlamaForCausalLM' });
   const executor = await started(dir, { batchInvariant: true });
   const tokens = tokensOf(90, 5);
   const whole = batchOf(sequenceOf({ tokens, blocks: [1, 2, 3, 4, 5, 6] }));
@@ -58,8 +64,6 @@ test('batch-invariant: the same bits alone, in chunks and in any batch', async (
 });
 
 test('samples as the host does from equal logits: temperature, log-probabilities, banned stop tokens, prompts', async () => {
-  const dir = await randomModel({ architecture: 'LlamaForCausalLM' });
-  const executor = await started(dir);
   const prompt = tokensOf(20, 8);
   const probe = batchOf(sequenceOf({ tokens: prompt, blocks: [1, 2] }));
   const logits = await executor.logits(probe);
@@ -97,7 +101,6 @@ test('samples as the host does from equal logits: temperature, log-probabilities
 });
 
 test('shapes, draws and reports as the host does from the logits of the very step, more rows than fit at a time', async () => {
-  const dir = await randomModel({ architecture: 'LlamaForCausalLM' });
   // its memory goes with it
   const on = await createCudaDevice(0);
   const { executor } = await onCuda(on, dir, { maxNumSeqs: 70, numBlocks: 80 });
@@ -188,7 +191,6 @@ test('shapes, draws and reports as the host does from the logits of the very ste
 });
 
 test('tells the logits that each token is sampled from, of prompts and of a graph, and samples the same', async () => {
-  const dir = await randomModel({ architecture: 'LlamaForCausalLM' });
   const executor = await started(dir, { maxNumSeqs: 20 });
   const steps = [tokensOf(10, 8), [5]].map((tokens, step) =>
     batchOf(
@@ -220,8 +222,6 @@ test('tells the logits that each token is sampled from, of prompts and of a grap
 });
 
 test('a step that fails ends with its error, and the next one runs', async () => {
-  const dir = await randomModel({ architecture: 'LlamaForCausalLM' });
-  const executor = await started(dir);
   const step = batchOf(sequenceOf({ tokens: tokensOf(20, 3), blocks: [1, 2], position: 0 }));
   const wanted = await executor.forward(step, {});
   standIns.faults('cublasGemmEx=13@3');
@@ -234,8 +234,6 @@ test('a step that fails ends with its error, and the next one runs', async () =>
 });
 
 test('draws among the likeliest alone, as often as they are likely', async () => {
-  const dir = await randomModel({ architecture: 'LlamaForCausalLM' });
-  const executor = await started(dir);
   const tokens = tokensOf(10, 4);
   const logits = await executor.logits(batchOf(sequenceOf({ tokens, blocks: [1] })));
   const order = [...logits.keys()].sort((a, b) => logits[b]! - logits[a]!);
@@ -266,8 +264,6 @@ test('draws among the likeliest alone, as often as they are likely', async () =>
 });
 
 test('tells each layer in order with an event, in a prompt and in a graph, and copies blocks first', async () => {
-  const dir = await randomModel({ architecture: 'LlamaForCausalLM' });
-  const executor = await started(dir);
   const prompt = tokensOf(16, 9);
   const wanted = await executor.logits(batchOf(sequenceOf({ tokens: [...prompt, 7], blocks: [1, 2] })));
   for (const [tokens, start] of [
@@ -291,7 +287,6 @@ test('tells each layer in order with an event, in a prompt and in a graph, and c
 
 describe('memory', () => {
   test('blocks from what is free, and by how much it is too little', async () => {
-    const dir = await randomModel({ architecture: 'LlamaForCausalLM' });
     const { executor, numBlocks } = await onCuda(device, dir, { numBlocks: undefined });
     executors.push(executor);
     // a block of two layers: 2 * 2 * 16 tokens * 2 heads * 32 * 2 bytes

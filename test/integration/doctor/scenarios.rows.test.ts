@@ -1,5 +1,5 @@
 /**
- * The runbook's four ways to hang, each on a system that is broken so: what pd-doctor says of it through the proxy, and of each worker;
+ * The runbook's four ways to hang, each on a system that is broken so: what pd-doctor finds through the proxy, and at each worker;
  * and of a peer that is stopped.
  * Deadlines are short by flags; nothing here is waited for but what those flags say.
  */
@@ -11,7 +11,7 @@ import {
   startWorker,
   type WorkerHandle,
 } from '../../support/cluster.ts';
-import { failed, pdDoctor } from '../../support/doctor.ts';
+import { examine, failed, pdDoctor } from '../../support/doctor.ts';
 import { NETNS_IPV4, NETNS_SILENT_IPV4, NetworkNamespace, netnsUnavailable } from '../../support/netns.ts';
 import { rows, withTheOthers } from '../../support/rows.ts';
 
@@ -74,14 +74,11 @@ async function start({
 
 /** The fix of each failure, by way of asking. `producerFails`: its own deadline may come after the consumer's. */
 async function diagnosed({ proxy, producer, consumer, prefix }: System, producerFails = true) {
-  // What a firewall drops has to be given up.
-  const timeout = prefix.length > 0 ? ['--timeout', '5s'] : [];
-  const system = await pdDoctor('System', ['--proxy', proxy.url, ...timeout], prefix);
+  const system = await examine('proxy', proxy.url, prefix);
   if (producerFails) await producer.program.line(/could not be sent/, 60_000);
   const [sender, receiver] = await Promise.all(
-    [producer, consumer].map(({ url }) => pdDoctor('Worker', ['--worker', url], prefix)),
+    [producer, consumer].map(({ url }) => examine('worker', url, prefix)),
   );
-  expect(system.status).toBe(1);
   const fixes = (found: typeof system) => failed(found).map(({ fix }) => fix!);
   return {
     system: fixes(system),
@@ -156,7 +153,7 @@ if (withTheOthers) {
       wire: 'auto',
       consumer: ['--kv-announce-host', '127.0.0.2', '--kv-buffer-size', '0', '--mem-pool-size-gb', '0'],
     });
-    expect((await pdDoctor('System', ['--proxy', proxy.url])).status).toBe(0);
+    expect(failed(await examine('proxy', proxy.url, []))).toEqual([]);
     expect((await metricsOf(consumer)).get('pd_kv_loads_total{result="ok"}')).toBe(1);
   });
 

@@ -68,7 +68,7 @@ describe('with keys', () => {
     const answer = await post(proxy, headers);
     expect([answer.status, answer.headers.get('www-authenticate')]).toEqual([status, 'Bearer']);
     expect(await answer.json()).toEqual({
-      error: { message, type: 'authentication_error', param: null, code: 'KEY_REFUSED' },
+      error: { message, type: 'invalid_request_error', param: null, code: 'invalid_api_key' },
     });
     for (const path of ['/v1/models', '/openapi.json', '/nowhere'])
       expect((await fetch(url(proxy, path), { headers })).status).toBe(401);

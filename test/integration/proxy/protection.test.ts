@@ -39,7 +39,7 @@ test('over its limits requests wait, and beyond the queue are answered 429 as Op
       message: 'the limit is 1 request at a time, and the queue is full',
       type: 'rate_limit_error',
       param: null,
-      code: 'OVERLOADED',
+      code: 'rate_limit_exceeded',
     },
   });
   const urgent = post(proxy, {}, { headers: { 'x-priority': '-1' } });

@@ -73,6 +73,7 @@ describe('errors', () => {
     ['max_tokens', { max_tokens: 0 }],
     ['max_tokens', { max_tokens: '5' }],
     ['min_tokens', { min_tokens: 20, max_tokens: 10 }],
+    ['min_tokens', { min_tokens: 17 }],
     ['temperature', { temperature: -0.1 }],
     ['temperature', { temperature: 'hot' }],
     ['top_p', { top_p: 0 }],
@@ -86,6 +87,7 @@ describe('errors', () => {
     ['logprobs', { logprobs: true }],
     ['stop', { stop: 7 }],
     ['stop.0', { stop: [''] }],
+    ['stop.1', { stop: ['a', 'a'.repeat(4_097)] }],
     ['stop_token_ids.0', { stop_token_ids: ['x'] }],
     ['presence_penalty', { presence_penalty: 2.1 }],
     ['frequency_penalty', { frequency_penalty: -3 }],
@@ -180,7 +182,7 @@ describe('errors', () => {
 });
 
 describe('long bodies', () => {
-  const long = { prompt: Array.from({ length: 200 }, () => 97), stop: 'x'.repeat(5_000) };
+  const long = { prompt: Array.from({ length: 200 }, () => 97), user: 'x'.repeat(5_000) };
 
   async function startSlow(limits: RequestBodyReaderOptions = {}) {
     const thread = new FakeReaderThread();
@@ -219,7 +221,7 @@ describe('long bodies', () => {
     const { thread, json, post, inFlight } = await startSlow({ maxWaitingBytes: 6_000 });
     const first = post(COMPLETIONS, long);
     await thread.until(1);
-    const { status, headers, body } = await post(COMPLETIONS, { ...long, stop: 'x'.repeat(6_000) });
+    const { status, headers, body } = await post(COMPLETIONS, { ...long, user: 'x'.repeat(6_000) });
     expect([status, headers['retry-after']]).toEqual([503, '3']);
     expect(JSON.parse(body)).toMatchObject({ error: { type: 'server_error', code: 'READER_BUSY' } });
     expect(inFlight.size).toBe(1);

@@ -135,9 +135,14 @@ describe('responses', () => {
       emit({ index: 0, tokens: [], finishReason: 'error', error });
     });
     const { body } = await post(RESPONSES, { input: 'Hi', stream: true });
-    expect(body.trim().split('\n\n').at(-1)).toMatch(
-      /^event: error\ndata: \{"type":"error".*"code":"INTERNAL"/,
-    );
+    const events = body.trim().split('\n\n');
+    const [error, failed] = events.slice(-2);
+    expect(error).toMatch(/^event: error\ndata: \{"type":"error".*"code":"INTERNAL"/);
+    const [, response] = /^event: response.failed\ndata: (.*)$/.exec(failed!)!;
+    expect(JSON.parse(response!)).toMatchObject({
+      sequence_number: events.length - 1,
+      response: { status: 'failed', error: { code: 'server_error', message: 'gone' } },
+    });
   });
 
   it.each([
@@ -150,6 +155,10 @@ describe('responses', () => {
     ['input.0', { input: [{ type: 'computer_call' }] }],
     ['tools.0.type', { tools: [{ type: 'web_search' }] }],
     ['max_output_tokens', { max_output_tokens: 0 }],
+    ['text.verbosity', { text: { verbosity: 'low' } }],
+    ['text.format.schema', { text: { format: { type: 'json_schema', name: 'n' } } }],
+    ['metadata', { metadata: JSON.parse('['.repeat(600) + ']'.repeat(600)) as object }],
+    ['tools', { tools: [{ ...TOOL, description: 'x'.repeat(2 ** 20) }], tool_choice: 'none' }],
     ['input', { input: 'x'.repeat(300) }],
   ])('name what is wrong: %s', async (param, change) => {
     const { json, core } = await startServer();

@@ -35,6 +35,8 @@ test('lists, sizes in any order, and other GPUs', () => {
   expect(values.sendType).toEqual(['GET']);
   expect(options.shape.layers).toBe(2);
   expect(read('--device', 'host').options.devices).toEqual(['host', 'host']);
+  const both = ['--devices', 'cuda:1,cuda:1', '--wire', 'native', '--transport', 'direct'];
+  expect(read(...both).options.devices).toEqual(['cuda:1', 'cuda:1']);
 });
 
 test.each([

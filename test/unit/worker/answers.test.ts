@@ -13,7 +13,7 @@ async function usages(options: { include_usage?: boolean; continuous_usage_stats
   const start = { prompt: { text: '', tokens: Int32Array.of(1, 2, 3) } };
   const event = (index: number, tokens: number[], first = false): ChoiceEvent => ({
     index,
-    delta: { text: 'x', tokens, logprobs: [] },
+    delta: { text: 'x', parts: [], tokens, logprobs: [] },
     ...(first && { start }),
   });
   const chunks: object[] = [];

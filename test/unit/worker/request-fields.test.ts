@@ -59,6 +59,15 @@ describe('a field that is wrong', () => {
   });
 });
 
+it('a choice of a tool goes on as its name alone: what stands beside it may be nested deeper than threads can tell each other', () => {
+  const tools = [{ type: 'function', function: { name: 'f' } }];
+  const named = { type: 'function', function: { name: 'f' } };
+  const tool_choice = { ...named, x: [[]] };
+  const served = { ...SERVED, calls: 'hermes' } as const;
+  const body = new TextEncoder().encode(JSON.stringify({ messages: user('a'), tools, tool_choice }));
+  expect(readRequestBody(served, tokenizer, 'chat', body).body.tool_choice).toEqual(named);
+});
+
 it('a body that is no UTF-8 is refused, and a byte order mark is passed over', () => {
   const body = new TextEncoder().encode('\ufeff{"prompt":"a"}');
   expect(readRequestBody(SERVED, tokenizer, 'completions', body).asked.prompts).toHaveLength(1);
@@ -70,6 +79,17 @@ it('a bad word is banned at the beginning of a text and behind a space, however 
   const encode = (text: string) => tokenizer.encode(text, { addSpecialTokens: false });
   expect(encode('Paris').length).not.toBe(encode(' Paris').length);
   expect(ask({ bad_words: ['Paris'] }).sampling.badWords).toEqual([encode('Paris'), encode(' Paris')]);
+});
+
+it('long lists are refused where there are many prompts, each of which has them', () => {
+  const served = { ...SERVED, vocabSize: 200_000 };
+  const allowed_token_ids = Array.from({ length: 200_000 }, (_, id) => id);
+  const ask = (prompts: number) => {
+    const body = { prompt: Array(prompts).fill([1]), allowed_token_ids };
+    return readRequestBody(served, tokenizer, 'completions', new TextEncoder().encode(JSON.stringify(body)));
+  };
+  expect(ask(20).asked.prompts).toHaveLength(20);
+  expect(() => ask(21)).toThrow('prompt: allowed_token_ids, logit_bias,');
 });
 
 it('a seed of 64 bits is taken, and two of them are two', () => {

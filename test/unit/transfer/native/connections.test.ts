@@ -142,6 +142,22 @@ describe('the way of a producer’s bytes', () => {
     expect(connections.ready(PEER)?.transport).toBe('direct');
   });
 
+  it('is nothing where its link has ended, though its connection goes on', () => {
+    const { connections, told, served } = start();
+    connections.met(PEER, hello());
+    served().open(THEIRS);
+    served().died(THEIRS);
+    expect(told.slice(1)).toEqual([`died ${PEER}`, expect.stringMatching(/^PEER_LOST /)]);
+
+    const again = start();
+    again.connections.met(PEER, hello());
+    again.served().open(THEIRS);
+    again.connections.lost(PEER);
+    again.connections.met(PEER, hello({ from: 'q'.repeat(32) as Nonce }));
+    again.served().died(THEIRS);
+    expect(again.told.slice(1)).toEqual([`died ${PEER}`]);
+  });
+
   it('of a consumer is tried where it offers direct on this host, and it is known to be dead by its socket alone', () => {
     const { connections, connected, told, served } = start();
     connections.admitted(PEER, hello({ direct: { bootId: 'there', path: '/run/theirs' } }));

@@ -251,6 +251,12 @@ class World {
     this.runWants(this.consumer.wants.tick(this.now));
   }
 
+  /** Another says hello under the consumer's address, whose connection so ends: it connects again. */
+  stealName() {
+    this.runGrants(this.producer.grants.introduced(C, hex() as Nonce, CACHE, this.now));
+    this.connect();
+  }
+
   killConsumer() {
     const dead = this.consumer;
     dead.alive = false;
@@ -285,7 +291,9 @@ const step = fc.record({
     { weight: 2, arbitrary: fc.constantFrom('tick', 'abort', 'long tick', 'copy') },
     {
       weight: 1,
-      arbitrary: fc.constantFrom('reconnect', 'kill consumer', 'kill producer', 'fail', 'unwanted', 'stop'),
+      arbitrary: fc.constantFrom(
+        ...['reconnect', 'kill consumer', 'kill producer', 'fail', 'unwanted', 'stop', 'name stolen'],
+      ),
     },
   ),
   id: fc.nat(2),
@@ -314,6 +322,7 @@ describe('both ledgers', () => {
           else if (kind === 'long tick') world.tick(1_500);
           else if (kind === 'stop') world.tick(10_000);
           else if (kind === 'reconnect') world.connect();
+          else if (kind === 'name stolen') world.stealName();
           else if (kind === 'kill consumer') world.killConsumer();
           else if (kind === 'kill producer') world.killProducer();
           else if (kind === 'unwanted') world.runWants(consumer.wants.unwanted(P, id));

@@ -10,6 +10,7 @@ import { expect, test } from 'vitest';
 const LEDGERS = 'unit/transfer/native/ledgers.test.ts';
 const CODEC = 'unit/transfer/native/codec.test.ts';
 const CONNECTIONS = 'unit/transfer/native/connections.test.ts';
+const HOSTILE = 'integration/native-hostile.test.ts';
 const PAGE = 'integration/direct-page.test.ts';
 const ENDPOINT = 'integration/direct-endpoint.test.ts';
 const DIRECT = 'integration/cuda/direct.rows.test.ts';
@@ -102,6 +103,12 @@ const RULES: readonly (readonly [rule: string, tests: readonly (readonly [file: 
           LEDGERS,
           'fails a want whose request does not come in time, and one of a process that has been replaced',
         ],
+        [
+          HOSTILE,
+          'a producer answers each of a hostile consumer’s messages, or counts it, and serves the others',
+        ],
+        [HOSTILE, 'a consumer takes nothing that a producer forges, and goes on with what is true'],
+        [HOSTILE, 'a consumer whose name another takes for a moment is served again'],
       ],
     ],
     [

@@ -11,7 +11,6 @@ import { afterEach, describe, expect, test } from 'vitest';
 import { startProxy, startWorker } from '../support/cluster.ts';
 import { failed, pdDoctor } from '../support/doctor.ts';
 import { NETNS_IPV6, NetworkNamespace, netnsUnavailable } from '../support/netns.ts';
-import { rows } from '../support/rows.ts';
 import { tempDir } from '../support/temp-dir.ts';
 
 const unavailable = netnsUnavailable();
@@ -56,12 +55,10 @@ async function serve(hosts: string, pingedAt: string): Promise<Served> {
 }
 
 describe.skipIf(unavailable !== undefined)('localhost, where IPv4 is 127.0.0.1 alone', () => {
-  test.each(
-    rows(
-      [['is 127.0.0.1, and pings go to the IPv6 address', '127.0.0.1 localhost\n', NETNS_IPV6]],
-      [['is ::1, and pings go to it too', '::1 localhost\n', '::1']],
-    ),
-  )('%s', async (_, hosts, pingedAt) => {
+  test.each([
+    ['is 127.0.0.1, and pings go to the IPv6 address', '127.0.0.1 localhost\n', NETNS_IPV6],
+    ['is ::1, and pings go to it too', '::1 localhost\n', '::1'],
+  ])('%s', async (_, hosts, pingedAt) => {
     const { prefix, proxy, producer, kv } = await serve(hosts, pingedAt);
     const [system, worker, peer] = await Promise.all([
       pdDoctor('System', ['--proxy', proxy], prefix),

@@ -5,7 +5,6 @@ import { standInEnvironment } from '../stand-ins/build.ts';
 import { metricsOf, startProxy, startWorker, untilListed, type WorkerHandle } from '../support/cluster.ts';
 import { kvMovedProblems } from '../support/kv-moved.ts';
 import { complete, mixedRequests } from '../support/requests.ts';
-import { rows } from '../support/rows.ts';
 
 const BFLOAT16 = 2;
 const COMPUTING = [
@@ -21,7 +20,7 @@ describe('batch-invariant producer on cuda:0, consumer on cuda:1', () => {
   });
   afterAll(() => undivided.program.stop());
 
-  test.each(rows(['PUT_ASYNC'], ['GET']))(
+  test.each(['PUT_ASYNC', 'GET'])(
     '%s: the tokens of the undivided worker, and KV moved',
     async (sendType) => {
       const proxy = await startProxy();
