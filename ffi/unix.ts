@@ -36,8 +36,6 @@ const UNIX = {
     [address: null, bytes: number, protection: number, flags: number, fd: number, offset: number],
     bigint | null
   >('void *(void *, size_t, int, int, int, int64_t)'),
-  // int munmap(void *addr, size_t length)
-  munmap: row<[address: bigint, bytes: number]>('int(void *, size_t)'),
 } as const;
 
 // <sys/socket.h>, <linux/memfd.h>, <fcntl.h> and <sys/mman.h> of Linux; test/integration/unix.test.ts compares all of it with a C program
@@ -332,9 +330,4 @@ export function mapSharedMemory(fd: FileDescriptor, bytes: number, what: string)
   const address = libc().mmap(null, bytes, C.PROT_READ | C.PROT_WRITE, C.MAP_SHARED, fd, 0);
   if (address === null || address === 0xffff_ffff_ffff_ffffn) throw failed('mmap', what);
   return address as SharedPointer;
-}
-
-/** Only when no view of it is left in any thread, and no GPU writes there. */
-export function unmapSharedMemory(address: SharedPointer, bytes: number): void {
-  checked(libc().munmap(address, bytes), 'munmap', 'shared memory');
 }

@@ -17,7 +17,14 @@ interface Layer {
   readonly pure?: true | readonly string[];
 }
 
-const BASE = ['src/errors.ts', 'src/deferred.ts', 'src/thread-entry.ts', 'src/version.ts', 'src/zod.ts'];
+const BASE = [
+  'src/errors.ts',
+  'src/deferred.ts',
+  'src/memories.ts',
+  'src/thread-entry.ts',
+  'src/version.ts',
+  'src/zod.ts',
+];
 const COMMON = [...BASE, 'src/observability', 'src/net'];
 
 /** From the lowest to the highest: a layer may only name layers above it here, so there are no cycles among them. */
@@ -25,6 +32,7 @@ export const LAYERS: readonly Layer[] = [
   { name: 'ffi', may: [] },
   { name: 'src/errors.ts', may: ['ffi'] },
   { name: 'src/deferred.ts', may: [] },
+  { name: 'src/memories.ts', may: [] },
   { name: 'src/thread-entry.ts', may: [] },
   { name: 'src/version.ts', may: [] },
   { name: 'src/zod.ts', may: [] },

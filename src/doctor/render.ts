@@ -1,4 +1,5 @@
 /** The report as one page of text. */
+import { Help } from 'commander';
 import { plural } from '../observability/bytes.ts';
 import type { DoctorReport, Finding, Level } from './finding.ts';
 
@@ -38,15 +39,5 @@ function renderFinding({ level, what, fix }: Finding, { colour, width }: RenderO
 }
 
 function wrap(text: string, width: number): string[] {
-  return text.split('\n').flatMap((paragraph) => {
-    const lines: string[] = [];
-    let line = '';
-    for (const word of paragraph.split(' ')) {
-      if (line !== '' && line.length + 1 + word.length > width) {
-        lines.push(line);
-        line = word;
-      } else line = line === '' ? word : `${line} ${word}`;
-    }
-    return [...lines, line];
-  });
+  return new Help().boxWrap(text, width).split('\n');
 }

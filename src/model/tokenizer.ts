@@ -45,13 +45,10 @@ export class Tokenizer implements PieceSource {
   /** Two of the same make the same ids of the same request: hex, over tokenizer, its settings, chat template and ends of text. */
   readonly digest: string;
   readonly leadingSpaces: number;
-  /** Ids are below this. */
-  readonly vocabSize: number;
   /** Tokens that end a text, from config.json and generation_config.json. */
   readonly eosTokenIds: readonly number[];
   /** The one of the tokenizer's own settings, or the first of the model's. */
   readonly eosTokenId: number | undefined;
-  readonly bosTokenId: number | undefined;
   /** Most UTF-16 units of text that one token stands for; Infinity where that cannot be told. */
   readonly charactersPerToken: number;
   readonly #library: HuggingFaceTokenizer;
@@ -80,10 +77,8 @@ export class Tokenizer implements PieceSource {
     this.#specialIds = new Map(special.map(({ id, content }) => [content, id]));
     this.#chat = chat;
     this.leadingSpaces = leadingSpaces;
-    this.vocabSize = this.#pieces.length;
     this.eosTokenIds = model.eosTokenIds;
     this.eosTokenId = this.#specialIds.get(eosToken ?? '') ?? model.eosTokenIds[0];
-    this.bosTokenId = model.bosTokenId;
     this.charactersPerToken = mostCharacters;
   }
 

@@ -36,16 +36,14 @@ export function createLogger(options: LogOptions, name: string): Logger {
 export class RateLimitedLog {
   readonly #last = new Map<string, { at: number; suppressed: number }>();
   readonly #intervalMs: number;
-  readonly #now: () => number;
 
-  constructor(intervalMs = 10_000, now: () => number = () => performance.now()) {
+  constructor(intervalMs = 10_000) {
     this.#intervalMs = intervalMs;
-    this.#now = now;
   }
 
   /** Calls `write` with the number of events suppressed before, or counts this one. */
   log(key: string, write: (suppressed: number) => void): void {
-    const now = this.#now();
+    const now = performance.now();
     const seen = this.#last.get(key);
     if (seen && now - seen.at < this.#intervalMs) {
       seen.suppressed++;

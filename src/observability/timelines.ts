@@ -3,6 +3,7 @@
  * and its core thread keep their own, the proxy its receipts (proxy/receipts.ts); all read one clock, so that what they say of one request
  * fits together, on one host.
  */
+import { remember } from '../memories.ts';
 
 /** Milliseconds of CLOCK_MONOTONIC: the same clock in every thread and process of a host. */
 export function monotonicMs(): number {
@@ -43,9 +44,7 @@ export class Timelines<Stage extends string> {
 
   /** Begins the timeline of `id` with its first stage; one of that id from before is forgotten. */
   begin(id: string, stage: Stage, at: number = monotonicMs()): void {
-    this.#requests.delete(id);
-    this.#requests.set(id, { stages: [{ stage, at }], facts: undefined });
-    if (this.#requests.size > MOST_REQUESTS) this.#requests.delete(this.#requests.keys().next().value!);
+    remember(this.#requests, id, { stages: [{ stage, at }], facts: undefined }, MOST_REQUESTS);
   }
 
   /** Does nothing for an id that has not begun, or was long ago. `tokens`: that the stage is about. */

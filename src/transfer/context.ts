@@ -43,24 +43,14 @@ export function standsFor({ options }: TransferContext, tensorId: TensorId): Tra
   return suffixedFor(splitTensorId(tensorId).requestId, which);
 }
 
-export interface TensorFields {
-  /** The id as its sender calls it; between ours the transfer id. */
-  readonly transferId: string;
-  readonly tensorId: string;
-  readonly peer?: string;
-  readonly shape?: readonly number[];
-  readonly dtype?: string;
-  readonly bufferUsed: number;
-  readonly poolUsed: number;
-}
-
 /** The fields that every debug line about a tensor carries. */
 export function tensorFields(
   context: TransferContext,
   tensor: { readonly tensorId: TensorId; readonly shape?: readonly number[]; readonly dtype?: string },
   peer?: string,
-): TensorFields {
+) {
   return {
+    // As its sender calls it; between ours the transfer id.
     transferId: splitTensorId(tensor.tensorId).requestId,
     tensorId: tensor.tensorId,
     ...(peer === undefined ? {} : { peer }),

@@ -1,7 +1,7 @@
 /** What went wrong lately, for `/debug/state`: by peer and kind, with the cause. Bounded. */
 import type { ErrorData, PdError } from '../errors.ts';
+import { remember } from '../memories.ts';
 import type { Deadlines } from './deadlines.ts';
-import { remember } from './memories.ts';
 
 /**
  * `load`: KV of a request did not come. `send`: a tensor could not be sent or kept. `refused`: a tensor of a peer found no room here.

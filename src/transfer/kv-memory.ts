@@ -17,10 +17,9 @@ import type { Deadlines } from './deadlines.ts';
 export const POOL_STEP_BYTES = 64 * 2 ** 20;
 
 /** Bytes handed out. They leave the count when `free` is called, and not before. */
-export interface Allocation {
+export interface Held {
   readonly memory: MemoryRef;
   readonly bytes: number;
-  readonly place: 'buffer' | 'pool';
   /** Idempotent. */
   free(): void;
 }
@@ -28,12 +27,12 @@ export interface Allocation {
 interface Region {
   readonly arena: Arena;
   readonly memory: MemoryRef;
-  readonly place: Allocation['place'];
+  readonly place: 'buffer' | 'pool';
 }
 
 interface Waiter {
   readonly bytes: number;
-  readonly settle: (allocation: Allocation | undefined) => void;
+  readonly settle: (held: Held | undefined) => void;
 }
 
 export interface KvMemoryOptions {
@@ -90,7 +89,7 @@ export class KvMemory {
   }
 
   /** From what is there now. */
-  tryAllocate(bytes: number): Allocation | undefined {
+  tryAllocate(bytes: number): Held | undefined {
     for (const region of [this.#buffer, ...this.#pool]) {
       const block = region.arena.allocate(bytes);
       if (block) return this.#hand(region, block);
@@ -99,16 +98,16 @@ export class KvMemory {
   }
 
   /** As `tryAllocate`, but never before those that wait. */
-  tryInTurn(bytes: number): Allocation | undefined {
+  tryInTurn(bytes: number): Held | undefined {
     return this.#waiters.length === 0 ? this.tryAllocate(bytes) : undefined;
   }
 
   /** Grows the pool where it must; undefined where there is no room and none can be made. */
-  async allocate(bytes: number): Promise<Allocation | undefined> {
+  async allocate(bytes: number): Promise<Held | undefined> {
     for (;;) {
       if (this.#closed) return undefined;
-      const allocation = this.tryAllocate(bytes);
-      if (allocation) return allocation;
+      const held = this.tryAllocate(bytes);
+      if (held) return held;
       if (!(await this.#grow(bytes))) return this.#closed ? undefined : this.tryAllocate(bytes);
     }
   }
@@ -117,15 +116,15 @@ export class KvMemory {
    * As `allocate`, but waits for others to free; not for what never fits. First come, first served: otherwise small sends behind a large one of the same peer
    * would take what it waits for, and none of them could leave.
    */
-  async waitFor(bytes: number, timeoutMs: number): Promise<Allocation | undefined> {
+  async waitFor(bytes: number, timeoutMs: number): Promise<Held | undefined> {
     if (!this.canEverHold(bytes)) return undefined;
     const now = this.tryInTurn(bytes);
     if (now) return now;
     return new Promise((resolve) => {
-      const settle = (allocation: Allocation | undefined) => {
+      const settle = (held: Held | undefined) => {
         deadline.cancel();
         this.#waiters = this.#waiters.filter((other) => other !== waiter);
-        resolve(allocation);
+        resolve(held);
         this.#serve();
       };
       const waiter: Waiter = { bytes, settle };
@@ -158,11 +157,11 @@ export class KvMemory {
   #serve(): void {
     const first = this.#waiters[0];
     if (!first) return;
-    const allocation = this.tryAllocate(first.bytes);
-    if (allocation) first.settle(allocation);
+    const held = this.tryAllocate(first.bytes);
+    if (held) first.settle(held);
   }
 
-  #hand(region: Region, block: Block): Allocation {
+  #hand(region: Region, block: Block): Held {
     const { bytes } = block;
     this.#count(region.place, bytes);
     let held = true;
@@ -174,10 +173,10 @@ export class KvMemory {
       this.#serve();
     };
     this.#growAhead();
-    return { memory: sliceMemory(region.memory, block.offset, bytes), bytes, place: region.place, free };
+    return { memory: sliceMemory(region.memory, block.offset, bytes), bytes, free };
   }
 
-  #count(place: Allocation['place'], bytes: number): void {
+  #count(place: Region['place'], bytes: number): void {
     if (place === 'buffer') this.#bufferUsed += bytes;
     else this.#poolUsed += bytes;
     this.#options.metrics.set('pd_kv_buffer_used_bytes', this.#bufferUsed);

@@ -2,8 +2,8 @@
 import { PdError } from '../errors.ts';
 import { type GrammarPlace, TokenGrammar } from '../grammar/masks.ts';
 import { Vocabulary } from '../grammar/vocabulary.ts';
+import { remember } from '../memories.ts';
 import type { GrammarUse, ScheduledSequence, TokenHistory } from '../scheduler/types.ts';
-import { remember } from '../transfer/memories.ts';
 
 /** What they have found of their masks so far is worth keeping: the same schema comes again. */
 const MOST_GRAMMARS = 32;

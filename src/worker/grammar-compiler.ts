@@ -7,10 +7,10 @@ import { compileSpec, type GrammarSpec } from '../grammar/grammar.ts';
 import { commonParts, partsAhead } from '../grammar/parts-ahead.ts';
 import { Vocabulary, type VocabularyData, vocabularyOf } from '../grammar/vocabulary.ts';
 import { specialBytes, textBytes } from '../grammar/whole.ts';
+import { remember } from '../memories.ts';
 import type { Tokenizer } from '../model/tokenizer.ts';
 import { monotonicMs } from '../observability/timelines.ts';
 import type { GrammarUse } from '../scheduler/types.ts';
-import { remember } from '../transfer/memories.ts';
 import type { GrammarWish } from './server/fields.ts';
 
 /** What many schemas have: strings of all kinds, numbers, blanks. */

@@ -6,7 +6,6 @@ import type { DeviceEvent, EventRef, Stream } from '../device.ts';
 
 /** What streams and events need of their device. */
 export interface CudaContext {
-  readonly index: number;
   readonly runtime: Cudart;
   /** Makes the GPU current in this thread. */
   enter(): void;

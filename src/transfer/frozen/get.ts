@@ -5,10 +5,11 @@ import { tensorBytes } from '../../wire/dtype.ts';
 import type { TensorId } from '../../wire/ids.ts';
 import type { Answer, GetMessage, TensorForm } from '../../wire/messages.ts';
 import type { TransferContext } from '../context.ts';
+import type { Held } from '../kv-memory.ts';
 import { sentAs } from './form.ts';
 import type { Intake } from './intake.ts';
 import { Announcement } from './link.ts';
-import type { Held, StoreEntry } from './store.ts';
+import type { StoreEntry } from './store.ts';
 
 export interface GetRequest {
   readonly tensorId: TensorId;

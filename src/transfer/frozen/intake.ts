@@ -3,15 +3,16 @@
  * Memory is taken before an announcement is answered; what was answered `0` is received even if its request is over by then.
  */
 import { PdError } from '../../errors.ts';
+import { Aging } from '../../memories.ts';
 import type { Pair } from '../../transport/transport.ts';
 import { tensorBytes } from '../../wire/dtype.ts';
 import { splitTensorId, type TransferId, withoutSuffix } from '../../wire/ids.ts';
 import type { PutMessage } from '../../wire/messages.ts';
 import { logTensor, type TransferContext, tensorFields } from '../context.ts';
 import { Sweep } from '../deadlines.ts';
-import { Aging } from '../memories.ts';
+import type { Held } from '../kv-memory.ts';
 import { type Claimant, ClaimBook } from './claims.ts';
-import { contradicts, type Held, ReceiveStore, type StoreEntry, type TensorInfo } from './store.ts';
+import { contradicts, ReceiveStore, type StoreEntry, type TensorInfo } from './store.ts';
 
 export class Intake {
   readonly store = new ReceiveStore();

@@ -1,18 +1,18 @@
 /** The producer's side of GET: keeps what is sent until it is asked for. */
 import { PdError } from '../../errors.ts';
 import { formShape, type WireForm } from '../../kv/families.ts';
+import { Aging } from '../../memories.ts';
 import type { Pair } from '../../transport/transport.ts';
 import { tensorBytes } from '../../wire/dtype.ts';
 import { splitTensorId, type TensorId, type TransferId } from '../../wire/ids.ts';
 import { logTensor, passed, type TransferContext, tensorFields } from '../context.ts';
 import { Sweep } from '../deadlines.ts';
-import { Aging } from '../memories.ts';
+import type { Held } from '../kv-memory.ts';
 import type { SendRequest } from '../types.ts';
 import { type DenseBlocks, denseBlocks, frozenForm, reform } from './form.ts';
 import type { SendReply } from './put.ts';
 import { type KeptTensor, SendStore } from './send-store.ts';
 import { checkSource, type Stager } from './stager.ts';
-import type { Held } from './store.ts';
 
 export interface FrozenCopy {
   readonly shape: readonly number[];

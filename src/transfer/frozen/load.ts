@@ -171,11 +171,6 @@ export class Load implements Claimant {
     this.#finishIfQuiet();
   }
 
-  /** To be called once it is entered: a load of nothing is done. */
-  begin(): void {
-    this.#finishIfQuiet();
-  }
-
   /** Half of its time has passed: whoever reads this then can still look at the other end. */
   warnLate(peers: PairsOfPeer, timeoutMs: number): void {
     if (this.decided) return;

@@ -105,7 +105,6 @@ export class Loads {
       if (lost) load.fail(lost);
       else this.#askLayers(load);
     }
-    load.begin();
     return promise
       .catch((error: unknown) => {
         failures.note('load', peer, PdError.from(error));

@@ -5,10 +5,10 @@ import type { Pair } from '../../transport/transport.ts';
 import type { TensorId } from '../../wire/ids.ts';
 import type { Answer, PutMessage } from '../../wire/messages.ts';
 import { logTensor, type TransferContext } from '../context.ts';
+import type { Held } from '../kv-memory.ts';
 import type { FormedRequest } from './form.ts';
 import { Announcement } from './link.ts';
 import { checkSource, type Stager, stagingMemory } from './stager.ts';
-import type { Held } from './store.ts';
 
 /** How a send goes on; each is called at most once. */
 export interface SendReply {

@@ -4,8 +4,8 @@
  */
 import type { Dtype } from '../../wire/dtype.ts';
 import { splitTensorId, type TensorId, type TransferId, tensorIdOf, withoutSuffix } from '../../wire/ids.ts';
+import type { Held } from '../kv-memory.ts';
 import type { DenseBlocks } from './form.ts';
-import type { Held } from './store.ts';
 
 export interface KeptTensor {
   readonly tensorId: TensorId;
@@ -33,6 +33,9 @@ export type Lookup =
   /** It has been asked for under another suffix before: nobody can say which of the two is meant. */
   | { readonly kind: 'ambiguous'; readonly requestIds: readonly string[] };
 
+/** Of one tensor, in an answer. */
+const MOST_NEAR_MISSES = 3;
+
 export class SendStore {
   /** Oldest first. */
   readonly #byTensor = new Map<TensorId, Mutable>();
@@ -42,13 +45,7 @@ export class SendStore {
   readonly #byLook = new Map<string, Set<Mutable>>();
   /** Under which id a peer that is not ours has asked for a request. */
   readonly #askedAs = new Map<string, string>();
-  #heldBytes = 0;
   #count = 0;
-
-  /** Bytes of all that is kept or still being sent. */
-  get heldBytes(): number {
-    return this.#heldBytes;
-  }
 
   /** Tensors that hold memory. */
   get size(): number {
@@ -84,7 +81,6 @@ export class SendStore {
     this.#byTensor.set(kept.tensorId, kept);
     enter(this.#byRequest, kept.requestId, kept);
     enter(this.#byLook, lookOf(kept.requestId), kept);
-    this.#heldBytes += held.bytes;
     this.#count++;
     return kept;
   }
@@ -103,12 +99,12 @@ export class SendStore {
     return { kind: 'found', tensor };
   }
 
-  /** Tensors of the same layer under an id that looks like this one: what came instead. At most `most`. */
-  nearMisses(tensorId: TensorId, most = 3): TensorId[] {
+  /** Tensors of the same layer under an id that looks like this one: what came instead. */
+  nearMisses(tensorId: TensorId): TensorId[] {
     const { requestId, layerName } = splitTensorId(tensorId);
     return [...(this.#byLook.get(lookOf(requestId)) ?? [])]
       .filter((kept) => kept.layerName === layerName && kept.tensorId !== tensorId)
-      .slice(0, most)
+      .slice(0, MOST_NEAR_MISSES)
       .map((kept) => kept.tensorId);
   }
 
@@ -162,12 +158,10 @@ export class SendStore {
     for (const id of this.#askedAs.keys()) {
       if (!this.#byRequest.has(id)) wrong.push(`${id} is remembered as asked for and not kept`);
     }
-    let bytes = 0;
     for (const kept of this.#byTensor.values()) {
-      bytes += kept.held.bytes;
       if (kept.gone) wrong.push(`${kept.tensorId} is gone and still listed`);
     }
-    if (bytes > this.#heldBytes) wrong.push(`${bytes} bytes kept, ${this.#heldBytes} counted`);
+    if (this.#byTensor.size > this.#count) wrong.push(`${this.#byTensor.size} kept, ${this.#count} counted`);
     return wrong;
   }
 
@@ -183,7 +177,6 @@ export class SendStore {
 
   #freeUnsent(kept: Mutable): void {
     if (kept.sending > 0) return;
-    this.#heldBytes -= kept.held.bytes;
     this.#count--;
     kept.held.free();
   }

@@ -4,10 +4,10 @@
  * shift every answer after it.
  */
 import type { PdError } from '../../errors.ts';
+import { remember } from '../../memories.ts';
 import type { Pair } from '../../transport/transport.ts';
 import type { PeerHello } from '../../wire/messages.ts';
 import type { Deadlines } from '../deadlines.ts';
-import { remember } from '../memories.ts';
 import type { PairState } from '../types.ts';
 
 export class Session {

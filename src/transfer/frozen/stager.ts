@@ -4,9 +4,9 @@ import { PdError } from '../../errors.ts';
 import { blockBytes } from '../../kv/layout.ts';
 import { tensorBytes } from '../../wire/dtype.ts';
 import { logTensor, passed, type TransferContext } from '../context.ts';
+import type { Held } from '../kv-memory.ts';
 import type { SendRequest } from '../types.ts';
 import type { FormedRequest } from './form.ts';
-import type { Held } from './store.ts';
 
 /** Gathered together: what is to be sent next need not wait for all of a long prompt. */
 const MAX_GATHER_BYTES = 256 * 2 ** 20;

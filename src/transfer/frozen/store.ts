@@ -1,14 +1,14 @@
 /**
- * The books of received KV: which tensors are held, for whom, and in how many bytes. Pure; the memory itself is behind `Held`.
+ * The books of received KV: which tensors are held, and for whom. Pure; the memory itself is behind `Held`.
  *
  *   announced --> receiving --> ready --> claimed --> (freed)
  *                    |            |          by a load until it is in the cache, by a caller until `finish`
  *                    |            +--> freed at finish, or as an orphan
  *                    +--> dropped: its request is over, but what was answered `0` is received all the same, then freed
  */
-import type { MemoryRef } from '../../device/device.ts';
 import type { Dtype } from '../../wire/dtype.ts';
 import { splitTensorId, type TensorId, type TransferId, withoutSuffix } from '../../wire/ids.ts';
+import type { Held } from '../kv-memory.ts';
 
 interface Prompted {
   readonly promptDigest?: string | undefined;
@@ -17,13 +17,6 @@ interface Prompted {
 /** Both know of which prompt they are, and it is not the same one. */
 export function contradicts(a: Prompted, b: Prompted): boolean {
   return a.promptDigest !== undefined && b.promptDigest !== undefined && a.promptDigest !== b.promptDigest;
-}
-
-/** Memory that the books count; `free` gives it back. */
-export interface Held {
-  readonly memory: MemoryRef;
-  readonly bytes: number;
-  free(): void;
 }
 
 export interface TensorInfo {
@@ -49,11 +42,12 @@ export interface StoreEntry extends TensorInfo {
   /** When it was announced; the clock of the engine. */
   readonly since: number;
   readonly state: EntryState;
-  /** In the index: others may find it by its ids. */
-  readonly visible: boolean;
 }
 
 type Mutable = { -readonly [K in keyof StoreEntry]: StoreEntry[K] };
+
+/** Requests that one message names. */
+const MOST_NEAR_MISSES = 5;
 
 export class ReceiveStore {
   readonly #byTensor = new Map<TensorId, Mutable>();
@@ -61,12 +55,6 @@ export class ReceiveStore {
   readonly #byId = new Map<string, Set<Mutable>>();
   /** Every entry that holds memory, dropped ones too, oldest first. */
   readonly #all = new Set<Mutable>();
-  #heldBytes = 0;
-
-  /** Bytes of every entry that is not freed. */
-  get heldBytes(): number {
-    return this.#heldBytes;
-  }
 
   get size(): number {
     return this.#all.size;
@@ -101,10 +89,8 @@ export class ReceiveStore {
       held,
       since,
       state,
-      visible: false,
     };
     this.#all.add(entry);
-    this.#heldBytes += held.bytes;
     if (state === 'receiving') this.#index(entry);
     return entry;
   }
@@ -123,14 +109,13 @@ export class ReceiveStore {
   drop(entry: StoreEntry): void {
     this.#unindex(mutable(entry));
     mutable(entry).state = 'dropped';
-    mutable(entry).visible = false;
   }
 
   /** For a load: it will be released when it is in the cache. For a caller (`owned`): at finish. */
   claim(entry: StoreEntry, as: 'claimed' | 'owned'): void {
     mutable(entry).state = as;
     // What a caller owns must be found when its request finishes.
-    if (as === 'owned' && !entry.visible) this.#index(mutable(entry));
+    if (as === 'owned' && !this.#isIndexed(entry)) this.#index(mutable(entry));
   }
 
   /** Frees it. Idempotent. */
@@ -139,7 +124,6 @@ export class ReceiveStore {
     mutable(entry).state = 'freed';
     this.#unindex(mutable(entry));
     this.#all.delete(mutable(entry));
-    this.#heldBytes -= entry.held.bytes;
     entry.held.free();
   }
 
@@ -190,8 +174,8 @@ export class ReceiveStore {
     return orphans;
   }
 
-  /** What looks like `id`: perhaps the same request under another suffix. One tensor of each, for messages; at most `most`. */
-  nearMisses(id: string, most = 5): string[] {
+  /** What looks like `id`: perhaps the same request under another suffix. One tensor of each, for messages. */
+  nearMisses(id: string): string[] {
     const stem = withoutSuffix(id) ?? id;
     const found = new Map<string, { readonly first: StoreEntry; count: number }>();
     for (const entry of this.#all) {
@@ -199,7 +183,7 @@ export class ReceiveStore {
       if (entry.state !== 'ready' && entry.state !== 'receiving') continue;
       const known = found.get(entry.requestId);
       if (known) known.count++;
-      else if (found.size < most && looksLike(entry.requestId, stem)) {
+      else if (found.size < MOST_NEAR_MISSES && looksLike(entry.requestId, stem)) {
         found.set(entry.requestId, { first: entry, count: 1 });
       }
     }
@@ -212,14 +196,14 @@ export class ReceiveStore {
   /** What is wrong, in words. */
   checkIntegrity(): string[] {
     const wrong: string[] = [];
-    let bytes = 0;
     for (const entry of this.#all) {
-      bytes += entry.held.bytes;
-      if (entry.state === 'freed') wrong.push(`${entry.tensorId} is freed and still counted`);
-      const indexed = this.#byId.get(entry.requestId)?.has(entry) ?? false;
-      if (indexed !== entry.visible) wrong.push(`${entry.tensorId} (${entry.state}) is wrongly indexed`);
+      const { tensorId, state } = entry;
+      if (state === 'freed') wrong.push(`${tensorId} is freed and still counted`);
+      // What a GET has brought for a load is in no index, what a PUT has is.
+      if (state !== 'claimed' && this.#isIndexed(entry) === (state === 'dropped')) {
+        wrong.push(`${tensorId} (${state}) is wrongly indexed`);
+      }
     }
-    if (bytes !== this.#heldBytes) wrong.push(`${bytes} bytes are held, ${this.#heldBytes} counted`);
     for (const [id, entries] of this.#byId) {
       if (entries.size === 0) wrong.push(`empty set under ${id}`);
       for (const entry of entries) if (!this.#all.has(entry)) wrong.push(`${id} names a tensor that is gone`);
@@ -227,8 +211,12 @@ export class ReceiveStore {
     return wrong;
   }
 
+  /** Others may find it by its ids. */
+  #isIndexed(entry: StoreEntry): boolean {
+    return this.#byId.get(entry.requestId)?.has(mutable(entry)) ?? false;
+  }
+
   #index(entry: Mutable): void {
-    entry.visible = true;
     this.#byTensor.set(entry.tensorId, entry);
     this.#enter(entry.requestId, entry);
     if (entry.standsFor !== undefined) this.#enter(entry.standsFor, entry);

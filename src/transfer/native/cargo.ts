@@ -7,7 +7,7 @@ import { sliceMemory } from '../../device/memory.ts';
 import { PdError } from '../../errors.ts';
 import { blockBytes, runBytes, runOffset, runsPerBlock } from '../../kv/layout.ts';
 import { passed, type TransferContext } from '../context.ts';
-import type { Allocation } from '../kv-memory.ts';
+import type { Held } from '../kv-memory.ts';
 
 /** Memory to send from or to receive into. `free`: when no operation uses it any more. */
 export interface Cargo {
@@ -55,7 +55,7 @@ export async function unload(context: TransferContext, place: Place, { regions }
   await passed(context, `scatter of ${place.what}`);
 }
 
-async function stage(context: TransferContext, place: Place, bytes = bytesOf(place)): Promise<Allocation> {
+async function stage(context: TransferContext, place: Place, bytes = bytesOf(place)): Promise<Held> {
   const { memory, options } = context;
   const staged = await memory.waitFor(bytes, options.timeouts.transfer);
   if (staged) return staged;

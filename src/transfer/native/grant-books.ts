@@ -1,6 +1,7 @@
 /** The books of the producer's ledger (grants.ts): WANTs by the process that sent them, and by the request that they are for. Pure. */
+
+import { Aging } from '../../memories.ts';
 import type { TransferId } from '../../wire/ids.ts';
-import { Aging } from '../memories.ts';
 import type { Draw } from './actions.ts';
 import type { EndMessage, HeldState, Nonce, WantMessage } from './messages.ts';
 import { type Process, Processes } from './processes.ts';

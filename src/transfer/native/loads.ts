@@ -6,12 +6,12 @@
  */
 import { randomBytes } from 'node:crypto';
 import { type ErrorData, PdError, unreachable } from '../../errors.ts';
+import { remember } from '../../memories.ts';
 import type { Logger } from '../../observability/log.ts';
 import type { MetricsPage } from '../../observability/metrics.ts';
 import { SLOTS, type SlotFlag } from '../../transport/direct/page.ts';
 import type { EngineRequestId, TransferId } from '../../wire/ids.ts';
 import { Failures } from '../failures.ts';
-import { remember } from '../memories.ts';
 import type { TransferState } from '../types.ts';
 import type { WantAction } from './actions.ts';
 import type { NativeInit, ToWire } from './channel.ts';

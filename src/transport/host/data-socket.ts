@@ -80,10 +80,6 @@ export class DataSocket {
     if (this.#lost) act(this.#error);
   }
 
-  get bytesWritten(): number {
-    return this.#socket.bytesWritten;
-  }
-
   /** Fills the cursor's memory to its end, then calls `filled`. One at a time. */
   read(cursor: RegionCursor, filled: () => void): void {
     this.#cursor = cursor;

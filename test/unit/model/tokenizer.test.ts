@@ -66,8 +66,6 @@ describe('tokenizer', () => {
 
   it('knows its special tokens', () => {
     expect(tokenizer).toMatchObject({
-      vocabSize: 2048,
-      bosTokenId: 0,
       eosTokenIds: [1, 2],
       eosTokenId: 1,
       chatTemplate: expect.stringContaining('<tool_call>'),

@@ -28,14 +28,13 @@ describe('KvMemory', () => {
     const { memory, metrics } = make(1024, 2048);
     const held = [];
     for (let i = 0; i < 3; i++) held.push((await memory.allocate(1000))!);
-    expect(held.map(({ place }) => place)).toEqual(['buffer', 'pool', 'pool']);
     expect([memory.bufferUsed, memory.poolUsed, memory.poolReserved]).toEqual([1000, 2000, 2048]);
     expect(await memory.allocate(1000)).toBeUndefined();
     expect(readMetric([metrics], 'pd_kv_pool_used_bytes')).toBe(2000);
     held[1]!.free();
     held[1]!.free();
     expect(memory.poolUsed).toBe(1000);
-    expect((await memory.allocate(900))?.place).toBe('pool');
+    expect((await memory.allocate(900))?.bytes).toBe(900);
     for (const one of held) one.free();
     expect([memory.bufferUsed, memory.poolUsed]).toEqual([0, 900]);
     expect(memory.checkIntegrity()).toEqual([]);
@@ -46,8 +45,8 @@ describe('KvMemory', () => {
     memory.tryAllocate(1024);
     await Promise.resolve();
     expect(memory.poolReserved).toBe(POOL_STEP_BYTES);
-    const large = await memory.allocate(POOL_STEP_BYTES * 2 + 1);
-    expect(large?.place).toBe('pool');
+    await memory.allocate(POOL_STEP_BYTES * 2 + 1);
+    expect(memory.poolUsed).toBe(POOL_STEP_BYTES * 2 + 1);
     expect(memory.poolReserved).toBe(4 * POOL_STEP_BYTES);
     expect(await memory.allocate(POOL_STEP_BYTES + 1)).toBeUndefined();
   });
@@ -85,7 +84,7 @@ describe('KvMemory', () => {
     const held = memory.tryAllocate(1024)!;
     expect(await memory.allocate(256)).toBeUndefined();
     held.free();
-    expect((await memory.allocate(256))?.place).toBe('buffer');
-    expect(memory.poolReserved).toBe(0);
+    await memory.allocate(256);
+    expect([memory.bufferUsed, memory.poolReserved]).toEqual([256, 0]);
   });
 });

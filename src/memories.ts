@@ -1,4 +1,4 @@
-/** What must be remembered of what is over. Pure, and bounded. */
+/** Maps that are bounded: what must be remembered of what is over, or is worth keeping. Pure. */
 
 const MOST = 65_536;
 
