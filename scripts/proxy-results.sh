@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # How fast the proxy alone is, on a machine with 16 cores or more and no need of a GPU: what a request and a streamed token take it with each
 # feature, how many streams one core bears, what more processes bring, and what it adds to requests of all sizes, beside nginx and HAProxy
-# where there are any. Writes bench/results/<date>-host-proxy.{md,json}. Takes under six minutes; exit status 1 if anything failed.
+# where there are any. Writes bench/results/<date>-host-proxy.{md,json}. Takes under eight minutes; exit status 1 if anything failed.
 #
 #   ./scripts/proxy-results.sh [--out DIR] [--only features,streams,workers,grid] [--peers DIR] [--small]
 #
