@@ -21,36 +21,20 @@ import {
 } from './expression.ts';
 import { jsonRules, keyBesides, literal, member, quoted, SINGLE_NUMBER, stringOf } from './json.ts';
 import { insideString, regexExpression } from './regex.ts';
-import { difference, intersection, isNothing, matches } from './regular.ts';
-import {
-  below,
-  isObject,
-  type Located,
-  located,
-  SchemaDocument,
-  type SchemaObject,
-  unsupportedKeyword,
-} from './schema-document.ts';
-import {
-  type Alternatives,
-  type Facts,
-  factsOf,
-  firstUnsupported,
-  typesOf,
-  typesOverlap,
-} from './schema-facts.ts';
+import { difference, intersection, isNothing } from './regular.ts';
+import { SchemaAlternatives } from './schema-alternatives.ts';
+import { isObject, type Located, SchemaDocument, unsupportedKeyword } from './schema-document.ts';
+import { type Facts, factsOf, firstUnsupported, propertyOf, typesOf } from './schema-facts.ts';
 import { formatExpression } from './schema-formats.ts';
 import { SchemaIdentities } from './schema-identity.ts';
 import type { TypeName } from './schema-keywords.ts';
-import { negation } from './schema-negation.ts';
 import { numberExpression } from './schema-numbers.ts';
-import { satisfies } from './schema-values.ts';
+import { satisfying, typeOf } from './schema-values.ts';
 
 const MOST_SCHEMAS_OPEN = 150;
 const MOST_RULES = 5000;
 /** Bytes of values written out in place rather than as a rule of their own. */
 const FEW_BYTES = 200;
-const MOST_COMPARED = 4;
 const TYPES: readonly TypeName[] = ['object', 'array', 'string', 'number', 'boolean', 'null'];
 /** Of a string, in one way only. */
 const ONE_CHARACTER = insideString(characters([0, LAST_CODE_POINT]));
@@ -68,6 +52,7 @@ class SchemaCompiler {
   readonly #json;
   readonly #known = new Map<string, Expression>();
   readonly #identities: SchemaIdentities;
+  readonly #alternatives: SchemaAlternatives;
   /** Each value is written in one way, so that its text tells it from others. */
   #singly = false;
   /** Keys in the order in which they have been met first, which is theirs then. */
@@ -79,6 +64,7 @@ class SchemaCompiler {
     this.#document = document;
     this.#budget = budget;
     this.#identities = new SchemaIdentities(document);
+    this.#alternatives = new SchemaAlternatives(document, budget, this.#identities);
     this.#rules.push({ name: '#', body: NOTHING });
     this.#json = jsonRules(1);
     this.#rules.push(...this.#json.rules);
@@ -127,7 +113,7 @@ class SchemaCompiler {
       return choice(...values.map((value) => this.#literal(value)));
     }
     const [first] = facts.alternatives;
-    if (first) return this.#alternatives(first, schemas);
+    if (first) return choice(...this.#alternatives.each(first, schemas).map((one) => this.#schema(one)));
     const unsupported = firstUnsupported(facts);
     if (unsupported) throw unsupported;
     const types = typesOf(facts);
@@ -172,127 +158,7 @@ class SchemaCompiler {
   }
 
   #values(values: readonly unknown[], schemas: readonly Located[]): unknown[] {
-    return values.filter((value) =>
-      schemas.every((one) => satisfies(value, one, this.#document, this.#budget)),
-    );
-  }
-
-  /**
-   * Each option together with all the rest. The rest still holds the keyword itself, so its schemas are taken without it, and what else
-   * they say stays.
-   */
-  #alternatives(alternatives: Alternatives, schemas: readonly Located[]): Expression {
-    const { keyword, pointer, options, exactlyOne } = alternatives;
-    const rest = this.#without(alternatives, schemas);
-    const combined = options.map((option) => [...rest, ...option]);
-    if (exactlyOne) {
-      options.forEach((option, i) => {
-        options.forEach((other, j) => {
-          if (i === j || this.#exclude([...rest, ...option], [...rest, ...other], MOST_COMPARED)) return;
-          const [{ schema }] = other as readonly [Located];
-          if (negation({ schema, pointer }, this.#document)) {
-            combined[i]!.push({ schema: this.#notOf(schema), pointer });
-            return;
-          }
-          throw unsupportedKeyword(
-            keyword,
-            pointer,
-            'has alternatives of which more than one may hold: use anyOf, or give each a required property with a const of its own',
-          );
-        });
-      });
-    }
-    return choice(...combined.map((one) => this.#schema(one)));
-  }
-
-  readonly #stripped = new Map<string, Located>();
-
-  #without({ keyword, schema: holder, name }: Alternatives, schemas: readonly Located[]): Located[] {
-    const rest: Located[] = [];
-    const seen = new Set<unknown>();
-    const open = [...schemas].reverse();
-    for (let one = open.pop(); one; one = open.pop()) {
-      const { schema } = one;
-      if (typeof schema === 'boolean' || seen.has(schema)) continue;
-      seen.add(schema);
-      // References and allOf may hide the keyword: what they name stands beside what names them.
-      const { $ref, allOf, ...others } = schema;
-      if ($ref !== undefined) open.push(this.#document.resolve($ref, one.pointer));
-      if (Array.isArray(allOf)) {
-        open.push(...allOf.map((inner, i) => located(inner, below(one.pointer, 'allOf', i))));
-      }
-      const holdsIt = schema === holder;
-      if (!holdsIt && $ref === undefined && allOf === undefined) {
-        rest.push(one);
-        continue;
-      }
-      const left: Record<string, unknown> = { ...others };
-      if (holdsIt) delete left[keyword];
-      if (holdsIt && name !== undefined) {
-        const { [name]: _, ...otherNames } = others[keyword] as SchemaObject;
-        if (Object.keys(otherNames).length > 0) left[keyword] = otherNames;
-      }
-      if (Object.keys(left).length > 0) {
-        rest.push(this.#strippedOf(one, left, holdsIt ? `${keyword} ${name ?? ''}` : ''));
-      }
-    }
-    return rest;
-  }
-
-  /** The same object each time, so that it is known again. */
-  #strippedOf(
-    { schema, pointer }: Located,
-    others: Readonly<Record<string, unknown>>,
-    without: string,
-  ): Located {
-    const key = `${this.#identities.of(schema)} ${without}`;
-    const known = this.#stripped.get(key) ?? { schema: others, pointer };
-    this.#stripped.set(key, known);
-    return known;
-  }
-
-  readonly #nots = new Map<unknown, SchemaObject>();
-
-  /** The same object each time, so that it is known again. */
-  #notOf(schema: SchemaObject | boolean): SchemaObject {
-    const known = this.#nots.get(schema) ?? { not: schema };
-    this.#nots.set(schema, known);
-    return known;
-  }
-
-  /** Whether it can be shown that nothing written for `a` satisfies `b`. */
-  #exclude(a: readonly Located[], b: readonly Located[], depth: number): boolean {
-    if (depth === 0) return false;
-    const [ofA, ofB] = [factsOf(a, this.#document, this.#budget), factsOf(b, this.#document, this.#budget)];
-    if (ofA.impossible || ofB.impossible) return true;
-    if (ofA.values) return this.#values(ofA.values, [...a, ...b]).length === 0;
-    const types = typesOf(ofA);
-    if (types && ofB.types && !typesOverlap(types, ofB.types)) return true;
-    if (types && ofB.values && !ofB.values.some((value) => typesOverlap(types, new Set([typeOf(value)])))) {
-      return true;
-    }
-    const onlyObjects = types?.size === 1 && types.has('object');
-    // What one must have and the other cannot, or what both have and never alike.
-    const names = onlyObjects ? new Set([...ofA.required, ...ofB.required]) : [];
-    const differ = [...names].some((name) => {
-      const [inA, inB] = [this.#property(name, ofA), this.#property(name, ofB)];
-      const impossible = (schemas: readonly Located[]) =>
-        factsOf(schemas, this.#document, this.#budget).impossible;
-      if (ofB.required.has(name) && impossible(inA)) return true;
-      if (!ofA.required.has(name)) return false;
-      return impossible(inB) || this.#exclude(inA, inB, depth - 1);
-    });
-    const every = (facts: Facts, all: readonly Located[], excluded: (one: readonly Located[]) => boolean) => {
-      const [first] = facts.alternatives;
-      if (!first) return false;
-      const rest = this.#without(first, all);
-      return first.options.every((option) => excluded([...rest, ...option]));
-    };
-    return (
-      differ ||
-      every(ofA, a, (one) => this.#exclude(one, b, depth - 1)) ||
-      every(ofB, b, (one) => this.#exclude(a, one, depth - 1))
-    );
+    return satisfying(values, schemas, this.#document, this.#budget);
   }
 
   #ofType(type: TypeName, facts: Facts): Expression {
@@ -414,30 +280,6 @@ class SchemaCompiler {
     return new Set(this.#values(values, items).map((value) => JSON.stringify(value))).size < minItems;
   }
 
-  /** What holds for the value of property `name`. */
-  #property(name: string, { objects, closedObject, propertyNames }: Facts): Located[] {
-    const schemas: Located[] = [];
-    let isKnown = false;
-    for (const { properties, patterns, additional } of objects) {
-      const own = properties.get(name);
-      const matching = [...patterns].filter(([pattern]) => this.#matches(pattern, name));
-      if (own) schemas.push(own);
-      schemas.push(...matching.map(([, one]) => one));
-      const isOwn = own !== undefined || matching.length > 0;
-      isKnown ||= isOwn || additional !== undefined;
-      if (!isOwn && additional) schemas.push(additional);
-    }
-    const isForbidden =
-      (closedObject && !isKnown) ||
-      propertyNames.some((one) => !satisfies(name, one, this.#document, this.#budget));
-    if (isForbidden) schemas.push({ schema: false, pointer: '#' });
-    return schemas;
-  }
-
-  #matches(pattern: string, name: string): boolean {
-    return matches(regexExpression(pattern, 'within'), name, this.#budget);
-  }
-
   /** Properties in order, each once or, where it may, not at all; then others. */
   #object(facts: Facts): Expression {
     const { objects, required, minProperties, maxProperties } = facts;
@@ -469,7 +311,7 @@ class SchemaCompiler {
     const add = (from: number, to: number, count: number, item: Expression) =>
       edges.push({ from, to, item: sequence(...(count > 0 ? [comma] : []), item, blanks) });
     names.forEach((name, i) => {
-      const schemas = this.#property(name, facts);
+      const schemas = propertyOf(name, facts, this.#document, this.#budget);
       const value = this.#valueOf(schemas);
       const item = sequence(member(blanks, literal(name), value), blanks);
       // Written once for all counts that it leads to the same one from, behind a comma or not.
@@ -579,13 +421,6 @@ function isShort(expression: Expression): boolean {
     default:
       return false;
   }
-}
-
-function typeOf(value: unknown): TypeName {
-  if (value === null) return 'null';
-  if (Array.isArray(value)) return 'array';
-  if (Number.isInteger(value)) return 'integer';
-  return typeof value as TypeName;
 }
 
 /** What `read` refuses, with the place that it stands at. */

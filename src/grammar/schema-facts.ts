@@ -1,5 +1,7 @@
 /** What several schemas that must all hold ask for together, sorted by the type that it is about. */
 import type { Budget } from './budget.ts';
+import { regexExpression } from './regex.ts';
+import { matches } from './regular.ts';
 import {
   below,
   invalidSchema,
@@ -21,7 +23,7 @@ import {
   type TypeName,
 } from './schema-keywords.ts';
 import { EXCLUDED, NOT_PATTERN, negation } from './schema-negation.ts';
-import { equalValues } from './schema-values.ts';
+import { equalValues, satisfies } from './schema-values.ts';
 
 /** Where a keyword stands, to be named in errors. */
 export interface Sourced<T> {
@@ -410,4 +412,30 @@ export function firstUnsupported({ unsupported }: Facts): Error | undefined {
 /** What `facts` allow by type: what they name, or what their keywords are about, or undefined for all. */
 export function typesOf(facts: Facts): ReadonlySet<TypeName> | undefined {
   return facts.types ?? (facts.implied.size > 0 ? facts.implied : undefined);
+}
+
+/** What holds for the value of property `name`. */
+export function propertyOf(
+  name: string,
+  { objects, closedObject, propertyNames }: Facts,
+  document: SchemaDocument,
+  budget: Budget,
+): Located[] {
+  const schemas: Located[] = [];
+  let isKnown = false;
+  for (const { properties, patterns, additional } of objects) {
+    const own = properties.get(name);
+    const matching = [...patterns].filter(([pattern]) =>
+      matches(regexExpression(pattern, 'within'), name, budget),
+    );
+    if (own) schemas.push(own);
+    schemas.push(...matching.map(([, one]) => one));
+    const isOwn = own !== undefined || matching.length > 0;
+    isKnown ||= isOwn || additional !== undefined;
+    if (!isOwn && additional) schemas.push(additional);
+  }
+  const isForbidden =
+    (closedObject && !isKnown) || propertyNames.some((one) => !satisfies(name, one, document, budget));
+  if (isForbidden) schemas.push({ schema: false, pointer: '#' });
+  return schemas;
 }

@@ -10,6 +10,7 @@ import {
   type SchemaDocument,
   unsupportedKeyword,
 } from './schema-document.ts';
+import type { TypeName } from './schema-keywords.ts';
 import { EXCLUDED, NOT_PATTERN } from './schema-negation.ts';
 
 const MOST_NESTING = 500;
@@ -183,4 +184,21 @@ function isOfType(value: unknown, type: unknown): boolean {
     default:
       return typeof value === type;
   }
+}
+
+/** Those of `values` that satisfy all of `schemas`. */
+export function satisfying(
+  values: readonly unknown[],
+  schemas: readonly Located[],
+  document: SchemaDocument,
+  budget: Budget,
+): unknown[] {
+  return values.filter((value) => schemas.every((one) => satisfies(value, one, document, budget)));
+}
+
+export function typeOf(value: unknown): TypeName {
+  if (value === null) return 'null';
+  if (Array.isArray(value)) return 'array';
+  if (Number.isInteger(value)) return 'integer';
+  return typeof value as TypeName;
 }

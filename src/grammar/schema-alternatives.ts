@@ -1,0 +1,149 @@
+/**
+ * Schemas of which one, or exactly one, has to hold: each together with what holds whichever is chosen. Where exactly one may, it is shown
+ * that they exclude each other, or each is told not to be any of the others.
+ */
+import type { Budget } from './budget.ts';
+import {
+  below,
+  type Located,
+  located,
+  type SchemaDocument,
+  type SchemaObject,
+  unsupportedKeyword,
+} from './schema-document.ts';
+import { type Alternatives, type Facts, factsOf, propertyOf, typesOf, typesOverlap } from './schema-facts.ts';
+import type { SchemaIdentities } from './schema-identity.ts';
+import { negation } from './schema-negation.ts';
+import { satisfying, typeOf } from './schema-values.ts';
+
+/** Levels of schemas below two alternatives that are compared to show that they exclude each other. */
+const MOST_COMPARED = 4;
+
+export class SchemaAlternatives {
+  readonly #document: SchemaDocument;
+  readonly #budget: Budget;
+  readonly #identities: SchemaIdentities;
+  readonly #stripped = new Map<string, Located>();
+  readonly #nots = new Map<unknown, SchemaObject>();
+
+  constructor(document: SchemaDocument, budget: Budget, identities: SchemaIdentities) {
+    this.#document = document;
+    this.#budget = budget;
+    this.#identities = identities;
+  }
+
+  /**
+   * Each option together with all the rest. The rest still holds the keyword itself, so its schemas are taken without it, and what else
+   * they say stays.
+   */
+  each(alternatives: Alternatives, schemas: readonly Located[]): readonly (readonly Located[])[] {
+    const { keyword, pointer, options, exactlyOne } = alternatives;
+    const rest = this.#without(alternatives, schemas);
+    const combined = options.map((option) => [...rest, ...option]);
+    if (exactlyOne) {
+      options.forEach((option, i) => {
+        options.forEach((other, j) => {
+          if (i === j || this.#exclude([...rest, ...option], [...rest, ...other], MOST_COMPARED)) return;
+          const [{ schema }] = other as readonly [Located];
+          if (negation({ schema, pointer }, this.#document)) {
+            combined[i]!.push({ schema: this.#notOf(schema), pointer });
+            return;
+          }
+          throw unsupportedKeyword(
+            keyword,
+            pointer,
+            'has alternatives of which more than one may hold: use anyOf, or give each a required property with a const of its own',
+          );
+        });
+      });
+    }
+    return combined;
+  }
+
+  #without({ keyword, schema: holder, name }: Alternatives, schemas: readonly Located[]): Located[] {
+    const rest: Located[] = [];
+    const seen = new Set<unknown>();
+    const open = [...schemas].reverse();
+    for (let one = open.pop(); one; one = open.pop()) {
+      const { schema } = one;
+      if (typeof schema === 'boolean' || seen.has(schema)) continue;
+      seen.add(schema);
+      // References and allOf may hide the keyword: what they name stands beside what names them.
+      const { $ref, allOf, ...others } = schema;
+      if ($ref !== undefined) open.push(this.#document.resolve($ref, one.pointer));
+      if (Array.isArray(allOf)) {
+        open.push(...allOf.map((inner, i) => located(inner, below(one.pointer, 'allOf', i))));
+      }
+      const holdsIt = schema === holder;
+      if (!holdsIt && $ref === undefined && allOf === undefined) {
+        rest.push(one);
+        continue;
+      }
+      const left: Record<string, unknown> = { ...others };
+      if (holdsIt) delete left[keyword];
+      if (holdsIt && name !== undefined) {
+        const { [name]: _, ...otherNames } = others[keyword] as SchemaObject;
+        if (Object.keys(otherNames).length > 0) left[keyword] = otherNames;
+      }
+      if (Object.keys(left).length > 0) {
+        rest.push(this.#strippedOf(one, left, holdsIt ? `${keyword} ${name ?? ''}` : ''));
+      }
+    }
+    return rest;
+  }
+
+  /** The same object each time, so that it is known again. */
+  #strippedOf(
+    { schema, pointer }: Located,
+    others: Readonly<Record<string, unknown>>,
+    without: string,
+  ): Located {
+    const key = `${this.#identities.of(schema)} ${without}`;
+    const known = this.#stripped.get(key) ?? { schema: others, pointer };
+    this.#stripped.set(key, known);
+    return known;
+  }
+
+  /** The same object each time, so that it is known again. */
+  #notOf(schema: SchemaObject | boolean): SchemaObject {
+    const known = this.#nots.get(schema) ?? { not: schema };
+    this.#nots.set(schema, known);
+    return known;
+  }
+
+  /** Whether it can be shown that nothing written for `a` satisfies `b`. */
+  #exclude(a: readonly Located[], b: readonly Located[], depth: number): boolean {
+    if (depth === 0) return false;
+    const [ofA, ofB] = [factsOf(a, this.#document, this.#budget), factsOf(b, this.#document, this.#budget)];
+    if (ofA.impossible || ofB.impossible) return true;
+    if (ofA.values) return satisfying(ofA.values, [...a, ...b], this.#document, this.#budget).length === 0;
+    const types = typesOf(ofA);
+    if (types && ofB.types && !typesOverlap(types, ofB.types)) return true;
+    if (types && ofB.values && !ofB.values.some((value) => typesOverlap(types, new Set([typeOf(value)])))) {
+      return true;
+    }
+    const onlyObjects = types?.size === 1 && types.has('object');
+    // What one must have and the other cannot, or what both have and never alike.
+    const names = onlyObjects ? new Set([...ofA.required, ...ofB.required]) : [];
+    const differ = [...names].some((name) => {
+      const property = (facts: Facts) => propertyOf(name, facts, this.#document, this.#budget);
+      const [inA, inB] = [property(ofA), property(ofB)];
+      const impossible = (schemas: readonly Located[]) =>
+        factsOf(schemas, this.#document, this.#budget).impossible;
+      if (ofB.required.has(name) && impossible(inA)) return true;
+      if (!ofA.required.has(name)) return false;
+      return impossible(inB) || this.#exclude(inA, inB, depth - 1);
+    });
+    const every = (facts: Facts, all: readonly Located[], excluded: (one: readonly Located[]) => boolean) => {
+      const [first] = facts.alternatives;
+      if (!first) return false;
+      const rest = this.#without(first, all);
+      return first.options.every((option) => excluded([...rest, ...option]));
+    };
+    return (
+      differ ||
+      every(ofA, a, (one) => this.#exclude(one, b, depth - 1)) ||
+      every(ofB, b, (one) => this.#exclude(a, one, depth - 1))
+    );
+  }
+}
