@@ -85,6 +85,29 @@ export class BlockManager {
     return this.#evictable.size;
   }
 
+  /** Blocks that another process may write to, those in quarantine among them. */
+  get numExposed(): number {
+    return this.#exposed.size;
+  }
+
+  /** Exposed blocks that belong to no table any more: of no use to anyone until they are retracted. */
+  get numQuarantined(): number {
+    let count = 0;
+    for (const block of this.#exposed) if (this.#refs[block] === 1) count++;
+    return count;
+  }
+
+  /** Blocks under a lease; one that sequences use too is among them. */
+  get numLeased(): number {
+    const leased = new Set<number>();
+    for (const blocks of this.#leases.values()) for (const block of blocks) leased.add(block);
+    return leased.size;
+  }
+
+  get numLeases(): number {
+    return this.#leases.size;
+  }
+
   /** Something other than sequences holds blocks, and will give them back by itself. */
   get isShared(): boolean {
     return this.#leases.size + this.#exposures.size + this.#holds.size > 0;

@@ -194,6 +194,7 @@ export function readBody(
   const fields = fieldsOf(bytes);
   const changes = prefillChanges(json);
   const prefill = withFields(bytes, fields, changes);
+  const native = nativeChanges(json, changes);
   const given = isTokenIds(json['prompt']) ? json['prompt'] : undefined;
   // How much is cut off at the front depends on the worker.
   const whole = !given && prompts === 1 && (json['truncate_prompt_tokens'] ?? undefined) === undefined;
@@ -216,7 +217,7 @@ export function readBody(
         : [],
     blockKeys: new Map(wanted.blockSizes.map((size) => [size, known ? keysOfIds(known, size) : []])),
     prefill,
-    nativePrefill: keepDrawnBy(json, changes) ? withFields(bytes, fields, changes) : prefill,
+    nativePrefill: native ? withFields(bytes, fields, native) : prefill,
   };
 }
 
@@ -257,7 +258,7 @@ const REPLACED = {
   echo: false,
 } as const;
 
-function prefillChanges(body: JsonObject): Map<string, unknown> {
+function prefillChanges(body: JsonObject): ReadonlyMap<string, unknown> {
   const changes = new Map<string, unknown>();
   for (const field of DROPPED) if (field in body) changes.set(field, undefined);
   for (const [field, value] of Object.entries(REPLACED)) if (field in body) changes.set(field, value);
@@ -267,14 +268,19 @@ function prefillChanges(body: JsonObject): Map<string, unknown> {
 /** Of what a prefill copy drops: what the first token is drawn by, and told with. */
 const DRAWN_BY = ['min_tokens', 'logprobs', 'top_logprobs'] as const;
 
-/** False where there is nothing of it. */
-function keepDrawnBy(body: JsonObject, changes: Map<string, unknown>): boolean {
+/** The changes that leave it in; undefined where there is nothing of it. */
+function nativeChanges(
+  body: JsonObject,
+  changes: ReadonlyMap<string, unknown>,
+): ReadonlyMap<string, unknown> | undefined {
   const present = DRAWN_BY.filter((field) => field in body);
-  for (const field of present) changes.delete(field);
+  if (present.length === 0) return undefined;
+  const native = new Map(changes);
+  for (const field of present) native.delete(field);
   const { min_tokens: least } = body;
   // Of one token: whether it may be a stop token at all.
-  if (typeof least === 'number') changes.set('min_tokens', Math.min(least, 1));
-  return present.length > 0;
+  if (typeof least === 'number') native.set('min_tokens', Math.min(least, 1));
+  return native;
 }
 
 /**

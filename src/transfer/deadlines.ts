@@ -9,8 +9,6 @@ export interface Deadline {
 
 /** setTimeout takes a 32-bit number of milliseconds. */
 const LONGEST_MS = 2 ** 31 - 1;
-/** Of Node's timers. */
-const RESOLUTION_MS = 1;
 
 export class Deadlines {
   readonly #now: () => number;
@@ -33,9 +31,9 @@ export class Deadlines {
       const left = Math.max(Math.ceil(at - this.#now()), 1);
       one.timer = setTimeout(look, Math.min(left, LONGEST_MS)).unref();
     };
-    // Node counts from the beginning of the turn in which a timer was set, so that one set late in a long turn fires too early.
+    // Node counts whole milliseconds, from the beginning of the turn in which a timer was set: it may fire too early.
     const look = () => {
-      if (at - this.#now() >= RESOLUTION_MS) return wait();
+      if (this.#now() < at) return wait();
       this.#pending.delete(one);
       run();
     };

@@ -10,7 +10,7 @@ import type { TransferService } from '../../src/transfer/service.ts';
 import type { Pair } from '../../src/transport/transport.ts';
 import { decodeMessage, encodeAnswer, encodeMessage } from '../../src/wire/codec.ts';
 import { type TensorId, type TransferId, tensorIdOf } from '../../src/wire/ids.ts';
-import type { Answer, PeerHello } from '../../src/wire/messages.ts';
+import type { Answer, PeerHello, UniqueId } from '../../src/wire/messages.ts';
 import { proxiedId } from '../../support/ids.ts';
 import { RawListener, RawPeer } from '../support/raw-peer.ts';
 import {
@@ -323,6 +323,17 @@ describe('a routing id', () => {
   });
 });
 
+/** Joins our pair and takes the tensors of 'a' and 'b', for as long as the test lasts. */
+async function receiveBoth(listener: RawListener, uniqueId: UniqueId): Promise<void> {
+  try {
+    const pair = await listener.join(uniqueId);
+    for (const tensorId of ['a#l', 'b#l'])
+      await pair.receive([hostMemory(10)], { tensorId, timeoutMs: 60_000 });
+  } catch {
+    // the test has ended
+  }
+}
+
 describe('a listener that', () => {
   it('never joins the pair costs a deadline once, and then fails fast', async () => {
     const silent = services.add(await RawListener.listen(() => {}));
@@ -392,13 +403,7 @@ describe('a listener that', () => {
         const message = decodeMessage(body, { maxTensorBytes: 1_000 });
         if (message.cmd !== 'NEW') return reply('0');
         for (let i = 0; i < hellos; i++) reply(encodeAnswer({ kind: 'hello', hello: message.native! }));
-        void self
-          .join(message.unique_id)
-          .then(async (pair) => {
-            for (const tensorId of ['a#l', 'b#l'])
-              await pair.receive([hostMemory(10)], { tensorId, timeoutMs: 60_000 });
-          })
-          .catch(() => undefined);
+        void receiveBoth(self, message.unique_id);
       }),
     );
     const producer = await services.make();
@@ -415,13 +420,7 @@ describe('a listener that', () => {
         const message = decodeMessage(body, { maxTensorBytes: 1_000 });
         if (message.cmd === 'NEW') {
           native = message.native!;
-          void self
-            .join(message.unique_id)
-            .then(async (pair) => {
-              for (const tensorId of ['a#l', 'b#l'])
-                await pair.receive([hostMemory(10)], { tensorId, timeoutMs: 60_000 });
-            })
-            .catch(() => undefined);
+          void receiveBoth(self, message.unique_id);
           return;
         }
         if (message.cmd === 'PUT' && message.tensor_id === 'a#l')

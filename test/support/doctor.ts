@@ -1,7 +1,7 @@
 /** What pd-doctor finds: as a program, with its exit status, or one section of it. */
 import { execFile } from 'node:child_process';
 import { fileURLToPath } from 'node:url';
-import type { DoctorReport, Finding } from '../../src/doctor/finding.ts';
+import { type DoctorReport, type Finding, reportOf } from '../../src/doctor/finding.ts';
 import { proxySection } from '../../src/doctor/proxy-check.ts';
 import { workerSection } from '../../src/doctor/worker-state.ts';
 
@@ -41,16 +41,19 @@ export function pdDoctor(
  * What `--proxy` or `--worker` says. By the program only in a network namespace: it asks the libraries and GPUs of this machine too, each
  * in a process of its own.
  */
-export function examine(
+export async function examine(
   what: 'proxy' | 'worker',
   url: string,
   prefix: readonly string[],
-): Promise<Pick<Examined, 'findings'>> {
-  if (prefix.length === 0) return (what === 'proxy' ? proxySection : workerSection)(url, 60_000);
+): Promise<Examined> {
+  if (prefix.length === 0) {
+    const section = await (what === 'proxy' ? proxySection : workerSection)(url, 60_000);
+    return { findings: section.findings, status: reportOf('', [section]).sound ? 0 : 1 };
+  }
   // What a firewall drops has to be given up.
   const timeout = what === 'proxy' ? ['--timeout', '5s'] : [];
   return pdDoctor(what === 'proxy' ? 'System' : 'Worker', [`--${what}`, url, ...timeout], prefix);
 }
 
-export const failed = ({ findings }: Pick<Examined, 'findings'>): readonly Finding[] =>
+export const failed = ({ findings }: Examined): readonly Finding[] =>
   findings.filter(({ level }) => level === 'fail');

@@ -293,14 +293,12 @@ export class DirectWays {
     const { log } = this.#options;
     const { offer } = link;
     let mapping: CacheMapping | undefined;
+    let writer: DirectWriter | undefined;
     try {
       if (!offer) throw new PdError('DIRECT_REFUSED', `${peer} offers no cache`);
       mapping = CacheMapping.open(this.#device, offer, this.#writers.claims, peer);
-      const writer = await this.#writers.open(mapping.cache);
-      if (this.#closed) {
-        await mapping.close([writer]);
-        throw new PdError('ENGINE_CLOSED', 'this worker has stopped meanwhile');
-      }
+      writer = await this.#writers.open(mapping.cache);
+      if (this.#closed) throw new PdError('ENGINE_CLOSED', 'this worker has stopped meanwhile');
       const page = new WriterPage(mapping.cache.page);
       const target = { peer, claims: offer.claims, link, mapping, writer, page };
       this.#targets.set(nonce, target);
@@ -313,7 +311,7 @@ export class DirectWays {
       });
     } catch (error) {
       const failed = PdError.from(error);
-      await mapping?.close([]);
+      await mapping?.close(writer ? [writer] : []);
       link.tell({ mapped: false, why: failed.message });
       throw failed;
     }

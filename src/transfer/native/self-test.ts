@@ -173,7 +173,8 @@ export class SelfTests {
     return { bytes, gpuSeconds, seconds: (performance.now() - began) / 1_000 };
   }
 
-  #conclude(path: Path, { should, ...best }: Measured): void {
+  #conclude(path: Path, measured: Measured): void {
+    const { should, ...best } = measured;
     const { link } = path.expected;
     const { peer } = path.tested;
     path.state = {
@@ -188,7 +189,7 @@ export class SelfTests {
     const latency = `${(best.latencySeconds * 1_000).toFixed(3)} ms for a block`;
     const text = `direct writes to ${peer}: ${rate} over ${link}${expected}, ${latency}`;
     const { log } = this.#options;
-    if (isSlow({ should, ...best }))
+    if (isSlow(measured))
       log.warn(
         { peer, link, ...best },
         `${text}: less than half. Is the link up, and is the other GPU busy?`,

@@ -3,8 +3,8 @@
  *
  *   queued --exchange()--> settling --NCCL has enqueued it--> in flight --its event fires--> resolved
  *
- * At most one is settling, since the next NCCL call must wait for it; many are in flight. A pair that has to end rejects
- * all of them at once, has the communicator aborted on another thread, and is over when its stream has drained.
+ * At most one is settling, since the next NCCL call must wait for it; many are in flight. A pair that has to end rejects all of them at
+ * once, has the communicator aborted on another thread, and is over when its stream has drained.
  */
 import type { Libnccl, Region } from '../../../ffi/libnccl.ts';
 import type { NcclCommHandle } from '../../../ffi/pointers.ts';

@@ -106,15 +106,16 @@ describe('BlockManager', () => {
     const hashes = hashesOf(range(12));
     const [, ...wanted] = blocks.allocate('loading', 12);
     blocks.expose('want 1', wanted);
+    expect([blocks.numExposed, blocks.numQuarantined]).toEqual([2, 0]);
     blocks.commit('loading', hashes, 4);
     expect(() => blocks.commit('loading', hashes, 8)).toThrow(/may still be written to/);
     expect(() => blocks.fork('loading', 'other', 8)).toThrow(/may still be written to/);
     blocks.free('loading');
-    expect(blocks.numFree).toBe(2);
+    expect([blocks.numQuarantined, blocks.numFree]).toEqual([2, 2]);
     expect(blocks.canAllocate(12)).toBe(false);
     expect(blocks.allocate('again', 8).filter((block) => wanted.includes(block))).toEqual([]);
     blocks.retract('want 1');
-    expect(blocks.numFree).toBe(2);
+    expect([blocks.numExposed, blocks.numQuarantined, blocks.numFree]).toEqual([0, 0, 2]);
     expect(() => blocks.retract('want 1')).toThrow(/exposes no blocks/);
     expect(blocks.checkIntegrity()).toEqual([]);
   });
@@ -152,7 +153,7 @@ describe('BlockManager', () => {
     blocks.free('a');
     blocks.lease('second', blocks.allocate('b', 4));
     blocks.free('b');
-    expect([blocks.leaseOf('second')?.length, blocks.numFree]).toEqual([1, 3]);
+    expect([blocks.numLeased, blocks.numLeases, blocks.numFree]).toEqual([3, 2, 3]);
     expect(() => blocks.lease('first', table.slice(0, 1))).toThrow(/leased already/);
     expect(() => blocks.lease('third', [5])).toThrow(/is free/);
     // a write that reads them goes on
@@ -266,6 +267,7 @@ describe('BlockManager', () => {
               expect(blocks.tableOf(name).filter((block) => wanted.includes(block))).toEqual([]);
             }
           }
+          expect(blocks.numExposed).toBe([...wants.values()].flatMap((want) => want.blocks).length);
           expect(blocks.numFree + blocks.numUsed).toBe(12);
         }
         for (const copy of copies) blocks.releaseCopy(copy);

@@ -30,6 +30,10 @@ function bank() {
   };
 }
 
+function bytesOf(tensors: readonly { readonly held: { readonly bytes: number } }[]): number {
+  return tensors.reduce((sum, { held }) => sum + held.bytes, 0);
+}
+
 const requests = ['a-0', 'a-0-0123abcd', 'a-0-89abcdef', 'b-1', 'b-1-0123abcd'];
 const ids = fc.constantFrom(...requests);
 const layers = fc.constantFrom('l0', 'l1');
@@ -102,6 +106,8 @@ it('holds exactly what it counts, whatever comes', () => {
           default:
             break;
         }
+        const held = entries.filter(({ state }) => state !== 'freed');
+        expect([store.size, money.out]).toEqual([held.length, bytesOf(held)]);
         expect(store.checkIntegrity()).toEqual([]);
       }
       for (const entry of entries) store.release(entry);
@@ -168,6 +174,8 @@ it('keeps for asking, and never frees what is being sent', () => {
             break;
         }
         for (const tensor of sends) expect(freed.has(tensor)).toBe(false);
+        const held = kept.filter((tensor) => !freed.has(tensor));
+        expect([store.size, money.out]).toEqual([held.length, bytesOf(held)]);
         expect(store.checkIntegrity()).toEqual([]);
       }
       for (const tensor of sends.splice(0)) store.endSend(tensor, true);
