@@ -28,7 +28,7 @@ export class Deadlines {
     const at = this.#now() + Math.max(ms, 0);
     const one: { timer: NodeJS.Timeout | undefined } = { timer: undefined };
     const wait = () => {
-      const left = Math.max(Math.ceil(at - this.#now()), 1);
+      const left = Math.max(Math.ceil(at - this.#now()), 0);
       one.timer = setTimeout(look, Math.min(left, LONGEST_MS)).unref();
     };
     // Node counts whole milliseconds, from the beginning of the turn in which a timer was set: it may fire too early.

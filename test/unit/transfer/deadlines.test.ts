@@ -27,7 +27,17 @@ it('runs each deadline once, in order of time, and none that was cancelled', () 
       expect(vi.getTimerCount()).toBe(0);
       vi.useRealTimers();
     }),
-    { numRuns: 50 },
+    {
+      numRuns: 50,
+      examples: [
+        [
+          [
+            { ms: 1, cancel: false },
+            { ms: 0, cancel: false },
+          ],
+        ],
+      ],
+    },
   );
 });
 
