@@ -7,6 +7,7 @@ import { fileURLToPath } from 'node:url';
 import { freePorts } from '../../src/net/free-ports.ts';
 import { programFile } from '../../support/root.ts';
 import { monotonicMs } from '../measure/machine.ts';
+import { type Spread, spreadOf } from '../measure/statistics.ts';
 import type { LoadPlan, LoadResult } from './load-plan.ts';
 
 const START_MS = 30_000;
@@ -147,7 +148,7 @@ function cpuOf(pid: number): number {
 export async function load(
   plan: Omit<LoadPlan, 'seed'>,
   cores: readonly number[],
-): Promise<Omit<LoadResult, 'latencyMs'> & { readonly latencyMs: NonNullable<LoadResult['latencyMs']> }> {
+): Promise<Omit<LoadResult, 'latenciesMs'> & { readonly latencyMs: Spread }> {
   const file = fileURLToPath(new URL('./load.js', import.meta.url));
   const processes = Math.max(1, Math.min(cores.length, plan.connections));
   const results = await Promise.all(
@@ -164,15 +165,11 @@ export async function load(
       return JSON.parse(out) as LoadResult;
     }),
   );
-  const spreads = results.flatMap(({ latencyMs }) => latencyMs ?? []);
-  if (spreads.length === 0) throw new Error('not one answer');
+  const latencyMs = spreadOf(results.flatMap(({ latenciesMs }) => latenciesMs));
+  if (!latencyMs) throw new Error('not one answer');
   const sum = (of: (result: LoadResult) => number) => results.reduce((total, one) => total + of(one), 0);
-  const worst = spreads.reduce((a, b) => (a.p99 > b.p99 ? a : b));
-  const mean =
-    spreads.reduce((total, one) => total + one.mean * one.count, 0) / sum((r) => r.latencyMs?.count ?? 0);
   return {
-    // Of the process that saw the worst: an average of percentiles would be none.
-    latencyMs: { ...worst, mean, count: sum((r) => r.latencyMs?.count ?? 0) },
+    latencyMs,
     failed: sum(({ failed }) => failed),
     all: sum(({ all }) => all),
     perSecond: sum(({ perSecond }) => perSecond),

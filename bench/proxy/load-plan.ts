@@ -1,6 +1,4 @@
 /** What a load generator (load.ts) is told, and what it tells. */
-import type { Spread } from '../measure/statistics.ts';
-
 /** Beginnings of prompts: always the same, never, half and half, or the first three quarters the same. */
 export const PREFIXES = ['hot', 'cold', 'mixed', 'shared'] as const;
 
@@ -23,8 +21,8 @@ export interface LoadPlan {
 }
 
 export interface LoadResult {
-  /** Of answers, or of the way of an event; undefined where there was none. */
-  readonly latencyMs: Spread | undefined;
+  /** Of each answer, or of the way of each event. */
+  readonly latenciesMs: readonly number[];
   readonly failed: number;
   /** Answers, or events, with those of the warm-up. */
   readonly all: number;

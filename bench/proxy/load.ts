@@ -5,7 +5,6 @@
 import { once } from 'node:events';
 import { connect, type Socket } from 'node:net';
 import { monotonicMs } from '../measure/machine.ts';
-import { spreadOf } from '../measure/statistics.ts';
 import type { LoadPlan, LoadResult } from './load-plan.ts';
 import { MessageReader } from './raw-http.ts';
 
@@ -144,7 +143,7 @@ await Promise.all(
   ),
 );
 const result: LoadResult = {
-  latencyMs: spreadOf(latencies),
+  latenciesMs: latencies.map((one) => Math.round(one * 1e6) / 1e6),
   failed,
   all,
   perSecond: (latencies.length * 1_000) / plan.ms,

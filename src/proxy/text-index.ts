@@ -159,6 +159,7 @@ export class TextIndex {
 
   /** What was used just now stays. */
   #shrink(known: Known, most: number): void {
+    if (known.tokens <= most) return;
     const { keys, generations, latest } = known;
     let oldest = Number.NEGATIVE_INFINITY;
     for (const [generation, tokens] of generations) {
