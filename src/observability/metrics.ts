@@ -99,6 +99,12 @@ export const METRICS = {
     label: 'reason',
     values: ['off', 'peer_off', 'other_host', 'refused', 'late'],
   },
+  pd_native_silences_total: {
+    type: 'counter',
+    help: 'Native connections that a producer left unanswered for seconds: answered then, answered on no connection, or renewed as it answered another',
+    label: 'result',
+    values: ['answered', 'nobody', 'renewed'],
+  },
   pd_native_mappings: {
     type: 'gauge',
     help: 'Caches mapped for direct writes: ours, by producers; theirs, by this worker',

@@ -1,24 +1,25 @@
 /** A live end of the native hand-over and a peer that says what none should: each is answered for itself, and others notice nothing. */
 import { randomBytes } from 'node:crypto';
 import fc from 'fast-check';
-import { expect, it } from 'vitest';
+import { describe, expect, it } from 'vitest';
 import { parseHostPort } from '../../src/net/address.ts';
 import { decodeAnswered, decodeAsked, encodeNative } from '../../src/transfer/native/codec.ts';
 import { identityOf } from '../../src/transfer/native/hello.ts';
-import type {
-  AnsweredMessage,
-  HelloMessage,
-  NativeMessage,
-  Nonce,
-  PartMessage,
-  Ticket,
-  WantMessage,
+import {
+  type AnsweredMessage,
+  type HelloMessage,
+  type NativeMessage,
+  type Nonce,
+  type PartMessage,
+  PROBE_ONLY,
+  type Ticket,
+  type WantMessage,
 } from '../../src/transfer/native/messages.ts';
 import { proxyRequestId, type TransferId, transferIdOf } from '../../src/wire/ids.ts';
 import type { UniqueId } from '../../src/wire/messages.ts';
 import { compute, type End, finish, idFor, LAYERS, makeEnd, outcomeOf, wantOf } from '../support/native.ts';
 import { RawListener, RawPeer } from '../support/raw-peer.ts';
-import { LAYOUT, testServices, until } from '../support/transfer.ts';
+import { count, LAYOUT, testServices, until } from '../support/transfer.ts';
 
 const services = testServices();
 
@@ -201,6 +202,30 @@ it('a consumer whose name another takes for a moment is served again', async () 
   await works(producer, consumer);
 });
 
+/** What became of silences of a consumer's connections. */
+const silencesOf = ({ service }: End) =>
+  Object.fromEntries(
+    (['answered', 'nobody', 'renewed'] as const).map((result) => [
+      result,
+      count(service, 'pd_native_silences_total', result),
+    ]),
+  );
+
+it('a consumer whose name another has, and says nothing under, is served again', async () => {
+  const producer = await makeEnd(services, 'producer');
+  const consumer = await makeEnd(services, 'consumer', { timeouts: { load: 3_000 } });
+  await works(producer, consumer);
+  const thief = new Hostile(producer, consumer.address);
+  // answered under that name, and without effect
+  await thief.say(helloOf(thief.nonce, { probe: PROBE_ONLY }));
+  await thief.answer('HELLO', ({ cmd }) => cmd === 'HELLO');
+  await works(producer, consumer);
+  expect(silencesOf(consumer)).toMatchObject({ renewed: 1 });
+  // the name is its own again, while the other is still there
+  await works(producer, consumer);
+  expect(silencesOf(consumer)).toMatchObject({ renewed: 1 });
+});
+
 /** A producer that says what the test says. */
 async function hostileProducer(
   onMessage: (
@@ -339,4 +364,64 @@ it('a producer that has forgotten its consumer is introduced to it again', async
   });
   expect(JSON.stringify(await outcomeBeside(consumer, producer))).toContain('said by the test');
   expect(hellos).toBe(2);
+});
+
+describe('a producer that says nothing of a WANT', () => {
+  const plain = (heard: readonly NativeMessage[]) =>
+    heard.filter((message) => message.cmd === 'HELLO' && message.probe === undefined).length;
+
+  it('keeps its connection while its wire answers, as it may compute', async () => {
+    const consumer = await makeEnd(services, 'consumer');
+    let probes = 0;
+    const producer = await hostileProducer((message, answer, nonce) => {
+      if (message.cmd === 'HELLO') {
+        if (message.probe !== undefined) probes++;
+        answer(helloOf(nonce));
+      } else if (message.cmd === 'WANT' && probes >= 2) answer({ ...FAIL, ...backTo(message) });
+    });
+    expect(JSON.stringify(await outcomeBeside(consumer, producer))).toContain('said by the test');
+    expect([plain(producer.heard), silencesOf(consumer)]).toEqual([
+      1,
+      { answered: probes, nobody: 0, renewed: 0 },
+    ]);
+  });
+
+  it('keeps its connection where it answers nobody, and goes on with what it was asked', async () => {
+    const consumer = await makeEnd(services, 'consumer', { timeouts: { load: 12_000 } });
+    const waiting: (() => void)[] = [];
+    let probes = 0;
+    const producer = await hostileProducer((message, answer, nonce) => {
+      const reply = () => {
+        if (message.cmd === 'HELLO') answer(helloOf(nonce));
+        else if (message.cmd === 'WANT') answer({ ...FAIL, ...backTo(message) });
+      };
+      if (message.cmd === 'HELLO' && message.probe === undefined) {
+        reply();
+        return;
+      }
+      if (message.cmd === 'HELLO') probes++;
+      waiting.push(reply);
+      // then all at once, the new connection first
+      if (probes > 1) for (const late of waiting.splice(0).reverse()) late();
+    });
+    expect(JSON.stringify(await outcomeBeside(consumer, producer))).toContain('said by the test');
+    expect([probes, plain(producer.heard), silencesOf(consumer)]).toEqual([
+      2,
+      1,
+      { answered: 1, nobody: 0, renewed: 0 },
+    ]);
+  });
+
+  it('is connected with anew where it answers everything else', async () => {
+    const consumer = await makeEnd(services, 'consumer', { timeouts: { load: 3_000 } });
+    let probes = 0;
+    const producer = await hostileProducer((message, answer, nonce) => {
+      // neither what is asked on the first connection, nor the probe on it
+      if (message.cmd === 'HELLO' && (message.probe === undefined || ++probes > 1)) answer(helloOf(nonce));
+      if (message.cmd === 'WANT' && plain(producer.heard) > 1) answer({ ...FAIL, ...backTo(message) });
+    });
+    expect(JSON.stringify(await outcomeBeside(consumer, producer))).toContain('said by the test');
+    expect(plain(producer.heard)).toBe(2);
+    expect(silencesOf(consumer)).toMatchObject({ renewed: 1 });
+  });
 });

@@ -1,15 +1,27 @@
-/** By direct, on stand-in GPUs: a producer that stands still, dies or cannot map costs its consumer time, never a wrong byte or a block. */
+/** By direct, on stand-in GPUs: a producer that stands still, dies, cannot map or hears another by our name costs its consumer time, never a wrong byte or a block. */
 import { randomBytes } from 'node:crypto';
 import { afterAll, beforeAll, expect, test } from 'vitest';
 import { parseHostPort } from '../../src/net/address.ts';
+import { encodeNative } from '../../src/transfer/native/codec.ts';
+import { identityOf } from '../../src/transfer/native/hello.ts';
+import { type HelloMessage, type Nonce, PROBE_ONLY } from '../../src/transfer/native/messages.ts';
 import { proxyRequestId } from '../../src/wire/ids.ts';
 import type { CoreState } from '../../src/worker/core-messages.ts';
 import { standInEnvironment } from '../stand-ins/build.ts';
 import { metricsOf, startWorker, type WorkerHandle } from '../support/cluster.ts';
+import { RawPeer } from '../support/raw-peer.ts';
 import { eventually } from '../support/requests.ts';
 
 const NATIVE = ['--executor', 'host', '--kv-buffer-size', '64e6', '--wire', 'native', '--debug-state'];
 const ARGS = [...NATIVE, '--transport', 'direct'];
+const PROBE: HelloMessage = {
+  cmd: 'HELLO',
+  from: 'f'.repeat(32) as Nonce,
+  hello: { version: 1, features: ['native'], sendType: 'PUT_ASYNC' },
+  cache: { blocks: 1, blockSize: 16, layers: 1, blockBytes: 16, family: 'kv-first' },
+  transports: ['direct'],
+  probe: PROBE_ONLY,
+};
 const PROMPT = 'Once upon a time in a magical forest, there lived a wise old dragon who';
 
 let producer: WorkerHandle;
@@ -23,15 +35,15 @@ beforeAll(async () => {
     startWorker('consumer', undefined, [...ARGS, '--device', 'cuda:1', '--kv-load-timeout', '5s']),
     startWorker('both', undefined),
   ]);
-  for (const name of ['second', 'third', 'fourth', 'fifth'])
+  for (const name of ['second', 'third', 'fourth', 'fifth', 'sixth', 'seventh', 'eighth'])
     expected.set(name, await ask(undivided, newId(), name));
 });
 afterAll(async () => {
   await Promise.all([producer, consumer, undivided].map((worker) => worker?.program.stop('SIGKILL')));
 });
 
-const newId = (from = producer) => {
-  const [prefill, decode] = [from, consumer].map(({ kvAddress }) => parseHostPort(kvAddress));
+const newId = (from = producer, to = consumer) => {
+  const [prefill, decode] = [from, to].map(({ kvAddress }) => parseHostPort(kvAddress));
   return proxyRequestId(prefill!, decode!, randomBytes(16).toString('hex'));
 };
 /** `before`: makes the prompt another from its first block on. */
@@ -69,13 +81,23 @@ async function startWith(env: Record<string, string>, args: readonly string[]): 
     for (const name of Object.keys(env)) delete process.env[name];
   }
 }
-const free = async () => {
+const free = async (worker = consumer) => {
   const [quarantined, used] = await Promise.all([
-    metric(consumer, 'pd_native_quarantined_blocks'),
-    metric(consumer, 'pd_kv_blocks_used'),
+    metric(worker, 'pd_native_quarantined_blocks'),
+    metric(worker, 'pd_kv_blocks_used'),
   ]);
   return quarantined === 0 && used === 0;
 };
+const silences = (result: string) => `pd_native_silences_total{result="${result}"}`;
+const LOADED = 'pd_kv_loads_total{result="ok"}';
+/** A request whose KV comes from the one and is loaded by the other. */
+async function loads(from: WorkerHandle, to: WorkerHandle, before: string): Promise<void> {
+  const id = newId(from, to);
+  const loaded = await metric(to, LOADED);
+  await ask(from, id, before, 1);
+  expect(await ask(to, id, before)).toBe(expected.get(before));
+  expect(await metric(to, LOADED)).toBe(loaded + 1);
+}
 
 test('a producer that is stopped is given up; what it may still write to is nobody’s until it goes on', async () => {
   const id = newId();
@@ -99,11 +121,18 @@ test('a producer that is stopped is given up; what it may still write to is nobo
   producer.program.child.kill('SIGSTOP');
   expect(await answer).toBe(expected.get('second'));
   expect(await metric(consumer, 'pd_native_quarantined_blocks')).toBeGreaterThan(0);
+  await eventually('it to be found to answer nobody', 60_000, async () => {
+    return (await metric(consumer, silences('nobody'))) > 0;
+  });
   producer.program.child.kill('SIGCONT');
   await eventually('the end of the quarantine', 60_000, async () => {
     return (await metric(consumer, 'pd_native_quarantined_blocks')) === 0;
   });
   expect(await metric(consumer, 'pd_kv_blocks_used')).toBe(0);
+  // on the connection that it had
+  expect(await metric(consumer, silences('renewed'))).toBe(0);
+  expect(await metric(consumer, 'pd_native_connections{transport="direct"}')).toBe(1);
+  await loads(producer, consumer, 'sixth');
 });
 
 test('a producer that is killed is known to be dead, and its blocks are free', async () => {
@@ -140,8 +169,7 @@ test('a cache that cannot be mapped is filled by nccl, and the gauge and pd-doct
   const other = await startWorker('consumer', undefined, [...NATIVE, '--device', 'cuda:1']);
   const unable = await startWith({ PD_STANDIN_FAULTS: 'cuMemImportFromShareableHandle=1' }, NATIVE);
   try {
-    const [prefill, decode] = [unable, other].map(({ kvAddress }) => parseHostPort(kvAddress));
-    const id = proxyRequestId(prefill!, decode!, randomBytes(16).toString('hex'));
+    const id = newId(unable, other);
     await ask(unable, id, 'fifth', 1);
     expect(await ask(other, id, 'fifth')).toBe(expected.get('fifth'));
     expect(await metric(other, 'pd_kv_loads_total{result="ok"}')).toBe(1);
@@ -155,5 +183,29 @@ test('a cache that cannot be mapped is filled by nccl, and the gauge and pd-doct
     ]);
   } finally {
     await Promise.all([other, unable].map(({ program }) => program.stop('SIGKILL')));
+  }
+});
+
+test('a consumer whose name another takes at its producer loads KV again, and nothing is left', async () => {
+  const [from, to] = await Promise.all([
+    startWorker('producer', undefined, [...ARGS, '--device', 'cuda:0']),
+    startWorker('consumer', undefined, [...ARGS, '--device', 'cuda:1', '--kv-load-timeout', '30s']),
+  ]);
+  let thief: RawPeer | undefined;
+  try {
+    await loads(from, to, 'sixth');
+    expect((await handOverOf(to)).producers).toMatchObject([{ transport: 'direct' }]);
+    // a hello without effect, answered under that name; the consumer's own connection stays open
+    thief = new RawPeer(parseHostPort(from.kvAddress), identityOf(to.kvAddress));
+    await thief.say(encodeNative(PROBE, { maxBlocks: 1 }));
+    await eventually('the answer to another', 60_000, async () => thief!.answers.length > 0);
+    await loads(from, to, 'seventh');
+    expect(await metric(to, silences('renewed'))).toBe(1);
+    await loads(from, to, 'eighth');
+    expect(await metric(to, silences('renewed'))).toBe(1);
+    await eventually('no block in use', 60_000, async () => (await free(to)) && (await free(from)));
+    expect((await handOverOf(to)).wants).toMatchObject({ waiting: 0, givenUp: 0, ended: 0, quarantined: 0 });
+  } finally {
+    await Promise.all([thief?.dispose(), ...[from, to].map(({ program }) => program.stop('SIGKILL'))]);
   }
 });

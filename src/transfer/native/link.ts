@@ -1,6 +1,6 @@
 /**
  * A consumer's connection to a producer: a DEALER and, where bytes come that way, a pair of which it is rank 1. Both end together; what was
- * asked is said again on the next (wants.ts).
+ * asked is said again on the next (wants.ts). It ends as well where its producer answers others and not it (silence.ts).
  *
  *   connecting (HELLO on its way) --> greeted (its answer has come) --> over
  */
@@ -13,13 +13,15 @@ import { makeRoom, unload } from './cargo.ts';
 import type { NativeInit, ToWire } from './channel.ts';
 import { decodeAnswered, encodeNative, nativeBodyBytes } from './codec.ts';
 import { identityOf, refusalOf } from './hello.ts';
-import type {
-  ConsumerMessage,
-  HelloMessage,
-  NativeMessage,
-  PairMessage,
-  ProducerMessage,
+import {
+  type ConsumerMessage,
+  type HelloMessage,
+  type NativeMessage,
+  type PairMessage,
+  PROBE_ONLY,
+  type ProducerMessage,
 } from './messages.ts';
+import { SilenceWatch } from './silence-watch.ts';
 
 type ReceiveCommand = Extract<ToWire, { readonly kind: 'receive' }>;
 
@@ -43,6 +45,7 @@ export class NativeLink {
   readonly #dealer: Dealer;
   readonly #limits: { maxBlocks: number };
   readonly #patience: { cancel(): void };
+  readonly #silence: SilenceWatch;
   #theirs: HelloMessage | undefined;
   /** Hellos of ours that are to be answered, and hellos of theirs that answer none. */
   #due = 0;
@@ -69,6 +72,14 @@ export class NativeLink {
     this.since = context.deadlines.now();
     this.#lastUsedAt = this.since;
     this.#limits = { maxBlocks: init.shape.blocks };
+    const probe = { ...hello, probe: PROBE_ONLY };
+    this.#silence = new SilenceWatch(context, probe, peer, {
+      ask: () => {
+        this.#due++;
+        this.#say(probe);
+      },
+      lost: (error) => this.end(error),
+    });
     const { connect, answer } = context.options.timeouts;
     context.limited.log(`connecting ${peer}`, (suppressed) =>
       context.log.info({ peer, suppressed }, `connecting to ${peer}`),
@@ -114,7 +125,9 @@ export class NativeLink {
 
   /** Dropped before the other end has said hello. */
   ask(message: ConsumerMessage): void {
-    if (this.#theirs) this.#say(message);
+    if (!this.#theirs) return;
+    this.#say(message);
+    if (isAnswered(message)) this.#silence.said();
   }
 
   receive(command: ReceiveCommand): void {
@@ -146,6 +159,7 @@ export class NativeLink {
     if (this.#over) return;
     this.#over = error;
     this.#patience.cancel();
+    this.#silence.end();
     this.#dealer.close();
     this.#openPair?.abort(error);
     this.#events.lost(error);
@@ -201,6 +215,7 @@ export class NativeLink {
   #hear(body: Uint8Array): void {
     if (this.#over) return;
     this.#lastUsedAt = this.#context.deadlines.now();
+    this.#silence.heard();
     try {
       const message = decodeAnswered(body, this.#limits);
       this.#context.log.debug({ peer: this.peer, cmd: message.cmd }, `${message.cmd} from ${this.peer}`);
@@ -261,4 +276,9 @@ export class NativeLink {
     log.debug({ peer, nonce: theirs.from, transports: theirs.transports }, `hello of ${peer}`);
     this.#events.introduced(theirs);
   }
+}
+
+/** Whether a producer always answers it, and at once; a WANT when it is said again. */
+function isAnswered(message: ConsumerMessage): boolean {
+  return message.cmd === 'WANT' || (message.cmd === 'DROP' && message.want !== undefined);
 }

@@ -20,30 +20,47 @@ const LIMITS = { maxBlocks: 1 };
 
 /** `unwilling` where its answer says so; not called where nobody answers, which says nothing. */
 export function probeConsumer(
-  { self, options, deadlines }: TransferContext,
+  context: TransferContext,
   hello: HelloMessage,
   { peer, id }: Extract<ToWire, { readonly kind: 'probe' }>,
   unwilling: (error: PdError) => void,
 ): void {
+  askAside(context, { ...hello, probe: id }, peer, (answer) => {
+    const refused = answer && refusalIn(answer);
+    if (refused) unwilling(new PdError(refused.code, `peer ${peer}: ${refused.message}`, { peer }));
+  });
+}
+
+/** Says hello on a connection that serves for this alone. `told`, once: what was answered, or nothing in time; never after the end that it returns. */
+export function askAside(
+  { self, options, deadlines }: TransferContext,
+  hello: HelloMessage,
+  peer: string,
+  told: (answer: Uint8Array | undefined) => void,
+): () => void {
   const { connect, answer } = options.timeouts;
+  let over = false;
   const end = () => {
+    over = true;
     patience.cancel();
     dealer.close();
+  };
+  const tell = (body?: Uint8Array) => {
+    if (over) return;
+    end();
+    told(body);
   };
   const dealer = new Dealer({
     // beside a native connection from this end, and other probes
     self: `${self}#probe-${randomBytes(4).toString('hex')}`,
     peer,
     connectTimeoutMs: connect,
-    onAnswer: (body) => {
-      end();
-      const refused = refusalIn(body);
-      if (refused) unwilling(new PdError(refused.code, `peer ${peer}: ${refused.message}`, { peer }));
-    },
-    onLost: () => patience.cancel(),
+    onAnswer: tell,
+    onLost: () => tell(),
   });
-  const patience = deadlines.after(connect + answer, end);
-  void dealer.send(encodeNative({ ...hello, probe: id }, LIMITS));
+  const patience = deadlines.after(connect + answer, tell);
+  void dealer.send(encodeNative(hello, LIMITS));
+  return end;
 }
 
 function refusalIn(body: Uint8Array): HelloMessage['refused'] {

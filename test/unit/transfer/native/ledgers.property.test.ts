@@ -71,9 +71,12 @@ class World {
   readonly heard: AskedMessage[] = [];
   readonly running = new Map<TransferId, { prompt: string; tokens: number; computed: number }>();
   requests = 0;
+  /** Another has the consumer's name, and neither end sees its connection end: nothing comes through until the next. */
+  severed = false;
 
   connect() {
     const { consumer, producer } = this;
+    this.severed = false;
     this.toProducer.length = 0;
     this.toConsumer.length = 0;
     this.runGrants(producer.grants.introduced(C, consumer.nonce, CACHE, this.now));
@@ -228,6 +231,10 @@ class World {
   }
 
   deliver(to: 'producer' | 'consumer') {
+    if (this.severed) {
+      this.toProducer.length = 0;
+      this.toConsumer.length = 0;
+    }
     if (to === 'producer') {
       const message = this.toProducer.shift();
       if (message) this.heard.push(message);
@@ -292,7 +299,16 @@ const step = fc.record({
     {
       weight: 1,
       arbitrary: fc.constantFrom(
-        ...['reconnect', 'kill consumer', 'kill producer', 'fail', 'unwanted', 'stop', 'name stolen'],
+        ...[
+          'reconnect',
+          'kill consumer',
+          'kill producer',
+          'fail',
+          'unwanted',
+          'stop',
+          'name stolen',
+          'severed',
+        ],
       ),
     },
   ),
@@ -323,6 +339,7 @@ describe('both ledgers', () => {
           else if (kind === 'stop') world.tick(10_000);
           else if (kind === 'reconnect') world.connect();
           else if (kind === 'name stolen') world.stealName();
+          else if (kind === 'severed') world.severed = true;
           else if (kind === 'kill consumer') world.killConsumer();
           else if (kind === 'kill producer') world.killProducer();
           else if (kind === 'unwanted') world.runWants(consumer.wants.unwanted(P, id));
@@ -344,6 +361,8 @@ describe('both ledgers', () => {
           }
           world.check();
         }
+        // as silence.ts sees to
+        if (world.severed) world.connect();
         // and now everything gets its turn
         for (const id of [...world.running.keys()]) world.compute(id, 99);
         for (let round = 0; round < 60; round++) {
