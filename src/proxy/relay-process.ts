@@ -36,10 +36,16 @@ class RelayProcess {
     const coordinator = new RemoteCoordinator((message) => channel.send(message), config.queueTimeoutMs);
     this.#coordinator = coordinator;
     const log = createLogger(config.log, 'proxy');
-    this.#serving = new Serving({ config, log, metrics: createProxyMetrics(), coordinator, pseudonym });
+    const elsewhere = (request: FastifyRequest, reply: FastifyReply) =>
+      passToOwner(ownerPath(folder), request, reply);
+    const metrics = createProxyMetrics();
+    this.#serving = new Serving({ config, log, metrics, coordinator, pseudonym, elsewhere });
     // By name those that need no key, or an admin's.
-    for (const route of ['/health', '/ready', '/metrics', ...UI_PAGE_ROUTES, UI_EVENTS_ROUTE, '/*']) {
-      this.#serving.app.all(route, (request, reply) => passToOwner(ownerPath(folder), request, reply));
+    const { app } = this.#serving;
+    for (const route of ['/health', '/ready', '/metrics']) app.get(route, elsewhere);
+    if (config.ui !== 'off') {
+      for (const route of UI_PAGE_ROUTES) app.get(route, elsewhere);
+      app.get(UI_EVENTS_ROUTE, { exposeHeadRoute: false }, elsewhere);
     }
     void this.#start(join(folder, `relay-${number}.sock`));
   }
@@ -243,7 +249,7 @@ class RemoteVisit implements Visit {
 }
 
 /** Everything but requests to instances: what there is, how it is, what is to be changed. */
-async function passToOwner(path: string, request: FastifyRequest, reply: FastifyReply): Promise<void> {
+function passToOwner(path: string, request: FastifyRequest, reply: FastifyReply): void {
   reply.hijack();
   const out = reply.raw;
   const { connection: _, expect: __, ...headers } = request.headers;

@@ -5,7 +5,7 @@
 import { hash } from 'node:crypto';
 import { EventEmitter, once } from 'node:events';
 import type { IncomingHttpHeaders, ServerResponse } from 'node:http';
-import fastify, { type FastifyInstance, type FastifyRequest } from 'fastify';
+import fastify, { type FastifyInstance, type FastifyReply, type FastifyRequest } from 'fastify';
 import { Guard } from '../access/guard.ts';
 import type { ProxyConfig } from '../config/proxy-config.ts';
 import { Cancellation } from '../deferred.ts';
@@ -38,6 +38,9 @@ const MOST_PRIORITY = 100;
 /** nginx's number for a client that went away; only in logs and metrics. */
 const CLIENT_GONE = 499;
 
+/** What a request is refused by without its body: its method, the length of that, its encoding. */
+const UNREAD = new Set([405, 413, 415]);
+
 /** With keys, these take one that says `admin`. */
 const ADMIN_ROUTES = new Set(['/admin/drain', '/debug/state', UI_EVENTS_ROUTE]);
 
@@ -53,6 +56,8 @@ export interface ServingParts {
   /** Only this proxy's own processes connect, which say whose the request is, and read bodies themselves. */
   readonly behindRelays?: boolean;
   readonly openBodies?: OpenBodies | undefined;
+  /** Answers where there is no route. Absent: that there is none. */
+  readonly elsewhere?: (request: FastifyRequest, reply: FastifyReply) => void;
 }
 
 /** Whoever made it adds routes of its own, opens its traces, has it listen, drains and closes it. */
@@ -105,7 +110,7 @@ export class Serving implements ProxyContext {
     }) as unknown as FastifyInstance;
     this.guard.attach(this.app);
     checkHeads(this.app);
-    this.#routes();
+    this.#routes(parts.elsewhere);
   }
 
   /** Has traces made of its requests, where they are asked for. */
@@ -157,22 +162,25 @@ export class Serving implements ProxyContext {
     throw new PdError('REQUEST_INVALID', `this request has been here before: ${why}`);
   }
 
-  #routes(): void {
+  #routes(elsewhere: ServingParts['elsewhere']): void {
     const { app, log } = this;
     // Whatever its content type, the body is kept as it came: it goes on byte for byte, and curl sends JSON under other types.
     app.removeAllContentTypeParsers();
     app.addContentTypeParser('*', { parseAs: 'buffer' }, (_request, body, done) => done(null, body));
     app.setNotFoundHandler((request, reply) => {
+      if (elsewhere) return elsewhere(request, reply);
       const error = new PdError('REQUEST_INVALID', `no route ${request.method} ${request.url}`);
       return reply.code(404).send(openAiError(error));
     });
-    app.setErrorHandler((cause: Error & { statusCode?: number }, _request, reply) => {
+    app.setErrorHandler((cause: Error & { statusCode?: number }, request, reply) => {
       const refused = cause.statusCode !== undefined && cause.statusCode < 500;
       const error = refused
         ? new PdError('REQUEST_INVALID', cause.message, {}, { cause })
         : PdError.from(cause);
+      const status = refused ? cause.statusCode! : error.status;
       if (error.status >= 500) log.error({ err: cause }, error.message);
-      return reply.code(refused ? cause.statusCode! : error.status).send(openAiError(error));
+      else if (UNREAD.has(status)) this.#refusedUnread(request, status, error);
+      return reply.code(status).send(openAiError(error));
     });
     for (const route of ROUTES) {
       app.post(route, async (request, reply) => {
@@ -180,6 +188,17 @@ export class Serving implements ProxyContext {
         await this.#serve(route, request, reply.raw);
       });
     }
+  }
+
+  /** Counted where requests are that are served: of other paths nothing is. */
+  #refusedUnread({ method, url }: FastifyRequest, status: number, { code, message }: PdError): void {
+    const [path = ''] = url.split('?');
+    this.log.info({ code }, `refused ${method} ${path}: ${message}`);
+    const route = ROUTES.find((one) => one === path);
+    if (route === undefined) return;
+    const { statuses, errors } = this.metrics.routeOf(route);
+    statuses.inc(status);
+    errors.inc(code);
   }
 
   async #serve(route: string, request: FastifyRequest, out: ServerResponse): Promise<void> {

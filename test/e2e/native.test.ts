@@ -85,7 +85,16 @@ describe('a native pair', () => {
     const traced = ['--otlp-endpoint', receiver.url];
     proxy = await startProxy(traced);
     // Chunks of 16 tokens: a prompt leaves in several writes.
-    const args = ['--kv-load-failure', 'fail', '--max-num-batched-tokens', '16', '--debug-state', ...traced];
+    const args = [
+      '--kv-load-failure',
+      'fail',
+      '--max-num-batched-tokens',
+      '16',
+      '--debug-state',
+      '--log-level',
+      'debug',
+      ...traced,
+    ];
     workers = await Promise.all([
       startWorker('producer', proxy, args),
       startWorker('consumer', proxy, args),
@@ -251,14 +260,33 @@ describe('a native pair', () => {
       expect(BigInt(to)).toBeGreaterThanOrEqual(BigInt(from));
   });
 
-  it('loses nothing to a client that goes away', async () => {
-    const gone = AbortSignal.timeout(150);
-    const body = JSON.stringify({ ...CAPITAL, model: 'demo', prompt: STORY.repeat(20), max_tokens: 200 });
-    const headers = { 'content-type': 'application/json' };
-    const answer = fetch(`${proxy.url}/v1/completions`, { method: 'POST', headers, body, signal: gone });
-    await expect(answer.then((response) => response.text())).rejects.toThrow();
-    expect((await complete(proxy.url, CAPITAL)).text).toContain('Paris');
-  });
+  it.each(['while its KV is handed over', 'in the middle of its answer'])(
+    'loses nothing to a client that goes away %s',
+    async (when) => {
+      const since = workers.map(({ program }) => program.lines.length);
+      const client = new AbortController();
+      // Far more tokens than the machine can make until this process has seen what it waits for.
+      const many = { max_tokens: 1_500, ignore_eos: true, stream: true };
+      const asked = fetch(`${proxy.url}/v1/completions`, {
+        method: 'POST',
+        headers: { 'content-type': 'application/json' },
+        body: JSON.stringify({ ...CAPITAL, ...many, model: 'demo', prompt: `${when} ${STORY.repeat(20)}` }),
+        signal: client.signal,
+      });
+      const whole = asked.then(async (answer) => {
+        expect(answer.status).toBe(200);
+        for await (const _ of answer.body!) if (when.includes('answer')) client.abort();
+      });
+      const gone = expect(whole).rejects.toThrow('aborted');
+      if (when.includes('KV')) {
+        for (const [i, { program }] of workers.slice(0, 2).entries())
+          await program.line(/request handed to the core/, 60_000, since[i]);
+        client.abort();
+      }
+      await gone;
+      expect((await complete(proxy.url, CAPITAL)).text).toContain('Paris');
+    },
+  );
 
   it('keeps nothing', async () => {
     for (const { url } of workers.slice(0, 2)) {

@@ -50,9 +50,7 @@ export async function examine(
     const section = await (what === 'proxy' ? proxySection : workerSection)(url, 60_000);
     return { findings: section.findings, status: reportOf('', [section]).sound ? 0 : 1 };
   }
-  // What a firewall drops has to be given up.
-  const timeout = what === 'proxy' ? ['--timeout', '5s'] : [];
-  return pdDoctor(what === 'proxy' ? 'System' : 'Worker', [`--${what}`, url, ...timeout], prefix);
+  return pdDoctor(what === 'proxy' ? 'System' : 'Worker', [`--${what}`, url], prefix);
 }
 
 export const failed = ({ findings }: Examined): readonly Finding[] =>

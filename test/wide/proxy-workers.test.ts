@@ -1,27 +1,33 @@
 /** A proxy of several processes: one owns what all requests share, and each of the others may die without the rest. */
 import { once } from 'node:events';
-import { readdirSync, readFileSync } from 'node:fs';
+import { readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import type { ServerResponse } from 'node:http';
-import { Agent, request } from 'undici';
-import { afterAll, beforeAll, expect, test } from 'vitest';
+import { join } from 'node:path';
+import { Agent, type Dispatcher, request } from 'undici';
+import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { formatHostPort } from '../../src/net/address.ts';
 import type { PdProxy } from '../../src/proxy/proxy.ts';
-import { answerJson, FakeUpstream } from '../support/fake-upstream.ts';
+import { type Answer, answerJson, FakeUpstream, sendPing } from '../support/fake-upstream.ts';
 import { OtlpReceiver } from '../support/otlp-receiver.ts';
 import { startQuietProxy } from '../support/quiet-proxy.ts';
+import { sharedTempDir } from '../support/temp-dir.ts';
 
+const dir = sharedTempDir();
 let proxy: PdProxy;
 let producer: FakeUpstream;
 let consumer: FakeUpstream;
 let receiver: OtlpReceiver;
 /** Answers to `stream` are the test's. */
 const streams: ServerResponse[] = [];
+/** What the consumer answers instead, while it is set. */
+let telling: Answer | undefined;
 
 beforeAll(async () => {
   receiver = await OtlpReceiver.start();
   proxy = await startQuietProxy({ workers: 2, otlpEndpoint: receiver.url });
   producer = await FakeUpstream.start('producer', answerJson());
   consumer = await FakeUpstream.start('consumer', async (asked, out) => {
+    if (telling) return await telling(asked, out);
     if (asked.json['stream'] !== true) return await answerJson()(asked, out);
     out.writeHead(200, { 'content-type': 'text/event-stream' });
     out.flushHeaders();
@@ -50,8 +56,8 @@ function post(body: object) {
   });
 }
 
-const counted = async (series: RegExp) => {
-  const text = await (await fetch(url('/metrics'))).text();
+const counted = async (series: RegExp, of = proxy) => {
+  const text = await (await fetch(`http://${formatHostPort(of.httpAddress)}/metrics`)).text();
   return Number(new RegExp(`^${series.source} (\\d+)$`, 'm').exec(text)?.[1] ?? 0);
 };
 const completed = () => counted(/pd_proxy_requests_total\{[^}]*status="200"[^}]*\}/);
@@ -94,6 +100,166 @@ test('answers from both processes, and tells of itself as one', async () => {
   expect((await post({})).statusCode).toBe(503);
   const undone = JSON.stringify({ instance: consumer.httpAddress, drain: false });
   expect((await fetch(url('/admin/drain'), { method: 'POST', body: undone })).status).toBe(200);
+});
+
+describe('as with one process', () => {
+  let alone: PdProxy;
+  beforeAll(async () => {
+    alone = await startQuietProxy();
+    for (const instance of [producer, consumer]) await instance.ping(alone.discoveryAddress);
+    await alone.untilPaired();
+  });
+  afterAll(() => alone.close(0));
+
+  /** What one proxy answers, over a connection of its own. */
+  async function ask(
+    of: PdProxy,
+    method: string,
+    path: string,
+    headers: Record<string, string>,
+    body: string | null = null,
+  ) {
+    const dispatcher = new Agent({ connections: 1 });
+    const asked = { method: method as Dispatcher.HttpMethod, headers, body, dispatcher };
+    const answer = await request(`http://${formatHostPort(of.httpAddress)}${path}`, asked);
+    const text = await answer.body.text();
+    await dispatcher.close();
+    const { allow, 'accept-encoding': encoding } = answer.headers;
+    const { error } = (text.startsWith('{') ? JSON.parse(text) : {}) as { error?: { code?: string } };
+    const code = error?.code;
+    return { status: answer.statusCode, allow, encoding, code, text };
+  }
+
+  const CHAT = '/v1/chat/completions';
+  const notAllowed = (allow: string) => ({ status: 405, allow, code: 'METHOD_NOT_ALLOWED' });
+  const encoded = { status: 415, encoding: 'identity', code: 'BODY_ENCODED' };
+  test.each<[string, string, string | undefined, object]>([
+    ['GET', '/v1/completions', undefined, notAllowed('POST')],
+    ['DELETE', '/v1/responses?a=b', undefined, notAllowed('POST')],
+    ['PROPFIND', CHAT, undefined, notAllowed('POST')],
+    ['HEAD', CHAT, undefined, { status: 405, allow: 'POST' }],
+    ['POST', '/v1/models', undefined, notAllowed('GET, HEAD')],
+    ['POST', '/v1/requests/1/route', undefined, notAllowed('GET, HEAD')],
+    ['POST', '/health', undefined, notAllowed('GET, HEAD')],
+    ['PROPFIND', '/health', undefined, notAllowed('GET, HEAD')],
+    ['POST', '/ui/events', undefined, notAllowed('GET')],
+    ['HEAD', '/ui/events', undefined, { status: 404 }],
+    ['DELETE', '/ui/ui.css', undefined, notAllowed('GET, HEAD')],
+    ['GET', '/admin/drain', undefined, notAllowed('POST')],
+    ['POST', '/v1/embeddings', undefined, { status: 404, code: 'REQUEST_INVALID' }],
+    ['PROPFIND', '/v1/embeddings', undefined, { status: 404, code: 'REQUEST_INVALID' }],
+    ['POST', '/v1/embeddings', 'gzip', { status: 404, code: 'REQUEST_INVALID' }],
+    ['GET', '/v1/completions', 'gzip', notAllowed('POST')],
+    ['POST', '/v1/completions', 'gzip', encoded],
+    ['POST', CHAT, 'GZIP, br', encoded],
+    ['POST', '/admin/drain', 'deflate', encoded],
+    ['POST', '/v1/completions', 'identity', { status: 200 }],
+  ])('%s %s in encoding %s', async (method, path, encoding, expected) => {
+    const headers = {
+      'content-type': 'application/json',
+      ...(encoding !== undefined && { 'content-encoding': encoding }),
+    };
+    const body = method === 'POST' ? JSON.stringify({ model: 'm', prompt: 'Hello' }) : null;
+    const one = await ask(alone, method, path, headers, body);
+    expect(one).toMatchObject(expected);
+    // Of its two processes both.
+    for (let i = 0; i < 2; i++) {
+      const { text, ...other } = await ask(proxy, method, path, headers, body);
+      expect(other).toEqual({ ...one, text: undefined });
+      if (one.status !== 200) expect(text).toBe(one.text); // that has an id
+    }
+  });
+
+  test('counts what is refused unread', async () => {
+    const series = [
+      ['/v1/completions', 405, 'METHOD_NOT_ALLOWED', 'GET', undefined],
+      ['/v1/responses', 415, 'BODY_ENCODED', 'POST', 'gzip'],
+    ] as const;
+    for (const [route, status, code, method, encoding] of series) {
+      const byStatus = new RegExp(`pd_proxy_requests_total\\{route="${route}",status="${status}"\\}`);
+      const byCode = new RegExp(`pd_proxy_request_errors_total\\{route="${route}",code="${code}"\\}`);
+      for (const of of [alone, proxy]) {
+        const before = [await counted(byStatus, of), await counted(byCode, of)];
+        for (let i = 0; i < 2; i++)
+          await ask(of, method, route, encoding === undefined ? {} : { 'content-encoding': encoding });
+        const after = [await counted(byStatus, of), await counted(byCode, of)];
+        expect(after).toEqual(before.map((count) => count + 2));
+      }
+    }
+  });
+
+  test('what ended a choice reaches the client as the consumer said it', async () => {
+    const choice = { index: 0, finish_reason: 'stop', stop_reason: 'END' };
+    const streamed = `data: ${JSON.stringify({ choices: [{ ...choice, text: 'x' }] })}\n\ndata: [DONE]\n\n`;
+    telling = (asked, out) => {
+      if (asked.json['stream'] !== true) return answerJson(200, { choices: [choice] })(asked, out);
+      out.writeHead(200, { 'content-type': 'text/event-stream' });
+      out.end(streamed);
+    };
+    try {
+      const headers = { 'content-type': 'application/json' };
+      for (const of of [alone, proxy, proxy]) {
+        const body = { model: 'm', prompt: 'Hello', stop: 'END' };
+        const whole = await ask(of, 'POST', '/v1/completions', headers, JSON.stringify(body));
+        expect(JSON.parse(whole.text)).toMatchObject({ choices: [choice] });
+        const asked = JSON.stringify({ ...body, stream: true });
+        expect(await ask(of, 'POST', '/v1/completions', headers, asked)).toMatchObject({ text: streamed });
+      }
+    } finally {
+      telling = undefined;
+    }
+  });
+
+  test('a request that comes back is refused, and not asked again and again', async () => {
+    const ring: PdProxy[] = [];
+    try {
+      for (let i = 0; i < 2; i++) ring.push(await startQuietProxy({ workers: 2 }));
+      for (const [i, { discoveryAddress }] of ring.entries()) {
+        await consumer.ping(discoveryAddress);
+        const http_address = formatHostPort(ring[(i + 1) % ring.length]!.httpAddress);
+        await sendPing(discoveryAddress, { type: 'P', http_address, zmq_address: '127.0.0.1:1' });
+      }
+      await Promise.all(ring.map((one) => one.untilPaired()));
+      // Each of the four processes is where it begins.
+      for (const of of [...ring, ...ring]) {
+        const headers = { 'content-type': 'application/json' };
+        const body = JSON.stringify({ model: 'm', prompt: 'Hello' });
+        const answer = await ask(of, 'POST', '/v1/completions', headers, body);
+        expect(answer).toMatchObject({ status: 400, code: 'REQUEST_INVALID' });
+        expect(answer.text).toContain('leads back');
+      }
+    } finally {
+      await Promise.all(ring.map((one) => one.close(0)));
+    }
+  });
+});
+
+test('with keys, both ask for them: the same of the same paths', async () => {
+  const client = 'sk-client-0123456789abcdef';
+  const apiKeyFile = join(dir, 'keys');
+  writeFileSync(apiKeyFile, `client ${client}\n`);
+  const keyed = await Promise.all(
+    [1, 2].map((workers) => startQuietProxy({ workers, access: { apiKeyFile } })),
+  );
+  try {
+    const paths = ['/health', '/v1/models', '/nothing', '/debug/state', '/ui', '/ui/events', '/admin/drain'];
+    const statuses = async (of: PdProxy, headers: Record<string, string>) => {
+      const asking = paths.map(async (path) => {
+        const method = path === '/admin/drain' ? 'POST' : 'GET';
+        const answer = await fetch(`http://${formatHostPort(of.httpAddress)}${path}`, { method, headers });
+        await answer.body?.cancel();
+        return answer.status;
+      });
+      return await Promise.all(asking);
+    };
+    for (const of of keyed) {
+      expect(await statuses(of, {})).toEqual([200, 401, 401, 401, 200, 401, 401]);
+      const authorization = `Bearer ${client}`;
+      expect(await statuses(of, { authorization })).toEqual([200, 200, 404, 404, 200, 403, 403]);
+    }
+  } finally {
+    await Promise.all(keyed.map((one) => one.close(0)));
+  }
 });
 
 test('a process that is killed takes only its own requests with it, and another takes its place', async () => {

@@ -8,13 +8,24 @@ afterEach(async () => {
   await Promise.all(programs.splice(0).map((program) => program.stop('SIGKILL')));
 });
 
-test.skipIf(withTheOthers)('pd-proxy says where it listens, and ends with status 0 on SIGTERM', async () => {
-  const proxy = await startProxy();
-  programs.push(proxy.program);
-  const health = (await (await fetch(`${proxy.url}/health`)).json()) as object;
-  expect(health).toMatchObject({ status: 'ok', instances: [] });
-  expect(await proxy.program.stop()).toBe(0);
-});
+test.skipIf(withTheOthers)(
+  'pd-proxy says where it listens and what it refuses, and ends with status 0 on SIGTERM',
+  async () => {
+    const proxy = await startProxy();
+    programs.push(proxy.program);
+    const health = (await (await fetch(`${proxy.url}/health`)).json()) as object;
+    expect(health).toMatchObject({ status: 'ok', instances: [] });
+    await fetch(`${proxy.url}/v1/completions?who`);
+    await proxy.program.line(/^refused GET \/v1\/completions: \/v1\/completions takes POST, not GET$/);
+    await fetch(`${proxy.url}/health`, { headers: { 'content-encoding': 'gzip' } });
+    await proxy.program.line(/^refused GET \/health: bodies in gzip/);
+    expect(proxy.program.lines.slice(-2)).toMatchObject([
+      { level: 'info', code: 'METHOD_NOT_ALLOWED' },
+      { level: 'info', code: 'BODY_ENCODED' },
+    ]);
+    expect(await proxy.program.stop()).toBe(0);
+  },
+);
 
 test.each(rows(['--port'], ['--discovery-port']))(
   'pd-proxy names a taken %s, and who holds it',

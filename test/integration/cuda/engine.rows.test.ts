@@ -108,8 +108,10 @@ describe.each(rows<SendType>(['PUT_ASYNC', 'GET'], ['PUT']))('%s', (sendType) =>
 test.skipIf(withTheOthers)(
   'a pair whose init never ends fails the send at its deadline; the next one is served',
   async () => {
-    const producer = await make({ device: 'cuda:0', timeouts: { pairInit: 300 } });
-    const consumer = await make({ device: 'cuda:1', timeouts: { pairInit: 300 } });
+    // Waited out once; and within it the next pair is to open, on a busy machine too.
+    const timeouts = { pairInit: 2_000 };
+    const producer = await make({ device: 'cuda:0', timeouts });
+    const consumer = await make({ device: 'cuda:1', timeouts });
     const memory = devices[0].allocate(4_096, 'test');
     const send = (id: string) =>
       producer.send({

@@ -83,6 +83,9 @@ test('a body that says it is too long is refused before it comes', async () => {
   const answer = once(socket, 'data');
   socket.write(`POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: ${33 * MIB}\r\n\r\n{`);
   expect(String((await answer)[0])).toMatch(/^HTTP\/1\.1 413 /);
+  const { httpAddress } = proxy;
+  const metrics = await (await fetch(`http://${formatHostPort(httpAddress)}/metrics`)).text();
+  expect(metrics).toContain('pd_proxy_requests_total{route="/v1/completions",status="413"} 1\n');
 });
 
 test('of an answer that its client never reads little is taken in, and in the end it is given up', async () => {

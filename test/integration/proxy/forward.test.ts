@@ -161,6 +161,14 @@ describe('errors', () => {
     expect(await ask('POST', '/v1/embeddings')).toEqual([404, null, 'REQUEST_INVALID']);
     const encoded = { 'content-encoding': 'gzip' };
     expect(await ask('POST', '/v1/completions', encoded)).toEqual([415, null, 'BODY_ENCODED']);
+    expect(await ask('GET', '/v1/responses?again')).toEqual([405, 'POST', 'METHOD_NOT_ALLOWED']);
+    for (const line of [
+      'pd_proxy_requests_total{route="/v1/responses",status="405"} 2',
+      'pd_proxy_request_errors_total{route="/v1/responses",code="METHOD_NOT_ALLOWED"} 2',
+      'pd_proxy_requests_total{route="/v1/completions",status="415"} 1',
+      'pd_proxy_request_errors_total{route="/v1/completions",code="BODY_ENCODED"} 1',
+    ])
+      expect(await metric(proxy, line), line).toBe(true);
   });
 
   test('no instance of a role: 503 naming the role', async () => {
