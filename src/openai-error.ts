@@ -54,3 +54,40 @@ export function openAiError(error: PdError): OpenAiError {
   const fields = { message, type, param, code: codeInAnswers(error.code) };
   return { error: status < 500 ? fields : { ...fields, context, ...(cause && { cause }) } };
 }
+
+/** One server-sent event. */
+export interface StreamEvent {
+  readonly name?: string;
+  readonly data: object;
+  /** Written in turns: what is said of a prompt may be long, what is said of a token is not. */
+  readonly long?: boolean;
+}
+
+/**
+ * How a stream of the Responses API ends that fails. `sequence`: the number of its next event. `response`: as it stood; where that is not
+ * known nothing can be said of it.
+ */
+export function failedResponse(
+  { message, code, param }: Pick<OpenAiError['error'], 'message' | 'code' | 'param'>,
+  sequence: number,
+  response?: object,
+): readonly StreamEvent[] {
+  const events: StreamEvent[] = [];
+  const add = (type: string, data: object) =>
+    events.push({
+      name: type,
+      data: { type, sequence_number: sequence + events.length, ...data },
+      long: events.length > 0,
+    });
+  add('error', { code, message, param });
+  if (!response) return events;
+  // Clients know this code; our own stands in the event before.
+  const error = { code: 'server_error', message };
+  add('response.failed', { response: { ...response, completed_at: null, status: 'failed', error } });
+  return events;
+}
+
+/** As it goes out; `data` as JSON. */
+export function eventText({ name }: StreamEvent, data: string): string {
+  return `${name === undefined ? '' : `event: ${name}\n`}data: ${data}\n\n`;
+}

@@ -31,7 +31,7 @@ export class Nfa {
   readonly calls: CallEdge[][] = [];
   readonly #budget: Budget;
   readonly #counted: CountedRule;
-  readonly #ends = new Map<number, Map<string, number>>();
+  readonly #ends = new Map<number, number>();
 
   constructor(expression: Expression, budget: Budget, counted: CountedRule) {
     this.#budget = budget;
@@ -63,11 +63,7 @@ export class Nfa {
         this.#addCharacter(expression.ranges, from, to);
         return;
       case 'text':
-        this.#addBytes(
-          Array.from(expression.bytes, (byte): CodePointRange => [byte, byte]),
-          from,
-          to,
-        );
+        this.#addBytes(expression.bytes, from, to);
         return;
       case 'sequence':
         this.#addSequence(expression.items, from, to);
@@ -103,43 +99,37 @@ export class Nfa {
     });
   }
 
-  #addBytes(bytes: readonly CodePointRange[], from: number, to: number): void {
+  #addBytes(bytes: Uint8Array, from: number, to: number): void {
     if (bytes.length === 0) this.empty[from]!.push(to);
     let at = from;
-    bytes.forEach(([low, high], i) => {
+    bytes.forEach((byte, i) => {
       const next = i === bytes.length - 1 ? to : this.#state();
-      this.edges[at]!.push({ low, high, to: next });
+      this.edges[at]!.push({ low: byte, high: byte, to: next });
       at = next;
     });
   }
 
+  /** Spellings that end alike share their ends with all others before `to`. */
   #addCharacter(ranges: readonly CodePointRange[], from: number, to: number): void {
-    const ends = this.#endsBefore(to);
-    for (const [first, ...rest] of utf8Sequences(ranges)) {
+    for (const spelling of utf8Sequences(ranges)) {
       let at = to;
-      for (let i = rest.length - 1; i >= 0; i--) {
-        const key = rest.slice(i).join(' ');
-        let state = ends.get(key);
-        if (state === undefined) {
-          state = this.#state();
-          this.edges[state]!.push({ low: rest[i]![0], high: rest[i]![1], to: at });
-          ends.set(key, state);
-        }
-        at = state;
-      }
-      this.edges[from]!.push({ low: first![0], high: first![1], to: at });
+      for (let i = spelling.length - 1; i > 0; i--) at = this.#before(spelling[i]!, at);
+      const [low, high] = spelling[0]!;
+      this.edges[from]!.push({ low, high, to: at });
       this.#budget.work(1);
     }
   }
 
-  /** Spellings that end alike share their ends, by the ranges of the bytes that are left, with all others before `to`. */
-  #endsBefore(to: number): Map<string, number> {
-    let ends = this.#ends.get(to);
-    if (!ends) {
-      ends = new Map([['', to]]);
-      this.#ends.set(to, ends);
+  /** The state of a spelling that goes on to `to` by a byte of the range alone. */
+  #before([low, high]: CodePointRange, to: number): number {
+    const key = (to * 256 + low) * 256 + high;
+    let state = this.#ends.get(key);
+    if (state === undefined) {
+      state = this.#state();
+      this.edges[state]!.push({ low, high, to });
+      this.#ends.set(key, state);
     }
-    return ends;
+    return state;
   }
 
   #addRepeat({ item, min, max }: Expression & { kind: 'repeat' }, from: number, to: number): void {
@@ -199,11 +189,12 @@ function subsets(nfa: Nfa, budget: Budget, mostStates: number | undefined): Auto
   const edges: ByteEdge[][] = [];
   const calls: CallEdge[][] = [];
   const final: boolean[] = [];
-  const ids = new Map<string, number>();
+  const ids = new Map<string | number, number>();
   const sets: (readonly number[])[] = [];
   const idOf = (targets: readonly number[]): number => {
     const set = closure(nfa, targets, budget);
-    const key = set.join(' ');
+    // Most are of one.
+    const key = set.length === 1 ? set[0]! : set.join(' ');
     let id = ids.get(key);
     if (id === undefined) {
       budget.states(1);
@@ -259,10 +250,10 @@ interface SplitEdge {
 
 /** The edges again, cut so that none overlap; neighbours with the same targets are one. */
 function splitByByte(edges: readonly ByteEdge[], budget: Budget): readonly SplitEdge[] {
-  if (edges.length < 2) return edges.map(({ low, high, to }) => ({ low, high, targets: [to] }));
+  const sorted = edges.length < 2 ? edges : [...edges].sort((a, b) => a.low - b.low);
+  if (sorted.every(({ low }, i) => i === 0 || low > sorted[i - 1]!.high)) return apart(sorted, budget);
   const cuts = [...new Set(edges.flatMap(({ low, high }) => [low, high + 1]))].sort((a, b) => a - b);
   const split: { low: number; high: number; targets: number[]; key: string }[] = [];
-  const sorted = [...edges].sort((a, b) => a.low - b.low);
   let active: ByteEdge[] = [];
   let next = 0;
   for (let i = 0; i + 1 < cuts.length; i++) {
@@ -277,6 +268,18 @@ function splitByByte(edges: readonly ByteEdge[], budget: Budget): readonly Split
     const last = split.at(-1);
     if (last && last.high === low - 1 && last.key === key) last.high = high;
     else split.push({ low, high, targets, key });
+  }
+  return split;
+}
+
+/** Likewise of edges in order that do not overlap. */
+function apart(edges: readonly ByteEdge[], budget: Budget): readonly SplitEdge[] {
+  budget.work(edges.length);
+  const split: { low: number; high: number; targets: readonly [number] }[] = [];
+  for (const { low, high, to } of edges) {
+    const last = split.at(-1);
+    if (last && last.high === low - 1 && last.targets[0] === to) last.high = high;
+    else split.push({ low, high, targets: [to] });
   }
   return split;
 }

@@ -48,8 +48,10 @@ export const LAST_CODE_POINT = 0x10ffff;
 export const EMPTY: Expression = { kind: 'sequence', items: [] };
 export const NOTHING: Expression = { kind: 'choice', items: [] };
 
+const UTF8 = new TextEncoder();
+
 export function text(value: string): Expression {
-  return { kind: 'text', bytes: new TextEncoder().encode(value) };
+  return { kind: 'text', bytes: UTF8.encode(value) };
 }
 
 export function sequence(...items: readonly Expression[]): Expression {
@@ -111,26 +113,39 @@ export function otherRanges(ranges: readonly CodePointRange[]): CodePointRange[]
 export function utf8Sequences(ranges: readonly CodePointRange[]): CodePointRange[][] {
   const sequences: CodePointRange[][] = [];
   for (const [low, high] of normalRanges(ranges)) {
-    for (const [first, last] of UTF8_LENGTHS) {
+    for (const [first, last, all] of UTF8_LENGTHS) {
       const from = Math.max(low, first);
       const to = Math.min(high, last);
-      if (from <= to) sequences.push(...spelledRanges(utf8Bytes(from), utf8Bytes(to), 0x80, 0xbf));
+      if (from > to) continue;
+      // Most are of one byte, or run over all that are longer.
+      if (last === LAST_ASCII) sequences.push([[from, to]]);
+      else if (from === first && to === last) sequences.push(...all);
+      else sequences.push(...spelled(from, to));
     }
   }
   return sequences;
 }
 
-/** Code points whose spellings have the same number of bytes. */
-const UTF8_LENGTHS: readonly CodePointRange[] = [
-  [0, 0x7f],
-  [0x80, 0x7ff],
-  [0x800, 0xd7ff],
-  [0xe000, 0xffff],
-  [0x10000, LAST_CODE_POINT],
-];
+const LAST_ASCII = 0x7f;
+
+/** Code points whose spellings have the same number of bytes, and how all of them are spelled. */
+const UTF8_LENGTHS = (
+  [
+    [0, LAST_ASCII],
+    [0x80, 0x7ff],
+    [0x800, 0xd7ff],
+    [0xe000, 0xffff],
+    [0x10000, LAST_CODE_POINT],
+  ] as const
+).map(([first, last]) => [first, last, spelled(first, last)] as const);
+
+/** Both ends are spelled in as many bytes. */
+function spelled(first: number, last: number): CodePointRange[][] {
+  return spelledRanges(utf8Bytes(first), utf8Bytes(last), 0x80, 0xbf);
+}
 
 function utf8Bytes(codePoint: number): number[] {
-  return [...new TextEncoder().encode(String.fromCodePoint(codePoint))];
+  return [...UTF8.encode(String.fromCodePoint(codePoint))];
 }
 
 /** Texts of one length from `low` to `high`, as ranges one per unit; units that are free run from `least` to `most`. */

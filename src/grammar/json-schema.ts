@@ -38,6 +38,8 @@ const FEW_BYTES = 200;
 const TYPES: readonly TypeName[] = ['object', 'array', 'string', 'number', 'boolean', 'null'];
 /** Of a string, in one way only. */
 const ONE_CHARACTER = insideString(characters([0, LAST_CODE_POINT]));
+/** Of a name that others are told from. */
+const STEPS_PER_LETTER = 4;
 const FREE: Located = { schema: true, pointer: '#' };
 
 /** Throws REQUEST_INVALID with the keyword and its JSON pointer where the schema is not valid or not supported. */
@@ -63,7 +65,7 @@ class SchemaCompiler {
   constructor(document: SchemaDocument, budget: Budget) {
     this.#document = document;
     this.#budget = budget;
-    this.#identities = new SchemaIdentities(document);
+    this.#identities = new SchemaIdentities(document, budget);
     this.#alternatives = new SchemaAlternatives(document, budget, this.#identities);
     this.#rules.push({ name: '#', body: NOTHING });
     this.#json = jsonRules(1);
@@ -386,6 +388,7 @@ class SchemaCompiler {
       });
       if (closedObject && chosen === undefined && objects.every(({ additional }) => !additional)) continue;
       if (factsOf(schemas, this.#document, this.#budget).impossible) continue;
+      this.#budget.work(STEPS_PER_LETTER * names.reduce((sum, name) => sum + name.length, 0));
       let key = keyBesides(names);
       for (const [pattern, matching] of keys) {
         key = (pattern === chosen ? intersection : difference)(key, matching, this.#budget);
@@ -393,7 +396,8 @@ class SchemaCompiler {
       for (const one of propertyNames) {
         key = intersection(key, this.#keys(one), this.#budget);
       }
-      if (isNothing(key, this.#budget)) continue;
+      const isNarrowed = keys.size > 0 || propertyNames.length > 0;
+      if (isNarrowed && isNothing(key, this.#budget)) continue;
       const value = this.#valueOf(schemas);
       // A rule of its own, without calls: masks inside of it are found the quick way.
       const number = this.#rules.push({ name: 'other key', body: key }) - 1;

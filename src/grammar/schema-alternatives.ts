@@ -18,6 +18,8 @@ import { satisfying, typeOf } from './schema-values.ts';
 
 /** Levels of schemas below two alternatives that are compared to show that they exclude each other. */
 const MOST_COMPARED = 4;
+/** Of two alternatives, beside what is looked at in them. */
+const STEPS_PER_PAIR = 3;
 
 export class SchemaAlternatives {
   readonly #document: SchemaDocument;
@@ -25,6 +27,7 @@ export class SchemaAlternatives {
   readonly #identities: SchemaIdentities;
   readonly #stripped = new Map<string, Located>();
   readonly #nots = new Map<unknown, SchemaObject>();
+  readonly #facts = new WeakMap<readonly Located[], Facts>();
 
   constructor(document: SchemaDocument, budget: Budget, identities: SchemaIdentities) {
     this.#document = document;
@@ -41,12 +44,17 @@ export class SchemaAlternatives {
     const rest = this.#without(alternatives, schemas);
     const combined = options.map((option) => [...rest, ...option]);
     if (exactlyOne) {
-      options.forEach((option, i) => {
-        options.forEach((other, j) => {
-          if (i === j || this.#exclude([...rest, ...option], [...rest, ...other], MOST_COMPARED)) return;
-          const [{ schema }] = other as readonly [Located];
-          if (negation({ schema, pointer }, this.#document)) {
-            combined[i]!.push({ schema: this.#notOf(schema), pointer });
+      const alone = options.map((option) => [...rest, ...option]);
+      const canBeTurned = options.map(([one]) => {
+        let known: boolean | undefined;
+        return () => (known ??= negation({ ...one!, pointer }, this.#document, this.#budget) !== undefined);
+      });
+      options.forEach((_, i) => {
+        options.forEach(([other], j) => {
+          this.#budget.work(STEPS_PER_PAIR);
+          if (i === j || this.#exclude(alone[i]!, alone[j]!, MOST_COMPARED)) return;
+          if (canBeTurned[j]!()) {
+            combined[i]!.push({ schema: this.#notOf(other!.schema), pointer });
             return;
           }
           throw unsupportedKeyword(
@@ -68,6 +76,7 @@ export class SchemaAlternatives {
       const { schema } = one;
       if (typeof schema === 'boolean' || seen.has(schema)) continue;
       seen.add(schema);
+      this.#budget.work(1 + Object.keys(schema).length);
       // References and allOf may hide the keyword: what they name stands beside what names them.
       const { $ref, allOf, ...others } = schema;
       if ($ref !== undefined) open.push(this.#document.resolve($ref, one.pointer));
@@ -111,10 +120,17 @@ export class SchemaAlternatives {
     return known;
   }
 
+  /** Known of a list once it has been asked for: each alternative is compared with all others. */
+  #factsOf(schemas: readonly Located[]): Facts {
+    const facts = this.#facts.get(schemas) ?? factsOf(schemas, this.#document, this.#budget);
+    this.#facts.set(schemas, facts);
+    return facts;
+  }
+
   /** Whether it can be shown that nothing written for `a` satisfies `b`. */
   #exclude(a: readonly Located[], b: readonly Located[], depth: number): boolean {
     if (depth === 0) return false;
-    const [ofA, ofB] = [factsOf(a, this.#document, this.#budget), factsOf(b, this.#document, this.#budget)];
+    const [ofA, ofB] = [this.#factsOf(a), this.#factsOf(b)];
     if (ofA.impossible || ofB.impossible) return true;
     if (ofA.values) return satisfying(ofA.values, [...a, ...b], this.#document, this.#budget).length === 0;
     const types = typesOf(ofA);
@@ -126,10 +142,10 @@ export class SchemaAlternatives {
     // What one must have and the other cannot, or what both have and never alike.
     const names = onlyObjects ? new Set([...ofA.required, ...ofB.required]) : [];
     const differ = [...names].some((name) => {
+      this.#budget.work(1);
       const property = (facts: Facts) => propertyOf(name, facts, this.#document, this.#budget);
       const [inA, inB] = [property(ofA), property(ofB)];
-      const impossible = (schemas: readonly Located[]) =>
-        factsOf(schemas, this.#document, this.#budget).impossible;
+      const impossible = (schemas: readonly Located[]) => this.#factsOf(schemas).impossible;
       if (ofB.required.has(name) && impossible(inA)) return true;
       if (!ofA.required.has(name)) return false;
       return impossible(inB) || this.#exclude(inA, inB, depth - 1);

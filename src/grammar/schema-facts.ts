@@ -142,10 +142,12 @@ export function factsOf(schemas: readonly Located[], document: SchemaDocument, b
     if (seen.has(schema)) continue;
     seen.add(schema);
     const more: Located[] = [];
-    for (const keyword of Object.keys(schema)) {
-      readKeyword(facts, keyword, schema, pointer, document, more);
+    const keywords = Object.keys(schema);
+    budget.work(keywords.length);
+    for (const keyword of keywords) {
+      readKeyword(facts, keyword, schema, pointer, document, budget, more);
     }
-    readObject(facts, schema, pointer);
+    readObject(facts, schema, pointer, budget);
     readArray(facts, schema, pointer);
     open.push(...more.reverse());
   }
@@ -158,6 +160,7 @@ function readKeyword(
   schema: SchemaObject,
   pointer: string,
   document: SchemaDocument,
+  budget: Budget,
   more: Located[],
 ): void {
   const value = schema[keyword];
@@ -190,9 +193,7 @@ function readKeyword(
     case 'enum': {
       if (keyword === 'enum' && !Array.isArray(value)) throw invalidSchema(keyword, pointer, 'is no list');
       const values: readonly unknown[] = keyword === 'enum' ? (value as unknown[]) : [value];
-      facts.values = facts.values
-        ? facts.values.filter((one) => values.some((other) => equalValues(one, other)))
-        : values;
+      facts.values = facts.values ? common(facts.values, values, budget) : values;
       facts.anything = false;
       return;
     }
@@ -302,7 +303,7 @@ function readKeyword(
     case 'if': {
       facts.anything = false;
       const at = located(value, below(pointer, keyword));
-      const options = negation(at, document);
+      const options = negation(at, document, budget);
       if (!options) facts.unsupported.push({ keyword, pointer });
       else facts.alternatives.push(conditionOf(keyword, at, options, schema, pointer));
       return;
@@ -328,6 +329,19 @@ function readKeyword(
   }
 }
 
+/** Of `values` those that are among `others`, too. */
+function common(values: readonly unknown[], others: readonly unknown[], budget: Budget): readonly unknown[] {
+  const known = new Set(others);
+  const objects = others.filter((one) => typeof one === 'object' && one !== null);
+  budget.work(values.length + others.length);
+  return values.filter((one) => {
+    if (known.has(one)) return true;
+    if (typeof one !== 'object' || one === null) return false;
+    budget.work(objects.length);
+    return objects.some((other) => equalValues(one, other));
+  });
+}
+
 /** `if` with what follows from it, or else without. */
 function conditionOf(
   keyword: string,
@@ -346,15 +360,17 @@ function conditionOf(
   };
 }
 
-function readObject(facts: Facts, schema: SchemaObject, pointer: string): void {
+function readObject(facts: Facts, schema: SchemaObject, pointer: string, budget: Budget): void {
   const { properties, patternProperties, additionalProperties: additional } = schema;
   if (properties === undefined && patternProperties === undefined && additional === undefined) return;
-  facts.objects.push({
+  const read: ObjectFacts = {
     properties: readMap(properties, 'properties', pointer),
     patterns: readMap(patternProperties, 'patternProperties', pointer),
     additional:
       additional === undefined ? undefined : located(additional, below(pointer, 'additionalProperties')),
-  });
+  };
+  budget.work(read.properties.size + read.patterns.size);
+  facts.objects.push(read);
 }
 
 /** `items` was a list once, with `additionalItems` for the rest. */
@@ -423,6 +439,7 @@ export function propertyOf(
 ): Located[] {
   const schemas: Located[] = [];
   let isKnown = false;
+  budget.work(objects.length);
   for (const { properties, patterns, additional } of objects) {
     const own = properties.get(name);
     const matching = [...patterns].filter(([pattern]) =>

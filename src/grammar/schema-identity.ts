@@ -1,4 +1,5 @@
 /** Which schemas say the same: a number each, so that what has been written for one is not written again for another. */
+import type { Budget } from './budget.ts';
 import { below, isObject, type Located, located, type SchemaDocument } from './schema-document.ts';
 import { EXCLUDED } from './schema-negation.ts';
 
@@ -23,20 +24,27 @@ const SILENT = new Set([
 /** Behind these stand names of which each has a schema. */
 const MAPS = new Set(['properties', 'patternProperties', 'dependentSchemas', 'dependencies']);
 
+/** Characters. */
+const SPELT_PER_STEP = 32;
+
 export class SchemaIdentities {
   readonly #document: SchemaDocument;
+  readonly #budget: Budget;
   readonly #numbers = new Map<string, number>();
   readonly #known = new Map<unknown, number>();
 
-  constructor(document: SchemaDocument) {
+  constructor(document: SchemaDocument, budget: Budget) {
     this.#document = document;
+    this.#budget = budget;
   }
 
   /** Equal for two that differ in what they are called and described as. */
   of(schema: unknown): number {
     const known = this.#known.get(schema);
     if (known !== undefined) return known;
-    const number = this.#number(this.#spelt(schema));
+    const spelt = this.#spelt(schema);
+    this.#budget.work(1 + Math.ceil(spelt.length / SPELT_PER_STEP));
+    const number = this.#number(spelt);
     if (typeof schema === 'object') this.#known.set(schema, number);
     return number;
   }
@@ -47,6 +55,7 @@ export class SchemaIdentities {
     const seen = new Set<unknown>();
     const open = [...schemas].reverse();
     for (let one = open.pop(); one; one = open.pop()) {
+      this.#budget.work(1);
       const { schema, pointer } = one;
       const isReference =
         typeof schema === 'object' &&

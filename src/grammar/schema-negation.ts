@@ -1,4 +1,5 @@
 /** `not` and `if` as alternatives: what is not all of several conditions fails one of them. */
+import type { Budget } from './budget.ts';
 import {
   below,
   isObject,
@@ -35,14 +36,20 @@ type Options = readonly (readonly Located[])[];
  * Schemas of which each is satisfied only by what does not satisfy `at`; one of them suffices. Not all that does not is among them: what
  * cannot be turned round is left out. Undefined where that is everything.
  */
-export function negation(at: Located, document: SchemaDocument, depth = 0): Options | undefined {
+export function negation(
+  at: Located,
+  document: SchemaDocument,
+  budget: Budget,
+  depth = 0,
+): Options | undefined {
   const { schema, pointer } = at;
   if (typeof schema === 'boolean') return schema ? [] : [[{ schema: true, pointer }]];
   if (depth > MOST_NESTING) return undefined;
   const options: (readonly Located[])[] = [];
   let left = 0;
   for (const [keyword, value] of Object.entries(schema)) {
-    const found = turned(keyword, value, at, document, depth);
+    const found = turned(keyword, value, at, document, budget, depth);
+    budget.work(1 + (found?.length ?? 0));
     if (found) options.push(...found);
     else left++;
     if (options.length > MOST_OPTIONS) return undefined;
@@ -56,10 +63,11 @@ function turned(
   value: unknown,
   { pointer }: Located,
   document: SchemaDocument,
+  budget: Budget,
   depth: number,
 ): Options | undefined {
   const inner = (schema: unknown, ...path: (string | number)[]) =>
-    negation(located(schema, below(pointer, keyword, ...path)), document, depth + 1);
+    negation(located(schema, below(pointer, keyword, ...path)), document, budget, depth + 1);
   const one = (schema: SchemaObject): Options => [[{ schema, pointer }]];
   const side = OTHER_SIDE[keyword];
   if (side) {
@@ -69,7 +77,7 @@ function turned(
   }
   switch (keyword) {
     case '$ref':
-      return negation(document.resolve(value, pointer), document, depth + 1);
+      return negation(document.resolve(value, pointer), document, budget, depth + 1);
     case 'type': {
       const names: readonly unknown[] = Array.isArray(value) ? value : [value];
       // What is no integer may be a number, but that is more than a type.

@@ -27,6 +27,14 @@ export function equalValues(a: unknown, b: unknown): boolean {
   return keys.every((key) => Object.hasOwn(b, key) && equalValues(a[key], b[key]));
 }
 
+/** Compared in a step. */
+const VALUES_PER_STEP = 32;
+
+function isAmong(value: unknown, values: readonly unknown[], budget: Budget): boolean {
+  budget.work(Math.ceil(values.length / VALUES_PER_STEP));
+  return values.some((one) => equalValues(one, value));
+}
+
 /** Throws REQUEST_INVALID where that hangs on a keyword that is not known here. */
 export function satisfies(
   value: unknown,
@@ -73,9 +81,9 @@ export function satisfies(
       case 'const':
         return equalValues(value, wanted);
       case 'enum':
-        return Array.isArray(wanted) && wanted.some((one) => equalValues(one, value));
+        return Array.isArray(wanted) && isAmong(value, wanted, budget);
       case EXCLUDED:
-        return !(wanted as unknown[]).some((one) => equalValues(one, value));
+        return !isAmong(value, wanted as unknown[], budget);
       case NOT_PATTERN:
         return !isText || !matching(String(wanted), value);
       case 'minLength':

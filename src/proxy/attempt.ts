@@ -38,6 +38,7 @@ import type { AttemptReceipt, AttemptStage, Receipt, Receipts } from './receipts
 import type { InstanceRole } from './registry.ts';
 import { answerWhole, isEventStream, relay } from './relay.ts';
 import type { RequestTraces } from './request-trace.ts';
+import type { StreamEnd } from './stream-end.ts';
 import {
   type Call,
   InstanceRefused,
@@ -67,6 +68,8 @@ export interface ClientRequest {
   /** What instances are told of the proxies that it has passed, this one among them. */
   readonly via: string;
   readonly out: ServerResponse;
+  /** Of the answer, where it is a stream. */
+  readonly end: StreamEnd;
   readonly receipt: Receipt;
   /** Aborted once the client has gone or the proxy stops. */
   readonly signal: Signal;
@@ -176,13 +179,12 @@ export class Attempt {
   async #inTurn(): Promise<boolean> {
     const refusal = await this.#prefill();
     if (!refusal) return await this.#passOn(await this.#askConsumer());
-    answerWhole(refusal, this.#request.out, this.requestId);
+    this.#answerWhole(refusal);
     return true;
   }
 
   /** Likewise; both are asked at once. */
   async #overlapped(): Promise<boolean> {
-    const { out } = this.#request;
     this.#context.metrics.overlapped.inc();
     this.#receipt.overlapped = true;
     const prefilling = this.#prefill();
@@ -192,13 +194,13 @@ export class Attempt {
       if (first === 'producer') {
         const refusal = await prefilling;
         if (!refusal) return await this.#passOn(await this.#headAfterPrefill(asking));
-        answerWhole(refusal, out, this.requestId);
+        this.#answerWhole(refusal);
         return false;
       }
       const response = await asking;
       if (response.statusCode >= 500 && !isEventStream(response)) {
         const answer = await this.#decodeError(response);
-        answerWhole((await prefilling) ?? answer, out, this.requestId);
+        this.#answerWhole((await prefilling) ?? answer);
         return false;
       }
       if (response.statusCode >= 400) this.#abortPrefill.abort(DECIDED);
@@ -316,18 +318,24 @@ export class Attempt {
     }
   }
 
+  #answerWhole(answer: WholeAnswer): void {
+    const { out, end } = this.#request;
+    answerWhole(answer, out, { requestId: this.requestId, end });
+  }
+
   /** False where the consumer answered with an error. Throws InstanceRefused, with nothing passed on, where it is stopping. */
   async #passOn(response: UpstreamResponse): Promise<boolean> {
     const { firstEventSeconds } = this.#context.metrics;
-    const { out, signal, receipt } = this.#request;
+    const { out, end, signal, receipt } = this.#request;
     if (response.statusCode === 503 && !isEventStream(response)) {
-      answerWhole(await this.#decodeError(response), out, this.requestId);
+      this.#answerWhole(await this.#decodeError(response));
       return false;
     }
     let firstEventMs: number | undefined;
     await relay(response, out, {
       call: this.#decodeCall,
       requestId: this.requestId,
+      end,
       signal,
       onFirstEvent: () => {
         this.#stamp('relayed');

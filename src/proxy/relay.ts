@@ -6,6 +6,7 @@ import { reasonOf } from '../net/resolve.ts';
 import { openAiError, retryHeaders } from '../openai-error.ts';
 import { receiptIdOf } from './receipts.ts';
 import { instanceLabel } from './registry.ts';
+import type { StreamEnd } from './stream-end.ts';
 import {
   type Call,
   InstanceRefused,
@@ -23,6 +24,8 @@ export interface RelayOptions {
   /** Aborted once the client has gone or the proxy stops. */
   readonly signal: Signal;
   readonly onFirstEvent: () => void;
+  /** Of the stream that the client gets. */
+  readonly end: StreamEnd;
 }
 
 /** An answer that is not a stream is held until it is whole, so that an instance that dies midway is a 502; a longer one flows. Bytes. */
@@ -70,7 +73,7 @@ export async function relay(
   options: RelayOptions,
 ): Promise<void> {
   if (out.headersSent && !isEventStream(response)) {
-    answerWhole(await readWhole(response, MAX_HELD_ANSWER), out, options.requestId);
+    answerWhole(await readWhole(response, MAX_HELD_ANSWER), out, options);
     return;
   }
   const events = isEventStream(response) ? new SseEvents() : undefined;
@@ -99,6 +102,7 @@ export async function relay(
         if (!started) options.onFirstEvent();
         started = true;
         bytes = events.push(chunk);
+        options.end.passed(bytes);
       } else if (!out.headersSent) {
         held.push(chunk);
         heldBytes += chunk.length;
@@ -126,7 +130,7 @@ export async function relay(
       throw new InstanceRefused(options.call, BROKE_OFF, cause);
     }
     if (!out.headersSent || out.destroyed) throw error;
-    if (events) out.end(errorEvents(error));
+    if (events) out.end(options.end.failed(error));
     else out.destroy(); // the rest of the length, or the last chunk, is missing: the client notices
     throw error;
   } finally {
@@ -221,16 +225,15 @@ function endAfter(bytes: Buffer, separator: string): number {
   return at < 0 ? 0 : at + separator.length;
 }
 
-/** The last two events of a stream that broke off. */
-function errorEvents(error: PdError): string {
-  return `data: ${JSON.stringify(openAiError(error))}\n\ndata: [DONE]\n\n`;
-}
-
 /** An instance's answer that has been read to its end. */
-export function answerWhole({ response, body }: WholeAnswer, out: ServerResponse, requestId: string): void {
+export function answerWhole(
+  { response, body }: WholeAnswer,
+  out: ServerResponse,
+  { requestId, end }: Pick<RelayOptions, 'requestId' | 'end'>,
+): void {
   if (out.headersSent) {
     // Those of a stream, of a pair that broke off before its first event.
-    out.end(`data: ${body.toString('utf8').replace(/\s*\n\s*/g, ' ')}\n\ndata: [DONE]\n\n`);
+    out.end(end.refused(body));
     return;
   }
   out.writeHead(response.statusCode, {
@@ -252,10 +255,15 @@ function endWith(out: ServerResponse, body: Buffer): void {
  * An error of the proxy's own, in OpenAI's form, where nothing has been sent yet but perhaps the head of a stream. `requestId`: of its last
  * attempt, or of its receipt where it did not come to one.
  */
-export function answerError(out: ServerResponse, error: PdError, requestId?: string): void {
+export function answerError(
+  out: ServerResponse,
+  error: PdError,
+  about: Partial<Pick<RelayOptions, 'requestId'>> & Pick<RelayOptions, 'end'>,
+): void {
+  const { requestId, end } = about;
   if (out.writableEnded || out.destroyed) return;
   if (out.headersSent) {
-    out.end(errorEvents(error));
+    out.end(end.failed(error));
     return;
   }
   const body = JSON.stringify(openAiError(error));

@@ -23,6 +23,7 @@ import { type Receipt, Receipts } from './receipts.ts';
 import { instanceLabel } from './registry.ts';
 import { answerError } from './relay.ts';
 import type { RequestTraces } from './request-trace.ts';
+import { type StreamEnd, streamEnd } from './stream-end.ts';
 import { UI_EVENTS_ROUTE, UI_PAGE_ROUTES } from './ui.ts';
 import { InstanceRefused, Upstream } from './upstream.ts';
 
@@ -205,7 +206,7 @@ export class Serving implements ProxyContext {
     const { metrics } = this;
     if (this.#draining) {
       metrics.routeOf(route).statuses.inc(503);
-      answerError(out, new PdError('SERVER_DRAINING', 'this proxy is stopping'));
+      answerError(out, new PdError('SERVER_DRAINING', 'this proxy is stopping'), { end: streamEnd(route) });
       return;
     }
     const holder = this.guard.holder(request)?.name;
@@ -230,6 +231,7 @@ class ProxiedRequest implements ClientRequest {
   readonly route: string;
   readonly headers: IncomingHttpHeaders;
   readonly out: ServerResponse;
+  readonly end: StreamEnd;
   readonly receipt: Receipt;
   readonly signal = new Cancellation();
   via = '';
@@ -251,6 +253,7 @@ class ProxiedRequest implements ClientRequest {
     this.route = route;
     this.headers = headers;
     this.out = out;
+    this.end = streamEnd(route);
     this.#holder = holder;
     this.receipt = serving.receipts.begin(route, holder);
     this.receipt.trace = serving.traces?.begin(headers);
@@ -345,7 +348,7 @@ class ProxiedRequest implements ClientRequest {
     const { metrics, log } = this.#serving;
     metrics.routeOf(this.route).errors.inc(error.code);
     log[level]({ requestId: this.#requestId, code: error.code }, `${this.route}: ${error.message}`);
-    answerError(this.out, error, this.#requestId);
+    answerError(this.out, error, { requestId: this.#requestId, end: this.end });
   }
 }
 

@@ -1,17 +1,9 @@
 /** How one API writes its answers, and the form that chats and completions share: a list of choices. */
 import type { PdError } from '../../errors.ts';
-import { openAiError } from '../../openai-error.ts';
+import { openAiError, type StreamEvent } from '../../openai-error.ts';
 import type { ChoiceEvent, Usage } from './choice.ts';
 import type { SamplingBody } from './fields.ts';
 import { turns } from './turns.ts';
-
-/** One server-sent event. */
-export interface StreamEvent {
-  readonly name?: string;
-  readonly data: object;
-  /** Written in turns: what is said of a prompt may be long, what is said of a token is not. */
-  readonly long?: boolean;
-}
 
 /** What one answer is written by. Used once. */
 export interface AnswerFormat {

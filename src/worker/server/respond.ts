@@ -3,6 +3,7 @@ import { once } from 'node:events';
 import type { FastifyReply, FastifyRequest } from 'fastify';
 import { PdError } from '../../errors.ts';
 import type { TextModel } from '../../model/tokenizer.ts';
+import { eventText, type StreamEvent } from '../../openai-error.ts';
 import {
   KV_FAILED_HEADER,
   PREFILL_WITHIN_HEADER,
@@ -13,7 +14,7 @@ import {
   writeKvFailed,
 } from '../../wire/overlap.ts';
 import type { Readings } from '../request-body-reader.ts';
-import type { AnswerBase, AnswerFormat, StreamEvent } from './answers.ts';
+import type { AnswerBase, AnswerFormat } from './answers.ts';
 import type { ChoiceEvent } from './choice.ts';
 import { readRequest, type ServerContext } from './context.ts';
 import { GenerationRun } from './generation.ts';
@@ -138,9 +139,9 @@ async function answerStream({ context, reply, run, format, id, gone }: Answering
     });
   };
   const send = async (all: readonly StreamEvent[]): Promise<void> => {
-    for (const { name, data, long } of all) {
-      const text = long ? await jsonInTurns(data) : JSON.stringify(data);
-      await write(`${name === undefined ? '' : `event: ${name}\n`}data: ${text}\n\n`);
+    for (const event of all) {
+      const { data, long } = event;
+      await write(eventText(event, long ? await jsonInTurns(data) : JSON.stringify(data)));
     }
   };
   raw.writeHead(200, {

@@ -2,9 +2,9 @@
 import { randomBytes } from 'node:crypto';
 import { unreachable } from '../../errors.ts';
 import type { TextModel } from '../../model/tokenizer.ts';
-import { codeInAnswers } from '../../openai-error.ts';
+import { failedResponse, openAiError, type StreamEvent } from '../../openai-error.ts';
 import type { Part } from '../../parsing/parts.ts';
-import type { AnswerBase, AnswerFormat, StreamEvent } from './answers.ts';
+import type { AnswerBase, AnswerFormat } from './answers.ts';
 import { newCallId } from './chat.ts';
 import type { ChoiceEvent, ChoiceLogprob, Usage } from './choice.ts';
 import { chatLogprobs } from './logprobs.ts';
@@ -23,7 +23,7 @@ type Output =
       text: string;
     };
 
-type Status = 'in_progress' | 'completed' | 'incomplete' | 'failed';
+type Status = 'in_progress' | 'completed' | 'incomplete';
 
 const PREFIXES = { message: 'msg', reasoning: 'rs', function_call: 'fc' } as const;
 
@@ -44,15 +44,14 @@ export function responseFormat(
     data: { type, sequence_number: sequence++, ...data },
     long,
   });
-  const response = (status: Status, usage?: Usage, failure?: string) => ({
+  const response = (status: Status, usage?: Usage) => ({
     id,
     object: 'response',
     created_at: created,
     completed_at: status === 'completed' ? Math.floor(Date.now() / 1_000) : null,
     status,
     background: false,
-    // Clients know this code; our own stands in the event before.
-    error: failure === undefined ? null : { code: 'server_error', message: failure },
+    error: null,
     incomplete_details: status === 'incomplete' ? { reason: 'max_output_tokens' } : null,
     max_tool_calls: null,
     model: name,
@@ -172,12 +171,7 @@ export function responseFormat(
       const closing = close(status);
       return [...closing, event(`response.${status}`, { response: response(status, usage) }, true)];
     },
-    broke({ code, message, context }) {
-      return [
-        event('error', { code: codeInAnswers(code), message, param: context['param'] ?? null }),
-        event('response.failed', { response: response('failed', undefined, message) }, true),
-      ];
-    },
+    broke: (error) => failedResponse(openAiError(error).error, sequence, response('in_progress')),
   };
 }
 

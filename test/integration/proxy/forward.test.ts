@@ -371,6 +371,43 @@ describe('a stream', () => {
     expect(events[2]).toBe('data: [DONE]');
   });
 
+  test('of responses whose consumer dies ends as streams of responses do, numbered on', async () => {
+    const proxy = await startProxy();
+    await startUpstream(proxy, 'producer');
+    const { answer, stream } = streaming();
+    const consumer = await startUpstream(proxy, 'consumer', answer);
+    const response = await post(proxy, { model: 'm', input: 'Hi', stream: true }, { path: '/v1/responses' });
+    const out = await stream;
+    const item = { type: 'reasoning', id: 'rs_1' };
+    const written = [
+      {
+        type: 'response.created',
+        response: { id: 'resp_1', status: 'in_progress', error: null, output: [] },
+      },
+      { type: 'response.output_item.done', item },
+    ].map((data, i) => `event: ${data.type}\ndata: ${JSON.stringify({ ...data, sequence_number: i })}\n\n`);
+    out.write(written.join(''));
+    out.write('event: response.output_te'); // half an event
+    const reader = response.body!.getReader();
+    let text = Buffer.from((await reader.read()).value!).toString();
+    await consumer.kill();
+    for (let part = await reader.read(); !part.done; part = await reader.read()) {
+      text += Buffer.from(part.value).toString();
+    }
+    const message = expect.stringContaining(consumer.label);
+    expect(text.startsWith(written.join(''))).toBe(true);
+    const ends = text
+      .slice(written.join('').length)
+      .match(/^event: error\ndata: (.*)\n\nevent: response.failed\ndata: (.*)\n\n$/);
+    expect(JSON.parse(ends![1]!)).toEqual({
+      ...{ type: 'error', sequence_number: 2, code: 'UPSTREAM_FAILED', message, param: null },
+    });
+    expect(JSON.parse(ends![2]!)).toMatchObject({
+      ...{ type: 'response.failed', sequence_number: 3 },
+      response: { id: 'resp_1', status: 'failed', error: { code: 'server_error', message }, output: [item] },
+    });
+  });
+
   test('that stalls ends with an error event at the deadline', async () => {
     const proxy = await startProxy({ decodeIdleTimeoutMs: 10_000 });
     await startUpstream(proxy, 'producer');

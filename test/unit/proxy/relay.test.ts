@@ -6,6 +6,7 @@ import { expect, test } from 'vitest';
 import { Cancellation } from '../../../src/deferred.ts';
 import type { Instance } from '../../../src/proxy/registry.ts';
 import { relay, SseEvents } from '../../../src/proxy/relay.ts';
+import { streamEnd } from '../../../src/proxy/stream-end.ts';
 import { UpstreamResponse } from '../../../src/proxy/upstream.ts';
 
 test('however events are cut into chunks: all bytes pass, and what has passed always ends with an event', () => {
@@ -43,7 +44,8 @@ test('events that are there with the head, in one turn, follow it in order', asy
     for (const text of texts) response.push(Buffer.from(text));
     response.end();
     const call = { instance: {} as Instance, what: 'decode', timeoutMs: 60_000, timeoutName: 'fixed' };
-    void relay(response, out, { call, requestId: 'a', signal: new Cancellation(), onFirstEvent() {} });
+    const end = streamEnd('/v1/completions');
+    void relay(response, out, { call, requestId: 'a', end, signal: new Cancellation(), onFirstEvent() {} });
   });
   await once(server.listen(0, '127.0.0.1'), 'listening');
   const { port } = server.address() as AddressInfo;
