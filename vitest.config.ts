@@ -2,14 +2,13 @@ import { defineConfig } from 'vitest/config';
 
 /** What is long or wide, and that no change of behaviour is first seen in: bundles, examples, long loads, results scripts in small. */
 const WIDE = 'test/wide/**/*.test.ts';
-/** Of integration, what starts servers and engines in the test's own process, and puts away what it has started. */
-const SHARED = [
-  'test/unit/**/*.test.ts',
-  'test/integration/{proxy,worker}/**/!(*.rows).test.ts',
-  'test/integration/{transfer-*,host-transport,native-hand-over,allow-peers,direct-endpoint,direct-page,layer-by-layer}.test.ts',
-];
 /** Tables of systems: some rows here, the others there (test/support/rows.ts). */
 const ROWS = 'test/**/*.rows.test.ts';
+/** What does not leave its process as it was: it loads stand-ins for CUDA, measures memory, or asks what is left open. */
+const ALONE = [
+  'test/integration/cuda/**/*.test.ts',
+  'test/integration/{bad-input,host-transport-exit}.test.ts',
+];
 
 export default defineConfig({
   test: {
@@ -22,9 +21,12 @@ export default defineConfig({
     hookTimeout: 300_000,
     projects: [
       // scripts/test.sh. Those of `unit` share a process, as most take less time than a process takes to start and to load what they
-      // test: each leaves it as it was.
-      { extends: true, test: { name: 'unit', include: SHARED, isolate: false } },
-      { extends: true, test: { name: 'main', include: ['test/**/*.test.ts'], exclude: [WIDE, ...SHARED] } },
+      // test: each puts away what it has started.
+      {
+        extends: true,
+        test: { name: 'unit', include: ['test/**/*.test.ts'], exclude: [WIDE, ...ALONE], isolate: false },
+      },
+      { extends: true, test: { name: 'main', include: ALONE } },
       // scripts/test-all.sh
       { extends: true, test: { name: 'wide', include: [WIDE, ROWS], env: { PD_TEST_ROWS: 'others' } } },
     ],

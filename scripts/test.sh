@@ -29,22 +29,25 @@ if ! ./scripts/debian-packages.sh peer; then
     echo "test: the tests with a Python peer are skipped"
   fi
 fi
-# Meant for two cores: these run in parallel with the compiler.
+# Without declarations: no test here reads them.
+step "build" ./scripts/build.sh --noCheck --declaration false
+# Beside the tests, which wait for much and leave two cores idle now and then; told after them, so that no line stands in the middle of theirs.
 (
+  renice -n 10 "$BASHPID" >/dev/null
   broken=0
+  step "types" ./node_modules/.bin/tsc -p tsconfig.json
+  step "types of the page" ./node_modules/.bin/tsc -p ui/tsconfig.json
   step "formatting and lint" ./node_modules/.bin/biome check --error-on-warnings .
   step "layers" ./node_modules/.bin/tsx scripts/layers.ts
   step "dead exports" ./node_modules/.bin/knip --no-progress --treat-config-hints-as-errors
   exit "$broken"
-) &
+) >"$results/checks.log" 2>&1 &
 checks=$!
-step "types" ./node_modules/.bin/tsc -p tsconfig.json
-step "types of the page" ./node_modules/.bin/tsc -p ui/tsconfig.json
-step "build" ./scripts/build.sh --noCheck
-wait "$checks"
-broken=$((broken + $?))
 echo "test: vitest"
 PD_TEST_SKIP_BUILD=1 PD_TEST_PART=test ./node_modules/.bin/vitest run --project unit --project main --reporter=default --reporter=json \
   --reporter=./scripts/stray-errors.mjs --outputFile.json="$results/vitest.json" "$@"
 status=$?
+wait "$checks"
+broken=$((broken + $?))
+cat "$results/checks.log"
 node scripts/test-summary.mjs test "$results/vitest.json" "$status" 0 "$broken"

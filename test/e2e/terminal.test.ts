@@ -15,7 +15,7 @@ it.skipIf(!existsSync(SCRIPT))('a worker logs pretty lines alone where it runs o
   const child = spawn(SCRIPT, ['-qec', command, '/dev/null'], { stdio: ['pipe', 'pipe', 'inherit'] });
   onTestFinished(async () => {
     const ended = once(child, 'close');
-    child.kill();
+    child.stdin.write('\x03'); // Ctrl-C. A signal to `script` would have it wait for two seconds
     await ended;
   });
   const lines: string[] = [];
