@@ -68,7 +68,9 @@ async function echo(router: zmq.Router): Promise<void> {
 }
 
 function dealer(endpoint: string, from?: string): zmq.Dealer {
-  const socket = new zmq.Dealer({ linger: 0, ipv6: true, immediate: true, reconnectInterval: 5 });
+  // From elsewhere it is a stranger, who would come again where its connection ends before it reads why.
+  const reconnectInterval = from === undefined ? 5 : -1;
+  const socket = new zmq.Dealer({ linger: 0, ipv6: true, immediate: true, reconnectInterval });
   opened.push(socket);
   const port = endpoint.slice('tcp://'.length);
   socket.connect(from === undefined ? endpoint : `tcp://${from}:0;${port}`);
