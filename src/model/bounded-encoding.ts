@@ -63,10 +63,15 @@ export class BoundedEncoding {
       if (word.length <= longest) return merge([word]);
       throw new PdError(
         'BODY_TOO_COSTLY',
-        `a word of ${word.length} characters would take too long to tokenize; at most ${longest} are supported`,
+        `a word of more than ${longest} characters would take too long to tokenize`,
       );
     };
     try {
+      // Where its end alone is too long a word, the rest need not be cut into words first.
+      if (last !== undefined && text.length > 2 * longest) {
+        const { words, rest } = this.#wordsIn(text.slice(-longest - 1));
+        if (words.length === 1 && rest === 0) merged(words[0]!);
+      }
       return last === undefined
         ? this.#counted(text, addSpecialTokens, merged, most)
         : this.#end(text, addSpecialTokens, merged, last);
@@ -77,6 +82,16 @@ export class BoundedEncoding {
 
   #whole(text: string, addSpecialTokens: boolean) {
     return this.#library.encode(text, { add_special_tokens: addSpecialTokens });
+  }
+
+  /** `rest`: tokens that are none of words. */
+  #wordsIn(text: string): { readonly words: readonly string[]; readonly rest: number } {
+    const words: string[] = [];
+    this.#take = (more) => {
+      for (const word of more) words.push(word);
+      return [];
+    };
+    return { words, rest: this.#whole(text, false).ids.length };
   }
 
   #counted(text: string, addSpecialTokens: boolean, merged: (word: string) => string[], most: number) {
