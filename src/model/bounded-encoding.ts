@@ -68,7 +68,7 @@ export class BoundedEncoding {
     };
     try {
       // Where its end alone is too long a word, the rest need not be cut into words first.
-      if (last !== undefined && text.length > 2 * longest) {
+      if (text.length > 2 * longest) {
         const { words, rest } = this.#wordsIn(text.slice(-longest - 1));
         if (words.length === 1 && rest === 0) merged(words[0]!);
       }
