@@ -171,6 +171,19 @@ const BODIES: readonly HostileBody[] = [
     body: () => '{"prompt":[1,99999999],"max_tokens":4}',
   },
   {
+    name: '100,000 messages',
+    path: '/v1/chat/completions',
+    param: 'messages',
+    body: () => JSON.stringify({ messages: list(100_000, () => ({ role: 'user', content: 'a' })) }),
+  },
+  {
+    name: '100,000 items of input',
+    path: '/v1/responses',
+    param: 'input',
+    body: () => JSON.stringify({ input: list(100_000, () => ({ role: 'user', content: 'a' })) }),
+  },
+  completion('a field nested 10,000 levels deep', 'x', () => `"x":${deep(10_000, ['[', ']'], '')}`),
+  {
     name: 'a response with metadata of 5,000 levels',
     path: '/v1/responses',
     param: 'metadata',

@@ -49,6 +49,8 @@ export class MaskParts {
   readonly #ahead: PartsAhead | undefined;
   readonly #large: ReadonlyMap<number, MaskPart>;
   readonly #own = new Map<number, MaskPart>();
+  #ownBytes = 0;
+  #flatBytes = 0;
   /** Of states of the tables: whether their part is worth finding. */
   readonly #wide = new Map<number, boolean>();
   /** By the shape of the rule: its table, if it can be one. */
@@ -102,9 +104,22 @@ export class MaskParts {
   #widePart(state: number): MaskPart {
     this.#wide.set(state, true);
     const key = this.shapeKey(state);
-    if (key === undefined) return remembered(this.#own, state, () => this.#find(state));
+    if (key === undefined) return this.#ownPart(state);
     const { known, parts } = this.#vocabulary;
     return known.get(key) ?? remembered(parts, key, () => this.#find(state));
+  }
+
+  /** Of parts and tables that this grammar alone has. */
+  get bytes(): number {
+    return this.#ownBytes + this.#flatBytes;
+  }
+
+  #ownPart(state: number): MaskPart {
+    const known = this.#own.get(state);
+    if (known) return known;
+    const part = remembered(this.#own, state, () => this.#find(state));
+    this.#ownBytes = [...this.#own.values()].reduce((sum, one) => sum + bytesOf(one), 0);
+    return part;
   }
 
   /** What `ready` should have beforehand; undefined where each grammar has it. */
@@ -177,10 +192,9 @@ export class MaskParts {
     const rule = counted[state]!;
     const first = state - shapeState[state]!;
     if (!this.#flats.has(shapeOf[state]!)) {
-      this.#flats.set(
-        shapeOf[state]!,
-        flatten(this.#tables, first, rule >= 0 ? countedStart[rule] : undefined),
-      );
+      const flat = flatten(this.#tables, first, rule >= 0 ? countedStart[rule] : undefined);
+      this.#flats.set(shapeOf[state]!, flat);
+      this.#flatBytes += flat?.next.byteLength ?? 0;
     }
     return this.#flats.get(shapeOf[state]!);
   }
@@ -238,6 +252,11 @@ export class MaskParts {
       : undefined;
     return { ...left, tokens: few, byCount };
   }
+}
+
+function bytesOf({ tokens, exits, exitAt, exitCounts, byCount }: MaskPart): number {
+  const arrays = [tokens, exits, exitAt, exitCounts, byCount?.tokens, byCount?.counts];
+  return arrays.reduce((sum, one) => sum + (one?.byteLength ?? 0), 0);
 }
 
 /** Without a copy. */

@@ -25,6 +25,8 @@ export class TokenGrammar {
   readonly #vocabulary: Vocabulary;
   readonly #unique: UniqueItems;
   readonly #parts: MaskParts;
+  /** Of what it was made from. */
+  readonly #given: number;
 
   /** `ahead`: what has been found of its masks before. */
   constructor(tables: CompiledGrammar, vocabulary: Vocabulary, ahead?: PartsAhead) {
@@ -33,6 +35,12 @@ export class TokenGrammar {
     this.#unique = new UniqueItems(this.#states);
     this.#vocabulary = vocabulary;
     this.#parts = new MaskParts(tables, this.#states, vocabulary, ahead);
+    this.#given = bytesIn(tables) + (ahead ? bytesIn(ahead) : 0);
+  }
+
+  /** Of memory that it takes, about. */
+  get bytes(): number {
+    return this.#given + this.#states.bytes + this.#parts.bytes;
   }
 
   get start(): GrammarPlace {
@@ -65,11 +73,12 @@ export class TokenGrammar {
     }
     this.#states.begin();
     const state = place instanceof UniquePlace ? place.state : place;
-    state.mask ??= this.#maskOf(state);
-    if (state.mask instanceof Uint32Array) mask.set(state.mask);
+    const found = state.mask ?? this.#maskOf(state);
+    if (!state.mask) this.#states.keepMask(state, found);
+    if (found instanceof Uint32Array) mask.set(found);
     else {
       mask.fill(0);
-      for (const token of state.mask) setBit(mask, token);
+      for (const token of found) setBit(mask, token);
     }
     if (place instanceof UniquePlace) this.#unique.forbid(place, this.#vocabulary.data, mask);
   }
@@ -173,6 +182,14 @@ export class TokenGrammar {
   #look(nodes: number): void {
     this.#states.spend(nodes / NODES_A_STEP);
   }
+}
+
+/** Of its arrays of numbers. */
+function bytesIn(data: object): number {
+  return Object.values(data).reduce<number>(
+    (sum, value: unknown) => sum + (ArrayBuffer.isView(value) ? value.byteLength : 0),
+    0,
+  );
 }
 
 /** Tokens that are allowed as they are found: most as bits at once, others one by one, perhaps twice. */

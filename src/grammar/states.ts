@@ -45,8 +45,14 @@ export class GrammarState {
   }
 }
 
-/** States and stacks that are remembered; beyond, all is forgotten and found anew. */
+/** States and stacks that are remembered, and the bytes of them, their masks included; beyond, all is forgotten and found anew. */
 const MOST_REMEMBERED = 20_000;
+const MOST_BYTES = 64 * 2 ** 20;
+/** What a state or a stack takes beside what is counted of it, its entry in a map included. */
+const BYTES_EACH = 300;
+/** Of what an array holds, about; of a key, a letter. */
+const BYTES_AN_ELEMENT = 8;
+const BYTES_A_FRAME = 40;
 const MOST_THREADS = 4096;
 /**
  * Steps that a grammar may save up, and what each mask and each token add to them: a thread followed is one, half a microsecond or so. Masks are
@@ -63,6 +69,7 @@ export class GrammarStates {
   #stacks = new Map<string, StackSet>();
   #nextStack = 1;
   #credit = MOST_CREDIT;
+  #bytes = 0;
   #start: GrammarState | undefined;
 
   constructor(tables: CompiledGrammar) {
@@ -78,10 +85,22 @@ export class GrammarStates {
     return this.#start;
   }
 
+  /** Of what is remembered, about. */
+  get bytes(): number {
+    return this.#bytes;
+  }
+
+  /** Remembers the mask of a state. */
+  keepMask(state: GrammarState, mask: Int32Array | Uint32Array): void {
+    state.mask = mask;
+    this.#bytes += mask.byteLength;
+  }
+
   /** To be called before each mask and token. */
   begin(): void {
     this.#credit = Math.min(MOST_CREDIT, this.#credit + CREDIT_EACH);
-    if (this.#states.size + this.#stacks.size <= MOST_REMEMBERED) return;
+    if (this.#states.size + this.#stacks.size <= MOST_REMEMBERED && this.#bytes <= MOST_BYTES) return;
+    this.#bytes = 0;
     for (const state of this.#states.values()) {
       state.next.fill(undefined);
       state.mask = undefined;
@@ -220,6 +239,8 @@ export class GrammarStates {
     if (!state) {
       state = new GrammarState(threads, stacks, mayEnd, this.tables.classBytes.length);
       this.#states.set(key, state);
+      const elements = 2 * threads.length + state.next.length;
+      this.#bytes += BYTES_EACH + key.length + BYTES_AN_ELEMENT * elements;
     }
     return state;
   }
@@ -235,6 +256,7 @@ export class GrammarStates {
       for (const { below } of frames) depth = Math.min(depth, below.depth + 1);
       stack = { id: this.#nextStack++, frames, bottom, depth, popped: undefined };
       this.#stacks.set(key, stack);
+      this.#bytes += BYTES_EACH + key.length + BYTES_A_FRAME * frames.length;
     }
     return stack;
   }

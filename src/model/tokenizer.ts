@@ -5,6 +5,7 @@ import { join } from 'node:path';
 import { Tokenizer as HuggingFaceTokenizer } from '@huggingface/tokenizers';
 import { PdError } from '../errors.ts';
 import { z } from '../zod.ts';
+import { BoundedEncoding, type EncodingBounds } from './bounded-encoding.ts';
 import { type ChatMessage, ChatTemplate, type RenderOptions, readChatTemplate } from './chat-template.ts';
 import { checked, invalid, readJson } from './checked.ts';
 import { type ModelConfig, readModelConfig } from './config.ts';
@@ -12,6 +13,7 @@ import { IncrementalDecoder, type PieceSource } from './incremental-decoder.ts';
 import { charactersPerToken } from './token-bound.ts';
 import { type PieceReader, readPieces, type TokenPiece } from './token-pieces.ts';
 
+export { TextTooLong } from './bounded-encoding.ts';
 export type { ChatMessage, RenderOptions } from './chat-template.ts';
 export { IncrementalDecoder } from './incremental-decoder.ts';
 
@@ -41,6 +43,11 @@ export interface Decoding {
   readonly keep?: readonly string[];
 }
 
+interface EncodeOptions {
+  readonly addSpecialTokens?: boolean;
+  readonly bounds?: EncodingBounds | undefined;
+}
+
 export class Tokenizer implements PieceSource {
   /** Two of the same make the same ids of the same request: hex, over tokenizer, its settings, chat template and ends of text. */
   readonly digest: string;
@@ -52,6 +59,7 @@ export class Tokenizer implements PieceSource {
   /** Most UTF-16 units of text that one token stands for; Infinity where that cannot be told. */
   readonly charactersPerToken: number;
   readonly #library: HuggingFaceTokenizer;
+  readonly #bounded: BoundedEncoding;
   readonly #pieces: readonly (TokenPiece | undefined)[];
   /** Results of `tokenString`: with twenty alternatives a token it is called very often. */
   readonly #strings: string[] = [];
@@ -71,6 +79,7 @@ export class Tokenizer implements PieceSource {
   ) {
     this.digest = digest;
     this.#library = library;
+    this.#bounded = new BoundedEncoding(library);
     this.#pieces = piecesOf(library, added, piece);
     const special = added.filter((token) => token.special);
     this.#special = new Set(special.map(({ id }) => id));
@@ -109,8 +118,12 @@ export class Tokenizer implements PieceSource {
     return hash('sha256', `${hash('sha256', bytes, 'hex')}${rest}`, 'hex').slice(0, 32);
   }
 
-  /** Token ids of `text`. Special tokens (a beginning-of-text) are added unless told otherwise, as for a prompt of a completion. */
-  encode(text: string, { addSpecialTokens = true }: { readonly addSpecialTokens?: boolean } = {}): number[] {
+  /**
+   * Token ids of `text`. Special tokens (a beginning-of-text) are added unless told otherwise, as for a prompt of a completion. Within `bounds`
+   * it throws as BoundedEncoding does.
+   */
+  encode(text: string, { addSpecialTokens = true, bounds }: EncodeOptions = {}): number[] {
+    if (bounds) return this.#bounded.encode(text, addSpecialTokens, bounds);
     return this.#library.encode(text, { add_special_tokens: addSpecialTokens }).ids;
   }
 

@@ -6,11 +6,11 @@
 import type { Signal } from '../deferred.ts';
 import { PdError } from '../errors.ts';
 import { type BlockHash, extendHashes, keyOf } from '../kv/block-hash.ts';
+import { fieldsOf, type JsonField, withFields } from '../net/json-fields.ts';
 import type { Logger } from '../observability/log.ts';
 import { openReader, type ReaderPort, type ReadingLimits, ReadingThread } from '../reading-thread.ts';
 import { threadEntry } from '../thread-entry.ts';
 import type { BlockKey } from '../wire/kv-events.ts';
-import { fieldsOf, type JsonField, withFields } from './json-fields.ts';
 import { ReadingTurns } from './reading-turns.ts';
 import { BYTES_PER_TOKEN, textKeys } from './text-index.ts';
 
@@ -179,7 +179,7 @@ function openThread(init: BodyThreadInit): ReaderPort<ToBodyThread, RequestBody>
 
 /**
  * `tokenize`: ids of the body's one prompt, a text, for the model that it asks for; undefined where there are none. Throws REQUEST_INVALID
- * where it is no JSON object; BODY_TOO_COSTLY where it is nested deeper than the stack goes.
+ * where it is no JSON object, or nested too deep.
  */
 export function readBody(
   original: Uint8Array<ArrayBuffer>,

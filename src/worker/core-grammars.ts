@@ -2,11 +2,19 @@
 import { PdError } from '../errors.ts';
 import { type GrammarPlace, TokenGrammar } from '../grammar/masks.ts';
 import { Vocabulary } from '../grammar/vocabulary.ts';
-import { remember } from '../memories.ts';
 import type { GrammarUse, ScheduledSequence, TokenHistory } from '../scheduler/types.ts';
 
-/** What they have found of their masks so far is worth keeping: the same schema comes again. */
-const MOST_GRAMMARS = 32;
+/**
+ * What they have found of their masks so far is worth keeping: the same schema comes again. In bytes of all that are kept, about; those of
+ * requests under way are held by them.
+ */
+const MOST_BYTES = 256 * 2 ** 20;
+
+interface Kept {
+  readonly grammar: TokenGrammar;
+  /** When it was looked at last. */
+  bytes: number;
+}
 
 /** How far a sequence has been read. */
 interface Progress {
@@ -18,13 +26,17 @@ interface Progress {
 
 export class CoreGrammars {
   readonly #vocabSize: number;
-  readonly #grammars = new Map<string, TokenGrammar>();
+  readonly #mostBytes: number;
+  /** Those that have been used longest ago first. */
+  readonly #grammars = new Map<string, Kept>();
+  #bytes = 0;
   readonly #progress = new WeakMap<TokenHistory, Progress>();
   #vocabulary: Vocabulary | undefined;
 
-  /** `vocabSize`: of the model, as masks have it. */
-  constructor(vocabSize: number) {
+  /** `vocabSize`: of the model, as masks have it. `mostBytes`: of grammars kept. */
+  constructor(vocabSize: number, mostBytes = MOST_BYTES) {
     this.#vocabSize = vocabSize;
+    this.#mostBytes = mostBytes;
   }
 
   /** Its bits, found once the caller has let go of the thread; undefined where the sequence is under no grammar. Rejects where it fails alone. */
@@ -59,6 +71,7 @@ export class CoreGrammars {
     const { grammar, place } = this.#read(use, history);
     const mask = new Uint32Array(Math.ceil(this.#vocabSize / 32));
     grammar.fillMask(place, mask);
+    this.#count(use.key);
     if (!place.mayEnd) return mask;
     for (const token of stopTokenIds) {
       if (token < this.#vocabSize) mask[token >>> 5]! |= 1 << (token & 31);
@@ -84,10 +97,26 @@ export class CoreGrammars {
   }
 
   #grammarOf({ key, tables, ahead, vocabulary }: GrammarUse): TokenGrammar {
-    const known = this.#grammars.get(key);
     this.#vocabulary ??= new Vocabulary(vocabulary);
-    const grammar = known ?? new TokenGrammar(tables, this.#vocabulary, ahead);
-    remember(this.#grammars, key, grammar, MOST_GRAMMARS);
-    return grammar;
+    const known = this.#grammars.get(key);
+    const kept = known ?? { grammar: new TokenGrammar(tables, this.#vocabulary, ahead), bytes: 0 };
+    this.#grammars.delete(key);
+    this.#grammars.set(key, kept);
+    this.#count(key);
+    return kept.grammar;
+  }
+
+  /** Lets go of the oldest where what they have found since takes too much. */
+  #count(key: string): void {
+    const kept = this.#grammars.get(key);
+    if (!kept) return;
+    const { bytes } = kept.grammar;
+    this.#bytes += bytes - kept.bytes;
+    kept.bytes = bytes;
+    for (const [oldest, { bytes }] of this.#grammars) {
+      if (this.#bytes <= this.#mostBytes || oldest === key) return;
+      this.#grammars.delete(oldest);
+      this.#bytes -= bytes;
+    }
   }
 }

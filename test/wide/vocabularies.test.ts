@@ -113,6 +113,21 @@ describe.each(NAMES)('%s', (name) => {
     }
   });
 
+  it('gives of a long text no more than is wanted, and that the same', () => {
+    const tokenizer = tokenizers[name];
+    const random = randomFrom(NAMES.indexOf(name));
+    for (let i = 0; i < 20; i++) {
+      let text = '';
+      while (text.length < 9_000) text += mixedText(random);
+      const all = tokenizer.encode(text);
+      for (const last of [1, 7, 500, all.length - 1, all.length, all.length + 1]) {
+        expect(tokenizer.encode(text, { bounds: { most: 100_000, last } })).toEqual(all.slice(-last));
+      }
+      expect(tokenizer.encode(text, { bounds: { most: all.length } })).toEqual(all);
+      expect(() => tokenizer.encode(text, { bounds: { most: 500 } })).toThrow('more than 625 tokens');
+    }
+  });
+
   const schema = {
     type: 'object',
     properties: {

@@ -26,7 +26,13 @@ import {
 } from './fields.ts';
 import { grammarFields, takeGrammar } from './grammar-fields.ts';
 import { chatLogprobs, promptLogprobsOf } from './logprobs.ts';
-import { conversationFields, messagesSchema, offeredTools, renderChat } from './messages.ts';
+import {
+  checkMessageCount,
+  conversationFields,
+  messagesSchema,
+  offeredTools,
+  renderChat,
+} from './messages.ts';
 
 export const chatSchema = z.object({
   ...samplingFields,
@@ -48,6 +54,7 @@ export interface ChatReading
 }
 
 export function readChat(served: Served, model: TextModel, json: unknown): ChatReading {
+  checkMessageCount(served, model, json, 'messages');
   const [{ messages, ...given }, wish] = takeGrammar(parseBody(chatSchema, json));
   const [body, constraints] = splitBody(given);
   const name = servedModel(served, body.model);

@@ -5,7 +5,8 @@
 import { parse } from 'secure-json-parse';
 import { PdError } from '../../errors.ts';
 import type { GrammarSpec } from '../../grammar/grammar.ts';
-import type { Decoding, TextModel } from '../../model/tokenizer.ts';
+import { type Decoding, type TextModel, TextTooLong } from '../../model/tokenizer.ts';
+import { checkLevels } from '../../net/json-fields.ts';
 import { modelNotFound } from '../../openai-error.ts';
 import type { CallDialect } from '../../parsing/calls.ts';
 import { type Parsing, parsedTokens } from '../../parsing/parser.ts';
@@ -201,13 +202,18 @@ export interface Read<Body> {
 /** A prompt with replacement characters in place of what was sent would be another one. */
 const UTF8 = new TextDecoder('utf-8', { fatal: true });
 
-/** Throws REQUEST_INVALID, also where the JSON would set a prototype. */
+/** Throws REQUEST_INVALID, also where the JSON would set a prototype, or a field is nested too deep. */
 export function parseJson(body: Uint8Array): unknown {
+  let json: unknown;
   try {
-    return parse(UTF8.decode(body));
+    json = parse(UTF8.decode(body));
   } catch (cause) {
     throw PdError.because('REQUEST_INVALID', 'the body is not valid JSON', cause);
   }
+  if (typeof json === 'object' && json !== null && !Array.isArray(json)) {
+    checkLevels(Buffer.from(body.buffer, body.byteOffset, body.byteLength));
+  }
+  return json;
 }
 
 /** REQUEST_INVALID that names `param`. */
@@ -368,32 +374,53 @@ interface PromptOptions {
   readonly param: string;
   /** Keep this many tokens at the end; -1: as many as fit. */
   readonly truncate?: number | undefined;
+  /** However many tokens it has, they are wanted. */
+  readonly counted?: true;
 }
 
-/** Text that is too long however it is tokenized is refused before a tokenizer spends time on it. */
+/**
+ * Text that is too long however it is tokenized is refused before a tokenizer spends time on it; and of one that is much too long, or cut off
+ * at its front, no more is tokenized than must be. Where more than `truncate` tokens are there, so are those given.
+ */
 export function encodeText(
   served: Served,
   model: TextModel,
   text: string,
   addSpecialTokens: boolean,
-  { output, param, truncate }: PromptOptions,
+  options: PromptOptions,
 ): readonly number[] {
   if (served.promptIds) return Array.from(served.promptIds);
+  const { output, param, truncate, counted } = options;
   const least = Math.ceil(text.length / model.charactersPerToken);
   if (truncate === undefined && least + output > served.maxModelLen) {
     throw contextExceeded(served, param, `${text.length} characters, at least ${least} tokens,`, output);
   }
-  return model.encode(text, { addSpecialTokens });
+  if (counted) return model.encode(text, { addSpecialTokens });
+  const most = served.maxModelLen - output;
+  const kept = keptTokens(served, options);
+  const bounds = { most, ...(kept !== undefined && kept <= most && { last: kept + 1 }) };
+  try {
+    return model.encode(text, { addSpecialTokens, bounds });
+  } catch (error) {
+    if (!(error instanceof TextTooLong)) throw error;
+    throw contextExceeded(served, param, `more than ${error.tokens} prompt tokens`, output);
+  }
+}
+
+/** Tokens at the end of a prompt that are kept; undefined: all. */
+function keptTokens({ maxModelLen }: Served, { output, truncate }: PromptOptions): number | undefined {
+  return truncate === -1 ? Math.max(maxModelLen - output, 1) : truncate;
 }
 
 /** Checks a tokenized prompt against context and vocabulary. */
 export function checkPrompt(
   served: Served,
   tokens: readonly number[],
-  { output, param, truncate }: PromptOptions,
+  options: PromptOptions,
 ): Int32Array<ArrayBuffer> {
+  const { output, param } = options;
   if (tokens.length === 0) throw badField(param, 'is empty: there is nothing to go on from');
-  const most = truncate === -1 ? Math.max(served.maxModelLen - output, 1) : (truncate ?? tokens.length);
+  const most = keptTokens(served, options) ?? tokens.length;
   const kept = tokens.length > most ? tokens.slice(-most) : tokens;
   if (kept.length + output > served.maxModelLen) {
     throw contextExceeded(served, param, `${kept.length} prompt tokens`, output);
@@ -408,7 +435,12 @@ export function checkVocabulary({ vocabSize }: Served, tokens: readonly number[]
   throw badField(param, `token id ${unknown} is not in the vocabulary of ${vocabSize}`);
 }
 
-function contextExceeded({ maxModelLen }: Served, param: string, what: string, output: number): PdError {
+export function contextExceeded(
+  { maxModelLen }: Served,
+  param: string,
+  what: string,
+  output: number,
+): PdError {
   const asked = output > 0 ? `${what} and ${output} to generate are` : `${what} are`;
   // In words that clients look for.
   const most = `this model's maximum context length is ${maxModelLen} tokens`;

@@ -2,7 +2,7 @@
 import { PdError } from '../../errors.ts';
 import type { ChatMessage, RenderOptions, TextModel } from '../../model/tokenizer.ts';
 import { z } from '../../zod.ts';
-import { badField, optional } from './fields.ts';
+import { badField, contextExceeded, optional, type Served } from './fields.ts';
 
 /** As OpenAI allows. */
 const MAX_TOOLS = 128;
@@ -116,6 +116,62 @@ export type ConversationBody = z.output<z.ZodObject<typeof conversationFields>>;
 export function offeredTools(json: unknown, { tool_choice }: ConversationBody): readonly unknown[] {
   if (tool_choice === 'none') return [];
   return (json as { readonly tools?: readonly unknown[] | null }).tools ?? [];
+}
+
+/** Whose messages every template writes. */
+const SPEAKERS = ['user', 'assistant'] as const;
+/** Turns that are rendered to see what the template writes of one. */
+const SAMPLED = 16;
+/** Of each model: tokens of a message without content. */
+const leastTokens = new WeakMap<TextModel, number>();
+
+/**
+ * Refuses more messages than fit, whatever they say, before time is spent on each of them. `json`: the body, of which nothing has been
+ * checked. Throws CONTEXT_EXCEEDED.
+ */
+export function checkMessageCount(
+  served: Served,
+  model: TextModel,
+  json: unknown,
+  param: 'messages' | 'input',
+): void {
+  const { [param]: given, truncate_prompt_tokens: truncate } = (json ?? {}) as Record<string, unknown>;
+  if (!Array.isArray(given) || given.length <= FEW_MESSAGES || typeof truncate === 'number') return;
+  const spoken = given.filter((one: unknown) => SPEAKERS.some((role) => isSpokenBy(one, role))).length;
+  const least = Math.floor(spoken * leastPerMessage(model));
+  if (least <= served.maxModelLen) return;
+  throw contextExceeded(served, param, `${given.length} messages, at least ${least} tokens,`, 0);
+}
+
+/** Read in some milliseconds. */
+const FEW_MESSAGES = 512;
+
+function isSpokenBy(message: unknown, role: string): boolean {
+  if (typeof message !== 'object' || message === null) return false;
+  const { role: own, type = 'message' } = message as { readonly role?: unknown; readonly type?: unknown };
+  return own === role && type === 'message';
+}
+
+/** What a message adds that says nothing. 0: the template writes none. */
+function leastPerMessage(model: TextModel): number {
+  const known = leastTokens.get(model);
+  if (known !== undefined) return known;
+  const tokensOf = (turns: number): number => {
+    const messages = Array.from({ length: turns }, () =>
+      SPEAKERS.map((role) => ({ role, content: '' })),
+    ).flat();
+    return model.encode(model.applyChatTemplate(messages, { addGenerationPrompt: false }), {
+      addSpecialTokens: false,
+    }).length;
+  };
+  let least = 0;
+  try {
+    least = (tokensOf(2 * SAMPLED) - tokensOf(SAMPLED)) / (SAMPLED * SPEAKERS.length);
+  } catch {
+    // It has no template, or one that takes no such messages.
+  }
+  leastTokens.set(model, least);
+  return least;
 }
 
 /** The conversation as the model's template writes it. Throws REQUEST_INVALID where there is none, or where it refuses. */

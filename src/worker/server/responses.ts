@@ -13,6 +13,7 @@ import {
   samplingFields,
 } from './fields.ts';
 import { grammarFields } from './grammar-fields.ts';
+import { checkMessageCount } from './messages.ts';
 
 /** Fields that mean in a chat what they mean here. */
 const shared = z
@@ -98,6 +99,7 @@ const NAMES = [
 ] as const;
 
 export function readResponse(served: Served, model: TextModel, json: unknown): ResponseReading {
+  checkMessageCount(served, model, json, 'input');
   const body = parseBody(responseSchema, json, RESPONSES_NOT_DONE);
   // As it was sent: what this API does not read itself, that of chats does.
   const given = json as Readonly<Record<string, unknown>> & ResponseBody;

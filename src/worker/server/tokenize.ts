@@ -38,6 +38,7 @@ export function readTokenize(served: Served, model: TextModel, json: unknown): U
   const tokens = encodeText(served, model, text, addSpecialTokens, {
     output: 0,
     param: messages ? 'messages' : 'prompt',
+    counted: true,
   });
   return utf8Json({
     count: tokens.length,

@@ -1,5 +1,6 @@
 import { describe, expect, it } from 'vitest';
 import { demoModelDir } from '../../../src/config/demo-model.ts';
+import { readBody } from '../../../src/proxy/body.ts';
 import {
   RequestBodyReader,
   type RequestBodyReaderOptions,
@@ -231,11 +232,51 @@ describe('long bodies', () => {
     expect((await first).status).toBe(200);
   });
 
-  it('nested deeper than the stack goes have their code', () => {
+  it.each([10_000, 1e6])('nested %d levels deep name the field, the same as behind a proxy', (levels) => {
     const served = { modelNames: ['demo'], maxModelLen: 256, vocabSize: 300 };
-    const deep = `{"prompt":"a","tools":${'['.repeat(1e6)}${']'.repeat(1e6)}}`;
-    const read = () => readRequestBody(served, BYTE_MODEL, 'completions', new TextEncoder().encode(deep));
-    expect(read).toThrow(expect.objectContaining({ code: 'BODY_TOO_COSTLY' }));
+    for (const field of ['tools', 'x', 'prompt']) {
+      const deep = new TextEncoder().encode(
+        `{"prompt":"a","${field}":${'['.repeat(levels)}${']'.repeat(levels)}}`,
+      );
+      const refused = expect.objectContaining({
+        code: 'REQUEST_INVALID',
+        status: 400,
+        message: `${field}: is nested deeper than 4096 levels`,
+        context: { param: field },
+      });
+      expect(() => readRequestBody(served, BYTE_MODEL, 'completions', deep)).toThrow(refused);
+      expect(() => readBody(deep)).toThrow(refused);
+    }
+  });
+
+  it('with more messages than fit are refused before each of them is looked at', () => {
+    let rendered = 0;
+    const model = {
+      ...BYTE_MODEL,
+      applyChatTemplate: (...[messages, options]: Parameters<typeof BYTE_MODEL.applyChatTemplate>) => {
+        rendered += messages.length;
+        return BYTE_MODEL.applyChatTemplate(messages, options);
+      },
+    };
+    const served = { modelNames: ['demo'], maxModelLen: 5_000, vocabSize: 300 };
+    const read = (route: Route, body: object) => () =>
+      readRequestBody(served, model, route, new TextEncoder().encode(JSON.stringify(body)));
+    // 'user:;' and 'assistant:;' have 17 bytes together, which are tokens here.
+    const turns = (count: number, role = 'user') =>
+      Array.from({ length: count }, () => ({ role, content: '' }));
+    const refused = (param: string) =>
+      expect.objectContaining({
+        code: 'CONTEXT_EXCEEDED',
+        message: expect.stringContaining(`${param}: 600 messages, at least 5100 tokens, are too many`),
+        context: { param },
+      });
+    expect(read('chat', { messages: turns(600) })).toThrow(refused('messages'));
+    expect(read('responses', { input: turns(600) })).toThrow(refused('input'));
+    expect(rendered).toBeLessThan(200);
+    // What a template may leave out is not counted, nor what is cut off.
+    expect(read('chat', { messages: turns(600, 'tool') })).not.toThrow();
+    expect(read('chat', { messages: turns(600), truncate_prompt_tokens: 10 })).not.toThrow();
+    expect(read('chat', { messages: turns(588) })).not.toThrow();
   });
 
   it('are refused by their size before any work where they cannot fit', () => {

@@ -1,6 +1,7 @@
 /**
- * Where the fields of a JSON object lie in its bytes, so that a body need not be written anew where a field of it changes. Pure. What comes
- * here has been parsed: this finds its way through JSON, and does not judge whether it is any.
+ * Where the fields of a JSON object lie in its bytes, so that a body need not be written anew where a field of it changes; and how deep one may
+ * be nested, at a proxy and at a worker. Pure. What comes here has been parsed: this finds its way through JSON, and does not judge whether it
+ * is any.
  */
 import { PdError } from '../errors.ts';
 
@@ -15,8 +16,10 @@ export interface JsonField {
   readonly to: number;
 }
 
-/** What is nested deeper may be more than the stack of whoever reads it next. */
+/** Levels of one field. What is nested deeper may be more than the stack of whoever reads it next. */
 const DEEPEST = 4_096;
+/** Characters of the name of a field, in errors. */
+const NAMED = 200;
 
 const QUOTE = 0x22;
 const COLON = 0x3a;
@@ -27,7 +30,13 @@ const [OPEN_OBJECT, CLOSE_OBJECT] = [0x7b, 0x7d];
 /** All white space of JSON is below. */
 const SPACE = 0x20;
 
-/** All of them in order, also those that come twice. Throws BODY_TOO_COSTLY where one is nested too deep. */
+/** Throws REQUEST_INVALID where a field is nested too deep, and names it. */
+export function checkLevels(json: Buffer): void {
+  // Each takes two bytes.
+  if (json.length > 2 * DEEPEST) fieldsOf(json);
+}
+
+/** All of them in order, also those that come twice. Throws as `checkLevels` does. */
 export function fieldsOf(json: Buffer): readonly JsonField[] {
   const fields: JsonField[] = [];
   const { length } = json;
@@ -40,7 +49,7 @@ export function fieldsOf(json: Buffer): readonly JsonField[] {
     const name = nameOf(json, from, at);
     while (at < length && (json[at] === COLON || json[at]! <= SPACE)) at++;
     const valueFrom = at;
-    at = endOfValue(json, at);
+    at = endOfValue(json, at, name);
     fields.push({ name, from, valueFrom, to: at });
   }
 }
@@ -88,10 +97,10 @@ function nameOf(json: Buffer, from: number, to: number): string {
 }
 
 /** `at`: where it begins. Returns what is behind it. */
-function endOfValue(json: Buffer, at: number): number {
+function endOfValue(json: Buffer, at: number, name: string): number {
   const first = json[at];
   if (first === QUOTE) return endOfString(json, at);
-  if (first === OPEN_OBJECT || first === OPEN_ARRAY) return endOfNested(json, at);
+  if (first === OPEN_OBJECT || first === OPEN_ARRAY) return endOfNested(json, at, name);
   let end = at;
   for (; end < json.length; end++) {
     const byte = json[end]!;
@@ -100,15 +109,17 @@ function endOfValue(json: Buffer, at: number): number {
   return end;
 }
 
-function endOfNested(json: Buffer, from: number): number {
+function endOfNested(json: Buffer, from: number, name: string): number {
   let depth = 0;
   for (let at = from; at < json.length; at++) {
     const byte = json[at];
     if (byte === QUOTE) {
       at = endOfString(json, at) - 1;
     } else if (byte === OPEN_OBJECT || byte === OPEN_ARRAY) {
-      if (++depth > DEEPEST)
-        throw new PdError('BODY_TOO_COSTLY', `the body is nested deeper than ${DEEPEST}`);
+      if (++depth > DEEPEST) {
+        const param = name.slice(0, NAMED);
+        throw new PdError('REQUEST_INVALID', `${param}: is nested deeper than ${DEEPEST} levels`, { param });
+      }
     } else if ((byte === CLOSE_OBJECT || byte === CLOSE_ARRAY) && --depth === 0) {
       return at + 1;
     }

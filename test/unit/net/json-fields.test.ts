@@ -1,6 +1,6 @@
 import fc from 'fast-check';
 import { describe, expect, test } from 'vitest';
-import { fieldsOf, withFields } from '../../../src/proxy/json-fields.ts';
+import { fieldsOf, withFields } from '../../../src/net/json-fields.ts';
 
 const object = fc.dictionary(fc.string(), fc.jsonValue(), { noNullPrototype: true });
 const style = fc.constantFrom(undefined, ' ', '\t', 3);
