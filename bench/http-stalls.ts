@@ -4,9 +4,10 @@
  * meanwhile, which waits for the HTTP thread alone; then the time to first token of a 16-token prompt on the idle worker. With --proxy
  * the bodies go through a pd-proxy instead, to instances that have no model and send an event every 2 ms.
  *
- *   ./scripts/build.sh && node dist/bench/http-stalls.js [--beside FILE] [--tries 3] [--only WORD] [--hostile] [--proxy] [--json]
+ *   ./scripts/build.sh && node dist/bench/http-stalls.js [--beside FILE] [--tries 3] [--only WORD] [--hostile] [--proxy] [--url URL] [--json]
  *
  * `--hostile`: bodies that are short or long and whose fields explode, nest or name what is not there (support/hostile-bodies.ts).
+ * `--url`: a server that runs, such as the proxy of ./bin/pd-launch: bodies pass it, and a producer and a consumer.
  * `--beside ../other/bin/pd-worker` also measures the worker of another checkout, in turn, with the same client.
  */
 import { spawn } from 'node:child_process';
@@ -15,7 +16,7 @@ import { Agent, request as httpRequest, type IncomingMessage } from 'node:http';
 import { createInterface } from 'node:readline';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { isMainThread, parentPort, Worker } from 'node:worker_threads';
-import { Command } from 'commander';
+import { Command, Option } from 'commander';
 import { HOSTILE_BODIES, TAKEN_BODIES } from '../support/hostile-bodies.ts';
 import { programFile } from '../support/root.ts';
 import { monotonicMs, readMachine } from './measure/machine.ts';
@@ -183,6 +184,7 @@ interface Options {
   readonly only?: string;
   readonly hostile?: true;
   readonly proxy?: true;
+  readonly url?: string;
   readonly json?: true;
 }
 
@@ -214,14 +216,16 @@ async function main(): Promise<void> {
     .option('--only <word>', 'only bodies whose name or path contains this')
     .option('--hostile', 'bodies whose fields explode, nest or name what is not there')
     .option('--proxy', 'measure pd-proxy instead of pd-worker')
+    .addOption(new Option('--url <url>', 'measure a server that runs').conflicts(['beside', 'proxy']))
     .option('--json', 'JSON on stdout')
     .allowExcessArguments(false)
     .parse()
     .opts<Options>();
   const program = options.proxy ? 'pd-proxy' : 'pd-worker';
-  const files = [programFile(program)];
+  const files = [options.url ?? programFile(program)];
   if (options.beside !== undefined) files.unshift(options.beside);
-  const workers = await Promise.all(files.map(options.proxy ? startProxy : startWorker));
+  const start = options.proxy ? startProxy : startWorker;
+  const workers = options.url === undefined ? await Promise.all(files.map(start)) : [running(options.url)];
   const urls = workers.map(({ url }) => url);
   const thrower = new Worker(new URL(import.meta.url));
   try {
@@ -229,7 +233,7 @@ async function main(): Promise<void> {
     const rows = [await measure(urls, IDLE, thrower, Number(options.tries))];
     for (const one of options.hostile ? [...HOSTILE_BODIES, ...TAKEN_BODIES] : CASES) {
       if (options.only !== undefined && !`${one.path} ${one.name}`.includes(options.only)) continue;
-      if (options.proxy && !one.path.startsWith('/v1/')) continue;
+      if ((options.proxy || options.url !== undefined) && !one.path.startsWith('/v1/')) continue;
       rows.push(await measure(urls, one, thrower, Number(options.tries)));
       if (!options.json) console.error(`${one.path} ${one.name}: done`);
     }
@@ -273,6 +277,10 @@ const ms = (value: number) => `${value.toFixed(value < 10 ? 1 : 0)} ms`;
 interface Measurable {
   readonly url: string;
   stop(): Promise<void>;
+}
+
+function running(url: string): Measurable {
+  return { url, stop: async () => {} };
 }
 
 function startProxy(file: string): Promise<Measurable> {
