@@ -1,5 +1,9 @@
-/** Listens for pings and keeps the registry up to date: a ZeroMQ ROUTER that never answers. */
-import { Router } from 'zeromq';
+/**
+ * Listens for pings and keeps the registry up to date: a ZeroMQ DEALER that never answers, so that it needs nobody's routing id. A ROUTER hears
+ * one connection per routing id: of two workers that announce the same KV address it would never again hear the one that came first, even once
+ * the other has gone.
+ */
+import { Dealer } from 'zeromq';
 import { PdError } from '../errors.ts';
 import {
   asDestination,
@@ -55,8 +59,8 @@ const REASONS = {
 export class Discovery {
   /** What it is bound to, the port chosen where 0 was asked for. */
   readonly address: HostPort;
-  readonly #router: Router;
-  /** Closed after the router. */
+  readonly #socket: Dealer;
+  /** Closed after the socket. */
   readonly #gate: ZapGate | undefined;
   readonly #options: DiscoveryOptions;
   readonly #allowed: AllowList | undefined;
@@ -66,12 +70,12 @@ export class Discovery {
   #closed = false;
 
   private constructor(
-    router: Router,
+    socket: Dealer,
     gate: ZapGate | undefined,
     address: HostPort,
     options: DiscoveryOptions,
   ) {
-    this.#router = router;
+    this.#socket = socket;
     this.#gate = gate;
     this.address = address;
     this.#options = options;
@@ -92,21 +96,19 @@ export class Discovery {
         log,
         ...(onBadPing && { onRefused: onBadPing }),
       }));
-    // handover: a restarted instance has the routing id of its predecessor, whose connection may still look alive.
-    const router = new Router({
+    const socket = new Dealer({
       ...gate?.socketOptions,
-      handover: true,
       maxMessageSize: MAX_BODY_BYTES,
       linger: 0,
       ipv6: bind.host.includes(':'),
     });
     try {
       // 0 is `*` to ZeroMQ.
-      await router.bind(zmqEndpoint(bind).replace(/:0$/, ':*'));
-      const { port } = parseHostPort(router.lastEndpoint!.replace('tcp://', ''), 'bound endpoint');
-      return new Discovery(router, gate, { host: bind.host, port }, options);
+      await socket.bind(zmqEndpoint(bind).replace(/:0$/, ':*'));
+      const { port } = parseHostPort(socket.lastEndpoint!.replace('tcp://', ''), 'bound endpoint');
+      return new Discovery(socket, gate, { host: bind.host, port }, options);
     } catch (cause) {
-      router.close();
+      socket.close();
       await gate?.close();
       throw await listenError(cause, bind, 'listening for pings');
     }
@@ -116,7 +118,7 @@ export class Discovery {
     if (!this.#closed) {
       this.#closed = true;
       clearInterval(this.#sweep);
-      this.#router.close();
+      this.#socket.close();
     }
     await this.#listening;
     await this.#gate?.close();
@@ -124,34 +126,29 @@ export class Discovery {
 
   async #listen(): Promise<void> {
     try {
-      for await (const frames of this.#router) this.#receive(frames);
+      for await (const frames of this.#socket) this.#receive(frames);
     } catch (error) {
       if (!this.#closed) this.#options.log.error({ err: error }, 'discovery has stopped');
     }
   }
 
   #receive(frames: readonly Buffer[]): void {
-    const [routingId, body] = frames;
-    const from = { routingId: routingId?.toString('latin1').slice(0, 64) };
-    if (frames.length === 2) this.take(body!, from);
-    else
-      this.#refuse(
-        from,
-        new PdError('MESSAGE_INVALID', `expected routing id and body, got ${frames.length} frames`),
-      );
+    const [body, ...more] = frames;
+    if (body && more.length === 0) this.take(body);
+    else this.#refuse({}, new PdError('MESSAGE_INVALID', `expected one frame, got ${frames.length}`));
   }
 
-  /** Takes a ping, whichever way it came; false where it cannot be used, which is logged with `from`. */
-  take(body: Uint8Array, from: object = {}): boolean {
-    return this.#take(() => decodePing(body), from);
+  /** Takes a ping, whichever way it came; false where it cannot be used, which is logged. */
+  take(body: Uint8Array): boolean {
+    return this.#take(() => decodePing(body));
   }
 
   /** Takes what an instance says that was named, and answered there: it may get this proxy's key, wherever it is. */
   takeNamed(ping: PingMessage, named: Reached): boolean {
-    return this.#take(() => ping, { named: formatHostPort(named.at) }, named);
+    return this.#take(() => ping, named);
   }
 
-  #take(read: () => PingMessage, from: object, named?: Reached): boolean {
+  #take(read: () => PingMessage, named?: Reached): boolean {
     const { registry, onPing } = this.#options;
     try {
       const ping = read();
@@ -182,7 +179,7 @@ export class Discovery {
       onPing?.(ping.http_address);
       return true;
     } catch (error) {
-      this.#refuse(from, PdError.from(error));
+      this.#refuse(named ? { named: formatHostPort(named.at) } : {}, PdError.from(error));
       return false;
     }
   }

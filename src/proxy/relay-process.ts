@@ -1,4 +1,5 @@
 /** The entry of a relay process (relays.ts): an HTTP server for connections that its owner hands to it. */
+import { rm } from 'node:fs/promises';
 import { request as ask } from 'node:http';
 import { Socket } from 'node:net';
 import { join } from 'node:path';
@@ -76,6 +77,8 @@ class RelayProcess {
   async #start(path: string): Promise<void> {
     try {
       await this.#serving.openTraces();
+      // Where the process before this one was killed, its socket is still there.
+      await rm(path, { force: true });
       await this.#serving.app.listen({ path });
       const { server } = this.#serving.app;
       process.on('message', (_message, socket) => {

@@ -11,6 +11,7 @@ import type { ProxyConfig } from '../config/proxy-config.ts';
 import { Cancellation } from '../deferred.ts';
 import { PdError } from '../errors.ts';
 import { NO_JSON_SCHEMAS } from '../net/json-schemas.ts';
+import { keepReading } from '../net/keep-reading.ts';
 import { checkHeads } from '../net/request-head.ts';
 import type { Logger } from '../observability/log.ts';
 import { monotonicMs } from '../observability/timelines.ts';
@@ -181,6 +182,7 @@ export class Serving implements ProxyContext {
       const status = refused ? cause.statusCode! : error.status;
       if (error.status >= 500) log.error({ err: cause }, error.message);
       else if (UNREAD.has(status)) this.#refusedUnread(request, status, error);
+      if (status === 413) keepReading(reply);
       return reply.code(status).send(openAiError(error));
     });
     for (const route of ROUTES) {

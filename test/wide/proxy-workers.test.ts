@@ -271,7 +271,7 @@ test('a process that is killed takes only its own requests with it, and another 
       () => 'broken',
     ),
   );
-  const victim = relayPids()[0]!;
+  const [victim, spared] = relayPids() as [number, number];
   process.kill(victim, 'SIGKILL');
   expect(await Promise.race(bodies)).toBe('broken');
   for (const out of streams.splice(0)) out.end('data: [DONE]\n\n');
@@ -279,6 +279,11 @@ test('a process that is killed takes only its own requests with it, and another 
   while (relayPids().filter((pid) => pid !== victim).length < 2) await new Promise((r) => setImmediate(r));
   for (let i = 0; i < 4; i++) expect((await post({})).statusCode).toBe(200);
   expect(await completed()).toBeGreaterThanOrEqual(before + 5);
+  // It answers too, which shows once the other one is no more.
+  process.kill(spared, 'SIGKILL');
+  const replaced = () => relayPids().filter((pid) => pid !== victim && pid !== spared);
+  while (replaced().length < 2) await new Promise((r) => setImmediate(r));
+  expect((await post({})).statusCode).toBe(200);
 });
 
 test('closing lets requests under way end', async () => {

@@ -82,6 +82,7 @@ export const RESPONSES_NOT_DONE: typeof NOT_DONE = {
 };
 
 type ResponseBody = z.output<typeof responseSchema>;
+type AsSent<Body> = { readonly [Name in keyof Body]: Body[Name] | null };
 type Item = z.output<typeof item>;
 
 export interface ResponseReading extends ChatReading {
@@ -101,8 +102,8 @@ const NAMES = [
 export function readResponse(served: Served, model: TextModel, json: unknown): ResponseReading {
   checkMessageCount(served, model, json, 'input');
   const body = parseBody(responseSchema, json, RESPONSES_NOT_DONE);
-  // As it was sent: what this API does not read itself, that of chats does.
-  const given = json as Readonly<Record<string, unknown>> & ResponseBody;
+  // As it was sent, null where it is to be as by default: what this API does not read itself, that of chats does.
+  const given = json as Readonly<Record<string, unknown>> & AsSent<ResponseBody>;
   const { instructions, max_output_tokens, tools, tool_choice, reasoning, text, include } = given;
   const format = text?.format;
   const logprobs = include?.includes(LOGPROBS) || (body.top_logprobs ?? 0) > 0;
@@ -112,7 +113,7 @@ export function readResponse(served: Served, model: TextModel, json: unknown): R
     messages,
     max_completion_tokens: max_output_tokens,
     tools: tools?.map(chatTool),
-    tool_choice: typeof tool_choice === 'object' ? chatChoice(tool_choice) : tool_choice,
+    tool_choice: typeof tool_choice === 'object' && tool_choice ? chatChoice(tool_choice) : tool_choice,
     reasoning_effort: reasoning?.effort,
     response_format: format?.type === 'json_schema' ? { type: format.type, json_schema: format } : format,
     ...(logprobs ? { logprobs: true } : { top_logprobs: undefined }),

@@ -4,6 +4,7 @@ import { Gauge, type Registry } from 'prom-client';
 import { PdError } from '../../errors.ts';
 import { isLoopback } from '../../net/address.ts';
 import { NO_JSON_SCHEMAS } from '../../net/json-schemas.ts';
+import { keepReading } from '../../net/keep-reading.ts';
 import { checkHeads } from '../../net/request-head.ts';
 import { createRegistry } from '../../observability/registry.ts';
 import { modelNotFound, openAiError, retryHeaders } from '../../openai-error.ts';
@@ -58,6 +59,7 @@ export function createServer(context: ServerContext): FastifyInstance {
       );
     else if (status >= 500) log.error({ code: error.code, url: request.url, err: error }, error.message);
     else log.debug({ code: error.code, url: request.url }, error.message);
+    if (status === 413) keepReading(reply);
     return reply.status(status).headers(retryHeaders(error)).send(openAiError(error));
   });
   server.setNotFoundHandler((request, reply) => {

@@ -7,6 +7,7 @@ import type { PdProxy } from '../../../src/proxy/proxy.ts';
 import { type Answer, answerJson, FakeUpstream } from '../../support/fake-upstream.ts';
 import { startQuietProxy } from '../../support/quiet-proxy.ts';
 import { withStoppedClock } from '../../support/stopped-clock.ts';
+import { statusesAfterBody } from '../../support/whole-body-first.ts';
 
 const MIB = 2 ** 20;
 
@@ -86,6 +87,11 @@ test('a body that says it is too long is refused before it comes', async () => {
   const { httpAddress } = proxy;
   const metrics = await (await fetch(`http://${formatHostPort(httpAddress)}/metrics`)).text();
   expect(metrics).toContain('pd_proxy_requests_total{route="/v1/completions",status="413"} 1\n');
+});
+
+test('a body that is too long is refused in an answer that a client reads who sends all of it first', async () => {
+  const { proxy } = await start(answerJson());
+  expect(await statusesAfterBody(proxy.httpAddress, '/v1/completions', 48 * MIB)).toEqual(['413', '200']);
 });
 
 test('of an answer that its client never reads little is taken in, and in the end it is given up', async () => {

@@ -2,7 +2,8 @@ import { once } from 'node:events';
 import { PassThrough } from 'node:stream';
 import pino from 'pino';
 import { afterEach, describe, expect, test } from 'vitest';
-import type { HostPort } from '../../../src/net/address.ts';
+import { Dealer } from 'zeromq';
+import { type HostPort, zmqEndpoint } from '../../../src/net/address.ts';
 import { Discovery } from '../../../src/proxy/discovery.ts';
 import { InstanceRegistry, type RegistryChange } from '../../../src/proxy/registry.ts';
 import { encodePing } from '../../../src/wire/codec.ts';
@@ -34,7 +35,9 @@ async function setUp(host = '127.0.0.1', now?: () => number) {
 }
 
 const open: Discovery[] = [];
+const closing: Dealer[] = [];
 afterEach(async () => {
+  for (const dealer of closing.splice(0)) dealer.close();
   for (const discovery of open.splice(0)) await discovery.close();
 });
 
@@ -119,6 +122,23 @@ describe('pings', () => {
     expect((await next()).kind).toBe('removed');
     expect((await next()).kind).toBe('added');
     expect(registry.list('consumer')).toHaveLength(1);
+  });
+
+  test('of a worker whose KV address another one announces too go on to be heard', async () => {
+    const { next, address, registry } = await setUp();
+    const ping = { type: 'P', http_address: '127.0.0.1:8081', zmq_address: '127.0.0.1:8082' } as const;
+    const first = new Dealer({ routingId: ping.zmq_address, linger: 0 });
+    closing.push(first);
+    first.connect(zmqEndpoint(address));
+    await first.send(encodePing(ping));
+    await next();
+    await sendPing(address, { ...ping, http_address: '127.0.0.1:8091' });
+    expect((await next()).kind).toBe('removed');
+    await next();
+    await first.send(encodePing(ping));
+    expect((await next()).kind).toBe('removed');
+    await next();
+    expect(registry.list()).toMatchObject([{ httpAddress: '127.0.0.1:8081' }]);
   });
 
   test('cannot be listened for at a name without an address', async () => {

@@ -1,3 +1,4 @@
+import type { AddressInfo } from 'node:net';
 import { describe, expect, it } from 'vitest';
 import { demoModelDir } from '../../../src/config/demo-model.ts';
 import { readBody } from '../../../src/proxy/body.ts';
@@ -11,6 +12,7 @@ import { BYTE_MODEL, bytesOf, type Script, saying } from '../../support/fake-cor
 import { FakeReaderThread } from '../../support/fake-reader.ts';
 
 import { CHAT, COMPLETIONS, closers, LOG, startServer, user } from '../../support/http-worker.ts';
+import { statusesAfterBody } from '../../support/whole-body-first.ts';
 
 describe('errors', () => {
   const context = { peer: '10.0.0.1:8082' };
@@ -167,6 +169,15 @@ describe('errors', () => {
     const notice = await json('/kv/release', { request_id: 'x'.repeat(40_000) });
     expect(notice).toMatchObject({ status: 413, body: { error: { code: 'REQUEST_INVALID' } } });
     expect((await json(COMPLETIONS, '{"prompt":"a","__proto__":{"n":2}}')).status).toBe(400);
+  });
+
+  it('of a body that is too long are read by a client who sends all of it first, such as a proxy', async () => {
+    const { server } = await startServer();
+    await server.listen({ port: 0, host: '127.0.0.1' });
+    const { port } = server.server.address() as AddressInfo;
+    const at = { host: '127.0.0.1', port };
+    expect(await statusesAfterBody(at, COMPLETIONS, 32 * 2 ** 20)).toEqual(['413', '200']);
+    expect(await statusesAfterBody(at, '/kv/release', 32 * 2 ** 20)).toEqual(['413', '200']);
   });
 
   it('refuse an id that is under way or cannot be one', async () => {

@@ -1,5 +1,6 @@
 /** /v1/responses, from a body to its answer. */
 import { describe, expect, it } from 'vitest';
+import { RESPONSES_NOT_DONE, responseSchema } from '../../../src/worker/server/responses.ts';
 import { BYTE_MODEL, bytesOf, type Script, saying } from '../../support/fake-core.ts';
 import { type Answer, startServer } from '../../support/http-worker.ts';
 
@@ -143,6 +144,14 @@ describe('responses', () => {
       sequence_number: events.length - 1,
       response: { status: 'failed', error: { code: 'server_error', message: 'gone' } },
     });
+  });
+
+  it('take null in every field but the input as its default', async () => {
+    const { json } = await startServer(saying('Hello'));
+    const names = [...Object.keys(responseSchema.shape), ...Object.keys(RESPONSES_NOT_DONE)];
+    const nulls = Object.fromEntries(names.map((name) => [name, null]));
+    const { status, body } = await json(RESPONSES, { ...nulls, input: 'Hi' });
+    expect([status, body]).toMatchObject([200, { status: 'completed', tools: [], tool_choice: 'auto' }]);
   });
 
   it.each([
