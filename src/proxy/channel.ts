@@ -28,6 +28,8 @@ export interface SentPlacement extends Omit<Placement, 'pair'> {
 /** `id`: the request's, of that relay process. `at`: which of its placements, from 0. */
 export type FromRelay =
   | { readonly type: 'ready' }
+  /** The connection that it was sent first of those that it has not said this of. */
+  | { readonly type: 'taken' }
   | { readonly type: 'failed'; readonly error: ErrorData }
   | { readonly type: 'enter'; readonly id: number; readonly wish: SentWish }
   | {

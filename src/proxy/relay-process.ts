@@ -82,6 +82,7 @@ class RelayProcess {
       await this.#serving.app.listen({ path });
       const { server } = this.#serving.app;
       process.on('message', (_message, socket) => {
+        this.#channel.send({ type: 'taken' });
         if (!(socket instanceof Socket)) return; // it broke on its way
         socket.allowHalfOpen = true;
         socket.setNoDelay(true);

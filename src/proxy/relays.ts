@@ -61,6 +61,8 @@ interface Relay {
   /** The last it has told. */
   metrics: ExportedMetrics;
   asked: Deferred<void> | undefined;
+  /** Connections on their way to it, in order, and whether it may have them: Node sends the next one once the last has been taken. */
+  readonly handing: Map<Socket, 'waits' | 'sent'>;
   /** Questions for its receipts that it has not answered. */
   readonly receipts: Map<number, Deferred<readonly Receipt[]>>;
 }
@@ -211,6 +213,7 @@ export class Relays {
       ready: false,
       metrics: [],
       asked: undefined,
+      handing: new Map(),
       receipts: new Map(),
     };
     this.#relays.set(number, relay);
@@ -239,8 +242,12 @@ export class Relays {
   }
 
   /** Its requests are over; another takes its place. */
-  #lost(number: number, { ready, entered, metrics, asked, receipts }: Relay, how: string): void {
+  #lost(number: number, { ready, entered, metrics, asked, handing, receipts }: Relay, how: string): void {
     this.#relays.delete(number);
+    for (const [socket, state] of handing) {
+      if (state === 'waits') this.#hand(socket);
+      else socket.destroy(); // it may have read from it
+    }
     asked?.resolve();
     for (const answer of receipts.values()) answer.resolve([]);
     this.#gone = this.#gone.then((before) => addCounts(before, metrics));
@@ -264,15 +271,22 @@ export class Relays {
   /** In turn. */
   #hand(socket: Socket): void {
     this.#unserved.delete(socket);
-    const ready = [...this.#relays.values()].filter((relay) => relay.ready);
+    const ready = [...this.#relays.values()].filter(({ ready, child }) => ready && child.connected);
     if (ready.length === 0) {
       this.#unserved.add(socket);
       socket.once('close', () => this.#unserved.delete(socket));
       return;
     }
-    const { child } = ready[this.#next++ % ready.length]!;
-    child.send('connection', socket, (error) => {
-      if (error) socket.destroy();
+    const { child, handing } = ready[this.#next++ % ready.length]!;
+    handing.set(socket, 'waits');
+    // Kept open until it is taken: of what a process had not taken when it was killed Node lets go without a word.
+    child.send('connection', socket, { keepOpen: true }, (error) => {
+      if (error) {
+        handing.delete(socket);
+        socket.destroy();
+      } else if (handing.has(socket)) {
+        handing.set(socket, 'sent');
+      }
     });
   }
 
@@ -282,6 +296,13 @@ export class Relays {
       case 'ready':
         started.resolve();
         break;
+      case 'taken': {
+        const [socket] = relay.handing.keys();
+        if (!socket) break;
+        relay.handing.delete(socket);
+        socket.destroy(); // here alone
+        break;
+      }
       case 'failed':
         started.reject(PdError.fromData(message.error));
         break;

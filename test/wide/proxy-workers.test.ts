@@ -2,7 +2,9 @@
 import { once } from 'node:events';
 import { readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import type { ServerResponse } from 'node:http';
+import { connect } from 'node:net';
 import { join } from 'node:path';
+import { text } from 'node:stream/consumers';
 import { Agent, type Dispatcher, request } from 'undici';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { formatHostPort } from '../../src/net/address.ts';
@@ -284,6 +286,27 @@ test('a process that is killed takes only its own requests with it, and another 
   const replaced = () => relayPids().filter((pid) => pid !== victim && pid !== spared);
   while (replaced().length < 2) await new Promise((r) => setImmediate(r));
   expect((await post({})).statusCode).toBe(200);
+});
+
+test('connections on their way to a process that is killed go to another', async () => {
+  const [stopped] = relayPids() as [number];
+  process.kill(stopped, 'SIGSTOP');
+  const body = JSON.stringify({ model: 'm', prompt: 'Hello world' });
+  const { host, port } = proxy.httpAddress;
+  const head = `POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\n`;
+  const clients = Array.from({ length: 8 }, () => connect({ host, port }));
+  const statuses = clients.map(async (client) => {
+    client.write(`${head}content-length: ${body.length}\r\n\r\n${body}`);
+    return (await text(client)).slice(0, 'HTTP/1.1 200'.length);
+  });
+  const ends = Promise.allSettled(statuses);
+  await Promise.all(clients.map((client) => once(client, 'connect')));
+  // This process is the one that hands them over, half of them to the one that is stopped.
+  await new Promise((resolve) => setImmediate(resolve));
+  process.kill(stopped, 'SIGKILL');
+  const served = (await ends).flatMap((one) => (one.status === 'fulfilled' ? [one.value] : []));
+  // One at most was with it: the next is sent once that has been taken.
+  expect(served.filter((status) => status === 'HTTP/1.1 200').length).toBeGreaterThanOrEqual(7);
 });
 
 test('closing lets requests under way end', async () => {
