@@ -160,6 +160,8 @@ export interface ErrorContext {
   readonly peerIsOurs?: boolean;
   /** For KV that never arrived: what its producer's KV port did when last tried. */
   readonly peerPort?: 'answers' | 'refuses' | 'silent';
+  /** Found while generating: the field that the request's grammar came from is wrong, which only its reader knows by name. */
+  readonly grammar?: boolean;
   readonly [key: string]: string | number | boolean | undefined;
 }
 

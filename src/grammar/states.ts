@@ -330,5 +330,6 @@ function tooAmbiguous(): PdError {
   return new PdError(
     'REQUEST_INVALID',
     'the grammar is too ambiguous: what has been generated can be read in too many ways; make its alternatives differ earlier',
+    { grammar: true },
   );
 }

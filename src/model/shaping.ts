@@ -40,12 +40,21 @@ export function shapingOf(spec: SampleSpec, vocab: number, grammar?: Uint32Array
   };
 }
 
-/** For a request whose own fields ban every token. */
-export function nothingLeft(sequenceId: string): PdError {
+/** For a request whose own fields ban every token. Of several that do so together, the one that is no grammar is named. */
+export function nothingLeft(sequenceId: string, { params, outputPosition }: SampleSpec): PdError {
+  const { allowedTokenIds, badWords = [], minTokens, stopTokenIds, grammar } = params;
+  const fields = [
+    ...(allowedTokenIds ? ['allowed_token_ids'] : []),
+    ...(badWords.length > 0 ? ['bad_words'] : []),
+    ...(outputPosition < minTokens && stopTokenIds.length > 0 ? ['min_tokens'] : []),
+  ];
+  const [param] = fields;
+  const banning = [...fields, ...(grammar ? ['its grammar'] : [])];
+  const by = banning.length > 0 ? banning.join(' and ') : 'its penalties';
   return new PdError(
     'REQUEST_INVALID',
-    `sequence ${sequenceId}: no token is left to go on with, as all are banned by what the request asks for ` +
-      '(allowed_token_ids, bad_words, min_tokens, penalties, or a grammar)',
+    `${param ? `${param}: ` : ''}no token is left to go on with, as all are banned by what the request asks for (${by})`,
+    { sequenceId, ...(param ? { param } : grammar && { grammar: true }) },
   );
 }
 

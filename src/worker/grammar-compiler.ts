@@ -37,7 +37,8 @@ export class GrammarCompiler {
   }
 
   /** `vocabSize`: of the model. Throws REQUEST_INVALID that names the wish's field. */
-  compile({ spec, param }: GrammarWish, vocabSize: number): GrammarUse {
+  compile({ spec, param, unused }: GrammarWish, vocabSize: number): GrammarUse {
+    if (unused) this.compile(unused, vocabSize);
     const key = keyOf(spec, param);
     let use = this.#known.get(key);
     if (!use) {

@@ -69,7 +69,10 @@ export function withGrammar(
   if (reading instanceof Uint8Array || !reading.asked.grammarWish) return reading;
   const { grammarWish, ...asked } = reading.asked;
   const grammar = grammars.compile(grammarWish, vocabSize);
-  return { ...reading, asked: { ...asked, sampling: { ...asked.sampling, grammar } } };
+  return {
+    ...reading,
+    asked: { ...asked, grammarParam: grammarWish.param, sampling: { ...asked.sampling, grammar } },
+  };
 }
 
 /** `workerData` of the reader thread. */

@@ -45,6 +45,9 @@ function toolOf(name: string, description: string, key: string) {
   return { type: 'function', function: { name, description, parameters } };
 }
 
+/** By the time it may end, its text can be read in too many ways. */
+const AMBIGUOUS = { regex: '(a{1,300}){200,400}' };
+
 describe('an undivided worker with the demo model', () => {
   let worker: PdWorker;
   let url: string;
@@ -264,11 +267,30 @@ describe('an undivided worker with the demo model', () => {
       ['the grammar is too large', { structured_outputs: { regex: '((a{1,999}b){1,999}c){1,999}' } }],
       ['is not allowed beside', { guided_regex: 'a', response_format: { type: 'json_object' } }],
       ['recurs on its left', { guided_grammar: 'root ::= a "x"\na ::= root?' }],
+      ['allowed_token_ids: no token is left', { guided_choice: ['{'], allowed_token_ids: [5] }],
+      ['structured_outputs.regex: the grammar is too', { structured_outputs: AMBIGUOUS, max_tokens: 400 }],
     ];
     for (const [why, form] of bad) {
       const { error } = await complete({ prompt: 'a', ...form });
       expect(error).toMatchObject({ message: expect.stringContaining(why), code: 'REQUEST_INVALID' });
+      const [param] = /^[\w.]+(?=: )/.exec(why) ?? [expect.any(String)];
+      expect(error).toMatchObject({ param, message: expect.not.stringContaining('cmpl-') });
     }
+    const tools = [toolOf('f', 'Does it', 'a')];
+    const format = { type: 'json_schema', name: 'n', schema: { type: 'nonsense' } };
+    const forced = {
+      input: 'a',
+      tools: [{ type: 'function', ...tools[0]!.function }],
+      tool_choice: 'required',
+    };
+    expect(await ask('/v1/responses', { ...forced, text: { format } })).toMatchObject({
+      error: { param: 'text.format', message: expect.stringContaining('"type" at #') },
+    });
+    const response_format = { type: 'json_schema', json_schema: format };
+    const chat = { messages: [{ role: 'user', content: 'a' }], tools, tool_choice: 'required' };
+    expect(await ask('/v1/chat/completions', { ...chat, response_format })).toMatchObject({
+      error: { param: 'response_format', message: expect.stringContaining('"type" at #') },
+    });
     expect((await complete({ prompt: 'a', max_tokens: 2 })).choices).toHaveLength(1);
   });
 

@@ -247,7 +247,7 @@ export class CudaSampler {
     const token =
       shape === undefined ? plain.token : this.#tokens[this.#parts.sampler.limits.reports + shape]!;
     if (token < 0) {
-      masks.failed.set(sequenceId, nothingLeft(sequenceId).toData());
+      masks.failed.set(sequenceId, nothingLeft(sequenceId, sample).toData());
       return;
     }
     const { logprobs } = sample.params;

@@ -87,7 +87,7 @@ export class HostExecutor implements Executor {
         if (masks.failed.has(sequenceId)) return;
         const token = sample(row, spec, masks.of(sequenceId));
         if (token) sampled.push({ sequenceId, ...token });
-        else masks.failed.set(sequenceId, nothingLeft(sequenceId).toData());
+        else masks.failed.set(sequenceId, nothingLeft(sequenceId, spec).toData());
       });
     }
     return { sampled, promptLogprobs, failed: masks.failed };

@@ -14,7 +14,9 @@ export function answerForm(
 ): GrammarWish | undefined {
   const calls = callsSpec(tools, choice, parsing);
   const mustCall = choice === 'required' || typeof choice === 'object';
-  const form = mustCall ? calls && { spec: calls, param: 'tools' } : wish && besideCalls(wish, calls);
+  const form = mustCall
+    ? calls && { spec: calls, param: 'tools', unused: wish }
+    : wish && besideCalls(wish, calls);
   if (!form || !parsing.reasoning) return form;
   const { dialect, inside } = parsing.reasoning;
   const { begin, end } = thoughtMarkers(dialect);
@@ -38,7 +40,10 @@ function callsSpec(
   }
   const chosen = tools.filter(({ function: { name } }) => named === undefined || name === named);
   if (chosen.length === 0)
-    throw badField('tool_choice', `names ${JSON.stringify(named)}, which is none of the tools`);
+    throw badField(
+      'tool_choice',
+      `names ${JSON.stringify(named?.slice(0, 200))}, which is none of the tools`,
+    );
   return {
     kind: 'calls',
     form: writtenForm(calls.dialect),

@@ -74,7 +74,9 @@ export const samplingFields = {
   repetition_penalty: optional(z.number().min(0.01).max(100)),
   logit_bias: optional(
     z
-      .record(z.string().regex(/^\d{1,9}$/, 'expected token ids as keys'), z.number().min(-100).max(100))
+      .record(z.string().regex(/^\d{1,15}$/), z.number().min(-100).max(100), {
+        error: ({ code }) => (code === 'invalid_key' ? 'expected token ids as keys' : undefined),
+      })
       .transform((bias) =>
         Object.entries(bias).map(([token, value]): [number, number] => [Number(token), value]),
       )
@@ -175,6 +177,8 @@ export interface TextOptions extends Decoding {
 export interface GrammarWish {
   readonly spec: GrammarSpec;
   readonly param: string;
+  /** What it wants too and cannot have, as it forces a call: nonsense is refused all the same. */
+  readonly unused?: GrammarWish | undefined;
 }
 
 /** What a completion or chat asks of the core. */
@@ -189,6 +193,8 @@ export interface Asked {
   readonly text: TextOptions;
   /** To be built into `sampling.grammar` before it goes to the core. */
   readonly grammarWish?: GrammarWish;
+  /** The field that `sampling.grammar` came from. */
+  readonly grammarParam?: string;
   readonly echo: boolean;
 }
 
@@ -243,7 +249,7 @@ export function parseBody<T>(schema: z.ZodType<T>, body: unknown, notDone = NOT_
   if (result.success) return result.data;
   const issue = result.error.issues[0];
   const path = issue?.path.map(String).join('.') || 'body';
-  throw badField(path, issue?.message ?? 'is not allowed');
+  throw badField(path.slice(0, 200), issue?.message ?? 'is not allowed');
 }
 
 /** A body in two, as nothing that may be long goes on to whoever writes its answer. */

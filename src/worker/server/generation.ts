@@ -109,7 +109,8 @@ export class GenerationRun {
 
   async #pump(at: number, out: AsyncQueue<ChoiceEvent>, signal: AbortSignal): Promise<void> {
     const { core, metrics, config, model, inFlight, log } = this.#context;
-    const { id, n, sampling, echo, maxTokens, prefillWithinMs, text, priority, wire } = this.#plan;
+    const { id, n, sampling, echo, maxTokens, prefillWithinMs, text, priority, wire, grammarParam } =
+      this.#plan;
     const prompt = this.#plan.prompts[at]!;
     const serverId = this.#plan.serverIds[at]!;
     const offset = echo ? prompt.text.length : 0;
@@ -151,7 +152,7 @@ export class GenerationRun {
         promptLogprobs ??= output.promptLogprobs;
         this.#cachedTokens += output.promptSource?.cached ?? 0;
         this.#observe(output, began, last);
-        const delta = withoutScored(choice.push(output), maxTokens);
+        const delta = withoutScored(choice.push(namingGrammar(output, grammarParam)), maxTokens);
         if (choice.stopped) generation.abort(output.index);
         const first = !started.has(output.index);
         started.add(output.index);
@@ -185,6 +186,14 @@ export class GenerationRun {
     }
     last[output.index] = now;
   }
+}
+
+/** The core does not know which field a grammar came from. */
+function namingGrammar(output: RequestOutput, param: string | undefined): RequestOutput {
+  const { error } = output;
+  if (!error?.context.grammar || param === undefined) return output;
+  const { code, message } = badField(param, error.message);
+  return { ...output, error: { ...error, code, message, context: { ...error.context, param } } };
 }
 
 /** With `max_tokens: 0` the core still generates one token, as it knows no request for none; it is left out. */

@@ -5,6 +5,7 @@ import { z } from '../../zod.ts';
 import { type ChatReading, readChat } from './chat.ts';
 import {
   badField,
+  type GrammarWish,
   MAX_LOGPROBS,
   NOT_DONE,
   optional,
@@ -35,6 +36,18 @@ const shared = z
 
 const LOGPROBS = 'message.output_text.logprobs';
 
+/** As OpenAI's. But for log-probabilities they are of what no answer here has, or, the thoughts, has in the clear. */
+const INCLUDABLE = [
+  'code_interpreter_call.outputs',
+  'computer_call_output.output.image_url',
+  'file_search_call.results',
+  'message.input_image.image_url',
+  LOGPROBS,
+  'reasoning.encrypted_content',
+  'web_search_call.action.sources',
+  'web_search_call.results',
+] as const;
+
 /** Of what an answer repeats of its body: levels, which cross threads and are written one call within another, and characters as JSON. */
 const MOST_LEVELS = 500;
 const MOST_REPEATED = 2 ** 20;
@@ -59,7 +72,14 @@ export const responseSchema = z.object({
       verbosity: optional(z.literal('medium', 'only "medium" is supported here')),
     }),
   ),
-  include: optional(z.array(z.string())),
+  include: optional(
+    z.array(
+      z.enum(INCLUDABLE, {
+        error: ({ input }) =>
+          `${JSON.stringify(input)?.slice(0, 100)} is not supported; supported are ${INCLUDABLE.join(', ')}`,
+      }),
+    ),
+  ),
 });
 
 /** Fields of this API that are not done, with the values that ask for nothing. */
@@ -141,7 +161,7 @@ export function readResponse(served: Served, model: TextModel, json: unknown): R
     const { asked, ...reading } = readChat(served, model, chat);
     const { grammarWish: wish } = asked;
     // What is wrong with a form is found once it is built.
-    const own = wish && { grammarWish: { ...wish, param: ownName(wish.param, origins) } };
+    const own = wish && { grammarWish: ownWish(wish, origins) };
     return { ...reading, asked: { ...asked, ...own }, asked_for };
   } catch (error) {
     throw inOwnWords(error, origins);
@@ -169,6 +189,11 @@ function ownName(param: string, origins: Origins): string {
   const [name, ours] = NAMES.find(([name]) => param.startsWith(name)) ?? [];
   if (name !== undefined) return ours + param.slice(name.length);
   return param.replace(/^(tools\.\d+|tool_choice)\.function\b/, '$1');
+}
+
+function ownWish({ spec, param, unused }: GrammarWish, origins: Origins): GrammarWish {
+  const rest = unused && { unused: ownWish(unused, origins) };
+  return { spec, param: ownName(param, origins), ...rest };
 }
 
 /** An error about a field of the chat, by the name that the field has here. */

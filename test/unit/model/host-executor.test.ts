@@ -221,7 +221,8 @@ describe('host executor', () => {
     );
     expect(sampled.map(({ sequenceId }) => sequenceId)).toEqual(['free', 'masked', 'late']);
     expect(sampled.slice(1).map(({ token }) => token)).toEqual([7, 7]);
-    expect(failed?.get('dead')).toMatchObject({ code: 'REQUEST_INVALID' });
+    expect(failed?.get('dead')).toMatchObject({ code: 'REQUEST_INVALID', context: { sequenceId: 'dead' } });
+    expect(failed?.get('dead')?.message).not.toContain('dead');
     expect(failed?.get('broken')).toMatchObject({ message: expect.stringContaining('no grammar') });
   });
 

@@ -34,9 +34,32 @@ describe('a field that is wrong', () => {
     ['completions', { prompt: 'a', stop: [1] }, 'stop: expected a string, or a list of strings'],
     ['completions', { prompt: 'a', seed: 2 ** 65 }, 'seed: Too big'],
     ['completions', { prompt: 'a', seed: 0.5 }, 'seed: expected an integer'],
+    [
+      'completions',
+      { prompt: 'a', logit_bias: { 99999999999: 1 } },
+      'token id 99999999999 is not in the vocab',
+    ],
+    ['completions', { prompt: 'a', logit_bias: { x: 1 } }, 'logit_bias.x: expected token ids as keys'],
+    ['responses', { input: 'a', include: ['zz'] }, 'include.0: "zz" is not supported; supported are code_'],
     ['chat', { messages: user('a'), function_call: { name: 'f' } }, 'only "none" or "auto" is'],
   ] as const)('of %s is told as what it is: %j', (route, body, message) => {
     expect(() => read(route, body)).toThrow(message);
+  });
+
+  it('has a name that is cut where it is very long, as a model has', () => {
+    const long = 'x'.repeat(100_000);
+    const tools = [{ type: 'function', function: { name: 'f' } }];
+    const named = { type: 'function', function: { name: long } };
+    const served = { ...SERVED, calls: 'hermes' } as const;
+    for (const change of [{ model: long }, { logit_bias: { [long]: 1 } }, { tools, tool_choice: named }]) {
+      const body = new TextEncoder().encode(JSON.stringify({ messages: user('a'), ...change }));
+      expect(() => readRequestBody(served, tokenizer, 'chat', body)).toThrow(/^(?=.*x{180}).{200,300}$/);
+    }
+  });
+
+  it('is no value of include that OpenAI names', () => {
+    const include = ['reasoning.encrypted_content', 'message.output_text.logprobs'];
+    expect(read('responses', { input: 'a', include }).asked.sampling.logprobs).toBe(0);
   });
 
   it('of a response has the name that it has there', () => {
