@@ -87,7 +87,7 @@ export function failedResponse(
   return events;
 }
 
-/** As it goes out; `data` as JSON. */
-export function eventText({ name }: StreamEvent, data: string): string {
+/** As it goes out; `data` in one line, as JSON is. */
+export function eventText(data: string, name?: string): string {
   return `${name === undefined ? '' : `event: ${name}\n`}data: ${data}\n\n`;
 }

@@ -33,6 +33,8 @@ const STOP_MS = 5_000;
 /** Before one that died is replaced: twice as long after each that did not get ready. */
 const REPLACE_MS = 100;
 const LONGEST_REPLACE_MS = 10_000;
+/** Until a process has taken a connection: it does nothing else that takes long. */
+const TAKE_MS = 10_000;
 const METRICS_MS = 2_000;
 const RECEIPTS_MS = 2_000;
 /** Between two looks at what is to be known of prompts. */
@@ -63,6 +65,8 @@ interface Relay {
   asked: Deferred<void> | undefined;
   /** Connections on their way to it, in order, and whether it may have them: Node sends the next one once the last has been taken. */
   readonly handing: Map<Socket, 'waits' | 'sent'>;
+  /** Of the first of them. */
+  takeTimer: NodeJS.Timeout | undefined;
   /** Questions for its receipts that it has not answered. */
   readonly receipts: Map<number, Deferred<readonly Receipt[]>>;
 }
@@ -214,6 +218,7 @@ export class Relays {
       metrics: [],
       asked: undefined,
       handing: new Map(),
+      takeTimer: undefined,
       receipts: new Map(),
     };
     this.#relays.set(number, relay);
@@ -242,12 +247,15 @@ export class Relays {
   }
 
   /** Its requests are over; another takes its place. */
-  #lost(number: number, { ready, entered, metrics, asked, handing, receipts }: Relay, how: string): void {
+  #lost(number: number, relay: Relay, how: string): void {
+    const { ready, entered, metrics, asked, handing, takeTimer, receipts } = relay;
     this.#relays.delete(number);
+    clearTimeout(takeTimer);
     for (const [socket, state] of handing) {
       if (state === 'waits') this.#hand(socket);
       else socket.destroy(); // it may have read from it
     }
+    handing.clear();
     asked?.resolve();
     for (const answer of receipts.values()) answer.resolve([]);
     this.#gone = this.#gone.then((before) => addCounts(before, metrics));
@@ -277,17 +285,41 @@ export class Relays {
       socket.once('close', () => this.#unserved.delete(socket));
       return;
     }
-    const { child, handing } = ready[this.#next++ % ready.length]!;
+    const relay = ready[this.#next++ % ready.length]!;
+    const { child, handing } = relay;
     handing.set(socket, 'waits');
+    relay.takeTimer ??= this.#takeTimer(relay);
     // Kept open until it is taken: of what a process had not taken when it was killed Node lets go without a word.
     child.send('connection', socket, { keepOpen: true }, (error) => {
-      if (error) {
-        handing.delete(socket);
-        socket.destroy();
-      } else if (handing.has(socket)) {
-        handing.set(socket, 'sent');
-      }
+      if (!handing.has(socket)) return;
+      if (error) this.#letGo(relay, socket);
+      else handing.set(socket, 'sent');
     });
+  }
+
+  /** It is the process's, which goes on with it, or nobody's. */
+  #letGo(relay: Relay, socket: Socket): void {
+    relay.handing.delete(socket);
+    socket.destroy();
+    clearTimeout(relay.takeTimer);
+    relay.takeTimer = relay.handing.size > 0 ? this.#takeTimer(relay) : undefined;
+  }
+
+  /** Kills a process that stands still: others serve what waits for it, and another takes its place. */
+  #takeTimer(relay: Relay): NodeJS.Timeout {
+    const timer = setTimeout(() => {
+      // Where it was this process that stood still, what has come meanwhile is heard first.
+      setImmediate(() => {
+        if (relay.takeTimer !== timer) return;
+        const { log } = this.#options;
+        log.error(
+          { pid: relay.child.pid },
+          `a relay process took no connection for ${TAKE_MS} ms: it is killed`,
+        );
+        relay.child.kill('SIGKILL');
+      });
+    }, TAKE_MS);
+    return timer.unref();
   }
 
   #receive(relay: Relay, message: FromRelay, started: Deferred<void>): void {
@@ -299,8 +331,7 @@ export class Relays {
       case 'taken': {
         const [socket] = relay.handing.keys();
         if (!socket) break;
-        relay.handing.delete(socket);
-        socket.destroy(); // here alone
+        this.#letGo(relay, socket);
         break;
       }
       case 'failed':

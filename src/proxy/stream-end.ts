@@ -18,11 +18,13 @@ export function streamEnd(route: string): StreamEnd {
   return route === '/v1/responses' ? new ResponseEnd() : CHOICES_END;
 }
 
+const DONE = eventText('[DONE]');
+
 /** Of completions and chats. */
 const CHOICES_END: StreamEnd = {
   passed() {},
-  failed: (error) => `${dataOf(JSON.stringify(openAiError(error)))}data: [DONE]\n\n`,
-  refused: (body) => `${dataOf(body.toString('utf8').replace(/\s*\n\s*/g, ' '))}data: [DONE]\n\n`,
+  failed: (error) => eventText(JSON.stringify(openAiError(error))) + DONE,
+  refused: (body) => eventText(body.toString('utf8').replace(/\s*\n\s*/g, ' ')) + DONE,
 };
 
 /** Of what has passed, while a stream is under way. Bytes: a client's body is held as long, and its answer repeats little more than that. */
@@ -78,7 +80,7 @@ class ResponseEnd implements StreamEnd {
     const inPart = this.#open.length > 0;
     // Which has its number, and is ended.
     const events = failedResponse(failure, this.#count + (inPart ? 1 : 0), this.#response());
-    return `${inPart ? '\n\n' : ''}${events.map((event) => eventText(event, JSON.stringify(event.data))).join('')}`;
+    return `${inPart ? '\n\n' : ''}${events.map(({ name, data }) => eventText(JSON.stringify(data), name)).join('')}`;
   }
 
   #response(): object | undefined {
@@ -132,8 +134,4 @@ function failureIn(body: Buffer): Failure {
     code: String(code ?? 'UPSTREAM_FAILED'),
     param: typeof param === 'string' ? param : null,
   };
-}
-
-function dataOf(text: string): string {
-  return `data: ${text}\n\n`;
 }

@@ -139,9 +139,8 @@ async function answerStream({ context, reply, run, format, id, gone }: Answering
     });
   };
   const send = async (all: readonly StreamEvent[]): Promise<void> => {
-    for (const event of all) {
-      const { data, long } = event;
-      await write(eventText(event, long ? await jsonInTurns(data) : JSON.stringify(data)));
+    for (const { name, data, long } of all) {
+      await write(eventText(long ? await jsonInTurns(data) : JSON.stringify(data), name));
     }
   };
   raw.writeHead(200, {

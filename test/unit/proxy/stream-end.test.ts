@@ -20,7 +20,7 @@ const PARTS: readonly Part[] = [
 ];
 
 const textOf = (events: readonly StreamEvent[]) =>
-  events.map((event) => eventText(event, JSON.stringify(event.data))).join('');
+  events.map(({ name, data }) => eventText(JSON.stringify(data), name)).join('');
 
 /** What a worker writes of the first `parts` of an answer, and how it would end that itself. */
 async function written(parts: number, asked_for: object): Promise<{ text: string; broke: string }> {
