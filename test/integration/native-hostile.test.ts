@@ -213,7 +213,7 @@ const silencesOf = ({ service }: End) =>
 
 it('a consumer whose name another has, and says nothing under, is served again', async () => {
   const producer = await makeEnd(services, 'producer');
-  const consumer = await makeEnd(services, 'consumer', { timeouts: { load: 3_000 } });
+  const consumer = await makeEnd(services, 'consumer', { timeouts: { load: 12_000 } });
   await works(producer, consumer);
   const thief = new Hostile(producer, consumer.address);
   // answered under that name, and without effect
@@ -413,7 +413,7 @@ describe('a producer that says nothing of a WANT', () => {
   });
 
   it('is connected with anew where it answers everything else', async () => {
-    const consumer = await makeEnd(services, 'consumer', { timeouts: { load: 3_000 } });
+    const consumer = await makeEnd(services, 'consumer', { timeouts: { load: 12_000 } });
     let probes = 0;
     const producer = await hostileProducer((message, answer, nonce) => {
       // neither what is asked on the first connection, nor the probe on it
