@@ -22,7 +22,8 @@ export function show(value: unknown): string {
   const text =
     typeof value === 'bigint'
       ? `${value}`
-      : (JSON.stringify(value, (_key, part: unknown) => (typeof part === 'bigint' ? `${part}` : part)) ?? 'nothing');
+      : (JSON.stringify(value, (_key, part: unknown) => (typeof part === 'bigint' ? `${part}` : part)) ??
+        'nothing');
   return text.length > 80 ? `${text.slice(0, 80)}...` : text;
 }
 
