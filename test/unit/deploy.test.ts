@@ -147,6 +147,19 @@ it('the image copies what is there, and runs as who owns the node’s folder', (
   expect(text).toContain('USER 10001');
 });
 
+it('the image copies whatever the programs read from where they are installed', () => {
+  const sources = readdirSync(join(ROOT, 'src'), { recursive: true, encoding: 'utf8' })
+    .filter((file) => file.endsWith('.ts'))
+    .map((file) => readFileSync(join(ROOT, 'src', file), 'utf8'));
+  const read = sources.flatMap((text) =>
+    [...text.matchAll(/installedFile\(['`]([^'`/]+)/g)].map(([, top]) => top),
+  );
+  const text = readFileSync(join(ROOT, 'deploy/Containerfile'), 'utf8');
+  const [, copied = ''] = /cp -a (.+) \/app\//.exec(text) ?? [];
+  expect(read.length).toBeGreaterThan(3);
+  expect(copied.split(' ')).toEqual(expect.arrayContaining(read));
+});
+
 describe('rules and dashboard', () => {
   const RULES = join(ROOT, 'deploy/monitoring/rules.yaml');
   const { groups } = parse(readFileSync(RULES, 'utf8')) as { groups: { rules: { expr: string }[] }[] };
