@@ -6,7 +6,7 @@
  *   same      both announce the same fingerprint, or neither announces any (two vLLM workers)
  *   unknown   one announces a fingerprint, the other none (ours with vLLM's): taken only where no `same` pair is left
  *   never     two fingerprints that differ: different weights would give wrong text silently; or GET with PUT: KV would never move
- * Two instances whose served model names are known and have none in common never fit either.
+ * Where not both announce a fingerprint, two whose served model names are known and have none in common never fit either.
  */
 import type { Policy } from '../config/proxy-config.ts';
 import { asDestination, formatHostPort, type HostPort, httpUrl, parseHostPort } from '../net/address.ts';
@@ -265,10 +265,13 @@ export class InstanceRegistry {
     entry.work.msPerToken = undefined;
   }
 
-  /** There are a producer and a consumer that fit. */
+  /** There are a producer and a consumer that fit, and take requests. */
   get paired(): boolean {
-    const consumers = this.list('consumer');
-    return this.list('producer').some((one) => consumers.some((other) => fitOf(one, other) !== 'never'));
+    const open = this.#live().flatMap(({ draining, instance }) => (draining ? [] : instance));
+    const consumers = open.filter(({ role }) => role === 'consumer');
+    return open.some(
+      (one) => one.role === 'producer' && consumers.some((other) => fitOf(one, other) !== 'never'),
+    );
   }
 
   /**

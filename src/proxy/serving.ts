@@ -127,6 +127,11 @@ export class Serving implements ProxyContext {
     return this.#running.size;
   }
 
+  /** It takes no new requests. */
+  get draining(): boolean {
+    return this.#draining;
+  }
+
   /** Takes no new requests, and resolves once those under way have ended: within `ms`, as then the rest is broken off. */
   async drain(ms: number): Promise<void> {
     this.#draining = true;
@@ -205,14 +210,8 @@ export class Serving implements ProxyContext {
   }
 
   async #serve(route: string, request: FastifyRequest, out: ServerResponse): Promise<void> {
-    const { metrics } = this;
-    if (this.#draining) {
-      metrics.routeOf(route).statuses.inc(503);
-      answerError(out, new PdError('SERVER_DRAINING', 'this proxy is stopping'), { end: streamEnd(route) });
-      return;
-    }
     const holder = this.guard.holder(request)?.name;
-    if (holder !== undefined) metrics.keyRequests.inc(holder);
+    if (holder !== undefined) this.metrics.keyRequests.inc(holder);
     const proxied = new ProxiedRequest(this, route, request.headers, out, holder);
     this.#running.add(proxied);
     try {
@@ -274,6 +273,7 @@ class ProxiedRequest implements ClientRequest {
     });
     metrics.inFlight.inc();
     try {
+      if (this.#serving.draining) throw new PdError('SERVER_DRAINING', 'this proxy is stopping');
       this.via = this.#serving.via(this.headers);
       const read = await bodies.read(body, signal, coordinator.wanted, route);
       signal.throwIfAborted();

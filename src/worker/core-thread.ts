@@ -1,4 +1,4 @@
-/** The core thread's entry: `CoreInit` in, messages of `messages.ts` both ways. It ends by itself once its port is closed. */
+/** The core thread's entry: `CoreInit` in, messages of core-messages.ts both ways. It ends by itself once its port is closed. */
 import { parentPort, workerData } from 'node:worker_threads';
 import { PdError, unreachable } from '../errors.ts';
 import { createLogger } from '../observability/log.ts';

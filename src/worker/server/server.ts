@@ -157,7 +157,8 @@ function asHttpError(cause: FastifyError | PdError): { readonly status: number; 
   if (cause instanceof PdError) return { status: cause.status, error: cause };
   const status = cause.statusCode;
   if (status !== undefined && status >= 400 && status < 500) {
-    const error = new PdError('REQUEST_INVALID', `the request cannot be read: ${cause.message}`);
+    const why = status === 415 ? 'send its body with content-type: application/json' : cause.message;
+    const error = new PdError('REQUEST_INVALID', `the request cannot be read: ${why}`);
     return { status, error };
   }
   return { status: 500, error: PdError.from(cause) };

@@ -182,6 +182,19 @@ test('an instance is drained and comes back by an admin’s word', async () => {
   expect((await drain('all')).status).toBe(400);
 });
 
+test('a proxy that has drained all instances of a role is not ready', async () => {
+  const proxy = await startProxy();
+  const { httpAddress: instance } = await startUpstream(proxy, 'producer');
+  await startUpstream(proxy, 'consumer');
+  const statuses = async () => [(await fetch(url(proxy, '/ready'))).status, (await post(proxy)).status];
+  const drain = (body: unknown) =>
+    fetch(url(proxy, '/admin/drain'), { method: 'POST', body: JSON.stringify(body) });
+  await drain({ instance });
+  expect(await statuses()).toEqual([503, 503]);
+  await drain({ instance, drain: false });
+  expect(await statuses()).toEqual([200, 200]);
+});
+
 test('an instance that pings on while its HTTP server hangs is let alone', async () => {
   const proxy = await startProxy({ healthIntervalMs: 20 });
   const one = await startUpstream(proxy, 'producer');
