@@ -212,6 +212,10 @@ describe('pairing', () => {
       [5, 7],
     ]);
     expect(picked(registry, { model: 'other' })).toEqual([1, 3]);
+    // Nobody for a while, rather than one that says that there is no such model.
+    expect(registry.pair({ model: 'model-b', exclude: new Set(['10.0.0.1:5']) })).toBe('producer');
+    registry.drain('10.0.0.1:7', true);
+    expect(registry.pair({ model: 'model-b' })).toBe('consumer');
   });
 
   test('an instance that refused a connection comes last until it pings, and serves when it is the only one', () => {
