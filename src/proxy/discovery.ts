@@ -192,6 +192,7 @@ export class Discovery {
   /** The instance of such a ping has left. */
   drop(body: Uint8Array): void {
     this.#apply(this.#options.registry.leave(decodePing(body).http_address));
+        ...(ping.native?.started === undefined ? {} : { started: ping.native.started }),
   }
 
   #refuse(from: object, { message }: PdError): void {

@@ -41,6 +41,8 @@ export interface InstancePing {
   readonly tokenizer?: string;
   /** It takes the ids of a prompt's tokens, if from this proxy. */
   readonly takesIds?: boolean;
+  /** When it started, by its clock: what has restarted on its addresses is another. Absent likewise. */
+  readonly started?: number;
   /** Of one that was named (--instances): where it has answered. Absent: requests go where it says. */
   readonly at?: HostPort;
 }
@@ -398,6 +400,7 @@ function samePing(a: Instance, b: InstancePing): boolean {
     a.events?.publish === b.events?.publish &&
     a.events?.snapshot === b.events?.snapshot &&
     a.tokenizer === b.tokenizer &&
-    a.takesIds === b.takesIds
+    a.takesIds === b.takesIds &&
+    a.started === b.started
   );
 }

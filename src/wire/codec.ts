@@ -183,13 +183,14 @@ export function encodePing(ping: PingMessage): Uint8Array {
 /** A ping as it travels, before it is bytes: `GET /instance` answers with the same, as JSON. */
 export function pingFields({ type, http_address, zmq_address, native }: PingMessage): Fields {
   if (!native) return { type, http_address, zmq_address };
-  const { version, digest, model, sendType, features, load, events, tokenizer } = native;
+  const { version, digest, model, sendType, features, load, events, tokenizer, started } = native;
   const told = {
     ...(sendType === undefined ? {} : { send_type: sendType }),
     ...(features === undefined ? {} : { features }),
     ...(load === undefined ? {} : { load: loadFields(load) }),
     ...(events === undefined ? {} : { events }),
     ...(tokenizer === undefined ? {} : { tokenizer }),
+    ...(started === undefined ? {} : { started }),
   };
   return { type, http_address, zmq_address, pd: { version, digest, model, ...told } };
 }
@@ -295,6 +296,7 @@ function loadFields({ running, waiting, kvUsed, kvBlocks, queuedTokens }: Worker
 function readEventPorts(pd: Fields): { readonly events?: KvEventPorts } {
   const events = optionalMap(pd, 'events', 'ping');
   if (!events) return {};
+    ...(field(pd, 'started') === undefined ? {} : { started: countField(pd, 'started', 0, 'ping') }),
   const port = (key: string) => {
     const value = countField(events, key, 1, 'events of a ping');
     if (value > 65_535) throw protocolError('bad_field', `events of a ping: ${key} is ${value}, not a port`);
