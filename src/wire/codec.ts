@@ -200,6 +200,16 @@ export function decodePing(body: Uint8Array): PingMessage {
   return readPing(decodeMap(body, 'ping'));
 }
 
+/** The HTTP address that a ping gives which cannot be read otherwise, for people; undefined where it gives none. */
+export function claimedAddress(body: Uint8Array): string | undefined {
+  try {
+    const address = field(decodeMap(body, 'ping'), 'http_address');
+    return address === undefined ? undefined : show(address);
+  } catch {
+    return undefined;
+  }
+}
+
 /** The reverse of `pingFields`. */
 export function readPing(fields: unknown): PingMessage {
   if (!isFields(fields)) throw protocolError('malformed', `ping: ${show(fields)} is not a map`);
@@ -286,6 +296,7 @@ function readPingHello(pd: Fields): PingHello {
     ...(field(pd, 'tokenizer') === undefined
       ? {}
       : { tokenizer: textField(pd, 'tokenizer', MAX_DIGEST, 'ping') }),
+    ...(field(pd, 'started') === undefined ? {} : { started: countField(pd, 'started', 0, 'ping') }),
   };
 }
 
@@ -296,7 +307,6 @@ function loadFields({ running, waiting, kvUsed, kvBlocks, queuedTokens }: Worker
 function readEventPorts(pd: Fields): { readonly events?: KvEventPorts } {
   const events = optionalMap(pd, 'events', 'ping');
   if (!events) return {};
-    ...(field(pd, 'started') === undefined ? {} : { started: countField(pd, 'started', 0, 'ping') }),
   const port = (key: string) => {
     const value = countField(events, key, 1, 'events of a ping');
     if (value > 65_535) throw protocolError('bad_field', `events of a ping: ${key} is ${value}, not a port`);
