@@ -114,6 +114,7 @@ class Subscription {
     this.#events = new Subscriber({ ...socket, maxMessageSize: MAX_KV_EVENTS_BYTES });
     this.#snapshots = new Dealer({
       ...socket,
+      receiveHighWaterMark: 2,
       sendHighWaterMark: 2,
       sendTimeout: 0,
       maxMessageSize: MAX_SNAPSHOT_BYTES,
@@ -169,7 +170,7 @@ class Subscription {
 
   #snapshot([, header, keys]: readonly Buffer[]): void {
     if (!header || !keys) throw new PdError('MESSAGE_INVALID', 'snapshot: not header and keys');
-    if (!this.#awaited) return;
+    if (this.#floods(keys.length) || !this.#awaited) return;
     const startedMs = performance.now();
     const snapshot = decodeSnapshot(header, keys);
     this.#awaited = false;
@@ -189,7 +190,7 @@ class Subscription {
     if (this.#bytes <= BYTES_PER_SECOND) return false;
     this.#lost(
       'flood',
-      `more than ${BYTES_PER_SECOND} bytes of KV events in a second: they are not read any more`,
+      `more than ${BYTES_PER_SECOND} bytes of KV events and snapshots in a second: they are not read any more`,
     );
     this.feed.restart();
     this.close();
