@@ -10,9 +10,11 @@ import { Guard } from '../access/guard.ts';
 import type { ProxyConfig } from '../config/proxy-config.ts';
 import { Cancellation } from '../deferred.ts';
 import { PdError } from '../errors.ts';
+import { onClientGone } from '../net/client-gone.ts';
 import { NO_JSON_SCHEMAS } from '../net/json-schemas.ts';
 import { keepReading } from '../net/keep-reading.ts';
 import { checkHeads } from '../net/request-head.ts';
+import { limitUnread } from '../net/unread.ts';
 import type { Logger } from '../observability/log.ts';
 import { monotonicMs } from '../observability/timelines.ts';
 import { openAiError } from '../openai-error.ts';
@@ -112,6 +114,7 @@ export class Serving implements ProxyContext {
     }) as unknown as FastifyInstance;
     this.guard.attach(this.app);
     checkHeads(this.app);
+    limitUnread(this.app, config.decodeIdleTimeoutMs);
     this.#routes(parts.elsewhere);
   }
 
@@ -266,8 +269,7 @@ class ProxiedRequest implements ClientRequest {
     const { metrics, bodies, coordinator, receipts, traces } = this.#serving;
     const { route, out, receipt, signal } = this;
     let error: PdError | undefined;
-    out.once('close', () => {
-      if (out.writableFinished) return;
+    onClientGone(out, () => {
       this.#clientGone = true;
       signal.abort(new PdError('REQUEST_ABORTED', `${route}: the client went away`));
     });

@@ -158,6 +158,7 @@ function announce(
       ...(promptIdsFrom || access.apiKeyFile !== undefined ? [PROMPT_IDS_FEATURE] : []),
     ],
     tokenizer,
+    started: Date.now(),
     ...(events && { events }),
   } as const;
   ping = pingOf({ fingerprint, sendType: transfer.sendType }, kvAddress, said);

@@ -175,6 +175,10 @@ test('an instance is drained and comes back by an admin’s word', async () => {
     instances: { draining: boolean }[];
   };
   expect(instances.map(({ draining }) => draining)).toEqual([true, false, false]);
+  await drain({ instance: other.httpAddress });
+  const none = await post(proxy);
+  expect([none.status, await none.text()]).toEqual([503, expect.stringContaining('is being drained')]);
+  await drain({ instance: other.httpAddress, drain: false });
   await drain({ instance: one.httpAddress, drain: false });
   for (let i = 0; i < 2; i++) await post(proxy);
   expect(one.asked.length).toBe(1);
