@@ -259,7 +259,9 @@ class LocalVisit implements Visit {
     const { tokens } = prompt;
     const why = { takesIds, choices: this.#choices };
     this.#tally(consumer, left);
-    this.#leaveConsumer = registry.standing(consumer)?.work.begin(alone ? left : 0);
+    const decode = registry.standing(consumer);
+    decode?.breaker.chosen();
+    this.#leaveConsumer = decode?.work.begin(alone ? left : 0);
     if (alone) {
       metrics.bypassed.inc();
       this.#computed.push(caches.sent(consumer, prompt));
@@ -269,10 +271,11 @@ class LocalVisit implements Visit {
     const uncached = this.#uncached(producer);
     this.#tally(producer, uncached);
     this.#computed.push(caches.sent(consumer, prompt), caches.sent(producer, prompt));
-    const work = registry.standing(producer)?.work;
-    const early = (work?.own ?? 0) < config.overlap;
-    this.#leaveProducer = work?.begin(uncached);
-    this.#ahead = work?.queuedTokens ?? 0;
+    const prefill = registry.standing(producer);
+    prefill?.breaker.chosen();
+    const early = (prefill?.work.own ?? 0) < config.overlap;
+    this.#leaveProducer = prefill?.work.begin(uncached);
+    this.#ahead = prefill?.work.queuedTokens ?? 0;
     const cachedTokens = { producer: tokens - uncached, consumer: tokens - left };
     return { pair, alone, early, cachedTokens, ...why };
   }

@@ -310,8 +310,6 @@ export class InstanceRegistry {
     for (const [{ members }, others] of fits) if (members.includes(producer)) fitting = others;
     const consumer = choose(this.#policies.consumer, 'consumer', fitting, prompt, choices);
     producer.picked = consumer.picked = ++this.#picks;
-    producer.breaker.chosen();
-    consumer.breaker.chosen();
     return { producer: producer.instance, consumer: consumer.instance };
   }
 
