@@ -190,7 +190,7 @@ export class NamedInstances {
     // Not known as an instance yet: all that is needed of one is where it is.
     const instance: Instance = {
       ...{ role, httpAddress, zmqAddress: '', http: at, url: instanceUrl(at, tls), zmq: at },
-      ...{ firstSeenMs: 0, lastSeenMs: 0 },
+      lastSeenMs: 0,
     };
     const { upstream } = this.#options;
     return upstream.inquire(instance, path, DEADLINE_MS, { most, stop: this.#stop.signal });

@@ -53,7 +53,6 @@ export interface Instance extends InstancePing {
   /** Likewise, with the scheme; without the zone id, for which URLs have no place (see Upstream). */
   readonly url: string;
   readonly zmq: HostPort;
-  readonly firstSeenMs: number;
   readonly lastSeenMs: number;
   /** When it refused a connection: others are preferred until it pings again, and at least until `untilMs`. */
   readonly refused?: { readonly atMs: number; readonly untilMs: number };
@@ -127,8 +126,26 @@ export type Policies = Readonly<Record<InstanceRole, Policy>>;
 const LAGGARD = 5;
 const LAGGARD_MS = 30_000;
 
+/** A proxy looks for silent instances once a second or more often. */
+const MOST_BETWEEN_LOOKS_MS = 2_000;
+
 /** Pings are not authenticated, so what they can fill is bounded. */
 const MAX_INSTANCES = 1_024;
+
+/**
+ * Monotonic milliseconds in which this process ran, as far as it looks at this clock every now and then: between two looks at most
+ * MOST_BETWEEN_LOOKS_MS pass. Where it was stopped, or its machine paused, pings wait unread, and by this clock nobody has been silent.
+ */
+export function runningClock(now: () => number = () => performance.now()): () => number {
+  let atMs = now();
+  let ranMs = 0;
+  return () => {
+    const nowMs = now();
+    ranMs += Math.min(nowMs - atMs, MOST_BETWEEN_LOOKS_MS);
+    atMs = nowMs;
+    return ranMs;
+  };
+}
 
 export class InstanceRegistry {
   readonly #entries = new Map<string, Entry>();
@@ -141,7 +158,7 @@ export class InstanceRegistry {
   /** `now` is monotonic, in milliseconds. */
   constructor(
     timeoutMs: number,
-    now: () => number = () => performance.now(),
+    now: () => number = runningClock(),
     policies: Policies = { producer: 'auto', consumer: 'auto' },
   ) {
     this.#timeoutMs = timeoutMs;
@@ -173,7 +190,7 @@ export class InstanceRegistry {
     );
     if (this.#entries.size >= MAX_INSTANCES) return changes.length > 0 ? changes : undefined;
     const url = instanceUrl(http, announcement.tls);
-    const instance: Instance = { ...announcement, http, url, zmq, firstSeenMs: now, lastSeenMs: now };
+    const instance: Instance = { ...announcement, http, url, zmq, lastSeenMs: now };
     const work = new InstanceWork(this.#now);
     if (announcement.load) work.tell(announcement.load);
     const address = announcement.httpAddress;

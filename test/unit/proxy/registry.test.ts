@@ -5,6 +5,7 @@ import {
   type InstancePing,
   InstanceRegistry,
   type InstanceRole,
+  runningClock,
 } from '../../../src/proxy/registry.ts';
 import type { SendType } from '../../../src/wire/messages.ts';
 
@@ -52,6 +53,22 @@ describe('expiry', () => {
     registry.announce(ping('producer', 1));
     expect(registry.pair()).toBe('consumer');
     expect(addresses(registry)).toEqual(['10.0.0.1:1']);
+  });
+
+  test('goes by how long this process listened: while it was stopped nobody was silent', () => {
+    const real = { now: 5_000 };
+    const registry = new InstanceRegistry(
+      TIMEOUT,
+      runningClock(() => real.now),
+    );
+    registry.announce(ping('producer', 1));
+    real.now += 6 * TIMEOUT;
+    // whatever comes first, a request or the look for silent ones
+    expect(addresses(registry)).toEqual(['10.0.0.1:1']);
+    expect(registry.expire()).toEqual([]);
+    let listenedMs = 2_000;
+    for (; registry.expire().length === 0; listenedMs += 1_000) real.now += 1_000;
+    expect(listenedMs).toBe(TIMEOUT + 1_000);
   });
 
   test('whatever the order of pings and pauses: listed are exactly those heard of in time, each once', () => {
