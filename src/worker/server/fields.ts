@@ -222,9 +222,12 @@ export function parseJson(body: Uint8Array): unknown {
   return json;
 }
 
+/** Characters of what is said of a field: it may repeat what was sent. */
+const MOST_SAID = 1_000;
+
 /** REQUEST_INVALID that names `param`. */
 export function badField(param: string, message: string): PdError {
-  return new PdError('REQUEST_INVALID', `${param}: ${message}`, { param });
+  return new PdError('REQUEST_INVALID', `${param}: ${message.slice(0, MOST_SAID)}`, { param });
 }
 
 /** The body, or REQUEST_INVALID that names the first field that is wrong and what it may be. */
