@@ -118,7 +118,10 @@ export const ERROR_TABLE = {
   CUDA_ERROR: error(500, "A CUDA call failed; the message includes the library's own text."),
   NCCL_ERROR: error(500, 'An NCCL call failed; run with NCCL_DEBUG=INFO for its own log.'),
   // proxy
-  NO_INSTANCE: error(503, 'No instance of that role pings this proxy; GET /health lists those that do.'),
+  NO_INSTANCE: error(
+    503,
+    'No instance of that role pings this proxy, or those that do are drained; GET /health lists them.',
+  ),
   REGISTRY_FAILED: error(
     502,
     'Check that etcd runs at the address of --registry and that its JSON gateway (/v3) can be reached. Instances known so far are kept meanwhile.',

@@ -116,6 +116,7 @@ const GOODPUT_OPTIONS = defineOptions({
     help: 'let answers end early: do not send ignore_eos, which servers other than vLLM and pd-worker may refuse',
     group: LOAD,
     default: true,
+    defaultText: 'it is sent',
   }),
   temperature: option({ kind: real(0, 2), help: 'sampling temperature', group: LOAD, default: 0 }),
   extraBody: option({ kind: json(), help: 'additional fields of every request', group: LOAD }),
@@ -180,7 +181,9 @@ async function run(values: GoodputValues): Promise<void> {
       if (measured.system.rates.length < Math.min(values.runs, values.rates.length) || stop.signal.aborted)
         leftOut.push(`rates of ${name}`);
     } catch (error) {
-      problems.push(`${name}: ${PdError.from(error).message}`);
+      const problem = `${name}: ${PdError.from(error).message}`;
+      problems.push(problem);
+      console.error(`pd-bench: ${problem}`);
     }
   }
   process.off('SIGINT', interrupted).off('SIGTERM', interrupted);

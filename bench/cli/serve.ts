@@ -114,6 +114,7 @@ export const SERVE_OPTIONS = defineOptions({
     help: 'let answers end early: do not send ignore_eos, which servers other than vLLM and pd-worker may refuse',
     group: TEXT,
     default: true,
+    defaultText: 'it is sent',
   }),
   temperature: option({ kind: real(0, 2), help: 'sampling temperature', group: TEXT, default: 0 }),
   extraBody: option({ kind: json(), help: 'additional fields of every request', group: TEXT }),

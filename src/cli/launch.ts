@@ -34,6 +34,11 @@ export const LAUNCH_OPTIONS = defineOptions({
   }),
   startTimeout: option({ kind: duration(1), help: 'until everything serves', default: 600_000 }),
   drainTimeout: option({ kind: duration(0), help: 'when stopping, for requests in flight', default: 30_000 }),
+  apiKeyFile: option({
+    kind: text('file'),
+    help: 'keys that clients of the proxy must show (pd-proxy --help); the workers need none',
+    defaultText: 'no key is needed',
+  }),
   config: option({ kind: text('file'), help: 'JSON file with any of these options' }),
   ...grouped('Workers', {
     model: option({ kind: text('dir'), help: 'checkpoint directory', defaultText: 'the bundled demo model' }),
@@ -45,12 +50,7 @@ export const LAUNCH_OPTIONS = defineOptions({
       defaultText: 'recompute',
     }),
   }),
-  ...grouped('Ports', {
-    apiKeyFile: option({
-      kind: text('file'),
-      help: 'keys that clients of the proxy must show (pd-proxy --help); the workers need none',
-      defaultText: 'no key is needed',
-    }),
+  ...grouped('Addresses', {
     host: option({ kind: text('address'), help: 'address all listen on', default: '127.0.0.1' }),
     port: option({ kind: port(), help: "the proxy's HTTP port", default: 10_002 }),
     discoveryPort: option({ kind: port(), help: "the proxy's discovery port", default: 30_002 }),

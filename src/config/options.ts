@@ -108,17 +108,26 @@ export function addOptions(command: Command, table: OptionTable): Command {
     const choices = wide ? `${spec.kind.argument.replaceAll('|', ', ')}: ${help}` : help;
     add(wide ? `${flag} <name>` : `${flag} ${argument}`, choices, group);
   }
-  const example = Object.keys(table).findLast((name) => name.endsWith('Port')) ?? Object.keys(table)[0] ?? '';
-  const named = example === '' ? '' : `${flagOf(example, table[example]!)} as ${envOf(example)}`;
-  const file = `{"${kebab(example)}": ${JSON.stringify(table[example]?.default ?? '...')}}`;
-  return command
-    .configureHelp({ minWidthToWrap: MIN_TEXT })
-    .addHelpText(
-      'after',
-      'config' in table
-        ? `\nEvery flag can be set in the environment (${named})\nand in the JSON file of --config (${file});\nflags win over the environment, the environment over the file.`
-        : `\nEvery flag can be set in the environment (${named});\nflags win over the environment.`,
-    );
+  return command.configureHelp({ minWidthToWrap: MIN_TEXT }).addHelpText('after', `\n${otherPlaces(table)}`);
+}
+
+/** Where else values may stand, by examples from the table. */
+function otherPlaces(table: OptionTable): string {
+  const rows = Object.entries(table);
+  const example =
+    rows.findLast(([name, spec]) => name.endsWith('Port') && spec.default !== undefined) ?? rows[0];
+  if (!example) return '';
+  const [name, spec] = example;
+  const off = rows.find(([, { kind, default: on }]) => kind.argument === undefined && on === true);
+  const named = [
+    `${flagOf(...example)} as ${envOf(name)}`,
+    ...(off ? [`${flagOf(...off).replace('--', '--no-')} as ${envOf(off[0])}=false`] : []),
+    ...(rows.some(([, { kind }]) => kind.list) ? ['several values with commas between them'] : []),
+  ].join(',\n');
+  const everywhere = `Every flag can be set in the environment (${named})`;
+  if (!('config' in table)) return `${everywhere};\nflags win over the environment.`;
+  const file = `{"${kebab(name)}": ${JSON.stringify(spec.default ?? '...')}}`;
+  return `${everywhere}\nand in the JSON file of --config (${file});\nflags win over the environment, the environment over the file.`;
 }
 
 /**
@@ -182,9 +191,10 @@ export function defaultsOf<T extends OptionTable>(table: T): ValuesOf<T> {
 export function parseValue<T>(kind: Kind<T>, raw: unknown, label: string): T {
   const result = kind.schema.safeParse(raw);
   if (result.success) return result.data;
+  const given = (Array.isArray(raw) ? raw : [raw]).map((one) => JSON.stringify(one)).join(' ');
   throw new PdError(
     'CONFIG_INVALID',
-    `${label}: ${withoutPassword(JSON.stringify(raw))} is not allowed; expected ${kind.allowed}`,
+    `${label}: ${withoutPassword(given)} is not allowed; expected ${kind.allowed}`,
   );
 }
 

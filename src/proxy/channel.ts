@@ -61,6 +61,8 @@ export type ToRelay =
     }
   /** Since it started or pinged for the first time. */
   | { readonly type: 'instance'; readonly instance: Instance }
+  /** No request is placed there from now on. */
+  | { readonly type: 'gone'; readonly httpAddress: string }
   | { readonly type: 'wanted'; readonly wanted: WantedKeys }
   | {
       readonly type: 'placed';

@@ -314,5 +314,10 @@ function noPair(missing: Missing, registry: InstanceRegistry): PdError {
     );
   }
   const phase = missing === 'producer' ? 'prefill' : 'decode';
+  if (registry.list(missing).length > 0)
+    return new PdError(
+      'NO_INSTANCE',
+      `each ${missing} (${phase} instance) that could take the request is being drained (${counts}); POST /admin/drain with "drain": false undoes it`,
+    );
   return new PdError('NO_INSTANCE', `no ${missing} (${phase} instance) pings this proxy (${counts})`);
 }

@@ -5,6 +5,7 @@
  */
 import { Dealer } from 'zeromq';
 import { PdError } from '../errors.ts';
+import { remember } from '../memories.ts';
 import {
   asDestination,
   formatHostPort,
@@ -17,12 +18,12 @@ import { AllowList } from '../net/allow-list.ts';
 import { listenError } from '../net/port-holder.ts';
 import { ZapGate } from '../net/zap.ts';
 import { type Logger, RateLimitedLog } from '../observability/log.ts';
-import { decodePing } from '../wire/codec.ts';
+import { claimedAddress, decodePing } from '../wire/codec.ts';
 import { MAX_BODY_BYTES } from '../wire/limits.ts';
 import type { PingMessage } from '../wire/messages.ts';
 import { NATIVE_FEATURE, OVERLAP_FEATURE, TLS_FEATURE } from '../wire/overlap.ts';
 import { PROMPT_IDS_FEATURE } from '../wire/prompt-ids.ts';
-import { type InstanceRegistry, instanceLabel, type RegistryChange } from './registry.ts';
+import { type Instance, type InstanceRegistry, instanceLabel, type RegistryChange } from './registry.ts';
 
 export interface DiscoveryOptions {
   readonly bind: HostPort;
@@ -56,6 +57,15 @@ const REASONS = {
   left: 'it has left etcd, or its lease there has ended',
 } as const;
 
+/** One that comes back after it was replaced takes turns with the other if it was no longer ago; a worker pings every 3 s. */
+const TURNS_MS = 60_000;
+const MOST_REPLACED = 1_024;
+
+/** What is the same of two instances only where they are the same process. */
+function processOf(instance: Instance): string {
+  return `${instance.role} ${instanceLabel(instance)} ${instance.started}`;
+}
+
 export class Discovery {
   /** What it is bound to, the port chosen where 0 was asked for. */
   readonly address: HostPort;
@@ -65,6 +75,9 @@ export class Discovery {
   readonly #options: DiscoveryOptions;
   readonly #allowed: AllowList | undefined;
   readonly #bad = new RateLimitedLog();
+  readonly #turns = new RateLimitedLog(TURNS_MS);
+  /** When each was last replaced by another. */
+  readonly #replaced = new Map<string, number>();
   readonly #sweep: NodeJS.Timeout;
   readonly #listening: Promise<void>;
   #closed = false;
@@ -135,20 +148,28 @@ export class Discovery {
   #receive(frames: readonly Buffer[]): void {
     const [body, ...more] = frames;
     if (body && more.length === 0) this.take(body);
-    else this.#refuse({}, new PdError('MESSAGE_INVALID', `expected one frame, got ${frames.length}`));
+    else this.#refuse(new PdError('MESSAGE_INVALID', `expected one frame, got ${frames.length}`), undefined);
   }
 
   /** Takes a ping, whichever way it came; false where it cannot be used, which is logged. */
   take(body: Uint8Array): boolean {
-    return this.#take(() => decodePing(body));
+    return this.#take(
+      () => decodePing(body),
+      () => claimedAddress(body),
+    );
   }
 
   /** Takes what an instance says that was named, and answered there: it may get this proxy's key, wherever it is. */
   takeNamed(ping: PingMessage, named: Reached): boolean {
-    return this.#take(() => ping, named);
+    const { http_address } = ping;
+    return this.#take(
+      () => ping,
+      () => http_address,
+      named,
+    );
   }
 
-  #take(read: () => PingMessage, named?: Reached): boolean {
+  #take(read: () => PingMessage, claimed: () => string | undefined, named?: Reached): boolean {
     const { registry, onPing } = this.#options;
     try {
       const ping = read();
@@ -171,6 +192,7 @@ export class Discovery {
         ...(ping.native?.features?.includes(NATIVE_FEATURE) ? { native: true } : {}),
         ...(ping.native?.tokenizer ? { tokenizer: ping.native.tokenizer } : {}),
         ...(ping.native?.features?.includes(PROMPT_IDS_FEATURE) ? { takesIds: true } : {}),
+        ...(ping.native?.started === undefined ? {} : { started: ping.native.started }),
         ...(tls ? { tls } : {}),
         ...(named ? { at: named.at } : {}),
       });
@@ -179,7 +201,7 @@ export class Discovery {
       onPing?.(ping.http_address);
       return true;
     } catch (error) {
-      this.#refuse(named ? { named: formatHostPort(named.at) } : {}, PdError.from(error));
+      this.#refuse(PdError.from(error), claimed(), named);
       return false;
     }
   }
@@ -194,11 +216,16 @@ export class Discovery {
     this.#apply(this.#options.registry.leave(decodePing(body).http_address));
   }
 
-  #refuse(from: object, { message }: PdError): void {
+  /** ZeroMQ does not tell who has sent a message, so the ping's own word is all there is. */
+  #refuse({ message }: PdError, claimed: string | undefined, named?: Reached): void {
     const { log, onBadPing } = this.#options;
     onBadPing?.();
+    const from = claimed === undefined ? 'it gives no HTTP address' : `its HTTP address is ${claimed}`;
     this.#bad.log('ping', (suppressed) =>
-      log.warn({ suppressed, ...from }, `ignored a ping that cannot be used: ${message}`),
+      log.warn(
+        { suppressed, ...(named && { named: formatHostPort(named.at) }) },
+        `ignored a ping that cannot be used (${from}): ${message}`,
+      ),
     );
   }
 
@@ -219,9 +246,12 @@ export class Discovery {
   }
 
   #apply(changes: readonly RegistryChange[]): void {
+    const quiet = this.#takeTurns(changes);
     for (const change of changes) {
       const { kind, instance } = change;
-      if (kind === 'added') {
+      if (quiet) {
+        // All has been said.
+      } else if (kind === 'added') {
         const model = instance.fingerprint ? `, model ${instance.fingerprint.model}` : '';
         this.#options.log.info(
           { role: instance.role, fingerprint: instance.fingerprint?.digest },
@@ -235,5 +265,27 @@ export class Discovery {
       }
       this.#options.onChange?.(change);
     }
+  }
+
+  /** One that was replaced a moment ago replaces the other: both run, and would fill the log. */
+  #takeTurns(changes: readonly RegistryChange[]): boolean {
+    const now = performance.now();
+    const gone = changes.filter((change) => change.kind === 'removed' && change.reason === 'replaced');
+    for (const { instance } of gone) remember(this.#replaced, processOf(instance), now, MOST_REPLACED);
+    const back = changes.find(({ kind }) => kind === 'added')?.instance;
+    const before = back && this.#replaced.get(processOf(back));
+    if (!gone[0] || !back || before === undefined || now - before > TURNS_MS) return false;
+    const [one, other] = [back, gone[0].instance].map(instanceLabel).sort();
+    this.#turns.log(`${one} ${other}`, (suppressed) => {
+      const sameKv = gone.some(({ instance: { zmqAddress } }) => zmqAddress === back.zmqAddress);
+      const [what, todo] = sameKv
+        ? ['KV', '--kv-announce-host or --kv-port']
+        : ['HTTP', '--http-announce-host or --port'];
+      this.#options.log.warn(
+        { suppressed },
+        `${one} and ${other} announce the same ${what} address, and take it from each other with every ping: give each its own ${todo}`,
+      );
+    });
+    return true;
   }
 }

@@ -20,6 +20,8 @@ const HIGH_WATER_MARK = 64;
 const BYTES_PER_SECOND = 64 * 2 ** 20;
 /** Between two questions for a snapshot that is not answered. */
 const ASK_AGAIN_MS = 2_000;
+/** After one that was, so many times as long as it took to take in, up to a second for a million blocks: streams wait meanwhile. */
+const REST = 20;
 
 export class KvFeeds {
   readonly #log: Logger;
@@ -95,7 +97,10 @@ class Subscription {
   readonly #events: Subscriber;
   readonly #snapshots: Dealer;
   readonly #limited = new RateLimitedLog();
+  /** Until it may be asked again. */
   #asked: NodeJS.Timeout | undefined;
+  /** A question has not been answered. */
+  #awaited = false;
   #second = 0;
   #bytes = 0;
   #closed = false;
@@ -109,6 +114,7 @@ class Subscription {
     this.#events = new Subscriber({ ...socket, maxMessageSize: MAX_KV_EVENTS_BYTES });
     this.#snapshots = new Dealer({
       ...socket,
+      receiveHighWaterMark: 2,
       sendHighWaterMark: 2,
       sendTimeout: 0,
       maxMessageSize: MAX_SNAPSHOT_BYTES,
@@ -116,8 +122,10 @@ class Subscription {
     // What was published while there was no connection is missing.
     this.#events.events.on('handshake', () => {
       feed.restart();
-      clearTimeout(this.#asked);
-      this.#asked = undefined;
+      if (this.#awaited) {
+        clearTimeout(this.#asked);
+        this.#asked = undefined;
+      }
       this.#ask();
     });
     this.#events.subscribe();
@@ -162,10 +170,14 @@ class Subscription {
 
   #snapshot([, header, keys]: readonly Buffer[]): void {
     if (!header || !keys) throw new PdError('MESSAGE_INVALID', 'snapshot: not header and keys');
+    if (this.#floods(keys.length) || !this.#awaited) return;
+    const startedMs = performance.now();
+    const snapshot = decodeSnapshot(header, keys);
+    this.#awaited = false;
+    const missing = this.feed.snapshot(snapshot);
     clearTimeout(this.#asked);
-    this.#asked = undefined;
-    if (this.feed.snapshot(decodeSnapshot(header, keys)))
-      this.#lost('gap', 'some of its KV events are missing');
+    this.#asked = this.#askAfter(REST * (performance.now() - startedMs));
+    if (missing) this.#lost('gap', 'some of its KV events are missing');
   }
 
   #floods(bytes: number): boolean {
@@ -178,7 +190,7 @@ class Subscription {
     if (this.#bytes <= BYTES_PER_SECOND) return false;
     this.#lost(
       'flood',
-      `more than ${BYTES_PER_SECOND} bytes of KV events in a second: they are not read any more`,
+      `more than ${BYTES_PER_SECOND} bytes of KV events and snapshots in a second: they are not read any more`,
     );
     this.feed.restart();
     this.close();
@@ -199,12 +211,18 @@ class Subscription {
   /** Until it is answered. */
   #ask(): void {
     if (this.#asked || this.#closed) return;
-    this.#asked = setTimeout(() => {
-      this.#asked = undefined;
-      if (!this.feed.following) this.#ask();
-    }, ASK_AGAIN_MS).unref();
+    this.#awaited = true;
+    this.#asked = this.#askAfter(ASK_AGAIN_MS);
     this.#snapshots.send(['', 'snapshot']).catch((error: unknown) => {
       this.#options.log.debug({ err: PdError.from(error) }, 'a snapshot could not be asked for');
     });
+  }
+
+  /** If it is needed then. */
+  #askAfter(ms: number): NodeJS.Timeout {
+    return setTimeout(() => {
+      this.#asked = undefined;
+      if (!this.feed.following) this.#ask();
+    }, ms).unref();
   }
 }

@@ -91,27 +91,24 @@ export function choose<C extends Candidate>(
   const session = prompt?.session;
   const policy = asked === 'session' && session === undefined ? 'least-loaded' : asked;
   const compared: Compared[] = [];
-  const note = (one: Compared) => {
-    if (compared.length < MOST_COMPARED) compared.push(one);
-  };
   const tokens = prompt?.tokens ?? 0;
   const estimates = policy !== 'session' && policy !== 'round-robin';
   const usual = estimates ? usualMs(candidates) : 0;
   const estimate = role === 'producer' ? prefillMs : decodeMs;
   const chosen = least(candidates, ({ address, work }) => {
     if (!estimates) {
-      note({ address });
+      compared.push({ address });
       return policy === 'session' ? -weight(session!, address) : 0;
     }
     const { msPerToken: own = usual } = work;
     const differs = own > usual * DIFFERS || own * DIFFERS < usual;
     const cachedTokens = policy === 'kv-aware' && prompt ? prompt.cached(address) : undefined;
     const costMs = estimate(work, Math.max(0, tokens - (cachedTokens ?? 0)), differs ? own : usual);
-    note(cachedTokens === undefined ? { address, costMs } : { address, costMs, cachedTokens });
+    compared.push(cachedTokens === undefined ? { address, costMs } : { address, costMs, cachedTokens });
     return costMs;
   });
-  if (candidates.length > MOST_COMPARED && !compared.some(({ address }) => address === chosen.address))
-    compared.push({ address: chosen.address });
+  const [own] = compared.splice(MOST_COMPARED).filter(({ address }) => address === chosen.address);
+  if (own) compared.push(own);
   choices[role] = { policy, considered: candidates.length, candidates: compared };
   return chosen;
 }

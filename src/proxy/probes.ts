@@ -14,7 +14,7 @@ export class Probes {
   readonly #upstream: Upstream;
   readonly #log: Logger;
   readonly #intervalMs: number;
-  /** By HTTP address: failures in a row; an address is here while it is looked at, too. */
+  /** By HTTP address: failures in a row. */
   readonly #failures = new Map<string, number>();
   readonly #looking = new Set<string>();
   readonly #timer: NodeJS.Timeout;

@@ -189,7 +189,7 @@ export class PdProxy {
       onPing: (address) => this.#models.onPing(address),
       onBadPing: () => this.#serving.metrics.badPings.inc(),
       onChange: (change) => {
-        if (change.kind === 'added') this.#relays?.instanceAdded(change.instance);
+        this.#relays?.instanceChanged(change);
         this.#models.forget(change.instance.httpAddress);
         this.#caches.changed(change);
         this.#events.emit('instances');

@@ -6,7 +6,7 @@
  *   same      both announce the same fingerprint, or neither announces any (two vLLM workers)
  *   unknown   one announces a fingerprint, the other none (ours with vLLM's): taken only where no `same` pair is left
  *   never     two fingerprints that differ: different weights would give wrong text silently; or GET with PUT: KV would never move
- * Two instances whose served model names are known and have none in common never fit either.
+ * Where not both announce a fingerprint, two whose served model names are known and have none in common never fit either.
  */
 import type { Policy } from '../config/proxy-config.ts';
 import { asDestination, formatHostPort, type HostPort, httpUrl, parseHostPort } from '../net/address.ts';
@@ -41,6 +41,8 @@ export interface InstancePing {
   readonly tokenizer?: string;
   /** It takes the ids of a prompt's tokens, if from this proxy. */
   readonly takesIds?: boolean;
+  /** When it started, by its clock: what has restarted on its addresses is another. Absent likewise. */
+  readonly started?: number;
   /** Of one that was named (--instances): where it has answered. Absent: requests go where it says. */
   readonly at?: HostPort;
 }
@@ -76,7 +78,7 @@ export type RegistryChange =
     };
 
 export interface PairWish {
-  /** The request's `model`. Pairs known to serve only others are passed over while there are better ones. */
+  /** The request's `model`. Instances known to serve only others are taken only where none of their role serves it. */
   readonly model?: string | undefined;
   /** HTTP addresses not to be taken. */
   readonly exclude?: ReadonlySet<string>;
@@ -117,8 +119,8 @@ interface Group {
   readonly members: Entry[];
 }
 
-/** What speaks against a pair, the worst first; of one instance all but the last. */
-const [WRONG_MODEL, SHUNNED, UNKNOWN_FIT] = [4, 2, 1];
+/** What speaks against a pair, the worst first; of one instance the first alone. */
+const [SHUNNED, UNKNOWN_FIT] = [2, 1];
 
 export type Policies = Readonly<Record<InstanceRole, Policy>>;
 
@@ -265,10 +267,13 @@ export class InstanceRegistry {
     entry.work.msPerToken = undefined;
   }
 
-  /** There are a producer and a consumer that fit. */
+  /** There are a producer and a consumer that fit, and take requests. */
   get paired(): boolean {
-    const consumers = this.list('consumer');
-    return this.list('producer').some((one) => consumers.some((other) => fitOf(one, other) !== 'never'));
+    const open = this.#live().flatMap(({ draining, instance }) => (draining ? [] : instance));
+    const consumers = open.filter(({ role }) => role === 'consumer');
+    return open.some(
+      (one) => one.role === 'producer' && consumers.some((other) => fitOf(one, other) !== 'never'),
+    );
   }
 
   /**
@@ -313,14 +318,16 @@ export class InstanceRegistry {
   /** Those that may be taken, by what decides whom they fit: seldom more than one or two groups, however many instances. */
   #groups(role: InstanceRole, { model, exclude }: PairWish): Group[] {
     const groups: Group[] = [];
-    const now = this.#now();
-    for (const entry of this.#entries.values()) {
+    const live = this.#live(role);
+    const serves = ({ instance: { models } }: Entry) =>
+      model === undefined || (models?.includes(model) ?? true);
+    // Also by whoever drains or has just refused: others would tell the client that there is no such model.
+    const served = live.some(serves);
+    for (const entry of live) {
       const { kind, address, draining, instance, breaker } = entry;
-      if (instance.role !== role || draining || this.#expired(instance, now) || exclude?.has(address))
-        continue;
-      const serves = model === undefined || (instance.models?.includes(model) ?? true);
+      if (draining || exclude?.has(address) || (served && !serves(entry))) continue;
       const shunned = breaker.state === 'open' || this.quarantined(instance);
-      const demerits = (serves ? 0 : WRONG_MODEL) | (shunned ? SHUNNED : 0);
+      const demerits = shunned ? SHUNNED : 0;
       const known = groups.find((group) => group.kind === kind && group.demerits === demerits);
       if (known) known.members.push(entry);
       else groups.push({ kind, demerits, members: [entry] });
@@ -396,6 +403,7 @@ function samePing(a: Instance, b: InstancePing): boolean {
     a.events?.publish === b.events?.publish &&
     a.events?.snapshot === b.events?.snapshot &&
     a.tokenizer === b.tokenizer &&
-    a.takesIds === b.takesIds
+    a.takesIds === b.takesIds &&
+    a.started === b.started
   );
 }

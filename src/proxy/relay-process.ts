@@ -54,6 +54,7 @@ class RelayProcess {
   receive(message: Exclude<ToRelay, Start>): void {
     switch (message.type) {
       case 'instance':
+      case 'gone':
       case 'wanted':
       case 'placed':
       case 'refused':
@@ -166,9 +167,11 @@ class RemoteCoordinator implements Coordinator {
     }
   }
 
-  receive(message: Extract<ToRelay, { type: 'instance' | 'wanted' | 'placed' | 'refused' }>): void {
+  receive(message: Extract<ToRelay, { type: 'instance' | 'gone' | 'wanted' | 'placed' | 'refused' }>): void {
     if (message.type === 'instance') {
       this.#instances.set(message.instance.httpAddress, message.instance);
+    } else if (message.type === 'gone') {
+      this.#instances.delete(message.httpAddress);
     } else if (message.type === 'wanted') {
       this.wanted = message.wanted;
     } else {

@@ -25,7 +25,7 @@ import { Channel, type FromRelay, type SentPlacement, type SentWish, type ToRela
 import type { Coordinator, Placement, Visit } from './coordinator.ts';
 import { addCounts, type ExportedMetrics, sumMetrics } from './metrics.ts';
 import type { Receipt } from './receipts.ts';
-import type { Instance } from './registry.ts';
+import type { Instance, RegistryChange } from './registry.ts';
 
 const START_MS = 60_000;
 /** Beyond the time to drain. */
@@ -131,8 +131,10 @@ export class Relays {
     return bound.port;
   }
 
-  instanceAdded(instance: Instance): void {
-    for (const { channel } of this.#relays.values()) channel.send({ type: 'instance', instance });
+  instanceChanged({ kind, instance }: RegistryChange): void {
+    const { httpAddress } = instance;
+    for (const { channel } of this.#relays.values())
+      channel.send(kind === 'added' ? { type: 'instance', instance } : { type: 'gone', httpAddress });
   }
 
   /** All processes' together with `own`; of one that does not answer, what it told last. */
@@ -243,7 +245,8 @@ export class Relays {
     relay.ready = true;
     this.#failures = 0;
     log.info({ pid: child.pid }, `relay process ${number} is ready`);
-    for (const socket of this.#unserved) this.#hand(socket);
+    // A copy: where it has ended meanwhile, they wait again.
+    for (const socket of [...this.#unserved]) this.#hand(socket);
   }
 
   /** Its requests are over; another takes its place. */

@@ -10,9 +10,11 @@ import { Guard } from '../access/guard.ts';
 import type { ProxyConfig } from '../config/proxy-config.ts';
 import { Cancellation } from '../deferred.ts';
 import { PdError } from '../errors.ts';
+import { onClientGone } from '../net/client-gone.ts';
 import { NO_JSON_SCHEMAS } from '../net/json-schemas.ts';
 import { keepReading } from '../net/keep-reading.ts';
 import { askedPath, checkHeads, noSuchPath, unreadablePath } from '../net/request-head.ts';
+import { limitUnread } from '../net/unread.ts';
 import type { Logger } from '../observability/log.ts';
 import { monotonicMs } from '../observability/timelines.ts';
 import { openAiError } from '../openai-error.ts';
@@ -114,6 +116,7 @@ export class Serving implements ProxyContext {
     }) as unknown as FastifyInstance;
     this.guard.attach(this.app);
     checkHeads(this.app);
+    limitUnread(this.app, config.decodeIdleTimeoutMs);
     this.#routes(parts.elsewhere);
   }
 
@@ -127,6 +130,11 @@ export class Serving implements ProxyContext {
   /** Requests under way. */
   get running(): number {
     return this.#running.size;
+  }
+
+  /** It takes no new requests. */
+  get draining(): boolean {
+    return this.#draining;
   }
 
   /** Takes no new requests, and resolves once those under way have ended: within `ms`, as then the rest is broken off. */
@@ -206,14 +214,8 @@ export class Serving implements ProxyContext {
   }
 
   async #serve(route: string, request: FastifyRequest, out: ServerResponse): Promise<void> {
-    const { metrics } = this;
-    if (this.#draining) {
-      metrics.routeOf(route).statuses.inc(503);
-      answerError(out, new PdError('SERVER_DRAINING', 'this proxy is stopping'), { end: streamEnd(route) });
-      return;
-    }
     const holder = this.guard.holder(request)?.name;
-    if (holder !== undefined) metrics.keyRequests.inc(holder);
+    if (holder !== undefined) this.metrics.keyRequests.inc(holder);
     const proxied = new ProxiedRequest(this, route, request.headers, out, holder);
     this.#running.add(proxied);
     try {
@@ -268,13 +270,13 @@ class ProxiedRequest implements ClientRequest {
     const { metrics, bodies, coordinator, receipts, traces } = this.#serving;
     const { route, out, receipt, signal } = this;
     let error: PdError | undefined;
-    out.once('close', () => {
-      if (out.writableFinished) return;
+    onClientGone(out, () => {
       this.#clientGone = true;
       signal.abort(new PdError('REQUEST_ABORTED', `${route}: the client went away`));
     });
     metrics.inFlight.inc();
     try {
+      if (this.#serving.draining) throw new PdError('SERVER_DRAINING', 'this proxy is stopping');
       this.via = this.#serving.via(this.headers);
       const read = await bodies.read(body, signal, coordinator.wanted, route);
       signal.throwIfAborted();

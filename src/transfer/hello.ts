@@ -21,7 +21,14 @@ export function helloOf(
 export function pingOf(
   { fingerprint, sendType }: Pick<TransferOptions, 'fingerprint' | 'sendType'>,
   self: string,
-  { type, httpAddress, features, events, tokenizer }: Omit<ProxyPing, 'proxies' | 'registry' | 'intervalMs'>,
+  {
+    type,
+    httpAddress,
+    features,
+    events,
+    tokenizer,
+    started,
+  }: Omit<ProxyPing, 'proxies' | 'registry' | 'intervalMs'>,
 ): PingMessage {
   const message = { type, http_address: httpAddress, zmq_address: self } as const;
   if (!fingerprint) return message;
@@ -33,6 +40,7 @@ export function pingOf(
     ...(features && { features }),
     ...(events && { events }),
     ...(tokenizer !== undefined && { tokenizer }),
+    ...(started !== undefined && { started }),
   };
   return { ...message, native };
 }

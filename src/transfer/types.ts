@@ -23,6 +23,8 @@ export interface ProxyPing {
   readonly events?: KvEventPorts;
   /** `PingHello.tokenizer`. */
   readonly tokenizer?: string;
+  /** `PingHello.started`. */
+  readonly started?: number;
 }
 
 /** What `send` sends: bytes where they lie, or blocks of a paged cache, which are gathered first. */

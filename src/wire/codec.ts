@@ -183,13 +183,14 @@ export function encodePing(ping: PingMessage): Uint8Array {
 /** A ping as it travels, before it is bytes: `GET /instance` answers with the same, as JSON. */
 export function pingFields({ type, http_address, zmq_address, native }: PingMessage): Fields {
   if (!native) return { type, http_address, zmq_address };
-  const { version, digest, model, sendType, features, load, events, tokenizer } = native;
+  const { version, digest, model, sendType, features, load, events, tokenizer, started } = native;
   const told = {
     ...(sendType === undefined ? {} : { send_type: sendType }),
     ...(features === undefined ? {} : { features }),
     ...(load === undefined ? {} : { load: loadFields(load) }),
     ...(events === undefined ? {} : { events }),
     ...(tokenizer === undefined ? {} : { tokenizer }),
+    ...(started === undefined ? {} : { started }),
   };
   return { type, http_address, zmq_address, pd: { version, digest, model, ...told } };
 }
@@ -197,6 +198,16 @@ export function pingFields({ type, http_address, zmq_address, native }: PingMess
 /** Addresses stay strings here; the reader parses them (`net/address.ts`). */
 export function decodePing(body: Uint8Array): PingMessage {
   return readPing(decodeMap(body, 'ping'));
+}
+
+/** The HTTP address that a ping gives which cannot be read otherwise, for people; undefined where it gives none. */
+export function claimedAddress(body: Uint8Array): string | undefined {
+  try {
+    const address = field(decodeMap(body, 'ping'), 'http_address');
+    return address === undefined ? undefined : show(address);
+  } catch {
+    return undefined;
+  }
 }
 
 /** The reverse of `pingFields`. */
@@ -285,6 +296,7 @@ function readPingHello(pd: Fields): PingHello {
     ...(field(pd, 'tokenizer') === undefined
       ? {}
       : { tokenizer: textField(pd, 'tokenizer', MAX_DIGEST, 'ping') }),
+    ...(field(pd, 'started') === undefined ? {} : { started: countField(pd, 'started', 0, 'ping') }),
   };
 }
 

@@ -18,7 +18,12 @@ export function field(fields: Fields, key: string): unknown {
 /** A value from outside as it may appear in an error message or a log: quoted and short. */
 export function show(value: unknown): string {
   if (value instanceof Uint8Array) return `${value.length} bytes`;
-  const text = (typeof value === 'bigint' ? `${value}` : JSON.stringify(value)) ?? 'nothing';
+  // JSON knows no bigint, which is what an integer beyond 2^53 is decoded as
+  const text =
+    typeof value === 'bigint'
+      ? `${value}`
+      : (JSON.stringify(value, (_key, part: unknown) => (typeof part === 'bigint' ? `${part}` : part)) ??
+        'nothing');
   return text.length > 80 ? `${text.slice(0, 80)}...` : text;
 }
 

@@ -247,7 +247,8 @@ export function decodeSnapshot(header: Uint8Array, bytes: Uint8Array): KvSnapsho
     throw protocolError('limit', `snapshot: ${bytes.length} bytes for ${count} keys`);
   }
   const keys: BlockKey[] = [];
-  for (let at = 0; at < bytes.length; at += KEY_BYTES)
-    keys.push(blockKey(bytes.subarray(at, at + KEY_BYTES)));
+  // Many times as quick as to read each from its bytes.
+  const text = Buffer.from(bytes.buffer, bytes.byteOffset, bytes.length).toString('latin1');
+  for (let at = 0; at < text.length; at += KEY_BYTES) keys.push(text.slice(at, at + KEY_BYTES) as BlockKey);
   return { sequence: read('sequence', -1), blockSize: read('block_size', 1), keys };
 }

@@ -91,6 +91,8 @@ export interface PingHello {
   readonly events?: KvEventPorts;
   /** Digest of tokenizer, chat template and ends of text: equal ones make the same ids of a request. Absent in pings of older workers. */
   readonly tokenizer?: string;
+  /** When the worker started, ms since 1970: of another process it is another. Absent in pings of older workers. */
+  readonly started?: number;
 }
 
 /** The ports on which a worker publishes what it has cached (kv-events.ts), on the host of its `zmq_address`. */

@@ -70,8 +70,10 @@ export class CoreStages {
     const id = this.#unanswered.get(outcome.requestId);
     if (id === undefined) return;
     this.#timelines.stamp(id, 'load ended');
-    if (outcome.ok) this.#timelines.note(id, { kv_bytes: outcome.bytes, load_ms: outcome.milliseconds });
-    else this.#timelines.note(id, { kv_error: outcome.error.code });
+    if (outcome.ok) {
+      const ms = Math.round(outcome.milliseconds * 1_000) / 1_000;
+      this.#timelines.note(id, { kv_bytes: outcome.bytes, load_ms: ms });
+    } else this.#timelines.note(id, { kv_error: outcome.error.code });
   }
 
   posted(outputs: readonly RequestOutput[]): void {

@@ -1,4 +1,4 @@
-/** The core thread's entry: `CoreInit` in, messages of `messages.ts` both ways. It ends by itself once its port is closed. */
+/** The core thread's entry: `CoreInit` in, messages of core-messages.ts both ways. It ends by itself once its port is closed. */
 import { parentPort, workerData } from 'node:worker_threads';
 import { PdError, unreachable } from '../errors.ts';
 import { createLogger } from '../observability/log.ts';
@@ -158,6 +158,7 @@ function announce(
       ...(promptIdsFrom || access.apiKeyFile !== undefined ? [PROMPT_IDS_FEATURE] : []),
     ],
     tokenizer,
+    started: Date.now(),
     ...(events && { events }),
   } as const;
   ping = pingOf({ fingerprint, sendType: transfer.sendType }, kvAddress, said);

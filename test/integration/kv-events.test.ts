@@ -294,6 +294,30 @@ describe('a publisher that means harm', () => {
     expect(index.size).toBeLessThanOrEqual(100);
   });
 
+  test('a snapshot that was not asked for is not taken', async () => {
+    const { snapshots, lost, index } = await hostile();
+    const [identity] = await snapshots.receive();
+    const answer = (keys: readonly string[]) =>
+      snapshots.send([
+        identity!,
+        '',
+        ...encodeSnapshot({ sequence: 2 ** 40, blockSize: 16, keys: keys as BlockKey[] }),
+      ]);
+    await answer(['12345678']);
+    while (index.size === 0) await new Promise((resolve) => setTimeout(resolve, 5));
+    await answer([]);
+    const before = lost.length;
+    await snapshots.send([identity!, 'no snapshot']);
+    while (lost.length === before) await new Promise((resolve) => setTimeout(resolve, 5));
+    expect(index.size).toBe(1);
+    // One second lasts until it has said too much.
+    vi.useFakeTimers({ toFake: ['performance'] });
+    closing.push(() => vi.useRealTimers());
+    for (let i = 0; i < 9; i++)
+      await snapshots.send([identity!, '', Buffer.alloc(1), Buffer.alloc(8 * 2 ** 20)]);
+    while (!lost.includes('flood')) await new Promise((resolve) => setTimeout(resolve, 5));
+  });
+
   test('more than 64 MiB in a second are not read any more', async () => {
     const { snapshots, lost, feeds, batch, stored, untilRead, address } = await hostile();
     const answer = encodeSnapshot({ sequence: -1, blockSize: 16, keys: [] });

@@ -9,6 +9,7 @@ import type { PartResult } from '../../bench/transfer/result.ts';
 import { cacheBlocks } from '../../bench/transfer/shape.ts';
 import { standInEnvironment } from '../stand-ins/build.ts';
 import { tempDir } from '../support/temp-dir.ts';
+import { keptPort } from '../support/transfer.ts';
 
 const ROOT = fileURLToPath(new URL('../../', import.meta.url));
 const SMALL = ['--shape', 'tiny', '--kv-buffer-size', '64MiB'];
@@ -114,6 +115,14 @@ test('without GPUs it says what is missing, and where to go on without', async (
   expect(code).toBe(1);
   expect(stderr).toContain('LIBRARY_NOT_FOUND');
   expect(stderr).toContain('--device host');
+});
+
+test('a server that does not answer is named where goodput was asked for, not only on its page', async () => {
+  const url = `http://127.0.0.1:${await keptPort()}`;
+  const args = ['goodput', '--url', url, '--out', await tempDir()];
+  const { code, stderr } = await run(process.execPath, [join(ROOT, 'bin/pd-bench'), ...args]);
+  expect(code).toBe(1);
+  expect(stderr).toContain(`${url}: GET ${url}/v1/models: connect ECONNREFUSED`);
 });
 
 test.each([

@@ -3,6 +3,7 @@ import { once } from 'node:events';
 import type { FastifyReply, FastifyRequest } from 'fastify';
 import { PdError } from '../../errors.ts';
 import type { TextModel } from '../../model/tokenizer.ts';
+import { onClientGone } from '../../net/client-gone.ts';
 import { eventText, type StreamEvent } from '../../openai-error.ts';
 import {
   KV_FAILED_HEADER,
@@ -22,7 +23,7 @@ import { type GenerationRoute, promptIdsOf, requestIdOf, serverIdOf } from './in
 import { jsonInTurns } from './turns.ts';
 
 /** A client that takes nothing for this long is gone. */
-const STALL_MS = 60_000;
+export const STALL_MS = 60_000;
 
 interface Answering {
   readonly context: ServerContext;
@@ -91,13 +92,10 @@ export async function postGeneration<R extends GenerationRoute>(
 
 function goneSignal({ log }: ServerContext, reply: FastifyReply, id: string): AbortSignal {
   const gone = new AbortController();
-  const { raw } = reply;
-  raw.once('close', () => {
-    if (raw.writableFinished) return;
+  onClientGone(reply.raw, () => {
     log.debug({ requestId: id }, 'client went away: request aborted');
     gone.abort();
   });
-  if (raw.destroyed) gone.abort(); // gone before anyone listened
   return gone.signal;
 }
 

@@ -6,6 +6,7 @@ import { isLoopback } from '../../net/address.ts';
 import { NO_JSON_SCHEMAS } from '../../net/json-schemas.ts';
 import { keepReading } from '../../net/keep-reading.ts';
 import { checkHeads, noSuchPath, unreadablePath } from '../../net/request-head.ts';
+import { limitUnread } from '../../net/unread.ts';
 import { createRegistry } from '../../observability/registry.ts';
 import { modelNotFound, openAiError, retryHeaders } from '../../openai-error.ts';
 import { pingFields } from '../../wire/codec.ts';
@@ -14,7 +15,7 @@ import { completionFormat } from './completions.ts';
 import { readRequest, type ServerContext } from './context.ts';
 import { NOTICE_LIMIT, postFailed, postPrefilled, postReceipt, postRelease } from './notices.ts';
 import { openApi } from './openapi.ts';
-import { postGeneration } from './respond.ts';
+import { postGeneration, STALL_MS } from './respond.ts';
 import { responseFormat } from './response-answers.ts';
 
 /** Bytes; a prompt of a million token ids fits. */
@@ -48,6 +49,7 @@ export function createServer(context: ServerContext): FastifyInstance {
   }) as unknown as FastifyInstance;
   guard.attach(server);
   checkHeads(server);
+  limitUnread(server, STALL_MS);
   const registry = createRegistry(context.pages, { model_name: config.servedModelNames[0] ?? '' });
   registerCacheConfig(registry, context);
   const created = Math.floor(Date.now() / 1_000);
@@ -156,7 +158,8 @@ function asHttpError(cause: FastifyError | PdError): { readonly status: number; 
   if (cause instanceof PdError) return { status: cause.status, error: cause };
   const status = cause.statusCode;
   if (status !== undefined && status >= 400 && status < 500) {
-    const error = new PdError('REQUEST_INVALID', `the request cannot be read: ${cause.message}`);
+    const why = status === 415 ? 'send its body with content-type: application/json' : cause.message;
+    const error = new PdError('REQUEST_INVALID', `the request cannot be read: ${why}`);
     return { status, error };
   }
   return { status: 500, error: PdError.from(cause) };

@@ -1,4 +1,5 @@
 /** Clients that send too much, too slowly, or never read: what they cost the proxy, and what others notice of them. */
+import { subscribe, unsubscribe } from 'node:diagnostics_channel';
 import { once } from 'node:events';
 import { connect, type Socket } from 'node:net';
 import { afterEach, expect, test } from 'vitest';
@@ -92,6 +93,47 @@ test('a body that says it is too long is refused before it comes', async () => {
 test('a body that is too long is refused in an answer that a client reads who sends all of it first', async () => {
   const { proxy } = await start(answerJson());
   expect(await statusesAfterBody(proxy.httpAddress, '/v1/completions', 48 * MIB)).toEqual(['413', '200']);
+});
+
+test('an answer that is whole is not kept for ever for a client that does not read it', async () => {
+  const { proxy } = await start(answerJson(200, { text: 'x'.repeat(15 * MIB) }), {
+    decodeIdleTimeoutMs: 500,
+  });
+  const taken = new Promise<Socket>((resolve) => {
+    const take = (message: unknown) => {
+      const { socket } = message as { socket: Socket };
+      if (socket.localPort === proxy.httpAddress.port) resolve(socket);
+    };
+    subscribe('net.server.socket', take);
+    closing.push(() => unsubscribe('net.server.socket', take));
+  });
+  const socket = await open(proxy);
+  socket.pause();
+  socket.write('POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 14\r\n\r\n{"prompt":"x"}');
+  await once(await taken, 'close');
+});
+
+test('requests that came one behind the other on a connection all end with it', async () => {
+  const { proxy, consumer } = await start((_, out) => {
+    out.writeHead(200, { 'content-type': 'text/event-stream' });
+    out.write('data: {}\n\n');
+  });
+  let asked = 0;
+  const all = new Promise<void>((resolve) => {
+    consumer.events.on('asked', () => ++asked === 3 && resolve());
+  });
+  let aborted = 0;
+  const ended = new Promise<void>((resolve) => {
+    consumer.events.on('aborted', () => ++aborted === 3 && resolve());
+  });
+  const body = '{"model":"m","prompt":"Hello"}';
+  const socket = await open(proxy);
+  socket.write(
+    `POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: ${body.length}\r\n\r\n${body}`.repeat(3),
+  );
+  await all;
+  socket.destroy();
+  await ended;
 });
 
 test('of an answer that its client never reads little is taken in, and in the end it is given up', async () => {

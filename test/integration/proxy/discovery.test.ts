@@ -141,6 +141,33 @@ describe('pings', () => {
     expect(registry.list()).toMatchObject([{ httpAddress: '127.0.0.1:8081' }]);
   });
 
+  test('of two workers that announce one KV address are told once, with what to do', async () => {
+    const { next, discovery, lines } = await setUp();
+    const ping = { type: 'P', zmq_address: '127.0.0.1:8082' } as const;
+    for (let i = 0; i < 10; i++) {
+      for (const port of [8081, 8091])
+        discovery.take(encodePing({ ...ping, http_address: `127.0.0.1:${port}` }));
+    }
+    for (let i = 0; i < 39; i++) await next();
+    expect(lines.map((line) => line.split(' (')[0])).toEqual([
+      '🔵Add [HTTP:127.0.0.1:8081, ZMQ:127.0.0.1:8082]',
+      '🔴Remove [HTTP:127.0.0.1:8081, ZMQ:127.0.0.1:8082]',
+      '🔵Add [HTTP:127.0.0.1:8091, ZMQ:127.0.0.1:8082]',
+      expect.stringMatching(/8081.* and .*8091.* announce the same KV address.*--kv-port/),
+    ]);
+  });
+
+  test('that cannot be used are told with the address that they give', async () => {
+    const { discovery, lines } = await setUp();
+    const native = { version: 1, digest: 'd', model: 'm' };
+    const load = { running: -1, waiting: 0, kvUsed: 0, kvBlocks: 1, queuedTokens: 0 };
+    const [http_address, zmq_address] = ['10.0.0.5:8081', '10.0.0.5:8082'];
+    expect(
+      discovery.take(encodePing({ type: 'P', http_address, zmq_address, native: { ...native, load } })),
+    ).toBe(false);
+    expect(lines).toEqual([expect.stringMatching(/10\.0\.0\.5:8081.*running is -1/)]);
+  });
+
   test('cannot be listened for at a name without an address', async () => {
     await expect(setUp('no-such-host.invalid')).rejects.toMatchObject({
       code: 'ADDRESS_INVALID',

@@ -571,7 +571,15 @@ test('close lets requests under way end, and takes no new ones', async () => {
   const response = await post(proxy, { ...REQUEST, stream: true });
   const out = await stream;
   const closed = proxy.close(60_000);
-  await expect(post(proxy, REQUEST).then((r) => r.status)).resolves.toBe(503);
+  const refused = await post(proxy, REQUEST);
+  expect(refused.status).toBe(503);
+  expect(await refused.json()).toMatchObject({ error: { code: 'SERVER_DRAINING' } });
+  // By which its client may ask what became of it, as of any other.
+  const id = refused.headers.get('x-pd-request-id');
+  const receipt = await fetch(url(proxy, `/v1/requests/${id}/route`));
+  expect(await receipt.json()).toMatchObject({ id, status: 503, error: 'SERVER_DRAINING', attempts: [] });
+  const counted = 'pd_proxy_request_errors_total{route="/v1/completions",code="SERVER_DRAINING"} 1';
+  expect(await metric(proxy, counted)).toBe(true);
   out.end(EVENT('late'));
   expect(await response.text()).toBe(EVENT('late'));
   await closed;

@@ -175,11 +175,28 @@ test('an instance is drained and comes back by an admin’s word', async () => {
     instances: { draining: boolean }[];
   };
   expect(instances.map(({ draining }) => draining)).toEqual([true, false, false]);
+  await drain({ instance: other.httpAddress });
+  const none = await post(proxy);
+  expect([none.status, await none.text()]).toEqual([503, expect.stringContaining('is being drained')]);
+  await drain({ instance: other.httpAddress, drain: false });
   await drain({ instance: one.httpAddress, drain: false });
   for (let i = 0; i < 2; i++) await post(proxy);
   expect(one.asked.length).toBe(1);
   expect((await drain({ instance: '10.0.0.1:1' })).status).toBe(400);
   expect((await drain('all')).status).toBe(400);
+});
+
+test('a proxy that has drained all instances of a role is not ready', async () => {
+  const proxy = await startProxy();
+  const { httpAddress: instance } = await startUpstream(proxy, 'producer');
+  await startUpstream(proxy, 'consumer');
+  const statuses = async () => [(await fetch(url(proxy, '/ready'))).status, (await post(proxy)).status];
+  const drain = (body: unknown) =>
+    fetch(url(proxy, '/admin/drain'), { method: 'POST', body: JSON.stringify(body) });
+  await drain({ instance });
+  expect(await statuses()).toEqual([503, 503]);
+  await drain({ instance, drain: false });
+  expect(await statuses()).toEqual([200, 200]);
 });
 
 test('an instance that pings on while its HTTP server hangs is let alone', async () => {

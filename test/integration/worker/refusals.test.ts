@@ -158,6 +158,7 @@ describe('errors', () => {
     expect((await json(COMPLETIONS, '')).body.error).toMatchObject({ code: 'REQUEST_INVALID' });
     const type = await json(COMPLETIONS, 'prompt=a', { 'content-type': 'application/x-www-form-urlencoded' });
     expect(type.status).toBe(415);
+    expect(type.body.error.message).toContain('content-type: application/json');
     const zipped = await post(COMPLETIONS, { prompt: 'a' }, { 'content-encoding': 'gzip' });
     expect([zipped.status, zipped.headers['accept-encoding']]).toEqual([415, 'identity']);
     expect(zipped.body).toMatch(/gzip.*BODY_ENCODED/);

@@ -98,6 +98,7 @@ describe('options', () => {
     [() => resolve(['--config', file([1])]), /must hold one JSON object/],
     [() => resolve(['--config', '/nonexistent/x.json']), /cannot read the config file \/nonexistent\/x.json/],
     [() => resolve(['--proxy', 'localhost']), /^--proxy: "localhost".*HOST:PORT/],
+    [() => resolve(['--served-model-name', 'a', '']), /^--served-model-name: "a" "" is not allowed/],
     [
       () => resolve([], {}, [{ values: { kvPort: { value: 'x', label: 'kv_port of the JSON' } } }]),
       /^kv_port of the JSON: "x"/,
@@ -113,6 +114,18 @@ describe('options', () => {
     expect(help).toMatch(/KV:\n\s+--kv-port <port>\s+KV port \(default: 14579\)/);
     expect(help).toContain('--no-enable-prefix-caching');
     expect(help).not.toMatch(/ --enable-prefix-caching/);
+  });
+
+  it('says how a flag is written elsewhere, where nobody would guess it', () => {
+    let help = '';
+    const command = addOptions(new Command('test'), TABLE).configureOutput({
+      writeOut: (text) => (help += text),
+    });
+    command.outputHelp();
+    expect(help).toContain('--kv-port as PD_KV_PORT');
+    expect(help).toContain('--no-enable-prefix-caching as PD_ENABLE_PREFIX_CACHING=false');
+    expect(help).toContain('several values with commas between them');
+    expect(help).toContain('{"kv-port": 14579}');
   });
 });
 

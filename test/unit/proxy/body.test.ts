@@ -110,7 +110,7 @@ test.each([
   ['null', 'REQUEST_INVALID', /^the body must be a JSON object$/],
   ['[1]', 'REQUEST_INVALID', /^the body must be a JSON object$/],
   [`{"x":${'['.repeat(1e6)}${']'.repeat(1e6)}}`, 'REQUEST_INVALID', /^x: is nested deeper than 4096 levels$/],
-])('%.10s is refused with %s', (body, code, message) => {
+])('is refused where it cannot be read, and told why (%#)', (body, code, message) => {
   expect(() => readBody(bytes(body))).toThrow(
     expect.objectContaining({ code, message: expect.stringMatching(message) }),
   );

@@ -96,6 +96,19 @@ describe('announcements', () => {
     expect(registry.list('consumer')).toHaveLength(1);
   });
 
+  test('one that has restarted on its addresses is another: it takes requests again after a drain', () => {
+    const { registry } = setUp();
+    const first = { ...ping('producer', 1, 'a'), started: 1_000 };
+    registry.announce(first);
+    registry.announce(ping('consumer', 3, 'a'));
+    registry.drain('10.0.0.1:1', true);
+    expect(registry.announce(first)).toEqual([]);
+    expect(registry.pair()).toBe('producer');
+    const changes = registry.announce({ ...first, started: 2_000 });
+    expect(changes?.map(({ kind }) => kind)).toEqual(['removed', 'added']);
+    expect(picked(registry)).toEqual([1, 3]);
+  });
+
   test('an instance that restarts on another HTTP port, with the same KV port, replaces its old self', () => {
     const { registry } = setUp();
     registry.announce(ping('producer', 1));
@@ -212,6 +225,10 @@ describe('pairing', () => {
       [5, 7],
     ]);
     expect(picked(registry, { model: 'other' })).toEqual([1, 3]);
+    // Nobody for a while, rather than one that says that there is no such model.
+    expect(registry.pair({ model: 'model-b', exclude: new Set(['10.0.0.1:5']) })).toBe('producer');
+    registry.drain('10.0.0.1:7', true);
+    expect(registry.pair({ model: 'model-b' })).toBe('consumer');
   });
 
   test('an instance that refused a connection comes last until it pings, and serves when it is the only one', () => {

@@ -105,6 +105,8 @@ describe('bytes on the wire are those of python-msgpack', () => {
     expect(decodePing(encodePing(untold))).toEqual(untold);
     const able: PingMessage = { ...told, native: { ...told.native!, features: ['overlap', 'later'] } };
     expect(decodePing(encodePing(able))).toEqual(able);
+    const since: PingMessage = { ...told, native: { ...told.native!, started: 1_795_967_064_000 } };
+    expect(decodePing(encodePing(since))).toEqual(since);
     const load = { running: 3, waiting: 300, kvUsed: 70_000, kvBlocks: 100_000, queuedTokens: 12_345 };
     const loaded: PingMessage = { ...told, native: { ...told.native!, load } };
     expect(hex(encodePing(loaded))).toBe(GOLDEN['ping native, with its load']);

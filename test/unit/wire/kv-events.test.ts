@@ -98,6 +98,12 @@ describe('batches', () => {
     );
   });
 
+  test('what is refused is shown, integers beyond 2^53 within it too', () => {
+    // [time, [["BlockRemoved", [[2^64 - 1]]]]]
+    const nested = bytes('92cb00000000000000009192ac426c6f636b52656d6f7665649191cfffffffffffffffff');
+    expect(() => decodeKvEvents(nested)).toThrow(/hash is \["18446744073709551615"\]/);
+  });
+
   test('a bomb is refused before it is decoded', () => {
     const claims = Buffer.from('92cb0000000000000000dd7fffffff', 'hex');
     expect(() => decodeKvEvents(claims)).toThrow(/array of 2147483647/);
