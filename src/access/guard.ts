@@ -3,6 +3,7 @@ import { Server as TlsServer } from 'node:tls';
 import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify';
 import type { AccessConfig } from '../config/access-options.ts';
 import { PdError } from '../errors.ts';
+import { askedPath } from '../net/request-head.ts';
 import { type Logger, RateLimitedLog } from '../observability/log.ts';
 import { KeyFile, type KeyHolder, type KeyRefusal } from './keys.ts';
 import { readTls, type TlsFiles, watchTls } from './tls.ts';
@@ -114,7 +115,7 @@ export class Guard {
     this.#limited.log(`key ${reason} ${request.ip}`, (suppressed) =>
       log.warn(
         { code: error.code, reason, suppressed },
-        `refused ${request.method} ${request.url.split('?')[0]} from ${request.ip}: ${error.message}`,
+        `refused ${request.method} ${askedPath(request)} from ${request.ip}: ${error.message}`,
       ),
     );
     return error;

@@ -1,4 +1,5 @@
 /** Calls of tools as a grammar: a model under it calls what there is, with arguments that satisfy the function's schema. */
+import { PdError } from '../errors.ts';
 import type { Budget } from './budget.ts';
 import { choice, type Grammar, type Rule, repeat, rule, sequence, text } from './expression.ts';
 import { jsonSchemaGrammar } from './json-schema.ts';
@@ -34,7 +35,14 @@ export function callGrammar({ form, tokens = [], many, functions }: CallSpec, bu
   const calls = functions.map(({ name, parameters }) => {
     const start = [written('open'), text(name), written('middle')];
     if (!parameters) return sequence(...start, text('{}'), written('close'));
-    const grammar = jsonSchemaGrammar({ type: 'object', ...parameters }, budget);
+    const { type = 'object' } = parameters as { readonly type?: unknown };
+    if (![type].flat().includes('object')) {
+      throw new PdError(
+        'REQUEST_INVALID',
+        `parameters of function ${name} are no object, as those of a call are`,
+      );
+    }
+    const grammar = jsonSchemaGrammar({ ...parameters, type: 'object' }, budget);
     const first = rules.length + 1;
     rules.push(...movedRules(grammar.rules, first));
     return sequence(...start, rule(first), written('close'));

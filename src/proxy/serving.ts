@@ -13,7 +13,7 @@ import { PdError } from '../errors.ts';
 import { onClientGone } from '../net/client-gone.ts';
 import { NO_JSON_SCHEMAS } from '../net/json-schemas.ts';
 import { keepReading } from '../net/keep-reading.ts';
-import { checkHeads } from '../net/request-head.ts';
+import { askedPath, checkHeads, noSuchPath, unreadablePath } from '../net/request-head.ts';
 import { limitUnread } from '../net/unread.ts';
 import type { Logger } from '../observability/log.ts';
 import { monotonicMs } from '../observability/timelines.ts';
@@ -110,6 +110,8 @@ export class Serving implements ProxyContext {
       forceCloseConnections: 'idle',
       logger: false,
       schemaController: NO_JSON_SCHEMAS,
+      frameworkErrors: (_cause, request, reply: FastifyReply) =>
+        reply.code(400).send(openAiError(unreadablePath(request))),
       trustProxy: behindRelays,
     }) as unknown as FastifyInstance;
     this.guard.attach(this.app);
@@ -179,8 +181,7 @@ export class Serving implements ProxyContext {
     app.addContentTypeParser('*', { parseAs: 'buffer' }, (_request, body, done) => done(null, body));
     app.setNotFoundHandler((request, reply) => {
       if (elsewhere) return elsewhere(request, reply);
-      const error = new PdError('REQUEST_INVALID', `no route ${request.method} ${request.url}`);
-      return reply.code(404).send(openAiError(error));
+      return reply.code(404).send(openAiError(noSuchPath(request)));
     });
     app.setErrorHandler((cause: Error & { statusCode?: number }, request, reply) => {
       const refused = cause.statusCode !== undefined && cause.statusCode < 500;
@@ -202,9 +203,9 @@ export class Serving implements ProxyContext {
   }
 
   /** Counted where requests are that are served: of other paths nothing is. */
-  #refusedUnread({ method, url }: FastifyRequest, status: number, { code, message }: PdError): void {
-    const [path = ''] = url.split('?');
-    this.log.info({ code }, `refused ${method} ${path}: ${message}`);
+  #refusedUnread(request: FastifyRequest, status: number, { code, message }: PdError): void {
+    const path = askedPath(request);
+    this.log.info({ code }, `refused ${request.method} ${path}: ${message}`);
     const route = ROUTES.find((one) => one === path);
     if (route === undefined) return;
     const { statuses, errors } = this.metrics.routeOf(route);

@@ -11,7 +11,7 @@ import { remember } from '../memories.ts';
 import type { Tokenizer } from '../model/tokenizer.ts';
 import { monotonicMs } from '../observability/timelines.ts';
 import type { GrammarUse } from '../scheduler/types.ts';
-import type { GrammarWish } from './server/fields.ts';
+import { badField, type GrammarWish } from './server/fields.ts';
 
 /** What many schemas have: strings of all kinds, numbers, blanks. */
 const COMMON: readonly object[] = [
@@ -69,7 +69,8 @@ function tablesOf(spec: GrammarSpec, param: string, now: () => number) {
     return compileSpec(spec, now, threadCpuMs);
   } catch (error) {
     if (!(error instanceof PdError) || error.code !== 'REQUEST_INVALID') throw error;
-    throw new PdError('REQUEST_INVALID', `${param}: ${error.message}`, { ...error.context, param });
+    const { message } = badField(param, error.message);
+    throw new PdError('REQUEST_INVALID', message, { ...error.context, param });
   }
 }
 

@@ -131,7 +131,7 @@ export const samplingFields = {
   include_stop_str_in_output: optional(z.boolean()),
   skip_special_tokens: optional(z.boolean()),
   truncate_prompt_tokens: optional(
-    z.union([z.int().min(1), z.literal(-1)], 'expected a number of tokens, or -1 for as many as fit'),
+    z.union([z.int().min(1), z.int().max(-1)], 'expected a number of tokens, or -1 for as many as fit'),
   ),
 };
 
@@ -222,9 +222,12 @@ export function parseJson(body: Uint8Array): unknown {
   return json;
 }
 
+/** Characters of what is said of a field: it may repeat what was sent. */
+const MOST_SAID = 1_000;
+
 /** REQUEST_INVALID that names `param`. */
 export function badField(param: string, message: string): PdError {
-  return new PdError('REQUEST_INVALID', `${param}: ${message}`, { param });
+  return new PdError('REQUEST_INVALID', `${param}: ${message.slice(0, MOST_SAID)}`, { param });
 }
 
 /** The body, or REQUEST_INVALID that names the first field that is wrong and what it may be. */
@@ -378,7 +381,7 @@ interface PromptOptions {
   readonly output: number;
   /** The field that it came from. */
   readonly param: string;
-  /** Keep this many tokens at the end; -1: as many as fit. */
+  /** Keep this many tokens at the end; -N: as many as fit beside `output`, and beside N. */
   readonly truncate?: number | undefined;
   /** However many tokens it has, they are wanted. */
   readonly counted?: true;
@@ -415,7 +418,8 @@ export function encodeText(
 
 /** Tokens at the end of a prompt that are kept; undefined: all. */
 function keptTokens({ maxModelLen }: Served, { output, truncate }: PromptOptions): number | undefined {
-  return truncate === -1 ? Math.max(maxModelLen - output, 1) : truncate;
+  if (truncate === undefined || truncate > 0) return truncate;
+  return Math.max(maxModelLen - Math.max(output, -truncate), 1);
 }
 
 /** Checks a tokenized prompt against context and vocabulary. */

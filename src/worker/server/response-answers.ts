@@ -210,7 +210,8 @@ function itemOf(output: Output, status: Status): object {
 function usageOf(usage: Usage): object {
   return {
     input_tokens: usage.prompt_tokens,
-    input_tokens_details: usage.prompt_tokens_details,
+    // OpenAI's clients require both. Nothing is written at a caller's cost.
+    input_tokens_details: { ...usage.prompt_tokens_details, cache_write_tokens: 0 },
     output_tokens: usage.completion_tokens,
     output_tokens_details: usage.completion_tokens_details,
     total_tokens: usage.total_tokens,

@@ -61,9 +61,13 @@ export const responseSchema = z.object({
   max_output_tokens: optional(z.int().min(1)),
   tools: optional(z.array(z.looseObject({ type: z.string() }))),
   tool_choice: optional(
-    z.union([z.string(), z.looseObject({ type: z.string(), name: optional(z.string()) })], {
-      error: 'expected "none", "auto", "required" or {"type": "function", "name": ...}',
-    }),
+    z.union(
+      [
+        z.enum(['none', 'auto', 'required']),
+        z.looseObject({ type: z.literal('function'), name: z.string() }),
+      ],
+      { error: 'expected "none", "auto", "required" or {"type": "function", "name": ...}' },
+    ),
   ),
   reasoning: optional(z.looseObject({ effort: optional(z.string()) })),
   text: optional(
@@ -211,8 +215,8 @@ function chatTool({ type, ...declared }: { readonly type: string }): object {
   return type === 'function' ? { type, function: declared } : { type };
 }
 
-function chatChoice({ type, name }: { readonly type: string; readonly name?: string | undefined }): object {
-  return type === 'function' ? { type, function: { name } } : { type };
+function chatChoice({ type, name }: { readonly type: string; readonly name: string }): object {
+  return { type, function: { name } };
 }
 
 interface Turn {
@@ -222,7 +226,7 @@ interface Turn {
   readonly [key: string]: unknown;
 }
 
-/** Where a message of the chat, or a call in one, stands in the body: `messages.2.tool_calls.0.function` is `input.1`. */
+/** Where a message of the chat, or a part of one, stands in the body: `messages.2.tool_calls.0.function` is `input.1`. */
 type Origins = ReadonlyMap<string, string>;
 
 /** Items as the messages of a chat: what the model has thought, said and called in one turn is one message. */
@@ -271,9 +275,13 @@ function messagesOf({ input, instructions }: ResponseBody): {
         }
         break;
       }
-      case 'function_call_output':
-        messages.push({ role: 'tool', tool_call_id: each['call_id'], content: each['output'] });
+      case 'function_call_output': {
+        const { call_id, output } = each as Item & Record<string, unknown>;
+        if (output === undefined || output === null) throw badField(`input.${index}.output`, 'is missing');
+        origins.set(`messages.${messages.length}.content`, `input.${index}.output`);
+        messages.push({ role: 'tool', tool_call_id: call_id, content: output });
         break;
+      }
       case 'item_reference':
         throw badField(`input.${index}`, 'nothing is stored here: send the item itself (store: false)');
       default:

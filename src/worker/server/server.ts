@@ -1,11 +1,11 @@
 /** The HTTP server of a worker: OpenAI's API, and what operators look at. */
-import fastify, { type FastifyError, type FastifyInstance } from 'fastify';
+import fastify, { type FastifyError, type FastifyInstance, type FastifyReply } from 'fastify';
 import { Gauge, type Registry } from 'prom-client';
 import { PdError } from '../../errors.ts';
 import { isLoopback } from '../../net/address.ts';
 import { NO_JSON_SCHEMAS } from '../../net/json-schemas.ts';
 import { keepReading } from '../../net/keep-reading.ts';
-import { checkHeads } from '../../net/request-head.ts';
+import { checkHeads, noSuchPath, unreadablePath } from '../../net/request-head.ts';
 import { limitUnread } from '../../net/unread.ts';
 import { createRegistry } from '../../observability/registry.ts';
 import { modelNotFound, openAiError, retryHeaders } from '../../openai-error.ts';
@@ -44,6 +44,8 @@ export function createServer(context: ServerContext): FastifyInstance {
     // A worker that drains answers 503 itself, with the code that says so.
     return503OnClosing: false,
     schemaController: NO_JSON_SCHEMAS,
+    frameworkErrors: (_cause, request, reply: FastifyReply) =>
+      reply.status(400).send(openAiError(unreadablePath(request))),
   }) as unknown as FastifyInstance;
   guard.attach(server);
   checkHeads(server);
@@ -64,10 +66,7 @@ export function createServer(context: ServerContext): FastifyInstance {
     if (status === 413) keepReading(reply);
     return reply.status(status).headers(retryHeaders(error)).send(openAiError(error));
   });
-  server.setNotFoundHandler((request, reply) => {
-    const error = new PdError('REQUEST_INVALID', `there is no ${request.method} ${request.url} here`);
-    return reply.status(404).send(openAiError(error));
-  });
+  server.setNotFoundHandler((request, reply) => reply.status(404).send(openAiError(noSuchPath(request))));
 
   // Bodies stay bytes until someone with time for them reads them.
   server.removeAllContentTypeParsers();

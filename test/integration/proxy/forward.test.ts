@@ -159,6 +159,9 @@ describe('errors', () => {
     expect(await ask('POST', '/v1/requests/1/route')).toEqual([405, 'GET, HEAD', 'METHOD_NOT_ALLOWED']);
     expect(await ask('HEAD', '/v1/models')).toEqual([200, null, undefined]);
     expect(await ask('POST', '/v1/embeddings')).toEqual([404, null, 'REQUEST_INVALID']);
+    expect(await ask('GET', '/v1/models/50%')).toEqual([400, null, 'REQUEST_INVALID']);
+    const long = await fetch(url(proxy, `/${'x'.repeat(10_000)}`));
+    expect([long.status, (await long.text()).length < 500]).toEqual([404, true]);
     const encoded = { 'content-encoding': 'gzip' };
     expect(await ask('POST', '/v1/completions', encoded)).toEqual([415, null, 'BODY_ENCODED']);
     expect(await ask('GET', '/v1/responses?again')).toEqual([405, 'POST', 'METHOD_NOT_ALLOWED']);

@@ -50,7 +50,7 @@ describe('responses', () => {
           },
           { type: 'function_call', status: 'completed', name: 'f', arguments: '{"a": 1}' },
         ],
-        usage: { input_tokens_details: { cached_tokens: 0 } },
+        usage: { input_tokens_details: { cached_tokens: 0, cache_write_tokens: 0 } },
       },
     ]);
     const { input_tokens, output_tokens, total_tokens, output_tokens_details } = body['usage'] as {
@@ -161,6 +161,12 @@ describe('responses', () => {
     ['input', { input: [] }],
     ['input.0.content', { input: [{ role: 'user', content: [{ type: 'input_image', image_url: 'x' }] }] }],
     ['input.0', { input: [{ type: 'item_reference', id: 'msg_1' }] }],
+    ['input.0.output', { input: [{ type: 'function_call_output', call_id: 'c', content: '42' }] }],
+    ['input.0.output', { input: [{ type: 'function_call_output', call_id: 'c', output: { a: 1 } }] }],
+    [
+      'input.0.output',
+      { input: [{ type: 'function_call_output', call_id: 'c', output: [{ type: 'input_image' }] }] },
+    ],
     ['input.0', { input: [{ type: 'computer_call' }] }],
     ['tools.0.type', { tools: [{ type: 'web_search' }] }],
     ['max_output_tokens', { max_output_tokens: 0 }],
@@ -177,6 +183,23 @@ describe('responses', () => {
       expect(body.error).toMatchObject({ code: 'context_length_exceeded' });
     expect(core.added).toEqual([]);
   });
+});
+
+it.each([
+  { type: 'allowed_tools', mode: 'auto', tools: [] },
+  { type: 'function' },
+  { type: 'function', function: { name: 'f' } },
+  'any',
+])('says how a tool is chosen in this API: not %j', async (tool_choice) => {
+  const { json } = await startServer();
+  const { status, body } = await json(RESPONSES, { input: 'a', tools: [TOOL], tool_choice });
+  const message = expect.stringMatching(
+    /^tool_choice: expected .* or \{"type": "function", "name": \.\.\.\}$/,
+  );
+  expect([status, body.error]).toEqual([
+    400,
+    { message, type: 'invalid_request_error', param: 'tool_choice', code: 'REQUEST_INVALID' },
+  ]);
 });
 
 it('answers 404 in the form of OpenAI for what a text model has not', async () => {

@@ -109,6 +109,22 @@ describe('the rest', () => {
     expect(core.added).toEqual([]);
   });
 
+  it('says of a path what is wrong with it, and no more of it than anybody reads', async () => {
+    const { server } = await startServer();
+    const of = async (method: 'GET' | 'POST', url: string) => {
+      const response = await server.inject({ method, url });
+      const { error } = response.json() as Answer;
+      expect(error).toMatchObject({ type: 'invalid_request_error', param: null, code: expect.any(String) });
+      return [response.statusCode, error.message] as const;
+    };
+    const long = 'x'.repeat(10_000);
+    expect(await of('GET', `/${long}`)).toEqual([404, expect.stringMatching(/^.{1,300}$/)]);
+    expect(await of('GET', '/v1/other?secret')).toEqual([404, 'there is no GET /v1/other here']);
+    expect(await of('POST', `/v1/models/${long}`)).toEqual([405, expect.stringMatching(/^.{1,300}$/)]);
+    expect(await of('GET', '/v1/models/50%')).toEqual([400, expect.stringContaining('/v1/models/50%')]);
+    expect(await of('GET', `/%ff${long}`)).toEqual([400, expect.stringMatching(/^.{1,300}$/)]);
+  });
+
   it('tells what may be asked, in OpenAPI', async () => {
     const { server } = await startServer();
     const { paths } = (await server.inject({ url: '/openapi.json' })).json() as {

@@ -38,6 +38,17 @@ describe('a grammar of calls', () => {
     expect(accepts(grammarOf(specOf('hermes', false)), `${one}\n${one}`)).toBe(false);
   });
 
+  it('has an object as arguments, whatever else its schema allows', () => {
+    const of = (type: unknown) =>
+      grammarOf({ ...specOf('hermes', false), functions: [{ name: 'f', parameters: { type } }] });
+    const call = (text: string) => `<tool_call>\n{"name": "f", "arguments": ${text}}\n</tool_call>`;
+    const either = of(['null', 'object']);
+    expect([accepts(either, call('{}')), accepts(either, call('null'))]).toEqual([true, false]);
+    for (const type of ['string', [], ['null'], 'strnig']) {
+      expect(() => of(type)).toThrow('parameters of function f are no object');
+    }
+  });
+
   it('stands behind thoughts, beside another form, and has the special tokens of its model', () => {
     const answer = {
       kind: 'either',

@@ -78,3 +78,10 @@ it('counts what a grammar finds', async () => {
   // Each count of letters is a state with a mask of its own.
   expect(sizes.at(-1)! - sizes[0]!).toBeGreaterThan(99 * (WORDS / 8));
 });
+
+it('says what is wrong with a grammar, and no more of it than anybody reads', () => {
+  const spec = { kind: 'ebnf', source: `root ::= ${'x'.repeat(20_000)}` } as const;
+  expect(() => compiler.compile({ spec, param: 'form' }, WORDS)).toThrow(
+    /^form: the grammar does not define rule "x.{1,1000}$/,
+  );
+});

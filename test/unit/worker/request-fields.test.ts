@@ -57,6 +57,15 @@ describe('a field that is wrong', () => {
     }
   });
 
+  it.each([
+    ['structured_outputs', { [`${'x'.repeat(100_000)}`]: 1 }],
+    ['structured_outputs', Object.fromEntries(Array.from({ length: 10_000 }, (_, i) => [`field_${i}`, 1]))],
+  ])('has its own names told as far as anybody reads them: %s', (field, value) => {
+    expect(() => read('chat', { messages: user('a'), [field]: value })).toThrow(
+      /^structured_outputs: .{100,1000}$/,
+    );
+  });
+
   it('is no value of include that OpenAI names', () => {
     const include = ['reasoning.encrypted_content', 'message.output_text.logprobs'];
     expect(read('responses', { input: 'a', include }).asked.sampling.logprobs).toBe(0);
