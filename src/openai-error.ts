@@ -1,4 +1,7 @@
 /** Errors in the form that clients of an OpenAI server expect. */
+import { maxHeaderSize, STATUS_CODES } from 'node:http';
+import type { Socket } from 'node:net';
+import type { ConnectionError } from 'fastify';
 import { type ErrorCode, type ErrorData, PdError } from './errors.ts';
 
 export interface OpenAiError {
@@ -53,6 +56,28 @@ export function openAiError(error: PdError): OpenAiError {
   const param = typeof context['param'] === 'string' ? context['param'] : null;
   const fields = { message, type, param, code: codeInAnswers(error.code) };
   return { error: status < 500 ? fields : { ...fields, context, ...(cause && { cause }) } };
+}
+
+/** Answers what never became a request, and ends its connection. To be a server's `clientErrorHandler`. */
+export function refuseUnparsed({ code, message }: ConnectionError, socket: Socket): void {
+  if (!socket.writable || code === 'ECONNRESET') {
+    socket.destroy();
+    return;
+  }
+  let [status, why] = [400, `what came is no HTTP: ${message}`];
+  if (code === 'HPE_HEADER_OVERFLOW') {
+    [status, why] = [431, `its headers have more than ${maxHeaderSize} bytes`];
+  } else if (code === 'ERR_HTTP_REQUEST_TIMEOUT') [status, why] = [408, 'it did not come to its end in time'];
+  const body = JSON.stringify(
+    openAiError(new PdError('REQUEST_INVALID', `the request cannot be read: ${why}`)),
+  );
+  const head = [
+    `HTTP/1.1 ${status} ${STATUS_CODES[status]}`,
+    'content-type: application/json; charset=utf-8',
+    `content-length: ${Buffer.byteLength(body)}`,
+    'connection: close',
+  ];
+  socket.end(`${head.join('\r\n')}\r\n\r\n${body}`, () => socket.destroy());
 }
 
 /** One server-sent event. */

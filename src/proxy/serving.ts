@@ -17,7 +17,7 @@ import { askedPath, checkHeads, noSuchPath, unreadablePath } from '../net/reques
 import { limitUnread } from '../net/unread.ts';
 import type { Logger } from '../observability/log.ts';
 import { monotonicMs } from '../observability/timelines.ts';
-import { openAiError } from '../openai-error.ts';
+import { openAiError, refuseUnparsed } from '../openai-error.ts';
 import { Attempt, type ClientRequest, type ProxyContext } from './attempt.ts';
 import { BodyReader, type BodyReaderOptions, type RequestBody } from './body.ts';
 import type { Coordinator, Visit, Wish } from './coordinator.ts';
@@ -112,6 +112,7 @@ export class Serving implements ProxyContext {
       schemaController: NO_JSON_SCHEMAS,
       frameworkErrors: (_cause, request, reply: FastifyReply) =>
         reply.code(400).send(openAiError(unreadablePath(request))),
+      clientErrorHandler: refuseUnparsed,
       trustProxy: behindRelays,
     }) as unknown as FastifyInstance;
     this.guard.attach(this.app);

@@ -8,7 +8,7 @@ import { keepReading } from '../../net/keep-reading.ts';
 import { checkHeads, noSuchPath, unreadablePath } from '../../net/request-head.ts';
 import { limitUnread } from '../../net/unread.ts';
 import { createRegistry } from '../../observability/registry.ts';
-import { modelNotFound, openAiError, retryHeaders } from '../../openai-error.ts';
+import { modelNotFound, openAiError, refuseUnparsed, retryHeaders } from '../../openai-error.ts';
 import { pingFields } from '../../wire/codec.ts';
 import { chatFormat } from './chat.ts';
 import { completionFormat } from './completions.ts';
@@ -43,6 +43,7 @@ export function createServer(context: ServerContext): FastifyInstance {
     forceCloseConnections: true,
     // A worker that drains answers 503 itself, with the code that says so.
     return503OnClosing: false,
+    clientErrorHandler: refuseUnparsed,
     schemaController: NO_JSON_SCHEMAS,
     frameworkErrors: (_cause, request, reply: FastifyReply) =>
       reply.status(400).send(openAiError(unreadablePath(request))),

@@ -52,7 +52,11 @@ test('10 MB of headers are cut off at the first kilobytes', async () => {
   const answer = once(socket, 'data');
   const line = `x-much: ${'a'.repeat(8_000)}\r\n`;
   socket.write(`POST /v1/completions HTTP/1.1\r\nhost: x\r\n${line.repeat(4)}`);
-  expect(String((await answer)[0])).toMatch(/^HTTP\/1\.1 431 /);
+  const refused = String((await answer)[0]);
+  expect(refused).toMatch(/^HTTP\/1\.1 431 /);
+  expect(JSON.parse(refused.slice(refused.indexOf('{')))).toMatchObject({
+    error: { type: 'invalid_request_error', code: 'REQUEST_INVALID', message: expect.stringContaining('more than 16384 bytes') },
+  });
   for (let sent = 0; sent < 10 * MIB && !socket.destroyed; sent += line.length) {
     if (!socket.write(line)) await Promise.race([new Promise((go) => socket.once('drain', go)), closed]);
   }

@@ -1,4 +1,5 @@
-import type { AddressInfo } from 'node:net';
+import { type AddressInfo, connect } from 'node:net';
+import { text } from 'node:stream/consumers';
 import { describe, expect, it } from 'vitest';
 import { demoModelDir } from '../../../src/config/demo-model.ts';
 import { readBody } from '../../../src/proxy/body.ts';
@@ -179,6 +180,24 @@ describe('errors', () => {
     const at = { host: '127.0.0.1', port };
     expect(await statusesAfterBody(at, COMPLETIONS, 32 * 2 ** 20)).toEqual(['413', '200']);
     expect(await statusesAfterBody(at, '/kv/release', 32 * 2 ** 20)).toEqual(['413', '200']);
+  });
+
+  it('of what is no HTTP have their form too', async () => {
+    const { server } = await startServer();
+    await server.listen({ port: 0, host: '127.0.0.1' });
+    const { port } = server.server.address() as AddressInfo;
+    for (const said of [
+      '\x16\x03\x01\x02\x00\x01\x00',
+      'GET / HTTP/1.1\r\nhost: x\r\ncontent-length: a\r\n\r\n',
+    ]) {
+      const socket = connect(port, '127.0.0.1');
+      socket.write(said);
+      const answer = await text(socket);
+      expect(answer).toMatch(/^HTTP\/1\.1 400 /);
+      expect(JSON.parse(answer.slice(answer.indexOf('{')))).toMatchObject({
+        error: { type: 'invalid_request_error', message: expect.stringContaining('no HTTP') },
+      });
+    }
   });
 
   it('refuse an id that is under way or cannot be one', async () => {
