@@ -46,7 +46,7 @@ export interface RequestBody extends PromptFacts {
   readonly priority: number;
   /** The producer's: the same prompts, one token, nothing that only the answer needs. JSON in UTF-8. */
   readonly prefill: Uint8Array<ArrayBuffer>;
-  /** A producer's whose first token the consumer takes over: with all that prompt, token and its log-probabilities depend on. May be `prefill`. */
+  /** A producer's whose first token the consumer takes over: with all that the token and its log-probabilities depend on. May be `prefill`. */
   readonly nativePrefill: Uint8Array<ArrayBuffer>;
 }
 
@@ -274,25 +274,13 @@ function nativeChanges(
   changes: ReadonlyMap<string, unknown>,
 ): ReadonlyMap<string, unknown> | undefined {
   const present = DRAWN_BY.filter((field) => field in body);
-  const beside = cutBeside(body);
-  if (present.length === 0 && beside === undefined) return undefined;
+  if (present.length === 0) return undefined;
   const native = new Map(changes);
-  if (beside !== undefined) native.set('truncate_prompt_tokens', -beside);
   for (const field of present) native.delete(field);
   const { min_tokens: least } = body;
   // Of one token: whether it may be a stop token at all.
   if (typeof least === 'number') native.set('min_tokens', Math.min(least, 1));
   return native;
-}
-
-/**
- * Of a prompt that is cut to what fits beside the tokens to generate: how many those are. The copy asks for one, and would leave more of the
- * prompt, of which the consumer could use nothing.
- */
-function cutBeside(body: JsonObject): number | undefined {
-  if (body['truncate_prompt_tokens'] !== -1) return undefined;
-  const most = body['max_completion_tokens'] ?? body['max_output_tokens'] ?? body['max_tokens'];
-  return Number.isSafeInteger(most) && (most as number) > 1 ? (most as number) : undefined;
 }
 
 /**

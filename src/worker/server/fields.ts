@@ -131,7 +131,7 @@ export const samplingFields = {
   include_stop_str_in_output: optional(z.boolean()),
   skip_special_tokens: optional(z.boolean()),
   truncate_prompt_tokens: optional(
-    z.union([z.int().min(1), z.int().max(-1)], 'expected a number of tokens, or -1 for as many as fit'),
+    z.union([z.int().min(1), z.literal(-1)], 'expected a number of tokens, or -1 for as many as fit'),
   ),
 };
 
@@ -381,7 +381,7 @@ interface PromptOptions {
   readonly output: number;
   /** The field that it came from. */
   readonly param: string;
-  /** Keep this many tokens at the end; -N: as many as fit beside `output`, and beside N. */
+  /** Keep this many tokens at the end; -1: as many as fit. */
   readonly truncate?: number | undefined;
   /** However many tokens it has, they are wanted. */
   readonly counted?: true;
@@ -418,8 +418,7 @@ export function encodeText(
 
 /** Tokens at the end of a prompt that are kept; undefined: all. */
 function keptTokens({ maxModelLen }: Served, { output, truncate }: PromptOptions): number | undefined {
-  if (truncate === undefined || truncate > 0) return truncate;
-  return Math.max(maxModelLen - Math.max(output, -truncate), 1);
+  return truncate === -1 ? Math.max(maxModelLen - output, 1) : truncate;
 }
 
 /** Checks a tokenized prompt against context and vocabulary. */

@@ -6,7 +6,6 @@ import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import type { WorkerConfig } from '../../../src/config/worker-config.ts';
 import { readHistogram } from '../../../src/observability/metrics.ts';
-import { readBody } from '../../../src/proxy/body.ts';
 import { packLogprobs } from '../../../src/scheduler/prompt-logprobs.ts';
 import type { TokenLogprob } from '../../../src/wire/token-logprob.ts';
 import { BYTE_MODEL, bytesOf, EOS, type Script, saying } from '../../support/fake-core.ts';
@@ -24,26 +23,6 @@ it('keeps the end of a prompt that is to be cut', async () => {
   const fits = { prompt: `${long}end`, truncate_prompt_tokens: -1, max_tokens: 6 };
   expect(await asked(COMPLETIONS, fits)).toHaveLength(250);
   expect(await asked(CHAT, { messages: user(long), truncate_prompt_tokens: 5 })).toBe('tant:');
-});
-
-it('keeps as much of a prompt in the copy that the proxy sends a producer', async () => {
-  const { json, core } = await startServer();
-  const long = 'x'.repeat(300);
-  const cut = { truncate_prompt_tokens: -1 };
-  for (const [url, body] of [
-    [COMPLETIONS, { ...cut, prompt: long, max_tokens: 40 }],
-    [COMPLETIONS, { ...cut, prompt: long, max_tokens: 40, logprobs: 1 }],
-    [COMPLETIONS, { ...cut, prompt: long }],
-    [CHAT, { ...cut, messages: user(long), max_completion_tokens: 40, max_tokens: 90 }],
-    ['/v1/responses', { ...cut, input: long, max_output_tokens: 40 }],
-  ] as const) {
-    const { nativePrefill } = readBody(new TextEncoder().encode(JSON.stringify(body)));
-    for (const sent of [body, JSON.parse(new TextDecoder().decode(nativePrefill)) as object]) {
-      expect((await json(url, sent)).status).toBe(200);
-    }
-    const [asked, copied] = core.added.slice(-2).map(({ promptTokens }) => promptTokens);
-    expect([url, copied]).toEqual([url, asked]);
-  }
 });
 
 describe('/v1/completions', () => {
