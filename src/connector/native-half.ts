@@ -119,7 +119,7 @@ export class NativeHalf {
     const why =
       stage === 'filling' && !aborted
         ? 'its prompt could not be computed'
-        : 'its request was aborted, and nobody will decode it';
+        : 'its request was given up, and nobody will decode it';
     // What has been drawn stays to be asked for.
     const isOver = stage === 'filling' || (stage === 'drawn' && aborted);
     if (isOver) this.#parts.handOver.fail(transferId, 'KV_SEND_FAILED', why);

@@ -24,6 +24,7 @@ import { monotonicMs } from '../observability/timelines.ts';
 import { proxyRequestId } from '../wire/ids.ts';
 import {
   KV_FAILED_HEADER,
+  OUTPUT_TOKENS_HEADER,
   PREFILL_WITHIN_HEADER,
   readKvFailed,
   WIRE_HEADER,
@@ -277,7 +278,8 @@ export class Attempt {
   #sentTo(role: InstanceRole, body: Uint8Array) {
     const { route: path } = this.#request;
     const headers = this.#headersTo(role);
-    const { ids } = this.#body;
+    const { ids, outputTokens } = this.#body;
+    if (role === 'producer' && outputTokens) headers[OUTPUT_TOKENS_HEADER] = String(outputTokens);
     if (!ids || !this.#placement.takesIds[role]) return { path, body, headers };
     headers[PROMPT_IDS_HEADER] = String(ids.length);
     return { path, body: appendPromptIds(body, ids), headers };

@@ -44,6 +44,8 @@ export interface RequestBody extends PromptFacts {
   readonly user: string | undefined;
   /** The body's `priority`, 0 where it is none. */
   readonly priority: number;
+  /** Tokens to generate, where it depends on them how much of the prompt is kept: the copies ask for one. */
+  readonly outputTokens?: number;
   /** The producer's: the same prompts, one token, nothing that only the answer needs. JSON in UTF-8. */
   readonly prefill: Uint8Array<ArrayBuffer>;
   /** A producer's whose first token the consumer takes over: with all that the token and its log-probabilities depend on. May be `prefill`. */
@@ -200,6 +202,7 @@ export function readBody(
   const whole = !given && prompts === 1 && (json['truncate_prompt_tokens'] ?? undefined) === undefined;
   const ids = whole ? tokenize?.(model) : undefined;
   const known = given ?? ids;
+  const outputTokens = json['truncate_prompt_tokens'] === -1 ? outputTokensOf(json) : undefined;
   return {
     original,
     model,
@@ -211,6 +214,7 @@ export function readBody(
     ...(ids && { ids }),
     user: typeof user === 'string' ? user : undefined,
     priority: Number.isSafeInteger(priority) ? (priority as number) : 0,
+    ...(outputTokens !== undefined && { outputTokens }),
     textKeys:
       wanted.text && prompts === 1
         ? textKeys(given ? bytesOfIds(given) : promptText(bytes, fields), model ?? '')
@@ -296,6 +300,13 @@ function promptText(body: Buffer, fields: readonly JsonField[]): Uint8Array {
 }
 
 const QUOTE = 0x22;
+
+/** As workers find it, by what the prompt stands in; undefined where they take one, or refuse it. */
+function outputTokensOf(json: JsonObject): number | undefined {
+  const { max_tokens: most, max_completion_tokens: ofChat, max_output_tokens: ofResponse } = json;
+  const tokens = 'messages' in json ? (ofChat ?? most) : 'input' in json ? ofResponse : most;
+  return Number.isSafeInteger(tokens) && (tokens as number) > 1 ? (tokens as number) : undefined;
+}
 
 function bytesOfIds(ids: readonly number[]): Uint8Array {
   return new Uint8Array(Int32Array.from(ids).buffer);

@@ -218,7 +218,10 @@ export class Scheduler {
     // After all have been advanced: it ends the others of its request too.
     for (const { sequence } of step.entries) {
       const error = failed.get(sequence.id);
-      if (error) outputs.push(...this.#pool.endGroup(sequence.group, 'error', error));
+      if (!error) continue;
+      // What was asked for leaves no token, at the other end of the pair neither: nobody will decode it.
+      sequence.group.aborted = true;
+      outputs.push(...this.#pool.endGroup(sequence.group, 'error', error));
     }
     return outputs;
   }

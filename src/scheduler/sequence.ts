@@ -28,7 +28,7 @@ export interface RequestGroup {
   live: number;
   /** The leader's load is under way: its blocks may be written at any moment. */
   loading: boolean;
-  /** Its client went away, or the pair was told that nobody comes for its KV. */
+  /** Its client went away, no token of it could be drawn, or the pair was told that nobody comes for its KV. */
   aborted: boolean;
   /** The producer is known to be done with the prompt. */
   prefilled: boolean;

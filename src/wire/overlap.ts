@@ -22,6 +22,17 @@ export function readPrefillWithin(value: unknown): number | undefined {
   return Math.min(Number(value), LONGEST_MS);
 }
 
+/**
+ * To a producer: how many tokens the request is to generate, of which its copy asks for one. Of a prompt that is cut off to fit the context
+ * (`truncate_prompt_tokens: -1`) both ends keep as much by this.
+ */
+export const OUTPUT_TOKENS_HEADER = 'x-pd-output-tokens';
+
+/** The header's value; undefined if it is absent or invalid. */
+export function readOutputTokens(value: unknown): number | undefined {
+  return typeof value === 'string' && /^[1-9]\d{0,14}$/.test(value) ? Number(value) : undefined;
+}
+
 /** To both ends of a pair: the wire that this request's KV takes. Without it both use the frozen one. */
 export const WIRE_HEADER = 'x-pd-wire';
 

@@ -61,6 +61,11 @@ const BODIES: readonly (readonly [what: string, body: object])[] = [
       structured_outputs: { regex: '[a-z]{3,8}( [0-9]+)?' },
     },
   ],
+  // How much is left depends on what is to be generated, of which the producer's copy asks for one token.
+  [
+    'a text cut off where it does not fit',
+    { prompt: STORY.repeat(120), truncate_prompt_tokens: -1, max_tokens: 6, temperature: 0 },
+  ],
   ['the same prompt again', { prompt: STORY, max_tokens: 6, temperature: 0 }],
 ];
 

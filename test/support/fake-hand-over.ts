@@ -1,4 +1,4 @@
-/** A native hand-over that writes down what it is told; its loads end, and its leases, when the test says so. */
+/** A native hand-over that writes down what it is told; its loads end, and leases of what has not failed, when the test says so. */
 import type {
   Drawn,
   HandOverApi,
@@ -71,7 +71,8 @@ export class FakeHandOver implements HandOverApi {
     return this.waits;
   }
 
-  fail(): void {
+  fail(transferId: TransferId): void {
     this.told.push('fail');
+    this.user.books.endLease(transferId);
   }
 }

@@ -8,6 +8,7 @@ import type { Logger, RateLimitedLog } from '../../observability/log.ts';
 import type { MetricsPage } from '../../observability/metrics.ts';
 import { dialectOf } from '../../parsing/calls.ts';
 import { reasoningOf } from '../../parsing/reasoning.ts';
+import { OUTPUT_TOKENS_HEADER, readOutputTokens } from '../../wire/overlap.ts';
 import { PROMPT_IDS_HEADER, splitPromptIds } from '../../wire/prompt-ids.ts';
 import type { CoreClient } from '../core-client.ts';
 import type { Readings, RequestBodyReader, Route } from '../request-body-reader.ts';
@@ -45,7 +46,12 @@ export async function readRequest<R extends Route>(
 ): Promise<Readings[R]> {
   const { body, ids } = splitPromptIds(bodyOf(request), request.headers[PROMPT_IDS_HEADER]);
   const promptIds = ids && trusts(context, request) ? ids : undefined;
-  const served = { ...servedBy(context), ...(promptIds && { promptIds }) };
+  const outputTokens = readOutputTokens(request.headers[OUTPUT_TOKENS_HEADER]);
+  const served = {
+    ...servedBy(context),
+    ...(promptIds && { promptIds }),
+    ...(outputTokens !== undefined && { outputTokens }),
+  };
   return await context.reader.read(served, route, body, signal);
 }
 

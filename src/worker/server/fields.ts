@@ -152,6 +152,8 @@ export interface Served {
   readonly vocabSize: number;
   /** Of the one prompt of this request, where whoever sent it has tokenized its text. */
   readonly promptIds?: Uint32Array;
+  /** What the other end of the pair generates, which is given the same prompt, where that is known. */
+  readonly outputTokens?: number;
   /** How the model writes calls of tools and marks its thoughts; absent where that is not known, or not to be looked at. */
   readonly calls?: CallDialect;
   readonly reasoning?: ReasoningDialect;
@@ -417,8 +419,11 @@ export function encodeText(
 }
 
 /** Tokens at the end of a prompt that are kept; undefined: all. */
-function keptTokens({ maxModelLen }: Served, { output, truncate }: PromptOptions): number | undefined {
-  return truncate === -1 ? Math.max(maxModelLen - output, 1) : truncate;
+function keptTokens(
+  { maxModelLen, outputTokens = 0 }: Served,
+  { output, truncate }: PromptOptions,
+): number | undefined {
+  return truncate === -1 ? Math.max(maxModelLen - Math.max(output, outputTokens), 1) : truncate;
 }
 
 /** Checks a tokenized prompt against context and vocabulary. */

@@ -75,6 +75,17 @@ describe('the prefill copy', () => {
   });
 });
 
+test.each([
+  [{ prompt: 'a', max_tokens: 9, max_completion_tokens: 7 }, 9],
+  [{ messages: [], max_tokens: 9 }, 9],
+  [{ messages: [], max_tokens: 9, max_completion_tokens: 7 }, 7],
+  [{ input: 'a', max_output_tokens: 8, max_tokens: 9 }, 8],
+  [{ prompt: 'a' }, undefined],
+])('of a prompt that is cut off to fit, tells what %j is to generate', (body, tokens) => {
+  expect(readBody(bytes({ ...body, truncate_prompt_tokens: -1 })).outputTokens).toBe(tokens);
+  expect(readBody(bytes({ ...body, truncate_prompt_tokens: 5 })).outputTokens).toBeUndefined();
+});
+
 test('the original is kept byte for byte', () => {
   const body = bytes(' {"prompt": "a"}\n');
   expect(readBody(body).original).toBe(body);

@@ -27,7 +27,7 @@ const cache: PagedLayer = {
   layout: { family: 'kv-first', numBlocks: 32, blockSize: 4, heads: 1, headDim: 4, dtype: 'float32' },
 };
 
-/** Says 100 + output position; breaks as often as it is told to. */
+/** Says 100 + output position; breaks as often as it is told to, and finds no token where it is told to. */
 class FakeExecutor implements Executor {
   readonly layers = [0, 1, 2].map((index) => ({ name: `model.layers.${index}.self_attn.attn`, cache }));
   readonly vocabSize = 200;
@@ -35,6 +35,7 @@ class FakeExecutor implements Executor {
   /** Of each batch: was it asked to mark its layers? */
   readonly marked: boolean[] = [];
   failures = 0;
+  findsNone = false;
   /** Within each step, after its last layer. */
   within: () => Promise<void> = () => Promise.resolve();
 
@@ -49,6 +50,15 @@ class FakeExecutor implements Executor {
       }
     }
     await this.within();
+    if (this.findsNone) {
+      const error = { code: 'REQUEST_INVALID', message: 'no token is left', context: {} } as const;
+      const failed = batch.sequences.flatMap(({ sequenceId, sample }) => (sample ? [sequenceId] : []));
+      return {
+        sampled: [],
+        promptLogprobs: new Map(),
+        failed: new Map(failed.map((sequenceId) => [sequenceId, error])),
+      };
+    }
     const sampled = batch.sequences.flatMap(({ sequenceId, sample }) =>
       sample ? [{ sequenceId, token: 100 + sample.outputPosition }] : [],
     );
@@ -638,6 +648,7 @@ describe('native hand-over', () => {
   it.each([
     ['aborted', 'its request is', (harness: Harness, id: CoreRequest) => harness.loop.abort(id.requestId)],
     ['failed', 'its step has', (harness: Harness) => harness.executor.failures++],
+    ['refused', 'no first token may be drawn', ({ executor }: Harness) => (executor.findsNone = true)],
   ] as const)('says at once that KV will not come where %s: %s', async (_, __, end) => {
     const harness = start({ role: 'producer', keepMs: KEPT, numBlocks: 16 });
     const { handOver, executor, loop } = harness;
