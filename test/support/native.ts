@@ -10,7 +10,7 @@ import type { FromWire, NativeInit } from '../../src/transfer/native/channel.ts'
 import { HandOver } from '../../src/transfer/native/hand-over.ts';
 import type { Drawn, LoadOutcome, WantRequest } from '../../src/transfer/native/hand-over-api.ts';
 import type { NativeTransport, Nonce } from '../../src/transfer/native/messages.ts';
-import type { TransferService } from '../../src/transfer/service.ts';
+import type { ServiceParts, TransferService } from '../../src/transfer/service.ts';
 import { type EngineRequestId, proxyRequestId, type TransferId, transferIdOf } from '../../src/wire/ids.ts';
 import { LAYOUT, pagedCache, type Services, type TestOptions, until } from './transfer.ts';
 
@@ -33,10 +33,13 @@ export async function makeEnd(
   options: TestOptions & {
     readonly leaseMs?: number;
     readonly transports?: readonly NativeTransport[];
+    /** Absent: on the host. */
+    readonly cache?: readonly PagedLayer[];
+    readonly wrapTransport?: NonNullable<ServiceParts['wrapTransport']>;
   } = {},
 ): Promise<End> {
-  const { leaseMs = 60_000, transports = ['host'], ...overrides } = options;
-  const cache = pagedCache(LAYERS, role === 'producer').map(({ target }) => target);
+  const { leaseMs = 60_000, transports = ['host'], wrapTransport, cache: given, ...overrides } = options;
+  const cache = given ?? pagedCache(LAYERS, role === 'producer').map(({ target }) => target);
   const init: NativeInit = {
     nonce: randomBytes(16).toString('hex') as Nonce,
     layers: cache,
@@ -55,7 +58,10 @@ export async function makeEnd(
     if ('peer' in event) peers.add(event.peer);
     hear(event);
   };
-  const service = await services.make(overrides, { native: { init, tell } });
+  const service = await services.make(overrides, {
+    native: { init, tell },
+    ...(wrapTransport && { wrapTransport }),
+  });
   const handOver = new HandOver({
     init,
     wire: (listener) => {

@@ -8,9 +8,11 @@ import type { LoadOutcome } from '../../src/connector/connector.ts';
 import type { ConnectorMetadata, LoadMeta, SaveMeta } from '../../src/connector/metadata.ts';
 import { NativeHalf, type NativeParts } from '../../src/connector/native-half.ts';
 import { type KvRole, P2pSchedulerConnector } from '../../src/connector/scheduler-connector.ts';
+import { type BlockHash, extendHashes } from '../../src/kv/block-hash.ts';
 import { Scheduler, type SchedulerOptions } from '../../src/scheduler/scheduler.ts';
 import { firstTokens, type SchedulerStep } from '../../src/scheduler/step.ts';
 import type {
+  CacheChange,
   CoreRequest,
   ForwardResult,
   RequestOutput,
@@ -78,6 +80,10 @@ export class SchedulerWorld {
   readonly canceled: EngineRequestId[] = [];
   /** Of requests that take the native hand-over. */
   readonly native: NativeHalf | undefined;
+  /** By what the scheduler tells of its prefix cache. */
+  readonly cached = new Set<BlockHash>();
+  /** Tokens up to each block that was ever stored. */
+  readonly #prefixes = new Map<BlockHash, readonly number[]>();
   #outcomes: LoadOutcome[] = [];
   preempted = 0;
 
@@ -87,7 +93,7 @@ export class SchedulerWorld {
     this.blockSize = options.blockSize;
     const { blockSize } = options;
     const connector = role && new P2pSchedulerConnector({ role, blockSize, native: native !== undefined });
-    this.scheduler = new Scheduler(options, connector);
+    this.scheduler = new Scheduler({ logCacheChanges: true, ...options }, connector);
     this.native =
       native &&
       new NativeHalf(
@@ -115,9 +121,13 @@ export class SchedulerWorld {
 
   /**
    * One whole step, or undefined where there was nothing to run. `fail`: the executor throws after it wrote its KV. `meanwhile`: what
-   * happens before the executor has written, and after.
+   * happens before the executor has written, and after. `failing`: sequences of it for which no token can be drawn.
    */
-  step(fail = false, meanwhile: () => void = () => {}): SchedulerStep | undefined {
+  step(
+    fail = false,
+    meanwhile: () => void = () => {},
+    failing: (step: SchedulerStep) => readonly string[] = () => [],
+  ): SchedulerStep | undefined {
     const step = this.scheduler.schedule();
     this.check();
     this.preempted += step.preempted.length;
@@ -125,11 +135,11 @@ export class SchedulerWorld {
     const { missingBlocks } = this.scheduler;
     if (step.entries.length === 0) {
       const room = missingBlocks > 0 && this.native?.makeRoom(missingBlocks) === true;
-      return room || step.preempted.length > 0 ? this.step(fail, meanwhile) : undefined;
+      return room || step.preempted.length > 0 ? this.step(fail, meanwhile, failing) : undefined;
     }
     this.steps.push(step);
     meanwhile();
-    const result = this.#forward(step);
+    const result = withFailures(this.#forward(step), failing(step));
     this.native?.layer(0);
     meanwhile();
     void this.native?.stepEnded();
@@ -206,6 +216,31 @@ export class SchedulerWorld {
   check(): void {
     const problems = this.scheduler.checkIntegrity();
     if (problems.length > 0) throw new Error(problems.join('; '));
+    // where the test does not look at them itself
+    if (this.options.logCacheChanges !== undefined) return;
+    for (const change of this.scheduler.takeCacheChanges()) this.#replay(change);
+  }
+
+  /** Whoever follows the prefix cache by what it is told knows each block once, behind its parent, of the tokens that it stands for. */
+  #replay(change: CacheChange): void {
+    if (change.type === 'removed') {
+      if (!this.cached.delete(change.hash)) throw new Error(`${change.hash} is removed and was not stored`);
+      return;
+    }
+    const { hashes, parent, tokens } = change;
+    if (tokens.length !== hashes.length * this.blockSize) throw new Error('stored blocks are not full');
+    const told: BlockHash[] = [];
+    const before = parent === undefined ? [] : this.#prefixes.get(parent);
+    if (!before) throw new Error(`${parent} is a parent that was never stored`);
+    const known = [...before, ...tokens];
+    extendHashes(told, Int32Array.from(known), this.blockSize);
+    for (const [i, hash] of hashes.entries()) {
+      const end = before.length + (i + 1) * this.blockSize;
+      if (told[end / this.blockSize - 1] !== hash) throw new Error(`${hash} is not of its tokens`);
+      if (this.cached.has(hash)) throw new Error(`${hash} is stored twice`);
+      this.cached.add(hash);
+      this.#prefixes.set(hash, known.slice(0, end));
+    }
   }
 
   #takeMetadata(metadata: ConnectorMetadata): void {
@@ -287,6 +322,15 @@ export class SchedulerWorld {
     if (seen.size > maxNumSeqs) throw new Error(`${seen.size} sequences in one step`);
     return { sampled, promptLogprobs };
   }
+}
+
+function withFailures(result: ForwardResult, ids: readonly string[]): ForwardResult {
+  const error = { code: 'REQUEST_INVALID', message: 'no token may be drawn', context: {} } as const;
+  const failed = new Map(
+    result.sampled.flatMap(({ sequenceId }) => (ids.includes(sequenceId) ? [[sequenceId, error]] : [])),
+  );
+  const sampled = result.sampled.filter(({ sequenceId }) => !failed.has(sequenceId));
+  return { ...result, sampled, failed };
 }
 
 function slotOf(blockTable: Int32Array, position: number, blockSize: number): number {

@@ -183,10 +183,19 @@ export class NativeLink {
     const room = await makeRoom(this.#context, place, bytes);
     const receiving = pair.receive(room.regions, { tensorId: what, timeoutMs: transfer });
     const done = receiving
-      .then(() => {
-        this.#context.metrics.inc('pd_kv_received_bytes_total', bytes);
-        return unload(this.#context, place, room);
-      })
+      .then(
+        () => {
+          this.#context.metrics.inc('pd_kv_received_bytes_total', bytes);
+          return unload(this.#context, place, room);
+        },
+        async (error: unknown) => {
+          // What is not received leaves the ends out of step. The transport may write to the memory until the pair is over.
+          this.end(PdError.from(error, 'PEER_LOST', { peer: this.peer }));
+          await pair.over;
+          room.free();
+          throw error;
+        },
+      )
       .then(() => room.free());
     return { posted: true, done };
   }

@@ -195,10 +195,19 @@ export class NativeSession {
       const { transfer } = this.#context.options.timeouts;
       this.#events.answer({ ...part, part: ++this.#parts });
       const operation = { tensorId: whatOf(part, peer), timeoutMs: transfer };
-      const done = pair.send(cargo.regions, operation).then(() => {
-        cargo.free();
-        this.#context.metrics.inc('pd_kv_sent_bytes_total', this.#bytesOf(command));
-      });
+      const done = pair.send(cargo.regions, operation).then(
+        () => {
+          cargo.free();
+          this.#context.metrics.inc('pd_kv_sent_bytes_total', this.#bytesOf(command));
+        },
+        async (error: unknown) => {
+          // Announced and not sent: the ends are out of step. The transport may read the memory until the pair is over.
+          pair.abort(PdError.from(error, 'PEER_LOST', { peer }));
+          await pair.over;
+          cargo.free();
+          throw error;
+        },
+      );
       return { done };
     } catch (error) {
       cargo.free();

@@ -256,9 +256,10 @@ export class NativeWire {
   }
 
   #write(command: WriteCommand): void {
-    const { launch, peer, ready } = command;
+    const { launch, peer, ready, part } = command;
     const session = this.#sessions.get(peer);
-    if (session) {
+    // The process that has the address by now would not take its bytes, and find the pair out of step.
+    if (session?.hello.from === part.to) {
       session.write(command);
       return;
     }

@@ -206,8 +206,22 @@ class World {
     this.running.delete(id);
   }
 
-  /** The first write of a stream goes one step on: it reads the grant word, or it lands. */
-  land(producer = this.producer) {
+  /** Its blocks go to others, and it begins again in what is free then. */
+  preempt(id: TransferId) {
+    const { producer } = this;
+    const request = this.running.get(id);
+    if (!request) return;
+    this.runGrants(producer.grants.progress(id, 0, []));
+    producer.blocks.free(id);
+    request.computed = 0;
+    const spare = 'spare';
+    if (producer.blocks.canAllocate(BLOCK + request.tokens)) producer.blocks.allocate(spare, BLOCK);
+    for (const block of producer.blocks.allocate(id, request.tokens)) producer.memory[block] = 'poison';
+    producer.blocks.free(spare);
+  }
+
+  /** The first write of a stream goes one step on: it reads the grant word, or it lands, or (`broken`) it comes to nothing. */
+  land(producer = this.producer, broken = false) {
     const [first] = producer.stream;
     if (!first) return;
     const { action, target } = first;
@@ -217,7 +231,7 @@ class World {
         first.looked = true;
         return;
       }
-    } else if (target.alive) {
+    } else if (target.alive && !broken) {
       // the heart of it: whoever has this block is the one that wanted it written
       for (const [i, block] of action.targets.entries()) {
         expect(target.exposed.get(action.seq) ?? []).toContain(block);
@@ -225,8 +239,10 @@ class World {
       }
     }
     producer.stream.shift();
-    this.runGrants(producer.grants.landed(action.launch, this.now), producer);
-    if (!first.looked || !action.last || target !== this.consumer || producer !== this.producer) return;
+    const failure = { code: 'KV_SEND_FAILED', message: 'the write failed' } as const;
+    this.runGrants(producer.grants.landed(action.launch, this.now, broken ? failure : undefined), producer);
+    if (broken || !first.looked || !action.last || target !== this.consumer || producer !== this.producer)
+      return;
     this.runWants(this.consumer.wants.flag(P, producer.nonce, action.slot!, action.seq));
   }
 
@@ -249,7 +265,8 @@ class World {
 
   copy(which: number) {
     const message = this.heard.at(-1 - which * 3);
-    if (message?.cmd === 'WANT') this.runGrants(this.producer.grants.message(C, message, this.now));
+    if (message?.cmd === 'WANT' || message?.cmd === 'DROP' || message?.cmd === 'ACK')
+      this.runGrants(this.producer.grants.message(C, message, this.now));
   }
 
   tick(ms: number) {
@@ -308,6 +325,11 @@ const step = fc.record({
           'stop',
           'name stolen',
           'severed',
+          'preempt',
+          'write fails',
+          'prefilled',
+          'known to fail',
+          'drain',
         ],
       ),
     },
@@ -340,7 +362,20 @@ describe('both ledgers', () => {
           else if (kind === 'reconnect') world.connect();
           else if (kind === 'name stolen') world.stealName();
           else if (kind === 'severed') world.severed = true;
-          else if (kind === 'kill consumer') world.killConsumer();
+          else if (kind === 'preempt') world.preempt(id);
+          else if (kind === 'write fails') world.land(world.producer, true);
+          else if (kind === 'prefilled' || kind === 'known to fail') {
+            const seqs = [...consumer.exposed.keys()];
+            const seq = seqs[size % Math.max(1, seqs.length)];
+            const error = { code: 'KV_SEND_FAILED', message: 'says the proxy', context: {} } as const;
+            if (seq === undefined) continue;
+            if (kind === 'prefilled') consumer.wants.hasten(seq, 1_000, now);
+            else world.runWants(consumer.wants.fail(seq, error, now));
+          } else if (kind === 'drain' && size === 1) {
+            world.runGrants(producer.grants.shutdown(now));
+            for (const id of world.running.keys()) producer.blocks.free(id);
+            world.running.clear();
+          } else if (kind === 'kill consumer') world.killConsumer();
           else if (kind === 'kill producer') world.killProducer();
           else if (kind === 'unwanted') world.runWants(consumer.wants.unwanted(P, id));
           else if (kind === 'abort') {
@@ -380,7 +415,7 @@ describe('both ledgers', () => {
         expect(producer.grants.stats()).toMatchObject({ requests: 0, endedIds: 0, settled: 0 });
         expect([consumer.blocks.numFree, producer.blocks.numFree]).toEqual([CACHE, CACHE]);
       }),
-      { numRuns: 100 },
+      { numRuns: Number(process.env['PD_PROPERTY_RUNS'] ?? 100) },
     );
   });
 });

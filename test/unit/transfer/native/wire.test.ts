@@ -1,9 +1,9 @@
-/** Answers of a producer, told by the core thread, to peers that may have gone meanwhile. */
+/** Answers and parts of a producer, told by the core thread, to peers that may have gone meanwhile. */
 import { beforeEach, expect, it } from 'vitest';
 import { transferOptions } from '../../../../src/config/embedded.ts';
 import { createLogger } from '../../../../src/observability/log.ts';
 import type { TransferContext } from '../../../../src/transfer/context.ts';
-import type { NativeInit } from '../../../../src/transfer/native/channel.ts';
+import type { FromWire, NativeInit } from '../../../../src/transfer/native/channel.ts';
 import { decodeAnswered, encodeNative } from '../../../../src/transfer/native/codec.ts';
 import { identityOf } from '../../../../src/transfer/native/hello.ts';
 import type {
@@ -21,10 +21,12 @@ const OURS = 'a'.repeat(32) as Nonce;
 const THEIRS = 'b'.repeat(32) as Nonce;
 
 let said: { readonly identity: string; readonly message: ReturnType<typeof decodeAnswered> }[];
+let told: FromWire[];
 let wire: NativeWire;
 
 beforeEach(() => {
   said = [];
+  told = [];
   const router = {
     answer: (identity: Buffer, body: Uint8Array) =>
       said.push({
@@ -40,7 +42,7 @@ beforeEach(() => {
   };
   const init: NativeInit = { nonce: OURS, layers: [], shape: SHAPE, transports: ['host'] };
   wire = new NativeWire(context as unknown as TransferContext, router as unknown as Router, init, {
-    tell: () => {},
+    tell: (event) => told.push(event),
     pairsChanged: () => {},
   });
 });
@@ -80,4 +82,15 @@ it('are left out where they tell of more blocks than the peer has by now, and th
   expect(said).toEqual([]);
   wire.command({ kind: 'answer', peer: PEER, message: done(8) });
   expect(said).toMatchObject([{ message: { cmd: 'DONE', promised: 8 } }]);
+});
+
+it('says of a part for the process that had the address before that its connection is gone, and sends nothing on the new one', () => {
+  hears({ cache: SHAPE });
+  said = [];
+  const to = 'e'.repeat(32) as Nonce;
+  const of = { cmd: 'PART', from: OURS, to, seq: 1, ticket: 'c'.repeat(32) as Ticket } as const;
+  const part = { ...of, layer: 0, layers: 2, block: 0, blocks: 1 };
+  wire.command({ kind: 'write', peer: PEER, launch: 5, part, blocks: Int32Array.of(3) });
+  expect(told.at(-1)).toMatchObject({ kind: 'written', launch: 5, error: { code: 'PEER_LOST' } });
+  expect(said).toEqual([]);
 });
