@@ -14,8 +14,8 @@ import type { Held } from '../kv-memory.ts';
 import { type Claimant, ClaimBook } from './claims.ts';
 import { contradicts, ReceiveStore, type StoreEntry, type TensorInfo } from './store.ts';
 
-/** How many times as long as KV that nobody claims itself it is remembered that it was freed: who comes for it late may come very late. */
-const ORPHANS_REMEMBERED = 10;
+/** How many times as long as KV that nobody claims itself it is remembered that it is gone: a worker without blocks comes for it very late. */
+const GONE_REMEMBERED = 10;
 
 type Lost = Pick<Names, 'promptDigest'> & { readonly reason: PdError };
 
@@ -26,8 +26,8 @@ export class Intake {
   readonly #finished = new Aging<Pick<Names, 'promptDigest'>>();
   /** Requests of which a tensor was refused or lost: a load of one need not wait for its deadline. */
   readonly #lost = new Aging<Lost>();
-  /** Requests whose KV came and was freed, as nobody claimed it in time: a load of one need not wait either, unless it is sent anew. */
-  readonly #orphaned = new Aging<Lost>();
+  /** Likewise, and those whose KV was freed as nobody claimed it in time. Kept for longer, as requests may wait for long; but only until it is sent anew. */
+  readonly #gone = new Aging<Lost>();
   readonly #context: TransferContext;
   /** Orphans and memories age together. */
   readonly #sweep: Sweep;
@@ -68,7 +68,8 @@ export class Intake {
       return undefined;
     }
     const named = namesOf(tensor);
-    for (const id of idsOf(named)) this.#orphaned.delete(id);
+    // A tensor that comes soon after another was lost is of the same sending.
+    for (const id of idsOf(named)) if (!this.#lost.get(id)) this.#gone.delete(id);
     const late = this.#isOver(named);
     if (late) this.#remember(named, overError(tensor));
     this.#sweep.arm();
@@ -139,7 +140,7 @@ export class Intake {
 
   /** Why KV of this request will not come, where that is known. */
   lostReason(claimant: Pick<Claimant, 'transferId' | 'promptDigest'>): PdError | undefined {
-    for (const book of [this.#lost, this.#orphaned]) {
+    for (const book of [this.#lost, this.#gone]) {
       const lost = book.get(claimant.transferId);
       // What another prompt has lost is nothing to it.
       if (lost && !contradicts(lost, claimant)) return lost.reason;
@@ -172,7 +173,7 @@ export class Intake {
     const { promptDigest, complete } = this.claims.finish(id);
     const { freed, dropped } = this.store.finish(id, promptDigest);
     this.#lost.delete(id);
-    this.#orphaned.delete(id);
+    this.#gone.delete(id);
     // Where all has come, what comes under the id from now on is a later request's.
     if (!complete) this.#finished.set(id, { promptDigest }, deadlines.now());
     log.debug({ transferId: id, freed, dropped }, 'request finished');
@@ -268,7 +269,7 @@ export class Intake {
   /** It will not come: whoever waits for it knows now, and who comes later too. */
   #lose(tensor: Names, reason: PdError): void {
     if (this.#isOver(tensor)) return;
-    this.#remember(tensor, reason);
+    for (const book of [this.#lost, this.#gone]) this.#remember(tensor, reason, book);
     this.#sweep.arm();
     for (const claimant of this.claims.claimantsOf(tensor)) claimant.fail(reason);
   }
@@ -294,10 +295,10 @@ export class Intake {
     const orphans = this.store.freeOrphans(before);
     this.#finished.sweep(before);
     this.#lost.sweep(before);
-    this.#orphaned.sweep(deadlines.now() - ORPHANS_REMEMBERED * orphan);
-    for (const entry of orphans) this.#remember(entry, orphanError(entry, orphan), this.#orphaned);
+    this.#gone.sweep(deadlines.now() - GONE_REMEMBERED * orphan);
+    for (const entry of orphans) this.#remember(entry, orphanError(entry, orphan), this.#gone);
     if (orphans.length > 0) this.#tellOrphans(orphans);
-    return this.store.size + this.#finished.size + this.#lost.size + this.#orphaned.size > 0;
+    return this.store.size + this.#finished.size + this.#lost.size + this.#gone.size > 0;
   }
 
   #tellOrphans(orphans: readonly StoreEntry[]): void {

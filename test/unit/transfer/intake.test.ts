@@ -3,6 +3,7 @@ import pino from 'pino';
 import { afterEach, describe, expect, it, vi } from 'vitest';
 import { type Deferred, deferred } from '../../../src/deferred.ts';
 import { HostDevice } from '../../../src/device/host.ts';
+import { PdError } from '../../../src/errors.ts';
 import { RateLimitedLog } from '../../../src/observability/log.ts';
 import { MetricsPage } from '../../../src/observability/metrics.ts';
 import type { TransferContext } from '../../../src/transfer/context.ts';
@@ -83,11 +84,11 @@ function world() {
   };
 }
 
-describe('KV that was freed as nobody had come for it', () => {
-  afterEach(() => {
-    vi.useRealTimers();
-  });
+afterEach(() => {
+  vi.useRealTimers();
+});
 
+describe('KV that was freed as nobody had come for it', () => {
   it.each([2, 9])(
     'is not waited for by who comes after %i times that time, unless it is sent anew',
     async (times) => {
@@ -112,6 +113,18 @@ describe('KV that was freed as nobody had come for it', () => {
       end();
     },
   );
+});
+
+it('is known to be lost long after its sender has said so', () => {
+  vi.useFakeTimers({ toFake: ['setTimeout', 'clearTimeout', 'performance'] });
+  const { intake, orphanMs, end } = world();
+  const reason = new PdError('KV_SEND_FAILED', 'no answer');
+  intake.lost(ID, reason);
+  vi.advanceTimersByTime(9 * orphanMs);
+  const late = new Waiter('rome');
+  intake.claim(late);
+  expect(late.failure).toBe(reason);
+  end();
 });
 
 describe('an id that is used again while KV of its first prompt is on its way', () => {
