@@ -14,13 +14,20 @@ import type { Held } from '../kv-memory.ts';
 import { type Claimant, ClaimBook } from './claims.ts';
 import { contradicts, ReceiveStore, type StoreEntry, type TensorInfo } from './store.ts';
 
+/** How many times as long as KV that nobody claims itself it is remembered that it is gone: a worker without blocks comes for it very late. */
+const GONE_REMEMBERED = 10;
+
+type Lost = Pick<Names, 'promptDigest'> & { readonly reason: PdError };
+
 export class Intake {
   readonly store = new ReceiveStore();
   readonly claims: ClaimBook;
   /** Requests that are over, and of which prompt: tensors of theirs that still come are received, dropped and counted. */
   readonly #finished = new Aging<Pick<Names, 'promptDigest'>>();
   /** Requests of which a tensor was refused or lost: a load of one need not wait for its deadline. */
-  readonly #lost = new Aging<Pick<Names, 'promptDigest'> & { readonly reason: PdError }>();
+  readonly #lost = new Aging<Lost>();
+  /** Likewise, and those whose KV was freed as nobody claimed it in time. Kept for longer, as requests may wait for long; but only until it is sent anew. */
+  readonly #gone = new Aging<Lost>();
   readonly #context: TransferContext;
   /** Orphans and memories age together. */
   readonly #sweep: Sweep;
@@ -61,6 +68,8 @@ export class Intake {
       return undefined;
     }
     const named = namesOf(tensor);
+    // A tensor that comes soon after another was lost is of the same sending.
+    for (const id of idsOf(named)) if (!this.#lost.get(id)) this.#gone.delete(id);
     const late = this.#isOver(named);
     if (late) this.#remember(named, overError(tensor));
     this.#sweep.arm();
@@ -131,9 +140,12 @@ export class Intake {
 
   /** Why KV of this request will not come, where that is known. */
   lostReason(claimant: Pick<Claimant, 'transferId' | 'promptDigest'>): PdError | undefined {
-    const lost = this.#lost.get(claimant.transferId);
-    // What another prompt has lost is nothing to it.
-    return lost && !contradicts(lost, claimant) ? lost.reason : undefined;
+    for (const book of [this.#lost, this.#gone]) {
+      const lost = book.get(claimant.transferId);
+      // What another prompt has lost is nothing to it.
+      if (lost && !contradicts(lost, claimant)) return lost.reason;
+    }
+    return undefined;
   }
 
   /** All KV of a load has come. */
@@ -161,6 +173,7 @@ export class Intake {
     const { promptDigest, complete } = this.claims.finish(id);
     const { freed, dropped } = this.store.finish(id, promptDigest);
     this.#lost.delete(id);
+    this.#gone.delete(id);
     // Where all has come, what comes under the id from now on is a later request's.
     if (!complete) this.#finished.set(id, { promptDigest }, deadlines.now());
     log.debug({ transferId: id, freed, dropped }, 'request finished');
@@ -256,34 +269,36 @@ export class Intake {
   /** It will not come: whoever waits for it knows now, and who comes later too. */
   #lose(tensor: Names, reason: PdError): void {
     if (this.#isOver(tensor)) return;
-    this.#remember(tensor, reason);
+    for (const book of [this.#lost, this.#gone]) this.#remember(tensor, reason, book);
     this.#sweep.arm();
     for (const claimant of this.claims.claimantsOf(tensor)) claimant.fail(reason);
   }
 
   /** Its request has ended. KV of another prompt is a later request's of the same id, and not late. */
-  #isOver({ requestId, standsFor: meant, promptDigest }: Names): boolean {
-    return [requestId, meant].some((id) => {
-      const over = id === undefined ? undefined : this.#finished.get(id);
-      return over !== undefined && !contradicts(over, { promptDigest });
+  #isOver(named: Names): boolean {
+    return idsOf(named).some((id) => {
+      const over = this.#finished.get(id);
+      return over !== undefined && !contradicts(over, named);
     });
   }
 
-  #remember({ requestId, standsFor: meant, promptDigest }: Names, reason: PdError): void {
+  #remember(named: Names, reason: PdError, book = this.#lost): void {
     const now = this.#context.deadlines.now();
-    this.#lost.set(requestId, { promptDigest, reason }, now);
-    if (meant !== undefined) this.#lost.set(meant, { promptDigest, reason }, now);
+    for (const id of idsOf(named)) book.set(id, { promptDigest: named.promptDigest, reason }, now);
   }
 
   /** Whether anything is left that may age. */
   #age(): boolean {
     const { deadlines, options } = this.#context;
-    const before = deadlines.now() - options.timeouts.orphan;
+    const { orphan } = options.timeouts;
+    const before = deadlines.now() - orphan;
     const orphans = this.store.freeOrphans(before);
     this.#finished.sweep(before);
     this.#lost.sweep(before);
+    this.#gone.sweep(deadlines.now() - GONE_REMEMBERED * orphan);
+    for (const entry of orphans) this.#remember(entry, orphanError(entry, orphan), this.#gone);
     if (orphans.length > 0) this.#tellOrphans(orphans);
-    return this.store.size + this.#finished.size + this.#lost.size > 0;
+    return this.store.size + this.#finished.size + this.#lost.size + this.#gone.size > 0;
   }
 
   #tellOrphans(orphans: readonly StoreEntry[]): void {
@@ -304,6 +319,21 @@ type Names = Pick<StoreEntry, 'requestId' | 'standsFor' | 'promptDigest'>;
 
 function namesOf({ tensorId, standsFor: meant, promptDigest }: TensorInfo): Names {
   return { requestId: splitTensorId(tensorId).requestId, standsFor: meant, promptDigest };
+}
+
+/** The ids of requests that it may be of. */
+function idsOf({ requestId, standsFor: meant }: Names): readonly string[] {
+  return meant === undefined ? [requestId] : [requestId, meant];
+}
+
+/** For a request that comes for KV when it is gone. */
+function orphanError({ tensorId, peer }: StoreEntry, orphanMs: number): PdError {
+  return new PdError(
+    'KV_LOAD_FAILED',
+    `${tensorId} from ${peer} was here and had to go, as its request did not come for it within ${orphanMs} ms: ` +
+      'this worker has more to do than it has blocks for, or --kv-orphan-timeout is too short',
+    { tensorId, peer },
+  );
 }
 
 /** For a request that is given the id of one that is over, and whose KV was taken for that one's. */

@@ -1,8 +1,9 @@
-/** One id for two prompts, where KV of the first is on its way when that of the second is announced. */
+/** KV that nobody has come for in time; one id for two prompts, where KV of the first is on its way when that of the second is announced. */
 import pino from 'pino';
-import { describe, expect, it } from 'vitest';
+import { afterEach, describe, expect, it, vi } from 'vitest';
 import { type Deferred, deferred } from '../../../src/deferred.ts';
 import { HostDevice } from '../../../src/device/host.ts';
+import { PdError } from '../../../src/errors.ts';
 import { RateLimitedLog } from '../../../src/observability/log.ts';
 import { MetricsPage } from '../../../src/observability/metrics.ts';
 import type { TransferContext } from '../../../src/transfer/context.ts';
@@ -62,6 +63,7 @@ function world() {
   return {
     intake,
     memory,
+    orphanMs: options.timeouts.orphan,
     duplicates: () => count({ metrics }, 'pd_protocol_errors_total', 'duplicate'),
     /** Announced, answered and on its way; resolves what makes it arrive. Undefined where it was refused. */
     announce: async (promptDigest: Prompt): Promise<(() => Promise<void>) | undefined> => {
@@ -81,6 +83,49 @@ function world() {
     },
   };
 }
+
+afterEach(() => {
+  vi.useRealTimers();
+});
+
+describe('KV that was freed as nobody had come for it', () => {
+  it.each([2, 9])(
+    'is not waited for by who comes after %i times that time, unless it is sent anew',
+    async (times) => {
+      vi.useFakeTimers({ toFake: ['setTimeout', 'clearTimeout', 'performance'] });
+      const { intake, memory, announce, orphanMs, end } = world();
+      await (await announce('rome'))?.();
+      vi.advanceTimersByTime(times * orphanMs);
+      expect(memory.bufferUsed).toBe(0);
+      const [late, other] = [new Waiter('rome'), new Waiter('paris')];
+      for (const waiter of [late, other]) {
+        intake.claim(waiter);
+        intake.claims.unregister(waiter);
+      }
+      expect(late.failure).toMatchObject({ code: 'KV_LOAD_FAILED', context: { peer: 'p:1' } });
+      expect(other.failure).toBeUndefined();
+      const comes = await announce('rome');
+      const again = new Waiter('rome');
+      intake.claim(again);
+      await comes?.();
+      expect([again.failure, again.got?.promptDigest]).toEqual([undefined, 'rome']);
+      intake.store.release(again.got!);
+      end();
+    },
+  );
+});
+
+it('is known to be lost long after its sender has said so', () => {
+  vi.useFakeTimers({ toFake: ['setTimeout', 'clearTimeout', 'performance'] });
+  const { intake, orphanMs, end } = world();
+  const reason = new PdError('KV_SEND_FAILED', 'no answer');
+  intake.lost(ID, reason);
+  vi.advanceTimersByTime(9 * orphanMs);
+  const late = new Waiter('rome');
+  intake.claim(late);
+  expect(late.failure).toBe(reason);
+  end();
+});
 
 describe('an id that is used again while KV of its first prompt is on its way', () => {
   it('brings the second its own KV, whoever comes first, and frees what nobody came for', async () => {
