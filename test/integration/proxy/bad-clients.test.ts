@@ -55,7 +55,11 @@ test('10 MB of headers are cut off at the first kilobytes', async () => {
   const refused = String((await answer)[0]);
   expect(refused).toMatch(/^HTTP\/1\.1 431 /);
   expect(JSON.parse(refused.slice(refused.indexOf('{')))).toMatchObject({
-    error: { type: 'invalid_request_error', code: 'REQUEST_INVALID', message: expect.stringContaining('more than 16384 bytes') },
+    error: {
+      type: 'invalid_request_error',
+      code: 'REQUEST_INVALID',
+      message: expect.stringContaining('more than 16384 bytes'),
+    },
   });
   for (let sent = 0; sent < 10 * MIB && !socket.destroyed; sent += line.length) {
     if (!socket.write(line)) await Promise.race([new Promise((go) => socket.once('drain', go)), closed]);
