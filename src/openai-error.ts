@@ -60,7 +60,8 @@ export function openAiError(error: PdError): OpenAiError {
 
 /** Answers what never became a request, and ends its connection. To be a server's `clientErrorHandler`. */
 export function refuseUnparsed({ code, message }: ConnectionError, socket: Socket): void {
-  if (!socket.writable || code === 'ECONNRESET') {
+  // What is written before there is TLS would wait for it, and the connection with it.
+  if (!socket.writable || code === 'ECONNRESET' || code === 'ERR_TLS_HANDSHAKE_TIMEOUT') {
     socket.destroy();
     return;
   }

@@ -7,9 +7,13 @@ import type { FastifyInstance } from 'fastify';
  */
 export function limitUnread(app: FastifyInstance, ms: number): void {
   app.server.on('request', (_request, out: ServerResponse) => {
-    // Handed to the connection, which may be later than its end: others may be before it. Once it has been taken Node sets its own time.
+    // Handed to the connection, which may be later than its end: others may be before it.
     out.once('prefinish', () => {
-      if (out.socket && out.socket.writableLength > 0) out.socket.setTimeout(ms);
+      const { socket } = out;
+      if (!socket || socket.writableLength === 0) return;
+      socket.setTimeout(ms);
+      // Taken. Node sets a time of its own behind this, unless another answer is next, which may take long.
+      out.prependOnceListener('finish', () => socket.setTimeout(0));
     });
   });
 }

@@ -49,7 +49,7 @@ interface Account {
 /** By classes in order, and in each by key. */
 type Line = Map<number, Map<string, Waiting[]>>;
 
-/** Of the time between two requests that end, what the latest counts for. */
+/** Of the time that requests take, what the latest counts for. */
 const LEARNT_SHARE = 0.1;
 const LONGEST_RETRY_S = 60;
 
@@ -62,8 +62,8 @@ export class Admission {
   #requests = 0;
   #tokens = 0;
   #queued = 0;
-  #endedMs: number | undefined;
-  #betweenMs = 0;
+  /** What one takes; undefined until one has ended. */
+  #tookMs: number | undefined;
 
   constructor(
     limits: AdmissionLimits,
@@ -104,6 +104,7 @@ export class Admission {
 
   #begin({ key, tokens }: Entrant): () => void {
     const account = this.#accountOf(key);
+    const beganMs = this.#now();
     account.running++;
     // A short request takes a place, too.
     account.given += tokens + 1;
@@ -117,7 +118,7 @@ export class Admission {
       this.#close(key, account);
       this.#requests--;
       this.#tokens -= tokens;
-      this.#learn();
+      this.#learn(this.#now() - beganMs);
       this.#admit();
     };
   }
@@ -218,11 +219,9 @@ export class Admission {
     if (running === 0 && queued === 0) this.#accounts.delete(key);
   }
 
-  #learn(): void {
-    const now = this.#now();
-    if (this.#endedMs !== undefined)
-      this.#betweenMs += (now - this.#endedMs - this.#betweenMs) * LEARNT_SHARE;
-    this.#endedMs = now;
+  #learn(tookMs: number): void {
+    this.#tookMs ??= tookMs;
+    this.#tookMs += (tookMs - this.#tookMs) * LEARNT_SHARE;
   }
 
   /** With when the queue will have been served, as far as can be told. */
@@ -233,7 +232,8 @@ export class Admission {
       tokens > 0 && plural(tokens, 'prompt token'),
     ];
     const most = limits.filter(Boolean).join(' or ');
-    const seconds = Math.ceil((this.#betweenMs * (this.#queued + 1)) / 1_000);
+    const turns = (this.#queued + 1) / Math.max(1, this.#requests);
+    const seconds = Math.ceil(((this.#tookMs ?? 0) * turns) / 1_000);
     const retryAfter = Math.min(LONGEST_RETRY_S, Math.max(1, seconds));
     return new PdError('OVERLOADED', `the limit is ${most} at a time, and ${why}`, { retryAfter });
   }

@@ -159,6 +159,11 @@ export class Discovery {
     );
   }
 
+  /** Takes a ping that may be no news, from where it stands until it is replaced; false as `take`. */
+  takeAgain(body: Uint8Array): boolean {
+    return this.#outdated(body) || this.take(body);
+  }
+
   /** Takes what an instance says that was named, and answered there: it may get this proxy's key, wherever it is. */
   takeNamed(ping: PingMessage, named: Reached): boolean {
     const { http_address } = ping;
@@ -213,7 +218,14 @@ export class Discovery {
 
   /** The instance of such a ping has left. */
   drop(body: Uint8Array): void {
+    if (this.#outdated(body)) return;
     this.#apply(this.#options.registry.leave(decodePing(body).http_address));
+  }
+
+  /** Another process has told of itself on that address, as after a restart. */
+  #outdated(body: Uint8Array): boolean {
+    const { http_address, native } = decodePing(body);
+    return this.#options.registry.another(http_address, native?.started);
   }
 
   /** ZeroMQ does not tell who has sent a message, so the ping's own word is all there is. */

@@ -21,7 +21,7 @@ const MOST_INSTANCES = 4_096;
 export class EtcdInstances {
   readonly #etcd: Etcd;
   readonly #log: Logger;
-  readonly #discovery: Pick<Discovery, 'take' | 'drop'>;
+  readonly #discovery: Pick<Discovery, 'take' | 'takeAgain' | 'drop'>;
   /** By key. */
   readonly #pings = new Map<string, Uint8Array>();
   readonly #stop = new AbortController();
@@ -30,7 +30,7 @@ export class EtcdInstances {
   /** Undefined: not known yet. */
   #reached: boolean | undefined;
 
-  constructor(etcd: Etcd, log: Logger, discovery: Pick<Discovery, 'take' | 'drop'>) {
+  constructor(etcd: Etcd, log: Logger, discovery: Pick<Discovery, 'take' | 'takeAgain' | 'drop'>) {
     this.#etcd = etcd;
     this.#log = log;
     this.#discovery = discovery;
@@ -82,10 +82,13 @@ export class EtcdInstances {
   }
 
   #put(key: string, ping: Uint8Array): void {
-    if (!this.#pings.has(key) && this.#pings.size >= MOST_INSTANCES) return;
+    const known = this.#pings.get(key);
+    if (!known && this.#pings.size >= MOST_INSTANCES) return;
     this.#pings.set(key, ping);
+    const news = !known || Buffer.compare(known, ping) !== 0;
+    const taken = news ? this.#discovery.take(ping) : this.#discovery.takeAgain(ping);
     // It would be refused again every second.
-    if (!this.#discovery.take(ping)) this.#pings.delete(key);
+    if (!taken) this.#pings.delete(key);
   }
 
   #delete(key: string): void {

@@ -232,6 +232,12 @@ export class InstanceRegistry {
     return entry !== undefined;
   }
 
+  /** A live instance has that address that started at another time. */
+  another(httpAddress: string, started: number | undefined): boolean {
+    const known = this.#entries.get(httpAddress)?.instance;
+    return known !== undefined && known.started !== started && !this.#expired(known, this.#now());
+  }
+
   /** Live instances; one that is overdue is left out even before `expire` runs. */
   list(role?: InstanceRole): readonly Instance[] {
     return this.#live(role).map((entry) => entry.instance);

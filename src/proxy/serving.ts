@@ -315,7 +315,8 @@ class ProxiedRequest implements ClientRequest {
     return {
       key: this.#holder ?? keyOf(headers.authorization),
       priority: Math.max(-MOST_PRIORITY, Math.min(MOST_PRIORITY, Number.isInteger(told) ? told : 0)),
-      session: single(headers[this.#serving.config.sessionHeader]) ?? prompt.user,
+      // An empty one is nobody's: all who send that would share an instance.
+      session: single(headers[this.#serving.config.sessionHeader]) || prompt.user || undefined,
       prompt,
     };
   }

@@ -31,14 +31,17 @@ function follow(etcd: Etcd) {
     changed();
   };
   const log = pino({}, { write });
+  const take = (ping: Uint8Array): boolean => {
+    const text = Buffer.from(ping).toString();
+    if (text === 'nonsense') return false;
+    known.set(text, (known.get(text) ?? 0) + 1);
+    changed();
+    return true;
+  };
   const instances = new EtcdInstances(etcd, log, {
-    take: (ping) => {
-      const text = Buffer.from(ping).toString();
-      if (text === 'nonsense') return false;
-      known.set(text, (known.get(text) ?? 0) + 1);
-      changed();
-      return true;
-    },
+    take,
+    // What stands there, and no news.
+    takeAgain: (ping) => known.has(Buffer.from(ping).toString()) && take(ping),
     drop: (ping) => {
       known.delete(Buffer.from(ping).toString());
       changed();

@@ -97,6 +97,28 @@ describe('pings', () => {
     expect(lines).toHaveLength(1);
   });
 
+  test('of a process that has restarted stand against what etcd still says of the one before', async () => {
+    const { registry, discovery, lines } = await setUp();
+    const said = { type: 'P', http_address: '127.0.0.1:8081', zmq_address: '127.0.0.1:8082' } as const;
+    const [before, now] = [1_000, 2_000].map((started) =>
+      encodePing({ ...said, native: { version: 1, digest: 'abc', model: 'demo', started } }),
+    ) as [Uint8Array, Uint8Array];
+    discovery.take(before);
+    discovery.take(now);
+    registry.drain(said.http_address, true);
+    const told = lines.length;
+    // etcd is away, or has not been told yet; then the lease of the one before ends.
+    expect(discovery.takeAgain(before)).toBe(true);
+    discovery.drop(before);
+    const [instance] = registry.list();
+    expect(registry.standing(instance!)).toMatchObject({ instance: { started: 2_000 }, draining: true });
+    expect(lines).toHaveLength(told);
+    discovery.drop(now);
+    expect(registry.list()).toEqual([]);
+    discovery.takeAgain(before);
+    expect(registry.list()).toHaveLength(1);
+  });
+
   test('that stop remove the instance; one that comes back is added again', async () => {
     let now = 0;
     const { lines, next, address, registry } = await setUp('127.0.0.1', () => now);

@@ -110,6 +110,16 @@ describe('session', () => {
     const byUser = await post({ messages, user: 'one' });
     expect(byUser[1]).toBe(home);
   });
+
+  test('one that is empty is none: those who send it do not share an instance', async () => {
+    const { post } = await pool({ policy: 'session' });
+    const [, first] = await post({ user: '' });
+    const [, second] = await post({ user: '' });
+    expect(second).not.toBe(first);
+    const [, home] = await post({ user: 'one' }, { 'x-session-id': '' });
+    const [, again] = await post({ user: 'one' });
+    expect(again).toBe(home);
+  });
 });
 
 describe('with a tokenizer', () => {

@@ -15,9 +15,9 @@ interface Asked {
 }
 
 /** A door, and everyone who has come to it. */
-function door(limits: Partial<AdmissionLimits> = {}) {
+function door(limits: Partial<AdmissionLimits> = {}, now?: () => number) {
   const reasons: string[] = [];
-  const admission = new Admission({ ...LIMITS, ...limits }, (reason) => reasons.push(reason));
+  const admission = new Admission({ ...LIMITS, ...limits }, (reason) => reasons.push(reason), now);
   const all: Asked[] = [];
   const ask = (name: string, { key = 'a', priority = 0, tokens = 10, signal = never() } = {}): Asked => {
     const asked: Asked = { name, state: 'waiting', release: () => {} };
@@ -67,6 +67,33 @@ test('what is over the limit waits, a full queue turns away at once, and says wh
   all[0]!.release();
   await settle();
   expect(begun()).toEqual(['1', '2']);
+});
+
+test('when to come again is told by how long requests take, not by how long nobody came', async () => {
+  let now = 0;
+  const { all, ask } = door({ requests: 2, queued: 4 }, () => now);
+  const turnedAway = async () => {
+    for (const one of ['running', 'running', 'queued', 'queued', 'queued', 'queued']) ask(one);
+    const away = ask('away');
+    await settle();
+    return retryHeaders(away.error!)['retry-after'];
+  };
+  const end = async () => {
+    for (;;) {
+      const running = all.filter(({ state }) => state === 'begun');
+      if (running.length === 0) return;
+      now += 4_000;
+      for (const { release } of running) release();
+      await settle();
+    }
+  };
+  await turnedAway();
+  await end();
+  // Five turns of 4 s, by two at a time.
+  expect(await turnedAway()).toBe('10');
+  await end();
+  now += 8 * 3_600_000;
+  expect(await turnedAway()).toBe('10');
 });
 
 test('prompt tokens are a limit, too; a prompt longer than it comes through alone', async () => {
