@@ -148,7 +148,7 @@ export class Discovery {
   #receive(frames: readonly Buffer[]): void {
     const [body, ...more] = frames;
     if (body && more.length === 0) this.take(body);
-    else this.#refuse(new PdError('MESSAGE_INVALID', `expected one frame, got ${frames.length}`), undefined);
+    else this.#refuse(new PdError('MESSAGE_INVALID', `expected one frame, got ${frames.length}`));
   }
 
   /** Takes a ping, whichever way it came; false where it cannot be used, which is logged. */
@@ -206,7 +206,7 @@ export class Discovery {
       onPing?.(ping.http_address);
       return true;
     } catch (error) {
-      this.#refuse(PdError.from(error), claimed(), named);
+      this.#refuse(PdError.from(error), claimed, named);
       return false;
     }
   }
@@ -229,16 +229,18 @@ export class Discovery {
   }
 
   /** ZeroMQ does not tell who has sent a message, so the ping's own word is all there is. */
-  #refuse({ message }: PdError, claimed: string | undefined, named?: Reached): void {
+  #refuse({ message }: PdError, claimed?: () => string | undefined, named?: Reached): void {
     const { log, onBadPing } = this.#options;
     onBadPing?.();
-    const from = claimed === undefined ? 'it gives no HTTP address' : `its HTTP address is ${claimed}`;
-    this.#bad.log('ping', (suppressed) =>
+    // There may be many: they are looked at once more only for what is logged.
+    this.#bad.log('ping', (suppressed) => {
+      const address = claimed?.();
+      const from = address === undefined ? 'it gives no HTTP address' : `its HTTP address is ${address}`;
       log.warn(
         { suppressed, ...(named && { named: formatHostPort(named.at) }) },
         `ignored a ping that cannot be used (${from}): ${message}`,
-      ),
-    );
+      );
+    });
   }
 
   /** A ping is anybody's. What gets this proxy's key is where --allow-instances says, and has a certificate if one is to be checked. */

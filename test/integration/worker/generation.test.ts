@@ -1,7 +1,7 @@
 /** Completions and chats: what they answer, whole and as streams. */
 import { once } from 'node:events';
 import { request as httpRequest } from 'node:http';
-import type { AddressInfo } from 'node:net';
+import { type AddressInfo, connect } from 'node:net';
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import type { WorkerConfig } from '../../../src/config/worker-config.ts';
@@ -520,6 +520,20 @@ describe('streams', () => {
       await core.until(() => core.aborted.length === 2);
     }
     expect(client.pending).toBe(0);
+    expect(await inFlight.drain(60_000)).toBe(true);
+  });
+
+  it('abort what a client had sent one behind the other on a connection, and not only what is answered first', async () => {
+    const { core, server, inFlight } = await startServer((_, emit) => emit({ index: 0, tokens: [97] }));
+    await server.listen({ port: 0, host: '127.0.0.1' });
+    const { port } = server.server.address() as AddressInfo;
+    const body = JSON.stringify({ prompt: 'a', stream: true });
+    const head = `POST ${COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: ${body.length}`;
+    const client = connect(port, '127.0.0.1');
+    client.write(`${head}\r\n\r\n${body}`.repeat(3));
+    await core.until(() => core.added.length === 3);
+    client.destroy();
+    await core.until(() => core.aborted.length === 3);
     expect(await inFlight.drain(60_000)).toBe(true);
   });
 
