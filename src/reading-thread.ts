@@ -220,8 +220,7 @@ export class ReadingThread<Job extends ReadingJob, Reading> {
       this.#lose(thread, new PdError('BODY_TOO_COSTLY', what));
     }, workTimeoutMs);
     const { job } = waiting;
-    // Small buffers share Node's pool, which is still being written to.
-    const body = job.body.byteLength === job.body.buffer.byteLength ? job.body : job.body.slice();
+    const body = job.body.byteLength === job.body.buffer.byteLength ? job.body : copyOf(job.body);
     thread.port.post({ ...job, body }, [body.buffer]);
   }
 
@@ -252,6 +251,14 @@ export class ReadingThread<Job extends ReadingJob, Reading> {
   #failQueue(error: PdError): void {
     for (const waiting of this.#queue.splice(0)) waiting.reject(error);
   }
+}
+
+/**
+ * In memory of its own, which may move to another thread. Bodies are Buffers, whose `slice` is no copy; small ones share Node's pool, which
+ * must not move: Node 22 and later throw.
+ */
+export function copyOf(bytes: Uint8Array<ArrayBuffer>): Uint8Array<ArrayBuffer> {
+  return new Uint8Array(bytes);
 }
 
 /** `bytes`: of the body that was being read. */

@@ -8,7 +8,7 @@ import { PdError } from '../errors.ts';
 import { type BlockHash, extendHashes, keyOf } from '../kv/block-hash.ts';
 import { fieldsOf, type JsonField, withFields } from '../net/json-fields.ts';
 import type { Logger } from '../observability/log.ts';
-import { openReader, type ReaderPort, type ReadingLimits, ReadingThread } from '../reading-thread.ts';
+import { copyOf, openReader, type ReaderPort, type ReadingLimits, ReadingThread } from '../reading-thread.ts';
 import { threadEntry } from '../thread-entry.ts';
 import type { BlockKey } from '../wire/kv-events.ts';
 import { ReadingTurns } from './reading-turns.ts';
@@ -152,7 +152,7 @@ export class BodyReader {
     tokenize: string,
   ): Promise<RequestBody> {
     // The thread takes the memory along, and may not come back.
-    const kept = body.byteLength <= this.#shortBody ? body.slice() : undefined;
+    const kept = body.byteLength <= this.#shortBody ? copyOf(body) : undefined;
     try {
       const read = await this.#thread.read({ body, wanted, tokenize }, signal);
       this.#onTokenized?.(read.ids ? 'done' : 'none');

@@ -1,4 +1,5 @@
 /** A reader thread that says what a test tells it to. */
+import type { Transferable } from 'node:worker_threads';
 import type { FromReader, ReaderPort, ReadingJob } from '../../src/reading-thread.ts';
 import type { Readings, Route, ToReader } from '../../src/worker/request-body-reader.ts';
 
@@ -9,8 +10,8 @@ export class ScriptedReader<Job extends ReadingJob, Reading> implements ReaderPo
   emit: (message: FromReader<Reading>) => void = () => {};
   exit: (error: Error | undefined) => void = () => {};
 
-  post(message: Job): void {
-    this.received.push(message);
+  post(message: Job, transfer: readonly Transferable[] = []): void {
+    this.received.push(structuredClone(message, { transfer: [...transfer] }));
     this.#heard();
   }
 

@@ -1,5 +1,8 @@
 import { describe, expect, test } from 'vitest';
-import { readBody } from '../../../src/proxy/body.ts';
+import { Cancellation } from '../../../src/deferred.ts';
+import { createLogger } from '../../../src/observability/log.ts';
+import { BodyReader, type RequestBody, readBody, type ToBodyThread } from '../../../src/proxy/body.ts';
+import { ScriptedReader } from '../../support/fake-reader.ts';
 
 const bytes = (body: unknown) =>
   new TextEncoder().encode(typeof body === 'string' ? body : JSON.stringify(body));
@@ -125,4 +128,21 @@ test.each([
   expect(() => readBody(bytes(body))).toThrow(
     expect.objectContaining({ code, message: expect.stringMatching(message) }),
   );
+});
+
+test('a body whose thread ends is read all the same, though its memory went there', async () => {
+  const thread = new ScriptedReader<ToBodyThread, RequestBody>();
+  const reader = new BodyReader(createLogger({ level: 'silent', format: 'json' }, 'main'), {
+    tokenizer: 'a checkpoint',
+    openThread: () => thread,
+  });
+  thread.emit({ type: 'ready' });
+  const body = Buffer.concat([Buffer.from('{"prompt":'), Buffer.alloc(40_000, ' '), Buffer.from('"Hi"}')]);
+  const wanted = { text: false, blockSizes: [], ids: true };
+  const read = reader.read(body, new Cancellation(), wanted, '/v1/completions');
+  await thread.until(1);
+  expect(body.byteLength).toBe(0);
+  thread.exit(new Error('it has ended'));
+  expect(await read).toMatchObject({ prompts: 1, tokenized: false });
+  await reader.close();
 });

@@ -49,6 +49,21 @@ it('reads short bodies at once, and gives the thread long ones', async () => {
   expect(await long).toContain('Hi Hi');
 });
 
+it('takes only memory that is all of a body: bodies are Buffers, and may share theirs', async () => {
+  const { reader, threads } = await start();
+  threads[0]!.emit({ type: 'ready' });
+  const memory = new ArrayBuffer(100);
+  const inside = Buffer.from(memory, 10, 4);
+  inside.write('long');
+  for (const body of [inside, Buffer.from('long')]) {
+    const read = reader.read(SERVED, 'tokenize', body);
+    expect(threads[0]!.received.at(-1)!.body.buffer.byteLength).toBe(4);
+    threads[0]!.answer();
+    expect(Buffer.from(await read).toString()).toBe('long');
+  }
+  expect(memory.byteLength).toBe(100);
+});
+
 it('starts the thread for the first long body, or before one comes', async () => {
   const later = await start({ threadAfterMs: 600_000 });
   expect(later.threads).toEqual([]);
