@@ -14,6 +14,7 @@ export default defineConfig({
   test: {
     // Once per run: thread entries are built JavaScript (a Worker cannot start from TypeScript here), and the stand-in libraries.
     globalSetup: ['test/build.ts'],
+    setupFiles: ['test/seed.ts'],
     pool: 'forks',
     maxWorkers: 2,
     // Only to end what hangs: whole systems start in some tests, several at a time, on machines of any speed.

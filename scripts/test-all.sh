@@ -13,11 +13,13 @@ trap 'rm -rf "$results"' EXIT
 passed=0
 failed=0
 
-# broken PART [LOG]: it failed; LOG's last lines say how.
+# broken PART [LOG]: it failed; LOG says how, from where vitest begins to tell of failed tests, which is where the case of a property stands, or in
+# its last lines.
 broken() {
   failed=$((failed + 1))
   echo "test-all: failed: $1"
-  [ $# = 1 ] || grep -v '✓' "$2" | tail -n 60 | sed 's/^/test-all: | /'
+  [ $# = 2 ] || return
+  { grep -m 1 -A 60 'Failed \(Tests\|Suites\)' "$2" || grep -v '✓' "$2" | tail -n 60; } | cut -c1-300 | sed 's/^/test-all: | /'
 }
 
 for part in peer promtool etcd browser; do
