@@ -9,7 +9,7 @@
 #   ./scripts/goodput-results.sh --only pair       or undivided, turns, or several: pair,turns
 #   ./scripts/goodput-results.sh --parts DIR       results of earlier calls with this directory are on the page too
 #   ./scripts/goodput-results.sh --seconds 300     for all of it; the default is 530
-#   ./scripts/goodput-results.sh -- --chunks 512,1024 --pair-chunks 2048 --rates 10,14 --runs 4 --ttft 400 --itl 12,10
+#   ./scripts/goodput-results.sh -- --chunks 512,1024 --pair-chunks 2048 --bypasses 2048:150:512 --rates 10,14 --runs 4 --ttft 400 --itl 12,10
 #   ./scripts/goodput-results.sh --device host --small --out DIR      the demo model without a GPU, in half a minute
 set -uo pipefail
 cd "$(dirname "$0")/.."

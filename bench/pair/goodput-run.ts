@@ -4,7 +4,7 @@
  */
 
 import { basename } from 'node:path';
-import { bestOf, type GoodputResult, rateLine, type SystemKind, type SystemResult } from '../goodput/page.ts';
+import { bestOf, type GoodputResult, rateLine, type SystemResult } from '../goodput/page.ts';
 import type { RateOptions, RateResult } from '../goodput/rate.ts';
 import { Subject } from '../goodput/subject.ts';
 import { sweep } from '../goodput/sweep.ts';
@@ -25,6 +25,7 @@ export interface RunOptions {
   readonly only: readonly Part[];
   readonly chunks?: readonly number[];
   readonly pairChunks?: readonly number[];
+  readonly bypasses?: readonly Bypass[];
   readonly rates?: readonly number[];
   readonly runs?: number;
   readonly moreRuns?: number;
@@ -32,6 +33,21 @@ export interface RunOptions {
   readonly itl?: readonly number[];
   readonly small?: true;
   readonly verbose?: true;
+}
+
+/** A pair whose consumer computes what its producer would have too late (`--bypass-wait`). */
+export interface Bypass {
+  /** Of the producer. */
+  readonly chunk: number;
+  readonly waitMs: number;
+  readonly consumerChunk: number;
+}
+
+/** A system to be measured. */
+interface Wanted {
+  readonly kind: 'pair' | 'undivided';
+  readonly chunk: number;
+  readonly bypass?: Bypass;
 }
 
 /** What a run does, but for what its command line says otherwise. */
@@ -45,6 +61,7 @@ interface Sizes {
   readonly moreRuns: number;
   readonly chunks: readonly number[];
   readonly pairChunks: readonly number[];
+  readonly bypasses: readonly Bypass[];
   readonly turns: TurnsShape;
   /** Chunk of the undivided workers that have the conversations. */
   readonly turnsChunk: number;
@@ -65,6 +82,7 @@ const FULL: Sizes = {
   moreRuns: 3,
   chunks: [512, 1_024, 256, 2_048, 8_192, 4_096],
   pairChunks: [8_192, 2_048],
+  bypasses: [{ chunk: 2_048, waitMs: 150, consumerChunk: 512 }],
   turns: PUBLISHED_TURNS,
   turnsChunk: 1_024,
   flags: ['--max-model-len', '8704', '--kv-buffer-size', '1e9'],
@@ -83,6 +101,7 @@ const SMALL: Sizes = {
   moreRuns: 1,
   chunks: [64, 128],
   pairChunks: [512],
+  bypasses: [{ chunk: 512, waitMs: 1, consumerChunk: 64 }],
   turns: { conversations: 3, width: 2, turns: 2, first: 64, more: 32, outputTokens: 8 },
   turnsChunk: 64,
   flags: ['--num-blocks', '512', '--kv-buffer-size', '64e6'],
@@ -108,7 +127,7 @@ export class GoodputRun {
   #startSeconds: number | undefined;
 
   constructor(options: RunOptions, signal: AbortSignal) {
-    const { rates, runs, moreRuns, chunks, pairChunks, ttft, itl } = options;
+    const { rates, runs, moreRuns, chunks, pairChunks, bypasses, ttft, itl } = options;
     const sizes = options.small ? SMALL : FULL;
     const { bounds } = sizes.load;
     this.#options = options;
@@ -124,22 +143,26 @@ export class GoodputRun {
       ...(moreRuns !== undefined && { moreRuns }),
       ...(chunks && { chunks }),
       ...(pairChunks && { pairChunks }),
+      ...(bypasses && { bypasses }),
     };
   }
 
   async run(): Promise<void> {
     const { only } = this.#options;
-    const { pairChunks, chunks, turnsChunk } = this.#sizes;
+    const { pairChunks, bypasses, chunks, turnsChunk } = this.#sizes;
     const [first, ...others] = pairChunks;
     const turns = only.includes('turns');
-    if (first !== undefined && (turns || only.includes('pair'))) await this.#pair(first, turns);
+    const pair = (chunk: number) => ({ kind: 'pair', chunk }) as const;
+    if (first !== undefined && (turns || only.includes('pair'))) await this.#pair(pair(first), turns);
+    if (only.includes('pair'))
+      for (const bypass of bypasses) await this.#pair({ ...pair(bypass.chunk), bypass }, false);
     const withTurns = chunks.includes(turnsChunk) ? turnsChunk : chunks[0];
     for (const chunk of chunks) {
       const itsTurns = turns && chunk === withTurns;
       if (only.includes('undivided') || itsTurns) await this.#coarse(chunk, itsTurns);
     }
     if (only.includes('undivided')) for (const chunk of this.#bestChunks()) await this.#refine(chunk);
-    if (only.includes('pair')) for (const chunk of others) await this.#pair(chunk, false);
+    if (only.includes('pair')) for (const chunk of others) await this.#pair(pair(chunk), false);
   }
 
   async result(): Promise<GoodputResult> {
@@ -158,9 +181,9 @@ export class GoodputRun {
     };
   }
 
-  #pair(chunk: number, turns: boolean): Promise<void> {
+  #pair(wanted: Wanted, turns: boolean): Promise<void> {
     const { rates, runs, load } = this.#sizes;
-    return this.#system({ kind: 'pair', chunk, phases: load.phases }, async (subject, name) => {
+    return this.#system({ ...wanted, phases: load.phases }, async (subject, name) => {
       const measured = this.#options.only.includes('pair')
         ? await this.#sweep(subject, name, { rates, runs, phases: load.phases })
         : [];
@@ -197,7 +220,7 @@ export class GoodputRun {
       const best = bestOf(undivided, i);
       return best && best.perSecond > 0 ? [best.system.name] : [];
     });
-    return this.#sizes.chunks.filter((chunk) => names.includes(nameOf('undivided', chunk)));
+    return this.#sizes.chunks.filter((chunk) => names.includes(nameOf({ kind: 'undivided', chunk })));
   }
 
   #sweep(
@@ -238,14 +261,11 @@ export class GoodputRun {
 
   /** Started, used and stopped. What goes wrong is a problem of the page, and the next one is measured anyway. */
   async #system(
-    {
-      kind,
-      chunk,
-      phases,
-    }: { readonly kind: 'pair' | 'undivided'; readonly chunk: number; readonly phases: Phases },
+    wanted: Wanted & { readonly phases: Phases },
     use: (subject: Subject, name: string) => Promise<void>,
   ): Promise<void> {
-    const name = nameOf(kind, chunk);
+    const { kind, chunk, phases } = wanted;
+    const name = nameOf(wanted);
     const leftS = (this.#until() - performance.now()) / 1_000;
     const neededS = (this.#startSeconds ?? (this.#options.small ? 1 : USUAL_START_S)) + STOP_S;
     const windowS = (phases.leadMs + phases.windowMs + phases.drainMs) / 1_000;
@@ -256,7 +276,7 @@ export class GoodputRun {
     console.error(`${name}: starting, ${leftS.toFixed(0)} s are left`);
     try {
       const began = performance.now();
-      const system = await this.#start(kind, chunk, (leftS - STOP_S) * 1_000);
+      const system = await this.#start(wanted, (leftS - STOP_S) * 1_000);
       const startSeconds = (performance.now() - began) / 1_000;
       this.#startSeconds = Math.max(this.#startSeconds ?? 0, startSeconds);
       try {
@@ -275,8 +295,7 @@ export class GoodputRun {
   }
 
   async #start(
-    kind: 'pair' | 'undivided',
-    chunk: number,
+    { kind, chunk, bypass }: Wanted,
     leftMs: number,
   ): Promise<{ readonly url: string; readonly workerUrl: string; stop(): Promise<void> }> {
     const { device, model, verbose } = this.#options;
@@ -284,6 +303,10 @@ export class GoodputRun {
       device,
       model,
       flags: this.#flags(chunk),
+      ...(bypass && {
+        proxyFlags: `--bypass-wait ${bypass.waitMs}ms`,
+        consumerFlags: `--max-num-batched-tokens ${bypass.consumerChunk}`,
+      }),
       startMs: Math.min(LONGEST_START_MS, leftMs),
       ...(verbose && { onLine: (line: string) => console.error(line) }),
     };
@@ -318,6 +341,9 @@ export class GoodputRun {
   }
 }
 
-function nameOf(kind: Exclude<SystemKind, 'server'>, chunk: number): string {
-  return `${kind === 'pair' ? 'pair' : 'two undivided'}, chunk ${chunk.toLocaleString('en')}`;
+function nameOf({ kind, chunk, bypass }: Wanted): string {
+  const name = `${kind === 'pair' ? 'pair' : 'two undivided'}, chunk ${chunk.toLocaleString('en')}`;
+  return bypass
+    ? `${name}, bypass after ${bypass.waitMs} ms with chunk ${bypass.consumerChunk.toLocaleString('en')}`
+    : name;
 }

@@ -9,14 +9,19 @@ import { readdirSync, writeFileSync } from 'node:fs';
 import { Command, Option } from 'commander';
 import { joinParts, readParts, writePage } from '../goodput/page.ts';
 import { conclude } from '../measure/results.ts';
-import { GoodputRun, PARTS, type RunOptions } from './goodput-run.ts';
+import { type Bypass, GoodputRun, PARTS, type RunOptions } from './goodput-run.ts';
 
 interface RunCommand extends RunOptions {
   readonly output: string;
 }
 
-const list = (text: string) => text.split(',');
+const list = (text: string) => text.split(',').filter((one) => one !== '');
 const numbers = (text: string) => list(text).map(Number);
+const bypassList = (text: string) =>
+  list(text).map((one): Bypass => {
+    const [chunk, waitMs, consumerChunk] = one.split(':').map(Number);
+    return { chunk: chunk!, waitMs: waitMs!, consumerChunk: consumerChunk! };
+  });
 const program = new Command('goodput');
 program
   .command('run')
@@ -32,6 +37,7 @@ program
     numbers,
   )
   .option('--pair-chunks <list>', 'the same of the pair', numbers)
+  .option('--bypasses <list>', 'pairs with --bypass-wait, each chunk:ms:chunk of the consumer', bypassList)
   .option('--rates <list>', 'requests per second that are measured first', numbers)
   .option('--runs <n>', 'rates of a pair', Number)
   .option('--more-runs <n>', 'further rates of the best undivided workers', Number)

@@ -17,7 +17,10 @@ export interface SystemOptions {
   readonly model: string;
   /** Options of every worker. */
   readonly flags: readonly string[];
-  /** Of every program: pd-launch passes no flags to its proxy. */
+  /** Of a pair's proxy and of its consumer, in one text each. */
+  readonly proxyFlags?: string;
+  readonly consumerFlags?: string;
+  /** Of every program. */
   readonly env?: Readonly<Record<string, string>>;
   readonly onLine?: (line: string) => void;
   /** Until it serves, ms; long enough for a large checkpoint where nothing is said. */
@@ -67,6 +70,8 @@ export async function startPair(options: SystemOptions, way?: string): Promise<P
   const args = ['--json', '--free-ports', ...DRAIN, '--device', options.device];
   const wire = way === undefined ? [] : ['--wire', way === NATIVE ? 'native' : 'frozen'];
   if (way !== undefined && way !== NATIVE) args.push('--send-type', way);
+  if (options.proxyFlags) args.push('--proxy-flags', options.proxyFlags);
+  if (options.consumerFlags) args.push('--decode-flags', options.consumerFlags);
   const { found, stop } = await start(
     [
       [

@@ -30,8 +30,8 @@ export interface LaunchSettings {
   readonly logFormat: 'pretty' | 'json';
   /** Checkpoint that the proxy tokenizes by, to place prompts by what workers say they have cached. Absent: there is nothing to choose from. */
   readonly tokenizer?: string;
-  /** For every worker, unchanged: `--model DIR --send-type GET`. */
-  readonly workerFlags: readonly string[];
+  /** For each program of a kind, unchanged: `--model DIR --send-type GET`. */
+  readonly flags: Readonly<Record<'proxy' | 'producer' | 'consumer', readonly string[]>>;
 }
 
 export interface WorkerPlan {
@@ -98,6 +98,7 @@ export async function planLaunch(settings: LaunchSettings, devices: readonly str
     ...(settings.apiKeyFile === undefined ? [] : ['--api-key-file', settings.apiKeyFile]),
     ...(tokenizer === undefined ? [] : ['--tokenizer', tokenizer]),
     ...common,
+    ...settings.flags.proxy,
   ];
   const pings = formatHostPort(asDestination({ host, port: discovery! }));
 
@@ -112,7 +113,7 @@ export async function planLaunch(settings: LaunchSettings, devices: readonly str
       ...(tokenizer === undefined ? [] : ['--kv-events-port', '0']),
       ...(sharesGpu(settings.device) ? [...SHARING, '--workers-per-gpu', String(names.length)] : []),
       ...common,
-      ...settings.workerFlags,
+      ...settings.flags[role],
     ];
     return { spec: program(name, 'pd-worker', args), role, httpPort, kvPort, device };
   });

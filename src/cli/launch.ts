@@ -50,6 +50,15 @@ export const LAUNCH_OPTIONS = defineOptions({
       defaultText: 'recompute',
     }),
   }),
+  ...grouped('Each program', {
+    proxyFlags: option({
+      kind: text('flags'),
+      help: 'for pd-proxy, separated by spaces',
+      defaultText: 'none',
+    }),
+    prefillFlags: option({ kind: text('flags'), help: 'for the producers alone', defaultText: 'none' }),
+    decodeFlags: option({ kind: text('flags'), help: 'for the consumers alone', defaultText: 'none' }),
+  }),
   ...grouped('Addresses', {
     host: option({ kind: text('address'), help: 'address all listen on', default: '127.0.0.1' }),
     port: option({ kind: port(), help: "the proxy's HTTP port", default: 10_002 }),
@@ -118,13 +127,23 @@ export function launchOptions(argv: readonly string[], env: NodeJS.ProcessEnv): 
     return value === undefined ? [] : [flag, value];
   });
   const { prefill, decode, model, json, logDir, drainTimeout, startTimeout } = values;
+  const { proxyFlags, prefillFlags, decodeFlags } = values;
   const settings = {
     ...values,
     drainTimeoutMs: drainTimeout,
     ...(prefill + decode > 2 && { tokenizer: model ?? demoModelDir() }),
-    workerFlags: [...passed, ...extra],
+    flags: {
+      proxy: words(proxyFlags),
+      producer: [...passed, ...extra, ...words(prefillFlags)],
+      consumer: [...passed, ...extra, ...words(decodeFlags)],
+    },
   };
   return { settings, json, startTimeoutMs: startTimeout, ...(logDir && { logDir }), warnings };
+}
+
+/** Of a text of flags; none has a space in it. */
+function words(flags = ''): string[] {
+  return flags.split(/\s+/).filter((word) => word !== '');
 }
 
 /** After SIGTERM a program has its drain timeout, and this much more to exit. */

@@ -86,6 +86,10 @@ export interface ProxyConfig {
   readonly sessionHeader: string;
   /** A prompt of which at most so many tokens are not cached on its consumer goes to that alone; 0: none does. */
   readonly bypassTokens: number;
+  /**
+   * A prompt before which its producer would compute longer goes to its consumer alone, where that would have it sooner. 0: none does.
+   */
+  readonly bypassWaitMs: number;
   /** Requests under way at most; 0: any number. */
   readonly maxRunning: number;
   /** Prompt tokens of requests under way at most, about; 0: any number. */
@@ -221,6 +225,12 @@ export const PROXY_OPTIONS = defineOptions({
     bypassTokens: option({
       kind: integer(0, 2 ** 20),
       help: 'a prompt of which at most so many tokens are not cached on its consumer goes to that alone; 0: none does',
+      default: 0,
+    }),
+    bypassWait: option({
+      field: 'bypassWaitMs',
+      kind: duration(0),
+      help: 'a prompt that would wait longer at its producer goes to its consumer alone, where that has it sooner; 0: none does',
       default: 0,
     }),
   }),

@@ -10,7 +10,7 @@ import type { Admission } from './admission.ts';
 import type { PromptFacts, WantedKeys } from './body.ts';
 import type { PromptCaches } from './caches.ts';
 import type { ProxyMetrics } from './metrics.ts';
-import type { Choices, PromptToPlace } from './placement.ts';
+import { type Choices, type PromptToPlace, soonerAlone } from './placement.ts';
 import type { Instance, InstancePair, InstanceRegistry, InstanceRole, Missing } from './registry.ts';
 import type { InstanceTally, Outcome } from './tally.ts';
 
@@ -254,8 +254,9 @@ class LocalVisit implements Visit {
     const takesIds = { producer: caches.takesIds(producer), consumer: caches.takesIds(consumer) };
     const { prompt } = this.#wish;
     const left = this.#uncached(consumer);
-    const little = config.bypassTokens > 0 && left <= config.bypassTokens;
-    const alone = little && prompt.prompts === 1 && consumer.fingerprint !== undefined;
+    const uncached = this.#uncached(producer);
+    const bypass = this.#bypass(pair, { producer: uncached, consumer: left });
+    const alone = bypass !== undefined;
     const { tokens } = prompt;
     const why = { takesIds, choices: this.#choices };
     this.#tally(consumer, left);
@@ -263,12 +264,11 @@ class LocalVisit implements Visit {
     decode?.breaker.chosen();
     this.#leaveConsumer = decode?.work.begin(alone ? left : 0);
     if (alone) {
-      metrics.bypassed.inc();
+      metrics.bypassed.inc({ reason: bypass });
       this.#computed.push(caches.sent(consumer, prompt));
       const cachedTokens = { producer: 0, consumer: tokens - left };
       return { pair, alone, early: false, cachedTokens, ...why };
     }
-    const uncached = this.#uncached(producer);
     this.#tally(producer, uncached);
     this.#computed.push(caches.sent(consumer, prompt), caches.sent(producer, prompt));
     const prefill = registry.standing(producer);
@@ -278,6 +278,19 @@ class LocalVisit implements Visit {
     this.#ahead = prefill?.work.queuedTokens ?? 0;
     const cachedTokens = { producer: tokens - uncached, consumer: tokens - left };
     return { pair, alone, early, cachedTokens, ...why };
+  }
+
+  /** Why the consumer does without the producer: there is little to compute, or the producer would be late. */
+  #bypass(
+    { producer, consumer }: InstancePair,
+    uncached: Readonly<Record<InstanceRole, number>>,
+  ): 'little' | 'wait' | undefined {
+    const { config, registry } = this.#parts;
+    if (this.#wish.prompt.prompts !== 1 || consumer.fingerprint === undefined) return undefined;
+    if (config.bypassTokens > 0 && uncached.consumer <= config.bypassTokens) return 'little';
+    const [prefill, decode] = [registry.standing(producer), registry.standing(consumer)];
+    if (config.bypassWaitMs === 0 || !prefill || !decode) return undefined;
+    return soonerAlone(config.bypassWaitMs, prefill.work, decode.work, uncached) ? 'wait' : undefined;
   }
 
   #uncached({ httpAddress }: Instance): number {

@@ -127,7 +127,8 @@ export function createProxyMetrics(watched?: Watched) {
     }),
     bypassed: new Counter({
       name: 'pd_proxy_bypassed_total',
-      help: 'Requests that a consumer computed alone, because little of their prompts was not cached there (--bypass-tokens)',
+      help: 'Requests that a consumer computed alone: little (of their prompts was not cached there, --bypass-tokens), wait (at the producer, --bypass-wait)',
+      labelNames: ['reason'],
       registers,
     }),
     keysRefused: new Counter({

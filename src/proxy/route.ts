@@ -57,7 +57,7 @@ async function attemptOf(receipt: Receipt, attempt: AttemptReceipt, upstream: Up
     request_id: requestId,
     producer,
     consumer,
-    /** The consumer computed it, and the producer was not asked (--bypass-tokens). */
+    /** The consumer computed it, and the producer was not asked (--bypass-tokens, --bypass-wait). */
     alone,
     /** The producer was not busy, so its consumer might be asked at once; and it was. */
     producer_free: early,

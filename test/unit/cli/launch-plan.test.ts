@@ -90,6 +90,23 @@ describe('pd-launch', () => {
     ]);
   });
 
+  test('passes flags on to the programs of one kind, behind those of all', async () => {
+    const { proxy, workers } = await plan(
+      ...[
+        '--free-ports',
+        '--proxy-flags',
+        '--bypass-wait  150ms',
+        '--decode-flags',
+        '--max-num-batched-tokens 512',
+      ],
+      ...['--prefill-flags', '--log-level debug', '--', '--max-num-seqs', '4'],
+    );
+    const [producer, consumer] = workers.map(({ spec }) => spec.args);
+    expect(proxy.spec.args.slice(-2)).toEqual(['--bypass-wait', '150ms']);
+    expect(producer!.slice(-4)).toEqual(['--max-num-seqs', '4', '--log-level', 'debug']);
+    expect(consumer!.slice(-4)).toEqual(['--max-num-seqs', '4', '--max-num-batched-tokens', '512']);
+  });
+
   test('passes its own worker options on, then whatever stands after --', async () => {
     const argv = ['--free-ports', '--send-type', 'GET', '--model', 'some/dir', '--', '--max-num-seqs', '4'];
     for (const { spec } of (await plan(...argv)).workers) {

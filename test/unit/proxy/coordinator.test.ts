@@ -8,9 +8,9 @@ import { createProxyMetrics } from '../../../src/proxy/metrics.ts';
 import { InstanceRegistry, type InstanceRole } from '../../../src/proxy/registry.ts';
 
 /** With two producers and a consumer. */
-function setUp() {
+function setUp(bypass = ['--bypass-tokens', '100']) {
   let now = 1_000;
-  const config = proxyConfig(['--policy', 'round-robin', '--bypass-tokens', '100'], {});
+  const config = proxyConfig(['--policy', 'round-robin', ...bypass], {});
   const registry = new InstanceRegistry(3_600_000, () => now, {
     producer: 'round-robin',
     consumer: 'round-robin',
@@ -55,4 +55,17 @@ test('a producer that may be tried again is, by the first request that needs a p
   expect(there).toHaveLength(1);
   expect(breaker.state).toBe('open');
   for (const visit of [...short, ...long]) visit.end();
+});
+
+test('a prompt that would wait too long at its producer goes to its consumer alone, as long as that has little to compute', async () => {
+  const { registry, enter } = setUp(['--bypass-wait', '150ms']);
+  // 0.025 ms a token: each prompt takes a producer 63 ms, and the two take turns.
+  for (const producer of registry.list('producer')) registry.learn(producer, 10_000, 250);
+  const visits: Visit[] = [];
+  for (let i = 0; i < 10; i++) visits.push(await enter(2_500));
+  // Three at each are 190 ms. Of the next the consumer has two after 94 and 188, and would have a third after 281 ms: later than a producer.
+  const alone = visits.map(({ placement }) => Number(placement.alone));
+  expect(alone).toEqual([0, 0, 0, 0, 0, 0, 1, 1, 0, 0]);
+  for (const visit of visits) visit.end();
+  expect((await enter(2_500)).placement.alone).toBe(false);
 });

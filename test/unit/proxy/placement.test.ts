@@ -1,7 +1,7 @@
 import fc from 'fast-check';
 import { describe, expect, test } from 'vitest';
 import { POLICIES, type Policy } from '../../../src/config/proxy-config.ts';
-import { type Choices, choose } from '../../../src/proxy/placement.ts';
+import { type Choices, choose, soonerAlone } from '../../../src/proxy/placement.ts';
 import { InstanceWork } from '../../../src/proxy/work.ts';
 
 interface Told {
@@ -146,6 +146,28 @@ test('more cached never makes an instance lose, more to do never makes it win', 
       },
     ),
   );
+});
+
+test('a consumer has a prompt sooner where its producer is far behind, and it is not', () => {
+  const sooner = (
+    producer: Told,
+    consumer: Told,
+    uncached = { producer: 2_000, consumer: 2_000 },
+    ms?: number,
+  ) => {
+    const [prefill, decode] = candidates([producer, consumer]).map(({ work }) => work);
+    if (ms !== undefined) prefill!.learn(10_000, ms);
+    return soonerAlone(150, prefill!, decode!, uncached);
+  };
+  // 0.025 ms a token: 6,000 are computed in 150 ms, of the consumer 4,000.
+  const fast = 250;
+  expect(sooner({ queued: 6_000 }, {}, undefined, fast)).toBe(false);
+  expect(sooner({ queued: 6_001 }, { requests: 30 }, undefined, fast)).toBe(true);
+  expect(sooner({ queued: 6_001 }, { queued: 3_333 }, undefined, fast)).toBe(true);
+  expect(sooner({ queued: 6_001 }, { queued: 3_400 }, undefined, fast)).toBe(false);
+  // What the producer has cached, and the consumer has not.
+  expect(sooner({ queued: 6_001 }, {}, { producer: 100, consumer: 5_000 }, fast)).toBe(false);
+  expect(sooner({ queued: 60_000 }, {})).toBe(false); // nobody has seen how fast it is
 });
 
 test('auto is kv-aware among pd-workers, and takes turns where one of them is none', () => {
