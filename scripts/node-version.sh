@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Runs the unit tests, the demo, or clients of OpenAI's API (test/wide/clients) on another version of Node, or makes the archive with it inside.
+# Runs the unit tests, all tests of scripts/test.sh that share processes, the demo, or clients of OpenAI's API (test/wide/clients) on another version of Node, or makes the archive with it inside.
 # That version comes from the npm registry and is kept in a cache.
 #
 #   ./scripts/node-version.sh 24 unit
+#   ./scripts/node-version.sh 24 tests
 #   ./scripts/node-version.sh 24 demo
 #   ./scripts/node-version.sh 24 bundle --level 9
 #   PD_BASE_URL=http://127.0.0.1:10002 ./scripts/node-version.sh 22 clients
@@ -17,7 +18,7 @@ if [ "${1:-}" = --others ]; then
   exit 0
 fi
 version="${1:?which version of Node}"
-part="${2:?unit, demo, bundle or clients}"
+part="${2:?unit, tests, demo, bundle or clients}"
 shift 2
 
 package="node-linux-$(node -p process.arch)"
@@ -32,6 +33,7 @@ export PATH="$bin:$PATH"
 echo "node-version: $(node --version)"
 case "$part" in
   unit) PD_TEST_SKIP_BUILD=1 exec node node_modules/vitest/vitest.mjs run --project unit test/unit ;;
+  tests) PD_TEST_SKIP_BUILD=1 exec node node_modules/vitest/vitest.mjs run --project unit ;;
   demo) exec ./scripts/demo.sh ;;
   bundle) exec npm run --silent bundle -- "$@" ;;
   clients)
@@ -49,5 +51,5 @@ case "$part" in
     cp test/wide/clients/*.mjs "$folder"
     exec node --test "$folder"/{openai,ai,langchain}.mjs
     ;;
-  *) echo "node-version: unit, demo, bundle or clients, not $part" >&2; exit 2 ;;
+  *) echo "node-version: unit, tests, demo, bundle or clients, not $part" >&2; exit 2 ;;
 esac

@@ -29,8 +29,12 @@ for part in peer promtool etcd browser; do
 done
 ./scripts/build.sh || broken "build"
 
-for version in $(./scripts/node-version.sh --others); do
-  for part in unit demo; do
+# The newest runs all that test.sh does: each version is stricter, and whole programs meet it in other ways than their parts do.
+others=($(./scripts/node-version.sh --others))
+for version in "${others[@]}"; do
+  tests=unit
+  [ "$version" = "${others[-1]}" ] && tests=tests
+  for part in "$tests" demo; do
     echo "test-all: Node $version, $part"
     if ./scripts/node-version.sh "$version" "$part" >"$results/node.log" 2>&1; then
       passed=$((passed + 1))
