@@ -13,7 +13,7 @@ import {
 } from './schema-document.ts';
 import { type Alternatives, type Facts, factsOf, propertyOf, typesOf, typesOverlap } from './schema-facts.ts';
 import type { SchemaIdentities } from './schema-identity.ts';
-import { negation } from './schema-negation.ts';
+import { CLOSED, negation } from './schema-negation.ts';
 import { satisfying, typeOf } from './schema-values.ts';
 
 /** Levels of schemas below two alternatives that are compared to show that they exclude each other. */
@@ -21,13 +21,18 @@ const MOST_COMPARED = 4;
 /** Of two alternatives, beside what is looked at in them. */
 const STEPS_PER_PAIR = 3;
 
+interface KnownFacts {
+  readonly ofWritten: Facts;
+  readonly ofValid: Facts;
+}
+
 export class SchemaAlternatives {
   readonly #document: SchemaDocument;
   readonly #budget: Budget;
   readonly #identities: SchemaIdentities;
   readonly #stripped = new Map<string, Located>();
   readonly #nots = new Map<unknown, SchemaObject>();
-  readonly #facts = new WeakMap<readonly Located[], Facts>();
+  readonly #facts = new WeakMap<readonly Located[], KnownFacts>();
 
   constructor(document: SchemaDocument, budget: Budget, identities: SchemaIdentities) {
     this.#document = document;
@@ -94,6 +99,11 @@ export class SchemaAlternatives {
         const { [name]: _, ...otherNames } = others[keyword] as SchemaObject;
         if (Object.keys(otherNames).length > 0) left[keyword] = otherNames;
       }
+      // What was taken away may describe more keys.
+      if ((left['unevaluatedProperties'] ?? true) !== true) {
+        delete left['unevaluatedProperties'];
+        left[CLOSED] = true;
+      }
       if (Object.keys(left).length > 0) {
         rest.push(this.#strippedOf(one, left, holdsIt ? `${keyword} ${name ?? ''}` : ''));
       }
@@ -121,16 +131,20 @@ export class SchemaAlternatives {
   }
 
   /** Known of a list once it has been asked for: each alternative is compared with all others. */
-  #factsOf(schemas: readonly Located[]): Facts {
-    const facts = this.#facts.get(schemas) ?? factsOf(schemas, this.#document, this.#budget);
-    this.#facts.set(schemas, facts);
-    return facts;
+  #factsOf(schemas: readonly Located[]): KnownFacts {
+    let known = this.#facts.get(schemas);
+    if (!known) {
+      const facts = factsOf(schemas, this.#document, this.#budget);
+      known = { ofWritten: writtenFacts(facts), ofValid: validFacts(facts) };
+      this.#facts.set(schemas, known);
+    }
+    return known;
   }
 
   /** Whether it can be shown that nothing written for `a` satisfies `b`. */
   #exclude(a: readonly Located[], b: readonly Located[], depth: number): boolean {
     if (depth === 0) return false;
-    const [ofA, ofB] = [this.#factsOf(a), this.#factsOf(b)];
+    const [ofA, ofB] = [this.#factsOf(a).ofWritten, this.#factsOf(b).ofValid];
     if (ofA.impossible || ofB.impossible) return true;
     if (ofA.values) return satisfying(ofA.values, [...a, ...b], this.#document, this.#budget).length === 0;
     const types = typesOf(ofA);
@@ -145,7 +159,7 @@ export class SchemaAlternatives {
       this.#budget.work(1);
       const property = (facts: Facts) => propertyOf(name, facts, this.#document, this.#budget);
       const [inA, inB] = [property(ofA), property(ofB)];
-      const impossible = (schemas: readonly Located[]) => this.#factsOf(schemas).impossible;
+      const impossible = (schemas: readonly Located[]) => this.#factsOf(schemas).ofValid.impossible;
       if (ofB.required.has(name) && impossible(inA)) return true;
       if (!ofA.required.has(name)) return false;
       return impossible(inB) || this.#exclude(inA, inB, depth - 1);
@@ -162,4 +176,20 @@ export class SchemaAlternatives {
       every(ofB, b, (one) => this.#exclude(a, one, depth - 1))
     );
   }
+}
+
+/** What holds for all that is written: where there are alternatives, those may bring other types along, and describe other keys. */
+function writtenFacts(facts: Facts): Facts {
+  if (facts.alternatives.length === 0) return facts;
+  return { ...facts, implied: new Set(), closedObject: false };
+}
+
+/** What holds for all that is valid, of which not all is written. */
+function validFacts(facts: Facts): Facts {
+  const mayDescribeMore = facts.alternatives.length + facts.unsupported.length > 0;
+  return {
+    ...facts,
+    closedObject: facts.closedExactly && !mayDescribeMore,
+    alternatives: facts.alternatives.filter(({ complete }) => complete),
+  };
 }

@@ -22,7 +22,7 @@ import {
   TYPE_NAMES,
   type TypeName,
 } from './schema-keywords.ts';
-import { EXCLUDED, NOT_PATTERN, negation } from './schema-negation.ts';
+import { CLOSED, EXCLUDED, type Negation, NOT_PATTERN, negation } from './schema-negation.ts';
 import { equalValues, satisfies } from './schema-values.ts';
 
 /** Where a keyword stands, to be named in errors. */
@@ -54,6 +54,8 @@ export interface Alternatives {
   readonly name?: string;
   /** Each a list that must all hold. */
   readonly options: readonly (readonly Located[])[];
+  /** Nothing else than what satisfies one of the options is valid: else they are only what is written. */
+  readonly complete: boolean;
 }
 
 export interface Facts {
@@ -68,8 +70,9 @@ export interface Facts {
   readonly objects: ObjectFacts[];
   readonly required: Set<string>;
   readonly propertyNames: Located[];
-  /** Keys and items that nothing describes are forbidden. */
+  /** Keys and items that nothing describes are not written; `exactly`: as far as this knows, the schema forbids them. */
   closedObject: boolean;
+  closedExactly: boolean;
   closedArray: boolean;
   minProperties: number;
   minPropertiesAt: string;
@@ -107,6 +110,7 @@ export function factsOf(schemas: readonly Located[], document: SchemaDocument, b
     required: new Set(),
     propertyNames: [],
     closedObject: false,
+    closedExactly: false,
     closedArray: false,
     minProperties: 0,
     minPropertiesAt: '#',
@@ -181,7 +185,8 @@ function readKeyword(
     case 'anyOf':
     case 'oneOf': {
       const options = list().map((one) => [one]);
-      facts.alternatives.push({ keyword, schema, pointer, exactlyOne: keyword === 'oneOf', options });
+      const exactlyOne = keyword === 'oneOf';
+      facts.alternatives.push({ keyword, schema, pointer, exactlyOne, options, complete: true });
       facts.anything = false;
       return;
     }
@@ -212,8 +217,13 @@ function readKeyword(
       // Forbidding them altogether is less than a schema for them would allow, and enough.
       if (isObjects) facts.closedObject = true;
       else facts.closedArray = true;
+      if (isObjects && value === false) facts.closedExactly = true;
       return;
     }
+    case CLOSED:
+      implies('object');
+      facts.closedObject = true;
+      return;
     case 'required':
       implies('object');
       for (const name of readNames(value, keyword, pointer)) facts.required.add(name);
@@ -303,9 +313,9 @@ function readKeyword(
     case 'if': {
       facts.anything = false;
       const at = located(value, below(pointer, keyword));
-      const options = negation(at, document, budget);
-      if (!options) facts.unsupported.push({ keyword, pointer });
-      else facts.alternatives.push(conditionOf(keyword, at, options, schema, pointer));
+      const otherwise = negation(at, document, budget);
+      if (!otherwise) facts.unsupported.push({ keyword, pointer });
+      else facts.alternatives.push(conditionOf(keyword, at, otherwise, schema, pointer));
       return;
     }
     case EXCLUDED:
@@ -346,17 +356,17 @@ function common(values: readonly unknown[], others: readonly unknown[], budget: 
 function conditionOf(
   keyword: string,
   at: Located,
-  otherwise: readonly (readonly Located[])[],
+  { options, complete }: Negation,
   schema: SchemaObject,
   pointer: string,
 ): Alternatives {
-  const base = { keyword, schema, pointer, exactlyOne: false };
-  if (keyword === 'not') return { ...base, options: otherwise };
+  const base = { keyword, schema, pointer, exactlyOne: false, complete };
+  if (keyword === 'not') return { ...base, options };
   const branch = (name: 'then' | 'else') =>
     schema[name] === undefined ? [] : [located(schema[name], below(pointer, name))];
   return {
     ...base,
-    options: [[at, ...branch('then')], ...otherwise.map((option) => [...option, ...branch('else')])],
+    options: [[at, ...branch('then')], ...options.map((option) => [...option, ...branch('else')])],
   };
 }
 
@@ -394,7 +404,8 @@ function readDependencies(schema: SchemaObject, keyword: string, pointer: string
       ? [located({ required: [name, ...readNames(needs, keyword, pointer)] }, at)]
       : [located({ required: [name] }, at), located(needs, at)];
     const absent = [located({ properties: { [name]: false } }, at)];
-    return { keyword, schema, pointer, name, exactlyOne: false, options: [absent, present] };
+    const options = [absent, present];
+    return { keyword, schema, pointer, name, exactlyOne: false, options, complete: true };
   });
 }
 

@@ -11,7 +11,7 @@ import {
   unsupportedKeyword,
 } from './schema-document.ts';
 import type { TypeName } from './schema-keywords.ts';
-import { EXCLUDED, NOT_PATTERN } from './schema-negation.ts';
+import { CLOSED, EXCLUDED, NOT_PATTERN } from './schema-negation.ts';
 
 const MOST_NESTING = 500;
 
@@ -167,11 +167,13 @@ export function satisfies(
       case 'unevaluatedItems':
       case 'unevaluatedProperties':
       case '$dynamicRef':
-      case '$recursiveRef': {
+      case '$recursiveRef':
+      case CLOSED: {
         const isAbout =
           keyword.endsWith('ms') || keyword === 'contains' ? Array.isArray(value) : isObject(value);
         if (!isAbout && !keyword.startsWith('$')) return true;
-        throw unsupportedKeyword(keyword, pointer, 'is not supported beside a list of values');
+        const named = keyword === CLOSED ? 'unevaluatedProperties' : keyword;
+        throw unsupportedKeyword(named, pointer, 'is not supported beside a list of values');
       }
       default:
         return true;

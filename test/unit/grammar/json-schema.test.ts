@@ -226,6 +226,64 @@ describe('JSON Schema', () => {
       '{"a":1}',
     ],
     [{ oneOf: [{ type: 'integer' }, { minimum: 2 }, { const: 'x' }] }, '1', '3'],
+    // What of a negation can be written is less than what is valid, and excludes less.
+    [
+      {
+        oneOf: [
+          { type: 'string', pattern: '^[a-f]+$' },
+          { if: { type: 'object' }, not: { type: 'string', format: 'email' } },
+        ],
+      },
+      '12',
+      '"de"',
+    ],
+    [{ oneOf: [{ type: 'integer', maximum: 20 }, { not: { type: 'number', multipleOf: 5 } }] }, '10', '7'],
+    [{ oneOf: [{ type: 'number' }, { not: { type: 'integer' } }] }, '3', '1.5'],
+    // So are keys that nothing describes.
+    [
+      {
+        oneOf: [
+          { properties: { a: {} }, required: ['a'] },
+          { properties: { t: {} }, required: ['t'], unevaluatedProperties: { type: 'integer' } },
+        ],
+      },
+      '{"a":2}',
+      '{"a":2,"t":1}',
+    ],
+    [
+      {
+        unevaluatedProperties: false,
+        oneOf: [{ properties: { a: {} }, required: ['a'] }, { properties: { b: {} } }],
+      },
+      '{"b":1}',
+      '{"a":1}',
+    ],
+    [
+      {
+        oneOf: [
+          {
+            unevaluatedProperties: false,
+            properties: { t: {} },
+            required: ['t'],
+            anyOf: [{ properties: { x: {} } }, { properties: { y: {} } }],
+          },
+          { type: 'object', required: ['x'] },
+        ],
+      },
+      '{"t":1,"y":1}',
+      '{"t":1,"x":1}',
+    ],
+    // One of its alternatives brings another type along.
+    [
+      {
+        oneOf: [
+          { properties: { a: {} }, anyOf: [{ type: 'string', minLength: 2 }, { type: 'object' }] },
+          { type: 'string' },
+        ],
+      },
+      '"a"',
+      '"ab"',
+    ],
     [{ type: 'number', multipleOf: 1.5 }, '4.5', '4.4'],
     [{ type: 'number', multipleOf: 0.01, minimum: 0 }, '9.99', '9.999'],
     [{ type: 'string', minLength: 2, maxLength: 2 }, '"é😀"', '"abc"'],
