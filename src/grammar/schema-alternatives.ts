@@ -11,10 +11,10 @@ import {
   type SchemaObject,
   unsupportedKeyword,
 } from './schema-document.ts';
-import { type Alternatives, type Facts, factsOf, propertyOf, typesOf, typesOverlap } from './schema-facts.ts';
+import { type Alternatives, type Facts, factsOf, propertyOf, typesOverlap } from './schema-facts.ts';
 import type { SchemaIdentities } from './schema-identity.ts';
 import { CLOSED, negation } from './schema-negation.ts';
-import { satisfying, typeOf } from './schema-values.ts';
+import { satisfiesAll, typeOf, type Verdict } from './schema-values.ts';
 
 /** Levels of schemas below two alternatives that are compared to show that they exclude each other. */
 const MOST_COMPARED = 4;
@@ -47,30 +47,33 @@ export class SchemaAlternatives {
   each(alternatives: Alternatives, schemas: readonly Located[]): readonly (readonly Located[])[] {
     const { keyword, pointer, options, exactlyOne } = alternatives;
     const rest = this.#without(alternatives, schemas);
-    const combined = options.map((option) => [...rest, ...option]);
-    if (exactlyOne) {
-      const alone = options.map((option) => [...rest, ...option]);
-      const canBeTurned = options.map(([one]) => {
-        let known: boolean | undefined;
-        return () => (known ??= negation({ ...one!, pointer }, this.#document, this.#budget) !== undefined);
+    const alone = options.map((option) => [...rest, ...option]);
+    if (!exactlyOne) return alone;
+    const typed = alone.map((one) => this.#typed(one));
+    const canBeTurned = options.map(([one]) => {
+      let known: boolean | undefined;
+      return () => (known ??= negation({ ...one!, pointer }, this.#document, this.#budget) !== undefined);
+    });
+    return alone.map((_, i) => {
+      const others = options.flatMap(([other], j): Located[] => {
+        this.#budget.work(STEPS_PER_PAIR);
+        if (i === j || this.#exclude(typed[i]!, alone[j]!, MOST_COMPARED)) return [];
+        if (canBeTurned[j]!()) return [{ schema: this.#notOf(other!.schema), pointer }];
+        throw unsupportedKeyword(
+          keyword,
+          pointer,
+          'has alternatives of which more than one may hold: use anyOf, or give each a required property with a const of its own',
+        );
       });
-      options.forEach((_, i) => {
-        options.forEach(([other], j) => {
-          this.#budget.work(STEPS_PER_PAIR);
-          if (i === j || this.#exclude(alone[i]!, alone[j]!, MOST_COMPARED)) return;
-          if (canBeTurned[j]!()) {
-            combined[i]!.push({ schema: this.#notOf(other!.schema), pointer });
-            return;
-          }
-          throw unsupportedKeyword(
-            keyword,
-            pointer,
-            'has alternatives of which more than one may hold: use anyOf, or give each a required property with a const of its own',
-          );
-        });
-      });
-    }
-    return combined;
+      return others.length > 0 ? [...typed[i]!, ...others] : alone[i]!;
+    });
+  }
+
+  /** With the types that are written for it, where only keywords tell them: so that what it is told not to be brings no others along. */
+  #typed(schemas: readonly Located[]): readonly Located[] {
+    const { types, values, implied, alternatives } = factsOf(schemas, this.#document, this.#budget);
+    if (types || values || implied.size === 0 || alternatives.length > 0) return schemas;
+    return [...schemas, { schema: { type: [...implied].sort() }, pointer: schemas[0]!.pointer }];
   }
 
   #without({ keyword, schema: holder, name }: Alternatives, schemas: readonly Located[]): Located[] {
@@ -146,8 +149,13 @@ export class SchemaAlternatives {
     if (depth === 0) return false;
     const [ofA, ofB] = [this.#factsOf(a).ofWritten, this.#factsOf(b).ofValid];
     if (ofA.impossible || ofB.impossible) return true;
-    if (ofA.values) return satisfying(ofA.values, [...a, ...b], this.#document, this.#budget).length === 0;
-    const types = typesOf(ofA);
+    if (ofA.values) {
+      const of = (schemas: readonly Located[], value: unknown) =>
+        satisfiesAll(value, schemas, this.#document, this.#budget);
+      const isLeftOut = (verdict: Verdict) => verdict === false || verdict === 'unlikely';
+      return ofA.values.every((value) => of(b, value) === false || isLeftOut(of(a, value)));
+    }
+    const { types } = ofA;
     if (types && ofB.types && !typesOverlap(types, ofB.types)) return true;
     if (types && ofB.values && !ofB.values.some((value) => typesOverlap(types, new Set([typeOf(value)])))) {
       return true;
@@ -157,8 +165,9 @@ export class SchemaAlternatives {
     const names = onlyObjects ? new Set([...ofA.required, ...ofB.required]) : [];
     const differ = [...names].some((name) => {
       this.#budget.work(1);
-      const property = (facts: Facts) => propertyOf(name, facts, this.#document, this.#budget);
-      const [inA, inB] = [property(ofA), property(ofB)];
+      const property = (facts: Facts, written: boolean) =>
+        propertyOf(name, facts, this.#document, this.#budget, written);
+      const [inA, inB] = [property(ofA, true), property(ofB, false)];
       const impossible = (schemas: readonly Located[]) => this.#factsOf(schemas).ofValid.impossible;
       if (ofB.required.has(name) && impossible(inA)) return true;
       if (!ofA.required.has(name)) return false;
@@ -178,10 +187,9 @@ export class SchemaAlternatives {
   }
 }
 
-/** What holds for all that is written: where there are alternatives, those may bring other types along, and describe other keys. */
+/** What holds for all that is written: where there are alternatives, those may describe other keys. */
 function writtenFacts(facts: Facts): Facts {
-  if (facts.alternatives.length === 0) return facts;
-  return { ...facts, implied: new Set(), closedObject: false };
+  return facts.alternatives.length === 0 ? facts : { ...facts, closedObject: false };
 }
 
 /** What holds for all that is valid, of which not all is written. */

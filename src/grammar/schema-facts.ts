@@ -1,4 +1,5 @@
 /** What several schemas that must all hold ask for together, sorted by the type that it is about. */
+import { PdError } from '../errors.ts';
 import type { Budget } from './budget.ts';
 import { regexExpression } from './regex.ts';
 import { matches } from './regular.ts';
@@ -23,7 +24,7 @@ import {
   type TypeName,
 } from './schema-keywords.ts';
 import { CLOSED, EXCLUDED, type Negation, NOT_PATTERN, negation } from './schema-negation.ts';
-import { equalValues, satisfies } from './schema-values.ts';
+import { equalValues, satisfiesAll } from './schema-values.ts';
 
 /** Where a keyword stands, to be named in errors. */
 export interface Sourced<T> {
@@ -441,12 +442,16 @@ export function typesOf(facts: Facts): ReadonlySet<TypeName> | undefined {
   return facts.types ?? (facts.implied.size > 0 ? facts.implied : undefined);
 }
 
-/** What holds for the value of property `name`. */
+/**
+ * What holds for the value of property `name`, as far as it is `written`, or else for each that is valid. Throws REQUEST_INVALID where it
+ * cannot be told whether it may be written at all.
+ */
 export function propertyOf(
   name: string,
   { objects, closedObject, propertyNames }: Facts,
   document: SchemaDocument,
   budget: Budget,
+  written = true,
 ): Located[] {
   const schemas: Located[] = [];
   let isKnown = false;
@@ -462,8 +467,9 @@ export function propertyOf(
     isKnown ||= isOwn || additional !== undefined;
     if (!isOwn && additional) schemas.push(additional);
   }
-  const isForbidden =
-    (closedObject && !isKnown) || propertyNames.some((one) => !satisfies(name, one, document, budget));
-  if (isForbidden) schemas.push({ schema: false, pointer: '#' });
+  const mayBe = satisfiesAll(name, propertyNames, document, budget);
+  if (written && mayBe instanceof PdError) throw mayBe;
+  const isNamed = written ? mayBe === true : mayBe !== false;
+  if ((closedObject && !isKnown) || !isNamed) schemas.push({ schema: false, pointer: '#' });
   return schemas;
 }

@@ -214,6 +214,13 @@ describe('JSON Schema', () => {
     ],
     [{ type: 'string', not: { enum: ['a', 'b"'] } }, '"c"', '"b\\""'],
     [{ enum: ['a', 'b', 1], not: { anyOf: [{ const: 'a' }, { type: 'number' }] } }, '"b"', '"a"'],
+    // Values that are known are texts of a format, or may be.
+    [{ enum: ['a', '2020-02-29', 1], format: 'date' }, '"2020-02-29"', '"a"'],
+    [
+      { enum: ['\u00e4@b.example', null], not: { type: 'string', format: 'email' } },
+      'null',
+      '"\u00e4@b.example"',
+    ],
     [{ type: 'object', not: { required: ['a'] } }, '{"b":1}', '{"a":1}'],
     [{ type: 'integer', not: { anyOf: [{ minimum: 9 }, { const: 3 }] } }, '4', '3'],
     [
@@ -273,7 +280,15 @@ describe('JSON Schema', () => {
       '{"t":1,"y":1}',
       '{"t":1,"x":1}',
     ],
-    // One of its alternatives brings another type along.
+    [
+      {
+        oneOf: [{ enum: ['a', 1], uniqueItems: true }, { exclusiveMinimum: 0, maximum: 1 }, { type: 'null' }],
+      },
+      '0.5',
+      '"a"',
+    ],
+    // One of its alternatives, or what it is told not to be, brings another type along.
+    [{ multipleOf: 2, oneOf: [{}, { type: 'string' }, { type: 'number', maximum: 9 }] }, '10', '"t"'],
     [
       {
         oneOf: [
@@ -303,6 +318,7 @@ describe('JSON Schema', () => {
     [{ properties: { a: { type: 'text' } } }, '"type" at #/properties/a'],
     [{ pattern: '(?=a)b' }, 'look-around'],
     [{ type: 'string', format: 'regex' }, '"format" at #'],
+    [{ enum: ['a', 1], not: { type: 'string', format: 'regex' } }, '"format" at #/not'],
     [{ properties: { a: 12 } }, '#/properties/a: neither an object nor a boolean'],
     [{ type: 'string', enum: [1, 2] }, 'matches nothing'],
     [{ $ref: '#/nowhere' }, '"$ref" at #'],
