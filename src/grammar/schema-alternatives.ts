@@ -4,16 +4,15 @@
  */
 import type { Budget } from './budget.ts';
 import {
-  below,
   type Located,
-  located,
   type SchemaDocument,
   type SchemaObject,
   unsupportedKeyword,
 } from './schema-document.ts';
 import { type Alternatives, type Facts, factsOf, propertyOf, typesOverlap } from './schema-facts.ts';
 import type { SchemaIdentities } from './schema-identity.ts';
-import { CLOSED, negation } from './schema-negation.ts';
+import { negation } from './schema-negation.ts';
+import { SchemaRests } from './schema-rest.ts';
 import { satisfiesAll, typeOf, type Verdict } from './schema-values.ts';
 
 /** Levels of schemas below two alternatives that are compared to show that they exclude each other. */
@@ -29,33 +28,28 @@ interface KnownFacts {
 export class SchemaAlternatives {
   readonly #document: SchemaDocument;
   readonly #budget: Budget;
-  readonly #identities: SchemaIdentities;
-  readonly #stripped = new Map<string, Located>();
+  readonly #rests: SchemaRests;
   readonly #nots = new Map<unknown, SchemaObject>();
   readonly #facts = new WeakMap<readonly Located[], KnownFacts>();
 
   constructor(document: SchemaDocument, budget: Budget, identities: SchemaIdentities) {
     this.#document = document;
     this.#budget = budget;
-    this.#identities = identities;
+    this.#rests = new SchemaRests(document, budget, identities);
   }
 
-  /**
-   * Each option together with all the rest. The rest still holds the keyword itself, so its schemas are taken without it, and what else
-   * they say stays.
-   */
+  /** Each option together with all the rest. */
   each(alternatives: Alternatives, schemas: readonly Located[]): readonly (readonly Located[])[] {
     const { keyword, pointer, options, exactlyOne } = alternatives;
-    const rest = this.#without(alternatives, schemas);
-    const alone = options.map((option) => [...rest, ...option]);
+    const alone = options.map(this.#rests.without(alternatives, schemas));
     if (!exactlyOne) return alone;
     const typed = alone.map((one) => this.#typed(one));
-    const canBeTurned = options.map(([one]) => {
+    const canBeTurned = options.map(({ describes: [one] }) => {
       let known: boolean | undefined;
       return () => (known ??= negation({ ...one!, pointer }, this.#document, this.#budget) !== undefined);
     });
     return alone.map((_, i) => {
-      const others = options.flatMap(([other], j): Located[] => {
+      const others = options.flatMap(({ describes: [other] }, j): Located[] => {
         this.#budget.work(STEPS_PER_PAIR);
         if (i === j || this.#exclude(typed[i]!, alone[j]!, MOST_COMPARED)) return [];
         if (canBeTurned[j]!()) return [{ schema: this.#notOf(other!.schema), pointer }];
@@ -74,56 +68,6 @@ export class SchemaAlternatives {
     const { types, values, implied, alternatives } = factsOf(schemas, this.#document, this.#budget);
     if (types || values || implied.size === 0 || alternatives.length > 0) return schemas;
     return [...schemas, { schema: { type: [...implied].sort() }, pointer: schemas[0]!.pointer }];
-  }
-
-  #without({ keyword, schema: holder, name }: Alternatives, schemas: readonly Located[]): Located[] {
-    const rest: Located[] = [];
-    const seen = new Set<unknown>();
-    const open = [...schemas].reverse();
-    for (let one = open.pop(); one; one = open.pop()) {
-      const { schema } = one;
-      if (typeof schema === 'boolean' || seen.has(schema)) continue;
-      seen.add(schema);
-      this.#budget.work(1 + Object.keys(schema).length);
-      // References and allOf may hide the keyword: what they name stands beside what names them.
-      const { $ref, allOf, ...others } = schema;
-      if ($ref !== undefined) open.push(this.#document.resolve($ref, one.pointer));
-      if (Array.isArray(allOf)) {
-        open.push(...allOf.map((inner, i) => located(inner, below(one.pointer, 'allOf', i))));
-      }
-      const holdsIt = schema === holder;
-      if (!holdsIt && $ref === undefined && allOf === undefined) {
-        rest.push(one);
-        continue;
-      }
-      const left: Record<string, unknown> = { ...others };
-      if (holdsIt) delete left[keyword];
-      if (holdsIt && name !== undefined) {
-        const { [name]: _, ...otherNames } = others[keyword] as SchemaObject;
-        if (Object.keys(otherNames).length > 0) left[keyword] = otherNames;
-      }
-      // What was taken away may describe more keys.
-      if ((left['unevaluatedProperties'] ?? true) !== true) {
-        delete left['unevaluatedProperties'];
-        left[CLOSED] = true;
-      }
-      if (Object.keys(left).length > 0) {
-        rest.push(this.#strippedOf(one, left, holdsIt ? `${keyword} ${name ?? ''}` : ''));
-      }
-    }
-    return rest;
-  }
-
-  /** The same object each time, so that it is known again. */
-  #strippedOf(
-    { schema, pointer }: Located,
-    others: Readonly<Record<string, unknown>>,
-    without: string,
-  ): Located {
-    const key = `${this.#identities.of(schema)} ${without}`;
-    const known = this.#stripped.get(key) ?? { schema: others, pointer };
-    this.#stripped.set(key, known);
-    return known;
   }
 
   /** The same object each time, so that it is known again. */
@@ -176,8 +120,8 @@ export class SchemaAlternatives {
     const every = (facts: Facts, all: readonly Located[], excluded: (one: readonly Located[]) => boolean) => {
       const [first] = facts.alternatives;
       if (!first) return false;
-      const rest = this.#without(first, all);
-      return first.options.every((option) => excluded([...rest, ...option]));
+      const together = this.#rests.without(first, all);
+      return first.options.every((option) => excluded(together(option)));
     };
     return (
       differ ||
@@ -189,15 +133,15 @@ export class SchemaAlternatives {
 
 /** What holds for all that is written: where there are alternatives, those may describe other keys. */
 function writtenFacts(facts: Facts): Facts {
-  return facts.alternatives.length === 0 ? facts : { ...facts, closedObject: false };
+  return facts.alternatives.length === 0 ? facts : { ...facts, closedObjects: [] };
 }
 
 /** What holds for all that is valid, of which not all is written. */
 function validFacts(facts: Facts): Facts {
-  const mayDescribeMore = facts.alternatives.length + facts.unsupported.length > 0;
+  const mayDescribeMore = facts.alternatives.length + facts.unsupported.length > 0 || facts.describesMore;
   return {
     ...facts,
-    closedObject: facts.closedExactly && !mayDescribeMore,
+    closedObjects: mayDescribeMore ? [] : facts.closedObjects.filter(({ exact }) => exact),
     alternatives: facts.alternatives.filter(({ complete }) => complete),
   };
 }

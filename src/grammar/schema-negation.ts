@@ -11,11 +11,12 @@ import {
 
 /**
  * Keywords of our own, which no schema has: values, and patterns of a string, that are not to be; keys that nothing describes are not to be
- * written, whether or not they are valid.
+ * written, whether or not they are valid; schemas, with their places, of which all are to hold.
  */
 export const EXCLUDED = '\u0000excluded';
 export const NOT_PATTERN = '\u0000notPattern';
 export const CLOSED = '\u0000closed';
+export const ALL = '\u0000all';
 
 const MOST_OPTIONS = 64;
 const MOST_NESTING = 16;

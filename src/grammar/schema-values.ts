@@ -13,7 +13,7 @@ import {
 } from './schema-document.ts';
 import { isOfFormat } from './schema-formats.ts';
 import type { TypeName } from './schema-keywords.ts';
-import { CLOSED, EXCLUDED, NOT_PATTERN } from './schema-negation.ts';
+import { ALL, CLOSED, EXCLUDED, NOT_PATTERN } from './schema-negation.ts';
 
 const MOST_NESTING = 500;
 
@@ -101,6 +101,8 @@ function satisfies(
         if (target.schema === schema) return true;
         return satisfies(value, target, document, budget, depth + 1);
       }
+      case ALL:
+        return all(wanted as readonly Located[], (one) => satisfies(value, one, document, budget, depth + 1));
       case 'allOf':
         return all(list(keyword), (i) => holds(value, (wanted as unknown[])[i], keyword, i));
       case 'anyOf':
