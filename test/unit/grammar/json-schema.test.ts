@@ -163,10 +163,10 @@ describe('JSON Schema', () => {
         try {
           drawn = walk(grammar, random);
         } catch (error) {
-          // An item drawn before may leave a later one nothing to be.
+          // An item drawn before may leave a later one nothing to be, and many conditions in a row let a text be read in many ways.
           expect(error).toMatchObject({
             code: 'REQUEST_INVALID',
-            message: expect.stringContaining('"uniqueItems"'),
+            message: expect.stringMatching('"uniqueItems"|too ambiguous'),
           });
           return;
         }
@@ -176,7 +176,7 @@ describe('JSON Schema', () => {
         expect([drawn.text, faults(JSON.parse(drawn.text))]).toEqual([drawn.text, null]);
       }
     });
-    fc.assert(property, { numRuns: 50 });
+    fc.assert(property, { numRuns: 100 });
     expect(ended).toBeGreaterThan(30);
   });
 
