@@ -29,6 +29,7 @@ import { formatExpression } from './schema-formats.ts';
 import { SchemaIdentities } from './schema-identity.ts';
 import type { TypeName } from './schema-keywords.ts';
 import { numberExpression } from './schema-numbers.ts';
+import { isDescribed, type Scope } from './schema-scopes.ts';
 import { satisfying, typeOf } from './schema-values.ts';
 
 const MOST_SCHEMAS_OPEN = 150;
@@ -233,18 +234,18 @@ class SchemaCompiler {
   }
 
   #items(facts: Facts): Expression {
-    const { arrays, minItems, maxItems, closedArray } = facts;
+    const { arrays, minItems, maxItems, closedArrays } = facts;
     const { blanks } = this.#json;
     const prefix = Math.max(0, ...arrays.map((one) => one.prefix.length));
-    const at = (i: number): readonly Located[] => [
-      ...arrays.flatMap((one): Located[] => {
+    const at = (i: number): readonly Located[] => {
+      const describing = arrays.flatMap((one) => {
         const item = one.prefix[i] ?? one.rest;
-        return item ? [item] : [];
-      }),
-      ...(closedArray && i >= prefix && arrays.every(({ rest }) => !rest)
-        ? [{ schema: false, pointer: '#' }]
-        : []),
-    ];
+        return item ? [{ item, scope: one.scope }] : [];
+      });
+      const scopes = describing.map(({ scope }) => scope);
+      const items = describing.map(({ item }) => item);
+      return isDescribed(closedArrays, scopes) ? items : [...items, { schema: false, pointer: '#' }];
+    };
     if (minItems > maxItems) return NOTHING;
     // State i: so many items have been read, and the blanks behind them; the last one stands for all from there on.
     const isEndless = maxItems === Number.POSITIVE_INFINITY;
@@ -288,7 +289,7 @@ class SchemaCompiler {
     const { blanks, object } = this.#json;
     const isLimited = minProperties > 0 || Number.isFinite(maxProperties);
     if (objects.length === 0 && required.size === 0 && facts.propertyNames.length === 0 && !isLimited) {
-      if (!facts.closedObject && !this.#singly) return object;
+      if (facts.closedObjects.length === 0 && !this.#singly) return object;
     }
     if (minProperties > maxProperties || required.size > maxProperties) return NOTHING;
     const named = [...new Set([...objects.flatMap(({ properties }) => [...properties.keys()]), ...required])];
@@ -371,7 +372,7 @@ class SchemaCompiler {
 
   /** Members whose keys are none of `names`, by what their keys match. */
   #otherMembers(names: readonly string[], facts: Facts): Expression[] {
-    const { objects, closedObject, propertyNames } = facts;
+    const { objects, closedObjects, propertyNames } = facts;
     const patterns = [...new Set(objects.flatMap((one) => [...one.patterns.keys()]))];
     const keys = new Map(
       patterns.map((pattern) => {
@@ -381,12 +382,14 @@ class SchemaCompiler {
     );
     const members: Expression[] = [];
     for (const chosen of [...patterns, undefined]) {
+      const scopes: (Scope | undefined)[] = [];
       const schemas = objects.flatMap((one): Located[] => {
         const own = chosen === undefined ? undefined : one.patterns.get(chosen);
         const value = own ?? one.additional;
+        if (value) scopes.push(one.scope);
         return value ? [value] : [];
       });
-      if (closedObject && chosen === undefined && objects.every(({ additional }) => !additional)) continue;
+      if (!isDescribed(closedObjects, scopes)) continue;
       if (factsOf(schemas, this.#document, this.#budget).impossible) continue;
       this.#budget.work(STEPS_PER_LETTER * names.reduce((sum, name) => sum + name.length, 0));
       let key = keyBesides(names);

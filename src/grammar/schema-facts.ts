@@ -1,4 +1,5 @@
 /** What several schemas that must all hold ask for together, sorted by the type that it is about. */
+import { PdError } from '../errors.ts';
 import type { Budget } from './budget.ts';
 import { regexExpression } from './regex.ts';
 import { matches } from './regular.ts';
@@ -22,8 +23,9 @@ import {
   TYPE_NAMES,
   type TypeName,
 } from './schema-keywords.ts';
-import { EXCLUDED, NOT_PATTERN, negation } from './schema-negation.ts';
-import { equalValues, satisfies } from './schema-values.ts';
+import { ALL, CLOSED, EXCLUDED, type Negation, NOT_PATTERN, negation } from './schema-negation.ts';
+import { holds, isClosed, isDescribed, type Scope } from './schema-scopes.ts';
+import { equalValues, satisfiesAll } from './schema-values.ts';
 
 /** Where a keyword stands, to be named in errors. */
 export interface Sourced<T> {
@@ -36,11 +38,20 @@ export interface ObjectFacts {
   readonly properties: ReadonlyMap<string, Located>;
   readonly patterns: ReadonlyMap<string, Located>;
   readonly additional: Located | undefined;
+  readonly scope: Scope | undefined;
 }
 
 export interface ArrayFacts {
   readonly prefix: readonly Located[];
   readonly rest: Located | undefined;
+  readonly scope: Scope | undefined;
+}
+
+export interface Option {
+  /** Must all hold, and describe keys and items, as `unevaluatedProperties` asks. */
+  readonly describes: readonly Located[];
+  /** Must all hold, too. */
+  readonly demands: readonly Located[];
 }
 
 /** Alternatives of which one must hold, or, of `exactly` one, no other. */
@@ -52,8 +63,9 @@ export interface Alternatives {
   readonly exactlyOne: boolean;
   /** Of a keyword that stands for several of them, which one. */
   readonly name?: string;
-  /** Each a list that must all hold. */
-  readonly options: readonly (readonly Located[])[];
+  readonly options: readonly Option[];
+  /** Nothing else than what satisfies one of the options is valid: else they are only what is written. */
+  readonly complete: boolean;
 }
 
 export interface Facts {
@@ -68,9 +80,11 @@ export interface Facts {
   readonly objects: ObjectFacts[];
   readonly required: Set<string>;
   readonly propertyNames: Located[];
-  /** Keys and items that nothing describes are forbidden. */
-  closedObject: boolean;
-  closedArray: boolean;
+  /** Keys and items that nothing in one of these describes are not written. */
+  readonly closedObjects: Scope[];
+  readonly closedArrays: Scope[];
+  /** Keys that are not named may be described nevertheless. */
+  describesMore: boolean;
   minProperties: number;
   minPropertiesAt: string;
   maxProperties: number;
@@ -106,8 +120,9 @@ export function factsOf(schemas: readonly Located[], document: SchemaDocument, b
     objects: [],
     required: new Set(),
     propertyNames: [],
-    closedObject: false,
-    closedArray: false,
+    closedObjects: [],
+    closedArrays: [],
+    describesMore: false,
     minProperties: 0,
     minPropertiesAt: '#',
     maxProperties: Number.POSITIVE_INFINITY,
@@ -129,29 +144,44 @@ export function factsOf(schemas: readonly Located[], document: SchemaDocument, b
     alternatives: [],
     unsupported: [],
   };
-  const seen = new Set<SchemaObject>();
-  const open = [...schemas].reverse();
+  const seen = new Map<SchemaObject, Set<Scope | undefined>>();
+  const open = schemas.map((at): { at: Located; outer: Scope | undefined } => ({ at, outer: undefined }));
+  open.reverse();
   for (let one = open.pop(); one; one = open.pop()) {
     budget.work(1);
-    const { schema, pointer } = one;
+    const { outer } = one;
+    const { schema, pointer } = one.at;
     if (typeof schema === 'boolean') {
       facts.impossible ||= !schema;
       continue;
     }
     // What is asked for twice is asked for once: a reference in a circle adds nothing.
-    if (seen.has(schema)) continue;
-    seen.add(schema);
+    const seenIn = seen.get(schema) ?? new Set();
+    if (seenIn.has(outer) || holds(outer, schema)) continue;
+    seen.set(schema, seenIn.add(outer));
+    const scope = scopeOf(facts, schema, outer);
     const more: Located[] = [];
     const keywords = Object.keys(schema);
     budget.work(keywords.length);
     for (const keyword of keywords) {
       readKeyword(facts, keyword, schema, pointer, document, budget, more);
     }
-    readObject(facts, schema, pointer, budget);
-    readArray(facts, schema, pointer);
-    open.push(...more.reverse());
+    readObject(facts, schema, pointer, scope, budget);
+    readArray(facts, schema, pointer, scope);
+    open.push(...more.reverse().map((at) => ({ at, outer: scope })));
   }
   return facts;
+}
+
+/** Forbidding altogether what nothing describes is less than a schema for it would allow, and enough. */
+function scopeOf(facts: Facts, schema: SchemaObject, outer: Scope | undefined): Scope | undefined {
+  const closesKeys = CLOSED in schema || isClosed(schema, 'unevaluatedProperties');
+  const closesItems = isClosed(schema, 'unevaluatedItems');
+  if (!closesKeys && !closesItems) return outer;
+  const scope = { holder: schema, outer, exact: schema['unevaluatedProperties'] === false };
+  if (closesKeys) facts.closedObjects.push(scope);
+  if (closesItems) facts.closedArrays.push(scope);
+  return scope;
 }
 
 function readKeyword(
@@ -178,10 +208,14 @@ function readKeyword(
     case 'allOf':
       more.push(...list());
       return;
+    case ALL:
+      more.push(...(value as readonly Located[]));
+      return;
     case 'anyOf':
     case 'oneOf': {
-      const options = list().map((one) => [one]);
-      facts.alternatives.push({ keyword, schema, pointer, exactlyOne: keyword === 'oneOf', options });
+      const options = list().map((one) => ({ describes: [one], demands: [] }));
+      const exactlyOne = keyword === 'oneOf';
+      facts.alternatives.push({ keyword, schema, pointer, exactlyOne, options, complete: true });
       facts.anything = false;
       return;
     }
@@ -205,15 +239,15 @@ function readKeyword(
       implies('object');
       return;
     case 'unevaluatedProperties':
-    case 'unevaluatedItems': {
-      const isObjects = keyword === 'unevaluatedProperties';
-      implies(isObjects ? 'object' : 'array');
-      if (value === true) return;
-      // Forbidding them altogether is less than a schema for them would allow, and enough.
-      if (isObjects) facts.closedObject = true;
-      else facts.closedArray = true;
+      implies('object');
+      facts.describesMore ||= value !== false;
       return;
-    }
+    case 'unevaluatedItems':
+      implies('array');
+      return;
+    case CLOSED:
+      implies('object');
+      return;
     case 'required':
       implies('object');
       for (const name of readNames(value, keyword, pointer)) facts.required.add(name);
@@ -303,9 +337,9 @@ function readKeyword(
     case 'if': {
       facts.anything = false;
       const at = located(value, below(pointer, keyword));
-      const options = negation(at, document, budget);
-      if (!options) facts.unsupported.push({ keyword, pointer });
-      else facts.alternatives.push(conditionOf(keyword, at, options, schema, pointer));
+      const otherwise = negation(at, document, budget);
+      if (!otherwise) facts.unsupported.push({ keyword, pointer });
+      else facts.alternatives.push(conditionOf(keyword, at, otherwise, schema, pointer));
       return;
     }
     case EXCLUDED:
@@ -346,21 +380,28 @@ function common(values: readonly unknown[], others: readonly unknown[], budget: 
 function conditionOf(
   keyword: string,
   at: Located,
-  otherwise: readonly (readonly Located[])[],
+  { options, complete }: Negation,
   schema: SchemaObject,
   pointer: string,
 ): Alternatives {
-  const base = { keyword, schema, pointer, exactlyOne: false };
-  if (keyword === 'not') return { ...base, options: otherwise };
+  const base = { keyword, schema, pointer, exactlyOne: false, complete };
+  const failing = (describes: readonly Located[]) => options.map((demands) => ({ describes, demands }));
+  if (keyword === 'not') return { ...base, options: failing([]) };
   const branch = (name: 'then' | 'else') =>
     schema[name] === undefined ? [] : [located(schema[name], below(pointer, name))];
   return {
     ...base,
-    options: [[at, ...branch('then')], ...otherwise.map((option) => [...option, ...branch('else')])],
+    options: [{ describes: [at, ...branch('then')], demands: [] }, ...failing(branch('else'))],
   };
 }
 
-function readObject(facts: Facts, schema: SchemaObject, pointer: string, budget: Budget): void {
+function readObject(
+  facts: Facts,
+  schema: SchemaObject,
+  pointer: string,
+  scope: Scope | undefined,
+  budget: Budget,
+): void {
   const { properties, patternProperties, additionalProperties: additional } = schema;
   if (properties === undefined && patternProperties === undefined && additional === undefined) return;
   const read: ObjectFacts = {
@@ -368,20 +409,22 @@ function readObject(facts: Facts, schema: SchemaObject, pointer: string, budget:
     patterns: readMap(patternProperties, 'patternProperties', pointer),
     additional:
       additional === undefined ? undefined : located(additional, below(pointer, 'additionalProperties')),
+    scope,
   };
   budget.work(read.properties.size + read.patterns.size);
   facts.objects.push(read);
 }
 
 /** `items` was a list once, with `additionalItems` for the rest. */
-function readArray(facts: Facts, schema: SchemaObject, pointer: string): void {
+function readArray(facts: Facts, schema: SchemaObject, pointer: string, scope: Scope | undefined): void {
   const { items, prefixItems, additionalItems } = schema;
   if (items === undefined && prefixItems === undefined) return;
   const listed = Array.isArray(items) ? 'items' : 'prefixItems';
   const prefix = schema[listed] === undefined ? [] : readList(schema[listed], listed, pointer, true);
   const after = Array.isArray(items) ? 'additionalItems' : 'items';
   const rest = Array.isArray(items) ? additionalItems : items;
-  facts.arrays.push({ prefix, rest: rest === undefined ? undefined : located(rest, below(pointer, after)) });
+  const behind = rest === undefined ? undefined : located(rest, below(pointer, after));
+  facts.arrays.push({ prefix, rest: behind, scope });
 }
 
 /** Each as two alternatives: the property is not there, or it is and so is what it takes. */
@@ -394,7 +437,8 @@ function readDependencies(schema: SchemaObject, keyword: string, pointer: string
       ? [located({ required: [name, ...readNames(needs, keyword, pointer)] }, at)]
       : [located({ required: [name] }, at), located(needs, at)];
     const absent = [located({ properties: { [name]: false } }, at)];
-    return { keyword, schema, pointer, name, exactlyOne: false, options: [absent, present] };
+    const options = [absent, present].map((describes) => ({ describes, demands: [] }));
+    return { keyword, schema, pointer, name, exactlyOne: false, options, complete: true };
   });
 }
 
@@ -430,17 +474,21 @@ export function typesOf(facts: Facts): ReadonlySet<TypeName> | undefined {
   return facts.types ?? (facts.implied.size > 0 ? facts.implied : undefined);
 }
 
-/** What holds for the value of property `name`. */
+/**
+ * What holds for the value of property `name`, as far as it is `written`, or else for each that is valid. Throws REQUEST_INVALID where it
+ * cannot be told whether it may be written at all.
+ */
 export function propertyOf(
   name: string,
-  { objects, closedObject, propertyNames }: Facts,
+  { objects, closedObjects, propertyNames }: Facts,
   document: SchemaDocument,
   budget: Budget,
+  written = true,
 ): Located[] {
   const schemas: Located[] = [];
-  let isKnown = false;
+  const describing = new Set<Scope | undefined>();
   budget.work(objects.length);
-  for (const { properties, patterns, additional } of objects) {
+  for (const { properties, patterns, additional, scope } of objects) {
     const own = properties.get(name);
     const matching = [...patterns].filter(([pattern]) =>
       matches(regexExpression(pattern, 'within'), name, budget),
@@ -448,11 +496,12 @@ export function propertyOf(
     if (own) schemas.push(own);
     schemas.push(...matching.map(([, one]) => one));
     const isOwn = own !== undefined || matching.length > 0;
-    isKnown ||= isOwn || additional !== undefined;
+    if (isOwn || additional) describing.add(scope);
     if (!isOwn && additional) schemas.push(additional);
   }
-  const isForbidden =
-    (closedObject && !isKnown) || propertyNames.some((one) => !satisfies(name, one, document, budget));
-  if (isForbidden) schemas.push({ schema: false, pointer: '#' });
+  const mayBe = satisfiesAll(name, propertyNames, document, budget);
+  if (written && mayBe instanceof PdError) throw mayBe;
+  const isNamed = written ? mayBe === true : mayBe !== false;
+  if (!isNamed || !isDescribed(closedObjects, [...describing])) schemas.push({ schema: false, pointer: '#' });
   return schemas;
 }

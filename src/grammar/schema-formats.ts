@@ -60,3 +60,13 @@ export function formatExpression(name: string): Expression | 'ignored' | 'unsupp
   if (Object.hasOwn(FORMATS, name)) return regexExpression(FORMATS[name]!, 'whole');
   return UNSUPPORTED.includes(name) ? 'unsupported' : 'ignored';
 }
+
+const REGEXES = new Map<string, RegExp>();
+
+/** Whether `text` is one of those that are written of a format. */
+export function isOfFormat(text: string, name: string): boolean | 'ignored' | 'unsupported' {
+  if (!Object.hasOwn(FORMATS, name)) return UNSUPPORTED.includes(name) ? 'unsupported' : 'ignored';
+  const regex = REGEXES.get(name) ?? new RegExp(`^(?:${FORMATS[name]})$`, 'u');
+  REGEXES.set(name, regex);
+  return regex.test(text);
+}

@@ -1,7 +1,7 @@
 /** Which schemas say the same: a number each, so that what has been written for one is not written again for another. */
 import type { Budget } from './budget.ts';
 import { below, isObject, type Located, located, type SchemaDocument } from './schema-document.ts';
-import { EXCLUDED } from './schema-negation.ts';
+import { ALL, EXCLUDED } from './schema-negation.ts';
 
 /** Say nothing about what is valid; definitions do so only where something refers to them. */
 const SILENT = new Set([
@@ -83,6 +83,7 @@ export class SchemaIdentities {
       if (SILENT.has(keyword)) return [];
       if (keyword === 'enum' || keyword === 'const' || keyword === EXCLUDED)
         return [`${keyword}=${JSON.stringify(value)}`];
+      if (keyword === ALL) return [`${keyword}:${this.of((value as Located[]).map((one) => one.schema))}`];
       if (!MAPS.has(keyword) || !isObject(value)) return [`${JSON.stringify(keyword)}:${this.of(value)}`];
       const members = Object.entries(value).map(([name, one]) => `${JSON.stringify(name)}:${this.of(one)}`);
       return [`${keyword}{${members.join(' ')}}`];

@@ -9,9 +9,14 @@ import {
   type SchemaObject,
 } from './schema-document.ts';
 
-/** Keywords of our own, which no schema has: values, and patterns of a string, that are not to be. */
+/**
+ * Keywords of our own, which no schema has: values, and patterns of a string, that are not to be; keys that nothing describes are not to be
+ * written, whether or not they are valid; schemas, with their places, of which all are to hold.
+ */
 export const EXCLUDED = '\u0000excluded';
 export const NOT_PATTERN = '\u0000notPattern';
+export const CLOSED = '\u0000closed';
+export const ALL = '\u0000all';
 
 const MOST_OPTIONS = 64;
 const MOST_NESTING = 16;
@@ -30,34 +35,49 @@ const OTHER_SIDE: Readonly<Record<string, readonly [keyword: string, type: strin
   maxProperties: ['minProperties', 'object', 1],
 };
 
-type Options = readonly (readonly Located[])[];
+export interface Negation {
+  /** Each satisfied only by what does not satisfy the schema; one of them suffices. */
+  readonly options: readonly (readonly Located[])[];
+  /** All that does not satisfy the schema satisfies one of them: nothing that cannot be turned round has been left out. */
+  readonly complete: boolean;
+}
 
-/**
- * Schemas of which each is satisfied only by what does not satisfy `at`; one of them suffices. Not all that does not is among them: what
- * cannot be turned round is left out. Undefined where that is everything.
- */
+const NOTHING_ASKED: Negation = { options: [], complete: true };
+
+/** Undefined where nothing of `at` can be turned round. */
 export function negation(
   at: Located,
   document: SchemaDocument,
   budget: Budget,
   depth = 0,
-): Options | undefined {
+): Negation | undefined {
   const { schema, pointer } = at;
-  if (typeof schema === 'boolean') return schema ? [] : [[{ schema: true, pointer }]];
+  if (typeof schema === 'boolean') return schema ? NOTHING_ASKED : whole([[{ schema: true, pointer }]]);
   if (depth > MOST_NESTING) return undefined;
-  const options: (readonly Located[])[] = [];
-  let left = 0;
+  const found: (Negation | undefined)[] = [];
+  let options = 0;
   for (const [keyword, value] of Object.entries(schema)) {
-    const found = turned(keyword, value, at, document, budget, depth);
-    budget.work(1 + (found?.length ?? 0));
-    if (found) options.push(...found);
-    else left++;
-    if (options.length > MOST_OPTIONS) return undefined;
+    const one = turned(keyword, value, at, document, budget, depth);
+    budget.work(1 + (one?.options.length ?? 0));
+    options += one?.options.length ?? 0;
+    if (options > MOST_OPTIONS) return undefined;
+    found.push(one);
   }
-  return options.length === 0 && left > 0 ? undefined : options;
+  return either(found);
 }
 
-/** Undefined: cannot be turned round. No options: asks for nothing. */
+function whole(options: Negation['options']): Negation {
+  return { options, complete: true };
+}
+
+/** What fails one of several demands. */
+function either(found: readonly (Negation | undefined)[]): Negation | undefined {
+  const options = found.flatMap((one) => one?.options ?? []);
+  const complete = found.every((one) => one?.complete);
+  return options.length === 0 && !complete ? undefined : { options, complete };
+}
+
+/** Undefined: cannot be turned round. No options: asks for nothing, and is complete. */
 function turned(
   keyword: string,
   value: unknown,
@@ -65,15 +85,15 @@ function turned(
   document: SchemaDocument,
   budget: Budget,
   depth: number,
-): Options | undefined {
+): Negation | undefined {
   const inner = (schema: unknown, ...path: (string | number)[]) =>
     negation(located(schema, below(pointer, keyword, ...path)), document, budget, depth + 1);
-  const one = (schema: SchemaObject): Options => [[{ schema, pointer }]];
+  const one = (schema: SchemaObject) => whole([[{ schema, pointer }]]);
   const side = OTHER_SIDE[keyword];
   if (side) {
     const [other, type, step] = side;
     if (typeof value !== 'number') return undefined;
-    return value + step < 0 && type !== 'number' ? [] : one({ type, [other]: value + step });
+    return value + step < 0 && type !== 'number' ? NOTHING_ASKED : one({ type, [other]: value + step });
   }
   switch (keyword) {
     case '$ref':
@@ -84,7 +104,8 @@ function turned(
       const others = TYPES.filter(
         (type) => !names.includes(type) && !(type === 'number' && names.includes('integer')),
       );
-      return others.length > 0 ? one({ type: others }) : [];
+      const options = others.length > 0 ? one({ type: others }).options : [];
+      return either([{ options, complete: !names.includes('integer') || names.includes('number') }]);
     }
     case 'const':
       return one({ [EXCLUDED]: [value] });
@@ -94,26 +115,34 @@ function turned(
       return one({ type: 'string', [NOT_PATTERN]: value });
     case 'required':
       if (!Array.isArray(value)) return undefined;
-      return value.flatMap((name) => one({ type: 'object', properties: { [String(name)]: false } }));
+      return either(value.map((name) => one({ type: 'object', properties: { [String(name)]: false } })));
     case 'properties':
       if (!isObject(value)) return undefined;
-      return Object.entries(value).flatMap(([name, schema]) =>
-        (inner(schema, name) ?? []).flatMap((all) => {
-          const wrong = { allOf: all.map((part) => part.schema) };
-          return one({ type: 'object', required: [name], properties: { [name]: wrong } });
+      return either(
+        Object.entries(value).map(([name, schema]) => {
+          const wrong = inner(schema, name);
+          const options = wrong?.options.map((all): readonly Located[] => {
+            const properties = { [name]: { allOf: all.map((part) => part.schema) } };
+            return [{ schema: { type: 'object', required: [name], properties }, pointer }];
+          });
+          return wrong && options && { ...wrong, options };
         }),
       );
     case 'not':
-      return [[located(value, below(pointer, keyword))]];
+      return whole([[located(value, below(pointer, keyword))]]);
     case 'allOf':
-      return Array.isArray(value) ? value.flatMap((schema, i) => inner(schema, i) ?? []) : undefined;
+      return Array.isArray(value) ? either(value.map((schema, i) => inner(schema, i))) : undefined;
     case 'anyOf': {
       if (!Array.isArray(value)) return undefined;
-      let all: Options = [[]];
+      let all = whole([[]]);
       for (const [i, schema] of value.entries()) {
-        const options = inner(schema, i);
-        if (!options || all.length * options.length > MOST_OPTIONS) return undefined;
-        all = all.flatMap((before) => options.map((option) => [...before, ...option]));
+        const found = inner(schema, i);
+        if (!found || all.options.length * found.options.length > MOST_OPTIONS) return undefined;
+        if (found.options.length === 0) return found;
+        all = {
+          options: all.options.flatMap((before) => found.options.map((option) => [...before, ...option])),
+          complete: all.complete && found.complete,
+        };
       }
       return all;
     }
@@ -137,6 +166,6 @@ function turned(
     case '$recursiveRef':
       return undefined;
     default:
-      return [];
+      return NOTHING_ASKED;
   }
 }

@@ -1,4 +1,5 @@
 /** Whether a value that is known satisfies a schema: for lists of values beside other conditions. */
+import { PdError } from '../errors.ts';
 import type { Budget } from './budget.ts';
 import { regexExpression } from './regex.ts';
 import { matches } from './regular.ts';
@@ -10,8 +11,9 @@ import {
   type SchemaDocument,
   unsupportedKeyword,
 } from './schema-document.ts';
+import { isOfFormat } from './schema-formats.ts';
 import type { TypeName } from './schema-keywords.ts';
-import { EXCLUDED, NOT_PATTERN } from './schema-negation.ts';
+import { ALL, CLOSED, EXCLUDED, NOT_PATTERN } from './schema-negation.ts';
 
 const MOST_NESTING = 500;
 
@@ -29,20 +31,55 @@ export function equalValues(a: unknown, b: unknown): boolean {
 
 /** Compared in a step. */
 const VALUES_PER_STEP = 32;
+const CHARACTERS_PER_STEP = 32;
 
 function isAmong(value: unknown, values: readonly unknown[], budget: Budget): boolean {
   budget.work(Math.ceil(values.length / VALUES_PER_STEP));
   return values.some((one) => equalValues(one, value));
 }
 
-/** Throws REQUEST_INVALID where that hangs on a keyword that is not known here. */
-export function satisfies(
+/** Whether a value satisfies a schema: `unlikely` where it is no text of a format of which not all are known; else why it cannot be told. */
+export type Verdict = boolean | 'unlikely' | PdError;
+
+function not(one: Verdict): Verdict {
+  return typeof one === 'boolean' ? !one : one;
+}
+
+/** False decides; what cannot be told matters before what is unlikely. */
+function all<T>(items: readonly T[], ask: (item: T) => Verdict): Verdict {
+  let open: Verdict = true;
+  for (const item of items) {
+    const one = ask(item);
+    if (one === false) return false;
+    if (one !== true && !(open instanceof PdError)) open = one;
+  }
+  return open;
+}
+
+function some<T>(items: readonly T[], ask: (item: T) => Verdict): Verdict {
+  return not(all(items, (item) => not(ask(item))));
+}
+
+/** True where all can be told. */
+function opened(verdicts: readonly Verdict[]): Verdict {
+  return all(verdicts, (one) => typeof one === 'boolean' || one);
+}
+
+function exactlyOne<T>(items: readonly T[], ask: (item: T) => Verdict): Verdict {
+  const verdicts = items.map(ask);
+  const holding = verdicts.filter((one) => one === true).length;
+  if (holding > 1) return false;
+  const open = opened(verdicts);
+  return open === true ? holding === 1 : open;
+}
+
+function satisfies(
   value: unknown,
   at: Located,
   document: SchemaDocument,
   budget: Budget,
   depth = 0,
-): boolean {
+): Verdict {
   budget.work(1);
   const { schema, pointer } = at;
   if (depth > MOST_NESTING) throw unsupportedKeyword('$ref', pointer, 'refers to itself without end');
@@ -55,7 +92,7 @@ export function satisfies(
   };
   const matching = (pattern: string, text: string) =>
     matches(regexExpression(pattern, 'within'), text, budget);
-  return Object.entries(schema).every(([keyword, wanted]): boolean => {
+  const ask = ([keyword, wanted]: readonly [string, unknown]): Verdict => {
     const isText = typeof value === 'string';
     const isNumber = typeof value === 'number';
     switch (keyword) {
@@ -64,17 +101,23 @@ export function satisfies(
         if (target.schema === schema) return true;
         return satisfies(value, target, document, budget, depth + 1);
       }
+      case ALL:
+        return all(wanted as readonly Located[], (one) => satisfies(value, one, document, budget, depth + 1));
       case 'allOf':
-        return list(keyword).every((i) => holds(value, (wanted as unknown[])[i], keyword, i));
+        return all(list(keyword), (i) => holds(value, (wanted as unknown[])[i], keyword, i));
       case 'anyOf':
-        return list(keyword).some((i) => holds(value, (wanted as unknown[])[i], keyword, i));
+        return some(list(keyword), (i) => holds(value, (wanted as unknown[])[i], keyword, i));
       case 'oneOf':
-        return list(keyword).filter((i) => holds(value, (wanted as unknown[])[i], keyword, i)).length === 1;
+        return exactlyOne(list(keyword), (i) => holds(value, (wanted as unknown[])[i], keyword, i));
       case 'not':
-        return !holds(value, wanted, keyword);
+        return not(holds(value, wanted, keyword));
       case 'if': {
-        const branch = holds(value, wanted, keyword) ? 'then' : 'else';
-        return schema[branch] === undefined || holds(value, schema[branch], branch);
+        const condition = holds(value, wanted, keyword);
+        const branch = (name: 'then' | 'else') =>
+          schema[name] === undefined ? true : holds(value, schema[name], name);
+        if (typeof condition === 'boolean') return branch(condition ? 'then' : 'else');
+        const [then, otherwise] = [branch('then'), branch('else')];
+        return then === otherwise && typeof then === 'boolean' ? then : opened([condition, then, otherwise]);
       }
       case 'type':
         return (Array.isArray(wanted) ? wanted : [wanted]).some((type) => isOfType(value, type));
@@ -92,6 +135,16 @@ export function satisfies(
         return !isText || [...value].length <= Number(wanted);
       case 'pattern':
         return !isText || matching(String(wanted), value);
+      case 'format': {
+        if (!isText || typeof wanted !== 'string') return true;
+        budget.work(Math.ceil(value.length / CHARACTERS_PER_STEP));
+        const written = isOfFormat(value, wanted);
+        if (typeof written === 'boolean') return written || 'unlikely';
+        return (
+          written === 'ignored' ||
+          unsupportedKeyword(keyword, pointer, `is "${wanted}", which is not supported`)
+        );
+      }
       case 'minimum':
         return (
           !isNumber ||
@@ -122,10 +175,12 @@ export function satisfies(
       case 'prefixItems': {
         if (!Array.isArray(value)) return true;
         if (Array.isArray(wanted)) {
-          return wanted.every((inner, i) => i >= value.length || holds(value[i], inner, keyword, i));
+          return all([...wanted.slice(0, value.length).entries()], ([i, inner]) =>
+            holds(value[i], inner, keyword, i),
+          );
         }
         const prefix = Array.isArray(schema['prefixItems']) ? schema['prefixItems'].length : 0;
-        return value.slice(prefix).every((one) => holds(one, wanted, keyword));
+        return all(value.slice(prefix), (one) => holds(one, wanted, keyword));
       }
       case 'required':
         return (
@@ -139,13 +194,15 @@ export function satisfies(
         return !isObject(value) || Object.keys(value).length <= Number(wanted);
       case 'properties':
         if (!isObject(value) || !isObject(wanted)) return true;
-        return Object.entries(wanted).every(
+        return all(
+          Object.entries(wanted),
           ([name, inner]) => !Object.hasOwn(value, name) || holds(value[name], inner, keyword, name),
         );
       case 'patternProperties':
         if (!isObject(value) || !isObject(wanted)) return true;
-        return Object.entries(wanted).every(([pattern, inner]) =>
-          Object.entries(value).every(
+        return all(Object.entries(wanted), ([pattern, inner]) =>
+          all(
+            Object.entries(value),
             ([name, one]) => !matching(pattern, name) || holds(one, inner, keyword, pattern),
           ),
         );
@@ -155,10 +212,10 @@ export function satisfies(
         const known = (name: string) =>
           Object.hasOwn(properties as object, name) ||
           Object.keys(patternProperties as object).some((pattern) => matching(pattern, name));
-        return Object.entries(value).every(([name, one]) => known(name) || holds(one, wanted, keyword));
+        return all(Object.entries(value), ([name, one]) => known(name) || holds(one, wanted, keyword));
       }
       case 'propertyNames':
-        return !isObject(value) || Object.keys(value).every((name) => holds(name, wanted, keyword));
+        return !isObject(value) || all(Object.keys(value), (name) => holds(name, wanted, keyword));
       case 'additionalItems':
       case 'contains':
       case 'dependencies':
@@ -167,16 +224,19 @@ export function satisfies(
       case 'unevaluatedItems':
       case 'unevaluatedProperties':
       case '$dynamicRef':
-      case '$recursiveRef': {
+      case '$recursiveRef':
+      case CLOSED: {
         const isAbout =
           keyword.endsWith('ms') || keyword === 'contains' ? Array.isArray(value) : isObject(value);
         if (!isAbout && !keyword.startsWith('$')) return true;
-        throw unsupportedKeyword(keyword, pointer, 'is not supported beside a list of values');
+        const named = keyword === CLOSED ? 'unevaluatedProperties' : keyword;
+        return unsupportedKeyword(named, pointer, 'is not supported beside a list of values');
       }
       default:
         return true;
     }
-  });
+  };
+  return all(Object.entries(schema), ask);
 }
 
 function isOfType(value: unknown, type: unknown): boolean {
@@ -194,14 +254,27 @@ function isOfType(value: unknown, type: unknown): boolean {
   }
 }
 
-/** Those of `values` that satisfy all of `schemas`. */
+export function satisfiesAll(
+  value: unknown,
+  schemas: readonly Located[],
+  document: SchemaDocument,
+  budget: Budget,
+): Verdict {
+  return all(schemas, (one) => satisfies(value, one, document, budget));
+}
+
+/** Those of `values` that surely satisfy all of `schemas`. Throws REQUEST_INVALID where of one of them that cannot be told. */
 export function satisfying(
   values: readonly unknown[],
   schemas: readonly Located[],
   document: SchemaDocument,
   budget: Budget,
 ): unknown[] {
-  return values.filter((value) => schemas.every((one) => satisfies(value, one, document, budget)));
+  return values.filter((value) => {
+    const verdict = satisfiesAll(value, schemas, document, budget);
+    if (verdict instanceof PdError) throw verdict;
+    return verdict === true;
+  });
 }
 
 export function typeOf(value: unknown): TypeName {

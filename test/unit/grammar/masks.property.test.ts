@@ -2,6 +2,7 @@
 import fc from 'fast-check';
 import { expect, it } from 'vitest';
 import type { GrammarSpec } from '../../../src/grammar/grammar.ts';
+import type { TokenGrammar } from '../../../src/grammar/masks.ts';
 import {
   accepts,
   grammarAheadOf,
@@ -117,11 +118,21 @@ const subject = fc
   .array(fc.constantFrom('a', 'b', 'c', '1', 'é', '😀', '.', '"', ' ', '\n'), { maxLength: 6 })
   .map((parts) => parts.join(''));
 
+/** One in thousands of these expressions takes more steps than a grammar may: refused by name, another is drawn. */
+function grammarUnlessTooLarge(spec: GrammarSpec): TokenGrammar {
+  try {
+    return grammarOf(spec);
+  } catch (error) {
+    expect(error).toMatchObject({ code: 'REQUEST_INVALID', message: expect.stringContaining('too large') });
+    return fc.pre(false) as never;
+  }
+}
+
 it('reads a regular expression as JavaScript does', () => {
   fc.assert(
     fc.property(pattern, fc.array(subject, { minLength: 1, maxLength: 12 }), (source, subjects) => {
       const regex = new RegExp(`^(?:${source})$`, 'u');
-      const grammar = grammarOf({ kind: 'regex', source });
+      const grammar = grammarUnlessTooLarge({ kind: 'regex', source });
       for (const text of subjects) expect([text, accepts(grammar, text)]).toEqual([text, regex.test(text)]);
     }),
     { numRuns: 80 },
@@ -135,7 +146,8 @@ it('reads a pattern of a schema as JavaScript does, within a JSON string', () =>
   fc.assert(
     fc.property(anchored, fc.array(subject, { minLength: 1, maxLength: 12 }), (source, subjects) => {
       const regex = new RegExp(source, 'u');
-      const grammar = grammarOf({ kind: 'json-schema', schema: { type: 'string', pattern: source } });
+      const schema = { type: 'string', pattern: source };
+      const grammar = grammarUnlessTooLarge({ kind: 'json-schema', schema });
       for (const text of subjects) {
         expect([text, accepts(grammar, JSON.stringify(text))]).toEqual([text, regex.test(text)]);
       }
