@@ -61,12 +61,16 @@ export function formatExpression(name: string): Expression | 'ignored' | 'unsupp
   return UNSUPPORTED.includes(name) ? 'unsupported' : 'ignored';
 }
 
+/** Formats of which much less is written than there is: what a text of them may be by RFC 3986. */
+const WIDER: Readonly<Record<string, string>> = {
+  uri: "[A-Za-z][A-Za-z0-9+.-]*:(?:[A-Za-z0-9._~:/?#[\\]@!$&'()*+,;=-]|%[0-9a-fA-F]{2})+",
+};
 const REGEXES = new Map<string, RegExp>();
 
-/** Whether `text` is one of those that are written of a format. */
-export function isOfFormat(text: string, name: string): boolean | 'ignored' | 'unsupported' {
-  if (!Object.hasOwn(FORMATS, name)) return UNSUPPORTED.includes(name) ? 'unsupported' : 'ignored';
-  const regex = REGEXES.get(name) ?? new RegExp(`^(?:${FORMATS[name]})$`, 'u');
+/** Whether `text` is of a format, as far as that is known: what is of one that no automaton here knows is taken for it. */
+export function isOfFormat(text: string, name: string): boolean {
+  if (!Object.hasOwn(FORMATS, name)) return true;
+  const regex = REGEXES.get(name) ?? new RegExp(`^(?:${WIDER[name] ?? FORMATS[name]})$`, 'u');
   REGEXES.set(name, regex);
   return regex.test(text);
 }

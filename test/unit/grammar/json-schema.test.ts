@@ -254,6 +254,9 @@ describe('JSON Schema', () => {
     [{ enum: ['a', 'b', 1], not: { anyOf: [{ const: 'a' }, { type: 'number' }] } }, '"b"', '"a"'],
     // Values that are known are texts of a format, or may be.
     [{ enum: ['a', '2020-02-29', 1], format: 'date' }, '"2020-02-29"', '"a"'],
+    [{ enum: ['mailto:a@b.example', 'a b'], format: 'uri' }, '"mailto:a@b.example"', '"a b"'],
+    [{ enum: ['a+', 1], format: 'regex' }, '"a+"', '"b"'],
+    [{ enum: ['a+', 1], not: { type: 'string', format: 'regex' } }, '1', '"a+"'],
     [
       { enum: ['\u00e4@b.example', null], not: { type: 'string', format: 'email' } },
       'null',
@@ -397,7 +400,6 @@ describe('JSON Schema', () => {
     [{ properties: { a: { type: 'text' } } }, '"type" at #/properties/a'],
     [{ pattern: '(?=a)b' }, 'look-around'],
     [{ type: 'string', format: 'regex' }, '"format" at #'],
-    [{ enum: ['a', 1], not: { type: 'string', format: 'regex' } }, '"format" at #/not'],
     [{ properties: { a: 12 } }, '#/properties/a: neither an object nor a boolean'],
     [{ type: 'string', enum: [1, 2] }, 'matches nothing'],
     [{ $ref: '#/nowhere' }, '"$ref" at #'],
