@@ -427,15 +427,15 @@ function readArray(facts: Facts, schema: SchemaObject, pointer: string, scope: S
   facts.arrays.push({ prefix, rest: behind, scope });
 }
 
-/** Each as two alternatives: the property is not there, or it is and so is what it takes. */
+/** Each as two alternatives: the property is not there, or it is, of an object, and so is what it takes. */
 function readDependencies(schema: SchemaObject, keyword: string, pointer: string): Alternatives[] {
   const value = schema[keyword];
   if (!isObject(value)) throw invalidSchema(keyword, pointer, 'is no object');
   return Object.entries(value).map(([name, needs]): Alternatives => {
     const at = below(pointer, keyword, name);
     const present = Array.isArray(needs)
-      ? [located({ required: [name, ...readNames(needs, keyword, pointer)] }, at)]
-      : [located({ required: [name] }, at), located(needs, at)];
+      ? [located({ type: 'object', required: [name, ...readNames(needs, keyword, pointer)] }, at)]
+      : [located({ type: 'object', required: [name] }, at), located(needs, at)];
     const absent = [located({ properties: { [name]: false } }, at)];
     const options = [absent, present].map((describes) => ({ describes, demands: [] }));
     return { keyword, schema, pointer, name, exactlyOne: false, options, complete: true };
