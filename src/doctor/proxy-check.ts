@@ -169,10 +169,13 @@ async function complete(base: string, instances: Instance[], timeoutMs: number):
     }
     const { id = '', choices } = JSON.parse(text) as { id?: string; choices?: readonly { text?: string }[] };
     const ms = Math.round(performance.now() - started);
+    const answered = ok(`a completion by ${model} in ${ms} ms: ${JSON.stringify(choices?.[0]?.text ?? '')}`);
+    const alone = await computedAlone(base, id, timeoutMs);
+    if (alone !== undefined) return [answered, alone];
     const after = await allMetrics(instances, timeoutMs);
     const moving = moved(id, instances, before, after);
     return [
-      ok(`a completion by ${model} in ${ms} ms: ${JSON.stringify(choices?.[0]?.text ?? '')}`),
+      answered,
       ...idFindings(id, instances),
       moving,
       ...(moving.level === 'fail' ? await askWorkers(instances, timeoutMs) : []),
@@ -215,6 +218,25 @@ async function kvAddresses(instances: Instance[], timeoutMs: number): Promise<Fi
         'if it is wrong, fix --kv-announce-host, --kv-host, --kv-port or PD_HOST_IP of that worker',
       );
     }),
+  );
+}
+
+/** That the proxy asked its consumer alone, as its receipt says; undefined where it did not, or keeps none. */
+async function computedAlone(base: string, id: string, timeoutMs: number): Promise<Finding | undefined> {
+  if (peerAddressOf(id, 'prefill')) return undefined;
+  const receipt = await ask(`${base}/v1/requests/${encodeURIComponent(id)}/route`, timeoutMs, ownKey());
+  if (!receipt.ok) return undefined;
+  const { attempts } = receipt.json() as {
+    readonly attempts?: readonly {
+      readonly alone: boolean;
+      readonly consumer: { readonly http_address: string };
+    }[];
+  };
+  const last = attempts?.at(-1);
+  if (!last?.alone) return undefined;
+  const { http_address } = last.consumer;
+  return info(
+    `consumer ${http_address} computed it alone (--bypass-tokens or --bypass-wait of the proxy): this says nothing of the producer, and whether KV moves`,
   );
 }
 
