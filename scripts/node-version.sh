@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the unit tests, all tests of scripts/test.sh that share processes, the demo, or clients of OpenAI's API (test/wide/clients) on another version of Node, or makes the archive with it inside.
+# Runs the unit tests, all tests of scripts/test.sh, the demo, or clients of OpenAI's API (test/wide/clients) on another version of Node, or makes the archive with it inside.
 # That version comes from the npm registry and is kept in a cache.
 #
 #   ./scripts/node-version.sh 24 unit
@@ -33,7 +33,7 @@ export PATH="$bin:$PATH"
 echo "node-version: $(node --version)"
 case "$part" in
   unit) PD_TEST_SKIP_BUILD=1 exec node node_modules/vitest/vitest.mjs run --project unit test/unit ;;
-  tests) PD_TEST_SKIP_BUILD=1 exec node node_modules/vitest/vitest.mjs run --project unit ;;
+  tests) PD_TEST_SKIP_BUILD=1 exec node node_modules/vitest/vitest.mjs run --project unit --project main ;;
   demo) exec ./scripts/demo.sh ;;
   bundle) exec npm run --silent bundle -- "$@" ;;
   clients)

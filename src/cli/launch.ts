@@ -53,7 +53,7 @@ export const LAUNCH_OPTIONS = defineOptions({
   ...grouped('Each program', {
     proxyFlags: option({
       kind: text('flags'),
-      help: 'for pd-proxy, separated by spaces',
+      help: 'for pd-proxy, separated by spaces; addresses and TLS are not among them',
       defaultText: 'none',
     }),
     prefillFlags: option({ kind: text('flags'), help: 'for the producers alone', defaultText: 'none' }),
@@ -133,17 +133,27 @@ export function launchOptions(argv: readonly string[], env: NodeJS.ProcessEnv): 
     drainTimeoutMs: drainTimeout,
     ...(prefill + decode > 2 && { tokenizer: model ?? demoModelDir() }),
     flags: {
-      proxy: words(proxyFlags),
-      producer: [...passed, ...extra, ...words(prefillFlags)],
-      consumer: [...passed, ...extra, ...words(decodeFlags)],
+      proxy: words(proxyFlags, '--proxy-flags', PROXY_ADDRESSES),
+      producer: [...passed, ...extra, ...words(prefillFlags, '--prefill-flags', WORKER_ADDRESSES)],
+      consumer: [...passed, ...extra, ...words(decodeFlags, '--decode-flags', WORKER_ADDRESSES)],
     },
   };
   return { settings, json, startTimeoutMs: startTimeout, ...(logDir && { logDir }), warnings };
 }
 
-/** Of a text of flags; none has a space in it. */
-function words(flags = ''): string[] {
-  return flags.split(/\s+/).filter((word) => word !== '');
+/** By which pd-launch reaches its programs, and says where they are. It asks its proxy without TLS. */
+const PROXY_ADDRESSES = new Set(['--host', '--port', '--discovery-port', '--tls-cert', '--tls-key']);
+const WORKER_ADDRESSES = new Set(['--role', '--host', '--port', '--kv-host', '--kv-port']);
+
+/** Of a text of flags; none has a space in it. Throws CONFIG_INVALID where one is of `kept`. */
+function words(flags = '', option: string, kept: ReadonlySet<string>): string[] {
+  const all = flags.split(/\s+/).filter((word) => word !== '');
+  const own = all.map((word) => word.replace(/=.*/s, '')).find((word) => kept.has(word));
+  if (own !== undefined) {
+    const what = `${own} is set by pd-launch itself (--help), or needs programs that are started by hand (docs/operations.md)`;
+    throw new PdError('CONFIG_INVALID', `${option}: ${what}`);
+  }
+  return all;
 }
 
 /** After SIGTERM a program has its drain timeout, and this much more to exit. */

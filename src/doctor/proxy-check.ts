@@ -19,6 +19,8 @@ interface Instance {
   readonly role: 'producer' | 'consumer';
   readonly http_address: string;
   readonly zmq_address: string;
+  /** Absent: an older proxy. */
+  readonly tls?: boolean;
   readonly model: string | null;
   readonly fingerprint: string | null;
   readonly models?: readonly string[] | null;
@@ -104,15 +106,21 @@ async function walk(
   findings.push(...(await complete(base, instances, timeoutMs)));
 }
 
-async function health({ role, http_address }: Instance, timeoutMs: number): Promise<Finding> {
+async function health(instance: Instance, timeoutMs: number): Promise<Finding> {
+  const { role, http_address, tls } = instance;
   const what = `${role} ${http_address}`;
   try {
-    const { ok: healthy, status, text } = await ask(`${urlOf(http_address)}/health`, timeoutMs);
+    const { ok: healthy, status, text } = await ask(`${urlOf(instance)}/health`, timeoutMs);
     if (healthy) return ok(`${what} answers /health`);
     const draining = text.includes('draining');
     const fix = draining ? 'it is stopping: start another' : 'look at its log, then restart it';
     return fail(`${what} answers /health with ${status}`, fix);
   } catch (cause) {
+    if (tls && isOfTls(cause)) {
+      return info(
+        `${what} speaks TLS, and cannot be asked from here: ${reasonOf(cause)}. NODE_EXTRA_CA_CERTS names the authority of its certificate; with --tls-client-ca it answers its proxy alone`,
+      );
+    }
     return fail(
       `${what} pings the proxy but does not answer /health from here: ${reason(cause, timeoutMs)}`,
       'it announces a wrong HTTP address (--http-announce-host), or hangs, or is unreachable from this machine only',
@@ -169,10 +177,13 @@ async function complete(base: string, instances: Instance[], timeoutMs: number):
     }
     const { id = '', choices } = JSON.parse(text) as { id?: string; choices?: readonly { text?: string }[] };
     const ms = Math.round(performance.now() - started);
+    const answered = ok(`a completion by ${model} in ${ms} ms: ${JSON.stringify(choices?.[0]?.text ?? '')}`);
+    const alone = await computedAlone(base, id, timeoutMs);
+    if (alone !== undefined) return [answered, alone];
     const after = await allMetrics(instances, timeoutMs);
     const moving = moved(id, instances, before, after);
     return [
-      ok(`a completion by ${model} in ${ms} ms: ${JSON.stringify(choices?.[0]?.text ?? '')}`),
+      answered,
       ...idFindings(id, instances),
       moving,
       ...(moving.level === 'fail' ? await askWorkers(instances, timeoutMs) : []),
@@ -193,8 +204,9 @@ const ASK_WORKERS =
 /** What the workers themselves report as wrong; nothing from those that refuse to answer from here (`--debug-state`). */
 async function askWorkers(instances: Instance[], timeoutMs: number): Promise<Finding[]> {
   const asked = await Promise.all(
-    instances.map(async ({ role, http_address }) => {
-      const state = await stateOf(urlOf(http_address), timeoutMs);
+    instances.map(async (instance) => {
+      const { role, http_address } = instance;
+      const state = await stateOf(urlOf(instance), timeoutMs);
       if ('level' in state) return [];
       const findings = workerFindings(state, new Map()).filter(({ level }) => level === 'fail');
       return findings.map((finding) => ({ ...finding, what: `${role} ${http_address}: ${finding.what}` }));
@@ -215,6 +227,25 @@ async function kvAddresses(instances: Instance[], timeoutMs: number): Promise<Fi
         'if it is wrong, fix --kv-announce-host, --kv-host, --kv-port or PD_HOST_IP of that worker',
       );
     }),
+  );
+}
+
+/** That the proxy asked its consumer alone, as its receipt says; undefined where it did not, or keeps none. */
+async function computedAlone(base: string, id: string, timeoutMs: number): Promise<Finding | undefined> {
+  if (peerAddressOf(id, 'prefill')) return undefined;
+  const receipt = await ask(`${base}/v1/requests/${encodeURIComponent(id)}/route`, timeoutMs, ownKey());
+  if (!receipt.ok) return undefined;
+  const { attempts } = receipt.json() as {
+    readonly attempts?: readonly {
+      readonly alone: boolean;
+      readonly consumer: { readonly http_address: string };
+    }[];
+  };
+  const last = attempts?.at(-1);
+  if (!last?.alone) return undefined;
+  const { http_address } = last.consumer;
+  return info(
+    `consumer ${http_address} computed it alone (--bypass-tokens or --bypass-wait of the proxy): this says nothing of the producer, and whether KV moves`,
   );
 }
 
@@ -253,7 +284,7 @@ function moved(
   const [old, now] = [before, after].map((all) => consumer && all.get(consumer.http_address));
   if (!consumer || !old || !now?.has('pd_kv_received_bytes_total')) {
     return info(
-      'cannot tell whether KV moved: the consumer does not export the metrics of a pd-worker (vLLM)',
+      'cannot tell whether KV moved: the consumer does not export the metrics of a pd-worker (vLLM), or not to here',
     );
   }
   const rise = (name: string) => (now.get(name) ?? 0) - (old.get(name) ?? 0);
@@ -267,13 +298,22 @@ function moved(
 }
 
 async function allMetrics(instances: Instance[], timeoutMs: number): Promise<ReadonlyMap<string, Metrics>> {
-  const entries = instances.map(async ({ http_address }) => {
-    return [http_address, await metricsOf(`${urlOf(http_address)}/metrics`, timeoutMs)] as const;
+  const entries = instances.map(async (instance) => {
+    return [instance.http_address, await metricsOf(`${urlOf(instance)}/metrics`, timeoutMs)] as const;
   });
   return new Map(await Promise.all(entries));
 }
 
-const urlOf = (address: string) => httpUrl(asDestination(parseHostPort(address)));
+function urlOf({ http_address, tls }: Instance): string {
+  const url = httpUrl(asDestination(parseHostPort(http_address)));
+  return tls ? url.replace('http:', 'https:') : url;
+}
+
+/** Something answers there, but no connection comes about: a certificate that is not trusted here, or one of ours that is missing. */
+function isOfTls(cause: unknown): boolean {
+  const { code = '' } = cause as NodeJS.ErrnoException;
+  return code === 'ECONNRESET' || /CERT|VERIFY|SSL/.test(code);
+}
 
 function reason(cause: unknown, timeoutMs: number): string {
   const timedOut = cause instanceof Error && cause.name === 'TimeoutError';

@@ -177,6 +177,8 @@ export class AboutProxy {
         role: instance.role,
         http_address: instance.httpAddress,
         zmq_address: instance.zmqAddress,
+        /** Its HTTP server takes TLS alone. */
+        tls: instance.tls ?? false,
         model: instance.fingerprint?.model ?? null,
         fingerprint: instance.fingerprint?.digest ?? null,
         send_type: instance.sendType ?? null,

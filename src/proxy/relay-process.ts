@@ -1,12 +1,13 @@
 /** The entry of a relay process (relays.ts): an HTTP server for connections that its owner hands to it. */
 import { rm } from 'node:fs/promises';
-import { request as ask } from 'node:http';
+import { request as ask, type IncomingHttpHeaders } from 'node:http';
 import { Socket } from 'node:net';
 import { join } from 'node:path';
 import { pipeline } from 'node:stream';
 import type { FastifyReply, FastifyRequest } from 'fastify';
 import { type Deferred, deferred, type Signal } from '../deferred.ts';
 import { PdError, unreachable } from '../errors.ts';
+import { HOP_HEADERS } from '../net/hop-headers.ts';
 import { createLogger } from '../observability/log.ts';
 import { NO_KEYS, type WantedKeys } from './body.ts';
 import { Channel, type FromRelay, type SentPlacement, type ToRelay } from './channel.ts';
@@ -259,18 +260,19 @@ class RemoteVisit implements Visit {
 function passToOwner(path: string, request: FastifyRequest, reply: FastifyReply): void {
   reply.hijack();
   const out = reply.raw;
-  const { connection: _, expect: __, ...headers } = request.headers;
   const asked = ask(
     {
       socketPath: path,
       method: request.method,
       path: request.url,
-      // The owner believes it: nobody else connects there.
-      headers: { ...headers, 'x-forwarded-for': request.ip },
+      // The owner believes it: nobody else connects there. Requests of all clients share connections to it, so a body is announced only where
+      // one is sent: else the next request is taken for it.
+      headers: { ...without(request.headers, HOP_AND_BODY_HEADERS), 'x-forwarded-for': request.ip },
       timeout: OWNER_MS,
     },
     (response) => {
-      out.writeHead(response.statusCode!, response.headers);
+      // Whether the client's connection goes on is between the two.
+      out.writeHead(response.statusCode!, without(response.headers, HOP_HEADERS));
       pipeline(response, out, () => {}); // where one breaks off, so does the other
     },
   );
@@ -278,6 +280,13 @@ function passToOwner(path: string, request: FastifyRequest, reply: FastifyReply)
   asked.once('error', () => out.destroy());
   out.once('close', () => asked.destroy());
   asked.end(request.body instanceof Uint8Array ? request.body : undefined);
+}
+
+/** Of a request: also how its body comes. */
+const HOP_AND_BODY_HEADERS = new Set([...HOP_HEADERS, 'content-length', 'expect']);
+
+function without(headers: IncomingHttpHeaders, names: ReadonlySet<string>): IncomingHttpHeaders {
+  return Object.fromEntries(Object.entries(headers).filter(([name]) => !names.has(name)));
 }
 
 // Its owner says when it ends; a terminal tells all of its processes.

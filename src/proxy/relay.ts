@@ -2,6 +2,7 @@
 import type { ServerResponse } from 'node:http';
 import type { Signal } from '../deferred.ts';
 import { PdError } from '../errors.ts';
+import { HOP_HEADERS } from '../net/hop-headers.ts';
 import { reasonOf } from '../net/resolve.ts';
 import { openAiError, retryHeaders } from '../openai-error.ts';
 import { receiptIdOf } from './receipts.ts';
@@ -39,20 +40,7 @@ const LF = 0x0a;
 const BROKE_OFF = 'its answer broke off before a byte of it was passed on';
 
 /** Never passed on: they belong to one connection, or are set by the proxy itself. */
-const OWN_HEADERS = new Set([
-  'connection',
-  'keep-alive',
-  'proxy-authenticate',
-  'proxy-authorization',
-  'te',
-  'trailer',
-  'transfer-encoding',
-  'upgrade',
-  'content-length',
-  'date',
-  'x-request-id',
-  'x-pd-request-id',
-]);
+const OWN_HEADERS = new Set([...HOP_HEADERS, 'content-length', 'date', 'x-request-id', 'x-pd-request-id']);
 
 /** By which its client finds it in logs, and asks for its receipt (route.ts). */
 function idHeaders(requestId: string): Record<string, string> {

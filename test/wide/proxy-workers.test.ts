@@ -172,6 +172,37 @@ describe('as with one process', () => {
     }
   });
 
+  /** Each on a connection of its own: the answer, once the proxy has ended that. */
+  function raw({ httpAddress: { host, port } }: PdProxy, request: string): Promise<string> {
+    const client = connect({ host, port });
+    client.write(request);
+    return text(client);
+  }
+
+  test.each(['HTTP/1.0\r\n', 'HTTP/1.1\r\nhost: x\r\nconnection: close\r\n'])(
+    'a connection that is for one request ends with its answer: %j',
+    async (version) => {
+      for (const path of ['/health', '/nothing'])
+        for (const of of [alone, proxy, proxy]) {
+          const answer = await raw(of, `GET ${path} ${version}\r\n`);
+          expect(answer).toMatch(/^HTTP\/1\.1 (200|404) /);
+          expect(answer).toMatch(/^connection: close\r$/im);
+        }
+    },
+  );
+
+  test('a body that belongs to no GET is not the beginning of the next request, whoever sends that', async () => {
+    const head = 'GET /ready HTTP/1.1\r\nhost: x\r\nconnection: close\r\n';
+    for (const body of [
+      'content-length: 40\r\n\r\n'.padEnd(62),
+      'transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n',
+    ])
+      for (const of of [alone, proxy, proxy]) {
+        for (const rest of [body, '\r\n', '\r\n', '\r\n'])
+          expect(await raw(of, head + rest)).toMatch(/^HTTP\/1\.1 200 .*\{"ready":true\}$/s);
+      }
+  });
+
   test('counts what is refused unread', async () => {
     const series = [
       ['/v1/completions', 405, 'METHOD_NOT_ALLOWED', 'GET', undefined],

@@ -56,6 +56,19 @@ describe('a running system', () => {
     expect(text).toMatch(/its KV moved: [\d,]{4,} bytes/);
   });
 
+  test('passes it where the proxy gave the completion to its consumer alone', async () => {
+    const named = workers.map(({ url }) => new URL(url).host);
+    const other = await startProxy(['--bypass-tokens', '100', '--instances', ...named]);
+    try {
+      await untilListed(other, 1, 1);
+      const { findings } = await proxySection(other.url, TIMEOUT_MS);
+      expect(findings.filter(({ level }) => level === 'fail' || level === 'warn')).toEqual([]);
+      expect(findings.at(-1)?.what).toContain(`consumer ${named[1]} computed it alone (--bypass-tokens`);
+    } finally {
+      await other.program.stop();
+    }
+  });
+
   test('its listeners answer, and its log says nothing of it', async () => {
     const { findings } = await peer(workers[0]!.kvAddress);
     expect(findings[1]).toEqual({ level: 'ok', what: 'its KV listener answers; it is a pd-worker' });

@@ -107,6 +107,21 @@ describe('pd-launch', () => {
     expect(consumer!.slice(-4)).toEqual(['--max-num-seqs', '4', '--max-num-batched-tokens', '512']);
   });
 
+  test.each([
+    ['--proxy-flags', '--bypass-wait 1s --port 9000'],
+    ['--proxy-flags', '--tls-cert=cert.pem --tls-key=key.pem'],
+    ['--prefill-flags', '--role both'],
+    ['--decode-flags', '--kv-port=1'],
+  ])('refuses %s "%s", by which it would wait where nobody is, or name what is not so', (option, flags) => {
+    const word = /--(port|tls-cert|role|kv-port)/.exec(flags)![0];
+    expect(() => launchOptions([option, flags], {})).toThrow(
+      expect.objectContaining({
+        code: 'CONFIG_INVALID',
+        message: expect.stringContaining(`${option}: ${word} is set by pd-launch`),
+      }),
+    );
+  });
+
   test('passes its own worker options on, then whatever stands after --', async () => {
     const argv = ['--free-ports', '--send-type', 'GET', '--model', 'some/dir', '--', '--max-num-seqs', '4'];
     for (const { spec } of (await plan(...argv)).workers) {
