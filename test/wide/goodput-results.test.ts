@@ -34,7 +34,12 @@ test('a pair and two undivided workers get the same load, and every request is a
   );
   const { result, page, svg } = read(out);
   expect(result.problems, stderr).toEqual([]);
-  expect(result.systems.map(({ kind }) => kind)).toEqual(['pair', 'undivided', 'undivided']);
+  expect(result.systems.map(({ name }) => name)).toEqual([
+    'pair, chunk 512',
+    'pair, chunk 512, bypass after 1 ms with chunk 64',
+    'two undivided, chunk 64',
+    'two undivided, chunk 128',
+  ]);
   const counted = new Map<number, number>();
   for (const { rates } of result.systems) {
     expect(rates.length).toBeGreaterThan(0);
