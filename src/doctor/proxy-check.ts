@@ -305,8 +305,7 @@ async function allMetrics(instances: Instance[], timeoutMs: number): Promise<Rea
 }
 
 function urlOf({ http_address, tls }: Instance): string {
-  const url = httpUrl(asDestination(parseHostPort(http_address)));
-  return tls ? url.replace('http:', 'https:') : url;
+  return httpUrl(asDestination(parseHostPort(http_address)), tls);
 }
 
 /** Something answers there, but no connection comes about: a certificate that is not trusted here, or one of ours that is missing. */

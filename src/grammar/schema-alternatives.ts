@@ -65,7 +65,7 @@ export class SchemaAlternatives {
 
   /** With the types that are written for it, where only keywords tell them: so that what it is told not to be brings no others along. */
   #typed(schemas: readonly Located[]): readonly Located[] {
-    const { types, values, implied, alternatives } = factsOf(schemas, this.#document, this.#budget);
+    const { types, values, implied, alternatives } = this.#factsOf(schemas).ofWritten;
     if (types || values || implied.size === 0 || alternatives.length > 0) return schemas;
     return [...schemas, { schema: { type: [...implied].sort() }, pointer: schemas[0]!.pointer }];
   }

@@ -28,8 +28,8 @@ export function parseHostPort(text: string, what = 'address'): HostPort {
 }
 
 /** Where an HTTP server is, without a path. */
-export function httpUrl(address: HostPort): string {
-  return `http://${formatHostPort(address)}`;
+export function httpUrl(address: HostPort, tls = false): string {
+  return `${tls ? 'https' : 'http'}://${formatHostPort(address)}`;
 }
 
 /** A ZeroMQ endpoint for TCP. */

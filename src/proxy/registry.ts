@@ -405,8 +405,7 @@ export function instanceLabel(instance: Pick<Instance, 'httpAddress' | 'zmqAddre
 
 /** Of an HTTP server, as in `Instance`. */
 export function instanceUrl({ host, port }: HostPort, tls = false): string {
-  const url = httpUrl({ host: host.replace(/%.*$/, ''), port });
-  return tls ? url.replace('http:', 'https:') : url;
+  return httpUrl({ host: host.replace(/%.*$/, ''), port }, tls);
 }
 
 /** A ping says nothing of where an instance that was named is reached. */

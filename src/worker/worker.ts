@@ -161,8 +161,7 @@ export class PdWorker {
         `Serving ${config.servedModelNames.join(', ')} as ${config.role} on ${config.transfer.device}` +
           `: ${numBlocks} KV blocks of ${blockSize} tokens, up to ${maxModelLen} tokens a sequence`,
       );
-      const url = httpUrl(httpAddress);
-      log.info(`Running on ${guard.https ? url.replace('http:', 'https:') : url}`);
+      log.info(`Running on ${httpUrl(httpAddress, guard.https !== null)}`);
       events?.announce(formatHostPort(httpAddress));
       core.onCacheChange((changes) => events?.publish(changes));
       core.tell({

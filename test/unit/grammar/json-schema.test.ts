@@ -4,6 +4,7 @@ import addFormats from 'ajv-formats';
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { accepts, grammarOf, randomFrom, type Walk, walk } from '../../support/grammars.ts';
+import { propertyRuns } from '../../support/property-runs.ts';
 
 const ajv = new Ajv2020({ strict: false, logger: false, allowUnionTypes: true });
 addFormats.default(ajv);
@@ -176,7 +177,7 @@ describe('JSON Schema', () => {
         expect([drawn.text, faults(JSON.parse(drawn.text))]).toEqual([drawn.text, null]);
       }
     });
-    fc.assert(property, { numRuns: Number(process.env['PD_PROPERTY_RUNS'] ?? 60) });
+    fc.assert(property, { numRuns: propertyRuns(60) });
     expect(ended).toBeGreaterThan(30);
   });
 

@@ -6,6 +6,7 @@ import type { SchedulerStep } from '../../../src/scheduler/step.ts';
 import type { CoreRequest } from '../../../src/scheduler/types.ts';
 import { transferOf } from '../../../support/ids.ts';
 import { PairWorld } from '../../support/pair-world.ts';
+import { propertyRuns } from '../../support/property-runs.ts';
 import { expectedTokens, requestId } from '../../support/scheduler-world.ts';
 
 const addition = fc.record({
@@ -198,7 +199,7 @@ it('says what one scheduler alone would, writes to nobody else’s blocks, and k
   );
   // What is rare may take another round.
   for (let round = 0; round < 8 && Object.values(seen).includes(0); round++) {
-    fc.assert(property, { numRuns: Number(process.env['PD_PROPERTY_RUNS'] ?? 100) });
+    fc.assert(property, { numRuns: propertyRuns(100) });
   }
   for (const [what, count] of Object.entries(seen)) expect(count, what).toBeGreaterThan(0);
 });

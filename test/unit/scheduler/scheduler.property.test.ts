@@ -3,6 +3,7 @@ import fc from 'fast-check';
 import { expect, it } from 'vitest';
 import { GREEDY } from '../../../src/model/sampler.ts';
 import { transferOf } from '../../../support/ids.ts';
+import { propertyRuns } from '../../support/property-runs.ts';
 import { expectedTokens, requestId, SchedulerWorld } from '../../support/scheduler-world.ts';
 
 const addition = fc.record({
@@ -184,7 +185,7 @@ it('loses no block, ends every completion once, and reads and says only what is 
   );
   // What is rare may take another round.
   for (let round = 0; round < 8 && Object.values(seen).includes(0); round++) {
-    fc.assert(property, { numRuns: Number(process.env['PD_PROPERTY_RUNS'] ?? 400) });
+    fc.assert(property, { numRuns: propertyRuns(400) });
   }
   // The property says nothing about what never happened.
   for (const [what, count] of Object.entries(seen)) expect(count, what).toBeGreaterThan(0);

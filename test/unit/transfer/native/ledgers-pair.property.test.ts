@@ -16,6 +16,7 @@ import type {
 } from '../../../../src/transfer/native/messages.ts';
 import { Wants } from '../../../../src/transfer/native/wants.ts';
 import type { TransferId } from '../../../../src/wire/ids.ts';
+import { propertyRuns } from '../../../support/property-runs.ts';
 
 const BLOCK = 4;
 const CACHE = 24;
@@ -452,7 +453,7 @@ describe('both ledgers, by a pair', () => {
         expect([consumer.blocks.numFree, producer.blocks.numFree]).toEqual([CACHE, CACHE]);
       },
     );
-    fc.assert(property, { numRuns: Number(process.env['PD_PROPERTY_RUNS'] ?? 100) });
+    fc.assert(property, { numRuns: propertyRuns(100) });
     // The property says nothing about what never happened.
     for (const [what, count] of Object.entries(seen)) expect(count, what).toBeGreaterThan(0);
   });

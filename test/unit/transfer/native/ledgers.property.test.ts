@@ -12,6 +12,7 @@ import type {
 } from '../../../../src/transfer/native/messages.ts';
 import { Wants } from '../../../../src/transfer/native/wants.ts';
 import type { TransferId } from '../../../../src/wire/ids.ts';
+import { propertyRuns } from '../../../support/property-runs.ts';
 
 const BLOCK = 4;
 const CACHE = 24;
@@ -415,7 +416,7 @@ describe('both ledgers', () => {
         expect(producer.grants.stats()).toMatchObject({ requests: 0, endedIds: 0, settled: 0 });
         expect([consumer.blocks.numFree, producer.blocks.numFree]).toEqual([CACHE, CACHE]);
       }),
-      { numRuns: Number(process.env['PD_PROPERTY_RUNS'] ?? 100) },
+      { numRuns: propertyRuns(100) },
     );
   });
 });
